@@ -1,0 +1,375 @@
+"""The settings of a run: one flat dataclass, filled from TOML recipes and the command line, checked in one place.
+
+    python train.py [recipe.toml] [--field=value ...]          later wins
+
+A field is one line below: its type, its default, what it means with its unit, and whether a run that is continued
+may change it. Everything else (parsing, `--help`, the check, the saved `config.toml`) is derived from that line.
+Fields with a dot belong to whatever another field selected and are checked against its signature:
+`--opt.betas=0.9,0.95` goes to the constructor of `--optim`, `--schedule.NAME=` to the schedule.
+In TOML a dotted field is a quoted key: `"opt.betas" = [0.9, 0.95]`.
+
+None (`none` in TOML and on the command line) means off or, where the help says so, chosen for you, as does `auto`.
+Nothing here is executed: values are numbers, strings, booleans and lists of them. Every mistake is a ValueError whose
+one line says what came, what is allowed and what to type.
+"""
+
+import ast
+import difflib
+import inspect
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+Auto = Literal["auto"]
+
+# May a continued run change this field?  resume=auto: only FREE and FRESH ones; resume=PATH (a branch): BRANCH ones too.
+# A FRESH field is never taken over from the earlier run, all others are where the new command leaves them open.
+NEVER, BRANCH, FREE, FRESH = "never", "branch", "free", "fresh"
+
+
+def knob(default, help: str, change: str = NEVER, least=None, below=None):
+    """One setting. `least` and `below` bound numbers: least <= value < below."""
+    return field(default=default, metadata=dict(help=help, change=change, least=least, below=below))
+
+
+@dataclass
+class Config:
+    # the run
+    out_dir: str = knob("out", "folder for checkpoints, metrics.jsonl, config.toml, train.log, loss.png", FRESH)
+    steps: int = knob(700, "optimizer steps", FREE, least=1)
+    batch_size: int = knob(32, "sequences per optimizer step, over all ranks", least=1)
+    micro_batch_size: int | None = knob(
+        None, "sequences per rank and forward pass; none = batch/ranks on a CPU, the largest that fits on a GPU", FREE, least=1
+    )
+    block_size: int = knob(256, "tokens per sequence", least=1)
+    seed: int = knob(1337, "decides the initial weights, the order of the rows and the dropout masks", least=0)
+    resume: str = knob("auto", "auto: go on where out_dir stopped | never: anew | PATH: branch from that run or checkpoint", FRESH)
+    device: str = knob("auto", "auto (cuda, else mps, else cpu) or a torch device name", FRESH)
+    threads: int | None = knob(None, "CPU threads per process; none = torch's choice", FRESH, least=1)
+    # data
+    data: str = knob("python", "python | shakespeare | openwebtext | fineweb | a text file | a folder of .bin shards", BRANCH)
+    tokenizer: str = knob("bytes", "bytes or the name of a tiktoken encoding, such as gpt2")
+    data_dir: str = knob("data_cache", "folder for downloads and tokenized shards", FRESH)
+    data_url: str | None = knob(None, "mirror to download a corpus from, instead of its public home", FRESH)
+    eval_tokens: int = knob(65536, "tokens of the fixed held-out set, the same on every layout", FREE, least=1)
+    # model
+    arch: Literal["modern", "gpt2"] = knob("modern", "the set of traits that the fields left at auto below take")
+    n_layer: int = knob(4, "transformer blocks", least=1)
+    n_head: int = knob(4, "attention heads", least=1)
+    n_kv_head: int | None = knob(None, "heads of keys and values (grouped-query attention); none = n_head", least=1)
+    n_embd: int = knob(256, "width of the residual stream", least=1)
+    vocab_size: int | None = knob(None, "token ids; none = the tokenizer's count, rounded up to a multiple of 64", least=1)
+    dropout: float = knob(0.0, "share of the embedding and of each block's two outputs set to zero", least=0, below=1)
+    norm: Literal["auto", "rmsnorm", "layernorm"] = knob("auto", "modern: rmsnorm (no gain), gpt2: layernorm")
+    activation: Literal["auto", "relu2", "gelu"] = knob("auto", "modern: relu2 (squared), gpt2: gelu")
+    position: Literal["auto", "rotary", "learned"] = knob("auto", "modern: rotary, gpt2: learned")
+    qk_norm: bool | Auto = knob("auto", "normalise queries and keys; modern: true, gpt2: false")
+    tied: bool | Auto = knob("auto", "the output head shares the embedding; modern: false, gpt2: true")
+    bias: bool | Auto = knob("auto", "biases in Linear and LayerNorm; modern: false, gpt2: true")
+    zero_init: bool | Auto = knob("auto", "projections into the residual stream and an untied head start at 0; modern: true")
+    init: Literal["auto", "fan_in", "gpt2"] = knob("auto", "std of matrices: 0.5/sqrt(fan_in), modern, or 0.02, gpt2")
+    logit_cap: float | Auto | None = knob("auto", "cap*tanh(logits/cap); modern: 15, gpt2: none", least=0)
+    init_from: str | None = knob(None, "run or checkpoint whose weights alone are the start (fine-tuning)")
+    # optimizer; --opt.NAME= goes to its constructor
+    optim: str = knob("muon", "file in optim/ (its first class) or file.Class")
+    lr: float | None = knob(None, "peak learning rate; none = the optimizer's own default", BRANCH, least=0)
+    weight_decay: float | None = knob(None, "none = the optimizer's own default; never on biases, norms, embeddings", BRANCH, least=0)
+    embed_lr: float | None = knob(None, "lr of the embeddings; none = lr, with Muon 0.01 (its AdamW part)", BRANCH, least=0)
+    head_lr: float | None = knob(None, "lr of an untied head; none = lr, with Muon 0.01", BRANCH, least=0)
+    scalar_lr: float | None = knob(None, "lr of gains and biases; none = lr, with Muon 0.01", BRANCH, least=0)
+    grad_clip: float | None = knob(1.0, "the gradient's global norm is scaled down to this; none = off", BRANCH, least=0)
+    clip_value: float | None = knob(None, "each gradient entry is cut to +-this, before grad_clip; none = off", BRANCH, least=0)
+    # schedule; --schedule.NAME= goes to it
+    schedule: Literal["auto", "wsd", "cosine", "linear", "constant"] = knob("auto", "of the learning rate; auto = wsd", FREE)
+    warmup_frac: float = knob(0.02, "share of the steps for linear warm-up", FREE, least=0, below=1)
+    warmup_steps: int | None = knob(None, "the same in steps; overrides warmup_frac", FREE, least=0)
+    decay_frac: float = knob(0.4, "wsd: share of the steps for the final decay", FREE, least=0)
+    min_lr_frac: float = knob(0.0, "where the decay ends, as a share of lr", FREE, least=0)
+    # numbers and layout
+    precision: Literal["auto", "fp64", "fp32", "bf16"] = knob(
+        "auto", "fp64: the oracle | fp32 | bf16: autocast over fp32 weights | auto: what this hardware does fast"
+    )
+    data_parallel: Literal["ddp"] = knob("ddp", "how ranks share the work: ddp = replicas, gradients summed", FREE)
+    bucket_mb: float = knob(25.0, "size of a gradient bucket, MiB", FREE, least=0)
+    # looking and saving
+    log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
+    eval_every: int | None = knob(100, "steps between evaluations (also before the first and after the last); 0 = never", FREE, least=0)
+    save_every: int | None = knob(250, "steps between checkpoints (also at the end); 0 = only at the end", FREE, least=0)
+    keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
+    sample_tokens: int = knob(300, "length of the sample printed at the end; 0 = none", FREE, least=0)
+    peak_flops: float | None = knob(None, "FLOP/s of one device, for MFU; none = from the table of known devices", FREE, least=0)
+
+    options: dict = field(default_factory=dict)  # the dotted fields, full name -> value
+
+    def __post_init__(self):
+        self.given = {f.name for f in fields(self) if f.name != "options" and getattr(self, f.name) != f.default}
+
+    def sub(self, namespace: str) -> dict:
+        """The dotted fields of one namespace: sub("opt") -> {"betas": (0.9, 0.95)}."""
+        return {k.split(".", 1)[1]: v for k, v in self.options.items() if k.startswith(namespace + ".")}
+
+
+NAMESPACES = ("opt", "schedule")
+SECTIONS = dict(out_dir="The run", data="Data", arch="Model", optim="Optimizer", schedule="Schedule",
+                precision="Numbers and layout", log_every="Looking and saving")  # fmt: skip
+ARCHS = {
+    "modern": dict(norm="rmsnorm", activation="relu2", position="rotary", qk_norm=True, tied=False, bias=False,
+                   zero_init=True, init="fan_in", logit_cap=15.0),
+    "gpt2": dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True, bias=True,
+                 zero_init=False, init="gpt2", logit_cap=None),
+}  # fmt: skip
+FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
+TYPES = typing.get_type_hints(Config)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+def parse(argv: list[str]) -> Config:
+    """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after `--help`."""
+    values = {}
+    for word in argv:
+        if word in ("--help", "-h"):
+            print(help_text())
+            raise SystemExit(0)
+        if not word.startswith("--"):
+            values.update(read_recipe(word))
+            continue
+        name, equals, text = word[2:].partition("=")
+        known(name)
+        if not equals:
+            raise ValueError(f"--{name} has no value; type --{name}=VALUE")
+        values[name] = from_text(name, text)
+    cfg = Config(**{k: v for k, v in values.items() if "." not in k}, options={k: v for k, v in values.items() if "." in k})
+    cfg.given |= values.keys()
+    return check(cfg)
+
+
+def read_recipe(path: str) -> dict:
+    """A TOML recipe as {field: value}; a table like [opt] and a quoted key like "opt.betas" mean the same."""
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise ValueError(f"cannot read the recipe {path}: {error.strerror}; flags look like --steps=100") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe {path} is damaged: {error}") from None
+    values = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            values.update({f"{name}.{k}": v for k, v in value.items()})
+        else:
+            values[name] = value
+    return {name: from_toml(name, value, path) for name, value in values.items()}
+
+
+def known(name: str) -> None:
+    if name in FIELDS or ("." in name and name.split(".")[0] in NAMESPACES):
+        return
+    raise ValueError(f"there is no field {name!r}; {nearest(name, list(FIELDS), '--')}")
+
+
+def nearest(name: str, names: list[str], prefix: str = "") -> str:
+    """The end of an error message about a name that is none of `names`."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {prefix}{near[0]}?" if near else f"there are: {', '.join(names)}"
+
+
+def from_text(name: str, text: str):
+    if "." in name:  # checked against a signature later
+        try:
+            return ast.literal_eval(text)  # numbers, tuples; parses, never runs
+        except (ValueError, SyntaxError):
+            return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+    for kind in kinds(name):
+        if kind is type(None) and text.lower() == "none":
+            return None
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if typing.get_origin(kind) is Literal and text in typing.get_args(kind):
+            return text
+        if kind is str and text:
+            return text
+        if kind in (int, float) and (value := number(kind, text)) is not None:
+            return value
+    raise ValueError(f"--{name}={text} is not allowed; it takes {allowed(name)}")
+
+
+def from_toml(name: str, value, path: str):
+    known(name)
+    if isinstance(value, str) and value.lower() == "none":
+        value = None
+    if "." in name:
+        return tuple(value) if isinstance(value, list) else value
+    for kind in kinds(name):
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif type(value) is kind:
+            return value
+        elif kind is float and type(value) is int:
+            return float(value)
+    raise ValueError(f"{name} = {value!r} in {path} is not allowed; it takes {allowed(name)}")
+
+
+def number(kind: type, text: str):
+    for convert in (kind, float):  # float second, for whole numbers written as 1e6
+        try:
+            value = convert(text)
+            return kind(value) if kind is float or value == int(value) else None
+        except (ValueError, OverflowError):
+            pass
+    return None
+
+
+def kinds(name: str) -> tuple:
+    hint = TYPES[name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+
+
+def allowed(name: str) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return ", ".join(words.get(k) or ", ".join(typing.get_args(k)) for k in kinds(name))
+
+
+# ---- checking -------------------------------------------------------------------------------------------------------
+def check(cfg: Config) -> Config:
+    """The same config if every field, and the fields together, make sense; else ValueError."""
+    for name, f in FIELDS.items():
+        value, least, below = getattr(cfg, name), f.metadata["least"], f.metadata["below"]
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value) or (least is not None and value < least) or (below is not None and value >= below):
+            bounds = f"at least {least}" + (f" and below {below}" if below is not None else "")
+            raise ValueError(f"{name}={value} is out of range; it must be a finite number, {bounds}")
+    if cfg.n_embd % cfg.n_head:
+        near = [h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0]
+        best = min(near, key=lambda h: abs(h - cfg.n_head))
+        raise ValueError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; for instance --n_head={best}")
+    if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
+        raise ValueError(f"n_head={cfg.n_head} is not divisible by n_kv_head={cfg.n_kv_head}")
+    rotary = cfg.position == "rotary" or (cfg.position == "auto" and ARCHS[cfg.arch]["position"] == "rotary")
+    if rotary and (cfg.n_embd // cfg.n_head) % 2:
+        raise ValueError(
+            f"rotary positions need an even head size, not n_embd/n_head = {cfg.n_embd // cfg.n_head}; "
+            "change n_head or type --position=learned"
+        )
+    if cfg.decay_frac > 1 or cfg.min_lr_frac > 1:
+        raise ValueError(f"decay_frac={cfg.decay_frac} and min_lr_frac={cfg.min_lr_frac} are shares, from 0 to 1")
+    for name in ("grad_clip", "clip_value", "logit_cap"):
+        if getattr(cfg, name) == 0:
+            raise ValueError(f"{name}=0 would set everything to 0; type --{name}=none to switch it off")
+    return cfg
+
+
+def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dict:
+    """sub(namespace) if `target`'s signature takes it, else ValueError with the nearest name.
+
+    given: parameters that come from elsewhere, such as `params` and `lr`. A value whose kind differs from the
+    default's (text for a number) is refused.
+    """
+    taken = {k: p.default for k, p in inspect.signature(target).parameters.items() if k not in given}
+    values = cfg.sub(namespace)
+    for name, value in values.items():
+        if name not in taken:
+            hint = nearest(name, list(taken), f"--{namespace}.") if taken else "it takes none"
+            raise ValueError(f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}")
+        default = taken[name]
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        wrong = number and (isinstance(value, (bool, str, tuple)))
+        wrong |= isinstance(default, bool) and not isinstance(value, bool)
+        wrong |= isinstance(default, tuple) and (not isinstance(value, tuple) or len(value) != len(default))
+        if wrong:
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            raise ValueError(f"--{namespace}.{name}={value} is of the wrong kind; the default is {shown}")
+    return values
+
+
+def with_traits(cfg: Config) -> Config:
+    """`auto` traits replaced by the architecture's."""
+    traits = {k: v for k, v in ARCHS[cfg.arch].items() if getattr(cfg, k) == "auto"}
+    return update(cfg, n_kv_head=cfg.n_kv_head or cfg.n_head, **traits)
+
+
+def update(cfg: Config, **values) -> Config:
+    """A copy with other values that remembers which fields the user gave."""
+    new = replace(cfg, **values)
+    new.given = set(cfg.given)
+    return new
+
+
+# ---- continuing a run -----------------------------------------------------------------------------------------------
+def to_dict(cfg: Config) -> dict:
+    """Plain values for a checkpoint."""
+    return {name: getattr(cfg, name) for name in FIELDS} | {"options": dict(cfg.options)}
+
+
+def from_dict(saved: dict) -> Config:
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()}
+    return Config(**{k: v for k, v in saved.items() if k in FIELDS}, options=options)
+
+
+def continued(cfg: Config, saved: dict, branch: bool) -> Config:
+    """cfg as the continuation of the run whose resolved settings are `saved`.
+
+    What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved run.
+    Raises ValueError naming a field that differs and must not.
+    """
+    old, values = from_dict(saved), {}
+    for name, f in FIELDS.items():
+        new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
+        if change == FRESH:
+            continue
+        if (new == f.default and new in (None, "auto")) or (branch and name not in cfg.given):
+            values[name] = was
+        elif new != was and change != FREE and not (branch and change == BRANCH):
+            raise ValueError(mismatch(cfg, name, was, new, branch))
+    options = dict(cfg.options)
+    if branch:  # another schedule brings its own options, the optimizer's stay
+        options = {k: v for k, v in old.options.items() if k.startswith("opt.") or "schedule" not in cfg.given} | options
+    for name in sorted(old.options | options):
+        if name.startswith("opt.") and options.get(name) != old.options.get(name):
+            raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
+    return check(update(cfg, **values, options=options))
+
+
+def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
+    if branch:
+        return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
+    return (
+        f"{cfg.out_dir} holds a run with {name}={was}, now it is {new}: type --{name}={was} to go on with that run, "
+        "--resume=never to start anew, or choose another --out_dir"
+    )
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+def to_toml(cfg: Config, notes: dict) -> str:
+    """The resolved settings as a recipe; `notes` (commit, versions) become comments at its head."""
+
+    def shown(value) -> str:
+        if value is None:
+            return '"none"'
+        if isinstance(value, (tuple, list)):
+            return "[" + ", ".join(shown(v) for v in value) + "]"
+        if isinstance(value, str):
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        return str(value).lower() if isinstance(value, bool) else repr(value)
+
+    lines = [f"# {key}: {value}" for key, value in notes.items()]
+    lines += [f"{name} = {shown(getattr(cfg, name))}" for name in FIELDS]
+    lines += [f'"{name}" = {shown(value)}' for name, value in cfg.options.items()]
+    return "\n".join(lines) + "\n"
+
+
+def help_text() -> str:
+    lines = ["python train.py [recipe.toml] [--field=value ...]", "", "Later wins. The same under torchrun."]
+    for name, f in FIELDS.items():
+        if name in SECTIONS:
+            lines += ["", SECTIONS[name]]
+        lines.append(f"  --{name:17} {f.metadata['help']} [{str(f.default).lower()}]")
+        if any(typing.get_origin(k) is Literal and k is not Auto for k in kinds(name)):
+            lines.append(f"{'':22}one of: {allowed(name)}")
+    lines += ["", "  --opt.NAME=       an argument of the optimizer's constructor, such as --opt.betas=0.9,0.95"]
+    lines += ["  --schedule.NAME=  an argument of the schedule, such as --schedule.shape=cosine"]
+    return "\n".join(lines)

@@ -1,0 +1,234 @@
+"""What a run tells: metrics.jsonl for programs, a bar or plain lines for people, loss.png for both.
+
+    metrics.jsonl   one JSON object a line, flushed line by line, floats with all their digits
+        train        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "step_s", ...}
+        evaluation   {"step", "val_loss", "val_bpb", "val_accuracy", "perplexity"}
+        event        {"step", "event": "resume", "save", "spike", "skip", "rollback", "nonfinite", ...}
+    train.log       the plain lines, whatever the terminal shows
+
+`step` counts completed updates. JSON knows no NaN and no infinity: such a number is written as null, and an
+event "nonfinite" names field and value. A resumed run continues its file, cut back to the loaded step.
+
+    python logger.py plot RUN [RUN ...] [--out=FILE.png]    draw one run (RUN/loss.png) or compare several
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+
+SHOWN = {  # what people see of a row, in this order
+    "loss": "loss {:.4f}".format,
+    "lr": "lr {:.1e}".format,
+    "grad_norm": lambda x: f"grad {x:.2f}" if x >= 0.1 else f"grad {x:.1e}",
+    "tokens_per_s": lambda x: f"{short(x)} tok/s",
+    "mfu": lambda x: f"{100 * x:.3g}% mfu",
+    "val_loss": "val loss {:.4f}".format,
+    "val_bpb": "bpb {:.4f}".format,
+    "val_accuracy": "accuracy {:.1%}".format,
+    "perplexity": "perplexity {:.2f}".format,
+}
+DRAWN = {"resume": "#888888", "skip": "#9467bd", "spike": "#e69f00", "rollback": "#d62728"}  # event: colour
+
+
+def short(n: float) -> str:
+    """950 -> 950, 131072 -> 131k, 2.5e9 -> 2.5B"""
+    size, letter = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if n >= pair[0]), (1, ""))
+    return f"{n / size:.0f}{letter}" if n >= 100 * size else f"{n / size:.3g}{letter}"
+
+
+def to_json(value):
+    """Tensors and numpy scalars become Python numbers; what JSON does not know becomes None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path) -> list[dict]:
+    """The rows of a metrics.jsonl, without lines that are no JSON object: a kill may leave half a line."""
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                pass
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+class Logger:
+    """One per process; with main=False (the other ranks) every method does nothing.
+
+    resumed=False starts a metrics.jsonl, and raises ValueError where out_dir has one. resumed=True keeps its
+    rows up to first_step, the loaded step, and adds an event "resume"; without a file it starts one."""
+
+    def __init__(self, out_dir, steps: int, first_step: int = 0, main: bool = True, resumed: bool = False):
+        self.main, self.steps, self.bar = main, steps, None
+        if not main:
+            return
+        os.makedirs(out_dir, exist_ok=True)
+        path = os.path.join(out_dir, "metrics.jsonl")
+        if os.path.exists(path):
+            if not resumed:
+                raise ValueError(f"{path} belongs to another run: resume it or choose another --out_dir")
+            kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+            with open(path + ".tmp", "w", encoding="utf-8") as file:  # a kill here leaves the old file whole
+                file.writelines(json.dumps(to_json(row)) + "\n" for row in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)
+        self.metrics = open(path, "a", encoding="utf-8", buffering=1)
+        self.log = open(os.path.join(out_dir, "train.log"), "a", encoding="utf-8", buffering=1)
+        self.recent = deque(maxlen=50)  # (step, time at its end) for the ETA: the first, slow step is outside
+        self.n_rows, self.printed_at, self.last_val = 0, 0.0, ""
+        if sys.stderr is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=steps, initial=first_step, dynamic_ncols=True,
+                            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+        if resumed:
+            self.event(first_step, "resume")
+
+    def train(self, row: dict) -> None:
+        """Write a train row and move the bar, or print a line: for the first three and the last row, and
+        whenever 2 s have passed."""
+        if not self.main:
+            return
+        parts = self._record(row)
+        step, now = int(row["step"]), time.monotonic()
+        if self.recent and step <= self.recent[-1][0]:  # rolled back
+            self.recent.clear()
+        self.recent.append((step, now))
+        if len(self.recent) > 1:
+            seconds_per_step = (now - self.recent[0][1]) / (step - self.recent[0][0])
+            eta = timedelta(seconds=round(seconds_per_step * max(self.steps - step, 0)))
+            parts.append(f"eta {str(eta).removeprefix('0:')}")
+        if self.bar is not None:
+            shown = [part for part in parts if not part.startswith("grad")] + [self.last_val]
+            self.bar.set_postfix_str("  ".join(filter(None, shown)), refresh=False)
+            self.bar.update(step - self.bar.n)
+        self.n_rows += 1
+        if self.n_rows <= 3 or step >= self.steps or now - self.printed_at >= 2:
+            self.printed_at = now
+            self._line(step, parts, terminal=self.bar is None)
+
+    def evaluation(self, row: dict) -> None:
+        """Write an evaluation row and print it."""
+        if self.main:
+            parts = self._record(row)
+            self.last_val = parts[0] if parts else ""
+            self._line(int(row["step"]), parts)
+
+    def event(self, step: int, event: str, text: str = "", **fields) -> None:
+        """Write {"step", "event", "text" unless empty, **fields} and print it."""
+        if self.main:
+            self._write({"step": step, "event": event} | ({"text": text} if text else {}) | fields)
+            self._line(step, [event] + ([text] if text else [f"{key} {x}" for key, x in fields.items()]))
+
+    def say(self, text: str, terminal: bool = True) -> None:
+        """A line for people: into train.log, and to the terminal, above the bar if there is one."""
+        if not self.main:
+            return
+        self.log.write(text + "\n")
+        if terminal:
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # may lack letters of a sampled text
+            text = text.encode(encoding, "replace").decode(encoding)
+            print(text, flush=True) if self.bar is None else self.bar.write(text)
+
+    def close(self) -> None:
+        """The end of the run; the bar stays on the screen."""
+        for part in (self.bar, self.metrics, self.log) if self.main else ():
+            if part is not None:
+                part.close()
+
+    def _write(self, row: dict) -> None:
+        self.metrics.write(json.dumps(to_json(row), allow_nan=False, default=str) + "\n")
+
+    def _record(self, row: dict) -> list[str]:
+        """Write a row, and an event for each number in it that is not finite; return what people see."""
+        self._write(row)
+        for key, x in row.items():
+            if x is not None and to_json(x) is None:
+                self._write({"step": row["step"], "event": "nonfinite", "field": key, "value": str(float(x))})
+        return [show(float(row[key])) for key, show in SHOWN.items() if row.get(key) is not None]
+
+    def _line(self, step: int, parts: list[str], terminal: bool = True) -> None:
+        self.say("  ".join([f"step {step:{len(str(self.steps))}}/{self.steps}", *parts]), terminal)
+
+
+def plot(runs, path) -> bool:
+    """Draw the losses of a run's folder, or of a list of them, into the picture file `path`; False, and a
+    sentence, if no loss was logged. FileNotFoundError for a folder without metrics.jsonl."""
+    from statistics import median
+
+    from matplotlib.figure import Figure
+
+    runs = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
+    single, losses, ratios = len(runs) == 1, [], set()
+    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
+    ax = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", xmargin=0.01)
+    for i, run in enumerate(runs):
+        if not os.path.isfile(file := os.path.join(run, "metrics.jsonl")):
+            raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
+        rows = sorted(read_metrics(file), key=lambda row: row["step"])  # a step done again: the last counts
+        train, val, tokens = ({row["step"]: row[key] for row in rows if row.get(key) is not None}
+                              for key in ("loss", "val_loss", "tokens"))
+        if not train and not val:
+            print(f"{run}: no loss was logged, nothing to draw")
+            continue
+        x, y, final = [*train], [*train.values()], [*(val or train).values()][-1]
+        name = os.path.basename(os.path.abspath(run)).replace("$", r"\$")
+        name += f": final {'validation' if val else 'training'} loss {final:.4f}"
+        blue, red = ("#3b75af", "#c8502d") if single else (f"C{i}", f"C{i}")
+        if train:  # medians over 5 % of the run, less at the start: no spike is smeared, nor the first fall
+            half, at = len(y) // 40, sorted({k * (len(y) - 1) // 200 for k in range(201)})
+            middle = [median(y[k - min(k, half) : k + min(k, half) + 1]) for k in at]
+            if single:
+                ax.plot(x, y, color=blue, alpha=0.25, lw=0.8)
+            ax.plot([x[k] for k in at], middle, "-" if len(y) > 1 else "o", color=blue, lw=1.2,
+                    label="training, smoothed" if single else None if val else name)
+        if val:
+            ax.plot([*val], [*val.values()], "o-", ms=4, color=red, label="validation" if single else name)
+        for event, color in DRAWN.items() if single else ():
+            if steps := [row["step"] for row in rows if row.get("event") == event]:
+                ax.vlines(steps, 0, 1, color, "--", f"{event} ({len(steps)})", alpha=0.5, lw=1, zorder=1,
+                          transform=ax.get_xaxis_transform())
+        losses += y + [*val.values()]
+        ratios |= {tokens[step] / step for step in tokens if step}
+    if not losses:
+        return False
+    losses.sort()
+    low, usual, high = losses[0], losses[int(0.98 * (len(losses) - 1))], losses[-1]
+    high = usual if high - low > 2 * (usual - low) > 0 else high  # a spike would flatten all the rest
+    pad = 0.06 * (high - low) or 0.5
+    ax.set_ylim(low - pad, high + pad)
+    ax.set_title(name if single else "Training (lines) and validation (dots)", loc="left", weight="bold")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if len(ratios) == 1:  # the same tokens per step all along
+        ratio = ratios.pop()
+        top = ax.secondary_xaxis("top", functions=(lambda x: x * ratio, lambda x: x / ratio), xlabel="tokens")
+        top.xaxis.set_major_formatter(lambda x, _: short(x))
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    figure.savefig(path)
+    return True
+
+
+if __name__ == "__main__":
+    args = sys.argv[2:]
+    runs = [arg for arg in args if not arg.startswith("-")]
+    outs = [arg.removeprefix("--out=") for arg in args if arg.startswith("--out=")]
+    try:
+        if sys.argv[1:2] != ["plot"] or not runs or len(runs) + len(outs) < len(args):
+            raise ValueError("usage: python logger.py plot RUN [RUN ...] [--out=FILE.png]")
+        out = outs[-1] if outs else os.path.join(runs[0] if len(runs) == 1 else "", "loss.png")
+        if plot(runs, out):
+            print(out)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

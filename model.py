@@ -1,0 +1,272 @@
+"""A GPT in one file: token embedding, blocks of causal attention and MLP, output head, generation.
+
+    x = embed[tokens] (+ positions)                     (B, T, C)
+    x = x + proj(attention(q, k, v of norm(x)))         for each block
+    x = x + mlp_proj(activation(fc(norm(x))))
+    loss = sum over tokens of -log softmax(head(norm(x)))[target]
+
+Two sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU, learned positions, tied
+head, biases) and `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU, untied head, zero-initialised projections,
+capped logits: the choices of the nanoGPT speedruns, Jordan et al. 2024).
+
+Made to be cut up from outside; nothing here knows how:
+- `forward` returns the *sum* of token losses, so that adding over micro-batches and ranks needs no weights;
+- `blocks` is keyed by the global layer number and embedding or head may be absent: a pipeline stage is this model with
+  parts missing, and every parameter has the same name in every layout;
+- q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants them apart;
+- the attention core is the replaceable attribute `Attention.core`;
+- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position): the same
+  start and the same masks on any layout.
+
+Norms, softmax and loss are computed in at least float32. Dropout acts on the embedding and on each block's two outputs;
+attention weights are not dropped (fused attention has no reproducible masks).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4
+    n_embd: int = 256
+    block_size: int = 256
+    vocab_size: int = 256
+    dropout: float = 0.0
+    norm: str = "rmsnorm"  # or layernorm
+    activation: str = "relu2"  # or gelu
+    position: str = "rotary"  # or learned
+    qk_norm: bool = True
+    tied: bool = False
+    bias: bool = False
+    zero_init: bool = True
+    init: str = "fan_in"  # or gpt2
+    logit_cap: float | None = 15.0
+    seed: int = 1337
+
+
+class Where(NamedTuple):
+    """Where the tokens stand: what positions and dropout masks are computed from."""
+
+    positions: Tensor  # (T,) or (B, T) place in the sequence
+    rows: Tensor | None  # (B,) number of the row in the run, for dropout
+    rotary: tuple[Tensor, Tensor] | None  # cos, sin, each (T, D/2) or (B, 1, T, D/2)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.head_size, self.qk_norm = c.n_embd // c.n_head, c.qk_norm
+        self.q = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.k = nn.Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
+        self.v = nn.Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
+        self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.core = causal_attention
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, D)
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if where.rotary is not None:
+            q, k = rotate(q, *where.rotary), rotate(k, *where.rotary)
+        y = self.core(q, k, v)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
+        self.proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
+        self.activation = {"relu2": lambda x: F.relu(x).square(), "gelu": lambda x: F.gelu(x, approximate="tanh")}[c.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.activation(self.fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: GPTConfig, layer: int):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(c), Attention(c)
+        self.mlp_norm, self.mlp = make_norm(c), MLP(c)
+        self.drop_attn = Dropout(c, f"blocks.{layer}.attn")
+        self.drop_mlp = Dropout(c, f"blocks.{layer}.mlp")
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        x = x + self.drop_attn(self.attn(self.attn_norm(x), where), where)
+        return x + self.drop_mlp(self.mlp(self.mlp_norm(x)), where)
+
+
+class GPT(nn.Module):
+    """The model, or the part of it with the given global `layers` and, if asked, embedding and head."""
+
+    def __init__(self, c: GPTConfig, layers=None, embed: bool = True, head: bool = True):
+        super().__init__()
+        self.config = c
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd) if embed else None
+        self.positions = nn.Embedding(c.block_size, c.n_embd) if embed and c.position == "learned" else None
+        self.drop_embed = Dropout(c, "embed")
+        self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in (range(c.n_layer) if layers is None else layers)})
+        self.final_norm = make_norm(c) if head else None
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False) if head else None
+        if c.tied and embed and head:
+            self.head.weight = self.embed.weight
+        self.hits = None  # after a forward in eval mode: how many targets were the likeliest token, a 0-dim tensor
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """x: (B, T) token ids, or (B, T, C) hidden states where the embedding is absent; targets: (B, T) ids.
+
+        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, needed for dropout.
+        Returns the sum of the token losses; logits (B, T, V) without targets; hidden states where the head is absent.
+        """
+        where = self.locate(x, positions, rows)
+        if self.embed is not None:
+            x = self.embed(x)
+            if self.positions is not None:
+                x = x + self.positions(where.positions)
+            x = self.drop_embed(x, where)
+        for block in self.blocks.values():
+            x = block(x, where)
+        if self.head is None:
+            return x
+        logits = self.head(self.final_norm(x))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
+        if self.config.logit_cap is not None:
+            logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+        if targets is None:
+            return logits
+        if not self.training:
+            self.hits = (logits.argmax(-1) == targets).sum()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def locate(self, x: Tensor, positions: Tensor | None, rows: Tensor | None) -> Where:
+        if positions is None:
+            if x.shape[1] > self.config.block_size:
+                raise ValueError(f"{x.shape[1]} tokens are more than block_size={self.config.block_size}")
+            positions = torch.arange(x.shape[1], device=x.device)
+        rotary = None
+        if self.config.position == "rotary":
+            dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+            rotary = rotary_angles(positions, self.config.n_embd // self.config.n_head, dtype)
+        return Where(positions, rows, rotary)
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> Tensor:
+        """n more tokens after ids (B, T): each drawn from softmax(logits / temperature) among the top_k likeliest.
+
+        temperature 0 takes the likeliest. The context is the last block_size tokens.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(n):
+            logits = self(ids[:, -self.config.block_size :])[:, -1].cpu()  # (B, V)
+            if top_k is not None:
+                logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+            ids = torch.cat([ids, token.to(ids.device)], 1)
+        return ids
+
+
+# ---- the pieces -----------------------------------------------------------------------------------------------------
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); each query sees itself and what came before."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)  # computes in float32 for half types, returns x's type
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x)
+
+
+def make_norm(c: GPTConfig) -> nn.Module:
+    return RMSNorm() if c.norm == "rmsnorm" else nn.LayerNorm(c.n_embd, bias=c.bias)
+
+
+def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * 10000^(-2i/D) for the D/2 pairs: (T, D/2), or (B, 1, T, D/2) for positions (B, T)."""
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
+    angle = positions.to(dtype).unsqueeze(-1) * frequency
+    angle = angle.unsqueeze(1) if positions.ndim == 2 else angle
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (x[i], x[i + D/2]) turned by its angle (Su et al. 2021, 2104.09864)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): no generator, no state.
+
+    Cutting the batch, the sequence or the layers over ranks leaves every mask as it was, and a resumed run goes on
+    with the masks it would have had.
+    """
+
+    def __init__(self, c: GPTConfig, name: str):
+        super().__init__()
+        self.p, self.key = c.dropout, key(c.seed, name)
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        """x: (B, T, C)."""
+        if not self.training or self.p == 0:
+            return x
+        if where.rows is None:
+            raise ValueError("dropout needs the numbers of the rows: model(x, targets, rows=...)")
+        h = mix(mix(where.rows.unsqueeze(1) + self.key) + where.positions)  # (B, T)
+        h = mix(h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1)  # (B, T, C), uniform in [0, 2^32)
+        return x * (h >= int(self.p * 2**32)).to(x.dtype) / (1 - self.p)
+
+
+def mix(h: Tensor) -> Tensor:
+    """A 32-bit integer hash kept in int64 (multiply and shift; constants of Mueller's integer hash)."""
+    for _ in range(2):
+        h = ((h & 0xFFFFFFFF) ^ ((h & 0xFFFFFFFF) >> 16)) * 0x45D9F3B
+    return (h & 0xFFFFFFFF) ^ ((h & 0xFFFFFFFF) >> 16)
+
+
+def key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
+
+
+# ---- the start ------------------------------------------------------------------------------------------------------
+def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole initial tensor of the parameter with this full name, float32 on the CPU: a function of (seed, name).
+
+    gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream. fan_in: embeddings 1,
+    matrices 0.5/sqrt(fan_in). zero_init: those projections and an untied head start at 0, so that every block starts
+    as the identity.
+    """
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    into_residual, embedding = name.endswith("proj.weight"), name in ("embed.weight", "positions.weight")
+    if c.zero_init and (into_residual or name == "head.weight"):
+        return torch.zeros(shape)
+    if c.init == "gpt2":
+        std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
+    else:
+        std = (1.0 if not c.tied else 0.02) if embedding else 0.5 / math.sqrt(shape[1])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(key(c.seed, name))) * std
+
+
+@torch.no_grad()
+def init_weights(model: GPT) -> GPT:
+    """Every parameter of this part set to its initial weight, in its own dtype and on its own device."""
+    for name, p in model.named_parameters():
+        p.copy_(initial_weight(model.config, name, tuple(p.shape)))
+    return model

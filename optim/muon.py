@@ -1,0 +1,203 @@
+"""Muon: momentum, orthogonalised. Every singular value of a matrix's update becomes about 1.
+
+    b ← μ·b + (1−μ)·g                                  momentum
+    u = (1−μ)·g + μ·b                                  Nesterov;  u = b  without
+    X ← u / max(‖u‖, 1e-7)                             so that all singular values lie in [0, 1]
+    ns_steps times (Newton–Schulz):                    a·s + b·s³ + c·s⁵ acts on each singular value s and leaves
+        A = X·Xᵀ;  X ← a·X + (b·A + c·A²)·X            the singular vectors; tall matrices are transposed first
+    p ← p·(1 − lr·λ)                                   decoupled decay, before the step
+    p ← p − lr·k·X                                     k = √max(1, rows/cols)   or   .2·√max(rows, cols)
+
+    p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)
+    b `momentum_buffer`   μ `momentum`   λ `weight_decay`   k `adjust_lr_fn`   (a, b, c) `ns`
+
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and gives the cubic as the
+method; it is the quintic, which gives up precision (singular values end in .7 … 1.2) for speed. `ns` is one of
+    quintic  (3.4445, −4.7750, 2.0315) at every step
+    cubic    (1.5, −.5, 0): converges exactly, but slowly; to compare, with 10 steps or more
+    polar    the best triple for each step (Polar Express, Amsel et al. 2025, 2505.16932), the paper's safety factor
+             of 1.01 included
+`normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row a neuron (dim 0):
+    v ← β₂·v + (1−β₂)·mean of X² over the row;  X ← X/(√v + 1e-10), then scaled back to the norm X had    v `row_sq`
+`cautious`: decay only those elements where X·p > 0, that is, which the step moves towards 0 anyway.
+
+lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm), at any width; .02
+is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is .2·lr, so AdamW's lr and λ carry over.
+State: 4 bytes a parameter (+ 4 a row for NorMuon), 8 in AdamW groups, doubled for float64 parameters. Half-precision
+parameters keep float32 state.
+
+Muon is for hidden matrices. Groups with `use_muon=False` (embeddings, head, vectors) take AdamW in the same object:
+    Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95), "eps": 1e-10}])
+Needs whole matrices. Clip gradients before, if at all: the orthogonalised update has nothing left to clip.
+"""
+
+import math
+
+import torch
+
+POLAR = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+]
+COEFFICIENTS = {  # triples for steps 1, 2, …; the last one repeats
+    "quintic": [(3.4445, -4.7750, 2.0315)],
+    "cubic": [(1.5, -0.5, 0.0)],
+    "polar": [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR] + [(1.875, -1.25, 0.375)],
+}
+SCALES = {"original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
+          "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols))}
+ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}  # groups with use_muon=False
+
+
+def orthogonalize(u: torch.Tensor, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(n, rows, cols) -> the same shape and dtype, singular values near 1; products in `dtype` (None = u's)."""
+    X = (u / u.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype or u.dtype)
+    tall = u.shape[1] > u.shape[2]
+    X = X.mT if tall else X
+    for i in range(ns_steps):
+        a, b, c = COEFFICIENTS[ns][min(i, len(COEFFICIENTS[ns]) - 1)]
+        A = torch.bmm(X, X.mT)  # (n, short side, short side)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+        X = torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).to(u.dtype)
+
+
+def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype, adjust_lr_fn,
+                normuon_beta2, cautious) -> None:
+    """One step for parameters of one shape, in place on the lists `ps`, `bufs` and, for NorMuon, `row_sqs` of (rows, 1)."""
+    us = []
+    for g, b in zip(gs, bufs):
+        b.lerp_(g, 1 - momentum)
+        us.append((g.lerp(b, momentum) if nesterov else b).flatten(1))
+    X = orthogonalize(torch.stack(us), ns, ns_steps, ns_dtype)  # (n, rows, cols)
+    for p, x, v in zip(ps, X, row_sqs):
+        if normuon_beta2 is not None:
+            v.lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
+            y = x / (v.sqrt() + 1e-10)
+            x = y * (x.norm() / (y.norm() + 1e-10))
+        scale = SCALES[adjust_lr_fn](*x.shape)
+        x = x.reshape(p.shape)
+        p.mul_(1 - lr * weight_decay * (x * p > 0) if cautious else 1 - lr * weight_decay)
+        p.add_(x, alpha=-lr * scale)
+
+
+def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay) -> None:
+    """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
+    p.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    p.addcdiv_(exp_avg, (exp_avg_sq / (1 - beta2**t)).sqrt_().add_(eps), value=-lr / (1 - beta1**t))
+
+
+class Muon(torch.optim.Optimizer):
+    """Raises ValueError for hyperparameters out of range and for vectors in a Muon group, RuntimeError for sparse or complex
+    gradients. `ns_dtype`: dtype of the products, or its name; None = bfloat16, and float64 for float64 parameters."""
+
+    elementwise: bool = False  # needs whole matrices; only its use_muon=False groups are elementwise
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, nesterov: bool = True,
+                 ns_steps: int = 5, ns: str = "quintic", adjust_lr_fn: str = "original",
+                 ns_dtype: torch.dtype | str | None = None, normuon_beta2: float | None = None, cautious: bool = False):
+        super().__init__(params, {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "ns_steps": ns_steps,
+            "ns": ns, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype, "normuon_beta2": normuon_beta2,
+            "cautious": cautious, "use_muon": True})
+
+    def add_param_group(self, param_group: dict) -> None:
+        group = {**self.defaults, **({} if param_group.get("use_muon", True) else ADAMW), **param_group}
+        group_and_betas = {**group, **{f"betas[{i}]": beta for i, beta in enumerate(group.get("betas", ()))}}
+        for name, x in group_and_betas.items():
+            end = {"lr": "inf", "weight_decay": "inf", "eps": "inf", "momentum": 1, "normuon_beta2": 1,
+                   "betas[0]": 1, "betas[1]": 1}.get(name)
+            if end and x is not None and not 0 <= x < float(end):
+                raise ValueError(f"Muon: {name}={x} is not allowed; it must lie in [0, {end})")
+        for name, allowed in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
+            if group[name] not in allowed:
+                raise ValueError(f"Muon: {name}={group[name]!r} is not allowed; it must be one of {', '.join(allowed)}")
+        if not (isinstance(group["ns_steps"], int) and group["ns_steps"] > 0):
+            raise ValueError(f"Muon: ns_steps={group['ns_steps']} is not allowed; it must be an integer from 1")
+        if group["ns_dtype"] is not None:  # kept by name, so that a checkpoint can hold it as text
+            group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
+            if not getattr(getattr(torch, group["ns_dtype"], None), "is_floating_point", False):
+                raise ValueError(f"Muon: ns_dtype={group['ns_dtype']} is not allowed; it must name a floating dtype")
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            if p.ndim < 2 and group["use_muon"]:
+                self.param_groups.pop()
+                raise ValueError(f"Muon: a parameter of shape {tuple(p.shape)} is no matrix; put it into a group with "
+                                 "use_muon=False, which takes AdamW")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            batches = {}  # matrices of one shape and dtype go together; each other parameter goes alone
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    if p.grad.layout != torch.strided or p.is_complex():
+                        raise RuntimeError("Muon: sparse and complex gradients are not supported; use dense real ones")
+                    key = (p.shape[0], p[0].numel(), p.dtype, p.device) if group["use_muon"] else i
+                    batches.setdefault(key, []).append(p)
+            for ps in batches.values():
+                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]  # p itself, unless half precision
+                gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
+                (self._muon if group["use_muon"] else self._adamw)(group, ps, works, gs)
+                for p, work in zip(ps, works):
+                    if work is not p:
+                        p.copy_(work)  # the one rounding
+        return loss
+
+    def _muon(self, group: dict, ps: list, works: list, gs: list) -> None:
+        for p, work in zip(ps, works):
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(work)
+            if group["normuon_beta2"] is not None and "row_sq" not in self.state[p]:
+                self.state[p]["row_sq"] = work.new_zeros(work.shape[0], 1)
+        states = [self.state[p] for p in ps]
+        dtype = getattr(torch, group["ns_dtype"] or ("float64" if works[0].dtype == torch.float64 else "bfloat16"))
+        muon_update(works, gs, [s["momentum_buffer"] for s in states], [s.get("row_sq") for s in states],
+                    group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], group["ns"], group["ns_steps"],
+                    dtype, group["adjust_lr_fn"], group["normuon_beta2"], group["cautious"])
+
+    def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
+        for p, work, g in zip(ps, works, gs):
+            state = self.state[p]
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+            state["step"] += 1
+            adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], *group["betas"],
+                         group["eps"], group["weight_decay"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """The base class casts state to the parameter's dtype; here it keeps full precision."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            for name, x in state_dict["state"].get(i, {}).items():
+                if torch.is_tensor(x):
+                    self.state[p][name] = x.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for ns, steps in ("quintic", 5), ("cubic", 25), ("polar", 8):
+        s = torch.linalg.svdvals(orthogonalize(torch.randn(1, 40, 60, dtype=torch.float64), ns, steps))
+        print(f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to {s.max():.3f}")
+    inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
+    weight, bias = torch.zeros(16, 32, requires_grad=True), torch.zeros(16, requires_grad=True)
+    optimizer = Muon([{"params": [weight]}, {"params": [bias], "use_muon": False, "lr": 0.01}], lr=0.1)
+    for t in range(300):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - t / 300)
+        optimizer.zero_grad()
+        loss = (inputs @ (weight - teacher).T + bias - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+    print(f"Muon with AdamW for the bias: a linear layer learns its teacher, loss {loss:.0e} after 300 steps")

@@ -1,0 +1,62 @@
+"""Which parameter gets which treatment: every trainable parameter in exactly one group.
+
+    embedding   weights of nn.Embedding, a tied head among them      own lr   no weight decay
+    head        Linear outside the blocks                            own lr   decay
+    matrix      every other weight with two or more dimensions       lr       decay       (Muon, SOAP, ... work on these)
+    scalar      gains and biases: fewer than two dimensions          own lr   no weight decay
+
+Decided by the type of the module and the number of dimensions. Going by "embedding" or "norm" in the name, as many
+recipes do, misses `wte` and decays it.
+"""
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """{parameter name: embedding | head | matrix | scalar} for every trainable parameter, each storage once."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in embeddings:
+            found[name] = "embedding"
+        elif p.ndim < 2:
+            found[name] = "scalar"
+        else:
+            found[name] = "matrix" if "." in name.removesuffix(".weight") else "head"
+    return found
+
+
+def param_groups(model: nn.Module, lrs: dict[str, float], weight_decay: float, muon: bool = False) -> list[dict]:
+    """Groups for an optimizer's constructor, each with its `kind` and its parameters' full `names`.
+
+    lrs: kind -> learning rate. With `muon`, all but the matrices carry `use_muon=False`.
+    """
+    params, groups = dict(model.named_parameters()), {}
+    for name, kind in kinds(model).items():
+        groups.setdefault(kind, []).append(name)
+    return [
+        dict(kind=kind, names=names, params=[params[n] for n in names], lr=lrs[kind],
+             weight_decay=0.0 if kind in ("embedding", "scalar") else weight_decay,
+             **({"use_muon": False} if muon and kind != "matrix" else {}))
+        for kind, names in groups.items()
+    ]  # fmt: skip
+
+
+def state_by_name(optimizer: Optimizer) -> dict:
+    """The optimizer's state by parameter name, and its groups without the parameters: what load_state_by_name takes."""
+    state = {n: optimizer.state[p] for g in optimizer.param_groups for n, p in zip(g["names"], g["params"]) if p in optimizer.state}
+    groups = {g["kind"]: {k: v for k, v in g.items() if k not in ("params", "names", "kind")} for g in optimizer.param_groups}
+    return dict(state=state, groups=groups)
+
+
+def load_state_by_name(optimizer: Optimizer, saved: dict) -> None:
+    """State and whatever the groups count; the learning rates and the decay stay the config's."""
+    new = optimizer.state_dict()
+    for group in new["param_groups"]:
+        old = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["groups"][group["kind"]].items()}
+        group.update({k: v for k, v in old.items() if k not in ("lr", "initial_lr", "weight_decay")})
+    new["state"] = {i: saved["state"][n] for g in new["param_groups"] for n, i in zip(g["names"], g["params"]) if n in saved["state"]}
+    optimizer.load_state_dict(new)

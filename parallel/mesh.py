@@ -1,0 +1,90 @@
+"""Who stands where: the ranks of a run as one 4-D grid (pp, dp, cp, tp), always all four, most of them of size 1.
+
+    rank = ((pp_i * dp + dp_i) * cp + cp_i) * tp + tp_i            tp innermost: neighbours share the fastest link
+
+    pp  pipeline stages: layers are split          dp  data parallel: sequences are split
+    cp  context parallel: each sequence is split   tp  tensor parallel: each matrix is split
+
+A group holds the ranks that differ from me in one coordinate alone. A group of size 1 is None, and a collective over
+None is the identity: one process runs the same lines as a thousand.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+AXES = ("pp", "dp", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    sizes: dict[str, int]  # {"pp": 1, "dp": 4, "cp": 1, "tp": 1}
+    coords: dict[str, int]  # my place on each axis
+    groups: dict[str, dist.ProcessGroup | None]  # None where the size is 1
+    rank: int
+    world: int
+    device: torch.device  # where small tensors must lie to be sent
+
+    def sum(self, *values: float) -> list[float]:
+        """Numbers added over all ranks, in float64."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        x = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(x)
+        return x.tolist()
+
+    def agree(self, value: int) -> int:
+        """Rank 0's value on every rank; also a barrier."""
+        return int(self.sum(value if self.rank == 0 else 0)[0])
+
+
+def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:
+    """The grid over the existing process group (or over this one process); dp takes what the others leave.
+
+    Collective: all ranks make all groups in the same order. Raises ValueError if the sizes do not divide the world.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world % (tp * cp * pp):
+        raise ValueError(f"tp*cp*pp = {tp * cp * pp} does not divide the {world} processes; start with "
+                         f"torchrun --nproc_per_node={tp * cp * pp} or a multiple of it")  # fmt: skip
+    sizes = dict(pp=pp, dp=world // (tp * cp * pp), cp=cp, tp=tp)
+    grid = torch.arange(world).view(*sizes.values())
+    coords = dict(zip(AXES, (int(i) for i in (grid == rank).nonzero()[0])))
+    groups = dict.fromkeys(AXES)
+    for dim, axis in enumerate(AXES):
+        if sizes[axis] > 1:
+            for members in grid.movedim(dim, -1).reshape(-1, sizes[axis]).tolist():
+                group = dist.new_group(members)
+                if rank in members:
+                    groups[axis] = group
+    return Mesh(sizes, coords, groups, rank, world, device)
+
+
+def start(device: torch.device, minutes: float = 10) -> bool:
+    """Joins the processes torchrun started; True if this call made the process group (and should destroy it).
+
+    gloo on a CPU, NCCL on GPUs. A collective that waits longer than `minutes` ends the run.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    return True
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises ValueError for a device this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device={name} is not to be had here ({str(error).splitlines()[0]}); type --device=cpu") from None
+    return device

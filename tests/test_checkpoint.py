@@ -1,0 +1,611 @@
+import errno
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from safetensors.torch import load_file
+
+import checkpoint
+from checkpoint import CheckpointDamaged, RunLock, Slice, load, newest, prune, resolve, save
+
+needs_fork = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="needs fork, which this system lacks"
+)
+
+
+def raw(t):
+    return t.contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def random_bits(shape, dtype, seed=0):
+    """Any bit pattern, so also NaNs with a payload, infinities, subnormals and -0."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    high = 2 if dtype == torch.bool else 256
+    data = torch.randint(0, high, (n_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return data.view(dtype).view(shape)
+
+
+def grid(rows=8, columns=6):
+    return torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
+
+
+def steps(out_dir):
+    return sorted(int(p.name.split("-")[1]) for p in Path(out_dir).glob("step-*"))
+
+
+def leftovers(out_dir):
+    return [p.name for p in Path(out_dir).iterdir() if p.name.startswith((".tmp", ".old"))]
+
+
+# ---- one process ----
+
+
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES.keys())
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (4, 3, 2)], ids=str)
+def test_every_dtype_and_shape_returns_bitwise(tmp_path, dtype, shape):
+    t = random_bits(shape, dtype)
+    read = load(save(tmp_path, 1, {"a": {"b.weight": t}, "odd": random_bits((3,), torch.uint8)})).tree()["a"]["b.weight"]
+    assert (read.dtype, read.shape) == (dtype, shape)
+    assert raw(read) == raw(t)
+    if len(shape) == 3:
+        box = load(tmp_path / "step-00000001").tensor("a/b.weight", offsets=(1, 0, 1), shape=(2, 3, 1))
+        assert raw(box) == raw(t[1:3, 0:3, 1:2])
+
+
+def test_tree_returns_with_its_lists_order_and_non_finite_numbers(tmp_path):
+    tree = {"z": [1, {"t": torch.ones(2)}, []], "a": {"": 0}.get(""), "s": "é/\n", "big": 2**200, "none": None, "e": {}}
+    tree |= {"yes": True, "tiny": 5e-324, "third": 1 / 3, "inf": math.inf, "low": -math.inf, "nan": math.nan}
+    read = load(save(tmp_path, 7, tree)).tree()
+    assert list(read) == list(tree)
+    assert torch.equal(read["z"][1].pop("t"), torch.ones(2))
+    assert math.isnan(read.pop("nan"))
+    tree["z"][1].pop("t")
+    tree.pop("nan")
+    assert read == tree
+    assert read["yes"] is True
+    assert load(save(tmp_path, 8, {"pair": (1, 2)})).tree() == {"pair": [1, 2]}
+
+
+def test_non_contiguous_and_tied_tensors_return(tmp_path):
+    w = grid()
+    parameter = torch.nn.Parameter(w.T)
+    read = load(save(tmp_path, 1, {"w": w, "tied": w, "columns": w[:, ::2], "t": parameter})).tree()
+    for name, want in {"w": w, "tied": w, "columns": w[:, ::2], "t": w.T}.items():
+        assert torch.equal(read[name], want), name
+
+
+def test_a_branch_and_a_box_are_read_alone(tmp_path):
+    c = load(save(tmp_path, 3, {"model": {"w": grid()}, "optim": [{"lr": 0.1}]}))
+    assert (c.step, c.names(), c.path) == (3, ["model/w"], tmp_path / "step-00000003")
+    assert torch.equal(c.tree("model")["w"], grid())
+    assert c.tree("optim/0") == {"lr": 0.1}
+    assert torch.equal(c.tensor("model/w", (2,  3), (4, 2)), grid()[2:6, 3:5])
+    assert torch.equal(c.tensor("model/w", (6, 0)), grid()[6:])
+    for offsets, shape in [((6, 0), (3, 6)), ((-1, 0), (2, 6)), ((0,), (8,))]:
+        with pytest.raises(ValueError, match="no box"):
+            c.tensor("model/w", offsets, shape)
+    with pytest.raises(ValueError, match="names()"):
+        c.tensor("model/v")
+    with pytest.raises(ValueError, match="it has model, optim"):
+        c.tree("modle")
+
+
+def test_what_is_read_does_not_share_memory_with_the_file(tmp_path):
+    path = save(tmp_path, 1, {"w": grid()})
+    load(path).tensor("w").zero_()
+    assert torch.equal(load(path).tensor("w"), grid())
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        ({"a/b": 1}, "without '/'"),
+        ({0: 1}, "keys are strings"),
+        ({"m": {"$": 1}}, "m is a dict"),
+        ({"m": {"d": torch.float32}}, "m/d is a dtype"),
+        ({"c": torch.zeros(2, dtype=torch.complex64)}, "c is torch.complex64"),
+        ({"w": Slice(torch.zeros(2, 3), (4, 3), (0, 0))}, r"no rank holds the part of w \[4, 3\] that begins at \[2, 0\]"),
+        ({"w": Slice(torch.zeros(2, 3), (4, 3), (3, 0))}, "beyond its shape"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_in_one_sentence(tmp_path, tree, sentence):
+    save(tmp_path, 1, {"good": 1})
+    with pytest.raises(ValueError, match=sentence):
+        save(tmp_path, 2, tree)
+    assert steps(tmp_path) == [1]
+    assert not leftovers(tmp_path)
+
+
+def test_any_safetensors_reader_reads_the_files(tmp_path):
+    t = {"f8": random_bits((3,), torch.float8_e4m3fn), "w": grid(), "flag": torch.tensor(True), "b": torch.ones(3).bfloat16()}
+    read = load_file(save(tmp_path, 1, t) / "rank_0.safetensors")
+    assert {k: raw(v) for k, v in read.items()} == {k: raw(v) for k, v in t.items()}
+
+
+# ---- keeping and choosing ----
+
+
+def test_keep_deletes_the_oldest_by_number(tmp_path):
+    for step in [2, 10, 9, 123456789]:
+        save(tmp_path, step, {"s": step}, keep=2)
+    assert steps(tmp_path) == [10, 123456789]
+    assert newest(tmp_path).tree() == {"s": 123456789}
+    prune(tmp_path, 1)
+    assert steps(tmp_path) == [123456789]
+    with pytest.raises(ValueError, match="at least 1"):
+        prune(tmp_path, 0)
+
+
+def test_saving_behind_damaged_newer_ones_keeps_what_was_saved(tmp_path):
+    for step in [30, 40]:
+        (save(tmp_path, step, {}) / "index.json").unlink()
+    save(tmp_path, 10, {}, keep=2)
+    save(tmp_path, 20, {}, keep=1)
+    assert newest(tmp_path, warn=lambda _: None).step == 20
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1, {"v": 1})
+    save(tmp_path, 1, {"v": 2})
+    assert newest(tmp_path).tree() == {"v": 2}
+    assert not leftovers(tmp_path)
+
+
+def test_foreign_names_are_neither_read_nor_deleted(tmp_path):
+    for name in ["step-7", "step-99999999.bak", ".tmp-mine", "notes"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000099").write_text("a file")
+    (tmp_path / ".tmp-step-00000005").mkdir()
+    save(tmp_path, 1, {}, keep=1)
+    assert newest(tmp_path, warn=pytest.fail).step == 1
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"step-7", "step-99999999.bak", ".tmp-mine", "notes", "step-00000099", "step-00000001"}
+
+
+def test_resolve_takes_a_run_or_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="not a folder"):
+        resolve(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no intact checkpoint"):
+        resolve(tmp_path)
+    save(tmp_path, 1, {})
+    save(tmp_path, 2, {})
+    assert resolve(tmp_path).step == 2
+    assert resolve(tmp_path / "step-00000001").step == 1
+    (tmp_path / "step-00000001").rename(tmp_path / "best")
+    assert resolve(str(tmp_path / "best")).step == 1
+    assert newest(tmp_path / "nowhere") is None
+
+
+# ---- damage ----
+
+
+def flip(path, where):
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGE = {
+    "truncated": (lambda p: truncate(p / "rank_0.safetensors"), "bytes, but"),
+    "longer": (lambda p: (p / "rank_0.safetensors").open("ab").write(b"x"), "bytes, but"),
+    "data flipped": (lambda p: flip(p / "rank_0.safetensors", -1), "another sha256"),
+    "header flipped": (lambda p: flip(p / "rank_0.safetensors", 3), "another sha256"),
+    "index flipped": (lambda p: flip(p / "index.json", (p / "index.json").read_bytes().index(b"0.125") + 2), "another sha256"),
+    "index truncated": (lambda p: truncate(p / "index.json"), "another sha256"),
+    "index empty": (lambda p: (p / "index.json").write_text(""), "another sha256"),
+    "shard gone": (lambda p: (p / "rank_0.safetensors").unlink(), "rank_0.safetensors cannot be read: No such file"),
+    "index gone": (lambda p: (p / "index.json").unlink(), "no readable index.json"),
+    "emptied": (lambda p: [f.unlink() for f in p.iterdir()], "no readable index.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, kind, capsys):
+    tree = {"w": grid(), "lr": 0.125}
+    save(tmp_path, 9, tree)
+    damage, sentence = DAMAGE[kind]
+    damage(save(tmp_path, 10, tree))
+    with pytest.raises(CheckpointDamaged, match=sentence):
+        load(tmp_path / "step-00000010")
+    assert newest(tmp_path).step == 9
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert sentence in printed
+    assert "step-00000010" in printed
+
+
+def test_every_flipped_bit_of_the_index_is_found(tmp_path):
+    path = save(tmp_path, 1, {"w": torch.ones(2, 2), "lr": 0.1, "nan": math.nan})
+    index = (path / "index.json").read_bytes()
+    for i in range(len(index)):
+        flip(path / "index.json", i)
+        with pytest.raises(CheckpointDamaged):
+            load(path)
+        (path / "index.json").write_bytes(index)
+    load(path)
+
+
+def reseal(path, change):
+    """An index.json changed by someone who also corrects its checksum."""
+    body = json.loads((path / "index.json").read_bytes())["body"]
+    change(body)
+    body["files"] = {
+        name: {"sha256": checkpoint._sha256((path / name).read_bytes()), "bytes": (path / name).stat().st_size}
+        for name in body["files"]
+        if (path / name).exists()
+    }
+    sealed = {"body": body, "sha256": checkpoint._sha256(checkpoint._json(body))}
+    (path / "index.json").write_bytes(checkpoint._json(sealed))
+
+
+class Bomb:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("file", ["rank_0.safetensors", "index.json"])
+def test_a_pickle_in_place_of_a_file_runs_no_code(tmp_path, file):
+    path = save(tmp_path, 1, {"w": torch.ones(2)})
+    (path / file).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    if file != "index.json":
+        reseal(path, lambda body: None)
+    with pytest.raises(CheckpointDamaged):
+        load(path).tree()
+    if file != "index.json":
+        with pytest.raises(CheckpointDamaged):
+            load(path, verify=False).tree()
+    assert not (tmp_path / "ran").exists()
+
+
+def other_file(body, name):
+    body["files"][name] = body["files"].pop("rank_0.safetensors")
+    body["tensors"]["w"]["slices"][0]["file"] = name
+
+
+FORGED = {
+    "parent folder": lambda body: other_file(body, "../rank_0.safetensors"),
+    "absolute path": lambda body: other_file(body, "/tmp/rank_0.safetensors"),
+    "other shape": lambda body: body["tensors"]["w"].update(shape=[99]),
+    "beyond": lambda body: body["tensors"]["w"]["slices"][0].update(offsets=[1]),
+    "other stored shape": lambda body: (body["tensors"]["w"]["slices"][0].update(shape=[1]), body["tensors"]["w"].update(shape=[1])),
+    "other dtype": lambda body: body["tensors"]["w"].update(dtype="F64"),
+    "other key": lambda body: body["tensors"]["w"]["slices"][0].update(key="v"),
+    "no tensors": lambda body: body.update(tensors={}),
+    "not a dict": lambda body: body.update(tensors=[1]),
+    "missing part": lambda body: body.pop("tree"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_index_is_refused(tmp_path, kind):
+    path = save(tmp_path, 1, {"w": torch.ones(2)})
+    (tmp_path / "rank_0.safetensors").write_bytes((path / "rank_0.safetensors").read_bytes())
+    reseal(path, FORGED[kind])
+    with pytest.raises(CheckpointDamaged):
+        load(path)
+    if "p" in kind.split()[0][:1]:  # not even without verification
+        with pytest.raises(CheckpointDamaged, match=r"no rank_N\.safetensors"):
+            load(path, verify=False).tree()
+
+
+def test_a_later_format_stops_instead_of_falling_back(tmp_path):
+    save(tmp_path, 1, {})
+    reseal(save(tmp_path, 2, {}), lambda body: body.update(format=2))
+    with pytest.raises(ValueError, match="use the version that wrote it") as e:
+        newest(tmp_path)
+    assert not isinstance(e.value, CheckpointDamaged)
+
+
+# ---- several ranks ----
+
+
+def box_of(rank, world, t, dim):
+    rows = torch.arange(t.shape[dim]).chunk(world)[rank]
+    offsets = [0] * t.dim()
+    offsets[dim] = int(rows[0])
+    return Slice(t.index_select(dim, rows), tuple(t.shape), tuple(offsets))
+
+
+def save_slices(rank, world, out_dir):
+    whole = random_bits((8, 6), torch.bfloat16)
+    fp8 = random_bits((8,), torch.float8_e5m2)
+    nobody = Slice(fp8[:0], (8,), (0,))  # a rank may hold nothing of a tensor
+    tree = {
+        "model": {"rows": box_of(rank, world, whole, 0), "same": whole, f"stage{rank}": torch.tensor(rank)},
+        "columns": box_of(rank // 2, world // 2, whole, 1),  # each slice on two ranks
+        "fp8": nobody if rank == 0 else box_of(rank - 1, world - 1, fp8, 0),
+        "groups": [{"lr": rank / 2, f"only{rank}": rank}],
+        "rank": rank,
+    }
+    save(out_dir, 4, tree if rank != 2 else tree | {"late": 1})
+
+
+def test_any_layout_reads_what_four_ranks_saved(tmp_path):
+    run_ranks(4, save_slices, tmp_path)
+    c = load(tmp_path / "step-00000004")
+    whole, fp8 = random_bits((8, 6), torch.bfloat16), random_bits((8,), torch.float8_e5m2)
+    tree = c.tree()
+    for read in (tree["model"]["rows"], tree["columns"], tree["model"]["same"]):
+        assert raw(read) == raw(whole)
+    assert raw(tree["fp8"]) == raw(fp8)
+    for r0 in range(8):
+        for r1 in range(r0, 9):
+            for name in ("model/rows", "columns"):
+                assert raw(c.tensor(name, (r0, 1), (r1 - r0, 4))) == raw(whole[r0:r1, 1:5])
+    assert [int(tree["model"][f"stage{r}"]) for r in range(4)] == [0, 1, 2, 3]
+    assert tree["groups"] == [{"lr": 0.0, "only0": 0, "only1": 1, "only2": 2, "only3": 3}]
+    assert (tree["rank"], tree["late"]) == (0, 1)
+    files = [load_file(c.path / f"rank_{r}.safetensors") for r in range(4)]
+    assert ["model/same" in f for f in files] == [True, False, False, False]
+    assert ["columns" in f for f in files] == [True, False, True, False]
+
+
+def test_reading_a_box_opens_only_the_files_that_overlap_it(tmp_path):
+    run_ranks(4, save_slices, tmp_path)
+    (tmp_path / "step-00000004" / "rank_3.safetensors").unlink()
+    c = load(tmp_path / "step-00000004", verify=False)
+    assert c.tensor("model/rows", shape=(6, 6)).shape == (6, 6)
+    with pytest.raises(CheckpointDamaged, match="rank_3"):
+        c.tensor("model/rows")
+
+
+def save_and_reload_elsewhere(rank, world, out_dir):
+    t = grid()
+    save(out_dir, 1, {"w": box_of(rank, world, t, 0)} if rank else {"w": box_of(0, world, t, 0)})
+    other = box_of(rank, world, t, 1)  # saved by rows, read by columns
+    read = load(out_dir / "step-00000001").tensor("w", other.offsets, other.tensor.shape)
+    return torch.equal(read, other.tensor)
+
+
+def test_rows_are_read_back_as_columns_on_three_ranks(tmp_path):
+    assert run_ranks(3, save_and_reload_elsewhere, tmp_path) == [True] * 3
+
+
+def save_in_a_subgroup(rank, world, out_dir):
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    save(out_dir / str(rank // 2), 1, {f"r{rank}": torch.tensor(rank)} if rank != 1 else {}, group=groups[rank // 2])
+
+
+def test_a_group_saves_alone_and_an_empty_rank_has_no_file(tmp_path):
+    run_ranks(4, save_in_a_subgroup, tmp_path)
+    assert load(tmp_path / "0" / "step-00000001").names() == ["r0"]
+    assert load(tmp_path / "1" / "step-00000001").names() == ["r2", "r3"]
+    assert not (tmp_path / "0" / "step-00000001" / "rank_1.safetensors").exists()
+
+
+def save_dtensors(rank, world, out_dir):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = torch.nn.Linear(6, 8, dtype=torch.float64)
+    places = {"weight": Shard(0), "bias": Replicate()}
+    for name, place in places.items():
+        t = grid() if name == "weight" else grid()[0:1, :].new_tensor(range(8))
+        setattr(model, name, torch.nn.Parameter(distribute_tensor(t, mesh["tp"], [place])))
+    fully_shard(model, mesh=mesh["dp"])  # cuts the rows of the weight a second time
+    uneven = distribute_tensor(grid(5, 3), mesh, [Shard(0), Shard(1)])
+    save(out_dir, 1, {"model": model.state_dict(), "uneven": uneven})
+    with pytest.raises(ValueError, match="not summed"):
+        save(out_dir, 2, {"p": DTensor.from_local(torch.ones(2), mesh["tp"], [Partial()])})
+
+
+def test_dtensors_of_fsdp_over_tensor_parallel_are_saved_as_slices(tmp_path):
+    run_ranks(4, save_dtensors, tmp_path)
+    tree = newest(tmp_path).tree()
+    assert torch.equal(tree["model"]["weight"], grid())
+    assert torch.equal(tree["model"]["bias"], torch.arange(8, dtype=torch.float64))
+    assert torch.equal(tree["uneven"], grid(5, 3))
+
+
+def fail_on_one(rank, world, out_dir, where, failing):
+    save(out_dir, 1, {"w": grid(), "mine": {str(rank): torch.ones(3)}})
+    real = getattr(checkpoint, where)
+
+    def full(path, *args):
+        if rank == failing:
+            if where == "_write":
+                Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, *args)
+
+    setattr(checkpoint, where, full)
+    try:
+        save(out_dir, 2, {"w": grid(), "mine": {str(rank): torch.ones(3)}}, keep=1)
+    except OSError as e:
+        return str(e)
+    finally:
+        setattr(checkpoint, where, real)
+
+
+@pytest.mark.parametrize(("where", "failing"), [("_write", 0), ("_write", 1), ("_sync", 0), ("prune", 0)])
+def test_a_full_disk_on_one_rank_raises_on_all_and_loses_nothing(tmp_path, where, failing):
+    sentences = run_ranks(2, fail_on_one, tmp_path, where, failing)
+    for sentence in sentences:
+        assert f"step 2 was not saved, rank {failing}: [Errno 28] No space left" in sentence
+        assert "earlier checkpoints" in sentence
+    assert steps(tmp_path) == [1]
+    assert not leftovers(tmp_path)
+    assert torch.equal(newest(tmp_path, warn=pytest.fail).tensor("w"), grid())
+
+
+def disagree(rank, world, out_dir, case):
+    tree = {
+        "shape": {"w": torch.zeros(2 + rank)},
+        "dtype": {"w": torch.zeros(2, dtype=[torch.float32, torch.float64][rank])},
+        "kind": {"w": torch.zeros(2) if rank else 1},
+        "hole": {"w": Slice(torch.zeros(1), (3,), (rank,))},
+        "type": {"w": object() if rank else 1},
+    }[case]
+    with pytest.raises(ValueError, match="step 1 was not saved") as e:
+        save(out_dir, 1, tree)
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("shape", "w is F32 [3] on rank 1 but F32 [2] on a lower one"),
+        ("dtype", "w is F64 [2] on rank 1 but F32 [2] on a lower one"),
+        ("kind", "w is a tensor on one rank but not on a lower one"),
+        ("hole", "no rank holds the part of w [3] that begins at [2]"),
+        ("type", "rank 1: w is a object"),
+    ],
+)
+def test_ranks_that_disagree_all_get_the_same_sentence(tmp_path, case, sentence):
+    for said in run_ranks(2, disagree, tmp_path, case):
+        assert sentence in said
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- killed ----
+
+
+def in_a_fork(fn, *args):
+    process = multiprocessing.get_context("fork").Process(target=fn, args=args)
+    process.start()
+    return process
+
+
+def save_until_the_nth_call(out_dir, step, n):
+    """Save, and die without any clean-up at the n-th call that changes the disk."""
+    calls = 0
+
+    def dying(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    torch.set_num_threads(1)
+    save(out_dir, step, {"w": grid(), "step": step}, keep=1)
+    os._exit(0)
+
+
+@needs_fork
+@pytest.mark.parametrize("step", [1, 2], ids=["again the same step", "the next step"])
+def test_a_kill_between_any_two_disk_operations_loses_no_checkpoint(tmp_path, step):
+    for n in range(1, 60):
+        save(tmp_path, 1, {"w": grid(), "step": 1})
+        process = in_a_fork(save_until_the_nth_call, tmp_path, step, n)
+        process.join()
+        survivor = newest(tmp_path, warn=pytest.fail)
+        assert survivor.step in (1, step)
+        assert torch.equal(survivor.tensor("w"), grid())
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        save(tmp_path, 3, {}, keep=1)
+        assert steps(tmp_path) == [3], "a later save tidies up"
+        assert not leftovers(tmp_path)
+        prune(tmp_path, 1)
+        (tmp_path / "step-00000003").rename(tmp_path / f"done{n}")
+    assert 8 < n < 59
+
+
+def save_forever(out_dir):
+    torch.set_num_threads(1)
+    for i in range(10**6):
+        save(out_dir, 1 + i // 2, {"w": torch.full((50_000,), i), "i": i}, keep=2)
+
+
+@needs_fork
+def test_a_kill_at_any_time_leaves_a_loadable_newest(tmp_path):
+    save(tmp_path, 0, {"w": torch.zeros(1), "i": 0})
+    for _ in range(12):
+        process = in_a_fork(save_forever, tmp_path)
+        time.sleep(random.uniform(0.02, 0.12))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        tree = newest(tmp_path, warn=pytest.fail).tree()
+        assert (tree["w"] == tree["i"]).all()
+
+
+def hold(out_dir, pipe):
+    lock = RunLock(out_dir)
+    pipe.send("held")
+    time.sleep(60)
+    lock.release()
+
+
+@needs_fork
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
+    here, there = multiprocessing.Pipe()
+    process = in_a_fork(hold, tmp_path, there)
+    assert here.recv() == "held"
+    with pytest.raises(ValueError, match=f"in use by process {process.pid} .* take another out_dir"):
+        RunLock(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    RunLock(tmp_path).release()
+
+
+@needs_fork
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    lock = RunLock(tmp_path)
+    child = in_a_fork(time.sleep, 60)
+    with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        RunLock(tmp_path)
+    lock.release()
+    RunLock(tmp_path).release()
+    child.kill()
+    child.join()
+
+
+# ---- command line ----
+
+
+def command(*args):
+    script = Path(checkpoint.__file__)
+    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, check=False)
+
+
+def test_list_show_and_export(tmp_path, capsys):
+    save(tmp_path, 1, {})
+    flip(tmp_path / "step-00000001" / "index.json", 20)
+    save(tmp_path, 2, {"model": {"w.weight": grid()}, "lr": 0.5, "nan": math.nan})
+    checkpoint.main(["list", str(tmp_path)])
+    damaged, intact = capsys.readouterr().out.splitlines()
+    assert "another sha256" in damaged
+    assert "step        2" in intact
+    assert "1 tensors" in intact
+    checkpoint.main(["show", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        "model/w.weight: F64 [8, 6], 384 bytes in 1 slice(s)",
+        "lr: 0.5",
+        "nan: nan",
+    ]
+    checkpoint.main(["export", str(tmp_path), str(tmp_path / "out.safetensors")])
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["w.weight"], grid())
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path):
+    for args in [(), ("list", tmp_path), ("show", tmp_path / "nowhere")]:
+        done = command(*args)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

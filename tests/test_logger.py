@@ -1,0 +1,310 @@
+import io
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import logger
+from logger import Logger, plot, read_metrics, short
+
+
+def train_row(step, **changes):
+    return dict(step=step, loss=4.0 / step, lr=2e-2, grad_norm=0.83, tokens=step * 512, tokens_per_s=131072.0,
+                mfu=None, step_s=0.1) | changes
+
+
+def eval_row(step, **changes):
+    return dict(step=step, val_loss=1.5, val_bpb=None, val_accuracy=0.5, perplexity=4.48) | changes
+
+
+@pytest.fixture
+def time_is(monkeypatch):
+    """A clock that stands still until it is set."""
+    now = [100.0]
+    monkeypatch.setattr(logger.time, "monotonic", lambda: now[0])
+    return now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+# ---- metrics.jsonl
+
+def test_each_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    log = Logger(tmp_path / "deep" / "run", steps=10)
+    log.evaluation(eval_row(0))
+    log.train(train_row(1))
+    log.event(1, "save", path="step-00000001")
+    assert read_metrics(tmp_path / "deep" / "run" / "metrics.jsonl") == [
+        eval_row(0), train_row(1), {"step": 1, "event": "save", "path": "step-00000001"}]
+
+
+def test_floats_come_back_bitwise(tmp_path):
+    losses = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308]
+    log = Logger(tmp_path, steps=10)
+    for step, loss in enumerate(losses, 1):
+        log.train(train_row(step, loss=loss))
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == losses
+
+
+def test_tensors_and_numpy_scalars_become_numbers(tmp_path):
+    import numpy as np
+    log = Logger(tmp_path, steps=10)
+    log.train(train_row(torch.tensor(1), loss=torch.tensor(1 / 3, dtype=torch.float64), grad_norm=np.float32(0.5),
+                        peak_bytes=np.int64(7)))
+    log.event(1, "skip", rows=torch.tensor([3, 4]), seen=(np.float32("inf"), {"loss": torch.tensor(math.nan)}))
+    first, event = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["step"], first["loss"], first["grad_norm"], first["peak_bytes"]) == (1, 1 / 3, 0.5, 7)
+    assert event == {"step": 1, "event": "skip", "rows": [3, 4], "seen": [None, {"loss": None}]}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, torch.tensor(math.nan)])
+def test_a_non_finite_number_is_null_and_causes_one_event(tmp_path, bad):
+    log = Logger(tmp_path, steps=10)
+    log.train(train_row(1, loss=bad))
+    log.train(train_row(2, grad_norm=bad))
+    log.evaluation(eval_row(2, perplexity=bad))
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "metrics.jsonl")]
+    value = str(float(bad))
+    assert rows == [train_row(1, loss=None), {"step": 1, "event": "nonfinite", "field": "loss", "value": value},
+                    train_row(2, grad_norm=None), {"step": 2, "event": "nonfinite", "field": "grad_norm", "value": value},
+                    eval_row(2, perplexity=None), {"step": 2, "event": "nonfinite", "field": "perplexity", "value": value}]
+
+
+def test_read_metrics_leaves_out_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.5}\n{"step": 2, "lo\xff')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+    path.write_bytes(b"")
+    assert read_metrics(path) == []
+
+
+# ---- starting and resuming
+
+def test_a_new_run_refuses_the_file_of_another(tmp_path):
+    Logger(tmp_path, steps=10).close()
+    with pytest.raises(ValueError, match="belongs to another run: resume it or choose another --out_dir"):
+        Logger(tmp_path, steps=10)
+
+
+def test_a_resumed_run_is_cut_after_the_loaded_step(tmp_path):
+    log = Logger(tmp_path, steps=10)
+    for step in range(1, 7):
+        log.train(train_row(step))
+        if step % 2 == 0:
+            log.evaluation(eval_row(step))
+            log.event(step, "save")
+    log.close()
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:8]            # 4 train rows, 2 evaluations, 2 saves
+    log = Logger(tmp_path, steps=10, first_step=4, resumed=True)
+    log.train(train_row(5))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[:8] == kept
+    assert [json.loads(line) for line in lines[8:]] == [{"step": 4, "event": "resume"}, train_row(5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "train.log"]
+
+
+def test_a_half_written_last_line_is_cut_on_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.')
+    Logger(tmp_path, steps=10, first_step=2, resumed=True)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}, {"step": 2, "event": "resume"}]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_kill_while_cutting_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.setattr(logger.os, "fsync", lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Logger(tmp_path, steps=10, first_step=1, resumed=True)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_branch_resumes_into_an_empty_folder(tmp_path):
+    Logger(tmp_path / "branch", steps=10, first_step=4, resumed=True)
+    assert read_metrics(tmp_path / "branch" / "metrics.jsonl") == [{"step": 4, "event": "resume"}]
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
+    log = Logger(tmp_path / "run", steps=10, main=False, resumed=True)
+    log.train({})
+    log.evaluation({})
+    log.event(1, "save")
+    log.say("hello")
+    log.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- the terminal
+
+def test_plain_lines_read_as_documented(tmp_path, capsys, time_is):
+    log = Logger(tmp_path, steps=1000)
+    log.evaluation(eval_row(0, val_bpb=2.1640))
+    log.train(train_row(119, loss=1.9))
+    time_is[0] += 0.05
+    log.train(train_row(120, loss=1.8345, mfu=0.123))
+    log.event(120, "save", path="step-00000120")
+    log.event(120, "skip", "rows 3 and 4 are banned", rows=[3, 4])
+    log.say("a plain line")
+    expected = ["step    0/1000  val loss 1.5000  bpb 2.1640  accuracy 50.0%  perplexity 4.48",
+                "step  119/1000  loss 1.9000  lr 2.0e-02  grad 0.83  131k tok/s",
+                "step  120/1000  loss 1.8345  lr 2.0e-02  grad 0.83  131k tok/s  12.3% mfu  eta 00:44",
+                "step  120/1000  save  path step-00000120",
+                "step  120/1000  skip  rows 3 and 4 are banned",
+                "a plain line"]
+    assert capsys.readouterr() == ("\n".join(expected) + "\n", "")
+    assert (tmp_path / "train.log").read_text().splitlines() == expected
+
+
+def test_nan_is_shown_as_nan(tmp_path, capsys):
+    Logger(tmp_path, steps=10).train(train_row(1, loss=math.nan, grad_norm=math.inf))
+    assert "loss nan  lr 2.0e-02  grad inf" in capsys.readouterr().out
+
+
+def test_lines_come_at_most_every_two_seconds_but_the_first_and_last_always(tmp_path, capsys, time_is):
+    log = Logger(tmp_path, steps=1000)
+    for step in range(1, 1001):
+        time_is[0] += 0.01
+        log.train(train_row(step))
+        if step == 500:
+            log.evaluation(eval_row(step))
+    lines = capsys.readouterr().out.splitlines()
+    shown = [int(line.split()[1].split("/")[0]) for line in lines]
+    assert shown == [1, 2, 3, 203, 403, 500, 603, 803, 1000]
+    assert "eta 00:04" in lines[-3]                                           # 397 steps of 10 ms
+
+
+def test_the_eta_forgets_the_slow_first_step_and_counts_evaluation(tmp_path, capsys, time_is):
+    log = Logger(tmp_path, steps=10_000)
+    time_is[0] += 90                                                          # compiling
+    log.train(train_row(1))
+    for step in range(2, 102):
+        time_is[0] += 1 + (step % 10 == 0) * 5                                # every tenth step an evaluation of 5 s
+        log.train(train_row(step))
+    assert "eta 4:" in capsys.readouterr().out.splitlines()[-1]               # 9899 steps of 1.5 s: 4:07
+
+
+def test_a_rollback_restarts_the_eta(tmp_path, capsys, time_is):
+    log = Logger(tmp_path, steps=100)
+    for step in (50, 51, 40, 41):
+        time_is[0] += 2
+        log.train(train_row(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert "eta" not in lines[2] and lines[3].endswith("eta 01:58")
+
+
+def test_a_terminal_gets_a_bar_and_train_log_the_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    log = Logger(tmp_path, steps=20, first_step=10, resumed=True)
+    log.evaluation(eval_row(10))
+    for step in range(11, 21):
+        log.train(train_row(step))
+    log.say("above the bar")
+    log.close()
+    assert "100%|" in screen.getvalue() and "20/20" in screen.getvalue() and "10/20" in screen.getvalue()
+    assert "loss 0.2000  lr 2.0e-02  131k tok/s  eta 00:00  val loss 1.5000" in screen.getvalue()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 10/20  resume", "step 10/20  val loss 1.5000  accuracy 50.0%  perplexity 4.48", "above the bar"]
+    assert "step 11/20  loss 0.3636" in (tmp_path / "train.log").read_text()
+
+
+def test_text_the_terminal_cannot_encode_does_not_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="cp1252"))
+    Logger(tmp_path, steps=1).say("snow \u2603")
+    assert raw.getvalue().split() == [b"snow", b"?"]
+    assert (tmp_path / "train.log").read_text(encoding="utf-8") == "snow \u2603\n"
+
+
+@pytest.mark.parametrize("n, text", [(0, "0"), (9.5, "9.5"), (950, "950"), (1500, "1.5k"), (131072, "131k"), (2.5e9, "2.5B"),
+                                     (7.3e11, "730B")])
+def test_large_numbers_are_short(n, text):
+    assert short(n) == text
+
+
+def test_importing_logger_is_cheap():
+    code = "import sys, logger; print(sorted({'torch', 'numpy', 'tqdm', 'matplotlib', 'argparse'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=logger.__file__.rpartition("logger.py")[0] or ".").stdout == "[]\n"
+
+
+# ---- pictures
+
+def write_run(folder, rows):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def colours(path):
+    """The share of pixels that are neither white nor grey: what was drawn, without axes and letters."""
+    from matplotlib.image import imread
+    rgb = imread(path)[..., :3]
+    assert rgb.shape[0] >= 500 and rgb.shape[1] >= 900
+    return float((rgb.max(-1) - rgb.min(-1) > 0.1).mean())
+
+
+EVENTS = [{"step": 40, "event": "resume"}, {"step": 60, "event": "spike"}, {"step": 60, "event": "skip"},
+          {"step": 80, "event": "rollback"}]
+AWKWARD = {
+    "usual": [train_row(s) for s in range(1, 101)] + [eval_row(s, val_loss=5 / (s + 1)) for s in range(0, 101, 20)],
+    "with_events": [train_row(s) for s in range(1, 101)] + EVENTS,
+    "null_values": [train_row(s, loss=None if s % 3 else 2.0, tokens=None) for s in range(1, 30)] + [eval_row(0, val_loss=None)],
+    "single_row": [train_row(1)],
+    "no_evaluation": [train_row(s) for s in range(1, 10)],
+    "only_evaluation": [eval_row(0)],
+    "constant_loss": [train_row(s, loss=2.0) for s in range(1, 200)],
+    "a_spike_of_1e30": [train_row(s, loss=1e30 if s == 50 else 2 + s % 2) for s in range(1, 101)],
+    "after_a_rollback": [train_row(s) for s in [*range(1, 51), *range(20, 80)]],
+    "name with $ and_": [train_row(s) for s in range(1, 10)],
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_a_picture_is_drawn(tmp_path, case):
+    run = write_run(tmp_path / case, AWKWARD[case])
+    assert plot(run, tmp_path / "loss.png")
+    assert colours(tmp_path / "loss.png") > (2e-4 if len(AWKWARD[case]) == 1 else 2e-3)
+
+
+def test_events_are_marked_in_the_picture(tmp_path):
+    plot(write_run(tmp_path / "with", AWKWARD["with_events"]), tmp_path / "with.png")
+    plot(write_run(tmp_path / "without", AWKWARD["with_events"][:100]), tmp_path / "without.png")
+    assert colours(tmp_path / "with.png") > colours(tmp_path / "without.png") + 1e-3
+
+
+def test_a_spike_does_not_flatten_the_picture(tmp_path):
+    plot(write_run(tmp_path / "run", AWKWARD["a_spike_of_1e30"]), tmp_path / "loss.png")
+    assert colours(tmp_path / "loss.png") > 0.02
+
+
+def test_several_runs_share_a_picture_and_one_without_losses_is_named(tmp_path, capsys):
+    runs = [write_run(tmp_path / case, AWKWARD[case]) for case in ("usual", "no_evaluation", "single_row")]
+    runs.append(write_run(tmp_path / "empty", []))
+    assert plot([str(run) for run in runs], str(tmp_path / "loss.png"))
+    assert capsys.readouterr().out == f"{tmp_path / 'empty'}: no loss was logged, nothing to draw\n"
+    assert colours(tmp_path / "loss.png") > 2e-3
+
+
+def test_without_rows_there_is_a_sentence_and_no_picture(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [{"step": 0, "event": "resume"}])
+    assert not plot(run, tmp_path / "loss.png")
+    assert "no loss was logged" in capsys.readouterr().out and not (tmp_path / "loss.png").exists()
+
+
+def test_the_command_draws_and_a_mistake_is_one_line_and_exit_status_2(tmp_path):
+    def command(*args):
+        return subprocess.run([sys.executable, logger.__file__, *map(str, args)], capture_output=True, text=True)
+
+    run = write_run(tmp_path / "run", AWKWARD["usual"])
+    assert command("plot", run).stdout == f"{run / 'loss.png'}\n"
+    assert colours(run / "loss.png") > 2e-3
+    for args, words in [(["plot", tmp_path / "nowhere"], "it has no metrics.jsonl"), (["plot"], "usage: "),
+                        (["plot", run, "--ouf=x.png"], "usage: "), (["plot", run, f"--out={tmp_path}/x.xyz"], "xyz")]:
+        result = command(*args)
+        assert result.returncode == 2 and result.stdout == ""
+        assert words in result.stderr and len(result.stderr.splitlines()) == 1
