@@ -7,9 +7,9 @@
 
     body["tensors"]   name -> global shape, dtype, slices [{file, key, offsets, shape}]
     body["files"]     file -> sha256, bytes
-    body["tree"]      what was saved, with {"$": "tensor"} for a tensor and {"$": "nan"} for a non-finite number
+    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a non-finite number
 
-A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a box of the global tensor, and
+A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a box of the whole, and
 reading a box touches only the slices that overlap it, so every layout loads what any other one saved:
 
     4 ranks saved             2 ranks read
@@ -18,8 +18,10 @@ reading a box touches only the slices that overlap it, so every layout loads wha
     rank 2: rows 4, 5 ─┬───►  rank 1: rows 4..7
     rank 3: rows 6, 7 ─┘
 
-A save writes .tmp-step-N, syncs it to the disk, renames it, and only then deletes old ones: killed at any moment, the
-run keeps a good checkpoint. OUT_DIR is one folder that all ranks see; only the holder of its RunLock saves there.
+A save writes .tmp-step-N, syncs it to the disk, renames it, and only then deletes old ones: killed at any
+moment, the run keeps a good checkpoint. All ranks see the same OUT_DIR; only the holder of its RunLock saves.
+
+    python checkpoint.py list RUN | show CHECKPOINT | export RUN OUT.safetensors    (the weights alone)
 """
 
 import hashlib
@@ -28,9 +30,7 @@ import math
 import os
 import re
 import shutil
-import socket
 import sys
-from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +40,15 @@ from safetensors import SafetensorError, safe_open
 
 FORMAT = 1
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
-    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TENSOR = {"$": "tensor"}
 FILE = re.compile(r"rank_[0-9]+\.safetensors")
-# Replacing a checkpoint takes two renames; a kill between them leaves the replaced one, still good, as .old-step-N.
+# Replacing a checkpoint takes two renames; a kill between them leaves the old, still good one as .old-step-N.
 FOLDER = re.compile(r"(\.old-)?step-([0-9]{8,})")
 STALE = re.compile(r"\.tmp-(\.old-)?step-[0-9]{8,}")
 
@@ -69,10 +69,11 @@ class Slice:
 def save(out_dir, step: int, tree: dict, keep: int | None = None, group=None) -> Path:
     """Write `tree` to OUT_DIR/step-N, then delete all but the newest `keep` checkpoints (None keeps all).
 
-    tree: nested dicts and lists of tensors, Slices, DTensors, str, int, float, bool, None; tuples return as lists.
-    With several ranks (of `group`; None = all) each calls with its own tree, or {}, and the trees are merged; what
-    several hold (the same box of the same name, or a scalar) is taken from the lowest rank. If any rank fails, all
-    raise (ValueError: this tree cannot be saved; OSError: anything else), and earlier checkpoints stay as they were.
+    tree: nested dicts and lists of tensors, Slices, DTensors, numbers, str, bool, None; tuples become lists.
+    With several ranks (of `group`; None = all) each calls with its own tree, or {}, and the trees are merged;
+    what several hold (the same box of the same name, or a scalar) is taken from the lowest rank. If any rank
+    fails, all raise (ValueError: such a tree cannot be saved; OSError: anything else) and earlier checkpoints
+    stay as they were.
     """
     out_dir, rank = Path(out_dir), _rank(group)
     folder, temporary, old = (out_dir / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-"))
@@ -81,10 +82,12 @@ def save(out_dir, step: int, tree: dict, keep: int | None = None, group=None) ->
     def describe():
         if rank == 0:
             out_dir.mkdir(parents=True, exist_ok=True)
-            prune(out_dir, keep, upto=-1)  # no checkpoint, only what killed runs left: the disk may need the space
+            prune(out_dir, keep, upto=-1)  # only what killed runs left: the disk may need that space
             temporary.mkdir()
         skeleton = _map(tree, lambda name, leaf: _to_json(name, leaf, held))
-        boxes = {n: (s.global_shape, DTYPE_NAMES[s.tensor.dtype], s.offsets, s.tensor.shape) for n, s in held.items()}
+        boxes = {}
+        for name, s in held.items():
+            boxes[name] = s.global_shape, DTYPE_NAMES[s.tensor.dtype], s.offsets, s.tensor.shape
         return skeleton, boxes
 
     def write():
@@ -112,7 +115,7 @@ def save(out_dir, step: int, tree: dict, keep: int | None = None, group=None) ->
         result = cause = sentence = None
         try:
             result = json.loads(_json(work()))
-        except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        except Exception as e:  # whatever it is, the other ranks must hear of it
             cause, sentence = e, str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"
         answers = _exchange([result, sentence, isinstance(cause, ValueError)], group)
         for r, (_, sentence, of_the_tree) in enumerate(answers):
@@ -149,7 +152,13 @@ class Checkpoint:
                 node = node[int(key) if isinstance(node, list) else key]
             except (KeyError, IndexError, ValueError, TypeError):
                 raise ValueError(f"{self.path} has no {prefix!r}; it has {', '.join(self._tree)}") from None
-        return _map(node, self._from_json, prefix or "")
+
+        def from_json(name, leaf):
+            if leaf == TENSOR:
+                return self.tensor(name)
+            return float(leaf["$"]) if isinstance(leaf, dict) else leaf
+
+        return _map(node, from_json, prefix or "")
 
     def tensor(self, name: str, offsets=None, shape=None) -> torch.Tensor:
         """The whole tensor, or its box of `shape` (None = to the end) that begins at `offsets` (None = 0)."""
@@ -167,6 +176,16 @@ class Checkpoint:
             if all(i < j for i, j in zip(low, high)):
                 out[_box(low, high, offsets)] = self._stored(entry, s)[_box(low, high, s["offsets"])]
         return out
+
+    def load_weights(self, model: torch.nn.Module) -> None:
+        """Every parameter of `model` from "model/<its name>". Raises ValueError where one is missing or differs."""
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                saved = self._tensors.get(f"model/{name}")
+                if saved is None or tuple(saved["shape"]) != tuple(p.shape):
+                    shape = tuple(saved["shape"]) if saved else "missing"
+                    raise ValueError(f"{self.path} does not fit this model: {name} is {shape}, not {tuple(p.shape)}")
+                p.copy_(self.tensor(f"model/{name}"))
 
     def verify(self) -> None:
         """Read every byte; raise CheckpointDamaged unless files, tree and slices are as written."""
@@ -196,7 +215,7 @@ class Checkpoint:
 
     def _path(self, file):
         if not FILE.fullmatch(file):  # never follow an index out of its folder
-            raise CheckpointDamaged(f"{self.path / 'index.json'} names {file!r}, which is no rank_N.safetensors")
+            raise CheckpointDamaged(f"{self.path / 'index.json'} names {file!r}, no rank_N.safetensors")
         return self.path / file
 
     def _stored(self, entry, s):
@@ -212,11 +231,6 @@ class Checkpoint:
             raise CheckpointDamaged(f"{path} holds another {s['key']} than index.json says")
         return stored
 
-    def _from_json(self, name, leaf):
-        if leaf == TENSOR:
-            return self.tensor(name)
-        return float(leaf["$"]) if isinstance(leaf, dict) else leaf
-
 
 def load(path, verify: bool = True) -> Checkpoint:
     """Open the checkpoint folder `path`. Raises CheckpointDamaged unless it is exactly what was written.
@@ -229,13 +243,13 @@ def load(path, verify: bool = True) -> Checkpoint:
         body, version = index["body"], index["body"]["format"]
         intact = index["sha256"] == _sha256(_json(body))
     except OSError as e:
-        raise CheckpointDamaged(f"{path} has no readable index.json ({e.strerror}): a save cut short?") from None
+        raise CheckpointDamaged(f"{path} has no readable index.json ({e.strerror}); cut short?") from None
     except (KeyError, TypeError, ValueError, RecursionError):
         intact = False
     if not intact:
         raise CheckpointDamaged(f"{path / 'index.json'} has changed since it was written (another sha256)")
     if version != FORMAT:  # not damaged: falling back to an older one would silently lose steps
-        raise ValueError(f"{path} has format {version}, this code reads {FORMAT}: use the version that wrote it")
+        raise ValueError(f"{path} has format {version}, not {FORMAT}: load it with the code that wrote it")
     checkpoint = Checkpoint(path, body)
     if verify:
         checkpoint.verify()
@@ -253,7 +267,7 @@ def newest(out_dir, warn=print) -> Checkpoint | None:
 
 
 def resolve(path) -> Checkpoint:
-    """What resume=PATH means: a checkpoint, or a run's folder and its newest one. ValueError if there is none."""
+    """resume=PATH: a checkpoint, or a run's folder and thus its newest one. ValueError if there is none."""
     path = Path(path)
     if FOLDER.fullmatch(path.name) or (path / "index.json").exists():
         return load(path)
@@ -267,8 +281,8 @@ def resolve(path) -> Checkpoint:
 def prune(out_dir, keep: int | None, upto: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints (None keeps all), and what killed runs left half-written.
 
-    Those after step `upto` are neither counted nor deleted: a run that fell back behind damaged checkpoints must
-    not delete, as too old, the good one it has just saved.
+    Those after step `upto` are neither counted nor deleted: a run that fell back behind damaged checkpoints
+    must not delete, as too old, the good one it has just saved.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: keep at least 1 checkpoint, or none to keep them all")
@@ -278,46 +292,13 @@ def prune(out_dir, keep: int | None, upto: int | None = None) -> None:
     replaced = {step for step, current, _ in found if current}
     for step, current, path in found:
         if step in too_old or (step in replaced and not current):
-            try:
-                os.rename(path, path.with_name(f".tmp-{path.name}"))  # a kill now leaves no half-deleted checkpoint
+            try:  # rename first: a kill while deleting must not leave half a checkpoint
+                os.rename(path, path.with_name(f".tmp-{path.name}"))
             except OSError:
                 pass  # Windows, while someone reads it; the next save tries again
     for path in Path(out_dir).iterdir():
         if STALE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-class RunLock:
-    """Only one run writes to OUT_DIR: rank 0 takes this for all. The system drops it with its holder, even killed.
-
-    Raises ValueError, naming the holder.
-    """
-
-    def __init__(self, out_dir):
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        self._file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open while held
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                self._file.seek(1 << 30)  # Windows forbids reading locked bytes: lock one far behind the text
-                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.register_at_fork(after_in_child=self._file.close)  # or a forked child would hold it too
-        except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise ValueError(f"{out_dir} is in use by {holder}: wait, stop it, or take another out_dir") from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
 
 
 # ---- the tree ----
@@ -340,14 +321,16 @@ def _to_json(name, leaf, held):
     match leaf:
         case Slice() | torch.Tensor():
             held[name] = leaf if isinstance(leaf, Slice) else _as_slice(name, leaf)
-            if held[name].tensor.dtype not in DTYPE_NAMES:
-                raise ValueError(f"{name} is {held[name].tensor.dtype}; a checkpoint takes {', '.join(DTYPES)}")
+            dtype = held[name].tensor.dtype
+            if dtype not in DTYPE_NAMES:
+                raise ValueError(f"{name} is {dtype}; a checkpoint takes {', '.join(DTYPES)}")
             return TENSOR
         case float() if not math.isfinite(leaf):
             return {"$": str(float(leaf))}
         case None | str() | int() | float():
             return leaf
-    raise ValueError(f"{name} is a {type(leaf).__name__}; a checkpoint takes tensors, str, int, float, bool, None")
+    takes = "tensors, str, int, float, bool and None"
+    raise ValueError(f"{name} is of type {type(leaf).__name__}; a checkpoint takes {takes}")
 
 
 def _as_slice(name, tensor):
@@ -382,7 +365,7 @@ def _merge(described):
 
 def _union(low, high):
     if isinstance(low, dict) and isinstance(high, dict) and "$" not in low and "$" not in high:
-        return {**low, **{key: _union(low[key], value) if key in low else value for key, value in high.items()}}
+        return low | {key: _union(low[key], value) if key in low else value for key, value in high.items()}
     if isinstance(low, list) and isinstance(high, list) and len(low) == len(high):
         return [_union(a, b) for a, b in zip(low, high)]
     return low
@@ -407,15 +390,16 @@ def _check(tree, tensors):
     for name in placed ^ set(tensors):
         raise ValueError(f"{name} is a tensor on one rank but not on a lower one")
     for name, entry in tensors.items():
-        # Cut each dimension where a slice begins or ends: every cell of that grid is held as a whole, or not at all.
+        # Cut each dimension where a slice begins or ends: a cell of that grid is held whole or not at all.
         whole, slices = entry["shape"], entry["slices"]
         if not slices or not all(_inside(s["offsets"], s["shape"], whole) for s in slices):
             raise ValueError(f"{name} {whole} has no slice, or one that reaches beyond its shape")
         boxes = [(s["offsets"], [o + n for o, n in zip(s["offsets"], s["shape"])]) for s in slices]
         cuts = [sorted({0, n, *(corner[d] for box in boxes for corner in box)}) for d, n in enumerate(whole)]
+        place = [{cut: i for i, cut in enumerate(c)} for c in cuts]
         held = torch.zeros([len(c) - 1 for c in cuts], dtype=torch.bool)
         for low, high in boxes:
-            held[tuple(slice(bisect_left(c, i), bisect_left(c, j)) for c, i, j in zip(cuts, low, high))] = True
+            held[tuple(slice(p[i], p[j]) for p, i, j in zip(place, low, high))] = True
         if not held.all():
             hole = [c[i] for c, i in zip(cuts, (~held).nonzero()[0].tolist())]
             raise ValueError(f"no rank holds the part of {name} {whole} that begins at {hole}")
@@ -427,8 +411,8 @@ def _check(tree, tensors):
 def _write(path, tensors):
     """Write a safetensors file: 8 bytes that give the header's length, the header in JSON, the data.
 
-    By hand: the library's writer takes a second copy of everything when tensors share memory or sit on a GPU, and
-    its file would have to be read again for the checksum.
+    By hand: the library's writer needs a second copy of all that shares memory or sits on a GPU, and its file
+    would have to be read again for the checksum.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     tensors = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each one is aligned
@@ -489,7 +473,7 @@ def _exchange(value, group):
     longest = max(int(n) for n in sizes)
     rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
     dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))), group=group)
-    return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, sizes)]
+    return [json.loads(row[:n].cpu().numpy().tobytes()) for row, n in zip(rows, sizes)]
 
 
 # ---- command line ----
@@ -515,7 +499,7 @@ def main(args):
                     e = checkpoint._tensors[name]
                     size = math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
                     leaf = f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
-                print(f"{name}: {leaf}")
+                print(f"{name}: {leaf['$'] if isinstance(leaf, dict) else leaf}")
 
             _map(checkpoint._tree, show)
         case ["export", run, out]:
@@ -525,7 +509,7 @@ def main(args):
             os.replace(f"{out}.tmp", out)
             print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
         case _:
-            raise ValueError("usage: python checkpoint.py list RUN | show CHECKPOINT | export RUN OUT.safetensors")
+            raise ValueError("say list RUN, show CHECKPOINT, or export RUN OUT.safetensors")
 
 
 if __name__ == "__main__":

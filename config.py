@@ -1,16 +1,16 @@
-"""The settings of a run: one flat dataclass, filled from TOML recipes and the command line, checked in one place.
+"""The settings of a run: one flat dataclass, filled from recipes and the command line, checked in one place.
 
     python train.py [recipe.toml] [--field=value ...]          later wins
 
-A field is one line below: its type, its default, what it means with its unit, and whether a run that is continued
-may change it. Everything else (parsing, `--help`, the check, the saved `config.toml`) is derived from that line.
+A field is one line below: its type, its default, what it means with its unit, and whether a run that goes on
+may change it. Parsing, `--help`, the check and the saved `config.toml` are derived from that line.
 Fields with a dot belong to whatever another field selected and are checked against its signature:
 `--opt.betas=0.9,0.95` goes to the constructor of `--optim`, `--schedule.NAME=` to the schedule.
 In TOML a dotted field is a quoted key: `"opt.betas" = [0.9, 0.95]`.
 
-None (`none` in TOML and on the command line) means off or, where the help says so, chosen for you, as does `auto`.
-Nothing here is executed: values are numbers, strings, booleans and lists of them. Every mistake is a ValueError whose
-one line says what came, what is allowed and what to type.
+None (`none` in TOML and on the command line) means off or, where the help says so, chosen for you, as does
+`auto`. Nothing here is executed: values are numbers, strings, booleans and lists of them. Every mistake is a
+ValueError whose one line says what came, what is allowed and what to type.
 """
 
 import ast
@@ -25,8 +25,9 @@ from typing import Literal
 
 Auto = Literal["auto"]
 
-# May a continued run change this field?  resume=auto: only FREE and FRESH ones; resume=PATH (a branch): BRANCH ones too.
-# A FRESH field is never taken over from the earlier run, all others are where the new command leaves them open.
+# May a run that goes on change this field? With resume=auto only FREE and FRESH ones, with resume=PATH (a
+# branch) BRANCH ones too. A FRESH field is never taken from the earlier run; others are where the command
+# leaves them open.
 NEVER, BRANCH, FREE, FRESH = "never", "branch", "free", "fresh"
 
 
@@ -38,74 +39,91 @@ def knob(default, help: str, change: str = NEVER, least=None, below=None):
 @dataclass
 class Config:
     # the run
-    out_dir: str = knob("out", "folder for checkpoints, metrics.jsonl, config.toml, train.log, loss.png", FRESH)
+    out_dir: str = knob("out", "folder for checkpoints, metrics.jsonl, config.toml, loss.png", FRESH)
     steps: int = knob(700, "optimizer steps", FREE, least=1)
     batch_size: int = knob(32, "sequences per optimizer step, over all ranks", least=1)
     micro_batch_size: int | None = knob(
-        None, "sequences per rank and forward pass; none = batch/ranks on a CPU, the largest that fits on a GPU", FREE, least=1
+        None, "sequences per rank and forward; none = batch/ranks on a CPU, what fits on a GPU", FREE, least=1
     )
     block_size: int = knob(256, "tokens per sequence", least=1)
-    seed: int = knob(1337, "decides the initial weights, the order of the rows and the dropout masks", least=0)
-    resume: str = knob("auto", "auto: go on where out_dir stopped | never: anew | PATH: branch from that run or checkpoint", FRESH)
+    seed: int = knob(1337, "decides initial weights, order of rows, dropout masks", least=0)
+    resume: str = knob(
+        "auto", "auto: go on in out_dir | never: anew | PATH: branch from a run or checkpoint", FRESH
+    )
     device: str = knob("auto", "auto (cuda, else mps, else cpu) or a torch device name", FRESH)
     threads: int | None = knob(None, "CPU threads per process; none = torch's choice", FRESH, least=1)
     # data
-    data: str = knob("python", "python | shakespeare | openwebtext | fineweb | a text file | a folder of .bin shards", BRANCH)
+    data: str = knob(
+        "python", "python, shakespeare, openwebtext, fineweb, a text file, a folder of shards", BRANCH
+    )
     tokenizer: str = knob("bytes", "bytes or the name of a tiktoken encoding, such as gpt2")
     data_dir: str = knob("data_cache", "folder for downloads and tokenized shards", FRESH)
     data_url: str | None = knob(None, "mirror to download a corpus from, instead of its public home", FRESH)
-    eval_tokens: int = knob(65536, "tokens of the fixed held-out set, the same on every layout", FREE, least=1)
+    eval_tokens: int = knob(65536, "size of the fixed held-out set, tokens", FREE, least=1)
     # model
-    arch: Literal["modern", "gpt2"] = knob("modern", "the set of traits that the fields left at auto below take")
+    arch: Literal["modern", "gpt2"] = knob("modern", "decides the traits left at auto below")
     n_layer: int = knob(4, "transformer blocks", least=1)
     n_head: int = knob(4, "attention heads", least=1)
-    n_kv_head: int | None = knob(None, "heads of keys and values (grouped-query attention); none = n_head", least=1)
+    n_kv_head: int | None = knob(None, "heads of keys and values (grouped queries); none = n_head", least=1)
     n_embd: int = knob(256, "width of the residual stream", least=1)
-    vocab_size: int | None = knob(None, "token ids; none = the tokenizer's count, rounded up to a multiple of 64", least=1)
-    dropout: float = knob(0.0, "share of the embedding and of each block's two outputs set to zero", least=0, below=1)
+    vocab_size: int | None = knob(None, "none = the tokenizer's, rounded up to a multiple of 64", least=1)
+    dropout: float = knob(0.0, "share of embeddings and block outputs set to zero", least=0, below=1)
     norm: Literal["auto", "rmsnorm", "layernorm"] = knob("auto", "modern: rmsnorm (no gain), gpt2: layernorm")
     activation: Literal["auto", "relu2", "gelu"] = knob("auto", "modern: relu2 (squared), gpt2: gelu")
     position: Literal["auto", "rotary", "learned"] = knob("auto", "modern: rotary, gpt2: learned")
     qk_norm: bool | Auto = knob("auto", "normalise queries and keys; modern: true, gpt2: false")
     tied: bool | Auto = knob("auto", "the output head shares the embedding; modern: false, gpt2: true")
     bias: bool | Auto = knob("auto", "biases in Linear and LayerNorm; modern: false, gpt2: true")
-    zero_init: bool | Auto = knob("auto", "projections into the residual stream and an untied head start at 0; modern: true")
-    init: Literal["auto", "fan_in", "gpt2"] = knob("auto", "std of matrices: 0.5/sqrt(fan_in), modern, or 0.02, gpt2")
+    zero_init: bool | Auto = knob(
+        "auto", "projections and an untied head start at 0; modern: true, gpt2: false"
+    )
+    init: Literal["auto", "fan_in", "gpt2"] = knob(
+        "auto", "std of matrices; modern: 0.5/sqrt(fan_in), gpt2: 0.02"
+    )
     logit_cap: float | Auto | None = knob("auto", "cap*tanh(logits/cap); modern: 15, gpt2: none", least=0)
     init_from: str | None = knob(None, "run or checkpoint whose weights alone are the start (fine-tuning)")
     # optimizer; --opt.NAME= goes to its constructor
     optim: str = knob("muon", "file in optim/ (its first class) or file.Class")
     lr: float | None = knob(None, "peak learning rate; none = the optimizer's own default", BRANCH, least=0)
-    weight_decay: float | None = knob(None, "none = the optimizer's own default; never on biases, norms, embeddings", BRANCH, least=0)
-    embed_lr: float | None = knob(None, "lr of the embeddings; none = lr, with Muon 0.01 (its AdamW part)", BRANCH, least=0)
+    weight_decay: float | None = knob(
+        None, "none = the optimizer's own; matrices and head only", BRANCH, least=0
+    )
+    embed_lr: float | None = knob(None, "lr of embeddings; none = lr, with Muon 0.01", BRANCH, least=0)
     head_lr: float | None = knob(None, "lr of an untied head; none = lr, with Muon 0.01", BRANCH, least=0)
     scalar_lr: float | None = knob(None, "lr of gains and biases; none = lr, with Muon 0.01", BRANCH, least=0)
-    grad_clip: float | None = knob(1.0, "the gradient's global norm is scaled down to this; none = off", BRANCH, least=0)
-    clip_value: float | None = knob(None, "each gradient entry is cut to +-this, before grad_clip; none = off", BRANCH, least=0)
+    grad_clip: float | None = knob(1.0, "the gradient's global norm is scaled down to this", BRANCH, least=0)
+    clip_value: float | None = knob(None, "first each gradient entry is cut to +-this", BRANCH, least=0)
     # schedule; --schedule.NAME= goes to it
-    schedule: Literal["auto", "wsd", "cosine", "linear", "constant"] = knob("auto", "of the learning rate; auto = wsd", FREE)
+    schedule: Literal["auto", "wsd", "cosine", "linear", "constant"] = knob("auto", "auto = wsd", FREE)
     warmup_frac: float = knob(0.02, "share of the steps for linear warm-up", FREE, least=0, below=1)
     warmup_steps: int | None = knob(None, "the same in steps; overrides warmup_frac", FREE, least=0)
     decay_frac: float = knob(0.4, "wsd: share of the steps for the final decay", FREE, least=0)
     min_lr_frac: float = knob(0.0, "where the decay ends, as a share of lr", FREE, least=0)
     # numbers and layout
     precision: Literal["auto", "fp64", "fp32", "bf16"] = knob(
-        "auto", "fp64: the oracle | fp32 | bf16: autocast over fp32 weights | auto: what this hardware does fast"
+        "auto",
+        "fp64: the oracle | fp32 | bf16: autocast over fp32 weights | auto: what this hardware does fast",
     )
-    data_parallel: Literal["ddp"] = knob("ddp", "how ranks share the work: ddp = replicas, gradients summed", FREE)
+    data_parallel: Literal["ddp"] = knob(
+        "ddp", "how ranks share the work: ddp = replicas, gradients summed", FREE
+    )
     bucket_mb: float = knob(25.0, "size of a gradient bucket, MiB", FREE, least=0)
     # looking and saving
     log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
-    eval_every: int | None = knob(100, "steps between evaluations (also before the first and after the last); 0 = never", FREE, least=0)
-    save_every: int | None = knob(250, "steps between checkpoints (also at the end); 0 = only at the end", FREE, least=0)
+    eval_every: int | None = knob(
+        100, "steps between evaluations; also at step 0 and the end; 0 = never", FREE, least=0
+    )
+    save_every: int | None = knob(250, "steps between checkpoints; 0 = only at the end", FREE, least=0)
     keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
     sample_tokens: int = knob(300, "length of the sample printed at the end; 0 = none", FREE, least=0)
-    peak_flops: float | None = knob(None, "FLOP/s of one device, for MFU; none = from the table of known devices", FREE, least=0)
+    peak_flops: float | None = knob(None, "FLOP/s of one device, for MFU; none = by its name", FREE, least=0)
 
     options: dict = field(default_factory=dict)  # the dotted fields, full name -> value
 
     def __post_init__(self):
-        self.given = {f.name for f in fields(self) if f.name != "options" and getattr(self, f.name) != f.default}
+        self.given = {
+            f.name for f in fields(self) if f.name != "options" and getattr(self, f.name) != f.default
+        }
 
     def sub(self, namespace: str) -> dict:
         """The dotted fields of one namespace: sub("opt") -> {"betas": (0.9, 0.95)}."""
@@ -125,7 +143,7 @@ FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
 TYPES = typing.get_type_hints(Config)
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------
 def parse(argv: list[str]) -> Config:
     """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after `--help`."""
     values = {}
@@ -141,7 +159,10 @@ def parse(argv: list[str]) -> Config:
         if not equals:
             raise ValueError(f"--{name} has no value; type --{name}=VALUE")
         values[name] = from_text(name, text)
-    cfg = Config(**{k: v for k, v in values.items() if "." not in k}, options={k: v for k, v in values.items() if "." in k})
+    cfg = Config(
+        **{k: v for k, v in values.items() if "." not in k},
+        options={k: v for k, v in values.items() if "." in k},
+    )
     cfg.given |= values.keys()
     return check(cfg)
 
@@ -152,7 +173,9 @@ def read_recipe(path: str) -> dict:
         with open(path, "rb") as file:
             table = tomllib.load(file)
     except OSError as error:
-        raise ValueError(f"cannot read the recipe {path}: {error.strerror}; flags look like --steps=100") from None
+        raise ValueError(
+            f"cannot read the recipe {path}: {error.strerror}; flags look like --steps=100"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the recipe {path} is damaged: {error}") from None
     values = {}
@@ -225,7 +248,11 @@ def number(kind: type, text: str):
 
 def kinds(name: str) -> tuple:
     hint = TYPES[name]
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
 
 
 def allowed(name: str) -> str:
@@ -233,20 +260,26 @@ def allowed(name: str) -> str:
     return ", ".join(words.get(k) or ", ".join(typing.get_args(k)) for k in kinds(name))
 
 
-# ---- checking -------------------------------------------------------------------------------------------------------
+# ---- checking --------------------------------------------------------------------------------------------
 def check(cfg: Config) -> Config:
     """The same config if every field, and the fields together, make sense; else ValueError."""
     for name, f in FIELDS.items():
         value, least, below = getattr(cfg, name), f.metadata["least"], f.metadata["below"]
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
-        if not math.isfinite(value) or (least is not None and value < least) or (below is not None and value >= below):
+        if (
+            not math.isfinite(value)
+            or (least is not None and value < least)
+            or (below is not None and value >= below)
+        ):
             bounds = f"at least {least}" + (f" and below {below}" if below is not None else "")
             raise ValueError(f"{name}={value} is out of range; it must be a finite number, {bounds}")
     if cfg.n_embd % cfg.n_head:
         near = [h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0]
         best = min(near, key=lambda h: abs(h - cfg.n_head))
-        raise ValueError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; for instance --n_head={best}")
+        raise ValueError(
+            f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; for instance --n_head={best}"
+        )
     if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
         raise ValueError(f"n_head={cfg.n_head} is not divisible by n_kv_head={cfg.n_kv_head}")
     rotary = cfg.position == "rotary" or (cfg.position == "auto" and ARCHS[cfg.arch]["position"] == "rotary")
@@ -256,7 +289,9 @@ def check(cfg: Config) -> Config:
             "change n_head or type --position=learned"
         )
     if cfg.decay_frac > 1 or cfg.min_lr_frac > 1:
-        raise ValueError(f"decay_frac={cfg.decay_frac} and min_lr_frac={cfg.min_lr_frac} are shares, from 0 to 1")
+        raise ValueError(
+            f"decay_frac={cfg.decay_frac} and min_lr_frac={cfg.min_lr_frac} are shares, from 0 to 1"
+        )
     for name in ("grad_clip", "clip_value", "logit_cap"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 would set everything to 0; type --{name}=none to switch it off")
@@ -299,7 +334,7 @@ def update(cfg: Config, **values) -> Config:
     return new
 
 
-# ---- continuing a run -----------------------------------------------------------------------------------------------
+# ---- continuing a run ------------------------------------------------------------------------------------
 def to_dict(cfg: Config) -> dict:
     """Plain values for a checkpoint."""
     return {name: getattr(cfg, name) for name in FIELDS} | {"options": dict(cfg.options)}
@@ -313,8 +348,8 @@ def from_dict(saved: dict) -> Config:
 def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     """cfg as the continuation of the run whose resolved settings are `saved`.
 
-    What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved run.
-    Raises ValueError naming a field that differs and must not.
+    What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved
+    run. Raises ValueError naming a field that differs and must not.
     """
     old, values = from_dict(saved), {}
     for name, f in FIELDS.items():
@@ -327,7 +362,9 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
             raise ValueError(mismatch(cfg, name, was, new, branch))
     options = dict(cfg.options)
     if branch:  # another schedule brings its own options, the optimizer's stay
-        options = {k: v for k, v in old.options.items() if k.startswith("opt.") or "schedule" not in cfg.given} | options
+        options = {
+            k: v for k, v in old.options.items() if k.startswith("opt.") or "schedule" not in cfg.given
+        } | options
     for name in sorted(old.options | options):
         if name.startswith("opt.") and options.get(name) != old.options.get(name):
             raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
@@ -343,7 +380,7 @@ def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
     )
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------
 def to_toml(cfg: Config, notes: dict) -> str:
     """The resolved settings as a recipe; `notes` (commit, versions) become comments at its head."""
 
@@ -370,6 +407,9 @@ def help_text() -> str:
         lines.append(f"  --{name:17} {f.metadata['help']} [{str(f.default).lower()}]")
         if any(typing.get_origin(k) is Literal and k is not Auto for k in kinds(name)):
             lines.append(f"{'':22}one of: {allowed(name)}")
-    lines += ["", "  --opt.NAME=       an argument of the optimizer's constructor, such as --opt.betas=0.9,0.95"]
+    lines += [
+        "",
+        "  --opt.NAME=       an argument of the optimizer's constructor, such as --opt.betas=0.9,0.95",
+    ]
     lines += ["  --schedule.NAME=  an argument of the schedule, such as --schedule.shape=cosine"]
     return "\n".join(lines)

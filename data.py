@@ -50,6 +50,7 @@ CORPORA = ("python", "shakespeare", "openwebtext", "fineweb")
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
+HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic of a shard: version, type of its tokens
 SMALL = 64 * 2**20  # bytes of tokens up to which every token is checked before training begins
 
 
@@ -58,13 +59,13 @@ class Tokenizer:
     shards whose tokenizer nobody knows."""
 
     def __init__(self, name: str, n_vocab: int = 2**16):
-        self.name, self.encoding, self.special, self.end_of_text = name, None, {}, None
-        self.n_vocab = n_vocab
+        self.name, self.n_vocab, self.encoding, self.special, self.end_of_text = name, n_vocab, None, {}, None
         if name == "bytes":
             self.n_vocab, self.end_of_text = 256, 0
         elif name != "ids":
             self.encoding = _tiktoken(name)
-            self.n_vocab, self.special = self.encoding.n_vocab, self.encoding._special_tokens
+            self.n_vocab, names = self.encoding.n_vocab, self.encoding.special_tokens_set
+            self.special = {name: self.encoding.encode_single_token(name) for name in names}
             self.end_of_text = self.special.get("<|endoftext|>")
 
     def encode(self, text: str) -> np.ndarray:
@@ -112,8 +113,9 @@ def _tiktoken(name: str):
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # its tables are downloaded on first use
-        raise ValueError(f"tiktoken cannot fetch its encoding {name} ({str(error)[:200]}): use "
-                         "--tokenizer=bytes, or set TIKTOKEN_CACHE_DIR to a folder filled on a machine with network") from error
+        raise ValueError(f"tiktoken cannot fetch its encoding {name} ({str(error)[:200]}): set "
+                         "TIKTOKEN_CACHE_DIR to a folder filled on a machine with network, or use "
+                         "--tokenizer=bytes") from error
 
 
 class Tokens:
@@ -143,8 +145,8 @@ class Rows:
         self.tokens, self.block_size, self.seed, self.vocab_size = tokens, block_size, seed, vocab_size
         self.per_epoch = (len(tokens) - 1) // block_size
         if self.per_epoch < 1:
-            raise ValueError(f"{tokens.name} has {len(tokens)} tokens, and one row needs {block_size + 1}: use "
-                             f"--block_size={max(len(tokens) - 1, 1)} or smaller, or a larger --data=")
+            raise ValueError(f"{tokens.name} has {len(tokens)} tokens, and one row needs {block_size + 1}: "
+                             f"use --block_size={max(len(tokens) - 1, 1)} or smaller, or a larger --data=")
 
     def places(self, numbers: Iterable[int]) -> np.ndarray:
         """Row numbers -> rows of the corpus, each in 0 .. per_epoch - 1."""
@@ -203,15 +205,15 @@ def load(data: str, tokenizer: str, cache_dir: str, url: str | None = None,
 
     python        this interpreter's standard library; validation is whole files, 7 % of the bytes
     shakespeare   tinyshakespeare, 1.1 MB; validation is the last 10 %
-    openwebtext   21 parts, or the first N with `openwebtext:N`, each a download of 0.6 GB with some 0.43 billion
-                  gpt2 tokens; validation is one document in 2000. Archives may be deleted once tokenised
+    openwebtext   21 parts, or the first N with `openwebtext:N`, each 0.6 GB to download, 0.43 billion gpt2
+                  tokens or so; validation is one document in 2000. Archives may be deleted once tokenised
     fineweb       9 files of 100 million gpt2 tokens, 0.2 GB each, or the first N of 103 with `fineweb:N`
     FILE          any text in UTF-8 (any bytes with the tokenizer `bytes`); validation is the last 10 %
     FOLDER        .bin shards, sorted by name: `val` in the name is validation; training is those with `train`
                   in the name or, where none has it, all the others
 
-    `url` is a mirror: a folder on the web (or file:///...) with the same file names. Whatever a user can get wrong
-    is a ValueError. Let one process per machine prepare the cache before the others load it.
+    `url` is a mirror: a folder on the web (or file:///...) with the same file names. Whatever a user can get
+    wrong is a ValueError. Let one process per machine prepare the cache before the others load it.
     """
     name, _, count = data.partition(":")
     path, cache, words = Path(data).expanduser(), Path(cache_dir).expanduser(), Tokenizer(tokenizer)
@@ -237,7 +239,7 @@ def load(data: str, tokenizer: str, cache_dir: str, url: str | None = None,
             near = "".join(f" did you mean {c}?" for c in difflib.get_close_matches(name, CORPORA, 1))
             raise ValueError(f"--data={data} does not exist:{near} it takes {', '.join(CORPORA)}, "
                              "a text file, or a folder of .bin shards")
-    except OSError as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"--data={data} cannot be read, or cannot be kept in {cache}: {error}") from error
     for tokens in (corpus.train, corpus.val):
         if sum(shard.nbytes for shard in tokens.shards) <= SMALL:
@@ -313,7 +315,7 @@ def _pieces(name: str, text: np.ndarray, bar) -> Iterator[str]:
 
 def _character(text: np.ndarray, end: int) -> int:
     """The start of the UTF-8 character that a cut at `end` would divide, else `end`."""
-    return end - next((i for i in range(min(4, end)) if text[end - i] & 0xC0 != 0x80), 0)
+    return end - next((i for i in range(min(4, end + 1)) if text[end - i] & 0xC0 != 0x80), 0)
 
 
 def _encoded(texts: Iterable[str], words: Tokenizer, end: int | None = None) -> Iterator[np.ndarray]:
@@ -396,25 +398,24 @@ def _shards(name: str, train: list[Path], val: list[Path], words: Tokenizer) -> 
 def read_shard(path: Path) -> np.ndarray:
     """The tokens of a .bin file, memory-mapped; ValueError when its size or header is wrong."""
     size, header = path.stat().st_size, np.fromfile(path, "<u4", 256).tolist()
-    version, dtype = {20240520: (1, "<u2"), 20240801: (7, "<u4")}.get((header or [0])[0], (None, "<u2"))
-    start, count = (0, size // 2) if version is None else (1024, 0)
-    fault = "is empty" if size == 0 else None
-    if version and size < 1024:
-        fault = f"ends within its header, after {size} of 1024 bytes"
-    elif version and header[1] != version:
-        fault = f"has version {header[1]} in its header, where {version} is expected"
-    elif version:
-        count = header[2] + (header[3] << 32)
-    if not fault and size != start + count * np.dtype(dtype).itemsize:
-        fault = f"has {size} bytes, which is not {start} of header and {count} tokens of {dtype[2]} bytes"
-    if fault:
-        raise ValueError(f"{path} {fault}: copy it again, or delete it where it can be made again")
+    version, dtype = HEADERS.get(header[0] if header else 0, (None, "<u2"))
+    if version is None:
+        start, count = 0, max(size // 2, 1)
+    elif size < 1024 or header[1] != version:
+        raise ValueError(f"{path} has a header that is cut short, or not of version {version}: copy it again")
+    else:
+        start, count = 1024, header[2] + (header[3] << 32)
+    expected = start + count * np.dtype(dtype).itemsize
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes where {expected} are expected: copy it again, or "
+                         "delete it if it can be made again")
     return np.memmap(path, dtype, "r", offset=start) if count else np.empty(0, dtype)
 
 
 def write_shard(path: Path, pieces: Iterable[np.ndarray], n_vocab: int) -> None:
     """Writes tokens under a temporary name, then their count in the header, and only then gives the name."""
-    dtype, magic, version = ("<u2", 20240520, 1) if n_vocab <= 2**16 else ("<u4", 20240801, 7)
+    magic = 20240520 if n_vocab <= 2**16 else 20240801
+    version, dtype = HEADERS[magic]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished, count = path.with_name(path.name + ".tmp"), 0
     with open(unfinished, "wb") as file:
@@ -435,8 +436,8 @@ def write_shard(path: Path, pieces: Iterable[np.ndarray], n_vocab: int) -> None:
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
     """Fetches `url` to `path` unless it is there; the file gets its name only when it is whole and verified.
 
-    A `.part` that an earlier try left is continued. The result must have the given `sha256`, or else the one the
-    server names, as Hugging Face does; a damaged file is fetched once more. ValueError when nothing helps.
+    A `.part` left by an earlier try is continued. The result must have `sha256`, or else the one that
+    the server names, as Hugging Face does; a damaged file is fetched once more. ValueError if nothing helps.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -456,8 +457,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
 
 
 def _receive(url: str, part: Path) -> str | None:
-    """Completes `part`; returns the sha256 that the server names, if any. A broken connection is taken up again
-    where it ended, as long as each try brings something."""
+    """Completes `part`; returns the sha256 that the server names, if any. A broken connection is taken up
+    again where it ended, as long as each try brings something."""
     before, reason = -1, "the connection ended early"
     while (size := part.stat().st_size if part.exists() else 0) > before:
         before, redirect = size, _Redirect()
@@ -480,7 +481,7 @@ def _receive(url: str, part: Path) -> str | None:
                 return etag.strip('"') if re.fullmatch('"?[0-9a-f]{64}"?', etag) else None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = error
-            if getattr(error, "code", None) == 416:  # longer than the server's file, so part of another one
+            if getattr(error, "code", None) == 416 and size:  # longer than the file: a part of another one
                 part.unlink()
                 before = -1
     raise ValueError(f"cannot download {url} ({reason}): give a mirror with --data_url=, or use "

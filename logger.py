@@ -15,6 +15,8 @@ event "nonfinite" names field and value. A resumed run continues its file, cut b
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
 from collections import deque
@@ -161,6 +163,21 @@ class Logger:
         self.say("  ".join([f"step {step:{len(str(self.steps))}}/{self.steps}", *parts]), terminal)
 
 
+def environment(device, processes: int, data_sha256: str) -> dict:
+    """What one must know to run this again: commit, versions, hardware, data. `device` is a torch.device."""
+    import torch
+
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {"commit": commit or "unknown", "torch": str(torch.__version__), "python": platform.python_version(),
+            "platform": platform.platform(), "hardware": hardware, "processes": processes, "data_sha256": data_sha256}
+
+
 def plot(runs, path) -> bool:
     """Draw the losses of a run's folder, or of a list of them, into the picture file `path`; False, and a
     sentence, if no loss was logged. FileNotFoundError for a folder without metrics.jsonl."""
@@ -196,17 +213,18 @@ def plot(runs, path) -> bool:
             ax.plot([*val], [*val.values()], "o-", ms=4, color=red, label="validation" if single else name)
         for event, color in DRAWN.items() if single else ():
             if steps := [row["step"] for row in rows if row.get("event") == event]:
-                ax.vlines(steps, 0, 1, color, "--", f"{event} ({len(steps)})", alpha=0.5, lw=1, zorder=1,
-                          transform=ax.get_xaxis_transform())
+                ax.vlines(steps, 0, 1, color, "--", label=f"{event} ({len(steps)})", lw=1, alpha=0.5,
+                          zorder=1, transform=ax.get_xaxis_transform())
         losses += y + [*val.values()]
-        ratios |= {tokens[step] / step for step in tokens if step}
+        ratios |= {tokens[step] / step for step in tokens if step * tokens[step]}
     if not losses:
         return False
     losses.sort()
-    low, usual, high = losses[0], losses[int(0.98 * (len(losses) - 1))], losses[-1]
+    low, usual, high = losses[0], losses[math.ceil(0.98 * (len(losses) - 1))], losses[-1]
     high = usual if high - low > 2 * (usual - low) > 0 else high  # a spike would flatten all the rest
     pad = 0.06 * (high - low) or 0.5
-    ax.set_ylim(low - pad, high + pad)
+    right = max(ax.get_xlim()[1], 1)
+    ax.set(xlim=(-0.01 * right, right), ylim=(low - pad, high + pad))
     ax.set_title(name if single else "Training (lines) and validation (dots)", loc="left", weight="bold")
     ax.xaxis.get_major_locator().set_params(integer=True)
     if len(ratios) == 1:  # the same tokens per step all along

@@ -5,21 +5,23 @@
     x = x + mlp_proj(activation(fc(norm(x))))
     loss = sum over tokens of -log softmax(head(norm(x)))[target]
 
-Two sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU, learned positions, tied
-head, biases) and `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU, untied head, zero-initialised projections,
-capped logits: the choices of the nanoGPT speedruns, Jordan et al. 2024).
+Two sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU, learned
+positions, tied head, biases) and `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU, untied head,
+zero-initialised projections, capped logits: the choices of the nanoGPT speedruns, Jordan et al. 2024).
 
 Made to be cut up from outside; nothing here knows how:
 - `forward` returns the *sum* of token losses, so that adding over micro-batches and ranks needs no weights;
-- `blocks` is keyed by the global layer number and embedding or head may be absent: a pipeline stage is this model with
+- `blocks` is keyed by the global layer number and embedding or head may be absent: a pipeline stage is this
+  model with
   parts missing, and every parameter has the same name in every layout;
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants them apart;
 - the attention core is the replaceable attribute `Attention.core`;
-- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position): the same
+- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position): the
+  same
   start and the same masks on any layout.
 
-Norms, softmax and loss are computed in at least float32. Dropout acts on the embedding and on each block's two outputs;
-attention weights are not dropped (fused attention has no reproducible masks).
+Norms, softmax and loss are computed in at least float32. Dropout acts on the embedding and on each block's
+two outputs; attention weights are not dropped (fused attention has no reproducible masks).
 """
 
 import hashlib
@@ -72,7 +74,9 @@ class Attention(nn.Module):
         self.core = causal_attention
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, D)
+        q, k, v = (
+            f(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )  # (B, H, T, D)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if where.rotary is not None:
@@ -86,7 +90,10 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
         self.proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
-        self.activation = {"relu2": lambda x: F.relu(x).square(), "gelu": lambda x: F.gelu(x, approximate="tanh")}[c.activation]
+        self.activation = {
+            "relu2": lambda x: F.relu(x).square(),
+            "gelu": lambda x: F.gelu(x, approximate="tanh"),
+        }[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
@@ -114,18 +121,29 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.n_embd) if embed else None
         self.positions = nn.Embedding(c.block_size, c.n_embd) if embed and c.position == "learned" else None
         self.drop_embed = Dropout(c, "embed")
-        self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in (range(c.n_layer) if layers is None else layers)})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(c, i) for i in (range(c.n_layer) if layers is None else layers)}
+        )
         self.final_norm = make_norm(c) if head else None
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False) if head else None
         if c.tied and embed and head:
             self.head.weight = self.embed.weight
-        self.hits = None  # after a forward in eval mode: how many targets were the likeliest token, a 0-dim tensor
+        self.hits = (
+            None  # after a forward in eval mode: how many targets were the likeliest token, a 0-dim tensor
+        )
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """x: (B, T) token ids, or (B, T, C) hidden states where the embedding is absent; targets: (B, T) ids.
 
-        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, needed for dropout.
-        Returns the sum of the token losses; logits (B, T, V) without targets; hidden states where the head is absent.
+        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, needed for
+        dropout. Returns the sum of the token losses; logits (B, T, V) without targets; hidden states where
+        the head is absent.
         """
         where = self.locate(x, positions, rows)
         if self.embed is not None:
@@ -159,8 +177,11 @@ class GPT(nn.Module):
         return Where(positions, rows, rotary)
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> Tensor:
-        """n more tokens after ids (B, T): each drawn from softmax(logits / temperature) among the top_k likeliest.
+    def generate(
+        self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+    ) -> Tensor:
+        """n more tokens after ids (B, T): each drawn from softmax(logits / temperature) among the top_k
+        likeliest.
 
         temperature 0 takes the likeliest. The context is the last block_size tokens.
         """
@@ -168,7 +189,9 @@ class GPT(nn.Module):
         for _ in range(n):
             logits = self(ids[:, -self.config.block_size :])[:, -1].cpu()  # (B, V)
             if top_k is not None:
-                logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+                logits = logits.masked_fill(
+                    logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf
+                )
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
@@ -177,7 +200,7 @@ class GPT(nn.Module):
         return ids
 
 
-# ---- the pieces -----------------------------------------------------------------------------------------------------
+# ---- the pieces ------------------------------------------------------------------------------------------
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); each query sees itself and what came before."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -197,7 +220,8 @@ def make_norm(c: GPTConfig) -> nn.Module:
 
 
 def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * 10000^(-2i/D) for the D/2 pairs: (T, D/2), or (B, 1, T, D/2) for positions (B, T)."""
+    """cos and sin of position * 10000^(-2i/D) for the D/2 pairs: (T, D/2), or (B, 1, T, D/2) for positions
+    (B, T)."""
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
     angle = positions.to(dtype).unsqueeze(-1) * frequency
     angle = angle.unsqueeze(1) if positions.ndim == 2 else angle
@@ -214,8 +238,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Dropout(nn.Module):
     """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): no generator, no state.
 
-    Cutting the batch, the sequence or the layers over ranks leaves every mask as it was, and a resumed run goes on
-    with the masks it would have had.
+    Cutting the batch, the sequence or the layers over ranks leaves every mask as it was, and a resumed run
+    goes on with the masks it would have had.
     """
 
     def __init__(self, c: GPTConfig, name: str):
@@ -229,7 +253,9 @@ class Dropout(nn.Module):
         if where.rows is None:
             raise ValueError("dropout needs the numbers of the rows: model(x, targets, rows=...)")
         h = mix(mix(where.rows.unsqueeze(1) + self.key) + where.positions)  # (B, T)
-        h = mix(h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1)  # (B, T, C), uniform in [0, 2^32)
+        h = mix(
+            h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1
+        )  # (B, T, C), uniform in [0, 2^32)
         return x * (h >= int(self.p * 2**32)).to(x.dtype) / (1 - self.p)
 
 
@@ -244,13 +270,14 @@ def key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
 
 
-# ---- the start ------------------------------------------------------------------------------------------------------
+# ---- the start -------------------------------------------------------------------------------------------
 def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The whole initial tensor of the parameter with this full name, float32 on the CPU: a function of (seed, name).
+    """The whole initial tensor of the parameter with this full name, float32 on the CPU: a function of (seed,
+    name).
 
-    gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream. fan_in: embeddings 1,
-    matrices 0.5/sqrt(fan_in). zero_init: those projections and an untied head start at 0, so that every block starts
-    as the identity.
+    gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream. fan_in:
+    embeddings 1, matrices 0.5/sqrt(fan_in). zero_init: those projections and an untied head start at 0, so
+    that every block starts as the identity.
     """
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 # Dense peaks in TFLOP/s per device from NVIDIA's data sheets (half of the figures "with sparsity"); GeForce:
-# from the white papers of the architectures. Products accumulate in fp32, as training needs; on GeForce that is
-# half of the advertised rate. fp32 is without tensor cores, tf32 is what fp32 becomes where torch may use it.
+# from the white papers of the architectures. Products accumulate in fp32, as training needs; on GeForce that
+# is half of the advertised rate. fp32 is without tensor cores, tf32 what fp32 becomes where torch may use it.
 PEAK_FLOPS = {
     "V100-SXM2":  {"fp16": 125, "fp32": 15.7},
     "V100-PCIE":  {"fp16": 112, "fp32": 14},
@@ -37,14 +37,14 @@ PEAK_FLOPS = {
     "RTX 3090":   {"bf16": 71, "fp16": 71, "tf32": 35.6, "fp32": 35.6},
     "RTX 4090":   {"bf16": 165.2, "fp16": 165.2, "fp8": 330.3, "tf32": 82.6, "fp32": 82.6},
     "RTX 5090":   {"bf16": 209.5, "fp16": 209.5, "fp8": 419, "tf32": 104.8, "fp32": 104.8},
-    "H100 HBM3":  {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},  # SXM
+    "H100 HBM3":  {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},  # the SXM card
     "H100 SXM5":  {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
     "H100 PCIe":  {"bf16": 756.5, "fp16": 756.5, "fp8": 1513, "tf32": 378, "fp32": 51},
     "H100 NVL":   {"bf16": 835.5, "fp16": 835.5, "fp8": 1670.5, "tf32": 417.5, "fp32": 60},
     "H200":       {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
     "H200 NVL":   {"bf16": 835.5, "fp16": 835.5, "fp8": 1670.5, "tf32": 417.5, "fp32": 60},
     "B200":       {"bf16": 2250, "fp16": 2250, "fp8": 4500, "tf32": 1100, "fp32": 75},
-    "GB200":      {"bf16": 2500, "fp16": 2500, "fp8": 5000, "tf32": 1250, "fp32": 80},  # of two
+    "GB200":      {"bf16": 2500, "fp16": 2500, "fp8": 5000, "tf32": 1250, "fp32": 80},  # each of two
 }
 # Beside a listed name these words mean another chip, or a part of one.
 OTHER_CHIP = {"laptop", "mig", "max", "super", "ti", "d"}
@@ -62,8 +62,8 @@ def flops_per_token(n_params_matmul: int, n_layer: int, n_embd_attention: int, b
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of the device that `torch.cuda.get_device_name()` calls device_name, for products in
-    precision (fp8, fp16, bf16, tf32, fp32); None for what the table does not know, never a made-up peak.
+    """Dense peak in FLOP/s of the device that `torch.cuda.get_device_name()` calls device_name, for products
+    in precision (fp8, fp16, bf16, tf32, fp32); None for what the table does not know, never a made-up peak.
     Names match by whole words and the longest match wins: "NVIDIA H100 PCIe" is not taken for the SXM card,
     "GH200" not for an H200, "L40" not for an L4. A laptop's RTX 4090 and a MIG slice are unknown."""
     words = set(re.findall(r"\w+", device_name.lower()))
@@ -80,10 +80,10 @@ def mfu(tokens_per_s_per_device: float, flops_per_token: float, peak: float | No
 
 
 def peak_bytes(device: torch.device | str) -> int | None:
-    """Most memory this process has held so far, in bytes. CUDA: what torch's allocator gave out on that device.
+    """Most memory this process has held so far, in bytes. CUDA: given out by torch's allocator on the device.
     Elsewhere: the resident set of the whole process, interpreter included; None where the system does not say
-    (Windows). Trap: on Linux a child inherits its parent's peak, so a rank started by a large process reports
-    at least that."""
+    (Windows). Trap: on Linux a child inherits its parent's peak, so a rank that a large process started
+    reports at least that."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

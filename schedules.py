@@ -1,6 +1,7 @@
 """Learning-rate schedules: pure functions from (step, steps) to a multiplier of each group's own initial lr.
 
-`step` counts from 0 the update about to be made, of `steps` in all. Every schedule starts with linear warm-up:
+`step` counts from 0 the update about to be made, of `steps` in all. Every schedule starts with linear
+warm-up:
     (step + 1) / warmup        for step < warmup       the first update already moves, at lr/warmup
 and then runs its own shape on x = (step - warmup) / (steps - warmup), from 0 to just below 1.
 
@@ -10,14 +11,16 @@ and then runs its own shape on x = (step - warmup) / (steps - warmup), from 0 to
     linear    1 - (1-minimum) x
     constant  1
 
-Schedules differ in what they do *after* warm-up alone, so that any of them can be swapped or branched in mid-run.
+Schedules differ in what they do *after* warm-up alone, so that any of them can be swapped or branched in
+mid-run.
 """
 
 import math
 
 
 def wsd(x: float, minimum: float = 0.0, decay: float = 0.4, shape: str = "linear") -> float:
-    """Warm-up, stable, decay; `decay` is the descent's share of x. shape: linear, cosine, exponential, sqrt (1 - sqrt)."""
+    """Warm-up, stable, decay; `decay` is the descent's share of x. shape: linear, cosine, exponential, sqrt
+    (1 - sqrt)."""
     if shape not in ("linear", "cosine", "exponential", "sqrt"):
         raise ValueError(f"--schedule.shape={shape} is none of linear, cosine, exponential, sqrt")
     if x <= 1 - decay or decay == 0:
@@ -41,14 +44,17 @@ def constant(x: float, minimum: float = 0.0) -> float:
     return 1.0
 
 
-SHAPES = dict(wsd=wsd, cosine=cosine, linear=linear, constant=constant)
+SHAPES = {"wsd": wsd, "cosine": cosine, "linear": linear, "constant": constant}
+OURS = ("x", "minimum", "decay")  # arguments that multiplier() itself gives
 
 
 def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float = 0.0, decay_frac: float = 0.4,
                **options) -> float:  # fmt: skip
-    """What each group's initial lr is multiplied by at this step; name: a key of SHAPES, options: its own arguments.
+    """What each group's initial lr is multiplied by at this step; name: a key of SHAPES, options: its own
+    arguments.
 
-    warmup in steps; decay_frac: wsd's descent as a share of all steps; minimum: where a decay ends, a share of lr.
+    warmup in steps; decay_frac: wsd's descent as a share of all steps; minimum: where a decay ends, a share
+    of lr.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -17,16 +17,19 @@ To compile the step: `adamw.adamw_update = torch.compile(adamw.adamw_update)`. W
 as floats that only multiply and divide tensors, so torch compiles once per kind of shape, not at every step.
 """
 
+import math
+
 import torch
 
 
-def adamw_update(p, g, exp_avg, exp_avg_sq, bias1, bias2, lr, beta1, beta2, eps, weight_decay) -> None:
-    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`; biasᵢ = 1 − βᵢᵗ."""
+def adamw_update(p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay) -> None:
+    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`;
+    bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ)."""
     p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (exp_avg_sq / bias2).sqrt_().add_(eps)
-    p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr / bias1))
+    denominator = exp_avg_sq.sqrt().add_(eps * root2)  # √v̂ + ε, times root2
+    p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr * root2 / bias1))
 
 
 class AdamW(torch.optim.Optimizer):
@@ -66,7 +69,7 @@ class AdamW(torch.optim.Optimizer):
                     state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
                 t = state["step"] = int(state["step"]) + 1
                 adamw_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], 1 - beta1**t,
-                             1 - beta2**t, group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+                             math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss

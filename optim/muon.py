@@ -54,28 +54,38 @@ SCALES = {"original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}  # groups with use_muon=False
 
 
-def orthogonalize(u: torch.Tensor, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """(n, rows, cols) -> the same shape and dtype, singular values near 1; products in `dtype` (None = u's)."""
-    X = (u / u.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype or u.dtype)
-    tall = u.shape[1] > u.shape[2]
-    X = X.mT if tall else X
+def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """n matrices (rows, cols) -> (n, rows, cols) of `dtype`, singular values near 1."""
+    X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
+    tall = X.shape[1] > X.shape[2]
+    X = X.mT if tall else X  # (n, short, long)
+    restart = 3 if X.shape[2] >= 2 * X.shape[1] else 1
     for i in range(ns_steps):
         a, b, c = COEFFICIENTS[ns][min(i, len(COEFFICIENTS[ns]) - 1)]
-        A = torch.bmm(X, X.mT)  # (n, short side, short side)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
-        X = torch.baddbmm(X, B, X, beta=a)
-    return (X.mT if tall else X).to(u.dtype)
+        if i % restart == 0:
+            A, Q = torch.bmm(X, X.mT), None  # (n, short, short)
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+        if restart == 1:
+            X = torch.baddbmm(X, P, X, beta=a)
+            continue
+        P.diagonal(dim1=1, dim2=2).add_(a)  # X ← P·X, but only every third step: until then Q gathers the Ps,
+        Q = P if Q is None else torch.bmm(P, Q)  # and A = X·Xᵀ ← P·A·P needs no long product
+        if (i + 1) % restart == 0 or i + 1 == ns_steps:
+            X = torch.bmm(Q, X)
+        else:
+            A = torch.bmm(torch.bmm(P, A), P)
+    return X.mT if tall else X
 
 
 def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype, adjust_lr_fn,
                 normuon_beta2, cautious) -> None:
     """One step for parameters of one shape, in place on the lists `ps`, `bufs` and, for NorMuon, `row_sqs` of (rows, 1)."""
-    us = []
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
-        us.append((g.lerp(b, momentum) if nesterov else b).flatten(1))
-    X = orthogonalize(torch.stack(us), ns, ns_steps, ns_dtype)  # (n, rows, cols)
+    us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))  # (rows, cols) each
+    X = orthogonalize(us, ns, ns_steps, ns_dtype)
     for p, x, v in zip(ps, X, row_sqs):
+        x = x.to(p.dtype)
         if normuon_beta2 is not None:
             v.lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
             y = x / (v.sqrt() + 1e-10)
@@ -189,7 +199,7 @@ class Muon(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     for ns, steps in ("quintic", 5), ("cubic", 25), ("polar", 8):
-        s = torch.linalg.svdvals(orthogonalize(torch.randn(1, 40, 60, dtype=torch.float64), ns, steps))
+        s = torch.linalg.svdvals(orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64))
         print(f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to {s.max():.3f}")
     inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
     weight, bias = torch.zeros(16, 32, requires_grad=True), torch.zeros(16, requires_grad=True)

@@ -5,8 +5,8 @@
     matrix      every other weight with two or more dimensions       lr       decay       (Muon, SOAP, ... work on these)
     scalar      gains and biases: fewer than two dimensions          own lr   no weight decay
 
-Decided by the type of the module and the number of dimensions. Going by "embedding" or "norm" in the name, as many
-recipes do, misses `wte` and decays it.
+Decided by the type of the module and the number of dimensions. Going by "embedding" or "norm" in the name, as
+many recipes do, misses `wte` and decays it.
 """
 
 from torch import nn
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """{parameter name: embedding | head | matrix | scalar} for every trainable parameter, each storage once."""
+    """{parameter name: embedding | head | matrix | scalar} for every trainable parameter, each storage
+    once."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {}
     for name, p in model.named_parameters():
@@ -29,7 +30,9 @@ def kinds(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def param_groups(model: nn.Module, lrs: dict[str, float], weight_decay: float, muon: bool = False) -> list[dict]:
+def param_groups(
+    model: nn.Module, lrs: dict[str, float], weight_decay: float, muon: bool = False
+) -> list[dict]:
     """Groups for an optimizer's constructor, each with its `kind` and its parameters' full `names`.
 
     lrs: kind -> learning rate. With `muon`, all but the matrices carry `use_muon=False`.
@@ -46,9 +49,18 @@ def param_groups(model: nn.Module, lrs: dict[str, float], weight_decay: float, m
 
 
 def state_by_name(optimizer: Optimizer) -> dict:
-    """The optimizer's state by parameter name, and its groups without the parameters: what load_state_by_name takes."""
-    state = {n: optimizer.state[p] for g in optimizer.param_groups for n, p in zip(g["names"], g["params"]) if p in optimizer.state}
-    groups = {g["kind"]: {k: v for k, v in g.items() if k not in ("params", "names", "kind")} for g in optimizer.param_groups}
+    """The optimizer's state by parameter name, and its groups without the parameters: what load_state_by_name
+    takes."""
+    state = {
+        n: optimizer.state[p]
+        for g in optimizer.param_groups
+        for n, p in zip(g["names"], g["params"])
+        if p in optimizer.state
+    }
+    groups = {
+        g["kind"]: {k: v for k, v in g.items() if k not in ("params", "names", "kind")}
+        for g in optimizer.param_groups
+    }
     return dict(state=state, groups=groups)
 
 
@@ -58,5 +70,10 @@ def load_state_by_name(optimizer: Optimizer, saved: dict) -> None:
     for group in new["param_groups"]:
         old = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["groups"][group["kind"]].items()}
         group.update({k: v for k, v in old.items() if k not in ("lr", "initial_lr", "weight_decay")})
-    new["state"] = {i: saved["state"][n] for g in new["param_groups"] for n, i in zip(g["names"], g["params"]) if n in saved["state"]}
+    new["state"] = {
+        i: saved["state"][n]
+        for g in new["param_groups"]
+        for n, i in zip(g["names"], g["params"])
+        if n in saved["state"]
+    }
     optimizer.load_state_dict(new)

@@ -5,18 +5,21 @@
     rows      r0 r1               r2 r3        ------------>
     gradient  g(r0)+g(r1)         g(r2)+g(r3)                     g(r0..r3)      g(r0..r3)
 
-Gradients live in flat buckets, filled in the order in which backward produces them (last layer first). As soon as the
-last gradient of a bucket is there, its all-reduce starts and runs while backward goes on with earlier layers. The
-first micro-batches of an accumulated batch add into the same buckets and send nothing (others call this `no_sync`).
+Gradients live in flat buckets, filled in the order in which backward produces them (last layer first). As
+soon as the last gradient of a bucket is there, its all-reduce starts and runs while backward goes on with
+earlier layers. The first micro-batches of an accumulated batch add into the same buckets and send nothing
+(others call this `no_sync`).
 
-Bytes sent per rank and step: 2 (N-1)/N x the gradients' bytes (a ring all-reduce), however many micro-batches.
+Bytes sent per rank and step: 2 (N-1)/N x the gradients' bytes (a ring all-reduce), however many
+micro-batches.
 
-The sum is plain, not a mean: the loss is already divided by the constant count of the global batch's tokens, so no
-rank needs to know how many others there are. (`nn.DataParallel` instead runs one process with a thread per GPU, copies
-the weights to every GPU at each step and gathers all outputs on one: slower by design, and long since discouraged.)
+The sum is plain, not a mean: the loss is already divided by the constant count of the global batch's tokens,
+so no rank needs to know how many others there are. (`nn.DataParallel` instead runs one process with a thread
+per GPU, copies the weights to every GPU at each step and gathers all outputs on one: slower by design, and
+long since discouraged.)
 
-Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs in that `p.grad` is a view of its bucket, so
-nothing is copied back.
+Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs in that `p.grad` is a view of its
+bucket, so nothing is copied back.
 """
 
 import torch
@@ -27,7 +30,9 @@ from torch import nn
 class Bucket:
     def __init__(self, params: list[nn.Parameter]):
         self.params, self.waiting, self.work = params, len(params), None
-        self.flat = torch.zeros(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
+        self.flat = torch.zeros(
+            sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device
+        )
         self.views = [v.view_as(p) for v, p in zip(self.flat.split([p.numel() for p in params]), params)]
 
 

@@ -1,12 +1,13 @@
-"""Who stands where: the ranks of a run as one 4-D grid (pp, dp, cp, tp), always all four, most of them of size 1.
+"""Who stands where: the ranks of a run as one 4-D grid (pp, dp, cp, tp), always all four, most of them of
+size 1.
 
     rank = ((pp_i * dp + dp_i) * cp + cp_i) * tp + tp_i            tp innermost: neighbours share the fastest link
 
     pp  pipeline stages: layers are split          dp  data parallel: sequences are split
     cp  context parallel: each sequence is split   tp  tensor parallel: each matrix is split
 
-A group holds the ranks that differ from me in one coordinate alone. A group of size 1 is None, and a collective over
-None is the identity: one process runs the same lines as a thousand.
+A group holds the ranks that differ from me in one coordinate alone. A group of size 1 is None, and a
+collective over None is the identity: one process runs the same lines as a thousand.
 """
 
 import os
@@ -40,11 +41,19 @@ class Mesh:
         """Rank 0's value on every rank; also a barrier."""
         return int(self.sum(value if self.rank == 0 else 0)[0])
 
+    def first_on_each_machine(self, work):
+        """work() by one process of each machine, then by the others: the first one fills the caches."""
+        first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+        result = work() if first else None
+        self.agree(0)
+        return result if first else work()
+
 
 def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:
     """The grid over the existing process group (or over this one process); dp takes what the others leave.
 
-    Collective: all ranks make all groups in the same order. Raises ValueError if the sizes do not divide the world.
+    Collective: all ranks make all groups in the same order. Raises ValueError if the sizes do not divide the
+    world.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world % (tp * cp * pp):
@@ -76,15 +85,20 @@ def start(device: torch.device, minutes: float = 10) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises ValueError for a device this machine lacks."""
+    """`auto`, or a device by its name; on GPUs each process of a machine gets its own.
+
+    Raises ValueError for a device this machine lacks.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda":
+            assert torch.cuda.is_available(), "torch finds no GPU"
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device={name} is not to be had here ({str(error).splitlines()[0]}); type --device=cpu") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device={name} is not to be had here ({reason}); try --device=cpu") from None
     return device

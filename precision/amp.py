@@ -5,9 +5,9 @@
     fp32   float32                     float32            1.2e-07   3.4e38
     bf16   float32                     bfloat16           7.8e-03   3.4e38    autocast; needs no loss scaling
 
-bf16 keeps float32's exponent and so its range; what it gives up is precision, which sums, norms, softmax, loss, weights
-and optimizer state therefore keep in float32 (Micikevicius et al. 2018, 1710.03740; Kalamkar et al. 2019, 1905.12322).
-Activations halve; weights and state do not.
+bf16 keeps float32's exponent and so its range; what it gives up is precision, which sums, norms, softmax,
+loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018, 1710.03740; Kalamkar et
+al. 2019, 1905.12322). Activations halve; weights and state do not.
 """
 
 from contextlib import nullcontext
@@ -24,7 +24,9 @@ def choose(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        fast = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
     return "bf16" if fast else "fp32"
 
 

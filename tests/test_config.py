@@ -84,7 +84,9 @@ def test_a_recipe_is_never_executed(tmp_path):
 
 
 def test_a_toml_file_written_from_a_config_reads_back_the_same(tmp_path):
-    cfg = parse(["--opt.betas=0.9,0.95", '--out_dir=a "b"\\c', "--grad_clip=none", "--lr=1e-3", "--tied=true"])
+    cfg = parse(
+        ["--opt.betas=0.9,0.95", '--out_dir=a "b"\\c', "--grad_clip=none", "--lr=1e-3", "--tied=true"]
+    )
     again = parse([recipe(tmp_path, config.to_toml(cfg, {"commit": "abc"}))])
     assert config.to_dict(again) == config.to_dict(cfg)
     assert config.to_dict(config.from_dict(config.to_dict(cfg))) == config.to_dict(cfg)
@@ -122,7 +124,9 @@ def test_every_field_is_used():
     root = Path(config.__file__).parent
     text = (root / "train.py").read_text() + (root / "model.py").read_text()
     elsewhere = {"arch"}  # decides the traits, in config.with_traits
-    assert [n for n in config.FIELDS if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere] == []
+    assert [
+        n for n in config.FIELDS if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere
+    ] == []
 
 
 def test_every_recipe_in_configs_parses():
@@ -141,17 +145,23 @@ def test_the_default_recipe_is_the_default():
     assert config.to_dict(parse([str(path)])) | {"schedule": "auto"} == config.to_dict(Config())
 
 
-# ---- continuing -----------------------------------------------------------------------------------------------------
+# ---- continuing ------------------------------------------------------------------------------------------
 def resolved(**values) -> dict:
-    return config.to_dict(dataclasses.replace(config.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values))
+    return config.to_dict(
+        dataclasses.replace(config.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values)
+    )
 
 
 def test_auto_takes_what_was_chosen_and_may_change_steps_and_schedule():
-    cfg = config.continued(parse(["--steps=9", "--schedule=cosine", "--log_every=2"]), resolved(), branch=False)
+    cfg = config.continued(
+        parse(["--steps=9", "--schedule=cosine", "--log_every=2"]), resolved(), branch=False
+    )
     assert (cfg.steps, cfg.schedule, cfg.log_every, cfg.precision, cfg.lr) == (9, "cosine", 2, "bf16", 0.02)
 
 
-@pytest.mark.parametrize("flag", ["--lr=0.1", "--seed=2", "--precision=fp32", "--n_layer=5", "--opt.beta=1", "--data=shakespeare"])
+@pytest.mark.parametrize(
+    "flag", ["--lr=0.1", "--seed=2", "--precision=fp32", "--n_layer=5", "--opt.beta=1", "--data=shakespeare"]
+)
 def test_auto_refuses_another_run_and_names_the_field(flag):
     with pytest.raises(ValueError, match=flag.split("=")[0][2:] + ".*--resume=never"):
         config.continued(parse([flag]), resolved(), branch=False)

@@ -42,7 +42,9 @@ def alone():
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("world, micro_batches, bucket_mb", [(2, 1, 25), (2, 4, 25), (4, 2, 25), (2, 2, 1e-4), (4, 1, 1e-4)])
+@pytest.mark.parametrize(
+    "world, micro_batches, bucket_mb", [(2, 1, 25), (2, 4, 25), (4, 2, 25), (2, 2, 1e-4), (4, 1, 1e-4)]
+)
 def test_ddp_equals_single_process(alone, world, micro_batches, bucket_mb):
     for grads in run_ranks(world, gradients, micro_batches, bucket_mb):
         for g, expected in zip(grads, alone):
@@ -113,7 +115,10 @@ def test_sending_starts_before_backward_ends():
 
 
 def test_buckets_keep_order_and_types_apart():
-    params = [nn.Parameter(torch.zeros(10, dtype=d)) for d in (torch.float32, torch.float32, torch.bfloat16, torch.float32)]
+    params = [
+        nn.Parameter(torch.zeros(10, dtype=d))
+        for d in (torch.float32, torch.float32, torch.bfloat16, torch.float32)
+    ]
     buckets = cut(params, 1e9)
     assert [len(b) for b in buckets] == [2, 1, 1]
     assert [p for b in cut(params, 40) for p in b] == params and len(cut(params, 40)) == 4

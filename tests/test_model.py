@@ -2,7 +2,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Dropout, GPTConfig, Where, init_weights, initial_weight, rms_norm, rotary_angles, rotate
+from model import (
+    GPT,
+    Dropout,
+    GPTConfig,
+    Where,
+    init_weights,
+    initial_weight,
+    rms_norm,
+    rotary_angles,
+    rotate,
+)
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
 GPT2 = dict(TINY, n_kv_head=4, norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True, bias=True,
@@ -70,7 +80,9 @@ def test_the_start_depends_on_seed_and_name_alone():
 def test_the_start_is_the_same_on_every_machine():
     """A change of these numbers changes every run: it would be a new format."""
     w = initial_weight(GPTConfig(), "blocks.0.attn.q.weight", (256, 256))
-    torch.testing.assert_close(w[0, :3], torch.tensor([-0.0310739409, 0.0297504682, -0.0086885532]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        w[0, :3], torch.tensor([-0.0310739409, 0.0297504682, -0.0086885532]), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("config, first_loss", [(ARCHS[0], 4.1589), (ARCHS[1], 4.16)])
@@ -114,7 +126,9 @@ def test_rotary_scores_depend_on_distance_alone():
 
 def test_positions_may_be_given_for_a_part_of_the_sequence():
     model, x = awake(GPTConfig(**TINY)), tokens(2, 16)
-    torch.testing.assert_close(model(x, positions=torch.arange(16).expand(2, 16)), model(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        model(x, positions=torch.arange(16).expand(2, 16)), model(x), rtol=1e-12, atol=1e-12
+    )
     with pytest.raises(ValueError, match="block_size"):
         model(tokens(1, 17))
 
@@ -145,7 +159,7 @@ def test_hits_count_the_right_guesses():
     assert model.hits == (model(x).argmax(-1) == y).sum()
 
 
-# ---- dropout --------------------------------------------------------------------------------------------------------
+# ---- dropout ---------------------------------------------------------------------------------------------
 def masks(config, rows, positions, name="blocks.0.attn"):
     x = torch.ones(len(rows), len(positions), config.n_embd)
     return Dropout(config, name)(x, Where(torch.tensor(positions), torch.tensor(rows), None))
@@ -164,7 +178,11 @@ def test_dropout_keeps_the_right_share_and_the_mean():
     share = (kept > 0).float()
     assert abs(share.mean() - 0.75) < 2e-3  # 2M draws: sd 3e-4
     assert abs(kept.mean() - 1) < 2e-3 and kept.max() == 1 / 0.75
-    for dims in ((1, 2), (0, 2), (0, 1)):  # no row, position or channel is special: sd at most 2.4e-3... 6.8e-3
+    for dims in (
+        (1, 2),
+        (0, 2),
+        (0, 1),
+    ):  # no row, position or channel is special: sd at most 2.4e-3... 6.8e-3
         assert (share.mean(dims) - 0.75).abs().max() < 0.035
     neighbours = ((share[..., 1:] - 0.75) * (share[..., :-1] - 0.75)).mean() / (0.75 * 0.25)
     assert abs(neighbours) < 5e-3
@@ -175,11 +193,13 @@ def test_dropout_is_off_in_eval_and_needs_rows_in_training():
     with pytest.raises(ValueError, match="rows"):
         model(x)
     rows = torch.tensor([3, 4])
-    assert torch.equal(model(x, rows=rows), model(x, rows=rows)) and not torch.equal(model(x, rows=rows), model(x, rows=rows + 1))
+    assert torch.equal(model(x, rows=rows), model(x, rows=rows)) and not torch.equal(
+        model(x, rows=rows), model(x, rows=rows + 1)
+    )
     assert torch.equal(model.eval()(x), model(x))
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+# ---- generation ------------------------------------------------------------------------------------------
 def test_generation_is_repeatable_and_goes_past_the_block():
     model = awake(ARCHS[0]).eval()
     a, b = (model.generate(tokens(2, 3), 20, top_k=5, seed=s) for s in (1, 1))

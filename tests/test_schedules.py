@@ -21,7 +21,9 @@ def test_no_schedule_rises_after_warm_up_or_leaves_its_range(name):
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "sqrt"])
 def test_wsd_is_flat_until_the_last_share_of_all_steps(shape):
-    values = [multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape) for i in range(101)]
+    values = [
+        multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape) for i in range(101)
+    ]
     assert values[10:71] == [1.0] * 61 and values[71] < 1
     assert values[100] == pytest.approx(0.1)
 

@@ -1,0 +1,134 @@
+"""Adafactor: Adam's second moment of a matrix kept as one row and one column; no first moment.
+
+    w = t^δ,   δ = −.8                                    weight of the new g², so that no bias correction is needed
+    R ← (1−w)·R + w·mean of g² over the last dimension             matrices, and stacks of them
+    C ← (1−w)·C + w·mean of g² over the second-last dimension
+    V = R·C / max(mean over rows of R, ε₁)                         an outer product
+    V ← (1−w)·V + w·g²                                             vectors and scalars keep the whole
+    U = g / max(√V, ε₁);   U ← U / max(1, RMS(U)/d)                clipped: a sudden large g outruns V
+    ρ = min(lr, 1/√t)  if relative_step else  lr
+    α = ρ·max(ε₂, RMS(p))  if scale_parameter else  ρ              p before decay
+    p ← p·(1 − lr·λ)                                               decoupled decay, before the step
+    p ← p − α·U;   with β₁:  m ← β₁·m + (1−β₁)·α·U,  p ← p − m     no bias correction
+
+    p `p`   g `g`   R `row_var` (rows, 1)   C `col_var` (1, cols)   V `variance`   m `exp_avg`   t `step`, from 1
+    δ `beta2_decay`   (ε₁, ε₂) `eps`   d `d`   β₁ `beta1`   λ `weight_decay`
+
+Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A common text keeps one scalar for a vector: vectors keep
+their full second moment, only matrices factor.
+lr has no unit with scale_parameter: a matrix moves by about lr of its own RMS; without, lr is in units of weight.
+State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a parameter with beta1; doubled for float64
+parameters. Half-precision parameters keep float32 state.
+"""
+
+import math
+
+import torch
+
+
+def rms(x):
+    return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
+
+
+def adafactor_update(p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta1, relative_step, scale_parameter) -> None:
+    """One step, in place on `p` and the tensors in `state`: row_var (..., rows, 1) and col_var (..., 1, cols), or
+    variance with the shape of `p`, and exp_avg with the shape of `p` if beta1 is given."""
+    eps1, eps2 = torch.finfo(p.dtype).eps if eps[0] is None else eps[0], eps[1]
+    w = t**beta2_decay
+    u = g.square()
+    if p.ndim >= 2:
+        row, col = state["row_var"], state["col_var"]
+        row.lerp_(u.mean(-1, keepdim=True), w)
+        col.lerp_(u.mean(-2, keepdim=True), w)
+        row_share = row / row.mean(-2, keepdim=True).clamp(min=eps1)
+        torch.mul(row_share.sqrt(), col.sqrt(), out=u)  # √V, as the product of the roots
+    else:
+        torch.sqrt(state["variance"].lerp_(u, w), out=u)
+    torch.div(g, u.clamp_(min=eps1), out=u)
+    alpha = min(lr, 1 / math.sqrt(t)) if relative_step else lr
+    if scale_parameter:
+        alpha = alpha * rms(p).clamp(min=eps2)
+    u.mul_(alpha / (rms(u) / d).clamp(min=1))
+    p.mul_(1 - lr * weight_decay).sub_(u if beta1 is None else state["exp_avg"].lerp_(u, 1 - beta1))
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients.
+    `eps[0]=None` takes the epsilon of the dtype, as torch does."""
+
+    elementwise: bool = False  # needs whole rows, whole columns and the RMS of the parameter
+
+    def __init__(self, params, lr: float = 1e-2, beta2_decay: float = -0.8,
+                 eps: tuple[float | None, float] = (1e-30, 1e-3), d: float = 1.0, weight_decay: float = 0.0,
+                 beta1: float | None = None, relative_step: bool = True, scale_parameter: bool = True):
+        super().__init__(params, {
+            "lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay, "beta1": beta1,
+            "relative_step": relative_step, "scale_parameter": scale_parameter})
+
+    def add_param_group(self, param_group: dict) -> None:
+        group = {**self.defaults, **param_group}
+        for name, x, end in (("lr", group["lr"], "inf"), ("eps[0]", group["eps"][0] or 0, "inf"),
+                             ("eps[1]", group["eps"][1], "inf"), ("weight_decay", group["weight_decay"], "inf"),
+                             ("beta1", group["beta1"] or 0, 1)):
+            if not 0 <= x < float(end):
+                raise ValueError(f"Adafactor: {name}={x} is not allowed; it must lie in [0, {end})")
+        if not group["beta2_decay"] <= 0:
+            raise ValueError(f"Adafactor: beta2_decay={group['beta2_decay']} is not allowed; it must be at most 0")
+        if not group["d"] > 0:
+            raise ValueError(f"Adafactor: d={group['d']} is not allowed; it must be above 0")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided or p.is_complex():
+                    raise RuntimeError("Adafactor: gradients must be dense and real, not sparse or complex")
+                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    if p.ndim >= 2:
+                        state["row_var"] = work.new_zeros(*p.shape[:-1], 1)
+                        state["col_var"] = work.new_zeros(*p.shape[:-2], 1, p.shape[-1])
+                    else:
+                        state["variance"] = torch.zeros_like(work)
+                    if group["beta1"] is not None:
+                        state["exp_avg"] = torch.zeros_like(work)
+                t = state["step"] = int(state["step"]) + 1
+                adafactor_update(work, p.grad.to(work.dtype), state, t, **{
+                    name: x for name, x in group.items() if name in self.defaults})
+                if work is not p:
+                    p.copy_(work)  # the one rounding
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """The base class casts state to the parameter's dtype; here it keeps full precision."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            for name, x in state_dict["state"].get(i, {}).items():
+                if torch.is_tensor(x):
+                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    start, target = torch.randn(2, 20, 30, dtype=torch.float64)
+    x, y = start.clone().requires_grad_(), start.clone().requires_grad_()
+    ours, theirs = Adafactor([x], lr=0.05, eps=(None, 1e-3)), torch.optim.Adafactor([y], lr=0.05)
+    ours.param_groups[0]["weight_decay"] = theirs.param_groups[0]["weight_decay"] = 0.01
+    for _ in range(300):
+        for z, optimizer in (x, ours), (y, theirs):
+            optimizer.zero_grad()
+            (z - target).square().sum().backward()
+            optimizer.step()
+    kept = sum(s.numel() for s in ours.state[x].values() if torch.is_tensor(s))
+    print(f"Adafactor: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adafactor, {kept} numbers of state for "
+          f"{x.numel()} weights, {(x - target).square().mean().sqrt():.0e} RMS from the quadratic's minimum")

@@ -1,0 +1,97 @@
+"""Adam with L2 regularisation: decay inside the gradient. Kept for the contrast with AdamW.
+
+    g ← g + λ·p                                    decay joins the gradient …
+    m ← β₁·m + (1−β₁)·g        m̂ = m / (1 − β₁ᵗ)
+    v ← β₂·v + (1−β₂)·g²       v̂ = v / (1 − β₂ᵗ)
+    p ← p − lr·m̂ / (√v̂ + ε)                        … and is divided by √v̂ with it
+
+    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
+
+Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101). The decay of an
+element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text says large *weights*.) Nothing is
+decoupled here, and there is no value of λ that makes the two the same.
+lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
+State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
+"""
+
+import math
+
+import torch
+
+
+def adam_l2_update(p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay) -> None:
+    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`;
+    bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ)."""
+    g = g.add(p, alpha=weight_decay) if weight_decay else g
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().add_(eps * root2)  # √v̂ + ε, times root2
+    p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr * root2 / bias1))
+
+
+class AdamL2(torch.optim.Optimizer):
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+
+    elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
+
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict) -> None:
+        group = {**self.defaults, **param_group}
+        beta1, beta2 = group["betas"]
+        for name, x, end in (("lr", group["lr"], "inf"), ("eps", group["eps"], "inf"), ("betas[0]", beta1, 1),
+                             ("betas[1]", beta2, 1), ("weight_decay", group["weight_decay"], "inf")):
+            if not 0 <= x < float(end):
+                raise ValueError(f"AdamL2: {name}={x} is not allowed; it must lie in [0, {end})")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided or p.is_complex():
+                    raise RuntimeError("AdamL2: gradients must be dense and real, not sparse or complex")
+                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+                t = state["step"] = int(state["step"]) + 1
+                adam_l2_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], 1 - beta1**t,
+                               math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+                if work is not p:
+                    p.copy_(work)  # the one rounding
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """The base class casts state to the parameter's dtype; here it keeps full precision."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            for name, x in state_dict["state"].get(i, {}).items():
+                if torch.is_tensor(x):
+                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    start, target = torch.randn(2, 20, dtype=torch.float64)
+    for weight_decay in 0.0, 0.1:
+        x, y = start.clone().requires_grad_(), start.clone().requires_grad_()
+        ours = AdamL2([x], lr=0.03, weight_decay=weight_decay)
+        theirs = torch.optim.Adam([y], lr=0.03, weight_decay=weight_decay)
+        for _ in range(300):
+            for z, optimizer in (x, ours), (y, theirs):
+                optimizer.zero_grad()
+                (z - target).square().sum().backward()
+                optimizer.step()
+        print(f"AdamL2 weight_decay={weight_decay}: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adam, "
+              f"{(x - target).abs().max():.0e} from the minimum of the plain quadratic")

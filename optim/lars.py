@@ -1,0 +1,108 @@
+"""LARS: SGD with momentum whose step, layer by layer, is a fixed fraction of the layer's weights.
+
+    k = τ·‖p‖ / (‖g‖ + λ·‖p‖ + ε)      trust ratio; 1 where ‖p‖ or ‖g‖ is 0
+    d = k·(g + λ·p)
+    b ← μ·b + d                        b starts at 0
+    p ← p − lr·(d + μ·b)               Nesterov;  p ← p − lr·b  without
+
+    p `p`   g `g`   b `momentum_buffer`   τ `trust_coefficient`   μ `momentum`   λ `weight_decay`   ε `eps`
+
+You, Gitman and Ginsburg 2017 (arXiv 1708.03888). Differences from it, as in the common implementations: lr stays
+outside the buffer (the paper has it inside), and, with `exclude_1d`, gains and biases take plain SGD, without decay or
+trust ratio. A common text takes a momentum that it never uses, and freezes weights that start at zero.
+lr has no unit: a layer's step is about lr·τ times the layer's norm, so matrices that start at 0 hardly learn.
+Elements of excluded vectors move by lr times the gradient, as in SGD.
+State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep a
+float32 buffer.
+"""
+
+import torch
+
+
+def lars_update(p, g, momentum_buffer, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, trust) -> None:
+    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), of one shape with `g`; `trust`: use k."""
+    d = g
+    if trust:
+        p_norm, g_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
+        k = trust_coefficient * p_norm / (g_norm + weight_decay * p_norm + eps)
+        k = torch.where((p_norm > 0) & (g_norm > 0), k, 1)
+        d = g.add(p, alpha=weight_decay).mul_(k) if weight_decay else g * k
+    if momentum_buffer is not None:
+        momentum_buffer.mul_(momentum).add_(d)
+        d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
+    p.add_(d, alpha=-lr)
+
+
+class LARS(torch.optim.Optimizer):
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+
+    elementwise: bool = False  # needs the norm of the whole parameter
+
+    def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0,
+                 trust_coefficient: float = 1e-3, eps: float = 1e-8, nesterov: bool = False, exclude_1d: bool = True):
+        super().__init__(params, {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient,
+            "eps": eps, "nesterov": nesterov, "exclude_1d": exclude_1d})
+
+    def add_param_group(self, param_group: dict) -> None:
+        group = {**self.defaults, **param_group}
+        for name, end in (("lr", "inf"), ("momentum", 1), ("weight_decay", "inf"), ("trust_coefficient", "inf"),
+                          ("eps", "inf")):
+            if not 0 <= group[name] < float(end):
+                raise ValueError(f"LARS: {name}={group[name]} is not allowed; it must lie in [0, {end})")
+        if group["nesterov"] and not group["momentum"] > 0:
+            raise ValueError(f"LARS: nesterov=True with momentum={group['momentum']}; it needs one in (0, 1)")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided or p.is_complex():
+                    raise RuntimeError("LARS: gradients must be dense and real, not sparse or complex")
+                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                state = self.state[p]
+                if group["momentum"] and not state:
+                    state["momentum_buffer"] = torch.zeros_like(work)
+                buffer = state["momentum_buffer"] if group["momentum"] else None
+                lars_update(work, p.grad.to(work.dtype), buffer, group["lr"], group["momentum"], group["weight_decay"],
+                            group["trust_coefficient"], group["eps"], group["nesterov"],
+                            trust=p.ndim >= 2 or not group["exclude_1d"])
+                if work is not p:
+                    p.copy_(work)  # the one rounding
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """The base class casts state to the parameter's dtype; here it keeps full precision."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            for name, x in state_dict["state"].get(i, {}).items():
+                if torch.is_tensor(x):
+                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    w = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    for scale in 1.0, 1e6:
+        before = w.detach().clone()
+        w.grad = scale * torch.randn_like(w)
+        LARS([w], lr=1.0, trust_coefficient=0.01).step()
+        print(f"LARS: gradient of norm {w.grad.norm():.0e}: the step is {(w - before).norm() / before.norm():.6f} of the weights")
+    inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
+    w = torch.randn(16, 32, requires_grad=True)
+    optimizer = LARS([w])
+    for t in range(300):
+        optimizer.param_groups[0]["lr"] = 10 * (1 - t / 300)
+        optimizer.zero_grad()
+        loss = (inputs @ (w - teacher).T).square().mean()
+        loss.backward()
+        optimizer.step()
+    print(f"LARS: a linear layer learns its teacher, loss {loss:.0e} after 300 steps")

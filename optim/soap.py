@@ -1,0 +1,164 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
+
+first call   GGᵢ = (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ,  Qᵢ = its eigenvectors, largest eigenvalue first;  no update, t stays 0
+each later   t ← t + 1
+    g′ = g rotated by every Qᵢ             Q₁ᵀ·g·Q₂ for a matrix
+    m′ ← β₁·m′ + (1−β₁)·g′                 Adam, all in the rotated basis
+    v  ← β₂·v + (1−β₂)·g′²
+    u  = m′/(√v + ε) rotated back          u ← u / (1e-30 + RMS(u)) with `normalize_grads`
+    p  ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ)·u         bias correction in the step, so ε is not corrected; only lr without `correct_bias`
+    p  ← p·(1 − lr·λ)                      decoupled decay, after the step
+    GGᵢ ← β_s·GGᵢ + (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ     then, if t % frequency = 0, one step of power iteration:
+    sort Qᵢ's columns by diag(QᵢᵀGGᵢQᵢ), largest first, and v alike;  Qᵢ ← qr(GGᵢ·Qᵢ);  m′ is moved to the new basis
+
+    p `p`   g `g`   G₍ᵢ₎ g with dimension i first, the others flattened   m′ `exp_avg`   v `exp_avg_sq`   GGᵢ `GG_i`   Qᵢ `Q_i`
+    t `step`   β `betas`   β_s `shampoo_beta`, None = β₂   ε `eps`   λ `weight_decay`   frequency `precondition_frequency`
+
+Vyas et al. 2024 (arXiv 2409.11321). A common text names it otherwise, promises 2–3 times the speed and twice Adam's
+memory: the paper reports over 40 % fewer steps than AdamW, and a square matrix takes three times Adam's state.
+Dimensions above `max_precond_dim` are not rotated, nor vectors (unless `precondition_1d`): Adam, a first call later.
+lr is in units of (rotated) weight, as AdamW's. A step magnifies rounding: two layouts drift apart though both are right.
+State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64. Square: 24 bytes a parameter.
+Half-precision parameters keep float32 state.
+"""
+
+import math
+
+import torch
+
+
+def rotate(x, Qs, back=False):
+    """Every dimension i of `x` by Qᵢᵀ (or Qᵢ, `back`): contract the first, put it last, so that the old order returns."""
+    for Q in Qs:
+        x = x.movedim(0, -1) if Q is None else torch.tensordot(x, Q, dims=([0], [1 if back else 0]))
+    return x
+
+
+def accumulate(g, GGs, shampoo_beta) -> None:
+    for i, GG in enumerate(GGs):
+        if GG is not None:
+            G = g.movedim(i, 0).flatten(1)  # (nᵢ, the rest)
+            GG.mul_(shampoo_beta).addmm_(G, G.mT, alpha=1 - shampoo_beta)
+
+
+def soap_start(g, GGs, Qs, shampoo_beta) -> None:
+    """The first call: fill the lists `GGs` and `Qs` of (nᵢ, nᵢ), None where dimension i of `g` is not rotated."""
+    accumulate(g, GGs, shampoo_beta)
+    for GG, Q in zip(GGs, Qs):
+        if GG is not None:
+            Q.copy_(torch.linalg.eigh(GG)[1].flip(1))
+
+
+def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo_beta, eps, weight_decay, refresh,
+                normalize_grads, correct_bias) -> None:
+    """Step t, in place on `p`, `exp_avg`, `exp_avg_sq`, shaped as `g`, and on the lists `GGs`, `Qs` of (nᵢ, nᵢ) or None."""
+    rotated = rotate(g, Qs)
+    exp_avg.lerp_(rotated, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+    u = rotate(exp_avg / exp_avg_sq.sqrt().add_(eps), Qs, back=True)
+    if normalize_grads:
+        u = u / (1e-30 + u.square().mean().sqrt())
+    p.add_(u, alpha=-lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) if correct_bias else -lr)
+    p.mul_(1 - lr * weight_decay)
+    accumulate(g, GGs, shampoo_beta)
+    if refresh:
+        momentum = rotate(exp_avg, Qs, back=True)
+        for i, (GG, Q) in enumerate(zip(GGs, Qs)):
+            if GG is not None:
+                order = (Q * (GG @ Q)).sum(0).argsort(descending=True)  # diag(QᵀGGQ)
+                exp_avg_sq.copy_(exp_avg_sq.index_select(i, order))
+                Q.copy_(torch.linalg.qr(GG @ Q[:, order])[0])
+        exp_avg.copy_(rotate(momentum, Qs))
+
+
+class SOAP(torch.optim.Optimizer):
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+
+    elementwise: bool = False  # needs whole matrices
+
+    def __init__(self, params, lr: float = 3e-3, betas: tuple[float, float] = (0.95, 0.95),
+                 shampoo_beta: float | None = None, eps: float = 1e-8, weight_decay: float = 0.01,
+                 precondition_frequency: int = 10, max_precond_dim: int = 10000, precondition_1d: bool = False,
+                 normalize_grads: bool = False, correct_bias: bool = True):
+        super().__init__(params, {
+            "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency, "max_precond_dim": max_precond_dim,
+            "precondition_1d": precondition_1d, "normalize_grads": normalize_grads, "correct_bias": correct_bias})
+
+    def add_param_group(self, param_group: dict) -> None:
+        group = {**self.defaults, **param_group}
+        beta1, beta2 = group["betas"]
+        for name, x, end in (("lr", group["lr"], "inf"), ("eps", group["eps"], "inf"), ("betas[0]", beta1, 1),
+                             ("betas[1]", beta2, 1), ("shampoo_beta", group["shampoo_beta"] or 0, 1),
+                             ("weight_decay", group["weight_decay"], "inf")):
+            if not 0 <= x < float(end):
+                raise ValueError(f"SOAP: {name}={x} is not allowed; it must lie in [0, {end})")
+        for name in "precondition_frequency", "max_precond_dim":
+            if not group[name] >= 1:
+                raise ValueError(f"SOAP: {name}={group[name]} is not allowed; it must be at least 1")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided or p.is_complex():
+                    raise RuntimeError("SOAP: gradients must be dense and real, not sparse or complex")
+                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                first = not self.state[p]
+                state = self._new_state(p, work, group) if first else self.state[p]
+                GGs, Qs = ([state.get(f"{name}_{i}") for i in range(p.ndim)] for name in ("GG", "Q"))
+                if first:
+                    soap_start(p.grad.to(work.dtype), GGs, Qs, shampoo_beta)
+                    continue
+                t = state["step"] = state["step"] + 1
+                soap_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], GGs, Qs, t, group["lr"],
+                            beta1, beta2, shampoo_beta, group["eps"], group["weight_decay"],
+                            t % group["precondition_frequency"] == 0, group["normalize_grads"], group["correct_bias"])
+                if work is not p:
+                    p.copy_(work)  # the one rounding
+        return loss
+
+    def _new_state(self, p, work, group: dict) -> dict:
+        state = self.state[p]
+        state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+        for i, n in enumerate(p.shape if p.ndim > 1 or group["precondition_1d"] else ()):
+            if n <= group["max_precond_dim"]:
+                state[f"GG_{i}"], state[f"Q_{i}"] = work.new_zeros(n, n), work.new_zeros(n, n)
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """The base class casts state to the parameter's dtype; here it keeps full precision."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            for name, x in state_dict["state"].get(i, {}).items():
+                if torch.is_tensor(x):
+                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(32, 32))[0]
+    inputs = torch.randn(256, 32) * torch.logspace(-2, 0, 32) @ rotation  # badly scaled, in a basis that Adam does not see
+    teacher = torch.randn(16, 32)
+    for optimizer_class in SOAP, torch.optim.AdamW:
+        w = torch.zeros(16, 32, requires_grad=True)
+        optimizer = optimizer_class([w], lr=0.03, betas=(0.95, 0.95), weight_decay=0)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss = (inputs @ (w - teacher).T).square().mean()
+            loss.backward()
+            optimizer.step()
+        print(f"{optimizer_class.__name__}: loss {loss:.0e} after 300 steps on badly scaled, rotated features")
+        if optimizer_class is SOAP:
+            Q = optimizer.state[w]["Q_0"]
+            print(f"SOAP: Q is orthogonal to {(Q.T @ Q - torch.eye(16)).abs().max():.0e}")

@@ -1,0 +1,87 @@
+"""Which run lives in out_dir, and where a new command goes on.
+
+    resume=auto     out_dir's newest whole checkpoint; none: a fresh start
+    resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
+    resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an out_dir of its own;
+                    the same command again goes on with the branch
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoint import Checkpoint, load, newest, resolve
+
+
+def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint to go on from, if any, and whether it is out_dir's own.
+
+    Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all. Raises ValueError where out_dir
+    has checkpoints but none is whole, where there is nothing at the path to resume from, and where a branch would
+    overwrite another run.
+    """
+    branch, found, in_place = resume not in ("auto", "never"), None, True
+    if is_main:
+        if resume == "never":
+            set_aside(out_dir)
+        found = newest(out_dir)
+        if found is None and list(out_dir.glob("step-*")):
+            raise ValueError(f"no checkpoint in {out_dir} is whole; type --resume=never to start anew")
+        if branch and found is None:
+            found, in_place = resolve(resume), False
+        elif branch and found.tree("config")["resume"] != resume:
+            raise ValueError(f"{out_dir} holds another run; a branch from {resume} needs an --out_dir of its own")
+        if found is None or not in_place:  # what died before its first checkpoint has left rows: they will come again
+            (out_dir / "metrics.jsonl").unlink(missing_ok=True)
+    exists, in_place, step = agree(found is not None), bool(agree(in_place)), agree(found.step if found else 0)
+    if exists and not is_main:
+        run = out_dir if in_place else Path(resume)
+        found = load(run if run.name.startswith("step-") else run / f"step-{step:08d}", verify=False)
+    return found, in_place
+
+
+def set_aside(out_dir: Path) -> None:
+    """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is deleted."""
+    names = ("metrics.jsonl", "train.log", "config.toml", "loss.png")
+    left = [p for p in out_dir.iterdir() if p.name in names or p.name.startswith("step-")]
+    if left:
+        number = 1
+        while (out_dir / f"earlier-{number}").exists():
+            number += 1
+        (out_dir / f"earlier-{number}").mkdir()
+        for path in left:
+            path.rename(out_dir / f"earlier-{number}" / path.name)
+
+
+class RunLock:
+    """Only one run writes to OUT_DIR; rank 0 holds this for all. The system drops it when its holder dies.
+
+    Raises ValueError, naming the holder.
+    """
+
+    def __init__(self, out_dir):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        self._file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                self._file.seek(1 << 30)  # Windows forbids reading locked bytes: lock one far behind the text
+                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.register_at_fork(after_in_child=self._file.close)  # or a forked child would hold it too
+        except (BlockingIOError, PermissionError):
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ValueError(f"{out_dir} is in use by {holder}; stop it or take another out_dir") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()

@@ -1,0 +1,56 @@
+"""Text from a checkpoint.
+
+    python sample.py RUN [--prompt="def "] [--tokens=300] [--temperature=0.8] [--top_k=50] [--n=1] [--seed=0] [--device=cpu]
+
+RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last block_size tokens.
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+
+import torch
+
+import checkpoint
+import config
+import data
+from model import GPT, GPTConfig
+
+
+def load(path: str, device: str = "cpu") -> tuple[GPT, data.Tokenizer]:
+    """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is none."""
+    saved = checkpoint.resolve(path)
+    cfg = config.from_dict(saved.tree("config"))
+    model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
+    saved.load_weights(model)
+    return model.eval(), data.tokenizer(cfg.tokenizer)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Text from a checkpoint.")
+    parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
+    parser.add_argument("--prompt", default="\n", help="what the text goes on from")
+    parser.add_argument("--tokens", type=int, default=300, help="how many to add")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="draw among this many; 0 = all")
+    parser.add_argument("--n", type=int, default=1, help="how many samples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    if args.tokens < 1 or args.n < 1 or args.temperature < 0 or args.top_k < 0:
+        raise ValueError("--tokens and --n are at least 1, --temperature and --top_k at least 0")
+    model, tokenizer = load(args.run, args.device)
+    prompt = torch.from_numpy(tokenizer.encode(args.prompt)).to(args.device)
+    if len(prompt) == 0:
+        raise ValueError(f"--prompt={args.prompt!r} has no tokens")
+    ids = model.generate(prompt.repeat(args.n, 1), args.tokens, args.temperature, args.top_k or None, args.seed)
+    for i, row in enumerate(ids.tolist()):
+        print(("-" * 40 + "\n" if i else "") + tokenizer.decode(row))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)

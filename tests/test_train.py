@@ -1,0 +1,341 @@
+"""The promise: whatever the layout, the same training run; whatever happens, nothing lost."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+
+import checkpoint
+import config
+import logger
+import resume
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes((ROOT / "model.py").read_bytes())
+    return str(path)
+
+
+def flags(text, out_dir, *more: str) -> list[str]:
+    tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--steps=12", "--eval_every=6",
+            "--eval_tokens=512", "--sample_tokens=0", "--save_every=5", "--precision=fp32", "--device=cpu"]  # fmt: skip
+    return [f"--data={text}", f"--out_dir={out_dir}", *tiny, *more]
+
+
+def go(*args) -> dict:
+    return train.main(config.parse(flags(*args)))
+
+
+def rows(out_dir, kind="loss") -> dict:
+    """{step: row} of the train rows (kind="loss") or evaluations (kind="val_loss")."""
+    found = [row for row in logger.read_metrics(Path(out_dir) / "metrics.jsonl") if kind in row]
+    steps = [row["step"] for row in found]
+    assert steps == sorted(set(steps)), "a step is there twice, or out of order"
+    return {row["step"]: row for row in found}
+
+
+def trace(out_dir) -> dict:
+    """What must be bitwise the same however often a run was interrupted."""
+    return {s: (r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for s, r in rows(out_dir).items()}
+
+
+# ---- one run on every layout ----------------------------------------------------------------------------------------
+def on_ranks(rank, world, *args):
+    final = go(*args)
+    return final["val_loss"]
+
+
+def close(a: dict, b: dict, tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for step in a:
+        for name in ("loss", "grad_norm", "val_loss", "val_bpb", "val_accuracy"):
+            if name in a[step]:
+                assert a[step][name] == pytest.approx(b[step][name], rel=tolerance, abs=0), (step, name)
+
+
+@pytest.mark.parametrize("precision, steps, tolerance", [("fp64", 8, 1e-10), ("fp32", 20, 1e-5)])
+@pytest.mark.parametrize("optim", ["sgd", "adamw", "muon"])
+def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, tolerance):
+    more = [f"--optim={optim}", f"--precision={precision}", f"--steps={steps}", "--dropout=0.1"]
+    more += ["--opt.ns_dtype=float32"] if optim == "muon" and precision == "fp32" else []
+    go(text, tmp_path / "one", *more)
+    expected = rows(tmp_path / "one"), rows(tmp_path / "one", "val_loss")
+    assert expected[0][steps]["loss"] < expected[0][1]["loss"]
+    for micro in (1, 2):
+        go(text, tmp_path / f"micro{micro}", *more, f"--micro_batch_size={micro}")
+    for ranks in (2, 4):
+        losses = run_ranks(ranks, on_ranks, text, tmp_path / f"ranks{ranks}", *more, "--micro_batch_size=1")
+        assert len(set(losses)) == 1  # every rank learns the global figure
+    for layout in ("micro1", "micro2", "ranks2", "ranks4"):
+        close(rows(tmp_path / layout), expected[0], tolerance)
+        close(rows(tmp_path / layout, "val_loss"), expected[1], tolerance)
+
+
+def test_the_run_is_what_the_formula_says(tmp_path, text):
+    """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the sums shows."""
+    import data
+    from model import GPT, GPTConfig, init_weights
+
+    go(text, tmp_path, "--optim=sgd", "--precision=fp64", "--grad_clip=none", "--lr=0.3", "--steps=4",
+       "--schedule=constant", "--warmup_steps=2", "--micro_batch_size=2")  # fmt: skip
+    corpus = data.load(text, "bytes", str(tmp_path))
+    take = data.Rows(corpus.train, 16, 1337, 256)
+    model = init_weights(GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16)).double())
+    for step, lr in enumerate((0.15, 0.3, 0.3, 0.3)):
+        batch = take(range(8 * step, 8 * step + 8))
+        logits = model(batch[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        row = rows(tmp_path)[step + 1]
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-10)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-10)
+        assert (row["lr"], row["tokens"]) == (lr, 128 * (step + 1))
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+    saved = checkpoint.newest(tmp_path)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(saved.tensor(f"model/{name}"), p.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_clipping_works_on_raw_gradients(tmp_path, text):
+    base = ["--optim=sgd", "--precision=fp64", "--steps=2", "--lr=0.1"]
+    go(text, tmp_path / "off", *base, "--grad_clip=none")
+    go(text, tmp_path / "norm", *base, "--grad_clip=0.01")
+    go(text, tmp_path / "value", *base, "--grad_clip=none", "--clip_value=1e-4")
+    off, norm, value = (rows(tmp_path / n) for n in ("off", "norm", "value"))
+    assert off[1]["grad_norm"] == norm[1]["grad_norm"] == value[1]["grad_norm"] > 0.1  # logged before clipping
+    assert off[2]["loss"] < norm[2]["loss"] < off[1]["loss"] and off[2]["loss"] < value[2]["loss"] < off[1]["loss"]
+
+
+# ---- nothing is lost --------------------------------------------------------------------------------------------------
+def killed_at(step: int, text, out_dir, *more) -> None:
+    """The same command in a process that is killed -9 when it has done this step, before the step is recorded."""
+    def child():
+        record = logger.Logger.train
+        logger.Logger.train = lambda self, row: os.kill(os.getpid(), signal.SIGKILL) if row["step"] == step else record(self, row)
+        go(text, out_dir, *more)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+@needs_fork
+@pytest.mark.parametrize("optim", ["sgd", "adamw", "muon"])
+def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, text, optim):
+    more = [f"--optim={optim}", "--dropout=0.2", "--micro_batch_size=4", "--precision=bf16"]
+    go(text, tmp_path / "whole", *more)
+    for step in (3, 7, 9, 12):  # before the first checkpoint, twice after the same one, after the last step
+        killed_at(step, text, tmp_path / "killed", *more)
+    go(text, tmp_path / "killed", *more)
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole") and len(trace(tmp_path / "whole")) == 12
+    assert rows(tmp_path / "killed", "val_loss").keys() == {0, 6, 12}
+    a, b = (checkpoint.newest(tmp_path / n) for n in ("killed", "whole"))
+    assert a.names() == b.names() and all(torch.equal(a.tensor(n), b.tensor(n)) for n in a.names())
+
+
+def test_a_run_saved_on_two_ranks_goes_on_alone_and_back(tmp_path, text):
+    more = ["--optim=adamw", "--precision=fp64"]
+    go(text, tmp_path / "whole", *more)
+    run_ranks(2, on_ranks, text, tmp_path / "moved", *more, "--steps=5", "--schedule=constant")
+    go(text, tmp_path / "moved", *more, "--steps=9", "--schedule=constant")
+    run_ranks(4, on_ranks, text, tmp_path / "moved", *more, "--schedule=constant")
+    go(text, tmp_path / "still", *more, "--schedule=constant")
+    close(rows(tmp_path / "moved"), rows(tmp_path / "still"), 1e-10)
+    assert trace(tmp_path / "moved") != trace(tmp_path / "whole")
+
+
+def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, monkeypatch):
+    go(text, tmp_path / "whole")
+    plain = logger.Logger.train
+
+    def stop_at_7(self, row):
+        plain(self, row)
+        if row["step"] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logger.Logger, "train", stop_at_7)
+    before = signal.getsignal(signal.SIGTERM)
+    assert go(text, tmp_path / "stopped")["step"] == 8  # the signal arrives in step 8, which is finished first
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.newest(tmp_path / "stopped").step == 8
+    monkeypatch.undo()
+    go(text, tmp_path / "stopped")
+    assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
+
+
+def stopped_on_rank_1(rank, world, *args):
+    if rank == 1:
+        plain = train.StopSignal.__init__
+
+        def init(self):
+            plain(self)
+            self.asked = True
+
+        train.StopSignal.__init__ = init
+    return go(*args)["step"]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, text):
+    assert run_ranks(2, stopped_on_rank_1, text, tmp_path) == [1, 1]
+    assert checkpoint.newest(tmp_path).step == 1
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, text, capsys):
+    go(text, tmp_path / "whole")
+    go(text, tmp_path / "hurt")
+    file = tmp_path / "hurt" / "step-00000012" / "rank_0.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    go(text, tmp_path / "hurt")
+    assert "damaged" in capsys.readouterr().out
+    assert trace(tmp_path / "hurt") == trace(tmp_path / "whole")
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, text, capsys):
+    first = go(text, tmp_path, "--schedule=constant")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = go(text, tmp_path, "--schedule=constant")
+    assert "finished at step 12" in capsys.readouterr().out and again["step"] == first["step"]
+    assert [r for r in rows(tmp_path).values()] == [r for r in map(json.loads, before.splitlines()) if "loss" in r]
+    assert go(text, tmp_path, "--schedule=constant", "--steps=15")["step"] == 15
+    assert rows(tmp_path).keys() == set(range(1, 16))
+
+
+def test_never_sets_the_old_run_aside(tmp_path, text):
+    go(text, tmp_path)
+    old = trace(tmp_path)
+    go(text, tmp_path, "--resume=never", "--seed=2")
+    assert trace(tmp_path) != old and rows(tmp_path).keys() == set(range(1, 13))
+    (aside,) = tmp_path.glob("earlier-*")
+    assert trace(aside) == old and checkpoint.newest(aside).step == 12
+
+
+def test_a_branch_decays_from_a_stable_checkpoint(tmp_path, text):
+    go(text, tmp_path / "run", "--schedule=constant", "--keep=none")
+    branch = [f"--resume={tmp_path / 'run' / 'step-00000005'}", f"--out_dir={tmp_path / 'branch'}", "--schedule=linear", "--steps=8"]
+    train.main(config.parse(branch))
+    got, run = rows(tmp_path / "branch"), rows(tmp_path / "run")
+    assert got.keys() == {6, 7, 8} and got[6]["loss"] == run[6]["loss"]  # the same rows on the same weights
+    assert got[8]["lr"] < got[6]["lr"] < run[6]["lr"]
+    train.main(config.parse(branch))  # finished: says so
+    with pytest.raises(ValueError, match="an --out_dir of its own"):
+        train.main(config.parse([branch[0], f"--out_dir={tmp_path / 'run'}"]))
+    with pytest.raises(ValueError, match="a branch cannot change"):
+        train.main(config.parse([branch[0], f"--out_dir={tmp_path / 'other'}", "--n_embd=64"]))
+
+
+def test_init_from_takes_the_weights_alone(tmp_path, text):
+    go(text, tmp_path / "run")
+    final = rows(tmp_path / "run", "val_loss")[12]["val_loss"]
+    go(text, tmp_path / "tuned", f"--init_from={tmp_path / 'run'}", "--optim=adamw", "--seed=5")
+    assert rows(tmp_path / "tuned", "val_loss")[0]["val_loss"] == final
+    assert rows(tmp_path / "tuned")[1]["tokens"] == 128
+    with pytest.raises(ValueError, match="does not fit"):
+        go(text, tmp_path / "wide", f"--init_from={tmp_path / 'run'}", "--n_embd=64")
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--optim=adamv", "did you mean adamw?"),
+        ("--optim=muon.Moun", "did you mean Muon?"),
+        ("--optim=param_groups", "there is no optim/param_groups.py"),
+        ("--opt.beta=0.9", "no such argument"),
+        ("--optim=adamw --opt.eps=-1", "eps"),
+        ("--schedule.shape=round", "linear, cosine"),
+        ("--schedule=cosine --schedule.shape=linear", "no such argument"),
+        ("--batch_size=7 --micro_batch_size=2", "--micro_batch_size=1"),
+        ("--data=/no/such/file", "/no/such/file"),
+        ("--data=shakespear", "shakespeare"),
+        ("--block_size=100000", "smaller"),
+        ("--vocab_size=64", "vocab_size"),
+        ("--tokenizer=bites", "bites"),
+        ("--resume=/no/such/run", "/no/such/run"),
+        ("--init_from=/no/such/run", "/no/such/run"),
+        ("--device=cuda", "--device=cpu"),
+        ("--device=tpux", "tpux"),
+    ],
+)
+def test_a_mistake_is_a_sentence_before_anything_starts(tmp_path, text, flag, says):
+    if flag == "--device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match=says) as error:
+        go(text, tmp_path, *flag.split())
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def two_ranks(rank, world, *args):
+    with pytest.raises(ValueError, match="--batch_size=8"):
+        go(*args)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, text):
+    run_ranks(2, two_ranks, text, tmp_path, "--batch_size=7")
+
+
+def test_a_second_run_in_one_out_dir_is_refused(tmp_path, text):
+    lock = resume.RunLock(tmp_path)
+    with pytest.raises(ValueError, match="in use"):
+        go(text, tmp_path)
+    lock.release()
+    go(text, tmp_path, "--steps=1")
+
+
+def run(*argv, **kwargs):
+    return subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_a_mistake_exits_with_2_and_one_line(tmp_path):
+    done = run("--stepz=3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--steps" in done.stderr
+
+
+def test_the_command_line_trains(tmp_path, text):
+    done = run(*flags(text, tmp_path, "--sample_tokens=10"))
+    assert done.returncode == 0, done.stderr
+    assert "a sample" in done.stdout and (tmp_path / "loss.png").stat().st_size > 5000
+    again = config.parse([str(tmp_path / "config.toml")])
+    assert (again.optim, again.lr, again.micro_batch_size) == ("muon", 0.02, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_five_times_at_random_moments(tmp_path, text, ranks):
+    """Every process of the run, from the outside, wherever it is."""
+    launch = [sys.executable, "train.py"] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                               f"--nproc_per_node={ranks}", "train.py"]  # fmt: skip
+    more = ["--steps=60", "--n_embd=128", "--save_every=7"]
+    whole = subprocess.run(launch + flags(text, tmp_path / "whole", *more), cwd=ROOT, capture_output=True, timeout=300)
+    assert whole.returncode == 0, whole.stderr
+    began = time.time()
+    for i in range(5):
+        process = subprocess.Popen(launch + flags(text, tmp_path / "killed", *more), cwd=ROOT, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        time.sleep(3 + (time.time() - began) * 7919 % 4)
+        subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
+        process.wait()
+    last = subprocess.run(launch + flags(text, tmp_path / "killed", *more), cwd=ROOT, capture_output=True, timeout=300)
+    assert last.returncode == 0, last.stderr
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole") and len(trace(tmp_path / "whole")) == 60
