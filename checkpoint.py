@@ -178,13 +178,14 @@ class Checkpoint:
         return out
 
     def load_weights(self, model: torch.nn.Module) -> None:
-        """Every parameter of `model` from "model/<its name>". Raises ValueError where one is missing or differs."""
+        """Every parameter of `model` from "model/<its name>". Raises ValueError where one is missing or
+        differs."""
         with torch.no_grad():
             for name, p in model.named_parameters():
                 saved = self._tensors.get(f"model/{name}")
                 if saved is None or tuple(saved["shape"]) != tuple(p.shape):
                     shape = tuple(saved["shape"]) if saved else "missing"
-                    raise ValueError(f"{self.path} does not fit this model: {name} is {shape}, not {tuple(p.shape)}")
+                    raise ValueError(f"{self.path} does not fit: {name} is {shape}, not {tuple(p.shape)}")
                 p.copy_(self.tensor(f"model/{name}"))
 
     def verify(self) -> None:

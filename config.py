@@ -134,10 +134,10 @@ NAMESPACES = ("opt", "schedule")
 SECTIONS = dict(out_dir="The run", data="Data", arch="Model", optim="Optimizer", schedule="Schedule",
                 precision="Numbers and layout", log_every="Looking and saving")  # fmt: skip
 ARCHS = {
-    "modern": dict(norm="rmsnorm", activation="relu2", position="rotary", qk_norm=True, tied=False, bias=False,
-                   zero_init=True, init="fan_in", logit_cap=15.0),
-    "gpt2": dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True, bias=True,
-                 zero_init=False, init="gpt2", logit_cap=None),
+    "modern": dict(norm="rmsnorm", activation="relu2", position="rotary", qk_norm=True, tied=False,
+                   bias=False, zero_init=True, init="fan_in", logit_cap=15.0),
+    "gpt2": dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
+                 bias=True, zero_init=False, init="gpt2", logit_cap=None),
 }  # fmt: skip
 FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
 TYPES = typing.get_type_hints(Config)
@@ -375,7 +375,7 @@ def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
     if branch:
         return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
     return (
-        f"{cfg.out_dir} holds a run with {name}={was}, now it is {new}: type --{name}={was} to go on with that run, "
+        f"{cfg.out_dir} holds a run with {name}={was}, now it is {new}: type --{name}={was} to go on, "
         "--resume=never to start anew, or choose another --out_dir"
     )
 

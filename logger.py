@@ -163,7 +163,7 @@ class Logger:
         self.say("  ".join([f"step {step:{len(str(self.steps))}}/{self.steps}", *parts]), terminal)
 
 
-def environment(device, processes: int, data_sha256: str) -> dict:
+def environment(device, ranks: int, data_sha256: str) -> dict:
     """What one must know to run this again: commit, versions, hardware, data. `device` is a torch.device."""
     import torch
 
@@ -174,8 +174,8 @@ def environment(device, processes: int, data_sha256: str) -> dict:
         commit = ""
     cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"commit": commit or "unknown", "torch": str(torch.__version__), "python": platform.python_version(),
-            "platform": platform.platform(), "hardware": hardware, "processes": processes, "data_sha256": data_sha256}
+    return {"commit": commit or "unknown", "torch": str(torch.__version__), "hardware": hardware, "ranks": ranks,
+            "python": platform.python_version(), "platform": platform.platform(), "data_sha256": data_sha256}
 
 
 def plot(runs, path) -> bool:

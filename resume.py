@@ -1,9 +1,9 @@
 """Which run lives in out_dir, and where a new command goes on.
 
-    resume=auto     out_dir's newest whole checkpoint; none: a fresh start
-    resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
-    resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an out_dir of its own;
-                    the same command again goes on with the branch
+resume=auto     out_dir's newest whole checkpoint; none: a fresh start
+resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
+resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an out_dir of its
+                own; the same command again goes on with the branch
 """
 
 import os
@@ -14,12 +14,14 @@ from pathlib import Path
 from checkpoint import Checkpoint, load, newest, resolve
 
 
-def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]) -> tuple[Checkpoint | None, bool]:
+def find(
+    out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]
+) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to go on from, if any, and whether it is out_dir's own.
 
-    Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all. Raises ValueError where out_dir
-    has checkpoints but none is whole, where there is nothing at the path to resume from, and where a branch would
-    overwrite another run.
+    Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all. Raises ValueError where
+    out_dir has checkpoints but none is whole, where there is nothing at the path to resume from, and where a
+    branch would overwrite another run.
     """
     branch, found, in_place = resume not in ("auto", "never"), None, True
     if is_main:
@@ -31,10 +33,18 @@ def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int])
         if branch and found is None:
             found, in_place = resolve(resume), False
         elif branch and found.tree("config")["resume"] != resume:
-            raise ValueError(f"{out_dir} holds another run; a branch from {resume} needs an --out_dir of its own")
-        if found is None or not in_place:  # what died before its first checkpoint has left rows: they will come again
+            raise ValueError(
+                f"{out_dir} holds another run; a branch from {resume} needs an --out_dir of its own"
+            )
+        if (
+            found is None or not in_place
+        ):  # what died before its first checkpoint has left rows: they will come again
             (out_dir / "metrics.jsonl").unlink(missing_ok=True)
-    exists, in_place, step = agree(found is not None), bool(agree(in_place)), agree(found.step if found else 0)
+    exists, in_place, step = (
+        agree(found is not None),
+        bool(agree(in_place)),
+        agree(found.step if found else 0),
+    )
     if exists and not is_main:
         run = out_dir if in_place else Path(resume)
         found = load(run if run.name.startswith("step-") else run / f"step-{step:08d}", verify=False)

@@ -1,8 +1,10 @@
 """Text from a checkpoint.
 
-    python sample.py RUN [--prompt="def "] [--tokens=300] [--temperature=0.8] [--top_k=50] [--n=1] [--seed=0] [--device=cpu]
+    python sample.py RUN [--prompt="def "] [--tokens=300] [--temperature=0.8] [--top_k=50] [--n=1] [--seed=0]
+    [--device=cpu]
 
-RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last block_size tokens.
+RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last block_size
+tokens.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from model import GPT, GPTConfig
 
 
 def load(path: str, device: str = "cpu") -> tuple[GPT, data.Tokenizer]:
-    """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is none."""
+    """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is
+    none."""
     saved = checkpoint.resolve(path)
     cfg = config.from_dict(saved.tree("config"))
     model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
@@ -43,7 +46,9 @@ def main(argv: list[str]) -> None:
     prompt = torch.from_numpy(tokenizer.encode(args.prompt)).to(args.device)
     if len(prompt) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
-    ids = model.generate(prompt.repeat(args.n, 1), args.tokens, args.temperature, args.top_k or None, args.seed)
+    ids = model.generate(
+        prompt.repeat(args.n, 1), args.tokens, args.temperature, args.top_k or None, args.seed
+    )
     for i, row in enumerate(ids.tolist()):
         print(("-" * 40 + "\n" if i else "") + tokenizer.decode(row))
 

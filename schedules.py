@@ -5,8 +5,8 @@ warm-up:
     (step + 1) / warmup        for step < warmup       the first update already moves, at lr/warmup
 and then runs its own shape on x = (step - warmup) / (steps - warmup), from 0 to just below 1.
 
-    wsd       1 until the last decay_frac of the steps, then down        MiniCPM, Hu et al. 2024 (2404.06395); often
-              to minimum                                                 credited to Llama 2, which used cosine
+    wsd       1 until the last decay_frac of the steps, then down     MiniCPM, Hu et al. 2024 (2404.06395);
+              to minimum                                              not Llama 2's, which was cosine
     cosine    minimum + (1-minimum) (1 + cos(pi x)) / 2                  Loshchilov & Hutter 2017 (1608.03983)
     linear    1 - (1-minimum) x
     constant  1
@@ -48,8 +48,8 @@ SHAPES = {"wsd": wsd, "cosine": cosine, "linear": linear, "constant": constant}
 OURS = ("x", "minimum", "decay")  # arguments that multiplier() itself gives
 
 
-def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float = 0.0, decay_frac: float = 0.4,
-               **options) -> float:  # fmt: skip
+def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float = 0.0,
+               decay_frac: float = 0.4, **options) -> float:  # fmt: skip
     """What each group's initial lr is multiplied by at this step; name: a key of SHAPES, options: its own
     arguments.
 

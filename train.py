@@ -48,7 +48,7 @@ def main(cfg: config.Config) -> dict:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # nothing below draws from it, but a fork of this file may
 
-    # ---- the earlier run, if there is one: its settings fill what the command line leaves open -------------
+    # ---- the earlier run, if there is one: its settings fill what the command line leaves open ------------
     out_dir, asked = Path(cfg.out_dir), cfg
     lock = resume.RunLock(out_dir) if is_main else None
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
@@ -56,20 +56,21 @@ def main(cfg: config.Config) -> dict:
         cfg = config.continued(cfg, earlier.tree("config"), branch=cfg.resume != "auto")
     step = first_step = earlier.step if earlier is not None else 0
 
-    # ---- what auto and none stand for on this machine, and what the dotted fields must fit -----------------
+    # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
     optimizer_class = find_optimizer(cfg.optim)
     cfg = settled(cfg, device, optimizer_class)
     opt_options = config.check_options(cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay"))
-    shape_options = config.check_options(cfg, "schedule", schedules.SHAPES[cfg.schedule], given=schedules.OURS)
+    shape = schedules.SHAPES[cfg.schedule]
+    shape_options = config.check_options(cfg, "schedule", shape, given=schedules.OURS)
     warmup = round(cfg.warmup_frac * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
 
     def lr_factor(step: int) -> float:
         return schedules.multiplier(cfg.schedule, step, cfg.steps, warmup, cfg.min_lr_frac, cfg.decay_frac,
-                                    **shape_options)  # fmt: skip
+                                    **shape_options)
 
     lr_factor(cfg.steps)  # a bad argument of the schedule shows now
 
-    # ---- data ----------------------------------------------------------------------------------------------
+    # ---- data ---------------------------------------------------------------------------------------------
     corpus = mesh.first_on_each_machine(
         lambda: data.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
     )
@@ -77,9 +78,9 @@ def main(cfg: config.Config) -> dict:
     train_rows = data.Rows(corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size)
     val_rows = data.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
-    # ---- model: the same start on every layout -------------------------------------------------------------
-    shape = GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__})
-    model = init_weights(GPT(shape).to(device=device, dtype=amp.PARAM_DTYPE[cfg.precision]))
+    # ---- model: the same start on every layout ------------------------------------------------------------
+    model = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
+    model = init_weights(model.to(device=device, dtype=amp.PARAM_DTYPE[cfg.precision]))
     if cfg.init_from is not None and earlier is None:
         checkpoint.resolve(cfg.init_from).load_weights(model)
 
@@ -93,7 +94,7 @@ def main(cfg: config.Config) -> dict:
         with amp.autocast(cfg.precision, device):
             return model(tokens[:, :-1], tokens[:, 1:], rows=which), tokens[:, 1:]
 
-    # ---- data parallel: who adds which gradients to whose --------------------------------------------------
+    # ---- data parallel: who adds which gradients to whose -------------------------------------------------
     replicas = {"ddp": DDP}[cfg.data_parallel](mesh.groups["dp"], cfg.bucket_mb)
     model = replicas.wrap(model)
     share = batch_share(cfg, mesh)
@@ -101,14 +102,14 @@ def main(cfg: config.Config) -> dict:
         cfg = config.update(cfg, micro_batch_size=largest_micro_batch(run, model, replicas, share, mesh))
     accumulation = share // cfg.micro_batch_size
 
-    # ---- optimizer -----------------------------------------------------------------------------------------
+    # ---- optimizer ----------------------------------------------------------------------------------------
     lrs = {"matrix": cfg.lr, "embedding": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, is_muon(optimizer_class))
     optimizer = replicas.make_optimizer(optimizer_class, groups, **opt_options)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 
-    # ---- resume: everything a step depends on --------------------------------------------------------------
+    # ---- resume: everything a step depends on -------------------------------------------------------------
     rows_seen = 0
     if earlier is not None:
         earlier.load_weights(model)
@@ -117,15 +118,16 @@ def main(cfg: config.Config) -> dict:
         rng = earlier.tree("rng")
         torch.set_rng_state(rng.get(str(mesh.rank), rng["0"]))
 
-    # ---- what this run is, for the user and for the record -------------------------------------------------
+    # ---- what this run is, for the user and for the record ------------------------------------------------
+    params = [p for p in model.parameters() if p.requires_grad]
     log = logger.Logger(out_dir, cfg.steps, first_step, is_main, resumed=earlier is not None and in_place)
     record = logger.environment(device, mesh.world, corpus.sha256)
     if is_main:
         (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")
-    log.say(f"nanoscale {record['commit']}, torch {torch.__version__}, {record['hardware']}, {mesh.world} process(es)")
+    log.say(f"commit {record['commit']}, torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)")
     log.say(f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
-    log.say(f"{cfg.arch}: {sum(p.numel() for p in model.parameters()):,} parameters; a step is {cfg.batch_size} x "
-            f"{cfg.block_size} tokens, {accumulation} x {cfg.micro_batch_size} on each replica")  # fmt: skip
+    log.say(f"{cfg.arch}: {sum(p.numel() for p in params):,} parameters; a step is {cfg.batch_size} "
+            f"x {cfg.block_size} tokens, {accumulation} x {cfg.micro_batch_size} on each replica")
     chosen = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
     log.say("chosen: " + " ".join(f"{name}={value}" for name, value in chosen.items()))
     flops = monitor.flops_per_token(monitor.matmul_params(model), cfg.n_layer, cfg.n_embd, cfg.block_size)
@@ -141,22 +143,21 @@ def main(cfg: config.Config) -> dict:
             with torch.no_grad():
                 loss, targets = run(mine[i : i + cfg.micro_batch_size], val_rows)
             n_bytes = int(widths[targets.cpu().numpy()].sum()) if widths is not None else 0
-            sums += torch.tensor([loss.item(), model.hits.item(), targets.numel(), n_bytes], dtype=torch.float64)
+            sums += torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype)
         model.train()
         loss, hits, tokens, n_bytes = mesh.sum(*sums.tolist())
         return {"val_loss": loss / tokens, "val_bpb": loss / math.log(2) / n_bytes if n_bytes else None,
-                "val_accuracy": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700))}  # fmt: skip
+                "val_accuracy": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700))}
 
     def save() -> None:
         tree = {"rng": {str(mesh.rank): torch.get_rng_state()}}
         if is_main:  # replicas are alike
             tree |= {"model": dict(model.named_parameters()), "optim": param_groups.state_by_name(optimizer),
-                     "progress": {"rows": rows_seen}, "config": config.to_dict(cfg), "record": record}  # fmt: skip
+                     "config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
         checkpoint.save(out_dir, step, tree, cfg.keep)
         log.event(step, "save")
 
-    # ---- the loop ------------------------------------------------------------------------------------------
-    params = [p for p in model.parameters() if p.requires_grad]
+    # ---- the loop -----------------------------------------------------------------------------------------
     tokens_per_step = cfg.batch_size * cfg.block_size
     latest, stop = {"step": step}, StopSignal()
     while True:
@@ -204,14 +205,15 @@ def main(cfg: config.Config) -> dict:
         latest |= {"step": step, "loss": loss}
         if step % cfg.log_every == 0 or step == cfg.steps:
             speed = tokens_per_step / seconds
-            log.train({"step": step, "loss": loss, "lr": cfg.lr * lr_factor(step - 1), "grad_norm": float(grad_norm),
-                       "tokens": step * tokens_per_step, "tokens_per_s": speed, "step_s": seconds,
-                       "mfu": monitor.mfu(speed / mesh.world, flops, peak),
-                       "peak_bytes": monitor.peak_bytes(device)})  # fmt: skip
+            log.train({"step": step, "loss": loss, "lr": cfg.lr * lr_factor(step - 1),
+                       "grad_norm": float(grad_norm), "tokens": step * tokens_per_step, "tokens_per_s": speed,
+                       "mfu": monitor.mfu(speed / mesh.world, flops, peak), "step_s": seconds,
+                       "peak_bytes": monitor.peak_bytes(device)})
 
-    # ---- the end -------------------------------------------------------------------------------------------
+    # ---- the end ------------------------------------------------------------------------------------------
     if not news:
-        log.say(f"the run in {out_dir} is finished at step {step}; --steps= to go on, --resume=never to start anew")
+        log.say(f"the run in {out_dir} is finished at step {step}; "
+                "--steps= to go on, --resume=never to start anew")
     elif done and is_main:
         if cfg.sample_tokens:
             prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
@@ -228,7 +230,7 @@ def main(cfg: config.Config) -> dict:
     return latest
 
 
-# ---- the steps of main that have a name --------------------------------------------------------------------
+# ---- the steps of main that have a name ------------------------------------------------------------------
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class for `file` (its first) or `file.Class` in optim/. Raises ValueError with the nearest name."""
     file, _, wanted = name.partition(".")
@@ -250,7 +252,8 @@ def is_muon(optimizer_class: type) -> bool:
 
 
 def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> config.Config:
-    """The config with a value in place of every `auto`, and of every `none` that means the optimizer's own."""
+    """The config with a value in place of every `auto`, and of every `none` that means the optimizer's
+    own."""
     default = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
     lr = default["lr"] if cfg.lr is None else cfg.lr
     other = 0.01 if is_muon(optimizer_class) else lr
@@ -267,16 +270,18 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
 
 
 def batch_share(cfg: config.Config, mesh: meshes.Mesh) -> int:
-    """Sequences of each step that one replica computes. Raises ValueError where the parts do not come out even."""
+    """Sequences of each step that one replica computes. Raises ValueError where the parts do not come out
+    even."""
     dp, micro = mesh.sizes["dp"], cfg.micro_batch_size
     if cfg.batch_size % dp:
         even = -(-cfg.batch_size // dp) * dp
-        raise ValueError(f"batch_size={cfg.batch_size} does not divide among {dp} ranks; try --batch_size={even}")
+        raise ValueError(f"batch_size={cfg.batch_size} does not divide among {dp} ranks; "
+                         f"try --batch_size={even}")
     share = cfg.batch_size // dp
     if "micro_batch_size" in cfg.given and micro is not None and share % micro:
         fits = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)
         raise ValueError(f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
-                         f"(batch_size={cfg.batch_size} over {dp}); try --micro_batch_size={fits}")  # fmt: skip
+                         f"(batch_size={cfg.batch_size} over {dp}); try --micro_batch_size={fits}")
     return share
 
 
@@ -295,14 +300,15 @@ def largest_micro_batch(run, model, replicas: DDP, share: int, mesh: meshes.Mesh
         if mesh.sum(not fits)[0] == 0:
             break
         if size == 1:
-            raise ValueError("out of memory with one sequence at a time; --precision=bf16, a shorter --block_size or a "
-                             "smaller model need less")  # fmt: skip
+            raise ValueError("out of memory with one sequence at a time; --precision=bf16, a shorter "
+                             "--block_size or a smaller model need less")
         size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
     return size
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C: `asked` here, `agreed` once all ranks know, at one step. A second one is not held back."""
+    """SIGTERM or Ctrl-C: `asked` here, `agreed` once all ranks know, at one step. A second one is not held
+    back."""
 
     def __init__(self):
         self.asked, self.agreed, self.before = False, False, {}

@@ -59,7 +59,7 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype
     X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
     tall = X.shape[1] > X.shape[2]
     X = X.mT if tall else X  # (n, short, long)
-    restart = 3 if X.shape[2] >= 2 * X.shape[1] else 1
+    restart = 2 if X.shape[2] >= 2 * X.shape[1] else 1
     for i in range(ns_steps):
         a, b, c = COEFFICIENTS[ns][min(i, len(COEFFICIENTS[ns]) - 1)]
         if i % restart == 0:
@@ -68,8 +68,8 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype
         if restart == 1:
             X = torch.baddbmm(X, P, X, beta=a)
             continue
-        P.diagonal(dim1=1, dim2=2).add_(a)  # X ← P·X, but only every third step: until then Q gathers the Ps,
-        Q = P if Q is None else torch.bmm(P, Q)  # and A = X·Xᵀ ← P·A·P needs no long product
+        P.diagonal(dim1=1, dim2=2).add_(a)  # X ← P·X, but only every second step: until then Q gathers the Ps, and
+        Q = P if Q is None else torch.bmm(P, Q)  # A ← P·A·P needs no long product. Later, bfloat16 would blow up.
         if (i + 1) % restart == 0 or i + 1 == ns_steps:
             X = torch.bmm(Q, X)
         else:

@@ -1,7 +1,7 @@
 """Which numbers the run computes with.
 
     name   weights, gradients, state   products           epsilon   largest
-    fp64   float64                     float64            2.2e-16   1.8e308   the oracle: layouts agree to 1e-10
+    fp64   float64                     float64            2.2e-16   1.8e308   the oracle
     fp32   float32                     float32            1.2e-07   3.4e38
     bf16   float32                     bfloat16           7.8e-03   3.4e38    autocast; needs no loss scaling
 

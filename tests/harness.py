@@ -1,6 +1,6 @@
 """Several ranks in a fraction of a second: forked processes on gloo, with torch already imported.
 
-    results = run_ranks(4, fn, *args)          # fn(rank, world, *args) in each of 4 processes; their return values
+    results = run_ranks(4, fn, *args)      # fn(rank, world, *args) in each of 4 processes; what they return
 
 Spawning would import torch anew in each process (18 s for 8 ranks against 0.2 s). Where fork is missing
 (Windows) the tests skip and say so. Each rank has one thread; a collective that waits 20 s is a deadlock and

@@ -15,8 +15,8 @@ from model import (
 )
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
-GPT2 = dict(TINY, n_kv_head=4, norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True, bias=True,
-            zero_init=False, init="gpt2", logit_cap=None)  # fmt: skip
+GPT2 = dict(TINY, n_kv_head=4, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
+            tied=True, bias=True, zero_init=False, init="gpt2", logit_cap=None)  # fmt: skip
 ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2)]
 
 

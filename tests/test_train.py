@@ -30,8 +30,9 @@ def text(tmp_path_factory):
 
 
 def flags(text, out_dir, *more: str) -> list[str]:
-    tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--steps=12", "--eval_every=6",
-            "--eval_tokens=512", "--sample_tokens=0", "--save_every=5", "--precision=fp32", "--device=cpu"]  # fmt: skip
+    tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--steps=12",
+            "--eval_every=6", "--eval_tokens=512", "--sample_tokens=0", "--save_every=5", "--precision=fp32",
+            "--device=cpu"]  # fmt: skip
     return [f"--data={text}", f"--out_dir={out_dir}", *tiny, *more]
 
 
@@ -52,7 +53,7 @@ def trace(out_dir) -> dict:
     return {s: (r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for s, r in rows(out_dir).items()}
 
 
-# ---- one run on every layout ----------------------------------------------------------------------------------------
+# ---- one run on every layout -----------------------------------------------------------------------------
 def on_ranks(rank, world, *args):
     final = go(*args)
     return final["val_loss"]
@@ -85,7 +86,8 @@ def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, t
 
 
 def test_the_run_is_what_the_formula_says(tmp_path, text):
-    """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the sums shows."""
+    """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the sums
+    shows."""
     import data
     from model import GPT, GPTConfig, init_weights
 
@@ -119,16 +121,25 @@ def test_clipping_works_on_raw_gradients(tmp_path, text):
     go(text, tmp_path / "norm", *base, "--grad_clip=0.01")
     go(text, tmp_path / "value", *base, "--grad_clip=none", "--clip_value=1e-4")
     off, norm, value = (rows(tmp_path / n) for n in ("off", "norm", "value"))
-    assert off[1]["grad_norm"] == norm[1]["grad_norm"] == value[1]["grad_norm"] > 0.1  # logged before clipping
-    assert off[2]["loss"] < norm[2]["loss"] < off[1]["loss"] and off[2]["loss"] < value[2]["loss"] < off[1]["loss"]
+    assert (
+        off[1]["grad_norm"] == norm[1]["grad_norm"] == value[1]["grad_norm"] > 0.1
+    )  # logged before clipping
+    assert (
+        off[2]["loss"] < norm[2]["loss"] < off[1]["loss"]
+        and off[2]["loss"] < value[2]["loss"] < off[1]["loss"]
+    )
 
 
-# ---- nothing is lost --------------------------------------------------------------------------------------------------
+# ---- nothing is lost -------------------------------------------------------------------------------------
 def killed_at(step: int, text, out_dir, *more) -> None:
-    """The same command in a process that is killed -9 when it has done this step, before the step is recorded."""
+    """The same command in a process that is killed -9 when it has done this step, before the step is
+    recorded."""
+
     def child():
         record = logger.Logger.train
-        logger.Logger.train = lambda self, row: os.kill(os.getpid(), signal.SIGKILL) if row["step"] == step else record(self, row)
+        logger.Logger.train = lambda self, row: (
+            os.kill(os.getpid(), signal.SIGKILL) if row["step"] == step else record(self, row)
+        )
         go(text, out_dir, *more)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -176,7 +187,9 @@ def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, 
 
     monkeypatch.setattr(logger.Logger, "train", stop_at_7)
     before = signal.getsignal(signal.SIGTERM)
-    assert go(text, tmp_path / "stopped")["step"] == 8  # the signal arrives in step 8, which is finished first
+    assert (
+        go(text, tmp_path / "stopped")["step"] == 8
+    )  # the signal arrives in step 8, which is finished first
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoint.newest(tmp_path / "stopped").step == 8
     monkeypatch.undo()
@@ -216,7 +229,9 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, text, capsys):
     before = (tmp_path / "metrics.jsonl").read_text()
     again = go(text, tmp_path, "--schedule=constant")
     assert "finished at step 12" in capsys.readouterr().out and again["step"] == first["step"]
-    assert [r for r in rows(tmp_path).values()] == [r for r in map(json.loads, before.splitlines()) if "loss" in r]
+    assert [r for r in rows(tmp_path).values()] == [
+        r for r in map(json.loads, before.splitlines()) if "loss" in r
+    ]
     assert go(text, tmp_path, "--schedule=constant", "--steps=15")["step"] == 15
     assert rows(tmp_path).keys() == set(range(1, 16))
 
@@ -232,7 +247,12 @@ def test_never_sets_the_old_run_aside(tmp_path, text):
 
 def test_a_branch_decays_from_a_stable_checkpoint(tmp_path, text):
     go(text, tmp_path / "run", "--schedule=constant", "--keep=none")
-    branch = [f"--resume={tmp_path / 'run' / 'step-00000005'}", f"--out_dir={tmp_path / 'branch'}", "--schedule=linear", "--steps=8"]
+    branch = [
+        f"--resume={tmp_path / 'run' / 'step-00000005'}",
+        f"--out_dir={tmp_path / 'branch'}",
+        "--schedule=linear",
+        "--steps=8",
+    ]
     train.main(config.parse(branch))
     got, run = rows(tmp_path / "branch"), rows(tmp_path / "run")
     assert got.keys() == {6, 7, 8} and got[6]["loss"] == run[6]["loss"]  # the same rows on the same weights
@@ -254,7 +274,7 @@ def test_init_from_takes_the_weights_alone(tmp_path, text):
         go(text, tmp_path / "wide", f"--init_from={tmp_path / 'run'}", "--n_embd=64")
 
 
-# ---- mistakes ---------------------------------------------------------------------------------------------------------
+# ---- mistakes --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "flag, says",
     [
@@ -304,7 +324,9 @@ def test_a_second_run_in_one_out_dir_is_refused(tmp_path, text):
 
 
 def run(*argv, **kwargs):
-    return subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(
+        [sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs
+    )
 
 
 def test_a_mistake_exits_with_2_and_one_line(tmp_path):
@@ -324,18 +346,22 @@ def test_the_command_line_trains(tmp_path, text):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_five_times_at_random_moments(tmp_path, text, ranks):
     """Every process of the run, from the outside, wherever it is."""
-    launch = [sys.executable, "train.py"] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                               f"--nproc_per_node={ranks}", "train.py"]  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch = [sys.executable, *(torchrun if ranks > 1 else []), "train.py"]
     more = ["--steps=60", "--n_embd=128", "--save_every=7"]
-    whole = subprocess.run(launch + flags(text, tmp_path / "whole", *more), cwd=ROOT, capture_output=True, timeout=300)
+    whole = subprocess.run(
+        launch + flags(text, tmp_path / "whole", *more), cwd=ROOT, capture_output=True, timeout=300
+    )
     assert whole.returncode == 0, whole.stderr
     began = time.time()
     for i in range(5):
-        process = subprocess.Popen(launch + flags(text, tmp_path / "killed", *more), cwd=ROOT, start_new_session=True,
+        process = subprocess.Popen(launch + flags(text, tmp_path / "killed", *more), cwd=ROOT,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         time.sleep(3 + (time.time() - began) * 7919 % 4)
         subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
         process.wait()
-    last = subprocess.run(launch + flags(text, tmp_path / "killed", *more), cwd=ROOT, capture_output=True, timeout=300)
+    last = subprocess.run(
+        launch + flags(text, tmp_path / "killed", *more), cwd=ROOT, capture_output=True, timeout=300
+    )
     assert last.returncode == 0, last.stderr
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole") and len(trace(tmp_path / "whole")) == 60
