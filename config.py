@@ -40,8 +40,8 @@ def knob(default, help: str, change: str = NEVER, least=None, below=None):
 class Config:
     # the run
     out_dir: str = knob("out", "folder for checkpoints, metrics.jsonl, config.toml, loss.png", FRESH)
-    steps: int = knob(700, "optimizer steps", FREE, least=1)
-    batch_size: int = knob(32, "sequences per optimizer step, over all ranks", least=1)
+    steps: int = knob(150, "optimizer steps", FREE, least=1)
+    batch_size: int = knob(16, "sequences per optimizer step, over all ranks", least=1)
     micro_batch_size: int | None = knob(
         None, "sequences per rank and forward; none = batch/ranks on a CPU, what fits on a GPU", FREE, least=1
     )
@@ -59,7 +59,7 @@ class Config:
     tokenizer: str = knob("bytes", "bytes or the name of a tiktoken encoding, such as gpt2")
     data_dir: str = knob("data_cache", "folder for downloads and tokenized shards", FRESH)
     data_url: str | None = knob(None, "mirror to download a corpus from, instead of its public home", FRESH)
-    eval_tokens: int = knob(65536, "size of the fixed held-out set, tokens", FREE, least=1)
+    eval_tokens: int = knob(32768, "size of the fixed held-out set, tokens", FREE, least=1)
     # model
     arch: Literal["modern", "gpt2"] = knob("modern", "decides the traits left at auto below")
     n_layer: int = knob(4, "transformer blocks", least=1)
@@ -104,18 +104,14 @@ class Config:
         "auto",
         "fp64: the oracle | fp32 | bf16: autocast over fp32 weights | auto: what this hardware does fast",
     )
-    data_parallel: Literal["ddp"] = knob(
-        "ddp", "how ranks share the work: ddp = replicas, gradients summed", FREE
-    )
+    data_parallel: Literal["ddp"] = knob("ddp", "how ranks share the work; ddp: replicas", FREE)
     bucket_mb: float = knob(25.0, "size of a gradient bucket, MiB", FREE, least=0)
     # looking and saving
     log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
-    eval_every: int | None = knob(
-        100, "steps between evaluations; also at step 0 and the end; 0 = never", FREE, least=0
-    )
-    save_every: int | None = knob(250, "steps between checkpoints; 0 = only at the end", FREE, least=0)
+    eval_every: int | None = knob(50, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
+    save_every: int | None = knob(100, "steps between checkpoints; 0 = only at the end", FREE, least=0)
     keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
-    sample_tokens: int = knob(300, "length of the sample printed at the end; 0 = none", FREE, least=0)
+    sample_tokens: int = knob(200, "length of the sample printed at the end; 0 = none", FREE, least=0)
     peak_flops: float | None = knob(None, "FLOP/s of one device, for MFU; none = by its name", FREE, least=0)
 
     options: dict = field(default_factory=dict)  # the dotted fields, full name -> value

@@ -74,9 +74,8 @@ class Attention(nn.Module):
         self.core = causal_attention
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
-        q, k, v = (
-            f(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )  # (B, H, T, D)
+        heads = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q, self.k, self.v))
+        q, k, v = (h.transpose(1, 2) for h in heads)  # (B, H, T, D)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if where.rotary is not None:
@@ -90,13 +89,11 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
         self.proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
-        self.activation = {
-            "relu2": lambda x: F.relu(x).square(),
-            "gelu": lambda x: F.gelu(x, approximate="tanh"),
-        }[c.activation]
+        self.gelu = c.activation == "gelu"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.activation(self.fc(x)))
+        x = self.fc(x)  # (B, T, 4C)
+        return self.proj(F.gelu(x, approximate="tanh") if self.gelu else F.relu(x).square())
 
 
 class Block(nn.Module):
@@ -121,24 +118,16 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.n_embd) if embed else None
         self.positions = nn.Embedding(c.block_size, c.n_embd) if embed and c.position == "learned" else None
         self.drop_embed = Dropout(c, "embed")
-        self.blocks = nn.ModuleDict(
-            {str(i): Block(c, i) for i in (range(c.n_layer) if layers is None else layers)}
-        )
+        layers = range(c.n_layer) if layers is None else layers
+        self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
         self.final_norm = make_norm(c) if head else None
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False) if head else None
         if c.tied and embed and head:
             self.head.weight = self.embed.weight
-        self.hits = (
-            None  # after a forward in eval mode: how many targets were the likeliest token, a 0-dim tensor
-        )
+        self.hits = None  # after a forward in eval mode: how many targets were the likeliest token (0-dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        targets: Tensor | None = None,
-        positions: Tensor | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
+                rows: Tensor | None = None) -> Tensor:  # fmt: skip
         """x: (B, T) token ids, or (B, T, C) hidden states where the embedding is absent; targets: (B, T) ids.
 
         positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, needed for
@@ -177,46 +166,64 @@ class GPT(nn.Module):
         return Where(positions, rows, rotary)
 
     @torch.no_grad()
-    def generate(
-        self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-    ) -> Tensor:
-        """n more tokens after ids (B, T): each drawn from softmax(logits / temperature) among the top_k
-        likeliest.
+    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0):
+        """ids (B, T) with n more tokens, each drawn from softmax(logits / temperature) among the top_k likeliest.
 
-        temperature 0 takes the likeliest. The context is the last block_size tokens.
+        temperature 0 takes the likeliest. Keys and values are kept; when block_size of them are there, it starts
+        again from the last half of them.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(n):
-            logits = self(ids[:, -self.config.block_size :])[:, -1].cpu()  # (B, V)
+        generator, size, kept = torch.Generator().manual_seed(seed), self.config.block_size, 0
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # one token is too little work to share
+        attentions = [block.attn for block in self.blocks.values()]
+        cores = [attention.core for attention in attentions]
+        for i in range(n):
+            if i == 0 or kept == size:
+                x, kept = ids[:, -size if i == 0 else -(size // 2 or 1) :], 0
+                for attention in attentions:
+                    attention.core = KeepingCore()
+            positions = torch.arange(kept, kept + x.shape[1], device=x.device)
+            kept += x.shape[1]
+            logits = self(x, positions=positions)[:, -1].cpu()  # (B, V)
             if top_k is not None:
-                logits = logits.masked_fill(
-                    logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf
-                )
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
-            ids = torch.cat([ids, token.to(ids.device)], 1)
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -torch.inf)
+            odds = torch.softmax(logits / (temperature or 1), -1)
+            x = torch.multinomial(odds, 1, generator=generator) if temperature else odds.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, x := x.to(ids.device)], 1)
+        for attention, core in zip(attentions, cores):
+            attention.core = core
+        torch.set_num_threads(threads)
         return ids
 
 
 # ---- the pieces ------------------------------------------------------------------------------------------
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); each query sees itself and what came before."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class KeepingCore:
+    """For generation: attention that remembers the keys and values of earlier calls."""
+
+    def __init__(self):
+        self.kv: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.kv is not None:  # then q is one new token, which sees all
+            k, v = torch.cat([self.kv[0], k], 2), torch.cat([self.kv[1], v], 2)
+        causal, self.kv = self.kv is None, (k, v)
+        return causal_attention(q, k, v, causal)
 
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)  # computes in float32 for half types, returns x's type
 
 
-class RMSNorm(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x)
-
-
 def make_norm(c: GPTConfig) -> nn.Module:
-    return RMSNorm() if c.norm == "rmsnorm" else nn.LayerNorm(c.n_embd, bias=c.bias)
+    if c.norm == "layernorm":
+        return nn.LayerNorm(c.n_embd, bias=c.bias)
+    return nn.RMSNorm(c.n_embd, eps=1e-6, elementwise_affine=False)
 
 
 def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,7 @@ def main(cfg: config.Config) -> dict:
     accumulation = share // cfg.micro_batch_size
 
     # ---- optimizer ----------------------------------------------------------------------------------------
+    param_groups.without_compiler()
     lrs = {"matrix": cfg.lr, "embedding": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, is_muon(optimizer_class))
     optimizer = replicas.make_optimizer(optimizer_class, groups, **opt_options)
@@ -219,7 +220,8 @@ def main(cfg: config.Config) -> dict:
             prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
             ids = model.eval().generate(prompt, cfg.sample_tokens, temperature=0.8, top_k=50, seed=cfg.seed)
             log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
-        logger.plot(out_dir, out_dir / "loss.png")
+        if step > 1:  # one point is no curve
+            logger.plot(out_dir, out_dir / "loss.png")
     stop.restore()
     log.close()
     mesh.agree(0)  # nobody leaves while rank 0 still draws

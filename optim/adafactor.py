@@ -1,6 +1,6 @@
 """Adafactor: Adam's second moment of a matrix kept as one row and one column; no first moment.
 
-    w = t^δ,   δ = −.8                                    weight of the new g², so that no bias correction is needed
+    w = t^δ,   δ = −.8                                             weight of the new g²; no bias to correct
     R ← (1−w)·R + w·mean of g² over the last dimension             matrices, and stacks of them
     C ← (1−w)·C + w·mean of g² over the second-last dimension
     V = R·C / max(mean over rows of R, ε₁)                         an outer product
@@ -11,14 +11,15 @@
     p ← p·(1 − lr·λ)                                               decoupled decay, before the step
     p ← p − α·U;   with β₁:  m ← β₁·m + (1−β₁)·α·U,  p ← p − m     no bias correction
 
-    p `p`   g `g`   R `row_var` (rows, 1)   C `col_var` (1, cols)   V `variance`   m `exp_avg`   t `step`, from 1
-    δ `beta2_decay`   (ε₁, ε₂) `eps`   d `d`   β₁ `beta1`   λ `weight_decay`
+    p `p`   g `g`   R `row_var` (rows, 1)   C `col_var` (1, cols)   V `variance`   m `exp_avg`   β₁ `beta1`
+    t `step`, from 1   δ `beta2_decay`   (ε₁, ε₂) `eps`   d `d`   λ `weight_decay`
 
-Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A common text keeps one scalar for a vector: vectors keep
-their full second moment, only matrices factor.
-lr has no unit with scale_parameter: a matrix moves by about lr of its own RMS; without, lr is in units of weight.
-State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a parameter with beta1; doubled for float64
-parameters. Half-precision parameters keep float32 state.
+Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A common text keeps one scalar for a vector:
+vectors keep their full second moment, only matrices factor.
+lr has no unit with scale_parameter: a matrix moves by about lr of its own RMS; without, lr is in units of
+weight.
+State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a parameter with beta1; doubled
+for float64 parameters. Half-precision parameters keep float32 state.
 """
 
 import math
@@ -30,9 +31,10 @@ def rms(x):
     return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
 
 
-def adafactor_update(p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta1, relative_step, scale_parameter) -> None:
-    """One step, in place on `p` and the tensors in `state`: row_var (..., rows, 1) and col_var (..., 1, cols), or
-    variance with the shape of `p`, and exp_avg with the shape of `p` if beta1 is given."""
+def adafactor_update(p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta1, relative_step,
+                     scale_parameter) -> None:
+    """In place on `p` and the tensors in `state`: row_var (..., rows, 1) and col_var (..., 1, cols),
+    or variance, shaped as `p`, for vectors; and exp_avg, shaped as `p`, if beta1 is given."""
     eps1, eps2 = torch.finfo(p.dtype).eps if eps[0] is None else eps[0], eps[1]
     w = t**beta2_decay
     u = g.square()
@@ -62,20 +64,20 @@ class Adafactor(torch.optim.Optimizer):
                  eps: tuple[float | None, float] = (1e-30, 1e-3), d: float = 1.0, weight_decay: float = 0.0,
                  beta1: float | None = None, relative_step: bool = True, scale_parameter: bool = True):
         super().__init__(params, {
-            "lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay, "beta1": beta1,
-            "relative_step": relative_step, "scale_parameter": scale_parameter})
+            "lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay,
+            "beta1": beta1, "relative_step": relative_step, "scale_parameter": scale_parameter})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         for name, x, end in (("lr", group["lr"], "inf"), ("eps[0]", group["eps"][0] or 0, "inf"),
-                             ("eps[1]", group["eps"][1], "inf"), ("weight_decay", group["weight_decay"], "inf"),
-                             ("beta1", group["beta1"] or 0, 1)):
+                             ("eps[1]", group["eps"][1], "inf"), ("beta1", group["beta1"] or 0, 1),
+                             ("weight_decay", group["weight_decay"], "inf")):
             if not 0 <= x < float(end):
                 raise ValueError(f"Adafactor: {name}={x} is not allowed; it must lie in [0, {end})")
         if not group["beta2_decay"] <= 0:
-            raise ValueError(f"Adafactor: beta2_decay={group['beta2_decay']} is not allowed; it must be at most 0")
+            raise ValueError(f"Adafactor: beta2_decay={group['beta2_decay']} is not allowed; it must be ≤ 0")
         if not group["d"] > 0:
-            raise ValueError(f"Adafactor: d={group['d']} is not allowed; it must be above 0")
+            raise ValueError(f"Adafactor: d={group['d']} is not allowed; it must be > 0")
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -130,5 +132,5 @@ if __name__ == "__main__":
             (z - target).square().sum().backward()
             optimizer.step()
     kept = sum(s.numel() for s in ours.state[x].values() if torch.is_tensor(s))
-    print(f"Adafactor: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adafactor, {kept} numbers of state for "
-          f"{x.numel()} weights, {(x - target).square().mean().sqrt():.0e} RMS from the quadratic's minimum")
+    print(f"Adafactor: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adafactor; {kept} numbers of "
+          f"state for {x.numel()} weights; {(x - target).square().mean().sqrt():.0e} RMS from the minimum")

@@ -7,9 +7,9 @@
 
     p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
 
-Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101). The decay of an
-element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text says large *weights*.) Nothing is
-decoupled here, and there is no value of λ that makes the two the same.
+Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101). The decay
+of an element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text says large *weights*.)
+Nothing is decoupled here, and there is no value of λ that makes the two the same.
 lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 """
@@ -65,8 +65,9 @@ class AdamL2(torch.optim.Optimizer):
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
                 t = state["step"] = int(state["step"]) + 1
-                adam_l2_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], 1 - beta1**t,
-                               math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+                adam_l2_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"],
+                               1 - beta1**t, math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"],
+                               group["weight_decay"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
@@ -93,5 +94,5 @@ if __name__ == "__main__":
                 optimizer.zero_grad()
                 (z - target).square().sum().backward()
                 optimizer.step()
-        print(f"AdamL2 weight_decay={weight_decay}: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adam, "
+        print(f"AdamL2, decay {weight_decay}: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adam, "
               f"{(x - target).abs().max():.0e} from the minimum of the plain quadratic")

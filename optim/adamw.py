@@ -7,14 +7,16 @@
 
     p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
 
-Loshchilov and Hutter 2019 (arXiv 1711.05101); Adam: Kingma and Ba 2015 (1412.6980). As in torch the decay is lr·λ
-with the scheduled lr, not the paper's λ. Language models use betas (.9, .95) and λ = .1; the defaults are torch's, as
-a drop-in. A common text says that Adam with L2 decays large *weights* less: it is weights with large *gradients*.
+Loshchilov and Hutter 2019 (arXiv 1711.05101); Adam: Kingma and Ba 2015 (1412.6980). As in torch the decay is
+lr·λ with the scheduled lr, not the paper's λ. Language models use betas (.9, .95) and λ = .1; the defaults
+are torch's, as a drop-in. A common text says that Adam with L2 decays large *weights* less: it is weights
+with large *gradients*.
 lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
-To compile the step: `adamw.adamw_update = torch.compile(adamw.adamw_update)`. What changes between steps (lr, t) enters
-as floats that only multiply and divide tensors, so torch compiles once per kind of shape, not at every step.
+To compile the step: `adamw.adamw_update = torch.compile(adamw.adamw_update)`. What changes between steps (lr,
+t) enters as floats that only multiply and divide tensors, so torch compiles once per kind of shape, not at
+every step.
 """
 
 import math
@@ -62,14 +64,15 @@ class AdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("AdamW: sparse and complex gradients are not supported; use dense real ones")
+                    raise RuntimeError("AdamW: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
                 state = self.state[p]
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
                 t = state["step"] = int(state["step"]) + 1
-                adamw_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], 1 - beta1**t,
-                             math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+                adamw_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"],
+                             1 - beta1**t, math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"],
+                             group["weight_decay"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
@@ -79,9 +82,10 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            dtype = torch.promote_types(p.dtype, torch.float32)
             for name, x in state_dict["state"].get(i, {}).items():
                 if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
+                    self.state[p][name] = x.to(p.device, dtype, copy=True)
 
 
 if __name__ == "__main__":

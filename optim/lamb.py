@@ -8,10 +8,11 @@
 
     p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
 
-You et al. 2020 (arXiv 1904.00962). Bias correction divides m and v; implementations that divide lr by 1−β₁ᵗ instead
-take ten times the step at t = 1, because r has already cancelled any factor of m. A common text says 3 days for BERT
-at batch 16K; it was 76 minutes at 32K–64K, and 3 days the baseline.
-lr has no unit: every tensor, vectors too, moves by lr times its own norm, so matrices that start at 0 hardly learn.
+You et al. 2020 (arXiv 1904.00962). Bias correction divides m and v; implementations that divide lr by 1−β₁ᵗ
+instead take ten times the step at t = 1, because r has already cancelled any factor of m. A common text says
+3 days for BERT at batch 16K; it was 76 minutes at 32K–64K, and 3 days the baseline.
+lr has no unit: every tensor, vectors too, moves by lr times its own norm, so matrices that start at 0 hardly
+learn.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 """
 
@@ -19,7 +20,7 @@ import torch
 
 
 def lamb_update(p, g, exp_avg, exp_avg_sq, bias1, bias2, lr, beta1, beta2, eps, weight_decay) -> None:
-    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`; biasᵢ = 1 − βᵢᵗ, or 1."""
+    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all shaped as `g`; biasᵢ = 1 − βᵢᵗ, or 1."""
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     u = (exp_avg_sq / bias2).sqrt_().add_(eps)
@@ -89,7 +90,8 @@ if __name__ == "__main__":
     before = w.detach().clone()
     w.grad = 1e6 * torch.randn_like(w)
     LAMB([w], lr=0.01).step()
-    print(f"LAMB: the first step is {(w - before).norm() / before.norm():.6f} of the weights at lr 0.01, whatever the gradient")
+    fraction = (w - before).norm() / before.norm()
+    print(f"LAMB: at lr 0.01 the first step is {fraction:.6f} of the weights, whatever the gradient's size")
     inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
     w = torch.randn(16, 32, requires_grad=True)
     optimizer = LAMB([w], weight_decay=0)

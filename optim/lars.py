@@ -7,20 +7,22 @@
 
     p `p`   g `g`   b `momentum_buffer`   τ `trust_coefficient`   μ `momentum`   λ `weight_decay`   ε `eps`
 
-You, Gitman and Ginsburg 2017 (arXiv 1708.03888). Differences from it, as in the common implementations: lr stays
-outside the buffer (the paper has it inside), and, with `exclude_1d`, gains and biases take plain SGD, without decay or
-trust ratio. A common text takes a momentum that it never uses, and freezes weights that start at zero.
+You, Gitman and Ginsburg 2017 (arXiv 1708.03888). Differences from it, as in the common implementations: lr
+stays outside the buffer (the paper has it inside), and, with `exclude_1d`, gains and biases take plain SGD,
+without decay or trust ratio. A common text takes a momentum that it never uses, and freezes weights that
+start at zero.
 lr has no unit: a layer's step is about lr·τ times the layer's norm, so matrices that start at 0 hardly learn.
 Elements of excluded vectors move by lr times the gradient, as in SGD.
-State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep a
-float32 buffer.
+State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep
+a float32 buffer.
 """
 
 import torch
 
 
-def lars_update(p, g, momentum_buffer, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, trust) -> None:
-    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), of one shape with `g`; `trust`: use k."""
+def lars_update(p, g, momentum_buffer, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, trust):
+    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as `g`.
+    `trust=False` leaves out k and λ."""
     d = g
     if trust:
         p_norm, g_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
@@ -39,15 +41,16 @@ class LARS(torch.optim.Optimizer):
     elementwise: bool = False  # needs the norm of the whole parameter
 
     def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0,
-                 trust_coefficient: float = 1e-3, eps: float = 1e-8, nesterov: bool = False, exclude_1d: bool = True):
+                 trust_coefficient: float = 1e-3, eps: float = 1e-8, nesterov: bool = False,
+                 exclude_1d: bool = True):
         super().__init__(params, {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient,
-            "eps": eps, "nesterov": nesterov, "exclude_1d": exclude_1d})
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps,
+            "trust_coefficient": trust_coefficient, "nesterov": nesterov, "exclude_1d": exclude_1d})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
-        for name, end in (("lr", "inf"), ("momentum", 1), ("weight_decay", "inf"), ("trust_coefficient", "inf"),
-                          ("eps", "inf")):
+        for name, end in (("lr", "inf"), ("momentum", 1), ("weight_decay", "inf"), ("eps", "inf"),
+                          ("trust_coefficient", "inf")):
             if not 0 <= group[name] < float(end):
                 raise ValueError(f"LARS: {name}={group[name]} is not allowed; it must lie in [0, {end})")
         if group["nesterov"] and not group["momentum"] > 0:
@@ -71,9 +74,9 @@ class LARS(torch.optim.Optimizer):
                 if group["momentum"] and not state:
                     state["momentum_buffer"] = torch.zeros_like(work)
                 buffer = state["momentum_buffer"] if group["momentum"] else None
-                lars_update(work, p.grad.to(work.dtype), buffer, group["lr"], group["momentum"], group["weight_decay"],
-                            group["trust_coefficient"], group["eps"], group["nesterov"],
-                            trust=p.ndim >= 2 or not group["exclude_1d"])
+                lars_update(work, p.grad.to(work.dtype), buffer, group["lr"], group["momentum"],
+                            group["weight_decay"], group["trust_coefficient"], group["eps"],
+                            group["nesterov"], trust=p.ndim >= 2 or not group["exclude_1d"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
@@ -95,7 +98,8 @@ if __name__ == "__main__":
         before = w.detach().clone()
         w.grad = scale * torch.randn_like(w)
         LARS([w], lr=1.0, trust_coefficient=0.01).step()
-        print(f"LARS: gradient of norm {w.grad.norm():.0e}: the step is {(w - before).norm() / before.norm():.6f} of the weights")
+        fraction = (w - before).norm() / before.norm()
+        print(f"LARS: gradient of norm {w.grad.norm():.0e}, the step is {fraction:.6f} of the weights")
     inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
     w = torch.randn(16, 32, requires_grad=True)
     optimizer = LARS([w])

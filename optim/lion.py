@@ -6,13 +6,14 @@
 
     p `p`   g `g`   m `exp_avg`   β `betas`   λ `weight_decay`
 
-Chen et al. 2023 (arXiv 2302.06675). A common text takes β₂ in the sign and updates m twice: β₁ belongs to the sign, β₂
-to m, and m is updated once. lr is in units of weight, and since no element ever moves less, lr should be 3–10 times
-smaller than AdamW's, λ 3–10 times larger (lr·λ stays).
-State: 4 bytes a parameter (8 for float64 parameters), half of Adam's. Half-precision parameters keep float32 m.
+Chen et al. 2023 (arXiv 2302.06675). A common text takes β₂ in the sign and updates m twice: β₁ belongs to the
+sign, β₂ to m, and m is updated once. lr is in units of weight, and since no element ever moves less, lr
+should be 3–10 times smaller than AdamW's, λ 3–10 times larger (lr·λ stays).
+State: 4 bytes a parameter (8 for float64 parameters), half of Adam's. Half-precision parameters keep float32
+m.
 
-To compile the step: `lion.lion_update = torch.compile(lion.lion_update)`. What changes between steps (lr) enters as a
-float that only multiplies tensors, so torch does not compile again when it changes.
+To compile the step: `lion.lion_update = torch.compile(lion.lion_update)`. What changes between steps (lr)
+enters as a float that only multiplies tensors, so torch does not compile again when it changes.
 """
 
 import torch
@@ -30,7 +31,8 @@ class Lion(torch.optim.Optimizer):
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
 
-    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
+    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
+                 weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict) -> None:

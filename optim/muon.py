@@ -3,31 +3,35 @@
     b ← μ·b + (1−μ)·g                                  momentum
     u = (1−μ)·g + μ·b                                  Nesterov;  u = b  without
     X ← u / max(‖u‖, 1e-7)                             so that all singular values lie in [0, 1]
-    ns_steps times (Newton–Schulz):                    a·s + b·s³ + c·s⁵ acts on each singular value s and leaves
-        A = X·Xᵀ;  X ← a·X + (b·A + c·A²)·X            the singular vectors; tall matrices are transposed first
+    ns_steps times (Newton–Schulz):                    a·s + b·s³ + c·s⁵ acts on each singular value s;
+        A = X·Xᵀ;  X ← a·X + (b·A + c·A²)·X            tall matrices are transposed first
     p ← p·(1 − lr·λ)                                   decoupled decay, before the step
     p ← p − lr·k·X                                     k = √max(1, rows/cols)   or   .2·√max(rows, cols)
 
     p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)
     b `momentum_buffer`   μ `momentum`   λ `weight_decay`   k `adjust_lr_fn`   (a, b, c) `ns`
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and gives the cubic as the
-method; it is the quintic, which gives up precision (singular values end in .7 … 1.2) for speed. `ns` is one of
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and gives the cubic
+as the method; it is the quintic, which gives up precision (singular values end in .7 … 1.2) for speed. `ns`
+is one of
     quintic  (3.4445, −4.7750, 2.0315) at every step
     cubic    (1.5, −.5, 0): converges exactly, but slowly; to compare, with 10 steps or more
-    polar    the best triple for each step (Polar Express, Amsel et al. 2025, 2505.16932), the paper's safety factor
-             of 1.01 included
-`normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row a neuron (dim 0):
-    v ← β₂·v + (1−β₂)·mean of X² over the row;  X ← X/(√v + 1e-10), then scaled back to the norm X had    v `row_sq`
+    polar    the best triple for each step (Polar Express, Amsel et al. 2025, 2505.16932), divided
+             by the paper's safety factor of 1.01
+`normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row a neuron
+(dim 0):
+    v ← β₂·v + (1−β₂)·mean of X² over the row;  X ← X/(√v + 1e-10), scaled back to the norm X had   v `row_sq`
 `cautious`: decay only those elements where X·p > 0, that is, which the step moves towards 0 anyway.
 
-lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm), at any width; .02
-is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is .2·lr, so AdamW's lr and λ carry over.
-State: 4 bytes a parameter (+ 4 a row for NorMuon), 8 in AdamW groups, doubled for float64 parameters. Half-precision
-parameters keep float32 state.
+lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm), at any
+width; .02 is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is .2·lr, so AdamW's
+lr and λ carry over.
+State: 4 bytes a parameter (+ 4 a row for NorMuon), 8 in AdamW groups, doubled for float64 parameters.
+Half-precision parameters keep float32 state.
 
-Muon is for hidden matrices. Groups with `use_muon=False` (embeddings, head, vectors) take AdamW in the same object:
-    Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95), "eps": 1e-10}])
+Muon is for hidden matrices. Groups with `use_muon=False` (embeddings, head, vectors) take AdamW in the same
+object:
+    Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}])
 Needs whole matrices. Clip gradients before, if at all: the orthogonalised update has nothing left to clip.
 """
 
@@ -54,7 +58,7 @@ SCALES = {"original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}  # groups with use_muon=False
 
 
-def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat16) -> torch.Tensor:
     """n matrices (rows, cols) -> (n, rows, cols) of `dtype`, singular values near 1."""
     X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
     tall = X.shape[1] > X.shape[2]
@@ -68,8 +72,10 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype
         if restart == 1:
             X = torch.baddbmm(X, P, X, beta=a)
             continue
-        P.diagonal(dim1=1, dim2=2).add_(a)  # X ← P·X, but only every second step: until then Q gathers the Ps, and
-        Q = P if Q is None else torch.bmm(P, Q)  # A ← P·A·P needs no long product. Later, bfloat16 would blow up.
+        # X ← P·X, but only every second step. Until then Q collects the Ps, and A ← P·A·P spares a long
+        # product. To wait for a third step blows up in bfloat16, on gradients of low rank.
+        P.diagonal(dim1=1, dim2=2).add_(a)
+        Q = P if Q is None else torch.bmm(P, Q)
         if (i + 1) % restart == 0 or i + 1 == ns_steps:
             X = torch.bmm(Q, X)
         else:
@@ -77,9 +83,10 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype: torch.dtype
     return X.mT if tall else X
 
 
-def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype, adjust_lr_fn,
-                normuon_beta2, cautious) -> None:
-    """One step for parameters of one shape, in place on the lists `ps`, `bufs` and, for NorMuon, `row_sqs` of (rows, 1)."""
+def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype,
+                adjust_lr_fn, normuon_beta2, cautious) -> None:
+    """One step for parameters of one shape, in place on the lists `ps`, `bufs` (shaped as `gs`) and, for
+    NorMuon, `row_sqs` of (rows, 1)."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
     us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))  # (rows, cols) each
@@ -92,7 +99,7 @@ def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns,
             x = y * (x.norm() / (y.norm() + 1e-10))
         scale = SCALES[adjust_lr_fn](*x.shape)
         x = x.reshape(p.shape)
-        p.mul_(1 - lr * weight_decay * (x * p > 0) if cautious else 1 - lr * weight_decay)
+        p.sub_(p * (x * p > 0), alpha=lr * weight_decay) if cautious else p.mul_(1 - lr * weight_decay)
         p.add_(x, alpha=-lr * scale)
 
 
@@ -105,18 +112,20 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_dec
 
 
 class Muon(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range and for vectors in a Muon group, RuntimeError for sparse or complex
-    gradients. `ns_dtype`: dtype of the products, or its name; None = bfloat16, and float64 for float64 parameters."""
+    """`ns_dtype`: dtype of the products, or its name; None is bfloat16, and float64 for float64 parameters.
+    Raises ValueError for hyperparameters out of range and for vectors in a Muon group, RuntimeError for
+    gradients that are sparse or complex."""
 
     elementwise: bool = False  # needs whole matrices; only its use_muon=False groups are elementwise
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, nesterov: bool = True,
-                 ns_steps: int = 5, ns: str = "quintic", adjust_lr_fn: str = "original",
-                 ns_dtype: torch.dtype | str | None = None, normuon_beta2: float | None = None, cautious: bool = False):
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0,
+                 nesterov: bool = True, ns_steps: int = 5, ns: str = "quintic",
+                 adjust_lr_fn: str = "original", ns_dtype: torch.dtype | str | None = None,
+                 normuon_beta2: float | None = None, cautious: bool = False):
         super().__init__(params, {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "ns_steps": ns_steps,
-            "ns": ns, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype, "normuon_beta2": normuon_beta2,
-            "cautious": cautious, "use_muon": True})
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
+            "ns_steps": ns_steps, "ns": ns, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype,
+            "normuon_beta2": normuon_beta2, "cautious": cautious, "use_muon": True})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **({} if param_group.get("use_muon", True) else ADAMW), **param_group}
@@ -128,19 +137,19 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon: {name}={x} is not allowed; it must lie in [0, {end})")
         for name, allowed in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
             if group[name] not in allowed:
-                raise ValueError(f"Muon: {name}={group[name]!r} is not allowed; it must be one of {', '.join(allowed)}")
+                raise ValueError(f"Muon: {name}={group[name]!r} is not one of {', '.join(allowed)}")
         if not (isinstance(group["ns_steps"], int) and group["ns_steps"] > 0):
-            raise ValueError(f"Muon: ns_steps={group['ns_steps']} is not allowed; it must be an integer from 1")
+            raise ValueError(f"Muon: ns_steps={group['ns_steps']} is not allowed; it must be an integer ≥ 1")
         if group["ns_dtype"] is not None:  # kept by name, so that a checkpoint can hold it as text
             group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
             if not getattr(getattr(torch, group["ns_dtype"], None), "is_floating_point", False):
-                raise ValueError(f"Muon: ns_dtype={group['ns_dtype']} is not allowed; it must name a floating dtype")
+                raise ValueError(f"Muon: ns_dtype={group['ns_dtype']} is not allowed; take a floating dtype")
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim < 2 and group["use_muon"]:
                 self.param_groups.pop()
-                raise ValueError(f"Muon: a parameter of shape {tuple(p.shape)} is no matrix; put it into a group with "
-                                 "use_muon=False, which takes AdamW")
+                raise ValueError(f"Muon: a parameter of shape {tuple(p.shape)} is no matrix; put it into a "
+                                 "group with use_muon=False, which takes AdamW")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -153,11 +162,12 @@ class Muon(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     if p.grad.layout != torch.strided or p.is_complex():
-                        raise RuntimeError("Muon: sparse and complex gradients are not supported; use dense real ones")
+                        raise RuntimeError("Muon: gradients must be dense and real, not sparse or complex")
                     key = (p.shape[0], p[0].numel(), p.dtype, p.device) if group["use_muon"] else i
                     batches.setdefault(key, []).append(p)
             for ps in batches.values():
-                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]  # p itself, unless half precision
+                # the parameters themselves, unless in half precision
+                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
                 gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
                 (self._muon if group["use_muon"] else self._adamw)(group, ps, works, gs)
                 for p, work in zip(ps, works):
@@ -172,10 +182,11 @@ class Muon(torch.optim.Optimizer):
             if group["normuon_beta2"] is not None and "row_sq" not in self.state[p]:
                 self.state[p]["row_sq"] = work.new_zeros(work.shape[0], 1)
         states = [self.state[p] for p in ps]
-        dtype = getattr(torch, group["ns_dtype"] or ("float64" if works[0].dtype == torch.float64 else "bfloat16"))
+        default = "float64" if works[0].dtype == torch.float64 else "bfloat16"
         muon_update(works, gs, [s["momentum_buffer"] for s in states], [s.get("row_sq") for s in states],
-                    group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], group["ns"], group["ns_steps"],
-                    dtype, group["adjust_lr_fn"], group["normuon_beta2"], group["cautious"])
+                    group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], group["ns"],
+                    group["ns_steps"], getattr(torch, group["ns_dtype"] or default), group["adjust_lr_fn"],
+                    group["normuon_beta2"], group["cautious"])
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
         for p, work, g in zip(ps, works, gs):
@@ -183,17 +194,18 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
             state["step"] += 1
-            adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], *group["betas"],
-                         group["eps"], group["weight_decay"])
+            adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"],
+                         *group["betas"], group["eps"], group["weight_decay"])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """The base class casts state to the parameter's dtype; here it keeps full precision."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            dtype = torch.promote_types(p.dtype, torch.float32)
             for name, x in state_dict["state"].get(i, {}).items():
                 if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
+                    self.state[p][name] = x.to(p.device, dtype, copy=True)
 
 
 if __name__ == "__main__":

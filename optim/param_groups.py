@@ -48,6 +48,17 @@ def param_groups(
     ]  # fmt: skip
 
 
+def without_compiler() -> None:
+    """Saves a run that compiles nothing the second it takes to import the compiler.
+
+    Four methods of torch's Optimizer import it at their first call, only to be left out of compilation.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(getattr(Optimizer, name), "__wrapped__", None)
+        if method is not None and not hasattr(method, "__dynamo_disable"):
+            setattr(method, "__dynamo_disable", method)
+
+
 def state_by_name(optimizer: Optimizer) -> dict:
     """The optimizer's state by parameter name, and its groups without the parameters: what load_state_by_name
     takes."""

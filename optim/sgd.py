@@ -7,18 +7,18 @@
     p `p`   g `g`   b `momentum_buffer`   μ `momentum`   λ `weight_decay`
 
 Polyak 1964; Nesterov 1983, in the form of Sutskever, Martens, Dahl and Hinton 2013, which is torch's too.
-lr is a step in units of weight per unit of gradient: scale the loss by 10 and the step grows tenfold. That makes
-SGD the detector of wrong gradient factors, which scale-free optimizers hide. With momentum the effective step is
-lr/(1−μ). lr stays outside the buffer: changing it acts on the whole buffer at once.
-State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep a
-float32 buffer.
+lr is a step in units of weight per unit of gradient: scale the loss by 10 and the step grows tenfold. That
+makes SGD the detector of wrong gradient factors, which scale-free optimizers hide. With momentum the
+effective step is lr/(1−μ). lr stays outside the buffer: changing it acts on the whole buffer at once.
+State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep
+a float32 buffer.
 """
 
 import torch
 
 
 def sgd_update(p, g, momentum_buffer, lr, momentum=0.0, weight_decay=0.0, nesterov=False) -> None:
-    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0); every tensor has the shape of `p`."""
+    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as `g`."""
     d = g.add(p, alpha=weight_decay) if weight_decay else g
     if momentum_buffer is not None:
         momentum_buffer.mul_(momentum).add_(d)
@@ -42,7 +42,7 @@ class SGD(torch.optim.Optimizer):
             if not 0 <= group[name] < float(end):
                 raise ValueError(f"SGD: {name}={group[name]} is not allowed; it must lie in [0, {end})")
         if group["nesterov"] and not group["momentum"] > 0:
-            raise ValueError(f"SGD: nesterov=True with momentum={group['momentum']}; it needs momentum in (0, 1)")
+            raise ValueError(f"SGD: nesterov=True with momentum={group['momentum']}; it needs one in (0, 1)")
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -56,13 +56,14 @@ class SGD(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("SGD: sparse and complex gradients are not supported; use dense real ones")
+                    raise RuntimeError("SGD: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
                 state = self.state[p]
                 if group["momentum"] and state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(work)
-                sgd_update(work, p.grad.to(work.dtype), state["momentum_buffer"] if group["momentum"] else None,
-                           group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
+                buffer = state["momentum_buffer"] if group["momentum"] else None
+                sgd_update(work, p.grad.to(work.dtype), buffer, group["lr"], group["momentum"],
+                           group["weight_decay"], group["nesterov"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
@@ -72,9 +73,10 @@ class SGD(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            dtype = torch.promote_types(p.dtype, torch.float32)
             for name, x in state_dict["state"].get(i, {}).items():
                 if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
+                    self.state[p][name] = x.to(p.device, dtype, copy=True)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,41 @@
 """Shampoo: a preconditioner for each dimension of a tensor, made from second moments of rows and of columns.
 
-    Lᵢ ← β₂·Lᵢ + w·G₍ᵢ₎·G₍ᵢ₎ᵀ             G₍ᵢ₎: the raw gradient with dimension i first, the others flattened; Lᵢ starts at 0
-                                         w = 1−β₂, or 1 (the plain sum of the paper) if β₂ = 1
-    Pᵢ = (Lᵢ/(1−β₂ᵗ) + ε·I)^e            every `precondition_frequency` steps; e = −1/(2·dims); not divided if β₂ = 1
+    Lᵢ ← β₂·Lᵢ + w·G₍ᵢ₎·G₍ᵢ₎ᵀ            from 0; G₍ᵢ₎ is g with dimension i first, the others flattened;
+                                         w = 1−β₂; if β₂ = 1, the paper's plain sum: w = 1, undivided below
+    Pᵢ = (Lᵢ/(1−β₂ᵗ) + ε·I)^e            every `precondition_frequency` steps; e = −1/(2·dims)
     m ← β₁·m + (1−β₁)·g                  m̂ = m / (1 − β₁ᵗ)
-    D = m̂ · P₁ · P₂ …                    each Pᵢ over dimension i; at every step, with the last Pᵢ. For a matrix L^−¼·m̂·R^−¼
-    D ← D·‖A‖ / (‖D‖ + 1e-16)            grafting: Shampoo's direction with the length of another method's step A:
-                                         adam m̂/(√v̂ + 1e-10)   rmsprop m̂/(√v + 1e-10)   sgd m̂;   v ← β₂·v + w·g²
-    p ← p − lr·(D + λ·p)                 decoupled decay, together with the step. D = A before the start and for vectors
+    D = m̂ · P₁ · P₂ …                    each Pᵢ over dimension i, at every step; for a matrix L^−¼·m̂·R^−¼
+    D ← D·‖A‖ / (‖D‖ + 1e-16)            grafting: Shampoo's direction, the length of another method's step A:
+                                         adam m̂/(√v̂ + 1e-10), rmsprop m̂/(√v + 1e-10), sgd m̂;  v ← β₂·v + w·g²
+    p ← p − lr·(D + λ·p)                 decay joins the step. D = A before the start and for vectors
 
-    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   Lᵢ `L_i`   Pᵢ `P_i`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
-    e `exponent`
+    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   Lᵢ `L_i`   Pᵢ `P_i`   t `step`, from 1
+    β `betas`   ε `eps`   λ `weight_decay`   e `exponent`
 
-Gupta, Koren and Singer 2018 (arXiv 1802.09568), which is betas=(0, 1), grafting=None here; averages and grafting as in
-Anil et al. 2020 (2002.09018). A common text gives the exponent −1/2 for a matrix: that is a variant (Morwani et al. 2024,
-2406.17748; exponent=-0.5), the paper's is −1/4 each. eps: tiny values magnify rounding and learn worse.
-Dimensions above `max_precond_dim` are left alone (Pᵢ = I). Vectors are preconditioned only with `precondition_1d`.
+Gupta, Koren and Singer 2018 (arXiv 1802.09568), which is betas=(0, 1), grafting=None here; averages and
+grafting as in Anil et al. 2020 (2002.09018). A common text gives the exponent −1/2 for a matrix: that is a
+variant (Morwani et al. 2024, 2406.17748; exponent=-0.5), the paper's is −1/4 each. eps: tiny values magnify
+rounding and learn worse.
+Dimensions above `max_precond_dim` are left alone (Pᵢ = I). Vectors are preconditioned only with
+`precondition_1d`.
 lr's unit is that of the grafted method: with adam, in units of weight as AdamW's.
-State of an a×b matrix: 8(a² + b²) bytes for L and P, 4ab for m, 4ab for v (adam, rmsprop); doubled for float64. Square: 24
-bytes a parameter. Half-precision parameters keep float32 state.
+State of an a×b matrix: 8(a² + b²) bytes for L and P, 4ab for m, 4ab for v (adam, rmsprop); doubled for
+float64. Square: 24 bytes a parameter. Half-precision parameters keep float32 state.
 """
 
 import torch
 
 
 def matrix_power(L, eps, exponent):
-    """(L + eps·I)^exponent for a symmetric positive semidefinite (n, n); rounding may leave eigenvalues below 0."""
+    """(L + eps·I)^exponent for a symmetric L: (n, n) without negative eigenvalues but for rounding's."""
     eigenvalues, Q = torch.linalg.eigh(L)
     return (Q * (eigenvalues.clamp(min=0) + eps) ** exponent) @ Q.mT
 
 
-def shampoo_update(p, g, exp_avg, exp_avg_sq, Ls, Ps, t, lr, beta1, beta2, eps, weight_decay, exponent, refresh, started,
-                   grafting) -> None:
-    """One step, in place on `p`, `exp_avg`, `exp_avg_sq` (or None), shaped as `g`, and on the lists `Ls`, `Ps` of (nᵢ, nᵢ), one
-    for each dimension of `g`, None where it is not preconditioned. `refresh`: new P; `started`: use them."""
+def shampoo_update(p, g, exp_avg, exp_avg_sq, Ls, Ps, t, lr, beta1, beta2, eps, weight_decay, exponent,
+                   refresh, started, grafting) -> None:
+    """In place on `p`, `exp_avg`, `exp_avg_sq` (or None), shaped as `g`, and on the lists `Ls`, `Ps` of
+    (nᵢ, nᵢ), None for a dimension that is not preconditioned. `refresh`: new Ps; `started`: use them."""
     w, bias2 = (1, 1) if beta2 == 1 else (1 - beta2, 1 - beta2**t)
     for i, (L, P) in enumerate(zip(Ls, Ps)):
         if L is not None:
@@ -63,13 +65,14 @@ class Shampoo(torch.optim.Optimizer):
     elementwise: bool = False  # needs whole matrices
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
-                 weight_decay: float = 0.0, precondition_frequency: int = 10, start_preconditioning_step: int = 1,
-                 max_precond_dim: int = 8192, grafting: str | None = "adam", precondition_1d: bool = False,
-                 exponent: float | None = None):
+                 weight_decay: float = 0.0, precondition_frequency: int = 10,
+                 start_preconditioning_step: int = 1, max_precond_dim: int = 8192,
+                 grafting: str | None = "adam", precondition_1d: bool = False, exponent: float | None = None):
         super().__init__(params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "exponent": exponent,
-            "precondition_frequency": precondition_frequency, "start_preconditioning_step": start_preconditioning_step,
-            "max_precond_dim": max_precond_dim, "grafting": grafting, "precondition_1d": precondition_1d})
+            "precondition_frequency": precondition_frequency,
+            "start_preconditioning_step": start_preconditioning_step, "max_precond_dim": max_precond_dim,
+            "grafting": grafting, "precondition_1d": precondition_1d})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
@@ -79,12 +82,12 @@ class Shampoo(torch.optim.Optimizer):
             if not 0 <= x < float(end):
                 raise ValueError(f"Shampoo: {name}={x} is not allowed; it must lie in [0, {end})")
         if not 0 <= beta2 <= 1:
-            raise ValueError(f"Shampoo: betas[1]={beta2} is not allowed; it must lie in [0, 1], where 1 is a plain sum")
+            raise ValueError(f"Shampoo: betas[1]={beta2} is not allowed; it must lie in [0, 1]")
         for name in "precondition_frequency", "start_preconditioning_step", "max_precond_dim":
             if not group[name] >= 1:
                 raise ValueError(f"Shampoo: {name}={group[name]} is not allowed; it must be at least 1")
         if group["grafting"] not in ("adam", "rmsprop", "sgd", None):
-            raise ValueError(f"Shampoo: grafting={group['grafting']!r} is not allowed; take adam, rmsprop, sgd or None")
+            raise ValueError(f"Shampoo: grafting={group['grafting']!r}: must be adam, rmsprop, sgd or None")
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -104,10 +107,11 @@ class Shampoo(torch.optim.Optimizer):
                 state = self.state[p] or self._new_state(p, work, group)
                 Ls, Ps = ([state.get(f"{name}_{i}") for i in range(p.ndim)] for name in "LP")
                 t = state["step"] = state["step"] + 1
-                start = group["start_preconditioning_step"]
+                start, exponent = group["start_preconditioning_step"], group["exponent"]
                 shampoo_update(
-                    work, p.grad.to(work.dtype), state["exp_avg"], state.get("exp_avg_sq"), Ls, Ps, t, group["lr"],
-                    beta1, beta2, group["eps"], group["weight_decay"], group["exponent"] or -1 / (2 * max(1, p.ndim)),
+                    work, p.grad.to(work.dtype), state["exp_avg"], state.get("exp_avg_sq"), Ls, Ps, t,
+                    group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
+                    exponent=-0.5 / max(1, p.ndim) if exponent is None else exponent,
                     refresh=t == start or t > start and t % group["precondition_frequency"] == 0,
                     started=t >= start and (p.ndim >= 2 or p.ndim == 1 and group["precondition_1d"]),
                     grafting=group["grafting"])
@@ -122,7 +126,8 @@ class Shampoo(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(work)
         for i, n in enumerate(p.shape if p.ndim > 1 or group["precondition_1d"] else ()):
             if n <= group["max_precond_dim"]:
-                state[f"L_{i}"], state[f"P_{i}"] = work.new_zeros(n, n), torch.eye(n, dtype=work.dtype, device=p.device)
+                state[f"L_{i}"] = work.new_zeros(n, n)
+                state[f"P_{i}"] = torch.eye(n, dtype=work.dtype, device=p.device)
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -142,7 +147,7 @@ if __name__ == "__main__":
     w.grad = G
     Shampoo([w], lr=1, betas=(0, 1), eps=1e-9, grafting=None).step()
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-    print(f"Shampoo: the 2018 form's first step is the orthogonal factor of G to {(w + U @ Vh).abs().max():.0e}")
+    print(f"Shampoo: first step of the 2018 form is G's orthogonal factor to {(w + U @ Vh).abs().max():.0e}")
     inputs = torch.randn(256, 32) * torch.logspace(-2, 0, 32)  # badly scaled features
     teacher = torch.randn(16, 32)
     for optimizer_class in Shampoo, torch.optim.AdamW:

@@ -6,19 +6,24 @@ each later   t ← t + 1
     m′ ← β₁·m′ + (1−β₁)·g′                 Adam, all in the rotated basis
     v  ← β₂·v + (1−β₂)·g′²
     u  = m′/(√v + ε) rotated back          u ← u / (1e-30 + RMS(u)) with `normalize_grads`
-    p  ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ)·u         bias correction in the step, so ε is not corrected; only lr without `correct_bias`
+    p  ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ)·u         so ε is not bias-corrected; p − lr·u without `correct_bias`
     p  ← p·(1 − lr·λ)                      decoupled decay, after the step
     GGᵢ ← β_s·GGᵢ + (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ     then, if t % frequency = 0, one step of power iteration:
-    sort Qᵢ's columns by diag(QᵢᵀGGᵢQᵢ), largest first, and v alike;  Qᵢ ← qr(GGᵢ·Qᵢ);  m′ is moved to the new basis
+    sort Qᵢ's columns by diag(QᵢᵀGGᵢQᵢ), largest first, and v alike;  Qᵢ ← qr(GGᵢ·Qᵢ);  m′ follows
 
-    p `p`   g `g`   G₍ᵢ₎ g with dimension i first, the others flattened   m′ `exp_avg`   v `exp_avg_sq`   GGᵢ `GG_i`   Qᵢ `Q_i`
-    t `step`   β `betas`   β_s `shampoo_beta`, None = β₂   ε `eps`   λ `weight_decay`   frequency `precondition_frequency`
+    p `p`   g `g`   G₍ᵢ₎ g with dimension i first, the others flattened   m′ `exp_avg`   v `exp_avg_sq`
+    t `step`   GGᵢ `GG_i`   Qᵢ `Q_i`   β `betas`   β_s `shampoo_beta`, None = β₂   ε `eps`   λ `weight_decay`
+    frequency `precondition_frequency`
 
-Vyas et al. 2024 (arXiv 2409.11321). A common text names it otherwise, promises 2–3 times the speed and twice Adam's
-memory: the paper reports over 40 % fewer steps than AdamW, and a square matrix takes three times Adam's state.
-Dimensions above `max_precond_dim` are not rotated, nor vectors (unless `precondition_1d`): Adam, a first call later.
-lr is in units of (rotated) weight, as AdamW's. A step magnifies rounding: two layouts drift apart though both are right.
-State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64. Square: 24 bytes a parameter.
+Vyas et al. 2024 (arXiv 2409.11321). A common text names it otherwise, promises 2–3 times the speed and twice
+Adam's memory: the paper reports over 40 % fewer steps than AdamW, and a square matrix takes three times
+Adam's state.
+Dimensions above `max_precond_dim` are not rotated, nor vectors (unless `precondition_1d`): Adam, a first call
+later.
+lr is in units of (rotated) weight, as AdamW's. A step magnifies rounding: two layouts drift apart though both
+are right.
+State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64. Square: 24 bytes
+a parameter.
 Half-precision parameters keep float32 state.
 """
 
@@ -28,7 +33,7 @@ import torch
 
 
 def rotate(x, Qs, back=False):
-    """Every dimension i of `x` by Qᵢᵀ (or Qᵢ, `back`): contract the first, put it last, so that the old order returns."""
+    """Every dimension i of `x` by Qᵢᵀ (`back`: Qᵢ): contract the first, put it last, in turn."""
     for Q in Qs:
         x = x.movedim(0, -1) if Q is None else torch.tensordot(x, Q, dims=([0], [1 if back else 0]))
     return x
@@ -42,16 +47,16 @@ def accumulate(g, GGs, shampoo_beta) -> None:
 
 
 def soap_start(g, GGs, Qs, shampoo_beta) -> None:
-    """The first call: fill the lists `GGs` and `Qs` of (nᵢ, nᵢ), None where dimension i of `g` is not rotated."""
+    """The first call: fill the lists `GGs` and `Qs` of (nᵢ, nᵢ), None where dimension i is not rotated."""
     accumulate(g, GGs, shampoo_beta)
     for GG, Q in zip(GGs, Qs):
         if GG is not None:
             Q.copy_(torch.linalg.eigh(GG)[1].flip(1))
 
 
-def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo_beta, eps, weight_decay, refresh,
-                normalize_grads, correct_bias) -> None:
-    """Step t, in place on `p`, `exp_avg`, `exp_avg_sq`, shaped as `g`, and on the lists `GGs`, `Qs` of (nᵢ, nᵢ) or None."""
+def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo_beta, eps, weight_decay,
+                refresh, normalize_grads, correct_bias) -> None:
+    """In place on `p`, `exp_avg`, `exp_avg_sq`, shaped as `g`, and on the lists `GGs`, `Qs` of (nᵢ, nᵢ)."""
     rotated = rotate(g, Qs)
     exp_avg.lerp_(rotated, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
@@ -78,12 +83,13 @@ class SOAP(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 3e-3, betas: tuple[float, float] = (0.95, 0.95),
                  shampoo_beta: float | None = None, eps: float = 1e-8, weight_decay: float = 0.01,
-                 precondition_frequency: int = 10, max_precond_dim: int = 10000, precondition_1d: bool = False,
-                 normalize_grads: bool = False, correct_bias: bool = True):
+                 precondition_frequency: int = 10, max_precond_dim: int = 10000,
+                 precondition_1d: bool = False, normalize_grads: bool = False, correct_bias: bool = True):
         super().__init__(params, {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
             "precondition_frequency": precondition_frequency, "max_precond_dim": max_precond_dim,
-            "precondition_1d": precondition_1d, "normalize_grads": normalize_grads, "correct_bias": correct_bias})
+            "precondition_1d": precondition_1d, "normalize_grads": normalize_grads,
+            "correct_bias": correct_bias})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
@@ -120,9 +126,10 @@ class SOAP(torch.optim.Optimizer):
                     soap_start(p.grad.to(work.dtype), GGs, Qs, shampoo_beta)
                     continue
                 t = state["step"] = state["step"] + 1
-                soap_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], GGs, Qs, t, group["lr"],
-                            beta1, beta2, shampoo_beta, group["eps"], group["weight_decay"],
-                            t % group["precondition_frequency"] == 0, group["normalize_grads"], group["correct_bias"])
+                soap_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], GGs, Qs, t,
+                            group["lr"], beta1, beta2, shampoo_beta, group["eps"], group["weight_decay"],
+                            refresh=t % group["precondition_frequency"] == 0,
+                            normalize_grads=group["normalize_grads"], correct_bias=group["correct_bias"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
@@ -148,7 +155,7 @@ class SOAP(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(32, 32))[0]
-    inputs = torch.randn(256, 32) * torch.logspace(-2, 0, 32) @ rotation  # badly scaled, in a basis that Adam does not see
+    inputs = torch.randn(256, 32) * torch.logspace(-2, 0, 32) @ rotation  # badly scaled, not along the axes
     teacher = torch.randn(16, 32)
     for optimizer_class in SOAP, torch.optim.AdamW:
         w = torch.zeros(16, 32, requires_grad=True)
@@ -158,7 +165,7 @@ if __name__ == "__main__":
             loss = (inputs @ (w - teacher).T).square().mean()
             loss.backward()
             optimizer.step()
-        print(f"{optimizer_class.__name__}: loss {loss:.0e} after 300 steps on badly scaled, rotated features")
+        print(f"{optimizer_class.__name__}: loss {loss:.0e} after 300 steps, features scaled and rotated")
         if optimizer_class is SOAP:
             Q = optimizer.state[w]["Q_0"]
             print(f"SOAP: Q is orthogonal to {(Q.T @ Q - torch.eye(16)).abs().max():.0e}")

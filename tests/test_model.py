@@ -7,6 +7,7 @@ from model import (
     Dropout,
     GPTConfig,
     Where,
+    causal_attention,
     init_weights,
     initial_weight,
     rms_norm,
@@ -205,6 +206,17 @@ def test_generation_is_repeatable_and_goes_past_the_block():
     a, b = (model.generate(tokens(2, 3), 20, top_k=5, seed=s) for s in (1, 1))
     assert a.shape == (2, 23) and torch.equal(a, b) and torch.equal(a[:, :3], tokens(2, 3))
     assert not torch.equal(a, model.generate(tokens(2, 3), 20, top_k=5, seed=2))
+
+
+@pytest.mark.parametrize("config", ARCHS)
+def test_kept_keys_and_values_change_nothing(config):
+    model, ids = awake(config).eval(), tokens(2, 3)
+    got = model.generate(ids, 30, temperature=0)
+    start = 0
+    for n in range(3, 33):  # without a cache; full at 16 tokens, it goes on from the last 8
+        start = n - 8 if n - start > 16 else start
+        assert torch.equal(got[:, n], model(got[:, start:n])[:, -1].argmax(-1))
+    assert all(block.attn.core is causal_attention for block in model.blocks.values())
 
 
 def test_temperature_zero_takes_the_likeliest():
