@@ -40,7 +40,7 @@ def knob(default, help: str, change: str = NEVER, least=None, below=None):
 class Config:
     # the run
     out_dir: str = knob("out", "folder for checkpoints, metrics.jsonl, config.toml, loss.png", FRESH)
-    steps: int = knob(150, "optimizer steps", FREE, least=1)
+    steps: int = knob(180, "optimizer steps", FREE, least=1)
     batch_size: int = knob(16, "sequences per optimizer step, over all ranks", least=1)
     micro_batch_size: int | None = knob(
         None, "sequences per rank and forward; none = batch/ranks on a CPU, what fits on a GPU", FREE, least=1
@@ -108,7 +108,7 @@ class Config:
     bucket_mb: float = knob(25.0, "size of a gradient bucket, MiB", FREE, least=0)
     # looking and saving
     log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
-    eval_every: int | None = knob(50, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
+    eval_every: int | None = knob(60, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
     save_every: int | None = knob(100, "steps between checkpoints; 0 = only at the end", FREE, least=0)
     keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
     sample_tokens: int = knob(200, "length of the sample printed at the end; 0 = none", FREE, least=0)

@@ -120,6 +120,7 @@ class Adafactor(torch.optim.Optimizer):
                 if torch.is_tensor(x):
                     self.state[p][name] = x.to(p.device, dtype, copy=True)
 
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     start, target = torch.randn(2, 20, 30, dtype=torch.float64)

@@ -82,6 +82,7 @@ class AdamL2(torch.optim.Optimizer):
                 if torch.is_tensor(x):
                     self.state[p][name] = x.to(p.device, dtype, copy=True)
 
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     start, target = torch.randn(2, 20, dtype=torch.float64)

@@ -91,6 +91,7 @@ class LARS(torch.optim.Optimizer):
                 if torch.is_tensor(x):
                     self.state[p][name] = x.to(p.device, dtype, copy=True)
 
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     w = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)

@@ -76,6 +76,7 @@ class Lion(torch.optim.Optimizer):
                 if torch.is_tensor(x):
                     self.state[p][name] = x.to(p.device, dtype, copy=True)
 
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     x = torch.zeros(1, requires_grad=True)

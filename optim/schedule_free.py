@@ -145,6 +145,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                 if torch.is_tensor(x):
                     self.state[p][name] = x.to(p.device, dtype, copy=True)
 
+
 class SGDScheduleFree(AdamWScheduleFree):
     """The same with d = g + λ·y. Raises what AdamWScheduleFree raises."""
 

@@ -140,6 +140,7 @@ class Shampoo(torch.optim.Optimizer):
                 if torch.is_tensor(x):
                     self.state[p][name] = x.to(p.device, dtype, copy=True)
 
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     G = torch.randn(6, 4, dtype=torch.float64)

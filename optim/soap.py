@@ -152,6 +152,7 @@ class SOAP(torch.optim.Optimizer):
                 if torch.is_tensor(x):
                     self.state[p][name] = x.to(p.device, dtype, copy=True)
 
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(32, 32))[0]
