@@ -177,16 +177,16 @@ class Checkpoint:
                 out[_box(low, high, offsets)] = self._stored(entry, s)[_box(low, high, s["offsets"])]
         return out
 
-    def load_weights(self, model: torch.nn.Module) -> None:
-        """Every parameter of `model` from "model/<its name>". Raises ValueError where one is missing or
+    def load_weights(self, model: torch.nn.Module, part: str = "model") -> None:
+        """Every parameter of `model` from "<part>/<its name>". Raises ValueError where one is missing or
         differs."""
         with torch.no_grad():
             for name, p in model.named_parameters():
-                saved = self._tensors.get(f"model/{name}")
+                saved = self._tensors.get(f"{part}/{name}")
                 if saved is None or tuple(saved["shape"]) != tuple(p.shape):
                     shape = tuple(saved["shape"]) if saved else "missing"
                     raise ValueError(f"{self.path} does not fit: {name} is {shape}, not {tuple(p.shape)}")
-                p.copy_(self.tensor(f"model/{name}"))
+                p.copy_(self.tensor(f"{part}/{name}"))
 
     def verify(self) -> None:
         """Read every byte; raise CheckpointDamaged unless files, tree and slices are as written."""

@@ -94,11 +94,20 @@ class Config:
     grad_clip: float | None = knob(1.0, "the gradient's global norm is scaled down to this", BRANCH, least=0)
     clip_value: float | None = knob(None, "first each gradient entry is cut to +-this", BRANCH, least=0)
     # schedule; --schedule.NAME= goes to it
-    schedule: Literal["auto", "wsd", "cosine", "linear", "constant"] = knob("auto", "auto = wsd", FREE)
+    schedule: Literal[
+        "auto", "wsd", "cosine", "linear", "constant", "inverse_sqrt", "sgdr", "onecycle"
+    ] = knob("auto", "auto = wsd, and constant for Schedule-Free, which needs none", FREE)
     warmup_frac: float = knob(0.02, "share of the steps for linear warm-up", FREE, least=0, below=1)
     warmup_steps: int | None = knob(None, "the same in steps; overrides warmup_frac", FREE, least=0)
+    warmup_start: float | None = knob(None, "share of lr where warm-up starts; none = 1/warmup", FREE, least=0)
     decay_frac: float = knob(0.4, "wsd: share of the steps for the final decay", FREE, least=0)
     min_lr_frac: float = knob(0.0, "where the decay ends, as a share of lr", FREE, least=0)
+    lr_scaling: Literal["linear", "sqrt"] | None = knob(None, "scales each lr with batch_size/base_batch_size")
+    base_batch_size: int | None = knob(None, "the batch size that lr was found at", least=1)
+    mup_base_width: int | None = knob(None, "muP: the n_embd that lr was found at; none = off", least=1)
+    momentum_warmup: int | None = knob(None, "steps over which momentum grows from 0.85 to its own", FREE, least=1)
+    batch_ramp: int | None = knob(None, "steps over which the batch grows to batch_size", least=1)
+    batch_ramp_from: int | None = knob(None, "sequences it grows from, in steps of as many", least=1)
     # numbers and layout
     precision: Literal["auto", "fp64", "fp32", "bf16"] = knob(
         "auto",
@@ -284,10 +293,15 @@ def check(cfg: Config) -> Config:
             f"rotary positions need an even head size, not n_embd/n_head = {cfg.n_embd // cfg.n_head}; "
             "change n_head or type --position=learned"
         )
-    if cfg.decay_frac > 1 or cfg.min_lr_frac > 1:
-        raise ValueError(
-            f"decay_frac={cfg.decay_frac} and min_lr_frac={cfg.min_lr_frac} are shares, from 0 to 1"
-        )
+    for name in ("decay_frac", "min_lr_frac", "warmup_start"):
+        if (getattr(cfg, name) or 0) > 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} is a share, from 0 to 1")
+    if (cfg.lr_scaling is None) != (cfg.base_batch_size is None):
+        raise ValueError("lr_scaling and base_batch_size go together: --lr_scaling=sqrt --base_batch_size=32")
+    if (cfg.batch_ramp is None) != (cfg.batch_ramp_from is None):
+        raise ValueError("batch_ramp and batch_ramp_from go together: --batch_ramp=1000 --batch_ramp_from=8")
+    if cfg.batch_ramp_from is not None and cfg.batch_size % cfg.batch_ramp_from:
+        raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size={cfg.batch_size}")
     for name in ("grad_clip", "clip_value", "logit_cap"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 would set everything to 0; type --{name}=none to switch it off")

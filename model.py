@@ -52,6 +52,7 @@ class GPTConfig:
     zero_init: bool = True
     init: str = "fan_in"  # or gpt2
     logit_cap: float | None = 15.0
+    mup_base_width: int | None = None  # μP (optim/mup.py): the width at which it changes nothing
     seed: int = 1337
 
 
@@ -72,6 +73,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.core = causal_attention
+        self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: logits 8 q.k/D, not q.k/sqrt(D)
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         heads = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q, self.k, self.v))
@@ -80,7 +82,7 @@ class Attention(nn.Module):
             q, k = rms_norm(q), rms_norm(k)
         if where.rotary is not None:
             q, k = rotate(q, *where.rotary), rotate(k, *where.rotary)
-        y = self.core(q, k, v)  # (B, H, T, D)
+        y = self.core(q if self.q_factor == 1 else q * self.q_factor, k, v)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -146,6 +148,8 @@ class GPT(nn.Module):
             return x
         logits = self.head(self.final_norm(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
+        if self.config.mup_base_width:
+            logits = logits * (self.config.mup_base_width / self.config.n_embd)
         if self.config.logit_cap is not None:
             logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
         if targets is None:
@@ -291,10 +295,14 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
     into_residual, embedding = name.endswith("proj.weight"), name in ("embed.weight", "positions.weight")
     if c.zero_init and (into_residual or name == "head.weight"):
         return torch.zeros(shape)
+    base, hidden = c.mup_base_width or c.n_embd, not (embedding or name == "head.weight")
     if c.init == "gpt2":
         std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
+        std *= math.sqrt(base / c.n_embd) if hidden else 1
+    elif embedding:
+        std = 0.02 if c.tied else 1.0
     else:
-        std = (1.0 if not c.tied else 0.02) if embedding else 0.5 / math.sqrt(shape[1])
+        std = 0.5 / math.sqrt(shape[1] if hidden else base)
     return torch.randn(shape, generator=torch.Generator().manual_seed(key(c.seed, name))) * std
 
 

@@ -1,4 +1,4 @@
-"""Which run lives in out_dir, and where a new command goes on.
+"""Which run lives in out_dir, where a new command goes on, and how a run is asked to stop.
 
 resume=auto     out_dir's newest whole checkpoint; none: a fresh start
 resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
@@ -7,7 +7,9 @@ resume=PATH     a branch from that run's newest checkpoint, or from that checkpo
 """
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +97,21 @@ class RunLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C: `asked` here, `agreed` once all ranks know, at one step. A second one is not held
+    back."""
+
+    def __init__(self):
+        self.asked, self.agreed, self.before = False, False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(self, number: int, frame) -> None:
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,64 +1,122 @@
-"""Learning-rate schedules: pure functions from (step, steps) to a multiplier of each group's own initial lr.
+"""Learning-rate and batch-size schedules: pure functions from the step to a multiplier or a size.
 
-`step` counts from 0 the update about to be made, of `steps` in all. Every schedule starts with linear
-warm-up:
-    (step + 1) / warmup        for step < warmup       the first update already moves, at lr/warmup
-and then runs its own shape on x = (step - warmup) / (steps - warmup), from 0 to just below 1.
+`step` counts from 0 the update about to be made, of `steps` in all. A schedule multiplies each group's own initial lr.
+Every schedule starts with linear warm-up over W steps:
 
-    wsd       1 until the last decay_frac of the steps, then down     MiniCPM, Hu et al. 2024 (2404.06395);
-              to minimum                                              not Llama 2's, which was cosine
-    cosine    minimum + (1-minimum) (1 + cos(pi x)) / 2                  Loshchilov & Hutter 2017 (1608.03983)
-    linear    1 - (1-minimum) x
-    constant  1
+    (step + 1) / W                     the first update already moves (from 0 it would be lost)
+    start + (1 - start) step / W       with a start factor, as torch's LinearLR
 
-Schedules differ in what they do *after* warm-up alone, so that any of them can be swapped or branched in
-mid-run.
+and then runs its shape on t = step - W of T = steps - W, with x = t / T:
+
+    wsd           1, then over the last decay_frac of all steps down to minimum    Hu et al. 2024 (2404.06395)
+    cosine        minimum + (1 - minimum) (1 + cos(2 pi cycles x)) / 2             Loshchilov & Hutter 2017
+    linear        1 - (1 - minimum) x
+    constant      1
+    inverse_sqrt  sqrt(s / (s + t)), s = timescale or W                            Vaswani et al. 2017
+    sgdr          cosine over T_0 steps, then again from 1 over T_mult times as many, ... (1608.03983)
+    onecycle      from 1/div_factor up to 1 over pct_start of T, then down to 1/(div_factor final_div_factor)
+                  Smith & Topin 2019 (1708.07120); equal to torch's OneCycleLR where W = 0
+
+Shapes differ after warm-up alone, so that any of them can be branched off in mid-run: a WSD run's stable phase goes on
+under another decay with `--resume=RUN/step-... --schedule=...`. WSD is MiniCPM's; Llama 2, often named for it, used
+cosine. A cosine that starts at lr 0, or one lr for all groups, as in some texts, loses a step or the groups.
 """
 
 import math
 
 
-def wsd(x: float, minimum: float = 0.0, decay: float = 0.4, shape: str = "linear") -> float:
-    """Warm-up, stable, decay; `decay` is the descent's share of x. shape: linear, cosine, exponential, sqrt
-    (1 - sqrt)."""
+def wsd(t: int, T: int, minimum: float = 0.0, decay: int = 0, shape: str = "linear") -> float:
+    """shape: linear, cosine, exponential or sqrt (1 - sqrt); `decay`: steps of the descent, given by multiplier()."""
     if shape not in ("linear", "cosine", "exponential", "sqrt"):
         raise ValueError(f"--schedule.shape={shape} is none of linear, cosine, exponential, sqrt")
-    if x <= 1 - decay or decay == 0:
+    if t <= T - decay:
         return 1.0
-    d = (x - (1 - decay)) / decay  # 0 at the start of the descent, 1 at its end
+    d = (t - (T - decay)) / decay  # 0 at the start of the descent, 1 at its end
     if shape == "exponential":  # never reaches 0: without a minimum it ends at 1/1000
         return (minimum or 1e-3) ** d
     fall = {"linear": 1 - d, "cosine": (1 + math.cos(math.pi * d)) / 2, "sqrt": 1 - math.sqrt(d)}[shape]
     return minimum + (1 - minimum) * fall
 
 
-def cosine(x: float, minimum: float = 0.0) -> float:
-    return minimum + (1 - minimum) * (1 + math.cos(math.pi * x)) / 2
+def cosine(t: int, T: int, minimum: float = 0.0, cycles: float = 0.5) -> float:
+    """cycles: whole waves until the end; 0.5 goes down once."""
+    return minimum + (1 - minimum) * (1 + math.cos(2 * math.pi * cycles * t / T)) / 2
 
 
-def linear(x: float, minimum: float = 0.0) -> float:
-    return 1 - (1 - minimum) * x
+def linear(t: int, T: int, minimum: float = 0.0) -> float:
+    return 1 - (1 - minimum) * t / T
 
 
-def constant(x: float, minimum: float = 0.0) -> float:
+def constant(t: int, T: int, minimum: float = 0.0) -> float:
     return 1.0
 
 
-SHAPES = {"wsd": wsd, "cosine": cosine, "linear": linear, "constant": constant}
-OURS = ("x", "minimum", "decay")  # arguments that multiplier() itself gives
+def inverse_sqrt(t: int, T: int, minimum: float = 0.0, timescale: float = 1.0) -> float:
+    """timescale, in steps: the length of the warm-up unless given."""
+    if not timescale > 0:
+        raise ValueError(f"--schedule.timescale={timescale} must be above 0 (steps)")
+    return max(minimum, math.sqrt(timescale / (timescale + t)))
 
 
-def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float = 0.0,
-               decay_frac: float = 0.4, **options) -> float:  # fmt: skip
-    """What each group's initial lr is multiplied by at this step; name: a key of SHAPES, options: its own
-    arguments.
+def sgdr(t: int, T: int, minimum: float = 0.0, T_0: int = 0, T_mult: int = 2) -> float:
+    """T_0: steps of the first cycle; 0 = so that three cycles fill T. T_mult: how much longer each next one is."""
+    if T_0 < 0 or T_mult < 1 or T_mult != int(T_mult):
+        raise ValueError(f"--schedule.T_0={T_0} must be at least 0, T_mult={T_mult} a whole number from 1")
+    length = T_0 or max(1, T // (1 + T_mult + T_mult**2))
+    while t >= length:
+        t, length = t - length, length * T_mult
+    return minimum + (1 - minimum) * (1 + math.cos(math.pi * t / length)) / 2
 
-    warmup in steps; decay_frac: wsd's descent as a share of all steps; minimum: where a decay ends, a share
-    of lr.
+
+def onecycle(t: int, T: int, minimum: float = 0.0, pct_start: float = 0.3, div_factor: float = 25.0,
+             final_div_factor: float = 1e4) -> float:  # fmt: skip
+    """The end is 1/(div_factor final_div_factor), or `minimum` where that is higher."""
+    if not (0 < pct_start < 1 and div_factor >= 1 and final_div_factor >= 1):
+        raise ValueError(f"onecycle takes pct_start={pct_start} between 0 and 1, div_factor={div_factor} and "
+                         f"final_div_factor={final_div_factor} from 1")  # fmt: skip
+    low, end = 1 / div_factor, max(minimum, 1 / (div_factor * final_div_factor))
+    top = pct_start * T - 1
+    if t <= top:
+        return low + (1 - low) * (1 - math.cos(math.pi * t / top)) / 2 if top > 0 else 1.0
+    return end + (1 - end) * (1 + math.cos(math.pi * (t - top) / (T - 1 - top))) / 2
+
+
+SHAPES = {f.__name__: f for f in (wsd, cosine, linear, constant, inverse_sqrt, sgdr, onecycle)}
+OURS = ("t", "T", "minimum", "decay")  # arguments that multiplier() itself gives
+
+
+def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float = 0.0, decay_frac: float = 0.4,
+               warmup_start: float | None = None, **options) -> float:  # fmt: skip
+    """What each group's initial lr is multiplied by at this step. name: a key of SHAPES; options: its arguments.
+
+    warmup: steps; warmup_start: the factor it starts from; minimum: where a decay ends; decay_frac: wsd's descent
+    as a share of all steps. Raises ValueError for options out of range.
     """
-    if step < warmup:
+    if step < warmup and warmup_start is None:
         return (step + 1) / warmup
-    after_warmup = max(1, steps - warmup)
+    if step < warmup:
+        return warmup_start + (1 - warmup_start) * step / warmup
+    T = max(1, steps - warmup)
     if name == "wsd":
-        options["decay"] = min(1.0, decay_frac * steps / after_warmup)
-    return SHAPES[name](min(1.0, (step - warmup) / after_warmup), minimum, **options)
+        options["decay"] = min(T, round(decay_frac * steps))
+    if name == "inverse_sqrt":
+        options.setdefault("timescale", max(1, warmup))
+    return SHAPES[name](min(step - warmup, T), T, minimum, **options)
+
+
+def momentum_at(step: int, warmup: int, start: float, end: float) -> float:
+    """Momentum warm-up, linear: a long memory is of little use while gradients still turn fast."""
+    return end if step >= warmup else start + (end - start) * step / warmup
+
+
+def scaled_lr(lr: float, rule: str | None, batch_size: int, base_batch_size: int | None) -> float:
+    """lr for another batch size. linear: Goyal et al. 2017 (1706.02677), for SGD; sqrt: keeps Adam's noise,
+    Malladi et al. 2022 (2205.10287). Both break at large batches."""
+    return lr if rule is None else lr * (batch_size / base_batch_size) ** {"linear": 1.0, "sqrt": 0.5}[rule]
+
+
+def batch_at(step: int, batch_size: int, start: int | None = None, ramp: int | None = None) -> int:
+    """Batch-size ramp: start, 2 start, 3 start, ... batch_size, evenly over `ramp` steps (Brown et al. 2020)."""
+    if ramp is None or step >= ramp:
+        return batch_size
+    return start * (1 + step * (batch_size // start) // ramp)

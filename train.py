@@ -12,9 +12,7 @@ Exit status: 0 done, or stopped by SIGTERM or Ctrl-C after a checkpoint; 2 a use
 import importlib
 import inspect
 import math
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -28,7 +26,7 @@ import monitor
 import resume
 import schedules
 from model import GPT, GPTConfig, init_weights
-from optim import param_groups
+from optim import mup, param_groups
 from parallel import mesh as meshes
 from parallel.ddp import DDP
 from precision import amp
@@ -66,7 +64,7 @@ def main(cfg: config.Config) -> dict:
 
     def lr_factor(step: int) -> float:
         return schedules.multiplier(cfg.schedule, step, cfg.steps, warmup, cfg.min_lr_frac, cfg.decay_frac,
-                                    **shape_options)
+                                    cfg.warmup_start, **shape_options)
 
     lr_factor(cfg.steps)  # a bad argument of the schedule shows now
 
@@ -100,21 +98,31 @@ def main(cfg: config.Config) -> dict:
     share = batch_share(cfg, mesh)
     if cfg.micro_batch_size is None or share % cfg.micro_batch_size:
         cfg = config.update(cfg, micro_batch_size=largest_micro_batch(run, model, replicas, share, mesh))
-    accumulation = share // cfg.micro_batch_size
 
     # ---- optimizer ----------------------------------------------------------------------------------------
     param_groups.without_compiler()
     lrs = {"matrix": cfg.lr, "embedding": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
+    for kind, lr in lrs.items():
+        lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
+        if cfg.mup_base_width is not None:
+            rule = mup.lr_multipliers(optimizer_class.__name__, cfg.n_embd, cfg.mup_base_width, **opt_options)
+            lrs[kind] *= rule[kind]
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, is_muon(optimizer_class))
     optimizer = replicas.make_optimizer(optimizer_class, groups, **opt_options)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"], group["initial_momentum"] = group["lr"], group.get("momentum")
+    if hasattr(optimizer, "train"):
+        optimizer.train()  # Schedule-Free keeps two sets of weights
+    if cfg.momentum_warmup is not None and "momentum" not in optimizer.defaults:
+        raise ValueError(f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out")
 
     # ---- resume: everything a step depends on -------------------------------------------------------------
     rows_seen = 0
     if earlier is not None:
         earlier.load_weights(model)
         param_groups.load_state_by_name(optimizer, earlier.tree("optim"))
+        if hasattr(optimizer, "train"):
+            earlier.load_weights(model, "training_weights")
         rows_seen = earlier.tree("progress")["rows"]
         rng = earlier.tree("rng")
         torch.set_rng_state(rng.get(str(mesh.rank), rng["0"]))
@@ -128,12 +136,13 @@ def main(cfg: config.Config) -> dict:
     log.say(f"commit {record['commit']}, torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)")
     log.say(f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
     log.say(f"{cfg.arch}: {sum(p.numel() for p in params):,} parameters; a step is {cfg.batch_size} "
-            f"x {cfg.block_size} tokens, {accumulation} x {cfg.micro_batch_size} on each replica")
+            f"x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}")
     chosen = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
     log.say("chosen: " + " ".join(f"{name}={value}" for name, value in chosen.items()))
     flops = monitor.flops_per_token(monitor.matmul_params(model), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision)
 
+    @torch.no_grad()
     def evaluate() -> dict:
         """Losses over the fixed held-out rows, evenly spread, each replica taking its part of them."""
         count = max(1, min(cfg.eval_tokens // cfg.block_size, val_rows.per_epoch))
@@ -141,8 +150,7 @@ def main(cfg: config.Config) -> dict:
         widths, sums = corpus.tokenizer.byte_lengths(), torch.zeros(4, dtype=torch.float64)
         model.eval()
         for i in range(0, len(mine), cfg.micro_batch_size):
-            with torch.no_grad():
-                loss, targets = run(mine[i : i + cfg.micro_batch_size], val_rows)
+            loss, targets = run(mine[i : i + cfg.micro_batch_size], val_rows)
             n_bytes = int(widths[targets.cpu().numpy()].sum()) if widths is not None else 0
             sums += torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype)
         model.train()
@@ -155,17 +163,19 @@ def main(cfg: config.Config) -> dict:
         if is_main:  # replicas are alike
             tree |= {"model": dict(model.named_parameters()), "optim": param_groups.state_by_name(optimizer),
                      "config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
-        checkpoint.save(out_dir, step, tree, cfg.keep)
+        with param_groups.evaluation_weights(optimizer) as training_weights:
+            tree |= {"training_weights": training_weights} if is_main and training_weights else {}
+            checkpoint.save(out_dir, step, tree, cfg.keep)
         log.event(step, "save")
 
     # ---- the loop -----------------------------------------------------------------------------------------
-    tokens_per_step = cfg.batch_size * cfg.block_size
-    latest, stop = {"step": step}, StopSignal()
+    latest, stop = {"step": step}, resume.StopSignal()
     while True:
         # Look first: the untrained model is step 0, and the last step is seen too.
         done, news = step >= cfg.steps, step > first_step or earlier is None
         if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place):
-            latest |= evaluate()
+            with param_groups.evaluation_weights(optimizer):
+                latest |= evaluate()
             log.evaluation({k: v for k, v in latest.items() if k != "loss"})
 
         # Nothing is lost: a checkpoint now and then, at the end, and when somebody asks us to stop.
@@ -176,14 +186,16 @@ def main(cfg: config.Config) -> dict:
 
         # Accumulate my share of the next rows in micro-batches; the last one starts the sum over replicas.
         began, loss = time.perf_counter(), 0.0
-        for i in range(accumulation):
-            replicas.last_micro_batch(i == accumulation - 1)
-            start = rows_seen + mesh.coords["dp"] * share + i * cfg.micro_batch_size
+        batch = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
+        tokens, share = batch * cfg.block_size, batch // mesh.sizes["dp"]
+        first = rows_seen + mesh.coords["dp"] * share
+        for start in range(first, first + share, cfg.micro_batch_size):
+            replicas.last_micro_batch(start + cfg.micro_batch_size == first + share)
             total, _ = run(range(start, start + cfg.micro_batch_size))
-            (total / tokens_per_step).backward()
+            (total / tokens).backward()
             loss = loss + total.detach()
         replicas.finish_gradients()
-        rows_seen += cfg.batch_size
+        rows_seen += batch
 
         # Clip what is raw; the logged norm is that before clipping.
         grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
@@ -196,18 +208,21 @@ def main(cfg: config.Config) -> dict:
         # Every group follows the schedule from an lr of its own.
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(step)
+            if cfg.momentum_warmup is not None:
+                end = group["initial_momentum"]
+                group["momentum"] = schedules.momentum_at(step, cfg.momentum_warmup, 0.85, end)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # One sum over all ranks brings the loss of the whole batch, and word that somebody was told to stop.
-        loss, stops = mesh.sum(float(loss) / tokens_per_step, stop.asked)
+        loss, stops = mesh.sum(float(loss) / tokens, stop.asked)
         stop.agreed, seconds = stops > 0, time.perf_counter() - began
         step += 1
         latest |= {"step": step, "loss": loss}
         if step % cfg.log_every == 0 or step == cfg.steps:
-            speed = tokens_per_step / seconds
-            log.train({"step": step, "loss": loss, "lr": cfg.lr * lr_factor(step - 1),
-                       "grad_norm": float(grad_norm), "tokens": step * tokens_per_step, "tokens_per_s": speed,
+            speed = tokens / seconds
+            log.train({"step": step, "loss": loss, "lr": lrs["matrix"] * lr_factor(step - 1),
+                       "grad_norm": float(grad_norm), "tokens": rows_seen * cfg.block_size, "tokens_per_s": speed,
                        "mfu": monitor.mfu(speed / mesh.world, flops, peak), "step_s": seconds,
                        "peak_bytes": monitor.peak_bytes(device)})
 
@@ -218,7 +233,8 @@ def main(cfg: config.Config) -> dict:
     elif done and is_main:
         if cfg.sample_tokens:
             prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
-            ids = model.eval().generate(prompt, cfg.sample_tokens, temperature=0.8, top_k=50, seed=cfg.seed)
+            with param_groups.evaluation_weights(optimizer):
+                ids = model.eval().generate(prompt, cfg.sample_tokens, temperature=0.8, top_k=50, seed=cfg.seed)
             log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
         if step > 1:  # one point is no curve
             logger.plot(out_dir, out_dir / "loss.png")
@@ -260,11 +276,12 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     lr = default["lr"] if cfg.lr is None else cfg.lr
     other = 0.01 if is_muon(optimizer_class) else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
+    schedule = "constant" if "ScheduleFree" in optimizer_class.__name__ else "wsd"
     return config.update(
         config.with_traits(cfg),
         device=str(device),
         precision=amp.choose(cfg.precision, device),
-        schedule="wsd" if cfg.schedule == "auto" else cfg.schedule,
+        schedule=schedule if cfg.schedule == "auto" else cfg.schedule,
         lr=lr,
         weight_decay=default["weight_decay"] if cfg.weight_decay is None else cfg.weight_decay,
         **{name: other if value is None else value for name, value in own.items()},
@@ -272,18 +289,17 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
 
 
 def batch_share(cfg: config.Config, mesh: meshes.Mesh) -> int:
-    """Sequences of each step that one replica computes. Raises ValueError where the parts do not come out
-    even."""
+    """Sequences of the smallest step that one replica computes. Raises ValueError where parts are not even."""
     dp, micro = mesh.sizes["dp"], cfg.micro_batch_size
-    if cfg.batch_size % dp:
-        even = -(-cfg.batch_size // dp) * dp
-        raise ValueError(f"batch_size={cfg.batch_size} does not divide among {dp} ranks; "
-                         f"try --batch_size={even}")
-    share = cfg.batch_size // dp
+    name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
+    batch = getattr(cfg, name)
+    if batch % dp:
+        raise ValueError(f"{name}={batch} does not divide among {dp} ranks; try --{name}={-(-batch // dp) * dp}")
+    share = batch // dp
     if "micro_batch_size" in cfg.given and micro is not None and share % micro:
         fits = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)
         raise ValueError(f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
-                         f"(batch_size={cfg.batch_size} over {dp}); try --micro_batch_size={fits}")
+                         f"({name}={batch} over {dp}); try --micro_batch_size={fits}")
     return share
 
 
@@ -306,24 +322,6 @@ def largest_micro_batch(run, model, replicas: DDP, share: int, mesh: meshes.Mesh
                              "--block_size or a smaller model need less")
         size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
     return size
-
-
-class StopSignal:
-    """SIGTERM or Ctrl-C: `asked` here, `agreed` once all ranks know, at one step. A second one is not held
-    back."""
-
-    def __init__(self):
-        self.asked, self.agreed, self.before = False, False, {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(self, number: int, frame) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def adafactor_update(p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta
 
 class Adafactor(torch.optim.Optimizer):
     """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients.
-    `eps[0]=None` takes the epsilon of the dtype, as torch does."""
+    `eps[0]=None` takes the epsilon of the arithmetic's dtype, as torch does for float32."""
 
     elementwise: bool = False  # needs whole rows, whole columns and the RMS of the parameter
 

@@ -14,9 +14,10 @@ with large *gradients*.
 lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
-To compile the step: `adamw.adamw_update = torch.compile(adamw.adamw_update)`. What changes between steps (lr,
-t) enters as floats that only multiply and divide tensors, so torch compiles once per kind of shape, not at
-every step.
+To compile the step: torch compiles again for every new float, so hand the floats over as 0-D tensors:
+    fast = torch.compile(adamw_update, dynamic=True)
+    adamw.adamw_update = lambda *args: fast(
+        *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
 """
 
 import math

@@ -12,8 +12,10 @@ should be 3–10 times smaller than AdamW's, λ 3–10 times larger (lr·λ stay
 State: 4 bytes a parameter (8 for float64 parameters), half of Adam's. Half-precision parameters keep float32
 m.
 
-To compile the step: `lion.lion_update = torch.compile(lion.lion_update)`. What changes between steps (lr)
-enters as a float that only multiplies tensors, so torch does not compile again when it changes.
+To compile the step: torch compiles again for every new float, so hand the floats over as 0-D tensors:
+    fast = torch.compile(lion_update, dynamic=True)
+    lion.lion_update = lambda *args: fast(
+        *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
 """
 
 import torch

@@ -182,11 +182,11 @@ class Muon(torch.optim.Optimizer):
             if group["normuon_beta2"] is not None and "row_sq" not in self.state[p]:
                 self.state[p]["row_sq"] = work.new_zeros(work.shape[0], 1)
         states = [self.state[p] for p in ps]
-        default = "float64" if works[0].dtype == torch.float64 else "bfloat16"
+        dtype = group["ns_dtype"] or ("float64" if works[0].dtype == torch.float64 else "bfloat16")
         muon_update(works, gs, [s["momentum_buffer"] for s in states], [s.get("row_sq") for s in states],
                     group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], group["ns"],
-                    group["ns_steps"], getattr(torch, group["ns_dtype"] or default), group["adjust_lr_fn"],
-                    group["normuon_beta2"], group["cautious"])
+                    group["ns_steps"], getattr(torch, str(dtype).removeprefix("torch.")),
+                    group["adjust_lr_fn"], group["normuon_beta2"], group["cautious"])
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
         for p, work, g in zip(ps, works, gs):

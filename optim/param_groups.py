@@ -9,6 +9,9 @@ Decided by the type of the module and the number of dimensions. Going by "embedd
 many recipes do, misses `wte` and decays it.
 """
 
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -57,6 +60,25 @@ def without_compiler() -> None:
         method = getattr(getattr(Optimizer, name), "__wrapped__", None)
         if method is not None and not hasattr(method, "__dynamo_disable"):
             setattr(method, "__dynamo_disable", method)
+
+
+@contextmanager
+def evaluation_weights(optimizer: Optimizer):
+    """Inside, the model holds the weights to evaluate, save and sample: for Schedule-Free the average x.
+
+    Gives {name: the weights training goes on from}, empty where they are the same. Afterwards the model holds the
+    very bits it had: looking changes nothing.
+    """
+    params = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])}
+    kept = {n: p.detach().clone() for n, p in params.items()} if hasattr(optimizer, "eval") else {}
+    if kept:
+        optimizer.eval()
+    yield kept
+    if kept:
+        optimizer.train()
+    with torch.no_grad():
+        for name, before in kept.items():
+            params[name].copy_(before)
 
 
 def state_by_name(optimizer: Optimizer) -> dict:

@@ -24,7 +24,7 @@ State: 8 bytes a parameter for AdamW, 4 for SGD (twice that for float64). Half-p
 float32 state.
 
 To compile the step: torch compiles again for every new float, so hand the floats over as 0-D tensors:
-    fast = torch.compile(schedule_free_update)
+    fast = torch.compile(schedule_free_update, dynamic=True)
     schedule_free.schedule_free_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
 """

@@ -52,7 +52,7 @@ def test_a_table_and_a_dotted_key_mean_the_same(tmp_path):
         ("--n_head=3", "for instance --n_head=2"),
         ("--n_kv_head=3", "not divisible by n_kv_head"),
         ("--grad_clip=0", "--grad_clip=none"),
-        ("--decay_frac=2", "shares"),
+        ("--decay_frac=2", "a share"),
         ("--optimizer.x=2", "there is no field"),
         ("steps=3", "flags look like --steps"),
         ("--out_dir=", "text"),

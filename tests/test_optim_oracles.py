@@ -2,8 +2,8 @@
 steps with a changing lr, two groups that differ, and gradients that are None now and then.
 
 A transcription is a function (p, g, s, t, h) -> new p: s is the parameter's own dict, t its step from 1, h
-its group's hyperparameters. It follows the formula literally and shares nothing with the file it checks. Inputs
-avoid what the method itself amplifies: Lion's sign at 0, and for SOAP singular gradients and a tiny eps."""
+its group's hyperparameters. It follows the formula literally and shares nothing with the file it checks.
+Inputs avoid what the method itself amplifies: Lion's sign at 0; for SOAP, singular gradients tiny eps."""
 
 import math
 

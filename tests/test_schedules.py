@@ -3,27 +3,28 @@ import math
 import pytest
 import torch
 
+import schedules
 from schedules import SHAPES, multiplier
 
+FALLING = [name for name in SHAPES if name not in ("sgdr", "onecycle")]
 
-@pytest.mark.parametrize("name", SHAPES)
+
+@pytest.mark.parametrize("name", FALLING + ["sgdr"])
 def test_warm_up_starts_above_zero_and_meets_the_peak(name):
     values = [multiplier(name, i, 100, warmup=10) for i in range(11)]
     assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert values[10] == 1
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FALLING)
 def test_no_schedule_rises_after_warm_up_or_leaves_its_range(name):
     values = [multiplier(name, i, 100, warmup=5, minimum=0.1) for i in range(5, 130)]
-    assert all(a >= b for a, b in zip(values, values[1:])) and min(values) >= 0.1 - 1e-12 and values[0] <= 1
+    assert all(a >= b for a, b in zip(values, values[1:])) and min(values) >= 0.1 - 1e-12 and values[0] == 1
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "sqrt"])
 def test_wsd_is_flat_until_the_last_share_of_all_steps(shape):
-    values = [
-        multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape) for i in range(101)
-    ]
+    values = [multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape) for i in range(101)]
     assert values[10:71] == [1.0] * 61 and values[71] < 1
     assert values[100] == pytest.approx(0.1)
 
@@ -33,22 +34,81 @@ def test_wsd_decays_as_its_formulas():
             for s in ("linear", "cosine", "exponential", "sqrt")}  # fmt: skip
     expected = dict(linear=0.5, cosine=0.5, exponential=0.1, sqrt=1 - math.sqrt(0.5))
     assert half == pytest.approx(expected)
+    assert multiplier("wsd", 99, 100, 0, decay_frac=0.2) == pytest.approx(1 / 20)
+    assert [multiplier("wsd", i, 10, 0, decay_frac=0.0) for i in range(11)] == [1.0] * 11
 
 
-def test_cosine_and_linear_equal_torch():
-    p = torch.nn.Parameter(torch.zeros(1))
-    for name, make in [
-        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40, eta_min=0.2)),
-        ("linear", lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.2, total_iters=40)),
-    ]:
-        optimizer = torch.optim.SGD([p], lr=1.0)
-        scheduler = make(optimizer)
-        for i in range(41):
-            assert multiplier(name, i, 40, 0, 0.2) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
-            optimizer.step()
-            scheduler.step()
+LR = torch.optim.lr_scheduler
+TORCH = {
+    "cosine": (dict(name="cosine", minimum=0.2), lambda o: LR.CosineAnnealingLR(o, 40, eta_min=0.2)),
+    "linear": (dict(name="linear", minimum=0.2), lambda o: LR.LinearLR(o, 1.0, 0.2, total_iters=40)),
+    "warm-up from a start factor": (
+        dict(name="constant", warmup=8, warmup_start=1 / 32),
+        lambda o: LR.LinearLR(o, 1 / 32, 1.0, total_iters=8),
+    ),
+    "sgdr": (
+        dict(name="sgdr", minimum=0.1, T_0=5, T_mult=2),
+        lambda o: LR.CosineAnnealingWarmRestarts(o, 5, 2, eta_min=0.1),
+    ),
+    "sgdr of equal cycles": (
+        dict(name="sgdr", T_0=7, T_mult=1),
+        lambda o: LR.CosineAnnealingWarmRestarts(o, 7, 1),
+    ),
+    "onecycle": (dict(name="onecycle"), lambda o: LR.OneCycleLR(o, 1.0, 40)),
+    "onecycle with options": (
+        dict(name="onecycle", pct_start=0.1, div_factor=10.0, final_div_factor=100.0),
+        lambda o: LR.OneCycleLR(o, 1.0, 40, pct_start=0.1, div_factor=10.0, final_div_factor=100.0),
+    ),
+}
 
 
-def test_an_unknown_shape_is_refused():
-    with pytest.raises(ValueError, match="linear, cosine"):
-        multiplier("wsd", 3, 10, shape="cubic")
+@pytest.mark.parametrize("case", TORCH)
+def test_equal_to_torch(case):
+    ours, make = TORCH[case]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    scheduler = make(optimizer)
+    for i in range(40):
+        assert multiplier(step=i, steps=40, **ours) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), i
+        optimizer.step()
+        scheduler.step()
+
+
+def test_inverse_sqrt_is_the_transformer_papers():
+    for i in (0, 3, 9, 10, 11, 500):
+        paper = min((i + 1) / 10, 1.0) if i < 10 else math.sqrt(10 / i)
+        assert multiplier("inverse_sqrt", i, 1000, warmup=10) == pytest.approx(paper)
+
+
+def test_cosine_cycles_are_waves():
+    assert multiplier("cosine", 50, 100, cycles=1.0) == pytest.approx(0)
+    assert multiplier("cosine", 100, 100, cycles=1.0) == pytest.approx(1)
+
+
+def test_sgdr_fills_the_run_with_three_cycles():
+    tops = [i for i in range(700) if multiplier("sgdr", i, 700) == 1]
+    assert tops == [0, 100, 300]
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("wsd", dict(shape="cubic")), ("sgdr", dict(T_0=-1)), ("sgdr", dict(T_mult=0)), ("inverse_sqrt", dict(timescale=0)),
+     ("onecycle", dict(pct_start=1.5)), ("onecycle", dict(div_factor=0.5))],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(name, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        multiplier(name, 3, 10, **options)
+
+
+def test_momentum_warms_up():
+    assert [schedules.momentum_at(i, 10, 0.85, 0.95) for i in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+def test_lr_scaling_rules():
+    assert schedules.scaled_lr(0.1, "linear", 8192, 256) == pytest.approx(3.2)  # Goyal et al.
+    assert schedules.scaled_lr(0.1, "sqrt", 1024, 256) == pytest.approx(0.2)
+    assert schedules.scaled_lr(0.1, None, 1024, None) == 0.1
+
+
+def test_the_batch_ramps_up_in_equal_parts():
+    sizes = [schedules.batch_at(i, 32, 8, 20) for i in range(25)]
+    assert sizes == [8] * 5 + [16] * 5 + [24] * 5 + [32] * 10

@@ -199,13 +199,13 @@ def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, 
 
 def stopped_on_rank_1(rank, world, *args):
     if rank == 1:
-        plain = train.StopSignal.__init__
+        plain = resume.StopSignal.__init__
 
         def init(self):
             plain(self)
             self.asked = True
 
-        train.StopSignal.__init__ = init
+        resume.StopSignal.__init__ = init
     return go(*args)["step"]
 
 
