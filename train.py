@@ -277,7 +277,7 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     other = 0.01 if is_muon(optimizer_class) else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
     schedule = "constant" if "ScheduleFree" in optimizer_class.__name__ else "wsd"
-    if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB"):
+    if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB", "Adafactor"):
         cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm, which would be 0
     return config.update(
         config.with_traits(cfg),

@@ -26,9 +26,20 @@ float64. Square: 24 bytes a parameter. Half-precision parameters keep float32 st
 import torch
 
 
+def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as it does for many L of low rank."""
+    try:
+        eigenvalues, Q = torch.linalg.eigh(L)
+    except torch.linalg.LinAlgError:
+        eigenvalues, Q = torch.full_like(L[0], torch.nan), L
+    if not eigenvalues.isfinite().all() and L.isfinite().all():
+        eigenvalues, Q = torch.linalg.eigh(L.double())
+    return eigenvalues.to(L.dtype), Q.to(L.dtype)
+
+
 def matrix_power(L, eps, exponent):
     """(L + eps·I)^exponent for a symmetric L: (n, n) without negative eigenvalues but for rounding's."""
-    eigenvalues, Q = torch.linalg.eigh(L)
+    eigenvalues, Q = eigh(L)
     return (Q * (eigenvalues.clamp(min=0) + eps) ** exponent) @ Q.mT
 
 

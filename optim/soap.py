@@ -32,6 +32,17 @@ import math
 import torch
 
 
+def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as it does for many L of low rank."""
+    try:
+        eigenvalues, Q = torch.linalg.eigh(L)
+    except torch.linalg.LinAlgError:
+        eigenvalues, Q = torch.full_like(L[0], torch.nan), L
+    if not eigenvalues.isfinite().all() and L.isfinite().all():
+        eigenvalues, Q = torch.linalg.eigh(L.double())
+    return eigenvalues.to(L.dtype), Q.to(L.dtype)
+
+
 def rotate(x, Qs, back=False):
     """Every dimension i of `x` by Qᵢᵀ (`back`: Qᵢ): contract the first, put it last, in turn."""
     for Q in Qs:
@@ -51,7 +62,7 @@ def soap_start(g, GGs, Qs, shampoo_beta) -> None:
     accumulate(g, GGs, shampoo_beta)
     for GG, Q in zip(GGs, Qs):
         if GG is not None:
-            Q.copy_(torch.linalg.eigh(GG)[1].flip(1))
+            Q.copy_(eigh(GG)[1].flip(1))
 
 
 def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo_beta, eps, weight_decay,
