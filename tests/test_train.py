@@ -20,6 +20,8 @@ import resume
 import train
 
 ROOT = Path(train.__file__).parent
+CLASSES = ["sgd", "adamw", "adam_l2", "adafactor", "lion", "lars", "lamb", "shampoo", "soap", "muon", "schedule_free",
+           "schedule_free.SGDScheduleFree"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +117,65 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
         torch.testing.assert_close(saved.tensor(f"model/{name}"), p.detach(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("optim", CLASSES)
+def test_every_optimizer_learns_with_its_defaults(tmp_path, text, optim):
+    go(text, tmp_path, f"--optim={optim}", "--steps=40", "--eval_every=40")
+    losses = rows(tmp_path, "val_loss")
+    assert losses[40]["val_loss"] < losses[0]["val_loss"] - 0.02, optim
+
+
+@pytest.mark.parametrize("optim", ["schedule_free", "schedule_free.SGDScheduleFree"])
+def test_schedule_free_is_evaluated_and_saved_at_x_and_looking_changes_nothing(tmp_path, text, optim):
+    go(text, tmp_path / "often", f"--optim={optim}", "--eval_every=1", "--save_every=1")
+    go(text, tmp_path / "never", f"--optim={optim}", "--eval_every=0", "--save_every=0")
+    assert trace(tmp_path / "often") == trace(tmp_path / "never")
+    saved = checkpoint.newest(tmp_path / "often")
+    x, y = saved.tree("model"), saved.tree("training_weights")
+    assert x.keys() == y.keys() and not torch.equal(x["embed.weight"], y["embed.weight"])
+    go(text, tmp_path / "from", f"--init_from={tmp_path / 'often'}", "--steps=1")
+    final = rows(tmp_path / "often", "val_loss")[12]["val_loss"]
+    assert rows(tmp_path / "from", "val_loss")[0]["val_loss"] == final
+
+
+def test_the_batch_ramps_up_and_every_row_is_seen_once(tmp_path, text):
+    more = ["--optim=sgd", "--precision=fp64", "--batch_ramp=6", "--batch_ramp_from=2"]
+    go(text, tmp_path / "one", *more)
+    run_ranks(2, on_ranks, text, tmp_path / "two", *more)
+    sizes = [2, 2, 4, 6, 6, 8] + [8] * 6
+    tokens = [r["tokens"] for r in rows(tmp_path / "one").values()]
+    assert tokens == [16 * sum(sizes[: i + 1]) for i in range(12)]
+    close(rows(tmp_path / "one"), rows(tmp_path / "two"), 1e-10)
+    with pytest.raises(ValueError, match="does not divide batch_size"):
+        go(text, tmp_path, "--batch_ramp=6", "--batch_ramp_from=3")
+
+
+def test_lr_follows_the_batch_and_momentum_warms_up(tmp_path, text):
+    scale = ["--lr=0.1", "--base_batch_size=2", "--schedule=constant", "--warmup_steps=0", "--steps=3"]
+    go(text, tmp_path / "linear", "--optim=sgd", "--lr_scaling=linear", *scale)
+    go(text, tmp_path / "sqrt", "--optim=sgd", "--lr_scaling=sqrt", *scale)
+    assert rows(tmp_path / "linear")[1]["lr"] == pytest.approx(0.4)
+    assert rows(tmp_path / "sqrt")[1]["lr"] == pytest.approx(0.2)
+    go(text, tmp_path / "short", "--momentum_warmup=2", "--steps=4")
+    go(text, tmp_path / "plain", "--steps=4")
+    a, b = rows(tmp_path / "short"), rows(tmp_path / "plain")
+    assert a[1]["loss"] == b[1]["loss"] and a[4]["loss"] != b[4]["loss"]
+    groups = checkpoint.newest(tmp_path / "short").tree("optim/groups")
+    assert groups["matrix"]["momentum"] == 0.95
+    with pytest.raises(ValueError, match="no momentum"):
+        go(text, tmp_path / "adamw", "--optim=adamw", "--momentum_warmup=2")
+
+
+def test_mup_changes_nothing_at_its_base_and_scales_lr_elsewhere(tmp_path, text):
+    shape = ["--n_embd=64", "--n_head=1", "--optim=adamw", "--steps=3"]  # head size 64
+    go(text, tmp_path / "off", *shape)
+    go(text, tmp_path / "on", *shape, "--mup_base_width=64")
+    go(text, tmp_path / "wide", *shape, "--mup_base_width=16")
+    assert trace(tmp_path / "on") == trace(tmp_path / "off")
+    assert rows(tmp_path / "wide")[1]["lr"] == rows(tmp_path / "off")[1]["lr"] / 4
+    with pytest.raises(ValueError, match="no μP rule for LARS"):
+        go(text, tmp_path / "lars", "--optim=lars", "--mup_base_width=16")
+
+
 def test_clipping_works_on_raw_gradients(tmp_path, text):
     base = ["--optim=sgd", "--precision=fp64", "--steps=2", "--lr=0.1"]
     go(text, tmp_path / "off", *base, "--grad_clip=none")
@@ -152,7 +213,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked pr
 
 
 @needs_fork
-@pytest.mark.parametrize("optim", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("optim", CLASSES)
 def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, text, optim):
     more = [f"--optim={optim}", "--dropout=0.2", "--micro_batch_size=4", "--precision=bf16"]
     go(text, tmp_path / "whole", *more)

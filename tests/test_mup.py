@@ -1,0 +1,74 @@
+"""μP's coordinate check (Yang et al. 2022, appendix D.1): what a few steps change does not depend on the width."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, init_weights
+from optim import mup, param_groups
+from optim.adamw import AdamW
+from optim.lion import Lion
+from optim.muon import Muon
+from optim.sgd import SGD
+
+RUNS = {"adamw": (AdamW, 0.01, {}), "lion": (Lion, 0.003, {}), "sgd": (SGD, 0.3, {}),
+        "muon": (Muon, 0.05, {"ns_dtype": "float32"})}  # fmt: skip
+WIDTHS = (32, 64, 128, 256)
+
+
+def change(name: str, width: int, on: bool) -> dict[str, float]:
+    """RMS of how much 4 steps change the hidden states before the head, and the logits."""
+    optimizer_class, lr, options = RUNS[name]
+    c = GPTConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=width, block_size=16, vocab_size=64, zero_init=False, logit_cap=None,
+                  qk_norm=False, mup_base_width=32 if on else None)  # fmt: skip
+    model = init_weights(GPT(c))
+    rule = mup.lr_multipliers(optimizer_class.__name__, width, 32) if on else {}
+    lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
+    groups = param_groups.param_groups(model, lrs, 0.0, name == "muon")
+    optimizer = optimizer_class(groups, **options)
+    tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
+    seen = {}
+    model.head.register_forward_hook(lambda m, args, out: seen.update(hidden=args[0].detach(), logits=out.detach()))
+    scale = 32 / width if on else 1.0  # the output multiplier
+    history = []
+    for _ in range(5):
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+        history.append({"hidden": seen["hidden"], "logits": seen["logits"] * scale})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {k: (history[-1][k] - history[0][k]).square().mean().sqrt().item() for k in history[0]}
+
+
+def growth(name: str, on: bool) -> dict[str, float]:
+    """How much the change grows from the narrowest to the widest model (8 times as wide)."""
+    first, last = change(name, WIDTHS[0], on), change(name, WIDTHS[-1], on)
+    return {k: last[k] / first[k] for k in first}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_under_mup_the_change_does_not_depend_on_the_width(name):
+    for what, factor in growth(name, on=True).items():
+        assert 0.5 < factor < 2, (what, factor)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_without_it_the_change_grows_with_the_width(name):
+    assert growth(name, on=False)["logits"] > 2.5
+
+
+def test_the_rules_are_the_papers_table():
+    assert mup.lr_multipliers("AdamW", 512, 64)["matrix"] == 1 / 8
+    assert mup.lr_multipliers("SGD", 512, 64) == {"embedding": 8, "matrix": 1, "head": 8, "scalar": 8}
+    assert mup.lr_multipliers("Muon", 512, 64)["matrix"] == 1
+    assert mup.lr_multipliers("Muon", 1024, 64, adjust_lr_fn="match_rms_adamw")["matrix"] == 1 / 4
+    for optimizer in mup.RULES:
+        assert set(mup.lr_multipliers(optimizer, 64, 64).values()) == {1.0}
+
+
+@pytest.mark.parametrize("init", ["gpt2", "fan_in"])
+def test_initial_std_follows_the_table(init):
+    shared = dict(n_head=4, n_kv_head=4, zero_init=False, init=init, mup_base_width=64)
+    narrow, wide = (init_weights(GPT(GPTConfig(n_embd=w, **shared))) for w in (64, 256))
+    for name, ratio in [("embed", 1), ("head", 1), ("blocks.0.attn.q", 1 / 2), ("blocks.0.mlp.proj", 1 / 2)]:
+        a, b = (m.get_submodule(name).weight.std().item() for m in (narrow, wide))
+        assert b / a == pytest.approx(ratio, rel=0.05), name
