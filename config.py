@@ -94,18 +94,24 @@ class Config:
     grad_clip: float | None = knob(1.0, "the gradient's global norm is scaled down to this", BRANCH, least=0)
     clip_value: float | None = knob(None, "first each gradient entry is cut to +-this", BRANCH, least=0)
     # schedule; --schedule.NAME= goes to it
-    schedule: Literal[
-        "auto", "wsd", "cosine", "linear", "constant", "inverse_sqrt", "sgdr", "onecycle"
-    ] = knob("auto", "auto = wsd, and constant for Schedule-Free, which needs none", FREE)
+    schedule: Literal["auto", "wsd", "cosine", "linear", "constant", "inverse_sqrt", "sgdr", "onecycle"] = (
+        knob("auto", "auto = wsd, and constant for Schedule-Free, which needs none", FREE)
+    )
     warmup_frac: float = knob(0.02, "share of the steps for linear warm-up", FREE, least=0, below=1)
     warmup_steps: int | None = knob(None, "the same in steps; overrides warmup_frac", FREE, least=0)
-    warmup_start: float | None = knob(None, "share of lr where warm-up starts; none = 1/warmup", FREE, least=0)
+    warmup_start: float | None = knob(
+        None, "share of lr where warm-up starts; none = 1/warmup", FREE, least=0
+    )
     decay_frac: float = knob(0.4, "wsd: share of the steps for the final decay", FREE, least=0)
     min_lr_frac: float = knob(0.0, "where the decay ends, as a share of lr", FREE, least=0)
-    lr_scaling: Literal["linear", "sqrt"] | None = knob(None, "scales each lr with batch_size/base_batch_size")
+    lr_scaling: Literal["linear", "sqrt"] | None = knob(
+        None, "scales each lr with batch_size/base_batch_size"
+    )
     base_batch_size: int | None = knob(None, "the batch size that lr was found at", least=1)
     mup_base_width: int | None = knob(None, "muP: the n_embd that lr was found at; none = off", least=1)
-    momentum_warmup: int | None = knob(None, "steps over which momentum grows from 0.85 to its own", FREE, least=1)
+    momentum_warmup: int | None = knob(
+        None, "steps over which momentum grows from 0.85 to its own", FREE, least=1
+    )
     batch_ramp: int | None = knob(None, "steps over which the batch grows to batch_size", least=1)
     batch_ramp_from: int | None = knob(None, "sequences it grows from, in steps of as many", least=1)
     # numbers and layout

@@ -174,8 +174,9 @@ def environment(device, ranks: int, data_sha256: str) -> dict:
         commit = ""
     cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"commit": commit or "unknown", "torch": str(torch.__version__), "hardware": hardware, "ranks": ranks,
-            "python": platform.python_version(), "platform": platform.platform(), "data_sha256": data_sha256}
+    return {"commit": commit or "unknown", "torch": str(torch.__version__),
+            "python": platform.python_version(), "platform": platform.platform(),
+            "hardware": hardware, "ranks": ranks, "data_sha256": data_sha256}
 
 
 def plot(runs, path) -> bool:

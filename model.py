@@ -10,18 +10,15 @@ positions, tied head, biases) and `modern` (RMSNorm, rotary positions, QK-norm, 
 zero-initialised projections, capped logits: the choices of the nanoGPT speedruns, Jordan et al. 2024).
 
 Made to be cut up from outside; nothing here knows how:
-- `forward` returns the *sum* of token losses, so that adding over micro-batches and ranks needs no weights;
-- `blocks` is keyed by the global layer number and embedding or head may be absent: a pipeline stage is this
-  model with
-  parts missing, and every parameter has the same name in every layout;
+- `forward` returns the *sum* of token losses: adding over micro-batches and ranks needs no weights;
+- `blocks` is keyed by the global layer number, and embedding or head may be absent: a pipeline stage is this
+  model with parts missing, and every parameter has the same name in every layout;
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants them apart;
 - the attention core is the replaceable attribute `Attention.core`;
-- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position): the
-  same
-  start and the same masks on any layout.
+- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position).
 
-Norms, softmax and loss are computed in at least float32. Dropout acts on the embedding and on each block's
-two outputs; attention weights are not dropped (fused attention has no reproducible masks).
+Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel has
+reproducible masks.
 """
 
 import hashlib
@@ -73,7 +70,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.core = causal_attention
-        self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: logits 8 q.k/D, not q.k/sqrt(D)
+        self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: 8 q.k/D, not q.k/sqrt(D)
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         heads = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q, self.k, self.v))
@@ -130,11 +127,10 @@ class GPT(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
                 rows: Tensor | None = None) -> Tensor:  # fmt: skip
-        """x: (B, T) token ids, or (B, T, C) hidden states where the embedding is absent; targets: (B, T) ids.
+        """x: (B, T) token ids, or (B, T, C) hidden states where the embedding is absent; targets: (B, T) ids;
+        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, for dropout.
 
-        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, needed for
-        dropout. Returns the sum of the token losses; logits (B, T, V) without targets; hidden states where
-        the head is absent.
+        Returns the sum of the token losses; without targets logits (B, T, V); without a head hidden states.
         """
         where = self.locate(x, positions, rows)
         if self.embed is not None:
@@ -170,21 +166,18 @@ class GPT(nn.Module):
         return Where(positions, rows, rotary)
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0):
-        """ids (B, T) with n more tokens, each drawn from softmax(logits / temperature) among the top_k likeliest.
+    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed=0):
+        """ids (B, T) with n more tokens, drawn from softmax(logits / temperature) among the top_k likeliest.
 
-        temperature 0 takes the likeliest. Keys and values are kept; when block_size of them are there, it starts
-        again from the last half of them.
+        temperature 0: the likeliest. Keys and values are kept; a full block starts again from its last half.
         """
         generator, size, kept = torch.Generator().manual_seed(seed), self.config.block_size, 0
-        threads = torch.get_num_threads()
+        threads, cores = torch.get_num_threads(), {b.attn: b.attn.core for b in self.blocks.values()}
         torch.set_num_threads(1)  # one token is too little work to share
-        attentions = [block.attn for block in self.blocks.values()]
-        cores = [attention.core for attention in attentions]
         for i in range(n):
             if i == 0 or kept == size:
                 x, kept = ids[:, -size if i == 0 else -(size // 2 or 1) :], 0
-                for attention in attentions:
+                for attention in cores:
                     attention.core = KeepingCore()
             positions = torch.arange(kept, kept + x.shape[1], device=x.device)
             kept += x.shape[1]
@@ -193,9 +186,9 @@ class GPT(nn.Module):
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
             odds = torch.softmax(logits / (temperature or 1), -1)
-            x = torch.multinomial(odds, 1, generator=generator) if temperature else odds.argmax(-1, keepdim=True)
+            x = torch.multinomial(odds, 1, generator=generator) if temperature else odds.argmax(-1, True)
             ids = torch.cat([ids, x := x.to(ids.device)], 1)
-        for attention, core in zip(attentions, cores):
+        for attention, core in cores.items():
             attention.core = core
         torch.set_num_threads(threads)
         return ids
@@ -210,8 +203,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
 class KeepingCore:
     """For generation: attention that remembers the keys and values of earlier calls."""
 
-    def __init__(self):
-        self.kv: tuple[Tensor, Tensor] | None = None
+    kv = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.kv is not None:  # then q is one new token, which sees all
@@ -231,8 +223,7 @@ def make_norm(c: GPTConfig) -> nn.Module:
 
 
 def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * 10000^(-2i/D) for the D/2 pairs: (T, D/2), or (B, 1, T, D/2) for positions
-    (B, T)."""
+    """cos and sin of position * 10000^(-2i/D): (T, D/2), or (B, 1, T, D/2) for positions (B, T)."""
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
     angle = positions.to(dtype).unsqueeze(-1) * frequency
     angle = angle.unsqueeze(1) if positions.ndim == 2 else angle
@@ -241,16 +232,14 @@ def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype) -> tupl
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (x[i], x[i + D/2]) turned by its angle (Su et al. 2021, 2104.09864)."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b, cos, sin = *x.chunk(2, -1), cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Dropout(nn.Module):
     """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): no generator, no state.
 
-    Cutting the batch, the sequence or the layers over ranks leaves every mask as it was, and a resumed run
-    goes on with the masks it would have had.
+    Cutting batch, sequence or layers over ranks leaves every mask as it was, and so does a resume.
     """
 
     def __init__(self, c: GPTConfig, name: str):
@@ -264,9 +253,8 @@ class Dropout(nn.Module):
         if where.rows is None:
             raise ValueError("dropout needs the numbers of the rows: model(x, targets, rows=...)")
         h = mix(mix(where.rows.unsqueeze(1) + self.key) + where.positions)  # (B, T)
-        h = mix(
-            h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1
-        )  # (B, T, C), uniform in [0, 2^32)
+        channel = torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1
+        h = mix(h.unsqueeze(-1) + channel)  # (B, T, C), uniform in [0, 2^32)
         return x * (h >= int(self.p * 2**32)).to(x.dtype) / (1 - self.p)
 
 
@@ -283,8 +271,7 @@ def key(seed: int, name: str) -> int:
 
 # ---- the start -------------------------------------------------------------------------------------------
 def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The whole initial tensor of the parameter with this full name, float32 on the CPU: a function of (seed,
-    name).
+    """The whole initial tensor of the parameter with this full name, float32 on the CPU.
 
     gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream. fan_in:
     embeddings 1, matrices 0.5/sqrt(fan_in). zero_init: those projections and an untied head start at 0, so
@@ -296,13 +283,12 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
     if c.zero_init and (into_residual or name == "head.weight"):
         return torch.zeros(shape)
     base, hidden = c.mup_base_width or c.n_embd, not (embedding or name == "head.weight")
-    if c.init == "gpt2":
+    if c.init == "fan_in":
+        std = 0.5 / math.sqrt(shape[1] if hidden else base)
+        std = (0.02 if c.tied else 1.0) if embedding else std
+    else:
         std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
         std *= math.sqrt(base / c.n_embd) if hidden else 1
-    elif embedding:
-        std = 0.02 if c.tied else 1.0
-    else:
-        std = 0.5 / math.sqrt(shape[1] if hidden else base)
     return torch.randn(shape, generator=torch.Generator().manual_seed(key(c.seed, name))) * std
 
 

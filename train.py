@@ -222,7 +222,8 @@ def main(cfg: config.Config) -> dict:
         if step % cfg.log_every == 0 or step == cfg.steps:
             speed = tokens / seconds
             log.train({"step": step, "loss": loss, "lr": lrs["matrix"] * lr_factor(step - 1),
-                       "grad_norm": float(grad_norm), "tokens": rows_seen * cfg.block_size, "tokens_per_s": speed,
+                       "grad_norm": float(grad_norm), "tokens": rows_seen * cfg.block_size,
+                       "tokens_per_s": speed,
                        "mfu": monitor.mfu(speed / mesh.world, flops, peak), "step_s": seconds,
                        "peak_bytes": monitor.peak_bytes(device)})
 
@@ -234,7 +235,7 @@ def main(cfg: config.Config) -> dict:
         if cfg.sample_tokens:
             prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
             with param_groups.evaluation_weights(optimizer):
-                ids = model.eval().generate(prompt, cfg.sample_tokens, temperature=0.8, top_k=50, seed=cfg.seed)
+                ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, top_k=50, seed=cfg.seed)
             log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
         if step > 1:  # one point is no curve
             logger.plot(out_dir, out_dir / "loss.png")
@@ -278,7 +279,7 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
     schedule = "constant" if "ScheduleFree" in optimizer_class.__name__ else "wsd"
     if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB", "Adafactor"):
-        cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm, which would be 0
+        cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm
     return config.update(
         config.with_traits(cfg),
         device=str(device),
@@ -291,12 +292,12 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
 
 
 def batch_share(cfg: config.Config, mesh: meshes.Mesh) -> int:
-    """Sequences of the smallest step that one replica computes. Raises ValueError where parts are not even."""
+    """Sequences of the smallest step on one replica. Raises ValueError where the parts are not even."""
     dp, micro = mesh.sizes["dp"], cfg.micro_batch_size
     name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
     batch = getattr(cfg, name)
     if batch % dp:
-        raise ValueError(f"{name}={batch} does not divide among {dp} ranks; try --{name}={-(-batch // dp) * dp}")
+        raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={-(-batch // dp) * dp}")
     share = batch // dp
     if "micro_batch_size" in cfg.given and micro is not None and share % micro:
         fits = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)

@@ -1,6 +1,7 @@
 """μP, the maximal update parametrization: the best learning rate stays put when the model gets wider.
 
-With m = width / base width (Yang et al. 2022, 2203.03466, table 8; the same table throughout: mixing tables counts twice):
+With m = width / base width (Yang et al. 2022, 2203.03466, table 8, throughout: mixing its tables counts
+twice):
 
     kind        initial std           output times   lr of SGD   Adam, Lion   Muon
     embedding   as at base width      1              m           1            1 (by AdamW)
@@ -10,10 +11,11 @@ With m = width / base width (Yang et al. 2022, 2203.03466, table 8; the same tab
 
     attention logits   q·k / d_head instead of / sqrt(d_head), here 8 q·k / d_head: the usual at d_head = 64
 
-Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of each output grows
-with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm sqrt(rows/cols) at any width: nothing to correct;
-with adjust_lr_fn='match_rms_adamw' it grows with sqrt(m), and lr falls as 1/sqrt(m). Initial std, output and attention
-scaling are the model's (`GPTConfig.mup_base_width`); a tied head keeps the embedding's lr.
+Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of each
+output grows with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm sqrt(rows/cols) at any
+width: nothing to correct; with adjust_lr_fn='match_rms_adamw' it grows with sqrt(m), and lr falls as
+1/sqrt(m). Initial std, output and attention scaling are the model's (`GPTConfig.mup_base_width`); a tied head
+keeps the embedding's lr.
 
 Where a common text errs: it divides attention logits by m² and gives the hidden matrices no lr rule at all.
 Depth does not transfer; nor, without more, does weight decay (lr·λ shrinks with lr).
@@ -28,9 +30,10 @@ RULES = {  # optimizer class -> how its update scales
 
 def lr_multipliers(optimizer: str, width: int, base_width: int, adjust_lr_fn: str = "original",
                    **unused) -> dict[str, float]:  # fmt: skip
-    """kind of parameter -> what its lr is multiplied by. Raises ValueError for an optimizer without a rule."""
+    """kind of parameter -> what its lr is multiplied by. Raises ValueError for an optimizer without a
+    rule."""
     if optimizer not in RULES:
-        raise ValueError(f"there is no μP rule for {optimizer}: its step follows the weights' size, not the gradient's; "
+        raise ValueError(f"there is no μP rule for {optimizer}, whose step follows the weights' size; "
                          f"there is one for {', '.join(RULES)}")  # fmt: skip
     m, rule = width / base_width, RULES[optimizer]
     if rule == "sgd":

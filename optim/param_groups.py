@@ -2,7 +2,7 @@
 
     embedding   weights of nn.Embedding, a tied head among them      own lr   no weight decay
     head        Linear outside the blocks                            own lr   decay
-    matrix      every other weight with two or more dimensions       lr       decay       (Muon, SOAP, ... work on these)
+    matrix      every other weight with two or more dimensions       lr       decay (Muon works on these)
     scalar      gains and biases: fewer than two dimensions          own lr   no weight decay
 
 Decided by the type of the module and the number of dimensions. Going by "embedding" or "norm" in the name, as
@@ -66,8 +66,8 @@ def without_compiler() -> None:
 def evaluation_weights(optimizer: Optimizer):
     """Inside, the model holds the weights to evaluate, save and sample: for Schedule-Free the average x.
 
-    Gives {name: the weights training goes on from}, empty where they are the same. Afterwards the model holds the
-    very bits it had: looking changes nothing.
+    Gives {name: the weights training goes on from}, empty where they are the same. Afterwards the model holds
+    the very bits it had: looking changes nothing.
     """
     params = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])}
     kept = {n: p.detach().clone() for n, p in params.items()} if hasattr(optimizer, "eval") else {}

@@ -27,12 +27,12 @@ import torch
 
 
 def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as it does for many L of low rank."""
+    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as for many L of low rank."""
     try:
         eigenvalues, Q = torch.linalg.eigh(L)
     except torch.linalg.LinAlgError:
         eigenvalues, Q = torch.full_like(L[0], torch.nan), L
-    if not eigenvalues.isfinite().all() and L.isfinite().all():
+    if not (eigenvalues.isfinite().all() and Q.isfinite().all()) and L.isfinite().all():
         eigenvalues, Q = torch.linalg.eigh(L.double())
     return eigenvalues.to(L.dtype), Q.to(L.dtype)
 

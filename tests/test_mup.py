@@ -1,4 +1,4 @@
-"""μP's coordinate check (Yang et al. 2022, appendix D.1): what a few steps change does not depend on the width."""
+"""μP's coordinate check (Yang et al. 2022, D.1): what a few steps change does not depend on the width."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ WIDTHS = (32, 64, 128, 256)
 def change(name: str, width: int, on: bool) -> dict[str, float]:
     """RMS of how much 4 steps change the hidden states before the head, and the logits."""
     optimizer_class, lr, options = RUNS[name]
-    c = GPTConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=width, block_size=16, vocab_size=64, zero_init=False, logit_cap=None,
-                  qk_norm=False, mup_base_width=32 if on else None)  # fmt: skip
+    c = GPTConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=width, block_size=16, vocab_size=64,
+                  zero_init=False, logit_cap=None, qk_norm=False, mup_base_width=32 if on else None)  # fmt: skip
     model = init_weights(GPT(c))
     rule = mup.lr_multipliers(optimizer_class.__name__, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
@@ -27,7 +27,9 @@ def change(name: str, width: int, on: bool) -> dict[str, float]:
     optimizer = optimizer_class(groups, **options)
     tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
     seen = {}
-    model.head.register_forward_hook(lambda m, args, out: seen.update(hidden=args[0].detach(), logits=out.detach()))
+    model.head.register_forward_hook(
+        lambda m, args, out: seen.update(hidden=args[0].detach(), logits=out.detach())
+    )
     scale = 32 / width if on else 1.0  # the output multiplier
     history = []
     for _ in range(5):

@@ -413,6 +413,7 @@ def test_the_eigenvectors_of_a_tiny_matrix_with_zero_rows_are_finite(seed):
     from optim.shampoo import matrix_power
 
     g = torch.Generator().manual_seed(seed)
-    G = torch.randn(256, 128, generator=g) * torch.logspace(-6, -3, 256)[torch.randperm(256, generator=g)][:, None]
+    G = torch.randn(256, 128, generator=g)
+    G *= torch.logspace(-6, -3, 256)[torch.randperm(256, generator=g)][:, None]
     G[torch.randperm(256, generator=g)[:155]] = 0
     assert matrix_power(G @ G.mT, 1e-6, -0.25).isfinite().all()

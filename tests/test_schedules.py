@@ -24,7 +24,9 @@ def test_no_schedule_rises_after_warm_up_or_leaves_its_range(name):
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "sqrt"])
 def test_wsd_is_flat_until_the_last_share_of_all_steps(shape):
-    values = [multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape) for i in range(101)]
+    values = [
+        multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape) for i in range(101)
+    ]
     assert values[10:71] == [1.0] * 61 and values[71] < 1
     assert values[100] == pytest.approx(0.1)
 
@@ -68,7 +70,9 @@ def test_equal_to_torch(case):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     scheduler = make(optimizer)
     for i in range(40):
-        assert multiplier(step=i, steps=40, **ours) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), i
+        assert multiplier(step=i, steps=40, **ours) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9
+        ), i
         optimizer.step()
         scheduler.step()
 
@@ -91,8 +95,8 @@ def test_sgdr_fills_the_run_with_three_cycles():
 
 @pytest.mark.parametrize(
     "name, options",
-    [("wsd", dict(shape="cubic")), ("sgdr", dict(T_0=-1)), ("sgdr", dict(T_mult=0)), ("inverse_sqrt", dict(timescale=0)),
-     ("onecycle", dict(pct_start=1.5)), ("onecycle", dict(div_factor=0.5))],
+    [("wsd", dict(shape="cubic")), ("sgdr", dict(T_0=-1)), ("sgdr", dict(T_mult=0)),
+     ("inverse_sqrt", dict(timescale=0)), ("onecycle", dict(pct_start=1.5)), ("onecycle", dict(div_factor=0.5))],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -100,7 +104,9 @@ def test_options_out_of_range_are_refused(name, options):
 
 
 def test_momentum_warms_up():
-    assert [schedules.momentum_at(i, 10, 0.85, 0.95) for i in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert [schedules.momentum_at(i, 10, 0.85, 0.95) for i in (0, 5, 10, 99)] == pytest.approx(
+        [0.85, 0.9, 0.95, 0.95]
+    )
 
 
 def test_lr_scaling_rules():

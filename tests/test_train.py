@@ -20,8 +20,8 @@ import resume
 import train
 
 ROOT = Path(train.__file__).parent
-CLASSES = ["sgd", "adamw", "adam_l2", "adafactor", "lion", "lars", "lamb", "shampoo", "soap", "muon", "schedule_free",
-           "schedule_free.SGDScheduleFree"]  # fmt: skip
+CLASSES = ["sgd", "adamw", "adam_l2", "adafactor", "lion", "lars", "lamb", "shampoo", "soap", "muon",
+           "schedule_free", "schedule_free.SGDScheduleFree"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
