@@ -28,15 +28,12 @@ Shards (`.bin`) come in the formats that people already have:
 
 import difflib
 import hashlib
-import http.client
 import itertools
 import math
 import os
-import re
 import sys
 import sysconfig
 import tarfile
-import urllib.request
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +42,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from download import download, hexdigest, progress
 
 CORPORA = ("python", "shakespeare", "openwebtext", "fineweb")
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
@@ -264,14 +263,14 @@ def _python(words: Tokenizer, cache: Path) -> Corpus:
     paths = [path for m in sys.stdlib_module_names for path in (root / f"{m}.py", *(root / m).rglob("*.py"))]
     names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
     names = [name for name in names if not skip & set(name.split("/"))]
-    names.sort(key=lambda name: _sha256(name.encode()))
+    names.sort(key=lambda name: hexdigest(name.encode()))
     if not names:
         raise ValueError(f"--data=python finds no source in {root}: use --data= with a text file")
     files = [(root / name).read_bytes().replace(b"\r\n", b"\n") for name in names]
     ends = np.cumsum([len(file) for file in files])
     cut = ends[np.searchsorted(ends, 0.07 * ends[-1])]
     text = np.frombuffer(b"".join(files), np.uint8)
-    return _tokenised("python", text[cut:], text[:cut], _sha256(text), words, cache)
+    return _tokenised("python", text[cut:], text[:cut], hexdigest(text), words, cache)
 
 
 def _text(name: str, path: Path, words: Tokenizer, cache: Path) -> Corpus:
@@ -280,7 +279,7 @@ def _text(name: str, path: Path, words: Tokenizer, cache: Path) -> Corpus:
         raise ValueError(f"--data={name} {fault}, or --data=python")
     text = np.memmap(path, np.uint8, "r")
     cut = _character(text, len(text) * 9 // 10)
-    return _tokenised(name, text[:cut], text[cut:], _sha256(text), words, cache)
+    return _tokenised(name, text[:cut], text[cut:], hexdigest(text), words, cache)
 
 
 def _tokenised(name: str, train: np.ndarray, val: np.ndarray, sha256: str, words: Tokenizer, cache: Path):
@@ -291,7 +290,7 @@ def _tokenised(name: str, train: np.ndarray, val: np.ndarray, sha256: str, words
     for split, text in splits.items() if words.name != "bytes" else ():
         path = cache / f"{sha256[:32]}-{words.name}" / f"{split}.bin"
         if not path.exists():
-            with _progress(f"tokenising {split}", len(text)) as bar:
+            with progress(f"tokenising {split}", len(text)) as bar:
                 write_shard(path, _encoded(_pieces(name, text, bar), words), words.n_vocab)
         splits[split] = read_shard(path)
     return Corpus(name, sha256, words, *(Tokens([ids], f"{name} ({split})") for split, ids in splits.items()))
@@ -337,7 +336,7 @@ def _openwebtext(name: str, count: int, words: Tokenizer, cache: Path, url: str)
             continue
         file = f"urlsf_subset{i:02d}.tar"
         archive, held_out = download(f"{url}/{file}", cache / "openwebtext" / file), []
-        with _progress(f"tokenising {file}", archive.stat().st_size) as bar:
+        with progress(f"tokenising {file}", archive.stat().st_size) as bar:
             texts = _documents(archive, held_out, bar)
             write_shard(train[i], _encoded(texts, words, words.end_of_text), words.n_vocab)
         write_shard(val[i], _encoded(held_out, words, words.end_of_text), words.n_vocab)
@@ -353,7 +352,7 @@ def _documents(archive: Path, held_out: list[str], bar) -> Iterator[str]:
                     for document in filter(tarfile.TarInfo.isfile, inner):
                         raw = inner.extractfile(document).read()
                         text = raw.decode(errors="replace")
-                        if int(_sha256(raw), 16) % 2000:
+                        if int(hexdigest(raw), 16) % 2000:
                             yield text
                         else:
                             held_out.append(text)
@@ -428,82 +427,3 @@ def write_shard(path: Path, pieces: Iterable[np.ndarray], n_vocab: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-
-
-# --- downloads ---
-
-
-def download(url: str, path: Path, sha256: str | None = None) -> Path:
-    """Fetches `url` to `path` unless it is there; the file gets its name only when it is whole and verified.
-
-    A `.part` left by an earlier try is continued. The result must have `sha256`, or else the one that
-    the server names, as Hugging Face does; a damaged file is fetched once more. ValueError if nothing helps.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
-        promised = _receive(url, part)
-        with open(part, "rb") as file:
-            wanted, found = sha256 or promised, hashlib.file_digest(file, "sha256").hexdigest()
-        if wanted in (None, found):
-            os.replace(part, path)
-            return path
-        part.unlink()
-    raise ValueError(f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
-                     "--data_url=, or --data=python")
-
-
-def _receive(url: str, part: Path) -> str | None:
-    """Completes `part`; returns the sha256 that the server names, if any. A broken connection is taken up
-    again where it ended, as long as each try brings something."""
-    before, reason = -1, "the connection ended early"
-    while (size := part.stat().st_size if part.exists() else 0) > before:
-        before, redirect = size, _Redirect()
-        have = max(size - 1, 0)  # asking for the last byte again makes a complete file an ordinary case
-        headers = {"User-Agent": "nanoscale"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            request = urllib.request.Request(url, headers=headers)
-            with urllib.request.build_opener(redirect).open(request, timeout=30) as reply:
-                have = have if reply.status == 206 else 0  # a server may ignore Range
-                length = reply.headers.get("Content-Length")
-                total = None if length is None else have + int(length)
-                with open(part, "r+b" if have else "wb") as file, _progress(part.stem, total, have) as bar:
-                    file.seek(have)
-                    while chunk := reply.read(2**20):
-                        bar.update(file.write(chunk))
-                    file.flush()
-                    os.fsync(file.fileno())
-            if total in (None, part.stat().st_size):
-                etag = reply.headers.get("X-Linked-Etag") or redirect.etag
-                return etag.strip('"') if re.fullmatch('"?[0-9a-f]{64}"?', etag) else None
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = error
-            if getattr(error, "code", None) == 416 and size:  # longer than the file: a part of another one
-                part.unlink()
-                before = -1
-    raise ValueError(f"cannot download {url} ({reason}): give a mirror with --data_url=, or use "
-                     "--data=python or a text file, which need no network")
-
-
-class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Hugging Face names the sha256 in its own answer, then sends us on to a storage server that does not."""
-
-    etag = ""
-
-    def redirect_request(self, request, reply, code, message, headers, new_url):
-        self.etag = headers.get("X-Linked-Etag") or self.etag
-        return super().redirect_request(request, reply, code, message, headers, new_url)
-
-
-def _sha256(content) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _progress(title: str, total: int | None, start: int = 0):
-    from tqdm import tqdm
-
-    hidden = not sys.stderr.isatty()
-    return tqdm(desc=title, total=total, initial=start, unit="B", unit_scale=True, disable=hidden)

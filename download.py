@@ -1,0 +1,91 @@
+"""Downloads that survive a bad line: continued where they broke off, named only when whole and verified.
+
+    URL --Range--> file.part --sha256--> file
+
+The checksum is a known one, or the one that the server names (Hugging Face's `X-Linked-Etag`, sent before it
+redirects). A damaged file is fetched once more. Offline, the error says what else to use.
+"""
+
+import hashlib
+import http.client
+import os
+import re
+import sys
+import urllib.request
+from pathlib import Path
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> Path:
+    """Fetches `url` to `path` unless it is there; the file gets its name only when it is whole and verified.
+
+    A `.part` left by an earlier try is continued. The result must have `sha256`, or else the one that
+    the server names, as Hugging Face does; a damaged file is fetched once more. ValueError if nothing helps.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):
+        promised = _receive(url, part)
+        with open(part, "rb") as file:
+            wanted, found = sha256 or promised, hashlib.file_digest(file, "sha256").hexdigest()
+        if wanted in (None, found):
+            os.replace(part, path)
+            return path
+        part.unlink()
+    raise ValueError(f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
+                     "--data_url=, or --data=python")
+
+
+def _receive(url: str, part: Path) -> str | None:
+    """Completes `part`; returns the sha256 that the server names, if any. A broken connection is taken up
+    again where it ended, as long as each try brings something."""
+    before, reason = -1, "the connection ended early"
+    while (size := part.stat().st_size if part.exists() else 0) > before:
+        before, redirect = size, _Redirect()
+        have = max(size - 1, 0)  # asking for the last byte again makes a complete file an ordinary case
+        headers = {"User-Agent": "nanoscale"} | ({"Range": f"bytes={have}-"} if have else {})
+        try:
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.build_opener(redirect).open(request, timeout=30) as reply:
+                have = have if reply.status == 206 else 0  # a server may ignore Range
+                length = reply.headers.get("Content-Length")
+                total = None if length is None else have + int(length)
+                with open(part, "r+b" if have else "wb") as file, progress(part.stem, total, have) as bar:
+                    file.seek(have)
+                    while chunk := reply.read(2**20):
+                        bar.update(file.write(chunk))
+                    file.flush()
+                    os.fsync(file.fileno())
+            if total in (None, part.stat().st_size):
+                etag = reply.headers.get("X-Linked-Etag") or redirect.etag
+                return etag.strip('"') if re.fullmatch('"?[0-9a-f]{64}"?', etag) else None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = error
+            if getattr(error, "code", None) == 416 and size:  # longer than the file: a part of another one
+                part.unlink()
+                before = -1
+    raise ValueError(f"cannot download {url} ({reason}): give a mirror with --data_url=, or use "
+                     "--data=python or a text file, which need no network")
+
+
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    """Hugging Face names the sha256 in its own answer, then sends us on to a storage server that does not."""
+
+    etag = ""
+
+    def redirect_request(self, request, reply, code, message, headers, new_url):
+        self.etag = headers.get("X-Linked-Etag") or self.etag
+        return super().redirect_request(request, reply, code, message, headers, new_url)
+
+
+def hexdigest(content) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def progress(title: str, total: int | None, start: int = 0):
+    from tqdm import tqdm
+
+    hidden = not sys.stderr.isatty()
+    return tqdm(desc=title, total=total, initial=start, unit="B", unit_scale=True, disable=hidden)
