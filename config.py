@@ -51,7 +51,9 @@ class Config:
         "auto", "auto: go on in out_dir | never: anew | PATH: branch from a run or checkpoint", FRESH
     )
     device: str = knob("auto", "auto (cuda, else mps, else cpu) or a torch device name", FRESH)
-    threads: int | None = knob(None, "CPU threads per process; none = torch's choice", FRESH, least=1)
+    threads: int | None = knob(
+        None, "CPU threads per process; none = torch's choice", FRESH, least=1, below=1025
+    )
     # data
     data: str = knob(
         "python", "python, shakespeare, openwebtext, fineweb, a text file, a folder of shards", BRANCH
@@ -142,6 +144,16 @@ class Config:
 
 
 NAMESPACES = ("opt", "schedule")
+CHOSEN = (
+    "micro_batch_size",
+    "n_kv_head",
+    "vocab_size",
+    "lr",
+    "weight_decay",
+    "embed_lr",
+    "head_lr",
+    "scalar_lr",
+)
 SECTIONS = dict(out_dir="The run", data="Data", arch="Model", optim="Optimizer", schedule="Schedule",
                 precision="Numbers and layout", log_every="Looking and saving")  # fmt: skip
 ARCHS = {
@@ -158,10 +170,10 @@ TYPES = typing.get_type_hints(Config)
 def parse(argv: list[str]) -> Config:
     """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after `--help`."""
     values = {}
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0)
     for word in argv:
-        if word in ("--help", "-h"):
-            print(help_text())
-            raise SystemExit(0)
         if not word.startswith("--"):
             values.update(read_recipe(word))
             continue
@@ -187,7 +199,7 @@ def read_recipe(path: str) -> dict:
         raise ValueError(
             f"cannot read the recipe {path}: {error.strerror}; flags look like --steps=100"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"the recipe {path} is damaged: {error}") from None
     values = {}
     for name, value in table.items():
@@ -201,13 +213,15 @@ def read_recipe(path: str) -> dict:
 def known(name: str) -> None:
     if name in FIELDS or ("." in name and name.split(".")[0] in NAMESPACES):
         return
-    raise ValueError(f"there is no field {name!r}; {nearest(name, list(FIELDS), '--')}")
+    near = difflib.get_close_matches(name, FIELDS, 1)
+    hint = f"did you mean --{near[0]}?" if near else "--help lists those there are"
+    raise ValueError(f"there is no field {name!r}; {hint}")
 
 
 def nearest(name: str, names: list[str], prefix: str = "") -> str:
     """The end of an error message about a name that is none of `names`."""
     near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {prefix}{near[0]}?" if near else f"there are: {', '.join(names)}"
+    return f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
 
 
 def from_text(name: str, text: str):
@@ -240,10 +254,11 @@ def from_toml(name: str, value, path: str):
         if typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
+        elif kind in (int, float) and type(value) in (int, float):
+            if (converted := number(kind, repr(value))) is not None:
+                return converted
         elif type(value) is kind:
             return value
-        elif kind is float and type(value) is int:
-            return float(value)
     raise ValueError(f"{name} = {value!r} in {path} is not allowed; it takes {allowed(name)}")
 
 
@@ -278,13 +293,9 @@ def check(cfg: Config) -> Config:
         value, least, below = getattr(cfg, name), f.metadata["least"], f.metadata["below"]
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
-        if (
-            not math.isfinite(value)
-            or (least is not None and value < least)
-            or (below is not None and value >= below)
-        ):
-            bounds = f"at least {least}" + (f" and below {below}" if below is not None else "")
-            raise ValueError(f"{name}={value} is out of range; it must be a finite number, {bounds}")
+        below = 2**31 if below is None and type(value) is int else math.inf if below is None else below
+        if not (math.isfinite(value) and least <= value < below):
+            raise ValueError(f"{name}={value} is out of range; it must be at least {least} and below {below}")
     if cfg.n_embd % cfg.n_head:
         near = [h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0]
         best = min(near, key=lambda h: abs(h - cfg.n_head))
@@ -299,6 +310,12 @@ def check(cfg: Config) -> Config:
             f"rotary positions need an even head size, not n_embd/n_head = {cfg.n_embd // cfg.n_head}; "
             "change n_head or type --position=learned"
         )
+    if cfg.schedule not in ("auto", "wsd") and "decay_frac" in cfg.given:
+        raise ValueError(
+            f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or --schedule=wsd"
+        )
+    if cfg.schedule == "constant" and cfg.min_lr_frac:
+        raise ValueError("min_lr_frac has no meaning for schedule=constant, which never decays; leave it out")
     for name in ("decay_frac", "min_lr_frac", "warmup_start"):
         if (getattr(cfg, name) or 0) > 1:
             raise ValueError(f"{name}={getattr(cfg, name)} is a share, from 0 to 1")
@@ -308,9 +325,9 @@ def check(cfg: Config) -> Config:
         raise ValueError("batch_ramp and batch_ramp_from go together: --batch_ramp=1000 --batch_ramp_from=8")
     if cfg.batch_ramp_from is not None and cfg.batch_size % cfg.batch_ramp_from:
         raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size={cfg.batch_size}")
-    for name in ("grad_clip", "clip_value", "logit_cap"):
+    for name in ("grad_clip", "clip_value", "logit_cap", "peak_flops"):
         if getattr(cfg, name) == 0:
-            raise ValueError(f"{name}=0 would set everything to 0; type --{name}=none to switch it off")
+            raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")
     return cfg
 
 
@@ -327,14 +344,39 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
             hint = nearest(name, list(taken), f"--{namespace}.") if taken else "it takes none"
             raise ValueError(f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}")
         default = taken[name]
-        number = isinstance(default, (int, float)) and not isinstance(default, bool)
-        wrong = number and (isinstance(value, (bool, str, tuple)))
-        wrong |= isinstance(default, bool) and not isinstance(value, bool)
-        wrong |= isinstance(default, tuple) and (not isinstance(value, tuple) or len(value) != len(default))
-        if wrong:
+        if isinstance(default, tuple):
+            right = isinstance(value, tuple) and len(value) == len(default) and all(map(is_number, value))
+        elif is_number(default):
+            right = is_number(value)
+        else:
+            right = (
+                isinstance(value, bool)
+                if isinstance(default, bool)
+                else not isinstance(value, (tuple, list, dict))
+            )
+        if not right:
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             raise ValueError(f"--{namespace}.{name}={value} is of the wrong kind; the default is {shown}")
     return values
+
+
+def batch_share(cfg: Config, dp: int) -> int:
+    """Sequences of the smallest step on one of dp replicas. Raises ValueError where the parts are not even."""
+    micro = cfg.micro_batch_size
+    name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
+    batch = getattr(cfg, name)
+    if batch % dp:
+        raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={-(-batch // dp) * dp}")
+    share = batch // dp
+    if "micro_batch_size" in cfg.given and micro is not None and share % micro:
+        fits = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)
+        raise ValueError(f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
+                         f"({name}={batch} over {dp}); try --micro_batch_size={fits}")
+    return share
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def with_traits(cfg: Config) -> Config:
@@ -357,8 +399,13 @@ def to_dict(cfg: Config) -> dict:
 
 
 def from_dict(saved: dict) -> Config:
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()}
-    return Config(**{k: v for k, v in saved.items() if k in FIELDS}, options=options)
+    """The config of a checkpoint, each value checked as if from a recipe. Raises ValueError."""
+    try:
+        values = {name: from_toml(name, saved[name], "the checkpoint") for name in FIELDS if name in saved}
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()}
+        return check(Config(**values, options=options))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint's settings are not what this program writes: {error}") from None
 
 
 def continued(cfg: Config, saved: dict, branch: bool) -> Config:
@@ -370,12 +417,18 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     old, values = from_dict(saved), {}
     for name, f in FIELDS.items():
         new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
+        left_open = new == "auto" or (new is None and name in CHOSEN)
+        allowed = change == FREE or (branch and change == BRANCH)
         if change == FRESH:
             continue
-        if (new == f.default and new in (None, "auto")) or (branch and name not in cfg.given):
+        if (branch and name not in cfg.given) or (left_open and not (allowed and name in cfg.given)):
             values[name] = was
-        elif new != was and change != FREE and not (branch and change == BRANCH):
+        elif new != was and not allowed:
             raise ValueError(mismatch(cfg, name, was, new, branch))
+    if branch and "lr" in cfg.given:  # the other kinds' lr were chosen with the old one
+        values |= {n: None for n in ("embed_lr", "head_lr", "scalar_lr") if n not in cfg.given}
+    if branch and "warmup_frac" in cfg.given and "warmup_steps" not in cfg.given:
+        values["warmup_steps"] = None
     options = dict(cfg.options)
     if branch:  # another schedule brings its own options, the optimizer's stay
         options = {

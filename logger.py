@@ -61,7 +61,18 @@ def read_metrics(path) -> list[dict]:
                 rows.append(json.loads(line))
             except ValueError:
                 pass
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
+
+
+def latest(out_dir) -> dict:
+    """The last metrics of a run: what train.main returned."""
+    found = {}
+    for row in read_metrics(os.path.join(out_dir, "metrics.jsonl")):
+        if "val_loss" in row:
+            found |= row
+        elif "loss" in row:
+            found |= {"step": row["step"], "loss": row["loss"]}
+    return found
 
 
 class Logger:

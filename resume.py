@@ -13,50 +13,38 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint import Checkpoint, load, newest, resolve
+from checkpoint import FOLDER, load, newest, resolve
 
 
-def find(
-    out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]
-) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint to go on from, if any, and whether it is out_dir's own.
+def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):
+    """(the checkpoint to go on from or None, whether it is out_dir's own). Changes nothing on disk.
 
     Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all. Raises ValueError where
     out_dir has checkpoints but none is whole, where there is nothing at the path to resume from, and where a
     branch would overwrite another run.
     """
     branch, found, in_place = resume not in ("auto", "never"), None, True
-    if is_main:
-        if resume == "never":
-            set_aside(out_dir)
+    if is_main and resume != "never":
         found = newest(out_dir)
-        if found is None and list(out_dir.glob("step-*")):
+        if found is None and any(FOLDER.fullmatch(p.name) for p in out_dir.iterdir()):
             raise ValueError(f"no checkpoint in {out_dir} is whole; type --resume=never to start anew")
         if branch and found is None:
             found, in_place = resolve(resume), False
-        elif branch and found.tree("config")["resume"] != resume:
-            raise ValueError(
-                f"{out_dir} holds another run; a branch from {resume} needs an --out_dir of its own"
-            )
-        if (
-            found is None or not in_place
-        ):  # what died before its first checkpoint has left rows: they will come again
-            (out_dir / "metrics.jsonl").unlink(missing_ok=True)
-    exists, in_place, step = (
-        agree(found is not None),
-        bool(agree(in_place)),
-        agree(found.step if found else 0),
-    )
+        elif branch and Path(found.tree("config/resume")).resolve() != Path(resume).resolve():
+            raise ValueError(f"{out_dir} holds another run; a branch needs an --out_dir of its own")
+    exists, in_place, step = agree(found is not None), agree(in_place), agree(found.step if found else 0)
+    old = agree(found is not None and found.path.name.startswith(".old-"))
     if exists and not is_main:
         run = out_dir if in_place else Path(resume)
-        found = load(run if run.name.startswith("step-") else run / f"step-{step:08d}", verify=False)
-    return found, in_place
+        run = run.parent if FOLDER.fullmatch(run.name) and not in_place else run
+        found = load(run / f"{'.old-' * old}step-{step:08d}", verify=False)
+    return found, bool(in_place)
 
 
 def set_aside(out_dir: Path) -> None:
     """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is deleted."""
     names = ("metrics.jsonl", "train.log", "config.toml", "loss.png")
-    left = [p for p in out_dir.iterdir() if p.name in names or p.name.startswith("step-")]
+    left = [p for p in out_dir.iterdir() if p.name in names or FOLDER.fullmatch(p.name)]
     if left:
         number = 1
         while (out_dir / f"earlier-{number}").exists():
@@ -73,8 +61,11 @@ class RunLock:
     """
 
     def __init__(self, out_dir):
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        self._file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")
+        try:
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            self._file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--out_dir={out_dir} cannot be used: {error.strerror}") from None
         try:
             if os.name == "nt":
                 import msvcrt

@@ -17,9 +17,10 @@ import checkpoint
 import config
 import data
 from model import GPT, GPTConfig
+from parallel.mesh import pick_device
 
 
-def load(path: str, device: str = "cpu") -> tuple[GPT, data.Tokenizer]:
+def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, data.Tokenizer]:
     """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is
     none."""
     saved = checkpoint.resolve(path)
@@ -40,10 +41,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    if args.tokens < 1 or args.n < 1 or args.temperature < 0 or args.top_k < 0:
-        raise ValueError("--tokens and --n are at least 1, --temperature and --top_k at least 0")
-    model, tokenizer = load(args.run, args.device)
-    prompt = torch.from_numpy(tokenizer.encode(args.prompt)).to(args.device)
+    if args.tokens < 1 or args.n < 1 or args.top_k < 0:
+        raise ValueError("--tokens and --n are at least 1, --top_k at least 0")
+    if args.temperature != 0 and not 1e-3 <= args.temperature <= 1e3:
+        raise ValueError(f"--temperature={args.temperature} is not allowed; it is 0 or from 0.001 to 1000")
+    device = pick_device(args.device)
+    model, tokenizer = load(args.run, device)
+    prompt = torch.from_numpy(tokenizer.encode(args.prompt)).to(device)
     if len(prompt) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
     ids = model.generate(

@@ -63,8 +63,8 @@ def inverse_sqrt(t: int, T: int, minimum: float = 0.0, timescale: float = 1.0) -
 def sgdr(t: int, T: int, minimum: float = 0.0, T_0: int = 0, T_mult: int = 2) -> float:
     """T_0: steps of the first cycle; 0 = so that three cycles fill T. T_mult: how much longer each next one
     is."""
-    if T_0 < 0 or T_mult < 1 or T_mult != int(T_mult):
-        raise ValueError(f"--schedule.T_0={T_0} must be at least 0, T_mult={T_mult} a whole number from 1")
+    if T_0 < 0 or T_0 != int(T_0) or T_mult < 1 or T_mult != int(T_mult):
+        raise ValueError(f"--schedule.T_0={T_0} must be a whole number from 0, T_mult={T_mult} one from 1")
     length = T_0 or max(1, T // (1 + T_mult + T_mult**2))
     while t >= length:
         t, length = t - length, length * T_mult

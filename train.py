@@ -51,8 +51,25 @@ def main(cfg: config.Config) -> dict:
     lock = resume.RunLock(out_dir) if is_main else None
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
     if earlier is not None:
-        cfg = config.continued(cfg, earlier.tree("config"), branch=cfg.resume != "auto")
+        saved = earlier.tree("config")
+        cfg = config.continued(cfg, saved, branch=cfg.resume != "auto")
+        cfg = config.update(cfg, resume=saved["resume"]) if in_place else cfg
     step = first_step = earlier.step if earlier is not None else 0
+
+    def leave(metrics: dict) -> dict:
+        mesh.agree(0)  # nobody goes while another still works
+        if lock is not None:
+            lock.release()
+        if made_group:
+            torch.distributed.destroy_process_group()
+        return metrics
+
+    if earlier is not None and step >= cfg.steps:
+        if not in_place:
+            raise ValueError(f"a branch from step {step} needs more than --steps={cfg.steps}")
+        if is_main:
+            print(f"the run in {out_dir} is finished at step {step}; type --steps= or --resume=never")
+        return leave(logger.latest(out_dir))
 
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
     optimizer_class = find_optimizer(cfg.optim)
@@ -76,6 +93,10 @@ def main(cfg: config.Config) -> dict:
     train_rows = data.Rows(corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size)
     val_rows = data.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
+    if earlier is not None and (in_place or "data" not in cfg.given):
+        if earlier.tree("record/data_sha256") != corpus.sha256:
+            raise ValueError(f"--data={cfg.data} has changed since {earlier.path} was written")
+
     # ---- model: the same start on every layout ------------------------------------------------------------
     model = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
     model = init_weights(model.to(device=device, dtype=amp.PARAM_DTYPE[cfg.precision]))
@@ -95,7 +116,7 @@ def main(cfg: config.Config) -> dict:
     # ---- data parallel: who adds which gradients to whose -------------------------------------------------
     replicas = {"ddp": DDP}[cfg.data_parallel](mesh.groups["dp"], cfg.bucket_mb)
     model = replicas.wrap(model)
-    share = batch_share(cfg, mesh)
+    share = config.batch_share(cfg, mesh.sizes["dp"])
     if cfg.micro_batch_size is None or share % cfg.micro_batch_size:
         cfg = config.update(cfg, micro_batch_size=largest_micro_batch(run, model, replicas, share, mesh))
 
@@ -107,8 +128,14 @@ def main(cfg: config.Config) -> dict:
         if cfg.mup_base_width is not None:
             rule = mup.lr_multipliers(optimizer_class.__name__, cfg.n_embd, cfg.mup_base_width, **opt_options)
             lrs[kind] *= rule[kind]
-    groups = param_groups.param_groups(model, lrs, cfg.weight_decay, is_muon(optimizer_class))
-    optimizer = replicas.make_optimizer(optimizer_class, groups, **opt_options)
+    groups = param_groups.param_groups(model, lrs, cfg.weight_decay, matrices_only(optimizer_class))
+    for name in ("head_lr", "scalar_lr"):
+        if name in cfg.given and name.removesuffix("_lr") not in [group["kind"] for group in groups]:
+            raise ValueError(f"--{name}: this model has no such parameters; leave it out")
+    try:
+        optimizer = replicas.make_optimizer(optimizer_class, groups, **opt_options)
+    except TypeError as error:
+        raise ValueError(f"--opt.*: {optimizer_class.__name__} cannot take {opt_options}: {error}") from None
     for group in optimizer.param_groups:
         group["initial_lr"], group["initial_momentum"] = group["lr"], group.get("momentum")
     if hasattr(optimizer, "train"):
@@ -129,6 +156,8 @@ def main(cfg: config.Config) -> dict:
 
     # ---- what this run is, for the user and for the record ------------------------------------------------
     params = [p for p in model.parameters() if p.requires_grad]
+    if is_main and not (in_place and earlier is not None):
+        resume.set_aside(out_dir)  # a fresh start; nothing is lost
     log = logger.Logger(out_dir, cfg.steps, first_step, is_main, resumed=earlier is not None and in_place)
     record = logger.environment(device, mesh.world, corpus.sha256)
     if is_main:
@@ -228,10 +257,7 @@ def main(cfg: config.Config) -> dict:
                        "peak_bytes": monitor.peak_bytes(device)})
 
     # ---- the end ------------------------------------------------------------------------------------------
-    if not news:
-        log.say(f"the run in {out_dir} is finished at step {step}; "
-                "--steps= to go on, --resume=never to start anew")
-    elif done and is_main:
+    if done and is_main:
         if cfg.sample_tokens:
             prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
             with param_groups.evaluation_weights(optimizer):
@@ -241,33 +267,28 @@ def main(cfg: config.Config) -> dict:
             logger.plot(out_dir, out_dir / "loss.png")
     stop.restore()
     log.close()
-    mesh.agree(0)  # nobody leaves while rank 0 still draws
-    if lock is not None:
-        lock.release()
-    if made_group:
-        torch.distributed.destroy_process_group()
-    return latest
+    return leave(latest)
 
 
 # ---- the steps of main that have a name ------------------------------------------------------------------
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class for `file` (its first) or `file.Class` in optim/. Raises ValueError with the nearest name."""
-    file, _, wanted = name.partition(".")
+    file, dot, wanted = name.partition(".")
     folder = Path(__file__).parent / "optim"
     files = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("param_groups", "mup"))
     if file not in files:
-        raise ValueError(f"--optim={name}: there is no optim/{file}.py; {config.nearest(file, files)}")
+        raise ValueError(f"--optim={name}: there is no such file in optim/; {config.nearest(file, files)}")
     module = vars(importlib.import_module(f"optim.{file}"))
     classes = {n: c for n, c in module.items() if isinstance(c, type) and c.__module__ == module["__name__"]}
     classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
-    if wanted and wanted not in classes:
-        raise ValueError(f"--optim={name}: optim/{file}.py has {config.nearest(wanted, list(classes))}")
+    if dot and wanted not in classes:
+        raise ValueError(f"--optim={name}: no such class in that file; {config.nearest(wanted, [*classes])}")
     return classes[wanted] if wanted else next(iter(classes.values()))
 
 
-def is_muon(optimizer_class: type) -> bool:
+def matrices_only(optimizer_class: type) -> bool:
     """Muon moves the matrices itself and everything else by AdamW, with other learning rates."""
-    return optimizer_class.__name__ == "Muon"
+    return getattr(optimizer_class, "matrices_only", False)
 
 
 def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> config.Config:
@@ -275,9 +296,9 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     own."""
     default = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
     lr = default["lr"] if cfg.lr is None else cfg.lr
-    other = 0.01 if is_muon(optimizer_class) else lr
+    other = 0.01 if matrices_only(optimizer_class) else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
-    schedule = "constant" if "ScheduleFree" in optimizer_class.__name__ else "wsd"
+    schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
     if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB", "Adafactor"):
         cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm
     return config.update(
@@ -289,21 +310,6 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
         weight_decay=default["weight_decay"] if cfg.weight_decay is None else cfg.weight_decay,
         **{name: other if value is None else value for name, value in own.items()},
     )
-
-
-def batch_share(cfg: config.Config, mesh: meshes.Mesh) -> int:
-    """Sequences of the smallest step on one replica. Raises ValueError where the parts are not even."""
-    dp, micro = mesh.sizes["dp"], cfg.micro_batch_size
-    name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
-    batch = getattr(cfg, name)
-    if batch % dp:
-        raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={-(-batch // dp) * dp}")
-    share = batch // dp
-    if "micro_batch_size" in cfg.given and micro is not None and share % micro:
-        fits = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)
-        raise ValueError(f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
-                         f"({name}={batch} over {dp}); try --micro_batch_size={fits}")
-    return share
 
 
 def largest_micro_batch(run, model, replicas: DDP, share: int, mesh: meshes.Mesh) -> int:
@@ -333,3 +339,5 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the loop, which has a handler of its own: nothing to lose yet
+        sys.exit(130)

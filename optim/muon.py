@@ -117,6 +117,7 @@ class Muon(torch.optim.Optimizer):
     gradients that are sparse or complex."""
 
     elementwise: bool = False  # needs whole matrices; only its use_muon=False groups are elementwise
+    matrices_only: bool = True  # everything else belongs in a group with use_muon=False
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0,
                  nesterov: bool = True, ns_steps: int = 5, ns: str = "quintic",

@@ -5,8 +5,8 @@
     matrix      every other weight with two or more dimensions       lr       decay (Muon works on these)
     scalar      gains and biases: fewer than two dimensions          own lr   no weight decay
 
-Decided by the type of the module and the number of dimensions. Going by "embedding" or "norm" in the name, as
-many recipes do, misses `wte` and decays it.
+Decided by the type of the module, the number of dimensions and, for the head, its place at the root. Going by
+"embedding" or "norm" in the name, as many recipes do, misses `wte` and decays it.
 """
 
 from contextlib import contextmanager
@@ -81,6 +81,9 @@ def evaluation_weights(optimizer: Optimizer):
             params[name].copy_(before)
 
 
+CONFIGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum")  # the config's to say
+
+
 def state_by_name(optimizer: Optimizer) -> dict:
     """The optimizer's state by parameter name, and its groups without the parameters: what load_state_by_name
     takes."""
@@ -102,7 +105,7 @@ def load_state_by_name(optimizer: Optimizer, saved: dict) -> None:
     new = optimizer.state_dict()
     for group in new["param_groups"]:
         old = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["groups"][group["kind"]].items()}
-        group.update({k: v for k, v in old.items() if k not in ("lr", "initial_lr", "weight_decay")})
+        group.update({k: v for k, v in old.items() if k not in CONFIGS})
     new["state"] = {
         i: saved["state"][n]
         for g in new["param_groups"]

@@ -93,6 +93,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        assert device.type in ("cuda", "mps", "cpu"), "known are cuda, mps and cpu"
         if device.type == "cuda":
             assert torch.cuda.is_available(), "torch finds no GPU"
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))

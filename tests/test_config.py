@@ -45,7 +45,7 @@ def test_a_table_and_a_dotted_key_mean_the_same(tmp_path):
         ("--steps=inf", "a whole number"),
         ("--steps=none", "a whole number"),
         ("--lr=-1", "at least 0"),
-        ("--lr=nan", "finite"),
+        ("--lr=nan", "at least 0"),
         ("--dropout=1", "below 1"),
         ("--tied=maybe", "true or false, auto"),
         ("--arch=llama", "modern, gpt2"),

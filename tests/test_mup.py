@@ -18,8 +18,8 @@ WIDTHS = (32, 64, 128, 256)
 def change(name: str, width: int, on: bool) -> dict[str, float]:
     """RMS of how much 4 steps change the hidden states before the head, and the logits."""
     optimizer_class, lr, options = RUNS[name]
-    c = GPTConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=width, block_size=16, vocab_size=64,
-                  zero_init=False, logit_cap=None, qk_norm=False, mup_base_width=32 if on else None)  # fmt: skip
+    shape = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=width, block_size=16, vocab_size=64)
+    c = GPTConfig(**shape, zero_init=False, logit_cap=None, qk_norm=False, mup_base_width=32 if on else None)
     model = init_weights(GPT(c))
     rule = mup.lr_multipliers(optimizer_class.__name__, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}

@@ -96,7 +96,8 @@ def test_sgdr_fills_the_run_with_three_cycles():
 @pytest.mark.parametrize(
     "name, options",
     [("wsd", dict(shape="cubic")), ("sgdr", dict(T_0=-1)), ("sgdr", dict(T_mult=0)),
-     ("inverse_sqrt", dict(timescale=0)), ("onecycle", dict(pct_start=1.5)), ("onecycle", dict(div_factor=0.5))],
+     ("inverse_sqrt", dict(timescale=0)), ("onecycle", dict(pct_start=1.5)),
+     ("onecycle", dict(div_factor=0.5))],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -341,7 +341,7 @@ def test_init_from_takes_the_weights_alone(tmp_path, text):
     [
         ("--optim=adamv", "did you mean adamw?"),
         ("--optim=muon.Moun", "did you mean Muon?"),
-        ("--optim=param_groups", "there is no optim/param_groups.py"),
+        ("--optim=param_groups", "no such file in optim"),
         ("--opt.beta=0.9", "no such argument"),
         ("--optim=adamw --opt.eps=-1", "eps"),
         ("--schedule.shape=round", "linear, cosine"),
