@@ -361,7 +361,7 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
 
 
 def batch_share(cfg: Config, dp: int) -> int:
-    """Sequences of the smallest step on one of dp replicas. Raises ValueError where the parts are not even."""
+    """Sequences of the smallest step on one of dp replicas. Raises ValueError where parts are not even."""
     micro = cfg.micro_batch_size
     name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
     batch = getattr(cfg, name)

@@ -10,7 +10,7 @@ Expected: with μP the best lr moves by at most one grid step over 8 times the w
 1/width. Muon's update has a spectral norm that does not depend on the width, so it should move little either
 way.
 
-    python experiments/mup_transfer.py [--quick]        rows already in results/mup_transfer.csv are not run again
+    python experiments/mup_transfer.py [--quick]        rows in results/mup_transfer.csv are not run again
 """
 
 import csv
@@ -35,9 +35,10 @@ FIELDS = ("optim", "mup", "width", "lr", "loss")
 
 def one_run(optim: str, mup: bool, width: int, lr: float, steps: int) -> float:
     with tempfile.TemporaryDirectory() as out_dir:
-        flags = [f"--optim={optim}", f"--lr={lr}", f"--n_embd={width}", f"--steps={steps}", f"--out_dir={out_dir}",
-                 "--n_layer=2", "--block_size=64", "--batch_size=8", "--precision=fp32", "--eval_every=0",
-                 "--save_every=0", "--sample_tokens=0"]  # fmt: skip
+        flags = [f"--optim={optim}", f"--lr={lr}", f"--n_embd={width}", f"--steps={steps}",
+                 f"--out_dir={out_dir}", "--n_layer=2", "--block_size=64", "--batch_size=8",
+                 "--precision=fp32",
+                 "--eval_every=0", "--save_every=0", "--sample_tokens=0"]
         sys.stdout = open(os.devnull, "w")
         try:
             train.main(config.parse(flags + (["--mup_base_width=64"] if mup else [])))
@@ -66,17 +67,20 @@ def main() -> None:
                         with open(path, "w", newline="") as file:
                             csv.writer(file).writerows([FIELDS, *(k + (v,) for k, v in done.items())])
                         print(*key, f"{done[key]:.4f}", flush=True)
-    lines = ["| optimizer | μP | " + " | ".join(f"width {w}" for w in widths) + " |", "|---" * (2 + len(widths)) + "|"]
+    lines = ["| optimizer | μP | " + " | ".join(f"width {w}" for w in widths) + " |"]
+    lines.append("|---" * (2 + len(widths)) + "|")
     for optim in GRID:
         for mup in (True, False):
             cells = []
             for width in widths:
-                losses = {float(k[3]): v for k, v in done.items() if k[:3] == (optim, str(mup), str(width)) and v == v}
+                mine = {float(k[3]): v for k, v in done.items() if k[:3] == (optim, str(mup), str(width))}
+                losses = {lr: loss for lr, loss in mine.items() if loss == loss}
                 best = min(losses, key=losses.get)
                 cells.append(f"{best:.2g} ({losses[best]:.3f})")
             lines.append(f"| {optim} | {'on' if mup else 'off'} | " + " | ".join(cells) + " |")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout
-    lines += ["", f"Best lr (training loss there), {steps} steps of 8 x 64 bytes, one seed, commit {commit.strip()}."]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout
+    lines += ["", f"Best lr (training loss there); {steps} steps of 8 x 64 bytes, {commit.strip()}."]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -79,7 +79,8 @@ def test_a_wrong_claim_and_a_failing_peer_do_not_end_the_bench(monkeypatch, tiny
 
 
 @pytest.mark.parametrize("command", [
-    "", "optimizers", "optim --fast", "optim --only=adan", "optim --threads=0", "optim --quick=1", "optim --out",
+    "", "optimizers", "optim --fast", "optim --only=adan", "optim --threads=0", "optim --quick=1",
+    "optim --out",
 ])  # fmt: skip
 def test_what_is_not_understood_is_one_line_and_exit_2(command, capsys):
     assert bench.main(command.split()) == 2

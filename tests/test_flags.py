@@ -151,8 +151,9 @@ def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkey
 
 def test_dropout_seed_and_logit_cap_change_the_run(tmp_path, text):  # noqa: F811
     go(text, tmp_path / "plain", "--steps=3")
-    flags = """--dropout=0.5 --seed=7 --logit_cap=0.5 --qk_norm=false --n_kv_head=1 --activation=gelu --tied=true
-        --position=learned --bias=true --zero_init=false --init=gpt2 --grad_clip=0.01 --norm=layernorm
+    flags = """--dropout=0.5 --seed=7 --logit_cap=0.5 --qk_norm=false --n_kv_head=1
+        --activation=gelu --tied=true --position=learned --bias=true --zero_init=false --init=gpt2
+        --grad_clip=0.01 --norm=layernorm
         --head_lr=0.5 --embed_lr=0.5"""
     for flag in flags.split():
         more = (
