@@ -92,7 +92,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)  # (B, T, 4C)
-        return self.proj(F.gelu(x, approximate="tanh") if self.gelu else F.relu(x).square())
+        return self.proj(F.gelu(x) if self.gelu else F.relu(x).square())
 
 
 class Block(nn.Module):
