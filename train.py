@@ -260,6 +260,7 @@ def main(cfg: config.Config) -> dict:
     if done and is_main:
         if cfg.sample_tokens:
             prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
+            prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
             with param_groups.evaluation_weights(optimizer):
                 ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, top_k=50, seed=cfg.seed)
             log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
