@@ -14,7 +14,7 @@ Made to be cut up from outside; nothing here knows how:
 - `blocks` is keyed by the global layer number, and embedding or head may be absent: a pipeline stage is this
   model with parts missing, and every parameter has the same name in every layout;
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants them apart;
-- the attention core is the replaceable attribute `Attention.core`;
+- the attention core and a linear layer's product are replaceable: `Attention.core`, `Linear.product`;
 - the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position).
 
 Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel has
@@ -61,14 +61,21 @@ class Where(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cos, sin, each (T, D/2) or (B, 1, T, D/2)
 
 
+class Linear(nn.Linear):
+    product = staticmethod(F.linear)  # x (..., K), weight (N, K), bias (N,) -> (..., N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.head_size, self.qk_norm = c.n_embd // c.n_head, c.qk_norm
-        self.q = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.k = nn.Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
-        self.v = nn.Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
-        self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.q = Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.k = Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
+        self.v = Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
+        self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.core = causal_attention
         self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: 8 q.k/D, not q.k/sqrt(D)
 
@@ -76,7 +83,7 @@ class Attention(nn.Module):
         heads = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q, self.k, self.v))
         q, k, v = (h.transpose(1, 2) for h in heads)  # (B, H, T, D)
         if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
+            q, k = (F.rms_norm(h, h.shape[-1:], eps=1e-6) for h in (q, k))  # in float32 for half types
         if where.rotary is not None:
             q, k = rotate(q, *where.rotary), rotate(k, *where.rotary)
         y = self.core(q if self.q_factor == 1 else q * self.q_factor, k, v)  # (B, H, T, D)
@@ -86,8 +93,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
-        self.proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
+        self.fc = Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
+        self.proj = Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
         self.gelu = c.activation == "gelu"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +127,7 @@ class GPT(nn.Module):
         layers = range(c.n_layer) if layers is None else layers
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
         self.final_norm = make_norm(c) if head else None
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False) if head else None
+        self.head = Linear(c.n_embd, c.vocab_size, bias=False) if head else None
         if c.tied and embed and head:
             self.head.weight = self.embed.weight
         self.hits = None  # after a forward in eval mode: how many targets were the likeliest token (0-dim)
@@ -134,9 +141,7 @@ class GPT(nn.Module):
         """
         where = self.locate(x, positions, rows)
         if self.embed is not None:
-            x = self.embed(x)
-            if self.positions is not None:
-                x = x + self.positions(where.positions)
+            x = self.embed(x) if self.positions is None else self.embed(x) + self.positions(where.positions)
             x = self.drop_embed(x, where)
         for block in self.blocks.values():
             x = block(x, where)
@@ -212,10 +217,6 @@ class KeepingCore:
         return causal_attention(q, k, v, causal)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)  # computes in float32 for half types, returns x's type
-
-
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "layernorm":
         return nn.LayerNorm(c.n_embd, bias=c.bias)
@@ -253,8 +254,7 @@ class Dropout(nn.Module):
         if where.rows is None:
             raise ValueError("dropout needs the numbers of the rows: model(x, targets, rows=...)")
         h = mix(mix(where.rows.unsqueeze(1) + self.key) + where.positions)  # (B, T)
-        channel = torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1
-        h = mix(h.unsqueeze(-1) + channel)  # (B, T, C), uniform in [0, 2^32)
+        h = mix(h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1)  # below 2^32
         return x * (h >= int(self.p * 2**32)).to(x.dtype) / (1 - self.p)
 
 

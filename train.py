@@ -29,7 +29,7 @@ from model import GPT, GPTConfig, init_weights
 from optim import mup, param_groups
 from parallel import mesh as meshes
 from parallel.ddp import DDP
-from precision import amp
+from precision import amp, onednn
 
 
 def main(cfg: config.Config) -> dict:
@@ -102,6 +102,9 @@ def main(cfg: config.Config) -> dict:
     model = init_weights(model.to(device=device, dtype=amp.PARAM_DTYPE[cfg.precision]))
     if cfg.init_from is not None and earlier is None:
         checkpoint.resolve(cfg.init_from).load_weights(model)
+    if onednn.faster(cfg.precision, device):
+        for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            layer.product = onednn.linear
 
     def run(numbers: range | list[int], rows: data.Rows = train_rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward on the rows with these numbers: the sum of the token losses, and the targets (B, T)."""
