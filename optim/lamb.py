@@ -23,11 +23,11 @@ def lamb_update(p, g, exp_avg, exp_avg_sq, bias1, bias2, lr, beta1, beta2, eps, 
     """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all shaped as `g`; biasᵢ = 1 − βᵢᵗ, or 1."""
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    root = bias2**0.5  # both bias corrections go into one factor: fewer passes over memory
-    denominator = exp_avg_sq.sqrt().add_(eps * root)
-    u = torch.mul(p, weight_decay).addcdiv_(exp_avg, denominator, value=root / bias1)
+    scale = bias2**0.5 / bias1  # both bias corrections; u is kept without it, which r·u does not notice
+    u = exp_avg_sq.sqrt().add_(eps * bias2**0.5)
+    torch.div(exp_avg, u, out=u).add_(p, alpha=weight_decay / scale)
     p_norm, u_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(u)
-    ratio = torch.where((p_norm > 0) & (u_norm > 0), p_norm / u_norm, 1)
+    ratio = torch.where((p_norm > 0) & (u_norm > 0), p_norm / u_norm, scale)
     p.addcmul_(u, ratio, value=-lr)
 
 

@@ -24,7 +24,7 @@ import torch
 def lion_update(p, g, exp_avg, lr, beta1, beta2, weight_decay) -> None:
     """One step, in place on `p` and `exp_avg`, of one shape with `g`."""
     direction = exp_avg.lerp(g, 1 - beta1).sign_()
-    p.mul_(1 - lr * weight_decay).sub_(direction.mul_(lr))
+    p.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr)
     exp_avg.lerp_(g, 1 - beta2)
 
 
