@@ -50,8 +50,13 @@ def adafactor_update(p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta
     alpha = min(lr, 1 / math.sqrt(t)) if relative_step else lr
     if scale_parameter:
         alpha = alpha * rms(p).clamp(min=eps2)
-    u.mul_(alpha / (rms(u) / d).clamp(min=1))
-    p.mul_(1 - lr * weight_decay).sub_(u if beta1 is None else state["exp_avg"].lerp_(u, 1 - beta1))
+    factor = alpha / (rms(u) / d).clamp(min=1)
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    if beta1 is None:
+        p.addcmul_(u, factor, value=-1)
+    else:
+        p.sub_(state["exp_avg"].lerp_(u.mul_(factor), 1 - beta1))
 
 
 class Adafactor(torch.optim.Optimizer):

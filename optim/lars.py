@@ -30,7 +30,7 @@ def lars_update(p, g, momentum_buffer, lr, momentum, weight_decay, trust_coeffic
         k = torch.where((p_norm > 0) & (g_norm > 0), k, 1)
         d = g.add(p, alpha=weight_decay).mul_(k) if weight_decay else g * k
     if momentum_buffer is not None:
-        momentum_buffer.mul_(momentum).add_(d)
+        torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)  # μb + d in one pass
         d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     p.add_(d, alpha=-lr)
 

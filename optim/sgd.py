@@ -21,7 +21,7 @@ def sgd_update(p, g, momentum_buffer, lr, momentum=0.0, weight_decay=0.0, nester
     """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as `g`."""
     d = g.add(p, alpha=weight_decay) if weight_decay else g
     if momentum_buffer is not None:
-        momentum_buffer.mul_(momentum).add_(d)
+        torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)  # μb + d in one pass
         d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     p.add_(d, alpha=-lr)
 
