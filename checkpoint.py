@@ -144,16 +144,24 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def tree(self, prefix: str | None = None):
-        """What was saved, with whole tensors; `prefix` ("model", "optim/state") picks one branch."""
+    def tree(self, prefix: str | None = None, box=None, missing=None):
+        """What was saved, with whole tensors; `prefix` ("model", "optim/state") picks one branch, and
+        `missing` stands for one that is not there.
+
+        box: (whole shape, offsets, shape): of tensors of that whole shape only this box is read.
+        """
         node = self._tree
         for key in prefix.split("/") if prefix else []:
             try:
                 node = node[int(key) if isinstance(node, list) else key]
             except (KeyError, IndexError, ValueError, TypeError):
+                if missing is not None:
+                    return missing
                 raise ValueError(f"{self.path} has no {prefix!r}; it has {', '.join(self._tree)}") from None
 
         def from_json(name, leaf):
+            if leaf == TENSOR and box is not None and self._tensors[name]["shape"] == list(box[0]):
+                return self.tensor(name, box[1], box[2])
             if leaf == TENSOR:
                 return self.tensor(name)
             return float(leaf["$"]) if isinstance(leaf, dict) else leaf
@@ -177,16 +185,27 @@ class Checkpoint:
                 out[_box(low, high, offsets)] = self._stored(entry, s)[_box(low, high, s["offsets"])]
         return out
 
+    def has(self, part: str) -> bool:
+        return part in self._tree
+
+    def weights(self, part: str):
+        """A function of a parameter's name and shape: the whole tensor. It raises ValueError where that
+        parameter is missing or has another shape."""
+
+        def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            saved = self._tensors.get(f"{part}/{name}")
+            if saved is None or tuple(saved["shape"]) != tuple(shape):
+                found = tuple(saved["shape"]) if saved else "missing"
+                raise ValueError(f"{self.path} does not fit: {name} is {found}, not {tuple(shape)}")
+            return self.tensor(f"{part}/{name}")
+
+        return read
+
     def load_weights(self, model: torch.nn.Module, part: str = "model") -> None:
-        """Every parameter of `model` from "<part>/<its name>". Raises ValueError where one is missing or
-        differs."""
+        """Every parameter of `model` from "<part>/<its name>", see `weights`."""
         with torch.no_grad():
             for name, p in model.named_parameters():
-                saved = self._tensors.get(f"{part}/{name}")
-                if saved is None or tuple(saved["shape"]) != tuple(p.shape):
-                    shape = tuple(saved["shape"]) if saved else "missing"
-                    raise ValueError(f"{self.path} does not fit: {name} is {shape}, not {tuple(p.shape)}")
-                p.copy_(self.tensor(f"{part}/{name}"))
+                p.copy_(self.weights(part)(name, tuple(p.shape)))
 
     def verify(self) -> None:
         """Read every byte; raise CheckpointDamaged unless files, tree and slices are as written."""
@@ -231,6 +250,20 @@ class Checkpoint:
         if stored.get_shape() != s["shape"] or stored.get_dtype() != entry["dtype"]:
             raise CheckpointDamaged(f"{path} holds another {s['key']} than index.json says")
         return stored
+
+
+def boxed(by_name: dict, boxes: dict) -> dict:
+    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}; where `boxes` says that the
+    optimizer saw only a part of that parameter, (whole shape, offsets, shape), tensors of the part's shape
+    become Slices."""
+
+    def cut(value, box):
+        if isinstance(value, dict):
+            return {key: cut(x, box) for key, x in value.items()}
+        part = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(box[2])
+        return Slice(value, tuple(box[0]), tuple(box[1])) if part else value
+
+    return {name: cut(x, boxes[name]) if name in boxes else x for name, x in by_name.items()}
 
 
 def load(path, verify: bool = True) -> Checkpoint:

@@ -121,8 +121,30 @@ class Config:
         "auto",
         "fp64: the oracle | fp32 | bf16: autocast over fp32 weights | auto: what this hardware does fast",
     )
-    data_parallel: Literal["ddp"] = knob("ddp", "how ranks share the work; ddp: replicas", FREE)
-    bucket_mb: float = knob(25.0, "size of a gradient bucket, MiB", FREE, least=0)
+    data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = knob(
+        "ddp", "ddp: replicas | zero1, 2, 3: state, gradients, weights at owners | fsdp: in shards", FREE
+    )
+    fsdp_shard: int | None = knob(
+        None, "fsdp: ranks that share one copy, the others repeat it (hybrid); none = all, 1 = no sharding",
+        FREE, least=1,
+    )
+    reshard: bool = knob(True, "fsdp: weights are dropped after forward and gathered again", FREE)
+    bucket_mb: float = knob(25.0, "ddp, zero: size of a gradient bucket, MiB", FREE, least=0)
+    reduce_dtype: Literal["fp32", "bf16"] | None = knob(
+        None, "zero, fsdp: numbers in which gradients are summed over ranks; none = their own", FREE
+    )
+    compress: Literal["topk", "sign", "onebit", "powersgd", "fp16", "bf16"] | None = knob(
+        None, "ddp: gradients are sent compressed, with error feedback", FREE
+    )
+    diloco_every: int | None = knob(
+        None, "ddp: replicas take so many steps alone, then average (another algorithm)", least=1
+    )
+    offload: Literal["cpu", "disk"] | None = knob(
+        None, "where optimizer state waits: host memory, or files in out_dir", FREE
+    )
+    offload_params: Literal["cpu", "disk"] | None = knob(
+        None, "zero3, fsdp: where weights wait between uses", FREE
+    )
     # looking and saving
     log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
     eval_every: int | None = knob(60, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
@@ -143,7 +165,7 @@ class Config:
         return {k.split(".", 1)[1]: v for k, v in self.options.items() if k.startswith(namespace + ".")}
 
 
-NAMESPACES = ("opt", "schedule")
+NAMESPACES = ("opt", "schedule", "compress", "diloco")
 CHOSEN = (
     "micro_batch_size",
     "n_kv_head",
@@ -325,6 +347,15 @@ def check(cfg: Config) -> Config:
         raise ValueError("batch_ramp and batch_ramp_from go together: --batch_ramp=1000 --batch_ramp_from=8")
     if cfg.batch_ramp_from is not None and cfg.batch_size % cfg.batch_ramp_from:
         raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size={cfg.batch_size}")
+    needs = dict(fsdp_shard="fsdp", reshard="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp", compress="ddp",
+                 diloco_every="ddp", offload_params="zero3 fsdp")  # fmt: skip
+    for name, layouts in needs.items():
+        if getattr(cfg, name) != FIELDS[name].default and cfg.data_parallel not in layouts.split():
+            others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
+            raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
+                             f"leave it out, or type {others}")
+    if cfg.compress is not None and cfg.diloco_every is not None:
+        raise ValueError("compress and diloco_every do not go together; leave one of them out")
     for name in ("grad_clip", "clip_value", "logit_cap", "peak_flops"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")

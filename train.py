@@ -9,8 +9,7 @@
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C after a checkpoint; 2 a user's mistake; 1 anything else.
 """
 
-import importlib
-import inspect
+import functools
 import math
 import sys
 import time
@@ -19,16 +18,16 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import choices
 import config
 import data
 import logger
 import monitor
 import resume
 import schedules
-from model import GPT, GPTConfig, init_weights
+from model import GPT, GPTConfig, initial_weight
 from optim import mup, param_groups
 from parallel import mesh as meshes
-from parallel.ddp import DDP
 from precision import amp, onednn
 
 
@@ -72,8 +71,8 @@ def main(cfg: config.Config) -> dict:
         return leave(logger.latest(out_dir))
 
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
-    optimizer_class = find_optimizer(cfg.optim)
-    cfg = settled(cfg, device, optimizer_class)
+    optimizer_class = choices.find_optimizer(cfg.optim)
+    cfg = choices.settled(cfg, device, optimizer_class)
     opt_options = config.check_options(cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay"))
     shape = schedules.SHAPES[cfg.schedule]
     shape_options = config.check_options(cfg, "schedule", shape, given=schedules.OURS)
@@ -98,13 +97,17 @@ def main(cfg: config.Config) -> dict:
             raise ValueError(f"--data={cfg.data} has changed since {earlier.path} was written")
 
     # ---- model: the same start on every layout ------------------------------------------------------------
-    model = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
-    model = init_weights(model.to(device=device, dtype=amp.PARAM_DTYPE[cfg.precision]))
-    if cfg.init_from is not None and earlier is None:
-        checkpoint.resolve(cfg.init_from).load_weights(model)
+    with torch.device("meta"):  # shapes alone; the layout decides what is held where
+        model = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
+    model = model.to(amp.PARAM_DTYPE[cfg.precision])
     if onednn.faster(cfg.precision, device):
         for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
             layer.product = onednn.linear
+    weights = functools.partial(initial_weight, model.config)  # by name and shape
+    if earlier is not None:
+        weights = earlier.weights("training_weights" if earlier.has("training_weights") else "model")
+    elif cfg.init_from is not None:
+        weights = checkpoint.resolve(cfg.init_from).weights("model")
 
     def run(numbers: range | list[int], rows: data.Rows = train_rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward on the rows with these numbers: the sum of the token losses, and the targets (B, T)."""
@@ -116,12 +119,14 @@ def main(cfg: config.Config) -> dict:
         with amp.autocast(cfg.precision, device):
             return model(tokens[:, :-1], tokens[:, 1:], rows=which), tokens[:, 1:]
 
-    # ---- data parallel: who adds which gradients to whose -------------------------------------------------
-    replicas = {"ddp": DDP}[cfg.data_parallel](mesh.groups["dp"], cfg.bucket_mb)
+    # ---- data parallel: who holds which weights, gradients and state --------------------------------------
+    replicas = choices.data_parallel(cfg, mesh)
     model = replicas.wrap(model)
+    replicas.fill(weights)
     share = config.batch_share(cfg, mesh.sizes["dp"])
     if cfg.micro_batch_size is None or share % cfg.micro_batch_size:
-        cfg = config.update(cfg, micro_batch_size=largest_micro_batch(run, model, replicas, share, mesh))
+        size = choices.largest_micro_batch(run, model, replicas, share, mesh)
+        cfg = config.update(cfg, micro_batch_size=size)
 
     # ---- optimizer ----------------------------------------------------------------------------------------
     param_groups.without_compiler()
@@ -131,7 +136,8 @@ def main(cfg: config.Config) -> dict:
         if cfg.mup_base_width is not None:
             rule = mup.lr_multipliers(optimizer_class.__name__, cfg.n_embd, cfg.mup_base_width, **opt_options)
             lrs[kind] *= rule[kind]
-    groups = param_groups.param_groups(model, lrs, cfg.weight_decay, matrices_only(optimizer_class))
+    groups = param_groups.param_groups(model, lrs, cfg.weight_decay,
+                                       choices.matrices_only(optimizer_class))
     for name in ("head_lr", "scalar_lr"):
         if name in cfg.given and name.removesuffix("_lr") not in [group["kind"] for group in groups]:
             raise ValueError(f"--{name}: this model has no such parameters; leave it out")
@@ -149,10 +155,8 @@ def main(cfg: config.Config) -> dict:
     # ---- resume: everything a step depends on -------------------------------------------------------------
     rows_seen = 0
     if earlier is not None:
-        earlier.load_weights(model)
-        param_groups.load_state_by_name(optimizer, earlier.tree("optim"))
-        if hasattr(optimizer, "train"):
-            earlier.load_weights(model, "training_weights")
+        param_groups.load_state_by_name(optimizer, earlier.tree("optim/groups"), lambda name: earlier.tree(
+            f"optim/state/{name}", box=replicas.boxes.get(name), missing={}))
         rows_seen = earlier.tree("progress")["rows"]
         rng = earlier.tree("rng")
         torch.set_rng_state(rng.get(str(mesh.rank), rng["0"]))
@@ -178,25 +182,31 @@ def main(cfg: config.Config) -> dict:
     def evaluate() -> dict:
         """Losses over the fixed held-out rows, evenly spread, each replica taking its part of them."""
         count = max(1, min(cfg.eval_tokens // cfg.block_size, val_rows.per_epoch))
-        mine = [i * val_rows.per_epoch // count for i in range(mesh.coords["dp"], count, mesh.sizes["dp"])]
+        dp, micro = mesh.sizes["dp"], cfg.micro_batch_size
+        mine = [i * val_rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)]
         widths, sums = corpus.tokenizer.byte_lengths(), torch.zeros(4, dtype=torch.float64)
         model.eval()
-        for i in range(0, len(mine), cfg.micro_batch_size):
-            loss, targets = run(mine[i : i + cfg.micro_batch_size], val_rows)
+        for i in range(0, -(-count // dp), micro):  # as often on every rank: a forward may be a collective
+            numbers = mine[i : i + micro]
+            loss, targets = run(numbers or [0], val_rows)
             n_bytes = int(widths[targets.cpu().numpy()].sum()) if widths is not None else 0
-            sums += torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype)
+            if numbers:
+                sums += torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype)
         model.train()
         loss, hits, tokens, n_bytes = mesh.sum(*sums.tolist())
         return {"val_loss": loss / tokens, "val_bpb": loss / math.log(2) / n_bytes if n_bytes else None,
                 "val_accuracy": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700))}
 
     def save() -> None:
-        tree = {"rng": {str(mesh.rank): torch.get_rng_state()}}
-        if is_main:  # replicas are alike
-            tree |= {"model": dict(model.named_parameters()), "optim": param_groups.state_by_name(optimizer),
-                     "config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
-        with param_groups.evaluation_weights(optimizer) as training_weights:
-            tree |= {"training_weights": training_weights} if is_main and training_weights else {}
+        state = param_groups.state_by_name(optimizer)
+        state["state"] = checkpoint.boxed(state["state"], replicas.boxes)
+        tree = {"rng": {str(mesh.rank): torch.get_rng_state()}, "optim": state if replicas.saves else {}}
+        if is_main:
+            tree |= {"config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
+        with param_groups.evaluation_weights(optimizer, replicas.share_weights) as training_weights:
+            tree |= {"model": replicas.weights()}
+            if training_weights and replicas.saves:
+                tree |= {"training_weights": checkpoint.boxed(training_weights, replicas.boxes)}
             checkpoint.save(out_dir, step, tree, cfg.keep)
         log.event(step, "save")
 
@@ -206,7 +216,7 @@ def main(cfg: config.Config) -> dict:
         # Look first: the untrained model is step 0, and the last step is seen too.
         done, news = step >= cfg.steps, step > first_step or earlier is None
         if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place):
-            with param_groups.evaluation_weights(optimizer):
+            with param_groups.evaluation_weights(optimizer, replicas.share_weights):
                 latest |= evaluate()
             log.evaluation({k: v for k, v in latest.items() if k != "loss"})
 
@@ -230,12 +240,14 @@ def main(cfg: config.Config) -> dict:
         rows_seen += batch
 
         # Clip what is raw; the logged norm is that before clipping.
-        grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        gradients = replicas.gradients()
+        grad_norm = norm = mesh.norm(gradients, replicas.shard_group)
         if cfg.clip_value is not None:
-            torch.nn.utils.clip_grad_value_(params, cfg.clip_value)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            torch._foreach_clamp_min_(gradients, -cfg.clip_value)
+            torch._foreach_clamp_max_(gradients, cfg.clip_value)
+            norm = mesh.norm(gradients, replicas.shard_group)
         if cfg.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
+            torch._foreach_mul_(gradients, (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0))
 
         # Every group follows the schedule from an lr of its own.
         for group in optimizer.param_groups:
@@ -244,7 +256,7 @@ def main(cfg: config.Config) -> dict:
                 end = group["initial_momentum"]
                 group["momentum"] = schedules.momentum_at(step, cfg.momentum_warmup, 0.85, end)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
         # One sum over all ranks brings the loss of the whole batch, and word that somebody was told to stop.
         loss, stops = mesh.sum(float(loss) / tokens, stop.asked)
@@ -257,84 +269,20 @@ def main(cfg: config.Config) -> dict:
                        "grad_norm": float(grad_norm), "tokens": rows_seen * cfg.block_size,
                        "tokens_per_s": speed,
                        "mfu": monitor.mfu(speed / mesh.world, flops, peak), "step_s": seconds,
-                       "peak_bytes": monitor.peak_bytes(device)})
+                       "peak_bytes": monitor.peak_bytes(device), "sent_bytes": replicas.sent_bytes})
 
     # ---- the end ------------------------------------------------------------------------------------------
-    if done and is_main:
-        if cfg.sample_tokens:
-            prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
-            prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
-            with param_groups.evaluation_weights(optimizer):
-                ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, top_k=50, seed=cfg.seed)
-            log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
-        if step > 1:  # one point is no curve
-            logger.plot(out_dir, out_dir / "loss.png")
+    if done and cfg.sample_tokens:  # on every rank: a forward may be a collective
+        prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
+        prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
+        with param_groups.evaluation_weights(optimizer, replicas.share_weights):
+            ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, top_k=50, seed=cfg.seed)
+        log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
+    if done and is_main and step > 1:  # one point is no curve
+        logger.plot(out_dir, out_dir / "loss.png")
     stop.restore()
     log.close()
     return leave(latest)
-
-
-# ---- the steps of main that have a name ------------------------------------------------------------------
-def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The class for `file` (its first) or `file.Class` in optim/. Raises ValueError with the nearest name."""
-    file, dot, wanted = name.partition(".")
-    folder = Path(__file__).parent / "optim"
-    files = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("param_groups", "mup"))
-    if file not in files:
-        raise ValueError(f"--optim={name}: there is no such file in optim/; {config.nearest(file, files)}")
-    module = vars(importlib.import_module(f"optim.{file}"))
-    classes = {n: c for n, c in module.items() if isinstance(c, type) and c.__module__ == module["__name__"]}
-    classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
-    if dot and wanted not in classes:
-        raise ValueError(f"--optim={name}: no such class in that file; {config.nearest(wanted, [*classes])}")
-    return classes[wanted] if wanted else next(iter(classes.values()))
-
-
-def matrices_only(optimizer_class: type) -> bool:
-    """Muon moves the matrices itself and everything else by AdamW, with other learning rates."""
-    return getattr(optimizer_class, "matrices_only", False)
-
-
-def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> config.Config:
-    """The config with a value in place of every `auto`, and of every `none` that means the optimizer's
-    own."""
-    default = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
-    lr = default["lr"] if cfg.lr is None else cfg.lr
-    other = 0.01 if matrices_only(optimizer_class) else lr
-    own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
-    schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
-    if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB", "Adafactor"):
-        cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm
-    return config.update(
-        config.with_traits(cfg),
-        device=str(device),
-        precision=amp.choose(cfg.precision, device),
-        schedule=schedule if cfg.schedule == "auto" else cfg.schedule,
-        lr=lr,
-        weight_decay=default["weight_decay"] if cfg.weight_decay is None else cfg.weight_decay,
-        **{name: other if value is None else value for name, value in own.items()},
-    )
-
-
-def largest_micro_batch(run, model, replicas: DDP, share: int, mesh: meshes.Mesh) -> int:
-    """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward fit."""
-    size = share
-    while mesh.device.type == "cuda":
-        replicas.last_micro_batch(False)
-        try:
-            run(range(size))[0].backward()
-            fits = True
-        except torch.OutOfMemoryError:
-            fits = False
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        if mesh.sum(not fits)[0] == 0:
-            break
-        if size == 1:
-            raise ValueError("out of memory with one sequence at a time; --precision=bf16, a shorter "
-                             "--block_size or a smaller model need less")
-        size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
-    return size
 
 
 if __name__ == "__main__":

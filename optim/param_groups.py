@@ -63,30 +63,34 @@ def without_compiler() -> None:
 
 
 @contextmanager
-def evaluation_weights(optimizer: Optimizer):
+def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     """Inside, the model holds the weights to evaluate, save and sample: for Schedule-Free the average x.
 
-    Gives {name: the weights training goes on from}, empty where they are the same. Afterwards the model holds
-    the very bits it had: looking changes nothing.
+    share(): tells other ranks that the optimizer's parameters here have changed. Gives {name: the weights
+    training goes on from}, empty where they are the same. Afterwards the model holds the very bits it had:
+    looking changes nothing.
     """
+    if not hasattr(optimizer, "eval"):
+        yield {}
+        return
     params = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])}
-    kept = {n: p.detach().clone() for n, p in params.items()} if hasattr(optimizer, "eval") else {}
-    if kept:
-        optimizer.eval()
+    kept = {n: p.detach().clone() for n, p in params.items()}
+    optimizer.eval()
+    share()
     yield kept
-    if kept:
-        optimizer.train()
+    optimizer.train()
     with torch.no_grad():
         for name, before in kept.items():
             params[name].copy_(before)
+    share()
 
 
 CONFIGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum")  # the config's to say
 
 
 def state_by_name(optimizer: Optimizer) -> dict:
-    """The optimizer's state by parameter name, and its groups without the parameters: what load_state_by_name
-    takes."""
+    """The optimizer's state by parameter name, and its groups without the parameters (only groups that have
+    some here): what load_state_by_name takes."""
     state = {
         n: optimizer.state[p]
         for g in optimizer.param_groups
@@ -96,20 +100,20 @@ def state_by_name(optimizer: Optimizer) -> dict:
     groups = {
         g["kind"]: {k: v for k, v in g.items() if k not in ("params", "names", "kind")}
         for g in optimizer.param_groups
+        if g["params"]
     }
     return dict(state=state, groups=groups)
 
 
-def load_state_by_name(optimizer: Optimizer, saved: dict) -> None:
-    """State and whatever the groups count; the learning rates and the decay stay the config's."""
-    new = optimizer.state_dict()
+def load_state_by_name(optimizer: Optimizer, groups: dict, state_of) -> None:
+    """State and whatever the groups count; the learning rates and the decay stay the config's.
+
+    groups: as state_by_name gives them; state_of(name): that parameter's state, {} for none.
+    """
+    new, ids = optimizer.state_dict(), {}
     for group in new["param_groups"]:
-        old = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["groups"][group["kind"]].items()}
+        old = {k: tuple(v) if isinstance(v, list) else v for k, v in groups[group["kind"]].items()}
         group.update({k: v for k, v in old.items() if k not in CONFIGS})
-    new["state"] = {
-        i: saved["state"][n]
-        for g in new["param_groups"]
-        for n, i in zip(g["names"], g["params"])
-        if n in saved["state"]
-    }
+        ids |= zip(group["params"], group["names"])
+    new["state"] = {i: state for i, name in ids.items() if (state := state_of(name))}
     optimizer.load_state_dict(new)

@@ -22,36 +22,65 @@ Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs in tha
 bucket, so nothing is copied back.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from parallel.mesh import allocate
+
 
 class Bucket:
-    def __init__(self, params: list[nn.Parameter]):
-        self.params, self.waiting, self.work = params, len(params), None
-        self.flat = torch.zeros(
-            sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device
-        )
-        self.views = [v.view_as(p) for v, p in zip(self.flat.split([p.numel() for p in params]), params)]
+    def __init__(self, named: list[tuple[str, nn.Parameter]]):
+        self.names, self.params = map(list, zip(*named))
+        self.waiting, self.work, self.sent_bytes = len(named), None, 0
+        sizes, like = [p.numel() for p in self.params], self.params[0]
+        self.flat = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
+        self.views = [v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params)]
+
+
+def all_reduce(bucket: Bucket, group: dist.ProcessGroup):
+    """Starts the sum of `bucket.flat` over the group, in place; returns what has a wait()."""
+    n = dist.get_world_size(group)
+    bucket.sent_bytes = 2 * (n - 1) * bucket.flat.nbytes // n
+    return dist.all_reduce(bucket.flat, group=group, async_op=True)
 
 
 class DDP:
-    """The four verbs train.py calls. With group=None (one replica) they do nothing."""
+    """What train.py asks of every way to be data parallel. With group=None (one replica) nothing is sent.
 
-    def __init__(self, group: dist.ProcessGroup | None, bucket_mb: float = 25.0):
-        self.group, self.bucket_bytes = group, bucket_mb * 2**20
+    group: the replicas; device: where the weights live; reduce: starts the sum of one bucket over a group,
+    see `all_reduce` (parallel/compression.py has others).
+    """
+
+    shard_group = None  # the ranks over which gradients are spread without overlap; None: I hold them whole
+    boxes: dict = {}  # name of a parameter that the optimizer sees a box of -> (whole shape, offsets, shape)
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, bucket_mb: float = 25.0,
+                 reduce: Callable = all_reduce):
+        self.group, self.device, self.bucket_bytes, self.reduce = group, device, bucket_mb * 2**20, reduce
         self.buckets, self.last, self.next = [], True, 0
+        self.sent_bytes = 0  # by this rank in the last step
+        self.saves = group is None or dist.get_rank(group) == 0  # optimizer state that no lower rank saves
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Watches the model's parameters; returns the same model."""
+        """Allocates the parameters of `model`, which are on the meta device, and watches them."""
+        self.model = allocate(model, self.device)
         if self.group is not None:
-            for params in cut([p for p in model.parameters() if p.requires_grad][::-1], self.bucket_bytes):
-                bucket = Bucket(params)
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            for part in cut(named[::-1], self.bucket_bytes):
+                bucket = Bucket(part)
                 self.buckets.append(bucket)
                 for p, view in zip(bucket.params, bucket.views):
                     p.register_post_accumulate_grad_hook(lambda p, b=bucket, v=view: self.arrived(p, b, v))
-        return model
+        return self.model
+
+    @torch.no_grad()
+    def fill(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+        """Every parameter from source(its name, its whole shape), a whole tensor on the CPU."""
+        for name, p in self.model.named_parameters():
+            p.copy_(source(name, tuple(p.shape)))
 
     def last_micro_batch(self, flag: bool) -> None:
         """Before each forward: are the gradients complete after it?"""
@@ -69,7 +98,7 @@ class DDP:
         """Starts every complete bucket, in the same order on all ranks."""
         while self.next < len(self.buckets) and self.buckets[self.next].waiting == 0:
             bucket = self.buckets[self.next]
-            bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+            bucket.work = self.reduce(bucket, self.group)
             self.next += 1
 
     def finish_gradients(self) -> None:
@@ -83,20 +112,32 @@ class DDP:
         for bucket in self.buckets:
             bucket.work.wait()
             bucket.waiting, bucket.work = len(bucket.params), None
-        self.next = 0
+        self.next, self.sent_bytes = 0, sum(bucket.sent_bytes for bucket in self.buckets)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """After finish_gradients: the summed gradients, or parts of them, that this rank holds."""
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
+        """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
         return cls(groups, **arguments)
 
+    def share_weights(self) -> None:
+        """After something else than step() changed the optimizer's parameters: the other ranks see it too."""
 
-def cut(params: list[nn.Parameter], limit: float) -> list[list[nn.Parameter]]:
+    def weights(self) -> dict[str, torch.Tensor]:
+        """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts there."""
+        return dict(self.model.named_parameters()) if self.saves else {}
+
+
+def cut(named: list[tuple[str, nn.Parameter]], limit: float) -> list[list[tuple[str, nn.Parameter]]]:
     """Consecutive parameters of one dtype and device, cut where a bucket would pass `limit` bytes."""
     buckets, size = [], 0
-    for p in params:
-        same = buckets and (p.dtype, p.device) == (buckets[-1][-1].dtype, buckets[-1][-1].device)
+    for name, p in named:
+        same = buckets and (p.dtype, p.device) == (buckets[-1][-1][1].dtype, buckets[-1][-1][1].device)
         if not same or size + p.nbytes > limit:
             buckets.append([])
             size = 0
-        buckets[-1].append(p)
+        buckets[-1].append((name, p))
         size += p.nbytes
     return buckets

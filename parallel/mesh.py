@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 AXES = ("pp", "dp", "cp", "tp")
 
@@ -40,6 +41,15 @@ class Mesh:
     def agree(self, value: int) -> int:
         """Rank 0's value on every rank; also a barrier."""
         return int(self.sum(value if self.rank == 0 else 0)[0])
+
+    def norm(self, tensors: list[torch.Tensor], group: dist.ProcessGroup | None) -> torch.Tensor:
+        """The 2-norm of all tensors of all ranks of `group` (None: only mine) together, 0-dim."""
+        norm = torch.nn.utils.get_total_norm(tensors)
+        if group is not None:
+            squares = norm.to(self.device, torch.float64).square()
+            dist.all_reduce(squares, group=group)
+            norm = squares.sqrt().to(norm.dtype)
+        return norm
 
     def first_on_each_machine(self, work):
         """work() by one process of each machine, then by the others: the first one fills the caches."""
@@ -70,6 +80,21 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
                 if rank in members:
                     groups[axis] = group
     return Mesh(sizes, coords, groups, rank, world, device)
+
+
+def allocate(module: nn.Module, device: torch.device, keep=lambda p: True) -> nn.Module:
+    """Real, uninitialised memory for every parameter on the meta device for which `keep` holds.
+
+    Unlike `Module.to_empty`, a tied parameter stays one parameter.
+    """
+    made = {}
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False, remove_duplicate=False):
+            if p.is_meta and keep(p):
+                if p not in made:
+                    made[p] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+                setattr(part, name, made[p])
+    return module
 
 
 def start(device: torch.device, minutes: float = 10) -> bool:

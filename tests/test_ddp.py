@@ -23,7 +23,7 @@ def data(n=8):
 
 def gradients(rank, world, micro_batches, bucket_mb, group="world"):
     model = net()
-    replicas = DDP(dist.group.WORLD if group == "world" else None, bucket_mb)
+    replicas = DDP(dist.group.WORLD if group == "world" else None, CPU, bucket_mb)
     model = replicas.wrap(model)
     for _ in range(2):  # the second step must not remember the first
         model.zero_grad(set_to_none=True)
@@ -76,7 +76,7 @@ def unused(rank, world):
     model = net()
     extra = nn.Parameter(torch.ones(3, dtype=torch.double))
     model.register_parameter("extra", extra)
-    replicas = DDP(dist.group.WORLD)
+    replicas = DDP(dist.group.WORLD, CPU)
     replicas.wrap(model)
     for used in (True, rank == 0, False):  # everywhere, on rank 0 alone, nowhere
         model.zero_grad(set_to_none=True)
@@ -98,7 +98,7 @@ def test_a_parameter_unused_on_one_rank_still_gets_the_sum():
 def overlap(rank, world):
     """The order of events: when each bucket's all-reduce starts, when each gradient arrives."""
     model, events = net(), []
-    replicas = DDP(dist.group.WORLD, bucket_mb=1e-4)
+    replicas = DDP(dist.group.WORLD, CPU, bucket_mb=1e-4)
     arrived, reduce = replicas.arrived, dist.all_reduce
     replicas.arrived = lambda p, b, v: (events.append("grad"), arrived(p, b, v))[1]
     dist.all_reduce = lambda *a, **k: (events.append("send"), reduce(*a, **k))[1]
@@ -116,8 +116,8 @@ def test_sending_starts_before_backward_ends():
 
 def test_buckets_keep_order_and_types_apart():
     params = [
-        nn.Parameter(torch.zeros(10, dtype=d))
-        for d in (torch.float32, torch.float32, torch.bfloat16, torch.float32)
+        (name, nn.Parameter(torch.zeros(10, dtype=d)))
+        for name, d in zip("abcd", (torch.float32, torch.float32, torch.bfloat16, torch.float32))
     ]
     buckets = cut(params, 1e9)
     assert [len(b) for b in buckets] == [2, 1, 1]
@@ -146,3 +146,18 @@ def test_one_process_needs_no_process_group():
     assert mesh.sum(2, 3) == [2.0, 3.0] and mesh.agree(5) == 5
     with pytest.raises(ValueError, match="torchrun --nproc_per_node=2"):
         make_mesh(CPU, tp=2)
+
+
+def filled(rank, world):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+        model[1].weight = model[0].weight  # tied
+    replicas = DDP(dist.group.WORLD, CPU)
+    model = replicas.wrap(model)
+    replicas.fill(lambda name, shape: torch.full(shape, 7.0))
+    return [name for name, _ in model.named_parameters()], model[1].weight.sum().item(), len(replicas.weights())
+
+
+def test_weights_are_allocated_once_and_saved_by_one_rank():
+    for rank, (names, total, saved) in enumerate(run_ranks(2, filled)):
+        assert names == ["0.weight"] and total == 7 * 15 and saved == (rank == 0)

@@ -1,0 +1,91 @@
+"""What a setting stands for on this machine: a class for a name, a value for every `auto` and `none`."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import torch
+
+import config
+from parallel.mesh import Mesh
+from precision import amp
+
+
+def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The class for `file` (its first) or `file.Class` in optim/. Raises ValueError with the nearest name."""
+    file, dot, wanted = name.partition(".")
+    folder = Path(__file__).parent / "optim"
+    files = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("param_groups", "mup"))
+    if file not in files:
+        raise ValueError(f"--optim={name}: there is no such file in optim/; {config.nearest(file, files)}")
+    module = vars(importlib.import_module(f"optim.{file}"))
+    classes = {n: c for n, c in module.items() if isinstance(c, type) and c.__module__ == module["__name__"]}
+    classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
+    if dot and wanted not in classes:
+        raise ValueError(f"--optim={name}: no such class in that file; {config.nearest(wanted, [*classes])}")
+    return classes[wanted] if wanted else next(iter(classes.values()))
+
+
+def matrices_only(optimizer_class: type) -> bool:
+    """Muon moves the matrices itself and everything else by AdamW, with other learning rates."""
+    return getattr(optimizer_class, "matrices_only", False)
+
+
+def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> config.Config:
+    """The config with a value in place of every `auto`, and of every `none` that means the optimizer's
+    own."""
+    default = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
+    lr = default["lr"] if cfg.lr is None else cfg.lr
+    other = 0.01 if matrices_only(optimizer_class) else lr
+    own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
+    schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
+    if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB", "Adafactor"):
+        cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm
+    return config.update(
+        config.with_traits(cfg),
+        device=str(device),
+        precision=amp.choose(cfg.precision, device),
+        schedule=schedule if cfg.schedule == "auto" else cfg.schedule,
+        lr=lr,
+        weight_decay=default["weight_decay"] if cfg.weight_decay is None else cfg.weight_decay,
+        **{name: other if value is None else value for name, value in own.items()},
+    )
+
+
+def data_parallel(cfg: config.Config, mesh: Mesh):
+    """How ranks share the work, see the interface in parallel/ddp.py; each file is imported only if used."""
+    group, device = mesh.groups["dp"], mesh.device
+    folder = Path(cfg.out_dir) / "offload" / f"rank_{mesh.rank}"
+    dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.reduce_dtype]
+    if cfg.data_parallel == "ddp":
+        from parallel.ddp import DDP
+
+        return DDP(group, device, cfg.bucket_mb)
+    if cfg.data_parallel == "fsdp":
+        from parallel.fsdp import FSDP
+
+        return FSDP(group, device, cfg.fsdp_shard, cfg.reshard, dtype, None, cfg.offload_params, folder)
+    from parallel.zero import ZeRO
+
+    return ZeRO(group, device, int(cfg.data_parallel[-1]), cfg.bucket_mb, dtype, cfg.offload_params, folder)
+
+
+def largest_micro_batch(run, model, replicas, share: int, mesh: Mesh) -> int:
+    """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward fit."""
+    size = share
+    while mesh.device.type == "cuda":
+        replicas.last_micro_batch(False)
+        try:
+            run(range(size))[0].backward()
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if mesh.sum(not fits)[0] == 0:
+            break
+        if size == 1:
+            raise ValueError("out of memory with one sequence at a time; --precision=bf16, a shorter "
+                             "--block_size or a smaller model need less")
+        size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
+    return size
