@@ -21,7 +21,9 @@ reading a box touches only the slices that overlap it, so every layout loads wha
 A save writes .tmp-step-N, syncs it to the disk, renames it, and only then deletes old ones: killed at any
 moment, the run keeps a good checkpoint. All ranks see the same OUT_DIR; only the holder of its RunLock saves.
 
-    python checkpoint.py list RUN | show CHECKPOINT | export RUN OUT.safetensors    (the weights alone)
+    python checkpoint.py list RUN | show CHECKPOINT
+    python checkpoint.py export RUN OUT.safetensors     the weights alone, in one file
+    python checkpoint.py export RUN FOLDER              the same in torch.distributed.checkpoint's form
 """
 
 import hashlib
@@ -539,11 +541,18 @@ def main(args):
         case ["export", run, out]:
             checkpoint = resolve(run)
             weights = checkpoint.tree("model")
-            _write(f"{out}.tmp", weights)
-            os.replace(f"{out}.tmp", out)
+            if out.endswith(".safetensors"):
+                _write(f"{out}.tmp", weights)
+                os.replace(f"{out}.tmp", out)
+            else:
+                from torch.distributed import checkpoint as dcp
+
+                if Path(out).exists():
+                    raise ValueError(f"{out} is there already; give a new folder, or a name in .safetensors")
+                dcp.save({"model": weights}, checkpoint_id=out, no_dist=True)
             print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
         case _:
-            raise ValueError("say list RUN, show CHECKPOINT, or export RUN OUT.safetensors")
+            raise ValueError("say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER)")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 from harness import run_ranks
 from safetensors.torch import load_file
 
@@ -637,6 +638,12 @@ def test_list_show_and_export(tmp_path, capsys):
     ]
     checkpoint.main(["export", str(tmp_path), str(tmp_path / "out.safetensors")])
     assert torch.equal(load_file(tmp_path / "out.safetensors")["w.weight"], grid())
+    checkpoint.main(["export", str(tmp_path), str(tmp_path / "dcp")])
+    found = {"model": {"w.weight": torch.zeros(8, 6, dtype=torch.float64)}}
+    torch.distributed.checkpoint.load(found, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert torch.equal(found["model"]["w.weight"], grid())
+    with pytest.raises(ValueError, match="there already"):
+        checkpoint.main(["export", str(tmp_path), str(tmp_path / "dcp")])
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):

@@ -155,7 +155,8 @@ def filled(rank, world):
     replicas = DDP(dist.group.WORLD, CPU)
     model = replicas.wrap(model)
     replicas.fill(lambda name, shape: torch.full(shape, 7.0))
-    return [name for name, _ in model.named_parameters()], model[1].weight.sum().item(), len(replicas.weights())
+    names = [name for name, _ in model.named_parameters()]
+    return names, model[1].weight.sum().item(), len(replicas.weights())
 
 
 def test_weights_are_allocated_once_and_saved_by_one_rank():
