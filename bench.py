@@ -63,7 +63,8 @@ def symmetric_product(X, Y):
 @functools.cache
 def compiled(update):
     """The recipe of the docstrings: floats as 0-D tensors, or torch compiles again for every new lr."""
-    fast, tensor = torch.compile(update, dynamic=True), functools.partial(torch.tensor, dtype=torch.float64)
+    fast = torch.compile(update, dynamic=True)
+    tensor = functools.lru_cache(16)(functools.partial(torch.tensor, dtype=torch.float64))  # one a step
     return lambda *args: fast(*(tensor(x) if isinstance(x, float) else x for x in args))
 
 

@@ -325,6 +325,15 @@ def test_a_branch_decays_from_a_stable_checkpoint(tmp_path, text):
         train.main(config.parse([branch[0], f"--out_dir={tmp_path / 'other'}", "--n_embd=64"]))
 
 
+def test_a_folder_of_shards_of_an_unknown_tokenizer_trains_and_samples(tmp_path, text, capsys):
+    for split, n in (("train", 4000), ("val", 500)):
+        ids = torch.randint(300, (n,), generator=torch.Generator().manual_seed(n))
+        (tmp_path / f"{split}.bin").write_bytes(ids.to(torch.int16).numpy().tobytes())
+    go(text, tmp_path / "out", f"--data={tmp_path}", "--tokenizer=ids", "--sample_tokens=5")
+    sample = capsys.readouterr().out.partition("---- a sample ----")[2].splitlines()[0]
+    assert len(sample.split()) == 6 and all(0 <= int(word) < 320 for word in sample.split())
+
+
 def test_init_from_takes_the_weights_alone(tmp_path, text):
     go(text, tmp_path / "run")
     final = rows(tmp_path / "run", "val_loss")[12]["val_loss"]
