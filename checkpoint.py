@@ -150,7 +150,7 @@ class Checkpoint:
         """What was saved, with whole tensors; `prefix` ("model", "optim/state") picks one branch, and
         `missing` stands for one that is not there.
 
-        box: (whole shape, offsets, shape): of tensors of that whole shape only this box is read.
+        box: (whole shape, offsets, shape): of tensors of that whole shape only this box is read, see `boxed`.
         """
         node = self._tree
         for key in prefix.split("/") if prefix else []:
@@ -255,14 +255,13 @@ class Checkpoint:
 
 
 def boxed(by_name: dict, boxes: dict) -> dict:
-    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}; where `boxes` says that the
-    optimizer saw only a part of that parameter, (whole shape, offsets, shape), tensors of the part's shape
-    become Slices."""
+    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}. `boxes`: name -> (whole shape,
+    offsets) where the optimizer saw only that part of a parameter: its tensors become Slices."""
 
     def cut(value, box):
         if isinstance(value, dict):
             return {key: cut(x, box) for key, x in value.items()}
-        part = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(box[2])
+        part = isinstance(value, torch.Tensor) and value.ndim == len(box[0])
         return Slice(value, tuple(box[0]), tuple(box[1])) if part else value
 
     return {name: cut(x, boxes[name]) if name in boxes else x for name, x in by_name.items()}

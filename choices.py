@@ -74,7 +74,7 @@ def largest_micro_batch(run, model, replicas, share: int, mesh: Mesh) -> int:
     """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward fit."""
     size = share
     while mesh.device.type == "cuda":
-        replicas.last_micro_batch(False)
+        replicas.last_micro_batch(replicas.shard_group is not None)  # FSDP keeps what it has not sent
         try:
             run(range(size))[0].backward()
             fits = True

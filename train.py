@@ -155,8 +155,11 @@ def main(cfg: config.Config) -> dict:
     # ---- resume: everything a step depends on -------------------------------------------------------------
     rows_seen = 0
     if earlier is not None:
-        param_groups.load_state_by_name(optimizer, earlier.tree("optim/groups"), lambda name: earlier.tree(
-            f"optim/state/{name}", box=replicas.boxes.get(name), missing={}))
+        def state_of(name: str, shape: tuple[int, ...]) -> dict:
+            box = (*replicas.boxes[name], shape) if name in replicas.boxes else None
+            return earlier.tree(f"optim/state/{name}", box, missing={})
+
+        param_groups.load_state_by_name(optimizer, earlier.tree("optim/groups"), state_of)
         rows_seen = earlier.tree("progress")["rows"]
         rng = earlier.tree("rng")
         torch.set_rng_state(rng.get(str(mesh.rank), rng["0"]))
@@ -200,12 +203,13 @@ def main(cfg: config.Config) -> dict:
     def save() -> None:
         state = param_groups.state_by_name(optimizer)
         state["state"] = checkpoint.boxed(state["state"], replicas.boxes)
-        tree = {"rng": {str(mesh.rank): torch.get_rng_state()}, "optim": state if replicas.saves else {}}
+        first = replicas.shard_group is not None or mesh.coords["dp"] == 0  # no other rank holds the same
+        tree = {"rng": {str(mesh.rank): torch.get_rng_state()}, "optim": state if first else {}}
         if is_main:
             tree |= {"config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
         with param_groups.evaluation_weights(optimizer, replicas.share_weights) as training_weights:
             tree |= {"model": replicas.weights()}
-            if training_weights and replicas.saves:
+            if training_weights and first:
                 tree |= {"training_weights": checkpoint.boxed(training_weights, replicas.boxes)}
             checkpoint.save(out_dir, step, tree, cfg.keep)
         log.event(step, "save")

@@ -108,12 +108,15 @@ def state_by_name(optimizer: Optimizer) -> dict:
 def load_state_by_name(optimizer: Optimizer, groups: dict, state_of) -> None:
     """State and whatever the groups count; the learning rates and the decay stay the config's.
 
-    groups: as state_by_name gives them; state_of(name): that parameter's state, {} for none.
+    groups: as state_by_name gives them; state_of(name, shape): the state of that parameter, of which this
+    shape is here; {} for none.
     """
-    new, ids = optimizer.state_dict(), {}
+    new, shapes = optimizer.state_dict(), {n: p.shape for g in optimizer.param_groups
+                                           for n, p in zip(g["names"], g["params"])}  # fmt: skip
+    ids = {}
     for group in new["param_groups"]:
         old = {k: tuple(v) if isinstance(v, list) else v for k, v in groups[group["kind"]].items()}
         group.update({k: v for k, v in old.items() if k not in CONFIGS})
         ids |= zip(group["params"], group["names"])
-    new["state"] = {i: state for i, name in ids.items() if (state := state_of(name))}
+    new["state"] = {i: state for i, name in ids.items() if (state := state_of(name, shapes[name]))}
     optimizer.load_state_dict(new)

@@ -1,0 +1,208 @@
+"""Fully sharded data parallel by torch's `fully_shard` (FSDP2): weights, gradients and optimizer state in
+shards, one unit for each block and one for the rest (embedding, last norm, head).
+
+                            rank 0             rank 1
+    between steps           W[:half]           W[half:]
+    forward of a block      W  -> y, drop W    W  -> y, drop W          all-gather before
+    backward of a block     W  -> g0, drop W   W  -> g1, drop W         all-gather before
+    after it                (g0+g1)[:half]     (g0+g1)[half:]           reduce-scatter
+    optimizer               W[:half], state    W[half:], state          none, or parallel/whole.py
+
+Bytes sent per rank and step, B those of the weights, N ranks, m micro-batches; three ways to trade them for
+memory:
+
+    reshard=True   FULL_SHARD     a block is forgotten after forward and after backward: (2m+1) (N-1)/N B
+    reshard=False  SHARD_GRAD_OP  gathered once a step, forgotten after the last backward:    2 (N-1)/N B
+    shard=S < N    hybrid         sharded over S neighbours, N/S replicas of that: the same with S for N, and
+                                  an all-reduce of 2 (N-S)/N B/S; shard=1 is NO_SHARD, that is DDP
+
+Embedding and head are needed first and last, so their unit is gathered once a step in any case. Gradients are
+reduced once, after the last micro-batch; until then each rank keeps them whole. While one unit computes, the
+next one is already being gathered.
+
+FSDP2 means to average gradients; here they are sums, for the loss is already divided by the constant count
+of the global batch's tokens. It also leaves weights unsharded that were gathered for a forward without a
+backward, as in evaluation, and would train on with them although the shards have changed since: here they
+are resharded after every forward under no_grad.
+
+The optimizer never sees a DTensor: parallel/whole.py. offload_params keeps the shards in the CPU's memory
+(`cpu`) or in memory-mapped files (`disk`), the optimizer's step and its state too on the CPU; gradients are
+brought there. References: Zhao et al. 2023 (2304.11277), Rajbhandari et al. 2019 (1910.02054).
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from parallel.mesh import allocate
+from parallel.whole import Adapter, box, part
+
+
+class FSDP:
+    """What train.py asks of every way to be data parallel. With group=None (one replica) it is the identity.
+
+    group: the replicas; shard: over how many of them a weight is spread, None = all; reduce_dtype: in which
+    gradients are summed, None = their own; param_dtype: in which weights are gathered and used, None = their
+    own; offload_params: None, "cpu" or "disk", the latter in files in `folder`.
+    Raises ValueError for a shard that does not divide the group, and for offloading that cannot be.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, shard: int | None = None,
+                 reshard: bool = True, reduce_dtype: torch.dtype | None = None,
+                 param_dtype: torch.dtype | None = None, offload_params: str | None = None,
+                 folder: str | os.PathLike | None = None):  # fmt: skip
+        n = 1 if group is None else dist.get_world_size(group)
+        shard = n if shard is None else shard
+        if shard < 1 or n % shard:
+            fitting = ", ".join(str(s) for s in range(1, n + 1) if n % s == 0)
+            raise ValueError(f"--fsdp_shard={shard} does not divide the {n} data-parallel ranks; "
+                             f"take {fitting}")  # fmt: skip
+        if offload_params not in (None, "cpu", "disk"):
+            raise ValueError(f"--offload_params={offload_params} is not known; take cpu, disk or none")
+        if offload_params and group is None:
+            raise ValueError("--offload_params with --data_parallel=fsdp needs two or more ranks; start with "
+                             "torchrun --nproc_per_node=2, or take --data_parallel=zero3")  # fmt: skip
+        if offload_params == "disk" and folder is None:
+            raise ValueError("--offload_params=disk needs a folder for its files")
+        self.group, self.device, self.n, self.shard, self.reshard = group, device, n, shard, reshard
+        self.reduce_dtype, self.param_dtype = reduce_dtype, param_dtype
+        self.offload_params, self.folder = offload_params, folder
+        self.units, self.params, self.adapter, self.micro_batches = [], {}, None, 0
+        self.shard_group = None  # the ranks over which gradients are spread without overlap
+        self.sent_bytes = 0  # by this rank in a step
+        self.boxes = {}  # names of parameters the optimizer sees a shard of -> (whole shape, offsets of mine)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Shards `model`, whose parameters are on the meta device, and allocates the shards alone."""
+        self.model = model
+        if self.group is None:
+            self.params = dict(allocate(model, self.device).named_parameters())
+            return model
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        on_gpu, on_disk = self.device.type == "cuda", self.offload_params == "disk"
+        policies = dict(
+            mesh=self.make_mesh(),
+            mp_policy=MixedPrecisionPolicy(self.param_dtype, self.reduce_dtype),
+            offload_policy=CPUOffloadPolicy(pin_memory=on_gpu and not on_disk) if self.offload_params
+            else OffloadPolicy(),
+        )  # fmt: skip
+        blocks = [*model.blocks.values()]
+        self.units = [*blocks, model]
+        for unit in self.units:
+            fully_shard(unit, reshard_after_forward=self.reshard and unit is not model, **policies)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # a factor of 1 by PREMUL_SUM is NCCL's alone
+        for unit, following in itertools.pairwise([model, *blocks]):
+            unit.set_modules_to_forward_prefetch([following])
+        for unit, following in itertools.pairwise([model, *blocks[::-1]]):
+            unit.set_modules_to_backward_prefetch([following])
+        model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.forget())
+        if on_disk:
+            self.map_files(model)
+        else:
+            model.to_empty(device="cpu" if self.offload_params else self.device)
+        self.params = dict(model.named_parameters())
+        return model
+
+    def make_mesh(self):
+        """torch's description of the group: (shard,) or, if hybrid, (replicate, shard)."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self.shard)
+        kind, (row,), (column,) = self.device.type, *(i for i in (ranks == dist.get_rank()).nonzero().T)
+        if self.shard == self.n:
+            self.shard_group = self.group
+            return DeviceMesh.from_group(self.group, kind, mesh_dim_names=("shard",))
+        neighbours, replicas = (dist.new_group(members.tolist(), use_local_synchronization=True)
+                                for members in (ranks[row], ranks[:, column]))  # fmt: skip
+        self.shard_group = neighbours if self.shard > 1 else None
+        names = "replicate", "shard"
+        return DeviceMesh.from_group([replicas, neighbours], kind, ranks, mesh_dim_names=names)
+
+    def map_files(self, model: nn.Module) -> None:
+        """Every shard's memory is a file in `folder`, which the system writes out when it needs the room."""
+        os.makedirs(self.folder, exist_ok=True)
+        numbers, me = itertools.count(), dist.get_rank(self.shard_group) if self.shard > 1 else 0
+
+        def with_memory(p: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
+            new = torch.empty_like(p, device="cpu")
+            new.to_local().set_(shard)
+            return new
+
+        def mapped(p: torch.Tensor) -> torch.Tensor:
+            shape = math.ceil(p.shape[0] / self.shard), *p.shape[1:]  # FSDP2 gathers equal parts, padded
+            path = os.path.join(self.folder, f"shard-{dist.get_rank()}-{next(numbers)}.bin")
+            flat = torch.from_file(path, shared=True, size=math.prod(shape), dtype=p.dtype)
+            return with_memory(p, flat.view(shape))
+
+        def without_padding(p: torch.Tensor) -> torch.Tensor:
+            start = me * math.ceil(p.shape[0] / self.shard)
+            return with_memory(p, p.to_local()[: max(0, p.shape[0] - start)])
+
+        model._apply(mapped)
+        model._apply(without_padding)  # now that FSDP2 has seen the whole of the memory
+
+    def forget(self) -> None:
+        for unit in self.units:
+            unit.reshard()
+
+    @torch.no_grad()
+    def fill(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+        """Every parameter from source(its name, its whole shape), a whole tensor on the CPU."""
+        self.forget()
+        for name, p in self.params.items():
+            whole = source(name, tuple(p.shape))
+            if self.group is None:
+                p.copy_(whole)
+            else:
+                p.to_local().copy_(part(whole, box(p)))
+        if self.adapter is not None:
+            self.adapter.take_weights()
+
+    def last_micro_batch(self, flag: bool) -> None:
+        """Before each forward: are the gradients complete after it?"""
+        self.micro_batches += 1
+        if self.group is not None:
+            self.model.set_requires_gradient_sync(flag)
+            self.model.set_reshard_after_backward(flag, recurse=not self.reshard)
+
+    def finish_gradients(self) -> None:
+        """After the last backward, which has already summed the gradients: counts what was sent."""
+        gathers, self.micro_batches = 2 * self.micro_batches if self.reshard else 1, 0
+        s, replicas, bytes_ = self.shard, self.n // self.shard, 0
+        for name, p in self.params.items():
+            times = gathers if name.startswith("blocks.") else 1
+            dtype = self.param_dtype or p.dtype
+            bytes_ += (s - 1) * p.numel() * dtype.itemsize * times // s
+            gradient = p.numel() * (self.reduce_dtype or dtype).itemsize
+            bytes_ += (s - 1) * gradient // s + 2 * (replicas - 1) * gradient // (replicas * s)
+        self.sent_bytes = bytes_ + (self.adapter.sent_bytes if self.adapter else 0)
+
+    @torch.no_grad()
+    def gradients(self) -> list[torch.Tensor]:
+        """After finish_gradients: the summed gradients' parts that this rank holds."""
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        return grads if self.group is None else [grad.to_local() for grad in grads]
+
+    def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
+        """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
+        if self.group is None:
+            return cls(groups, **arguments)
+        self.adapter = Adapter(cls, groups, **arguments)
+        self.boxes = self.adapter.boxes
+        return self.adapter.optimizer
+
+    def share_weights(self) -> None:
+        """After something else than step() changed the optimizer's parameters: the other ranks see it too."""
+        if self.adapter is not None:
+            self.adapter.share_weights()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """By name, what this rank has to put into a checkpoint: DTensors, which know what part this is."""
+        return self.params

@@ -1,0 +1,111 @@
+"""Any optimizer on any layout is the same run: the matrix, printed.
+
+    python tests/matrix.py       float64, ten steps: every cell's largest relative difference from one process
+                                 over loss, gradient norm and validation loss
+    python tests/matrix.py --precision=fp32
+
+The runs are train.py's own, on forked processes with gloo, with micro-batches, dropout and clipping. What a
+method itself magnifies without bound is run where it does not: SOAP with eps 1e-2 and lr 1e-3, Shampoo with
+eps 1e-4 (SOAP as it is: tests/test_matrix.py, in lock step).
+"""
+
+import contextlib
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules under test
+
+import torch
+
+torch.set_num_threads(1)  # a forked child hangs in OpenMP if its parent ever used more
+
+import torch._dynamo  # noqa: E402, F401  (once here, not in every forked rank)
+import torch.distributed.fsdp  # noqa: E402, F401
+import torch.distributed.tensor  # noqa: E402, F401
+from harness import run_ranks  # noqa: E402
+
+import config  # noqa: E402
+import logger  # noqa: E402
+import train  # noqa: E402
+
+OPTIMIZERS = {  # what train.py gets for each
+    "SGD": ["--optim=sgd", "--opt.momentum=0.9"],
+    "AdamW": ["--optim=adamw"],
+    "AdamL2": ["--optim=adam_l2", "--weight_decay=0.01"],
+    "Adafactor": ["--optim=adafactor"],
+    "Lion": ["--optim=lion"],
+    "LARS": ["--optim=lars"],
+    "LAMB": ["--optim=lamb"],
+    "Shampoo": ["--optim=shampoo", "--opt.eps=1e-4", "--opt.precondition_frequency=3"],
+    "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
+    "Muon": ["--optim=muon"],
+    "AdamW Schedule-Free": ["--optim=schedule_free"],
+    "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
+}
+LAYOUTS = {  # name: ranks, flags
+    "4 micro-batches": (1, ["--micro_batch_size=2"]),
+    "ddp 2": (2, []),
+    "ddp 4": (4, ["--micro_batch_size=1"]),
+    "zero1 2": (2, ["--data_parallel=zero1"]),
+    "zero1 4": (4, ["--data_parallel=zero1", "--micro_batch_size=1"]),
+    "zero2 4": (4, ["--data_parallel=zero2", "--micro_batch_size=1"]),
+    "zero3 2": (2, ["--data_parallel=zero3", "--micro_batch_size=2"]),
+    "zero3 4": (4, ["--data_parallel=zero3"]),
+    "fsdp 2": (2, ["--data_parallel=fsdp", "--micro_batch_size=2"]),
+    "fsdp 4": (4, ["--data_parallel=fsdp"]),
+    "hybrid 2x2": (4, ["--data_parallel=fsdp", "--fsdp_shard=2"]),
+    "fsdp, no reshard": (2, ["--data_parallel=fsdp", "--reshard=false", "--micro_batch_size=2"]),
+}
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=8", "--steps=10",
+        "--eval_every=5", "--eval_tokens=200", "--sample_tokens=0", "--save_every=0", "--device=cpu",
+        "--dropout=0.1", "--vocab_size=256"]  # fmt: skip
+
+
+def trace(out_dir) -> list[float]:
+    """Everything a run of the matrix is compared by, in order."""
+    found = []
+    for row in logger.read_metrics(Path(out_dir) / "metrics.jsonl"):
+        found += [row[name] for name in ("loss", "grad_norm", "val_loss") if name in row]
+    return found
+
+
+def runs(rank: int, world: int, folder: str, precision: str, optimizers: list[str], flags: list[str]):
+    for name in optimizers:
+        more = ["--opt.ns_dtype=float32"] if name == "Muon" and precision == "fp32" else []
+        out = f"--out_dir={folder}/{name}"
+        argv = [f"--data={train.__file__}", out, *TINY, f"--precision={precision}", *OPTIMIZERS[name], *more]
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main(config.parse([*argv, *flags]))
+
+
+def column(layout: str, precision: str, optimizers: list[str]) -> dict[str, list[float]]:
+    """The trace of every optimizer on one layout ("one process" is the oracle)."""
+    world, flags = LAYOUTS.get(layout, (1, []))
+    with tempfile.TemporaryDirectory() as folder:
+        if world == 1:
+            runs(0, 1, folder, precision, optimizers, flags)
+        else:
+            run_ranks(world, runs, folder, precision, optimizers, flags)
+        return {name: trace(f"{folder}/{name}") for name in optimizers}
+
+
+def difference(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) >= 20, "a run is shorter than the other"
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+
+
+def main(argv: list[str]) -> None:
+    precision = dict(word.split("=") for word in argv).get("--precision", "fp64")
+    optimizers = list(OPTIMIZERS)
+    oracle = column("one process", precision, optimizers)
+    table = {layout: column(layout, precision, optimizers) for layout in LAYOUTS}
+    print("| " + " | ".join(["", *LAYOUTS]) + " |\n" + "|---" * (len(LAYOUTS) + 1) + "|")
+    for name in optimizers:
+        cells = [f"{difference(table[layout][name], oracle[name]):.0e}" for layout in LAYOUTS]
+        print("| " + " | ".join([name, *cells]) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,304 @@
+"""Predicted bytes against measured ones, the sources' tables, and the optimizers themselves."""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from meter import Meter, measure, nbytes
+
+from memory import estimate
+from memory.estimate import activation_bytes, assign, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
+from model import GPT, GPTConfig, initial_weight
+from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, schedule_free, sgd, shampoo, soap
+from optim.param_groups import kinds, param_groups
+from parallel.ddp import DDP
+
+CPU = torch.device("cpu")
+SCRIPT = Path(estimate.__file__)
+CLASSES = {"sgd": sgd.SGD, "adamw": adamw.AdamW, "adam_l2": adam_l2.AdamL2, "adafactor": adafactor.Adafactor,
+           "lion": lion.Lion, "lars": lars.LARS, "lamb": lamb.LAMB, "muon": muon.Muon,
+           "shampoo": shampoo.Shampoo, "soap": soap.SOAP, "schedule_free": schedule_free.AdamWScheduleFree,
+           "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree}  # fmt: skip
+TRAITS = {"modern": {}, "gpt2": dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False,
+                                     tied=True, bias=True, zero_init=False, init="gpt2", logit_cap=None)}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
+SIZE = dict(n_layer=8, n_head=2, n_embd=64, vocab_size=256, block_size=8)
+
+
+def total(optim, layout, params, world, precision, **kwargs):
+    return bytes_per_rank(even_shapes(params, world), optim, layout, world, precision,
+                          owners=lambda shapes, n: {name: i % n for i, name in enumerate(shapes)},
+                          **kwargs)["total"] / 1e9  # fmt: skip
+
+
+# ---- the sources' tables -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout, gb", [("ddp", 120), ("zero1", 31.4), ("zero2", 16.6), ("zero3", 1.9)])
+def test_the_zero_papers_row_of_7_5_billion_on_64_gpus(layout, gb):
+    assert round(total("adamw", layout, 7.5e9, 64, "mixed"), 1) == gb
+
+
+def test_the_texts_10_billion_on_8_gpus():
+    assert total("adamw", "ddp", 10e9, 8, "texts") == pytest.approx(120)
+    assert total("adamw", "zero3", 10e9, 8, "texts") == pytest.approx(15)
+    assert total("adamw", "zero3", 10e9, 8, "mixed") == pytest.approx(20)  # with the master weights it forgot
+
+
+def test_the_texts_105_gb_and_what_the_primary_source_says():
+    shape = dict(tokens=4 * 2048, n_layer=32, n_embd=4096)
+    text, primary = (activation_bytes(precision, **shape) for precision in ("texts", "mixed"))
+    assert round(text / 1e9, 1) == 21.5 and round(primary / 1e9, 1) == 36.5
+    assert round(total("adamw", "ddp", 7e9, 1, "texts", activations=text), 1) == 105.5
+    assert round(total("adamw", "ddp", 7e9, 1, "mixed", activations=primary), 1) == 148.5
+    parts = bytes_per_rank(even_shapes(7e9, 1), "adamw", "ddp", 1, "texts")
+    assert [parts[k] / 1e9 for k in ("parameters", "gradients", "state")] == [14, 14, 56]
+
+
+def test_limits_for_many_ranks():
+    """4x and 8x hold for 16 bytes and many ranks; with the texts' own 12 bytes they are 3x and 6x."""
+    for precision, first, second in ("mixed", 4, 8), ("texts", 3, 6):
+        ddp, one, two = (total("adamw", x, 8e9, 4096, precision) for x in ("ddp", "zero1", "zero2"))
+        assert ddp / one == pytest.approx(first, rel=0.01) and ddp / two == pytest.approx(second, rel=0.01)
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", TRAITS)
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_shapes_are_those_of_the_model(arch, n_kv_head):
+    size = dict(n_layer=3, n_embd=16, vocab_size=40, block_size=12)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**size, n_head=4, n_kv_head=n_kv_head, **TRAITS[arch]))
+    named = {name: (kinds(model)[name], tuple(p.shape)) for name, p in model.named_parameters()}
+    ours = gpt_shapes(**size, arch=arch, n_head=4, n_kv_head=n_kv_head)
+    assert ours == named and list(ours) == list(named)
+
+
+OPTIONS = [("sgd", {}), ("sgd", dict(momentum=0.9)), ("lars", {}), ("lars", dict(momentum=0.0)),
+           ("adafactor", {}), ("adafactor", dict(beta1=0.9)), ("muon", {}),
+           ("muon", dict(normuon_beta2=0.95)),
+           ("shampoo", {}), ("shampoo", dict(max_precond_dim=8)), ("shampoo", dict(grafting=None)),
+           ("shampoo", dict(precondition_1d=True, grafting="sgd")), ("soap", {}),
+           ("soap", dict(max_precond_dim=8)), ("soap", dict(precondition_1d=True))]  # fmt: skip
+OPTIONS += [(name, {}) for name in CLASSES if name not in dict(OPTIONS)]
+
+
+@pytest.mark.parametrize("optim, options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
+    for kind, shape in [("matrix", (6, 10)), ("embedding", (12, 5)), ("scalar", (7,)), ("matrix", (3, 4, 5))]:
+        p = torch.ones(shape, dtype=dtype, requires_grad=True)
+        p.grad = torch.ones_like(p)
+        group = {"params": [p]} | ({"use_muon": False} if optim == "muon" and kind != "matrix" else {})
+        optimizer = CLASSES[optim]([group], **options)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        if options.get("precondition_1d"):
+            optimizer._new_state(p, p, optimizer.param_groups[0])
+        else:
+            optimizer.step()
+        kept = [x for x in optimizer.state[p].values() if torch.is_tensor(x)]
+        assert sum(x.numel() for x in kept) == state_numbers(optim, kind, shape, **options)
+        assert all(x.dtype == dtype for x in kept)
+
+
+def test_every_optimizer_is_known_with_its_defaults():
+    files = {p.stem for p in (SCRIPT.parent.parent / "optim").glob("*.py")} - {"param_groups", "mup"}
+    assert {name.split(".")[0] for name in estimate.OPTIONS} == files
+    for name, cls in CLASSES.items():
+        assert cls.elementwise == (name in estimate.ELEMENTWISE)
+        made = cls([torch.zeros(2, 2)]).defaults
+        assert estimate.OPTIONS[name] == {k: made[k] for k in estimate.OPTIONS[name]}
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_owners_are_those_of_zero(n):
+    zero = pytest.importorskip("parallel.zero")
+    for arch in TRAITS:
+        shapes = {name: shape for name, (_, shape) in gpt_shapes(5, 16, 40, 8, arch).items()}
+        assert assign(shapes, n) == zero.assign(shapes, n)
+
+
+@pytest.mark.parametrize("arch", TRAITS)
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("size", [dict(n_layer=2, n_embd=64, vocab_size=96),
+                                  dict(n_layer=3, n_embd=32, vocab_size=480)])  # fmt: skip
+def test_activations_are_what_autograd_saves(arch, precision, size):
+    config = GPTConfig(**size, n_head=2, n_kv_head=2, block_size=128, **TRAITS[arch])
+    model = GPT(config).to(DTYPES[precision])
+    weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(x):
+        casts = precision == "bf16" and x.shape in {p.shape for p in model.parameters()}  # counted in buffers
+        if x.untyped_storage()._cdata not in weights and not casts:
+            saved[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    ids = torch.zeros(4, 128, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(ids, ids)
+    assert loss.requires_grad
+    measured = sum(storage.nbytes() for storage in saved.values())
+    assert activation_bytes(precision, 4 * 128, **size, arch=arch) == pytest.approx(measured, rel=0.08)
+
+
+def test_offloading_moves_bytes_to_the_host():
+    shapes = gpt_shapes(12, 768, 50304)
+    plain = bytes_per_rank(shapes, "adamw", "zero3", 4)
+    state = bytes_per_rank(shapes, "adamw", "zero3", 4, offload="cpu", chunk_mb=16)
+    both = bytes_per_rank(shapes, "adamw", "zero3", 4, offload_params="disk")
+    assert plain["host"] == 0 and state["state"] == 0 and state["host"] == plain["state"]
+    assert state["buffers"] == plain["buffers"] + 2 * 16 * 2**20 * 2  # two chunks, with 2 numbers a parameter
+    assert both["host"] == plain["parameters"] + plain["gradients"] + plain["state"]
+    assert both["total"] == both["buffers"] > 0
+    for held in (plain, state, both):
+        assert held["total"] == sum(held.values()) - held["total"] - held["host"]
+
+
+def test_hybrid_sharding_lies_between_ddp_and_fsdp():
+    shapes = gpt_shapes(4, 64, 256)
+    plain, ddp = bytes_per_rank(shapes, world=8), bytes_per_rank(shapes, "adamw", "fsdp", 8, fsdp_shard=1)
+    hybrid, full = (bytes_per_rank(shapes, "adamw", "fsdp", 8, fsdp_shard=n) for n in (2, 8))
+    for k in ("parameters", "gradients", "state"):
+        assert plain[k] == ddp[k] == pytest.approx(2 * hybrid[k]) == pytest.approx(8 * full[k])
+    kept = bytes_per_rank(shapes, "adamw", "fsdp", 8, reshard=False)
+    assert kept["buffers"] - full["buffers"] == pytest.approx(4 * 2 * 12 * 64**2)  # the other two blocks
+
+
+# ---- the meter ---------------------------------------------------------------------------------------------
+def test_the_meter_sees_what_is_freed_and_what_comes_back():
+    with Meter() as meter:
+        x = torch.zeros(1000)
+        y = x.view(10, 100) + 1  # a view is no memory of its own
+        assert meter.now() == 8000
+        x.untyped_storage().resize_(0)
+        assert meter.now() == 4000
+        del y
+        assert meter.now() == 0 and meter.peak == 8000
+        meter.reset()
+        x.untyped_storage().resize_(4000)
+        x.zero_()
+        assert meter.now() == meter.peak == 4000
+    assert nbytes([x, x[:10]]) == 4000
+
+
+# ---- measured ----------------------------------------------------------------------------------------------
+def measured(rank, world, layout, optim, precision, micro_batches, options, bucket_mb=25.0):
+    config = GPTConfig(**SIZE, n_kv_head=2)
+    with torch.device("meta"):
+        model = GPT(config).to(DTYPES[precision])
+    group = dist.group.WORLD if world > 1 else None
+    if layout == "ddp":
+        replicas = DDP(group, CPU, bucket_mb)
+    elif layout == "fsdp":
+        from parallel.fsdp import FSDP
+
+        replicas = FSDP(group, CPU)
+    else:
+        from parallel.zero import ZeRO
+
+        replicas = ZeRO(group, CPU, int(layout[-1]), bucket_mb)
+    lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
+    groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
+    return measure(replicas, model, functools.partial(initial_weight, config), CLASSES[optim], groups,
+                   micro_batches, rank=rank, world=world,
+                   autocast=torch.bfloat16 if precision == "bf16" else None, **options)  # fmt: skip
+
+
+def predicted(layout, optim, world, precision, micro_batches, options, **kwargs):
+    size = {k: SIZE[k] for k in ("n_layer", "n_embd", "vocab_size")}
+    return bytes_per_rank(gpt_shapes(**size), optim, layout, world, precision, micro_batches=micro_batches,
+                          activations=activation_bytes(precision, 8, **size), **kwargs, **options)
+
+
+@pytest.mark.parametrize("optim, precision, micro_batches, options", [
+    ("adamw", "fp32", 1, {}), ("adamw", "fp32", 2, {}), ("adamw", "fp64", 2, {}), ("adamw", "bf16", 2, {}),
+    ("sgd", "fp32", 2, {"momentum": 0.9}), ("lion", "fp32", 2, {}), ("muon", "fp32", 2, {}),
+    ("adafactor", "fp32", 2, {}), ("lamb", "fp32", 2, {}), ("shampoo", "fp32", 2, {}),
+    ("soap", "fp32", 2, {}), ("schedule_free", "fp32", 2, {})])
+def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, options):
+    found = measured(0, 1, "ddp", optim, precision, micro_batches, options)
+    expected = predicted("ddp", optim, 1, precision, micro_batches, options)
+    for k in ("parameters", "gradients", "state"):
+        assert found[k] == expected[k], k
+    assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
+
+
+def measured_each(rank, world, layouts, *args):
+    return {layout: measured(rank, world, layout, *args) for layout in layouts}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("layouts", [("ddp",), ("zero1", "zero2", "zero3"), ("fsdp",)])
+def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
+    pytest.importorskip("parallel." + layouts[0].rstrip("123"))
+    owners = assign
+    if layouts == ("fsdp",):
+        from parallel import whole
+
+        def owners(shapes, n):
+            return dict(zip(shapes, whole.choose_owners([*shapes.values()], n)))
+
+    ranks = run_ranks(3, measured_each, layouts, optim, "fp32", 2, {}, 0.25)
+    for layout in layouts:
+        expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, owners=owners)
+        names = ("parameters", "state") if layout == "zero1" else ("parameters", "gradients", "state")
+        for k in names:  # zero1 has freed most gradients when the step begins; before that it had all
+            assert max(found[layout][k] for found in ranks) == pytest.approx(expected[k], rel=0.05), layout
+        peak = max(found[layout]["peak"] for found in ranks)
+        assert peak == pytest.approx(expected["total"], rel=0.05), layout
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+def command(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, encoding="utf-8")
+
+
+def test_the_command_prints_both_accountings():
+    run = command("--params=7.5e9", "--gpus=64")
+    rows = [line.split() for line in run.stdout.splitlines() if line.startswith(estimate.LAYOUTS)]
+    assert run.returncode == 0 and [row[6] for row in rows[:4]] == ["120", "31.41", "16.64", "1.875"]
+    assert [row[6] for row in rows[5:9]] == ["90", "30.94", "16.17", "1.406"]
+
+
+def test_every_optimizer_and_layout_has_a_row():
+    for optim in CLASSES:
+        settings, options = estimate.parse([f"--optim={optim}", "--n_layer=2", "--n_embd=64", "--batch=2",
+                                            "--offload=disk", "--offload_params=cpu", "--gpus=6",
+                                            "--fsdp_shard=3", "--arch=gpt2", "--reshard=false"])  # fmt: skip
+        text = estimate.table(settings, options)
+        assert all(text.count(f"\n{layout} ") == 3 for layout in estimate.LAYOUTS) and "nan" not in text
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("", "type --params=7e9"), ("--parms=7e9", "did you mean params"), ("params", "type --name=value"),
+    ("--params=x", "a whole number"), ("--params=nan", "params=nan"), ("--params=1e400", "params=1e400"),
+    ("--params=7e9 --gpus=2.5", "gpus=2.5"), ("--params=7e9 --gpus=0", "gpus=0"),
+    ("--params=7e9 --optim=adamv", "did you mean adamw"), ("--params=7e9 --precision=fp23", "mean fp32"),
+    ("--params=7e9 --optim=soap", "depends on shapes"), ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3"),
+    ("--params=7e9 --opt.momentum=0.9", "adamw's option 'momentum'"), ("--params=7e9 --offload=disc", "disk"),
+    ("--params=7e9 --optim=sgd --opt.momentun=0.9", "did you mean momentum"), ("--n_layer=2", "--n_embd"),
+    ("--params=7e9 --optim=sgd --opt.momentum=x", "momentum=x"), ("--params=7e9 --batch=2", "--n_layer")])
+def test_a_mistake_is_one_line(arguments, said):
+    with pytest.raises(ValueError) as error:
+        estimate.table(*estimate.parse(arguments.split()))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mistake_ends_the_command_with_2():
+    run = command("--parms=7e9")
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert command("--help").stdout.startswith("How many bytes")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(optim="adamwx"), "did you mean adamw"), (dict(layout="zero"), "did you mean zero"),
+    (dict(precision="fp16"), "did you mean"), (dict(momentum=0.9), "no|none"), (dict(world=0), "at least 1"),
+    (dict(layout="zero2", offload_params="cpu"), "zero3 or fsdp"), (dict(offload="ram"), "cpu")])
+def test_the_function_refuses_what_it_does_not_know(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        bytes_per_rank(gpt_shapes(1, 8, 8), **arguments)

@@ -1,0 +1,164 @@
+"""The promise, cell by cell: any optimizer on any layout is the same run, and goes on on any other."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from matrix import LAYOUTS, OPTIMIZERS, TINY, column, difference, trace
+
+import config
+import train
+from model import GPT, GPTConfig, initial_weight
+from optim import param_groups
+from optim.soap import SOAP
+from parallel.ddp import DDP
+from parallel.fsdp import FSDP
+from parallel.zero import ZeRO
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return column("one process", "fp64", list(OPTIMIZERS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_optimizer_on_every_layout_is_one_process(alone, layout):
+    for name, found in column(layout, "fp64", list(OPTIMIZERS)).items():
+        assert difference(found, alone[name]) < (1e-4 if name == "SOAP" else 1e-10), name
+        assert abs(found[-1] / found[0] - 1) > 1e-4, f"{name} learns nothing, so this proves nothing"
+
+
+FOUR = "ddp 4", "zero2 4", "zero3 4", "hybrid 2x2"
+
+
+@pytest.mark.parametrize(
+    "layout", ["zero1 2", "zero3 2", "fsdp 2", *(pytest.param(name, marks=pytest.mark.slow) for name in FOUR)]
+)
+def test_float32_follows_one_process(layout):
+    some = ["SGD", "AdamW", "Muon", "LAMB"]
+    one, found = column("one process", "fp32", some), column(layout, "fp32", some)
+    for name in some:
+        assert difference(found[name], one[name]) < 1e-5, name
+
+
+# ---- SOAP as it is: it magnifies rounding without bound, so every step starts from the oracle's ----
+def layouts(group, world):
+    yield "ddp", DDP(group, CPU)
+    for stage in (1, 2, 3):
+        yield f"zero{stage}", ZeRO(group, CPU, stage)
+    yield "fsdp", FSDP(group, CPU)
+    yield "hybrid", FSDP(group, CPU, shard=world // 2)
+
+
+def tiny(device: str) -> GPT:
+    with torch.device(device):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, zero_init=False))
+    return model.double()
+
+
+def lock_step(rank, world):
+    oracle, lrs = tiny("cpu"), dict.fromkeys(("matrix", "embedding", "head", "scalar"), 3e-3)
+    with torch.no_grad():
+        for name, p in oracle.named_parameters():
+            p.copy_(initial_weight(oracle.config, name, tuple(p.shape)))
+    weights = dict(oracle.named_parameters())
+    plain = SOAP(param_groups.param_groups(oracle, lrs, 0.1), precondition_frequency=2)
+    for step in range(5):
+        tokens = torch.randint(256, (8, 9), generator=torch.Generator().manual_seed(step))
+        saved = param_groups.state_by_name(plain)
+        oracle.zero_grad()
+        (oracle(tokens[:, :-1], tokens[:, 1:]) / 64).backward()
+        for layout, replicas in layouts(dist.group.WORLD, world):
+            model, mine = replicas.wrap(tiny("meta")), tokens.chunk(world)[rank]
+            replicas.fill(lambda name, shape: weights[name].detach())
+            groups = param_groups.param_groups(model, lrs, 0.1)
+            optimizer = replicas.make_optimizer(SOAP, groups, precondition_frequency=2)
+            state = copy.deepcopy(saved["state"])
+            param_groups.load_state_by_name(optimizer, saved["groups"], lambda n, _: state.get(n, {}))
+            replicas.last_micro_batch(True)
+            (model(mine[:, :-1], mine[:, 1:]) / 64).backward()
+            replicas.finish_gradients()
+            expected = {}
+
+            def update_of_one(optimizer, args, kwargs):  # the plain optimizer on the gathered gradient
+                for group in optimizer.param_groups:
+                    for name, p in zip(group["names"], group["params"]):
+                        torch.testing.assert_close(p.grad, weights[name].grad, rtol=1e-10, atol=1e-14)
+                        q = weights[name].detach().clone().requires_grad_()
+                        options = {k: v for k, v in group.items() if k in SOAP([q]).defaults}
+                        alone = SOAP([{"params": [q], **options}])
+                        if name in saved["state"]:
+                            alone.state[q] = copy.deepcopy(saved["state"][name])
+                        q.grad = p.grad.clone()
+                        alone.step()
+                        expected[name] = q.detach()
+
+            optimizer.register_step_pre_hook(update_of_one)
+            optimizer.step()
+            named = ((n, p) for g in optimizer.param_groups for n, p in zip(g["names"], g["params"]))
+            for name, p in named:
+                assert torch.equal(p, expected[name]), (layout, step, name)
+            owned = torch.tensor([len(expected)])
+            dist.all_reduce(owned)
+            copies = world if layout == "ddp" else 2 if layout == "hybrid" else 1
+            assert owned.item() == copies * len(weights), (layout, owned)
+        plain.step()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_soap_in_lock_step_is_the_plain_optimizer_bitwise(world):
+    run_ranks(world, lock_step)
+
+
+# ---- saved in any layout, resumed in any other ----------------------------------------------------
+PLACES = ["one process", "ddp 2", "zero1 2", "zero2 4", "zero3 2", "fsdp 4", "hybrid 2x2"]
+KEPT = ["muon", "schedule_free", "soap"]
+
+
+def go(rank, world, folders, steps, flags):
+    for folder in folders:
+        optim = folder.name.split("-")[-1]
+        argv = [f"--data={train.__file__}", f"--out_dir={folder}", *TINY, f"--optim={optim}",
+                f"--steps={steps}", "--schedule=constant", "--eval_every=0", "--precision=fp64"]  # fmt: skip
+        argv += ["--opt.eps=1e-2", "--lr=1e-3"] if optim == "soap" else []
+        train.main(config.parse([*argv, *flags]))
+
+
+def on(layout, folders, steps):
+    world, flags = LAYOUTS.get(layout, (1, []))
+    if world == 1:
+        return go(0, 1, folders, steps, flags)
+    run_ranks(world, go, folders, steps, flags)
+
+
+def saved_and_resumed(folder, pairs):
+    """Ten steps in one process; five in one layout of each pair, the next five in the other."""
+    on("one process", [folder / optim for optim in KEPT], 10)
+    for layout in dict.fromkeys(a for a, _ in pairs):
+        on(layout, [folder / f"{PLACES.index(layout)}-{optim}" for optim in KEPT], 5)
+    for layout in dict.fromkeys(b for _, b in pairs):
+        copies = []
+        for before in (a for a, b in pairs if b == layout):
+            for optim in KEPT:
+                saved = folder / f"{PLACES.index(before)}-{optim}"
+                copies.append(folder / f"{PLACES.index(before)}-{PLACES.index(layout)}-{optim}")
+                shutil.copytree(saved, copies[-1])
+        on(layout, copies, 10)
+        for copy_ in copies:
+            optim = copy_.name.split("-")[-1]
+            apart = difference(trace(copy_), trace(folder / optim))
+            assert apart < (1e-3 if optim == "soap" else 1e-10), (copy_.name, layout, apart)
+
+
+def test_saved_in_one_layout_and_resumed_in_the_next(tmp_path):
+    saved_and_resumed(tmp_path, list(zip(PLACES, PLACES[1:] + PLACES[:1])))
+
+
+@pytest.mark.slow
+def test_saved_in_any_layout_and_resumed_in_any_other(tmp_path):
+    saved_and_resumed(tmp_path, [(a, b) for a in PLACES for b in PLACES])
