@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import config
+from parallel.ddp import DDP
 from parallel.mesh import Mesh
 from precision import amp
 
@@ -52,14 +53,30 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     )
 
 
+def offload_folder(cfg: config.Config, mesh: Mesh) -> Path:
+    return Path(cfg.out_dir) / "offload" / f"rank_{mesh.rank}"
+
+
 def data_parallel(cfg: config.Config, mesh: Mesh):
     """How ranks share the work, see the interface in parallel/ddp.py; each file is imported only if used."""
     group, device = mesh.groups["dp"], mesh.device
-    folder = Path(cfg.out_dir) / "offload" / f"rank_{mesh.rank}"
+    folder = offload_folder(cfg, mesh) / "weights"
     dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.reduce_dtype]
-    if cfg.data_parallel == "ddp":
-        from parallel.ddp import DDP
+    if cfg.diloco_every is not None:
+        from parallel.diloco import DiLoCo
 
+        options = config.check_options(cfg, "diloco", DiLoCo, ("group", "device", "every", "bucket_mb"))
+        return DiLoCo(group, device, cfg.diloco_every, bucket_mb=cfg.bucket_mb, **options)
+    if cfg.compress is not None:
+        from parallel import compression
+
+        if group is None:
+            raise ValueError(f"--compress={cfg.compress} needs two or more replicas, one sends nothing; "
+                             "start with torchrun --nproc_per_node=2, or leave it out")  # fmt: skip
+        method = getattr(compression, cfg.compress)
+        reduce = method(**config.check_options(cfg, "compress", method))
+        return DDP(group, device, cfg.bucket_mb, reduce)
+    if cfg.data_parallel == "ddp":
         return DDP(group, device, cfg.bucket_mb)
     if cfg.data_parallel == "fsdp":
         from parallel.fsdp import FSDP

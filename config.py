@@ -354,6 +354,9 @@ def check(cfg: Config) -> Config:
             others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
             raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
                              f"leave it out, or type {others}")
+    for namespace, owner in (("compress", "compress"), ("diloco", "diloco_every")):
+        if cfg.sub(namespace) and getattr(cfg, owner) is None:
+            raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")
     if cfg.compress is not None and cfg.diloco_every is not None:
         raise ValueError("compress and diloco_every do not go together; leave one of them out")
     for name in ("grad_clip", "clip_value", "logit_cap", "peak_flops"):
@@ -512,4 +515,6 @@ def help_text() -> str:
         "  --opt.NAME=       an argument of the optimizer's constructor, such as --opt.betas=0.9,0.95",
     ]
     lines += ["  --schedule.NAME=  an argument of the schedule, such as --schedule.shape=cosine"]
+    lines += ["  --compress.NAME=  an argument of the compression, such as --compress.rank=4"]
+    lines += ["  --diloco.NAME=    an argument of the outer step, such as --diloco.momentum=0.9"]
     return "\n".join(lines)

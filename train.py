@@ -9,6 +9,7 @@
 Exit status: 0 done, or stopped by SIGTERM or Ctrl-C after a checkpoint; 2 a user's mistake; 1 anything else.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -25,6 +26,7 @@ import logger
 import monitor
 import resume
 import schedules
+from memory import offload
 from model import GPT, GPTConfig, initial_weight
 from optim import mup, param_groups
 from parallel import mesh as meshes
@@ -149,15 +151,29 @@ def main(cfg: config.Config) -> dict:
         group["initial_lr"], group["initial_momentum"] = group["lr"], group.get("momentum")
     if hasattr(optimizer, "train"):
         optimizer.train()  # Schedule-Free keeps two sets of weights
+    if cfg.offload is not None:  # from now on state comes to the device only to be stepped
+        where = torch.device("cpu") if cfg.offload_params else device
+        folder = choices.offload_folder(cfg, mesh) / "state"
+        optimizer = offload.offload(optimizer, cfg.offload, folder, where)
+    at_anchor = getattr(replicas, "at_anchor", contextlib.nullcontext)  # DiLoCo looks at averaged weights
     if cfg.momentum_warmup is not None and "momentum" not in optimizer.defaults:
         raise ValueError(f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out")
 
     # ---- resume: everything a step depends on -------------------------------------------------------------
-    rows_seen = 0
+    rows_seen, notes = 0, []
     if earlier is not None:
+        saved_replicas, own = earlier.tree("replicas/replicas", missing=0), {}
+        if hasattr(replicas, "load"):
+            own = replicas.load(lambda path: earlier.tree(f"replicas/{path}", missing={})) or {}
+        if saved_replicas not in (0, mesh.sizes["dp"]):
+            notes.append(f"{saved_replicas} replicas were saved, now there are {mesh.sizes['dp']}: what they "
+                         "had not told each other yet is summed and shared out")
+        elif saved_replicas and cfg.compress is None and cfg.diloco_every is None:
+            notes.append("what compression had not sent yet is dropped")
+
         def state_of(name: str, shape: tuple[int, ...]) -> dict:
             box = (*replicas.boxes[name], shape) if name in replicas.boxes else None
-            return earlier.tree(f"optim/state/{name}", box, missing={})
+            return own.get(name) or earlier.tree(f"optim/state/{name}", box, missing={})
 
         param_groups.load_state_by_name(optimizer, earlier.tree("optim/groups"), state_of)
         rows_seen = earlier.tree("progress")["rows"]
@@ -177,6 +193,8 @@ def main(cfg: config.Config) -> dict:
     log.say(f"{cfg.arch}: {sum(p.numel() for p in params):,} parameters; a step is {cfg.batch_size} "
             f"x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}")
     chosen = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
+    for note in notes:
+        log.say(note)
     log.say("chosen: " + " ".join(f"{name}={value}" for name, value in chosen.items()))
     flops = monitor.flops_per_token(monitor.matmul_params(model), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision)
@@ -205,6 +223,8 @@ def main(cfg: config.Config) -> dict:
         state["state"] = checkpoint.boxed(state["state"], replicas.boxes)
         first = replicas.shard_group is not None or mesh.coords["dp"] == 0  # no other rank holds the same
         tree = {"rng": {str(mesh.rank): torch.get_rng_state()}, "optim": state if first else {}}
+        if hasattr(replicas, "tree"):
+            tree["replicas"] = replicas.tree(state["state"])
         if is_main:
             tree |= {"config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
         with param_groups.evaluation_weights(optimizer, replicas.share_weights) as training_weights:
@@ -220,7 +240,7 @@ def main(cfg: config.Config) -> dict:
         # Look first: the untrained model is step 0, and the last step is seen too.
         done, news = step >= cfg.steps, step > first_step or earlier is None
         if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place):
-            with param_groups.evaluation_weights(optimizer, replicas.share_weights):
+            with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor():
                 latest |= evaluate()
             log.evaluation({k: v for k, v in latest.items() if k != "loss"})
 
@@ -279,7 +299,7 @@ def main(cfg: config.Config) -> dict:
     if done and cfg.sample_tokens:  # on every rank: a forward may be a collective
         prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
         prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
-        with param_groups.evaluation_weights(optimizer, replicas.share_weights):
+        with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor():
             ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, top_k=50, seed=cfg.seed)
         log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
     if done and is_main and step > 1:  # one point is no curve

@@ -99,12 +99,12 @@ class Stream:
     def run(self, method) -> None:
         """method(optimizer) for one chunk after the other, each with its own state on the device."""
         optimizer, groups, state = self.optimizer, self.optimizer.param_groups, self.optimizer.state
-        before, chunks = [dict(group) for group in groups], self.chunks()
+        chunks = self.chunks()
         main = torch.cuda.current_stream(self.device) if self.gpu else None
         fetched = self.fetch(state, chunks[0])
         try:
             for chunk, following in zip(chunks, [*chunks[1:], []]):
-                optimizer.param_groups = [{**g, "params": ps} for g, ps in zip(before, chunk)]
+                optimizer.param_groups = [{**g, "params": ps} for g, ps in zip(groups, chunk)]
                 optimizer.state = defaultdict(dict, fetched)
                 if self.gpu:
                     main.wait_stream(self.inward)

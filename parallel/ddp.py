@@ -62,7 +62,7 @@ class DDP:
         self.group, self.device, self.bucket_bytes, self.reduce = group, device, bucket_mb * 2**20, reduce
         self.buckets, self.last, self.next = [], True, 0
         self.sent_bytes = 0  # by this rank in the last step
-        self.saves = group is None or dist.get_rank(group) == 0  # optimizer state that no lower rank saves
+        self.place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Allocates the parameters of `model`, which are on the meta device, and watches them."""
@@ -122,12 +122,21 @@ class DDP:
         """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
         return cls(groups, **arguments)
 
+    def tree(self, state: dict) -> dict:
+        """What this rank has to put into a checkpoint beside weights and optimizer `state`."""
+        return self.reduce.tree(*self.place) if hasattr(self.reduce, "tree") else {}
+
+    def load(self, read: Callable[[str], dict | int]) -> None:
+        """Takes up what `tree` gave; read("a/b") is that part of the trees of all ranks, merged, or {}."""
+        if hasattr(self.reduce, "load") and read("replicas"):
+            self.reduce.load(read, *self.place)
+
     def share_weights(self) -> None:
         """After something else than step() changed the optimizer's parameters: the other ranks see it too."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts there."""
-        return dict(self.model.named_parameters()) if self.saves else {}
+        return dict(self.model.named_parameters()) if self.place[0] == 0 else {}
 
 
 def cut(named: list[tuple[str, nn.Parameter]], limit: float) -> list[list[tuple[str, nn.Parameter]]]:

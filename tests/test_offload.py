@@ -227,6 +227,10 @@ def test_a_plain_state_dict_loads_and_going_back_forgets(where, tmp_path):
     for params, optimizer in (a, b):
         steps(optimizer, params, range(2, 4))
     assert_same(a, b)
+    saved = a[1].state_dict()
+    del saved["state"][1]
+    b[1].load_state_dict(saved)
+    assert len(b[1].state) == len(a[1].state) - 1 and b[0][1] not in b[1].state
     with pytest.raises(ValueError, match="group"):
         b[1].load_state_dict(build(adamw.AdamW, a[0][:2]).state_dict())
 

@@ -21,7 +21,6 @@ from parallel.ddp import DDP
 from parallel.zero import ZeRO, assign
 from precision import onednn
 
-param_groups.without_compiler()  # or each forked rank imports it
 CPU, ROWS = torch.device("cpu"), 16  # rows in a global batch
 MODERN = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=32, zero_init=False)
 GPT2 = MODERN | dict(n_layer=3, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
@@ -97,6 +96,12 @@ class Replica:
         pairs = [self.step(i, micro_batches) for i in range(steps)]
         weights = {name: w.detach().clone() for name, w in self.replicas.weights().items()}
         return [loss for loss, _ in pairs], [norm for _, norm in pairs], weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    """Weights drawn on the meta device import it: once here, not in each rank."""
+    build(MODERN)
 
 
 ORACLES = {}  # what one process does, computed once
