@@ -165,11 +165,11 @@ def main(cfg: config.Config) -> dict:
         saved_replicas, own = earlier.tree("replicas/replicas", missing=0), {}
         if hasattr(replicas, "load"):
             own = replicas.load(lambda path: earlier.tree(f"replicas/{path}", missing={})) or {}
-        if saved_replicas not in (0, mesh.sizes["dp"]):
+        if saved_replicas and cfg.compress is None and cfg.diloco_every is None:
+            notes.append("what compression had not sent yet is dropped")
+        elif saved_replicas not in (0, mesh.sizes["dp"]):
             notes.append(f"{saved_replicas} replicas were saved, now there are {mesh.sizes['dp']}: what they "
                          "had not told each other yet is summed and shared out")
-        elif saved_replicas and cfg.compress is None and cfg.diloco_every is None:
-            notes.append("what compression had not sent yet is dropped")
 
         def state_of(name: str, shape: tuple[int, ...]) -> dict:
             box = (*replicas.boxes[name], shape) if name in replicas.boxes else None

@@ -226,6 +226,71 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
     assert a.names() == b.names() and all(torch.equal(a.tensor(n), b.tensor(n)) for n in a.names())
 
 
+LAYOUTS = [
+    "--data_parallel=zero1 --optim=soap",
+    "--data_parallel=zero2 --optim=schedule_free",
+    "--data_parallel=zero3 --offload_params=disk --offload=cpu",
+    "--data_parallel=fsdp --optim=lamb",
+    "--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk",
+    "--compress=topk --compress.fraction=0.05 --optim=adamw",
+    "--compress=powersgd --compress.rank=2 --optim=sgd",
+    "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
+]
+
+
+def killed_at_7(rank, world, *args):
+    record = logger.Logger.train
+    logger.Logger.train = lambda self, row: (
+        os.kill(os.getpid(), signal.SIGKILL) if row["step"] == 7 else record(self, row)
+    )
+    go(*args)
+
+
+@needs_fork
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_killed_on_two_ranks_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, text, layout):
+    more = [*layout.split(), "--dropout=0.2", "--micro_batch_size=2", "--bucket_mb=0.01"]
+    more += [] if "fsdp" in layout or "diloco" in layout or "compress" in layout else ["--precision=bf16"]
+    run_ranks(2, on_ranks, text, tmp_path / "whole", *more)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        run_ranks(2, killed_at_7, text, tmp_path / "killed", *more)
+    run_ranks(2, on_ranks, text, tmp_path / "killed", *more)
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole") and len(trace(tmp_path / "whole")) == 12
+    a, b = (checkpoint.newest(tmp_path / n) for n in ("killed", "whole"))
+    assert a.names() == b.names() and all(torch.equal(a.tensor(n), b.tensor(n)) for n in a.names())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("optim", ["muon", "schedule_free"])
+def test_offloaded_state_is_the_same_run_bitwise(tmp_path, text, where, optim):
+    go(text, tmp_path / "here", f"--optim={optim}")
+    go(text, tmp_path / "away", f"--optim={optim}", f"--offload={where}")
+    assert trace(tmp_path / "here") == trace(tmp_path / "away")
+
+
+def test_diloco_at_one_inner_step_without_momentum_is_the_plain_run(tmp_path, text):
+    more = ["--optim=sgd", "--precision=fp64", "--grad_clip=none", "--lr=0.3"]
+    go(text, tmp_path / "plain", *more)
+    run_ranks(2, on_ranks, text, tmp_path / "diloco", *more, "--diloco_every=1", "--diloco.lr=1",
+              "--diloco.momentum=0")  # fmt: skip
+    plain, diloco = rows(tmp_path / "plain"), rows(tmp_path / "diloco")
+    for step in plain:
+        assert diloco[step]["loss"] == pytest.approx(plain[step]["loss"], rel=1e-10)
+    close(rows(tmp_path / "plain", "val_loss"), rows(tmp_path / "diloco", "val_loss"), 1e-10)
+
+
+def test_compression_goes_on_with_other_replicas_and_says_so(tmp_path, text, capfd):
+    more = ["--compress=topk", "--compress.fraction=0.05", "--optim=adamw", "--schedule=constant"]
+    run_ranks(2, on_ranks, text, tmp_path, *more, "--steps=6")
+    owed = [checkpoint.newest(tmp_path).tree(f"replicas/residuals/{r}") for r in range(2)]
+    run_ranks(4, on_ranks, text, tmp_path, *more, "--steps=7", "--save_every=1")
+    assert "2 replicas were saved, now there are 4" in capfd.readouterr().out
+    assert len(rows(tmp_path)) == 7 and all(row["sent_bytes"] > 0 for row in rows(tmp_path).values())
+    assert any(x.abs().sum() > 0 for x in owed[1].values())
+    go(text, tmp_path, *more[2:], "--steps=8")
+    assert "what compression had not sent yet is dropped" in capfd.readouterr().out
+
+
 def test_a_run_saved_on_two_ranks_goes_on_alone_and_back(tmp_path, text):
     more = ["--optim=adamw", "--precision=fp64"]
     go(text, tmp_path / "whole", *more)
