@@ -53,6 +53,19 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     )
 
 
+def remarks(cfg: config.Config, mesh: Mesh) -> list[str]:
+    """Of each flag that has nothing to do here, that it has not."""
+    on_cpu, every, layout = mesh.device.type == "cpu", cfg.diloco_every, cfg.data_parallel
+    found = {
+        f"data_parallel={layout}: one replica, nothing to spread": mesh.sizes["dp"] == 1 and layout != "ddp",
+        "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
+        "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
+        f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "
+        "not in the saved model": every is not None and cfg.steps % every,
+    }
+    return [sentence for sentence, holds in found.items() if holds]
+
+
 def offload_folder(cfg: config.Config, mesh: Mesh) -> Path:
     return Path(cfg.out_dir) / "offload" / f"rank_{mesh.rank}"
 

@@ -12,6 +12,7 @@ Exit status: 0 done, or stopped by SIGTERM or Ctrl-C after a checkpoint; 2 a use
 import contextlib
 import functools
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,8 @@ def main(cfg: config.Config) -> dict:
 
     def leave(metrics: dict) -> dict:
         mesh.agree(0)  # nobody goes while another still works
+        if is_main:
+            shutil.rmtree(out_dir / "offload", ignore_errors=True)
         if lock is not None:
             lock.release()
         if made_group:
@@ -160,7 +163,7 @@ def main(cfg: config.Config) -> dict:
         raise ValueError(f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out")
 
     # ---- resume: everything a step depends on -------------------------------------------------------------
-    rows_seen, notes = 0, []
+    rows_seen, notes = 0, choices.remarks(cfg, mesh)
     if earlier is not None:
         saved_replicas, own = earlier.tree("replicas/replicas", missing=0), {}
         if hasattr(replicas, "load"):
@@ -315,5 +318,8 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:  # before the loop, which has a handler of its own: nothing to lose yet
         sys.exit(130)

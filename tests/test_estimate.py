@@ -248,7 +248,8 @@ def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
         expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, owners=owners)
         names = ("parameters", "state") if layout == "zero1" else ("parameters", "gradients", "state")
         for k in names:  # zero1 has freed most gradients when the step begins; before that it had all
-            assert max(found[layout][k] for found in ranks) == pytest.approx(expected[k], rel=0.05), layout
+            tolerance = 0.05 if layout.startswith("zero") else 1e-9  # most weights, less state
+            assert max(found[layout][k] for found in ranks) == pytest.approx(expected[k], tolerance), layout
         peak = max(found[layout]["peak"] for found in ranks)
         assert peak == pytest.approx(expected["total"], rel=0.05), layout
 

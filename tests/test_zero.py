@@ -371,6 +371,31 @@ def test_sent_bytes_are_the_tables():
         assert counted == 1.5 * whole
 
 
+def overlap(rank, world, stage):
+    """What happens in which order in one forward and backward of three blocks (units 1 to 3)."""
+    zero, events = ZeRO(dist.group.WORLD, CPU, stage, 1e-3), []
+    replica = Replica(zero, rank, world, shape=GPT2)
+    unit = {id(part.flat): i for i, parts in enumerate(zero.units) for part in parts}
+    for i, block in enumerate(replica.model.blocks.values(), 1):
+        block.mlp.register_forward_pre_hook(lambda *_, i=i: events.append(f"forward {i}"))
+        block.attn.q.weight.register_hook(lambda *_, i=i: events.append(f"backward {i}"))
+    plain = dist.reduce, dist.broadcast
+    dist.broadcast = lambda x, **kwargs: (events.append(f"fetch {unit[id(x)]}"), plain[1](x, **kwargs))[1]
+    dist.reduce = lambda x, **kwargs: (events.append("send"), plain[0](x, **kwargs))[1]
+    replica.gradients(0)
+    dist.reduce, dist.broadcast = plain
+    return [e for e, before in zip(events, [None, *events]) if e != before]
+
+
+def test_weights_come_one_unit_ahead_and_gradients_leave_at_once():
+    forward = "fetch 0, fetch 1, fetch 2, forward 1, fetch 3, forward 2, fetch 4, forward 3"
+    backward = "fetch 3, fetch 2, send, backward 3, fetch 1, send, backward 2, send, backward 1, send"
+    assert run_ranks(2, overlap, 3)[0] == f"{forward}, {backward}".split(", ")
+    for stage in (1, 2):
+        events = ", ".join(run_ranks(2, overlap, stage)[0])
+        assert "send, backward 2, send, backward 1, send" in events and "fetch" not in events
+
+
 def rounded(rank, world):
     zero = ZeRO(dist.group.WORLD, CPU, 2, reduce_dtype=torch.bfloat16)
     replica = Replica(zero, rank, world, dtype=torch.float32)
@@ -407,7 +432,7 @@ def test_stage_3_holds_and_fills_only_its_own():
 
 
 def test_owners_are_even_within_each_shape():
-    shapes = {n: tuple(p.shape) for n, p in build(MODERN | dict(n_layer=6)).named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in build(GPT2 | dict(vocab_size=4096)).named_parameters()}
     for n in (1, 2, 3, 4, 8):
         owners = assign(shapes, n)
         assert owners == assign(dict(shapes), n) and owners.keys() == shapes.keys()
