@@ -121,8 +121,9 @@ class GPT(nn.Module):
     def __init__(self, c: GPTConfig, layers=None, embed: bool = True, head: bool = True):
         super().__init__()
         self.config = c
-        self.embed = nn.Embedding(c.vocab_size, c.n_embd) if embed else None
-        self.positions = nn.Embedding(c.block_size, c.n_embd) if embed and c.position == "learned" else None
+        table, learned = nn.Embedding.from_pretrained, embed and c.position == "learned"  # draws no numbers
+        self.embed = table(torch.empty(c.vocab_size, c.n_embd), freeze=False) if embed else None
+        self.positions = table(torch.empty(c.block_size, c.n_embd), freeze=False) if learned else None
         self.drop_embed = Dropout(c, "embed")
         layers = range(c.n_layer) if layers is None else layers
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
@@ -239,7 +240,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Dropout(nn.Module):
     """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): no generator, no state.
-
     Cutting batch, sequence or layers over ranks leaves every mask as it was, and so does a resume.
     """
 

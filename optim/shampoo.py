@@ -50,7 +50,7 @@ def shampoo_update(p, g, exp_avg, exp_avg_sq, Ls, Ps, t, lr, beta1, beta2, eps, 
     w, bias2 = (1, 1) if beta2 == 1 else (1 - beta2, 1 - beta2**t)
     for i, (L, P) in enumerate(zip(Ls, Ps)):
         if L is not None:
-            G = g.movedim(i, 0).flatten(1)  # (nᵢ, the rest)
+            G = g.movedim(i, 0).reshape(g.shape[i], -1)  # (nᵢ, the rest)
             L.mul_(beta2).addmm_(G, G.mT, alpha=w)
             if refresh:
                 P.copy_(matrix_power(L / bias2, eps, exponent))

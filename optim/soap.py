@@ -53,7 +53,7 @@ def rotate(x, Qs, back=False):
 def accumulate(g, GGs, shampoo_beta) -> None:
     for i, GG in enumerate(GGs):
         if GG is not None:
-            G = g.movedim(i, 0).flatten(1)  # (nᵢ, the rest)
+            G = g.movedim(i, 0).reshape(g.shape[i], -1)  # (nᵢ, the rest)
             GG.mul_(shampoo_beta).addmm_(G, G.mT, alpha=1 - shampoo_beta)
 
 

@@ -96,10 +96,7 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
         optimizer = CLASSES[optim]([group], **options)
         if hasattr(optimizer, "train"):
             optimizer.train()
-        if options.get("precondition_1d"):
-            optimizer._new_state(p, p, optimizer.param_groups[0])
-        else:
-            optimizer.step()
+        optimizer.step()
         kept = [x for x in optimizer.state[p].values() if torch.is_tensor(x)]
         assert sum(x.numel() for x in kept) == state_numbers(optim, kind, shape, **options)
         assert all(x.dtype == dtype for x in kept)

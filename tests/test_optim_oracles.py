@@ -308,6 +308,8 @@ def muon_formula(p, g, s, t, h):
     (shampoo.Shampoo, shampoo_formula, {
         "lr": 0.1, "eps": 1e-4, "precondition_frequency": 1, "grafting": None, "betas": (0, 1),
         "weight_decay": 0.0}),
+    (shampoo.Shampoo, shampoo_formula, {
+        "lr": 0.01, "eps": 1e-4, "precondition_frequency": 2, "precondition_1d": True, "weight_decay": 0.1}),
     (soap.SOAP, soap_formula, {"lr": 0.01, "eps": 1e-2, "precondition_frequency": 3, "weight_decay": 0.1}),
     (soap.SOAP, soap_formula, {
         "lr": 0.01, "eps": 1e-2, "precondition_frequency": 1, "shampoo_beta": 0.8, "normalize_grads": True,
