@@ -92,7 +92,7 @@ def allocate(module: nn.Module, device: torch.device, keep=lambda p: True) -> nn
         for name, p in part.named_parameters(recurse=False, remove_duplicate=False):
             if p.is_meta and keep(p):
                 if p not in made:
-                    empty = torch.empty(p.shape, dtype=p.dtype, device=device)  # empty_like imports a compiler
+                    empty = torch.empty(p.shape, dtype=p.dtype, device=device)  # _like imports a compiler
                     made[p] = nn.Parameter(empty, p.requires_grad)
                 setattr(part, name, made[p])
     return module

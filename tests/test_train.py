@@ -477,6 +477,15 @@ def test_the_command_line_trains(tmp_path, text):
     assert (again.optim, again.lr, again.micro_batch_size) == ("muon", 0.02, 8)
 
 
+def test_a_run_that_compiles_nothing_imports_no_compiler(tmp_path, text):
+    code = "import sys, config, train; train.main(config.parse(sys.argv[1:])); "
+    code += "assert not {'torch._dynamo', 'sympy'} & {*sys.modules}"
+    for more in ("--arch=gpt2", "--data_parallel=zero3", "--data_parallel=fsdp"):
+        argv = [sys.executable, "-c", code, *flags(text, tmp_path / more[-5:], more, "--steps=1")]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_five_times_at_random_moments(tmp_path, text, ranks):
