@@ -63,6 +63,13 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_s
         "--dropout=0.1", "--vocab_size=256"]  # fmt: skip
 
 
+def text(folder) -> Path:
+    """Something to learn, the same wherever and whenever this runs."""
+    path = Path(folder) / "squares.txt"
+    path.write_text(" ".join(str(i * i) for i in range(3000)))
+    return path
+
+
 def trace(out_dir) -> list[float]:
     """Everything a run of the matrix is compared by, in order."""
     found = []
@@ -74,8 +81,8 @@ def trace(out_dir) -> list[float]:
 def runs(rank: int, world: int, folder: str, precision: str, optimizers: list[str], flags: list[str]):
     for name in optimizers:
         more = ["--opt.ns_dtype=float32"] if name == "Muon" and precision == "fp32" else []
-        out = f"--out_dir={folder}/{name}"
-        argv = [f"--data={train.__file__}", out, *TINY, f"--precision={precision}", *OPTIMIZERS[name], *more]
+        argv = [f"--data={folder}/squares.txt", f"--out_dir={folder}/{name}", *TINY,
+                f"--precision={precision}", *OPTIMIZERS[name], *more]  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(config.parse([*argv, *flags]))
 
@@ -84,6 +91,7 @@ def column(layout: str, precision: str, optimizers: list[str]) -> dict[str, list
     """The trace of every optimizer on one layout ("one process" is the oracle)."""
     world, flags = LAYOUTS.get(layout, (1, []))
     with tempfile.TemporaryDirectory() as folder:
+        text(folder)
         if world == 1:
             runs(0, 1, folder, precision, optimizers, flags)
         else:

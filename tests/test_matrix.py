@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from matrix import LAYOUTS, OPTIMIZERS, TINY, column, difference, trace
+from matrix import LAYOUTS, OPTIMIZERS, TINY, column, difference, text, trace
 
 import config
 import train
@@ -123,7 +123,7 @@ KEPT = ["muon", "schedule_free", "soap"]
 def go(rank, world, folders, steps, flags):
     for folder in folders:
         optim = folder.name.split("-")[-1]
-        argv = [f"--data={train.__file__}", f"--out_dir={folder}", *TINY, f"--optim={optim}",
+        argv = [f"--data={folder.parent}/squares.txt", f"--out_dir={folder}", *TINY, f"--optim={optim}",
                 f"--steps={steps}", "--schedule=constant", "--eval_every=0", "--precision=fp64"]  # fmt: skip
         argv += ["--opt.eps=1e-2", "--lr=1e-3"] if optim == "soap" else []
         train.main(config.parse([*argv, *flags]))
@@ -138,6 +138,7 @@ def on(layout, folders, steps):
 
 def saved_and_resumed(folder, pairs):
     """Ten steps in one process; five in one layout of each pair, the next five in the other."""
+    text(folder)
     on("one process", [folder / optim for optim in KEPT], 10)
     for layout in dict.fromkeys(a for a, _ in pairs):
         on(layout, [folder / f"{PLACES.index(layout)}-{optim}" for optim in KEPT], 5)
