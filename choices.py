@@ -101,15 +101,24 @@ def data_parallel(cfg: config.Config, mesh: Mesh):
 
 
 def largest_micro_batch(run, model, replicas, share: int, mesh: Mesh) -> int:
-    """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward fit."""
-    size = share
+    """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward fit.
+
+    Where weights or gradients are spread, ranks that run out of memory leave the others in a collective, so
+    there the first one that does ends the run with what to type. Raises ValueError.
+    """
+    size, spread = share, type(replicas).__name__ in ("ZeRO", "FSDP") and mesh.sizes["dp"] > 1
     while mesh.device.type == "cuda":
-        replicas.last_micro_batch(replicas.shard_group is not None)  # FSDP keeps what it has not sent
+        replicas.last_micro_batch(spread)  # what is not sent would stay inside FSDP
         try:
             run(range(size))[0].backward()
             fits = True
         except torch.OutOfMemoryError:
             fits = False
+            if spread:
+                raise ValueError(f"out of memory with {size} sequences at a time; type "
+                                 f"--micro_batch_size={max(1, size // 2)}, or less") from None  # fmt: skip
+        if spread:
+            replicas.finish_gradients()
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         if mesh.sum(not fits)[0] == 0:

@@ -165,6 +165,9 @@ class Config:
         return {k.split(".", 1)[1]: v for k, v in self.options.items() if k.startswith(namespace + ".")}
 
 
+LAYOUTS = dict(fsdp_shard="fsdp", reshard="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp", compress="ddp",
+               diloco_every="ddp", offload_params="zero3 fsdp",
+               bucket_mb="ddp zero1 zero2 zero3")  # the layouts that a field is for  # fmt: skip
 NAMESPACES = ("opt", "schedule", "compress", "diloco")
 CHOSEN = (
     "micro_batch_size",
@@ -347,9 +350,7 @@ def check(cfg: Config) -> Config:
         raise ValueError("batch_ramp and batch_ramp_from go together: --batch_ramp=1000 --batch_ramp_from=8")
     if cfg.batch_ramp_from is not None and cfg.batch_size % cfg.batch_ramp_from:
         raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size={cfg.batch_size}")
-    needs = dict(fsdp_shard="fsdp", reshard="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp", compress="ddp",
-                 diloco_every="ddp", offload_params="zero3 fsdp")  # fmt: skip
-    for name, layouts in needs.items():
+    for name, layouts in LAYOUTS.items():
         if getattr(cfg, name) != FIELDS[name].default and cfg.data_parallel not in layouts.split():
             others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
             raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
@@ -378,7 +379,9 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
             hint = nearest(name, list(taken), f"--{namespace}.") if taken else "it takes none"
             raise ValueError(f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}")
         default = taken[name]
-        if isinstance(default, tuple):
+        if inspect.signature(target).parameters[name].annotation is int:
+            right = isinstance(value, int) and not isinstance(value, bool)
+        elif isinstance(default, tuple):
             right = isinstance(value, tuple) and len(value) == len(default) and all(map(is_number, value))
         elif is_number(default):
             right = is_number(value)
@@ -464,12 +467,12 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     if branch and "warmup_frac" in cfg.given and "warmup_steps" not in cfg.given:
         values["warmup_steps"] = None
     options = dict(cfg.options)
-    if branch:  # another schedule brings its own options, the optimizer's stay
-        options = {
-            k: v for k, v in old.options.items() if k.startswith("opt.") or "schedule" not in cfg.given
-        } | options
+    if branch:  # another schedule or compression brings its own options, the others stay
+        options = {k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given} | options
+        if "data_parallel" in cfg.given:  # another layout, its own options too
+            values |= {n: FIELDS[n].default for n in LAYOUTS.keys() - cfg.given - {"diloco_every"}}
     for name in sorted(old.options | options):
-        if name.startswith("opt.") and options.get(name) != old.options.get(name):
+        if name.startswith(("opt.", "diloco.")) and options.get(name) != old.options.get(name):
             raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
     return check(update(cfg, **values, options=options))
 

@@ -270,10 +270,10 @@ def main(cfg: config.Config) -> dict:
         gradients = replicas.gradients()
         grad_norm = norm = mesh.norm(gradients, replicas.shard_group)
         if cfg.clip_value is not None:
-            torch._foreach_clamp_min_(gradients, -cfg.clip_value)
-            torch._foreach_clamp_max_(gradients, cfg.clip_value)
+            for gradient in gradients:
+                gradient.clamp_(-cfg.clip_value, cfg.clip_value)
             norm = mesh.norm(gradients, replicas.shard_group)
-        if cfg.grad_clip is not None:
+        if cfg.grad_clip is not None and gradients:  # a rank may own none
             torch._foreach_mul_(gradients, (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0))
 
         # Every group follows the schedule from an lr of its own.

@@ -285,6 +285,10 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
     for name, text in options.items():
         check(f"{settings['optim']}'s option", name, OPTIONS[settings["optim"]])
         options[name] = from_text(name, text, OPTIONS[settings["optim"]][name])
+    width, heads = settings["n_embd"] or 0, settings["n_head"]
+    if width % heads or heads % (settings["n_kv_head"] or heads):
+        raise ValueError(f"n_embd={width}, n_head={heads} and n_kv_head={settings['n_kv_head']} must divide, "
+                         "each the one before")  # fmt: skip
     return settings, options
 
 

@@ -55,7 +55,7 @@ class DiLoCo:
                  momentum: float = 0.9, nesterov: bool = True, bucket_mb: float = 25.0):
         if every < 1:
             raise ValueError(f"every={every}: an outer step needs at least 1 inner step; DiLoCo takes 500")
-        if not lr > 0:
+        if not 0 < lr < float("inf"):
             raise ValueError(f"the outer lr={lr} must be above 0; 0.7 is usual, 1 is plain averaging")
         if not 0 <= momentum < 1:
             raise ValueError(f"the outer momentum={momentum} lies in [0, 1); 0.9 is usual, 0 is none")

@@ -34,12 +34,13 @@ import itertools
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.mesh import allocate
+from parallel.mesh import allocate, mapped_file
 from parallel.whole import Adapter, box, part
 
 
@@ -127,7 +128,6 @@ class FSDP:
 
     def map_files(self, model: nn.Module) -> None:
         """Every shard's memory is a file in `folder`, which the system writes out when it needs the room."""
-        os.makedirs(self.folder, exist_ok=True)
         numbers, me = itertools.count(), dist.get_rank(self.shard_group) if self.shard > 1 else 0
 
         def with_memory(p: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
@@ -137,8 +137,8 @@ class FSDP:
 
         def mapped(p: torch.Tensor) -> torch.Tensor:
             shape = math.ceil(p.shape[0] / self.shard), *p.shape[1:]  # FSDP2 gathers equal parts, padded
-            path = os.path.join(self.folder, f"shard-{dist.get_rank()}-{next(numbers)}.bin")
-            flat = torch.from_file(path, shared=True, size=math.prod(shape), dtype=p.dtype)
+            path = Path(self.folder) / f"shard-{dist.get_rank()}-{next(numbers)}.bin"
+            flat = mapped_file(path, math.prod(shape), p.dtype)
             return with_memory(p, flat.view(shape))
 
         def without_padding(p: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,10 @@ collective over None is the identity: one process runs the same lines as a thous
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -48,7 +50,7 @@ class Mesh:
         if group is not None:
             squares = norm.to(self.device, torch.float64).square()
             dist.all_reduce(squares, group=group)
-            norm = squares.sqrt().to(norm.dtype)
+            norm = squares.sqrt().to(norm if tensors else squares)  # offloaded gradients are on the CPU
         return norm
 
     def first_on_each_machine(self, work):
@@ -96,6 +98,22 @@ def allocate(module: nn.Module, device: torch.device, keep=lambda p: True) -> nn
                     made[p] = nn.Parameter(empty, p.requires_grad)
                 setattr(part, name, made[p])
     return module
+
+
+def mapped_file(path: Path, numbers: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor whose memory is the file `path`. Its room on the disk is taken now: where there is none,
+    OSError, not a bus error in the middle of a step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = numbers * dtype.itemsize
+    try:
+        with open(path, "wb") as file:
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path.parent} has no room for offloaded weights: one more file needs {size:,} bytes, "
+                      f"{shutil.disk_usage(path.parent).free:,} are free ({error.strerror})") from error
+    return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype)
 
 
 def start(device: torch.device, minutes: float = 10) -> bool:

@@ -53,6 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.ddp import cut
+from parallel.mesh import mapped_file
 
 
 def assign(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
@@ -121,7 +122,7 @@ class ZeRO:
         self.travels = stage == 3 and (group is not None or offload_params is not None)  # do weights?
         self.here, self.sending = set(), []  # units whose weights were fetched; gradients on their way
         self.last, self.in_backward, self.next = True, False, 0  # next: the unit whose gradients go next
-        self.sent_bytes, self.finished = 0, False
+        self.sent_bytes, self.finished = 0, True
 
     # ---- who holds what -----------------------------------------------------------------------------------
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -165,9 +166,7 @@ class ZeRO:
         if owner == self.rank and self.offload == "cpu":
             host = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
         elif owner == self.rank and self.offload == "disk":
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            file = Path(self.folder) / f"{next(iter(metas))}.weights"
-            host = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+            host = mapped_file(Path(self.folder) / f"{next(iter(metas))}.weights", size, dtype)
         # .data has its own version: to fetch weights again is no change of what autograd saved for backward
         params = [nn.Parameter(x.data, trained) for x in pieces(flat, like)]
         kept = params if host is None else [nn.Parameter(x, trained) for x in pieces(host, like)]

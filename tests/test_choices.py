@@ -1,0 +1,146 @@
+"""What a run decides for itself, and what it does where there is not enough of something."""
+
+import errno
+import os
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from test_train import close, flags, go, on_ranks, rows, text  # noqa: F401  (text is a fixture)
+
+import choices
+import config
+from model import GPT, GPTConfig, initial_weight
+from optim import param_groups
+from optim.sgd import SGD
+from parallel.ddp import DDP
+from parallel.fsdp import FSDP
+from parallel.mesh import Mesh, mapped_file
+from parallel.zero import ZeRO
+
+CPU = torch.device("cpu")
+
+
+def trained(rank, world, layout, probe, fails=()):
+    """Two losses, and the micro-batch size found on a machine that says it is a GPU."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8)).double()
+    kinds = {"ddp": DDP, "shard1": lambda *a: FSDP(*a, shard=1), "fsdp": FSDP,
+             "zero1": lambda *a: ZeRO(*a, 1), "zero3": lambda *a: ZeRO(*a, 3)}  # fmt: skip
+    replicas, size = kinds[layout](dist.group.WORLD, CPU), None
+    model = replicas.wrap(model)
+    replicas.fill(lambda name, shape: initial_weight(model.config, name, shape))
+    rows = torch.randint(256, (4 * world, 9), generator=torch.Generator().manual_seed(0))
+
+    def run(numbers):
+        if len(numbers) in fails:
+            raise torch.OutOfMemoryError("simulated")
+        mine = rows[rank * 4 + torch.tensor(list(numbers))]
+        return model(mine[:, :-1], mine[:, 1:]) / 256, None
+
+    if probe:
+        mesh = Mesh({"dp": world}, {"dp": rank}, {"dp": dist.group.WORLD}, rank, world, CPU)
+        gpu = types.SimpleNamespace(type="cuda")
+        mesh = types.SimpleNamespace(device=gpu, sum=mesh.sum, sizes=mesh.sizes)
+        size = choices.largest_micro_batch(run, model, replicas, 4, mesh)
+    lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 1.0)
+    optimizer, losses = replicas.make_optimizer(SGD, param_groups.param_groups(model, lrs, 0.0)), []
+    for _ in range(3):
+        replicas.last_micro_batch(True)
+        loss = run(range(size or 4))[0]
+        loss.backward()
+        replicas.finish_gradients()
+        optimizer.step()
+        model.zero_grad()
+        losses.append(loss.item())
+    return losses, size, replicas.sent_bytes
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero1", "zero3", "fsdp", "shard1"])
+def test_looking_for_the_micro_batch_that_fits_leaves_no_trace(layout):
+    assert run_ranks(2, trained, layout, True) == [
+        (losses, 4, sent) for losses, _, sent in run_ranks(2, trained, layout, False)
+    ]
+
+
+def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
+    assert [size for _, size, _ in run_ranks(2, trained, "ddp", True, (4,))] == [2, 2]
+    with pytest.raises(Exception, match="type --micro_batch_size=2, or less"):
+        run_ranks(2, trained, "zero1", True, (4,))
+
+
+def test_a_rank_that_owns_nothing_trains_on(tmp_path, text):  # noqa: F811
+    more = ["--n_layer=1", "--precision=fp64", "--batch_size=9", "--clip_value=0.01", "--optim=adamw",
+            "--steps=3"]  # fmt: skip
+    go(text, tmp_path / "one", *more)
+    for layout in ("zero1", "zero3"):
+        run_ranks(9, on_ranks, text, tmp_path / layout, *more, f"--data_parallel={layout}")
+        close(rows(tmp_path / layout), rows(tmp_path / "one"), 1e-10)
+
+
+def test_no_room_for_a_mapped_file_is_a_sentence(tmp_path, monkeypatch):
+    assert mapped_file(tmp_path / "new" / "a", 10, torch.float64).shape == (10,)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="no room for offloaded weights: one more file needs 80 bytes"):
+        mapped_file(tmp_path / "b", 10, torch.float64)
+    assert not Path(tmp_path / "b").exists()
+
+
+def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):  # noqa: F811
+    for flag, says in (("--data_parallel=zero2", "one replica, nothing to spread"),
+                       ("--offload=cpu", "in this memory already"),
+                       ("--diloco_every=5", "does not divide steps=12")):  # fmt: skip
+        go(text, tmp_path / flag[2:6], flag)
+        assert says in capsys.readouterr().out
+        assert not (tmp_path / flag[2:6] / "offload").exists()
+
+
+BASE = ["--data_parallel=fsdp", "--fsdp_shard=2", "--reshard=false"]
+
+
+@pytest.mark.parametrize("saved, now, expected", [
+    (BASE, ["--data_parallel=ddp"], {"fsdp_shard": None, "reshard": True}),
+    (["--compress=powersgd", "--compress.rank=2"], ["--schedule=linear"], {"options": {"compress.rank": 2}}),
+    (["--compress=powersgd", "--compress.rank=2"], ["--compress=none"], {"options": {}}),
+    (["--diloco_every=2", "--diloco.lr=1"], ["--schedule=linear"], {"options": {"diloco.lr": 1}}),
+])
+def test_a_branch_inherits_what_belongs_to_what_it_keeps(saved, now, expected):
+    old = config.to_dict(config.parse(saved))
+    new = config.continued(config.parse(["--resume=there", *now]), old, branch=True)
+    assert {name: getattr(new, name) for name in expected} == expected
+
+
+def test_an_outer_step_cannot_change_on_the_way():
+    old = config.to_dict(config.parse(["--diloco_every=2", "--diloco.lr=1"]))
+    with pytest.raises(ValueError, match="diloco.lr"):
+        config.continued(config.parse(["--diloco_every=2"]), old, branch=False)
+
+
+@pytest.mark.parametrize("flags_, says", [
+    (["--compress=topk"], "--data_parallel=zero1"),
+    (["--fsdp_shard=2"], "fsdp_shard does not work with data_parallel=ddp"),
+    (["--offload_params=disk"], "--data_parallel=zero3 or --data_parallel=fsdp"),
+    (["--data_parallel=fsdp", "--bucket_mb=1"], "bucket_mb does not work"),
+    (["--compress.rank=2"], "needs --compress="),
+    (["--compress=topk", "--diloco_every=2"], "do not go together"),
+])
+def test_mixes_that_cannot_be_are_refused_with_the_alternative(flags_, says):
+    flags_ = [*flags_, "--data_parallel=zero1"] if "zero1" in says else flags_
+    with pytest.raises(ValueError) as error:
+        config.parse(flags_)
+    assert says in str(error.value) or "compress does not work with data_parallel=zero1" in str(error.value)
+
+
+def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):  # noqa: F811
+    cfg = config.parse(flags(text, tmp_path, "--compress=powersgd", "--compress.rank=2.5"))
+    from parallel.compression import powersgd
+
+    with pytest.raises(ValueError, match="rank=2.5 is of the wrong kind"):
+        config.check_options(cfg, "compress", powersgd)
