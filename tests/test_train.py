@@ -227,14 +227,14 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 
 
 LAYOUTS = [
-    "--data_parallel=zero1 --optim=soap",
-    "--data_parallel=zero2 --optim=schedule_free",
-    "--data_parallel=zero3 --offload_params=disk --offload=cpu",
+    "--data_parallel=zero1 --optim=soap --bucket_mb=0.01",
+    "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
     "--data_parallel=fsdp --optim=lamb",
-    "--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk",
-    "--compress=topk --compress.fraction=0.05 --optim=adamw",
-    "--compress=powersgd --compress.rank=2 --optim=sgd",
+    "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",
     "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
+    pytest.param("--data_parallel=zero2 --optim=schedule_free", marks=pytest.mark.slow),
+    pytest.param("--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk", marks=pytest.mark.slow),
+    pytest.param("--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01", marks=pytest.mark.slow),
 ]
 
 
@@ -249,7 +249,7 @@ def killed_at_7(rank, world, *args):
 @needs_fork
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_on_two_ranks_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, text, layout):
-    more = [*layout.split(), "--dropout=0.2", "--micro_batch_size=2", "--bucket_mb=0.01"]
+    more = [*layout.split(), "--dropout=0.2", "--micro_batch_size=2"]
     more += [] if "fsdp" in layout or "diloco" in layout or "compress" in layout else ["--precision=bf16"]
     run_ranks(2, on_ranks, text, tmp_path / "whole", *more)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
