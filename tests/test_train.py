@@ -232,9 +232,10 @@ LAYOUTS = [
     "--data_parallel=fsdp --optim=lamb",
     "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",
     "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
-    pytest.param("--data_parallel=zero2 --optim=schedule_free", marks=pytest.mark.slow),
-    pytest.param("--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk", marks=pytest.mark.slow),
-    pytest.param("--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01", marks=pytest.mark.slow),
+    *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+        "--data_parallel=zero2 --optim=schedule_free --bucket_mb=0.01",
+        "--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk",
+        "--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01")),
 ]
 
 
