@@ -229,7 +229,7 @@ def measured_each(rank, world, layouts, *args):
     return {layout: measured(rank, world, layout, *args) for layout in layouts}
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("optim", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layouts", [("ddp",), ("zero1", "zero2", "zero3"), ("fsdp",)])
 def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
     pytest.importorskip("parallel." + layouts[0].rstrip("123"))
