@@ -11,10 +11,10 @@ zero-initialised projections, capped logits: the choices of the nanoGPT speedrun
 
 Made to be cut up from outside; nothing here knows how:
 - `forward` returns the *sum* of token losses: adding over micro-batches and ranks needs no weights;
-- `blocks` is keyed by the global layer number, and embedding or head may be absent: a pipeline stage is this
-  model with parts missing, and every parameter has the same name in every layout;
+- `blocks` is keyed by the global layer number: a pipeline stage is this model with some layers alone, and
+  every parameter has the same name in every layout;
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants them apart;
-- the attention core and a linear layer's product are replaceable: `Attention.core`, `Linear.product`;
+- `Attention.core`, `Linear.product` and `GPT.output` are functions that can be replaced;
 - the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position).
 
 Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel has
@@ -116,37 +116,40 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, or the part of it with the given global `layers` and, if asked, embedding and head."""
+    """The model, or the part of it with these `layers`: the first brings the embedding, the last the head."""
 
-    def __init__(self, c: GPTConfig, layers=None, embed: bool = True, head: bool = True):
+    def __init__(self, c: GPTConfig, layers=None):
         super().__init__()
-        self.config = c
-        table, learned = nn.Embedding.from_pretrained, embed and c.position == "learned"  # draws no numbers
+        self.config, layers = c, range(c.n_layer) if layers is None else layers
+        first, last = 0 in layers, c.n_layer - 1 in layers
+        table, learned = nn.Embedding.from_pretrained, first and c.position == "learned"  # draws no numbers
+        embed = first or (last and c.tied)  # a tied head has the embedding's name, also on its own
         self.embed = table(torch.empty(c.vocab_size, c.n_embd), freeze=False) if embed else None
         self.positions = table(torch.empty(c.block_size, c.n_embd), freeze=False) if learned else None
         self.drop_embed = Dropout(c, "embed")
-        layers = range(c.n_layer) if layers is None else layers
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
-        self.final_norm = make_norm(c) if head else None
-        self.head = Linear(c.n_embd, c.vocab_size, bias=False) if head else None
-        if c.tied and embed and head:
+        self.final_norm = make_norm(c) if last else None
+        self.head = Linear(c.n_embd, c.vocab_size, bias=False) if last else None
+        if c.tied and last:
             self.head.weight = self.embed.weight
+        self.output = output
         self.hits = None  # after a forward in eval mode: how many targets were the likeliest token (0-dim)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
-                rows: Tensor | None = None) -> Tensor:  # fmt: skip
-        """x: (B, T) token ids, or (B, T, C) hidden states where the embedding is absent; targets: (B, T) ids;
-        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, for dropout.
-
-        Returns the sum of the token losses; without targets logits (B, T, V); without a head hidden states.
+                rows: Tensor | None = None, layers: list[int] | None = None) -> Tensor:  # fmt: skip
+        """x: (B, T) token ids, or (B, T, C) hidden states after other layers; targets: (B, T) ids;
+        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, for dropout;
+        layers: which of those here to run, default all. Returns hidden states or, after the last layer, the
+        sum of the token losses, without targets logits (B, T, V).
         """
         where = self.locate(x, positions, rows)
-        if self.embed is not None:
+        if x.ndim == 2:
             x = self.embed(x) if self.positions is None else self.embed(x) + self.positions(where.positions)
             x = self.drop_embed(x, where)
-        for block in self.blocks.values():
-            x = block(x, where)
-        if self.head is None:
+        layers = [int(i) for i in self.blocks] if layers is None else layers
+        for i in layers:
+            x = self.blocks[str(i)](x, where)
+        if layers[-1] != self.config.n_layer - 1:
             return x
         logits = self.head(self.final_norm(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
@@ -154,11 +157,8 @@ class GPT(nn.Module):
             logits = logits * (self.config.mup_base_width / self.config.n_embd)
         if self.config.logit_cap is not None:
             logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
-        if targets is None:
-            return logits
-        if not self.training:
-            self.hits = (logits.argmax(-1) == targets).sum()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        out, self.hits = self.output(logits, targets, not self.training)
+        return out
 
     def locate(self, x: Tensor, positions: Tensor | None, rows: Tensor | None) -> Where:
         if positions is None:
@@ -172,10 +172,12 @@ class GPT(nn.Module):
         return Where(positions, rows, rotary)
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed=0):
+    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed=0,
+                 forward=None):  # fmt: skip
         """ids (B, T) with n more tokens, drawn from softmax(logits / temperature) among the top_k likeliest.
 
-        temperature 0: the likeliest. Keys and values are kept; a full block starts again from its last half.
+        temperature 0: the likeliest. forward: in place of this model where it is a part of one. Keys and
+        values are kept; a full block starts again from its last half.
         """
         generator, size, kept = torch.Generator().manual_seed(seed), self.config.block_size, 0
         threads, cores = torch.get_num_threads(), {b.attn: b.attn.core for b in self.blocks.values()}
@@ -187,7 +189,7 @@ class GPT(nn.Module):
                     attention.core = KeepingCore()
             positions = torch.arange(kept, kept + x.shape[1], device=x.device)
             kept += x.shape[1]
-            logits = self(x, positions=positions)[:, -1].cpu()  # (B, V)
+            logits = (forward or self)(x, positions=positions)[:, -1].cpu()  # (B, V)
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
@@ -201,6 +203,14 @@ class GPT(nn.Module):
 
 
 # ---- the pieces ------------------------------------------------------------------------------------------
+def output(logits: Tensor, targets: Tensor | None, count: bool) -> tuple[Tensor, Tensor | None]:
+    """(sum of the token losses, how many targets are the likeliest token if asked); or (logits, None)."""
+    if targets is None:
+        return logits, None
+    hits = (logits.argmax(-1) == targets).sum() if count else None
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), hits
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); each query sees itself and what came before."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -239,9 +249,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): no generator, no state.
-    Cutting batch, sequence or layers over ranks leaves every mask as it was, and so does a resume.
-    """
+    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): any layout has the same."""
 
     def __init__(self, c: GPTConfig, name: str):
         super().__init__()
@@ -290,11 +298,3 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
         std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
         std *= math.sqrt(base / c.n_embd) if hidden else 1
     return torch.randn(shape, generator=torch.Generator().manual_seed(key(c.seed, name))) * std
-
-
-@torch.no_grad()
-def init_weights(model: GPT) -> GPT:
-    """Every parameter of this part set to its initial weight, in its own dtype and on its own device."""
-    for name, p in model.named_parameters():
-        p.copy_(initial_weight(model.config, name, tuple(p.shape)))
-    return model

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from model import initial_weight
+
 
 def run_ranks(world: int, fn, *args) -> list:
     if "fork" not in multiprocessing.get_all_start_methods():
@@ -35,3 +37,11 @@ def one_rank(rank: int, world: int, folder: str, fn, args: tuple) -> None:
     Path(folder, f"result_{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()  # only after success: a failed rank must not make the others wait
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def init_weights(model):
+    """Every parameter of this GPT, or part of one, set to its initial weight, in its own dtype."""
+    for name, p in model.named_parameters():
+        p.copy_(initial_weight(model.config, name, tuple(p.shape)))
+    return model

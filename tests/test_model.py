@@ -1,18 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import init_weights
 
-from model import (
-    GPT,
-    Dropout,
-    GPTConfig,
-    Where,
-    causal_attention,
-    init_weights,
-    initial_weight,
-    rotary_angles,
-    rotate,
-)
+from model import GPT, Dropout, GPTConfig, Where, causal_attention, initial_weight, rotary_angles, rotate
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
 GPT2 = dict(TINY, n_kv_head=4, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
@@ -55,8 +46,8 @@ def test_no_token_sees_the_future(config):
 @pytest.mark.parametrize("config", ARCHS)
 def test_a_model_cut_into_stages_is_the_same_function_with_the_same_names(config):
     model, x, y = awake(config), tokens(2, 16), tokens(2, 16, seed=1)
-    first = GPT(config, layers=[0], head=False).double()
-    last = GPT(config, layers=[1], embed=False).double()
+    first = GPT(config, layers=[0]).double()
+    last = GPT(config, layers=[1]).double()
     names = set(dict(first.named_parameters())) | set(dict(last.named_parameters()))
     weights = model.state_dict()
     assert names - {"head.weight"} == set(dict(model.named_parameters())) - {"head.weight"}
@@ -67,7 +58,7 @@ def test_a_model_cut_into_stages_is_the_same_function_with_the_same_names(config
 
 def test_the_start_depends_on_seed_and_name_alone():
     c = GPTConfig(**TINY)
-    whole, part = init_weights(GPT(c)), init_weights(GPT(c, layers=[1], embed=False))
+    whole, part = init_weights(GPT(c)), init_weights(GPT(c, layers=[1]))
     assert torch.equal(whole.blocks["1"].attn.q.weight, part.blocks["1"].attn.q.weight)
     assert not torch.equal(whole.blocks["0"].attn.q.weight, whole.blocks["1"].attn.q.weight)
     torch.rand(7)

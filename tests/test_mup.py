@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from harness import init_weights
 
-from model import GPT, GPTConfig, init_weights
+from model import GPT, GPTConfig
 from optim import mup, param_groups
 from optim.adamw import AdamW
 from optim.lion import Lion

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import init_weights, run_ranks
 
 import checkpoint
 import config
@@ -91,7 +91,7 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
     """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the sums
     shows."""
     import data
-    from model import GPT, GPTConfig, init_weights
+    from model import GPT, GPTConfig
 
     go(text, tmp_path, "--optim=sgd", "--precision=fp64", "--grad_clip=none", "--lr=0.3", "--steps=4",
        "--schedule=constant", "--warmup_steps=2", "--micro_batch_size=2")  # fmt: skip
