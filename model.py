@@ -249,7 +249,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): any layout has the same."""
+    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): one for all layouts."""
 
     def __init__(self, c: GPTConfig, name: str):
         super().__init__()
