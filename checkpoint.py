@@ -256,13 +256,16 @@ class Checkpoint:
 
 def boxed(by_name: dict, boxes: dict) -> dict:
     """by_name: parameter name -> tensor, or its optimizer state {key: tensor}. `boxes`: name -> (whole shape,
-    offsets) where the optimizer saw only that part of a parameter: its tensors become Slices."""
+    offsets) where there is only that part of a parameter: its tensors become Slices."""
 
     def cut(value, box):
         if isinstance(value, dict):
             return {key: cut(x, box) for key, x in value.items()}
-        part = isinstance(value, torch.Tensor) and value.ndim == len(box[0])
-        return Slice(value, tuple(box[0]), tuple(box[1])) if part else value
+        if not isinstance(value, torch.Tensor) or value.ndim != len(box[0]):
+            return value
+        inner = _as_slice("", value)  # a DTensor may be a part of that part
+        offsets = tuple(a + b for a, b in zip(box[1], inner.offsets))
+        return Slice(inner.tensor, tuple(box[0]), offsets)
 
     return {name: cut(x, boxes[name]) if name in boxes else x for name, x in by_name.items()}
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import config
+import schedules
+from optim import mup
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
 from precision import amp
@@ -53,15 +56,39 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     )
 
 
-def remarks(cfg: config.Config, mesh: Mesh) -> list[str]:
-    """Of each flag that has nothing to do here, that it has not."""
+def learning_rates(cfg: config.Config, optimizer_class: type, options: dict, kinds: dict) -> dict[str, float]:
+    """The peak learning rate of each kind of parameter. kinds: name -> kind, of the whole model."""
+    lrs = {"matrix": cfg.lr, "embedding": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
+    for kind, lr in lrs.items():
+        if f"{kind}_lr" in cfg.given and kind not in kinds.values():
+            raise ValueError(f"--{kind}_lr: this model has no such parameters; leave it out")
+        lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
+        if cfg.mup_base_width is not None:
+            rule = mup.lr_multipliers(optimizer_class.__name__, cfg.n_embd, cfg.mup_base_width, **options)
+            lrs[kind] *= rule[kind]
+    return lrs
+
+
+def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | None) -> list[str]:
+    """Of each flag that has nothing to do here, that it has not; what a resumed run does not take up as it
+    was."""
+    saved = earlier.tree("replicas/replicas", missing=0) if earlier is not None else 0
+    n, alone = mesh.sizes["dp"] * mesh.sizes["cp"], cfg.compress is None and cfg.diloco_every is None
     on_cpu, every, layout = mesh.device.type == "cpu", cfg.diloco_every, cfg.data_parallel
     found = {
-        f"data_parallel={layout}: one replica, nothing to spread": mesh.sizes["dp"] == 1 and layout != "ddp",
+        f"data_parallel={layout}: one replica, nothing to spread": mesh.groups["replicas"] is None
+        and layout != "ddp",
+        f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": cfg.pp == 1
+        and cfg.pp_schedule != "1f1b",
+        f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences": cfg.cp == 1
+        and cfg.cp_attention != "ring",
         "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
         "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
         f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "
         "not in the saved model": every is not None and cfg.steps % every,
+        "what compression had not sent yet is dropped": saved and alone,
+        f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed "
+        "and shared out": saved not in (0, n) and not alone,
     }
     return [sentence for sentence, holds in found.items() if holds]
 
@@ -70,11 +97,16 @@ def offload_folder(cfg: config.Config, mesh: Mesh) -> Path:
     return Path(cfg.out_dir) / "offload" / f"rank_{mesh.rank}"
 
 
-def data_parallel(cfg: config.Config, mesh: Mesh):
-    """How ranks share the work, see the interface in parallel/ddp.py; each file is imported only if used."""
-    group, device = mesh.groups["dp"], mesh.device
-    folder = offload_folder(cfg, mesh) / "weights"
-    dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.reduce_dtype]
+DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
+    """How ranks share the work, see the interface in parallel/ddp.py; each file is imported only if used.
+
+    cuts: the parameters that tensor parallelism has cut, see parallel/tensor.py.
+    """
+    group, device = mesh.groups["replicas"], mesh.device
+    folder, dtype = offload_folder(cfg, mesh) / "weights", DTYPES[cfg.reduce_dtype]
     if cfg.diloco_every is not None:
         from parallel.diloco import DiLoCo
 
@@ -94,19 +126,43 @@ def data_parallel(cfg: config.Config, mesh: Mesh):
     if cfg.data_parallel == "fsdp":
         from parallel.fsdp import FSDP
 
-        return FSDP(group, device, cfg.fsdp_shard, cfg.reshard, dtype, None, cfg.offload_params, folder)
+        return FSDP(group, device, cfg.fsdp_shard, cfg.reshard, dtype, DTYPES[cfg.param_dtype],
+                    cfg.offload_params, folder, cuts, mesh.groups["tp"])  # fmt: skip
     from parallel.zero import ZeRO
 
-    return ZeRO(group, device, int(cfg.data_parallel[-1]), cfg.bucket_mb, dtype, cfg.offload_params, folder)
+    return ZeRO(group, device, int(cfg.data_parallel[-1]), cfg.bucket_mb, dtype, cfg.offload_params, folder,
+                pinned=("embed.weight",) * (cfg.pp > 1))  # fmt: skip
+
+
+def stepper(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):
+    """(what makes the optimizer, boxes of the parameters it will see a part of): where tensor parallelism has
+    cut matrices, a method that looks at whole ones gets them whole."""
+    if not cuts or cfg.data_parallel == "fsdp":
+        return optimizer_class, {}
+    from parallel.whole import Adapter
+
+    boxes = {}
+
+    def make(groups: list[dict], **arguments) -> torch.optim.Optimizer:
+        adapter = Adapter(optimizer_class, groups, cuts=cuts, cut_group=mesh.groups["tp"], **arguments)
+        boxes.update(adapter.boxes)
+        return adapter.optimizer
+
+    return make, boxes
 
 
 def largest_micro_batch(run, model, replicas, share: int, mesh: Mesh) -> int:
-    """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward fit.
+    """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward fit. In a
+    pipeline of p stages a size that gives 4 p micro-batches, or more, or as many as there can be.
 
     Where weights or gradients are spread, ranks that run out of memory leave the others in a collective, so
     there the first one that does ends the run with what to type. Raises ValueError.
     """
-    size, spread = share, type(replicas).__name__ in ("ZeRO", "FSDP") and mesh.sizes["dp"] > 1
+    if (pp := mesh.sizes["pp"]) > 1:
+        counts = [n for n in range(pp, share + 1, pp) if share % n == 0]  # of micro-batches
+        return share // min((n for n in counts if n >= 4 * pp), default=max(counts, default=share))
+    size, spread = share, mesh.sizes["tp"] * mesh.sizes["cp"] > 1
+    spread |= type(replicas).__name__ in ("ZeRO", "FSDP") and mesh.sizes["dp"] > 1
     while mesh.device.type == "cuda":
         replicas.last_micro_batch(spread)  # what is not sent would stay inside FSDP
         try:

@@ -139,6 +139,22 @@ class Config:
     diloco_every: int | None = knob(
         None, "ddp: replicas take so many steps alone, then average (another algorithm)", least=1
     )
+    param_dtype: Literal["fp32", "bf16"] | None = knob(
+        None, "fsdp: numbers in which weights are gathered and used; none = their own", FREE
+    )
+    tp: int = knob(1, "tensor parallel: ranks among which each matrix is split", FRESH, least=1)
+    sp: bool = knob(False, "sequence parallel: between matrices each tp rank has some of the tokens", FRESH)
+    cp: int = knob(1, "context parallel: ranks among which each sequence is split", FRESH, least=1)
+    cp_attention: Literal["ring", "ulysses"] = knob(
+        "ring", "keys and values go round | each rank has all tokens of some heads", FRESH
+    )
+    pp: int = knob(1, "pipeline parallel: stages of layers", FRESH, least=1)
+    pp_schedule: Literal["naive", "gpipe", "1f1b", "interleaved", "zerobubble"] = knob(
+        "1f1b", "the order in which a stage works on micro-batches", FRESH
+    )
+    pp_chunks: int | None = knob(
+        None, "interleaved: stretches of layers on each rank; none = 2", FRESH, least=1
+    )
     offload: Literal["cpu", "disk"] | None = knob(
         None, "where optimizer state waits: host memory, or files in out_dir", FREE
     )
@@ -165,8 +181,8 @@ class Config:
         return {k.split(".", 1)[1]: v for k, v in self.options.items() if k.startswith(namespace + ".")}
 
 
-LAYOUTS = dict(fsdp_shard="fsdp", reshard="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp", compress="ddp",
-               diloco_every="ddp", offload_params="zero3 fsdp",
+LAYOUTS = dict(fsdp_shard="fsdp", reshard="fsdp", param_dtype="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp",
+               compress="ddp", diloco_every="ddp", offload_params="zero3 fsdp",
                bucket_mb="ddp zero1 zero2 zero3")  # the layouts that a field is for  # fmt: skip
 NAMESPACES = ("opt", "schedule", "compress", "diloco")
 CHOSEN = (
@@ -355,6 +371,7 @@ def check(cfg: Config) -> Config:
             others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
             raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
                              f"leave it out, or type {others}")
+    check_model_parallel(cfg)
     for namespace, owner in (("compress", "compress"), ("diloco", "diloco_every")):
         if cfg.sub(namespace) and getattr(cfg, owner) is None:
             raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")
@@ -364,6 +381,49 @@ def check(cfg: Config) -> Config:
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")
     return cfg
+
+
+def check_model_parallel(cfg: Config) -> None:
+    """tp, sp, cp and pp, with each other and with the rest."""
+    layout, ring = cfg.data_parallel, cfg.cp > 1 and cfg.cp_attention == "ring"
+    heads, split = cfg.n_kv_head or cfg.n_head, [n for n in ("tp", "pp") if getattr(cfg, n) > 1]
+    for name, number in (("n_head", cfg.n_head), ("n_kv_head", heads)):
+        if number % cfg.tp:
+            raise ValueError(f"tp={cfg.tp} does not divide {name}={number}, and a head is not split; "
+                             f"--tp={math.gcd(cfg.tp, number)} would")
+    if cfg.sp and cfg.tp == 1:
+        raise ValueError("sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more")
+    parts = cfg.cp * (2 if ring else cfg.tp if cfg.sp else 1)
+    if cfg.block_size % parts or (cfg.sp and cfg.block_size // cfg.cp % cfg.tp):
+        parts = math.lcm(parts, cfg.cp * cfg.tp)
+        better = -(-cfg.block_size // parts) * parts
+        raise ValueError(f"cp={cfg.cp} and tp={cfg.tp} cut a sequence into {parts} equal parts; "
+                         f"block_size={cfg.block_size} cannot be, try --block_size={better}")
+    if cfg.cp > 1 and not ring and heads // cfg.tp % cfg.cp:
+        raise ValueError(f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
+                         f"{heads // cfg.tp} of keys and values; type --cp_attention=ring")
+    if cfg.pp_chunks is not None and (cfg.pp_chunks > 1) != (cfg.pp_schedule == "interleaved"):
+        raise ValueError(f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
+                         "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out")
+    if cfg.pp > 1 and cfg.pp * chunks(cfg) > cfg.n_layer:
+        raise ValueError(f"pp={cfg.pp} stages of {chunks(cfg)} stretch(es) need {cfg.pp * chunks(cfg)} "
+                         f"layers, n_layer is {cfg.n_layer}; try --pp={max(1, cfg.n_layer // chunks(cfg))}")
+    if layout in ("zero2", "zero3") and split:
+        raise ValueError(f"data_parallel={layout} would send gradients or weights again for each micro-batch "
+                         f"in flight and does not go with {split[0]}; type --data_parallel=fsdp or zero1")
+    if layout == "fsdp" and cfg.pp > 1 and cfg.pp_schedule == "zerobubble":
+        raise ValueError("pp_schedule=zerobubble computes weight gradients when fsdp has sent them; type "
+                         "--pp_schedule=1f1b, or --data_parallel=zero1")
+    for name in ("compress", "diloco_every"):
+        apart = split + ["cp"] * (cfg.cp > 1 and name == "diloco_every")
+        if getattr(cfg, name) is not None and apart:
+            raise ValueError(f"{name} works between whole models and does not go with {apart[0]}; leave one "
+                             "of them out")
+
+
+def chunks(cfg: Config) -> int:
+    """Stretches of layers on each rank of a pipeline."""
+    return cfg.pp_chunks or (2 if cfg.pp_schedule == "interleaved" else 1)
 
 
 def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dict:
@@ -429,7 +489,7 @@ def update(cfg: Config, **values) -> Config:
     return new
 
 
-# ---- continuing a run ------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------
 def to_dict(cfg: Config) -> dict:
     """Plain values for a checkpoint."""
     return {name: getattr(cfg, name) for name in FIELDS} | {"options": dict(cfg.options)}
@@ -445,48 +505,6 @@ def from_dict(saved: dict) -> Config:
         raise ValueError(f"the checkpoint's settings are not what this program writes: {error}") from None
 
 
-def continued(cfg: Config, saved: dict, branch: bool) -> Config:
-    """cfg as the continuation of the run whose resolved settings are `saved`.
-
-    What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved
-    run. Raises ValueError naming a field that differs and must not.
-    """
-    old, values = from_dict(saved), {}
-    for name, f in FIELDS.items():
-        new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
-        left_open = new == "auto" or (new is None and name in CHOSEN)
-        allowed = change == FREE or (branch and change == BRANCH)
-        if change == FRESH:
-            continue
-        if (branch and name not in cfg.given) or (left_open and not (allowed and name in cfg.given)):
-            values[name] = was
-        elif new != was and not allowed:
-            raise ValueError(mismatch(cfg, name, was, new, branch))
-    if branch and "lr" in cfg.given:  # the other kinds' lr were chosen with the old one
-        values |= {n: None for n in ("embed_lr", "head_lr", "scalar_lr") if n not in cfg.given}
-    if branch and "warmup_frac" in cfg.given and "warmup_steps" not in cfg.given:
-        values["warmup_steps"] = None
-    options = dict(cfg.options)
-    if branch:  # another schedule or compression brings its own options, the others stay
-        options = {k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given} | options
-        if "data_parallel" in cfg.given:  # another layout, its own options too
-            values |= {n: FIELDS[n].default for n in LAYOUTS.keys() - cfg.given - {"diloco_every"}}
-    for name in sorted(old.options | options):
-        if name.startswith(("opt.", "diloco.")) and options.get(name) != old.options.get(name):
-            raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
-    return check(update(cfg, **values, options=options))
-
-
-def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
-    if branch:
-        return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
-    return (
-        f"{cfg.out_dir} holds a run with {name}={was}, now it is {new}: type --{name}={was} to go on, "
-        "--resume=never to start anew, or choose another --out_dir"
-    )
-
-
-# ---- writing ---------------------------------------------------------------------------------------------
 def to_toml(cfg: Config, notes: dict) -> str:
     """The resolved settings as a recipe; `notes` (commit, versions) become comments at its head."""
 

@@ -1,4 +1,4 @@
-"""Which run lives in out_dir, where a new command goes on, and how a run is asked to stop.
+"""Which run lives in out_dir, where and with which settings a new command goes on, how a run is stopped.
 
 resume=auto     out_dir's newest whole checkpoint; none: a fresh start
 resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import config
 from checkpoint import FOLDER, load, newest, resolve
 
 
@@ -39,6 +40,48 @@ def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int])
         run = run.parent if FOLDER.fullmatch(run.name) and not in_place else run
         found = load(run / f"{'.old-' * old}step-{step:08d}", verify=False)
     return found, bool(in_place)
+
+
+def continued(cfg: config.Config, saved: dict, branch: bool) -> config.Config:
+    """cfg as the continuation of the run whose resolved settings are `saved`.
+
+    What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved
+    run. Raises ValueError naming a field that differs and must not.
+    """
+    old, values = config.from_dict(saved), {}
+    for name, f in config.FIELDS.items():
+        new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
+        left_open = new == "auto" or (new is None and name in config.CHOSEN)
+        allowed = change == config.FREE or (branch and change == config.BRANCH)
+        if change == config.FRESH:
+            continue
+        if (branch and name not in cfg.given) or (left_open and not (allowed and name in cfg.given)):
+            values[name] = was
+        elif new != was and not allowed:
+            raise ValueError(mismatch(cfg, name, was, new, branch))
+    if branch and "lr" in cfg.given:  # the other kinds' lr were chosen with the old one
+        values |= {n: None for n in ("embed_lr", "head_lr", "scalar_lr") if n not in cfg.given}
+    if branch and "warmup_frac" in cfg.given and "warmup_steps" not in cfg.given:
+        values["warmup_steps"] = None
+    options = dict(cfg.options)
+    if branch:  # another schedule or compression brings its own options, the others stay
+        options = {k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given} | options
+        if "data_parallel" in cfg.given:  # another layout, its own options too
+            own = config.LAYOUTS.keys() - cfg.given - {"diloco_every"}
+            values |= {name: config.FIELDS[name].default for name in own}
+    for name in sorted(old.options | options):
+        if name.startswith(("opt.", "diloco.")) and options.get(name) != old.options.get(name):
+            raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
+    return config.check(config.update(cfg, **values, options=options))
+
+
+def mismatch(cfg: config.Config, name: str, was, new, branch: bool) -> str:
+    if branch:
+        return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
+    return (
+        f"{cfg.out_dir} holds a run with {name}={was}, now it is {new}: type --{name}={was} to go on, "
+        "--resume=never to start anew, or choose another --out_dir"
+    )
 
 
 def set_aside(out_dir: Path) -> None:

@@ -29,7 +29,8 @@ import resume
 import schedules
 from memory import offload
 from model import GPT, GPTConfig, initial_weight
-from optim import mup, param_groups
+from optim import param_groups
+from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
 from precision import amp, onednn
 
@@ -42,7 +43,7 @@ def main(cfg: config.Config) -> dict:
     # ---- ranks: who am I, and on which device --------------------------------------------------------------
     device = meshes.pick_device(cfg.device)
     made_group = meshes.start(device)
-    mesh = meshes.make_mesh(device)
+    mesh = meshes.make_mesh(device, cfg.tp, cfg.cp, cfg.pp)
     is_main = mesh.rank == 0
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -54,7 +55,7 @@ def main(cfg: config.Config) -> dict:
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
     if earlier is not None:
         saved = earlier.tree("config")
-        cfg = config.continued(cfg, saved, branch=cfg.resume != "auto")
+        cfg = resume.continued(cfg, saved, branch=cfg.resume != "auto")
         cfg = config.update(cfg, resume=saved["resume"]) if in_place else cfg
     step = first_step = earlier.step if earlier is not None else 0
 
@@ -102,9 +103,14 @@ def main(cfg: config.Config) -> dict:
             raise ValueError(f"--data={cfg.data} has changed since {earlier.path} was written")
 
     # ---- model: the same start on every layout ------------------------------------------------------------
+    group, pipe = mesh.groups["pp"], None
+    if group is not None:
+        pipe = pipeline.Pipeline(group, cfg.pp_schedule, cfg.n_layer, config.chunks(cfg), tied=cfg.tied)
     with torch.device("meta"):  # shapes alone; the layout decides what is held where
-        model = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
-    model = model.to(amp.PARAM_DTYPE[cfg.precision])
+        whole = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
+        model = whole if pipe is None else GPT(whole.config, pipe.layers)
+    dtype = amp.PARAM_DTYPE[cfg.precision]
+    model = model.to(dtype)
     if onednn.faster(cfg.precision, device):
         for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
             layer.product = onednn.linear
@@ -114,42 +120,75 @@ def main(cfg: config.Config) -> dict:
     elif cfg.init_from is not None:
         weights = checkpoint.resolve(cfg.init_from).weights("model")
 
-    def run(numbers: range | list[int], rows: data.Rows = train_rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward on the rows with these numbers: the sum of the token losses, and the targets (B, T)."""
+    # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here -----------
+    cuts = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])  # by name, where it lies
+    context.split(model, mesh.groups["cp"], cfg.cp_attention)
+    if pipe is not None and cfg.pp_schedule == "zerobubble":
+        pipe.deferred = pipeline.defer_weight_gradients(model)
+    places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(device)
+
+    def run(numbers: range | list[int], rows: data.Rows = train_rows, layers=None, x=None):
+        """Forward on the rows with these numbers: the sum of the token losses, and the targets (B, T). In a
+        pipeline through these layers, x being what the stage before gave."""
         tokens = rows(numbers)  # (B, T+1) int64
         if device.type == "cuda":
             tokens = tokens.pin_memory()
         tokens = tokens.to(device, non_blocking=True)
+        inputs, targets = tokens[:, places], tokens[:, places + 1]
         which = torch.tensor(numbers, device=device) if cfg.dropout > 0 else None
         with amp.autocast(cfg.precision, device):
-            return model(tokens[:, :-1], tokens[:, 1:], rows=which), tokens[:, 1:]
+            return model(inputs if x is None else x, targets, places, which, layers), targets
+
+    def hidden(n: int, length: int) -> tuple:
+        """Shape, dtype and device of what the stages of a pipeline send each other of n sequences."""
+        length //= cfg.tp if cfg.sp and model.training else 1
+        return (n, length, cfg.n_embd), choices.DTYPES[cfg.param_dtype] or dtype, device
+
+    def each(batches: list, rows: data.Rows, scale: float | None = None, look=None) -> torch.Tensor | float:
+        """Forward on micro-batches of row numbers, and backward of each loss times `scale`. look(i, loss,
+        targets) sees each loss; their sum is returned, 0 where a pipeline's last stage is another rank's."""
+
+        def part(i: int, layers=None, x=None) -> torch.Tensor:
+            out, targets = run(batches[i], rows, layers, x)
+            if look is not None and out.ndim == 0:  # hidden states are for the next stage
+                look(i, out, targets)
+            return out
+
+        if pipe is not None:
+            like = [hidden(len(numbers), len(places)) for numbers in batches]
+            return sum(pipe.run(len(batches), part, like.__getitem__, scale, replicas.last_micro_batch))
+        total = 0.0
+        for i in range(len(batches)):
+            if scale is not None:
+                replicas.last_micro_batch(i + 1 == len(batches))
+            loss = part(i)
+            if scale is not None:
+                (loss * scale).backward()
+            total = total + loss.detach()
+        return total
 
     # ---- data parallel: who holds which weights, gradients and state --------------------------------------
-    replicas = choices.data_parallel(cfg, mesh)
+    replicas = choices.data_parallel(cfg, mesh, cuts)
     model = replicas.wrap(model)
-    replicas.fill(weights)
+    replicas.fill(tensor.part_of(weights, cuts))
     share = config.batch_share(cfg, mesh.sizes["dp"])
     if cfg.micro_batch_size is None or share % cfg.micro_batch_size:
         size = choices.largest_micro_batch(run, model, replicas, share, mesh)
         cfg = config.update(cfg, micro_batch_size=size)
+    if pipe is not None:
+        pipe.plan(share // cfg.micro_batch_size, True)  # a schedule that cannot be shows now
 
     # ---- optimizer ----------------------------------------------------------------------------------------
     param_groups.without_compiler()
-    lrs = {"matrix": cfg.lr, "embedding": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
-    for kind, lr in lrs.items():
-        lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
-        if cfg.mup_base_width is not None:
-            rule = mup.lr_multipliers(optimizer_class.__name__, cfg.n_embd, cfg.mup_base_width, **opt_options)
-            lrs[kind] *= rule[kind]
+    lrs = choices.learning_rates(cfg, optimizer_class, opt_options, param_groups.kinds(whole))
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay,
                                        choices.matrices_only(optimizer_class))
-    for name in ("head_lr", "scalar_lr"):
-        if name in cfg.given and name.removesuffix("_lr") not in [group["kind"] for group in groups]:
-            raise ValueError(f"--{name}: this model has no such parameters; leave it out")
+    make_optimizer, boxes = choices.stepper(cfg, mesh, cuts, optimizer_class)
     try:
-        optimizer = replicas.make_optimizer(optimizer_class, groups, **opt_options)
+        optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     except TypeError as error:
         raise ValueError(f"--opt.*: {optimizer_class.__name__} cannot take {opt_options}: {error}") from None
+    boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
     for group in optimizer.param_groups:
         group["initial_lr"], group["initial_momentum"] = group["lr"], group.get("momentum")
     if hasattr(optimizer, "train"):
@@ -163,19 +202,13 @@ def main(cfg: config.Config) -> dict:
         raise ValueError(f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out")
 
     # ---- resume: everything a step depends on -------------------------------------------------------------
-    rows_seen, notes = 0, choices.remarks(cfg, mesh)
+    rows_seen, own = 0, {}
     if earlier is not None:
-        saved_replicas, own = earlier.tree("replicas/replicas", missing=0), {}
         if hasattr(replicas, "load"):
             own = replicas.load(lambda path: earlier.tree(f"replicas/{path}", missing={})) or {}
-        if saved_replicas and cfg.compress is None and cfg.diloco_every is None:
-            notes.append("what compression had not sent yet is dropped")
-        elif saved_replicas not in (0, mesh.sizes["dp"]):
-            notes.append(f"{saved_replicas} replicas were saved, now there are {mesh.sizes['dp']}: what they "
-                         "had not told each other yet is summed and shared out")
 
         def state_of(name: str, shape: tuple[int, ...]) -> dict:
-            box = (*replicas.boxes[name], shape) if name in replicas.boxes else None
+            box = (*boxes[name], shape) if name in boxes else None
             return own.get(name) or earlier.tree(f"optim/state/{name}", box, missing={})
 
         param_groups.load_state_by_name(optimizer, earlier.tree("optim/groups"), state_of)
@@ -184,7 +217,6 @@ def main(cfg: config.Config) -> dict:
         torch.set_rng_state(rng.get(str(mesh.rank), rng["0"]))
 
     # ---- what this run is, for the user and for the record ------------------------------------------------
-    params = [p for p in model.parameters() if p.requires_grad]
     if is_main and not (in_place and earlier is not None):
         resume.set_aside(out_dir)  # a fresh start; nothing is lost
     log = logger.Logger(out_dir, cfg.steps, first_step, is_main, resumed=earlier is not None and in_place)
@@ -193,14 +225,20 @@ def main(cfg: config.Config) -> dict:
         (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")
     log.say(f"commit {record['commit']}, torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)")
     log.say(f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
-    log.say(f"{cfg.arch}: {sum(p.numel() for p in params):,} parameters; a step is {cfg.batch_size} "
-            f"x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}")
+    log.say(f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is "
+            f"{cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}")
     chosen = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
-    for note in notes:
+    for note in mesh.table() + choices.remarks(cfg, mesh, earlier):
         log.say(note)
     log.say("chosen: " + " ".join(f"{name}={value}" for name, value in chosen.items()))
-    flops = monitor.flops_per_token(monitor.matmul_params(model), cfg.n_layer, cfg.n_embd, cfg.block_size)
+    flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision)
+
+    def counted(gradients: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Of the gradients on this rank those of which no other rank brings the same numbers."""
+        tied_copy = {"embed.weight"} if mesh.coords["pp"] > 0 else {}
+        cut = cuts if mesh.coords["tp"] > 0 else gradients
+        return [g for n, g in gradients.items() if replicas.counts and n in cut and n not in tied_copy]
 
     @torch.no_grad()
     def evaluate() -> dict:
@@ -208,14 +246,16 @@ def main(cfg: config.Config) -> dict:
         count = max(1, min(cfg.eval_tokens // cfg.block_size, val_rows.per_epoch))
         dp, micro = mesh.sizes["dp"], cfg.micro_batch_size
         mine = [i * val_rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)]
+        batches = [mine[i : i + micro] for i in range(0, -(-count // dp), micro)]  # as many on every rank
         widths, sums = corpus.tokenizer.byte_lengths(), torch.zeros(4, dtype=torch.float64)
+
+        def look(i: int, loss: torch.Tensor, targets: torch.Tensor) -> None:
+            if batches[i] and mesh.coords["tp"] == 0:  # the other tp ranks see the same
+                n_bytes = int(widths[targets.cpu().numpy()].sum()) if widths is not None else 0
+                sums.add_(torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype))
+
         model.eval()
-        for i in range(0, -(-count // dp), micro):  # as often on every rank: a forward may be a collective
-            numbers = mine[i : i + micro]
-            loss, targets = run(numbers or [0], val_rows)
-            n_bytes = int(widths[targets.cpu().numpy()].sum()) if widths is not None else 0
-            if numbers:
-                sums += torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype)
+        each([numbers or [0] for numbers in batches], val_rows, look=look)
         model.train()
         loss, hits, tokens, n_bytes = mesh.sum(*sums.tolist())
         return {"val_loss": loss / tokens, "val_bpb": loss / math.log(2) / n_bytes if n_bytes else None,
@@ -223,17 +263,16 @@ def main(cfg: config.Config) -> dict:
 
     def save() -> None:
         state = param_groups.state_by_name(optimizer)
-        state["state"] = checkpoint.boxed(state["state"], replicas.boxes)
-        first = replicas.shard_group is not None or mesh.coords["dp"] == 0  # no other rank holds the same
-        tree = {"rng": {str(mesh.rank): torch.get_rng_state()}, "optim": state if first else {}}
+        state["state"] = checkpoint.boxed(state["state"], boxes)
+        tree = {"rng": {str(mesh.rank): torch.get_rng_state()}, "optim": state if replicas.counts else {}}
         if hasattr(replicas, "tree"):
             tree["replicas"] = replicas.tree(state["state"])
         if is_main:
             tree |= {"config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
         with param_groups.evaluation_weights(optimizer, replicas.share_weights) as training_weights:
-            tree |= {"model": replicas.weights()}
-            if training_weights and first:
-                tree |= {"training_weights": checkpoint.boxed(training_weights, replicas.boxes)}
+            tree |= {"model": checkpoint.boxed(replicas.weights(), tensor.boxes(cuts))}
+            if training_weights and replicas.counts:
+                tree |= {"training_weights": checkpoint.boxed(training_weights, boxes)}
             checkpoint.save(out_dir, step, tree, cfg.keep)
         log.event(step, "save")
 
@@ -254,27 +293,25 @@ def main(cfg: config.Config) -> dict:
             break
 
         # Accumulate my share of the next rows in micro-batches; the last one starts the sum over replicas.
-        began, loss = time.perf_counter(), 0.0
+        began = time.perf_counter()
         batch = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
         tokens, share = batch * cfg.block_size, batch // mesh.sizes["dp"]
-        first = rows_seen + mesh.coords["dp"] * share
-        for start in range(first, first + share, cfg.micro_batch_size):
-            replicas.last_micro_batch(start + cfg.micro_batch_size == first + share)
-            total, _ = run(range(start, start + cfg.micro_batch_size))
-            (total / tokens).backward()
-            loss = loss + total.detach()
+        first, size = rows_seen + mesh.coords["dp"] * share, cfg.micro_batch_size
+        loss = each([range(i, i + size) for i in range(first, first + share, size)], train_rows, 1 / tokens)
         replicas.finish_gradients()
         rows_seen += batch
 
         # Clip what is raw; the logged norm is that before clipping.
         gradients = replicas.gradients()
-        grad_norm = norm = mesh.norm(gradients, replicas.shard_group)
+        if pipe is not None:
+            pipe.share_tied(gradients)
+        grad_norm = norm = mesh.norm(counted(gradients), cfg.diloco_every is None)
         if cfg.clip_value is not None:
-            for gradient in gradients:
+            for gradient in gradients.values():
                 gradient.clamp_(-cfg.clip_value, cfg.clip_value)
-            norm = mesh.norm(gradients, replicas.shard_group)
+            norm = mesh.norm(counted(gradients), cfg.diloco_every is None)
         if cfg.grad_clip is not None and gradients:  # a rank may own none
-            torch._foreach_mul_(gradients, (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_([*gradients.values()], (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0))
 
         # Every group follows the schedule from an lr of its own.
         for group in optimizer.param_groups:
@@ -286,7 +323,8 @@ def main(cfg: config.Config) -> dict:
         model.zero_grad(set_to_none=True)
 
         # One sum over all ranks brings the loss of the whole batch, and word that somebody was told to stop.
-        loss, stops = mesh.sum(float(loss) / tokens, stop.asked)
+        loss = float(loss) / tokens if mesh.coords["tp"] == 0 else 0.0
+        loss, stops = mesh.sum(loss, stop.asked)
         stop.agreed, seconds = stops > 0, time.perf_counter() - began
         step += 1
         latest |= {"step": step, "loss": loss}
@@ -302,8 +340,15 @@ def main(cfg: config.Config) -> dict:
     if done and cfg.sample_tokens:  # on every rank: a forward may be a collective
         prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
         prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
+
+        def through(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            """Logits of the whole model, whose stages are on several ranks."""
+            logits = (*x.shape, cfg.vocab_size), torch.promote_types(dtype, torch.float32), device
+            return pipe.through(lambda layers, h: model(x if h is None else h, None, positions, None, layers),
+                                hidden(*x.shape), logits)  # fmt: skip
+
         with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor():
-            ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, top_k=50, seed=cfg.seed)
+            ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, 50, cfg.seed, pipe and through)
         log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
     if done and is_main and step > 1:  # one point is no curve
         logger.plot(out_dir, out_dir / "loss.png")

@@ -54,7 +54,6 @@ class DDP:
     see `all_reduce` (parallel/compression.py has others).
     """
 
-    shard_group = None  # the ranks over which gradients are spread without overlap; None: I hold them whole
     boxes: dict = {}  # name of a parameter that the optimizer sees a box of -> (whole shape, offsets, shape)
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, bucket_mb: float = 25.0,
@@ -63,6 +62,7 @@ class DDP:
         self.buckets, self.last, self.next = [], True, 0
         self.sent_bytes = 0  # by this rank in the last step
         self.place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.counts = self.place[0] == 0  # no lower rank holds the same gradients and state
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Allocates the parameters of `model`, which are on the meta device, and watches them."""
@@ -83,7 +83,7 @@ class DDP:
             p.copy_(source(name, tuple(p.shape)))
 
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each forward: are the gradients complete after it?"""
+        """Before each micro-batch (in a pipeline, its backward): does backward now complete the gradients?"""
         self.last = flag
 
     def arrived(self, p: nn.Parameter, bucket: Bucket, view: torch.Tensor) -> None:
@@ -114,9 +114,9 @@ class DDP:
             bucket.waiting, bucket.work = len(bucket.params), None
         self.next, self.sent_bytes = 0, sum(bucket.sent_bytes for bucket in self.buckets)
 
-    def gradients(self) -> list[torch.Tensor]:
-        """After finish_gradients: the summed gradients, or parts of them, that this rank holds."""
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """After finish_gradients: by name, the summed gradients, or parts of them, that this rank holds."""
+        return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
@@ -136,7 +136,7 @@ class DDP:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts there."""
-        return dict(self.model.named_parameters()) if self.place[0] == 0 else {}
+        return dict(self.model.named_parameters()) if self.counts else {}
 
 
 def cut(named: list[tuple[str, nn.Parameter]], limit: float) -> list[list[tuple[str, nn.Parameter]]]:

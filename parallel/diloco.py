@@ -48,7 +48,7 @@ class DiLoCo:
     nesterov: the outer SGD's; bucket_mb: how much of the weights is averaged at a time, MiB.
     """
 
-    shard_group = None  # each replica clips by the norm of its own gradient
+    counts = True  # each replica clips by the norm of its own gradient
     boxes: dict = {}  # the optimizer sees whole parameters
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, every: int, lr: float = 0.7,
@@ -86,11 +86,11 @@ class DiLoCo:
     def finish_gradients(self) -> None:
         """After the last backward: the mean gradient of this replica's own rows."""
         self.sent_bytes = 0
-        torch._foreach_mul_(self.gradients(), self.world)
+        torch._foreach_mul_(list(self.gradients().values()), self.world)
 
-    def gradients(self) -> list[Tensor]:
-        """After finish_gradients: this replica's own gradients."""
-        return [p.grad for p in self.params.values() if p.grad is not None]
+    def gradients(self) -> dict[str, Tensor]:
+        """After finish_gradients: this replica's own gradients by name."""
+        return {n: p.grad for n, p in self.params.items() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The inner optimizer; each `every`-th step() ends with the outer step. All replicas have to take the

@@ -49,14 +49,16 @@ class FSDP:
 
     group: the replicas; shard: over how many of them a weight is spread, None = all; reduce_dtype: in which
     gradients are summed, None = their own; param_dtype: in which weights are gathered and used, None = their
-    own; offload_params: None, "cpu" or "disk", the latter in files in `folder`.
+    own; offload_params: None, "cpu" or "disk", the latter in files in `folder`. cuts, cut_group: parameters
+    that already are parts of wholes, see parallel/whole.py.
     Raises ValueError for a shard that does not divide the group, and for offloading that cannot be.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, shard: int | None = None,
                  reshard: bool = True, reduce_dtype: torch.dtype | None = None,
                  param_dtype: torch.dtype | None = None, offload_params: str | None = None,
-                 folder: str | os.PathLike | None = None):  # fmt: skip
+                 folder: str | os.PathLike | None = None, cuts: dict[str, tuple] | None = None,
+                 cut_group: dist.ProcessGroup | None = None):  # fmt: skip
         n = 1 if group is None else dist.get_world_size(group)
         shard = n if shard is None else shard
         if shard < 1 or n % shard:
@@ -73,8 +75,9 @@ class FSDP:
         self.group, self.device, self.n, self.shard, self.reshard = group, device, n, shard, reshard
         self.reduce_dtype, self.param_dtype = reduce_dtype, param_dtype
         self.offload_params, self.folder = offload_params, folder
+        self.cut = {"cuts": cuts, "cut_group": cut_group} if cuts else {}
         self.units, self.params, self.adapter, self.micro_batches = [], {}, None, 0
-        self.shard_group = None  # the ranks over which gradients are spread without overlap
+        self.counts = True  # no lower rank holds the same gradients and state
         self.sent_bytes = 0  # by this rank in a step
         self.boxes = {}  # names of parameters the optimizer sees a shard of -> (whole shape, offsets of mine)
 
@@ -99,10 +102,12 @@ class FSDP:
             fully_shard(unit, reshard_after_forward=self.reshard and unit is not model, **policies)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # a factor of 1 by PREMUL_SUM is NCCL's alone
-        for unit, following in itertools.pairwise([model, *blocks]):
-            unit.set_modules_to_forward_prefetch([following])
-        for unit, following in itertools.pairwise([model, *blocks[::-1]]):
-            unit.set_modules_to_backward_prefetch([following])
+        numbers = [int(name) for name in model.blocks]
+        if numbers[-1] - numbers[0] == len(numbers) - 1:  # and not several stretches of a pipeline
+            for unit, following in itertools.pairwise([model, *blocks]):
+                unit.set_modules_to_forward_prefetch([following])
+            for unit, following in itertools.pairwise([model, *blocks[::-1]]):
+                unit.set_modules_to_backward_prefetch([following])
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.forget())
         if on_disk:
             self.map_files(model)
@@ -118,17 +123,16 @@ class FSDP:
         ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self.shard)
         kind, (row,), (column,) = self.device.type, *(i for i in (ranks == dist.get_rank()).nonzero().T)
         if self.shard == self.n:
-            self.shard_group = self.group
             return DeviceMesh.from_group(self.group, kind, mesh_dim_names=("shard",))
         neighbours, replicas = (dist.new_group(members.tolist(), use_local_synchronization=True)
                                 for members in (ranks[row], ranks[:, column]))  # fmt: skip
-        self.shard_group = neighbours if self.shard > 1 else None
+        self.counts = int(row) == 0
         names = "replicate", "shard"
         return DeviceMesh.from_group([replicas, neighbours], kind, ranks, mesh_dim_names=names)
 
     def map_files(self, model: nn.Module) -> None:
         """Every shard's memory is a file in `folder`, which the system writes out when it needs the room."""
-        numbers, me = itertools.count(), dist.get_rank(self.shard_group) if self.shard > 1 else 0
+        numbers, me = itertools.count(), dist.get_rank(self.group) % self.shard
 
         def with_memory(p: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
             new = torch.empty_like(p, device="cpu")
@@ -166,7 +170,7 @@ class FSDP:
             self.adapter.take_weights()
 
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each forward: are the gradients complete after it?"""
+        """Before each micro-batch (in a pipeline, its backward): does backward now complete the gradients?"""
         self.micro_batches += 1
         if self.group is not None:
             self.model.set_requires_gradient_sync(flag)
@@ -185,16 +189,16 @@ class FSDP:
         self.sent_bytes = bytes_ + (self.adapter.sent_bytes if self.adapter else 0)
 
     @torch.no_grad()
-    def gradients(self) -> list[torch.Tensor]:
-        """After finish_gradients: the summed gradients' parts that this rank holds."""
-        grads = [p.grad for p in self.params.values() if p.grad is not None]
-        return grads if self.group is None else [grad.to_local() for grad in grads]
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """After finish_gradients: by name, the summed gradients' parts that this rank holds."""
+        grads = {n: p.grad for n, p in self.params.items() if p.grad is not None}
+        return grads if self.group is None else {n: grad.to_local() for n, grad in grads.items()}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
-        if self.group is None:
+        if self.group is None and not self.cut:
             return cls(groups, **arguments)
-        self.adapter = Adapter(cls, groups, **arguments)
+        self.adapter = Adapter(cls, groups, **self.cut, **arguments)
         self.boxes = self.adapter.boxes
         return self.adapter.optimizer
 

@@ -6,10 +6,12 @@ size 1.
     pp  pipeline stages: layers are split          dp  data parallel: sequences are split
     cp  context parallel: each sequence is split   tp  tensor parallel: each matrix is split
 
-A group holds the ranks that differ from me in one coordinate alone. A group of size 1 is None, and a
-collective over None is the identity: one process runs the same lines as a thousand.
+A group holds the ranks that differ from me in one coordinate alone; `replicas` those that differ in dp or cp,
+which hold the same weights and sum their gradients. A group of size 1 is None, and a collective over None is
+the identity: one process runs the same lines as a thousand.
 """
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ AXES = ("pp", "dp", "cp", "tp")
 class Mesh:
     sizes: dict[str, int]  # {"pp": 1, "dp": 4, "cp": 1, "tp": 1}
     coords: dict[str, int]  # my place on each axis
-    groups: dict[str, dist.ProcessGroup | None]  # None where the size is 1
+    groups: dict[str, dist.ProcessGroup | None]  # pp, dp, cp, tp, replicas; None where the size is 1
     rank: int
     world: int
     device: torch.device  # where small tensors must lie to be sent
@@ -44,14 +46,28 @@ class Mesh:
         """Rank 0's value on every rank; also a barrier."""
         return int(self.sum(value if self.rank == 0 else 0)[0])
 
-    def norm(self, tensors: list[torch.Tensor], group: dist.ProcessGroup | None) -> torch.Tensor:
-        """The 2-norm of all tensors of all ranks of `group` (None: only mine) together, 0-dim."""
+    def norm(self, tensors: list[torch.Tensor], everywhere: bool = True) -> torch.Tensor:
+        """The 2-norm of the tensors of all ranks (or only of mine) together, 0-dim; the same on all of them.
+
+        What several ranks hold, one of them may bring.
+        """
         norm = torch.nn.utils.get_total_norm(tensors)
-        if group is not None:
+        if everywhere and self.world > 1:
             squares = norm.to(self.device, torch.float64).square()
-            dist.all_reduce(squares, group=group)
-            norm = squares.sqrt().to(norm if tensors else squares)  # offloaded gradients are on the CPU
+            dist.all_reduce(squares)
+            norm = squares.sqrt().to(tensors[0].device if tensors else self.device)
         return norm
+
+    def table(self) -> list[str]:
+        """The grid in lines for people; [] for one process."""
+        what = dict(pp="stages of layers", dp="sequences", cp="parts of each sequence",
+                    tp="parts of each matrix")  # fmt: skip
+        lines, stride = [], self.world
+        for axis, size in self.sizes.items():
+            stride //= size
+            first = " ".join(str(i * stride) for i in range(min(size, 8))) + " ..." * (size > 8)
+            lines += [f"{axis}  {size:>4} {what[axis]:22} ranks {first}"] if size > 1 else []
+        return ["mesh: the ranks along each axis, beginning at rank 0", *lines] if lines else []
 
     def first_on_each_machine(self, work):
         """work() by one process of each machine, then by the others: the first one fills the caches."""
@@ -74,13 +90,14 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
     sizes = dict(pp=pp, dp=world // (tp * cp * pp), cp=cp, tp=tp)
     grid = torch.arange(world).view(*sizes.values())
     coords = dict(zip(AXES, (int(i) for i in (grid == rank).nonzero()[0])))
-    groups = dict.fromkeys(AXES)
-    for dim, axis in enumerate(AXES):
-        if sizes[axis] > 1:
-            for members in grid.movedim(dim, -1).reshape(-1, sizes[axis]).tolist():
-                group = dist.new_group(members)
-                if rank in members:
-                    groups[axis] = group
+    groups, made = {}, {}
+    for name, dims in dict(pp=[0], dp=[1], cp=[2], tp=[3], replicas=[1, 2]).items():
+        size = math.prod(grid.shape[dim] for dim in dims)
+        for members in grid.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist():
+            if size > 1 and tuple(members) not in made:
+                made[tuple(members)] = dist.new_group(members)
+            if rank in members:
+                groups[name] = made.get(tuple(members))
     return Mesh(sizes, coords, groups, rank, world, device)
 
 

@@ -1,4 +1,5 @@
-"""Any torch optimizer on a model whose weights are DTensors, spread over ranks (FSDP2, tensor parallelism).
+"""Any torch optimizer on a model whose weights are spread over ranks: as DTensors (FSDP2), as the plain parts
+that parallel/tensor.py leaves (`cuts`), or as both.
 
 The optimizer never learns of it: it gets plain tensors. Which ones is decided group by group.
 
@@ -37,6 +38,7 @@ has to call Adapter.take_weights().
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,26 +46,27 @@ from torch import Tensor, nn
 
 
 class Exchange:
-    """DTensors of one dtype, cut over one group: all their shards go to the owners, or come back, at once."""
+    """Weights of one dtype, spread over one group: all their shards go to the owners or come back at once."""
 
-    def __init__(self, params: list[Tensor]):
-        group = group_sharing(params[0])
+    def __init__(self, params: list[Tensor], places: list["Place"], group: dist.ProcessGroup):
         rank, n = dist.get_rank(group), dist.get_world_size(group)
-        self.params, self.group, self.wire = params, group, torch.device(params[0].device_mesh.device_type)
-        shards = [p.to_local() for p in params]
+        mesh = getattr(params[0], "device_mesh", None)  # weights kept on the CPU still travel between GPUs
+        self.params, self.group = params, group
+        self.wire = params[0].device if mesh is None else torch.device(mesh.device_type)
+        shards = [local(p) for p in params]
         self.like = shards[0]
-        owners = choose_owners([tuple(p.shape) for p in params], n)
+        owners = choose_owners([place.whole for place in places], n)
         self.by_owner = sorted(range(len(params)), key=lambda i: owners[i])  # the order on the wire
         self.mine = [i for i in self.by_owner if owners[i] == rank]
         self.boxes = [None] * n  # rank -> what it has of each parameter
-        dist.all_gather_object(self.boxes, [box(p) for p in params], group)
+        dist.all_gather_object(self.boxes, [(place.shape, place.offsets) for place in places], group)
         self.in_sizes = [sum(math.prod(boxes[i][0]) for i in self.mine) for boxes in self.boxes]
         self.out_sizes = [0] * n  # elements of mine that go to each owner; in_sizes: that come from each rank
         for shard, owner in zip(shards, owners):
             self.out_sizes[owner] += shard.numel()
         sent = sum(self.out_sizes) + sum(self.in_sizes) - self.out_sizes[rank] - self.in_sizes[rank]
         self.sent_bytes = sent * self.like.element_size()  # there and back
-        self.wholes = {i: nn.Parameter(self.like.new_empty(params[i].shape)) for i in self.mine}
+        self.wholes = {i: nn.Parameter(self.like.new_empty(places[i].whole)) for i in self.mine}
 
     def pieces(self, wholes: dict[int, Tensor]) -> list[Tensor]:
         """Views of what each rank holds of `wholes`, rank by rank."""
@@ -77,7 +80,7 @@ class Exchange:
     def to_shards(self) -> None:
         """The owners' weights into everybody's shards."""
         received = self.send(self.pieces(self.wholes), self.in_sizes, self.out_sizes)
-        unpack(received, [self.params[i].to_local() for i in self.by_owner])
+        unpack(received, [local(self.params[i]) for i in self.by_owner])
 
     def send(self, tensors: list[Tensor], out_sizes: list[int], in_sizes: list[int]) -> Tensor:
         flat = torch.cat([self.like.new_empty(0), *(x.reshape(-1) for x in tensors)]).to(self.wire)
@@ -87,11 +90,12 @@ class Exchange:
 
 
 class Adapter:
-    """`optimizer`, an instance of `cls` on plain tensors, and what ties it to the DTensors in `groups`.
+    """`optimizer`, an instance of `cls` on plain tensors, and what ties it to the weights in `groups`.
 
     groups: tensors or dicts, as torch's optimizers take them; what this rank does not step is left out of a
     dict's `params` and `names`. elementwise: may a shard be stepped alone? None asks the class, and one that
-    does not say counts as no; Muon's groups with use_muon=False always may.
+    does not say counts as no; Muon's groups with use_muon=False always may. cuts: name -> (dim, whole shape,
+    offset) of the parameters that are a part, along dim, of a whole spread over cut_group.
 
     boxes: name -> (whole shape, offsets) of each parameter of which the optimizer here has a shard.
     sent_bytes: by this rank in each step. Collective: all ranks make it together, with the same groups.
@@ -99,6 +103,7 @@ class Adapter:
 
     @torch.no_grad()
     def __init__(self, cls: type[torch.optim.Optimizer], groups, elementwise: bool | None = None,
+                 cuts: dict[str, tuple] | None = None, cut_group: dist.ProcessGroup | None = None,
                  **arguments):  # fmt: skip
         groups = list(groups)
         groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
@@ -106,20 +111,24 @@ class Adapter:
         elementwise = getattr(cls, "elementwise", False) if elementwise is None else elementwise
         self.params = [p for group in groups for p in group["params"]]
         self.local, self.boxes = [], {}  # (a DTensor, its shard as a parameter of the optimizer)
-        stepped, spread = {}, {}  # DTensor -> what the optimizer gets; (ranks, dtype, device) -> DTensors
+        stepped, spread = {}, {}  # weight -> what the optimizer gets; (ranks, dtype, device) -> weights
         for group in groups:
             for p, name in zip(group["params"], group.get("names") or [None] * len(group["params"])):
+                place = find(p, (cuts or {}).get(name), cut_group)
+                if len(place.ranks) > 1 and not (elementwise or group.get("use_muon") is False):
+                    spread.setdefault((place.ranks, p.dtype, local(p).device), []).append((p, place))
+                    continue
                 if not hasattr(p, "placements"):
                     stepped[p] = p
-                elif not sharded_dims(p) or elementwise or group.get("use_muon") is False:
-                    if p.to_local().numel():
-                        stepped[p] = nn.Parameter(p.to_local(), p.requires_grad)
-                        self.local.append((p, stepped[p]))
-                        if name is not None and sharded_dims(p):
-                            self.boxes[name] = tuple(p.shape), box(p)[1]
-                else:
-                    spread.setdefault((*ranks_sharing(p), p.dtype, p.to_local().device), []).append(p)
-        self.exchanges = [Exchange(params) for params in spread.values()]
+                elif local(p).numel():
+                    stepped[p] = nn.Parameter(local(p), p.requires_grad)
+                    self.local.append((p, stepped[p]))
+                if name is not None and len(place.ranks) > 1 and p in stepped:
+                    self.boxes[name] = place.whole, place.offsets
+        self.exchanges = []
+        for (ranks, *_), found in spread.items():
+            params, places = map(list, zip(*found))
+            self.exchanges.append(Exchange(params, places, group_of(ranks, params[0], cut_group)))
         for exchange in self.exchanges:
             stepped |= {exchange.params[i]: whole for i, whole in exchange.wholes.items()}
         self.take_weights()
@@ -135,10 +144,10 @@ class Adapter:
             raise ValueError("step(closure) has no meaning with sharded weights: they would be needed in the "
                              "middle of a step; call loss.backward() and then step()")  # fmt: skip
         for p, shard in self.local:
-            shard.data, shard.grad = p.to_local(), None if p.grad is None else p.grad.to_local()
+            shard.data, shard.grad = local(p), None if p.grad is None else local(p.grad)
         for exchange in self.exchanges:
             grads = {i: torch.empty_like(whole) for i, whole in exchange.wholes.items()}
-            exchange.to_owners([torch.zeros_like(p.to_local()) if p.grad is None else p.grad.to_local()
+            exchange.to_owners([torch.zeros_like(local(p)) if p.grad is None else local(p.grad)
                                 for p in exchange.params], grads)  # fmt: skip
             for i, whole in exchange.wholes.items():
                 whole.grad = None if exchange.params[i].grad is None else grads[i]
@@ -162,7 +171,7 @@ class Adapter:
     def take_weights(self) -> None:
         """After something other than the optimizer changed the model's weights: the owners see it too."""
         for exchange in self.exchanges:
-            exchange.to_owners([p.to_local() for p in exchange.params], exchange.wholes)
+            exchange.to_owners([local(p) for p in exchange.params], exchange.wholes)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The model's gradients; the optimizer's own live only during a step."""
@@ -180,24 +189,50 @@ def make_optimizer(cls: type[torch.optim.Optimizer], groups, elementwise: bool |
 
 
 # ---- who has what ----------------------------------------------------------------------------------------
+def local(p: Tensor) -> Tensor:
+    """The part of it on this rank, in the same memory."""
+    return p.to_local() if hasattr(p, "placements") else p.detach()
+
+
+class Place(NamedTuple):
+    """Where a weight's part on this rank lies, and the ranks that together hold the whole once."""
+
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+def find(p: Tensor, cut: tuple | None = None, cut_group: dist.ProcessGroup | None = None) -> Place:
+    """The place of p: a plain tensor, a DTensor, or either of them a part (dim, whole shape, offset) that was
+    cut over cut_group."""
+    whole, shape, offsets = tuple(p.shape), tuple(p.shape), (0,) * p.ndim
+    ranks = (me,) = (dist.get_rank() if dist.is_initialized() else 0,)
+    if hasattr(p, "placements"):
+        mesh, dims, (shape, offsets) = p.device_mesh, sharded_dims(p), box(p)
+        at = [slice(None) if d in dims else i for d, i in enumerate(mesh.get_coordinate())]
+        ranks = tuple(mesh.mesh[tuple(at)].flatten().tolist())
+    if cut is not None:
+        dim, whole, offset = cut
+        offsets = tuple(o + offset * (i == dim) for i, o in enumerate(offsets))
+        others = dist.get_process_group_ranks(cut_group)  # the ranks are a grid
+        ranks = tuple(sorted(rank + other - me for rank in ranks for other in others))
+    return Place(tuple(whole), shape, offsets, ranks)
+
+
 def sharded_dims(p: Tensor) -> list[int]:
     """The dimensions of its mesh along which the DTensor p is cut."""
     dims = enumerate(zip(p.placements, p.device_mesh.shape))
     return [d for d, (placement, size) in dims if size > 1 and not placement.is_replicate()]
 
 
-def ranks_sharing(p: Tensor) -> list[int]:
-    """The ranks that together hold p once, me among them: those that differ from me in sharded dims alone."""
-    mesh, dims = p.device_mesh, sharded_dims(p)
-    at = [slice(None) if d in dims else i for d, i in enumerate(mesh.get_coordinate())]
-    return mesh.mesh[tuple(at)].flatten().tolist()
-
-
-def group_sharing(p: Tensor) -> dist.ProcessGroup:
-    dims = sharded_dims(p)
-    if len(dims) == 1:
-        return p.device_mesh.get_group(dims[0])
-    return dist.new_group(ranks_sharing(p), use_local_synchronization=True)
+def group_of(ranks: tuple[int, ...], p: Tensor, cut_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    known = [cut_group] if cut_group is not None else []
+    known += [p.device_mesh.get_group(d) for d in sharded_dims(p)] if hasattr(p, "placements") else []
+    for group in known:
+        if tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
+            return group
+    return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def box(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

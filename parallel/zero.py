@@ -99,15 +99,18 @@ class ZeRO:
     group: the replicas; device: where the weights are used; stage: 1, 2 or 3; reduce_dtype: gradients are
     sent in it, None their own (an owner's own share is never rounded). offload_params, stage 3 only: owners
     keep and step their weights in host memory (`cpu`) or in files under `folder` mapped into it (`disk`).
+    pinned: names that the first rank owns, as they are in another stage of a pipeline, too.
 
     Raises ValueError for another stage, and for offload_params that are unknown or without stage 3.
     """
 
     boxes: dict = {}  # owners step whole parameters
+    counts = True  # nobody else holds what an owner holds
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, stage: int,
                  bucket_mb: float = 25.0, reduce_dtype: torch.dtype | None = None,
-                 offload_params: str | None = None, folder: str | Path | None = None):
+                 offload_params: str | None = None, folder: str | Path | None = None,
+                 pinned: tuple[str, ...] = ()):
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has no stage {stage}; take 1, 2 or 3")
         if offload_params not in (None, "cpu", "disk"):
@@ -115,10 +118,11 @@ class ZeRO:
         if offload_params is not None and stage != 3:
             raise ValueError(f"offload_params={offload_params} needs stage 3: before it every rank uses all "
                              "its weights where they are; type --data_parallel=zero3")
-        self.group = self.shard_group = group
+        self.group = group
         self.rank, self.n = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.device, self.stage, self.bucket_bytes = device, stage, bucket_mb * 2**20
         self.reduce_dtype, self.offload, self.folder = reduce_dtype, offload_params, folder
+        self.pinned = pinned
         self.travels = stage == 3 and (group is not None or offload_params is not None)  # do weights?
         self.here, self.sending = set(), []  # units whose weights were fetched; gradients on their way
         self.last, self.in_backward, self.next = True, False, 0  # next: the unit whose gradients go next
@@ -133,7 +137,7 @@ class ZeRO:
             path = name.split(".")
             unit[name] = keys.index(path[1]) + 1 if path[0] == "blocks" else end if any(unit.values()) else 0
         self.tied = len(named) < len(list(model.named_parameters(remove_duplicate=False)))
-        owners = assign({name: p.shape for name, p in named}, self.n)
+        owners = assign({name: p.shape for name, p in named}, self.n) | dict.fromkeys(self.pinned, 0)
         self.units = [[] for _ in range(end + 1)]
         spans = [[(n, p) for n, p in named[::-1] if unit[n] == i] for i in range(end + 1)]
         for span in spans if self.stage == 3 else [named[::-1]]:  # in the order of backward
@@ -224,7 +228,7 @@ class ZeRO:
 
     # ---- forward ------------------------------------------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each forward: are the gradients complete after it?"""
+        """Before each micro-batch (in a pipeline, its backward): does backward now complete the gradients?"""
         if self.finished:  # a new step begins
             self.sent_bytes, self.finished = 0, False
         self.last = flag
@@ -311,15 +315,19 @@ class ZeRO:
 
     def finish_gradients(self) -> None:
         """After the last backward: owners hold the gradients' sums over all replicas, other ranks nothing."""
+        if not self.last:  # no micro-batch was called the last one, as where weight gradients come later
+            self.last, self.next = True, len(self.units) - 1
+            self.send(0)
+            self.collect()
         self.finished = True
         for part in self.parts:
             for p, kept in zip(part.params, part.kept):
                 if kept is not p and p.grad is not None:  # offloaded
                     kept.grad, p.grad = p.grad.cpu(), None
 
-    def gradients(self) -> list[Tensor]:
-        """After finish_gradients: the summed gradients of the parameters owned by this rank."""
-        return [p.grad for p in self.mine().values() if p.grad is not None]
+    def gradients(self) -> dict[str, Tensor]:
+        """After finish_gradients: by name, the summed gradients of the parameters owned by this rank."""
+        return {n: p.grad for n, p in self.mine().items() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer of the parameters owned by this rank; its step() moves the weights of all ranks."""

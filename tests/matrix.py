@@ -58,6 +58,32 @@ LAYOUTS = {  # name: ranks, flags
     "hybrid 2x2": (4, ["--data_parallel=fsdp", "--fsdp_shard=2"]),
     "fsdp, no reshard": (2, ["--data_parallel=fsdp", "--reshard=false", "--micro_batch_size=2"]),
 }
+MODEL_PARALLEL = {
+    "tp 2": (2, ["--tp=2"]),
+    "tp 4": (4, ["--tp=4"]),
+    "tp 2 + sp": (2, ["--tp=2", "--sp=true"]),
+    "tp 4 + sp": (4, ["--tp=4", "--sp=true"]),
+    "cp 2": (2, ["--cp=2"]),
+    "cp 4": (4, ["--cp=4"]),
+    "cp 2 ulysses": (2, ["--cp=2", "--cp_attention=ulysses"]),
+    "cp 4 ulysses": (4, ["--cp=4", "--cp_attention=ulysses"]),
+    **{f"pp {p} {s}": (p, [f"--pp={p}", f"--pp_schedule={s}"])
+       for p in (2, 4) for s in ("naive", "gpipe", "1f1b", "interleaved", "zerobubble")},
+    "dp 2 x tp 2": (4, ["--tp=2"]),
+    "dp 2 x cp 2": (4, ["--cp=2"]),
+    "dp 2 x pp 2": (4, ["--pp=2"]),
+    "pp 2 x tp 2": (4, ["--pp=2", "--tp=2"]),
+    "zero1 2 x tp 2": (4, ["--data_parallel=zero1", "--tp=2"]),
+    "zero1 2 x pp 2": (4, ["--data_parallel=zero1", "--pp=2", "--pp_schedule=zerobubble"]),
+    "fsdp 2 x tp 2": (4, ["--data_parallel=fsdp", "--tp=2"]),
+    "fsdp 2 x pp 2": (4, ["--data_parallel=fsdp", "--pp=2", "--pp_schedule=interleaved"]),
+    "dp 2 x pp 2 x tp 2": (8, ["--pp=2", "--tp=2"]),
+    "fsdp 2 x cp 2 x tp 2 + sp": (8, ["--data_parallel=fsdp", "--cp=2", "--tp=2", "--sp=true"]),
+    "pp 2 x cp 2 x tp 2": (8, ["--pp=2", "--cp=2", "--tp=2"]),
+    "pp 2 x fsdp 2 x tp 2": (8, ["--pp=2", "--data_parallel=fsdp", "--tp=2"]),
+    "pp 2 x fsdp 2 x tp 2 + sp": (8, ["--pp=2", "--data_parallel=fsdp", "--tp=2", "--sp=true"]),
+}  # fmt: skip
+LARGER = ["--n_layer=8", "--n_head=4", "--block_size=16", "--steps=6", "--eval_every=3"]  # to be cut up
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=8", "--steps=10",
         "--eval_every=5", "--eval_tokens=200", "--sample_tokens=0", "--save_every=0", "--device=cpu",
         "--dropout=0.1", "--vocab_size=256"]  # fmt: skip
@@ -88,8 +114,11 @@ def runs(rank: int, world: int, folder: str, precision: str, optimizers: list[st
 
 
 def column(layout: str, precision: str, optimizers: list[str]) -> dict[str, list[float]]:
-    """The trace of every optimizer on one layout ("one process" is the oracle)."""
-    world, flags = LAYOUTS.get(layout, (1, []))
+    """The trace of every optimizer on one layout. The oracles: "one process", for what cuts the model up "one
+    larger process"."""
+    world, flags = LAYOUTS.get(layout) or MODEL_PARALLEL.get(layout, (1, []))
+    if layout in MODEL_PARALLEL or layout == "one larger process":
+        flags = [*LARGER, *flags]
     with tempfile.TemporaryDirectory() as folder:
         text(folder)
         if world == 1:
@@ -100,19 +129,19 @@ def column(layout: str, precision: str, optimizers: list[str]) -> dict[str, list
 
 
 def difference(a: list[float], b: list[float]) -> float:
-    assert len(a) == len(b) >= 20, "a run is shorter than the other"
+    assert len(a) == len(b) >= 15, "a run is shorter than the other"
     return max(abs(x - y) / abs(y) for x, y in zip(a, b))
 
 
 def main(argv: list[str]) -> None:
     precision = dict(word.split("=") for word in argv).get("--precision", "fp64")
-    optimizers = list(OPTIMIZERS)
-    oracle = column("one process", precision, optimizers)
-    table = {layout: column(layout, precision, optimizers) for layout in LAYOUTS}
-    print("| " + " | ".join(["", *LAYOUTS]) + " |\n" + "|---" * (len(LAYOUTS) + 1) + "|")
-    for name in optimizers:
-        cells = [f"{difference(table[layout][name], oracle[name]):.0e}" for layout in LAYOUTS]
-        print("| " + " | ".join([name, *cells]) + " |")
+    for layouts, alone in ((LAYOUTS, "one process"), (MODEL_PARALLEL, "one larger process")):
+        oracle = column(alone, precision, list(OPTIMIZERS))
+        print("\n| " + " | ".join(["", *OPTIMIZERS]) + " |\n" + "|---" * (len(OPTIMIZERS) + 1) + "|")
+        for layout in layouts:
+            found = column(layout, precision, list(OPTIMIZERS))
+            cells = [f"{difference(found[name], oracle[name]):.0e}" for name in OPTIMIZERS]
+            print("| " + " | ".join([layout, *cells]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def measure(replicas, model, source, cls, groups, micro_batches=1, tokens=8, ran
                 (loss / (tokens * world * micro_batches)).backward()
                 del loss
             replicas.finish_gradients()
-            gradients = nbytes(replicas.gradients())
+            gradients = nbytes(replicas.gradients().values())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             model.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 import config
+import resume
 from config import Config, parse
 
 
@@ -36,7 +37,7 @@ def test_a_table_and_a_dotted_key_mean_the_same(tmp_path):
     "flag, says",
     [
         ("--stepz=3", "did you mean --steps?"),
-        ("--tp=2", "there is no field 'tp'"),
+        ("--ep=2", "there is no field 'ep'"),
         ("--steps", "has no value"),
         ("--steps=ten", "a whole number"),
         ("--steps=1.5", "a whole number"),
@@ -123,7 +124,7 @@ def test_every_field_is_used():
 
     root = Path(config.__file__).parent
     text = "".join((root / name).read_text() for name in ("train.py", "model.py", "choices.py"))
-    elsewhere = {"arch"}  # decides the traits, in config.with_traits
+    elsewhere = {"arch", "pp_chunks"}  # in config.with_traits and config.chunks
     assert [
         n for n in config.FIELDS if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere
     ] == []
@@ -153,7 +154,7 @@ def resolved(**values) -> dict:
 
 
 def test_auto_takes_what_was_chosen_and_may_change_steps_and_schedule():
-    cfg = config.continued(
+    cfg = resume.continued(
         parse(["--steps=9", "--schedule=cosine", "--log_every=2"]), resolved(), branch=False
     )
     assert (cfg.steps, cfg.schedule, cfg.log_every, cfg.precision, cfg.lr) == (9, "cosine", 2, "bf16", 0.02)
@@ -164,20 +165,20 @@ def test_auto_takes_what_was_chosen_and_may_change_steps_and_schedule():
 )
 def test_auto_refuses_another_run_and_names_the_field(flag):
     with pytest.raises(ValueError, match=flag.split("=")[0][2:] + ".*--resume=never"):
-        config.continued(parse([flag]), resolved(), branch=False)
+        resume.continued(parse([flag]), resolved(), branch=False)
 
 
 def test_auto_refuses_a_field_that_is_no_longer_given():
     with pytest.raises(ValueError, match="n_embd=512"):
-        config.continued(parse([]), resolved(n_embd=512), branch=False)
+        resume.continued(parse([]), resolved(n_embd=512), branch=False)
 
 
 def test_a_branch_keeps_what_is_not_given_and_may_change_lr_and_data():
     saved = resolved(n_embd=512, seed=3, options={"opt.eps": 1e-6, "schedule.shape": "sqrt"})
-    cfg = config.continued(parse(["--resume=x", "--lr=0.5", "--data=shakespeare"]), saved, branch=True)
+    cfg = resume.continued(parse(["--resume=x", "--lr=0.5", "--data=shakespeare"]), saved, branch=True)
     assert (cfg.n_embd, cfg.seed, cfg.lr, cfg.data, cfg.resume) == (512, 3, 0.5, "shakespeare", "x")
     assert cfg.options == saved["options"]
-    cfg = config.continued(parse(["--resume=x", "--schedule=cosine"]), saved, branch=True)
+    cfg = resume.continued(parse(["--resume=x", "--schedule=cosine"]), saved, branch=True)
     assert cfg.options == {"opt.eps": 1e-6}
 
 
@@ -185,4 +186,4 @@ def test_a_branch_keeps_what_is_not_given_and_may_change_lr_and_data():
 def test_a_branch_never_changes_shape_or_optimizer(flag):
     with pytest.raises(ValueError, match="a branch cannot change"):
         saved = resolved(n_embd=512, options={"opt.eps": 1e-6})
-        config.continued(parse(["--resume=x", flag]), saved, branch=True)
+        resume.continued(parse(["--resume=x", flag]), saved, branch=True)

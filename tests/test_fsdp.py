@@ -61,9 +61,9 @@ def forward_backward(model, replicas, step, rank, world, micro_batches):
         total.backward()
         loss += total.item()
     replicas.finish_gradients()
-    squares = torch.stack([g.square().sum() for g in replicas.gradients()]).sum()
-    if replicas.shard_group is not None:
-        dist.all_reduce(squares, group=replicas.shard_group)
+    squares = torch.stack([g.square().sum() for g in replicas.gradients().values()]).sum() * replicas.counts
+    if dist.is_initialized():
+        dist.all_reduce(squares)
     return loss, squares.sqrt().item()
 
 
@@ -91,7 +91,7 @@ def train(group, rank, world, cls, arch, micro_batches=1, **options):
     for step in range(STEPS):
         loss, norm = forward_backward(model, replicas, step, rank, world, micro_batches)
         if cls is not SGD:  # whose steps show a wrong factor only if nothing makes up for it
-            for g in replicas.gradients():
+            for g in replicas.gradients().values():
                 g.mul_(min(1.0, 0.5 / norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -266,7 +266,7 @@ def count(rank, world, options, micro_batches):
             optimizer.step()
         model.zero_grad(set_to_none=True)
         found.append((sent.bytes, sent.calls, replicas.sent_bytes - replicas.adapter.sent_bytes))
-        assert sent_by_step.calls == ["alltoall_base_"] * (0 if replicas.shard_group is None else 2)
+        assert sent_by_step.calls == ["alltoall_base_"] * (0 if replicas.shard == 1 else 2)
         evaluate(model, replicas, optimizer)  # the next step must not find anything gathered already
     return found
 
@@ -333,7 +333,7 @@ def half_precision(rank, world, policy):
         losses = []
         for step in range(3):
             losses.append(forward_backward(model, replicas, step, rank, world, 2)[0])
-            assert all(g.dtype == torch.float32 for g in replicas.gradients())
+            assert all(g.dtype == torch.float32 for g in replicas.gradients().values())
             optimizer.step()
             model.zero_grad(set_to_none=True)
         found.append((losses, replicas.sent_bytes))
@@ -364,6 +364,6 @@ def test_what_cannot_be_is_refused():
 
 def test_one_process_needs_no_process_group():
     model, replicas = start(None, MODERN)
-    assert not dist.is_initialized() and replicas.shard_group is None and replicas.boxes == {}
+    assert not dist.is_initialized() and replicas.counts and replicas.boxes == {}
     assert replicas.weights() == dict(model.named_parameters()) and replicas.sent_bytes == 0
     assert not any(hasattr(p, "placements") for p in model.parameters())
