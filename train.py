@@ -171,8 +171,8 @@ def main(cfg: config.Config) -> dict:
     replicas = choices.data_parallel(cfg, mesh, cuts)
     model = replicas.wrap(model)
     replicas.fill(tensor.part_of(weights, cuts))
-    share = config.batch_share(cfg, mesh.sizes["dp"])
-    if cfg.micro_batch_size is None or share % cfg.micro_batch_size:
+    share, size = config.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
+    if size is None or share % size or (share // size % cfg.pp and "micro_batch_size" not in cfg.given):
         size = choices.largest_micro_batch(run, model, replicas, share, mesh)
         cfg = config.update(cfg, micro_batch_size=size)
     if pipe is not None:

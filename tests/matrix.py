@@ -113,12 +113,12 @@ def runs(rank: int, world: int, folder: str, precision: str, optimizers: list[st
             train.main(config.parse([*argv, *flags]))
 
 
-def column(layout: str, precision: str, optimizers: list[str]) -> dict[str, list[float]]:
+def column(layout: str, precision: str, optimizers: list[str], *more: str) -> dict[str, list[float]]:
     """The trace of every optimizer on one layout. The oracles: "one process", for what cuts the model up "one
     larger process"."""
     world, flags = LAYOUTS.get(layout) or MODEL_PARALLEL.get(layout, (1, []))
     if layout in MODEL_PARALLEL or layout == "one larger process":
-        flags = [*LARGER, *flags]
+        flags = [*LARGER, *flags, *more]
     with tempfile.TemporaryDirectory() as folder:
         text(folder)
         if world == 1:

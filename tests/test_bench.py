@@ -1,12 +1,22 @@
-"""The bench: a row for each class, state as the docstrings promise, one line for a wrong flag."""
+"""The bench: a row for each class, state as the docstrings promise, one line for a wrong flag. The network:
+bandwidths by their formulas, and the slow link by its name."""
 
+import contextlib
 import importlib
+import io
+import subprocess
 import sys
+import time
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from harness import run_ranks
 
 import bench
+import bench_network
+from parallel.mesh import make_mesh
 
 LIBRARIES = ("pytorch_optimizer", "schedulefree", "heavyball")
 WORDS = {  # row: the docstring's words for what bench.STATE holds
@@ -96,3 +106,109 @@ def test_muon_compared_with_plain_and_symmetric_products_is_one_algorithm(shape)
     X = orthogonalize(us, "quintic", 5, torch.float64)
     for update in bench.PLAIN[2], bench.SYMMETRIC[2]:
         assert torch.allclose(update(us, "quintic", 5, torch.float64), X, atol=1e-9)
+
+
+# ---- the network -------------------------------------------------------------------------------------------
+def network(rank, world, argv, slow=lambda rank, peers: 0.0):
+    """(exit status, what was printed) of `bench.py network` here; calls from rank to rank wait first."""
+    plain = dist.batch_isend_irecv
+
+    def slowed(ops):
+        time.sleep(slow(rank, {dist.get_global_rank(op.group, op.group_peer) for op in ops}))
+        return plain(ops)
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), mock.patch.object(dist, "batch_isend_irecv", slowed):
+        return bench.main(["network", "--device=cpu", *argv]), printed.getvalue()
+
+
+def check_table(text: str, axes: dict[str, int], sizes: list[int]) -> None:
+    """A row for each axis, size and collective, and bandwidths that follow from bytes and time."""
+    found = {}
+    for line in (line.split() for line in text.splitlines() if line[:2] in axes and "GB/s" not in line):
+        axis, n, name, size, microseconds, alg, bus = line
+        found[axis, name, int(size)] = float(bus) / float(alg)
+        assert int(n) == axes[axis] and float(microseconds) > 0 and float(alg) > 0
+        assert float(alg) == pytest.approx(int(size) / float(microseconds) / 1e3, rel=0.01)
+    expected = {}
+    for axis, n in axes.items():
+        for size in [4 * n, *sizes]:
+            size += -size % (4 * n)
+            expected[axis, "all-reduce", size] = {2: 1.0, 4: 1.5}[n]
+            expected[axis, "all-gather", size] = expected[axis, "reduce-scatter", size] = {2: 0.5, 4: 0.75}[n]
+            expected[axis, "point-to-point", size] = 1.0
+    assert found == pytest.approx(expected, rel=0.02)
+    assert [line.split(":")[0] for line in text.splitlines() if "slowest" in line] == [*axes]
+
+
+@pytest.mark.parametrize("argv, axes, sizes", [
+    (["--tp=2", "--quick"], {"dp": 2, "tp": 2}, [10_000, 100_000]),
+    (["--quick", "--sizes=1001,2e3"], {"dp": 4}, [1001, 2000]),
+    (["--quick", "--pp=2", "--cp=2"], {"pp": 2, "cp": 2}, [10_000, 100_000])])
+def test_every_axis_is_measured_and_rank_0_prints(argv, axes, sizes):
+    (status, text), *others = run_ranks(4, network, argv)
+    check_table(text, axes, sizes)
+    assert status == 0 and others == [(0, "")] * 3
+
+
+@pytest.mark.parametrize("argv, axis, link", [
+    ([], "dp", (1, 2)), ([], "dp", (3, 0)), (["--tp=2"], "tp", (2, 3)), (["--tp=2"], "dp", (1, 3))])
+def test_a_slow_link_is_named(argv, axis, link):
+    def slow(rank, peers):
+        return 0.03 * (rank == link[0] and peers == {link[1]})
+
+    (_, text), *_ = run_ranks(4, network, ["--quick", "--sizes=1000", *argv], slow)
+    (line,) = [line for line in text.splitlines() if line.startswith(axis) and "slowest" in line]
+    host = bench_network.socket.gethostname()
+    assert f"rank {link[0]} ({host}) - rank {link[1]} ({host})" in line
+    figures = {word: float(line.split(f"{word} ")[1].split(":")[0].split(",")[0])
+               for word in ("median", "slowest")}  # fmt: skip
+    assert figures["slowest"] < 1000 / 0.03 / 1e9 < figures["median"]
+
+
+def test_a_slow_rank_has_no_fast_link():
+    (_, text), *_ = run_ranks(4, network, ["--quick", "--sizes=1000"], lambda rank, peers: 0.03 * (rank == 2))
+    pair, rank = text.splitlines()[-1].split("; at their best:")
+    assert " rank 2 (" in pair and ": rank 2 (" in rank
+
+
+def links(rank, world):
+    """What each call leaves in x and y; then what reduce-scatter brought, gathered; and the pairs."""
+    mesh, x, results = make_mesh(torch.device("cpu")), torch.full((2 * world,), rank + 1.0), {}
+    y = torch.zeros_like(x)
+    work = bench_network.collectives(mesh.groups["dp"], x, y)
+    for name in [*work, "all-gather"]:
+        work[name]()
+        results[name + " again" * (name in results)] = x.tolist(), y.tolist()
+        x.fill_(rank + 1.0)
+    return results, bench_network.measure(mesh, "dp", [64], 1)[1]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_calls_move_the_whole_message_and_every_link_is_tried(world):
+    for rank, (results, pairs) in enumerate(run_ranks(world, links)):
+        total = world * (world + 1) / 2
+        assert results["all-reduce"][0] == [total] * 2 * world
+        assert results["all-gather"][1] == [r + 1.0 for r in range(world) for _ in range(2)]
+        assert results["all-gather again"][1] == [total] * 2 * world
+        assert results["point-to-point"][1] == [(rank - 1) % world + 1.0] * 2 * world
+        expected = {(0, 1)} if world == 2 else {(r, (r + 1) % world) for r in range(world)}
+        assert {*pairs} == expected and min(pairs.values()) > 0
+
+
+@pytest.mark.parametrize("argv", ["", "--quick=1", "--tp=0", "--sizes=1e", "--slow", "--device=tpux"])
+def test_the_network_of_one_process_and_a_wrong_flag_are_one_line(argv, capsys):
+    assert bench.main(["network", *argv.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert argv in captured.err if argv else "torchrun" in captured.err
+
+
+@pytest.mark.slow
+def test_the_network_under_torchrun():
+    script = bench.Path(bench.__file__)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, script.name, "network", "--quick", "--device=cpu"]
+    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    check_table(done.stdout, {"dp": 2}, [10_000, 100_000])

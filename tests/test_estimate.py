@@ -1,18 +1,24 @@
 """Predicted bytes against measured ones, the sources' tables, and the optimizers themselves."""
 
+import contextlib
 import functools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
 from meter import Meter, measure, nbytes
+from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 from memory import estimate
 from memory.estimate import activation_bytes, assign, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
+from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
 from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, schedule_free, sgd, shampoo, soap
 from optim.param_groups import kinds, param_groups
@@ -149,9 +155,12 @@ def test_offloading_moves_bytes_to_the_host():
     state = bytes_per_rank(shapes, "adamw", "zero3", 4, offload="cpu", chunk_mb=16)
     both = bytes_per_rank(shapes, "adamw", "zero3", 4, offload_params="disk")
     assert plain["host"] == 0 and state["state"] == 0 and state["host"] == plain["state"]
-    assert state["buffers"] == plain["buffers"] + 2 * 16 * 2**20 * 2  # two chunks, with 2 numbers a parameter
-    assert both["host"] == plain["parameters"] + plain["gradients"] + plain["state"]
-    assert both["total"] == both["buffers"] > 0
+    assert state["buffers"] == plain["buffers"]  # those of backward, the larger ones
+    largest = 4 * 50304 * 768  # a chunk is at least one parameter: the embedding's 2 numbers, and a temporary
+    one = bytes_per_rank(shapes, "adamw", "ddp", 1, offload="cpu", chunk_mb=16)
+    assert 3 * largest < one["buffers"] <= 3 * largest + 2 * 16 * 2**20
+    assert both["host"] == plain["parameters"] + plain["gradients"] + plain["state"] + largest
+    assert both["total"] == both["gradients"] + both["buffers"] and both["gradients"] == plain["gradients"]
     for held in (plain, state, both):
         assert held["total"] == sum(held.values()) - held["total"] - held["host"]
 
@@ -184,7 +193,7 @@ def test_the_meter_sees_what_is_freed_and_what_comes_back():
 
 
 # ---- measured ----------------------------------------------------------------------------------------------
-def measured(rank, world, layout, optim, precision, micro_batches, options, bucket_mb=25.0):
+def measured(rank, world, layout, optim, precision, micro_batches, options, bucket_mb=25.0, **more):
     config = GPTConfig(**SIZE, n_kv_head=2)
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[precision])
@@ -194,16 +203,24 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
     elif layout == "fsdp":
         from parallel.fsdp import FSDP
 
-        replicas = FSDP(group, CPU)
+        replicas = FSDP(group, CPU, **more)
     else:
         from parallel.zero import ZeRO
 
-        replicas = ZeRO(group, CPU, int(layout[-1]), bucket_mb)
+        replicas = ZeRO(group, CPU, int(layout[-1]), bucket_mb, **more)
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
     return measure(replicas, model, functools.partial(initial_weight, config), CLASSES[optim], groups,
                    micro_batches, rank=rank, world=world,
                    autocast=torch.bfloat16 if precision == "bf16" else None, **options)  # fmt: skip
+
+
+def owners_of(layout):
+    if layout != "fsdp":
+        return assign
+    from parallel import whole
+
+    return lambda shapes, n: dict(zip(shapes, whole.choose_owners([*shapes.values()], n)))
 
 
 def predicted(layout, optim, world, precision, micro_batches, options, **kwargs):
@@ -233,22 +250,118 @@ def measured_each(rank, world, layouts, *args):
 @pytest.mark.parametrize("layouts", [("ddp",), ("zero1", "zero2", "zero3"), ("fsdp",)])
 def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
     pytest.importorskip("parallel." + layouts[0].rstrip("123"))
-    owners = assign
-    if layouts == ("fsdp",):
-        from parallel import whole
-
-        def owners(shapes, n):
-            return dict(zip(shapes, whole.choose_owners([*shapes.values()], n)))
-
     ranks = run_ranks(3, measured_each, layouts, optim, "fp32", 2, {}, 0.25)
     for layout in layouts:
-        expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, owners=owners)
+        expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, owners=owners_of(layout))
         names = ("parameters", "state") if layout == "zero1" else ("parameters", "gradients", "state")
         for k in names:  # zero1 has freed most gradients when the step begins; before that it had all
             tolerance = 0.05 if layout.startswith("zero") else 1e-9  # most weights, less state
             assert max(found[layout][k] for found in ranks) == pytest.approx(expected[k], tolerance), layout
         peak = max(found[layout]["peak"] for found in ranks)
         assert peak == pytest.approx(expected["total"], rel=0.05), layout
+
+
+# ---- offloaded: a device and a host, both played by this CPU -----------------------------------------------
+class Places(Meter):
+    """A meter that tells the host's storages from the device's. The host's are files, what is moved there,
+    and what an operation makes of the host's alone; host_peak: the most bytes of them, peak: of the others.
+
+    Enters as well what stands for a GPU: streams, and copies where `to` and `cpu` find everything in place
+    here. back: does `to` also bring the device's to the host? (Only what offloads weights calls it so.)
+    """
+
+    def __init__(self, back: bool):
+        super().__init__()
+        self.on_host, self.host_peak, self.moving, plain = set(), 0, None, Tensor.to
+
+        def to(x, *args, **kwargs):
+            moves = type(x) is Tensor or type(x) is torch.nn.Parameter
+            moves = moves and x.device == CPU and args and args[0] == CPU and (back or self.host_has(x))
+            return self.move(x, not self.host_has(x)) if moves else plain(x, *args, **kwargs)
+
+        self.played = contextlib.ExitStack()
+        self.patches = [mock.patch.object(torch.cuda, name, mock.MagicMock())
+                        for name in ("Stream", "current_stream", "stream")]
+        self.patches += [mock.patch.object(Tensor, "to", to),
+                         mock.patch.object(Tensor, "cpu", lambda x: self.move(x, True)),
+                         mock.patch("meter.Meter", lambda: contextlib.nullcontext(self))]  # fmt: skip
+
+    def __enter__(self):
+        for patch in self.patches:
+            self.played.enter_context(patch)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.played.close()
+
+    def move(self, x, to_host: bool):
+        self.moving = to_host
+        try:
+            return x.clone()
+        finally:
+            self.moving = None
+
+    def host_has(self, x) -> bool:
+        address = x.untyped_storage()._cdata
+        return address in self.on_host and self.storages[address]() is not None
+
+    def now(self) -> int:
+        everything = super().now()
+        self.on_host &= self.storages.keys()
+        host = sum(self.storages[address]().nbytes() for address in self.on_host)
+        self.host_peak = max(self.host_peak, host)
+        return everything - host
+
+    def reset(self) -> None:
+        self.host_peak = 0
+        super().reset()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(t, "to_local") for t in types):
+            return NotImplemented
+        plain = (Tensor, torch.nn.Parameter)
+        given = [self.host_has(x) for x in tree_iter((args, kwargs))
+                 if type(x) in plain and x.device.type != "meta" and x.numel() > 1]  # fmt: skip
+        assert len({*given}) < 2 or "copy_" in str(func) or "set_" in str(func), f"{func}: device and host"
+        host = self.moving if self.moving is not None else "from_file" in str(func) or (given and all(given))
+        before = {address for address, storage in self.storages.items() if storage() is not None}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if type(x) in plain and (address := x.untyped_storage()._cdata) not in before:
+                (self.on_host.add if host else self.on_host.discard)(address)
+        self.watch((args, kwargs, out))
+        self.peak = max(self.peak, self.now())
+        return out
+
+
+def offloaded(rank, world, layout, optim, chunk_mb, folder):
+    """Peak bytes on the device and on the host; weights too are offloaded in the layouts that can do it."""
+    folder, more, options = folder / f"{layout}_{rank}", {}, {}
+    if layout in ("zero3", "fsdp"):
+        more = dict(offload_params="disk", folder=folder)
+    else:
+        gpu = SimpleNamespace(type="cuda")
+        options = dict(offload=lambda optimizer: offload(optimizer, "disk", folder, gpu, chunk_mb))
+    with Places(back=bool(more)) as places:
+        measured(rank, world, layout, optim, "fp32", 2, options, 0.25, **more)
+    return places.peak, places.host_peak
+
+
+OFFLOADED = [("ddp", 64.0), ("ddp", 0.1), ("zero1", 64.0), ("zero3", 64.0), ("fsdp", 64.0)]
+OFFLOADED = [(*case, optim) for case in OFFLOADED for optim in ("adamw", "muon")]
+
+
+@pytest.mark.parametrize("layout, chunk_mb, optim", [
+    case if case[::2] == ("zero3", "adamw") else pytest.param(*case, marks=pytest.mark.slow)
+    for case in OFFLOADED])
+def test_what_is_offloaded_to_disk_leaves_the_device_as_predicted(layout, chunk_mb, optim, tmp_path):
+    place = dict(offload_params="disk") if layout in ("zero3", "fsdp") else dict(offload="disk")
+    expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, chunk_mb=chunk_mb,
+                         owners=owners_of(layout), **place)  # fmt: skip
+    device, host = map(max, zip(*run_ranks(3, offloaded, layout, optim, chunk_mb, tmp_path)))
+    assert device == pytest.approx(expected["total"], rel=0.05)
+    assert host == pytest.approx(expected["host"], rel=0.05)
 
 
 # ---- the command -------------------------------------------------------------------------------------------

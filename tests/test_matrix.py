@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from matrix import LAYOUTS, OPTIMIZERS, TINY, column, difference, text, trace
+from matrix import LARGER, LAYOUTS, MODEL_PARALLEL, OPTIMIZERS, TINY, column, difference, text, trace
 
 import config
 import train
@@ -36,6 +36,39 @@ def test_every_optimizer_on_every_layout_is_one_process(alone, layout):
     for name, found in column(layout, "fp64", list(OPTIMIZERS)).items():
         assert difference(found, alone[name]) < (1e-4 if name == "SOAP" else 1e-10), name
         assert abs(found[-1] / found[0] - 1) > 1e-4, f"{name} learns nothing, so this proves nothing"
+
+
+SOME = ["SGD", "Muon", "LAMB"]  # not scale-free; whole matrices; whole norms
+CUT_UP = "tp 2 + sp", "cp 2", "pp 2 interleaved", "pp 2 x tp 2", "zero1 2 x pp 2", "fsdp 2 x tp 2"
+
+
+def apart(layout, optimizers, *more):
+    """{optimizer: how far this layout is from one process}"""
+    alone, found = (column(name, "fp64", optimizers, *more) for name in ("one larger process", layout))
+    assert all(abs(losses[-1] / losses[0] - 1) > 1e-4 for losses in alone.values()), "learns nothing"
+    return {name: difference(found[name], alone[name]) for name in optimizers}
+
+
+@pytest.mark.parametrize("layout", CUT_UP)
+def test_a_model_cut_up_is_one_process(layout):
+    assert max(apart(layout, SOME).values()) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MODEL_PARALLEL)
+def test_every_optimizer_on_a_model_cut_up_is_one_process(layout):
+    for name, found in apart(layout, list(OPTIMIZERS)).items():
+        assert found < (1e-4 if name == "SOAP" else 1e-10), name
+
+
+TIED = "zero1 2 x pp 2", "pp 2 x tp 2", "fsdp 2 x pp 2", "pp 2 x fsdp 2 x tp 2 + sp", "pp 2 x cp 2 x tp 2"
+
+
+@pytest.mark.parametrize(
+    "layout", [*TIED[:2], *(pytest.param(layout, marks=pytest.mark.slow) for layout in TIED[2:])]
+)
+def test_a_tied_head_biases_and_grouped_queries_are_cut_up_right(layout):
+    assert max(apart(layout, ["SGD"], "--arch=gpt2", "--n_kv_head=2").values()) < 1e-10
 
 
 MORE = "ddp 4", "zero1 2", "fsdp 2", "zero2 4", "zero3 4", "hybrid 2x2"
@@ -125,36 +158,36 @@ PLACES = ["one process", "ddp 2", "zero1 2", "zero2 4", "zero3 2", "fsdp 4", "hy
 KEPT = ["muon", "schedule_free", "soap"]
 
 
-def go(rank, world, folders, steps, flags):
+def go(rank, world, folders, steps, flags, shape):
     for folder in folders:
         optim = folder.name.split("-")[-1]
-        argv = [f"--data={folder.parent}/squares.txt", f"--out_dir={folder}", *TINY, f"--optim={optim}",
-                f"--steps={steps}", "--schedule=constant", "--eval_every=0", "--precision=fp64"]  # fmt: skip
+        argv = [f"--data={folder.parent}/squares.txt", f"--out_dir={folder}", *TINY, *shape,
+                f"--optim={optim}", f"--steps={steps}", "--schedule=constant", "--eval_every=0", "--precision=fp64"]  # fmt: skip
         argv += ["--opt.eps=1e-2", "--lr=1e-3"] if optim == "soap" else []
         train.main(config.parse([*argv, *flags]))
 
 
-def on(layout, folders, steps):
-    world, flags = LAYOUTS.get(layout, (1, []))
+def on(layout, folders, steps, shape):
+    world, flags = (LAYOUTS | MODEL_PARALLEL).get(layout, (1, []))
     if world == 1:
-        return go(0, 1, folders, steps, flags)
-    run_ranks(world, go, folders, steps, flags)
+        return go(0, 1, folders, steps, flags, shape)
+    run_ranks(world, go, folders, steps, flags, shape)
 
 
-def saved_and_resumed(folder, pairs, optimizers):
+def saved_and_resumed(folder, places, pairs, optimizers, shape=()):
     """Ten steps in one process; five in one layout of each pair, the next five in the other."""
     text(folder)
-    on("one process", [folder / optim for optim in optimizers], 10)
+    on("one process", [folder / optim for optim in optimizers], 10, shape)
     for layout in dict.fromkeys(a for a, _ in pairs):
-        on(layout, [folder / f"{PLACES.index(layout)}-{optim}" for optim in optimizers], 5)
+        on(layout, [folder / f"{places.index(layout)}-{optim}" for optim in optimizers], 5, shape)
     for layout in dict.fromkeys(b for _, b in pairs):
         copies = []
         for before in (a for a, b in pairs if b == layout):
             for optim in optimizers:
-                saved = folder / f"{PLACES.index(before)}-{optim}"
-                copies.append(folder / f"{PLACES.index(before)}-{PLACES.index(layout)}-{optim}")
+                saved = folder / f"{places.index(before)}-{optim}"
+                copies.append(folder / f"{places.index(before)}-{places.index(layout)}-{optim}")
                 shutil.copytree(saved, copies[-1])
-        on(layout, copies, 10)
+        on(layout, copies, 10, shape)
         for copy_ in copies:
             optim = copy_.name.split("-")[-1]
             apart = difference(trace(copy_), trace(folder / optim))
@@ -162,9 +195,25 @@ def saved_and_resumed(folder, pairs, optimizers):
 
 
 def test_saved_in_one_layout_and_resumed_in_the_next(tmp_path):
-    saved_and_resumed(tmp_path, list(zip(PLACES, PLACES[1:] + PLACES[:1])), KEPT[:2])
+    saved_and_resumed(tmp_path, PLACES, list(zip(PLACES, PLACES[1:] + PLACES[:1])), KEPT[:2])
 
 
 @pytest.mark.slow
 def test_saved_in_any_layout_and_resumed_in_any_other(tmp_path):
-    saved_and_resumed(tmp_path, [(a, b) for a in PLACES for b in PLACES], KEPT)
+    saved_and_resumed(tmp_path, PLACES, [(a, b) for a in PLACES for b in PLACES], KEPT)
+
+
+CUT_PLACES = ["one process", "tp 2 + sp", "pp 2 interleaved", "fsdp 2 x tp 2", "zero1 2 x pp 2", "zero3 2",
+              "pp 2 x cp 2 x tp 2", "pp 2 x fsdp 2 x tp 2"]  # fmt: skip
+
+
+def test_saved_cut_up_and_resumed_cut_up_otherwise(tmp_path):
+    places = CUT_PLACES[1:4]
+    saved_and_resumed(tmp_path, places, list(zip(places, places[1:] + places[:1])), KEPT[:2], LARGER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(), ("--arch=gpt2", "--n_kv_head=2")])
+def test_saved_cut_up_in_any_way_and_resumed_in_any_other(tmp_path, shape):
+    pairs = [(a, b) for a in CUT_PLACES for b in CUT_PLACES]
+    saved_and_resumed(tmp_path, CUT_PLACES, pairs, KEPT, [*LARGER, *shape])

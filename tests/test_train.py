@@ -227,12 +227,15 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 
 
 LAYOUTS = [
+    "--tp=2 --sp=true --optim=soap --n_layer=2 --arch=gpt2",
+    "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
     "--data_parallel=zero1 --optim=soap --bucket_mb=0.01",
     "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
     "--data_parallel=fsdp --optim=lamb",
     "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",
     "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
     *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+        "--cp=2 --data_parallel=fsdp --optim=lamb",
         "--data_parallel=zero2 --optim=schedule_free --bucket_mb=0.01",
         "--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk",
         "--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01")),

@@ -1,0 +1,420 @@
+"""Every way to keep less against keeping all: the same numbers, the bytes, what is computed once more."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo  # imported before the ranks are forked, or each of them spends a second on it
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor
+from harness import init_weights, run_ranks
+from meter import Meter
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memory import activation_checkpoint
+from memory.activation_checkpoint import HOW, keep_less, parse
+from memory.estimate import activation_bytes
+from model import GPT, GPTConfig, initial_weight, through
+from parallel import context, pipeline, sequence, tensor
+from parallel.ddp import DDP
+from parallel.fsdp import FSDP
+from parallel.zero import ZeRO
+from precision import onednn
+
+CPU = torch.device("cpu")
+ALL = ["full", "full_sharded", "full_offload", "every_1", "every_3", "segments_1", "segments_3", "attention",
+       "mlp", "selective", "offload"]  # fmt: skip
+MODERN = dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=16, block_size=8, vocab_size=32, zero_init=False,
+              dropout=0.1)  # fmt: skip
+GPT2 = MODERN | dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
+                     bias=True, init="gpt2", logit_cap=None)  # fmt: skip
+IDS = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+def build(how, shape=MODERN, dtype=torch.float64):
+    model = init_weights(GPT(GPTConfig(**shape)).to(dtype))
+    keep_less(model, how)
+    return model
+
+
+def run(model, rows=slice(None), autocast=False):
+    numbers = torch.arange(len(IDS))[rows]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(IDS[rows, :-1], IDS[rows, 1:], rows=numbers)
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def bitwise(found, expected):
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+
+
+# ---- the same numbers --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ALL)
+@pytest.mark.parametrize("shape, dtype, autocast", [
+    (MODERN, torch.float64, False), (GPT2, torch.float64, False), (GPT2, torch.float32, True),
+    (MODERN, torch.float32, True)])
+def test_loss_and_gradients_are_bitwise_those_of_keeping_all(how, shape, dtype, autocast):
+    found, expected = build(how, shape, dtype), build("none", shape, dtype)
+    for _ in range(2):  # gradients accumulate
+        assert torch.equal(run(found, autocast=autocast), run(expected, autocast=autocast))
+    bitwise(gradients(found), gradients(expected))
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("how", ["full", "selective", "offload"])
+def test_products_by_onednn(how):
+    results = []
+    for model in build("none", dtype=torch.float32), build(how, dtype=torch.float32):
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.product = onednn.linear
+        with Calls() as calls:
+            run(model)
+        results.append((gradients(model), calls.of("mkldnn._linear_pointwise")))
+    bitwise(results[1][0], results[0][0])
+    assert results[1][1] == results[0][1] + (24 if how == "full" else 0)  # the last one too: a Function's
+
+
+def replicas(rank, world, layout, hows, shape):
+    """Gradients here under each of hows, and what was sent."""
+    results = []
+    for how in hows:
+        group = dist.group.WORLD if world > 1 else None
+        kinds = {"ddp": DDP, "fsdp": FSDP} | {f"zero{i}": partial(ZeRO, stage=i) for i in (1, 2, 3)}
+        spread = kinds[layout](group, CPU)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**shape)).to(torch.float64)
+        keep_less(model, how)
+        spread.wrap(model)
+        spread.fill(partial(initial_weight, model.config))
+        for i, rows in enumerate(torch.arange(4).chunk(world)[rank].chunk(2)):
+            spread.last_micro_batch(i == 1)
+            run(model, rows)
+        spread.finish_gradients()
+        results.append((spread.gradients(), spread.sent_bytes))
+    return results
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
+def test_replicas_have_the_gradients_of_keeping_all(layout):
+    hows = ALL if layout in ("zero3", "fsdp") else ["full", "segments_3", "selective", "offload"]
+    for (expected, sent), *found in run_ranks(2, replicas, layout, ["none", *hows], GPT2):
+        for how, (gradient, now_sent) in zip(hows, found):
+            bitwise(gradient, expected)
+            assert now_sent == sent, how
+    whole = replicas(0, 1, "ddp", ["segments_3"], GPT2)[0][0]
+    if layout in ("ddp", "zero1"):
+        for name, x in expected.items():
+            torch.testing.assert_close(x, whole[name], rtol=1e-10, atol=1e-10)
+
+
+def tensor_parallel(rank, world, split, hows, shape):
+    results, group = [], dist.group.WORLD if world > 1 else None
+    for how in hows:
+        model = init_weights(GPT(GPTConfig(**shape)).to(torch.float64))
+        if split is not None:
+            split(model, group)
+        keep_less(model, how, group)
+        with Calls() as calls:
+            loss = run(model)
+        sums = [calls.of(f"c10d.{name}_", f"c10d._{name}_base_")
+                for name in ("allreduce", "allgather", "reduce_scatter")]  # fmt: skip
+        results.append((loss, gradients(model), sums))
+    return results
+
+
+@pytest.mark.parametrize("split", [tensor.split, sequence.split])
+def test_tensor_parallel_ranks_have_the_gradients_of_keeping_all(split):
+    """And repeat the collectives that the docstring says; 4 layers."""
+    hows = [how for how in ALL if (how, split) != ("full_sharded", sequence.split)]
+    once = {"attention": (0, 0, 0), "mlp": (0, 0, 0), "offload": (0, 0, 0), "full_sharded": (4, 4, 0)}
+    more = (4, 0, 0) if split is tensor.split else (0, 8, 4)
+    shape = MODERN | dict(dropout=0.0)
+    for (loss, expected, sums), *found in run_ranks(2, tensor_parallel, split, ["none", *hows], shape):
+        for how, (now, gradient, now_sums) in zip(hows, found):
+            assert torch.equal(now, loss)
+            bitwise(gradient, expected)
+            layers = 2 if how == "every_3" else 4
+            added = [x * layers // 4 for x in once.get(how, more)]
+            if how.startswith("segments"):  # the MLP's g too, inside a segment
+                inner = 4 - int(how[-1])
+                added = [a + inner * (m > 0) * (i != 1) for i, (a, m) in enumerate(zip(added, more))]
+            assert [b - a for a, b in zip(sums, now_sums)] == added, how
+
+
+@pytest.mark.parametrize("split", [tensor.split, sequence.split])
+def test_tensor_parallel_with_dropout_and_biases(split):
+    hows = ["full", "segments_2", "selective"] + ["full_sharded"] * (split is tensor.split)
+    for (loss, expected, _), *found in run_ranks(2, tensor_parallel, split, ["none", *hows], GPT2):
+        for now, gradient, _ in found:
+            assert torch.equal(now, loss)
+            bitwise(gradient, expected)
+
+
+def context_parallel(rank, world, way, hows):
+    results = []
+    for how in hows:
+        model = init_weights(GPT(GPTConfig(**MODERN)).to(torch.float64))
+        context.split(model, dist.group.WORLD, way)
+        keep_less(model, how)
+        places = context.positions(8, world, rank, way)
+        model(IDS[:, places], IDS[:, places + 1], places, torch.arange(4)).backward()
+        results.append(gradients(model))
+    return results
+
+
+@pytest.mark.parametrize("way", ["ring", "ulysses"])
+def test_context_parallel_ranks_have_the_gradients_of_keeping_all(way):
+    for expected, *found in run_ranks(2, context_parallel, way, ["none", *ALL]):
+        for gradient in found:
+            bitwise(gradient, expected)
+
+
+def stages(rank, world, name, chunks, hows):
+    results = []
+    for how in hows:
+        pipe = pipeline.Pipeline(dist.group.WORLD, name, 4, chunks)
+        model = init_weights(GPT(GPTConfig(**MODERN), pipe.layers).to(torch.float64))
+        keep_less(model, how)
+
+        def forward(i, layers, x, model=model):
+            x = IDS[i : i + 1, :-1] if x is None else x
+            return model(x, IDS[i : i + 1, 1:], torch.arange(8), torch.tensor([i]), layers)
+
+        losses = pipe.run(4, forward, lambda i: ((1, 8, 16), torch.float64, CPU), 1.0)
+        results.append((losses, gradients(model)))
+    return results
+
+
+@pytest.mark.parametrize("name, chunks", [("1f1b", 1), ("interleaved", 2)])
+def test_stages_of_a_pipeline_have_the_gradients_of_keeping_all(name, chunks):
+    hows = [how for how in ALL if how != "segments_3"] + ["segments_2"]
+    for (losses, expected), *found in run_ranks(2, stages, name, chunks, ["none", *hows]):
+        for now, gradient in found:
+            assert all(map(torch.equal, now, losses))
+            bitwise(gradient, expected)
+
+
+# ---- what is computed again --------------------------------------------------------------------------------
+class Calls(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def of(self, *names):
+        return sum(n for op, n in self.counts.items() if any(op.startswith(f"{name}.") for name in names))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] = self.counts.get(str(func), 0) + 1
+        return func(*args, **(kwargs or {}))
+
+    def both(self):
+        attention = self.of("aten._scaled_dot_product_flash_attention_for_cpu")
+        return self.of("aten.mm", "aten.addmm", "aten._scaled_mm"), attention
+
+
+AGAIN = {"none": (0, 0), "full": (20, 4), "every_3": (10, 2), "segments_1": (23, 4), "segments_3": (21, 4),
+         "attention": (12, 4), "mlp": (4, 0), "selective": (0, 0), "offload": (0, 0),
+         "full_offload": (20, 4)}  # products and attentions; 24 and 4 in one forward  # fmt: skip
+
+
+@pytest.mark.parametrize("how", AGAIN)
+def test_products_are_repeated_as_the_docstring_says(how):
+    counts = []
+    for model in build("none", MODERN | dict(dropout=0.0)), build(how, MODERN | dict(dropout=0.0)):
+        with Calls() as calls:
+            run(model)
+        counts.append(calls.both())
+    assert tuple(b - a for a, b in zip(*counts)) == AGAIN[how]
+
+
+@pytest.mark.parametrize("how", ["full", "segments_2", "every_2", "selective", "attention", "mlp"])
+def test_each_part_is_computed_once_more_and_none_in_evaluation(how):
+    model, counts = init_weights(GPT(GPTConfig(**MODERN)).double()), []
+    parts = [b.attn if how == "attention" else b.mlp for b in model.blocks.values()]
+    for i, part in enumerate(parts):  # a forward that is inside of what is computed again
+        plain = part.forward
+        part.forward = lambda *args, i=i, plain=plain: (counts.append(i), plain(*args))[1]
+    keep_less(model, how)
+    model.eval()
+    with torch.no_grad():
+        model(IDS[:, :-1], IDS[:, 1:])
+        model.generate(IDS[:1, :1], 3)
+    assert sorted(counts) == sorted([0, 1, 2, 3] * 4)
+    counts.clear()
+    model.train()
+    run(model)
+    assert sorted(counts[4:]) == ([0, 2] if how == "every_2" else [0, 1, 2, 3])
+
+
+# ---- the bytes ---------------------------------------------------------------------------------------------
+SIZE, TOKENS = dict(n_layer=6, n_embd=64, vocab_size=32), 4 * 128
+UNIT = 4 * TOKENS * 64  # bytes of one (B, T, C)
+TRAITS = {"modern": {}, "gpt2": {k: GPT2[k] for k in ("norm", "activation", "position", "qk_norm", "tied",
+                                                      "bias", "init", "logit_cap")}}  # fmt: skip
+KEPT = {"none": (19, 16), "full": (1, 1), "every_2": (10, 8.5), "every_5": (13, 11), "segments_3": (0.5, 0.5),
+        "attention": (12, 12), "mlp": (11, 8), "selective": (11, 11)}  # units a layer  # fmt: skip
+
+
+def peak(how, arch="modern", precision="fp32", group=None, size=SIZE):
+    """Bytes of activations at the end of forward, and at most, all in all and in backward alone."""
+    shape = size | dict(n_head=2, n_kv_head=2, block_size=128) | TRAITS[arch]
+    model = GPT(GPTConfig(**shape))
+    model = init_weights(model.double() if precision == "fp64" else model)
+    keep_less(model, how, group)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ids = torch.zeros(4, 128, dtype=torch.long)
+    with Meter() as meter:
+        meter.watch([(p, p.grad) for p in model.parameters()])
+        start = meter.now()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(ids, ids)
+        kept, forward = meter.now() - start, meter.peak - start
+        meter.reset()
+        loss.backward()
+        backward = meter.peak - start
+    return kept, max(forward, backward), backward
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow),
+                                       pytest.param("fp64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", TRAITS)
+def test_bytes_are_those_of_the_estimate_and_of_the_docstring_s_table(arch, precision):
+    """The peak of backward, to 5 percent; what forward leaves of a layer (beside that of the head)."""
+    for how, units in KEPT.items():
+        kept, _, most = peak(how, arch, precision)
+        expected = partial(activation_bytes, precision, TOKENS, **SIZE, arch=arch)
+        if how != "none":
+            assert most == pytest.approx(expected(activation_checkpoint=how), rel=0.05), how
+        if precision == "fp32":
+            head = expected(n_layer=0) / UNIT
+            assert (kept / UNIT - head) / 6 == pytest.approx(units[arch == "gpt2"], abs=0.3), how
+
+
+def test_of_12_layers_full_needs_less_than_a_quarter():
+    size = SIZE | dict(n_layer=12)
+    assert peak("full", size=size)[1] < 0.25 * peak("none", size=size)[1]
+
+
+def shares(rank, world):
+    return {how: peak(how, group=dist.group.WORLD)[0] for how in ("full", "full_sharded")}
+
+
+def test_ranks_share_out_the_inputs_of_blocks():
+    for kept in run_ranks(2, shares):
+        assert kept["full"] - kept["full_sharded"] == pytest.approx(6 * UNIT / 2, rel=0.05)
+    for tp in 1, 2:
+        full = activation_bytes("fp32", TOKENS, **SIZE, activation_checkpoint="full_sharded", tp=tp)
+        assert full == activation_bytes("fp32", TOKENS, **SIZE, activation_checkpoint="full") - (
+            (tp - 1) * 5 * UNIT / 2)  # the sixth's is back, whole
+
+
+class Thin(nn.Module):
+    """A layer that keeps one tensor, its result: what Chen et al. count."""
+
+    def forward(self, x, where):
+        return x.tanh()
+
+
+def thin_peak(how, layers):
+    model, x = nn.Module(), torch.zeros(1000, dtype=torch.float64, requires_grad=True)
+    model.through, model.blocks = through, nn.ModuleDict({str(i): Thin() for i in range(layers)})
+    for block in model.blocks.values():
+        block.attn = block.mlp = nn.Identity()
+    keep_less(model, how)
+    with Meter() as meter:
+        loss = model.through(list(model.blocks.values()), x * 1, None).sum()
+        loss.backward()
+    return meter.peak / 8000
+
+
+def test_segments_need_least_at_the_square_root_of_layers_times_what_one_keeps():
+    """Of layers that keep one tensor at sqrt(L); of blocks, which keep 19, at L itself while L < 19."""
+    curve = {k: thin_peak(f"segments_{k}", 16) for k in range(1, 17)}
+    assert min(curve, key=curve.get) in (3, 4, 5) and curve[4] < 0.8 * min(curve[1], curve[16])
+    size = SIZE | dict(n_layer=16)
+    assert peak("segments_4", size=size)[1] > 1.5 * peak("segments_16", size=size)[1]
+    kept = partial(activation_bytes, "fp32", TOKENS)
+    curve = {k: kept(**size, activation_checkpoint=f"segments_{k}") for k in range(1, 17)}
+    assert list(curve.values()) == sorted(curve.values(), reverse=True)
+    size["n_layer"] = 256  # 69.7 = sqrt(19 x 256)
+    curve = {k: kept(**size, activation_checkpoint=f"segments_{k}") for k in range(1, 257)}
+    assert 64 <= min(curve, key=curve.get) <= 76 and curve[16] > 2 * curve[64]
+
+
+def test_what_is_offloaded_leaves_the_device(monkeypatch):
+    """Copies stand for host memory: then nothing that autograd keeps is a tensor of the forward."""
+    expected, homes = build("none"), []
+    run(expected)
+
+    def send(trip, x):
+        homes.append(x.clone())
+        return homes[-1]
+
+    monkeypatch.setattr(activation_checkpoint.Trip, "send", send)
+    for how, layers in ("offload", 4), ("full_offload", 4):
+        homes.clear()
+        model = build(how)
+        with Meter() as meter:
+            loss = model(IDS[:, :-1], IDS[:, 1:], rows=torch.arange(4))
+            meter.watch(list(model.parameters()))
+            fixed = sum(p.nbytes for p in model.parameters())
+            away = sum(x.nbytes for x in homes)
+            others = meter.now() - fixed - away
+        assert len({x.data_ptr() for x in homes}) == len(homes) >= layers
+        assert others < 0.2 * away if how == "offload" else len(homes) == layers
+        loss.backward()
+        bitwise(gradients(model), gradients(expected))
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["all", "every", "every_0", "every_K", "every_2.5", "every_-1", "segments_0",
+                                 "segments_5", "segments_", "segments_K", "Full", ""])  # fmt: skip
+def test_what_is_not_known_is_refused_with_what_to_type(how):
+    with pytest.raises(ValueError, match="type --activation_checkpoint=") as error:
+        build(how)
+    assert all(name in str(error.value) for name in HOW) and "\n" not in str(error.value)
+
+
+def test_numbers_are_read():
+    assert parse("every_12", 4) == ("every", 12) and parse("segments_4", 4) == ("segments", 4)
+    assert all(parse(how, 1)[0] == how for how in HOW if not how.endswith("K"))
+
+
+@pytest.mark.parametrize("how", ALL)
+def test_zero_bubble_is_refused(how):
+    model = GPT(GPTConfig(**MODERN))
+    pipeline.defer_weight_gradients(model)
+    keep_less(model, "none")
+    with pytest.raises(ValueError, match="type --pp_schedule=1f1b"):
+        keep_less(model, how)
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "selective", "segments_2", "attention", "offload", "full_sharded"])
+def test_compiled_blocks(how):
+    expected, model = build("none", MODERN | dict(dropout=0.0)), build(how, MODERN | dict(dropout=0.0))
+    for block in model.blocks.values():
+        block.forward = torch.compile(block.forward)
+    torch.testing.assert_close(run(model), run(expected))
+    for name, x in gradients(expected).items():
+        torch.testing.assert_close(gradients(model)[name], x)
+
+
+def test_all_variants_are_tested():
+    tested = {parse(how, math.inf)[0] for how in ALL} | {"none"}
+    assert tested == {how.removesuffix("_K") for how in HOW}

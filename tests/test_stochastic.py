@@ -1,0 +1,409 @@
+"""Stochastic rounding to bf16: right on average, reproducible in every layout, around every optimizer."""
+
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from test_optim_contract import CASES, build, every, give_gradients, parameters, tensors
+from torch import nn
+
+from memory.offload import offload
+from model import GPT, GPTConfig, initial_weight
+from optim import adamw, muon, schedule_free, sgd
+from optim import param_groups as groups_of
+from parallel.fsdp import FSDP
+from parallel.whole import Adapter
+from parallel.zero import ZeRO
+from precision.stochastic import element_index, random_bits, round_to_bf16, stochastic
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+ALL = torch.arange(2**16, dtype=torch.int32)  # every draw there is
+
+
+def named(optimizer):
+    for i, group in enumerate(optimizer.param_groups):
+        group["names"] = [f"{i}.{j}" for j in range(len(group["params"]))]
+    return optimizer
+
+
+def make(cls, params, seed=0, chunk_mb=64.0, **options):
+    return stochastic(named(build(cls, params, **options)), seed, chunk_mb=chunk_mb)
+
+
+def assert_same(a, b):
+    """Parameters and state of two (parameters, optimizer), bit for bit."""
+    (ps, one), (qs, two) = a, b
+    assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
+    assert len(one.state) == len(two.state)
+    for p, q in zip(ps, qs):
+        for name, x in one.state.get(p, {}).items():
+            y = two.state[q][name]
+            assert (torch.equal(x, y) and x.dtype == y.dtype) if torch.is_tensor(x) else x == y, name
+
+
+# ---- the rounding ------------------------------------------------------------------------------------------
+def test_over_all_draws_the_mean_is_exact_and_both_neighbours_enclose_it():
+    torch.manual_seed(0)
+    values = [*torch.randn(12).tolist(), 1 + 2**-23, -1 - 2**-9, 3e38, 1e-38, 1e-40, -3e-41, 0.0, 7.0]
+    for value in values:
+        x = torch.tensor(value)
+        rounded = round_to_bf16(x.expand(2**16), ALL)
+        assert rounded.dtype == BF16
+        assert rounded.double().mean().item() == x.double().item()  # sums of 2^16 numbers of 8 bits are exact
+        near = rounded.double().unique()
+        assert len(near) <= 2 and near[0] <= x.double() <= near[-1]
+        if len(near) == 1:
+            assert x.to(BF16).float() == x
+
+
+def test_nothing_becomes_infinite_and_what_is_not_finite_stays():
+    largest = torch.finfo(BF16).max
+    top = torch.tensor([3.4e38, -3.4e38, torch.finfo(torch.float32).max])
+    rounded = round_to_bf16(top.view(3, 1).expand(3, 2**16), ALL).float()
+    assert rounded.isfinite().all() and (rounded.abs() == largest).all()
+    assert (rounded.sign()[:, 0] == top.sign()).all()
+    payload = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    for bits in (ALL[:1], ALL[-1:]):
+        assert round_to_bf16(torch.tensor([torch.inf, -torch.inf]), bits).tolist() == [torch.inf, -torch.inf]
+        assert round_to_bf16(payload, bits).isnan().all()
+    assert round_to_bf16(torch.tensor([-0.0]), ALL[-1:]).view(torch.int16).item() == -(2**15)
+
+
+def hashed(seed, step, name, i):
+    """random_bits in plain integers."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}:stochastic:{step}:{name}".encode()).digest()
+    h = i * 0x9E3779B9
+    for at in (0, 4):
+        h = (h + int.from_bytes(digest[at : at + 4], "little")) % 2**32
+        h = (h ^ h >> 16) * 0x45D9F3B % 2**32
+    return h >> 16
+
+
+def test_the_bits_are_a_known_function_that_no_device_changes():
+    index = torch.tensor([0, 1, 2, 1000, 2**31 - 1, -1], dtype=torch.int32)  # -1: element 2^32 - 1
+    assert random_bits(3, 7, "blocks.0.attn.q.weight", index).tolist() == [
+        hashed(3, 7, "blocks.0.attn.q.weight", i % 2**32) for i in index.tolist()]  # fmt: skip
+
+
+def test_the_bits_are_uniform_and_know_nothing_of_each_other():
+    index = torch.arange(2**18, dtype=torch.int32)
+    draws = [random_bits(seed, step, name, index).double()
+             for seed in (0, 1) for step in (0, 1) for name in ("a", "b")]  # fmt: skip
+    flat = torch.stack(draws)
+    assert flat.min() >= 0 and flat.max() <= 65535
+    assert ((flat.mean(1) - 32767.5).abs() < 5 * 18918.6 / 2**9).all()
+    for x in draws:
+        histogram = torch.bincount((x / 256).long(), minlength=256)
+        assert ((histogram - 1024.0).square() / 1024).sum() < 255 + 5 * (2 * 255) ** 0.5  # chi-square
+        for distance in (1, 2, 8, 64, 768):
+            assert torch.corrcoef(torch.stack([x[distance:], x[:-distance]]))[0, 1].abs() < 0.01
+    assert (torch.corrcoef(flat) - torch.eye(8)).abs().max() < 0.01
+
+
+def test_a_box_has_the_indices_of_the_whole():
+    whole = torch.arange(5 * 4 * 6, dtype=torch.int32).view(5, 4, 6)
+    assert torch.equal(element_index((5, 4, 6), (5, 4, 6), (0, 0, 0), CPU), whole)
+    assert torch.equal(element_index((2, 3, 6), (5, 4, 6), (3, 1, 0), CPU), whole[3:, 1:])
+    assert element_index((), (), (), CPU).item() == 0
+    assert element_index((0, 4), (5, 4), (5, 0), CPU).shape == (0, 4)
+    far = element_index((1, 2), (2**20, 2**14), (2**20 - 1, 2**14 - 2), CPU)  # 2^34 elements: modulo 2^32
+    assert far.tolist() == [[-2, -1]]
+
+
+# ---- around an optimizer -----------------------------------------------------------------------------------
+@every
+def test_the_expected_step_is_the_float32_step(cls):
+    start, n = parameters(BF16), 64
+    exact = [p.detach().float().requires_grad_() for p in start]
+    reference = build(cls, exact)
+    give_gradients(start, 1)
+    for p, q in zip(start, exact):
+        q.grad = p.grad.float()
+    reference.step()
+    sums, signs = [torch.zeros(p.shape, dtype=torch.float64) for p in start], 0.0
+    for seed in range(n):
+        params = parameters(BF16)
+        optimizer = make(cls, params, seed)
+        give_gradients(params, 1)
+        optimizer.step()
+        for p, q, total in zip(params, exact, sums):
+            total += p.double()
+            low, high = round_to_bf16(q.detach(), ALL[:1]), round_to_bf16(q.detach(), ALL[-1:])
+            assert ((p == low) | (p == high)).all()
+    for q, total in zip(exact, sums):
+        low, high = (round_to_bf16(q.detach(), bits).double() for bits in (ALL[:1], ALL[-1:]))
+        gap, up = (high - low).abs(), (q.double() - low).abs() / (high - low).abs().clamp(min=1e-300)
+        sd = gap * (up * (1 - up) / n).sqrt()
+        z = (total / n - q.double()) / sd.clamp(min=1e-12)
+        assert z.abs().max() < 5
+        signs += z.sum().item()
+    count = sum(p.numel() for p in exact)
+    assert abs(signs) < 5 * count**0.5
+
+
+@every
+def test_step_by_step_state_is_that_of_float32_weights(cls):
+    """The float32 run takes each step from the rounded weights, but with the state it has."""
+    params, exact = parameters(BF16), [p.detach().float().requires_grad_() for p in parameters(BF16)]
+    optimizer, reference = make(cls, params), build(cls, exact)
+    for t in range(5):
+        with torch.no_grad():
+            for p, q in zip(params, exact):
+                q.copy_(p)
+        give_gradients(params, t)
+        for p, q in zip(params, exact):
+            q.grad = p.grad.float()
+        optimizer.step(), reference.step()
+        for p, q in zip(params, exact):
+            low, high = round_to_bf16(q.detach(), ALL[:1]), round_to_bf16(q.detach(), ALL[-1:])
+            assert ((p == low) | (p == high)).all()
+            assert optimizer.state[p].keys() == reference.state[q].keys()
+            for name, x in reference.state[q].items():
+                y = optimizer.state[p][name]
+                assert (y.dtype == x.dtype and torch.equal(x, y)) if torch.is_tensor(x) else x == y
+
+
+def train(optimizer, params, steps):
+    for t in steps:
+        give_gradients(params, t)
+        optimizer.step()
+
+
+@every
+def test_a_resume_through_a_file_is_bitwise_and_keeps_float32_state(cls):
+    params = parameters(BF16)
+    optimizer = make(cls, params)
+    train(optimizer, params, range(4))
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = [p.requires_grad_() for p in saved["params"]]
+    other = make(cls, resumed)
+    other.load_state_dict(saved["optimizer"])
+    assert [g["sr_step"] for g in other.param_groups] == [4] * len(other.param_groups)
+    assert_same((params, optimizer), (resumed, other))
+    for pair in ((params, optimizer), (resumed, other)):
+        train(pair[1], pair[0], range(4, 8))
+    assert_same((params, optimizer), (resumed, other))
+    assert all(x.dtype == torch.float32 for x in tensors(other) if x.is_floating_point())
+
+
+@pytest.mark.parametrize("cls, options", [(torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9}),
+                                          (torch.optim.AdamW, {"foreach": True}),
+                                          (torch.optim.AdamW, {"fused": True}), (torch.optim.RMSprop, {})])
+def test_torchs_own_optimizers_fit_and_their_state_comes_back_in_float32(cls, options):
+    runs = []
+    for stops in ((), (3,)):
+        params = parameters(BF16)
+        optimizer = stochastic(named(cls(params, lr=0.01, **options)), 0)
+        for t in range(6):
+            if t in stops:
+                saved = optimizer.state_dict()
+                params = [p.detach().clone().requires_grad_() for p in params]
+                optimizer = stochastic(named(cls(params, lr=0.01, **options)), 0)
+                optimizer.load_state_dict(saved)
+            train(optimizer, params, [t])
+        runs.append((params, optimizer))
+        assert all(x.dtype == torch.float32 for state in optimizer.state.values() for x in state.values())
+    assert_same(*runs)
+
+
+@every
+@pytest.mark.parametrize("chunk_mb", [1e-6, 1e-4])
+def test_chunks_change_nothing(cls, chunk_mb):
+    pairs = []
+    for size in (64.0, chunk_mb):
+        params = parameters(BF16, ((6, 4), (4, 6), (5,), (2, 3, 4), (), (6, 4), (6, 4)))
+        pairs.append((params, make(cls, params, chunk_mb=size)))
+        for t in range(4):
+            give_gradients(params, t)
+            params[0].grad = None if t in (0, 2) else params[0].grad
+            pairs[-1][1].step()
+    assert_same(*pairs)
+    for g, h in zip(pairs[0][1].param_groups, pairs[1][1].param_groups, strict=True):
+        assert {**g, "params": 0} == {**h, "params": 0} and g["sr_step"] == 4
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CASES if cls.elementwise], ids=lambda cls: cls.__name__)
+def test_a_shard_with_its_box_gets_the_bits_of_the_whole(cls):
+    torch.manual_seed(0)
+    whole = torch.randn(9, 6).to(BF16)
+    runs = {}
+    for rows in (slice(0, 9), slice(0, 4), slice(4, 9)):
+        p = whole[rows].clone().requires_grad_()
+        optimizer = build(cls, [p])
+        boxes = {"0.0": ((9, 6), (rows.start, 0))} if p.shape[0] < 9 else None
+        optimizer = stochastic(named(optimizer), 5, boxes)
+        for t in range(5):
+            gradient = torch.randn(9, 6, generator=torch.Generator().manual_seed(t)).to(BF16)
+            p.grad = gradient[rows].clone()
+            optimizer.step()
+        runs[rows.start, rows.stop] = p.detach()
+    assert torch.equal(torch.cat([runs[0, 4], runs[4, 9]]), runs[0, 9])
+
+
+@pytest.mark.parametrize("cls", [adamw.AdamW, schedule_free.AdamWScheduleFree, muon.Muon])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloading_around_it_changes_nothing(cls, place, tmp_path):
+    pairs = []
+    for offloaded in (False, True):
+        params = parameters(BF16)
+        optimizer = make(cls, params)
+        optimizer = offload(optimizer, place, tmp_path, CPU, 1e-6) if offloaded else optimizer
+        train(optimizer, params, range(3))
+        if offloaded:
+            optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, params, range(3, 5))
+        pairs.append((params, optimizer))
+    assert_same(*pairs)
+    assert [g["sr_step"] for g in pairs[1][1].param_groups][0] == 5
+
+
+def test_it_learns_where_rounding_to_nearest_stands_still():
+    ends = {}
+    for rounding in ("nearest", "stochastic"):
+        p = torch.full((64, 64), 1.0, dtype=BF16).requires_grad_()
+        optimizer = named(sgd.SGD([p], lr=1e-3))
+        optimizer = stochastic(optimizer, 0) if rounding == "stochastic" else optimizer
+        for _ in range(200):
+            p.grad = torch.ones_like(p)
+            optimizer.step()  # 0.001 a step; bf16 below 1 has gaps of 0.0039
+        ends[rounding] = p.detach().double().mean().item()
+    assert ends["nearest"] == 1.0
+    assert abs(ends["stochastic"] - 0.8) < 2e-3
+
+
+def test_only_bf16_parameters_with_a_gradient_change_and_the_gradient_stays():
+    a, b, c = (torch.ones(3, dtype=dtype, requires_grad=True) for dtype in (BF16, torch.float32, BF16))
+    optimizer = stochastic(named(sgd.SGD([a, b, c], lr=0.1)), 0)
+    a.grad, b.grad = torch.full_like(a, 0.3), torch.full_like(b, 0.3)
+    before = a.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(b.detach(), torch.full((3,), 0.97))
+    assert b.dtype == torch.float32 and torch.equal(c, torch.ones(3, dtype=BF16))
+    assert a.dtype == BF16 and torch.equal(a.grad, before) and a.grad.dtype == BF16
+    assert optimizer.param_groups[0]["params"] == [a, b, c] and c not in optimizer.state
+
+
+def test_hooks_run_once_the_closure_too_and_a_failed_step_leaves_groups_in_place():
+    params, calls = parameters(BF16), []
+    optimizer = named(build(adamw.AdamW, params))
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer = stochastic(optimizer, 0, chunk_mb=1e-6)
+    assert isinstance(optimizer, adamw.AdamW) and type(optimizer).__name__ == "AdamW"
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        loss = sum(p.float().square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > 0 and calls == ["pre", True, "post"]
+    calls.clear()
+    optimizer.load_state_dict(optimizer.state_dict())  # where torch wraps step(), if it is not wrapped yet
+    assert optimizer.step() is None and calls == ["pre", "post"]
+    groups, state = optimizer.param_groups, optimizer.state
+    params[2].grad = torch.ones(5, dtype=BF16).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert optimizer.param_groups is groups and optimizer.state is state and groups[0]["params"] == params
+    another = torch.ones(2, requires_grad=True)  # a plain one is what it was
+    another.grad = torch.ones(2)
+    adamw.AdamW([another]).step()
+
+
+def test_looking_at_schedule_free_s_average_changes_nothing():
+    params = parameters(BF16)
+    optimizer = make(schedule_free.AdamWScheduleFree, params)
+    train(optimizer, params, range(3))
+    before = [p.detach().clone() for p in params]
+    with groups_of.evaluation_weights(optimizer):
+        assert not all(torch.equal(p, q) for p, q in zip(params, before))
+    assert all(torch.equal(p, q) for p, q in zip(params, before))
+
+
+def test_groups_without_names_are_refused_and_empty_ones_count():
+    with pytest.raises(ValueError, match="names"):
+        stochastic(sgd.SGD(parameters(BF16), lr=0.1), 0)
+    optimizer = stochastic(schedule_free.AdamWScheduleFree([{"params": [], "names": []}]), 0)
+    optimizer.train()
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 1 and optimizer.param_groups[0]["sr_step"] == 1
+
+
+# ---- on several ranks --------------------------------------------------------------------------------------
+SHAPE = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=16, zero_init=False)
+
+
+def start(name, shape):
+    return initial_weight(GPTConfig(**SHAPE), name, shape)
+
+
+def gradient(name, shape, step):
+    generator = torch.Generator().manual_seed(len(name) * 100 + step)
+    return torch.randn(shape, generator=generator).to(BF16)
+
+
+def trained(rank, world, layout, cls):
+    """The whole weights after steps whose summed gradients are the same in every layout: no sums to round."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SHAPE)).to(BF16)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    group = dist.group.WORLD if world > 1 else None
+    replicas = FSDP(group, CPU) if layout == "fsdp" else ZeRO(group, CPU, int(layout[-1]))
+    model = replicas.wrap(model)
+    replicas.fill(start)
+    lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
+    groups = groups_of.param_groups(model, lrs, 0.1, muon=cls is muon.Muon)
+    optimizer = stochastic(replicas.make_optimizer(cls, groups), 1, replicas.boxes)
+    for step in range(4):
+        replicas.last_micro_batch(True)
+        ids = torch.arange(8).view(1, 8)
+        (model(ids, ids) * 0).backward()
+        replicas.finish_gradients()
+        for name, g in replicas.gradients().items():
+            full = gradient(name, shapes[name], step)
+            rows = -(-full.shape[0] // world)
+            g.copy_(full if g.shape == full.shape else full[rank * rows : rank * rows + g.shape[0]])
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    return {n: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().float().clone()
+            for n, w in replicas.weights().items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero3", "fsdp"])
+@pytest.mark.parametrize("cls", [adamw.AdamW, muon.Muon], ids=lambda cls: cls.__name__)
+def test_every_layout_rounds_alike(layout, cls):
+    alone, merged = trained(0, 1, "zero1", cls), {}
+    for part in run_ranks(2, trained, layout, cls):
+        merged |= part
+    assert merged.keys() == alone.keys()
+    for name, w in alone.items():
+        assert torch.equal(merged[name], w), name
+
+
+def cut_in_two(rank, world):
+    whole = torch.linspace(-1, 1, 24).view(4, 6).to(BF16)
+    p = nn.Parameter(whole[:, 3 * rank : 3 * rank + 3].clone())
+    groups = [{"params": [p], "names": ["w"]}]
+    adapter = Adapter(adamw.AdamW, groups, cuts={"w": (1, (4, 6), 3 * rank)}, cut_group=dist.group.WORLD)
+    optimizer = stochastic(adapter.optimizer, 2, adapter.boxes)
+    for t in range(4):
+        p.grad = gradient("w", (4, 6), t)[:, 3 * rank : 3 * rank + 3].clone()
+        optimizer.step()
+    return p.detach().float()
+
+
+def test_a_matrix_cut_by_columns_rounds_as_the_whole_one():
+    p = nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6).to(BF16))
+    optimizer = stochastic(adamw.AdamW([{"params": [p], "names": ["w"]}]), 2)
+    for t in range(4):
+        p.grad = gradient("w", (4, 6), t)
+        optimizer.step()
+    assert torch.equal(torch.cat(run_ranks(2, cut_in_two), 1), p.detach().float())
