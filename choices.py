@@ -56,6 +56,19 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     )
 
 
+def lr_schedule(cfg: config.Config):
+    """Step -> what every learning rate is multiplied by. Raises ValueError for a bad --schedule.NAME."""
+    options = config.check_options(cfg, "schedule", schedules.SHAPES[cfg.schedule], given=schedules.OURS)
+    warmup = round(cfg.warmup_frac * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
+
+    def factor(step: int) -> float:
+        return schedules.multiplier(cfg.schedule, step, cfg.steps, warmup, cfg.min_lr_frac, cfg.decay_frac,
+                                    cfg.warmup_start, **options)
+
+    factor(cfg.steps)  # a bad argument shows now
+    return factor
+
+
 def learning_rates(cfg: config.Config, optimizer_class: type, options: dict, kinds: dict) -> dict[str, float]:
     """The peak learning rate of each kind of parameter. kinds: name -> kind, of the whole model."""
     lrs = {"matrix": cfg.lr, "embedding": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
@@ -67,6 +80,12 @@ def learning_rates(cfg: config.Config, optimizer_class: type, options: dict, kin
             rule = mup.lr_multipliers(optimizer_class.__name__, cfg.n_embd, cfg.mup_base_width, **options)
             lrs[kind] *= rule[kind]
     return lrs
+
+
+def chosen(cfg: config.Config, asked: config.Config) -> str:
+    """What stands for every `auto` and `none`, in a line."""
+    differ = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
+    return "chosen: " + " ".join(f"{name}={value}" for name, value in differ.items())
 
 
 def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | None) -> list[str]:
@@ -136,7 +155,14 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
 
 def stepper(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):
     """(what makes the optimizer, boxes of the parameters it will see a part of): where tensor parallelism has
-    cut matrices, a method that looks at whole ones gets them whole."""
+    cut matrices, a method that looks at whole ones gets them whole. Raises ValueError for bad options."""
+    options = cfg.sub("opt")
+    if cfg.momentum_warmup is not None and "momentum" not in inspect.signature(optimizer_class).parameters:
+        raise ValueError(f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out")
+    try:
+        optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+    except TypeError as error:
+        raise ValueError(f"--opt.*: {optimizer_class.__name__} cannot take {options}: {error}") from None
     if not cuts or cfg.data_parallel == "fsdp":
         return optimizer_class, {}
     from parallel.whole import Adapter

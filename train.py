@@ -11,7 +11,6 @@ Exit status: 0 done, or stopped by SIGTERM or Ctrl-C after a checkpoint; 2 a use
 
 import contextlib
 import functools
-import math
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ import checkpoint
 import choices
 import config
 import data
+import evaluation
 import logger
 import monitor
 import resume
@@ -80,15 +80,7 @@ def main(cfg: config.Config) -> dict:
     optimizer_class = choices.find_optimizer(cfg.optim)
     cfg = choices.settled(cfg, device, optimizer_class)
     opt_options = config.check_options(cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay"))
-    shape = schedules.SHAPES[cfg.schedule]
-    shape_options = config.check_options(cfg, "schedule", shape, given=schedules.OURS)
-    warmup = round(cfg.warmup_frac * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
-
-    def lr_factor(step: int) -> float:
-        return schedules.multiplier(cfg.schedule, step, cfg.steps, warmup, cfg.min_lr_frac, cfg.decay_frac,
-                                    cfg.warmup_start, **shape_options)
-
-    lr_factor(cfg.steps)  # a bad argument of the schedule shows now
+    lr_factor = choices.lr_schedule(cfg)  # step -> what every lr is multiplied by
 
     # ---- data ---------------------------------------------------------------------------------------------
     corpus = mesh.first_on_each_machine(
@@ -108,7 +100,7 @@ def main(cfg: config.Config) -> dict:
         pipe = pipeline.Pipeline(group, cfg.pp_schedule, cfg.n_layer, config.chunks(cfg), tied=cfg.tied)
     with torch.device("meta"):  # shapes alone; the layout decides what is held where
         whole = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
-        model = whole if pipe is None else GPT(whole.config, pipe.layers)
+        model = GPT(whole.config, None if pipe is None else pipe.layers)
     dtype = amp.PARAM_DTYPE[cfg.precision]
     model = model.to(dtype)
     if onednn.faster(cfg.precision, device):
@@ -184,10 +176,7 @@ def main(cfg: config.Config) -> dict:
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay,
                                        choices.matrices_only(optimizer_class))
     make_optimizer, boxes = choices.stepper(cfg, mesh, cuts, optimizer_class)
-    try:
-        optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
-    except TypeError as error:
-        raise ValueError(f"--opt.*: {optimizer_class.__name__} cannot take {opt_options}: {error}") from None
+    optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
     for group in optimizer.param_groups:
         group["initial_lr"], group["initial_momentum"] = group["lr"], group.get("momentum")
@@ -198,8 +187,6 @@ def main(cfg: config.Config) -> dict:
         folder = choices.offload_folder(cfg, mesh) / "state"
         optimizer = offload.offload(optimizer, cfg.offload, folder, where)
     at_anchor = getattr(replicas, "at_anchor", contextlib.nullcontext)  # DiLoCo looks at averaged weights
-    if cfg.momentum_warmup is not None and "momentum" not in optimizer.defaults:
-        raise ValueError(f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out")
 
     # ---- resume: everything a step depends on -------------------------------------------------------------
     rows_seen, own = 0, {}
@@ -227,10 +214,8 @@ def main(cfg: config.Config) -> dict:
     log.say(f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
     log.say(f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is "
             f"{cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}")
-    chosen = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
-    for note in mesh.table() + choices.remarks(cfg, mesh, earlier):
-        log.say(note)
-    log.say("chosen: " + " ".join(f"{name}={value}" for name, value in chosen.items()))
+    for line in mesh.table() + choices.remarks(cfg, mesh, earlier) + [choices.chosen(cfg, asked)]:
+        log.say(line)
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision)
 
@@ -239,27 +224,6 @@ def main(cfg: config.Config) -> dict:
         tied_copy = {"embed.weight"} if mesh.coords["pp"] > 0 else {}
         cut = cuts if mesh.coords["tp"] > 0 else gradients
         return [g for n, g in gradients.items() if replicas.counts and n in cut and n not in tied_copy]
-
-    @torch.no_grad()
-    def evaluate() -> dict:
-        """Losses over the fixed held-out rows, evenly spread, each replica taking its part of them."""
-        count = max(1, min(cfg.eval_tokens // cfg.block_size, val_rows.per_epoch))
-        dp, micro = mesh.sizes["dp"], cfg.micro_batch_size
-        mine = [i * val_rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)]
-        batches = [mine[i : i + micro] for i in range(0, -(-count // dp), micro)]  # as many on every rank
-        widths, sums = corpus.tokenizer.byte_lengths(), torch.zeros(4, dtype=torch.float64)
-
-        def look(i: int, loss: torch.Tensor, targets: torch.Tensor) -> None:
-            if batches[i] and mesh.coords["tp"] == 0:  # the other tp ranks see the same
-                n_bytes = int(widths[targets.cpu().numpy()].sum()) if widths is not None else 0
-                sums.add_(torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype))
-
-        model.eval()
-        each([numbers or [0] for numbers in batches], val_rows, look=look)
-        model.train()
-        loss, hits, tokens, n_bytes = mesh.sum(*sums.tolist())
-        return {"val_loss": loss / tokens, "val_bpb": loss / math.log(2) / n_bytes if n_bytes else None,
-                "val_accuracy": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700))}
 
     def save() -> None:
         state = param_groups.state_by_name(optimizer)
@@ -283,7 +247,8 @@ def main(cfg: config.Config) -> dict:
         done, news = step >= cfg.steps, step > first_step or earlier is None
         if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place):
             with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor():
-                latest |= evaluate()
+                latest |= evaluation.evaluate(model, each, val_rows, cfg.eval_tokens, cfg.micro_batch_size,
+                                              corpus.tokenizer, mesh)  # fmt: skip
             log.evaluation({k: v for k, v in latest.items() if k != "loss"})
 
         # Nothing is lost: a checkpoint now and then, at the end, and when somebody asks us to stop.
@@ -340,15 +305,9 @@ def main(cfg: config.Config) -> dict:
     if done and cfg.sample_tokens:  # on every rank: a forward may be a collective
         prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
         prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
-
-        def through(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            """Logits of the whole model, whose stages are on several ranks."""
-            logits = (*x.shape, cfg.vocab_size), torch.promote_types(dtype, torch.float32), device
-            return pipe.through(lambda layers, h: model(x if h is None else h, None, positions, None, layers),
-                                hidden(*x.shape), logits)  # fmt: skip
-
+        stages = pipe and functools.partial(pipe.through, model, hidden, cfg.vocab_size)
         with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor():
-            ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, 50, cfg.seed, pipe and through)
+            ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, 50, cfg.seed, stages)
         log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
     if done and is_main and step > 1:  # one point is no curve
         logger.plot(out_dir, out_dir / "loss.png")

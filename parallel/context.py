@@ -154,8 +154,8 @@ def pass_on(tensors: list[Tensor], group: dist.ProcessGroup) -> Callable[[], lis
     works = dist.batch_isend_irecv(ops) if ops else []
 
     def arrive() -> list[Tensor]:
-        while works:  # and lets go of what was sent
-            works.pop().wait()
+        for work in works:
+            work.wait()
         return arriving
 
     return arrive

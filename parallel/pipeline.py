@@ -140,11 +140,17 @@ class Pipeline:
             work.wait()
         self.idle_s += time.perf_counter() - began
 
-    def through(self, forward: Callable, like: tuple, out_like: tuple) -> torch.Tensor:
-        """One forward(layers, x) through all stages; what the last gives, like `out_like`, on all ranks."""
-        out = self.run(1, lambda i, layers, x: forward(layers, x), lambda i: like)
-        shape, dtype, device = out_like
-        out = out[0].contiguous() if self.last else torch.empty(shape, dtype=dtype, device=device)
+    def through(self, model: torch.nn.Module, like: Callable[[int, int], tuple], n_logits: int,
+                ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """The logits (B, T, n_logits) of ids (B, T), by all stages, on all ranks. like(B, T): as in run."""
+        hidden = like(*ids.shape)
+
+        def forward(i: int, layers: list[int], x: torch.Tensor | None) -> torch.Tensor:
+            return model(ids if x is None else x, positions=positions, layers=layers)
+
+        out, dtype = self.run(1, forward, lambda i: hidden), torch.promote_types(hidden[1], torch.float32)
+        shape = *ids.shape, n_logits
+        out = out[0].contiguous() if self.last else torch.empty(shape, dtype=dtype, device=ids.device)
         dist.broadcast(out, group=self.group, group_src=self.p - 1)
         return out
 

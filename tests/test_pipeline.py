@@ -172,10 +172,7 @@ def generate(rank, world, name, v):
     x = micro_batch(0)[0][:1]
 
     def forward(x, positions):
-        like = ((*x.shape, C), *LIKE[1:])
-        return stage.pipe.through(
-            lambda layers, h: stage.model(x if h is None else h, positions=positions, layers=layers),
-            like, ((*x.shape, 32), *LIKE[1:]))  # fmt: skip
+        return stage.pipe.through(stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, positions)
 
     with torch.no_grad():
         return forward(x, torch.arange(T)), stage.model.eval().generate(x[:, :3], 9, forward=forward)
