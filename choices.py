@@ -13,6 +13,7 @@ from optim import mup
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
 from precision import amp
+from precision.loss_scale import LossScaler
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
@@ -151,6 +152,20 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
 
     return ZeRO(group, device, int(cfg.data_parallel[-1]), cfg.bucket_mb, dtype, cfg.offload_params, folder,
                 pinned=("embed.weight",) * (cfg.pp > 1))  # fmt: skip
+
+
+def converted(cfg: config.Config, model: torch.nn.Module, device: torch.device):
+    """The state of FP8 after changing the model's products, or None for another precision."""
+    if cfg.precision != "fp8":
+        return None
+    from precision import fp8
+
+    options = config.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
+    return fp8.convert(model, device, **options)
+
+
+def loss_scaler(cfg: config.Config) -> LossScaler | None:
+    return LossScaler(**config.check_options(cfg, "scaler", LossScaler)) if cfg.precision == "fp16" else None
 
 
 def stepper(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):

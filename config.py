@@ -117,9 +117,10 @@ class Config:
     batch_ramp: int | None = knob(None, "steps over which the batch grows to batch_size", least=1)
     batch_ramp_from: int | None = knob(None, "sequences it grows from, in steps of as many", least=1)
     # numbers and layout
-    precision: Literal["auto", "fp64", "fp32", "bf16"] = knob(
+    precision: Literal["auto", "fp64", "fp32", "bf16", "bf16_sr", "fp16", "fp8"] = knob(
         "auto",
-        "fp64: the oracle | fp32 | bf16: autocast over fp32 weights | auto: what this hardware does fast",
+        "fp64: the oracle | bf16: autocast over fp32 weights | bf16_sr: bf16 weights, stochastic rounding | "
+        "fp16: with loss scaling | fp8: the blocks' products | auto: fp32 or bf16, what is fast here",
     )
     data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = knob(
         "ddp", "ddp: replicas | zero1, 2, 3: state, gradients, weights at owners | fsdp: in shards", FREE
@@ -162,6 +163,9 @@ class Config:
         None, "zero3, fsdp: where weights wait between uses", FREE
     )
     # looking and saving
+    histogram_every: int | None = knob(
+        None, "steps between counts of exponents of all tensors (precision/histogram.py)", FREE, least=1
+    )
     log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
     eval_every: int | None = knob(60, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
     save_every: int | None = knob(100, "steps between checkpoints; 0 = only at the end", FREE, least=0)
@@ -184,7 +188,7 @@ class Config:
 LAYOUTS = dict(fsdp_shard="fsdp", reshard="fsdp", param_dtype="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp",
                compress="ddp", diloco_every="ddp", offload_params="zero3 fsdp",
                bucket_mb="ddp zero1 zero2 zero3")  # the layouts that a field is for  # fmt: skip
-NAMESPACES = ("opt", "schedule", "compress", "diloco")
+NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8")
 CHOSEN = (
     "micro_batch_size",
     "n_kv_head",
@@ -375,6 +379,13 @@ def check(cfg: Config) -> Config:
     for namespace, owner in (("compress", "compress"), ("diloco", "diloco_every")):
         if cfg.sub(namespace) and getattr(cfg, owner) is None:
             raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")
+    for namespace, precision in (("scaler", "fp16"), ("fp8", "fp8")):
+        if cfg.sub(namespace) and cfg.precision != precision:
+            raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --precision={precision}")
+    for name in ("compress", "diloco_every"):
+        if getattr(cfg, name) is not None and cfg.precision in ("fp16", "bf16_sr"):
+            raise ValueError(f"{name} adds up over steps what precision={cfg.precision} scales or rounds; "
+                             f"type --precision=bf16, or leave {name} out")
     if cfg.compress is not None and cfg.diloco_every is not None:
         raise ValueError("compress and diloco_every do not go together; leave one of them out")
     for name in ("grad_clip", "clip_value", "logit_cap", "peak_flops"):
@@ -538,4 +549,6 @@ def help_text() -> str:
     lines += ["  --schedule.NAME=  an argument of the schedule, such as --schedule.shape=cosine"]
     lines += ["  --compress.NAME=  an argument of the compression, such as --compress.rank=4"]
     lines += ["  --diloco.NAME=    an argument of the outer step, such as --diloco.momentum=0.9"]
+    lines += ["  --scaler.NAME=    an argument of fp16's loss scaler, such as --scaler.fixed=1024"]
+    lines += ["  --fp8.NAME=       an argument of FP8, such as --fp8.scaling=tensor"]
     return "\n".join(lines)

@@ -70,7 +70,7 @@ def continued(cfg: config.Config, saved: dict, branch: bool) -> config.Config:
             own = config.LAYOUTS.keys() - cfg.given - {"diloco_every"}
             values |= {name: config.FIELDS[name].default for name in own}
     for name in sorted(old.options | options):
-        if name.startswith(("opt.", "diloco.")) and options.get(name) != old.options.get(name):
+        if name.startswith(("opt.", "diloco.", "fp8.")) and options.get(name) != old.options.get(name):
             raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
     return config.check(config.update(cfg, **values, options=options))
 
@@ -86,7 +86,7 @@ def mismatch(cfg: config.Config, name: str, was, new, branch: bool) -> str:
 
 def set_aside(out_dir: Path) -> None:
     """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is deleted."""
-    names = ("metrics.jsonl", "train.log", "config.toml", "loss.png")
+    names = ("metrics.jsonl", "train.log", "config.toml", "loss.png", "histograms.jsonl", "histograms.png")
     left = [p for p in out_dir.iterdir() if p.name in names or FOLDER.fullmatch(p.name)]
     if left:
         number = 1

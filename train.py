@@ -32,7 +32,7 @@ from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
-from precision import amp, onednn
+from precision import amp, histogram, onednn, stochastic
 
 
 def main(cfg: config.Config) -> dict:
@@ -115,6 +115,8 @@ def main(cfg: config.Config) -> dict:
     # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here -----------
     cuts = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])  # by name, where it lies
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
+    eights, scaler = choices.converted(cfg, model, device), choices.loss_scaler(cfg)  # fp8's and fp16's
+    scales = {name: kept for name, kept in (("fp8", eights), ("scaler", scaler)) if kept is not None}
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
     places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(device)
@@ -182,6 +184,8 @@ def main(cfg: config.Config) -> dict:
         group["initial_lr"], group["initial_momentum"] = group["lr"], group.get("momentum")
     if hasattr(optimizer, "train"):
         optimizer.train()  # Schedule-Free keeps two sets of weights
+    if cfg.precision == "bf16_sr":
+        optimizer = stochastic.stochastic(optimizer, cfg.seed, boxes)
     if cfg.offload is not None:  # from now on state comes to the device only to be stepped
         where = torch.device("cpu") if cfg.offload_params else device
         folder = choices.offload_folder(cfg, mesh) / "state"
@@ -200,6 +204,8 @@ def main(cfg: config.Config) -> dict:
 
         param_groups.load_state_by_name(optimizer, earlier.tree("optim/groups"), state_of)
         rows_seen = earlier.tree("progress")["rows"]
+        for name, kept in scales.items():
+            kept.load(earlier.tree(name, missing={}))
         rng = earlier.tree("rng")
         torch.set_rng_state(rng.get(str(mesh.rank), rng["0"]))
 
@@ -217,7 +223,7 @@ def main(cfg: config.Config) -> dict:
     for line in mesh.table() + choices.remarks(cfg, mesh, earlier) + [choices.chosen(cfg, asked)]:
         log.say(line)
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
-    peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision)
+    peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision.removesuffix("_sr"))
 
     def counted(gradients: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Of the gradients on this rank those of which no other rank brings the same numbers."""
@@ -233,6 +239,7 @@ def main(cfg: config.Config) -> dict:
             tree["replicas"] = replicas.tree(state["state"])
         if is_main:
             tree |= {"config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
+        tree |= {name: kept.tree() for name, kept in scales.items()}
         with param_groups.evaluation_weights(optimizer, replicas.share_weights) as training_weights:
             tree |= {"model": checkpoint.boxed(replicas.weights(), tensor.boxes(cuts))}
             if training_weights and replicas.counts:
@@ -242,6 +249,7 @@ def main(cfg: config.Config) -> dict:
 
     # ---- the loop -----------------------------------------------------------------------------------------
     latest, stop = {"step": step}, resume.StopSignal()
+    recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
     while True:
         # Look first: the untrained model is step 0, and the last step is seen too.
         done, news = step >= cfg.steps, step > first_step or earlier is None
@@ -262,7 +270,10 @@ def main(cfg: config.Config) -> dict:
         batch = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
         tokens, share = batch * cfg.block_size, batch // mesh.sizes["dp"]
         first, size = rows_seen + mesh.coords["dp"] * share, cfg.micro_batch_size
-        loss = each([range(i, i + size) for i in range(first, first + share, size)], train_rows, 1 / tokens)
+        scale = scaler.scale if scaler is not None else 1.0
+        recorder.start(step, scale)
+        batches = [range(i, i + size) for i in range(first, first + share, size)]
+        loss = each(batches, train_rows, scale / tokens)
         replicas.finish_gradients()
         rows_seen += batch
 
@@ -270,6 +281,9 @@ def main(cfg: config.Config) -> dict:
         gradients = replicas.gradients()
         if pipe is not None:
             pipe.share_tied(gradients)
+        if scaler is not None:
+            scaler.unscale(gradients)
+        recorder.write(replicas.weights, gradients)
         grad_norm = norm = mesh.norm(counted(gradients), cfg.diloco_every is None)
         if cfg.clip_value is not None:
             for gradient in gradients.values():
@@ -284,7 +298,12 @@ def main(cfg: config.Config) -> dict:
             if cfg.momentum_warmup is not None:
                 end = group["initial_momentum"]
                 group["momentum"] = schedules.momentum_at(step, cfg.momentum_warmup, 0.85, end)
-        optimizer.step()
+        if scaler is None or scaler.update(bool(grad_norm.isfinite())):
+            optimizer.step()
+        else:
+            log.event(step + 1, "skip", f"the gradients overflowed at a loss scale of {scale:g}")
+        if eights is not None:
+            eights.step(mesh.groups["replicas"], mesh.groups["tp"])
         model.zero_grad(set_to_none=True)
 
         # One sum over all ranks brings the loss of the whole batch, and word that somebody was told to stop.

@@ -229,6 +229,9 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 LAYOUTS = [
     "--tp=2 --sp=true --optim=soap --n_layer=2 --arch=gpt2",
     "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
+    "--precision=fp16 --scaler.init_power=40 --scaler.window=3 --optim=adamw",
+    "--precision=fp8 --fp8.scaling=tensor --fp8.delayed=true --data_parallel=zero3 --bucket_mb=0.01",
+    "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01 --optim=schedule_free",
     "--data_parallel=zero1 --optim=soap --bucket_mb=0.01",
     "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
     "--data_parallel=fsdp --optim=lamb",
@@ -254,7 +257,8 @@ def killed_at_7(rank, world, *args):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_on_two_ranks_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, text, layout):
     more = [*layout.split(), "--dropout=0.2", "--micro_batch_size=2"]
-    more += [] if "fsdp" in layout or "diloco" in layout or "compress" in layout else ["--precision=bf16"]
+    plain = any(word in layout for word in ("fsdp", "diloco", "compress", "precision"))
+    more += [] if plain else ["--precision=bf16"]
     run_ranks(2, on_ranks, text, tmp_path / "whole", *more)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         run_ranks(2, killed_at_7, text, tmp_path / "killed", *more)
