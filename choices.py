@@ -12,7 +12,7 @@ import schedules
 from optim import mup
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
-from precision import amp
+from precision import amp, onednn
 from precision.loss_scale import LossScaler
 
 
@@ -44,12 +44,14 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     other = 0.01 if matrices_only(optimizer_class) else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
     schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
+    gpu, apart = device.type == "cuda", cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB", "Adafactor"):
         cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm
     return config.update(
         config.with_traits(cfg),
         device=str(device),
         precision=amp.choose(cfg.precision, device),
+        compile=cfg.compile if cfg.compile != "auto" else "default" if gpu and not apart else "off",
         schedule=schedule if cfg.schedule == "auto" else cfg.schedule,
         lr=lr,
         weight_decay=default["weight_decay"] if cfg.weight_decay is None else cfg.weight_decay,
@@ -154,14 +156,32 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
                 pinned=("embed.weight",) * (cfg.pp > 1))  # fmt: skip
 
 
-def converted(cfg: config.Config, model: torch.nn.Module, device: torch.device):
-    """The state of FP8 after changing the model's products, or None for another precision."""
+def products(cfg: config.Config, model: torch.nn.Module, device: torch.device):
+    """Replaces the model's products where there are better ones; returns FP8's state, or None."""
+    if cfg.compile == "off" and onednn.faster(cfg.precision, device):
+        for layer in (module for module in model.modules() if hasattr(module, "product")):
+            layer.product = onednn.linear
     if cfg.precision != "fp8":
         return None
     from precision import fp8
 
     options = config.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
     return fp8.convert(model, device, **options)
+
+
+def compiled(cfg: config.Config, model: torch.nn.Module, device: torch.device) -> str | None:
+    """Compiles the blocks if asked to and possible; a sentence if it is not. Raises ValueError."""
+    if cfg.compile == "off":
+        if cfg.sub("compile"):
+            raise ValueError("--compile.* has nothing to do with compile=off; type --compile=default")
+        return None
+    import compiling
+
+    options = config.check_options(cfg, "compile", compiling.compile_blocks, ("model", "mode"))
+    why = compiling.lacking(device)
+    if why is None:
+        compiling.compile_blocks(model, cfg.compile, **options)
+    return why and f"compile={cfg.compile}: {why}; running uncompiled"
 
 
 def loss_scaler(cfg: config.Config) -> LossScaler | None:

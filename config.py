@@ -122,6 +122,9 @@ class Config:
         "fp64: the oracle | bf16: autocast over fp32 weights | bf16_sr: bf16 weights, stochastic rounding | "
         "fp16: with loss scaling | fp8: the blocks' products | auto: fp32 or bf16, what is fast here",
     )
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = knob(
+        "auto", "torch.compile of each block, and how; auto: default on a GPU, off on a CPU", FREE
+    )
     data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = knob(
         "ddp", "ddp: replicas | zero1, 2, 3: state, gradients, weights at owners | fsdp: in shards", FREE
     )
@@ -156,6 +159,10 @@ class Config:
     pp_chunks: int | None = knob(
         None, "interleaved: stretches of layers on each rank; none = 2", FRESH, least=1
     )
+    activation_checkpoint: str | None = knob(
+        None, "what backward computes again: full | full_sharded | full_offload | every_K | segments_K | "
+        "attention | mlp | selective; or offload, which keeps it in host memory", FREE,
+    )
     offload: Literal["cpu", "disk"] | None = knob(
         None, "where optimizer state waits: host memory, or files in out_dir", FREE
     )
@@ -188,7 +195,7 @@ class Config:
 LAYOUTS = dict(fsdp_shard="fsdp", reshard="fsdp", param_dtype="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp",
                compress="ddp", diloco_every="ddp", offload_params="zero3 fsdp",
                bucket_mb="ddp zero1 zero2 zero3")  # the layouts that a field is for  # fmt: skip
-NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8")
+NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile")
 CHOSEN = (
     "micro_batch_size",
     "n_kv_head",
@@ -425,6 +432,12 @@ def check_model_parallel(cfg: Config) -> None:
     if layout == "fsdp" and cfg.pp > 1 and cfg.pp_schedule == "zerobubble":
         raise ValueError("pp_schedule=zerobubble computes weight gradients when fsdp has sent them; type "
                          "--pp_schedule=1f1b, or --data_parallel=zero1")
+    if cfg.pp > 1 and cfg.pp_schedule == "zerobubble" and cfg.compile not in ("auto", "off"):
+        raise ValueError("pp_schedule=zerobubble takes apart what compile puts together; type "
+                         "--pp_schedule=1f1b, or --compile=off")
+    if cfg.activation_checkpoint == "full_sharded" and (cfg.sp or cfg.tp == 1):
+        raise ValueError("activation_checkpoint=full_sharded shares out what tp ranks hold alike, with tp=1 "
+                         "or sp=true nothing is; type --activation_checkpoint=full")
     for name in ("compress", "diloco_every"):
         apart = split + ["cp"] * (cfg.cp > 1 and name == "diloco_every")
         if getattr(cfg, name) is not None and apart:
@@ -550,5 +563,6 @@ def help_text() -> str:
     lines += ["  --compress.NAME=  an argument of the compression, such as --compress.rank=4"]
     lines += ["  --diloco.NAME=    an argument of the outer step, such as --diloco.momentum=0.9"]
     lines += ["  --scaler.NAME=    an argument of fp16's loss scaler, such as --scaler.fixed=1024"]
+    lines += ["  --compile.NAME=   dynamic, verbose or backend, such as --compile.verbose=true"]
     lines += ["  --fp8.NAME=       an argument of FP8, such as --fp8.scaling=tensor"]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ Made to be cut up from outside; nothing here knows how:
 - `blocks` is keyed by the global layer number: a pipeline stage is this model with some layers alone, and
   every parameter has the same name in every layout;
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants them apart;
-- `Attention.core`, `Linear.product` and `GPT.output` are functions that can be replaced;
+- `Attention.core`, `Linear.product`, `GPT.through` and `GPT.output` are functions that can be replaced;
 - the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position).
 
 Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel has
@@ -55,7 +55,6 @@ class GPTConfig:
 
 class Where(NamedTuple):
     """Where the tokens stand: what positions and dropout masks are computed from."""
-
     positions: Tensor  # (T,) or (B, T) place in the sequence
     rows: Tensor | None  # (B,) number of the row in the run, for dropout
     rotary: tuple[Tensor, Tensor] | None  # cos, sin, each (T, D/2) or (B, 1, T, D/2)
@@ -132,7 +131,7 @@ class GPT(nn.Module):
         self.head = Linear(c.n_embd, c.vocab_size, bias=False) if last else None
         if c.tied and last:
             self.head.weight = self.embed.weight
-        self.output = output
+        self.through, self.output = through, output
         self.hits = None  # after a forward in eval mode: how many targets were the likeliest token (0-dim)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
@@ -142,14 +141,21 @@ class GPT(nn.Module):
         layers: which of those here to run, default all. Returns hidden states or, after the last layer, the
         sum of the token losses, without targets logits (B, T, V).
         """
-        where = self.locate(x, positions, rows)
+        if positions is None:
+            if x.shape[1] > self.config.block_size:
+                raise ValueError(f"{x.shape[1]} tokens are more than block_size={self.config.block_size}")
+            positions = torch.arange(x.shape[1], device=x.device)
+        rotary = None
+        if self.config.position == "rotary":
+            dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+            rotary = rotary_angles(positions, self.config.n_embd // self.config.n_head, dtype)
+        where = Where(positions, rows, rotary)
         if x.ndim == 2:
             x = self.embed(x) if self.positions is None else self.embed(x) + self.positions(where.positions)
             x = self.drop_embed(x, where)
-        layers = [int(i) for i in self.blocks] if layers is None else layers
-        for i in layers:
-            x = self.blocks[str(i)](x, where)
-        if layers[-1] != self.config.n_layer - 1:
+        names = list(self.blocks) if layers is None else list(map(str, layers))
+        x = self.through([self.blocks[name] for name in names], x, where)
+        if names[-1] != str(self.config.n_layer - 1):
             return x
         logits = self.head(self.final_norm(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
@@ -159,17 +165,6 @@ class GPT(nn.Module):
             logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
         out, self.hits = self.output(logits, targets, not self.training)
         return out
-
-    def locate(self, x: Tensor, positions: Tensor | None, rows: Tensor | None) -> Where:
-        if positions is None:
-            if x.shape[1] > self.config.block_size:
-                raise ValueError(f"{x.shape[1]} tokens are more than block_size={self.config.block_size}")
-            positions = torch.arange(x.shape[1], device=x.device)
-        rotary = None
-        if self.config.position == "rotary":
-            dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-            rotary = rotary_angles(positions, self.config.n_embd // self.config.n_head, dtype)
-        return Where(positions, rows, rotary)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed=0,
@@ -203,6 +198,12 @@ class GPT(nn.Module):
 
 
 # ---- the pieces ------------------------------------------------------------------------------------------
+def through(blocks: list[nn.Module], x: Tensor, where: Where) -> Tensor:
+    for block in blocks:
+        x = block(x, where)
+    return x
+
+
 def output(logits: Tensor, targets: Tensor | None, count: bool) -> tuple[Tensor, Tensor | None]:
     """(sum of the token losses, how many targets are the likeliest token if asked); or (logits, None)."""
     if targets is None:
@@ -229,9 +230,8 @@ class KeepingCore:
 
 
 def make_norm(c: GPTConfig) -> nn.Module:
-    if c.norm == "layernorm":
-        return nn.LayerNorm(c.n_embd, bias=c.bias)
-    return nn.RMSNorm(c.n_embd, eps=1e-6, elementwise_affine=False)
+    rms = c.norm == "rmsnorm"
+    return nn.RMSNorm(c.n_embd, 1e-6, False) if rms else nn.LayerNorm(c.n_embd, bias=c.bias)
 
 
 def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

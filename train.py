@@ -27,12 +27,12 @@ import logger
 import monitor
 import resume
 import schedules
-from memory import offload
+from memory import activation_checkpoint, offload
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
-from precision import amp, histogram, onednn, stochastic
+from precision import amp, histogram, stochastic
 
 
 def main(cfg: config.Config) -> dict:
@@ -103,9 +103,6 @@ def main(cfg: config.Config) -> dict:
         model = GPT(whole.config, None if pipe is None else pipe.layers)
     dtype = amp.PARAM_DTYPE[cfg.precision]
     model = model.to(dtype)
-    if onednn.faster(cfg.precision, device):
-        for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
-            layer.product = onednn.linear
     weights = functools.partial(initial_weight, model.config)  # by name and shape
     if earlier is not None:
         weights = earlier.weights("training_weights" if earlier.has("training_weights") else "model")
@@ -115,19 +112,21 @@ def main(cfg: config.Config) -> dict:
     # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here -----------
     cuts = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])  # by name, where it lies
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
-    eights, scaler = choices.converted(cfg, model, device), choices.loss_scaler(cfg)  # fp8's and fp16's
+    places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(device)
+
+    # ---- how products are computed, and what backward computes again --------------------------------------
+    eights, scaler = choices.products(cfg, model, device), choices.loss_scaler(cfg)  # fp8's and fp16's
     scales = {name: kept for name, kept in (("fp8", eights), ("scaler", scaler)) if kept is not None}
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
-    places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(device)
+    activation_checkpoint.keep_less(model, cfg.activation_checkpoint or "none", mesh.groups["tp"])
+    uncompiled = choices.compiled(cfg, model, device)  # why, or None
 
     def run(numbers: range | list[int], rows: data.Rows = train_rows, layers=None, x=None):
         """Forward on the rows with these numbers: the sum of the token losses, and the targets (B, T). In a
         pipeline through these layers, x being what the stage before gave."""
         tokens = rows(numbers)  # (B, T+1) int64
-        if device.type == "cuda":
-            tokens = tokens.pin_memory()
-        tokens = tokens.to(device, non_blocking=True)
+        tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
         inputs, targets = tokens[:, places], tokens[:, places + 1]
         which = torch.tensor(numbers, device=device) if cfg.dropout > 0 else None
         with amp.autocast(cfg.precision, device):
@@ -220,7 +219,8 @@ def main(cfg: config.Config) -> dict:
     log.say(f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
     log.say(f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is "
             f"{cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}")
-    for line in mesh.table() + choices.remarks(cfg, mesh, earlier) + [choices.chosen(cfg, asked)]:
+    notes = [uncompiled, eights and eights.emulated, choices.chosen(cfg, asked)]
+    for line in filter(None, mesh.table() + choices.remarks(cfg, mesh, earlier) + notes):
         log.say(line)
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision.removesuffix("_sr"))
@@ -325,7 +325,8 @@ def main(cfg: config.Config) -> dict:
         prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
         prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
         stages = pipe and functools.partial(pipe.through, model, hidden, cfg.vocab_size)
-        with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor():
+        eager = contextlib.nullcontext() if cfg.compile == "off" else torch.compiler.set_stance("force_eager")
+        with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor(), eager:
             ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, 50, cfg.seed, stages)
         log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
     if done and is_main and step > 1:  # one point is no curve

@@ -33,7 +33,12 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
                            attention, and without logits
     20 s b h L             a common text: 7B, b = 4, s = 2048 make its 105.5 GB; the primary source says 36.5
                            of activations, not 21.5
-    b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: see KEPT
+    b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: see KEPT, and with
+                           --activation_checkpoint LEFT, to which comes what backward makes again of one block
+                           or segment, and the gradients inside a block: the peak of backward
+
+Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger parameter is a
+chunk by itself. (If the device is the CPU, nothing passes, and what files hold needs no memory.)
 
 Rough, and rather too much than too little: with one micro-batch gradients come as activations go, and both
 are counted in full. Not in it: fragmentation, the device's own context, kernels' workspaces, the peak inside
@@ -41,6 +46,7 @@ a layer. Measured with tiny batches and several micro-batches: within 5 % (tests
 """
 
 import difflib
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -63,6 +69,11 @@ ELEMENTWISE = ("sgd", "adamw", "adam_l2", "lion", "schedule_free", "schedule_fre
 KEPT = {
     ("modern", "fp64"): (152, 18, 16), ("modern", "fp32"): (76, 9, 8), ("modern", "bf16"): (51, 6, 8),
     ("gpt2", "fp64"): (128, 16, 8), ("gpt2", "fp32"): (64, 8, 4), ("gpt2", "bf16"): (40, 6, 4)}  # fmt: skip
+# with activation checkpointing in place of k: full, attention, mlp, selective; and gradients inside a block
+LEFT = {
+    ("modern", "fp64"): (8, 96, 88, 88, 105), ("modern", "fp32"): (4, 48, 44, 44, 53),
+    ("modern", "bf16"): (4, 30, 37, 24, 28), ("gpt2", "fp64"): (8, 96, 64, 88, 41),
+    ("gpt2", "fp32"): (4, 48, 32, 44, 20), ("gpt2", "bf16"): (4, 30, 26, 24, 14)}  # fmt: skip
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> (embedding | head | matrix | scalar, shape)
 
@@ -169,48 +180,61 @@ def bytes_per_rank(shapes: Shapes, optim: str = "adamw", layout: str = "ddp", wo
     # What each rank owns whole: with ZeRO its parameters, with FSDP only what cannot be stepped in shards.
     whole = {name: shape for name, (kind, shape) in shapes.items() if not fsdp or (
         n > 1 and optim not in ELEMENTWISE and (optim != "muon" or kind == "matrix"))}  # fmt: skip
-    owned = [[0, 0] for _ in range(n)]  # numbers, bytes of state
-    for name, rank in owners(whole, n).items():
-        owned[rank][0] += sizes[name]
-        owned[rank][1] += state_bytes(*shapes[name])
+    held_by, stepped = owners(whole, n), [[] for _ in range(n)]  # (bytes of weights, of state), rank by rank
+    groups = dict.fromkeys(kind for kind, _ in shapes.values())  # in the optimizer's order
+    for name in (name for group in groups for name, (kind, _) in shapes.items() if kind == group):
+        kind, shape = shapes[name]
+        shape = shape if name in whole else (math.ceil(shape[0] / n), *shape[1:])
+        for rank in [held_by[name]] if name in whole else range(n):
+            stepped[rank].append((weight * math.prod(shape), state_bytes(kind, shape)))
     if fsdp:
-        shards = [(name, kind, (math.ceil(s[0] / n), *s[1:])) for name, (kind, s) in shapes.items()]
-        share = sum(math.prod(shape) for _, _, shape in shards)
-        state = sum(state_bytes(kind, shape) for name, kind, shape in shards if name not in whole)
-        ranks = [(weight * share, gradient * share, state + s) for _, s in owned]
+        share = sum(math.prod((math.ceil(s[0] / n), *s[1:])) for _, s in shapes.values())
+        ranks = [(weight * share, gradient * share, sum(s for _, s in owned)) for owned in stepped]
     else:
         # With one micro-batch our zero1 sends gradients as early as zero2; the paper counts them whole.
         free = stage >= 2 or (stage == 1 and micro_batches == 1 and precision not in ("mixed", "texts"))
-        ranks = [(weight * (size if stage >= 3 else everything), gradient * (size if free else everything), s)
-                 for size, s in owned]  # fmt: skip
-    parameters, gradients, state = max(ranks, key=sum)
+        ranks = [(size if stage >= 3 else weight * everything,
+                  gradient * (size / weight if free else everything), state)
+                 for size, state in ([sum(x) for x in zip((0, 0), *owned)] for owned in stepped)]  # fmt: skip
+    fullest = max(range(n), key=lambda rank: sum(ranks[rank]))
+    parameters, gradients, state = ranks[fullest]
 
-    buffers = 0
-    if any(name.startswith("blocks.") for name in shapes):
-        backward, step = 0, of_the_step(shapes, optim, n, weight, precision)
+    by_block, chunk = any(name.startswith("blocks.") for name in shapes), chunk_mb * 2**20
+    chunks = 0  # of offloaded state on the device
+    if offload and not offload_params:
+        chunks = min(state, 2 * chunk * state / sum(size for size, _ in stepped[fullest]))
+        chunks = in_flight(stepped[fullest], chunk) if by_block else chunks
+    backward = step = 0
+    if by_block:
+        step = of_the_step(shapes, optim, n, weight, precision, chunk / weight if chunks else math.inf)
         if n > 1 or world > 1 or offload_params:
             backward = coming_and_going(shapes, layout, n, weight, gradient, reshard, micro_batches,
-                                        bucket_mb)  # fmt: skip
+                                        bucket_mb, own=not offload_params)  # fmt: skip
         if precision == "bf16" and layout != "zero3":  # autocast keeps its copies till backward
             backward += 2 * sum(sizes[x] for x, (kind, _) in shapes.items() if kind in ("matrix", "head"))
-        if fsdp and whole:  # the owners' weights stay; their gradients come, go over the wire, and leave
-            at_owner = sum(sizes[name] for name in whole) / n
-            buffers, step = weight * at_owner, step + 3 * gradient * at_owner
-        buffers += max(backward, step - activations)  # backward and step are not at the same time
+        if layout == "zero1":  # at the step others' gradients are gone
+            step -= gradients - gradient * sum(size for size, _ in stepped[fullest]) / weight
+    at_owner = sum(sizes[name] for name in whole) / n if fsdp and by_block else 0
+    kept, wire = weight * at_owner, gradient * at_owner  # owners keep whole weights; gradients come and go
     host = 0
-    if offload_params:  # then the step, and all it needs, is on the host
-        host, parameters, gradients, state = parameters + gradients + state, 0, 0, 0
+    if offload_params:  # then the step, and all it needs, is on the host; what travels passes the device
+        host = parameters + gradients + state + kept + wire + max(step, wire)
+        # fsdp takes a unit's gradients there at once, zero3 all of them after backward
+        parameters, gradients, state, kept, step = 0, 0 if fsdp else gradients, 0, 0, 2 * wire
     elif offload:
-        chunks = 2 * chunk_mb * 2**20 * sum(state_bytes(*s) for s in shapes.values()) / (weight * everything)
-        buffers, host, state = buffers + min(state, chunks), state, 0
+        host, state, step = state, 0, step + 3 * wire + chunks
+    else:
+        step += 3 * wire
+    buffers = kept + max(backward, step - activations)  # backward and step are not at the same time
     held = dict(parameters=parameters, gradients=gradients, state=state, activations=activations,
                 buffers=buffers)  # fmt: skip
     return held | dict(total=sum(held.values()), host=host)
 
 
 def coming_and_going(shapes: Shapes, layout: str, n: int, weight: int, gradient: int, reshard: bool,
-                     micro_batches: int, bucket_mb: float) -> float:
-    """Bytes of weights and gradients that a rank has for a while in backward, beside what it keeps."""
+                     micro_batches: int, bucket_mb: float, own: bool) -> float:
+    """Bytes of weights and gradients that a rank has for a while in backward, beside what it keeps; `own`:
+    it keeps its own weights (and fsdp's gradients) on the device."""
     units = {"before": 0, "after": 0}  # and the blocks -> numbers in them
     for name, (_, shape) in shapes.items():
         unit = name.split(".")[1] if name.startswith("blocks.") else "before" if len(units) == 2 else "after"
@@ -225,31 +249,65 @@ def coming_and_going(shapes: Shapes, layout: str, n: int, weight: int, gradient:
     if layout in ("zero1", "zero2"):
         return sent + others * gradient * unit
     if layout == "zero3":
-        return others * 2 * weight * unit + (1 + others) * gradient * unit
+        return (others if own else 1) * 2 * weight * unit + (1 + others) * gradient * unit
     gathered = weight * (root + 2 * block if reshard else everything)
     if micro_batches > 1:  # gradients wait, whole
-        return gathered + gradient * (others * everything + max(root, block))
+        return gathered + gradient * ((others if own else 1) * everything + max(root, block))
     return gathered + 2 * gradient * max(root, block)
 
 
-def of_the_step(shapes: Shapes, optim: str, n: int, weight: int, precision: str) -> float:
-    """Bytes of the temporaries of an optimizer's step: of the largest parameter, for Muon of a stack."""
+def in_flight(stepped: list[tuple[float, float]], limit: float) -> float:
+    """Most state on the device: that of two chunks, as memory/offload.py cuts (weights, state) into them."""
+    chunks, size = [0], 0
+    for weights, state in stepped:
+        if size and size + weights > limit:  # one that is larger than the limit is a chunk by itself
+            chunks, size = [*chunks, 0], 0
+        chunks[-1], size = chunks[-1] + state, size + weights
+    return max(a + b for a, b in itertools.pairwise([*chunks, 0]))
+
+
+def of_the_step(shapes: Shapes, optim: str, n: int, weight: int, precision: str, chunk: float) -> float:
+    """Bytes of the temporaries of an optimizer's step: of the largest parameter, for Muon of a stack, in
+    which go no more matrices than in a chunk of so many numbers."""
     most = weight * max(math.prod(shape) for _, shape in shapes.values())
     if optim != "muon":
         return most
     matrices = [shape for kind, shape in shapes.values() if kind == "matrix"]
-    stack = max(math.prod(s) * math.ceil(matrices.count(s) / n) for s in set(matrices))
+    stack = max(math.prod(s) * min(math.ceil(matrices.count(s) / n), max(1, chunk / math.prod(s)))
+                for s in set(matrices))  # fmt: skip
     return max(most, 3 * stack * (8 if precision == "fp64" else 2))
 
 
 def activation_bytes(precision: str, tokens: int, n_layer: int, n_embd: int, vocab_size: int = 0,
-                     arch: str = "modern") -> float:
-    """Kept for backward by one micro-batch of `tokens` = b x s: by 34 s b h, the text's 20 s b h, or ours."""
+                     arch: str = "modern", activation_checkpoint: str = "none", tp: int = 1) -> float:
+    """Kept for backward by one micro-batch of `tokens` = b x s: by 34 s b h, the text's 20 s b h, or ours.
+
+    activation_checkpoint: as in memory/activation_checkpoint.py; tp: ranks that share out what full_sharded
+    keeps. What is offloaded is on the device while it is used, for two blocks at a time.
+    """
     check("precision", precision, BYTES)
-    if precision in ("mixed", "texts"):
-        return tokens * n_embd * n_layer * {"mixed": 34, "texts": 20}[precision]
-    per_layer, per_channel, per_word = KEPT[arch, precision]
-    return tokens * ((per_layer * n_layer + per_channel) * n_embd + per_word * vocab_size)
+    published = {"mixed": 34, "texts": 20}.get(precision)  # with inputs and results of products of 2 bytes
+    per_layer, per_channel, per_word = (published, 0, 0) if published else KEPT[arch, precision]
+    full, attention, mlp, selective, passing = (2, 26, 18, 22, 0) if published else LEFT[arch, precision]
+    how, _, number = activation_checkpoint.partition("_")
+    if not (how in ("every", "segments") and number.isdecimal()):
+        how, number = activation_checkpoint, 1
+    K, L, attention, selective = int(number), n_layer, min(attention, per_layer), min(selective, per_layer)
+    if K < 1 or (how == "segments" and K > L):
+        raise ValueError(f"activation_checkpoint={activation_checkpoint} takes 1 to {L}, the layers")
+    again = math.ceil(L / K)  # layers, where they are taken in steps of K
+    by_how = {"none": (L * per_layer, 0), "full": (L * full, per_layer - full),
+              "full_sharded": (L * full / tp, per_layer - full / tp), "full_offload": (0, per_layer + full),
+              "every": (again * full + (L - again) * per_layer, (per_layer - full) * ((L - 1) % K == 0)),
+              "segments": (K * full, again * per_layer - full), "attention": (L * attention, 0),
+              "mlp": (L * mlp, per_layer - mlp), "selective": (L * selective, per_layer - selective),
+              "offload": (0, 2 * per_layer)}  # fmt: skip
+    check("activation_checkpoint", how, by_how)
+    kept, back = by_how[how]
+    after = per_channel * n_embd + per_word * vocab_size  # of the head; gone when backward is in the blocks
+    if how == "none":
+        return tokens * (kept * n_embd + after)
+    return tokens * (kept * n_embd + max((back + passing) * n_embd, after))
 
 
 def check(what: str, value, known) -> None:
@@ -263,7 +321,7 @@ def check(what: str, value, known) -> None:
 DEFAULTS = dict(params=None, gpus=8, optim="adamw", precision=None, n_layer=None, n_embd=None,
                 vocab_size=50304, n_head=1, n_kv_head=None, block_size=1024, arch="modern", batch=0,
                 micro_batches=1, fsdp_shard=None, reshard=True, bucket_mb=25.0, offload=None,
-                offload_params=None)  # fmt: skip
+                offload_params=None, activation_checkpoint="none")  # fmt: skip
 NAMES = {"optim": OPTIONS, "precision": BYTES, "arch": ("modern", "gpt2"), "offload": ("cpu", "disk"),
          "offload_params": ("cpu", "disk"), "grafting": ("adam", "rmsprop", "sgd", "none")}  # fmt: skip
 FRACTIONS = ("bucket_mb", "momentum", "beta1", "normuon_beta2")
@@ -293,6 +351,8 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
 
 
 def from_text(name: str, text: str, default):
+    if name == "activation_checkpoint":
+        return text
     if name in NAMES and not (text == "none" and default is None):
         check(name, text, NAMES[name])
     if name in NAMES or (text == "none" and name in MAY_BE_NONE):
@@ -323,6 +383,8 @@ def table(settings: dict, options: dict) -> str:
         raise ValueError(f"{s.optim}'s state depends on shapes: give --n_layer and --n_embd, not --params")
     else:
         shapes = even_shapes(s.params, s.gpus)
+    if s.activation_checkpoint != "none" and not s.batch:
+        raise ValueError("--activation_checkpoint is about activations: type --batch=8, or another number")
     count = sum(math.prod(shape) for _, shape in shapes.values())
     owners = assign if by_shape else lambda shapes, n: {name: i % n for i, name in enumerate(shapes)}
     lines = [f"{count:,} parameters, {s.optim}, {s.gpus} ranks; GB (1e9 bytes) on the fullest rank"]
@@ -330,7 +392,8 @@ def table(settings: dict, options: dict) -> str:
     for precision in [s.precision] if s.precision else ["bf16"] * by_shape + ["mixed", "texts"]:
         tokens, kept = s.batch * s.block_size, 0
         if s.batch:
-            kept = activation_bytes(precision, tokens, s.n_layer, s.n_embd, s.vocab_size, s.arch)
+            kept = activation_bytes(precision, tokens, s.n_layer, s.n_embd, s.vocab_size, s.arch,
+                                    s.activation_checkpoint)  # fmt: skip
         lines += ["", f"{precision}: {HEADINGS[precision]}", "layout " + "".join(f"{c:>12}" for c in columns)]
         for layout in LAYOUTS:
             held = bytes_per_rank(

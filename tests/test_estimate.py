@@ -149,6 +149,23 @@ def test_activations_are_what_autograd_saves(arch, precision, size):
     assert activation_bytes(precision, 4 * 128, **size, arch=arch) == pytest.approx(measured, rel=0.08)
 
 
+def test_activation_checkpointing_takes_from_the_activations_alone():
+    """How much is tested in test_activation_checkpoint.py; on paper 34 s b h become 2."""
+    size, found = ["--n_layer=32", "--n_embd=4096", "--params=7e9", "--block_size=2048", "--batch=4"], {}
+    for how in "none", "full", "every_2", "every_3", "segments_4", "attention", "mlp", "selective", "offload":
+        rows = estimate.table(*estimate.parse([*size, f"--activation_checkpoint={how}"])).splitlines()
+        found[how] = [row.split() for row in rows if row.startswith("ddp")]
+        assert [row[1:4] for row in found[how]] == [["14", "14", "84"], ["14", "14", "56"]]
+    first = {how: float(rows[0][4]) for how, rows in found.items()}
+    unit = 4 * 2048 * 4096 / 1e9  # the formula: of all layers, and what comes back of one
+    assert first["none"] == pytest.approx(34 * 32 * unit, rel=1e-3)
+    assert first["full"] == pytest.approx((2 * 32 + 32) * unit, rel=1e-3)
+    assert first["every_2"] == pytest.approx((2 * 16 + 34 * 16) * unit, rel=1e-3)
+    assert first["every_3"] == pytest.approx((2 * 11 + 34 * 21) * unit, rel=1e-3)
+    assert first["segments_4"] == pytest.approx((2 * 4 + 34 * 8 - 2) * unit, rel=1e-3)
+    assert first["offload"] < first["full"] < first["selective"] < first["attention"] < first["none"]
+
+
 def test_offloading_moves_bytes_to_the_host():
     shapes = gpt_shapes(12, 768, 50304)
     plain = bytes_per_rank(shapes, "adamw", "zero3", 4)
@@ -393,7 +410,11 @@ def test_every_optimizer_and_layout_has_a_row():
     ("--params=7e9 --optim=soap", "depends on shapes"), ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3"),
     ("--params=7e9 --opt.momentum=0.9", "adamw's option 'momentum'"), ("--params=7e9 --offload=disc", "disk"),
     ("--params=7e9 --optim=sgd --opt.momentun=0.9", "did you mean momentum"), ("--n_layer=2", "--n_embd"),
-    ("--params=7e9 --optim=sgd --opt.momentum=x", "momentum=x"), ("--params=7e9 --batch=2", "--n_layer")])
+    ("--params=7e9 --optim=sgd --opt.momentum=x", "momentum=x"), ("--params=7e9 --batch=2", "--n_layer"),
+    ("--params=7e9 --activation_checkpoint=full", "type --batch=8"),
+    ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=fulll", "did you mean full"),
+    ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=every_0", "takes 1 to 2"),
+    ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=segments_3", "takes 1 to 2")])
 def test_a_mistake_is_one_line(arguments, said):
     with pytest.raises(ValueError) as error:
         estimate.table(*estimate.parse(arguments.split()))

@@ -23,7 +23,8 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_concept_imports_at_most_one_other(path):
-    others = {n for n in imported(path) if n.split(".")[0] not in {"torch", "matplotlib", *sys.stdlib_module_names}}
+    known = {"torch", "matplotlib", *sys.stdlib_module_names}
+    others = {n for n in imported(path) if n.split(".")[0] not in known}
     siblings = {n for n in others if n.split(".")[0] == path.parent.name and n != "parallel.mesh"}
     assert others - siblings <= ({"parallel.mesh"} if path.parent.name == "parallel" else set())
     assert len(siblings) <= 1

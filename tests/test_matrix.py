@@ -162,7 +162,8 @@ def go(rank, world, folders, steps, flags, shape):
     for folder in folders:
         optim = folder.name.split("-")[-1]
         argv = [f"--data={folder.parent}/squares.txt", f"--out_dir={folder}", *TINY, *shape,
-                f"--optim={optim}", f"--steps={steps}", "--schedule=constant", "--eval_every=0", "--precision=fp64"]  # fmt: skip
+                f"--optim={optim}", f"--steps={steps}", "--schedule=constant", "--eval_every=0",
+                "--precision=fp64"]  # fmt: skip
         argv += ["--opt.eps=1e-2", "--lr=1e-3"] if optim == "soap" else []
         train.main(config.parse([*argv, *flags]))
 
