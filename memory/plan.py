@@ -103,7 +103,7 @@ GPUS = {"A100": (312e12, 80e9, 2.039e12, 300e9, 25e9), "H100": (989.5e12, 80e9, 
 
 @dataclass(frozen=True)
 class Layout:
-    """Named as train.py's flags. activation_checkpoint (none, full, every_K: each K-th block) comes later."""
+    """Named as train.py's flags; of activation_checkpoint none, full and every_K."""
 
     tp: int = 1
     sp: bool = False
@@ -254,7 +254,7 @@ def layouts(m: Model, c: Cluster, batch: int) -> Iterator[Layout]:
                     x = Layout(tp, sp, cp, pp, "1f1b", 1, kind, reshard, again, size)
                     if rest == 0 and micro:
                         yield x
-                    if rest == 0 and micro and pp > 1 and kind != "fsdp":
+                    if rest == 0 and micro and pp > 1 and kind != "fsdp" and again == "none":
                         yield replace(x, pp_schedule="zerobubble")
                     if rest == 0 and micro and pp > 1 and micro % pp == 0:
                         for chunks in (v for v in (2, 3, 4, 8) if v * pp <= m.n_layer):
@@ -374,8 +374,6 @@ def table(s: dict) -> str:
     names = ("n_layer", "n_embd", "n_head", "n_kv_head")
     lines += ["", " ".join([start, "train.py", *(f"--{k}={getattr(m, k)}" for k in names), "--optim=adamw",
                             f"--precision={s['precision']}", flags(m, found[0].layout, batch)])]  # fmt: skip
-    if found[0].layout.activation_checkpoint != "none":
-        lines.append("(--activation_checkpoint comes later)")
     if s["precision"] == "mixed":
         lines.append("(--precision=mixed is the papers' accounting; train.py has bf16)")
     return "\n".join(lines)

@@ -225,7 +225,8 @@ def obeys(x, m, gpus, batch, node=8):
     assert x.pp_schedule != "interleaved" or micro % x.pp == 0
     assert x.pp_schedule in ("1f1b", "interleaved", "zerobubble") and (x.pp > 1 or x.pp_schedule == "1f1b")
     assert x.data_parallel in ("ddp", "zero1", "fsdp") and (x.reshard or x.data_parallel == "fsdp")
-    assert not (x.pp_schedule == "zerobubble" and x.data_parallel == "fsdp")
+    assert not (x.pp_schedule == "zerobubble" and (x.data_parallel == "fsdp" or
+                                                   x.activation_checkpoint != "none"))  # fmt: skip
     assert m.block_size % (2 * x.cp) == 0 or x.cp == 1
     assert not x.sp or (x.tp > 1 and m.block_size // x.cp % x.tp == 0)
 
