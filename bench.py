@@ -3,6 +3,7 @@
     python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
     python bench.py spread [--quick]
     torchrun --standalone --nproc_per_node=4 bench.py network [--tp=2] [...]        see bench_network.py
+    python bench.py train [recipe.toml] [--quick] [...]                             see bench_train.py
 
 `spread`: milliseconds of Muon's orthogonalisation on two ranks of one thread each, all matrices on every rank
 (as replicas do it) against each at its owner (zero1), turn by turn, and of the step with its broadcasts.
@@ -37,7 +38,7 @@ from unittest import mock
 import torch
 
 USAGE = ("usage: python bench.py optim [--quick] [--only=NAME,...] [--threads=N] [--out=FILE.md], "
-         "or python bench.py spread [--quick], or bench.py network under torchrun")  # fmt: skip
+         "or bench.py spread [--quick], or bench.py train, or bench.py network under torchrun")  # fmt: skip
 
 
 def shapes(kind: str, quick: bool) -> list[tuple[int, ...]]:
@@ -300,10 +301,8 @@ def spread(quick: bool) -> int:
 def main(argv: list[str]) -> int:
     if argv in (["spread"], ["spread", "--quick"]):
         return spread("--quick" in argv)
-    if argv[:1] == ["network"]:
-        import bench_network
-
-        return bench_network.main(argv[1:])
+    if argv[:1] in (["network"], ["train"]):
+        return importlib.import_module(f"bench_{argv[0]}").main(argv[1:])
     flags = dict(word.partition("=")[::2] for word in argv[1:])
     allowed = {"--quick": "", "--only": "[a-z0-9,-]+", "--threads": "[1-9][0-9]*", "--out": ".+"}
     rows = [row for row in ROWS if "--quick" not in flags or "compiled" not in row]

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from pathlib import Path
 
 import torch
@@ -59,6 +60,17 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     )
 
 
+def with_vocabulary(cfg: config.Config, n_vocab: int) -> config.Config:
+    """vocab_size None is the tokenizer's, rounded up to a multiple of 64 and tp. Raises ValueError."""
+    if cfg.vocab_size is None:
+        multiple = math.lcm(64, cfg.tp)
+        return config.update(cfg, vocab_size=-(-n_vocab // multiple) * multiple)
+    if cfg.vocab_size % cfg.tp:
+        more = -(-cfg.vocab_size // cfg.tp) * cfg.tp
+        raise ValueError(f"tp={cfg.tp} does not divide vocab_size={cfg.vocab_size}; try --vocab_size={more}")
+    return cfg
+
+
 def lr_schedule(cfg: config.Config):
     """Step -> what every learning rate is multiplied by. Raises ValueError for a bad --schedule.NAME."""
     options = config.check_options(cfg, "schedule", schedules.SHAPES[cfg.schedule], given=schedules.OURS)
@@ -100,6 +112,8 @@ def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | Non
     found = {
         f"data_parallel={layout}: one replica, nothing to spread": mesh.groups["replicas"] is None
         and layout != "ddp",
+        f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are":
+        mesh.groups["replicas"] is None and cfg.param_dtype is not None,
         f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": cfg.pp == 1
         and cfg.pp_schedule != "1f1b",
         f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences": cfg.cp == 1

@@ -411,11 +411,10 @@ def check_model_parallel(cfg: Config) -> None:
                              f"--tp={math.gcd(cfg.tp, number)} would")
     if cfg.sp and cfg.tp == 1:
         raise ValueError("sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more")
-    parts = cfg.cp * (2 if ring else cfg.tp if cfg.sp else 1)
-    if cfg.block_size % parts or (cfg.sp and cfg.block_size // cfg.cp % cfg.tp):
-        parts = math.lcm(parts, cfg.cp * cfg.tp)
+    parts = math.lcm(cfg.cp * (2 if ring else 1), cfg.cp * (cfg.tp if cfg.sp else 1))
+    if cfg.block_size % parts:
         better = -(-cfg.block_size // parts) * parts
-        raise ValueError(f"cp={cfg.cp} and tp={cfg.tp} cut a sequence into {parts} equal parts; "
+        raise ValueError(f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
                          f"block_size={cfg.block_size} cannot be, try --block_size={better}")
     if cfg.cp > 1 and not ring and heads // cfg.tp % cfg.cp:
         raise ValueError(f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "

@@ -86,7 +86,7 @@ def main(cfg: config.Config) -> dict:
     corpus = mesh.first_on_each_machine(
         lambda: data.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
     )
-    cfg = config.update(cfg, vocab_size=cfg.vocab_size or -(-corpus.tokenizer.n_vocab // 64) * 64)
+    cfg = choices.with_vocabulary(cfg, corpus.tokenizer.n_vocab)
     train_rows = data.Rows(corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size)
     val_rows = data.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
@@ -97,7 +97,7 @@ def main(cfg: config.Config) -> dict:
     # ---- model: the same start on every layout ------------------------------------------------------------
     group, pipe = mesh.groups["pp"], None
     if group is not None:
-        pipe = pipeline.Pipeline(group, cfg.pp_schedule, cfg.n_layer, config.chunks(cfg), tied=cfg.tied)
+        pipe = pipeline.Pipeline(group, cfg.pp_schedule, cfg.n_layer, config.chunks(cfg), device, cfg.tied)
     with torch.device("meta"):  # shapes alone; the layout decides what is held where
         whole = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
         model = GPT(whole.config, None if pipe is None else pipe.layers)
@@ -135,7 +135,8 @@ def main(cfg: config.Config) -> dict:
     def hidden(n: int, length: int) -> tuple:
         """Shape, dtype and device of what the stages of a pipeline send each other of n sequences."""
         length //= cfg.tp if cfg.sp and model.training else 1
-        return (n, length, cfg.n_embd), choices.DTYPES[cfg.param_dtype] or dtype, device
+        own = cfg.param_dtype is None or mesh.groups["replicas"] is None
+        return (n, length, cfg.n_embd), dtype if own else choices.DTYPES[cfg.param_dtype], device
 
     def each(batches: list, rows: data.Rows, scale: float | None = None, look=None) -> torch.Tensor | float:
         """Forward on micro-batches of row numbers, and backward of each loss times `scale`. look(i, loss,
@@ -307,18 +308,18 @@ def main(cfg: config.Config) -> dict:
         model.zero_grad(set_to_none=True)
 
         # One sum over all ranks brings the loss of the whole batch, and word that somebody was told to stop.
-        loss = float(loss) / tokens if mesh.coords["tp"] == 0 else 0.0
-        loss, stops = mesh.sum(loss, stop.asked)
+        loss, stops = mesh.sum(float(loss) / tokens * (mesh.coords["tp"] == 0), stop.asked)
         stop.agreed, seconds = stops > 0, time.perf_counter() - began
         step += 1
         latest |= {"step": step, "loss": loss}
         if step % cfg.log_every == 0 or step == cfg.steps:
             speed = tokens / seconds
+            sent = replicas.sent_bytes + getattr(optimizer, "sent_bytes", 0) + getattr(pipe, "sent_bytes", 0)
             log.train({"step": step, "loss": loss, "lr": lrs["matrix"] * lr_factor(step - 1),
                        "grad_norm": float(grad_norm), "tokens": rows_seen * cfg.block_size,
-                       "tokens_per_s": speed,
-                       "mfu": monitor.mfu(speed / mesh.world, flops, peak), "step_s": seconds,
-                       "peak_bytes": monitor.peak_bytes(device), "sent_bytes": replicas.sent_bytes})
+                       "tokens_per_s": speed, "mfu": monitor.mfu(speed / mesh.world, flops, peak),
+                       "step_s": seconds, "peak_bytes": monitor.peak_bytes(device), "sent_bytes": sent,
+                       **({"idle_s": pipe.idle_s} if pipe is not None else {})})  # of rank 0
 
     # ---- the end ------------------------------------------------------------------------------------------
     if done and cfg.sample_tokens:  # on every rank: a forward may be a collective

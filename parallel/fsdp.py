@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.mesh import allocate, mapped_file
+from parallel.mesh import allocate, mapped_file, new_group
 from parallel.whole import Adapter, box, part
 
 
@@ -68,8 +68,8 @@ class FSDP:
         if offload_params not in (None, "cpu", "disk"):
             raise ValueError(f"--offload_params={offload_params} is not known; take cpu, disk or none")
         if offload_params and group is None:
-            raise ValueError("--offload_params with --data_parallel=fsdp needs two or more ranks; start with "
-                             "torchrun --nproc_per_node=2, or take --data_parallel=zero3")  # fmt: skip
+            raise ValueError("--offload_params with --data_parallel=fsdp needs two or more replicas; start "
+                             "more ranks than tp*cp*pp, or leave it out")  # fmt: skip
         if offload_params == "disk" and folder is None:
             raise ValueError("--offload_params=disk needs a folder for its files")
         self.group, self.device, self.n, self.shard, self.reshard = group, device, n, shard, reshard
@@ -124,7 +124,7 @@ class FSDP:
         kind, (row,), (column,) = self.device.type, *(i for i in (ranks == dist.get_rank()).nonzero().T)
         if self.shard == self.n:
             return DeviceMesh.from_group(self.group, kind, mesh_dim_names=("shard",))
-        neighbours, replicas = (dist.new_group(members.tolist(), use_local_synchronization=True)
+        neighbours, replicas = (new_group(members.tolist(), self.device)
                                 for members in (ranks[row], ranks[:, column]))  # fmt: skip
         self.counts = int(row) == 0
         names = "replicate", "shard"
@@ -186,7 +186,7 @@ class FSDP:
             bytes_ += (s - 1) * p.numel() * dtype.itemsize * times // s
             gradient = p.numel() * (self.reduce_dtype or dtype).itemsize
             bytes_ += (s - 1) * gradient // s + 2 * (replicas - 1) * gradient // (replicas * s)
-        self.sent_bytes = bytes_ + (self.adapter.sent_bytes if self.adapter else 0)
+        self.sent_bytes = bytes_
 
     @torch.no_grad()
     def gradients(self) -> dict[str, torch.Tensor]:

@@ -90,17 +90,23 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
     sizes = dict(pp=pp, dp=world // (tp * cp * pp), cp=cp, tp=tp)
     grid = torch.arange(world).view(*sizes.values())
     coords = dict(zip(AXES, (int(i) for i in (grid == rank).nonzero()[0])))
-    groups, made, patience = {}, {}, None
-    if world > 1:  # the world's own, or each group would have a default of half an hour
-        patience = getattr(getattr(dist.group.WORLD._get_backend(device), "options", None), "_timeout", None)
+    groups, made = {}, {}
     for name, dims in dict(pp=[0], dp=[1], cp=[2], tp=[3], replicas=[1, 2]).items():
         size = math.prod(grid.shape[dim] for dim in dims)
         for members in grid.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist():
             if size > 1 and tuple(members) not in made:
-                made[tuple(members)] = dist.new_group(members, timeout=patience)
+                made[tuple(members)] = new_group(members, device, everybody=True)
             if rank in members:
                 groups[name] = made.get(tuple(members))
     return Mesh(sizes, coords, groups, rank, world, device)
+
+
+def new_group(ranks: list[int], device: torch.device, everybody: bool = False) -> dist.ProcessGroup:
+    """A group of these ranks, made by them alone or by `everybody`, that waits no longer than the world does:
+    torch's default for a group is half an hour."""
+    options = getattr(dist.group.WORLD._get_backend(device), "options", None)
+    patience = getattr(options, "_timeout", None)
+    return dist.new_group(ranks, timeout=patience, use_local_synchronization=not everybody)
 
 
 def allocate(module: nn.Module, device: torch.device, keep=lambda p: True) -> nn.Module:

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
+from parallel.mesh import new_group
 from parallel.timeline import Op, Transfer, layers, programs, schedule, simulate
 
 
@@ -35,15 +36,16 @@ class Pipeline:
     After run(): `in_flight`, most forwards alive at once, `sent_bytes`, and `idle_s`, seconds of waiting for
     others (a GPU waits apart from its process: not seen here).
 
-    tied: first and last rank share the parameter `tied_name`.
+    device: where messages leave from. tied: first and last rank share the parameter `tied_name`.
     """
 
     deferred: list | None = None  # what defer_weight_gradients(model) gave
 
     def __init__(self, group: dist.ProcessGroup, name: str, n_layer: int, chunks: int = 1,
-                 tied: bool = False, tied_name: str = "embed.weight"):  # fmt: skip
+                 device: torch.device = torch.device("cpu"), tied: bool = False,
+                 tied_name: str = "embed.weight"):  # fmt: skip
         assert group is not None, "one rank is no pipeline"
-        self.group, self.name, self.v, self.tied_name = group, name, chunks, tied_name
+        self.group, self.name, self.v, self.tied_name, self.device = group, name, chunks, tied_name, device
         self.rank, self.p = dist.get_rank(group), dist.get_world_size(group)
         schedule(name, self.p, self.p, chunks)  # refuses
         self.chunks = layers(n_layer, self.p, chunks)[self.rank]
@@ -51,12 +53,13 @@ class Pipeline:
         self.first, self.last, self.idle_s, self.in_flight = self.rank == 0, self.rank == self.p - 1, 0.0, 0
         ranks, self.ends, self.sent_bytes = dist.get_process_group_ranks(group), None, 0
         if tied and (self.first or self.last):
-            self.ends = dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True)
+            self.ends = new_group([ranks[0], ranks[-1]], device)
         self.plan = functools.cache(self.plan)
         dist.barrier(group)  # NCCL: messages between two ranks only after one of all
 
     def plan(self, m: int, training: bool) -> list[Op | list[Transfer]]:
-        every = [Op("F", i, chunk) for chunk in range(self.v) for i in range(m)]
+        groups = [range(i, min(i + self.p, m)) for i in range(0, m, self.p)]
+        every = [Op("F", i, chunk) for group in groups for chunk in range(self.v) for i in group]
         ops = schedule(self.name, self.p, m, self.v) if training else [every] * self.p
         return programs(simulate(ops))[self.rank]
 
@@ -157,8 +160,12 @@ class Pipeline:
     def share_tied(self, gradients: dict[str, torch.Tensor]) -> None:
         """Sums the tied parameter's gradient over its two ranks, in place, if it is there (on both)."""
         if self.ends is not None and self.tied_name in gradients:
-            dist.all_reduce(gradients[self.tied_name], group=self.ends)
-            self.sent_bytes += gradients[self.tied_name].nbytes
+            gradient = gradients[self.tied_name]
+            total = gradient.to(self.device)  # offloaded ones are on the CPU
+            dist.all_reduce(total, group=self.ends)
+            if total is not gradient:
+                gradient.copy_(total)
+            self.sent_bytes += total.nbytes
 
 
 # ---- zero bubble: a backward in two parts ------------------------------------------------------------------

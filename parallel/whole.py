@@ -44,6 +44,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.mesh import new_group
+
 
 class Exchange:
     """Weights of one dtype, spread over one group: all their shards go to the owners or come back at once."""
@@ -98,7 +100,8 @@ class Adapter:
     offset) of the parameters that are a part, along dim, of a whole spread over cut_group.
 
     boxes: name -> (whole shape, offsets) of each parameter of which the optimizer here has a shard.
-    sent_bytes: by this rank in each step. Collective: all ranks make it together, with the same groups.
+    sent_bytes: by this rank in each step, also on the optimizer. Collective: all ranks make it together, with
+    the same groups.
     """
 
     @torch.no_grad()
@@ -136,7 +139,7 @@ class Adapter:
         self.optimizer = cls([only(group, stepped) for group in groups], **arguments)
         self.optimizer.register_step_pre_hook(self.before_step)
         self.optimizer.register_step_post_hook(self.after_step)
-        self.optimizer.zero_grad = self.zero_grad
+        self.optimizer.zero_grad, self.optimizer.sent_bytes = self.zero_grad, self.sent_bytes
 
     @torch.no_grad()
     def before_step(self, optimizer, args, kwargs) -> None:
@@ -232,7 +235,8 @@ def group_of(ranks: tuple[int, ...], p: Tensor, cut_group: dist.ProcessGroup | N
     for group in known:
         if tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
             return group
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    wire = torch.device(p.device_mesh.device_type) if hasattr(p, "device_mesh") else p.device
+    return new_group(list(ranks), wire)
 
 
 def box(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -245,7 +245,7 @@ class ZeRO:
         self.need(i)
         if i + 1 < len(self.units):
             self.fetch(i + 1)
-        if x is not None and x.requires_grad:
+        if x is not None and x.grad_fn is not None:  # a stage's input is a leaf: end() follows at once
             x.register_hook(lambda _: self.back(i - 1))
 
     def leave(self, out: Tensor) -> None:

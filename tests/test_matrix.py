@@ -61,14 +61,34 @@ def test_every_optimizer_on_a_model_cut_up_is_one_process(layout):
         assert found < (1e-4 if name == "SOAP" else 1e-10), name
 
 
-TIED = "zero1 2 x pp 2", "pp 2 x tp 2", "fsdp 2 x pp 2", "pp 2 x fsdp 2 x tp 2 + sp", "pp 2 x cp 2 x tp 2"
+TIED = ["zero1 2 x pp 2", "pp 2 x tp 2", "zero1 2 x pp 2 interleaved", "zero1 2 x pp 2 zerobubble",
+        "fsdp 2 x pp 2", "pp 2 x fsdp 2 x tp 2 + sp", "pp 2 x cp 2 x tp 2"]  # fmt: skip
+GPT2 = ["--arch=gpt2", "--n_kv_head=2", "--clip_value=0.02", "--eval_tokens=144", "--micro_batch_size=2"]
 
 
 @pytest.mark.parametrize(
     "layout", [*TIED[:2], *(pytest.param(layout, marks=pytest.mark.slow) for layout in TIED[2:])]
 )
 def test_a_tied_head_biases_and_grouped_queries_are_cut_up_right(layout):
-    assert max(apart(layout, ["SGD"], "--arch=gpt2", "--n_kv_head=2").values()) < 1e-10
+    assert max(apart(layout, ["SGD"], *GPT2).values()) < 1e-10
+
+
+def test_a_tied_gradient_meets_its_other_half_where_stages_would_choose_other_owners():
+    """With 128 words the two stages deal out their parameters differently."""
+    assert max(apart("zero1 2 x pp 2", ["SGD"], *GPT2, "--vocab_size=128").values()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "layout", ["pp 2 interleaved", pytest.param("pp 2 x fsdp 2 x tp 2 + sp", marks=pytest.mark.slow)]
+)
+def test_the_sample_at_the_end_is_one_process_s(tmp_path, layout):
+    text(tmp_path)
+    found = []
+    for name in ("one process", layout):
+        on(name, [tmp_path / f"{name}-muon"], 4, [*LARGER, "--sample_tokens=20"])
+        log = (tmp_path / f"{name}-muon" / "train.log").read_text()
+        found.append(log[log.index("---- a sample") :])
+    assert found[0] == found[1] and len(found[0]) > 50
 
 
 MORE = "ddp 4", "zero1 2", "fsdp 2", "zero2 4", "zero3 4", "hybrid 2x2"

@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import config
 import monitor
+from model import GPT, GPTConfig
 from monitor import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 
 
@@ -49,6 +52,27 @@ def test_the_formula_equals_what_torch_counts_operation_by_operation(tied):
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(40, (B, T))).sum().backward()
     assert counter.get_total_flops() == B * T * flops_per_token(matmul_params(model), 2, 16, T)
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_head):
+    c = GPTConfig(n_layer=3, n_head=4, n_kv_head=n_kv_head, n_embd=32, block_size=24, vocab_size=72,
+                  **config.ARCHS[arch] | {"tied": tied})  # fmt: skip
+    model, x = GPT(c), torch.randint(72, (5, 24))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    assert counter.get_total_flops() == x.numel() * flops_per_token(matmul_params(model), 3, 32, 24)
+
+
+def test_torch_does_not_halve_causal_attention_either_and_a_fused_backward_has_one_product_more():
+    B, H, T, D = 2, 3, 16, 8
+    shapes = [(B, H, T, D)] * 3
+    product = 2 * B * H * T * T * D
+    assert sdpa_flop_count(*shapes) == 2 * product                    # q k', then weights v
+    assert sdpa_backward_flop_count(shapes[0], *shapes) == 5 * product  # four gradients, and q k' once more
+    assert 6 * product == B * T * flops_per_token(0, 1, H * D, T)     # recomputation is not counted
 
 
 def test_matmul_params_count_the_head_once_tied_or_not_and_no_embedding():
