@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -38,8 +39,13 @@ def matrices_only(optimizer_class: type) -> bool:
 
 
 def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> config.Config:
-    """The config with a value in place of every `auto`, and of every `none` that means the optimizer's
-    own."""
+    """The config with a value in place of every `auto`, and of every `none` that means the optimizer's own;
+    and what torch itself has to be told."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
     default = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
     lr = default["lr"] if cfg.lr is None else cfg.lr
     other = 0.01 if matrices_only(optimizer_class) else lr

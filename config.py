@@ -15,6 +15,7 @@ ValueError whose one line says what came, what is allowed and what to type.
 
 import ast
 import difflib
+import importlib.util
 import inspect
 import math
 import tomllib
@@ -47,6 +48,9 @@ class Config:
     )
     block_size: int = knob(256, "tokens per sequence", least=1)
     seed: int = knob(1337, "decides initial weights, order of rows, dropout masks", least=0)
+    deterministic: bool = knob(
+        False, "only kernels that give the same bits each time; slower on a GPU", FREE
+    )
     resume: str = knob(
         "auto", "auto: go on in out_dir | never: anew | PATH: branch from a run or checkpoint", FRESH
     )
@@ -177,6 +181,10 @@ class Config:
     eval_every: int | None = knob(60, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
     save_every: int | None = knob(100, "steps between checkpoints; 0 = only at the end", FREE, least=0)
     keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
+    tensorboard: bool = knob(False, "also write to out_dir/tensorboard", FRESH)
+    wandb: str | None = knob(
+        None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here", FRESH
+    )
     sample_tokens: int = knob(200, "length of the sample printed at the end; 0 = none", FREE, least=0)
     peak_flops: float | None = knob(None, "FLOP/s of one device, for MFU; none = by its name", FREE, least=0)
 
@@ -383,6 +391,9 @@ def check(cfg: Config) -> Config:
             raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
                              f"leave it out, or type {others}")
     check_model_parallel(cfg)
+    for name in ("tensorboard", "wandb"):
+        if getattr(cfg, name) and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--{name} needs a package: pip install {name}")
     for namespace, owner in (("compress", "compress"), ("diloco", "diloco_every")):
         if cfg.sub(namespace) and getattr(cfg, owner) is None:
             raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")

@@ -10,12 +10,19 @@
 event "nonfinite" names field and value. A resumed run continues its file, cut back to the loaded step.
 
     python logger.py plot RUN [RUN ...] [--out=FILE.png]    draw one run (RUN/loss.png) or compare several
+    python logger.py csv RUN [--out=FILE.csv]               metrics.jsonl as a table (RUN/metrics.csv)
+
+tensorboard=True and wandb=PROJECT also send every number to TensorBoard (RUN/tensorboard) and to Weights &
+Biases (RUN/wandb; WANDB_MODE=offline needs no account). A resumed run goes on with the same curves there.
 """
 
+import csv
+import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -75,13 +82,57 @@ def latest(out_dir) -> dict:
     return found
 
 
+def need(name: str, flag: str):
+    """The module, or ValueError with what to type: these two packages are optional."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"--{flag} needs a package: pip install {flag.split('=')[0]}") from None
+
+
+def to_tensorboard(out_dir, first_step: int):
+    """(write(row), close()) for RUN/tensorboard, where points from first_step on, of earlier attempts, go."""
+    writer = need("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+        os.path.join(out_dir, "tensorboard"), purge_step=first_step, flush_secs=10)
+
+    def write(row: dict) -> None:
+        for key, value in row.items():
+            if key != "step":
+                writer.add_scalar(key, value, row["step"])
+
+    return write, writer.close
+
+
+def to_wandb(out_dir, project: str, settings: dict, resumed: bool):
+    """(write(row), close()) for a run of Weights & Biases, whose id is in RUN/wandb/id.txt. `step` is sent as
+    a number beside the others: a step done again after a kill is drawn over itself, not refused."""
+    wandb, path = need("wandb", "wandb"), os.path.join(out_dir, "wandb", "id.txt")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if resumed and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            name = file.read()
+    else:
+        name = secrets.token_hex(4)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(name)
+    try:
+        run = wandb.init(project="nanoscale" if project == "true" else project, id=name, resume="allow",
+                         name=os.path.basename(os.path.abspath(out_dir)), dir=out_dir, config=settings)
+    except wandb.errors.Error as error:  # for instance no account
+        raise ValueError(f"Weights & Biases: {error}; or set WANDB_MODE=offline".replace("\n", " ")) from None
+    run.define_metric("*", step_metric="step")
+    return run.log, run.finish
+
+
 class Logger:
     """One per process; with main=False (the other ranks) every method does nothing.
 
     resumed=False starts a metrics.jsonl, and raises ValueError where out_dir has one. resumed=True keeps its
-    rows up to first_step, the loaded step, and adds an event "resume"; without a file it starts one."""
+    rows up to first_step, the loaded step, and adds an event "resume"; without a file it starts one.
+    tensorboard=True, wandb=PROJECT: see above; ValueError without the package. W&B shows settings."""
 
-    def __init__(self, out_dir, steps: int, first_step: int = 0, main: bool = True, resumed: bool = False):
+    def __init__(self, out_dir, steps: int, first_step: int = 0, main: bool = True, resumed: bool = False,
+                 tensorboard: bool = False, wandb: str | None = None, settings: dict | None = None):
         self.main, self.steps, self.bar = main, steps, None
         if not main:
             return
@@ -96,6 +147,9 @@ class Logger:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)
+        self.others = [to_tensorboard(out_dir, first_step + 1 if resumed else 0)] if tensorboard else []
+        if wandb is not None:
+            self.others.append(to_wandb(out_dir, wandb, settings or {}, resumed))
         self.metrics = open(path, "a", encoding="utf-8", buffering=1)
         self.log = open(os.path.join(out_dir, "train.log"), "a", encoding="utf-8", buffering=1)
         self.recent = deque(maxlen=50)  # (step, time at its end) for the ETA: the first, slow step is outside
@@ -158,6 +212,8 @@ class Logger:
         for part in (self.bar, self.metrics, self.log) if self.main else ():
             if part is not None:
                 part.close()
+        for _, close in self.others if self.main else ():
+            close()
 
     def _write(self, row: dict) -> None:
         self.metrics.write(json.dumps(to_json(row), allow_nan=False, default=str) + "\n")
@@ -165,6 +221,8 @@ class Logger:
     def _record(self, row: dict) -> list[str]:
         """Write a row, and an event for each number in it that is not finite; return what people see."""
         self._write(row)
+        for write, _ in self.others:
+            write({key: value for key, value in to_json(row).items() if value is not None})
         for key, x in row.items():
             if x is not None and to_json(x) is None:
                 self._write({"step": row["step"], "event": "nonfinite", "field": key, "value": str(float(x))})
@@ -183,11 +241,33 @@ def environment(device, ranks: int, data_sha256: str) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
+    gpu = device.type == "cuda"
     cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"commit": commit or "unknown", "torch": str(torch.__version__),
-            "python": platform.python_version(), "platform": platform.platform(),
-            "hardware": hardware, "ranks": ranks, "data_sha256": data_sha256}
+    versions = {"torch": str(torch.__version__), "python": platform.python_version(),
+                "numpy": importlib.metadata.version("numpy"), "cuda": str(torch.version.cuda).lower(),
+                "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "none"}
+    return {"commit": commit or "unknown"} | versions | {
+        "platform": platform.platform(), "hardware": torch.cuda.get_device_name(device) if gpu else cpu,
+        "devices": torch.cuda.device_count() if gpu else 0, "cores": os.cpu_count(), "ranks": ranks,
+        "data_sha256": data_sha256}
+
+
+def to_csv(run, path) -> None:
+    """Every row of a run's metrics.jsonl, with a column for each name in it; None and what is not there are
+    empty, lists are JSON. FileNotFoundError for a folder without metrics.jsonl."""
+    rows = read_metrics(metrics_of(run))
+    names = [*dict.fromkeys(name for row in rows for name in row)]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: json.dumps(x) if isinstance(x, (list, dict)) else x for k, x in row.items()})
+
+
+def metrics_of(run) -> str:
+    if not os.path.isfile(path := os.path.join(run, "metrics.jsonl")):
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
+    return path
 
 
 def plot(runs, path) -> bool:
@@ -202,9 +282,7 @@ def plot(runs, path) -> bool:
     figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
     ax = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", xmargin=0.01)
     for i, run in enumerate(runs):
-        if not os.path.isfile(file := os.path.join(run, "metrics.jsonl")):
-            raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
-        rows = sorted(read_metrics(file), key=lambda row: row["step"])  # a step done again: the last counts
+        rows = sorted(read_metrics(metrics_of(run)), key=lambda row: row["step"])  # again: the last counts
         train, val, tokens = ({row["step"]: row[key] for row in rows if row.get(key) is not None}
                               for key in ("loss", "val_loss", "tokens"))
         if not train and not val:
@@ -254,10 +332,12 @@ if __name__ == "__main__":
     runs = [arg for arg in args if not arg.startswith("-")]
     outs = [arg.removeprefix("--out=") for arg in args if arg.startswith("--out=")]
     try:
-        if sys.argv[1:2] != ["plot"] or not runs or len(runs) + len(outs) < len(args):
-            raise ValueError("usage: python logger.py plot RUN [RUN ...] [--out=FILE.png]")
-        out = outs[-1] if outs else os.path.join(runs[0] if len(runs) == 1 else "", "loss.png")
-        if plot(runs, out):
+        verb = {"plot": ("loss.png", plot), "csv": ("metrics.csv", to_csv)}.get("".join(sys.argv[1:2]))
+        if not verb or not runs or len(runs) + len(outs) < len(args) or (verb[1] is to_csv and runs[1:]):
+            raise ValueError("usage: python logger.py plot RUN [RUN ...] [--out=FILE.png], "
+                             "or python logger.py csv RUN [--out=FILE.csv]")
+        out = outs[-1] if outs else os.path.join(runs[0] if len(runs) == 1 else "", verb[0])
+        if verb[1](runs if verb[1] is plot else runs[0], out) is not False:
             print(out)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -86,7 +86,8 @@ def mismatch(cfg: config.Config, name: str, was, new, branch: bool) -> str:
 
 def set_aside(out_dir: Path) -> None:
     """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is deleted."""
-    names = ("metrics.jsonl", "train.log", "config.toml", "loss.png", "histograms.jsonl", "histograms.png")
+    names = ("metrics.jsonl", "train.log", "config.toml", "loss.png", "histograms.jsonl", "histograms.png",
+             "tensorboard", "wandb")  # fmt: skip
     left = [p for p in out_dir.iterdir() if p.name in names or FOLDER.fullmatch(p.name)]
     if left:
         number = 1

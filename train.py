@@ -45,8 +45,6 @@ def main(cfg: config.Config) -> dict:
     made_group = meshes.start(device)
     mesh = meshes.make_mesh(device, cfg.tp, cfg.cp, cfg.pp)
     is_main = mesh.rank == 0
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # nothing below draws from it, but a fork of this file may
 
     # ---- the earlier run, if there is one: its settings fill what the command line leaves open ------------
@@ -212,7 +210,8 @@ def main(cfg: config.Config) -> dict:
     # ---- what this run is, for the user and for the record ------------------------------------------------
     if is_main and not (in_place and earlier is not None):
         resume.set_aside(out_dir)  # a fresh start; nothing is lost
-    log = logger.Logger(out_dir, cfg.steps, first_step, is_main, resumed=earlier is not None and in_place)
+    log = logger.Logger(out_dir, cfg.steps, first_step, is_main, earlier is not None and in_place,
+                        cfg.tensorboard, cfg.wandb, config.to_dict(cfg))  # fmt: skip
     record = logger.environment(device, mesh.world, corpus.sha256)
     if is_main:
         (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")

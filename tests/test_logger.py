@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -323,3 +324,155 @@ def test_the_command_draws_and_a_mistake_is_one_line_and_exit_status_2(tmp_path)
         result = command(*args)
         assert result.returncode == 2 and result.stdout == ""
         assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_runs_in_one_picture_have_a_colour_and_a_name_each(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    runs = [write_run(tmp_path / case, AWKWARD[case]) for case in ("usual", "no_evaluation")]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    figures = []
+    assert plot(runs, tmp_path / "loss.png")
+    ax, = figures[0].axes
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["usual: final validation loss 0.0400", "no_evaluation: final training loss 0.4444"]
+    assert [line.get_color() for line in ax.lines] == ["C0", "C0", "C1"]  # lines and dots of one run alike
+
+
+# ---- tables, TensorBoard, Weights & Biases
+
+def test_a_csv_is_metrics_jsonl(tmp_path):
+    import csv
+    log = Logger(tmp_path, steps=10)
+    log.evaluation(eval_row(0))
+    for step, loss in enumerate([0.1 + 0.2, 1 / 3, math.nan], 1):
+        log.train(train_row(step, loss=loss))
+    log.event(3, "skip", 'the "second", row', rows=[3, 4])
+    argv = [sys.executable, logger.__file__, "csv", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path / 'metrics.csv'}\n", done.stderr
+
+    def read(text):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
+        back = [{name: read(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    for was, row in zip(rows := read_metrics(tmp_path / "metrics.jsonl"), back, strict=True):
+        value = row.pop("value", None)  # JSON reads nan as a number
+        assert str(value) == str(was.pop("value", None))
+        assert row == {name: x for name, x in was.items() if x is not None}
+    assert len(rows) == 6
+    assert subprocess.run([*argv, str(tmp_path)], capture_output=True, text=True).returncode == 2
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_number_and_a_resumed_run_its_own_alone(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    log = Logger(tmp_path, steps=10, tensorboard=True)
+    log.evaluation(eval_row(0))
+    for step in range(1, 7):
+        log.train(train_row(step, loss=math.nan if step == 2 else 2.0**-step))
+    log.close()
+    found = scalars(tmp_path / "tensorboard")
+    assert found["loss"] == {s: 2.0**-s for s in (1, 3, 4, 5, 6)} and found["val_loss"] == {0: 1.5}
+    assert found["tokens"] == {s: 512 * s for s in range(1, 7)} and "step" not in found and "mfu" not in found
+
+    log = Logger(tmp_path, steps=10, first_step=4, resumed=True, tensorboard=True)
+    log.train(train_row(5, loss=0.75))
+    log.close()
+    found = scalars(tmp_path / "tensorboard")
+    assert found["loss"] == {1: 0.5, 3: 0.125, 4: 0.0625, 5: 0.75} and found["val_loss"] == {0: 1.5}
+
+    (tmp_path / "metrics.jsonl").unlink()  # a fresh start in the same folder
+    log = Logger(tmp_path, steps=10, tensorboard=True)
+    log.train(train_row(1, loss=0.25))
+    log.close()
+    assert scalars(tmp_path / "tensorboard")["loss"] == {1: 0.25}
+
+
+class FakeRun:
+    def __init__(self, **given):
+        self.given, self.rows, self.steps, self.closed = given, [], [], False
+
+    def define_metric(self, *names, step_metric):
+        self.steps.append((*names, step_metric))
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.closed = True
+
+
+def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(FakeRun(**given)) or runs[-1])
+    runs = []
+    for first_step, resumed in ((0, False), (1, True)):
+        log = Logger(tmp_path / "run", 10, first_step, resumed=resumed, wandb="mine", settings={"lr": 1})
+        log.train(train_row(first_step + 1, loss=math.inf if resumed else 0.5))
+        log.close()
+    assert [run.given["id"] for run in runs] == [(tmp_path / "run" / "wandb" / "id.txt").read_text()] * 2
+    assert all(run.given["project"] == "mine" and run.given["resume"] == "allow" for run in runs)
+    assert runs[0].given["config"] == {"lr": 1} and runs[0].given["name"] == "run"
+    assert runs[0].rows == [{k: x for k, x in train_row(1, loss=0.5).items() if x is not None}]
+    assert "loss" not in runs[1].rows[0] and runs[1].steps == [("*", "step")] and runs[1].closed
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    Logger(tmp_path / "run", 10, wandb="true").close()
+    assert runs[2].given["id"] != runs[0].given["id"] and runs[2].given["project"] == "nanoscale"
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline_keeps_the_run_on_disk(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = Logger(tmp_path, 10, wandb="mine", settings={"lr": 1})
+    log.train(train_row(1, loss=0.8125))
+    log.close()
+    name = (tmp_path / "wandb" / "id.txt").read_text()
+    record, = tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb")
+    deadline = time.monotonic() + 30  # another process of theirs writes it, and may do so after finish()
+    while b"0.8125" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"0.8125" in record.read_bytes() and b"tokens_per_s" in record.read_bytes()
+
+
+@pytest.mark.parametrize("package, given, said", [
+    ("tensorboard", {"tensorboard": True}, "--tensorboard needs a package: pip install tensorboard"),
+    ("wandb", {"wandb": "mine"}, "--wandb needs a package: pip install wandb")])
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package, given, said):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=said):
+        Logger(tmp_path, steps=10, **given)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+# ---- the record
+
+def test_the_record_says_what_this_ran_on(monkeypatch):
+    import os
+    import platform
+
+    import numpy
+    record = logger.environment(torch.device("cpu"), 3, "abc")
+    assert (record["torch"], record["python"], record["numpy"]) == (
+        torch.__version__, platform.python_version(), numpy.__version__)
+    assert (record["ranks"], record["data_sha256"], record["devices"]) == (3, "abc", 0)
+    assert record["cores"] == os.cpu_count() and record["nccl"] == "none" and "CPU with" in record["hardware"]
+    assert record["cuda"] == (torch.version.cuda or "none") and record["commit"] and record["platform"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A big GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    record = logger.environment(torch.device("cuda"), 3, "abc")
+    assert (record["hardware"], record["devices"], record["nccl"]) == ("A big GPU", 8, "2.28.9")

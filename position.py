@@ -1,0 +1,74 @@
+"""Where a run is in its data and among its evaluations: next row, banned rows, best step."""
+
+import math
+from pathlib import Path
+
+
+class Position:
+    """The next row of the data, and ranges never to be read. A banned row is a number: in another epoch its
+    text comes again, in other company."""
+
+    def __init__(self):
+        self.next, self.banned = 0, []  # [[first, last], ...], sorted and apart
+
+    def rows(self, n: int) -> range | list[int]:
+        """The next n rows, of which each rank takes its share. Moves nothing; `next` is then rows[-1] + 1."""
+        parts, at = [], self.next
+        for first, last in [*self.banned, [math.inf, math.inf]]:
+            if last >= at:
+                parts.append(range(at, min(max(first, at), at + n)))
+                n, at = n - len(parts[-1]), last + 1
+        parts = [part for part in parts if part]
+        return parts[0] if len(parts) == 1 else [row for part in parts for row in part]
+
+    def ban(self, first: int, last: int) -> None:
+        ranges, self.banned = sorted([*self.banned, [first, last]]), []
+        for first, last in ranges:
+            if self.banned and first <= self.banned[-1][1] + 1:
+                first, last = self.banned[-1][0], max(last, self.banned.pop()[1])
+            self.banned.append([first, last])
+
+    @property
+    def seen(self) -> int:
+        """Rows taken so far."""
+        return self.next - sum(max(0, min(last + 1, self.next) - first) for first, last in self.banned)
+
+    def tree(self) -> dict:
+        return {"rows": self.next, "banned": self.banned}
+
+    def load(self, tree: dict) -> None:
+        self.next, self.banned = tree["rows"], tree.get("banned", [])
+
+
+class Best:
+    """Early stopping. The best weights are a checkpoint of their own, FOLDER/step-N, that no other prunes: it
+    outlives a kill, and every layout reads it. (state_dict().copy(), often seen, keeps no weights.)"""
+
+    def __init__(self, folder: str | Path, patience: int | None, min_delta: float = 0.0):
+        self.folder, self.patience, self.min_delta = Path(folder), patience, min_delta
+        self.seen = {"loss": math.inf, "step": 0, "last": -1, "bad": 0}
+
+    def better(self, val_loss: float, step: int) -> bool:
+        """After each evaluation: are these the best weights so far? Then the caller saves them to folder."""
+        s, bound = self.seen, self.seen["loss"] - self.min_delta
+        better = self.patience is not None and math.isfinite(val_loss) and val_loss < bound
+        if better:
+            s |= {"loss": val_loss, "step": step, "bad": 0}
+        s["bad"], s["last"] = s["bad"] + (not better and step > s["last"]), max(step, s["last"])
+        return better
+
+    @property
+    def over(self) -> bool:
+        return self.patience is not None and self.seen["bad"] >= self.patience
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"step-{self.seen['step']:08d}"
+
+    def tree(self) -> dict:
+        return dict(self.seen)
+
+    def load(self, tree: dict) -> None:
+        self.seen |= tree
+        if not self.path.is_dir():  # gone: the next one is the best
+            self.seen |= {"loss": math.inf, "bad": 0}

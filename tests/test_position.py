@@ -1,0 +1,68 @@
+"""The place in the data against a list that is really filtered; early stopping on losses by hand."""
+
+import json
+import math
+import random
+
+import pytest
+
+from position import Best, Position
+
+
+def test_batches_are_those_of_a_naive_list_without_the_banned_rows():
+    for seed in range(200):
+        draw, place, gone, taken = random.Random(seed), Position(), set(), []
+        for _ in range(30):
+            if draw.random() < 0.4:
+                first = draw.randrange(300)
+                last = first + draw.randrange(12)
+                place.ban(first, last)
+                gone |= set(range(first, last + 1))
+            n = draw.randrange(1, 17)
+            naive = [r for r in range(place.next, place.next + 1000) if r not in gone][:n]
+            rows = place.rows(n)
+            assert list(rows) == naive == list(place.rows(n))
+            for ranks in (d for d in (1, 2, 4) if n % d == 0):  # shares join to the batch
+                assert [r for k in range(ranks) for r in rows[k * n // ranks : (k + 1) * n // ranks]] == naive
+            place.next = rows[-1] + 1
+            taken += naive
+            assert place.seen == len([r for r in range(place.next) if r not in gone])
+            other = Position()
+            other.load(json.loads(json.dumps(place.tree())))
+            assert other.rows(20) == place.rows(20) and other.tree() == place.tree()
+        assert place.banned == sorted(place.banned)
+        assert all(a[1] + 1 < b[0] for a, b in zip(place.banned, place.banned[1:]))
+        assert sum(b - a + 1 for a, b in place.banned) == len(gone)
+
+
+def test_without_bans_a_batch_is_a_range_and_old_progress_loads():
+    place = Position()
+    place.load({"rows": 40})
+    assert place.rows(8) == range(40, 48) and place.seen == 40
+
+
+def test_best_counts_evaluations_without_enough_improvement(tmp_path):
+    best = Best(tmp_path, patience=3, min_delta=0.1)
+    losses = [3.0, 2.95, math.nan, 2.8, 2.75, -math.inf, 2.71]
+    assert [i for i, x in enumerate(losses) if best.better(x, i)] == [0, 3]
+    assert best.over and best.tree()["step"] == 3 and best.path.name == "step-00000003"
+    assert not Best(tmp_path, None).better(1.0, 0)
+
+
+def test_an_evaluation_seen_again_after_a_rollback_counts_once(tmp_path):
+    best = Best(tmp_path, patience=2)
+    best.better(1.0, 10)
+    for _ in range(5):
+        assert not best.better(2.0, 20)
+    assert not best.over and not best.better(2.0, 30) and best.over
+
+
+def test_a_best_that_is_gone_is_forgotten(tmp_path):
+    best = Best(tmp_path, 3)
+    best.better(1.0, 10)
+    again = Best(tmp_path, 3)
+    again.load(best.tree())
+    assert again.tree()["loss"] == math.inf
+    best.path.mkdir()
+    again.load(best.tree())
+    assert again.tree() == best.tree() and again.tree()["loss"] == pytest.approx(1.0)
