@@ -134,10 +134,10 @@ def assert_equal_to_one_process(ranks, classes, tied=False):
 LAYOUTS = [
     (2, 1, {}),
     (2, 3, dict(reshard=False)),
-    (4, 3, {}),
+    pytest.param(4, 3, {}, marks=pytest.mark.slow),
     (4, 3, dict(shard=2)),
-    (4, 1, dict(shard=2, reshard=False)),
-    (4, 3, dict(shard=1)),
+    pytest.param(4, 1, dict(shard=2, reshard=False), marks=pytest.mark.slow),
+    pytest.param(4, 3, dict(shard=1), marks=pytest.mark.slow),
     (3, 4, dict(reshard=False)),  # 13 rows and 8 channels over 3 ranks
 ]
 

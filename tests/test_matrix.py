@@ -26,7 +26,7 @@ def alone():
     return column("one process", "fp64", list(OPTIMIZERS))
 
 
-FAST = "4 micro-batches", "ddp 2", "zero1 2", "zero3 2", "fsdp 2"
+FAST = "4 micro-batches", "zero3 2", "fsdp 2"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def saved_and_resumed(folder, places, pairs, optimizers, shape=()):
 
 
 def test_saved_in_one_layout_and_resumed_in_the_next(tmp_path):
-    saved_and_resumed(tmp_path, PLACES, list(zip(PLACES, PLACES[1:] + PLACES[:1])), KEPT[:2])
+    saved_and_resumed(tmp_path, PLACES, list(zip(PLACES, PLACES[1:] + PLACES[:1])), KEPT[:1])
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ CUT_PLACES = ["one process", "tp 2 + sp", "pp 2 interleaved", "fsdp 2 x tp 2", "
 
 def test_saved_cut_up_and_resumed_cut_up_otherwise(tmp_path):
     places = CUT_PLACES[1:4]
-    saved_and_resumed(tmp_path, places, list(zip(places, places[1:] + places[:1])), KEPT[:2], LARGER)
+    saved_and_resumed(tmp_path, places, list(zip(places, places[1:] + places[:1])), KEPT[:1], LARGER)
 
 
 @pytest.mark.slow

@@ -297,6 +297,7 @@ def test_a_guessed_shape_has_the_parameters(params):
     assert m.n_embd % 1024 == 0 and 60 < m.n_embd / m.n_layer < 200
 
 
+@pytest.mark.slow
 def test_the_texts_runs():
     rows = {line.split(",")[0]: line for line in plan.runs().splitlines()}
     assert "right" in rows["Llama 2 70B"] and 0.85 < float(rows["Llama 2 70B"].split()[-9]) < 1.15

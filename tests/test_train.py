@@ -69,8 +69,13 @@ def close(a: dict, b: dict, tolerance: float) -> None:
                 assert a[step][name] == pytest.approx(b[step][name], rel=tolerance, abs=0), (step, name)
 
 
-@pytest.mark.parametrize("precision, steps, tolerance", [("fp64", 8, 1e-10), ("fp32", 20, 1e-5)])
-@pytest.mark.parametrize("optim", ["sgd", "adamw", "muon"])
+FP64, FP32 = ("fp64", 8, 1e-10), ("fp32", 20, 1e-5)
+
+
+@pytest.mark.parametrize("optim, precision, steps, tolerance", [
+    ("sgd", *FP64), ("adamw", *FP64), ("muon", *FP64), ("muon", *FP32),
+    pytest.param("sgd", *FP32, marks=pytest.mark.slow), pytest.param("adamw", *FP32, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, tolerance):
     more = [f"--optim={optim}", f"--precision={precision}", f"--steps={steps}", "--dropout=0.1"]
     more += ["--opt.ns_dtype=float32"] if optim == "muon" and precision == "fp32" else []
