@@ -105,7 +105,8 @@ def replicas(rank, world, layout, hows, shape):
     return results
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("layout", ["zero3", "fsdp", *(pytest.param(x, marks=pytest.mark.slow)
+                                                       for x in ("ddp", "zero1", "zero2"))])  # fmt: skip
 def test_replicas_have_the_gradients_of_keeping_all(layout):
     hows = ALL if layout in ("zero3", "fsdp") else ["full", "segments_3", "selective", "offload"]
     for (expected, sent), *found in run_ranks(2, replicas, layout, ["none", *hows], GPT2):

@@ -152,7 +152,9 @@ def test_every_axis_is_measured_and_rank_0_prints(argv, axes, sizes):
 
 
 @pytest.mark.parametrize("argv, axis, link", [
-    ([], "dp", (1, 2)), ([], "dp", (3, 0)), (["--tp=2"], "tp", (2, 3)), (["--tp=2"], "dp", (1, 3))])
+    ([], "dp", (3, 0)), (["--tp=2"], "tp", (2, 3)),
+    pytest.param([], "dp", (1, 2), marks=pytest.mark.slow),
+    pytest.param(["--tp=2"], "dp", (1, 3), marks=pytest.mark.slow)])
 def test_a_slow_link_is_named(argv, axis, link):
     def slow(rank, peers):
         return 0.03 * (rank == link[0] and peers == {link[1]})

@@ -58,7 +58,7 @@ LAYOUTS = ["--data_parallel=fsdp", "--data_parallel=zero3", "--tp=2 --sp=true", 
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(x, marks=[pytest.mark.slow] * ("tp" not in x)) for x in LAYOUTS]
+    "layout", [pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
 )
 def test_every_layout_compiles_and_only_the_ring_breaks_a_graph(tmp_path, text, layout):
     go(text, tmp_path / "alone")

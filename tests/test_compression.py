@@ -334,7 +334,7 @@ def bucketed(rank, world, n, cases):
     return {m: [ours(rank, world, m, {}, mb, n, micro) for mb, micro in cases] for m in METHODS}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_nothing_depends_on_buckets_and_replicas_stay_the_same(world):
     """Bitwise where every replica adds up alone; a ring of 4 adds in another order for each place."""
     ranks = run_ranks(world, bucketed, 6, [(25.0, 1), (1e-4, 1)])
@@ -356,6 +356,7 @@ def test_micro_batches_are_compressed_once():
         assert sent == sent_four
 
 
+@pytest.mark.slow
 def test_with_error_feedback_everything_arrives():
     """The same gradient 200 times: what has arrived is 200 times it, but for one residual."""
     def run(rank, world):

@@ -72,7 +72,7 @@ def run(rank, world, cls, arguments, n, options=None, arch="modern", micro_batch
 LINEAR = [dict(lr=0.5), dict(lr=0.2, momentum=0.9), dict(lr=0.2, momentum=0.9, nesterov=True)]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_step_averaged_is_the_plain_run_for_sgd(world):
     for arch, arguments in zip(("modern", "gpt2", "modern"), LINEAR):
         expected = run(0, 1, SGD, arguments, 6, None, arch)[1]

@@ -137,6 +137,7 @@ def test_another_search_in_the_same_folder_is_refused(go):
             go(*other)
 
 
+@pytest.mark.slow
 def test_a_stopped_search_stops_its_trials_and_goes_on_later(tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
     program = str(tmp_path / "fake.py")
@@ -295,6 +296,7 @@ def test_a_mistake_is_one_line_and_begins_nothing(go, tmp_path, words, said):
     assert said in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_train_itself_is_searched_and_a_mistake_exits_with_2(tmp_path):
     (tmp_path / "text.txt").write_bytes((ROOT / "config.py").read_bytes())
     tiny = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, eval_tokens=256, sample_tokens=0)

@@ -232,7 +232,7 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 
 
 LAYOUTS = [
-    "--tp=2 --sp=true --optim=soap --n_layer=2 --arch=gpt2",
+    "--tp=2 --sp=true --optim=muon --n_layer=2 --arch=gpt2",
     "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
     "--precision=fp16 --scaler.init_power=40 --scaler.window=3 --optim=adamw",
     "--precision=fp8 --fp8.scaling=tensor --fp8.delayed=true --data_parallel=zero3 --bucket_mb=0.01",
