@@ -3,6 +3,7 @@
     python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
     python bench.py spread [--quick]
     torchrun --standalone --nproc_per_node=4 bench.py network [--tp=2] [...]        see bench_network.py
+    torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]                see bench_pipeline.py
     python bench.py train [recipe.toml] [--quick] [...]                             see bench_train.py
 
 `spread`: milliseconds of Muon's orthogonalisation on two ranks of one thread each, all matrices on every rank
@@ -38,7 +39,7 @@ from unittest import mock
 import torch
 
 USAGE = ("usage: python bench.py optim [--quick] [--only=NAME,...] [--threads=N] [--out=FILE.md], "
-         "or bench.py spread [--quick], or bench.py train, or bench.py network under torchrun")  # fmt: skip
+         "or bench.py spread [--quick], or bench.py train, or network, pipeline under torchrun")  # fmt: skip
 
 
 def shapes(kind: str, quick: bool) -> list[tuple[int, ...]]:
@@ -301,7 +302,7 @@ def spread(quick: bool) -> int:
 def main(argv: list[str]) -> int:
     if argv in (["spread"], ["spread", "--quick"]):
         return spread("--quick" in argv)
-    if argv[:1] in (["network"], ["train"]):
+    if argv[:1] in (["network"], ["pipeline"], ["train"]):
         return importlib.import_module(f"bench_{argv[0]}").main(argv[1:])
     flags = dict(word.partition("=")[::2] for word in argv[1:])
     allowed = {"--quick": "", "--only": "[a-z0-9,-]+", "--threads": "[1-9][0-9]*", "--out": ".+"}

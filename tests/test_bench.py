@@ -214,3 +214,8 @@ def test_the_network_under_torchrun():
     done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     check_table(done.stdout, {"dp": 2}, [10_000, 100_000])
+
+
+@pytest.mark.parametrize("argv, says", [([], "type torchrun"), (["--micro_batch=8"], "is not --micro_batches=8")])
+def test_the_pipelines_bench_says_how_it_is_started(argv, says, capsys):
+    assert bench.main(["pipeline", *argv]) == 2 and says in capsys.readouterr().err
