@@ -216,6 +216,6 @@ def test_the_network_under_torchrun():
     check_table(done.stdout, {"dp": 2}, [10_000, 100_000])
 
 
-@pytest.mark.parametrize("argv, says", [([], "type torchrun"), (["--micro_batch=8"], "is not --micro_batches=8")])
+@pytest.mark.parametrize("argv, says", [([], "type torchrun"), (["--m=8"], "is not --micro_batches=8")])
 def test_the_pipelines_bench_says_how_it_is_started(argv, says, capsys):
     assert bench.main(["pipeline", *argv]) == 2 and says in capsys.readouterr().err
