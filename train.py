@@ -339,6 +339,7 @@ def main(cfg: config.Config) -> dict:
 if __name__ == "__main__":
     try:
         main(config.parse(sys.argv[1:]))
+        meshes.end()
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
