@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import math
 import os
 from pathlib import Path
 
@@ -67,10 +66,9 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
 
 
 def with_vocabulary(cfg: config.Config, n_vocab: int) -> config.Config:
-    """vocab_size None is the tokenizer's, rounded up to a multiple of 64 and tp. Raises ValueError."""
-    if cfg.vocab_size is None:
-        multiple = math.lcm(64, cfg.tp)
-        return config.update(cfg, vocab_size=-(-n_vocab // multiple) * multiple)
+    """vocab_size None is the tokenizer's, rounded up to a multiple of 64, on any layout. Raises ValueError
+    where tp does not divide it."""
+    cfg = config.update(cfg, vocab_size=cfg.vocab_size or -(-n_vocab // 64) * 64)
     if cfg.vocab_size % cfg.tp:
         more = -(-cfg.vocab_size // cfg.tp) * cfg.tp
         raise ValueError(f"tp={cfg.tp} does not divide vocab_size={cfg.vocab_size}; try --vocab_size={more}")
@@ -124,6 +122,8 @@ def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | Non
         and cfg.pp_schedule != "1f1b",
         f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences": cfg.cp == 1
         and cfg.cp_attention != "ring",
+        f"activation_checkpoint={cfg.activation_checkpoint}: activations are in host memory already": on_cpu
+        and "offload" in (cfg.activation_checkpoint or ""),
         "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
         "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
         f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "

@@ -94,9 +94,17 @@ def test_no_room_for_a_mapped_file_is_a_sentence(tmp_path, monkeypatch):
     assert not Path(tmp_path / "b").exists()
 
 
+def test_the_vocabulary_is_no_matter_of_the_layout():
+    sizes = [choices.with_vocabulary(config.parse([f"--tp={tp}"]), 250).vocab_size for tp in (1, 2, 4)]
+    assert sizes == [256] * 3
+    with pytest.raises(ValueError, match="tp=3 does not divide vocab_size=256; try --vocab_size=258"):
+        choices.with_vocabulary(config.parse(["--tp=3", "--n_head=3", "--n_embd=12"]), 250)
+
+
 def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):  # noqa: F811
     for flag, says in (("--data_parallel=zero2", "one replica, nothing to spread"),
                        ("--offload=cpu", "in this memory already"),
+                       ("--activation_checkpoint=offload", "in host memory already"),
                        ("--diloco_every=5", "does not divide steps=12")):  # fmt: skip
         go(text, tmp_path / flag[2:6], flag)
         assert says in capsys.readouterr().out
