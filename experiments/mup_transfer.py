@@ -1,5 +1,6 @@
-"""Claim: under μP the best learning rate of a narrow model is that of a wide one (Yang et al. 2022,
-2203.03466).
+"""Claim: under μP the best learning rate of a narrow model is that of a wide one.
+
+Source: Yang et al. 2022, 2203.03466, as the second lesson tells it.
 
 Protocol: the default corpus in bytes, 2 layers, 4 heads, widths 64 to 512, base width 64; for AdamW and Muon,
 with and without μP, a grid of learning rates a factor 2 apart, one seed, equal steps; the figure is the mean
@@ -10,80 +11,83 @@ Expected: with μP the best lr moves by at most one grid step over 8 times the w
 1/width. Muon's update has a spectral norm that does not depend on the width, so it should move little either
 way.
 
-    python experiments/mup_transfer.py [--quick]        rows in results/mup_transfer.csv are not run again
+    python experiments/mup_transfer.py [--quick] [--out=DIR] [--jobs=N]
 """
 
-import csv
-import os
-import subprocess
+import math
 import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config
-import logger
-import train
+from experiments import protocol
+from experiments.findings import INK, groups, markdown, pick
 
-WIDTHS = (64, 128, 256, 512)
-GRID = {"adamw": [2.0**k for k in range(-11, -3)], "muon": [2.0**k for k in range(-8, 0)]}
-STEPS = 100
-FIELDS = ("optim", "mup", "width", "lr", "loss")
+LRS = {"adamw": [2.0**k for k in range(-11, -3)], "muon": [2.0**k for k in range(-8, 0)]}
+CASES = [(optim, mup) for optim in LRS for mup in (True, False)]
 
 
-def one_run(optim: str, mup: bool, width: int, lr: float, steps: int) -> float:
-    with tempfile.TemporaryDirectory() as out_dir:
-        flags = [f"--optim={optim}", f"--lr={lr}", f"--n_embd={width}", f"--steps={steps}",
-                 f"--out_dir={out_dir}", "--n_layer=2", "--block_size=64", "--batch_size=8",
-                 "--precision=fp32",
-                 "--eval_every=0", "--save_every=0", "--sample_tokens=0"]
-        sys.stdout = open(os.devnull, "w")
-        try:
-            train.main(config.parse(flags + (["--mup_base_width=64"] if mup else [])))
-        finally:
-            sys.stdout = sys.__stdout__
-        losses = [r["loss"] for r in logger.read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r]
-        tail = losses[-max(1, steps // 10) :]
-        return float("nan") if None in tail else sum(tail) / len(tail)
+def grid(widths: tuple[int, ...], every: int) -> list[dict]:
+    return [dict(optim=optim, mup=mup, width=width, lr=lr, seed=1337)
+            for optim, mup in CASES for width in widths for lr in LRS[optim][::every]]  # fmt: skip
 
 
-def main() -> None:
-    quick = "--quick" in sys.argv
-    widths, steps = (WIDTHS[:2], 10) if quick else (WIDTHS, STEPS)
-    path = Path(tempfile.mkdtemp() if quick else ROOT / "experiments" / "results") / "mup_transfer.csv"
-    done = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            done = {tuple(r[f] for f in FIELDS[:4]): float(r["loss"]) for r in csv.DictReader(file)}
-    for optim, grid in GRID.items():
-        for mup in (True, False):
-            for width in widths:
-                for lr in grid[::4] if quick else grid:
-                    key = (optim, str(mup), str(width), str(lr))
-                    if key not in done:
-                        done[key] = one_run(optim, mup, width, lr, steps)
-                        with open(path, "w", newline="") as file:
-                            csv.writer(file).writerows([FIELDS, *(k + (v,) for k, v in done.items())])
-                        print(*key, f"{done[key]:.4f}", flush=True)
-    lines = ["| optimizer | μP | " + " | ".join(f"width {w}" for w in widths) + " |"]
-    lines.append("|---" * (2 + len(widths)) + "|")
-    for optim in GRID:
-        for mup in (True, False):
-            cells = []
-            for width in widths:
-                mine = {float(k[3]): v for k, v in done.items() if k[:3] == (optim, str(mup), str(width))}
-                losses = {lr: loss for lr, loss in mine.items() if loss == loss}
-                best = min(losses, key=losses.get)
-                cells.append(f"{best:.2g} ({losses[best]:.3f})")
-            lines.append(f"| {optim} | {'on' if mup else 'off'} | " + " | ".join(cells) + " |")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout
-    lines += ["", f"Best lr (training loss there); {steps} steps of 8 x 64 bytes, {commit.strip()}."]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+GRID, QUICK = grid((64, 128, 256, 512), 1), grid((64, 128), 8)
+
+
+def row(keys: dict, quick: bool) -> dict:
+    return {"loss": protocol.tail(protocol.train_run(
+        optim=keys["optim"], mup_base_width=64 if keys["mup"] else None, n_embd=keys["width"], lr=keys["lr"],
+        seed=keys["seed"], steps=4 if quick else 100, n_layer=2, block_size=64, batch_size=8,
+        precision="fp32", eval_every=0))}  # fmt: skip
+
+
+def best(rows: list[dict], optim: str, mup: bool) -> dict[int, dict]:
+    """{width: the row of the best lr}."""
+    return {width: min((r for r in mine if not math.isnan(r["loss"])), key=lambda r: r["loss"])
+            for (width,), mine in groups(pick(rows, optim=optim, mup=mup), "width").items()}  # fmt: skip
+
+
+def moved(rows: list[dict], optim: str, mup: bool) -> int:
+    """Grid steps from the best lr of the narrowest model to that of the widest."""
+    found = [*best(rows, optim, mup).values()]
+    return round(math.log2(found[-1]["lr"] / found[0]["lr"]))
+
+
+def table(rows: list[dict]) -> str:
+    widths = [*dict.fromkeys(r["width"] for r in rows)]
+    lines = []
+    for optim, mup in CASES:
+        cells = [f"2^{math.log2(r['lr']):.0f} ({r['loss']:.3f})" for r in best(rows, optim, mup).values()]
+        lines.append([optim, "on" if mup else "off", *cells, f"{moved(rows, optim, mup):+d}"])
+    head = ["optimizer", "μP", *(f"width {w}" for w in widths), "moved, factors of 2"]
+    return markdown(head, lines) + "\n\nBest lr (training loss there)."
+
+
+def picture(rows: list[dict], figure) -> None:
+    figure.set_size_inches(11, 6.5)
+    for ax, (optim, mup) in zip(figure.subplots(2, 2, sharey=True).flat, CASES):
+        mine, good = pick(rows, optim=optim, mup=mup), best(rows, optim, mup)
+        for ((width,), points), color in zip(groups(mine, "width").items(), INK):
+            shown = [min(r["loss"], 3.6) for r in points]  # what is worse lies at the rim
+            ax.plot([r["lr"] for r in points], shown, ".-", color=color, label=f"width {width}")
+            ax.plot(good[width]["lr"], good[width]["loss"], "o", ms=11, mfc="none", mew=2, color=color)
+        name = f"{optim} {'with' if mup else 'without'} μP"
+        ax.set_title(f"{name}: the best lr moves by 2^{moved(rows, optim, mup)}")
+        ax.set(xlabel="learning rate" + ", at width 64" * mup, ylabel="training loss (nats per byte)")
+        ax.set_xscale("log", base=2)
+        ax.grid(alpha=0.25)
+        ax.legend(frameon=False, title="circle: the best")
+
+
+def verdict(rows: list[dict]) -> tuple[str, str, str]:
+    on, off = moved(rows, "adamw", True), moved(rows, "adamw", False)
+    number = f"AdamW's best lr moves by 2^{on:+d} with μP and by 2^{off:+d} without"
+    still = abs(moved(rows, "muon", False)) <= 1
+    why = f"over {rows[-1]['width'] // rows[0]['width']} times the width; Muon's " + (
+        "stays within a grid step without μP too" if still else "moves as well")  # fmt: skip
+    return ("holds" if abs(on) <= 1 < -off else "does not hold"), number, why
 
 
 if __name__ == "__main__":
-    main()
+    protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict)

@@ -24,24 +24,20 @@ their gradients float32; the rest is as in precision/amp.py. What has one scale:
     block    1 x 128 along the contraction, weights 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3)
 
 Outliers are often said to take the others' bits. In an int8 tensor they do; a float gives each number its own
-exponent, and e4m3 loses bits only of what is 2^15 times smaller than the largest (e5m2: 2^30).
-
-A token's scale cannot leave a sum over tokens, so the weight gradient quantises x and dy anew, transposed, in
+exponent, and e4m3 loses bits only of what is 2^15 times smaller than the largest (e5m2: 2^30). A token's
+scale cannot leave a sum over tokens, so the weight gradient quantises x and dy anew, transposed, in
 tiles of 128 tokens. DeepSeek keeps x in FP8 and rounds it twice; we keep autocast's, which saves no memory.
 
 `delayed` (by tensor; Transformer Engine's recipe): amax is the largest of the last `history` steps, known
 before the tensor is, which saves reading it twice; what is larger saturates. Two departures: scales stand
-still within a step, so that micro-batches and recomputed activations see the same, and `step` moves the
-window; and while the window is empty (first step, weights that start at 0) the tensor's own amax counts, not
-a scale of 1, in which small gradients vanish.
+still within a step, so that micro-batches and recomputed activations see the same; and while the window is
+empty (first step, weights that start at 0) the tensor's own amax counts, not a scale of 1. inf or NaN is not
+clamped away: it turns all that shares its scale to NaN, and stays out of the history.
 
-inf or NaN is not clamped away: it turns all that shares its scale to NaN, and stays out of the history.
-
-Emulation, on any device: quantise, dequantise, multiply in float32 (float64 for float64). The same numbers,
-no speed: 5 to 10 times a bf16 layer's time on a CPU. Hopper's tensor cores keep about 14 bits of a sum, so
-DeepSeek moves it to float32 every 128 terms, as cuBLAS does unless asked for fast accumulation; emulation
-sums in float32. Tensor-parallel ranks quantise what they hold: one scale per tensor is each one's own, rows
-and blocks that the cut leaves whole are those of the whole tensor.
+Emulation, on any device: quantise, dequantise, multiply in float32 (float64 for float64), without any gain.
+Hopper's tensor cores keep about 14 bits of a sum, so DeepSeek moves it to float32 every 128 terms, as cuBLAS
+does by default; emulation sums in float32. Tensor-parallel ranks quantise what they hold: one scale per
+tensor is each one's own, rows and blocks that the cut leaves whole are those of the whole tensor.
 """
 
 from functools import partial
@@ -51,6 +47,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from precision import onednn
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 X, WEIGHT, GRADIENT = range(3)  # columns of a history
@@ -62,6 +60,7 @@ class Recipe(NamedTuple):
     gradient_format: str
     power_of_two: bool
     hardware: bool
+    onednn: bool = False
 
 
 # ---- scale, saturate, cast -------------------------------------------------------------------------------
@@ -69,11 +68,10 @@ def quantise(x: Tensor, block: tuple[int, int], form: torch.dtype, power_of_two:
              past: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (R, C) in float8, and a float32 scale for each block r x c: (R/r, C/c), rounded up.
 
-    past (1 + history,): the amax of this step so far, which is brought up to date, then of the steps before,
-    the largest of which takes the place of x's own.
-    """
+    past (1 + history,): the amax of this step so far, here brought up to date, and of the steps before, whose
+    largest takes the place of x's own."""
     largest, (rows, columns), (r, c) = torch.finfo(form).max, x.shape, block
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    x = x.contiguous().to(torch.promote_types(x.dtype, torch.float32))  # turned before it is wide
     filled = F.pad(x.abs(), (0, -columns % c, 0, -rows % r))  # zeros change no amax
     amax = filled.reshape(-(-rows // r), r, -(-columns // c), c).amax((1, 3)).to(torch.float32)
     if past is not None:
@@ -88,6 +86,9 @@ def quantise(x: Tensor, block: tuple[int, int], form: torch.dtype, power_of_two:
 
 
 def dequantise(q: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    if q.device.type == "cpu":  # looking up is four times as fast as casting, and the same
+        table = torch.arange(256, dtype=torch.uint8).view(q.dtype).to(dtype)
+        q = table.index_select(0, q.contiguous().view(torch.uint8).flatten().int()).view(q.shape)
     return q.to(dtype) * spread(scale, block, q.shape)
 
 
@@ -116,7 +117,8 @@ def product(a: Tensor, b: Tensor, roles: tuple[int, int], recipe: Recipe, out: t
             return scaled_mm(qa, qb, scale_a, scale_b, recipe.scaling, roles[1] == WEIGHT, out)
         high = torch.promote_types(out, torch.float32)
         a, b = dequantise(qa, scale_a, blocks[0], high), dequantise(qb, scale_b, blocks[1], high)
-        return (a @ b.t()).to(out)
+        amd = recipe.onednn and high == torch.float32
+        return (onednn.product(a, b, None) if amd else a @ b.t()).to(out)
 
 
 def block_of(scaling: str, role: int, shape: tuple[int, int]) -> tuple[int, int]:
@@ -202,8 +204,8 @@ class State:
         self.emulated, self.histories = emulated, histories
 
     def step(self, *groups: dist.ProcessGroup | None) -> None:
-        """To be called after each optimizer step: this step's amax enters the window. groups: of ranks that
-        have the same layers or parts of them; all take the largest (12 bytes a layer), so trees are equal."""
+        """After each optimizer step: this step's amax enters the window. groups: of ranks that have the same
+        layers or parts of them; all take the largest (12 bytes a layer), so trees are equal."""
         if self.histories:
             now = torch.stack([history[0] for history in self.histories.values()])  # (layers, 3)
             for group in filter(None, groups):
@@ -225,8 +227,8 @@ def convert(model: nn.Module, device: torch.device, scaling: str = "block", dela
             forward: bool = True, input_gradient: bool = True, weight_gradient: bool = True,
             gradient_format: str = "e4m3", power_of_two: bool = False, history: int = 16,
             hardware: str = "auto", only: tuple[str, ...] = ("blocks.",)) -> State:  # fmt: skip
-    """From now on the modules with a `product` whose names begin with one of `only` multiply in FP8 on
-    `device`, in those of the three products that are on. hardware: auto, always or never."""
+    """The modules with a `product` whose names begin with one of `only` now multiply in FP8 on `device`, in
+    those of the three products that are on. hardware: auto, always or never."""
     for option, value, allowed in (("scaling", scaling, ("tensor", "row", "block")),
                                    ("gradient_format", gradient_format, tuple(FORMATS)),
                                    ("hardware", hardware, ("auto", "always", "never"))):  # fmt: skip
@@ -243,7 +245,8 @@ def convert(model: nn.Module, device: torch.device, scaling: str = "block", dela
     if hardware == "always" and why is not None:
         raise ValueError(f"{why}; leave --fp8.hardware=always out to emulate them")
     why = "--fp8.hardware=never" if hardware == "never" else why
-    recipe = Recipe(scaling, products, gradient_format, power_of_two, why is None)
+    amd = onednn.faster("fp32", device)
+    recipe = Recipe(scaling, products, gradient_format, power_of_two, why is None, amd)
     histories = {n: torch.zeros(1 + history, 3, device=device) for n in layers} if delayed else {}
     for name, module in layers.items():
         module.product = partial(linear, recipe=recipe, amaxes=histories.get(name))

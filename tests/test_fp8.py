@@ -305,6 +305,32 @@ def test_blocks_that_a_cut_leaves_whole_are_quantised_alike():
     assert not torch.equal(torch.cat(cut), whole)  # one scale for the tensor: each part has its own
 
 
+@pytest.mark.parametrize("form", [E4M3, E5M2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_code_becomes_the_number_that_torch_casts_it_to(form, dtype):
+    q = torch.arange(256, dtype=torch.uint8).view(16, 16).t().view(form)  # not contiguous
+    scale = torch.full((1, 1), 0.5)
+    torch.testing.assert_close(dequantise(q, scale, (16, 16), dtype), q.to(dtype) / 2, rtol=0, atol=0,
+                               equal_nan=True)  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_onednn_multiplies_the_same_numbers_in_another_order(scaling, monkeypatch):
+    calls, real = [], fp8.onednn.product
+    monkeypatch.setattr(fp8.onednn, "product", lambda *args: calls.append(1) or real(*args))
+    for dtype, tolerance, n in ((torch.float32, 2e-6, 3), (torch.float64, 0, 0)):  # it has no float64
+        x, w, dy = tensors(dtype=dtype, bias=False)
+        plain = results(lambda x, w, b: linear(x, w, b, recipe=recipe(scaling)), x, w, None, dy)
+        assert calls == []
+        quick = recipe(scaling)._replace(onednn=True)
+        fast = results(lambda x, w, b: linear(x, w, b, recipe=quick), x, w, None, dy)
+        for a, b in zip(plain, fast):
+            assert (a - b).norm() <= tolerance * a.norm()
+        assert len(calls) == n
+        calls.clear()
+
+
 # ---- others' products ------------------------------------------------------------------------------------
 needs_scaled_mm = pytest.mark.skipif(not hasattr(F, "scaled_mm"), reason="this torch has no scaled_mm")
 

@@ -1,0 +1,67 @@
+"""All experiments, one after the other: measures what is missing and writes the index, experiments/README.md.
+
+    python experiments/all.py              what is measured already is not measured again
+    python experiments/all.py --quick      each on its small grid, in a temporary folder; no index
+    python experiments/all.py --index      the index alone
+
+--jobs=N goes to each. The exit status is that of the worst.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+HEAD = """# Experiments
+
+Each file tries one claim of the lessons this project follows, at a scale that two CPU cores can run. Its
+docstring says claim, source, protocol and what we expected, and was written before it ran. The verdict is
+computed from the figures: *holds*, *holds in part*, *not at this scale* (we cannot tell, and why), *does not
+hold*.
+
+    python experiments/NAME.py             measures the rows that results/NAME.csv lacks
+    python experiments/NAME.py --quick     half a minute, in a temporary folder
+    python experiments/all.py              all of them, then this page
+
+"""
+
+
+def experiments() -> list[Path]:
+    return [path for path in sorted(HERE.glob("*.py")) if path.stem not in ("all", "protocol", "findings")]
+
+
+def index(results: Path) -> str:
+    """A line for each experiment, from the first lines of its NAME.md."""
+    lines = ["| | claim | verdict | in a number | picture |", "|---" * 5 + "|"]
+    for path in experiments():
+        name, page = path.stem, results / f"{path.stem}.md"
+        text = page.read_text(encoding="utf-8") if page.exists() else "**Verdict.** not run yet\n"
+        said = [re.search(rf"^\*\*{word}\.\*\* (.+)$", text, re.M) for word in ("Claim", "Verdict", "Number")]
+        claim, verdict, number = (found[1].replace("|", "\\|") if found else "" for found in said)
+        link = f"[{name}](results/{name}.md)" if page.exists() else f"[{name}]({name}.py)"
+        picture = f'<img src="results/{name}.png" width="240">' * (results / f"{name}.png").exists()
+        lines.append(f"| {link} | {claim} | {verdict} | {number} | {picture} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(words: list[str]) -> int:
+    for word in words:
+        if not re.fullmatch(r"--quick|--index|--jobs=[1-9]\d*", word):
+            raise ValueError(f"{word} is not understood; there are --quick, --index and --jobs=N")
+    status, given = 0, [word for word in words if word != "--index"]
+    for path in experiments() if "--index" not in words else []:
+        print(f"\n---- {path.name} ----", flush=True)
+        status = max(status, subprocess.run([sys.executable, str(path), *given]).returncode)
+    if "--quick" not in words:
+        (HERE / "README.md").write_text(HEAD + index(HERE / "results"), encoding="utf-8")
+        print(HERE / "README.md")
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"all.py: {error}", file=sys.stderr)
+        sys.exit(2)
