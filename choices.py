@@ -1,5 +1,6 @@
 """What a setting stands for on this machine: a class for a name, a value for every `auto` and `none`."""
 
+import functools
 import importlib
 import inspect
 import os
@@ -9,7 +10,9 @@ import torch
 
 import checkpoint
 import config
+import data
 import schedules
+import spikes
 from optim import mup
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
@@ -101,10 +104,18 @@ def learning_rates(cfg: config.Config, optimizer_class: type, options: dict, kin
     return lrs
 
 
-def chosen(cfg: config.Config, asked: config.Config) -> str:
-    """What stands for every `auto` and `none`, in a line."""
+def introduction(cfg: config.Config, asked: config.Config, mesh: Mesh, record: dict, corpus: data.Corpus,
+                 whole: torch.nn.Module) -> list[str]:  # fmt: skip
+    """What this run is, in lines for people; the last one says what stands for every `auto` and `none`."""
     differ = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
-    return "chosen: " + " ".join(f"{name}={value}" for name, value in differ.items())
+    return [
+        f"commit {record['commit']}, torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)",
+        f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out",
+        f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is "
+        f"{cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}",
+        *mesh.table(),
+        "chosen: " + " ".join(f"{name}={value}" for name, value in differ.items()),
+    ]
 
 
 def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | None) -> list[str]:
@@ -124,6 +135,8 @@ def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | Non
         and cfg.cp_attention != "ring",
         f"activation_checkpoint={cfg.activation_checkpoint}: activations are in host memory already": on_cpu
         and "offload" in (cfg.activation_checkpoint or ""),
+        "async_save: with offload to disk, training waits while a checkpoint is written; a copy in memory is "
+        "what the disk was to spare": cfg.async_save and state_on_disk(cfg),
         "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
         "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
         f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "
@@ -133,6 +146,10 @@ def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | Non
         "and shared out": saved not in (0, n) and not alone,
     }
     return [sentence for sentence, holds in found.items() if holds]
+
+
+def state_on_disk(cfg: config.Config) -> bool:
+    return "disk" in (cfg.offload, cfg.offload_params)
 
 
 def offload_folder(cfg: config.Config, mesh: Mesh) -> Path:
@@ -177,7 +194,9 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
 
 
 def products(cfg: config.Config, model: torch.nn.Module, device: torch.device):
-    """Replaces the model's products where there are better ones; returns FP8's state, or None."""
+    """Replaces the model's products where there are better ones, adds z-loss; returns FP8's state or None."""
+    if cfg.z_loss is not None:
+        model.output = functools.partial(model.output, z_loss=cfg.z_loss)
     if cfg.compile == "off" and onednn.faster(cfg.precision, device):
         for layer in (module for module in model.modules() if hasattr(module, "product")):
             layer.product = onednn.linear
@@ -206,6 +225,17 @@ def compiled(cfg: config.Config, model: torch.nn.Module, device: torch.device) -
 
 def loss_scaler(cfg: config.Config) -> LossScaler | None:
     return LossScaler(**config.check_options(cfg, "scaler", LossScaler)) if cfg.precision == "fp16" else None
+
+
+def guard(cfg: config.Config, model: torch.nn.Module, state, disk) -> spikes.Guard:
+    """The spike guard over this run's state. Raises ValueError for a bad --monitor.NAME."""
+    ours = ("model", "optimizer", "position", "kept", "disk", "on_spike", "on_nonfinite", "precision")
+    options = config.check_options(cfg, "monitor", spikes.Guard, ours)
+    scales = [part for name, part in state.kept.items() if name in ("fp8", "scaler")]
+    found = spikes.Guard(model, state.optimizer, state.kept["progress"], scales, cfg.on_spike,
+                         cfg.on_nonfinite, cfg.precision, disk=disk, **options)
+    state.kept["guard"] = found
+    return found
 
 
 def stepper(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):

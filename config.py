@@ -18,6 +18,7 @@ import difflib
 import importlib.util
 import inspect
 import math
+import os
 import tomllib
 import types
 import typing
@@ -99,6 +100,24 @@ class Config:
     scalar_lr: float | None = knob(None, "lr of gains and biases; none = lr, with Muon 0.01", BRANCH, least=0)
     grad_clip: float | None = knob(1.0, "the gradient's global norm is scaled down to this", BRANCH, least=0)
     clip_value: float | None = knob(None, "first each gradient entry is cut to +-this", BRANCH, least=0)
+    z_loss: float | None = knob(
+        None, "this x (log Z)^2 of each token is minimised too, but not logged; usual: 1e-4", BRANCH, least=0
+    )
+    qk_clip: float | None = knob(
+        None, "heads whose attention logits exceed this are scaled back; usual: 100 (qk_clip.py)", BRANCH,
+        least=0,
+    )
+    # spikes and faults; --monitor.NAME= goes to the guard
+    on_spike: Literal["warn", "skip", "rollback", "clip", "lr_cut", "abort"] | None = knob(
+        "skip", "what happens to a step whose loss or gradient jumps (spikes.py)", FREE
+    )
+    on_nonfinite: Literal["warn", "skip", "rollback", "lr_cut", "abort"] | None = knob(
+        "skip", "the same for NaN and infinity; fp16's overflows are its loss scaler's", FREE
+    )
+    patience: int | None = knob(
+        None, "evaluations without a better loss until the run ends with its best weights", FREE, least=1
+    )
+    min_delta: float = knob(0.0, "what a better loss is better by, nats, for patience", FREE, least=0)
     # schedule; --schedule.NAME= goes to it
     schedule: Literal["auto", "wsd", "cosine", "linear", "constant", "inverse_sqrt", "sgdr", "onecycle"] = (
         knob("auto", "auto = wsd, and constant for Schedule-Free, which needs none", FREE)
@@ -173,17 +192,35 @@ class Config:
     offload_params: Literal["cpu", "disk"] | None = knob(
         None, "zero3, fsdp: where weights wait between uses", FREE
     )
+    timeout_minutes: float = knob(
+        10.0, "a collective that waits so long for another rank ends the run", FRESH, least=0.01, below=1e5
+    )
     # looking and saving
     histogram_every: int | None = knob(
         None, "steps between counts of exponents of all tensors (precision/histogram.py)", FREE, least=1
     )
+    watch_every: int | None = knob(
+        None, "steps between rows with attention logits, log Z, sizes of updates (watch.py)", FREE, least=1
+    )
     log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
     eval_every: int | None = knob(60, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
     save_every: int | None = knob(100, "steps between checkpoints; 0 = only at the end", FREE, least=0)
+    save_hours: float | None = knob(
+        None, "a checkpoint also after this many hours without one", FREE, least=0
+    )
     keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
+    keep_every: int | None = knob(
+        None, "a checkpoint also every so many steps, kept for ever beside the newest", FREE, least=1
+    )
+    async_save: bool = knob(
+        True, "write checkpoints beside training, which waits only for a copy in host memory", FREE
+    )
     tensorboard: bool = knob(False, "also write to out_dir/tensorboard", FRESH)
     wandb: str | None = knob(
         None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here", FRESH
+    )
+    debug_ranks: bool = knob(
+        False, "each rank's steps, and its stacks where it stands, go to out_dir/debug (faults.py)", FRESH
     )
     sample_tokens: int = knob(200, "length of the sample printed at the end; 0 = none", FREE, least=0)
     peak_flops: float | None = knob(None, "FLOP/s of one device, for MFU; none = by its name", FREE, least=0)
@@ -203,7 +240,7 @@ class Config:
 LAYOUTS = dict(fsdp_shard="fsdp", reshard="fsdp", param_dtype="fsdp", reduce_dtype="zero1 zero2 zero3 fsdp",
                compress="ddp", diloco_every="ddp", offload_params="zero3 fsdp",
                bucket_mb="ddp zero1 zero2 zero3")  # the layouts that a field is for  # fmt: skip
-NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile")
+NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile", "monitor")
 CHOSEN = (
     "micro_batch_size",
     "n_kv_head",
@@ -214,7 +251,8 @@ CHOSEN = (
     "head_lr",
     "scalar_lr",
 )
-SECTIONS = dict(out_dir="The run", data="Data", arch="Model", optim="Optimizer", schedule="Schedule",
+SECTIONS = dict(out_dir="The run", data="Data", arch="Model", optim="Optimizer", on_spike="Spikes and faults",
+                schedule="Schedule",
                 precision="Numbers and layout", log_every="Looking and saving")  # fmt: skip
 ARCHS = {
     "modern": dict(norm="rmsnorm", activation="relu2", position="rotary", qk_norm=True, tied=False,
@@ -252,6 +290,8 @@ def parse(argv: list[str]) -> Config:
 
 def read_recipe(path: str) -> dict:
     """A TOML recipe as {field: value}; a table like [opt] and a quoted key like "opt.betas" mean the same."""
+    if not os.path.isfile(path) and os.path.exists(path):  # a pipe would wait, a device never end
+        raise ValueError(f"cannot read the recipe {path}: it is no file; flags look like --steps=100")
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
@@ -301,7 +341,8 @@ def from_text(name: str, text: str):
             return text
         if kind in (int, float) and (value := number(kind, text)) is not None:
             return value
-    raise ValueError(f"--{name}={text} is not allowed; it takes {allowed(name)}")
+    shown = " ".join(text.split())[:200]
+    raise ValueError(f"--{name}={shown} is not allowed; it takes {allowed(name)}")
 
 
 def from_toml(name: str, value, path: str):
@@ -309,6 +350,9 @@ def from_toml(name: str, value, path: str):
     if isinstance(value, str) and value.lower() == "none":
         value = None
     if "." in name:
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, int | float | str | None) for part in parts):  # no dates, no tables
+            raise ValueError(f"{name} = {repr(value)[:200]} in {path} is no number, word or list of them")
         return tuple(value) if isinstance(value, list) else value
     for kind in kinds(name):
         if typing.get_origin(kind) is Literal:
@@ -319,7 +363,7 @@ def from_toml(name: str, value, path: str):
                 return converted
         elif type(value) is kind:
             return value
-    raise ValueError(f"{name} = {value!r} in {path} is not allowed; it takes {allowed(name)}")
+    raise ValueError(f"{name} = {repr(value)[:200]} in {path} is not allowed; it takes {allowed(name)}")
 
 
 def number(kind: type, text: str):
@@ -354,7 +398,8 @@ def check(cfg: Config) -> Config:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
         below = 2**31 if below is None and type(value) is int else math.inf if below is None else below
-        if not (math.isfinite(value) and least <= value < below):
+        if not (least <= value < below and math.isfinite(value)):  # in this order: ints may be too large
+            value = str(value)[:40]
             raise ValueError(f"{name}={value} is out of range; it must be at least {least} and below {below}")
     if cfg.n_embd % cfg.n_head:
         near = [h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0]
@@ -370,7 +415,7 @@ def check(cfg: Config) -> Config:
             f"rotary positions need an even head size, not n_embd/n_head = {cfg.n_embd // cfg.n_head}; "
             "change n_head or type --position=learned"
         )
-    if cfg.schedule not in ("auto", "wsd") and "decay_frac" in cfg.given:
+    if cfg.schedule not in ("auto", "wsd") and cfg.decay_frac != FIELDS["decay_frac"].default:
         raise ValueError(
             f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or --schedule=wsd"
         )
@@ -404,9 +449,26 @@ def check(cfg: Config) -> Config:
         if getattr(cfg, name) is not None and cfg.precision in ("fp16", "bf16_sr"):
             raise ValueError(f"{name} adds up over steps what precision={cfg.precision} scales or rounds; "
                              f"type --precision=bf16, or leave {name} out")
+    more, back = cfg.compress or cfg.diloco_every, "rollback" in (cfg.on_spike, cfg.on_nonfinite)
+    if more and back and cfg.options.get("monitor.ring") != 0:
+        raise ValueError("compress and diloco_every keep more than the states in memory hold; type "
+                         "--monitor.ring=0 to roll back to the newest checkpoint")
+    if cfg.patience is not None and not cfg.eval_every:
+        raise ValueError("patience counts evaluations, and eval_every=0 makes none; type --eval_every=60")
+    if cfg.patience is not None and cfg.diloco_every is not None:
+        raise ValueError("patience does not go with diloco_every, whose average is not what it trains on")
+    if cfg.min_delta and cfg.patience is None:
+        raise ValueError("min_delta means nothing without patience; type --patience=5 too")
     if cfg.compress is not None and cfg.diloco_every is not None:
         raise ValueError("compress and diloco_every do not go together; leave one of them out")
-    for name in ("grad_clip", "clip_value", "logit_cap", "peak_flops"):
+    normed = ARCHS[cfg.arch]["qk_norm"] if cfg.qk_norm == "auto" else cfg.qk_norm
+    if cfg.qk_clip is not None and normed:
+        raise ValueError(f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
+                         "type --qk_norm=false, or leave qk_clip out")
+    if cfg.qk_clip is not None and cfg.diloco_every is not None:
+        raise ValueError("qk_clip looks at all replicas, which diloco_every lets go apart; leave one "
+                         "of them out")
+    for name in ("grad_clip", "clip_value", "z_loss", "qk_clip", "logit_cap", "peak_flops"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")
     return cfg
@@ -575,4 +637,5 @@ def help_text() -> str:
     lines += ["  --scaler.NAME=    an argument of fp16's loss scaler, such as --scaler.fixed=1024"]
     lines += ["  --compile.NAME=   dynamic, verbose or backend, such as --compile.verbose=true"]
     lines += ["  --fp8.NAME=       an argument of FP8, such as --fp8.scaling=tensor"]
+    lines += ["  --monitor.NAME=   a number of the spike guard, such as --monitor.detector=ema"]
     return "\n".join(lines)

@@ -43,14 +43,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from download import download, hexdigest, progress
+from download import download, hexdigest, making, progress
 
 CORPORA = ("python", "shakespeare", "openwebtext", "fineweb")
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic of a shard: version, type of its tokens
-SMALL = 64 * 2**20  # bytes of tokens up to which every token is checked before training begins
+SMALL = 64 * 2**20  # bytes of shards up to which every token is checked, and hashed, before training begins
 
 
 class Tokenizer:
@@ -108,7 +108,8 @@ def _tiktoken(name: str):
     known = ["bytes", "ids", *tiktoken.list_encoding_names()]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-        raise ValueError(f"unknown tokenizer {name!r}: try --tokenizer={near}; known are {', '.join(known)}")
+        raise ValueError(f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; "
+                         f"known are {', '.join(known)}")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # its tables are downloaded on first use
@@ -192,7 +193,7 @@ def _check(ids: np.ndarray, vocab_size: int, where: str) -> None:
 @dataclass(frozen=True)
 class Corpus:
     name: str
-    sha256: str  # of the text; for shards, of the name, size and first 64 KiB of each
+    sha256: str  # of the text, or of shards; of large ones the names, sizes, first 64 KiB and 64 samples
     tokenizer: Tokenizer
     train: Tokens
     val: Tokens
@@ -215,7 +216,12 @@ def load(data: str, tokenizer: str, cache_dir: str, url: str | None = None,
     wrong is a ValueError. Let one process per machine prepare the cache before the others load it.
     """
     name, _, count = data.partition(":")
-    path, cache, words = Path(data).expanduser(), Path(cache_dir).expanduser(), Tokenizer(tokenizer)
+    for field, given in (("data", data), ("data_dir", cache_dir)):
+        if not (given.isprintable() and 0 < len(given) < 500):
+            raise ValueError(f"--{field}={given[:50]!r} is empty, too long, or has characters that no "
+                             "terminal shows: give that file or folder a plain name")
+    path, cache = (Path(os.path.expanduser(given)) for given in (data, cache_dir))
+    words = Tokenizer(tokenizer)
     if url and name not in CORPORA[1:]:
         raise ValueError(f"--data_url={url} is a mirror for {', '.join(CORPORA[1:])}; --data={data} "
                          "downloads nothing: leave --data_url= out")
@@ -289,8 +295,8 @@ def _tokenised(name: str, train: np.ndarray, val: np.ndarray, sha256: str, words
     splits = {"train": train, "val": val}
     for split, text in splits.items() if words.name != "bytes" else ():
         path = cache / f"{sha256[:32]}-{words.name}" / f"{split}.bin"
-        if not path.exists():
-            with progress(f"tokenising {split}", len(text)) as bar:
+        with making(path) as missing, progress(f"tokenising {split}", len(text)) as bar:
+            if missing:
                 write_shard(path, _encoded(_pieces(name, text, bar), words), words.n_vocab)
         splits[split] = read_shard(path)
     return Corpus(name, sha256, words, *(Tokens([ids], f"{name} ({split})") for split, ids in splits.items()))
@@ -332,15 +338,18 @@ def _openwebtext(name: str, count: int, words: Tokenizer, cache: Path, url: str)
     for i in range(count):
         train.append(cache / f"openwebtext-{words.name}" / f"train_{i:02d}.bin")
         val.append(cache / f"openwebtext-{words.name}" / f"val_{i:02d}.bin")
-        if val[i].exists():  # the last file of a part to be written
-            continue
-        file = f"urlsf_subset{i:02d}.tar"
-        archive, held_out = download(f"{url}/{file}", cache / "openwebtext" / file), []
-        with progress(f"tokenising {file}", archive.stat().st_size) as bar:
-            texts = _documents(archive, held_out, bar)
-            write_shard(train[i], _encoded(texts, words, words.end_of_text), words.n_vocab)
-        write_shard(val[i], _encoded(held_out, words, words.end_of_text), words.n_vocab)
+        with making(val[i]) as missing:  # the last file of a part to be written
+            if missing:
+                _openwebtext_part(f"urlsf_subset{i:02d}.tar", train[i], val[i], words, cache, url)
     return _shards(name, train, val, words)
+
+
+def _openwebtext_part(file: str, train: Path, val: Path, words: Tokenizer, cache: Path, url: str) -> None:
+    archive, held_out = download(f"{url}/{file}", cache / "openwebtext" / file), []
+    with progress(f"tokenising {file}", archive.stat().st_size) as bar:
+        texts = _documents(archive, held_out, bar)
+        write_shard(train, _encoded(texts, words, words.end_of_text), words.n_vocab)
+    write_shard(val, _encoded(held_out, words, words.end_of_text), words.n_vocab)
 
 
 def _documents(archive: Path, held_out: list[str], bar) -> Iterator[str]:
@@ -371,7 +380,7 @@ def _fineweb(name: str, count: int, words: Tokenizer, cache: Path, url: str) -> 
 
 
 def _folder(name: str, folder: Path, words: Tokenizer, vocab_size: int | None) -> Corpus:
-    files = sorted(folder.glob("*.bin"))
+    files = sorted(file for file in folder.glob("*.bin") if file.is_file())  # a pipe would make us wait
     val = [file for file in files if "val" in file.name]
     rest = [file for file in files if file not in val]
     train = [file for file in rest if "train" in file.name] or rest
@@ -385,10 +394,15 @@ def _folder(name: str, folder: Path, words: Tokenizer, vocab_size: int | None) -
 
 
 def _shards(name: str, train: list[Path], val: list[Path], words: Tokenizer) -> Corpus:
-    digest = hashlib.sha256()
-    for path in train + val:
-        head = np.fromfile(path, np.uint8, 2**16).tobytes()
-        digest.update(f"{path.name} {path.stat().st_size} ".encode() + head)
+    digest, paths = hashlib.sha256(), train + val
+    whole = sum(path.stat().st_size for path in paths) <= SMALL
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        raw = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        digest.update(raw[: size if whole else 2**16])
+        for start in range(0, 0 if whole else size, size // 64 + 1):  # made anew, it shows
+            digest.update(raw[start : start + 4096])
     splits = (Tokens([read_shard(path) for path in part], f"{name} ({split})")
               for split, part in (("train", train), ("val", val)))
     return Corpus(name, digest.hexdigest(), words, *splits)

@@ -1,18 +1,25 @@
 """Downloads that survive a bad line: continued where they broke off, named only when whole and verified.
 
-    URL --Range--> file.part --sha256--> file
+    URL --Range--> file.part --sha256--> file          while file.lock is held: of two runs one waits
 
 The checksum is a known one, or the one that the server names (Hugging Face's `X-Linked-Etag`, sent before it
 redirects). A damaged file is fetched once more. Offline, the error says what else to use.
 """
 
+import contextlib
 import hashlib
 import http.client
 import os
 import re
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
@@ -23,19 +30,54 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    if path.exists():
-        return path
+    with making(path) as missing:
+        for _ in range(2 * missing):
+            promised = _receive(url, part)
+            with open(part, "rb") as file:
+                wanted, found = sha256 or promised, hashlib.file_digest(file, "sha256").hexdigest()
+            if wanted in (None, found):
+                os.replace(part, path)
+                return path
+            part.unlink()
+    if missing:
+        raise ValueError(f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
+                         "--data_url=, or --data=python")  # fmt: skip
+    return path
+
+
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[bool]:
+    """Whether the file `path` is still to be made, which this process then does alone: another one waits here
+    until the first is done, or has died. Each would otherwise write into the other's unfinished file.
+
+    Where files cannot be locked (Windows, some network disks) nobody waits.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
-        promised = _receive(url, part)
-        with open(part, "rb") as file:
-            wanted, found = sha256 or promised, hashlib.file_digest(file, "sha256").hexdigest()
-        if wanted in (None, found):
-            os.replace(part, path)
-            return path
-        part.unlink()
-    raise ValueError(f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
-                     "--data_url=, or --data=python")
+    if fcntl is None or path.exists():
+        yield not path.exists()
+        return
+    lock, told = path.with_name(path.name + ".lock"), False
+    while True:
+        with open(lock, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    print(f"{path} is being made by another process; waiting for it", file=sys.stderr)
+                told = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                pass
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            except FileNotFoundError:  # the first is done, and took the lock away
+                continue
+            if ours:
+                try:
+                    yield not path.exists()
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
 
 
 def _receive(url: str, part: Path) -> str | None:

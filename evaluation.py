@@ -39,3 +39,11 @@ def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_b
     loss, hits, count, n_bytes = mesh.sum(*sums.tolist())
     return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / n_bytes if n_bytes else None,
             "val_accuracy": hits / count, "perplexity": math.exp(min(loss / count, 700))}
+
+
+def sample(model: torch.nn.Module, tokenizer: data.Tokenizer, n: int, seed: int, device: torch.device,
+           forward=None) -> str:  # fmt: skip
+    """A line break and the n tokens that follow. On every rank, for a forward may be a collective."""
+    prompt = torch.from_numpy(tokenizer.encode("\n")).to(device)[None]
+    prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
+    return tokenizer.decode(model.eval().generate(prompt, n, 0.8, 50, seed, forward)[0].tolist())

@@ -197,6 +197,11 @@ class Logger:
             self._write({"step": step, "event": event} | ({"text": text} if text else {}) | fields)
             self._line(step, [event] + ([text] if text else [f"{key} {x}" for key, x in fields.items()]))
 
+    def events(self, rows: list[dict]) -> None:
+        """Each one as `event` takes it."""
+        for row in rows:
+            self.event(**row)
+
     def say(self, text: str, terminal: bool = True) -> None:
         """A line for people: into train.log, and to the terminal, above the bar if there is one."""
         if not self.main:

@@ -72,8 +72,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.qk_norm = c.n_embd // c.n_head, c.qk_norm
         self.q = Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.k = Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
-        self.v = Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias)
+        self.k, self.v = (Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias) for _ in range(2))
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.core = causal_attention
         self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: 8 q.k/D, not q.k/sqrt(D)
@@ -106,8 +105,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = make_norm(c), Attention(c)
         self.mlp_norm, self.mlp = make_norm(c), MLP(c)
-        self.drop_attn = Dropout(c, f"blocks.{layer}.attn")
-        self.drop_mlp = Dropout(c, f"blocks.{layer}.mlp")
+        self.drop_attn, self.drop_mlp = (Dropout(c, f"blocks.{layer}.{name}") for name in ("attn", "mlp"))
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         x = x + self.drop_attn(self.attn(self.attn_norm(x), where), where)
@@ -145,9 +143,8 @@ class GPT(nn.Module):
             if x.shape[1] > self.config.block_size:
                 raise ValueError(f"{x.shape[1]} tokens are more than block_size={self.config.block_size}")
             positions = torch.arange(x.shape[1], device=x.device)
-        rotary = None
+        rotary, dtype = None, torch.promote_types(next(self.parameters()).dtype, torch.float32)
         if self.config.position == "rotary":
-            dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
             rotary = rotary_angles(positions, self.config.n_embd // self.config.n_head, dtype)
         where = Where(positions, rows, rotary)
         if x.ndim == 2:
@@ -204,12 +201,17 @@ def through(blocks: list[nn.Module], x: Tensor, where: Where) -> Tensor:
     return x
 
 
-def output(logits: Tensor, targets: Tensor | None, count: bool) -> tuple[Tensor, Tensor | None]:
-    """(sum of the token losses, how many targets are the likeliest token if asked); or (logits, None)."""
+def output(logits: Tensor, targets: Tensor | None, count: bool, z_loss=None) -> tuple[Tensor, Tensor | None]:
+    """(sum of token losses, how many targets are the likeliest token if asked); or (logits, None). z_loss: to
+    the gradient, not to the value, adds that of z_loss (log Z)^2 of each token (PaLM, 2204.02311)."""
     if targets is None:
         return logits, None
     hits = (logits.argmax(-1) == targets).sum() if count else None
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), hits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    if z_loss is not None:  # over the targets that cross_entropy counts
+        z = z_loss * logits.logsumexp(-1).masked_fill(targets == -100, 0).square().sum()
+        loss = loss + (z - z.detach())
+    return loss, hits
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
@@ -255,8 +257,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.key = c.dropout, key(c.seed, name)
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
-        """x: (B, T, C)."""
+    def forward(self, x: Tensor, where: Where) -> Tensor:  # x (B, T, C)
         if not self.training or self.p == 0:
             return x
         if where.rows is None:
@@ -292,8 +293,7 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape)
     base, hidden = c.mup_base_width or c.n_embd, not (embedding or name == "head.weight")
     if c.init == "fan_in":
-        std = 0.5 / math.sqrt(shape[1] if hidden else base)
-        std = (0.02 if c.tied else 1.0) if embedding else std
+        std = (0.02 if c.tied else 1.0) if embedding else 0.5 / math.sqrt(shape[1] if hidden else base)
     else:
         std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
         std *= math.sqrt(base / c.n_embd) if hidden else 1

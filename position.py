@@ -1,7 +1,10 @@
 """Where a run is in its data and among its evaluations: next row, banned rows, best step."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+
+import checkpoint
 
 
 class Position:
@@ -37,7 +40,7 @@ class Position:
         return {"rows": self.next, "banned": self.banned}
 
     def load(self, tree: dict) -> None:
-        self.next, self.banned = tree["rows"], tree.get("banned", [])
+        self.next, self.banned = int(tree["rows"]), [[int(i), int(j)] for i, j in tree.get("banned", [])]
 
 
 class Best:
@@ -48,11 +51,13 @@ class Best:
         self.folder, self.patience, self.min_delta = Path(folder), patience, min_delta
         self.seen = {"loss": math.inf, "step": 0, "last": -1, "bad": 0}
 
-    def better(self, val_loss: float, step: int) -> bool:
-        """After each evaluation: are these the best weights so far? Then the caller saves them to folder."""
+    def look(self, step: int, val_loss: float, tree: Callable[[], dict] = dict) -> bool:
+        """After each evaluation, on all ranks: are these weights the best so far? Then tree() is saved."""
         s, bound = self.seen, self.seen["loss"] - self.min_delta
         better = self.patience is not None and math.isfinite(val_loss) and val_loss < bound
         if better:
+            checkpoint.save(self.folder, step, tree(), keep=1)
+            checkpoint.drop_after(self.folder, step)  # of before a rollback
             s |= {"loss": val_loss, "step": step, "bad": 0}
         s["bad"], s["last"] = s["bad"] + (not better and step > s["last"]), max(step, s["last"])
         return better
@@ -62,6 +67,11 @@ class Best:
         return self.patience is not None and self.seen["bad"] >= self.patience
 
     @property
+    def worse(self) -> bool:
+        """Are the weights that were looked at last not the best ones?"""
+        return self.patience is not None and self.seen["bad"] > 0 and self.seen["loss"] < math.inf
+
+    @property
     def path(self) -> Path:
         return self.folder / f"step-{self.seen['step']:08d}"
 
@@ -69,6 +79,6 @@ class Best:
         return dict(self.seen)
 
     def load(self, tree: dict) -> None:
-        self.seen |= tree
+        self.seen |= {key: type(x)(tree.get(key, x)) for key, x in self.seen.items()}
         if not self.path.is_dir():  # gone: the next one is the best
             self.seen |= {"loss": math.inf, "bad": 0}

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def mismatch(cfg: config.Config, name: str, was, new, branch: bool) -> str:
 def set_aside(out_dir: Path) -> None:
     """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is deleted."""
     names = ("metrics.jsonl", "train.log", "config.toml", "loss.png", "histograms.jsonl", "histograms.png",
-             "tensorboard", "wandb")  # fmt: skip
+             "tensorboard", "wandb", "best")  # fmt: skip
     left = [p for p in out_dir.iterdir() if p.name in names or FOLDER.fullmatch(p.name)]
     if left:
         number = 1
@@ -120,7 +121,8 @@ class RunLock:
                 import fcntl
 
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.register_at_fork(after_in_child=self._file.close)  # or a forked child would hold it too
+                file = weakref.ref(self._file)  # a forked child must not hold it too
+                os.register_at_fork(after_in_child=lambda: file() is None or file().close())
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
@@ -147,6 +149,6 @@ class StopSignal:
         self.asked = True
         signal.signal(number, self.before[number])
 
-    def restore(self) -> None:
+    def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -108,6 +108,16 @@ def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float
     return SHAPES[name](min(step - warmup, T), T, minimum, **options)
 
 
+def follow(groups: list[dict], step: int, factor: float, momentum_warmup: int | None = None) -> None:
+    """Sets the lr of each of an optimizer's groups to `factor` times the one it was made with, and where
+    momentum warms up over so many steps, its momentum."""
+    for group in groups:
+        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+        if momentum_warmup is not None:
+            end = group.setdefault("initial_momentum", group["momentum"])
+            group["momentum"] = momentum_at(step, momentum_warmup, 0.85, end)
+
+
 def momentum_at(step: int, warmup: int, start: float, end: float) -> float:
     """Momentum warm-up, linear: a long memory is of little use while gradients still turn fast."""
     return end if step >= warmup else start + (end - start) * step / warmup

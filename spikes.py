@@ -73,7 +73,8 @@ class Guard:
 
     position: has `next`, a row, and ban(first, last). kept: what else a step changes, with tree() and load().
     on_spike, on_nonfinite: policies, None = off. detector: or several, joined by +; factor ... limit: its
-    numbers. Raises ValueError for what is not allowed.
+    numbers. disk: what a rollback goes back to with ring=0, see Ring. Raises ValueError for what is not
+    allowed.
     """
 
     def __init__(self, model, optimizer, position, kept=(), on_spike: str | None = "skip",
@@ -81,14 +82,15 @@ class Guard:
                  factor: float = None, decay: float = None, window: int = None, z: float = None,
                  limit: float = None, warmup: int = 20, accept: int = 10, vanishing: float = 0.01,
                  clip: float = 0.1, cut: float = 0.5, recover: int = 100, ring: int = 2, ring_every: int = 25,
-                 rollbacks: int = 3):  # fmt: skip
+                 rollbacks: int = 3, disk=None):  # fmt: skip
         own = dict(factor=factor, decay=decay, window=window, z=z, limit=limit)
         own, names = {k: x for k, x in own.items() if x is not None}, detector.split("+")
         self.numbers = n = dict(warmup=warmup, accept=accept, vanishing=vanishing, clip=clip, cut=cut,
                                 recover=recover, ring=ring, ring_every=ring_every, rollbacks=rollbacks)
         for k, x in (own | n).items():
             least, most = 4 if k in ("warmup", "window") else 0, 1 if k in ("decay", "cut") else 1e9
-            if type(x) not in (int, float) or not least <= x < most or (x == 0 and k != "vanishing"):
+            off = x == 0 and k not in ("vanishing", "ring")
+            if type(x) not in (int, float) or not least <= x < most or off:
                 raise ValueError(f"--monitor.{k}={x}: it takes a number, {least} to {most:g}")
         if any(name not in DETECTORS for name in names):
             raise ValueError(f"--monitor.detector={detector}: take {', '.join(DETECTORS)}, or several by +")
@@ -98,7 +100,8 @@ class Guard:
         self.detectors = {name: {k: own[k] for k in ks} for name, ks in takes.items()}
         self.on_spike, self.on_nonfinite, self.fp16 = on_spike, on_nonfinite, precision == "fp16"
         backs = "rollback" in (on_spike, on_nonfinite)
-        self.position, self.ring = position, Ring(ring, ring_every, model, optimizer, kept) if backs else None
+        states = Ring(ring, ring_every, model, optimizer, kept) if ring else disk
+        self.position, self.ring = position, states if backs else None
         self.events, self.back_at, self.sentence, self.keep = [], 0, "", max(500, window or 0)
         self.seen = {"losses": [], "norms": [], "rejected": [], "low": False}  # goes back in a rollback
         self.done = {"clip_until": 0, "lr": 1.0, "cut_at": 0, "place": 0, "times": 0, "bad": 0, "found": []}
@@ -154,15 +157,20 @@ class Guard:
             policy, text = "abort", f"{text}, as in {d['bad']} steps in a row"
         self.tell(step, "spike" if finite else "nonfinite", text, detector=name, value=value,
                   expected=expected, cause=cause, remedy=remedy, rows=[rows[0], rows[-1]], action=policy)
-        self.sentence = f"step {step + 1}: {text}. What helps: {remedy}"
-        if policy == "clip":
+        if policy == "abort":
+            self.sentence = f"step {step + 1}: {text}. What helps: {remedy}"
+        elif policy == "clip":
             d["clip_until"] = step + n["recover"]
         elif policy == "lr_cut":
             d["lr"], d["cut_at"] = n["cut"] * self.lr(step), step
             policy = "warn" if finite else "skip"
         elif policy == "rollback":
-            self.back_at, (self.seen, self.position.next) = self.ring.restore(step, d["times"])
             self.position.ban(rows[0], rows[-1])
+            state = self.ring.restore(step, d["times"])
+            if state is None:
+                self.tell(step, "skip", "nothing has been saved yet to go back to")
+                return "skip"
+            self.back_at, (self.seen, self.position.next) = state
             self.tell(step, policy, f"to {self.back_at}, without rows {rows[0]}..{rows[-1]}", to=self.back_at)
         return "step" if policy in ("warn", "clip") else policy
 
@@ -197,6 +205,10 @@ class Guard:
 
     def load(self, tree: dict) -> None:
         self.seen, self.done = self.seen | tree.get("seen", {}), self.done | tree.get("done", {})
+
+
+class Aborted(RuntimeError):
+    """The guard has ended the run; the message says why, and what helps."""
 
 
 class Ring:

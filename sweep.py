@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
     finally:
         for trial in running:
             trial.process.terminate()
-        stop.restore()
+        stop.close()
         lock.release()
     found = (home, [*trials.values()], [*search], metric, metric in MAXIMISED)
     results = sweep_results.table(*found)

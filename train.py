@@ -23,10 +23,16 @@ import choices
 import config
 import data
 import evaluation
+import faults
 import logger
 import monitor
+import position
 import resume
+import saving
 import schedules
+import spikes
+import state
+import watch
 from memory import activation_checkpoint, offload
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
@@ -42,7 +48,7 @@ def main(cfg: config.Config) -> dict:
     """
     # ---- ranks: who am I, and on which device --------------------------------------------------------------
     device = meshes.pick_device(cfg.device)
-    made_group = meshes.start(device)
+    made_group = meshes.start(device, cfg.timeout_minutes)
     mesh = meshes.make_mesh(device, cfg.tp, cfg.cp, cfg.pp)
     is_main = mesh.rank == 0
     torch.manual_seed(cfg.seed)  # nothing below draws from it, but a fork of this file may
@@ -50,6 +56,7 @@ def main(cfg: config.Config) -> dict:
     # ---- the earlier run, if there is one: its settings fill what the command line leaves open ------------
     out_dir, asked = Path(cfg.out_dir), cfg
     lock = resume.RunLock(out_dir) if is_main else None
+    diary = faults.Diary(out_dir / "debug" if cfg.debug_ranks else None, mesh, cfg.timeout_minutes)
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
     if earlier is not None:
         saved = earlier.tree("config")
@@ -59,7 +66,7 @@ def main(cfg: config.Config) -> dict:
 
     def leave(metrics: dict) -> dict:
         mesh.agree(0)  # nobody goes while another still works
-        if is_main:
+        if is_main and (cfg.offload or cfg.offload_params):
             shutil.rmtree(out_dir / "offload", ignore_errors=True)
         if lock is not None:
             lock.release()
@@ -103,7 +110,7 @@ def main(cfg: config.Config) -> dict:
     model = model.to(dtype)
     weights = functools.partial(initial_weight, model.config)  # by name and shape
     if earlier is not None:
-        weights = earlier.weights("training_weights" if earlier.has("training_weights") else "model")
+        weights = state.training_weights(earlier)
     elif cfg.init_from is not None:
         weights = checkpoint.resolve(cfg.init_from).weights("model")
 
@@ -178,8 +185,6 @@ def main(cfg: config.Config) -> dict:
     make_optimizer, boxes = choices.stepper(cfg, mesh, cuts, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
-    for group in optimizer.param_groups:
-        group["initial_lr"], group["initial_momentum"] = group["lr"], group.get("momentum")
     if hasattr(optimizer, "train"):
         optimizer.train()  # Schedule-Free keeps two sets of weights
     if cfg.precision == "bf16_sr":
@@ -188,24 +193,16 @@ def main(cfg: config.Config) -> dict:
         where = torch.device("cpu") if cfg.offload_params else device
         folder = choices.offload_folder(cfg, mesh) / "state"
         optimizer = offload.offload(optimizer, cfg.offload, folder, where)
-    at_anchor = getattr(replicas, "at_anchor", contextlib.nullcontext)  # DiLoCo looks at averaged weights
 
-    # ---- resume: everything a step depends on -------------------------------------------------------------
-    rows_seen, own = 0, {}
+    # ---- everything a step depends on, and what watches over it -------------------------------------------
+    place, best = position.Position(), position.Best(out_dir / "best", cfg.patience, cfg.min_delta)
+    kept = scales | {"progress": place, "best": best}  # by name, what can tree() and load()
+    run_state = state.State(optimizer, replicas, boxes, cuts, mesh, kept)
+    saver = saving.Saver(out_dir, cfg.save_every, cfg.save_hours, cfg.keep, cfg.keep_every,
+                         cfg.async_save and not choices.state_on_disk(cfg))  # fmt: skip
+    guard = choices.guard(cfg, model, run_state, state.Disk(out_dir, run_state, saver))
     if earlier is not None:
-        if hasattr(replicas, "load"):
-            own = replicas.load(lambda path: earlier.tree(f"replicas/{path}", missing={})) or {}
-
-        def state_of(name: str, shape: tuple[int, ...]) -> dict:
-            box = (*boxes[name], shape) if name in boxes else None
-            return own.get(name) or earlier.tree(f"optim/state/{name}", box, missing={})
-
-        param_groups.load_state_by_name(optimizer, earlier.tree("optim/groups"), state_of)
-        rows_seen = earlier.tree("progress")["rows"]
-        for name, kept in scales.items():
-            kept.load(earlier.tree(name, missing={}))
-        rng = earlier.tree("rng")
-        torch.set_rng_state(rng.get(str(mesh.rank), rng["0"]))
+        run_state.load(earlier)
 
     # ---- what this run is, for the user and for the record ------------------------------------------------
     if is_main and not (in_place and earlier is not None):
@@ -215,125 +212,125 @@ def main(cfg: config.Config) -> dict:
     record = logger.environment(device, mesh.world, corpus.sha256)
     if is_main:
         (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")
-    log.say(f"commit {record['commit']}, torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)")
-    log.say(f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
-    log.say(f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is "
-            f"{cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}")
-    notes = [uncompiled, eights and eights.emulated, choices.chosen(cfg, asked)]
-    for line in filter(None, mesh.table() + choices.remarks(cfg, mesh, earlier) + notes):
+    notes = choices.remarks(cfg, mesh, earlier) + [uncompiled, eights and eights.emulated]
+    for line in filter(None, choices.introduction(cfg, asked, mesh, record, corpus, whole) + notes):
         log.say(line)
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision.removesuffix("_sr"))
 
-    def counted(gradients: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Of the gradients on this rank those of which no other rank brings the same numbers."""
-        tied_copy = {"embed.weight"} if mesh.coords["pp"] > 0 else {}
-        cut = cuts if mesh.coords["tp"] > 0 else gradients
-        return [g for n, g in gradients.items() if replicas.counts and n in cut and n not in tied_copy]
+    about = {"config": config.to_dict(cfg), "record": record} if is_main else {}
 
-    def save() -> None:
-        state = param_groups.state_by_name(optimizer)
-        state["state"] = checkpoint.boxed(state["state"], boxes)
-        tree = {"rng": {str(mesh.rank): torch.get_rng_state()}, "optim": state if replicas.counts else {}}
-        if hasattr(replicas, "tree"):
-            tree["replicas"] = replicas.tree(state["state"])
-        if is_main:
-            tree |= {"config": config.to_dict(cfg), "progress": {"rows": rows_seen}, "record": record}
-        tree |= {name: kept.tree() for name, kept in scales.items()}
-        with param_groups.evaluation_weights(optimizer, replicas.share_weights) as training_weights:
-            tree |= {"model": checkpoint.boxed(replicas.weights(), tensor.boxes(cuts))}
-            if training_weights and replicas.counts:
-                tree |= {"training_weights": checkpoint.boxed(training_weights, boxes)}
-            checkpoint.save(out_dir, step, tree, cfg.keep)
-        log.event(step, "save")
+    def save(last: bool = False) -> None:
+        with run_state.tree() as tree:
+            saver.save(step, about | tree, last)
 
     # ---- the loop -----------------------------------------------------------------------------------------
-    latest, stop = {"step": step}, resume.StopSignal()
+    latest, stop, overdue = {"step": step}, resume.StopSignal(), False
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
+    watcher = watch.Watch(cfg, mesh, model, optimizer, boxes, run_state.counted)
     while True:
+        diary.step(step + 1)
         # Look first: the untrained model is step 0, and the last step is seen too.
         done, news = step >= cfg.steps, step > first_step or earlier is None
         if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place):
-            with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor():
+            with run_state.looking():
                 latest |= evaluation.evaluate(model, each, val_rows, cfg.eval_tokens, cfg.micro_batch_size,
                                               corpus.tokenizer, mesh)  # fmt: skip
+                best.look(step, latest["val_loss"], lambda: about | {"model": run_state.weights()})
             log.evaluation({k: v for k, v in latest.items() if k != "loss"})
+        if (done := done or best.over) and best.worse:
+            log.say(f"the best weights are those of step {run_state.take_best(best.path)}")
 
         # Nothing is lost: a checkpoint now and then, at the end, and when somebody asks us to stop.
-        if news and (done or stop.agreed or (cfg.save_every and step and step % cfg.save_every == 0)):
-            save()
+        if news and (done or stop.agreed or overdue or saver.due(step)):
+            save(last=done or stop.agreed)
+        log.events(saver.news())  # of the background too, a full disk for instance
         if done or stop.agreed:
             break
 
         # Accumulate my share of the next rows in micro-batches; the last one starts the sum over replicas.
+        guard.take(step)
         began = time.perf_counter()
         batch = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
         tokens, share = batch * cfg.block_size, batch // mesh.sizes["dp"]
-        first, size = rows_seen + mesh.coords["dp"] * share, cfg.micro_batch_size
+        rows, first, size = place.rows(batch), mesh.coords["dp"] * share, cfg.micro_batch_size
         scale = scaler.scale if scaler is not None else 1.0
         recorder.start(step, scale)
-        batches = [range(i, i + size) for i in range(first, first + share, size)]
+        watcher.start(step)
+        batches = [rows[i : i + size] for i in range(first, first + share, size)]
         loss = each(batches, train_rows, scale / tokens)
         replicas.finish_gradients()
-        rows_seen += batch
 
-        # Clip what is raw; the logged norm is that before clipping.
+        # The raw gradient's norm; one sum over all ranks brings the loss of the whole batch, and word that
+        # somebody was told to stop. The guard looks at both before anything changes.
         gradients = replicas.gradients()
         if pipe is not None:
             pipe.share_tied(gradients)
         if scaler is not None:
             scaler.unscale(gradients)
         recorder.write(replicas.weights, gradients)
-        grad_norm = norm = mesh.norm(counted(gradients), cfg.diloco_every is None)
+        grad_norm = norm = run_state.norm(gradients, cfg.diloco_every is None)
+        loss = float(loss) / tokens * (mesh.coords["tp"] == 0)
+        loss, stops, late, seen = mesh.sum(loss, stop.asked, saver.overdue(), float(grad_norm) / mesh.world)
+        verdict, overdue = guard.look(step, loss, seen, rows), late > 0
+        stop.agreed = stops > 0 or verdict == "abort"
+        log.events(guard.events)
+        if verdict == "rollback":
+            model.zero_grad(set_to_none=True)
+            step = guard.back_at
+            save()  # the ban too; what was saved since is of a past that is no more
+            saver.drop_after(step)
+        if verdict in ("rollback", "abort"):
+            continue
+        place.next = rows[-1] + 1
+
+        # Clip; the logged norm is that before clipping.
         if cfg.clip_value is not None:
             for gradient in gradients.values():
                 gradient.clamp_(-cfg.clip_value, cfg.clip_value)
-            norm = mesh.norm(counted(gradients), cfg.diloco_every is None)
-        if cfg.grad_clip is not None and gradients:  # a rank may own none
-            torch._foreach_mul_([*gradients.values()], (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            norm = run_state.norm(gradients, cfg.diloco_every is None)
+        limit = guard.clip(step, cfg.grad_clip)
+        if limit is not None and gradients:  # a rank may own none
+            torch._foreach_mul_([*gradients.values()], (limit / (norm + 1e-6)).clamp(max=1.0))
 
         # Every group follows the schedule from an lr of its own.
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(step)
-            if cfg.momentum_warmup is not None:
-                end = group["initial_momentum"]
-                group["momentum"] = schedules.momentum_at(step, cfg.momentum_warmup, 0.85, end)
-        if scaler is None or scaler.update(bool(grad_norm.isfinite())):
+        factor = lr_factor(step) * guard.lr(step)
+        schedules.follow(optimizer.param_groups, step, factor, cfg.momentum_warmup)
+        if verdict == "step" and (scaler is None or scaler.update(bool(grad_norm.isfinite()))):
             optimizer.step()
-        else:
+        elif verdict == "step":
             log.event(step + 1, "skip", f"the gradients overflowed at a loss scale of {scale:g}")
         if eights is not None:
             eights.step(mesh.groups["replicas"], mesh.groups["tp"])
         model.zero_grad(set_to_none=True)
 
-        # One sum over all ranks brings the loss of the whole batch, and word that somebody was told to stop.
-        loss, stops = mesh.sum(float(loss) / tokens * (mesh.coords["tp"] == 0), stop.asked)
-        stop.agreed, seconds = stops > 0, time.perf_counter() - began
-        step += 1
+        looked = watcher.row(norm, limit)
+        step, seconds = step + 1, time.perf_counter() - began
         latest |= {"step": step, "loss": loss}
-        if step % cfg.log_every == 0 or step == cfg.steps:
+        if looked or step % cfg.log_every == 0 or step == cfg.steps:
             speed = tokens / seconds
             sent = replicas.sent_bytes + getattr(optimizer, "sent_bytes", 0) + getattr(pipe, "sent_bytes", 0)
-            log.train({"step": step, "loss": loss, "lr": lrs["matrix"] * lr_factor(step - 1),
-                       "grad_norm": float(grad_norm), "tokens": rows_seen * cfg.block_size,
+            log.train({"step": step, "loss": loss, "lr": lrs["matrix"] * factor,
+                       "grad_norm": float(grad_norm), "tokens": place.seen * cfg.block_size,
                        "tokens_per_s": speed, "mfu": monitor.mfu(speed / mesh.world, flops, peak),
                        "step_s": seconds, "peak_bytes": monitor.peak_bytes(device), "sent_bytes": sent,
-                       **({"idle_s": pipe.idle_s} if pipe is not None else {})})  # of rank 0
+                       **({"idle_s": pipe.idle_s} if pipe is not None else {}), **looked})  # of rank 0
 
     # ---- the end ------------------------------------------------------------------------------------------
     if done and cfg.sample_tokens:  # on every rank: a forward may be a collective
-        prompt = torch.from_numpy(corpus.tokenizer.encode("\n")).to(device)[None]
-        prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
         stages = pipe and functools.partial(pipe.through, model, hidden, cfg.vocab_size)
         eager = contextlib.nullcontext() if cfg.compile == "off" else torch.compiler.set_stance("force_eager")
-        with param_groups.evaluation_weights(optimizer, replicas.share_weights), at_anchor(), eager:
-            ids = model.eval().generate(prompt, cfg.sample_tokens, 0.8, 50, cfg.seed, stages)
-        log.say(f"---- a sample ----{corpus.tokenizer.decode(ids[0].tolist())}\n------------------")
+        with run_state.looking(), eager:
+            text = evaluation.sample(model, corpus.tokenizer, cfg.sample_tokens, cfg.seed, device, stages)
+        log.say(f"---- a sample ----{text}\n------------------")
     if done and is_main and step > 1:  # one point is no curve
         logger.plot(out_dir, out_dir / "loss.png")
-    stop.restore()
-    log.close()
-    return leave(latest)
+    for part in (stop, log, diary):
+        part.close()
+    leave(latest)
+    if guard.sentence:
+        raise spikes.Aborted(guard.sentence)
+    return latest
 
 
 if __name__ == "__main__":
@@ -343,8 +340,10 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder that went away
+    except (OSError, spikes.Aborted) as error:  # a full disk, a folder that went away; the guard
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
+        faults.leave(error)
     except KeyboardInterrupt:  # before the loop, which has a handler of its own: nothing to lose yet
         sys.exit(130)

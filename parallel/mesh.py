@@ -11,10 +11,15 @@ which hold the same weights and sum their gradients. A group of size 1 is None, 
 the identity: one process runs the same lines as a thousand.
 """
 
+import contextlib
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 AXES = ("pp", "dp", "cp", "tp")
+LAUNCHER = "stops with torchrun"  # a thread's name
 
 
 @dataclass(frozen=True)
@@ -145,13 +151,64 @@ def mapped_file(path: Path, numbers: int, dtype: torch.dtype) -> torch.Tensor:
 def start(device: torch.device, minutes: float = 10) -> bool:
     """Joins the processes torchrun started; True if this call made the process group (and should destroy it).
 
-    gloo on a CPU, NCCL on GPUs. A collective that waits longer than `minutes` ends the run.
+    gloo on a CPU, NCCL on GPUs. A collective that waits longer than `minutes` ends the run, and so does the
+    death of torchrun.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and not any(t.name == LAUNCHER for t in threading.enumerate()):
+        threading.Thread(target=stop_with, args=(os.getppid(),), name=LAUNCHER, daemon=True).start()
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    store, rank, world = None, int(os.environ.get("RANK", -1)), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(minutes=minutes))  # fmt: skip
+        store = dist.PrefixStore(same_start(store, rank, world), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                            timeout=timedelta(minutes=minutes))  # fmt: skip
     return True
+
+
+def same_start(store: dist.Store, rank: int, world: int) -> str:
+    """A name that all ranks of this start share with no earlier one.
+
+    torchrun keeps one store over its restarts, and there still lie the addresses of the dead: who reads one
+    before its new owner has written it knocks at a closed door, or waits. So each rank leaves a name that it
+    has just made up, rank 0 answers to any name it finds, until all have said that the answer reached them.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"here/{rank}", mine)
+        start = store.get(f"answer/{mine}").decode()  # waits
+        store.set(f"{start}/{rank}", "heard")
+        return start
+    others, end = range(1, world), time.monotonic() + store.timeout.total_seconds()
+    while not store.check([f"{mine}/{r}" for r in others]):
+        if time.monotonic() > end:
+            raise dist.DistStoreError("timed out before every rank had come")
+        for r in filter(lambda r: store.check([f"here/{r}"]), others):
+            store.set(f"answer/{store.get(f'here/{r}').decode()}", mine)
+        time.sleep(0.02)
+    return mine
+
+
+def stop_with(launcher: int, every: float = 1, patience: float = 60) -> None:
+    """Waits until the process `launcher` is no longer this one's parent, then ends this one: who killed
+    torchrun wants the run to stop, and the same command started again would find the folder in use.
+
+    It sends itself SIGTERM, upon which a run saves a checkpoint, and grants it `patience` seconds. Where
+    torchrun runs on other machines too, it just ends: a run that stops well counts as finished there, and one
+    that lost a machine goes on at its last checkpoint. (Linux could signal a parent's death, but means the
+    thread that started us. On Windows a parent's number never changes, and nothing happens here.)
+    """
+    while os.getppid() == launcher:
+        time.sleep(every)
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(f"rank {os.environ.get('RANK', 0)}: torchrun is gone, so this rank stops", file=sys.stderr)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+    os._exit(1)
 
 
 def end() -> None:

@@ -88,20 +88,19 @@ def summed(x: Tensor, group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> Tensor:
 
 # ---- the loss of logits of which each rank holds its words' ----------------------------------------------
 class CrossEntropy(torch.autograd.Function):
-    """Sum of logsumexp(logits) - logits[target]; backward: softmax - one-hot of my words, nothing sent.
-
-    Keeps the logits and makes no copy of them in forward; torch's own keeps their logarithmic softmax.
-    """
+    """Sum of logsumexp(logits) - logits[target]; backward: softmax - one-hot of my words, nothing sent, plus
+    the gradient of z_loss logsumexp(logits)^2, which is not in the value. Keeps the logits and makes no copy
+    of them in forward; torch's own keeps their logarithmic softmax."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup, z_loss: float) -> Tensor:
         here, mine = local_ids(targets, logits.shape[1], group)  # logits (BT, V/N), targets (BT,)
         top = summed(logits.amax(1), group, dist.ReduceOp.MAX)
         parts = zip(logits.split(1024), top.split(1024))
         exps = torch.cat([(part - t.unsqueeze(1)).exp_().sum(1) for part, t in parts])
         target = logits.gather(1, here.unsqueeze(1)).squeeze(1) - top
         exps, target = summed(torch.stack([exps, target.masked_fill(~mine, 0)]), group)
-        counts = targets != -100  # F.cross_entropy passes over these
+        counts, ctx.z_loss = targets != -100, z_loss  # F.cross_entropy passes over -100
         ctx.save_for_backward(logits, top, exps, here, mine, counts)
         return torch.where(counts, exps.log() - target, 0).sum()
 
@@ -109,9 +108,10 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor):
         logits, top, exps, here, mine, counts = ctx.saved_tensors
-        dlogits = (logits - top.unsqueeze(1)).exp_().mul_((dloss * counts / exps).unsqueeze(1))
+        dlog_z = dloss * counts * (1 + 2 * ctx.z_loss * (top + exps.log()))
+        dlogits = (logits - top.unsqueeze(1)).exp_().mul_((dlog_z / exps).unsqueeze(1))
         dlogits.scatter_add_(1, here.unsqueeze(1), (-dloss * mine).unsqueeze(1))
-        return dlogits, None, None
+        return dlogits, None, None, None
 
 
 def local_ids(ids: Tensor, words: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -121,11 +121,11 @@ def local_ids(ids: Tensor, words: int, group: dist.ProcessGroup) -> tuple[Tensor
     return ids.where(mine, 0), mine
 
 
-def output(logits: Tensor, targets: Tensor | None, count: bool,
-           group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def output(logits: Tensor, targets: Tensor | None, count: bool, group: dist.ProcessGroup,
+           z_loss: float | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(sum of the token losses, how many targets are the likeliest token if asked), the same on all ranks.
 
-    logits: (B, T, V/N), my words'; targets: (B, T). Without targets: (logits of all words, None).
+    logits: (B, T, V/N), my words'; targets: (B, T), without: (logits of all words, None); z_loss: see above.
     """
     words, n, rank = logits.shape[-1], group.size(), dist.get_rank(group)
     if targets is None:
@@ -137,7 +137,7 @@ def output(logits: Tensor, targets: Tensor | None, count: bool,
         ties = best == summed(best, group, dist.ReduceOp.MAX)  # of equals the first wins, as in argmax
         place = torch.where(ties, place + rank * words, n * words)
         hits = (summed(place, group, dist.ReduceOp.MIN) == targets).sum()
-    return CrossEntropy.apply(logits, targets, group), hits
+    return CrossEntropy.apply(logits, targets, group, z_loss or 0.0), hits
 
 
 # ---- who gets which part ---------------------------------------------------------------------------------

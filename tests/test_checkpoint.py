@@ -19,6 +19,8 @@ from harness import run_ranks
 from safetensors.torch import load_file
 
 import checkpoint
+import saving
+import slices
 from checkpoint import CheckpointDamaged, Slice, load, newest, prune, resolve, save
 from resume import RunLock
 
@@ -120,6 +122,7 @@ def test_what_is_read_does_not_share_memory_with_the_file(tmp_path):
         ({"m": {"$": 1}}, "m is of type dict"),
         ({"m": {"d": torch.float32}}, "m/d is of type dtype"),
         ({"c": torch.zeros(2, dtype=torch.complex64)}, "c is torch.complex64"),
+        ({"a": json.loads("[" * 80 + "]" * 80)}, "a/0/0.* is nested deeper than 64 levels"),
         ({"w": Slice(torch.zeros(2, 3), (4, 3), (0, 0))}, r"no rank holds .* w .* begins at \[2, 0\]"),
         ({"w": Slice(torch.zeros(2, 3), (4, 3), (3, 0))}, "beyond its shape"),
     ],
@@ -252,9 +255,9 @@ def reseal(path, change):
     change(body)
     for name, facts in body["files"].items():
         data = (path / name).read_bytes()
-        facts.update(sha256=checkpoint._sha256(data), bytes=len(data))
-    sealed = {"body": body, "sha256": checkpoint._sha256(checkpoint._json(body))}
-    (path / "index.json").write_bytes(checkpoint._json(sealed))
+        facts.update(sha256=saving.sha256(data), bytes=len(data))
+    sealed = {"body": body, "sha256": saving.sha256(saving.as_json(body))}
+    (path / "index.json").write_bytes(saving.as_json(sealed))
 
 
 class Bomb:
@@ -298,8 +301,8 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
 
     index = json.loads((path / "index.json").read_bytes())
     index["body"]["files"][name] = index["body"]["files"]["rank_0.safetensors"]
-    index["sha256"] = checkpoint._sha256(checkpoint._json(index["body"]))
-    (path / "index.json").write_bytes(checkpoint._json(index))
+    index["sha256"] = saving.sha256(saving.as_json(index["body"]))
+    (path / "index.json").write_bytes(saving.as_json(index))
     with pytest.raises(CheckpointDamaged, match=r"no rank_N\.safetensors"):
         load(path)
 
@@ -311,6 +314,8 @@ FORGED = {
     "another dtype": lambda w: w.update(dtype="F64"),
     "another key": lambda w: w["slices"][0].update(key="v"),
     "no slice": lambda w: w.update(slices=[]),
+    "the same slice twice": lambda w: w.update(slices=w["slices"] * 2),
+    "an offset with a point": lambda w: w["slices"][0].update(offsets=[0.0]),
     "nothing": lambda w: w.clear(),
 }
 
@@ -321,6 +326,24 @@ def test_an_index_that_contradicts_the_files_is_refused(tmp_path, kind):
     reseal(path, lambda body: FORGED[kind](body["tensors"]["w"]))
     with pytest.raises(CheckpointDamaged):
         load(path)
+
+
+@pytest.mark.parametrize("body", [{"tree": [], "tensors": {}}, {"step": 2}, {"step": "1"}, {"files": []},
+                                  {"tree": {"w": {"$": "tensor"}, "lr": {"$": None}}}], ids=str)  # fmt: skip
+def test_an_index_that_save_cannot_have_written_is_refused(tmp_path, body):
+    path = save(tmp_path, 1, {"w": torch.ones(2)})
+    forged = json.loads((path / "index.json").read_bytes())["body"] | body
+    sealed = {"body": forged, "sha256": saving.sha256(saving.as_json(forged))}
+    (path / "index.json").write_bytes(saving.as_json(sealed))
+    for verify in (True, False):
+        with pytest.raises(CheckpointDamaged, match="contradicts itself"):
+            load(path, verify)
+
+
+def test_an_index_cannot_ask_for_more_memory_than_its_slices_need():
+    inner = {"file": "rank_0.safetensors", "key": "w", "offsets": [1] * 20, "shape": [1] * 20}
+    with pytest.raises(ValueError, match="pieces"):
+        slices.check({"w": slices.TENSOR}, {"w": {"shape": [3] * 20, "dtype": "F32", "slices": [inner]}})
 
 
 def test_an_index_with_a_tensor_outside_of_its_tree_is_refused(tmp_path):
@@ -449,25 +472,25 @@ def test_dtensors_of_fsdp_over_tensor_parallel_are_saved_as_slices(tmp_path):
 
 def fail_on_one(rank, world, out_dir, where, failing):
     save(out_dir, 1, {"w": grid(), "mine": {str(rank): torch.ones(3)}})
-    real = getattr(checkpoint, where)
+    real = getattr(saving, where)
 
     def full(path, *args, **kwargs):
         if rank == failing:
-            if where == "_write":
+            if where == "write_tensors":
                 Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *args, **kwargs)
 
-    setattr(checkpoint, where, full)
+    setattr(saving, where, full)
     try:
         save(out_dir, 2, {"w": grid(), "mine": {str(rank): torch.ones(3)}}, keep=1)
     except OSError as e:
         return str(e)
     finally:
-        setattr(checkpoint, where, real)
+        setattr(saving, where, real)
 
 
-FAILING = [("_write", 0), ("_write", 1), ("prune", 0), ("_sync", 1), ("_sha256", 0)]
+FAILING = [("write_tensors", 0), ("write_tensors", 1), ("prune", 0), ("sync", 1), ("sha256", 0)]
 
 
 @pytest.mark.parametrize(("where", "failing"), FAILING)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from test_train import close, flags, go, on_ranks, rows, text  # noqa: F401  (text is a fixture)
+from test_train import close, flags, go, on_ranks, rows
 
 import choices
 import config
@@ -73,7 +73,7 @@ def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
         run_ranks(2, trained, "zero1", True, (4,))
 
 
-def test_a_rank_that_owns_nothing_trains_on(tmp_path, text):  # noqa: F811
+def test_a_rank_that_owns_nothing_trains_on(tmp_path, text):
     more = ["--n_layer=1", "--precision=fp64", "--batch_size=9", "--clip_value=0.01", "--optim=adamw",
             "--steps=3"]  # fmt: skip
     go(text, tmp_path / "one", *more)
@@ -101,7 +101,7 @@ def test_the_vocabulary_is_no_matter_of_the_layout():
         choices.with_vocabulary(config.parse(["--tp=3", "--n_head=3", "--n_embd=12"]), 250)
 
 
-def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):  # noqa: F811
+def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
     for flag, says in (("--data_parallel=zero2", "one replica, nothing to spread"),
                        ("--offload=cpu", "in this memory already"),
                        ("--activation_checkpoint=offload", "in host memory already"),
@@ -161,7 +161,7 @@ def test_mixes_that_cannot_be_are_refused_with_the_alternative(flags_, says):
     assert says in str(error.value)
 
 
-def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):  # noqa: F811
+def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
     cfg = config.parse(flags(text, tmp_path, "--compress=powersgd", "--compress.rank=2.5"))
     from parallel.compression import powersgd
 

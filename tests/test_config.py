@@ -123,7 +123,7 @@ def test_every_field_is_used():
     from pathlib import Path
 
     root = Path(config.__file__).parent
-    text = "".join((root / name).read_text() for name in ("train.py", "model.py", "choices.py"))
+    text = "".join((root / name).read_text() for name in ("train.py", "model.py", "choices.py", "watch.py"))
     elsewhere = {"arch", "pp_chunks"}  # in config.with_traits and config.chunks
     assert [
         n for n in config.FIELDS if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere

@@ -9,7 +9,9 @@ import io
 import socket
 import tarfile
 import threading
+import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ import tiktoken
 import torch
 
 import data
+import download
+
+needs_locks = pytest.mark.skipif(download.fcntl is None, reason="files have no locks here")
 
 
 def tokens(n: int, pieces: int = 1) -> data.Tokens:
@@ -231,6 +236,45 @@ def test_tokens_of_a_text_are_made_once_and_equal_the_tokenizer(tmp_path, gpt2, 
         data.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
 
 
+@needs_locks
+def test_two_first_preparations_at_once_make_the_tokens_once(tmp_path, gpt2, monkeypatch, capsys):
+    """Each has locks of its own, as two processes have."""
+    (tmp_path / "a.txt").write_text("the other\n" * 30_000)
+    encode, started, calls = data.Tokenizer.encode, threading.Event(), []
+
+    def slow(self, text):
+        calls.append(threading.current_thread().name)
+        started.set()
+        time.sleep(0.1)
+        return encode(self, text)
+
+    monkeypatch.setattr(data.Tokenizer, "encode", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(data.load, str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+        assert started.wait(10)
+        second = pool.submit(data.load, str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+        ids = [one.result().train.slice(0, 100_000).tolist() for one in (first, second)]
+    assert ids[0] == ids[1] and len(calls) == 6  # 5 pieces of the training part, 1 of the rest
+    assert "being made by another process" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "cache").rglob("*.*")} == {"train.bin", "val.bin"}
+
+
+@needs_locks
+def test_two_downloads_at_once_are_one(server, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        url, path = f"{server.url}/a.bin", tmp_path / "new" / "a.bin"
+        for one in [pool.submit(data.download, url, path, server.etag) for _ in range(8)]:
+            assert one.result().read_bytes() == server.files["a.bin"]
+    assert server.seen == [("a.bin", None)] and [file.name for file in path.parent.iterdir()] == ["a.bin"]
+
+
+def test_what_a_killed_preparation_left_is_in_nobodys_way(server, tmp_path):
+    (tmp_path / "a.bin.lock").touch()
+    (tmp_path / "a.bin.part").write_bytes(server.files["a.bin"][:100])
+    data.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
+
+
 def test_an_interrupted_tokenisation_leaves_no_shard(tmp_path):
     def interrupted():
         yield np.arange(5)
@@ -376,6 +420,22 @@ def test_small_data_is_checked_in_full_at_load_and_large_data_row_by_row(tmp_pat
     rows(range(10))
     with pytest.raises(ValueError, match="token id 999"):
         rows([10])
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+def test_shards_made_anew_have_another_checksum(tmp_path, monkeypatch, small):
+    """A run that goes on must notice; in small data each bit counts, in large ones a stretch of 1/64."""
+    monkeypatch.setattr(data, "SMALL", 2**30 if small else 0)
+    ids = np.arange(2**19) % 251
+    headerless(tmp_path / "val.bin", [7] * 100)
+    seen = set()
+    for start in [None, 0, *range(12345, len(ids), 70_000)]:
+        changed = ids.copy()
+        if start is not None:
+            changed[start : start + (1 if small else len(ids) // 64 + 1)] += 1
+        headerless(tmp_path / "train.bin", changed)
+        seen.add(data.load(str(tmp_path), "bytes", "unused").sha256)
+    assert len(seen) == 2 + len(range(12345, len(ids), 70_000))
 
 
 def test_shards_of_an_unknown_tokenizer_have_no_bytes(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from harness import run_ranks
-from test_train import go, rows, text, trace  # noqa: F401  (text is a fixture)
+from test_train import go, rows, trace
 
 import checkpoint
 import config
@@ -19,7 +19,7 @@ def groups(out_dir) -> dict:
     return checkpoint.newest(out_dir).tree("optim/groups")
 
 
-def test_keep_and_save_every(tmp_path, text):  # noqa: F811
+def test_keep_and_save_every(tmp_path, text):
     for keep, kept in (("1", [12]), ("2", [10, 12]), ("none", [2, 4, 6, 8, 10, 12])):
         go(text, tmp_path / keep, f"--keep={keep}", "--save_every=2")
         assert sorted(int(p.name[5:]) for p in (tmp_path / keep).glob("step-*")) == kept
@@ -27,19 +27,19 @@ def test_keep_and_save_every(tmp_path, text):  # noqa: F811
     assert [p.name for p in (tmp_path / "end").glob("step-*")] == ["step-00000012"]
 
 
-def test_log_every_and_eval_every(tmp_path, text):  # noqa: F811
+def test_log_every_and_eval_every(tmp_path, text):
     go(text, tmp_path, "--log_every=5", "--eval_every=4")
     assert list(rows(tmp_path)) == [5, 10, 12] and list(rows(tmp_path, "val_loss")) == [0, 4, 8, 12]
 
 
-def test_bits_per_byte_and_perplexity(tmp_path, text):  # noqa: F811
+def test_bits_per_byte_and_perplexity(tmp_path, text):
     go(text, tmp_path)
     for row in rows(tmp_path, "val_loss").values():
         assert row["val_bpb"] == pytest.approx(row["val_loss"] / math.log(2))
         assert row["perplexity"] == pytest.approx(math.exp(row["val_loss"]))
 
 
-def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch):  # noqa: F811
+def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch):
     seen, plain = [], data.Rows.__call__
     monkeypatch.setattr(data.Rows, "__call__", lambda self, n: (seen.extend(n), plain(self, n))[1])
     go(text, tmp_path, "--steps=1", "--eval_tokens=160", "--eval_every=5")
@@ -47,7 +47,7 @@ def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch
     assert seen[:10] == [i * per_epoch // 10 for i in range(10)]
 
 
-def test_clip_value_then_grad_clip(tmp_path, text, monkeypatch):  # noqa: F811
+def test_clip_value_then_grad_clip(tmp_path, text, monkeypatch):
     before, after = [], []
     zero_grad = torch.nn.Module.zero_grad
     norm = torch.nn.utils.get_total_norm
@@ -75,7 +75,7 @@ def test_clip_value_then_grad_clip(tmp_path, text, monkeypatch):  # noqa: F811
     assert total > 1e-2 and sorted(g.norm().item() for g in after) == pytest.approx(expected, rel=1e-9)
 
 
-def test_each_kind_has_its_lr_and_decay(tmp_path, text):  # noqa: F811
+def test_each_kind_has_its_lr_and_decay(tmp_path, text):
     lrs = ["--lr=0.1", "--embed_lr=0.2", "--head_lr=0.3", "--scalar_lr=0.4", "--weight_decay=0.5"]
     go(text, tmp_path, "--optim=adamw", "--norm=layernorm", *lrs, "--steps=1")
     found = {kind: (g["initial_lr"], g["weight_decay"]) for kind, g in groups(tmp_path).items()}
@@ -84,7 +84,7 @@ def test_each_kind_has_its_lr_and_decay(tmp_path, text):  # noqa: F811
         go(text, tmp_path / "tied", "--tied=true", "--head_lr=0.3")
 
 
-def test_a_branch_changes_every_lr_left_to_it(tmp_path, text):  # noqa: F811
+def test_a_branch_changes_every_lr_left_to_it(tmp_path, text):
     go(text, tmp_path / "run", "--optim=adamw", "--lr=1e-2", "--embed_lr=5e-3", "--steps=3", "--clip_value=1")
     branch = [f"--resume={tmp_path / 'run'}", f"--out_dir={tmp_path / 'b'}", "--lr=1e-4", "--steps=4"]
     train.main(config.parse([*branch, "--clip_value=none", "--schedule=constant", "--warmup_steps=0"]))
@@ -96,7 +96,7 @@ def test_a_branch_changes_every_lr_left_to_it(tmp_path, text):  # noqa: F811
         train.main(config.parse([f"--resume={tmp_path / 'run'}", f"--out_dir={tmp_path / 'c'}", "--steps=2"]))
 
 
-def test_warmup_start_and_momentum_warmup(tmp_path, text):  # noqa: F811
+def test_warmup_start_and_momentum_warmup(tmp_path, text):
     warm = ["--warmup_steps=4", "--warmup_start=0.5", "--momentum_warmup=4"]
     go(text, tmp_path, "--lr=0.1", *warm, "--steps=8", "--save_every=1", "--keep=none")
     assert [rows(tmp_path)[i]["lr"] for i in (1, 2, 3, 4, 5)] == pytest.approx(
@@ -114,7 +114,7 @@ def mfu_on_ranks(rank, world, *args):
     return True
 
 
-def test_mfu_is_per_device_against_the_given_peak(tmp_path, text):  # noqa: F811
+def test_mfu_is_per_device_against_the_given_peak(tmp_path, text):
     go(text, tmp_path / "1", "--peak_flops=1e9")
     run_ranks(2, mfu_on_ranks, text, tmp_path / "2", "--peak_flops=1e9")
     flops = monitor.flops_per_token(2 * 12 * 32 * 32 + 32 * 256, 2, 32, 16)
@@ -125,7 +125,7 @@ def test_mfu_is_per_device_against_the_given_peak(tmp_path, text):  # noqa: F811
     assert rows(tmp_path / "unknown")[5]["mfu"] is None
 
 
-def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkeypatch):  # noqa: F811
+def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkeypatch):
     threads, made, urls, load = [], [], [], data.load
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(GPT, "generate", lambda self, ids, n, *a, **k: (made.append(n), ids)[1])
@@ -146,7 +146,7 @@ def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkey
     assert threads[0] == 3 and made == [17] and urls == [("elsewhere", "http://mirror")]
 
 
-def test_dropout_seed_and_logit_cap_change_the_run(tmp_path, text):  # noqa: F811
+def test_dropout_seed_and_logit_cap_change_the_run(tmp_path, text):
     go(text, tmp_path / "plain", "--steps=3")
     flags = """--dropout=0.5 --seed=7 --logit_cap=0.5 --qk_norm=false --n_kv_head=1
         --activation=gelu --tied=true --position=learned --bias=true --zero_init=false --init=gpt2
@@ -174,7 +174,7 @@ def test_changed_data_is_refused(tmp_path):
         go(str(path), tmp_path / "run", "--steps=4")
 
 
-def test_a_mistake_beside_never_leaves_the_run_alone(tmp_path, text):  # noqa: F811
+def test_a_mistake_beside_never_leaves_the_run_alone(tmp_path, text):
     go(text, tmp_path)
     before = trace(tmp_path)
     with pytest.raises(ValueError):
@@ -182,14 +182,14 @@ def test_a_mistake_beside_never_leaves_the_run_alone(tmp_path, text):  # noqa: F
     assert trace(tmp_path) == before and not list(tmp_path.glob("earlier-*"))
 
 
-def test_fewer_steps_than_done_change_nothing(tmp_path, text):  # noqa: F811
+def test_fewer_steps_than_done_change_nothing(tmp_path, text):
     first = go(text, tmp_path)
     files = {name: (tmp_path / name).read_bytes() for name in ("config.toml", "metrics.jsonl")}
     assert go(text, tmp_path, "--steps=5") == go(text, tmp_path) == first
     assert files == {name: (tmp_path / name).read_bytes() for name in files}
 
 
-def test_an_out_dir_that_cannot_be_is_refused(tmp_path, text):  # noqa: F811
+def test_an_out_dir_that_cannot_be_is_refused(tmp_path, text):
     with pytest.raises(ValueError, match="cannot be used"):
         go(text, text)
 
@@ -201,7 +201,7 @@ def test_an_out_dir_that_cannot_be_is_refused(tmp_path, text):  # noqa: F811
      "--schedule=cosine --decay_frac=0.3", "--threads=100000", "--steps=1e20", "--batch_size=1e10",
      "--device=meta", "--optim=adamw."],
 )  # fmt: skip
-def test_odd_values_are_sentences(tmp_path, text, flag):  # noqa: F811
+def test_odd_values_are_sentences(tmp_path, text, flag):
     with pytest.raises(ValueError) as error:
         go(text, tmp_path, *flag.split())
     assert "\n" not in str(error.value)

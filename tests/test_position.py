@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 
@@ -44,23 +45,26 @@ def test_without_bans_a_batch_is_a_range_and_old_progress_loads():
 def test_best_counts_evaluations_without_enough_improvement(tmp_path):
     best = Best(tmp_path, patience=3, min_delta=0.1)
     losses = [3.0, 2.95, math.nan, 2.8, 2.75, -math.inf, 2.71]
-    assert [i for i, x in enumerate(losses) if best.better(x, i)] == [0, 3]
+    assert [i for i, x in enumerate(losses) if best.look(i, x)] == [0, 3]
     assert best.over and best.tree()["step"] == 3 and best.path.name == "step-00000003"
-    assert not Best(tmp_path, None).better(1.0, 0)
+    assert not Best(tmp_path, None).look(0, 1.0)
 
 
 def test_an_evaluation_seen_again_after_a_rollback_counts_once(tmp_path):
     best = Best(tmp_path, patience=2)
-    best.better(1.0, 10)
+    best.look(10, 1.0)
     for _ in range(5):
-        assert not best.better(2.0, 20)
-    assert not best.over and not best.better(2.0, 30) and best.over
+        assert not best.look(20, 2.0)
+    assert not best.over and not best.look(30, 2.0) and best.over
 
 
 def test_a_best_that_is_gone_is_forgotten(tmp_path):
     best = Best(tmp_path, 3)
-    best.better(1.0, 10)
+    best.look(10, 1.0)
     again = Best(tmp_path, 3)
+    again.load(best.tree())
+    assert again.tree()["loss"] == pytest.approx(1.0)
+    shutil.rmtree(best.path)
     again.load(best.tree())
     assert again.tree()["loss"] == math.inf
     best.path.mkdir()

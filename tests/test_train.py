@@ -24,13 +24,6 @@ CLASSES = ["sgd", "adamw", "adam_l2", "adafactor", "lion", "lars", "lamb", "sham
            "schedule_free", "schedule_free.SGDScheduleFree"]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes((ROOT / "model.py").read_bytes())
-    return str(path)
-
-
 def flags(text, out_dir, *more: str) -> list[str]:
     tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--steps=12",
             "--eval_every=6", "--eval_tokens=512", "--sample_tokens=0", "--save_every=5", "--precision=fp32",

@@ -1,0 +1,130 @@
+"""Everything a step depends on: collected for a checkpoint, put back from one, on any layout.
+
+    model               the weights to evaluate, sample and export: Schedule-Free's average, the best ones
+                        once early stopping has chosen, else those of training
+    training_weights    those that training goes on from, where they are others
+    optim               state by parameter name, what the groups count
+    replicas            what the layout keeps beside: residuals of compression, DiLoCo's outer step
+    fp8, scaler, guard, progress, best        one tree for each thing in `kept`
+    rng                 torch's generator of each rank; nothing in train.py draws from it, a fork may
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from optim import param_groups
+from parallel import tensor
+from parallel.mesh import Mesh
+from saving import Saver
+
+
+class State:
+    """optimizer, replicas: the run's; boxes: name -> where the part that the optimizer sees lies in the whole
+    parameter; cuts: of parallel/tensor.py; kept: name -> anything with tree() and load(tree)."""
+
+    def __init__(self, optimizer, replicas, boxes: dict, cuts: dict, mesh: Mesh, kept: dict):
+        self.optimizer, self.replicas, self.boxes, self.cuts = optimizer, replicas, boxes, cuts
+        self.mesh, self.kept, self.training = mesh, kept, None
+
+    def outside(self):
+        """with this: the model holds the weights that others are to have, and afterwards the very bits it
+        had. Gives those that training goes on from, by name; {} where they are the same."""
+        if self.training is not None:
+            return contextlib.nullcontext(self.training)
+        return param_groups.evaluation_weights(self.optimizer, self.replicas.share_weights)
+
+    @contextlib.contextmanager
+    def looking(self):
+        """The same to evaluate and sample: DiLoCo's replicas then hold what they last agreed on."""
+        with self.outside(), getattr(self.replicas, "at_anchor", contextlib.nullcontext)():
+            yield
+
+    def counted(self, by_name: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Those of a tensor for each parameter of which no other rank brings the same numbers."""
+        tied_copy = {"embed.weight"} if self.mesh.coords["pp"] > 0 else {}
+        cut = self.cuts if self.mesh.coords["tp"] > 0 else by_name  # the rest is alike on all tp ranks
+        return [x for n, x in by_name.items() if self.replicas.counts and n in cut and n not in tied_copy]
+
+    def norm(self, gradients: dict[str, torch.Tensor], everywhere: bool = True) -> torch.Tensor:
+        """The 2-norm of the gradients of all ranks, or only of this one, each number counted once."""
+        return self.mesh.norm(self.counted(gradients), everywhere)
+
+    def weights(self) -> dict:
+        """What the model holds now, for a checkpoint."""
+        return checkpoint.boxed(self.replicas.weights(), tensor.boxes(self.cuts))
+
+    @contextlib.contextmanager
+    def tree(self):
+        """This rank's part of a checkpoint. It is not a copy, and holds inside alone."""
+        state = param_groups.state_by_name(self.optimizer)
+        state["state"] = checkpoint.boxed(state["state"], self.boxes)
+        tree = {name: part.tree() for name, part in self.kept.items()}
+        tree |= {"rng": {str(self.mesh.rank): torch.get_rng_state()}}
+        tree |= {"optim": state} if self.replicas.counts else {}
+        if hasattr(self.replicas, "tree"):
+            tree["replicas"] = self.replicas.tree(state["state"])
+        with self.outside() as training:
+            if training and self.replicas.counts:
+                tree["training_weights"] = checkpoint.boxed(training, self.boxes)
+            yield tree | {"model": self.weights()}
+
+    def load(self, saved: checkpoint.Checkpoint, names=None) -> None:
+        """All of it but the weights. names: of `kept`, None for all."""
+        with checkpoint.reading(saved.path):
+            self._load(saved, names)
+
+    def _load(self, saved: checkpoint.Checkpoint, names) -> None:
+        own = {}
+        if hasattr(self.replicas, "load"):
+            own = self.replicas.load(lambda path: saved.tree(f"replicas/{path}", missing={})) or {}
+
+        def state_of(name: str, shape: tuple[int, ...]) -> dict:
+            box = (*self.boxes[name], shape) if name in self.boxes else None
+            return own.get(name) or saved.tree(f"optim/state/{name}", box, missing={})
+
+        param_groups.load_state_by_name(self.optimizer, saved.tree("optim/groups"), state_of)
+        for name in self.kept if names is None else names:
+            self.kept[name].load(saved.tree(name, missing={}))
+        rng = saved.tree("rng")
+        torch.set_rng_state(rng.get(str(self.mesh.rank), rng["0"]))
+
+    def take_best(self, path: Path) -> int:
+        """From now on the model holds these weights, and those of training are kept beside; their step."""
+        groups = self.optimizer.param_groups
+        self.training = {n: p.detach().clone() for g in groups for n, p in zip(g["names"], g["params"])}
+        saved = checkpoint.load(path)
+        self.replicas.fill(tensor.part_of(saved.weights("model"), self.cuts))
+        return saved.step
+
+
+def training_weights(saved: checkpoint.Checkpoint):
+    """The weights that training goes on from, by name and shape."""
+    return saved.weights("training_weights" if saved.has("training_weights") else "model")
+
+
+class Disk:
+    """The run's checkpoints as what a rollback goes back to: spikes.Ring's interface, on any layout."""
+
+    def __init__(self, out_dir: Path, state: State, saver: Saver):
+        self.out_dir, self.state, self.saver = out_dir, state, saver
+
+    def take(self, step: int, more=None) -> None:
+        """Saving is train.py's."""
+
+    def restore(self, before: int, back: int = 1) -> tuple | None:
+        """The back-th newest whole checkpoint of a step before this one, or the oldest: (step, the guard's
+        memory and the next row then); None where there is none."""
+        self.saver.wait()  # its end deletes old ones
+        mesh, found = self.state.mesh, []
+        if mesh.rank == 0:
+            found = checkpoint.before(self.out_dir, before, back)
+        step = mesh.agree(found[-1].step if found else -1)
+        if step < 0:
+            return None
+        saved = checkpoint.load(self.out_dir / f"step-{step:08d}", verify=False)
+        self.state.replicas.fill(tensor.part_of(training_weights(saved), self.state.cuts))
+        self.state.load(saved, self.state.kept.keys() - {"progress", "best", "guard"})
+        return step, (saved.tree("guard/seen"), saved.tree("progress")["rows"])
