@@ -156,6 +156,14 @@ def offload_folder(cfg: config.Config, mesh: Mesh) -> Path:
     return Path(cfg.out_dir) / "offload" / f"rank_{mesh.rank}"
 
 
+def offloaded(cfg: config.Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer with its state elsewhere, stepped where the weights are."""
+    from memory import offload
+
+    where = torch.device("cpu") if cfg.offload_params else mesh.device
+    return offload.offload(optimizer, cfg.offload, offload_folder(cfg, mesh) / "state", where)
+
+
 DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -33,7 +33,7 @@ import schedules
 import spikes
 import state
 import watch
-from memory import activation_checkpoint, offload
+from memory import activation_checkpoint
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
@@ -91,6 +91,8 @@ def main(cfg: config.Config) -> dict:
     corpus = mesh.first_on_each_machine(
         lambda: data.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
     )
+    if not mesh.alike(corpus.sha256):
+        raise ValueError(f"--data={cfg.data} is not the same on every machine; copy it to all from one")
     cfg = choices.with_vocabulary(cfg, corpus.tokenizer.n_vocab)
     train_rows = data.Rows(corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size)
     val_rows = data.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
@@ -190,9 +192,7 @@ def main(cfg: config.Config) -> dict:
     if cfg.precision == "bf16_sr":
         optimizer = stochastic.stochastic(optimizer, cfg.seed, boxes)
     if cfg.offload is not None:  # from now on state comes to the device only to be stepped
-        where = torch.device("cpu") if cfg.offload_params else device
-        folder = choices.offload_folder(cfg, mesh) / "state"
-        optimizer = offload.offload(optimizer, cfg.offload, folder, where)
+        optimizer = choices.offloaded(cfg, mesh, optimizer)
 
     # ---- everything a step depends on, and what watches over it -------------------------------------------
     place, best = position.Position(), position.Best(out_dir / "best", cfg.patience, cfg.min_delta)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from test_train import ROOT, close, flags, rows, trace
+from test_train import ROOT, close, flags, go, rows, trace
 from test_two_nodes import free_port
 
 import checkpoint
@@ -337,3 +337,17 @@ def test_the_reader_puts_those_first_who_are_behind(tmp_path):
     (tmp_path / "debug" / "rank_1.log").write_text("2026-11-21 17:00:00 step 38\n")
     os.utime(tmp_path / "debug" / "rank_1.log", (1000, 1000))
     assert faults.report(tmp_path)[0] == "step 38: rank 1, silent for 55 s when the others wrote last"
+
+
+def other_text_on_rank_1(rank, world, folder):
+    path = Path(folder) / f"text{rank}.txt"
+    path.write_bytes(b"one text or another, " * 100 + bytes([65 + rank]))
+    try:
+        go(path, Path(folder) / "out")
+    except ValueError as error:
+        return str(error)
+
+
+def test_machines_with_different_texts_are_refused_on_all_ranks(tmp_path):
+    said = run_ranks(2, other_text_on_rank_1, str(tmp_path))
+    assert all("is not the same on every machine" in sentence for sentence in said)

@@ -176,6 +176,12 @@ def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, 
     same_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_fp8_s_delayed_scales_forget_a_step_of_nan(tmp_path, text):
+    more = ["--precision=fp8", "--fp8.scaling=tensor", "--fp8.delayed=true"]
+    with_fault(0, 1, math.nan, text, tmp_path, *more)
+    assert [step for step, row in end(tmp_path).items() if row[0] is None] == [8]
+
+
 def test_without_a_guard_nan_ends_the_training(tmp_path, text):
     with_fault(0, 1, math.nan, text, tmp_path, "--on_nonfinite=none")
     assert end(tmp_path)[12][0] is None
