@@ -20,7 +20,8 @@ not finite is found at any step (fp16 gradients are the loss scaler's); a norm b
     clip         taken; for `recover` steps the gradient's norm is clipped to `clip`
     lr_cut       taken if finite; lr x `cut` grows back over `recover` steps
     rollback     the ring's last state comes back and this batch's rows are banned for good; the next one
-                 within `recover` steps goes one state further back; after `rollbacks` of them: abort
+                 within `recover` steps goes one state further back and bans twice as many batches; after
+                 `rollbacks` of them: abort. ring=0: the newest checkpoint comes back instead
     abort        checkpoint, a sentence, the end; so end `accept` steps in a row that are not finite
 
 PaLM (2204.02311) restarted 100 steps before a spike and left out 200 to 500 batches, some 20 times; Llama 3
@@ -36,7 +37,11 @@ import torch
 
 # ---- detectors: what was accepted, oldest first -> (expected, what a spike is above) ----------------------
 def robust(losses: list[float], z: float = 5.5, window: int = 100) -> tuple[float, float]:
-    x, half = losses[-window:], min(len(losses), window) // 2
+    return band(losses[-min(window, max(20, len(losses) // 2)) :], z)  # the steep start is soon forgotten
+
+
+def band(x: list[float], z: float) -> tuple[float, float]:
+    half = len(x) // 2
     slope = (median(x[-half:]) - median(x[:half])) / (len(x) - half)
     start = median(v - slope * i for i, v in enumerate(x))
     sd = 1.4826 * median(abs(v - start - slope * i) for i, v in enumerate(x))
@@ -82,7 +87,7 @@ class Guard:
                  factor: float = None, decay: float = None, window: int = None, z: float = None,
                  limit: float = None, warmup: int = 20, accept: int = 10, vanishing: float = 0.01,
                  clip: float = 0.1, cut: float = 0.5, recover: int = 100, ring: int = 2, ring_every: int = 25,
-                 rollbacks: int = 3, disk=None):  # fmt: skip
+                 rollbacks: int = 4, disk=None):  # fmt: skip
         own = dict(factor=factor, decay=decay, window=window, z=z, limit=limit)
         own, names = {k: x for k, x in own.items() if x is not None}, detector.split("+")
         self.numbers = n = dict(warmup=warmup, accept=accept, vanishing=vanishing, clip=clip, cut=cut,
@@ -165,13 +170,15 @@ class Guard:
             d["lr"], d["cut_at"] = n["cut"] * self.lr(step), step
             policy = "warn" if finite else "skip"
         elif policy == "rollback":
-            self.position.ban(rows[0], rows[-1])
+            first, last = rows[0], rows[-1] + (2 ** (d["times"] - 1) - 1) * len(rows)
+            self.position.ban(first, last)
             state = self.ring.restore(step, d["times"])
             if state is None:
                 self.tell(step, "skip", "nothing has been saved yet to go back to")
                 return "skip"
-            self.back_at, (self.seen, self.position.next) = state
-            self.tell(step, policy, f"to {self.back_at}, without rows {rows[0]}..{rows[-1]}", to=self.back_at)
+            self.back_at, (seen, self.position.next) = state
+            self.seen = dict(seen)  # the ring's own stays as it was: it may come back again
+            self.tell(step, policy, f"to {self.back_at}, without rows {first}..{last}", to=self.back_at)
         return "step" if policy in ("warn", "clip") else policy
 
     def cause(self, step: int, norm: float, finite: bool, by_norm: bool) -> tuple[str, str]:

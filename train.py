@@ -277,7 +277,7 @@ def main(cfg: config.Config) -> dict:
         log.events(guard.events)
         if verdict == "rollback":
             model.zero_grad(set_to_none=True)
-            step = guard.back_at
+            latest["step"] = step = guard.back_at
             save()  # the ban too; what was saved since is of a past that is no more
             saver.drop_after(step)
         if verdict in ("rollback", "abort"):

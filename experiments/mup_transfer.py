@@ -18,7 +18,8 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]  # else `precision` is one of us
 
 from experiments import protocol
 from experiments.findings import INK, groups, markdown, pick

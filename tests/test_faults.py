@@ -130,6 +130,13 @@ def test_rollback_is_bitwise_the_run_that_never_saw_the_poisoned_rows(tmp_path, 
     assert '"to": 6' in (tmp_path / "faulty" / "metrics.jsonl").read_text()
 
 
+def test_the_evaluation_after_a_rollback_is_that_of_the_step_it_goes_back_to(tmp_path, text):
+    poisoned(math.nan)
+    go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring_every=6", "--save_every=0")
+    found = [row for row in logger.read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    assert [row["step"] for row in found] == [0, 6, 6, 12] and found[1] == found[2]
+
+
 def test_a_spike_of_50_times_the_loss_is_rolled_back(tmp_path, text):
     row = 8 * 30 + 3
     more = ["--steps=40", "--save_every=0", "--eval_every=0"]

@@ -248,6 +248,16 @@ def test_abort_says_where_why_and_what_helps():
     assert g.events[0]["remedy"] in g.sentence
 
 
+def test_a_second_rollback_to_one_state_finds_it_as_it_was():
+    g = guard("rollback", ring=1, ring_every=100)
+    for _ in range(3):
+        for step, loss in enumerate([*noise(60), 30.0]):
+            g.take(step)
+            verdict = g.look(step, loss, 1.0, range(8 * step, 8 * step + 8))
+        assert (verdict, g.back_at, g.seen) == ("rollback", 0, guard().seen)
+    assert g.position.bans == [(480, 487), (480, 495), (480, 511)]  # 1, 2, 4 batches
+
+
 def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
     g = guard("rollback", ring=3, ring_every=10)
     losses, step, back = noise(200), 0, []
@@ -264,8 +274,8 @@ def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
         if verdict == "abort":
             break
         step += 1
-    assert back == [50, 40, 30] and verdict == "abort" and "3 rollbacks did not help" in g.sentence
-    assert g.position.bans == [(456, 463)] * 3 and len(g.events) == 1
+    assert back == [50, 40, 30, 30] and verdict == "abort" and "4 rollbacks did not help" in g.sentence
+    assert g.position.bans == [(456, 463), (456, 471), (456, 487), (456, 519)] and len(g.events) == 1
 
 
 def test_a_far_later_rollback_begins_a_new_row():
