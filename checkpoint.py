@@ -228,10 +228,11 @@ def newest(out_dir, warn=print) -> Checkpoint | None:
 
 
 def before(out_dir, step: int, back: int = 1) -> list[Checkpoint]:
-    """The newest `back` whole checkpoints of steps before this one, newest first."""
-    whole = []
-    for at, current, path in reversed(found(out_dir)):
-        if at < step and current and len(whole) < back:
+    """The newest `back` whole checkpoints of steps before this one, newest first; that of this step if there
+    is no older one."""
+    there, whole = [(at, path) for at, current, path in reversed(found(out_dir)) if current], []
+    for _, path in [x for x in there if x[0] < step] or [x for x in there if x[0] == step]:
+        if len(whole) < back:
             try:
                 whole.append(load(path))
             except CheckpointDamaged:

@@ -139,6 +139,9 @@ def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | Non
         "what the disk was to spare": cfg.async_save and state_on_disk(cfg),
         "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
         "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
+        f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, or more":
+        cfg.patience is not None and earlier is not None
+        and earlier.tree("best/bad", missing=0) >= cfg.patience,
         f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "
         "not in the saved model": every is not None and cfg.steps % every,
         "what compression had not sent yet is dropped": saved and alone,
@@ -239,6 +242,16 @@ def guard(cfg: config.Config, model: torch.nn.Module, state, disk) -> spikes.Gua
     """The spike guard over this run's state. Raises ValueError for a bad --monitor.NAME."""
     ours = ("model", "optimizer", "position", "kept", "disk", "on_spike", "on_nonfinite", "precision")
     options = config.check_options(cfg, "monitor", spikes.Guard, ours)
+    policies = {cfg.on_spike, cfg.on_nonfinite}
+    needs = dict(clip="clip", cut="lr_cut", ring="rollback", ring_every="rollback", rollbacks="rollback")
+    for name in options:
+        if needs.get(name) not in {None, *policies}:
+            raise ValueError(f"--monitor.{name} has nothing to do without --on_spike={needs[name]}")
+    if options and policies == {None}:
+        raise ValueError("--monitor.* has nothing to do with on_spike and on_nonfinite both none")
+    if "rollback" in policies and options.get("ring") == 0 and not (cfg.save_every or cfg.save_hours):
+        raise ValueError("--monitor.ring=0 goes back to checkpoints, of which save_every=0 makes none; type "
+                         "--save_every=100, or leave --monitor.ring out")
     scales = [part for name, part in state.kept.items() if name in ("fp8", "scaler")]
     found = spikes.Guard(model, state.optimizer, state.kept["progress"], scales, cfg.on_spike,
                          cfg.on_nonfinite, cfg.precision, disk=disk, **options)

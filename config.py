@@ -206,7 +206,7 @@ class Config:
     eval_every: int | None = knob(60, "steps between evaluations, also at the end; 0 = never", FREE, least=0)
     save_every: int | None = knob(100, "steps between checkpoints; 0 = only at the end", FREE, least=0)
     save_hours: float | None = knob(
-        None, "a checkpoint also after this many hours without one", FREE, least=0
+        None, "a checkpoint also after so many hours without one; 0 = after each step", FREE, least=0
     )
     keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
     keep_every: int | None = knob(

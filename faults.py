@@ -46,6 +46,9 @@ class Diary:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("rank_*.log") if mesh.rank == 0 else ():  # of an earlier, larger world
+            if path.stem[5:].isdigit() and int(path.stem[5:]) >= mesh.world:
+                path.unlink(missing_ok=True)
         self.file = open(folder / f"rank_{mesh.rank}.log", "a", buffering=1, encoding="utf-8")
         faulthandler.enable(self.file)
         if hasattr(signal, "SIGUSR1"):

@@ -141,7 +141,8 @@ class Logger:
         if os.path.exists(path):
             if not resumed:
                 raise ValueError(f"{path} belongs to another run: resume it or choose another --out_dir")
-            kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+            kept = [row for row in read_metrics(path)  # what a rollback banned stays banned, and on record
+                    if row["step"] <= first_step or row.get("to", math.inf) <= first_step]
             with open(path + ".tmp", "w", encoding="utf-8") as file:  # a kill here leaves the old file whole
                 file.writelines(json.dumps(to_json(row)) + "\n" for row in kept)
                 file.flush()

@@ -50,17 +50,28 @@ class Best:
     def __init__(self, folder: str | Path, patience: int | None, min_delta: float = 0.0):
         self.folder, self.patience, self.min_delta = Path(folder), patience, min_delta
         self.seen = {"loss": math.inf, "step": 0, "last": -1, "bad": 0}
+        self.events = []
 
     def look(self, step: int, val_loss: float, tree: Callable[[], dict] = dict) -> bool:
-        """After each evaluation, on all ranks: are these weights the best so far? Then tree() is saved."""
+        """After each evaluation, on all ranks: are these weights the best so far? Then tree() is saved. Where
+        that fails, those before stay the best."""
         s, bound = self.seen, self.seen["loss"] - self.min_delta
         better = self.patience is not None and math.isfinite(val_loss) and val_loss < bound
         if better:
-            checkpoint.save(self.folder, step, tree(), keep=1)
+            try:
+                checkpoint.save(self.folder, step, tree(), keep=1)
+            except OSError as error:
+                self.events.append({"step": step, "event": "save_failed", "text": str(error)})
+                return False
             checkpoint.drop_after(self.folder, step)  # of before a rollback
             s |= {"loss": val_loss, "step": step, "bad": 0}
         s["bad"], s["last"] = s["bad"] + (not better and step > s["last"]), max(step, s["last"])
         return better
+
+    def news(self) -> list[dict]:
+        """Events for metrics.jsonl since it was last asked."""
+        events, self.events = self.events, []
+        return events
 
     @property
     def over(self) -> bool:

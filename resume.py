@@ -32,6 +32,8 @@ def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int])
             raise ValueError(f"no checkpoint in {out_dir} is whole; type --resume=never to start anew")
         if branch and found is None:
             found, in_place = resolve(resume), False
+            if not found.has("optim"):
+                raise ValueError(f"{resume} holds weights alone; type --init_from={resume}")
         elif branch and Path(found.tree("config/resume")).resolve() != Path(resume).resolve():
             raise ValueError(f"{out_dir} holds another run; a branch needs an --out_dir of its own")
     exists, in_place, step = agree(found is not None), agree(in_place), agree(found.step if found else 0)

@@ -159,7 +159,8 @@ class Saver:
     def drop_after(self, step: int) -> None:
         """When nothing is under way: see the function."""
         self.wait()
-        drop_after(self.out_dir, step)
+        if any(at == step for at, _, _ in found(self.out_dir)):  # else its save has failed
+            drop_after(self.out_dir, step)
 
     def news(self) -> list[dict]:
         """[{"step", "event": "save"}] or, with the reason in "text", "save_failed". Waits for nothing."""

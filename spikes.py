@@ -19,9 +19,10 @@ not finite is found at any step (fp16 gradients are the loss scaler's); a norm b
     warn, skip   the update is taken, is not taken
     clip         taken; for `recover` steps the gradient's norm is clipped to `clip`
     lr_cut       taken if finite; lr x `cut` grows back over `recover` steps
-    rollback     the ring's last state comes back and this batch's rows are banned for good; the next one
-                 within `recover` steps goes one state further back and bans twice as many batches; after
-                 `rollbacks` of them: abort. ring=0: the newest checkpoint comes back instead
+    rollback     the ring's last state from before this step comes back, and all rows since then are banned
+                 for good, with this batch's: with the same data it would only come here again. The next one
+                 within `recover` steps goes one state further back and bans 1, 3, 7 batches more ahead;
+                 after `rollbacks` of them: abort. ring=0: the newest checkpoint comes back instead
     abort        checkpoint, a sentence, the end; so end `accept` steps in a row that are not finite
 
 PaLM (2204.02311) restarted 100 steps before a spike and left out 200 to 500 batches, some 20 times; Llama 3
@@ -89,14 +90,15 @@ class Guard:
                  clip: float = 0.1, cut: float = 0.5, recover: int = 100, ring: int = 2, ring_every: int = 25,
                  rollbacks: int = 4, disk=None):  # fmt: skip
         own = dict(factor=factor, decay=decay, window=window, z=z, limit=limit)
-        own, names = {k: x for k, x in own.items() if x is not None}, detector.split("+")
+        own, names = {k: x for k, x in own.items() if x is not None}, str(detector).split("+")
         self.numbers = n = dict(warmup=warmup, accept=accept, vanishing=vanishing, clip=clip, cut=cut,
                                 recover=recover, ring=ring, ring_every=ring_every, rollbacks=rollbacks)
         for k, x in (own | n).items():
             least, most = 4 if k in ("warmup", "window") else 0, 1 if k in ("decay", "cut") else 1e9
             off = x == 0 and k not in ("vanishing", "ring")
             if type(x) not in (int, float) or not least <= x < most or off:
-                raise ValueError(f"--monitor.{k}={x}: it takes a number, {least} to {most:g}")
+                above = f"{least} or more" if least or k in ("vanishing", "ring") else "above 0"
+                raise ValueError(f"--monitor.{k}={x}: it takes a number, {above} and below {most:g}")
         if any(name not in DETECTORS for name in names):
             raise ValueError(f"--monitor.detector={detector}: take {', '.join(DETECTORS)}, or several by +")
         takes = {name: own.keys() & inspect.signature(DETECTORS[name]).parameters for name in names}
@@ -108,8 +110,9 @@ class Guard:
         states = Ring(ring, ring_every, model, optimizer, kept) if ring else disk
         self.position, self.ring = position, states if backs else None
         self.events, self.back_at, self.sentence, self.keep = [], 0, "", max(500, window or 0)
-        self.seen = {"losses": [], "norms": [], "rejected": [], "low": False}  # goes back in a rollback
-        self.done = {"clip_until": 0, "lr": 1.0, "cut_at": 0, "place": 0, "times": 0, "bad": 0, "found": []}
+        self.seen = {"losses": [], "norms": [], "rejected": [], "low": False,  # goes back in a rollback
+                     "clip_until": 0, "lr": 1.0, "cut_at": 0}  # fmt: skip
+        self.done = {"place": 0, "times": 0, "bad": 0, "found": []}
 
     def take(self, step: int) -> None:
         """Before each step: now and then, what there is goes into the ring."""
@@ -126,7 +129,8 @@ class Guard:
             scalers = self.fp16 and math.isfinite(loss)  # its matter: it will not let this step happen
             return "step" if scalers else self.act(self.on_nonfinite, step, loss, norm, rows, "nonfinite")
         self.done["bad"] = 0
-        for name, numbers in self.detectors.items() if len(s["losses"]) >= n["warmup"] else ():
+        ready = self.on_spike is not None and len(s["losses"]) >= n["warmup"]
+        for name, numbers in self.detectors.items() if ready else ():
             expected, limit = DETECTORS[name](s["norms" if name == "grad_norm" else "losses"], **numbers)
             if (norm if name == "grad_norm" else loss) > limit:
                 s["rejected"] = [*s["rejected"], [loss, norm]]
@@ -165,19 +169,20 @@ class Guard:
         if policy == "abort":
             self.sentence = f"step {step + 1}: {text}. What helps: {remedy}"
         elif policy == "clip":
-            d["clip_until"] = step + n["recover"]
+            self.seen["clip_until"] = step + n["recover"]
         elif policy == "lr_cut":
-            d["lr"], d["cut_at"] = n["cut"] * self.lr(step), step
+            self.seen |= {"lr": n["cut"] * self.lr(step), "cut_at": step}
             policy = "warn" if finite else "skip"
         elif policy == "rollback":
-            first, last = rows[0], rows[-1] + (2 ** (d["times"] - 1) - 1) * len(rows)
-            self.position.ban(first, last)
             state = self.ring.restore(step, d["times"])
+            last = rows[-1] + (2 ** (d["times"] - 1) - 1) * len(rows)
             if state is None:
+                self.position.ban(rows[0], last)
                 self.tell(step, "skip", "nothing has been saved yet to go back to")
                 return "skip"
-            self.back_at, (seen, self.position.next) = state
-            self.seen = dict(seen)  # the ring's own stays as it was: it may come back again
+            self.back_at, (seen, first) = state
+            self.seen, self.position.next = dict(seen), first  # a copy: the ring's own may come back again
+            self.position.ban(first, last)
             self.tell(step, policy, f"to {self.back_at}, without rows {first}..{last}", to=self.back_at)
         return "step" if policy in ("warn", "clip") else policy
 
@@ -186,9 +191,9 @@ class Guard:
         before, lately = median(norms[-60:-10] or [0.0]), median(norms[-5:])
         return next((cause, remedy) for holds, cause, remedy in (
             (lately > 2 * before > 0, f"lr too high: norms grew from {before:.2g} to {lately:.2g}", SLOWER),
-            (len(found) == 3 and step - found[0] <= 100, "lr too high: spike follows spike", SLOWER),
+            (finite and len(found) == 3 and step - found[0] <= 100, "lr too high: spike after spike", SLOWER),
             (not finite and self.fp16, "activations beyond fp16's 65504", "--precision=bf16"),
-            (not finite, "overflow", f"look at these rows, try --precision=fp32; if it stays, {SLOWER}"),
+            (not finite, "overflow", f"look at these rows, try higher --precision; if it stays, {SLOWER}"),
             (by_norm, "a steep place, or few rows with large gradients", "a smaller --grad_clip"),
             (norm > 3 * median(norms[-100:]), "data outlier: loss and norm jump in one batch",
              "look at these rows; --on_spike=rollback bans them"),
@@ -200,12 +205,12 @@ class Guard:
 
     def clip(self, step: int, usual: float | None) -> float | None:
         """What the gradient's norm is clipped to in this step."""
-        return usual if step >= self.done["clip_until"] else min(usual or math.inf, self.numbers["clip"])
+        return usual if step >= self.seen["clip_until"] else min(usual or math.inf, self.numbers["clip"])
 
     def lr(self, step: int) -> float:
         """What every lr is multiplied with in this step."""
-        grown = min((step - self.done["cut_at"]) / self.numbers["recover"], 1.0)
-        return self.done["lr"] + (1 - self.done["lr"]) * grown
+        grown = min((step - self.seen["cut_at"]) / self.numbers["recover"], 1.0)
+        return self.seen["lr"] + (1 - self.seen["lr"]) * grown
 
     def tree(self) -> dict:
         return {"seen": dict(self.seen), "done": dict(self.done)}  # their lists are replaced, never changed

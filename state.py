@@ -91,13 +91,16 @@ class State:
         rng = saved.tree("rng")
         torch.set_rng_state(rng.get(str(self.mesh.rank), rng["0"]))
 
-    def take_best(self, path: Path) -> int:
-        """From now on the model holds these weights, and those of training are kept beside; their step."""
+    def take_best(self, path: Path) -> str:
+        """From now on the model holds these weights, and those of training are kept beside. What to say."""
+        try:
+            saved = checkpoint.load(path)
+        except ValueError as error:
+            return f"the best weights are lost, the last ones stay: {error}"
         groups = self.optimizer.param_groups
         self.training = {n: p.detach().clone() for g in groups for n, p in zip(g["names"], g["params"])}
-        saved = checkpoint.load(path)
         self.replicas.fill(tensor.part_of(saved.weights("model"), self.cuts))
-        return saved.step
+        return f"the best weights are those of step {saved.step}"
 
 
 def training_weights(saved: checkpoint.Checkpoint):

@@ -56,8 +56,8 @@ def main(cfg: config.Config) -> dict:
     # ---- the earlier run, if there is one: its settings fill what the command line leaves open ------------
     out_dir, asked = Path(cfg.out_dir), cfg
     lock = resume.RunLock(out_dir) if is_main else None
-    diary = faults.Diary(out_dir / "debug" if cfg.debug_ranks else None, mesh, cfg.timeout_minutes)
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
+    diary = faults.Diary(out_dir / "debug" if cfg.debug_ranks else None, mesh, cfg.timeout_minutes)
     if earlier is not None:
         saved = earlier.tree("config")
         cfg = resume.continued(cfg, saved, branch=cfg.resume != "auto")
@@ -68,6 +68,7 @@ def main(cfg: config.Config) -> dict:
         mesh.agree(0)  # nobody goes while another still works
         if is_main and (cfg.offload or cfg.offload_params):
             shutil.rmtree(out_dir / "offload", ignore_errors=True)
+        diary.close()
         if lock is not None:
             lock.release()
         if made_group:
@@ -182,8 +183,7 @@ def main(cfg: config.Config) -> dict:
     # ---- optimizer ----------------------------------------------------------------------------------------
     param_groups.without_compiler()
     lrs = choices.learning_rates(cfg, optimizer_class, opt_options, param_groups.kinds(whole))
-    groups = param_groups.param_groups(model, lrs, cfg.weight_decay,
-                                       choices.matrices_only(optimizer_class))
+    groups = param_groups.param_groups(model, lrs, cfg.weight_decay, choices.matrices_only(optimizer_class))
     make_optimizer, boxes = choices.stepper(cfg, mesh, cuts, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
@@ -202,7 +202,7 @@ def main(cfg: config.Config) -> dict:
                          cfg.async_save and not choices.state_on_disk(cfg))  # fmt: skip
     guard = choices.guard(cfg, model, run_state, state.Disk(out_dir, run_state, saver))
     if earlier is not None:
-        run_state.load(earlier)
+        run_state.load(earlier, None if in_place else [*scales, "progress"])
 
     # ---- what this run is, for the user and for the record ------------------------------------------------
     if is_main and not (in_place and earlier is not None):
@@ -217,7 +217,6 @@ def main(cfg: config.Config) -> dict:
         log.say(line)
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision.removesuffix("_sr"))
-
     about = {"config": config.to_dict(cfg), "record": record} if is_main else {}
 
     def save(last: bool = False) -> None:
@@ -239,12 +238,12 @@ def main(cfg: config.Config) -> dict:
                 best.look(step, latest["val_loss"], lambda: about | {"model": run_state.weights()})
             log.evaluation({k: v for k, v in latest.items() if k != "loss"})
         if (done := done or best.over) and best.worse:
-            log.say(f"the best weights are those of step {run_state.take_best(best.path)}")
+            log.say(run_state.take_best(best.path))
 
         # Nothing is lost: a checkpoint now and then, at the end, and when somebody asks us to stop.
         if news and (done or stop.agreed or overdue or saver.due(step)):
             save(last=done or stop.agreed)
-        log.events(saver.news())  # of the background too, a full disk for instance
+        log.events(best.news() + saver.news())  # of the background too, a full disk for instance
         if done or stop.agreed:
             break
 
@@ -275,6 +274,8 @@ def main(cfg: config.Config) -> dict:
         verdict, overdue = guard.look(step, loss, seen, rows), late > 0
         stop.agreed = stops > 0 or verdict == "abort"
         log.events(guard.events)
+        if verdict != "step" and hasattr(replicas, "undo"):
+            replicas.undo()  # what compression owes for these gradients
         if verdict == "rollback":
             model.zero_grad(set_to_none=True)
             latest["step"] = step = guard.back_at
@@ -325,8 +326,8 @@ def main(cfg: config.Config) -> dict:
         log.say(f"---- a sample ----{text}\n------------------")
     if done and is_main and step > 1:  # one point is no curve
         logger.plot(out_dir, out_dir / "loss.png")
-    for part in (stop, log, diary):
-        part.close()
+    stop.close()
+    log.close()
     leave(latest)
     if guard.sentence:
         raise spikes.Aborted(guard.sentence)

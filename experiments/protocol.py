@@ -65,7 +65,8 @@ def train_run(ranks: int = 1, **fields) -> list[dict]:
     of one thread each: all rows of its metrics.jsonl. It saves at the end alone, and nothing stays unless
     out_dir is given. With several ranks this process must not have used more than one thread before."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        usual = dict(out_dir=f"{folder}/run", data_dir=CACHE, save_every=0, sample_tokens=0)
+        usual = dict(out_dir=f"{folder}/run", data_dir=CACHE, save_every=0, sample_tokens=0,
+                     on_spike="none", on_nonfinite="none")  # fmt: skip  # what happens, happens
         fields = usual | fields
         texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
         words = [f"--{name}={text}" for name, text in texts.items()]

@@ -59,6 +59,7 @@ class Compressor:
     def __init__(self, exchange: Callable[..., Iterator], error_feedback: bool):
         self.exchange, self.error_feedback = exchange, error_feedback
         self.residuals: dict[str, Tensor] = {}  # parameter's name -> what this replica has not sent yet
+        self.before: dict[str, Tensor] = {}  # the same as the step in hand found it
         self.shared: dict[str, Tensor] = {}  # what is the same on all replicas: PowerSGD's Q by name
 
     def __call__(self, bucket: Bucket, group: dist.ProcessGroup) -> "InFlight":
@@ -67,8 +68,14 @@ class Compressor:
             for name, x in zip(bucket.names, bucket.views):
                 residual = self.residuals.get(name)
                 self.residuals[name] = torch.zeros_like(x) if residual is None else residual.to(x)
+                self.before[name] = self.residuals[name]
                 x.add_(self.residuals[name])
         return InFlight(self.exchange(self, bucket, group))
+
+    def undo(self) -> None:
+        """The step in hand is not taken: what it left unsent is owed no more, what was owed before still is.
+        (PowerSGD's Q, a guess to start from, stays.)"""
+        self.residuals |= self.before
 
     def keep(self, name: str, x: Tensor, sent: Tensor) -> None:
         """The residual of this parameter is now x - sent, except where that is not finite."""

@@ -122,6 +122,11 @@ class DDP:
         """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
         return cls(groups, **arguments)
 
+    def undo(self) -> None:
+        """The step whose gradients were summed last is not taken."""
+        if hasattr(self.reduce, "undo"):
+            self.reduce.undo()
+
     def tree(self, state: dict) -> dict:
         """What this rank has to put into a checkpoint beside weights and optimizer `state`."""
         return self.reduce.tree(*self.place) if hasattr(self.reduce, "tree") else {}

@@ -16,8 +16,8 @@ import checkpoint
 import data
 import logger
 import position
+import saving
 import spikes
-import train
 from model import GPT
 
 ROW = 58  # of the 8 rows of step 8, which is taken after 7 updates
@@ -120,13 +120,13 @@ KEEPS_MORE = [pytest.param(layout, marks=pytest.mark.slow) for layout in (
 def test_rollback_is_bitwise_the_run_that_never_saw_the_poisoned_rows(tmp_path, text, layout, where):
     more = [*layout.split(), *where.split(), "--dropout=0.2", "--micro_batch_size=2", "--steps=12",
             "--on_nonfinite=rollback", "--keep=none"]  # fmt: skip
-    run_ranks(2, never_seen, 56, 63, text, tmp_path / "clean", *more)
+    run_ranks(2, never_seen, 48, 63, text, tmp_path / "clean", *more)
     run_ranks(2, with_fault, math.nan, text, tmp_path / "faulty", *more)
     assert events(tmp_path / "faulty", "nonfinite", "rollback") == [("nonfinite", 8), ("rollback", 8)]
     assert end(tmp_path / "faulty") == end(tmp_path / "clean") and len(end(tmp_path / "clean")) == 12
     same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
     saved = checkpoint.newest(tmp_path / "faulty").tree("progress")
-    assert saved == {"rows": 104, "banned": [[56, 63]]}
+    assert saved == {"rows": 112, "banned": [[48, 63]]}
     assert '"to": 6' in (tmp_path / "faulty" / "metrics.jsonl").read_text()
 
 
@@ -140,7 +140,7 @@ def test_the_evaluation_after_a_rollback_is_that_of_the_step_it_goes_back_to(tmp
 def test_a_spike_of_50_times_the_loss_is_rolled_back(tmp_path, text):
     row = 8 * 30 + 3
     more = ["--steps=40", "--save_every=0", "--eval_every=0"]
-    never_seen(0, 1, 240, 247, text, tmp_path / "clean", *more)
+    never_seen(0, 1, 160, 247, text, tmp_path / "clean", *more)  # from the state of step 20 on
     poisoned(50.0, row)
     go(text, tmp_path / "faulty", *more, "--on_spike=rollback", "--monitor.ring_every=10")
     assert events(tmp_path / "faulty", "spike", "rollback") == [("spike", 31), ("rollback", 31)]
@@ -189,6 +189,83 @@ def test_fp8_s_delayed_scales_forget_a_step_of_nan(tmp_path, text):
     assert [step for step, row in end(tmp_path).items() if row[0] is None] == [8]
 
 
+def residuals_after_nan(rank, world, poison, *args):
+    if poison:
+        poisoned(math.nan)
+    return go(*args)
+
+
+def test_a_skipped_step_leaves_no_trace_in_what_compression_owes(tmp_path, text):
+    more = ["--compress=topk", "--compress.fraction=0.05", "--optim=sgd", "--save_every=1", "--keep=none",
+            "--steps=9", "--bucket_mb=0.01", "--micro_batch_size=2", "--eval_every=0"]  # fmt: skip
+    run_ranks(2, residuals_after_nan, True, text, tmp_path, *more)
+    before, after = (checkpoint.load(tmp_path / f"step-{s:08d}").tree("replicas/residuals") for s in (7, 8))
+    assert before.keys() == {"0", "1"}
+    for rank in before:
+        assert all(torch.equal(x, after[rank][name]) for name, x in before[rank].items())
+        assert any(bool(x.any()) for x in before[rank].values())
+
+
+def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch):
+    poisoned(math.nan)
+    write, full = saving.write_tensors, []
+    tell = spikes.Guard.tell
+
+    def fill(self, step, event, *more, **fields):
+        full.append(event)
+        tell(self, step, event, *more, **fields)
+
+    def fails(path, tensors):
+        if full:
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(spikes.Guard, "tell", fill)
+    monkeypatch.setattr(saving, "write_tensors", fails)
+    with pytest.raises(OSError, match="No space left"):
+        go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring_every=5", "--save_every=1")
+    assert checkpoint.newest(tmp_path).step == 7 and len(events(tmp_path, "save_failed")) > 1
+
+
+def test_what_was_saved_after_the_state_a_rollback_goes_back_to_is_gone(tmp_path, text, monkeypatch):
+    more = ["--on_nonfinite=rollback", "--monitor.ring_every=5", "--save_every=7"]
+    never_seen(0, 1, 40, 63, text, tmp_path / "clean", *more)
+    poisoned(math.nan)
+    monkeypatch.setattr(saving.Saver, "drop_after", stop_after(saving.Saver.drop_after))
+    with pytest.raises(KeyboardInterrupt):
+        go(text, tmp_path / "faulty", *more)
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path / "faulty").step == 5  # 7 was there
+    go(text, tmp_path / "faulty", *more)
+    assert end(tmp_path / "faulty") == end(tmp_path / "clean")
+    same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
+
+
+def stop_after(method):
+    def then(*args):
+        method(*args)
+        raise KeyboardInterrupt
+
+    return then
+
+
+def test_a_best_that_cannot_be_saved_or_read_ends_no_run(tmp_path, text, monkeypatch):
+    save = checkpoint.save
+
+    def fails(folder, *more, **named):
+        if folder.name == "best":
+            raise OSError(28, "No space left on device")
+        return save(folder, *more, **named)
+
+    monkeypatch.setattr(checkpoint, "save", fails)
+    go(text, tmp_path / "a", "--patience=9", "--eval_every=4")
+    assert len(events(tmp_path / "a", "save_failed")) == 4 and checkpoint.newest(tmp_path / "a").step == 12
+    monkeypatch.undo()
+    monkeypatch.setattr(position.Best, "path", property(lambda self: self.folder / "step-77777777"))
+    stop_early(0, 1, LOSSES, text, tmp_path / "b", "--patience=3", "--eval_every=1", "--steps=8")
+    assert checkpoint.newest(tmp_path / "b").step == 5
+
+
 def test_without_a_guard_nan_ends_the_training(tmp_path, text):
     with_fault(0, 1, math.nan, text, tmp_path, "--on_nonfinite=none")
     assert end(tmp_path)[12][0] is None
@@ -198,7 +275,7 @@ def test_without_a_guard_nan_ends_the_training(tmp_path, text):
 @pytest.mark.parametrize("where", [RING, DISK])
 def test_killed_after_a_rollback_the_ban_is_remembered(tmp_path, text, where):
     more = [*where.split(), "--on_nonfinite=rollback", "--keep=none"]
-    never_seen(0, 1, 56, 63, text, tmp_path / "clean", *more)
+    never_seen(0, 1, 48, 63, text, tmp_path / "clean", *more)
     poisoned(math.nan)
     killed_at(9, text, tmp_path / "faulty", *more)  # after the rollback
     assert events(tmp_path / "faulty", "rollback") == [("rollback", 8)]
@@ -210,7 +287,7 @@ def test_killed_after_a_rollback_the_ban_is_remembered(tmp_path, text, where):
 
 def test_a_rollback_before_anything_was_saved_skips_and_bans(tmp_path, text):
     poisoned(math.nan)
-    go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring=0", "--save_every=0")
+    go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring=0", "--save_every=8")
     assert events(tmp_path, "nonfinite", "skip", "rollback") == [("nonfinite", 8), ("skip", 8)]
     assert checkpoint.newest(tmp_path).tree("progress") == {"rows": 96, "banned": [[56, 63]]}
 
@@ -239,7 +316,8 @@ def test_clip_and_lr_cut_reach_the_update(tmp_path, text, policy):
     poisoned(50.0, 8 * 25)
     more = ["--steps=32", "--optim=sgd", "--opt.momentum=0", "--lr=0.5", "--eval_every=0", "--save_every=1",
             "--keep=none", "--schedule=constant", "--warmup_frac=0"]  # fmt: skip
-    go(text, tmp_path, *more, f"--on_spike={policy}", "--monitor.recover=4", "--monitor.cut=0.1")
+    more += ["--monitor.cut=0.1"] if policy == "lr_cut" else []
+    go(text, tmp_path, *more, f"--on_spike={policy}", "--monitor.recover=4")
     assert events(tmp_path, "spike") == [("spike", 26)]
     found = rows(tmp_path)
     for step, expected in ((25, 0.5), (26, 0.05), (27, 0.1625), (30, 0.5)) if policy == "lr_cut" else ():
@@ -305,4 +383,3 @@ def test_the_guard_s_events_name_rows_cause_and_remedy(tmp_path, text):
     event = next(row for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
                  if row.get("event") == "nonfinite" and "rows" in row)  # fmt: skip
     assert event["rows"] == [56, 63] and event["action"] == "skip" and event["cause"] and event["remedy"]
-    assert train.spikes is spikes

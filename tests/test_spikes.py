@@ -255,7 +255,7 @@ def test_a_second_rollback_to_one_state_finds_it_as_it_was():
             g.take(step)
             verdict = g.look(step, loss, 1.0, range(8 * step, 8 * step + 8))
         assert (verdict, g.back_at, g.seen) == ("rollback", 0, guard().seen)
-    assert g.position.bans == [(480, 487), (480, 495), (480, 511)]  # 1, 2, 4 batches
+    assert g.position.bans == [(0, 487), (0, 495), (0, 511)]  # 0, 1, 3 batches ahead
 
 
 def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
@@ -275,7 +275,7 @@ def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
             break
         step += 1
     assert back == [50, 40, 30, 30] and verdict == "abort" and "4 rollbacks did not help" in g.sentence
-    assert g.position.bans == [(456, 463), (456, 471), (456, 487), (456, 519)] and len(g.events) == 1
+    assert g.position.bans == [(392, 463), (312, 471), (232, 487), (232, 519)] and len(g.events) == 1
 
 
 def test_a_far_later_rollback_begins_a_new_row():
