@@ -1,4 +1,4 @@
-"""Verdicts of the optimizer experiments follow from figures: made-up rows, each claim true, then each false."""
+"""Verdicts of the optimizer experiments follow from figures: made-up rows, each claim true, then false."""
 
 import importlib.util
 import math
@@ -59,8 +59,9 @@ def test_large_batchs_verdict_follows_the_figures():
         return [[2 + (0.01 if k < last else end) + 0.001 * s for s in range(3)] for k in e.FACTORS]
 
     good = [g | {"val_loss": 2, "log2_lr": 0, "tried": [0, 1], "tuned": [2, 2], "factors": [*e.FACTORS],
-                 "losses": losses(until[g["case"]], 0.3 if g["case"] == "LAMB" else 0.4), "layers": ["a", "b"],
-                 "ratios": [1, 20], "around": [[2] * 5] * 2} for g in e.GRID]  # fmt: skip
+                 "losses": losses(until[g["case"]], 0.3 if g["case"] == "LAMB" else 0.4),
+                 "layers": ["a", "b"], "ratios": [1, 20], "around": [[2] * 5] * 2}
+            for g in e.GRID]  # fmt: skip
     assert e.verdict(good)[0] == "holds" and "SGD at 8x" in e.verdict(good)[1]
     assert changed(e, good, {"case": "SGD without warm-up"}, losses=losses(8, 0.4)) == [1]
     assert changed(e, good, {"case": "LARS"}, losses=losses(16, math.nan)) == [2]
@@ -92,7 +93,8 @@ def test_schedules_verdict_follows_the_figures():
     level = {"WSD, linear": -0.1, "SGDR": -0.05, "constant": 0.2}
     good = [g | {"val_loss": 2 + level.get(g["case"], 0.0) + 0.001 * g["seed"] + abs(math.log2(g["lr"]) + 6),
                  "loss": 2, "curve": [5, 2], "branched": [2, 1.9, 1.8], "whole": [2, 1.9, 1.8],
-                 "cosine": [2, 1.9, 1.8], "lengths": [1, 2, 3], "steps": [1, 2, 2]} for g in e.GRID]  # fmt: skip
+                 "cosine": [2, 1.9, 1.8], "lengths": [1, 2, 3], "steps": [1, 2, 2]}
+            for g in e.GRID]  # fmt: skip
     assert e.verdict(good)[0] == "holds" and e.best(good, "cosine")[0]["lr"] == 2.0**-6
     at = dict(part="shape", lr=2.0**-6)
     assert changed(e, good, at | dict(case="WSD, linear"), val_loss=2.01) == [0]
@@ -107,8 +109,8 @@ def test_schedules_verdict_follows_the_figures():
 def test_early_stoppings_verdict_follows_the_figures():
     e = load("early_stopping")
     looks = [5.0, 3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9]
-    good = [g | {"best": 2.0, "best_step": 40, "every": 20, "val_loss": looks, "loss": [2.0] * 7, "clone": 2.0,
-                 "copy": 2.9, "final": 2.9 if g["case"] == "whole" else 2.0,
+    good = [g | {"best": 2.0, "best_step": 40, "every": 20, "val_loss": looks, "loss": [2.0] * 7,
+                 "clone": 2.0, "copy": 2.9, "final": 2.9 if g["case"] == "whole" else 2.0,
                  "steps": 140 if g["case"] == "whole" else 120} for g in e.GRID]  # fmt: skip
     assert e.verdict(good)[0] == "holds" and e.lesson(looks, 4) == (7, 2)
     assert e.lesson(e.with_nan(looks), 4) == (8, 4) and e.lesson([2, 1.5, 3, 3, 3], 3) == (5, 1)
