@@ -7,7 +7,8 @@
 
 The copy is this rank's part of the checkpoint once more, in host memory until the save is done. On a GPU it
 is queued behind the step into pinned memory: the GPU makes it in its turn, Python does not wait. Hashing and
-writing let other threads run: they hold no interpreter lock.
+writing let other threads run: they hold no interpreter lock, and have a low priority where the system lets
+a thread have its own.
 
 The ranks speak of a save three times: who holds what, who could write, is it published. In the background
 they do so in a group of their own, for in training's group their words would mix with its gradients. A save
@@ -28,6 +29,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -125,7 +128,7 @@ class Saver:
         self.saved_at = time.monotonic()
         self.group = self.pool = self.under_way = None
         if asynchronous:
-            self.pool = ThreadPoolExecutor(1, "saving")
+            self.pool = ThreadPoolExecutor(1, "saving", initializer=_step_back)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 # A slow disk is no deadlock: this group waits long. A rank that dies is noticed at once.
                 self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
@@ -182,6 +185,11 @@ class Saver:
             if last:
                 raise
             self.events.append({"step": step, "event": "save_failed", "text": str(error)})
+
+
+def _step_back():
+    if sys.platform == "linux":  # at 0 or 10 a step on a CPU, whose cores are all at work, takes 12 % longer
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 # ---- what is kept ----
