@@ -113,7 +113,8 @@ KEEPS_MORE = [pytest.param(layout, marks=pytest.mark.slow) for layout in (
 
 
 @pytest.mark.parametrize("layout, where", [
-    *((layout, RING) for layout in LAYOUTS[:4]), (LAYOUTS[0], DISK), (LAYOUTS[3], DISK),
+    *((layout, RING) for layout in LAYOUTS[:2]), (LAYOUTS[0], DISK), (LAYOUTS[3], DISK),
+    *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[2:4]),
     *(pytest.param(*p.values, where, marks=p.marks) for p in LAYOUTS[4:] for where in (RING, DISK)),
     *(pytest.param(*p.values, DISK, marks=p.marks) for p in KEEPS_MORE),
 ])  # fmt: skip
@@ -165,7 +166,7 @@ def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, t
 
 
 @needs_fork
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, text, precision):
     """In fp16 it is the loss scaler that skips."""
     more = [f"--precision={precision}", "--micro_batch_size=2", "--save_every=1", "--keep=none"]
