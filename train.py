@@ -274,7 +274,7 @@ def main(cfg: config.Config) -> dict:
         verdict, overdue = guard.look(step, loss, seen, rows), late > 0
         stop.agreed = stops > 0 or verdict == "abort"
         log.events(guard.events)
-        if verdict != "step" and hasattr(replicas, "undo"):
+        if verdict in ("skip", "abort") and hasattr(replicas, "undo"):
             replicas.undo()  # what compression owes for these gradients
         if verdict == "rollback":
             model.zero_grad(set_to_none=True)
