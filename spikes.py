@@ -183,7 +183,8 @@ class Guard:
             self.back_at, (seen, first) = state
             self.seen, self.position.next = dict(seen), first  # a copy: the ring's own may come back again
             self.position.ban(first, last)
-            self.tell(step, policy, f"to {self.back_at}, without rows {first}..{last}", to=self.back_at)
+            self.tell(step, policy, f"to {self.back_at}, without rows {first}..{last}", to=self.back_at,
+                      banned=[first, last])
         return "step" if policy in ("warn", "clip") else policy
 
     def cause(self, step: int, norm: float, finite: bool, by_norm: bool) -> tuple[str, str]:

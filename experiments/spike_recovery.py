@@ -47,7 +47,7 @@ from model import GPT
 SETUPS = {"fragile": dict(optim="adamw", lr=0.01, grad_clip="none"), "default": {}}
 NUMBERS = {  # policy -> flags
     "none": dict(on_spike="none", on_nonfinite="none"),
-    "skip": dict(on_spike="skip"),
+    "skip": dict(on_spike="skip", on_nonfinite="skip"),
     "clip": dict(on_spike="clip"),
     "lr cut": dict(on_spike="lr_cut", on_nonfinite="lr_cut"),
     "rollback": dict(on_spike="rollback", on_nonfinite="rollback"),
@@ -131,16 +131,17 @@ def row(keys: dict, quick: bool) -> dict:
 def figures(lines: list[dict], first: int, last: int) -> dict:
     """Of a run whose fault begins after `first` updates and ends with step `last`. Its lines are in the order
     of time: steps that a rollback repeats come again, and the batch that it threw away is its event."""
-    work, level, back, found, curve, banned = 0, math.inf, math.nan, [], [], 0
+    work, level, back, found, curve, banned, early = 0, math.inf, math.nan, [], [], set(), 0
     for line in lines:
         if "lr" in line:
             work += 1
         elif line.get("event") in ("spike", "nonfinite") and "rows" in line:
             found.append(line["step"])
+            early += line["step"] <= first and not banned  # before the fault; after a rollback it comes sooner
             if line["action"] in ("rollback", "abort"):
                 work += 1
-            if line["action"] == "rollback":
-                banned += line["rows"][1] - line["rows"][0] + 1
+        elif line.get("event") == "rollback":
+            banned |= {*range(line["banned"][0], line["banned"][1] + 1)}
         elif "val_loss" in line:
             loss = math.nan if line["val_loss"] is None else line["val_loss"]
             if line["step"] == first and level == math.inf:
@@ -150,9 +151,8 @@ def figures(lines: list[dict], first: int, last: int) -> dict:
             if line["step"] >= first - 20:
                 curve.append((work, round(loss, 4)))
     curve = curve[:: max(1, len(curve) // 60)]
-    return {"val_loss": loss, "back": back, "work": work, "events": len(found), "false_alarms": sum(
-        step <= first for step in found), "banned": banned,
-        "batches": [x for x, _ in curve], "curve": [y for _, y in curve]}  # fmt: skip
+    return {"val_loss": loss, "back": back, "work": work, "events": len(found), "false_alarms": early,
+        "banned": len(banned), "batches": [x for x, _ in curve], "curve": [y for _, y in curve]}  # fmt: skip
 
 
 def gaps(rows: list[dict], **keys) -> list[float]:
