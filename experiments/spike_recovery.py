@@ -137,7 +137,7 @@ def figures(lines: list[dict], first: int, last: int) -> dict:
             work += 1
         elif line.get("event") in ("spike", "nonfinite") and "rows" in line:
             found.append(line["step"])
-            early += line["step"] <= first and not banned  # before the fault; after a rollback it comes sooner
+            early += line["step"] <= first and not banned  # after a rollback the fault comes sooner
             if line["action"] in ("rollback", "abort"):
                 work += 1
         elif line.get("event") == "rollback":
