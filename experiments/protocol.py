@@ -218,7 +218,7 @@ def main(doc: str, file: str, grid: list[dict], small: list[dict], row, table, p
     missing, here, failed = [keys for k, keys in wanted.items() if k not in kept], place(), 0
     tqdm.monitor_interval = 0  # no thread beside a fork
     with tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="row", smoothing=0) as bar:
-        for keys, figures, why, seconds in measured(row, missing, quick, jobs, max(1, cores // jobs), bar):
+        for keys, figures, why, seconds in measured(row, missing, quick, jobs, cores if timed else 1, bar):
             shown = " ".join(f"{part}={keys[part]}" for part in keys)
             if figures is None:
                 bar.write(f"{shown}: no figures: {why}", file=sys.stderr)
