@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 
 import checkpoint
 from experiments import protocol
-from experiments.findings import INK, dots, groups, line, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import INK, dots, groups, judged, line, markdown, mean_sd, paired, pick, plus_minus
 from experiments.parallel_layouts import Wire
 from model import GPT, GPTConfig, initial_weight
 
@@ -147,10 +147,8 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, next(iter(found)).partition(" (")[0], why + "; ".join(failed)
+    word, why = judged(found)
+    return word, next(iter(found)).partition(" (")[0], why
 
 
 def table(rows: list[dict]) -> str:

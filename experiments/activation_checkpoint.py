@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from experiments import protocol
-from experiments.findings import INK, groups, markdown, pick
+from experiments.findings import INK, groups, judged, markdown, pick
 from memory.activation_checkpoint import keep_less
 from model import GPT, GPTConfig, initial_weight
 
@@ -169,11 +169,9 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
+    word, why = judged(found)
     number = "; ".join(text.partition(" (")[0] for text in [*found][:2])
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, number, why + "; ".join(failed)
+    return word, number, why
 
 
 def table(rows: list[dict]) -> str:

@@ -36,7 +36,7 @@ from torch._dynamo.utils import counters
 
 import compiling
 from experiments import protocol
-from experiments.findings import INK, groups, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import INK, groups, judged, markdown, mean_sd, paired, pick, plus_minus
 from model import GPT, GPTConfig
 
 MODES = ("off", "default", "reduce-overhead", "max-autotune")
@@ -142,13 +142,11 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
+    word, why = judged(found)
     return (
         word,
         next(iter(found)).partition(" (")[0],
-        why + "; ".join(failed) + "; on a CPU, without CUDA graphs",
+        why + "; on a CPU, without CUDA graphs",
     )
 
 

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]  # else `compression` is this file
 
 from experiments import protocol
-from experiments.findings import INK, dots, groups, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import INK, dots, groups, judged, markdown, mean_sd, paired, pick, plus_minus
 
 METHODS = {  # name -> train.py's fields, claimed saving of bytes, claimed effect
     "topk 10 %": ({"compress": "topk", "compress.fraction": 0.1}, "90 to 99 %", "negligible"),
@@ -115,13 +115,11 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
+    word, why = judged(found)
     number = "; ".join(
         text.partition(" (")[0] for text in found if text.startswith(("topk 1 % ends", "powersgd 4"))
     )
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, number, why + "; ".join(failed)
+    return word, number, why
 
 
 def pays(rows: list[dict], method: str, feedback: bool | None) -> str:

@@ -33,7 +33,7 @@ import checkpoint
 import data
 import train
 from experiments import protocol
-from experiments.findings import INK, groups, line, markdown, pick, plus_minus
+from experiments.findings import INK, groups, judged, line, listed, markdown, pick, plus_minus
 
 PATIENCE, SEEDS, CASES = 4, (1, 2, 3), ("whole", "patience", "nan")
 EVALUATE = train.evaluation.evaluate
@@ -141,18 +141,16 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
+    word, why = judged(found)
     if not next(iter(found.values())):
         word = "not at this scale"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
     r = pick(rows, case="whole")[0]
     number = f"best loss {r['best']:.3f}, given back by a clone {r['clone']:.3f}, by copy() {r['copy']:.3f}"
-    return word, number, why + "; ".join(failed)
+    return word, number, why
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items()]
+    lines = listed(parts(rows))
     cells, whole = [], pick(rows, case="whole")
 
     def one(name: str, mine: list[dict], steps: list[float], loss: list[float]) -> None:

@@ -54,6 +54,26 @@ def markdown(head: list[str], lines: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
+# ---- verdicts --------------------------------------------------------------------------------------------
+def clear(differences: list[float]) -> bool:
+    """Mean x sqrt(n) >= 3.1 standard deviations. One value, or NaN, says nothing."""
+    mean, sd = mean_sd(differences)
+    return mean > 0 and mean * math.sqrt(len(differences)) >= 3.1 * sd
+
+
+def judged(parts: dict[str, bool]) -> tuple[str, str]:
+    """(verdict, why) of a claim, from its parts: a sentence with its figure -> is it as claimed?"""
+    failed = [text for text, held in parts.items() if not held]
+    word = "holds" if not failed else "holds in part" if len(failed) < len(parts) else "does not hold"
+    why = f"{len(parts) - len(failed)} of {len(parts)} parts as claimed" + "; not so: " * bool(failed)
+    return word, why + "; ".join(failed)
+
+
+def listed(parts: dict[str, bool]) -> list[str]:
+    """The same, a line each."""
+    return [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts.items()]
+
+
 # ---- pictures --------------------------------------------------------------------------------------------
 def dots(ax, values: dict[str, list[float]], color: str = INK[0]) -> None:
     """A line for each name: every seed pale, mean and standard deviation strong."""

@@ -36,7 +36,7 @@ import torch.distributed.tensor
 from harness import run_ranks
 
 from experiments import protocol
-from experiments.findings import INK, markdown, pick
+from experiments.findings import INK, judged, markdown, pick
 from memory import estimate
 
 SEVEN = dict(tokens=4 * 2048, n_layer=32, n_embd=4096)
@@ -155,10 +155,8 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, "; ".join([*found][:2]), why + "; ".join(failed)
+    word, why = judged(found)
+    return word, "; ".join([*found][:2]), why
 
 
 def table(rows: list[dict]) -> str:

@@ -35,7 +35,7 @@ import torch
 from torch.optim import optimizer as hooks
 
 from experiments import protocol
-from experiments.findings import INK, dots, line, markdown, mean_sd, plus_minus
+from experiments.findings import INK, clear, dots, judged, line, listed, markdown, mean_sd, plus_minus
 
 CASES = {  # name: --optim, log2 of the middle learning rate, the constructor's arguments
     "AdamW": ("adamw", -7, {"betas": (0.9, 0.95)}),
@@ -101,12 +101,6 @@ def state_held():
 
 
 # ---- what they say ---------------------------------------------------------------------------------------
-def clear(differences: list[float]) -> bool:
-    """Mean x sqrt(n) >= 3.1 standard deviations. One value, or NaN, says nothing."""
-    mean, sd = mean_sd(differences)
-    return mean > 0 and mean * math.sqrt(len(differences)) >= 3.1 * sd
-
-
 def named(rows: list[dict]) -> dict[str, dict]:
     return {r["case"]: r for r in rows}
 
@@ -162,14 +156,12 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, next(iter(found)).partition(" (")[0], why + "; ".join(failed)
+    word, why = judged(found)
+    return word, next(iter(found)).partition(" (")[0], why
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items()]
+    lines = listed(parts(rows))
     cells = []
     for r in ranked(rows):
         steps, gaps = steps_to_target(rows, r["case"]), below(rows, r["case"])

@@ -33,7 +33,7 @@ import torch.distributed.tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments import protocol
-from experiments.findings import INK, groups, markdown, pick
+from experiments.findings import INK, groups, judged, markdown, pick
 
 LAYERS, WIDTH, LENGTH, BATCH, MICRO, WORDS = 4, 64, 64, 8, 2, 256  # MICRO: micro-batches of a replica
 EXACT, CLOSE, BYTES = 1e-10, 1e-4, 0.01
@@ -188,10 +188,8 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, next(iter(found)), why + "; ".join(failed)
+    word, why = judged(found)
+    return word, next(iter(found)), why
 
 
 def table(rows: list[dict]) -> str:

@@ -34,7 +34,7 @@ import torch.multiprocessing as mp
 
 import bench_pipeline
 from experiments import protocol
-from experiments.findings import INK, groups, markdown, pick
+from experiments.findings import INK, groups, judged, markdown, pick
 from parallel import pipeline, timeline
 
 CPU, CHUNKS = torch.device("cpu"), {"interleaved": 2}
@@ -173,10 +173,8 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, ok in found.items() if not ok]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, [*found][1], why + "; ".join(failed)
+    word, why = judged(found)
+    return word, [*found][1], why
 
 
 def table(rows: list[dict]) -> str:

@@ -40,7 +40,19 @@ import torch.nn.functional as F
 import data
 import model
 from experiments import protocol
-from experiments.findings import INK, dots, groups, line, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import (
+    INK,
+    dots,
+    groups,
+    judged,
+    line,
+    listed,
+    markdown,
+    mean_sd,
+    paired,
+    pick,
+    plus_minus,
+)
 from precision import amp, fp8, histogram
 
 SCALINGS, SEEDS = ("block", "row", "tensor"), (1, 2, 3)
@@ -209,14 +221,12 @@ def within(values: list[float], limit: float) -> bool:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, next(iter(found)).partition(" (")[0], why + "; ".join(failed)
+    word, why = judged(found)
+    return word, next(iter(found)).partition(" (")[0], why
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items()]
+    lines = listed(parts(rows))
     bench, kept = protocol.RESULTS / "bench_train.md", {r["case"]: r for r in pick(rows, part="bytes")}
     speeds = bench.read_text(encoding="utf-8") if bench.exists() else ""
     speeds = dict(re.findall(r"^\| (\w+) \| \*\*.+?\*\* \(.+?\) \| ([\d,]+) \|", speeds, re.M))

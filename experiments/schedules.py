@@ -28,7 +28,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import protocol
-from experiments.findings import INK, dots, groups, line, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import (
+    INK,
+    clear,
+    dots,
+    groups,
+    judged,
+    line,
+    listed,
+    markdown,
+    mean_sd,
+    paired,
+    pick,
+    plus_minus,
+)
 
 SHAPES = ("linear", "cosine", "exponential", "sqrt")
 CASES = {
@@ -88,12 +101,6 @@ def branches(common: dict, lengths: tuple) -> dict:
 
 
 # ---- what they say ---------------------------------------------------------------------------------------
-def clear(differences: list[float]) -> bool:
-    """Mean x sqrt(n) >= 3.1 standard deviations. One value, or NaN, says nothing."""
-    mean, sd = mean_sd(differences)
-    return mean > 0 and mean * math.sqrt(len(differences)) >= 3.1 * sd
-
-
 def least(found, loss) -> list[dict]:
     """Of lists of rows that with the lowest mean; NaN is the highest."""
     return min(found, key=lambda mine: (math.isnan(x := mean_sd([loss(r) for r in mine])[0]), x))
@@ -142,14 +149,12 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, next(iter(found)).partition(" (")[0], why + "; ".join(failed)
+    word, why = judged(found)
+    return word, next(iter(found)).partition(" (")[0], why
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items()]
+    lines = listed(parts(rows))
     shapes, lrs = pick(rows, part="shape"), [*dict.fromkeys(r["lr"] for r in pick(rows, part="shape"))]
     cells = []
     for (case,), mine in groups(shapes, "case").items():

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import proposals
 from experiments import protocol
-from experiments.findings import INK, groups, line, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import INK, groups, judged, line, markdown, mean_sd, paired, pick, plus_minus
 
 TOKENS, LENGTH, TRIALS = 76_800, 64, 24
 RANGES = {"lr": ("log", 1e-4, 1e-1), "batch_size": ["4", "8", "16", "32"], "weight_decay": ("log", 1e-3, 1.0),
@@ -114,19 +114,17 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found, after = parts(rows), sorted(reached(rows, "random"))
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
+    word, why = judged(found)
     if (
         word == "does not hold"
         and not better(rows, "grid", "random")
         and not better(rows, "random", "optuna")
     ):
         word = "not at this scale"  # no method is significantly better than another
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
     middle = after[len(after) // 2]
     goal = f"after {middle} trials" if math.isfinite(middle) else "not at all"
     number = f"random search is as good as the whole grid of {len(rows[0]['losses'])} {goal} (median)"
-    return word, number, why + "; ".join(failed)
+    return word, number, why
 
 
 def table(rows: list[dict]) -> str:

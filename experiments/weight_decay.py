@@ -31,7 +31,19 @@ import torch
 from torch.optim import optimizer as hooks
 
 from experiments import protocol
-from experiments.findings import INK, groups, line, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import (
+    INK,
+    clear,
+    groups,
+    judged,
+    line,
+    listed,
+    markdown,
+    mean_sd,
+    paired,
+    pick,
+    plus_minus,
+)
 
 DECAYS = {"adamw": (0.0, 0.01, 0.03, 0.1, 0.3, 1.0), "adam_l2": (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}
 NAMES = {"adamw": "AdamW", "adam_l2": "Adam + L2"}
@@ -114,12 +126,6 @@ def ranked(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # ---- what they say ---------------------------------------------------------------------------------------
-def clear(differences: list[float]) -> bool:
-    """Mean x sqrt(n) >= 3.1 standard deviations. One value, or NaN, says nothing."""
-    mean, sd = mean_sd(differences)
-    return mean > 0 and mean * math.sqrt(len(differences)) >= 3.1 * sd
-
-
 def best(rows: list[dict], optim: str, **keys) -> list[dict]:
     """The rows of its setting with the lowest mean loss; a setting that diverged is none."""
     found = groups(pick(rows, part="loss", optim=optim, **keys), "lr", "decay").values()
@@ -152,14 +158,12 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
-    return word, next(iter(found)).partition(" (")[0], why + "; ".join(failed)
+    word, why = judged(found)
+    return word, next(iter(found)).partition(" (")[0], why
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items()]
+    lines = listed(parts(rows))
     lrs = [*dict.fromkeys(r["lr"] for r in pick(rows, part="loss"))]
     losses = []
     for (optim, decay), mine in groups(pick(rows, part="loss"), "optim", "decay").items():

@@ -25,7 +25,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import protocol
-from experiments.findings import INK, dots, groups, line, markdown, mean_sd, paired, pick, plus_minus
+from experiments.findings import (
+    INK,
+    dots,
+    groups,
+    judged,
+    line,
+    listed,
+    markdown,
+    mean_sd,
+    paired,
+    pick,
+    plus_minus,
+)
 
 RATES, ZS, SEEDS = (2.0**-7, 2.0**-4), (0.0, 1e-4, 1e-2), (1, 2, 3)
 CAPPED = dict(cap=15.0, precision="fp32", lr=RATES[0], z=0.0)
@@ -93,16 +105,14 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    failed = [text for text, held in found.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(found) else "does not hold"
-    why = f"{len(found) - len(failed)} of {len(found)} parts as claimed" + "; not so: " * bool(failed)
+    word, why = judged(found)
     keys = dict(precision="fp32", lr=RATES[0])
     free, held = (drift(rows, z, **keys) for z in (0.0, 1e-4))
-    return word, f"|log Z| ends at {free:.1f} without and {held:.2f} with 1e-4", why + "; ".join(failed)
+    return word, f"|log Z| ends at {free:.1f} without and {held:.2f} with 1e-4", why
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items()]
+    lines = listed(parts(rows))
     cells = []
     for (cap, precision, lr, z), mine in groups(rows, "cap", "precision", "lr", "z").items():
         gap = plus_minus(gaps(rows, precision, lr, z), "+.2%") if z else ""
