@@ -171,15 +171,26 @@ def test_the_verdict_follows_the_figures(tmp_path):
 def test_mup_transfers_verdict_follows_the_figures():
     mup = load("mup_transfer")
 
-    def rows(*best: float) -> list[dict]:
+    def rows(*best: float, deep: float = -1, grows: float = 1, **more) -> list[dict]:
         """Rows whose loss is least at best[i] (factors of 2 above the first width's) of the i-th case."""
-        low = {"adamw": -7, "muon": -5}
-        shift = dict(zip(mup.CASES, best))
-        return [g | {"loss": abs(shift[g["optim"], g["mup"]] * (g["width"] == 512) + low[g["optim"]]
-                                 - math.log2(g["lr"]))} for g in mup.GRID]  # fmt: skip
+        low, shift, found = {"adamw": -7, "lion": -10, "muon": -5}, dict(zip(mup.CASES, best)), []
+        for g in mup.GRID:
+            away = shift[g["optim"], g["mup"]] * (g["width"] == 512) + deep * (g["layers"] == 16)
+            rms = g["width"] ** (0 if g["mup"] else grows)
+            loss = 1 + abs(away + low[g["optim"]] - math.log2(g["lr"]))
+            found.append(g | {"loss": loss, "last MLP": rms, "logits": rms, "seconds": 1} | more)
+        return found
 
-    assert mup.verdict(rows(0, -3, 0, 0))[0] == mup.verdict(rows(1, -2, 0, 0))[0] == "holds"
-    assert mup.verdict(rows(2, -3, 0, 0))[0] == mup.verdict(rows(0, 0, 0, 0))[0] == "does not hold"
+    good = rows(0, -3, 0, -2, 0, 0)
+    assert mup.verdict(good)[0] == mup.verdict(rows(1, -2, -1, -3, 0, 1))[0] == "holds"
+    bad = [rows(2, -3, 0, -2, 0, 0), rows(0, -1, 0, -2, 0, 0), rows(0, -3, 0, -2, 0, 2),
+           rows(0, -3, 0, -2, 0, 0, deep=0), rows(0, -3, 0, -2, 0, 0, grows=0.3)]  # fmt: skip
+    assert [mup.verdict(r)[0] for r in bad] == ["holds in part"] * 5
+    at = mup.sizes(good, "width", part="width", optim="adamw", mup=False)
+    assert mup.moved(at) == -3 and mup.price(at) == 3  # loss 4 at the narrow one's lr, 1 at its own
+    assert math.isnan(mup.price(mup.sizes([r | {"loss": r["loss"] if r["lr"] < 2**-8 else math.nan}
+                                           if r["width"] == 512 else r for r in good],
+                                          "width", part="width", optim="adamw", mup=False)))  # fmt: skip
 
 
 def test_precisions_verdict_follows_the_figures():
