@@ -126,7 +126,7 @@ class Saver:
         self.out_dir, self.hours, self.keep, self.keep_every = out_dir, hours, keep, keep_every
         self.intervals, self.events = [n for n in (every, keep_every) if n], []
         self.saved_at = time.monotonic()
-        self.group = self.pool = self.under_way = None
+        self.group = self.pool = self.under_way = self.saved = None
         if asynchronous:
             self.pool = ThreadPoolExecutor(1, "saving", initializer=_step_back)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -160,9 +160,9 @@ class Saver:
             self._finish(step, future.result)
 
     def drop_after(self, step: int) -> None:
-        """When nothing is under way: see the function."""
+        """See the function; nothing, if the save of `step`, which came last, has failed."""
         self.wait()
-        if any(at == step for at, _, _ in found(self.out_dir)):  # else its save has failed
+        if self.saved == step:
             drop_after(self.out_dir, step)
 
     def news(self) -> list[dict]:
@@ -179,7 +179,9 @@ class Saver:
 
     def _finish(self, step, result, last=False):
         try:
+            self.saved = None
             result()
+            self.saved = step
             self.events.append({"step": step, "event": "save"})
         except OSError as error:
             if last:

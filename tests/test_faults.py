@@ -207,7 +207,8 @@ def test_a_skipped_step_leaves_no_trace_in_what_compression_owes(tmp_path, text)
         assert any(bool(x.any()) for x in before[rank].values())
 
 
-def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch):
+@pytest.mark.parametrize("keep", [2, 9])  # 9: there is an older save of the step that the rollback goes to
+def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch, keep):
     poisoned(math.nan)
     write, full = saving.write_tensors, []
     tell = spikes.Guard.tell
@@ -224,7 +225,8 @@ def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch):
     monkeypatch.setattr(spikes.Guard, "tell", fill)
     monkeypatch.setattr(saving, "write_tensors", fails)
     with pytest.raises(OSError, match="No space left"):
-        go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring_every=5", "--save_every=1")
+        go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring_every=5", "--save_every=1",
+           "--async_save=false", f"--keep={keep}")  # fmt: skip
     assert checkpoint.newest(tmp_path).step == 7 and len(events(tmp_path, "save_failed")) > 1
 
 
