@@ -3,7 +3,7 @@
     forward, backward ─► one sum over all ranks ─► look ─► step | skip | rollback | abort
 
     detector    expected                       a spike is above                          numbers
-    robust      line through the last losses   expected + z robust sd (1.4826 MAD)       z=5.5, window=100
+    robust      line through the last losses   expected + z robust sd (1.4826 MAD)       z=5.75, window=100
     ema         debiased EMA                   5 x expected                              factor=5, decay=0.99
     window      mean of the last losses        5 x expected                              factor=5, window=100
     previous    the loss before                3 x expected                              factor=3
@@ -37,7 +37,7 @@ import torch
 
 
 # ---- detectors: what was accepted, oldest first -> (expected, what a spike is above) ----------------------
-def robust(losses: list[float], z: float = 5.5, window: int = 100) -> tuple[float, float]:
+def robust(losses: list[float], z: float = 5.75, window: int = 100) -> tuple[float, float]:
     return band(losses[-min(window, max(20, len(losses) // 2)) :], z)  # the steep start is soon forgotten
 
 

@@ -124,7 +124,9 @@ def footer(name: str, rows: list[dict], quick: bool) -> str:
     of = {part: Counter(str(row[part]) for row in rows if part in row)
           for part in ("commit", "machine", "seed", "date")}  # fmt: skip
     commits = ", ".join(f"{commit} ({n} rows)" for commit, n in of["commit"].items())
-    seeds = f"seeds {', '.join(of['seed'])}" if len(of["seed"]) > 1 else f"seed {', '.join(of['seed'])}"
+    seeds = f"seed{'s' * (len(of['seed']) > 1)} {', '.join(of['seed'])}"
+    if len(of["seed"]) > 12:
+        seeds = f"{len(of['seed'])} seeds, {min(of['seed'], key=int)} to {max(of['seed'], key=int)}"
     minutes = sum(row["seconds"] or 0 for row in rows) / 60
     return "; ".join([
         f"`python experiments/{name}.py{' --quick' * quick}`",

@@ -79,7 +79,7 @@ def test_a_spike_of_8_robust_sd_is_found_on_its_own_step_in_real_curves():
         for _ in range(15):
             step = draw.randrange(21, len(losses))
             expected, limit = spikes.robust(losses[:step])
-            value = expected + 8 * (limit - expected) / 5.5
+            value = expected + 8 * (limit - expected) / 5.75
             g = guard()
             g.seen |= {"losses": losses[:step], "norms": [1.0] * step}
             g.look(step, value, 1.0, range(8))
