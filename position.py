@@ -9,10 +9,10 @@ import checkpoint
 
 class Position:
     """The next row of the data, and ranges never to be read. A banned row is a number: in another epoch its
-    text comes again, in other company."""
+    text comes again, in other company; for other `data` (a name of it) there are other bans."""
 
-    def __init__(self):
-        self.next, self.banned = 0, []  # [[first, last], ...], sorted and apart
+    def __init__(self, data: str = ""):
+        self.data, self.next, self.banned = data, 0, []  # [[first, last], ...], sorted and apart
 
     def rows(self, n: int) -> range | list[int]:
         """The next n rows, of which each rank takes its share. Moves nothing; `next` is then rows[-1] + 1."""
@@ -37,10 +37,12 @@ class Position:
         return self.next - sum(max(0, min(last + 1, self.next) - first) for first, last in self.banned)
 
     def tree(self) -> dict:
-        return {"rows": self.next, "banned": self.banned}
+        return {"rows": self.next, "banned": self.banned, "data": self.data}
 
     def load(self, tree: dict) -> None:
-        self.next, self.banned = int(tree["rows"]), [[int(i), int(j)] for i, j in tree.get("banned", [])]
+        self.next = int(tree["rows"])
+        if tree.get("data", self.data) == self.data:
+            self.banned = [[int(i), int(j)] for i, j in tree.get("banned", [])]
 
 
 class Best:

@@ -26,7 +26,6 @@ import evaluation
 import faults
 import logger
 import monitor
-import position
 import resume
 import saving
 import schedules
@@ -38,6 +37,7 @@ from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
+from position import Best, Position
 from precision import amp, histogram, stochastic
 
 
@@ -195,7 +195,7 @@ def main(cfg: config.Config) -> dict:
         optimizer = choices.offloaded(cfg, mesh, optimizer)
 
     # ---- everything a step depends on, and what watches over it -------------------------------------------
-    place, best = position.Position(), position.Best(out_dir / "best", cfg.patience, cfg.min_delta)
+    place, best = Position(corpus.sha256), Best(out_dir / "best", cfg.patience, cfg.min_delta)
     kept = scales | {"progress": place, "best": best}  # by name, what can tree() and load()
     run_state = state.State(optimizer, replicas, boxes, cuts, mesh, kept)
     saver = saving.Saver(out_dir, cfg.save_every, cfg.save_hours, cfg.keep, cfg.keep_every,

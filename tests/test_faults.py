@@ -1,5 +1,6 @@
 """Faults put into a run through train.py: what each policy promises, on every layout."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -62,7 +63,7 @@ def inf_gradient(rank, world, killed, *args):
 
 def never_seen(rank, world, first, last, *args):
     """The run that has known from the start which rows it must not read."""
-    position.Position.__init__ = lambda self: (INIT(self), self.ban(first, last))[0]
+    position.Position.__init__ = lambda self, *data: (INIT(self, *data), self.ban(first, last))[0]
     try:
         return go(*args)
     finally:
@@ -127,7 +128,7 @@ def test_rollback_is_bitwise_the_run_that_never_saw_the_poisoned_rows(tmp_path, 
     assert end(tmp_path / "faulty") == end(tmp_path / "clean") and len(end(tmp_path / "clean")) == 12
     same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
     saved = checkpoint.newest(tmp_path / "faulty").tree("progress")
-    assert saved == {"rows": 112, "banned": [[48, 63]]}
+    assert saved["rows"] == 112 and saved["banned"] == [[48, 63]]
     assert '"to": 6' in (tmp_path / "faulty" / "metrics.jsonl").read_text()
 
 
@@ -292,7 +293,46 @@ def test_a_rollback_before_anything_was_saved_skips_and_bans(tmp_path, text):
     poisoned(math.nan)
     go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring=0", "--save_every=8")
     assert events(tmp_path, "nonfinite", "skip", "rollback") == [("nonfinite", 8), ("skip", 8)]
-    assert checkpoint.newest(tmp_path).tree("progress") == {"rows": 96, "banned": [[56, 63]]}
+    saved = checkpoint.newest(tmp_path).tree("progress")
+    assert saved["rows"] == 96 and saved["banned"] == [[56, 63]]
+
+
+def test_warn_says_so_and_changes_nothing(tmp_path, text):
+    poisoned(50.0, 8 * 30 + 3)
+    more = ["--steps=34", "--save_every=0", "--eval_every=0"]
+    for policy, told in (("warn", [("spike", 31)]), ("none", [])):
+        go(text, tmp_path / policy, *more, f"--on_spike={policy}")
+        assert events(tmp_path / policy, "spike", "skip", "rollback") == told
+    assert end(tmp_path / "warn") == end(tmp_path / "none") and end(tmp_path / "warn")[31][0] > 100
+    same_checkpoints(tmp_path / "warn", tmp_path / "none")
+
+
+def test_a_spike_and_what_is_not_finite_have_policies_of_their_own(tmp_path, text):
+    more = ["--steps=34", "--save_every=0", "--eval_every=0", "--monitor.ring_every=10"]
+    for row, factor, spike, nonfinite, told in (
+        (8 * 30 + 3, 50.0, "abort", "rollback", [("spike", 31)]),
+        (8 * 30 + 3, 50.0, "skip", "rollback", [("spike", 31)]),
+        (ROW, math.nan, "rollback", "skip", [("nonfinite", 8)]),
+    ):
+        poisoned(factor, row)
+        out, abort = tmp_path / f"{spike} {nonfinite}", spike == "abort"
+        with pytest.raises(spikes.Aborted, match="step 31: loss") if abort else contextlib.nullcontext():
+            go(text, out, *more, f"--on_spike={spike}", f"--on_nonfinite={nonfinite}")
+        assert events(out, "spike", "nonfinite", "rollback") == told
+        assert checkpoint.newest(out).step == (30 if abort else 34)
+
+
+def test_a_branch_keeps_bans_for_the_same_data_alone(tmp_path, text):
+    poisoned(math.nan)
+    other = tmp_path / "other.txt"
+    other.write_text(Path(text).read_text()[::-1])
+    go(text, tmp_path / "a", "--on_nonfinite=rollback", "--monitor.ring_every=5")
+    data.Rows.__call__, GPT.forward = TAKE, FORWARD
+    assert checkpoint.newest(tmp_path / "a").tree("progress")["banned"] == [[40, 63]]
+    for name, kept in ((text, [[40, 63]]), (str(other), [])):
+        out = tmp_path / Path(name).stem
+        go(name, out, f"--resume={tmp_path / 'a'}", "--steps=14", "--lr=0.01")
+        assert checkpoint.newest(out).tree("progress")["banned"] == kept
 
 
 def test_abort_saves_says_why_and_the_same_command_with_skip_goes_on(tmp_path, text, capsys):
