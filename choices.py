@@ -204,10 +204,13 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
                 pinned=("embed.weight",) * (cfg.pp > 1))  # fmt: skip
 
 
-def products(cfg: config.Config, model: torch.nn.Module, device: torch.device):
-    """Replaces the model's products where there are better ones, adds z-loss; returns FP8's state or None."""
+def products(cfg: config.Config, model: torch.nn.Module, device: torch.device, text: data.Tokens):
+    """Replaces the model's products where there are better ones, adds z-loss and counted n-grams of the text;
+    returns FP8's state or None."""
     if cfg.z_loss is not None:
         model.output = functools.partial(model.output, z_loss=cfg.z_loss)
+    if cfg.ngram is not None:
+        add_ngrams(cfg, model, text)
     if cfg.compile == "off" and onednn.faster(cfg.precision, device):
         for layer in (module for module in model.modules() if hasattr(module, "product")):
             layer.product = onednn.linear
@@ -217,6 +220,15 @@ def products(cfg: config.Config, model: torch.nn.Module, device: torch.device):
 
     options = config.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
     return fp8.convert(model, device, **options)
+
+
+def add_ngrams(cfg: config.Config, model: torch.nn.Module, text: data.Tokens) -> None:
+    from ngram import NGrams
+
+    try:
+        NGrams(text.slice(0, len(text)), cfg.ngram, cfg.vocab_size).add_to(model)
+    except ValueError as error:
+        raise ValueError(f"--ngram={cfg.ngram} does not go: {error}") from None
 
 
 def compiled(cfg: config.Config, model: torch.nn.Module, device: torch.device) -> str | None:

@@ -103,6 +103,9 @@ class Config:
     z_loss: float | None = knob(
         None, "this x (log Z)^2 of each token is minimised too, but not logged; usual: 1e-4", BRANCH, least=0
     )
+    ngram: int | None = knob(
+        None, "counted n-grams with up to so many tokens of context are the logits' prior (ngram.py)", least=1
+    )
     qk_clip: float | None = knob(
         None, "heads whose attention logits exceed this are scaled back; usual: 100 (qk_clip.py)", BRANCH,
         least=0,
@@ -492,6 +495,9 @@ def check_model_parallel(cfg: Config) -> None:
     if cfg.cp > 1 and not ring and heads // cfg.tp % cfg.cp:
         raise ValueError(f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
                          f"{heads // cfg.tp} of keys and values; type --cp_attention=ring")
+    if cfg.ngram is not None and (split or cfg.cp > 1):
+        raise ValueError(f"ngram needs whole rows and logits on a rank and does not go with "
+                         f"{[*split, 'cp'][0]}; leave one of them out")
     if cfg.pp_chunks is not None and (cfg.pp_chunks > 1) != (cfg.pp_schedule == "interleaved"):
         raise ValueError(f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
                          "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out")

@@ -14,6 +14,7 @@ from dataclasses import fields
 import torch
 
 import checkpoint
+import choices
 import config
 import data
 from model import GPT, GPTConfig
@@ -27,6 +28,11 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, data.Token
     cfg = config.from_dict(saved.tree("config"))
     model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
     saved.load_weights(model)
+    if cfg.ngram is not None:  # counted again: no checkpoint holds them
+        corpus = data.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
+        if corpus.sha256 != saved.tree("record/data_sha256"):
+            raise ValueError(f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since")
+        choices.add_ngrams(cfg, model, corpus.train)
     return model.eval(), data.tokenizer(cfg.tokenizer)
 
 

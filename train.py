@@ -123,7 +123,7 @@ def main(cfg: config.Config) -> dict:
     places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(device)
 
     # ---- how products are computed, and what backward computes again --------------------------------------
-    eights, scaler = choices.products(cfg, model, device), choices.loss_scaler(cfg)  # fp8's and fp16's
+    eights, scaler = choices.products(cfg, model, device, corpus.train), choices.loss_scaler(cfg)
     scales = {name: kept for name, kept in (("fp8", eights), ("scaler", scaler)) if kept is not None}
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
