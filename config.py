@@ -218,6 +218,7 @@ class Config:
     async_save: bool = knob(
         True, "write checkpoints beside training, which waits only for a copy in host memory", FREE
     )
+    plot: bool = knob(True, "draw out_dir/loss.png at the end", FRESH)
     tensorboard: bool = knob(False, "also write to out_dir/tensorboard", FRESH)
     wandb: str | None = knob(
         None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here", FRESH

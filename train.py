@@ -324,7 +324,7 @@ def main(cfg: config.Config) -> dict:
         with run_state.looking(), eager:
             text = evaluation.sample(model, corpus.tokenizer, cfg.sample_tokens, cfg.seed, device, stages)
         log.say(f"---- a sample ----{text}\n------------------")
-    if done and is_main and step > 1:  # one point is no curve
+    if cfg.plot and done and is_main and step > 1:  # one point is no curve
         logger.plot(out_dir, out_dir / "loss.png")
     stop.close()
     log.close()

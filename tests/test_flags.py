@@ -205,3 +205,9 @@ def test_odd_values_are_sentences(tmp_path, text, flag):
     with pytest.raises(ValueError) as error:
         go(text, tmp_path, *flag.split())
     assert "\n" not in str(error.value)
+
+
+def test_plot(tmp_path, text):
+    for wanted in (True, False):
+        go(text, tmp_path / str(wanted), "--steps=2", f"--plot={wanted}".lower())
+        assert (tmp_path / str(wanted) / "loss.png").exists() == wanted
