@@ -20,6 +20,11 @@ from precision import amp, onednn
 from precision.loss_scale import LossScaler
 
 
+# Their step is a share of the weight's norm, or of one size whatever the gradient's: a matrix of zeros stays
+# where it is, or what lies before it is moved by noise (LOG.md has the figures).
+AGAINST_ZERO = ("LARS", "LAMB", "Adafactor", "AdamW", "AdamL2", "Lion", "AdamWScheduleFree")
+
+
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class for `file` (its first) or `file.Class` in optim/. Raises ValueError with the nearest name."""
     file, dot, wanted = name.partition(".")
@@ -54,8 +59,8 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
     schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
     gpu, apart = device.type == "cuda", cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
-    if cfg.zero_init == "auto" and optimizer_class.__name__ in ("LARS", "LAMB", "Adafactor"):
-        cfg = config.update(cfg, zero_init=False)  # their step is a share of the weights' norm
+    if cfg.zero_init == "auto" and optimizer_class.__name__ in AGAINST_ZERO:
+        cfg = config.update(cfg, zero_init=False)
     return config.update(
         config.with_traits(cfg),
         device=str(device),
