@@ -19,7 +19,6 @@ from parallel.mesh import Mesh
 from precision import amp, onednn
 from precision.loss_scale import LossScaler
 
-
 # Their step is a share of the weight's norm, or of one size whatever the gradient's: a matrix of zeros stays
 # where it is, or what lies before it is moved by noise (LOG.md has the figures).
 AGAINST_ZERO = ("LARS", "LAMB", "Adafactor", "AdamW", "AdamL2", "Lion", "AdamWScheduleFree")

@@ -82,7 +82,7 @@ class Config:
     tied: bool | Auto = knob("auto", "the output head shares the embedding; modern: false, gpt2: true")
     bias: bool | Auto = knob("auto", "biases in Linear and LayerNorm; modern: false, gpt2: true")
     zero_init: bool | Auto = knob(
-        "auto", "projections and an untied head start at 0; modern: true but for Adam and its kind, gpt2: false"
+        "auto", "projections and an untied head start at 0; modern: true, Adam's kind and gpt2: false"
     )
     init: Literal["auto", "fan_in", "gpt2"] = knob(
         "auto", "std of matrices; modern: 0.5/sqrt(fan_in), gpt2: 0.02"
