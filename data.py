@@ -139,10 +139,16 @@ class Tokens:
 
 
 class Rows:
-    """Row number -> tokens: a pure function of (seed, row number). seed=None keeps the corpus order."""
+    """Row number -> tokens: a pure function of (seed, row number). seed=None keeps the corpus order.
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: int | None, vocab_size: int):
+    ahead: so many rows later the same share of the next step lies. It is read in a thread while this one is
+    computed on: a guess, and where it is wrong (a ramp, banned rows) rows are read when they are asked for.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, seed: int | None, vocab_size: int, ahead: int = 0):
         self.tokens, self.block_size, self.seed, self.vocab_size = tokens, block_size, seed, vocab_size
+        self.ahead, self.coming = ahead, {}  # numbers -> their rows, as a future
+        self.pool = ThreadPoolExecutor(1, "rows") if ahead else None
         self.per_epoch = (len(tokens) - 1) // block_size
         if self.per_epoch < 1:
             raise ValueError(f"{tokens.name} has {len(tokens)} tokens, and one row needs {block_size + 1}: "
@@ -160,6 +166,16 @@ class Rows:
 
     def __call__(self, numbers: Iterable[int]) -> torch.Tensor:
         """(n, block_size + 1) int64: inputs are [:, :-1], targets [:, 1:]. ValueError for a bad id."""
+        if not self.ahead:
+            return self.read(numbers)
+        numbers = tuple(numbers)
+        read, first = self.coming.pop(numbers, None), numbers[0]
+        later = tuple(i + self.ahead for i in numbers)
+        self.coming = {k: x for k, x in self.coming.items() if first < k[0] <= first + self.ahead}
+        self.coming[later] = self.pool.submit(self.read, later)
+        return self.read(numbers) if read is None else read.result()
+
+    def read(self, numbers: Iterable[int]) -> torch.Tensor:
         T, places = self.block_size, self.places(numbers).tolist()
         rows = np.empty((len(places), T + 1), np.int64)
         for row, i in zip(rows, places):

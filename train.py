@@ -95,7 +95,7 @@ def main(cfg: config.Config) -> dict:
     if not mesh.alike(corpus.sha256):
         raise ValueError(f"--data={cfg.data} is not the same on every machine; copy it to all from one")
     cfg = choices.with_vocabulary(cfg, corpus.tokenizer.n_vocab)
-    train_rows = data.Rows(corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size)
+    train_rows = data.Rows(corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size)
     val_rows = data.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
     if earlier is not None and (in_place or "data" not in cfg.given):

@@ -86,6 +86,21 @@ def test_rows_are_a_pure_function_of_seed_and_row_number():
     assert torch.equal(rows(iter(numbers)), rows(np.array(numbers)))
 
 
+def test_rows_read_ahead_are_the_same_whatever_is_asked_for(monkeypatch):
+    text, ahead, read = tokens(1001), [], data.Rows.read
+    plain, rows = data.Rows(text, 10, 3, 1001), data.Rows(text, 10, 3, 1001, ahead=16)
+    monkeypatch.setattr(data.Rows, "read", lambda self, n: (ahead.append(tuple(n)), read(self, n))[1])
+    steps = [range(i, i + 4) for i in range(0, 64, 4)]  # four steps of 16, in fours
+    other = [range(20, 24), [70, 71, 80, 81], range(84, 92), range(100, 108), range(4)]  # back; bans; a ramp
+    for numbers in steps + other:
+        assert torch.equal(rows(numbers), read(plain, numbers))
+        assert len(rows.coming) <= 16
+        if numbers == steps[-1]:
+            assert [ahead.count(tuple(n)) for n in steps] == [1] * 16  # each once: what comes was there
+    rows.pool.shutdown()
+
+
+
 @pytest.mark.parametrize("n", [2**40, 2**40 + 1, 10**12 + 39])
 def test_a_huge_epoch_is_permuted_without_a_table(n):
     keys = np.arange(8, dtype=np.uint64)[:, None].repeat(4096, 1)
