@@ -1,324 +1,45 @@
-"""Benchmarks: ours beside the peers', alternating in one process.
+"""Benchmarks: each is a file of benchmarks/, whose docstring says what is measured and how.
 
-    python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
-    python bench.py spread [--quick]
-    torchrun --standalone --nproc_per_node=4 bench.py network [--tp=2] [...]        see bench_network.py
-    torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]                see bench_pipeline.py
-    python bench.py train [recipe.toml] [--quick] [...]                             see bench_train.py
+    python bench.py optim [...]        optimizers.py   a step of each optimizer beside the peers'
+    python bench.py train [...]        training.py     a recipe's speed over precision, compile, checkpointing
+    python bench.py speedrun [...]     speedrun.py     seconds to a reference's loss, whole processes
+    python bench.py scaling [...]      scaling.py      ranks and model sizes: speed, memory, bytes sent
+    python bench.py overhead [...]     overhead.py     what data, monitoring and start-up cost
+    python bench.py spread [...]       spread.py       Muon's products on every rank, and at owners
+    torchrun --standalone --nproc_per_node=4 bench.py network [...]      network.py    every link of the mesh
+    torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]     pipeline.py   stages that wait
+    python bench.py all [...]          all.py          all of these in turn, one page
 
-`spread`: milliseconds of Muon's orthogonalisation on two ranks of one thread each, all matrices on every rank
-(as replicas do it) against each at its owner (zero1), turn by turn, and of the step with its broadcasts.
-
-`optim`: milliseconds of one step, every class of optim/ against the fastest peer written in eager PyTorch;
-torch's fused C++ kernels stand beside as the limit. Memory layout alone moves a step by up to a factor of 2:
-so each build allocates everything anew, the candidates take turns for some rounds (A B C A B C), and a build
-gives each one's fastest round, as other processes only ever add time. Milliseconds are medians over builds,
-the ratio ours/peer too, with its smallest and largest value over builds in brackets. A peer 1.6 times slower
-than the fastest in the first build is not built again. Every step has a new lr, as under a schedule, and a
-new gradient, both outside the time. Shampoo and SOAP: means over ten steps, one of which refreshes the
-preconditioners. --quick takes 1M parameters instead of 15M and 2 builds, and compiles only what --only names.
-On a machine with other busy processes, set OMP_WAIT_POLICY=passive: threads that spin for each other stall.
+`python bench.py NAME --help` prints that docstring. Exit status: 0 done; 1 something failed; 2 a user's
+mistake, in one line.
 """
 
-import contextlib
-import functools
 import importlib
-import math
-import os
-import platform
-import random
-import re
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
-from statistics import median
-from unittest import mock
 
-import torch
-
-USAGE = ("usage: python bench.py optim [--quick] [--only=NAME,...] [--threads=N] [--out=FILE.md], "
-         "or bench.py spread [--quick], or bench.py train, or network, pipeline under torchrun")  # fmt: skip
-
-
-def shapes(kind: str, quick: bool) -> list[tuple[int, ...]]:
-    """A GPT's tensors ("all"), its hidden matrices ("hidden"), those of one narrower block ("block")."""
-    n_layer, d, vocab_size = (4, 128, 1024) if quick else (6, 384, 12000)
-    d = {"block": d // 2 if quick else 256}.get(kind, d)
-    matrices = [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]
-    if kind == "all":
-        return [(vocab_size, d), (256, d)] + ([(d,), (d,)] + matrices) * n_layer + [(d,)]
-    return matrices * (1 if kind == "block" else n_layer)
-
-
-def plain_products(us, ns, ns_steps, dtype, product=torch.bmm):
-    """Muon's quintic as one writes it first, to compare: three products a step."""
-    X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
-    X = X.mT if (tall := X.shape[1] > X.shape[2]) else X
-    for _ in range(ns_steps):
-        A = product(X, X.mT)
-        X = torch.baddbmm(X, product(A, A).mul_(2.0315).add_(A, alpha=-4.7750), X, beta=3.4445)
-    return X.mT if tall else X
-
-
-def symmetric_product(X, Y):
-    """X·Y, known to be symmetric: three of its four blocks, the fourth mirrored."""
-    top, bottom = X.chunk(2, dim=1)
-    upper, corner = top @ Y, bottom @ Y[:, :, top.shape[1] :]
-    return torch.cat([upper, torch.cat([upper[:, :, top.shape[1] :].mT, corner], dim=2)], dim=1)
-
-
-@functools.cache
-def compiled(update):
-    """The recipe of the docstrings: floats as 0-D tensors, or torch compiles again for every new lr."""
-    fast = torch.compile(update, dynamic=True)
-    tensor = functools.lru_cache(16)(functools.partial(torch.tensor, dtype=torch.float64))  # one a step
-    return lambda *args: fast(*(tensor(x) if isinstance(x, float) else x for x in args))
-
-
-def one(path: str, patch=(), note="", **options):
-    """A candidate: name in the table, class, options, and (module, name, value) to set while it steps."""
-    return path.replace("optim.", "") + note, path, options, patch
-
-
-def some(path: str, *kernels: str, **options):
-    flags = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    return [one(path, (), f" {kernel}", **flags[kernel], **options) for kernel in kernels]
-
-
-PO, SF, HB = "pytorch_optimizer.", "schedulefree.", "heavyball."
-BOTH, ALL = ("loop", "foreach"), ("loop", "foreach", "fused")
-EAGER, WHOLE = (("heavyball.utils", "compile_mode", None), ", eager"), ((), ", compile_step")
-DECAY, TEN = {"weight_decay": 0.1}, {"preconditioning_compute_steps": 10}
-OURS = {"precondition_frequency": 10, "max_precond_dim": 10000, "merge_dims": False}  # SOAP's defaults here
-PLAIN = ("optim.muon", "orthogonalize", plain_products)
-SYMMETRIC = (*PLAIN[:2], functools.partial(plain_products, product=symmetric_product))
-ROWS = {  # name: (tensors, ours, the peers)
-    "sgd": ("all", one("optim.sgd.SGD", momentum=0.9), [
-        *some("torch.optim.SGD", *ALL, momentum=0.9, lr=0.1), one(HB + "SGD", *EAGER)]),
-    "adamw": ("all", one("optim.adamw.AdamW", **DECAY), [
-        *some("torch.optim.AdamW", *ALL, **DECAY), one(HB + "AdamW", *EAGER, **DECAY)]),
-    "adaml2": ("all", one("optim.adam_l2.AdamL2", **DECAY), some("torch.optim.Adam", *ALL, **DECAY)),
-    "adafactor": ("all", one("optim.adafactor.Adafactor"), [
-        *some("torch.optim.Adafactor", *BOTH), *some(PO + "AdaFactor", *BOTH, betas=(None, 0.999))]),
-    "lion": ("all", one("optim.lion.Lion", **DECAY), some(PO + "Lion", *BOTH, **DECAY)),
-    "lars": ("all", one("optim.lars.LARS", **DECAY), some(PO + "LARS", *BOTH, **DECAY)),
-    "lamb": ("all", one("optim.lamb.LAMB", **DECAY), some(PO + "Lamb", *BOTH, max_grad_norm=0.0, **DECAY)),
-    "shampoo": ("block", one("optim.shampoo.Shampoo"), [one(PO + "Shampoo", **TEN), one(
-        PO + "ScalableShampoo", **TEN, block_size=8192, start_preconditioning_step=1)]),
-    "soap": ("block", one("optim.soap.SOAP"), [one(PO + "SOAP"), one(
-        HB + "SOAP", *EAGER, **OURS, use_precond_schedule=False)]),
-    "muon": ("hidden", one("optim.muon.Muon", **DECAY), [one("torch.optim.Muon", lr=0.02, **DECAY), *some(
-        PO + "Muon", *BOTH, **DECAY), one(HB + "Muon", *EAGER, **DECAY)]),
-    "adamwschedulefree": ("all", one("optim.schedule_free.AdamWScheduleFree"), [
-        *some(SF + "AdamWScheduleFree", *BOTH), *some(PO + "ScheduleFreeAdamW", *BOTH),
-        one(HB + "SFAdamW", *EAGER)]),
-    "sgdschedulefree": ("all", one("optim.schedule_free.SGDScheduleFree"), [
-        *some(SF + "SGDScheduleFree", *BOTH), *some(PO + "ScheduleFreeSGD", *BOTH)]),
-    "muon-products": ("hidden", one("optim.muon.Muon", **DECAY), [
-        one("optim.muon.Muon", PLAIN, " with plain products", **DECAY),
-        one("optim.muon.Muon", SYMMETRIC, " with symmetric products", **DECAY)]),
-    "compiled-adamw": ("all", one("optim.adamw.AdamW", ("optim.adamw", "adamw_update", compiled), **DECAY), [
-        one(HB + "AdamW", **DECAY), one(HB + "AdamW", *WHOLE, **DECAY, compile_step=True)]),
-    "compiled-lion": ("all", one("optim.lion.Lion", ("optim.lion", "lion_update", compiled), **DECAY), [
-        one(HB + "SGD", (), " (it has no Lion)", **DECAY)]),  # reads and writes as many tensors
-    "compiled-schedulefree": ("all", one("optim.schedule_free.AdamWScheduleFree", (
-        "optim.schedule_free", "schedule_free_update", compiled)), [
-        one(HB + "SFAdamW"), one(HB + "SFAdamW", *WHOLE, compile_step=True)]),
-}  # fmt: skip
-# Bytes of state as the docstrings promise: for each element, and for each dimension of length n
-STATE = {
-    "sgd": (4, 0), "adamw": (8, 0), "adaml2": (8, 0), "lion": (4, 0), "lars": (4, 0), "lamb": (8, 0),
-    "muon": (4, 0), "adamwschedulefree": (8, 0), "sgdschedulefree": (4, 0), "adafactor": (0, lambda n: 4 * n),
-    "shampoo": (8, lambda n: 8 * n * n), "soap": (8, lambda n: 8 * n * n),
-}  # fmt: skip
-
-
-class Candidate:
-    def __init__(self, path: str, options: dict, patch: tuple, tensor_shapes: list[tuple[int, ...]]):
-        module, name = path.rsplit(".", 1)
-        self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
-        self.grads = [torch.empty(shape) for shape in tensor_shapes]
-        group = {"params": self.params, **({"use_muon": True} if name == "Muon" else {})}
-        self.optimizer, self.patch = getattr(importlib.import_module(module), name)([group], **options), patch
-        if "SFAdamW" in name or "ScheduleFree" in name:
-            self.optimizer.train()
-
-    def step(self, noise: torch.Tensor) -> float:
-        """Milliseconds of one step; the gradients are the first numbers of `noise`."""
-        for p, g in zip(self.params, self.grads):
-            p.grad = g.copy_(noise[: g.numel()].view_as(g))  # anew: some peers overwrite p.grad, or drop it
-        for group in self.optimizer.param_groups:
-            group["lr"] *= 0.99
-        with contextlib.ExitStack() as stack:
-            if self.patch:
-                module, name, value = importlib.import_module(self.patch[0]), *self.patch[1:]
-                value = compiled(getattr(module, name)) if value is compiled else value
-                stack.enter_context(mock.patch.object(module, name, value))
-            start = time.perf_counter()
-            self.optimizer.step()
-            return 1000 * (time.perf_counter() - start)
-
-    def state_bytes(self, row: str) -> str:
-        """Bytes of state per parameter; AssertionError where they are not the docstring's."""
-        found = sum(x.nbytes for s in self.optimizer.state.values() for x in s.values() if torch.is_tensor(x))
-        (per_element, per_dim), size = STATE[row], sum(p.numel() for p in self.params)
-        claim = per_element * size + sum(per_dim(n) for p in self.params for n in p.shape if per_dim)
-        assert found == claim, f"{found} bytes of state, the docstring's formula gives {claim}"
-        return f"{found / size:.3g}"
-
-
-def measure(row: str, quick: bool, skip) -> str:
-    """One line of the table; `skip(text)` hears of each peer that is missing or fails."""
-    kind, (mine, *ours), peers = ROWS[row]
-    specs, times = {mine: ours} | {name: spec for name, *spec in peers}, {}
-    tensor_shapes, state = shapes(kind, quick), "as above"
-    warm, rounds, steps, builds = {"all": (3, 7, 1, 6), "hidden": (1, 3, 1, 4), "block": (1, 1, 10, 4)}[kind]
-    warm, rounds, builds = (min(warm, 2), min(rounds, 2), 2) if quick else (warm, rounds, builds)
-    noise = torch.randn(max(map(math.prod, tensor_shapes)) + 1000).mul_(0.02)
-    for build in range(builds):
-        junk = [torch.empty(random.randrange(1000, 1_000_000)) for _ in range(10)]  # moves what comes after
-        candidates = {}
-        for name, spec in list(specs.items()):
-            try:
-                candidates[name] = Candidate(*spec, tensor_shapes)
-                for _ in range(warm):
-                    candidates[name].step(noise)
-            except Exception as error:  # whatever a peer raises, the others are still measured
-                if name == mine:
-                    raise
-                reason = "not installed" if isinstance(error, ImportError) else type(error).__name__
-                skip(f"skipped {name}: {reason} ({str(error)[:100]!r})")
-                del specs[name]
-        passed: dict[str, list[float]] = {name: [] for name in specs}
-        for i in range(rounds):
-            for name in specs:
-                round_ms = [candidates[name].step(noise[7 * (10 * i + j) :]) for j in range(steps)]
-                passed[name].append(sum(round_ms) / steps)
-        for name in specs:
-            times.setdefault(name, []).append(min(passed[name]))
-        state = candidates[mine].state_bytes(row) if row in STATE else state
-        fastest = min((times[name][0] for name in specs if name != mine and "fused" not in name), default=0)
-        specs = {k: v for k, v in specs.items() if times[k][0] <= 1.6 * fastest or k == mine or "fused" in k}
-        del candidates, junk
-    ms = {name: median(values) for name, values in times.items()}
-    eager = sorted((name for name in specs if name != mine and "fused" not in name), key=ms.get)
-    versus = ["none", "", ""]
-    if eager:
-        ratios = [a / b for a, b in zip(times[mine], times[eager[0]])]
-        versus = [eager[0], f"{ms[eager[0]]:.1f}",
-                  f"**{median(ratios):.2f}** ({min(ratios):.2f}..{max(ratios):.2f})"]  # fmt: skip
-    fused = ", ".join(f"{ms[name]:.1f}" for name in ms if "fused" in name)
-    rest = ", ".join(f"{k} {ms[k]:.1f}" for k in ms if k not in (mine, *eager[:1]) and "fused" not in k)
-    title = mine.rsplit(".", 1)[1] if row in STATE else row
-    return "| " + " | ".join([title, f"{ms[mine]:.1f}", *versus, fused, state, rest]) + " |"
-
-
-def optim(argv: list[str], rows: list[str], quick: bool) -> list[str]:
-    """Prints the table as it grows; returns its lines."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    cpus = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    cpu = (re.findall("model name.*: (.*)", cpus) or [platform.machine()])[0]
-    lines, skipped = [], []
-
-    def emit(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    emit(f"`python bench.py {' '.join(argv)}`, commit {commit or '?'}, torch {torch.__version__}, {cpu}, "
-         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}\n")
-    emit("| | ours, ms | fastest peer | its ms | ratio | torch fused, ms | state, B/parameter | others, ms |")
-    emit("|---" * 8 + "|")
-    for row in rows:
-        try:
-            emit(measure(row, quick, lambda text: skipped.append(f"- {row}: {text}")))
-        except Exception as error:  # one broken optimizer does not end the bench
-            emit(f"| {row} | failed: {type(error).__name__}: {error} | | | | | | |".replace("\n", " "))
-    emit("\n".join(["", *skipped]))
-    return lines
-
-
-def two_ranks(rank: int, store: str, quick: bool) -> None:
-    """One of the two ranks of `spread`."""
-    import torch.distributed as dist
-
-    from optim import muon
-    from parallel.ddp import DDP
-    from parallel.zero import ZeRO
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=2)
-    products, steps, plain = {"ddp": [], "zero1": []}, {"ddp": [], "zero1": []}, muon.orthogonalize
-    optimizers = {}
-    for name, replicas in ("ddp", DDP), ("zero1", functools.partial(ZeRO, stage=1)):
-        model = torch.nn.Module()
-        model.blocks = torch.nn.ModuleDict({"0": torch.nn.Module()})
-        for i, shape in enumerate(shapes("hidden", quick)):
-            setattr(model.blocks["0"], f"w{i}", torch.nn.Parameter(torch.empty(shape, device="meta")))
-        replicas = replicas(dist.group.WORLD, torch.device("cpu"))
-        names, params = map(list, zip(*replicas.wrap(model).named_parameters()))
-        replicas.fill(lambda name, shape: torch.randn(shape).mul_(0.02))
-        groups = [dict(kind="matrix", names=names, params=params)]
-        optimizers[name] = replicas.make_optimizer(muon.Muon, groups)
-    for turn in range(4 if quick else 12):
-        for name, optimizer in optimizers.items():
-            spent = [0.0]
-
-            def timed(*args, spent=spent):
-                start = time.perf_counter()
-                result = plain(*args)
-                spent[0] += 1000 * (time.perf_counter() - start)
-                return result
-
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(turn))
-            with mock.patch.object(muon, "orthogonalize", timed):
-                dist.barrier()
-                start = time.perf_counter()
-                optimizer.step()
-                dist.barrier()
-            steps[name].append(1000 * (time.perf_counter() - start))
-            slower = torch.tensor(spent)
-            dist.all_reduce(slower, op=dist.ReduceOp.MAX)
-            products[name].append(slower.item())
-    if rank == 0:
-        for what, ms in ("orthogonalisation", products), ("whole step", steps):
-            ratios = [b / a for a, b in list(zip(ms["ddp"], ms["zero1"]))[1:]]
-            print(f"{what}: on every rank {median(ms['ddp'][1:]):.0f} ms, at owners "
-                  f"{median(ms['zero1'][1:]):.0f} ms, ratio {median(ratios):.2f} "
-                  f"({min(ratios):.2f}..{max(ratios):.2f})")  # fmt: skip
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def spread(quick: bool) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(two_ranks, (f"{folder}/store", quick), nprocs=2)
-    return 0
+FILES = {"optim": "optimizers", "train": "training", "speedrun": "speedrun", "scaling": "scaling",
+         "overhead": "overhead", "spread": "spread", "network": "network", "pipeline": "pipeline",
+         "all": "all"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    if argv in (["spread"], ["spread", "--quick"]):
-        return spread("--quick" in argv)
-    if argv[:1] in (["network"], ["pipeline"], ["train"]):
-        return importlib.import_module(f"bench_{argv[0]}").main(argv[1:])
-    flags = dict(word.partition("=")[::2] for word in argv[1:])
-    allowed = {"--quick": "", "--only": "[a-z0-9,-]+", "--threads": "[1-9][0-9]*", "--out": ".+"}
-    rows = [row for row in ROWS if "--quick" not in flags or "compiled" not in row]
-    rows = flags["--only"].split(",") if "--only" in flags else rows
-    wrong = [] if argv[:1] == ["optim"] else ["".join(argv[:1])]
-    wrong += [f"{x}={y}" for x, y in flags.items() if x not in allowed or not re.fullmatch(allowed[x], y)]
-    wrong += [f"--only={row}" for row in rows if row not in ROWS]
-    if wrong:
-        print(f"bench.py: not understood: {' '.join(wrong)}; {USAGE}; NAME:", *ROWS, file=sys.stderr)
+    if argv == ["--help"]:
+        print(__doc__)
+        return 0
+    name, words = "".join(argv[:1]), argv[1:]
+    if name not in FILES:
+        print(f"bench.py: not understood: {name!r}; usage: python bench.py NAME, with one of",
+              ", ".join(FILES), file=sys.stderr)
         return 2
-    torch.set_num_threads(int(flags.get("--threads", torch.get_num_threads())))
-    lines = optim(argv, rows, "--quick" in flags)
-    if "--out" in flags:
-        Path(flags["--out"]).write_text("\n".join(lines) + "\n")
-    return int(any("| failed:" in line for line in lines))
+    bench = importlib.import_module(f"benchmarks.{FILES[name]}")
+    if "--help" in words:
+        print(bench.__doc__)
+        return 0
+    try:
+        return bench.main(words)
+    except ValueError as error:
+        print(f"bench.py {name}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

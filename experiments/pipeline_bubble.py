@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import bench_pipeline
+from benchmarks import pipeline as bench
 from experiments import protocol
 from experiments.findings import INK, groups, judged, markdown, pick
 from parallel import pipeline, timeline
@@ -96,8 +96,8 @@ def rank_of(rank: int, keys: dict, quick: bool, folder: str) -> None:
     made, plain = [], pipeline.Pipeline
     pipeline.Pipeline = lambda *a, **k: made.append(plain(*a, **k)) or made[-1]  # to ask it for in_flight
     if keys["part"] == "model":
-        bench_pipeline.LAYERS, bench_pipeline.C = (4, 64) if quick else (8, 256)
-        seconds, idle = bench_pipeline.one(name, CHUNKS.get(name, 1), m, CPU)
+        bench.LAYERS, bench.C = (4, 64) if quick else (8, 256)
+        seconds, idle = bench.one(name, CHUNKS.get(name, 1), m, CPU)
     else:
         seconds, idle = asleep(name, m, 0.01 if quick else 0.02)
     found = {"seconds": seconds, "idle": idle, "in_flight": made[0].in_flight}
@@ -107,7 +107,7 @@ def rank_of(rank: int, keys: dict, quick: bool, folder: str) -> None:
 
 
 def asleep(name: str, m: int, seconds: float) -> tuple[float, float]:
-    """As bench_pipeline.one, with stages that sleep instead of computing, all of them for as long."""
+    """As `bench.one`, with stages that sleep instead of computing, all of them for as long."""
     v, p = CHUNKS.get(name, 1), dist.get_world_size()
     pipe = pipeline.Pipeline(dist.group.WORLD, name, p * v, v, CPU)
     model = torch.nn.ModuleDict({str(i): Sleeper(seconds / v) for i in pipe.layers})

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,11 +16,12 @@ import torch.distributed as dist
 from harness import run_ranks
 
 import bench
-import bench_network
+from benchmarks import network as bench_network
+from benchmarks import optimizers
 from parallel.mesh import make_mesh
 
 LIBRARIES = ("pytorch_optimizer", "schedulefree", "heavyball")
-WORDS = {  # row: the docstring's words for what bench.STATE holds
+WORDS = {  # row: the docstring's words for what optimizers.STATE holds
     "sgd": "4 bytes a parameter with momentum", "lars": "4 bytes a parameter with momentum",
     "adamw": "8 bytes a parameter", "adaml2": "8 bytes a parameter", "lamb": "8 bytes a parameter",
     "lion": "4 bytes a parameter", "muon": "4 bytes a parameter",
@@ -40,7 +42,8 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(bench, "shapes", lambda kind, quick: [(8, 16), (16, 8)] + [(16,)] * (kind == "all"))
+    small = [(8, 16), (16, 8)]
+    monkeypatch.setattr(optimizers, "shapes", lambda kind, quick: small + [(16,)] * (kind == "all"))
 
 
 def test_the_table_has_a_row_for_each_class_and_names_missing_peers(alone, tiny, capsys, tmp_path):
@@ -49,16 +52,16 @@ def test_the_table_has_a_row_for_each_class_and_names_missing_peers(alone, tiny,
     printed = capsys.readouterr().out
     assert out.read_text() == printed
     titles = [line.split(" | ")[0].strip("| ") for line in printed.splitlines() if line.startswith("| ")]
-    for row in bench.STATE:
-        assert bench.ROWS[row][1][1].rsplit(".", 1)[1] in titles
+    for row in optimizers.STATE:
+        assert optimizers.ROWS[row][1][1].rsplit(".", 1)[1] in titles
     for library in LIBRARIES:
         assert f"skipped {library}." in printed and "not installed" in printed
 
 
 def test_every_optimizer_class_has_a_row():
-    classes = {ours[1] for _, ours, _ in bench.ROWS.values()}
+    classes = {ours[1] for _, ours, _ in optimizers.ROWS.values()}
     found = set()
-    for file in bench.Path(bench.__file__).parent.glob("optim/*.py"):
+    for file in Path(bench.__file__).parent.glob("optim/*.py"):
         module = importlib.import_module(f"optim.{file.stem}")
         found |= {f"optim.{file.stem}.{name}" for name, x in vars(module).items()
                   if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)
@@ -66,10 +69,10 @@ def test_every_optimizer_class_has_a_row():
     assert found == classes
 
 
-@pytest.mark.parametrize("row", bench.STATE)
+@pytest.mark.parametrize("row", optimizers.STATE)
 def test_the_state_is_as_large_as_the_docstring_says(row, tiny):
-    kind, (_, *ours), _ = bench.ROWS[row]
-    candidate = bench.Candidate(*ours, bench.shapes(kind, True))
+    kind, (_, *ours), _ = optimizers.ROWS[row]
+    candidate = optimizers.Candidate(*ours, optimizers.shapes(kind, True))
     candidate.step(torch.randn(200))
     candidate.state_bytes(row)  # asserts it
     docstring = importlib.import_module(ours[0].rsplit(".", 1)[0]).__doc__
@@ -77,11 +80,11 @@ def test_the_state_is_as_large_as_the_docstring_says(row, tiny):
 
 
 def test_a_wrong_claim_and_a_failing_peer_do_not_end_the_bench(monkeypatch, tiny, capsys):
-    kind, ours, peers = bench.ROWS["lion"]
+    kind, ours, peers = optimizers.ROWS["lion"]
     broken = ("broken", "torch.optim.AdamW", {"lr": -1.0}, ())
-    monkeypatch.setitem(bench.ROWS, "lion", (kind, ours, [broken]))
-    monkeypatch.setitem(bench.ROWS, "sgd", (*bench.ROWS["sgd"][:2], []))
-    monkeypatch.setitem(bench.STATE, "sgd", (5, 0))
+    monkeypatch.setitem(optimizers.ROWS, "lion", (kind, ours, [broken]))
+    monkeypatch.setitem(optimizers.ROWS, "sgd", (*optimizers.ROWS["sgd"][:2], []))
+    monkeypatch.setitem(optimizers.STATE, "sgd", (5, 0))
     assert bench.main(["optim", "--quick", "--only=sgd,lion", "--threads=1"]) == 1
     printed = capsys.readouterr().out
     assert "| sgd | failed: AssertionError" in printed
@@ -104,7 +107,7 @@ def test_muon_compared_with_plain_and_symmetric_products_is_one_algorithm(shape)
 
     us = list(torch.randn(shape, dtype=torch.float64))
     X = orthogonalize(us, "quintic", 5, torch.float64)
-    for update in bench.PLAIN[2], bench.SYMMETRIC[2]:
+    for update in optimizers.PLAIN[2], optimizers.SYMMETRIC[2]:
         assert torch.allclose(update(us, "quintic", 5, torch.float64), X, atol=1e-9)
 
 
@@ -208,7 +211,7 @@ def test_the_network_of_one_process_and_a_wrong_flag_are_one_line(argv, capsys):
 
 @pytest.mark.slow
 def test_the_network_under_torchrun():
-    script = bench.Path(bench.__file__)
+    script = Path(bench.__file__)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, script.name, "network", "--quick", "--device=cpu"]
     done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=120)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bench
-import bench_train
 import config
+from benchmarks import runs, training
 
 FAKE = """
 import json, os, pathlib, sys
@@ -42,8 +42,8 @@ lines += ["FP8 products need another machine"] * (given["precision"] == "fp8")
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """train.py's stand-in, which writes down who ran, and is no faster than it says."""
-    monkeypatch.setattr(bench_train, "TRAIN", tmp_path / "fake.py")
-    bench_train.TRAIN.write_text(FAKE)
+    monkeypatch.setattr(runs, "TRAIN", tmp_path / "fake.py")
+    runs.TRAIN.write_text(FAKE)
     return tmp_path / "ran"
 
 
@@ -80,12 +80,12 @@ def test_who_fails_is_a_row_with_its_reason_and_is_not_asked_again(fake, capsys)
 
 
 def test_where_nothing_can_be_compiled_that_is_said_and_else_it_is_compiled(fake, capsys, monkeypatch):
-    monkeypatch.setattr(bench_train.compiling, "lacking", lambda device: "a compiler is missing")
+    monkeypatch.setattr(training.compiling, "lacking", lambda device: "a compiler is missing")
     assert bench.main(["train", "--only=bf16+default+full,bf16", "--rounds=1", f"--data={fake}"]) == 0
     found = table(capsys.readouterr().out)
     assert found["bf16+default+full"][0] == "skipped: a compiler is missing"
     assert found["bf16"][0] == "**1.00** (1.00..1.00)" and fake.read_text() == "bf16+off+none\n"
-    monkeypatch.setattr(bench_train.compiling, "lacking", lambda device: None)
+    monkeypatch.setattr(training.compiling, "lacking", lambda device: None)
     assert bench.main(["train", "--only=bf16+default+full", "--rounds=1", f"--data={fake}"]) == 0
     assert fake.read_text() == "bf16+off+none\nbf16+default+full\n"
 
@@ -96,26 +96,26 @@ def test_where_nothing_can_be_compiled_that_is_said_and_else_it_is_compiled(fake
     ("segments_2+default+fp16", ("fp16", "default", "segments_2"))])
 def test_a_name_says_what_is_on_and_all_else_is_off(name, fields):
     expected = dict(zip(("precision", "compile", "activation_checkpoint"), fields))
-    assert bench_train.chosen(name, 4) == expected
-    cfg = config.parse(bench_train.arguments([], bench_train.chosen(name, 4), False))
+    assert training.chosen(name, 4) == expected
+    cfg = config.parse(training.arguments([], training.chosen(name, 4), False))
     assert {field: getattr(cfg, field) for field in expected} == expected
 
 
 def test_recipe_then_the_usual_then_the_users_fields_then_the_choice(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('steps = 900\nbatch_size = 6\nprecision = "fp64"\nlog_every = 7\nresume = "x"\n')
-    choice = bench_train.chosen("bf16", 4)
-    cfg = config.parse(bench_train.arguments(["--eval_every=5", str(recipe)], choice, False))
+    choice = training.chosen("bf16", 4)
+    cfg = config.parse(training.arguments(["--eval_every=5", str(recipe)], choice, False))
     assert (cfg.steps, cfg.batch_size, cfg.precision, cfg.log_every) == (12, 6, "bf16", 1)
     assert (cfg.resume, cfg.eval_every, cfg.save_every, cfg.sample_tokens) == ("never", 5, 0, 0)
-    quick = config.parse(bench_train.arguments([str(recipe), "--steps=3"], choice, True))
+    quick = config.parse(training.arguments([str(recipe), "--steps=3"], choice, True))
     assert (quick.steps, quick.batch_size, quick.n_embd) == (3, 4, 64)
 
 
 def test_dotted_fields_go_where_they_belong():
     words = ["--fp8.scaling=row", "--compile.dynamic=true", "--scaler.initial=8", "--opt.beta=0.9"]
     for name, taken in ("bf16", ()), ("fp8", (0,)), ("fp8+default", (0, 1)), ("fp16", (2,)):
-        given = bench_train.arguments(words, bench_train.chosen(name, 4), True)
+        given = training.arguments(words, training.chosen(name, 4), True)
         assert [word for word in given if word in words] == [words[i] for i in (*taken, 3)]
 
 
@@ -133,9 +133,9 @@ def test_a_mistake_is_one_line_before_anything_runs(words, said, fake, capsys):
 
 
 def test_what_is_compared_by_itself_can_be_and_no_field_has_the_name_of_a_flag():
-    for name in (bench_train.NAMES + bench_train.ON_GPU + "," + bench_train.IF_QUICK).split(","):
-        assert config.parse(bench_train.arguments([], bench_train.chosen(name, 4), False))
-    assert not {*bench_train.FLAGS} & {f"--{field}" for field in config.FIELDS}
+    for name in (training.NAMES + training.ON_GPU + "," + training.IF_QUICK).split(","):
+        assert config.parse(training.arguments([], training.chosen(name, 4), False))
+    assert not {*training.FLAGS} & {f"--{field}" for field in config.FIELDS}
 
 
 @pytest.mark.slow

@@ -81,9 +81,9 @@ CALLS = {"os.system", "os.popen", "torch.load", "torch.jit.load", "np.load", "nu
          "shutil.unpack_archive",
          "dist.recv_object_list", "dist.broadcast_object_list", "dist.scatter_object_list"}  # fmt: skip
 # Names that come from a list in the source, never from a user.
-IMPORTS = {"choices.py": 1, "logger.py": 1, "bench.py": 3}
+IMPORTS = {"choices.py": 1, "logger.py": 1, "bench.py": 1, "benchmarks/optimizers.py": 2}
 # Between the ranks of one run, who run the same code anyway.
-BETWEEN_RANKS = {"parallel/whole.py", "precision/histogram.py", "bench_network.py"}
+BETWEEN_RANKS = {"parallel/whole.py", "precision/histogram.py", "benchmarks/network.py"}
 
 
 def faults(tree: ast.AST, name: str) -> list[str]:

@@ -12,8 +12,8 @@ import pytest
 from test_train import ROOT, close, flags, go, rows
 from torch.distributed.run import get_args_parser
 
-import bench_network
 import config
+from benchmarks import network
 
 DOCUMENT, SLURM = ROOT / "docs" / "multinode.md", ROOT / "configs" / "slurm.sh"
 TEXT = str(ROOT / "model.py")
@@ -64,7 +64,7 @@ def check_command(words: list[str]) -> None:
     else:
         assert launch.training_script == "bench.py" and launch.training_script_args[0] == "network"
         assert {word.split("=")[0] for word in launch.training_script_args[1:]} <= {
-            word.strip("[]").split("=")[0] for word in bench_network.USAGE.split()}  # fmt: skip
+            word.strip("[]").split("=")[0] for word in network.USAGE.split()}  # fmt: skip
     assert launch.rdzv_endpoint.endswith(":29500") or (launch.master_addr and launch.node_rank in (0, 1))
 
 

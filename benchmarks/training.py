@@ -17,8 +17,6 @@ peaks say little, unless --micro_batch_size is given. loss: of the last step, to
 
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 import typing
@@ -29,10 +27,9 @@ import torch
 
 import compiling
 import config
-import logger
+from benchmarks import runs
 from memory import activation_checkpoint
 
-TRAIN = Path(__file__).with_name("train.py")
 NAMES = "fp32,bf16,bf16+default,fp8,bf16+full,bf16+selective,bf16+every_2"
 ON_GPU = ",bf16+reduce-overhead,bf16+max-autotune,bf16+default+selective,fp8+default"  # as well
 IF_QUICK = "fp32,bf16,fp8,bf16+full"
@@ -69,82 +66,64 @@ def arguments(words: list[str], choice: dict[str, str], quick: bool) -> list[str
 def once(words: list[str]) -> dict:
     """One run's figures. Raises RuntimeError with the one line that says why it failed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        run, rows = Path(folder, "run"), []
-        command = [sys.executable, str(TRAIN), *words, f"--out_dir={run}"]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode == 0:
-            rows = [r for r in logger.read_metrics(run / "metrics.jsonl") if "step_s" in r]
-        if not rows:  # tracebacks and warnings stand around the line that says why
-            said = [text.strip() for text in done.stderr.splitlines() if text.strip()]
-            errors = [x for x in said if re.match(r"train\.py: |[\w.]*(Error|Exception|Interrupt)\b", x)]
-            raise RuntimeError((errors or said or [f"no step, and status {done.returncode}"])[-1])
-        log = (run / "train.log").read_text(encoding="utf-8", errors="replace")
-    timed = sorted(rows[len(rows) // 3 :], key=lambda r: r["step_s"])
+        _, rows = runs.run(words, Path(folder, "run"))
+        log = Path(folder, "run", "train.log").read_text(encoding="utf-8", errors="replace")
+    last = [row for row in rows if "step_s" in row][-1]
     emulated = bool(re.search("^(FP8 products|--fp8.hardware=never)", log, re.M))
-    return timed[len(timed) // 2] | dict(
-        loss=rows[-1]["loss"], peak_bytes=rows[-1]["peak_bytes"], emulated=emulated,
+    return runs.middle(rows) | dict(
+        loss=last["loss"], peak_bytes=last["peak_bytes"], emulated=emulated,
         head=log.partition("\n")[0], micro=int(re.search(r"in micro-batches of (\d+)", log)[1]))  # fmt: skip
 
 
 def measure(commands: dict[str, list[str]], rounds: int, idle: dict[str, str]) -> dict[str, list[dict]]:
     """{name: its runs}. Who is in `idle` (name: why) never runs; who fails joins them, and has no runs."""
-    runs = {name: [] for name in commands if name not in idle}
+    found = {name: [] for name in commands if name not in idle}
     for i in range(rounds):
-        for name in [*runs]:
+        for name in [*found]:
             try:
-                runs[name].append(once(commands[name]))
-                said = f"{runs[name][-1]['tokens_per_s']:,.0f} tokens/s"
+                found[name].append(once(commands[name]))
+                said = f"{found[name][-1]['tokens_per_s']:,.0f} tokens/s"
             except RuntimeError as error:
-                del runs[name]
+                del found[name]
                 said = idle[name] = "failed: " + str(error).replace("|", "/")[:200]
-            print(f"round {i + 1} of {rounds}: {name}: {said}", file=sys.stderr, flush=True)
-    return runs
+            runs.tell(f"round {i + 1} of {rounds}: {name}: {said}")
+    return found
 
 
-def row(name: str, runs: list[dict], first: list[dict]) -> str:
+def row(name: str, mine: list[dict], first: list[dict]) -> str:
     """A line of the table. first: the runs of the row it is compared with, in the same rounds."""
-    ratios = [run["tokens_per_s"] / other["tokens_per_s"] for run, other in zip(runs, first)]
-    cells = [name + " (emulated)" * runs[0]["emulated"],
+    ratios = [run["tokens_per_s"] / other["tokens_per_s"] for run, other in zip(mine, first)]
+    cells = [name + " (emulated)" * mine[0]["emulated"],
              f"**{median(ratios):.2f}** ({min(ratios):.2f}..{max(ratios):.2f})"]
     for key, unit, form in (("tokens_per_s", 1, ",.0f"), ("step_s", 1e-3, ".1f"), ("mfu", 1, ".1%"),
                             ("peak_bytes", 2**20, ",.0f"), ("micro", 1, ".0f"), ("loss", 1, ".4f")):
-        values = [run[key] / unit for run in runs if run[key] is not None]
+        values = [run[key] / unit for run in mine if run[key] is not None]
         cells.append(format(median(values), form) if values else "unknown")
     return "| " + " | ".join(cells) + " |"
 
 
 def main(argv: list[str]) -> int:
-    """What `python bench.py train ...` does with the words after `train`: 0, 1 where a run failed, 2."""
-    flags = dict(word.partition("=")[::2] for word in argv if word.partition("=")[0] in FLAGS)
-    words = [word for word in argv if word.partition("=")[0] not in FLAGS]
-    quick, out = "--quick" in flags, Path(flags.get("--out", "."))
-    try:
-        for text in (f"{k}={v}" for k, v in flags.items() if not re.fullmatch(FLAGS[k], v)):
-            raise ValueError(f"{text} is not understood; usage: {__doc__.splitlines()[2].strip()}")
-        if not out.parent.is_dir():
-            raise ValueError(f"--out={out}: there is no folder {out.parent}")
-        cfg = config.parse(arguments(words, chosen("fp32", 1), quick))
-        gpu = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
-        names = flags.get("--only", IF_QUICK if quick else NAMES + ON_GPU * gpu).split(",")
-        commands = {n: arguments(words, chosen(n, cfg.n_layer), quick) for n in names}
-        for word in words:
-            if word[2:].partition("=")[0] in (*CHOSEN, "out_dir", "resume", "log_every"):
-                raise ValueError(f"{word} is the bench's own; what is compared is chosen by --only=NAME,...")
-            if not any(word in command for command in commands.values()):
-                raise ValueError(f"{word} has nothing to do with {', '.join(names)}; leave it out")
-    except ValueError as error:
-        print(f"bench.py train: {error}", file=sys.stderr)
-        return 2
+    """What `python bench.py train ...` does with the words after `train`: 0, 1 where a run failed."""
+    own = [word for word in argv if word.partition("=")[0] in FLAGS]
+    words, flags = [word for word in argv if word not in own], runs.flags(own, FLAGS, __doc__)
+    quick = "--quick" in flags
+    cfg = config.parse(arguments(words, chosen("fp32", 1), quick))
+    gpu = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
+    names = flags.get("--only", IF_QUICK if quick else NAMES + ON_GPU * gpu).split(",")
+    commands = {n: arguments(words, chosen(n, cfg.n_layer), quick) for n in names}
+    for word in words:
+        if word[2:].partition("=")[0] in (*CHOSEN, "out_dir", "resume", "log_every"):
+            raise ValueError(f"{word} is the bench's own; what is compared is chosen by --only=NAME,...")
+        if not any(word in command for command in commands.values()):
+            raise ValueError(f"{word} has nothing to do with {', '.join(names)}; leave it out")
     why = compiling.lacking(torch.device("cuda" if gpu else "cpu"))
     load = getattr(os, "getloadavg", lambda: ["?"])()[0]
     idle = {n: f"skipped: {why}" for n in names if why and chosen(n, cfg.n_layer)["compile"] != "off"}
-    runs = measure(commands, int(flags.get("--rounds", 2 if quick else 3)), idle)
-    first = next(iter(runs.values()), [{"head": "nothing ran"}])
+    found = measure(commands, int(flags.get("--rounds", 2 if quick else 3)), idle)
+    first = next(iter(found.values()), [{"head": "nothing ran"}])
     said = [f"`python bench.py {' '.join(['train', *argv])}`, {first[0]['head']}, {os.cpu_count()} cores, "
             f"load {str(load)[:4]} before, {time.strftime('%Y-%m-%d')}", "",
             "| | ratio | tokens/s | ms a step | MFU | peak MiB | micro | loss |", "|---" * 8 + "|",
-            *(row(n, runs[n], first) if n in runs else f"| {n} | {idle[n]} | | | | | | |" for n in commands)]
-    print("\n".join(said))
-    if "--out" in flags:
-        out.write_text("\n".join(said) + "\n", encoding="utf-8")
+            *(row(n, found[n], first) if n in found else f"| {n} | {idle[n]} | | | | | | |" for n in names)]
+    runs.show(said, flags.get("--out"))
     return int(any(why.startswith("failed") for why in idle.values()))
