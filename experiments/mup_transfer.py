@@ -5,7 +5,7 @@ Source: Yang et al. 2022, 2203.03466 (transfer, coordinate check: figures 1 and 
 lesson tells it.
 
 Protocol: the default corpus in bytes, 4 heads, 512 tokens a step, fp32. `width`: 2 layers, widths 64 to 512,
-base width 64; AdamW, Lion and Muon, each with and without μP, 8 learning rates a factor 2 apart, 100 steps,
+base width 64; AdamW, Lion and Muon, each with and without μP, 7 learning rates a factor 2 apart, 100 steps,
 2 seeds; the figure is the mean training loss of the last tenth of the steps. With Muon the embedding's and
 the head's lr stay at 0.01. `depth`: the same at width 64 with 2 to 16 layers, AdamW with μP. `coordinates`:
 5 steps at widths 64 to 1024, each optimizer at one lr; the root mean square of the last block's MLP and of
@@ -32,8 +32,8 @@ from experiments import protocol
 from experiments.findings import INK, groups, judged, line, listed, markdown, mean_sd, pick
 from model import GPT
 
-LRS = {optim: [2.0**k for k in range(low, low + 8)] for optim, low in
-       (("adamw", -11), ("lion", -14), ("muon", -8))}  # fmt: skip
+LRS = {optim: [2.0**k for k in range(low, low + 7)] for optim, low in
+       (("adamw", -11), ("lion", -13), ("muon", -8))}  # fmt: skip
 AT = {"adamw": 2.0**-7, "lion": 2.0**-10, "muon": 2.0**-5}  # of the coordinates
 NAMES = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}
 CASES = [(optim, mup) for optim in LRS for mup in (True, False)]
@@ -159,7 +159,8 @@ def table(rows: list[dict]) -> str:
     for part, by, cases in (("width", "width", CASES), ("depth", "layers", [("adamw", True)])):
         for optim, mup in cases:
             at = sizes(rows, by, part=part, optim=optim, mup=mup)
-            cells = [f"{size}: 2^{math.log2(lr):.0f} ({loss:.3f})" for size, (lr, loss) in
+            rim = {LRS[optim][0]: ", rim", LRS[optim][-1]: ", rim"}
+            cells = [f"{size}: 2^{math.log2(lr):.0f} ({loss:.3f}{rim.get(lr, '')})" for size, (lr, loss) in
                      ((size, best(mine)) for size, mine in at.items())]  # fmt: skip
             lines.append([NAMES[optim], "on" if mup else "off", part, *cells, f"2^{moved(at):+d}",
                           f"{price(at):+.1%}"])  # fmt: skip
