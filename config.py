@@ -67,27 +67,38 @@ class Config:
     data_dir: str = knob("data_cache", "folder for downloads and tokenized shards", FRESH)
     data_url: str | None = knob(None, "mirror to download a corpus from, instead of its public home", FRESH)
     eval_tokens: int = knob(32768, "size of the fixed held-out set, tokens", FREE, least=1)
+    eval_rows: Literal["spread", "first"] = knob("spread", "spread over what is held out | its first", FREE)
     # model
-    arch: Literal["modern", "gpt2"] = knob("modern", "decides the traits left at auto below")
+    arch: Literal["modern", "gpt2", "track3"] = knob("modern", "decides the traits left at auto below")
     n_layer: int = knob(4, "transformer blocks", least=1)
     n_head: int = knob(4, "attention heads", least=1)
     n_kv_head: int | None = knob(None, "heads of keys and values (grouped queries); none = n_head", least=1)
     n_embd: int = knob(256, "width of the residual stream", least=1)
     vocab_size: int | None = knob(None, "none = the tokenizer's, rounded up to a multiple of 64", least=1)
     dropout: float = knob(0.0, "share of embeddings and block outputs set to zero", least=0, below=1)
-    norm: Literal["auto", "rmsnorm", "layernorm"] = knob("auto", "modern: rmsnorm (no gain), gpt2: layernorm")
-    activation: Literal["auto", "relu2", "gelu"] = knob("auto", "modern: relu2 (squared), gpt2: gelu")
-    position: Literal["auto", "rotary", "learned"] = knob("auto", "modern: rotary, gpt2: learned")
-    qk_norm: bool | Auto = knob("auto", "normalise queries and keys; modern: true, gpt2: false")
-    tied: bool | Auto = knob("auto", "the output head shares the embedding; modern: false, gpt2: true")
-    bias: bool | Auto = knob("auto", "biases in Linear and LayerNorm; modern: false, gpt2: true")
-    zero_init: bool | Auto = knob(
-        "auto", "projections and an untied head start at 0; modern: true, Adam's kind and gpt2: false"
+    norm: Literal["auto", "rmsnorm", "rmsnorm_gain", "layernorm"] = knob(
+        "auto", "modern: rmsnorm (no gain), gpt2: layernorm, track3: rmsnorm_gain"
     )
-    init: Literal["auto", "fan_in", "gpt2"] = knob(
-        "auto", "std of matrices; modern: 0.5/sqrt(fan_in), gpt2: 0.02"
+    embed_norm: bool | Auto = knob("auto", "a norm before the first block too; only track3: true")
+    activation: Literal["auto", "relu2", "gelu"] = knob("auto", "relu2 (squared); gpt2: gelu")
+    position: Literal["auto", "rotary", "rotary_half", "learned"] = knob(
+        "auto", "modern: rotary, gpt2: learned, track3: rotary_half (half of a head turns, base 1024)"
     )
-    logit_cap: float | Auto | None = knob("auto", "cap*tanh(logits/cap); modern: 15, gpt2: none", least=0)
+    qk_norm: bool | Auto = knob("auto", "normalise queries and keys; gpt2: false")
+    attention_scale: float | Auto | None = knob(
+        "auto", "what q.k is multiplied by; none = 1/sqrt(head size), track3: 0.12", least=0
+    )
+    tied: bool | Auto = knob("auto", "the output head shares the embedding; only gpt2: true")
+    bias: bool | Auto = knob("auto", "biases in the blocks' Linear and in LayerNorm; modern: false")
+    head_bias: bool | Auto = knob("auto", "a bias in the output head; only track3: true")
+    zero_init: bool | Auto = knob("auto", "projections and untied head start at 0; false: gpt2, Adam's kind")
+    init: Literal["auto", "fan_in", "torch", "gpt2"] = knob(
+        "auto", "std of matrices; modern: 0.5/sqrt(fan_in), gpt2: 0.02, track3: torch, sqrt(1/3)/sqrt(fan_in)"
+    )
+    logit_cap: float | Auto | None = knob("auto", "logits stay within +-this; 15, gpt2: none", least=0)
+    logit_cap_form: Literal["auto", "tanh", "root"] = knob(
+        "auto", "cap*tanh(x/cap) | cap*x/sqrt(x^2 + cap^2), track3's"
+    )
     init_from: str | None = knob(None, "run or checkpoint whose weights alone are the start (fine-tuning)")
     # optimizer; --opt.NAME= goes to its constructor
     optim: str = knob("muon", "file in optim/ (its first class) or file.Class")
@@ -259,10 +270,15 @@ SECTIONS = dict(out_dir="The run", data="Data", arch="Model", optim="Optimizer",
                 schedule="Schedule",
                 precision="Numbers and layout", log_every="Looking and saving")  # fmt: skip
 ARCHS = {
-    "modern": dict(norm="rmsnorm", activation="relu2", position="rotary", qk_norm=True, tied=False,
-                   bias=False, zero_init=True, init="fan_in", logit_cap=15.0),
-    "gpt2": dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
-                 bias=True, zero_init=False, init="gpt2", logit_cap=None),
+    "modern": dict(norm="rmsnorm", embed_norm=False, activation="relu2", position="rotary", qk_norm=True,
+                   attention_scale=None, tied=False, bias=False, head_bias=False, zero_init=True,
+                   init="fan_in", logit_cap=15.0, logit_cap_form="tanh"),
+    "gpt2": dict(norm="layernorm", embed_norm=False, activation="gelu", position="learned", qk_norm=False,
+                 attention_scale=None, tied=True, bias=True, head_bias=False, zero_init=False,
+                 init="gpt2", logit_cap=None, logit_cap_form="tanh"),
+    "track3": dict(norm="rmsnorm_gain", embed_norm=True, activation="relu2", position="rotary_half",
+                   qk_norm=True, attention_scale=0.12, tied=False, bias=True, head_bias=True,
+                   zero_init=True, init="torch", logit_cap=15.0, logit_cap_form="root"),
 }  # fmt: skip
 FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
 TYPES = typing.get_type_hints(Config)
@@ -413,12 +429,17 @@ def check(cfg: Config) -> Config:
         )
     if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
         raise ValueError(f"n_head={cfg.n_head} is not divisible by n_kv_head={cfg.n_kv_head}")
-    rotary = cfg.position == "rotary" or (cfg.position == "auto" and ARCHS[cfg.arch]["position"] == "rotary")
-    if rotary and (cfg.n_embd // cfg.n_head) % 2:
-        raise ValueError(
-            f"rotary positions need an even head size, not n_embd/n_head = {cfg.n_embd // cfg.n_head}; "
-            "change n_head or type --position=learned"
-        )
+    position, size = trait(cfg, "position"), cfg.n_embd // cfg.n_head
+    if parts := {"rotary": 2, "rotary_half": 4}.get(position):
+        if size % parts:
+            raise ValueError(f"position={position} needs a head size divisible by {parts}, not n_embd/n_head "
+                             f"= {size}; change n_head or type --position=learned")
+    scale, form = trait(cfg, "attention_scale"), cfg.logit_cap_form
+    if cfg.mup_base_width is not None and scale is not None:
+        raise ValueError(f"attention_scale={scale:g} fixes what mup_base_width sets to 8/head size; type "
+                         "--attention_scale=none, or leave mup_base_width out")
+    if trait(cfg, "logit_cap") is None and form not in ("auto", ARCHS[cfg.arch]["logit_cap_form"]):
+        raise ValueError(f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15")
     if cfg.schedule not in ("auto", "wsd") and cfg.decay_frac != FIELDS["decay_frac"].default:
         raise ValueError(
             f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or --schedule=wsd"
@@ -465,14 +486,14 @@ def check(cfg: Config) -> Config:
         raise ValueError("min_delta means nothing without patience; type --patience=5 too")
     if cfg.compress is not None and cfg.diloco_every is not None:
         raise ValueError("compress and diloco_every do not go together; leave one of them out")
-    normed = ARCHS[cfg.arch]["qk_norm"] if cfg.qk_norm == "auto" else cfg.qk_norm
-    if cfg.qk_clip is not None and normed:
+    if cfg.qk_clip is not None and trait(cfg, "qk_norm"):
         raise ValueError(f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
                          "type --qk_norm=false, or leave qk_clip out")
     if cfg.qk_clip is not None and cfg.diloco_every is not None:
         raise ValueError("qk_clip looks at all replicas, which diloco_every lets go apart; leave one "
                          "of them out")
-    for name in ("grad_clip", "clip_value", "z_loss", "qk_clip", "logit_cap", "peak_flops"):
+    for name in ("grad_clip", "clip_value", "z_loss", "qk_clip", "attention_scale", "logit_cap",
+                 "peak_flops"):  # fmt: skip
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")
     return cfg
@@ -579,9 +600,14 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def trait(cfg: Config, name: str):
+    """The model's trait of this name, the architecture's where it is `auto`."""
+    return ARCHS[cfg.arch][name] if getattr(cfg, name) == "auto" else getattr(cfg, name)
+
+
 def with_traits(cfg: Config) -> Config:
     """`auto` traits replaced by the architecture's."""
-    traits = {k: v for k, v in ARCHS[cfg.arch].items() if getattr(cfg, k) == "auto"}
+    traits = {name: trait(cfg, name) for name in ARCHS[cfg.arch]}
     return update(cfg, n_kv_head=cfg.n_kv_head or cfg.n_head, **traits)
 
 

@@ -5,27 +5,29 @@ import math
 import torch
 
 import data
+from generation import generate
 from parallel.mesh import Mesh
 
 
-def batches_of(tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh) -> list[list[int]]:
+def batches_of(tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh,
+               first: bool = False) -> list[list[int]]:  # fmt: skip
     """This replica's row numbers in micro-batches, as many on every rank, for a forward may be a collective;
     the last one may be smaller, or empty."""
     count, dp = max(1, min(tokens // rows.block_size, rows.per_epoch)), mesh.sizes["dp"]
-    mine = [i * rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)]
+    mine = [i if first else i * rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)]
     return [mine[i : i + micro_batch_size] for i in range(0, -(-count // dp), micro_batch_size)]
 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_batch_size: int,
-             tokenizer: data.Tokenizer, mesh: Mesh) -> dict[str, float | None]:  # fmt: skip
+             tokenizer: data.Tokenizer, mesh: Mesh, first=False) -> dict[str, float | None]:  # fmt: skip
     """val_loss (nats a token), val_bpb (bits a byte; None where tokens have no known length), val_accuracy
-    and perplexity over about `tokens` tokens, the same on all ranks.
+    and perplexity over about `tokens` tokens, the same on all ranks: the first ones, or spread over `rows`.
 
     each(batches, rows, look=): forward on micro-batches of row numbers; look(i, loss, targets) sees each
     loss, and `model.hits` then is the count of right guesses.
     """
-    batches = batches_of(tokens, micro_batch_size, rows, mesh)
+    batches = batches_of(tokens, micro_batch_size, rows, mesh, first)
     widths, sums = tokenizer.byte_lengths(), torch.zeros(4, dtype=torch.float64)
 
     def look(i: int, loss: torch.Tensor, targets: torch.Tensor) -> None:
@@ -46,4 +48,4 @@ def sample(model: torch.nn.Module, tokenizer: data.Tokenizer, n: int, seed: int,
     """A line break and the n tokens that follow. On every rank, for a forward may be a collective."""
     prompt = torch.from_numpy(tokenizer.encode("\n")).to(device)[None]
     prompt = prompt if prompt.numel() else prompt.new_zeros(1, 1)  # shards of an unknown tokenizer
-    return tokenizer.decode(model.eval().generate(prompt, n, 0.8, 50, seed, forward)[0].tolist())
+    return tokenizer.decode(generate(model.eval(), prompt, n, 0.8, 50, seed, forward)[0].tolist())

@@ -1,13 +1,15 @@
-"""A GPT in one file: token embedding, blocks of causal attention and MLP, output head, generation.
+"""A GPT in one file: token embedding, blocks of causal attention and MLP, output head.
 
     x = embed[tokens] (+ positions)                     (B, T, C)
     x = x + proj(attention(q, k, v of norm(x)))         for each block
     x = x + mlp_proj(activation(fc(norm(x))))
     loss = sum over tokens of -log softmax(head(norm(x)))[target]
 
-Two sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU, learned
-positions, tied head, biases) and `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU, untied head,
-zero-initialised projections, capped logits: the choices of the nanoGPT speedruns, Jordan et al. 2024).
+Three sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU, learned
+positions, tied head, biases), `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU, untied head,
+zero-initialised projections, capped logits: the choices of the nanoGPT speedruns, Jordan et al. 2024) and
+`track3`, on which those compare optimizers: besides, gains in norms, a norm of the embedding, biases, head's
+too, positions that turn half of each head, a constant attention scale, logits bent by a root instead of tanh.
 
 Made to be cut up from outside; nothing here knows how:
 - `forward` returns the *sum* of token losses: adding over micro-batches and ranks needs no weights;
@@ -40,15 +42,19 @@ class GPTConfig:
     block_size: int = 256
     vocab_size: int = 256
     dropout: float = 0.0
-    norm: str = "rmsnorm"  # or layernorm
+    norm: str = "rmsnorm"  # or rmsnorm_gain, layernorm
+    embed_norm: bool = False
     activation: str = "relu2"  # or gelu
-    position: str = "rotary"  # or learned
+    position: str = "rotary"  # or rotary_half, learned
     qk_norm: bool = True
+    attention_scale: float | None = None  # q.k is multiplied by it; None = 1/sqrt(D)
     tied: bool = False
     bias: bool = False
+    head_bias: bool = False
     zero_init: bool = True
-    init: str = "fan_in"  # or gpt2
+    init: str = "fan_in"  # or torch, gpt2
     logit_cap: float | None = 15.0
+    logit_cap_form: str = "tanh"  # or root
     mup_base_width: int | None = None  # μP (optim/mup.py): the width at which it changes nothing
     seed: int = 1337
 
@@ -76,6 +82,8 @@ class Attention(nn.Module):
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.core = causal_attention
         self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: 8 q.k/D, not q.k/sqrt(D)
+        if c.attention_scale is not None:
+            self.q_factor = c.attention_scale * self.head_size**0.5  # which every core divides by
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         heads = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q, self.k, self.v))
@@ -123,10 +131,11 @@ class GPT(nn.Module):
         embed = first or (last and c.tied)  # a tied head has the embedding's name, also on its own
         self.embed = table(torch.empty(c.vocab_size, c.n_embd), freeze=False) if embed else None
         self.positions = table(torch.empty(c.block_size, c.n_embd), freeze=False) if learned else None
+        self.embed_norm = make_norm(c) if first and c.embed_norm else None
         self.drop_embed = Dropout(c, "embed")
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
         self.final_norm = make_norm(c) if last else None
-        self.head = Linear(c.n_embd, c.vocab_size, bias=False) if last else None
+        self.head = Linear(c.n_embd, c.vocab_size, bias=c.head_bias) if last else None
         if c.tied and last:
             self.head.weight = self.embed.weight
         self.through, self.output = through, output
@@ -144,54 +153,26 @@ class GPT(nn.Module):
                 raise ValueError(f"{x.shape[1]} tokens are more than block_size={self.config.block_size}")
             positions = torch.arange(x.shape[1], device=x.device)
         rotary, dtype = None, torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        if self.config.position == "rotary":
-            rotary = rotary_angles(positions, self.config.n_embd // self.config.n_head, dtype)
+        if (kind := self.config.position) != "learned":
+            size = self.config.n_embd // self.config.n_head
+            rotary = rotary_angles(positions, size, dtype, half=kind == "rotary_half")
         where = Where(positions, rows, rotary)
         if x.ndim == 2:
             x = self.embed(x) if self.positions is None else self.embed(x) + self.positions(where.positions)
-            x = self.drop_embed(x, where)
+            x = self.drop_embed(x if self.embed_norm is None else self.embed_norm(x), where)
         names = list(self.blocks) if layers is None else list(map(str, layers))
         x = self.through([self.blocks[name] for name in names], x, where)
         if names[-1] != str(self.config.n_layer - 1):
             return x
-        logits = self.head(self.final_norm(x))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
+        x = self.final_norm(x)
         if self.config.mup_base_width:
-            logits = logits * (self.config.mup_base_width / self.config.n_embd)
-        if self.config.logit_cap is not None:
-            logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+            x = x * (self.config.mup_base_width / self.config.n_embd)  # the head's output, not its bias
+        logits = self.head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
+        if (cap := self.config.logit_cap) is not None:
+            logits = capped(logits, cap, self.config.logit_cap_form)
         out, self.hits = self.output(logits, targets, not self.training)
         return out
-
-    @torch.no_grad()
-    def generate(self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, seed=0,
-                 forward=None):  # fmt: skip
-        """ids (B, T) with n more tokens, drawn from softmax(logits / temperature) among the top_k likeliest.
-
-        temperature 0: the likeliest. forward: in place of this model where it is a part of one. Keys and
-        values are kept; a full block starts again from its last half.
-        """
-        generator, size, kept = torch.Generator().manual_seed(seed), self.config.block_size, 0
-        threads, cores = torch.get_num_threads(), {b.attn: b.attn.core for b in self.blocks.values()}
-        torch.set_num_threads(1)  # one token is too little work to share
-        for i in range(n):
-            if i == 0 or kept == size:
-                x, kept = ids[:, -size if i == 0 else -(size // 2 or 1) :], 0
-                for attention in cores:
-                    attention.core = KeepingCore()
-            positions = torch.arange(kept, kept + x.shape[1], device=x.device)
-            kept += x.shape[1]
-            logits = (forward or self)(x, positions=positions)[:, -1].cpu()  # (B, V)
-            if top_k is not None:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
-            odds = torch.softmax(logits / (temperature or 1), -1)
-            x = torch.multinomial(odds, 1, generator=generator) if temperature else odds.argmax(-1, True)
-            ids = torch.cat([ids, x := x.to(ids.device)], 1)
-        for attention, core in cores.items():
-            attention.core = core
-        torch.set_num_threads(threads)
-        return ids
 
 
 # ---- the pieces ------------------------------------------------------------------------------------------
@@ -219,26 +200,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-class KeepingCore:
-    """For generation: attention that remembers the keys and values of earlier calls."""
-
-    kv = None
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.kv is not None:  # then q is one new token, which sees all
-            k, v = torch.cat([self.kv[0], k], 2), torch.cat([self.kv[1], v], 2)
-        causal, self.kv = self.kv is None, (k, v)
-        return causal_attention(q, k, v, causal)
-
-
 def make_norm(c: GPTConfig) -> nn.Module:
-    rms = c.norm == "rmsnorm"
-    return nn.RMSNorm(c.n_embd, 1e-6, False) if rms else nn.LayerNorm(c.n_embd, bias=c.bias)
+    if c.norm == "layernorm":
+        return nn.LayerNorm(c.n_embd, bias=c.bias)
+    return nn.RMSNorm(c.n_embd, 1e-6, c.norm == "rmsnorm_gain")
 
 
-def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * 10000^(-2i/D): (T, D/2), or (B, 1, T, D/2) for positions (B, T)."""
-    frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
+def capped(logits: Tensor, cap: float, form: str) -> Tensor:
+    """cap tanh(x / cap), or cap x / sqrt(x^2 + cap^2): both x where it is small, +-cap where it is large."""
+    if form == "tanh":
+        return cap * torch.tanh(logits / cap)
+    return logits * (logits.square() / cap**2 + 1).rsqrt()
+
+
+def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype, half=False) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * f_i: (T, D/2), or (B, 1, T, D/2) for positions (B, T).
+
+    f_i = 10000^(-2i/D). half: 1024^(-i/(D/4 - 1)) for i < D/4, from 1 down to 1/1024, then 0.
+    """
+    i, n = torch.arange(head_size // 2, device=positions.device, dtype=dtype), head_size // 4
+    frequency = 1024.0 ** (-i / max(1, n - 1)) * (i < n) if half else 10000.0 ** (-2 * i / head_size)
     angle = positions.to(dtype).unsqueeze(-1) * frequency
     angle = angle.unsqueeze(1) if positions.ndim == 2 else angle
     return angle.cos(), angle.sin()
@@ -283,8 +264,8 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
     """The whole initial tensor of the parameter with this full name, float32 on the CPU.
 
     gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream. fan_in:
-    embeddings 1, matrices 0.5/sqrt(fan_in). zero_init: those projections and an untied head start at 0, so
-    that every block starts as the identity.
+    embeddings 1, matrices 0.5/sqrt(fan_in). torch: its own, 1 and sqrt(1/3)/sqrt(fan_in). zero_init: those
+    projections and an untied head start at 0, so that every block starts as the identity.
     """
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
@@ -292,8 +273,9 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
     if c.zero_init and (into_residual or name == "head.weight"):
         return torch.zeros(shape)
     base, hidden = c.mup_base_width or c.n_embd, not (embedding or name == "head.weight")
-    if c.init == "fan_in":
-        std = (0.02 if c.tied else 1.0) if embedding else 0.5 / math.sqrt(shape[1] if hidden else base)
+    if c.init != "gpt2":
+        gain = 0.5 if c.init == "fan_in" else 3**-0.5
+        std = (0.02 if c.tied else 1.0) if embedding else gain / math.sqrt(shape[1] if hidden else base)
     else:
         std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
         std *= math.sqrt(base / c.n_embd) if hidden else 1

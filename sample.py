@@ -17,6 +17,7 @@ import checkpoint
 import choices
 import config
 import data
+from generation import generate
 from model import GPT, GPTConfig
 from parallel.mesh import pick_device
 
@@ -25,7 +26,7 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, data.Token
     """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is
     none."""
     saved = checkpoint.resolve(path)
-    cfg = config.from_dict(saved.tree("config"))
+    cfg = config.with_traits(config.from_dict(saved.tree("config")))
     model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
     saved.load_weights(model)
     if cfg.ngram is not None:  # counted again: no checkpoint holds them
@@ -56,9 +57,8 @@ def main(argv: list[str]) -> None:
     prompt = torch.from_numpy(tokenizer.encode(args.prompt)).to(device)
     if len(prompt) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
-    ids = model.generate(
-        prompt.repeat(args.n, 1), args.tokens, args.temperature, args.top_k or None, args.seed
-    )
+    prompts, top_k = prompt.repeat(args.n, 1), args.top_k or None
+    ids = generate(model, prompts, args.tokens, args.temperature, top_k, args.seed)
     for i, row in enumerate(ids.tolist()):
         print(("-" * 40 + "\n" if i else "") + tokenizer.decode(row))
 

@@ -234,7 +234,7 @@ def main(cfg: config.Config) -> dict:
         if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place):
             with run_state.looking():
                 latest |= evaluation.evaluate(model, each, val_rows, cfg.eval_tokens, cfg.micro_batch_size,
-                                              corpus.tokenizer, mesh)  # fmt: skip
+                                              corpus.tokenizer, mesh, cfg.eval_rows == "first")
                 best.look(step, latest["val_loss"], lambda: about | {"model": run_state.weights()})
             log.evaluation({k: v for k, v in latest.items() if k != "loss"})
         if (done := done or best.over) and best.worse:

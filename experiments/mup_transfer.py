@@ -72,14 +72,12 @@ def coordinates():
 
     def before(model, _) -> None:
         if isinstance(model, GPT) and not names:
-            c, last = model.config, model.blocks[str(model.config.n_layer - 1)]
-            names[last.mlp] = "last MLP", 1.0
-            names[model.head] = "logits", c.mup_base_width / c.n_embd if c.mup_base_width else 1.0
+            names[model.blocks[str(model.config.n_layer - 1)].mlp] = "last MLP"
+            names[model.head] = "logits"
 
     def after(module, _, out) -> None:
         if module in names and module.training:
-            name, factor = names[module]
-            found[name].append(factor * out.detach().float().square().mean().sqrt().item())
+            found[names[module]].append(out.detach().float().square().mean().sqrt().item())
 
     hooks.register_module_forward_pre_hook(before)
     hooks.register_module_forward_hook(after)

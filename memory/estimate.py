@@ -68,12 +68,17 @@ ELEMENTWISE = ("sgd", "adamw", "adam_l2", "lion", "schedule_free", "schedule_fre
 # (k, r, l) of the formula above; l also covers the logits' softmax
 KEPT = {
     ("modern", "fp64"): (152, 18, 16), ("modern", "fp32"): (76, 9, 8), ("modern", "bf16"): (51, 6, 8),
-    ("gpt2", "fp64"): (128, 16, 8), ("gpt2", "fp32"): (64, 8, 4), ("gpt2", "bf16"): (40, 6, 4)}  # fmt: skip
-# with activation checkpointing in place of k: full, attention, mlp, selective; and gradients inside a block
+    ("gpt2", "fp64"): (128, 16, 8), ("gpt2", "fp32"): (64, 8, 4), ("gpt2", "bf16"): (40, 6, 4),
+    ("track3", "fp64"): (168, 42, 24), ("track3", "fp32"): (84, 21, 12),
+    ("track3", "bf16"): (59, 18, 12)}  # fmt: skip
+# with activation checkpointing in place of k: full, attention, mlp, selective; and gradients inside a block,
+# with what track3's norm of the embedding has kept
 LEFT = {
     ("modern", "fp64"): (8, 96, 88, 88, 105), ("modern", "fp32"): (4, 48, 44, 44, 53),
     ("modern", "bf16"): (4, 30, 37, 24, 28), ("gpt2", "fp64"): (8, 96, 64, 88, 41),
-    ("gpt2", "fp32"): (4, 48, 32, 44, 20), ("gpt2", "bf16"): (4, 30, 26, 24, 14)}  # fmt: skip
+    ("gpt2", "fp32"): (4, 48, 32, 44, 20), ("gpt2", "bf16"): (4, 30, 26, 24, 14),
+    ("track3", "fp64"): (8, 112, 104, 88, 121), ("track3", "fp32"): (4, 56, 52, 44, 61),
+    ("track3", "bf16"): (4, 38, 45, 24, 36)}  # fmt: skip
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> (embedding | head | matrix | scalar, shape)
 
@@ -81,28 +86,33 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> (embedding | head | m
 # ---- what there is ---------------------------------------------------------------------------------------
 def gpt_shapes(n_layer: int, n_embd: int, vocab_size: int, block_size: int = 1024, arch: str = "modern",
                n_head: int = 1, n_kv_head: int | None = None) -> Shapes:
-    """The parameters of model.py in its order. arch `gpt2`: tied, with biases, gains and positions."""
-    C, V, gpt2 = n_embd, vocab_size, arch == "gpt2"
+    """The parameters of model.py in its order. arch `gpt2`: tied, with biases, gains and positions; `track3`:
+    with biases, gains and a norm of the embedding."""
+    C, V, gpt2, bias = n_embd, vocab_size, arch == "gpt2", arch != "modern"
     kv = C // n_head * (n_kv_head or n_head)
     shapes = {"embed.weight": ("embedding", (V, C))}
     if gpt2:
         shapes["positions.weight"] = "embedding", (block_size, C)
 
     def norm(name: str) -> None:
-        if gpt2:
-            shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = "scalar", (C,)
+        for part in {"modern": (), "gpt2": ("weight", "bias"), "track3": ("weight",)}[arch]:
+            shapes[f"{name}.{part}"] = "scalar", (C,)
 
+    if arch == "track3":
+        norm("embed_norm")
     for i in range(n_layer):
         for part, linears in (("attn", dict(q=(C, C), k=(kv, C), v=(kv, C), proj=(C, C))),
                               ("mlp", dict(fc=(4 * C, C), proj=(C, 4 * C)))):  # fmt: skip
             norm(f"blocks.{i}.{part}_norm")
             for name, shape in linears.items():
                 shapes[f"blocks.{i}.{part}.{name}.weight"] = "matrix", shape
-                if gpt2:
+                if bias:
                     shapes[f"blocks.{i}.{part}.{name}.bias"] = "scalar", shape[:1]
     norm("final_norm")
     if not gpt2:
         shapes["head.weight"] = "head", (V, C)
+    if arch == "track3":
+        shapes["head.bias"] = "scalar", (V,)
     return shapes
 
 
@@ -322,8 +332,9 @@ DEFAULTS = dict(params=None, gpus=8, optim="adamw", precision=None, n_layer=None
                 vocab_size=50304, n_head=1, n_kv_head=None, block_size=1024, arch="modern", batch=0,
                 micro_batches=1, fsdp_shard=None, reshard=True, bucket_mb=25.0, offload=None,
                 offload_params=None, activation_checkpoint="none")  # fmt: skip
-NAMES = {"optim": OPTIONS, "precision": BYTES, "arch": ("modern", "gpt2"), "offload": ("cpu", "disk"),
-         "offload_params": ("cpu", "disk"), "grafting": ("adam", "rmsprop", "sgd", "none")}  # fmt: skip
+NAMES = {"optim": OPTIONS, "precision": BYTES, "arch": ("modern", "gpt2", "track3"),
+         "offload": ("cpu", "disk"), "offload_params": ("cpu", "disk"),
+         "grafting": ("adam", "rmsprop", "sgd", "none")}  # fmt: skip
 FRACTIONS = ("bucket_mb", "momentum", "beta1", "normuon_beta2")
 MAY_BE_NONE = ("n_kv_head", "fsdp_shard", "beta1", "normuon_beta2")
 

@@ -16,6 +16,7 @@ as the method; it is the quintic, which gives up precision (singular values end 
 is one of
     quintic  (3.4445, −4.7750, 2.0315) at every step
     cubic    (1.5, −.5, 0): converges exactly, but slowly; to compare, with 10 steps or more
+    exact    (2, −1.5, .5): a quintic that converges exactly; 12 steps are usual
     polar    the best triple for each step (Polar Express, Amsel et al. 2025, 2505.16932), divided
              by the paper's safety factor of 1.01
 `normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row a neuron
@@ -32,6 +33,8 @@ Half-precision parameters keep float32 state.
 Muon is for hidden matrices. Groups with `use_muon=False` (embeddings, head, vectors) take AdamW in the same
 object:
     Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}])
+`betas` and `eps` given to Muon are those groups' where they have none of their own; `adamw_weight_decay` is
+the decay of all of them, embeddings and vectors too, None what each group says.
 Needs whole matrices. Clip gradients before, if at all: the orthogonalised update has nothing left to clip.
 """
 
@@ -51,11 +54,12 @@ POLAR = [
 COEFFICIENTS = {  # triples for steps 1, 2, …; the last one repeats
     "quintic": [(3.4445, -4.7750, 2.0315)],
     "cubic": [(1.5, -0.5, 0.0)],
+    "exact": [(2.0, -1.5, 0.5)],
     "polar": [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR] + [(1.875, -1.25, 0.375)],
 }
 SCALES = {"original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
           "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols))}
-ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}  # groups with use_muon=False
+ADAMW = {"lr": 3e-4, "weight_decay": 0.0}  # groups with use_muon=False
 
 
 def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat16) -> torch.Tensor:
@@ -122,18 +126,23 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0,
                  nesterov: bool = True, ns_steps: int = 5, ns: str = "quintic",
                  adjust_lr_fn: str = "original", ns_dtype: torch.dtype | str | None = None,
-                 normuon_beta2: float | None = None, cautious: bool = False):
+                 normuon_beta2: float | None = None, cautious: bool = False,
+                 betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10,
+                 adamw_weight_decay: float | None = None):
         super().__init__(params, {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
             "ns_steps": ns_steps, "ns": ns, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype,
-            "normuon_beta2": normuon_beta2, "cautious": cautious, "use_muon": True})
+            "normuon_beta2": normuon_beta2, "cautious": cautious, "use_muon": True, "betas": betas,
+            "eps": eps, "adamw_weight_decay": adamw_weight_decay})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **({} if param_group.get("use_muon", True) else ADAMW), **param_group}
+        if not group["use_muon"] and group["adamw_weight_decay"] is not None:
+            group["weight_decay"] = group["adamw_weight_decay"]
         group_and_betas = {**group, **{f"betas[{i}]": beta for i, beta in enumerate(group.get("betas", ()))}}
         for name, x in group_and_betas.items():
-            end = {"lr": "inf", "weight_decay": "inf", "eps": "inf", "momentum": 1, "normuon_beta2": 1,
-                   "betas[0]": 1, "betas[1]": 1}.get(name)
+            end = {"lr": "inf", "weight_decay": "inf", "adamw_weight_decay": "inf", "eps": "inf",
+                   "momentum": 1, "normuon_beta2": 1, "betas[0]": 1, "betas[1]": 1}.get(name)
             if end and x is not None and not 0 <= x < float(end):
                 raise ValueError(f"Muon: {name}={x} is not allowed; it must lie in [0, {end})")
         for name, allowed in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
@@ -211,7 +220,7 @@ class Muon(torch.optim.Optimizer):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for ns, steps in ("quintic", 5), ("cubic", 25), ("polar", 8):
+    for ns, steps in ("quintic", 5), ("cubic", 25), ("exact", 12), ("polar", 8):
         s = torch.linalg.svdvals(orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64))
         print(f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to {s.max():.3f}")
     inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)

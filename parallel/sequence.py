@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from parallel import tensor
 
 DROPOUTS = ("drop_embed", "drop_attn", "drop_mlp")
-LOCAL = ("attn_norm", "mlp_norm", "final_norm", "positions")
+LOCAL = ("embed_norm", "attn_norm", "mlp_norm", "final_norm", "positions")
 
 # torch 2.13 has new names for what 2.11 knows by the old ones alone
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -33,7 +33,8 @@ stage 3 weights are broadcast one unit ahead of their use, and then freed:
                                                                              | send 2    | send 1    | send 0
 
 Backward reads no weights of unit 0: they are looked up, not multiplied. With a tied head they are, at the
-other end, so they stay; what follows the blocks stays from forward to backward. All ranks must make the same
+other end, and so are gains of a norm there: then they stay. What follows the blocks stays from forward to
+backward. All ranks must make the same
 forward and backward calls, evaluation too; a parameter unused on one rank counts as a zero gradient there. To
 compile, compile `block.forward`: the hooks on a block must stay outside.
 
@@ -136,7 +137,8 @@ class ZeRO:
         for name, _ in named:  # in the order of forward
             path = name.split(".")
             unit[name] = keys.index(path[1]) + 1 if path[0] == "blocks" else end if any(unit.values()) else 0
-        self.tied = len(named) < len(list(model.named_parameters(remove_duplicate=False)))
+        tied = len(named) < len(list(model.named_parameters(remove_duplicate=False)))
+        self.stays = tied or any(p.ndim < 2 for name, p in named if unit[name] == 0)  # does unit 0?
         owners = assign({name: p.shape for name, p in named}, self.n) | dict.fromkeys(self.pinned, 0)
         self.units = [[] for _ in range(end + 1)]
         spans = [[(n, p) for n, p in named[::-1] if unit[n] == i] for i in range(end + 1)]
@@ -240,7 +242,7 @@ class ZeRO:
             self.free(range(len(self.units)))
         if self.in_backward:  # activation checkpointing computes unit i again
             return self.need(i)
-        if i > 1 or not self.tied:
+        if i > 1 or not self.stays:
             self.free([i - 1])
         self.need(i)
         if i + 1 < len(self.units):

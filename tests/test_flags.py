@@ -10,9 +10,9 @@ from test_train import go, rows, trace
 import checkpoint
 import config
 import data
+import evaluation
 import monitor
 import train
-from model import GPT
 
 
 def groups(out_dir) -> dict:
@@ -42,9 +42,12 @@ def test_bits_per_byte_and_perplexity(tmp_path, text):
 def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch):
     seen, plain = [], data.Rows.__call__
     monkeypatch.setattr(data.Rows, "__call__", lambda self, n: (seen.extend(n), plain(self, n))[1])
-    go(text, tmp_path, "--steps=1", "--eval_tokens=160", "--eval_every=5")
+    go(text, tmp_path / "a", "--steps=1", "--eval_tokens=160", "--eval_every=5")
     per_epoch = len(data.load(text, "bytes", str(tmp_path)).val) // 16
     assert seen[:10] == [i * per_epoch // 10 for i in range(10)]
+    del seen[:]
+    go(text, tmp_path / "b", "--steps=1", "--eval_tokens=160", "--eval_every=5", "--eval_rows=first")
+    assert seen[:10] == [*range(10)]
 
 
 def test_clip_value_then_grad_clip(tmp_path, text, monkeypatch):
@@ -128,7 +131,7 @@ def test_mfu_is_per_device_against_the_given_peak(tmp_path, text):
 def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkeypatch):
     threads, made, urls, load = [], [], [], data.load
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(GPT, "generate", lambda self, ids, n, *a, **k: (made.append(n), ids)[1])
+    monkeypatch.setattr(evaluation, "generate", lambda model, ids, n, *a: (made.append(n), ids)[1])
     monkeypatch.setattr(
         data,
         "load",
@@ -150,12 +153,14 @@ def test_dropout_seed_and_logit_cap_change_the_run(tmp_path, text):
     go(text, tmp_path / "plain", "--steps=3")
     flags = """--dropout=0.5 --seed=7 --logit_cap=0.5 --qk_norm=false --n_kv_head=1
         --activation=gelu --tied=true --position=learned --bias=true --zero_init=false --init=gpt2
-        --grad_clip=0.01 --norm=layernorm
+        --grad_clip=0.01 --norm=layernorm --norm=rmsnorm_gain --embed_norm=true --head_bias=true
+        --position=rotary_half --attention_scale=0.5 --init=torch --logit_cap_form=root
         --head_lr=0.5 --embed_lr=0.5"""
     for flag in flags.split():
         more = (
             ["--zero_init=false"]
-            if flag in ("--qk_norm=false", "--n_kv_head=1", "--activation=gelu", "--init=gpt2")
+            if flag in ("--qk_norm=false", "--n_kv_head=1", "--activation=gelu", "--init=gpt2",
+                        "--init=torch", "--position=rotary_half", "--attention_scale=0.5")
             else []
         )
         go(text, tmp_path / flag, "--steps=3", flag, *more)

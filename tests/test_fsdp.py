@@ -11,6 +11,7 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 from harness import run_ranks
 
+from generation import generate
 from model import GPT, GPTConfig, initial_weight
 from optim.adafactor import Adafactor
 from optim.adamw import AdamW
@@ -100,7 +101,7 @@ def train(group, rank, world, cls, arch, micro_batches=1, **options):
         norms.append(norm)
         if step == 1:
             evals = evaluate(model, replicas, optimizer)
-    ids = model.generate(batch(7, 1)[:, :3], 6, temperature=0)
+    ids = generate(model, batch(7, 1)[:, :3], 6, temperature=0)
     if arch is GPT2:
         assert model.head.weight is model.embed.weight
     weights = {n: w.full_tensor() if hasattr(w, "placements") else w for n, w in replicas.weights().items()}

@@ -3,12 +3,15 @@ import torch
 import torch.nn.functional as F
 from harness import init_weights
 
+import config
+from generation import generate
 from model import GPT, Dropout, GPTConfig, Where, causal_attention, initial_weight, rotary_angles, rotate
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
 GPT2 = dict(TINY, n_kv_head=4, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
             tied=True, bias=True, zero_init=False, init="gpt2", logit_cap=None)  # fmt: skip
-ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2)]
+TRACK3 = dict(TINY, **config.ARCHS["track3"])
+ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2), GPTConfig(**TRACK3)]
 
 
 def tokens(*shape, seed=0):
@@ -193,15 +196,15 @@ def test_dropout_is_off_in_eval_and_needs_rows_in_training():
 # ---- generation ------------------------------------------------------------------------------------------
 def test_generation_is_repeatable_and_goes_past_the_block():
     model = awake(ARCHS[0]).eval()
-    a, b = (model.generate(tokens(2, 3), 20, top_k=5, seed=s) for s in (1, 1))
+    a, b = (generate(model, tokens(2, 3), 20, top_k=5, seed=s) for s in (1, 1))
     assert a.shape == (2, 23) and torch.equal(a, b) and torch.equal(a[:, :3], tokens(2, 3))
-    assert not torch.equal(a, model.generate(tokens(2, 3), 20, top_k=5, seed=2))
+    assert not torch.equal(a, generate(model, tokens(2, 3), 20, top_k=5, seed=2))
 
 
 @pytest.mark.parametrize("config", ARCHS)
 def test_kept_keys_and_values_change_nothing(config):
     model, ids = awake(config).eval(), tokens(2, 3)
-    got = model.generate(ids, 30, temperature=0)
+    got = generate(model, ids, 30, temperature=0)
     start = 0
     for n in range(3, 33):  # without a cache; full at 16 tokens, it goes on from the last 8
         start = n - 8 if n - start > 16 else start
@@ -211,4 +214,4 @@ def test_kept_keys_and_values_change_nothing(config):
 
 def test_temperature_zero_takes_the_likeliest():
     model, x = awake(ARCHS[0]).eval(), tokens(1, 4)
-    assert model.generate(x, 1, temperature=0)[0, -1] == model(x)[0, -1].argmax()
+    assert generate(model, x, 1, temperature=0)[0, -1] == model(x)[0, -1].argmax()

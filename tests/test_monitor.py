@@ -54,7 +54,7 @@ def test_the_formula_equals_what_torch_counts_operation_by_operation(tied):
     assert counter.get_total_flops() == B * T * flops_per_token(matmul_params(model), 2, 16, T)
 
 
-@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+@pytest.mark.parametrize("arch", ["modern", "gpt2", "track3"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_head):

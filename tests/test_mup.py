@@ -28,14 +28,12 @@ def change(name: str, width: int, on: bool) -> dict[str, float]:
     optimizer = optimizer_class(groups, **options)
     tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
     seen = {}
-    model.head.register_forward_hook(
-        lambda m, args, out: seen.update(hidden=args[0].detach(), logits=out.detach())
-    )
-    scale = 32 / width if on else 1.0  # the output multiplier
+    for name, module in ("hidden", model.final_norm), ("logits", model.head):
+        module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out.detach()}))
     history = []
     for _ in range(5):
         loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
-        history.append({"hidden": seen["hidden"], "logits": seen["logits"] * scale})
+        history.append(dict(seen))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

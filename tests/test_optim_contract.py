@@ -246,7 +246,7 @@ BAD_VALUES = [
     ("momentum", 1.0), ("betas", (-0.1, 0.9)), ("betas", (1.0, 0.9)), ("betas", (0.9, 1.1)), ("beta1", 1.0),
     ("shampoo_beta", 1.0), ("ns_steps", 0), ("ns", "sextic"), ("adjust_lr_fn", "none"), ("ns_dtype", "int8"),
     ("normuon_beta2", 1.5), ("grafting", "lion"), ("precondition_frequency", 0), ("warmup_steps", -1),
-    ("trust_coefficient", -1), ("d", 0)]
+    ("trust_coefficient", -1), ("d", 0), ("adamw_weight_decay", -1)]
 
 
 @pytest.mark.parametrize("cls, name, value", [
@@ -430,7 +430,8 @@ def test_muon_refuses_vectors_by_name_rather_than_stepping_them_otherwise():
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.9, 0.95), 1e-10, 0)
 
 
-@pytest.mark.parametrize("ns, steps_", [("quintic", 5), ("polar", 5), ("polar", 8), ("cubic", 10)])
+@pytest.mark.parametrize(
+    "ns, steps_", [("quintic", 5), ("polar", 5), ("polar", 8), ("cubic", 10), ("exact", 12)])
 def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(ns, steps_):
     for shape in (16, 32), (16, 64), (64, 16), (32, 32):
         for noise in 0, 1e-6, 1e-3, 3e-2:

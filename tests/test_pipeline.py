@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import init_weights, run_ranks
 
+from generation import generate
 from model import GPT, GPTConfig
 from parallel.pipeline import Pipeline, defer_weight_gradients, main, weight_gradients
 from parallel.timeline import SCHEDULES, Op, layers, programs, schedule, simulate
@@ -167,7 +168,7 @@ def test_layers_that_do_not_divide_and_fewer_micro_batches_than_ranks():
     torch.testing.assert_close(merged, gradients, rtol=1e-10, atol=1e-10)
 
 
-def generate(rank, world, name, v):
+def written(rank, world, name, v):
     stage = Stage(name, MODERN, v)
     x = micro_batch(0)[0][:1]
 
@@ -175,15 +176,15 @@ def generate(rank, world, name, v):
         return stage.pipe.through(stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, positions)
 
     with torch.no_grad():
-        return forward(x, torch.arange(T)), stage.model.eval().generate(x[:, :3], 9, forward=forward)
+        return forward(x, torch.arange(T)), generate(stage.model.eval(), x[:, :3], 9, forward=forward)
 
 
 @pytest.mark.parametrize("p, name, v", [(2, "interleaved", 2), (4, "zerobubble", 1)])
 def test_generation_runs_through_all_stages_and_ends_alike_everywhere(p, name, v):
     model, x = init_weights(build(MODERN)).eval(), micro_batch(0)[0][:1]
-    for logits, ids in run_ranks(p, generate, name, v):
+    for logits, ids in run_ranks(p, written, name, v):
         torch.testing.assert_close(logits, model(x).detach(), rtol=1e-10, atol=1e-10)
-        assert torch.equal(ids, model.generate(x[:, :3], 9))
+        assert torch.equal(ids, generate(model, x[:, :3], 9))
 
 
 # ---- schedules, without running them -----------------------------------------------------------------------

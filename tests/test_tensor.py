@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import config
+from generation import generate
 from model import GPT, GPTConfig, key
 from parallel import tensor
 from parallel.ddp import DDP
@@ -25,7 +27,8 @@ MODERN = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=16, block_size=8, vocab_s
 GPT2 = MODERN | dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
                      bias=True, init="gpt2", logit_cap=None)  # fmt: skip
 GQA = MODERN | dict(n_head=8, n_kv_head=4, n_embd=32, mup_base_width=16)
-SHAPES = (MODERN, GPT2, GQA)
+TRACK3 = MODERN | config.ARCHS["track3"]
+SHAPES = (MODERN, GPT2, GQA, TRACK3)
 
 
 def build(shape, layers=None, dtype=torch.float64):
@@ -131,7 +134,7 @@ def evaluate(rank, world, split, shapes):
         x, targets, _ = tokens(shape)
         with torch.no_grad():
             loss, logits = model(x, targets).item(), model(x)
-        drawn = [model.generate(x[:2, :3], 7, t, top_k=k, seed=3) for t, k in ((0, None), (1.0, 20))]
+        drawn = [generate(model, x[:2, :3], 7, t, top_k=k, seed=3) for t, k in ((0, None), (1.0, 20))]
         model(x, targets)
         found.append((loss, model.hits.item(), model.hits.shape, logits, *drawn))
     return found

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import load, save
+from generation import generate
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from optim.adamw import AdamW
@@ -214,7 +215,7 @@ def looks(rank, world, stage, optimizer, shape):
             zero.share_weights()
             replica.model.eval()
             seen.append(replica.loss(batch(9, shape), torch.arange(ROWS)).item())
-            seen += replica.model.generate(torch.zeros(1, 1, dtype=torch.long), 10, seed=1)[0].tolist()
+            seen += generate(replica.model, torch.zeros(1, 1, dtype=torch.long), 10, seed=1)[0].tolist()
             replica.model.train()
         zero.share_weights()
         replica.gradients(step)
