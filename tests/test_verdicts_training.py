@@ -137,6 +137,22 @@ def test_z_losss_verdict_follows_the_figures():
     assert changed(e, good, held | dict(seed=2), val_loss=math.nan) == [11, 12]
 
 
+def test_speedruns_verdict_follows_the_figures():
+    e = load("speedrun")
+    good = [g | {"val_loss": 1.7 - 0.1 * g["length"] + 0.001 * g["seed"] + 0.02 * (g["change"] in e.EARNED)
+                 - 0.4 * (g["change"] in e.OTHERS),
+                 "training_s": 8 * g["length"] - 6 * (g["change"] in e.OTHERS)}
+            for g in e.GRID]  # fmt: skip
+    assert e.slope(good, "python") == pytest.approx(0.1 / 8)
+    assert e.costs(good, "topics", "1 layer") == pytest.approx([1.6] * 3)  # 0.02 nats at 0.0125 a second
+    names = [*e.CHANGES, *e.OTHERS]
+    assert changed(e, good, dict(text="python", change="1 layer"), training_s=6.0) == [names.index("1 layer")]
+    assert changed(e, good, dict(text="python", change="GELU"), training_s=7.0) == [names.index("GELU")]
+    assert changed(e, good, dict(text="python", change="GELU", seed=2), training_s=7.0) == []  # not clear
+    for worse in (dict(val_loss=1.7), dict(training_s=9.0), dict(val_loss=math.nan)):
+        assert changed(e, good, dict(text="python", change=names[-1]), **worse) == [len(names) - 1]
+
+
 @pytest.mark.parametrize("name", ["optimizers", "schedules", "weight_decay"])
 def test_clear_is_3_1_standard_errors(name):
     clear = load(name).clear
