@@ -291,6 +291,9 @@ def main(args):
         case ["export", run, out]:
             checkpoint = resolve(run)
             weights = checkpoint.tree("model")
+            if checkpoint.tree("config", missing={}).get("ngram"):
+                print("these weights learned on top of counted n-grams (--ngram), which are no weights: alone "
+                      "they are no language model")  # fmt: skip
             if out.endswith(".safetensors"):
                 write_tensors(f"{out}.tmp", weights)
                 os.replace(f"{out}.tmp", out)

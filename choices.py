@@ -19,8 +19,8 @@ from parallel.mesh import Mesh
 from precision import amp, onednn
 from precision.loss_scale import LossScaler
 
-# Their step is a share of the weight's norm, or of one size whatever the gradient's: a matrix of zeros stays
-# where it is, or what lies before it is moved by noise (LOG.md has the figures).
+# LARS, LAMB and Adafactor hardly leave a matrix of zeros; Adam's kind moves what lies before it by full steps
+# along a gradient that is still noise (LOG.md has the figures).
 AGAINST_ZERO = ("LARS", "LAMB", "Adafactor", "AdamW", "AdamL2", "Lion", "AdamWScheduleFree")
 
 
@@ -149,6 +149,9 @@ def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | Non
         f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "
         "not in the saved model": every is not None and cfg.steps % every,
         "what compression had not sent yet is dropped": saved and alone,
+        f"{cfg.init_from} learned on top of counted n-grams, and here there are none; type --ngram= as there":
+        cfg.init_from is not None and cfg.ngram is None and earlier is None
+        and checkpoint.resolve(cfg.init_from).tree("config", missing={}).get("ngram"),
         f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed "
         "and shared out": saved not in (0, n) and not alone,
     }
@@ -227,10 +230,11 @@ def products(cfg: config.Config, model: torch.nn.Module, device: torch.device, t
 
 
 def add_ngrams(cfg: config.Config, model: torch.nn.Module, text: data.Tokens) -> None:
-    from ngram import NGrams
+    from ngram import LIMIT, NGrams
 
     try:
-        NGrams(text.slice(0, len(text)), cfg.ngram, cfg.vocab_size).add_to(model)
+        tokens = text if len(text) > LIMIT else text.slice(0, len(text))  # too long a one is not even read
+        NGrams(tokens, cfg.ngram, cfg.vocab_size).add_to(model)
     except ValueError as error:
         raise ValueError(f"--ngram={cfg.ngram} does not go: {error}") from None
 

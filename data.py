@@ -141,8 +141,9 @@ class Tokens:
 class Rows:
     """Row number -> tokens: a pure function of (seed, row number). seed=None keeps the corpus order.
 
-    ahead: so many rows later the same share of the next step lies. It is read in a thread while this one is
-    computed on: a guess, and where it is wrong (a ramp, banned rows) rows are read when they are asked for.
+    ahead: how many rows later this rank's share of the next step begins, the batch size. That is read in a
+    thread while this one is computed on: a guess; after a ramp or a ban rows are read when they are asked
+    for.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int | None, vocab_size: int, ahead: int = 0):
@@ -169,10 +170,11 @@ class Rows:
         if not self.ahead:
             return self.read(numbers)
         numbers = tuple(numbers)
-        read, first = self.coming.pop(numbers, None), numbers[0]
+        read, first = self.coming.get(numbers), numbers[0]  # kept: stages of a pipeline ask once more
         later = tuple(i + self.ahead for i in numbers)
-        self.coming = {k: x for k, x in self.coming.items() if first < k[0] <= first + self.ahead}
-        self.coming[later] = self.pool.submit(self.read, later)
+        self.coming = {k: x for k, x in self.coming.items() if first <= k[0] <= first + self.ahead}
+        if later not in self.coming:
+            self.coming[later] = self.pool.submit(self.read, later)
         return self.read(numbers) if read is None else read.result()
 
     def read(self, numbers: Iterable[int]) -> torch.Tensor:

@@ -139,6 +139,7 @@ class GPT(nn.Module):
         if c.tied and last:
             self.head.weight = self.embed.weight
         self.through, self.output = through, output
+        self.prior = None  # targets -> (B, T, V), the last T are added to the logits (ngram.py)
         self.hits = None  # after a forward in eval mode: how many targets were the likeliest token (0-dim)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
@@ -171,6 +172,8 @@ class GPT(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
         if (cap := self.config.logit_cap) is not None:
             logits = capped(logits, cap, self.config.logit_cap_form)
+        if self.prior is not None:
+            logits = logits + self.prior(targets)[:, -logits.shape[1] :].to(logits)
         out, self.hits = self.output(logits, targets, not self.training)
         return out
 

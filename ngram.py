@@ -4,27 +4,30 @@ it. So a run starts where counting ends, and learns what counting does not know.
     logits = GPT(x) + log p_K        p_k(w | c) = (max(n(c w) - d, 0) + d u(c) p_(k-1)(w | c')) / n(c)
 
 c: the last k tokens, c': without the oldest; n(c w): how often w follows c in the text, below order K behind
-how many different tokens c w stands there; u(c): how many different w follow; d = n1 / (n1 + 2 n2), n1 and n2
-the n-grams that were counted once and twice; p_(-1) = 1 / V. That is Kneser and Ney 1995, interpolated, with
-one discount an order (Chen and Goodman 1998). A network on top of it: Li et al. 2022, 2210.14431.
+how many different tokens c w stands there; u(c): how many different w follow; d = n1 / (n1 + 2 n2), kept
+within .1 and .95, where n1 and n2 n-grams were counted once and twice; p_(-1) = 1 / V. That is Kneser and
+Ney 1995, interpolated, with one discount an order (Chen and Goodman 1998). A network on top of it: Li et al.
+2022, 2210.14431.
 
 In training the text's own count of a token is taken off again (leave one out): a prior that has seen the
-answer would teach the network to be silent. The orders kept as a table are left as they are: one of many
-counts. At the start of a row contexts are short, as they are for the network.
+answer would teach the network to be silent. The orders kept as a table are left as they are: a context there
+is met MANY times on the average, so one more or less is little. At the start of a row contexts are short, as
+they are for the network; what counts there is kinds, of which one token more is mostly none more: nothing is
+taken off before order K is reached.
 
     NGrams(tokens, order, vocab_size).add_to(model)        tokens (N,): the ids of the training text
 
-Counting 9.8M bytes to order 6 takes half a second and 100 MB. The counts are a function of the text, so no
-checkpoint holds them. A rank needs whole rows and whole logits: no tp, cp, pp.
+Counting 9.8M bytes to order 6 takes half a second; 100 MB are kept, 150 at the peak, on every rank. The
+counts are a function of the text, so no checkpoint holds them. A rank needs whole rows and whole logits: no
+tp, cp, pp.
 """
-
-import functools
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 LIMIT, TABLE = 2**27, 2**22  # tokens that are counted; numbers in the table of the low orders
+MANY = 100  # times that a context of theirs is there, on the average
 
 
 class Order:
@@ -41,7 +44,7 @@ class Order:
         self.d = np.float32(min(max(once / max(once + 2 * twice, 1), 0.1), 0.95))
 
     def find(self, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(places among my contexts, is it there?)"""
+        """(index of each context among mine, whether it is there)"""
         at = np.minimum(np.searchsorted(self.contexts, contexts), len(self.contexts) - 1)
         return at, self.contexts[at] == contexts
 
@@ -62,6 +65,8 @@ class NGrams:
             raise ValueError(f"with {vocab_size} different tokens it is from 1 to {most}")
         if not order < len(tokens) <= LIMIT:
             raise ValueError(f"it counts texts of {order + 1} to {LIMIT:,} tokens, not of {len(tokens):,}")
+        if (most := int(tokens.max())) >= vocab_size:
+            raise ValueError(f"the text holds token id {most}, and vocab_size is {vocab_size}")
         keys = np.zeros(len(tokens) - order, np.uint64)
         for j in range(order + 1):
             keys <<= np.uint64(self.bits)
@@ -72,7 +77,8 @@ class NGrams:
             self.orders.insert(0, Order(keys, self.bits))
             keys = self.orders[0].keys & np.uint64(2 ** (k * self.bits) - 1)
         # The low orders have long lists of what follows, and all tokens need them: p as a table, by context.
-        self.tabled = sum(len(o.contexts) * vocab_size <= TABLE for o in self.orders[1:])  # 1 .. so many
+        most = min(TABLE // vocab_size, len(tokens) // MANY)
+        self.tabled = sum(len(o.contexts) <= most for o in self.orders[1:])  # 1 .. so many
         tables, self.rows = [np.full((1, vocab_size), 1 / vocab_size, np.float32)], [0]
         for k, o in enumerate(self.orders[: self.tabled + 1]):
             i, e = o.entries(np.arange(len(o.contexts)))
@@ -103,7 +109,7 @@ class NGrams:
             else:
                 found.append((o, here, at))
         left, parts = np.ones(B * T, np.float32), []
-        off = None if targets is None else np.ones(B * T, np.float32)
+        off = None if targets is None else (np.arange(B * T) % T >= order - 1).astype(np.float32)
         for o, here, at in reversed(found):
             i, e = o.entries(at)
             n, follows = o.n[e], o.next[e]
@@ -121,8 +127,8 @@ class NGrams:
         return p.log_().view(B, T, -1)
 
     def add_to(self, model: nn.Module) -> None:
-        """model: has output(logits, targets, count) and takes (x (B, T), targets, positions). From now on in
-        forward, evaluation and generation."""
+        """model: takes (x (B, T), targets, positions) and adds prior(targets)[:, -T:] to its logits. From now
+        on in forward, evaluation and generation."""
         past = None
 
         def see(_, args, named) -> None:
@@ -132,13 +138,12 @@ class NGrams:
             first = 0 if positions is None or model.training else int(positions.reshape(-1)[0])
             past = torch.cat([past[:, :first], x], 1) if first else x  # in generation x is what is new
 
-        def output(inner, logits: Tensor, targets: Tensor | None, count: bool):
-            answers = None if targets is None or count else targets.cpu().numpy()
-            prior = self.log_probs(past.numpy(), answers)[:, -logits.shape[1] :]
-            return inner(logits + prior.to(logits.device, logits.dtype), targets, count)
+        def prior(targets: Tensor | None) -> Tensor:
+            answers = targets.cpu().numpy() if targets is not None and model.training else None
+            return self.log_probs(past.numpy(), answers)
 
         model.register_forward_pre_hook(see, with_kwargs=True)
-        model.output = functools.partial(output, model.output)
+        model.prior = prior
 
 
 def starts(x: np.ndarray) -> np.ndarray:

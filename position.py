@@ -41,8 +41,9 @@ class Position:
 
     def load(self, tree: dict) -> None:
         self.next = int(tree["rows"])
-        if tree.get("data", self.data) == self.data:
-            self.banned = [[int(i), int(j)] for i, j in tree.get("banned", [])]
+        self.banned = [[int(i), int(j)] for i, j in tree.get("banned", [])]
+        if tree.get("data", self.data) != self.data:
+            self.next, self.banned = self.seen, []
 
 
 class Best:

@@ -160,7 +160,7 @@ class Saver:
             self._finish(step, future.result)
 
     def drop_after(self, step: int) -> None:
-        """See the function; nothing, if the save of `step`, which came last, has failed."""
+        """Deletes checkpoints after `step`, but only if the newest save was of `step` and succeeded."""
         self.wait()
         if self.saved == step:
             drop_after(self.out_dir, step)

@@ -6,7 +6,7 @@
 Time is that of the whole process, from before it starts (the import of torch too) until it has ended and its
 checkpoint is on the disk. Reference and ours take turns, A B A B; run i has --seed=i in both. The corpus is
 prepared by an untimed start of each. The recipe is the entry; the same for both are the words in EQUAL: an
-evaluation of as many tokens before the first step and after the last, no other, no sample.
+evaluation of as many tokens before the first step and after the last, no other, no sample, no picture.
 
 Loss. Two recipes cut the held-out text into rows of their own length, and a run's own val_loss is over rows
 of its own. So after the clock has stopped, both models read the very same text: stretches of 4096 tokens (or
@@ -34,7 +34,7 @@ import data
 import sample
 from benchmarks import runs
 
-EQUAL = ("--eval_tokens=32768", "--sample_tokens=0", "--save_every=0", "--resume=never")
+EQUAL = ("--eval_tokens=32768", "--sample_tokens=0", "--save_every=0", "--plot=false", "--resume=never")
 FLAGS = {"--runs": "[1-9][0-9]*", "--data": ".+", "--recipe": ".+", "--reference": ".+", "--quick": "",
          "--loss": r"[0-9]+(\.[0-9]+)?", "--out": ".+"}  # fmt: skip
 STRETCH, TOKENS, Z = 4096, 2**17, 3.1

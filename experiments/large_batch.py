@@ -178,7 +178,7 @@ def picture(rows: list[dict], figure) -> None:
         ax.set_xscale("log", base=2)
         ax.set(xlabel="batch, times 256 tokens")
         ax.set_xticks(rows[0]["factors"], [f"{k}x" for k in rows[0]["factors"]])
-    losses.legend(frameon=False)
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     sgd = next(r for r in rows if r["case"] == "SGD")
     layers.barh(range(len(sgd["layers"])), sgd["ratios"], color=INK[5])
     layers.set_yticks(range(len(sgd["layers"])), sgd["layers"], fontsize=8)

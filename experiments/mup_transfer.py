@@ -62,7 +62,7 @@ def row(keys: dict, quick: bool) -> dict:
     rows = protocol.train_run(
         optim=keys["optim"], mup_base_width=64 if keys["mup"] else None, n_embd=keys["width"], lr=keys["lr"],
         n_layer=keys["layers"], seed=keys["seed"], steps=steps, block_size=64, batch_size=8,
-        precision="fp32", eval_every=0)  # fmt: skip
+        precision="fp32", eval_every=0, zero_init=looked is not dict or "auto")  # fmt: skip
     return {"loss": protocol.tail(rows)} | looked()
 
 

@@ -44,6 +44,8 @@ def invented(monkeypatch):
     def run(words, out_dir, ranks=1):
         given = dict(word.partition("=")[::2] for word in words[1:])
         ran.append((words[0].removesuffix(".toml")[-1], int(given.get("--seed", 0))))
+        assert {"--eval_tokens=32768", "--sample_tokens=0", "--save_every=0", "--plot=false", "--resume=never"
+                } <= {*words}  # fmt: skip
         return seconds.get(ran[-1]), [{"step": 4, "val_loss": 9.0}]
 
     monkeypatch.setattr(runs, "run", run)

@@ -167,3 +167,15 @@ def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
 
     with pytest.raises(ValueError, match="rank=2.5 is of the wrong kind"):
         config.check_options(cfg, "compress", powersgd)
+
+
+@pytest.mark.parametrize("optim, zero", [
+    ("muon", True), ("soap", True), ("shampoo", True), ("sgd", True), ("schedule_free.SGDScheduleFree", True),
+    ("adamw", False), ("adam_l2", False), ("lion", False), ("schedule_free", False), ("lars", False),
+    ("lamb", False), ("adafactor", False),
+])  # fmt: skip
+def test_adam_and_its_kind_start_without_zeros_if_nothing_else_is_said(optim, zero):
+    found = choices.find_optimizer(optim)
+    for words, expected in (([], zero), (["--zero_init=true"], True), (["--arch=gpt2"], False)):
+        cfg = config.parse([f"--optim={optim}", *words])
+        assert choices.settled(cfg, torch.device("cpu"), found).zero_init is expected

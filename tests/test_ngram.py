@@ -10,6 +10,7 @@ from test_train import go, rows
 
 import checkpoint
 import config
+import data
 import ngram
 import sample
 from generation import generate
@@ -43,6 +44,7 @@ def lower(grams: Counter, times: int) -> Counter:
 @pytest.mark.parametrize("order, V, table", [(1, 5, 2**22), (2, 5, 30), (3, 4, 0), (4, 3, 40), (3, 300, 0)])
 def test_it_is_kneser_ney(monkeypatch, order, V, table):
     monkeypatch.setattr(ngram, "TABLE", table)
+    monkeypatch.setattr(ngram, "MANY", 1)
     draw = np.random.default_rng(order)
     text = (draw.random(400) ** 2 * V).astype(np.uint16)
     counts, grams = NGrams(text, order, V), grams_of(text.tolist(), order)
@@ -97,11 +99,17 @@ def with_base(grams: Counter, context: tuple, w: int, discounts: list[float], p:
     return (max(follow.get(w, 0) - discounts[len(context)], 0) + back * p) / sum(follow.values())
 
 
-def test_what_cannot_be_counted_is_said():
+def test_what_cannot_be_counted_is_said(monkeypatch):
     text = np.arange(50) % 7
     for order, V, problem in ((8, 256, "from 1 to 7"), (4, 50304, "from 1 to 3"), (0, 256, "from 1 to 7")):
         with pytest.raises(ValueError, match=problem):
             NGrams(text, order, V)
+    with pytest.raises(ValueError, match="token id 6, and vocab_size is 5"):
+        NGrams(text, 2, 5)
+    monkeypatch.setattr(ngram, "LIMIT", 40)
+    with pytest.raises(ValueError, match="texts of 3 to 40 tokens, not of 50"):
+        NGrams(text, 2, 7)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="texts of 7 to 134,217,728 tokens, not of 6"):
         NGrams(text[:6], 6, 256)
 
@@ -114,7 +122,9 @@ def small(text, order: int = 3) -> tuple[GPT, NGrams]:
     return model, counts
 
 
-def test_the_loss_of_a_silent_network_is_the_prior_s():
+@pytest.mark.parametrize("table", [0, 2**22])
+def test_the_loss_of_a_silent_network_is_the_prior_s(monkeypatch, table):
+    monkeypatch.setattr(ngram, "TABLE", table)
     text = np.frombuffer(b"she sells sea shells by the sea shore, " * 9, np.uint8)
     model, counts = small(text)
     torch.nn.init.zeros_(model.head.weight)
@@ -125,6 +135,11 @@ def test_the_loss_of_a_silent_network_is_the_prior_s():
         expected = -p.gather(-1, x[:, 1:9, None]).sum()
         torch.testing.assert_close(model(x[:, :8], x[:, 1:9]), expected)
     assert model(x[:, :8], x[:, 1:9]) < 5  # 44 for one that knows nothing
+    rare = torch.from_numpy(np.random.default_rng(0).permutation(256)[None, :9])
+    model, _ = small(rare.numpy().astype(np.uint8)[0], 2)
+    torch.nn.init.zeros_(model.head.weight)
+    seen = [model.train(training)(rare[:, :8], rare[:, 1:]).item() for training in (True, False)]
+    assert seen[0] > seen[1] + 8  # what it has seen once, here, does not help it to learn
 
 
 def test_generation_sees_the_same_prior_with_kept_keys_and_without():
@@ -166,10 +181,30 @@ def test_sample_counts_again_and_says_when_the_text_is_another(tmp_path, text, c
     own.write_bytes(open(text, "rb").read())
     go(str(own), tmp_path / "run", "--ngram=4", "--steps=1")
     model, _ = sample.load(str(tmp_path / "run"))
-    assert model.output.func.__qualname__.startswith("NGrams")
+    corpus = data.load(str(own), "bytes", str(tmp_path))
+    same = GPT(model.config)
+    checkpoint.newest(tmp_path / "run").load_weights(same)
+    NGrams(corpus.train.slice(0, len(corpus.train)), 4, 256).add_to(same)
+    x = torch.arange(10)[None] + 97
+    assert torch.equal(model(x), same.eval()(x))
     own.write_bytes(b"another text " * 2000)
     with pytest.raises(ValueError, match="counts the run's data, and .* has changed"):
         sample.load(str(tmp_path / "run"))
+
+
+def test_what_is_watched_and_what_z_loss_pulls_on_is_the_sum(tmp_path, text):
+    go(text, tmp_path, "--ngram=4", "--watch_every=1", "--z_loss=10", "--steps=2")
+    assert abs(rows(tmp_path)[1]["log_z"]) < 1e-3  # the network is silent, a prior is normalised: log 1
+
+
+def test_weights_that_need_the_counts_say_so(tmp_path, text, capsys):
+    go(text, tmp_path / "a", "--ngram=4", "--steps=2")
+    go(text, tmp_path / "b", f"--init_from={tmp_path / 'a'}", "--steps=1")
+    assert "learned on top of counted n-grams" in capsys.readouterr().out
+    checkpoint.main(["export", str(tmp_path / "a"), str(tmp_path / "w.safetensors")])
+    assert "no language model" in capsys.readouterr().out
+    go(text, tmp_path / "c", f"--init_from={tmp_path / 'a'}", "--steps=1", "--ngram=4")
+    assert "on top of" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, problem", [

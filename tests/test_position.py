@@ -40,6 +40,12 @@ def test_without_bans_a_batch_is_a_range_and_old_progress_loads():
     place = Position()
     place.load({"rows": 40})
     assert place.rows(8) == range(40, 48) and place.seen == 40
+    saved = {"rows": 9, "banned": [[1, 2]]}
+    same, other = (7, 9, [[1, 2]]), (7, 7, [])
+    for data, kept in (({}, same), ({"data": "x"}, same), ({"data": "y"}, other)):
+        place = Position("x")
+        place.load(saved | data)
+        assert (place.seen, place.next, place.banned) == kept
 
 
 def test_best_counts_evaluations_without_enough_improvement(tmp_path):
