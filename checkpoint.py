@@ -292,8 +292,8 @@ def main(args):
             checkpoint = resolve(run)
             weights = checkpoint.tree("model")
             if checkpoint.tree("config", missing={}).get("ngram"):
-                print("these weights learned on top of counted n-grams (--ngram), which are no weights: alone "
-                      "they are no language model")  # fmt: skip
+                print("these weights learned on top of counted n-grams (--ngram), and without them they are "
+                      "no language model")  # fmt: skip
             if out.endswith(".safetensors"):
                 write_tensors(f"{out}.tmp", weights)
                 os.replace(f"{out}.tmp", out)
