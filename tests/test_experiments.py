@@ -5,6 +5,7 @@ import importlib.util
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,6 +245,17 @@ def test_two_ranks_in_a_row_are_one_process():
     small = dict(steps=2, n_layer=1, n_embd=32, block_size=32, batch_size=4, eval_every=0, precision="fp32")
     one, two = (protocol.curve(protocol.train_run(ranks, **small)) for ranks in (1, 2))
     assert len(one) == 2 and two == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_experiment_is_taken_for_a_package_of_the_same_name(name):
+    """`precision`, `compression`: the script's own folder must not be where modules are looked for."""
+    text = (ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8")
+    line = "sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))"
+    assert line in text and text.index(line) < text.index("from experiments")
+    ours = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/")]}
+    before = re.findall(r"^(?:import|from) (\w+)", text[: text.index(line)], re.M)
+    assert not ours & {*before}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
