@@ -170,7 +170,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    word, why = judged(found)
+    word, _, why = judged(found)
     number = "; ".join(text.partition(" (")[0] for text in [*found][:2])
     return word, number, why
 

@@ -142,13 +142,8 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
-    found = parts(rows)
-    word, why = judged(found)
-    return (
-        word,
-        next(iter(found)).partition(" (")[0],
-        why + "; on a CPU, without CUDA graphs",
-    )
+    word, number, why = judged(parts(rows))
+    return word, number, why + "; on a CPU, without CUDA graphs"
 
 
 def table(rows: list[dict]) -> str:

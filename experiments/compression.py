@@ -115,7 +115,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    word, why = judged(found)
+    word, _, why = judged(found)
     number = "; ".join(
         text.partition(" (")[0] for text in found if text.startswith(("topk 1 % ends", "powersgd 4"))
     )

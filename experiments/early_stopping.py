@@ -142,7 +142,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    word, why = judged(found)
+    word, _, why = judged(found)
     if not next(iter(found.values())):
         word = "not at this scale"
     r = pick(rows, case="whole")[0]

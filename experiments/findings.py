@@ -61,12 +61,13 @@ def clear(differences: list[float]) -> bool:
     return mean > 0 and mean * math.sqrt(len(differences)) >= 3.1 * sd
 
 
-def judged(parts: dict[str, bool]) -> tuple[str, str]:
-    """(verdict, why) of a claim, from its parts: a sentence with its figure -> is it as claimed?"""
+def judged(parts: dict[str, bool]) -> tuple[str, str, str]:
+    """(verdict, number, why) of a claim, from its parts: a sentence with its figure -> is it as claimed? The
+    number is the first part without what is asked of it, which stands in brackets."""
     failed = [text for text, held in parts.items() if not held]
     word = "holds" if not failed else "holds in part" if len(failed) < len(parts) else "does not hold"
     why = f"{len(parts) - len(failed)} of {len(parts)} parts as claimed" + "; not so: " * bool(failed)
-    return word, why + "; ".join(failed)
+    return word, next(iter(parts)).partition(" (")[0], why + "; ".join(failed)
 
 
 def listed(parts: dict[str, bool]) -> list[str]:

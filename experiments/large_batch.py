@@ -136,7 +136,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    word, why = judged(found)
+    word, _, why = judged(found)
     number = "breaks: " + ", ".join(f"{r['case']} {shown(breaks(r))}" for r in rows)
     return word, number, why
 

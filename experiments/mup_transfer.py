@@ -147,7 +147,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
-    word, why = judged(parts(rows))
+    word, _, why = judged(parts(rows))
     on, off = (sizes(rows, "width", part="width", optim="adamw", mup=mup) for mup in (True, False))
     number = f"AdamW's best lr moves by 2^{moved(on):+d} with μP and by 2^{moved(off):+d} without"
     return word, number, why

@@ -189,7 +189,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    word, why = judged(found)
+    word, _, why = judged(found)
     return word, next(iter(found)), why
 
 

@@ -220,9 +220,7 @@ def within(values: list[float], limit: float) -> bool:
 
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
-    found = parts(rows)
-    word, why = judged(found)
-    return word, next(iter(found)).partition(" (")[0], why
+    return judged(parts(rows))
 
 
 def table(rows: list[dict]) -> str:

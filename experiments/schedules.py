@@ -149,9 +149,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
-    found = parts(rows)
-    word, why = judged(found)
-    return word, next(iter(found)).partition(" (")[0], why
+    return judged(parts(rows))
 
 
 def table(rows: list[dict]) -> str:

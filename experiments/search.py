@@ -115,7 +115,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found, after = parts(rows), sorted(reached(rows, "random"))
-    word, why = judged(found)
+    word, _, why = judged(found)
     if (
         word == "does not hold"
         and not better(rows, "grid", "random")

@@ -165,7 +165,7 @@ def less_than(rows: list[dict], text: str, change: str, name: str) -> list[float
 
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
-    word, why = judged(parts(rows))
+    word, _, why = judged(parts(rows))
     first = texts(rows)[0]
     base = pick(rows, text=first, change="", length=1.0)
     number = f"the recipe: {plus_minus([r['val_loss'] for r in base], '.3f')} nats after " \

@@ -106,7 +106,7 @@ def parts(rows: list[dict]) -> dict[str, bool]:
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
-    word, why = judged(found)
+    word, _, why = judged(found)
     keys = dict(precision="fp32", lr=RATES[0])
     free, held = (drift(rows, z, **keys) for z in (0.0, 1e-4))
     return word, f"|log Z| ends at {free:.1f} without and {held:.2f} with 1e-4", why
