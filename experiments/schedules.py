@@ -179,7 +179,7 @@ def picture(rows: list[dict], figure) -> None:
     cases = [case for (case,) in groups(pick(rows, part="shape"), "case") if case != "cosine"]
     ends.axvline(0, color="black", lw=0.8)
     dots(ends, {case: [100 * x for x in gaps(rows, case)] for case in cases})
-    ends.set(xlabel="validation loss against cosine, %, each at its best lr", title="The end")
+    ends.set(xlabel="loss against cosine, %, at its best lr", title="The end")
     for case, color in zip([case for case in SHOWN if case in (*cases, "cosine")], INK):
         top = best(rows, case)
         n = len(top[0]["curve"])
