@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import config
+import checks
 import data
 import schedules
 import spikes
@@ -18,6 +17,7 @@ from parallel.ddp import DDP
 from parallel.mesh import Mesh
 from precision import amp, onednn
 from precision.loss_scale import LossScaler
+from settings import Config, update, with_traits
 
 # LARS, LAMB and Adafactor hardly leave a matrix of zeros; Adam's kind moves what lies before it by full steps
 # along a gradient that is still noise (LOG.md has the figures).
@@ -30,12 +30,12 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     folder = Path(__file__).parent / "optim"
     files = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("param_groups", "mup"))
     if file not in files:
-        raise ValueError(f"--optim={name}: there is no such file in optim/; {config.nearest(file, files)}")
+        raise ValueError(f"--optim={name}: there is no such file in optim/; {checks.nearest(file, files)}")
     module = vars(importlib.import_module(f"optim.{file}"))
     classes = {n: c for n, c in module.items() if isinstance(c, type) and c.__module__ == module["__name__"]}
     classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
     if dot and wanted not in classes:
-        raise ValueError(f"--optim={name}: no such class in that file; {config.nearest(wanted, [*classes])}")
+        raise ValueError(f"--optim={name}: no such class in that file; {checks.nearest(wanted, [*classes])}")
     return classes[wanted] if wanted else next(iter(classes.values()))
 
 
@@ -44,7 +44,7 @@ def matrices_only(optimizer_class: type) -> bool:
     return getattr(optimizer_class, "matrices_only", False)
 
 
-def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> config.Config:
+def settled(cfg: Config, device: torch.device, optimizer_class: type) -> Config:
     """The config with a value in place of every `auto`, and of every `none` that means the optimizer's own;
     and what torch itself has to be told."""
     if cfg.threads is not None:
@@ -59,9 +59,9 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
     gpu, apart = device.type == "cuda", cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     if cfg.zero_init == "auto" and optimizer_class.__name__ in AGAINST_ZERO:
-        cfg = config.update(cfg, zero_init=False)
-    return config.update(
-        config.with_traits(cfg),
+        cfg = update(cfg, zero_init=False)
+    return update(
+        with_traits(cfg),
         device=str(device),
         precision=amp.choose(cfg.precision, device),
         compile=cfg.compile if cfg.compile != "auto" else "default" if gpu and not apart else "off",
@@ -72,19 +72,19 @@ def settled(cfg: config.Config, device: torch.device, optimizer_class: type) -> 
     )
 
 
-def with_vocabulary(cfg: config.Config, n_vocab: int) -> config.Config:
+def with_vocabulary(cfg: Config, n_vocab: int) -> Config:
     """vocab_size None is the tokenizer's, rounded up to a multiple of 64, on any layout. Raises ValueError
     where tp does not divide it."""
-    cfg = config.update(cfg, vocab_size=cfg.vocab_size or -(-n_vocab // 64) * 64)
+    cfg = update(cfg, vocab_size=cfg.vocab_size or -(-n_vocab // 64) * 64)
     if cfg.vocab_size % cfg.tp:
         more = -(-cfg.vocab_size // cfg.tp) * cfg.tp
         raise ValueError(f"tp={cfg.tp} does not divide vocab_size={cfg.vocab_size}; try --vocab_size={more}")
     return cfg
 
 
-def lr_schedule(cfg: config.Config):
+def lr_schedule(cfg: Config):
     """Step -> what every learning rate is multiplied by. Raises ValueError for a bad --schedule.NAME."""
-    options = config.check_options(cfg, "schedule", schedules.SHAPES[cfg.schedule], given=schedules.OURS)
+    options = checks.check_options(cfg, "schedule", schedules.SHAPES[cfg.schedule], given=schedules.OURS)
     warmup = round(cfg.warmup_frac * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
 
     def factor(step: int) -> float:
@@ -95,7 +95,7 @@ def lr_schedule(cfg: config.Config):
     return factor
 
 
-def learning_rates(cfg: config.Config, optimizer_class: type, options: dict, kinds: dict) -> dict[str, float]:
+def learning_rates(cfg: Config, optimizer_class: type, options: dict, kinds: dict) -> dict[str, float]:
     """The peak learning rate of each kind of parameter. kinds: name -> kind, of the whole model."""
     lrs = {"matrix": cfg.lr, "embedding": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
     for kind, lr in lrs.items():
@@ -108,65 +108,15 @@ def learning_rates(cfg: config.Config, optimizer_class: type, options: dict, kin
     return lrs
 
 
-def introduction(cfg: config.Config, asked: config.Config, mesh: Mesh, record: dict, corpus: data.Corpus,
-                 whole: torch.nn.Module) -> list[str]:  # fmt: skip
-    """What this run is, in lines for people; the last one says what stands for every `auto` and `none`."""
-    differ = {n: getattr(cfg, n) for n in config.FIELDS if getattr(cfg, n) != getattr(asked, n)}
-    return [
-        f"commit {record['commit']}, torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)",
-        f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out",
-        f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is "
-        f"{cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}",
-        *mesh.table(),
-        "chosen: " + " ".join(f"{name}={value}" for name, value in differ.items()),
-    ]
-
-
-def remarks(cfg: config.Config, mesh: Mesh, earlier: checkpoint.Checkpoint | None) -> list[str]:
-    """Of each flag that has nothing to do here, that it has not; what a resumed run does not take up as it
-    was."""
-    saved = earlier.tree("replicas/replicas", missing=0) if earlier is not None else 0
-    n, alone = mesh.sizes["dp"] * mesh.sizes["cp"], cfg.compress is None and cfg.diloco_every is None
-    on_cpu, every, layout = mesh.device.type == "cpu", cfg.diloco_every, cfg.data_parallel
-    found = {
-        f"data_parallel={layout}: one replica, nothing to spread": mesh.groups["replicas"] is None
-        and layout != "ddp",
-        f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are":
-        mesh.groups["replicas"] is None and cfg.param_dtype is not None,
-        f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": cfg.pp == 1
-        and cfg.pp_schedule != "1f1b",
-        f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences": cfg.cp == 1
-        and cfg.cp_attention != "ring",
-        f"activation_checkpoint={cfg.activation_checkpoint}: activations are in host memory already": on_cpu
-        and "offload" in (cfg.activation_checkpoint or ""),
-        "async_save: with offload to disk, training waits while a checkpoint is written; a copy in memory is "
-        "what the disk was to spare": cfg.async_save and state_on_disk(cfg),
-        "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
-        "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
-        f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, or more":
-        cfg.patience is not None and earlier is not None
-        and earlier.tree("best/bad", missing=0) >= cfg.patience,
-        f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "
-        "not in the saved model": every is not None and cfg.steps % every,
-        "what compression had not sent yet is dropped": saved and alone,
-        f"{cfg.init_from} learned on top of counted n-grams, and here there are none; type --ngram= as there":
-        cfg.init_from is not None and cfg.ngram is None and earlier is None
-        and checkpoint.resolve(cfg.init_from).tree("config", missing={}).get("ngram"),
-        f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed "
-        "and shared out": saved not in (0, n) and not alone,
-    }
-    return [sentence for sentence, holds in found.items() if holds]
-
-
-def state_on_disk(cfg: config.Config) -> bool:
+def state_on_disk(cfg: Config) -> bool:
     return "disk" in (cfg.offload, cfg.offload_params)
 
 
-def offload_folder(cfg: config.Config, mesh: Mesh) -> Path:
+def offload_folder(cfg: Config, mesh: Mesh) -> Path:
     return Path(cfg.out_dir) / "offload" / f"rank_{mesh.rank}"
 
 
-def offloaded(cfg: config.Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def offloaded(cfg: Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer with its state elsewhere, stepped where the weights are."""
     from memory import offload
 
@@ -177,7 +127,7 @@ def offloaded(cfg: config.Config, mesh: Mesh, optimizer: torch.optim.Optimizer) 
 DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
+def data_parallel(cfg: Config, mesh: Mesh, cuts: dict[str, tuple]):
     """How ranks share the work, see the interface in parallel/ddp.py; each file is imported only if used.
 
     cuts: the parameters that tensor parallelism has cut, see parallel/tensor.py.
@@ -187,7 +137,7 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
     if cfg.diloco_every is not None:
         from parallel.diloco import DiLoCo
 
-        options = config.check_options(cfg, "diloco", DiLoCo, ("group", "device", "every", "bucket_mb"))
+        options = checks.check_options(cfg, "diloco", DiLoCo, ("group", "device", "every", "bucket_mb"))
         return DiLoCo(group, device, cfg.diloco_every, bucket_mb=cfg.bucket_mb, **options)
     if cfg.compress is not None:
         from parallel import compression
@@ -196,7 +146,7 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
             raise ValueError(f"--compress={cfg.compress} needs two or more replicas, one sends nothing; "
                              "start with torchrun --nproc_per_node=2, or leave it out")  # fmt: skip
         method = getattr(compression, cfg.compress)
-        reduce = method(**config.check_options(cfg, "compress", method))
+        reduce = method(**checks.check_options(cfg, "compress", method))
         return DDP(group, device, cfg.bucket_mb, reduce)
     if cfg.data_parallel == "ddp":
         return DDP(group, device, cfg.bucket_mb)
@@ -211,7 +161,7 @@ def data_parallel(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple]):
                 pinned=("embed.weight",) * (cfg.pp > 1))  # fmt: skip
 
 
-def products(cfg: config.Config, model: torch.nn.Module, device: torch.device, text: data.Tokens):
+def products(cfg: Config, model: torch.nn.Module, device: torch.device, text: data.Tokens):
     """Replaces the model's products where there are better ones, adds z-loss and counted n-grams of the text;
     returns FP8's state or None."""
     if cfg.z_loss is not None:
@@ -225,11 +175,11 @@ def products(cfg: config.Config, model: torch.nn.Module, device: torch.device, t
         return None
     from precision import fp8
 
-    options = config.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
+    options = checks.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
     return fp8.convert(model, device, **options)
 
 
-def add_ngrams(cfg: config.Config, model: torch.nn.Module, text: data.Tokens) -> None:
+def add_ngrams(cfg: Config, model: torch.nn.Module, text: data.Tokens) -> None:
     from ngram import LIMIT, NGrams
 
     try:
@@ -239,7 +189,7 @@ def add_ngrams(cfg: config.Config, model: torch.nn.Module, text: data.Tokens) ->
         raise ValueError(f"--ngram={cfg.ngram} does not go: {error}") from None
 
 
-def compiled(cfg: config.Config, model: torch.nn.Module, device: torch.device) -> str | None:
+def compiled(cfg: Config, model: torch.nn.Module, device: torch.device) -> str | None:
     """Compiles the blocks if asked to and possible; a sentence if it is not. Raises ValueError."""
     if cfg.compile == "off":
         if cfg.sub("compile"):
@@ -247,21 +197,21 @@ def compiled(cfg: config.Config, model: torch.nn.Module, device: torch.device) -
         return None
     import compiling
 
-    options = config.check_options(cfg, "compile", compiling.compile_blocks, ("model", "mode"))
+    options = checks.check_options(cfg, "compile", compiling.compile_blocks, ("model", "mode"))
     why = compiling.lacking(device)
     if why is None:
         compiling.compile_blocks(model, cfg.compile, **options)
     return why and f"compile={cfg.compile}: {why}; running uncompiled"
 
 
-def loss_scaler(cfg: config.Config) -> LossScaler | None:
-    return LossScaler(**config.check_options(cfg, "scaler", LossScaler)) if cfg.precision == "fp16" else None
+def loss_scaler(cfg: Config) -> LossScaler | None:
+    return LossScaler(**checks.check_options(cfg, "scaler", LossScaler)) if cfg.precision == "fp16" else None
 
 
-def guard(cfg: config.Config, model: torch.nn.Module, state, disk) -> spikes.Guard:
+def guard(cfg: Config, model: torch.nn.Module, state, disk) -> spikes.Guard:
     """The spike guard over this run's state. Raises ValueError for a bad --monitor.NAME."""
     ours = ("model", "optimizer", "position", "kept", "disk", "on_spike", "on_nonfinite", "precision")
-    options = config.check_options(cfg, "monitor", spikes.Guard, ours)
+    options = checks.check_options(cfg, "monitor", spikes.Guard, ours)
     policies = {cfg.on_spike, cfg.on_nonfinite}
     needs = dict(clip="clip", cut="lr_cut", ring="rollback", ring_every="rollback", rollbacks="rollback")
     for name in options:
@@ -279,7 +229,7 @@ def guard(cfg: config.Config, model: torch.nn.Module, state, disk) -> spikes.Gua
     return found
 
 
-def stepper(cfg: config.Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):
+def stepper(cfg: Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):
     """(what makes the optimizer, boxes of the parameters it will see a part of): where tensor parallelism has
     cut matrices, a method that looks at whole ones gets them whole. Raises ValueError for bad options."""
     options = cfg.sub("opt")

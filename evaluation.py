@@ -7,6 +7,7 @@ import torch
 import data
 from generation import generate
 from parallel.mesh import Mesh
+from tokenizer import Tokenizer
 
 
 def batches_of(tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh,
@@ -20,7 +21,7 @@ def batches_of(tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh,
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_batch_size: int,
-             tokenizer: data.Tokenizer, mesh: Mesh, first=False) -> dict[str, float | None]:  # fmt: skip
+             tokenizer: Tokenizer, mesh: Mesh, first=False) -> dict[str, float | None]:  # fmt: skip
     """val_loss (nats a token), val_bpb (bits a byte; None where tokens have no known length), val_accuracy
     and perplexity over about `tokens` tokens, the same on all ranks: the first ones, or spread over `rows`.
 
@@ -43,7 +44,7 @@ def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_b
             "val_accuracy": hits / count, "perplexity": math.exp(min(loss / count, 700))}
 
 
-def sample(model: torch.nn.Module, tokenizer: data.Tokenizer, n: int, seed: int, device: torch.device,
+def sample(model: torch.nn.Module, tokenizer: Tokenizer, n: int, seed: int, device: torch.device,
            forward=None) -> str:  # fmt: skip
     """A line break and the n tokens that follow. On every rank, for a forward may be a collective."""
     prompt = torch.from_numpy(tokenizer.encode("\n")).to(device)[None]

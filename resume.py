@@ -14,8 +14,10 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import checks
 import config
 from checkpoint import FOLDER, load, newest, resolve
+from settings import BRANCH, CHOSEN, FIELDS, FREE, FRESH, LAYOUTS, Config, update
 
 
 def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):
@@ -45,18 +47,18 @@ def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int])
     return found, bool(in_place)
 
 
-def continued(cfg: config.Config, saved: dict, branch: bool) -> config.Config:
+def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     """cfg as the continuation of the run whose resolved settings are `saved`.
 
     What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved
     run. Raises ValueError naming a field that differs and must not.
     """
     old, values = config.from_dict(saved), {}
-    for name, f in config.FIELDS.items():
+    for name, f in FIELDS.items():
         new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
-        left_open = new == "auto" or (new is None and name in config.CHOSEN)
-        allowed = change == config.FREE or (branch and change == config.BRANCH)
-        if change == config.FRESH:
+        left_open = new == "auto" or (new is None and name in CHOSEN)
+        allowed = change == FREE or (branch and change == BRANCH)
+        if change == FRESH:
             continue
         if (branch and name not in cfg.given) or (left_open and not (allowed and name in cfg.given)):
             values[name] = was
@@ -70,15 +72,15 @@ def continued(cfg: config.Config, saved: dict, branch: bool) -> config.Config:
     if branch:  # another schedule or compression brings its own options, the others stay
         options = {k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given} | options
         if "data_parallel" in cfg.given:  # another layout, its own options too
-            own = config.LAYOUTS.keys() - cfg.given - {"diloco_every"}
-            values |= {name: config.FIELDS[name].default for name in own}
+            own = LAYOUTS.keys() - cfg.given - {"diloco_every"}
+            values |= {name: FIELDS[name].default for name in own}
     for name in sorted(old.options | options):
         if name.startswith(("opt.", "diloco.", "fp8.")) and options.get(name) != old.options.get(name):
             raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
-    return config.check(config.update(cfg, **values, options=options))
+    return checks.check(update(cfg, **values, options=options))
 
 
-def mismatch(cfg: config.Config, name: str, was, new, branch: bool) -> str:
+def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
     if branch:
         return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
     return (

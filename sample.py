@@ -16,25 +16,27 @@ import torch
 import checkpoint
 import choices
 import config
-import data
+import corpora
 from generation import generate
 from model import GPT, GPTConfig
 from parallel.mesh import pick_device
+from settings import with_traits
+from tokenizer import Tokenizer
 
 
-def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, data.Tokenizer]:
+def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is
     none."""
     saved = checkpoint.resolve(path)
-    cfg = config.with_traits(config.from_dict(saved.tree("config")))
+    cfg = with_traits(config.from_dict(saved.tree("config")))
     model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
     saved.load_weights(model)
     if cfg.ngram is not None:  # counted again: no checkpoint holds them
-        corpus = data.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
+        corpus = corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
         if corpus.sha256 != saved.tree("record/data_sha256"):
             raise ValueError(f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since")
         choices.add_ngrams(cfg, model, corpus.train)
-    return model.eval(), data.tokenizer(cfg.tokenizer)
+    return model.eval(), Tokenizer(cfg.tokenizer)
 
 
 def main(argv: list[str]) -> None:

@@ -41,6 +41,7 @@ import logger
 import proposals
 import resume
 import sweep_results
+from settings import FIELDS
 
 TRAIN = str(Path(__file__).resolve().parent / "train.py")
 OPTIONS = dict(method="grid", trials="20", jobs="1", metric="val_loss", launch="", search_seed="0")
@@ -62,7 +63,7 @@ def read(argv: list[str]) -> tuple[dict, dict, list[str]]:
             options[name] = text
         elif name.startswith("search.") and equals:
             search[name[7:]] = proposals.choices(name[7:], text)
-        elif near := difflib.get_close_matches(name, {*OPTIONS} - {*config.FIELDS, name}, 1, 0.75):
+        elif near := difflib.get_close_matches(name, {*OPTIONS} - {*FIELDS, name}, 1, 0.75):
             raise ValueError(f"there is no field {name!r}; did you mean --{near[0]}?")
         else:
             words.append(word)

@@ -19,16 +19,20 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import checks
 import choices
 import config
+import corpora
 import data
 import evaluation
 import faults
+import introduction
 import logger
 import monitor
 import resume
 import saving
 import schedules
+import settings
 import spikes
 import state
 import watch
@@ -41,7 +45,7 @@ from position import Best, Position
 from precision import amp, histogram, stochastic
 
 
-def main(cfg: config.Config) -> dict:
+def main(cfg: settings.Config) -> dict:
     """One run, from its settings to its last metrics, which are returned.
 
     Uses the process group if there is one. Raises ValueError for a user's mistake.
@@ -61,7 +65,7 @@ def main(cfg: config.Config) -> dict:
     if earlier is not None:
         saved = earlier.tree("config")
         cfg = resume.continued(cfg, saved, branch=cfg.resume != "auto")
-        cfg = config.update(cfg, resume=saved["resume"]) if in_place else cfg
+        cfg = settings.update(cfg, resume=saved["resume"]) if in_place else cfg
     step = first_step = earlier.step if earlier is not None else 0
 
     def leave(metrics: dict) -> dict:
@@ -85,12 +89,12 @@ def main(cfg: config.Config) -> dict:
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
     optimizer_class = choices.find_optimizer(cfg.optim)
     cfg = choices.settled(cfg, device, optimizer_class)
-    opt_options = config.check_options(cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay"))
+    opt_options = checks.check_options(cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay"))
     lr_factor = choices.lr_schedule(cfg)  # step -> what every lr is multiplied by
 
     # ---- data ---------------------------------------------------------------------------------------------
     corpus = mesh.first_on_each_machine(
-        lambda: data.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
+        lambda: corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
     )
     if not mesh.alike(corpus.sha256):
         raise ValueError(f"--data={cfg.data} is not the same on every machine; copy it to all from one")
@@ -103,14 +107,12 @@ def main(cfg: config.Config) -> dict:
             raise ValueError(f"--data={cfg.data} has changed since {earlier.path} was written")
 
     # ---- model: the same start on every layout ------------------------------------------------------------
-    group, pipe = mesh.groups["pp"], None
+    group, pipe, dtype = mesh.groups["pp"], None, amp.PARAM_DTYPE[cfg.precision]
     if group is not None:
-        pipe = pipeline.Pipeline(group, cfg.pp_schedule, cfg.n_layer, config.chunks(cfg), device, cfg.tied)
+        pipe = pipeline.Pipeline(group, cfg.pp_schedule, cfg.n_layer, settings.chunks(cfg), device, cfg.tied)
     with torch.device("meta"):  # shapes alone; the layout decides what is held where
         whole = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
-        model = GPT(whole.config, None if pipe is None else pipe.layers)
-    dtype = amp.PARAM_DTYPE[cfg.precision]
-    model = model.to(dtype)
+        model = GPT(whole.config, None if pipe is None else pipe.layers).to(dtype)
     weights = functools.partial(initial_weight, model.config)  # by name and shape
     if earlier is not None:
         weights = state.training_weights(earlier)
@@ -173,10 +175,10 @@ def main(cfg: config.Config) -> dict:
     replicas = choices.data_parallel(cfg, mesh, cuts)
     model = replicas.wrap(model)
     replicas.fill(tensor.part_of(weights, cuts))
-    share, size = config.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
+    share, size = checks.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
     if size is None or share % size or (share // size % cfg.pp and "micro_batch_size" not in cfg.given):
         size = choices.largest_micro_batch(run, model, replicas, share, mesh)
-        cfg = config.update(cfg, micro_batch_size=size)
+        cfg = settings.update(cfg, micro_batch_size=size)
     if pipe is not None:
         pipe.plan(share // cfg.micro_batch_size, True)  # a schedule that cannot be shows now
 
@@ -212,8 +214,8 @@ def main(cfg: config.Config) -> dict:
     record = logger.environment(device, mesh.world, corpus.sha256)
     if is_main:
         (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")
-    notes = choices.remarks(cfg, mesh, earlier) + [uncompiled, eights and eights.emulated]
-    for line in filter(None, choices.introduction(cfg, asked, mesh, record, corpus, whole) + notes):
+    said = introduction.lines(cfg, asked, mesh, record, corpus, whole, earlier)
+    for line in filter(None, said + [uncompiled, eights and eights.emulated]):
         log.say(line)
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision.removesuffix("_sr"))
@@ -338,12 +340,9 @@ if __name__ == "__main__":
     try:
         main(config.parse(sys.argv[1:]))
         meshes.end()
-    except ValueError as error:
+    except (ValueError, OSError, spikes.Aborted) as error:  # a mistake; a full disk, a lost folder; the guard
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, spikes.Aborted) as error:  # a full disk, a folder that went away; the guard
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
         faults.leave(error)
     except KeyboardInterrupt:  # before the loop, which has a handler of its own: nothing to lose yet

@@ -31,11 +31,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import config
 import qk_clip
 from parallel import context
 from parallel.mesh import Mesh
 from parallel.tensor import summed
+from settings import Config
 
 KINDS = ("matrix", "embedding", "head", "scalar")
 
@@ -45,7 +45,7 @@ class Watch:
     step. boxes: name -> (whole shape, offsets) of what the optimizer has a part of; counted({name: x}): those
     of the x which no other rank counts. Raises ValueError for an optimizer that QK-clip cannot follow."""
 
-    def __init__(self, cfg: config.Config, mesh: Mesh, model: nn.Module, optimizer: torch.optim.Optimizer,
+    def __init__(self, cfg: Config, mesh: Mesh, model: nn.Module, optimizer: torch.optim.Optimizer,
                  boxes: dict, counted):  # fmt: skip
         self.cfg, self.mesh, self.model, self.optimizer, self.counted = cfg, mesh, model, optimizer, counted
         self.watched, self.undo, self.steps, self.clipped = False, [], 0, torch.zeros(())

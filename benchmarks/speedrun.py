@@ -30,6 +30,7 @@ from statistics import fmean, median
 import torch
 
 import config
+import corpora
 import data
 import sample
 from benchmarks import runs
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("the recipes have two tokenizers, and nats of different tokens cannot be compared; "
                          f"write one tokenizer into {' and '.join(recipes.values())}")  # fmt: skip
     cfg, found = configs["ours"], {who: [] for who in recipes}
-    held_out = data.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url).val
+    held_out = corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url).val
     multiple = math.lcm(*(cfg.block_size for cfg in configs.values()))
     stretches(len(held_out), multiple)  # a text that is too short shows now
     try:

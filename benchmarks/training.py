@@ -29,6 +29,7 @@ import compiling
 import config
 from benchmarks import runs
 from memory import activation_checkpoint
+from settings import TYPES
 
 NAMES = "fp32,bf16,bf16+default,fp8,bf16+full,bf16+selective,bf16+every_2"
 ON_GPU = ",bf16+reduce-overhead,bf16+max-autotune,bf16+default+selective,fp8+default"  # as well
@@ -36,7 +37,7 @@ IF_QUICK = "fp32,bf16,fp8,bf16+full"
 USUAL = "--steps=12 --eval_every=0 --save_every=0 --sample_tokens=0 --log_every=1 --resume=never".split()
 QUICK = "--steps=6 --n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=4".split()
 CHOSEN = ("precision", "compile", "activation_checkpoint")
-PRECISIONS, MODES = (typing.get_args(config.TYPES[name]) for name in CHOSEN[:2])
+PRECISIONS, MODES = (typing.get_args(TYPES[name]) for name in CHOSEN[:2])
 FLAGS = {"--only": ".+", "--rounds": "[1-9][0-9]*", "--out": ".+", "--quick": ""}
 
 

@@ -212,7 +212,8 @@ def picture(rows: list[dict], figure) -> None:
     for how in (how for (how,) in groups(pick(rows, part="step"), "how")):
         x, y = 100 * mean(rows, how, "tensors") / none, 100 * (mean(rows, how, "ratio") - 1)
         left.plot(x, y, "o", color=INK[0], ms=7)
-        left.annotate(how, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=9)
+        below = -12 if how == "full" else 4  # its twin, full_offload, lies just above
+        left.annotate(how, (x, y), xytext=(5, below), textcoords="offset points", fontsize=9)
     left.axhspan(30, 40, color=INK[2], alpha=0.15, lw=0)
     left.set(xlabel="memory of activations, % of keeping all", ylabel="slower by, % (green: the lessons)",
              title="What recomputation costs and saves")  # fmt: skip

@@ -31,7 +31,7 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 import torch
 
 import checkpoint
-import data
+import corpora
 import train
 from experiments import protocol
 from experiments.findings import INK, groups, judged, line, listed, markdown, pick, plus_minus
@@ -70,7 +70,7 @@ def figures_of(keys: dict, quick: bool, nan_at: int | None = None) -> dict:
         return found
 
     train.evaluation.evaluate = look
-    text = data.load("python", "bytes", str(protocol.CACHE)).train.slice(0, 24 * 1024)
+    text = corpora.load("python", "bytes", str(protocol.CACHE)).train.slice(0, 24 * 1024)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "small.txt").write_bytes(bytes(text.tolist()))
         rows = protocol.train_run(

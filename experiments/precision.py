@@ -37,6 +37,7 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]  # el
 import torch
 import torch.nn.functional as F
 
+import corpora
 import data
 import model
 from experiments import protocol
@@ -125,7 +126,7 @@ def with_outlier(product, ratio: float, x, weight, bias=None, **options):
 def gradient_errors(case: str, seed: int) -> dict:
     """‖g - g'‖/‖g'‖ over the blocks' matrices, g' in fp32 without outlier, for each of RATIOS."""
     shape = model.GPTConfig(n_layer=2, n_embd=128, block_size=128, zero_init=False, seed=seed)
-    corpus = data.load("python", "bytes", str(protocol.CACHE))
+    corpus = corpora.load("python", "bytes", str(protocol.CACHE))
     tokens = data.Rows(corpus.train, 128, seed, 256)(range(8))
     gpt, linear, device = model.GPT(shape), fp8.linear, torch.device("cpu")
     with torch.no_grad():

@@ -48,7 +48,7 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 import config
-import data
+import corpora
 import logger
 import resume
 import train
@@ -209,7 +209,7 @@ def main(doc: str, file: str, grid: list[dict], small: list[dict], row, table, p
     home.mkdir(parents=True, exist_ok=True)
     jobs = int(given.get("--jobs", 1 if timed else cores))
     torch.set_num_threads(1)  # who forks must not have used more
-    data.load("python", "bytes", str(CACHE))  # rows at the same time find the cache filled
+    corpora.load("python", "bytes", str(CACHE))  # rows at the same time find the cache filled
 
     def key(one: dict) -> tuple:
         return tuple(str(value(str(one.get(part)))) for part in grid[0])

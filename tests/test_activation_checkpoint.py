@@ -15,7 +15,7 @@ from meter import Meter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import config
+import settings
 from generation import generate
 from memory import activation_checkpoint
 from memory.activation_checkpoint import HOW, keep_less, parse
@@ -265,7 +265,7 @@ def test_each_part_is_computed_once_more_and_none_in_evaluation(how):
 # ---- the bytes ---------------------------------------------------------------------------------------------
 SIZE, TOKENS = dict(n_layer=6, n_embd=64, vocab_size=32), 4 * 128
 UNIT = 4 * TOKENS * 64  # bytes of one (B, T, C)
-TRAITS = config.ARCHS
+TRAITS = settings.ARCHS
 KEPT = {"none": (19, 16, 21), "full": (1, 1, 1), "every_2": (10, 8.5, 11), "every_5": (13, 11, 14.33),
         "segments_3": (0.5, 0.5, 0.5), "attention": (12, 12, 14), "mlp": (11, 8, 13),
         "selective": (11, 11, 11)}  # units a layer  # fmt: skip

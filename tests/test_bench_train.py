@@ -7,6 +7,7 @@ import torch
 
 import bench
 import config
+import settings
 from benchmarks import runs, training
 
 FAKE = """
@@ -135,7 +136,7 @@ def test_a_mistake_is_one_line_before_anything_runs(words, said, fake, capsys):
 def test_what_is_compared_by_itself_can_be_and_no_field_has_the_name_of_a_flag():
     for name in (training.NAMES + training.ON_GPU + "," + training.IF_QUICK).split(","):
         assert config.parse(training.arguments([], training.chosen(name, 4), False))
-    assert not {*training.FLAGS} & {f"--{field}" for field in config.FIELDS}
+    assert not {*training.FLAGS} & {f"--{field}" for field in settings.FIELDS}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from test_train import close, flags, go, on_ranks, rows
 
+import checks
 import choices
 import config
 import resume
@@ -166,7 +167,7 @@ def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
     from parallel.compression import powersgd
 
     with pytest.raises(ValueError, match="rank=2.5 is of the wrong kind"):
-        config.check_options(cfg, "compress", powersgd)
+        checks.check_options(cfg, "compress", powersgd)
 
 
 @pytest.mark.parametrize("optim, zero", [

@@ -2,9 +2,12 @@ import dataclasses
 
 import pytest
 
+import checks
 import config
 import resume
-from config import Config, parse
+import settings
+from config import parse
+from settings import Config
 
 
 def bad(*argv: str) -> str:
@@ -98,7 +101,7 @@ def test_options_are_checked_against_the_signature():
 
     ok = Config(options={"opt.betas": (0.8, 0.9), "opt.dtype": "float32"})
     given = ("params", "lr")
-    assert config.check_options(ok, "opt", target, given) == {"betas": (0.8, 0.9), "dtype": "float32"}
+    assert checks.check_options(ok, "opt", target, given) == {"betas": (0.8, 0.9), "dtype": "float32"}
     for name, value, says in [
         ("opt.beta", 1, "did you mean --opt.betas"),
         ("opt.lr", 1, "no such argument"),
@@ -106,7 +109,7 @@ def test_options_are_checked_against_the_signature():
         ("opt.nesterov", 1, "wrong kind"),
     ]:
         with pytest.raises(ValueError, match=says):
-            config.check_options(Config(options={name: value}), "opt", target, given)
+            checks.check_options(Config(options={name: value}), "opt", target, given)
 
 
 def test_help_names_every_field_with_its_default(capsys):
@@ -114,19 +117,19 @@ def test_help_names_every_field_with_its_default(capsys):
         parse(["--help"])
     assert not stop.value.code
     text = capsys.readouterr().out
-    assert all(f"--{name} " in text for name in config.FIELDS)
-    assert all(f.metadata["help"] for f in config.FIELDS.values())
+    assert all(f"--{name} " in text for name in settings.FIELDS)
+    assert all(f.metadata["help"] for f in settings.FIELDS.values())
 
 
 def test_every_field_is_used():
-    """A flag that does nothing is a defect: each field's name appears outside config.py."""
+    """A flag that does nothing is a defect: each field's name appears outside settings.py and checks.py."""
     from pathlib import Path
 
     root = Path(config.__file__).parent
     text = "".join((root / name).read_text() for name in ("train.py", "model.py", "choices.py", "watch.py"))
-    elsewhere = {"arch", "pp_chunks"}  # in config.with_traits and config.chunks
+    elsewhere = {"arch", "pp_chunks"}  # in settings.with_traits and settings.chunks
     assert [
-        n for n in config.FIELDS if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere
+        n for n in settings.FIELDS if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere
     ] == []
 
 
@@ -149,7 +152,7 @@ def test_the_default_recipe_is_the_default():
 # ---- continuing ------------------------------------------------------------------------------------------
 def resolved(**values) -> dict:
     return config.to_dict(
-        dataclasses.replace(config.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values)
+        dataclasses.replace(settings.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values)
     )
 
 

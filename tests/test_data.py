@@ -19,8 +19,10 @@ import pytest
 import tiktoken
 import torch
 
+import corpora
 import data
 import download
+from tokenizer import Tokenizer
 
 needs_locks = pytest.mark.skipif(download.fcntl is None, reason="files have no locks here")
 
@@ -153,7 +155,7 @@ def test_an_id_outside_the_vocabulary_is_named(bad):
 
 
 def test_bytes_round_trip_and_broken_text_does_not_raise():
-    words = data.tokenizer("bytes")
+    words = Tokenizer("bytes")
     assert words.n_vocab == 256 and words.decode(words.encode("naïve ✓")) == "naïve ✓"
     assert words.decode([0xE2, 0x9C]) == "\ufffd" and "\ufffd" in words.decode([65, 300])
     assert words.byte_lengths().tolist() == [1] * 256
@@ -161,7 +163,7 @@ def test_bytes_round_trip_and_broken_text_does_not_raise():
 
 
 def test_a_tiktoken_encoding_works_offline_once_its_tables_are_there(gpt2):
-    words = data.tokenizer("gpt2")
+    words = Tokenizer("gpt2")
     assert words.n_vocab == 259 and words.encode("the ✓").tolist()[0] == 257
     assert words.decode(words.encode("the ✓ <|endoftext|>")) == "the ✓ <|endoftext|>"
     lengths = words.byte_lengths()
@@ -171,14 +173,14 @@ def test_a_tiktoken_encoding_works_offline_once_its_tables_are_there(gpt2):
 
 def test_unused_ids_have_no_bytes_and_decode_to_a_mark(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake_encoding(n_special=2))
-    words = data.tokenizer("gpt2")
+    words = Tokenizer("gpt2")
     assert words.n_vocab == 261 and words.byte_lengths()[258:].tolist() == [0, 0, 0]
     assert words.decode([104, 259, 105]) == "h\ufffdi"
 
 
 def test_an_unknown_tokenizer_names_the_nearest():
     with pytest.raises(ValueError, match="'gtp2'.*--tokenizer=gpt2.*cl100k_base"):
-        data.tokenizer("gtp2")
+        Tokenizer("gtp2")
 
 
 def test_a_tiktoken_encoding_that_cannot_be_fetched_says_what_to_do(monkeypatch):
@@ -187,7 +189,7 @@ def test_a_tiktoken_encoding_that_cannot_be_fetched_says_what_to_do(monkeypatch)
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(ValueError, match="(?s)gpt2.*no route.*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"):
-        data.tokenizer("gpt2")
+        Tokenizer("gpt2")
 
 
 # --- text ---
@@ -195,11 +197,11 @@ def test_a_tiktoken_encoding_that_cannot_be_fetched_says_what_to_do(monkeypatch)
 
 @pytest.fixture(scope="module")
 def python_corpus(tmp_path_factory):
-    return data.load("python", "bytes", str(tmp_path_factory.mktemp("cache")))
+    return corpora.load("python", "bytes", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_the_python_corpus_is_stable_and_plausible(python_corpus, tmp_path):
-    again = data.load("python", "bytes", str(tmp_path / "never made"))
+    again = corpora.load("python", "bytes", str(tmp_path / "never made"))
     assert again.sha256 == python_corpus.sha256 and len(again.train) == len(python_corpus.train)
     n_train, n_val = len(python_corpus.train), len(python_corpus.val)
     assert 5e6 < n_train + n_val < 5e7 and 0.05 < n_val / (n_train + n_val) < 0.10
@@ -208,7 +210,7 @@ def test_the_python_corpus_is_stable_and_plausible(python_corpus, tmp_path):
 
 def test_validation_of_the_python_corpus_is_whole_files_unseen_in_training(python_corpus):
     train, val = (split.slice(0, len(split)).tobytes() for split in (python_corpus.train, python_corpus.val))
-    stdlib = Path(data.sysconfig.get_path("stdlib"))
+    stdlib = Path(corpora.sysconfig.get_path("stdlib"))
     sources = [stdlib / f"{name}.py" for name in ("ast", "bisect", "enum", "heapq", "inspect", "json/decoder",
                "random", "shutil", "statistics", "threading", "typing", "zipfile")]
     for source in sources:
@@ -219,7 +221,7 @@ def test_validation_of_the_python_corpus_is_whole_files_unseen_in_training(pytho
 
 def test_a_text_file_holds_out_its_last_tenth(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(100)) * 10)
-    corpus = data.load(str(tmp_path / "a.txt"), "bytes", str(tmp_path))
+    corpus = corpora.load(str(tmp_path / "a.txt"), "bytes", str(tmp_path))
     assert (len(corpus.train), len(corpus.val)) == (900, 100)
     assert corpus.val.slice(0, 100).tolist() == list(range(100))
     assert corpus.sha256 == hashlib.sha256(bytes(range(100)) * 10).hexdigest()
@@ -228,7 +230,7 @@ def test_a_text_file_holds_out_its_last_tenth(tmp_path):
 def test_no_tokenizer_sees_half_a_character(tmp_path, gpt2):
     for n in range(1, 40):
         (tmp_path / "a.txt").write_text("✓" * n, encoding="utf-8")
-        splits = [data.load(str(tmp_path / "a.txt"), name, str(tmp_path)) for name in ("bytes", "gpt2")]
+        splits = [corpora.load(str(tmp_path / "a.txt"), name, str(tmp_path)) for name in ("bytes", "gpt2")]
         train, val = ({len(getattr(s, part)) for s in splits} for part in ("train", "val"))
         assert len(train) == len(val) == 1 and train.pop() % 3 == val.pop() % 3 == 0
 
@@ -236,26 +238,26 @@ def test_no_tokenizer_sees_half_a_character(tmp_path, gpt2):
 def test_tokens_of_a_text_are_made_once_and_equal_the_tokenizer(tmp_path, gpt2, monkeypatch):
     text = "the other\n" * 50_000 + "x" * 200_000 + "é" * 100_000  # lines, then two stretches without any
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    first = data.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+    first = corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
     ids = np.concatenate([split.slice(0, len(split)) for split in (first.train, first.val)])
-    assert data.tokenizer("gpt2").decode(ids) == text and ids.dtype == np.uint16
-    assert ids[:3].tolist() == data.tokenizer("gpt2").encode("the other\n")[:3].tolist()
+    assert Tokenizer("gpt2").decode(ids) == text and ids.dtype == np.uint16
+    assert ids[:3].tolist() == Tokenizer("gpt2").encode("the other\n")[:3].tolist()
     shards = sorted((tmp_path / "cache").rglob("*"))
     assert [shard.name for shard in shards[1:]] == ["train.bin", "val.bin"]  # and nothing temporary
 
-    monkeypatch.setattr(data.Tokenizer, "encode", None)  # the second time nothing is tokenised
-    again = data.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+    monkeypatch.setattr(Tokenizer, "encode", None)  # the second time nothing is tokenised
+    again = corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
     assert again.sha256 == first.sha256 and len(again.train) == len(first.train)
     (tmp_path / "a.txt").write_text(text + "!", encoding="utf-8")
     with pytest.raises(TypeError):  # other text, other cache
-        data.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+        corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
 
 
 @needs_locks
 def test_two_first_preparations_at_once_make_the_tokens_once(tmp_path, gpt2, monkeypatch, capsys):
     """Each has locks of its own, as two processes have."""
     (tmp_path / "a.txt").write_text("the other\n" * 30_000)
-    encode, started, calls = data.Tokenizer.encode, threading.Event(), []
+    encode, started, calls = Tokenizer.encode, threading.Event(), []
 
     def slow(self, text):
         calls.append(threading.current_thread().name)
@@ -263,11 +265,11 @@ def test_two_first_preparations_at_once_make_the_tokens_once(tmp_path, gpt2, mon
         time.sleep(0.1)
         return encode(self, text)
 
-    monkeypatch.setattr(data.Tokenizer, "encode", slow)
+    monkeypatch.setattr(Tokenizer, "encode", slow)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(data.load, str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+        first = pool.submit(corpora.load, str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
         assert started.wait(10)
-        second = pool.submit(data.load, str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+        second = pool.submit(corpora.load, str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
         ids = [one.result().train.slice(0, 100_000).tolist() for one in (first, second)]
     assert ids[0] == ids[1] and len(calls) == 6  # 5 pieces of the training part, 1 of the rest
     assert "being made by another process" in capsys.readouterr().err
@@ -278,7 +280,7 @@ def test_two_first_preparations_at_once_make_the_tokens_once(tmp_path, gpt2, mon
 def test_two_downloads_at_once_are_one(server, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         url, path = f"{server.url}/a.bin", tmp_path / "new" / "a.bin"
-        for one in [pool.submit(data.download, url, path, server.etag) for _ in range(8)]:
+        for one in [pool.submit(download.download, url, path, server.etag) for _ in range(8)]:
             assert one.result().read_bytes() == server.files["a.bin"]
     assert server.seen == [("a.bin", None)] and [file.name for file in path.parent.iterdir()] == ["a.bin"]
 
@@ -286,7 +288,7 @@ def test_two_downloads_at_once_are_one(server, tmp_path):
 def test_what_a_killed_preparation_left_is_in_nobodys_way(server, tmp_path):
     (tmp_path / "a.bin.lock").touch()
     (tmp_path / "a.bin.part").write_bytes(server.files["a.bin"][:100])
-    data.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
+    download.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
     assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
 
 
@@ -296,18 +298,18 @@ def test_an_interrupted_tokenisation_leaves_no_shard(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        data.write_shard(tmp_path / "a.bin", interrupted(), 256)
+        corpora.write_shard(tmp_path / "a.bin", interrupted(), 256)
     assert not (tmp_path / "a.bin").exists()
-    data.write_shard(tmp_path / "a.bin", [np.arange(5)], 256)
-    assert data.read_shard(tmp_path / "a.bin").tolist() == [0, 1, 2, 3, 4]
+    corpora.write_shard(tmp_path / "a.bin", [np.arange(5)], 256)
+    assert corpora.read_shard(tmp_path / "a.bin").tolist() == [0, 1, 2, 3, 4]
     assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_text_that_is_not_utf8_is_refused_for_tiktoken_and_read_as_bytes(tmp_path, gpt2):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 100)
     with pytest.raises(ValueError, match="UTF-8.*--tokenizer=bytes"):
-        data.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path))
-    assert len(data.load(str(tmp_path / "a.txt"), "bytes", str(tmp_path)).train) == 450
+        corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path))
+    assert len(corpora.load(str(tmp_path / "a.txt"), "bytes", str(tmp_path)).train) == 450
 
 
 def mistakes(tmp_path):
@@ -331,20 +333,20 @@ def mistakes(tmp_path):
 ])  # fmt: skip
 def test_a_mistake_in_data_gets_one_clear_line(tmp_path, gpt2, given, tokenizer, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
-        data.load(given.format(mistakes(tmp_path)), tokenizer, str(tmp_path))
+        corpora.load(given.format(mistakes(tmp_path)), tokenizer, str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 def test_a_mirror_for_data_that_downloads_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--data=python downloads nothing: leave --data_url= out"):
-        data.load("python", "bytes", str(tmp_path), url="http://127.0.0.1")
+        corpora.load("python", "bytes", str(tmp_path), url="http://127.0.0.1")
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path, gpt2):
     (tmp_path / "a.txt").write_text("some text\n" * 10)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be kept in .*file"):
-        data.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "file"))
+        corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "file"))
 
 
 # --- shards ---
@@ -366,29 +368,29 @@ def test_both_shard_formats_are_recognised_file_by_file(tmp_path):
     headered(tmp_path / "web_train_000003.bin", range(20, 30), 20240801, 7, dtype="<u4")
     headerless(tmp_path / "web_val_000000.bin", [7, 8])
     headerless(tmp_path / "test.bin", [9, 9])
-    corpus = data.load(str(tmp_path), "bytes", "unused")
+    corpus = corpora.load(str(tmp_path), "bytes", "unused")
     assert corpus.train.slice(0, 30).tolist() == list(range(30)) and len(corpus.train) == 30
     assert corpus.val.slice(0, 2).tolist() == [7, 8] and len(corpus.val) == 2
     before = corpus.sha256
     headerless(tmp_path / "web_val_000000.bin", [8, 8])
-    assert data.load(str(tmp_path), "bytes", "unused").sha256 != before
+    assert corpora.load(str(tmp_path), "bytes", "unused").sha256 != before
 
 
 def test_without_train_in_any_name_all_other_shards_are_training(tmp_path):
     headerless(tmp_path / "b.bin", [2])
     headerless(tmp_path / "a.bin", [1])
     headerless(tmp_path / "val.bin", [3])
-    assert data.load(str(tmp_path), "bytes", "unused").train.slice(0, 2).tolist() == [1, 2]
+    assert corpora.load(str(tmp_path), "bytes", "unused").train.slice(0, 2).tolist() == [1, 2]
 
 
 def test_written_shards_are_what_llm_c_reads(tmp_path):
     for n_vocab, magic, version, dtype in ((65536, 20240520, 1, "<u2"), (65537, 20240801, 7, "<u4")):
-        data.write_shard(tmp_path / "ours.bin", [np.arange(10), np.array([n_vocab - 1])], n_vocab)
+        corpora.write_shard(tmp_path / "ours.bin", [np.arange(10), np.array([n_vocab - 1])], n_vocab)
         headered(tmp_path / "theirs.bin", [*range(10), n_vocab - 1], magic, version, dtype=dtype)
         assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "theirs.bin").read_bytes()
-        assert data.read_shard(tmp_path / "ours.bin").tolist() == [*range(10), n_vocab - 1]
-    data.write_shard(tmp_path / "none.bin", [], 256)
-    assert len(data.read_shard(tmp_path / "none.bin")) == 0
+        assert corpora.read_shard(tmp_path / "ours.bin").tolist() == [*range(10), n_vocab - 1]
+    corpora.write_shard(tmp_path / "none.bin", [], 256)
+    assert len(corpora.read_shard(tmp_path / "none.bin")) == 0
 
 
 @pytest.mark.parametrize("fault, sentence", [
@@ -409,28 +411,28 @@ def test_a_damaged_shard_is_refused(tmp_path, fault, sentence):
     path.write_bytes(damage[fault])
     headerless(tmp_path / "val.bin", range(10))
     with pytest.raises(ValueError, match=f"train.bin {sentence}"):
-        data.load(str(tmp_path), "bytes", "unused")
+        corpora.load(str(tmp_path), "bytes", "unused")
 
 
 def test_a_folder_without_training_or_validation_shards_says_so(tmp_path):
     with pytest.raises(ValueError, match="has 0 .bin files, none of them train data"):
-        data.load(str(tmp_path), "bytes", "unused")
+        corpora.load(str(tmp_path), "bytes", "unused")
     headerless(tmp_path / "train.bin", [1, 2])
     with pytest.raises(ValueError, match="has 1 .bin files, none of them val data: add one with 'val'"):
-        data.load(str(tmp_path), "bytes", "unused")
+        corpora.load(str(tmp_path), "bytes", "unused")
     (tmp_path / "train.bin").rename(tmp_path / "val.bin")
     with pytest.raises(ValueError, match="none of them train data"):
-        data.load(str(tmp_path), "bytes", "unused")
+        corpora.load(str(tmp_path), "bytes", "unused")
 
 
 def test_small_data_is_checked_in_full_at_load_and_large_data_row_by_row(tmp_path, monkeypatch):
     headerless(tmp_path / "train.bin", [1] * 99 + [999])
     headerless(tmp_path / "val.bin", [1] * 50)
     with pytest.raises(ValueError, match=r"\(train\) holds token id 999, and vocab_size is 256"):
-        data.load(str(tmp_path), "bytes", "unused")
-    assert data.load(str(tmp_path), "bytes", "unused", vocab_size=1000).tokenizer.name == "ids"
-    monkeypatch.setattr(data, "SMALL", 100)
-    corpus = data.load(str(tmp_path), "bytes", "unused", vocab_size=256)
+        corpora.load(str(tmp_path), "bytes", "unused")
+    assert corpora.load(str(tmp_path), "bytes", "unused", vocab_size=1000).tokenizer.name == "ids"
+    monkeypatch.setattr(corpora, "SMALL", 100)
+    corpus = corpora.load(str(tmp_path), "bytes", "unused", vocab_size=256)
     rows = data.Rows(corpus.train, 9, None, 256)
     rows(range(10))
     with pytest.raises(ValueError, match="token id 999"):
@@ -440,7 +442,7 @@ def test_small_data_is_checked_in_full_at_load_and_large_data_row_by_row(tmp_pat
 @pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
 def test_shards_made_anew_have_another_checksum(tmp_path, monkeypatch, small):
     """A run that goes on must notice; in small data each bit counts, in large ones a stretch of 1/64."""
-    monkeypatch.setattr(data, "SMALL", 2**30 if small else 0)
+    monkeypatch.setattr(corpora, "SMALL", 2**30 if small else 0)
     ids = np.arange(2**19) % 251
     headerless(tmp_path / "val.bin", [7] * 100)
     seen = set()
@@ -449,14 +451,14 @@ def test_shards_made_anew_have_another_checksum(tmp_path, monkeypatch, small):
         if start is not None:
             changed[start : start + (1 if small else len(ids) // 64 + 1)] += 1
         headerless(tmp_path / "train.bin", changed)
-        seen.add(data.load(str(tmp_path), "bytes", "unused").sha256)
+        seen.add(corpora.load(str(tmp_path), "bytes", "unused").sha256)
     assert len(seen) == 2 + len(range(12345, len(ids), 70_000))
 
 
 def test_shards_of_an_unknown_tokenizer_have_no_bytes(tmp_path):
     headerless(tmp_path / "train.bin", [300, 400])
     headerless(tmp_path / "val.bin", [300])
-    words = data.load(str(tmp_path), "bytes", "unused", vocab_size=500).tokenizer
+    words = corpora.load(str(tmp_path), "bytes", "unused", vocab_size=500).tokenizer
     assert words.n_vocab == 500 and words.byte_lengths() is None
     assert words.decode([300, 400]) == "300 400" and words.encode("300 400").tolist() == [300, 400]
 
@@ -517,16 +519,16 @@ def server():
 
 
 def test_a_download_arrives_whole_and_only_once(server, tmp_path):
-    path = data.download(f"{server.url}/a.bin", tmp_path / "new" / "a.bin", server.etag)
+    path = download.download(f"{server.url}/a.bin", tmp_path / "new" / "a.bin", server.etag)
     assert path.read_bytes() == server.files["a.bin"]
-    data.download(f"{server.url}/a.bin", path)
+    download.download(f"{server.url}/a.bin", path)
     assert server.seen == [("a.bin", None)] and [file.name for file in path.parent.iterdir()] == ["a.bin"]
 
 
 @pytest.mark.parametrize("have", [1, 2, 10_000, 25_599, 25_600])
 def test_a_partial_download_is_continued(server, tmp_path, have):
     (tmp_path / "a.bin.part").write_bytes(server.files["a.bin"][:have])
-    data.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
+    download.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
     assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
     assert server.seen == [("a.bin", f"bytes={have - 1}-" if have > 1 else None)]
 
@@ -534,14 +536,14 @@ def test_a_partial_download_is_continued(server, tmp_path, have):
 def test_a_server_that_ignores_range_sends_the_whole_file(server, tmp_path):
     server.moods.add("no_range")
     (tmp_path / "a.bin.part").write_bytes(b"x" * 9999)
-    data.download(f"{server.url}/a.bin", tmp_path / "a.bin")
+    download.download(f"{server.url}/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
 
 
 @pytest.mark.parametrize("mood", ["break", "break no_range"])
 def test_a_connection_that_breaks_midway_is_taken_up_again(server, tmp_path, mood):
     server.moods.update(mood.split())
-    data.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
+    download.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
     assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
     assert [asked for _, asked in server.seen] == [None, "bytes=12799-"]
 
@@ -550,38 +552,38 @@ def test_a_connection_that_brings_nothing_more_ends_with_a_sentence_and_keeps_th
     server.moods.add("broken")
     (tmp_path / "a.bin.part").write_bytes(server.files["a.bin"][:1000])
     with pytest.raises(ValueError, match="cannot download .*/a.bin .*--data_url=.*--data=python"):
-        data.download(f"{server.url}/a.bin", tmp_path / "a.bin")
+        download.download(f"{server.url}/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin.part").read_bytes() == server.files["a.bin"][:1000]
     assert not (tmp_path / "a.bin").exists()
 
 
 def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
     (tmp_path / "a.bin.part").write_bytes(bytes(30_000))
-    data.download(f"{server.url}/a.bin", tmp_path / "a.bin")
+    download.download(f"{server.url}/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
 
 
 def test_a_damaged_part_is_removed_and_fetched_once_more(server, tmp_path):
     (tmp_path / "a.bin.part").write_bytes(b"x" * 5000)
-    data.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
+    download.download(f"{server.url}/a.bin", tmp_path / "a.bin", server.etag)
     assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
     assert [asked for _, asked in server.seen] == ["bytes=4999-", None]
 
 
 def test_a_wrong_checksum_twice_is_an_error_and_leaves_nothing(server, tmp_path):
     with pytest.raises(ValueError, match=f"{server.etag} instead of {'0' * 64}.*--data_url="):
-        data.download(f"{server.url}/a.bin", tmp_path / "a.bin", "0" * 64)
+        download.download(f"{server.url}/a.bin", tmp_path / "a.bin", "0" * 64)
     assert len(server.seen) == 2 and not list(tmp_path.iterdir())
 
 
 def test_the_checksum_that_hugging_face_sends_with_its_redirect_is_used(server, tmp_path):
     server.moods.add("redirect")
-    data.download(f"{server.url}/a.bin", tmp_path / "good.bin")
+    download.download(f"{server.url}/a.bin", tmp_path / "good.bin")
     server.etag = "f" * 64
     with pytest.raises(ValueError, match=f"instead of {'f' * 64}"):
-        data.download(f"{server.url}/a.bin", tmp_path / "bad.bin")
+        download.download(f"{server.url}/a.bin", tmp_path / "bad.bin")
     server.etag = "an-ordinary-etag"  # says nothing about the content
-    data.download(f"{server.url}/a.bin", tmp_path / "other.bin")
+    download.download(f"{server.url}/a.bin", tmp_path / "other.bin")
     assert (tmp_path / "good.bin").read_bytes() == (tmp_path / "other.bin").read_bytes()
 
 
@@ -590,28 +592,28 @@ def test_without_network_the_error_says_what_else_to_use(tmp_path):
         taken.bind(("127.0.0.1", 0))
         for name in ("shakespeare", "openwebtext:1"):
             with pytest.raises(ValueError, match="cannot download .*--data_url=.*--data=python or a text"):
-                data.load(name, "bytes", str(tmp_path), url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+                corpora.load(name, "bytes", str(tmp_path), url=f"http://127.0.0.1:{taken.getsockname()[1]}")
 
 
 def test_a_missing_file_and_a_nonsense_address_are_errors(server, tmp_path):
     with pytest.raises(ValueError, match="cannot download .*404"):
-        data.download(f"{server.url}/b.bin", tmp_path / "b.bin")
+        download.download(f"{server.url}/b.bin", tmp_path / "b.bin")
     with pytest.raises(ValueError, match="cannot download nonsense/a.bin .*unknown url type"):
-        data.download("nonsense/a.bin", tmp_path / "b.bin")
+        download.download("nonsense/a.bin", tmp_path / "b.bin")
 
 
 def test_shakespeare_with_another_text_is_refused(server, tmp_path):
     server.files["input.txt"] = b"To be, or so"
     with pytest.raises(ValueError, match="instead of 86c4e6aa9db7"):
-        data.load("shakespeare", "bytes", str(tmp_path), url=server.url)
+        corpora.load("shakespeare", "bytes", str(tmp_path), url=server.url)
 
 
 def test_fineweb_takes_the_number_of_files_asked_for(server, tmp_path, gpt2):
     for i, split in enumerate(["val", "train", "train", "train"]):
         headered(tmp_path / "shard", [i] * 10)
         server.files[f"mirror/fineweb_{split}_{i:06d}.bin"] = (tmp_path / "shard").read_bytes()
-    three = data.load("fineweb:3", "gpt2", str(tmp_path), url=f"{server.url}/mirror")
-    two = data.load("fineweb:2", "gpt2", str(tmp_path), url=f"{server.url}/mirror")
+    three = corpora.load("fineweb:3", "gpt2", str(tmp_path), url=f"{server.url}/mirror")
+    two = corpora.load("fineweb:2", "gpt2", str(tmp_path), url=f"{server.url}/mirror")
     assert (len(three.train), len(two.train), len(two.val)) == (30, 20, 10) and len(server.seen) == 4
     assert two.train.slice(9, 11).tolist() == [1, 2]
 
@@ -619,7 +621,7 @@ def test_fineweb_takes_the_number_of_files_asked_for(server, tmp_path, gpt2):
 def test_a_mirror_may_be_a_local_folder(server, tmp_path, gpt2):
     headered(tmp_path / "fineweb_val_000000.bin", [1] * 10)
     headered(tmp_path / "fineweb_train_000001.bin", [2] * 10)
-    assert len(data.load("fineweb:1", "gpt2", str(tmp_path / "cache"), url=tmp_path.as_uri()).train) == 10
+    assert len(corpora.load("fineweb:1", "gpt2", str(tmp_path / "cache"), url=tmp_path.as_uri()).train) == 10
 
 
 def tar(files: dict[str, bytes], mode: str) -> bytes:
@@ -642,14 +644,14 @@ def test_openwebtext_is_tokenised_part_by_part_and_restarts_there(server, tmp_pa
         server.files[f"urlsf_subset0{part}.tar"] = tar(members, "w:")
     second, server.files["urlsf_subset01.tar"] = server.files["urlsf_subset01.tar"], b"not an archive"
     with pytest.raises(ValueError, match="openwebtext:2 cannot be read"):
-        data.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
+        corpora.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
     (tmp_path / "openwebtext" / "urlsf_subset01.tar").unlink()
     del server.files["urlsf_subset01.tar"]
     with pytest.raises(ValueError, match="urlsf_subset01.tar .*404"):
-        data.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
+        corpora.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
     server.files["urlsf_subset01.tar"] = second
     (tmp_path / "openwebtext" / "urlsf_subset00.tar").unlink()  # its shards are there, it is not needed again
-    corpus = data.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
+    corpus = corpora.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
     assert [name for name, _ in server.seen].count("urlsf_subset00.tar") == 1
 
     def texts(split):

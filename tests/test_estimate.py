@@ -16,7 +16,7 @@ from meter import Meter, measure, nbytes
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-import config
+import settings
 from memory import estimate
 from memory.estimate import activation_bytes, assign, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
 from memory.offload import offload
@@ -31,7 +31,7 @@ CLASSES = {"sgd": sgd.SGD, "adamw": adamw.AdamW, "adam_l2": adam_l2.AdamL2, "ada
            "lion": lion.Lion, "lars": lars.LARS, "lamb": lamb.LAMB, "muon": muon.Muon,
            "shampoo": shampoo.Shampoo, "soap": soap.SOAP, "schedule_free": schedule_free.AdamWScheduleFree,
            "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree}  # fmt: skip
-TRAITS = config.ARCHS
+TRAITS = settings.ARCHS
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 SIZE = dict(n_layer=8, n_head=2, n_embd=64, vocab_size=256, block_size=8)
 

@@ -49,15 +49,15 @@ def toy(folder: Path, *words: str, grid=GRID, small=GRID[:2], slow=0.0, fails=()
 
     words = [w for w in words if w] + [f"--jobs={jobs}"]
     words += [] if any(w.startswith("--out") for w in words) else [f"--out={folder}"]
-    before, sys.argv, load_corpus = sys.argv, ["toy.py", *words], protocol.data.load
-    protocol.data.load = lambda *_: None  # toys read none
+    before, sys.argv, load_corpus = sys.argv, ["toy.py", *words], protocol.corpora.load
+    protocol.corpora.load = lambda *_: None  # toys read none
     try:
         protocol.main(DOC, "toy.py", grid, small, row, lambda rows: f"{len(rows)} rows",
                       lambda rows, figure: figure.subplots().plot([1, 2]), verdict)  # fmt: skip
     except SystemExit as end:
         return end.code
     finally:
-        sys.argv, protocol.data.load = before, load_corpus
+        sys.argv, protocol.corpora.load = before, load_corpus
 
 
 def measured(folder: Path) -> list[str]:

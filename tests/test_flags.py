@@ -9,6 +9,7 @@ from test_train import go, rows, trace
 
 import checkpoint
 import config
+import corpora
 import data
 import evaluation
 import monitor
@@ -43,7 +44,7 @@ def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch
     seen, plain = [], data.Rows.__call__
     monkeypatch.setattr(data.Rows, "__call__", lambda self, n: (seen.extend(n), plain(self, n))[1])
     go(text, tmp_path / "a", "--steps=1", "--eval_tokens=160", "--eval_every=5")
-    per_epoch = len(data.load(text, "bytes", str(tmp_path)).val) // 16
+    per_epoch = len(corpora.load(text, "bytes", str(tmp_path)).val) // 16
     assert seen[:10] == [i * per_epoch // 10 for i in range(10)]
     del seen[:]
     go(text, tmp_path / "b", "--steps=1", "--eval_tokens=160", "--eval_every=5", "--eval_rows=first")
@@ -129,7 +130,7 @@ def test_mfu_is_per_device_against_the_given_peak(tmp_path, text):
 
 
 def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkeypatch):
-    threads, made, urls, load = [], [], [], data.load
+    threads, made, urls, load = [], [], [], corpora.load
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(evaluation, "generate", lambda model, ids, n, *a: (made.append(n), ids)[1])
     monkeypatch.setattr(

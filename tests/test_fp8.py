@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from harness import init_weights, run_ranks
 from torch.utils.checkpoint import checkpoint
 
-import config
+import checks
 from model import GPT, GPTConfig
 from parallel.ddp import DDP
 from parallel.zero import ZeRO
@@ -647,7 +647,7 @@ def test_only_products_inside_blocks_are_replaced_and_options_are_checked():
 def test_the_command_lines_options_fit_the_signature():
     def checked(**options):
         cfg = SimpleNamespace(sub=lambda namespace: options)
-        return config.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
+        return checks.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
 
     good = dict(scaling="row", delayed=True, weight_gradient=False, history=8, hardware="never")
     assert checked(**good) == good

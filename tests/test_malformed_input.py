@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import config
+import corpora
 import data
 
 ROOT = Path(config.__file__).parent
@@ -136,7 +137,7 @@ HEADS += [shard(IDS, magic=m, version=v) for m, v in ((20240520, 7), (20240801, 
 def loaded(where: Path, tokenizer: str = "bytes") -> bool:
     """Whether the data are taken, in which case every row can be read; a refusal must be a sentence."""
     try:
-        corpus = data.load(str(where), tokenizer, str(where.parent / "cache"))
+        corpus = corpora.load(str(where), tokenizer, str(where.parent / "cache"))
         for tokens in (corpus.train, corpus.val):
             rows = data.Rows(tokens, 8, 1, 256)
             ids = rows(range(rows.per_epoch))
@@ -168,7 +169,7 @@ def test_of_400_damaged_shards_each_is_taken_or_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
 def test_a_token_beyond_the_vocabulary_is_found_wherever_it_is(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(data, "SMALL", data.SMALL if small else 0)
+    monkeypatch.setattr(corpora, "SMALL", corpora.SMALL if small else 0)
     rng = random.Random(5)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "val.bin").write_bytes(shard([1] * 100))
@@ -212,7 +213,7 @@ def test_a_strange_name_is_a_sentence(tmp_path, monkeypatch, name, field):
     given = {"data": str(tmp_path / "a.txt"), "tokenizer": "bytes", "data_dir": str(tmp_path)} | {field: name}
     with seconds(20):
         try:
-            data.load(given["data"], given["tokenizer"], given["data_dir"])
+            corpora.load(given["data"], given["tokenizer"], given["data_dir"])
         except ValueError as error:
             sentence(error)
 

@@ -3,14 +3,14 @@ import torch
 import torch.nn.functional as F
 from harness import init_weights
 
-import config
+import settings
 from generation import generate
 from model import GPT, Dropout, GPTConfig, Where, causal_attention, initial_weight, rotary_angles, rotate
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
 GPT2 = dict(TINY, n_kv_head=4, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
             tied=True, bias=True, zero_init=False, init="gpt2", logit_cap=None)  # fmt: skip
-TRACK3 = dict(TINY, **config.ARCHS["track3"])
+TRACK3 = dict(TINY, **settings.ARCHS["track3"])
 ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2), GPTConfig(**TRACK3)]
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import config
 import monitor
+import settings
 from model import GPT, GPTConfig
 from monitor import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 
@@ -59,7 +59,7 @@ def test_the_formula_equals_what_torch_counts_operation_by_operation(tied):
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_head):
     c = GPTConfig(n_layer=3, n_head=4, n_kv_head=n_kv_head, n_embd=32, block_size=24, vocab_size=72,
-                  **config.ARCHS[arch] | {"tied": tied})  # fmt: skip
+                  **settings.ARCHS[arch] | {"tied": tied})  # fmt: skip
     model, x = GPT(c), torch.randint(72, (5, 24))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x, x).backward()

@@ -10,7 +10,7 @@ from test_train import go, rows
 
 import checkpoint
 import config
-import data
+import corpora
 import ngram
 import sample
 from generation import generate
@@ -181,7 +181,7 @@ def test_sample_counts_again_and_says_when_the_text_is_another(tmp_path, text, c
     own.write_bytes(open(text, "rb").read())
     go(str(own), tmp_path / "run", "--ngram=4", "--steps=1")
     model, _ = sample.load(str(tmp_path / "run"))
-    corpus = data.load(str(own), "bytes", str(tmp_path))
+    corpus = corpora.load(str(own), "bytes", str(tmp_path))
     same = GPT(model.config)
     checkpoint.newest(tmp_path / "run").load_weights(same)
     NGrams(corpus.train.slice(0, len(corpus.train)), 4, 256).add_to(same)

@@ -22,11 +22,12 @@ from test_train import ROOT, flags, go
 import checkpoint
 import choices
 import config
-import data
+import corpora
 import download
 import logger
 import sample
 import train
+from tokenizer import Tokenizer
 
 SOURCES = sorted(path for path in ROOT.rglob("*.py")
                  if not {"tests", "site-packages", ".venv"} & {*path.relative_to(ROOT).parts})  # fmt: skip
@@ -273,7 +274,7 @@ def test_data_are_numbers(tmp_path, mark):
     with nothing_runs():
         for where in ("d", "a.txt"):
             try:
-                data.load(str(tmp_path / where), "bytes", str(tmp_path), vocab_size=None)
+                corpora.load(str(tmp_path / where), "bytes", str(tmp_path), vocab_size=None)
             except ValueError:
                 pass
 
@@ -296,14 +297,14 @@ def test_a_vocabulary_is_a_table(tmp_path, monkeypatch, mark, kind):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / hashlib.sha1(address.encode()).hexdigest()).write_bytes(raw)
     with nothing_runs(), pytest.raises(ValueError, match="cannot fetch its encoding"):
-        data.tokenizer("r50k_base")
+        Tokenizer("r50k_base")
 
 
 def test_a_download_with_another_checksum_is_not_used(tmp_path, mark):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "input.txt").write_bytes(pickle.dumps(Payload(mark)))
     with nothing_runs(), pytest.raises(ValueError, match="came twice with sha256"):
-        data.load("shakespeare", "bytes", str(tmp_path / "cache"), url=f"file://{tmp_path / 'web'}")
+        corpora.load("shakespeare", "bytes", str(tmp_path / "cache"), url=f"file://{tmp_path / 'web'}")
     assert not list((tmp_path / "cache" / "shakespeare").iterdir())
     with pytest.raises(ValueError, match="came twice"):
         download.download(f"file://{tmp_path / 'web' / 'input.txt'}", tmp_path / "x", "0" * 64)

@@ -358,15 +358,15 @@ def test_mistakes_are_named():
 
 
 def test_options_fit_the_configs_check_of_signatures():
-    import config
+    import checks
 
     cfg = SimpleNamespace(sub=lambda namespace: {"detector": "ema", "factor": 3, "accept": 5})
     given = ("model", "optimizer", "position", "kept", "on_spike", "on_nonfinite", "precision")
-    assert config.check_options(cfg, "monitor", Guard, given)["factor"] == 3
+    assert checks.check_options(cfg, "monitor", Guard, given)["factor"] == 3
     with pytest.raises(ValueError, match="monitor.acept"):
-        config.check_options(SimpleNamespace(sub=lambda _: {"acept": 5}), "monitor", Guard, given)
+        checks.check_options(SimpleNamespace(sub=lambda _: {"acept": 5}), "monitor", Guard, given)
     with pytest.raises(ValueError, match="wrong kind"):
-        config.check_options(SimpleNamespace(sub=lambda _: {"accept": 2.5}), "monitor", Guard, given)
+        checks.check_options(SimpleNamespace(sub=lambda _: {"accept": 2.5}), "monitor", Guard, given)
 
 
 # ---- the ring --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import config
+import settings
 from generation import generate
 from model import GPT, GPTConfig, key
 from parallel import tensor
@@ -27,7 +27,7 @@ MODERN = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=16, block_size=8, vocab_s
 GPT2 = MODERN | dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
                      bias=True, init="gpt2", logit_cap=None)  # fmt: skip
 GQA = MODERN | dict(n_head=8, n_kv_head=4, n_embd=32, mup_base_width=16)
-TRACK3 = MODERN | config.ARCHS["track3"]
+TRACK3 = MODERN | settings.ARCHS["track3"]
 SHAPES = (MODERN, GPT2, GQA, TRACK3)
 
 

@@ -13,15 +13,17 @@ from matrix import TINY, difference, runs, text, trace
 from test_matrix import saved_and_resumed
 from test_model import awake, tokens
 
+import checks
 import choices
 import config
 import logger
+import settings
 import train
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 
 RECIPE = str(Path(train.__file__).parent / "configs" / "track3.toml")
-ARCH = config.ARCHS["track3"]
+ARCH = settings.ARCHS["track3"]
 SMALL = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64) | ARCH
 MUP = SMALL | dict(n_kv_head=1, attention_scale=None, mup_base_width=8)  # heads of 16, a quarter as wide
 
@@ -100,7 +102,7 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
     model = awake(GPTConfig(**SMALL))
     lrs = choices.learning_rates(cfg, Muon, cfg.sub("opt"), param_groups.kinds(model))
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, muon=True)
-    options = config.check_options(cfg, "opt", Muon, given=("params", "lr", "weight_decay"))
+    options = checks.check_options(cfg, "opt", Muon, given=("params", "lr", "weight_decay"))
     optimizer, w = Muon(groups, **options), {n: p.detach().clone() for n, p in model.named_parameters()}
     m, v = ({n: torch.zeros_like(p) for n, p in w.items()} for _ in range(2))
     for t in (1, 2):
@@ -192,5 +194,5 @@ def test_what_does_not_go_together_is_refused_with_what_to_type(flags, says):
 def test_what_the_refusals_say_to_type_goes():
     for flags in ("--mup_base_width=64 --attention_scale=none", "--logit_cap=none", "--n_head=64",
                   "--n_head=128 --position=learned", "--qk_clip=100 --qk_norm=false"):  # fmt: skip
-        cfg = config.with_traits(config.parse(["--arch=track3", *flags.split()]))
+        cfg = settings.with_traits(config.parse(["--arch=track3", *flags.split()]))
         assert config.from_dict(config.to_dict(cfg)) == cfg  # as a checkpoint holds it

@@ -88,12 +88,13 @@ def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, t
 def test_the_run_is_what_the_formula_says(tmp_path, text):
     """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the sums
     shows."""
+    import corpora
     import data
     from model import GPT, GPTConfig
 
     go(text, tmp_path, "--optim=sgd", "--precision=fp64", "--grad_clip=none", "--lr=0.3", "--steps=4",
        "--schedule=constant", "--warmup_steps=2", "--micro_batch_size=2")  # fmt: skip
-    corpus = data.load(text, "bytes", str(tmp_path))
+    corpus = corpora.load(text, "bytes", str(tmp_path))
     take = data.Rows(corpus.train, 16, 1337, 256)
     model = init_weights(GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16)).double())
     for step, lr in enumerate((0.15, 0.3, 0.3, 0.3)):

@@ -1,0 +1,66 @@
+"""Text <-> token ids: bytes, which need nothing, or any encoding of tiktoken."""
+
+import difflib
+from collections.abc import Iterable
+
+import numpy as np
+
+
+class Tokenizer:
+    """`bytes` (each byte of UTF-8 is a token), any tiktoken encoding, or `ids`: text made of numbers, for
+    shards whose tokenizer nobody knows. ValueError for another name, or tables that cannot be fetched."""
+
+    def __init__(self, name: str, n_vocab: int = 2**16):
+        self.name, self.n_vocab, self.encoding, self.special, self.end_of_text = name, n_vocab, None, {}, None
+        if name == "bytes":
+            self.n_vocab, self.end_of_text = 256, 0
+        elif name != "ids":
+            self.encoding = _tiktoken(name)
+            self.n_vocab, names = self.encoding.n_vocab, self.encoding.special_tokens_set
+            self.special = {name: self.encoding.encode_single_token(name) for name in names}
+            self.end_of_text = self.special.get("<|endoftext|>")
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text; the names of special tokens in it are ordinary text."""
+        if self.name == "ids":
+            return np.array(text.split(), np.int64)
+        if self.encoding:
+            return np.array(self.encoding.encode_ordinary(text), np.int64)
+        return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; broken UTF-8 and unused ids become U+FFFD."""
+        if self.name == "ids":
+            return " ".join(str(int(i)) for i in ids)
+        return b"".join(self._bytes(int(i), b"\xff") for i in ids).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray | None:
+        """(n_vocab,) bytes of text behind each id, 0 for special and unused ones; None when unknown."""
+        if self.name == "ids":
+            return None
+        special = set(self.special.values())
+        return np.array([0 if i in special else len(self._bytes(i, b"")) for i in range(self.n_vocab)])
+
+    def _bytes(self, i: int, unused: bytes) -> bytes:
+        try:
+            return self.encoding.decode_single_token_bytes(i) if self.encoding else bytes([i])
+        except (KeyError, ValueError, OverflowError):
+            return unused
+
+
+def _tiktoken(name: str):
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError(f"--tokenizer={name} needs `pip install tiktoken`; `bytes` needs nothing") from None
+    known = ["bytes", "ids", *tiktoken.list_encoding_names()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+        raise ValueError(f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; "
+                         f"known are {', '.join(known)}")
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # its tables are downloaded on first use
+        raise ValueError(f"tiktoken cannot fetch its encoding {name} ({str(error)[:200]}): set "
+                         "TIKTOKEN_CACHE_DIR to a folder filled on a machine with network, or use "
+                         "--tokenizer=bytes") from error
