@@ -43,6 +43,8 @@ def check(cfg: Config) -> Config:
                          "--attention_scale=none, or leave mup_base_width out")
     if trait(cfg, "logit_cap") is None and form not in ("auto", ARCHS[cfg.arch]["logit_cap_form"]):
         raise ValueError(f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15")
+    if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
+        raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
     if cfg.schedule not in ("auto", "wsd") and cfg.decay_frac != FIELDS["decay_frac"].default:
         raise ValueError(
             f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or --schedule=wsd"
@@ -123,6 +125,9 @@ def check_model_parallel(cfg: Config) -> None:
     if cfg.ngram is not None and (split or cfg.cp > 1):
         raise ValueError(f"ngram needs whole rows and logits on a rank and does not go with "
                          f"{[*split, 'cp'][0]}; leave one of them out")
+    if cfg.ngram_embed is not None and cfg.cp > 1:
+        raise ValueError("ngram_embed needs the tokens before a rank's own and does not go with cp; type "
+                         "--tp= instead, or leave one of them out")
     if cfg.pp_chunks is not None and (cfg.pp_chunks > 1) != (cfg.pp_schedule == "interleaved"):
         raise ValueError(f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
                          "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out")

@@ -1,6 +1,6 @@
 """A GPT in one file: token embedding, blocks of causal attention and MLP, output head.
 
-    x = embed[tokens] (+ positions)                     (B, T, C)
+    x = embed[tokens] (+ positions) (+ n-grams)         (B, T, C)
     x = x + proj(attention(q, k, v of norm(x)))         for each block
     x = x + mlp_proj(activation(fc(norm(x))))
     loss = sum over tokens of -log softmax(head(norm(x)))[target]
@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ngram_embedding import NGramEmbedding
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -56,6 +58,8 @@ class GPTConfig:
     logit_cap: float | None = 15.0
     logit_cap_form: str = "tanh"  # or root
     mup_base_width: int | None = None  # μP (optim/mup.py): the width at which it changes nothing
+    ngram_embed: int | None = None  # n-grams of up to so many tokens have embeddings too (ngram_embedding.py)
+    ngram_rows: int = 16384
     seed: int = 1337
 
 
@@ -131,6 +135,8 @@ class GPT(nn.Module):
         embed = first or (last and c.tied)  # a tied head has the embedding's name, also on its own
         self.embed = table(torch.empty(c.vocab_size, c.n_embd), freeze=False) if embed else None
         self.positions = table(torch.empty(c.block_size, c.n_embd), freeze=False) if learned else None
+        grams = first and c.ngram_embed
+        self.grams = NGramEmbedding(c.ngram_rows, c.n_embd, c.ngram_embed) if grams else None
         self.embed_norm = make_norm(c) if first and c.embed_norm else None
         self.drop_embed = Dropout(c, "embed")
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
@@ -159,7 +165,9 @@ class GPT(nn.Module):
             rotary = rotary_angles(positions, size, dtype, half=kind == "rotary_half")
         where = Where(positions, rows, rotary)
         if x.ndim == 2:
-            x = self.embed(x) if self.positions is None else self.embed(x) + self.positions(where.positions)
+            ids, x = x, self.embed(x)
+            x = x if self.positions is None else x + self.positions(where.positions)
+            x = x if self.grams is None else x + self.grams(self.grams.find(ids, where.positions))
             x = self.drop_embed(x if self.embed_norm is None else self.embed_norm(x), where)
         names = list(self.blocks) if layers is None else list(map(str, layers))
         x = self.through([self.blocks[name] for name in names], x, where)
@@ -268,12 +276,12 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
 
     gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream. fan_in:
     embeddings 1, matrices 0.5/sqrt(fan_in). torch: its own, 1 and sqrt(1/3)/sqrt(fan_in). zero_init: those
-    projections and an untied head start at 0, so that every block starts as the identity.
+    projections and an untied head start at 0, so that every block starts as the identity. N-grams always do.
     """
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     into_residual, embedding = name.endswith("proj.weight"), name in ("embed.weight", "positions.weight")
-    if c.zero_init and (into_residual or name == "head.weight"):
+    if name == "grams.weight" or (c.zero_init and (into_residual or name == "head.weight")):
         return torch.zeros(shape)
     base, hidden = c.mup_base_width or c.n_embd, not (embedding or name == "head.weight")
     if c.init != "gpt2":

@@ -86,6 +86,10 @@ class Config:
     logit_cap_form: Literal["auto", "tanh", "root"] = knob(
         "auto", "cap*tanh(x/cap) | cap*x/sqrt(x^2 + cap^2), track3's"
     )
+    ngram_embed: int | None = knob(
+        None, "n-grams of 2 to so many tokens have embeddings too, by hash (ngram_embedding.py)", least=2
+    )
+    ngram_rows: int = knob(16384, "rows of the table that they share", least=1)
     init_from: str | None = knob(None, "run or checkpoint whose weights alone are the start (fine-tuning)")
     # optimizer; --opt.NAME= goes to its constructor
     optim: str = knob("muon", "file in optim/ (its first class) or file.Class")

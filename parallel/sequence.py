@@ -16,7 +16,7 @@ So too with the MLP. The embedding ends with g, and f stands before the head, so
 of all tokens over its words. Stages of a pipeline send each other (B, T/N, C).
 
 Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activation, P the parameters that
-see only this rank's tokens (gains and biases of norms, biases of row layers, learned positions):
+see only this rank's tokens (gains and biases of norms, biases of row layers, learned positions, n-grams):
 
     forward     reduce-scatter after each row layer and the embedding       (2 layers + 1) a
                 all-gather before attention, MLP and head                   (2 layers + 1) a
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from parallel import tensor
 
 DROPOUTS = ("drop_embed", "drop_attn", "drop_mlp")
-LOCAL = ("embed_norm", "attn_norm", "mlp_norm", "final_norm", "positions")
+LOCAL = ("embed_norm", "attn_norm", "mlp_norm", "final_norm", "positions", "grams")
 
 # torch 2.13 has new names for what 2.11 knows by the old ones alone
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -98,9 +98,9 @@ def split(model: nn.Module, group: dist.ProcessGroup | None, dropouts=DROPOUTS, 
     """`split` of parallel/tensor.py, with the tokens shared out between the products while in training.
 
     dropouts: endings of the names of modules called with (x, where), where.positions (..., T) being those of
-    all tokens; local: of modules that treat each token alone, norms and the table of positions, which is
-    called with the positions of all tokens; endings: see there. A stage that begins after other layers takes
-    x (B, T/N, C) and, whole, the positions (T,).
+    all tokens; local: of modules that treat each token alone, norms and the tables of positions and n-grams,
+    which are called with those of all tokens (..., T); endings: see there. A stage that begins after other
+    layers takes x (B, T/N, C) and, whole, the positions (T,).
 
     Raises ValueError as there and, when called, where N does not divide T.
     """

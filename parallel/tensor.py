@@ -16,9 +16,9 @@ first matrix is cut by columns and the second by rows, so that nothing is sent b
 torch stores W1 and W2 transposed: a column layer's weight is cut along dimension 0, a row layer's along 1. A
 column's bias is cut with it; a row's is whole and added after the sum (before, it would count N times). The
 embedding is cut by words: other ranks' words give zeros, g adds up. The head too, tied or not: each rank has
-the logits of its words, and the loss takes three numbers a token from the others instead of V. Norms and
-learned positions are whole everywhere, and so, after f's sums, are their gradients. f stands once before q, k
-and v; in each of them, as a column layer drawn alone has it, it would send dX three times.
+the logits of its words, and the loss takes three numbers a token from the others instead of V. Norms, learned
+positions and n-grams are whole everywhere, and so, after f's sums, are their gradients. f stands once before
+q, k and v; in each of them, as a column layer drawn alone has it, it would send dX three times.
 
 Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activation:
 

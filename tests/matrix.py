@@ -119,8 +119,8 @@ def column(layout: str, precision: str, optimizers: list[str], *more: str) -> di
     """The trace of every optimizer on one layout. The oracles: "one process", for what cuts the model up "one
     larger process"."""
     world, flags = LAYOUTS.get(layout) or MODEL_PARALLEL.get(layout, (1, []))
-    if layout in MODEL_PARALLEL or layout == "one larger process":
-        flags = [*LARGER, *flags, *more]
+    larger = LARGER if layout in MODEL_PARALLEL or layout == "one larger process" else []
+    flags = [*larger, *flags, *more]
     with tempfile.TemporaryDirectory() as folder:
         text(folder)
         if world == 1:
