@@ -6,8 +6,9 @@ Source: the first lesson, section 5, with its table of four methods; the papers 
 parallel/compression.py.
 
 Protocol: a GPT of 4 layers and width 128 on 2 ranks, 200 steps of AdamW (the best lr of mup_transfer at this
-width, 2^-7; the same for all, tuned for none of them) on 16 sequences of 128 tokens, 3 seeds. Accumulation:
-the same tokens in steps of four times as many, with the square root rule for the lr. Bytes are those that
+width, 2^-7; the same for all, tuned for none of them) on 16 sequences of 128 tokens, 3 seeds. Three methods
+also with SGD (lr 2^-1, momentum 0.9), which error feedback is made for. Accumulation: the same tokens in
+steps of four times as many, with the square root rule for the lr. Bytes are those that
 parallel/compression.py hands to the collectives, indices and scales included; the loss is the final
 validation loss against that of plain all-reduce with the same seed; time is the median step's. Two processes
 of one machine exchange over its own memory, so time shows what a method computes and not what it saves on a
@@ -16,7 +17,8 @@ network: from both follows the speed of a network below which it pays.
 Expected: top-k costs 8 bytes an entry, so 10 % of the entries save 80 %, not 90; sign 32 times less, onebit
 20 or so with its two means a column; both as long as N = 2: all-gathers grow with the ranks, at 64 signs save
 nothing. PowerSGD r(a+b)/(ab), which depends on the matrices: 1.6 % a rank here. With error feedback topk 1 %
-and PowerSGD 4 within 1 % of plain, onebit within 5 %; without it each method ends worse than with it.
+and PowerSGD 4 within 1 % of plain, onebit within 5 %; without it each method ends worse than with it. (SGD's
+rows were added when AdamW's were not so, after one trial of four runs in which SGD's were.)
 
     python experiments/compression.py [--quick] [--out=DIR] [--jobs=N]
 """
@@ -53,7 +55,11 @@ METHODS = {  # name -> train.py's fields, claimed saving of bytes, claimed effec
     "powersgd 2": ({"compress": "powersgd", "compress.rank": 2}, "90 to 99 %", "negligible"),
     "powersgd 4": ({"compress": "powersgd", "compress.rank": 4}, "90 to 99 %", "negligible"),
 }
-PLAIN = {"none": ({}, "", ""), "accumulation 4": ({}, "4 times", "none")}
+SGD = {"optim": "sgd", "lr": 0.5}
+WITH_SGD = {f"SGD, {name}": (METHODS[name][0] | SGD, *METHODS[name][1:])
+            for name in ("topk 10 %", "onebit", "powersgd 4")}  # fmt: skip
+PLAIN = {"none": ({}, "", ""), "accumulation 4": ({}, "4 times", "none"), "SGD, none": (SGD, "", "")}
+ALL, NONE = PLAIN | METHODS | WITH_SGD, ("none", "SGD, none")
 STEPS, BATCH, EVERY, NEAR, SLIGHT = 200, 16, 4, 0.01, 0.05
 SIZE = dict(n_layer=4, n_embd=128, block_size=128, optim="adamw", lr=2.0**-7, precision="fp32")
 
@@ -64,12 +70,13 @@ def grid(methods: list[str], seeds: tuple[int, ...]) -> list[dict]:
             for name, feedback in [*((name, None) for name in PLAIN), *cases]]  # fmt: skip
 
 
-GRID, QUICK = grid([*METHODS], (1, 2, 3)), grid(["topk 1 %", "onebit", "powersgd 4"], (1,))
+GRID = grid([*METHODS, *WITH_SGD], (1, 2, 3))
+QUICK = grid(["topk 1 %", "onebit", "powersgd 4", "SGD, onebit"], (1,))
 
 
 def row(keys: dict, quick: bool) -> dict:
     name, times = keys["method"], EVERY if keys["method"].startswith("accumulation") else 1
-    fields, *_ = (PLAIN | METHODS)[name]
+    fields, *_ = ALL[name]
     if keys["feedback"] is not None:
         fields = fields | {"compress.error_feedback": keys["feedback"]}
     if times > 1:
@@ -90,13 +97,17 @@ def of(rows: list[dict], method: str, feedback: bool | None = True) -> list[dict
 
 
 def gaps(rows: list[dict], method: str, feedback: bool | None = True) -> list[float]:
-    """Validation loss against that of plain all-reduce, seed by seed."""
-    return paired(of(rows, method, feedback), of(rows, "none"), "val_loss")
+    """Validation loss against that of plain all-reduce with the same optimizer, seed by seed."""
+    return paired(of(rows, method, feedback), of(rows, plain(method)), "val_loss")
+
+
+def plain(method: str) -> str:
+    return "SGD, none" if method in WITH_SGD else "none"
 
 
 def share(rows: list[dict], method: str, ranks: int = 2) -> float:
     """Bytes sent, as a share of plain all-reduce's: measured on 2 ranks; an all-gather's grows as N/2."""
-    gathers = method.split()[0] in ("topk", "sign", "onebit")
+    gathers = method.removeprefix("SGD, ").split()[0] in ("topk", "sign", "onebit")
     return of(rows, method)[0]["sent"] / of(rows, "none")[0]["sent"] * (ranks / 2 if gathers else 1)
 
 
@@ -114,13 +125,19 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     for name, low, high, said in (("topk 1 %", -NEAR, NEAR, "within 1 %"),
                                   ("powersgd 4", -NEAR, NEAR, "within 1 %"),
                                   ("onebit", 0, SLIGHT, "worse by up to 5 %"),
-                                  ("accumulation 4", -NEAR, NEAR, "within 1 %")):  # fmt: skip
+                                  ("accumulation 4", -NEAR, NEAR, "within 1 %"),
+                                  ("SGD, topk 10 %", -NEAR, NEAR, "within 1 %"),
+                                  ("SGD, powersgd 4", -NEAR, NEAR, "within 1 %"),
+                                  ("SGD, onebit", -1, SLIGHT, "at most 5 % worse")):  # fmt: skip
+        if name not in here:
+            continue
         off = gaps(rows, name)
         found[f"{name} ends {plus_minus(off, '+.1%')} from plain ({said})"] = low <= mean_sd(off)[0] <= high
-    better = [name for name in METHODS if name in here
-              and mean_sd(gaps(rows, name, True))[0] < mean_sd(gaps(rows, name, False))[0]]  # fmt: skip
-    among = len(here & METHODS.keys())
-    found[f"error feedback ends better in {len(better)} of {among} methods (all)"] = len(better) == among
+    for optimizer, methods in (("AdamW", METHODS), ("SGD", WITH_SGD)):
+        tried = [name for name in methods if name in here]
+        better = [x for x in tried if mean_sd(gaps(rows, x, True))[0] < mean_sd(gaps(rows, x, False))[0]]
+        found[f"with {optimizer} error feedback ends better in {len(better)} of {len(tried)} methods (all)"
+              ] = better == tried  # fmt: skip
     return found
 
 
@@ -128,31 +145,33 @@ def verdict(rows: list[dict]) -> tuple[str, str, str]:
     found = parts(rows)
     word, _, why = judged(found)
     number = "; ".join(
-        text.partition(" (")[0] for text in found if text.startswith(("topk 1 % ends", "powersgd 4"))
+        text.partition(" (")[0]
+        for text in found
+        if text.startswith(("topk 1 % ends", "powersgd 4", "SGD, powersgd"))
     )
     return word, number, why
 
 
 def pays(rows: list[dict], method: str, feedback: bool | None) -> str:
     """The speed of a network, in MB/s, below which the bytes saved are worth the time computed."""
-    mine, plain = of(rows, method, feedback), of(rows, "none")
-    later = mean_sd([r["ms"] for r in mine])[0] - mean_sd([r["ms"] for r in plain])[0]
-    saved = plain[0]["sent"] - mine[0]["sent"]
+    mine, base = of(rows, method, feedback), of(rows, plain(method))
+    later = mean_sd([r["ms"] for r in mine])[0] - mean_sd([r["ms"] for r in base])[0]
+    saved = base[0]["sent"] - mine[0]["sent"]
     return "any" if later <= 0 else f"{saved / later / 1000:,.0f}" if saved > 0 else "nowhere"
 
 
 def table(rows: list[dict]) -> str:
     lines = []
     for (name, feedback), mine in groups(rows, "method", "feedback").items():
-        _, claimed, effect = (PLAIN | METHODS)[name]
-        plain, less = name == "none", share(rows, name)
+        _, claimed, effect = ALL[name]
+        base, less = name in NONE, share(rows, name)
         lines.append([name, {None: "", True: "yes", False: "no"}[feedback], f"{mine[0]['sent']:,.0f}",
                       f"{1 - less:.1%} ({1 / less:.1f} times)", claimed,
                       f"{1 / share(rows, name, 64):.1f} times",
                       plus_minus([r["val_loss"] for r in mine]),
-                      "" if plain else plus_minus(gaps(rows, name, feedback), "+.1%"), effect,
+                      "" if base else plus_minus(gaps(rows, name, feedback), "+.1%"), effect,
                       f"{mean_sd([r['ms'] for r in mine])[0]:.0f}",
-                      "" if plain else pays(rows, name, feedback)])  # fmt: skip
+                      "" if base else pays(rows, name, feedback)])  # fmt: skip
     head = ["method", "error feedback", "bytes a rank sends in a step", "saved, 2 ranks", "the lesson",
             "64 ranks", "validation loss", "against plain", "the lesson", "ms a step",
             "pays below, MB/s"]  # fmt: skip
@@ -166,22 +185,26 @@ def table(rows: list[dict]) -> str:
         "computed from the bytes of two). PowerSGD's sums are all-reduced: its saving depends on the "
         "matrices' sizes alone, 64 ranks or two. Accumulating does not change an update (experiment "
         "accumulation); sent once for four batches it means a quarter of the updates, and that is what its "
-        "loss shows. Its bytes and times are for as many tokens as the others' step."])  # fmt: skip
+        "loss shows. Its bytes and times are for as many tokens as the others' step. What error feedback "
+        "sends late, SGD's steps add up to as if it had come in time. AdamW, we think, takes it for one "
+        "large gradient: the entry's second moment stays up, and its steps short."])  # fmt: skip
 
 
 def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(13, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    limit = 60  # per cent: what is worse lies at the rim
+    limit = 60.0  # per cent: what is worse lies at the rim
+    tried = [case for case in groups(rows, "method", "feedback") if case[0] not in NONE]
     values = {f"{name}{'' if feedback is None else ', feedback' if feedback else ', without'}":
               [min(100 * x, limit) if math.isfinite(x) else limit for x in gaps(rows, name, feedback)]
-              for name, feedback in groups(rows, "method", "feedback") if name != "none"}  # fmt: skip
+              for name, feedback in tried}  # fmt: skip
     left.axvspan(-100 * NEAR, 100 * NEAR, color=INK[2], alpha=0.15, lw=0)
     dots(left, values)
     left.set(title="What it costs (green: within 1 %)", xlim=(-3, limit + 2),
              xlabel="validation loss against plain all-reduce's, %")  # fmt: skip
     family = dict(zip(("accumulation", "topk", "sign", "onebit", "powersgd"), INK))
-    for name, color in ((n, family[n.split()[0]]) for (n,) in groups(rows, "method") if n != "none"):
+    shown = [name for (name,) in groups(rows, "method") if name in METHODS or name == "accumulation 4"]
+    for name, color in ((name, family[name.split()[0]]) for name in shown):
         for feedback, face in ((None, color), (True, color), (False, "none")):
             mine = pick(rows, method=name, feedback=feedback)
             if mine:
@@ -191,7 +214,7 @@ def picture(rows: list[dict], figure) -> None:
                     right.annotate(name, (1 / share(rows, name), y), xytext=(7, -3), fontsize=9,
                                    textcoords="offset points")  # fmt: skip
     right.axhspan(-100 * NEAR, 100 * NEAR, color=INK[2], alpha=0.15, lw=0)
-    right.set(xscale="log", title="What it saves, on 2 ranks (hollow: without error feedback)",
+    right.set(xscale="log", title="What it saves, AdamW on 2 ranks (hollow: without feedback)",
               xlabel="times fewer bytes", ylabel="validation loss against plain's, %",
               xlim=(3, 1500), ylim=(-3, limit + 2))  # fmt: skip
     ticks = (4, 10, 32, 100, 500)

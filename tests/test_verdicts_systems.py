@@ -19,6 +19,7 @@ def compression(module):
         "powersgd 2": 0.04,
         "powersgd 4": 0.08,
     }
+    share |= {f"SGD, {name}": share[name] for name in ("none", "topk 10 %", "onebit", "powersgd 4")}
     loss = {"none": 2.0, "onebit": 2.04}
     worse = {False: 1.03, True: 1, None: 1}
     good = [g | {"val_loss": loss.get(g["method"], 2.002) * worse[g["feedback"]] + g["seed"],
@@ -33,6 +34,9 @@ def compression(module):
         ("onebit", "val_loss", 4.4),
         ("accumulation 4", "val_loss", 4.2),
         ("sign", "val_loss", 5),
+        ("SGD, topk 10 %", "val_loss", 4.1),
+        ("SGD, onebit", "val_loss", 4.4),
+        ("SGD, powersgd 4", "val_loss", math.nan),
     ]
     return good, [(dict(method=name) | ({} if name[0] == "a" else dict(feedback=True)), figure, bad)
                   for name, figure, bad in spoiled]  # fmt: skip

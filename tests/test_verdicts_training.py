@@ -146,7 +146,8 @@ def test_speedruns_verdict_follows_the_figures():
     assert e.slope(good, "python") == pytest.approx(0.1 / 8)
     assert e.costs(good, "topics", "2 layers") == pytest.approx([1.6] * 3)  # 0.02 nats at 0.0125 a second
     names = [*e.CHANGES, *e.OTHERS]
-    assert changed(e, good, dict(text="python", change="2 layers"), training_s=6.0) == [names.index("2 layers")]
+    at = names.index("2 layers")
+    assert changed(e, good, dict(text="python", change="2 layers"), training_s=6.0) == [at]
     assert changed(e, good, dict(text="python", change="GELU"), training_s=7.0) == [names.index("GELU")]
     assert changed(e, good, dict(text="python", change="GELU", seed=2), training_s=7.0) == []  # not clear
     for worse in (dict(val_loss=1.7), dict(training_s=9.0), dict(val_loss=math.nan)):
