@@ -5,7 +5,7 @@ to run.
 Source: the fifth lesson, section 9 (the table of modes; "the first call is slow"; graph breaks; dynamic
 shapes).
 
-Protocol: train.py with --compile=off and each mode, bf16, one after the other with all cores, 3 times each,
+Protocol: train.py with --compile=off and each mode, bf16, one after the other with all cores, 5 times each,
 every time with empty caches. `large`: the default job, 4 layers of width 256, 16 x 256 tokens a step;
 `small`: 4 layers of width 64, 1 x 64 tokens, where launching operations is most of the time. Compile seconds:
 the first step's less the median step's; tokens/s: of the median step of the last two thirds. Graph breaks and
@@ -52,7 +52,7 @@ def grid(modes: tuple[str, ...], sizes: tuple[str, ...], seeds: tuple[int, ...])
     return [dict(zip(("part", "mode", "seed"), case)) for case in cases]
 
 
-GRID, QUICK = grid(MODES, ("large", "small"), (1, 2, 3)), grid(MODES[:2], ("small",), (1,))
+GRID, QUICK = grid(MODES, ("large", "small"), (1, 2, 3, 4, 5)), grid(MODES[:2], ("small",), (1,))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------
