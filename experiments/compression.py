@@ -83,8 +83,8 @@ def row(keys: dict, quick: bool) -> dict:
         fields = dict(micro_batch_size=BATCH // 2, lr_scaling="sqrt", base_batch_size=BATCH)
     small = dict(n_layer=2, n_embd=64, block_size=32, eval_tokens=2048) if quick else {}
     steps = (8 if quick else STEPS) // times
-    rows = protocol.train_run(2, **SIZE | small, steps=steps, batch_size=BATCH * times, seed=keys["seed"],
-                              eval_every=1000, on_spike="none", on_nonfinite="none", **fields)  # fmt: skip
+    fields = SIZE | small | fields | dict(steps=steps, batch_size=BATCH * times, seed=keys["seed"])
+    rows = protocol.train_run(2, **fields, eval_every=1000, on_spike="none", on_nonfinite="none")
     times_of = protocol.curve(rows, "step_s")
     return {"val_loss": protocol.curve(rows, "val_loss")[-1], "loss": protocol.tail(rows),
             "sent": protocol.curve(rows, "sent_bytes")[-1] / times,
