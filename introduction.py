@@ -30,6 +30,8 @@ def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
     saved = earlier.tree("replicas/replicas", missing=0) if earlier is not None else 0
     n, alone = mesh.sizes["dp"] * mesh.sizes["cp"], cfg.compress is None and cfg.diloco_every is None
     on_cpu, every, layout = mesh.device.type == "cpu", cfg.diloco_every, cfg.data_parallel
+    start = cfg.init_from is not None and earlier is None
+    was = resolve(cfg.init_from).tree("config", missing={}) if start else {}
     found = {
         f"data_parallel={layout}: one replica, nothing to spread": mesh.groups["replicas"] is None
         and layout != "ddp",
@@ -52,8 +54,9 @@ def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
         "not in the saved model": every is not None and cfg.steps % every,
         "what compression had not sent yet is dropped": saved and alone,
         f"{cfg.init_from} learned on top of counted n-grams, and here there are none; type --ngram= as there":
-        cfg.init_from is not None and cfg.ngram is None and earlier is None
-        and resolve(cfg.init_from).tree("config", missing={}).get("ngram"),
+        cfg.ngram is None and was.get("ngram"),
+        f"{cfg.init_from} learned with embeddings of n-grams, and here there are none; type --ngram_embed= "
+        "as there": cfg.ngram_embed is None and was.get("ngram_embed"),
         f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed "
         "and shared out": saved not in (0, n) and not alone,
     }

@@ -108,6 +108,10 @@ def test_a_run_goes_on_bitwise_and_samples(tmp_path, capsys):
     (tmp_path / "b" / "metrics.jsonl").write_text("")
     again = train.main(config.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'b'}"]))
     assert again == whole and "a sample" in capsys.readouterr().out
+    without = [word for word in words if not word.startswith("--ngram")]
+    words = [*without, "--steps=1", f"--out_dir={tmp_path / 'c'}", f"--init_from={tmp_path / 'a'}"]
+    train.main(config.parse(words))
+    assert "a learned with embeddings of n-grams, and here there are none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, sentence", [
