@@ -99,11 +99,12 @@ def tail(rows: list[dict], share: float = 0.1) -> float:
 
 # ---- rows, kept ------------------------------------------------------------------------------------------
 def read(path: Path) -> list[dict]:
-    """The rows of a csv."""
+    """The rows of a csv. A commit is text: 353e154 is no number."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [{name: text if name in CONTEXT[1:] else value(text) for name, text in row.items()}
+                for row in csv.DictReader(file)]  # fmt: skip
 
 
 def value(text: str):

@@ -43,7 +43,7 @@ def trace(out_dir):
 AOT = ["--compile=default", "--compile.backend=aot_eager"]
 
 
-@pytest.mark.parametrize("arch, graphs", [("modern", 2), ("gpt2", 4)])
+@pytest.mark.parametrize("arch, graphs", [("modern", 2), pytest.param("gpt2", 4, marks=pytest.mark.slow)])
 def test_one_graph_for_training_one_for_evaluation_and_the_same_run(tmp_path, text, arch, graphs):
     more = [f"--arch={arch}"] + ["--dropout=0.1"] * (arch == "gpt2")  # masks differ: a graph for each layer
     go(text, tmp_path / "eager", *more)

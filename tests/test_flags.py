@@ -134,7 +134,7 @@ def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkey
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(evaluation, "generate", lambda model, ids, n, *a: (made.append(n), ids)[1])
     monkeypatch.setattr(
-        data,
+        corpora,
         "load",
         lambda name, words, cache, url, size: (urls.append((cache, url)), load(name, words, cache))[1],
     )
