@@ -56,6 +56,7 @@ from experiments import findings
 
 ROOT, RESULTS, CACHE = HERE.parent, HERE / "results", HERE.parent / "data_cache"
 CONTEXT = ("seconds", "date", "machine", "commit")  # the last columns of every csv
+tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed as it writes would stop the others
 START = "fork" if sys.platform == "linux" else "spawn"  # 0.05 s against 3 s
 
 
