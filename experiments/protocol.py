@@ -129,7 +129,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def measure(row, keys: dict, quick: bool, threads: int, answer, log: str) -> None:
     """In a process of its own: sends the row's figures, or why there are none. Dies with its parent."""
-    parent, alone = os.getppid(), hasattr(os, "setsid")
+    parent, alone = multiprocessing.parent_process().pid, hasattr(os, "setsid")
     if alone:
         os.setsid()  # one group with the ranks it may start, to be killed as a whole
 
