@@ -158,7 +158,8 @@ def picture(rows: list[dict], figure) -> None:
     early = max(so_far(r["losses"])[len(r["losses"]) // 4] for r in rows)
     curve.set(title="The best so far", xlabel="trials", ylabel="validation loss (nats per byte)",
               ylim=(lowest - 0.03, early + 0.1))  # fmt: skip
-    lrs.set(xscale="log", title="All trials (worse than 4.5: at the rim)", xlabel="learning rate")
+    lrs.set(xscale="log", title="All trials (worse than 4.5: at the rim)", xlabel="learning rate",
+            ylabel="validation loss (nats per byte)")  # fmt: skip
     lrs.grid(alpha=0.25)
     for ax in (curve, lrs):
         ax.legend(frameon=False)
