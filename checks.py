@@ -43,6 +43,9 @@ def check(cfg: Config) -> Config:
                          "--attention_scale=none, or leave mup_base_width out")
     if trait(cfg, "logit_cap") is None and form not in ("auto", ARCHS[cfg.arch]["logit_cap_form"]):
         raise ValueError(f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15")
+    if cfg.window is not None and cfg.window >= cfg.block_size:
+        raise ValueError(f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
+                         "smaller one, or leave it out")
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
     if cfg.schedule not in ("auto", "wsd") and cfg.decay_frac != FIELDS["decay_frac"].default:
@@ -119,6 +122,10 @@ def check_model_parallel(cfg: Config) -> None:
         better = -(-cfg.block_size // parts) * parts
         raise ValueError(f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
                          f"block_size={cfg.block_size} cannot be, try --block_size={better}")
+    for name, usual in (("window", None), ("attention", "sdpa")):
+        if ring and (given := getattr(cfg, name)) != usual:
+            raise ValueError(f"{name}={given} does not go with cp_attention=ring, which has an attention of "
+                             "its own; type --cp_attention=ulysses")
     if cfg.cp > 1 and not ring and heads // cfg.tp % cfg.cp:
         raise ValueError(f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
                          f"{heads // cfg.tp} of keys and values; type --cp_attention=ring")

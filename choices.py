@@ -52,6 +52,9 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type) -> Config:
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+    if cfg.attention == "flex" and device.type != "cuda":
+        raise ValueError(f"attention=flex is for GPUs, torch cannot train with it on {device.type}; type "
+                         "--attention=sdpa")  # fmt: skip
     default = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
     lr = default["lr"] if cfg.lr is None else cfg.lr
     other = 0.01 if matrices_only(optimizer_class) else lr

@@ -9,7 +9,7 @@ token at a time goes through the model. While it does, `Attention.core` of each 
 import torch
 from torch import Tensor, nn
 
-from model import causal_attention
+from attention import causal_attention, newest_attention
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def generate(model: nn.Module, ids: Tensor, n: int, temperature: float = 1.0, to
         if i == 0 or kept == size:
             x, kept = ids[:, -size if i == 0 else -(size // 2 or 1) :], 0
             for attention in cores:
-                attention.core = KeepingCore()
+                attention.core = KeepingCore(model.config.window)
         positions = torch.arange(kept, kept + x.shape[1], device=x.device)
         kept += x.shape[1]
         logits = (forward or model)(x, positions=positions)[:, -1].cpu()  # (B, V)
@@ -44,12 +44,17 @@ def generate(model: nn.Module, ids: Tensor, n: int, temperature: float = 1.0, to
 
 
 class KeepingCore:
-    """Attention that remembers the keys and values of earlier calls."""
+    """Attention that remembers the keys and values of earlier calls, the last `window` of them."""
 
     kv = None
 
+    def __init__(self, window: int | None):
+        self.window = window
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.kv is not None:  # then q is one new token, which sees all
-            k, v = torch.cat([self.kv[0], k], 2), torch.cat([self.kv[1], v], 2)
-        causal, self.kv = self.kv is None, (k, v)
-        return causal_attention(q, k, v, causal)
+        first = self.kv is None
+        if not first:  # then q is one new token, which sees all that is kept
+            k, v = (torch.cat(pair, 2) for pair in zip(self.kv, (k, v)))
+        kept = slice(None if self.window is None else -self.window, None)
+        self.kv = k[:, :, kept], v[:, :, kept]
+        return causal_attention(q, k, v, self.window) if first else newest_attention(q, *self.kv)

@@ -23,6 +23,7 @@ Norms, softmax and loss are in at least float32. Attention weights are not dropp
 reproducible masks.
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import causal_attention
 from ngram_embedding import NGramEmbedding
 
 
@@ -50,6 +52,8 @@ class GPTConfig:
     position: str = "rotary"  # or rotary_half, learned
     qk_norm: bool = True
     attention_scale: float | None = None  # q.k is multiplied by it; None = 1/sqrt(D)
+    window: int | None = None  # tokens that a query sees, itself among them; None = all before it
+    attention: str = "sdpa"  # or flex (attention.py)
     tied: bool = False
     bias: bool = False
     head_bias: bool = False
@@ -84,7 +88,7 @@ class Attention(nn.Module):
         self.q = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.k, self.v = (Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias) for _ in range(2))
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.core = causal_attention
+        self.core = functools.partial(causal_attention, window=c.window, flex=c.attention == "flex")
         self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: 8 q.k/D, not q.k/sqrt(D)
         if c.attention_scale is not None:
             self.q_factor = c.attention_scale * self.head_size**0.5  # which every core divides by
@@ -204,11 +208,6 @@ def output(logits: Tensor, targets: Tensor | None, count: bool, z_loss=None) -> 
         z = z_loss * logits.logsumexp(-1).masked_fill(targets == -100, 0).square().sum()
         loss = loss + (z - z.detach())
     return loss, hits
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); each query sees itself and what came before."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def make_norm(c: GPTConfig) -> nn.Module:

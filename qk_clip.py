@@ -1,6 +1,6 @@
 """QK-clip: where a head's attention logits grew beyond tau, its queries and keys shrink to bring them back.
 
-    S_h = max of q_i·k_j / √D over all queries i of head h and keys j ≤ i, in all of the step's rows
+    S_h = max of q_i·k_j / √D over all queries i of head h and keys j they see, in all of the step's rows
     γ_h = τ / S_h  where S_h > τ, else 1
     γ   = min of γ_h over the query heads h that share one head of keys
     W_k ← W_k √γ          that key head's rows, after the optimizer's step; those of biases too
@@ -33,8 +33,9 @@ SCORES, ROWS = 2**22, 256  # most scores, and queries of each sequence, that are
 
 
 @torch.no_grad()
-def max_logits(q: Tensor, k: Tensor, places: Tensor) -> Tensor:
-    """(H,): of each query head the largest q·k/√D, over the batch and all keys that are not later.
+def max_logits(q: Tensor, k: Tensor, places: Tensor, window: int | None = None) -> Tensor:
+    """(H,): of each query head the largest q·k/√D, over the batch and all keys that are not later, or of
+    those the last `window`.
 
     q (B, H, t, D); k (B, Hkv, T, D), all keys in the order of the sequence; places: (t,) of the queries in
     it, on the CPU. In bf16 for bf16, rounded by 2^-9 at most; else in at least float32.
@@ -45,8 +46,9 @@ def max_logits(q: Tensor, k: Tensor, places: Tensor) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         for mine, at in zip(q.to(dtype).split(size, 2), places.split(size)):
             end = int(at.max()) + 1  # nobody here sees further
-            later = torch.arange(end, device=q.device) > at.to(q.device).unsqueeze(1)
-            mask = q.new_zeros(later.shape, dtype=dtype).masked_fill_(later, -torch.inf).repeat(H // kv, 1)
+            before = at.to(q.device).unsqueeze(1) - torch.arange(end, device=q.device)
+            unseen = (before < 0) | (before >= (window or T))
+            mask = q.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).repeat(H // kv, 1)
             rows, keys = mine.reshape(B * kv, -1, D), k[:, :, :end].to(dtype).flatten(0, 1)
             scores = torch.baddbmm(mask, rows, keys.mT, alpha=D**-0.5)  # (B kv, H/kv size, end)
             top = torch.maximum(top, scores.view(B, kv, H // kv, -1).amax((0, 3)))

@@ -75,6 +75,10 @@ class Config:
     attention_scale: float | Auto | None = knob(
         "auto", "what q.k is multiplied by; none = 1/sqrt(head size), track3: 0.12", least=0
     )
+    window: int | None = knob(None, "tokens that a query sees, itself among them; none = all", least=1)
+    attention: Literal["sdpa", "flex"] = knob(
+        "sdpa", "torch's kernel | FlexAttention, for GPUs (attention.py)", FREE
+    )
     tied: bool | Auto = knob("auto", "the output head shares the embedding; only gpt2: true")
     bias: bool | Auto = knob("auto", "biases in the blocks' Linear and in LayerNorm; modern: false")
     head_bias: bool | Auto = knob("auto", "a bias in the output head; only track3: true")

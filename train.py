@@ -217,7 +217,8 @@ def main(cfg: settings.Config) -> dict:
     said = introduction.lines(cfg, asked, mesh, record, corpus, whole, earlier)
     for line in filter(None, said + [uncompiled, eights and eights.emulated]):
         log.say(line)
-    flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, cfg.block_size)
+    seen = cfg.window or cfg.block_size
+    flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, seen)
     peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision.removesuffix("_sr"))
     about = {"config": config.to_dict(cfg), "record": record} if is_main else {}
 

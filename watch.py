@@ -132,7 +132,8 @@ class Watch:
                 parts = [torch.empty_like(keys) for _ in range(group.size())]
                 dist.all_gather(parts, keys.contiguous(), group)
                 keys = torch.cat(parts, 2)[:, :, self.order]
-            torch.maximum(top, qk_clip.max_logits(q.detach(), keys, self.places).to(top.dtype), out=top)
+            found = qk_clip.max_logits(q.detach(), keys, self.places, self.cfg.window)
+            torch.maximum(top, found.to(top.dtype), out=top)
         return plain(q, k, v)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from harness import run_ranks
+from harness import init_weights, run_ranks
 from test_train import go, rows
 
 import checkpoint
@@ -117,7 +117,7 @@ def test_what_cannot_be_counted_is_said(monkeypatch):
 # ---- in a model ------------------------------------------------------------------------------------------
 def small(text, order: int = 3) -> tuple[GPT, NGrams]:
     c = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=256)
-    model, counts = GPT(c), NGrams(text, order, 256)
+    model, counts = init_weights(GPT(c)), NGrams(text, order, 256)
     counts.add_to(model)
     return model, counts
 

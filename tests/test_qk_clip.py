@@ -96,7 +96,7 @@ def watched(shape, lr, tau, every=None):
     groups = param_groups.param_groups(model, dict.fromkeys(watch.KINDS, lr), 0.0)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     cfg = SimpleNamespace(**shape, cp=1, tp=1, cp_attention="ring", compile="off", optim="sgd", qk_clip=tau,
-                          watch_every=every)  # fmt: skip
+                          window=None, watch_every=every)  # fmt: skip
     counted = dict.values
     return model, optimizer, watch.Watch(cfg, make_mesh(CPU), model, optimizer, {}, counted)
 

@@ -1,0 +1,69 @@
+"""Causal attention: a query sees itself and what came before, all of it or the last `window` tokens.
+
+    y_i = sum over j of softmax_j(q_i·k_j / sqrt(D)) v_j        i - window < j <= i
+
+sdpa   torch's scaled_dot_product_attention. A window goes in stretches: the queries of one see it and the
+       one before through a mask, so that time grows as 2 window T, and not as T^2 / 2 as without a window.
+
+           queries of stretch 2       keys of 0 1 2 3, window 4
+                                      . . . . | . x x x | x
+                                      . . . . | . . x x | x x
+                                      . . . . | . . . x | x x x
+                                      . . . . | . . . . | x x x x
+
+flex   FlexAttention: a kernel compiled for this mask, which passes over blocks of 128 x 128 that nobody sees.
+       For GPUs; torch has no backward for it on a CPU.
+
+References: a window, Beltagy et al. 2020 (2004.05150), Jiang et al. 2023 (2310.06825); FlexAttention, Dong et
+al. 2024 (2412.05496).
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, flex: bool = False
+) -> Tensor:
+    """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D). Hkv divides H: grouped queries."""
+    T = q.shape[2]
+    if flex:
+        return flexible(q, k, v, T if window is None else window)
+    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+    if window is None or window >= T:
+        return sdpa(q, k, v, is_causal=True)
+    first = sdpa(*(x[:, :, :window] for x in (q, k, v)), is_causal=True)  # the first stretch has none before
+    pad, i = -T % window, torch.arange(window, device=q.device).unsqueeze(1)
+    later = F.pad(q[:, :, window:], (0, 0, 0, pad)).unflatten(2, (-1, window))  # (B, H, n, window, D)
+    pairs = (F.pad(x, (0, 0, 0, pad)).unfold(2, 2 * window, window).mT for x in (k, v))  # n of (2 window, D)
+    both = torch.arange(2 * window, device=q.device)
+    mask = (both > i) & (both <= i + window)  # query i is at place i + window of its two stretches
+    y = sdpa(*(x.transpose(1, 2).flatten(0, 1) for x in (later, *pairs)), attn_mask=mask)  # (B n, H, ...)
+    y = y.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, y[:, :, : T - window]], 2)
+
+
+def newest_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for queries (B, H, 1, D) of the newest token alone, k and v being all that it sees."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flexible(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = block_mask(q.shape[2], window, str(q.device))
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.lru_cache(maxsize=8)
+def block_mask(T: int, window: int, device: str):
+    """Which blocks of 128 queries and keys see each other at all, made once for a length."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b, h, i, j):
+        return (i >= j) & (i - j < window)
+
+    return create_block_mask(seen, None, None, T, T, device=device)

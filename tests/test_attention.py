@@ -1,0 +1,155 @@
+"""A window is a mask written out, in stretches or by FlexAttention, on every layout and token by token."""
+
+import functools
+
+import pytest
+import torch
+from harness import init_weights
+from matrix import LAYOUTS, column, difference
+from test_qk_clip import scores
+
+import config
+import qk_clip
+import train
+from attention import causal_attention
+from generation import generate
+from logger import read_metrics
+from model import GPT, GPTConfig
+
+
+def qkv(T: int, kv: int, dtype=torch.float64, grad=True) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(T + kv)
+    shapes = ((2, 4, T, 6), (2, kv, T, 6), (2, kv, T, 6))
+    return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=grad) for s in shapes]
+
+
+def seen(T: int, window: int) -> torch.Tensor:
+    return torch.tensor([[i - window < j <= i for j in range(T)] for i in range(T)])
+
+
+def by_hand(q, k, v, window):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    products = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen(q.shape[2], window), -torch.inf)
+    return products.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize(
+    "T, window", [(12, 1), (12, 4), (12, 5), (13, 12), (13, 7), (24, 3), (8, 8), (8, 30)]
+)
+def test_a_window_is_the_mask_written_out_and_so_are_its_gradients(T, window, kv):
+    inputs = qkv(T, kv)
+    outs = [f(*inputs, window) for f in (causal_attention, by_hand)]
+    weights = torch.randn(outs[0].shape, dtype=torch.float64)
+    grads = [torch.autograd.grad((out * weights).sum(), inputs) for out in outs]
+    for found, expected in zip([outs[0], *grads[0]], [outs[1], *grads[1]]):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("window", [None, 5, 128, 130])
+def test_flex_attention_sees_the_same(window):
+    inputs = qkv(300, 2, torch.float32, grad=False)  # 3 blocks of 128
+    with torch.no_grad():
+        found, expected = (causal_attention(*inputs, window, flex) for flex in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no backward of FlexAttention on a CPU")
+def test_flex_attention_has_the_same_gradients():
+    inputs = [x.detach().cuda().requires_grad_() for x in qkv(300, 2, torch.float32)]
+    flex = torch.compile(functools.partial(causal_attention, window=70, flex=True))
+    grads = [torch.autograd.grad(f(*inputs).square().sum(), inputs)
+             for f in (flex, functools.partial(causal_attention, window=70))]  # fmt: skip
+    for found, expected in zip(*grads):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_largest_logits_are_those_that_are_seen():
+    q, k, _ = qkv(12, 2, grad=False)
+    k[:, :, 0] *= 100  # seen by the first four alone
+    unseen = scores(q, k, range(12)).masked_fill(~seen(12, 4), -torch.inf)
+    found = qk_clip.max_logits(q, k, torch.arange(12), 4)
+    torch.testing.assert_close(found, unseen.amax((0, 2, 3)), rtol=1e-13, atol=0)
+    assert not torch.equal(found, qk_clip.max_logits(q, k, torch.arange(12)))
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_what_is_generated_token_by_token_is_what_whole_rows_say(length):
+    shape = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=14, vocab_size=50, zero_init=False)
+    models = [GPT(GPTConfig(**shape, window=window)).double().eval() for window in (4, None)]
+    for model in models:
+        init_weights(model)
+    ids = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(length))
+    found = generate(models[0], ids, 14 - length, temperature=0)
+    for n in range(length, 14):
+        assert torch.equal(models[0](found[:, :n])[:, -1].argmax(-1), found[:, n])
+    ids = torch.randperm(28, generator=torch.Generator().manual_seed(length)).view(2, 14)
+    differ = (models[0](ids) - models[1](ids)).abs() > 1e-9
+    assert not differ[:, :4].any() and differ[:, 4:].any(-1).all()
+
+
+FLAGS = ["--window=3"]
+SOME = ["ddp 2", "zero3 2", "fsdp 2", "tp 2 + sp", "cp 2 ulysses", "pp 2 1f1b"]
+FAST = "tp 2 + sp", "cp 2 ulysses"
+
+
+@pytest.mark.parametrize(
+    "layout", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in SOME]
+)
+def test_every_layout_is_one_process(layout):
+    one = "one process" if layout in LAYOUTS else "one larger process"
+    assert oracle(one, *FLAGS) != oracle(one), "a window does nothing, so this proves nothing"
+    assert difference(column(layout, "fp64", ["SGD"], *FLAGS)["SGD"], oracle(one, *FLAGS)) < 1e-10
+
+
+@functools.cache
+def oracle(layout: str, *flags: str) -> list[float]:
+    return column(layout, "fp64", ["SGD"], *flags)["SGD"]
+
+
+WORDS = ["--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--batch_size=4", "--window=5",
+         "--steps=4", "--eval_tokens=64", "--eval_every=4", "--sample_tokens=8", "--precision=fp64",
+         "--save_every=0", "--peak_flops=1e9"]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [
+    ["--activation_checkpoint=selective"], ["--activation_checkpoint=attention"],
+    pytest.param(["--compile=default", "--compile.backend=aot_eager"], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_recomputed_or_compiled_it_is_the_same_run(tmp_path, text, more):
+    def losses(*words):
+        train.main(config.parse([f"--data={text}", f"--out_dir={tmp_path / 'run'}", "--resume=never",
+                                 *WORDS, *words]))  # fmt: skip
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        return [row[name] for row in rows for name in ("loss", "grad_norm", "val_loss") if name in row]
+
+    assert losses(*more) == pytest.approx(losses(), rel=1e-10)
+
+
+def test_a_window_counts_in_the_utilisation(tmp_path, text):
+    """12 L C T of attention, T being what a query sees."""
+
+    def flops(*words):
+        train.main(config.parse([f"--data={text}", f"--out_dir={tmp_path / 'run'}", "--resume=never",
+                                 *WORDS, *words]))  # fmt: skip
+        row = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "mfu" in row][-1]
+        return row["mfu"] * 1e9 / row["tokens_per_s"]
+
+    assert flops("--window=none") - flops() == pytest.approx(12 * 2 * 16 * (16 - 5))
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--window=256"], "window=256 is no window over block_size=256 tokens"),
+    (["--window=0"], "window=0 is out of range"),
+    (["--window=8", "--cp=2"], "window=8 does not go with cp_attention=ring.*ulysses"),
+    (["--attention=flex", "--cp=2"], "attention=flex does not go with cp_attention=ring.*ulysses"),
+])  # fmt: skip
+def test_what_cannot_be_is_said(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config.parse(flags)
+
+
+def test_flex_attention_without_a_gpu_is_said(tmp_path, text):
+    cfg = config.parse([f"--data={text}", f"--out_dir={tmp_path}", "--attention=flex", "--device=cpu"])
+    with pytest.raises(ValueError, match="attention=flex is for GPUs.*--attention=sdpa"):
+        train.main(cfg)
