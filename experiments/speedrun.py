@@ -65,6 +65,7 @@ CHANGES = {  # what is changed -> the fields, of the lines of the recipe and of 
     "lr 0.045": dict(lr=0.045),
     "cosine": dict(schedule="cosine"),
     "decay over 70 %": dict(decay_frac=0.7),
+    "a window of 16": dict(window=16),
     "no QK norm": dict(qk_norm=False),
     "GELU": dict(activation="gelu"),
     "no logit cap": dict(logit_cap="none"),
