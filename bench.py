@@ -2,9 +2,11 @@
 
     python bench.py optim [...]        optimizers.py   a step of each optimizer beside the peers'
     python bench.py train [...]        training.py     a recipe's speed over precision, compile, checkpointing
+    python bench.py job [...]          job.py          the whole of a recipe: seconds and loss
+    python bench.py nanogpt [...]      nanogpt.py      nanoGPT's own train.py beside ours
     python bench.py speedrun [...]     speedrun.py     seconds to a reference's loss, whole processes
     python bench.py scaling [...]      scaling.py      ranks and model sizes: speed, memory, bytes sent
-    python bench.py overhead [...]     overhead.py     what data, monitoring and start-up cost
+    python bench.py overhead [...]     overhead.py     what data, monitoring, saving and start-up cost
     python bench.py spread [...]       spread.py       Muon's products on every rank, and at owners
     torchrun --standalone --nproc_per_node=4 bench.py network [...]      network.py    every link of the mesh
     torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]     pipeline.py   stages that wait
@@ -18,8 +20,8 @@ import importlib
 import sys
 
 FILES = {"optim": "optimizers", "train": "training", "speedrun": "speedrun", "scaling": "scaling",
-         "overhead": "overhead", "spread": "spread", "network": "network", "pipeline": "pipeline",
-         "all": "all"}  # fmt: skip
+         "overhead": "overhead", "job": "job", "nanogpt": "nanogpt", "spread": "spread", "network": "network",
+         "pipeline": "pipeline", "all": "all"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

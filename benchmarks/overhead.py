@@ -1,4 +1,4 @@
-"""What training costs beside the training: waiting for data, monitoring and checks, starting up.
+"""What training costs beside the training: waiting for data, monitoring and checks, saving, starting up.
 
     python bench.py overhead [recipe.toml] [--quick] [--out=FILE.md] [--field=...]
 
@@ -10,6 +10,9 @@ scalars over ranks, the log's row, the diary, the watcher and the histograms, bo
 A call within another one counts once. A step lasts from one guard.take() to the next, so the log's time is in
 it. The first third of the steps warms up. Share: mean milliseconds a step over those of the median step. On a
 GPU a function that waits for the device gets the device's time: look at a CPU.
+
+Saving. The same run with --save_every=6: the steps beside which a checkpoint is written, and how long
+training waits for save() itself.
 
 Start. Seconds from before the process starts until train.py has printed its first step, less those of `import
 torch` alone, in turn. An untimed start before fills the cache of the corpus.
@@ -56,6 +59,7 @@ CHECKS = [
     (saving.Saver, "news"), (watch.Watch, "start"), (watch.Watch, "row"), (histogram.Recorder, "start"),
     (histogram.Recorder, "write"),
 ]  # fmt: skip
+SAVE = (saving.Saver, "save")  # between two steps; it is written during the next one
 MARK = "Guard.take"  # called once, where a step begins
 
 
@@ -95,7 +99,7 @@ def child(_, words: list[str], path: str) -> None:
     with contextlib.ExitStack() as stack:
         silence = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(silence))
-        for owner, attribute in DATA + CHECKS:
+        for owner, attribute in [*DATA, *CHECKS, SAVE]:
             timed = clock.around(name_of(owner, attribute), getattr(owner, attribute))
             stack.enter_context(mock.patch.object(owner, attribute, timed))
         train.main(config.parse(words))
@@ -110,6 +114,16 @@ def settled(steps: list[dict]) -> tuple[list[float], dict[str, float]]:
     timed = steps[first : len(lengths)]
     names = dict.fromkeys(name for step in timed for name in step if name != "began")
     return lengths[first:], {n: fmean(step.get(n, 0.0) for step in timed) for n in names}
+
+
+def beside_saves(steps: list[dict]) -> tuple[list[float], list[float]]:
+    """(lengths of the steps that begin after a save, over the median of the others; seconds of the saves).
+    The first of them is left out, as its buffers are new."""
+    lengths = [after["began"] - step["began"] for step, after in zip(steps, steps[1:])]
+    saved = [i for i, step in enumerate(steps[:-2]) if name_of(*SAVE) in step][1:]
+    after = [i + 1 for i in saved]
+    usual = median(x for i, x in enumerate(lengths) if i > after[0] and i not in (*saved, *after))
+    return [lengths[i] / usual for i in after], [steps[i][name_of(*SAVE)] for i in saved]
 
 
 def first_line(command: list[str], pattern: str) -> float:
@@ -135,7 +149,7 @@ def start(words: list[str]) -> tuple[float, float]:
     return first, first_line([sys.executable, "-c", "import torch; print('torch', flush=True)"], "torch")
 
 
-def report(steps: list[dict], starts: list[tuple[float, float]]) -> list[str]:
+def report(steps: list[dict], saves: list[dict], starts: list[tuple[float, float]]) -> list[str]:
     """The page's lines from what was measured; a figure beyond its target says so."""
 
     def beside(figure: float, target: float) -> str:
@@ -149,9 +163,12 @@ def report(steps: list[dict], starts: list[tuple[float, float]]) -> list[str]:
         rows.append([f"**{what}**", f"{share * step * 10:.3f}", f"**{share:.2f} %**", beside(share, 1)])
         rows += [[name, f"{1000 * seconds[name]:.3f}", f"{100 * seconds[name] / step:.2f} %", ""]
                  for name in sorted(names, key=seconds.get, reverse=True)]  # fmt: skip
-    beyond = [first - bare for first, bare in starts]
+    beyond, (slower, waits) = [first - bare for first, bare in starts], beside_saves(saves)
     return [f"The median of {len(lengths)} steps: {1000 * step:.1f} ms.", "",
             *runs.table(["", "ms a step", "share", "target, %"], rows), "",
+            f"A step beside which a checkpoint is written, over the others' median: "
+            f"**{runs.spread(slower)}**, {len(slower)} saves; save() itself: "
+            f"{runs.spread([1000 * x for x in waits], '.1f')} ms.", "",
             f"Start to the end of the first step: {runs.spread([first for first, _ in starts])} s; `import "
             f"torch`: {runs.spread([bare for _, bare in starts])} s; beyond it **{runs.spread(beyond)} s**, "
             f"target, s: {beside(median(beyond), 2)}"]  # fmt: skip
@@ -167,17 +184,18 @@ def main(argv: list[str]) -> int:
     for word in fields:
         if word.startswith(("--out_dir=", "--resume=")):
             raise ValueError(f"{word} is the bench's own; leave it out")
-    if config.parse(words).steps < 4:
-        raise ValueError("a median needs some steps; type --steps=4, or more")
+    if config.parse(words).steps < (least := 12 if quick else 24):
+        raise ValueError(f"a median needs some steps; type --steps={least}, or more")
     try:
         start(words)
         starts = [start(words) for _ in range(1 if quick else 3)]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            path = f"{folder}/steps.json"
-            mp.spawn(child, ([*words, f"--out_dir={folder}/run"], path), nprocs=1)
-            steps = json.loads(Path(path).read_text())
+            path, found = Path(folder, "steps.json"), []
+            for more in ([], [f"--save_every={3 if quick else 6}"]):
+                mp.spawn(child, ([*words, *more, f"--out_dir={folder}/run"], str(path)), nprocs=1)
+                found.append(json.loads(path.read_text()))
     except (RuntimeError, ProcessRaisedException, ProcessExitedException) as error:
         runs.tell(f"bench.py overhead: {str(error).strip().splitlines()[-1]}")
         return 1
-    runs.show([runs.header(["overhead", *argv]), "", *report(steps, starts)], flags.get("--out"))
+    runs.show([runs.header(["overhead", *argv]), "", *report(*found, starts)], flags.get("--out"))
     return 0

@@ -55,15 +55,21 @@ def stretches(length: int, multiple: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def loss_of(run: Path, held_out: data.Tokens, multiple: int) -> float:
-    """Nats a token by the run's newest checkpoint. multiple: of the block_sizes that are compared."""
-    model, _ = sample.load(str(run))
-    T, nats, count = model.config.block_size, 0.0, 0
+def mean_loss(nats_of, T: int, held_out: data.Tokens, multiple: int) -> float:
+    """Nats a token. nats_of: inputs and targets (B, T) -> the sum of their losses; multiple: of the
+    block_sizes that are compared, T among them."""
+    nats, count = 0.0, 0
     for first, last in stretches(len(held_out), multiple):
         ids = torch.from_numpy(held_out.slice(first, last + 1).astype("int64"))
         for inputs, targets in zip(ids[:-1].view(-1, T).split(16), ids[1:].view(-1, T).split(16)):
-            nats, count = nats + model(inputs, targets).item(), count + targets.numel()
+            nats, count = nats + nats_of(inputs, targets), count + targets.numel()
     return nats / count
+
+
+def loss_of(run: Path, held_out: data.Tokens, multiple: int) -> float:
+    """By the run's newest checkpoint."""
+    model, _ = sample.load(str(run))
+    return mean_loss(lambda x, y: model(x, y).item(), model.config.block_size, held_out, multiple)
 
 
 def once(words: list[str], held_out: data.Tokens, multiple: int) -> dict:

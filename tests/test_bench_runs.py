@@ -1,14 +1,16 @@
-"""bench.py scaling, overhead, all: tables from invented figures, and real runs of tiny models."""
+"""bench.py scaling, overhead, job, nanogpt, all: tables of invented figures; runs of tiny models."""
 
 import math
+import pickle
 import re
 import subprocess
 
 import pytest
 
 import bench
+import corpora
 from benchmarks import all as everything
-from benchmarks import overhead, runs, scaling
+from benchmarks import nanogpt, overhead, runs, scaling
 
 
 # ---- scaling ---------------------------------------------------------------------------------------------
@@ -75,15 +77,28 @@ def test_a_call_within_another_counts_once_and_a_step_begins_at_the_mark(monkeyp
                            for began in (9.0, 27.0)]  # fmt: skip
 
 
+LENGTHS = [9.0, 1.0, 2.0, 5.0, 1.0, 1.1, 2.0, 1.2, 1.0, 1.0, 1.1, 3.0, 1.4, 1.0, 1.0]  # saved after 2, 6, 11
+SAVES = [
+    {"began": sum(LENGTHS[:i])} | ({"Saver.save": i / 1e3} if i in (2, 6, 11) else {}) for i in range(15)
+]
+
+
+def test_a_step_beside_a_save_is_compared_with_those_that_are_not():
+    slower, waits = overhead.beside_saves(SAVES)
+    assert slower == pytest.approx([1.2, 1.4]) and waits == pytest.approx([0.006, 0.011])
+
+
 @pytest.mark.parametrize("log_ms, said", [(0.5, "| < 1 |"), (1.5, "| **not** < 1 |")])
 def test_shares_are_of_the_median_step_beside_their_targets(log_ms, said):
     began = [0.0, 9.0, 9.1, 9.2, 9.3, 9.4, 9.5]  # the first step took long
     steps = [{"began": x, "Rows.__call__": 1e-4, "Logger.train": log_ms / 1e3} for x in began]
     steps[0]["Rows.__call__"] = steps[-1]["Rows.__call__"] = 1.0  # no part of it either
-    page = "\n".join(overhead.report(steps, [(4.0, 1.5), (3.0, 1.5), (5.0, 1.5)]))
+    page = "\n".join(overhead.report(steps, SAVES, [(4.0, 1.5), (3.0, 1.5), (5.0, 1.5)]))
     assert "median of 4 steps: 100.0 ms" in page
     assert "| **waiting for data** | 0.100 | **0.10 %** | < 1 |" in page
     assert f"| **monitoring and checks** | {log_ms:.3f} | **{log_ms:.2f} %** {said}" in page
+    saves = "over the others' median: **1.30 (1.20..1.40)**, 2 saves; save() itself: 8.5 (6.0..11.0) ms"
+    assert saves in page
     assert "beyond it **2.50 (1.50..3.50) s**, target, s: **not** < 2" in page
 
 
@@ -121,13 +136,109 @@ def test_all_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(everything.subprocess, "run", run)
     assert bench.main(["all", "--quick", f"--out={tmp_path / 'new'}"]) == 1
     page = (tmp_path / "new" / "benchmarks.md").read_text()
-    assert re.findall("^## (.+)", page, re.M) == [*everything.NAMES] and len(ran) == len(everything.NAMES)
-    assert {*everything.NAMES} == bench.FILES.keys() - {"all"}
-    assert page.count("failed") == 1 and "**failed**, status 1: ValueError: a reason" in page
+    assert re.findall("^## (.+)", page, re.M) == [*everything.BENCHES, "At a glance"]
+    assert len(ran) == len(everything.BENCHES) - 1 and "left out: type --nanogpt=" in page
+    assert {name.split()[0] for name in everything.BENCHES} == bench.FILES.keys() - {"all"}
+    assert page.count("**failed**, status 1: ValueError: a reason") == 2  # at a glance too
+    assert "- train: **failed**, status 1: ValueError: a reason\n" in page
     assert "```\nfigures of network\n```" in page and page.count("```") == 4
-    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 6 + [True] * 2
-    monkeypatch.setattr(everything, "NAMES", ("optim", "network"))
-    assert bench.main(["all"]) == 0
+    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 8 + [True] * 2
+
+
+def test_all_runs_nanogpt_where_its_clone_is_given(monkeypatch, clone):
+    ran = []
+    done = subprocess.CompletedProcess([], 0, "figures", "")
+    monkeypatch.setattr(everything.subprocess, "run", lambda command, **_: ran.append(command[1:]) or done)
+    monkeypatch.setattr(everything, "BENCHES", ("nanogpt", "optim"))
+    monkeypatch.setattr(runs, "header", " ".join)
+    assert bench.main(["all", f"--nanogpt={clone}"]) == 0
+    program = str(runs.ROOT / "bench.py")
+    assert ran == [[program, "nanogpt", f"--path={clone}"], [program, "optim"]]
+
+
+def test_the_figures_in_bold_are_repeated_at_a_glance():
+    page = ["## a", "", "no figure", "| x | **1.00** | 2 |\n| y | 3 | 4 |", "## b", "- ratio **5**", "a ** b"]
+    assert everything.at_a_glance(page)[2:] == ["- a: x, **1.00**, 2", "- b: ratio **5**"]
+
+
+def test_a_job_is_repeated_with_other_seeds(monkeypatch, capsys):
+    ran = []
+
+    def run(words, out_dir):
+        ran.append(words)
+        i = len(ran)
+        return 10.0 + i, [{"step_s": 1.0, "tokens_per_s": 100.0 * i}, {"val_loss": 1.0 + i / 10}]
+
+    monkeypatch.setattr(runs, "run", run)
+    assert bench.main(["job", "--runs=2", "--n_embd=32"]) == 0
+    assert [[w for w in words if "seed" in w] for words in ran] == [[], ["--seed=1"], ["--seed=2"]]
+    assert all("--n_embd=32" in words and "--resume=never" in words for words in ran)
+    row = "| **12.5 (12.0..13.0)** | **1.2500 ± 0.0707** | 250 (200..300) |"
+    assert row in capsys.readouterr().out
+
+
+# ---- nanoGPT, whose place a few lines take ---------------------------------------------------------------
+THEIR_TRAIN = """
+import os, sys
+import torch
+from model import GPT
+exec(open("configurator.py").read())
+given = dict(word.lstrip("-").split("=") for word in sys.argv[1:] if word.startswith("--"))
+assert len(open("data/text/train.bin", "rb").read()) % 2 == 0
+os.makedirs("run", exist_ok=True)
+print("step 0: train loss 9.0, val loss 9.0")
+for i in range(int(given["max_iters"]) + 1):
+    print(f"iter {i}: loss 5.0, time {10 * (i + 1)}.5ms, mfu -100.00%")
+print("step 10: train loss 2.0, val loss 2.5")
+saved = {"model": GPT(None).state_dict(), "model_args": {"block_size": int(given["block_size"])}}
+torch.save(saved, "run/ckpt.pt")
+"""
+THEIR_MODEL = """
+import math
+import torch
+class GPTConfig:
+    def __init__(self, block_size):
+        self.block_size = block_size
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.w = config, torch.nn.Parameter(torch.zeros(1))
+    def forward(self, x, y):
+        return None, torch.tensor(math.log(256)) + self.w.sum()
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for name in nanogpt.FILES:
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).touch()
+    (tmp_path / "clone" / "train.py").write_text(THEIR_TRAIN)
+    (tmp_path / "clone" / "model.py").write_text(THEIR_MODEL)
+    return tmp_path / "clone"
+
+
+def test_nanogpts_seconds_steps_and_loss_are_read(clone, tmp_path, text):
+    corpus = corpora.load(text, "bytes", str(tmp_path), None)
+    folder = tmp_path / "folder"
+    nanogpt.prepare(clone, folder, corpus)
+    assert (folder / "data" / "text" / "val.bin").stat().st_size == 2 * len(corpus.val)
+    assert pickle.loads((folder / "data" / "text" / "meta.pkl").read_bytes()) == {"vocab_size": 256}
+    seconds, steps, val_loss = nanogpt.theirs(folder, ["x.py", "--max_iters=3", "--block_size=8"])
+    assert steps == pytest.approx([0.0105, 0.0205, 0.0305, 0.0405]) and val_loss == 2.5
+    assert 0.1 < seconds < 60
+    assert nanogpt.loss_of(folder, corpus.val, 8) == pytest.approx(math.log(256))
+    with pytest.raises(RuntimeError, match="nanoGPT: .*max_iters"):
+        nanogpt.theirs(folder, ["--block_size=8"])
+
+
+@pytest.mark.slow
+def test_nanogpt_end_to_end(clone, tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "CACHE", tmp_path)
+    assert bench.main(["nanogpt", f"--path={clone}", f"--data={text}", "--quick"]) == 0
+    page = capsys.readouterr().out
+    assert re.search(r"\| nanoGPT, float32 \| \d+ \(.*\) \| \*\*1\.00 \(1\.00\.\.1\.00\)\*\* \|", page)
+    assert page.count("seconds, reference / ours: **") == 2 and "5.5452" in page
 
 
 @pytest.mark.parametrize("command, says", [
@@ -136,8 +247,9 @@ def test_all_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
     ("speedrun --recipe=x.toml", "x.toml"),
     ("speedrun --data=nowhere", "nowhere"), ("speedrun --out=/nowhere/x.md", "mkdir"),
     ("scaling --ranks=2", "usage"), ("scaling --quick=yes", "usage"), ("overhead --n_layr=2", "n_layer"),
-    ("overhead --steps=2", "--steps=4"), ("overhead --quick=1", "usage"), ("overhead --out_dir=x", "leave"),
-    ("spread --slow", "usage"), ("all --only=optim", "usage"),
+    ("overhead --steps=2", "--steps=24"), ("overhead --quick=1", "usage"), ("overhead --out_dir=x", "leave"),
+    ("nanogpt --path=nowhere", "git clone"), ("job --seed=3", "leave it out"), ("job --rnus=3", "rnus"),
+    ("all --nanogpt=nowhere", "clone"), ("spread --slow", "usage"), ("all --only=optim", "usage"),
     ("all --out=README.md", "folder")])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_2(command, says, monkeypatch, capsys):
     monkeypatch.chdir(runs.ROOT)
