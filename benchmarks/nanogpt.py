@@ -16,6 +16,7 @@ nanoGPT always has the same seed; run i of ours has --seed=i.
 --quick: a tiny model for the step, ten steps of the recipes, one round of each.
 """
 
+import contextlib
 import importlib.util
 import math
 import re
@@ -77,7 +78,8 @@ def model_of(folder: Path) -> torch.nn.Module:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     saved = torch.load(folder / "run" / "ckpt.pt", map_location="cpu", weights_only=True)
-    model = module.GPT(module.GPTConfig(**saved["model_args"])).eval()
+    with contextlib.redirect_stdout(sys.stderr):  # it says how many parameters it has
+        model = module.GPT(module.GPTConfig(**saved["model_args"])).eval()
     model.load_state_dict(saved["model"])
     return model
 

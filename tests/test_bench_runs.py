@@ -116,7 +116,7 @@ def test_overhead_end_to_end(text, capsys):
     page = capsys.readouterr().out
     for owner, attribute in overhead.DATA + overhead.CHECKS:
         assert f"| {overhead.name_of(owner, attribute)} | " in page  # each was called
-    (first, bare, beyond) = map(float, re.findall(r"(\d+\.\d\d) \(", page))
+    (first, bare, beyond) = map(float, re.findall(r"(\d+\.\d\d) \(", page[page.index("Start to") :]))
     assert first - bare == pytest.approx(beyond, abs=0.011) and 0 < bare < first
     assert bench.main(["overhead", "--quick", "--data=nowhere"]) == 1
     assert "overhead: train.py: --data=nowhere does not exist" in capsys.readouterr().err
