@@ -3,11 +3,12 @@
     python bench.py scaling [--quick] [--out=FILE.md]
 
 Ranks. The same global batch on 1, 2 and 4 ranks of DDP which share the cores (threads = cores // ranks, at
-least 1), and on one process with 2 threads against two with one each. All take turns; a run's figures are
-those of its median step, the table's are medians over rounds, ratios are round by round to one process, or to
-the one with as many threads, with the smallest and largest. Sent: by a rank in a step, beside 2 (n-1)/n x the
-gradients' 4 bytes a parameter (parallel/ddp.py). Peak: the resident set of rank 0, the fullest, which holds
-what each of the others holds, and the log.
+least 1), and on one process with 2 threads against two with one each; with Muon, whose matrices every replica
+works on and zero1 deals out, and with AdamW. All take turns; a run's figures are those of its median step,
+the table's are medians over rounds, ratios are round by round to one process with the same optimizer, with
+the smallest and largest. Sent: by a rank in a step, beside ddp's 2 (n-1)/n x the gradients' 4 bytes a
+parameter. Peak: the resident set of rank 0, the fullest, which holds what each of the others holds, and the
+log.
 
 Sizes. Blocks of 1, 2, 4, 8, 16 times the parameters, by twice the depth, then twice the width, in turn. N is
 all parameters; FLOPs of a token are monitor.py's 6 N' + 12 L C T (N' without the embedding), forward and
@@ -53,9 +54,9 @@ class Case:
     steps: int = 12
     n_head: int = 4
 
-    def once(self, threads: int, ranks: int = 1) -> dict:
+    def once(self, threads: int, ranks: int = 1, more: tuple = ()) -> dict:
         """The train row of a run's median step. Raises RuntimeError."""
-        words = [f"--{name}={value}" for name, value in vars(self).items()]
+        words = [*(f"--{name}={value}" for name, value in vars(self).items()), *more]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             _, rows = runs.run([*words, f"--threads={threads}", *USUAL], Path(folder, "run"), ranks)
         last = [row for row in rows if "step_s" in row][-1]
@@ -80,6 +81,7 @@ class Case:
 
 
 SIZES = [Case(4, 128), Case(8, 128), Case(4, 256), Case(8, 256), Case(4, 512)]  # the third is the default's
+WAYS = {("muon", "ddp"): 4, ("muon", "zero1"): 2, ("adamw", "ddp"): 2}  # on up to so many ranks
 SMALL = [Case(*size, 4, 32, 4, 2) for size in ((2, 16), (4, 16), (2, 32))]
 
 
@@ -106,18 +108,21 @@ def ratios(rows: list[dict], to: list[dict]) -> str:
     return runs.spread([a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(rows, to)])
 
 
-def ranks_table(found: dict[tuple[int, int], list[dict]], case: Case, cores: int) -> list[str]:
-    """found: {(ranks, threads of each): runs}."""
+def ranks_table(found: dict[tuple, list[dict]], case: Case, cores: int) -> list[str]:
+    """found: {(optimizer, layout, ranks, threads of each): runs}."""
     lines = []
-    for (n, threads), mine in found.items():
-        formula = 2 * (n - 1) * 4 * case.parameters() // n
-        lines.append([f"{n} x {threads}", f"{of(mine, 'tokens_per_s'):,.0f}", ratios(mine, found[1, cores]),
-                      f"{of(mine, 'peak_bytes') / 2**20:,.0f}", f"{of(mine, 'sent_bytes'):,.0f}",
-                      f"{formula:,}"])  # fmt: skip
-    head = ["ranks x threads", "tokens/s", f"ratio to 1 x {cores}", "peak MiB", "bytes sent", "formula"]
-    return [f"Ranks of DDP, {case.n_layer} layers x {case.n_embd}, {case.batch_size} x {case.block_size} "
-            "tokens a step over all:", "", *runs.table(head, lines), "",
-            f"- 2 ranks of one thread / one process of 2: **{ratios(found[2, 1], found[1, 2])}**"]
+    for (optim, layout, n, threads), mine in found.items():
+        formula = f"{2 * (n - 1) * 4 * case.parameters() // n:,}" if layout == "ddp" else ""
+        lines.append([f"{optim}, {layout}", f"{n} x {threads}", f"{of(mine, 'tokens_per_s'):,.0f}",
+                      ratios(mine, found[optim, "ddp", 1, cores]), f"{of(mine, 'peak_bytes') / 2**20:,.0f}",
+                      f"{of(mine, 'sent_bytes'):,.0f}", formula])  # fmt: skip
+    head = ["", "ranks x threads", "tokens/s", f"ratio to 1 x {cores}", "peak MiB", "bytes sent",
+            "ddp's formula"]  # fmt: skip
+    said = [f"- {optim}, {layout}: 2 ranks of one thread / one process of 2: "
+            f"**{ratios(found[optim, layout, 2, 1], found[optim, 'ddp', 1, 2])}**"
+            for optim, layout, n, threads in found if (n, threads) == (2, 1)]  # fmt: skip
+    return [f"Ranks, {case.n_layer} layers x {case.n_embd}, {case.batch_size} x {case.block_size} "
+            "tokens a step over all:", "", *runs.table(head, lines), "", *said]
 
 
 def sizes_table(found: dict[Case, list[dict]], empty: float, precision: str) -> list[str]:
@@ -152,13 +157,17 @@ def growth(found: dict[Case, list[dict]], empty: float) -> list[str]:
 def main(argv: list[str]) -> int:
     """What `python bench.py scaling ...` does with the words after `scaling`: 0, or 1 where a run failed."""
     flags, cores = runs.flags(argv, FLAGS, __doc__), os.cpu_count() or 1
-    sizes, rounds = (SMALL, 1) if "--quick" in flags else (SIZES, 3)
+    quick = "--quick" in flags
+    sizes, rounds = (SMALL, 1) if quick else (SIZES, 3)
     case = sizes[2]
-    layouts = [(n, max(1, cores // n)) for n in (1, 2, 4)]
+    layouts = [(*way, n, max(1, cores // n)) for way, most in WAYS.items() for n in (1, 2, 4) if n <= most]
+    layouts += [(*way, *pair) for way in WAYS for pair in ((1, 2), (2, 1))]
+    layouts = [x for x in dict.fromkeys(layouts) if x[1] == "ddp" or x[2] > 1]
     try:  # the first start also fills the cache
         empty = replace(case, n_layer=1, n_embd=4 * case.n_head, batch_size=1).once(cores)["peak_bytes"]
-        by_ranks = in_turn([*dict.fromkeys([*layouts, (1, 2), (2, 1)])], rounds,
-                           lambda layout: case.once(layout[1], layout[0]))  # fmt: skip
+        longer = replace(case, steps=case.steps if quick else 18)
+        by_ranks = in_turn(layouts, 1 if quick else 5, lambda x: longer.once(
+            x[3], x[2], (f"--optim={x[0]}", f"--data_parallel={x[1]}")))  # fmt: skip
         by_size = in_turn(sizes, rounds, lambda size: size.once(cores))
     except RuntimeError as error:
         runs.tell(f"bench.py scaling: {error}")

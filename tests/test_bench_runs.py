@@ -37,13 +37,17 @@ def test_sizes_are_powers_of_two_of_the_default_models_blocks_and_ratios_are_rou
     case = scaling.SIZES[2]
     assert (case.n_layer, case.n_embd, case.parameters()) == (4, 256, 3_276_800)  # the README's 3M
     assert case.flops() == 6 * (12 * 4 * 256**2 + 256 * 256) + 12 * 4 * 256 * 256
-    figures = {(1, 2): (100, 200), (2, 1): (110, 180), (4, 1): (50, 60)}
+    figures = {("muon", "ddp", 1, 2): (100, 200), ("muon", "ddp", 2, 1): (110, 180),
+               ("muon", "ddp", 4, 1): (50, 60), ("muon", "zero1", 2, 1): (120, 240),
+               ("adamw", "ddp", 1, 2): (10, 20), ("adamw", "ddp", 2, 1): (9, 20)}  # fmt: skip
     found = {layout: [{"tokens_per_s": x, "peak_bytes": 2**20, "sent_bytes": 7} for x in speeds]
              for layout, speeds in figures.items()}  # fmt: skip
     page = "\n".join(scaling.ranks_table(found, case, 2))
-    assert "| 2 x 1 | 145 | 1.00 (0.90..1.10) | 1 | 7 | 13,107,200 |" in page
-    assert "| 4 x 1 | 55 | 0.40 (0.30..0.50) | 1 | 7 | 19,660,800 |" in page
-    assert "one process of 2: **1.00 (0.90..1.10)**" in page
+    assert "| muon, ddp | 2 x 1 | 145 | 1.00 (0.90..1.10) | 1 | 7 | 13,107,200 |" in page
+    assert "| muon, ddp | 4 x 1 | 55 | 0.40 (0.30..0.50) | 1 | 7 | 19,660,800 |" in page
+    for way, ratio in (("muon, ddp", "1.00 (0.90..1.10)"), ("muon, zero1", "1.20 (1.20..1.20)"),
+                       ("adamw, ddp", "0.95 (0.90..1.00)")):  # fmt: skip
+        assert f"- {way}: 2 ranks of one thread / one process of 2: **{ratio}**" in page
 
 
 @pytest.mark.slow
@@ -51,8 +55,9 @@ def test_scaling_end_to_end(capsys):
     assert bench.main(["scaling", "--quick"]) == 0
     by_ranks, page = capsys.readouterr().out.split("Sizes")
     for ranks, sent in (2, 4 * 40_960), (4, 6 * 40_960):
-        (row,) = re.findall(rf"\| {ranks} x \d+ \| .+ \| ([\d,]+) \| ([\d,]+) \|", by_ranks)
-        assert row == (f"{sent:,}", f"{sent:,}")  # what was counted is the formula
+        rows = re.findall(rf"ddp \| {ranks} x \d+ \| .+ \| ([\d,]+) \| ([\d,]+) \|", by_ranks)
+        assert rows and {*rows} == {(f"{sent:,}", f"{sent:,}")}  # what was counted is the formula
+    assert "| muon, zero1 | 2 x" in by_ranks
     assert page.count("| x") == 3 and "peak bytes =" in page
 
 

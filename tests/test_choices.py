@@ -14,6 +14,7 @@ from test_train import close, flags, go, on_ranks, rows
 import checks
 import choices
 import config
+import introduction
 import resume
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
@@ -110,6 +111,18 @@ def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
         go(text, tmp_path / flag[2:6], flag)
         assert says in capsys.readouterr().out
         assert not (tmp_path / flag[2:6] / "offload").exists()
+
+
+@pytest.mark.parametrize("words, ranks, said", [
+    (["--optim=muon"], 2, True), (["--optim=soap"], 2, True), (["--optim=muon"], 1, False),
+    (["--optim=adamw"], 2, False), (["--optim=muon", "--data_parallel=zero1"], 2, False),
+    (["--optim=muon", "--compress=topk"], 2, False),
+])  # fmt: skip
+def test_replicas_that_all_work_on_the_same_matrices_are_told(words, ranks, said):
+    mesh = types.SimpleNamespace(sizes={"dp": ranks, "cp": 1}, device=torch.device("cpu"),
+                                 groups={"replicas": object() if ranks > 1 else None})  # fmt: skip
+    remarks = introduction.remarks(config.parse(words), mesh, None)
+    assert any("--data_parallel=zero1 deals them out" in sentence for sentence in remarks) == said
 
 
 BASE = ["--data_parallel=fsdp", "--fsdp_shard=2", "--reshard=false"]
