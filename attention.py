@@ -12,7 +12,8 @@ sdpa   torch's scaled_dot_product_attention. A window goes in stretches: the que
                                       . . . . | . . . . | x x x x
 
 flex   FlexAttention: a kernel compiled for this mask, which passes over blocks of 128 x 128 that nobody sees.
-       For GPUs; torch has no backward for it on a CPU.
+       For GPUs: torch has no backward for it on a CPU. It is compiled by itself, also where a block is
+       (one graph break), so that the mask is made once and not in every layer.
 
 References: a window, Beltagy et al. 2020 (2004.05150), Jiang et al. 2023 (2310.06825); FlexAttention, Dong et
 al. 2024 (2412.05496).
@@ -25,17 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, flex: bool = False
-) -> Tensor:
-    """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D). Hkv divides H: grouped queries."""
+def core(kind: str, window: int | None):
+    """What attends in a block, by "sdpa" or "flex": q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D).
+    Hkv divides H: grouped queries."""
+    if kind == "sdpa":
+        return functools.partial(causal_attention, window=window)
+    return torch.compiler.disable(functools.partial(flex_attention, window=window))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     T = q.shape[2]
-    if flex:
-        return flexible(q, k, v, T if window is None else window)
     sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
     if window is None or window >= T:
         return sdpa(q, k, v, is_causal=True)
-    first = sdpa(*(x[:, :, :window] for x in (q, k, v)), is_causal=True)  # the first stretch has none before
+    first = sdpa(*(x[:, :, :window].contiguous() for x in (q, k, v)), is_causal=True)  # views would keep all
     pad, i = -T % window, torch.arange(window, device=q.device).unsqueeze(1)
     later = F.pad(q[:, :, window:], (0, 0, 0, pad)).unflatten(2, (-1, window))  # (B, H, n, window, D)
     pairs = (F.pad(x, (0, 0, 0, pad)).unfold(2, 2 * window, window).mT for x in (k, v))  # n of (2 window, D)
@@ -51,16 +55,22 @@ def newest_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def flexible(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    T = q.shape[2]
+    mask = block_mask(T, T if window is None else window, str(q.device))
+    return kernel(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
-    mask = block_mask(q.shape[2], window, str(q.device))
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+@functools.cache
+def kernel(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention as plain  # eager it keeps all T x T scores
+
+    return torch.compile(plain) if compiled else plain
 
 
 @functools.lru_cache(maxsize=8)
 def block_mask(T: int, window: int, device: str):
-    """Which blocks of 128 queries and keys see each other at all, made once for a length."""
+    """Which blocks of 128 queries and keys see each other at all."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(b, h, i, j):

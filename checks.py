@@ -46,6 +46,9 @@ def check(cfg: Config) -> Config:
     if cfg.window is not None and cfg.window >= cfg.block_size:
         raise ValueError(f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
                          "smaller one, or leave it out")
+    if cfg.attention == "flex" and size < 16:
+        raise ValueError(f"attention=flex has no kernel for heads of {size} (n_embd/n_head), 16 is the "
+                         "least; type a smaller --n_head=, or --attention=sdpa")
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
     if cfg.schedule not in ("auto", "wsd") and cfg.decay_frac != FIELDS["decay_frac"].default:

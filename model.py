@@ -23,7 +23,6 @@ Norms, softmax and loss are in at least float32. Attention weights are not dropp
 reproducible masks.
 """
 
-import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import causal_attention
+import attention
 from ngram_embedding import NGramEmbedding
 
 
@@ -88,7 +87,7 @@ class Attention(nn.Module):
         self.q = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.k, self.v = (Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias) for _ in range(2))
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.core = functools.partial(causal_attention, window=c.window, flex=c.attention == "flex")
+        self.core = attention.core(c.attention, c.window)
         self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: 8 q.k/D, not q.k/sqrt(D)
         if c.attention_scale is not None:
             self.q_factor = c.attention_scale * self.head_size**0.5  # which every core divides by

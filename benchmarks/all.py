@@ -46,13 +46,18 @@ def section(bench: str, quick: bool, clone: str | None) -> tuple[list[str], bool
 
 
 def at_a_glance(page: list[str]) -> list[str]:
-    """The lines with something in bold, each under its bench."""
-    lines, title = ["## At a glance", ""], ""
+    """The lines with something in bold, each under its bench, and cells with the head of their column."""
+    lines, title, head, before = ["## At a glance", ""], "", [], ""
     for line in "\n".join(page).splitlines():
         if line.startswith("## "):
             title = line[3:]
+        elif line.startswith("|---"):
+            head = [cell.strip() for cell in before.split("|")]
         elif line.count("**") > 1:
-            lines.append(f"- {title}: {', '.join(part for x in line.split('|') if (part := x.strip(' -')))}")
+            cells = [cell.strip() for cell in line.removeprefix("- ").split("|")]
+            named = [f"{name} {cell}".strip() for name, cell in zip(head, cells)] if len(cells) > 1 else cells
+            lines.append(f"- {title}: {', '.join(filter(None, named))}")
+        before = line
     return lines
 
 

@@ -8,6 +8,7 @@ cache of the corpus. Loss is the run's own val_loss at its end, in nats a token;
 the first third left out. --quick: one run of ten steps.
 """
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def once(words: list[str]) -> dict:
     """Seconds, val_loss and tokens_per_s of a run. Raises RuntimeError."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         seconds, rows = runs.run(words, Path(folder, "run"))
-    val_loss = [row["val_loss"] for row in rows if "val_loss" in row]
-    return runs.middle(rows) | {"seconds": seconds, "val_loss": val_loss[-1] if val_loss else float("nan")}
+    last = [row["val_loss"] for row in rows if "val_loss" in row][-1:]  # None where it diverged
+    return runs.middle(rows) | {"seconds": seconds, "val_loss": math.nan if last in ([], [None]) else last[0]}
 
 
 def main(argv: list[str]) -> int:
@@ -33,11 +34,13 @@ def main(argv: list[str]) -> int:
     for word in words:
         if word.startswith(("--out_dir=", "--resume=", "--seed=")):
             raise ValueError(f"{word} is the bench's own; leave it out")
-    quick, words = "--quick" in flags, [*words, "--resume=never", f"--data_dir={runs.CACHE}"]
-    words, n, found = [*words, *["--steps=10"] * quick], 1 if quick else int(flags.get("--runs", 3)), []
+    quick = "--quick" in flags
+    recipes, fields = ([w for w in words if w.startswith("--") == field] for field in (False, True))
+    words = [*recipes, "--resume=never", f"--data_dir={runs.CACHE}", *["--steps=10"] * quick, *fields]
     config.parse(words)  # a mistake shows now
+    n, found = 1 if quick else int(flags.get("--runs", 3)), []
     try:
-        once([*words, "--steps=1", "--eval_every=0", "--sample_tokens=0"])
+        once([*words, "--steps=1", "--sample_tokens=0"])
         for i in range(n):
             found.append(once([*words, f"--seed={i + 1}"]))
             runs.tell(f"run {i + 1} of {n}: {found[-1]['seconds']:.1f} s, loss {found[-1]['val_loss']:.4f}")

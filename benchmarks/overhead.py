@@ -11,8 +11,8 @@ A call within another one counts once. A step lasts from one guard.take() to the
 it. The first third of the steps warms up. Share: mean milliseconds a step over those of the median step. On a
 GPU a function that waits for the device gets the device's time: look at a CPU.
 
-Saving. The same run with --save_every=6: the steps beside which a checkpoint is written, and how long
-training waits for save() itself.
+Saving. The same run with --save_every=6: the step beside which a checkpoint is written, which a small model's
+is within one, and how long training waits for save() itself.
 
 Start. Seconds from before the process starts until train.py has printed its first step, less those of `import
 torch` alone, in turn. An untimed start before fills the cache of the corpus.
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
     recipes, fields = ([w for w in words if w.startswith("--") == field] for field in (False, True))
     words = [*recipes, *USUAL, *["--steps=12"] * quick, f"--data_dir={runs.CACHE}", *fields]
     for word in fields:
-        if word.startswith(("--out_dir=", "--resume=")):
+        if word.startswith(("--out_dir=", "--resume=", "--save_", "--keep_every=")):
             raise ValueError(f"{word} is the bench's own; leave it out")
     if config.parse(words).steps < (least := 12 if quick else 24):
         raise ValueError(f"a median needs some steps; type --steps={least}, or more")

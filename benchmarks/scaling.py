@@ -3,12 +3,11 @@
     python bench.py scaling [--quick] [--out=FILE.md]
 
 Ranks. The same global batch on 1, 2 and 4 ranks of DDP which share the cores (threads = cores // ranks, at
-least 1), and on one process with 2 threads against two with one each; with Muon, whose matrices every replica
-works on and zero1 deals out, and with AdamW. All take turns; a run's figures are those of its median step,
-the table's are medians over rounds, ratios are round by round to one process with the same optimizer, with
-the smallest and largest. Sent: by a rank in a step, beside ddp's 2 (n-1)/n x the gradients' 4 bytes a
-parameter. Peak: the resident set of rank 0, the fullest, which holds what each of the others holds, and the
-log.
+least 1), and on one process with 2 threads against two with one each; with Muon (on 4 too), whose matrices
+every replica works on and zero1 deals out, and with AdamW. All take turns; a run's figures are those of its
+median step, the table's are medians over rounds, ratios are round by round to one process with the same
+optimizer, with the smallest and largest. Sent: by a rank in a step, beside ddp's 2 (n-1)/n x the gradients' 4
+bytes a parameter. Peak: the resident set of rank 0; under ddp the others hold the same.
 
 Sizes. Blocks of 1, 2, 4, 8, 16 times the parameters, by twice the depth, then twice the width, in turn. N is
 all parameters; FLOPs of a token are monitor.py's 6 N' + 12 L C T (N' without the embedding), forward and

@@ -20,7 +20,8 @@ without it, F a forward. (The last product too under dropout, or as a Function o
     selective     11       11        no product, nor attention: norms, rotations, activations
     offload       0        0         nothing; all that is saved waits in host memory
 
-(track3: modern's and, but for full and selective, 2 more, as gains make norms keep their results.)
+(track3: modern's and, but for full and selective, 2 more, as gains make norms keep their results. selective
+computes FlexAttention again.)
 
 To this comes what backward has made again of one block or segment. With k tensors kept by a layer in all
 

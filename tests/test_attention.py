@@ -11,15 +11,15 @@ from test_qk_clip import scores
 import config
 import qk_clip
 import train
-from attention import causal_attention
+from attention import causal_attention, core
 from generation import generate
 from logger import read_metrics
 from model import GPT, GPTConfig
 
 
-def qkv(T: int, kv: int, dtype=torch.float64, grad=True) -> list[torch.Tensor]:
+def qkv(T: int, kv: int, dtype=torch.float64, grad=True, D=6) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(T + kv)
-    shapes = ((2, 4, T, 6), (2, kv, T, 6), (2, kv, T, 6))
+    shapes = ((2, 4, T, D), (2, kv, T, D), (2, kv, T, D))
     return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=grad) for s in shapes]
 
 
@@ -50,16 +50,14 @@ def test_a_window_is_the_mask_written_out_and_so_are_its_gradients(T, window, kv
 def test_flex_attention_sees_the_same(window):
     inputs = qkv(300, 2, torch.float32, grad=False)  # 3 blocks of 128
     with torch.no_grad():
-        found, expected = (causal_attention(*inputs, window, flex) for flex in (True, False))
+        found, expected = (core(kind, window)(*inputs) for kind in ("flex", "sdpa"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no backward of FlexAttention on a CPU")
 def test_flex_attention_has_the_same_gradients():
-    inputs = [x.detach().cuda().requires_grad_() for x in qkv(300, 2, torch.float32)]
-    flex = torch.compile(functools.partial(causal_attention, window=70, flex=True))
-    grads = [torch.autograd.grad(f(*inputs).square().sum(), inputs)
-             for f in (flex, functools.partial(causal_attention, window=70))]  # fmt: skip
+    inputs = [x.detach().cuda().requires_grad_() for x in qkv(300, 2, torch.float32, D=32)]
+    grads = [torch.autograd.grad(core(kind, 70)(*inputs).square().sum(), inputs) for kind in ("flex", "sdpa")]
     for found, expected in zip(*grads):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
@@ -73,12 +71,12 @@ def test_the_largest_logits_are_those_that_are_seen():
     assert not torch.equal(found, qk_clip.max_logits(q, k, torch.arange(12)))
 
 
+SHAPE = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=14, vocab_size=50, zero_init=False)
+
+
 @pytest.mark.parametrize("length", [1, 3, 9])
 def test_what_is_generated_token_by_token_is_what_whole_rows_say(length):
-    shape = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=14, vocab_size=50, zero_init=False)
-    models = [GPT(GPTConfig(**shape, window=window)).double().eval() for window in (4, None)]
-    for model in models:
-        init_weights(model)
+    models = [init_weights(GPT(GPTConfig(**SHAPE, window=w)).double().eval()) for w in (4, None)]
     ids = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(length))
     found = generate(models[0], ids, 14 - length, temperature=0)
     for n in range(length, 14):
@@ -86,6 +84,15 @@ def test_what_is_generated_token_by_token_is_what_whole_rows_say(length):
     ids = torch.randperm(28, generator=torch.Generator().manual_seed(length)).view(2, 14)
     differ = (models[0](ids) - models[1](ids)).abs() > 1e-9
     assert not differ[:, :4].any() and differ[:, 4:].any(-1).all()
+
+
+def test_a_full_block_goes_on_from_its_last_half():
+    model = init_weights(GPT(GPTConfig(**SHAPE, window=4)).double().eval())
+    ids = torch.randint(50, (2, 3), generator=torch.Generator().manual_seed(0))
+    found, start = generate(model, ids, 30, temperature=0), 0
+    for n in range(3, 33):
+        start = n - 7 if n - start > 14 else start
+        assert torch.equal(model(found[:, start:n])[:, -1].argmax(-1), found[:, n])
 
 
 FLAGS = ["--window=3"]
@@ -142,6 +149,7 @@ def test_a_window_counts_in_the_utilisation(tmp_path, text):
     (["--window=256"], "window=256 is no window over block_size=256 tokens"),
     (["--window=0"], "window=0 is out of range"),
     (["--window=8", "--cp=2"], "window=8 does not go with cp_attention=ring.*ulysses"),
+    (["--attention=flex", "--n_embd=64", "--n_head=8"], "no kernel for heads of 8.*--n_head"),
     (["--attention=flex", "--cp=2"], "attention=flex does not go with cp_attention=ring.*ulysses"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said(flags, sentence):

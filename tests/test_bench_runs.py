@@ -162,8 +162,9 @@ def test_all_runs_nanogpt_where_its_clone_is_given(monkeypatch, clone):
 
 
 def test_the_figures_in_bold_are_repeated_at_a_glance():
-    page = ["## a", "", "no figure", "| x | **1.00** | 2 |\n| y | 3 | 4 |", "## b", "- ratio **5**", "a ** b"]
-    assert everything.at_a_glance(page)[2:] == ["- a: x, **1.00**, 2", "- b: ratio **5**"]
+    table = "|  | s | n |\n|---|---|---|\n| x | **1.00** | -2 |\n| y | 3 | 4 |"
+    page = ["## a", "", "no figure", table, "## b", "- ratio **5**", "a ** b"]
+    assert everything.at_a_glance(page)[2:] == ["- a: x, s **1.00**, n -2", "- b: ratio **5**"]
 
 
 def test_a_job_is_repeated_with_other_seeds(monkeypatch, capsys):
@@ -180,6 +181,9 @@ def test_a_job_is_repeated_with_other_seeds(monkeypatch, capsys):
     assert all("--n_embd=32" in words and "--resume=never" in words for words in ran)
     row = "| **12.5 (12.0..13.0)** | **1.2500 ± 0.0707** | 250 (200..300) |"
     assert row in capsys.readouterr().out
+    monkeypatch.setattr(runs, "run", lambda words, out_dir: (1.0, [{"step_s": 1.0, "tokens_per_s": 1.0},
+                                                                   {"val_loss": None}]))  # fmt: skip
+    assert bench.main(["job", "--runs=2"]) == 0 and "**nan ± nan**" in capsys.readouterr().out
 
 
 # ---- nanoGPT, whose place a few lines take ---------------------------------------------------------------
@@ -243,7 +247,7 @@ def test_nanogpt_end_to_end(clone, tmp_path, text, monkeypatch, capsys):
     assert bench.main(["nanogpt", f"--path={clone}", f"--data={text}", "--quick"]) == 0
     page = capsys.readouterr().out
     assert re.search(r"\| nanoGPT, float32 \| \d+ \(.*\) \| \*\*1\.00 \(1\.00\.\.1\.00\)\*\* \|", page)
-    assert page.count("seconds, reference / ours: **") == 2 and "5.5452" in page
+    assert page.count("- seconds, nanoGPT / cpu_speedrun") == 2 and "5.5452" in page
 
 
 @pytest.mark.parametrize("command, says", [
@@ -253,6 +257,7 @@ def test_nanogpt_end_to_end(clone, tmp_path, text, monkeypatch, capsys):
     ("speedrun --data=nowhere", "nowhere"), ("speedrun --out=/nowhere/x.md", "mkdir"),
     ("scaling --ranks=2", "usage"), ("scaling --quick=yes", "usage"), ("overhead --n_layr=2", "n_layer"),
     ("overhead --steps=2", "--steps=24"), ("overhead --quick=1", "usage"), ("overhead --out_dir=x", "leave"),
+    ("overhead --save_hours=1", "leave"),
     ("nanogpt --path=nowhere", "git clone"), ("job --seed=3", "leave it out"), ("job --rnus=3", "rnus"),
     ("all --nanogpt=nowhere", "clone"), ("spread --slow", "usage"), ("all --only=optim", "usage"),
     ("all --out=README.md", "folder")])  # fmt: skip

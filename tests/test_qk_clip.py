@@ -77,11 +77,13 @@ def batch(seed):
 class Scores:
     """In place of attention: softmax by hand, and the largest logit of each head."""
 
-    def __init__(self):
-        self.top = -math.inf
+    def __init__(self, window=None):
+        self.top, self.window = -math.inf, window
 
     def __call__(self, q, k, v):
         s = scores(q.detach(), k.detach(), range(q.shape[2]))
+        if self.window is not None:
+            s = s.masked_fill(torch.ones_like(s).tril(-self.window) > 0, -math.inf)
         self.top = torch.maximum(s.amax((0, 2, 3)), torch.as_tensor(self.top))
         full = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(q.shape[3])
         full = full.masked_fill(s == -math.inf, -math.inf).softmax(-1)
@@ -95,8 +97,8 @@ def watched(shape, lr, tau, every=None):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() * 0.3)
     groups = param_groups.param_groups(model, dict.fromkeys(watch.KINDS, lr), 0.0)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    cfg = SimpleNamespace(**shape, cp=1, tp=1, cp_attention="ring", compile="off", optim="sgd", qk_clip=tau,
-                          window=None, watch_every=every)  # fmt: skip
+    cfg = SimpleNamespace(**{"window": None} | shape, cp=1, tp=1, cp_attention="ring", compile="off",
+                          optim="sgd", qk_clip=tau, watch_every=every)  # fmt: skip
     counted = dict.values
     return model, optimizer, watch.Watch(cfg, make_mesh(CPU), model, optimizer, {}, counted)
 

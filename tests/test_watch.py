@@ -17,7 +17,8 @@ from watch import KINDS
 FIELDS = ("loss", "grad_norm", "max_logit", "log_z", "weight_rms", "update_rms", "clip_frac")
 
 
-@pytest.mark.parametrize("shape", [GQA | dict(qk_norm=True, logit_cap=2.0), GPT2 | dict(logit_cap=None)])
+@pytest.mark.parametrize("shape", [GQA | dict(qk_norm=True, logit_cap=2.0), GPT2 | dict(logit_cap=None),
+                                   GQA | dict(window=3)])  # fmt: skip
 def test_a_row_is_what_is_found_by_hand(shape):
     model, optimizer, watcher = watched(shape, 0.01, None, every=2)
     named, kinds = dict(model.named_parameters()), param_groups.kinds(model)
@@ -34,7 +35,7 @@ def test_a_row_is_what_is_found_by_hand(shape):
                 model.eval()
                 cores = {name: block.attn.core for name, block in model.blocks.items()}
                 for name, block in model.blocks.items():
-                    block.attn.core = tops.setdefault(name, Scores())
+                    block.attn.core = tops.setdefault(name, Scores(shape.get("window")))
                 z.append(model(part[:, :-1]).exp().sum(-1).log().flatten())
                 for name, block in model.blocks.items():
                     block.attn.core = cores[name]
