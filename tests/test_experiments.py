@@ -19,7 +19,7 @@ from experiments import findings, protocol
 
 ROOT = Path(__file__).parent.parent
 NAMES = [path.stem for path in everything.experiments()]
-FAST = ["detectors", "weight_decay", "z_loss"]  # the cheapest three are in the suite that is always run
+FAST = ["detectors"]  # the cheapest one is in the suite that is always run
 needs_fork = pytest.mark.skipif(protocol.START != "fork", reason="this needs fork")
 DOC = "Claim: twice\nas much.\n\nSource: x.\n"
 GRID = [{"x": x, "name": name, "seed": seed} for x in (1, 0.1) for name in ("a", None) for seed in (1, 2)]
