@@ -226,7 +226,7 @@ def verdict(rows: list[dict]) -> tuple[str, str, str]:
 
 def table(rows: list[dict]) -> str:
     lines = listed(parts(rows))
-    bench, kept = protocol.RESULTS / "bench_train.md", {r["case"]: r for r in pick(rows, part="bytes")}
+    bench, kept = protocol.RESULTS / "benchmarks.md", {r["case"]: r for r in pick(rows, part="bytes")}
     speeds = bench.read_text(encoding="utf-8") if bench.exists() else ""
     speeds = dict(re.findall(r"^\| (\w+) \| \*\*.+?\*\* \(.+?\) \| ([\d,]+) \|", speeds, re.M))
     sizes = {case: kept.get(case, kept["fp8 block"]) for case in CASES["default"]}
@@ -241,7 +241,7 @@ def table(rows: list[dict]) -> str:
         "\n".join(lines),
         markdown(["default job", "validation loss", "against fp32", "against bf16", "bytes kept for a token",
                   "bytes of weight and gradient", "tokens/s"], default),
-        "tokens/s: [bench_train](bench_train.md), as rows here run two at a time; emulated FP8 has no speed.",
+        "tokens/s: [benchmarks](benchmarks.md), as rows here run two at a time; emulated FP8 has no speed.",
         markdown(["small job", "validation loss", "against fp32", "gradients that are 0"], small),
         markdown([f"outliers of 2^{RATIO}", "validation loss", "against bf16",
                   *(f"gradient's error at 2^{k}" for k in (0, 14, 16, 18))], outlier)])  # fmt: skip
