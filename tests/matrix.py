@@ -10,6 +10,7 @@ eps 1e-4 (SOAP as it is: tests/test_matrix.py, in lock step).
 """
 
 import contextlib
+import functools
 import io
 import sys
 import tempfile
@@ -133,6 +134,18 @@ def column(layout: str, precision: str, optimizers: list[str], *more: str) -> di
 def difference(a: list[float], b: list[float]) -> float:
     assert len(a) == len(b) >= 15, "a run is shorter than the other"
     return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+
+
+@functools.cache
+def sgd(layout: str, *flags: str) -> list[float]:
+    return column(layout, "fp64", ["SGD"], *flags)["SGD"]
+
+
+def assert_one_process(layout: str, *flags: str) -> None:
+    """With these flags the layout is one process, whose run they change."""
+    one = "one process" if layout in LAYOUTS else "one larger process"
+    assert sgd(one, *flags) != sgd(one), "the flags do nothing, so this proves nothing"
+    assert difference(sgd(layout, *flags), sgd(one, *flags)) < 1e-10
 
 
 def main(argv: list[str]) -> None:

@@ -1,11 +1,9 @@
 """A window is a mask written out, in stretches or by FlexAttention, on every layout and token by token."""
 
-import functools
-
 import pytest
 import torch
 from harness import init_weights
-from matrix import LAYOUTS, column, difference
+from matrix import assert_one_process
 from test_qk_clip import scores
 
 import config
@@ -104,14 +102,7 @@ FAST = ("cp 2 ulysses",)
     "layout", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in SOME]
 )
 def test_every_layout_is_one_process(layout):
-    one = "one process" if layout in LAYOUTS else "one larger process"
-    assert oracle(one, *FLAGS) != oracle(one), "a window does nothing, so this proves nothing"
-    assert difference(column(layout, "fp64", ["SGD"], *FLAGS)["SGD"], oracle(one, *FLAGS)) < 1e-10
-
-
-@functools.cache
-def oracle(layout: str, *flags: str) -> list[float]:
-    return column(layout, "fp64", ["SGD"], *flags)["SGD"]
+    assert_one_process(layout, *FLAGS)
 
 
 WORDS = ["--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--batch_size=4", "--window=5",

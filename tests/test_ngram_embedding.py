@@ -1,10 +1,8 @@
 """N-grams' rows are those of the hash written out; nothing changes before the first step; layouts agree."""
 
-import functools
-
 import pytest
 import torch
-from matrix import LAYOUTS, column, difference
+from matrix import assert_one_process
 
 import config
 import train
@@ -85,14 +83,7 @@ FAST = ("tp 2 + sp",)
     "layout", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in SOME]
 )
 def test_every_layout_is_one_process(layout):
-    one = "one process" if layout in LAYOUTS else "one larger process"
-    assert oracle(one, *FLAGS) != oracle(one), "n-grams do nothing, so this proves nothing"
-    assert difference(column(layout, "fp64", ["SGD"], *FLAGS)["SGD"], oracle(one, *FLAGS)) < 1e-10
-
-
-@functools.cache
-def oracle(layout: str, *flags: str) -> list[float]:
-    return column(layout, "fp64", ["SGD"], *flags)["SGD"]
+    assert_one_process(layout, *FLAGS)
 
 
 def test_a_run_goes_on_bitwise_and_samples(tmp_path, capsys):
