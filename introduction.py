@@ -61,7 +61,7 @@ def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
         f"{cfg.init_from} learned with embeddings of n-grams, and here there are none; type --ngram_embed= "
         "as there": cfg.ngram_embed is None and was.get("ngram_embed"),
         f"{cfg.init_from} learned with window={was.get('window')}; type --window= as there":
-        start and was.get("window") not in (None, cfg.window),
+        was.get("window") not in (None, cfg.window),
         f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed "
         "and shared out": saved not in (0, n) and not alone,
     }

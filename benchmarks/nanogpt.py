@@ -63,6 +63,7 @@ def prepare(path: Path, folder: Path, corpus: corpora.Corpus) -> None:
 
 def theirs(folder: Path, words: list[str]) -> tuple[float, list[float], float]:
     """Seconds of nanoGPT's process and of each step, and its last evaluation. Raises RuntimeError."""
+    shutil.rmtree(folder / "run", ignore_errors=True)  # no run is judged by another one's checkpoint
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "train.py", *words], cwd=folder, capture_output=True, text=True,
                           errors="replace")  # fmt: skip
@@ -74,7 +75,7 @@ def theirs(folder: Path, words: list[str]) -> tuple[float, list[float], float]:
 
 
 def model_of(folder: Path) -> torch.nn.Module:
-    """nanoGPT's model with the weights of its checkpoint; called as ours is, it gives the sum of losses."""
+    """nanoGPT's model with the weights of its checkpoint: ids, targets -> (logits, mean loss)."""
     if not (folder / "run" / "ckpt.pt").exists():
         raise RuntimeError("nanoGPT: no evaluation was better than the first one, so it left no checkpoint")
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")

@@ -239,6 +239,8 @@ def test_nanogpts_seconds_steps_and_loss_are_read(clone, tmp_path, text):
     assert nanogpt.loss_of(folder, corpus.val, 8) == pytest.approx(math.log(256))
     with pytest.raises(RuntimeError, match="nanoGPT: .*max_iters"):
         nanogpt.theirs(folder, ["--block_size=8"])
+    with pytest.raises(RuntimeError, match="left no checkpoint"):  # not the first run's
+        nanogpt.loss_of(folder, corpus.val, 8)
 
 
 @pytest.mark.slow
