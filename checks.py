@@ -67,9 +67,10 @@ def check(cfg: Config) -> Config:
     if cfg.batch_ramp_from is not None and cfg.batch_size % cfg.batch_ramp_from:
         raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size={cfg.batch_size}")
     for name, layouts in LAYOUTS.items():
-        if getattr(cfg, name) != FIELDS[name].default and cfg.data_parallel not in layouts.split():
+        layout = cfg.data_parallel.replace("auto", "ddp")
+        if getattr(cfg, name) != FIELDS[name].default and layout not in layouts.split():
             others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
-            raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
+            raise ValueError(f"{name} does not work with data_parallel={layout}; "
                              f"leave it out, or type {others}")
     check_model_parallel(cfg)
     for name in ("tensorboard", "wandb"):

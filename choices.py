@@ -23,6 +23,9 @@ from settings import Config, update, with_traits
 # along a gradient that is still noise (LOG.md has the figures).
 AGAINST_ZERO = ("LARS", "LAMB", "Adafactor", "AdamW", "AdamL2", "Lion", "AdamWScheduleFree")
 
+# Their steps multiply and factorise matrices, too much for every replica to repeat.
+HEAVY = ("Muon", "SOAP", "Shampoo")
+
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class for `file` (its first) or `file.Class` in optim/. Raises ValueError with the nearest name."""
@@ -44,9 +47,9 @@ def matrices_only(optimizer_class: type) -> bool:
     return getattr(optimizer_class, "matrices_only", False)
 
 
-def settled(cfg: Config, device: torch.device, optimizer_class: type) -> Config:
+def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: bool) -> Config:
     """The config with a value in place of every `auto`, and of every `none` that means the optimizer's own;
-    and what torch itself has to be told."""
+    and what torch itself has to be told. replicas: are there several? One leaves data_parallel open."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if cfg.deterministic:
@@ -63,6 +66,10 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type) -> Config:
     gpu, apart = device.type == "cuda", cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     if cfg.zero_init == "auto" and optimizer_class.__name__ in AGAINST_ZERO:
         cfg = update(cfg, zero_init=False)
+    if cfg.data_parallel == "auto" and replicas:
+        whole = cfg.compress is not None or cfg.diloco_every is not None  # they need it on every rank
+        spread = optimizer_class.__name__ in HEAVY and not whole
+        cfg = update(cfg, data_parallel="zero1" if spread else "ddp")
     return update(
         with_traits(cfg),
         device=str(device),
@@ -151,7 +158,7 @@ def data_parallel(cfg: Config, mesh: Mesh, cuts: dict[str, tuple]):
         method = getattr(compression, cfg.compress)
         reduce = method(**checks.check_options(cfg, "compress", method))
         return DDP(group, device, cfg.bucket_mb, reduce)
-    if cfg.data_parallel == "ddp":
+    if cfg.data_parallel in ("auto", "ddp"):
         return DDP(group, device, cfg.bucket_mb)
     if cfg.data_parallel == "fsdp":
         from parallel.fsdp import FSDP

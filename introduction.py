@@ -34,10 +34,7 @@ def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
     was = resolve(cfg.init_from).tree("config", missing={}) if start else {}
     found = {
         f"data_parallel={layout}: one replica, nothing to spread": mesh.groups["replicas"] is None
-        and layout != "ddp",
-        f"optim={cfg.optim}: every replica works on all matrices; --data_parallel=zero1 deals them out and "
-        "sends as many bytes": mesh.groups["replicas"] is not None and layout == "ddp" and alone
-        and cfg.optim.partition(".")[0] in ("muon", "soap", "shampoo"),
+        and layout not in ("auto", "ddp"),
         f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are":
         mesh.groups["replicas"] is None and cfg.param_dtype is not None,
         f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": cfg.pp == 1

@@ -157,8 +157,9 @@ class Config:
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = knob(
         "auto", "torch.compile of each block, and how; auto: default on a GPU, off on a CPU", FREE
     )
-    data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = knob(
-        "ddp", "ddp: replicas | zero1, 2, 3: state, gradients, weights at owners | fsdp: in shards", FREE
+    data_parallel: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = knob(
+        "auto", "ddp: replicas | zero1, 2, 3: state, gradients, weights at owners | fsdp: in shards | auto: "
+        "zero1 for Muon, SOAP and Shampoo, which it spreads over the ranks, else ddp", FREE,
     )
     fsdp_shard: int | None = knob(
         None, "fsdp: ranks that share one copy, the others repeat it (hybrid); none = all, 1 = no sharding",

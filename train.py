@@ -88,7 +88,7 @@ def main(cfg: settings.Config) -> dict:
 
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
     optimizer_class = choices.find_optimizer(cfg.optim)
-    cfg = choices.settled(cfg, device, optimizer_class)
+    cfg = choices.settled(cfg, device, optimizer_class, mesh.groups["replicas"] is not None)
     opt_options = checks.check_options(cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay"))
     lr_factor = choices.lr_schedule(cfg)  # step -> what every lr is multiplied by
 

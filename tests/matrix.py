@@ -121,7 +121,7 @@ def column(layout: str, precision: str, optimizers: list[str], *more: str) -> di
     larger process"."""
     world, flags = LAYOUTS.get(layout) or MODEL_PARALLEL.get(layout, (1, []))
     larger = LARGER if layout in MODEL_PARALLEL or layout == "one larger process" else []
-    flags = [*larger, *flags, *more]
+    flags = [*larger, "--data_parallel=ddp", *flags, *more]
     with tempfile.TemporaryDirectory() as folder:
         text(folder)
         if world == 1:

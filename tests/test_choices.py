@@ -11,10 +11,10 @@ import torch.distributed as dist
 from harness import run_ranks
 from test_train import close, flags, go, on_ranks, rows
 
+import checkpoint
 import checks
 import choices
 import config
-import introduction
 import resume
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
@@ -113,16 +113,28 @@ def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
         assert not (tmp_path / flag[2:6] / "offload").exists()
 
 
-@pytest.mark.parametrize("words, ranks, said", [
-    (["--optim=muon"], 2, True), (["--optim=soap"], 2, True), (["--optim=muon"], 1, False),
-    (["--optim=adamw"], 2, False), (["--optim=muon", "--data_parallel=zero1"], 2, False),
-    (["--optim=muon", "--compress=topk"], 2, False),
+@pytest.mark.parametrize("words, replicas, layout", [
+    ([], True, "zero1"), (["--optim=soap"], True, "zero1"), (["--optim=shampoo"], True, "zero1"),
+    (["--optim=adamw"], True, "ddp"), (["--optim=lamb"], True, "ddp"), ([], False, "auto"),
+    (["--compress=topk"], True, "ddp"), (["--diloco_every=3"], True, "ddp"),
+    (["--data_parallel=ddp"], True, "ddp"), (["--optim=adamw", "--data_parallel=zero1"], True, "zero1"),
 ])  # fmt: skip
-def test_replicas_that_all_work_on_the_same_matrices_are_told(words, ranks, said):
-    mesh = types.SimpleNamespace(sizes={"dp": ranks, "cp": 1}, device=torch.device("cpu"),
-                                 groups={"replicas": object() if ranks > 1 else None})  # fmt: skip
-    remarks = introduction.remarks(config.parse(words), mesh, None)
-    assert any("--data_parallel=zero1 deals them out" in sentence for sentence in remarks) == said
+def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layout):
+    cfg = config.parse(words)
+    assert choices.settled(cfg, CPU, choices.find_optimizer(cfg.optim), replicas).data_parallel == layout
+
+
+def test_the_layout_chosen_is_said_saved_and_gone_on_with(tmp_path, text, capfd):
+    more = ["--precision=fp64", "--steps=4"]
+    go(text, tmp_path / "one", *more)
+    run_ranks(2, on_ranks, text, tmp_path / "two", *more, "--steps=2", "--schedule=constant")
+    assert "data_parallel=zero1" in capfd.readouterr().out
+    assert checkpoint.newest(tmp_path / "two").tree("config/data_parallel") == "zero1"
+    go(text, tmp_path / "two", *more, "--schedule=constant", "--steps=3")  # alone, and then two again
+    run_ranks(2, on_ranks, text, tmp_path / "two", *more, "--schedule=constant")
+    assert checkpoint.newest(tmp_path / "one").tree("config/data_parallel") == "auto"
+    go(text, tmp_path / "still", *more, "--schedule=constant")
+    close(rows(tmp_path / "two"), rows(tmp_path / "still"), 1e-10)
 
 
 BASE = ["--data_parallel=fsdp", "--fsdp_shard=2", "--reshard=false"]
@@ -192,4 +204,4 @@ def test_adam_and_its_kind_start_without_zeros_if_nothing_else_is_said(optim, ze
     found = choices.find_optimizer(optim)
     for words, expected in (([], zero), (["--zero_init=true"], True), (["--arch=gpt2"], False)):
         cfg = config.parse([f"--optim={optim}", *words])
-        assert choices.settled(cfg, torch.device("cpu"), found).zero_init is expected
+        assert choices.settled(cfg, torch.device("cpu"), found, False).zero_init is expected

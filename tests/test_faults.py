@@ -91,7 +91,7 @@ def same_checkpoints(a, b, parts=("model/", "training_weights/", "optim/")) -> N
 
 RING, DISK = "--monitor.ring=2 --monitor.ring_every=2", "--monitor.ring=0 --save_every=3"
 LAYOUTS = [
-    "",
+    "--data_parallel=ddp",
     "--optim=soap --data_parallel=zero1 --bucket_mb=0.01",
     "--tp=2 --sp=true",
     "--data_parallel=fsdp --optim=lamb",

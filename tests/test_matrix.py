@@ -193,7 +193,7 @@ def go(rank, world, folders, steps, flags, shape):
                 f"--optim={optim}", f"--steps={steps}", "--schedule=constant", "--eval_every=0",
                 "--precision=fp64"]  # fmt: skip
         argv += ["--opt.eps=1e-2", "--lr=1e-3"] if optim == "soap" else []
-        train.main(config.parse([*argv, *flags]))
+        train.main(config.parse([*argv, "--data_parallel=ddp", *flags]))
 
 
 def on(layout, folders, steps, shape):

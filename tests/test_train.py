@@ -78,7 +78,8 @@ def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, t
     for micro in (1, 2):
         go(text, tmp_path / f"micro{micro}", *more, f"--micro_batch_size={micro}")
     for ranks in (2, 4):
-        losses = run_ranks(ranks, on_ranks, text, tmp_path / f"ranks{ranks}", *more, "--micro_batch_size=1")
+        losses = run_ranks(ranks, on_ranks, text, tmp_path / f"ranks{ranks}", *more, "--micro_batch_size=1",
+                           "--data_parallel=ddp")  # fmt: skip
         assert len(set(losses)) == 1  # every rank learns the global figure
     for layout in ("micro1", "micro2", "ranks2", "ranks4"):
         close(rows(tmp_path / layout), expected[0], tolerance)
@@ -228,6 +229,7 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 
 
 LAYOUTS = [
+    "--data_parallel=ddp --optim=muon",
     "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
     "--precision=fp16 --scaler.init_power=40 --scaler.window=3 --optim=adamw",
     "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01 --optim=schedule_free",
