@@ -85,6 +85,8 @@ ROWS = {  # name: (tensors, ours, the peers)
         *some("torch.optim.SGD", *ALL, momentum=0.9, lr=0.1), one(HB + "SGD", *EAGER)]),
     "adamw": ("all", one("optim.adamw.AdamW", **DECAY), [
         *some("torch.optim.AdamW", *ALL, **DECAY), one(HB + "AdamW", *EAGER, **DECAY)]),
+    "fused-adamw": ("all", one("optim.adamw.AdamW", **DECAY, fused=True),
+                    some("torch.optim.AdamW", "fused", **DECAY)),
     "adaml2": ("all", one("optim.adam_l2.AdamL2", **DECAY), some("torch.optim.Adam", *ALL, **DECAY)),
     "adafactor": ("all", one("optim.adafactor.Adafactor"), [
         *some("torch.optim.Adafactor", *BOTH), *some(PO + "AdaFactor", *BOTH, betas=(None, 0.999))]),
@@ -162,6 +164,7 @@ def measure(row: str, quick: bool, skip) -> str:
     tensor_shapes, state = shapes(kind, quick), "as above"
     warm, rounds, steps, builds = {"all": (3, 7, 1, 6), "hidden": (1, 3, 1, 4), "block": (1, 1, 10, 4)}[kind]
     warm, rounds, builds = (min(warm, 2), min(rounds, 2), 2) if quick else (warm, rounds, builds)
+    beside = {name for name in specs if name.endswith(" fused") and "fused" not in row}  # not eager
     noise = torch.randn(max(map(math.prod, tensor_shapes)) + 1000).mul_(0.02)
     for build in range(builds):
         junk = [torch.empty(random.randrange(1000, 1_000_000)) for _ in range(10)]  # moves what comes after
@@ -185,18 +188,18 @@ def measure(row: str, quick: bool, skip) -> str:
         for name in specs:
             times.setdefault(name, []).append(min(passed[name]))
         state = candidates[mine].state_bytes(row) if row in STATE else state
-        fastest = min((times[name][0] for name in specs if name != mine and "fused" not in name), default=0)
-        specs = {k: v for k, v in specs.items() if times[k][0] <= 1.6 * fastest or k == mine or "fused" in k}
+        fastest = min((times[name][0] for name in specs if name != mine and name not in beside), default=0)
+        specs = {k: v for k, v in specs.items() if times[k][0] <= 1.6 * fastest or k in (mine, *beside)}
         del candidates, junk
     ms = {name: median(values) for name, values in times.items()}
-    eager = sorted((name for name in specs if name != mine and "fused" not in name), key=ms.get)
+    eager = sorted((name for name in specs if name != mine and name not in beside), key=ms.get)
     versus = ["none", "", ""]
     if eager:
         ratios = [a / b for a, b in zip(times[mine], times[eager[0]])]
         versus = [eager[0], f"{ms[eager[0]]:.1f}",
                   f"**{median(ratios):.2f}** ({min(ratios):.2f}..{max(ratios):.2f})"]  # fmt: skip
-    fused = ", ".join(f"{ms[name]:.1f}" for name in ms if "fused" in name)
-    rest = ", ".join(f"{k} {ms[k]:.1f}" for k in ms if k not in (mine, *eager[:1]) and "fused" not in k)
+    fused = ", ".join(f"{ms[name]:.1f}" for name in ms if name in beside)
+    rest = ", ".join(f"{k} {ms[k]:.1f}" for k in ms if k not in (mine, *eager[:1], *beside))
     title = mine.rsplit(".", 1)[1] if row in STATE else row
     return "| " + " | ".join([title, f"{ms[mine]:.1f}", *versus, fused, state, rest]) + " |"
 

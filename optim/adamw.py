@@ -14,7 +14,9 @@ with large *gradients*.
 lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
-To compile the step: torch compiles again for every new float, so hand the floats over as 0-D tensors:
+`fused` steps all tensors in one kernel of torch's, the same formula: on a GPU one launch instead of eight for
+each tensor, on a CPU half the time.
+To compile the step instead: torch compiles again for every new float, so hand the floats over as 0-D tensors:
     fast = torch.compile(adamw_update, dynamic=True)
     adamw.adamw_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
@@ -35,14 +37,22 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps,
     p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr * root2 / bias1))
 
 
+def fused_adamw_update(ps, gs, exp_avgs, exp_avg_sqs, t, lr, beta1, beta2, eps, weight_decay) -> None:
+    """The same for lists of tensors, all of one dtype and device and in their step t."""
+    steps = [torch.tensor(float(t), device=ps[0].device)] * len(ps)
+    torch._fused_adamw_(ps, gs, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                        weight_decay=weight_decay, amsgrad=False, maximize=False)
+
+
 class AdamW(torch.optim.Optimizer):
     """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.01):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+                 weight_decay: float = 0.01, fused: bool = False):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                                  "fused": fused})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
@@ -60,7 +70,8 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
+            (beta1, beta2), together = group["betas"], {}
+            numbers = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -71,11 +82,19 @@ class AdamW(torch.optim.Optimizer):
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
                 t = state["step"] = int(state["step"]) + 1
-                adamw_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"],
-                             1 - beta1**t, math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"],
-                             group["weight_decay"])
+                tensors = work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"]
+                if group["fused"]:
+                    together.setdefault((t, work.dtype, p.device), []).append((p, *tensors))
+                    continue
+                adamw_update(*tensors, 1 - beta1**t, math.sqrt(1 - beta2**t), *numbers)
                 if work is not p:
                     p.copy_(work)  # the one rounding
+            for (t, *_), found in together.items():
+                ps, *tensors = map(list, zip(*found))
+                fused_adamw_update(*tensors, t, *numbers)
+                for p, work in zip(ps, tensors[0]):
+                    if work is not p:
+                        p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:

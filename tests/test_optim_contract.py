@@ -340,6 +340,30 @@ def test_the_self_check_of_a_file_runs_and_prints(file):
     assert run.stdout.strip()
 
 
+@half
+def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype):
+    """With two groups, a parameter that joins late, and another optimizer from the fourth step on."""
+
+    def six_steps(*kinds):
+        params, state = parameters(dtype), {}
+        for step in range(6):
+            if step % 3 == 0:
+                groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.5}]
+                optimizer = adamw.AdamW(groups, lr=0.02, betas=(0.8, 0.95), fused=kinds[step // 3])
+                optimizer.state.update(state)
+            give_gradients(params, step)
+            params[1].grad = None if step < 2 else params[1].grad
+            optimizer.step()
+            state = optimizer.state
+        assert [state[p]["step"] for p in params] == [6, 4, 6, 6, 6]
+        return params
+
+    plain, tolerance = six_steps(False, False), {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
+    for kinds in ((True, True), (True, False), (False, True)):
+        for p, q in zip(six_steps(*kinds), plain):
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
 def test_adamw_continues_from_torchs_own_state():
     ours, theirs = parameters(torch.float64), parameters(torch.float64)
     reference = torch.optim.AdamW(theirs)
