@@ -57,19 +57,22 @@ def test_without_a_group_nothing_happens(alone):
 
 
 def count_bytes(rank, world, micro_batches):
-    sent = []
-    plain = dist.all_reduce
-    dist.all_reduce = lambda x, *args, **kwargs: (sent.append(x.nbytes), plain(x, *args, **kwargs))[1]
+    summed, said = [], []
+    plain, finish = dist.all_reduce, DDP.finish_gradients
+    dist.all_reduce = lambda x, *args, **kwargs: (summed.append(x.nbytes), plain(x, *args, **kwargs))[1]
+    DDP.finish_gradients = lambda self: (finish(self), said.append(self.sent_bytes))
     gradients(rank, world, micro_batches, 1e-4)
-    dist.all_reduce = plain
-    return sent
+    dist.all_reduce, DDP.finish_gradients = plain, finish
+    return summed, said
 
 
-def test_bytes_do_not_grow_with_micro_batches():
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_are_the_formula_and_do_not_grow_with_micro_batches(world):
     size = sum(p.nbytes for p in net().parameters())
-    for micro_batches in (1, 4):
-        for sent in run_ranks(2, count_bytes, micro_batches):
-            assert sum(sent) == 2 * size and len(sent) > 4  # two steps, several buckets
+    for micro_batches in (1, 2):
+        for summed, said in run_ranks(world, count_bytes, micro_batches):
+            assert sum(summed) == 2 * size and len(summed) > 4  # two steps, several buckets
+            assert said == [2 * (world - 1) * size // world] * 2
 
 
 def unused(rank, world):
