@@ -70,7 +70,7 @@ def check(cfg: Config) -> Config:
         layout = cfg.data_parallel.replace("auto", "ddp")
         if getattr(cfg, name) != FIELDS[name].default and layout not in layouts.split():
             others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
-            raise ValueError(f"{name} does not work with data_parallel={layout}; "
+            raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
                              f"leave it out, or type {others}")
     check_model_parallel(cfg)
     for name in ("tensorboard", "wandb"):

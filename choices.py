@@ -274,7 +274,8 @@ def largest_micro_batch(run, model, replicas, share: int, mesh: Mesh) -> int:
         counts = [n for n in range(pp, share + 1, pp) if share % n == 0]  # of micro-batches
         return share // min((n for n in counts if n >= 4 * pp), default=max(counts, default=share))
     size, spread = share, mesh.sizes["tp"] * mesh.sizes["cp"] > 1
-    spread |= type(replicas).__name__ in ("ZeRO", "FSDP") and mesh.sizes["dp"] > 1
+    kind, stage = type(replicas).__name__, getattr(replicas, "stage", 3)
+    spread |= (kind == "FSDP" or kind == "ZeRO" and stage > 1) and mesh.sizes["dp"] > 1
     while mesh.device.type == "cuda":
         replicas.last_micro_batch(spread)  # what is not sent would stay inside FSDP
         try:

@@ -3,7 +3,7 @@
 import torch
 
 from checkpoint import Checkpoint, resolve
-from choices import state_on_disk
+from choices import HEAVY, find_optimizer, state_on_disk
 from corpora import Corpus
 from parallel.mesh import Mesh
 from settings import FIELDS, Config
@@ -34,7 +34,10 @@ def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
     was = resolve(cfg.init_from).tree("config", missing={}) if start else {}
     found = {
         f"data_parallel={layout}: one replica, nothing to spread": mesh.groups["replicas"] is None
-        and layout not in ("auto", "ddp"),
+        and "data_parallel" in cfg.given and layout != "ddp",
+        f"optim={cfg.optim}: every replica works on all matrices; --data_parallel=zero1 deals them out and "
+        "sends as many bytes": mesh.groups["replicas"] is not None and layout == "ddp" and alone
+        and find_optimizer(cfg.optim).__name__ in HEAVY,
         f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are":
         mesh.groups["replicas"] is None and cfg.param_dtype is not None,
         f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": cfg.pp == 1

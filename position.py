@@ -58,8 +58,10 @@ class Best:
     def look(self, step: int, val_loss: float, tree: Callable[[], dict] = dict) -> bool:
         """After each evaluation, on all ranks: are these weights the best so far? Then tree() is saved. Where
         that fails, those before stay the best."""
+        if self.patience is None:
+            return False
         s, bound = self.seen, self.seen["loss"] - self.min_delta
-        better = self.patience is not None and math.isfinite(val_loss) and val_loss < bound
+        better = math.isfinite(val_loss) and val_loss < bound
         if better:
             try:
                 checkpoint.save(self.folder, step, tree(), keep=1)

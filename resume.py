@@ -74,13 +74,16 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
         if "data_parallel" in cfg.given:  # another layout, its own options too
             own = LAYOUTS.keys() - cfg.given - {"diloco_every"}
             values |= {name: FIELDS[name].default for name in own}
-    for name in sorted(old.options | options):
+    for name in sorted((old.options | options).keys() - {"opt.fused"}):  # the same step in another kernel
         if name.startswith(("opt.", "diloco.", "fp8.")) and options.get(name) != old.options.get(name):
             raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
     return checks.check(update(cfg, **values, options=options))
 
 
 def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
+    if was is None and "." in name:
+        where = cfg.resume if branch else cfg.out_dir
+        return f"{where} holds a run without --{name}; leave it out, or --resume=never to start anew"
     if branch:
         return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
     return (

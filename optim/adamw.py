@@ -15,7 +15,7 @@ lr is in units of weight: an element moves by about lr a step at most, whatever 
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
 `fused` steps all tensors in one kernel of torch's, the same formula: on a GPU one launch instead of eight for
-each tensor, on a CPU half the time.
+each tensor, on a CPU half the time; with half-precision parameters float32 copies of all of them at once.
 To compile the step instead: torch compiles again for every new float, so hand the floats over as 0-D tensors:
     fast = torch.compile(adamw_update, dynamic=True)
     adamw.adamw_update = lambda *args: fast(
@@ -83,7 +83,7 @@ class AdamW(torch.optim.Optimizer):
                     state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
                 t = state["step"] = int(state["step"]) + 1
                 tensors = work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"]
-                if group["fused"]:
+                if group["fused"] and all(x.is_contiguous() for x in tensors):  # the kernel sees no strides
                     together.setdefault((t, work.dtype, p.device), []).append((p, *tensors))
                     continue
                 adamw_update(*tensors, 1 - beta1**t, math.sqrt(1 - beta2**t), *numbers)

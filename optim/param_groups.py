@@ -85,7 +85,7 @@ def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     share()
 
 
-CONFIGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum")  # the config's to say
+CONFIGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum", "fused")  # the config's to say
 
 
 def state_by_name(optimizer: Optimizer) -> dict:

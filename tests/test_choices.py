@@ -15,6 +15,7 @@ import checkpoint
 import checks
 import choices
 import config
+import introduction
 import resume
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
@@ -70,9 +71,10 @@ def test_looking_for_the_micro_batch_that_fits_leaves_no_trace(layout):
 
 
 def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
-    assert [size for _, size, _ in run_ranks(2, trained, "ddp", True, (4,))] == [2, 2]
+    for layout in ("ddp", "zero1"):
+        assert [size for _, size, _ in run_ranks(2, trained, layout, True, (4,))] == [2, 2]
     with pytest.raises(Exception, match="type --micro_batch_size=2, or less"):
-        run_ranks(2, trained, "zero1", True, (4,))
+        run_ranks(2, trained, "zero3", True, (4,))
 
 
 def test_a_rank_that_owns_nothing_trains_on(tmp_path, text):
@@ -124,6 +126,31 @@ def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layo
     assert choices.settled(cfg, CPU, choices.find_optimizer(cfg.optim), replicas).data_parallel == layout
 
 
+@pytest.mark.parametrize("words, ranks, said", [
+    (["--optim=muon", "--data_parallel=ddp"], 2, "--data_parallel=zero1 deals them out"),
+    (["--optim=adamw", "--data_parallel=ddp"], 2, None), (["--optim=muon", "--data_parallel=ddp"], 1, None),
+    (["--data_parallel=ddp", "--compress=topk"], 2, None), (["--data_parallel=zero1"], 2, None),
+    (["--data_parallel=zero1"], 1, "one replica, nothing to spread"), ([], 1, None),
+])  # fmt: skip
+def test_a_layout_that_does_not_pay_is_named(words, ranks, said):
+    mesh = types.SimpleNamespace(sizes={"dp": ranks, "cp": 1}, device=CPU,
+                                 groups={"replicas": object() if ranks > 1 else None})  # fmt: skip
+    remarks = [x for x in introduction.remarks(config.parse(words), mesh, None) if "diloco" not in x]
+    assert remarks == [] if said is None else said in " ".join(remarks)
+
+
+def test_the_kernel_of_adamw_is_no_part_of_a_run_and_other_options_are(tmp_path, text):
+    more = ["--optim=adamw", "--precision=fp64", "--schedule=constant"]
+    go(text, tmp_path / "one", *more, "--steps=4")
+    for steps, fused in ((2, []), (3, ["--opt.fused=true"]), (4, [])):
+        go(text, tmp_path / "two", *more, *fused, f"--steps={steps}")
+        saved = checkpoint.newest(tmp_path / "two")
+        assert saved.tree("optim/groups/matrix/fused") == bool(fused)
+    close(rows(tmp_path / "two"), rows(tmp_path / "one"), 1e-12)
+    with pytest.raises(ValueError, match="two holds a run without --opt.eps; leave it out"):
+        go(text, tmp_path / "two", *more, "--opt.eps=1e-5", "--steps=5")
+
+
 def test_the_layout_chosen_is_said_saved_and_gone_on_with(tmp_path, text, capfd):
     more = ["--precision=fp64", "--steps=4"]
     go(text, tmp_path / "one", *more)
@@ -160,7 +187,7 @@ def test_an_outer_step_cannot_change_on_the_way():
 
 @pytest.mark.parametrize("flags_, says", [
     (["--compress=topk", "--data_parallel=zero1"], "compress does not work with data_parallel=zero1"),
-    (["--fsdp_shard=2"], "fsdp_shard does not work with data_parallel=ddp"),
+    (["--fsdp_shard=2"], "fsdp_shard does not work with data_parallel=auto"),
     (["--offload_params=disk"], "--data_parallel=zero3 or --data_parallel=fsdp"),
     (["--data_parallel=fsdp", "--bucket_mb=1"], "bucket_mb does not work"),
     (["--compress.rank=2"], "needs --compress="),

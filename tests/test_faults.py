@@ -170,7 +170,8 @@ def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, t
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, text, precision):
     """In fp16 it is the loss scaler that skips."""
-    more = [f"--precision={precision}", "--micro_batch_size=2", "--save_every=1", "--keep=none"]
+    more = [f"--precision={precision}", "--micro_batch_size=2", "--save_every=1", "--keep=none",
+            "--data_parallel=ddp"]  # fmt: skip
     run_ranks(2, inf_gradient, False, text, tmp_path / "whole", *more)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         run_ranks(2, inf_gradient, True, text, tmp_path / "killed", *more)
@@ -392,7 +393,7 @@ LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.9, 1.8]  # of steps 0, 1, ...: 2 
     (1, "--optim=muon"), (1, "--optim=schedule_free"), (2, "--data_parallel=zero1 --optim=schedule_free"),
     *(pytest.param(2, layout, marks=pytest.mark.slow) for layout in (
         "--data_parallel=fsdp", "--data_parallel=zero3 --offload_params=disk", "--tp=2 --sp=true", "--pp=2",
-        "--precision=bf16_sr --data_parallel=zero2", "--cp=2")),
+        "--precision=bf16_sr --data_parallel=zero2", "--cp=2 --data_parallel=ddp")),
 ])  # fmt: skip
 def test_the_best_weights_come_back_and_training_can_go_on(tmp_path, text, ranks, layout):
     more = [*layout.split(), "--eval_every=1", "--save_every=1", "--keep=none", "--steps=8"]

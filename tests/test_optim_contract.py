@@ -346,6 +346,8 @@ def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype):
 
     def six_steps(*kinds):
         params, state = parameters(dtype), {}
+        base = torch.randn(9, 4).to(dtype)
+        params[0] = base[:6].T.requires_grad_()  # the last rows of base are nobody's
         for step in range(6):
             if step % 3 == 0:
                 groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.5}]
@@ -356,7 +358,7 @@ def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype):
             optimizer.step()
             state = optimizer.state
         assert [state[p]["step"] for p in params] == [6, 4, 6, 6, 6]
-        return params
+        return [*params, base]
 
     plain, tolerance = six_steps(False, False), {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
     for kinds in ((True, True), (True, False), (False, True)):

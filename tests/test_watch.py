@@ -65,7 +65,8 @@ def cell(layout, *more, optim="Muon"):
     world, flags = LAYOUTS.get(layout) or MODEL_PARALLEL.get(layout, (1, []))
     with tempfile.TemporaryDirectory() as folder:
         squares(folder)
-        args = folder, "fp64", [optim], [*LARGER, "--n_layer=4", "--eval_every=0", *more, *flags]
+        flags = [*LARGER, "--n_layer=4", "--eval_every=0", "--data_parallel=ddp", *more, *flags]
+        args = folder, "fp64", [optim], flags
         runs(0, 1, *args) if world == 1 else run_ranks(world, runs, *args)
         return rows(f"{folder}/{optim}")
 
