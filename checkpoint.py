@@ -1,4 +1,4 @@
-"""Atomic, verified checkpoints that any parallel layout can load. No pickle anywhere: loading runs no code.
+"""Atomic, verified checkpoints that any parallel layout can load. No pickle in them: loading runs no code.
 
     OUT_DIR/step-00000123/
         rank_0.safetensors     what rank 0 wrote: whole tensors, or its slices of them

@@ -69,10 +69,16 @@ def read_recipe(path: str) -> dict:
     return {name: from_toml(name, value, path) for name, value in values.items()}
 
 
+ELSEWHERE = dict(max_iters="steps", learning_rate="lr", gradient_accumulation_steps="batch_size",
+                 eval_interval="eval_every", eval_iters="eval_tokens", dataset="data", min_lr="min_lr_frac",
+                 warmup_iters="warmup_steps", decay_lr="schedule", beta1="opt.betas", beta2="opt.betas",
+                 dtype="precision", seq_len="block_size")  # other trainers' names  # fmt: skip
+
+
 def known(name: str) -> None:
     if name in FIELDS or ("." in name and name.split(".")[0] in NAMESPACES):
         return
-    near = difflib.get_close_matches(name, FIELDS, 1)
+    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, FIELDS, 1)
     hint = f"did you mean --{near[0]}?" if near else "--help lists those there are"
     raise ValueError(f"there is no field {name!r}; {hint}")
 

@@ -371,7 +371,8 @@ def table(s: dict) -> str:
                      + f"{p.node_bytes / 1e9:8.1f}{p.net_bytes / 1e9:8.1f}")  # fmt: skip
     nodes = math.ceil(c.gpus / c.gpus_per_node)
     start = f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}" if c.gpus > 1 else "python"
-    names = ("n_layer", "n_embd", "n_head", "n_kv_head")
+    start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" * (nodes > 1)
+    names = ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size")
     lines += ["", " ".join([start, "train.py", *(f"--{k}={getattr(m, k)}" for k in names), "--optim=adamw",
                             f"--precision={s['precision']}", flags(m, found[0].layout, batch)])]  # fmt: skip
     if s["precision"] == "mixed":

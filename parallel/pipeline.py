@@ -218,12 +218,13 @@ def weight_gradients(queue: list) -> None:
 
 
 def main(argv: list[str]) -> str:
-    flags = {"schedule": "1f1b", "pp": 4, "micro_batches": 8, "pp_chunks": 1}
+    flags = {"schedule": "1f1b", "pp": 4, "micro_batches": 8, "pp_chunks": None}
     for argument in argv:
         name, _, text = argument.removeprefix("--").partition("=")
         if name not in flags or (name != "schedule" and not text.isdecimal()):
             raise ValueError(f"{argument!r}: type --schedule=1f1b, --pp=4, --micro_batches=8, --pp_chunks=1")
         flags[name] = text if name == "schedule" else int(text)
+    flags["pp_chunks"] = flags["pp_chunks"] or (2 if flags["schedule"] == "interleaved" else 1)
     timeline = simulate(schedule(*flags.values()))
     return f"{timeline}\nidle: {timeline.bubble:.1%}; most forwards in memory, by rank: {timeline.in_flight}"
 

@@ -40,6 +40,7 @@ def test_a_table_and_a_dotted_key_mean_the_same(tmp_path):
     "flag, says",
     [
         ("--stepz=3", "did you mean --steps?"),
+        ("--learning_rate=3", "did you mean --lr?"),
         ("--ep=2", "there is no field 'ep'"),
         ("--steps", "has no value"),
         ("--steps=ten", "a whole number"),

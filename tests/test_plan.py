@@ -278,7 +278,7 @@ def command(*arguments):
 def test_the_command_prints_what_to_type():
     text = plan.table(plan.parse("--params=13e9 --gpus=16 --batch=256 --top=3".split()))
     best = text.splitlines()[-1]
-    assert best.startswith("torchrun --nnodes=2 --nproc_per_node=8 train.py --n_layer=")
+    assert best.startswith("torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=")
     typed = dict(word[2:].split("=") for word in best.split("train.py ")[1].split())
     kinds = {k: type(v) for k, v in vars(Layout()).items()}
     known = {k: v for k, v in typed.items() if k in kinds}
