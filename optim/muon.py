@@ -89,14 +89,14 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
 
 def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype,
                 adjust_lr_fn, normuon_beta2, cautious) -> None:
-    """One step for parameters of one shape, in place on the lists `ps`, `bufs` (shaped as `gs`) and, for
-    NorMuon, `row_sqs` of (rows, 1)."""
+    """One step for parameters of one shape or its transpose, in place on the lists `ps`, `bufs` (shaped as
+    `gs`) and, for NorMuon, `row_sqs` of (rows, 1)."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
-    us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))  # (rows, cols) each
-    X = orthogonalize(us, ns, ns_steps, ns_dtype)
-    for p, x, v in zip(ps, X, row_sqs):
-        x = x.to(p.dtype)
+    us = [(g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs)]  # (rows, cols) each
+    X = orthogonalize((u.mT if u.shape[0] > u.shape[1] else u for u in us), ns, ns_steps, ns_dtype)
+    for p, u, x, v in zip(ps, us, X, row_sqs):
+        x = (x.mT if u.shape[0] > u.shape[1] else x).to(p.dtype)
         if normuon_beta2 is not None:
             v.lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
             y = x / (v.sqrt() + 1e-10)
@@ -168,13 +168,13 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            batches = {}  # matrices of one shape and dtype go together; each other parameter goes alone
+            batches = {}  # matrices of one shape, turned or not, go together; each other parameter alone
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     if p.grad.layout != torch.strided or p.is_complex():
                         raise RuntimeError("Muon: gradients must be dense and real, not sparse or complex")
-                    key = (p.shape[0], p[0].numel(), p.dtype, p.device) if group["use_muon"] else i
-                    batches.setdefault(key, []).append(p)
+                    sides = sorted((p.shape[0], p[0].numel())) if group["use_muon"] else (i,)
+                    batches.setdefault((*sides, p.dtype, p.device), []).append(p)
             for ps in batches.values():
                 # the parameters themselves, unless in half precision
                 works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
