@@ -34,7 +34,8 @@ Muon is for hidden matrices. Groups with `use_muon=False` (embeddings, head, vec
 object:
     Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}])
 `betas` and `eps` given to Muon are those groups' where they have none of their own; `adamw_weight_decay` is
-the decay of all of them, embeddings and vectors too, None what each group says.
+the decay of all of them, embeddings and vectors too, None what each group says; `fused` steps them in a
+kernel of torch's, the same formula in one pass.
 Needs whole matrices. Clip gradients before, if at all: the orthogonalised update has nothing left to clip.
 """
 
@@ -115,6 +116,13 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_dec
     p.addcdiv_(exp_avg, (exp_avg_sq / (1 - beta2**t)).sqrt_().add_(eps), value=-lr / (1 - beta1**t))
 
 
+def fused_adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay) -> None:
+    """The same in one pass of torch's kernel, which sees no strides."""
+    step = torch.tensor(float(t), device=p.device)
+    torch._fused_adamw_([p], [g], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=beta1, beta2=beta2,
+                        eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False)
+
+
 class Muon(torch.optim.Optimizer):
     """`ns_dtype`: dtype of the products, or its name; None is bfloat16, and float64 for float64 parameters.
     Raises ValueError for hyperparameters out of range and for vectors in a Muon group, RuntimeError for
@@ -128,12 +136,12 @@ class Muon(torch.optim.Optimizer):
                  adjust_lr_fn: str = "original", ns_dtype: torch.dtype | str | None = None,
                  normuon_beta2: float | None = None, cautious: bool = False,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10,
-                 adamw_weight_decay: float | None = None):
+                 adamw_weight_decay: float | None = None, fused: bool = False):
         super().__init__(params, {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
             "ns_steps": ns_steps, "ns": ns, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype,
             "normuon_beta2": normuon_beta2, "cautious": cautious, "use_muon": True, "betas": betas,
-            "eps": eps, "adamw_weight_decay": adamw_weight_decay})
+            "eps": eps, "adamw_weight_decay": adamw_weight_decay, "fused": fused})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **({} if param_group.get("use_muon", True) else ADAMW), **param_group}
@@ -204,8 +212,10 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
             state["step"] += 1
-            adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"],
-                         *group["betas"], group["eps"], group["weight_decay"])
+            tensors = work, g, state["exp_avg"], state["exp_avg_sq"]
+            one_pass = group["fused"] and all(x.is_contiguous() for x in tensors)
+            update = fused_adamw_update if one_pass else adamw_update
+            update(*tensors, state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """The base class casts state to the parameter's dtype; here it keeps full precision."""

@@ -341,7 +341,8 @@ def test_the_self_check_of_a_file_runs_and_prints(file):
 
 
 @half
-def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype):
+@pytest.mark.parametrize("cls", [adamw.AdamW, muon.Muon])
+def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls):
     """With two groups, a parameter that joins late, and another optimizer from the fourth step on."""
 
     def six_steps(*kinds):
@@ -351,7 +352,8 @@ def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype):
         for step in range(6):
             if step % 3 == 0:
                 groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.5}]
-                optimizer = adamw.AdamW(groups, lr=0.02, betas=(0.8, 0.95), fused=kinds[step // 3])
+                groups = [group | {"use_muon": False} for group in groups] if cls is muon.Muon else groups
+                optimizer = cls(groups, lr=0.02, betas=(0.8, 0.95), eps=1e-9, fused=kinds[step // 3])
                 optimizer.state.update(state)
             give_gradients(params, step)
             params[1].grad = None if step < 2 else params[1].grad
