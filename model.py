@@ -52,7 +52,7 @@ class GPTConfig:
     qk_norm: bool = True
     attention_scale: float | None = None  # q.k is multiplied by it; None = 1/sqrt(D)
     window: int | None = None  # tokens that a query sees, itself among them; None = all before it
-    attention: str = "sdpa"  # or flex (attention.py)
+    attention: str = "sdpa"  # or plain, flex (attention.py)
     tied: bool = False
     bias: bool = False
     head_bias: bool = False

@@ -76,8 +76,9 @@ class Config:
         "auto", "what q.k is multiplied by; none = 1/sqrt(head size), track3: 0.12", least=0
     )
     window: int | None = knob(None, "tokens that a query sees, itself among them; none = all", least=1)
-    attention: Literal["sdpa", "flex"] = knob(
-        "sdpa", "torch's kernel | FlexAttention, for GPUs (attention.py)", FREE
+    attention: Literal["sdpa", "plain", "flex"] = knob(
+        "sdpa", "torch's kernel | written out, faster in bf16 on a CPU up to 512 tokens | FlexAttention, for "
+        "GPUs", FREE,
     )
     tied: bool | Auto = knob("auto", "the output head shares the embedding; only gpt2: true")
     bias: bool | Auto = knob("auto", "biases in the blocks' Linear and in LayerNorm; modern: false")

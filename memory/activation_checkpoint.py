@@ -59,7 +59,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 HOW = ("none", "full", "full_sharded", "full_offload", "every_K", "segments_K", "attention", "mlp",
        "selective", "offload")  # fmt: skip
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_mm", "mkldnn._linear_pointwise", *(
+PRODUCTS = (*(f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")),
+            "mkldnn._linear_pointwise", *(
     f"aten._scaled_dot_product_{name}_attention{end}" for name, end in (
         ("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))))  # fmt: skip
 

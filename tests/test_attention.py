@@ -9,7 +9,7 @@ from test_qk_clip import scores
 import config
 import qk_clip
 import train
-from attention import causal_attention, core
+from attention import causal_attention, core, plain_attention
 from generation import generate
 from logger import read_metrics
 from model import GPT, GPTConfig
@@ -31,17 +31,29 @@ def by_hand(q, k, v, window):
     return products.softmax(-1) @ v
 
 
+@pytest.mark.parametrize("attend", [causal_attention, plain_attention])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 @pytest.mark.parametrize(
     "T, window", [(12, 1), (12, 4), (12, 5), (13, 12), (13, 7), (24, 3), (8, 8), (8, 30)]
 )
-def test_a_window_is_the_mask_written_out_and_so_are_its_gradients(T, window, kv):
+def test_a_window_is_the_mask_written_out_and_so_are_its_gradients(T, window, kv, attend):
     inputs = qkv(T, kv)
-    outs = [f(*inputs, window) for f in (causal_attention, by_hand)]
+    outs = [f(*inputs, window) for f in (attend, by_hand)]
     weights = torch.randn(outs[0].shape, dtype=torch.float64)
     grads = [torch.autograd.grad((out * weights).sum(), inputs) for out in outs]
     for found, expected in zip([outs[0], *grads[0]], [outs[1], *grads[1]]):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_written_out_it_is_torchs_kernel_and_in_bfloat16_no_further_from_the_truth_than_rounding(kv):
+    inputs = qkv(40, kv)
+    found, expected = (core(kind, None)(*inputs) for kind in ("plain", "sdpa"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    half = [core(kind, None)(*(x.bfloat16() for x in inputs)) for kind in ("plain", "sdpa")]
+    assert [x.dtype for x in half] == [torch.bfloat16] * 2
+    off = [(x - expected).square().mean().sqrt().item() for x in half]
+    assert off[0] < 2 * off[1] < 0.02
 
 
 @pytest.mark.parametrize("window", [None, 5, 128, 130])
@@ -98,11 +110,12 @@ SOME = ["ddp 2", "zero3 2", "fsdp 2", "tp 2 + sp", "cp 2 ulysses", "pp 2 1f1b"]
 FAST = ("cp 2 ulysses",)
 
 
+@pytest.mark.parametrize("flags", [FLAGS, [*FLAGS, "--attention=plain"]])
 @pytest.mark.parametrize(
     "layout", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in SOME]
 )
-def test_every_layout_is_one_process(layout):
-    assert_one_process(layout, *FLAGS)
+def test_every_layout_is_one_process(layout, flags):
+    assert_one_process(layout, *flags)
 
 
 WORDS = ["--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--batch_size=4", "--window=5",
@@ -111,7 +124,8 @@ WORDS = ["--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--batch
 
 
 @pytest.mark.parametrize("more", [
-    ["--activation_checkpoint=selective"], ["--activation_checkpoint=attention"],
+    ["--activation_checkpoint=selective"], ["--activation_checkpoint=attention"], ["--attention=plain"],
+    ["--activation_checkpoint=selective", "--attention=plain"],
     pytest.param(["--compile=default", "--compile.backend=aot_eager"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_recomputed_or_compiled_it_is_the_same_run(tmp_path, text, more):
