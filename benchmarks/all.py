@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks import runs
 
-BENCHES = ("job", "nanogpt", "speedrun", "speedrun --recipe=configs/cpu_speedrun_gpt.toml", "overhead",
-           "scaling", "train", "optim", "spread", "network", "pipeline")  # fmt: skip
+BENCHES = ("job", "nanogpt", "speedrun", "overhead", "scaling", "train", "optim", "spread",
+           "network", "pipeline")  # fmt: skip
 RANKS = {"network": 2, "pipeline": 2}
 QUICK = {"pipeline": "--micro_batches=2"}  # it has no --quick
 NO_MARKDOWN = ("spread", "network")

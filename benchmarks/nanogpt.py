@@ -45,7 +45,7 @@ THEIRS = ["--device=cpu", "--dtype=float32", "--compile=False", "--dataset=text"
 RECIPE = ["config/train_shakespeare_char.py", *THEIRS, "--eval_iters=20", "--block_size=64",
           "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
           "--lr_decay_iters=2000", "--dropout=0.0"]  # fmt: skip
-OURS = ("cpu_speedrun.toml", "cpu_speedrun_gpt.toml")
+OURS = ("cpu_speedrun.toml",)
 SAME = ["--arch=gpt2", "--bias=false", "--optim=adamw", "--eval_every=0", *speedrun.EQUAL, "--device=cpu"]
 
 
