@@ -81,8 +81,8 @@ COUNTED = dict(ngram_embed="none", n_layer=2, zero_init=True)
 STILL = dict(steps=1, lr=0, embed_lr=0, head_lr=0)
 OTHERS = {
     **{f"counted n-grams of order {n} alone": COUNTED | STILL | dict(ngram=n) for n in (1, 3, 6)},
-    **{f"counted n-grams of order 6, {n} steps on top": COUNTED | dict(ngram=6, steps=n, lr=0.02, embed_lr=0.01)
-       for n in (10, 40)}}  # fmt: skip
+    **{f"counted n-grams of order 6, {n} steps on top": COUNTED | dict(
+        ngram=6, steps=n, lr=0.02, embed_lr=0.01) for n in (10, 40)}}  # fmt: skip
 EARNED = ("no n-gram embeddings", "none, 2 layers, 320 steps", "n-grams of 2", "embeddings' lr 0.01",
           "zero init", "AdamW, lr 2^-7", "GPT-2's traits", "2 layers", "float32", "torch's attention",
           "embeddings in eight passes")  # fmt: skip
