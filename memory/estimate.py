@@ -23,9 +23,10 @@ micro-batch. GB are 1e9 bytes. Bytes of a parameter, by precision:
     fsdp     rows/n    rows/n      rows/n      weights of embedding, head and two blocks (reshard=False: all),
                                                one unit's gradients twice; those of earlier micro-batches
 
-To buffers come the temporaries of a step, at least the largest parameter's (Muon: three bfloat16 copies of
-the matrices of one shape), and for bf16 the copies of the weights that autocast keeps till backward.
-With fsdp, methods that need whole matrices keep state and weights at owners too, see parallel/whole.py.
+To buffers come the temporaries of a step, at least the largest parameter's (Muon: of the matrices of one
+shape and its transpose two bfloat16 copies, and three short x short products), and for bf16 the copies of the
+weights that autocast keeps till backward. With fsdp, methods that need whole matrices keep state and weights
+at owners too, see parallel/whole.py.
 
 Activations kept for backward, for b x s tokens, L layers, h channels, V words:
 
@@ -282,10 +283,10 @@ def of_the_step(shapes: Shapes, optim: str, n: int, weight: int, precision: str,
     most = weight * max(math.prod(shape) for _, shape in shapes.values())
     if optim != "muon":
         return most
-    matrices = [shape for kind, shape in shapes.values() if kind == "matrix"]
-    stack = max(math.prod(s) * min(math.ceil(matrices.count(s) / n), max(1, chunk / math.prod(s)))
-                for s in set(matrices))  # fmt: skip
-    return max(most, 3 * stack * (8 if precision == "fp64" else 2))
+    sides = [tuple(sorted(shape)) for kind, shape in shapes.values() if kind == "matrix"]  # transposes too
+    stack = max((2 * math.prod(s) + 3 * s[0] ** 2) * min(math.ceil(sides.count(s) / n),
+                                                         max(1, chunk / math.prod(s))) for s in set(sides))
+    return max(most, stack * (8 if precision == "fp64" else 2))
 
 
 def activation_bytes(precision: str, tokens: int, n_layer: int, n_embd: int, vocab_size: int = 0,

@@ -94,10 +94,10 @@ def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns,
     `gs`) and, for NorMuon, `row_sqs` of (rows, 1)."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
-    us = [(g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs)]  # (rows, cols) each
+    us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))  # (rows, cols) each
     X = orthogonalize((u.mT if u.shape[0] > u.shape[1] else u for u in us), ns, ns_steps, ns_dtype)
-    for p, u, x, v in zip(ps, us, X, row_sqs):
-        x = (x.mT if u.shape[0] > u.shape[1] else x).to(p.dtype)
+    for p, x, v in zip(ps, X, row_sqs):
+        x = (x.mT if p.shape[0] > p[0].numel() else x).to(p.dtype)
         if normuon_beta2 is not None:
             v.lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
             y = x / (v.sqrt() + 1e-10)
