@@ -82,8 +82,8 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
 
 def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
     if was is None and "." in name:
-        where = cfg.resume if branch else cfg.out_dir
-        return f"{where} holds a run without --{name}; leave it out, or --resume=never to start anew"
+        where, anew = (cfg.resume, "") if branch else (cfg.out_dir, ", or --resume=never to start anew")
+        return f"{where} holds a run without --{name}; leave it out{anew}"
     if branch:
         return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
     return (
