@@ -20,6 +20,10 @@ lr has no unit with scale_parameter: a matrix moves by about lr of its own RMS; 
 weight.
 State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a parameter with beta1; doubled
 for float64 parameters. Half-precision parameters keep float32 state.
+
+Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint, and with
+fully_shard, there best by make_optimizer of parallel/whole.py. States of torch.optim.Adafactor load; maximize
+is refused. OneCycleLR finds no momentum to move: cycle_momentum=False. docs/partners.md has all partners.
 """
 
 import math
@@ -91,12 +95,13 @@ class Adafactor(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+                raise RuntimeError("Adafactor: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("Adafactor: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
                 state = self.state[p]
                 if not state:
@@ -106,8 +111,8 @@ class Adafactor(torch.optim.Optimizer):
                         state["col_var"] = work.new_zeros(*p.shape[:-2], 1, p.shape[-1])
                     else:
                         state["variance"] = torch.zeros_like(work)
-                    if group["beta1"] is not None:
-                        state["exp_avg"] = torch.zeros_like(work)
+                if group["beta1"] is not None and "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(work)
                 t = state["step"] = int(state["step"]) + 1
                 adafactor_update(work, p.grad.to(work.dtype), state, t, **{
                     name: x for name, x in group.items() if name in self.defaults})
@@ -116,14 +121,33 @@ class Adafactor(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                for name in ("maximize",):
+                    if theirs.get(name):
+                        raise ValueError(f"Adafactor: the saved run had {name}={theirs[name]}, which this one "
+                                         "lacks; load it into the class that saved it")
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := saved["state"].get(i)):
+                        continue
+                    factored = {"step", "row_var", "col_var"} if p.ndim >= 2 else {"step", "variance"}
+                    if state.keys() - {"exp_avg"} != factored:
+                        raise ValueError(f"Adafactor: a saved state of {', '.join(state)} is another method's")
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ with large *gradients*.
 lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
+Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard and torch.distributed.checkpoint as
+torch.optim.AdamW is, whose states load. amsgrad and maximize are refused. docs/partners.md has all partners.
+
 `fused` steps all tensors in one kernel of torch's, the same formula: on a GPU one launch instead of eight for
 each tensor, on a CPU half the time; with half-precision parameters float32 copies of all of them at once.
 To compile the step instead: torch compiles again for every new float, so hand the floats over as 0-D tensors:
@@ -69,14 +72,15 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+                raise RuntimeError("AdamW: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             (beta1, beta2), together = group["betas"], {}
             numbers = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("AdamW: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
                 state = self.state[p]
                 if not state:
@@ -98,14 +102,32 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                for name in ("amsgrad", "maximize"):
+                    if theirs.get(name):
+                        raise ValueError(f"AdamW: the saved run had {name}={theirs[name]}, which this one "
+                                         "lacks; load it into the class that saved it")
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := saved["state"].get(i)):
+                        continue
+                    if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                        raise ValueError(f"AdamW: a saved state of {', '.join(state)} is another method's")
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ lr has no unit: a layer's step is about lr·τ times the layer's norm, so matric
 Elements of excluded vectors move by lr times the gradient, as in SGD.
 State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep
 a float32 buffer.
+
+Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint, and with
+fully_shard, there best by make_optimizer of parallel/whole.py. docs/partners.md has all partners.
 """
 
 import torch
@@ -63,12 +66,13 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+                raise RuntimeError("LARS: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("LARS: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
                 state = self.state[p]
                 if group["momentum"] and not state:
@@ -82,14 +86,28 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := saved["state"].get(i)):
+                        continue
+                    if state.keys() != {"momentum_buffer"}:
+                        raise ValueError(f"LARS: a saved state of {', '.join(state)} is another method's")
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 if __name__ == "__main__":

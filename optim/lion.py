@@ -12,6 +12,9 @@ should be 3–10 times smaller than AdamW's, λ 3–10 times larger (lr·λ stay
 State: 4 bytes a parameter (8 for float64 parameters), half of Adam's. Half-precision parameters keep float32
 m.
 
+Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP, fully_shard and
+torch.distributed.checkpoint. docs/partners.md has all partners.
+
 To compile the step: torch compiles again for every new float, so hand the floats over as 0-D tensors:
     fast = torch.compile(lion_update, dynamic=True)
     lion.lion_update = lambda *args: fast(
@@ -52,12 +55,13 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+                raise RuntimeError("Lion: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("Lion: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
                 state = self.state[p]
                 if not state:
@@ -69,14 +73,28 @@ class Lion(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := saved["state"].get(i)):
+                        continue
+                    if state.keys() != {"exp_avg"}:
+                        raise ValueError(f"Lion: a saved state of {', '.join(state)} is another method's")
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 if __name__ == "__main__":

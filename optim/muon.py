@@ -11,32 +11,27 @@
     p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)
     b `momentum_buffer`   μ `momentum`   λ `weight_decay`   k `adjust_lr_fn`   (a, b, c) `ns`
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and gives the cubic
-as the method; it is the quintic, which gives up precision (singular values end in .7 … 1.2) for speed. `ns`
-is one of
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and the cubic; the
+method is the quintic, which gives up precision (singular values end in .7 … 1.2) for speed. `ns` is one of
     quintic  (3.4445, −4.7750, 2.0315) at every step
     cubic    (1.5, −.5, 0): converges exactly, but slowly; to compare, with 10 steps or more
     exact    (2, −1.5, .5): a quintic that converges exactly; 12 steps are usual
-    polar    the best triple for each step (Polar Express, Amsel et al. 2025, 2505.16932), divided
-             by the paper's safety factor of 1.01
-`normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row a neuron
-(dim 0):
+    polar    the best triple for each step, with safety factor 1.01 (Amsel et al. 2025, 2505.16932)
+`normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row a neuron:
     v ← β₂·v + (1−β₂)·mean of X² over the row;  X ← X/(√v + 1e-10), scaled back to the norm X had   v `row_sq`
 `cautious`: decay only those elements where X·p > 0, that is, which the step moves towards 0 anyway.
-
 lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm), at any
 width; .02 is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is .2·lr, so AdamW's
 lr and λ carry over.
-State: 4 bytes a parameter (+ 4 a row for NorMuon), 8 in AdamW groups, doubled for float64 parameters.
-Half-precision parameters keep float32 state.
+State: 4 bytes a parameter (+ 4 a row for NorMuon), 8 in AdamW groups, doubled for float64; never below float32.
 
-Muon is for hidden matrices. Groups with `use_muon=False` (embeddings, head, vectors) take AdamW in the same
-object:
+Muon is for hidden matrices; embeddings, head and vectors go into groups that take AdamW in the same object:
     Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}])
-`betas` and `eps` given to Muon are those groups' where they have none of their own; `adamw_weight_decay` is
-the decay of all of them, embeddings and vectors too, None what each group says; `fused` steps them in a
-kernel of torch's, the same formula in one pass.
-Needs whole matrices. Clip gradients before, if at all: the orthogonalised update has nothing left to clip.
+`betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their own; `fused`
+steps them by a kernel of torch's. Clip gradients before, if at all: the orthogonalised update has no norm left.
+
+Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of torch.optim.Muon, and
+fully_shard, best by make_optimizer of parallel/whole.py; all partners: docs/partners.md.
 """
 
 import math
@@ -90,8 +85,7 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
 
 def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype,
                 adjust_lr_fn, normuon_beta2, cautious) -> None:
-    """One step for parameters of one shape or its transpose, in place on the lists `ps`, `bufs` (shaped as
-    `gs`) and, for NorMuon, `row_sqs` of (rows, 1)."""
+    """In place on lists: `ps` and `bufs` shaped as `gs`, all of one shape or turned; NorMuon's `row_sqs` (rows, 1)."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
     us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))  # (rows, cols) each
@@ -108,25 +102,22 @@ def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns,
         p.add_(x, alpha=-lr * scale)
 
 
-def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay) -> None:
+def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, fused) -> None:
     """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
+    if fused and all(x.is_contiguous() for x in (p, g, exp_avg, exp_avg_sq)):  # torch's kernel sees no strides
+        step = torch.tensor(float(t), device=p.device)
+        return torch._fused_adamw_(
+            [p], [g], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, amsgrad=False, maximize=False)
     p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     p.addcdiv_(exp_avg, (exp_avg_sq / (1 - beta2**t)).sqrt_().add_(eps), value=-lr / (1 - beta1**t))
 
 
-def fused_adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay) -> None:
-    """The same in one pass of torch's kernel, which sees no strides."""
-    step = torch.tensor(float(t), device=p.device)
-    torch._fused_adamw_([p], [g], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=beta1, beta2=beta2,
-                        eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False)
-
-
 class Muon(torch.optim.Optimizer):
-    """`ns_dtype`: dtype of the products, or its name; None is bfloat16, and float64 for float64 parameters.
-    Raises ValueError for hyperparameters out of range and for vectors in a Muon group, RuntimeError for
-    gradients that are sparse or complex."""
+    """`ns_dtype`: dtype of the products, or its name; None is bfloat16, and float64 for float64 parameters. Raises
+    ValueError for hyperparameters out of range and vectors in a Muon group, RuntimeError for bad gradients."""
 
     elementwise: bool = False  # needs whole matrices; only its use_muon=False groups are elementwise
     matrices_only: bool = True  # everything else belongs in a group with use_muon=False
@@ -138,28 +129,29 @@ class Muon(torch.optim.Optimizer):
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10,
                  adamw_weight_decay: float | None = None, fused: bool = False):
         super().__init__(params, {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
-            "ns_steps": ns_steps, "ns": ns, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype,
-            "normuon_beta2": normuon_beta2, "cautious": cautious, "use_muon": True, "betas": betas,
-            "eps": eps, "adamw_weight_decay": adamw_weight_decay, "fused": fused})
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "ns": ns,
+            "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype, "use_muon": True,
+            "normuon_beta2": normuon_beta2, "cautious": cautious, "adamw_betas": betas, "eps": eps,
+            "adamw_weight_decay": adamw_weight_decay, "fused": fused})
 
     def add_param_group(self, param_group: dict) -> None:
-        group = {**self.defaults, **({} if param_group.get("use_muon", True) else ADAMW), **param_group}
+        adamw = ADAMW | {"betas": self.defaults["adamw_betas"]}
+        group = {**self.defaults, **({} if param_group.get("use_muon", True) else adamw), **param_group}
         if not group["use_muon"] and group["adamw_weight_decay"] is not None:
             group["weight_decay"] = group["adamw_weight_decay"]
-        group_and_betas = {**group, **{f"betas[{i}]": beta for i, beta in enumerate(group.get("betas", ()))}}
-        for name, x in group_and_betas.items():
+        beta1, beta2 = group.get("betas", group["adamw_betas"])
+        for name, x in (group | {"betas[0]": beta1, "betas[1]": beta2}).items():
             end = {"lr": "inf", "weight_decay": "inf", "adamw_weight_decay": "inf", "eps": "inf",
                    "momentum": 1, "normuon_beta2": 1, "betas[0]": 1, "betas[1]": 1}.get(name)
             if end and x is not None and not 0 <= x < float(end):
                 raise ValueError(f"Muon: {name}={x} is not allowed; it must lie in [0, {end})")
-        for name, allowed in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
-            if group[name] not in allowed:
-                raise ValueError(f"Muon: {name}={group[name]!r} is not one of {', '.join(allowed)}")
+        for name, known in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
+            if group[name] not in known:
+                raise ValueError(f"Muon: {name}={group[name]!r} is not one of {', '.join(known)}")
         if not (isinstance(group["ns_steps"], int) and group["ns_steps"] > 0):
             raise ValueError(f"Muon: ns_steps={group['ns_steps']} is not allowed; it must be an integer ≥ 1")
-        if group["ns_dtype"] is not None:  # kept by name, so that a checkpoint can hold it as text
-            group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
+        if group["ns_dtype"] is not None:
+            group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")  # text for a checkpoint
             if not getattr(getattr(torch, group["ns_dtype"], None), "is_floating_point", False):
                 raise ValueError(f"Muon: ns_dtype={group['ns_dtype']} is not allowed; take a floating dtype")
         super().add_param_group(group)
@@ -175,19 +167,20 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+                raise RuntimeError("Muon: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             batches = {}  # matrices of one shape, turned or not, go together; each other parameter alone
             for i, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    if p.grad.layout != torch.strided or p.is_complex():
-                        raise RuntimeError("Muon: gradients must be dense and real, not sparse or complex")
-                    sides = sorted((p.shape[0], p[0].numel())) if group["use_muon"] else (i,)
+                if p.grad is not None and p.numel() > 0:
+                    sides = sorted((p.shape[0], p[0].numel())) if group["use_muon"] else [i]
                     batches.setdefault((*sides, p.dtype, p.device), []).append(p)
             for ps in batches.values():
-                # the parameters themselves, unless in half precision
-                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
+                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]  # ps, unless half
                 gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
-                (self._muon if group["use_muon"] else self._adamw)(group, ps, works, gs)
+                with torch.autocast(ps[0].device.type, enabled=False):  # ns_dtype says in what to multiply
+                    (self._muon if group["use_muon"] else self._adamw)(group, ps, works, gs)
                 for p, work in zip(ps, works):
                     if work is not p:
                         p.copy_(work)  # the one rounding
@@ -203,29 +196,51 @@ class Muon(torch.optim.Optimizer):
         dtype = group["ns_dtype"] or ("float64" if works[0].dtype == torch.float64 else "bfloat16")
         muon_update(works, gs, [s["momentum_buffer"] for s in states], [s.get("row_sq") for s in states],
                     group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], group["ns"],
-                    group["ns_steps"], getattr(torch, str(dtype).removeprefix("torch.")),
-                    group["adjust_lr_fn"], group["normuon_beta2"], group["cautious"])
+                    group["ns_steps"], getattr(torch, dtype), group["adjust_lr_fn"], group["normuon_beta2"],
+                    group["cautious"])
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
+        if "max_momentum" in group:  # OneCycleLR and CyclicLR move `momentum`, which is β₁ here
+            group["betas"] = (group["momentum"], group["betas"][1])
         for p, work, g in zip(ps, works, gs):
             state = self.state[p]
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
-            state["step"] += 1
-            tensors = work, g, state["exp_avg"], state["exp_avg_sq"]
-            one_pass = group["fused"] and all(x.is_contiguous() for x in tensors)
-            update = fused_adamw_update if one_pass else adamw_update
-            update(*tensors, state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            t = state["step"] = int(state["step"]) + 1
+            adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], t, group["lr"], *group["betas"],
+                         group["eps"], group["weight_decay"], group["fused"])
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                if "ns_coefficients" in theirs:  # of torch.optim.Muon
+                    triple, eps = tuple(theirs.pop("ns_coefficients")), theirs.pop("eps")
+                    names = [name for name, triples in COEFFICIENTS.items() if triples == [triple]]
+                    if not names or eps != 1e-7:
+                        raise ValueError(f"Muon: the saved run had ns_coefficients={triple} and eps={eps}; this "
+                                         "one has 1e-7, and those of quintic, cubic and exact")
+                    theirs.update(ns=names[0], adjust_lr_fn=theirs["adjust_lr_fn"] or "original")
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := saved["state"].get(i)):
+                        continue
+                    known = {"momentum_buffer"} if theirs["use_muon"] else {"step", "exp_avg", "exp_avg_sq"}
+                    if state.keys() - {"row_sq"} != known:
+                        raise ValueError(f"Muon: a saved state of {', '.join(state)} is another method's")
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 if __name__ == "__main__":
@@ -233,13 +248,3 @@ if __name__ == "__main__":
     for ns, steps in ("quintic", 5), ("cubic", 25), ("exact", 12), ("polar", 8):
         s = torch.linalg.svdvals(orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64))
         print(f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to {s.max():.3f}")
-    inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
-    weight, bias = torch.zeros(16, 32, requires_grad=True), torch.zeros(16, requires_grad=True)
-    optimizer = Muon([{"params": [weight]}, {"params": [bias], "use_muon": False, "lr": 0.01}], lr=0.1)
-    for t in range(300):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - t / 300)
-        optimizer.zero_grad()
-        loss = (inputs @ (weight - teacher).T + bias - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-    print(f"Muon with AdamW for the bias: a linear layer learns its teacher, loss {loss:.0e} after 300 steps")

@@ -21,6 +21,10 @@ Dimensions above `max_precond_dim` are left alone (Pᵢ = I). Vectors are precon
 lr's unit is that of the grafted method: with adam, in units of weight as AdamW's.
 State of an a×b matrix: 8(a² + b²) bytes for L and P, 4ab for m, 4ab for v (adam, rmsprop); doubled for
 float64. Square: 24 bytes a parameter. Half-precision parameters keep float32 state.
+
+Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
+torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of parallel/whole.py.
+docs/partners.md has all partners.
 """
 
 import torch
@@ -107,49 +111,70 @@ class Shampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+                raise RuntimeError("Shampoo: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or p.numel() == 0:
                     continue
-                if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("Shampoo: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
-                state = self.state[p] or self._new_state(p, work, group)
+                if not self.state[p]:
+                    self.state[p].update(self._new_state(work, group))
+                state = self.state[p]
                 Ls, Ps = ([state.get(f"{name}_{i}") for i in range(p.ndim)] for name in "LP")
-                t = state["step"] = state["step"] + 1
+                t = state["step"] = int(state["step"]) + 1
                 start, exponent = group["start_preconditioning_step"], group["exponent"]
-                shampoo_update(
-                    work, p.grad.to(work.dtype), state["exp_avg"], state.get("exp_avg_sq"), Ls, Ps, t,
-                    group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
-                    exponent=-0.5 / max(1, p.ndim) if exponent is None else exponent,
-                    refresh=t == start or t > start and t % group["precondition_frequency"] == 0,
-                    started=t >= start and (p.ndim >= 2 or p.ndim == 1 and group["precondition_1d"]),
-                    grafting=group["grafting"])
+                with torch.autocast(p.device.type, enabled=False):  # products as everywhere else
+                    shampoo_update(
+                        work, p.grad.to(work.dtype), state["exp_avg"], state.get("exp_avg_sq"), Ls, Ps, t,
+                        group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
+                        exponent=-0.5 / max(1, p.ndim) if exponent is None else exponent,
+                        refresh=t == start or t > start and t % group["precondition_frequency"] == 0,
+                        started=t >= start and (p.ndim >= 2 or p.ndim == 1 and group["precondition_1d"]),
+                        grafting=group["grafting"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
-    def _new_state(self, p, work, group: dict) -> dict:
-        state = self.state[p]
-        state.update(step=0, exp_avg=torch.zeros_like(work))
+    @staticmethod
+    def _new_state(work, group: dict) -> dict:
+        state = {"step": 0, "exp_avg": torch.zeros_like(work)}
         if group["grafting"] in ("adam", "rmsprop"):
             state["exp_avg_sq"] = torch.zeros_like(work)
-        for i, n in enumerate(p.shape if p.ndim > 1 or group["precondition_1d"] else ()):
+        for i, n in enumerate(work.shape if work.ndim > 1 or group["precondition_1d"] else ()):
             if n <= group["max_precond_dim"]:
                 state[f"L_{i}"] = work.new_zeros(n, n)
-                state[f"P_{i}"] = torch.eye(n, dtype=work.dtype, device=p.device)
+                state[f"P_{i}"] = work.new_zeros(n, n)
+                state[f"P_{i}"].diagonal().fill_(1)
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := saved["state"].get(i)):
+                        continue
+                    new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
+                    if state.keys() != new.keys():
+                        raise ValueError(f"Shampoo: a saved state of {', '.join(state)} for {tuple(p.shape)} is "
+                                         f"another method's, or of other options; here: {', '.join(new)}")
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ are right.
 State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64. Square: 24 bytes
 a parameter.
 Half-precision parameters keep float32 state.
+
+Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
+torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of parallel/whole.py. States of
+the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
 """
 
 import math
@@ -87,6 +91,14 @@ def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo
         exp_avg.copy_(rotate(momentum, Qs))
 
 
+def with_names(state: dict) -> dict:
+    """The state of the authors' SOAP, whose `GG` and `Q` are lists ([] where nothing is rotated), as ours."""
+    if "GG" not in state:
+        return state
+    matrices = {f"{name}_{i}": x for name in ("GG", "Q") for i, x in enumerate(state[name]) if len(x)}
+    return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")} | matrices
+
+
 class SOAP(torch.optim.Optimizer):
     """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
 
@@ -121,47 +133,70 @@ class SOAP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+                raise RuntimeError("SOAP: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or p.numel() == 0:
                     continue
-                if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("SOAP: gradients must be dense and real, not sparse or complex")
                 work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
-                first = not self.state[p]
-                state = self._new_state(p, work, group) if first else self.state[p]
+                state = self.state[p]
+                if first := not state:
+                    state.update(self._new_state(work, group))
                 GGs, Qs = ([state.get(f"{name}_{i}") for i in range(p.ndim)] for name in ("GG", "Q"))
-                if first:
-                    soap_start(p.grad.to(work.dtype), GGs, Qs, shampoo_beta)
-                    continue
-                t = state["step"] = state["step"] + 1
-                soap_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], GGs, Qs, t,
-                            group["lr"], beta1, beta2, shampoo_beta, group["eps"], group["weight_decay"],
-                            refresh=t % group["precondition_frequency"] == 0,
-                            normalize_grads=group["normalize_grads"], correct_bias=group["correct_bias"])
+                numbers = (group["lr"], beta1, beta2, shampoo_beta, group["eps"], group["weight_decay"])
+                with torch.autocast(p.device.type, enabled=False):  # products as everywhere else
+                    if first:
+                        soap_start(p.grad.to(work.dtype), GGs, Qs, shampoo_beta)
+                        continue
+                    t = state["step"] = int(state["step"]) + 1
+                    soap_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], GGs, Qs,
+                                t, *numbers, refresh=t % group["precondition_frequency"] == 0,
+                                normalize_grads=group["normalize_grads"], correct_bias=group["correct_bias"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
-    def _new_state(self, p, work, group: dict) -> dict:
-        state = self.state[p]
-        state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
-        for i, n in enumerate(p.shape if p.ndim > 1 or group["precondition_1d"] else ()):
+    @staticmethod
+    def _new_state(work, group: dict) -> dict:
+        state = {"step": 0, "exp_avg": torch.zeros_like(work), "exp_avg_sq": torch.zeros_like(work)}
+        for i, n in enumerate(work.shape if work.ndim > 1 or group["precondition_1d"] else ()):
             if n <= group["max_precond_dim"]:
                 state[f"GG_{i}"], state[f"Q_{i}"] = work.new_zeros(n, n), work.new_zeros(n, n)
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                if theirs.get("merge_dims"):
+                    raise ValueError("SOAP: the saved run had merge_dims=True, which this one lacks")
+                if (theirs.get("shampoo_beta") or 0) < 0:  # the authors' word for None
+                    theirs["shampoo_beta"] = None
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := with_names(saved["state"].get(i, {}))):
+                        continue
+                    new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
+                    if state.keys() != new.keys():
+                        raise ValueError(f"SOAP: a saved state of {', '.join(state)} for {tuple(p.shape)} is "
+                                         f"another method's, or of other options; here: {', '.join(new)}")
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 if __name__ == "__main__":
