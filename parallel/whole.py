@@ -1,282 +1,266 @@
-"""Any torch optimizer on a model whose weights are spread over ranks: as DTensors (FSDP2), as the plain parts
-that parallel/tensor.py leaves (`cuts`), or as both.
-
-The optimizer never learns of it: it gets plain tensors. Which ones is decided group by group.
-
-local   A method that works element by element (SGD, AdamW, Lion, Schedule-Free) steps the shards it has. Its
-        parameters are plain tensors in the very memory of the DTensors' shards; nothing is sent.
-
-owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo, Adafactor, LARS, LAMB). Each
-        parameter has one owner among the ranks it is spread over; A2 is the part of A on rank 2:
-
-                    rank 0     rank 1     rank 2                  rank 0     rank 1     rank 2
-        gradients   A0 B0 C0   A1 B1 C1   A2 B2 C2   all-to-all   A0 A1 A2   B0 B1 B2   C0 C1 C2
-        step                                                      A          B          C
-        weights     A0 B0 C0   A1 B1 C1   A2 B2 C2   all-to-all   A          B          C
-                                                     <---------
-
-        Two collectives a step for each dtype and set of ranks, instead of one gather per parameter. State
-        lives at the owner alone, and the owners work at the same time: Newton-Schulz spreads over the ranks
-        for nothing. A matrix method run on the shards would silently be another method; run on DTensors, it
-        repeats the work on every rank and sends something inside each product.
-
-Bytes sent per rank and step: local 0; owner 2 (N-1)/N x the bytes of this rank's shards, on average. Memory:
-the owners' whole weights, over all ranks one more copy of the model.
-
-Any model of DTensors and any torch optimizer, in three lines:
+"""Any torch optimizer on a model of DTensors (fully_shard), under everybody else's tools.
 
     fully_shard(model)
     optimizer = make_optimizer(torch.optim.Adafactor, model.parameters(), lr=0.02)
     loss.backward(), optimizer.step(), optimizer.zero_grad()
 
-A class that does not say whether it is `elementwise` gets owners, which is always right; with
-make_optimizer(torch.optim.AdamW, model.parameters(), elementwise=True) nothing is sent.
+                     outside: what tools see                        inside: what the method steps
+    groups, state    the model's DTensors, in state_dict() too      plain shards, or whole matrices at an owner
+    who looks        clipping, GradScaler, schedulers, hooks,       the method's own step(), eval() ...
+                     torch.distributed.checkpoint
 
-What does not fit: a method that couples different parameters (LBFGS, Prodigy) sees only those of its rank;
-step(closure) is refused; add_param_group takes no DTensors. Whoever loads weights into the model afterwards
-has to call Adapter.take_weights().
+parallel/adapter.py is the inside, and says what is sent; the outside adds one byte for each parameter and step:
+
+  - A gradient missing on some ranks counts as zero there; one missing on all ranks is None, and its weight,
+    state and decay stay untouched.
+  - Weights that something else changed (a checkpoint loaded, an average copied in) are seen at the next step;
+    for that, methods with owners keep a copy of the shards.
+
+A class that does not say whether it is `elementwise` gets owners, which is always right; with
+make_optimizer(torch.optim.AdamW, model.parameters(), elementwise=True) its shards stay where they are.
+
+Used with named_parameters(), late groups, step(closure), load hooks; state_dict() gives DTensors of each weight's
+placements, load_state_dict() takes them from any layout, or whole tensors. Refused when made: methods that
+couple parameters, a plain tensor among DTensors. Refused when tried: deepcopy and pickle, as process groups
+cannot be copied. Said: Schedule-Free's eval(), after which fully_shard has to reshard. docs/partners.md.
+Neighbours: parallel/adapter.py, parallel/owners.py.
 """
 
-import math
-from typing import NamedTuple
+import warnings
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from parallel.mesh import new_group
+from parallel.adapter import Adapter
+from parallel.owners import box, choose_owners, local, part
 
-
-class Exchange:
-    """Weights of one dtype, spread over one group: all their shards go to the owners or come back at once."""
-
-    def __init__(self, params: list[Tensor], places: list["Place"], group: dist.ProcessGroup):
-        rank, n = dist.get_rank(group), dist.get_world_size(group)
-        mesh = getattr(params[0], "device_mesh", None)  # weights kept on the CPU still travel between GPUs
-        self.params, self.group = params, group
-        self.wire = params[0].device if mesh is None else torch.device(mesh.device_type)
-        shards = [local(p) for p in params]
-        self.like = shards[0]
-        owners = choose_owners([place.whole for place in places], n)
-        self.by_owner = sorted(range(len(params)), key=lambda i: owners[i])  # the order on the wire
-        self.mine = [i for i in self.by_owner if owners[i] == rank]
-        self.boxes = [None] * n  # rank -> what it has of each parameter
-        dist.all_gather_object(self.boxes, [(place.shape, place.offsets) for place in places], group)
-        self.in_sizes = [sum(math.prod(boxes[i][0]) for i in self.mine) for boxes in self.boxes]
-        self.out_sizes = [0] * n  # elements of mine that go to each owner; in_sizes: that come from each rank
-        for shard, owner in zip(shards, owners):
-            self.out_sizes[owner] += shard.numel()
-        sent = sum(self.out_sizes) + sum(self.in_sizes) - self.out_sizes[rank] - self.in_sizes[rank]
-        self.sent_bytes = sent * self.like.element_size()  # there and back
-        self.wholes = {i: nn.Parameter(self.like.new_empty(places[i].whole)) for i in self.mine}
-
-    def pieces(self, wholes: dict[int, Tensor]) -> list[Tensor]:
-        """Views of what each rank holds of `wholes`, rank by rank."""
-        return [part(wholes[i], boxes[i]) for boxes in self.boxes for i in self.mine]
-
-    def to_owners(self, shards: list[Tensor], wholes: dict[int, Tensor]) -> None:
-        """Everybody's `shards` into the owners' `wholes`, in place."""
-        received = self.send([shards[i] for i in self.by_owner], self.out_sizes, self.in_sizes)
-        unpack(received, self.pieces(wholes))
-
-    def to_shards(self) -> None:
-        """The owners' weights into everybody's shards."""
-        received = self.send(self.pieces(self.wholes), self.in_sizes, self.out_sizes)
-        unpack(received, [local(self.params[i]) for i in self.by_owner])
-
-    def send(self, tensors: list[Tensor], out_sizes: list[int], in_sizes: list[int]) -> Tensor:
-        flat = torch.cat([self.like.new_empty(0), *(x.reshape(-1) for x in tensors)]).to(self.wire)
-        received = flat.new_empty(sum(in_sizes))
-        dist.all_to_all_single(received, flat, in_sizes, out_sizes, group=self.group)
-        return received.to(self.like.device)
+__all__ = ["Adapter", "make_optimizer", "box", "choose_owners", "part"]
 
 
-class Adapter:
-    """`optimizer`, an instance of `cls` on plain tensors, and what ties it to the weights in `groups`.
+def make_optimizer(cls: type[Optimizer], groups, elementwise: bool | None = None, **arguments) -> Optimizer:
+    """cls(groups, **arguments) for DTensors: an instance of a subclass of cls, whose param_groups hold them.
 
-    groups: tensors or dicts, as torch's optimizers take them; what this rank does not step is left out of a
-    dict's `params` and `names`. elementwise: may a shard be stepped alone? None asks the class, and one that
-    does not say counts as no; Muon's groups with use_muon=False always may. cuts: name -> (dim, whole shape,
-    offset) of the parameters that are a part, along dim, of a whole spread over cut_group.
+    groups: whatever torch's optimizers take, named parameters too; elementwise: see Adapter. Plain tensors
+    alone give cls itself. Collective, as are step(), state_dict() and load_state_dict(), which takes the state
+    of any layout. Raises ValueError for a plain tensor among DTensors and for a method that couples parameters.
+    """
+    groups = list(groups)  # a generator is read once
+    flat = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+    if not any(hasattr(p[1] if isinstance(p, tuple) else p, "placements") for p in flat):
+        return cls(groups, **arguments)
+    own = [n for n in dir(cls) if not n.startswith("_") and not hasattr(Optimizer, n) and callable(getattr(cls, n))]
+    made = type(cls.__name__, (Sharded, cls), {name: forwarded(name) for name in own})
+    return made(cls, groups, elementwise, arguments)
 
-    boxes: name -> (whole shape, offsets) of each parameter of which the optimizer here has a shard.
-    sent_bytes: by this rank in each step, also on the optimizer. Collective: all ranks make it together, with
-    the same groups.
+
+def forwarded(name: str):
+    """A method that torch's optimizers do not have, such as Schedule-Free's eval(), on the plain tensors."""
+
+    def method(self, *args, **kwargs):
+        if name == "eval" and self.warned is False:
+            self.warned = True
+            warnings.warn("fully_shard keeps weights that were gathered for a forward without backward: after "
+                          "evaluating call reshard() on its modules, and then train()", stacklevel=2)
+        self.adapter.look()
+        self.give_options()
+        result = getattr(self.inner, name)(*args, **kwargs)
+        self.adapter.share_weights()
+        self.take_options()
+        return result
+
+    return method
+
+
+class Sharded:
+    """The outside of an Adapter, mixed into the method's class: groups and state by the model's weights.
+
+    `inner` steps the plain tensors; before it does it gets what the groups say, and afterwards they get what
+    it counted.
     """
 
+    def __init__(self, cls: type[Optimizer], groups, elementwise: bool | None, arguments: dict):
+        self.shown, self.begun, self.warned = None, False, False
+        Optimizer.__init__(self, groups, {})  # torch's own forms, names and checks
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            if not hasattr(p, "placements"):
+                raise ValueError(f"a plain tensor of shape {tuple(p.shape)} among DTensors: fully_shard leaves "
+                                 "weights gathered after a forward without backward, so call reshard() on its "
+                                 "modules first; weights meant to be plain need an optimizer of their own")
+        self.try_whole = lambda groups: cls([on_meta(group) for group in groups], **arguments)
+        self.try_whole(self.param_groups)  # a bad group is one on every rank, whoever will step it
+        self.adapter = Adapter(cls, self.param_groups, elementwise, agree=True, **arguments)
+        self.inner = self.adapter.optimizer
+        self.defaults = self.inner.defaults
+        self.take_options()
+
+    def add_param_group(self, group: dict) -> None:
+        Optimizer.add_param_group(self, group)
+        if "inner" in self.__dict__:
+            self.give_options()  # or what was set since the last step would be taken back
+            try:
+                self.try_whole(self.param_groups[-1:])
+                self.inner.add_param_group(*self.adapter.hold(self.param_groups[-1:]))
+            except Exception:
+                self.param_groups.pop()
+                raise
+            self.take_options()
+
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.give_options()
+        self.inner.step()
+        self.take_options()
+        self.begun = True
+        return loss
+
+    # ---- what the groups say -------------------------------------------------------------------------------
+    def give_options(self) -> None:
+        copy_options(self.param_groups, self.inner.param_groups)
+
+    def take_options(self) -> None:
+        copy_options(self.inner.param_groups, self.param_groups)
+
+    @property
+    def sent_bytes(self) -> int:
+        """By this rank in each step."""
+        return self.adapter.sent_bytes
+
+    def __getattr__(self, name: str):  # what the method's own constructor set
+        if name in ("inner", "adapter"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("an optimizer of make_optimizer holds process groups, which cannot be copied or pickled; "
+                        "copy or save its state_dict(), on all ranks together")  # fmt: skip
+
+    # ---- state by the model's weights ----------------------------------------------------------------------
+    @property
+    def state(self) -> dict:
+        """By weight the state on this rank, {} where it is elsewhere; in state_dict() all of it, as DTensors.
+        Empty before the first step, on all ranks."""
+        if self.shown is not None:
+            return self.shown
+        kept, stepped = self.inner.state, self.adapter.stepped
+        params = [p for group in self.param_groups for p in group["params"]] if self.begun else []
+        return {p: kept.get(stepped.get(p), {}) for p in params}
+
+    @state.setter
+    def state(self, _) -> None:
+        """torch's constructor and load_state_dict() set it; it is `inner` that keeps it."""
+
+    def state_dict(self) -> dict:
+        """As torch's, collective: a tensor of its weight's shape is a DTensor like it, others are whole."""
+        self.give_options()
+        self.shown = self.whole_state()
+        try:
+            return Optimizer.state_dict(self)
+        finally:
+            self.shown = None
+
     @torch.no_grad()
-    def __init__(self, cls: type[torch.optim.Optimizer], groups, elementwise: bool | None = None,
-                 cuts: dict[str, tuple] | None = None, cut_group: dist.ProcessGroup | None = None,
-                 **arguments):  # fmt: skip
-        groups = list(groups)
-        groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
-        groups = [{**g, "params": [p] if torch.is_tensor(p := g["params"]) else list(p)} for g in groups]
-        elementwise = getattr(cls, "elementwise", False) if elementwise is None else elementwise
-        self.params = [p for group in groups for p in group["params"]]
-        self.local, self.boxes = [], {}  # (a DTensor, its shard as a parameter of the optimizer)
-        stepped, spread = {}, {}  # weight -> what the optimizer gets; (ranks, dtype, device) -> weights
-        for group in groups:
-            for p, name in zip(group["params"], group.get("names") or [None] * len(group["params"])):
-                place = find(p, (cuts or {}).get(name), cut_group)
-                if len(place.ranks) > 1 and not (elementwise or group.get("use_muon") is False):
-                    spread.setdefault((place.ranks, p.dtype, local(p).device), []).append((p, place))
+    def whole_state(self) -> dict:
+        here = {p: state for p, state in self.state.items() if state}
+        found = dict(here)
+        for group, wire, params in self.adapter.spread.values():
+            # By rank, what it has of each weight: shapes and dtypes of tensors, and all else as it is.
+            lists = [None] * dist.get_world_size(group)
+            mine = {i: {name: (tuple(x.shape), x.dtype) if torch.is_tensor(x) else (None, x)
+                        for name, x in here[p].items()} for i, p in enumerate(params) if p in here}  # fmt: skip
+            dist.all_gather_object(lists, mine, group)
+            for i, p in enumerate(params):
+                first = next((rank for rank, listed in enumerate(lists) if i in listed), None)
+                if first is None:
                     continue
-                if not hasattr(p, "placements"):
-                    stepped[p] = p
-                elif local(p).numel():
-                    stepped[p] = nn.Parameter(local(p), p.requires_grad)
-                    self.local.append((p, stepped[p]))
-                if name is not None and len(place.ranks) > 1 and p in stepped:
-                    self.boxes[name] = place.whole, place.offsets
-        self.exchanges = []
-        for (ranks, *_), found in spread.items():
-            params, places = map(list, zip(*found))
-            self.exchanges.append(Exchange(params, places, group_of(ranks, params[0], cut_group)))
-        for exchange in self.exchanges:
-            stepped |= {exchange.params[i]: whole for i, whole in exchange.wholes.items()}
-        self.take_weights()
-        self.sent_bytes = sum(exchange.sent_bytes for exchange in self.exchanges)
-        self.optimizer = cls([only(group, stepped) for group in groups], **arguments)
-        self.optimizer.register_step_pre_hook(self.before_step)
-        self.optimizer.register_step_post_hook(self.after_step)
-        self.optimizer.zero_grad, self.optimizer.sent_bytes = self.zero_grad, self.sent_bytes
+                found[p] = {}
+                for name, (shape, x) in lists[first][i].items():
+                    if shape is not None:
+                        x = self.seen_from_outside(p, here.get(p, {}).get(name), shape, x, first, group, wire)
+                    found[p][name] = x
+        # One order on all ranks: whoever gathers DTensors goes through them together.
+        return {p: found[p] for group in self.param_groups for p in group["params"] if p in found}
+
+    def seen_from_outside(self, p, x, shape, dtype, first, group, wire) -> Tensor:
+        """A tensor of p's state of which this rank has x, or None; rank `first` of the group has it."""
+        if self.is_owned(p):
+            x = torch.empty(shape, dtype=dtype, device=wire) if x is None else x.to(wire).contiguous()
+            dist.broadcast(x, group=group, group_src=first)
+            if shape != tuple(p.shape):
+                return x
+            x = part(x, box(p)).clone()
+        elif x is None:  # no element of p is here
+            x = torch.empty_like(local(p), dtype=dtype)
+        if x.shape != local(p).shape:  # a count
+            return x
+        return like(p, x)
+
+    def is_owned(self, p: Tensor) -> bool:
+        return any(p is q for exchange in self.adapter.exchanges for q in exchange.params)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, collective: takes the state of any layout, in DTensors or whole tensors."""
+
+        def load_inner(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            sizes, own = ([len(group["params"]) for group in groups]
+                          for groups in (saved["param_groups"], self.param_groups))  # fmt: skip
+            if sizes == own:  # or torch says what is wrong
+                self.inner.load_state_dict(self.from_outside(saved))
+                self.begun = bool(saved["state"])
+            return saved | {"state": {}}
+
+        last = self.register_load_state_dict_pre_hook(load_inner)
+        first = self.register_load_state_dict_post_hook(lambda _: self.take_options(), prepend=True)
+        try:
+            Optimizer.load_state_dict(self, state_dict)
+        finally:
+            last.remove(), first.remove()
 
     @torch.no_grad()
-    def before_step(self, optimizer, args, kwargs) -> None:
-        if any(x is not None for x in (*args[1:], *kwargs.values())):
-            raise ValueError("step(closure) has no meaning with sharded weights: they would be needed in the "
-                             "middle of a step; call loss.backward() and then step()")  # fmt: skip
-        for p, shard in self.local:
-            shard.data, shard.grad = local(p), None if p.grad is None else local(p.grad)
-        for exchange in self.exchanges:
-            grads = {i: torch.empty_like(whole) for i, whole in exchange.wholes.items()}
-            exchange.to_owners([torch.zeros_like(local(p)) if p.grad is None else local(p.grad)
-                                for p in exchange.params], grads)  # fmt: skip
-            for i, whole in exchange.wholes.items():
-                whole.grad = None if exchange.params[i].grad is None else grads[i]
+    def from_outside(self, saved: dict) -> dict:
+        """What the optimizer on plain tensors loads of a saved state, in its numbers."""
+        new, numbers = self.inner.state_dict(), {}
+        for group, numbered in zip(self.inner.param_groups, new["param_groups"]):
+            numbers |= zip(group["params"], numbered["params"])
+        copy_options(saved["param_groups"], new["param_groups"])
+        new["state"] = {}
+        for group, ours in zip(saved["param_groups"], self.param_groups):
+            for i, p in zip(group["params"], ours["params"]):
+                state = {name: self.seen_from_inside(p, x) for name, x in saved["state"].get(i, {}).items()}
+                if state and p in self.adapter.stepped:
+                    new["state"][numbers[self.adapter.stepped[p]]] = state
+        return new
 
-    @torch.no_grad()
-    def after_step(self, optimizer, args, kwargs) -> None:
-        self.share_weights()
-        for plain in (shard for _, shard in self.local):
-            plain.grad = None
-        for exchange in self.exchanges:
-            for whole in exchange.wholes.values():
-                whole.grad = None
-
-    @torch.no_grad()
-    def share_weights(self) -> None:
-        """After something other than step() changed the optimizer's parameters: the model sees it too."""
-        for exchange in self.exchanges:
-            exchange.to_shards()
-
-    @torch.no_grad()
-    def take_weights(self) -> None:
-        """After something other than the optimizer changed the model's weights: the owners see it too."""
-        for exchange in self.exchanges:
-            exchange.to_owners([local(p) for p in exchange.params], exchange.wholes)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The model's gradients; the optimizer's own live only during a step."""
-        for p in self.params:
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.zero_()
+    def seen_from_inside(self, p: Tensor, x):
+        """What this rank steps p with, of an entry x in a saved state of p."""
+        owned = self.is_owned(p)
+        if hasattr(x, "placements"):
+            if not owned and (x.placements, x.device_mesh) == (p.placements, p.device_mesh):
+                return x.to_local()
+            x = x.full_tensor()
+        if torch.is_tensor(x) and not owned and x.shape == p.shape:
+            return part(x, box(p))
+        return x
 
 
-def make_optimizer(cls: type[torch.optim.Optimizer], groups, elementwise: bool | None = None,
-                   **arguments) -> torch.optim.Optimizer:  # fmt: skip
-    """cls(groups, **arguments) for DTensors; see Adapter."""
-    return Adapter(cls, groups, elementwise, **arguments).optimizer
+def on_meta(group: dict) -> dict:
+    """The group with shapes in place of its weights."""
+    params = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in group["params"]]
+    return {name: x for name, x in group.items() if name != "param_names"} | {"params": params}
 
 
-# ---- who has what ----------------------------------------------------------------------------------------
-def local(p: Tensor) -> Tensor:
-    """The part of it on this rank, in the same memory."""
-    return p.to_local() if hasattr(p, "placements") else p.detach()
+def copy_options(source: list[dict], target: list[dict]) -> None:
+    for given, group in zip(source, target):
+        group.update((name, x) for name, x in given.items() if name not in ("params", "names", "param_names"))
 
 
-class Place(NamedTuple):
-    """Where a weight's part on this rank lies, and the ranks that together hold the whole once."""
+def like(p: Tensor, shard: Tensor) -> Tensor:
+    """The DTensor that lies as p does, with this shard."""
+    from torch.distributed.tensor import DTensor
 
-    whole: tuple[int, ...]
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-
-def find(p: Tensor, cut: tuple | None = None, cut_group: dist.ProcessGroup | None = None) -> Place:
-    """The place of p: a plain tensor, a DTensor, or either of them a part (dim, whole shape, offset) that was
-    cut over cut_group."""
-    whole, shape, offsets = tuple(p.shape), tuple(p.shape), (0,) * p.ndim
-    ranks = (me,) = (dist.get_rank() if dist.is_initialized() else 0,)
-    if hasattr(p, "placements"):
-        mesh, dims, (shape, offsets) = p.device_mesh, sharded_dims(p), box(p)
-        at = [slice(None) if d in dims else i for d, i in enumerate(mesh.get_coordinate())]
-        ranks = tuple(mesh.mesh[tuple(at)].flatten().tolist())
-    if cut is not None:
-        dim, whole, offset = cut
-        offsets = tuple(o + offset * (i == dim) for i, o in enumerate(offsets))
-        others = dist.get_process_group_ranks(cut_group)  # the ranks are a grid
-        ranks = tuple(sorted(rank + other - me for rank in ranks for other in others))
-    return Place(tuple(whole), shape, offsets, ranks)
-
-
-def sharded_dims(p: Tensor) -> list[int]:
-    """The dimensions of its mesh along which the DTensor p is cut."""
-    dims = enumerate(zip(p.placements, p.device_mesh.shape))
-    return [d for d, (placement, size) in dims if size > 1 and not placement.is_replicate()]
-
-
-def group_of(ranks: tuple[int, ...], p: Tensor, cut_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    known = [cut_group] if cut_group is not None else []
-    known += [p.device_mesh.get_group(d) for d in sharded_dims(p)] if hasattr(p, "placements") else []
-    for group in known:
-        if tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
-            return group
-    wire = torch.device(p.device_mesh.device_type) if hasattr(p, "device_mesh") else p.device
-    return new_group(list(ranks), wire)
-
-
-def box(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offsets of this rank's part of the DTensor p."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    if tuple(shape) != tuple(p.to_local().shape):
-        raise ValueError(f"{tuple(p.shape)} with placements {p.placements}: the part on this rank is no box; "
-                         "shard its dimensions by one mesh axis each")  # fmt: skip
-    return tuple(shape), tuple(offsets)
-
-
-def part(whole: Tensor, box: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
-    """A view of the box."""
-    for dim, (size, offset) in enumerate(zip(*box)):
-        whole = whole.narrow(dim, offset if size else 0, size)
-    return whole
-
-
-def choose_owners(shapes: list[tuple[int, ...]], n: int) -> list[int]:
-    """Largest first, each to the rank that has least: matrices of one shape go round all ranks."""
-    owners, load = [0] * len(shapes), [0] * n
-    for i in sorted(range(len(shapes)), key=lambda i: (-math.prod(shapes[i]), shapes[i])):
-        owners[i] = min(range(n), key=lambda rank: load[rank])
-        load[owners[i]] += math.prod(shapes[i])
-    return owners
-
-
-def only(group: dict, stepped: dict) -> dict:
-    """The group with what this rank steps in place of its DTensors, and no more names than that."""
-    here = [p in stepped for p in group["params"]]
-    kept = {"params": [stepped[p] for p, yes in zip(group["params"], here) if yes]}
-    if "names" in group:
-        kept["names"] = [name for name, yes in zip(group["names"], here) if yes]
-    return {**group, **kept}
-
-
-def unpack(flat: Tensor, views: list[Tensor]) -> None:
-    """Consecutive stretches of `flat` into the views."""
-    if views:
-        pieces = flat.split([view.numel() for view in views])
-        torch._foreach_copy_(views, [piece.view(view.shape) for piece, view in zip(pieces, views)])
+    return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

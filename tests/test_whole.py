@@ -73,8 +73,8 @@ def stepped(rank, world, layout, classes, dtype=torch.double, skipped=()):
     for cls in classes:
         params = [nn.Parameter(spread(x)) for x in tensors(0, dtype)]
         optimizer = make_optimizer(cls, groups_of(cls, params))
-        assert type(optimizer) is cls
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
+        assert isinstance(optimizer, cls)
+        for p in (p for group in optimizer.inner.param_groups for p in group["params"]):
             assert p.numel() and not isinstance(p, DTensor)  # nothing to step is not there at all
         for step in range(STEPS):
             for i, (p, g) in enumerate(zip(params, tensors(1 + step, dtype))):
