@@ -33,7 +33,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.owners import Exchange, find, group_of, local, refuse_coupled
+from parallel.mesh import refuse_coupled
+from parallel.owners import Exchange, box, choose_owners, find, group_of, local, part
+
+__all__ = ["Adapter", "box", "choose_owners", "local", "part"]
 
 
 class Adapter:

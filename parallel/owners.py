@@ -10,11 +10,8 @@ A weight has one owner among the ranks it is spread over; A2 is the part of A on
 Each way is one uneven all-to-all for all weights of one dtype and one set of ranks: (N-1)/N x the bytes of
 this rank's shards, on average. What a DTensor's shard is, and which ranks together hold the whole once, is
 read from its mesh and its placements.
-
-`refuse_coupled` turns away methods that cannot be dealt out: each owner sees only its own weights.
 """
 
-import inspect
 import math
 from typing import NamedTuple
 
@@ -148,42 +145,3 @@ def unpack(flat: Tensor, views: list[Tensor]) -> None:
     if views:
         pieces = flat.split([view.numel() for view in views])
         torch._foreach_copy_(views, [piece.view(view.shape) for piece, view in zip(pieces, views)])
-
-
-# ---- which methods can be dealt out -----------------------------------------------------------------------
-def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], arguments: dict) -> None:
-    """Raises ValueError for a method whose step of one parameter depends on the others (Prodigy, LBFGS): where
-    each rank steps only some of them it would silently be another method.
-
-    Tried, not asked: a matrix alone and beside another one, in float64, with the options of the first group.
-    What cannot be tried here (options for a GPU, say) passes.
-    """
-    why = (f"{cls.__name__} looks at all parameters together, and here each rank steps only some of them; take a "
-           "layout in which every rank steps all of them (ddp), or another optimizer")  # fmt: skip
-    closure = inspect.signature(cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:  # evaluated again and again in a step
-        raise ValueError(why)
-    options = {k: v for k, v in groups[0].items() if k not in ("params", "names", "param_names", "kind")}
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(2, 2, 2, generator=generator, dtype=torch.double)
-    noise = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.double)
-
-    def moved(n: int, turn: int) -> Tensor:
-        """By how much 20 steps move the first of n matrices; the second one's gradient turns each time, or not."""
-        params = [nn.Parameter(w.clone()) for w in weights[:n]]
-        optimizer = cls([{**options, "params": params}], **arguments)
-        getattr(optimizer, "train", lambda: None)()
-        for step in range(20):
-            torch.manual_seed(step)  # a method that draws noise draws the same for the first matrix
-            for p, g, scale in zip(params, noise[step], (1, 100 * turn**step)):
-                p.grad = scale * (1 + g / 10)
-            optimizer.step()
-        return params[0].detach() - weights[0]
-
-    with torch.random.fork_rng(devices=[]):
-        try:
-            alone, *beside = moved(1, 1), moved(2, 1), moved(2, -1)
-        except Exception:
-            return
-    if max((alone - x).abs().max() for x in beside) > 1e-6 * alone.abs().max():
-        raise ValueError(why)

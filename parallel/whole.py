@@ -33,8 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.adapter import Adapter
-from parallel.owners import box, choose_owners, local, part
+from parallel.adapter import Adapter, box, choose_owners, local, part
 
 __all__ = ["Adapter", "make_optimizer", "box", "choose_owners", "part"]
 

@@ -27,7 +27,7 @@ from optim.muon import Muon
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
 from optim.soap import SOAP
-from parallel.owners import refuse_coupled
+from parallel.mesh import refuse_coupled
 from parallel.whole import make_optimizer
 
 CLASSES = [*CASES, torch.optim.AdamW]
