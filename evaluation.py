@@ -21,7 +21,7 @@ def batches_of(tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh,
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_batch_size: int,
-             tokenizer: Tokenizer, mesh: Mesh, first=False) -> dict[str, float | None]:  # fmt: skip
+             tokenizer: Tokenizer, mesh: Mesh, first=False, stopped=lambda: False) -> dict | None:  # fmt: skip
     """val_loss (nats a token), val_bpb (bits a byte; None where tokens have no known length), val_accuracy
     and perplexity over about `tokens` tokens, the same on all ranks: the first ones, or spread over `rows`.
 
@@ -37,8 +37,15 @@ def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_b
             sums.add_(torch.tensor([loss.item(), model.hits, targets.numel(), n_bytes], dtype=sums.dtype))
 
     model.eval()
-    each([numbers or [0] for numbers in batches], rows, look=look)
+    some, over = 8 * mesh.sizes["pp"], False  # soon enough asked again, enough to fill a pipeline
+    for start in range(0, len(batches), some):
+        if over := start > 0 and stopped():
+            break
+        part = [numbers or [0] for numbers in batches[start : start + some]]
+        each(part, rows, look=lambda i, *seen: look(start + i, *seen))
     model.train()
+    if over:
+        return None
     loss, hits, count, n_bytes = mesh.sum(*sums.tolist())
     return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / n_bytes if n_bytes else None,
             "val_accuracy": hits / count, "perplexity": math.exp(min(loss / count, 700))}

@@ -19,6 +19,7 @@ stopped, dead or cut off from the disk is silent. `kill -USR1 PROCESS` asks for 
 NCCL's abort) leaves its stack there as well. A step costs a line of 27 bytes or so.
 """
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -70,14 +71,16 @@ class Diary:
                 faulthandler.unregister(signal.SIGUSR1)
             faulthandler.enable(sys.__stderr__) if sys.__stderr__ else faulthandler.disable()
             self._say("end")
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
             self.file = None
 
     def _wait(self) -> None:
         faulthandler.dump_traceback_later(self.patience, repeat=True, file=self.file)
 
     def _say(self, what: str) -> None:
-        self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n")
+        with contextlib.suppress(OSError):  # a full disk; a log is not worth a run
+            self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n")
 
 
 def own(file: str) -> str:
@@ -115,8 +118,9 @@ def leave(error: RuntimeError) -> None:
     sentence = explain(error)
     if sentence is None:
         raise error
-    print(f"train.py: {sentence}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may be reading
+        print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(1)
 
 

@@ -6,6 +6,7 @@
         event        {"step", "event": "resume", "save", "spike", "skip", "rollback", "nonfinite", ...}
     train.log       the plain lines, whatever the terminal shows
 
+What cannot be written is said once and dropped (outlets.py): a log is not worth a run.
 `step` counts completed updates. JSON knows no NaN and no infinity: such a number is written as null, and an
 event "nonfinite" names field and value. A resumed run continues its file, cut back to the loaded step.
 
@@ -28,6 +29,8 @@ import sys
 import time
 from collections import deque
 from datetime import timedelta
+
+from outlets import Lines, print_line, to_nowhere
 
 SHOWN = {  # what people see of a row, in this order
     "loss": "loss {:.4f}".format,
@@ -151,8 +154,9 @@ class Logger:
         self.others = [to_tensorboard(out_dir, first_step + 1 if resumed else 0)] if tensorboard else []
         if wandb is not None:
             self.others.append(to_wandb(out_dir, wandb, settings or {}, resumed))
-        self.metrics = open(path, "a", encoding="utf-8", buffering=1)
-        self.log = open(os.path.join(out_dir, "train.log"), "a", encoding="utf-8", buffering=1)
+        self.heard = True  # does anybody read the terminal?
+        self.metrics = Lines(path, self.say)
+        self.log = Lines(os.path.join(out_dir, "train.log"), self._print)
         self.recent = deque(maxlen=50)  # (step, time at its end) for the ETA: the first, slow step is outside
         self.n_rows, self.printed_at, self.last_val = 0, 0.0, ""
         if sys.stderr is not None and sys.stderr.isatty():
@@ -178,8 +182,8 @@ class Logger:
             parts.append(f"eta {str(eta).removeprefix('0:')}")
         if self.bar is not None:
             shown = [part for part in parts if not part.startswith("grad")] + [self.last_val]
-            self.bar.set_postfix_str("  ".join(filter(None, shown)), refresh=False)
-            self.bar.update(step - self.bar.n)
+            self._bar(lambda bar: (bar.set_postfix_str("  ".join(filter(None, shown)), refresh=False),
+                                   bar.update(step - bar.n)))
         self.n_rows += 1
         if self.n_rows <= 3 or step >= self.steps or now - self.printed_at >= 2:
             self.printed_at = now
@@ -207,28 +211,55 @@ class Logger:
         """A line for people: into train.log, and to the terminal, above the bar if there is one."""
         if not self.main:
             return
-        self.log.write(text + "\n")
+        self.log.write(text)
         if terminal:
-            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # may lack letters of a sampled text
-            text = text.encode(encoding, "replace").decode(encoding)
-            print(text, flush=True) if self.bar is None else self.bar.write(text)
+            self._print(text)
 
     def close(self) -> None:
         """The end of the run; the bar stays on the screen."""
-        for part in (self.bar, self.metrics, self.log) if self.main else ():
-            if part is not None:
-                part.close()
-        for _, close in self.others if self.main else ():
-            close()
+        if not self.main:
+            return
+        self._bar(lambda bar: bar.close())
+        for _, close in [*self.others]:
+            self._send(close)
+        self.metrics.close()
+        self.log.close()
 
     def _write(self, row: dict) -> None:
-        self.metrics.write(json.dumps(to_json(row), allow_nan=False, default=str) + "\n")
+        self.metrics.write(json.dumps(to_json(row), allow_nan=False, default=str))
+
+    def _print(self, text: str) -> None:
+        """To the terminal, above the bar; once nobody reads there, no more."""
+        if self.heard and self.bar is not None:
+            self._bar(lambda bar: bar.clear())
+        if self.heard and not print_line(text):
+            self.heard = False
+            self.log.write("nobody reads the terminal any more: training goes on")
+        self._bar(lambda bar: bar.refresh())
+
+    def _bar(self, draw) -> None:
+        """draw(the bar), as long as there is one and it can be drawn."""
+        try:
+            if self.bar is not None:
+                draw(self.bar)
+        except (OSError, ValueError):
+            self.bar.disable, self.bar = True, None
+            to_nowhere(sys.stderr)
+            self.log.write("the progress bar cannot be drawn any more: training goes on")
+
+    def _send(self, work, *args) -> None:
+        """work(*args) of TensorBoard or W&B; where that fails they get nothing more."""
+        try:
+            work(*args)
+        except Exception as error:  # a full disk, a thread of theirs that died, whatever
+            self.others = [pair for pair in self.others if work not in pair]
+            self.say(f"{work.__module__} fails and is left out from now on: {error}")
 
     def _record(self, row: dict) -> list[str]:
         """Write a row, and an event for each number in it that is not finite; return what people see."""
         self._write(row)
-        for write, _ in self.others:
-            write({key: value for key, value in to_json(row).items() if value is not None})
+        for write, _ in [*self.others]:
+            self._send(write, {key: value for key, value in to_json(row).items() if value is not None})
         for key, x in row.items():
             if x is not None and to_json(x) is None:
                 self._write({"step": row["step"], "event": "nonfinite", "field": key, "value": str(float(x))})

@@ -144,17 +144,25 @@ class RunLock:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C: `asked` here, `agreed` once all ranks know, at one step. A second one is not held
-    back."""
+    """SIGTERM, Ctrl-C or a closed terminal (SIGHUP, unless nohup has it ignored): `asked` here, `agreed` once
+    all ranks know, at one step. A second one is not held back."""
 
     def __init__(self):
         self.asked, self.agreed, self.before = False, False, {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self.before = {number: signal.signal(number, self.ask) for number in numbers}
 
     def ask(self, number: int, frame) -> None:
         self.asked = True
         signal.signal(number, self.before[number])
+
+    def heard(self, mesh) -> bool:
+        """Has any rank been asked? All ranks call it together and agree; a long evaluation does."""
+        self.agreed = self.agreed or mesh.sum(self.asked)[0] > 0
+        return self.agreed
 
     def close(self) -> None:
         for number, handler in self.before.items():

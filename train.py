@@ -29,6 +29,7 @@ import faults
 import introduction
 import logger
 import monitor
+import outlets
 import resume
 import saving
 import schedules
@@ -83,7 +84,7 @@ def main(cfg: settings.Config) -> dict:
         if not in_place:
             raise ValueError(f"a branch from step {step} needs more than --steps={cfg.steps}")
         if is_main:
-            print(f"the run in {out_dir} is finished at step {step}; type --steps= or --resume=never")
+            outlets.print_line(f"the run in {out_dir} is finished at step {step}; type --steps= or --resume=never")
         return leave(logger.latest(out_dir))
 
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
@@ -234,12 +235,17 @@ def main(cfg: settings.Config) -> dict:
         diary.step(step + 1)
         # Look first: the untrained model is step 0, and the last step is seen too.
         done, news = step >= cfg.steps, step > first_step or earlier is None
-        if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place):
+        # Whoever asks us to stop waits for the checkpoint, not for an evaluation.
+        if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place) and not stop.agreed:
             with run_state.looking():
-                latest |= evaluation.evaluate(model, each, val_rows, cfg.eval_tokens, cfg.micro_batch_size,
-                                              corpus.tokenizer, mesh, cfg.eval_rows == "first")
-                best.look(step, latest["val_loss"], lambda: about | {"model": run_state.weights()})
-            log.evaluation({k: v for k, v in latest.items() if k != "loss"})
+                found = evaluation.evaluate(model, each, val_rows, cfg.eval_tokens, cfg.micro_batch_size,
+                                            corpus.tokenizer, mesh, cfg.eval_rows == "first",
+                                            stopped=lambda: stop.heard(mesh))  # fmt: skip
+                if found is not None:
+                    latest |= found
+                    best.look(step, latest["val_loss"], lambda: about | {"model": run_state.weights()})
+            if found is not None:
+                log.evaluation({k: v for k, v in latest.items() if k != "loss"})
         if (done := done or best.over) and best.worse:
             log.say(run_state.take_best(best.path))
 
@@ -342,7 +348,7 @@ if __name__ == "__main__":
         main(config.parse(sys.argv[1:]))
         meshes.end()
     except (ValueError, OSError, spikes.Aborted) as error:  # a mistake; a full disk, a lost folder; the guard
-        print(f"train.py: {error}", file=sys.stderr)
+        outlets.complain(f"train.py: {error}")
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
         faults.leave(error)

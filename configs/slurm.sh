@@ -26,4 +26,5 @@ export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-8} / GPUS))
 # export NCCL_SOCKET_IFNAME==ib0 NCCL_DEBUG=INFO      # where NCCL takes the wrong network
 
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$GPUS" \
-    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$HOST:$PORT" --max_restarts=3 train.py "$@"
+    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$HOST:$PORT" --max_restarts=3 \
+    --shutdown_timeout=110 train.py "$@"   # else torchrun kills what is not saved in 30 seconds

@@ -222,8 +222,9 @@ def end() -> None:
     """Ends one of several processes with status 0, all being done, without the interpreter's teardown: there
     gloo's threads, where some still are, would abort it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may be reading
+                stream.flush()
         os._exit(0)
 
 

@@ -35,6 +35,7 @@ Micikevicius et al. 2018 (1710.03740) found by such a picture that gradients nee
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -132,8 +133,11 @@ class Recorder:
         for key, counts in (item for counted in everyone for item in counted.items()):
             total[key] = total.get(key, 0) + counts
         rows = (json.dumps(row(self.step, *key, counts)) + "\n" for key, counts in total.items())
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(rows))
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(rows))
+        except OSError as error:  # a full disk: a log is not worth a run
+            warnings.warn(f"{self.path} cannot be written: {error.strerror}", stacklevel=2)
 
 
 def row(step: int, name: str, kind: str, counts: Tensor) -> dict:
