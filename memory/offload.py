@@ -11,8 +11,9 @@ themselves, and the system writes their pages out when memory is short.
 
 Fits every torch optimizer whose update of a parameter looks at no other: for a chunk it is given groups with
 the chunk's parameters alone. What a group counts (Schedule-Free's k) starts each chunk from the same value,
-so it advances once. Muon, which multiplies matrices of one shape together, gets smaller stacks. Step hooks
-run once around the whole; load_state_dict, in chunks too, runs its own hooks for each.
+so it advances once; of different values the largest holds. Muon, which multiplies matrices of
+one shape together, gets smaller stacks. The hooks of step() and load_state_dict() run once around
+the whole. Schedulers may be made before or after.
 
 What moves is every tensor of `optimizer.state` with more than one element, master copies too. A file takes
 all its room on the disk before it is used: a full disk is a sentence at the first step or at the load, with
@@ -40,21 +41,43 @@ def offload(optimizer: Optimizer, where: str, folder: str | Path | None = None,
     """The same optimizer, its state from now on in host memory (`cpu`) or in files under `folder` (`disk`).
 
     folder: for this process alone. device: where the parameters are. chunk_mb: MiB of parameters stepped at a
-    time. Raises ValueError for another `where`, OSError (as do step() and load_state_dict()) for a full disk.
+    time. Raises ValueError for another `where` and where step() is no longer the class's own,
+    OSError (as do step() and load_state_dict()) for a full disk.
     """
     if where not in ("cpu", "disk") or (where == "disk" and folder is None):
         raise ValueError(f"offload={where} is not allowed; take 'cpu', or 'disk' and a folder")
-    cls, stream = type(optimizer), Stream(optimizer, where, folder, device, chunk_mb * 2**20)
+    cls, own = type(optimizer), vars(optimizer).get("step")
+    scheduled = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is cls.step
+    if not (own is None or scheduled):
+        raise ValueError("something has replaced this optimizer's step(), which offloading would "
+                         "undo; call offload() once, and before others do that")  # fmt: skip
+    stream = Stream(optimizer, where, folder, device, chunk_mb * 2**20)
     stream.run(lambda optimizer: None)  # the state it already has moves now
     plain_step = cls.step.__wrapped__  # torch wraps step() in what runs the hooks; a chunk must not run them
 
     def step(optimizer, closure=None):
+        optimizer._opt_called = True  # schedulers look at it
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         stream.run(plain_step)
         return loss
 
-    def load_state_dict(optimizer, saved: dict):
+    def load_state_dict(optimizer, state_dict: dict):
+        saved, pre = dict(state_dict), optimizer._optimizer_load_state_dict_pre_hooks
+        post = optimizer._optimizer_load_state_dict_post_hooks
+        before, after = dict(pre), dict(post)
+        for hook in before.values():
+            result = hook(optimizer, saved)
+            saved = saved if result is None else result
+        pre.clear(), post.clear()  # they see the whole and no chunk
+        try:
+            load_chunks(optimizer, saved)
+        finally:
+            pre.update(before), post.update(after)
+        for hook in after.values():
+            hook(optimizer)
+
+    def load_chunks(optimizer, saved: dict):
         groups, state = saved["param_groups"], saved["state"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
             return cls.load_state_dict(optimizer, saved)  # which says what is wrong
@@ -69,7 +92,9 @@ def offload(optimizer: Optimizer, where: str, folder: str | Path | None = None,
         optimizer.state.clear()
         stream.run(load)
 
-    optimizer.step = MethodType(Optimizer.profile_hook_step(step), optimizer)
+    step = Optimizer.profile_hook_step(step)
+    step._wrapped_by_lr_sched = True  # it does what a scheduler's wrapper does
+    optimizer.step = MethodType(step, optimizer)
     optimizer.load_state_dict = MethodType(load_state_dict, optimizer)
     for name in {"train", "eval"} & {*dir(cls)}:  # Schedule-Free's, which move parameters by their state
         setattr(optimizer, name, lambda change=getattr(cls, name): stream.run(change))
@@ -99,7 +124,7 @@ class Stream:
     def run(self, method) -> None:
         """method(optimizer) for one chunk after the other, each with its own state on the device."""
         optimizer, groups, state = self.optimizer, self.optimizer.param_groups, self.optimizer.state
-        chunks = self.chunks()
+        chunks, parts = self.chunks(), []
         main = torch.cuda.current_stream(self.device) if self.gpu else None
         fetched = self.fetch(state, chunks[0])
         try:
@@ -113,15 +138,13 @@ class Stream:
                     self.outward.synchronize()  # the chunk before is home: room for the next
                 fetched = self.fetch(state, following)
                 self.store(state, optimizer.state, main)
-            after = optimizer.param_groups
+                parts.append(optimizer.param_groups)
         finally:
             optimizer.param_groups, optimizer.state = groups, state
             if self.gpu:
                 self.outward.synchronize()  # whoever reads the state now reads all of it
-        for group, new in zip(groups, after):
-            new["params"] = group["params"]
-            group.clear()
-            group.update(new)
+        for group, *seen in zip(groups, *parts):
+            settle(group, seen)
 
     def fetch(self, state: dict, chunk: list[list]) -> dict:
         with torch.cuda.stream(self.inward):  # None changes nothing
@@ -169,6 +192,19 @@ class Stream:
         with suppress(PermissionError):  # Windows, while it is mapped
             path.unlink()
         return flat
+
+
+def settle(group: dict, parts: list[dict]) -> None:
+    """The group becomes what the chunks have made of their copies. All began with the same: of
+    different numbers the largest holds."""
+    new = {}
+    for part in parts:
+        for name, x in part.items():
+            if name != "params" and x is not group.get(name):
+                new[name] = max(x, new.get(name, x)) if isinstance(x, (int, float)) else x
+    for name in group.keys() - parts[-1].keys():
+        del group[name]
+    group.update(new)
 
 
 def moves(x) -> bool:

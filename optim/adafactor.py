@@ -114,8 +114,9 @@ class Adafactor(torch.optim.Optimizer):
                 if group["beta1"] is not None and "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(work)
                 t = state["step"] = int(state["step"]) + 1
-                adafactor_update(work, p.grad.to(work.dtype), state, t, **{
-                    name: x for name, x in group.items() if name in self.defaults})
+                adafactor_update(work, p.grad.to(work.dtype), state, t, group["lr"], group["beta2_decay"],
+                                 group["eps"], group["d"], group["weight_decay"], group["beta1"],
+                                 group["relative_step"], group["scale_parameter"])
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss

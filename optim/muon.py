@@ -30,8 +30,8 @@ Muon is for hidden matrices; embeddings, head and vectors go into groups that ta
 `betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their own; `fused`
 steps them by a kernel of torch's. Clip gradients before, if at all: the orthogonalised update has no norm left.
 
-Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of torch.optim.Muon, and
-fully_shard, best by make_optimizer of parallel/whole.py; all partners: docs/partners.md.
+Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of torch.optim.Muon,
+fully_shard (by make_optimizer of parallel/whole.py; DTensors are refused); all partners: docs/partners.md.
 """
 
 import math
@@ -155,11 +155,11 @@ class Muon(torch.optim.Optimizer):
             if not getattr(getattr(torch, group["ns_dtype"], None), "is_floating_point", False):
                 raise ValueError(f"Muon: ns_dtype={group['ns_dtype']} is not allowed; take a floating dtype")
         super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
-            if p.ndim < 2 and group["use_muon"]:
+        for p in self.param_groups[-1]["params"] if group["use_muon"] else ():
+            if p.ndim < 2 or hasattr(p, "placements"):
                 self.param_groups.pop()
-                raise ValueError(f"Muon: a parameter of shape {tuple(p.shape)} is no matrix; put it into a "
-                                 "group with use_muon=False, which takes AdamW")
+                raise ValueError(f"Muon: a {type(p).__name__} of shape {tuple(p.shape)} is no whole matrix; vectors go into "
+                                 "a group with use_muon=False, DTensors to make_optimizer of parallel/whole.py")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -200,8 +200,8 @@ class Muon(torch.optim.Optimizer):
                     group["cautious"])
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
-        if "max_momentum" in group:  # OneCycleLR and CyclicLR move `momentum`, which is β₁ here
-            group["betas"] = (group["momentum"], group["betas"][1])
+        if "max_momentum" in group and group.get("cycled") != group["momentum"]:  # by OneCycleLR: here it is β₁
+            group["betas"], group["cycled"] = (group["momentum"], group["betas"][1]), group["momentum"]
         for p, work, g in zip(ps, works, gs):
             state = self.state[p]
             if not state:

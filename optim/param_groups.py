@@ -1,12 +1,25 @@
 """Which parameter gets which treatment: every trainable parameter in exactly one group.
 
-    embedding   weights of nn.Embedding, a tied head among them      own lr   no weight decay
-    head        Linear outside the blocks                            own lr   decay
-    matrix      every other weight with two or more dimensions       lr       decay (Muon works on these)
-    scalar      gains and biases: fewer than two dimensions          own lr   no weight decay
+    embedding   weights of Embedding and EmbeddingBag, a tied head among them    own lr   no decay
+    head        Linear outside the blocks, of logits or directly in a model      own lr   decay
+    matrix      all else with two or more dimensions (Muon works on these)       lr       decay
+    scalar      gains and biases: fewer than two dimensions                      own lr   no decay
 
-Decided by the type of the module, the number of dimensions and, for the head, its place at the root. Going by
-"embedding" or "norm" in the name, as many recipes do, misses `wte` and decays it.
+A module is judged by what it is and where it stands. Going by "embedding" or "norm" in the name,
+as many recipes do, misses `wte` and decays it; and wrappers put `module.` or `_orig_mod.` before
+names. torch.compile, DDP, fully_shard, checkpoint_wrapper and a module that holds the model change
+no kind:
+
+    wrapper   has no parameters of its own, and one child that has some: the child takes its place
+    block     is an element of a ModuleList; of a Sequential or ModuleDict if all elements that have
+              parameters are of one class, or if it has parts and another one is of its class; but
+              a whole language model, such as a student or a teacher, is not
+    logits    come from a Linear with an embedding's shape: one for each of its rows
+    model     is what is left without wrappers, and the smallest module with embedding and logits
+
+A square Linear may be anything: it gives logits only if the module it stands in has the embedding.
+A Linear that is not square changes the width and is no block of a residual stream: it may give
+logits as an element too, as in a head of several layers or a list of heads.
 """
 
 from contextlib import contextmanager
@@ -19,20 +32,124 @@ from torch.optim import Optimizer
 def kinds(model: nn.Module) -> dict[str, str]:
     """{parameter name: embedding | head | matrix | scalar} for every trainable parameter, each storage
     once."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {id(p) for m in model.modules() if is_table(m) for p in weights(m)}
+    heads = {id(p) for m in find_heads(model) for p in weights(m)}
     found = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if id(p) in embeddings:
+        if id(p) in tables:
             found[name] = "embedding"
         elif p.ndim < 2:
             found[name] = "scalar"
         else:
-            found[name] = "matrix" if "." in name.removesuffix(".weight") else "head"
+            found[name] = "head" if id(p) in heads else "matrix"
     return found
 
 
+# ---- what a module is, and where it stands -------------------------------------------------------
+def find_heads(model: nn.Module) -> list[nn.Module]:
+    root = unwrapped(model)
+    placed = [((root,), root), *outside(root)]
+    logits = find_logits(placed)
+    models = [root, *(m for m, _ in logits)]
+    direct = [m for above, m in placed if is_linear(m) and any(above[-1] is x for x in models)]
+    return direct + [m for _, m in logits]
+
+
+def find_logits(placed: list) -> list[tuple[nn.Module, nn.Module]]:
+    """(model, Linear that gives its logits), of modules as `outside` gives them."""
+    tables, found = [m for _, m in placed if is_table(m)], []
+    for above, m in ((above, m) for above, m in placed if is_linear(m)):
+        shape = m.out_features, m.in_features
+        same = [t for t in tables if (t.num_embeddings, t.embedding_dim) == shape]
+        for x in (above[-1:] if is_square(m) else reversed(above)) if same else ():
+            if x is not None and any(t is y for y in x.modules() for t in same):
+                found.append((x, m))
+                break
+    return found
+
+
+def outside(m: nn.Module, above: tuple = ()):
+    """(modules above it, module) of all that is in m and in no block, without wrappers. None is the
+    last above an element that is no block: a bare embedding, a bare Linear that is not square."""
+    above, stack = (*above, m), blocks(m)
+    for child in m.children():
+        inner = unwrapped(child)
+        if not any(child is block for block in stack):
+            yield above, inner
+            yield from outside(inner, above)
+        elif is_table(inner) or is_linear(inner) and not is_square(inner):
+            yield (*above, None), inner
+
+
+def unwrapped(m: nn.Module) -> nn.Module:
+    while not is_linear(m) and not is_table(m) and not blocks(m):
+        children = [c for c in m.children() if has_parameters(c)]
+        if len(children) != 1 or next(m.parameters(recurse=False), None) is not None:
+            break
+        m = children[0]
+    return m
+
+
+def blocks(m: nn.Module) -> list[nn.Module]:
+    """Those of m's children that are blocks."""
+    if not isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return []
+    found = [c for c in m.children() if has_parameters(c)]
+    if not isinstance(m, nn.ModuleList):
+        inner = [unwrapped(c) for c in found]
+        classes = [own_class(x) for x in inner]
+        if len(set(classes)) > 1:
+            found = [c for c, x, k in zip(found, inner, classes)
+                     if classes.count(k) > 1 and has_parts(x)]  # fmt: skip
+    # An embedding of relative positions in some blocks makes no language models of them: those have
+    # blocks of their own, or all elements give logits.
+    logits = [find_logits([*outside(unwrapped(c))]) if any(map(is_table, c.modules())) else []
+              for c in found]  # fmt: skip
+    if all(any(not is_square(x) for _, x in pairs) for pairs in logits):
+        return []
+    return [c for c, pairs in zip(found, logits) if not (pairs and any(map(blocks, c.modules())))]
+
+
+def own_class(m: nn.Module) -> type:
+    """Its class without what fully_shard and parametrizations put before that."""
+    added = ("torch.distributed", "torch.nn.utils")
+    return next(c for c in type(m).__mro__ if not c.__module__.startswith(added))
+
+
+def has_parameters(m: nn.Module) -> bool:
+    return next(m.parameters(), None) is not None
+
+
+def has_parts(m: nn.Module) -> bool:
+    return next(m.children(), None) is not None
+
+
+def has(m: nn.Module, *names: str) -> bool:
+    """Has it these by itself? Wrappers show the attributes of what they wrap."""
+    return all(name in vars(m) or hasattr(type(m), name) for name in names)
+
+
+def is_linear(m: nn.Module) -> bool:
+    return has(m, "in_features", "out_features") and bool(weights(m))
+
+
+def is_square(m: nn.Module) -> bool:
+    return m.in_features == m.out_features
+
+
+def is_table(m: nn.Module) -> bool:
+    return has(m, "num_embeddings", "embedding_dim")
+
+
+def weights(m: nn.Module) -> list[nn.Parameter]:
+    """The weight, or what it is made of by a parametrization or weight norm."""
+    named = m.named_parameters()
+    return [p for n, p in named if n.removeprefix("parametrizations.").startswith("weight")]
+
+
+# ---- groups --------------------------------------------------------------------------------------
 def param_groups(
     model: nn.Module, lrs: dict[str, float], weight_decay: float, muon: bool = False
 ) -> list[dict]:
@@ -70,11 +187,13 @@ def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     training goes on from}, empty where they are the same. Afterwards the model holds the very bits it had:
     looking changes nothing.
     """
-    if not hasattr(optimizer, "eval"):
-        yield {}
+    groups = optimizer.param_groups
+    if not hasattr(optimizer, "eval") or not any(g.get("train_mode", True) for g in groups):
+        yield {}  # the model holds them already
         return
-    params = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])}
+    params = {n: p for g in groups for n, p in zip(g["names"], g["params"])}
     kept = {n: p.detach().clone() for n, p in params.items()}
+    lost = {p: s["lost"].clone() for p, s in optimizer.state.items() if "lost" in s}
     optimizer.eval()
     share()
     yield kept
@@ -82,6 +201,11 @@ def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     with torch.no_grad():
         for name, before in kept.items():
             params[name].copy_(before)
+        for p, state in optimizer.state.items():
+            if p in lost:
+                state["lost"].copy_(lost[p])
+            else:
+                state.pop("lost", None)
     share()
 
 

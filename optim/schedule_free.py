@@ -13,23 +13,40 @@ are taken.
 
     y `p` in train mode   x `p` in eval mode   z `z`   g `g`   v `exp_avg_sq`   β `betas` (SGD: β₁ `momentum`)
     ε `eps`   λ `weight_decay`   γ `gamma`   power `weight_lr_power`
-    k, γmax, W: the group's `k`, `lr_max`, `weight_sum`
+    k, γmax, W: each parameter's `step`, `lr_max`, `weight_sum`; it counts the steps in which it had
+    a gradient. The group's `k`, `lr_max` and `weight_sum` are the largest of its parameters'.
 
 Defazio et al. 2024 (arXiv 2405.15682). A common text mixes the roles: the gradient is taken at y, z moves, x
 is what one evaluates, saves and samples from. `train()` before training, `eval()` before anything else; both
 may be called twice, a new optimizer is in eval mode, and step() there raises. The mode is part of the state.
 lr: for AdamW in units of weight, 1–10 times AdamW's; for SGD weight per gradient, 10–50 times SGD's. Decay is
 at y and inside d: multiplied by γ, outside Adam's denominator.
-State: 8 bytes a parameter for AdamW, 4 for SGD (twice that for float64). Half-precision parameters keep
-float32 state.
 
-To compile the step: torch compiles again for every new float, so hand the floats over as 0-D tensors:
+A scheduler may move β₁. Each parameter keeps the `beta1` that its y was made with; a step with another one
+takes g and the decay at the old y, and moves y to the new β₁ as well. So x stays the mean.
+
+State: 8 bytes a parameter for AdamW, 4 for SGD (twice that for float64). Half-precision parameters
+keep float32 state and 4 bytes more, `lost` = y − p (in eval mode x − p): what rounding took away. So
+they go the way of a float32 run. Where somebody loads other weights into p, p counts. States of the
+authors' package and older ones of ours load: their group's counts become each parameter's.
+
+Used with: schedulers of lr and of β₁ (OneCycleLR, CyclicLR), a tensor as lr, GradScaler, autocast
+around the step, torch.compile(optimizer.step), DDP, pickle, torch.distributed.checkpoint in train
+mode. FSDP2's fully_shard goes on with weights that a forward without backward has gathered: after
+evaluating, before train(), call module.reshard() on each of its modules; eval() warns. Refused, with
+nothing changed: step() in eval mode, sparse and complex gradients, β₁ outside (0, 1).
+
+To compile the update alone: torch compiles again for each new float, so hand over 0-D tensors:
     fast = torch.compile(schedule_free_update, dynamic=True)
     schedule_free.schedule_free_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
 """
 
+import warnings
+
 import torch
+
+NEW = {"k": 0, "lr_max": 0.0, "weight_sum": 0.0, "train_mode": False}  # what a group counts
 
 
 def averaging_weight(k, lr, warmup_steps, r, power, lr_max, weight_sum) -> tuple[float, float, float, float]:
@@ -41,8 +58,9 @@ def averaging_weight(k, lr, warmup_steps, r, power, lr_max, weight_sum) -> tuple
     return gamma, lr_max, weight_sum, weight / weight_sum if weight_sum else 0.0
 
 
-def schedule_free_update(y, g, z, exp_avg_sq, gamma, c, bias2, beta1, beta2, eps, weight_decay) -> None:
-    """One step, in place on `y`, `z` and `exp_avg_sq` (None for SGD), all shaped as `g`; bias2 = 1 − β₂ᵏ."""
+def schedule_free_update(y, g, z, exp_avg_sq, gamma, c, pull, bias2, beta1, beta2, eps, weight_decay) -> None:
+    """One step, in place on `y`, `z` and `exp_avg_sq` (None for SGD), all shaped as `g`; bias2 = 1 − β₂ᵏ.
+    pull: c, or 1 − (1−c)·β₁/β₁ᵒˡᵈ where y was made with another β₁."""
     d = g
     if exp_avg_sq is not None:
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -50,8 +68,26 @@ def schedule_free_update(y, g, z, exp_avg_sq, gamma, c, bias2, beta1, beta2, eps
         torch.div(g, d, out=d)
     if weight_decay is not None:
         d = d.add(y, alpha=weight_decay)
-    y.lerp_(z, c).add_(d, alpha=gamma * (beta1 * (1 - c) - 1))
+    y.lerp_(z, pull).add_(d, alpha=gamma * (beta1 * (1 - c) - 1))
     z.sub_(d, alpha=gamma)
+
+
+def read(p: torch.Tensor, state: dict) -> torch.Tensor:
+    """y or x: p itself, or for half precision in float32 what p is the rounding of."""
+    work = p.to(torch.promote_types(p.dtype, torch.float32))
+    if work is p or "lost" not in state:
+        return work
+    exact = work + state["lost"]
+    return torch.where(exact.to(p.dtype) == p, exact, work)  # elsewhere somebody has changed p
+
+
+def write(p: torch.Tensor, value: torch.Tensor, state: dict) -> None:
+    """The one rounding. `lost` is a new tensor: who holds the old one may keep it."""
+    p.copy_(value)
+    if value.dtype != p.dtype:
+        state["lost"] = value - p  # exact
+    else:
+        state.pop("lost", None)
 
 
 class AdamWScheduleFree(torch.optim.Optimizer):
@@ -65,66 +101,68 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                  weight_lr_power: float = 2.0):
         super().__init__(params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "warmup_steps": warmup_steps,
-            "r": r, "weight_lr_power": weight_lr_power, "k": 0, "lr_max": 0.0, "weight_sum": 0.0,
-            "train_mode": False})
+            "r": r, "weight_lr_power": weight_lr_power, **NEW})
 
     def add_param_group(self, param_group: dict) -> None:
+        """A group that joins later takes the mode of the others."""
         group, name = {**self.defaults, **param_group}, type(self).__name__
-        beta1, beta2 = self._betas(group)
-        if not 0 < beta1 < 1:
-            raise ValueError(f"{name}: beta1 (momentum) {beta1} is not allowed; it must lie in (0, 1)")
         for field, x, end in (("lr", group["lr"], "inf"), ("eps", group.get("eps", 0), "inf"),
-                              ("betas[1]", beta2, 1), ("weight_decay", group["weight_decay"], "inf"),
+                              ("betas[1]", self._betas(group)[1], 1),
+                              ("weight_decay", group["weight_decay"], "inf"),
                               ("warmup_steps", group["warmup_steps"], "inf")):
             if not 0 <= x < float(end):
                 raise ValueError(f"{name}: {field}={x} is not allowed; it must lie in [0, {end})")
-        super().add_param_group(param_group)
+        self._check_beta1(group)
+        mode = any(other["train_mode"] for other in self.param_groups)
+        super().add_param_group({**param_group, **NEW, "train_mode": mode})
 
-    @staticmethod
-    def _betas(group: dict) -> tuple[float, float]:
-        return group["betas"]
+    def _betas(self, group: dict) -> tuple[float, float]:
+        return group["betas"] if "betas" in self.defaults else (group["momentum"], 0.0)
+
+    def _check_beta1(self, group: dict) -> None:
+        if not 0 < (beta1 := self._betas(group)[0]) < 1:
+            raise ValueError(f"{type(self).__name__}: beta1 (momentum) {beta1} is not allowed; it "
+                             "must lie in (0, 1)")
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if not group["train_mode"]:
-                raise RuntimeError(f"{type(self).__name__}: step() in eval mode; call train() first")
-            (beta1, beta2), k = self._betas(group), group["k"] + 1
-            gamma, group["lr_max"], group["weight_sum"], c = averaging_weight(
-                k, group["lr"], group["warmup_steps"], group["r"], group["weight_lr_power"], group["lr_max"],
-                group["weight_sum"])
-            group["k"] = k
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided or p.is_complex():
-                    raise RuntimeError("Schedule-Free: gradients must be dense and real")
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
-                state = self.state[p]
-                if not state:
-                    state["z"] = work.clone()
-                    if "betas" in group:
-                        state["exp_avg_sq"] = torch.zeros_like(work)
-                schedule_free_update(work, p.grad.to(work.dtype), state["z"], state.get("exp_avg_sq"), gamma,
-                                     c, 1 - beta2**k, beta1, beta2, group.get("eps"),
-                                     group["weight_decay"] or None)
-                if work is not p:
-                    p.copy_(work)  # the one rounding
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError(f"{type(self).__name__}: step() in eval mode; call train() first")
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        work = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for group, p in work:  # first of all: no step is half made
+            self._check_beta1(group)
+            if p.grad.layout != torch.strided or p.is_complex():
+                raise RuntimeError("Schedule-Free: gradients must be dense and real")
+        for group, p in work:
+            (beta1, beta2), state = self._betas(group), self.state[p]
+            y = read(p, state)
+            if not state:
+                state |= dict(z=y.clone(), step=0, lr_max=0.0, weight_sum=0.0, beta1=beta1)
+                if "betas" in self.defaults:  # AdamW
+                    state["exp_avg_sq"] = torch.zeros_like(y)
+            k = state["step"] = state["step"] + 1
+            gamma, state["lr_max"], state["weight_sum"], c = averaging_weight(
+                k, float(group["lr"]), group["warmup_steps"], group["r"], group["weight_lr_power"],
+                state["lr_max"], state["weight_sum"])
+            same = beta1 == state["beta1"]
+            pull, state["beta1"] = c if same else 1 - (1 - c) * beta1 / state["beta1"], beta1
+            schedule_free_update(
+                y, p.grad.to(y.dtype), state["z"], state.get("exp_avg_sq"), gamma, c, pull, 1 - beta2**k,
+                beta1, beta2, group.get("eps"), group["weight_decay"] or None)
+            write(p, y, state)
+            for counted, own in ("k", "step"), ("lr_max", "lr_max"), ("weight_sum", "weight_sum"):
+                group[counted] = max(group[counted], state[own])
         return loss
 
     @torch.no_grad()
     def _move(self, train_mode: bool) -> None:
         for group in self.param_groups:
-            beta1 = self._betas(group)[0]
-            weight = 1 - beta1 if train_mode else 1 - 1 / beta1
-            for p in group["params"]:
-                if group["train_mode"] != train_mode and "z" in self.state.get(p, {}):
-                    z = self.state[p]["z"]
-                    p.copy_(p.to(z.dtype).lerp(z, weight))
+            for p in group["params"] if group["train_mode"] != train_mode else ():
+                if "z" in (state := self.state.get(p, {})):
+                    weight = 1 - state["beta1"] if train_mode else 1 - 1 / state["beta1"]
+                    write(p, read(p, state).lerp(state["z"], weight), state)
             group["train_mode"] = train_mode
 
     def train(self) -> None:
@@ -133,17 +171,50 @@ class AdamWScheduleFree(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Put x, the model, into the parameters."""
+        if not hasattr(self, "warned") and any(
+                hasattr(p, "placements") for group in self.param_groups for p in group["params"]):
+            self.warned = True
+            warnings.warn(f"{type(self).__name__} on DTensors: fully_shard goes on with weights that "
+                          "a forward without backward has gathered; after evaluating, before train(), "
+                          "call module.reshard() on each module given to fully_shard", stacklevel=2)
         self._move(False)
 
+    def __setstate__(self, state: dict) -> None:
+        """From a pickle or load_state_dict(). An older parameter's counts are its group's."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in state.get("defaults", {}).keys() - {"differentiable"}:  # which torch adds
+                group.setdefault(name, self.defaults[name])
+            counts = {"step": int(group["k"]), "lr_max": float(group["lr_max"]),
+                      "weight_sum": float(group["weight_sum"]), "beta1": self._betas(group)[0]}
+            for p in group["params"]:
+                if "z" in self.state.get(p, {}):
+                    self.state[p] = {**counts, **self.state[p]}
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts state to the parameter's dtype; here it keeps full precision."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name, x in state_dict["state"].get(i, {}).items():
-                if torch.is_tensor(x):
-                    self.state[p][name] = x.to(p.device, dtype, copy=True)
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
+        does not say stays as it is here. Raises ValueError for the state of another method."""
+
+        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
+            for ours, theirs in zip(self.param_groups, groups):
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                for i, p in zip(theirs["params"], ours["params"]):
+                    if not (state := saved["state"].get(i)):
+                        continue
+                    if "z" not in state or ("exp_avg_sq" in state) != ("betas" in self.defaults):
+                        raise ValueError(f"{type(self).__name__}: a saved state of {', '.join(state)} is another "
+                                         "method's")  # fmt: skip
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                                 for name, x in state.items()}
+            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
 
 
 class SGDScheduleFree(AdamWScheduleFree):
@@ -153,13 +224,7 @@ class SGDScheduleFree(AdamWScheduleFree):
                  warmup_steps: int = 0, r: float = 0.0, weight_lr_power: float = 2.0):
         torch.optim.Optimizer.__init__(self, params, {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_steps": warmup_steps,
-            "r": r, "weight_lr_power": weight_lr_power, "k": 0, "lr_max": 0.0, "weight_sum": 0.0,
-            "train_mode": False})
-
-    @staticmethod
-    def _betas(group: dict) -> tuple[float, float]:
-        return group["momentum"], 0.0
-
+            "r": r, "weight_lr_power": weight_lr_power, **NEW})
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -170,8 +235,7 @@ if __name__ == "__main__":
         optimizer.train()
         zs = []
         for _ in range(400):
-            optimizer.zero_grad()
-            (scale * (p - target).square()).sum().backward()
+            p.grad = 2 * scale * (p.detach() - target)
             optimizer.step()
             zs.append(optimizer.state[p]["z"].clone())
         optimizer.eval()

@@ -23,7 +23,7 @@ State of an a×b matrix: 8(a² + b²) bytes for L and P, 4ab for m, 4ab for v (a
 float64. Square: 24 bytes a parameter. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of parallel/whole.py.
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py, as DTensors are refused.
 docs/partners.md has all partners.
 """
 
@@ -104,6 +104,10 @@ class Shampoo(torch.optim.Optimizer):
         if group["grafting"] not in ("adam", "rmsprop", "sgd", None):
             raise ValueError(f"Shampoo: grafting={group['grafting']!r}: must be adam, rmsprop, sgd or None")
         super().add_param_group(param_group)
+        if any(hasattr(p, "placements") for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise ValueError("Shampoo: needs whole tensors and got DTensors; make_optimizer(Shampoo, ...) of "
+                             "parallel/whole.py brings them together")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -146,8 +150,7 @@ class Shampoo(torch.optim.Optimizer):
         for i, n in enumerate(work.shape if work.ndim > 1 or group["precondition_1d"] else ()):
             if n <= group["max_precond_dim"]:
                 state[f"L_{i}"] = work.new_zeros(n, n)
-                state[f"P_{i}"] = work.new_zeros(n, n)
-                state[f"P_{i}"].diagonal().fill_(1)
+                state[f"P_{i}"] = torch.eye(n, dtype=work.dtype, device=work.device)
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:

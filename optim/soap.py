@@ -27,8 +27,8 @@ a parameter.
 Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of parallel/whole.py. States of
-the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py, as DTensors are refused.
+States of the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
 """
 
 import math
@@ -78,7 +78,7 @@ def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo
     u = rotate(exp_avg / exp_avg_sq.sqrt().add_(eps), Qs, back=True)
     if normalize_grads:
         u = u / (1e-30 + u.square().mean().sqrt())
-    p.add_(u, alpha=-lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) if correct_bias else -lr)
+    p.sub_(u * (lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) if correct_bias else lr))
     p.mul_(1 - lr * weight_decay)
     accumulate(g, GGs, shampoo_beta)
     if refresh:
@@ -126,6 +126,10 @@ class SOAP(torch.optim.Optimizer):
             if not group[name] >= 1:
                 raise ValueError(f"SOAP: {name}={group[name]} is not allowed; it must be at least 1")
         super().add_param_group(param_group)
+        if any(hasattr(p, "placements") for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise ValueError("SOAP: needs whole tensors and got DTensors; make_optimizer(SOAP, ...) of "
+                             "parallel/whole.py brings them together")
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -23,8 +23,9 @@ A parameter of d entries (as a matrix: a x b), entries of w bytes, N replicas: b
     powersgd(r)         P (a x r), then Q (b x r): x is about P Qᵀ       2 all-reduces  2 (N-1)/N r(a + b) w
     fp16, bf16          x rounded                                        all-reduce     2 (N-1)/N 2d
 
-An all-gather's bytes grow with N: signs beat plain float32 while N < 64, the top hundredth while N < 100.
-Papers average over the workers; here scales, means and Q are such that the plain sum over replicas comes out.
+and 2 (N-1)/N for the roll call of parallel/ddp.py. An all-gather's bytes grow with N: signs beat
+plain float32 while N < 64, the top hundredth while N < 100. Papers average over the workers; here
+scales, means and Q are such that the plain sum over replicas comes out.
 
 References: onebit: Seide, Fu, Droppo, Li and Yu 2014, "1-bit stochastic gradient descent" (its columns are
 ours; a vector is one column). sign: scaled as by Karimireddy et al. PowerSGD: Vogels, Karimireddy and Jaggi
@@ -35,7 +36,8 @@ replicas, is in no residual.
 
 `reduce` of parallel/ddp.py is one of these: DDP(group, device, reduce=topk(fraction=0.01)). A gradient that
 is not finite leaves a sum that is not finite on every replica, for a monitor to see, and what it would do to
-the residual or to Q is not kept.
+the residual or to Q is not kept. One that is missing on some replicas is zero there, and they send
+of their residuals; one that is missing on all leaves residuals and Q as they were.
 """
 
 import hashlib
@@ -61,6 +63,7 @@ class Compressor:
         self.residuals: dict[str, Tensor] = {}  # parameter's name -> what this replica has not sent yet
         self.before: dict[str, Tensor] = {}  # the same as the step in hand found it
         self.shared: dict[str, Tensor] = {}  # what is the same on all replicas: PowerSGD's Q by name
+        self.shared_before: dict[str, Tensor] = {}  # the same as the step in hand found it
 
     def __call__(self, bucket: Bucket, group: dist.ProcessGroup) -> "InFlight":
         bucket.sent_bytes = 0
@@ -76,6 +79,11 @@ class Compressor:
         """The step in hand is not taken: what it left unsent is owed no more, what was owed before still is.
         (PowerSGD's Q, a guess to start from, stays.)"""
         self.residuals |= self.before
+
+    def forget(self, names: list[str]) -> None:
+        """No replica has a gradient of these: nobody uses what was sent, and all is as before."""
+        for now, before in ((self.residuals, self.before), (self.shared, self.shared_before)):
+            now |= {name: before[name] for name in names if name in before}
 
     def keep(self, name: str, x: Tensor, sent: Tensor) -> None:
         """The residual of this parameter is now x - sent, except where that is not finite."""
@@ -228,6 +236,7 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
                 q = compressor.shared.get(name)
                 fits = q is not None and q.shape == (m.shape[1], rank)
                 compressor.shared[name] = (q if fits else first_q(name, m.shape[1])).to(m)
+                compressor.shared_before[name] = compressor.shared[name]
             else:
                 whole.append(x)
                 compressor.keep(name, x, x)

@@ -10,8 +10,12 @@ soon as the last gradient of a bucket is there, its all-reduce starts and runs w
 earlier layers. The first micro-batches of an accumulated batch add into the same buckets and send nothing
 (others call this `no_sync`).
 
-Bytes sent per rank and step: 2 (N-1)/N x the gradients' bytes (a ring all-reduce), however many
-micro-batches.
+Bytes sent per rank and step: 2 (N-1)/N x (the gradients' bytes + 1 for each parameter), by ring
+all-reduces, however many micro-batches.
+
+The byte is a roll call. A gradient that is missing on some replicas counts as zero there. One that
+is missing on all of them stays None, so that the optimizer leaves the parameter, its state and its
+decay alone, as it does in one process. (A gradient of zeros is not missing.)
 
 The sum is plain, not a mean: the loss is already divided by the constant count of the global batch's tokens,
 so no rank needs to know how many others there are. (`nn.DataParallel` instead runs one process with a thread
@@ -29,6 +33,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.mesh import allocate
+from parallel.roll_call import RollCall, finished_first, watch
 
 
 class Bucket:
@@ -60,6 +65,7 @@ class DDP:
                  reduce: Callable = all_reduce):
         self.group, self.device, self.bucket_bytes, self.reduce = group, device, bucket_mb * 2**20, reduce
         self.buckets, self.last, self.next = [], True, 0
+        self.pending = False  # are there gradients that finish_gradients has not seen?
         self.sent_bytes = 0  # by this rank in the last step
         self.place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.counts = self.place[0] == 0  # no lower rank holds the same gradients and state
@@ -73,7 +79,9 @@ class DDP:
                 bucket = Bucket(part)
                 self.buckets.append(bucket)
                 for p, view in zip(bucket.params, bucket.views):
-                    p.register_post_accumulate_grad_hook(lambda p, b=bucket, v=view: self.arrived(p, b, v))
+                    watch(p, lambda p, b=bucket, v=view: self.arrived(p, b, v))
+            for p in (p for p in self.model.parameters() if not p.requires_grad):
+                watch(p, self.thawed)
         return self.model
 
     @torch.no_grad()
@@ -87,12 +95,17 @@ class DDP:
         self.last = flag
 
     def arrived(self, p: nn.Parameter, bucket: Bucket, view: torch.Tensor) -> None:
+        self.pending = True
         if p.grad is not view:  # the step's first micro-batch; later ones add to the view in place
             view.copy_(p.grad)
             p.grad = view
         if self.last:
             bucket.waiting -= 1
             self.launch()
+
+    def thawed(self, p: nn.Parameter) -> None:
+        raise RuntimeError("a parameter that was frozen at wrap() got a gradient, and there is "
+                           "no bucket: replicas would part; set requires_grad before wrap()")
 
     def launch(self) -> None:
         """Starts every complete bucket, in the same order on all ranks."""
@@ -102,25 +115,42 @@ class DDP:
             self.next += 1
 
     def finish_gradients(self) -> None:
-        """After the last backward: waits until every gradient is the sum over all replicas."""
-        for bucket in self.buckets:
+        """After the last backward: waits until every gradient is the sum over all replicas. What
+        none of them has is None."""
+        self.pending = False
+        named = [pair for bucket in self.buckets for pair in zip(bucket.names, bucket.params)]
+        if not named:
+            return
+        here = [p.grad is not None for _, p in named]
+        for bucket in self.buckets[self.next :]:  # those on their way are complete
             for p, view in zip(bucket.params, bucket.views):
-                if p.grad is None:  # unused on this rank, perhaps not on another
-                    p.grad = view.zero_()
+                if p.grad is None:
+                    view.zero_()
+                elif p.grad is not view:  # put there by hand
+                    view.copy_(p.grad)
+                p.grad = view
             bucket.waiting = 0
         self.launch()
+        call = RollCall(here, self.group, self.device)  # behind all buckets, on every rank
         for bucket in self.buckets:
             bucket.work.wait()
             bucket.waiting, bucket.work = len(bucket.params), None
-        self.next, self.sent_bytes = 0, sum(bucket.sent_bytes for bucket in self.buckets)
+        missing = [named[i] for i in call.nowhere([i for i, yes in enumerate(here) if not yes])]
+        for _, p in missing:
+            p.grad = None
+        if hasattr(self.reduce, "forget"):
+            self.reduce.forget([name for name, _ in missing])
+        self.next = 0
+        self.sent_bytes = sum(bucket.sent_bytes for bucket in self.buckets) + call.sent_bytes
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """After finish_gradients: by name, the summed gradients, or parts of them, that this rank holds."""
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
-        """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
-        return cls(groups, **arguments)
+        """The optimizer whose step() takes the gradients held here and moves the weights of all
+        ranks. It raises RuntimeError where they have not been summed."""
+        return finished_first(cls(groups, **arguments), self)
 
     def undo(self) -> None:
         """The step whose gradients were summed last is not taken."""
@@ -142,6 +172,8 @@ class DDP:
     def weights(self) -> dict[str, torch.Tensor]:
         """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts there."""
         return dict(self.model.named_parameters()) if self.counts else {}
+
+
 
 
 def cut(named: list[tuple[str, nn.Parameter]], limit: float) -> list[list[tuple[str, nn.Parameter]]]:

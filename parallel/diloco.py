@@ -22,6 +22,10 @@ then 2 (N-1)/N x the weights' bytes (one all-reduce of weights 0 - anchor): 1/H 
 Our loss is divided by the tokens of the whole batch, so a replica's gradient is 1/N of its own mean; it is
 multiplied by N, or replicas would learn N times too slowly. Norm and clipping are each replica's own.
 
+A gradient that is missing is missing for this replica's step alone, which leaves the parameter as
+it is. In the outer step one is missing that no replica got in the whole round: anchor and m stay.
+(So a round sends 2 (N-1)/N bytes a parameter tensor more, the roll call of parallel/ddp.py.)
+
 The model that training is about is the anchor: it is what is evaluated, sampled and saved as the model; what
 replicas did since the last outer step is in the checkpoint, but not in the anchor. So let `steps` be a
 multiple of `every`.
@@ -38,6 +42,7 @@ from torch import Tensor, nn
 
 from parallel.ddp import cut
 from parallel.mesh import allocate
+from parallel.roll_call import RollCall
 
 
 class DiLoCo:
@@ -63,6 +68,7 @@ class DiLoCo:
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
         self.rank, self.world = (0, 1) if group is None else (group.rank(), group.size())
         self.taken = 0  # inner steps since the last outer step
+        self.moved: set[str] = set()  # parameters that had a gradient here in one of them
         self.sent_bytes = 0  # by this rank in the last step
         self.saves = self.rank == 0  # the optimizer state to start another number of replicas from
 
@@ -86,7 +92,8 @@ class DiLoCo:
     def finish_gradients(self) -> None:
         """After the last backward: the mean gradient of this replica's own rows."""
         self.sent_bytes = 0
-        torch._foreach_mul_(list(self.gradients().values()), self.world)
+        if gradients := list(self.gradients().values()):
+            torch._foreach_mul_(gradients, self.world)
 
     def gradients(self) -> dict[str, Tensor]:
         """After finish_gradients: this replica's own gradients by name."""
@@ -99,6 +106,7 @@ class DiLoCo:
             raise ValueError(f"{cls.__name__} keeps a second set of weights, which DiLoCo would not average; "
                              "take another optimizer, such as adamw")  # fmt: skip
         optimizer = cls(groups, **arguments)
+        optimizer.register_step_pre_hook(lambda *_: self.moved.update(self.gradients()))
         optimizer.register_step_post_hook(lambda *_: self.after_step())
         return optimizer
 
@@ -106,10 +114,17 @@ class DiLoCo:
         self.taken += 1
         if self.taken == self.every:
             self.outer_step()
-            self.taken = 0
+            self.taken, self.moved = 0, set()
 
     @torch.no_grad()
     def outer_step(self) -> None:
+        names = list(self.params)
+        still = [i for i, name in enumerate(names) if name not in self.moved]
+        if self.group is not None and names:
+            call = RollCall([name in self.moved for name in names], self.group, self.device)
+            still = call.nowhere(still)
+            self.sent_bytes += call.sent_bytes
+        still = {names[i] for i in still}
         for part in cut(list(self.params.items()), self.bucket_bytes):
             flat = torch.cat([(self.anchor[name] - p).flatten() for name, p in part])
             if self.group is not None:
@@ -117,8 +132,9 @@ class DiLoCo:
                 self.sent_bytes += 2 * (self.world - 1) * flat.nbytes // self.world
             for (name, p), delta in zip(part, flat.div_(self.world).split([p.numel() for _, p in part])):
                 delta, m, anchor = delta.view_as(p), self.outer_momentum[name], self.anchor[name]
-                m.mul_(self.momentum).add_(delta)
-                anchor.sub_(delta + self.momentum * m if self.nesterov else m, alpha=self.lr)
+                if name not in still:
+                    m.mul_(self.momentum).add_(delta)
+                    anchor.sub_(delta + self.momentum * m if self.nesterov else m, alpha=self.lr)
                 p.copy_(anchor)
 
     @contextmanager
@@ -140,11 +156,13 @@ class DiLoCo:
     def tree(self, state: dict[str, dict]) -> dict:
         """What this rank has to put into a checkpoint beside the anchor.
 
-        state: this replica's inner optimizer state by parameter name. Between outer steps its weights too.
+        state: this replica's inner optimizer state by parameter name. Between outer steps its
+        weights too, and which of them it has moved.
         """
         weights = {name: p.detach() for name, p in self.params.items()} if self.taken else {}
         shared = {"replicas": self.world, "taken": self.taken, "outer_momentum": self.outer_momentum}
-        return shared | {str(self.rank): {"weights": weights, "optim": state}}
+        moved = {name: int(name in self.moved) for name in weights}
+        return shared | {str(self.rank): {"weights": weights, "moved": moved, "optim": state}}
 
     @torch.no_grad()
     def load(self, read: Callable[[str], dict | int]) -> dict[str, dict]:
@@ -155,12 +173,14 @@ class DiLoCo:
         replicas the run goes on bitwise. On another number all start from the mean of the saved replicas'
         weights, so that the outer gradient keeps what they did since the anchor.
         """
-        self.taken, saved = read("taken"), read("replicas")
+        self.taken, saved, self.moved = read("taken"), read("replicas"), set()
         for name, x in read("outer_momentum").items():
             self.outer_momentum[name].copy_(x)
         if self.taken:
             which = [self.rank] if saved == self.world else range(saved)
             for i, r in enumerate(which):
+                moved = read(f"{r}/moved") or dict.fromkeys(self.params, 1)  # older: not saved
+                self.moved |= {name for name, yes in moved.items() if yes}
                 for name, x in read(f"{r}/weights").items():
                     x = x.to(self.device) / len(which)
                     self.params[name].copy_(self.params[name] + x if i else x)

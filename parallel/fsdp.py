@@ -6,7 +6,7 @@ shards, one unit for each block and one for the rest (embedding, last norm, head
     forward of a block      W  -> y, drop W    W  -> y, drop W          all-gather before
     backward of a block     W  -> g0, drop W   W  -> g1, drop W         all-gather before
     after it                (g0+g1)[:half]     (g0+g1)[half:]           reduce-scatter
-    optimizer               W[:half], state    W[half:], state          none, or parallel/whole.py
+    optimizer               W[:half], state    W[half:], state          none, or parallel/adapter.py
 
 Bytes sent per rank and step, B those of the weights, N ranks, m micro-batches; three ways to trade them for
 memory:
@@ -18,18 +18,25 @@ memory:
 
 Embedding and head are needed first and last, so their unit is gathered once a step in any case. Gradients are
 reduced once, after the last micro-batch; until then each rank keeps them whole. While one unit computes, the
-next one is already being gathered.
+next one is already being gathered. To all this come 2 (N-1)/N bytes a parameter tensor, the roll
+call of parallel/ddp.py.
+
+FSDP2 leaves a missing gradient out of what it reduces, and a rank that has it waits in vain for the
+others; here zeros stand for it. One that is missing on all ranks is None in the end. What cannot be
+mended: one rank skips a whole block, its output, or a backward. Then gathers no longer match, and
+all ranks hang or abort.
 
 FSDP2 means to average gradients; here they are sums, for the loss is already divided by the constant count
 of the global batch's tokens. It also leaves weights unsharded that were gathered for a forward without a
 backward, as in evaluation, and would train on with them although the shards have changed since: here they
 are resharded after every forward under no_grad.
 
-The optimizer never sees a DTensor: parallel/whole.py. offload_params keeps the shards in the CPU's memory
+The optimizer never sees a DTensor: parallel/adapter.py. offload_params keeps the shards in the CPU's memory
 (`cpu`) or in memory-mapped files (`disk`), the optimizer's step and its state too on the CPU; gradients are
 brought there. References: Zhao et al. 2023 (2304.11277), Rajbhandari et al. 2019 (1910.02054).
 """
 
+import functools
 import itertools
 import math
 import os
@@ -40,8 +47,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parallel.adapter import Adapter, box, part
 from parallel.mesh import allocate, mapped_file, new_group
-from parallel.whole import Adapter, box, part
+from parallel.roll_call import drop_stand_ins, finished_first
 
 
 class FSDP:
@@ -50,7 +58,7 @@ class FSDP:
     group: the replicas; shard: over how many of them a weight is spread, None = all; reduce_dtype: in which
     gradients are summed, None = their own; param_dtype: in which weights are gathered and used, None = their
     own; offload_params: None, "cpu" or "disk", the latter in files in `folder`. cuts, cut_group: parameters
-    that already are parts of wholes, see parallel/whole.py.
+    that already are parts of wholes, see parallel/adapter.py.
     Raises ValueError for a shard that does not divide the group, and for offloading that cannot be.
     """
 
@@ -78,6 +86,8 @@ class FSDP:
         self.cut = {"cuts": cuts, "cut_group": cut_group} if cuts else {}
         self.units, self.params, self.adapter, self.micro_batches = [], {}, None, 0
         self.counts = True  # no lower rank holds the same gradients and state
+        self.got = set()  # parameters that got a gradient here since the last step
+        self.pending = False  # are there gradients that finish_gradients has not seen?
         self.sent_bytes = 0  # by this rank in a step
         self.boxes = {}  # names of parameters the optimizer sees a shard of -> (whole shape, offsets of mine)
 
@@ -102,6 +112,8 @@ class FSDP:
             fully_shard(unit, reshard_after_forward=self.reshard and unit is not model, **policies)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # a factor of 1 by PREMUL_SUM is NCCL's alone
+            for shards in unit._get_fsdp_state()._fsdp_param_groups:
+                shards.post_backward = functools.partial(self.reduce, shards, shards.post_backward)
         numbers = [int(name) for name in model.blocks]
         if numbers[-1] - numbers[0] == len(numbers) - 1:  # and not several stretches of a pipeline
             for unit, following in itertools.pairwise([model, *blocks]):
@@ -152,6 +164,23 @@ class FSDP:
         model._apply(mapped)
         model._apply(without_padding)  # now that FSDP2 has seen the whole of the memory
 
+    def reduce(self, shards, reduce: Callable, *args) -> None:
+        """FSDP2's `reduce` of one unit's gradients, with zeros for those that are missing here."""
+        if shards.reduce_grads:
+            self.pending = True
+            params = [p for p in shards.fsdp_params if p.sharded_param.requires_grad
+                      and hasattr(p, "_unsharded_param")]  # it has been gathered once  # fmt: skip
+            for p in params:
+                if p.unsharded_param.grad is not None or p.unsharded_accumulated_grad is not None:
+                    self.got.add(p.sharded_param)
+                else:
+                    p.unsharded_param.grad = torch.zeros_like(p.unsharded_param)
+            if any(p.unsharded_accumulated_grad is not None for p in params):
+                for p in params:  # in reduce_dtype, all of them
+                    if p.unsharded_accumulated_grad is None:
+                        p.to_accumulated_grad_if_needed()
+        reduce(*args)
+
     def forget(self) -> None:
         for unit in self.units:
             unit.reshard()
@@ -177,7 +206,8 @@ class FSDP:
             self.model.set_reshard_after_backward(flag, recurse=not self.reshard)
 
     def finish_gradients(self) -> None:
-        """After the last backward, which has already summed the gradients: counts what was sent."""
+        """After the last backward, which has already summed the gradients: what no rank has is
+        None. Counts what was sent."""
         gathers, self.micro_batches = 2 * self.micro_batches if self.reshard else 1, 0
         s, replicas, bytes_ = self.shard, self.n // self.shard, 0
         for name, p in self.params.items():
@@ -186,7 +216,8 @@ class FSDP:
             bytes_ += (s - 1) * p.numel() * dtype.itemsize * times // s
             gradient = p.numel() * (self.reduce_dtype or dtype).itemsize
             bytes_ += (s - 1) * gradient // s + 2 * (replicas - 1) * gradient // (replicas * s)
-        self.sent_bytes = bytes_
+        params, self.pending = list(self.params.values()), False
+        self.sent_bytes = bytes_ + drop_stand_ins(params, self.got, self.group, self.device)
 
     @torch.no_grad()
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -195,12 +226,13 @@ class FSDP:
         return grads if self.group is None else {n: grad.to_local() for n, grad in grads.items()}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
-        """The optimizer whose step() takes the gradients held here and moves the weights of all ranks."""
+        """The optimizer whose step() takes the gradients held here and moves the weights of all
+        ranks. It raises RuntimeError before finish_gradients()."""
         if self.group is None and not self.cut:
             return cls(groups, **arguments)
         self.adapter = Adapter(cls, groups, **self.cut, **arguments)
         self.boxes = self.adapter.boxes
-        return self.adapter.optimizer
+        return finished_first(self.adapter.optimizer, self)
 
     def share_weights(self) -> None:
         """After something else than step() changed the optimizer's parameters: the other ranks see it too."""

@@ -237,9 +237,11 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        assert device.type in ("cuda", "mps", "cpu"), "known are cuda, mps and cpu"
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("known are cuda, mps and cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no GPU")
         if device.type == "cuda":
-            assert torch.cuda.is_available(), "torch finds no GPU"
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)

@@ -20,8 +20,9 @@ units of (N-1)/N x the weights' bytes:
     stage 2   2 + 14/N     4 + 12/N    A + 1                   who frees a gradient must send it first
     stage 3   16/N         16/N        A (1 + 1 + 1)           weights forward, weights backward, gradients
 
-plus what is in use: one unit's gradients and, in stage 3, the weights of two. (For one micro-batch stages 1
-and 2 are the same thing: no gradient waits for another.)
+plus what is in use: one unit's gradients and, in stage 3, the weights of two; and what the roll
+call of parallel/ddp.py sends, 2 (N-1)/N bytes a parameter tensor. (For one micro-batch stages 1 and
+2 are the same thing: no gradient waits for another.)
 
 A unit is a block, or what comes before the blocks (0), or what follows them. When backward has left a unit,
 its gradients start for their owners, in flat parts of at most `bucket_mb`, while the next unit computes. In
@@ -34,9 +35,11 @@ stage 3 weights are broadcast one unit ahead of their use, and then freed:
 
 Backward reads no weights of unit 0: they are looked up, not multiplied. With a tied head they are, at the
 other end, and so are gains of a norm there: then they stay. What follows the blocks stays from forward to
-backward. All ranks must make the same
-forward and backward calls, evaluation too; a parameter unused on one rank counts as a zero gradient there. To
-compile, compile `block.forward`: the hooks on a block must stay outside.
+backward. A gradient that is missing on some ranks counts as zero there; missing on all, it is None.
+
+All ranks must make the same forward and backward calls, evaluation too; but a rank may skip blocks
+(in stage 3 not the last one) or a backward (not in stage 3). To compile, compile `block.forward`:
+the hooks on a block must stay outside.
 
 Rajbhandari et al. 2020 (1910.02054). There each rank owns a slice of one flat vector; here whole parameters,
 so that any optimizer, Muon too, steps unchanged and its orthogonalisation spreads over the ranks. The price:
@@ -54,7 +57,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.ddp import cut
-from parallel.mesh import mapped_file
+from parallel.mesh import mapped_file, refuse_coupled
+from parallel.roll_call import drop_stand_ins, finished_first, watch
 
 
 def assign(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
@@ -87,6 +91,10 @@ class Part:
     params: list[nn.Parameter]  # the model's: views of `flat`
     kept: list[nn.Parameter]  # the optimizer's: views of `host`, or `params` themselves
     work: dist.Work | None = None  # a broadcast on its way
+
+
+def trained(part: Part) -> bool:
+    return any(p.requires_grad for p in part.params)  # may change from step to step
 
 
 def pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -127,7 +135,11 @@ class ZeRO:
         self.travels = stage == 3 and (group is not None or offload_params is not None)  # do weights?
         self.here, self.sending = set(), []  # units whose weights were fetched; gradients on their way
         self.last, self.in_backward, self.next = True, False, 0  # next: the unit whose gradients go next
-        self.sent_bytes, self.finished = 0, True
+        self.unit = 0  # where forward or backward is
+        self.owes = False  # has the micro-batch in hand not yet sent its gradients?
+        self.got = set()  # parameters that got a gradient here since the last step
+        self.fresh = True  # has nothing been sent since then?
+        self.sent_bytes, self.finished, self.pending = 0, True, False  # pending: see finished_first
 
     # ---- who holds what -----------------------------------------------------------------------------------
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -156,6 +168,9 @@ class ZeRO:
             if self.travels and getattr(module, "product", None) is F.linear:
                 module.product = linear
 
+        if self.group is not None:
+            for p in made.values():
+                watch(p, self.got.add)
         if self.group is not None or self.travels:
             model.register_forward_pre_hook(lambda _, args: self.enter(0, None))
             for i, block in enumerate(blocks, 1):
@@ -231,24 +246,36 @@ class ZeRO:
     # ---- forward ------------------------------------------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
         """Before each micro-batch (in a pipeline, its backward): does backward now complete the gradients?"""
+        self.send_what_is_owed()
         if self.finished:  # a new step begins
             self.sent_bytes, self.finished = 0, False
-        self.last = flag
+        self.last, self.owes = flag, True
+
+    def send_what_is_owed(self) -> None:
+        """Where no backward followed the last call of last_micro_batch."""
+        if self.owes:
+            self.next = len(self.units) - 1
+            self.send(0)
+            self.collect()
 
     def enter(self, i: int, x: Tensor | None) -> None:
-        """Forward passes from unit i-1 to unit i, carrying x."""
+        """Forward enters unit i with x, from unit i-1. If this rank has skipped some before i, it
+        fetches and later sends for them all the same, in the other ranks' order."""
         if i == 0:  # whatever an earlier forward without a backward, or a backward that failed, left behind
-            self.in_backward, self.sending = False, []
+            self.in_backward, self.sending, self.unit = False, [], -1
             self.free(range(len(self.units)))
         if self.in_backward:  # activation checkpointing computes unit i again
             return self.need(i)
-        if i > 1 or not self.stays:
-            self.free([i - 1])
-        self.need(i)
-        if i + 1 < len(self.units):
-            self.fetch(i + 1)
+        before = self.unit = min(self.unit, i - 1)
+        while self.unit < i:
+            self.unit += 1
+            if self.unit > 1 or not self.stays:
+                self.free([self.unit - 1])
+            self.need(self.unit)
+            if self.unit + 1 < len(self.units):
+                self.fetch(self.unit + 1)
         if x is not None and x.grad_fn is not None:  # a stage's input is a leaf: end() follows at once
-            x.register_hook(lambda _: self.back(i - 1))
+            x.register_hook(lambda _: self.back(before))
 
     def leave(self, out: Tensor) -> None:
         """Forward ends."""
@@ -260,25 +287,28 @@ class ZeRO:
     # ---- backward -----------------------------------------------------------------------------------------
     def begin(self) -> None:
         """Backward begins."""
-        self.in_backward, self.next = True, len(self.units) - 1
+        self.in_backward, self.pending = True, True
+        self.next, self.unit = len(self.units) - 1, len(self.units)
         torch.autograd.Variable._execution_engine.queue_callback(self.end)
         self.back(self.next)
 
     def back(self, i: int) -> None:
-        """Backward passes from unit i+1 to unit i."""
-        self.free(range(i + 1, len(self.units)))
-        if i > 0:
-            self.need(i)
-        if i > 1:
-            self.fetch(i - 1)
-        self.send(i + 1)
+        """Backward comes to unit i, from i+1 or from above units that this rank has skipped."""
+        while self.unit > i:
+            self.unit -= 1
+            self.free(range(self.unit + 1, len(self.units)))
+            if self.unit > 0:
+                self.need(self.unit)
+            if self.unit > 1:
+                self.fetch(self.unit - 1)
+            self.send(self.unit + 1)
 
     def end(self) -> None:
         """Backward ends, perhaps without reaching the first units: all ranks must still send the same."""
         self.send(0)
         self.collect()
         self.free(range(len(self.units)))
-        self.in_backward = False
+        self.in_backward, self.owes = False, self.stage == 1 and not self.last
 
     @torch.no_grad()
     def send(self, i: int) -> None:
@@ -287,17 +317,19 @@ class ZeRO:
             return
         for unit in range(self.next, i - 1, -1):
             self.collect()
-            for part in (part for part in self.units[unit] if part.params[0].requires_grad):
+            for part in filter(trained, self.units[unit]):
                 flat = torch.zeros_like(part.flat, dtype=self.reduce_dtype)
                 # The owner sends zeros: its own share, and the sum so far, are in its p.grad.
                 for p, x in zip(part.params, pieces(flat, part.params)):
+                    if self.fresh and p.grad is None:
+                        self.got.discard(p)  # that was in a probe which was thrown away
                     if part.owner != self.rank and p.grad is not None:
                         x.copy_(p.grad)
                         p.grad = None
                 work = dist.reduce(flat, group=self.group, group_dst=part.owner, async_op=True)
                 self.sending.append((part, flat, work))
                 self.sent_bytes += (self.n - 1) * flat.nbytes // self.n
-        self.next = min(self.next, i - 1)
+        self.next, self.fresh = min(self.next, i - 1), self.fresh and i > 0
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -316,12 +348,13 @@ class ZeRO:
         return {n: kept[n] for n, _ in self.model.named_parameters() if n in kept}
 
     def finish_gradients(self) -> None:
-        """After the last backward: owners hold the gradients' sums over all replicas, other ranks nothing."""
-        if not self.last:  # no micro-batch was called the last one, as where weight gradients come later
-            self.last, self.next = True, len(self.units) - 1
-            self.send(0)
-            self.collect()
-        self.finished = True
+        """After the last backward: owners hold the gradients' sums over all replicas, other ranks
+        nothing. What no replica has is None."""
+        self.last = True  # where weight gradients come later, no micro-batch was called so
+        self.send_what_is_owed()
+        self.finished, self.owes, self.pending, self.fresh = True, False, False, True
+        params = [p for part in self.parts for p in part.params]
+        self.sent_bytes += drop_stand_ins(params, self.got, self.group, self.device)
         for part in self.parts:
             for p, kept in zip(part.params, part.kept):
                 if kept is not p and p.grad is not None:  # offloaded
@@ -332,17 +365,26 @@ class ZeRO:
         return {n: p.grad for n, p in self.mine().items() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
-        """The optimizer of the parameters owned by this rank; its step() moves the weights of all ranks."""
+        """The optimizer of this rank's own parameters; its step() moves the weights of all ranks.
+        It raises RuntimeError for gradients not yet summed, ValueError for late parameters."""
         mine = self.mine()
         names = [[n for n in group["names"] if n in mine] for group in groups]
         groups = [group | {"names": ns, "params": [mine[n] for n in ns]} for group, ns in zip(groups, names)]
-        optimizer = cls(groups, **arguments)
+        if self.group is not None:
+            refuse_coupled(cls, groups, arguments)
+        optimizer = finished_first(cls(groups, **arguments), self)
         optimizer.register_step_post_hook(lambda *_: self.share_weights())
+        if self.group is not None:
+            optimizer.add_param_group = self.refuse
         return optimizer
+
+    def refuse(self, group: dict) -> None:
+        raise ValueError("add_param_group: under ZeRO every rank would step these parameters, with "
+                         "gradients of its own; give all groups to make_optimizer")  # fmt: skip
 
     def share_weights(self) -> None:
         """After the owners' weights changed: stages 1 and 2 send them to all, stage 3 when they are used."""
-        changed = [] if self.stage == 3 else [part for part in self.parts if part.params[0].requires_grad]
+        changed = [] if self.stage == 3 else [*filter(trained, self.parts)]
         for part in changed:
             self.broadcast(part)
         self.wait(changed)

@@ -26,10 +26,15 @@ ranks in bf16 rounds to nearest.
 Gupta et al. 2015 (1502.02551); for bf16 training Zamirai et al. 2020 (2010.06192).
 
 Fits every torch optimizer whose update of a parameter looks at no other; Muon, which multiplies matrices of
-one shape together, gets smaller stacks. memory/offload.py may be wrapped around it, not the other way round.
-Parameters in other dtypes are stepped as they are. State has the dtype the optimizer gives float32 weights.
-Schedule-Free: its step() is rounded like any, with z in float32; train() and eval() round to nearest, so one
-looks at its average and then puts back the bits there were (optim/param_groups.py: evaluation_weights).
+one shape together, gets smaller stacks. Parameters in other dtypes are stepped as they are. State has
+the dtype the optimizer gives float32 weights.
+Schedule-Free: its step() is rounded like any, with z in float32. eval() and train() round to nearest
+and keep what that takes away until the next step, so the bits come back.
+
+Used with: schedulers made before or after, late groups, hooks, deepcopy, pickle, GradScaler, autocast
+and torch.compile around the step, DDP, torch.distributed.checkpoint; FSDP2 through parallel/whole.py.
+memory/offload.py may be wrapped around it, not the other way round: a step() that something else has
+replaced is refused, as are DTensors and groups without names.
 """
 
 import hashlib
@@ -47,29 +52,45 @@ def stochastic(optimizer: Optimizer, seed: int, boxes: dict[str, tuple] | None =
                chunk_mb: float = 64.0) -> Optimizer:  # fmt: skip
     """The same optimizer, whose step() from now on rounds its bf16 parameters stochastically.
 
-    Its groups need full `names`, and are complete. boxes: name -> (whole shape, offsets) of parameters that
-    are part of a whole one. chunk_mb: MiB of bf16 parameters that have float32 copies at a time, with their
-    gradients 4 times as much memory. Each group counts its steps as `sr_step`, which state_dict() keeps.
-    Raises ValueError for groups without names.
+    Its groups need full `names`, later ones too. boxes: name -> (whole shape, offsets) of parameters
+    that are part of a whole one. chunk_mb: MiB of bf16 parameters that have float32 copies at a time,
+    with their gradients 4 times as much memory. Each group counts its steps as `sr_step`, which
+    state_dict() keeps. Raises ValueError for groups without names, for DTensors, and where step() is
+    no longer the class's own.
     """
-    cls, boxes, names = type(optimizer), boxes or {}, {}
-    plain_step = cls.step.__wrapped__  # torch wraps step() in what runs the hooks; a chunk must not run them
+    cls = type(optimizer)
     for group in optimizer.param_groups:
-        if len(group.get("names", ())) != len(group["params"]):
-            raise ValueError("stochastic rounding needs the full `names` of each group's parameters, in "
-                             "their order; optim/param_groups.py makes such groups")  # fmt: skip
-        names |= zip(group["params"], group["names"])
+        check(group)
+    own = vars(optimizer).get("step")
+    scheduled = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is cls.step
+    if not (own is None or scheduled) or hasattr(cls, "rounds"):
+        raise ValueError("something has replaced this optimizer's step(), which stochastic rounding "
+                         "would undo; call stochastic() once, and before offload()")  # fmt: skip
+    vars(optimizer).pop("step", None)  # a scheduler's wrapper: rounding()'s step() does the same
+    for group in optimizer.param_groups:
         group.setdefault("sr_step", 0)
+    optimizer.__class__ = rounding(cls, seed, boxes or {}, chunk_mb)
+    optimizer.full_names = full_names(optimizer.param_groups)
+    for p, state in optimizer.state.items():
+        state.update({name: x.float() for name, x in state.items() if half(p) and half(x)})
+    return optimizer
+
+
+def rounding(cls: type[Optimizer], seed: int, boxes: dict[str, tuple], chunk_mb: float) -> type:
+    """cls with a step() that rounds."""
+    plain_step = cls.step.__wrapped__  # torch wraps step() in what runs the hooks; a chunk must not
 
     @torch.no_grad()
     def step(self, closure=None):
+        self._opt_called = True  # schedulers look at it
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        groups, state = self.param_groups, self.state
+        groups, state, parts = self.param_groups, self.state, []
         try:
             for chunk in chunks(groups, chunk_mb * 2**20):
                 works = {p: stand_in(p) for ps in chunk for p in ps}
-                self.param_groups = [{**g, "params": [works[p] for p in ps]} for g, ps in zip(groups, chunk)]
+                parts.append([{**g, "params": [works[p] for p in ps]} for g, ps in zip(groups, chunk)])
+                self.param_groups = parts[-1]
                 self.state = defaultdict(dict, {w: state[p] for p, w in works.items() if p in state})
                 plain_step(self)
                 for group, ps in zip(groups, chunk):
@@ -77,31 +98,104 @@ def stochastic(optimizer: Optimizer, seed: int, boxes: dict[str, tuple] | None =
                         if works[p] in self.state:
                             state[p] = self.state[works[p]]
                         if works[p] is not p:
-                            whole, offsets = boxes.get(names[p], (p.shape, (0,) * p.ndim))
+                            name = self.full_names[p]
+                            whole, offsets = boxes.get(name, (p.shape, (0,) * p.ndim))
                             index = element_index(p.shape, whole, offsets, p.device)
-                            bits = random_bits(seed, group["sr_step"], names[p], index)
+                            bits = random_bits(seed, group["sr_step"], name, index)
                             p.copy_(round_to_bf16(works[p].detach(), bits))
-            after = self.param_groups  # what groups count; every chunk began with the same
         finally:
             self.param_groups, self.state = groups, state
-        for group, new in zip(groups, after):
-            group.update({name: x for name, x in new.items() if name != "params"})
+        for group, *seen in zip(groups, *parts):
+            count(group, seen)
             group["sr_step"] += 1
         return loss
 
-    def load_state_dict(self, saved: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here float32 comes back as float32."""
-        cls.load_state_dict(self, saved)
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, [p for group in self.param_groups for p in group["params"]]):
-            for name, x in saved["state"].get(i, {}).items():
-                if torch.is_tensor(x) and self.state[p][name].dtype == torch.bfloat16 != x.dtype:
-                    self.state[p][name] = x.to(p.device, copy=True)
+    def add_param_group(self, param_group: dict) -> None:
+        params = param_group["params"]
+        params = params if isinstance(params, (Tensor, set)) else list(params)
+        group = {**param_group, "params": params, "sr_step": 0}
+        check(group)
+        cls.add_param_group(self, group)
+        self.full_names |= full_names(self.param_groups[-1:])
 
-    methods = {"step": Optimizer.profile_hook_step(step), "load_state_dict": load_state_dict}
+    def load_state_dict(self, state_dict: dict) -> None:
+        """In float32, where torch casts. What an older state does not say stays as it is."""
+        given = {}
+
+        def complete(_, saved):  # runs after the user's hooks
+            given.update(saved)
+            if len(saved["param_groups"]) == len(self.param_groups):  # torch refuses the others
+                pairs = zip(self.param_groups, saved["param_groups"])
+                given["param_groups"] = [{**mine, **theirs} for mine, theirs in pairs]
+            return given
+
+        def keep_precision(_):  # runs before the user's hooks
+            ids = [i for group in given["param_groups"] for i in group["params"]]
+            for i, p in zip(ids, [p for group in self.param_groups for p in group["params"]]):
+                for name, x in given["state"].get(i, {}).items():
+                    now = self.state.get(p, {}).get(name)  # None: cls has read another method's state
+                    if half(p) and half(now):
+                        self.state[p][name] = x.to(p.device, torch.float32, copy=True)
+                    elif now is x and torch.is_tensor(x):  # torch would step what was given
+                        self.state[p][name] = x.clone()
+
+        hooks = (self.register_load_state_dict_pre_hook(complete),
+                 self.register_load_state_dict_post_hook(keep_precision, prepend=True))
+        try:
+            cls.load_state_dict(self, state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __reduce_ex__(self, protocol):
+        return made_again, (cls, seed, boxes, chunk_mb), self.__getstate__()
+
+    def __setstate__(self, state: dict) -> None:
+        cls.__setstate__(self, state)
+        if not hasattr(self, "full_names"):  # a copy; load_state_dict may see a part of them
+            self.full_names = full_names(self.param_groups)
+
+    methods = {"step": Optimizer.profile_hook_step(step), "load_state_dict": load_state_dict,
+               "add_param_group": add_param_group, "__reduce_ex__": __reduce_ex__,
+               "__setstate__": __setstate__, "rounds": True}
     methods["step"].hooked = True  # so that torch does not wrap it once more
-    optimizer.__class__ = type(cls.__name__, (cls,), methods)
-    return optimizer
+    methods["step"]._wrapped_by_lr_sched = True  # nor does a scheduler
+    return type(cls.__name__, (cls,), methods)
+
+
+def made_again(*arguments) -> Optimizer:
+    """What deepcopy and pickle begin with."""
+    cls = rounding(*arguments)
+    return cls.__new__(cls)
+
+
+def check(group: dict) -> None:
+    """Raises ValueError."""
+    params = [group["params"]] if torch.is_tensor(group["params"]) else group["params"]
+    if len(group.get("names", ())) != len(params):
+        raise ValueError("stochastic rounding needs the full `names` of each group's parameters, in "
+                         "their order; optim/param_groups.py makes such groups")  # fmt: skip
+    if any(hasattr(p, "placements") and half(p) for p in params):
+        raise ValueError("stochastic rounding takes no DTensors; wrap the `optimizer` of an Adapter "
+                         "(parallel/whole.py), which has their shards, with its `boxes`")  # fmt: skip
+
+
+def full_names(groups: list[dict]) -> dict[Tensor, str]:
+    return {p: name for group in groups for p, name in zip(group["params"], group["names"])}
+
+
+def half(x) -> bool:
+    return torch.is_tensor(x) and x.dtype == torch.bfloat16
+
+
+def count(group: dict, parts: list[dict]) -> None:
+    """What the chunks changed in their copies of the group; of different numbers the largest holds."""
+    new = {}
+    for part in parts:
+        for name, x in part.items():
+            if name != "params" and x is not group.get(name):
+                new[name] = max(x, new.get(name, x)) if isinstance(x, (int, float)) else x
+    group.update(new)
 
 
 def chunks(groups: list[dict], chunk_bytes: float) -> list[list[list[Tensor]]]:

@@ -143,7 +143,8 @@ def test_sent_bytes_are_ddps_divided_by_every():
     for world in (2, 4):
         ddp = run_ranks(world, run, SGD, dict(lr=0.1), 8)[0][0]
         diloco = run_ranks(world, run, SGD, dict(lr=0.1), 8, dict(every=4))[0][0]
-        size = sum(p.nbytes for p in run(0, 1, SGD, dict(lr=0.1), 1)[1].values())
+        weights = run(0, 1, SGD, dict(lr=0.1), 1)[1]
+        size = sum(p.nbytes + 1 for p in weights.values())  # 1: the roll call
         assert [sent for _, sent in diloco] == [0, 0, 0, 2 * (world - 1) * size // world] * 2
         assert sum(sent for _, sent in diloco) * 4 == sum(sent for _, sent in ddp)
 
@@ -154,7 +155,7 @@ def test_wire_carries_one_all_reduce_of_the_weights_per_round():
         dist.all_reduce = lambda x, *a, **k: (sizes.append(x.nbytes), plain(x, *a, **k))[1]
         _, weights, _ = run(rank, world, SGD, dict(lr=0.1), 7, dict(every=3, bucket_mb=1e-3))
         dist.all_reduce = plain
-        return sizes, sum(p.nbytes for p in weights.values())
+        return sizes, sum(p.nbytes + 1 for p in weights.values())
 
     for sizes, weights in run_ranks(2, count):
         assert sum(sizes) == 2 * weights and len(sizes) > 4  # two rounds, several buckets

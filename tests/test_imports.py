@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SHARED = {"parallel.mesh", "parallel.roll_call"}  # who stands where, and who has which gradient: for every layout
 FOLDERS = ("parallel", "precision", "memory")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 
@@ -25,8 +26,8 @@ def imported(path: Path) -> set[str]:
 def test_a_concept_imports_at_most_one_other(path):
     known = {"torch", "matplotlib", *sys.stdlib_module_names}
     others = {n for n in imported(path) if n.split(".")[0] not in known}
-    siblings = {n for n in others if n.split(".")[0] == path.parent.name and n != "parallel.mesh"}
-    assert others - siblings <= ({"parallel.mesh"} if path.parent.name == "parallel" else set())
+    siblings = {n for n in others if n.split(".")[0] == path.parent.name and n not in SHARED}
+    assert others - siblings <= (SHARED if path.parent.name == "parallel" else set())
     assert len(siblings) <= 1
 
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from test_optim_contract import CASES, build, every, give_gradients, parameters, steps, tensors
+from torch.optim.lr_scheduler import LinearLR
 
 from memory import offload as module
 from memory.offload import offload
@@ -166,12 +168,101 @@ def test_the_closure_runs_once_with_grad(where, tmp_path):
 
 
 @where
-def test_without_parameters_groups_still_count(where, tmp_path):
+def test_without_parameters_a_step_is_none(where, tmp_path):
     optimizer = schedule_free.AdamWScheduleFree([{"params": []}, {"params": []}])
     optimizer = offload(optimizer, where, tmp_path, CPU)
     optimizer.train()
     optimizer.step()
-    assert [group["k"] for group in optimizer.param_groups] == [1, 1]
+    assert [group["k"] for group in optimizer.param_groups] == [0, 0]
+    assert all(group["train_mode"] for group in optimizer.param_groups)
+
+
+class Counting(torch.optim.SGD):
+    """Counts in its groups, as some do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if any(p.grad is not None for p in group["params"]):
+                group["t"] = group.get("t", 0) + 1
+                group["rest"] = group.get("rest", 8) / 2
+        return super().step(closure)
+
+
+def with_counts(make):
+    """Two runs of Schedule-Free and of Counting, by make(optimizer, whole or not); parameters join late
+    or rest, and Schedule-Free's groups have the largest counts of theirs."""
+    for cls, options in ((schedule_free.AdamWScheduleFree, {"warmup_steps": 9}), (Counting, {})):
+        runs = []
+        for whole in (True, False):
+            params = parameters(shapes=((3, 3),) * 4)
+            groups = [{"params": params[:3], "names": ["a", "b", "c"]},
+                      {"params": params[3:], "names": ["d"]}]  # fmt: skip
+            optimizer = make(cls(groups, **options), whole)
+            getattr(optimizer, "train", lambda: None)()
+            for t in range(6):
+                optimizer.param_groups[0]["lr"] = 0.1 if t < 5 else 10.0
+                give_gradients(params, t)
+                params[0].grad = params[0].grad if t < 3 else None
+                params[2].grad = params[2].grad if t > 2 else None
+                optimizer.step()
+            runs.append((params, optimizer))
+            if cls is Counting:
+                assert [(g["t"], g["rest"]) for g in optimizer.param_groups] == [(6, 0.125)] * 2
+            else:
+                assert optimizer.param_groups[0]["lr_max"] == pytest.approx(10 * 6 / 9)
+                assert optimizer.state[params[2]]["lr_max"] == pytest.approx(10 * 3 / 9)
+        yield runs
+
+
+@where
+def test_what_a_group_counts_is_the_same_in_chunks(where, tmp_path):
+    for runs in with_counts(lambda o, whole: o if whole else offload(o, where, tmp_path, CPU, 1e-6)):
+        assert_same(*runs)
+
+
+@where
+@pytest.mark.parametrize("before", [True, False])
+def test_schedulers_may_come_before_or_after_and_say_nothing(where, before, tmp_path):
+    runs = []
+    for offloaded in (False, True):
+        params = parameters()
+        optimizer = build(adamw.AdamW, params)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler = LinearLR(optimizer) if before else None
+            optimizer = offload(optimizer, where, tmp_path, CPU, 1e-6) if offloaded else optimizer
+            scheduler = scheduler or LinearLR(optimizer)
+            for t in range(4):
+                steps(optimizer, params, [t])
+                scheduler.step()
+        runs.append((params, optimizer))
+    assert_same(*runs)
+    with pytest.raises(ValueError, match="replaced"):
+        offload(optimizer, where, tmp_path, CPU)
+
+
+@where
+def test_hooks_of_load_state_dict_see_the_whole_once(where, tmp_path):
+    params, copies, seen = parameters(shapes=((4, 4),) * 2), parameters(shapes=((4, 4),) * 2), []
+    optimizer = build(adamw.AdamW, params)
+    steps(optimizer, params, range(3))
+    saved = optimizer.state_dict()
+    other = offload(build(adamw.AdamW, copies), where, tmp_path, CPU, 1e-6)
+    handles = [
+        other.register_load_state_dict_pre_hook(
+            lambda _, s: {**s, "state": {1 - i: x for i, x in s["state"].items()}}),
+        other.register_load_state_dict_pre_hook(lambda _, s: seen.append(sorted(s["state"]))),
+        other.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))]
+    for _ in range(2):
+        other.load_state_dict(saved)
+    assert seen == [[0, 1], 2] * 2 and sorted(saved["state"]) == [0, 1]
+    for i, p in enumerate(copies):
+        assert torch.equal(other.state[p]["exp_avg"], saved["state"][1 - i]["exp_avg"])
+    for handle in handles:
+        handle.remove()
+    other.load_state_dict(saved)
+    assert len(seen) == 4
+    assert torch.equal(other.state[copies[0]]["exp_avg"], saved["state"][0]["exp_avg"])
 
 
 def test_an_error_in_a_chunk_leaves_groups_and_state_in_place(tmp_path):

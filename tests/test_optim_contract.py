@@ -202,7 +202,7 @@ def test_half_precision_computes_in_float32_and_rounds_once(cls, dtype):
         for p, q in zip(half, full):
             q.grad = p.grad.float()
             with torch.no_grad():
-                q.copy_(p)
+                q.copy_(q if "lost" in a.state.get(p, {}) else p)  # Schedule-Free keeps what rounding takes
         a.step()
         b.step()
         assert all(torch.equal(p, q.to(dtype)) for p, q in zip(half, full))

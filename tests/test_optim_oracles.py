@@ -355,17 +355,17 @@ def schedule_free_reference(options, shapes, adam):
         b1, b2 = group.get("betas", (group.get("momentum", 0.9), 0.999))
         for i in group["params"]:
             z = x = start(shapes)[i]
-            v, total, gamma_max = torch.zeros_like(z), 0.0, 0.0
+            v, total, gamma_max, k = torch.zeros_like(z), 0.0, 0.0, 0
             for step in range(STEPS):
-                k = step + 1
+                g = gradients(step, shapes)[i]
+                if g is None:
+                    continue
+                k += 1
                 warmup = group.get("warmup_steps", 0)
                 gamma = group["lr"] * lr_factor(step) * (min(1, k / warmup) if warmup else 1)
                 gamma_max = max(gamma_max, gamma)
                 w = k ** group.get("r", 0) * gamma_max ** group.get("weight_lr_power", 2)
                 total += w
-                g = gradients(step, shapes)[i]
-                if g is None:
-                    continue
                 y = (1 - b1) * z + b1 * x
                 d = g
                 if adam:
@@ -386,15 +386,48 @@ def test_schedule_free_equals_the_three_sequences_of_the_paper(cls, options):
     agree(run(cls, options, SHAPES), schedule_free_reference(options, SHAPES, adam))
 
 
+def gradient_for_all(step, shapes):
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
-def test_schedule_free_equals_its_authors_package(name):
+def test_schedule_free_equals_its_authors_package(name, monkeypatch):
+    """Where no gradient is missing: the package counts the steps of a whole group."""
     package = pytest.importorskip("schedulefree", reason="optional oracle: pip install schedulefree")
+    monkeypatch.setitem(globals(), "gradients", gradient_for_all)
 
     def theirs(groups):
         return getattr(package, name)(groups, foreach=False)
 
     options = {"lr": 0.02, "weight_decay": 0.1, "warmup_steps": 5}
     agree(run(getattr(schedule_free, name), options, SHAPES), run(theirs, options, SHAPES))
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_schedule_free_goes_on_from_a_state_of_its_authors_package(name, mode):
+    package = pytest.importorskip("schedulefree", reason="optional oracle: pip install schedulefree")
+    params = [p.requires_grad_() for p in start(SHAPES)]
+    theirs = getattr(package, name)(params, lr=0.02, weight_decay=0.1, warmup_steps=12, r=1.0)
+    theirs.train()
+
+    def go(optimizer, params, steps):
+        for step in steps:
+            for p, g in zip(params, gradient_for_all(step, SHAPES)):
+                p.grad = g
+            optimizer.step()
+
+    go(theirs, params, range(7))
+    getattr(theirs, mode)()
+    copies = [p.detach().clone().requires_grad_() for p in params]
+    ours = getattr(schedule_free, name)(copies)
+    ours.load_state_dict(theirs.state_dict())
+    for optimizer, ps in (theirs, params), (ours, copies):
+        optimizer.train()
+        go(optimizer, ps, range(7, STEPS))
+        optimizer.eval()
+    agree([p.detach() for p in copies], [p.detach() for p in params])
 
 
 @pytest.mark.parametrize("module, cls", [

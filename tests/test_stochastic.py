@@ -1,13 +1,19 @@
 """Stochastic rounding to bf16: right on average, reproducible in every layout, around every optimizer."""
 
+import copy
 import io
+import pickle
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from test_offload import with_counts
 from test_optim_contract import CASES, build, every, give_gradients, parameters, tensors
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.optim import lr_scheduler
 
 from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
@@ -229,6 +235,13 @@ def test_chunks_change_nothing(cls, chunk_mb):
         assert {**g, "params": 0} == {**h, "params": 0} and g["sr_step"] == 4
 
 
+def test_what_a_group_counts_is_the_same_in_chunks():
+    for runs in with_counts(lambda o, whole: stochastic(o, 0, chunk_mb=64.0 if whole else 1e-6)):
+        assert_same(*runs)
+        groups = [[{**g, "params": 0} for g in optimizer.param_groups] for _, optimizer in runs]
+        assert groups[0] == groups[1]
+
+
 @pytest.mark.parametrize("cls", [cls for cls in CASES if cls.elementwise], ids=lambda cls: cls.__name__)
 def test_a_shard_with_its_box_gets_the_bits_of_the_whole(cls):
     torch.manual_seed(0)
@@ -326,6 +339,7 @@ def test_looking_at_schedule_free_s_average_changes_nothing():
     with groups_of.evaluation_weights(optimizer):
         assert not all(torch.equal(p, q) for p, q in zip(params, before))
     assert all(torch.equal(p, q) for p, q in zip(params, before))
+    assert not any("lost" in state for state in optimizer.state.values())
 
 
 def test_groups_without_names_are_refused_and_empty_ones_count():
@@ -334,7 +348,265 @@ def test_groups_without_names_are_refused_and_empty_ones_count():
     optimizer = stochastic(schedule_free.AdamWScheduleFree([{"params": [], "names": []}]), 0)
     optimizer.train()
     optimizer.step()
-    assert optimizer.param_groups[0]["k"] == 1 and optimizer.param_groups[0]["sr_step"] == 1
+    assert optimizer.param_groups[0]["k"] == 0 and optimizer.param_groups[0]["sr_step"] == 1
+
+
+# ---- what else of torch people put around it ---------------------------------------------------------------
+TORCHS = [getattr(torch.optim, name) for name in (
+    "AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam",
+    "RMSprop", "Rprop", "Muon")]  # fmt: skip
+all_of_them = pytest.mark.parametrize(
+    "cls", [*CASES, *TORCHS], ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+
+
+def plain(cls, shapes=((6, 4), (4, 6), (5,), ())):
+    """(parameters, the optimizer before stochastic()), of torch's classes too."""
+    params = parameters(BF16, shapes[:2] if cls is torch.optim.Muon else shapes)
+    return params, named(build(cls, params) if cls in CASES else cls(params, lr=0.01))
+
+
+def twin(cls, **shapes):
+    params, optimizer = plain(cls, **shapes)
+    return params, stochastic(optimizer, 0)
+
+
+@all_of_them
+@pytest.mark.parametrize("before", [True, False])
+def test_schedulers_may_come_before_or_after_and_say_nothing(cls, before):
+    params, optimizer = plain(cls)
+
+    def schedulers():
+        return [lr_scheduler.ConstantLR(optimizer, 1.0) for _ in range(2)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = schedulers() if before else []
+        optimizer = stochastic(optimizer, 0)
+        made = made or schedulers()
+        for t in range(4):
+            train(optimizer, params, [t])
+            for scheduler in made:
+                scheduler.step()
+    reference = twin(cls)
+    train(reference[1], reference[0], range(4))
+    assert_same((params, optimizer), reference)
+    assert optimizer.param_groups[0]["sr_step"] == 4 and isinstance(optimizer, cls)
+
+
+def test_a_scheduler_that_steps_first_is_still_told():
+    for before in (True, False):
+        _, optimizer = plain(adamw.AdamW)
+        scheduler = lr_scheduler.ConstantLR(optimizer, 1.0) if before else None
+        optimizer = stochastic(optimizer, 0)
+        scheduler = scheduler or lr_scheduler.ConstantLR(optimizer, 1.0)
+        with pytest.warns(UserWarning, match="before `optimizer.step"):
+            scheduler.step()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_step_that_something_else_has_replaced_is_refused(scheduled, tmp_path):
+    def by_hand(optimizer):
+        step = optimizer.step
+        optimizer.step = type(step)(lambda self, *args: step(*args), optimizer)
+        return optimizer
+
+    def offloaded(optimizer):
+        return offload(optimizer, "cpu", tmp_path, CPU)
+
+    for replace in (offloaded, by_hand, lambda o: stochastic(o, 0)):
+        optimizer = replace(plain(torch.optim.AdamW)[1])
+        if scheduled:
+            lr_scheduler.ConstantLR(optimizer, 1.0)
+        cls, own = type(optimizer), vars(optimizer).get("step")
+        with pytest.raises(ValueError, match="replaced"):
+            stochastic(optimizer, 0)
+        assert type(optimizer) is cls and vars(optimizer).get("step") is own
+
+
+@all_of_them
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_and_a_pickle_go_on_rounding_bit_for_bit(cls, how):
+    params, optimizer = plain(cls)
+    scheduler = lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer = stochastic(optimizer, 3, {"0.0": ((60, 4), (6, 0))}, chunk_mb=1e-6)
+    train(optimizer, params, range(3))
+    scheduler.step()
+    other = how(how(optimizer))
+    copies = [p for group in other.param_groups for p in group["params"]]
+    assert copies[0] is not params[0] and type(other) is not cls
+    assert isinstance(other, cls) and type(other).__name__ == cls.__name__
+    for ps, o in ((params, optimizer), (copies, other)):
+        train(o, ps, range(3, 7))
+    assert_same((params, optimizer), (copies, other))
+    assert other.param_groups[0]["sr_step"] == 7
+
+
+@every
+def test_a_group_that_joins_late_rounds_as_in_a_new_optimizer(cls):
+    shapes = ((6, 4), (4, 6), (3, 5))
+    params, alone = parameters(BF16, shapes), parameters(BF16, shapes)[2:]
+    optimizer = make(cls, params[:2])
+    train(optimizer, params[:2], range(3))
+    for group in ({"params": iter(params[2:])}, {"params": params[2], "names": ["a", "b"]}):
+        before = [{**g} for g in optimizer.param_groups]
+        with pytest.raises(ValueError, match="full `names`"):
+            optimizer.add_param_group(group)
+        assert optimizer.param_groups == before and len(optimizer.full_names) == 2
+    optimizer.add_param_group({"params": iter(params[2:]), "names": ["late"], "sr_step": 9})
+    assert [g["sr_step"] for g in optimizer.param_groups] == [3, 0]
+    fresh = named(build(cls, alone))
+    fresh.param_groups[0]["names"] = ["late"]
+    fresh = stochastic(fresh, 0)
+    for t in range(3, 7):
+        give_gradients(params, t)
+        alone[0].grad = params[2].grad.clone()
+        optimizer.step(), fresh.step()
+    assert torch.equal(params[2], alone[0])
+    assert [g["sr_step"] for g in optimizer.param_groups] == [7, 4]
+    train(copy.deepcopy(optimizer), params, [7])
+
+
+@all_of_them
+def test_hooks_of_load_state_dict_are_obeyed_and_what_was_given_is_left_alone(cls):
+    (params, optimizer), (copies, other) = (twin(cls, shapes=((4, 4), (4, 4))) for _ in range(2))
+    seen = []
+    train(optimizer, params, range(3))
+    saved = optimizer.state_dict()
+    given = copy.deepcopy(saved)
+    del given["param_groups"][0]["sr_step"]  # as saved before it existed
+    other.param_groups[0]["sr_step"] = 3
+
+    def exchange(_, state_dict):
+        state = state_dict["state"]
+        return {**state_dict, "state": {1 - i: x for i, x in state.items()}}
+
+    other.register_load_state_dict_pre_hook(exchange)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(copy.deepcopy(o.state_dict())))
+    other.load_state_dict(given)
+    assert [g["sr_step"] for g in other.param_groups] == [3] and len(seen) == 1
+    for i, p in enumerate(copies):
+        for name, x in saved["state"].get(1 - i, {}).items():
+            y = other.state[p][name]
+            assert (torch.equal(x, y) and x.dtype == y.dtype) if torch.is_tensor(x) else x == y
+            assert not torch.is_tensor(x) or seen[0]["state"][i][name].dtype == x.dtype
+    train(other, copies, range(2))
+    for i, state in saved["state"].items():
+        for name, x in state.items():
+            y = given["state"][i][name]
+            assert (torch.equal(x, y) and x is not y) if torch.is_tensor(x) else x == y
+
+
+@pytest.mark.parametrize("cls", TORCHS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("loaded", [True, False])
+def test_state_that_was_bf16_goes_on_in_float32(cls, loaded):
+    params, optimizer = plain(cls)
+    train(optimizer, params, range(2))
+    if loaded:
+        saved = copy.deepcopy(optimizer.state_dict())
+        params, optimizer = twin(cls)
+        saved["param_groups"][0] |= {k: optimizer.param_groups[0][k] for k in ("names", "sr_step")}
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer = stochastic(optimizer, 0)
+    train(optimizer, params, range(2, 4))
+    assert all(x.dtype == torch.float32 for x in tensors(optimizer))
+
+
+@all_of_them
+def test_weights_loaded_after_it_was_made_are_kept(cls):
+    (params, optimizer), (others, reference) = twin(cls), plain(cls)
+    train(optimizer, params, range(2))
+    with torch.no_grad():
+        for p, q in zip(params, others):
+            q.copy_(p.copy_(p.roll(1) * 3 + 1))
+    reference = stochastic(reference, 0)  # here they were there first
+    reference.load_state_dict(optimizer.state_dict())
+    for ps, o in (params, optimizer), (others, reference):
+        train(o, ps, range(2, 4))
+    assert_same((params, optimizer), (others, reference))
+
+
+@pytest.mark.parametrize("cls", [schedule_free.AdamWScheduleFree, schedule_free.SGDScheduleFree])
+@pytest.mark.parametrize("chunk_mb", [64.0, 1e-6])
+def test_schedule_free_s_eval_and_train_do_no_harm(cls, chunk_mb):
+    pairs = []
+    for looks in (0, 1, 3):
+        params = parameters(BF16)
+        optimizer = make(cls, params, lr=0.02, warmup_steps=3, chunk_mb=chunk_mb)
+        for t in range(30):
+            train(optimizer, params, [t])
+            before = [p.detach().clone() for p in params]
+            assert not any("lost" in state for state in optimizer.state.values())
+            for _ in range(looks):
+                optimizer.eval()
+                for p, y in zip(params, before):  # x to nearest
+                    x = y.float().lerp(optimizer.state[p]["z"], 1 - 1 / 0.9)
+                    torch.testing.assert_close(p.float(), x.to(BF16).float(), rtol=2**-8, atol=1e-6)
+                optimizer.train()
+            assert all(torch.equal(p, y) for p, y in zip(params, before))
+        pairs.append((params, optimizer))
+    assert_same(pairs[0], pairs[1])
+    assert_same(pairs[0], pairs[2])
+
+
+def test_grad_scaler_autocast_and_hooks_around_the_step_change_nothing():
+    for cls in (adamw.AdamW, torch.optim.AdamW, schedule_free.AdamWScheduleFree):
+        (params, optimizer), reference = twin(cls), twin(cls)
+        scaler, calls = torch.amp.GradScaler("cpu", init_scale=4.0), []
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+        scaler.scale(torch.ones(()))
+        for t in range(4):
+            train(reference[1], reference[0], [t])
+            give_gradients(params, t)
+            for p in params:
+                p.grad *= 4
+            with torch.autocast("cpu", torch.bfloat16):
+                scaler.step(optimizer)
+            scaler.update()
+        assert_same((params, optimizer), reference)
+        assert calls == ["pre", "post"] * 4
+
+
+def test_torchs_distributed_checkpoint_of_it_goes_on_bit_for_bit():
+    for cls in (adamw.AdamW, torch.optim.AdamW, schedule_free.AdamWScheduleFree):
+        pairs = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(BF16)
+            params = [*model.parameters()]
+            pairs.append((model, params, stochastic(named(cls(params, lr=0.01)), 0)))
+            if hasattr(pairs[-1][2], "train"):
+                pairs[-1][2].train()
+        train(pairs[0][2], pairs[0][1], range(3))
+        pairs[1][0].load_state_dict(pairs[0][0].state_dict())
+        saved = dcp.get_optimizer_state_dict(*pairs[0][::2])
+        dcp.set_optimizer_state_dict(*pairs[1][::2], saved)
+        for _, params, optimizer in pairs:
+            train(optimizer, params, range(3, 6))
+        assert_same(*(pair[1:] for pair in pairs))
+        assert pairs[1][2].param_groups[0]["sr_step"] == 6
+
+
+def dtensors_refused(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(4, 4, dtype=BF16))
+    said = []
+    for late in (False, True):
+        first = [nn.Parameter(torch.ones(2))]
+        optimizer = named(adamw.AdamW(first if late else model.parameters()))
+        try:
+            optimizer = stochastic(optimizer, 0)
+            optimizer.add_param_group({"params": [*model.parameters()], "names": ["a", "b"]})
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_dtensors_are_refused_with_what_to_take():
+    for said in run_ranks(1, dtensors_refused):
+        assert len(said) == 2 and all("Adapter" in text and "boxes" in text for text in said)
 
 
 # ---- on several ranks --------------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def uneven_use(rank, world, stage):
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         zero.finish_gradients()
         mine = zero.mine()
-        out.append({n: p.grad.tolist() for n, p in mine.items() if n.endswith("extra")})
+        out.append({n: p.grad for n, p in mine.items() if n.endswith("extra")})
         model.zero_grad(set_to_none=True)
     return out
 
@@ -309,7 +309,7 @@ def test_a_parameter_unused_on_some_rank_does_not_block(stage):
         grads = {}
         for result in run_ranks(2, uneven_use, stage):
             grads |= result[step]
-        assert grads["blocks.1.extra"] == [0.0] * 3 and all(abs(g) > 1e-6 for g in grads["blocks.0.extra"])
+        assert grads["blocks.1.extra"] is None and grads["blocks.0.extra"].abs().min() > 1e-6
 
 
 def who_has_gradients(rank, world, stage):
@@ -348,28 +348,31 @@ def test_stage_1_waits_for_the_last_micro_batch_and_nothing_of_a_probe_remains()
 def sent(rank, world, stage, micro_batches, reduce_dtype):
     zero = ZeRO(dist.group.WORLD, CPU, stage, 1e-3, reduce_dtype)
     replica, counted = Replica(zero, rank, world, dtype=torch.float32), []
-    plain = dist.reduce, dist.broadcast
+    plain = dist.reduce, dist.broadcast, dist.all_reduce
 
-    def counting(call):
-        return lambda x, **kwargs: (counted.append(x.nbytes), call(x, **kwargs))[1]
+    def counting(call, times):
+        return lambda x, *a, **kwargs: (counted.append(times * x.nbytes), call(x, *a, **kwargs))[1]
 
-    dist.reduce, dist.broadcast = map(counting, plain)
+    dist.reduce, dist.broadcast, dist.all_reduce = map(counting, plain, (1, 1, 2))
+    replica.norm = lambda: None
     for step in range(2):
         counted.clear()
         replica.step(step, micro_batches)
-    dist.reduce, dist.broadcast = plain
+    dist.reduce, dist.broadcast, dist.all_reduce = plain
     return zero.sent_bytes, sum(counted)
 
 
 def test_sent_bytes_are_the_tables():
     sizes = {n: 4 * p.numel() for n, p in build(MODERN).named_parameters()}
     whole, blocks = sum(sizes.values()), sum(b for n, b in sizes.items() if n.startswith("blocks"))
+    roll_call = 2 * len(sizes)
     table = {1: lambda a: 2 * whole, 2: lambda a: (a + 1) * whole, 3: lambda a: a * (2 * whole + blocks)}
     for stage, micro_batches in ((1, 1), (1, 2), (2, 2), (3, 2)):
         for formula, counted in run_ranks(2, sent, stage, micro_batches, None):
-            assert counted == table[stage](micro_batches) and abs(formula - counted / 2) < 100
+            assert counted == table[stage](micro_batches) + roll_call
+            assert abs(formula - counted / 2) < 100
     for formula, counted in run_ranks(2, sent, 1, 1, torch.bfloat16):
-        assert counted == 1.5 * whole
+        assert counted == 1.5 * whole + roll_call
 
 
 def overlap(rank, world, stage):
