@@ -1,10 +1,9 @@
-"""Corpora -> token shards: the name that --data= gives becomes tokens for training and for validation.
+"""Corpora -> token shards: the name that --data= gives becomes tokens for training and validation.
 
-Shards (`.bin`) come in the formats that people already have:
-    headerless   uint16 tokens: nanoGPT's train.bin and val.bin
-    headered     256 int32 (magic, version, number of tokens), then tokens, as llm.c and modded-nanogpt do:
-                 (20240520, 1) is uint16, (20240801, 7) is uint32, which we write for n_vocab > 65536. A count
-                 beyond 32 bits goes on in the fourth int32, which is zero elsewhere.
+    python, shakespeare, openwebtext, fineweb    texts that many know; the last two are large
+    FILE            a text in UTF-8
+    FOLDER          its .bin shards (shards.py) or, where it has none, its .txt texts
+    A,B  or  'A*'   files of one of these kinds, see files.py: it says which of several are held out
 """
 
 import difflib
@@ -16,21 +15,22 @@ import sysconfig
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data import Tokens, check
+from data import Tokens
 from download import download, hexdigest, making, progress
+from files import IN_MEMORY, divided, joined, listed
+from shards import read_shard, read_shards, write_shard
 from tokenizer import Tokenizer
 
 CORPORA = ("python", "shakespeare", "openwebtext", "fineweb")
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
-HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic of a shard: version, type of its tokens
-SMALL = 64 * 2**20  # bytes of shards up to which every token is checked, and hashed, before training begins
+SMALL = 64 * 2**20  # bytes of shards up to which each token is checked, and hashed, before training
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Corpus:
 
 def load(data: str, tokenizer: str, cache_dir: str, url: str | None = None,
          vocab_size: int | None = None) -> Corpus:
-    """The corpus named `data`. What is downloaded or tokenised for it stays in `cache_dir` for the next time.
+    """The corpus named `data`. What is downloaded or tokenised for it stays in `cache_dir`.
 
     python        this interpreter's standard library; validation is whole files, 7 % of the bytes
     shakespeare   tinyshakespeare, 1.1 MB; validation is the last 10 %
     openwebtext   21 parts, or the first N with `openwebtext:N`, each 0.6 GB to download, 0.43 billion gpt2
                   tokens or so; validation is one document in 2000. Archives may be deleted once tokenised
     fineweb       9 files of 100 million gpt2 tokens, 0.2 GB each, or the first N of 103 with `fineweb:N`
-    FILE          any text in UTF-8 (any bytes with the tokenizer `bytes`); validation is the last 10 %
-    FOLDER        .bin shards, sorted by name: `val` in the name is validation; training is those with `train`
-                  in the name or, where none has it, all the others
+    FILE          any text in UTF-8, a byte order mark left out (with the tokenizer `bytes` also what
+                  is no text at all, such as music); validation is the last 10 %
+    FOLDER, LIST  .bin shards or texts, see files.py
 
     `url` is a mirror: a folder on the web (or file:///...) with the same file names. Whatever a user can get
     wrong is a ValueError. Let one process per machine prepare the cache before the others load it.
@@ -63,7 +63,9 @@ def load(data: str, tokenizer: str, cache_dir: str, url: str | None = None,
         if not (given.isprintable() and 0 < len(given) < 500):
             raise ValueError(f"--{field}={given[:50]!r} is empty, too long, or has characters that no "
                              "terminal shows: give that file or folder a plain name")
-    path, cache = (Path(os.path.expanduser(given)) for given in (data, cache_dir))
+    cache = Path(os.path.expanduser(cache_dir))
+    if cache_dir.startswith("~") and str(cache).startswith("~"):
+        raise ValueError(f"--data_dir={cache_dir}: nobody here has that home; type the whole path")
     words = Tokenizer(tokenizer)
     if url and name not in CORPORA[1:]:
         raise ValueError(f"--data_url={url} is a mirror for {', '.join(CORPORA[1:])}; --data={data} "
@@ -74,25 +76,27 @@ def load(data: str, tokenizer: str, cache_dir: str, url: str | None = None,
         elif data == "shakespeare":
             file = download(f"{url or CHAR_RNN}/input.txt", cache / "shakespeare" / "input.txt",
                             "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-            corpus = _text(data, file, words, cache)
+            corpus = _texts(data, [file], words, cache)
         elif name == "openwebtext":
             corpus = _openwebtext(data, _number(data, count, 21, 21), words, cache, url or OPENWEBTEXT)
         elif name == "fineweb":
             corpus = _fineweb(data, _number(data, count, 9, 103), words, cache, url or FINEWEB)
-        elif path.is_dir():
-            corpus = _folder(data, path, words, vocab_size)
-        elif path.is_file():
-            corpus = _text(data, path, words, cache)
+        elif files := listed(data):
+            corpus = _files(data, files, words, cache, vocab_size)
         else:
             near = "".join(f" did you mean {c}?" for c in difflib.get_close_matches(name, CORPORA, 1))
-            raise ValueError(f"--data={data} does not exist:{near} it takes {', '.join(CORPORA)}, "
-                             "a text file, or a folder of .bin shards")
+            raise ValueError(
+                f"--data={data} does not exist:{near} it takes {', '.join(CORPORA)}, a text file, "
+                "a folder of .bin shards or .txt texts, or a list a.txt,b.txt"
+            )
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"--data={data} cannot be read, or cannot be kept in {cache}: {error}") from error
     for tokens in (corpus.train, corpus.val):
-        if sum(shard.nbytes for shard in tokens.shards) <= SMALL:
-            for shard in tokens.shards:
-                check(shard, vocab_size or corpus.tokenizer.n_vocab, tokens.name)
+        small = sum(shard.nbytes for shard in tokens.shards) <= SMALL
+        for shard, end in zip(tokens.shards, tokens.ends):
+            for start, stop in [(0, len(shard))] if small else _stretches(len(shard)):
+                first = end - len(shard) + start
+                tokens.check(shard[start:stop], first, vocab_size or corpus.tokenizer.n_vocab)
     return corpus
 
 
@@ -100,6 +104,61 @@ def _number(data: str, count: str, default: int, most: int) -> int:
     if ":" in data and not (count.isdecimal() and 1 <= int(count) <= most):
         raise ValueError(f"--data={data}: after the colon goes a number of files, from 1 to {most}")
     return int(count or default)
+
+
+def _stretches(n: int) -> list[tuple[int, int]]:
+    """(start, stop) of the beginning of n things, and of 64 short stretches spread over them."""
+    return [(0, 2**15), *((i, i + 2048) for i in range(0, n, n // 64 + 1))]
+
+
+# --- files ---
+
+
+def _files(
+    data: str, files: list[Path], words: Tokenizer, cache: Path, vocab_size: int | None
+) -> Corpus:
+    """Shards or texts. Shards whose tokenizer nobody knows have the one named `ids`."""
+    binary = [path for path in files if path.suffix.lower() == ".bin"]
+    others = [path for path in files if path not in binary]
+    if not binary:
+        return _texts(data, files, words, cache)
+    if others:
+        raise ValueError(
+            f"--data={data} names shards and others, {binary[0].name} and {others[0].name}: give one kind"
+        )
+    if len(files) == 1 and Path(os.path.expanduser(data)).is_file():
+        raise ValueError(f"--data={data} is a shard: give its folder, or a list train.bin,val.bin")
+    found = divided(data, files)
+    if words.name != "ids" and (table := files[0].parent / "meta.pkl").exists():
+        most = max(int(ids.max(initial=0)) for ids in read_shards(files, vocab_size or 2**16))
+        raise ValueError(
+            f"{table} says that these ids are of nanoGPT's own table, mostly characters, and not "
+            f"{words.name}: type --tokenizer=ids --vocab_size={most + 1}, or the size that prepare.py "
+            "printed"
+        )
+    if words.name == "bytes" and (vocab_size or 0) > 256:  # not bytes, then, and nobody says what
+        words = Tokenizer("ids", vocab_size)
+    small = sum(path.stat().st_size for path in files) <= IN_MEMORY
+    corpus = _shards(data, found["train"], found["val"], words, vocab_size, small)
+    widths = {shard.itemsize for tokens in (corpus.train, corpus.val) for shard in tokens.shards}
+    if widths <= {2}:
+        return corpus
+    shown = " and ".join(map(str, sorted(widths)))
+    return replace(corpus, name=f"{data} (ids of {shown} bytes)")
+
+
+def tokenizer_of(data: str, tokenizer: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer that load() would find, where possible without the data: shards whose tokenizer
+    nobody gave have `ids`."""
+    if tokenizer != "bytes" or vocab_size <= 256 or data.partition(":")[0] in CORPORA:
+        return Tokenizer(tokenizer)
+    try:
+        files = listed(data)
+    except (ValueError, OSError):
+        files = []
+    ids = (".bin",) if files else (".bin", "")  # a name without a suffix was a folder's
+    path = files[0] if files else Path(data)
+    return Tokenizer("ids", vocab_size) if path.suffix.lower() in ids else Tokenizer("bytes")
 
 
 # --- text ---
@@ -122,13 +181,25 @@ def _python(words: Tokenizer, cache: Path) -> Corpus:
     return _tokenised("python", text[cut:], text[:cut], hexdigest(text), words, cache)
 
 
-def _text(name: str, path: Path, words: Tokenizer, cache: Path) -> Corpus:
-    if path.suffix == ".bin" or path.stat().st_size == 0:
-        fault = "is a shard: give its folder" if path.suffix == ".bin" else "is empty: give a file with text"
-        raise ValueError(f"--data={name} {fault}, or --data=python")
-    text = np.memmap(path, np.uint8, "r")
-    cut = _character(text, len(text) * 9 // 10)
-    return _tokenised(name, text[:cut], text[cut:], hexdigest(text), words, cache)
+def _texts(data: str, files: list[Path], words: Tokenizer, cache: Path) -> Corpus:
+    """One text, or several."""
+    found = divided(data, files)
+    train = joined(data, found["train"], words.name == "bytes")
+    sha256 = hexdigest(train)
+    if "val" in found:
+        val = joined(data, found["val"], words.name == "bytes")
+        sha256 = hexdigest(f"{sha256} {hexdigest(val)}".encode())
+        held_out = " ".join(path.name for path in found["val"][:3])
+    else:
+        cut = _character(train, len(train) * 9 // 10)
+        train, val = train[:cut], train[cut:]
+        held_out = "the last tenth"
+    corpus = _tokenised(data, train, val, sha256, words, cache)
+    if len(files) == 1:
+        return corpus
+    used = sum(map(len, found.values()))
+    left = f", {len(files) - used} left alone" if used < len(files) else ""
+    return replace(corpus, name=f"{data} ({used} texts, a line each, held out: {held_out}{left})")
 
 
 def _tokenised(name: str, train: np.ndarray, val: np.ndarray, sha256: str, words: Tokenizer, cache: Path):
@@ -137,7 +208,7 @@ def _tokenised(name: str, train: np.ndarray, val: np.ndarray, sha256: str, words
         raise ValueError(f"--tokenizer=ids is for .bin shards; --data={name} is text: use --tokenizer=bytes")
     splits = {"train": train, "val": val}
     for split, text in splits.items() if words.name != "bytes" else ():
-        path = cache / f"{sha256[:32]}-{words.name}" / f"{split}.bin"
+        path = cache / f"{sha256[:32]}-{words.key}" / f"{split}.bin"
         with making(path) as missing, progress(f"tokenising {split}", len(text)) as bar:
             if missing:
                 write_shard(path, _encoded(_pieces(name, text, bar), words), words.n_vocab)
@@ -178,9 +249,10 @@ def _encoded(texts: Iterable[str], words: Tokenizer, end: int | None = None) -> 
 def _openwebtext(name: str, count: int, words: Tokenizer, cache: Path, url: str) -> Corpus:
     """Gokaslan and Cohen, 2019: parts of about a thousand .tar.xz archives of some 400 documents."""
     train, val = [], []
+    folder = cache / f"openwebtext-{words.key}"
     for i in range(count):
-        train.append(cache / f"openwebtext-{words.name}" / f"train_{i:02d}.bin")
-        val.append(cache / f"openwebtext-{words.name}" / f"val_{i:02d}.bin")
+        train.append(folder / f"train_{i:02d}.bin")
+        val.append(folder / f"val_{i:02d}.bin")
         with making(val[i]) as missing:  # the last file of a part to be written
             if missing:
                 _openwebtext_part(f"urlsf_subset{i:02d}.tar", train[i], val[i], words, cache, url)
@@ -222,22 +294,10 @@ def _fineweb(name: str, count: int, words: Tokenizer, cache: Path, url: str) -> 
     return _shards(name, train, [val], words)
 
 
-def _folder(name: str, folder: Path, words: Tokenizer, vocab_size: int | None) -> Corpus:
-    files = sorted(file for file in folder.glob("*.bin") if file.is_file())  # a pipe would make us wait
-    val = [file for file in files if "val" in file.name]
-    rest = [file for file in files if file not in val]
-    train = [file for file in rest if "train" in file.name] or rest
-    for split, found in (("train", train), ("val", val)):
-        if not found:
-            raise ValueError(f"--data={name} has {len(files)} .bin files, none of them {split} data: add "
-                             f"one with {split!r} in its name")
-    if words.name == "bytes" and (vocab_size or 0) > 256:  # not bytes, then, and nobody says what
-        words = Tokenizer("ids", vocab_size)
-    return _shards(name, train, val, words)
-
-
-def _shards(name: str, train: list[Path], val: list[Path], words: Tokenizer) -> Corpus:
+def _shards(name: str, train: list[Path], val: list[Path], words: Tokenizer,
+            vocab_size: int | None = None, in_memory: bool = False) -> Corpus:  # fmt: skip
     digest, paths = hashlib.sha256(), train + val
+    found = read_shards(paths, vocab_size or words.n_vocab, in_memory)
     whole = sum(path.stat().st_size for path in paths) <= SMALL
     for path in paths:
         size = path.stat().st_size
@@ -246,41 +306,7 @@ def _shards(name: str, train: list[Path], val: list[Path], words: Tokenizer) -> 
         digest.update(raw[: size if whole else 2**16])
         for start in range(0, 0 if whole else size, size // 64 + 1):  # made anew, it shows
             digest.update(raw[start : start + 4096])
-    splits = (Tokens([read_shard(path) for path in part], f"{name} ({split})")
-              for split, part in (("train", train), ("val", val)))
+    n = len(train)
+    splits = (Tokens(found[part], f"{name} ({split})", [path.name for path in paths[part]])
+              for split, part in (("train", slice(n)), ("val", slice(n, None))))
     return Corpus(name, digest.hexdigest(), words, *splits)
-
-
-def read_shard(path: Path) -> np.ndarray:
-    """The tokens of a .bin file, memory-mapped; ValueError when its size or header is wrong."""
-    size, header = path.stat().st_size, np.fromfile(path, "<u4", 256).tolist()
-    version, dtype = HEADERS.get(header[0] if header else 0, (None, "<u2"))
-    if version is None:
-        start, count = 0, max(size // 2, 1)
-    elif size < 1024 or header[1] != version:
-        raise ValueError(f"{path} has a header that is cut short, or not of version {version}: copy it again")
-    else:
-        start, count = 1024, header[2] + (header[3] << 32)
-    expected = start + count * np.dtype(dtype).itemsize
-    if size != expected:
-        raise ValueError(f"{path} has {size} bytes where {expected} are expected: copy it again, or "
-                         "delete it if it can be made again")
-    return np.memmap(path, dtype, "r", offset=start) if count else np.empty(0, dtype)
-
-
-def write_shard(path: Path, pieces: Iterable[np.ndarray], n_vocab: int) -> None:
-    """Writes tokens under a temporary name, then their count in the header, and only then gives the name."""
-    magic = 20240520 if n_vocab <= 2**16 else 20240801
-    version, dtype = HEADERS[magic]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, count = path.with_name(path.name + ".tmp"), 0
-    with open(unfinished, "wb") as file:
-        file.write(bytes(1024))
-        for piece in pieces:
-            file.write(piece.astype(dtype).tobytes())
-            count += len(piece)
-        file.seek(0)
-        file.write(np.array([magic, version, count % 2**32, count >> 32], "<u4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -1,7 +1,7 @@
 """Tokens -> rows that depend on (seed, row number) alone.
 
-A corpus (corpora.py) is one long sequence of token ids in memory-mapped shards. Training reads it in rows of
-T + 1 tokens: the inputs are the first T of them, the targets the last T, so neighbours share one token.
+A corpus (corpora.py) is one long sequence of token ids in shards. Training reads it in rows of
+T + 1 tokens: the inputs are the first T of them, the targets the last T, so neighbours share one.
 
     tokens   0 1 2 3 4 5 6 7 8 9 ...        T = 3, per_epoch = (number of tokens - 1) // T
     row 0    0 1 2 3
@@ -23,6 +23,7 @@ which keeps the map one to one. The keys are the sha256 of seed and epoch.
 import hashlib
 import itertools
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +33,22 @@ import torch
 
 
 class Tokens:
-    """One logical sequence of token ids over one or many shards."""
+    """One logical sequence of token ids over one or many shards, in memory or mapped from files.
 
-    def __init__(self, shards: list[np.ndarray], name: str = "the data"):
-        self.name, self.shards = name, [shard for shard in shards if len(shard)]
+    A mapped file that somebody cuts kills whoever reads it next, without a word (SIGBUS). So its
+    size is looked at before each read, and ValueError raised. Other ids written over the old ones
+    are not noticed.
+    files: a name for each shard, for messages.
+    """
+
+    def __init__(self, shards: list[np.ndarray], name: str = "the data", files: list[str] = ()):
+        kept = [i for i, shard in enumerate(shards) if len(shard)]
+        self.name = name
+        self.shards = [shards[i] for i in kept]
+        self.files = [files[i] for i in kept] if files else [""] * len(kept)
         self.ends = list(itertools.accumulate(map(len, self.shards)))
+        paths = [getattr(shard, "filename", None) for shard in self.shards]
+        self.mapped = [None if path is None else (path, os.stat(path)) for path in paths]
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -47,8 +59,39 @@ class Tokens:
         pieces = []
         for i in range(bisect_right(self.ends, start), bisect_right(self.ends, stop - 1) + 1):
             first = self.ends[i] - len(self.shards[i])
+            self.still_there(i)
             pieces.append(self.shards[i][max(start - first, 0) : stop - first])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def still_there(self, i: int) -> None:
+        """ValueError if the file behind shard i is shorter now. One put in its place is no harm."""
+        if self.mapped[i] is None:
+            return
+        path, before = self.mapped[i]
+        try:
+            now = os.stat(path)
+        except OSError:  # taken away: what is mapped stays
+            return
+        if now.st_ino == before.st_ino and now.st_size < before.st_size:
+            raise ValueError(
+                f"{path} was cut to {now.st_size} bytes while a run read it: put it back, and start "
+                "the run again"
+            )
+
+    def check(self, ids: np.ndarray, start: int, vocab_size: int) -> None:
+        """ValueError naming the first of these ids (N,), the tokens from `start` on, that is outside
+        the vocabulary."""
+        if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
+            return
+        at = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+        i = bisect_right(self.ends, start + at)
+        place = start + at - (self.ends[i] - len(self.shards[i]))
+        file = f" of {self.files[i]}" if self.files[i] else ""
+        raise ValueError(
+            f"{self.name} holds token id {ids[at]}, and vocab_size is {vocab_size} (token "
+            f"{place}{file}): use the --tokenizer= that made these ids, or the size of its vocabulary "
+            "as --vocab_size="
+        )
 
 
 class Rows:
@@ -95,7 +138,9 @@ class Rows:
         rows = np.empty((len(places), T + 1), np.int64)
         for row, i in zip(rows, places):
             row[:] = self.tokens.slice(i * T, i * T + T + 1)
-        check(rows, self.vocab_size, self.tokens.name)
+        if rows.size and not (rows.min() >= 0 and rows.max() < self.vocab_size):
+            for row, i in zip(rows, places):
+                self.tokens.check(row, i * T, self.vocab_size)
         return torch.from_numpy(rows)
 
 
@@ -112,10 +157,3 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
         x[todo] = left * side + right
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
-
-
-def check(ids: np.ndarray, vocab_size: int, where: str) -> None:
-    for i in (int(ids.min()), int(ids.max())) if ids.size else ():
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"{where} holds token id {i}, and vocab_size is {vocab_size}: use "
-                             f"--vocab_size={i + 1} or larger, or the --tokenizer= that made these tokens")

@@ -18,8 +18,14 @@ def generate(model: nn.Module, ids: Tensor, n: int, temperature: float = 1.0, to
     """ids (B, T) with n more tokens, drawn from softmax(logits / temperature) among the top_k likeliest.
 
     temperature 0: the likeliest. forward: in place of this model where it is a part of one. A full block
-    starts again from its last half.
+    starts again from its last half. Raises ValueError for an id that the model does not know.
     """
+    known = model.config.vocab_size
+    if ids.numel() and not (ids.min() >= 0 and ids.max() < known):
+        raise ValueError(
+            f"the prompt's token ids are {int(ids.min())} to {int(ids.max())}, and the model knows 0 to "
+            f"{known - 1}: give another prompt, or the tokenizer it was trained with"
+        )
     generator, size, kept = torch.Generator().manual_seed(seed), model.config.block_size, 0
     threads, cores = torch.get_num_threads(), {b.attn: b.attn.core for b in model.blocks.values()}
     torch.set_num_threads(1)  # one token is too little work to share

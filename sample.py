@@ -1,13 +1,15 @@
 """Text from a checkpoint.
 
     python sample.py RUN [--prompt="def "] [--tokens=300] [--temperature=0.8] [--top_k=50] [--n=1] [--seed=0]
-    [--device=cpu]
+    [--device=cpu] [--tokenizer=gpt2]
 
 RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last block_size
-tokens.
+tokens. A run on shards whose tokenizer nobody gave reads and writes ids: --prompt="17 4 256".
+--tokenizer= takes the place of the run's own.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 
@@ -27,7 +29,7 @@ from tokenizer import Tokenizer
 def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is
     none."""
-    saved = checkpoint.resolve(path)
+    saved = checkpoint.resolve(os.path.expanduser(path))
     cfg = with_traits(config.from_dict(saved.tree("config")))
     model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
     saved.load_weights(model)
@@ -36,19 +38,20 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]
         if corpus.sha256 != saved.tree("record/data_sha256"):
             raise ValueError(f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since")
         choices.add_ngrams(cfg, model, corpus.train)
-    return model.eval(), Tokenizer(cfg.tokenizer)
+    return model.eval(), corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Text from a checkpoint.")
     parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
-    parser.add_argument("--prompt", default="\n", help="what the text goes on from")
+    parser.add_argument("--prompt", help="what the text goes on from; default: a line break")
     parser.add_argument("--tokens", type=int, default=300, help="how many to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=50, help="draw among this many; 0 = all")
     parser.add_argument("--n", type=int, default=1, help="how many samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokenizer", help="in place of the run's own")
     args = parser.parse_args(argv)
     if args.tokens < 1 or args.n < 1 or args.top_k < 0:
         raise ValueError("--tokens and --n are at least 1, --top_k at least 0")
@@ -56,13 +59,23 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--temperature={args.temperature} is not allowed; it is 0 or from 0.001 to 1000")
     device = pick_device(args.device)
     model, tokenizer = load(args.run, device)
-    prompt = torch.from_numpy(tokenizer.encode(args.prompt)).to(device)
+    if args.tokenizer is not None:
+        tokenizer = Tokenizer(args.tokenizer)
+    words = args.prompt
+    if words is None:
+        words = "0" if tokenizer.name == "ids" else "\n"
+    prompt = torch.from_numpy(tokenizer.encode(words)).to(device)
     if len(prompt) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
+    for name in tokenizer.special:
+        if name in words:
+            print(f"sample.py: {name} in --prompt= is text, not one token", file=sys.stderr)
     prompts, top_k = prompt.repeat(args.n, 1), args.top_k or None
     ids = generate(model, prompts, args.tokens, args.temperature, top_k, args.seed)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # it may lack letters of the text
     for i, row in enumerate(ids.tolist()):
-        print(("-" * 40 + "\n" if i else "") + tokenizer.decode(row))
+        text = ("-" * 40 + "\n" if i else "") + tokenizer.decode(row)
+        print(text.encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

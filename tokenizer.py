@@ -1,6 +1,7 @@
 """Text <-> token ids: bytes, which need nothing, or any encoding of tiktoken."""
 
 import difflib
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -8,7 +9,8 @@ import numpy as np
 
 class Tokenizer:
     """`bytes` (each byte of UTF-8 is a token), any tiktoken encoding, or `ids`: text made of numbers, for
-    shards whose tokenizer nobody knows. ValueError for another name, or tables that cannot be fetched."""
+    shards whose tokenizer nobody knows. ValueError for another name, or tables that cannot be fetched.
+    """
 
     def __init__(self, name: str, n_vocab: int = 2**16):
         self.name, self.n_vocab, self.encoding, self.special, self.end_of_text = name, n_vocab, None, {}, None
@@ -20,10 +22,30 @@ class Tokenizer:
             self.special = {name: self.encoding.encode_single_token(name) for name in names}
             self.end_of_text = self.special.get("<|endoftext|>")
 
+    @property
+    def key(self) -> str:
+        """The name and, of an encoding, a hash of its table: one name may stand for two tables."""
+        if self.encoding is None:
+            return self.name
+        digest = hashlib.sha256(getattr(self.encoding, "_pat_str", "").encode())
+        for i in range(self.n_vocab):
+            piece = self._bytes(i, b"")
+            digest.update(b"%d %d " % (i, len(piece)) + piece)
+        for name, i in sorted(self.special.items()):
+            digest.update(f"{name} {i} ".encode())
+        return f"{self.name}-{digest.hexdigest()[:12]}"
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text; the names of special tokens in it are ordinary text."""
         if self.name == "ids":
-            return np.array(text.split(), np.int64)
+            words = text.split()
+            for word in words:
+                if not (word.isascii() and word.isdecimal() and len(word) < 19):
+                    raise ValueError(
+                        f"{word[:50]!r} is no token id, and --tokenizer=ids takes only these, such as "
+                        "'17 4 256'"
+                    )
+            return np.array(words, np.int64)
         if self.encoding:
             return np.array(self.encoding.encode_ordinary(text), np.int64)
         return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int64)
@@ -34,12 +56,14 @@ class Tokenizer:
             return " ".join(str(int(i)) for i in ids)
         return b"".join(self._bytes(int(i), b"\xff") for i in ids).decode(errors="replace")
 
-    def byte_lengths(self) -> np.ndarray | None:
-        """(n_vocab,) bytes of text behind each id, 0 for special and unused ones; None when unknown."""
+    def byte_lengths(self, vocab_size: int = 0) -> np.ndarray | None:
+        """(at least n_vocab and vocab_size,) bytes of text behind each id: 0 for special ones, unused
+        ones and those beyond the tokenizer's. None when unknown."""
         if self.name == "ids":
             return None
         special = set(self.special.values())
-        return np.array([0 if i in special else len(self._bytes(i, b"")) for i in range(self.n_vocab)])
+        ids = range(max(self.n_vocab, vocab_size))
+        return np.array([0 if i in special else len(self._bytes(i, b"")) for i in ids])
 
     def _bytes(self, i: int, unused: bytes) -> bytes:
         try:

@@ -147,7 +147,8 @@ def test_an_id_outside_the_vocabulary_is_named(bad):
     ids[77] = bad
     rows = data.Rows(data.Tokens([ids]), 10, None, 256)
     rows([0, 1, 2])
-    with pytest.raises(ValueError, match=f"id {bad}, and vocab_size is 256.*--vocab_size=.*--tokenizer="):
+    said = rf"id {bad}, and vocab_size is 256 \(token 77\).*--tokenizer=.*--vocab_size="
+    with pytest.raises(ValueError, match=said):
         rows([7])
 
 
@@ -305,10 +306,11 @@ def test_an_interrupted_tokenisation_leaves_no_shard(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_text_that_is_not_utf8_is_refused_for_tiktoken_and_read_as_bytes(tmp_path, gpt2):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 100)
+def test_what_is_no_text_is_refused_for_tiktoken_and_read_as_bytes(tmp_path, gpt2):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\x00" * 100)
     with pytest.raises(ValueError, match="UTF-8.*--tokenizer=bytes"):
-        corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path))
+        corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
     assert len(corpora.load(str(tmp_path / "a.txt"), "bytes", str(tmp_path)).train) == 450
 
 
@@ -395,12 +397,12 @@ def test_written_shards_are_what_llm_c_reads(tmp_path):
 
 @pytest.mark.parametrize("fault, sentence", [
     ("empty", "has 0 bytes"),
-    ("odd", "has 7 bytes where 6 are expected"),
+    ("odd", "has 7 bytes where 6 are expected, 3 ids of 2 bytes"),
     ("short header", "has a header that is cut short"),
     ("one number", "has a header that is cut short"),
     ("too few", "has 1042 bytes where 1044 are expected"),
     ("too many", "has 1046 bytes where 1044 are expected"),
-    ("version", "has a header that is .* not of version 1"),
+    ("version", "begins with a header that is unknown here, 20240520 of version 3"),
 ])  # fmt: skip
 def test_a_damaged_shard_is_refused(tmp_path, fault, sentence):
     path = tmp_path / "train.bin"
@@ -415,23 +417,29 @@ def test_a_damaged_shard_is_refused(tmp_path, fault, sentence):
 
 
 def test_a_folder_without_training_or_validation_shards_says_so(tmp_path):
-    with pytest.raises(ValueError, match="has 0 .bin files, none of them train data"):
+    with pytest.raises(ValueError, match="has 0 .bin shards and 0 .txt texts"):
         corpora.load(str(tmp_path), "bytes", "unused")
     headerless(tmp_path / "train.bin", [1, 2])
-    with pytest.raises(ValueError, match="has 1 .bin files, none of them val data: add one with 'val'"):
+    with pytest.raises(ValueError, match="has 1 .bin files, none of them val data: one needs 'val'"):
         corpora.load(str(tmp_path), "bytes", "unused")
     (tmp_path / "train.bin").rename(tmp_path / "val.bin")
     with pytest.raises(ValueError, match="none of them train data"):
         corpora.load(str(tmp_path), "bytes", "unused")
 
 
-def test_small_data_is_checked_in_full_at_load_and_large_data_row_by_row(tmp_path, monkeypatch):
+def test_small_data_is_checked_in_full_at_load_and_large_data_in_samples_and_row_by_row(
+    tmp_path, monkeypatch
+):
     headerless(tmp_path / "train.bin", [1] * 99 + [999])
     headerless(tmp_path / "val.bin", [1] * 50)
-    with pytest.raises(ValueError, match=r"\(train\) holds token id 999, and vocab_size is 256"):
+    said = r"\(train\) holds token id 999, and vocab_size is 256 \(token 99 of train.bin\)"
+    with pytest.raises(ValueError, match=said):
         corpora.load(str(tmp_path), "bytes", "unused")
     assert corpora.load(str(tmp_path), "bytes", "unused", vocab_size=1000).tokenizer.name == "ids"
     monkeypatch.setattr(corpora, "SMALL", 100)
+    with pytest.raises(ValueError, match=said):  # a sample has it
+        corpora.load(str(tmp_path), "bytes", "unused")
+    monkeypatch.setattr(corpora, "_stretches", lambda n: [(0, n // 2)])
     corpus = corpora.load(str(tmp_path), "bytes", "unused", vocab_size=256)
     rows = data.Rows(corpus.train, 9, None, 256)
     rows(range(10))

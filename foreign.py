@@ -1,0 +1,199 @@
+"""Files that are neither text nor token ids, though somebody gave them as data.
+
+Trained on, they give no error and a loss that means nothing. So each is known by what it begins
+with, by a header before its ids, or by the look of its bytes, and refused in one sentence:
+
+    foreign          a file of another kind: packed, a table, an array, a model, a pickle
+    unknown_header   ids behind a header that no tool we know writes
+    one_byte         text, or ids of one byte, in a file of ids
+    not_text         text in another encoding than UTF-8
+
+Nothing here opens, unpacks or runs a file: bytes are compared, no more.
+"""
+
+import codecs
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that no text has
+TEXT = 2**28  # bytes of a text that are looked at
+
+# What a file of another kind begins with, what it is, and what to do with it.
+PACKED = "unpack it, and give what was in it"
+TABLE = "write its text column to a file in UTF-8, and give that"
+OBJECTS = "it is no data to train on, take it out of --data="
+IDS = "write its ids by shards.write_shard(path, [ids], n_vocab), and give those"
+KINDS = (
+    (b"\x1f\x8b\x08", "a gzip file", PACKED),
+    (b"BZh", "a bzip2 file", PACKED),
+    (b"\xfd7zXZ\x00", "an xz file", PACKED),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", PACKED),
+    (b"\x04\x22\x4d\x18", "an lz4 file", PACKED),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", PACKED),
+    (b"Rar!\x1a\x07", "a rar archive", PACKED),
+    (b"PK\x03\x04", "a zip archive, as .npz and .docx are too", PACKED),
+    (b"PK\x05\x06", "an empty zip archive", PACKED),
+    (b"PAR1", "a Parquet table", TABLE),
+    (b"ARROW1", "an Arrow table", TABLE),
+    (b"FEA1", "a Feather table", TABLE),
+    (b"ORC", "an ORC table", TABLE),
+    (b"Obj\x01", "an Avro table", TABLE),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", TABLE),
+    (b"SQLite format 3\x00", "an SQLite database", TABLE),
+    (b"%PDF-", "a PDF", "write its text to a file in UTF-8, and give that"),
+    (b"\x93NUMPY", "a NumPy array with its header", IDS),
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "a pickle of torch.save's", OBJECTS),
+    (b"LITPKDS", "a packed file of LitGPT", IDS),
+    (b"MMIDIDX\x00", "an index of Megatron's", "give the folder of the .bin file beside it"),
+    (b"TNTIDX\x00", "an index of fairseq's", IDS),
+    (b"GGUF", "a GGUF model", OBJECTS),
+    (b"lmgg", "a ggml model", OBJECTS),
+    (b"\x89PNG\r\n", "a PNG picture", OBJECTS),
+    (b"\xff\xd8\xff\xe0", "a JPEG picture", OBJECTS),
+    (b"\x7fELF", "a program", OBJECTS),
+)
+
+
+def foreign(path: Path) -> str | None:
+    """What the file is and what to do with it, where its bytes say that it is of another kind."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(1024)
+        file.seek(max(size - 1, 0))
+        last = file.read(1)
+    for magic, kind, advice in KINDS:
+        if head.startswith(magic) and (magic == b"%PDF-" or not is_text(head)):
+            return f"is {kind}: {OBJECTS if b'/data.pkl' in head else advice}"  # a .pt is a zip
+    if head[257:262] == b"ustar":
+        return f"is a tar archive: {PACKED}"
+    length = int.from_bytes(head[:8], "little")
+    if head[:4] == b"\xff\xff\xff\xff" and 0 < length >> 32 < size:
+        return f"is an Arrow stream: {TABLE}"
+    if head[8:10] in (b'{"', b"{}") and 2 <= length < size:
+        return f"is a safetensors file: {OBJECTS}"
+    # A pickle: its protocol, an opcode that may come first, and the full stop at its end.
+    if head[:1] == b"\x80" and len(head) > 2 and 2 <= head[1] <= 5 and last == b".":
+        if head[2:3] in (b"\x95" if head[1] >= 4 else b"}]()cXUKMJ\x8a"):
+            return f"is a pickle, which is never opened, for that runs code: {OBJECTS}"
+    return None
+
+
+# ---- in a file of ids ----------------------------------------------------------------------------
+def unknown_header(
+    words: np.ndarray, size: int, lanes: np.ndarray, wide: int, known: dict
+) -> str | None:
+    """What tells that a file of `size` bytes begins with a header that is not `known`.
+
+    words: its beginning as uint32. lanes: (n, 4), each 8 bytes of it or of samples. wide: 4 or 8,
+    where its ids have so many bytes. known: by their first number.
+    """
+    if len(words) < 3:
+        return None
+    # The first number of this family is a date, in either byte order. Such a header ends in zeros.
+    for magic in (int(words[0]), int(words[0].byteswap())):
+        year, month, day = magic // 10000, magic // 100 % 100, magic % 100
+        dated = 2015 <= year <= 2049 and 1 <= month <= 12 and 1 <= day <= 31
+        if magic in known or (dated and not words[8:256].any()):
+            return f"{magic} of version {words[1]}"
+    # A count of what follows. Small numbers may be ids, unless zeros follow; among wide ids any may.
+    for start in (4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256, 512, 1024, 2048, 4096):
+        if start > 32 and words[8 : start // 4].any():
+            continue
+        counts = [int(word) for word in words[: min(start // 4, 8)]]
+        long = [low + (high << 32) for low, high in zip(counts, counts[1:])]
+        if wide and start <= 32:
+            counts, long = counts[: start == 4], long[: wide == 4]
+        for count in counts + long:
+            if count >= (1 if start > 32 else 1024) and (size - start) / count in (1, 2, 4, 8):
+                return f"{start} bytes with the number {count}, which counts what follows them"
+    # A few numbers, then zeros up to a round place, then ids without such a stretch of zeros.
+    filled = np.flatnonzero(words[:2048])
+    later = filled[filled >= 8]
+    if not len(later) or filled[0] >= 8:
+        return None
+    start = 4 * int(later[0])
+    dense = lanes[start // 8 :].any(1)
+    if start in (256, 512, 1024, 2048, 4096) and len(dense) >= 16 and dense.mean() > 0.9:
+        return f"{start} bytes, a few numbers and then zeros"
+    return None
+
+
+def one_byte(lanes: np.ndarray) -> bool:
+    """Whether lower and upper bytes are alike, as they are in text, and in ids of one byte."""
+    pairs = np.ascontiguousarray(lanes).view(np.uint8).reshape(-1, 2)
+    if len(pairs) < 64:
+        return False
+    lower = np.flatnonzero(np.bincount(pairs[:, 0]))
+    upper = np.flatnonzero(np.bincount(pairs[:, 1]))
+    if np.array_equal(lower, upper):
+        return 1 < len(lower) < 256
+    return max(lower[-1], upper[-1]) < 128 and len(upper) >= 16
+
+
+# ---- in a file of text ---------------------------------------------------------------------------
+def is_text(head: bytes) -> bool:
+    """Several kinds of bytes, none a control character, and UTF-8 or long. In ids one comes soon."""
+    kinds = len(set(head))
+    if kinds < 8 or CONTROL.search(head):
+        return False
+    if kinds >= 20 and len(head) >= 1024:
+        return True
+    try:
+        head.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def not_text(text: np.ndarray, any_bytes: bool) -> str | None:
+    """Why these bytes are no text in UTF-8, and what to do. any_bytes: what is no text may be."""
+    head = text[: 2**16].tobytes()
+    convert = "convert it: iconv -f {} -t UTF-8 FILE > NEW"
+    control = CONTROL.search(head)
+    for mark, name in (
+        (b"\xff\xfe\0\0", "UTF-32"),
+        (b"\xff\xfe", "UTF-16"),
+        (b"\xfe\xff", "UTF-16"),
+    ):
+        if head.startswith(mark):
+            return f"is text in {name}: {convert.format(name)}"
+    for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE") if control else ():
+        if _letters(head, name):
+            return f"is text in {name}: {convert.format(name)}"
+    good, bad = _characters(text[:TEXT])
+    if bad > good and not control:
+        how = convert.format("ENCODING")
+        return f"is text, but not in UTF-8 ({bad} places are not): {how}, with its own encoding"
+    if bad and not any_bytes:
+        return (
+            f"is not text in UTF-8, {bad} places are not: convert it, or use --tokenizer=bytes, "
+            "which takes any bytes"
+        )
+    return None
+
+
+def _letters(head: bytes, encoding: str) -> bool:
+    """Whether nearly all of it, read in this encoding, are characters that people write."""
+    try:
+        text = head[: len(head) // 4 * 4].decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    written = sum(c in "\t\n\r" or unicodedata.category(c)[0] in "LMNPSZ" for c in text)
+    return len(text) >= 16 and written >= 0.99 * len(text)
+
+
+def _characters(text: np.ndarray) -> tuple[int, int]:
+    """(characters beyond ASCII, places that are not UTF-8)"""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    good, bad = 0, 0
+    for start in range(0, len(text), 2**20):
+        raw = text[start : start + 2**20].tobytes()
+        said = decoder.decode(raw, final=start + 2**20 >= len(text))
+        wide = len(said) - len(said.encode("ascii", "ignore"))
+        wrong = said.count("\ufffd") - raw.count("\ufffd".encode())
+        good += wide - max(wrong, 0)
+        bad += max(wrong, 0)
+    return good, bad
