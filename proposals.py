@@ -1,37 +1,91 @@
-"""What a search tries next: a grid, random draws, or Optuna's TPE, which also stops what is hopeless.
+"""What a search tries next: a grid, random draws, or Optuna's TPE, which stops what is hopeless.
 
     a,b,c           these values; split at ; where there is one: "0.9,0.95;0.9,0.99"
     int:LOW:HIGH    whole numbers, both ends included
     lin:LOW:HIGH    any number between
     log:LOW:HIGH    any number between, each power of ten alike
 
-Random search (Bergstra and Bengio 2012, JMLR 13) looks at as many values of each field as it has trials, a
-grid at few. TPE (Bergstra et al. 2011) draws from where good trials lie denser than bad ones. The median rule
-(Golovin et al. 2017, Vizier) stops a trial whose best value so far is worse than the median of what the
-finished ones had at the same step. Optuna's study lives in memory and is told all trials anew at each start.
+Random search (Bergstra and Bengio 2012, JMLR 13) looks at as many values of each field as it has
+trials, a grid at few. TPE (Bergstra et al. 2011) draws from where good trials lie denser than bad
+ones. The median rule (Golovin et al. 2017, Vizier) stops a trial whose best value so far is worse
+than the median of what the finished ones had at the same step. Optuna's study lives in memory and
+is told all trials anew at each start.
 """
 
-import itertools
 import math
 import random
+import re
 
+import choices as machine
 import config
+
+LARGEST = 100_000  # trials of a grid
+# What checks.py says of one field alone, whatever the others are.
+ALONE = re.compile("is out of range|is a share|makes no sense|is no text")
+
+
+# ---- what --search.NAME=TEXT means ---------------------------------------------------------------
+def listed(text: str) -> list[str]:
+    """The values in "a,b,c" or "a,b;c,d"; a single "a,b;" is one value."""
+    parts = text.removesuffix(";").split(";") if ";" in text else text.split(",")
+    return [part.strip() for part in parts]
 
 
 def choices(name: str, text: str) -> list[str] | tuple:
-    """Of --search.NAME=TEXT: the values as typed, or (kind, low, high)."""
+    """Of --search.NAME=TEXT: the values as typed, each once, or (kind, low, high).
+
+    Raises ValueError where train.py would refuse one of them in every run."""
     config.known(name)
-    if name == "out_dir":
-        raise ValueError("each trial has an out_dir of its own; leave --search.out_dir out")
-    kind, *ends = text.split(":")
-    if kind not in ("int", "lin", "log"):
-        values = list(dict.fromkeys(text.split(";" if ";" in text else ",")))
-        return [value for value in values if config.from_text(name, value) is not ...]
+    if name in ("out_dir", "resume"):
+        raise ValueError("each trial has an out_dir of its own and goes on where it was; "
+                         f"leave --search.{name} out")  # fmt: skip
+    if re.match("(int|lin|log):", text.strip()):
+        return span(name, text.strip())
+    values = {}
+    for part in listed(text):
+        if not part:
+            raise ValueError(f"--search.{name}={text} has an empty value; type --search.{name}=A,B")
+        values.setdefault(repr(accepted(name, part, f"--search.{name}={text}")), part)
+    return [*values.values()]
+
+
+def accepted(name: str, value: str, said: str):
+    """What train.py reads. Raises ValueError where it takes no such value, whatever else is set."""
+    try:
+        found = config.from_text(name, value)
+    except ValueError as error:
+        hint = "; a range is int:2:6, lin:0:0.3 or log:1e-3:1e-1" if ":" in value else ""
+        raise ValueError(f"{said}: {error}{hint}") from None
+    if name == "optim":
+        machine.find_optimizer(found)
+    try:
+        config.parse([f"--{name}={value}"])
+    except ValueError as error:
+        if ALONE.search(str(error)):
+            raise ValueError(f"{said}: {error}") from None
+    return found
+
+
+def span(name: str, text: str) -> tuple:
+    said, (kind, *ends) = f"--search.{name}={text}", text.split(":")
     ends = [config.number(int if kind == "int" else float, end) for end in ends]
-    if len(ends) != 2 or None in ends or not ends[0] < ends[1] < math.inf or (kind == "log" and ends[0] <= 0):
-        raise ValueError(f"--search.{name}={text} is no range; type int:2:6, lin:0:0.3 or log:1e-3:1e-1")
-    config.from_text(name, str(ends[0] if kind == "int" else 0.5))  # does it take such numbers?
-    return (kind, *ends)
+    if len(ends) != 2 or None in ends or not all(-math.inf < end < math.inf for end in ends):
+        raise ValueError(f"{said} is no range; type int:2:6, lin:0:0.3 or log:1e-3:1e-1")
+    low, high = ends
+    if low == high:
+        raise ValueError(f"{said} is no range but one value; type --search.{name}={low}")
+    if low > high:
+        raise ValueError(f"{said} is no range, the lower end comes first: {kind}:{high}:{low}")
+    if kind == "log" and low <= 0:
+        raise ValueError(f"{said} is no range, powers of ten are above 0; type for instance "
+                         "log:1e-3:1e-1, or lin: for one that has 0 in it")  # fmt: skip
+    what, probe = "whole numbers", low
+    if kind != "int":
+        what, probe = "any number between", low + (high - low) / math.pi
+    accepted(name, str(probe), f"{said} draws {what}")
+    for end in ends:
+        accepted(name, str(end), said)
+    return (kind, low, high)
 
 
 def draw(choice: list[str] | tuple, rng: random.Random):
@@ -40,64 +94,138 @@ def draw(choice: list[str] | tuple, rng: random.Random):
     kind, low, high = choice
     if kind == "int":
         return rng.randint(low, high)
-    x = math.exp(rng.uniform(math.log(low), math.log(high))) if kind == "log" else rng.uniform(low, high)
+    log = kind == "log"
+    x = math.exp(rng.uniform(math.log(low), math.log(high))) if log else rng.uniform(low, high)
     return min(max(x, low), high)
 
 
-class Proposals:
-    """A trial is any object with number, values (a dict, empty until chosen), status and curve(metric), which
-    is {step: value}. `total` is how many trials there are."""
+def size(choice: list[str] | tuple) -> int:
+    return len(choice) if isinstance(choice, list) else choice[2] - choice[1] + 1
 
-    def __init__(self, method: str, search: dict, metric: str, maximise: bool, seed: int, trials: int):
-        self.search, self.metric, self.seed, self.total, self.study = search, metric, seed, trials, None
-        self.grid = None
-        if method == "grid":
-            lists = [c if isinstance(c, list) else range(c[1], c[2] + 1) for c in search.values()]
-            self.grid = [dict(zip(search, values)) for values in itertools.product(*lists)]
-            self.total = len(self.grid)
+
+def possible(search: dict, check) -> None:
+    """Raises what check(values) raises where it does so for 200 drawn combinations, or for all of
+    them with a certain value of a field with a dot: its owner may be searched too."""
+    rng = random.Random(0)
+    drawn = [{name: draw(choice, rng) for name, choice in search.items()} for _ in range(200)]
+    dotted = [(name, x) for name, c in search.items() if "." in name
+              for x in (c if isinstance(c, list) else c[1:])]  # fmt: skip
+    for given in [*({name: x} for name, x in dotted), {}]:
+        refused = None
+        for values in drawn:
+            try:
+                check(values | given)
+                break
+            except ValueError as error:
+                refused = refused or error
+        else:
+            hint = ""
+            if given and "wrong kind" in str(refused):
+                hint = f'; with commas in them: --search.{next(iter(given))}="A,B;C,D"'
+            raise ValueError(f"{refused}{hint}") from None
+
+
+# ---- the methods ---------------------------------------------------------------------------------
+class Proposals:
+    """A trial is any object with number, values (a dict, empty until chosen), status and
+    curve(metric), which is {step: value}. `total` is how many trials there are, `worst` what a
+    diverged one has."""
+
+    def __init__(self, method: str, search: dict, metric: str, maximise: bool, seed: int,
+                 trials: int):  # fmt: skip
+        self.search, self.metric, self.seed, self.total = search, metric, seed, trials
+        self.grid, self.study = method == "grid", None
+        self.worst = -math.inf if maximise else math.inf
+        if self.grid:
+            self.total = math.prod(map(size, search.values()))
+            if self.total > LARGEST:
+                raise ValueError(f"a grid of {self.total} trials is more than {LARGEST}; search "
+                                 "fewer values, or type --method=random --trials=100")  # fmt: skip
         if method == "optuna":
             try:
                 import optuna
             except ImportError:
                 raise ValueError("--method=optuna needs a package: pip install optuna") from None
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            kinds, self.optuna, self.live = optuna.distributions, optuna, {}  # number -> Optuna's own trial
+            kinds, self.optuna = optuna.distributions, optuna
+            self.live = {}  # number -> Optuna's own trial
             self.space = {name: kinds.CategoricalDistribution(c) if isinstance(c, list)
                           else kinds.IntDistribution(*c[1:]) if c[0] == "int"
                           else kinds.FloatDistribution(*c[1:], log=c[0] == "log")
                           for name, c in search.items()}  # fmt: skip
-            self.study = optuna.create_study(direction="maximize" if maximise else "minimize",
-                                             pruner=optuna.pruners.MedianPruner(n_startup_trials=5))
+            pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
+            direction = "maximize" if maximise else "minimize"
+            self.study = optuna.create_study(direction=direction, pruner=pruner)
+
+    def at(self, number: int) -> dict:
+        """The grid's values of this number; the last field changes fastest."""
+        values = {}
+        for name, choice in reversed(self.search.items()):
+            number, i = divmod(number, size(choice))
+            values[name] = choice[i] if isinstance(choice, list) else choice[1] + i
+        return {name: values[name] for name in self.search}
+
+    def fits(self, number: int, values: dict) -> bool:
+        """Could this search give these values to the trial of this number?"""
+        if self.grid:
+            return number < self.total and values == self.at(number)
+        if values.keys() != self.search.keys():
+            return False
+        for name, choice in self.search.items():
+            x, kinds = values[name], (int,) if choice[0] == "int" else (int, float)
+            if isinstance(choice, list):
+                inside = x in choice
+            else:
+                inside = type(x) in kinds and choice[1] <= x <= choice[2]
+            if not inside:
+                return False
+        return True
+
+    def read_back(self, settings: dict) -> dict:
+        """The values that a run with these settings had; {} where it was none of this search."""
+        found = {}
+        for name, choice in self.search.items():
+            x = settings.get(name, settings.get(f"chosen.{name}"))
+            if isinstance(choice, list):
+                x = next((text for text in choice if config.from_text(name, text) == x), None)
+            found[name] = x
+        return {} if None in found.values() else found
 
     def begin(self, trial) -> None:
-        """Chooses trial.values unless it has some; Optuna learns of the trial either way."""
+        """Chooses trial.values unless it has some; Optuna learns of the trial either way, once."""
         rng = random.Random(f"{self.seed}/{trial.number}")  # a later start draws something new
-        if self.study is not None:
+        if self.study is not None and trial.number not in self.live:
             if trial.values:
                 self.study.enqueue_trial(trial.values)
-            self.study.sampler = self.optuna.samplers.TPESampler(seed=rng.getrandbits(31))
+            sampler = self.optuna.samplers.TPESampler(seed=rng.getrandbits(31))
+            self.study.sampler = sampler
             self.live[trial.number] = self.study.ask(self.space)
             trial.values = self.live[trial.number].params
-        elif not trial.values and self.grid is not None:
-            trial.values = self.grid[trial.number]
+        elif not trial.values and self.grid:
+            trial.values = self.at(trial.number)
         elif not trial.values:
             trial.values = {name: draw(choice, rng) for name, choice in self.search.items()}
 
     def hopeless(self, trial, steps: int) -> bool:
-        """Whether to stop a running trial: after its first quarter, and with five others done."""
+        """Whether to stop a running trial: after its first quarter, and with five others done. What
+        is no finite number is the worst there is."""
         if self.study is None:
             return False
         live = self.live[trial.number]
-        curve = {step: y for step, y in trial.curve(self.metric).items() if step and y is not None}
-        for step in curve.keys() - self.study.trials[live.number].intermediate_values.keys():
-            live.report(curve[step], step)  # but not step 0, before training
+        curve = {step: y for step, y in trial.curve(self.metric).items() if step}
+        known = self.study.trials[live.number].intermediate_values
+        for step in curve.keys() - known.keys():
+            live.report(self.worst if curve[step] is None else curve[step], step)
         return max(curve, default=0) >= steps / 4 and bool(curve) and live.should_prune()
 
-    def end(self, trial) -> None:
-        """What failed or diverged counts as the worst of the stopped, so that TPE keeps away from it."""
+    def end(self, trial, value: float | None = None) -> None:
+        """value: the result of a trial that is done; without one, the last of its curve. Diverged
+        is a result, the worst. What failed is the worst of the stopped. TPE avoids both."""
         if self.study is not None and trial.status != "unfinished":
             self.hopeless(trial, 0)  # reports what came last
-            states, value, live = self.optuna.trial.TrialState, None, self.live.pop(trial.number)
+            states, live = self.optuna.trial.TrialState, self.live.pop(trial.number)
             if trial.status == "done":
-                value = [*trial.curve(self.metric).values()][-1]
+                value = value if value is not None else [*trial.curve(self.metric).values()][-1]
+            else:
+                value = self.worst if trial.status == "diverged" else None
             self.study.tell(live, value, states.PRUNED if value is None else states.COMPLETE)

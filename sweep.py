@@ -1,47 +1,55 @@
-"""Search for good settings: grid, random or Optuna over any fields of train.py, each trial a process.
+"""Search for good settings: grid, random or Optuna over fields of train.py, each trial a process.
 
-    python sweep.py SWEEP_DIR --search.lr=1e-3,3e-3,1e-2 --search.optim=muon,adamw            a grid: 6 trials
-    python sweep.py SWEEP_DIR --method=random --trials=20 --jobs=2 --search.lr=log:1e-3:1e-1 recipe.toml
+    python sweep.py SWEEP_DIR --search.lr=1e-3,3e-3,1e-2 --search.optim=muon,adamw     a grid of 6
+    python sweep.py SWEEP_DIR --method=random --jobs=2 --search.lr=log:1e-3:1e-1 recipe.toml
     python sweep.py SWEEP_DIR --method=optuna --trials=40 --search.n_layer=int:2:6 --steps=300
 
-    --search.FIELD=     a,b,c            these values; split at ; where there is one: "0.9,0.95;0.9,0.99"
+    --search.FIELD=     a,b,c            these values; "0.9,0.95;0.9,0.99" is split at ;
                         int:LOW:HIGH     whole numbers, both ends included
                         lin:LOW:HIGH     any number between (not for a grid)
                         log:LOW:HIGH     the same, each power of ten alike
-    --method=grid       grid: every combination | random: drawn by (search_seed, number of the trial)
-                        | optuna: TPE, and a trial worse than the median at the same step is stopped
+    --method=grid       grid: every combination | random: drawn by (search_seed, trial's number)
+                        | optuna: TPE, and a trial worse than the median at its step is stopped
     --trials=20         how many, not for a grid; a larger number later goes on
-    --jobs=1            at a time; they share the cores, and the GPUs listed in CUDA_VISIBLE_DEVICES, evenly
-    --metric=val_loss   the last one a trial logs counts; val_accuracy, tokens_per_s and mfu are maximised
+    --jobs=1            at a time; they share the cores, and the GPUs listed in CUDA_VISIBLE_DEVICES
+    --metric=val_loss   the last one a trial logs counts, with --patience that of the weights it
+                        keeps; val_accuracy, tokens_per_s and mfu are maximised
     --launch=           instead of this Python: --launch="torchrun --standalone --nproc_per_node=2"
     --search_seed=0     of random and optuna; all else goes to train.py
 
     SWEEP_DIR/sweep.json      what is searched; another search needs another folder
-    SWEEP_DIR/trial-0007/     a run; trial.json: its values and, once it is over, its status; output.log
+    SWEEP_DIR/trial-0007/     a run: done, diverged, pruned, failed or unfinished (trials.py)
     SWEEP_DIR/trials.csv      and table.md, best first, and sweep.png
 
-Folders are the only memory: the same command again skips trials that are over, goes on with killed ones, and
-tells Optuna all of them anew. To try a failed trial again, delete its folder. Medians compare equal steps, so
-they mislead where batch_size, or another field that changes what a step is, is searched: use random there.
+Folders are the only memory. The same command again skips trials that are over, waits for those that
+still run because the search alone was killed, goes on with the unfinished, and tells Optuna all of
+them anew. To try a failed one again, delete its folder. SIGTERM, Ctrl-C and a closed terminal stop
+the trials too, each with a checkpoint. Medians compare equal steps, so they mislead where
+batch_size, or another field that changes what a step is, is searched: use random there.
+
+Exit status: 0 a trial is done, or the search was told to stop; 1 none is done, or one was killed,
+or something could not be written; 2 a mistake, and nothing has begun; 130 Ctrl-C twice.
 """
 
 import difflib
-import json
-import os
-import random
-import re
+import errno
 import shlex
-import subprocess
+import shutil
 import sys
 import time
 from pathlib import Path
 
+import checks
+import choices
 import config
-import logger
 import proposals
 import resume
+import sweep_folder
 import sweep_results
-from settings import FIELDS
+from outlets import complain
+from outlets import print_line as say
+from settings import FIELDS, update
+from trials import OVER, Trial, flags
 
 TRAIN = str(Path(__file__).resolve().parent / "train.py")
 OPTIONS = dict(method="grid", trials="20", jobs="1", metric="val_loss", launch="", search_seed="0")
@@ -49,189 +57,183 @@ ALLOWED = dict(method=("grid", "random", "optuna"),
                metric=("val_loss", "val_bpb", "perplexity", "loss", "step_s", "peak_bytes",
                        "val_accuracy", "tokens_per_s", "mfu"))  # fmt: skip
 MAXIMISED = ALLOWED["metric"][-3:]
+FULL = [getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS")]
 
 
-# ---- what is asked for -----------------------------------------------------------------------------------
+# ---- what is asked for ---------------------------------------------------------------------------
 def read(argv: list[str]) -> tuple[dict, dict, list[str]]:
     """(own options, {field: choices}, the words for train.py). Raises ValueError on any mistake."""
-    options, search, words = dict(OPTIONS), {}, []
-    for word in argv:
+    options, typed, words, left = dict(OPTIONS), {}, [], [*argv]
+    while left:
+        word = left.pop(0)
         name, equals, text = word[2:].partition("=")
-        if not word.startswith("--"):
+        ours = word.startswith("--") and (name in OPTIONS or name.split(".")[0] == "search")
+        if ours and not equals and left and not left[0].startswith("--"):
+            text = left.pop(0)  # --jobs 2
+        if not ours:
+            near = difflib.get_close_matches(name, {*OPTIONS} - {*FIELDS}, 1, 0.75)
+            if word.startswith("--") and near and name not in FIELDS:
+                raise ValueError(f"there is no field {name!r}; did you mean --{near[0]}?")
             words.append(word)
-        elif name in OPTIONS and equals:
-            options[name] = text
-        elif name.startswith("search.") and equals:
-            search[name[7:]] = proposals.choices(name[7:], text)
-        elif near := difflib.get_close_matches(name, {*OPTIONS} - {*FIELDS, name}, 1, 0.75):
-            raise ValueError(f"there is no field {name!r}; did you mean --{near[0]}?")
+        elif name in ("search", "search."):
+            raise ValueError(f"--{name} names no field; type for instance --search.lr=1e-3,1e-2")
+        elif name in typed:
+            raise ValueError(f"--{name} is there twice; type all its values in one: --{name}=A,B")
+        elif name not in OPTIONS:
+            typed[name] = text
+        elif not text and name != "launch":
+            raise ValueError(f"--{name} has no value; type --{name}={OPTIONS[name]}")
         else:
-            words.append(word)
+            options[name] = text
+    words = config.joined(words)
     for name in ("trials", "jobs", "search_seed"):
-        if not options[name].isdecimal() or int(options[name]) < (name != "search_seed"):
-            raise ValueError(f"--{name}={options[name]} is not allowed; it takes a whole number")
+        least = int(name != "search_seed")
+        if not options[name].isdecimal() or int(options[name]) < least:
+            raise ValueError(f"--{name}={options[name]} is not allowed; it takes a whole number, "
+                             f"{least} or more")  # fmt: skip
         options[name] = int(options[name])
     for name, allowed in ALLOWED.items():
         if options[name] not in allowed:
-            raise ValueError(f"--{name}={options[name]} is not allowed; it takes {', '.join(allowed)}")
-    if not search:
+            raise ValueError(f"--{name}={options[name]} is not allowed; it takes "
+                             f"{', '.join(allowed)}")  # fmt: skip
+    if not typed:
         raise ValueError("nothing to search; type for instance --search.lr=1e-3,3e-3,1e-2")
-    if twice := [n for n in [*search, "out_dir"] if any(word.startswith(f"--{n}=") for word in words)]:
-        raise ValueError(f"--{twice[0]} is set by the search; leave it out")
+    search = {name[7:]: proposals.choices(name[7:], text) for name, text in typed.items()}
+    for name in (*search, "out_dir"):
+        if any(word.startswith(f"--{name}=") for word in words):
+            raise ValueError(f"--{name} is set by the search; leave it out")
     if options["method"] == "grid":
-        if any(word.startswith("--trials=") for word in argv):
+        if any(word.startswith("--trials") for word in argv):
             raise ValueError("a grid runs every combination; leave --trials out")
         for name, choice in search.items():
             if isinstance(choice, tuple) and choice[0] != "int":
-                raise ValueError(f"a grid needs values, --search.{name}=A,B,C; or type --method=random")
-    try:
-        config.parse(words)
-    except ValueError:  # perhaps it needs a field that is searched
-        some = {name: proposals.draw(choice, random.Random(0)) for name, choice in search.items()}
-        config.parse(words + flags(some))
+                raise ValueError(f"a grid needs values, --search.{name}=A,B,C; or type "
+                                 "--method=random")  # fmt: skip
+    program(options["launch"])  # a mistake shows now
+    proposals.possible(search, lambda values: refuse(words + flags(values), options["metric"]))
+    for name, text in typed.items():
+        kept = search[name[7:]]
+        if isinstance(kept, list) and len(kept) < len(proposals.listed(text)):
+            say(f"--{name}={text} has a value twice; tried once: {', '.join(kept)}")
     return options, search, words
 
 
-def flags(values: dict) -> list[str]:
-    return [f"--{name}={value}" for name, value in values.items()]
+def program(launch: str) -> list[str]:
+    """What runs train.py. Raises ValueError where there is no such program."""
+    try:
+        words = shlex.split(launch) or [sys.executable]
+    except ValueError as error:
+        raise ValueError(f"--launch={launch} is no command line: {error}") from None
+    if shutil.which(words[0]) is None:
+        raise ValueError(f"--launch={launch}: there is no program {words[0]}")
+    return [*words, TRAIN]
 
 
-def same_search(home: Path, options: dict, search: dict, words: list[str]) -> None:
-    """Writes SWEEP_DIR/sweep.json; ValueError if it is there and says something else."""
-    now = {name: text for name, text in options.items() if name not in ("trials", "jobs")}
-    now |= {f"search.{name}": list(choice) for name, choice in search.items()}
-    for word in words:  # later wins, as in train.py
-        name, _, text = word[2:].partition("=")
-        now |= {name: config.from_text(name, text)} if word[:2] == "--" else config.read_recipe(word)
-    now, path = json.loads(json.dumps(now)), home / "sweep.json"
-    if not path.exists():
-        return write(path, now)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for name in [n for n in before | now if before.get(n, ...) != now.get(n, ...)]:
-        raise ValueError(f"{home} holds a search with {name}={before.get(name)}, now it is {now.get(name)}; "
-                         "type the same command again, or choose another folder")
+def refuse(words: list[str], metric: str) -> None:
+    """Raises ValueError where train.py would not begin with these words."""
+    cfg = config.parse(words)
+    if not cfg.eval_every and (metric.startswith("val_") or metric == "perplexity"):
+        raise ValueError(f"--metric={metric} needs evaluations, eval_every={cfg.eval_every} makes "
+                         "none; type --eval_every=60, or --metric=loss")  # fmt: skip
+    kind = choices.find_optimizer(cfg.optim)
+    checks.check_options(cfg, "opt", kind, given=("params", "lr", "weight_decay"))
+    choices.lr_schedule(update(cfg, schedule=cfg.schedule.replace("auto", "wsd")))
 
 
-def write(path: Path, content) -> None:
-    path.with_name(path.name + ".tmp").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(path.with_name(path.name + ".tmp"), path)  # a kill leaves the old one whole
-
-
-# ---- one trial -------------------------------------------------------------------------------------------
-class Trial:
-    """A folder, and while it runs a process. status: unfinished, and at last done, pruned or failed."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.number = folder, int(folder.name.removeprefix("trial-"))
-        self.values, self.status, self.error = {}, "unfinished", ""
-        self.process, self.steps, self.slot, self.stopped = None, 0, 0, None
-        if (folder / "trial.json").exists():
-            vars(self).update(json.loads((folder / "trial.json").read_text(encoding="utf-8")))
-
-    def save(self) -> None:
-        self.folder.mkdir(exist_ok=True)
-        write(self.folder / "trial.json", {name: vars(self)[name] for name in ("values", "status", "error")})
-
-    def curve(self, metric: str) -> dict[int, float | None]:
-        """{step: value}, as logged so far."""
-        path = self.folder / "metrics.jsonl"
-        rows = logger.read_metrics(path) if path.exists() else []
-        return {row["step"]: row[metric] for row in rows if metric in row}
-
-    def start(self, words: list[str], launch: str, jobs: int) -> bool:
-        """False, and failed, where train.py would refuse these values."""
-        words = words + flags(self.values) + [f"--out_dir={self.folder}"]
-        try:
-            self.steps = config.parse(words).steps
-        except ValueError as error:
-            self.status, self.error = "failed", str(error)
-            return False
-        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
-        gpus = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        if len(gpus) >= jobs > 1:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[self.slot :: jobs])
-        argv = [*(shlex.split(launch) or [sys.executable]), TRAIN, *words]
-        with open(self.folder / "output.log", "a") as out:  # a session of its own: Ctrl-C is ours to pass on
-            self.process = subprocess.Popen(argv, stdout=out, stderr=out, env=env, start_new_session=True)
-        return True
-
-    def judge(self, metric: str) -> None:
-        """What became of a process that ended. Killed by a signal, or asked by us, it is unfinished."""
-        code, last = self.process.returncode, self.last(metric)
-        if code == 0 and max(self.curve("loss"), default=0) >= self.steps:
-            self.status = "failed" if last is None else "done"
-            self.error = "" if last is not None else f"no {metric} was logged, or it was no finite number"
-        elif self.stopped == "by Optuna":
-            self.status = "pruned"
-        elif code > 0 and not self.stopped:
-            lines = (self.folder / "output.log").read_text(errors="replace").split("\n")
-            lines = [line.strip() for line in lines if line.strip()] or [f"exit status {code}"]
-            ends = [line for line in lines if re.match(r"(train\.py|[\w.]*(Error|Exception)): ", line)]
-            self.status, self.error = "failed", (ends or lines)[-1]
-
-    def last(self, metric: str) -> float | None:
-        return [None, *self.curve(metric).values()][-1]
-
-
-# ---- all of them -----------------------------------------------------------------------------------------
+# ---- the search ----------------------------------------------------------------------------------
 def main(argv: list[str]) -> int:
-    """One search; the exit status: 0, or 1 where no trial came to a result. ValueError for a mistake."""
-    if not argv or argv[0].startswith("-") or argv[0].endswith(".toml"):
-        raise ValueError("usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... [--field=value ...]")
-    home, (options, search, words) = Path(argv[0]), read(argv[1:])
-    metric, jobs = options["metric"], options["jobs"]
-    method = proposals.Proposals(options["method"], search, metric, metric in MAXIMISED,
+    """One search; its exit status. Raises ValueError for a mistake, OSError for a lost folder."""
+    if not argv or not argv[0] or argv[0].startswith("-") or argv[0].endswith(".toml"):
+        raise ValueError("usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... "
+                         "[--field=value ...]")  # fmt: skip
+    home, (options, search, words) = Path(argv[0]).expanduser(), read(argv[1:])
+    search = sweep_folder.in_order(home, search)
+    metric, jobs, maximise = options["metric"], options["jobs"], options["metric"] in MAXIMISED
+    method = proposals.Proposals(options["method"], search, metric, maximise,
                                  options["search_seed"], options["trials"])  # fmt: skip
-    lock, stop, running = resume.RunLock(home), resume.StopSignal(), []
+    call = [*program(options["launch"]), *words]
+    lock, stop, running, trouble = sweep_folder.lock(home), resume.StopSignal(), [], []
 
     def over(trial: Trial) -> None:
-        trial.save()
-        method.end(trial)
-        last, shown = trial.last(metric), flags(sweep_results.rounded(trial.values))
-        said = [trial.folder.name, f"{trial.status:10}", "" if last is None else f"{metric} {last:.4f}"]
-        print("  ".join([*said, " ".join(shown), trial.error]).rstrip(), flush=True)
+        value, shown = trial.result(metric, method.worst), sweep_results.rounded(trial.values)
+        method.end(trial, value)
+        said = [trial.name, f"{trial.status:10}", "" if value is None else f"{metric} {value:.4f}"]
+        say("  ".join([*said, " ".join(flags(shown)), trial.error]).rstrip())
+        if trial.status == "unfinished" and not trial.stopped:
+            trouble.append(trial)
+        try:
+            trial.save()
+        except OSError as error:
+            trouble.append(f"{trial.folder}/trial.json cannot be written: {error.strerror}")
+            say(trouble[-1])
+
+    def begin(trial: Trial) -> None:
+        """Starts it, or says why not."""
+        taken = {other.slot for other in running}
+        trial.slot = min({*range(jobs)} - taken, default=0)
+        try:
+            method.begin(trial)
+            trial.save()
+            trial.settle(words)
+            if trial.ended():
+                trial.judge(metric, 0)
+                over(trial)
+            else:
+                trial.start(call, jobs)
+                running.append(trial)
+        except ValueError as error:  # train.py would refuse these values
+            trial.status, trial.error = "failed", str(error)
+            over(trial)
+        except OSError as error:
+            trouble.append(f"{trial.folder} cannot be used: {error.strerror or error}")
+            say(trouble[-1])
+            if error.errno in FULL:
+                waiting.clear()
 
     try:
-        same_search(home, options, search, words)
-        trials = {trial.number: trial for trial in map(Trial, sorted(home.glob("trial-*")))}
-        for trial in [trial for trial in trials.values() if trial.status != "unfinished"]:
+        sweep_folder.same_search(home, options, search, words, say)
+        trials = sweep_folder.find(home, words, metric, method, say)
+        for trial in [trial for trial in trials.values() if trial.status in OVER]:
             method.begin(trial)
-            method.end(trial)
-        waiting = [n for n in range(method.total) if n not in trials or trials[n].status == "unfinished"]
-        while running or (waiting and not stop.asked):
-            # The first to train prepares the corpus for all: until it has logged a row it is alone.
+            method.end(trial, trial.result(metric, method.worst))
+        over_before = {n for n, trial in trials.items() if trial.status in OVER}
+        waiting = [n for n in range(method.total) if n not in over_before]
+        for trial in [trials[n] for n in waiting if n in trials and trials[n].holder()]:
+            waiting.remove(trial.number)  # a killed search left it at work: it is waited for
+            running.append(trial)
+            method.begin(trial)
+            say(f"{trial.name}  still runs    {trial.holder()}, which is waited for")
+        while any(trial.process for trial in running) or ((running or waiting) and not stop.asked):
+            # The first one prepares the corpus for all: until it has logged a row it is alone.
             ready = any((trial.folder / "metrics.jsonl").exists() for trial in trials.values())
             while waiting and not stop.asked and len(running) < (jobs if ready else 1):
                 number = waiting.pop(0)
-                trial = trials.setdefault(number, Trial(home / f"trial-{number:04d}"))
-                trial.slot = min({*range(jobs)} - {other.slot for other in running})
-                method.begin(trial)
-                trial.save()
-                if trial.start(words, options["launch"], jobs):
-                    running.append(trial)
-                else:
-                    over(trial)
+                begin(trials.setdefault(number, Trial(home / f"trial-{number:04d}", number)))
             began = time.monotonic()
             for trial in [*running]:
-                if trial.process.poll() is not None:
+                if trial.process is None:
+                    if not trial.holder():
+                        running.remove(trial)
+                        waiting.insert(0, trial.number)
+                elif trial.process.poll() is not None:
                     running.remove(trial)
-                    trial.judge(metric)
+                    trial.judge(metric, trial.process.returncode)
                     over(trial)
                 elif not trial.stopped and (stop.asked or method.hopeless(trial, trial.steps)):
-                    trial.stopped = "by us" if stop.asked else "by Optuna"
-                    trial.process.terminate()  # SIGTERM: train.py saves a checkpoint and goes
-            time.sleep(max(0.1, 10 * (time.monotonic() - began)))  # reading takes a tenth of a core at most
+                    trial.stop("by us" if stop.asked else "by Optuna")
+            # Reading what they log takes a tenth of a core at most.
+            time.sleep(max(0.1, 10 * (time.monotonic() - began)))
+        for trial in running:
+            say(f"{trial.name}  still runs    {trial.holder()}; the same command waits for it")
+        trouble += sweep_results.tell(home, [*trials.values()], search, metric, maximise, say)
     finally:
         for trial in running:
-            trial.process.terminate()
+            if trial.process is not None and not trial.stopped:  # a second SIGTERM is not held back
+                trial.stop("by us")
         stop.close()
         lock.release()
-    found = (home, [*trials.values()], [*search], metric, metric in MAXIMISED)
-    results = sweep_results.table(*found)
-    if results:
-        sweep_results.picture(*found)
-    print(home / "table.md")
-    return 0 if results or stop.asked else 1
+    done = any(trial.status == "done" for trial in trials.values())
+    return 0 if stop.asked or (done and not trouble) else 1
 
 
 if __name__ == "__main__":
@@ -241,5 +243,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
+        complain(f"sweep.py: {error}")
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        complain("sweep.py: stopped at once; the same command again goes on")
+        sys.exit(130)

@@ -1,13 +1,18 @@
-"""A search: what is tried, what is skipped, continued and stopped, and what is told. Most tests put a program
-of some lines in train.py's place, which logs a loss that is least at lr=0.01 and has n_layer=4."""
+"""A search: what is tried, what is skipped, continued and stopped, what lies about in its folder, and what is
+told. Most tests put a program of some lines in train.py's place, which logs a loss that is least at lr=0.01
+and has n_layer=4. It needs grad_clip seconds a step and clip_value seconds before it begins."""
 
 import csv
+import errno
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,14 +20,22 @@ import pytest
 
 import proposals
 import sweep
+import sweep_results
+import trials
 from proposals import choices
 
 ROOT = Path(sweep.__file__).parent
 FAKE = """
-import json, math, os, signal, sys, time
+import fcntl, json, math, os, signal, sys, time
 given = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
 lr, steps, stop = float(given.get("lr", 0.01)), int(given.get("steps", 12)), []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+time.sleep(float(given.get("clip_value", 0)))
+lock = open(given["out_dir"] + "/.lock", "a+")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("train.py: " + given["out_dir"] + " is in use by another")
 open(given["out_dir"] + "/starts", "a").write(" ".join(sys.argv) + os.environ["OMP_NUM_THREADS"] + "\\n")
 if given.get("optim") == "lion":
     sys.exit("some noise\\nValueError: no lions | here\\nmore noise")
@@ -36,6 +49,9 @@ with open(path, "a", buffering=1) as file:
         loss = abs(math.log10(lr) + 2) + abs(int(given.get("n_layer", 4)) - 4) / 10 + 1 / step
         row = {"step": step, "val_loss": loss if lr < 1 else None, "val_accuracy": 1 - loss / 9}
         file.write(json.dumps({"step": step, "loss": loss}) + "\\n" + json.dumps(row) + "\\n")
+        if "patience" in given and step == 4:  # 1, 1/2, 1/3, 1/4: two are not better by 0.3
+            break
+os.makedirs(given["out_dir"] + f"/step-{step:08d}", exist_ok=True)
 """
 
 
@@ -44,6 +60,7 @@ def go(tmp_path, monkeypatch):
     """A sweep in tmp_path/s with the program above: its exit status."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(sweep, "TRAIN", str(tmp_path / "fake.py"))
+    monkeypatch.setattr(sweep_results, "picture", lambda *_: b"")  # which takes longer than all else
     return lambda *words: sweep.main([str(tmp_path / "s"), "--steps=12", *words])
 
 
@@ -137,30 +154,249 @@ def test_another_search_in_the_same_folder_is_refused(go):
             go(*other)
 
 
-@pytest.mark.slow
-def test_a_stopped_search_stops_its_trials_and_goes_on_later(tmp_path):
-    (tmp_path / "fake.py").write_text(FAKE)
-    program = str(tmp_path / "fake.py")
-    code = f"import sys, sweep; sweep.TRAIN = {program!r}; sys.exit(sweep.main(sys.argv[1:]))"
-    argv = [sys.executable, "-c", code, str(tmp_path / "s"), "--search.lr=1e-3,1e-2,1e-1", "--jobs=2",
-            "--grad_clip=0.15", "--steps=20"]  # fmt: skip
+def as_process(folder, *words) -> list[str]:
+    """The command of a search in a process of its own, with the program above."""
+    (folder / "fake.py").write_text(FAKE)
+    code = (f"import sys, sweep; sweep.TRAIN = {str(folder / 'fake.py')!r}; "
+            "sweep.sweep_results.picture = lambda *_: b''; sys.exit(sweep.main(sys.argv[1:]))")
+    return [sys.executable, "-c", code, str(folder / "s"), *words]
+
+
+def begun(folder, argv: list[str], *paths: str) -> subprocess.Popen:
+    """The search, when these paths are in its folder."""
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / "s" / f"trial-000{n}" / "metrics.jsonl").exists() for n in (0, 1)):
+    deadline = time.monotonic() + 240
+    while not all((folder / "s" / path).exists() for path in paths):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_search_stops_its_trials_and_goes_on_later(tmp_path, number):
+    argv = as_process(tmp_path, "--search.lr=1e-3,1e-2,1e-1", "--jobs=2", "--grad_clip=0.3", "--steps=20")
+    process = begun(tmp_path, argv, "trial-0000/metrics.jsonl", "trial-0001/metrics.jsonl")
+    process.send_signal(number)
+    assert process.wait(120) == 0
     assert [row["status"] for row in rows(tmp_path)] == ["unfinished"] * 2  # the third was never begun
-    assert subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=240).returncode == 0
     assert [(row["status"], row["steps"]) for row in rows(tmp_path)] == [("done", "20")] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", ["0.01", "3"])  # in the midst, and before it has a lock of its own
+def test_what_a_killed_search_left_running_is_waited_for_and_counts(tmp_path, delay):
+    argv = as_process(tmp_path, "--search.lr=1e-3,1e-2", "--grad_clip=0.4", "--steps=20",
+                      f"--clip_value={delay}")  # fmt: skip
+    ready = "trial-0000/metrics.jsonl" if delay == "0.01" else "trial-0000/output.log"
+    process = begun(tmp_path, argv, ready)
+    process.kill()
+    process.wait()
+    again = begun(tmp_path, argv, "table.md" if delay == "0.01" else ready)
+    said = again.communicate(timeout=240)[0]
+    assert again.returncode == 0 and "trial-0000  still runs" in said and "waited for" in said
+    assert [(row["status"], row["steps"], row["error"]) for row in rows(tmp_path)] == [("done", "20", "")] * 2
+    assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (1, 1)  # its last checkpoint told that it was over
+
+
+@pytest.mark.slow
+def test_what_a_killed_search_left_running_outlives_a_second_one_that_is_stopped(tmp_path):
+    argv = as_process(tmp_path, "--search.lr=1e-3,1e-2", "--grad_clip=0.4", "--steps=30")
+    process = begun(tmp_path, argv, "trial-0000/metrics.jsonl")
+    process.kill()
+    process.wait()
+    again = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "still runs" in again.stdout.readline()
+    again.terminate()
+    assert "the same command waits for it" in again.communicate(timeout=120)[0] and again.returncode == 0
+    assert rows(tmp_path)[0]["status"] == "unfinished"
+    assert subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=240).returncode == 0
+    assert {(row["status"], row["steps"]) for row in rows(tmp_path)} == {("done", "30")}
+    assert starts(tmp_path, 0) == 1
+
+
+@pytest.mark.slow
+def test_a_search_whose_reader_goes_away_comes_to_its_end(tmp_path):
+    process = begun(tmp_path, as_process(tmp_path, "--search.lr=1e-3,1e-2", "--steps=5"), "trial-0000")
+    process.stdout.close()
+    assert process.wait(240) == 0 and {row["status"] for row in rows(tmp_path)} == {"done"}
 
 
 def test_two_searches_do_not_share_a_folder(go, tmp_path):
     lock = sweep.resume.RunLock(tmp_path / "s")
-    with pytest.raises(ValueError, match="is in use by process"):
+    with pytest.raises(ValueError, match="is in use by process .* take another SWEEP_DIR"):
         go("--search.lr=1e-3,1e-2")
     lock.release()
+    assert go("--search.lr=1e-3,1e-2") == 0
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_who_is_at_work_in_a_folder_is_waited_for_whoever_started_it(go, tmp_path, capsys, killed):
+    folder = tmp_path / "s" / "trial-0000"
+    folder.mkdir(parents=True)
+    by_hand = subprocess.Popen([sys.executable, tmp_path / "fake.py", f"--out_dir={folder}", "--lr=1e-3",
+                                "--steps=12", "--grad_clip=0.2"], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    if killed:  # then there is still something to do
+        threading.Timer(1.0, by_hand.kill).start()
+    assert go("--search.lr=1e-3,1e-2") == 0 and by_hand.poll() == (-signal.SIGKILL if killed else 0)
+    assert "trial-0000  still runs" in capsys.readouterr().out
+    assert starts(tmp_path, 0) == 1 + killed
+    assert [(row["status"], row["steps"]) for row in rows(tmp_path)] == [("done", "12")] * 2
+
+
+def test_a_run_that_ends_early_by_patience_is_done_with_the_weights_it_keeps(go, tmp_path):
+    words = ("--search.lr=1e-2,1e-3", "--patience=2", "--min_delta=0.3")
+    for _ in range(2):  # again: it is over
+        assert go(*words) == 0
+        found = [(row["status"], row["steps"], round(float(row["val_loss"]), 6)) for row in rows(tmp_path)]
+        assert found == [("done", "4", 0.5), ("done", "4", 1.5)]  # of step 2, not of step 4
+        assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (1, 1)
+
+
+LOST = [("null", 0), ("NaN", 0), ("Infinity", 0), ("1.5", 1)]  # what is logged last, and the exit status
+
+
+@pytest.mark.parametrize("last, status", LOST)
+def test_a_run_that_diverges_or_is_aborted_is_a_result_the_worst_and_not_tried_again(
+        go, tmp_path, last, status, capsys):  # fmt: skip
+    (tmp_path / "fake.py").write_text(FAKE + f"""
+if lr == 0.1:
+    with open(path, "a") as file:
+        file.write('{{"step": 12, "val_loss": {last}}}\\n')
+        if {status}:
+            file.write('{{"step": 12, "event": "nonfinite", "text": "loss nan", "action": "abort"}}\\n')
+            sys.exit("train.py: step 12: loss nan")
+""")
+    for _ in range(2):
+        assert go("--search.lr=0.1,0.01") == 0
+        worst = rows(tmp_path)[-1]
+        assert (worst["lr"], worst["status"], worst["val_loss"]) == ("0.1", "diverged", "inf")
+        assert worst["error"] == ("step 12: loss nan" if status else "its loss is no finite number")
+        assert starts(tmp_path, 0) == 1 and "| inf | 12 |" in (tmp_path / "s" / "table.md").read_text()
+
+
+# ---- what lies about in the folder
+WORDS = ("--search.lr=1e-3,1e-2", "--search.n_layer=3,4", "--jobs=4")  # trial 1: 1e-3 and 4
+
+
+def move(path, new):
+    os.rename(path, path.with_name(new))
+
+
+def link(path, to):
+    move(path, "elsewhere")
+    os.symlink(to, path)
+
+
+STRAYS = {  # what happens to trial 1, what is said, and how often it was started in all
+    "a copy": (lambda t: shutil.copytree(t, f"{t}.bak"), "left alone .*: trial-0001.bak", 1),
+    "a copy that a file manager makes": (lambda t: shutil.copytree(t, f"{t} (copy)"), "trial-0001 .copy", 1),
+    "a copy beyond the grid": (lambda t: shutil.copytree(t, t.with_name("trial-0007")), "trial-0007", 1),
+    "a number with too few zeros": (lambda t: (t.parent / "trial-2").mkdir(), "left alone .*: trial-2", 1),
+    "a copy in its place": (lambda t: (move(t, "mine"), shutil.copytree(t.with_name("trial-0002"), t)),
+                            "has --lr=1e-2 --n_layer=3, .* is aside-trial-0001 now", 1),
+    "a link to another": (lambda t: link(t, "trial-0002"), "is trial-0002 by another name", 1),
+    "a link to itself, moved": (lambda t: link(t, "elsewhere"), "", 1),
+    "a broken link": (lambda t: link(t, "nowhere"), "is no folder; it is aside-trial-0001 now", 1),
+    "a file": (lambda t: (move(t, "mine"), t.write_text("notes")), "is no folder", 1),
+    "an empty folder": (lambda t: (move(t, "mine"), t.mkdir()), "", 1),
+    "trial.json empty": (lambda t: (t / "trial.json").write_text(""), "damaged; .*--lr=1e-3 --n_layer=4", 1),
+    "trial.json cut": (lambda t: (t / "trial.json").write_text('{"values": {"lr"'), "is damaged", 1),
+    "trial.json of bytes": (lambda t: (t / "trial.json").write_bytes(bytes(range(256))), "is damaged", 1),
+    "trial.json a list": (lambda t: (t / "trial.json").write_text("[1]"), "is damaged", 1),
+    "trial.json with a list": (lambda t: (t / "trial.json").write_text('{"values": [1, 2]}'), "damaged", 1),
+    "trial.json a folder": (lambda t: (move(t / "trial.json", "x"), (t / "trial.json").mkdir()),
+                            "is damaged", 1),
+    "trial.json gone": (lambda t: (t / "trial.json").unlink(), "trial.json is missing", 1),
+    "an unknown status": (lambda t: (t / "trial.json").write_text(
+        '{"values": {"lr": "1e-3", "n_layer": "4"}, "status": "finished"}'), "", 1),
+    "metrics.jsonl gone": (lambda t: ((t / "metrics.jsonl").unlink(), (t / "step-00000012").rmdir()),
+                           "has no val_loss in its metrics.jsonl; it is tried again", 2),
+    "sweep.json empty": (lambda t: (t.parent / "sweep.json").write_text(""), "to sweep.json.damaged", 1),
+    "sweep.json a list": (lambda t: (t.parent / "sweep.json").write_text("[]"), "sweep.json is damaged", 1),
+    "sweep.json gone": (lambda t: (t.parent / "sweep.json").unlink(), "", 1),
+}
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_what_is_no_trial_is_named_and_nothing_is_lost(go, tmp_path, capsys, kind):
+    change, said, count = STRAYS[kind]
+    go(*WORDS)
+    found = (tmp_path / "s" / "trials.csv").read_text()
+    change(tmp_path / "s" / "trial-0001")
+    kept = {path.read_bytes() for path in tmp_path.rglob("metrics.jsonl")}
+    capsys.readouterr()
+    assert go(*WORDS) == 0 and re.search(said, first := capsys.readouterr().out), first
+    assert go(*WORDS) == 0
+    again = capsys.readouterr().out.replace(str(tmp_path), "")  # has the test's name in it
+    assert not re.search("damaged|aside|missing|tried again", again), again
+    assert (tmp_path / "s" / "trials.csv").read_text() == found
+    assert [starts(tmp_path, n) for n in range(4)] == [1, count, 1, 1]
+    assert kept <= {path.read_bytes() for path in tmp_path.rglob("metrics.jsonl")}
+
+
+def test_a_trial_of_which_the_metric_is_lost_is_told_and_not_tried_for_ever(go, tmp_path, capsys):
+    go(*WORDS)
+    path = tmp_path / "s" / "trial-0001" / "metrics.jsonl"
+    path.write_text('{"step": 12, "loss": 1.0}\n{"st')
+    for said in ("has no val_loss in its metrics.jsonl; it is tried again", "best: trial-0003"):
+        assert go(*WORDS) == 0 and said in capsys.readouterr().out
+        last = rows(tmp_path)[-1]
+        assert (last["status"], last["error"]) == ("failed", "no val_loss was logged")
+    assert starts(tmp_path, 1) == 1
+
+
+def test_a_folder_at_work_with_other_values_is_not_moved(go, tmp_path):
+    go(*WORDS)
+    folder = tmp_path / "s" / "trial-0001"
+    (folder / "trial.json").write_text(json.dumps({"values": {"lr": "5", "n_layer": "4"}}))
+    lock = sweep.resume.RunLock(folder)
+    with pytest.raises(ValueError, match="trial-0001 has --lr=5 .* process .* is at work there; stop it"):
+        go(*WORDS)
+    lock.release()
+    assert go(*WORDS) == 0 and (tmp_path / "s" / "aside-trial-0001" / "metrics.jsonl").exists()
+
+
+def test_optuna_reads_lost_values_from_the_run_s_own_settings_or_sets_it_aside(go, tmp_path, capsys):
+    pytest.importorskip("optuna", reason="pip install optuna")
+    words = ("--method=optuna", "--trials=3", "--search.lr=log:1e-3:1e-1", "--search.qk_norm=true,false")
+    go(*words)
+    found, folder = rows(tmp_path), tmp_path / "s" / "trial-0001"
+    values = json.loads((folder / "trial.json").read_text())["values"]
+    (folder / "config.toml").write_text(f"lr = {values['lr']}\nqk_norm = {values['qk_norm']}\n")
+    (folder / "trial.json").write_text("")
+    assert go(*words) == 0 and rows(tmp_path) == found and starts(tmp_path, 1) == 1
+    (folder / "config.toml").unlink()
+    (folder / "trial.json").write_text("")
+    assert go(*words) == 0 and "has a run whose values nobody knows" in capsys.readouterr().out
+    assert len(rows(tmp_path)) == 3 and (tmp_path / "s" / "aside-trial-0001" / "metrics.jsonl").exists()
+
+
+def test_the_order_of_the_fields_on_the_command_line_changes_no_trial(go, tmp_path):
+    go(*WORDS)
+    found = (tmp_path / "s" / "trials.csv").read_text()
+    shutil.rmtree(tmp_path / "s" / "trial-0001")
+    assert go(*reversed(WORDS)) == 0 and (tmp_path / "s" / "trials.csv").read_text() == found
+    assert [starts(tmp_path, n) for n in range(4)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["a file", "a broken link"])
+def test_a_place_that_is_no_folder_is_told(tmp_path, name):
+    place = tmp_path / "s"
+    place.write_text("") if name == "a file" else place.symlink_to("nowhere")
+    with pytest.raises(ValueError, match="s is no folder; take another SWEEP_DIR"):
+        sweep.main([str(place), "--search.lr=1e-3,1e-2"])
+
+
+def test_the_home_folder_may_be_a_tilde(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tiny.toml").write_text("steps = 2")
+    assert sweep.main(["~/s", "~/tiny.toml", "--search.data=~/a b.txt;~/c,d.txt"]) == 0
+    assert {row["data"] for row in rows(tmp_path) if row["status"] == "done"} == {"~/a b.txt", "~/c,d.txt"}
+    assert "--data=~/c,d.txt " in (tmp_path / "s" / "trial-0001" / "starts").read_text()  # for config.py
 
 
 def test_gpus_are_shared_out(go, tmp_path, monkeypatch):
@@ -238,31 +474,158 @@ def test_without_optuna_there_is_one_line(go, monkeypatch):
 
 
 # ---- what is told
-def test_a_failing_trial_is_a_row_with_its_error(go, tmp_path):
+def test_a_failing_trial_is_a_row_with_its_error(go, tmp_path, capsys):
     assert go("--search.optim=muon,lion", "--search.n_embd=64,66", "--search.lr=0.01,5", "--steps=2") == 0
     found = {(r["optim"], r["n_embd"], r["lr"]): (r["status"], r["error"]) for r in rows(tmp_path)}
     assert found["muon", "64", "0.01"] == ("done", "")
     assert found["lion", "64", "0.01"] == ("failed", "ValueError: no lions | here")
     status, error = found["muon", "66", "0.01"]
     assert status == "failed" and "not divisible by n_head=4" in error
-    assert found["muon", "64", "5"] == ("failed", "no val_loss was logged, or it was no finite number")
+    assert found["muon", "64", "5"] == ("diverged", "its loss is no finite number")
     assert "no lions \\| here" in (tmp_path / "s" / "table.md").read_text()
+    assert "--lr=0.01  ValueError: no lions | here\n" in capsys.readouterr().out
     assert not (tmp_path / "s" / "trial-0002" / "starts").exists()  # refused before it was begun
 
 
-def test_where_all_trials_fail_the_exit_status_is_1(go):
+# How a process ends; the trial's status and error; the exit status of a search in which another is done.
+MEMORY = "ended by SIGKILL, perhaps for want of memory"
+BUSY, FULL = "train.py: t is in use by process 1; stop it", "train.py: [Errno 28] No space left on device"
+ENDS = {
+    "a mistake": ("sys.exit('train.py: no such text')", "failed", "train.py: no such text", 0),
+    "on a rank": ("print('[rank0]: RuntimeError: torn'); print('[rank0]: more'); sys.exit(1)",
+                  "failed", "[rank0]: RuntimeError: torn", 0),
+    "an exception": ("raise KeyError('abc')", "failed", "KeyError: 'abc'", 0),
+    "a bare assert": ("assert lr > 1", "failed", "AssertionError", 0),
+    "nothing said": ("sys.exit(3)", "failed", "exit status 3", 0),
+    "a crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "failed", "ended by SIGSEGV", 0),
+    "no metric": ("open(path, 'w').write('{\"step\": 12, \"loss\": 1.0}\\n'); sys.exit(0)",
+                  "failed", "no val_loss was logged", 0),
+    "no memory": ("os.kill(os.getpid(), signal.SIGKILL)", "unfinished", MEMORY, 1),
+    "no memory, told by a shell": ("sys.exit(137)", "unfinished", MEMORY, 1),
+    "Ctrl-C": ("sys.exit(130)", "unfinished", "ended by SIGINT", 1),
+    "asked": ("os.kill(os.getpid(), signal.SIGTERM)", "unfinished", "it was told to stop at step 0", 1),
+    "a full disk": (f"sys.exit({FULL!r})", "unfinished", FULL, 1),
+    "another at work": (f"sys.exit({BUSY!r})", "unfinished", BUSY, 1),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_how_a_trial_ended_is_in_the_table_and_on_the_screen(go, tmp_path, capsys, kind):
+    end, status, error, code = ENDS[kind]
+    (tmp_path / "fake.py").write_text(FAKE.replace("done = len", f"if lr == 0.1: {end}\ndone = len"))
+    assert go("--search.lr=0.1,0.01") == code
+    last, out = rows(tmp_path)[-1], capsys.readouterr().out
+    assert (last["lr"], last["status"], last["error"]) == ("0.1", status, error)
+    assert re.search(rf"trial-0000  {status} .*--lr=0.1  {re.escape(error)}\n", out), out
+    (tmp_path / "fake.py").write_text(FAKE)  # whatever it was is mended
+    assert go("--search.lr=0.1,0.01") == 0
+    assert starts(tmp_path, 0) == 1 + (status == "unfinished")
+    assert rows(tmp_path)[-1]["status"] == ("failed" if status == "failed" else "done")
+
+
+def test_the_error_is_that_of_the_last_start(go, tmp_path):
+    (tmp_path / "fake.py").write_text("import sys; print('ValueError: of old', flush=True); sys.exit(143)")
+    assert go("--search.lr=0.1") == 1 and rows(tmp_path)[0]["error"] == "ended by SIGTERM"
+    (tmp_path / "fake.py").write_text("import sys; print('a word', flush=True); sys.exit(4)")
+    assert go("--search.lr=0.1") == 1 and rows(tmp_path)[0]["error"] == "a word"
+
+
+def test_where_no_trial_comes_to_a_result_the_exit_status_is_1(go):
+    assert go("--search.optim=lion", "--steps=2") == 1
     assert go("--search.optim=lion", "--steps=2") == 1
 
 
-@pytest.mark.parametrize("words", [
-    ["--search.lr=1e-3,1e-2,5e-2,0.5"], ["--search.optim=muon,adamw"],
-    ["--search.lr=1e-3,1e-2", "--search.optim=muon,lion", "--search.n_layer=3,4"]])
-def test_a_picture_is_drawn(go, tmp_path, words):
-    from matplotlib.image import imread
+@pytest.mark.parametrize("name", ["trials.csv", "table.md", "sweep.png"])
+def test_what_cannot_be_written_is_told_and_the_rest_is_there(go, tmp_path, capsys, name):
+    (tmp_path / "s" / name).mkdir(parents=True)
+    assert go("--search.lr=1e-3,1e-2") == 1
+    assert f"{name} cannot be written: Is a directory\nbest: trial-0001" in capsys.readouterr().out
+    others = {"trials.csv", "table.md", "sweep.png"} - {name}
+    assert all((tmp_path / "s" / other).is_file() for other in others)
+    (tmp_path / "s" / name).rmdir()
+    assert go("--search.lr=1e-3,1e-2") == 0 and starts(tmp_path, 0) == 1
 
-    assert go(*words, "--steps=2", "--jobs=3") == 0
-    rgb = imread(tmp_path / "s" / "sweep.png")[..., :3]
-    assert rgb.shape[0] >= 500 and (rgb.max(-1) - rgb.min(-1) > 0.1).mean() > 2e-4
+
+@pytest.mark.parametrize("number, told", [(errno.ENOSPC, 1), (errno.EACCES, 3)])
+def test_a_disk_that_is_full_at_a_trial_s_beginning_ends_the_search_with_a_sentence(
+        go, tmp_path, monkeypatch, capsys, number, told):  # fmt: skip
+    def full(path, content):
+        raise OSError(number, os.strerror(number), str(path))
+
+    words = ("--search.lr=1e-3,1e-2,1e-1", "--steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "write", full)
+        assert go(*words) == 1
+    assert capsys.readouterr().out.count(f"cannot be used: {os.strerror(number)}") == told
+    assert go(*words) == 0 and {row["status"] for row in rows(tmp_path)} == {"done"}
+
+
+def test_a_disk_that_is_full_at_a_trial_s_end_loses_nothing(go, tmp_path, monkeypatch, capsys):
+    save = trials.Trial.save
+
+    def full(trial):
+        if trial.status == "done":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(trial)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials.Trial, "save", full)
+        assert go("--search.lr=1e-3,1e-2") == 1
+    assert "trial.json cannot be written: No space left" in capsys.readouterr().out
+    assert {row["status"] for row in rows(tmp_path)} == {"done"}
+    assert go("--search.lr=1e-3,1e-2") == 0 and starts(tmp_path, 0) == 1
+
+
+def test_optuna_hears_of_all_that_is_over(go, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna", reason="pip install optuna")
+    told = {}
+    tell = optuna.study.Study.tell
+
+    def heard(study, trial, value, state):
+        told[trial.params["lr"]] = (value, state.name)
+        return tell(study, trial, value, state)
+
+    monkeypatch.setattr(optuna.study.Study, "tell", heard)
+    (tmp_path / "fake.py").write_text(FAKE.replace("done = len", "if lr == 0.1: sys.exit(3)\ndone = len", 1))
+    for n, lr in enumerate(("1e-2", "5", "0.1")):
+        (tmp_path / "s" / f"trial-000{n}").mkdir(parents=True)
+        (tmp_path / "s" / f"trial-000{n}" / "trial.json").write_text(json.dumps({"values": {"lr": lr}}))
+    words = ("--method=optuna", "--search.lr=1e-2,5,0.1", "--trials=3", "--patience=2", "--min_delta=0.3")
+    for _ in range(2):  # as it happens, and from the folders
+        assert go(*words) == 0
+        assert told == {"1e-2": (0.5, "COMPLETE"), "5": (math.inf, "COMPLETE"), "0.1": (None, "PRUNED")}
+        told.clear()
+
+
+def test_without_matplotlib_there_are_tables_and_a_sentence(go, tmp_path, monkeypatch, capsys):
+    def missing(*_):
+        raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(sweep_results, "picture", missing)
+    assert go("--search.lr=1e-3", "--steps=2") == 1
+    assert "sweep.png cannot be written: No module named 'matplotlib'" in capsys.readouterr().out
+    assert (tmp_path / "s" / "table.md").exists()
+
+
+# ---- mistakes
+def test_values_are_read_as_people_type_them():
+    assert choices("lr", " 1e-3 , 0.001,3e-3") == ["1e-3", "3e-3"]  # the same number twice
+    assert choices("n_kv_head", "none,None,2") == ["none", "2"]
+    assert choices("tied", "True,true,false,auto") == ["True", "false", "auto"]
+    assert choices("opt.betas", "0.9,0.95;") == ["0.9,0.95"] and choices("lr", "3e-4") == ["3e-4"]
+    assert choices("data", "my texts/a.txt, --b=c d.txt") == ["my texts/a.txt", "--b=c d.txt"]
+    assert choices("opt.eps", "-1e-8,1e-8") == ["-1e-8", "1e-8"]
+
+
+def test_a_value_that_is_there_twice_is_told_and_tried_once(go, tmp_path, capsys):
+    assert go("--search.lr=1e-3,0.001,1e-2", "--steps=2") == 0 and len(rows(tmp_path)) == 2
+    assert "--search.lr=1e-3,0.001,1e-2 has a value twice; tried once: 1e-3, 1e-2" in capsys.readouterr().out
+
+
+def test_options_may_stand_apart_from_their_values(go, tmp_path):
+    assert go("--search.lr", "1e-3,1e-2", "--jobs", "2", "--dropout", "0.1") == 0
+    assert [row["lr"] for row in rows(tmp_path)] == ["1e-2", "1e-3"]
+    assert "--dropout=0.1" in (tmp_path / "s" / "trial-0000" / "starts").read_text()
 
 
 MISTAKES = """
@@ -285,6 +648,46 @@ MISTAKES = """
 --search.lr=1,2 --metric=val            | val_loss
 --search.lr=1,2 none.toml               | cannot read the recipe
 --search.lr=1,2 --n_head=3              | not divisible
+--search.lr                             | has an empty value
+--search.lr= --steps=3                  | has an empty value
+--search.lr=1e-3,,1e-2                  | has an empty value
+--search.lr=1e-3,1e-2,                  | has an empty value
+--search=lr                             | names no field
+--search.lr=1 --search.lr=2             | is there twice
+--search.lr=-1e-3,1e-3                  | out of range
+--search.lr=nan,1                       | out of range
+--search.dropout=0.1,1                  | out of range
+--search.dropout=lin:0:1 --method=random | out of range
+--search.n_layer=int:0:2                | out of range
+--search.grad_clip=0,1                  | --grad_clip=none
+--search.decay_frac=0.5,2               | is a share
+--search.n_layer=1.5,2                  | a whole number
+--search.n_layer=none,2                 | a whole number
+--search.tied=yes,no                    | true or false
+--search.optim=muon,liom                | did you mean lion?
+--search.lr=1,2 --optim=lionn           | did you mean lion?
+--search.lr=--steps=3,1                 | a number
+--search.lr=LOG:1e-3:1                  | a range is int:2:6
+--search.lr=log:-1:1 --method=random    | above 0
+--search.lr=log:0.1:0.001               | log:0.001:0.1
+--search.lr=lin:nan:1                   | is no range
+--search.lr=lin:-inf:1                  | is no range
+--search.lr=lin:0:1:2                   | is no range
+--search.n_layer=int:1.5:3              | is no range
+--search.n_layer=int:3:3                | one value
+--search.n_layer=lin:2:6                | a whole number
+--search.seed=int:1:1000000             | more than 100000
+--search.resume=a,b                     | leave --search.resume out
+--search.n_head=3,5                     | not divisible
+--search.opt.momentun=0.9,0.95          | did you mean --opt.momentum?
+--search.opt.betas=0.9,0.95 --optim=adamw | --search.opt.betas="A,B;C,D"
+--search.schedule.shape=a,b             | shape
+--search.schedule.shap=a,b              | no such argument
+--search.lr=1,2 --eval_every=0          | needs evaluations
+--search.lr=1,2 --launch=nosuchprogram  | there is no program nosuchprogram
+--search.lr=1,2 --launch="              | no command line
+--search.lr=1,2 --jobs                  | has no value
+--search.lr=1,2 --jobs=two              | 1 or more
 """
 
 
