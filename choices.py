@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import inspect
 import os
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import checks
 import data
 import schedules
 import spikes
-from optim import mup
+from optim import mup, param_groups
 from parallel.ddp import DDP
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, refuse_coupled
 from precision import amp, onednn
 from precision.loss_scale import LossScaler
 from settings import Config, update, with_traits
@@ -28,23 +27,83 @@ HEAVY = ("Muon", "SOAP", "Shampoo")
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The class for `file` (its first) or `file.Class` in optim/. Raises ValueError with the nearest name."""
+    """The class for `file` (its own first one, or the one it imports) or `file.Class` in optim/.
+    Raises ValueError with the nearest name, or with what the file lacks."""
     file, dot, wanted = name.partition(".")
     folder = Path(__file__).parent / "optim"
     files = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("param_groups", "mup"))
     if file not in files:
         raise ValueError(f"--optim={name}: there is no such file in optim/; {checks.nearest(file, files)}")
-    module = vars(importlib.import_module(f"optim.{file}"))
-    classes = {n: c for n, c in module.items() if isinstance(c, type) and c.__module__ == module["__name__"]}
-    classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
-    if dot and wanted not in classes:
-        raise ValueError(f"--optim={name}: no such class in that file; {checks.nearest(wanted, [*classes])}")
-    return classes[wanted] if wanted else next(iter(classes.values()))
+    where = f"--optim={name}: optim/{file}.py"
+    try:
+        module = vars(importlib.import_module(f"optim.{file}"))
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{where} imports {error.name}, which is not installed; type pip install "
+                         f"{error.name}, or take another optimizer") from None  # fmt: skip
+    except Exception as error:  # whatever a file can raise
+        raise ValueError(f"{where} cannot be imported: {said(error)}; python -m optim.{file} shows "
+                         "the line, or take another optimizer") from None  # fmt: skip
+    base = torch.optim.Optimizer
+    classes = {n: c for n, c in module.items() if isinstance(c, type) and c is not base}
+    found = {n: c for n, c in classes.items() if issubclass(c, base)}
+    own = {n: c for n, c in found.items() if c.__module__ == module["__name__"]}
+    if not found:
+        raise ValueError(f"{where} has no optimizer; define or import a class there that is "
+                         "derived from torch.optim.Optimizer")  # fmt: skip
+    if dot and wanted not in found:
+        near = checks.nearest(wanted, [*found])
+        raise ValueError(f"--optim={name}: no such class in that file; {near}")
+    if not wanted and not own and len(set(found.values())) > 1:
+        raise ValueError(f"{where} imports {', '.join(found)}; type one, such as --optim={file}."
+                         f"{next(iter(found))}")  # fmt: skip
+    return found[wanted] if wanted else [*own.values(), *found.values()][0]
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def trial(cfg: Config, optimizer_class: type) -> tuple[dict, dict]:
+    """What a group of such an optimizer holds, and which of lr and weight_decay its constructor
+    cannot do without. Only making one shows it: signatures hide things behind **options and
+    sentinels. Raises ValueError where it cannot be made."""
+    param_groups.without_compiler()
+    ours = "params", "lr", "weight_decay"
+    options = checks.check_options(cfg, "opt", optimizer_class, given=ours)
+    lr = {"lr": 1e-3 if cfg.lr is None else cfg.lr}
+    decay, why = {"weight_decay": cfg.weight_decay or 0.0}, None
+    for needed in ({}, lr, decay, lr | decay):
+        try:
+            made = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **needed, **options)
+            return made.param_groups[0], needed
+        except Exception as error:  # whatever a constructor can raise
+            why = why or error
+    if isinstance(why, ValueError):
+        raise ValueError(" ".join(str(why).split())) from None
+    raise ValueError(f"--opt.*: {optimizer_class.__name__} cannot take {options}: {said(why)}; "
+                     "--lr= and --opt.NAME= give it arguments")  # fmt: skip
 
 
 def matrices_only(optimizer_class: type) -> bool:
     """Muon moves the matrices itself and everything else by AdamW, with other learning rates."""
     return getattr(optimizer_class, "matrices_only", False)
+
+
+def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
+    """The lr and the weight decay that the class itself has; 0 where it knows no decay. Raises
+    ValueError where it has none of its own and cfg neither, or where cfg's would do nothing."""
+    group, needed = trial(cfg, optimizer_class)
+    what = f"--optim={cfg.optim}: {optimizer_class.__name__} has no"
+    if "lr" not in group:
+        raise ValueError(f"{what} lr in its groups, where the schedule sets it; let its "
+                         "constructor take one and keep it there, or take another optimizer")
+    if cfg.weight_decay and "weight_decay" not in group:
+        raise ValueError(f"{what} weight decay; leave --weight_decay={cfg.weight_decay:g} out")
+    for name, usual, own in (("lr", "1e-3", group["lr"]), ("weight_decay", "0", 0.0)):
+        if getattr(cfg, name) is None and (name in needed or not checks.is_number(own)):
+            raise ValueError(f"{what} default for {name}; type one, such as --{name}={usual}")
+    return group["lr"], group.get("weight_decay", 0.0)
 
 
 def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: bool) -> Config:
@@ -58,8 +117,8 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: 
     if cfg.attention == "flex" and device.type != "cuda":
         raise ValueError(f"attention=flex is for GPUs, torch cannot train with it on {device.type}; type "
                          "--attention=sdpa")  # fmt: skip
-    default = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
-    lr = default["lr"] if cfg.lr is None else cfg.lr
+    own_lr, own_decay = own_defaults(cfg, optimizer_class)
+    lr = own_lr if cfg.lr is None else cfg.lr
     other = 0.01 if matrices_only(optimizer_class) else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
     schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
@@ -77,7 +136,7 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: 
         compile=cfg.compile if cfg.compile != "auto" else "default" if gpu and not apart else "off",
         schedule=schedule if cfg.schedule == "auto" else cfg.schedule,
         lr=lr,
-        weight_decay=default["weight_decay"] if cfg.weight_decay is None else cfg.weight_decay,
+        weight_decay=own_decay if cfg.weight_decay is None else cfg.weight_decay,
         **{name: other if value is None else value for name, value in own.items()},
     )
 
@@ -242,16 +301,19 @@ def guard(cfg: Config, model: torch.nn.Module, state, disk) -> spikes.Guard:
 def stepper(cfg: Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):
     """(what makes the optimizer, boxes of the parameters it will see a part of): where tensor parallelism has
     cut matrices, a method that looks at whole ones gets them whole. Raises ValueError for bad options."""
-    options = cfg.sub("opt")
-    if cfg.momentum_warmup is not None and "momentum" not in inspect.signature(optimizer_class).parameters:
+    group, needed = trial(cfg, optimizer_class)
+    averages = hasattr(optimizer_class, "eval")  # Schedule-Free, whose momentum says where its average lies
+    if cfg.momentum_warmup is not None and (averages or "momentum" not in group):
         raise ValueError(f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out")
-    try:
-        optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **options)
-    except TypeError as error:
-        raise ValueError(f"--opt.*: {optimizer_class.__name__} cannot take {options}: {error}") from None
+    if needed:  # in other respects it is the class itself
+        init = functools.partialmethod(optimizer_class.__init__, **needed)
+        optimizer_class = type(optimizer_class.__name__, (optimizer_class,), {"__init__": init})
+    spread = cfg.data_parallel not in ("auto", "ddp") and mesh.groups["replicas"] is not None
+    if spread or mesh.sizes["tp"] * mesh.sizes["pp"] > 1 or cfg.offload or cfg.precision == "bf16_sr":
+        refuse_coupled(optimizer_class, [{}], cfg.sub("opt"))
     if not cuts or cfg.data_parallel == "fsdp":
         return optimizer_class, {}
-    from parallel.whole import Adapter
+    from parallel.adapter import Adapter
 
     boxes = {}
 

@@ -19,7 +19,7 @@ memory:
 Embedding and head are needed first and last, so their unit is gathered once a step in any case. Gradients are
 reduced once, after the last micro-batch; until then each rank keeps them whole. While one unit computes, the
 next one is already being gathered. To all this come 2 (N-1)/N bytes a parameter tensor, the roll
-call of parallel/ddp.py.
+call of parallel/roll_call.py.
 
 FSDP2 leaves a missing gradient out of what it reduces, and a rank that has it waits in vain for the
 others; here zeros stand for it. One that is missing on all ranks is None in the end. What cannot be
@@ -112,7 +112,9 @@ class FSDP:
             fully_shard(unit, reshard_after_forward=self.reshard and unit is not model, **policies)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # a factor of 1 by PREMUL_SUM is NCCL's alone
-            for shards in unit._get_fsdp_state()._fsdp_param_groups:
+            state = unit._get_fsdp_state()  # private, and named otherwise before torch 2.13
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for shards in filter(None, groups):
                 shards.post_backward = functools.partial(self.reduce, shards, shards.post_backward)
         numbers = [int(name) for name in model.blocks]
         if numbers[-1] - numbers[0] == len(numbers) - 1:  # and not several stretches of a pipeline

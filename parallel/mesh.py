@@ -253,13 +253,13 @@ def pick_device(name: str) -> torch.device:
 
 def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], arguments: dict) -> None:
     """Raises ValueError for a method whose step of one parameter depends on the others (Prodigy, LBFGS): where
-    each rank steps only some of them it would silently be another method.
+    they are dealt out to ranks or stepped one after the other it would silently be another method.
 
     Tried, not asked: a matrix alone and beside another one, in float64, with the options of the first group.
     What cannot be tried here (options for a GPU, say) passes.
     """
-    why = (f"{cls.__name__} looks at all parameters together, and here each rank steps only some of them; take a "
-           "layout in which every rank steps all of them (ddp), or another optimizer")  # fmt: skip
+    why = (f"{cls.__name__} looks at all parameters together, and here they are stepped apart; take a layout in "
+           "which one optimizer has them all (--data_parallel=ddp), or another optimizer")  # fmt: skip
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:  # evaluated again and again in a step
         raise ValueError(why)

@@ -1,8 +1,10 @@
 """Linear layers whose products multiply 8-bit floating-point numbers.
 
     format  sign.exponent.mantissa   largest   smallest normal   subnormal   epsilon
-    e4m3    1.4.3                        448   2^-6   1.6e-2     2^-9        2^-3     NaN beyond 464, no inf
+    e4m3    1.4.3                        448   2^-6   1.6e-2     2^-9        2^-3     no inf
     e5m2    1.5.2                      57344   2^-14  6.1e-5     2^-16       2^-2     inf from 61440
+
+What lies beyond 464, inf too, torch casts to an e4m3 of 448 since version 2.13, before that to NaN.
 
 Each tensor is made to fit by a scale:
 

@@ -10,9 +10,10 @@ import torch._dynamo  # imported before the ranks are forked, or each of them sp
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
+import torch.nn.functional as F
 from harness import init_weights, run_ranks
 from meter import Meter
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import settings
@@ -206,6 +207,91 @@ def test_stages_of_a_pipeline_have_the_gradients_of_keeping_all(name, chunks):
         for now, gradient in found:
             assert all(map(torch.equal, now, losses))
             bitwise(gradient, expected)
+
+
+# ---- torch's own random numbers ------------------------------------------------------------------
+class Drop(nn.Module):
+    """In the place of one of model.py's Dropouts: x -> function(x)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, where):
+        return self.function(x)
+
+
+def with_attention(attention, *options):
+    return lambda q, k, v: attention(q, *(x.repeat_interleave(2, 1) for x in (k, v)), *options)
+
+
+SDPA = partial(F.scaled_dot_product_attention, dropout_p=0.3, is_causal=True)
+RANDOM = {"nn.Dropout": nn.Dropout(0.3), "F.dropout": lambda x: F.dropout(x, 0.3), "SDPA": None,
+          "noise": lambda x: x * torch.randn_like(x),
+          "in place": lambda x: x * torch.empty_like(x).bernoulli_(0.7)}  # fmt: skip
+
+
+def random_steps(how, kind, change=lambda model: None):
+    """Gradients, losses and random state after two micro-batches of a model that draws numbers."""
+    model = init_weights(GPT(GPTConfig(**MODERN | dict(dropout=0.0))).double())
+    for block in model.blocks.values():
+        if kind == "SDPA":
+            block.attn.core = with_attention(SDPA)
+        else:
+            block.drop_attn, block.drop_mlp = Drop(RANDOM[kind]), Drop(RANDOM[kind])
+            # inside of what `attention` and `mlp` cover
+            block.attn.q = nn.Sequential(block.attn.q, nn.Dropout(0.3))
+            block.mlp.fc = nn.Sequential(block.mlp.fc, nn.Dropout(0.3))
+    keep_less(model, how)
+    change(model)
+    torch.manual_seed(0)
+    losses = [run(model), run(model)]
+    return gradients(model) | {"losses": torch.stack(losses), "state": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_what_draws_random_numbers_draws_the_same_ones_again(kind):
+    expected = random_steps("none", kind)
+    assert not torch.equal(expected["losses"][0], expected["losses"][1])  # random it is
+    for how in ALL:
+        bitwise(random_steps(how, kind), expected)
+
+
+def test_selective_draws_again_what_attention_draws(monkeypatch):
+    """On a GPU attention with dropout is one operation; were its result kept, what draws after it
+    would find the random state that it did not move. Here one like it, and dropout after it."""
+
+    @torch.library.custom_op("drawing::attention", mutates_args=())
+    def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+        mask = (torch.rand(*q.shape[:-1], k.shape[-2]) >= dropout_p).to(q) if dropout_p else None
+        weights = (q @ k.mT).softmax(-1)
+        mask = torch.ones_like(weights) if mask is None else mask
+        return (weights * mask) @ v, mask
+
+    def backward(ctx, grad, _):
+        q, k, v, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            y = ((leaves[0] @ leaves[1].mT).softmax(-1) * mask) @ leaves[2]
+        return *torch.autograd.grad(y, leaves, grad), None
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], output[1])
+
+    attention.register_autograd(backward, setup_context=save)
+    monkeypatch.setattr(activation_checkpoint, "PRODUCTS", (*activation_checkpoint.PRODUCTS,
+                                                            "drawing.attention"))  # fmt: skip
+    for p, again in ((0.3, 4), (0.0, 0)):
+        found = []
+        for how in ("none", "selective"):
+            with Calls() as calls:
+                drawing = torch.ops.drawing.attention
+                core = with_attention(lambda *args: drawing(*args)[0], *[p] * (p > 0))
+                found.append(random_steps(how, "nn.Dropout", lambda model, core=core: [
+                    setattr(b.attn, "core", core) for b in model.blocks.values()]))  # fmt: skip
+            found.append(calls.of("drawing.attention"))
+        bitwise(found[2], found[0])
+        assert found[3] - found[1] == 2 * again
 
 
 # ---- what is computed again --------------------------------------------------------------------------------
@@ -427,6 +513,18 @@ def test_compiled_blocks(how):
     torch.testing.assert_close(run(model), run(expected))
     for name, x in gradients(expected).items():
         torch.testing.assert_close(gradients(model)[name], x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "selective", "segments_2", "attention", "mlp"])
+def test_compiled_blocks_draw_the_same_random_numbers_again(how):
+    def compiled(model):
+        torch._dynamo.reset()
+        for block in model.blocks.values():
+            block.forward = torch.compile(block.forward, backend="aot_eager")
+
+    for kind in ("nn.Dropout", "SDPA"):
+        bitwise(random_steps(how, kind, compiled), random_steps("none", kind, compiled))
 
 
 def test_all_variants_are_tested():

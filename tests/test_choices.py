@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import types
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from test_train import close, flags, go, on_ranks, rows
+from test_train import close, flags, go, on_ranks, rows, trace
 
 import checkpoint
 import checks
@@ -26,6 +27,7 @@ from parallel.mesh import make_mesh, mapped_file
 from parallel.zero import ZeRO
 
 CPU = torch.device("cpu")
+ONE = make_mesh(CPU, 1, 1, 1)
 
 
 def trained(rank, world, layout, probe, fails=()):
@@ -192,7 +194,7 @@ def test_an_outer_step_cannot_change_on_the_way():
     (["--data_parallel=fsdp", "--bucket_mb=1"], "bucket_mb does not work"),
     (["--compress.rank=2"], "needs --compress="),
     (["--compress=topk", "--diloco_every=2"], "do not go together"),
-    (["--tp=3"], "tp=3 does not divide n_head=4, and a head is not split; --tp=1 would"),
+    (["--tp=3"], "tp=3 does not divide n_head=4, and a head is not split; --tp="),
     (["--tp=2", "--n_kv_head=1"], "does not divide n_kv_head=1"),
     (["--sp=true"], "type --tp=2"),
     (["--cp=3"], "try --block_size=258"),
@@ -232,3 +234,124 @@ def test_adam_and_its_kind_start_without_zeros_if_nothing_else_is_said(optim, ze
     for words, expected in (([], zero), (["--zero_init=true"], True), (["--arch=gpt2"], False)):
         cfg = config.parse([f"--optim={optim}", *words])
         assert choices.settled(cfg, torch.device("cpu"), found, False).zero_init is expected
+
+
+# ---- a file of one's own in optim/ ---------------------------------------------------------------
+@pytest.fixture
+def drop(tmp_path, monkeypatch):
+    """Puts a file into an optim/ of its own, which is looked into instead of the real one."""
+    written = []
+    (tmp_path / "optim").mkdir()
+    monkeypatch.setattr(choices, "__file__", str(tmp_path / "choices.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(code, name="mine"):
+        (tmp_path / "optim" / f"{name}.py").write_text(code)
+        written.append(f"optim.{name}")
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+NADAM = "import torch\nclass Mine(torch.optim.NAdam):\n    def __init__(self, params, "
+DEFAULTS = ("\n        defaults = torch.optim.NAdam([torch.zeros(1)]).defaults | {'lr': lr}\n"
+            "        torch.optim.Optimizer.__init__(self, params, defaults)")  # fmt: skip
+WORKS = {
+    "imported": "from torch.optim import NAdam",
+    "imported as something else": "from torch.optim import NAdam as Theirs\nAgain = Theirs",
+    "beside its base": "from torch.optim import NAdam, Optimizer",
+    "its own class first": "from torch.optim import SGD\n" + NADAM + "lr=1.0, weight_decay=0.5):\n"
+    "        super().__init__(params, lr, weight_decay=weight_decay)",
+    "options": NADAM + "**options):\n        super().__init__(params, **options)",
+    "by keyword alone": NADAM + "*, lr=1.0, weight_decay=0.5):\n"
+    "        super().__init__(params, lr, weight_decay=weight_decay)",
+    "no default": NADAM + "lr):\n        super().__init__(params, lr)",
+    "no default, by keyword alone": NADAM + "*, lr):\n        super().__init__(params, lr)",
+    "None": NADAM + "lr=None):" + DEFAULTS,
+    "torch's mark": "from torch.optim.optimizer import required\n" + NADAM + "lr=required):"
+    + DEFAULTS,
+    "hidden": NADAM + "**options):\n        super().__init__(params, options['lr'])",
+    "no default for either": NADAM + "lr, weight_decay):\n"
+    "        super().__init__(params, lr, weight_decay=weight_decay)",
+}
+
+
+@pytest.mark.parametrize("what", WORKS)
+def test_any_class_in_a_file_trains_with_the_lr_and_the_decay_asked_for(what, drop, tmp_path, text):
+    more = ["--n_layer=1", "--steps=2", "--save_every=0", "--eval_every=0", "--schedule=constant",
+            "--plot=false", "--lr=0.01", "--weight_decay=0.1"]  # fmt: skip
+    drop(WORKS["imported"], "plain")
+    go(text, tmp_path / "expected", "--optim=plain", *more)
+    drop(WORKS[what])
+    go(text, tmp_path / "out", "--optim=mine", *more)
+    assert trace(tmp_path / "out") == trace(tmp_path / "expected")
+
+
+def test_what_a_constructor_cannot_do_without_it_gets_and_the_class_stays_itself(drop):
+    drop(WORKS["no default for either"])
+    cfg = config.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3"])
+    found = choices.find_optimizer("mine")
+    found.elementwise, found.eval = True, None  # what layouts ask it for
+    made, boxes = choices.stepper(cfg, ONE, {}, found)
+    group = made([torch.zeros(1, requires_grad=True)]).param_groups[0]
+    assert (group["lr"], group["weight_decay"], boxes) == (0.2, 0.3, {})
+    assert issubclass(made, found) and made.__name__ == "Mine"
+    assert choices.stepper(config.parse(["--optim=sgd"]), ONE, {}, SGD) == (SGD, {})
+
+
+def own(optim, *words):
+    cfg = config.parse([f"--optim={optim}", *words])
+    return choices.settled(cfg, CPU, choices.find_optimizer(optim), False)
+
+
+def test_what_the_command_leaves_open_is_the_classes_own(drop):
+    drop("from torch.optim import Rprop")  # which knows no decay
+    assert (own("mine").lr, own("mine").weight_decay, own("mine").head_lr) == (0.01, 0.0, 0.01)
+    assert own("mine", "--weight_decay=0", "--lr=0.5").weight_decay == 0.0
+    drop("from torch.optim import *", "many")
+    assert own("many.AdamW").weight_decay == 0.01 and own("many.SGD").lr == 0.001
+    assert own("many.SGD", "--opt.momentum=0.9", "--opt.foreach=false").lr == 0.001
+    values = "{'lr': 0.3, 'weight_decay': 0.2}"
+    drop(NADAM + f"**more):\n        super().__init__(params, **{values} | more)", "hidden")
+    assert (own("hidden").lr, own("hidden").weight_decay) == (0.3, 0.2)
+
+
+BARE = "import torch\nclass Mine(torch.optim.Optimizer):\n    def __init__(self, params, "
+NONE = "\n        super().__init__(params, {'lr': lr})"
+FAILS = [
+    ("from not_there import Prodigy", [], "mine.py imports not_there, which is not installed; t"),
+    ("from torch.optim import Prodigy", [], "cannot be imported: ImportError: cannot import name"),
+    ("x = 1 +", [], "cannot be imported: SyntaxError"),
+    ("x = y", [], "NameError: name 'y' is not defined; python -m optim.mine shows the line"),
+    ("raise OSError('no\\nCUDA')", [], "cannot be imported: OSError: no CUDA;"),
+    ("", [], "optim/mine.py has no optimizer; define or import a class there"),
+    ("from torch.optim import Optimizer", [], "optim/mine.py has no optimizer"),
+    ("import torch\nclass Mine:\n    pass\ndef make(ps): return torch.optim.SGD(ps)", [],
+     "derived from torch.optim.Optimizer"),
+    ("from torch.optim import NAdam, RAdam", [],
+     "imports NAdam, RAdam; type one, such as --optim=mine.NAdam"),
+    *((WORKS[what], [], "Mine has no default for lr; type one, such as --lr=1e-3")
+      for what in ("no default", "no default, by keyword alone", "None", "hidden", "torch's mark")),
+    (WORKS["no default for either"], ["--lr=1"], "no default for weight_decay; type one, such as"),
+    ("from torch.optim import Rprop", ["--weight_decay=0.1"],
+     "Rprop has no weight decay; leave --weight_decay=0.1 out"),
+    (BARE + "decay=1):\n        super().__init__(params, {})", [], "Mine has no lr in its groups"),
+    (BARE + "lr=1, weight_decay=1):" + NONE, ["--weight_decay=2"], "leave --weight_decay=2 out"),
+    (BARE + "total, lr=1):" + NONE, [], "argument: 'total'; --lr= and --opt.NAME= give it"),
+    (BARE + "lr=1):\n        pass", [], "Mine cannot take {}: AttributeError"),
+    (BARE + "lr=1):\n        raise KeyError('no\\nCUDA')", [], "cannot take {}: KeyError: 'no"),
+    (BARE + "lr=1):\n        raise ValueError('no\\nCUDA')", [], "no CUDA"),
+    ("from torch.optim import NAdam", ["--opt.betass=0.9,0.9"], "did you mean --opt.betas?"),
+    ("from torch.optim import NAdam", ["--opt.betas=0.9,2.0"], "Invalid beta"),
+    ("from torch.optim import NAdam", ["--momentum_warmup=3"], "has no momentum to warm up"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code, words, says", FAILS, ids=[code[-40:] for code, _, _ in FAILS])
+def test_what_a_file_lacks_is_said_in_a_sentence(code, words, says, drop):
+    drop(code)
+    with pytest.raises(ValueError) as error:
+        cfg = own("mine", *words)
+        choices.stepper(cfg, ONE, {}, choices.find_optimizer("mine"))
+    assert says in str(error.value) and "\n" not in str(error.value)

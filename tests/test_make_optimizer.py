@@ -446,6 +446,38 @@ def test_what_cannot_work_is_said_when_it_can_be_known():
     run_ranks(2, refused)
 
 
+def run_with(rank, world, text, out, cls, flags):
+    import choices
+    import config
+    import train
+
+    choices.find_optimizer = lambda name: cls
+    words = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--steps=2",
+             "--eval_every=0", "--sample_tokens=0", "--precision=fp32", "--device=cpu", "--save_every=0"]  # fmt: skip
+    try:
+        return train.main(config.parse([f"--data={text}", f"--out_dir={out}", *words, *flags]))["step"]
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("flags", [["--data_parallel=zero1"], ["--data_parallel=zero3"], ["--data_parallel=fsdp"],
+                                   ["--tp=2"], ["--pp=2"], ["--data_parallel=ddp"]], ids=lambda flags: flags[0])
+def test_train_refuses_methods_that_couple_parameters_but_for_ddp(flags, text, tmp_path):
+    found = run_ranks(2, run_with, text, tmp_path / "out", Coupled, flags)
+    if flags == ["--data_parallel=ddp"]:
+        assert found == [2, 2]
+    else:
+        assert all("looks at all parameters together" in str(said) for said in found)
+
+
+@pytest.mark.parametrize("flag", ["--offload=cpu", "--precision=bf16_sr"])
+def test_so_do_offloading_and_stochastic_rounding_in_one_process(flag, text, tmp_path, monkeypatch):
+    import choices
+
+    monkeypatch.setattr(choices, "find_optimizer", None)
+    assert "looks at all parameters together" in run_with(0, 1, text, tmp_path / "out", Coupled, [flag])
+
+
 def evaluated(rank, world, cls, looks):
     model = sharded()
     optimizer = made(cls, model)

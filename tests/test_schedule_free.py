@@ -594,3 +594,14 @@ def test_fully_shard_with_evaluations_equals_one_process_if_one_does_what_eval_s
         assert max(abs(a - b) for a, b in zip(losses, their_losses)) < 1e-12
         said = [text for text in said if "Schedule" in text]
         assert len(said) == 1 and "module.reshard()" in said[0] and "before train()" in said[0]
+
+
+@pytest.mark.parametrize("optim", ["schedule_free", "schedule_free.SGDScheduleFree"])
+def test_train_refuses_to_warm_up_the_momentum_of_an_average(optim, text, tmp_path):
+    import config
+    import train
+
+    words = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--steps=2",
+             "--device=cpu", "--precision=fp32", "--momentum_warmup=5"]  # fmt: skip
+    with pytest.raises(ValueError, match="no momentum to warm up"):
+        train.main(config.parse([f"--data={text}", f"--out_dir={tmp_path / 'out'}", f"--optim={optim}", *words]))

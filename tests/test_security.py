@@ -87,7 +87,7 @@ IMPORTS = {"choices.py": 1, "logger.py": 1, "bench.py": 1, "benchmarks/optimizer
 # A clone that the user names, whose train.py the bench runs; of what that saved, weights alone are read.
 CLONES = {"benchmarks/nanogpt.py": "torch.load"}
 # Between the ranks of one run, who run the same code anyway.
-BETWEEN_RANKS = {"parallel/whole.py", "precision/histogram.py", "benchmarks/network.py"}
+BETWEEN_RANKS = {"parallel/owners.py", "parallel/whole.py", "precision/histogram.py", "benchmarks/network.py"}
 
 
 def faults(tree: ast.AST, name: str) -> list[str]:
