@@ -43,7 +43,7 @@ collectives in recomputation, per layer, a as in parallel/tensor.py:
 
 (The MLP's g comes after its last product.) What is computed again finds torch's random state as
 forward did: its own dropout has the same mask; model.py's masks are hashes and need no state.
-That costs 5 kB and some 20 µs a block. Generators of one's own, Python's and NumPy's are not put back.
+That costs 5 kB and some 20 µs a block. One's own generators, Python's and NumPy's are not put back.
 In evaluation all this does nothing, and so does offloading on a CPU, where all is host memory.
 """
 

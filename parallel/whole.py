@@ -45,13 +45,20 @@ def make_optimizer(cls: type[Optimizer], groups, elementwise: bool | None = None
     alone give cls itself. Collective, as are step(), state_dict() and load_state_dict(), which takes the state
     of any layout. Raises ValueError for a plain tensor among DTensors and for a method that couples parameters.
     """
-    groups = list(groups)  # a generator is read once
+    if torch.is_tensor(groups):  # a mistake, of which torch tells
+        return cls(groups, **arguments)
+    groups = [{**g, "params": listed(g["params"])} if isinstance(g, dict) else g for g in groups]
     flat = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
     if not any(hasattr(p[1] if isinstance(p, tuple) else p, "placements") for p in flat):
         return cls(groups, **arguments)
     own = [n for n in dir(cls) if not n.startswith("_") and not hasattr(Optimizer, n) and callable(getattr(cls, n))]
     made = type(cls.__name__, (Sharded, cls), {name: forwarded(name) for name in own})
     return made(cls, groups, elementwise, arguments)
+
+
+def listed(params) -> list:
+    """A group's parameters: a generator is read once."""
+    return [params] if torch.is_tensor(params) else list(params)
 
 
 def forwarded(name: str):
@@ -79,15 +86,11 @@ class Sharded:
     it counted.
     """
 
+    _step_supports_amp_scaling = False  # GradScaler unscales by itself, whatever kernel steps inside
+
     def __init__(self, cls: type[Optimizer], groups, elementwise: bool | None, arguments: dict):
         self.shown, self.begun, self.warned = None, False, False
         Optimizer.__init__(self, groups, {})  # torch's own forms, names and checks
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p in params:
-            if not hasattr(p, "placements"):
-                raise ValueError(f"a plain tensor of shape {tuple(p.shape)} among DTensors: fully_shard leaves "
-                                 "weights gathered after a forward without backward, so call reshard() on its "
-                                 "modules first; weights meant to be plain need an optimizer of their own")
         self.try_whole = lambda groups: cls([on_meta(group) for group in groups], **arguments)
         self.try_whole(self.param_groups)  # a bad group is one on every rank, whoever will step it
         self.adapter = Adapter(cls, self.param_groups, elementwise, agree=True, **arguments)
@@ -96,6 +99,12 @@ class Sharded:
         self.take_options()
 
     def add_param_group(self, group: dict) -> None:
+        group = {**group, "params": listed(group["params"])}
+        for p in (p[1] if isinstance(p, tuple) else p for p in group["params"]):
+            if torch.is_tensor(p) and not hasattr(p, "placements"):
+                raise ValueError(f"a plain tensor of shape {tuple(p.shape)} among DTensors: fully_shard leaves "
+                                 "weights gathered after a forward without backward, so call reshard() on its "
+                                 "modules first; weights meant to be plain need an optimizer of their own")
         Optimizer.add_param_group(self, group)
         if "inner" in self.__dict__:
             self.give_options()  # or what was set since the last step would be taken back

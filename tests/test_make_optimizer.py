@@ -280,6 +280,28 @@ def test_a_gradient_that_some_ranks_lack_is_zero_there_and_one_that_all_lack_is_
         assert counted[3] == 0
 
 
+def scaled_by_torch(rank, world):
+    """GradScaler alone, without unscale_: a fused kernel would be asked to unscale."""
+    model = sharded()
+    optimizer = make_optimizer(torch.optim.AdamW, [{"params": model.parameters()}], lr=0.1, eps=1e-2, fused=True,
+                               **({"elementwise": True} if world > 1 else {}))  # fmt: skip
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.double)
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return whole(model.parameters())
+
+
+def test_gradscaler_unscales_for_a_fused_kernel_and_a_generator_in_a_group_is_read_once():
+    expected = scaled_by_torch(0, 1)
+    assert (expected[0] - Net().a.weight).abs().max() > 0.1
+    for found in run_ranks(2, scaled_by_torch):
+        close(found, expected)
+
+
 def clipped(rank, world, cls, scaled):
     model = sharded()
     optimizer = made(cls, model)
@@ -434,7 +456,12 @@ def refused(rank, world):
     with pytest.raises(ValueError, match=r"plain tensor.*reshard\(\)"):
         made(AdamW, model)
     model.reshard()
-    made(AdamW, model)
+    late = made(AdamW, model)
+    with pytest.raises(ValueError, match="plain tensor"):
+        late.add_param_group({"params": nn.Parameter(torch.zeros(2))})
+    assert len(late.param_groups) == 1
+    with pytest.raises(TypeError):
+        make_optimizer(AdamW, next(model.parameters()))
     with pytest.warns(UserWarning, match="reshard"):
         made(AdamWScheduleFree, model).eval()
     with pytest.raises(ValueError, match="use_muon=False"):
