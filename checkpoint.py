@@ -130,7 +130,7 @@ class Checkpoint:
         index, step, name = self.path / "index.json", self.step, FOLDER.fullmatch(self.path.name)
         try:
             if type(step) is not int or not 0 <= step < 2**53 or (name and int(name[2]) != step):
-                raise ValueError(f"it is of step {step}")
+                raise ValueError(f"it is of step {step}, whatever the folder's name")
             if not all(isinstance(x, dict) for x in (self._tree, self._tensors, self._files)):
                 raise ValueError("tree, tensors and files are not by name")
             check(self._tree, self._tensors)
@@ -202,6 +202,8 @@ def load(path, verify: bool = True) -> Checkpoint:
     except CheckpointDamaged:
         raise
     except OSError as e:
+        if not path.exists():
+            raise CheckpointDamaged(f"{path} is not there") from None
         raise CheckpointDamaged(f"{path} has no readable index.json ({e.strerror}); cut short?") from None
     except (KeyError, TypeError, ValueError, RecursionError):
         intact = False
@@ -241,15 +243,56 @@ def before(out_dir, step: int, back: int = 1) -> list[Checkpoint]:
 
 
 def resolve(path) -> Checkpoint:
-    """resume=PATH: a checkpoint, or a run's folder and thus its newest one. ValueError if there is none."""
+    """resume=PATH: a checkpoint by whatever name, or a run's folder and thus its newest one.
+    ValueError if there is none."""
     path = Path(path)
-    if FOLDER.fullmatch(path.name) or (path / "index.json").exists():
+    if (path / "index.json").exists() or (FOLDER.fullmatch(path.name) and path.is_dir()):
         return load(path)
-    checkpoint = newest(path)
-    if checkpoint is None:
-        what = "has no intact checkpoint" if path.is_dir() else "is not a folder"
-        raise ValueError(f"{path} {what}; give a run's out_dir or one of the step-… folders in it")
+    if (checkpoint := newest(path)) is None:
+        ours = "give a run's out_dir or one of the step-… folders in it"
+        raise ValueError(f"{path} {missing(path)}; {ours}")
     return checkpoint
+
+
+def missing(path: Path) -> str:
+    """Why there is no checkpoint at `path`, as the middle of a sentence."""
+    if what := foreign(path):
+        return what
+    if path.is_dir() or path.is_file():
+        return "has no intact checkpoint" if path.is_dir() else "is not a folder"
+    there = found(path.parent)
+    if not there:
+        return "does not exist, so it is not a folder of checkpoints"
+    why, step = "is not there", FOLDER.fullmatch(path.name)
+    with contextlib.suppress(ValueError):
+        newest_one = load(there[-1][2], verify=False)
+        every, keep = (newest_one.tree(f"config/{name}", missing=0) for name in ("save_every", "keep"))
+        saved = type(every) is int and every and step and int(step[2]) % every == 0
+        if saved and keep and int(step[2]) < there[0][0]:
+            why = f"was deleted, for the run keeps its newest {keep} (--keep={keep})"
+    return f"{why}; there are {', '.join(str(p) for _, _, p in there)}"
+
+
+# How others name what they save, and what it is.
+FILES = {".safetensors": "a safetensors file", ".pt": "a file of torch.save, such as nanoGPT's ckpt.pt",
+         ".pth": "a file of torch.save", ".ckpt": "a file of torch.save", ".gguf": "a GGUF file",
+         ".bin": "a file of torch.save, or of tokens"}  # fmt: skip
+FOLDERS = {"zero_to_fp32.py": "a checkpoint of DeepSpeed", "ckpt.pt": "a run of nanoGPT",
+           ".metadata": "a checkpoint of torch.distributed.checkpoint"}  # fmt: skip
+FOLDERS |= {name: "a model of Hugging Face" for name in (
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors",
+    "model.safetensors.index.json", "adapter_config.json")}  # fmt: skip
+
+
+def foreign(path: Path) -> str:
+    """What others' files at `path` are, as the middle of a sentence; "" where nothing is known."""
+    if path.is_file() and (FILE.fullmatch(path.name) or path.name == "index.json"):
+        return f"is a part of the checkpoint {path.parent}"
+    names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    known = [what for name, what in FOLDERS.items() if name in names]
+    known += [f"a folder with {FILES[x]}" for x in FILES if any(Path(n).suffix == x for n in names)]
+    what = FILES.get(path.suffix) if path.is_file() else next(iter(known), None)
+    return f"is {what}, and others' weights are not read yet" if what else ""
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import math
 
-from settings import ARCHS, FIELDS, LAYOUTS, Config, chunks, trait
+from settings import ARCHS, FIELDS, LAYOUTS, Config, chunks, flag, trait
 
 
 def check(cfg: Config) -> Config:
@@ -24,19 +24,28 @@ def check(cfg: Config) -> Config:
         if not (least <= value < below and math.isfinite(value)):  # in this order: ints may be too large
             value = str(value)[:40]
             raise ValueError(f"{name}={value} is out of range; it must be at least {least} and below {below}")
-    if cfg.n_embd % cfg.n_head:
-        near = [h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0]
-        best = min(near, key=lambda h: abs(h - cfg.n_head))
-        raise ValueError(
-            f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; for instance --n_head={best}"
-        )
-    if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
-        raise ValueError(f"n_head={cfg.n_head} is not divisible by n_kv_head={cfg.n_kv_head}")
+    for name, value in [(name, getattr(cfg, name)) for name in FIELDS] + [*cfg.options.items()]:
+        if any("\ud800" <= letter <= "\udfff" for letter in str(value)):  # no file could hold it
+            said = f"{name}={ascii(value)[:200]} is no text in UTF-8"
+            raise ValueError(f"{said}; rename it, or type another")
     position, size = trait(cfg, "position"), cfg.n_embd // cfg.n_head
-    if parts := {"rotary": 2, "rotary_half": 4}.get(position):
-        if size % parts:
-            raise ValueError(f"position={position} needs a head size divisible by {parts}, not n_embd/n_head "
-                             f"= {size}; change n_head or type --position=learned")
+    parts = {"rotary": 2, "rotary_half": 4}.get(position, 1)  # that a head is divided into
+    if cfg.n_embd % cfg.n_head:
+        some = range(1, min(cfg.n_embd, 10**4) + 1)
+        near = [h for h in some if cfg.n_embd % h == 0 == cfg.n_embd // h % parts]
+        wider = -(-cfg.n_embd // (parts * cfg.n_head)) * parts * cfg.n_head
+        best = f"--n_embd={wider}"
+        if near:
+            best = f"--n_head={min(near, key=lambda h: abs(h - cfg.n_head))}"
+        raise ValueError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; "
+                         f"for instance {best}")
+    if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
+        fits = divisor(cfg.n_head, cfg.n_kv_head)
+        raise ValueError(f"n_head={cfg.n_head} is not divisible by n_kv_head={cfg.n_kv_head}; "
+                         f"for instance --n_kv_head={fits}")
+    if size % parts:
+        raise ValueError(f"position={position} needs a head size divisible by {parts}, not n_embd/n_head "
+                         f"= {size}; change n_head or type --position=learned")
     scale, form = trait(cfg, "attention_scale"), cfg.logit_cap_form
     if cfg.mup_base_width is not None and scale is not None:
         raise ValueError(f"attention_scale={scale:g} fixes what mup_base_width sets to 8/head size; type "
@@ -51,11 +60,13 @@ def check(cfg: Config) -> Config:
                          "least; type a smaller --n_head=, or --attention=sdpa")
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
-    if cfg.schedule not in ("auto", "wsd") and cfg.decay_frac != FIELDS["decay_frac"].default:
+    named = "schedule" in cfg.given  # what has no meaning for a chosen one, introduction.py says
+    other = cfg.schedule not in ("auto", "wsd")
+    if named and other and cfg.decay_frac != FIELDS["decay_frac"].default:
         raise ValueError(
             f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or --schedule=wsd"
         )
-    if cfg.schedule == "constant" and cfg.min_lr_frac:
+    if named and cfg.schedule == "constant" and cfg.min_lr_frac:
         raise ValueError("min_lr_frac has no meaning for schedule=constant, which never decays; leave it out")
     for name in ("decay_frac", "min_lr_frac", "warmup_start"):
         if (getattr(cfg, name) or 0) > 1:
@@ -65,7 +76,9 @@ def check(cfg: Config) -> Config:
     if (cfg.batch_ramp is None) != (cfg.batch_ramp_from is None):
         raise ValueError("batch_ramp and batch_ramp_from go together: --batch_ramp=1000 --batch_ramp_from=8")
     if cfg.batch_ramp_from is not None and cfg.batch_size % cfg.batch_ramp_from:
-        raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size={cfg.batch_size}")
+        fits = divisor(cfg.batch_size, cfg.batch_ramp_from)
+        raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size="
+                         f"{cfg.batch_size}; for instance --batch_ramp_from={fits}")
     for name, layouts in LAYOUTS.items():
         layout = cfg.data_parallel.replace("auto", "ddp")
         if getattr(cfg, name) != FIELDS[name].default and layout not in layouts.split():
@@ -117,8 +130,9 @@ def check_model_parallel(cfg: Config) -> None:
     heads, split = cfg.n_kv_head or cfg.n_head, [n for n in ("tp", "pp") if getattr(cfg, n) > 1]
     for name, number in (("n_head", cfg.n_head), ("n_kv_head", heads)):
         if number % cfg.tp:
+            fits = divisor(math.gcd(cfg.n_head, heads), cfg.tp)
             raise ValueError(f"tp={cfg.tp} does not divide {name}={number}, and a head is not split; "
-                             f"--tp={math.gcd(cfg.tp, number)} would")
+                             f"--tp={fits} would")
     if cfg.sp and cfg.tp == 1:
         raise ValueError("sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more")
     parts = math.lcm(cfg.cp * (2 if ring else 1), cfg.cp * (cfg.tp if cfg.sp else 1))
@@ -170,17 +184,25 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
     given: parameters that come from elsewhere, such as `params` and `lr`. A value whose kind differs from the
     default's (text for a number) is refused.
     """
-    taken = {k: p.default for k, p in inspect.signature(target).parameters.items() if k not in given}
+    parameters = inspect.signature(target).parameters
+    named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    taken = {k: p.default for k, p in named.items() if k not in given}
+    more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # which only the target knows
     values = cfg.sub(namespace)
     for name, value in values.items():
-        if name not in taken:
+        if name not in taken and (name in given or not more):
             hint = nearest(name, list(taken), f"--{namespace}.") if taken else "it takes none"
             raise ValueError(f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}")
+        if name not in taken:
+            continue
         default = taken[name]
-        if inspect.signature(target).parameters[name].annotation is int:
+        if parameters[name].annotation is int:
             right = isinstance(value, int) and not isinstance(value, bool)
+        elif default is inspect.Parameter.empty:
+            right = True  # there is nothing to compare it with
         elif isinstance(default, tuple):
-            right = isinstance(value, tuple) and len(value) == len(default) and all(map(is_number, value))
+            right = isinstance(value, tuple) and len(value) == len(default)
+            right = right and all(x is None or is_number(x) for x in value)
         elif is_number(default):
             right = is_number(value)
         else:
@@ -190,8 +212,8 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
                 else not isinstance(value, (tuple, list, dict))
             )
         if not right:
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            raise ValueError(f"--{namespace}.{name}={value} is of the wrong kind; the default is {shown}")
+            given, usual = flag(f"{namespace}.{name}", value), flag("", default).partition("=")[2]
+            raise ValueError(f"{given} is of the wrong kind; the default is {usual}")
     return values
 
 
@@ -201,13 +223,20 @@ def batch_share(cfg: Config, dp: int) -> int:
     name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
     batch = getattr(cfg, name)
     if batch % dp:
-        raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={-(-batch // dp) * dp}")
+        fits = -(-batch // dp) * dp
+        ends = -(-cfg.batch_size // fits) * fits  # where a ramp ends must be a multiple of it, too
+        more = f" --batch_size={ends}" if name != "batch_size" and ends != cfg.batch_size else ""
+        raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={fits}{more}")
     share = batch // dp
     if "micro_batch_size" in cfg.given and micro is not None and share % micro:
-        fits = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)
         raise ValueError(f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
-                         f"({name}={batch} over {dp}); try --micro_batch_size={fits}")
+                         f"({name}={batch} over {dp}); try --micro_batch_size={divisor(share, micro)}")
     return share
+
+
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is no more than `most` (nor 10,000, to find it soon)."""
+    return next(d for d in range(min(n, most, 10**4), 0, -1) if n % d == 0)
 
 
 def is_number(value) -> bool:

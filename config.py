@@ -1,59 +1,88 @@
 """The settings of a run, filled from recipes and the command line, and written down again.
 
-    python train.py [recipe.toml] [--field=value ...]          later wins
+    python train.py [recipe.toml] [--field=value ...]          later wins; --field value is the same
 
 The fields are in settings.py, one line each, what goes together in checks.py. Parsing, `--help` and the saved
 `config.toml` are derived from those lines. Fields with a dot belong to whatever another field selected and
 are checked against its signature: `--opt.betas=0.9,0.95` goes to the constructor of `--optim`,
 `--schedule.NAME=` to the schedule. In TOML a dotted field is a quoted key: `"opt.betas" = [0.9, 0.95]`.
 
+A run's `config.toml` is a recipe for the same run. What `auto` and `none` stood for there is in its
+table [chosen]: values that nobody asked for. No check holds them against the user, and as soon as a
+later word makes it another run (another optimizer, say) they are chosen anew.
+
 Nothing here is executed: values are numbers, strings, booleans and lists of them. Every mistake is a
 ValueError whose one line says what came, what is allowed and what to type.
 """
 
 import ast
+import codecs
 import difflib
+import json
 import os
 import tomllib
 import types
 import typing
 from typing import Literal
 
+import settings
 from checks import check
-from settings import FIELDS, NAMESPACES, SECTIONS, TYPES, Auto, Config
+from settings import FIELDS, NAMESPACES, OPEN, PATHS, SECTIONS, TYPES, Auto, Config
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
 def parse(argv: list[str]) -> Config:
     """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after `--help`."""
-    values = {}
+    values, open_ = {}, {}  # what was asked for, and what earlier runs chose
     if "--help" in argv or "-h" in argv:
         print(help_text())
         raise SystemExit(0)
-    for word in argv:
-        if not word.startswith("--"):
-            values.update(read_recipe(word))
-            continue
-        name, equals, text = word[2:].partition("=")
-        known(name)
-        if not equals:
-            raise ValueError(f"--{name} has no value; type --{name}=VALUE")
-        values[name] = from_text(name, text)
+    for word in joined(argv):
+        name, _, text = word[2:].partition("=")
+        found = {name: from_text(name, text)} if word.startswith("--") else read_recipe(word)
+        own = {n.removeprefix("chosen."): found.pop(n) for n in [*found] if n.startswith("chosen.")}
+        if any(makes_another_run(n) for n in found):
+            open_ = {}
+        open_ = {n: v for n, v in open_.items() if n not in found} | own
+        values = {n: v for n, v in values.items() if n not in own} | found
     cfg = Config(
-        **{k: v for k, v in values.items() if "." not in k},
+        **{k: v for k, v in (open_ | values).items() if "." not in k},
         options={k: v for k, v in values.items() if "." in k},
     )
-    cfg.given |= values.keys()
+    cfg.given = set(values)
     return check(cfg)
+
+
+def joined(argv: list[str]) -> list[str]:
+    """["--steps", "5"] as ["--steps=5"]. Raises ValueError for a flag that has no value."""
+    words, left = [], list(argv)
+    while left:
+        word = left.pop(0)
+        name, equals, text = word[2:].partition("=")
+        if word.startswith("--") and not text:
+            known(name)
+            while not text and left and not left[0].startswith("--") and not left[0].endswith(".toml"):
+                text = left.pop(0).removeprefix("=")
+            if not equals and not text:
+                value = "true" if name in FIELDS and bool in kinds(name) else "VALUE"
+                raise ValueError(f"--{name} has no value; type --{name}={value}")
+            word = f"--{name}={text}"
+        words.append(word)
+    return words
 
 
 def read_recipe(path: str) -> dict:
     """A TOML recipe as {field: value}; a table like [opt] and a quoted key like "opt.betas" mean the same."""
+    path = os.path.expanduser(path)
+    if os.path.isdir(path) and os.path.isfile(own := os.path.join(path, "config.toml")):
+        raise ValueError(f"the recipe {path} is the folder of a run; its recipe is {own}")
     if not os.path.isfile(path) and os.path.exists(path):  # a pipe would wait, a device never end
         raise ValueError(f"cannot read the recipe {path}: it is no file; flags look like --steps=100")
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            raw = file.read()
+        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # of Windows' shell
+        table = tomllib.loads(raw.decode("utf-16" if wide else "utf-8-sig"))
     except OSError as error:
         raise ValueError(
             f"cannot read the recipe {path}: {error.strerror}; flags look like --steps=100"
@@ -69,51 +98,111 @@ def read_recipe(path: str) -> dict:
     return {name: from_toml(name, value, path) for name, value in values.items()}
 
 
-ELSEWHERE = dict(max_iters="steps", learning_rate="lr", gradient_accumulation_steps="batch_size",
-                 eval_interval="eval_every", eval_iters="eval_tokens", dataset="data", min_lr="min_lr_frac",
-                 warmup_iters="warmup_steps", decay_lr="schedule", beta1="opt.betas", beta2="opt.betas",
-                 dtype="precision", seq_len="block_size")  # other trainers' names  # fmt: skip
+HERE = {there: here for here, names in {  # what other trainers call a field
+    "steps": "max_iters max_steps num_steps train_steps iters iterations epochs num_train_epochs",
+    "batch_size": "gradient_accumulation_steps grad_accum_steps grad_acc_steps train_batch_size gbs "
+    "global_batch_size", "micro_batch_size": "mbs local_batch_size device_batch_size "
+    "per_device_train_batch_size train_micro_batch_size_per_gpu",
+    "block_size": "seq_len seq_length max_seq_len max_length context_length n_ctx n_positions",
+    "n_layer": "layers num_layers n_layers num_hidden_layers depth",
+    "n_head": "heads num_heads n_heads num_attention_heads", "n_kv_head": "num_key_value_heads num_kv_heads",
+    "n_embd": "n_embed dim d_model hidden_size width", "arch": "model model_type", "optim": "optimizer",
+    "lr": "learning_rate max_lr", "min_lr_frac": "min_lr min_lr_ratio", "weight_decay": "wd decay",
+    "opt.betas": "beta1 beta2 betas adam_beta1 adam_beta2", "opt.eps": "eps", "opt.momentum": "momentum",
+    "grad_clip": "clip clip_grad max_grad_norm gradient_clipping", "warmup_steps": "warmup_iters warmup",
+    "warmup_frac": "warmup_ratio", "schedule": "decay_lr scheduler lr_scheduler lr_scheduler_type",
+    "precision": "dtype amp mixed_precision", "precision=bf16": "bf16", "precision=fp16": "fp16 half",
+    "precision=fp8": "fp8", "data": "dataset data_path", "out_dir": "out output_dir save_dir log_dir",
+    "eval_every": "eval_interval eval_steps", "eval_tokens": "eval_iters", "log_every": "log_interval",
+    "save_every": "save_interval save_steps save_frequency", "keep": "save_total_limit",
+    "resume": "resume_from resume_from_checkpoint load_checkpoint", "init_from": "pretrained finetune",
+    "wandb": "wandb_log wandb_project", "data_parallel=ddp": "ddp data_parallel_replicate_degree",
+    "data_parallel=fsdp": "fsdp data_parallel_shard_degree fully_shard",
+    "data_parallel=zero1": "zero zero1 zero_stage stage", "data_parallel=zero2": "zero2",
+    "data_parallel=zero3": "zero3", "tp": "tp_size tensor_parallel tensor_parallel_degree "
+    "tensor_model_parallel_size", "sp": "sequence_parallel",
+    "pp": "pp_size pipeline_parallel pipeline_parallel_degree pipeline_model_parallel_size",
+    "pp_schedule": "pp_engine", "cp": "cp_size context_parallel context_parallel_degree",
+    "offload=cpu": "offload_optimizer cpu_offload", "offload_params=cpu": "offload_param",
+    "activation_checkpoint=full": "gradient_checkpointing activation_checkpointing ac recompute",
+    "tied": "tie_word_embeddings weight_tying tie_weights", "compile=default": "torch_compile",
+}.items() for there in names.split()}  # fmt: skip
 
 
 def known(name: str) -> None:
+    """Raises ValueError, with the nearest name, where there is no field of this one."""
     if name in FIELDS or ("." in name and name.split(".")[0] in NAMESPACES):
         return
-    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, FIELDS, 1)
+    plain = name.replace("-", "_").lower()
+    near = [n for word in (plain, plain.rpartition(".")[2]) for n in (word, HERE.get(word))]
+    near = [n for n in near if n in FIELDS or n in HERE.values()]
+    if plain.startswith("no_") and plain[3:] in FIELDS:
+        near.append(f"{plain[3:]}=false")
+    near += difflib.get_close_matches(plain, FIELDS, 1)
     hint = f"did you mean --{near[0]}?" if near else "--help lists those there are"
-    raise ValueError(f"there is no field {name!r}; {hint}")
+    raise ValueError(f"there is no field {name[:100]!r}; {hint}")
 
 
 def from_text(name: str, text: str):
+    """The value that --name=text gives a field. Raises ValueError."""
+    known(name)
+    if not text.strip():
+        raise ValueError(f"--{name}= is empty; type a value ({allowed(name)}), or leave it out")
     if "." in name:  # checked against a signature later
-        try:
-            return ast.literal_eval(text)  # numbers, tuples; parses, never runs
-        except (ValueError, SyntaxError):
-            return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+        return literal(name, text)
+    word = text.lower()
+    if word == "none" and type(None) in kinds(name):
+        return None
     for kind in kinds(name):
-        if kind is type(None) and text.lower() == "none":
-            return None
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if typing.get_origin(kind) is Literal and text in typing.get_args(kind):
-            return text
-        if kind is str and text:
-            return text
+        if kind is bool and word in ("true", "false"):
+            return word == "true"
+        if typing.get_origin(kind) is Literal and word in typing.get_args(kind):
+            return word
+        if kind is str:
+            return os.path.expanduser(text) if name in PATHS else text
         if kind in (int, float) and (value := number(kind, text)) is not None:
             return value
     shown = " ".join(text.split())[:200]
     raise ValueError(f"--{name}={shown} is not allowed; it takes {allowed(name)}")
 
 
+WORDS = {"none": None, "true": True, "false": False}
+
+
+def literal(name: str, text: str):
+    """A number, a word, or a list of them: 0.9,0.95. Parses, never runs."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = WORDS.get(text.lower(), text)
+        if value is text and "," in text:  # one of them may be none
+            parts = [part.strip().lower() for part in text.split(",")]
+            found = [WORDS.get(part, number(float, part)) for part in parts]
+            if all(x is not None or part == "none" for x, part in zip(found, parts)):
+                value = tuple(found)
+    return plain_only(name, tuple(value) if isinstance(value, list) else value, f"--{name}={text}")
+
+
+def plain_only(name: str, value, said: str):
+    parts = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(part, int | float | str | None) for part in parts):  # no dates, no tables
+        raise ValueError(f"{' '.join(said.split())[:200]} is no number, word or list of them")
+    return value
+
+
 def from_toml(name: str, value, path: str):
+    """The value that a line of a recipe gives a field. Raises ValueError."""
+    if name.startswith("chosen.") and name[7:] in OPEN:
+        name = name[7:]
     known(name)
-    if isinstance(value, str) and value.lower() == "none":
-        value = None
     if "." in name:
-        parts = value if isinstance(value, list) else [value]
-        if not all(isinstance(part, int | float | str | None) for part in parts):  # no dates, no tables
-            raise ValueError(f"{name} = {repr(value)[:200]} in {path} is no number, word or list of them")
-        return tuple(value) if isinstance(value, list) else value
+        value = tuple(map(none, value)) if isinstance(value, list) else none(value)
+        return plain_only(name, value, f"{name} = {value!r} in {path}")
+    if none(value) is None and type(None) in kinds(name):
+        return None
     for kind in kinds(name):
+        if isinstance(value, str) and not value.strip():
+            break
         if typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
@@ -121,8 +210,13 @@ def from_toml(name: str, value, path: str):
             if (converted := number(kind, repr(value))) is not None:
                 return converted
         elif type(value) is kind:
-            return value
+            return os.path.expanduser(value) if name in PATHS else value
     raise ValueError(f"{name} = {repr(value)[:200]} in {path} is not allowed; it takes {allowed(name)}")
+
+
+def none(value):
+    """TOML has no null: the word none stands for it."""
+    return None if isinstance(value, str) and value.lower() == "none" else value
 
 
 def number(kind: type, text: str):
@@ -144,15 +238,30 @@ def kinds(name: str) -> tuple:
     )
 
 
+def change(name: str) -> str:
+    return FIELDS[name].metadata["change"]
+
+
+def makes_another_run(name: str) -> bool:
+    return "." in name or name == "device" or change(name) in (settings.NEVER, settings.BRANCH)
+
+
 def allowed(name: str) -> str:
+    if "." in name:
+        return "a number, a word, or a list of them"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return ", ".join(words.get(k) or ", ".join(typing.get_args(k)) for k in kinds(name))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------
 def to_dict(cfg: Config) -> dict:
-    """Plain values for a checkpoint."""
-    return {name: getattr(cfg, name) for name in FIELDS} | {"options": dict(cfg.options)}
+    """Plain values for a checkpoint. cwd: where relative paths begin."""
+    values = {name: getattr(cfg, name) for name in FIELDS} | {"options": dict(cfg.options)}
+    try:
+        here = os.getcwd()
+    except OSError:  # it was deleted
+        here = ""
+    return values | {"chosen": settings.chosen(cfg), "cwd": here}
 
 
 def from_dict(saved: dict) -> Config:
@@ -160,7 +269,9 @@ def from_dict(saved: dict) -> Config:
     try:
         values = {name: from_toml(name, saved[name], "the checkpoint") for name in FIELDS if name in saved}
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()}
-        return check(Config(**values, options=options))
+        cfg = Config(**values, options=options)
+        cfg.given -= {*saved.get("chosen", OPEN)}
+        return check(cfg)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint's settings are not what this program writes: {error}") from None
 
@@ -173,13 +284,19 @@ def to_toml(cfg: Config, notes: dict) -> str:
             return '"none"'
         if isinstance(value, (tuple, list)):
             return "[" + ", ".join(shown(v) for v in value) + "]"
-        if isinstance(value, str):
-            return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        if isinstance(value, str):  # as JSON has it, but for DEL
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return str(value).lower() if isinstance(value, bool) else repr(value)
 
+    open_ = settings.chosen(cfg)
     lines = [f"# {key}: {value}" for key, value in notes.items()]
-    lines += [f"{name} = {shown(getattr(cfg, name))}" for name in FIELDS]
+    lines += [f"{name} = {shown(getattr(cfg, name))}" for name in FIELDS if name not in open_]
     lines += [f'"{name}" = {shown(value)}' for name, value in cfg.options.items()]
+    if open_:
+        lines += ["", "[chosen]  # what auto and none stood for; nobody asked for it"]
+    for name in open_:
+        here = "# here: " * (change(name) == settings.FRESH)  # of this machine, not of the run
+        lines.append(f"{here}{name} = {shown(getattr(cfg, name))}")
     return "\n".join(lines) + "\n"
 
 

@@ -2,11 +2,14 @@
 
 import torch
 
+import choices
+import config
 from checkpoint import Checkpoint, resolve
 from choices import HEAVY, find_optimizer, state_on_disk
 from corpora import Corpus
+from optim import param_groups
 from parallel.mesh import Mesh
-from settings import FIELDS, Config
+from settings import FIELDS, Config, flag
 
 
 def lines(cfg: Config, asked: Config, mesh: Mesh, record: dict, corpus: Corpus, whole: torch.nn.Module,
@@ -21,7 +24,33 @@ def lines(cfg: Config, asked: Config, mesh: Mesh, record: dict, corpus: Corpus, 
         *mesh.table(),
         "chosen: " + " ".join(f"{name}={value}" for name, value in differ.items()),
         *remarks(cfg, mesh, earlier),
+        *([] if earlier is None else change_of_lr(cfg, earlier, whole)),
     ]
+
+
+def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> list[str]:
+    """A line where the learning rate jumps because the run goes on with other settings; else []. A
+    schedule is a function of the step and of all steps: more of these stretch it, as if they had been
+    meant from the beginning."""
+    before, step = config.from_dict(earlier.tree("config")), earlier.step
+
+    def peak(run: Config) -> float:
+        optimizer_class, kinds = find_optimizer(run.optim), param_groups.kinds(whole)
+        return choices.learning_rates(run, optimizer_class, run.sub("opt"), kinds)["matrix"]
+
+    was = peak(before) * choices.lr_schedule(before)(min(step, before.steps - 1))
+    now = peak(cfg) * choices.lr_schedule(cfg)(step)
+    if abs(now - was) <= 0.02 * max(now, was):
+        return []
+    names = ("steps", "schedule", "lr", "warmup_steps", "warmup_frac", "warmup_start", "decay_frac",
+             "min_lr_frac")  # fmt: skip
+    differ = [n for n in names if getattr(before, n) != getattr(cfg, n)]
+    because = [f"{flag(n, getattr(cfg, n))[2:]} ({getattr(before, n)} before)" for n in differ]
+    because = ", ".join(because) or "another schedule"
+    more = ""
+    if "steps" in differ and cfg.schedule not in ("constant", "inverse_sqrt"):
+        more = f"; the schedule is that of a run of {cfg.steps} steps from its beginning on"
+    return [f"lr goes from {was:.1e} to {now:.1e} at step {step}: {because}{more}"]
 
 
 def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
@@ -50,6 +79,12 @@ def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
         "what the disk was to spare": cfg.async_save and state_on_disk(cfg),
         "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
         "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
+        f"min_lr_frac={cfg.min_lr_frac:g}: schedule=constant never decays": cfg.schedule == "constant"
+        and cfg.min_lr_frac,
+        f"decay_frac={cfg.decay_frac:g}: schedule={cfg.schedule} has none": cfg.schedule != "wsd"
+        and cfg.decay_frac != FIELDS["decay_frac"].default,
+        "decay_embeddings: weight_decay is 0, so nothing decays": cfg.decay_embeddings
+        and not cfg.weight_decay,
         f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, or more":
         cfg.patience is not None and earlier is not None
         and earlier.tree("best/bad", missing=0) >= cfg.patience,

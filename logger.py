@@ -75,9 +75,9 @@ def read_metrics(path) -> list[dict]:
 
 
 def latest(out_dir) -> dict:
-    """The last metrics of a run: what train.main returned."""
-    found = {}
-    for row in read_metrics(os.path.join(out_dir, "metrics.jsonl")):
+    """The last metrics of a run: what train.main returned; {} where its metrics.jsonl is gone."""
+    found, path = {}, os.path.join(out_dir, "metrics.jsonl")
+    for row in read_metrics(path) if os.path.exists(path) else []:
         if "val_loss" in row:
             found |= row
         elif "loss" in row:
@@ -273,11 +273,15 @@ def environment(device, ranks: int, data_sha256: str) -> dict:
     """What one must know to run this again: commit, versions, hardware, data. `device` is a torch.device."""
     import torch
 
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}  # a hook's, of elsewhere
+    commit = ""
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        prefix, found = (subprocess.run(git + words, capture_output=True, text=True, timeout=10, env=env).stdout
+                         for words in (["rev-parse", "--show-prefix"], ["describe", "--always", "--dirty"]))
+        commit = "" if prefix.strip() else found.strip()  # a copy in a folder of another repository has none
     except (OSError, subprocess.TimeoutExpired):
-        commit = ""
+        pass
     gpu = device.type == "cuda"
     cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
     versions = {"torch": str(torch.__version__), "python": platform.python_version(),

@@ -15,9 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checks
+import choices
 import config
-from checkpoint import FOLDER, load, newest, resolve
-from settings import BRANCH, CHOSEN, FIELDS, FREE, FRESH, LAYOUTS, Config, update
+import corpora
+from checkpoint import FOLDER, Checkpoint, load, newest, resolve
+from files import listed
+from settings import BRANCH, CHOSEN, FIELDS, FREE, FRESH, LAYOUTS, Config, flag, update
+from tokenizer import Tokenizer
 
 
 def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):
@@ -32,19 +36,41 @@ def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int])
         found = newest(out_dir)
         if found is None and any(FOLDER.fullmatch(p.name) for p in out_dir.iterdir()):
             raise ValueError(f"no checkpoint in {out_dir} is whole; type --resume=never to start anew")
-        if branch and found is None:
-            found, in_place = resolve(resume), False
-            if not found.has("optim"):
-                raise ValueError(f"{resume} holds weights alone; type --init_from={resume}")
-        elif branch and Path(found.tree("config/resume")).resolve() != Path(resume).resolve():
-            raise ValueError(f"{out_dir} holds another run; a branch needs an --out_dir of its own")
+        if branch and not (found and any(same_place(was, resume) for was in of_branch(found))):
+            found, in_place = parent(out_dir, resume, found), False
     exists, in_place, step = agree(found is not None), agree(in_place), agree(found.step if found else 0)
     old = agree(found is not None and found.path.name.startswith(".old-"))
+    itself = agree(found is not None and not in_place and found.path == Path(resume))  # by any name
     if exists and not is_main:
-        run = out_dir if in_place else Path(resume)
-        run = run.parent if FOLDER.fullmatch(run.name) and not in_place else run
-        found = load(run / f"{'.old-' * old}step-{step:08d}", verify=False)
+        inside = (out_dir if in_place else Path(resume)) / f"{'.old-' * old}step-{step:08d}"
+        found = load(Path(resume) if itself else inside, verify=False)
     return found, bool(in_place)
+
+
+def parent(out_dir: Path, resume: str, own: Checkpoint | None) -> Checkpoint:
+    """What a new branch starts from. own: what out_dir has already. Raises ValueError."""
+    place = Path(resume).resolve()
+    if own is not None and Path(out_dir).resolve() in (place, place.parent):
+        raise ValueError(f"{resume} is of the run in {out_dir} itself: --resume=auto goes on with its "
+                         "newest checkpoint, a branch needs an --out_dir of its own")  # fmt: skip
+    found = resolve(resume)  # whether it can be resumed at all comes first
+    if own is not None:
+        was = of_branch(own)
+        where = f" (a branch: {flag('resume', was[-1])} goes on with it)" if was else ""
+        raise ValueError(f"{out_dir} holds another run{where}; a branch needs an --out_dir of its own")
+    if not found.has("optim"):
+        raise ValueError(f"{resume} holds weights alone; type {flag('init_from', resume)}")
+    return found
+
+
+def of_branch(saved: Checkpoint) -> list[str]:
+    """Where the run of this checkpoint branched off: the path as it was typed, and from any folder."""
+    typed, home = str(saved.tree("config/resume")), str(saved.tree("config/cwd", missing=""))
+    return [] if typed in ("auto", "never") else [typed, os.path.join(home, typed)]
+
+
+def same_place(a: str, b: str) -> bool:
+    return Path(a).resolve() == Path(b).resolve()
 
 
 def continued(cfg: Config, saved: dict, branch: bool) -> Config:
@@ -53,7 +79,14 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved
     run. Raises ValueError naming a field that differs and must not.
     """
-    old, values = config.from_dict(saved), {}
+    old, values, home = config.from_dict(saved), {}, str(saved.get("cwd") or "")
+    if not is_there(old.data) and is_there(there := seen_from(home, old.data)):
+        if cfg.data == old.data:  # the run began in another folder
+            cfg = update(cfg, data=there)
+        old = update(old, data=there)
+    for name in cfg.given & FIELDS.keys():
+        if getattr(cfg, name) != getattr(old, name):
+            possible(cfg, name)
     for name, f in FIELDS.items():
         new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
         left_open = new == "auto" or (new is None and name in CHOSEN)
@@ -62,7 +95,7 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
             continue
         if (branch and name not in cfg.given) or (left_open and not (allowed and name in cfg.given)):
             values[name] = was
-        elif new != was and not allowed:
+        elif new != was and not allowed and not may_be_the_same(name, was, new, home):
             raise ValueError(mismatch(cfg, name, was, new, branch))
     if branch and "lr" in cfg.given:  # the other kinds' lr were chosen with the old one
         values |= {n: None for n in ("embed_lr", "head_lr", "scalar_lr") if n not in cfg.given}
@@ -77,17 +110,61 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     for name in sorted((old.options | options).keys() - {"opt.fused"}):  # the same step in another kernel
         if name.startswith(("opt.", "diloco.", "fp8.")) and options.get(name) != old.options.get(name):
             raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
-    return checks.check(update(cfg, **values, options=options))
+    new = update(cfg, **values, options=options)
+    new.earlier = old.given - {name for name, value in values.items() if value is None}
+    return checks.check(new)
+
+
+def possible(cfg: Config, name: str) -> None:
+    """Raises ValueError for a value that no run could have: that comes before what this run has."""
+    value = getattr(cfg, name)
+    if name == "data" and not is_there(value):
+        corpora.load(value, cfg.tokenizer, cfg.data_dir)  # says so
+    elif name == "tokenizer":
+        Tokenizer(value)
+    elif name == "optim":
+        choices.find_optimizer(value)
+    elif name == "init_from" and value is not None:
+        resolve(value)
+
+
+def may_be_the_same(name: str, was, new, home: str) -> bool:
+    """Another path to the same thing? Of data train.py compares the sha256."""
+    if name == "data":
+        return is_there(new) and not is_corpus(was) and not is_corpus(new)
+    if name != "init_from" or None in (was, new):
+        return False
+    return same_place(was, new) or same_place(os.path.join(home, was), new)
+
+
+def is_corpus(data: str) -> bool:
+    return data.partition(":")[0] in corpora.CORPORA
+
+
+def is_there(data: str) -> bool:
+    """Is it a corpus, or are there files of that name, or of these names?"""
+    try:
+        return is_corpus(data) or bool(listed(data))
+    except (ValueError, OSError):
+        return False
+
+
+def seen_from(folder: str, data: str) -> str:
+    """--data= as it is to be written to mean the same elsewhere."""
+    parts = [data] if os.path.exists(os.path.join(folder, data)) else data.split(",")
+    return ",".join(os.path.join(folder, part.strip()) for part in parts)
 
 
 def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
     if was is None and "." in name:
         where, anew = (cfg.resume, "") if branch else (cfg.out_dir, ", or --resume=never to start anew")
         return f"{where} holds a run without --{name}; leave it out{anew}"
+    go_on, now = flag(name, was), flag(name, new).partition("=")[2]
     if branch:
-        return f"{name} was {was} in {cfg.resume} and a branch cannot change it to {new}; leave --{name} out"
+        leave = f"a branch cannot change it to {now}; leave --{name} out"
+        return f"{cfg.resume} has {go_on[2:]} and {leave}"
     return (
-        f"{cfg.out_dir} holds a run with {name}={was}, now it is {new}: type --{name}={was} to go on, "
+        f"{cfg.out_dir} holds a run with {go_on[2:]}, now it is {now}: type {go_on} to go on, "
         "--resume=never to start anew, or choose another --out_dir"
     )
 

@@ -8,6 +8,7 @@ None (`none` in TOML and on the command line) means off or, where the help says 
 `auto`. What a model's `auto` traits are is in ARCHS.
 """
 
+import shlex
 import typing
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -101,6 +102,9 @@ class Config:
     lr: float | None = knob(None, "peak learning rate; none = the optimizer's own default", BRANCH, least=0)
     weight_decay: float | None = knob(
         None, "none = the optimizer's own; matrices and head only", BRANCH, least=0
+    )
+    decay_embeddings: bool = knob(
+        False, "weight_decay for embeddings too, as nanoGPT has it", BRANCH
     )
     embed_lr: float | None = knob(None, "lr of embeddings; none = lr, with Muon 0.01", BRANCH, least=0)
     head_lr: float | None = knob(None, "lr of an untied head; none = lr, with Muon 0.01", BRANCH, least=0)
@@ -243,6 +247,7 @@ class Config:
         self.given = {
             f.name for f in fields(self) if f.name != "options" and getattr(self, f.name) != f.default
         }
+        self.earlier = set()  # what the commands before gave, of a run that goes on
 
     def sub(self, namespace: str) -> dict:
         """The dotted fields of one namespace: sub("opt") -> {"betas": (0.9, 0.95)}."""
@@ -253,16 +258,9 @@ LAYOUTS = dict(fsdp_shard="fsdp", reshard="fsdp", param_dtype="fsdp", reduce_dty
                compress="ddp", diloco_every="ddp", offload_params="zero3 fsdp",
                bucket_mb="ddp zero1 zero2 zero3")  # the layouts that a field is for  # fmt: skip
 NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile", "monitor")
-CHOSEN = (
-    "micro_batch_size",
-    "n_kv_head",
-    "vocab_size",
-    "lr",
-    "weight_decay",
-    "embed_lr",
-    "head_lr",
-    "scalar_lr",
-)
+PATHS = ("out_dir", "data", "data_dir", "resume", "init_from")  # here ~ is the home folder
+CHOSEN = ("micro_batch_size", "n_kv_head", "vocab_size", "lr", "weight_decay", "embed_lr",
+          "head_lr", "scalar_lr")  # where none means: the run chooses  # fmt: skip
 SECTIONS = dict(out_dir="The run", data="Data", arch="Model", optim="Optimizer", on_spike="Spikes and faults",
                 schedule="Schedule",
                 precision="Numbers and layout", log_every="Looking and saving")  # fmt: skip
@@ -279,6 +277,7 @@ ARCHS = {
 }  # fmt: skip
 FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
 TYPES = typing.get_type_hints(Config)
+OPEN = {name for name, f in FIELDS.items() if f.default == "auto" or name in CHOSEN} - {"resume"}
 
 
 def trait(cfg: Config, name: str):
@@ -295,8 +294,28 @@ def with_traits(cfg: Config) -> Config:
 def update(cfg: Config, **values) -> Config:
     """A copy with other values that remembers which fields the user gave."""
     new = replace(cfg, **values)
-    new.given = set(cfg.given)
+    new.given, new.earlier = set(cfg.given), set(cfg.earlier)
     return new
+
+
+def chosen(cfg: Config) -> list[str]:
+    """The fields that no command gave and that have a value: what `auto` and `none` stood for."""
+    asked = cfg.given | cfg.earlier
+    return [n for n in FIELDS if n in OPEN - asked and getattr(cfg, n) != FIELDS[n].default]
+
+
+def flag(name: str, value) -> str:
+    """What to type in a shell for this field to have this value; what messages tell people to type."""
+    if isinstance(value, (tuple, list)):
+        text = ",".join(map(plain, value)) + "," * (len(value) == 1) if value else "()"
+    else:
+        text = plain(value)
+    return f"--{name}={shlex.quote(text)}"
+
+
+def plain(value) -> str:
+    """A value as the command line has it: none, true, 0.1, text."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def chunks(cfg: Config) -> int:

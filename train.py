@@ -105,7 +105,8 @@ def main(cfg: settings.Config) -> dict:
 
     if earlier is not None and (in_place or "data" not in cfg.given):
         if earlier.tree("record/data_sha256") != corpus.sha256:
-            raise ValueError(f"--data={cfg.data} has changed since {earlier.path} was written")
+            raise ValueError(f"--data={cfg.data} has changed since {earlier.path} was written, or is another "
+                             "text; give the one of then, or choose another --out_dir")  # fmt: skip
 
     # ---- model: the same start on every layout ------------------------------------------------------------
     group, pipe, dtype = mesh.groups["pp"], None, amp.PARAM_DTYPE[cfg.precision]
@@ -186,7 +187,8 @@ def main(cfg: settings.Config) -> dict:
     # ---- optimizer ----------------------------------------------------------------------------------------
     param_groups.without_compiler()
     lrs = choices.learning_rates(cfg, optimizer_class, opt_options, param_groups.kinds(whole))
-    groups = param_groups.param_groups(model, lrs, cfg.weight_decay, choices.matrices_only(optimizer_class))
+    groups = param_groups.param_groups(model, lrs, cfg.weight_decay, choices.matrices_only(optimizer_class),
+                                       cfg.decay_embeddings)  # fmt: skip
     make_optimizer, boxes = choices.stepper(cfg, mesh, cuts, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
@@ -216,7 +218,9 @@ def main(cfg: settings.Config) -> dict:
     if is_main:
         (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")
     said = introduction.lines(cfg, asked, mesh, record, corpus, whole, earlier)
-    for line in filter(None, said + [uncompiled, eights and eights.emulated]):
+    if eights is not None and eights.emulated:
+        said.append(f"precision=fp8: emulated here, the same numbers, but slower ({eights.emulated})")
+    for line in filter(None, [*said, uncompiled]):
         log.say(line)
     seen = cfg.window or cfg.block_size
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, seen)

@@ -153,7 +153,8 @@ class Candidate:
         found = sum(x.nbytes for s in self.optimizer.state.values() for x in s.values() if torch.is_tensor(x))
         (per_element, per_dim), size = STATE[row], sum(p.numel() for p in self.params)
         claim = per_element * size + sum(per_dim(n) for p in self.params for n in p.shape if per_dim)
-        assert found == claim, f"{found} bytes of state, the docstring's formula gives {claim}"
+        if found != claim:
+            raise AssertionError(f"{found} bytes of state, the docstring's formula gives {claim}")
         return f"{found / size:.3g}"
 
 

@@ -1,17 +1,20 @@
 """How many bytes a rank needs, predicted from shapes alone: every layout, optimizer and precision.
 
-    python memory/estimate.py --params=7e9 --gpus=64 --optim=adamw
+    python memory/estimate.py --params=7B --gpus=64 --optim=adamw
     python memory/estimate.py --params=7e9 --n_layer=32 --n_embd=4096 --block_size=2048 --batch=4
     python memory/estimate.py --n_layer=12 --n_embd=768 --vocab_size=50304 --gpus=8 --optim=muon --batch=16
 
 Without --params the exact tensors of our GPT, in whole parameters or rows as each layout deals them out (with
 it equal parts, for Muon all of them matrices); a row shows the rank that holds most. --batch is one rank's
-micro-batch. GB are 1e9 bytes. Bytes of a parameter, by precision:
+micro-batch. 7B is 7e9, as are K, M and T, and GB are 1e9 bytes. Bytes of a parameter, by precision:
 
     name    weight  gradient  master  a number of state    with Adam   what it is
     fp64      8        8        -            8                32       ours
     fp32      4        4        -            4                16       ours
     bf16      4        4        -            4                16       ours: autocast over fp32 weights
+    fp16      4        4        -            4                16       the same with loss scaling
+    fp8       4        4        -            4                16       the same with e4m3 products
+    bf16_sr   2        2        -            4                12       ours: stochastic rounding, no master
     mixed     2        2        4            4                16       Rajbhandari et al. 2020 (1910.02054)
     texts     2        2        -            4                12       a common text, which forgets the master
 
@@ -24,9 +27,10 @@ micro-batch. GB are 1e9 bytes. Bytes of a parameter, by precision:
                                                one unit's gradients twice; those of earlier micro-batches
 
 To buffers come the temporaries of a step, at least the largest parameter's (Muon: of the matrices of one
-shape and its transpose two bfloat16 copies, and three short x short products), and for bf16 the copies of the
-weights that autocast keeps till backward. With fsdp, methods that need whole matrices keep state and weights
-at owners too, see parallel/whole.py.
+shape and its transpose two bfloat16 copies, and three short x short products), for bf16 and fp16 the copies
+of the weights that autocast keeps till backward (fp8: of the head), and for bf16_sr the float32 weights and
+gradients of a chunk of 64 MiB, with 21 bytes a number of the largest parameter to round it. With fsdp,
+methods that need whole matrices keep state and weights at owners too, see parallel/whole.py.
 
 Activations kept for backward, for b x s tokens, L layers, h channels, V words:
 
@@ -42,8 +46,9 @@ Offloaded state passes the device in chunks of 64 MiB of parameters, two at a ti
 chunk by itself. (If the device is the CPU, nothing passes, and what files hold needs no memory.)
 
 Rough, and rather too much than too little: with one micro-batch gradients come as activations go, and both
-are counted in full. Not in it: fragmentation, the device's own context, kernels' workspaces, the peak inside
-a layer. Measured with tiny batches and several micro-batches: within 5 % (tests/test_estimate.py).
+are counted in full. Not in it: fragmentation, the device's own context, kernels' workspaces (of FP8, where it
+is emulated, float32 operands), the peak inside a layer. Measured with tiny batches and several micro-batches:
+within 5 % (tests/test_estimate.py).
 """
 
 import difflib
@@ -52,10 +57,14 @@ import math
 import sys
 from types import SimpleNamespace
 
-BYTES = {"fp64": (8, 8, 0, 8), "fp32": (4, 4, 0, 4), "bf16": (4, 4, 0, 4), "mixed": (2, 2, 4, 4),
-         "texts": (2, 2, 0, 4)}  # of a weight, its gradient, its master copy, one number of state
+BYTES = {"fp64": (8, 8, 0, 8), "fp32": (4, 4, 0, 4), "bf16": (4, 4, 0, 4), "fp16": (4, 4, 0, 4),
+         "fp8": (4, 4, 0, 4), "bf16_sr": (2, 2, 0, 4), "mixed": (2, 2, 4, 4), "texts": (2, 2, 0, 4)}
+# of a weight, its gradient, its master copy, one number of state
 HEADINGS = {"fp64": "8 + 8 bytes and state in float64", "fp32": "4 + 4 bytes and state in float32",
             "bf16": "autocast over float32 weights: 4 + 4 bytes and state in float32",
+            "fp16": "autocast over float32 weights: 4 + 4 bytes and state in float32",
+            "fp8": "e4m3 products, autocast over float32 weights: 4 + 4 bytes and state in float32",
+            "bf16_sr": "rounded by chance: 2 + 2 bytes and state in float32 (12 with Adam)",
             "mixed": "the primary source's 2 + 2 + 4 bytes and state in float32 (16 with Adam)",
             "texts": "a text's 2 + 2 bytes and state in float32 (12 with Adam), no master weights"}
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -71,7 +80,8 @@ KEPT = {
     ("modern", "fp64"): (152, 18, 16), ("modern", "fp32"): (76, 9, 8), ("modern", "bf16"): (51, 6, 8),
     ("gpt2", "fp64"): (128, 16, 8), ("gpt2", "fp32"): (64, 8, 4), ("gpt2", "bf16"): (40, 6, 4),
     ("track3", "fp64"): (168, 42, 24), ("track3", "fp32"): (84, 21, 12),
-    ("track3", "bf16"): (59, 18, 12)}  # fmt: skip
+    ("track3", "bf16"): (59, 18, 12), ("modern", "bf16_sr"): (47, 6, 8), ("gpt2", "bf16_sr"): (32, 4, 4),
+    ("track3", "bf16_sr"): (55, 18, 12)}  # fmt: skip
 # with activation checkpointing in place of k: full, attention, mlp, selective; and gradients inside a block,
 # with what track3's norm of the embedding has kept
 LEFT = {
@@ -79,7 +89,8 @@ LEFT = {
     ("modern", "bf16"): (4, 30, 37, 24, 28), ("gpt2", "fp64"): (8, 96, 64, 88, 41),
     ("gpt2", "fp32"): (4, 48, 32, 44, 20), ("gpt2", "bf16"): (4, 30, 26, 24, 14),
     ("track3", "fp64"): (8, 112, 104, 88, 121), ("track3", "fp32"): (4, 56, 52, 44, 61),
-    ("track3", "bf16"): (4, 38, 45, 24, 36)}  # fmt: skip
+    ("track3", "bf16"): (4, 38, 45, 24, 36), ("modern", "bf16_sr"): (2, 28, 30, 22, 28),
+    ("gpt2", "bf16_sr"): (2, 24, 16, 22, 11), ("track3", "bf16_sr"): (2, 36, 38, 22, 36)}  # fmt: skip
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> (embedding | head | matrix | scalar, shape)
 
@@ -217,12 +228,20 @@ def bytes_per_rank(shapes: Shapes, optim: str = "adamw", layout: str = "ddp", wo
         chunks = in_flight(stepped[fullest], chunk) if by_block else chunks
     backward = step = 0
     if by_block:
-        step = of_the_step(shapes, optim, n, weight, precision, chunk / weight if chunks else math.inf)
+        stochastic = precision == "bf16_sr"  # it steps float32 copies of a chunk, with their gradients
+        wide = 4 if stochastic else weight
+        at_once = chunk / wide if chunks or stochastic else math.inf
+        step = of_the_step(shapes, optim, n, wide, precision, at_once)
+        if stochastic:
+            largest, here = max(sizes.values()), sum(size for size, _ in stepped[fullest])
+            step = max(step, 21 * largest) + 4 * min(here, max(chunk, weight * largest))
         if n > 1 or world > 1 or offload_params:
             backward = coming_and_going(shapes, layout, n, weight, gradient, reshard, micro_batches,
                                         bucket_mb, own=not offload_params)  # fmt: skip
-        if precision == "bf16" and layout != "zero3":  # autocast keeps its copies till backward
-            backward += 2 * sum(sizes[x] for x, (kind, _) in shapes.items() if kind in ("matrix", "head"))
+        if precision in ("bf16", "fp16", "fp8") and layout != "zero3":  # autocast's copies till backward
+            head = [x for x, (kind, _) in shapes.items() if kind == "head"] or ["embed.weight"]  # tied
+            cast = [x for x, (kind, _) in shapes.items() if kind == "matrix" and precision != "fp8"]
+            backward += 2 * sum(sizes[x] for x in head + cast)
         if layout == "zero1":  # at the step others' gradients are gone
             step -= gradients - gradient * sum(size for size, _ in stepped[fullest]) / weight
     at_owner = sum(sizes[name] for name in whole) / n if fsdp and by_block else 0
@@ -297,6 +316,7 @@ def activation_bytes(precision: str, tokens: int, n_layer: int, n_embd: int, voc
     keeps. What is offloaded is on the device while it is used, for two blocks at a time.
     """
     check("precision", precision, BYTES)
+    precision = {"fp16": "bf16", "fp8": "bf16"}.get(precision, precision)  # they keep the same
     published = {"mixed": 34, "texts": 20}.get(precision)  # with inputs and results of products of 2 bytes
     per_layer, per_channel, per_word = (published, 0, 0) if published else KEPT[arch, precision]
     full, attention, mlp, selective, passing = (2, 26, 18, 22, 0) if published else LEFT[arch, precision]
@@ -337,16 +357,13 @@ NAMES = {"optim": OPTIONS, "precision": BYTES, "arch": ("modern", "gpt2", "track
          "offload": ("cpu", "disk"), "offload_params": ("cpu", "disk"),
          "grafting": ("adam", "rmsprop", "sgd", "none")}  # fmt: skip
 FRACTIONS = ("bucket_mb", "momentum", "beta1", "normuon_beta2")
-MAY_BE_NONE = ("n_kv_head", "fsdp_shard", "beta1", "normuon_beta2")
+SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
 def parse(argv: list[str]) -> tuple[dict, dict]:
     """--name=value ... -> the settings, and the optimizer's own from --opt.NAME=value. Raises ValueError."""
     settings, options = dict(DEFAULTS), {}
-    for argument in argv:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise ValueError(f"{argument!r} is not understood; type --name=value")
+    for name, text in words(argv):
         if name.startswith("opt."):
             options[name[4:]] = text
         else:
@@ -362,24 +379,53 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
     return settings, options
 
 
+def words(argv: list[str]) -> list[tuple[str, str]]:
+    """(name, text) of each --name=text, or --name text. Raises ValueError."""
+    left, found = list(argv), []
+    while left:
+        word = left.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not equals and left and not left[0].startswith("--"):
+            text = left.pop(0)
+        if not word.startswith("--") or not text:
+            raise ValueError(f"{word!r} is not understood; type --name=value")
+        found.append((name, text))
+    return found
+
+
 def from_text(name: str, text: str, default):
+    """The value of --name=text, whose default shows its kind. Raises ValueError."""
     if name == "activation_checkpoint":
         return text
-    if name in NAMES and not (text == "none" and default is None):
+    if default is None and text.lower() == "none":
+        return None
+    if name in NAMES:
         check(name, text, NAMES[name])
-    if name in NAMES or (text == "none" and name in MAY_BE_NONE):
         return None if text == "none" else text
     if type(default) is bool:
-        check(name, text, ("true", "false"))
-        return text == "true"
+        check(name, text.lower(), ("true", "false"))
+        return text.lower() == "true"
     try:
-        value = float(text)
-        assert 0 <= value < math.inf and (name in FRACTIONS or value == int(value))
-        assert value >= 1 or name in FRACTIONS or name == "batch"
-    except (ValueError, AssertionError):
-        what = "a number, 0 or more" if name in FRACTIONS else "a whole number"
-        raise ValueError(f"{name}={text} is not allowed; it takes {what}") from None
-    return value if name in FRACTIONS else int(value)
+        short = text[:-1] if text[-2:].lower() in ("kb", "mb", "gb", "tb") else text
+        factor = SUFFIXES.get(short[-1:].lower())
+        value = round(float(short[:-1]) * factor, 3) if factor else float(short)
+    except ValueError:
+        value = math.nan
+    whole, least = name not in FRACTIONS, 0 if name in FRACTIONS or name == "batch" else 1
+    if not least <= value < math.inf or (whole and value != round(value)):
+        what = f"a whole number, {least} or more, as 8, 7e9 or 7B" if whole else "a number, 0 or more"
+        raise ValueError(f"{name}={text} is not allowed; it takes {what}")
+    return round(value) if whole else value
+
+
+def usage(defaults: dict, names: dict) -> str:
+    """The flags with their defaults, and what those with a choice take."""
+    lines = ["--name=value, or --name value; the values here are the defaults"]
+    for name, value in defaults.items():
+        choice = [x for x in names.get(name, ()) if x != str(value)]
+        value = str(value).lower() if value in (None, True, False) else value
+        lines.append(f"  --{name}={value}" + (f"  or {', '.join(choice)}" if choice else ""))
+    return "\n".join(lines)
 
 
 def table(settings: dict, options: dict) -> str:
@@ -420,7 +466,7 @@ def table(settings: dict, options: dict) -> str:
 
 if __name__ == "__main__":
     if {"--help", "-h"} & {*sys.argv}:
-        print(__doc__, *(f"--{name}={value}" for name, value in DEFAULTS.items()), sep="\n  ")
+        print(__doc__ + "\n" + usage(DEFAULTS, NAMES))
         sys.exit()
     try:
         print(table(*parse(sys.argv[1:])))

@@ -1,6 +1,6 @@
 """Which layout for a model and cluster that we cannot try: bytes, traffic and time of every layout, on paper.
 
-    python memory/plan.py --params=70e9 --gpus=512                        # A100s, 4 Mi tokens a step
+    python memory/plan.py --params=70B --gpus=512                         # A100s, 4 Mi tokens a step
     python memory/plan.py --n_layer=126 --n_embd=16384 --n_head=128 --n_kv_head=8 --gpus=8192 --gpu=H100
     python memory/plan.py --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512 --precision=bf16
     python memory/plan.py runs                                            # what the course texts claim
@@ -57,7 +57,17 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-from memory.estimate import BYTES, Shapes, activation_bytes, bytes_per_rank, check, from_text, gpt_shapes
+from memory.estimate import (
+    BYTES,
+    Shapes,
+    activation_bytes,
+    bytes_per_rank,
+    check,
+    from_text,
+    gpt_shapes,
+    usage,
+    words,
+)
 
 LIMIT, PASSES, REACHED, HIDDEN = 1.34, 11, 0.65, 0.6  # fitted once, see above
 USABLE = 0.9  # of a device's memory; the rest is for the context, communication buffers, fragmentation
@@ -308,10 +318,7 @@ HELD = dict(weights="parameters", grads="gradients", state="state", activ="activ
 def parse(argv: list[str]) -> dict:
     """--name=value ... -> the settings. Raises ValueError."""
     found = dict(FLAGS)
-    for argument in argv:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise ValueError(f"{argument!r} is not understood; type --name=value, or runs")
+    for name, text in words(argv):
         check("the name", name, FLAGS)
         check(name, text, WORDS.get(name, (text,)))
         found[name] = text if name in WORDS else from_text(name, text, None)
@@ -428,7 +435,7 @@ def runs() -> str:
 
 if __name__ == "__main__":
     if {"--help", "-h"} & {*sys.argv}:
-        print(__doc__, *(f"--{name}={value}" for name, value in FLAGS.items()), sep="\n  ")
+        print(__doc__ + "\n" + usage(FLAGS, WORDS))
         sys.exit()
     try:
         print(runs() if sys.argv[1:] == ["runs"] else table(parse(sys.argv[1:])))

@@ -151,18 +151,21 @@ def weights(m: nn.Module) -> list[nn.Parameter]:
 
 # ---- groups --------------------------------------------------------------------------------------
 def param_groups(
-    model: nn.Module, lrs: dict[str, float], weight_decay: float, muon: bool = False
-) -> list[dict]:
+    model: nn.Module, lrs: dict[str, float], weight_decay: float, muon: bool = False,
+    decay_embeddings: bool = False,
+) -> list[dict]:  # fmt: skip
     """Groups for an optimizer's constructor, each with its `kind` and its parameters' full `names`.
 
     lrs: kind -> learning rate. With `muon`, all but the matrices carry `use_muon=False`.
+    decay_embeddings: weight decay for these too, as nanoGPT has it.
     """
     params, groups = dict(model.named_parameters()), {}
+    spared = ("scalar",) if decay_embeddings else ("embedding", "scalar")
     for name, kind in kinds(model).items():
         groups.setdefault(kind, []).append(name)
     return [
         dict(kind=kind, names=names, params=[params[n] for n in names], lr=lrs[kind],
-             weight_decay=0.0 if kind in ("embedding", "scalar") else weight_decay,
+             weight_decay=0.0 if kind in spared else weight_decay,
              **({"use_muon": False} if muon and kind != "matrix" else {}))
         for kind, names in groups.items()
     ]  # fmt: skip

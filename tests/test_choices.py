@@ -355,3 +355,20 @@ def test_what_a_file_lacks_is_said_in_a_sentence(code, words, says, drop):
         cfg = own("mine", *words)
         choices.stepper(cfg, ONE, {}, choices.find_optimizer("mine"))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("code", [
+    NADAM + "**options):\n        super().__init__(params, **options)",
+    NADAM + "betas, **options):\n        super().__init__(params, betas=betas, **options)",
+    NADAM + "*, betas, lr=1):\n        super().__init__(params, lr, betas=betas)",
+], ids=["hidden", "no default and hidden", "no default"])  # fmt: skip
+def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(code, drop):
+    drop(code)
+    cfg = config.parse(["--optim=mine", "--opt.betas=0.5,0.6", "--lr=0.01"])
+    found = choices.find_optimizer("mine")
+    assert choices.trial(cfg, found)[0]["betas"] == (0.5, 0.6)
+    for word, says in (("--opt.betass=0.5,0.6", "betass"), ("--opt.lr=1", "has no such argument"),
+                       ("--opt.params=1", "has no such argument")):  # fmt: skip
+        with pytest.raises(ValueError, match=says) as error:
+            choices.trial(config.parse(["--optim=mine", "--lr=0.01", word]), found)
+        assert "\n" not in str(error.value)

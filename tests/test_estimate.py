@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 import settings
-from memory import estimate
+from memory import estimate, plan
 from memory.estimate import activation_bytes, assign, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
 from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
 from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, schedule_free, sgd, shampoo, soap
 from optim.param_groups import kinds, param_groups
 from parallel.ddp import DDP
+from precision import amp, fp8
+from precision.stochastic import stochastic
 
 CPU = torch.device("cpu")
 SCRIPT = Path(estimate.__file__)
@@ -32,7 +35,9 @@ CLASSES = {"sgd": sgd.SGD, "adamw": adamw.AdamW, "adam_l2": adam_l2.AdamL2, "ada
            "shampoo": shampoo.Shampoo, "soap": soap.SOAP, "schedule_free": schedule_free.AdamWScheduleFree,
            "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree}  # fmt: skip
 TRAITS = settings.ARCHS
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32,
+          "fp8": torch.float32, "bf16_sr": torch.bfloat16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "bf16_sr": torch.bfloat16, "fp16": torch.float16}
 SIZE = dict(n_layer=8, n_head=2, n_embd=64, vocab_size=256, block_size=8)
 
 
@@ -131,18 +136,20 @@ def test_owners_are_those_of_zero(n):
                                   dict(n_layer=3, n_embd=32, vocab_size=480)])  # fmt: skip
 def test_activations_are_what_autograd_saves(arch, precision, size):
     config = GPTConfig(**size, n_head=2, n_kv_head=2, block_size=128, **TRAITS[arch])
-    model = GPT(config).to(DTYPES[precision])
+    model, half = GPT(config).to(DTYPES[precision]), AUTOCAST.get(precision)
+    if precision == "fp8":
+        fp8.convert(model, CPU)
     weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def pack(x):
-        casts = precision == "bf16" and x.shape in {p.shape for p in model.parameters()}  # counted in buffers
+        casts = half is not None and x.shape in {p.shape for p in model.parameters()}  # counted in buffers
         if x.untyped_storage()._cdata not in weights and not casts:
             saved[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
     ids = torch.zeros(4, 128, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
             loss = model(ids, ids)
     assert loss.requires_grad
     measured = sum(storage.nbytes() for storage in saved.values())
@@ -225,11 +232,13 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
         from parallel.zero import ZeRO
 
         replicas = ZeRO(group, CPU, int(layout[-1]), bucket_mb, **more)
+    if precision == "bf16_sr":
+        options = options | {"offload": lambda optimizer: stochastic(optimizer, 0)}
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
     return measure(replicas, model, functools.partial(initial_weight, config), CLASSES[optim], groups,
                    micro_batches, rank=rank, world=world,
-                   autocast=torch.bfloat16 if precision == "bf16" else None, **options)  # fmt: skip
+                   autocast=AUTOCAST.get(precision), **options)  # fmt: skip
 
 
 def owners_of(layout):
@@ -248,6 +257,8 @@ def predicted(layout, optim, world, precision, micro_batches, options, **kwargs)
 
 @pytest.mark.parametrize("optim, precision, micro_batches, options", [
     ("adamw", "fp32", 1, {}), ("adamw", "fp32", 2, {}), ("adamw", "fp64", 2, {}), ("adamw", "bf16", 2, {}),
+    ("adamw", "fp16", 2, {}), ("adamw", "bf16_sr", 2, {}), ("lion", "bf16_sr", 2, {}),
+    ("muon", "bf16_sr", 2, {}),
     ("sgd", "fp32", 2, {"momentum": 0.9}), ("lion", "fp32", 2, {}), ("muon", "fp32", 2, {}),
     ("adafactor", "fp32", 2, {}), ("lamb", "fp32", 2, {}), ("shampoo", "fp32", 2, {}),
     ("soap", "fp32", 2, {}), ("schedule_free", "fp32", 2, {})])
@@ -421,6 +432,53 @@ def test_a_mistake_is_one_line(arguments, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_every_precision_of_a_run_has_its_bytes():
+    """The title claims it: what train.py can compute with, each with a heading of its own."""
+    assert amp.PARAM_DTYPE.keys() <= estimate.BYTES.keys() == estimate.HEADINGS.keys()
+    for precision, dtype in amp.PARAM_DTYPE.items():
+        for arch in TRAITS:
+            size = [f"--precision={precision}", f"--arch={arch}", "--n_layer=2", "--n_embd=64", "--batch=2"]
+            for how in ("none", "full", "selective"):
+                text = estimate.table(*estimate.parse([*size, f"--activation_checkpoint={how}"]))
+                assert text.count("\nfsdp ") == 1 and "nan" not in text
+        weight, gradient, master, number = estimate.BYTES[precision]
+        assert weight == gradient == dtype.itemsize and master == 0 and number == max(4, weight)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("7B", 7e9), ("7b", 7e9), ("1.1B", 1.1e9), ("124M", 124e6), ("350k", 350e3), ("2T", 2e12), ("7e9", 7e9),
+    ("0.5B", 5e8), ("7_000", 7000), ("80GB", 80e9)])  # fmt: skip
+def test_numbers_may_be_written_short(text, value):
+    for name in ("params", "memory"):
+        assert estimate.from_text(name, text, None) == value
+        assert type(estimate.from_text(name, text, None)) is int
+    assert plan.parse([f"--params={text}"])["params"] == value
+
+
+@pytest.mark.parametrize("text", ["B", "7X", "7BB", "-7B", "1.5", "0.0001K", "nanB", "infB", "7 B C", ""])
+def test_a_number_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="whole number|not understood"):
+        estimate.parse([f"--params={text}"])
+
+
+def test_a_blank_stands_for_the_equals_sign_and_none_for_none():
+    words = "--params 7B --gpus=64 --precision none --n_kv_head=None --offload NONE --reshard FALSE".split()
+    s, _ = estimate.parse(words)
+    assert (s["params"], s["gpus"], s["precision"], s["n_kv_head"], s["offload"], s["reshard"]) == (
+        7 * 10**9, 64, None, None, None, False)  # fmt: skip
+    with pytest.raises(ValueError, match="type --name=value"):
+        estimate.parse(["--params", "--gpus=64"])
+
+
+def test_the_help_names_every_flag_its_default_and_choices():
+    text = command("--help").stdout
+    for name, value in estimate.DEFAULTS.items():
+        assert f"  --{name}={'none' if value is None else str(value).lower()}" in text
+    for name in ("fp16", "bf16_sr", "fp8", "muon", "track3", "disk"):
+        assert re.search(rf"  --.* or .*\b{name}\b", text), name
+    assert "None" not in text and "7B" in text
+
+
 def test_a_mistake_ends_the_command_with_2():
     run = command("--parms=7e9")
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
@@ -429,7 +487,7 @@ def test_a_mistake_ends_the_command_with_2():
 
 @pytest.mark.parametrize("arguments, said", [
     (dict(optim="adamwx"), "did you mean adamw"), (dict(layout="zero"), "did you mean zero"),
-    (dict(precision="fp16"), "did you mean"), (dict(momentum=0.9), "no|none"), (dict(world=0), "at least 1"),
+    (dict(precision="fp61"), "did you mean"), (dict(momentum=0.9), "no|none"), (dict(world=0), "at least 1"),
     (dict(layout="zero2", offload_params="cpu"), "zero3 or fsdp"), (dict(offload="ram"), "cpu")])
 def test_the_function_refuses_what_it_does_not_know(arguments, said):
     with pytest.raises(ValueError, match=said):

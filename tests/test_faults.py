@@ -379,7 +379,7 @@ def stop_early(rank, world, losses, *args):
     import evaluation
 
     evaluate, said = evaluation.evaluate, iter(losses)
-    evaluation.evaluate = lambda *a: evaluate(*a) | {"val_loss": next(said)}
+    evaluation.evaluate = lambda *a, **more: evaluate(*a, **more) | {"val_loss": next(said)}
     try:
         return go(*args)
     finally:

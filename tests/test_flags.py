@@ -1,6 +1,7 @@
 """Every flag of train.py does what it says: one observable each."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ import corpora
 import data
 import evaluation
 import monitor
+import settings
 import train
+from model import GPT, GPTConfig
+from optim import param_groups
 
 
 def groups(out_dir) -> dict:
@@ -86,6 +90,33 @@ def test_each_kind_has_its_lr_and_decay(tmp_path, text):
     assert found == {"embedding": (0.2, 0.0), "matrix": (0.1, 0.5), "head": (0.3, 0.5), "scalar": (0.4, 0.0)}
     with pytest.raises(ValueError, match="head_lr"):
         go(text, tmp_path / "tied", "--tied=true", "--head_lr=0.3")
+
+
+def test_decay_embeddings_decays_all_that_has_two_dimensions(tmp_path, text):
+    """As nanoGPT does: the tied head and the positions too, no gain and no bias."""
+    lines = ["--arch=gpt2", "--optim=adamw", "--weight_decay=0.5", "--steps=1"]
+    for given, decay in (("true", 0.5), ("false", 0.0)):
+        go(text, tmp_path / given, *lines, f"--decay_embeddings={given}")
+        found = {kind: g["weight_decay"] for kind, g in groups(tmp_path / given).items()}
+        assert found == {"embedding": decay, "matrix": 0.5, "scalar": 0.0}
+    go(text, tmp_path / "muon", "--weight_decay=0.5", "--decay_embeddings=true", "--steps=1")
+    found = {kind: g["weight_decay"] for kind, g in groups(tmp_path / "muon").items()}
+    assert found == {"embedding": 0.5, "matrix": 0.5, "head": 0.5}
+
+
+@pytest.mark.parametrize("recipe", ["nanogpt_cpu", "gpt2_124m"])
+def test_the_recipes_after_nanogpt_decay_what_nanogpt_decays(recipe):
+    """Its configure_optimizers: every parameter with two dimensions or more, and no other."""
+    root = Path(train.__file__).parent
+    cfg = settings.with_traits(config.parse([str(root / "configs" / f"{recipe}.toml")]))
+    cfg = settings.update(cfg, vocab_size=64, n_layer=2, n_embd=16, n_head=2)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
+    lrs = dict.fromkeys(("embedding", "matrix", "head", "scalar"), cfg.lr)
+    made = param_groups.param_groups(model, lrs, cfg.weight_decay, decay_embeddings=cfg.decay_embeddings)
+    decay = {p: g["weight_decay"] for g in made for p in g["params"]}
+    assert {*decay} == {*model.parameters()} and cfg.decay_embeddings
+    assert all(decay[p] == (0.1 if p.ndim > 1 else 0) for p in model.parameters())
 
 
 def test_a_branch_changes_every_lr_left_to_it(tmp_path, text):

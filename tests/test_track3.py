@@ -116,7 +116,7 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
                 for _ in range(12):
                     s = 2 * s - 1.5 * s**3 + 0.5 * s**5
                 step = max(1, p.shape[0] / p.shape[1]) ** 0.5 * (left * s) @ right
-                w[name] = w[name] * (1 - 0.025 * 0.025) - 0.025 * step
+                w[name] = w[name] * (1 - 0.025 * 0.05) - 0.025 * step
             else:
                 lr = {"embed.weight": 0.7, "head.weight": 0.004}.get(name, 0.015)
                 m[name], v[name] = 0.8 * m[name] + 0.2 * g, 0.95 * v[name] + 0.05 * g**2
