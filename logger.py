@@ -18,6 +18,7 @@ Biases (RUN/wandb; WANDB_MODE=offline needs no account). A resumed run goes on w
 """
 
 import csv
+import functools
 import importlib.metadata
 import json
 import math
@@ -94,21 +95,29 @@ def need(name: str, flag: str):
 
 
 def to_tensorboard(out_dir, first_step: int):
-    """(write(row), close()) for RUN/tensorboard, where points from first_step on, of earlier attempts, go."""
-    writer = need("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-        os.path.join(out_dir, "tensorboard"), purge_step=first_step, flush_secs=10)
+    """(write(row), close(), rewind(step)) for RUN/tensorboard, where points from first_step on, of earlier
+    attempts, go; after a rollback those from its step on."""
+    new = need("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    start = functools.partial(new, os.path.join(out_dir, "tensorboard"), flush_secs=10)
+    writer = start(purge_step=first_step)
 
     def write(row: dict) -> None:
         for key, value in row.items():
             if key != "step":
                 writer.add_scalar(key, value, row["step"])
 
-    return write, writer.close
+    def rewind(step: int) -> None:
+        nonlocal writer
+        writer.close()
+        writer = start(purge_step=step)
+
+    return write, lambda: writer.close(), rewind
 
 
 def to_wandb(out_dir, project: str, settings: dict, resumed: bool):
-    """(write(row), close()) for a run of Weights & Biases, whose id is in RUN/wandb/id.txt. `step` is sent as
-    a number beside the others: a step done again after a kill is drawn over itself, not refused."""
+    """(write(row), close(), rewind(step)) for a run of Weights & Biases, whose id is in RUN/wandb/id.txt.
+    `step` is sent as a number beside the others: a step done again after a kill is drawn over itself, not
+    refused."""
     wandb, path = need("wandb", "wandb"), os.path.join(out_dir, "wandb", "id.txt")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if resumed and os.path.exists(path):
@@ -124,7 +133,14 @@ def to_wandb(out_dir, project: str, settings: dict, resumed: bool):
     except wandb.errors.Error as error:  # for instance no account
         raise ValueError(f"Weights & Biases: {error}; or set WANDB_MODE=offline".replace("\n", " ")) from None
     run.define_metric("*", step_metric="step")
-    return run.log, run.finish
+    later = []  # offline it counts rows from 0 again, and once synced they would fall on those of before
+    if resumed and getattr(run, "offline", False):
+        later.append(int(1000 * (time.time() - os.path.getmtime(path))))  # no run logs a row in a millisecond
+
+    def write(row: dict) -> None:
+        run.log(row, **({"step": later.pop()} if later else {}))
+
+    return write, run.finish, lambda step: None
 
 
 class Logger:
@@ -201,6 +217,8 @@ class Logger:
         if self.main:
             self._write({"step": step, "event": event} | ({"text": text} if text else {}) | fields)
             self._line(step, [event] + ([text] if text else [f"{key} {x}" for key, x in fields.items()]))
+            for _, _, rewind in self.others if event == "rollback" else ():
+                self._send(rewind, fields["to"] + 1)
 
     def events(self, rows: list[dict]) -> None:
         """Each one as `event` takes it."""
@@ -220,7 +238,7 @@ class Logger:
         if not self.main:
             return
         self._bar(lambda bar: bar.close())
-        for _, close in [*self.others]:
+        for _, close, _ in [*self.others]:
             self._send(close)
         self.metrics.close()
         self.log.close()
@@ -252,13 +270,13 @@ class Logger:
         try:
             work(*args)
         except Exception as error:  # a full disk, a thread of theirs that died, whatever
-            self.others = [pair for pair in self.others if work not in pair]
+            self.others = [verbs for verbs in self.others if work not in verbs]
             self.say(f"{work.__module__} fails and is left out from now on: {error}")
 
     def _record(self, row: dict) -> list[str]:
         """Write a row, and an event for each number in it that is not finite; return what people see."""
         self._write(row)
-        for write, _ in [*self.others]:
+        for write, *_ in [*self.others]:
             self._send(write, {key: value for key, value in to_json(row).items() if value is not None})
         for key, x in row.items():
             if x is not None and to_json(x) is None:

@@ -35,8 +35,8 @@ class Lines:
         except (OSError, ValueError) as error:  # ValueError: closed
             self.lost += 1
             if self.lost == 1:
-                self.say(f"{self.path} cannot be written ({getattr(error, 'strerror', None) or error}): training "
-                         "goes on without these lines")  # fmt: skip
+                why = getattr(error, "strerror", None) or error
+                self.say(f"{self.path} cannot be written ({why}): training goes on without these lines")
             return
         if self.lost:
             lost, self.lost = self.lost, 0

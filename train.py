@@ -84,7 +84,8 @@ def main(cfg: settings.Config) -> dict:
         if not in_place:
             raise ValueError(f"a branch from step {step} needs more than --steps={cfg.steps}")
         if is_main:
-            outlets.print_line(f"the run in {out_dir} is finished at step {step}; type --steps= or --resume=never")
+            more = "type --steps= or --resume=never"
+            outlets.print_line(f"the run in {out_dir} is finished at step {step}; {more}")
         return leave(logger.latest(out_dir))
 
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
@@ -240,7 +241,8 @@ def main(cfg: settings.Config) -> dict:
         # Look first: the untrained model is step 0, and the last step is seen too.
         done, news = step >= cfg.steps, step > first_step or earlier is None
         # Whoever asks us to stop waits for the checkpoint, not for an evaluation.
-        if cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place) and not stop.agreed:
+        due = cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place)
+        if due and not stop.agreed:
             with run_state.looking():
                 found = evaluation.evaluate(model, each, val_rows, cfg.eval_tokens, cfg.micro_batch_size,
                                             corpus.tokenizer, mesh, cfg.eval_rows == "first",

@@ -130,15 +130,15 @@ class Adafactor(torch.optim.Optimizer):
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("maximize",):
                     if theirs.get(name):
-                        raise ValueError(f"Adafactor: the saved run had {name}={theirs[name]}, which this one "
-                                         "lacks; load it into the class that saved it")
+                        raise ValueError(f"Adafactor: the saved run had {name}={theirs[name]}, which this "
+                                         "one lacks; load it into the class that saved it")
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     if not (state := saved["state"].get(i)):
                         continue
                     factored = {"step", "row_var", "col_var"} if p.ndim >= 2 else {"step", "variance"}
                     if state.keys() - {"exp_avg"} != factored:
-                        raise ValueError(f"Adafactor: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(f"Adafactor: a saved state of {', '.join(state)} is another's")
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                                  for name, x in state.items()}

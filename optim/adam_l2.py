@@ -13,7 +13,7 @@ Nothing is decoupled here, and there is no value of λ that makes the two the sa
 lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard and torch.distributed.checkpoint as
+Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard, torch.distributed.checkpoint as
 torch.optim.Adam is, whose states load. amsgrad and maximize are refused. docs/partners.md has all partners.
 """
 

@@ -14,7 +14,7 @@ with large *gradients*.
 lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
 State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard and torch.distributed.checkpoint as
+Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard, torch.distributed.checkpoint as
 torch.optim.AdamW is, whose states load. amsgrad and maximize are refused. docs/partners.md has all partners.
 
 `fused` steps all tensors in one kernel of torch's, the same formula: on a GPU one launch instead of eight for

@@ -23,12 +23,12 @@ method is the quintic, which gives up precision (singular values end in .7 … 1
 lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm), at any
 width; .02 is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is .2·lr, so AdamW's
 lr and λ carry over.
-State: 4 bytes a parameter (+ 4 a row for NorMuon), 8 in AdamW groups, doubled for float64; never below float32.
+State: 4 bytes a parameter (+ 4 a row, NorMuon), 8 in AdamW groups, doubled for float64, never below float32.
 
 Muon is for hidden matrices; embeddings, head and vectors go into groups that take AdamW in the same object:
     Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}])
-`betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their own; `fused`
-steps them by a kernel of torch's. Clip gradients before, if at all: the orthogonalised update has no norm left.
+`betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their own;
+`fused` steps them by a kernel of torch's. Clip gradients before, if at all: the update has no norm left.
 
 Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of torch.optim.Muon,
 fully_shard (by make_optimizer of parallel/whole.py; DTensors are refused); all partners: docs/partners.md.
@@ -85,7 +85,7 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
 
 def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype,
                 adjust_lr_fn, normuon_beta2, cautious) -> None:
-    """In place on lists: `ps` and `bufs` shaped as `gs`, all of one shape or turned; NorMuon's `row_sqs` (rows, 1)."""
+    """In place on lists: `ps`, `bufs` shaped as `gs`, one shape or turned; NorMuon's `row_sqs` (rows, 1)."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
     us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))  # (rows, cols) each
@@ -104,7 +104,7 @@ def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns,
 
 def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, fused) -> None:
     """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
-    if fused and all(x.is_contiguous() for x in (p, g, exp_avg, exp_avg_sq)):  # torch's kernel sees no strides
+    if fused and all(x.is_contiguous() for x in (p, g, exp_avg, exp_avg_sq)):  # their kernel sees no strides
         step = torch.tensor(float(t), device=p.device)
         return torch._fused_adamw_(
             [p], [g], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=beta1, beta2=beta2, eps=eps,
@@ -116,8 +116,8 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_dec
 
 
 class Muon(torch.optim.Optimizer):
-    """`ns_dtype`: dtype of the products, or its name; None is bfloat16, and float64 for float64 parameters. Raises
-    ValueError for hyperparameters out of range and vectors in a Muon group, RuntimeError for bad gradients."""
+    """`ns_dtype`: dtype of the products, or its name; None: bfloat16, float64 for float64 parameters. Raises
+    ValueError for bad hyperparameters and vectors in a Muon group, RuntimeError for sparse gradients."""
 
     elementwise: bool = False  # needs whole matrices; only its use_muon=False groups are elementwise
     matrices_only: bool = True  # everything else belongs in a group with use_muon=False
@@ -158,8 +158,8 @@ class Muon(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"] if group["use_muon"] else ():
             if p.ndim < 2 or hasattr(p, "placements"):
                 self.param_groups.pop()
-                raise ValueError(f"Muon: a {type(p).__name__} of shape {tuple(p.shape)} is no whole matrix; vectors go into "
-                                 "a group with use_muon=False, DTensors to make_optimizer of parallel/whole.py")
+                raise ValueError(f"Muon: {type(p).__name__} {tuple(p.shape)} is no whole matrix; vectors go into "
+                                 "a group with use_muon=False, DTensors to make_optimizer (parallel/whole.py)")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -200,7 +200,7 @@ class Muon(torch.optim.Optimizer):
                     group["cautious"])
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
-        if "max_momentum" in group and group.get("cycled") != group["momentum"]:  # by OneCycleLR: here it is β₁
+        if "max_momentum" in group and group.get("cycled") != group["momentum"]:  # OneCycleLR's: β₁
             group["betas"], group["cycled"] = (group["momentum"], group["betas"][1]), group["momentum"]
         for p, work, g in zip(ps, works, gs):
             state = self.state[p]
@@ -221,7 +221,7 @@ class Muon(torch.optim.Optimizer):
                     triple, eps = tuple(theirs.pop("ns_coefficients")), theirs.pop("eps")
                     names = [name for name, triples in COEFFICIENTS.items() if triples == [triple]]
                     if not names or eps != 1e-7:
-                        raise ValueError(f"Muon: the saved run had ns_coefficients={triple} and eps={eps}; this "
+                        raise ValueError(f"Muon: the saved run had ns_coefficients={triple}, eps={eps}; this "
                                          "one has 1e-7, and those of quintic, cubic and exact")
                     theirs.update(ns=names[0], adjust_lr_fn=theirs["adjust_lr_fn"] or "original")
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)

@@ -203,8 +203,8 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                     if not (state := saved["state"].get(i)):
                         continue
                     if "z" not in state or ("exp_avg_sq" in state) != ("betas" in self.defaults):
-                        raise ValueError(f"{type(self).__name__}: a saved state of {', '.join(state)} is another "
-                                         "method's")  # fmt: skip
+                        raise ValueError(f"{type(self).__name__}: a saved state of {', '.join(state)} is of "
+                                         "another method")  # fmt: skip
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                                  for name, x in state.items()}

@@ -13,7 +13,7 @@ effective step is lr/(1−μ). lr stays outside the buffer: changing it acts on 
 State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep
 a float32 buffer.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard and torch.distributed.checkpoint as
+Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard, torch.distributed.checkpoint as
 torch.optim.SGD is, whose states load. dampening and maximize are refused. docs/partners.md has all partners.
 """
 

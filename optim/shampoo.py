@@ -23,7 +23,7 @@ State of an a×b matrix: 8(a² + b²) bytes for L and P, 4ab for m, 4ab for v (a
 float64. Square: 24 bytes a parameter. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py, as DTensors are refused.
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py: DTensors are refused.
 docs/partners.md has all partners.
 """
 
@@ -166,8 +166,8 @@ class Shampoo(torch.optim.Optimizer):
                         continue
                     new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
                     if state.keys() != new.keys():
-                        raise ValueError(f"Shampoo: a saved state of {', '.join(state)} for {tuple(p.shape)} is "
-                                         f"another method's, or of other options; here: {', '.join(new)}")
+                        raise ValueError(f"Shampoo: a saved state of {', '.join(state)} for {tuple(p.shape)} "
+                                         f"is another method's, or of other options; here: {', '.join(new)}")
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                                  for name, x in state.items()}

@@ -27,7 +27,7 @@ a parameter.
 Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py, as DTensors are refused.
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py: DTensors are refused.
 States of the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
 """
 

@@ -23,9 +23,9 @@ owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo,
 Bytes sent per rank and step: local 0; owner 2 (N-1)/N x the bytes of this rank's shards, on average. Memory:
 the owners' whole weights, over all ranks one more copy of the model.
 
-A class that does not say whether it is `elementwise` gets owners, which is always right. A method that couples
-parameters (LBFGS, Prodigy) is refused: an owner sees only its own. Whoever loads weights into the model
-afterwards calls take_weights(). Neighbours: parallel/owners.py.
+A class that does not say whether it is `elementwise` gets owners, which is always right. A method that
+couples parameters (LBFGS, Prodigy) is refused: an owner sees only its own. Whoever loads weights into the
+model afterwards calls take_weights(). Neighbours: parallel/owners.py.
 """
 
 import torch
@@ -164,7 +164,7 @@ class Adapter:
             for exchange in exchanges if changed else ():
                 self.take(exchange)
 
-    # ---- weights between the model and the optimizer ---------------------------------------------------------
+    # ---- weights between the model and the optimizer -------------------------------------------------------
     @torch.no_grad()
     def share_weights(self) -> None:
         """After something other than step() changed the optimizer's parameters: the model sees it too."""

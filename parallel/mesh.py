@@ -163,10 +163,12 @@ def start(device: torch.device, minutes: float = 10) -> bool:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and not any(t.name == LAUNCHER for t in threading.enumerate()):
         threading.Thread(target=stop_with, args=(os.getppid(),), name=LAUNCHER, daemon=True).start()
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if dist.is_initialized():
         return False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store, rank, world = None, int(os.environ.get("RANK", -1)), int(os.environ["WORLD_SIZE"])
+    rank, world = launched()
+    if world == 1:
+        return False
+    backend, store = "nccl" if device.type == "cuda" else "gloo", None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=timedelta(minutes=minutes))  # fmt: skip
@@ -174,6 +176,21 @@ def start(device: torch.device, minutes: float = 10) -> bool:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                             timeout=timedelta(minutes=minutes))  # fmt: skip
     return True
+
+
+def launched() -> tuple[int, int]:
+    """Rank and world as torchrun says them in the environment; (0, 1) without. Raises ValueError where only
+    some of its variables are set, or set to what cannot be: the others would be waited for in vain."""
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if given["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+    said = ", ".join(f"{name}={value or '(not set)'}" for name, value in given.items())
+    numbers = (given[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    rank, world, port = (int(number) if number.isdecimal() else -1 for number in numbers)
+    if not (given["MASTER_ADDR"] and 0 <= rank < world and 0 < port < 65536):
+        raise ValueError(f"the environment says {said}, which is no place among several processes; start "
+                         "with torchrun, or type: unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT")  # fmt: skip
+    return rank, world
 
 
 def same_start(store: dist.Store, rank: int, world: int) -> str:
@@ -252,16 +269,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], arguments: dict) -> None:
-    """Raises ValueError for a method whose step of one parameter depends on the others (Prodigy, LBFGS): where
-    they are dealt out to ranks or stepped one after the other it would silently be another method.
+    """Raises ValueError for a method whose step of one parameter depends on the others (Prodigy, LBFGS):
+    where they are dealt out to ranks or stepped one after the other it would silently be another method.
 
     Tried, not asked: a matrix alone and beside another one, in float64, with the options of the first group.
     What cannot be tried here (options for a GPU, say) passes.
     """
-    why = (f"{cls.__name__} looks at all parameters together, and here they are stepped apart; take a layout in "
-           "which one optimizer has them all (--data_parallel=ddp), or another optimizer")  # fmt: skip
+    why = (f"{cls.__name__} looks at all parameters together, and here they are stepped apart; take a layout "
+           "in which one optimizer has them all (--data_parallel=ddp), or another optimizer")  # fmt: skip
     closure = inspect.signature(cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:  # evaluated again and again in a step
+    if closure is not None and closure.default is inspect.Parameter.empty:  # LBFGS: called again and again
         raise ValueError(why)
     options = {k: v for k, v in groups[0].items() if k not in ("params", "names", "param_names", "kind")}
     generator = torch.Generator().manual_seed(0)
@@ -269,7 +286,7 @@ def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], argumen
     noise = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.double)
 
     def moved(n: int, turn: int) -> torch.Tensor:
-        """By how much 20 steps move the first of n matrices; the second one's gradient turns each time, or not."""
+        """By how much 20 steps move the first of n matrices; the second one's gradient turns, or not."""
         params = [nn.Parameter(w.clone()) for w in weights[:n]]
         optimizer = cls([{**options, "params": params}], **arguments)
         getattr(optimizer, "train", lambda: None)()

@@ -5,11 +5,11 @@
     loss.backward(), optimizer.step(), optimizer.zero_grad()
 
                      outside: what tools see                        inside: what the method steps
-    groups, state    the model's DTensors, in state_dict() too      plain shards, or whole matrices at an owner
+    groups, state    the model's DTensors, in state_dict() too      plain shards, whole matrices at owners
     who looks        clipping, GradScaler, schedulers, hooks,       the method's own step(), eval() ...
                      torch.distributed.checkpoint
 
-parallel/adapter.py is the inside, and says what is sent; the outside adds one byte for each parameter and step:
+parallel/adapter.py is the inside, and says what is sent; the outside adds a byte for each parameter and step:
 
   - A gradient missing on some ranks counts as zero there; one missing on all ranks is None, and its weight,
     state and decay stay untouched.
@@ -19,10 +19,11 @@ parallel/adapter.py is the inside, and says what is sent; the outside adds one b
 A class that does not say whether it is `elementwise` gets owners, which is always right; with
 make_optimizer(torch.optim.AdamW, model.parameters(), elementwise=True) its shards stay where they are.
 
-Used with named_parameters(), late groups, step(closure), load hooks; state_dict() gives DTensors of each weight's
-placements, load_state_dict() takes them from any layout, or whole tensors. Refused when made: methods that
-couple parameters, a plain tensor among DTensors. Refused when tried: deepcopy and pickle, as process groups
-cannot be copied. Said: Schedule-Free's eval(), after which fully_shard has to reshard. docs/partners.md.
+Used with named_parameters(), late groups, step(closure), load hooks; state_dict() gives DTensors of each
+weight's placements, load_state_dict() takes them from any layout, or whole tensors. Refused when made:
+methods that couple parameters, a plain tensor among DTensors. Refused when tried: deepcopy and pickle, as process
+groups cannot be copied. Said: Schedule-Free's eval(), after which fully_shard has to reshard. See
+docs/partners.md.
 Neighbours: parallel/adapter.py, parallel/owners.py.
 """
 
@@ -42,8 +43,9 @@ def make_optimizer(cls: type[Optimizer], groups, elementwise: bool | None = None
     """cls(groups, **arguments) for DTensors: an instance of a subclass of cls, whose param_groups hold them.
 
     groups: whatever torch's optimizers take, named parameters too; elementwise: see Adapter. Plain tensors
-    alone give cls itself. Collective, as are step(), state_dict() and load_state_dict(), which takes the state
-    of any layout. Raises ValueError for a plain tensor among DTensors and for a method that couples parameters.
+    alone give cls itself. Collective, as are step(), state_dict() and load_state_dict(), which takes the
+    state of any layout. Raises ValueError for a plain tensor among DTensors and a method that couples
+    parameters.
     """
     if torch.is_tensor(groups):  # a mistake, of which torch tells
         return cls(groups, **arguments)
@@ -51,7 +53,11 @@ def make_optimizer(cls: type[Optimizer], groups, elementwise: bool | None = None
     flat = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
     if not any(hasattr(p[1] if isinstance(p, tuple) else p, "placements") for p in flat):
         return cls(groups, **arguments)
-    own = [n for n in dir(cls) if not n.startswith("_") and not hasattr(Optimizer, n) and callable(getattr(cls, n))]
+    own = [
+        n
+        for n in dir(cls)
+        if not n.startswith("_") and not hasattr(Optimizer, n) and callable(getattr(cls, n))
+    ]
     made = type(cls.__name__, (Sharded, cls), {name: forwarded(name) for name in own})
     return made(cls, groups, elementwise, arguments)
 
@@ -67,8 +73,11 @@ def forwarded(name: str):
     def method(self, *args, **kwargs):
         if name == "eval" and self.warned is False:
             self.warned = True
-            warnings.warn("fully_shard keeps weights that were gathered for a forward without backward: after "
-                          "evaluating call reshard() on its modules, and then train()", stacklevel=2)
+            warnings.warn(
+                "fully_shard keeps weights that were gathered for a forward without backward: after "
+                "evaluating call reshard() on its modules, and then train()",
+                stacklevel=2,
+            )
         self.adapter.look()
         self.give_options()
         result = getattr(self.inner, name)(*args, **kwargs)
@@ -102,9 +111,11 @@ class Sharded:
         group = {**group, "params": listed(group["params"])}
         for p in (p[1] if isinstance(p, tuple) else p for p in group["params"]):
             if torch.is_tensor(p) and not hasattr(p, "placements"):
-                raise ValueError(f"a plain tensor of shape {tuple(p.shape)} among DTensors: fully_shard leaves "
-                                 "weights gathered after a forward without backward, so call reshard() on its "
-                                 "modules first; weights meant to be plain need an optimizer of their own")
+                raise ValueError(
+                    f"a plain tensor of shape {tuple(p.shape)} among DTensors: fully_shard leaves "
+                    "weights gathered after a forward without backward, so call reshard() on its "
+                    "modules first; weights meant to be plain need an optimizer of their own"
+                )
         Optimizer.add_param_group(self, group)
         if "inner" in self.__dict__:
             self.give_options()  # or what was set since the last step would be taken back
@@ -145,7 +156,7 @@ class Sharded:
         return getattr(self.inner, name)
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("an optimizer of make_optimizer holds process groups, which cannot be copied or pickled; "
+        raise TypeError("make_optimizer's optimizer holds process groups, which cannot be copied or pickled; "
                         "copy or save its state_dict(), on all ranks together")  # fmt: skip
 
     # ---- state by the model's weights ----------------------------------------------------------------------
@@ -271,4 +282,6 @@ def like(p: Tensor, shard: Tensor) -> Tensor:
     """The DTensor that lies as p does, with this shard."""
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return DTensor.from_local(
+        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )

@@ -74,7 +74,9 @@ class LossScaler:
     def unscale(self, gradients: Mapping[str, Tensor] | Iterable[Tensor]) -> None:
         """Multiplies by 1/scale in place: once a step, when all sums are done and before any norm."""
         tensors = [*(gradients.values() if isinstance(gradients, Mapping) else gradients)]
-        assert all(g.dtype != torch.float16 for g in tensors), "in fp16 unscaling loses what scaling saved"
+        if any(g.dtype == torch.float16 for g in tensors):
+            raise ValueError("gradients in fp16 lose in unscaling what scaling saved; keep weights in "
+                             "float32, and let autocast compute in fp16")  # fmt: skip
         if tensors:
             torch._foreach_mul_(tensors, 1 / self.scale)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"parallel.mesh", "parallel.roll_call"}  # who stands where, and who has which gradient: for every layout
+# Who stands where, and who has which gradient: every layout asks.
+SHARED = {"parallel.mesh", "parallel.roll_call"}
 FOLDERS = ("parallel", "precision", "memory")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 

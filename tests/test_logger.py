@@ -1,9 +1,11 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -398,6 +400,18 @@ def test_tensorboard_has_every_number_and_a_resumed_run_its_own_alone(tmp_path):
     assert scalars(tmp_path / "tensorboard")["loss"] == {1: 0.25}
 
 
+def test_tensorboard_forgets_what_a_rollback_undid(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    log = Logger(tmp_path, steps=10, tensorboard=True)
+    for step in range(1, 7):
+        log.train(train_row(step, loss=float(step)))
+    log.event(6, "rollback", "to 3", to=3, banned=[1, 2])
+    for step in (4, 5):
+        log.train(train_row(step, loss=0.25))
+    log.close()
+    assert scalars(tmp_path / "tensorboard")["loss"] == {1: 1.0, 2: 2.0, 3: 3.0, 4: 0.25, 5: 0.25}
+
+
 class FakeRun:
     def __init__(self, **given):
         self.given, self.rows, self.steps, self.closed = given, [], [], False
@@ -428,6 +442,30 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypat
     (tmp_path / "run" / "metrics.jsonl").unlink()
     Logger(tmp_path / "run", 10, wandb="true").close()
     assert runs[2].given["id"] != runs[0].given["id"] and runs[2].given["project"] == "nanoscale"
+
+
+def test_an_offline_run_that_goes_on_does_not_fall_on_its_first_rows(tmp_path, monkeypatch):
+    """Offline their run counts rows from 0 at each start; it is told to go on behind the earlier ones."""
+    given = []
+
+    class Offline(FakeRun):
+        offline = True
+
+        def log(self, row, step=None):
+            given.append(step)
+
+    fake = types.SimpleNamespace(init=lambda **more: Offline(**more), errors=types.SimpleNamespace(Error=OSError))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in range(3):
+        if start:  # the folder is older by then
+            os.utime(tmp_path / "wandb" / "id.txt", (time.time() - 60 * start,) * 2)
+        log = Logger(tmp_path, 10, 2 * start, resumed=start > 0, wandb="mine")
+        log.train(train_row(2 * start + 1))
+        log.train(train_row(2 * start + 2))
+        log.close()
+    first, second, *rest = given
+    assert (first, second) == (None, None) and rest[1] is rest[3] is None
+    assert 59_000 < rest[0] < 119_000 < rest[2]
 
 
 @pytest.mark.slow

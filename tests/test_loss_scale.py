@@ -145,7 +145,7 @@ def test_unscale_takes_dicts_and_lists_and_nothing_and_no_fp16():
     scaler.unscale(x for x in [a])
     assert a[0] == 0.125
     scaler.unscale({})
-    with pytest.raises(AssertionError, match="fp16"):
+    with pytest.raises(ValueError, match="fp16"):
         scaler.unscale([torch.ones(1, dtype=torch.float16)])
 
 

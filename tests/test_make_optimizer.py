@@ -34,7 +34,10 @@ CLASSES = [*CASES, torch.optim.AdamW]
 OPTIONS = {cls: arguments for cls, (arguments, *_) in CASES.items()} | {torch.optim.AdamW: {}}
 OPTIONS[SOAP] = OPTIONS[SOAP] | {"eps": 1e-2}  # tiny values magnify rounding
 FULL = StateDictOptions(full_state_dict=True)
-every = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+SOME = (AdamW, Muon, SOAP, AdamWScheduleFree, torch.optim.AdamW)  # of each kind one; the others are slow
+every = pytest.mark.parametrize(
+    "cls", [cls if cls in SOME else pytest.param(cls, marks=pytest.mark.slow) for cls in CLASSES],
+    ids=lambda cls: f"{cls.__module__}.{cls.__name__}")  # fmt: skip
 
 
 class Net(nn.Module):
@@ -99,7 +102,7 @@ def close(found, expected, atol=1e-12) -> None:
         torch.testing.assert_close(x, y, rtol=1e-12, atol=atol)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------------
 def saved_and_loaded(rank, world, full):
     """Three steps, state and weights into a fresh model and optimizer by torch.distributed.checkpoint, three more."""
     results = []
@@ -121,7 +124,7 @@ def saved_and_loaded(rank, world, full):
     return results
 
 
-@pytest.mark.parametrize("world, full", [(2, True), (4, False)])
+@pytest.mark.parametrize("world, full", [(2, True), pytest.param(4, False, marks=pytest.mark.slow)])
 def test_state_goes_through_torchs_distributed_checkpoint(world, full):
     for results in run_ranks(world, saved_and_loaded, full):
         for cls, (weights, state) in zip(CLASSES, results, strict=True):
@@ -190,7 +193,7 @@ def test_load_hooks_run_once_and_are_obeyed():
     assert run_ranks(2, loaded_with_hooks, AdamW)[0][0] == "pre"
 
 
-# ---- weights that somebody else changes ----------------------------------------------------------------------
+# ---- weights that somebody else changes ----------------------------------------------------------------
 def by_set_state(model, new):
     set_model_state_dict(model, new, options=FULL)
 
@@ -223,7 +226,9 @@ def changed(rank, world, cls, how, when):
     optimizer = made(cls, model)
     train(model, optimizer, range(when))
     generator = torch.Generator().manual_seed(7)
-    new = {n: torch.randn(p.shape, generator=generator, dtype=torch.double) for n, p in model.named_parameters()}
+    new = {
+        n: torch.randn(p.shape, generator=generator, dtype=torch.double) for n, p in model.named_parameters()
+    }
     how(model, new)
     after = whole(model.parameters())
     for group in optimizer.param_groups:
@@ -234,14 +239,15 @@ def changed(rank, world, cls, how, when):
 
 
 @pytest.mark.parametrize("how", [by_set_state, by_copy, by_data, by_shard, by_one_rank_alone])
-@pytest.mark.parametrize("when", [0, 2])
-@pytest.mark.parametrize("cls", [AdamW, LAMB, Muon, torch.optim.AdamW])
+@pytest.mark.parametrize("when", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("cls", [AdamW, Muon, *(pytest.param(c, marks=pytest.mark.slow)
+                                                for c in (LAMB, torch.optim.AdamW))])  # fmt: skip
 def test_weights_changed_after_it_was_made_stay_changed(how, when, cls):
     for after, later in run_ranks(2, changed, cls, how, when):
         close(later, after)
 
 
-# ---- gradients ----------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------------
 def lacking(rank, world, cls, lacks):
     """Parameters sharded by hand, whose gradients only some ranks have; lacks: ranks without, by parameter."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
@@ -357,7 +363,7 @@ def test_a_closure_is_evaluated_before_the_step(cls):
         close(seen, losses)
 
 
-# ---- groups --------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------------
 def grown(rank, world, cls):
     """A second group after three steps; named parameters, a scheduler, a group's own lr."""
     model = sharded()
@@ -391,7 +397,7 @@ def test_named_parameters_late_groups_and_schedulers(cls):
         assert rates == lrs and seen == names
 
 
-# ---- refusals, each when it can be known -----------------------------------------------------------------------
+# ---- refusals, each when it can be known ---------------------------------------------------------------
 class Coupled(torch.optim.Optimizer):
     """Scales every gradient by the norm of all: another method as soon as the parameters are dealt out."""
 
@@ -435,7 +441,9 @@ def test_methods_that_couple_parameters_are_refused(cls):
         refuse_coupled(cls, [{}], {})
 
 
-@pytest.mark.parametrize("cls", [*CLASSES, torch.optim.Adafactor, torch.optim.NAdam, torch.optim.Rprop, torch.optim.ASGD])
+@pytest.mark.parametrize(
+    "cls", [*CLASSES, torch.optim.Adafactor, torch.optim.NAdam, torch.optim.Rprop, torch.optim.ASGD]
+)
 def test_methods_that_do_not_are_not_and_nobodys_random_numbers_are_drawn(cls):
     before = torch.random.get_rng_state()
     refuse_coupled(cls, [{"params": [], "names": []}], OPTIONS.get(cls, {}))
@@ -487,8 +495,18 @@ def run_with(rank, world, text, out, cls, flags):
         return str(error)
 
 
-@pytest.mark.parametrize("flags", [["--data_parallel=zero1"], ["--data_parallel=zero3"], ["--data_parallel=fsdp"],
-                                   ["--tp=2"], ["--pp=2"], ["--data_parallel=ddp"]], ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data_parallel=zero1"],
+        ["--data_parallel=zero3"],
+        ["--data_parallel=fsdp"],
+        ["--tp=2"],
+        ["--pp=2"],
+        ["--data_parallel=ddp"],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_train_refuses_methods_that_couple_parameters_but_for_ddp(flags, text, tmp_path):
     found = run_ranks(2, run_with, text, tmp_path / "out", Coupled, flags)
     if flags == ["--data_parallel=ddp"]:

@@ -24,9 +24,9 @@ from optim.param_groups import load_state_by_name, param_groups, state_by_name
 from optim.sgd import SGD
 from parallel import compression
 from parallel.ddp import DDP
-from parallel.roll_call import RollCall
 from parallel.diloco import DiLoCo
 from parallel.fsdp import FSDP
+from parallel.roll_call import RollCall
 from parallel.zero import ZeRO
 
 CPU, WIDTH, STEPS, MICRO, ROWS = torch.device("cpu"), 4, 4, 2, 12

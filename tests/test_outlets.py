@@ -41,7 +41,7 @@ def until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-# ---- files --------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------
 @no_room
 def test_a_full_disk_is_said_once_and_raises_nothing():
     said = []
@@ -118,14 +118,14 @@ def test_tensorboard_and_wandb_that_fail_are_left_out(tmp_path, capsys):
         seen.append(row)
         raise RuntimeError("their thread is dead")
 
-    log.others = [(write, lambda: seen.append("closed"))]
+    log.others = [(write, lambda: seen.append("closed"), print)]
     for step in (1, 2):
         log.train({"step": step, "loss": 1.0})
     log.close()
     assert len(seen) == 1 and "left out from now on: their thread is dead" in capsys.readouterr().out
 
 
-# ---- the terminal -------------------------------------------------------------------------------------------
+# ---- the terminal --------------------------------------------------------------------------------------
 @posix
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_goes_away_is_no_error_and_no_exit_status(stream):
@@ -142,7 +142,7 @@ print("still here", heard, file=sys.{"stderr" if stream == "stdout" else "stdout
 
 
 @posix
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_whose_reader_goes_away_ends_well_and_saves(text, tmp_path, merged):
     out = tmp_path / "out"
     writer = subprocess.Popen(command(text, out, "--steps=30", "--eval_every=5", "--eval_tokens=64", "--save_every=0"),
@@ -157,9 +157,9 @@ def test_a_run_whose_reader_goes_away_ends_well_and_saves(text, tmp_path, merged
     assert "nobody reads the terminal" in (out / "train.log").read_text(encoding="utf-8")
 
 
-# ---- signals ------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------------
 @posix
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_closed_terminal_saves_unless_nohup_said_not_to_care(text, tmp_path, ignored):
     out = tmp_path / "out"
     before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
@@ -184,8 +184,12 @@ def test_a_stop_during_a_long_evaluation_saves_at_once(tmp_path):
     out, long = tmp_path / "out", tmp_path / "long.txt"
     long.write_text("the cat sat on the mat. " * 400_000)
     words = ["--micro_batch_size=1", "--eval_tokens=100000000", "--save_every=0"]
-    subprocess.run(command(long, out, *words, "--steps=3", "--eval_every=0"), check=True, stdout=subprocess.DEVNULL)
-    run = subprocess.Popen(command(long, out, *words, "--steps=1000", "--eval_every=4"), stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command(long, out, *words, "--steps=3", "--eval_every=0"), check=True, stdout=subprocess.DEVNULL
+    )
+    run = subprocess.Popen(
+        command(long, out, *words, "--steps=1000", "--eval_every=4"), stdout=subprocess.DEVNULL
+    )
     metrics = out / "metrics.jsonl"
     until(lambda: '"step": 4, "loss"' in metrics.read_text())
     time.sleep(0.5)

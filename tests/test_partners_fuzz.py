@@ -639,6 +639,7 @@ FAULTS = {  # what is planted, and the classes where it is one (None: all)
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault, monkeypatch):
     plant, classes = FAULTS[fault]
