@@ -79,6 +79,7 @@ def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
         run_ranks(2, trained, "zero3", True, (4,))
 
 
+@pytest.mark.slow
 def test_a_rank_that_owns_nothing_trains_on(tmp_path, text):
     more = ["--n_layer=1", "--precision=fp64", "--batch_size=9", "--clip_value=0.01", "--optim=adamw",
             "--steps=3"]  # fmt: skip

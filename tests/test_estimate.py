@@ -275,7 +275,8 @@ def measured_each(rank, world, layouts, *args):
 
 
 @pytest.mark.parametrize("optim", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layouts", [("ddp",), ("zero1", "zero2", "zero3"), ("fsdp",)])
+@pytest.mark.parametrize("layouts", [
+    ("ddp",), pytest.param(("zero1", "zero2", "zero3"), marks=pytest.mark.slow), ("fsdp",)])  # fmt: skip
 def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
     pytest.importorskip("parallel." + layouts[0].rstrip("123"))
     ranks = run_ranks(3, measured_each, layouts, optim, "fp32", 2, {}, 0.25)

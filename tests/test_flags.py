@@ -181,6 +181,7 @@ def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkey
     assert threads[0] == 3 and made == [17] and urls == [("elsewhere", "http://mirror")]
 
 
+@pytest.mark.slow
 def test_dropout_seed_and_logit_cap_change_the_run(tmp_path, text):
     go(text, tmp_path / "plain", "--steps=3")
     flags = """--dropout=0.5 --seed=7 --logit_cap=0.5 --qk_norm=false --n_kv_head=1

@@ -218,9 +218,9 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("layout, world", [
-    ("ddp", 2), ("ddp small", 3), ("topk", 2), slow("powersgd", 2),
-    ("zero1", 2), ("zero2", 3), ("zero3", 3), slow("zero1 small", 3), ("zero2 small", 2),
-    slow("zero3 small", 2), slow("zero3 cpu", 2), ("fsdp", 2), ("fsdp kept", 3),
+    ("ddp", 2), slow("ddp small", 3), ("topk", 2), slow("powersgd", 2),
+    ("zero1", 2), ("zero2", 3), ("zero3", 3), slow("zero1 small", 3), slow("zero2 small", 2),
+    slow("zero3 small", 2), slow("zero3 cpu", 2), ("fsdp", 2), slow("fsdp kept", 3),
     slow("fsdp shard1", 2), slow("fsdp shard2", 4), slow("fsdp cpu", 3)])  # fmt: skip
 def test_every_layout_treats_missing_gradients_as_one_process_does(layout, world):
     ranks = run_ranks(world, trained, layout)

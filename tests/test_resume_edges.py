@@ -121,6 +121,7 @@ def on_ranks(rank, world, *argv):
     ]
 
 
+@pytest.mark.slow
 def test_a_config_toml_starts_on_other_ranks_and_in_other_layouts(tmp_path, prose):
     data = f"--data={prose}/my text.txt"
     start(*TINY, data, f"--out_dir={tmp_path}/one", "--precision=fp64")
@@ -291,6 +292,7 @@ def test_a_command_goes_on_from_another_folder(tmp_path, monkeypatch, prose):
     assert "t.txt" in refused(*moved_flags(home / "a", "t.txt", 4))
 
 
+@pytest.mark.slow
 def test_a_branch_knows_its_parent_by_any_path(tmp_path, monkeypatch, parent):
     monkeypatch.chdir(parent.parent)
     (tmp_path / "link").symlink_to(parent)
@@ -336,8 +338,9 @@ def advice(sentence: str) -> list[str]:
 @pytest.mark.parametrize("flag, says", [
     ("--data=nowhere.txt", "--data=nowhere.txt does not exist"),
     ("--data=shakespear", "mean shakespeare"),
-    ("--tokenizer=gpt22", "gpt22"), ("--optim=adamv", "no such file in optim/"),
-    ("--init_from=nowhere", "nowhere does not exist"),
+    pytest.param("--tokenizer=gpt22", "gpt22", marks=pytest.mark.slow),
+    pytest.param("--optim=adamv", "no such file in optim/", marks=pytest.mark.slow),
+    pytest.param("--init_from=nowhere", "nowhere does not exist", marks=pytest.mark.slow),
     ("--resume=nowhere", "nowhere does not exist"),
 ])  # fmt: skip
 def test_a_wrong_value_is_said_before_what_the_folder_holds(prose, parent, flag, says):
@@ -487,6 +490,7 @@ for words in (["--n_head=3"], ["--tp=3"], ["--steps=0"], ["--zero=1"], ["--opt.x
 """
 
 
+@pytest.mark.slow
 def test_python_without_asserts_says_the_same():
     done = subprocess.run(
         [sys.executable, "-O", "-c", CODE], capture_output=True, text=True, cwd=ROOT
