@@ -11,6 +11,7 @@ out.
 import glob
 import os
 import re
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -64,9 +65,9 @@ def _in_folder(data: str, folder: Path) -> list[Path]:
     others = sorted({path.suffix for path in paths if path.suffix}) or ["nothing of a known kind"]
     hint = ""
     if deeper := sorted(folder.glob("*/*.txt")):
-        hint = f"; for {deeper[0]} and the like type --data='{folder}/**/*.txt'"
+        hint = f"; for {deeper[0]} and the like type --data={shlex.quote(f'{folder}/**/*.txt')}"
     elif deeper := sorted(folder.glob("*/*.bin")):
-        hint = f"; for {deeper[0].name} type --data={deeper[0].parent}"
+        hint = f"; for {deeper[0].name} type --data={shlex.quote(str(deeper[0].parent))}"
     raise ValueError(
         f"--data={data} has 0 .bin shards and 0 .txt texts, but {' '.join(others[:9])}{hint}"
     )
