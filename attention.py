@@ -1,9 +1,11 @@
-"""Causal attention: a query sees itself and what came before, all of it or the last `window` tokens.
+"""Causal attention: a query sees itself and what came before, all of it or the last `window`
+tokens.
 
     y_i = sum over j of softmax_j(q_i·k_j / sqrt(D)) v_j        i - window < j <= i
 
-sdpa   torch's scaled_dot_product_attention. A window goes in stretches: the queries of one see it and the
-       one before through a mask, so that time grows as 2 window T, and not as T^2 / 2 as without a window.
+sdpa   torch's scaled_dot_product_attention. A window goes in stretches: the queries of one see it
+       and the one before through a mask, so that time grows as 2 window T, and not as T^2 / 2 as
+       without a window.
 
            queries of stretch 2       keys of 0 1 2 3, window 4
                                       . . . . | . x x x | x
@@ -11,16 +13,16 @@ sdpa   torch's scaled_dot_product_attention. A window goes in stretches: the que
                                       . . . . | . . . x | x x x
                                       . . . . | . . . . | x x x x
 
-plain  The formula written out: scores through a mask, softmax, a product. It keeps the T x T probabilities,
-       and in bfloat16 rounds the scores; on a CPU it then takes half the time of torch's kernel up to some
-       512 tokens, beyond them more.
+plain  The formula written out: scores through a mask, softmax, a product. It keeps the T x T
+       probabilities, and in bfloat16 rounds the scores; on a CPU it then takes half the time of
+       torch's kernel up to some 512 tokens, beyond them more.
 
-flex   FlexAttention: a kernel compiled for this mask, which passes over blocks of 128 x 128 that nobody sees.
-       For GPUs: torch has no backward for it on a CPU. It is compiled by itself, also where a block is
-       (one graph break), so that the mask is made once and not in every layer.
+flex   FlexAttention: a kernel compiled for this mask, which passes over blocks of 128 x 128 that
+       nobody sees. For GPUs: torch has no backward for it on a CPU. It is compiled by itself, also
+       where a block is (one graph break), so that the mask is made once and not in every layer.
 
-References: a window, Beltagy et al. 2020 (2004.05150), Jiang et al. 2023 (2310.06825); FlexAttention, Dong et
-al. 2024 (2412.05496).
+References: a window, Beltagy et al. 2020 (2004.05150), Jiang et al. 2023 (2310.06825);
+FlexAttention, Dong et al. 2024 (2412.05496).
 """
 
 import functools
@@ -32,8 +34,8 @@ from torch import Tensor
 
 
 def core(kind: str, window: int | None):
-    """What attends in a block, by "sdpa", "plain" or "flex": q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H,
-    T, D). Hkv divides H: grouped queries."""
+    """What attends in a block, by "sdpa", "plain" or "flex": q (B, H, T, D), k and v (B, Hkv, T, D)
+    -> (B, H, T, D). Hkv divides H: grouped queries."""
     if kind == "sdpa":
         return functools.partial(causal_attention, window=window)
     if kind == "plain":
@@ -46,13 +48,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
     if window is None or window >= T:
         return sdpa(q, k, v, is_causal=True)
-    first = sdpa(*(x[:, :, :window].contiguous() for x in (q, k, v)), is_causal=True)  # views would keep all
+    # Views would keep all
+    first = sdpa(*(x[:, :, :window].contiguous() for x in (q, k, v)), is_causal=True)
     pad, i = -T % window, torch.arange(window, device=q.device).unsqueeze(1)
-    later = F.pad(q[:, :, window:], (0, 0, 0, pad)).unflatten(2, (-1, window))  # (B, H, n, window, D)
-    pairs = (F.pad(x, (0, 0, 0, pad)).unfold(2, 2 * window, window).mT for x in (k, v))  # n of (2 window, D)
+    # (B, H, n, window, D)
+    later = F.pad(q[:, :, window:], (0, 0, 0, pad)).unflatten(2, (-1, window))
+    # N of (2 window, D)
+    pairs = (F.pad(x, (0, 0, 0, pad)).unfold(2, 2 * window, window).mT for x in (k, v))
     both = torch.arange(2 * window, device=q.device)
     mask = (both > i) & (both <= i + window)  # query i is at place i + window of its two stretches
-    y = sdpa(*(x.transpose(1, 2).flatten(0, 1) for x in (later, *pairs)), attn_mask=mask)  # (B n, H, ...)
+    # (B n, H, ...)
+    y = sdpa(*(x.transpose(1, 2).flatten(0, 1) for x in (later, *pairs)), attn_mask=mask)
     y = y.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, y[:, :, : T - window]], 2)
 
@@ -61,14 +67,20 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
     (B, H, T, D), G = q.shape, q.shape[1] // k.shape[1]
     i, j = torch.arange(T, device=q.device).unsqueeze(1), torch.arange(T, device=q.device)
     unseen = (j > i) if window is None else (j > i) | (j <= i - window)
-    mask = torch.zeros(T, T, dtype=q.dtype, device=q.device).masked_fill_(unseen, -math.inf).repeat(G, 1)
-    q, k, v = q.reshape(-1, G * T, D), k.reshape(-1, T, D), v.reshape(-1, T, D)  # heads of one k, v together
+    mask = (
+        torch.zeros(T, T, dtype=q.dtype, device=q.device)
+        .masked_fill_(unseen, -math.inf)
+        .repeat(G, 1)
+    )
+    # Heads of one k, v together
+    q, k, v = q.reshape(-1, G * T, D), k.reshape(-1, T, D), v.reshape(-1, T, D)
     probabilities = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5).softmax(-1)  # (B Hkv, G T, T)
     return torch.bmm(probabilities, v).view(B, H, T, D)
 
 
 def newest_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for queries (B, H, 1, D) of the newest token alone, k and v being all that it sees."""
+    """The same for queries (B, H, 1, D) of the newest token alone, k and v being all that it
+    sees."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -80,7 +92,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -
 
 @functools.cache
 def kernel(compiled: bool):
-    from torch.nn.attention.flex_attention import flex_attention as plain  # eager it keeps all T x T scores
+    # Eager it keeps all T x T scores
+    from torch.nn.attention.flex_attention import flex_attention as plain
 
     return torch.compile(plain) if compiled else plain
 

@@ -12,16 +12,26 @@
     torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]     pipeline.py   stages that wait
     python bench.py all [...]          all.py          all of these in turn, one page
 
-`python bench.py NAME --help` prints that docstring. Exit status: 0 done; 1 something failed; 2 a user's
-mistake, in one line.
+`python bench.py NAME --help` prints that docstring. Exit status: 0 done; 1 something failed; 2 a
+user's mistake, in one line.
 """
 
 import importlib
 import sys
 
-FILES = {"optim": "optimizers", "train": "training", "speedrun": "speedrun", "scaling": "scaling",
-         "overhead": "overhead", "job": "job", "nanogpt": "nanogpt", "spread": "spread", "network": "network",
-         "pipeline": "pipeline", "all": "all"}  # fmt: skip
+FILES = {
+    "optim": "optimizers",
+    "train": "training",
+    "speedrun": "speedrun",
+    "scaling": "scaling",
+    "overhead": "overhead",
+    "job": "job",
+    "nanogpt": "nanogpt",
+    "spread": "spread",
+    "network": "network",
+    "pipeline": "pipeline",
+    "all": "all",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +40,11 @@ def main(argv: list[str]) -> int:
         return 0
     name, words = "".join(argv[:1]), argv[1:]
     if name not in FILES:
-        print(f"bench.py: not understood: {name!r}; usage: python bench.py NAME, with one of",
-              ", ".join(FILES), file=sys.stderr)
+        print(
+            f"bench.py: not understood: {name!r}; usage: python bench.py NAME, with one of",
+            ", ".join(FILES),
+            file=sys.stderr,
+        )
         return 2
     bench = importlib.import_module(f"benchmarks.{FILES[name]}")
     if "--help" in words:

@@ -1,4 +1,5 @@
-"""Atomic, verified checkpoints that any parallel layout can load. No pickle in them: loading runs no code.
+"""Atomic, verified checkpoints that any parallel layout can load. No pickle in them: loading runs
+no code.
 
     OUT_DIR/step-00000123/
         rank_0.safetensors     what rank 0 wrote: whole tensors, or its slices of them
@@ -7,10 +8,12 @@
 
     body["tensors"]   name -> global shape, dtype, slices [{file, key, offsets, shape}]
     body["files"]     file -> sha256, bytes
-    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a non-finite number
+    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a
+                      non-finite number
 
-A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a box of the whole, and
-reading a box touches only the slices that overlap it, so every layout loads what any other one saved:
+A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a box of the
+whole, and reading a box touches only the slices that overlap it, so every layout loads what any
+other one saved:
 
     4 ranks saved             2 ranks read
     rank 0: rows 0, 1 ─┬───►  rank 0: rows 0..3
@@ -18,8 +21,9 @@ reading a box touches only the slices that overlap it, so every layout loads wha
     rank 2: rows 4, 5 ─┬───►  rank 1: rows 4..7
     rank 3: rows 6, 7 ─┘
 
-A save writes .tmp-step-N, syncs it to the disk, renames it, and only then deletes old ones: killed at any
-moment, the run keeps a good checkpoint. All ranks see the same OUT_DIR; only the holder of its RunLock saves.
+A save writes .tmp-step-N, syncs it to the disk, renames it, and only then deletes old ones: killed
+at any moment, the run keeps a good checkpoint. All ranks see the same OUT_DIR; only the holder of
+its RunLock saves.
 
     python checkpoint.py list RUN | show CHECKPOINT
     python checkpoint.py export RUN OUT.safetensors     the weights alone, in one file
@@ -43,8 +47,22 @@ from safetensors import SafetensorError, safe_open
 from saving import FOLDER, FORMAT, as_json, drop_after, found, prune, save, sha256, write_tensors
 from slices import DTYPES, TENSOR, Slice, boxed, check, inside, walk, within
 
-__all__ = ["FOLDER", "DTYPES", "Slice", "Checkpoint", "CheckpointDamaged", "before", "boxed", "drop_after",
-           "load", "newest", "prune", "reading", "resolve", "save"]  # fmt: skip
+__all__ = [
+    "FOLDER",
+    "DTYPES",
+    "Slice",
+    "Checkpoint",
+    "CheckpointDamaged",
+    "before",
+    "boxed",
+    "drop_after",
+    "load",
+    "newest",
+    "prune",
+    "reading",
+    "resolve",
+    "save",
+]
 FILE = re.compile(r"rank_[0-9]+\.safetensors")
 
 
@@ -53,20 +71,27 @@ class CheckpointDamaged(ValueError):
 
 
 class Checkpoint:
-    """What `load` returns. Files are memory-mapped at the first read; tensors come back on the CPU."""
+    """What `load` returns. Files are memory-mapped at the first read; tensors come back on the
+    CPU."""
 
     def __init__(self, path: Path, body: dict):
         self.path, self.step = path, body["step"]
-        self._files, self._tensors, self._tree, self._open = body["files"], body["tensors"], body["tree"], {}
+        self._files, self._tensors, self._tree, self._open = (
+            body["files"],
+            body["tensors"],
+            body["tree"],
+            {},
+        )
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def tree(self, prefix: str | None = None, box=None, missing=None):
-        """What was saved, with whole tensors; `prefix` ("model", "optim/state") picks one branch, and
-        `missing` stands for one that is not there.
+        """What was saved, with whole tensors; `prefix` ("model", "optim/state") picks one branch,
+        and `missing` stands for one that is not there.
 
-        box: (whole shape, offsets, shape): of tensors of that whole shape only this box is read, see `boxed`.
+        box: (whole shape, offsets, shape): of tensors of that whole shape only this box is read,
+        see `boxed`.
         """
         node = self._tree
         for key in prefix.split("/") if prefix else []:
@@ -75,7 +100,9 @@ class Checkpoint:
             except (KeyError, IndexError, ValueError, TypeError):
                 if missing is not None:
                     return missing
-                raise ValueError(f"{self.path} has no {prefix!r}; it has {', '.join(self._tree)}") from None
+                raise ValueError(
+                    f"{self.path} has no {prefix!r}; it has {', '.join(self._tree)}"
+                ) from None
 
         def from_json(name, leaf):
             if leaf == TENSOR and box is not None and self._tensors[name]["shape"] == list(box[0]):
@@ -87,28 +114,35 @@ class Checkpoint:
         return walk(node, from_json, prefix or "")
 
     def tensor(self, name: str, offsets=None, shape=None) -> torch.Tensor:
-        """The whole tensor, or its box of `shape` (None = to the end) that begins at `offsets` (None = 0)."""
+        """The whole tensor, or its box of `shape` (None = to the end) that begins at `offsets`
+        (None = 0)."""
         if name not in self._tensors:
             raise ValueError(f"{self.path} has no tensor {name!r}; names() lists what it has")
         entry = self._tensors[name]
         offsets = [0] * len(entry["shape"]) if offsets is None else list(offsets)
         shape = [n - o for n, o in zip(entry["shape"], offsets)] if shape is None else list(shape)
         if not inside(offsets, shape, entry["shape"]):
-            raise ValueError(f"{name} has shape {entry['shape']}: no box of {shape} begins at {offsets}")
+            raise ValueError(
+                f"{name} has shape {entry['shape']}: no box of {shape} begins at {offsets}"
+            )
         out = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
         for s in entry["slices"]:
             low = [max(o, a) for o, a in zip(offsets, s["offsets"])]
-            high = [min(o + n, a + m) for o, n, a, m in zip(offsets, shape, s["offsets"], s["shape"])]
+            high = [
+                min(o + n, a + m) for o, n, a, m in zip(offsets, shape, s["offsets"], s["shape"])
+            ]
             if all(i < j for i, j in zip(low, high)):
-                out[within(low, high, offsets)] = self._stored(entry, s)[within(low, high, s["offsets"])]
+                out[within(low, high, offsets)] = self._stored(entry, s)[
+                    within(low, high, s["offsets"])
+                ]
         return out
 
     def has(self, part: str) -> bool:
         return part in self._tree
 
     def weights(self, part: str):
-        """A function of a parameter's name and shape: the whole tensor. It raises ValueError where that
-        parameter is missing or has another shape."""
+        """A function of a parameter's name and shape: the whole tensor. It raises ValueError where
+        that parameter is missing or has another shape."""
 
         def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
             saved = self._tensors.get(f"{part}/{name}")
@@ -139,7 +173,14 @@ class Checkpoint:
                     raise ValueError(f"no checksum of {file}")
         except CheckpointDamaged:
             raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
             reason = ascii(str(e))[1:-1][:300]  # it may quote anything
             raise CheckpointDamaged(f"{index} contradicts itself: {reason}") from None
 
@@ -160,17 +201,25 @@ class Checkpoint:
             with open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 if size != facts["bytes"]:
-                    raise CheckpointDamaged(f"{path} has {size} bytes, but {facts['bytes']} were written")
+                    raise CheckpointDamaged(
+                        f"{path} has {size} bytes, but {facts['bytes']} were written"
+                    )
                 if hashlib.file_digest(f, "sha256").hexdigest() != facts["sha256"]:
-                    raise CheckpointDamaged(f"{path} has changed since it was written (another sha256)")
+                    raise CheckpointDamaged(
+                        f"{path} has changed since it was written (another sha256)"
+                    )
         except OSError as e:
             raise CheckpointDamaged(f"{path} cannot be read: {e.strerror}") from None
         except (KeyError, TypeError):
-            raise CheckpointDamaged(f"{self.path / 'index.json'} has no size and sha256 of {file}") from None
+            raise CheckpointDamaged(
+                f"{self.path / 'index.json'} has no size and sha256 of {file}"
+            ) from None
 
     def _path(self, file):
         if not FILE.fullmatch(file):  # never follow an index out of its folder
-            raise CheckpointDamaged(f"{self.path / 'index.json'} names {file!r}, no rank_N.safetensors")
+            raise CheckpointDamaged(
+                f"{self.path / 'index.json'} names {file!r}, no rank_N.safetensors"
+            )
         return self.path / file
 
     def _stored(self, entry, s):
@@ -188,7 +237,8 @@ class Checkpoint:
 
 
 def load(path, verify: bool = True) -> Checkpoint:
-    """Open the checkpoint folder `path`. Raises CheckpointDamaged unless it is exactly what was written.
+    """Open the checkpoint folder `path`. Raises CheckpointDamaged unless it is exactly what was
+    written.
 
     verify=False checks index.json alone: for ranks that trust the one which has read every byte.
     """
@@ -204,13 +254,19 @@ def load(path, verify: bool = True) -> Checkpoint:
     except OSError as e:
         if not path.exists():
             raise CheckpointDamaged(f"{path} is not there") from None
-        raise CheckpointDamaged(f"{path} has no readable index.json ({e.strerror}); cut short?") from None
+        raise CheckpointDamaged(
+            f"{path} has no readable index.json ({e.strerror}); cut short?"
+        ) from None
     except (KeyError, TypeError, ValueError, RecursionError):
         intact = False
     if not intact:
-        raise CheckpointDamaged(f"{path / 'index.json'} has changed since it was written (another sha256)")
+        raise CheckpointDamaged(
+            f"{path / 'index.json'} has changed since it was written (another sha256)"
+        )
     if version != FORMAT:  # not damaged: falling back to an older one would silently lose steps
-        raise ValueError(f"{path} has format {version}, not {FORMAT}: load it with the code that wrote it")
+        raise ValueError(
+            f"{path} has format {version}, not {FORMAT}: load it with the code that wrote it"
+        )
     try:
         checkpoint = Checkpoint(path, body)
     except KeyError as e:
@@ -220,7 +276,8 @@ def load(path, verify: bool = True) -> Checkpoint:
 
 
 def newest(out_dir, warn=print) -> Checkpoint | None:
-    """A run's newest intact checkpoint, or None; `warn` gets one line for each damaged one passed over."""
+    """A run's newest intact checkpoint, or None; `warn` gets one line for each damaged one passed
+    over."""
     for _, _, path in reversed(found(out_dir)):
         try:
             return load(path)
@@ -230,8 +287,8 @@ def newest(out_dir, warn=print) -> Checkpoint | None:
 
 
 def before(out_dir, step: int, back: int = 1) -> list[Checkpoint]:
-    """The newest `back` whole checkpoints of steps before this one, newest first; that of this step if there
-    is no older one."""
+    """The newest `back` whole checkpoints of steps before this one, newest first; that of this step
+    if there is no older one."""
     there, whole = [(at, path) for at, current, path in reversed(found(out_dir)) if current], []
     for _, path in [x for x in there if x[0] < step] or [x for x in there if x[0] == step]:
         if len(whole) < back:
@@ -266,7 +323,9 @@ def missing(path: Path) -> str:
     why, step = "is not there", FOLDER.fullmatch(path.name)
     with contextlib.suppress(ValueError):
         newest_one = load(there[-1][2], verify=False)
-        every, keep = (newest_one.tree(f"config/{name}", missing=0) for name in ("save_every", "keep"))
+        every, keep = (
+            newest_one.tree(f"config/{name}", missing=0) for name in ("save_every", "keep")
+        )
         saved = type(every) is int and every and step and int(step[2]) % every == 0
         if saved and keep and int(step[2]) < there[0][0]:
             why = f"was deleted, for the run keeps its newest {keep} (--keep={keep})"
@@ -274,14 +333,29 @@ def missing(path: Path) -> str:
 
 
 # How others name what they save, and what it is.
-FILES = {".safetensors": "a safetensors file", ".pt": "a file of torch.save, such as nanoGPT's ckpt.pt",
-         ".pth": "a file of torch.save", ".ckpt": "a file of torch.save", ".gguf": "a GGUF file",
-         ".bin": "a file of torch.save, or of tokens"}  # fmt: skip
-FOLDERS = {"zero_to_fp32.py": "a checkpoint of DeepSpeed", "ckpt.pt": "a run of nanoGPT",
-           ".metadata": "a checkpoint of torch.distributed.checkpoint"}  # fmt: skip
-FOLDERS |= {name: "a model of Hugging Face" for name in (
-    "pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors",
-    "model.safetensors.index.json", "adapter_config.json")}  # fmt: skip
+FILES = {
+    ".safetensors": "a safetensors file",
+    ".pt": "a file of torch.save, such as nanoGPT's ckpt.pt",
+    ".pth": "a file of torch.save",
+    ".ckpt": "a file of torch.save",
+    ".gguf": "a GGUF file",
+    ".bin": "a file of torch.save, or of tokens",
+}
+FOLDERS = {
+    "zero_to_fp32.py": "a checkpoint of DeepSpeed",
+    "ckpt.pt": "a run of nanoGPT",
+    ".metadata": "a checkpoint of torch.distributed.checkpoint",
+}
+FOLDERS |= {
+    name: "a model of Hugging Face"
+    for name in (
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "adapter_config.json",
+    )
+}
 
 
 def foreign(path: Path) -> str:
@@ -297,15 +371,17 @@ def foreign(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path):
-    """Around code that takes up a checkpoint's tree: ValueError where that is not what this program writes.
-    Checksums that fit say what a file is, not who wrote it."""
+    """Around code that takes up a checkpoint's tree: ValueError where that is not what this program
+    writes. Checksums that fit say what a file is, not who wrote it."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
-        raise ValueError(f"{path} holds what this program does not write ({type(e).__name__}: {e})") from e
+        raise ValueError(
+            f"{path} holds what this program does not write ({type(e).__name__}: {e})"
+        ) from e
 
 
-# ---- command line ----
+# ---- command line --------------------------------------------------------------------------------
 
 
 def main(args):
@@ -327,7 +403,9 @@ def main(args):
                 if leaf == TENSOR:
                     e = checkpoint._tensors[name]
                     size = math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
-                    leaf = f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
+                    leaf = (
+                        f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
+                    )
                 print(f"{name}: {leaf['$'] if isinstance(leaf, dict) else leaf}")
 
             walk(checkpoint._tree, show)
@@ -335,8 +413,10 @@ def main(args):
             checkpoint = resolve(run)
             weights = checkpoint.tree("model")
             if checkpoint.tree("config", missing={}).get("ngram"):
-                print("these weights learned on top of counted n-grams (--ngram), and without them they are "
-                      "no language model")  # fmt: skip
+                print(
+                    "these weights learned on top of counted n-grams (--ngram), and without them"
+                    " they are no language model"
+                )
             if out.endswith(".safetensors"):
                 write_tensors(f"{out}.tmp", weights)
                 os.replace(f"{out}.tmp", out)
@@ -344,11 +424,15 @@ def main(args):
                 from torch.distributed import checkpoint as dcp
 
                 if Path(out).exists():
-                    raise ValueError(f"{out} is there already; give a new folder, or a name in .safetensors")
+                    raise ValueError(
+                        f"{out} is there already; give a new folder, or a name in .safetensors"
+                    )
                 dcp.save({"model": weights}, checkpoint_id=out, no_dist=True)
             print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
         case _:
-            raise ValueError("say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER)")
+            raise ValueError(
+                "say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER)"
+            )
 
 
 if __name__ == "__main__":

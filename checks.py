@@ -1,5 +1,5 @@
-"""Which settings go together. Every mistake is a ValueError whose one line says what came, what is allowed
-and what to type.
+"""Which settings go together. Every mistake is a ValueError whose one line says what came, what is
+allowed and what to type.
 
     check            a number out of its range, and fields that contradict each other
     check_options    dotted fields against the signature of what they belong to
@@ -20,10 +20,15 @@ def check(cfg: Config) -> Config:
         value, least, below = getattr(cfg, name), f.metadata["least"], f.metadata["below"]
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
-        below = 2**31 if below is None and type(value) is int else math.inf if below is None else below
-        if not (least <= value < below and math.isfinite(value)):  # in this order: ints may be too large
+        below = (
+            2**31 if below is None and type(value) is int else math.inf if below is None else below
+        )
+        # In this order: ints may be too large
+        if not (least <= value < below and math.isfinite(value)):
             value = str(value)[:40]
-            raise ValueError(f"{name}={value} is out of range; it must be at least {least} and below {below}")
+            raise ValueError(
+                f"{name}={value} is out of range; it must be at least {least} and below {below}"
+            )
     for name, value in [(name, getattr(cfg, name)) for name in FIELDS] + [*cfg.options.items()]:
         if any("\ud800" <= letter <= "\udfff" for letter in str(value)):  # no file could hold it
             said = f"{name}={ascii(value)[:200]} is no text in UTF-8"
@@ -37,54 +42,78 @@ def check(cfg: Config) -> Config:
         best = f"--n_embd={wider}"
         if near:
             best = f"--n_head={min(near, key=lambda h: abs(h - cfg.n_head))}"
-        raise ValueError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; "
-                         f"for instance {best}")
+        raise ValueError(
+            f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; for instance {best}"
+        )
     if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
         fits = divisor(cfg.n_head, cfg.n_kv_head)
-        raise ValueError(f"n_head={cfg.n_head} is not divisible by n_kv_head={cfg.n_kv_head}; "
-                         f"for instance --n_kv_head={fits}")
+        raise ValueError(
+            f"n_head={cfg.n_head} is not divisible by n_kv_head={cfg.n_kv_head}; "
+            f"for instance --n_kv_head={fits}"
+        )
     if size % parts:
-        raise ValueError(f"position={position} needs a head size divisible by {parts}, not n_embd/n_head "
-                         f"= {size}; change n_head or type --position=learned")
+        raise ValueError(
+            f"position={position} needs a head size divisible by {parts}, not n_embd/n_head "
+            f"= {size}; change n_head or type --position=learned"
+        )
     scale, form = trait(cfg, "attention_scale"), cfg.logit_cap_form
     if cfg.mup_base_width is not None and scale is not None:
-        raise ValueError(f"attention_scale={scale:g} fixes what mup_base_width sets to 8/head size; type "
-                         "--attention_scale=none, or leave mup_base_width out")
+        raise ValueError(
+            f"attention_scale={scale:g} fixes what mup_base_width sets to 8/head size; type "
+            "--attention_scale=none, or leave mup_base_width out"
+        )
     if trait(cfg, "logit_cap") is None and form not in ("auto", ARCHS[cfg.arch]["logit_cap_form"]):
-        raise ValueError(f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15")
+        raise ValueError(
+            f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15"
+        )
     if cfg.window is not None and cfg.window >= cfg.block_size:
-        raise ValueError(f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
-                         "smaller one, or leave it out")
+        raise ValueError(
+            f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
+            "smaller one, or leave it out"
+        )
     if cfg.attention == "flex" and size < 16:
-        raise ValueError(f"attention=flex has no kernel for heads of {size} (n_embd/n_head), 16 is the "
-                         "least; type a smaller --n_head=, or --attention=sdpa")
+        raise ValueError(
+            f"attention=flex has no kernel for heads of {size} (n_embd/n_head), 16 is the "
+            "least; type a smaller --n_head=, or --attention=sdpa"
+        )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
     named = "schedule" in cfg.given  # what has no meaning for a chosen one, introduction.py says
     other = cfg.schedule not in ("auto", "wsd")
     if named and other and cfg.decay_frac != FIELDS["decay_frac"].default:
         raise ValueError(
-            f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or --schedule=wsd"
+            f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or"
+            " --schedule=wsd"
         )
     if named and cfg.schedule == "constant" and cfg.min_lr_frac:
-        raise ValueError("min_lr_frac has no meaning for schedule=constant, which never decays; leave it out")
+        raise ValueError(
+            "min_lr_frac has no meaning for schedule=constant, which never decays; leave it out"
+        )
     for name in ("decay_frac", "min_lr_frac", "warmup_start"):
         if (getattr(cfg, name) or 0) > 1:
             raise ValueError(f"{name}={getattr(cfg, name)} is a share, from 0 to 1")
     if (cfg.lr_scaling is None) != (cfg.base_batch_size is None):
-        raise ValueError("lr_scaling and base_batch_size go together: --lr_scaling=sqrt --base_batch_size=32")
+        raise ValueError(
+            "lr_scaling and base_batch_size go together: --lr_scaling=sqrt --base_batch_size=32"
+        )
     if (cfg.batch_ramp is None) != (cfg.batch_ramp_from is None):
-        raise ValueError("batch_ramp and batch_ramp_from go together: --batch_ramp=1000 --batch_ramp_from=8")
+        raise ValueError(
+            "batch_ramp and batch_ramp_from go together: --batch_ramp=1000 --batch_ramp_from=8"
+        )
     if cfg.batch_ramp_from is not None and cfg.batch_size % cfg.batch_ramp_from:
         fits = divisor(cfg.batch_size, cfg.batch_ramp_from)
-        raise ValueError(f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size="
-                         f"{cfg.batch_size}; for instance --batch_ramp_from={fits}")
+        raise ValueError(
+            f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size="
+            f"{cfg.batch_size}; for instance --batch_ramp_from={fits}"
+        )
     for name, layouts in LAYOUTS.items():
         layout = cfg.data_parallel.replace("auto", "ddp")
         if getattr(cfg, name) != FIELDS[name].default and layout not in layouts.split():
             others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
-            raise ValueError(f"{name} does not work with data_parallel={cfg.data_parallel}; "
-                             f"leave it out, or type {others}")
+            raise ValueError(
+                f"{name} does not work with data_parallel={cfg.data_parallel}; "
+                f"leave it out, or type {others}"
+            )
     check_model_parallel(cfg)
     for name in ("tensorboard", "wandb"):
         if getattr(cfg, name) and importlib.util.find_spec(name) is None:
@@ -94,31 +123,51 @@ def check(cfg: Config) -> Config:
             raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")
     for namespace, precision in (("scaler", "fp16"), ("fp8", "fp8")):
         if cfg.sub(namespace) and cfg.precision != precision:
-            raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --precision={precision}")
+            raise ValueError(
+                f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --precision={precision}"
+            )
     for name in ("compress", "diloco_every"):
         if getattr(cfg, name) is not None and cfg.precision in ("fp16", "bf16_sr"):
-            raise ValueError(f"{name} adds up over steps what precision={cfg.precision} scales or rounds; "
-                             f"type --precision=bf16, or leave {name} out")
+            raise ValueError(
+                f"{name} adds up over steps what precision={cfg.precision} scales or rounds; "
+                f"type --precision=bf16, or leave {name} out"
+            )
     more, back = cfg.compress or cfg.diloco_every, "rollback" in (cfg.on_spike, cfg.on_nonfinite)
     if more and back and cfg.options.get("monitor.ring") != 0:
-        raise ValueError("compress and diloco_every keep more than the states in memory hold; type "
-                         "--monitor.ring=0 to roll back to the newest checkpoint")
+        raise ValueError(
+            "compress and diloco_every keep more than the states in memory hold; type "
+            "--monitor.ring=0 to roll back to the newest checkpoint"
+        )
     if cfg.patience is not None and not cfg.eval_every:
-        raise ValueError("patience counts evaluations, and eval_every=0 makes none; type --eval_every=60")
+        raise ValueError(
+            "patience counts evaluations, and eval_every=0 makes none; type --eval_every=60"
+        )
     if cfg.patience is not None and cfg.diloco_every is not None:
-        raise ValueError("patience does not go with diloco_every, whose average is not what it trains on")
+        raise ValueError(
+            "patience does not go with diloco_every, whose average is not what it trains on"
+        )
     if cfg.min_delta and cfg.patience is None:
         raise ValueError("min_delta means nothing without patience; type --patience=5 too")
     if cfg.compress is not None and cfg.diloco_every is not None:
         raise ValueError("compress and diloco_every do not go together; leave one of them out")
     if cfg.qk_clip is not None and trait(cfg, "qk_norm"):
-        raise ValueError(f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
-                         "type --qk_norm=false, or leave qk_clip out")
+        raise ValueError(
+            f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
+            "type --qk_norm=false, or leave qk_clip out"
+        )
     if cfg.qk_clip is not None and cfg.diloco_every is not None:
-        raise ValueError("qk_clip looks at all replicas, which diloco_every lets go apart; leave one "
-                         "of them out")
-    for name in ("grad_clip", "clip_value", "z_loss", "qk_clip", "attention_scale", "logit_cap",
-                 "peak_flops"):  # fmt: skip
+        raise ValueError(
+            "qk_clip looks at all replicas, which diloco_every lets go apart; leave one of them out"
+        )
+    for name in (
+        "grad_clip",
+        "clip_value",
+        "z_loss",
+        "qk_clip",
+        "attention_scale",
+        "logit_cap",
+        "peak_flops",
+    ):
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")
     return cfg
@@ -131,58 +180,86 @@ def check_model_parallel(cfg: Config) -> None:
     for name, number in (("n_head", cfg.n_head), ("n_kv_head", heads)):
         if number % cfg.tp:
             fits = divisor(math.gcd(cfg.n_head, heads), cfg.tp)
-            raise ValueError(f"tp={cfg.tp} does not divide {name}={number}, and a head is not split; "
-                             f"--tp={fits} would")
+            raise ValueError(
+                f"tp={cfg.tp} does not divide {name}={number}, and a head is not split; "
+                f"--tp={fits} would"
+            )
     if cfg.sp and cfg.tp == 1:
-        raise ValueError("sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more")
+        raise ValueError(
+            "sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more"
+        )
     parts = math.lcm(cfg.cp * (2 if ring else 1), cfg.cp * (cfg.tp if cfg.sp else 1))
     if cfg.block_size % parts:
         better = -(-cfg.block_size // parts) * parts
-        raise ValueError(f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
-                         f"block_size={cfg.block_size} cannot be, try --block_size={better}")
+        raise ValueError(
+            f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
+            f"block_size={cfg.block_size} cannot be, try --block_size={better}"
+        )
     for name, usual in (("window", None), ("attention", "sdpa")):
         if ring and (given := getattr(cfg, name)) != usual:
-            raise ValueError(f"{name}={given} does not go with cp_attention=ring, which has an attention of "
-                             "its own; type --cp_attention=ulysses")
+            raise ValueError(
+                f"{name}={given} does not go with cp_attention=ring, which has an attention of "
+                "its own; type --cp_attention=ulysses"
+            )
     if cfg.cp > 1 and not ring and heads // cfg.tp % cfg.cp:
-        raise ValueError(f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
-                         f"{heads // cfg.tp} of keys and values; type --cp_attention=ring")
+        raise ValueError(
+            f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
+            f"{heads // cfg.tp} of keys and values; type --cp_attention=ring"
+        )
     if cfg.ngram is not None and (split or cfg.cp > 1):
-        raise ValueError(f"ngram needs whole rows and logits on a rank and does not go with "
-                         f"{[*split, 'cp'][0]}; leave one of them out")
+        raise ValueError(
+            "ngram needs whole rows and logits on a rank and does not go with "
+            f"{[*split, 'cp'][0]}; leave one of them out"
+        )
     if cfg.ngram_embed is not None and cfg.cp > 1:
-        raise ValueError("ngram_embed needs the tokens before a rank's own and does not go with cp; type "
-                         "--tp= instead, or leave one of them out")
+        raise ValueError(
+            "ngram_embed needs the tokens before a rank's own and does not go with cp; type "
+            "--tp= instead, or leave one of them out"
+        )
     if cfg.pp_chunks is not None and (cfg.pp_chunks > 1) != (cfg.pp_schedule == "interleaved"):
-        raise ValueError(f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
-                         "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out")
+        raise ValueError(
+            f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
+            "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out"
+        )
     if cfg.pp > 1 and cfg.pp * chunks(cfg) > cfg.n_layer:
-        raise ValueError(f"pp={cfg.pp} stages of {chunks(cfg)} stretch(es) need {cfg.pp * chunks(cfg)} "
-                         f"layers, n_layer is {cfg.n_layer}; try --pp={max(1, cfg.n_layer // chunks(cfg))}")
+        raise ValueError(
+            f"pp={cfg.pp} stages of {chunks(cfg)} stretch(es) need {cfg.pp * chunks(cfg)} "
+            f"layers, n_layer is {cfg.n_layer}; try --pp={max(1, cfg.n_layer // chunks(cfg))}"
+        )
     if layout in ("zero2", "zero3") and split:
-        raise ValueError(f"data_parallel={layout} would send gradients or weights again for each micro-batch "
-                         f"in flight and does not go with {split[0]}; type --data_parallel=fsdp or zero1")
+        raise ValueError(
+            f"data_parallel={layout} would send gradients or weights again for each micro-batch "
+            f"in flight and does not go with {split[0]}; type --data_parallel=fsdp or zero1"
+        )
     if layout == "fsdp" and cfg.pp > 1 and cfg.pp_schedule == "zerobubble":
-        raise ValueError("pp_schedule=zerobubble computes weight gradients when fsdp has sent them; type "
-                         "--pp_schedule=1f1b, or --data_parallel=zero1")
+        raise ValueError(
+            "pp_schedule=zerobubble computes weight gradients when fsdp has sent them; type "
+            "--pp_schedule=1f1b, or --data_parallel=zero1"
+        )
     if cfg.pp > 1 and cfg.pp_schedule == "zerobubble" and cfg.compile not in ("auto", "off"):
-        raise ValueError("pp_schedule=zerobubble takes apart what compile puts together; type "
-                         "--pp_schedule=1f1b, or --compile=off")
+        raise ValueError(
+            "pp_schedule=zerobubble takes apart what compile puts together; type "
+            "--pp_schedule=1f1b, or --compile=off"
+        )
     if cfg.activation_checkpoint == "full_sharded" and (cfg.sp or cfg.tp == 1):
-        raise ValueError("activation_checkpoint=full_sharded shares out what tp ranks hold alike, with tp=1 "
-                         "or sp=true nothing is; type --activation_checkpoint=full")
+        raise ValueError(
+            "activation_checkpoint=full_sharded shares out what tp ranks hold alike, with tp=1 "
+            "or sp=true nothing is; type --activation_checkpoint=full"
+        )
     for name in ("compress", "diloco_every"):
         apart = split + ["cp"] * (cfg.cp > 1 and name == "diloco_every")
         if getattr(cfg, name) is not None and apart:
-            raise ValueError(f"{name} works between whole models and does not go with {apart[0]}; leave one "
-                             "of them out")
+            raise ValueError(
+                f"{name} works between whole models and does not go with {apart[0]}; leave one "
+                "of them out"
+            )
 
 
 def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dict:
     """sub(namespace) if `target`'s signature takes it, else ValueError with the nearest name.
 
-    given: parameters that come from elsewhere, such as `params` and `lr`. A value whose kind differs from the
-    default's (text for a number) is refused.
+    given: parameters that come from elsewhere, such as `params` and `lr`. A value whose kind
+    differs from the default's (text for a number) is refused.
     """
     parameters = inspect.signature(target).parameters
     named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -192,7 +269,9 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
     for name, value in values.items():
         if name not in taken and (name in given or not more):
             hint = nearest(name, list(taken), f"--{namespace}.") if taken else "it takes none"
-            raise ValueError(f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}")
+            raise ValueError(
+                f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}"
+            )
         if name not in taken:
             continue
         default = taken[name]
@@ -218,7 +297,8 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
 
 
 def batch_share(cfg: Config, dp: int) -> int:
-    """Sequences of the smallest step on one of dp replicas. Raises ValueError where parts are not even."""
+    """Sequences of the smallest step on one of dp replicas. Raises ValueError where parts are not
+    even."""
     micro = cfg.micro_batch_size
     name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
     batch = getattr(cfg, name)
@@ -229,8 +309,10 @@ def batch_share(cfg: Config, dp: int) -> int:
         raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={fits}{more}")
     share = batch // dp
     if "micro_batch_size" in cfg.given and micro is not None and share % micro:
-        raise ValueError(f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
-                         f"({name}={batch} over {dp}); try --micro_batch_size={divisor(share, micro)}")
+        raise ValueError(
+            f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
+            f"({name}={batch} over {dp}); try --micro_batch_size={divisor(share, micro)}"
+        )
     return share
 
 

@@ -2,17 +2,18 @@
 
     python train.py [recipe.toml] [--field=value ...]          later wins; --field value is the same
 
-The fields are in settings.py, one line each, what goes together in checks.py. Parsing, `--help` and the saved
-`config.toml` are derived from those lines. Fields with a dot belong to whatever another field selected and
-are checked against its signature: `--opt.betas=0.9,0.95` goes to the constructor of `--optim`,
-`--schedule.NAME=` to the schedule. In TOML a dotted field is a quoted key: `"opt.betas" = [0.9, 0.95]`.
+The fields are in settings.py, one line each, what goes together in checks.py. Parsing, `--help` and
+the saved `config.toml` are derived from those lines. Fields with a dot belong to whatever another
+field selected and are checked against its signature: `--opt.betas=0.9,0.95` goes to the constructor
+of `--optim`, `--schedule.NAME=` to the schedule. In TOML a dotted field is a quoted key:
+`"opt.betas" = [0.9, 0.95]`.
 
 A run's `config.toml` is a recipe for the same run. What `auto` and `none` stood for there is in its
 table [chosen]: values that nobody asked for. No check holds them against the user, and as soon as a
 later word makes it another run (another optimizer, say) they are chosen anew.
 
-Nothing here is executed: values are numbers, strings, booleans and lists of them. Every mistake is a
-ValueError whose one line says what came, what is allowed and what to type.
+Nothing here is executed: values are numbers, strings, booleans and lists of them. Every mistake is
+a ValueError whose one line says what came, what is allowed and what to type.
 """
 
 import ast
@@ -30,9 +31,10 @@ from checks import check
 from settings import FIELDS, NAMESPACES, OPEN, PATHS, SECTIONS, TYPES, Auto, Config
 
 
-# ---- reading ---------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 def parse(argv: list[str]) -> Config:
-    """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after `--help`."""
+    """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after
+    `--help`."""
     values, open_ = {}, {}  # what was asked for, and what earlier runs chose
     if "--help" in argv or "-h" in argv:
         print(help_text())
@@ -61,7 +63,9 @@ def joined(argv: list[str]) -> list[str]:
         name, equals, text = word[2:].partition("=")
         if word.startswith("--") and not text:
             known(name)
-            while not text and left and not left[0].startswith("--") and not left[0].endswith(".toml"):
+            while (
+                not text and left and not left[0].startswith("--") and not left[0].endswith(".toml")
+            ):
                 text = left.pop(0).removeprefix("=")
             if not equals and not text:
                 value = "true" if name in FIELDS and bool in kinds(name) else "VALUE"
@@ -72,12 +76,15 @@ def joined(argv: list[str]) -> list[str]:
 
 
 def read_recipe(path: str) -> dict:
-    """A TOML recipe as {field: value}; a table like [opt] and a quoted key like "opt.betas" mean the same."""
+    """A TOML recipe as {field: value}; a table like [opt] and a quoted key like "opt.betas" mean
+    the same."""
     path = os.path.expanduser(path)
     if os.path.isdir(path) and os.path.isfile(own := os.path.join(path, "config.toml")):
         raise ValueError(f"the recipe {path} is the folder of a run; its recipe is {own}")
     if not os.path.isfile(path) and os.path.exists(path):  # a pipe would wait, a device never end
-        raise ValueError(f"cannot read the recipe {path}: it is no file; flags look like --steps=100")
+        raise ValueError(
+            f"cannot read the recipe {path}: it is no file; flags look like --steps=100"
+        )
     try:
         with open(path, "rb") as file:
             raw = file.read()
@@ -98,35 +105,71 @@ def read_recipe(path: str) -> dict:
     return {name: from_toml(name, value, path) for name, value in values.items()}
 
 
-HERE = {there: here for here, names in {  # what other trainers call a field
-    "steps": "max_iters max_steps num_steps train_steps iters iterations epochs num_train_epochs",
-    "batch_size": "gradient_accumulation_steps grad_accum_steps grad_acc_steps train_batch_size gbs "
-    "global_batch_size", "micro_batch_size": "mbs local_batch_size device_batch_size "
-    "per_device_train_batch_size train_micro_batch_size_per_gpu",
-    "block_size": "seq_len seq_length max_seq_len max_length context_length n_ctx n_positions",
-    "n_layer": "layers num_layers n_layers num_hidden_layers depth",
-    "n_head": "heads num_heads n_heads num_attention_heads", "n_kv_head": "num_key_value_heads num_kv_heads",
-    "n_embd": "n_embed dim d_model hidden_size width", "arch": "model model_type", "optim": "optimizer",
-    "lr": "learning_rate max_lr", "min_lr_frac": "min_lr min_lr_ratio", "weight_decay": "wd decay",
-    "opt.betas": "beta1 beta2 betas adam_beta1 adam_beta2", "opt.eps": "eps", "opt.momentum": "momentum",
-    "grad_clip": "clip clip_grad max_grad_norm gradient_clipping", "warmup_steps": "warmup_iters warmup",
-    "warmup_frac": "warmup_ratio", "schedule": "decay_lr scheduler lr_scheduler lr_scheduler_type",
-    "precision": "dtype amp mixed_precision", "precision=bf16": "bf16", "precision=fp16": "fp16 half",
-    "precision=fp8": "fp8", "data": "dataset data_path", "out_dir": "out output_dir save_dir log_dir",
-    "eval_every": "eval_interval eval_steps", "eval_tokens": "eval_iters", "log_every": "log_interval",
-    "save_every": "save_interval save_steps save_frequency", "keep": "save_total_limit",
-    "resume": "resume_from resume_from_checkpoint load_checkpoint", "init_from": "pretrained finetune",
-    "wandb": "wandb_log wandb_project", "data_parallel=ddp": "ddp data_parallel_replicate_degree",
-    "data_parallel=fsdp": "fsdp data_parallel_shard_degree fully_shard",
-    "data_parallel=zero1": "zero zero1 zero_stage stage", "data_parallel=zero2": "zero2",
-    "data_parallel=zero3": "zero3", "tp": "tp_size tensor_parallel tensor_parallel_degree "
-    "tensor_model_parallel_size", "sp": "sequence_parallel",
-    "pp": "pp_size pipeline_parallel pipeline_parallel_degree pipeline_model_parallel_size",
-    "pp_schedule": "pp_engine", "cp": "cp_size context_parallel context_parallel_degree",
-    "offload=cpu": "offload_optimizer cpu_offload", "offload_params=cpu": "offload_param",
-    "activation_checkpoint=full": "gradient_checkpointing activation_checkpointing ac recompute",
-    "tied": "tie_word_embeddings weight_tying tie_weights", "compile=default": "torch_compile",
-}.items() for there in names.split()}  # fmt: skip
+HERE = {
+    there: here
+    for here, names in {  # what other trainers call a field
+        "steps": (
+            "max_iters max_steps num_steps train_steps iters iterations epochs num_train_epochs"
+        ),
+        "batch_size": (
+            "gradient_accumulation_steps grad_accum_steps grad_acc_steps train_batch_size gbs "
+            "global_batch_size"
+        ),
+        "micro_batch_size": (
+            "mbs local_batch_size device_batch_size "
+            "per_device_train_batch_size train_micro_batch_size_per_gpu"
+        ),
+        "block_size": "seq_len seq_length max_seq_len max_length context_length n_ctx n_positions",
+        "n_layer": "layers num_layers n_layers num_hidden_layers depth",
+        "n_head": "heads num_heads n_heads num_attention_heads",
+        "n_kv_head": "num_key_value_heads num_kv_heads",
+        "n_embd": "n_embed dim d_model hidden_size width",
+        "arch": "model model_type",
+        "optim": "optimizer",
+        "lr": "learning_rate max_lr",
+        "min_lr_frac": "min_lr min_lr_ratio",
+        "weight_decay": "wd decay",
+        "opt.betas": "beta1 beta2 betas adam_beta1 adam_beta2",
+        "opt.eps": "eps",
+        "opt.momentum": "momentum",
+        "grad_clip": "clip clip_grad max_grad_norm gradient_clipping",
+        "warmup_steps": "warmup_iters warmup",
+        "warmup_frac": "warmup_ratio",
+        "schedule": "decay_lr scheduler lr_scheduler lr_scheduler_type",
+        "precision": "dtype amp mixed_precision",
+        "precision=bf16": "bf16",
+        "precision=fp16": "fp16 half",
+        "precision=fp8": "fp8",
+        "data": "dataset data_path",
+        "out_dir": "out output_dir save_dir log_dir",
+        "eval_every": "eval_interval eval_steps",
+        "eval_tokens": "eval_iters",
+        "log_every": "log_interval",
+        "save_every": "save_interval save_steps save_frequency",
+        "keep": "save_total_limit",
+        "resume": "resume_from resume_from_checkpoint load_checkpoint",
+        "init_from": "pretrained finetune",
+        "wandb": "wandb_log wandb_project",
+        "data_parallel=ddp": "ddp data_parallel_replicate_degree",
+        "data_parallel=fsdp": "fsdp data_parallel_shard_degree fully_shard",
+        "data_parallel=zero1": "zero zero1 zero_stage stage",
+        "data_parallel=zero2": "zero2",
+        "data_parallel=zero3": "zero3",
+        "tp": "tp_size tensor_parallel tensor_parallel_degree tensor_model_parallel_size",
+        "sp": "sequence_parallel",
+        "pp": "pp_size pipeline_parallel pipeline_parallel_degree pipeline_model_parallel_size",
+        "pp_schedule": "pp_engine",
+        "cp": "cp_size context_parallel context_parallel_degree",
+        "offload=cpu": "offload_optimizer cpu_offload",
+        "offload_params=cpu": "offload_param",
+        "activation_checkpoint=full": (
+            "gradient_checkpointing activation_checkpointing ac recompute"
+        ),
+        "tied": "tie_word_embeddings weight_tying tie_weights",
+        "compile=default": "torch_compile",
+    }.items()
+    for there in names.split()
+}
 
 
 def known(name: str) -> None:
@@ -211,7 +254,9 @@ def from_toml(name: str, value, path: str):
                 return converted
         elif type(value) is kind:
             return os.path.expanduser(value) if name in PATHS else value
-    raise ValueError(f"{name} = {repr(value)[:200]} in {path} is not allowed; it takes {allowed(name)}")
+    raise ValueError(
+        f"{name} = {repr(value)[:200]} in {path} is not allowed; it takes {allowed(name)}"
+    )
 
 
 def none(value):
@@ -249,11 +294,17 @@ def makes_another_run(name: str) -> bool:
 def allowed(name: str) -> str:
     if "." in name:
         return "a number, a word, or a list of them"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "none",
+    }
     return ", ".join(words.get(k) or ", ".join(typing.get_args(k)) for k in kinds(name))
 
 
-# ---- writing ---------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 def to_dict(cfg: Config) -> dict:
     """Plain values for a checkpoint. cwd: where relative paths begin."""
     values = {name: getattr(cfg, name) for name in FIELDS} | {"options": dict(cfg.options)}
@@ -267,13 +318,17 @@ def to_dict(cfg: Config) -> dict:
 def from_dict(saved: dict) -> Config:
     """The config of a checkpoint, each value checked as if from a recipe. Raises ValueError."""
     try:
-        values = {name: from_toml(name, saved[name], "the checkpoint") for name in FIELDS if name in saved}
+        values = {
+            name: from_toml(name, saved[name], "the checkpoint") for name in FIELDS if name in saved
+        }
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()}
         cfg = Config(**values, options=options)
         cfg.given -= {*saved.get("chosen", OPEN)}
         return check(cfg)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the checkpoint's settings are not what this program writes: {error}") from None
+        raise ValueError(
+            f"the checkpoint's settings are not what this program writes: {error}"
+        ) from None
 
 
 def to_toml(cfg: Config, notes: dict) -> str:
@@ -301,7 +356,11 @@ def to_toml(cfg: Config, notes: dict) -> str:
 
 
 def help_text() -> str:
-    lines = ["python train.py [recipe.toml] [--field=value ...]", "", "Later wins. The same under torchrun."]
+    lines = [
+        "python train.py [recipe.toml] [--field=value ...]",
+        "",
+        "Later wins. The same under torchrun.",
+    ]
     for name, f in FIELDS.items():
         if name in SECTIONS:
             lines += ["", SECTIONS[name]]
@@ -310,7 +369,10 @@ def help_text() -> str:
             lines.append(f"{'':22}one of: {allowed(name)}")
     lines += [
         "",
-        "  --opt.NAME=       an argument of the optimizer's constructor, such as --opt.betas=0.9,0.95",
+        (
+            "  --opt.NAME=       an argument of the optimizer's constructor, such as"
+            " --opt.betas=0.9,0.95"
+        ),
     ]
     lines += ["  --schedule.NAME=  an argument of the schedule, such as --schedule.shape=cosine"]
     lines += ["  --compress.NAME=  an argument of the compression, such as --compress.rank=4"]

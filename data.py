@@ -8,16 +8,17 @@ T + 1 tokens: the inputs are the first T of them, the targets the last T, so nei
     row 1          3 4 5 6
     row 2                6 7 8 9
 
-Row number r counts sequences since training began. It lies in epoch r // per_epoch, where a keyed permutation
-of 0 .. per_epoch - 1 says which row of the corpus it is. Nothing is shuffled or stored: any rank computes any
-row, the data position of a run is one integer, and each epoch visits every row once, in an order of its own.
-The permutation is a balanced Feistel network (Luby and Rackoff, 1988) on pairs below a = ceil(sqrt(n)):
+Row number r counts sequences since training began. It lies in epoch r // per_epoch, where a keyed
+permutation of 0 .. per_epoch - 1 says which row of the corpus it is. Nothing is shuffled or stored:
+any rank computes any row, the data position of a run is one integer, and each epoch visits every
+row once, in an order of its own. The permutation is a balanced Feistel network (Luby and Rackoff,
+1988) on pairs below a = ceil(sqrt(n)):
 
     left, right  <-  right, (left + hash(right, key)) mod a        eight rounds, each with its own key
 
-Whatever the hash does, a round can be undone, so the network permutes the a * a pairs. They are slightly more
-than n; what lands outside is sent through again until it is inside (cycle walking, Black and Rogaway, 2002),
-which keeps the map one to one. The keys are the sha256 of seed and epoch.
+Whatever the hash does, a round can be undone, so the network permutes the a * a pairs. They are
+slightly more than n; what lands outside is sent through again until it is inside (cycle walking,
+Black and Rogaway, 2002), which keeps the map one to one. The keys are the sha256 of seed and epoch.
 """
 
 import hashlib
@@ -74,13 +75,13 @@ class Tokens:
             return
         if now.st_ino == before.st_ino and now.st_size < before.st_size:
             raise ValueError(
-                f"{path} was cut to {now.st_size} bytes while a run read it: put it back, and start "
-                "the run again"
+                f"{path} was cut to {now.st_size} bytes while a run read it: put it back, and start"
+                " the run again"
             )
 
     def check(self, ids: np.ndarray, start: int, vocab_size: int) -> None:
-        """ValueError naming the first of these ids (N,), the tokens from `start` on, that is outside
-        the vocabulary."""
+        """ValueError naming the first of these ids (N,), the tokens from `start` on, that is
+        outside the vocabulary."""
         if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
             return
         at = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
@@ -88,28 +89,38 @@ class Tokens:
         place = start + at - (self.ends[i] - len(self.shards[i]))
         file = f" of {self.files[i]}" if self.files[i] else ""
         raise ValueError(
-            f"{self.name} holds token id {ids[at]}, and vocab_size is {vocab_size} (token "
-            f"{place}{file}): use the --tokenizer= that made these ids, or the size of its vocabulary "
-            "as --vocab_size="
+            f"{self.name} holds token id {ids[at]}, and vocab_size is {vocab_size} (token"
+            f" {place}{file}): use the --tokenizer= that made these ids, or the size of its"
+            " vocabulary as --vocab_size="
         )
 
 
 class Rows:
-    """Row number -> tokens: a pure function of (seed, row number). seed=None keeps the corpus order.
+    """Row number -> tokens: a pure function of (seed, row number). seed=None keeps the corpus
+    order.
 
-    ahead: how many rows later this rank's share of the next step begins, the batch size. That is read in a
-    thread while this one is computed on: a guess; after a ramp or a ban rows are read when they are asked
-    for.
+    ahead: how many rows later this rank's share of the next step begins, the batch size. That is
+    read in a thread while this one is computed on: a guess; after a ramp or a ban rows are read
+    when they are asked for.
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: int | None, vocab_size: int, ahead: int = 0):
-        self.tokens, self.block_size, self.seed, self.vocab_size = tokens, block_size, seed, vocab_size
+    def __init__(
+        self, tokens: Tokens, block_size: int, seed: int | None, vocab_size: int, ahead: int = 0
+    ):
+        self.tokens, self.block_size, self.seed, self.vocab_size = (
+            tokens,
+            block_size,
+            seed,
+            vocab_size,
+        )
         self.ahead, self.coming = ahead, {}  # numbers -> their rows, as a future
         self.pool = ThreadPoolExecutor(1, "rows") if ahead else None
         self.per_epoch = (len(tokens) - 1) // block_size
         if self.per_epoch < 1:
-            raise ValueError(f"{tokens.name} has {len(tokens)} tokens, and one row needs {block_size + 1}: "
-                             f"use --block_size={max(len(tokens) - 1, 1)} or smaller, or a larger --data=")
+            raise ValueError(
+                f"{tokens.name} has {len(tokens)} tokens, and one row needs {block_size + 1}: "
+                f"use --block_size={max(len(tokens) - 1, 1)} or smaller, or a larger --data="
+            )
 
     def places(self, numbers: Iterable[int]) -> np.ndarray:
         """Row numbers -> rows of the corpus, each in 0 .. per_epoch - 1."""
@@ -117,16 +128,20 @@ class Rows:
         if self.seed is None:
             return index
         epochs, which = np.unique(epoch, return_inverse=True)
-        digests = b"".join(hashlib.sha256(f"rows {self.seed} {e}".encode()).digest() for e in epochs)
+        digests = b"".join(
+            hashlib.sha256(f"rows {self.seed} {e}".encode()).digest() for e in epochs
+        )
         keys = np.frombuffer(digests, "<u4").astype(np.uint64).reshape(-1, 8)
         return permute(index, self.per_epoch, keys[which].T)
 
     def __call__(self, numbers: Iterable[int]) -> torch.Tensor:
-        """(n, block_size + 1) int64: inputs are [:, :-1], targets [:, 1:]. ValueError for a bad id."""
+        """(n, block_size + 1) int64: inputs are [:, :-1], targets [:, 1:]. ValueError for a bad
+        id."""
         if not self.ahead:
             return self.read(numbers)
         numbers = tuple(numbers)
-        read, first = self.coming.get(numbers), numbers[0]  # kept: stages of a pipeline ask once more
+        # Kept: stages of a pipeline ask once more
+        read, first = self.coming.get(numbers), numbers[0]
         later = tuple(i + self.ahead for i in numbers)
         self.coming = {k: x for k, x in self.coming.items() if first <= k[0] <= first + self.ahead}
         if later not in self.coming:
@@ -145,7 +160,8 @@ class Rows:
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """The image of each index (N,) under a keyed permutation of 0 .. n - 1; keys (8, N), a column each."""
+    """The image of each index (N,) under a keyed permutation of 0 .. n - 1; keys (8, N), a column
+    each."""
     side = np.uint64(math.isqrt(n - 1) + 1)
     x, todo = index.astype(np.uint64), np.arange(len(index))
     while len(todo):

@@ -1,9 +1,11 @@
-"""Downloads that survive a bad line: continued where they broke off, named only when whole and verified.
+"""Downloads that survive a bad line: continued where they broke off, named only when whole and
+verified.
 
-    URL --Range--> file.part --sha256--> file          while file.lock is held: of two runs one waits
+    URL --Range--> file.part --sha256--> file          while file.lock is held: of two runs one
+                                                       waits
 
-The checksum is a known one, or the one that the server names (Hugging Face's `X-Linked-Etag`, sent before it
-redirects). A damaged file is fetched once more. Offline, the error says what else to use.
+The checksum is a known one, or the one that the server names (Hugging Face's `X-Linked-Etag`, sent
+before it redirects). A damaged file is fetched once more. Offline, the error says what else to use.
 """
 
 import contextlib
@@ -23,10 +25,12 @@ except ImportError:  # Windows
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
-    """Fetches `url` to `path` unless it is there; the file gets its name only when it is whole and verified.
+    """Fetches `url` to `path` unless it is there; the file gets its name only when it is whole and
+    verified.
 
-    A `.part` left by an earlier try is continued. The result must have `sha256`, or else the one that
-    the server names, as Hugging Face does; a damaged file is fetched once more. ValueError if nothing helps.
+    A `.part` left by an earlier try is continued. The result must have `sha256`, or else the one
+    that the server names, as Hugging Face does; a damaged file is fetched once more. ValueError if
+    nothing helps.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -40,15 +44,18 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
                 return path
             part.unlink()
     if missing:
-        raise ValueError(f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
-                         "--data_url=, or --data=python")  # fmt: skip
+        raise ValueError(
+            f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
+            "--data_url=, or --data=python"
+        )
     return path
 
 
 @contextlib.contextmanager
 def making(path: Path) -> Iterator[bool]:
-    """Whether the file `path` is still to be made, which this process then does alone: another one waits here
-    until the first is done, or has died. Each would otherwise write into the other's unfinished file.
+    """Whether the file `path` is still to be made, which this process then does alone: another one
+    waits here until the first is done, or has died. Each would otherwise write into the other's
+    unfinished file.
 
     Where files cannot be locked (Windows, some network disks) nobody waits.
     """
@@ -63,7 +70,9 @@ def making(path: Path) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not told:
-                    print(f"{path} is being made by another process; waiting for it", file=sys.stderr)
+                    print(
+                        f"{path} is being made by another process; waiting for it", file=sys.stderr
+                    )
                 told = True
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
@@ -81,12 +90,13 @@ def making(path: Path) -> Iterator[bool]:
 
 
 def _receive(url: str, part: Path) -> str | None:
-    """Completes `part`; returns the sha256 that the server names, if any. A broken connection is taken up
-    again where it ended, as long as each try brings something."""
+    """Completes `part`; returns the sha256 that the server names, if any. A broken connection is
+    taken up again where it ended, as long as each try brings something."""
     before, reason = -1, "the connection ended early"
     while (size := part.stat().st_size if part.exists() else 0) > before:
         before, redirect = size, _Redirect()
-        have = max(size - 1, 0)  # asking for the last byte again makes a complete file an ordinary case
+        # Asking for the last byte again makes a complete file an ordinary case
+        have = max(size - 1, 0)
         headers = {"User-Agent": "nanoscale"} | ({"Range": f"bytes={have}-"} if have else {})
         try:
             request = urllib.request.Request(url, headers=headers)
@@ -94,7 +104,10 @@ def _receive(url: str, part: Path) -> str | None:
                 have = have if reply.status == 206 else 0  # a server may ignore Range
                 length = reply.headers.get("Content-Length")
                 total = None if length is None else have + int(length)
-                with open(part, "r+b" if have else "wb") as file, progress(part.stem, total, have) as bar:
+                with (
+                    open(part, "r+b" if have else "wb") as file,
+                    progress(part.stem, total, have) as bar,
+                ):
                     file.seek(have)
                     while chunk := reply.read(2**20):
                         bar.update(file.write(chunk))
@@ -105,15 +118,19 @@ def _receive(url: str, part: Path) -> str | None:
                 return etag.strip('"') if re.fullmatch('"?[0-9a-f]{64}"?', etag) else None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = error
-            if getattr(error, "code", None) == 416 and size:  # longer than the file: a part of another one
+            # Longer than the file: a part of another one
+            if getattr(error, "code", None) == 416 and size:
                 part.unlink()
                 before = -1
-    raise ValueError(f"cannot download {url} ({reason}): give a mirror with --data_url=, or use "
-                     "--data=python or a text file, which need no network")
+    raise ValueError(
+        f"cannot download {url} ({reason}): give a mirror with --data_url=, or use "
+        "--data=python or a text file, which need no network"
+    )
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Hugging Face names the sha256 in its own answer, then sends us on to a storage server that does not."""
+    """Hugging Face names the sha256 in its own answer, then sends us on to a storage server that
+    does not."""
 
     etag = ""
 

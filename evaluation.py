@@ -17,25 +17,38 @@ from parallel.mesh import Mesh
 from tokenizer import Tokenizer
 
 
-def batches_of(tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh,
-               first: bool = False) -> list[list[int]]:  # fmt: skip
-    """This replica's row numbers in micro-batches, as many on every rank, for a forward may be a collective;
-    the last one may be smaller, or empty."""
+def batches_of(
+    tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh, first: bool = False
+) -> list[list[int]]:
+    """This replica's row numbers in micro-batches, as many on every rank, for a forward may be a
+    collective; the last one may be smaller, or empty."""
     count, dp = max(1, min(tokens // rows.block_size, rows.per_epoch)), mesh.sizes["dp"]
-    mine = [i if first else i * rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)]
+    mine = [
+        i if first else i * rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)
+    ]
     return [mine[i : i + micro_batch_size] for i in range(0, -(-count // dp), micro_batch_size)]
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_batch_size: int,
-             tokenizer: Tokenizer, mesh: Mesh, first=False,
-             stopped=lambda: False) -> dict[str, float | None] | None:  # fmt: skip
-    """val_loss (nats a token), val_bpb (bits a byte; None where nobody knows the bytes), val_accuracy
-    and perplexity over about `tokens` tokens, the same on all ranks: the first ones, or spread over `rows`.
+def evaluate(
+    model: torch.nn.Module,
+    each,
+    rows: data.Rows,
+    tokens: int,
+    micro_batch_size: int,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    first=False,
+    stopped=lambda: False,
+) -> dict[str, float | None] | None:
+    """val_loss (nats a token), val_bpb (bits a byte; None where nobody knows the bytes),
+    val_accuracy and perplexity over about `tokens` tokens, the same on all ranks: the first ones,
+    or spread over `rows`.
 
-    each(batches, rows, look=): forward on micro-batches of row numbers; look(i, loss, targets) sees each
-    loss, and `model.hits` then is the count of right guesses. stopped(), the same on all ranks, is asked now
-    and then: an evaluation may take longer than whoever stops a run is willing to wait. Then None.
+    each(batches, rows, look=): forward on micro-batches of row numbers; look(i, loss, targets) sees
+    each loss, and `model.hits` then is the count of right guesses. stopped(), the same on all
+    ranks, is asked now and then: an evaluation may take longer than whoever stops a run is willing
+    to wait. Then None.
     """
     batches = batches_of(tokens, micro_batch_size, rows, mesh, first)
     widths = tokenizer.byte_lengths(model.config.vocab_size)
@@ -60,8 +73,12 @@ def evaluate(model: torch.nn.Module, each, rows: data.Rows, tokens: int, micro_b
         return None
     loss, hits, count, n_bytes, without = mesh.sum(*sums.tolist())
     bpb = (loss - without) / math.log(2) / n_bytes if n_bytes else None
-    return {"val_loss": loss / count, "val_bpb": bpb, "val_accuracy": hits / count,
-            "perplexity": math.exp(min(loss / count, 700))}  # fmt: skip
+    return {
+        "val_loss": loss / count,
+        "val_bpb": bpb,
+        "val_accuracy": hits / count,
+        "perplexity": math.exp(min(loss / count, 700)),
+    }
 
 
 @contextlib.contextmanager
@@ -90,8 +107,14 @@ def loss_without_bytes(model: torch.nn.Module, widths):
         model.output = plain
 
 
-def sample(model: torch.nn.Module, tokenizer: Tokenizer, n: int, seed: int, device: torch.device,
-           forward=None) -> str:  # fmt: skip
+def sample(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    n: int,
+    seed: int,
+    device: torch.device,
+    forward=None,
+) -> str:
     """A line break, or token 0 where the model knows none, and the n tokens that follow. On every
     rank, for a forward may be a collective."""
     prompt = torch.from_numpy(tokenizer.encode("\n")).to(device)[None]

@@ -21,8 +21,14 @@ from foreign import foreign, not_text
 from shards import HEADERS
 
 IN_MEMORY = 2**30  # bytes of files that are read; larger ones are mapped, see data.Tokens
-WORDS = {"val": "val", "valid": "val", "validation": "val", "train": "train", "training": "train",
-         "test": "test"}  # of a file's name, and what they say it is for  # fmt: skip
+WORDS = {
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "train": "train",
+    "training": "train",
+    "test": "test",
+}  # of a file's name, and what they say it is for
 
 
 def listed(data: str) -> list[Path]:

@@ -98,7 +98,8 @@ def unknown_header(
         dated = 2015 <= year <= 2049 and 1 <= month <= 12 and 1 <= day <= 31
         if magic in known or (dated and not words[8:256].any()):
             return f"{magic} of version {words[1]}"
-    # A count of what follows. Small numbers may be ids, unless zeros follow; among wide ids any may.
+    # A count of what follows. Small numbers may be ids, unless zeros follow; among wide ids any
+    # may.
     for start in (4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256, 512, 1024, 2048, 4096):
         if start > 32 and words[8 : start // 4].any():
             continue
@@ -135,7 +136,8 @@ def one_byte(lanes: np.ndarray) -> bool:
 
 # ---- in a file of text ---------------------------------------------------------------------------
 def is_text(head: bytes) -> bool:
-    """Several kinds of bytes, none a control character, and UTF-8 or long. In ids one comes soon."""
+    """Several kinds of bytes, none a control character, and UTF-8 or long. In ids one comes
+    soon."""
     kinds = len(set(head))
     if kinds < 8 or CONTROL.search(head):
         return False

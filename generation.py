@@ -1,9 +1,11 @@
 """Tokens after tokens: what a GPT writes.
 
-    logits of the last token -> the top_k likeliest -> softmax(logits / temperature) -> one drawn -> again
+    logits of the last token -> the top_k likeliest -> softmax(logits / temperature) -> one drawn ->
+    again
 
-A new token's queries look at all earlier keys, which do not change: every attention keeps them, and one
-token at a time goes through the model. While it does, `Attention.core` of each block is a KeepingCore.
+A new token's queries look at all earlier keys, which do not change: every attention keeps them, and
+one token at a time goes through the model. While it does, `Attention.core` of each block is a
+KeepingCore.
 """
 
 import torch
@@ -13,18 +15,26 @@ from attention import causal_attention, newest_attention
 
 
 @torch.no_grad()
-def generate(model: nn.Module, ids: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
-             seed: int = 0, forward=None) -> Tensor:  # fmt: skip
-    """ids (B, T) with n more tokens, drawn from softmax(logits / temperature) among the top_k likeliest.
+def generate(
+    model: nn.Module,
+    ids: Tensor,
+    n: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    forward=None,
+) -> Tensor:
+    """ids (B, T) with n more tokens, drawn from softmax(logits / temperature) among the top_k
+    likeliest.
 
-    temperature 0: the likeliest. forward: in place of this model where it is a part of one. A full block
-    starts again from its last half. Raises ValueError for an id that the model does not know.
+    temperature 0: the likeliest. forward: in place of this model where it is a part of one. A full
+    block starts again from its last half. Raises ValueError for an id that the model does not know.
     """
     known = model.config.vocab_size
     if ids.numel() and not (ids.min() >= 0 and ids.max() < known):
         raise ValueError(
-            f"the prompt's token ids are {int(ids.min())} to {int(ids.max())}, and the model knows 0 to "
-            f"{known - 1}: give another prompt, or the tokenizer it was trained with"
+            f"the prompt's token ids are {int(ids.min())} to {int(ids.max())}, and the model knows"
+            f" 0 to {known - 1}: give another prompt, or the tokenizer it was trained with"
         )
     generator, size, kept = torch.Generator().manual_seed(seed), model.config.block_size, 0
     threads, cores = torch.get_num_threads(), {b.attn: b.attn.core for b in model.blocks.values()}
@@ -41,7 +51,11 @@ def generate(model: nn.Module, ids: Tensor, n: int, temperature: float = 1.0, to
             least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         odds = torch.softmax(logits / (temperature or 1), -1)
-        x = torch.multinomial(odds, 1, generator=generator) if temperature else odds.argmax(-1, True)
+        x = (
+            torch.multinomial(odds, 1, generator=generator)
+            if temperature
+            else odds.argmax(-1, True)
+        )
         ids = torch.cat([ids, x := x.to(ids.device)], 1)
     for attention, core in cores.items():
         attention.core = core

@@ -12,15 +12,29 @@ from parallel.mesh import Mesh
 from settings import FIELDS, Config, flag
 
 
-def lines(cfg: Config, asked: Config, mesh: Mesh, record: dict, corpus: Corpus, whole: torch.nn.Module,
-          earlier: Checkpoint | None) -> list[str]:  # fmt: skip
-    """For people: commit, machine, data, model, ranks, what each `auto` and `none` stands for; remarks."""
+def lines(
+    cfg: Config,
+    asked: Config,
+    mesh: Mesh,
+    record: dict,
+    corpus: Corpus,
+    whole: torch.nn.Module,
+    earlier: Checkpoint | None,
+) -> list[str]:
+    """For people: commit, machine, data, model, ranks, what each `auto` and `none` stands for;
+    remarks."""
     differ = {n: getattr(cfg, n) for n in FIELDS if getattr(cfg, n) != getattr(asked, n)}
     return [
-        f"commit {record['commit']}, torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)",
+        (
+            f"commit {record['commit']}, torch {record['torch']}, {record['hardware']},"
+            f" {mesh.world} rank(s)"
+        ),
         f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out",
-        f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is "
-        f"{cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of {cfg.micro_batch_size}",
+        (
+            f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is"
+            f" {cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of"
+            f" {cfg.micro_batch_size}"
+        ),
         *mesh.table(),
         "chosen: " + " ".join(f"{name}={value}" for name, value in differ.items()),
         *remarks(cfg, mesh, earlier),
@@ -30,8 +44,8 @@ def lines(cfg: Config, asked: Config, mesh: Mesh, record: dict, corpus: Corpus, 
 
 def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> list[str]:
     """A line where the learning rate jumps because the run goes on with other settings; else []. A
-    schedule is a function of the step and of all steps: more of these stretch it, as if they had been
-    meant from the beginning."""
+    schedule is a function of the step and of all steps: more of these stretch it, as if they had
+    been meant from the beginning."""
     before, step = config.from_dict(earlier.tree("config")), earlier.step
 
     def peak(run: Config) -> float:
@@ -42,8 +56,16 @@ def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> li
     now = peak(cfg) * choices.lr_schedule(cfg)(step)
     if abs(now - was) <= 0.02 * max(now, was):
         return []
-    names = ("steps", "schedule", "lr", "warmup_steps", "warmup_frac", "warmup_start", "decay_frac",
-             "min_lr_frac")  # fmt: skip
+    names = (
+        "steps",
+        "schedule",
+        "lr",
+        "warmup_steps",
+        "warmup_frac",
+        "warmup_start",
+        "decay_frac",
+        "min_lr_frac",
+    )
     differ = [n for n in names if getattr(before, n) != getattr(cfg, n)]
     because = [f"{flag(n, getattr(cfg, n))[2:]} ({getattr(before, n)} before)" for n in differ]
     because = ", ".join(because) or "another schedule"
@@ -54,50 +76,74 @@ def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> li
 
 
 def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
-    """Of each flag that has nothing to do here, that it has not; what a resumed run does not take up as it
-    was."""
+    """Of each flag that has nothing to do here, that it has not; what a resumed run does not take
+    up as it was."""
     saved = earlier.tree("replicas/replicas", missing=0) if earlier is not None else 0
-    n, alone = mesh.sizes["dp"] * mesh.sizes["cp"], cfg.compress is None and cfg.diloco_every is None
+    n, alone = (
+        mesh.sizes["dp"] * mesh.sizes["cp"],
+        cfg.compress is None and cfg.diloco_every is None,
+    )
     on_cpu, every, layout = mesh.device.type == "cpu", cfg.diloco_every, cfg.data_parallel
     start = cfg.init_from is not None and earlier is None
     was = resolve(cfg.init_from).tree("config", missing={}) if start else {}
     found = {
-        f"data_parallel={layout}: one replica, nothing to spread": mesh.groups["replicas"] is None
-        and "data_parallel" in cfg.given and layout != "ddp",
-        f"optim={cfg.optim}: every replica works on all matrices; --data_parallel=zero1 deals them out and "
-        "sends as many bytes": mesh.groups["replicas"] is not None and layout == "ddp" and alone
-        and find_optimizer(cfg.optim).__name__ in HEAVY,
-        f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are":
-        mesh.groups["replicas"] is None and cfg.param_dtype is not None,
-        f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": cfg.pp == 1
-        and cfg.pp_schedule != "1f1b",
-        f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences": cfg.cp == 1
-        and cfg.cp_attention != "ring",
-        f"activation_checkpoint={cfg.activation_checkpoint}: activations are in host memory already": on_cpu
-        and "offload" in (cfg.activation_checkpoint or ""),
-        "async_save: with offload to disk, training waits while a checkpoint is written; a copy in memory is "
-        "what the disk was to spare": cfg.async_save and state_on_disk(cfg),
+        f"data_parallel={layout}: one replica, nothing to spread": (
+            mesh.groups["replicas"] is None and "data_parallel" in cfg.given and layout != "ddp"
+        ),
+        f"optim={cfg.optim}: every replica works on all matrices; --data_parallel=zero1 deals them out and sends as many bytes": (
+            mesh.groups["replicas"] is not None
+            and layout == "ddp"
+            and alone
+            and find_optimizer(cfg.optim).__name__ in HEAVY
+        ),
+        f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are": (
+            mesh.groups["replicas"] is None and cfg.param_dtype is not None
+        ),
+        f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": (
+            cfg.pp == 1 and cfg.pp_schedule != "1f1b"
+        ),
+        f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences": (
+            cfg.cp == 1 and cfg.cp_attention != "ring"
+        ),
+        f"activation_checkpoint={cfg.activation_checkpoint}: activations are in host memory already": (
+            on_cpu and "offload" in (cfg.activation_checkpoint or "")
+        ),
+        "async_save: with offload to disk, training waits while a checkpoint is written; a copy in memory is what the disk was to spare": (
+            cfg.async_save and state_on_disk(cfg)
+        ),
         "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
-        "offload_params=cpu: the weights are in this memory already": on_cpu and cfg.offload_params == "cpu",
-        f"min_lr_frac={cfg.min_lr_frac:g}: schedule=constant never decays": cfg.schedule == "constant"
-        and cfg.min_lr_frac,
-        f"decay_frac={cfg.decay_frac:g}: schedule={cfg.schedule} has none": cfg.schedule != "wsd"
-        and cfg.decay_frac != FIELDS["decay_frac"].default,
-        "decay_embeddings: weight_decay is 0, so nothing decays": cfg.decay_embeddings
-        and not cfg.weight_decay,
-        f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, or more":
-        cfg.patience is not None and earlier is not None
-        and earlier.tree("best/bad", missing=0) >= cfg.patience,
-        f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but "
-        "not in the saved model": every is not None and cfg.steps % every,
+        "offload_params=cpu: the weights are in this memory already": (
+            on_cpu and cfg.offload_params == "cpu"
+        ),
+        f"min_lr_frac={cfg.min_lr_frac:g}: schedule=constant never decays": (
+            cfg.schedule == "constant" and cfg.min_lr_frac
+        ),
+        f"decay_frac={cfg.decay_frac:g}: schedule={cfg.schedule} has none": (
+            cfg.schedule != "wsd" and cfg.decay_frac != FIELDS["decay_frac"].default
+        ),
+        "decay_embeddings: weight_decay is 0, so nothing decays": (
+            cfg.decay_embeddings and not cfg.weight_decay
+        ),
+        f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, or more": (
+            cfg.patience is not None
+            and earlier is not None
+            and earlier.tree("best/bad", missing=0) >= cfg.patience
+        ),
+        f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but not in the saved model": (
+            every is not None and cfg.steps % every
+        ),
         "what compression had not sent yet is dropped": saved and alone,
-        f"{cfg.init_from} learned on top of counted n-grams, and here there are none; type --ngram= as there":
-        cfg.ngram is None and was.get("ngram"),
-        f"{cfg.init_from} learned with embeddings of n-grams, and here there are none; type --ngram_embed= "
-        "as there": cfg.ngram_embed is None and was.get("ngram_embed"),
-        f"{cfg.init_from} learned with window={was.get('window')}; type --window= as there":
-        was.get("window") not in (None, cfg.window),
-        f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed "
-        "and shared out": saved not in (0, n) and not alone,
+        f"{cfg.init_from} learned on top of counted n-grams, and here there are none; type --ngram= as there": (
+            cfg.ngram is None and was.get("ngram")
+        ),
+        f"{cfg.init_from} learned with embeddings of n-grams, and here there are none; type --ngram_embed= as there": (
+            cfg.ngram_embed is None and was.get("ngram_embed")
+        ),
+        f"{cfg.init_from} learned with window={was.get('window')}; type --window= as there": (
+            was.get("window") not in (None, cfg.window)
+        ),
+        f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed and shared out": (
+            saved not in (0, n) and not alone
+        ),
     }
     return [sentence for sentence, holds in found.items() if holds]

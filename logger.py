@@ -1,20 +1,24 @@
 """What a run tells: metrics.jsonl for programs, a bar or plain lines for people, loss.png for both.
 
     metrics.jsonl   one JSON object a line, flushed line by line, floats with all their digits
-        train        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "step_s", ...}
+        train        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "step_s",
+                     ...}
         evaluation   {"step", "val_loss", "val_bpb", "val_accuracy", "perplexity"}
-        event        {"step", "event": "resume", "save", "spike", "skip", "rollback", "nonfinite", ...}
+        event        {"step", "event": "resume", "save", "spike", "skip", "rollback", "nonfinite",
+                     ...}
     train.log       the plain lines, whatever the terminal shows
 
-What cannot be written is said once and dropped (outlets.py): a log is not worth a run.
-`step` counts completed updates. JSON knows no NaN and no infinity: such a number is written as null, and an
-event "nonfinite" names field and value. A resumed run continues its file, cut back to the loaded step.
+What cannot be written is said once and dropped (outlets.py): a log is not worth a run. `step`
+counts completed updates. JSON knows no NaN and no infinity: such a number is written as null, and
+an event "nonfinite" names field and value. A resumed run continues its file, cut back to the loaded
+step.
 
     python logger.py plot RUN [RUN ...] [--out=FILE.png]    draw one run (RUN/loss.png) or compare several
     python logger.py csv RUN [--out=FILE.csv]               metrics.jsonl as a table (RUN/metrics.csv)
 
-tensorboard=True and wandb=PROJECT also send every number to TensorBoard (RUN/tensorboard) and to Weights &
-Biases (RUN/wandb; WANDB_MODE=offline needs no account). A resumed run goes on with the same curves there.
+tensorboard=True and wandb=PROJECT also send every number to TensorBoard (RUN/tensorboard) and to
+Weights & Biases (RUN/wandb; WANDB_MODE=offline needs no account). A resumed run goes on with the
+same curves there.
 """
 
 import csv
@@ -44,12 +48,15 @@ SHOWN = {  # what people see of a row, in this order
     "val_accuracy": "accuracy {:.1%}".format,
     "perplexity": "perplexity {:.2f}".format,
 }
-DRAWN = {"resume": "#888888", "skip": "#9467bd", "spike": "#e69f00", "rollback": "#d62728"}  # event: colour
+# Event: colour
+DRAWN = {"resume": "#888888", "skip": "#9467bd", "spike": "#e69f00", "rollback": "#d62728"}
 
 
 def short(n: float) -> str:
     """950 -> 950, 131072 -> 131k, 2.5e9 -> 2.5B"""
-    size, letter = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if n >= pair[0]), (1, ""))
+    size, letter = next(
+        (pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if n >= pair[0]), (1, "")
+    )
     return f"{n / size:.0f}{letter}" if n >= 100 * size else f"{n / size:.3g}{letter}"
 
 
@@ -64,7 +71,8 @@ def to_json(value):
 
 
 def read_metrics(path) -> list[dict]:
-    """The rows of a metrics.jsonl, without lines that are no JSON object: a kill may leave half a line."""
+    """The rows of a metrics.jsonl, without lines that are no JSON object: a kill may leave half a
+    line."""
     rows = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -95,8 +103,8 @@ def need(name: str, flag: str):
 
 
 def to_tensorboard(out_dir, first_step: int):
-    """(write(row), close(), rewind(step)) for RUN/tensorboard, where points from first_step on, of earlier
-    attempts, go; after a rollback those from its step on."""
+    """(write(row), close(), rewind(step)) for RUN/tensorboard, where points from first_step on, of
+    earlier attempts, go; after a rollback those from its step on."""
     new = need("torch.utils.tensorboard", "tensorboard").SummaryWriter
     start = functools.partial(new, os.path.join(out_dir, "tensorboard"), flush_secs=10)
     writer = start(purge_step=first_step)
@@ -115,9 +123,9 @@ def to_tensorboard(out_dir, first_step: int):
 
 
 def to_wandb(out_dir, project: str, settings: dict, resumed: bool):
-    """(write(row), close(), rewind(step)) for a run of Weights & Biases, whose id is in RUN/wandb/id.txt.
-    `step` is sent as a number beside the others: a step done again after a kill is drawn over itself, not
-    refused."""
+    """(write(row), close(), rewind(step)) for a run of Weights & Biases, whose id is in
+    RUN/wandb/id.txt. `step` is sent as a number beside the others: a step done again after a kill
+    is drawn over itself, not refused."""
     wandb, path = need("wandb", "wandb"), os.path.join(out_dir, "wandb", "id.txt")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if resumed and os.path.exists(path):
@@ -128,14 +136,24 @@ def to_wandb(out_dir, project: str, settings: dict, resumed: bool):
         with open(path, "w", encoding="utf-8") as file:
             file.write(name)
     try:
-        run = wandb.init(project="nanoscale" if project == "true" else project, id=name, resume="allow",
-                         name=os.path.basename(os.path.abspath(out_dir)), dir=out_dir, config=settings)
+        run = wandb.init(
+            project="nanoscale" if project == "true" else project,
+            id=name,
+            resume="allow",
+            name=os.path.basename(os.path.abspath(out_dir)),
+            dir=out_dir,
+            config=settings,
+        )
     except wandb.errors.Error as error:  # for instance no account
-        raise ValueError(f"Weights & Biases: {error}; or set WANDB_MODE=offline".replace("\n", " ")) from None
+        raise ValueError(
+            f"Weights & Biases: {error}; or set WANDB_MODE=offline".replace("\n", " ")
+        ) from None
     run.define_metric("*", step_metric="step")
-    later = []  # offline it counts rows from 0 again, and once synced they would fall on those of before
+    # Offline it counts rows from 0 again, and once synced they would fall on those of before
+    later = []
     if resumed and getattr(run, "offline", False):
-        later.append(int(1000 * (time.time() - os.path.getmtime(path))))  # no run logs a row in a millisecond
+        # No run logs a row in a millisecond
+        later.append(int(1000 * (time.time() - os.path.getmtime(path))))
 
     def write(row: dict) -> None:
         run.log(row, **({"step": later.pop()} if later else {}))
@@ -146,12 +164,23 @@ def to_wandb(out_dir, project: str, settings: dict, resumed: bool):
 class Logger:
     """One per process; with main=False (the other ranks) every method does nothing.
 
-    resumed=False starts a metrics.jsonl, and raises ValueError where out_dir has one. resumed=True keeps its
-    rows up to first_step, the loaded step, and adds an event "resume"; without a file it starts one.
-    tensorboard=True, wandb=PROJECT: see above; ValueError without the package. W&B shows settings."""
+    resumed=False starts a metrics.jsonl, and raises ValueError where out_dir has one. resumed=True
+    keeps its rows up to first_step, the loaded step, and adds an event "resume"; without a file it
+    starts one. tensorboard=True, wandb=PROJECT: see above; ValueError without the package. W&B
+    shows settings.
+    """
 
-    def __init__(self, out_dir, steps: int, first_step: int = 0, main: bool = True, resumed: bool = False,
-                 tensorboard: bool = False, wandb: str | None = None, settings: dict | None = None):
+    def __init__(
+        self,
+        out_dir,
+        steps: int,
+        first_step: int = 0,
+        main: bool = True,
+        resumed: bool = False,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        settings: dict | None = None,
+    ):
         self.main, self.steps, self.bar = main, steps, None
         if not main:
             return
@@ -159,32 +188,47 @@ class Logger:
         path = os.path.join(out_dir, "metrics.jsonl")
         if os.path.exists(path):
             if not resumed:
-                raise ValueError(f"{path} belongs to another run: resume it or choose another --out_dir")
-            kept = [row for row in read_metrics(path)  # what a rollback banned stays banned, and on record
-                    if row["step"] <= first_step or row.get("to", math.inf) <= first_step]
-            with open(path + ".tmp", "w", encoding="utf-8") as file:  # a kill here leaves the old file whole
+                raise ValueError(
+                    f"{path} belongs to another run: resume it or choose another --out_dir"
+                )
+            # What a rollback banned stays banned, and on record
+            kept = [
+                row
+                for row in read_metrics(path)
+                if row["step"] <= first_step or row.get("to", math.inf) <= first_step
+            ]
+            # A kill here leaves the old file whole
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(to_json(row)) + "\n" for row in kept)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)
-        self.others = [to_tensorboard(out_dir, first_step + 1 if resumed else 0)] if tensorboard else []
+        self.others = (
+            [to_tensorboard(out_dir, first_step + 1 if resumed else 0)] if tensorboard else []
+        )
         if wandb is not None:
             self.others.append(to_wandb(out_dir, wandb, settings or {}, resumed))
         self.heard = True  # does anybody read the terminal?
         self.metrics = Lines(path, self.say)
         self.log = Lines(os.path.join(out_dir, "train.log"), self._print)
-        self.recent = deque(maxlen=50)  # (step, time at its end) for the ETA: the first, slow step is outside
+        # (step, time at its end) for the ETA: the first, slow step is outside
+        self.recent = deque(maxlen=50)
         self.n_rows, self.printed_at, self.last_val = 0, 0.0, ""
         if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=steps, initial=first_step, dynamic_ncols=True,
-                            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+
+            self.bar = tqdm(
+                total=steps,
+                initial=first_step,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
         if resumed:
             self.event(first_step, "resume")
 
     def train(self, row: dict) -> None:
-        """Write a train row and move the bar, or print a line: for the first three and the last row, and
-        whenever 2 s have passed."""
+        """Write a train row and move the bar, or print a line: for the first three and the last
+        row, and whenever 2 s have passed."""
         if not self.main:
             return
         parts = self._record(row)
@@ -198,8 +242,12 @@ class Logger:
             parts.append(f"eta {str(eta).removeprefix('0:')}")
         if self.bar is not None:
             shown = [part for part in parts if not part.startswith("grad")] + [self.last_val]
-            self._bar(lambda bar: (bar.set_postfix_str("  ".join(filter(None, shown)), refresh=False),
-                                   bar.update(step - bar.n)))
+            self._bar(
+                lambda bar: (
+                    bar.set_postfix_str("  ".join(filter(None, shown)), refresh=False),
+                    bar.update(step - bar.n),
+                )
+            )
         self.n_rows += 1
         if self.n_rows <= 3 or step >= self.steps or now - self.printed_at >= 2:
             self.printed_at = now
@@ -216,7 +264,9 @@ class Logger:
         """Write {"step", "event", "text" unless empty, **fields} and print it."""
         if self.main:
             self._write({"step": step, "event": event} | ({"text": text} if text else {}) | fields)
-            self._line(step, [event] + ([text] if text else [f"{key} {x}" for key, x in fields.items()]))
+            self._line(
+                step, [event] + ([text] if text else [f"{key} {x}" for key, x in fields.items()])
+            )
             for _, _, rewind in self.others if event == "rollback" else ():
                 self._send(rewind, fields["to"] + 1)
 
@@ -274,13 +324,23 @@ class Logger:
             self.say(f"{work.__module__} fails and is left out from now on: {error}")
 
     def _record(self, row: dict) -> list[str]:
-        """Write a row, and an event for each number in it that is not finite; return what people see."""
+        """Write a row, and an event for each number in it that is not finite; return what people
+        see."""
         self._write(row)
         for write, *_ in [*self.others]:
-            self._send(write, {key: value for key, value in to_json(row).items() if value is not None})
+            self._send(
+                write, {key: value for key, value in to_json(row).items() if value is not None}
+            )
         for key, x in row.items():
             if x is not None and to_json(x) is None:
-                self._write({"step": row["step"], "event": "nonfinite", "field": key, "value": str(float(x))})
+                self._write(
+                    {
+                        "step": row["step"],
+                        "event": "nonfinite",
+                        "field": key,
+                        "value": str(float(x)),
+                    }
+                )
         return [show(float(row[key])) for key, show in SHOWN.items() if row.get(key) is not None]
 
     def _line(self, step: int, parts: list[str], terminal: bool = True) -> None:
@@ -288,39 +348,58 @@ class Logger:
 
 
 def environment(device, ranks: int, data_sha256: str) -> dict:
-    """What one must know to run this again: commit, versions, hardware, data. `device` is a torch.device."""
+    """What one must know to run this again: commit, versions, hardware, data. `device` is a
+    torch.device."""
     import torch
 
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}  # a hook's, of elsewhere
+    # A hook's, of elsewhere
+    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
     commit = ""
     try:
-        prefix, found = (subprocess.run(git + words, capture_output=True, text=True, timeout=10, env=env).stdout
-                         for words in (["rev-parse", "--show-prefix"], ["describe", "--always", "--dirty"]))
-        commit = "" if prefix.strip() else found.strip()  # a copy in a folder of another repository has none
+        prefix, found = (
+            subprocess.run(git + words, capture_output=True, text=True, timeout=10, env=env).stdout
+            for words in (["rev-parse", "--show-prefix"], ["describe", "--always", "--dirty"])
+        )
+        # A copy in a folder of another repository has none
+        commit = "" if prefix.strip() else found.strip()
     except (OSError, subprocess.TimeoutExpired):
         pass
     gpu = device.type == "cuda"
     cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
-    versions = {"torch": str(torch.__version__), "python": platform.python_version(),
-                "numpy": importlib.metadata.version("numpy"), "cuda": str(torch.version.cuda).lower(),
-                "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "none"}
-    return {"commit": commit or "unknown"} | versions | {
-        "platform": platform.platform(), "hardware": torch.cuda.get_device_name(device) if gpu else cpu,
-        "devices": torch.cuda.device_count() if gpu else 0, "cores": os.cpu_count(), "ranks": ranks,
-        "data_sha256": data_sha256}
+    versions = {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "numpy": importlib.metadata.version("numpy"),
+        "cuda": str(torch.version.cuda).lower(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "none",
+    }
+    return (
+        {"commit": commit or "unknown"}
+        | versions
+        | {
+            "platform": platform.platform(),
+            "hardware": torch.cuda.get_device_name(device) if gpu else cpu,
+            "devices": torch.cuda.device_count() if gpu else 0,
+            "cores": os.cpu_count(),
+            "ranks": ranks,
+            "data_sha256": data_sha256,
+        }
+    )
 
 
 def to_csv(run, path) -> None:
-    """Every row of a run's metrics.jsonl, with a column for each name in it; None and what is not there are
-    empty, lists are JSON. FileNotFoundError for a folder without metrics.jsonl."""
+    """Every row of a run's metrics.jsonl, with a column for each name in it; None and what is not
+    there are empty, lists are JSON. FileNotFoundError for a folder without metrics.jsonl."""
     rows = read_metrics(metrics_of(run))
     names = [*dict.fromkeys(name for row in rows for name in row)]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: json.dumps(x) if isinstance(x, (list, dict)) else x for k, x in row.items()})
+            writer.writerow(
+                {k: json.dumps(x) if isinstance(x, (list, dict)) else x for k, x in row.items()}
+            )
 
 
 def metrics_of(run) -> str:
@@ -330,8 +409,8 @@ def metrics_of(run) -> str:
 
 
 def plot(runs, path) -> bool:
-    """Draw the losses of a run's folder, or of a list of them, into the picture file `path`; False, and a
-    sentence, if no loss was logged. FileNotFoundError for a folder without metrics.jsonl."""
+    """Draw the losses of a run's folder, or of a list of them, into the picture file `path`; False,
+    and a sentence, if no loss was logged. FileNotFoundError for a folder without metrics.jsonl."""
     from statistics import median
 
     from matplotlib.figure import Figure
@@ -341,9 +420,12 @@ def plot(runs, path) -> bool:
     figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
     ax = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", xmargin=0.01)
     for i, run in enumerate(runs):
-        rows = sorted(read_metrics(metrics_of(run)), key=lambda row: row["step"])  # again: the last counts
-        train, val, tokens = ({row["step"]: row[key] for row in rows if row.get(key) is not None}
-                              for key in ("loss", "val_loss", "tokens"))
+        # Again: the last counts
+        rows = sorted(read_metrics(metrics_of(run)), key=lambda row: row["step"])
+        train, val, tokens = (
+            {row["step"]: row[key] for row in rows if row.get(key) is not None}
+            for key in ("loss", "val_loss", "tokens")
+        )
         if not train and not val:
             print(f"{run}: no loss was logged, nothing to draw")
             continue
@@ -351,34 +433,63 @@ def plot(runs, path) -> bool:
         name = os.path.basename(os.path.abspath(run)).replace("$", r"\$")
         name += f": final {'validation' if val else 'training'} loss {final:.4f}"
         blue, red = ("#3b75af", "#c8502d") if single else (f"C{i}", f"C{i}")
-        if train:  # medians over 5 % of the run, less at the start: no spike is smeared, nor the first fall
+        # Medians over 5 % of the run, less at the start: no spike is smeared, nor the first fall
+        if train:
             half, at = len(y) // 40, sorted({k * (len(y) - 1) // 200 for k in range(201)})
             middle = [median(y[k - min(k, half) : k + min(k, half) + 1]) for k in at]
             if single:
                 ax.plot(x, y, color=blue, alpha=0.25, lw=0.8)
-            ax.plot([x[k] for k in at], middle, "-" if len(y) > 1 else "o", color=blue, lw=1.2,
-                    label="training, smoothed" if single else None if val else name)
+            ax.plot(
+                [x[k] for k in at],
+                middle,
+                "-" if len(y) > 1 else "o",
+                color=blue,
+                lw=1.2,
+                label="training, smoothed" if single else None if val else name,
+            )
         if val:
-            ax.plot([*val], [*val.values()], "o-", ms=4, color=red, label="validation" if single else name)
+            ax.plot(
+                [*val],
+                [*val.values()],
+                "o-",
+                ms=4,
+                color=red,
+                label="validation" if single else name,
+            )
         for event, color in DRAWN.items() if single else ():
             if steps := [row["step"] for row in rows if row.get("event") == event]:
-                ax.vlines(steps, 0, 1, color, "--", label=f"{event} ({len(steps)})", lw=1, alpha=0.5,
-                          zorder=1, transform=ax.get_xaxis_transform())
+                ax.vlines(
+                    steps,
+                    0,
+                    1,
+                    color,
+                    "--",
+                    label=f"{event} ({len(steps)})",
+                    lw=1,
+                    alpha=0.5,
+                    zorder=1,
+                    transform=ax.get_xaxis_transform(),
+                )
         losses += y + [*val.values()]
         ratios |= {tokens[step] / step for step in tokens if step * tokens[step]}
     if not losses:
         return False
     losses.sort()
     low, usual, high = losses[0], losses[math.ceil(0.98 * (len(losses) - 1))], losses[-1]
-    high = usual if high - low > 2 * (usual - low) > 0 else high  # a spike would flatten all the rest
+    # A spike would flatten all the rest
+    high = usual if high - low > 2 * (usual - low) > 0 else high
     pad = 0.06 * (high - low) or 0.5
     right = max(ax.get_xlim()[1], 1)
     ax.set(xlim=(-0.01 * right, right), ylim=(low - pad, high + pad))
-    ax.set_title(name if single else "Training (lines) and validation (dots)", loc="left", weight="bold")
+    ax.set_title(
+        name if single else "Training (lines) and validation (dots)", loc="left", weight="bold"
+    )
     ax.xaxis.get_major_locator().set_params(integer=True)
     if len(ratios) == 1:  # the same tokens per step all along
         ratio = ratios.pop()
-        top = ax.secondary_xaxis("top", functions=(lambda x: x * ratio, lambda x: x / ratio), xlabel="tokens")
+        top = ax.secondary_xaxis(
+            "top", functions=(lambda x: x * ratio, lambda x: x / ratio), xlabel="tokens"
+        )
         top.xaxis.set_major_formatter(lambda x, _: short(x))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
@@ -391,10 +502,19 @@ if __name__ == "__main__":
     runs = [arg for arg in args if not arg.startswith("-")]
     outs = [arg.removeprefix("--out=") for arg in args if arg.startswith("--out=")]
     try:
-        verb = {"plot": ("loss.png", plot), "csv": ("metrics.csv", to_csv)}.get("".join(sys.argv[1:2]))
-        if not verb or not runs or len(runs) + len(outs) < len(args) or (verb[1] is to_csv and runs[1:]):
-            raise ValueError("usage: python logger.py plot RUN [RUN ...] [--out=FILE.png], "
-                             "or python logger.py csv RUN [--out=FILE.csv]")
+        verb = {"plot": ("loss.png", plot), "csv": ("metrics.csv", to_csv)}.get(
+            "".join(sys.argv[1:2])
+        )
+        if (
+            not verb
+            or not runs
+            or len(runs) + len(outs) < len(args)
+            or (verb[1] is to_csv and runs[1:])
+        ):
+            raise ValueError(
+                "usage: python logger.py plot RUN [RUN ...] [--out=FILE.png], "
+                "or python logger.py csv RUN [--out=FILE.csv]"
+            )
         out = outs[-1] if outs else os.path.join(runs[0] if len(runs) == 1 else "", verb[0])
         if verb[1](runs if verb[1] is plot else runs[0], out) is not False:
             print(out)

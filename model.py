@@ -5,22 +5,26 @@
     x = x + mlp_proj(activation(fc(norm(x))))
     loss = sum over tokens of -log softmax(head(norm(x)))[target]
 
-Three sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU, learned
-positions, tied head, biases), `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU, untied head,
-zero-initialised projections, capped logits: the choices of the nanoGPT speedruns, Jordan et al. 2024) and
-`track3`, on which those compare optimizers: besides, gains in norms, a norm of the embedding, biases, head's
-too, positions that turn half of each head, a constant attention scale, logits bent by a root instead of tanh.
+Three sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU,
+learned positions, tied head, biases), `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU,
+untied head, zero-initialised projections, capped logits: the choices of the nanoGPT speedruns,
+Jordan et al. 2024) and `track3`, on which those compare optimizers: besides, gains in norms, a norm
+of the embedding, biases, head's too, positions that turn half of each head, a constant attention
+scale, logits bent by a root instead of tanh.
 
 Made to be cut up from outside; nothing here knows how:
 - `forward` returns the *sum* of token losses: adding over micro-batches and ranks needs no weights;
-- `blocks` is keyed by the global layer number: a pipeline stage is this model with some layers alone, and
-  every parameter has the same name in every layout;
-- q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants them apart;
-- `Attention.core`, `Linear.product`, `GPT.through` and `GPT.output` are functions that can be replaced;
-- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row, position).
+- `blocks` is keyed by the global layer number: a pipeline stage is this model with some layers
+  alone, and every parameter has the same name in every layout;
+- q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants
+  them apart;
+- `Attention.core`, `Linear.product`, `GPT.through` and `GPT.output` are functions that can be
+  replaced;
+- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row,
+  position).
 
-Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel has
-reproducible masks.
+Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel
+has reproducible masks.
 """
 
 import hashlib
@@ -61,13 +65,15 @@ class GPTConfig:
     logit_cap: float | None = 15.0
     logit_cap_form: str = "tanh"  # or root
     mup_base_width: int | None = None  # μP (optim/mup.py): the width at which it changes nothing
-    ngram_embed: int | None = None  # n-grams of up to so many tokens have embeddings too (ngram_embedding.py)
+    # N-grams of up to so many tokens have embeddings too (ngram_embedding.py)
+    ngram_embed: int | None = None
     ngram_rows: int = 16384
     seed: int = 1337
 
 
 class Where(NamedTuple):
     """Where the tokens stand: what positions and dropout masks are computed from."""
+
     positions: Tensor  # (T,) or (B, T) place in the sequence
     rows: Tensor | None  # (B,) number of the row in the run, for dropout
     rotary: tuple[Tensor, Tensor] | None  # cos, sin, each (T, D/2) or (B, 1, T, D/2)
@@ -85,10 +91,13 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.qk_norm = c.n_embd // c.n_head, c.qk_norm
         self.q = Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.k, self.v = (Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias) for _ in range(2))
+        self.k, self.v = (
+            Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias) for _ in range(2)
+        )
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.core = attention.core(c.attention, c.window)
-        self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0  # μP: 8 q.k/D, not q.k/sqrt(D)
+        # μP: 8 q.k/D, not q.k/sqrt(D)
+        self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0
         if c.attention_scale is not None:
             self.q_factor = c.attention_scale * self.head_size**0.5  # which every core divides by
 
@@ -96,7 +105,8 @@ class Attention(nn.Module):
         heads = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q, self.k, self.v))
         q, k, v = (h.transpose(1, 2) for h in heads)  # (B, H, T, D)
         if self.qk_norm:
-            q, k = (F.rms_norm(h, h.shape[-1:], eps=1e-6) for h in (q, k))  # in float32 for half types
+            # In float32 for half types
+            q, k = (F.rms_norm(h, h.shape[-1:], eps=1e-6) for h in (q, k))
         if where.rotary is not None:
             q, k = rotate(q, *where.rotary), rotate(k, *where.rotary)
         y = self.core(q if self.q_factor == 1 else q * self.q_factor, k, v)  # (B, H, T, D)
@@ -120,7 +130,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = make_norm(c), Attention(c)
         self.mlp_norm, self.mlp = make_norm(c), MLP(c)
-        self.drop_attn, self.drop_mlp = (Dropout(c, f"blocks.{layer}.{name}") for name in ("attn", "mlp"))
+        self.drop_attn, self.drop_mlp = (
+            Dropout(c, f"blocks.{layer}.{name}") for name in ("attn", "mlp")
+        )
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         x = x + self.drop_attn(self.attn(self.attn_norm(x), where), where)
@@ -128,16 +140,20 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, or the part of it with these `layers`: the first brings the embedding, the last the head."""
+    """The model, or the part of it with these `layers`: the first brings the embedding, the last
+    the head."""
 
     def __init__(self, c: GPTConfig, layers=None):
         super().__init__()
         self.config, layers = c, range(c.n_layer) if layers is None else layers
         first, last = 0 in layers, c.n_layer - 1 in layers
-        table, learned = nn.Embedding.from_pretrained, first and c.position == "learned"  # draws no numbers
+        # Draws no numbers
+        table, learned = nn.Embedding.from_pretrained, first and c.position == "learned"
         embed = first or (last and c.tied)  # a tied head has the embedding's name, also on its own
         self.embed = table(torch.empty(c.vocab_size, c.n_embd), freeze=False) if embed else None
-        self.positions = table(torch.empty(c.block_size, c.n_embd), freeze=False) if learned else None
+        self.positions = (
+            table(torch.empty(c.block_size, c.n_embd), freeze=False) if learned else None
+        )
         grams = first and c.ngram_embed
         self.grams = NGramEmbedding(c.ngram_rows, c.n_embd, c.ngram_embed) if grams else None
         self.embed_norm = make_norm(c) if first and c.embed_norm else None
@@ -149,18 +165,27 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         self.through, self.output = through, output
         self.prior = None  # targets -> (B, T, V), the last T are added to the logits (ngram.py)
-        self.hits = None  # after a forward in eval mode: how many targets were the likeliest token (0-dim)
+        # After a forward in eval mode: how many targets were the likeliest token (0-dim)
+        self.hits = None
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
-                rows: Tensor | None = None, layers: list[int] | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        rows: Tensor | None = None,
+        layers: list[int] | None = None,
+    ) -> Tensor:
         """x: (B, T) token ids, or (B, T, C) hidden states after other layers; targets: (B, T) ids;
-        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, for dropout;
-        layers: which of those here to run, default all. Returns hidden states or, after the last layer, the
-        sum of the token losses, without targets logits (B, T, V).
+        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, for
+        dropout; layers: which of those here to run, default all. Returns hidden states or, after
+        the last layer, the sum of the token losses, without targets logits (B, T, V).
         """
         if positions is None:
             if x.shape[1] > self.config.block_size:
-                raise ValueError(f"{x.shape[1]} tokens are more than block_size={self.config.block_size}")
+                raise ValueError(
+                    f"{x.shape[1]} tokens are more than block_size={self.config.block_size}"
+                )
             positions = torch.arange(x.shape[1], device=x.device)
         rotary, dtype = None, torch.promote_types(next(self.parameters()).dtype, torch.float32)
         if (kind := self.config.position) != "learned":
@@ -178,7 +203,8 @@ class GPT(nn.Module):
             return x
         x = self.final_norm(x)
         if self.config.mup_base_width:
-            x = x * (self.config.mup_base_width / self.config.n_embd)  # the head's output, not its bias
+            # The head's output, not its bias
+            x = x * (self.config.mup_base_width / self.config.n_embd)
         logits = self.head(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
         if (cap := self.config.logit_cap) is not None:
@@ -189,16 +215,20 @@ class GPT(nn.Module):
         return out
 
 
-# ---- the pieces ------------------------------------------------------------------------------------------
+# ---- the pieces ----------------------------------------------------------------------------------
 def through(blocks: list[nn.Module], x: Tensor, where: Where) -> Tensor:
     for block in blocks:
         x = block(x, where)
     return x
 
 
-def output(logits: Tensor, targets: Tensor | None, count: bool, z_loss=None) -> tuple[Tensor, Tensor | None]:
-    """(sum of token losses, how many targets are the likeliest token if asked); or (logits, None). z_loss: to
-    the gradient, not to the value, adds that of z_loss (log Z)^2 of each token (PaLM, 2204.02311)."""
+def output(
+    logits: Tensor, targets: Tensor | None, count: bool, z_loss=None
+) -> tuple[Tensor, Tensor | None]:
+    """(sum of token losses, how many targets are the likeliest token if asked); or (logits, None).
+    z_loss: to the gradient, not to the value, adds that of z_loss (log Z)^2 of each token (PaLM,
+    2204.02311).
+    """
     if targets is None:
         return logits, None
     hits = (logits.argmax(-1) == targets).sum() if count else None
@@ -216,19 +246,24 @@ def make_norm(c: GPTConfig) -> nn.Module:
 
 
 def capped(logits: Tensor, cap: float, form: str) -> Tensor:
-    """cap tanh(x / cap), or cap x / sqrt(x^2 + cap^2): both x where it is small, +-cap where it is large."""
+    """cap tanh(x / cap), or cap x / sqrt(x^2 + cap^2): both x where it is small, +-cap where it is
+    large."""
     if form == "tanh":
         return cap * torch.tanh(logits / cap)
     return logits * (logits.square() / cap**2 + 1).rsqrt()
 
 
-def rotary_angles(positions: Tensor, head_size: int, dtype: torch.dtype, half=False) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    positions: Tensor, head_size: int, dtype: torch.dtype, half=False
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position * f_i: (T, D/2), or (B, 1, T, D/2) for positions (B, T).
 
     f_i = 10000^(-2i/D). half: 1024^(-i/(D/4 - 1)) for i < D/4, from 1 down to 1/1024, then 0.
     """
     i, n = torch.arange(head_size // 2, device=positions.device, dtype=dtype), head_size // 4
-    frequency = 1024.0 ** (-i / max(1, n - 1)) * (i < n) if half else 10000.0 ** (-2 * i / head_size)
+    frequency = (
+        1024.0 ** (-i / max(1, n - 1)) * (i < n) if half else 10000.0 ** (-2 * i / head_size)
+    )
     angle = positions.to(dtype).unsqueeze(-1) * frequency
     angle = angle.unsqueeze(1) if positions.ndim == 2 else angle
     return angle.cos(), angle.sin()
@@ -241,7 +276,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): one for all layouts."""
+    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): one for all
+    layouts."""
 
     def __init__(self, c: GPTConfig, name: str):
         super().__init__()
@@ -253,12 +289,14 @@ class Dropout(nn.Module):
         if where.rows is None:
             raise ValueError("dropout needs the numbers of the rows: model(x, targets, rows=...)")
         h = mix(mix(where.rows.unsqueeze(1) + self.key) + where.positions)  # (B, T)
-        h = mix(h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1)  # below 2^32
+        # Below 2^32
+        h = mix(h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1)
         return x * (h >= int(self.p * 2**32)).to(x.dtype) / (1 - self.p)
 
 
 def mix(h: Tensor) -> Tensor:
-    """A 32-bit integer hash kept in int64 (multiply and shift; constants of Mueller's integer hash)."""
+    """A 32-bit integer hash kept in int64 (multiply and shift; constants of Mueller's integer
+    hash)."""
     for _ in range(2):
         h = ((h & 0xFFFFFFFF) ^ ((h & 0xFFFFFFFF) >> 16)) * 0x45D9F3B
     return (h & 0xFFFFFFFF) ^ ((h & 0xFFFFFFFF) >> 16)
@@ -268,23 +306,35 @@ def key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
 
 
-# ---- the start -------------------------------------------------------------------------------------------
+# ---- the start -----------------------------------------------------------------------------------
 def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
     """The whole initial tensor of the parameter with this full name, float32 on the CPU.
 
-    gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream. fan_in:
-    embeddings 1, matrices 0.5/sqrt(fan_in). torch: its own, 1 and sqrt(1/3)/sqrt(fan_in). zero_init: those
-    projections and an untied head start at 0, so that every block starts as the identity. N-grams always do.
+    gpt2: std 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream.
+    fan_in: embeddings 1, matrices 0.5/sqrt(fan_in). torch: its own, 1 and sqrt(1/3)/sqrt(fan_in).
+    zero_init: those projections and an untied head start at 0, so that every block starts as the
+    identity. N-grams always do.
     """
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    into_residual, embedding = name.endswith("proj.weight"), name in ("embed.weight", "positions.weight")
+    into_residual, embedding = (
+        name.endswith("proj.weight"),
+        name
+        in (
+            "embed.weight",
+            "positions.weight",
+        ),
+    )
     if name == "grams.weight" or (c.zero_init and (into_residual or name == "head.weight")):
         return torch.zeros(shape)
     base, hidden = c.mup_base_width or c.n_embd, not (embedding or name == "head.weight")
     if c.init != "gpt2":
         gain = 0.5 if c.init == "fan_in" else 3**-0.5
-        std = (0.02 if c.tied else 1.0) if embedding else gain / math.sqrt(shape[1] if hidden else base)
+        std = (
+            (0.02 if c.tied else 1.0)
+            if embedding
+            else gain / math.sqrt(shape[1] if hidden else base)
+        )
     else:
         std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
         std *= math.sqrt(base / c.n_embd) if hidden else 1

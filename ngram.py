@@ -3,23 +3,23 @@ it. So a run starts where counting ends, and learns what counting does not know.
 
     logits = GPT(x) + log p_K        p_k(w | c) = (max(n(c w) - d, 0) + d u(c) p_(k-1)(w | c')) / n(c)
 
-c: the last k tokens, c': without the oldest; n(c w): how often w follows c in the text, below order K behind
-how many different tokens c w stands there; u(c): how many different w follow; d = n1 / (n1 + 2 n2), kept
-within .1 and .95, where n1 and n2 n-grams were counted once and twice; p_(-1) = 1 / V. That is Kneser and
-Ney 1995, interpolated, with one discount an order (Chen and Goodman 1998). A network on top of it: Li et al.
-2022, 2210.14431.
+c: the last k tokens, c': without the oldest; n(c w): how often w follows c in the text, below order
+K behind how many different tokens c w stands there; u(c): how many different w follow; d = n1 / (n1
++ 2 n2), kept within .1 and .95, where n1 and n2 n-grams were counted once and twice; p_(-1) = 1 /
+V. That is Kneser and Ney 1995, interpolated, with one discount an order (Chen and Goodman 1998). A
+network on top of it: Li et al. 2022, 2210.14431.
 
-In training the text's own count of a token is taken off again (leave one out): a prior that has seen the
-answer would teach the network to be silent. The orders kept as a table are left as they are: a context there
-is met MANY times on the average, so one more or less is little. At the start of a row contexts are short, as
-they are for the network; what counts there is kinds, of which one token more is mostly none more: nothing is
-taken off before order K is reached.
+In training the text's own count of a token is taken off again (leave one out): a prior that has
+seen the answer would teach the network to be silent. The orders kept as a table are left as they
+are: a context there is met MANY times on the average, so one more or less is little. At the start
+of a row contexts are short, as they are for the network; what counts there is kinds, of which one
+token more is mostly none more: nothing is taken off before order K is reached.
 
     NGrams(tokens, order, vocab_size).add_to(model)        tokens (N,): the ids of the training text
 
-Counting 9.8M bytes to order 6 takes half a second; 100 MB are kept, 150 at the peak, on every rank. The
-counts are a function of the text, so no checkpoint holds them. A rank needs whole rows and whole logits: no
-tp, cp, pp.
+Counting 9.8M bytes to order 6 takes half a second; 100 MB are kept, 150 at the peak, on every rank.
+The counts are a function of the text, so no checkpoint holds them. A rank needs whole rows and
+whole logits: no tp, cp, pp.
 """
 
 import numpy as np
@@ -31,7 +31,8 @@ MANY = 100  # times that a context of theirs is there, on the average
 
 
 class Order:
-    """All n-grams of one order. keys (N,) sorted, k context tokens and the next one in `bits` each."""
+    """All n-grams of one order. keys (N,) sorted, k context tokens and the next one in `bits`
+    each."""
 
     def __init__(self, keys: np.ndarray, bits: int):
         first = starts(keys)
@@ -56,7 +57,8 @@ class Order:
 
 
 class NGrams:
-    """Raises ValueError where order + 1 tokens have no room in 64 bits, or the text is too short or long."""
+    """Raises ValueError where order + 1 tokens have no room in 64 bits, or the text is too short or
+    long."""
 
     def __init__(self, tokens: np.ndarray, order: int, vocab_size: int):
         self.vocab_size, self.bits = vocab_size, max(1, (vocab_size - 1).bit_length())
@@ -64,7 +66,9 @@ class NGrams:
         if not 1 <= order <= most:
             raise ValueError(f"with {vocab_size} different tokens it is from 1 to {most}")
         if not order < len(tokens) <= LIMIT:
-            raise ValueError(f"it counts texts of {order + 1} to {LIMIT:,} tokens, not of {len(tokens):,}")
+            raise ValueError(
+                f"it counts texts of {order + 1} to {LIMIT:,} tokens, not of {len(tokens):,}"
+            )
         if (most := int(tokens.max())) >= vocab_size:
             raise ValueError(f"the text holds token id {most}, and vocab_size is {vocab_size}")
         keys = np.zeros(len(tokens) - order, np.uint64)
@@ -76,7 +80,8 @@ class NGrams:
             keys.sort()
             self.orders.insert(0, Order(keys, self.bits))
             keys = self.orders[0].keys & np.uint64(2 ** (k * self.bits) - 1)
-        # The low orders have long lists of what follows, and all tokens need them: p as a table, by context.
+        # The low orders have long lists of what follows, and all tokens need them: p as a table, by
+        # context.
         most = min(TABLE // vocab_size, len(tokens) // MANY)
         self.tabled = sum(len(o.contexts) <= most for o in self.orders[1:])  # 1 .. so many
         tables, self.rows = [np.full((1, vocab_size), 1 / vocab_size, np.float32)], [0]
@@ -91,12 +96,13 @@ class NGrams:
         self.table = torch.from_numpy(np.concatenate(tables[1:]))
 
     def log_probs(self, tokens: np.ndarray, targets: np.ndarray | None = None) -> Tensor:
-        """tokens (B, T): rows from their start -> (B, T, V), of what follows each token. targets (B, T):
-        what does follow, of whose counts one is taken off."""
+        """tokens (B, T): rows from their start -> (B, T, V), of what follows each token. targets
+        (B, T): what does follow, of whose counts one is taken off."""
         (B, T), order = tokens.shape, len(self.orders) - 1
         before = np.pad(tokens.astype(np.uint64), ((0, 0), (order, 0)))
         context, row, found = np.zeros(B * T, np.uint64), np.zeros(B * T, np.int64), []
-        here = np.arange(B * T)  # places whose context of k tokens is known; with one more it may not be
+        # Places whose context of k tokens is known; with one more it may not be
+        here = np.arange(B * T)
         for k, o in enumerate(self.orders):
             if k:
                 oldest = before[:, order + 1 - k : order + 1 - k + T].ravel()
@@ -117,7 +123,10 @@ class NGrams:
                 mine = np.flatnonzero(follows == targets.ravel()[here[i]])
                 n[mine] -= off[here[i[mine]]]
                 off[here[i[mine]]] *= n[mine] == 0
-            total, back = np.bincount(i, n, len(here)), np.bincount(i, np.minimum(n, o.d), len(here))
+            total, back = (
+                np.bincount(i, n, len(here)),
+                np.bincount(i, np.minimum(n, o.d), len(here)),
+            )
             total = np.where(total > 0, total, np.inf)
             parts.append((here[i], follows, left[here[i]] * np.maximum(n - o.d, 0) / total[i]))
             left[here] *= np.where(total < np.inf, back / total, 1)
@@ -127,8 +136,8 @@ class NGrams:
         return p.log_().view(B, T, -1)
 
     def add_to(self, model: nn.Module) -> None:
-        """model: takes (x (B, T), targets, positions) and adds prior(targets)[:, -T:] to its logits. From now
-        on in forward, evaluation and generation."""
+        """model: takes (x (B, T), targets, positions) and adds prior(targets)[:, -T:] to its
+        logits. From now on in forward, evaluation and generation."""
         past = None
 
         def see(_, args, named) -> None:
@@ -136,7 +145,8 @@ class NGrams:
             x = args[0].cpu()
             positions = named.get("positions", args[2] if len(args) > 2 else None)
             first = 0 if positions is None or model.training else int(positions.reshape(-1)[0])
-            past = torch.cat([past[:, :first], x], 1) if first else x  # in generation x is what is new
+            # In generation x is what is new
+            past = torch.cat([past[:, :first], x], 1) if first else x
 
         def prior(targets: Tensor | None) -> Tensor:
             answers = targets.cpu().numpy() if targets is not None and model.training else None

@@ -1,10 +1,12 @@
-"""Where a run's lines go: files and a terminal, each of which may fail at any moment without ending the run.
+"""Where a run's lines go: files and a terminal, each of which may fail at any moment without ending
+the run.
 
 Another program fills the disk, whoever reads the pipe goes away (`| head`), an ssh session is closed. Then
-the first failure is said, where something can still be said; lines that cannot be written are lost; and when
-the place takes lines again, they go on there, on a line of their own.
+the first failure is said, where something can still be said; lines that cannot be written are lost;
+and when the place takes lines again, they go on there, on a line of their own.
 
-    out = Lines(path, say)            say(text): tells about a failure, and of how many lines are missing
+    out = Lines(path, say)            say(text): tells about a failure, and of how many lines are
+                                      missing
     out.write("a line")               never raises
     print_line(text) -> bool          prints; False where nobody can read it any more
     complain(text)                    the same on stderr
@@ -17,7 +19,8 @@ from collections.abc import Callable
 
 
 class Lines:
-    """Appends lines to the file at `path`, unbuffered: what write() took is in the file when it returns.
+    """Appends lines to the file at `path`, unbuffered: what write() took is in the file when it
+    returns.
 
     Raises OSError where the file cannot be opened: at the start of a run that can be mended."""
 
@@ -36,7 +39,9 @@ class Lines:
             self.lost += 1
             if self.lost == 1:
                 why = getattr(error, "strerror", None) or error
-                self.say(f"{self.path} cannot be written ({why}): training goes on without these lines")
+                self.say(
+                    f"{self.path} cannot be written ({why}): training goes on without these lines"
+                )
             return
         if self.lost:
             lost, self.lost = self.lost, 0
@@ -48,8 +53,10 @@ class Lines:
 
 
 def print_line(text: str) -> bool:
-    """Prints a line, flushed; letters that the terminal lacks become question marks. False where it cannot be
-    printed; where nobody reads any more, later prints go nowhere, and Python ends without a complaint."""
+    """Prints a line, flushed; letters that the terminal lacks become question marks. False where it
+    cannot be printed; where nobody reads any more, later prints go nowhere, and Python ends without
+    a complaint.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "replace").decode(encoding), flush=True)

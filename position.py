@@ -8,14 +8,16 @@ import checkpoint
 
 
 class Position:
-    """The next row of the data, and ranges never to be read. A banned row is a number: in another epoch its
-    text comes again, in other company; for other `data` (a name of it) there are other bans."""
+    """The next row of the data, and ranges never to be read. A banned row is a number: in another
+    epoch its text comes again, in other company; for other `data` (a name of it) there are other
+    bans."""
 
     def __init__(self, data: str = ""):
         self.data, self.next, self.banned = data, 0, []  # [[first, last], ...], sorted and apart
 
     def rows(self, n: int) -> range | list[int]:
-        """The next n rows, of which each rank takes its share. Moves nothing; `next` is then rows[-1] + 1."""
+        """The next n rows, of which each rank takes its share. Moves nothing; `next` is then
+        rows[-1] + 1."""
         parts, at = [], self.next
         for first, last in [*self.banned, [math.inf, math.inf]]:
             if last >= at:
@@ -34,7 +36,9 @@ class Position:
     @property
     def seen(self) -> int:
         """Rows taken so far."""
-        return self.next - sum(max(0, min(last + 1, self.next) - first) for first, last in self.banned)
+        return self.next - sum(
+            max(0, min(last + 1, self.next) - first) for first, last in self.banned
+        )
 
     def tree(self) -> dict:
         return {"rows": self.next, "banned": self.banned, "data": self.data}
@@ -47,8 +51,10 @@ class Position:
 
 
 class Best:
-    """Early stopping. The best weights are a checkpoint of their own, FOLDER/step-N, that no other prunes: it
-    outlives a kill, and every layout reads it. (state_dict().copy(), often seen, keeps no weights.)"""
+    """Early stopping. The best weights are a checkpoint of their own, FOLDER/step-N, that no other
+    prunes: it outlives a kill, and every layout reads it. (state_dict().copy(), often seen, keeps
+    no weights.)
+    """
 
     def __init__(self, folder: str | Path, patience: int | None, min_delta: float = 0.0):
         self.folder, self.patience, self.min_delta = Path(folder), patience, min_delta
@@ -56,8 +62,8 @@ class Best:
         self.events = []
 
     def look(self, step: int, val_loss: float, tree: Callable[[], dict] = dict) -> bool:
-        """After each evaluation, on all ranks: are these weights the best so far? Then tree() is saved. Where
-        that fails, those before stay the best."""
+        """After each evaluation, on all ranks: are these weights the best so far? Then tree() is
+        saved. Where that fails, those before stay the best."""
         if self.patience is None:
             return False
         s, bound = self.seen, self.seen["loss"] - self.min_delta

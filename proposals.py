@@ -37,8 +37,10 @@ def choices(name: str, text: str) -> list[str] | tuple:
     Raises ValueError where train.py would refuse one of them in every run."""
     config.known(name)
     if name in ("out_dir", "resume"):
-        raise ValueError("each trial has an out_dir of its own and goes on where it was; "
-                         f"leave --search.{name} out")  # fmt: skip
+        raise ValueError(
+            "each trial has an out_dir of its own and goes on where it was; "
+            f"leave --search.{name} out"
+        )
     if re.match("(int|lin|log):", text.strip()):
         return span(name, text.strip())
     values = {}
@@ -77,8 +79,10 @@ def span(name: str, text: str) -> tuple:
     if low > high:
         raise ValueError(f"{said} is no range, the lower end comes first: {kind}:{high}:{low}")
     if kind == "log" and low <= 0:
-        raise ValueError(f"{said} is no range, powers of ten are above 0; type for instance "
-                         "log:1e-3:1e-1, or lin: for one that has 0 in it")  # fmt: skip
+        raise ValueError(
+            f"{said} is no range, powers of ten are above 0; type for instance "
+            "log:1e-3:1e-1, or lin: for one that has 0 in it"
+        )
     what, probe = "whole numbers", low
     if kind != "int":
         what, probe = "any number between", low + (high - low) / math.pi
@@ -108,8 +112,12 @@ def possible(search: dict, check) -> None:
     them with a certain value of a field with a dot: its owner may be searched too."""
     rng = random.Random(0)
     drawn = [{name: draw(choice, rng) for name, choice in search.items()} for _ in range(200)]
-    dotted = [(name, x) for name, c in search.items() if "." in name
-              for x in (c if isinstance(c, list) else c[1:])]  # fmt: skip
+    dotted = [
+        (name, x)
+        for name, c in search.items()
+        if "." in name
+        for x in (c if isinstance(c, list) else c[1:])
+    ]
     for given in [*({name: x} for name, x in dotted), {}]:
         refused = None
         for values in drawn:
@@ -131,16 +139,19 @@ class Proposals:
     curve(metric), which is {step: value}. `total` is how many trials there are, `worst` what a
     diverged one has."""
 
-    def __init__(self, method: str, search: dict, metric: str, maximise: bool, seed: int,
-                 trials: int):  # fmt: skip
+    def __init__(
+        self, method: str, search: dict, metric: str, maximise: bool, seed: int, trials: int
+    ):
         self.search, self.metric, self.seed, self.total = search, metric, seed, trials
         self.grid, self.study = method == "grid", None
         self.worst = -math.inf if maximise else math.inf
         if self.grid:
             self.total = math.prod(map(size, search.values()))
             if self.total > LARGEST:
-                raise ValueError(f"a grid of {self.total} trials is more than {LARGEST}; search "
-                                 "fewer values, or type --method=random --trials=100")  # fmt: skip
+                raise ValueError(
+                    f"a grid of {self.total} trials is more than {LARGEST}; search "
+                    "fewer values, or type --method=random --trials=100"
+                )
         if method == "optuna":
             try:
                 import optuna
@@ -149,10 +160,18 @@ class Proposals:
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             kinds, self.optuna = optuna.distributions, optuna
             self.live = {}  # number -> Optuna's own trial
-            self.space = {name: kinds.CategoricalDistribution(c) if isinstance(c, list)
-                          else kinds.IntDistribution(*c[1:]) if c[0] == "int"
-                          else kinds.FloatDistribution(*c[1:], log=c[0] == "log")
-                          for name, c in search.items()}  # fmt: skip
+            self.space = {
+                name: (
+                    kinds.CategoricalDistribution(c)
+                    if isinstance(c, list)
+                    else (
+                        kinds.IntDistribution(*c[1:])
+                        if c[0] == "int"
+                        else kinds.FloatDistribution(*c[1:], log=c[0] == "log")
+                    )
+                )
+                for name, c in search.items()
+            }
             pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
             direction = "maximize" if maximise else "minimize"
             self.study = optuna.create_study(direction=direction, pruner=pruner)

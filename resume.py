@@ -1,9 +1,10 @@
-"""Which run lives in out_dir, where and with which settings a new command goes on, how a run is stopped.
+"""Which run lives in out_dir, where and with which settings a new command goes on, how a run is
+stopped.
 
 resume=auto     out_dir's newest whole checkpoint; none: a fresh start
 resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
-resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an out_dir of its
-                own; the same command again goes on with the branch
+resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an out_dir
+                of its own; the same command again goes on with the branch
 """
 
 import os
@@ -27,18 +28,24 @@ from tokenizer import Tokenizer
 def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):
     """(the checkpoint to go on from or None, whether it is out_dir's own). Changes nothing on disk.
 
-    Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all. Raises ValueError where
-    out_dir has checkpoints but none is whole, where there is nothing at the path to resume from, and where a
-    branch would overwrite another run.
+    Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all. Raises
+    ValueError where out_dir has checkpoints but none is whole, where there is nothing at the path
+    to resume from, and where a branch would overwrite another run.
     """
     branch, found, in_place = resume not in ("auto", "never"), None, True
     if is_main and resume != "never":
         found = newest(out_dir)
         if found is None and any(FOLDER.fullmatch(p.name) for p in out_dir.iterdir()):
-            raise ValueError(f"no checkpoint in {out_dir} is whole; type --resume=never to start anew")
+            raise ValueError(
+                f"no checkpoint in {out_dir} is whole; type --resume=never to start anew"
+            )
         if branch and not (found and any(same_place(was, resume) for was in of_branch(found))):
             found, in_place = parent(out_dir, resume, found), False
-    exists, in_place, step = agree(found is not None), agree(in_place), agree(found.step if found else 0)
+    exists, in_place, step = (
+        agree(found is not None),
+        agree(in_place),
+        agree(found.step if found else 0),
+    )
     old = agree(found is not None and found.path.name.startswith(".old-"))
     itself = agree(found is not None and not in_place and found.path == Path(resume))  # by any name
     if exists and not is_main:
@@ -51,20 +58,25 @@ def parent(out_dir: Path, resume: str, own: Checkpoint | None) -> Checkpoint:
     """What a new branch starts from. own: what out_dir has already. Raises ValueError."""
     place = Path(resume).resolve()
     if own is not None and Path(out_dir).resolve() in (place, place.parent):
-        raise ValueError(f"{resume} is of the run in {out_dir} itself: --resume=auto goes on with its "
-                         "newest checkpoint, a branch needs an --out_dir of its own")  # fmt: skip
+        raise ValueError(
+            f"{resume} is of the run in {out_dir} itself: --resume=auto goes on with its "
+            "newest checkpoint, a branch needs an --out_dir of its own"
+        )
     found = resolve(resume)  # whether it can be resumed at all comes first
     if own is not None:
         was = of_branch(own)
         where = f" (a branch: {flag('resume', was[-1])} goes on with it)" if was else ""
-        raise ValueError(f"{out_dir} holds another run{where}; a branch needs an --out_dir of its own")
+        raise ValueError(
+            f"{out_dir} holds another run{where}; a branch needs an --out_dir of its own"
+        )
     if not found.has("optim"):
         raise ValueError(f"{resume} holds weights alone; type {flag('init_from', resume)}")
     return found
 
 
 def of_branch(saved: Checkpoint) -> list[str]:
-    """Where the run of this checkpoint branched off: the path as it was typed, and from any folder."""
+    """Where the run of this checkpoint branched off: the path as it was typed, and from any
+    folder."""
     typed, home = str(saved.tree("config/resume")), str(saved.tree("config/cwd", missing=""))
     return [] if typed in ("auto", "never") else [typed, os.path.join(home, typed)]
 
@@ -76,8 +88,8 @@ def same_place(a: str, b: str) -> bool:
 def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     """cfg as the continuation of the run whose resolved settings are `saved`.
 
-    What cfg leaves open (none or auto by default; in a branch everything not given) is taken from the saved
-    run. Raises ValueError naming a field that differs and must not.
+    What cfg leaves open (none or auto by default; in a branch everything not given) is taken from
+    the saved run. Raises ValueError naming a field that differs and must not.
     """
     old, values, home = config.from_dict(saved), {}, str(saved.get("cwd") or "")
     if not is_there(old.data) and is_there(there := seen_from(home, old.data)):
@@ -93,7 +105,9 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
         allowed = change == FREE or (branch and change == BRANCH)
         if change == FRESH:
             continue
-        if (branch and name not in cfg.given) or (left_open and not (allowed and name in cfg.given)):
+        if (branch and name not in cfg.given) or (
+            left_open and not (allowed and name in cfg.given)
+        ):
             values[name] = was
         elif new != was and not allowed and not may_be_the_same(name, was, new, home):
             raise ValueError(mismatch(cfg, name, was, new, branch))
@@ -103,12 +117,17 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
         values["warmup_steps"] = None
     options = dict(cfg.options)
     if branch:  # another schedule or compression brings its own options, the others stay
-        options = {k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given} | options
+        options = {
+            k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given
+        } | options
         if "data_parallel" in cfg.given:  # another layout, its own options too
             own = LAYOUTS.keys() - cfg.given - {"diloco_every"}
             values |= {name: FIELDS[name].default for name in own}
-    for name in sorted((old.options | options).keys() - {"opt.fused"}):  # the same step in another kernel
-        if name.startswith(("opt.", "diloco.", "fp8.")) and options.get(name) != old.options.get(name):
+    # The same step in another kernel
+    for name in sorted((old.options | options).keys() - {"opt.fused"}):
+        if name.startswith(("opt.", "diloco.", "fp8.")) and options.get(name) != old.options.get(
+            name
+        ):
             raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
     new = update(cfg, **values, options=options)
     new.earlier = old.given - {name for name, value in values.items() if value is None}
@@ -157,7 +176,9 @@ def seen_from(folder: str, data: str) -> str:
 
 def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
     if was is None and "." in name:
-        where, anew = (cfg.resume, "") if branch else (cfg.out_dir, ", or --resume=never to start anew")
+        where, anew = (
+            (cfg.resume, "") if branch else (cfg.out_dir, ", or --resume=never to start anew")
+        )
         return f"{where} holds a run without --{name}; leave it out{anew}"
     go_on, now = flag(name, was), flag(name, new).partition("=")[2]
     if branch:
@@ -170,9 +191,19 @@ def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
 
 
 def set_aside(out_dir: Path) -> None:
-    """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is deleted."""
-    names = ("metrics.jsonl", "train.log", "config.toml", "loss.png", "histograms.jsonl", "histograms.png",
-             "tensorboard", "wandb", "best")  # fmt: skip
+    """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is
+    deleted."""
+    names = (
+        "metrics.jsonl",
+        "train.log",
+        "config.toml",
+        "loss.png",
+        "histograms.jsonl",
+        "histograms.png",
+        "tensorboard",
+        "wandb",
+        "best",
+    )
     left = [p for p in out_dir.iterdir() if p.name in names or FOLDER.fullmatch(p.name)]
     if left:
         number = 1
@@ -184,7 +215,8 @@ def set_aside(out_dir: Path) -> None:
 
 
 class RunLock:
-    """Only one run writes to OUT_DIR; rank 0 holds this for all. The system drops it when its holder dies.
+    """Only one run writes to OUT_DIR; rank 0 holds this for all. The system drops it when its
+    holder dies.
 
     Raises ValueError, naming the holder.
     """
@@ -199,7 +231,8 @@ class RunLock:
             if os.name == "nt":
                 import msvcrt
 
-                self._file.seek(1 << 30)  # Windows forbids reading locked bytes: lock one far behind the text
+                # Windows forbids reading locked bytes: lock one far behind the text
+                self._file.seek(1 << 30)
                 msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
@@ -211,7 +244,9 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise ValueError(f"{out_dir} is in use by {holder}; stop it or take another out_dir") from None
+            raise ValueError(
+                f"{out_dir} is in use by {holder}; stop it or take another out_dir"
+            ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -221,8 +256,8 @@ class RunLock:
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C or a closed terminal (SIGHUP, unless nohup has it ignored): `asked` here, `agreed` once
-    all ranks know, at one step. A second one is not held back."""
+    """SIGTERM, Ctrl-C or a closed terminal (SIGHUP, unless nohup has it ignored): `asked` here,
+    `agreed` once all ranks know, at one step. A second one is not held back."""
 
     def __init__(self):
         self.asked, self.agreed, self.before = False, False, {}

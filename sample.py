@@ -3,9 +3,9 @@
     python sample.py RUN [--prompt="def "] [--tokens=300] [--temperature=0.8] [--top_k=50] [--n=1] [--seed=0]
     [--device=cpu] [--tokenizer=gpt2]
 
-RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last block_size
-tokens. A run on shards whose tokenizer nobody gave reads and writes ids: --prompt="17 4 256".
---tokenizer= takes the place of the run's own.
+RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last
+block_size tokens. A run on shards whose tokenizer nobody gave reads and writes ids: --prompt="17 4
+256". --tokenizer= takes the place of the run's own.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from tokenizer import Tokenizer
 
 
 def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there is
-    none."""
+    """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there
+    is none."""
     saved = checkpoint.resolve(os.path.expanduser(path))
     cfg = with_traits(config.from_dict(saved.tree("config")))
     model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
@@ -36,7 +36,9 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]
     if cfg.ngram is not None:  # counted again: no checkpoint holds them
         corpus = corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
         if corpus.sha256 != saved.tree("record/data_sha256"):
-            raise ValueError(f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since")
+            raise ValueError(
+                f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since"
+            )
         choices.add_ngrams(cfg, model, corpus.train)
     return model.eval(), corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
 
@@ -46,7 +48,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
     parser.add_argument("--prompt", help="what the text goes on from; default: a line break")
     parser.add_argument("--tokens", type=int, default=300, help="how many to add")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
+    )
     parser.add_argument("--top_k", type=int, default=50, help="draw among this many; 0 = all")
     parser.add_argument("--n", type=int, default=1, help="how many samples")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,7 +60,9 @@ def main(argv: list[str]) -> None:
     if args.tokens < 1 or args.n < 1 or args.top_k < 0:
         raise ValueError("--tokens and --n are at least 1, --top_k at least 0")
     if args.temperature != 0 and not 1e-3 <= args.temperature <= 1e3:
-        raise ValueError(f"--temperature={args.temperature} is not allowed; it is 0 or from 0.001 to 1000")
+        raise ValueError(
+            f"--temperature={args.temperature} is not allowed; it is 0 or from 0.001 to 1000"
+        )
     device = pick_device(args.device)
     model, tokenizer = load(args.run, device)
     if args.tokenizer is not None:

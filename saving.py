@@ -1,26 +1,29 @@
-"""Writing checkpoints, and doing so beside training: a step waits for a copy of the state, not for the disk.
+"""Writing checkpoints, and doing so beside training: a step waits for a copy of the state, not for
+the disk.
 
     training     step 99   step 100  copy  step 101   step 102   step 103   step 104   step 105
                                         │                                       ▲
     background                          └► describe  write, sync  rename  prune ┘ news: step 100 is saved
     on the disk  step-50 ............................................. step-50 and step-100
 
-The copy is this rank's part of the checkpoint once more, in host memory until the save is done. On a GPU it
-is queued behind the step into pinned memory: the GPU makes it in its turn, Python does not wait. Hashing and
-writing let other threads run: they hold no interpreter lock, and have a low priority where the system lets
-a thread have its own.
+The copy is this rank's part of the checkpoint once more, in host memory until the save is done. On
+a GPU it is queued behind the step into pinned memory: the GPU makes it in its turn, Python does not
+wait. Hashing and writing let other threads run: they hold no interpreter lock, and have a low
+priority where the system lets a thread have its own.
 
-The ranks speak of a save three times: who holds what, who could write, is it published. In the background
-they do so in a group of their own, for in training's group their words would mix with its gradients. A save
-that is due while the one before is under way waits for it.
+The ranks speak of a save three times: who holds what, who could write, is it published. In the
+background they do so in a group of their own, for in training's group their words would mix with
+its gradients. A save that is due while the one before is under way waits for it.
 
-Whoever leaves a run over the weekend wants it to go on when the disk is full: a save that failed in its
-middle is news, earlier checkpoints are as they were, and the next save tries again. Only the last one raises.
+Whoever leaves a run over the weekend wants it to go on when the disk is full: a save that failed in
+its middle is news, earlier checkpoints are as they were, and the next save tries again. Only the
+last one raises.
 
     save(...)                             one checkpoint, now, on all ranks
     saver = Saver(...)                    made by all ranks, and used by all: save, wait
     saver.save(step, tree)                returns after the copy; tree may change from now on
-    saver.news()                          what became of the saves since it was last asked, as events
+    saver.news()                          what became of the saves since it was last asked, as
+                                          events
     saver.save(step, tree, last=True)     waits for all of it; OSError where it failed
 """
 
@@ -43,29 +46,40 @@ import torch.distributed as dist
 from slices import DTYPE_NAMES, copied, merge, to_json, walk
 
 FORMAT = 1
-# Replacing a checkpoint takes two renames; a kill between them leaves the old, still good one as .old-step-N.
+# Replacing a checkpoint takes two renames; a kill between them leaves the old, still good one as
+# .old-step-N.
 FOLDER = re.compile(r"(\.old-)?step-([0-9]{8}|[1-9][0-9]{8,})")
 STALE = re.compile(r"\.tmp-(\.old-)?step-[0-9]{8,}")
 
 
-def save(out_dir, step: int, tree: dict, keep: int | None = None, keep_every: int | None = None,
-         group=None) -> Path:  # fmt: skip
+def save(
+    out_dir,
+    step: int,
+    tree: dict,
+    keep: int | None = None,
+    keep_every: int | None = None,
+    group=None,
+) -> Path:
     """Write `tree` to OUT_DIR/step-N, then delete old checkpoints, see `prune`.
 
-    tree: nested dicts and lists of tensors, Slices, DTensors, numbers, str, bool, None; tuples become lists.
-    With several ranks (of `group`; None = all) each calls with its own tree, or {}, and the trees are merged;
-    what several hold (the same box of the same name, or a scalar) is taken from the lowest rank. If any rank
-    fails, all raise (ValueError: such a tree cannot be saved; OSError: anything else) and earlier checkpoints
-    stay as they were.
+    tree: nested dicts and lists of tensors, Slices, DTensors, numbers, str, bool, None; tuples
+    become lists. With several ranks (of `group`; None = all) each calls with its own tree, or {},
+    and the trees are merged; what several hold (the same box of the same name, or a scalar) is
+    taken from the lowest rank. If any rank fails, all raise (ValueError: such a tree cannot be
+    saved; OSError: anything else) and earlier checkpoints stay as they were.
     """
     out_dir, rank = Path(out_dir), _rank(group)
-    folder, temporary, old = (out_dir / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-"))
-    held, plan = {}, {}  # name -> this rank's Slice; "tensors" and "tree" of the index, the same on all ranks
+    folder, temporary, old = (
+        out_dir / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-")
+    )
+    # Name -> this rank's Slice; "tensors" and "tree" of the index, the same on all ranks
+    held, plan = {}, {}
 
     def describe():
         if rank == 0:
             out_dir.mkdir(parents=True, exist_ok=True)
-            prune(out_dir, keep, upto=-1)  # only what killed runs left: the disk may need that space
+            # Only what killed runs left: the disk may need that space
+            prune(out_dir, keep, upto=-1)
             temporary.mkdir()
         skeleton = walk(tree, lambda name, leaf: to_json(name, leaf, held))
         boxes = {}
@@ -76,15 +90,25 @@ def save(out_dir, step: int, tree: dict, keep: int | None = None, keep_every: in
     def write():
         plan.update(merge(described))
         file = f"rank_{rank}.safetensors"
-        mine = [name for name, e in plan["tensors"].items() if any(s["file"] == file for s in e["slices"])]
-        return write_tensors(temporary / file, {name: held[name].tensor for name in mine}) if mine else None
+        mine = [
+            name
+            for name, e in plan["tensors"].items()
+            if any(s["file"] == file for s in e["slices"])
+        ]
+        return (
+            write_tensors(temporary / file, {name: held[name].tensor for name in mine})
+            if mine
+            else None
+        )
 
     def publish():
         if rank != 0:
             return
         files = {f"rank_{r}.safetensors": facts for r, facts in enumerate(written) if facts}
         body = {"format": FORMAT, "step": step, "files": files, **plan}
-        write_file(temporary / "index.json", [as_json({"body": body, "sha256": sha256(as_json(body))})])
+        write_file(
+            temporary / "index.json", [as_json({"body": body, "sha256": sha256(as_json(body))})]
+        )
         sync(temporary)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -98,14 +122,18 @@ def save(out_dir, step: int, tree: dict, keep: int | None = None, keep_every: in
         try:
             result = json.loads(as_json(work()))
         except Exception as e:  # whatever it is, the other ranks must hear of it
-            cause, sentence = e, str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"
+            cause, sentence = (
+                e,
+                (str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"),
+            )
         answers = _exchange([result, sentence, isinstance(cause, ValueError)], group)
         for r, (_, sentence, of_the_tree) in enumerate(answers):
             if sentence is not None:
                 if rank == 0:
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise (ValueError if of_the_tree else OSError)(
-                    f"step {step} was not saved, {f'rank {r}: ' if len(answers) > 1 else ''}{sentence}; "
+                    f"step {step} was not saved,"
+                    f" {f'rank {r}: ' if len(answers) > 1 else ''}{sentence}; "
                     f"the earlier checkpoints in {out_dir} are as they were"
                     f"{'' if of_the_tree else '; see that there is room and that it can be written'}"
                 ) from cause
@@ -118,11 +146,18 @@ def save(out_dir, step: int, tree: dict, keep: int | None = None, keep_every: in
 
 
 class Saver:
-    """The checkpoints of one run. every: steps between them; hours: see `overdue`; keep, keep_every: see
-    `prune`; asynchronous: in the background, as above, or while training waits."""
+    """The checkpoints of one run. every: steps between them; hours: see `overdue`; keep,
+    keep_every: see `prune`; asynchronous: in the background, as above, or while training waits."""
 
-    def __init__(self, out_dir, every: int | None = None, hours: float | None = None, keep: int | None = None,
-                 keep_every: int | None = None, asynchronous: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        out_dir,
+        every: int | None = None,
+        hours: float | None = None,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+    ):
         self.out_dir, self.hours, self.keep, self.keep_every = out_dir, hours, keep, keep_every
         self.intervals, self.events = [n for n in (every, keep_every) if n], []
         self.saved_at = time.monotonic()
@@ -130,19 +165,23 @@ class Saver:
         if asynchronous:
             self.pool = ThreadPoolExecutor(1, "saving", initializer=_step_back)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                # A slow disk is no deadlock: this group waits long. A rank that dies is noticed at once.
+                # A slow disk is no deadlock: this group waits long. A rank that dies is noticed at
+                # once.
                 self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
     def due(self, step: int) -> bool:
-        """Is this a step after which a checkpoint is saved? What is to be kept for ever is saved, too."""
+        """Is this a step after which a checkpoint is saved? What is to be kept for ever is saved,
+        too."""
         return step > 0 and any(step % n == 0 for n in self.intervals)
 
     def overdue(self) -> bool:
-        """By this rank's clock `hours` have passed since the last save; ask one rank and tell the others."""
+        """By this rank's clock `hours` have passed since the last save; ask one rank and tell the
+        others."""
         return self.hours is not None and time.monotonic() - self.saved_at >= 3600 * self.hours
 
     def save(self, step: int, tree: dict, last: bool = False) -> None:
-        """last: returns when the checkpoint is on the disk, and raises OSError where it cannot be."""
+        """last: returns when the checkpoint is on the disk, and raises OSError where it cannot
+        be."""
         self.wait()
         self.saved_at = time.monotonic()
         if last or self.pool is None:
@@ -160,13 +199,15 @@ class Saver:
             self._finish(step, future.result)
 
     def drop_after(self, step: int) -> None:
-        """Deletes checkpoints after `step`, but only if the newest save was of `step` and succeeded."""
+        """Deletes checkpoints after `step`, but only if the newest save was of `step` and
+        succeeded."""
         self.wait()
         if self.saved == step:
             drop_after(self.out_dir, step)
 
     def news(self) -> list[dict]:
-        """[{"step", "event": "save"}] or, with the reason in "text", "save_failed". Waits for nothing."""
+        """[{"step", "event": "save"}] or, with the reason in "text", "save_failed". Waits for
+        nothing."""
         if self.under_way is not None and self.under_way[1].done():
             self.wait()
         events, self.events = self.events, []
@@ -190,11 +231,12 @@ class Saver:
 
 
 def _step_back():
-    if sys.platform == "linux":  # at 0 or 10 a step on a CPU, whose cores are all at work, takes 12 % longer
+    # At 0 or 10 a step on a CPU, whose cores are all at work, takes 12 % longer
+    if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-# ---- what is kept ----
+# ---- what is kept --------------------------------------------------------------------------------
 
 
 def found(out_dir) -> list[tuple[int, bool, Path]]:
@@ -204,18 +246,22 @@ def found(out_dir) -> list[tuple[int, bool, Path]]:
     return sorted((int(m[2]), m[1] is None, path) for m, path in matches if m and path.is_dir())
 
 
-def prune(out_dir, keep: int | None, upto: int | None = None, keep_every: int | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints (None keeps all) and those whose step is a multiple of
-    `keep_every`, and what killed runs left half-written.
+def prune(
+    out_dir, keep: int | None, upto: int | None = None, keep_every: int | None = None
+) -> None:
+    """Delete all but the newest `keep` checkpoints (None keeps all) and those whose step is a
+    multiple of `keep_every`, and what killed runs left half-written.
 
-    Those after step `upto` are neither counted nor deleted: a run that fell back behind damaged checkpoints
-    must not delete, as too old, the good one it has just saved.
+    Those after step `upto` are neither counted nor deleted: a run that fell back behind damaged
+    checkpoints must not delete, as too old, the good one it has just saved.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: keep at least 1 checkpoint, or none to keep them all")
     there = found(out_dir)
     steps = sorted({step for step, _, _ in there if upto is None or step <= upto})
-    too_old = {step for step in (steps[:-keep] if keep else []) if not keep_every or step % keep_every}
+    too_old = {
+        step for step in (steps[:-keep] if keep else []) if not keep_every or step % keep_every
+    }
     replaced = {step for step, current, _ in there if current}
     for step, current, path in there:
         if step in too_old or (step in replaced and not current):
@@ -229,26 +275,33 @@ def prune(out_dir, keep: int | None, upto: int | None = None, keep_every: int | 
 
 
 def drop_after(out_dir, step: int) -> None:
-    """Deletes the checkpoints of later steps, which a rollback has left behind; rank 0 does, for all."""
+    """Deletes the checkpoints of later steps, which a rollback has left behind; rank 0 does, for
+    all."""
     for path in [path for at, _, path in found(out_dir) if at > step] if _rank(None) == 0 else ():
         os.rename(path, path.with_name(f".tmp-{path.name}"))
         shutil.rmtree(path.with_name(f".tmp-{path.name}"), ignore_errors=True)
 
 
-# ---- files ----
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def write_tensors(path, tensors: dict) -> dict:
-    """Write a safetensors file: 8 bytes that give the header's length, the header in JSON, the data.
+    """Write a safetensors file: 8 bytes that give the header's length, the header in JSON, the
+    data.
 
-    By hand: the library's writer needs a second copy of all that shares memory or sits on a GPU, and its file
-    would have to be read again for the checksum.
+    By hand: the library's writer needs a second copy of all that shares memory or sits on a GPU,
+    and its file would have to be read again for the checksum.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    tensors = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each one is aligned
+    # So that each one is aligned
+    tensors = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     for name, t in tensors:
         begin, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [begin, end],
+        }
     text = as_json(header)
     text += b" " * (-len(text) % 8)
     # any dtype as bytes; one tensor at a time on the host
@@ -257,7 +310,8 @@ def write_tensors(path, tensors: dict) -> dict:
 
 
 def write_file(path, pieces) -> dict:
-    """The pieces one after the other, on the disk when this returns: {"sha256", "bytes"} of them."""
+    """The pieces one after the other, on the disk when this returns: {"sha256", "bytes"} of
+    them."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for piece in pieces:
@@ -285,7 +339,7 @@ def sha256(data) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-# ---- ranks ----
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def _rank(group):
@@ -293,12 +347,15 @@ def _rank(group):
 
 
 def _exchange(value, group):
-    """Every rank's JSON value, in rank order; as bytes, for all_gather_object would unpickle them."""
+    """Every rank's JSON value, in rank order; as bytes, for all_gather_object would unpickle
+    them."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     data = torch.frombuffer(bytearray(as_json(value)), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    sizes = [
+        torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))
+    ]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
     longest = max(int(n) for n in sizes)
     rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]

@@ -1,7 +1,7 @@
 """Learning-rate and batch-size schedules: pure functions from the step to a multiplier or a size.
 
-`step` counts from 0 the update about to be made, of `steps` in all. A schedule multiplies each group's own
-initial lr. Every schedule starts with linear warm-up over W steps:
+`step` counts from 0 the update about to be made, of `steps` in all. A schedule multiplies each
+group's own initial lr. Every schedule starts with linear warm-up over W steps:
 
     (step + 1) / W                     the first update already moves (from 0 it would be lost)
     start + (1 - start) step / W       with a start factor, as torch's LinearLR
@@ -13,22 +13,24 @@ and then runs its shape on t = step - W of T = steps - W, with x = t / T:
     linear        1 - (1 - minimum) x
     constant      1
     inverse_sqrt  sqrt(s / (s + t)), s = timescale or W                            Vaswani et al. 2017
-    sgdr          cosine over T_0 steps, then again from 1 over T_mult times as many, ... (1608.03983)
-    onecycle      from 1/div_factor up to 1 over pct_start of T, then down to 1/(div_factor final_div_factor)
-                  Smith & Topin 2019 (1708.07120); equal to torch's OneCycleLR where W = 0
+    sgdr          cosine over T_0 steps, then again from 1 over T_mult times as many, ...
+                  (1608.03983)
+    onecycle      from 1/div_factor up to 1 over pct_start of T, then down to 1/(div_factor
+                  final_div_factor) Smith & Topin 2019 (1708.07120); equal to torch's OneCycleLR
+                  where W = 0
 
-Shapes differ after warm-up alone, so that any of them can be branched off in mid-run: a WSD run's stable
-phase goes on under another decay with `--resume=RUN/step-... --schedule=...`. WSD is MiniCPM's; Llama 2,
-often named for it, used cosine. A cosine that starts at lr 0, or one lr for all groups, as in some texts,
-loses a step or the groups.
+Shapes differ after warm-up alone, so that any of them can be branched off in mid-run: a WSD run's
+stable phase goes on under another decay with `--resume=RUN/step-... --schedule=...`. WSD is
+MiniCPM's; Llama 2, often named for it, used cosine. A cosine that starts at lr 0, or one lr for all
+groups, as in some texts, loses a step or the groups.
 """
 
 import math
 
 
 def wsd(t: int, T: int, minimum: float = 0.0, decay: int = 0, shape: str = "linear") -> float:
-    """shape: linear, cosine, exponential or sqrt (1 - sqrt); `decay`: steps of the descent, given by
-    multiplier()."""
+    """shape: linear, cosine, exponential or sqrt (1 - sqrt); `decay`: steps of the descent, given
+    by multiplier()."""
     if shape not in ("linear", "cosine", "exponential", "sqrt"):
         raise ValueError(f"--schedule.shape={shape} is none of linear, cosine, exponential, sqrt")
     if t <= T - decay:
@@ -36,7 +38,9 @@ def wsd(t: int, T: int, minimum: float = 0.0, decay: int = 0, shape: str = "line
     d = (t - (T - decay)) / decay  # 0 at the start of the descent, 1 at its end
     if shape == "exponential":  # never reaches 0: without a minimum it ends at 1/1000
         return (minimum or 1e-3) ** d
-    fall = {"linear": 1 - d, "cosine": (1 + math.cos(math.pi * d)) / 2, "sqrt": 1 - math.sqrt(d)}[shape]
+    fall = {"linear": 1 - d, "cosine": (1 + math.cos(math.pi * d)) / 2, "sqrt": 1 - math.sqrt(d)}[
+        shape
+    ]
     return minimum + (1 - minimum) * fall
 
 
@@ -61,22 +65,32 @@ def inverse_sqrt(t: int, T: int, minimum: float = 0.0, timescale: float = 1.0) -
 
 
 def sgdr(t: int, T: int, minimum: float = 0.0, T_0: int = 0, T_mult: int = 2) -> float:
-    """T_0: steps of the first cycle; 0 = so that three cycles fill T. T_mult: how much longer each next one
-    is."""
+    """T_0: steps of the first cycle; 0 = so that three cycles fill T. T_mult: how much longer each
+    next one is."""
     if T_0 < 0 or T_0 != int(T_0) or T_mult < 1 or T_mult != int(T_mult):
-        raise ValueError(f"--schedule.T_0={T_0} must be a whole number from 0, T_mult={T_mult} one from 1")
+        raise ValueError(
+            f"--schedule.T_0={T_0} must be a whole number from 0, T_mult={T_mult} one from 1"
+        )
     length = T_0 or max(1, T // (1 + T_mult + T_mult**2))
     while t >= length:
         t, length = t - length, length * T_mult
     return minimum + (1 - minimum) * (1 + math.cos(math.pi * t / length)) / 2
 
 
-def onecycle(t: int, T: int, minimum: float = 0.0, pct_start: float = 0.3, div_factor: float = 25.0,
-             final_div_factor: float = 1e4) -> float:  # fmt: skip
+def onecycle(
+    t: int,
+    T: int,
+    minimum: float = 0.0,
+    pct_start: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> float:
     """The end is 1/(div_factor final_div_factor), or `minimum` where that is higher."""
     if not (0 < pct_start < 1 and div_factor >= 1 and final_div_factor >= 1):
-        raise ValueError(f"onecycle takes pct_start={pct_start} between 0 and 1, div_factor={div_factor} and "
-                         f"final_div_factor={final_div_factor} from 1")
+        raise ValueError(
+            f"onecycle takes pct_start={pct_start} between 0 and 1, div_factor={div_factor} and "
+            f"final_div_factor={final_div_factor} from 1"
+        )
     low, end = 1 / div_factor, max(minimum, 1 / (div_factor * final_div_factor))
     top = pct_start * T - 1
     if t <= top:
@@ -88,13 +102,21 @@ SHAPES = {f.__name__: f for f in (wsd, cosine, linear, constant, inverse_sqrt, s
 OURS = ("t", "T", "minimum", "decay")  # arguments that multiplier() itself gives
 
 
-def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float = 0.0,
-               decay_frac: float = 0.4, warmup_start: float | None = None, **options) -> float:  # fmt: skip
-    """What each group's initial lr is multiplied by at this step. name: a key of SHAPES; options: its
-    arguments.
+def multiplier(
+    name: str,
+    step: int,
+    steps: int,
+    warmup: int = 0,
+    minimum: float = 0.0,
+    decay_frac: float = 0.4,
+    warmup_start: float | None = None,
+    **options,
+) -> float:
+    """What each group's initial lr is multiplied by at this step. name: a key of SHAPES; options:
+    its arguments.
 
-    warmup: steps; warmup_start: the factor it starts from; minimum: where a decay ends; decay_frac: wsd's
-    descent as a share of all steps. Raises ValueError for options out of range.
+    warmup: steps; warmup_start: the factor it starts from; minimum: where a decay ends; decay_frac:
+    wsd's descent as a share of all steps. Raises ValueError for options out of range.
     """
     if step < warmup and warmup_start is None:
         return (step + 1) / warmup
@@ -108,9 +130,11 @@ def multiplier(name: str, step: int, steps: int, warmup: int = 0, minimum: float
     return SHAPES[name](min(step - warmup, T), T, minimum, **options)
 
 
-def follow(groups: list[dict], step: int, factor: float, momentum_warmup: int | None = None) -> None:
-    """Sets the lr of each of an optimizer's groups to `factor` times the one it was made with, and where
-    momentum warms up over so many steps, its momentum."""
+def follow(
+    groups: list[dict], step: int, factor: float, momentum_warmup: int | None = None
+) -> None:
+    """Sets the lr of each of an optimizer's groups to `factor` times the one it was made with, and
+    where momentum warms up over so many steps, its momentum."""
     for group in groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         if momentum_warmup is not None:
@@ -124,14 +148,18 @@ def momentum_at(step: int, warmup: int, start: float, end: float) -> float:
 
 
 def scaled_lr(lr: float, rule: str | None, batch_size: int, base_batch_size: int | None) -> float:
-    """lr for another batch size. linear: Goyal et al. 2017 (1706.02677), for SGD; sqrt: keeps Adam's noise,
-    Malladi et al. 2022 (2205.10287). Both break at large batches."""
-    return lr if rule is None else lr * (batch_size / base_batch_size) ** {"linear": 1.0, "sqrt": 0.5}[rule]
+    """lr for another batch size. linear: Goyal et al. 2017 (1706.02677), for SGD; sqrt: keeps
+    Adam's noise, Malladi et al. 2022 (2205.10287). Both break at large batches."""
+    return (
+        lr
+        if rule is None
+        else lr * (batch_size / base_batch_size) ** {"linear": 1.0, "sqrt": 0.5}[rule]
+    )
 
 
 def batch_at(step: int, batch_size: int, start: int | None = None, ramp: int | None = None) -> int:
-    """Batch-size ramp: start, 2 start, 3 start, ... batch_size, evenly over `ramp` steps (Brown et al.
-    2020)."""
+    """Batch-size ramp: start, 2 start, 3 start, ... batch_size, evenly over `ramp` steps (Brown et
+    al. 2020)."""
     if ramp is None or step >= ramp:
         return batch_size
     return start * (1 + step * (batch_size // start) // ramp)

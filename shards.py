@@ -59,7 +59,8 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
             f"{magic} of version {version}" for magic, (version, _) in HEADERS.items()
         )
         raise ValueError(
-            f"{path} begins with a header that is unknown here, {header} (known are {known}): {WRITE}"
+            f"{path} begins with a header that is unknown here, {header} (known are {known}):"
+            f" {WRITE}"
         )
     if is_text(head) or one_byte(x):
         raise ValueError(
@@ -80,8 +81,8 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
 
 
 def lanes(path: Path) -> np.ndarray:
-    """(n, 4) uint16: each 8 bytes of the file. Of a large one its first 64 KiB, and 256 stretches of
-    4 KiB."""
+    """(n, 4) uint16: each 8 bytes of the file. Of a large one its first 64 KiB, and 256 stretches
+    of 4 KiB."""
     size = path.stat().st_size
     if size <= SAMPLED:
         return np.fromfile(path, "<u2", size // 8 * 4).reshape(-1, 4)

@@ -4,9 +4,9 @@
     rank 1   {"model": {"w": Slice(rows 2, 3)}}             ─┘ ────► tensors  "model/w": rows 0, 1 in rank_0,
                                                                                rows 2, 3 in rank_1
 
-A tensor's name is its path in the tree. A slice is a box of the whole tensor: its `offsets` and its shape.
-Nothing here touches a disk or another rank: `merge` is given what all ranks said, `check` tells whether a
-tree and its tensors, ours or from a damaged file, are what merge makes.
+A tensor's name is its path in the tree. A slice is a box of the whole tensor: its `offsets` and its
+shape. Nothing here touches a disk or another rank: `merge` is given what all ranks said, `check`
+tells whether a tree and its tensors, ours or from a damaged file, are what merge makes.
 """
 
 import math
@@ -15,10 +15,22 @@ from dataclasses import dataclass, replace
 import torch
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TENSOR = {"$": "tensor"}
@@ -29,7 +41,8 @@ CELLS = 2**24  # pieces into which the slices of one tensor may cut it
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a global tensor that this rank holds: a box whose first element sits at `offsets`."""
+    """The part of a global tensor that this rank holds: a box whose first element sits at
+    `offsets`."""
 
     tensor: torch.Tensor
     global_shape: tuple[int, ...]
@@ -37,8 +50,9 @@ class Slice:
 
 
 def boxed(by_name: dict, boxes: dict) -> dict:
-    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}. `boxes`: name -> (whole shape,
-    offsets) where there is only that part of a parameter: its tensors become Slices."""
+    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}. `boxes`: name ->
+    (whole shape, offsets) where there is only that part of a parameter: its tensors become
+    Slices."""
 
     def cut(value, box):
         if isinstance(value, dict):
@@ -52,7 +66,7 @@ def boxed(by_name: dict, boxes: dict) -> dict:
     return {name: cut(x, boxes[name]) if name in boxes else x for name, x in by_name.items()}
 
 
-# ---- the tree ----
+# ---- the tree ------------------------------------------------------------------------------------
 
 
 def walk(node, leaf, name=""):
@@ -65,7 +79,9 @@ def walk(node, leaf, name=""):
         return leaf(name, node)
     for key in node:
         if not isinstance(key, str) or "/" in key or key in ("", "__metadata__"):
-            raise ValueError(f"{name or 'the tree'} has the key {key!r}; keys are strings without '/'")
+            raise ValueError(
+                f"{name or 'the tree'} has the key {key!r}; keys are strings without '/'"
+            )
     return {key: walk(value, leaf, f"{name}/{key}" if name else key) for key, value in node.items()}
 
 
@@ -92,8 +108,12 @@ def as_slice(name, tensor):
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(p.is_partial() for p in tensor.placements):
-        raise ValueError(f"{name} is a DTensor whose parts are not summed yet; redistribute it first")
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        raise ValueError(
+            f"{name} is a DTensor whose parts are not summed yet; redistribute it first"
+        )
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return Slice(tensor.to_local(), tuple(tensor.shape), tuple(offsets))
 
 
@@ -123,25 +143,31 @@ def merge(described):
             entry = tensors.setdefault(name, {"shape": whole, "dtype": dtype, "slices": []})
             if (whole, dtype) != (entry["shape"], entry["dtype"]):
                 lower = f"{entry['dtype']} {entry['shape']}"
-                raise ValueError(f"{name} is {dtype} {whole} on rank {rank} but {lower} on a lower one")
+                raise ValueError(
+                    f"{name} is {dtype} {whole} on rank {rank} but {lower} on a lower one"
+                )
             box = (name, *offsets, *shape)
             if box not in seen and (0 not in shape or 0 in whole):
                 seen.add(box)
                 file = f"rank_{rank}.safetensors"
-                entry["slices"].append({"file": file, "key": name, "offsets": offsets, "shape": shape})
+                entry["slices"].append(
+                    {"file": file, "key": name, "offsets": offsets, "shape": shape}
+                )
     check(tree, tensors)
     return {"tensors": tensors, "tree": tree}
 
 
 def union(low, high):
     if isinstance(low, dict) and isinstance(high, dict) and "$" not in low and "$" not in high:
-        return low | {key: union(low[key], value) if key in low else value for key, value in high.items()}
+        return low | {
+            key: union(low[key], value) if key in low else value for key, value in high.items()
+        }
     if isinstance(low, list) and isinstance(high, list) and len(low) == len(high):
         return [union(a, b) for a, b in zip(low, high)]
     return low
 
 
-# ---- boxes ----
+# ---- boxes ---------------------------------------------------------------------------------------
 
 
 def inside(offsets, shape, whole):
@@ -153,7 +179,8 @@ def inside(offsets, shape, whole):
 
 
 def within(low, high, origin):
-    """The index of the box from `low` to `high` in a tensor whose first element sits at `origin`."""
+    """The index of the box from `low` to `high` in a tensor whose first element sits at
+    `origin`."""
     return tuple(slice(i - o, j - o) for i, j, o in zip(low, high, origin))
 
 
@@ -171,16 +198,22 @@ def check(tree, tensors):
     for name in placed ^ set(tensors):
         raise ValueError(f"{name} is a tensor on one rank but not on a lower one")
     for name, entry in tensors.items():
-        # Cut each dimension where a slice begins or ends: a cell of that grid is held whole or not at all.
+        # Cut each dimension where a slice begins or ends: a cell of that grid is held whole or not
+        # at all.
         whole, slices = entry["shape"], entry["slices"]
         if not slices or not all(inside(s["offsets"], s["shape"], whole) for s in slices):
             raise ValueError(f"{name} {whole} has no slice, or one that reaches beyond its shape")
         if entry["dtype"] not in DTYPES or any(s["key"] != name for s in slices):
-            raise ValueError(f"{name} is {entry['dtype']}, no known type, or has a slice by another name")
+            raise ValueError(
+                f"{name} is {entry['dtype']}, no known type, or has a slice by another name"
+            )
         if len({s["file"] for s in slices}) < len(slices):
             raise ValueError(f"{name} has two slices in one file")
         boxes = [(s["offsets"], [o + n for o, n in zip(s["offsets"], s["shape"])]) for s in slices]
-        cuts = [sorted({0, n, *(corner[d] for box in boxes for corner in box)}) for d, n in enumerate(whole)]
+        cuts = [
+            sorted({0, n, *(corner[d] for box in boxes for corner in box)})
+            for d, n in enumerate(whole)
+        ]
         if math.prod(len(c) - 1 for c in cuts) > CELLS:
             raise ValueError(f"{name} {whole} is cut into more than {CELLS} pieces")
         place_of = [{cut: i for i, cut in enumerate(c)} for c in cuts]

@@ -1,12 +1,12 @@
 """Everything a step depends on: collected for a checkpoint, put back from one, on any layout.
 
-    model               the weights to evaluate, sample and export: Schedule-Free's average, the best ones
-                        once early stopping has chosen, else those of training
-    training_weights    those that training goes on from, where they are others
-    optim               state by parameter name, what the groups count
-    replicas            what the layout keeps beside: residuals of compression, DiLoCo's outer step
-    fp8, scaler, guard, progress, best        one tree for each thing in `kept`
-    rng                 torch's generator of each rank; nothing in train.py draws from it, a fork may
+model               the weights to evaluate, sample and export: Schedule-Free's average, the best
+                    ones once early stopping has chosen, else those of training
+training_weights    those that training goes on from, where they are others
+optim               state by parameter name, what the groups count
+replicas            what the layout keeps beside: residuals of compression, DiLoCo's outer step
+fp8, scaler, guard, progress, best        one tree for each thing in `kept`
+rng                 torch's generator of each rank; nothing in train.py draws from it, a fork may
 """
 
 import contextlib
@@ -22,16 +22,17 @@ from saving import Saver
 
 
 class State:
-    """optimizer, replicas: the run's; boxes: name -> where the part that the optimizer sees lies in the whole
-    parameter; cuts: of parallel/tensor.py; kept: name -> anything with tree() and load(tree)."""
+    """optimizer, replicas: the run's; boxes: name -> where the part that the optimizer sees lies in
+    the whole parameter; cuts: of parallel/tensor.py; kept: name -> anything with tree() and
+    load(tree)."""
 
     def __init__(self, optimizer, replicas, boxes: dict, cuts: dict, mesh: Mesh, kept: dict):
         self.optimizer, self.replicas, self.boxes, self.cuts = optimizer, replicas, boxes, cuts
         self.mesh, self.kept, self.training = mesh, kept, None
 
     def outside(self):
-        """with this: the model holds the weights that others are to have, and afterwards the very bits it
-        had. Gives those that training goes on from, by name; {} where they are the same."""
+        """with this: the model holds the weights that others are to have, and afterwards the very
+        bits it had. Gives those that training goes on from, by name; {} where they are the same."""
         if self.training is not None:
             return contextlib.nullcontext(self.training)
         return param_groups.evaluation_weights(self.optimizer, self.replicas.share_weights)
@@ -45,11 +46,17 @@ class State:
     def counted(self, by_name: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Those of a tensor for each parameter of which no other rank brings the same numbers."""
         tied_copy = {"embed.weight"} if self.mesh.coords["pp"] > 0 else {}
-        cut = self.cuts if self.mesh.coords["tp"] > 0 else by_name  # the rest is alike on all tp ranks
-        return [x for n, x in by_name.items() if self.replicas.counts and n in cut and n not in tied_copy]
+        # The rest is alike on all tp ranks
+        cut = self.cuts if self.mesh.coords["tp"] > 0 else by_name
+        return [
+            x
+            for n, x in by_name.items()
+            if self.replicas.counts and n in cut and n not in tied_copy
+        ]
 
     def norm(self, gradients: dict[str, torch.Tensor], everywhere: bool = True) -> torch.Tensor:
-        """The 2-norm of the gradients of all ranks, or only of this one, each number counted once."""
+        """The 2-norm of the gradients of all ranks, or only of this one, each number counted
+        once."""
         return self.mesh.norm(self.counted(gradients), everywhere)
 
     def weights(self) -> dict:
@@ -92,13 +99,16 @@ class State:
         torch.set_rng_state(rng.get(str(self.mesh.rank), rng["0"]))
 
     def take_best(self, path: Path) -> str:
-        """From now on the model holds these weights, and those of training are kept beside. What to say."""
+        """From now on the model holds these weights, and those of training are kept beside. What to
+        say."""
         try:
             saved = checkpoint.load(path)
         except ValueError as error:
             return f"the best weights are lost, the last ones stay: {error}"
         groups = self.optimizer.param_groups
-        self.training = {n: p.detach().clone() for g in groups for n, p in zip(g["names"], g["params"])}
+        self.training = {
+            n: p.detach().clone() for g in groups for n, p in zip(g["names"], g["params"])
+        }
         self.replicas.fill(tensor.part_of(saved.weights("model"), self.cuts))
         return f"the best weights are those of step {saved.step}"
 
@@ -109,7 +119,8 @@ def training_weights(saved: checkpoint.Checkpoint):
 
 
 class Disk:
-    """The run's checkpoints as what a rollback goes back to: spikes.Ring's interface, on any layout."""
+    """The run's checkpoints as what a rollback goes back to: spikes.Ring's interface, on any
+    layout."""
 
     def __init__(self, out_dir: Path, state: State, saver: Saver):
         self.out_dir, self.state, self.saver = out_dir, state, saver
@@ -118,8 +129,8 @@ class Disk:
         """Saving is train.py's."""
 
     def restore(self, before: int, back: int = 1) -> tuple | None:
-        """The back-th newest whole checkpoint of a step before this one, or the oldest: (step, the guard's
-        memory and the next row then); None where there is none."""
+        """The back-th newest whole checkpoint of a step before this one, or the oldest: (step, the
+        guard's memory and the next row then); None where there is none."""
         self.saver.wait()  # its end deletes old ones
         mesh, found = self.state.mesh, []
         if mesh.rank == 0:

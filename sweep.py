@@ -53,9 +53,20 @@ from trials import OVER, Trial, flags
 
 TRAIN = str(Path(__file__).resolve().parent / "train.py")
 OPTIONS = dict(method="grid", trials="20", jobs="1", metric="val_loss", launch="", search_seed="0")
-ALLOWED = dict(method=("grid", "random", "optuna"),
-               metric=("val_loss", "val_bpb", "perplexity", "loss", "step_s", "peak_bytes",
-                       "val_accuracy", "tokens_per_s", "mfu"))  # fmt: skip
+ALLOWED = dict(
+    method=("grid", "random", "optuna"),
+    metric=(
+        "val_loss",
+        "val_bpb",
+        "perplexity",
+        "loss",
+        "step_s",
+        "peak_bytes",
+        "val_accuracy",
+        "tokens_per_s",
+        "mfu",
+    ),
+)
 MAXIMISED = ALLOWED["metric"][-3:]
 FULL = [getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS")]
 
@@ -89,13 +100,15 @@ def read(argv: list[str]) -> tuple[dict, dict, list[str]]:
     for name in ("trials", "jobs", "search_seed"):
         least = int(name != "search_seed")
         if not options[name].isdecimal() or int(options[name]) < least:
-            raise ValueError(f"--{name}={options[name]} is not allowed; it takes a whole number, "
-                             f"{least} or more")  # fmt: skip
+            raise ValueError(
+                f"--{name}={options[name]} is not allowed; it takes a whole number, {least} or more"
+            )
         options[name] = int(options[name])
     for name, allowed in ALLOWED.items():
         if options[name] not in allowed:
-            raise ValueError(f"--{name}={options[name]} is not allowed; it takes "
-                             f"{', '.join(allowed)}")  # fmt: skip
+            raise ValueError(
+                f"--{name}={options[name]} is not allowed; it takes {', '.join(allowed)}"
+            )
     if not typed:
         raise ValueError("nothing to search; type for instance --search.lr=1e-3,3e-3,1e-2")
     search = {name[7:]: proposals.choices(name[7:], text) for name, text in typed.items()}
@@ -107,8 +120,9 @@ def read(argv: list[str]) -> tuple[dict, dict, list[str]]:
             raise ValueError("a grid runs every combination; leave --trials out")
         for name, choice in search.items():
             if isinstance(choice, tuple) and choice[0] != "int":
-                raise ValueError(f"a grid needs values, --search.{name}=A,B,C; or type "
-                                 "--method=random")  # fmt: skip
+                raise ValueError(
+                    f"a grid needs values, --search.{name}=A,B,C; or type --method=random"
+                )
     program(options["launch"])  # a mistake shows now
     proposals.possible(search, lambda values: refuse(words + flags(values), options["metric"]))
     for name, text in typed.items():
@@ -133,8 +147,10 @@ def refuse(words: list[str], metric: str) -> None:
     """Raises ValueError where train.py would not begin with these words."""
     cfg = config.parse(words)
     if not cfg.eval_every and (metric.startswith("val_") or metric == "perplexity"):
-        raise ValueError(f"--metric={metric} needs evaluations, eval_every={cfg.eval_every} makes "
-                         "none; type --eval_every=60, or --metric=loss")  # fmt: skip
+        raise ValueError(
+            f"--metric={metric} needs evaluations, eval_every={cfg.eval_every} makes "
+            "none; type --eval_every=60, or --metric=loss"
+        )
     kind = choices.find_optimizer(cfg.optim)
     checks.check_options(cfg, "opt", kind, given=("params", "lr", "weight_decay"))
     choices.lr_schedule(update(cfg, schedule=cfg.schedule.replace("auto", "wsd")))
@@ -144,13 +160,15 @@ def refuse(words: list[str], metric: str) -> None:
 def main(argv: list[str]) -> int:
     """One search; its exit status. Raises ValueError for a mistake, OSError for a lost folder."""
     if not argv or not argv[0] or argv[0].startswith("-") or argv[0].endswith(".toml"):
-        raise ValueError("usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... "
-                         "[--field=value ...]")  # fmt: skip
+        raise ValueError(
+            "usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... [--field=value ...]"
+        )
     home, (options, search, words) = Path(argv[0]).expanduser(), read(argv[1:])
     search = sweep_folder.in_order(home, search)
     metric, jobs, maximise = options["metric"], options["jobs"], options["metric"] in MAXIMISED
-    method = proposals.Proposals(options["method"], search, metric, maximise,
-                                 options["search_seed"], options["trials"])  # fmt: skip
+    method = proposals.Proposals(
+        options["method"], search, metric, maximise, options["search_seed"], options["trials"]
+    )
     call = [*program(options["launch"]), *words]
     lock, stop, running, trouble = sweep_folder.lock(home), resume.StopSignal(), [], []
 

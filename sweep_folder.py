@@ -65,8 +65,10 @@ def same_search(home: Path, options: dict, search: dict, words: list[str], say) 
     for name in [name for name in was | now if was.get(name, ...) != now.get(name, ...)]:
         old = f"{name}={shown(was[name])}" if name in was else f"no {name}"
         new = shown(now[name]) if name in now else "left out"
-        raise ValueError(f"{home} holds a search with {old}, now it is {new}; type the same "
-                         "command again, or choose another folder")  # fmt: skip
+        raise ValueError(
+            f"{home} holds a search with {old}, now it is {new}; type the same "
+            "command again, or choose another folder"
+        )
 
 
 def shown(value) -> str:

@@ -115,8 +115,12 @@ class Axis:
             step = math.ceil(n / 16)
             wide = sum(len(text) + 2 for text in texts[::step]) > 34
             ax.set(xlim=(-0.5, n - 0.5), xticks=range(0, n, step))
-            ax.set_xticklabels(texts[::step], rotation=35 if wide else 0, rotation_mode="anchor",
-                               ha="right" if wide else "center")  # fmt: skip
+            ax.set_xticklabels(
+                texts[::step],
+                rotation=35 if wide else 0,
+                rotation_mode="anchor",
+                ha="right" if wide else "center",
+            )
             return
         (low, high), log = self.ends, self.kind == "log"
         ax.set_xscale("log" if log else "linear")
@@ -176,8 +180,15 @@ def picture(trials: list, results: dict, search: dict, metric: str, maximise: bo
             alone = len(axes) == 1 or axis.kind == "list" or 2 * len(line) < len(mine)
             if line and axis.numeric and alone:
                 ax.plot(*zip(*sorted(line.items())), color=color, lw=1, alpha=0.6)
-        ax.scatter([axis.at(trials[0].values[axis.name])], [best], s=150, facecolors="none",
-                   edgecolors="black", lw=1.4, zorder=5)
+        ax.scatter(
+            [axis.at(trials[0].values[axis.name])],
+            [best],
+            s=150,
+            facecolors="none",
+            edgecolors="black",
+            lw=1.4,
+            zorder=5,
+        )
         axis.set(ax)
         ax.grid(alpha=0.25)
     for ax in grid[:, 0]:

@@ -8,12 +8,19 @@ import numpy as np
 
 
 class Tokenizer:
-    """`bytes` (each byte of UTF-8 is a token), any tiktoken encoding, or `ids`: text made of numbers, for
-    shards whose tokenizer nobody knows. ValueError for another name, or tables that cannot be fetched.
+    """`bytes` (each byte of UTF-8 is a token), any tiktoken encoding, or `ids`: text made of
+    numbers, for shards whose tokenizer nobody knows. ValueError for another name, or tables that
+    cannot be fetched.
     """
 
     def __init__(self, name: str, n_vocab: int = 2**16):
-        self.name, self.n_vocab, self.encoding, self.special, self.end_of_text = name, n_vocab, None, {}, None
+        self.name, self.n_vocab, self.encoding, self.special, self.end_of_text = (
+            name,
+            n_vocab,
+            None,
+            {},
+            None,
+        )
         if name == "bytes":
             self.n_vocab, self.end_of_text = 256, 0
         elif name != "ids":
@@ -42,8 +49,8 @@ class Tokenizer:
             for word in words:
                 if not (word.isascii() and word.isdecimal() and len(word) < 19):
                     raise ValueError(
-                        f"{word[:50]!r} is no token id, and --tokenizer=ids takes only these, such as "
-                        "'17 4 256'"
+                        f"{word[:50]!r} is no token id, and --tokenizer=ids takes only these, such"
+                        " as '17 4 256'"
                     )
             return np.array(words, np.int64)
         if self.encoding:
@@ -57,8 +64,8 @@ class Tokenizer:
         return b"".join(self._bytes(int(i), b"\xff") for i in ids).decode(errors="replace")
 
     def byte_lengths(self, vocab_size: int = 0) -> np.ndarray | None:
-        """(at least n_vocab and vocab_size,) bytes of text behind each id: 0 for special ones, unused
-        ones and those beyond the tokenizer's. None when unknown."""
+        """(at least n_vocab and vocab_size,) bytes of text behind each id: 0 for special ones,
+        unused ones and those beyond the tokenizer's. None when unknown."""
         if self.name == "ids":
             return None
         special = set(self.special.values())
@@ -76,15 +83,20 @@ def _tiktoken(name: str):
     try:
         import tiktoken
     except ImportError:
-        raise ValueError(f"--tokenizer={name} needs `pip install tiktoken`; `bytes` needs nothing") from None
+        raise ValueError(
+            f"--tokenizer={name} needs `pip install tiktoken`; `bytes` needs nothing"
+        ) from None
     known = ["bytes", "ids", *tiktoken.list_encoding_names()]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-        raise ValueError(f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; "
-                         f"known are {', '.join(known)}")
+        raise ValueError(
+            f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; known are {', '.join(known)}"
+        )
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # its tables are downloaded on first use
-        raise ValueError(f"tiktoken cannot fetch its encoding {name} ({str(error)[:200]}): set "
-                         "TIKTOKEN_CACHE_DIR to a folder filled on a machine with network, or use "
-                         "--tokenizer=bytes") from error
+        raise ValueError(
+            f"tiktoken cannot fetch its encoding {name} ({str(error)[:200]}): set "
+            "TIKTOKEN_CACHE_DIR to a folder filled on a machine with network, or use "
+            "--tokenizer=bytes"
+        ) from error

@@ -6,7 +6,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py
 
 `python train.py --help` lists every field. The same command again goes on where the run stopped.
-Exit status: 0 done, or stopped by SIGTERM or Ctrl-C after a checkpoint; 2 a user's mistake; 1 anything else.
+Exit status: 0 done, or stopped by SIGTERM or Ctrl-C after a checkpoint; 2 a user's mistake; 1
+anything else.
 """
 
 import contextlib
@@ -51,14 +52,14 @@ def main(cfg: settings.Config) -> dict:
 
     Uses the process group if there is one. Raises ValueError for a user's mistake.
     """
-    # ---- ranks: who am I, and on which device --------------------------------------------------------------
+    # ---- ranks: who am I, and on which device ----------------------------------------------------
     device = meshes.pick_device(cfg.device)
     made_group = meshes.start(device, cfg.timeout_minutes)
     mesh = meshes.make_mesh(device, cfg.tp, cfg.cp, cfg.pp)
     is_main = mesh.rank == 0
     torch.manual_seed(cfg.seed)  # nothing below draws from it, but a fork of this file may
 
-    # ---- the earlier run, if there is one: its settings fill what the command line leaves open ------------
+    # ---- the earlier run, if there is one: its settings fill what the command line leaves open ---
     out_dir, asked = Path(cfg.out_dir), cfg
     lock = resume.RunLock(out_dir) if is_main else None
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
@@ -88,33 +89,45 @@ def main(cfg: settings.Config) -> dict:
             outlets.print_line(f"the run in {out_dir} is finished at step {step}; {more}")
         return leave(logger.latest(out_dir))
 
-    # ---- what auto and none stand for on this machine, and what the dotted fields must fit ----------------
+    # ---- what auto and none stand for on this machine, and what the dotted fields must fit -------
     optimizer_class = choices.find_optimizer(cfg.optim)
     cfg = choices.settled(cfg, device, optimizer_class, mesh.groups["replicas"] is not None)
-    opt_options = checks.check_options(cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay"))
+    opt_options = checks.check_options(
+        cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay")
+    )
     lr_factor = choices.lr_schedule(cfg)  # step -> what every lr is multiplied by
 
-    # ---- data ---------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------
     corpus = mesh.first_on_each_machine(
         lambda: corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
     )
     if not mesh.alike(corpus.sha256):
-        raise ValueError(f"--data={cfg.data} is not the same on every machine; copy it to all from one")
+        raise ValueError(
+            f"--data={cfg.data} is not the same on every machine; copy it to all from one"
+        )
     cfg = choices.with_vocabulary(cfg, corpus.tokenizer.n_vocab)
-    train_rows = data.Rows(corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size)
+    train_rows = data.Rows(
+        corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size
+    )
     val_rows = data.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
     if earlier is not None and (in_place or "data" not in cfg.given):
         if earlier.tree("record/data_sha256") != corpus.sha256:
-            raise ValueError(f"--data={cfg.data} has changed since {earlier.path} was written, or is another "
-                             "text; give the one of then, or choose another --out_dir")  # fmt: skip
+            raise ValueError(
+                f"--data={cfg.data} has changed since {earlier.path} was written, or is another "
+                "text; give the one of then, or choose another --out_dir"
+            )
 
-    # ---- model: the same start on every layout ------------------------------------------------------------
+    # ---- model: the same start on every layout ---------------------------------------------------
     group, pipe, dtype = mesh.groups["pp"], None, amp.PARAM_DTYPE[cfg.precision]
     if group is not None:
-        pipe = pipeline.Pipeline(group, cfg.pp_schedule, cfg.n_layer, settings.chunks(cfg), device, cfg.tied)
+        pipe = pipeline.Pipeline(
+            group, cfg.pp_schedule, cfg.n_layer, settings.chunks(cfg), device, cfg.tied
+        )
     with torch.device("meta"):  # shapes alone; the layout decides what is held where
-        whole = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
+        whole = GPT(
+            GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__})
+        )
         model = GPT(whole.config, None if pipe is None else pipe.layers).to(dtype)
     weights = functools.partial(initial_weight, model.config)  # by name and shape
     if earlier is not None:
@@ -122,38 +135,50 @@ def main(cfg: settings.Config) -> dict:
     elif cfg.init_from is not None:
         weights = checkpoint.resolve(cfg.init_from).weights("model")
 
-    # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here -----------
-    cuts = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])  # by name, where it lies
+    # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here --
+    # By name, where it lies
+    cuts = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
-    places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(device)
+    places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(
+        device
+    )
 
-    # ---- how products are computed, and what backward computes again --------------------------------------
+    # ---- how products are computed, and what backward computes again -----------------------------
     eights, scaler = choices.products(cfg, model, device, corpus.train), choices.loss_scaler(cfg)
-    scales = {name: kept for name, kept in (("fp8", eights), ("scaler", scaler)) if kept is not None}
+    scales = {
+        name: kept for name, kept in (("fp8", eights), ("scaler", scaler)) if kept is not None
+    }
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
     activation_checkpoint.keep_less(model, cfg.activation_checkpoint or "none", mesh.groups["tp"])
     uncompiled = choices.compiled(cfg, model, device)  # why, or None
 
     def run(numbers: range | list[int], rows: data.Rows = train_rows, layers=None, x=None):
-        """Forward on the rows with these numbers: the sum of the token losses, and the targets (B, T). In a
-        pipeline through these layers, x being what the stage before gave."""
+        """Forward on the rows with these numbers: the sum of the token losses, and the targets (B,
+        T). In a pipeline through these layers, x being what the stage before gave."""
         tokens = rows(numbers)  # (B, T+1) int64
-        tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
+        tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(
+            device, non_blocking=True
+        )
         inputs, targets = tokens[:, places], tokens[:, places + 1]
         which = torch.tensor(numbers, device=device) if cfg.dropout > 0 else None
         with amp.autocast(cfg.precision, device):
             return model(inputs if x is None else x, targets, places, which, layers), targets
 
     def hidden(n: int, length: int) -> tuple:
-        """Shape, dtype and device of what the stages of a pipeline send each other of n sequences."""
+        """Shape, dtype and device of what the stages of a pipeline send each other of n
+        sequences."""
         length //= cfg.tp if cfg.sp and model.training else 1
         own = cfg.param_dtype is None or mesh.groups["replicas"] is None
         return (n, length, cfg.n_embd), dtype if own else choices.DTYPES[cfg.param_dtype], device
 
-    def each(batches: list, rows: data.Rows, scale: float | None = None, look=None) -> torch.Tensor | float:
-        """Forward on micro-batches of row numbers, and backward of each loss times `scale`. look(i, loss,
-        targets) sees each loss; their sum is returned, 0 where a pipeline's last stage is another rank's."""
+    def each(
+        batches: list, rows: data.Rows, scale: float | None = None, look=None
+    ) -> torch.Tensor | float:
+        """Forward on micro-batches of row numbers, and backward of each loss times `scale`. look(i,
+        loss, targets) sees each loss; their sum is returned, 0 where a pipeline's last stage is
+        another rank's.
+        """
 
         def part(i: int, layers=None, x=None) -> torch.Tensor:
             out, targets = run(batches[i], rows, layers, x)
@@ -163,7 +188,9 @@ def main(cfg: settings.Config) -> dict:
 
         if pipe is not None:
             like = [hidden(len(numbers), len(places)) for numbers in batches]
-            return sum(pipe.run(len(batches), part, like.__getitem__, scale, replicas.last_micro_batch))
+            return sum(
+                pipe.run(len(batches), part, like.__getitem__, scale, replicas.last_micro_batch)
+            )
         total = 0.0
         for i in range(len(batches)):
             if scale is not None:
@@ -174,22 +201,27 @@ def main(cfg: settings.Config) -> dict:
             total = total + loss.detach()
         return total
 
-    # ---- data parallel: who holds which weights, gradients and state --------------------------------------
+    # ---- data parallel: who holds which weights, gradients and state -----------------------------
     replicas = choices.data_parallel(cfg, mesh, cuts)
     model = replicas.wrap(model)
     replicas.fill(tensor.part_of(weights, cuts))
     share, size = checks.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
-    if size is None or share % size or (share // size % cfg.pp and "micro_batch_size" not in cfg.given):
+    if (
+        size is None
+        or share % size
+        or (share // size % cfg.pp and "micro_batch_size" not in cfg.given)
+    ):
         size = choices.largest_micro_batch(run, model, replicas, share, mesh)
         cfg = settings.update(cfg, micro_batch_size=size)
     if pipe is not None:
         pipe.plan(share // cfg.micro_batch_size, True)  # a schedule that cannot be shows now
 
-    # ---- optimizer ----------------------------------------------------------------------------------------
+    # ---- optimizer -------------------------------------------------------------------------------
     param_groups.without_compiler()
     lrs = choices.learning_rates(cfg, optimizer_class, opt_options, param_groups.kinds(whole))
-    groups = param_groups.param_groups(model, lrs, cfg.weight_decay, choices.matrices_only(optimizer_class),
-                                       cfg.decay_embeddings)  # fmt: skip
+    groups = param_groups.param_groups(
+        model, lrs, cfg.weight_decay, choices.matrices_only(optimizer_class), cfg.decay_embeddings
+    )
     make_optimizer, boxes = choices.stepper(cfg, mesh, cuts, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
@@ -200,39 +232,57 @@ def main(cfg: settings.Config) -> dict:
     if cfg.offload is not None:  # from now on state comes to the device only to be stepped
         optimizer = choices.offloaded(cfg, mesh, optimizer)
 
-    # ---- everything a step depends on, and what watches over it -------------------------------------------
+    # ---- everything a step depends on, and what watches over it ----------------------------------
     place, best = Position(corpus.sha256), Best(out_dir / "best", cfg.patience, cfg.min_delta)
     kept = scales | {"progress": place, "best": best}  # by name, what can tree() and load()
     run_state = state.State(optimizer, replicas, boxes, cuts, mesh, kept)
-    saver = saving.Saver(out_dir, cfg.save_every, cfg.save_hours, cfg.keep, cfg.keep_every,
-                         cfg.async_save and not choices.state_on_disk(cfg))  # fmt: skip
+    saver = saving.Saver(
+        out_dir,
+        cfg.save_every,
+        cfg.save_hours,
+        cfg.keep,
+        cfg.keep_every,
+        cfg.async_save and not choices.state_on_disk(cfg),
+    )
     guard = choices.guard(cfg, model, run_state, state.Disk(out_dir, run_state, saver))
     if earlier is not None:
         run_state.load(earlier, None if in_place else [*scales, "progress"])
 
-    # ---- what this run is, for the user and for the record ------------------------------------------------
+    # ---- what this run is, for the user and for the record ---------------------------------------
     if is_main and not (in_place and earlier is not None):
         resume.set_aside(out_dir)  # a fresh start; nothing is lost
-    log = logger.Logger(out_dir, cfg.steps, first_step, is_main, earlier is not None and in_place,
-                        cfg.tensorboard, cfg.wandb, config.to_dict(cfg))  # fmt: skip
+    log = logger.Logger(
+        out_dir,
+        cfg.steps,
+        first_step,
+        is_main,
+        earlier is not None and in_place,
+        cfg.tensorboard,
+        cfg.wandb,
+        config.to_dict(cfg),
+    )
     record = logger.environment(device, mesh.world, corpus.sha256)
     if is_main:
         (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")
     said = introduction.lines(cfg, asked, mesh, record, corpus, whole, earlier)
     if eights is not None and eights.emulated:
-        said.append(f"precision=fp8: emulated here, the same numbers, but slower ({eights.emulated})")
+        said.append(
+            f"precision=fp8: emulated here, the same numbers, but slower ({eights.emulated})"
+        )
     for line in filter(None, [*said, uncompiled]):
         log.say(line)
     seen = cfg.window or cfg.block_size
     flops = monitor.flops_per_token(monitor.matmul_params(whole), cfg.n_layer, cfg.n_embd, seen)
-    peak = cfg.peak_flops or monitor.peak_flops(record["hardware"], cfg.precision.removesuffix("_sr"))
+    peak = cfg.peak_flops or monitor.peak_flops(
+        record["hardware"], cfg.precision.removesuffix("_sr")
+    )
     about = {"config": config.to_dict(cfg), "record": record} if is_main else {}
 
     def save(last: bool = False) -> None:
         with run_state.tree() as tree:
             saver.save(step, about | tree, last)
 
-    # ---- the loop -----------------------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------
     latest, stop, overdue = {"step": step}, resume.StopSignal(), False
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
     watcher = watch.Watch(cfg, mesh, model, optimizer, boxes, run_state.counted)
@@ -244,12 +294,22 @@ def main(cfg: settings.Config) -> dict:
         due = cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place)
         if due and not stop.agreed:
             with run_state.looking():
-                found = evaluation.evaluate(model, each, val_rows, cfg.eval_tokens, cfg.micro_batch_size,
-                                            corpus.tokenizer, mesh, cfg.eval_rows == "first",
-                                            stopped=lambda: stop.heard(mesh))  # fmt: skip
+                found = evaluation.evaluate(
+                    model,
+                    each,
+                    val_rows,
+                    cfg.eval_tokens,
+                    cfg.micro_batch_size,
+                    corpus.tokenizer,
+                    mesh,
+                    cfg.eval_rows == "first",
+                    stopped=lambda: stop.heard(mesh),
+                )
                 if found is not None:
                     latest |= found
-                    best.look(step, latest["val_loss"], lambda: about | {"model": run_state.weights()})
+                    best.look(
+                        step, latest["val_loss"], lambda: about | {"model": run_state.weights()}
+                    )
             if found is not None:
                 log.evaluation({k: v for k, v in latest.items() if k != "loss"})
         if (done := done or best.over) and best.worse:
@@ -262,7 +322,8 @@ def main(cfg: settings.Config) -> dict:
         if done or stop.agreed:
             break
 
-        # Accumulate my share of the next rows in micro-batches; the last one starts the sum over replicas.
+        # Accumulate my share of the next rows in micro-batches; the last one starts the sum over
+        # replicas.
         guard.take(step)
         began = time.perf_counter()
         batch = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
@@ -275,8 +336,8 @@ def main(cfg: settings.Config) -> dict:
         loss = each(batches, train_rows, scale / tokens)
         replicas.finish_gradients()
 
-        # The raw gradient's norm; one sum over all ranks brings the loss of the whole batch, and word that
-        # somebody was told to stop. The guard looks at both before anything changes.
+        # The raw gradient's norm; one sum over all ranks brings the loss of the whole batch, and
+        # word that somebody was told to stop. The guard looks at both before anything changes.
         gradients = replicas.gradients()
         if pipe is not None:
             pipe.share_tied(gradients)
@@ -285,7 +346,9 @@ def main(cfg: settings.Config) -> dict:
         recorder.write(replicas.weights, gradients)
         grad_norm = norm = run_state.norm(gradients, cfg.diloco_every is None)
         loss = float(loss) / tokens * (mesh.coords["tp"] == 0)
-        loss, stops, late, seen = mesh.sum(loss, stop.asked, saver.overdue(), float(grad_norm) / mesh.world)
+        loss, stops, late, seen = mesh.sum(
+            loss, stop.asked, saver.overdue(), float(grad_norm) / mesh.world
+        )
         verdict, overdue = guard.look(step, loss, seen, rows), late > 0
         stop.agreed = stops > 0 or verdict == "abort"
         log.events(guard.events)
@@ -325,19 +388,41 @@ def main(cfg: settings.Config) -> dict:
         latest |= {"step": step, "loss": loss}
         if looked or step % cfg.log_every == 0 or step == cfg.steps:
             speed = tokens / seconds
-            sent = replicas.sent_bytes + getattr(optimizer, "sent_bytes", 0) + getattr(pipe, "sent_bytes", 0)
-            log.train({"step": step, "loss": loss, "lr": lrs["matrix"] * factor,
-                       "grad_norm": float(grad_norm), "tokens": place.seen * cfg.block_size,
-                       "tokens_per_s": speed, "mfu": monitor.mfu(speed / mesh.world, flops, peak),
-                       "step_s": seconds, "peak_bytes": monitor.peak_bytes(device), "sent_bytes": sent,
-                       **({"idle_s": pipe.idle_s} if pipe is not None else {}), **looked})  # of rank 0
+            sent = (
+                replicas.sent_bytes
+                + getattr(optimizer, "sent_bytes", 0)
+                + getattr(pipe, "sent_bytes", 0)
+            )
+            log.train(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "lr": lrs["matrix"] * factor,
+                    "grad_norm": float(grad_norm),
+                    "tokens": place.seen * cfg.block_size,
+                    "tokens_per_s": speed,
+                    "mfu": monitor.mfu(speed / mesh.world, flops, peak),
+                    "step_s": seconds,
+                    "peak_bytes": monitor.peak_bytes(device),
+                    "sent_bytes": sent,
+                    # Of rank 0
+                    **({"idle_s": pipe.idle_s} if pipe is not None else {}),
+                    **looked,
+                }
+            )
 
-    # ---- the end ------------------------------------------------------------------------------------------
+    # ---- the end ---------------------------------------------------------------------------------
     if done and cfg.sample_tokens:  # on every rank: a forward may be a collective
         stages = pipe and functools.partial(pipe.through, model, hidden, cfg.vocab_size)
-        eager = contextlib.nullcontext() if cfg.compile == "off" else torch.compiler.set_stance("force_eager")
+        eager = (
+            contextlib.nullcontext()
+            if cfg.compile == "off"
+            else torch.compiler.set_stance("force_eager")
+        )
         with run_state.looking(), eager:
-            text = evaluation.sample(model, corpus.tokenizer, cfg.sample_tokens, cfg.seed, device, stages)
+            text = evaluation.sample(
+                model, corpus.tokenizer, cfg.sample_tokens, cfg.seed, device, stages
+            )
         log.say(f"---- a sample ----{text}\n------------------")
     if cfg.plot and done and is_main and step > 1:  # one point is no curve
         logger.plot(out_dir, out_dir / "loss.png")
@@ -353,10 +438,16 @@ if __name__ == "__main__":
     try:
         main(config.parse(sys.argv[1:]))
         meshes.end()
-    except (ValueError, OSError, spikes.Aborted) as error:  # a mistake; a full disk, a lost folder; the guard
+    except (
+        ValueError,
+        OSError,
+        spikes.Aborted,
+    ) as error:  # a mistake; a full disk, a lost folder; the guard
         outlets.complain(f"train.py: {error}")
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
         faults.leave(error)
-    except KeyboardInterrupt:  # before the loop, which has a handler of its own: nothing to lose yet
+    except (
+        KeyboardInterrupt
+    ):  # before the loop, which has a handler of its own: nothing to lose yet
         sys.exit(130)

@@ -177,8 +177,13 @@ class Trial:
             except (OSError, AttributeError):  # a file system, or a system, without
                 pass
             self.process = subprocess.Popen(  # a session of its own: Ctrl-C is ours to pass on
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env,
-                start_new_session=True)  # fmt: skip
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=env,
+                start_new_session=True,
+            )
 
     def stop(self, why: str) -> None:
         self.stopped = why

@@ -1,28 +1,32 @@
-"""What a step did, looked at now and then (--watch_every) and, for QK-clip, at every step (--qk_clip).
+"""What a step did, looked at now and then (--watch_every) and, for QK-clip, at every step
+(--qk_clip).
 
     of a watched step, in its train row                                                     over
     max_logit, max_logit/LAYER   largest attention logit q·k/√D of a query and a key it sees     batch, heads
     log_z, log_z_max             mean and largest log of the softmax's denominator of the head   tokens
     weight_rms/KIND              root of the mean square of the weights after the step      a kind's weights
     update_rms/KIND              the same of what the optimizer's step changed, lr included  a kind's weights
-    clip_frac                    share of the steps since the last such row whose gradient's norm was clipped
+    clip_frac                    share of the steps since the last such row whose gradient's norm
+                                 was clipped
 
-KIND: matrix, embedding, head, scalar (optim/param_groups.py). A step that the loss scaler skips has no update
-and no such fields. clip_frac counts from the start of the process.
+KIND: matrix, embedding, head, scalar (optim/param_groups.py). A step that the loss scaler skips has
+no update and no such fields. clip_frac counts from the start of the process.
 
-The numbers are the same on every layout. Each rank looks at what it holds: its rows, its heads, its layers,
-the weights it steps. Two all-reduces, one sum and one maximum, make the whole of it, of a few numbers each.
-Besides, tensor parallel ranks tell each other their part of log Z, two numbers a token, and context parallel
-ones gather the keys: with R of them (R-1)/R x a layer's k, for each layer and micro-batch.
+The numbers are the same on every layout. Each rank looks at what it holds: its rows, its heads, its
+layers, the weights it steps. Two all-reduces, one sum and one maximum, make the whole of it, of a
+few numbers each. Besides, tensor parallel ranks tell each other their part of log Z, two numbers a
+token, and context parallel ones gather the keys: with R of them (R-1)/R x a layer's k, for each
+layer and micro-batch.
 
-What looks is put in before a step and taken out after it: `Attention.core` is wrapped by what computes the
-logits anew in blocks (qk_clip.py), `GPT.output` by what sees the head's logits, and hooks on the optimizer
-keep a copy of the weights during the step. Other steps do none of that. Looking changes no bit; under compile
-attention leaves the compiled block for such a step, each layer is compiled once more, and bits may differ.
+What looks is put in before a step and taken out after it: `Attention.core` is wrapped by what
+computes the logits anew in blocks (qk_clip.py), `GPT.output` by what sees the head's logits, and
+hooks on the optimizer keep a copy of the weights during the step. Other steps do none of that.
+Looking changes no bit; under compile attention leaves the compiled block for such a step, each
+layer is compiled once more, and bits may differ.
 
-QK-clip has the first of these always. Its hook comes right after the optimizer's own update, before owners
-send what they have stepped: so it holds for every layout (the all-reduce's maxima are everybody's, factors
-too), wherever the weights are. A step that is not taken is not clipped either.
+QK-clip has the first of these always. Its hook comes right after the optimizer's own update, before
+owners send what they have stepped: so it holds for every layout (the all-reduce's maxima are
+everybody's, factors too), wherever the weights are. A step that is not taken is not clipped either.
 """
 
 import functools
@@ -41,35 +45,65 @@ KINDS = ("matrix", "embedding", "head", "scalar")
 
 
 class Watch:
-    """All ranks make one, after all else that changes model and optimizer, and call start and row in every
-    step. boxes: name -> (whole shape, offsets) of what the optimizer has a part of; counted({name: x}): those
-    of the x which no other rank counts. Raises ValueError for an optimizer that QK-clip cannot follow."""
+    """All ranks make one, after all else that changes model and optimizer, and call start and row
+    in every step. boxes: name -> (whole shape, offsets) of what the optimizer has a part of;
+    counted({name: x}): those of the x which no other rank counts. Raises ValueError for an
+    optimizer that QK-clip cannot follow.
+    """
 
-    def __init__(self, cfg: Config, mesh: Mesh, model: nn.Module, optimizer: torch.optim.Optimizer,
-                 boxes: dict, counted):  # fmt: skip
-        self.cfg, self.mesh, self.model, self.optimizer, self.counted = cfg, mesh, model, optimizer, counted
+    def __init__(
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        boxes: dict,
+        counted,
+    ):
+        self.cfg, self.mesh, self.model, self.optimizer, self.counted = (
+            cfg,
+            mesh,
+            model,
+            optimizer,
+            counted,
+        )
         self.watched, self.undo, self.steps, self.clipped = False, [], 0, torch.zeros(())
-        places = [context.positions(cfg.block_size, cfg.cp, i, cfg.cp_attention) for i in range(cfg.cp)]
-        self.places, self.order = places[mesh.coords["cp"]], torch.cat(places).argsort().to(mesh.device)
+        places = [
+            context.positions(cfg.block_size, cfg.cp, i, cfg.cp_attention) for i in range(cfg.cp)
+        ]
+        self.places, self.order = (
+            places[mesh.coords["cp"]],
+            torch.cat(places).argsort().to(mesh.device),
+        )
         heads = cfg.n_head // cfg.tp
         self.heads = slice(mesh.coords["tp"] * heads, (mesh.coords["tp"] + 1) * heads)
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        self.top = torch.full((cfg.n_layer, cfg.n_head), -torch.inf, dtype=dtype, device=mesh.device)
+        self.top = torch.full(
+            (cfg.n_layer, cfg.n_head), -torch.inf, dtype=dtype, device=mesh.device
+        )
         if cfg.qk_clip is None:
             return
         if hasattr(optimizer, "eval"):
-            raise ValueError(f"--qk_clip scales weights, of which --optim={cfg.optim} keeps a second set; "
-                             "type --optim=muon, or leave qk_clip out")  # fmt: skip
+            raise ValueError(
+                f"--qk_clip scales weights, of which --optim={cfg.optim} keeps a second set; "
+                "type --optim=muon, or leave qk_clip out"
+            )
 
         def clip(*_) -> None:
             self.top = highest(self.top, mesh)
-            qk_clip.clip(optimizer.param_groups, self.top, cfg.qk_clip, cfg.n_kv_head,
-                         cfg.n_embd // cfg.n_head, boxes)  # fmt: skip
+            qk_clip.clip(
+                optimizer.param_groups,
+                self.top,
+                cfg.qk_clip,
+                cfg.n_kv_head,
+                cfg.n_embd // cfg.n_head,
+                boxes,
+            )
 
         first_after_step(optimizer, clip)
         self.wrap_cores()
 
-    # ---- one step -----------------------------------------------------------------------------------------
+    # ---- one step --------------------------------------------------------------------------------
     def start(self, step: int) -> None:
         """Before the forward passes of a step; step: how many are completed."""
         self.stop()  # if a rollback left out the end of the last step
@@ -78,7 +112,8 @@ class Watch:
         if every is None or (step + 1) % every:
             return
         self.watched, self.before, self.log_z = True, {}, []
-        self.moved = {kind: [0.0, 0.0, 0] for kind in KINDS}  # squares of update and weights, elements
+        # Squares of update and weights, elements
+        self.moved = {kind: [0.0, 0.0, 0] for kind in KINDS}
         if self.cfg.qk_clip is None:
             self.undo += self.wrap_cores()
         self.undo += [
@@ -93,17 +128,23 @@ class Watch:
             self.undo.pop()()
 
     def row(self, norm: Tensor, limit: float | None) -> dict[str, float]:
-        """After the step: what there is to log of it, the same on all ranks; {} but for a watched one.
-        norm, limit: of the gradient before it was clipped, and what it was clipped to."""
+        """After the step: what there is to log of it, the same on all ranks; {} but for a watched
+        one. norm, limit: of the gradient before it was clipped, and what it was clipped to."""
         if self.cfg.watch_every is not None and limit is not None:
-            self.clipped, self.steps = self.clipped.to(norm.device) + (norm + 1e-6 > limit), self.steps + 1
+            self.clipped, self.steps = (
+                self.clipped.to(norm.device) + (norm + 1e-6 > limit),
+                self.steps + 1,
+            )
         if not self.watched:
             return {}
         self.stop()
         z = torch.cat([self.top.new_empty(0), *self.log_z])
-        largest = z.amax(0, keepdim=True) if len(z) else self.top.new_full((1,), -torch.inf)  # other stages
+        # Other stages
+        largest = z.amax(0, keepdim=True) if len(z) else self.top.new_full((1,), -torch.inf)
         *top, log_z_max = highest(torch.cat([self.top.amax(1), largest]), self.mesh).tolist()
-        sums = self.mesh.sum(z.sum(), len(z), self.clipped, self.steps, *sum(self.moved.values(), []))
+        sums = self.mesh.sum(
+            z.sum(), len(z), self.clipped, self.steps, *sum(self.moved.values(), [])
+        )
         z, tokens, clipped, steps, *sums = sums
         found = {"max_logit": max(top)} | {f"max_logit/{i}": x for i, x in enumerate(top)}
         found |= {"log_z": z / tokens, "log_z_max": log_z_max}
@@ -114,7 +155,7 @@ class Watch:
         self.clipped, self.steps = torch.zeros(()), 0
         return found | ({"clip_frac": clipped / steps} if steps else {})
 
-    # ---- what looks ---------------------------------------------------------------------------------------
+    # ---- what looks ------------------------------------------------------------------------------
     def wrap_cores(self) -> list:
         """Every attention's largest logits go to self.top; returns what undoes it."""
         undo = []
@@ -125,7 +166,9 @@ class Watch:
             undo.append(functools.partial(setattr, attention, "core", plain))
         return undo
 
-    def core(self, layer: int, attention: nn.Module, plain, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def core(
+        self, layer: int, attention: nn.Module, plain, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
         if attention.training:
             keys, top = k.detach(), self.top[layer, self.heads]
             if (group := self.mesh.groups["cp"]) is not None:

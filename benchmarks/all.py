@@ -2,11 +2,11 @@
 
     python bench.py all [--quick] [--nanogpt=CLONE] [--out=DIR]
 
-The page is printed as it grows; --out=DIR writes it to DIR/benchmarks.md. It ends with the figures in bold,
-at a glance. One bench that fails is said so on the page, with the line that says why, and the others go on;
-the exit status is then 1. --nanogpt: a clone of nanoGPT to run beside ours (python bench.py nanogpt --help);
-without it the page says that this is left out. --quick: minutes in place of about an hour, and figures
-that say only that everything works.
+The page is printed as it grows; --out=DIR writes it to DIR/benchmarks.md. It ends with the figures
+in bold, at a glance. One bench that fails is said so on the page, with the line that says why, and
+the others go on; the exit status is then 1. --nanogpt: a clone of nanoGPT to run beside ours
+(python bench.py nanogpt --help); without it the page says that this is left out. --quick: minutes
+in place of about an hour, and figures that say only that everything works.
 """
 
 import subprocess
@@ -16,8 +16,18 @@ from pathlib import Path
 
 from benchmarks import runs
 
-BENCHES = ("job", "nanogpt", "speedrun", "overhead", "scaling", "train", "optim", "spread",
-           "network", "pipeline")  # fmt: skip
+BENCHES = (
+    "job",
+    "nanogpt",
+    "speedrun",
+    "overhead",
+    "scaling",
+    "train",
+    "optim",
+    "spread",
+    "network",
+    "pipeline",
+)
 RANKS = {"network": 2, "pipeline": 2}
 QUICK = {"pipeline": "--micro_batches=2"}  # it has no --quick
 NO_MARKDOWN = ("spread", "network")
@@ -26,7 +36,12 @@ NO_MARKDOWN = ("spread", "network")
 def command(bench: str, quick: bool, clone: str | None) -> list[str]:
     """The words after python."""
     name, *flags = bench.split()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS.get(name, 1)}"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={RANKS.get(name, 1)}",
+    ]
     flags += [f"--path={clone}"] * (name == "nanogpt") + [QUICK.get(name, "--quick")] * quick
     return [*torchrun * (name in RANKS), str(runs.ROOT / "bench.py"), name, *flags]
 
@@ -36,8 +51,13 @@ def section(bench: str, quick: bool, clone: str | None) -> tuple[list[str], bool
     if bench == "nanogpt" and clone is None:
         return [f"## {bench}", "", "left out: type --nanogpt= and the folder of a clone", ""], True
     began = time.monotonic()
-    done = subprocess.run([sys.executable, *command(bench, quick, clone)], capture_output=True, text=True,
-                          errors="replace", cwd=runs.ROOT)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *command(bench, quick, clone)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        cwd=runs.ROOT,
+    )
     said = done.stdout.strip()
     lines = [f"## {bench}", "", *(["```", said, "```"] if bench in NO_MARKDOWN else [said]), ""]
     if done.returncode:
@@ -46,7 +66,8 @@ def section(bench: str, quick: bool, clone: str | None) -> tuple[list[str], bool
 
 
 def at_a_glance(page: list[str]) -> list[str]:
-    """The lines with something in bold, each under its bench, and cells with the head of their column."""
+    """The lines with something in bold, each under its bench, and cells with the head of their
+    column."""
     lines, title, head, before = ["## At a glance", ""], "", [], ""
     for line in "\n".join(page).splitlines():
         if line.startswith("## "):
@@ -55,7 +76,11 @@ def at_a_glance(page: list[str]) -> list[str]:
             head = [cell.strip() for cell in before.split("|")]
         elif line.count("**") > 1:
             cells = [cell.strip() for cell in line.removeprefix("- ").split("|")]
-            named = [f"{name} {cell}".strip() for name, cell in zip(head, cells)] if len(cells) > 1 else cells
+            named = (
+                [f"{name} {cell}".strip() for name, cell in zip(head, cells)]
+                if len(cells) > 1
+                else cells
+            )
             lines.append(f"- {title}: {', '.join(filter(None, named))}")
         before = line
     return lines
@@ -66,7 +91,9 @@ def main(argv: list[str]) -> int:
     flags = runs.flags(argv, {"--quick": "", "--nanogpt": ".+", "--out": ".+"}, __doc__)
     clone = flags.get("--nanogpt")
     if clone is not None and not Path(clone, "train.py").is_file():
-        raise ValueError(f"--nanogpt={clone} has no train.py; it is the folder of a clone of nanoGPT")
+        raise ValueError(
+            f"--nanogpt={clone} has no train.py; it is the folder of a clone of nanoGPT"
+        )
     if "--out" in flags:
         if Path(flags["--out"]).is_file():
             raise ValueError(f"--out={flags['--out']} is a file; type the name of a folder")
@@ -80,7 +107,8 @@ def main(argv: list[str]) -> int:
         page, fine = page + lines, fine and well
         print("\n".join(lines), flush=True)
         if "--out" in flags:  # after each, so that a kill loses one
-            Path(flags["--out"], "benchmarks.md").write_text("\n".join(page + at_a_glance(page)) + "\n",
-                                                             encoding="utf-8")  # fmt: skip
+            Path(flags["--out"], "benchmarks.md").write_text(
+                "\n".join(page + at_a_glance(page)) + "\n", encoding="utf-8"
+            )
     print("\n".join(at_a_glance(page)))
     return int(not fine)

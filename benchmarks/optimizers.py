@@ -1,16 +1,18 @@
-"""Milliseconds of one step, every class of optim/ against the fastest peer written in eager PyTorch.
+"""Milliseconds of one step, every class of optim/ against the fastest peer written in eager
+PyTorch.
 
     python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
 
-Ours and the peers' take turns in one process; torch's fused C++ kernels stand beside as the limit. Memory
-layout alone moves a step by up to a factor of 2: so each build allocates everything anew, the candidates take
-turns for some rounds (A B C A B C), and a build gives each one's fastest round, as other processes only ever
-add time. Milliseconds are medians over builds, the ratio ours/peer too, with its smallest and largest value
-over builds in brackets. A peer 1.6 times slower than the fastest in the first build is not built again. Every
-step has a new lr, as under a schedule, and a new gradient, both outside the time. Shampoo and SOAP: means
-over ten steps, one of which refreshes the preconditioners. --quick takes 1M parameters instead of 15M and 2
-builds, and compiles only what --only names.
-On a machine with other busy processes, set OMP_WAIT_POLICY=passive: threads that spin for each other stall.
+Ours and the peers' take turns in one process; torch's fused C++ kernels stand beside as the limit.
+Memory layout alone moves a step by up to a factor of 2: so each build allocates everything anew,
+the candidates take turns for some rounds (A B C A B C), and a build gives each one's fastest round,
+as other processes only ever add time. Milliseconds are medians over builds, the ratio ours/peer
+too, with its smallest and largest value over builds in brackets. A peer 1.6 times slower than the
+fastest in the first build is not built again. Every step has a new lr, as under a schedule, and a
+new gradient, both outside the time. Shampoo and SOAP: means over ten steps, one of which refreshes
+the preconditioners. --quick takes 1M parameters instead of 15M and 2 builds, and compiles only what
+--only names. On a machine with other busy processes, set OMP_WAIT_POLICY=passive: threads that spin
+for each other stall.
 """
 
 import contextlib
@@ -29,7 +31,8 @@ from benchmarks import runs
 
 
 def shapes(kind: str, quick: bool) -> list[tuple[int, ...]]:
-    """A GPT's tensors ("all"), its hidden matrices ("hidden"), those of one narrower block ("block")."""
+    """A GPT's tensors ("all"), its hidden matrices ("hidden"), those of one narrower block
+    ("block")."""
     n_layer, d, vocab_size = (4, 128, 1024) if quick else (6, 384, 12000)
     d = {"block": d // 2 if quick else 256}.get(kind, d)
     matrices = [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]
@@ -57,14 +60,17 @@ def symmetric_product(X, Y):
 
 @functools.cache
 def compiled(update):
-    """The recipe of the docstrings: floats as 0-D tensors, or torch compiles again for every new lr."""
+    """The recipe of the docstrings: floats as 0-D tensors, or torch compiles again for every new
+    lr."""
     fast = torch.compile(update, dynamic=True)
-    tensor = functools.lru_cache(16)(functools.partial(torch.tensor, dtype=torch.float64))  # one a step
+    # One a step
+    tensor = functools.lru_cache(16)(functools.partial(torch.tensor, dtype=torch.float64))
     return lambda *args: fast(*(tensor(x) if isinstance(x, float) else x for x in args))
 
 
 def one(path: str, patch=(), note="", **options):
-    """A candidate: name in the table, class, options, and (module, name, value) to set while it steps."""
+    """A candidate: name in the table, class, options, and (module, name, value) to set while it
+    steps."""
     return path.replace("optim.", "") + note, path, options, patch
 
 
@@ -77,66 +83,146 @@ PO, SF, HB = "pytorch_optimizer.", "schedulefree.", "heavyball."
 BOTH, ALL = ("loop", "foreach"), ("loop", "foreach", "fused")
 EAGER, WHOLE = (("heavyball.utils", "compile_mode", None), ", eager"), ((), ", compile_step")
 DECAY, TEN = {"weight_decay": 0.1}, {"preconditioning_compute_steps": 10}
-OURS = {"precondition_frequency": 10, "max_precond_dim": 10000, "merge_dims": False}  # SOAP's defaults here
+# SOAP's defaults here
+OURS = {"precondition_frequency": 10, "max_precond_dim": 10000, "merge_dims": False}
 PLAIN = ("optim.muon", "orthogonalize", plain_products)
 SYMMETRIC = (*PLAIN[:2], functools.partial(plain_products, product=symmetric_product))
 ROWS = {  # name: (tensors, ours, the peers)
-    "sgd": ("all", one("optim.sgd.SGD", momentum=0.9), [
-        *some("torch.optim.SGD", *ALL, momentum=0.9, lr=0.1), one(HB + "SGD", *EAGER)]),
-    "adamw": ("all", one("optim.adamw.AdamW", **DECAY), [
-        *some("torch.optim.AdamW", *ALL, **DECAY), one(HB + "AdamW", *EAGER, **DECAY)]),
-    "fused-adamw": ("all", one("optim.adamw.AdamW", **DECAY, fused=True),
-                    some("torch.optim.AdamW", "fused", **DECAY)),
-    "adaml2": ("all", one("optim.adam_l2.AdamL2", **DECAY), some("torch.optim.Adam", *ALL, **DECAY)),
-    "adafactor": ("all", one("optim.adafactor.Adafactor"), [
-        *some("torch.optim.Adafactor", *BOTH), *some(PO + "AdaFactor", *BOTH, betas=(None, 0.999))]),
+    "sgd": (
+        "all",
+        one("optim.sgd.SGD", momentum=0.9),
+        [*some("torch.optim.SGD", *ALL, momentum=0.9, lr=0.1), one(HB + "SGD", *EAGER)],
+    ),
+    "adamw": (
+        "all",
+        one("optim.adamw.AdamW", **DECAY),
+        [*some("torch.optim.AdamW", *ALL, **DECAY), one(HB + "AdamW", *EAGER, **DECAY)],
+    ),
+    "fused-adamw": (
+        "all",
+        one("optim.adamw.AdamW", **DECAY, fused=True),
+        some("torch.optim.AdamW", "fused", **DECAY),
+    ),
+    "adaml2": (
+        "all",
+        one("optim.adam_l2.AdamL2", **DECAY),
+        some("torch.optim.Adam", *ALL, **DECAY),
+    ),
+    "adafactor": (
+        "all",
+        one("optim.adafactor.Adafactor"),
+        [
+            *some("torch.optim.Adafactor", *BOTH),
+            *some(PO + "AdaFactor", *BOTH, betas=(None, 0.999)),
+        ],
+    ),
     "lion": ("all", one("optim.lion.Lion", **DECAY), some(PO + "Lion", *BOTH, **DECAY)),
     "lars": ("all", one("optim.lars.LARS", **DECAY), some(PO + "LARS", *BOTH, **DECAY)),
-    "lamb": ("all", one("optim.lamb.LAMB", **DECAY), some(PO + "Lamb", *BOTH, max_grad_norm=0.0, **DECAY)),
-    "shampoo": ("block", one("optim.shampoo.Shampoo"), [one(PO + "Shampoo", **TEN), one(
-        PO + "ScalableShampoo", **TEN, block_size=8192, start_preconditioning_step=1)]),
-    "soap": ("block", one("optim.soap.SOAP"), [one(PO + "SOAP"), one(
-        HB + "SOAP", *EAGER, **OURS, use_precond_schedule=False)]),
-    "muon": ("hidden", one("optim.muon.Muon", **DECAY), [one("torch.optim.Muon", lr=0.02, **DECAY), *some(
-        PO + "Muon", *BOTH, **DECAY), one(HB + "Muon", *EAGER, **DECAY)]),
-    "adamwschedulefree": ("all", one("optim.schedule_free.AdamWScheduleFree"), [
-        *some(SF + "AdamWScheduleFree", *BOTH), *some(PO + "ScheduleFreeAdamW", *BOTH),
-        one(HB + "SFAdamW", *EAGER)]),
-    "sgdschedulefree": ("all", one("optim.schedule_free.SGDScheduleFree"), [
-        *some(SF + "SGDScheduleFree", *BOTH), *some(PO + "ScheduleFreeSGD", *BOTH)]),
-    "muon-products": ("hidden", one("optim.muon.Muon", **DECAY), [
-        one("optim.muon.Muon", PLAIN, " with plain products", **DECAY),
-        one("optim.muon.Muon", SYMMETRIC, " with symmetric products", **DECAY)]),
-    "compiled-adamw": ("all", one("optim.adamw.AdamW", ("optim.adamw", "adamw_update", compiled), **DECAY), [
-        one(HB + "AdamW", **DECAY), one(HB + "AdamW", *WHOLE, **DECAY, compile_step=True)]),
-    "compiled-lion": ("all", one("optim.lion.Lion", ("optim.lion", "lion_update", compiled), **DECAY), [
-        one(HB + "SGD", (), " (it has no Lion)", **DECAY)]),  # reads and writes as many tensors
-    "compiled-schedulefree": ("all", one("optim.schedule_free.AdamWScheduleFree", (
-        "optim.schedule_free", "schedule_free_update", compiled)), [
-        one(HB + "SFAdamW"), one(HB + "SFAdamW", *WHOLE, compile_step=True)]),
-}  # fmt: skip
+    "lamb": (
+        "all",
+        one("optim.lamb.LAMB", **DECAY),
+        some(PO + "Lamb", *BOTH, max_grad_norm=0.0, **DECAY),
+    ),
+    "shampoo": (
+        "block",
+        one("optim.shampoo.Shampoo"),
+        [
+            one(PO + "Shampoo", **TEN),
+            one(PO + "ScalableShampoo", **TEN, block_size=8192, start_preconditioning_step=1),
+        ],
+    ),
+    "soap": (
+        "block",
+        one("optim.soap.SOAP"),
+        [one(PO + "SOAP"), one(HB + "SOAP", *EAGER, **OURS, use_precond_schedule=False)],
+    ),
+    "muon": (
+        "hidden",
+        one("optim.muon.Muon", **DECAY),
+        [
+            one("torch.optim.Muon", lr=0.02, **DECAY),
+            *some(PO + "Muon", *BOTH, **DECAY),
+            one(HB + "Muon", *EAGER, **DECAY),
+        ],
+    ),
+    "adamwschedulefree": (
+        "all",
+        one("optim.schedule_free.AdamWScheduleFree"),
+        [
+            *some(SF + "AdamWScheduleFree", *BOTH),
+            *some(PO + "ScheduleFreeAdamW", *BOTH),
+            one(HB + "SFAdamW", *EAGER),
+        ],
+    ),
+    "sgdschedulefree": (
+        "all",
+        one("optim.schedule_free.SGDScheduleFree"),
+        [*some(SF + "SGDScheduleFree", *BOTH), *some(PO + "ScheduleFreeSGD", *BOTH)],
+    ),
+    "muon-products": (
+        "hidden",
+        one("optim.muon.Muon", **DECAY),
+        [
+            one("optim.muon.Muon", PLAIN, " with plain products", **DECAY),
+            one("optim.muon.Muon", SYMMETRIC, " with symmetric products", **DECAY),
+        ],
+    ),
+    "compiled-adamw": (
+        "all",
+        one("optim.adamw.AdamW", ("optim.adamw", "adamw_update", compiled), **DECAY),
+        [one(HB + "AdamW", **DECAY), one(HB + "AdamW", *WHOLE, **DECAY, compile_step=True)],
+    ),
+    "compiled-lion": (
+        "all",
+        one("optim.lion.Lion", ("optim.lion", "lion_update", compiled), **DECAY),
+        [one(HB + "SGD", (), " (it has no Lion)", **DECAY)],
+    ),  # reads and writes as many tensors
+    "compiled-schedulefree": (
+        "all",
+        one(
+            "optim.schedule_free.AdamWScheduleFree",
+            ("optim.schedule_free", "schedule_free_update", compiled),
+        ),
+        [one(HB + "SFAdamW"), one(HB + "SFAdamW", *WHOLE, compile_step=True)],
+    ),
+}
 # Bytes of state as the docstrings promise: for each element, and for each dimension of length n
 STATE = {
-    "sgd": (4, 0), "adamw": (8, 0), "adaml2": (8, 0), "lion": (4, 0), "lars": (4, 0), "lamb": (8, 0),
-    "muon": (4, 0), "adamwschedulefree": (8, 0), "sgdschedulefree": (4, 0), "adafactor": (0, lambda n: 4 * n),
-    "shampoo": (8, lambda n: 8 * n * n), "soap": (8, lambda n: 8 * n * n),
-}  # fmt: skip
+    "sgd": (4, 0),
+    "adamw": (8, 0),
+    "adaml2": (8, 0),
+    "lion": (4, 0),
+    "lars": (4, 0),
+    "lamb": (8, 0),
+    "muon": (4, 0),
+    "adamwschedulefree": (8, 0),
+    "sgdschedulefree": (4, 0),
+    "adafactor": (0, lambda n: 4 * n),
+    "shampoo": (8, lambda n: 8 * n * n),
+    "soap": (8, lambda n: 8 * n * n),
+}
 
 
 class Candidate:
-    def __init__(self, path: str, options: dict, patch: tuple, tensor_shapes: list[tuple[int, ...]]):
+    def __init__(
+        self, path: str, options: dict, patch: tuple, tensor_shapes: list[tuple[int, ...]]
+    ):
         module, name = path.rsplit(".", 1)
         self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
         self.grads = [torch.empty(shape) for shape in tensor_shapes]
         group = {"params": self.params, **({"use_muon": True} if name == "Muon" else {})}
-        self.optimizer, self.patch = getattr(importlib.import_module(module), name)([group], **options), patch
+        self.optimizer, self.patch = (
+            getattr(importlib.import_module(module), name)([group], **options),
+            patch,
+        )
         if "SFAdamW" in name or "ScheduleFree" in name:
             self.optimizer.train()
 
     def step(self, noise: torch.Tensor) -> float:
         """Milliseconds of one step; the gradients are the first numbers of `noise`."""
         for p, g in zip(self.params, self.grads):
-            p.grad = g.copy_(noise[: g.numel()].view_as(g))  # anew: some peers overwrite p.grad, or drop it
+            # Anew: some peers overwrite p.grad, or drop it
+            p.grad = g.copy_(noise[: g.numel()].view_as(g))
         for group in self.optimizer.param_groups:
             group["lr"] *= 0.99
         with contextlib.ExitStack() as stack:
@@ -150,9 +236,16 @@ class Candidate:
 
     def state_bytes(self, row: str) -> str:
         """Bytes of state per parameter; AssertionError where they are not the docstring's."""
-        found = sum(x.nbytes for s in self.optimizer.state.values() for x in s.values() if torch.is_tensor(x))
+        found = sum(
+            x.nbytes
+            for s in self.optimizer.state.values()
+            for x in s.values()
+            if torch.is_tensor(x)
+        )
         (per_element, per_dim), size = STATE[row], sum(p.numel() for p in self.params)
-        claim = per_element * size + sum(per_dim(n) for p in self.params for n in p.shape if per_dim)
+        claim = per_element * size + sum(
+            per_dim(n) for p in self.params for n in p.shape if per_dim
+        )
         if found != claim:
             raise AssertionError(f"{found} bytes of state, the docstring's formula gives {claim}")
         return f"{found / size:.3g}"
@@ -163,12 +256,17 @@ def measure(row: str, quick: bool, skip) -> str:
     kind, (mine, *ours), peers = ROWS[row]
     specs, times = {mine: ours} | {name: spec for name, *spec in peers}, {}
     tensor_shapes, state = shapes(kind, quick), "as above"
-    warm, rounds, steps, builds = {"all": (3, 7, 1, 6), "hidden": (1, 3, 1, 4), "block": (1, 1, 10, 4)}[kind]
+    warm, rounds, steps, builds = {
+        "all": (3, 7, 1, 6),
+        "hidden": (1, 3, 1, 4),
+        "block": (1, 1, 10, 4),
+    }[kind]
     warm, rounds, builds = (min(warm, 2), min(rounds, 2), 2) if quick else (warm, rounds, builds)
     beside = {name for name in specs if name.endswith(" fused") and "fused" not in row}  # not eager
     noise = torch.randn(max(map(math.prod, tensor_shapes)) + 1000).mul_(0.02)
     for build in range(builds):
-        junk = [torch.empty(random.randrange(1000, 1_000_000)) for _ in range(10)]  # moves what comes after
+        # Moves what comes after
+        junk = [torch.empty(random.randrange(1000, 1_000_000)) for _ in range(10)]
         candidates = {}
         for name, spec in list(specs.items()):
             try:
@@ -189,16 +287,23 @@ def measure(row: str, quick: bool, skip) -> str:
         for name in specs:
             times.setdefault(name, []).append(min(passed[name]))
         state = candidates[mine].state_bytes(row) if row in STATE else state
-        fastest = min((times[name][0] for name in specs if name != mine and name not in beside), default=0)
-        specs = {k: v for k, v in specs.items() if times[k][0] <= 1.6 * fastest or k in (mine, *beside)}
+        fastest = min(
+            (times[name][0] for name in specs if name != mine and name not in beside), default=0
+        )
+        specs = {
+            k: v for k, v in specs.items() if times[k][0] <= 1.6 * fastest or k in (mine, *beside)
+        }
         del candidates, junk
     ms = {name: median(values) for name, values in times.items()}
     eager = sorted((name for name in specs if name != mine and name not in beside), key=ms.get)
     versus = ["none", "", ""]
     if eager:
         ratios = [a / b for a, b in zip(times[mine], times[eager[0]])]
-        versus = [eager[0], f"{ms[eager[0]]:.1f}",
-                  f"**{median(ratios):.2f}** ({min(ratios):.2f}..{max(ratios):.2f})"]  # fmt: skip
+        versus = [
+            eager[0],
+            f"{ms[eager[0]]:.1f}",
+            f"**{median(ratios):.2f}** ({min(ratios):.2f}..{max(ratios):.2f})",
+        ]
     fused = ", ".join(f"{ms[name]:.1f}" for name in ms if name in beside)
     rest = ", ".join(f"{k} {ms[k]:.1f}" for k in ms if k not in (mine, *eager[:1], *beside))
     title = mine.rsplit(".", 1)[1] if row in STATE else row
@@ -214,13 +319,20 @@ def optim(argv: list[str], rows: list[str], quick: bool) -> list[str]:
         print(line, flush=True)
 
     emit(runs.header(["optim", *argv]) + "\n")
-    emit("| | ours, ms | fastest peer | its ms | ratio | torch fused, ms | state, B/parameter | others, ms |")
+    emit(
+        "| | ours, ms | fastest peer | its ms | ratio | torch fused, ms | state, B/parameter |"
+        " others, ms |"
+    )
     emit("|---" * 8 + "|")
     for row in rows:
         try:
             emit(measure(row, quick, lambda text: skipped.append(f"- {row}: {text}")))
         except Exception as error:  # one broken optimizer does not end the bench
-            emit(f"| {row} | failed: {type(error).__name__}: {error} | | | | | | |".replace("\n", " "))
+            emit(
+                f"| {row} | failed: {type(error).__name__}: {error} | | | | | | |".replace(
+                    "\n", " "
+                )
+            )
     emit("\n".join(["", *skipped]))
     return lines
 
@@ -233,7 +345,9 @@ def main(argv: list[str]) -> int:
     rows = flags["--only"].split(",") if "--only" in flags else rows
     for row in rows:
         if row not in ROWS:
-            raise ValueError(f"--only={row} is not understood; {runs.usage(__doc__)}; NAME: {' '.join(ROWS)}")
+            raise ValueError(
+                f"--only={row} is not understood; {runs.usage(__doc__)}; NAME: {' '.join(ROWS)}"
+            )
     torch.set_num_threads(int(flags.get("--threads", torch.get_num_threads())))
     lines = optim(argv, rows, "--quick" in flags)
     if "--out" in flags:

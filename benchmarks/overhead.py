@@ -1,22 +1,24 @@
-"""What training costs beside the training: waiting for data, monitoring and checks, saving, starting up.
+"""What training costs beside the training: waiting for data, monitoring and checks, saving,
+starting up.
 
     python bench.py overhead [recipe.toml] [--quick] [--out=FILE.md] [--field=...]
 
 Of the default recipe, or the given one; fields are train.py's, --steps being 60 unless given.
 
-Steps. One real run in a child process, in which the functions in DATA and CHECKS are wrapped by a clock: rows
-cut out of the corpus; the guard's look, the gradient's norm (which clipping needs as well), the one sum of
-scalars over ranks, the log's row, the diary, the watcher and the histograms, both switched off by default.
-A call within another one counts once. A step lasts from one guard.take() to the next, so the log's time is in
-it. The first third of the steps warms up. Share: mean milliseconds a step over those of the median step. On a
-GPU a function that waits for the device gets the device's time: look at a CPU.
+Steps. One real run in a child process, in which the functions in DATA and CHECKS are wrapped by a
+clock: rows cut out of the corpus; the guard's look, the gradient's norm (which clipping needs as
+well), the one sum of scalars over ranks, the log's row, the diary, the watcher and the histograms,
+both switched off by default. A call within another one counts once. A step lasts from one
+guard.take() to the next, so the log's time is in it. The first third of the steps warms up. Share:
+mean milliseconds a step over those of the median step. On a GPU a function that waits for the
+device gets the device's time: look at a CPU.
 
-Saving. The same run with --save_every=6: the step beside which a checkpoint is written, which a small model's
-is within one, and how long training waits for save() itself.
+Saving. The same run with --save_every=6: the step beside which a checkpoint is written, which a
+small model's is within one, and how long training waits for save() itself.
 
-Start. Seconds from before the process starts until train.py has printed its first step, less those of `import
-torch` alone, in turn. An untimed start before fills the cache of the corpus.
---quick: 12 steps, one start.
+Start. Seconds from before the process starts until train.py has printed its first step, less those
+of `import torch` alone, in turn. An untimed start before fills the cache of the corpus. --quick: 12
+steps, one start.
 """
 
 import contextlib
@@ -53,12 +55,24 @@ FLAGS = {"--quick": "", "--out": ".+"}
 USUAL = ["--steps=60", "--eval_every=0", "--save_every=0", "--sample_tokens=0", "--resume=never"]
 DATA = [(data.Rows, "__call__"), (position.Position, "rows")]
 CHECKS = [
-    (spikes.Guard, "look"), (spikes.Guard, "take"), (spikes.Guard, "clip"), (state.State, "norm"),
-    (mesh.Mesh, "sum"), (logger.Logger, "train"), (logger.Logger, "events"), (monitor, "peak_bytes"),
-    (monitor, "mfu"), (faults.Diary, "step"), (saving.Saver, "due"), (saving.Saver, "overdue"),
-    (saving.Saver, "news"), (watch.Watch, "start"), (watch.Watch, "row"), (histogram.Recorder, "start"),
+    (spikes.Guard, "look"),
+    (spikes.Guard, "take"),
+    (spikes.Guard, "clip"),
+    (state.State, "norm"),
+    (mesh.Mesh, "sum"),
+    (logger.Logger, "train"),
+    (logger.Logger, "events"),
+    (monitor, "peak_bytes"),
+    (monitor, "mfu"),
+    (faults.Diary, "step"),
+    (saving.Saver, "due"),
+    (saving.Saver, "overdue"),
+    (saving.Saver, "news"),
+    (watch.Watch, "start"),
+    (watch.Watch, "row"),
+    (histogram.Recorder, "start"),
     (histogram.Recorder, "write"),
-]  # fmt: skip
+]
 SAVE = (saving.Saver, "save")  # between two steps; it is written during the next one
 MARK = "Guard.take"  # called once, where a step begins
 
@@ -92,7 +106,8 @@ class Clock:
 
 
 def child(_, words: list[str], path: str) -> None:
-    """A process of its own: train.py with a clock around each function; the steps go to the file `path`."""
+    """A process of its own: train.py with a clock around each function; the steps go to the file
+    `path`."""
     import train
 
     clock = Clock()
@@ -107,8 +122,8 @@ def child(_, words: list[str], path: str) -> None:
 
 
 def settled(steps: list[dict]) -> tuple[list[float], dict[str, float]]:
-    """(seconds of each step, {what: mean seconds of it in a step}) after the first third; the last step is
-    left out, as it has no end."""
+    """(seconds of each step, {what: mean seconds of it in a step}) after the first third; the last
+    step is left out, as it has no end."""
     lengths = [after["began"] - step["began"] for step, after in zip(steps, steps[1:])]
     first = len(lengths) // 3
     timed = steps[first : len(lengths)]
@@ -117,8 +132,8 @@ def settled(steps: list[dict]) -> tuple[list[float], dict[str, float]]:
 
 
 def beside_saves(steps: list[dict]) -> tuple[list[float], list[float]]:
-    """(lengths of the steps that begin after a save, over the median of the others; seconds of the saves).
-    The first of them is left out, as its buffers are new."""
+    """(lengths of the steps that begin after a save, over the median of the others; seconds of the
+    saves). The first of them is left out, as its buffers are new."""
     lengths = [after["began"] - step["began"] for step, after in zip(steps, steps[1:])]
     saved = [i for i, step in enumerate(steps[:-2]) if name_of(*SAVE) in step][1:]
     after = [i + 1 for i in saved]
@@ -127,11 +142,12 @@ def beside_saves(steps: list[dict]) -> tuple[list[float], list[float]]:
 
 
 def first_line(command: list[str], pattern: str) -> float:
-    """Seconds from before the process starts until it prints a line that begins so; it is then killed.
-    Raises RuntimeError with its last line where there is none."""
+    """Seconds from before the process starts until it prints a line that begins so; it is then
+    killed. Raises RuntimeError with its last line where there is none."""
     began, line = time.perf_counter(), "it said nothing"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace") as process:  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         try:
             for line in process.stdout:
                 if re.match(pattern, line):
@@ -142,11 +158,20 @@ def first_line(command: list[str], pattern: str) -> float:
 
 
 def start(words: list[str]) -> tuple[float, float]:
-    """Seconds until train.py's first step is done, and until torch is imported, each from nothing."""
+    """Seconds until train.py's first step is done, and until torch is imported, each from
+    nothing."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, str(runs.TRAIN), *words, "--log_every=1", f"--out_dir={folder}/run"]
+        command = [
+            sys.executable,
+            str(runs.TRAIN),
+            *words,
+            "--log_every=1",
+            f"--out_dir={folder}/run",
+        ]
         first = first_line(command, "step +1/")
-    return first, first_line([sys.executable, "-c", "import torch; print('torch', flush=True)"], "torch")
+    return first, first_line(
+        [sys.executable, "-c", "import torch; print('torch', flush=True)"], "torch"
+    )
 
 
 def report(steps: list[dict], saves: list[dict], starts: list[tuple[float, float]]) -> list[str]:
@@ -160,22 +185,36 @@ def report(steps: list[dict], saves: list[dict], starts: list[tuple[float, float
     for what, parts in ("waiting for data", DATA), ("monitoring and checks", CHECKS):
         names = [name for name in (name_of(*part) for part in parts) if name in seconds]
         share = 100 * sum(seconds[name] for name in names) / step
-        rows.append([f"**{what}**", f"{share * step * 10:.3f}", f"**{share:.2f} %**", beside(share, 1)])
-        rows += [[name, f"{1000 * seconds[name]:.3f}", f"{100 * seconds[name] / step:.2f} %", ""]
-                 for name in sorted(names, key=seconds.get, reverse=True)]  # fmt: skip
+        rows.append(
+            [f"**{what}**", f"{share * step * 10:.3f}", f"**{share:.2f} %**", beside(share, 1)]
+        )
+        rows += [
+            [name, f"{1000 * seconds[name]:.3f}", f"{100 * seconds[name] / step:.2f} %", ""]
+            for name in sorted(names, key=seconds.get, reverse=True)
+        ]
     beyond, (slower, waits) = [first - bare for first, bare in starts], beside_saves(saves)
-    return [f"The median of {len(lengths)} steps: {1000 * step:.1f} ms.", "",
-            *runs.table(["", "ms a step", "share", "target, %"], rows), "",
-            f"A step beside which a checkpoint is written, over the others' median: "
+    return [
+        f"The median of {len(lengths)} steps: {1000 * step:.1f} ms.",
+        "",
+        *runs.table(["", "ms a step", "share", "target, %"], rows),
+        "",
+        (
+            "A step beside which a checkpoint is written, over the others' median: "
             f"**{runs.spread(slower)}**, {len(slower)} saves; save() itself: "
-            f"{runs.spread([1000 * x for x in waits], '.1f')} ms.", "",
-            f"Start to the end of the first step: {runs.spread([first for first, _ in starts])} s; `import "
-            f"torch`: {runs.spread([bare for _, bare in starts])} s; beyond it **{runs.spread(beyond)} s**, "
-            f"target, s: {beside(median(beyond), 2)}"]  # fmt: skip
+            f"{runs.spread([1000 * x for x in waits], '.1f')} ms."
+        ),
+        "",
+        (
+            f"Start to the end of the first step: {runs.spread([first for first, _ in starts])} s;"
+            f" `import torch`: {runs.spread([bare for _, bare in starts])} s; beyond it"
+            f" **{runs.spread(beyond)} s**, target, s: {beside(median(beyond), 2)}"
+        ),
+    ]
 
 
 def main(argv: list[str]) -> int:
-    """What `python bench.py overhead ...` does with the words after `overhead`: 0, 1 where a run failed."""
+    """What `python bench.py overhead ...` does with the words after `overhead`: 0, 1 where a run
+    failed."""
     own = [word for word in argv if word.partition("=")[0] in FLAGS]
     flags, words = runs.flags(own, FLAGS, __doc__), [word for word in argv if word not in own]
     quick = "--quick" in flags

@@ -2,11 +2,11 @@
 
     torchrun --standalone --nproc_per_node=2 bench.py pipeline [--micro_batches=8]
 
-One row a schedule: the best of three steps, and the share of all ranks' time that is not spent on their own
-operations, waiting at the end included. A step is m micro-batches of 4 x 128 tokens through 8 layers of width
-256. Simulated: backward takes twice as long as forward, a message nothing (parallel/timeline.py). Ranks that
-share cores slow each other down, which the share does not show. On a GPU waiting is not seen by the process:
-the measured column then counts the launches alone.
+One row a schedule: the best of three steps, and the share of all ranks' time that is not spent on
+their own operations, waiting at the end included. A step is m micro-batches of 4 x 128 tokens
+through 8 layers of width 256. Simulated: backward takes twice as long as forward, a message nothing
+(parallel/timeline.py). Ranks that share cores slow each other down, which the share does not show.
+On a GPU waiting is not seen by the process: the measured column then counts the launches alone.
 """
 
 import sys
@@ -38,8 +38,12 @@ def one(name: str, chunks: int, m: int, device: torch.device) -> tuple[float, fl
         model.zero_grad()
         dist.barrier()
         began = time.perf_counter()
-        pipe.run(m, lambda i, layers, h: model(ids[:, :-1] if h is None else h, ids[:, 1:], layers=layers),
-                 lambda i: like, 1 / (m * B * T))  # fmt: skip
+        pipe.run(
+            m,
+            lambda i, layers, h: model(ids[:, :-1] if h is None else h, ids[:, 1:], layers=layers),
+            lambda i: like,
+            1 / (m * B * T),
+        )
         busy = torch.tensor([time.perf_counter() - began - pipe.idle_s])
         dist.all_reduce(busy)
         seconds = time.perf_counter() - began
@@ -60,7 +64,13 @@ def main(argv: list[str]) -> int:
         return 2
     torch.set_num_threads(1)
     p, main_rank = dist.get_world_size(), dist.get_rank() == 0
-    head = f"{p} stages, {m} micro-batches", "ms a step", "idle, measured", "simulated", "forwards in memory"
+    head = (
+        f"{p} stages, {m} micro-batches",
+        "ms a step",
+        "idle, measured",
+        "simulated",
+        "forwards in memory",
+    )
     rows = [f"| {' | '.join(head)} |", "|---" * 5 + "|"]
     for name in timeline.SCHEDULES:
         chunks = 2 if name == "interleaved" else 1
@@ -68,7 +78,12 @@ def main(argv: list[str]) -> int:
             continue
         plan = timeline.simulate(timeline.schedule(name, p, m, chunks))
         seconds, idle = one(name, chunks, m, device)
-        cells = f"{1000 * seconds:.0f}", f"{idle:.3f}", f"{plan.bubble:.3f}", f"{max(plan.in_flight)}"
+        cells = (
+            f"{1000 * seconds:.0f}",
+            f"{idle:.3f}",
+            f"{plan.bubble:.3f}",
+            f"{max(plan.in_flight)}",
+        )
         rows.append(f"| {name} | {' | '.join(cells)} |")
     if main_rank:
         print("\n".join(rows))

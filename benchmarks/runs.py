@@ -1,6 +1,8 @@
-"""What the benches share: train.py as a process, the words of a command line, where it was measured.
+"""What the benches share: train.py as a process, the words of a command line, where it was
+measured.
 
-Nothing here imports train.py: a run is a process of its own, so that its time and memory are its own too.
+Nothing here imports train.py: a run is a process of its own, so that its time and memory are its
+own too.
 """
 
 import os
@@ -17,7 +19,8 @@ import torch
 import logger
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN, CACHE = ROOT / "train.py", ROOT / "data_cache"  # a corpus is downloaded and tokenised once for all
+# A corpus is downloaded and tokenised once for all
+TRAIN, CACHE = ROOT / "train.py", ROOT / "data_cache"
 
 
 def usage(doc: str) -> str:
@@ -26,15 +29,17 @@ def usage(doc: str) -> str:
 
 
 def flags(argv: list[str], allowed: dict[str, str], doc: str) -> dict[str, str]:
-    """{"--name": value} of words like --name=value. allowed: name -> what the whole value has to match.
-    Raises ValueError for any other word, and for --out in a folder that is not there."""
+    """{"--name": value} of words like --name=value. allowed: name -> what the whole value has to
+    match. Raises ValueError for any other word, and for --out in a folder that is not there."""
     given = dict(word.partition("=")[::2] for word in argv)
     for word in argv:
         name, equals, text = word.partition("=")
         if name not in allowed or not re.fullmatch(allowed[name], text) or (equals and not text):
             raise ValueError(f"{word} is not understood; {usage(doc)}")
     if not (folder := Path(given.get("--out", ".")).parent).is_dir():
-        raise ValueError(f"--out={given['--out']}: there is no folder {folder}; type mkdir -p {folder} first")
+        raise ValueError(
+            f"--out={given['--out']}: there is no folder {folder}; type mkdir -p {folder} first"
+        )
     return given
 
 
@@ -44,8 +49,11 @@ def header(words: list[str]) -> str:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cpus = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     cpu = (re.findall("model name.*: (.*)", cpus) or [platform.machine()])[0]
-    return (f"`python bench.py {' '.join(words)}`, commit {commit or '?'}, torch {torch.__version__}, {cpu}, "
-            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
+    return (
+        f"`python bench.py {' '.join(words)}`, commit {commit or '?'}, torch {torch.__version__},"
+        f" {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,"
+        f" {time.strftime('%Y-%m-%d')}"
+    )
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
@@ -72,7 +80,8 @@ def tell(text: str) -> None:
 
 
 def reason(stderr: str) -> str:
-    """The line of it that says why: tracebacks, warnings and torchrun's own report stand around it."""
+    """The line of it that says why: tracebacks, warnings and torchrun's own report stand around
+    it."""
     said = [text.strip() for text in stderr.splitlines() if text.strip()]
     why = re.compile(r"(train|bench)\.py[ \w]*: |[\w.]*(Error|Exception|Interrupt)\b")
     errors = [text for text in said if why.match(text)]
@@ -80,9 +89,9 @@ def reason(stderr: str) -> str:
 
 
 def run(words: list[str], out_dir: Path, ranks: int = 1) -> tuple[float, list[dict]]:
-    """train.py with these words, under torchrun where it has several ranks: seconds from before the process
-    starts until it has ended, and the rows of its metrics.jsonl. Raises RuntimeError with the one line that
-    says why it failed."""
+    """train.py with these words, under torchrun where it has several ranks: seconds from before the
+    process starts until it has ended, and the rows of its metrics.jsonl. Raises RuntimeError with
+    the one line that says why it failed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *torchrun * (ranks > 1), str(TRAIN), *words, f"--out_dir={out_dir}"]
     began = time.perf_counter()
@@ -95,7 +104,8 @@ def run(words: list[str], out_dir: Path, ranks: int = 1) -> tuple[float, list[di
 
 
 def middle(rows: list[dict]) -> dict:
-    """The train row of the median step; the first third is left out, as it compiles and warms up."""
+    """The train row of the median step; the first third is left out, as it compiles and warms
+    up."""
     steps = [row for row in rows if "step_s" in row]
     timed = sorted(steps[len(steps) // 3 :], key=lambda row: row["step_s"])
     return timed[len(timed) // 2]

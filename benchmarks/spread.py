@@ -2,9 +2,9 @@
 
     python bench.py spread [--quick]
 
-Milliseconds on two ranks of one thread each, as replicas do it (ddp) and as zero1 does, turn by turn, and of
-the whole step with its broadcasts: medians over the turns after the first, of the slower rank, and of their
-ratio with its smallest and largest value.
+Milliseconds on two ranks of one thread each, as replicas do it (ddp) and as zero1 does, turn by
+turn, and of the whole step with its broadcasts: medians over the turns after the first, of the
+slower rank, and of their ratio with its smallest and largest value.
 """
 
 import functools
@@ -36,7 +36,9 @@ def two_ranks(rank: int, store: str, quick: bool) -> None:
         model = torch.nn.Module()
         model.blocks = torch.nn.ModuleDict({"0": torch.nn.Module()})
         for i, shape in enumerate(shapes("hidden", quick)):
-            setattr(model.blocks["0"], f"w{i}", torch.nn.Parameter(torch.empty(shape, device="meta")))
+            setattr(
+                model.blocks["0"], f"w{i}", torch.nn.Parameter(torch.empty(shape, device="meta"))
+            )
         replicas = replicas(dist.group.WORLD, torch.device("cpu"))
         names, params = map(list, zip(*replicas.wrap(model).named_parameters()))
         replicas.fill(lambda name, shape: torch.randn(shape).mul_(0.02))
@@ -66,9 +68,11 @@ def two_ranks(rank: int, store: str, quick: bool) -> None:
     if rank == 0:
         for what, ms in ("orthogonalisation", products), ("whole step", steps):
             ratios = [b / a for a, b in list(zip(ms["ddp"], ms["zero1"]))[1:]]
-            print(f"{what}: on every rank {median(ms['ddp'][1:]):.0f} ms, at owners "
-                  f"{median(ms['zero1'][1:]):.0f} ms, ratio {median(ratios):.2f} "
-                  f"({min(ratios):.2f}..{max(ratios):.2f})")  # fmt: skip
+            print(
+                f"{what}: on every rank {median(ms['ddp'][1:]):.0f} ms, at owners "
+                f"{median(ms['zero1'][1:]):.0f} ms, ratio {median(ratios):.2f} "
+                f"({min(ratios):.2f}..{max(ratios):.2f})"
+            )
     dist.barrier()
     dist.destroy_process_group()
 

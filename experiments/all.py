@@ -1,4 +1,5 @@
-"""All experiments, one after the other: measures what is missing and writes the index, experiments/README.md.
+"""All experiments, one after the other: measures what is missing and writes the index,
+experiments/README.md.
 
     python experiments/all.py              what is measured already is not measured again
     python experiments/all.py --quick      each on its small grid, in a temporary folder; no index
@@ -28,7 +29,11 @@ hold*.
 
 
 def experiments() -> list[Path]:
-    return [path for path in sorted(HERE.glob("*.py")) if path.stem not in ("all", "protocol", "findings")]
+    return [
+        path
+        for path in sorted(HERE.glob("*.py"))
+        if path.stem not in ("all", "protocol", "findings")
+    ]
 
 
 def index(results: Path) -> str:
@@ -37,7 +42,10 @@ def index(results: Path) -> str:
     for path in experiments():
         name, page = path.stem, results / f"{path.stem}.md"
         text = page.read_text(encoding="utf-8") if page.exists() else "**Verdict.** not run yet\n"
-        said = [re.search(rf"^\*\*{word}\.\*\* (.+)$", text, re.M) for word in ("Claim", "Verdict", "Number")]
+        said = [
+            re.search(rf"^\*\*{word}\.\*\* (.+)$", text, re.M)
+            for word in ("Claim", "Verdict", "Number")
+        ]
         claim, verdict, number = (found[1].replace("|", "\\|") if found else "" for found in said)
         link = f"[{name}](results/{name}.md)" if page.exists() else f"[{name}]({name}.py)"
         picture = f'<img src="results/{name}.png" width="240">' * (results / f"{name}.png").exists()

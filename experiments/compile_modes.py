@@ -1,22 +1,23 @@
-"""Claim: compiling with torch.compile makes training faster, for some seconds at the first step: the default
-mode is good in general, reduce-overhead for small models, max-autotune the slowest to compile and the fastest
-to run.
+"""Claim: compiling with torch.compile makes training faster, for some seconds at the first step:
+the default mode is good in general, reduce-overhead for small models, max-autotune the slowest to
+compile and the fastest to run.
 
-Source: the fifth lesson, section 9 (the table of modes; "the first call is slow"; graph breaks; dynamic
-shapes).
+Source: the fifth lesson, section 9 (the table of modes; "the first call is slow"; graph breaks;
+dynamic shapes).
 
-Protocol: train.py with --compile=off and each mode, bf16, one after the other with all cores, 5 times each,
-every time with empty caches. `large`: the default job, 4 layers of width 256, 16 x 256 tokens a step;
-`small`: 4 layers of width 64, 1 x 64 tokens, where launching operations is most of the time. Compile seconds:
-the first step's less the median step's; tokens/s: of the median step of the last two thirds. Graph breaks and
-graphs are torch's own counters: a graph that is new after the first step is a recompilation. `lengths`: a
-model called with 5 lengths of sequences, with dynamic=False, None (torch's default, which turns to True at
-the second length) and True: how many graphs.
+Protocol: train.py with --compile=off and each mode, bf16, one after the other with all cores, 5
+times each, every time with empty caches. `large`: the default job, 4 layers of width 256, 16 x 256
+tokens a step; `small`: 4 layers of width 64, 1 x 64 tokens, where launching operations is most of
+the time. Compile seconds: the first step's less the median step's; tokens/s: of the median step of
+the last two thirds. Graph breaks and graphs are torch's own counters: a graph that is new after the
+first step is a recompilation. `lengths`: a model called with 5 lengths of sequences, with
+dynamic=False, None (torch's default, which turns to True at the second length) and True: how many
+graphs.
 
-Expected: on a CPU 10 to 40 s to compile, minutes for max-autotune; some per cent faster, as most of the time
-is products that oneDNN already does, and what fusing saves is memory traffic; reduce-overhead the same as
-default, for it means CUDA graphs. No graph break, no recompilation in training, whose shapes never change;
-the loss within 0.5 % of eager's.
+Expected: on a CPU 10 to 40 s to compile, minutes for max-autotune; some per cent faster, as most of
+the time is products that oneDNN already does, and what fusing saves is memory traffic;
+reduce-overhead the same as default, for it means CUDA graphs. No graph break, no recompilation in
+training, whose shapes never change; the loss within 0.5 % of eager's.
 
     python experiments/compile_modes.py [--quick] [--out=DIR] [--jobs=N]
 """
@@ -55,7 +56,7 @@ def grid(modes: tuple[str, ...], sizes: tuple[str, ...], seeds: tuple[int, ...])
 GRID, QUICK = grid(MODES, ("large", "small"), (1, 2, 3, 4, 5)), grid(MODES[:2], ("small",), (1,))
 
 
-# ---- rows ------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 def row(keys: dict, quick: bool) -> dict:
     if keys["part"] == "lengths":
         return {
@@ -74,19 +75,30 @@ def row(keys: dict, quick: bool) -> dict:
     small = dict(n_layer=1, n_embd=32, block_size=32) if quick else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        rows = protocol.train_run(**SIZES[keys["part"]] | small, compile=keys["mode"], seed=keys["seed"],
-                                  steps=9 if quick else 30 if keys["part"] == "large" else 300,
-                                  precision="bf16", eval_every=0)  # fmt: skip
+        rows = protocol.train_run(
+            **SIZES[keys["part"]] | small,
+            compile=keys["mode"],
+            seed=keys["seed"],
+            steps=9 if quick else 30 if keys["part"] == "large" else 300,
+            precision="bf16",
+            eval_every=0,
+        )
     times, losses = protocol.curve(rows, "step_s"), protocol.curve(rows, "loss")
     usual = median(times[len(times) // 3 :])
     tokens = protocol.curve(rows, "tokens")[0]  # of one step
-    return {"tokens_per_s": tokens / usual, "compile_s": times[0] - usual, "loss": losses[-1],
-            "breaks": sum(counters["graph_break"].values()), "graphs": marks[-1],
-            "again": marks[-1] - marks[1]}  # fmt: skip
+    return {
+        "tokens_per_s": tokens / usual,
+        "compile_s": times[0] - usual,
+        "loss": losses[-1],
+        "breaks": sum(counters["graph_break"].values()),
+        "graphs": marks[-1],
+        "again": marks[-1] - marks[1],
+    }
 
 
 def graphs_of(dynamic: bool | None) -> int:
-    """How many graphs one block makes of sequences of LENGTHS; without generating code, which matters not."""
+    """How many graphs one block makes of sequences of LENGTHS; without generating code, which
+    matters not."""
     model = GPT(GPTConfig(n_layer=1, n_embd=32, block_size=96))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
@@ -97,10 +109,12 @@ def graphs_of(dynamic: bool | None) -> int:
     return counters["stats"]["unique_graphs"]
 
 
-# ---- findings --------------------------------------------------------------------------------------------
+# ---- findings ------------------------------------------------------------------------------------
 def faster(rows: list[dict], size: str, mode: str, base: str = "off") -> list[float]:
     """tokens/s of a mode against another's, run by run."""
-    return paired(pick(rows, part=size, mode=mode), pick(rows, part=size, mode=base), "tokens_per_s")
+    return paired(
+        pick(rows, part=size, mode=mode), pick(rows, part=size, mode=base), "tokens_per_s"
+    )
 
 
 def clear(found: list[float]) -> bool:
@@ -115,28 +129,43 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     found = {}
     for size in sizes:
         gain = faster(rows, size, "default")
-        found[f"default {plus_minus(gain, '+.0%')} tokens/s against eager, {size} (more)"] = clear(gain)
+        found[f"default {plus_minus(gain, '+.0%')} tokens/s against eager, {size} (more)"] = clear(
+            gain
+        )
     if "max-autotune" in modes:
         gain = faster(rows, "large", "max-autotune", "default")
-        found[f"max-autotune {plus_minus(gain, '+.0%')} against default, large (more)"] = clear(gain)
-        slow, usual = (mean_sd([r["compile_s"] for r in pick(rows, part="large", mode=m)])[0]
-                       for m in ("max-autotune", "default"))  # fmt: skip
+        found[f"max-autotune {plus_minus(gain, '+.0%')} against default, large (more)"] = clear(
+            gain
+        )
+        slow, usual = (
+            mean_sd([r["compile_s"] for r in pick(rows, part="large", mode=m)])[0]
+            for m in ("max-autotune", "default")
+        )
         found[f"max-autotune compiles {slow / usual:.1f} times as long as default (longer)"] = (
             slow > 1.2 * usual
         )
     if "reduce-overhead" in modes:
         gain = faster(rows, "small", "reduce-overhead", "default")
-        found[f"reduce-overhead {plus_minus(gain, '+.0%')} against default, small (more)"] = clear(gain)
+        found[f"reduce-overhead {plus_minus(gain, '+.0%')} against default, small (more)"] = clear(
+            gain
+        )
     breaks, again = (sum(r[name] for r in trained) for name in ("breaks", "again"))
-    found[f"{breaks} graph breaks and {again} recompilations in training (none)"] = breaks + again == 0
+    found[f"{breaks} graph breaks and {again} recompilations in training (none)"] = (
+        breaks + again == 0
+    )
     fixed, usual, free = (pick(rows, part="lengths", mode=mode)[0]["graphs"] for mode in DYNAMIC)
     text = (
-        f"{len(LENGTHS)} lengths make {fixed} graphs, {usual} by torch's default, {free} if dynamic (fewer)"
+        f"{len(LENGTHS)} lengths make {fixed} graphs, {usual} by torch's default, {free} if dynamic"
+        " (fewer)"
     )
     found[text] = free < fixed
-    losses = (paired(pick(rows, part=size, mode=mode), pick(rows, part=size, mode="off"), "loss")
-              for size in sizes for mode in modes)  # fmt: skip
-    off = max((abs(x) for some in losses for x in some), key=lambda x: (x != x, x))  # NaN is the largest
+    losses = (
+        paired(pick(rows, part=size, mode=mode), pick(rows, part=size, mode="off"), "loss")
+        for size in sizes
+        for mode in modes
+    )
+    # NaN is the largest
+    off = max((abs(x) for some in losses for x in some), key=lambda x: (x != x, x))
     found[f"losses are within {off:.2%} of eager's (0.5 %)"] = off <= NEAR
     return found
 
@@ -148,12 +177,21 @@ def verdict(rows: list[dict]) -> tuple[str, str, str]:
 
 def table(rows: list[dict]) -> str:
     lines = []
-    for (size, mode), mine in groups([r for r in rows if r["part"] != "lengths"], "part", "mode").items():
+    for (size, mode), mine in groups(
+        [r for r in rows if r["part"] != "lengths"], "part", "mode"
+    ).items():
         gain = "" if mode == "off" else plus_minus(faster(rows, size, mode), "+.0%")
-        lines.append([size, mode, plus_minus([r["compile_s"] for r in mine], ".0f") if mode != "off" else "-",
-                      plus_minus([r["tokens_per_s"] for r in mine], ",.0f"), gain,
-                      *(max(r[k] for r in mine) for k in ("graphs", "breaks", "again")),
-                      plus_minus([r["loss"] for r in mine])])  # fmt: skip
+        lines.append(
+            [
+                size,
+                mode,
+                plus_minus([r["compile_s"] for r in mine], ".0f") if mode != "off" else "-",
+                plus_minus([r["tokens_per_s"] for r in mine], ",.0f"),
+                gain,
+                *(max(r[k] for r in mine) for k in ("graphs", "breaks", "again")),
+                plus_minus([r["loss"] for r in mine]),
+            ]
+        )
     head = [
         "job",
         "mode",
@@ -165,7 +203,9 @@ def table(rows: list[dict]) -> str:
         "recompilations",
         "last loss",
     ]
-    said = "\n".join(f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items())
+    said = "\n".join(
+        f"- {text}: {'yes' if held else '**no**'}" for text, held in parts(rows).items()
+    )
     return said + "\n\n" + markdown(head, lines)
 
 
@@ -179,7 +219,14 @@ def picture(rows: list[dict], figure) -> None:
         gains = [[100 * x for x in faster(rows, size, mode)] for mode in modes]
         waits = [[r["compile_s"] for r in pick(rows, part=size, mode=mode)] for mode in modes]
         for ax, values in ((speed, gains), (wait, waits)):
-            ax.bar(at, [mean_sd(v)[0] for v in values], 0.34, color=INK[i], alpha=0.7, label=f"{size} job")
+            ax.bar(
+                at,
+                [mean_sd(v)[0] for v in values],
+                0.34,
+                color=INK[i],
+                alpha=0.7,
+                label=f"{size} job",
+            )
             for x, v in zip(at, values):
                 ax.plot([x] * len(v), v, "o", color="black", ms=4)
     for ax in (speed, wait):

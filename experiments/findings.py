@@ -1,9 +1,9 @@
 """What people read of an experiment: means and standard deviations, a table, a picture, a verdict.
 
-    rows      dicts with the keys of the grid and the figures, as experiments/protocol.py keeps them
-    paired    figure / the base's with the same seed - 1: what a seed does to both drops out
-    NAME.md   claim, verdict, one number, table, picture, and how to get them again; experiments/all.py takes
-              the first lines for the index
+rows      dicts with the keys of the grid and the figures, as experiments/protocol.py keeps them
+paired    figure / the base's with the same seed - 1: what a seed does to both drops out
+NAME.md   claim, verdict, one number, table, picture, and how to get them again; experiments/all.py
+          takes the first lines for the index
 """
 
 import math
@@ -16,7 +16,7 @@ VERDICTS = ("holds", "holds in part", "not at this scale", "does not hold")
 INK = "#3b75af", "#c8502d", "#5a9a4b", "#8a63a8", "#c9a227", "#6b6b6b"  # of all pictures
 
 
-# ---- rows ------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 def pick(rows: list[dict], **keys) -> list[dict]:
     """The rows that have these values."""
     return [row for row in rows if all(row[name] == value for name, value in keys.items())]
@@ -36,7 +36,7 @@ def paired(rows: list[dict], base: list[dict], figure: str, on: str = "seed") ->
     return [row[figure] / other[row[on]] - 1 for row in rows if row[on] in other]
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 def mean_sd(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1), NaN for one value; both are NaN where a value is."""
     mean, n = fmean(values), len(values)
@@ -54,7 +54,7 @@ def markdown(head: list[str], lines: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
-# ---- verdicts --------------------------------------------------------------------------------------------
+# ---- verdicts ------------------------------------------------------------------------------------
 def clear(differences: list[float]) -> bool:
     """Mean x sqrt(n) >= 3.1 standard deviations. One value, or NaN, says nothing."""
     mean, sd = mean_sd(differences)
@@ -62,11 +62,15 @@ def clear(differences: list[float]) -> bool:
 
 
 def judged(parts: dict[str, bool]) -> tuple[str, str, str]:
-    """(verdict, number, why) of a claim, from its parts: a sentence with its figure -> is it as claimed? The
-    number is the first part without what is asked of it, which stands in brackets."""
+    """(verdict, number, why) of a claim, from its parts: a sentence with its figure -> is it as
+    claimed? The number is the first part without what is asked of it, which stands in brackets."""
     failed = [text for text, held in parts.items() if not held]
-    word = "holds" if not failed else "holds in part" if len(failed) < len(parts) else "does not hold"
-    why = f"{len(parts) - len(failed)} of {len(parts)} parts as claimed" + "; not so: " * bool(failed)
+    word = (
+        "holds" if not failed else "holds in part" if len(failed) < len(parts) else "does not hold"
+    )
+    why = f"{len(parts) - len(failed)} of {len(parts)} parts as claimed" + "; not so: " * bool(
+        failed
+    )
     return word, next(iter(parts)).partition(" (")[0], why + "; ".join(failed)
 
 
@@ -75,7 +79,7 @@ def listed(parts: dict[str, bool]) -> list[str]:
     return [f"- {text}: {'yes' if held else '**no**'}" for text, held in parts.items()]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 def dots(ax, values: dict[str, list[float]], color: str = INK[0]) -> None:
     """A line for each name: every seed pale, mean and standard deviation strong."""
     for y, found in enumerate(values.values()):
@@ -96,9 +100,18 @@ def line(ax, points: dict[float, list[float]], label: str, **style) -> None:
     ax.grid(alpha=0.25)
 
 
-# ---- NAME.md and NAME.png --------------------------------------------------------------------------------
-def report(doc: str, name: str, home: Path, rows: list[dict], asked: int, quick: bool, table, picture,
-           verdict) -> None:  # fmt: skip
+# ---- NAME.md and NAME.png ------------------------------------------------------------------------
+def report(
+    doc: str,
+    name: str,
+    home: Path,
+    rows: list[dict],
+    asked: int,
+    quick: bool,
+    table,
+    picture,
+    verdict,
+) -> None:
     """Both, once all rows are measured; till then NAME.md says how many are."""
     claim = " ".join(re.search(r"Claim:(.+?)\n\n", doc, re.S)[1].split())
     lines = [f"# {name}", f"**Claim.** {claim[0].upper() + claim[1:]}"]
@@ -121,16 +134,31 @@ def report(doc: str, name: str, home: Path, rows: list[dict], asked: int, quick:
 
 
 def footer(name: str, rows: list[dict], quick: bool) -> str:
-    """Command, commits, machines, seeds, days, time; that rows stem from several commits is said."""
-    of = {part: Counter(str(row[part]) for row in rows if part in row)
-          for part in ("commit", "machine", "seed", "date")}  # fmt: skip
+    """Command, commits, machines, seeds, days, time; that rows stem from several commits is
+    said."""
+    of = {
+        part: Counter(str(row[part]) for row in rows if part in row)
+        for part in ("commit", "machine", "seed", "date")
+    }
     commits = ", ".join(f"{commit} ({n} rows)" for commit, n in of["commit"].items())
     seeds = f"seed{'s' * (len(of['seed']) > 1)} {', '.join(of['seed'])}"
     if len(of["seed"]) > 12:
         seeds = f"{len(of['seed'])} seeds, {min(of['seed'], key=int)} to {max(of['seed'], key=int)}"
     minutes = sum(row["seconds"] or 0 for row in rows) / 60
-    return "; ".join([
-        f"`python experiments/{name}.py{' --quick' * quick}`",
-        f"**rows of several commits**: {commits}" if len(of["commit"]) > 1 else f"commit {commits}",
-        *of["machine"], *[seeds] * bool(of["seed"]), ", ".join(sorted(of["date"])),
-        f"the rows' times add up to {minutes:.0f} minutes"]) + "."  # fmt: skip
+    return (
+        "; ".join(
+            [
+                f"`python experiments/{name}.py{' --quick' * quick}`",
+                (
+                    f"**rows of several commits**: {commits}"
+                    if len(of["commit"]) > 1
+                    else f"commit {commits}"
+                ),
+                *of["machine"],
+                *[seeds] * bool(of["seed"]),
+                ", ".join(sorted(of["date"])),
+                f"the rows' times add up to {minutes:.0f} minutes",
+            ]
+        )
+        + "."
+    )

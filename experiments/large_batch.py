@@ -1,24 +1,24 @@
-"""Claim: with k times the batch SGD wants k times the learning rate, and a warm-up, until that breaks; LARS
-and LAMB hold at batches several times larger, and LAMB is the one for transformers.
+"""Claim: with k times the batch SGD wants k times the learning rate, and a warm-up, until that
+breaks; LARS and LAMB hold at batches several times larger, and LAMB is the one for transformers.
 
-Source: the first lesson: Goyal et al. 2017 (1706.02677), You et al. 2017 (1708.03888), You et al. 2020
-(1904.00962). Its figures are those of ResNet-50 on ImageNet (SGD to 8K, LARS and LAMB to 32K) and of BERT;
-here the same rules are tried on a GPT, and only they, not those figures. The square root for Adam is Malladi
-et al. 2022 (2205.10287).
+Source: the first lesson: Goyal et al. 2017 (1706.02677), You et al. 2017 (1708.03888), You et al.
+2020 (1904.00962). Its figures are those of ResNet-50 on ImageNet (SGD to 8K, LARS and LAMB to 32K)
+and of BERT; here the same rules are tried on a GPT, and only they, not those figures. The square
+root for Adam is Malladi et al. 2022 (2205.10287).
 
-Protocol: the default corpus in bytes, 2 layers of width 64, sequences of 64 bytes, 4 of them a step for 2048
-steps, or k times as many for 2048 / k steps, k = 1 to 64: equal tokens. Nothing starts at zero
-(zero_init=false), no clipping, no decay, no guard; cosine to 0 after a warm-up over a tenth of the steps,
-except for SGD without. Each method has 6 learning rates, a factor 2 apart around one that short trials had
-shown to be near, at k = 1 and one seed; then --lr_scaling takes the best one to the other batches, 3 seeds.
-A rule breaks at the first k whose mean validation loss is more than 3 % above that of k = 1, seed by seed.
-At k = 8 and 64, one seed, 2^-6, 2^-4, 2^-2 and 4 times the rule's lr tell what is the rule's fault and what
-the batch's: at k = 64 there are 32 steps. ‖w‖/‖g‖ of each matrix is taken in the middle of a run at k = 1,
-the first seed's.
+Protocol: the default corpus in bytes, 2 layers of width 64, sequences of 64 bytes, 4 of them a step
+for 2048 steps, or k times as many for 2048 / k steps, k = 1 to 64: equal tokens. Nothing starts at
+zero (zero_init=false), no clipping, no decay, no guard; cosine to 0 after a warm-up over a tenth of
+the steps, except for SGD without. Each method has 6 learning rates, a factor 2 apart around one
+that short trials had shown to be near, at k = 1 and one seed; then --lr_scaling takes the best one
+to the other batches, 3 seeds. A rule breaks at the first k whose mean validation loss is more than
+3 % above that of k = 1, seed by seed. At k = 8 and 64, one seed, 2^-6, 2^-4, 2^-2 and 4 times the
+rule's lr tell what is the rule's fault and what the batch's: at k = 64 there are 32 steps. ‖w‖/‖g‖
+of each matrix is taken in the middle of a run at k = 1, the first seed's.
 
-Expected: SGD with the linear rule breaks at 8 or 16, without warm-up no later; Adam with the square root,
-LAMB and Muon a factor 2 to 4 later, LARS (linear rule) between; at 64 nobody holds. ‖w‖/‖g‖ differs by a
-factor 10 from layer to layer.
+Expected: SGD with the linear rule breaks at 8 or 16, without warm-up no later; Adam with the square
+root, LAMB and Muon a factor 2 to 4 later, LARS (linear rule) between; at 64 nobody holds. ‖w‖/‖g‖
+differs by a factor 10 from layer to layer.
 
     python experiments/large_batch.py [--quick] [--out=DIR] [--jobs=N]
 """
@@ -35,7 +35,8 @@ from torch.optim import optimizer as hooks
 from experiments import protocol
 from experiments.findings import INK, judged, line, listed, markdown, mean_sd, plus_minus
 
-CASES = {  # name: --optim, --lr_scaling, log2 of a middle lr, --warmup_frac, the constructor's arguments
+# Name: --optim, --lr_scaling, log2 of a middle lr, --warmup_frac, the constructor's arguments
+CASES = {
     "SGD without warm-up": ("sgd", "linear", -2, 0.0, {"momentum": 0.9}),
     "SGD": ("sgd", "linear", -2, 0.1, {"momentum": 0.9}),
     "LARS": ("lars", "linear", 2, 0.1, {}),
@@ -59,12 +60,29 @@ def row(keys: dict, quick: bool) -> dict:
     def run(exponent: int, factor: int, seed: int) -> float:
         steps, batch = total // factor, BASE * factor
         rows = protocol.train_run(
-            optim=optim, lr=2.0**exponent, lr_scaling=rule, base_batch_size=BASE, batch_size=batch,
-            micro_batch_size=min(32, batch), steps=steps, seed=seed, schedule="cosine", warmup_frac=warmup,
-            n_layer=2, n_embd=64, block_size=64, precision="fp32", zero_init=False, grad_clip="none",
-            weight_decay=0, on_spike=None, on_nonfinite=None, eval_every=steps,
+            optim=optim,
+            lr=2.0**exponent,
+            lr_scaling=rule,
+            base_batch_size=BASE,
+            batch_size=batch,
+            micro_batch_size=min(32, batch),
+            steps=steps,
+            seed=seed,
+            schedule="cosine",
+            warmup_frac=warmup,
+            n_layer=2,
+            n_embd=64,
+            block_size=64,
+            precision="fp32",
+            zero_init=False,
+            grad_clip="none",
+            weight_decay=0,
+            on_spike=None,
+            on_nonfinite=None,
+            eval_every=steps,
             eval_tokens=4096 if quick else 32768,
-            **{f"opt.{name}": x for name, x in options.items()})  # fmt: skip
+            **{f"opt.{name}": x for name, x in options.items()},
+        )
         return protocol.curve(rows, "val_loss")[-1]
 
     tuned = {middle + k: run(middle + k, 1, 0) for k in tries}
@@ -72,9 +90,17 @@ def row(keys: dict, quick: bool) -> dict:
     ratios = layer_ratios((total + 1) // 2)
     losses = [[run(best, factor, seed) for seed in seeds] for factor in factors]
     around = [[run(best + k, factor, 0) for k in AWAY] for factor in (() if quick else RETUNED)]
-    return {"val_loss": mean_sd(losses[-1])[0], "log2_lr": best, "tried": [*tuned],
-            "tuned": [*tuned.values()], "factors": [*factors], "losses": losses, "around": around,
-            "layers": [*ratios], "ratios": [*ratios.values()]}  # fmt: skip
+    return {
+        "val_loss": mean_sd(losses[-1])[0],
+        "log2_lr": best,
+        "tried": [*tuned],
+        "tuned": [*tuned.values()],
+        "factors": [*factors],
+        "losses": losses,
+        "around": around,
+        "layers": [*ratios],
+        "ratios": [*ratios.values()],
+    }
 
 
 def layer_ratios(step: int) -> dict[str, float]:
@@ -87,17 +113,21 @@ def layer_ratios(step: int) -> dict[str, float]:
             for name, p in zip(g["names"], g["params"]):
                 if p.ndim > 1:
                     norm = p.grad.norm().item()
-                    found[name.removesuffix(".weight")] = p.norm().item() / norm if norm else math.nan
+                    found[name.removesuffix(".weight")] = (
+                        p.norm().item() / norm if norm else math.nan
+                    )
 
     hooks.register_optimizer_step_pre_hook(look)
     return found
 
 
-# ---- what they say ---------------------------------------------------------------------------------------
+# ---- what they say -------------------------------------------------------------------------------
 def gaps(one: dict) -> dict[int, list[float]]:
     """{factor: loss against that of factor 1, seed by seed}"""
-    return {k: [x / y - 1 for x, y in zip(losses, one["losses"][0])]
-            for k, losses in zip(one["factors"], one["losses"])}  # fmt: skip
+    return {
+        k: [x / y - 1 for x, y in zip(losses, one["losses"][0])]
+        for k, losses in zip(one["factors"], one["losses"])
+    }
 
 
 def breaks(one: dict) -> float:
@@ -111,7 +141,9 @@ def shown(factor: float) -> str:
 
 def spread(one: dict) -> float:
     """Largest over smallest ‖w‖/‖g‖; NaN where a gradient was 0."""
-    return max(one["ratios"]) / min(one["ratios"]) if all(x > 0 for x in one["ratios"]) else math.nan
+    return (
+        max(one["ratios"]) / min(one["ratios"]) if all(x > 0 for x in one["ratios"]) else math.nan
+    )
 
 
 def parts(rows: list[dict]) -> dict[str, bool]:
@@ -121,16 +153,23 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     ends = {case: mean_sd(gaps(r)[r["factors"][-1]])[0] for case, r in of.items()}
     cold, k = at["SGD without warm-up"], rows[0]["factors"][-1]
     found = {
-        f"SGD with the linear rule breaks {shown(at['SGD'])} (at 2x it does not, at {k}x it does)":
-        2 < at["SGD"] < math.inf,
+        f"SGD with the linear rule breaks {shown(at['SGD'])} (at 2x it does not, at {k}x it does)": (
+            2 < at["SGD"] < math.inf
+        ),
         f"without warm-up {shown(cold)} (earlier)": cold < at["SGD"],
-    }  # fmt: skip
+    }
     for case in ("LARS", "LAMB"):
-        found[f"{case} breaks {shown(at[case])} (4 times SGD's batch or more)"] = at[case] >= 4 * at["SGD"]
+        found[f"{case} breaks {shown(at[case])} (4 times SGD's batch or more)"] = (
+            at[case] >= 4 * at["SGD"]
+        )
     lamb, adam = ends["LAMB"], ends["AdamW"]
-    found[f"at {k}x LAMB ends {lamb:+.1%} from its own 1x, AdamW {adam:+.1%} (LAMB less)"] = lamb < adam
+    found[f"at {k}x LAMB ends {lamb:+.1%} from its own 1x, AdamW {adam:+.1%} (LAMB less)"] = (
+        lamb < adam
+    )
     ratio = spread(of["SGD"])
-    found[f"‖w‖/‖g‖ differs by a factor {ratio:.1f} between SGD's matrices (10 or more)"] = ratio >= 10
+    found[f"‖w‖/‖g‖ differs by a factor {ratio:.1f} between SGD's matrices (10 or more)"] = (
+        ratio >= 10
+    )
     return found
 
 
@@ -146,18 +185,33 @@ def table(rows: list[dict]) -> str:
     cells, again = [], []
     for r in rows:
         rim = " (rim)" * (r["log2_lr"] in (min(r["tried"]), max(r["tried"])))
-        cells.append([r["case"], CASES[r["case"]][1], f"2^{r['log2_lr']}{rim}",
-                      *(plus_minus(x, ".3f") for x in r["losses"]), shown(breaks(r))])  # fmt: skip
+        cells.append(
+            [
+                r["case"],
+                CASES[r["case"]][1],
+                f"2^{r['log2_lr']}{rim}",
+                *(plus_minus(x, ".3f") for x in r["losses"]),
+                shown(breaks(r)),
+            ]
+        )
         for factor, losses in zip(RETUNED, r["around"]):
             best = min(range(len(AWAY)), key=lambda i: (math.isnan(losses[i]), losses[i]))
-            again.append([r["case"], f"{factor}x", *(f"{x:.3f}" for x in losses), f"2^{AWAY[best]}"])
+            again.append(
+                [r["case"], f"{factor}x", *(f"{x:.3f}" for x in losses), f"2^{AWAY[best]}"]
+            )
     sgd = next(r for r in rows if r["case"] == "SGD")
     pairs = sorted(zip(sgd["ratios"], sgd["layers"]))
     head = ["method", "rule", "lr at 1x", *(f"{k}x" for k in rows[0]["factors"]), "breaks"]
-    text = ["\n".join(lines), "Validation loss at equal tokens, the lr by the rule:", markdown(head, cells)]
+    text = [
+        "\n".join(lines),
+        "Validation loss at equal tokens, the lr by the rule:",
+        markdown(head, cells),
+    ]
     if again:
-        text += ["Validation loss at other learning rates, in units of the rule's (seed 0):",
-                 markdown(["method", "batch", *(f"2^{k}" for k in AWAY), "best"], again)]  # fmt: skip
+        text += [
+            "Validation loss at other learning rates, in units of the rule's (seed 0):",
+            markdown(["method", "batch", *(f"2^{k}" for k in AWAY), "best"], again),
+        ]
     ratios = ", ".join(f"{name} {x:.3g}" for x, name in pairs)
     return "\n\n".join([*text, f"‖w‖/‖g‖ in the middle of SGD's run at 1x: {ratios}."])
 
@@ -167,19 +221,32 @@ def picture(rows: list[dict], figure) -> None:
     losses, against, layers = figure.subplots(1, 3, width_ratios=[1.2, 1.2, 1])
     for r, color in zip(rows, INK):
         style = dict(color=color, marker="o", ms=4, ls="--" if "without" in r["case"] else "-")
-        line(losses, dict(zip(r["factors"], r["losses"])), f"{r['case']}, {CASES[r['case']][1]}", **style)
+        line(
+            losses,
+            dict(zip(r["factors"], r["losses"])),
+            f"{r['case']}, {CASES[r['case']][1]}",
+            **style,
+        )
         line(against, {k: [100 * x for x in g] for k, g in gaps(r).items()}, r["case"], **style)
     against.axhline(100 * LIMIT, color="black", lw=0.8)
     finite = [x for r in rows for x in sum(r["losses"], []) if not math.isnan(x)]
-    losses.set(ylabel="validation loss", title="Equal tokens, lr by the rule",
-               ylim=(min(finite) - 0.05, min(max(finite), min(finite) + 2.5) + 0.05))  # fmt: skip
-    against.set(ylabel="against its own 1x, % (line: 3 %, broken)", title="Where each rule breaks",
-                ylim=(-5, 50))  # fmt: skip
+    losses.set(
+        ylabel="validation loss",
+        title="Equal tokens, lr by the rule",
+        ylim=(min(finite) - 0.05, min(max(finite), min(finite) + 2.5) + 0.05),
+    )
+    against.set(
+        ylabel="against its own 1x, % (line: 3 %, broken)",
+        title="Where each rule breaks",
+        ylim=(-5, 50),
+    )
     for ax in (losses, against):
         ax.set_xscale("log", base=2)
         ax.set(xlabel="batch, times 256 tokens")
         ax.set_xticks(rows[0]["factors"], [f"{k}x" for k in rows[0]["factors"]])
-    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(
+        *losses.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
+    )
     sgd = next(r for r in rows if r["case"] == "SGD")
     layers.barh(range(len(sgd["layers"])), sgd["ratios"], color=INK[5])
     layers.set_yticks(range(len(sgd["layers"])), sgd["layers"], fontsize=8)

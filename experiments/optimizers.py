@@ -1,25 +1,27 @@
-"""Claim: Muon and SOAP reach AdamW's loss in fewer steps (SOAP in half or less); β₂ = .95 suits language
-models better than .999; Schedule-Free is on a par with AdamW under a schedule; SGD is far behind.
+"""Claim: Muon and SOAP reach AdamW's loss in fewer steps (SOAP in half or less); β₂ = .95 suits
+language models better than .999; Schedule-Free is on a par with AdamW under a schedule; SGD is far
+behind.
 
-Source: the second lesson (AdamW, Adafactor, Lion, Shampoo, SOAP "2 to 3 times faster", Muon, Schedule-Free)
-and the first (LARS, LAMB); Adam with L2 for the contrast.
+Source: the second lesson (AdamW, Adafactor, Lion, Shampoo, SOAP "2 to 3 times faster", Muon,
+Schedule-Free) and the first (LARS, LAMB); Adam with L2 for the contrast.
 
-Protocol: 12 classes and AdamW once more with β₂ .999, on the default corpus in bytes, 2 layers of width 64,
-600 steps of 512 tokens. Each has the same budget: 7 learning rates, powers of two around one found in trials
-of 150 steps, all else as train.py and the class have it (schedule, clipping, `zero_init`), but no decay, and
-no guard. They are tried with seed 0; the one with the lowest final validation loss is run with 8 seeds that
-were not looked at before. The target is set by the tuning alone: AdamW's loss with seed 0, plus 0.05. Steps
-to target are those of the first evaluation (each 25 steps, of a run of 600, schedule included) where
+Protocol: 12 classes and AdamW once more with β₂ .999, on the default corpus in bytes, 2 layers of
+width 64, 600 steps of 512 tokens. Each has the same budget: 7 learning rates, powers of two around
+one found in trials of 150 steps, all else as train.py and the class have it (schedule, clipping,
+`zero_init`), but no decay, and no guard. They are tried with seed 0; the one with the lowest final
+validation loss is run with 8 seeds that were not looked at before. The target is set by the tuning
+alone: AdamW's loss with seed 0, plus 0.05. Steps to target are those of the first evaluation (each
+25 steps, of a run of 600, schedule included) where
 
     (target - mean) sqrt(n) >= 3.1 σ        σ: standard deviation over the n seeds
 
-the rule of modded-nanogpt's third track, though σ is estimated here: with 8 seeds chance passes it once in
-120 times, not in 1000. The same rule says whose final loss is clearly below AdamW's, seed by seed. The time
-of a step is the median over a run, with other rows beside it: bench.py compares on an idle machine. State is
-what the optimizer holds after the run.
+the rule of modded-nanogpt's third track, though σ is estimated here: with 8 seeds chance passes it
+once in 120 times, not in 1000. The same rule says whose final loss is clearly below AdamW's, seed
+by seed. The time of a step is the median over a run, with other rows beside it: bench.py compares
+on an idle machine. State is what the optimizer holds after the run.
 
-Expected: Muon first, then SOAP and Shampoo, in about two thirds of AdamW's steps; Adafactor, LAMB, Lion and
-Schedule-Free near AdamW, SGD and LARS behind; at 600 steps .95 and .999 hardly differ.
+Expected: Muon first, then SOAP and Shampoo, in about two thirds of AdamW's steps; Adafactor, LAMB,
+Lion and Schedule-Free near AdamW, SGD and LARS behind; at 600 steps .95 and .999 hardly differ.
 
     python experiments/optimizers.py [--quick] [--out=DIR] [--jobs=N]
 """
@@ -36,7 +38,17 @@ import torch
 from torch.optim import optimizer as hooks
 
 from experiments import protocol
-from experiments.findings import INK, clear, dots, judged, line, listed, markdown, mean_sd, plus_minus
+from experiments.findings import (
+    INK,
+    clear,
+    dots,
+    judged,
+    line,
+    listed,
+    markdown,
+    mean_sd,
+    plus_minus,
+)
 
 CASES = {  # name: --optim, log2 of the middle learning rate, the constructor's arguments
     "AdamW": ("adamw", -7, {"betas": (0.9, 0.95)}),
@@ -64,11 +76,24 @@ def row(keys: dict, quick: bool) -> dict:
     steps, seeds, away = (20, (1, 2), (0, 1)) if quick else (600, SEEDS, range(-3, 4))
 
     def run(exponent: int, seed: int, every: int) -> list[dict]:
-        fields = {f"opt.{name}": x for name, x in options.items()} | dict(optim=optim, lr=2.0**exponent)
+        fields = {f"opt.{name}": x for name, x in options.items()} | dict(
+            optim=optim, lr=2.0**exponent
+        )
         return protocol.train_run(
-            seed=seed, steps=steps, n_layer=2, n_embd=64, block_size=64, batch_size=8, precision="fp32",
-            eval_every=every, weight_decay=1e-5 if optim == "adam_l2" else 0,
-            eval_tokens=4096 if quick else 16384, on_spike=None, on_nonfinite=None, **fields)  # fmt: skip
+            seed=seed,
+            steps=steps,
+            n_layer=2,
+            n_embd=64,
+            block_size=64,
+            batch_size=8,
+            precision="fp32",
+            eval_every=every,
+            weight_decay=1e-5 if optim == "adam_l2" else 0,
+            eval_tokens=4096 if quick else 16384,
+            on_spike=None,
+            on_nonfinite=None,
+            **fields,
+        )
 
     tuned = {}
     for k in away:
@@ -78,14 +103,19 @@ def row(keys: dict, quick: bool) -> dict:
     runs = [run(best, seed, steps // 2 if quick else EVERY) for seed in seeds]
     curves = [[round(x, 5) for x in protocol.curve(rows, "val_loss")] for rows in runs]
     return {
-        "val_loss": mean_sd([curve[-1] for curve in curves])[0], "log2_lr": best,
-        "ms": 1e3 * median(protocol.curve(runs[0], "step_s")), "state": held(),
-        "tried": [*tuned], "tuned": [*tuned.values()], "curves": curves,
-    }  # fmt: skip
+        "val_loss": mean_sd([curve[-1] for curve in curves])[0],
+        "log2_lr": best,
+        "ms": 1e3 * median(protocol.curve(runs[0], "step_s")),
+        "state": held(),
+        "tried": [*tuned],
+        "tuned": [*tuned.values()],
+        "curves": curves,
+    }
 
 
 def state_held():
-    """The function returned gives the bytes of state per parameter that the last optimizer to step holds."""
+    """The function returned gives the bytes of state per parameter that the last optimizer to step
+    holds."""
     seen = {}
     hooks.register_optimizer_step_post_hook(lambda optimizer, *_: seen.update(last=optimizer))
 
@@ -101,7 +131,7 @@ def state_held():
     return held
 
 
-# ---- what they say ---------------------------------------------------------------------------------------
+# ---- what they say -------------------------------------------------------------------------------
 def named(rows: list[dict]) -> dict[str, dict]:
     return {r["case"]: r for r in rows}
 
@@ -140,19 +170,25 @@ def parts(rows: list[dict]) -> dict[str, bool]:
         steps = steps_to_target(rows, case)
         limit = "fewer" if share > 0.5 else "half or less"
         found[f"{case} reaches the target {shown(steps)}, AdamW {shown(base)} ({limit})"] = (
-            steps <= share * base and steps < math.inf)  # fmt: skip
+            steps <= share * base and steps < math.inf
+        )
     if "SGD" not in named(rows):  # --quick
         return found
-    other, free, plain = (below(rows, case) for case in ("AdamW, β₂ .999", "AdamW, Schedule-Free", "SGD"))
+    other, free, plain = (
+        below(rows, case) for case in ("AdamW, β₂ .999", "AdamW, Schedule-Free", "SGD")
+    )
     loss = mean_sd([c[-1] for c in named(rows)[BASE]["curves"]])[0]
     return found | {
-        f"with β₂ .95 AdamW ends {mean_sd(other)[0]:+.4f} from .999 (clearly below)":
-        clear([-x for x in other]),
-        f"Schedule-Free AdamW ends {-mean_sd(free)[0] / loss:+.2%} from AdamW (at most 1 % worse)":
-        -mean_sd(free)[0] <= 0.01 * loss,
-        f"SGD ends {-mean_sd(plain)[0] / loss:+.1%} from AdamW (at least 3 % worse)":
-        not -mean_sd(plain)[0] < 0.03 * loss,
-    }  # fmt: skip
+        f"with β₂ .95 AdamW ends {mean_sd(other)[0]:+.4f} from .999 (clearly below)": clear(
+            [-x for x in other]
+        ),
+        f"Schedule-Free AdamW ends {-mean_sd(free)[0] / loss:+.2%} from AdamW (at most 1 % worse)": (
+            -mean_sd(free)[0] <= 0.01 * loss
+        ),
+        f"SGD ends {-mean_sd(plain)[0] / loss:+.1%} from AdamW (at least 3 % worse)": (
+            not -mean_sd(plain)[0] < 0.03 * loss
+        ),
+    }
 
 
 def verdict(rows: list[dict]) -> tuple[str, str, str]:
@@ -166,24 +202,47 @@ def table(rows: list[dict]) -> str:
         steps, gaps = steps_to_target(rows, r["case"]), below(rows, r["case"])
         word = "below" if clear(gaps) else "above" if clear([-x for x in gaps]) else "not clear"
         rim = " (rim of the grid)" * (r["log2_lr"] in (min(r["tried"]), max(r["tried"])))
-        cells.append([
-            r["case"], f"2^{r['log2_lr']}{rim}", "never" if steps == math.inf else steps,
-            plus_minus([c[-1] for c in r["curves"]]),
-            "" if r["case"] == BASE else f"{plus_minus([-x for x in gaps], '+.4f')}, {word}",
-            f"{r['ms']:.1f}", f"{r['state']:.3g}"])  # fmt: skip
-    head = ["optimizer", "best lr", "steps to target", "final validation loss", "against AdamW",
-            "ms a step", "state, bytes a parameter"]  # fmt: skip
-    rates = [f"{r['case']} 2^{r['tried'][0]}..2^{r['tried'][-1]}: "
-             + " ".join(f"{x:.3f}" for x in r["tuned"]) for r in rows]  # fmt: skip
-    return "\n\n".join([
-        "\n".join(lines), f"Target: {target(rows):.4f}.", markdown(head, cells),
-        "Tuning, validation loss of each learning rate: " + "; ".join(rates) + "."])  # fmt: skip
+        cells.append(
+            [
+                r["case"],
+                f"2^{r['log2_lr']}{rim}",
+                "never" if steps == math.inf else steps,
+                plus_minus([c[-1] for c in r["curves"]]),
+                "" if r["case"] == BASE else f"{plus_minus([-x for x in gaps], '+.4f')}, {word}",
+                f"{r['ms']:.1f}",
+                f"{r['state']:.3g}",
+            ]
+        )
+    head = [
+        "optimizer",
+        "best lr",
+        "steps to target",
+        "final validation loss",
+        "against AdamW",
+        "ms a step",
+        "state, bytes a parameter",
+    ]
+    rates = [
+        f"{r['case']} 2^{r['tried'][0]}..2^{r['tried'][-1]}: "
+        + " ".join(f"{x:.3f}" for x in r["tuned"])
+        for r in rows
+    ]
+    return "\n\n".join(
+        [
+            "\n".join(lines),
+            f"Target: {target(rows):.4f}.",
+            markdown(head, cells),
+            "Tuning, validation loss of each learning rate: " + "; ".join(rates) + ".",
+        ]
+    )
 
 
 def ranked(rows: list[dict]) -> list[dict]:
     """By steps to target, then by loss; what diverged comes last."""
-    return sorted(rows, key=lambda r: (steps_to_target(rows, r["case"]), math.isnan(r["val_loss"]),
-                                       r["val_loss"]))  # fmt: skip
+    return sorted(
+        rows,
+        key=lambda r: (steps_to_target(rows, r["case"]), math.isnan(r["val_loss"]), r["val_loss"]),
+    )
 
 
 def picture(rows: list[dict], figure) -> None:
@@ -191,13 +250,21 @@ def picture(rows: list[dict], figure) -> None:
     steps, losses, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.2])
     order, last = ranked(rows), every(rows) * (len(rows[0]["curves"][0]) - 1)
     found = [steps_to_target(rows, r["case"]) for r in order]
-    steps.barh(range(len(order)), [min(x, last) for x in found],
-               color=[INK[5] if x == math.inf else INK[r["case"] == BASE] for x, r in zip(found, order)])
+    steps.barh(
+        range(len(order)),
+        [min(x, last) for x in found],
+        color=[INK[5] if x == math.inf else INK[r["case"] == BASE] for x, r in zip(found, order)],
+    )
     for y, x in enumerate(found):
-        steps.text(0.02 * last, y, "never" if x == math.inf else f"{x:.0f}", va="center", color="white")
+        steps.text(
+            0.02 * last, y, "never" if x == math.inf else f"{x:.0f}", va="center", color="white"
+        )
     steps.set_yticks(range(len(order)), [r["case"] for r in order])
-    steps.set(ylim=(len(order) - 0.5, -0.5), xlabel=f"steps to {target(rows):.3f}, {len(order[0]['curves'])} "
-              "seeds", title="Steps to target")  # fmt: skip
+    steps.set(
+        ylim=(len(order) - 0.5, -0.5),
+        xlabel=f"steps to {target(rows):.3f}, {len(order[0]['curves'])} seeds",
+        title="Steps to target",
+    )
     dots(losses, {r["case"]: [c[-1] for c in r["curves"]] for r in order})
     losses.set_yticks(range(len(order)), [""] * len(order))
     losses.axvline(target(rows), color=INK[1], lw=1)
@@ -209,8 +276,12 @@ def picture(rows: list[dict], figure) -> None:
     ends = [mean_sd([c[-1] for c in r["curves"]])[0] for r in order]
     low = min(x for x in ends if not math.isnan(x))
     curves.axhline(target(rows), color="black", lw=0.8)
-    curves.set(ylim=(low - 0.03, low + 0.9), xlabel="steps", ylabel="validation loss",
-               title="At each one's best learning rate")  # fmt: skip
+    curves.set(
+        ylim=(low - 0.03, low + 0.9),
+        xlabel="steps",
+        ylabel="validation loss",
+        title="At each one's best learning rate",
+    )
     curves.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -1,19 +1,20 @@
-"""Claim: however a model is spread over ranks, it is the same training run, and what a rank sends in a step
-is what the layout's formula says.
+"""Claim: however a model is spread over ranks, it is the same training run, and what a rank sends
+in a step is what the layout's formula says.
 
-Source: the fourth lesson, section 1 (data, tensor, pipeline, sequence parallelism and their combination),
-with the formulas of the papers named in parallel/.
+Source: the fourth lesson, section 1 (data, tensor, pipeline, sequence parallelism and their
+combination), with the formulas of the papers named in parallel/.
 
-Protocol: a GPT of 4 layers and width 64, 8 sequences of 64 tokens a step in two micro-batches, AdamW,
-constant learning rate. fp64: 10 steps, the largest relative gap to one process's training loss; fp32: 60
-steps, the same. Bytes: each collective of the third step is caught on its way to torch.distributed, on every
-rank, and counted by its formula on a ring (all-reduce 2 (n-1)/n of its tensor, gather, scatter, all-to-all
-and broadcast (n-1)/n, a message all of it); the figure is the mean over ranks. Messages of up to 64 bytes,
-loss, norm and the like, are left out. (Needs Linux: the ranks are forks of a process that counts.) The
-formula knows only sizes: numbers of layers, of ranks, bytes of weights and of one activation.
+Protocol: a GPT of 4 layers and width 64, 8 sequences of 64 tokens a step in two micro-batches,
+AdamW, constant learning rate. fp64: 10 steps, the largest relative gap to one process's training
+loss; fp32: 60 steps, the same. Bytes: each collective of the third step is caught on its way to
+torch.distributed, on every rank, and counted by its formula on a ring (all-reduce 2 (n-1)/n of its
+tensor, gather, scatter, all-to-all and broadcast (n-1)/n, a message all of it); the figure is the
+mean over ranks. Messages of up to 64 bytes, loss, norm and the like, are left out. (Needs Linux:
+the ranks are forks of a process that counts.) The formula knows only sizes: numbers of layers, of
+ranks, bytes of weights and of one activation.
 
-Expected: fp64 within 1e-10, fp32 within 1e-4 (the sums' order differs, and steps amplify it); bytes within 1
-%, as parts of a matrix are rounded to rows.
+Expected: fp64 within 1e-10, fp32 within 1e-4 (the sums' order differs, and steps amplify it); bytes
+within 1 %, as parts of a matrix are rounded to rows.
 
     python experiments/parallel_layouts.py [--quick] [--out=DIR] [--jobs=N]
 """
@@ -36,7 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from experiments import protocol
 from experiments.findings import INK, groups, judged, markdown, pick
 
-LAYERS, WIDTH, LENGTH, BATCH, MICRO, WORDS = 4, 64, 64, 8, 2, 256  # MICRO: micro-batches of a replica
+# MICRO: micro-batches of a replica
+LAYERS, WIDTH, LENGTH, BATCH, MICRO, WORDS = 4, 64, 64, 8, 2, 256
 EXACT, CLOSE, BYTES = 1e-10, 1e-4, 0.01
 LAYOUTS = {  # name -> ranks, train.py's fields
     "one process": (1, {}),
@@ -69,7 +71,7 @@ GRID = grid([*LAYOUTS], [*NUMBERS])
 QUICK = grid(["one process", "fsdp", "tp", "pp"], ["fp64"])
 
 
-# ---- rows ------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 class Wire(TorchDispatchMode):
     """Bytes this rank sends, collective by collective."""
 
@@ -78,12 +80,18 @@ class Wire(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             name = func.name().removeprefix("c10d::")
-            group = next((a for a in args if "ProcessGroup" in str(getattr(a, "_type", lambda: "")())), None)
+            group = next(
+                (a for a in args if "ProcessGroup" in str(getattr(a, "_type", lambda: "")())), None
+            )
             n = dist.get_world_size() if group is None else dist.ProcessGroup.unbox(group).size()
             lists = [
-                [a] if isinstance(a, torch.Tensor) else a for a in args if isinstance(a, (list, torch.Tensor))
+                [a] if isinstance(a, torch.Tensor) else a
+                for a in args
+                if isinstance(a, (list, torch.Tensor))
             ]
-            sizes = [sum(x.nbytes for x in a) for a in lists if a and isinstance(a[0], torch.Tensor)]
+            sizes = [
+                sum(x.nbytes for x in a) for a in lists if a and isinstance(a[0], torch.Tensor)
+            ]
             if sizes and max(sizes) > 64 and name not in ("recv_", "barrier"):
                 self.sent += max(sizes) * (
                     1 if name == "send" else (n - 1) / n * (1 + (name == "allreduce_"))
@@ -115,13 +123,32 @@ def row(keys: dict, quick: bool) -> dict:
 
         protocol.train.main = counted
         rows = protocol.train_run(
-            ranks, out_dir=f"{folder}/run", steps=steps, seed=keys["seed"], n_layer=LAYERS, n_embd=WIDTH,
-            block_size=LENGTH, batch_size=BATCH, precision=keys["precision"], optim="adamw", lr=3e-3,
-            schedule="constant", zero_init=False, eval_every=0, on_spike="none", on_nonfinite="none",
-            micro_batch_size=BATCH // MICRO // replicas(keys["layout"]), **layout)  # fmt: skip
+            ranks,
+            out_dir=f"{folder}/run",
+            steps=steps,
+            seed=keys["seed"],
+            n_layer=LAYERS,
+            n_embd=WIDTH,
+            block_size=LENGTH,
+            batch_size=BATCH,
+            precision=keys["precision"],
+            optim="adamw",
+            lr=3e-3,
+            schedule="constant",
+            zero_init=False,
+            eval_every=0,
+            on_spike="none",
+            on_nonfinite="none",
+            micro_batch_size=BATCH // MICRO // replicas(keys["layout"]),
+            **layout,
+        )
         sent = [json.loads(Path(folder, f"sent_{rank}").read_text()) for rank in range(ranks)]
-    return {"sent": sum(sent) / ranks, "most": max(sent), "told": formula(keys["layout"], keys["precision"]),
-            "losses": protocol.curve(rows, "loss")}  # fmt: skip
+    return {
+        "sent": sum(sent) / ranks,
+        "most": max(sent),
+        "told": formula(keys["layout"], keys["precision"]),
+        "losses": protocol.curve(rows, "loss"),
+    }
 
 
 def sizes(layout: str) -> tuple[str, int, int, int, int]:
@@ -136,12 +163,14 @@ def replicas(layout: str) -> int:
 
 
 def formula(layout: str, precision: str) -> float:
-    """Bytes sent per step, mean over ranks: the tables in the docstrings of parallel/, for this model."""
+    """Bytes sent per step, mean over ranks: the tables in the docstrings of parallel/, for this
+    model."""
     way, dp, cp, tp, pp = sizes(layout)
     w, m, n, fields = NUMBERS[precision], MICRO, dp * cp, LAYOUTS[layout][1]
     blocks, ends = 12 * WIDTH**2 * LAYERS * w / (tp * pp), 2 * WORDS * WIDTH * w / (tp * pp)
     weights, of = blocks + ends, lambda n: (n - 1) / n
-    activation = BATCH / dp / m * LENGTH / cp * WIDTH * w  # one micro-batch's hidden states, of a rank
+    # One micro-batch's hidden states, of a rank
+    activation = BATCH / dp / m * LENGTH / cp * WIDTH * w
     if way == "fsdp":
         s = fields.get("fsdp_shard", n)
         gathers = 2 * m if fields.get("reshard", True) else 1
@@ -151,7 +180,9 @@ def formula(layout: str, precision: str) -> float:
     else:
         total = of(n) * {"ddp": 2, "zero1": 2, "zero2": m + 1}[way] * weights
     # Tensor parallelism: sums of activations; the loss's three numbers a token, of the last stage.
-    total += m * ((2 * LAYERS + 1) * 4 * of(tp) * activation + 2 * of(tp) * 3 * activation / WIDTH) / pp
+    total += (
+        m * ((2 * LAYERS + 1) * 4 * of(tp) * activation + 2 * of(tp) * 3 * activation / WIDTH) / pp
+    )
     kv = 2 * activation / tp
     if cp > 1:
         ring = fields.get("cp_attention", "ring") == "ring"
@@ -159,11 +190,12 @@ def formula(layout: str, precision: str) -> float:
     return total + m * 2 * (pp - 1) / pp * activation
 
 
-# ---- findings --------------------------------------------------------------------------------------------
+# ---- findings ------------------------------------------------------------------------------------
 def gap(rows: list[dict], layout: str, precision: str) -> float:
     """The largest relative gap to one process's loss."""
     mine, base = (
-        pick(rows, layout=name, precision=precision)[0]["losses"] for name in (layout, "one process")
+        pick(rows, layout=name, precision=precision)[0]["losses"]
+        for name in (layout, "one process")
     )
     gaps = (abs(a / b - 1) for a, b in zip(mine, base, strict=True))
     return max(gaps, key=lambda x: (x != x, x))  # NaN is the largest
@@ -173,17 +205,27 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     found = {}
     for (precision,), mine in groups(rows, "precision").items():
         limit = EXACT if precision == "fp64" else CLOSE
-        off = {r["layout"]: gap(rows, r["layout"], precision) for r in mine if r["layout"] != "one process"}
+        off = {
+            r["layout"]: gap(rows, r["layout"], precision)
+            for r in mine
+            if r["layout"] != "one process"
+        }
         worst = max(off, key=lambda name: (off[name] != off[name], off[name]))
         same = sum(x <= limit for x in off.values())
-        found[f"{same} of {len(off)} layouts follow one process in {precision} within {limit:g} "
-              f"(worst: {worst}, {off[worst]:.1e})"] = same == len(off)  # fmt: skip
-    wrong = {f"{r['layout']}, {r['precision']}": r["sent"] / r["told"] - 1 if r["told"] else r["sent"]
-             for r in rows}  # fmt: skip
+        found[
+            f"{same} of {len(off)} layouts follow one process in {precision} within {limit:g} "
+            f"(worst: {worst}, {off[worst]:.1e})"
+        ] = same == len(off)
+    wrong = {
+        f"{r['layout']}, {r['precision']}": r["sent"] / r["told"] - 1 if r["told"] else r["sent"]
+        for r in rows
+    }
     worst = max(wrong, key=lambda name: abs(wrong[name]))
     right = [name for name, x in wrong.items() if abs(x) <= BYTES]
-    found[f"{len(right)} of {len(wrong)} rows send what their formula says within 1 % (worst: {worst}, "
-          f"{wrong[worst]:+.1%})"] = len(right) == len(wrong)  # fmt: skip
+    found[
+        f"{len(right)} of {len(wrong)} rows send what their formula says within 1 % (worst:"
+        f" {worst}, {wrong[worst]:+.1%})"
+    ] = len(right) == len(wrong)
     return found
 
 
@@ -198,13 +240,29 @@ def table(rows: list[dict]) -> str:
     for (layout,), mine in groups(rows, "layout").items():
         last = mine[-1]
         ratio = f"{last['sent'] / last['told'] - 1:+.2%}" if last["told"] else "-"
-        lines.append([layout, LAYOUTS[layout][0], *(f"{gap(rows, layout, r['precision']):.1e}" for r in mine),
-                      *(f"{last[k] / 1024:,.1f}" for k in ("sent", "told")), ratio,
-                      f"{last['most'] / 1024:,.1f}"])  # fmt: skip
+        lines.append(
+            [
+                layout,
+                LAYOUTS[layout][0],
+                *(f"{gap(rows, layout, r['precision']):.1e}" for r in mine),
+                *(f"{last[k] / 1024:,.1f}" for k in ("sent", "told")),
+                ratio,
+                f"{last['most'] / 1024:,.1f}",
+            ]
+        )
     names = [p for (p,) in groups(rows, "precision")]
-    head = ["layout", "ranks", *(f"gap of the loss, {p}" for p in names),
-            f"KiB sent per rank and step, {names[-1]}", "formula", "gap", "busiest rank"]  # fmt: skip
-    held = "\n".join(f"- {text}: {'yes' if found else '**no**'}" for text, found in parts(rows).items())
+    head = [
+        "layout",
+        "ranks",
+        *(f"gap of the loss, {p}" for p in names),
+        f"KiB sent per rank and step, {names[-1]}",
+        "formula",
+        "gap",
+        "busiest rank",
+    ]
+    held = "\n".join(
+        f"- {text}: {'yes' if found else '**no**'}" for text, found in parts(rows).items()
+    )
     return f"{held}\n\n{markdown(head, lines)}"
 
 
@@ -215,21 +273,39 @@ def picture(rows: list[dict], figure) -> None:
     mine = pick(rows, precision=precision)
     for r in mine:
         curves.plot(r["losses"], lw=1.2, alpha=0.6)
-    curves.set(title=f"{len(mine)} layouts, {precision}: their losses", xlabel="step",
-               ylabel="training loss (nats per byte)")  # fmt: skip
+    curves.set(
+        title=f"{len(mine)} layouts, {precision}: their losses",
+        xlabel="step",
+        ylabel="training loss (nats per byte)",
+    )
     names = [r["layout"] for r in mine if r["layout"] != "one process"]
     for (p,), color in zip(groups(rows, "precision"), INK):
         off.plot([max(gap(rows, n, p), 1e-17) for n in names], names, "o", color=color, label=p)
         off.axvline(EXACT if p == "fp64" else CLOSE, color=color, ls="--", lw=1)
     off.set(
-        xscale="log", title="Largest gap to one process", xlabel="relative gap of the loss (dashed: claimed)"
+        xscale="log",
+        title="Largest gap to one process",
+        xlabel="relative gap of the loss (dashed: claimed)",
     )
     off.invert_yaxis()
     off.legend(frameon=False)
-    sent.barh(names, [pick(mine, layout=n)[0]["sent"] / 1024 for n in names], 0.6, color=INK[0], alpha=0.7,
-              label="sent")  # fmt: skip
-    sent.plot([pick(mine, layout=n)[0]["told"] / 1024 for n in names], names, "|", ms=14, mew=2.5,
-              color="black", label="formula")  # fmt: skip
+    sent.barh(
+        names,
+        [pick(mine, layout=n)[0]["sent"] / 1024 for n in names],
+        0.6,
+        color=INK[0],
+        alpha=0.7,
+        label="sent",
+    )
+    sent.plot(
+        [pick(mine, layout=n)[0]["told"] / 1024 for n in names],
+        names,
+        "|",
+        ms=14,
+        mew=2.5,
+        color="black",
+        label="formula",
+    )
     sent.set(title="KiB a rank sends in a step", xlabel=f"mean over ranks, {precision}")
     sent.invert_yaxis()
     sent.legend(frameon=False)

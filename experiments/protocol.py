@@ -1,20 +1,25 @@
 """What all experiments share: rows that are measured once and kept.
 
     GRID   a list of dicts, the keys of each row: {"precision": "bf16", "seed": 2}
-    row    keys -> the figures of that row: {"val_loss": 1.338}; NaN is a figure, an exception is none
-    csv    a line for each row: keys, figures, and when, where and at which commit they were measured
+    row    keys -> the figures of that row: {"val_loss": 1.338}; NaN is a figure, an exception is
+           none
+    csv    a line for each row: keys, figures, and when, where and at which commit they were
+           measured
 
     python experiments/NAME.py         measures what the csv lacks, then writes NAME.md and NAME.png
                       --quick          the small grid, short runs, in a folder of its own
                       --out=DIR        there, instead of experiments/results
-                      --jobs=N         rows at a time: as many as there are cores, 1 where time is measured
+                      --jobs=N         rows at a time: as many as there are cores, 1 where time is
+                                       measured
 
-Each row is a process of its own, so memory and time are its own, and a patch to a module ends with it. It has
-one thread: two such rows at a time get more done than one with two threads. Where time is measured it has all
-cores. A row that was killed is measured again, and the csv is replaced as a whole, never half written.
+Each row is a process of its own, so memory and time are its own, and a patch to a module ends with
+it. It has one thread: two such rows at a time get more done than one with two threads. Where time
+is measured it has all cores. A row that was killed is measured again, and the csv is replaced as a
+whole, never half written.
 
-An experiment is a docstring (Claim, Source, Protocol, Expected: written before it ran), a grid, a row
-function, and a table, a picture and a verdict that look at the figures and nothing else (findings.py):
+An experiment is a docstring (Claim, Source, Protocol, Expected: written before it ran), a grid, a
+row function, and a table, a picture and a verdict that look at the figures and nothing else
+(findings.py):
 
     protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict)
 """
@@ -40,7 +45,8 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [p for p in sys.path if p != str(HERE)]  # or `precision` were the experiment of this name
+# Or `precision` were the experiment of this name
+sys.path[:] = [p for p in sys.path if p != str(HERE)]
 
 import torch
 import torch.distributed as dist
@@ -56,32 +62,48 @@ from experiments import findings
 
 ROOT, RESULTS, CACHE = HERE.parent, HERE / "results", HERE.parent / "data_cache"
 CONTEXT = ("seconds", "date", "machine", "commit")  # the last columns of every csv
-tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed as it writes would stop the others
+# Its own is shared by forks: one killed as it writes would stop the others
+tqdm.set_lock(threading.RLock())
 START = "fork" if sys.platform == "linux" else "spawn"  # 0.05 s against 3 s
 
 
-# ---- for row functions -----------------------------------------------------------------------------------
+# ---- for row functions ---------------------------------------------------------------------------
 def train_run(ranks: int = 1, **fields) -> list[dict]:
-    """train.py with these fields (a dotted one as **{"fp8.scaling": "row"}), in this process, or in `ranks`
-    of one thread each: all rows of its metrics.jsonl. It saves at the end alone, and nothing stays unless
-    out_dir is given. With several ranks this process must not have used more than one thread before."""
+    """train.py with these fields (a dotted one as **{"fp8.scaling": "row"}), in this process, or in
+    `ranks` of one thread each: all rows of its metrics.jsonl. It saves at the end alone, and
+    nothing stays unless out_dir is given. With several ranks this process must not have used more
+    than one thread before.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        usual = dict(out_dir=f"{folder}/run", data_dir=CACHE, save_every=0, sample_tokens=0,
-                     on_spike="none", on_nonfinite="none")  # fmt: skip  # what happens, happens
+        usual = dict(
+            out_dir=f"{folder}/run",
+            data_dir=CACHE,
+            save_every=0,
+            sample_tokens=0,
+            on_spike="none",
+            on_nonfinite="none",
+        )  # what happens, happens
         fields = usual | fields
         texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
         words = [f"--{name}={text}" for name, text in texts.items()]
         if ranks == 1:
             train.main(config.parse(words))
         else:
-            mp.start_processes(one_rank, (ranks, words, f"{folder}/store"), ranks, start_method=START)
+            mp.start_processes(
+                one_rank, (ranks, words, f"{folder}/store"), ranks, start_method=START
+            )
         return logger.read_metrics(Path(fields["out_dir"], "metrics.jsonl"))
 
 
 def one_rank(rank: int, ranks: int, words: list[str], store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks,
-                            timeout=timedelta(minutes=5))  # fmt: skip
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, ranks),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(minutes=5),
+    )
     train.main(config.parse(words))
     dist.barrier()
     os._exit(0)  # without the interpreter's teardown, where gloo's threads may abort
@@ -98,14 +120,16 @@ def tail(rows: list[dict], share: float = 0.1) -> float:
     return fmean(losses[-max(1, round(share * len(losses))) :])
 
 
-# ---- rows, kept ------------------------------------------------------------------------------------------
+# ---- rows, kept ----------------------------------------------------------------------------------
 def read(path: Path) -> list[dict]:
     """The rows of a csv. A commit is text: 353e154 is no number."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return [{name: text if name in CONTEXT[1:] else value(text) for name, text in row.items()}
-                for row in csv.DictReader(file)]  # fmt: skip
+        return [
+            {name: text if name in CONTEXT[1:] else value(text) for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def value(text: str):
@@ -123,12 +147,15 @@ def write(path: Path, rows: list[dict]) -> None:
         writer.writerow(names)
         for row in rows:
             cells = (row.get(name) for name in names)
-            writer.writerow(["" if c is None else c if isinstance(c, str) else json.dumps(c) for c in cells])
+            writer.writerow(
+                ["" if c is None else c if isinstance(c, str) else json.dumps(c) for c in cells]
+            )
     os.replace(path.with_suffix(".tmp"), path)  # a kill leaves the old one whole
 
 
 def measure(row, keys: dict, quick: bool, threads: int, answer, log: str) -> None:
-    """In a process of its own: sends the row's figures, or why there are none. Dies with its parent."""
+    """In a process of its own: sends the row's figures, or why there are none. Dies with its
+    parent."""
     parent, alone = multiprocessing.parent_process().pid, hasattr(os, "setsid")
     if alone:
         os.setsid()  # one group with the ranks it may start, to be killed as a whole
@@ -181,13 +208,24 @@ def measured(row, missing: list[dict], quick: bool, jobs: int, threads: int, bar
                 process.join()
 
 
-# ---- the command -----------------------------------------------------------------------------------------
-def main(doc: str, file: str, grid: list[dict], small: list[dict], row, table, picture, verdict,
-         timed: bool = False) -> None:  # fmt: skip
-    """`python experiments/NAME.py`, which it ends: 0, 1 where a row has no figures, 2 for a bad flag.
+# ---- the command ---------------------------------------------------------------------------------
+def main(
+    doc: str,
+    file: str,
+    grid: list[dict],
+    small: list[dict],
+    row,
+    table,
+    picture,
+    verdict,
+    timed: bool = False,
+) -> None:
+    """`python experiments/NAME.py`, which it ends: 0, 1 where a row has no figures, 2 for a bad
+    flag.
 
-    row(keys, quick) -> figures; table(rows) -> markdown; picture(rows, figure) draws on a matplotlib Figure;
-    verdict(rows) -> (one of findings.VERDICTS, one number as text, why as a sentence). timed: row by row.
+    row(keys, quick) -> figures; table(rows) -> markdown; picture(rows, figure) draws on a
+    matplotlib Figure; verdict(rows) -> (one of findings.VERDICTS, one number as text, why as a
+    sentence). timed: row by row.
     """
     words, name = sys.argv[1:], Path(file).stem
     if "--help" in words:
@@ -199,12 +237,15 @@ def main(doc: str, file: str, grid: list[dict], small: list[dict], row, table, p
     try:
         for word in words:
             if not re.fullmatch(r"--quick|--out=.+|--jobs=[1-9]\d*", word):
-                raise ValueError(f"{word} is not understood; there are --quick, --out=DIR and --jobs=N")
+                raise ValueError(
+                    f"{word} is not understood; there are --quick, --out=DIR and --jobs=N"
+                )
         if quick and home.resolve() == RESULTS:
             raise ValueError(f"--quick measures too little for {RESULTS}; take another --out=DIR")
         grid, path = small if quick else grid, home / f"{name}.csv"
         lock = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-        lock = resume.RunLock(Path(tempfile.gettempdir(), f"nanoscale-{lock}"))  # one process for a csv
+        # One process for a csv
+        lock = resume.RunLock(Path(tempfile.gettempdir(), f"nanoscale-{lock}"))
     except ValueError as error:
         print(f"{name}.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -219,15 +260,20 @@ def main(doc: str, file: str, grid: list[dict], small: list[dict], row, table, p
     wanted, kept = {key(keys): keys for keys in grid}, {key(one): one for one in read(path)}
     missing, here, failed = [keys for k, keys in wanted.items() if k not in kept], place(), 0
     tqdm.monitor_interval = 0  # no thread beside a fork
-    with tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="row", smoothing=0) as bar:
-        for keys, figures, why, seconds in measured(row, missing, quick, jobs, cores if timed else 1, bar):
+    with tqdm(
+        total=len(wanted), initial=len(wanted) - len(missing), unit="row", smoothing=0
+    ) as bar:
+        for keys, figures, why, seconds in measured(
+            row, missing, quick, jobs, cores if timed else 1, bar
+        ):
             shown = " ".join(f"{part}={keys[part]}" for part in keys)
             if figures is None:
                 bar.write(f"{shown}: no figures: {why}", file=sys.stderr)
                 failed += 1
                 continue
             kept[key(keys)] = keys | figures | here | {"seconds": round(seconds, 1)}
-            rest = [one for k, one in kept.items() if k not in wanted]  # of another grid: kept, not shown
+            # Of another grid: kept, not shown
+            rest = [one for k, one in kept.items() if k not in wanted]
             write(path, [kept[k] for k in wanted if k in kept] + rest)
             numbers = [f"{n} {v:.5g}" for n, v in figures.items() if isinstance(v, (int, float))]
             bar.write(f"{shown}  {'  '.join(numbers[:4])}  {seconds:.0f} s", file=sys.stderr)
@@ -240,6 +286,7 @@ def main(doc: str, file: str, grid: list[dict], small: list[dict], row, table, p
 
 def place() -> dict:
     """What all rows of this command share: day, machine, commit; + where files differ from it."""
+
     def git(*words: str) -> str:
         found = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
         return found.stdout.strip()
@@ -249,5 +296,8 @@ def place() -> dict:
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else None
     cores = f"{model[1].strip() if model else platform.machine()}, {os.cpu_count()} cores"
-    return {"date": time.strftime("%Y-%m-%d"), "machine": f"{cores}, torch {torch.__version__}",
-            "commit": commit}  # fmt: skip
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{cores}, torch {torch.__version__}",
+        "commit": commit,
+    }

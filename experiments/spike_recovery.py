@@ -1,26 +1,27 @@
-"""Claim: a run that meets poisoned batches, or a jump of its learning rate, recovers if a guard skips the
-step, tightens the clip, cuts the learning rate, or rolls back and leaves the data out; without a guard it
-does not.
+"""Claim: a run that meets poisoned batches, or a jump of its learning rate, recovers if a guard
+skips the step, tightens the clip, cuts the learning rate, or rolls back and leaves the data out;
+without a guard it does not.
 
-Source: the three lessons on stability (spike above 5 x EMA, 5 x window mean or 3 x the loss before; gradient
-norm above 10: clip to 0.1; roll back 100 steps and drop the batch); PaLM, 2204.02311.
+Source: the three lessons on stability (spike above 5 x EMA, 5 x window mean or 3 x the loss before;
+gradient norm above 10: clip to 0.1; roll back 100 steps and drop the batch); PaLM, 2204.02311.
 
-Protocol: 2 layers of width 64, 8 rows of 64 bytes a step, 240 steps, wsd, validation loss every 5 steps on
-4096 fixed tokens, three seeds. From step 121 on one of these, put into data.Rows, GPT.forward, the schedule:
+Protocol: 2 layers of width 64, 8 rows of 64 bytes a step, 240 steps, wsd, validation loss every 5
+steps on 4096 fixed tokens, three seeds. From step 121 on one of these, put into data.Rows,
+GPT.forward, the schedule:
     poison       the rows of 3 batches are uniformly random bytes, nothing else is touched
     long         the same for 12 batches: more than skipping takes for chance (accept=10)
     nan          the loss of 3 batches is NaN
     jump         every lr x 30 in steps 121 to 125, each time those steps are taken
     jump once    the same, but over for good once the guard has rolled back
-`fragile` is AdamW at lr 0.01 without gradient clipping; `default` is this repository's: Muon, clipping at 1.
-Policies have the guard's default numbers unless the name says otherwise; a policy named after a text has its
-detector; `warn` acts as `none`. Gaps are to the clean run of the same seed. Batches to be back are those
-computed, repeated ones too, from the fault to the first evaluation behind it that is no worse than the last
-before it.
+`fragile` is AdamW at lr 0.01 without gradient clipping; `default` is this repository's: Muon,
+clipping at 1. Policies have the guard's default numbers unless the name says otherwise; a policy
+named after a text has its detector; `warn` acts as `none`. Gaps are to the clean run of the same
+seed. Batches to be back are those computed, repeated ones too, from the fault to the first
+evaluation behind it that is no worse than the last before it.
 
-Expected: rollback ends within 1 % of the clean run, no guard does not. A ban cannot help against the jump:
-it is no row's fault, and what its first step has done to the weights is there before the loss shows it. (The
-setups and the sizes of the faults were chosen in trials with another seed.)
+Expected: rollback ends within 1 % of the clean run, no guard does not. A ban cannot help against
+the jump: it is no row's fault, and what its first step has done to the weights is there before the
+loss shows it. (The setups and the sizes of the faults were chosen in trials with another seed.)
 
     python experiments/spike_recovery.py [--quick] [--out=DIR] [--jobs=N]
 """
@@ -32,7 +33,8 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]  # else `precision` is one of us
+# Else `precision` is one of us
+sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 
@@ -69,10 +71,20 @@ PLAN = [
     ("default", "poison", ["none", "skip", "rollback"]),
     ("default", "jump", ["none", "skip", "lr cut"]),
 ]
-GRID = [dict(setup=setup, fault=fault, policy=policy, seed=seed)
-        for setup, fault, policies in PLAN for policy in policies for seed in (1, 2, 3)]  # fmt: skip
-QUICK = [one for one in GRID if one["seed"] == 1 and one["setup"] == "fragile"
-         and one["policy"] in ("none", "skip", "rollback") and one["fault"] in ("clean", "poison", "jump")]
+GRID = [
+    dict(setup=setup, fault=fault, policy=policy, seed=seed)
+    for setup, fault, policies in PLAN
+    for policy in policies
+    for seed in (1, 2, 3)
+]
+QUICK = [
+    one
+    for one in GRID
+    if one["seed"] == 1
+    and one["setup"] == "fragile"
+    and one["policy"] in ("none", "skip", "rollback")
+    and one["fault"] in ("clean", "poison", "jump")
+]
 LENGTH = {"clean": 0, "poison": 3, "long": 12, "nan": 3, "jump": 5, "jump once": 5}
 BATCH, TIMES = 8, 30
 TAKE, FORWARD, SCHEDULE = data.Rows.__call__, GPT.forward, choices.lr_schedule
@@ -99,7 +111,9 @@ def inject(fault: str, first: int) -> None:
         usual = SCHEDULE(cfg)
 
         def factor(step):
-            state["over"] = state.get("over") or (fault == "jump once" and step < state.get("step", 0))
+            state["over"] = state.get("over") or (
+                fault == "jump once" and step < state.get("step", 0)
+            )
             state["step"] = step
             jumps = first <= step < first + LENGTH[fault] and not state["over"]
             return usual(step) * (TIMES if jumps else 1)
@@ -119,9 +133,20 @@ def row(keys: dict, quick: bool) -> dict:
         aborted = False
         try:
             protocol.train_run(
-                out_dir=f"{folder}/run", seed=keys["seed"], steps=steps, n_layer=2, n_head=2, n_embd=64,
-                block_size=64, batch_size=BATCH, precision="fp32", eval_every=5, eval_tokens=4096,
-                **SETUPS[keys["setup"]], **NUMBERS[keys["policy"]])  # fmt: skip
+                out_dir=f"{folder}/run",
+                seed=keys["seed"],
+                steps=steps,
+                n_layer=2,
+                n_head=2,
+                n_embd=64,
+                block_size=64,
+                batch_size=BATCH,
+                precision="fp32",
+                eval_every=5,
+                eval_tokens=4096,
+                **SETUPS[keys["setup"]],
+                **NUMBERS[keys["policy"]],
+            )
         except spikes.Aborted:
             aborted = True
         lines = logger.read_metrics(Path(folder, "run", "metrics.jsonl"))
@@ -129,8 +154,10 @@ def row(keys: dict, quick: bool) -> dict:
 
 
 def figures(lines: list[dict], first: int, last: int) -> dict:
-    """Of a run whose fault begins after `first` updates and ends with step `last`. Its lines are in the order
-    of time: steps that a rollback repeats come again, and the batch that it threw away is its event."""
+    """Of a run whose fault begins after `first` updates and ends with step `last`. Its lines are in
+    the order of time: steps that a rollback repeats come again, and the batch that it threw away is
+    its event.
+    """
     work, level, back, found, curve, banned, early = 0, math.inf, math.nan, [], [], set(), 0
     for line in lines:
         if "lr" in line:
@@ -151,8 +178,16 @@ def figures(lines: list[dict], first: int, last: int) -> dict:
             if line["step"] >= first - 20:
                 curve.append((work, round(loss, 4)))
     curve = curve[:: max(1, len(curve) // 60)]
-    return {"val_loss": loss, "back": back, "work": work, "events": len(found), "false_alarms": early,
-        "banned": len(banned), "batches": [x for x, _ in curve], "curve": [y for _, y in curve]}  # fmt: skip
+    return {
+        "val_loss": loss,
+        "back": back,
+        "work": work,
+        "events": len(found),
+        "false_alarms": early,
+        "banned": len(banned),
+        "batches": [x for x, _ in curve],
+        "curve": [y for _, y in curve],
+    }
 
 
 def gaps(rows: list[dict], **keys) -> list[float]:
@@ -174,23 +209,52 @@ def table(rows: list[dict]) -> str:
         broken = any(math.isnan(r["val_loss"]) for r in mine)
         loss = "NaN" if broken else plus_minus([r["val_loss"] for r in mine], ".3f")
         gap = "" if ended or broken or fault == "clean" else plus_minus(gaps(rows, **keys), "+.1%")
-        lines.append([
-            setup, fault, f"**{policy}**" if cured(rows, **keys) and fault != "clean" else policy,
-            f"the guard ended {ended} of {len(mine)}" if ended else loss,
-            gap, "" if ended else back,
-            *(f"{fmean(r[name] for r in mine):.1f}".removesuffix(".0")
-              for name in ("events", "false_alarms", "banned", "work"))])  # fmt: skip
-    head = ["setup", "fault", "policy", "validation loss", "gap to clean", "batches to be back", "events",
-            "false alarms", "rows banned", "batches computed"]  # fmt: skip
-    notes = ("Means over seeds; events, alarms, rows and batches of one run. Bold: within 1 % of the clean",
-             "run with every seed. `never`: the loss is not back before the run ends, with one seed or more.")
+        lines.append(
+            [
+                setup,
+                fault,
+                f"**{policy}**" if cured(rows, **keys) and fault != "clean" else policy,
+                f"the guard ended {ended} of {len(mine)}" if ended else loss,
+                gap,
+                "" if ended else back,
+                *(
+                    f"{fmean(r[name] for r in mine):.1f}".removesuffix(".0")
+                    for name in ("events", "false_alarms", "banned", "work")
+                ),
+            ]
+        )
+    head = [
+        "setup",
+        "fault",
+        "policy",
+        "validation loss",
+        "gap to clean",
+        "batches to be back",
+        "events",
+        "false alarms",
+        "rows banned",
+        "batches computed",
+    ]
+    notes = (
+        (
+            "Means over seeds; events, alarms, rows and batches of one run. Bold: within 1 % of the"
+            " clean"
+        ),
+        (
+            "run with every seed. `never`: the loss is not back before the run ends, with one seed"
+            " or more."
+        ),
+    )
     return markdown(head, lines) + "\n\n" + " ".join(notes)
 
 
 def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(14, 5)
-    titles = {"poison": "3 batches of random bytes", "long": "12 batches of random bytes",
-              "jump": f"learning rate x {TIMES} for 5 steps"}  # fmt: skip
+    titles = {
+        "poison": "3 batches of random bytes",
+        "long": "12 batches of random bytes",
+        "jump": f"learning rate x {TIMES} for 5 steps",
+    }
     faults = [fault for fault in titles if pick(rows, setup="fragile", fault=fault)]
     colors = dict(zip(USUAL, INK)) | {"skip, accept=30": INK[3]}
     for ax, fault in zip(figure.subplots(1, len(faults), squeeze=False)[0], faults):
@@ -204,11 +268,16 @@ def picture(rows: list[dict], figure) -> None:
                 ax.plot(xs, ys, color=colors[name], lw=1.7, label=f"{name}: {label}")
                 ax.plot(xs[-1], ys[-1], "X" if ended else "o", ms=7, color=colors[name])
                 worst = max(worst, *ys)
-        ax.set(title=titles[fault], xlabel="batches computed, repeated ones too",
-               xlim=(xs[0] - 5, min(ax.get_xlim()[1], 1.6 * clean["work"])),
-               ylim=(min(clean["curve"]) - 0.05, min(worst + 0.05, max(clean["curve"]) + 1.5)))  # fmt: skip
+        ax.set(
+            title=titles[fault],
+            xlabel="batches computed, repeated ones too",
+            xlim=(xs[0] - 5, min(ax.get_xlim()[1], 1.6 * clean["work"])),
+            ylim=(min(clean["curve"]) - 0.05, min(worst + 0.05, max(clean["curve"]) + 1.5)),
+        )
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8, framealpha=0.9, title=f"policy: end (no fault {clean['val_loss']:.2f})")
+        ax.legend(
+            fontsize=8, framealpha=0.9, title=f"policy: end (no fault {clean['val_loss']:.2f})"
+        )
     figure.axes[0].set_ylabel(f"validation loss (nats per byte), seed {rows[0]['seed']}")
 
 
@@ -218,20 +287,36 @@ def verdict(rows: list[dict]) -> tuple[str, str, str]:
         ended = any(r["aborted"] for r in pick(rows, **keys))
         return "the run" if ended else f"{fmean(gaps(rows, **keys)):+.1%}"
 
-    poison, jump = ({p: cured(rows, setup="fragile", fault=fault, policy=p)
-                     for (p,) in groups(pick(rows, setup="fragile", fault=fault), "policy") if p not in TEXTS}
-                    for fault in ("poison", "jump"))  # fmt: skip
+    poison, jump = (
+        {
+            p: cured(rows, setup="fragile", fault=fault, policy=p)
+            for (p,) in groups(pick(rows, setup="fragile", fault=fault), "policy")
+            if p not in TEXTS
+        }
+        for fault in ("poison", "jump")
+    )
     core = poison["rollback"] and not poison["none"]
     every = core and all(good for p, good in poison.items() if p != "none") and any(jump.values())
     failing = [p for p, good in poison.items() if not good and p != "none"]
-    number = (f"3 poisoned batches cost without a guard {cost('none')} of loss, with rollback "
-              f"{cost('rollback')}, with skip {cost('skip')}")  # fmt: skip
-    why = f"rollback ends {'within' if poison['rollback'] else 'beyond'} 1 % of the clean run with every seed"
+    number = (
+        f"3 poisoned batches cost without a guard {cost('none')} of loss, with rollback "
+        f"{cost('rollback')}, with skip {cost('skip')}"
+    )
+    why = (
+        f"rollback ends {'within' if poison['rollback'] else 'beyond'} 1 % of the clean run with"
+        " every seed"
+    )
     why += ", no guard " + ("too" if poison["none"] else "does not")
-    why += f"; {' and '.join(failing)} lose{'s' * (len(failing) == 1)} more than 1 %" if failing else ""
+    why += (
+        f"; {' and '.join(failing)} lose{'s' * (len(failing) == 1)} more than 1 %"
+        if failing
+        else ""
+    )
     why += "; of the jump of the learning rate " + (
-        f"{' and '.join(p for p, good in jump.items() if good)} cure it" if any(jump.values())
-        else "no policy undoes the damage to 1 %")  # fmt: skip
+        f"{' and '.join(p for p, good in jump.items() if good)} cure it"
+        if any(jump.values())
+        else "no policy undoes the damage to 1 %"
+    )
     if pick(rows, setup="default"):
         why += f"; to Muon with clipping the poison costs {cost('none', 'default')} without a guard"
     return ("holds" if every else "holds in part" if core else "does not hold"), number, why

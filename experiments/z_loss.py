@@ -1,19 +1,21 @@
-"""Claim: without a z-loss the logits drift until log Z is far from 0, which costs precision; 1e-4 (log Z)²
-holds it, at no cost in loss, and makes training steadier.
+"""Claim: without a z-loss the logits drift until log Z is far from 0, which costs precision; 1e-4
+(log Z)² holds it, at no cost in loss, and makes training steadier.
 
-Source: the second lesson, after PaLM (Chowdhery et al. 2022, 2204.02311), whose term is the mean of (log Z)²
-over tokens; the lesson squares the mean, which lets tokens drift apart in both directions.
+Source: the second lesson, after PaLM (Chowdhery et al. 2022, 2204.02311), whose term is the mean of
+(log Z)² over tokens; the lesson squares the mean, which lets tokens drift apart in both directions.
 
-Protocol: the default corpus in bytes, 2 layers of width 64, 512 tokens a step, 2000 steps of AdamW without
-decay, at a constant lr after warm-up. No soft-cap on the logits, since it bounds log Z by itself; one case
-has it, for comparison. lr 2^-7, the best one, and 8 times as much, 2^-4, each in fp32 and bf16, without
-z-loss, with 1e-4 and with 1e-2, 3 seeds; no guard. log Z is that of training batches, every 50 steps
-(--watch_every); drift is its mean over the last tenth of the run. The logged losses are without the z-loss.
+Protocol: the default corpus in bytes, 2 layers of width 64, 512 tokens a step, 2000 steps of AdamW
+without decay, at a constant lr after warm-up. No soft-cap on the logits, since it bounds log Z by
+itself; one case has it, for comparison. lr 2^-7, the best one, and 8 times as much, 2^-4, each in
+fp32 and bf16, without z-loss, with 1e-4 and with 1e-2, 3 seeds; no guard. log Z is that of training
+batches, every 50 steps (--watch_every); drift is its mean over the last tenth of the run. The
+logged losses are without the z-loss.
 
-Expected: Adam moves all logits of a token together, nothing in the cross-entropy holds them back, so log Z
-drifts by some nats from ln 256 = 5.5; 1e-4 pulls it towards 0, slowly (a trial of 300 steps: by 0.3), at a
-loss within 0.3 %. At 8 times the lr the drift is larger. In bf16 a logit near 16 is rounded to 1/16 and one
-near 64 to 1/4, so drift costs something there, if it gets so far in 2000 steps.
+Expected: Adam moves all logits of a token together, nothing in the cross-entropy holds them back,
+so log Z drifts by some nats from ln 256 = 5.5; 1e-4 pulls it towards 0, slowly (a trial of 300
+steps: by 0.3), at a loss within 0.3 %. At 8 times the lr the drift is larger. In bf16 a logit near
+16 is rounded to 1/16 and one near 64 to 1/4, so drift costs something there, if it gets so far in
+2000 steps.
 
     python experiments/z_loss.py [--quick] [--out=DIR] [--jobs=N]
 """
@@ -45,21 +47,41 @@ CAPPED = dict(cap=15.0, precision="fp32", lr=RATES[0], z=0.0)
 
 
 def grid(rates: tuple, precisions: tuple, zs: tuple, seeds: tuple) -> list[dict]:
-    cases = [dict(cap=None, precision=p, lr=lr, z=z) for p in precisions for lr in rates for z in zs]
+    cases = [
+        dict(cap=None, precision=p, lr=lr, z=z) for p in precisions for lr in rates for z in zs
+    ]
     return [case | dict(seed=seed) for case in [*cases, CAPPED] for seed in seeds]
 
 
-GRID, QUICK = grid(RATES, ("fp32", "bf16"), ZS, SEEDS), grid(RATES[:1], ("fp32", "bf16"), ZS[:2], SEEDS[:1])
+GRID, QUICK = (
+    grid(RATES, ("fp32", "bf16"), ZS, SEEDS),
+    grid(RATES[:1], ("fp32", "bf16"), ZS[:2], SEEDS[:1]),
+)
 
 
 def row(keys: dict, quick: bool) -> dict:
     steps = 20 if quick else 2000
     rows = protocol.train_run(
-        optim="adamw", lr=keys["lr"], seed=keys["seed"], steps=steps, n_layer=2, n_embd=64, block_size=64,
-        batch_size=8, precision=keys["precision"], logit_cap=keys["cap"], z_loss=keys["z"] or None,
-        schedule="constant", weight_decay=0, on_spike=None, on_nonfinite=None, eval_every=steps,
+        optim="adamw",
+        lr=keys["lr"],
+        seed=keys["seed"],
+        steps=steps,
+        n_layer=2,
+        n_embd=64,
+        block_size=64,
+        batch_size=8,
+        precision=keys["precision"],
+        logit_cap=keys["cap"],
+        z_loss=keys["z"] or None,
+        schedule="constant",
+        weight_decay=0,
+        on_spike=None,
+        on_nonfinite=None,
+        eval_every=steps,
         eval_tokens=4096 if quick else 32768,
-        watch_every=steps // 10 if quick else 50, **{"opt.betas": (0.9, 0.95)})  # fmt: skip
+        watch_every=steps // 10 if quick else 50,
+        **{"opt.betas": (0.9, 0.95)},
+    )
     log_z = protocol.curve(rows, "log_z")
     losses = protocol.curve(rows)
     return {
@@ -67,12 +89,13 @@ def row(keys: dict, quick: bool) -> dict:
         "loss": protocol.tail(rows),
         "drift": mean_sd(log_z[-max(2, len(log_z) // 10) :])[0],
         "log_z_max": protocol.curve(rows, "log_z_max")[-1],
-        "jumps": sum(b > a + 0.5 for a, b in zip(losses, losses[1:])),  # nats from a step to the next
+        # Nats from a step to the next
+        "jumps": sum(b > a + 0.5 for a, b in zip(losses, losses[1:])),
         "log_z": [float(f"{x:.4g}") for x in log_z],
     }
 
 
-# ---- what they say ---------------------------------------------------------------------------------------
+# ---- what they say -------------------------------------------------------------------------------
 def gaps(rows: list[dict], precision: str, lr: float, z: float) -> list[float]:
     """Validation loss against the same without z-loss, seed by seed."""
     mine, base = (pick(rows, cap=None, precision=precision, lr=lr, z=x) for x in (z, 0.0))
@@ -91,16 +114,23 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     for (precision, lr), _ in groups(pick(rows, cap=None), "precision", "lr").items():
         where, keys = f"{precision}, lr 2^{math.log2(lr):.0f}", dict(precision=precision, lr=lr)
         free, held = (drift(rows, z, **keys) for z in (0.0, 1e-4))
-        found[f"{where}: |log Z| ends at {free:.1f} without z-loss (further from 0 than its start, "
-              f"{start:.1f})"] = free > start  # fmt: skip
-        found[f"{where}: at {held:.2f} with 1e-4 (half of that without, or less)"] = held <= free / 2
+        found[
+            f"{where}: |log Z| ends at {free:.1f} without z-loss (further from 0 than its start, "
+            f"{start:.1f})"
+        ] = free > start
+        found[f"{where}: at {held:.2f} with 1e-4 (half of that without, or less)"] = (
+            held <= free / 2
+        )
         cost = gaps(rows, precision, lr, 1e-4)
-        found[f"{where}: 1e-4 moves the loss by {plus_minus(cost, '+.2%')} (at most 0.3 % worse)"] = (
-            mean_sd(cost)[0] <= 0.003)  # fmt: skip
+        found[
+            f"{where}: 1e-4 moves the loss by {plus_minus(cost, '+.2%')} (at most 0.3 % worse)"
+        ] = mean_sd(cost)[0] <= 0.003
     (last,) = groups(pick(rows, cap=None)[-1:], "precision", "lr")
     cost = gaps(rows, *last, 1e-4)
-    found[f"where drift should matter most ({last[0]}, lr 2^{math.log2(last[1]):.0f}) it is better with "
-          "every seed (claimed)"] = all(x < 0 for x in cost)  # fmt: skip
+    found[
+        f"where drift should matter most ({last[0]}, lr 2^{math.log2(last[1]):.0f}) it is better"
+        " with every seed (claimed)"
+    ] = all(x < 0 for x in cost)
     return found
 
 
@@ -117,12 +147,27 @@ def table(rows: list[dict]) -> str:
     cells = []
     for (cap, precision, lr, z), mine in groups(rows, "cap", "precision", "lr", "z").items():
         gap = plus_minus(gaps(rows, precision, lr, z), "+.2%") if z else ""
-        cells.append([precision, f"2^{math.log2(lr):.0f}", f"{z:g}" if cap is None else "none, cap 15",
-                      *(plus_minus([r[name] for r in mine], ".2f") for name in ("drift", "log_z_max")),
-                      plus_minus([r["val_loss"] for r in mine]), gap,
-                      sum(r["jumps"] for r in mine)])  # fmt: skip
-    head = ["precision", "lr", "z-loss", "log Z at the end", "its largest", "validation loss",
-            "against none", "loss jumps > 0.5 nats, all seeds"]  # fmt: skip
+        cells.append(
+            [
+                precision,
+                f"2^{math.log2(lr):.0f}",
+                f"{z:g}" if cap is None else "none, cap 15",
+                *(plus_minus([r[name] for r in mine], ".2f") for name in ("drift", "log_z_max")),
+                plus_minus([r["val_loss"] for r in mine]),
+                gap,
+                sum(r["jumps"] for r in mine),
+            ]
+        )
+    head = [
+        "precision",
+        "lr",
+        "z-loss",
+        "log Z at the end",
+        "its largest",
+        "validation loss",
+        "against none",
+        "loss jumps > 0.5 nats, all seeds",
+    ]
     return "\n".join(lines) + "\n\n" + markdown(head, cells)
 
 
@@ -142,8 +187,12 @@ def picture(rows: list[dict], figure) -> None:
         ax.set(title=f"{precision}, lr 2^{math.log2(lr):.0f}", xlabel="share of the run")
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("mean log Z of a batch (bars: sd over seeds)")
-    names = {f"{p} 2^{math.log2(lr):.0f}, {z:g}": [100 * x for x in gaps(rows, p, lr, z)]
-             for p, lr in cases for z in ZS[1:] if pick(rows, z=z)}  # fmt: skip
+    names = {
+        f"{p} 2^{math.log2(lr):.0f}, {z:g}": [100 * x for x in gaps(rows, p, lr, z)]
+        for p, lr in cases
+        for z in ZS[1:]
+        if pick(rows, z=z)
+    }
     losses.axvspan(-0.3, 0.3, color=INK[2], alpha=0.15, lw=0)
     dots(losses, names)
     losses.set(xlabel="validation loss against no z-loss, %", title="Green: within 0.3 %")

@@ -1,15 +1,17 @@
-"""Which layout for a model and cluster that we cannot try: bytes, traffic and time of every layout, on paper.
+"""Which layout for a model and cluster that we cannot try: bytes, traffic and time of every layout,
+on paper.
 
     python memory/plan.py --params=70B --gpus=512                         # A100s, 4 Mi tokens a step
     python memory/plan.py --n_layer=126 --n_embd=16384 --n_head=128 --n_kv_head=8 --gpus=8192 --gpu=H100
     python memory/plan.py --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512 --precision=bf16
     python memory/plan.py runs                                            # what the course texts claim
 
-Memory is memory/estimate.py's for the fullest stage, with AdamW; tp cuts all of it, and activations as in
-Korthikanti et al.: 10/34 + 24/34/tp of them stay, with sp 1/tp; times the micro-batches in flight (1f1b pp,
-interleaved pp + (pp-1)/chunks, zero-bubble H1 pp). A plan fills at most 0.9 of a device. What a rank sends in
-a step of m micro-batches of t tokens on a rank, in bytes; r is the share of blocks recomputed (full 1,
-every_K 1/K), n = dp cp, W and G its weights' and gradients' bytes, L its layers:
+Memory is memory/estimate.py's for the fullest stage, with AdamW; tp cuts all of it, and activations
+as in Korthikanti et al.: 10/34 + 24/34/tp of them stay, with sp 1/tp; times the micro-batches in
+flight (1f1b pp, interleaved pp + (pp-1)/chunks, zero-bubble H1 pp). A plan fills at most 0.9 of a
+device. What a rank sends in a step of m micro-batches of t tokens on a rank, in bytes; r is the
+share of blocks recomputed (full 1, every_K 1/K), n = dp cp, W and G its weights' and gradients'
+bytes, L its layers:
 
     tp   m L (4 + 2r) 2 (tp-1)/tp 2tC         dp   (n-1)/n x   ddp 2G, zero1 G + W, fsdp G + 2mW (kept: G + W)
     cp   m L (3 + r) (cp-1) 4t C_kv/tp        pp   m 2 chunks tC bytes(hidden), with sp 1/tp
@@ -17,18 +19,22 @@ every_K 1/K), n = dp cp, W and G its weights' and gradients' bytes, L its layers
 Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
 
     one      compute + tp + cp + pp traffic of the slowest stage, none of it overlapped
-    compute  FLOPs / peak x (LIMIT + peak/memory bandwidth x (1/t + tp/C + PASSES/C)): a roofline whose two
-             times add, of matmuls t x C by C x C/tp, and of PASSES readings of the hidden states beside them
+    compute  FLOPs / peak x (LIMIT + peak/memory bandwidth x (1/t + tp/C + PASSES/C)): a roofline
+             whose two times add, of matmuls t x C by C x C/tp, and of PASSES readings of the hidden
+             states beside them
     FLOPs    3 + r forwards; attention is counted half where a kernel skips what is masked, as ours
-    traffic  bytes / (REACHED x the link's bandwidth); a group that lies within a node has the node's
-    overlap  gradients go while the last backward computes (2/3 of one), fsdp's gathers all the time: of the
-             shorter of the two the share HIDDEN is saved. zero1's gather is not overlapped
+    traffic  bytes / (REACHED x the link's bandwidth); a group that lies within a node has the
+             node's
+    overlap  gradients go while the last backward computes (2/3 of one), fsdp's gathers all the
+             time: of the shorter of the two the share HIDDEN is saved. zero1's gather is not
+             overlapped
     bubble   1f1b (pp-1)/m; interleaved (pp-1)/(m chunks); zero-bubble H1 (1+r)/(3+r) of 1f1b's
 
-Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is monitor.py's. Against published
-runs (layouts and sources: tests/test_plan.py), MFU published, predicted, ratio; a * marks the five rows that
-LIMIT, PASSES, REACHED and HIDDEN were fitted to. The others were not, but the overlap rule got its form with
-the Z3 rows in view, and Llama 3's 8 chunks a rank are our reading of its 126 = 8 x 16 - 2 layers.
+Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is monitor.py's. Against
+published runs (layouts and sources: tests/test_plan.py), MFU published, predicted, ratio; a * marks
+the five rows that LIMIT, PASSES, REACHED and HIDDEN were fitted to. The others were not, but the
+overlap rule got its form with the Z3 rows in view, and Llama 3's 8 chunks a rank are our reading of
+its 126 = 8 x 16 - 2 layers.
 
     SC21 1.7B*      0.335 0.339 1.01  SC21 3.6B       0.335 0.342 1.02  SC21 7.5B       0.344 0.331 0.96
     SC21 18.4B*     0.326 0.327 1.00  SC21 39.1B      0.333 0.332 1.00  SC21 76.1B      0.337 0.360 1.07
@@ -41,10 +47,11 @@ the Z3 rows in view, and Llama 3's 8 chunks a rank are our reading of its 126 = 
     K22 530B        0.560 0.523 0.93  K22 1T          0.563 0.502 0.89  L3 8192 cp1     0.435 0.448 1.03
     L3 16384 cp1    0.404 0.418 1.03  L3 16384 cp16   0.384 0.404 1.05
 
-SC21 is Narayanan et al. 2021 (2104.04473), table 1; Z3 and PTD its table 2; K22 Korthikanti et al. 2022
-(2205.05198); L3 Llama 3 (2407.21783). SC21 counts recomputation as work (96 B s l h^2 ...): its 44 to 52 % of
-peak is HFU, 3/4 of it is above. L3 cp16 has sequences of 131072 tokens and half of attention is counted here;
-all of it, as PaLM does, would make 0.57 of the same step. Its report does not say which.
+SC21 is Narayanan et al. 2021 (2104.04473), table 1; Z3 and PTD its table 2; K22 Korthikanti et al.
+2022 (2205.05198); L3 Llama 3 (2407.21783). SC21 counts recomputation as work (96 B s l h^2 ...):
+its 44 to 52 % of peak is HFU, 3/4 of it is above. L3 cp16 has sequences of 131072 tokens and half
+of attention is counted here; all of it, as PaLM does, would make 0.57 of the same step. Its report
+does not say which.
 """
 
 import functools
@@ -70,7 +77,8 @@ from memory.estimate import (
 )
 
 LIMIT, PASSES, REACHED, HIDDEN = 1.34, 11, 0.65, 0.6  # fitted once, see above
-USABLE = 0.9  # of a device's memory; the rest is for the context, communication buffers, fragmentation
+# Of a device's memory; the rest is for the context, communication buffers, fragmentation
+USABLE = 0.9
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ class Model:
     n_kv_head: int
     vocab_size: int = 50304
     block_size: int = 2048
-    mlp: float = 8.0  # entries of a block's MLP matrices in n_embd^2, for FLOPs; memory is that of our 8
+    # Entries of a block's MLP matrices in n_embd^2, for FLOPs; memory is that of our 8
+    mlp: float = 8.0
 
     @property
     def block(self) -> float:
@@ -92,7 +101,10 @@ class Model:
     def flops(self) -> float:
         """6 N + 12 L C T, a token's."""
         head = self.vocab_size * self.n_embd
-        return 6 * (self.n_layer * self.block + head) + 12 * self.n_layer * self.n_embd * self.block_size
+        return (
+            6 * (self.n_layer * self.block + head)
+            + 12 * self.n_layer * self.n_embd * self.block_size
+        )
 
 
 @dataclass(frozen=True)
@@ -106,9 +118,13 @@ class Cluster:  # bytes/s one way
     gpus_per_node: int = 8
 
 
-# From NVIDIA's data sheets (SXM; NVLink's 600 and 900 GB/s are both ways) and DGX: 8 x 200 or 400 Gb/s a node
-GPUS = {"A100": (312e12, 80e9, 2.039e12, 300e9, 25e9), "H100": (989.5e12, 80e9, 3.35e12, 450e9, 50e9),
-        "H200": (989.5e12, 141e9, 4.8e12, 450e9, 50e9)}  # fmt: skip
+# From NVIDIA's data sheets (SXM; NVLink's 600 and 900 GB/s are both ways) and DGX: 8 x 200 or 400
+# Gb/s a node
+GPUS = {
+    "A100": (312e12, 80e9, 2.039e12, 300e9, 25e9),
+    "H100": (989.5e12, 80e9, 3.35e12, 450e9, 50e9),
+    "H200": (989.5e12, 141e9, 4.8e12, 450e9, 50e9),
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +159,7 @@ def recomputed(x: Layout) -> float:
     return 1 / int(kind[6:]) if kind.startswith("every_") else float(kind == "full")
 
 
-# ---- memory ----------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 def in_flight(x: Layout, micro: int, last: bool = False) -> float:
     """Micro-batches whose activations the first (or last) stage holds at once."""
     spread = (x.pp - 1) / x.pp_chunks * (-1 if last else 1)
@@ -152,7 +168,12 @@ def in_flight(x: Layout, micro: int, last: bool = False) -> float:
 
 
 def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
-    layers, again, C, tokens = math.ceil(m.n_layer / x.pp), recomputed(x), m.n_embd, x.micro_batch_size
+    layers, again, C, tokens = (
+        math.ceil(m.n_layer / x.pp),
+        recomputed(x),
+        m.n_embd,
+        x.micro_batch_size,
+    )
     tokens *= m.block_size / x.cp
     cut, sp = (1 / x.tp, x.tp) if x.sp else (10 / 34 + 24 / 34 / x.tp, 1)
     block = activation_bytes(precision, tokens, 1, C) * cut
@@ -179,27 +200,44 @@ def deal(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
 
 
 def stage_shapes(m: Model, tp: int, pp: int) -> Shapes:
-    """The largest stage's part. First and last hold equally much: one has embed, the other has head."""
+    """The largest stage's part. First and last hold equally much: one has embed, the other has
+    head."""
     size = math.ceil(m.n_layer / pp), m.n_embd, m.vocab_size, m.block_size
     shapes = gpt_shapes(*size, n_head=m.n_head, n_kv_head=m.n_kv_head)
-    return {name: (kind, (math.ceil(shape[0] / tp), *shape[1:]))
-            for name, (kind, shape) in shapes.items() if pp == 1 or kind != "head"}  # fmt: skip
+    return {
+        name: (kind, (math.ceil(shape[0] / tp), *shape[1:]))
+        for name, (kind, shape) in shapes.items()
+        if pp == 1 or kind != "head"
+    }
 
 
 @functools.lru_cache(4096)
-def weights_and_state(m: Model, tp: int, pp: int, n: int, layout: str, reshard: bool, several: bool,
-                      precision: str) -> dict[str, float]:  # fmt: skip
-    return bytes_per_rank(stage_shapes(m, tp, pp), "adamw", layout, n, precision, reshard=reshard,
-                          micro_batches=1 + several, owners=deal)  # fmt: skip
+def weights_and_state(
+    m: Model, tp: int, pp: int, n: int, layout: str, reshard: bool, several: bool, precision: str
+) -> dict[str, float]:
+    return bytes_per_rank(
+        stage_shapes(m, tp, pp),
+        "adamw",
+        layout,
+        n,
+        precision,
+        reshard=reshard,
+        micro_batches=1 + several,
+        owners=deal,
+    )
 
 
-# ---- time ------------------------------------------------------------------------------------------------
-def predict(m: Model, c: Cluster, x: Layout, batch: int, precision: str = "bf16",
-            causal: float = 0.5) -> Plan:  # fmt: skip
-    """What layout x takes on cluster c with `batch` sequences a step. causal: share of attention that is
-    computed, 1 where a kernel masks instead of skipping."""
+# ---- time ----------------------------------------------------------------------------------------
+def predict(
+    m: Model, c: Cluster, x: Layout, batch: int, precision: str = "bf16", causal: float = 0.5
+) -> Plan:
+    """What layout x takes on cluster c with `batch` sequences a step. causal: share of attention
+    that is computed, 1 where a kernel masks instead of skipping."""
     n, again, C = c.gpus // (x.tp * x.pp), recomputed(x), m.n_embd
-    micro, tokens = batch * x.cp // (n * x.micro_batch_size), x.micro_batch_size * m.block_size / x.cp
+    micro, tokens = (
+        batch * x.cp // (n * x.micro_batch_size),
+        x.micro_batch_size * m.block_size / x.cp,
+    )
     layers, (weight, gradient, *_) = math.ceil(m.n_layer / x.pp), BYTES[precision]
     several = micro > 1
     held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, several, precision)
@@ -207,21 +245,31 @@ def predict(m: Model, c: Cluster, x: Layout, batch: int, precision: str = "bf16"
     held["total"] += held["activations"]
 
     attention = 4 * C * m.block_size * causal  # a token's FLOPs forward, in a block
-    block = (3 + again) * (2 * m.block + attention) + (x.activation_checkpoint == "selective") * attention
+    block = (3 + again) * (2 * m.block + attention) + (
+        x.activation_checkpoint == "selective"
+    ) * attention
     slowest = max(layers * block, m.n_layer // x.pp * block + 6 * m.vocab_size * C)
     cost = LIMIT + c.peak_flops / c.memory_bandwidth * (1 / tokens + x.tp / C + PASSES / C)
     one = slowest * tokens / x.tp / c.peak_flops * cost
 
-    sent = {"tp": layers * (4 + 2 * again) * 2 * (x.tp - 1) / x.tp * tokens * C * 2,
-            "cp": layers * (3 + again) * (x.cp - 1) * 4 * tokens * C * m.n_kv_head / m.n_head / x.tp,
-            "pp": (x.pp > 1) * 2 * x.pp_chunks * tokens * C * weight / (x.tp if x.sp else 1)}  # fmt: skip
-    inside = {"tp": x.tp, "cp": x.tp * x.cp, "dp": x.tp * n, "pp": c.gpus}  # ranks that a group spans
+    sent = {
+        "tp": layers * (4 + 2 * again) * 2 * (x.tp - 1) / x.tp * tokens * C * 2,
+        "cp": layers * (3 + again) * (x.cp - 1) * 4 * tokens * C * m.n_kv_head / m.n_head / x.tp,
+        "pp": (x.pp > 1) * 2 * x.pp_chunks * tokens * C * weight / (x.tp if x.sp else 1),
+    }
+    # Ranks that a group spans
+    inside = {"tp": x.tp, "cp": x.tp * x.cp, "dp": x.tp * n, "pp": c.gpus}
     inside = {axis: span <= c.gpus_per_node for axis, span in inside.items()}
-    speed = {axis: REACHED * (c.node_bandwidth if near else c.bandwidth) for axis, near in inside.items()}
+    speed = {
+        axis: REACHED * (c.node_bandwidth if near else c.bandwidth) for axis, near in inside.items()
+    }
     one += sum(sent[axis] / speed[axis] for axis in sent)
 
     share = (n - 1) / n * (layers * m.block + m.vocab_size * C * (1 + (x.pp == 1))) / x.tp
-    reduce, gather = share * gradient * (1 + (x.data_parallel == "ddp")), share * weight / speed["dp"]
+    reduce, gather = (
+        share * gradient * (1 + (x.data_parallel == "ddp")),
+        share * weight / speed["dp"],
+    )
     after, gathers = together(reduce / speed["dp"], one * 2 / 3) - one * 2 / 3, 1
     if x.data_parallel == "fsdp" and x.reshard:
         one, gathers = together(one, 2 * gather), 2 * micro
@@ -233,10 +281,19 @@ def predict(m: Model, c: Cluster, x: Layout, batch: int, precision: str = "bf16"
     rate = {"1f1b": 1, "interleaved": 1 / x.pp_chunks, "zerobubble": (1 + again) / (3 + again)}
     wait = (x.pp - 1) / micro * rate[x.pp_schedule]
     step = micro * one * (1 + wait) + after
-    traffic = {axis: micro * size for axis, size in sent.items()} | {"dp": reduce + gathers * share * weight}
+    traffic = {axis: micro * size for axis, size in sent.items()} | {
+        "dp": reduce + gathers * share * weight
+    }
     near = sum(size for axis, size in traffic.items() if inside[axis])
-    return Plan(x, held, near, sum(traffic.values()) - near, micro * one * wait / step, step,
-                batch * m.block_size * m.flops / (step * c.gpus * c.peak_flops))  # fmt: skip
+    return Plan(
+        x,
+        held,
+        near,
+        sum(traffic.values()) - near,
+        micro * one * wait / step,
+        step,
+        batch * m.block_size * m.flops / (step * c.gpus * c.peak_flops),
+    )
 
 
 def together(a: float, b: float) -> float:
@@ -244,15 +301,24 @@ def together(a: float, b: float) -> float:
     return a + b - HIDDEN * min(a, b)
 
 
-# ---- the search ------------------------------------------------------------------------------------------
+# ---- the search ----------------------------------------------------------------------------------
 def layouts(m: Model, c: Cluster, batch: int) -> Iterator[Layout]:
-    """Layouts that train.py would start. Left out: zero2 and zero3 (fsdp composes with everything), naive
-    and gpipe (1f1b's time at best), micro-batches above 16, hybrids; K is 2, chunks are 2, 3, 4 or 8."""
-    sizes = [(pp, cp, tp) for pp in range(1, min(m.n_layer, c.gpus) + 1) if c.gpus % pp == 0
-             for cp in (1, 2, 4, 8, 16, 32, 64) if cp == 1 or m.block_size % (2 * cp) == 0
-             for tp in range(1, c.gpus_per_node + 1) if not any(
-                 size % tp for size in (m.n_head, m.n_kv_head, m.n_embd, m.vocab_size, c.gpus_per_node))
-             if c.gpus % (pp * cp * tp) == 0 and batch % (c.gpus // (pp * cp * tp)) == 0]  # fmt: skip
+    """Layouts that train.py would start. Left out: zero2 and zero3 (fsdp composes with everything),
+    naive and gpipe (1f1b's time at best), micro-batches above 16, hybrids; K is 2, chunks are 2, 3,
+    4 or 8.
+    """
+    sizes = [
+        (pp, cp, tp)
+        for pp in range(1, min(m.n_layer, c.gpus) + 1)
+        if c.gpus % pp == 0
+        for cp in (1, 2, 4, 8, 16, 32, 64)
+        if cp == 1 or m.block_size % (2 * cp) == 0
+        for tp in range(1, c.gpus_per_node + 1)
+        if not any(
+            size % tp for size in (m.n_head, m.n_kv_head, m.n_embd, m.vocab_size, c.gpus_per_node)
+        )
+        if c.gpus % (pp * cp * tp) == 0 and batch % (c.gpus // (pp * cp * tp)) == 0
+    ]
     for pp, cp, tp in sizes:
         dp = c.gpus // (pp * cp * tp)
         sp = tp > 1 and m.block_size // cp % tp == 0
@@ -272,7 +338,8 @@ def layouts(m: Model, c: Cluster, batch: int) -> Iterator[Layout]:
 
 
 def plans(m: Model, c: Cluster, batch: int, precision: str = "bf16") -> list[Plan]:
-    """What fits, the fastest first (to three digits; among equals the simplest). ValueError if nothing."""
+    """What fits, the fastest first (to three digits; among equals the simplest). ValueError if
+    nothing."""
     tried, fits = None, []
     for x in layouts(m, c, batch):
         plan = predict(m, c, x, batch, precision)
@@ -281,12 +348,16 @@ def plans(m: Model, c: Cluster, batch: int, precision: str = "bf16") -> list[Pla
         elif tried is None or plan.held["total"] < tried.held["total"]:
             tried = plan
     if not fits and tried is None:
-        raise ValueError(f"no layout shares batch={batch} sequences out over gpus={c.gpus}; "
-                         f"give a multiple, as --batch={c.gpus * math.ceil(batch / c.gpus)}")  # fmt: skip
+        raise ValueError(
+            f"no layout shares batch={batch} sequences out over gpus={c.gpus}; "
+            f"give a multiple, as --batch={c.gpus * math.ceil(batch / c.gpus)}"
+        )
     if not fits:
         least = tried.held["total"] / USABLE / 1e9
-        raise ValueError(f"nothing fits in memory={c.memory:g}; the least is --memory={least:.1f}e9, with "
-                         f"{flags(m, tried.layout, batch)}; or more --gpus, a smaller --block_size")
+        raise ValueError(
+            f"nothing fits in memory={c.memory:g}; the least is --memory={least:.1f}e9, with "
+            f"{flags(m, tried.layout, batch)}; or more --gpus, a smaller --block_size"
+        )
     plain = Layout()
 
     def order(plan: Plan) -> tuple:
@@ -305,14 +376,38 @@ def flags(m: Model, x: Layout, batch: int) -> str:
     return " ".join(f"--{k}={str(v).lower()}" for k, v in said.items())
 
 
-# ---- the command -----------------------------------------------------------------------------------------
-FLAGS = dict(params=None, n_layer=None, n_embd=None, n_head=None, n_kv_head=None, vocab_size=50304,
-             block_size=2048, gpus=8, gpus_per_node=8, gpu="A100", memory=None, peak_flops=None,
-             memory_bandwidth=None, bandwidth=None, node_bandwidth=None, batch=None, batch_tokens=None,
-             precision="bf16", top=8)  # fmt: skip
-WORDS = {"gpu": GPUS, "precision": ("bf16", "mixed")}  # mixed: 2 + 2 + 12 bytes, which train.py has not
-HELD = dict(weights="parameters", grads="gradients", state="state", activ="activations", buffers="buffers",
-            total="total")  # fmt: skip
+# ---- the command ---------------------------------------------------------------------------------
+FLAGS = dict(
+    params=None,
+    n_layer=None,
+    n_embd=None,
+    n_head=None,
+    n_kv_head=None,
+    vocab_size=50304,
+    block_size=2048,
+    gpus=8,
+    gpus_per_node=8,
+    gpu="A100",
+    memory=None,
+    peak_flops=None,
+    memory_bandwidth=None,
+    bandwidth=None,
+    node_bandwidth=None,
+    batch=None,
+    batch_tokens=None,
+    precision="bf16",
+    top=8,
+)
+# Mixed: 2 + 2 + 12 bytes, which train.py has not
+WORDS = {"gpu": GPUS, "precision": ("bf16", "mixed")}
+HELD = dict(
+    weights="parameters",
+    grads="gradients",
+    state="state",
+    activ="activations",
+    buffers="buffers",
+    total="total",
+)
 
 
 def parse(argv: list[str]) -> dict:
@@ -326,8 +421,8 @@ def parse(argv: list[str]) -> dict:
 
 
 def guess(params: float, vocab_size: int, block_size: int) -> Model:
-    """A usual shape: heads of 128, about 128 channels a layer (12 L C^2 = params), C a multiple of 1024 from
-    768 on, L what is then left, in fours from 32 on."""
+    """A usual shape: heads of 128, about 128 channels a layer (12 L C^2 = params), C a multiple of
+    1024 from 768 on, L what is then left, in fours from 32 on."""
     C = 128 * (params / 12 / 128**2) ** (1 / 3)
     grain = 1024 if C >= 768 else 128
     C = max(1, round(C / grain)) * grain
@@ -341,14 +436,27 @@ def asked(s: dict) -> tuple[Model, Cluster, int]:
         m = guess(s["params"], s["vocab_size"], s["block_size"])
     elif s["n_layer"] and s["n_embd"]:
         heads = s["n_head"] or max(1, s["n_embd"] // 128)
-        m = Model(s["n_layer"], s["n_embd"], heads, s["n_kv_head"] or heads, s["vocab_size"], s["block_size"])
+        m = Model(
+            s["n_layer"],
+            s["n_embd"],
+            heads,
+            s["n_kv_head"] or heads,
+            s["vocab_size"],
+            s["block_size"],
+        )
     else:
-        raise ValueError("type --params=70e9, or the model's --n_layer=80 --n_embd=8192 --n_head=64")
+        raise ValueError(
+            "type --params=70e9, or the model's --n_layer=80 --n_embd=8192 --n_head=64"
+        )
     if m.n_embd % m.n_head or m.n_head % m.n_kv_head:
-        raise ValueError(f"n_embd={m.n_embd}, n_head={m.n_head}, n_kv_head={m.n_kv_head}: each "
-                         "must divide the one before")  # fmt: skip
+        raise ValueError(
+            f"n_embd={m.n_embd}, n_head={m.n_head}, n_kv_head={m.n_kv_head}: each "
+            "must divide the one before"
+        )
     if s["gpus"] > s["gpus_per_node"] and s["gpus"] % s["gpus_per_node"]:
-        raise ValueError(f"gpus={s['gpus']} is not whole nodes of gpus_per_node={s['gpus_per_node']}")
+        raise ValueError(
+            f"gpus={s['gpus']} is not whole nodes of gpus_per_node={s['gpus_per_node']}"
+        )
     names = ("peak_flops", "memory", "memory_bandwidth", "node_bandwidth", "bandwidth")
     own = {k: s[k] or usual for k, usual in zip(names, GPUS[s["gpu"]])}
     c = Cluster(s["gpus"], **own, gpus_per_node=s["gpus_per_node"])
@@ -361,34 +469,59 @@ def table(s: dict) -> str:
     m, c, batch = asked(s)
     found = plans(m, c, batch, s["precision"])
     count = m.n_layer * m.block + 2 * m.vocab_size * m.n_embd
-    lines = [f"{count / 1e9:.4g}e9 parameters (n_layer={m.n_layer} n_embd={m.n_embd} n_head={m.n_head} "
-             f"n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW, {s['precision']}; {batch} x "
-             f"{m.block_size} tokens a step on {c.gpus} GPUs",
-             f"{len(found)} layouts fit in {USABLE} of {c.memory / 1e9:g} GB; GB on the fullest rank, and GB "
-             "that a rank sends a step inside its node and to others", "",
-             "    s/step   MFU  idle   tp cp  pp schedule      checkpoint data            micro  "
-             + "".join(f"{k:>8}" for k in HELD) + "  inside  others"]  # fmt: skip
+    lines = [
+        (
+            f"{count / 1e9:.4g}e9 parameters (n_layer={m.n_layer} n_embd={m.n_embd}"
+            f" n_head={m.n_head} n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW,"
+            f" {s['precision']}; {batch} x {m.block_size} tokens a step on {c.gpus} GPUs"
+        ),
+        (
+            f"{len(found)} layouts fit in {USABLE} of {c.memory / 1e9:g} GB; GB on the fullest"
+            " rank, and GB that a rank sends a step inside its node and to others"
+        ),
+        "",
+        "    s/step   MFU  idle   tp cp  pp schedule      checkpoint data            micro  "
+        + "".join(f"{k:>8}" for k in HELD)
+        + "  inside  others",
+    ]
     for p in found[: s["top"]]:
         x = p.layout
         schedule = f"{x.pp_schedule} {x.pp_chunks if x.pp_chunks > 1 else ''}" if x.pp > 1 else "-"
         data = x.data_parallel + ("" if x.reshard else ", kept")
-        lines.append(f"{p.step:10.4g} {p.mfu:5.1%} {p.idle:5.1%} {x.tp:2}{'s' if x.sp else ' '} {x.cp:2} "
-                     f"{x.pp:3} {schedule:13} {x.activation_checkpoint:10} {data:15} {x.micro_batch_size:5}  "
-                     + "".join(f"{p.held[k] / 1e9:8.2f}" for k in HELD.values())
-                     + f"{p.node_bytes / 1e9:8.1f}{p.net_bytes / 1e9:8.1f}")  # fmt: skip
+        lines.append(
+            f"{p.step:10.4g} {p.mfu:5.1%} {p.idle:5.1%} {x.tp:2}{'s' if x.sp else ' '} {x.cp:2}"
+            f" {x.pp:3} {schedule:13} {x.activation_checkpoint:10} {data:15}"
+            f" {x.micro_batch_size:5}  "
+            + "".join(f"{p.held[k] / 1e9:8.2f}" for k in HELD.values())
+            + f"{p.node_bytes / 1e9:8.1f}{p.net_bytes / 1e9:8.1f}"
+        )
     nodes = math.ceil(c.gpus / c.gpus_per_node)
-    start = f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}" if c.gpus > 1 else "python"
+    start = (
+        f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}" if c.gpus > 1 else "python"
+    )
     start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" * (nodes > 1)
     names = ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size")
-    lines += ["", " ".join([start, "train.py", *(f"--{k}={getattr(m, k)}" for k in names), "--optim=adamw",
-                            f"--precision={s['precision']}", flags(m, found[0].layout, batch)])]  # fmt: skip
+    lines += [
+        "",
+        " ".join(
+            [
+                start,
+                "train.py",
+                *(f"--{k}={getattr(m, k)}" for k in names),
+                "--optim=adamw",
+                f"--precision={s['precision']}",
+                flags(m, found[0].layout, batch),
+            ]
+        ),
+    ]
     if s["precision"] == "mixed":
         lines.append("(--precision=mixed is the papers' accounting; train.py has bf16)")
     return "\n".join(lines)
 
 
 def runs() -> str:
-    """The course texts' runs: what they say, what the fastest layout of ours needs, and what is wrong."""
+    """The course texts' runs: what they say, what the fastest layout of ours needs, and what is
+    wrong."""
     bert = 0.9 * 128 + 0.1 * 512  # tokens of a sequence on average (Devlin et al. 2018)
     lines = [f"{'run':41}{'the text':>16}{'ours':>16}{'text/ours':>11}   MFU  verdict"]
 
@@ -402,35 +535,81 @@ def runs() -> str:
 
     rate, mfu = best(Model(12, 768, 12, 12, 30522, 128), 16, 256)
     days = 256e6 * bert / 128 / rate / 16 / 24
-    add("BERT-Base, 16 GPUs, 256 x 1M steps", "4 days", f"{days:.2f} days", 4 / days, mfu,
-        "wrong: 16 TPU chips of 2018, no GPUs")  # fmt: skip
+    add(
+        "BERT-Base, 16 GPUs, 256 x 1M steps",
+        "4 days",
+        f"{days:.2f} days",
+        4 / days,
+        mfu,
+        "wrong: 16 TPU chips of 2018, no GPUs",
+    )
     rate, mfu = best(Model(24, 1024, 16, 16, 30522, 128), 16, 16384)
     days = 512e6 * bert / 128 / rate / 16 / 24
-    add("BERT-Large, LAMB, 16K (16 GPUs)", "3 days", f"{days:.2f} days", 3 / days, mfu,
-        "wrong: 3 days was the baseline, LAMB took 76 minutes (You et al. 2020)")  # fmt: skip
+    add(
+        "BERT-Large, LAMB, 16K (16 GPUs)",
+        "3 days",
+        f"{days:.2f} days",
+        3 / days,
+        mfu,
+        "wrong: 3 days was the baseline, LAMB took 76 minutes (You et al. 2020)",
+    )
     rate, mfu = best(Model(48, 1600, 25, 25, 50304, 1024), 64, 512)
     tokens = rate * 64 * 24 * 7 * 1024
-    add("GPT-2 1.5B, 64 GPUs, 0.5M tokens a step", "1 week", f"{tokens / 1e9:.0f}e9 tokens", None, mfu,
-        "no tokens given: a week is WebText (9e9) many times over")  # fmt: skip
+    add(
+        "GPT-2 1.5B, 64 GPUs, 0.5M tokens a step",
+        "1 week",
+        f"{tokens / 1e9:.0f}e9 tokens",
+        None,
+        mfu,
+        "no tokens given: a week is WebText (9e9) many times over",
+    )
     rate, mfu = best(Model(96, 12288, 96, 96, 50304, 2048), 1024, 1536)
     weeks = 300e9 / 2048 / rate / 1024 / 24 / 7
-    add("GPT-3 175B, 1024 GPUs, 300e9 tokens", "some weeks", f"{weeks:.1f} weeks", None, mfu,
-        "right with A100s (SC21: 34 days); with its own V100s 2.5 times as long")  # fmt: skip
+    add(
+        "GPT-3 175B, 1024 GPUs, 300e9 tokens",
+        "some weeks",
+        f"{weeks:.1f} weeks",
+        None,
+        mfu,
+        "right with A100s (SC21: 34 days); with its own V100s 2.5 times as long",
+    )
     rate, mfu = best(Model(80, 8192, 64, 8, 32000, 4096, 10.5), 2048, 1024)
     hours = 2e12 / 4096 / rate
-    add("Llama 2 70B, 2000 GPUs, 2e12 tokens", "1.7M GPU-hours", f"{hours / 1e6:.2f}M", 1.7e6 / hours, mfu,
-        "right (1,720,320 in Touvron et al. 2023)")  # fmt: skip
+    add(
+        "Llama 2 70B, 2000 GPUs, 2e12 tokens",
+        "1.7M GPU-hours",
+        f"{hours / 1e6:.2f}M",
+        1.7e6 / hours,
+        mfu,
+        "right (1,720,320 in Touvron et al. 2023)",
+    )
     m = guess(10e9, 50304, 2048)
     rate, mfu = best(m, 8, 512)
     days = 200e9 / 2048 / rate / 8 / 24
-    add("10B, 8 A100s, 20 tokens a parameter", "14 days", f"{days:.0f} days", 14 / days, mfu,
-        f"wrong or hardly trained: two weeks see {14 / days * 20:.1f} tokens a parameter")  # fmt: skip
+    add(
+        "10B, 8 A100s, 20 tokens a parameter",
+        "14 days",
+        f"{days:.0f} days",
+        14 / days,
+        mfu,
+        f"wrong or hardly trained: two weeks see {14 / days * 20:.1f} tokens a parameter",
+    )
     m = Model(126, 16384, 128, 8, 128256, 8192, 9.75)
     x = Layout(8, True, 1, 16, "interleaved", 8, "fsdp", False)
-    mfus = [predict(m, Cluster(gpus, *GPUS["H100"]), x, 2048, "mixed").mfu for gpus in (16384, 8192)]
-    add("Llama 3 405B, 16K and 8K H100s, MFU", "38 to 45 %", "{:.0%} to {:.0%}".format(*mfus), None, mfus[1],
-        "high: 38 to 43 % in the report")  # fmt: skip
-    return "\n".join(lines + ["", "A100s of 80 GB, or as said; sequences and tokens are the papers'."])
+    mfus = [
+        predict(m, Cluster(gpus, *GPUS["H100"]), x, 2048, "mixed").mfu for gpus in (16384, 8192)
+    ]
+    add(
+        "Llama 3 405B, 16K and 8K H100s, MFU",
+        "38 to 45 %",
+        "{:.0%} to {:.0%}".format(*mfus),
+        None,
+        mfus[1],
+        "high: 38 to 43 % in the report",
+    )
+    return "\n".join(
+        lines + ["", "A100s of 80 GB, or as said; sequences and tokens are the papers'."]
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     R ← (1−w)·R + w·mean of g² over the last dimension             matrices, and stacks of them
     C ← (1−w)·C + w·mean of g² over the second-last dimension
     V = R·C / max(mean over rows of R, ε₁)                         an outer product
-    V ← (1−w)·V + w·g²                                             vectors and scalars keep the whole
+    V ← (1−w)·V + w·g²                                             vectors and scalars keep the
+                                                                   whole
     U = g / max(√V, ε₁);   U ← U / max(1, RMS(U)/d)                clipped: a sudden large g outruns V
     ρ = min(lr, 1/√t)  if relative_step else  lr
     α = ρ·max(ε₂, RMS(p))  if scale_parameter else  ρ              p before decay
@@ -14,16 +15,16 @@
     p `p`   g `g`   R `row_var` (rows, 1)   C `col_var` (1, cols)   V `variance`   m `exp_avg`   β₁ `beta1`
     t `step`, from 1   δ `beta2_decay`   (ε₁, ε₂) `eps`   d `d`   λ `weight_decay`
 
-Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A common text keeps one scalar for a vector:
-vectors keep their full second moment, only matrices factor.
-lr has no unit with scale_parameter: a matrix moves by about lr of its own RMS; without, lr is in units of
-weight.
-State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a parameter with beta1; doubled
-for float64 parameters. Half-precision parameters keep float32 state.
+Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A common text keeps one scalar for a
+vector: vectors keep their full second moment, only matrices factor. lr has no unit with
+scale_parameter: a matrix moves by about lr of its own RMS; without, lr is in units of weight.
+State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a parameter with
+beta1; doubled for float64 parameters. Half-precision parameters keep float32 state.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint, and with
-fully_shard, there best by make_optimizer of parallel/whole.py. States of torch.optim.Adafactor load; maximize
-is refused. OneCycleLR finds no momentum to move: cycle_momentum=False. docs/partners.md has all partners.
+Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint,
+and with fully_shard, there best by make_optimizer of parallel/whole.py. States of
+torch.optim.Adafactor load; maximize is refused. OneCycleLR finds no momentum to move:
+cycle_momentum=False. docs/partners.md has all partners.
 """
 
 import math
@@ -35,10 +36,12 @@ def rms(x):
     return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
 
 
-def adafactor_update(p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta1, relative_step,
-                     scale_parameter) -> None:
-    """In place on `p` and the tensors in `state`: row_var (..., rows, 1) and col_var (..., 1, cols),
-    or variance, shaped as `p`, for vectors; and exp_avg, shaped as `p`, if beta1 is given."""
+def adafactor_update(
+    p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta1, relative_step, scale_parameter
+) -> None:
+    """In place on `p` and the tensors in `state`: row_var (..., rows, 1) and col_var (..., 1,
+    cols), or variance, shaped as `p`, for vectors; and exp_avg, shaped as `p`, if beta1 is
+    given."""
     eps1, eps2 = torch.finfo(p.dtype).eps if eps[0] is None else eps[0], eps[1]
     w = t**beta2_decay
     u = g.square()
@@ -64,27 +67,53 @@ def adafactor_update(p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients.
-    `eps[0]=None` takes the epsilon of the arithmetic's dtype, as torch does for float32."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients. `eps[0]=None` takes the epsilon of the arithmetic's dtype, as torch does for
+    float32."""
 
     elementwise: bool = False  # needs whole rows, whole columns and the RMS of the parameter
 
-    def __init__(self, params, lr: float = 1e-2, beta2_decay: float = -0.8,
-                 eps: tuple[float | None, float] = (1e-30, 1e-3), d: float = 1.0, weight_decay: float = 0.0,
-                 beta1: float | None = None, relative_step: bool = True, scale_parameter: bool = True):
-        super().__init__(params, {
-            "lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay,
-            "beta1": beta1, "relative_step": relative_step, "scale_parameter": scale_parameter})
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (1e-30, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        beta1: float | None = None,
+        relative_step: bool = True,
+        scale_parameter: bool = True,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "beta2_decay": beta2_decay,
+                "eps": eps,
+                "d": d,
+                "weight_decay": weight_decay,
+                "beta1": beta1,
+                "relative_step": relative_step,
+                "scale_parameter": scale_parameter,
+            },
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
-        for name, x, end in (("lr", group["lr"], "inf"), ("eps[0]", group["eps"][0] or 0, "inf"),
-                             ("eps[1]", group["eps"][1], "inf"), ("beta1", group["beta1"] or 0, 1),
-                             ("weight_decay", group["weight_decay"], "inf")):
+        for name, x, end in (
+            ("lr", group["lr"], "inf"),
+            ("eps[0]", group["eps"][0] or 0, "inf"),
+            ("eps[1]", group["eps"][1], "inf"),
+            ("beta1", group["beta1"] or 0, 1),
+            ("weight_decay", group["weight_decay"], "inf"),
+        ):
             if not 0 <= x < float(end):
                 raise ValueError(f"Adafactor: {name}={x} is not allowed; it must lie in [0, {end})")
         if not group["beta2_decay"] <= 0:
-            raise ValueError(f"Adafactor: beta2_decay={group['beta2_decay']} is not allowed; it must be ≤ 0")
+            raise ValueError(
+                f"Adafactor: beta2_decay={group['beta2_decay']} is not allowed; it must be ≤ 0"
+            )
         if not group["d"] > 0:
             raise ValueError(f"Adafactor: d={group['d']} is not allowed; it must be > 0")
         super().add_param_group(param_group)
@@ -97,12 +126,15 @@ class Adafactor(torch.optim.Optimizer):
                 loss = closure()
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
-                raise RuntimeError("Adafactor: gradients must be dense and real, not sparse or complex")
+                raise RuntimeError(
+                    "Adafactor: gradients must be dense and real, not sparse or complex"
+                )
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
                     state["step"] = 0
@@ -114,34 +146,54 @@ class Adafactor(torch.optim.Optimizer):
                 if group["beta1"] is not None and "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(work)
                 t = state["step"] = int(state["step"]) + 1
-                adafactor_update(work, p.grad.to(work.dtype), state, t, group["lr"], group["beta2_decay"],
-                                 group["eps"], group["d"], group["weight_decay"], group["beta1"],
-                                 group["relative_step"], group["scale_parameter"])
+                adafactor_update(
+                    work,
+                    p.grad.to(work.dtype),
+                    state,
+                    t,
+                    group["lr"],
+                    group["beta2_decay"],
+                    group["eps"],
+                    group["d"],
+                    group["weight_decay"],
+                    group["beta1"],
+                    group["relative_step"],
+                    group["scale_parameter"],
+                )
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("maximize",):
                     if theirs.get(name):
-                        raise ValueError(f"Adafactor: the saved run had {name}={theirs[name]}, which this "
-                                         "one lacks; load it into the class that saved it")
+                        raise ValueError(
+                            f"Adafactor: the saved run had {name}={theirs[name]}, which this "
+                            "one lacks; load it into the class that saved it"
+                        )
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     if not (state := saved["state"].get(i)):
                         continue
-                    factored = {"step", "row_var", "col_var"} if p.ndim >= 2 else {"step", "variance"}
+                    factored = (
+                        {"step", "row_var", "col_var"} if p.ndim >= 2 else {"step", "variance"}
+                    )
                     if state.keys() - {"exp_avg"} != factored:
-                        raise ValueError(f"Adafactor: a saved state of {', '.join(state)} is another's")
+                        raise ValueError(
+                            f"Adafactor: a saved state of {', '.join(state)} is another's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -163,5 +215,8 @@ if __name__ == "__main__":
             (z - target).square().sum().backward()
             optimizer.step()
     kept = sum(s.numel() for s in ours.state[x].values() if torch.is_tensor(s))
-    print(f"Adafactor: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adafactor; {kept} numbers of "
-          f"state for {x.numel()} weights; {(x - target).square().mean().sqrt():.0e} RMS from the minimum")
+    print(
+        f"Adafactor: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adafactor; {kept}"
+        f" numbers of state for {x.numel()} weights; {(x - target).square().mean().sqrt():.0e} RMS"
+        " from the minimum"
+    )

@@ -7,14 +7,16 @@
 
     p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
 
-Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101). The decay
-of an element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text says large *weights*.)
-Nothing is decoupled here, and there is no value of λ that makes the two the same.
-lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
-State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
+Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101).
+The decay of an element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text
+says large *weights*.) Nothing is decoupled here, and there is no value of λ that makes the two the
+same. lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's
+scale. State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep
+float32 m and v.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard, torch.distributed.checkpoint as
-torch.optim.Adam is, whose states load. amsgrad and maximize are refused. docs/partners.md has all partners.
+Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard,
+torch.distributed.checkpoint as torch.optim.Adam is, whose states load. amsgrad and maximize are
+refused. docs/partners.md has all partners.
 """
 
 import math
@@ -22,7 +24,9 @@ import math
 import torch
 
 
-def adam_l2_update(p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay) -> None:
+def adam_l2_update(
+    p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay
+) -> None:
     """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`;
     bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ)."""
     g = g.add(p, alpha=weight_decay) if weight_decay else g
@@ -33,19 +37,33 @@ def adam_l2_update(p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, ep
 
 
 class AdamL2(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         beta1, beta2 = group["betas"]
-        for name, x, end in (("lr", group["lr"], "inf"), ("eps", group["eps"], "inf"), ("betas[0]", beta1, 1),
-                             ("betas[1]", beta2, 1), ("weight_decay", group["weight_decay"], "inf")):
+        for name, x, end in (
+            ("lr", group["lr"], "inf"),
+            ("eps", group["eps"], "inf"),
+            ("betas[0]", beta1, 1),
+            ("betas[1]", beta2, 1),
+            ("weight_decay", group["weight_decay"], "inf"),
+        ):
             if not 0 <= x < float(end):
                 raise ValueError(f"AdamL2: {name}={x} is not allowed; it must lie in [0, {end})")
         super().add_param_group(param_group)
@@ -58,44 +76,66 @@ class AdamL2(torch.optim.Optimizer):
                 loss = closure()
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
-                raise RuntimeError("AdamL2: gradients must be dense and real, not sparse or complex")
+                raise RuntimeError(
+                    "AdamL2: gradients must be dense and real, not sparse or complex"
+                )
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+                    state.update(
+                        step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work)
+                    )
                 t = state["step"] = int(state["step"]) + 1
-                adam_l2_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"],
-                               1 - beta1**t, math.sqrt(1 - beta2**t), group["lr"], beta1, beta2, group["eps"],
-                               group["weight_decay"])
+                adam_l2_update(
+                    work,
+                    p.grad.to(work.dtype),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    1 - beta1**t,
+                    math.sqrt(1 - beta2**t),
+                    group["lr"],
+                    beta1,
+                    beta2,
+                    group["eps"],
+                    group["weight_decay"],
+                )
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("amsgrad", "maximize"):
                     if theirs.get(name):
-                        raise ValueError(f"AdamL2: the saved run had {name}={theirs[name]}, which this one "
-                                         "lacks; load it into the class that saved it")
+                        raise ValueError(
+                            f"AdamL2: the saved run had {name}={theirs[name]}, which this one "
+                            "lacks; load it into the class that saved it"
+                        )
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     if not (state := saved["state"].get(i)):
                         continue
                     if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-                        raise ValueError(f"AdamL2: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(
+                            f"AdamL2: a saved state of {', '.join(state)} is another method's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -117,5 +157,8 @@ if __name__ == "__main__":
                 optimizer.zero_grad()
                 (z - target).square().sum().backward()
                 optimizer.step()
-        print(f"AdamL2, decay {weight_decay}: 300 steps, {(x - y).abs().max():.0e} from torch.optim.Adam, "
-              f"{(x - target).abs().max():.0e} from the minimum of the plain quadratic")
+        print(
+            f"AdamL2, decay {weight_decay}: 300 steps, {(x - y).abs().max():.0e} from"
+            f" torch.optim.Adam, {(x - target).abs().max():.0e} from the minimum of the plain"
+            " quadratic"
+        )

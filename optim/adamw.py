@@ -7,19 +7,21 @@
 
     p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
 
-Loshchilov and Hutter 2019 (arXiv 1711.05101); Adam: Kingma and Ba 2015 (1412.6980). As in torch the decay is
-lr·λ with the scheduled lr, not the paper's λ. Language models use betas (.9, .95) and λ = .1; the defaults
-are torch's, as a drop-in. A common text says that Adam with L2 decays large *weights* less: it is weights
-with large *gradients*.
-lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's scale.
-State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
+Loshchilov and Hutter 2019 (arXiv 1711.05101); Adam: Kingma and Ba 2015 (1412.6980). As in torch the
+decay is lr·λ with the scheduled lr, not the paper's λ. Language models use betas (.9, .95) and λ =
+.1; the defaults are torch's, as a drop-in. A common text says that Adam with L2 decays large
+*weights* less: it is weights with large *gradients*. lr is in units of weight: an element moves by
+about lr a step at most, whatever the gradient's scale. State: 8 bytes a parameter (16 for float64
+parameters). Half-precision parameters keep float32 m and v.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard, torch.distributed.checkpoint as
-torch.optim.AdamW is, whose states load. amsgrad and maximize are refused. docs/partners.md has all partners.
+Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard,
+torch.distributed.checkpoint as torch.optim.AdamW is, whose states load. amsgrad and maximize are
+refused. docs/partners.md has all partners.
 
-`fused` steps all tensors in one kernel of torch's, the same formula: on a GPU one launch instead of eight for
-each tensor, on a CPU half the time; with half-precision parameters float32 copies of all of them at once.
-To compile the step instead: torch compiles again for every new float, so hand the floats over as 0-D tensors:
+`fused` steps all tensors in one kernel of torch's, the same formula: on a GPU one launch instead of
+eight for each tensor, on a CPU half the time; with half-precision parameters float32 copies of all
+of them at once. To compile the step instead: torch compiles again for every new float, so hand the
+floats over as 0-D tensors:
     fast = torch.compile(adamw_update, dynamic=True)
     adamw.adamw_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
@@ -30,7 +32,9 @@ import math
 import torch
 
 
-def adamw_update(p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay) -> None:
+def adamw_update(
+    p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay
+) -> None:
     """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`;
     bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ)."""
     p.mul_(1 - lr * weight_decay)
@@ -40,28 +44,58 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps,
     p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr * root2 / bias1))
 
 
-def fused_adamw_update(ps, gs, exp_avgs, exp_avg_sqs, t, lr, beta1, beta2, eps, weight_decay) -> None:
+def fused_adamw_update(
+    ps, gs, exp_avgs, exp_avg_sqs, t, lr, beta1, beta2, eps, weight_decay
+) -> None:
     """The same for lists of tensors, all of one dtype and device and in their step t."""
     steps = [torch.tensor(float(t), device=ps[0].device)] * len(ps)
-    torch._fused_adamw_(ps, gs, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-                        weight_decay=weight_decay, amsgrad=False, maximize=False)
+    torch._fused_adamw_(
+        ps,
+        gs,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class AdamW(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.01, fused: bool = False):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                                  "fused": fused})
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        fused: bool = False,
+    ):
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused},
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         beta1, beta2 = group["betas"]
-        for name, x, end in (("lr", group["lr"], "inf"), ("eps", group["eps"], "inf"), ("betas[0]", beta1, 1),
-                             ("betas[1]", beta2, 1), ("weight_decay", group["weight_decay"], "inf")):
+        for name, x, end in (
+            ("lr", group["lr"], "inf"),
+            ("eps", group["eps"], "inf"),
+            ("betas[0]", beta1, 1),
+            ("betas[1]", beta2, 1),
+            ("weight_decay", group["weight_decay"], "inf"),
+        ):
             if not 0 <= x < float(end):
                 raise ValueError(f"AdamW: {name}={x} is not allowed; it must lie in [0, {end})")
         super().add_param_group(param_group)
@@ -81,13 +115,17 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+                    state.update(
+                        step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work)
+                    )
                 t = state["step"] = int(state["step"]) + 1
                 tensors = work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"]
-                if group["fused"] and all(x.is_contiguous() for x in tensors):  # the kernel sees no strides
+                # The kernel sees no strides
+                if group["fused"] and all(x.is_contiguous() for x in tensors):
                     together.setdefault((t, work.dtype, p.device), []).append((p, *tensors))
                     continue
                 adamw_update(*tensors, 1 - beta1**t, math.sqrt(1 - beta2**t), *numbers)
@@ -102,25 +140,32 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("amsgrad", "maximize"):
                     if theirs.get(name):
-                        raise ValueError(f"AdamW: the saved run had {name}={theirs[name]}, which this one "
-                                         "lacks; load it into the class that saved it")
+                        raise ValueError(
+                            f"AdamW: the saved run had {name}={theirs[name]}, which this one "
+                            "lacks; load it into the class that saved it"
+                        )
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     if not (state := saved["state"].get(i)):
                         continue
                     if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-                        raise ValueError(f"AdamW: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(
+                            f"AdamW: a saved state of {', '.join(state)} is another method's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -140,5 +185,7 @@ if __name__ == "__main__":
             optimizer.zero_grad()
             (z - target).square().sum().backward()
             optimizer.step()
-    print(f"AdamW: 300 steps, {(x - y).abs().max():.0e} from torch.optim.AdamW, "
-          f"{(x - target).abs().max():.0e} from the minimum of the plain quadratic")
+    print(
+        f"AdamW: 300 steps, {(x - y).abs().max():.0e} from torch.optim.AdamW, "
+        f"{(x - target).abs().max():.0e} from the minimum of the plain quadratic"
+    )

@@ -3,31 +3,36 @@
     m ← β₁·m + (1−β₁)·g        m̂ = m / (1 − β₁ᵗ)
     v ← β₂·v + (1−β₂)·g²       v̂ = v / (1 − β₂ᵗ)        m̂ = m, v̂ = v without `bias_correction`
     u = m̂ / (√v̂ + ε) + λ·p                             decay is part of the step and of its norm
-    r = ‖p‖ / ‖u‖                                      trust ratio; 1 where either norm is 0; not clamped
+    r = ‖p‖ / ‖u‖                                      trust ratio; 1 where either norm is 0; not
+                                                       clamped
     p ← p − lr·r·u
 
     p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
 
-You et al. 2020 (arXiv 1904.00962). Bias correction divides m and v; implementations that divide lr by 1−β₁ᵗ
-instead take ten times the step at t = 1, because r has already cancelled any factor of m. A common text says
-3 days for BERT at batch 16K; it was 76 minutes at 32K–64K, and 3 days the baseline.
-lr has no unit: every tensor, vectors too, moves by lr times its own norm, so matrices that start at 0 hardly
-learn.
-State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
+You et al. 2020 (arXiv 1904.00962). Bias correction divides m and v; implementations that divide lr
+by 1−β₁ᵗ instead take ten times the step at t = 1, because r has already cancelled any factor of m.
+A common text says 3 days for BERT at batch 16K; it was 76 minutes at 32K–64K, and 3 days the
+baseline. lr has no unit: every tensor, vectors too, moves by lr times its own norm, so matrices
+that start at 0 hardly learn. State: 8 bytes a parameter (16 for float64 parameters). Half-precision
+parameters keep float32 m and v.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of parallel/whole.py.
-docs/partners.md has all partners.
+torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of
+parallel/whole.py. docs/partners.md has all partners.
 """
 
 import torch
 
 
-def lamb_update(p, g, exp_avg, exp_avg_sq, bias1, bias2, lr, beta1, beta2, eps, weight_decay) -> None:
-    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all shaped as `g`; biasᵢ = 1 − βᵢᵗ, or 1."""
+def lamb_update(
+    p, g, exp_avg, exp_avg_sq, bias1, bias2, lr, beta1, beta2, eps, weight_decay
+) -> None:
+    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all shaped as `g`; biasᵢ = 1 − βᵢᵗ, or
+    1."""
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    scale = bias2**0.5 / bias1  # both bias corrections; u is kept without it, which r·u does not notice
+    # Both bias corrections; u is kept without it, which r·u does not notice
+    scale = bias2**0.5 / bias1
     u = exp_avg_sq.sqrt().add_(eps * bias2**0.5)
     torch.div(exp_avg, u, out=u).add_(p, alpha=weight_decay / scale)
     p_norm, u_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(u)
@@ -36,20 +41,41 @@ def lamb_update(p, g, exp_avg, exp_avg_sq, bias1, bias2, lr, beta1, beta2, eps, 
 
 
 class LAMB(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients."""
 
     elementwise: bool = False  # needs the norm of the whole parameter
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
-                 weight_decay: float = 0.01, bias_correction: bool = True):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                                  "bias_correction": bias_correction})
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+            },
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         beta1, beta2 = group["betas"]
-        for name, x, end in (("lr", group["lr"], "inf"), ("eps", group["eps"], "inf"), ("betas[0]", beta1, 1),
-                             ("betas[1]", beta2, 1), ("weight_decay", group["weight_decay"], "inf")):
+        for name, x, end in (
+            ("lr", group["lr"], "inf"),
+            ("eps", group["eps"], "inf"),
+            ("betas[0]", beta1, 1),
+            ("betas[1]", beta2, 1),
+            ("weight_decay", group["weight_decay"], "inf"),
+        ):
             if not 0 <= x < float(end):
                 raise ValueError(f"LAMB: {name}={x} is not allowed; it must lie in [0, {end})")
         super().add_param_group(param_group)
@@ -68,21 +94,38 @@ class LAMB(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+                    state.update(
+                        step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work)
+                    )
                 t = state["step"] = int(state["step"]) + 1
-                bias1, bias2 = (1 - beta1**t, 1 - beta2**t) if group["bias_correction"] else (1.0, 1.0)
-                lamb_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], bias1, bias2,
-                            group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+                bias1, bias2 = (
+                    (1 - beta1**t, 1 - beta2**t) if group["bias_correction"] else (1.0, 1.0)
+                )
+                lamb_update(
+                    work,
+                    p.grad.to(work.dtype),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    bias1,
+                    bias2,
+                    group["lr"],
+                    beta1,
+                    beta2,
+                    group["eps"],
+                    group["weight_decay"],
+                )
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
@@ -92,10 +135,14 @@ class LAMB(torch.optim.Optimizer):
                     if not (state := saved["state"].get(i)):
                         continue
                     if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-                        raise ValueError(f"LAMB: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(
+                            f"LAMB: a saved state of {', '.join(state)} is another method's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -112,7 +159,10 @@ if __name__ == "__main__":
     w.grad = 1e6 * torch.randn_like(w)
     LAMB([w], lr=0.01).step()
     fraction = (w - before).norm() / before.norm()
-    print(f"LAMB: at lr 0.01 the first step is {fraction:.6f} of the weights, whatever the gradient's size")
+    print(
+        f"LAMB: at lr 0.01 the first step is {fraction:.6f} of the weights, whatever the gradient's"
+        " size"
+    )
     inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
     w = torch.randn(16, 32, requires_grad=True)
     optimizer = LAMB([w], weight_decay=0)

@@ -7,23 +7,25 @@
 
     p `p`   g `g`   b `momentum_buffer`   τ `trust_coefficient`   μ `momentum`   λ `weight_decay`   ε `eps`
 
-You, Gitman and Ginsburg 2017 (arXiv 1708.03888). Differences from it, as in the common implementations: lr
-stays outside the buffer (the paper has it inside), and, with `exclude_1d`, gains and biases take plain SGD,
-without decay or trust ratio. A common text takes a momentum that it never uses, and freezes weights that
-start at zero.
-lr has no unit: a layer's step is about lr·τ times the layer's norm, so matrices that start at 0 hardly learn.
-Elements of excluded vectors move by lr times the gradient, as in SGD.
-State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep
-a float32 buffer.
+You, Gitman and Ginsburg 2017 (arXiv 1708.03888). Differences from it, as in the common
+implementations: lr stays outside the buffer (the paper has it inside), and, with `exclude_1d`,
+gains and biases take plain SGD, without decay or trust ratio. A common text takes a momentum that
+it never uses, and freezes weights that start at zero. lr has no unit: a layer's step is about lr·τ
+times the layer's norm, so matrices that start at 0 hardly learn. Elements of excluded vectors move
+by lr times the gradient, as in SGD. State: 4 bytes a parameter with momentum (8 for float64
+parameters), 0 without. Half-precision parameters keep a float32 buffer.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint, and with
-fully_shard, there best by make_optimizer of parallel/whole.py. docs/partners.md has all partners.
+Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint,
+and with fully_shard, there best by make_optimizer of parallel/whole.py. docs/partners.md has all
+partners.
 """
 
 import torch
 
 
-def lars_update(p, g, momentum_buffer, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, trust):
+def lars_update(
+    p, g, momentum_buffer, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, trust
+):
     """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as `g`.
     `trust=False` leaves out k and λ."""
     d = g
@@ -39,25 +41,52 @@ def lars_update(p, g, momentum_buffer, lr, momentum, weight_decay, trust_coeffic
 
 
 class LARS(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients."""
 
     elementwise: bool = False  # needs the norm of the whole parameter
 
-    def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0,
-                 trust_coefficient: float = 1e-3, eps: float = 1e-8, nesterov: bool = False,
-                 exclude_1d: bool = True):
-        super().__init__(params, {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps,
-            "trust_coefficient": trust_coefficient, "nesterov": nesterov, "exclude_1d": exclude_1d})
+    def __init__(
+        self,
+        params,
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        nesterov: bool = False,
+        exclude_1d: bool = True,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "eps": eps,
+                "trust_coefficient": trust_coefficient,
+                "nesterov": nesterov,
+                "exclude_1d": exclude_1d,
+            },
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
-        for name, end in (("lr", "inf"), ("momentum", 1), ("weight_decay", "inf"), ("eps", "inf"),
-                          ("trust_coefficient", "inf")):
+        for name, end in (
+            ("lr", "inf"),
+            ("momentum", 1),
+            ("weight_decay", "inf"),
+            ("eps", "inf"),
+            ("trust_coefficient", "inf"),
+        ):
             if not 0 <= group[name] < float(end):
-                raise ValueError(f"LARS: {name}={group[name]} is not allowed; it must lie in [0, {end})")
+                raise ValueError(
+                    f"LARS: {name}={group[name]} is not allowed; it must lie in [0, {end})"
+                )
         if group["nesterov"] and not group["momentum"] > 0:
-            raise ValueError(f"LARS: nesterov=True with momentum={group['momentum']}; it needs one in (0, 1)")
+            raise ValueError(
+                f"LARS: nesterov=True with momentum={group['momentum']}; it needs one in (0, 1)"
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -73,21 +102,32 @@ class LARS(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if group["momentum"] and not state:
                     state["momentum_buffer"] = torch.zeros_like(work)
                 buffer = state["momentum_buffer"] if group["momentum"] else None
-                lars_update(work, p.grad.to(work.dtype), buffer, group["lr"], group["momentum"],
-                            group["weight_decay"], group["trust_coefficient"], group["eps"],
-                            group["nesterov"], trust=p.ndim >= 2 or not group["exclude_1d"])
+                lars_update(
+                    work,
+                    p.grad.to(work.dtype),
+                    buffer,
+                    group["lr"],
+                    group["momentum"],
+                    group["weight_decay"],
+                    group["trust_coefficient"],
+                    group["eps"],
+                    group["nesterov"],
+                    trust=p.ndim >= 2 or not group["exclude_1d"],
+                )
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
@@ -97,10 +137,14 @@ class LARS(torch.optim.Optimizer):
                     if not (state := saved["state"].get(i)):
                         continue
                     if state.keys() != {"momentum_buffer"}:
-                        raise ValueError(f"LARS: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(
+                            f"LARS: a saved state of {', '.join(state)} is another method's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -118,7 +162,9 @@ if __name__ == "__main__":
         w.grad = scale * torch.randn_like(w)
         LARS([w], lr=1.0, trust_coefficient=0.01).step()
         fraction = (w - before).norm() / before.norm()
-        print(f"LARS: gradient of norm {w.grad.norm():.0e}, the step is {fraction:.6f} of the weights")
+        print(
+            f"LARS: gradient of norm {w.grad.norm():.0e}, the step is {fraction:.6f} of the weights"
+        )
     inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
     w = torch.randn(16, 32, requires_grad=True)
     optimizer = LARS([w])

@@ -1,21 +1,23 @@
 """Lion: the sign of an interpolated momentum. Every element moves by exactly lr.
 
     p ← p·(1 − lr·λ)                         decoupled decay, before the step
-    p ← p − lr·sign(β₁·m + (1−β₁)·g)         the step looks at m before this gradient enters it; sign(0) = 0
+    p ← p − lr·sign(β₁·m + (1−β₁)·g)         the step looks at m before this gradient enters it;
+                                             sign(0) = 0
     m ← β₂·m + (1−β₂)·g                      the memory is longer than the step's view
 
     p `p`   g `g`   m `exp_avg`   β `betas`   λ `weight_decay`
 
-Chen et al. 2023 (arXiv 2302.06675). A common text takes β₂ in the sign and updates m twice: β₁ belongs to the
-sign, β₂ to m, and m is updated once. lr is in units of weight, and since no element ever moves less, lr
-should be 3–10 times smaller than AdamW's, λ 3–10 times larger (lr·λ stays).
-State: 4 bytes a parameter (8 for float64 parameters), half of Adam's. Half-precision parameters keep float32
-m.
+Chen et al. 2023 (arXiv 2302.06675). A common text takes β₂ in the sign and updates m twice: β₁
+belongs to the sign, β₂ to m, and m is updated once. lr is in units of weight, and since no element
+ever moves less, lr should be 3–10 times smaller than AdamW's, λ 3–10 times larger (lr·λ stays).
+State: 4 bytes a parameter (8 for float64 parameters), half of Adam's. Half-precision parameters
+keep float32 m.
 
-Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP, fully_shard and
-torch.distributed.checkpoint. docs/partners.md has all partners.
+Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP, fully_shard
+and torch.distributed.checkpoint. docs/partners.md has all partners.
 
-To compile the step: torch compiles again for every new float, so hand the floats over as 0-D tensors:
+To compile the step: torch compiles again for every new float, so hand the floats over as 0-D
+tensors:
     fast = torch.compile(lion_update, dynamic=True)
     lion.lion_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
@@ -32,19 +34,29 @@ def lion_update(p, g, exp_avg, lr, beta1, beta2, weight_decay) -> None:
 
 
 class Lion(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
 
-    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
-                 weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         beta1, beta2 = group["betas"]
-        for name, x, end in (("lr", group["lr"], "inf"), ("betas[0]", beta1, 1), ("betas[1]", beta2, 1),
-                             ("weight_decay", group["weight_decay"], "inf")):
+        for name, x, end in (
+            ("lr", group["lr"], "inf"),
+            ("betas[0]", beta1, 1),
+            ("betas[1]", beta2, 1),
+            ("weight_decay", group["weight_decay"], "inf"),
+        ):
             if not 0 <= x < float(end):
                 raise ValueError(f"Lion: {name}={x} is not allowed; it must lie in [0, {end})")
         super().add_param_group(param_group)
@@ -62,19 +74,27 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(work)
-                lion_update(work, p.grad.to(work.dtype), state["exp_avg"], group["lr"], *group["betas"],
-                            group["weight_decay"])
+                lion_update(
+                    work,
+                    p.grad.to(work.dtype),
+                    state["exp_avg"],
+                    group["lr"],
+                    *group["betas"],
+                    group["weight_decay"],
+                )
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
@@ -84,10 +104,14 @@ class Lion(torch.optim.Optimizer):
                     if not (state := saved["state"].get(i)):
                         continue
                     if state.keys() != {"exp_avg"}:
-                        raise ValueError(f"Lion: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(
+                            f"Lion: a saved state of {', '.join(state)} is another method's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -101,11 +125,15 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     x = torch.zeros(1, requires_grad=True)
     optimizer, path = Lion([x], lr=0.1), []
-    for gradient in 1.0, -10.0, 0.0, 5.0:  # by hand: sign(.1), sign(.009-1), sign(-.0811), sign(-.0802899+.5)
+    # By hand: sign(.1), sign(.009-1), sign(-.0811), sign(-.0802899+.5)
+    for gradient in 1.0, -10.0, 0.0, 5.0:
         x.grad = torch.tensor([gradient])
         optimizer.step()
         path.append(round(x.item(), 4))
-    print(f"Lion: gradients 1, -10, 0, 5 move a weight from 0 to {path}, by hand [-0.1, 0.0, 0.1, 0.0]")
+    print(
+        f"Lion: gradients 1, -10, 0, 5 move a weight from 0 to {path}, by hand [-0.1, 0.0, 0.1,"
+        " 0.0]"
+    )
     target, x = torch.randn(20), torch.zeros(20, requires_grad=True)
     optimizer = Lion([x])
     for t in range(300):
@@ -113,4 +141,7 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         (x - target).square().sum().backward()
         optimizer.step()
-    print(f"Lion: {(x - target).abs().max():.0e} from a quadratic's minimum after 300 steps of falling lr")
+    print(
+        f"Lion: {(x - target).abs().max():.0e} from a quadratic's minimum after 300 steps of"
+        " falling lr"
+    )

@@ -3,7 +3,8 @@
     b ← μ·b + (1−μ)·g                                  momentum
     u = (1−μ)·g + μ·b                                  Nesterov;  u = b  without
     X ← u / max(‖u‖, 1e-7)                             so that all singular values lie in [0, 1]
-    ns_steps times (Newton–Schulz):                    a·s + b·s³ + c·s⁵ acts on each singular value s;
+    ns_steps times (Newton–Schulz):                    a·s + b·s³ + c·s⁵ acts on each singular value
+                                                       s;
         A = X·Xᵀ;  X ← a·X + (b·A + c·A²)·X            tall matrices are transposed first
     p ← p·(1 − lr·λ)                                   decoupled decay, before the step
     p ← p − lr·k·X                                     k = √max(1, rows/cols)   or   .2·√max(rows, cols)
@@ -11,27 +12,33 @@
     p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)
     b `momentum_buffer`   μ `momentum`   λ `weight_decay`   k `adjust_lr_fn`   (a, b, c) `ns`
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and the cubic; the
-method is the quintic, which gives up precision (singular values end in .7 … 1.2) for speed. `ns` is one of
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and the
+cubic; the method is the quintic, which gives up precision (singular values end in .7 … 1.2) for
+speed. `ns` is one of
     quintic  (3.4445, −4.7750, 2.0315) at every step
     cubic    (1.5, −.5, 0): converges exactly, but slowly; to compare, with 10 steps or more
     exact    (2, −1.5, .5): a quintic that converges exactly; 12 steps are usual
     polar    the best triple for each step, with safety factor 1.01 (Amsel et al. 2025, 2505.16932)
-`normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row a neuron:
+`normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row
+a neuron:
     v ← β₂·v + (1−β₂)·mean of X² over the row;  X ← X/(√v + 1e-10), scaled back to the norm X had   v `row_sq`
 `cautious`: decay only those elements where X·p > 0, that is, which the step moves towards 0 anyway.
-lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm), at any
-width; .02 is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is .2·lr, so AdamW's
-lr and λ carry over.
-State: 4 bytes a parameter (+ 4 a row, NorMuon), 8 in AdamW groups, doubled for float64, never below float32.
+lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm),
+at any width; .02 is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is
+.2·lr, so AdamW's lr and λ carry over. State: 4 bytes a parameter (+ 4 a row, NorMuon), 8 in AdamW
+groups, doubled for float64, never below float32.
 
-Muon is for hidden matrices; embeddings, head and vectors go into groups that take AdamW in the same object:
-    Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}])
-`betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their own;
-`fused` steps them by a kernel of torch's. Clip gradients before, if at all: the update has no norm left.
+Muon is for hidden matrices; embeddings, head and vectors go into groups that take AdamW in the same
+object:
+    Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9,
+    .95)}])
+`betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their
+own; `fused` steps them by a kernel of torch's. Clip gradients before, if at all: the update has no
+norm left.
 
-Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of torch.optim.Muon,
-fully_shard (by make_optimizer of parallel/whole.py; DTensors are refused); all partners: docs/partners.md.
+Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of
+torch.optim.Muon, fully_shard (by make_optimizer of parallel/whole.py; DTensors are refused); all
+partners: docs/partners.md.
 """
 
 import math
@@ -53,8 +60,10 @@ COEFFICIENTS = {  # triples for steps 1, 2, …; the last one repeats
     "exact": [(2.0, -1.5, 0.5)],
     "polar": [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR] + [(1.875, -1.25, 0.375)],
 }
-SCALES = {"original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
-          "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols))}
+SCALES = {
+    "original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+}
 ADAMW = {"lr": 3e-4, "weight_decay": 0.0}  # groups with use_muon=False
 
 
@@ -72,8 +81,8 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
         if restart == 1:
             X = torch.baddbmm(X, P, X, beta=a)
             continue
-        # X ← P·X, but only every second step. Until then Q collects the Ps, and A ← P·A·P spares a long
-        # product. To wait for a third step blows up in bfloat16, on gradients of low rank.
+        # X ← P·X, but only every second step. Until then Q collects the Ps, and A ← P·A·P spares a
+        # long product. To wait for a third step blows up in bfloat16, on gradients of low rank.
         P.diagonal(dim1=1, dim2=2).add_(a)
         Q = P if Q is None else torch.bmm(P, Q)
         if (i + 1) % restart == 0 or i + 1 == ns_steps:
@@ -83,12 +92,28 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
     return X.mT if tall else X
 
 
-def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns, ns_steps, ns_dtype,
-                adjust_lr_fn, normuon_beta2, cautious) -> None:
-    """In place on lists: `ps`, `bufs` shaped as `gs`, one shape or turned; NorMuon's `row_sqs` (rows, 1)."""
+def muon_update(
+    ps,
+    gs,
+    bufs,
+    row_sqs,
+    lr,
+    momentum,
+    weight_decay,
+    nesterov,
+    ns,
+    ns_steps,
+    ns_dtype,
+    adjust_lr_fn,
+    normuon_beta2,
+    cautious,
+) -> None:
+    """In place on lists: `ps`, `bufs` shaped as `gs`, one shape or turned; NorMuon's `row_sqs`
+    (rows, 1)."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
-    us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))  # (rows, cols) each
+    # (rows, cols) each
+    us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))
     X = orthogonalize((u.mT if u.shape[0] > u.shape[1] else u for u in us), ns, ns_steps, ns_dtype)
     for p, x, v in zip(ps, X, row_sqs):
         x = (x.mT if p.shape[0] > p[0].numel() else x).to(p.dtype)
@@ -98,17 +123,34 @@ def muon_update(ps, gs, bufs, row_sqs, lr, momentum, weight_decay, nesterov, ns,
             x = y * (x.norm() / (y.norm() + 1e-10))
         scale = SCALES[adjust_lr_fn](*x.shape)
         x = x.reshape(p.shape)
-        p.sub_(p * (x * p > 0), alpha=lr * weight_decay) if cautious else p.mul_(1 - lr * weight_decay)
+        (
+            p.sub_(p * (x * p > 0), alpha=lr * weight_decay)
+            if cautious
+            else p.mul_(1 - lr * weight_decay)
+        )
         p.add_(x, alpha=-lr * scale)
 
 
 def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, fused) -> None:
     """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
-    if fused and all(x.is_contiguous() for x in (p, g, exp_avg, exp_avg_sq)):  # their kernel sees no strides
+    # Their kernel sees no strides
+    if fused and all(x.is_contiguous() for x in (p, g, exp_avg, exp_avg_sq)):
         step = torch.tensor(float(t), device=p.device)
         return torch._fused_adamw_(
-            [p], [g], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, amsgrad=False, maximize=False)
+            [p],
+            [g],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [step],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=False,
+            maximize=False,
+        )
     p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -116,50 +158,99 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_dec
 
 
 class Muon(torch.optim.Optimizer):
-    """`ns_dtype`: dtype of the products, or its name; None: bfloat16, float64 for float64 parameters. Raises
-    ValueError for bad hyperparameters and vectors in a Muon group, RuntimeError for sparse gradients."""
+    """`ns_dtype`: dtype of the products, or its name; None: bfloat16, float64 for float64
+    parameters. Raises ValueError for bad hyperparameters and vectors in a Muon group, RuntimeError
+    for sparse gradients.
+    """
 
-    elementwise: bool = False  # needs whole matrices; only its use_muon=False groups are elementwise
+    # Needs whole matrices; only its use_muon=False groups are elementwise
+    elementwise: bool = False
     matrices_only: bool = True  # everything else belongs in a group with use_muon=False
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0,
-                 nesterov: bool = True, ns_steps: int = 5, ns: str = "quintic",
-                 adjust_lr_fn: str = "original", ns_dtype: torch.dtype | str | None = None,
-                 normuon_beta2: float | None = None, cautious: bool = False,
-                 betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10,
-                 adamw_weight_decay: float | None = None, fused: bool = False):
-        super().__init__(params, {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "ns": ns,
-            "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype, "use_muon": True,
-            "normuon_beta2": normuon_beta2, "cautious": cautious, "adamw_betas": betas, "eps": eps,
-            "adamw_weight_decay": adamw_weight_decay, "fused": fused})
+    def __init__(
+        self,
+        params,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns: str = "quintic",
+        adjust_lr_fn: str = "original",
+        ns_dtype: torch.dtype | str | None = None,
+        normuon_beta2: float | None = None,
+        cautious: bool = False,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        adamw_weight_decay: float | None = None,
+        fused: bool = False,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "ns": ns,
+                "ns_steps": ns_steps,
+                "adjust_lr_fn": adjust_lr_fn,
+                "ns_dtype": ns_dtype,
+                "use_muon": True,
+                "normuon_beta2": normuon_beta2,
+                "cautious": cautious,
+                "adamw_betas": betas,
+                "eps": eps,
+                "adamw_weight_decay": adamw_weight_decay,
+                "fused": fused,
+            },
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         adamw = ADAMW | {"betas": self.defaults["adamw_betas"]}
-        group = {**self.defaults, **({} if param_group.get("use_muon", True) else adamw), **param_group}
+        group = {
+            **self.defaults,
+            **({} if param_group.get("use_muon", True) else adamw),
+            **param_group,
+        }
         if not group["use_muon"] and group["adamw_weight_decay"] is not None:
             group["weight_decay"] = group["adamw_weight_decay"]
         beta1, beta2 = group.get("betas", group["adamw_betas"])
         for name, x in (group | {"betas[0]": beta1, "betas[1]": beta2}).items():
-            end = {"lr": "inf", "weight_decay": "inf", "adamw_weight_decay": "inf", "eps": "inf",
-                   "momentum": 1, "normuon_beta2": 1, "betas[0]": 1, "betas[1]": 1}.get(name)
+            end = {
+                "lr": "inf",
+                "weight_decay": "inf",
+                "adamw_weight_decay": "inf",
+                "eps": "inf",
+                "momentum": 1,
+                "normuon_beta2": 1,
+                "betas[0]": 1,
+                "betas[1]": 1,
+            }.get(name)
             if end and x is not None and not 0 <= x < float(end):
                 raise ValueError(f"Muon: {name}={x} is not allowed; it must lie in [0, {end})")
         for name, known in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
             if group[name] not in known:
                 raise ValueError(f"Muon: {name}={group[name]!r} is not one of {', '.join(known)}")
         if not (isinstance(group["ns_steps"], int) and group["ns_steps"] > 0):
-            raise ValueError(f"Muon: ns_steps={group['ns_steps']} is not allowed; it must be an integer ≥ 1")
+            raise ValueError(
+                f"Muon: ns_steps={group['ns_steps']} is not allowed; it must be an integer ≥ 1"
+            )
         if group["ns_dtype"] is not None:
-            group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")  # text for a checkpoint
+            # Text for a checkpoint
+            group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
             if not getattr(getattr(torch, group["ns_dtype"], None), "is_floating_point", False):
-                raise ValueError(f"Muon: ns_dtype={group['ns_dtype']} is not allowed; take a floating dtype")
+                raise ValueError(
+                    f"Muon: ns_dtype={group['ns_dtype']} is not allowed; take a floating dtype"
+                )
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"] if group["use_muon"] else ():
             if p.ndim < 2 or hasattr(p, "placements"):
                 self.param_groups.pop()
-                raise ValueError(f"Muon: {type(p).__name__} {tuple(p.shape)} is no whole matrix; vectors go into "
-                                 "a group with use_muon=False, DTensors to make_optimizer (parallel/whole.py)")
+                raise ValueError(
+                    f"Muon: {type(p).__name__} {tuple(p.shape)} is no whole matrix; vectors go into"
+                    " a group with use_muon=False, DTensors to make_optimizer (parallel/whole.py)"
+                )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -171,15 +262,18 @@ class Muon(torch.optim.Optimizer):
             if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
                 raise RuntimeError("Muon: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
-            batches = {}  # matrices of one shape, turned or not, go together; each other parameter alone
+            # Matrices of one shape, turned or not, go together; each other parameter alone
+            batches = {}
             for i, p in enumerate(group["params"]):
                 if p.grad is not None and p.numel() > 0:
                     sides = sorted((p.shape[0], p[0].numel())) if group["use_muon"] else [i]
                     batches.setdefault((*sides, p.dtype, p.device), []).append(p)
             for ps in batches.values():
-                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]  # ps, unless half
+                # Ps, unless half
+                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
                 gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
-                with torch.autocast(ps[0].device.type, enabled=False):  # ns_dtype says in what to multiply
+                # Ns_dtype says in what to multiply
+                with torch.autocast(ps[0].device.type, enabled=False):
                     (self._muon if group["use_muon"] else self._adamw)(group, ps, works, gs)
                 for p, work in zip(ps, works):
                     if work is not p:
@@ -194,25 +288,53 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["row_sq"] = work.new_zeros(work.shape[0], 1)
         states = [self.state[p] for p in ps]
         dtype = group["ns_dtype"] or ("float64" if works[0].dtype == torch.float64 else "bfloat16")
-        muon_update(works, gs, [s["momentum_buffer"] for s in states], [s.get("row_sq") for s in states],
-                    group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], group["ns"],
-                    group["ns_steps"], getattr(torch, dtype), group["adjust_lr_fn"], group["normuon_beta2"],
-                    group["cautious"])
+        muon_update(
+            works,
+            gs,
+            [s["momentum_buffer"] for s in states],
+            [s.get("row_sq") for s in states],
+            group["lr"],
+            group["momentum"],
+            group["weight_decay"],
+            group["nesterov"],
+            group["ns"],
+            group["ns_steps"],
+            getattr(torch, dtype),
+            group["adjust_lr_fn"],
+            group["normuon_beta2"],
+            group["cautious"],
+        )
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
         if "max_momentum" in group and group.get("cycled") != group["momentum"]:  # OneCycleLR's: β₁
-            group["betas"], group["cycled"] = (group["momentum"], group["betas"][1]), group["momentum"]
+            group["betas"], group["cycled"] = (
+                (group["momentum"], group["betas"][1]),
+                group["momentum"],
+            )
         for p, work, g in zip(ps, works, gs):
             state = self.state[p]
             if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+                state.update(
+                    step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work)
+                )
             t = state["step"] = int(state["step"]) + 1
-            adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], t, group["lr"], *group["betas"],
-                         group["eps"], group["weight_decay"], group["fused"])
+            adamw_update(
+                work,
+                g,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                t,
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                group["fused"],
+            )
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
@@ -221,19 +343,29 @@ class Muon(torch.optim.Optimizer):
                     triple, eps = tuple(theirs.pop("ns_coefficients")), theirs.pop("eps")
                     names = [name for name, triples in COEFFICIENTS.items() if triples == [triple]]
                     if not names or eps != 1e-7:
-                        raise ValueError(f"Muon: the saved run had ns_coefficients={triple}, eps={eps}; this "
-                                         "one has 1e-7, and those of quintic, cubic and exact")
+                        raise ValueError(
+                            f"Muon: the saved run had ns_coefficients={triple}, eps={eps}; this "
+                            "one has 1e-7, and those of quintic, cubic and exact"
+                        )
                     theirs.update(ns=names[0], adjust_lr_fn=theirs["adjust_lr_fn"] or "original")
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     if not (state := saved["state"].get(i)):
                         continue
-                    known = {"momentum_buffer"} if theirs["use_muon"] else {"step", "exp_avg", "exp_avg_sq"}
+                    known = (
+                        {"momentum_buffer"}
+                        if theirs["use_muon"]
+                        else {"step", "exp_avg", "exp_avg_sq"}
+                    )
                     if state.keys() - {"row_sq"} != known:
-                        raise ValueError(f"Muon: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(
+                            f"Muon: a saved state of {', '.join(state)} is another method's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -246,5 +378,10 @@ class Muon(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     for ns, steps in ("quintic", 5), ("cubic", 25), ("exact", 12), ("polar", 8):
-        s = torch.linalg.svdvals(orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64))
-        print(f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to {s.max():.3f}")
+        s = torch.linalg.svdvals(
+            orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64)
+        )
+        print(
+            f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to"
+            f" {s.max():.3f}"
+        )

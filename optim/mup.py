@@ -1,7 +1,8 @@
-"""μP, the maximal update parametrization: the best learning rate stays put when the model gets wider.
+"""μP, the maximal update parametrization: the best learning rate stays put when the model gets
+wider.
 
-With m = width / base width (Yang et al. 2022, 2203.03466, table 8, throughout: mixing its tables counts
-twice):
+With m = width / base width (Yang et al. 2022, 2203.03466, table 8, throughout: mixing its tables
+counts twice):
 
     kind        initial std           output times   lr of SGD   Adam, Lion   Muon
     embedding   as at base width      1              m           1            1 (by AdamW)
@@ -9,32 +10,41 @@ twice):
     head        as at base width      1/m            m           1            1 (by AdamW)
     scalar      as at base width      1              m           1            1 (by AdamW)
 
-    attention logits   q·k / d_head instead of / sqrt(d_head), here 8 q·k / d_head: the usual at d_head = 64
+    attention logits   q·k / d_head instead of / sqrt(d_head), here 8 q·k / d_head: the usual at
+                       d_head = 64
 
-Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of each
-output grows with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm sqrt(rows/cols) at any
-width: nothing to correct; with adjust_lr_fn='match_rms_adamw' it grows with sqrt(m), and lr falls as
-1/sqrt(m). Initial std, output and attention scaling are the model's (`GPTConfig.mup_base_width`); a tied head
-keeps the embedding's lr.
+Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of
+each output grows with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm
+sqrt(rows/cols) at any width: nothing to correct; with adjust_lr_fn='match_rms_adamw' it grows with
+sqrt(m), and lr falls as 1/sqrt(m). Initial std, output and attention scaling are the model's
+(`GPTConfig.mup_base_width`); a tied head keeps the embedding's lr.
 
-Where a common text errs: it divides attention logits by m² and gives the hidden matrices no lr rule at all.
-Depth does not transfer; nor, without more, does weight decay (lr·λ shrinks with lr).
+Where a common text errs: it divides attention logits by m² and gives the hidden matrices no lr rule
+at all. Depth does not transfer; nor, without more, does weight decay (lr·λ shrinks with lr).
 """
 
 RULES = {  # optimizer class -> how its update scales
-    "SGD": "sgd", "SGDScheduleFree": "sgd",
-    "AdamW": "adam", "AdamL2": "adam", "AdamWScheduleFree": "adam", "Lion": "adam", "SOAP": "adam",
+    "SGD": "sgd",
+    "SGDScheduleFree": "sgd",
+    "AdamW": "adam",
+    "AdamL2": "adam",
+    "AdamWScheduleFree": "adam",
+    "Lion": "adam",
+    "SOAP": "adam",
     "Muon": "muon",
-}  # fmt: skip
+}
 
 
-def lr_multipliers(optimizer: str, width: int, base_width: int, adjust_lr_fn: str = "original",
-                   **unused) -> dict[str, float]:  # fmt: skip
-    """kind of parameter -> what its lr is multiplied by. Raises ValueError for an optimizer without a
-    rule."""
+def lr_multipliers(
+    optimizer: str, width: int, base_width: int, adjust_lr_fn: str = "original", **unused
+) -> dict[str, float]:
+    """kind of parameter -> what its lr is multiplied by. Raises ValueError for an optimizer without
+    a rule."""
     if optimizer not in RULES:
-        raise ValueError(f"there is no μP rule for {optimizer}, whose step follows the weights' size; "
-                         f"there is one for {', '.join(RULES)}")  # fmt: skip
+        raise ValueError(
+            f"there is no μP rule for {optimizer}, whose step follows the weights' size; "
+            f"there is one for {', '.join(RULES)}"
+        )
     m, rule = width / base_width, RULES[optimizer]
     if rule == "sgd":
         return {"embedding": m, "matrix": 1.0, "head": m, "scalar": m}

@@ -101,12 +101,15 @@ def blocks(m: nn.Module) -> list[nn.Module]:
         inner = [unwrapped(c) for c in found]
         classes = [own_class(x) for x in inner]
         if len(set(classes)) > 1:
-            found = [c for c, x, k in zip(found, inner, classes)
-                     if classes.count(k) > 1 and has_parts(x)]  # fmt: skip
+            found = [
+                c for c, x, k in zip(found, inner, classes) if classes.count(k) > 1 and has_parts(x)
+            ]
     # An embedding of relative positions in some blocks makes no language models of them: those have
     # blocks of their own, or all elements give logits.
-    logits = [find_logits([*outside(unwrapped(c))]) if any(map(is_table, c.modules())) else []
-              for c in found]  # fmt: skip
+    logits = [
+        find_logits([*outside(unwrapped(c))]) if any(map(is_table, c.modules())) else []
+        for c in found
+    ]
     if all(any(not is_square(x) for _, x in pairs) for pairs in logits):
         return []
     return [c for c, pairs in zip(found, logits) if not (pairs and any(map(blocks, c.modules())))]
@@ -151,9 +154,12 @@ def weights(m: nn.Module) -> list[nn.Parameter]:
 
 # ---- groups --------------------------------------------------------------------------------------
 def param_groups(
-    model: nn.Module, lrs: dict[str, float], weight_decay: float, muon: bool = False,
+    model: nn.Module,
+    lrs: dict[str, float],
+    weight_decay: float,
+    muon: bool = False,
     decay_embeddings: bool = False,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Groups for an optimizer's constructor, each with its `kind` and its parameters' full `names`.
 
     lrs: kind -> learning rate. With `muon`, all but the matrices carry `use_muon=False`.
@@ -164,17 +170,23 @@ def param_groups(
     for name, kind in kinds(model).items():
         groups.setdefault(kind, []).append(name)
     return [
-        dict(kind=kind, names=names, params=[params[n] for n in names], lr=lrs[kind],
-             weight_decay=0.0 if kind in spared else weight_decay,
-             **({"use_muon": False} if muon and kind != "matrix" else {}))
+        dict(
+            kind=kind,
+            names=names,
+            params=[params[n] for n in names],
+            lr=lrs[kind],
+            weight_decay=0.0 if kind in spared else weight_decay,
+            **({"use_muon": False} if muon and kind != "matrix" else {}),
+        )
         for kind, names in groups.items()
-    ]  # fmt: skip
+    ]
 
 
 def without_compiler() -> None:
     """Saves a run that compiles nothing the second it takes to import the compiler.
 
-    Four methods of torch's Optimizer import it at their first call, only to be left out of compilation.
+    Four methods of torch's Optimizer import it at their first call, only to be left out of
+    compilation.
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method = getattr(getattr(Optimizer, name), "__wrapped__", None)
@@ -184,11 +196,12 @@ def without_compiler() -> None:
 
 @contextmanager
 def evaluation_weights(optimizer: Optimizer, share=lambda: None):
-    """Inside, the model holds the weights to evaluate, save and sample: for Schedule-Free the average x.
+    """Inside, the model holds the weights to evaluate, save and sample: for Schedule-Free the
+    average x.
 
-    share(): tells other ranks that the optimizer's parameters here have changed. Gives {name: the weights
-    training goes on from}, empty where they are the same. Afterwards the model holds the very bits it had:
-    looking changes nothing.
+    share(): tells other ranks that the optimizer's parameters here have changed. Gives {name: the
+    weights training goes on from}, empty where they are the same. Afterwards the model holds the
+    very bits it had: looking changes nothing.
     """
     groups = optimizer.param_groups
     if not hasattr(optimizer, "eval") or not any(g.get("train_mode", True) for g in groups):
@@ -212,12 +225,13 @@ def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     share()
 
 
-CONFIGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum", "fused")  # the config's to say
+# The config's to say
+CONFIGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum", "fused")
 
 
 def state_by_name(optimizer: Optimizer) -> dict:
-    """The optimizer's state by parameter name, and its groups without the parameters (only groups that have
-    some here): what load_state_by_name takes."""
+    """The optimizer's state by parameter name, and its groups without the parameters (only groups
+    that have some here): what load_state_by_name takes."""
     state = {
         n: optimizer.state[p]
         for g in optimizer.param_groups
@@ -235,11 +249,13 @@ def state_by_name(optimizer: Optimizer) -> dict:
 def load_state_by_name(optimizer: Optimizer, groups: dict, state_of) -> None:
     """State and whatever the groups count; the learning rates and the decay stay the config's.
 
-    groups: as state_by_name gives them; state_of(name, shape): the state of that parameter, of which this
-    shape is here; {} for none.
+    groups: as state_by_name gives them; state_of(name, shape): the state of that parameter, of
+    which this shape is here; {} for none.
     """
-    new, shapes = optimizer.state_dict(), {n: p.shape for g in optimizer.param_groups
-                                           for n, p in zip(g["names"], g["params"])}  # fmt: skip
+    new, shapes = (
+        optimizer.state_dict(),
+        {n: p.shape for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])},
+    )
     ids = {}
     for group in new["param_groups"]:
         old = {k: tuple(v) if isinstance(v, list) else v for k, v in groups[group["kind"]].items()}

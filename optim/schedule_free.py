@@ -1,7 +1,7 @@
 """Schedule-Free AdamW and SGD: averaging in place of a schedule, so training may end at any time.
 
-Three sequences: z takes the steps, x averages z and is the model, y lies between them and is where gradients
-are taken.
+Three sequences: z takes the steps, x averages z and is the model, y lies between them and is where
+gradients are taken.
 
     y = (1−β₁)·z + β₁·x
     d = g(y) / (√v̂ + ε) + λ·y       AdamW:  v ← β₂·v + (1−β₂)·g²,  v̂ = v / (1 − β₂ᵏ)
@@ -16,25 +16,27 @@ are taken.
     k, γmax, W: each parameter's `step`, `lr_max`, `weight_sum`; it counts the steps in which it had
     a gradient. The group's `k`, `lr_max` and `weight_sum` are the largest of its parameters'.
 
-Defazio et al. 2024 (arXiv 2405.15682). A common text mixes the roles: the gradient is taken at y, z moves, x
-is what one evaluates, saves and samples from. `train()` before training, `eval()` before anything else; both
-may be called twice, a new optimizer is in eval mode, and step() there raises. The mode is part of the state.
-lr: for AdamW in units of weight, 1–10 times AdamW's; for SGD weight per gradient, 10–50 times SGD's. Decay is
-at y and inside d: multiplied by γ, outside Adam's denominator.
+Defazio et al. 2024 (arXiv 2405.15682). A common text mixes the roles: the gradient is taken at y, z
+moves, x is what one evaluates, saves and samples from. `train()` before training, `eval()` before
+anything else; both may be called twice, a new optimizer is in eval mode, and step() there raises.
+The mode is part of the state. lr: for AdamW in units of weight, 1–10 times AdamW's; for SGD weight
+per gradient, 10–50 times SGD's. Decay is at y and inside d: multiplied by γ, outside Adam's
+denominator.
 
-A scheduler may move β₁. Each parameter keeps the `beta1` that its y was made with; a step with another one
-takes g and the decay at the old y, and moves y to the new β₁ as well. So x stays the mean.
+A scheduler may move β₁. Each parameter keeps the `beta1` that its y was made with; a step with
+another one takes g and the decay at the old y, and moves y to the new β₁ as well. So x stays the
+mean.
 
 State: 8 bytes a parameter for AdamW, 4 for SGD (twice that for float64). Half-precision parameters
-keep float32 state and 4 bytes more, `lost` = y − p (in eval mode x − p): what rounding took away. So
-they go the way of a float32 run. Where somebody loads other weights into p, p counts. States of the
-authors' package and older ones of ours load: their group's counts become each parameter's.
+keep float32 state and 4 bytes more, `lost` = y − p (in eval mode x − p): what rounding took away.
+So they go the way of a float32 run. Where somebody loads other weights into p, p counts. States of
+the authors' package and older ones of ours load: their group's counts become each parameter's.
 
 Used with: schedulers of lr and of β₁ (OneCycleLR, CyclicLR), a tensor as lr, GradScaler, autocast
 around the step, torch.compile(optimizer.step), DDP, pickle, torch.distributed.checkpoint in train
 mode. FSDP2's fully_shard goes on with weights that a forward without backward has gathered: after
-evaluating, before train(), call module.reshard() on each of its modules; eval() warns. Refused, with
-nothing changed: step() in eval mode, sparse and complex gradients, β₁ outside (0, 1).
+evaluating, before train(), call module.reshard() on each of its modules; eval() warns. Refused,
+with nothing changed: step() in eval mode, sparse and complex gradients, β₁ outside (0, 1).
 
 To compile the update alone: torch compiles again for each new float, so hand over 0-D tensors:
     fast = torch.compile(schedule_free_update, dynamic=True)
@@ -49,7 +51,9 @@ import torch
 NEW = {"k": 0, "lr_max": 0.0, "weight_sum": 0.0, "train_mode": False}  # what a group counts
 
 
-def averaging_weight(k, lr, warmup_steps, r, power, lr_max, weight_sum) -> tuple[float, float, float, float]:
+def averaging_weight(
+    k, lr, warmup_steps, r, power, lr_max, weight_sum
+) -> tuple[float, float, float, float]:
     """Step k (from 1): returns γ, the new γmax and W, and c."""
     gamma = lr * min(1.0, k / warmup_steps) if warmup_steps else lr
     lr_max = max(gamma, lr_max)
@@ -58,9 +62,11 @@ def averaging_weight(k, lr, warmup_steps, r, power, lr_max, weight_sum) -> tuple
     return gamma, lr_max, weight_sum, weight / weight_sum if weight_sum else 0.0
 
 
-def schedule_free_update(y, g, z, exp_avg_sq, gamma, c, pull, bias2, beta1, beta2, eps, weight_decay) -> None:
-    """One step, in place on `y`, `z` and `exp_avg_sq` (None for SGD), all shaped as `g`; bias2 = 1 − β₂ᵏ.
-    pull: c, or 1 − (1−c)·β₁/β₁ᵒˡᵈ where y was made with another β₁."""
+def schedule_free_update(
+    y, g, z, exp_avg_sq, gamma, c, pull, bias2, beta1, beta2, eps, weight_decay
+) -> None:
+    """One step, in place on `y`, `z` and `exp_avg_sq` (None for SGD), all shaped as `g`; bias2 = 1
+    − β₂ᵏ. pull: c, or 1 − (1−c)·β₁/β₁ᵒˡᵈ where y was made with another β₁."""
     d = g
     if exp_avg_sq is not None:
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -91,25 +97,46 @@ def write(p: torch.Tensor, value: torch.Tensor, state: dict) -> None:
 
 
 class AdamWScheduleFree(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients and in
-    eval mode."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients and in eval mode."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
 
-    def __init__(self, params, lr: float = 2.5e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0, warmup_steps: int = 0, r: float = 0.0,
-                 weight_lr_power: float = 2.0):
-        super().__init__(params, {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "warmup_steps": warmup_steps,
-            "r": r, "weight_lr_power": weight_lr_power, **NEW})
+    def __init__(
+        self,
+        params,
+        lr: float = 2.5e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "warmup_steps": warmup_steps,
+                "r": r,
+                "weight_lr_power": weight_lr_power,
+                **NEW,
+            },
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         """A group that joins later takes the mode of the others."""
         group, name = {**self.defaults, **param_group}, type(self).__name__
-        for field, x, end in (("lr", group["lr"], "inf"), ("eps", group.get("eps", 0), "inf"),
-                              ("betas[1]", self._betas(group)[1], 1),
-                              ("weight_decay", group["weight_decay"], "inf"),
-                              ("warmup_steps", group["warmup_steps"], "inf")):
+        for field, x, end in (
+            ("lr", group["lr"], "inf"),
+            ("eps", group.get("eps", 0), "inf"),
+            ("betas[1]", self._betas(group)[1], 1),
+            ("weight_decay", group["weight_decay"], "inf"),
+            ("warmup_steps", group["warmup_steps"], "inf"),
+        ):
             if not 0 <= x < float(end):
                 raise ValueError(f"{name}: {field}={x} is not allowed; it must lie in [0, {end})")
         self._check_beta1(group)
@@ -121,8 +148,10 @@ class AdamWScheduleFree(torch.optim.Optimizer):
 
     def _check_beta1(self, group: dict) -> None:
         if not 0 < (beta1 := self._betas(group)[0]) < 1:
-            raise ValueError(f"{type(self).__name__}: beta1 (momentum) {beta1} is not allowed; it "
-                             "must lie in (0, 1)")
+            raise ValueError(
+                f"{type(self).__name__}: beta1 (momentum) {beta1} is not allowed; it "
+                "must lie in (0, 1)"
+            )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -144,13 +173,30 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(y)
             k = state["step"] = state["step"] + 1
             gamma, state["lr_max"], state["weight_sum"], c = averaging_weight(
-                k, float(group["lr"]), group["warmup_steps"], group["r"], group["weight_lr_power"],
-                state["lr_max"], state["weight_sum"])
+                k,
+                float(group["lr"]),
+                group["warmup_steps"],
+                group["r"],
+                group["weight_lr_power"],
+                state["lr_max"],
+                state["weight_sum"],
+            )
             same = beta1 == state["beta1"]
             pull, state["beta1"] = c if same else 1 - (1 - c) * beta1 / state["beta1"], beta1
             schedule_free_update(
-                y, p.grad.to(y.dtype), state["z"], state.get("exp_avg_sq"), gamma, c, pull, 1 - beta2**k,
-                beta1, beta2, group.get("eps"), group["weight_decay"] or None)
+                y,
+                p.grad.to(y.dtype),
+                state["z"],
+                state.get("exp_avg_sq"),
+                gamma,
+                c,
+                pull,
+                1 - beta2**k,
+                beta1,
+                beta2,
+                group.get("eps"),
+                group["weight_decay"] or None,
+            )
             write(p, y, state)
             for counted, own in ("k", "step"), ("lr_max", "lr_max"), ("weight_sum", "weight_sum"):
                 group[counted] = max(group[counted], state[own])
@@ -172,11 +218,15 @@ class AdamWScheduleFree(torch.optim.Optimizer):
     def eval(self) -> None:
         """Put x, the model, into the parameters."""
         if not hasattr(self, "warned") and any(
-                hasattr(p, "placements") for group in self.param_groups for p in group["params"]):
+            hasattr(p, "placements") for group in self.param_groups for p in group["params"]
+        ):
             self.warned = True
-            warnings.warn(f"{type(self).__name__} on DTensors: fully_shard goes on with weights that "
-                          "a forward without backward has gathered; after evaluating, before train(), "
-                          "call module.reshard() on each module given to fully_shard", stacklevel=2)
+            warnings.warn(
+                f"{type(self).__name__} on DTensors: fully_shard goes on with weights that "
+                "a forward without backward has gathered; after evaluating, before train(), "
+                "call module.reshard() on each module given to fully_shard",
+                stacklevel=2,
+            )
         self._move(False)
 
     def __setstate__(self, state: dict) -> None:
@@ -185,15 +235,20 @@ class AdamWScheduleFree(torch.optim.Optimizer):
         for group in self.param_groups:
             for name in state.get("defaults", {}).keys() - {"differentiable"}:  # which torch adds
                 group.setdefault(name, self.defaults[name])
-            counts = {"step": int(group["k"]), "lr_max": float(group["lr_max"]),
-                      "weight_sum": float(group["weight_sum"]), "beta1": self._betas(group)[0]}
+            counts = {
+                "step": int(group["k"]),
+                "lr_max": float(group["lr_max"]),
+                "weight_sum": float(group["weight_sum"]),
+                "beta1": self._betas(group)[0],
+            }
             for p in group["params"]:
                 if "z" in self.state.get(p, {}):
                     self.state[p] = {**counts, **self.state[p]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
@@ -203,11 +258,15 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                     if not (state := saved["state"].get(i)):
                         continue
                     if "z" not in state or ("exp_avg_sq" in state) != ("betas" in self.defaults):
-                        raise ValueError(f"{type(self).__name__}: a saved state of {', '.join(state)} is of "
-                                         "another method")  # fmt: skip
+                        raise ValueError(
+                            f"{type(self).__name__}: a saved state of {', '.join(state)} is of "
+                            "another method"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -220,15 +279,37 @@ class AdamWScheduleFree(torch.optim.Optimizer):
 class SGDScheduleFree(AdamWScheduleFree):
     """The same with d = g + λ·y. Raises what AdamWScheduleFree raises."""
 
-    def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0,
-                 warmup_steps: int = 0, r: float = 0.0, weight_lr_power: float = 2.0):
-        torch.optim.Optimizer.__init__(self, params, {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_steps": warmup_steps,
-            "r": r, "weight_lr_power": weight_lr_power, **NEW})
+    def __init__(
+        self,
+        params,
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+    ):
+        torch.optim.Optimizer.__init__(
+            self,
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "warmup_steps": warmup_steps,
+                "r": r,
+                "weight_lr_power": weight_lr_power,
+                **NEW,
+            },
+        )
+
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    scale, target = torch.linspace(0.1, 1, 20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    scale, target = (
+        torch.linspace(0.1, 1, 20, dtype=torch.float64),
+        torch.randn(20, dtype=torch.float64),
+    )
     for optimizer_class, lr in (AdamWScheduleFree, 0.1), (SGDScheduleFree, 0.5):
         p = torch.zeros(20, dtype=torch.float64, requires_grad=True)
         optimizer = optimizer_class([p], lr=lr, warmup_steps=10)
@@ -241,5 +322,7 @@ if __name__ == "__main__":
         optimizer.eval()
         w = torch.tensor([min(1, k / 10) ** 2 for k in range(1, 401)], dtype=torch.float64)
         mean = (torch.stack(zs) * w[:, None]).sum(0) / w.sum()
-        print(f"{optimizer_class.__name__}: 400 steps, x is {(p - mean).abs().max():.0e} from the mean "
-              f"of all z, {(p - target).abs().max():.0e} from the quadratic's minimum")
+        print(
+            f"{optimizer_class.__name__}: 400 steps, x is {(p - mean).abs().max():.0e} from the"
+            f" mean of all z, {(p - target).abs().max():.0e} from the quadratic's minimum"
+        )

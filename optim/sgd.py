@@ -6,22 +6,24 @@
 
     p `p`   g `g`   b `momentum_buffer`   μ `momentum`   λ `weight_decay`
 
-Polyak 1964; Nesterov 1983, in the form of Sutskever, Martens, Dahl and Hinton 2013, which is torch's too.
-lr is a step in units of weight per unit of gradient: scale the loss by 10 and the step grows tenfold. That
-makes SGD the detector of wrong gradient factors, which scale-free optimizers hide. With momentum the
-effective step is lr/(1−μ). lr stays outside the buffer: changing it acts on the whole buffer at once.
-State: 4 bytes a parameter with momentum (8 for float64 parameters), 0 without. Half-precision parameters keep
-a float32 buffer.
+Polyak 1964; Nesterov 1983, in the form of Sutskever, Martens, Dahl and Hinton 2013, which is
+torch's too. lr is a step in units of weight per unit of gradient: scale the loss by 10 and the step
+grows tenfold. That makes SGD the detector of wrong gradient factors, which scale-free optimizers
+hide. With momentum the effective step is lr/(1−μ). lr stays outside the buffer: changing it acts on
+the whole buffer at once. State: 4 bytes a parameter with momentum (8 for float64 parameters), 0
+without. Half-precision parameters keep a float32 buffer.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard, torch.distributed.checkpoint as
-torch.optim.SGD is, whose states load. dampening and maximize are refused. docs/partners.md has all partners.
+Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard,
+torch.distributed.checkpoint as torch.optim.SGD is, whose states load. dampening and maximize are
+refused. docs/partners.md has all partners.
 """
 
 import torch
 
 
 def sgd_update(p, g, momentum_buffer, lr, momentum=0.0, weight_decay=0.0, nesterov=False) -> None:
-    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as `g`."""
+    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as
+    `g`."""
     d = g.add(p, alpha=weight_decay) if weight_decay else g
     if momentum_buffer is not None:
         torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)  # μb + d in one pass
@@ -30,22 +32,38 @@ def sgd_update(p, g, momentum_buffer, lr, momentum=0.0, weight_decay=0.0, nester
 
 
 class SGD(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
 
-    def __init__(self, params, lr: float = 0.1, momentum: float = 0.0, weight_decay: float = 0.0,
-                 nesterov: bool = False):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+    def __init__(
+        self,
+        params,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         for name, end in ("lr", "inf"), ("momentum", 1), ("weight_decay", "inf"):
             if not 0 <= group[name] < float(end):
-                raise ValueError(f"SGD: {name}={group[name]} is not allowed; it must lie in [0, {end})")
+                raise ValueError(
+                    f"SGD: {name}={group[name]} is not allowed; it must lie in [0, {end})"
+                )
         if group["nesterov"] and not group["momentum"] > 0:
-            raise ValueError(f"SGD: nesterov=True with momentum={group['momentum']}; it needs one in (0, 1)")
+            raise ValueError(
+                f"SGD: nesterov=True with momentum={group['momentum']}; it needs one in (0, 1)"
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -61,37 +79,52 @@ class SGD(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if group["momentum"] and state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(work)
                 buffer = state["momentum_buffer"] if group["momentum"] else None
-                sgd_update(work, p.grad.to(work.dtype), buffer, group["lr"], group["momentum"],
-                           group["weight_decay"], group["nesterov"])
+                sgd_update(
+                    work,
+                    p.grad.to(work.dtype),
+                    buffer,
+                    group["lr"],
+                    group["momentum"],
+                    group["weight_decay"],
+                    group["nesterov"],
+                )
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("dampening", "maximize"):
                     if theirs.get(name):
-                        raise ValueError(f"SGD: the saved run had {name}={theirs[name]}, which this one "
-                                         "lacks; load it into the class that saved it")
+                        raise ValueError(
+                            f"SGD: the saved run had {name}={theirs[name]}, which this one "
+                            "lacks; load it into the class that saved it"
+                        )
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     if not (state := saved["state"].get(i)):
                         continue
                     if state.keys() != {"momentum_buffer"}:
-                        raise ValueError(f"SGD: a saved state of {', '.join(state)} is another method's")
+                        raise ValueError(
+                            f"SGD: a saved state of {', '.join(state)} is another method's"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -112,5 +145,7 @@ if __name__ == "__main__":
                 optimizer.zero_grad()
                 (z - target).square().sum().mul(0.5).backward()
                 optimizer.step()
-        print(f"SGD {options}: 200 steps, {(x - y).abs().max():.0e} from torch.optim.SGD, "
-              f"{(x - target).abs().max():.0e} from the minimum of the plain quadratic")
+        print(
+            f"SGD {options}: 200 steps, {(x - y).abs().max():.0e} from torch.optim.SGD, "
+            f"{(x - target).abs().max():.0e} from the minimum of the plain quadratic"
+        )

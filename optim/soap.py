@@ -6,7 +6,8 @@ each later   t ← t + 1
     m′ ← β₁·m′ + (1−β₁)·g′                 Adam, all in the rotated basis
     v  ← β₂·v + (1−β₂)·g′²
     u  = m′/(√v + ε) rotated back          u ← u / (1e-30 + RMS(u)) with `normalize_grads`
-    p  ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ)·u         so ε is not bias-corrected; p − lr·u without `correct_bias`
+    p  ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ)·u         so ε is not bias-corrected; p − lr·u without
+                                           `correct_bias`
     p  ← p·(1 − lr·λ)                      decoupled decay, after the step
     GGᵢ ← β_s·GGᵢ + (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ     then, if t % frequency = 0, one step of power iteration:
     sort Qᵢ's columns by diag(QᵢᵀGGᵢQᵢ), largest first, and v alike;  Qᵢ ← qr(GGᵢ·Qᵢ);  m′ follows
@@ -15,20 +16,17 @@ each later   t ← t + 1
     t `step`   GGᵢ `GG_i`   Qᵢ `Q_i`   β `betas`   β_s `shampoo_beta`, None = β₂   ε `eps`   λ `weight_decay`
     frequency `precondition_frequency`
 
-Vyas et al. 2024 (arXiv 2409.11321). A common text names it otherwise, promises 2–3 times the speed and twice
-Adam's memory: the paper reports over 40 % fewer steps than AdamW, and a square matrix takes three times
-Adam's state.
-Dimensions above `max_precond_dim` are not rotated, nor vectors (unless `precondition_1d`): Adam, a first call
-later.
-lr is in units of (rotated) weight, as AdamW's. A step magnifies rounding: two layouts drift apart though both
-are right.
-State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64. Square: 24 bytes
-a parameter.
-Half-precision parameters keep float32 state.
+Vyas et al. 2024 (arXiv 2409.11321). A common text names it otherwise, promises 2–3 times the speed
+and twice Adam's memory: the paper reports over 40 % fewer steps than AdamW, and a square matrix
+takes three times Adam's state. Dimensions above `max_precond_dim` are not rotated, nor vectors
+(unless `precondition_1d`): Adam, a first call later. lr is in units of (rotated) weight, as
+AdamW's. A step magnifies rounding: two layouts drift apart though both are right. State of an a×b
+matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64. Square: 24 bytes a
+parameter. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py: DTensors are refused.
-States of the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py: DTensors are
+refused. States of the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
 """
 
 import math
@@ -37,7 +35,8 @@ import torch
 
 
 def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as for many L of low rank."""
+    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as for many L of low
+    rank."""
     try:
         eigenvalues, Q = torch.linalg.eigh(L)
     except torch.linalg.LinAlgError:
@@ -62,16 +61,34 @@ def accumulate(g, GGs, shampoo_beta) -> None:
 
 
 def soap_start(g, GGs, Qs, shampoo_beta) -> None:
-    """The first call: fill the lists `GGs` and `Qs` of (nᵢ, nᵢ), None where dimension i is not rotated."""
+    """The first call: fill the lists `GGs` and `Qs` of (nᵢ, nᵢ), None where dimension i is not
+    rotated."""
     accumulate(g, GGs, shampoo_beta)
     for GG, Q in zip(GGs, Qs):
         if GG is not None:
             Q.copy_(eigh(GG)[1].flip(1))
 
 
-def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo_beta, eps, weight_decay,
-                refresh, normalize_grads, correct_bias) -> None:
-    """In place on `p`, `exp_avg`, `exp_avg_sq`, shaped as `g`, and on the lists `GGs`, `Qs` of (nᵢ, nᵢ)."""
+def soap_update(
+    p,
+    g,
+    exp_avg,
+    exp_avg_sq,
+    GGs,
+    Qs,
+    t,
+    lr,
+    beta1,
+    beta2,
+    shampoo_beta,
+    eps,
+    weight_decay,
+    refresh,
+    normalize_grads,
+    correct_bias,
+) -> None:
+    """In place on `p`, `exp_avg`, `exp_avg_sq`, shaped as `g`, and on the lists `GGs`, `Qs` of (nᵢ,
+    nᵢ)."""
     rotated = rotate(g, Qs)
     exp_avg.lerp_(rotated, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
@@ -92,44 +109,77 @@ def soap_update(p, g, exp_avg, exp_avg_sq, GGs, Qs, t, lr, beta1, beta2, shampoo
 
 
 def with_names(state: dict) -> dict:
-    """The state of the authors' SOAP, whose `GG` and `Q` are lists ([] where nothing is rotated), as ours."""
+    """The state of the authors' SOAP, whose `GG` and `Q` are lists ([] where nothing is rotated),
+    as ours."""
     if "GG" not in state:
         return state
-    matrices = {f"{name}_{i}": x for name in ("GG", "Q") for i, x in enumerate(state[name]) if len(x)}
+    matrices = {
+        f"{name}_{i}": x for name in ("GG", "Q") for i, x in enumerate(state[name]) if len(x)
+    }
     return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")} | matrices
 
 
 class SOAP(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex gradients."""
+    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
+    gradients."""
 
     elementwise: bool = False  # needs whole matrices
 
-    def __init__(self, params, lr: float = 3e-3, betas: tuple[float, float] = (0.95, 0.95),
-                 shampoo_beta: float | None = None, eps: float = 1e-8, weight_decay: float = 0.01,
-                 precondition_frequency: int = 10, max_precond_dim: int = 10000,
-                 precondition_1d: bool = False, normalize_grads: bool = False, correct_bias: bool = True):
-        super().__init__(params, {
-            "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency, "max_precond_dim": max_precond_dim,
-            "precondition_1d": precondition_1d, "normalize_grads": normalize_grads,
-            "correct_bias": correct_bias})
+    def __init__(
+        self,
+        params,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        correct_bias: bool = True,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "shampoo_beta": shampoo_beta,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+                "max_precond_dim": max_precond_dim,
+                "precondition_1d": precondition_1d,
+                "normalize_grads": normalize_grads,
+                "correct_bias": correct_bias,
+            },
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         beta1, beta2 = group["betas"]
-        for name, x, end in (("lr", group["lr"], "inf"), ("eps", group["eps"], "inf"), ("betas[0]", beta1, 1),
-                             ("betas[1]", beta2, 1), ("shampoo_beta", group["shampoo_beta"] or 0, 1),
-                             ("weight_decay", group["weight_decay"], "inf")):
+        for name, x, end in (
+            ("lr", group["lr"], "inf"),
+            ("eps", group["eps"], "inf"),
+            ("betas[0]", beta1, 1),
+            ("betas[1]", beta2, 1),
+            ("shampoo_beta", group["shampoo_beta"] or 0, 1),
+            ("weight_decay", group["weight_decay"], "inf"),
+        ):
             if not 0 <= x < float(end):
                 raise ValueError(f"SOAP: {name}={x} is not allowed; it must lie in [0, {end})")
         for name in "precondition_frequency", "max_precond_dim":
             if not group[name] >= 1:
-                raise ValueError(f"SOAP: {name}={group[name]} is not allowed; it must be at least 1")
+                raise ValueError(
+                    f"SOAP: {name}={group[name]} is not allowed; it must be at least 1"
+                )
         super().add_param_group(param_group)
         if any(hasattr(p, "placements") for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
-            raise ValueError("SOAP: needs whole tensors and got DTensors; make_optimizer(SOAP, ...) of "
-                             "parallel/whole.py brings them together")
+            raise ValueError(
+                "SOAP: needs whole tensors and got DTensors; make_optimizer(SOAP, ...) of "
+                "parallel/whole.py brings them together"
+            )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -146,20 +196,40 @@ class SOAP(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None or p.numel() == 0:
                     continue
-                work = p.to(torch.promote_types(p.dtype, torch.float32))  # p itself, unless half precision
+                # P itself, unless half precision
+                work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if first := not state:
                     state.update(self._new_state(work, group))
-                GGs, Qs = ([state.get(f"{name}_{i}") for i in range(p.ndim)] for name in ("GG", "Q"))
-                numbers = (group["lr"], beta1, beta2, shampoo_beta, group["eps"], group["weight_decay"])
+                GGs, Qs = (
+                    [state.get(f"{name}_{i}") for i in range(p.ndim)] for name in ("GG", "Q")
+                )
+                numbers = (
+                    group["lr"],
+                    beta1,
+                    beta2,
+                    shampoo_beta,
+                    group["eps"],
+                    group["weight_decay"],
+                )
                 with torch.autocast(p.device.type, enabled=False):  # products as everywhere else
                     if first:
                         soap_start(p.grad.to(work.dtype), GGs, Qs, shampoo_beta)
                         continue
                     t = state["step"] = int(state["step"]) + 1
-                    soap_update(work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"], GGs, Qs,
-                                t, *numbers, refresh=t % group["precondition_frequency"] == 0,
-                                normalize_grads=group["normalize_grads"], correct_bias=group["correct_bias"])
+                    soap_update(
+                        work,
+                        p.grad.to(work.dtype),
+                        state["exp_avg"],
+                        state["exp_avg_sq"],
+                        GGs,
+                        Qs,
+                        t,
+                        *numbers,
+                        refresh=t % group["precondition_frequency"] == 0,
+                        normalize_grads=group["normalize_grads"],
+                        correct_bias=group["correct_bias"],
+                    )
                 if work is not p:
                     p.copy_(work)  # the one rounding
         return loss
@@ -173,14 +243,17 @@ class SOAP(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a saved group
-        does not say stays as it is here. Raises ValueError for the state of another method."""
+        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
+        saved group does not say stays as it is here. Raises ValueError for the state of another
+        method."""
 
         def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             groups, states = [dict(group) for group in saved["param_groups"]], {}
             for ours, theirs in zip(self.param_groups, groups):
                 if theirs.get("merge_dims"):
-                    raise ValueError("SOAP: the saved run had merge_dims=True, which this one lacks")
+                    raise ValueError(
+                        "SOAP: the saved run had merge_dims=True, which this one lacks"
+                    )
                 if (theirs.get("shampoo_beta") or 0) < 0:  # the authors' word for None
                     theirs["shampoo_beta"] = None
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
@@ -189,11 +262,15 @@ class SOAP(torch.optim.Optimizer):
                         continue
                     new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
                     if state.keys() != new.keys():
-                        raise ValueError(f"SOAP: a saved state of {', '.join(state)} for {tuple(p.shape)} is "
-                                         f"another method's, or of other options; here: {', '.join(new)}")
+                        raise ValueError(
+                            f"SOAP: a saved state of {', '.join(state)} for {tuple(p.shape)} is "
+                            f"another method's, or of other options; here: {', '.join(new)}"
+                        )
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                                 for name, x in state.items()}
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
             return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
 
         last = self.register_load_state_dict_pre_hook(complete)
@@ -206,7 +283,8 @@ class SOAP(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(32, 32))[0]
-    inputs = torch.randn(256, 32) * torch.logspace(-2, 0, 32) @ rotation  # badly scaled, not along the axes
+    # Badly scaled, not along the axes
+    inputs = torch.randn(256, 32) * torch.logspace(-2, 0, 32) @ rotation
     teacher = torch.randn(16, 32)
     for optimizer_class in SOAP, torch.optim.AdamW:
         w = torch.zeros(16, 32, requires_grad=True)
@@ -216,7 +294,10 @@ if __name__ == "__main__":
             loss = (inputs @ (w - teacher).T).square().mean()
             loss.backward()
             optimizer.step()
-        print(f"{optimizer_class.__name__}: loss {loss:.0e} after 300 steps, features scaled and rotated")
+        print(
+            f"{optimizer_class.__name__}: loss {loss:.0e} after 300 steps, features scaled and"
+            " rotated"
+        )
         if optimizer_class is SOAP:
             Q = optimizer.state[w]["Q_0"]
             print(f"SOAP: Q is orthogonal to {(Q.T @ Q - torch.eye(16)).abs().max():.0e}")

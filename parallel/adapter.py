@@ -1,13 +1,14 @@
 """One optimizer on weights that are spread over ranks, as plain tensors it can step: an Adapter.
 
-The method never learns of DTensors (FSDP2) or of the plain parts that parallel/tensor.py leaves (`cuts`).
-Which tensors it gets is decided group by group.
+The method never learns of DTensors (FSDP2) or of the plain parts that parallel/tensor.py leaves
+(`cuts`). Which tensors it gets is decided group by group.
 
-local   A method that works element by element (SGD, AdamW, Lion, Schedule-Free) steps the shards it has. Its
-        parameters are plain tensors in the very memory of the DTensors' shards; nothing is sent.
+local   A method that works element by element (SGD, AdamW, Lion, Schedule-Free) steps the shards it
+        has. Its parameters are plain tensors in the very memory of the DTensors' shards; nothing is
+        sent.
 
-owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo, Adafactor, LARS, LAMB). Each
-        parameter has one owner among the ranks it is spread over:
+owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo, Adafactor, LARS,
+        LAMB). Each parameter has one owner among the ranks it is spread over:
 
                     rank 0     rank 1     rank 2                  rank 0     rank 1     rank 2
         gradients   A0 B0 C0   A1 B1 C1   A2 B2 C2   all-to-all   A0 A1 A2   B0 B1 B2   C0 C1 C2
@@ -15,17 +16,18 @@ owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo,
         weights     A0 B0 C0   A1 B1 C1   A2 B2 C2   all-to-all   A          B          C
                                                      <---------
 
-        Two collectives a step for each dtype and set of ranks, instead of one gather per parameter. State
-        lives at the owner alone, and the owners work at the same time: Newton-Schulz spreads over the ranks
-        for nothing. A matrix method run on the shards would silently be another method; run on DTensors, it
-        repeats the work on every rank and sends something inside each product.
+        Two collectives a step for each dtype and set of ranks, instead of one gather per parameter.
+        State lives at the owner alone, and the owners work at the same time: Newton-Schulz spreads
+        over the ranks for nothing. A matrix method run on the shards would silently be another
+        method; run on DTensors, it repeats the work on every rank and sends something inside each
+        product.
 
-Bytes sent per rank and step: local 0; owner 2 (N-1)/N x the bytes of this rank's shards, on average. Memory:
-the owners' whole weights, over all ranks one more copy of the model.
+Bytes sent per rank and step: local 0; owner 2 (N-1)/N x the bytes of this rank's shards, on
+average. Memory: the owners' whole weights, over all ranks one more copy of the model.
 
-A class that does not say whether it is `elementwise` gets owners, which is always right. A method that
-couples parameters (LBFGS, Prodigy) is refused: an owner sees only its own. Whoever loads weights into the
-model afterwards calls take_weights(). Neighbours: parallel/owners.py.
+A class that does not say whether it is `elementwise` gets owners, which is always right. A method
+that couples parameters (LBFGS, Prodigy) is refused: an owner sees only its own. Whoever loads
+weights into the model afterwards calls take_weights(). Neighbours: parallel/owners.py.
 """
 
 import torch
@@ -40,27 +42,39 @@ __all__ = ["Adapter", "box", "choose_owners", "local", "part"]
 
 
 class Adapter:
-    """`optimizer`, an instance of `cls` on plain tensors, and what ties it to the weights in `groups`.
+    """`optimizer`, an instance of `cls` on plain tensors, and what ties it to the weights in
+    `groups`.
 
-    groups: tensors or dicts, as torch's optimizers take them; what this rank does not step is left out of a
-    dict's `params` and `names`. elementwise: may a shard be stepped alone? None asks the class, and one that
-    does not say counts as no; Muon's groups with use_muon=False always may. cuts: name -> (dim, whole shape,
-    offset) of the parameters that are a part, along dim, of a whole spread over cut_group. agree: in each
-    step the ranks tell each other which gradients they have and whether somebody changed their weights.
+    groups: tensors or dicts, as torch's optimizers take them; what this rank does not step is left
+    out of a dict's `params` and `names`. elementwise: may a shard be stepped alone? None asks the
+    class, and one that does not say counts as no; Muon's groups with use_muon=False always may.
+    cuts: name -> (dim, whole shape, offset) of the parameters that are a part, along dim, of a
+    whole spread over cut_group. agree: in each step the ranks tell each other which gradients they
+    have and whether somebody changed their weights.
 
     boxes: name -> (whole shape, offsets) of each parameter of which the optimizer here has a shard.
-    sent_bytes: by this rank in each step, also on the optimizer. Collective: all ranks make it together, with
-    the same groups. Raises ValueError for a method that couples parameters.
+    sent_bytes: by this rank in each step, also on the optimizer. Collective: all ranks make it
+    together, with the same groups. Raises ValueError for a method that couples parameters.
     """
 
-    def __init__(self, cls: type[Optimizer], groups, elementwise: bool | None = None,
-                 cuts: dict[str, tuple] | None = None, cut_group: dist.ProcessGroup | None = None,
-                 agree: bool = False, **arguments):  # fmt: skip
+    def __init__(
+        self,
+        cls: type[Optimizer],
+        groups,
+        elementwise: bool | None = None,
+        cuts: dict[str, tuple] | None = None,
+        cut_group: dist.ProcessGroup | None = None,
+        agree: bool = False,
+        **arguments,
+    ):
         groups = list(groups)
         groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
-        self.elementwise = getattr(cls, "elementwise", False) if elementwise is None else elementwise
+        self.elementwise = (
+            getattr(cls, "elementwise", False) if elementwise is None else elementwise
+        )
         self.cuts, self.cut_group, self.agree = cuts or {}, cut_group, agree
-        self.stepped, self.local = {}, []  # weight -> what the optimizer gets; those of which it gets a shard
+        # Weight -> what the optimizer gets; those of which it gets a shard
+        self.stepped, self.local = {}, []
         self.spread, self.exchanges = {}, []  # ranks -> (their group, device on the wire, weights)
         self.elsewhere = set()  # weights of which other ranks alone have a gradient
         self.boxes, self.sent_bytes = {}, 0
@@ -76,10 +90,14 @@ class Adapter:
     def hold(self, groups: list[dict]) -> list[dict]:
         """The groups with what this rank steps in place of their weights."""
         owned, mine = {}, []  # (ranks, dtype, device) -> weights that go to owners
-        groups = [{**g, "params": [p] if torch.is_tensor(p := g["params"]) else list(p)} for g in groups]
+        groups = [
+            {**g, "params": [p] if torch.is_tensor(p := g["params"]) else list(p)} for g in groups
+        ]
         for group in groups:
             alone = self.elementwise or group.get("use_muon") is False
-            for p, name in zip(group["params"], group.get("names") or [None] * len(group["params"])):
+            for p, name in zip(
+                group["params"], group.get("names") or [None] * len(group["params"])
+            ):
                 place = find(p, self.cuts.get(name), self.cut_group)
                 if len(place.ranks) > 1:
                     wire = p.device_mesh.device_type if hasattr(p, "placements") else p.device
@@ -111,20 +129,27 @@ class Adapter:
             mine.append({name: x for name, x in group.items() if name != "param_names"} | kept)
         return mine
 
-    # ---- a step --------------------------------------------------------------------------------------------
+    # ---- a step ----------------------------------------------------------------------------------
     @torch.no_grad()
     def before_step(self, optimizer, args, kwargs) -> None:
         if any(x is not None for x in (*args[1:], *kwargs.values())):
-            raise ValueError("step(closure) has no meaning with sharded weights: they would be needed in the "
-                             "middle of a step; call loss.backward() and then step()")  # fmt: skip
+            raise ValueError(
+                "step(closure) has no meaning with sharded weights: they would be needed in the "
+                "middle of a step; call loss.backward() and then step()"
+            )
         self.look()
         for p in self.local:
             self.stepped[p].grad = self.gradient(p)
         for exchange in self.exchanges:
             shards = [self.gradient(p) for p in exchange.params]
             grads = {i: torch.empty_like(whole) for i, whole in exchange.wholes.items()}
-            exchange.to_owners([torch.zeros_like(local(p)) if g is None else g
-                                for p, g in zip(exchange.params, shards)], grads)  # fmt: skip
+            exchange.to_owners(
+                [
+                    torch.zeros_like(local(p)) if g is None else g
+                    for p, g in zip(exchange.params, shards)
+                ],
+                grads,
+            )
             for i, whole in exchange.wholes.items():
                 whole.grad = None if shards[i] is None else grads[i]
 
@@ -147,15 +172,20 @@ class Adapter:
 
     @torch.no_grad()
     def look(self) -> None:
-        """What happened to the model since: its shards may lie elsewhere; ranks may have other weights, and
-        gradients that others lack."""
+        """What happened to the model since: its shards may lie elsewhere; ranks may have other
+        weights, and gradients that others lack."""
         for p in self.local:
             self.stepped[p].data = local(p)
         for group, wire, params in self.spread.values() if self.agree else ():
             exchanges = [exchange for exchange in self.exchanges if exchange.group is group]
-            changed = any(not torch.equal(local(p), before) for exchange in exchanges
-                          for p, before in zip(exchange.params, exchange.shared))  # fmt: skip
-            flags = torch.tensor([p.grad is not None for p in params] + [changed], dtype=torch.uint8)
+            changed = any(
+                not torch.equal(local(p), before)
+                for exchange in exchanges
+                for p, before in zip(exchange.params, exchange.shared)
+            )
+            flags = torch.tensor(
+                [p.grad is not None for p in params] + [changed], dtype=torch.uint8
+            )
             flags = flags.to(wire)
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
             *have, changed = flags.tolist()
@@ -164,17 +194,19 @@ class Adapter:
             for exchange in exchanges if changed else ():
                 self.take(exchange)
 
-    # ---- weights between the model and the optimizer -------------------------------------------------------
+    # ---- weights between the model and the optimizer ---------------------------------------------
     @torch.no_grad()
     def share_weights(self) -> None:
-        """After something other than step() changed the optimizer's parameters: the model sees it too."""
+        """After something other than step() changed the optimizer's parameters: the model sees it
+        too."""
         for exchange in self.exchanges:
             exchange.to_shards()
             self.remember(exchange)
 
     @torch.no_grad()
     def take_weights(self) -> None:
-        """After something other than the optimizer changed the model's weights: the owners see it too."""
+        """After something other than the optimizer changed the model's weights: the owners see it
+        too."""
         for exchange in self.exchanges:
             self.take(exchange)
 

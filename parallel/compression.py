@@ -1,4 +1,5 @@
-"""Compressed gradients: each replica sends a summary, and what the summary left out is sent another time.
+"""Compressed gradients: each replica sends a summary, and what the summary left out is sent another
+time.
 
          replica 0                                      replica 1
     x0 = g0 + e0                                   x1 = g1 + e1            e: not sent so far, 0 at first
@@ -7,12 +8,14 @@
                   └──────────────►  ◄──────────────────┘
                  s0 + s1 is the gradient on both: a plain sum, as in parallel/ddp.py
 
-Nothing is lost by this error feedback (Seide et al. 2014; Stich et al. 2018, 1809.07599), only delayed:
-(sum of all sent) + e = sum of all gradients. Without it sign and top-k need not converge (Karimireddy et al.
-2019, 1901.09847). The residuals e are keyed by the parameter's name and each message is about one parameter,
-so nothing depends on how parameters are packed into buckets (torch's DDP repacks them after its first step).
+Nothing is lost by this error feedback (Seide et al. 2014; Stich et al. 2018, 1809.07599), only
+delayed: (sum of all sent) + e = sum of all gradients. Without it sign and top-k need not converge
+(Karimireddy et al. 2019, 1901.09847). The residuals e are keyed by the parameter's name and each
+message is about one parameter, so nothing depends on how parameters are packed into buckets
+(torch's DDP repacks them after its first step).
 
-A parameter of d entries (as a matrix: a x b), entries of w bytes, N replicas: bytes sent per rank and step
+A parameter of d entries (as a matrix: a x b), entries of w bytes, N replicas: bytes sent per rank
+and step
 
     method              message                                          collective     bytes
     none                x                                                all-reduce     2 (N-1)/N dw
@@ -27,17 +30,18 @@ and 2 (N-1)/N for the roll call of parallel/ddp.py. An all-gather's bytes grow w
 plain float32 while N < 64, the top hundredth while N < 100. Papers average over the workers; here
 scales, means and Q are such that the plain sum over replicas comes out.
 
-References: onebit: Seide, Fu, Droppo, Li and Yu 2014, "1-bit stochastic gradient descent" (its columns are
-ours; a vector is one column). sign: scaled as by Karimireddy et al. PowerSGD: Vogels, Karimireddy and Jaggi
-2019, 1905.13727. Ours differs in that e is what this replica's own P Qᵀ leaves of its own x, instead of what
-the average over replicas leaves of it: the sums, and so the run, are the same, and e stays small where
-replicas see different data. The ring of fp16 and bf16 adds in 16 bits; that rounding, the same on all
-replicas, is in no residual.
+References: onebit: Seide, Fu, Droppo, Li and Yu 2014, "1-bit stochastic gradient descent" (its
+columns are ours; a vector is one column). sign: scaled as by Karimireddy et al. PowerSGD: Vogels,
+Karimireddy and Jaggi 2019, 1905.13727. Ours differs in that e is what this replica's own P Qᵀ
+leaves of its own x, instead of what the average over replicas leaves of it: the sums, and so the
+run, are the same, and e stays small where replicas see different data. The ring of fp16 and bf16
+adds in 16 bits; that rounding, the same on all replicas, is in no residual.
 
-`reduce` of parallel/ddp.py is one of these: DDP(group, device, reduce=topk(fraction=0.01)). A gradient that
-is not finite leaves a sum that is not finite on every replica, for a monitor to see, and what it would do to
-the residual or to Q is not kept. One that is missing on some replicas is zero there, and they send
-of their residuals; one that is missing on all leaves residuals and Q as they were.
+`reduce` of parallel/ddp.py is one of these: DDP(group, device, reduce=topk(fraction=0.01)). A
+gradient that is not finite leaves a sum that is not finite on every replica, for a monitor to see,
+and what it would do to the residual or to Q is not kept. One that is missing on some replicas is
+zero there, and they send of their residuals; one that is missing on all leaves residuals and Q as
+they were.
 """
 
 import hashlib
@@ -54,15 +58,17 @@ from parallel.ddp import Bucket
 class Compressor:
     """One of the methods below, with its memory; call it as `reduce(bucket, group)`.
 
-    exchange(compressor, bucket, group): a generator that turns bucket.views into their sums over replicas,
-    hands `keep` what it sent, and yields where it has to wait for a collective.
+    exchange(compressor, bucket, group): a generator that turns bucket.views into their sums over
+    replicas, hands `keep` what it sent, and yields where it has to wait for a collective.
     """
 
     def __init__(self, exchange: Callable[..., Iterator], error_feedback: bool):
         self.exchange, self.error_feedback = exchange, error_feedback
-        self.residuals: dict[str, Tensor] = {}  # parameter's name -> what this replica has not sent yet
+        # Parameter's name -> what this replica has not sent yet
+        self.residuals: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}  # the same as the step in hand found it
-        self.shared: dict[str, Tensor] = {}  # what is the same on all replicas: PowerSGD's Q by name
+        # What is the same on all replicas: PowerSGD's Q by name
+        self.shared: dict[str, Tensor] = {}
         self.shared_before: dict[str, Tensor] = {}  # the same as the step in hand found it
 
     def __call__(self, bucket: Bucket, group: dist.ProcessGroup) -> "InFlight":
@@ -76,8 +82,8 @@ class Compressor:
         return InFlight(self.exchange(self, bucket, group))
 
     def undo(self) -> None:
-        """The step in hand is not taken: what it left unsent is owed no more, what was owed before still is.
-        (PowerSGD's Q, a guess to start from, stays.)"""
+        """The step in hand is not taken: what it left unsent is owed no more, what was owed before
+        still is. (PowerSGD's Q, a guess to start from, stays.)"""
         self.residuals |= self.before
 
     def forget(self, names: list[str]) -> None:
@@ -96,10 +102,12 @@ class Compressor:
         return {"replicas": world, "residuals": {str(rank): self.residuals}, "shared": self.shared}
 
     def load(self, read: Callable[[str], dict | int], rank: int, world: int) -> None:
-        """Takes up what `tree` gave; read("residuals/3") is that part of the trees of all ranks, merged.
+        """Takes up what `tree` gave; read("residuals/3") is that part of the trees of all ranks,
+        merged.
 
-        On the same number of replicas each goes on with its own residuals; on another number all are summed
-        and shared out equally, so that their sum, which the gradient still owes, stays what it was.
+        On the same number of replicas each goes on with its own residuals; on another number all
+        are summed and shared out equally, so that their sum, which the gradient still owes, stays
+        what it was.
         """
         self.shared, saved = read("shared"), read("replicas")
         if saved == world:
@@ -124,14 +132,18 @@ class InFlight:
             self.work = next(self.steps, None)
 
 
-# ---- messages that everybody gets from everybody: topk, sign, onebit ---------------------------------------
+# ---- messages that everybody gets from everybody: topk, sign, onebit -----------------------------
 def topk(fraction: float = 0.01, error_feedback: bool = True) -> Compressor:
-    """Only the `fraction` of each parameter's entries (0 < fraction <= 1) that is largest in magnitude."""
+    """Only the `fraction` of each parameter's entries (0 < fraction <= 1) that is largest in
+    magnitude."""
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} is no share of the entries; it lies in (0, 1], as 0.01 does")
+        raise ValueError(
+            f"fraction={fraction} is no share of the entries; it lies in (0, 1], as 0.01 does"
+        )
 
     def encode(x: Tensor) -> list[Tensor]:
-        largest = x.flatten().abs().topk(max(1, round(fraction * x.numel()))).indices  # NaN counts as largest
+        # NaN counts as largest
+        largest = x.flatten().abs().topk(max(1, round(fraction * x.numel()))).indices
         return [x.flatten()[largest], largest.to(torch.int32)]
 
     def add(message: list[Tensor], out: Tensor) -> None:
@@ -155,7 +167,8 @@ def sign(error_feedback: bool = True) -> Compressor:
 
 
 def onebit(error_feedback: bool = True) -> Compressor:
-    """One bit per entry, and for each column the mean of the entries >= 0 and the mean of those below 0."""
+    """One bit per entry, and for each column the mean of the entries >= 0 and the mean of those
+    below 0."""
 
     def encode(x: Tensor) -> list[Tensor]:
         m = columns(x)
@@ -183,14 +196,17 @@ def gathered(encode: Callable[[Tensor], list[Tensor]], add: Callable[[list[Tenso
             sent = torch.zeros_like(x)
             add(message, sent)
             compressor.keep(name, x, sent)
-        mine = torch.cat([part.view(-1).view(torch.uint8) for message in messages for part in message])
+        mine = torch.cat(
+            [part.view(-1).view(torch.uint8) for message in messages for part in message]
+        )
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         bucket.sent_bytes = (len(everyone) - 1) * mine.nbytes
         yield dist.all_gather(everyone, mine, group=group, async_op=True)
         bucket.flat.zero_()
         for theirs in everyone:
             pieces = iter(theirs.split([part.nbytes for message in messages for part in message]))
-            for x, message in zip(bucket.views, messages):  # clone: a piece may begin at an odd byte
+            # Clone: a piece may begin at an odd byte
+            for x, message in zip(bucket.views, messages):
                 add([next(pieces).clone().view(part.dtype).view_as(part) for part in message], x)
 
     return exchange
@@ -199,7 +215,9 @@ def gathered(encode: Callable[[Tensor], list[Tensor]], add: Callable[[list[Tenso
 def to_bytes(bits: Tensor) -> Tensor:
     """bool, any shape -> uint8 (ceil(d/8),): eight to a byte, the first one lowest."""
     bits = pad(bits.flatten().to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(
+        1, dtype=torch.uint8
+    )
 
 
 def to_bits(packed: Tensor, like: Tensor) -> Tensor:
@@ -208,22 +226,25 @@ def to_bits(packed: Tensor, like: Tensor) -> Tensor:
     return bits.view(-1)[: like.numel()].view_as(like).bool()
 
 
-# ---- messages that are summed on the way: powersgd, fp16, bf16 ---------------------------------------------
+# ---- messages that are summed on the way: powersgd, fp16, bf16 -----------------------------------
 def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compressor:
-    """Each matrix M as P Qᵀ of this rank, by one step of power iteration that goes on from the last step's Q:
+    """Each matrix M as P Qᵀ of this rank, by one step of power iteration that goes on from the last
+    step's Q:
 
         P = sum over replicas of M Q,    its columns made orthonormal
-        Q = sum over replicas of Mᵀ P    (so P Qᵀ is the sum of the M, projected on the columns of P)
+        Q = sum over replicas of Mᵀ P    (so P Qᵀ is the sum of the M, projected on the columns of
+                                         P)
 
-    The first Q is a function of (seed, name). Vectors, and matrices that P and Q would not make smaller, are
-    sent as they are. QR makes P orthonormal also where M is 0 or of lower rank, as behind projections that
-    start at 0; Gram-Schmidt would divide by 0.
+    The first Q is a function of (seed, name). Vectors, and matrices that P and Q would not make
+    smaller, are sent as they are. QR makes P orthonormal also where M is 0 or of lower rank, as
+    behind projections that start at 0; Gram-Schmidt would divide by 0.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: P and Q need at least 1 column; 1 to 8 are usual")
 
     def first_q(name: str, columns: int) -> Tensor:
-        key = hashlib.sha256(f"{seed}:powersgd:{name}".encode()).digest()[:4]  # not the initial weights' key
+        # Not the initial weights' key
+        key = hashlib.sha256(f"{seed}:powersgd:{name}".encode()).digest()[:4]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
         return torch.randn(columns, rank, generator=generator)
 
@@ -267,7 +288,8 @@ def orthonormal(p: Tensor) -> Tensor:
 
 
 def fp16(error_feedback: bool = True) -> Compressor:
-    """Rounded to 11 significant bits; below 6e-5 fewer, below 3e-8 zero (kept for later), above 65504 inf."""
+    """Rounded to 11 significant bits; below 6e-5 fewer, below 3e-8 zero (kept for later), above
+    65504 inf."""
     return Compressor(cast(torch.float16), error_feedback)
 
 

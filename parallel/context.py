@@ -1,5 +1,6 @@
-"""Context parallelism: a long sequence is cut over n ranks. Each holds t = T/n of its tokens in every layer,
-so what is kept for backward falls as 1/n; only attention has to look beyond them, in one of two ways.
+"""Context parallelism: a long sequence is cut over n ranks. Each holds t = T/n of its tokens in
+every layer, so what is kept for backward falls as 1/n; only attention has to look beyond them, in
+one of two ways.
 
 `ring`: queries stay, keys and values travel (n = 3; kv_i: those of rank i)
 
@@ -8,38 +9,47 @@ so what is kept for backward falls as 1/n; only attention has to look beyond the
     rank 1  kv1 causal     kv0 lower      kv2 higher             a   b   c   d   e   f
     rank 2  kv2 causal     kv1 lower      kv0 lower     rank     0   1   2   2   1   0
 
-Every rank does the same work in every step, t*t/2 scores (and t/2 more in the first), none of them masked:
-- from a lower rank: all my queries come after the first half of its keys and before the second: t x t/2;
-- from a higher rank: only my second half of queries comes after its keys, and after all of them: t/2 x t;
-- my own: the causal triangle. (In n plain stretches rank 0 would be done here and wait for rank n-1.)
-Meanwhile the next block travels. Each gives out and lse = log(sum exp(scores)), merged in float32 or wider:
+Every rank does the same work in every step, t*t/2 scores (and t/2 more in the first), none of them
+masked:
+- from a lower rank: all my queries come after the first half of its keys and before the second: t x
+  t/2;
+- from a higher rank: only my second half of queries comes after its keys, and after all of them:
+  t/2 x t;
+- my own: the causal triangle. (In n plain stretches rank 0 would be done here and wait for rank
+  n-1.)
+Meanwhile the next block travels. Each gives out and lse = log(sum exp(scores)), merged in float32
+or wider:
 
-    total = log(exp(lse_1) + exp(lse_2))     out = out_1 exp(lse_1 - total) + out_2 exp(lse_2 - total)
+    total = log(exp(lse_1) + exp(lse_2))     out = out_1 exp(lse_1 - total) + out_2 exp(lse_2 -
+                                             total)
 
-Backward goes round again. With the *final* out and lse each block has its true P, and gradients add up:
+Backward goes round again. With the *final* out and lse each block has its true P, and gradients add
+up:
 
     P = exp(S - lse)    dv = Pᵀ dout    dS = P * (dout vᵀ - rowsum(dout * out))    dq = dS k    dk = dSᵀ q
 
-dk and dv follow their block one step behind, each rank adds its part, and the last of n-1 hops brings them
-home, where the owner's part has waited.
+dk and dv follow their block one step behind, each rank adds its part, and the last of n-1 hops
+brings them home, where the owner's part has waited.
 
 `ulysses`: by an all-to-all each rank gets the whole sequence for 1/n of the heads
 
     rank 0  q k v [stretch 0, h0 h1]   ---->    [stretches 0 1, h0] -> attention as on one rank ---->  out
     rank 1  q k v [stretch 1, h0 h1]            [stretches 0 1, h1]                                 as q was
 
-Bytes sent per rank and layer. kv: this rank's k and v; qo: its q and out; kv32: its dk and dv in at least
-float32, so that rounding does not grow with n (kv for float32 and float64, 2 kv for bf16):
+Bytes sent per rank and layer. kv: this rank's k and v; qo: its q and out; kv32: its dk and dv in at
+least float32, so that rounding does not grow with n (kv for float32 and float64, 2 kv for bf16):
 
     ring       forward (n-1) kv                  backward (n-1) (kv + kv32)     hidden, but for the last hop
     ulysses    forward (n-1)/n (kv + qo)         backward (n-1)/n (kv + qo)     waited for
 
-Ulysses sends less from n = 3 on if k and v have as many heads as q, and runs any attention, but n must divide
-these heads. The ring takes any number, gains from few kv heads (GQA), and hides messages once t*t/2 scores
-take longer than a block's journey. (Llama 3, 2407.21783, gathers all k, v of the zigzag: simple, but larger.)
+Ulysses sends less from n = 3 on if k and v have as many heads as q, and runs any attention, but n
+must divide these heads. The ring takes any number, gains from few kv heads (GQA), and hides
+messages once t*t/2 scores take longer than a block's journey. (Llama 3, 2407.21783, gathers all k,
+v of the zigzag: simple, but larger.)
 
-References: Liu et al. 2023, 2310.01889 (ring); Brandon et al. 2023, 2311.09431 (even causal work, by dealing
-single tokens where we deal chunks); Jacobs et al. 2023, 2309.14509 (Ulysses); Dao 2023, 2307.08691 (a block).
+References: Liu et al. 2023, 2310.01889 (ring); Brandon et al. 2023, 2311.09431 (even causal work,
+by dealing single tokens where we deal chunks); Jacobs et al. 2023, 2309.14509 (Ulysses); Dao 2023,
+2307.08691 (a block).
 """
 
 from collections.abc import Callable
@@ -57,25 +67,32 @@ def positions(block_size: int, n: int, rank: int, way: str = "ring") -> Tensor:
     Raises ValueError where block_size is not a multiple of 2n (ring) or n (ulysses)."""
     pieces = {"ring": 2 * n, "ulysses": n}[way] if n > 1 else 1
     if block_size % pieces:
-        raise ValueError(f"--cp={n} and --cp_attention={way} cut a sequence into {pieces} equal pieces, not "
-                         f"possible with --block_size={block_size}; type a multiple of {pieces}")  # fmt: skip
+        raise ValueError(
+            f"--cp={n} and --cp_attention={way} cut a sequence into {pieces} equal pieces, not "
+            f"possible with --block_size={block_size}; type a multiple of {pieces}"
+        )
     chunks = torch.arange(block_size).chunk(pieces)
     return torch.cat([chunks[rank], chunks[-1 - rank]]) if pieces > n else chunks[rank]
 
 
 def split(model: nn.Module, group: dist.ProcessGroup | None, way: str = "ring") -> None:
-    """The attention of `model` sees the tokens of all ranks of `group` (None: one rank, nothing changes),
-    each of which holds those at its `positions`: replaces every module's `core`, q (B, H, t, D), k and v
-    (B, Hkv, t, D) -> (B, H, t, D). Raises ValueError where ulysses cannot deal out the heads."""
+    """The attention of `model` sees the tokens of all ranks of `group` (None: one rank, nothing
+    changes), each of which holds those at its `positions`: replaces every module's `core`, q (B, H,
+    t, D), k and v (B, Hkv, t, D) -> (B, H, t, D). Raises ValueError where ulysses cannot deal out
+    the heads."""
     assert way in ("ring", "ulysses"), way
     for module in [m for m in model.modules() if hasattr(m, "core")] if group is not None else []:
         if way == "ulysses":
             n = dist.get_world_size(group)
             heads, kv_heads = (x.weight.shape[0] // module.head_size for x in (module.q, module.k))
             if heads % n or kv_heads % n:
-                raise ValueError(f"ulysses deals out heads, and --cp={n} does not divide {heads} heads and "
-                                 f"{kv_heads} kv heads (of a tp rank); type --cp_attention=ring")  # fmt: skip
-        module.core = partial(ring, group) if way == "ring" else partial(ulysses, group, module.core)
+                raise ValueError(
+                    f"ulysses deals out heads, and --cp={n} does not divide {heads} heads and "
+                    f"{kv_heads} kv heads (of a tp rank); type --cp_attention=ring"
+                )
+        module.core = (
+            partial(ring, group) if way == "ring" else partial(ulysses, group, module.core)
+        )
 
 
 def as_autocast_would(*tensors: Tensor) -> list[Tensor]:
@@ -85,7 +102,7 @@ def as_autocast_would(*tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) if on and x.dtype != torch.float64 else x for x in tensors]
 
 
-# ---- ring ------------------------------------------------------------------------------------------------
+# ---- ring ----------------------------------------------------------------------------------------
 def ring(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A `core`; it has no use for an earlier one, which would keep the log-sum-exp to itself."""
     assert q.shape[2] % 2 == 0, "zigzag: two chunks of equal length, see positions()"
@@ -100,12 +117,15 @@ class RingForwardRingBackward(torch.autograd.Function):
         n, rank, (B, H, t, D) = dist.get_world_size(group), dist.get_rank(group), q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
         home = kv = torch.stack([k, v])  # (2, B, Hkv, t, D): one message
-        out = q.new_zeros(B, t, H, D, dtype=wide).transpose(1, 2)  # laid out as the next projection reads it
+        # Laid out as the next projection reads it
+        out = q.new_zeros(B, t, H, D, dtype=wide).transpose(1, 2)
         lse = q.new_full((B, H, t), -torch.inf, dtype=wide)
         for step in range(n):
             arrive = pass_on([kv] * (step < n - 1), group)
             mine, keys, causal = seen(step, rank, t)
-            merge(out[:, :, mine], lse[:, :, mine], *block(q[:, :, mine], *kv[:, :, :, keys], causal))
+            merge(
+                out[:, :, mine], lse[:, :, mine], *block(q[:, :, mine], *kv[:, :, :, keys], causal)
+            )
             (kv,) = arrive() or [None]
         ctx.group, out = group, out.to(q.dtype)
         ctx.save_for_backward(q, home, out, lse)
@@ -116,7 +136,8 @@ class RingForwardRingBackward(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, kv, out, lse), group, dout = ctx.saved_tensors, ctx.group, dout.contiguous()
         n, rank, t = dist.get_world_size(group), dist.get_rank(group), q.shape[2]
-        dq, home = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, kv))  # home: dk, dv of my own block
+        # Home: dk, dv of my own block
+        dq, home = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, kv))
         dkv = None  # dk, dv of the last step's block, from all the ranks it has visited so far
         for step in range(n):
             arrive = pass_on([kv] * (step < n - 1) + [dkv] * (step > 1), group)
@@ -134,7 +155,8 @@ class RingForwardRingBackward(torch.autograd.Function):
 
 
 def seen(step: int, rank: int, t: int) -> tuple[slice, slice, bool]:
-    """Which of my t queries see which of the t keys of the rank `step` before me on the ring; causally?"""
+    """Which of my t queries see which of the t keys of the rank `step` before me on the ring;
+    causally?"""
     everything, first, second = slice(None), slice(None, t // 2), slice(t // 2, None)
     if step == 0:
         return everything, everything, True  # chunk r lies before chunk 2n-1-r: local order is time
@@ -142,9 +164,10 @@ def seen(step: int, rank: int, t: int) -> tuple[slice, slice, bool]:
 
 
 def pass_on(tensors: list[Tensor], group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:
-    """Starts sending these contiguous tensors to the next rank on the ring, and receiving the like from the
-    one before, in one batch: a ring of blocking sends would wait forever. Call what it returns to wait for
-    all and have the ones received; until then nothing may write to the ones sent.
+    """Starts sending these contiguous tensors to the next rank on the ring, and receiving the like
+    from the one before, in one batch: a ring of blocking sends would wait forever. Call what it
+    returns to wait for all and have the ones received; until then nothing may write to the ones
+    sent.
     """
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     after, before = (dist.get_global_rank(group, (rank + hop) % n) for hop in (1, -1))
@@ -169,12 +192,15 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-# ---- attention to one block of keys ----------------------------------------------------------------------
+# ---- attention to one block of keys --------------------------------------------------------------
 def block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """q (B, H, t, D), k and v (B, Hkv, s, D) -> out (B, H, t, D), lse (B, H, t) in at least float32."""
+    """q (B, H, t, D), k and v (B, Hkv, s, D) -> out (B, H, t, D), lse (B, H, t) in at least
+    float32."""
     if on_gpu(q):
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    forward = aten._scaled_dot_product_flash_attention_for_cpu if q.device.type == "cpu" else formula
+    forward = (
+        aten._scaled_dot_product_flash_attention_for_cpu if q.device.type == "cpu" else formula
+    )
     out, lse = forward(*grouped(q, k, v), 0.0, causal)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
@@ -182,7 +208,8 @@ def block(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor
 def block_backward(dout, q, out, lse, k, v, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block; out and lse are those of the attention to all blocks."""
     if on_gpu(q):
-        none = torch.empty(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout of 0
+        # The random state of a dropout of 0
+        none = torch.empty(2, dtype=torch.uint64, device=q.device)
         rest = (lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, none, none)
         return aten._scaled_dot_product_flash_attention_backward(dout, q, k, v, out, *rest)
     cpu = aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -194,7 +221,8 @@ def block_backward(dout, q, out, lse, k, v, causal: bool) -> tuple[Tensor, Tenso
 
 
 def on_gpu(q: Tensor) -> bool:
-    """Can the GPU's fused kernel take it? If not, the formula below, which holds all t x s scores, does."""
+    """Can the GPU's fused kernel take it? If not, the formula below, which holds all t x s scores,
+    does."""
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in range(8, 257, 8)
     return q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
@@ -223,11 +251,13 @@ def formula_backward(dout, q, k, v, out, lse, dropout, causal) -> tuple[Tensor, 
     return ds @ k, ds.mT @ q, p.mT @ dout
 
 
-# ---- ulysses ---------------------------------------------------------------------------------------------
+# ---- ulysses -------------------------------------------------------------------------------------
 def ulysses(group: dist.ProcessGroup, plain: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A `core` around the plain one, which runs on all T tokens of this rank's share of the heads."""
+    """A `core` around the plain one, which runs on all T tokens of this rank's share of the
+    heads."""
     n = dist.get_world_size(group)
-    shares = [x.unflatten(1, (n, -1)) for x in as_autocast_would(q, k, v)]  # (B, n, heads, t, D) each
+    # (B, n, heads, t, D) each
+    shares = [x.unflatten(1, (n, -1)) for x in as_autocast_would(q, k, v)]
     x = torch.cat(shares, 2).movedim(1, 0)  # (n, B, heads, t, D): my stretch; heads of rank i at i
     x = SwapForwardSwapBackward.apply(x, group).movedim(0, 2).flatten(2, 3)  # (B, my heads, T, D)
     y = plain(*x.split([share.shape[2] for share in shares], 1))  # (B, H/n, T, D)
@@ -236,7 +266,8 @@ def ulysses(group: dist.ProcessGroup, plain: Callable, q: Tensor, k: Tensor, v: 
 
 
 class SwapForwardSwapBackward(torch.autograd.Function):
-    """All-to-all: x[j] of rank i and x[i] of rank j change places; its own inverse, and its own transpose."""
+    """All-to-all: x[j] of rank i and x[i] of rank j change places; its own inverse, and its own
+    transpose."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,14 +1,15 @@
-"""Distributed data parallel: every rank holds the whole model, sees its own rows, and gradients are summed.
+"""Distributed data parallel: every rank holds the whole model, sees its own rows, and gradients are
+summed.
 
               rank 0              rank 1                          rank 0         rank 1
     weights   W                   W             all-reduce        W              W
     rows      r0 r1               r2 r3        ------------>
     gradient  g(r0)+g(r1)         g(r2)+g(r3)                     g(r0..r3)      g(r0..r3)
 
-Gradients live in flat buckets, filled in the order in which backward produces them (last layer first). As
-soon as the last gradient of a bucket is there, its all-reduce starts and runs while backward goes on with
-earlier layers. The first micro-batches of an accumulated batch add into the same buckets and send nothing
-(others call this `no_sync`).
+Gradients live in flat buckets, filled in the order in which backward produces them (last layer
+first). As soon as the last gradient of a bucket is there, its all-reduce starts and runs while
+backward goes on with earlier layers. The first micro-batches of an accumulated batch add into the
+same buckets and send nothing (others call this `no_sync`).
 
 Bytes sent per rank and step: 2 (N-1)/N x (the gradients' bytes + 1 for each parameter), by ring
 all-reduces, however many micro-batches.
@@ -17,13 +18,13 @@ The byte is a roll call. A gradient that is missing on some replicas counts as z
 is missing on all of them stays None, so that the optimizer leaves the parameter, its state and its
 decay alone, as it does in one process. (A gradient of zeros is not missing.)
 
-The sum is plain, not a mean: the loss is already divided by the constant count of the global batch's tokens,
-so no rank needs to know how many others there are. (`nn.DataParallel` instead runs one process with a thread
-per GPU, copies the weights to every GPU at each step and gathers all outputs on one: slower by design, and
-long since discouraged.)
+The sum is plain, not a mean: the loss is already divided by the constant count of the global
+batch's tokens, so no rank needs to know how many others there are. (`nn.DataParallel` instead runs
+one process with a thread per GPU, copies the weights to every GPU at each step and gathers all
+outputs on one: slower by design, and long since discouraged.)
 
-Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs in that `p.grad` is a view of its
-bucket, so nothing is copied back.
+Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs in that `p.grad` is a view
+of its bucket, so nothing is copied back.
 """
 
 from collections.abc import Callable
@@ -53,17 +54,29 @@ def all_reduce(bucket: Bucket, group: dist.ProcessGroup):
 
 
 class DDP:
-    """What train.py asks of every way to be data parallel. With group=None (one replica) nothing is sent.
+    """What train.py asks of every way to be data parallel. With group=None (one replica) nothing is
+    sent.
 
-    group: the replicas; device: where the weights live; reduce: starts the sum of one bucket over a group,
-    see `all_reduce` (parallel/compression.py has others).
+    group: the replicas; device: where the weights live; reduce: starts the sum of one bucket over a
+    group, see `all_reduce` (parallel/compression.py has others).
     """
 
-    boxes: dict = {}  # name of a parameter that the optimizer sees a box of -> (whole shape, offsets, shape)
+    # Name of a parameter that the optimizer sees a box of -> (whole shape, offsets, shape)
+    boxes: dict = {}
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, bucket_mb: float = 25.0,
-                 reduce: Callable = all_reduce):
-        self.group, self.device, self.bucket_bytes, self.reduce = group, device, bucket_mb * 2**20, reduce
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        bucket_mb: float = 25.0,
+        reduce: Callable = all_reduce,
+    ):
+        self.group, self.device, self.bucket_bytes, self.reduce = (
+            group,
+            device,
+            bucket_mb * 2**20,
+            reduce,
+        )
         self.buckets, self.last, self.next = [], True, 0
         self.pending = False  # are there gradients that finish_gradients has not seen?
         self.sent_bytes = 0  # by this rank in the last step
@@ -91,7 +104,8 @@ class DDP:
             p.copy_(source(name, tuple(p.shape)))
 
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each micro-batch (in a pipeline, its backward): does backward now complete the gradients?"""
+        """Before each micro-batch (in a pipeline, its backward): does backward now complete the
+        gradients?"""
         self.last = flag
 
     def arrived(self, p: nn.Parameter, bucket: Bucket, view: torch.Tensor) -> None:
@@ -104,8 +118,10 @@ class DDP:
             self.launch()
 
     def thawed(self, p: nn.Parameter) -> None:
-        raise RuntimeError("a parameter that was frozen at wrap() got a gradient, and there is "
-                           "no bucket: replicas would part; set requires_grad before wrap()")
+        raise RuntimeError(
+            "a parameter that was frozen at wrap() got a gradient, and there is "
+            "no bucket: replicas would part; set requires_grad before wrap()"
+        )
 
     def launch(self) -> None:
         """Starts every complete bucket, in the same order on all ranks."""
@@ -144,7 +160,8 @@ class DDP:
         self.sent_bytes = sum(bucket.sent_bytes for bucket in self.buckets) + call.sent_bytes
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """After finish_gradients: by name, the summed gradients, or parts of them, that this rank holds."""
+        """After finish_gradients: by name, the summed gradients, or parts of them, that this rank
+        holds."""
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
@@ -162,25 +179,32 @@ class DDP:
         return self.reduce.tree(*self.place) if hasattr(self.reduce, "tree") else {}
 
     def load(self, read: Callable[[str], dict | int]) -> None:
-        """Takes up what `tree` gave; read("a/b") is that part of the trees of all ranks, merged, or {}."""
+        """Takes up what `tree` gave; read("a/b") is that part of the trees of all ranks, merged, or
+        {}."""
         if hasattr(self.reduce, "load") and read("replicas"):
             self.reduce.load(read, *self.place)
 
     def share_weights(self) -> None:
-        """After something else than step() changed the optimizer's parameters: the other ranks see it too."""
+        """After something else than step() changed the optimizer's parameters: the other ranks see
+        it too."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts there."""
+        """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts
+        there."""
         return dict(self.model.named_parameters()) if self.counts else {}
 
 
-
-
-def cut(named: list[tuple[str, nn.Parameter]], limit: float) -> list[list[tuple[str, nn.Parameter]]]:
-    """Consecutive parameters of one dtype and device, cut where a bucket would pass `limit` bytes."""
+def cut(
+    named: list[tuple[str, nn.Parameter]], limit: float
+) -> list[list[tuple[str, nn.Parameter]]]:
+    """Consecutive parameters of one dtype and device, cut where a bucket would pass `limit`
+    bytes."""
     buckets, size = [], 0
     for name, p in named:
-        same = buckets and (p.dtype, p.device) == (buckets[-1][-1][1].dtype, buckets[-1][-1][1].device)
+        same = buckets and (p.dtype, p.device) == (
+            buckets[-1][-1][1].dtype,
+            buckets[-1][-1][1].device,
+        )
         if not same or size + p.nbytes > limit:
             buckets.append([])
             size = 0

@@ -1,5 +1,5 @@
-"""Fully sharded data parallel by torch's `fully_shard` (FSDP2): weights, gradients and optimizer state in
-shards, one unit for each block and one for the rest (embedding, last norm, head).
+"""Fully sharded data parallel by torch's `fully_shard` (FSDP2): weights, gradients and optimizer
+state in shards, one unit for each block and one for the rest (embedding, last norm, head).
 
                             rank 0             rank 1
     between steps           W[:half]           W[half:]
@@ -8,32 +8,33 @@ shards, one unit for each block and one for the rest (embedding, last norm, head
     after it                (g0+g1)[:half]     (g0+g1)[half:]           reduce-scatter
     optimizer               W[:half], state    W[half:], state          none, or parallel/adapter.py
 
-Bytes sent per rank and step, B those of the weights, N ranks, m micro-batches; three ways to trade them for
-memory:
+Bytes sent per rank and step, B those of the weights, N ranks, m micro-batches; three ways to trade
+them for memory:
 
     reshard=True   FULL_SHARD     a block is forgotten after forward and after backward: (2m+1) (N-1)/N B
     reshard=False  SHARD_GRAD_OP  gathered once a step, forgotten after the last backward:    2 (N-1)/N B
     shard=S < N    hybrid         sharded over S neighbours, N/S replicas of that: the same with S for N, and
                                   an all-reduce of 2 (N-S)/N B/S; shard=1 is NO_SHARD, that is DDP
 
-Embedding and head are needed first and last, so their unit is gathered once a step in any case. Gradients are
-reduced once, after the last micro-batch; until then each rank keeps them whole. While one unit computes, the
-next one is already being gathered. To all this come 2 (N-1)/N bytes a parameter tensor, the roll
-call of parallel/roll_call.py.
+Embedding and head are needed first and last, so their unit is gathered once a step in any case.
+Gradients are reduced once, after the last micro-batch; until then each rank keeps them whole. While
+one unit computes, the next one is already being gathered. To all this come 2 (N-1)/N bytes a
+parameter tensor, the roll call of parallel/roll_call.py.
 
 FSDP2 leaves a missing gradient out of what it reduces, and a rank that has it waits in vain for the
 others; here zeros stand for it. One that is missing on all ranks is None in the end. What cannot be
 mended: one rank skips a whole block, its output, or a backward. Then gathers no longer match, and
 all ranks hang or abort.
 
-FSDP2 means to average gradients; here they are sums, for the loss is already divided by the constant count
-of the global batch's tokens. It also leaves weights unsharded that were gathered for a forward without a
-backward, as in evaluation, and would train on with them although the shards have changed since: here they
-are resharded after every forward under no_grad.
+FSDP2 means to average gradients; here they are sums, for the loss is already divided by the
+constant count of the global batch's tokens. It also leaves weights unsharded that were gathered for
+a forward without a backward, as in evaluation, and would train on with them although the shards
+have changed since: here they are resharded after every forward under no_grad.
 
-The optimizer never sees a DTensor: parallel/adapter.py. offload_params keeps the shards in the CPU's memory
-(`cpu`) or in memory-mapped files (`disk`), the optimizer's step and its state too on the CPU; gradients are
-brought there. References: Zhao et al. 2023 (2304.11277), Rajbhandari et al. 2019 (1910.02054).
+The optimizer never sees a DTensor: parallel/adapter.py. offload_params keeps the shards in the
+CPU's memory (`cpu`) or in memory-mapped files (`disk`), the optimizer's step and its state too on
+the CPU; gradients are brought there. References: Zhao et al. 2023 (2304.11277), Rajbhandari et al.
+2019 (1910.02054).
 """
 
 import functools
@@ -53,31 +54,45 @@ from parallel.roll_call import drop_stand_ins, finished_first
 
 
 class FSDP:
-    """What train.py asks of every way to be data parallel. With group=None (one replica) it is the identity.
+    """What train.py asks of every way to be data parallel. With group=None (one replica) it is the
+    identity.
 
-    group: the replicas; shard: over how many of them a weight is spread, None = all; reduce_dtype: in which
-    gradients are summed, None = their own; param_dtype: in which weights are gathered and used, None = their
-    own; offload_params: None, "cpu" or "disk", the latter in files in `folder`. cuts, cut_group: parameters
-    that already are parts of wholes, see parallel/adapter.py.
-    Raises ValueError for a shard that does not divide the group, and for offloading that cannot be.
+    group: the replicas; shard: over how many of them a weight is spread, None = all; reduce_dtype:
+    in which gradients are summed, None = their own; param_dtype: in which weights are gathered and
+    used, None = their own; offload_params: None, "cpu" or "disk", the latter in files in `folder`.
+    cuts, cut_group: parameters that already are parts of wholes, see parallel/adapter.py. Raises
+    ValueError for a shard that does not divide the group, and for offloading that cannot be.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, shard: int | None = None,
-                 reshard: bool = True, reduce_dtype: torch.dtype | None = None,
-                 param_dtype: torch.dtype | None = None, offload_params: str | None = None,
-                 folder: str | os.PathLike | None = None, cuts: dict[str, tuple] | None = None,
-                 cut_group: dist.ProcessGroup | None = None):  # fmt: skip
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        shard: int | None = None,
+        reshard: bool = True,
+        reduce_dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype | None = None,
+        offload_params: str | None = None,
+        folder: str | os.PathLike | None = None,
+        cuts: dict[str, tuple] | None = None,
+        cut_group: dist.ProcessGroup | None = None,
+    ):
         n = 1 if group is None else dist.get_world_size(group)
         shard = n if shard is None else shard
         if shard < 1 or n % shard:
             fitting = ", ".join(str(s) for s in range(1, n + 1) if n % s == 0)
-            raise ValueError(f"--fsdp_shard={shard} does not divide the {n} data-parallel ranks; "
-                             f"take {fitting}")  # fmt: skip
+            raise ValueError(
+                f"--fsdp_shard={shard} does not divide the {n} data-parallel ranks; take {fitting}"
+            )
         if offload_params not in (None, "cpu", "disk"):
-            raise ValueError(f"--offload_params={offload_params} is not known; take cpu, disk or none")
+            raise ValueError(
+                f"--offload_params={offload_params} is not known; take cpu, disk or none"
+            )
         if offload_params and group is None:
-            raise ValueError("--offload_params with --data_parallel=fsdp needs two or more replicas; start "
-                             "more ranks than tp*cp*pp, or leave it out")  # fmt: skip
+            raise ValueError(
+                "--offload_params with --data_parallel=fsdp needs two or more replicas; start "
+                "more ranks than tp*cp*pp, or leave it out"
+            )
         if offload_params == "disk" and folder is None:
             raise ValueError("--offload_params=disk needs a folder for its files")
         self.group, self.device, self.n, self.shard, self.reshard = group, device, n, shard, reshard
@@ -89,29 +104,40 @@ class FSDP:
         self.got = set()  # parameters that got a gradient here since the last step
         self.pending = False  # are there gradients that finish_gradients has not seen?
         self.sent_bytes = 0  # by this rank in a step
-        self.boxes = {}  # names of parameters the optimizer sees a shard of -> (whole shape, offsets of mine)
+        # Names of parameters the optimizer sees a shard of -> (whole shape, offsets of mine)
+        self.boxes = {}
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Shards `model`, whose parameters are on the meta device, and allocates the shards alone."""
+        """Shards `model`, whose parameters are on the meta device, and allocates the shards
+        alone."""
         self.model = model
         if self.group is None:
             self.params = dict(allocate(model, self.device).named_parameters())
             return model
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
 
         on_gpu, on_disk = self.device.type == "cuda", self.offload_params == "disk"
         policies = dict(
             mesh=self.make_mesh(),
             mp_policy=MixedPrecisionPolicy(self.param_dtype, self.reduce_dtype),
-            offload_policy=CPUOffloadPolicy(pin_memory=on_gpu and not on_disk) if self.offload_params
-            else OffloadPolicy(),
-        )  # fmt: skip
+            offload_policy=(
+                CPUOffloadPolicy(pin_memory=on_gpu and not on_disk)
+                if self.offload_params
+                else OffloadPolicy()
+            ),
+        )
         blocks = [*model.blocks.values()]
         self.units = [*blocks, model]
         for unit in self.units:
             fully_shard(unit, reshard_after_forward=self.reshard and unit is not model, **policies)
             unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)  # a factor of 1 by PREMUL_SUM is NCCL's alone
+            # A factor of 1 by PREMUL_SUM is NCCL's alone
+            unit.set_force_sum_reduction_for_comms(True)
             state = unit._get_fsdp_state()  # private, and named otherwise before torch 2.13
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             for shards in filter(None, groups):
@@ -135,17 +161,22 @@ class FSDP:
         from torch.distributed.device_mesh import DeviceMesh
 
         ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self.shard)
-        kind, (row,), (column,) = self.device.type, *(i for i in (ranks == dist.get_rank()).nonzero().T)
+        kind, (row,), (column,) = (
+            self.device.type,
+            *(i for i in (ranks == dist.get_rank()).nonzero().T),
+        )
         if self.shard == self.n:
             return DeviceMesh.from_group(self.group, kind, mesh_dim_names=("shard",))
-        neighbours, replicas = (new_group(members.tolist(), self.device)
-                                for members in (ranks[row], ranks[:, column]))  # fmt: skip
+        neighbours, replicas = (
+            new_group(members.tolist(), self.device) for members in (ranks[row], ranks[:, column])
+        )
         self.counts = int(row) == 0
         names = "replicate", "shard"
         return DeviceMesh.from_group([replicas, neighbours], kind, ranks, mesh_dim_names=names)
 
     def map_files(self, model: nn.Module) -> None:
-        """Every shard's memory is a file in `folder`, which the system writes out when it needs the room."""
+        """Every shard's memory is a file in `folder`, which the system writes out when it needs the
+        room."""
         numbers, me = itertools.count(), dist.get_rank(self.group) % self.shard
 
         def with_memory(p: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
@@ -154,7 +185,8 @@ class FSDP:
             return new
 
         def mapped(p: torch.Tensor) -> torch.Tensor:
-            shape = math.ceil(p.shape[0] / self.shard), *p.shape[1:]  # FSDP2 gathers equal parts, padded
+            # FSDP2 gathers equal parts, padded
+            shape = math.ceil(p.shape[0] / self.shard), *p.shape[1:]
             path = Path(self.folder) / f"shard-{dist.get_rank()}-{next(numbers)}.bin"
             flat = mapped_file(path, math.prod(shape), p.dtype)
             return with_memory(p, flat.view(shape))
@@ -170,8 +202,11 @@ class FSDP:
         """FSDP2's `reduce` of one unit's gradients, with zeros for those that are missing here."""
         if shards.reduce_grads:
             self.pending = True
-            params = [p for p in shards.fsdp_params if p.sharded_param.requires_grad
-                      and hasattr(p, "_unsharded_param")]  # it has been gathered once  # fmt: skip
+            params = [
+                p
+                for p in shards.fsdp_params
+                if p.sharded_param.requires_grad and hasattr(p, "_unsharded_param")
+            ]  # it has been gathered once
             for p in params:
                 if p.unsharded_param.grad is not None or p.unsharded_accumulated_grad is not None:
                     self.got.add(p.sharded_param)
@@ -201,7 +236,8 @@ class FSDP:
             self.adapter.take_weights()
 
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each micro-batch (in a pipeline, its backward): does backward now complete the gradients?"""
+        """Before each micro-batch (in a pipeline, its backward): does backward now complete the
+        gradients?"""
         self.micro_batches += 1
         if self.group is not None:
             self.model.set_requires_gradient_sync(flag)
@@ -237,10 +273,12 @@ class FSDP:
         return finished_first(self.adapter.optimizer, self)
 
     def share_weights(self) -> None:
-        """After something else than step() changed the optimizer's parameters: the other ranks see it too."""
+        """After something else than step() changed the optimizer's parameters: the other ranks see
+        it too."""
         if self.adapter is not None:
             self.adapter.share_weights()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By name, what this rank has to put into a checkpoint: DTensors, which know what part this is."""
+        """By name, what this rank has to put into a checkpoint: DTensors, which know what part this
+        is."""
         return self.params

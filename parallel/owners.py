@@ -7,9 +7,9 @@ A weight has one owner among the ranks it is spread over; A2 is the part of A on
                                                   to_shards
                                                   <--------
 
-Each way is one uneven all-to-all for all weights of one dtype and one set of ranks: (N-1)/N x the bytes of
-this rank's shards, on average. What a DTensor's shard is, and which ranks together hold the whole once, is
-read from its mesh and its placements.
+Each way is one uneven all-to-all for all weights of one dtype and one set of ranks: (N-1)/N x the
+bytes of this rank's shards, on average. What a DTensor's shard is, and which ranks together hold
+the whole once, is read from its mesh and its placements.
 """
 
 import math
@@ -23,11 +23,13 @@ from parallel.mesh import new_group
 
 
 class Exchange:
-    """Weights of one dtype, spread over one group: all their shards go to the owners or come back at once."""
+    """Weights of one dtype, spread over one group: all their shards go to the owners or come back
+    at once."""
 
     def __init__(self, params: list[Tensor], places: list["Place"], group: dist.ProcessGroup):
         rank, n = dist.get_rank(group), dist.get_world_size(group)
-        mesh = getattr(params[0], "device_mesh", None)  # weights kept on the CPU still travel between GPUs
+        # Weights kept on the CPU still travel between GPUs
+        mesh = getattr(params[0], "device_mesh", None)
         self.params, self.group = params, group
         self.wire = params[0].device if mesh is None else torch.device(mesh.device_type)
         shards = [local(p) for p in params]
@@ -36,9 +38,12 @@ class Exchange:
         self.by_owner = sorted(range(len(params)), key=lambda i: owners[i])  # the order on the wire
         self.mine = [i for i in self.by_owner if owners[i] == rank]
         self.boxes = [None] * n  # rank -> what it has of each parameter
-        dist.all_gather_object(self.boxes, [(place.shape, place.offsets) for place in places], group)
+        dist.all_gather_object(
+            self.boxes, [(place.shape, place.offsets) for place in places], group
+        )
         self.in_sizes = [sum(math.prod(boxes[i][0]) for i in self.mine) for boxes in self.boxes]
-        self.out_sizes = [0] * n  # elements of mine that go to each owner; in_sizes: that come from each rank
+        # Elements of mine that go to each owner; in_sizes: that come from each rank
+        self.out_sizes = [0] * n
         for shard, owner in zip(shards, owners):
             self.out_sizes[owner] += shard.numel()
         sent = sum(self.out_sizes) + sum(self.in_sizes) - self.out_sizes[rank] - self.in_sizes[rank]
@@ -81,8 +86,8 @@ class Place(NamedTuple):
 
 
 def find(p: Tensor, cut: tuple | None = None, cut_group: dist.ProcessGroup | None = None) -> Place:
-    """The place of p: a plain tensor, a DTensor, or either of them a part (dim, whole shape, offset) that was
-    cut over cut_group."""
+    """The place of p: a plain tensor, a DTensor, or either of them a part (dim, whole shape,
+    offset) that was cut over cut_group."""
     whole, shape, offsets = tuple(p.shape), tuple(p.shape), (0,) * p.ndim
     ranks = (me,) = (dist.get_rank() if dist.is_initialized() else 0,)
     if hasattr(p, "placements"):
@@ -103,9 +108,13 @@ def sharded_dims(p: Tensor) -> list[int]:
     return [d for d, (placement, size) in dims if size > 1 and not placement.is_replicate()]
 
 
-def group_of(ranks: tuple[int, ...], p: Tensor, cut_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def group_of(
+    ranks: tuple[int, ...], p: Tensor, cut_group: dist.ProcessGroup | None
+) -> dist.ProcessGroup:
     known = [cut_group] if cut_group is not None else []
-    known += [p.device_mesh.get_group(d) for d in sharded_dims(p)] if hasattr(p, "placements") else []
+    known += (
+        [p.device_mesh.get_group(d) for d in sharded_dims(p)] if hasattr(p, "placements") else []
+    )
     for group in known:
         if tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
             return group
@@ -119,8 +128,10 @@ def box(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     if tuple(shape) != tuple(p.to_local().shape):
-        raise ValueError(f"{tuple(p.shape)} with placements {p.placements}: the part on this rank is no box; "
-                         "shard its dimensions by one mesh axis each")  # fmt: skip
+        raise ValueError(
+            f"{tuple(p.shape)} with placements {p.placements}: the part on this rank is no box; "
+            "shard its dimensions by one mesh axis each"
+        )
     return tuple(shape), tuple(offsets)
 
 

@@ -1,4 +1,5 @@
-"""Pipeline parallelism: each rank holds some of the layers; micro-batches walk through the ranks and back.
+"""Pipeline parallelism: each rank holds some of the layers; micro-batches walk through the ranks
+and back.
 
        rank 0                rank 1             rank 2             rank 3            p = 4 stages, n_layer=8
     embed, layers 0 1 ──h──► layers 2 3 ──h──► layers 4 5 ──h──► layers 6 7, head, loss      h: (B, T, C)
@@ -10,7 +11,8 @@ Bytes sent per rank and step, with v chunks of layers a rank:
 
     hidden states   m x bytes of h for each of its virtual stages but the very last
     gradients       m x bytes of h for each of its virtual stages but the very first
-    tied head       the bytes of embed.weight, first and last rank only: each has a part of its gradient
+    tied head       the bytes of embed.weight, first and last rank only: each has a part of its
+                    gradient
 
 References: see parallel/timeline.py.
 """
@@ -32,25 +34,43 @@ from parallel.timeline import Op, Transfer, layers, programs, schedule, simulate
 
 
 class Pipeline:
-    """One rank's part: `layers` are the numbers of all it holds; `first`, `last`: has it that virtual stage?
-    After run(): `in_flight`, most forwards alive at once, `sent_bytes`, and `idle_s`, seconds of waiting for
-    others (a GPU waits apart from its process: not seen here).
+    """One rank's part: `layers` are the numbers of all it holds; `first`, `last`: has it that
+    virtual stage? After run(): `in_flight`, most forwards alive at once, `sent_bytes`, and
+    `idle_s`, seconds of waiting for others (a GPU waits apart from its process: not seen here).
 
     device: where messages leave from. tied: first and last rank share the parameter `tied_name`.
     """
 
     deferred: list | None = None  # what defer_weight_gradients(model) gave
 
-    def __init__(self, group: dist.ProcessGroup, name: str, n_layer: int, chunks: int = 1,
-                 device: torch.device = torch.device("cpu"), tied: bool = False,
-                 tied_name: str = "embed.weight"):  # fmt: skip
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        name: str,
+        n_layer: int,
+        chunks: int = 1,
+        device: torch.device = torch.device("cpu"),
+        tied: bool = False,
+        tied_name: str = "embed.weight",
+    ):
         assert group is not None, "one rank is no pipeline"
-        self.group, self.name, self.v, self.tied_name, self.device = group, name, chunks, tied_name, device
+        self.group, self.name, self.v, self.tied_name, self.device = (
+            group,
+            name,
+            chunks,
+            tied_name,
+            device,
+        )
         self.rank, self.p = dist.get_rank(group), dist.get_world_size(group)
         schedule(name, self.p, self.p, chunks)  # refuses
         self.chunks = layers(n_layer, self.p, chunks)[self.rank]
         self.layers = [i for chunk in self.chunks for i in chunk]
-        self.first, self.last, self.idle_s, self.in_flight = self.rank == 0, self.rank == self.p - 1, 0.0, 0
+        self.first, self.last, self.idle_s, self.in_flight = (
+            self.rank == 0,
+            self.rank == self.p - 1,
+            0.0,
+            0,
+        )
         ranks, self.ends, self.sent_bytes = dist.get_process_group_ranks(group), None, 0
         if tied and (self.first or self.last):
             self.ends = new_group([ranks[0], ranks[-1]], device)
@@ -63,14 +83,22 @@ class Pipeline:
         ops = schedule(self.name, self.p, m, self.v) if training else [every] * self.p
         return programs(simulate(ops))[self.rank]
 
-    def run(self, m: int, forward: Callable, like: Callable[[int], tuple], backward: float | None = None,
-            before_backward: Callable[[bool], None] = lambda is_last: None) -> list:  # fmt: skip
-        """m micro-batches: forward(i, layers, x) gives the hidden states after these layers or, after the
-        last, the loss (0-dim; forward only: anything). x: the hidden states before them, None at the start.
+    def run(
+        self,
+        m: int,
+        forward: Callable,
+        like: Callable[[int], tuple],
+        backward: float | None = None,
+        before_backward: Callable[[bool], None] = lambda is_last: None,
+    ) -> list:
+        """m micro-batches: forward(i, layers, x) gives the hidden states after these layers or,
+        after the last, the loss (0-dim; forward only: anything). x: the hidden states before them,
+        None at the start.
 
-        like(i): shape, dtype, device of hidden states. backward: what each loss is multiplied by before its
-        backward; None: forward only. before_backward(is_last): before each; are the gradients complete after
-        it? Returns on the last rank what forward gave, in the order of micro-batches; elsewhere [].
+        like(i): shape, dtype, device of hidden states. backward: what each loss is multiplied by
+        before its backward; None: forward only. before_backward(is_last): before each; are the
+        gradients complete after it? Returns on the last rank what forward gave, in the order of
+        micro-batches; elsewhere [].
         """
         training = backward is not None
         if training and self.name == "zerobubble":
@@ -118,14 +146,20 @@ class Pipeline:
         buffers = []
         for t in batch:
             shape, dtype, device = self.like(t.key[1])
-            new = self.outbox.pop(t.key) if t.send else torch.empty(shape, dtype=dtype, device=device)
+            new = (
+                self.outbox.pop(t.key) if t.send else torch.empty(shape, dtype=dtype, device=device)
+            )
             assert (new.shape, new.dtype) == (torch.Size(shape), dtype), "not like `like`"
             buffers.append(new)
-        calls = [dist.P2POp(dist.isend if t.send else dist.irecv, b, group=self.group, group_peer=t.peer)
-                 for t, b in zip(batch, buffers)]  # fmt: skip
+        calls = [
+            dist.P2POp(dist.isend if t.send else dist.irecv, b, group=self.group, group_peer=t.peer)
+            for t, b in zip(batch, buffers)
+        ]
         works = dist.batch_isend_irecv(calls)
         self.sending = [pair for pair in self.sending if not pair[0].is_completed()]  # or not yet
-        for t, buffer, work in zip(batch, buffers, works if len(works) == len(batch) else works * len(batch)):
+        for t, buffer, work in zip(
+            batch, buffers, works if len(works) == len(batch) else works * len(batch)
+        ):
             self.sent_bytes += buffer.nbytes * t.send
             if t.send:
                 self.sending.append((work, buffer))
@@ -143,22 +177,35 @@ class Pipeline:
             work.wait()
         self.idle_s += time.perf_counter() - began
 
-    def through(self, model: torch.nn.Module, like: Callable[[int, int], tuple], n_logits: int,
-                ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # fmt: skip
-        """The logits (B, T, n_logits) of ids (B, T), by all stages, on all ranks. like(B, T): as in run."""
+    def through(
+        self,
+        model: torch.nn.Module,
+        like: Callable[[int, int], tuple],
+        n_logits: int,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """The logits (B, T, n_logits) of ids (B, T), by all stages, on all ranks. like(B, T): as in
+        run."""
         hidden = like(*ids.shape)
 
         def forward(i: int, layers: list[int], x: torch.Tensor | None) -> torch.Tensor:
             return model(ids if x is None else x, positions=positions, layers=layers)
 
-        out, dtype = self.run(1, forward, lambda i: hidden), torch.promote_types(hidden[1], torch.float32)
+        out, dtype = (
+            self.run(1, forward, lambda i: hidden),
+            torch.promote_types(hidden[1], torch.float32),
+        )
         shape = *ids.shape, n_logits
-        out = out[0].contiguous() if self.last else torch.empty(shape, dtype=dtype, device=ids.device)
+        out = (
+            out[0].contiguous() if self.last else torch.empty(shape, dtype=dtype, device=ids.device)
+        )
         dist.broadcast(out, group=self.group, group_src=self.p - 1)
         return out
 
     def share_tied(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Sums the tied parameter's gradient over its two ranks, in place, if it is there (on both)."""
+        """Sums the tied parameter's gradient over its two ranks, in place, if it is there (on
+        both)."""
         if self.ends is not None and self.tied_name in gradients:
             gradient = gradients[self.tied_name]
             total = gradient.to(self.device)  # offloaded ones are on the CPU
@@ -168,10 +215,11 @@ class Pipeline:
             self.sent_bytes += total.nbytes
 
 
-# ---- zero bubble: a backward in two parts ------------------------------------------------------------------
+# ---- zero bubble: a backward in two parts --------------------------------------------------------
 def defer_weight_gradients(model: torch.nn.Module) -> list:
-    """From now on a backward leaves the weight gradients of each module with a `product` in the list that is
-    returned, for Pipeline.deferred. To be called after all else that replaces products."""
+    """From now on a backward leaves the weight gradients of each module with a `product` in the
+    list that is returned, for Pipeline.deferred. To be called after all else that replaces
+    products."""
     queue = []
     for module in model.modules():
         if hasattr(module, "product"):
@@ -180,15 +228,18 @@ def defer_weight_gradients(model: torch.nn.Module) -> list:
 
 
 def deferred_product(queue: list, product: Callable, x, weight, bias=None) -> torch.Tensor:
-    if not torch.is_grad_enabled() or not any(w is not None and w.requires_grad for w in (weight, bias)):
+    if not torch.is_grad_enabled() or not any(
+        w is not None and w.requires_grad for w in (weight, bias)
+    ):
         return product(x, weight, bias)
     start = x if x.requires_grad else x.detach().requires_grad_()  # or backward would not come here
     return Product.apply(start, x.requires_grad, queue, product, (weight, bias))
 
 
 class Product(torch.autograd.Function):
-    """product(x, weight, bias) in a graph of its own, which is asked for the input's gradient now, for the
-    others later. (A product that is one custom Function computes all of them both times.)"""
+    """product(x, weight, bias) in a graph of its own, which is asked for the input's gradient now,
+    for the others later. (A product that is one custom Function computes all of them both
+    times.)"""
 
     @staticmethod
     def forward(ctx, x, needs_x, queue, product, parameters):
@@ -222,11 +273,16 @@ def main(argv: list[str]) -> str:
     for argument in argv:
         name, _, text = argument.removeprefix("--").partition("=")
         if name not in flags or (name != "schedule" and not text.isdecimal()):
-            raise ValueError(f"{argument!r}: type --schedule=1f1b, --pp=4, --micro_batches=8, --pp_chunks=1")
+            raise ValueError(
+                f"{argument!r}: type --schedule=1f1b, --pp=4, --micro_batches=8, --pp_chunks=1"
+            )
         flags[name] = text if name == "schedule" else int(text)
     flags["pp_chunks"] = flags["pp_chunks"] or (2 if flags["schedule"] == "interleaved" else 1)
     timeline = simulate(schedule(*flags.values()))
-    return f"{timeline}\nidle: {timeline.bubble:.1%}; most forwards in memory, by rank: {timeline.in_flight}"
+    return (
+        f"{timeline}\nidle: {timeline.bubble:.1%}; most forwards in memory, by rank:"
+        f" {timeline.in_flight}"
+    )
 
 
 if __name__ == "__main__":

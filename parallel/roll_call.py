@@ -1,10 +1,11 @@
-"""Which gradients are missing where: what every data-parallel layout asks before the optimizer steps.
+"""Which gradients are missing where: what every data-parallel layout asks before the optimizer
+steps.
 
     rank 0 has    a b . .            a b c .      summed; what a rank lacks counts as zero there
     rank 1 has    a . c .    --->    . . . d      missing on all: None, so that weight, state and decay stay
 
-One all-reduce of a byte for each parameter, 2 (N-1)/N of that per rank and step. A gradient of zeros is not
-missing. (torch's DDP asks so with find_unused_parameters=True.)
+One all-reduce of a byte for each parameter, 2 (N-1)/N of that per rank and step. A gradient of
+zeros is not missing. (torch's DDP asks so with find_unused_parameters=True.)
 """
 
 from collections.abc import Callable
@@ -33,8 +34,12 @@ class RollCall:
         return [i for i in asked if not flags[i]]
 
 
-def drop_stand_ins(params: list[nn.Parameter], got: set[nn.Parameter],
-                   group: dist.ProcessGroup | None, device: torch.device) -> int:  # fmt: skip
+def drop_stand_ins(
+    params: list[nn.Parameter],
+    got: set[nn.Parameter],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> int:
     """Zeros stand in p.grad for what is missing here: they go where no replica has a gradient.
 
     got: the parameters that got one here; empty afterwards. Returns the bytes sent.
@@ -62,9 +67,11 @@ def finished_first(optimizer: torch.optim.Optimizer, replicas) -> torch.optim.Op
 
     def check(*_) -> None:
         if replicas.pending:
-            raise RuntimeError("optimizer.step() came before finish_gradients(): these gradients "
-                               "are not yet the sums over all replicas, whose weights would part; "
-                               "call finish_gradients() after the last backward()")  # fmt: skip
+            raise RuntimeError(
+                "optimizer.step() came before finish_gradients(): these gradients "
+                "are not yet the sums over all replicas, whose weights would part; "
+                "call finish_gradients() after the last backward()"
+            )
 
     optimizer.register_step_pre_hook(check)
     return optimizer

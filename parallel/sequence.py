@@ -1,8 +1,9 @@
-"""Sequence parallelism: tensor parallelism whose ranks share out the tokens too, wherever each token is
-treated alone.
+"""Sequence parallelism: tensor parallelism whose ranks share out the tokens too, wherever each
+token is treated alone.
 
-Tensor parallelism cuts the products, but norms, dropout and the residual stream it repeats on every rank, and
-keeps their activations N times. Here each rank has T/N of the tokens between the products, and all T in them:
+Tensor parallelism cuts the products, but norms, dropout and the residual stream it repeats on every
+rank, and keeps their activations N times. Here each rank has T/N of the tokens between the
+products, and all T in them:
 
                             rank 0                rank 1
     residual stream x       tokens [0, T/2)       tokens [T/2, T)
@@ -12,11 +13,12 @@ keeps their activations N times. Here each rank has T/N of the tokens between th
     g: reduce-scatter       [0, T/2) of the sum   [T/2, T) of the sum    backward: all-gather
     bias, dropout, x +      its tokens            its tokens
 
-So too with the MLP. The embedding ends with g, and f stands before the head, so that each rank has the loss
-of all tokens over its words. Stages of a pipeline send each other (B, T/N, C).
+So too with the MLP. The embedding ends with g, and f stands before the head, so that each rank has
+the loss of all tokens over its words. Stages of a pipeline send each other (B, T/N, C).
 
-Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activation, P the parameters that
-see only this rank's tokens (gains and biases of norms, biases of row layers, learned positions, n-grams):
+Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activation, P the
+parameters that see only this rank's tokens (gains and biases of norms, biases of row layers,
+learned positions, n-grams):
 
     forward     reduce-scatter after each row layer and the embedding       (2 layers + 1) a
                 all-gather before attention, MLP and head                   (2 layers + 1) a
@@ -24,16 +26,18 @@ see only this rank's tokens (gains and biases of norms, biases of row layers, le
     weights     all-reduce of their gradients                               2 (N-1)/N bytes of P
     loss        as in parallel/tensor.py
 
-An all-reduce is a reduce-scatter and an all-gather: activations cost what they do without the sequence's
-cut. The gradients of P are sums over tokens, of which each rank sees its own: they are summed over the ranks
-in every backward. (Each in the layer that uses it, not in the optimizer: elsewhere nobody needs to know which
-gradients are partial, and which, like those of the matrices, must not be summed again.)
+An all-reduce is a reduce-scatter and an all-gather: activations cost what they do without the
+sequence's cut. The gradients of P are sums over tokens, of which each rank sees its own: they are
+summed over the ranks in every backward. (Each in the layer that uses it, not in the optimizer:
+elsewhere nobody needs to know which gradients are partial, and which, like those of the matrices,
+must not be summed again.)
 
-All that is active in training alone. In eval mode (module.eval()) nothing is kept for a backward that could
-be saved, and a generated sequence is 1 token long: then it is parallel/tensor.py.
+All that is active in training alone. In eval mode (module.eval()) nothing is kept for a backward
+that could be saved, and a generated sequence is 1 token long: then it is parallel/tensor.py.
 
-Reference: Korthikanti et al. 2022 (2205.05198). They keep of a gathered input T/N tokens and gather it again
-in backward, one all-gather more for each f; here it is kept whole, as the products keep it.
+Reference: Korthikanti et al. 2022 (2205.05198). They keep of a gathered input T/N tokens and gather
+it again in backward, one all-gather more for each f; here it is kept whole, as the products keep
+it.
 """
 
 import types
@@ -93,14 +97,16 @@ def scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return mine
 
 
-def split(model: nn.Module, group: dist.ProcessGroup | None, dropouts=DROPOUTS, local=LOCAL,
-          **endings) -> dict[str, tensor.Cut]:  # fmt: skip
-    """`split` of parallel/tensor.py, with the tokens shared out between the products while in training.
+def split(
+    model: nn.Module, group: dist.ProcessGroup | None, dropouts=DROPOUTS, local=LOCAL, **endings
+) -> dict[str, tensor.Cut]:
+    """`split` of parallel/tensor.py, with the tokens shared out between the products while in
+    training.
 
-    dropouts: endings of the names of modules called with (x, where), where.positions (..., T) being those of
-    all tokens; local: of modules that treat each token alone, norms and the tables of positions and n-grams,
-    which are called with those of all tokens (..., T); endings: see there. A stage that begins after other
-    layers takes x (B, T/N, C) and, whole, the positions (T,).
+    dropouts: endings of the names of modules called with (x, where), where.positions (..., T) being
+    those of all tokens; local: of modules that treat each token alone, norms and the tables of
+    positions and n-grams, which are called with those of all tokens (..., T); endings: see there. A
+    stage that begins after other layers takes x (B, T/N, C) and, whole, the positions (T,).
 
     Raises ValueError as there and, when called, where N does not divide T.
     """
@@ -116,10 +122,14 @@ def split(model: nn.Module, group: dist.ProcessGroup | None, dropouts=DROPOUTS, 
         if not module.training:
             return tensor.add(tensor.SumForwardCopyBackward.apply(x, group), bias)
         if x.shape[1] % n:
-            raise ValueError(f"--tp={n} with --sp=true cannot share out {x.shape[1]} tokens equally; type "
-                             f"--block_size={-(-x.shape[1] // n) * n} (times cp) or --sp=false")  # fmt: skip
+            raise ValueError(
+                f"--tp={n} with --sp=true cannot share out {x.shape[1]} tokens equally; type "
+                f"--block_size={-(-x.shape[1] // n) * n} (times cp) or --sp=false"
+            )
         x = ScatterForwardGatherBackward.apply(x, group)
-        return x if bias is None else tensor.add(x, tensor.CopyForwardSumBackward.apply(bias, group))
+        return (
+            x if bias is None else tensor.add(x, tensor.CopyForwardSumBackward.apply(bias, group))
+        )
 
     def mine(positions: Tensor) -> Tensor:
         size = positions.shape[-1] // n

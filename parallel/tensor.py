@@ -1,7 +1,8 @@
 """Tensor parallelism: every matrix is cut over the ranks, each of which sees all the tokens.
 
-Two products follow one another, attention's (q, k, v, then proj) as well as the MLP's (fc, then proj). The
-first matrix is cut by columns and the second by rows, so that nothing is sent between them:
+Two products follow one another, attention's (q, k, v, then proj) as well as the MLP's (fc, then
+proj). The first matrix is cut by columns and the second by rows, so that nothing is sent between
+them:
 
     Y = g(act(f(X) W1) W2)        W1 = [A0 | A1]        W2 = [B0]
                                                              [B1]
@@ -13,12 +14,13 @@ first matrix is cut by columns and the second by rows, so that nothing is sent b
     their product      act(X A0) B0        act(X A1) B1
     Y                  the sum of both     the same          g: summed over ranks / backward: nothing
 
-torch stores W1 and W2 transposed: a column layer's weight is cut along dimension 0, a row layer's along 1. A
-column's bias is cut with it; a row's is whole and added after the sum (before, it would count N times). The
-embedding is cut by words: other ranks' words give zeros, g adds up. The head too, tied or not: each rank has
-the logits of its words, and the loss takes three numbers a token from the others instead of V. Norms, learned
-positions and n-grams are whole everywhere, and so, after f's sums, are their gradients. f stands once before
-q, k and v; in each of them, as a column layer drawn alone has it, it would send dX three times.
+torch stores W1 and W2 transposed: a column layer's weight is cut along dimension 0, a row layer's
+along 1. A column's bias is cut with it; a row's is whole and added after the sum (before, it would
+count N times). The embedding is cut by words: other ranks' words give zeros, g adds up. The head
+too, tied or not: each rank has the logits of its words, and the loss takes three numbers a token
+from the others instead of V. Norms, learned positions and n-grams are whole everywhere, and so,
+after f's sums, are their gradients. f stands once before q, k and v; in each of them, as a column
+layer drawn alone has it, it would send dX three times.
 
 Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activation:
 
@@ -28,9 +30,9 @@ Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activa
       hits             all-reduces of the maximum and of a place, int64  2 (N-1)/N B T (w + 8)
       no targets       instead of both: g of the logits, padded with 0   2 (N-1)/N B T V w
 
-with w bytes in a logit. Under autocast all activations but the embedding's travel in its dtype. A stage of a
-pipeline sends what is said of its layers, embedding and head. References: Shoeybi et al. 2019 (1909.08053),
-Narayanan et al. 2021 (2104.04473).
+with w bytes in a logit. Under autocast all activations but the embedding's travel in its dtype. A
+stage of a pipeline sends what is said of its layers, embedding and head. References: Shoeybi et al.
+2019 (1909.08053), Narayanan et al. 2021 (2104.04473).
 """
 
 import functools
@@ -86,14 +88,16 @@ def summed(x: Tensor, group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# ---- the loss of logits of which each rank holds its words' ----------------------------------------------
+# ---- the loss of logits of which each rank holds its words' --------------------------------------
 class CrossEntropy(torch.autograd.Function):
-    """Sum of logsumexp(logits) - logits[target]; backward: softmax - one-hot of my words, nothing sent, plus
-    the gradient of z_loss logsumexp(logits)^2, which is not in the value. Keeps the logits and makes no copy
-    of them in forward; torch's own keeps their logarithmic softmax."""
+    """Sum of logsumexp(logits) - logits[target]; backward: softmax - one-hot of my words, nothing
+    sent, plus the gradient of z_loss logsumexp(logits)^2, which is not in the value. Keeps the
+    logits and makes no copy of them in forward; torch's own keeps their logarithmic softmax."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup, z_loss: float) -> Tensor:
+    def forward(
+        ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup, z_loss: float
+    ) -> Tensor:
         here, mine = local_ids(targets, logits.shape[1], group)  # logits (BT, V/N), targets (BT,)
         top = summed(logits.amax(1), group, dist.ReduceOp.MAX)
         parts = zip(logits.split(1024), top.split(1024))
@@ -121,11 +125,18 @@ def local_ids(ids: Tensor, words: int, group: dist.ProcessGroup) -> tuple[Tensor
     return ids.where(mine, 0), mine
 
 
-def output(logits: Tensor, targets: Tensor | None, count: bool, group: dist.ProcessGroup,
-           z_loss: float | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(sum of the token losses, how many targets are the likeliest token if asked), the same on all ranks.
+def output(
+    logits: Tensor,
+    targets: Tensor | None,
+    count: bool,
+    group: dist.ProcessGroup,
+    z_loss: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(sum of the token losses, how many targets are the likeliest token if asked), the same on all
+    ranks.
 
-    logits: (B, T, V/N), my words'; targets: (B, T), without: (logits of all words, None); z_loss: see above.
+    logits: (B, T, V/N), my words'; targets: (B, T), without: (logits of all words, None); z_loss:
+    see above.
     """
     words, n, rank = logits.shape[-1], group.size(), dist.get_rank(group)
     if targets is None:
@@ -134,22 +145,31 @@ def output(logits: Tensor, targets: Tensor | None, count: bool, group: dist.Proc
     logits, targets, hits = logits.flatten(0, 1), targets.flatten(), None
     if count:
         best, place = logits.detach().max(1)
-        ties = best == summed(best, group, dist.ReduceOp.MAX)  # of equals the first wins, as in argmax
+        # Of equals the first wins, as in argmax
+        ties = best == summed(best, group, dist.ReduceOp.MAX)
         place = torch.where(ties, place + rank * words, n * words)
         hits = (summed(place, group, dist.ReduceOp.MIN) == targets).sum()
     return CrossEntropy.apply(logits, targets, group, z_loss or 0.0), hits
 
 
-# ---- who gets which part ---------------------------------------------------------------------------------
-def split(model: nn.Module, group: dist.ProcessGroup | None, enter: Callable | None = None,
-          leave: Callable | None = None, column=COLUMN, row=ROW, vocabulary=VOCABULARY) -> dict[str, Cut]:
-    """Each parameter of `model`, on the meta device or not, now holds my part; those not in name -> Cut all.
+# ---- who gets which part -------------------------------------------------------------------------
+def split(
+    model: nn.Module,
+    group: dist.ProcessGroup | None,
+    enter: Callable | None = None,
+    leave: Callable | None = None,
+    column=COLUMN,
+    row=ROW,
+    vocabulary=VOCABULARY,
+) -> dict[str, Cut]:
+    """Each parameter of `model`, on the meta device or not, now holds my part; those not in name ->
+    Cut all.
 
-    column, row, vocabulary: endings of the names of Linear, Linear and Embedding modules. f goes before the
-    module that holds a row layer beside the column layers, which share its first argument, or before a column
-    layer alone. The head's logits stay cut: model.output is replaced by the one above. enter(module, x),
-    leave(module, x, bias): in place of f, and of g with its bias.
-    Raises ValueError where N does not divide heads, key heads, width or vocabulary.
+    column, row, vocabulary: endings of the names of Linear, Linear and Embedding modules. f goes
+    before the module that holds a row layer beside the column layers, which share its first
+    argument, or before a column layer alone. The head's logits stay cut: model.output is replaced
+    by the one above. enter(module, x), leave(module, x, bias): in place of f, and of g with its
+    bias. Raises ValueError where N does not divide heads, key heads, width or vocabulary.
     """
     if group is None:
         return {}
@@ -176,7 +196,9 @@ def split(model: nn.Module, group: dist.ProcessGroup | None, enter: Callable | N
         if p in dims:
             dim, size = dims[p], p.shape[dims[p]] // n
             cuts[name] = Cut(dim, tuple(p.shape), rank * size)
-            p.data = p.data.narrow(dim, rank * size, size).clone(memory_format=torch.contiguous_format)
+            p.data = p.data.narrow(dim, rank * size, size).clone(
+                memory_format=torch.contiguous_format
+            )
 
     def row_forward(self, x: Tensor) -> Tensor:
         return leave(self, getattr(self, "product", F.linear)(x, self.weight, None), self.bias)
@@ -195,7 +217,9 @@ def split(model: nn.Module, group: dist.ProcessGroup | None, enter: Callable | N
             module.num_embeddings //= n
             module.forward = types.MethodType(vocabulary_forward, module)
     for name in entries:
-        modules[name].register_forward_pre_hook(lambda m, args: (enter(m, for_product(args[0])), *args[1:]))
+        modules[name].register_forward_pre_hook(
+            lambda m, args: (enter(m, for_product(args[0])), *args[1:])
+        )
     if hasattr(model, "output") and any(ends(name, ("head",)) for name in modules):
         model.output = functools.partial(output, group=group)
     return cuts
@@ -217,8 +241,13 @@ def for_product(x: Tensor) -> Tensor:
 
 
 def check(name: str, module: nn.Module, dim: int, holder: nn.Module, n: int) -> None:
-    """Raises ValueError where n does not divide what this module's weight has along dim, in whole heads."""
-    count, base, last = module.weight.shape[dim], module.weight.shape[1 - dim], name.rpartition(".")[2]
+    """Raises ValueError where n does not divide what this module's weight has along dim, in whole
+    heads."""
+    count, base, last = (
+        module.weight.shape[dim],
+        module.weight.shape[1 - dim],
+        name.rpartition(".")[2],
+    )
     what, flag = f"the width {count} of {name}", "--n_embd"
     if last in ("q", "k", "v"):
         base = count = count // getattr(holder, "head_size", 1)
@@ -230,9 +259,10 @@ def check(name: str, module: nn.Module, dim: int, holder: nn.Module, n: int) -> 
         raise ValueError(f"--tp={n} does not divide {what}; type {flag}={fits} or --tp={divisor}")
 
 
-# ---- whole and part --------------------------------------------------------------------------------------
+# ---- whole and part ------------------------------------------------------------------------------
 def part_of(source: Callable[[str, tuple[int, ...]], Tensor], cuts: dict[str, Cut]):
-    """source(name, whole shape) -> whole tensor, made to give my part to those who ask with its shape."""
+    """source(name, whole shape) -> whole tensor, made to give my part to those who ask with its
+    shape."""
 
     def part(name: str, shape: tuple[int, ...]) -> Tensor:
         shape = tuple(shape)

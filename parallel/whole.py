@@ -9,22 +9,24 @@
     who looks        clipping, GradScaler, schedulers, hooks,       the method's own step(), eval() ...
                      torch.distributed.checkpoint
 
-parallel/adapter.py is the inside, and says what is sent; the outside adds a byte for each parameter and step:
+parallel/adapter.py is the inside, and says what is sent; the outside adds a byte for each parameter
+and step:
 
-  - A gradient missing on some ranks counts as zero there; one missing on all ranks is None, and its weight,
-    state and decay stay untouched.
-  - Weights that something else changed (a checkpoint loaded, an average copied in) are seen at the next step;
-    for that, methods with owners keep a copy of the shards.
+  - A gradient missing on some ranks counts as zero there; one missing on all ranks is None, and its
+    weight, state and decay stay untouched.
+  - Weights that something else changed (a checkpoint loaded, an average copied in) are seen at the
+    next step; for that, methods with owners keep a copy of the shards.
 
 A class that does not say whether it is `elementwise` gets owners, which is always right; with
-make_optimizer(torch.optim.AdamW, model.parameters(), elementwise=True) its shards stay where they are.
+make_optimizer(torch.optim.AdamW, model.parameters(), elementwise=True) its shards stay where they
+are.
 
-Used with named_parameters(), late groups, step(closure), load hooks; state_dict() gives DTensors of each
-weight's placements, load_state_dict() takes them from any layout, or whole tensors. Refused when made:
-methods that couple parameters, a plain tensor among DTensors. Refused when tried: deepcopy and pickle, as process
-groups cannot be copied. Said: Schedule-Free's eval(), after which fully_shard has to reshard. See
-docs/partners.md.
-Neighbours: parallel/adapter.py, parallel/owners.py.
+Used with named_parameters(), late groups, step(closure), load hooks; state_dict() gives DTensors of
+each weight's placements, load_state_dict() takes them from any layout, or whole tensors. Refused
+when made: methods that couple parameters, a plain tensor among DTensors. Refused when tried:
+deepcopy and pickle, as process groups cannot be copied. Said: Schedule-Free's eval(), after which
+fully_shard has to reshard. See docs/partners.md. Neighbours: parallel/adapter.py,
+parallel/owners.py.
 """
 
 import warnings
@@ -39,13 +41,16 @@ from parallel.adapter import Adapter, box, choose_owners, local, part
 __all__ = ["Adapter", "make_optimizer", "box", "choose_owners", "part"]
 
 
-def make_optimizer(cls: type[Optimizer], groups, elementwise: bool | None = None, **arguments) -> Optimizer:
-    """cls(groups, **arguments) for DTensors: an instance of a subclass of cls, whose param_groups hold them.
+def make_optimizer(
+    cls: type[Optimizer], groups, elementwise: bool | None = None, **arguments
+) -> Optimizer:
+    """cls(groups, **arguments) for DTensors: an instance of a subclass of cls, whose param_groups
+    hold them.
 
-    groups: whatever torch's optimizers take, named parameters too; elementwise: see Adapter. Plain tensors
-    alone give cls itself. Collective, as are step(), state_dict() and load_state_dict(), which takes the
-    state of any layout. Raises ValueError for a plain tensor among DTensors and a method that couples
-    parameters.
+    groups: whatever torch's optimizers take, named parameters too; elementwise: see Adapter. Plain
+    tensors alone give cls itself. Collective, as are step(), state_dict() and load_state_dict(),
+    which takes the state of any layout. Raises ValueError for a plain tensor among DTensors and a
+    method that couples parameters.
     """
     if torch.is_tensor(groups):  # a mistake, of which torch tells
         return cls(groups, **arguments)
@@ -68,14 +73,15 @@ def listed(params) -> list:
 
 
 def forwarded(name: str):
-    """A method that torch's optimizers do not have, such as Schedule-Free's eval(), on the plain tensors."""
+    """A method that torch's optimizers do not have, such as Schedule-Free's eval(), on the plain
+    tensors."""
 
     def method(self, *args, **kwargs):
         if name == "eval" and self.warned is False:
             self.warned = True
             warnings.warn(
-                "fully_shard keeps weights that were gathered for a forward without backward: after "
-                "evaluating call reshard() on its modules, and then train()",
+                "fully_shard keeps weights that were gathered for a forward without backward: after"
+                " evaluating call reshard() on its modules, and then train()",
                 stacklevel=2,
             )
         self.adapter.look()
@@ -89,13 +95,15 @@ def forwarded(name: str):
 
 
 class Sharded:
-    """The outside of an Adapter, mixed into the method's class: groups and state by the model's weights.
+    """The outside of an Adapter, mixed into the method's class: groups and state by the model's
+    weights.
 
-    `inner` steps the plain tensors; before it does it gets what the groups say, and afterwards they get what
-    it counted.
+    `inner` steps the plain tensors; before it does it gets what the groups say, and afterwards they
+    get what it counted.
     """
 
-    _step_supports_amp_scaling = False  # GradScaler unscales by itself, whatever kernel steps inside
+    # GradScaler unscales by itself, whatever kernel steps inside
+    _step_supports_amp_scaling = False
 
     def __init__(self, cls: type[Optimizer], groups, elementwise: bool | None, arguments: dict):
         self.shown, self.begun, self.warned = None, False, False
@@ -138,7 +146,7 @@ class Sharded:
         self.begun = True
         return loss
 
-    # ---- what the groups say -------------------------------------------------------------------------------
+    # ---- what the groups say ---------------------------------------------------------------------
     def give_options(self) -> None:
         copy_options(self.param_groups, self.inner.param_groups)
 
@@ -156,14 +164,16 @@ class Sharded:
         return getattr(self.inner, name)
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("make_optimizer's optimizer holds process groups, which cannot be copied or pickled; "
-                        "copy or save its state_dict(), on all ranks together")  # fmt: skip
+        raise TypeError(
+            "make_optimizer's optimizer holds process groups, which cannot be copied or pickled; "
+            "copy or save its state_dict(), on all ranks together"
+        )
 
-    # ---- state by the model's weights ----------------------------------------------------------------------
+    # ---- state by the model's weights ------------------------------------------------------------
     @property
     def state(self) -> dict:
-        """By weight the state on this rank, {} where it is elsewhere; in state_dict() all of it, as DTensors.
-        Empty before the first step, on all ranks."""
+        """By weight the state on this rank, {} where it is elsewhere; in state_dict() all of it, as
+        DTensors. Empty before the first step, on all ranks."""
         if self.shown is not None:
             return self.shown
         kept, stepped = self.inner.state, self.adapter.stepped
@@ -175,7 +185,8 @@ class Sharded:
         """torch's constructor and load_state_dict() set it; it is `inner` that keeps it."""
 
     def state_dict(self) -> dict:
-        """As torch's, collective: a tensor of its weight's shape is a DTensor like it, others are whole."""
+        """As torch's, collective: a tensor of its weight's shape is a DTensor like it, others are
+        whole."""
         self.give_options()
         self.shown = self.whole_state()
         try:
@@ -188,10 +199,17 @@ class Sharded:
         here = {p: state for p, state in self.state.items() if state}
         found = dict(here)
         for group, wire, params in self.adapter.spread.values():
-            # By rank, what it has of each weight: shapes and dtypes of tensors, and all else as it is.
+            # By rank, what it has of each weight: shapes and dtypes of tensors, and all else as it
+            # is.
             lists = [None] * dist.get_world_size(group)
-            mine = {i: {name: (tuple(x.shape), x.dtype) if torch.is_tensor(x) else (None, x)
-                        for name, x in here[p].items()} for i, p in enumerate(params) if p in here}  # fmt: skip
+            mine = {
+                i: {
+                    name: (tuple(x.shape), x.dtype) if torch.is_tensor(x) else (None, x)
+                    for name, x in here[p].items()
+                }
+                for i, p in enumerate(params)
+                if p in here
+            }
             dist.all_gather_object(lists, mine, group)
             for i, p in enumerate(params):
                 first = next((rank for rank, listed in enumerate(lists) if i in listed), None)
@@ -200,15 +218,22 @@ class Sharded:
                 found[p] = {}
                 for name, (shape, x) in lists[first][i].items():
                     if shape is not None:
-                        x = self.seen_from_outside(p, here.get(p, {}).get(name), shape, x, first, group, wire)
+                        x = self.seen_from_outside(
+                            p, here.get(p, {}).get(name), shape, x, first, group, wire
+                        )
                     found[p][name] = x
         # One order on all ranks: whoever gathers DTensors goes through them together.
         return {p: found[p] for group in self.param_groups for p in group["params"] if p in found}
 
     def seen_from_outside(self, p, x, shape, dtype, first, group, wire) -> Tensor:
-        """A tensor of p's state of which this rank has x, or None; rank `first` of the group has it."""
+        """A tensor of p's state of which this rank has x, or None; rank `first` of the group has
+        it."""
         if self.is_owned(p):
-            x = torch.empty(shape, dtype=dtype, device=wire) if x is None else x.to(wire).contiguous()
+            x = (
+                torch.empty(shape, dtype=dtype, device=wire)
+                if x is None
+                else x.to(wire).contiguous()
+            )
             dist.broadcast(x, group=group, group_src=first)
             if shape != tuple(p.shape):
                 return x
@@ -226,8 +251,10 @@ class Sharded:
         """As torch's, collective: takes the state of any layout, in DTensors or whole tensors."""
 
         def load_inner(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            sizes, own = ([len(group["params"]) for group in groups]
-                          for groups in (saved["param_groups"], self.param_groups))  # fmt: skip
+            sizes, own = (
+                [len(group["params"]) for group in groups]
+                for groups in (saved["param_groups"], self.param_groups)
+            )
             if sizes == own:  # or torch says what is wrong
                 self.inner.load_state_dict(self.from_outside(saved))
                 self.begun = bool(saved["state"])
@@ -250,7 +277,10 @@ class Sharded:
         new["state"] = {}
         for group, ours in zip(saved["param_groups"], self.param_groups):
             for i, p in zip(group["params"], ours["params"]):
-                state = {name: self.seen_from_inside(p, x) for name, x in saved["state"].get(i, {}).items()}
+                state = {
+                    name: self.seen_from_inside(p, x)
+                    for name, x in saved["state"].get(i, {}).items()
+                }
                 if state and p in self.adapter.stepped:
                     new["state"][numbers[self.adapter.stepped[p]]] = state
         return new
@@ -269,13 +299,17 @@ class Sharded:
 
 def on_meta(group: dict) -> dict:
     """The group with shapes in place of its weights."""
-    params = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in group["params"]]
+    params = [
+        nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in group["params"]
+    ]
     return {name: x for name, x in group.items() if name != "param_names"} | {"params": params}
 
 
 def copy_options(source: list[dict], target: list[dict]) -> None:
     for given, group in zip(source, target):
-        group.update((name, x) for name, x in given.items() if name not in ("params", "names", "param_names"))
+        group.update(
+            (name, x) for name, x in given.items() if name not in ("params", "names", "param_names")
+        )
 
 
 def like(p: Tensor, shard: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """ZeRO: replicas that stop keeping what another replica already keeps. Stages 1, 2 and 3, by hand.
 
-Every parameter has one owner. Only the owner keeps its optimizer state (from stage 1 on), its gradient (2),
-its weights (3). Four parameters on two ranks; capitals are there all the time, small letters while in use:
+Every parameter has one owner. Only the owner keeps its optimizer state (from stage 1 on), its
+gradient (2), its weights (3). Four parameters on two ranks; capitals are there all the time, small
+letters while in use:
 
               rank 0 owns A, C                      rank 1 owns B, D
               weights    gradients   state          weights    gradients   state
@@ -10,9 +11,9 @@ its weights (3). Four parameters on two ranks; capitals are there all the time, 
     stage 2   A B C D    A b C d     A   C          A B C D    a B c D       B   D
     stage 3   A b C d    A b C d     A   C          a B c D    a B c D       B   D
 
-Bytes per parameter on N ranks under Adam, the paper's mixed precision (weights 2, gradients 2, float32 master
-weights and state 12) and float32 as here (4, 4, 8); bytes sent per rank and step with A micro-batches, in
-units of (N-1)/N x the weights' bytes:
+Bytes per parameter on N ranks under Adam, the paper's mixed precision (weights 2, gradients 2,
+float32 master weights and state 12) and float32 as here (4, 4, 8); bytes sent per rank and step
+with A micro-batches, in units of (N-1)/N x the weights' bytes:
 
               mixed        float32     sent
     ddp       16           16          2                       one all-reduce
@@ -24,26 +25,27 @@ plus what is in use: one unit's gradients and, in stage 3, the weights of two; a
 call of parallel/ddp.py sends, 2 (N-1)/N bytes a parameter tensor. (For one micro-batch stages 1 and
 2 are the same thing: no gradient waits for another.)
 
-A unit is a block, or what comes before the blocks (0), or what follows them. When backward has left a unit,
-its gradients start for their owners, in flat parts of at most `bucket_mb`, while the next unit computes. In
-stage 3 weights are broadcast one unit ahead of their use, and then freed:
+A unit is a block, or what comes before the blocks (0), or what follows them. When backward has left
+a unit, its gradients start for their owners, in flat parts of at most `bucket_mb`, while the next
+unit computes. In stage 3 weights are broadcast one unit ahead of their use, and then freed:
 
     forward   | compute 0 | compute 1 | compute 2 |   backward   | compute 2 | compute 1 | compute 0 |
               | fetch 1   | fetch 2   |           |              | fetch 1   |           |           |
                           | free 0    | free 1    |                          | free 2    | free 1    |
                                                                              | send 2    | send 1    | send 0
 
-Backward reads no weights of unit 0: they are looked up, not multiplied. With a tied head they are, at the
-other end, and so are gains of a norm there: then they stay. What follows the blocks stays from forward to
-backward. A gradient that is missing on some ranks counts as zero there; missing on all, it is None.
+Backward reads no weights of unit 0: they are looked up, not multiplied. With a tied head they are,
+at the other end, and so are gains of a norm there: then they stay. What follows the blocks stays
+from forward to backward. A gradient that is missing on some ranks counts as zero there; missing on
+all, it is None.
 
 All ranks must make the same forward and backward calls, evaluation too; but a rank may skip blocks
 (in stage 3 not the last one) or a backward (not in stage 3). To compile, compile `block.forward`:
 the hooks on a block must stay outside.
 
-Rajbhandari et al. 2020 (1910.02054). There each rank owns a slice of one flat vector; here whole parameters,
-so that any optimizer, Muon too, steps unchanged and its orthogonalisation spreads over the ranks. The price:
-the load is even only up to the largest parameters, see `assign`.
+Rajbhandari et al. 2020 (1910.02054). There each rank owns a slice of one flat vector; here whole
+parameters, so that any optimizer, Muon too, steps unchanged and its orthogonalisation spreads over
+the ranks. The price: the load is even only up to the largest parameters, see `assign`.
 """
 
 import math
@@ -64,14 +66,17 @@ from parallel.roll_call import drop_stand_ins, finished_first, watch
 def assign(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
     """{parameter name: its owner among n ranks}, the same on every rank.
 
-    Shape by shape, the shape with most elements in all first: each parameter goes to the rank with fewest of
-    its shape, and among those to the one with fewest elements so far. So all ranks orthogonalise the same
-    matrices, give or take one of each shape, and what is left over goes to ranks without an embedding.
+    Shape by shape, the shape with most elements in all first: each parameter goes to the rank with
+    fewest of its shape, and among those to the one with fewest elements so far. So all ranks
+    orthogonalise the same matrices, give or take one of each shape, and what is left over goes to
+    ranks without an embedding.
     """
     alike, owners, load = {}, {}, [0] * n
     for name, shape in shapes.items():
         alike.setdefault(tuple(shape), []).append(name)
-    for shape, names in sorted(alike.items(), key=lambda item: (-math.prod(item[0]) * len(item[1]), item[0])):
+    for shape, names in sorted(
+        alike.items(), key=lambda item: (-math.prod(item[0]) * len(item[1]), item[0])
+    ):
         have = [0] * n
         for name in names:
             owners[name] = r = min(range(n), key=lambda r: (have[r], load[r]))
@@ -82,7 +87,8 @@ def assign(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
 
 @dataclass
 class Part:
-    """Parameters of one owner side by side in one flat tensor: what one broadcast or one reduce sends."""
+    """Parameters of one owner side by side in one flat tensor: what one broadcast or one reduce
+    sends."""
 
     owner: int
     names: list[str]
@@ -105,10 +111,11 @@ def pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
 class ZeRO:
     """The same verbs as DDP in parallel/ddp.py. With group=None (one replica) nothing is sent.
 
-    group: the replicas; device: where the weights are used; stage: 1, 2 or 3; reduce_dtype: gradients are
-    sent in it, None their own (an owner's own share is never rounded). offload_params, stage 3 only: owners
-    keep and step their weights in host memory (`cpu`) or in files under `folder` mapped into it (`disk`).
-    pinned: names that the first rank owns, as they are in another stage of a pipeline, too.
+    group: the replicas; device: where the weights are used; stage: 1, 2 or 3; reduce_dtype:
+    gradients are sent in it, None their own (an owner's own share is never rounded).
+    offload_params, stage 3 only: owners keep and step their weights in host memory (`cpu`) or in
+    files under `folder` mapped into it (`disk`). pinned: names that the first rank owns, as they
+    are in another stage of a pipeline, too.
 
     Raises ValueError for another stage, and for offload_params that are unknown or without stage 3.
     """
@@ -116,42 +123,61 @@ class ZeRO:
     boxes: dict = {}  # owners step whole parameters
     counts = True  # nobody else holds what an owner holds
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, stage: int,
-                 bucket_mb: float = 25.0, reduce_dtype: torch.dtype | None = None,
-                 offload_params: str | None = None, folder: str | Path | None = None,
-                 pinned: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        stage: int,
+        bucket_mb: float = 25.0,
+        reduce_dtype: torch.dtype | None = None,
+        offload_params: str | None = None,
+        folder: str | Path | None = None,
+        pinned: tuple[str, ...] = (),
+    ):
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has no stage {stage}; take 1, 2 or 3")
         if offload_params not in (None, "cpu", "disk"):
             raise ValueError(f"offload_params={offload_params} is not known; take cpu or disk")
         if offload_params is not None and stage != 3:
-            raise ValueError(f"offload_params={offload_params} needs stage 3: before it every rank uses all "
-                             "its weights where they are; type --data_parallel=zero3")
+            raise ValueError(
+                f"offload_params={offload_params} needs stage 3: before it every rank uses all "
+                "its weights where they are; type --data_parallel=zero3"
+            )
         self.group = group
-        self.rank, self.n = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.rank, self.n = (
+            (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        )
         self.device, self.stage, self.bucket_bytes = device, stage, bucket_mb * 2**20
         self.reduce_dtype, self.offload, self.folder = reduce_dtype, offload_params, folder
         self.pinned = pinned
-        self.travels = stage == 3 and (group is not None or offload_params is not None)  # do weights?
-        self.here, self.sending = set(), []  # units whose weights were fetched; gradients on their way
-        self.last, self.in_backward, self.next = True, False, 0  # next: the unit whose gradients go next
+        # Do weights?
+        self.travels = stage == 3 and (group is not None or offload_params is not None)
+        # Units whose weights were fetched; gradients on their way
+        self.here, self.sending = set(), []
+        # Next: the unit whose gradients go next
+        self.last, self.in_backward, self.next = True, False, 0
         self.unit = 0  # where forward or backward is
         self.owes = False  # has the micro-batch in hand not yet sent its gradients?
         self.got = set()  # parameters that got a gradient here since the last step
         self.fresh = True  # has nothing been sent since then?
         self.sent_bytes, self.finished, self.pending = 0, True, False  # pending: see finished_first
 
-    # ---- who holds what -----------------------------------------------------------------------------------
+    # ---- who holds what --------------------------------------------------------------------------
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Allocates what is held here of `model`, whose parameters are on the meta device, and watches it."""
+        """Allocates what is held here of `model`, whose parameters are on the meta device, and
+        watches it."""
         self.model, keys, blocks = model, list(model.blocks), list(model.blocks.values())
         named, unit, made, end = list(model.named_parameters()), {}, {}, len(blocks) + 1
         for name, _ in named:  # in the order of forward
             path = name.split(".")
-            unit[name] = keys.index(path[1]) + 1 if path[0] == "blocks" else end if any(unit.values()) else 0
+            unit[name] = (
+                keys.index(path[1]) + 1 if path[0] == "blocks" else end if any(unit.values()) else 0
+            )
         tied = len(named) < len(list(model.named_parameters(remove_duplicate=False)))
         self.stays = tied or any(p.ndim < 2 for name, p in named if unit[name] == 0)  # does unit 0?
-        owners = assign({name: p.shape for name, p in named}, self.n) | dict.fromkeys(self.pinned, 0)
+        owners = assign({name: p.shape for name, p in named}, self.n) | dict.fromkeys(
+            self.pinned, 0
+        )
         self.units = [[] for _ in range(end + 1)]
         spans = [[(n, p) for n, p in named[::-1] if unit[n] == i] for i in range(end + 1)]
         for span in spans if self.stage == 3 else [named[::-1]]:  # in the order of backward
@@ -188,7 +214,8 @@ class ZeRO:
             host = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
         elif owner == self.rank and self.offload == "disk":
             host = mapped_file(Path(self.folder) / f"{next(iter(metas))}.weights", size, dtype)
-        # .data has its own version: to fetch weights again is no change of what autograd saved for backward
+        # .data has its own version: to fetch weights again is no change of what autograd saved for
+        # backward
         params = [nn.Parameter(x.data, trained) for x in pieces(flat, like)]
         kept = params if host is None else [nn.Parameter(x, trained) for x in pieces(host, like)]
         made.update(zip(like, params))
@@ -198,16 +225,19 @@ class ZeRO:
 
     @torch.no_grad()
     def fill(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Every parameter held here from source(its name, its whole shape), a whole tensor on the CPU."""
+        """Every parameter held here from source(its name, its whole shape), a whole tensor on the
+        CPU."""
         for part in self.parts:
             if self.stage < 3 or part.owner == self.rank:
                 for name, p in zip(part.names, part.kept):
                     p.copy_(source(name, tuple(p.shape)))
 
-    # ---- weights come and go ------------------------------------------------------------------------------
+    # ---- weights come and go ---------------------------------------------------------------------
     def broadcast(self, part: Part) -> None:
         if self.group is not None:
-            part.work = dist.broadcast(part.flat, group=self.group, group_src=part.owner, async_op=True)
+            part.work = dist.broadcast(
+                part.flat, group=self.group, group_src=part.owner, async_op=True
+            )
             self.sent_bytes += (self.n - 1) * part.flat.nbytes // self.n
 
     def wait(self, parts: list[Part]) -> None:
@@ -243,9 +273,10 @@ class ZeRO:
         if self.travels and (part.owner != self.rank or part.host is not None):
             part.flat.untyped_storage().resize_(0)
 
-    # ---- forward ------------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each micro-batch (in a pipeline, its backward): does backward now complete the gradients?"""
+        """Before each micro-batch (in a pipeline, its backward): does backward now complete the
+        gradients?"""
         self.send_what_is_owed()
         if self.finished:  # a new step begins
             self.sent_bytes, self.finished = 0, False
@@ -261,7 +292,8 @@ class ZeRO:
     def enter(self, i: int, x: Tensor | None) -> None:
         """Forward enters unit i with x, from unit i-1. If this rank has skipped some before i, it
         fetches and later sends for them all the same, in the other ranks' order."""
-        if i == 0:  # whatever an earlier forward without a backward, or a backward that failed, left behind
+        # Whatever an earlier forward without a backward, or a backward that failed, left behind
+        if i == 0:
             self.in_backward, self.sending, self.unit = False, [], -1
             self.free(range(len(self.units)))
         if self.in_backward:  # activation checkpointing computes unit i again
@@ -274,7 +306,8 @@ class ZeRO:
             self.need(self.unit)
             if self.unit + 1 < len(self.units):
                 self.fetch(self.unit + 1)
-        if x is not None and x.grad_fn is not None:  # a stage's input is a leaf: end() follows at once
+        # A stage's input is a leaf: end() follows at once
+        if x is not None and x.grad_fn is not None:
             x.register_hook(lambda _: self.back(before))
 
     def leave(self, out: Tensor) -> None:
@@ -284,7 +317,7 @@ class ZeRO:
         else:
             self.free(range(len(self.units)))
 
-    # ---- backward -----------------------------------------------------------------------------------------
+    # ---- backward --------------------------------------------------------------------------------
     def begin(self) -> None:
         """Backward begins."""
         self.in_backward, self.pending = True, True
@@ -304,7 +337,8 @@ class ZeRO:
             self.send(self.unit + 1)
 
     def end(self) -> None:
-        """Backward ends, perhaps without reaching the first units: all ranks must still send the same."""
+        """Backward ends, perhaps without reaching the first units: all ranks must still send the
+        same."""
         self.send(0)
         self.collect()
         self.free(range(len(self.units)))
@@ -341,10 +375,16 @@ class ZeRO:
                     p.grad = x.to(p.dtype, copy=True) if p.grad is None else p.grad.add_(x)
         self.sending = []
 
-    # ---- the step -----------------------------------------------------------------------------------------
+    # ---- the step --------------------------------------------------------------------------------
     def mine(self) -> dict[str, nn.Parameter]:
-        """By name and in the model's order, the parameters owned by this rank, as its optimizer sees them."""
-        kept = {n: p for part in self.parts if part.owner == self.rank for n, p in zip(part.names, part.kept)}
+        """By name and in the model's order, the parameters owned by this rank, as its optimizer
+        sees them."""
+        kept = {
+            n: p
+            for part in self.parts
+            if part.owner == self.rank
+            for n, p in zip(part.names, part.kept)
+        }
         return {n: kept[n] for n, _ in self.model.named_parameters() if n in kept}
 
     def finish_gradients(self) -> None:
@@ -361,7 +401,8 @@ class ZeRO:
                     kept.grad, p.grad = p.grad.cpu(), None
 
     def gradients(self) -> dict[str, Tensor]:
-        """After finish_gradients: by name, the summed gradients of the parameters owned by this rank."""
+        """After finish_gradients: by name, the summed gradients of the parameters owned by this
+        rank."""
         return {n: p.grad for n, p in self.mine().items() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
@@ -369,7 +410,10 @@ class ZeRO:
         It raises RuntimeError for gradients not yet summed, ValueError for late parameters."""
         mine = self.mine()
         names = [[n for n in group["names"] if n in mine] for group in groups]
-        groups = [group | {"names": ns, "params": [mine[n] for n in ns]} for group, ns in zip(groups, names)]
+        groups = [
+            group | {"names": ns, "params": [mine[n] for n in ns]}
+            for group, ns in zip(groups, names)
+        ]
         if self.group is not None:
             refuse_coupled(cls, groups, arguments)
         optimizer = finished_first(cls(groups, **arguments), self)
@@ -379,27 +423,32 @@ class ZeRO:
         return optimizer
 
     def refuse(self, group: dict) -> None:
-        raise ValueError("add_param_group: under ZeRO every rank would step these parameters, with "
-                         "gradients of its own; give all groups to make_optimizer")  # fmt: skip
+        raise ValueError(
+            "add_param_group: under ZeRO every rank would step these parameters, with "
+            "gradients of its own; give all groups to make_optimizer"
+        )
 
     def share_weights(self) -> None:
-        """After the owners' weights changed: stages 1 and 2 send them to all, stage 3 when they are used."""
+        """After the owners' weights changed: stages 1 and 2 send them to all, stage 3 when they are
+        used."""
         changed = [] if self.stage == 3 else [*filter(trained, self.parts)]
         for part in changed:
             self.broadcast(part)
         self.wait(changed)
 
     def weights(self) -> dict[str, Tensor]:
-        """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts there."""
+        """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts
+        there."""
         if self.stage == 3:
             return self.mine()
         return dict(self.model.named_parameters()) if self.rank == 0 else {}
 
 
-# ---- bfloat16 without copies of the weights --------------------------------------------------------------
+# ---- bfloat16 without copies of the weights ------------------------------------------------------
 class Linear(torch.autograd.Function):
-    """x·Wᵀ + b in autocast's dtype. Autocast itself keeps a cast copy of each W until backward, and no
-    freeing of W frees that; this one casts W again. (Autograd casts gradients to the dtype they belong to.)
+    """x·Wᵀ + b in autocast's dtype. Autocast itself keeps a cast copy of each W until backward, and
+    no freeing of W frees that; this one casts W again. (Autograd casts gradients to the dtype they
+    belong to.)
     """
 
     @staticmethod

@@ -8,17 +8,23 @@
     fp16     float32              float32   float16    9.8e-04   65504     autocast and scaling: loss_scale.py
     fp8      float32              float32   e4m3       1.2e-01   448       bf16 but for the blocks: fp8.py
 
-bf16 keeps float32's exponent and so its range; what it gives up is precision, which sums, norms, softmax,
-loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018, 1710.03740; Kalamkar et
-al. 2019, 1905.12322). Activations halve; weights and state do not.
+bf16 keeps float32's exponent and so its range; what it gives up is precision, which sums, norms,
+softmax, loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018,
+1710.03740; Kalamkar et al. 2019, 1905.12322). Activations halve; weights and state do not.
 """
 
 from contextlib import nullcontext
 
 import torch
 
-PARAM_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32,
-               "fp8": torch.float32, "bf16_sr": torch.bfloat16}  # fmt: skip
+PARAM_DTYPE = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+    "fp8": torch.float32,
+    "bf16_sr": torch.bfloat16,
+}
 
 
 def choose(precision: str, device: torch.device) -> str:

@@ -1,16 +1,17 @@
 """float32 matrix products on an AMD CPU by oneDNN, about twice as fast as torch's own choice.
 
-torch multiplies float32 matrices on x86 by Intel's MKL, which gives processors of another maker no AVX-512
-kernels. oneDNN, which is in the same torch and does its bfloat16 products, asks the processor what it can do.
-The numbers are float32 throughout; only the order of the sums differs, as between any two libraries.
+torch multiplies float32 matrices on x86 by Intel's MKL, which gives processors of another maker no
+AVX-512 kernels. oneDNN, which is in the same torch and does its bfloat16 products, asks the
+processor what it can do. The numbers are float32 throughout; only the order of the sums differs, as
+between any two libraries.
 
     forward   y = x·Wᵀ + b          (M, K) (N, K) -> (M, N)
     backward  dx = dy·W    dW = dyᵀ·x    db = sum of dy's rows
 
 GFLOP/s on two Zen 5 cores at M = 3072, K = 384, N = 1536: MKL 180 for each; oneDNN 410, 400, 270.
 
-The operator is the one that torch's compiler emits for CPUs (`mkldnn::_linear_pointwise`); it has no
-derivative, so the derivative is here.
+The operator is the one that torch's compiler emits for CPUs (`mkldnn::_linear_pointwise`); it has
+no derivative, so the derivative is here.
 """
 
 import platform
@@ -46,8 +47,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def faster(precision: str, device: torch.device) -> bool:
-    """Is this where oneDNN's float32 products beat torch's own: fp32 on an AMD processor with AVX-512?"""
-    if precision != "fp32" or device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """Is this where oneDNN's float32 products beat torch's own: fp32 on an AMD processor with
+    AVX-512?"""
+    if (
+        precision != "fp32"
+        or device.type != "cpu"
+        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return False
     cpuinfo = Path("/proc/cpuinfo")  # Windows tells the maker by platform.processor()
     maker = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else platform.processor()

@@ -1,40 +1,45 @@
-"""bf16 weights without a float32 copy: each step's result is rounded up or down by chance, right on average.
+"""bf16 weights without a float32 copy: each step's result is rounded up or down by chance, right on
+average.
 
                         before               during the step, 64 MiB at a time               after
     weights    bf16     p        ──────►     float32(p)  ─┐                          ┌────►   p
     gradients  bf16     g        ──────►     float32(g)  ─┤  any optimizer  ─► w ────┘        g
     state      float32  m, v     ───────────────────────  ┘                  rounded          m, v
 
-bf16 keeps 8 significant bits: between 1 and 2 its numbers are 2^-7 apart, and rounded to nearest, an update
-of less than 2^-8 is lost, this step and every other. A w between its neighbours a < b becomes
+bf16 keeps 8 significant bits: between 1 and 2 its numbers are 2^-7 apart, and rounded to nearest,
+an update of less than 2^-8 is lost, this step and every other. A w between its neighbours a < b
+becomes
 
     b with probability (w - a) / (b - a),   a otherwise:       the expectation is w
 
-so a hundred updates of a hundredth of the gap move the weight by one gap, give or take. It costs noise of at
-most half a gap (standard deviation) an element and step, and saves the 4 bytes a parameter of a float32 copy.
+so a hundred updates of a hundredth of the gap move the weight by one gap, give or take. It costs
+noise of at most half a gap (standard deviation) an element and step, and saves the 4 bytes a
+parameter of a float32 copy.
 
-In bits: a bf16 number is the upper half of a float32. Add 16 random bits to the lower half and cut it off:
-the carry is the rounding. The sign is apart in both formats, so negative numbers need nothing of their own.
-Numbers beyond the largest bf16 become that and not infinite; infinities and NaN stay what they are.
+In bits: a bf16 number is the upper half of a float32. Add 16 random bits to the lower half and cut
+it off: the carry is the rounding. The sign is apart in both formats, so negative numbers need
+nothing of their own. Numbers beyond the largest bf16 become that and not infinite; infinities and
+NaN stay what they are.
 
-The bits are a hash of (seed, step, full name, index of the element in the whole parameter), nothing is drawn:
-replicas that step the same weights, a rank with a shard and its resumed run all round alike. Nothing is sent.
+The bits are a hash of (seed, step, full name, index of the element in the whole parameter), nothing
+is drawn: replicas that step the same weights, a rank with a shard and its resumed run all round
+alike. Nothing is sent.
 
-It does not mend what is rounded before: gradients have their parameter's dtype, and summing micro-batches or
-ranks in bf16 rounds to nearest.
+It does not mend what is rounded before: gradients have their parameter's dtype, and summing
+micro-batches or ranks in bf16 rounds to nearest.
 
 Gupta et al. 2015 (1502.02551); for bf16 training Zamirai et al. 2020 (2010.06192).
 
-Fits every torch optimizer whose update of a parameter looks at no other; Muon, which multiplies matrices of
-one shape together, gets smaller stacks. Parameters in other dtypes are stepped as they are. State has
-the dtype the optimizer gives float32 weights.
-Schedule-Free: its step() is rounded like any, with z in float32. eval() and train() round to nearest
-and keep what that takes away until the next step, so the bits come back.
+Fits every torch optimizer whose update of a parameter looks at no other; Muon, which multiplies
+matrices of one shape together, gets smaller stacks. Parameters in other dtypes are stepped as they
+are. State has the dtype the optimizer gives float32 weights. Schedule-Free: its step() is rounded
+like any, with z in float32. eval() and train() round to nearest and keep what that takes away until
+the next step, so the bits come back.
 
-Used with: schedulers made before or after, late groups, hooks, deepcopy, pickle, GradScaler, autocast
-and torch.compile around the step, DDP, torch.distributed.checkpoint; FSDP2 through parallel/whole.py.
-memory/offload.py may be wrapped around it, not the other way round: a step() that something else has
-replaced is refused, as are DTensors and groups without names.
+Used with: schedulers made before or after, late groups, hooks, deepcopy, pickle, GradScaler,
+autocast and torch.compile around the step, DDP, torch.distributed.checkpoint; FSDP2 through
+parallel/whole.py. memory/offload.py may be wrapped around it, not the other way round: a step()
+that something else has replaced is refused, as are DTensors and groups without names.
 """
 
 import hashlib
@@ -48,15 +53,16 @@ from torch.optim import Optimizer
 LARGEST = torch.finfo(torch.bfloat16).max
 
 
-def stochastic(optimizer: Optimizer, seed: int, boxes: dict[str, tuple] | None = None,
-               chunk_mb: float = 64.0) -> Optimizer:  # fmt: skip
+def stochastic(
+    optimizer: Optimizer, seed: int, boxes: dict[str, tuple] | None = None, chunk_mb: float = 64.0
+) -> Optimizer:
     """The same optimizer, whose step() from now on rounds its bf16 parameters stochastically.
 
-    Its groups need full `names`, later ones too. boxes: name -> (whole shape, offsets) of parameters
-    that are part of a whole one. chunk_mb: MiB of bf16 parameters that have float32 copies at a time,
-    with their gradients 4 times as much memory. Each group counts its steps as `sr_step`, which
-    state_dict() keeps. Raises ValueError for groups without names, for DTensors, and where step() is
-    no longer the class's own.
+    Its groups need full `names`, later ones too. boxes: name -> (whole shape, offsets) of
+    parameters that are part of a whole one. chunk_mb: MiB of bf16 parameters that have float32
+    copies at a time, with their gradients 4 times as much memory. Each group counts its steps as
+    `sr_step`, which state_dict() keeps. Raises ValueError for groups without names, for DTensors,
+    and where step() is no longer the class's own.
     """
     cls = type(optimizer)
     for group in optimizer.param_groups:
@@ -64,8 +70,10 @@ def stochastic(optimizer: Optimizer, seed: int, boxes: dict[str, tuple] | None =
     own = vars(optimizer).get("step")
     scheduled = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is cls.step
     if not (own is None or scheduled) or hasattr(cls, "rounds"):
-        raise ValueError("something has replaced this optimizer's step(), which stochastic rounding "
-                         "would undo; call stochastic() once, and before offload()")  # fmt: skip
+        raise ValueError(
+            "something has replaced this optimizer's step(), which stochastic rounding "
+            "would undo; call stochastic() once, and before offload()"
+        )
     vars(optimizer).pop("step", None)  # a scheduler's wrapper: rounding()'s step() does the same
     for group in optimizer.param_groups:
         group.setdefault("sr_step", 0)
@@ -89,9 +97,13 @@ def rounding(cls: type[Optimizer], seed: int, boxes: dict[str, tuple], chunk_mb:
         try:
             for chunk in chunks(groups, chunk_mb * 2**20):
                 works = {p: stand_in(p) for ps in chunk for p in ps}
-                parts.append([{**g, "params": [works[p] for p in ps]} for g, ps in zip(groups, chunk)])
+                parts.append(
+                    [{**g, "params": [works[p] for p in ps]} for g, ps in zip(groups, chunk)]
+                )
                 self.param_groups = parts[-1]
-                self.state = defaultdict(dict, {w: state[p] for p, w in works.items() if p in state})
+                self.state = defaultdict(
+                    dict, {w: state[p] for p, w in works.items() if p in state}
+                )
                 plain_step(self)
                 for group, ps in zip(groups, chunk):
                     for p in ps:
@@ -133,14 +145,17 @@ def rounding(cls: type[Optimizer], seed: int, boxes: dict[str, tuple], chunk_mb:
             ids = [i for group in given["param_groups"] for i in group["params"]]
             for i, p in zip(ids, [p for group in self.param_groups for p in group["params"]]):
                 for name, x in given["state"].get(i, {}).items():
-                    now = self.state.get(p, {}).get(name)  # None: cls has read another method's state
+                    # None: cls has read another method's state
+                    now = self.state.get(p, {}).get(name)
                     if half(p) and half(now):
                         self.state[p][name] = x.to(p.device, torch.float32, copy=True)
                     elif now is x and torch.is_tensor(x):  # torch would step what was given
                         self.state[p][name] = x.clone()
 
-        hooks = (self.register_load_state_dict_pre_hook(complete),
-                 self.register_load_state_dict_post_hook(keep_precision, prepend=True))
+        hooks = (
+            self.register_load_state_dict_pre_hook(complete),
+            self.register_load_state_dict_post_hook(keep_precision, prepend=True),
+        )
         try:
             cls.load_state_dict(self, state_dict)
         finally:
@@ -155,9 +170,14 @@ def rounding(cls: type[Optimizer], seed: int, boxes: dict[str, tuple], chunk_mb:
         if not hasattr(self, "full_names"):  # a copy; load_state_dict may see a part of them
             self.full_names = full_names(self.param_groups)
 
-    methods = {"step": Optimizer.profile_hook_step(step), "load_state_dict": load_state_dict,
-               "add_param_group": add_param_group, "__reduce_ex__": __reduce_ex__,
-               "__setstate__": __setstate__, "rounds": True}
+    methods = {
+        "step": Optimizer.profile_hook_step(step),
+        "load_state_dict": load_state_dict,
+        "add_param_group": add_param_group,
+        "__reduce_ex__": __reduce_ex__,
+        "__setstate__": __setstate__,
+        "rounds": True,
+    }
     methods["step"].hooked = True  # so that torch does not wrap it once more
     methods["step"]._wrapped_by_lr_sched = True  # nor does a scheduler
     return type(cls.__name__, (cls,), methods)
@@ -173,11 +193,15 @@ def check(group: dict) -> None:
     """Raises ValueError."""
     params = [group["params"]] if torch.is_tensor(group["params"]) else group["params"]
     if len(group.get("names", ())) != len(params):
-        raise ValueError("stochastic rounding needs the full `names` of each group's parameters, in "
-                         "their order; optim/param_groups.py makes such groups")  # fmt: skip
+        raise ValueError(
+            "stochastic rounding needs the full `names` of each group's parameters, in "
+            "their order; optim/param_groups.py makes such groups"
+        )
     if any(hasattr(p, "placements") and half(p) for p in params):
-        raise ValueError("stochastic rounding takes no DTensors; wrap the `optimizer` of an Adapter "
-                         "(parallel/whole.py), which has their shards, with its `boxes`")  # fmt: skip
+        raise ValueError(
+            "stochastic rounding takes no DTensors; wrap the `optimizer` of an Adapter "
+            "(parallel/whole.py), which has their shards, with its `boxes`"
+        )
 
 
 def full_names(groups: list[dict]) -> dict[Tensor, str]:
@@ -189,7 +213,8 @@ def half(x) -> bool:
 
 
 def count(group: dict, parts: list[dict]) -> None:
-    """What the chunks changed in their copies of the group; of different numbers the largest holds."""
+    """What the chunks changed in their copies of the group; of different numbers the largest
+    holds."""
     new = {}
     for part in parts:
         for name, x in part.items():
@@ -211,8 +236,8 @@ def chunks(groups: list[dict], chunk_bytes: float) -> list[list[list[Tensor]]]:
 
 
 def stand_in(p: Tensor) -> Tensor:
-    """What the optimizer steps in place of p: a float32 copy with a float32 gradient, or p where there is
-    nothing to round."""
+    """What the optimizer steps in place of p: a float32 copy with a float32 gradient, or p where
+    there is nothing to round."""
     if p.dtype != torch.bfloat16 or p.grad is None:
         return p
     work = nn.Parameter(p.detach().float(), p.requires_grad)
@@ -221,15 +246,16 @@ def stand_in(p: Tensor) -> Tensor:
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 -> bf16: x rounded away from 0 if the half of it that is cut off, plus `bits` (int32, each of
-    0 ... 65535 as likely), is 65536 or more."""
+    """float32 -> bf16: x rounded away from 0 if the half of it that is cut off, plus `bits` (int32,
+    each of 0 ... 65535 as likely), is 65536 or more."""
     carried = x.clamp(-LARGEST, LARGEST).view(torch.int32) + bits
     rounded = (carried >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
 
 
 def element_index(shape, whole, offsets, device: torch.device) -> Tensor:
-    """int32 (shape): where each element of this box lies in the whole parameter, row by row; modulo 2^32."""
+    """int32 (shape): where each element of this box lies in the whole parameter, row by row; modulo
+    2^32."""
     index, stride = torch.zeros(tuple(shape), dtype=torch.int32, device=device), 1
     for dim in reversed(range(len(shape))):
         along = (torch.arange(shape[dim], device=device) + offsets[dim]) * stride
@@ -239,7 +265,8 @@ def element_index(shape, whole, offsets, device: torch.device) -> Tensor:
 
 
 def random_bits(seed: int, step: int, name: str, index: Tensor) -> Tensor:
-    """16 random bits for each index, as int32 (a multiply-and-shift hash, keyed twice by sha256)."""
+    """16 random bits for each index, as int32 (a multiply-and-shift hash, keyed twice by
+    sha256)."""
     digest = hashlib.sha256(f"{seed}:stochastic:{step}:{name}".encode()).digest()
     keys = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
     h = index * -0x61C88647  # odd, of the golden ratio; products wrap at 32 bits

@@ -1,10 +1,11 @@
 """Several ranks in a fraction of a second: forked processes on gloo, with torch already imported.
 
-    results = run_ranks(4, fn, *args)      # fn(rank, world, *args) in each of 4 processes; what they return
+    results = run_ranks(4, fn, *args)      # fn(rank, world, *args) in each of 4 processes; what
+                                           they return
 
-Spawning would import torch anew in each process (18 s for 8 ranks against 0.2 s). Where fork is missing
-(Windows) the tests skip and say so. Each rank has one thread; a collective that waits 20 s is a deadlock and
-fails the test.
+Spawning would import torch anew in each process (18 s for 8 ranks against 0.2 s). Where fork is
+missing (Windows) the tests skip and say so. Each rank has one thread; a collective that waits 20 s
+is a deadlock and fails the test.
 """
 
 import multiprocessing
@@ -32,7 +33,9 @@ def run_ranks(world: int, fn, *args) -> list:
 def one_rank(rank: int, world: int, folder: str, fn, args: tuple) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
+    )
     result = fn(rank, world, *args)
     Path(folder, f"result_{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()  # only after success: a failed rank must not make the others wait

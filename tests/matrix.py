@@ -4,9 +4,9 @@
                                  over loss, gradient norm and validation loss
     python tests/matrix.py --precision=fp32
 
-The runs are train.py's own, on forked processes with gloo, with micro-batches, dropout and clipping. What a
-method itself magnifies without bound is run where it does not: SOAP with eps 1e-2 and lr 1e-3, Shampoo with
-eps 1e-4 (SOAP as it is: tests/test_matrix.py, in lock step).
+The runs are train.py's own, on forked processes with gloo, with micro-batches, dropout and
+clipping. What a method itself magnifies without bound is run where it does not: SOAP with eps 1e-2
+and lr 1e-3, Shampoo with eps 1e-4 (SOAP as it is: tests/test_matrix.py, in lock step).
 """
 
 import contextlib
@@ -68,16 +68,25 @@ MODEL_PARALLEL = {
     "cp 4": (4, ["--cp=4"]),
     "cp 2 ulysses": (2, ["--cp=2", "--cp_attention=ulysses"]),
     "cp 4 ulysses": (4, ["--cp=4", "--cp_attention=ulysses"]),
-    **{f"pp {p} {s}": (p, [f"--pp={p}", f"--pp_schedule={s}"])
-       for p in (2, 4) for s in ("naive", "gpipe", "1f1b", "interleaved", "zerobubble")},
+    **{
+        f"pp {p} {s}": (p, [f"--pp={p}", f"--pp_schedule={s}"])
+        for p in (2, 4)
+        for s in ("naive", "gpipe", "1f1b", "interleaved", "zerobubble")
+    },
     "dp 2 x tp 2": (4, ["--tp=2"]),
     "dp 2 x cp 2": (4, ["--cp=2"]),
     "dp 2 x pp 2": (4, ["--pp=2"]),
     "pp 2 x tp 2": (4, ["--pp=2", "--tp=2"]),
     "zero1 2 x tp 2": (4, ["--data_parallel=zero1", "--tp=2"]),
     "zero1 2 x pp 2": (4, ["--data_parallel=zero1", "--pp=2"]),
-    "zero1 2 x pp 2 interleaved": (4, ["--data_parallel=zero1", "--pp=2", "--pp_schedule=interleaved"]),
-    "zero1 2 x pp 2 zerobubble": (4, ["--data_parallel=zero1", "--pp=2", "--pp_schedule=zerobubble"]),
+    "zero1 2 x pp 2 interleaved": (
+        4,
+        ["--data_parallel=zero1", "--pp=2", "--pp_schedule=interleaved"],
+    ),
+    "zero1 2 x pp 2 zerobubble": (
+        4,
+        ["--data_parallel=zero1", "--pp=2", "--pp_schedule=zerobubble"],
+    ),
     "zero1 2 x cp 2": (4, ["--data_parallel=zero1", "--cp=2"]),
     "fsdp 2 x tp 2": (4, ["--data_parallel=fsdp", "--tp=2"]),
     "fsdp 2 x pp 2": (4, ["--data_parallel=fsdp", "--pp=2", "--pp_schedule=interleaved"]),
@@ -87,11 +96,24 @@ MODEL_PARALLEL = {
     "pp 2 x cp 2 x tp 2": (8, ["--pp=2", "--cp=2", "--tp=2"]),
     "pp 2 x fsdp 2 x tp 2": (8, ["--pp=2", "--data_parallel=fsdp", "--tp=2"]),
     "pp 2 x fsdp 2 x tp 2 + sp": (8, ["--pp=2", "--data_parallel=fsdp", "--tp=2", "--sp=true"]),
-}  # fmt: skip
-LARGER = ["--n_layer=8", "--n_head=4", "--block_size=16", "--steps=6", "--eval_every=3"]  # to be cut up
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=8", "--steps=10",
-        "--eval_every=5", "--eval_tokens=200", "--sample_tokens=0", "--save_every=0", "--device=cpu",
-        "--dropout=0.1", "--vocab_size=256"]  # fmt: skip
+}
+# To be cut up
+LARGER = ["--n_layer=8", "--n_head=4", "--block_size=16", "--steps=6", "--eval_every=3"]
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=8",
+    "--batch_size=8",
+    "--steps=10",
+    "--eval_every=5",
+    "--eval_tokens=200",
+    "--sample_tokens=0",
+    "--save_every=0",
+    "--device=cpu",
+    "--dropout=0.1",
+    "--vocab_size=256",
+]
 
 
 def text(folder) -> Path:
@@ -109,18 +131,28 @@ def trace(out_dir) -> list[float]:
     return found
 
 
-def runs(rank: int, world: int, folder: str, precision: str, optimizers: list[str], flags: list[str]):
+def runs(
+    rank: int, world: int, folder: str, precision: str, optimizers: list[str], flags: list[str]
+):
     for name in optimizers:
         more = ["--opt.ns_dtype=float32"] if name == "Muon" and precision == "fp32" else []
-        argv = [f"--data={folder}/squares.txt", f"--out_dir={folder}/{name}", *TINY,
-                f"--precision={precision}", *OPTIMIZERS[name], *more]  # fmt: skip
+        argv = [
+            f"--data={folder}/squares.txt",
+            f"--out_dir={folder}/{name}",
+            *TINY,
+            f"--precision={precision}",
+            *OPTIMIZERS[name],
+            *more,
+        ]
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(config.parse([*argv, *flags]))
 
 
-def column(layout: str, precision: str, optimizers: list[str], *more: str) -> dict[str, list[float]]:
-    """The trace of every optimizer on one layout. The oracles: "one process", for what cuts the model up "one
-    larger process"."""
+def column(
+    layout: str, precision: str, optimizers: list[str], *more: str
+) -> dict[str, list[float]]:
+    """The trace of every optimizer on one layout. The oracles: "one process", for what cuts the
+    model up "one larger process"."""
     world, flags = LAYOUTS.get(layout) or MODEL_PARALLEL.get(layout, (1, []))
     larger = LARGER if layout in MODEL_PARALLEL or layout == "one larger process" else []
     flags = [*larger, "--data_parallel=ddp", *flags, *more]
@@ -154,7 +186,9 @@ def main(argv: list[str]) -> None:
     precision = dict(word.split("=") for word in argv).get("--precision", "fp64")
     for layouts, alone in ((LAYOUTS, "one process"), (MODEL_PARALLEL, "one larger process")):
         oracle = column(alone, precision, list(OPTIMIZERS))
-        print("\n| " + " | ".join(["", *OPTIMIZERS]) + " |\n" + "|---" * (len(OPTIMIZERS) + 1) + "|")
+        print(
+            "\n| " + " | ".join(["", *OPTIMIZERS]) + " |\n" + "|---" * (len(OPTIMIZERS) + 1) + "|"
+        )
         for layout in layouts:
             found = column(layout, precision, list(OPTIMIZERS))
             cells = [f"{difference(found[name], oracle[name]):.0e}" for name in OPTIMIZERS]

@@ -1,10 +1,10 @@
-"""How much memory tensors take, on any device: the storages that are alive, asked for their size at every
-operation.
+"""How much memory tensors take, on any device: the storages that are alive, asked for their size at
+every operation.
 
     with Meter() as meter: ...            meter.peak, meter.now()
 
-A storage that is freed by `resize_(0)` counts as empty, one that comes back counts again: counting at
-allocation would miss both. Only what an operation has touched since the meter began is seen.
+A storage that is freed by `resize_(0)` counts as empty, one that comes back counts again: counting
+at allocation would miss both. Only what an operation has touched since the meter began is seen.
 """
 
 import weakref
@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_iter
 
 
 def nbytes(tensors) -> int:
-    """Bytes of the storages of all these tensors, each once; a DTensor's are those of its local part."""
+    """Bytes of the storages of all these tensors, each once; a DTensor's are those of its local
+    part."""
     storages = {}
     for x in tensors:
         x = x.to_local() if hasattr(x, "to_local") else x
@@ -25,7 +26,8 @@ def nbytes(tensors) -> int:
 
 
 class Meter(TorchDispatchMode):
-    """peak: the most bytes that were alive after any operation since the meter began, or since reset()."""
+    """peak: the most bytes that were alive after any operation since the meter began, or since
+    reset()."""
 
     def __init__(self):
         super().__init__()
@@ -53,20 +55,36 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(t, "to_local") for t in types):
-            return NotImplemented  # the operations on a DTensor's local part are seen one level down
+            # The operations on a DTensor's local part are seen one level down
+            return NotImplemented
         out = func(*args, **(kwargs or {}))
         self.watch((args, kwargs, out))
         self.peak = max(self.peak, self.now())
         return out
 
 
-def measure(replicas, model, source, cls, groups, micro_batches=1, tokens=8, rank=0, world=1, steps=3,
-            offload=None, autocast=None, **options) -> dict[str, float]:
-    """Bytes this rank holds in the last of a few steps, each of `micro_batches` micro-batches of 1 x tokens.
+def measure(
+    replicas,
+    model,
+    source,
+    cls,
+    groups,
+    micro_batches=1,
+    tokens=8,
+    rank=0,
+    world=1,
+    steps=3,
+    offload=None,
+    autocast=None,
+    **options,
+) -> dict[str, float]:
+    """Bytes this rank holds in the last of a few steps, each of `micro_batches` micro-batches of 1
+    x tokens.
 
-    replicas: as in train.py; model: on the meta device; source: see fill; groups: model -> groups for cls;
-    offload: what is done to the optimizer. Gives parameters, gradients (between the steps, and just before
-    the last one), state, and peak: the most at any moment of the last step, all together.
+    replicas: as in train.py; model: on the meta device; source: see fill; groups: model -> groups
+    for cls; offload: what is done to the optimizer. Gives parameters, gradients (between the steps,
+    and just before the last one), state, and peak: the most at any moment of the last step, all
+    together.
     """
     model = replicas.wrap(model)
     replicas.fill(source)
@@ -80,9 +98,13 @@ def measure(replicas, model, source, cls, groups, micro_batches=1, tokens=8, ran
             parameters = nbytes(model.parameters())
             meter.reset()
             for i in range(micro_batches):
-                ids = torch.arange(tokens).view(1, -1).add(step * 7 + i + rank).remainder(vocabulary)
+                ids = (
+                    torch.arange(tokens).view(1, -1).add(step * 7 + i + rank).remainder(vocabulary)
+                )
                 replicas.last_micro_batch(i == micro_batches - 1)
-                with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                with torch.autocast(
+                    "cpu", autocast or torch.bfloat16, enabled=autocast is not None
+                ):
                     loss = model(ids, ids)
                 (loss / (tokens * world * micro_batches)).backward()
                 del loss
@@ -91,5 +113,7 @@ def measure(replicas, model, source, cls, groups, micro_batches=1, tokens=8, ran
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             model.zero_grad(set_to_none=True)
-        state = nbytes(x for named in optimizer.state.values() for x in named.values() if torch.is_tensor(x))
+        state = nbytes(
+            x for named in optimizer.state.values() for x in named.values() if torch.is_tensor(x)
+        )
     return dict(parameters=parameters, gradients=gradients, state=state, peak=meter.peak)

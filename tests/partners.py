@@ -95,8 +95,10 @@ class Job(NamedTuple):
         own = {"use_muon": False, "lr": 0.01} if self.cls is muon.Muon else {"lr": lr}
         params = dict(model.named_parameters())
         vectors = [params.pop("first.bias")]
-        return [{**self.options, "params": list(params.values())},
-                {**self.options, **own, "weight_decay": 0.02, "params": vectors}]  # fmt: skip
+        return [
+            {**self.options, "params": list(params.values())},
+            {**self.options, **own, "weight_decay": 0.02, "params": vectors},
+        ]
 
     def start(self, model: nn.Module | None = None):
         """A model and its optimizer, ready to step."""
@@ -171,10 +173,12 @@ def alone(job: Job) -> list[Tensor]:
 SCHEDULERS = {
     "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, factor=0.5, total_iters=7),
     "OneCycleLR": lambda o, **options: lr_scheduler.OneCycleLR(
-        o, [group["lr"] for group in o.param_groups], STEPS + 1, **options),
-    "CosineAnnealingWarmRestarts":
-        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 6, 2, eta_min=1e-3),
-}  # fmt: skip
+        o, [group["lr"] for group in o.param_groups], STEPS + 1, **options
+    ),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(
+        o, 6, 2, eta_min=1e-3
+    ),
+}
 
 
 def scheduled(name: str, job: Job) -> list[Tensor]:
@@ -192,8 +196,12 @@ def plan(name: str, job: Job) -> list[list[tuple[float, float | None]]]:
     plain = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in lrs], momentum=0.9)
     scheduler, found = SCHEDULERS[name](plain), []
     for _ in range(STEPS):
-        found.append([(group["lr"], group["momentum"] if name == "OneCycleLR" else None)
-                      for group in plain.param_groups])  # fmt: skip
+        found.append(
+            [
+                (group["lr"], group["momentum"] if name == "OneCycleLR" else None)
+                for group in plain.param_groups
+            ]
+        )
         plain.step()
         scheduler.step()
     return found
@@ -305,8 +313,11 @@ def through_dcp(job: Job) -> list[Tensor]:
     model, optimizer = job.start()
     fit(model, optimizer, range(STEPS // 2))
     found = []
-    for how in ({}, {"full_state_dict": True, "cpu_offload": True},
-                {"flatten_optimizer_state_dict": True}):  # fmt: skip
+    for how in (
+        {},
+        {"full_state_dict": True, "cpu_offload": True},
+        {"flatten_optimizer_state_dict": True},
+    ):
         options, file = dcp.StateDictOptions(**how), io.BytesIO()
         state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
         torch.save((model.state_dict(), state), file)
@@ -439,8 +450,12 @@ class Partner(NamedTuple):
 
 
 PARTNERS = {
-    **{name: Partner(functools.partial(scheduled, name), functools.partial(scheduled_by_hand, name))
-       for name in SCHEDULERS},
+    **{
+        name: Partner(
+            functools.partial(scheduled, name), functools.partial(scheduled_by_hand, name)
+        )
+        for name in SCHEDULERS
+    },
     "GradScaler": Partner(scaled, functools.partial(scaled, by_hand=True)),
     "autocast": Partner(autocasting, functools.partial(autocasting, by_hand=True)),
     "torch.compile": Partner(compiled, calm=True, twin_alone=True),
@@ -452,21 +467,31 @@ PARTNERS = {
     "load hooks": Partner(hooked, hooked_by_hand),
     "deepcopy, pickle": Partner(copied, lambda job: alone(job) * 3),
     "late group": Partner(late, functools.partial(late, by_hand=True)),
-}  # fmt: skip
+}
 REFUSALS = {  # (class, partner) -> type and a part of the sentence
     (name, "fully_shard"): (ValueError, "make_optimizer") for name in ("Shampoo", "SOAP", "Muon")
 }
 NOTES = {  # (class, partner) -> how the two are used together
-    ("Adafactor", "OneCycleLR"):
-        "With `cycle_momentum=False`: it has no momentum to cycle, and torch refuses to.",
-    **{(cls.__name__, "DCP state_dict"):
-        "After `train()`, on the fresh optimizer too: `set_optimizer_state_dict` calls `step()`, "
-        "which raises in eval mode." for cls in SCHEDULE_FREE},
-    **{(cls.__name__, "ZeroRedundancyOptimizer"):
-        "`group[\"train_mode\"] = True` in its `param_groups` in place of `train()`: it writes "
-        "them over its own optimizer's; after `.optim.eval()` the weights have to be broadcast."
-        for cls in SCHEDULE_FREE},
-}  # fmt: skip
+    (
+        "Adafactor",
+        "OneCycleLR",
+    ): "With `cycle_momentum=False`: it has no momentum to cycle, and torch refuses to.",
+    **{
+        (cls.__name__, "DCP state_dict"): (
+            "After `train()`, on the fresh optimizer too: `set_optimizer_state_dict` calls"
+            " `step()`, which raises in eval mode."
+        )
+        for cls in SCHEDULE_FREE
+    },
+    **{
+        (cls.__name__, "ZeroRedundancyOptimizer"): (
+            '`group["train_mode"] = True` in its `param_groups` in place of `train()`: it writes'
+            " them over its own optimizer's; after `.optim.eval()` the weights have to be"
+            " broadcast."
+        )
+        for cls in SCHEDULE_FREE
+    },
+}
 
 
 def same(found: list[Tensor], expected: list[Tensor], what: str) -> None:
@@ -586,8 +611,13 @@ def page(columns: dict[str, dict[type, Said | None]]) -> str:
         lines.append(" | ".join([f"| {cls.__name__}", *cells]) + " |\n")
     yes = sum(what is None for found in columns.values() for what in found.values())
     here = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    prose = PROSE.format(classes=len(CASES), partners=len(columns), yes=yes,
-                         all=len(CASES) * len(columns), versions=here)  # fmt: skip
+    prose = PROSE.format(
+        classes=len(CASES),
+        partners=len(columns),
+        yes=yes,
+        all=len(CASES) * len(columns),
+        versions=here,
+    )
     head = "|  | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|\n"
     below = (f"{i}. {note}\n".replace("\n", " ").strip() + "\n" for i, note in enumerate(notes, 1))
     return prose + head + "".join(lines) + "\n" + "".join(below)

@@ -1,4 +1,5 @@
-"""Every way to keep less against keeping all: the same numbers, the bytes, what is computed once more."""
+"""Every way to keep less against keeping all: the same numbers, the bytes, what is computed once
+more."""
 
 import functools
 import math
@@ -29,12 +30,39 @@ from parallel.zero import ZeRO
 from precision import onednn
 
 CPU = torch.device("cpu")
-ALL = ["full", "full_sharded", "full_offload", "every_1", "every_3", "segments_1", "segments_3", "attention",
-       "mlp", "selective", "offload"]  # fmt: skip
-MODERN = dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=16, block_size=8, vocab_size=32, zero_init=False,
-              dropout=0.1)  # fmt: skip
-GPT2 = MODERN | dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
-                     bias=True, init="gpt2", logit_cap=None)  # fmt: skip
+ALL = [
+    "full",
+    "full_sharded",
+    "full_offload",
+    "every_1",
+    "every_3",
+    "segments_1",
+    "segments_3",
+    "attention",
+    "mlp",
+    "selective",
+    "offload",
+]
+MODERN = dict(
+    n_layer=4,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=16,
+    block_size=8,
+    vocab_size=32,
+    zero_init=False,
+    dropout=0.1,
+)
+GPT2 = MODERN | dict(
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    qk_norm=False,
+    tied=True,
+    bias=True,
+    init="gpt2",
+    logit_cap=None,
+)
 IDS = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -62,10 +90,11 @@ def bitwise(found, expected):
         assert torch.equal(found[name], x), name
 
 
-# ---- the same numbers --------------------------------------------------------------------------------------
+# ---- the same numbers ----------------------------------------------------------------------------
 @pytest.mark.parametrize("how", ALL)
-@pytest.mark.parametrize("shape, dtype, autocast", [
-    (MODERN, torch.float64, False), (GPT2, torch.float32, True)])
+@pytest.mark.parametrize(
+    "shape, dtype, autocast", [(MODERN, torch.float64, False), (GPT2, torch.float32, True)]
+)
 def test_loss_and_gradients_are_bitwise_those_of_keeping_all(how, shape, dtype, autocast):
     found, expected = build(how, shape, dtype), build("none", shape, dtype)
     for _ in range(2):  # gradients accumulate
@@ -73,7 +102,9 @@ def test_loss_and_gradients_are_bitwise_those_of_keeping_all(how, shape, dtype, 
     bitwise(gradients(found), gradients(expected))
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN"
+)
 @pytest.mark.parametrize("how", ["full", "selective", "offload"])
 def test_products_by_onednn(how):
     results = []
@@ -85,7 +116,8 @@ def test_products_by_onednn(how):
             run(model)
         results.append((gradients(model), calls.of("mkldnn._linear_pointwise")))
     bitwise(results[1][0], results[0][0])
-    assert results[1][1] == results[0][1] + (24 if how == "full" else 0)  # the last one too: a Function's
+    # The last one too: a Function's
+    assert results[1][1] == results[0][1] + (24 if how == "full" else 0)
 
 
 def replicas(rank, world, layout, hows, shape):
@@ -108,8 +140,14 @@ def replicas(rank, world, layout, hows, shape):
     return results
 
 
-@pytest.mark.parametrize("layout", ["zero3", "fsdp", *(pytest.param(x, marks=pytest.mark.slow)
-                                                       for x in ("ddp", "zero1", "zero2"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "zero3",
+        "fsdp",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("ddp", "zero1", "zero2")),
+    ],
+)
 def test_replicas_have_the_gradients_of_keeping_all(layout):
     hows = ALL if layout in ("zero3", "fsdp") else ["full", "segments_3", "selective", "offload"]
     for (expected, sent), *found in run_ranks(2, replicas, layout, ["none", *hows], GPT2):
@@ -131,8 +169,10 @@ def tensor_parallel(rank, world, split, hows, shape):
         keep_less(model, how, group)
         with Calls() as calls:
             loss = run(model)
-        sums = [calls.of(f"c10d.{name}_", f"c10d._{name}_base_")
-                for name in ("allreduce", "allgather", "reduce_scatter")]  # fmt: skip
+        sums = [
+            calls.of(f"c10d.{name}_", f"c10d._{name}_base_")
+            for name in ("allreduce", "allgather", "reduce_scatter")
+        ]
         results.append((loss, gradients(model), sums))
     return results
 
@@ -141,10 +181,17 @@ def tensor_parallel(rank, world, split, hows, shape):
 def test_tensor_parallel_ranks_have_the_gradients_of_keeping_all(split):
     """And repeat the collectives that the docstring says; 4 layers."""
     hows = [how for how in ALL if (how, split) != ("full_sharded", sequence.split)]
-    once = {"attention": (0, 0, 0), "mlp": (0, 0, 0), "offload": (0, 0, 0), "full_sharded": (4, 4, 0)}
+    once = {
+        "attention": (0, 0, 0),
+        "mlp": (0, 0, 0),
+        "offload": (0, 0, 0),
+        "full_sharded": (4, 4, 0),
+    }
     more = (4, 0, 0) if split is tensor.split else (0, 8, 4)
     shape = MODERN | dict(dropout=0.0)
-    for (loss, expected, sums), *found in run_ranks(2, tensor_parallel, split, ["none", *hows], shape):
+    for (loss, expected, sums), *found in run_ranks(
+        2, tensor_parallel, split, ["none", *hows], shape
+    ):
         for how, (now, gradient, now_sums) in zip(hows, found):
             assert torch.equal(now, loss)
             bitwise(gradient, expected)
@@ -152,7 +199,9 @@ def test_tensor_parallel_ranks_have_the_gradients_of_keeping_all(split):
             added = [x * layers // 4 for x in once.get(how, more)]
             if how.startswith("segments"):  # the MLP's g too, inside a segment
                 inner = 4 - int(how[-1])
-                added = [a + inner * (m > 0) * (i != 1) for i, (a, m) in enumerate(zip(added, more))]
+                added = [
+                    a + inner * (m > 0) * (i != 1) for i, (a, m) in enumerate(zip(added, more))
+                ]
             assert [b - a for a, b in zip(sums, now_sums)] == added, how
 
 
@@ -226,9 +275,13 @@ def with_attention(attention, *options):
 
 
 SDPA = partial(F.scaled_dot_product_attention, dropout_p=0.3, is_causal=True)
-RANDOM = {"nn.Dropout": nn.Dropout(0.3), "F.dropout": lambda x: F.dropout(x, 0.3), "SDPA": None,
-          "noise": lambda x: x * torch.randn_like(x),
-          "in place": lambda x: x * torch.empty_like(x).bernoulli_(0.7)}  # fmt: skip
+RANDOM = {
+    "nn.Dropout": nn.Dropout(0.3),
+    "F.dropout": lambda x: F.dropout(x, 0.3),
+    "SDPA": None,
+    "noise": lambda x: x * torch.randn_like(x),
+    "in place": lambda x: x * torch.empty_like(x).bernoulli_(0.7),
+}
 
 
 def random_steps(how, kind, change=lambda model: None):
@@ -279,22 +332,30 @@ def test_selective_draws_again_what_attention_draws(monkeypatch):
         ctx.save_for_backward(*inputs[:3], output[1])
 
     attention.register_autograd(backward, setup_context=save)
-    monkeypatch.setattr(activation_checkpoint, "PRODUCTS", (*activation_checkpoint.PRODUCTS,
-                                                            "drawing.attention"))  # fmt: skip
+    monkeypatch.setattr(
+        activation_checkpoint, "PRODUCTS", (*activation_checkpoint.PRODUCTS, "drawing.attention")
+    )
     for p, again in ((0.3, 4), (0.0, 0)):
         found = []
         for how in ("none", "selective"):
             with Calls() as calls:
                 drawing = torch.ops.drawing.attention
                 core = with_attention(lambda *args: drawing(*args)[0], *[p] * (p > 0))
-                found.append(random_steps(how, "nn.Dropout", lambda model, core=core: [
-                    setattr(b.attn, "core", core) for b in model.blocks.values()]))  # fmt: skip
+                found.append(
+                    random_steps(
+                        how,
+                        "nn.Dropout",
+                        lambda model, core=core: [
+                            setattr(b.attn, "core", core) for b in model.blocks.values()
+                        ],
+                    )
+                )
             found.append(calls.of("drawing.attention"))
         bitwise(found[2], found[0])
         assert found[3] - found[1] == 2 * again
 
 
-# ---- what is computed again --------------------------------------------------------------------------------
+# ---- what is computed again ----------------------------------------------------------------------
 class Calls(TorchDispatchMode):
     """How often each operation runs."""
 
@@ -303,7 +364,9 @@ class Calls(TorchDispatchMode):
         self.counts = {}
 
     def of(self, *names):
-        return sum(n for op, n in self.counts.items() if any(op.startswith(f"{name}.") for name in names))
+        return sum(
+            n for op, n in self.counts.items() if any(op.startswith(f"{name}.") for name in names)
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.counts[str(func)] = self.counts.get(str(func), 0) + 1
@@ -314,9 +377,18 @@ class Calls(TorchDispatchMode):
         return self.of("aten.mm", "aten.addmm", "aten._scaled_mm"), attention
 
 
-AGAIN = {"none": (0, 0), "full": (20, 4), "every_3": (10, 2), "segments_1": (23, 4), "segments_3": (21, 4),
-         "attention": (12, 4), "mlp": (4, 0), "selective": (0, 0), "offload": (0, 0),
-         "full_offload": (20, 4)}  # products and attentions; 24 and 4 in one forward  # fmt: skip
+AGAIN = {
+    "none": (0, 0),
+    "full": (20, 4),
+    "every_3": (10, 2),
+    "segments_1": (23, 4),
+    "segments_3": (21, 4),
+    "attention": (12, 4),
+    "mlp": (4, 0),
+    "selective": (0, 0),
+    "offload": (0, 0),
+    "full_offload": (20, 4),
+}  # products and attentions; 24 and 4 in one forward
 
 
 @pytest.mark.parametrize("how", AGAIN)
@@ -348,13 +420,20 @@ def test_each_part_is_computed_once_more_and_none_in_evaluation(how):
     assert sorted(counts[4:]) == ([0, 2] if how == "every_2" else [0, 1, 2, 3])
 
 
-# ---- the bytes ---------------------------------------------------------------------------------------------
+# ---- the bytes -----------------------------------------------------------------------------------
 SIZE, TOKENS = dict(n_layer=6, n_embd=64, vocab_size=32), 4 * 128
 UNIT = 4 * TOKENS * 64  # bytes of one (B, T, C)
 TRAITS = settings.ARCHS
-KEPT = {"none": (19, 16, 21), "full": (1, 1, 1), "every_2": (10, 8.5, 11), "every_5": (13, 11, 14.33),
-        "segments_3": (0.5, 0.5, 0.5), "attention": (12, 12, 14), "mlp": (11, 8, 13),
-        "selective": (11, 11, 11)}  # units a layer  # fmt: skip
+KEPT = {
+    "none": (19, 16, 21),
+    "full": (1, 1, 1),
+    "every_2": (10, 8.5, 11),
+    "every_5": (13, 11, 14.33),
+    "segments_3": (0.5, 0.5, 0.5),
+    "attention": (12, 12, 14),
+    "mlp": (11, 8, 13),
+    "selective": (11, 11, 11),
+}  # units a layer
 
 
 def peak(how, arch="modern", precision="fp32", group=None, size=SIZE):
@@ -365,7 +444,8 @@ def peak(how, arch="modern", precision="fp32", group=None, size=SIZE):
     keep_less(model, how, group)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    rows = 32 if precision == "bf16" else 4  # autocast's copies of the weights are small beside so many
+    # Autocast's copies of the weights are small beside so many
+    rows = 32 if precision == "bf16" else 4
     ids = torch.zeros(rows, 128, dtype=torch.long)
     with Meter() as meter:
         meter.watch([(p, p.grad) for p in model.parameters()])
@@ -379,11 +459,18 @@ def peak(how, arch="modern", precision="fp32", group=None, size=SIZE):
     return kept, max(forward, backward), backward
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow),
-                                       pytest.param("fp64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "fp32",
+        pytest.param("bf16", marks=pytest.mark.slow),
+        pytest.param("fp64", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("arch", TRAITS)
 def test_bytes_are_those_of_the_estimate_and_of_the_docstring_s_table(arch, precision):
-    """The peak of backward, to 5 percent; what forward leaves of a layer (beside that of the head)."""
+    """The peak of backward, to 5 percent; what forward leaves of a layer (beside that of the
+    head)."""
     for how, units in KEPT.items():
         kept, _, most = peak(how, arch, precision)
         tokens = TOKENS * (8 if precision == "bf16" else 1)
@@ -392,7 +479,9 @@ def test_bytes_are_those_of_the_estimate_and_of_the_docstring_s_table(arch, prec
             assert most == pytest.approx(expected(activation_checkpoint=how), rel=0.05), how
         if precision == "fp32":
             head = expected(n_layer=0) / UNIT
-            assert (kept / UNIT - head) / 6 == pytest.approx(units[[*TRAITS].index(arch)], abs=0.3), how
+            assert (kept / UNIT - head) / 6 == pytest.approx(
+                units[[*TRAITS].index(arch)], abs=0.3
+            ), how
 
 
 def test_of_12_layers_full_needs_less_than_a_quarter():
@@ -410,7 +499,8 @@ def test_ranks_share_out_the_inputs_of_blocks():
     for tp in 1, 2:
         full = activation_bytes("fp32", TOKENS, **SIZE, activation_checkpoint="full_sharded", tp=tp)
         assert full == activation_bytes("fp32", TOKENS, **SIZE, activation_checkpoint="full") - (
-            (tp - 1) * 5 * UNIT / 2)  # the sixth's is back, whole
+            (tp - 1) * 5 * UNIT / 2
+        )  # the sixth's is back, whole
 
 
 class Thin(nn.Module):
@@ -437,7 +527,8 @@ def thin_peak(how, layers):
 
 
 def test_segments_need_least_at_the_square_root_of_layers_times_what_one_keeps():
-    """Of layers that keep one tensor at sqrt(L); of blocks, which keep 19, at L itself while L < 19."""
+    """Of layers that keep one tensor at sqrt(L); of blocks, which keep 19, at L itself while L <
+    19."""
     curve = {k: thin_peak(f"segments_{k}", 16) for k in range(1, 17)}
     assert min(curve, key=curve.get) in (3, 4, 5) and curve[4] < 0.8 * min(curve[1], curve[16])
     size = SIZE | dict(n_layer=16)
@@ -451,7 +542,8 @@ def test_segments_need_least_at_the_square_root_of_layers_times_what_one_keeps()
 
 
 def test_what_is_offloaded_leaves_the_device(monkeypatch):
-    """Copies stand for host memory: they hold what autograd would keep, each storage once, no weights."""
+    """Copies stand for host memory: they hold what autograd would keep, each storage once, no
+    weights."""
     homes = []
 
     def send(trip, x):
@@ -480,9 +572,24 @@ def test_what_is_offloaded_leaves_the_device(monkeypatch):
         bitwise(gradients(model), gradients(expected))
 
 
-# ---- mistakes ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["all", "every", "every_0", "every_K", "every_2.5", "every_-1", "segments_0",
-                                 "segments_5", "segments_", "segments_K", "Full", ""])  # fmt: skip
+# ---- mistakes ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "how",
+    [
+        "all",
+        "every",
+        "every_0",
+        "every_K",
+        "every_2.5",
+        "every_-1",
+        "segments_0",
+        "segments_5",
+        "segments_",
+        "segments_K",
+        "Full",
+        "",
+    ],
+)
 def test_what_is_not_known_is_refused_with_what_to_type(how):
     with pytest.raises(ValueError, match="type --activation_checkpoint=") as error:
         build(how)
@@ -503,11 +610,16 @@ def test_zero_bubble_is_refused(how):
         keep_less(model, how)
 
 
-# ---- compiled ----------------------------------------------------------------------------------------------
+# ---- compiled ------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["full", "selective", "segments_2", "attention", "offload", "full_sharded"])
+@pytest.mark.parametrize(
+    "how", ["full", "selective", "segments_2", "attention", "offload", "full_sharded"]
+)
 def test_compiled_blocks(how):
-    expected, model = build("none", MODERN | dict(dropout=0.0)), build(how, MODERN | dict(dropout=0.0))
+    expected, model = (
+        build("none", MODERN | dict(dropout=0.0)),
+        build(how, MODERN | dict(dropout=0.0)),
+    )
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward)
     torch.testing.assert_close(run(model), run(expected))

@@ -1,4 +1,5 @@
-"""A window is a mask written out, in stretches or by FlexAttention, on every layout and token by token."""
+"""A window is a mask written out, in stretches or by FlexAttention, on every layout and token by
+token."""
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def test_a_window_is_the_mask_written_out_and_so_are_its_gradients(T, window, kv
 
 
 @pytest.mark.parametrize("kv", [1, 2, 4])
-def test_written_out_it_is_torchs_kernel_and_in_bfloat16_no_further_from_the_truth_than_rounding(kv):
+def test_written_out_it_is_torchs_kernel_and_in_bfloat16_no_further_from_the_truth_than_rounding(
+    kv,
+):
     inputs = qkv(40, kv)
     found, expected = (core(kind, None)(*inputs) for kind in ("plain", "sdpa"))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
@@ -64,10 +67,15 @@ def test_flex_attention_sees_the_same(window):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no backward of FlexAttention on a CPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch has no backward of FlexAttention on a CPU"
+)
 def test_flex_attention_has_the_same_gradients():
     inputs = [x.detach().cuda().requires_grad_() for x in qkv(300, 2, torch.float32, D=32)]
-    grads = [torch.autograd.grad(core(kind, 70)(*inputs).square().sum(), inputs) for kind in ("flex", "sdpa")]
+    grads = [
+        torch.autograd.grad(core(kind, 70)(*inputs).square().sum(), inputs)
+        for kind in ("flex", "sdpa")
+    ]
     for found, expected in zip(*grads):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
@@ -81,7 +89,9 @@ def test_the_largest_logits_are_those_that_are_seen():
     assert not torch.equal(found, qk_clip.max_logits(q, k, torch.arange(12)))
 
 
-SHAPE = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=14, vocab_size=50, zero_init=False)
+SHAPE = dict(
+    n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=14, vocab_size=50, zero_init=False
+)
 
 
 @pytest.mark.parametrize("length", [1, 3, 9])
@@ -118,22 +128,50 @@ def test_every_layout_is_one_process(layout, flags):
     assert_one_process(layout, *flags)
 
 
-WORDS = ["--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--batch_size=4", "--window=5",
-         "--steps=4", "--eval_tokens=64", "--eval_every=4", "--sample_tokens=8", "--precision=fp64",
-         "--save_every=0", "--peak_flops=1e9"]  # fmt: skip
+WORDS = [
+    "--n_layer=2",
+    "--n_embd=16",
+    "--n_head=2",
+    "--block_size=16",
+    "--batch_size=4",
+    "--window=5",
+    "--steps=4",
+    "--eval_tokens=64",
+    "--eval_every=4",
+    "--sample_tokens=8",
+    "--precision=fp64",
+    "--save_every=0",
+    "--peak_flops=1e9",
+]
 
 
-@pytest.mark.parametrize("more", [
-    ["--activation_checkpoint=selective"], ["--activation_checkpoint=attention"], ["--attention=plain"],
-    ["--activation_checkpoint=selective", "--attention=plain"],
-    pytest.param(["--compile=default", "--compile.backend=aot_eager"], marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--activation_checkpoint=selective"],
+        ["--activation_checkpoint=attention"],
+        ["--attention=plain"],
+        ["--activation_checkpoint=selective", "--attention=plain"],
+        pytest.param(["--compile=default", "--compile.backend=aot_eager"], marks=pytest.mark.slow),
+    ],
+)
 def test_recomputed_or_compiled_it_is_the_same_run(tmp_path, text, more):
     def losses(*words):
-        train.main(config.parse([f"--data={text}", f"--out_dir={tmp_path / 'run'}", "--resume=never",
-                                 *WORDS, *words]))  # fmt: skip
+        train.main(
+            config.parse(
+                [
+                    f"--data={text}",
+                    f"--out_dir={tmp_path / 'run'}",
+                    "--resume=never",
+                    *WORDS,
+                    *words,
+                ]
+            )
+        )
         rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-        return [row[name] for row in rows for name in ("loss", "grad_norm", "val_loss") if name in row]
+        return [
+            row[name] for row in rows for name in ("loss", "grad_norm", "val_loss") if name in row
+        ]
 
     assert losses(*more) == pytest.approx(losses(), rel=1e-10)
 
@@ -142,27 +180,44 @@ def test_a_window_counts_in_the_utilisation(tmp_path, text):
     """12 L C T of attention, T being what a query sees."""
 
     def flops(*words):
-        train.main(config.parse([f"--data={text}", f"--out_dir={tmp_path / 'run'}", "--resume=never",
-                                 *WORDS, *words]))  # fmt: skip
+        train.main(
+            config.parse(
+                [
+                    f"--data={text}",
+                    f"--out_dir={tmp_path / 'run'}",
+                    "--resume=never",
+                    *WORDS,
+                    *words,
+                ]
+            )
+        )
         row = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "mfu" in row][-1]
         return row["mfu"] * 1e9 / row["tokens_per_s"]
 
     assert flops("--window=none") - flops() == pytest.approx(12 * 2 * 16 * (16 - 5))
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--window=256"], "window=256 is no window over block_size=256 tokens"),
-    (["--window=0"], "window=0 is out of range"),
-    (["--window=8", "--cp=2"], "window=8 does not go with cp_attention=ring.*ulysses"),
-    (["--attention=flex", "--n_embd=64", "--n_head=8"], "no kernel for heads of 8.*--n_head"),
-    (["--attention=flex", "--cp=2"], "attention=flex does not go with cp_attention=ring.*ulysses"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--window=256"], "window=256 is no window over block_size=256 tokens"),
+        (["--window=0"], "window=0 is out of range"),
+        (["--window=8", "--cp=2"], "window=8 does not go with cp_attention=ring.*ulysses"),
+        (["--attention=flex", "--n_embd=64", "--n_head=8"], "no kernel for heads of 8.*--n_head"),
+        (
+            ["--attention=flex", "--cp=2"],
+            "attention=flex does not go with cp_attention=ring.*ulysses",
+        ),
+    ],
+)
 def test_what_cannot_be_is_said(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
         config.parse(flags)
 
 
 def test_flex_attention_without_a_gpu_is_said(tmp_path, text):
-    cfg = config.parse([f"--data={text}", f"--out_dir={tmp_path}", "--attention=flex", "--device=cpu"])
+    cfg = config.parse(
+        [f"--data={text}", f"--out_dir={tmp_path}", "--attention=flex", "--device=cpu"]
+    )
     with pytest.raises(ValueError, match="attention=flex is for GPUs.*--attention=sdpa"):
         train.main(cfg)

@@ -1,5 +1,5 @@
-"""The bench: a row for each class, state as the docstrings promise, one line for a wrong flag. The network:
-bandwidths by their formulas, and the slow link by its name."""
+"""The bench: a row for each class, state as the docstrings promise, one line for a wrong flag. The
+network: bandwidths by their formulas, and the slow link by its name."""
 
 import contextlib
 import importlib
@@ -22,15 +22,19 @@ from parallel.mesh import make_mesh
 
 LIBRARIES = ("pytorch_optimizer", "schedulefree", "heavyball")
 WORDS = {  # row: the docstring's words for what optimizers.STATE holds
-    "sgd": "4 bytes a parameter with momentum", "lars": "4 bytes a parameter with momentum",
-    "adamw": "8 bytes a parameter", "adaml2": "8 bytes a parameter", "lamb": "8 bytes a parameter",
-    "lion": "4 bytes a parameter", "muon": "4 bytes a parameter",
+    "sgd": "4 bytes a parameter with momentum",
+    "lars": "4 bytes a parameter with momentum",
+    "adamw": "8 bytes a parameter",
+    "adaml2": "8 bytes a parameter",
+    "lamb": "8 bytes a parameter",
+    "lion": "4 bytes a parameter",
+    "muon": "4 bytes a parameter",
     "adafactor": "4·(rows + cols) bytes a matrix, 4 bytes an element of a vector",
     "shampoo": "8(a² + b²) bytes for L and P, 4ab for m, 4ab for v",
     "soap": "8(a² + b²) bytes for GG and Q, 8ab for m′ and v",
     "adamwschedulefree": "8 bytes a parameter for AdamW, 4 for SGD",
     "sgdschedulefree": "8 bytes a parameter for AdamW, 4 for SGD",
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -51,7 +55,9 @@ def test_the_table_has_a_row_for_each_class_and_names_missing_peers(alone, tiny,
     assert bench.main(["optim", "--quick", "--threads=1", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
     assert out.read_text() == printed
-    titles = [line.split(" | ")[0].strip("| ") for line in printed.splitlines() if line.startswith("| ")]
+    titles = [
+        line.split(" | ")[0].strip("| ") for line in printed.splitlines() if line.startswith("| ")
+    ]
     for row in optimizers.STATE:
         assert optimizers.ROWS[row][1][1].rsplit(".", 1)[1] in titles
     for library in LIBRARIES:
@@ -63,9 +69,13 @@ def test_every_optimizer_class_has_a_row():
     found = set()
     for file in Path(bench.__file__).parent.glob("optim/*.py"):
         module = importlib.import_module(f"optim.{file.stem}")
-        found |= {f"optim.{file.stem}.{name}" for name, x in vars(module).items()
-                  if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)
-                  and x.__module__ == module.__name__}  # fmt: skip
+        found |= {
+            f"optim.{file.stem}.{name}"
+            for name, x in vars(module).items()
+            if isinstance(x, type)
+            and issubclass(x, torch.optim.Optimizer)
+            and x.__module__ == module.__name__
+        }
     assert found == classes
 
 
@@ -91,10 +101,18 @@ def test_a_wrong_claim_and_a_failing_peer_do_not_end_the_bench(monkeypatch, tiny
     assert "| Lion |" in printed and "skipped broken: ValueError" in printed
 
 
-@pytest.mark.parametrize("command", [
-    "", "optimizers", "optim --fast", "optim --only=adan", "optim --threads=0", "optim --quick=1",
-    "optim --out",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "optimizers",
+        "optim --fast",
+        "optim --only=adan",
+        "optim --threads=0",
+        "optim --quick=1",
+        "optim --out",
+    ],
+)
 def test_what_is_not_understood_is_one_line_and_exit_2(command, capsys):
     assert bench.main(command.split()) == 2
     captured = capsys.readouterr()
@@ -111,9 +129,10 @@ def test_muon_compared_with_plain_and_symmetric_products_is_one_algorithm(shape)
         assert torch.allclose(update(us, "quintic", 5, torch.float64), X, atol=1e-9)
 
 
-# ---- the network -------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 def network(rank, world, argv, slow=lambda rank, peers: 0.0):
-    """(exit status, what was printed) of `bench.py network` here; calls from rank to rank wait first."""
+    """(exit status, what was printed) of `bench.py network` here; calls from rank to rank wait
+    first."""
     plain = dist.batch_isend_irecv
 
     def slowed(ops):
@@ -128,7 +147,9 @@ def network(rank, world, argv, slow=lambda rank, peers: 0.0):
 def check_table(text: str, axes: dict[str, int], sizes: list[int]) -> None:
     """A row for each axis, size and collective, and bandwidths that follow from bytes and time."""
     found = {}
-    for line in (line.split() for line in text.splitlines() if line[:2] in axes and "GB/s" not in line):
+    for line in (
+        line.split() for line in text.splitlines() if line[:2] in axes and "GB/s" not in line
+    ):
         axis, n, name, size, microseconds, alg, bus = line
         found[axis, name, int(size)] = float(bus) / float(alg)
         assert int(n) == axes[axis] and float(microseconds) > 0 and float(alg) > 0
@@ -138,26 +159,38 @@ def check_table(text: str, axes: dict[str, int], sizes: list[int]) -> None:
         for size in [4 * n, *sizes]:
             size += -size % (4 * n)
             expected[axis, "all-reduce", size] = {2: 1.0, 4: 1.5}[n]
-            expected[axis, "all-gather", size] = expected[axis, "reduce-scatter", size] = {2: 0.5, 4: 0.75}[n]
+            expected[axis, "all-gather", size] = expected[axis, "reduce-scatter", size] = {
+                2: 0.5,
+                4: 0.75,
+            }[n]
             expected[axis, "point-to-point", size] = 1.0
     assert found == pytest.approx(expected, rel=0.02)
     assert [line.split(":")[0] for line in text.splitlines() if "slowest" in line] == [*axes]
 
 
-@pytest.mark.parametrize("argv, axes, sizes", [
-    (["--tp=2", "--quick"], {"dp": 2, "tp": 2}, [10_000, 100_000]),
-    (["--quick", "--sizes=1001,2e3"], {"dp": 4}, [1001, 2000]),
-    (["--quick", "--pp=2", "--cp=2"], {"pp": 2, "cp": 2}, [10_000, 100_000])])
+@pytest.mark.parametrize(
+    "argv, axes, sizes",
+    [
+        (["--tp=2", "--quick"], {"dp": 2, "tp": 2}, [10_000, 100_000]),
+        (["--quick", "--sizes=1001,2e3"], {"dp": 4}, [1001, 2000]),
+        (["--quick", "--pp=2", "--cp=2"], {"pp": 2, "cp": 2}, [10_000, 100_000]),
+    ],
+)
 def test_every_axis_is_measured_and_rank_0_prints(argv, axes, sizes):
     (status, text), *others = run_ranks(4, network, argv)
     check_table(text, axes, sizes)
     assert status == 0 and others == [(0, "")] * 3
 
 
-@pytest.mark.parametrize("argv, axis, link", [
-    ([], "dp", (3, 0)), (["--tp=2"], "tp", (2, 3)),
-    pytest.param([], "dp", (1, 2), marks=pytest.mark.slow),
-    pytest.param(["--tp=2"], "dp", (1, 3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "argv, axis, link",
+    [
+        ([], "dp", (3, 0)),
+        (["--tp=2"], "tp", (2, 3)),
+        pytest.param([], "dp", (1, 2), marks=pytest.mark.slow),
+        pytest.param(["--tp=2"], "dp", (1, 3), marks=pytest.mark.slow),
+    ],
+)
 def test_a_slow_link_is_named(argv, axis, link):
     def slow(rank, peers):
         return 0.03 * (rank == link[0] and peers == {link[1]})
@@ -166,19 +199,24 @@ def test_a_slow_link_is_named(argv, axis, link):
     (line,) = [line for line in text.splitlines() if line.startswith(axis) and "slowest" in line]
     host = bench_network.socket.gethostname()
     assert f"rank {link[0]} ({host}) - rank {link[1]} ({host})" in line
-    figures = {word: float(line.split(f"{word} ")[1].split(":")[0].split(",")[0])
-               for word in ("median", "slowest")}  # fmt: skip
+    figures = {
+        word: float(line.split(f"{word} ")[1].split(":")[0].split(",")[0])
+        for word in ("median", "slowest")
+    }
     assert figures["slowest"] < 1000 / 0.03 / 1e9 < figures["median"]
 
 
 def test_a_slow_rank_has_no_fast_link():
-    (_, text), *_ = run_ranks(4, network, ["--quick", "--sizes=1000"], lambda rank, peers: 0.03 * (rank == 2))
+    (_, text), *_ = run_ranks(
+        4, network, ["--quick", "--sizes=1000"], lambda rank, peers: 0.03 * (rank == 2)
+    )
     pair, rank = text.splitlines()[-1].split("; at their best:")
     assert " rank 2 (" in pair and ": rank 2 (" in rank
 
 
 def links(rank, world):
-    """What each call leaves in x and y; then what reduce-scatter brought, gathered; and the pairs."""
+    """What each call leaves in x and y; then what reduce-scatter brought, gathered; and the
+    pairs."""
     mesh, x, results = make_mesh(torch.device("cpu")), torch.full((2 * world,), rank + 1.0), {}
     y = torch.zeros_like(x)
     work = bench_network.collectives(mesh.groups["dp"], x, y)
@@ -201,7 +239,9 @@ def test_the_calls_move_the_whole_message_and_every_link_is_tried(world):
         assert {*pairs} == expected and min(pairs.values()) > 0
 
 
-@pytest.mark.parametrize("argv", ["", "--quick=1", "--tp=0", "--sizes=1e", "--slow", "--device=tpux"])
+@pytest.mark.parametrize(
+    "argv", ["", "--quick=1", "--tp=0", "--sizes=1e", "--slow", "--device=tpux"]
+)
 def test_the_network_of_one_process_and_a_wrong_flag_are_one_line(argv, capsys):
     assert bench.main(["network", *argv.split()]) == 2
     captured = capsys.readouterr()
@@ -219,6 +259,8 @@ def test_the_network_under_torchrun():
     check_table(done.stdout, {"dp": 2}, [10_000, 100_000])
 
 
-@pytest.mark.parametrize("argv, says", [([], "type torchrun"), (["--m=8"], "is not --micro_batches=8")])
+@pytest.mark.parametrize(
+    "argv, says", [([], "type torchrun"), (["--m=8"], "is not --micro_batches=8")]
+)
 def test_the_pipelines_bench_says_how_it_is_started(argv, says, capsys):
     assert bench.main(["pipeline", *argv]) == 2 and says in capsys.readouterr().err

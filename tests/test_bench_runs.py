@@ -1,4 +1,5 @@
-"""bench.py scaling, overhead, job, nanogpt, all: tables of invented figures; runs of tiny models."""
+"""bench.py scaling, overhead, job, nanogpt, all: tables of invented figures; runs of tiny
+models."""
 
 import math
 import pickle
@@ -13,7 +14,7 @@ from benchmarks import all as everything
 from benchmarks import nanogpt, overhead, runs, scaling
 
 
-# ---- scaling ---------------------------------------------------------------------------------------------
+# ---- scaling -------------------------------------------------------------------------------------
 def test_the_exponent_is_that_of_the_power_law():
     xs = [1.0, 2.0, 4.0, 8.0, 16.0]
     assert scaling.exponent(xs, [3 * x**0.75 for x in xs]) == pytest.approx(0.75)
@@ -37,16 +38,26 @@ def test_sizes_are_powers_of_two_of_the_default_models_blocks_and_ratios_are_rou
     case = scaling.SIZES[2]
     assert (case.n_layer, case.n_embd, case.parameters()) == (4, 256, 3_276_800)  # the README's 3M
     assert case.flops() == 6 * (12 * 4 * 256**2 + 256 * 256) + 12 * 4 * 256 * 256
-    figures = {("muon", "ddp", 1, 2): (100, 200), ("muon", "ddp", 2, 1): (110, 180),
-               ("muon", "ddp", 4, 1): (50, 60), ("muon", "zero1", 2, 1): (120, 240),
-               ("adamw", "ddp", 1, 2): (10, 20), ("adamw", "ddp", 2, 1): (9, 20)}  # fmt: skip
-    found = {layout: [{"tokens_per_s": x, "peak_bytes": 2**20, "sent_bytes": 7} for x in speeds]
-             for layout, speeds in figures.items()}  # fmt: skip
+    figures = {
+        ("muon", "ddp", 1, 2): (100, 200),
+        ("muon", "ddp", 2, 1): (110, 180),
+        ("muon", "ddp", 4, 1): (50, 60),
+        ("muon", "zero1", 2, 1): (120, 240),
+        ("adamw", "ddp", 1, 2): (10, 20),
+        ("adamw", "ddp", 2, 1): (9, 20),
+    }
+    found = {
+        layout: [{"tokens_per_s": x, "peak_bytes": 2**20, "sent_bytes": 7} for x in speeds]
+        for layout, speeds in figures.items()
+    }
     page = "\n".join(scaling.ranks_table(found, case, 2))
     assert "| muon, ddp | 2 x 1 | 145 | 1.00 (0.90..1.10) | 1 | 7 | 13,107,200 |" in page
     assert "| muon, ddp | 4 x 1 | 55 | 0.40 (0.30..0.50) | 1 | 7 | 19,660,800 |" in page
-    for way, ratio in (("muon, ddp", "1.00 (0.90..1.10)"), ("muon, zero1", "1.20 (1.20..1.20)"),
-                       ("adamw, ddp", "0.95 (0.90..1.00)")):  # fmt: skip
+    for way, ratio in (
+        ("muon, ddp", "1.00 (0.90..1.10)"),
+        ("muon, zero1", "1.20 (1.20..1.20)"),
+        ("adamw, ddp", "0.95 (0.90..1.00)"),
+    ):
         assert f"- {way}: 2 ranks of one thread / one process of 2: **{ratio}**" in page
 
 
@@ -61,7 +72,7 @@ def test_scaling_end_to_end(capsys):
     assert page.count("| x") == 3 and "peak bytes =" in page
 
 
-# ---- overhead --------------------------------------------------------------------------------------------
+# ---- overhead ------------------------------------------------------------------------------------
 def test_a_call_within_another_counts_once_and_a_step_begins_at_the_mark(monkeypatch):
     clock, now = overhead.Clock(), [0.0]
     monkeypatch.setattr(overhead.time, "perf_counter", lambda: now[0])
@@ -78,13 +89,16 @@ def test_a_call_within_another_counts_once_and_a_step_begins_at_the_mark(monkeyp
         outer(2.0, inner)
         inner(3.0)
         now[0] += 10.0
-    assert clock.steps == [{"began": began, overhead.MARK: 1.0, "outer": 4.0, "inner": 3.0}
-                           for began in (9.0, 27.0)]  # fmt: skip
+    assert clock.steps == [
+        {"began": began, overhead.MARK: 1.0, "outer": 4.0, "inner": 3.0} for began in (9.0, 27.0)
+    ]
 
 
-LENGTHS = [9.0, 1.0, 2.0, 5.0, 1.0, 1.1, 2.0, 1.2, 1.0, 1.0, 1.1, 3.0, 1.4, 1.0, 1.0]  # saved after 2, 6, 11
+# Saved after 2, 6, 11
+LENGTHS = [9.0, 1.0, 2.0, 5.0, 1.0, 1.1, 2.0, 1.2, 1.0, 1.0, 1.1, 3.0, 1.4, 1.0, 1.0]
 SAVES = [
-    {"began": sum(LENGTHS[:i])} | ({"Saver.save": i / 1e3} if i in (2, 6, 11) else {}) for i in range(15)
+    {"began": sum(LENGTHS[:i])} | ({"Saver.save": i / 1e3} if i in (2, 6, 11) else {})
+    for i in range(15)
 ]
 
 
@@ -102,7 +116,9 @@ def test_shares_are_of_the_median_step_beside_their_targets(log_ms, said):
     assert "median of 4 steps: 100.0 ms" in page
     assert "| **waiting for data** | 0.100 | **0.10 %** | < 1 |" in page
     assert f"| **monitoring and checks** | {log_ms:.3f} | **{log_ms:.2f} %** {said}" in page
-    saves = "over the others' median: **1.30 (1.20..1.40)**, 2 saves; save() itself: 8.5 (6.0..11.0) ms"
+    saves = (
+        "over the others' median: **1.30 (1.20..1.40)**, 2 saves; save() itself: 8.5 (6.0..11.0) ms"
+    )
     assert saves in page
     assert "beyond it **2.50 (1.50..3.50) s**, target, s: **not** < 2" in page
 
@@ -121,13 +137,13 @@ def test_overhead_end_to_end(text, capsys):
     page = capsys.readouterr().out
     for owner, attribute in overhead.DATA + overhead.CHECKS:
         assert f"| {overhead.name_of(owner, attribute)} | " in page  # each was called
-    (first, bare, beyond) = map(float, re.findall(r"(\d+\.\d\d) \(", page[page.index("Start to") :]))
+    first, bare, beyond = map(float, re.findall(r"(\d+\.\d\d) \(", page[page.index("Start to") :]))
     assert first - bare == pytest.approx(beyond, abs=0.011) and 0 < bare < first
     assert bench.main(["overhead", "--quick", "--data=nowhere"]) == 1
     assert "overhead: train.py: --data=nowhere does not exist" in capsys.readouterr().err
 
 
-# ---- all, and the words ----------------------------------------------------------------------------------
+# ---- all, and the words --------------------------------------------------------------------------
 def test_all_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
     ran = []
 
@@ -153,7 +169,9 @@ def test_all_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
 def test_all_runs_nanogpt_where_its_clone_is_given(monkeypatch, clone):
     ran = []
     done = subprocess.CompletedProcess([], 0, "figures", "")
-    monkeypatch.setattr(everything.subprocess, "run", lambda command, **_: ran.append(command[1:]) or done)
+    monkeypatch.setattr(
+        everything.subprocess, "run", lambda command, **_: ran.append(command[1:]) or done
+    )
     monkeypatch.setattr(everything, "BENCHES", ("nanogpt", "optim"))
     monkeypatch.setattr(runs, "header", " ".join)
     assert bench.main(["all", f"--nanogpt={clone}"]) == 0
@@ -181,12 +199,15 @@ def test_a_job_is_repeated_with_other_seeds(monkeypatch, capsys):
     assert all("--n_embd=32" in words and "--resume=never" in words for words in ran)
     row = "| **12.5 (12.0..13.0)** | **1.2500 ± 0.0707** | 250 (200..300) |"
     assert row in capsys.readouterr().out
-    monkeypatch.setattr(runs, "run", lambda words, out_dir: (1.0, [{"step_s": 1.0, "tokens_per_s": 1.0},
-                                                                   {"val_loss": None}]))  # fmt: skip
+    monkeypatch.setattr(
+        runs,
+        "run",
+        lambda words, out_dir: (1.0, [{"step_s": 1.0, "tokens_per_s": 1.0}, {"val_loss": None}]),
+    )
     assert bench.main(["job", "--runs=2"]) == 0 and "**nan ± nan**" in capsys.readouterr().out
 
 
-# ---- nanoGPT, whose place a few lines take ---------------------------------------------------------------
+# ---- nanoGPT, whose place a few lines take -------------------------------------------------------
 THEIR_TRAIN = """
 import os, sys
 import torch
@@ -248,21 +269,38 @@ def test_nanogpt_end_to_end(clone, tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(runs, "CACHE", tmp_path)
     assert bench.main(["nanogpt", f"--path={clone}", f"--data={text}", "--quick"]) == 0
     page = capsys.readouterr().out
-    assert re.search(r"\| nanoGPT, float32 \| \d+ \(.*\) \| \*\*1\.00 \(1\.00\.\.1\.00\)\*\* \|", page)
+    assert re.search(
+        r"\| nanoGPT, float32 \| \d+ \(.*\) \| \*\*1\.00 \(1\.00\.\.1\.00\)\*\* \|", page
+    )
     assert page.count("- seconds, nanoGPT / cpu_speedrun") == 1 and "5.5452" in page
 
 
-@pytest.mark.parametrize("command, says", [
-    ("speedrun --rnus=5", "usage"), ("speedrun --runs=0", "usage"), ("speedrun --loss=low", "usage"),
-    ("speedrun --loss=1.5 --reference=x.toml", "without --reference="),
-    ("speedrun --recipe=x.toml", "x.toml"),
-    ("speedrun --data=nowhere", "nowhere"), ("speedrun --out=/nowhere/x.md", "mkdir"),
-    ("scaling --ranks=2", "usage"), ("scaling --quick=yes", "usage"), ("overhead --n_layr=2", "n_layer"),
-    ("overhead --steps=2", "--steps=24"), ("overhead --quick=1", "usage"), ("overhead --out_dir=x", "leave"),
-    ("overhead --save_hours=1", "leave"),
-    ("nanogpt --path=nowhere", "git clone"), ("job --seed=3", "leave it out"), ("job --rnus=3", "rnus"),
-    ("all --nanogpt=nowhere", "clone"), ("spread --slow", "usage"), ("all --only=optim", "usage"),
-    ("all --out=README.md", "folder")])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("speedrun --rnus=5", "usage"),
+        ("speedrun --runs=0", "usage"),
+        ("speedrun --loss=low", "usage"),
+        ("speedrun --loss=1.5 --reference=x.toml", "without --reference="),
+        ("speedrun --recipe=x.toml", "x.toml"),
+        ("speedrun --data=nowhere", "nowhere"),
+        ("speedrun --out=/nowhere/x.md", "mkdir"),
+        ("scaling --ranks=2", "usage"),
+        ("scaling --quick=yes", "usage"),
+        ("overhead --n_layr=2", "n_layer"),
+        ("overhead --steps=2", "--steps=24"),
+        ("overhead --quick=1", "usage"),
+        ("overhead --out_dir=x", "leave"),
+        ("overhead --save_hours=1", "leave"),
+        ("nanogpt --path=nowhere", "git clone"),
+        ("job --seed=3", "leave it out"),
+        ("job --rnus=3", "rnus"),
+        ("all --nanogpt=nowhere", "clone"),
+        ("spread --slow", "usage"),
+        ("all --only=optim", "usage"),
+        ("all --out=README.md", "folder"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_2(command, says, monkeypatch, capsys):
     monkeypatch.chdir(runs.ROOT)
     monkeypatch.setattr(subprocess, "Popen", None)  # before anything runs

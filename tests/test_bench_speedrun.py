@@ -36,16 +36,36 @@ def recipes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def invented(monkeypatch):
-    """No process starts: the seconds and losses of (recipe, seed) come from here, and `ran` says who ran."""
-    seconds = {("a", 1): 40.0, ("a", 2): 44.0, ("a", 3): 42.0, ("b", 1): 20.0, ("b", 2): 20.0, ("b", 3): 24.0}
-    losses = {("a", 1): 1.6, ("a", 2): 1.7, ("a", 3): 1.8, ("b", 1): 1.60, ("b", 2): 1.61, ("b", 3): 1.62}
+    """No process starts: the seconds and losses of (recipe, seed) come from here, and `ran` says
+    who ran."""
+    seconds = {
+        ("a", 1): 40.0,
+        ("a", 2): 44.0,
+        ("a", 3): 42.0,
+        ("b", 1): 20.0,
+        ("b", 2): 20.0,
+        ("b", 3): 24.0,
+    }
+    losses = {
+        ("a", 1): 1.6,
+        ("a", 2): 1.7,
+        ("a", 3): 1.8,
+        ("b", 1): 1.60,
+        ("b", 2): 1.61,
+        ("b", 3): 1.62,
+    }
     ran = []
 
     def run(words, out_dir, ranks=1):
         given = dict(word.partition("=")[::2] for word in words[1:])
         ran.append((words[0].removesuffix(".toml")[-1], int(given.get("--seed", 0))))
-        assert {"--eval_tokens=32768", "--sample_tokens=0", "--save_every=0", "--plot=false", "--resume=never"
-                } <= {*words}  # fmt: skip
+        assert {
+            "--eval_tokens=32768",
+            "--sample_tokens=0",
+            "--save_every=0",
+            "--plot=false",
+            "--resume=never",
+        } <= {*words}
         return seconds.get(ran[-1]), [{"step": 4, "val_loss": 9.0}]
 
     monkeypatch.setattr(runs, "run", run)
@@ -61,8 +81,10 @@ def test_recipes_take_turns_and_the_ratio_is_of_medians(recipes, invented, text,
     printed = capsys.readouterr().out
     assert printed.endswith(page := out.read_text())
     assert "run 2 of 3: ours: 20.0 s, loss 1.6100, val_loss 9.0000" in printed.split(page)[0]
-    assert ("| reference: a.toml | 42.0 (40.0..44.0) | 1.7000 ± 0.1000 | 1.6000 1.7000 1.8000 | "
-            "9.0000 ± 0.0000 | 9.0000 9.0000 9.0000 |") in page  # fmt: skip
+    assert (
+        "| reference: a.toml | 42.0 (40.0..44.0) | 1.7000 ± 0.1000 | 1.6000 1.7000 1.8000 | "
+        "9.0000 ± 0.0000 | 9.0000 9.0000 9.0000 |" in page
+    )
     assert "| ours: b.toml | 20.0 (20.0..24.0) | 1.6100 ± 0.0100 |" in page
     assert "reference / ours: **2.10** (pair by pair 1.75..2.20)" in page
     assert "loss 1.6100 <= 1.7000: reached" in page
@@ -76,12 +98,21 @@ def test_a_loss_above_the_references_is_not_reached(recipes, invented, text, cap
     assert "loss 1.7500 > 1.7000: **not reached**" in printed and "**not significant**" in printed
 
 
-@pytest.mark.parametrize("target, words", [
-    ("1.605", ["**not reached**", "**not significant**"]), ("1.61", [": reached", "**not significant**"]),
-    ("1.62", [": reached", "0.0173 < 3.1 sd = 0.0310: **not significant**"]),
-    ("1.63", [": reached", "0.0346 >= 3.1 sd = 0.0310: significant"])])  # fmt: skip
-def test_an_entry_alone_is_held_against_a_given_loss(target, words, recipes, invented, text, capsys):
-    assert bench.main(["speedrun", f"--loss={target}", "--runs=3", f"--data={text}", recipes[1]]) == 0
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("1.605", ["**not reached**", "**not significant**"]),
+        ("1.61", [": reached", "**not significant**"]),
+        ("1.62", [": reached", "0.0173 < 3.1 sd = 0.0310: **not significant**"]),
+        ("1.63", [": reached", "0.0346 >= 3.1 sd = 0.0310: significant"]),
+    ],
+)
+def test_an_entry_alone_is_held_against_a_given_loss(
+    target, words, recipes, invented, text, capsys
+):
+    assert (
+        bench.main(["speedrun", f"--loss={target}", "--runs=3", f"--data={text}", recipes[1]]) == 0
+    )
     printed = capsys.readouterr().out
     assert {name for name, _ in invented.ran} == {"b"} and "reference / ours" not in printed
     assert all(word in printed for word in words)
@@ -93,8 +124,9 @@ def test_one_run_and_a_diverged_one_are_no_proof():
     assert "not reached" in said[0] and "not significant" in said[1]
 
 
-@pytest.mark.parametrize("length, multiple", [
-    (2**20, 64), (736_739, 256), (5000, 48), (4097, 4096), (50, 48)])  # fmt: skip
+@pytest.mark.parametrize(
+    "length, multiple", [(2**20, 64), (736_739, 256), (5000, 48), (4097, 4096), (50, 48)]
+)
 def test_stretches_are_whole_rows_apart_and_inside(length, multiple):
     found = speedrun.stretches(length, multiple)
     sizes = {last - first for first, last in found}
@@ -107,6 +139,7 @@ def test_stretches_are_whole_rows_apart_and_inside(length, multiple):
 def test_each_length_of_rows_foretells_the_same_tokens(monkeypatch):
     held_out, seen = data.Tokens([np.arange(30_000) % 251], "x"), {}
     for T in (16, 24):
+
         def model(inputs, targets, T=T):
             assert inputs.shape == targets.shape and inputs.shape[1] == T
             assert torch.equal((inputs + 1) % 251, targets)
@@ -132,9 +165,11 @@ def test_a_speedrun_end_to_end(recipes, text, capsys):
         (row,) = re.findall(rf"\| {who}: {name}\.toml \| (.+) \|", printed)
         seconds, _, losses, _, logged = (re.findall(r"\d+\.\d+", cell) for cell in row.split("|"))
         assert 0.5 < float(seconds[0]) < 60 and len(losses) == 2
-        assert [*map(float, losses)] == pytest.approx([*map(float, logged)], abs=2e-3)  # of nearly all tokens
+        # Of nearly all tokens
+        assert [*map(float, losses)] == pytest.approx([*map(float, logged)], abs=2e-3)
     (tmp := recipes[0].partition("=")[2])
     with open(tmp, "a") as file:
-        file.write("lr = 0.1\nembed_lr = 0.1\nhead_lr = 0.1\ntied = true\n")  # there is no head: train.py's
+        # There is no head: train.py's
+        file.write("lr = 0.1\nembed_lr = 0.1\nhead_lr = 0.1\ntied = true\n")
     assert bench.main(["speedrun", "--runs=1", f"--data={text}", *recipes]) == 1
     assert f"speedrun: {tmp}: train.py: --head_lr" in capsys.readouterr().err

@@ -56,17 +56,22 @@ def table(text: str) -> dict[str, list[str]]:
     return {name: cells for name, *cells in rows}
 
 
-def test_they_take_turns_and_the_table_has_medians_over_rounds_of_the_median_step(fake, tmp_path, capsys):
+def test_they_take_turns_and_the_table_has_medians_over_rounds_of_the_median_step(
+    fake, tmp_path, capsys
+):
     out = tmp_path / "table.md"
     words = ["train", "--only=fp32,bf16,fp8", "--rounds=3", f"--data={fake}", f"--out={out}"]
     assert bench.main(words) == 0
     printed = capsys.readouterr().out
-    assert out.read_text() == printed and f"`python bench.py {' '.join(words)}`, commit abc" in printed
+    assert (
+        out.read_text() == printed and f"`python bench.py {' '.join(words)}`, commit abc" in printed
+    )
     assert fake.read_text().split() == [f"{name}+off+none" for name in ("fp32", "bf16", "fp8")] * 3
     assert table(printed) == {  # steps 4 to 9 have 0.8 to 1.3 of the speed
         "fp32": ["**1.00** (1.00..1.00)", "1,000", "64.0", "unknown", "109", "4", "4.1000"],
         "bf16": ["**3.00** (2.00..3.00)", "3,000", "21.3", "25.0%", "109", "4", "4.1000"],
-        "fp8 (emulated)": ["**0.10** (0.10..0.10)", "100", "640.0", "25.0%", "109", "4", "4.1000"]}
+        "fp8 (emulated)": ["**0.10** (0.10..0.10)", "100", "640.0", "25.0%", "109", "4", "4.1000"],
+    }
 
 
 def test_who_fails_is_a_row_with_its_reason_and_is_not_asked_again(fake, capsys):
@@ -75,14 +80,20 @@ def test_who_fails_is_a_row_with_its_reason_and_is_not_asked_again(fake, capsys)
     assert found["fp64"][0] == "failed: torch.OutOfMemoryError: a / b is too much"
     assert found["fp16"][0] == "failed: no step, and status -9"
     assert [*found] == ["fp64", "fp16", "bf16", "fp32"]
-    assert found["bf16"][0] == "**1.00** (1.00..1.00)" and found["fp32"][0] == "**0.42** (0.33..0.50)"
+    assert (
+        found["bf16"][0] == "**1.00** (1.00..1.00)" and found["fp32"][0] == "**0.42** (0.33..0.50)"
+    )
     ran = [name.split("+")[0] for name in fake.read_text().split()]
     assert ran == ["fp64", "fp16", "bf16", "fp32", "bf16", "fp32"]
 
 
-def test_where_nothing_can_be_compiled_that_is_said_and_else_it_is_compiled(fake, capsys, monkeypatch):
+def test_where_nothing_can_be_compiled_that_is_said_and_else_it_is_compiled(
+    fake, capsys, monkeypatch
+):
     monkeypatch.setattr(training.compiling, "lacking", lambda device: "a compiler is missing")
-    assert bench.main(["train", "--only=bf16+default+full,bf16", "--rounds=1", f"--data={fake}"]) == 0
+    assert (
+        bench.main(["train", "--only=bf16+default+full,bf16", "--rounds=1", f"--data={fake}"]) == 0
+    )
     found = table(capsys.readouterr().out)
     assert found["bf16+default+full"][0] == "skipped: a compiler is missing"
     assert found["bf16"][0] == "**1.00** (1.00..1.00)" and fake.read_text() == "bf16+off+none\n"
@@ -91,10 +102,15 @@ def test_where_nothing_can_be_compiled_that_is_said_and_else_it_is_compiled(fake
     assert fake.read_text() == "bf16+off+none\nbf16+default+full\n"
 
 
-@pytest.mark.parametrize("name, fields", [
-    ("fp32", ("fp32", "off", "none")), ("bf16+full", ("bf16", "off", "full")),
-    ("fp8+max-autotune+every_2", ("fp8", "max-autotune", "every_2")),
-    ("segments_2+default+fp16", ("fp16", "default", "segments_2"))])
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("fp32", ("fp32", "off", "none")),
+        ("bf16+full", ("bf16", "off", "full")),
+        ("fp8+max-autotune+every_2", ("fp8", "max-autotune", "every_2")),
+        ("segments_2+default+fp16", ("fp16", "default", "segments_2")),
+    ],
+)
 def test_a_name_says_what_is_on_and_all_else_is_off(name, fields):
     expected = dict(zip(("precision", "compile", "activation_checkpoint"), fields))
     assert training.chosen(name, 4) == expected
@@ -104,7 +120,9 @@ def test_a_name_says_what_is_on_and_all_else_is_off(name, fields):
 
 def test_recipe_then_the_usual_then_the_users_fields_then_the_choice(tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('steps = 900\nbatch_size = 6\nprecision = "fp64"\nlog_every = 7\nresume = "x"\n')
+    recipe.write_text(
+        'steps = 900\nbatch_size = 6\nprecision = "fp64"\nlog_every = 7\nresume = "x"\n'
+    )
     choice = training.chosen("bf16", 4)
     cfg = config.parse(training.arguments(["--eval_every=5", str(recipe)], choice, False))
     assert (cfg.steps, cfg.batch_size, cfg.precision, cfg.log_every) == (12, 6, "bf16", 1)
@@ -120,12 +138,23 @@ def test_dotted_fields_go_where_they_belong():
         assert [word for word in given if word in words] == [words[i] for i in (*taken, 3)]
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--only=full", "no precision"), ("--only=bf16+fp32", "two words for precision"),
-    ("--only=bf16+ful", "ful is not to be had"), ("--only=bf16+segments_9", "segments_9"),
-    ("--rounds=0", "--rounds=0"), ("--quick=1", "usage"), ("--out=/nowhere/x.md", "no folder /nowhere"),
-    ("--precision=fp16", "--only"), ("--out_dir=x", "bench's own"), ("--n_layr=2", "n_layer"),
-    ("--only=bf16 --fp8.scaling=row", "nothing to do with bf16"), ("missing.toml", "missing.toml")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--only=full", "no precision"),
+        ("--only=bf16+fp32", "two words for precision"),
+        ("--only=bf16+ful", "ful is not to be had"),
+        ("--only=bf16+segments_9", "segments_9"),
+        ("--rounds=0", "--rounds=0"),
+        ("--quick=1", "usage"),
+        ("--out=/nowhere/x.md", "no folder /nowhere"),
+        ("--precision=fp16", "--only"),
+        ("--out_dir=x", "bench's own"),
+        ("--n_layr=2", "n_layer"),
+        ("--only=bf16 --fp8.scaling=row", "nothing to do with bf16"),
+        ("missing.toml", "missing.toml"),
+    ],
+)
 def test_a_mistake_is_one_line_before_anything_runs(words, said, fake, capsys):
     assert bench.main(["train", *words.split()]) == 2
     captured = capsys.readouterr()
@@ -142,9 +171,15 @@ def test_what_is_compared_by_itself_can_be_and_no_field_has_the_name_of_a_flag()
 @pytest.mark.slow
 def test_quick_end_to_end(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(" ".join(str(i * i) for i in range(9000)))
-    words = [f"--data={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}", "--device=cpu", "--threads=1"]
+    words = [
+        f"--data={tmp_path / 'text.txt'}",
+        f"--data_dir={tmp_path}",
+        "--device=cpu",
+        "--threads=1",
+    ]
     argv = ["train", "--quick", "--rounds=1", "--optim=lamb", "--peak_flops=1e10", *words]
-    assert bench.main([*argv, "--only=bf16", "--compress=sign"]) == 1  # one process has nobody to send to
+    # One process has nobody to send to
+    assert bench.main([*argv, "--only=bf16", "--compress=sign"]) == 1
     assert "failed: train.py: --compress=sign needs two or more replicas" in capsys.readouterr().out
     assert bench.main([*argv, "--only=fp32,fp8+every_2,fp64+segments_2,bf16_sr"]) == 0
     printed = capsys.readouterr().out

@@ -25,7 +25,8 @@ from checkpoint import CheckpointDamaged, Slice, load, newest, prune, resolve, s
 from resume import RunLock
 
 needs_fork = pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="needs fork, which this system lacks"
+    "fork" not in multiprocessing.get_all_start_methods(),
+    reason="needs fork, which this system lacks",
 )
 
 
@@ -54,7 +55,7 @@ def leftovers(out_dir):
     return [p.name for p in Path(out_dir).iterdir() if p.name.startswith((".tmp", ".old"))]
 
 
-# ---- one process ----
+# ---- one process ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES.keys())
@@ -71,8 +72,22 @@ def test_every_dtype_and_shape_returns_bitwise(tmp_path, dtype, shape):
 
 
 def test_tree_returns_with_its_lists_order_and_non_finite_numbers(tmp_path):
-    tree = {"z": [1, {"t": torch.ones(2)}, []], "a": 0, "s": "é/\n", "big": 2**200, "none": None, "e": {}}
-    tree |= {"yes": True, "tiny": 5e-324, "third": 1 / 3, "inf": math.inf, "low": -math.inf, "nan": math.nan}
+    tree = {
+        "z": [1, {"t": torch.ones(2)}, []],
+        "a": 0,
+        "s": "é/\n",
+        "big": 2**200,
+        "none": None,
+        "e": {},
+    }
+    tree |= {
+        "yes": True,
+        "tiny": 5e-324,
+        "third": 1 / 3,
+        "inf": math.inf,
+        "low": -math.inf,
+        "nan": math.nan,
+    }
     read = load(save(tmp_path, 7, tree)).tree()
     assert list(read) == list(tree)
     assert torch.equal(read["z"][1].pop("t"), torch.ones(2))
@@ -123,7 +138,10 @@ def test_what_is_read_does_not_share_memory_with_the_file(tmp_path):
         ({"m": {"d": torch.float32}}, "m/d is of type dtype"),
         ({"c": torch.zeros(2, dtype=torch.complex64)}, "c is torch.complex64"),
         ({"a": json.loads("[" * 80 + "]" * 80)}, "a/0/0.* is nested deeper than 64 levels"),
-        ({"w": Slice(torch.zeros(2, 3), (4, 3), (0, 0))}, r"no rank holds .* w .* begins at \[2, 0\]"),
+        (
+            {"w": Slice(torch.zeros(2, 3), (4, 3), (0, 0))},
+            r"no rank holds .* w .* begins at \[2, 0\]",
+        ),
         ({"w": Slice(torch.zeros(2, 3), (4, 3), (3, 0))}, "beyond its shape"),
     ],
 )
@@ -142,7 +160,7 @@ def test_any_safetensors_reader_reads_the_files(tmp_path):
     assert {k: raw(v) for k, v in read.items()} == {k: raw(v) for k, v in t.items()}
 
 
-# ---- keeping and choosing ----
+# ---- keeping and choosing ------------------------------------------------------------------------
 
 
 def test_keep_deletes_the_oldest_by_number(tmp_path):
@@ -179,7 +197,14 @@ def test_foreign_names_are_neither_read_nor_deleted(tmp_path):
     save(tmp_path, 1, {}, keep=1)
     assert newest(tmp_path, warn=pytest.fail).step == 1
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"step-7", "step-99999999.bak", ".tmp-mine", "notes", "step-00000099", "step-00000001"}
+    assert names == {
+        "step-7",
+        "step-99999999.bak",
+        ".tmp-mine",
+        "notes",
+        "step-00000099",
+        "step-00000001",
+    }
 
 
 def test_resolve_takes_a_run_or_a_checkpoint(tmp_path):
@@ -196,7 +221,7 @@ def test_resolve_takes_a_run_or_a_checkpoint(tmp_path):
     assert newest(tmp_path / "nowhere") is None
 
 
-# ---- damage ----
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def flip(path, where):
@@ -310,7 +335,10 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
 FORGED = {
     "a shape that is not covered": lambda w: w.update(shape=[99]),
     "a slice beyond the shape": lambda w: w["slices"][0].update(offsets=[1]),
-    "a smaller tensor than is stored": lambda w: (w.update(shape=[1]), w["slices"][0].update(shape=[1])),
+    "a smaller tensor than is stored": lambda w: (
+        w.update(shape=[1]),
+        w["slices"][0].update(shape=[1]),
+    ),
     "another dtype": lambda w: w.update(dtype="F64"),
     "another key": lambda w: w["slices"][0].update(key="v"),
     "no slice": lambda w: w.update(slices=[]),
@@ -328,8 +356,17 @@ def test_an_index_that_contradicts_the_files_is_refused(tmp_path, kind):
         load(path)
 
 
-@pytest.mark.parametrize("body", [{"tree": [], "tensors": {}}, {"step": 2}, {"step": "1"}, {"files": []},
-                                  {"tree": {"w": {"$": "tensor"}, "lr": {"$": None}}}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tree": [], "tensors": {}},
+        {"step": 2},
+        {"step": "1"},
+        {"files": []},
+        {"tree": {"w": {"$": "tensor"}, "lr": {"$": None}}},
+    ],
+    ids=str,
+)
 def test_an_index_that_save_cannot_have_written_is_refused(tmp_path, body):
     path = save(tmp_path, 1, {"w": torch.ones(2)})
     forged = json.loads((path / "index.json").read_bytes())["body"] | body
@@ -343,7 +380,9 @@ def test_an_index_that_save_cannot_have_written_is_refused(tmp_path, body):
 def test_an_index_cannot_ask_for_more_memory_than_its_slices_need():
     inner = {"file": "rank_0.safetensors", "key": "w", "offsets": [1] * 20, "shape": [1] * 20}
     with pytest.raises(ValueError, match="pieces"):
-        slices.check({"w": slices.TENSOR}, {"w": {"shape": [3] * 20, "dtype": "F32", "slices": [inner]}})
+        slices.check(
+            {"w": slices.TENSOR}, {"w": {"shape": [3] * 20, "dtype": "F32", "slices": [inner]}}
+        )
 
 
 def test_an_index_with_a_tensor_outside_of_its_tree_is_refused(tmp_path):
@@ -361,7 +400,7 @@ def test_a_later_format_stops_instead_of_falling_back(tmp_path):
     assert not isinstance(e.value, CheckpointDamaged)
 
 
-# ---- several ranks ----
+# ---- several ranks -------------------------------------------------------------------------------
 
 
 def box_of(rank, world, t, dim):
@@ -376,7 +415,11 @@ def save_slices(rank, world, out_dir):
     fp8 = random_bits((8,), torch.float8_e5m2)
     nobody = Slice(fp8[:0], (8,), (0,))  # a rank may hold nothing of a tensor
     tree = {
-        "model": {"rows": box_of(rank, world, whole, 0), "same": whole, f"stage{rank}": torch.tensor(rank)},
+        "model": {
+            "rows": box_of(rank, world, whole, 0),
+            "same": whole,
+            f"stage{rank}": torch.tensor(rank),
+        },
         "columns": box_of(rank // 2, world // 2, whole, 1),  # each slice on two ranks
         "fp8": nobody if rank == 0 else box_of(rank - 1, world - 1, fp8, 0),
         "groups": [{"lr": rank / 2, f"only{rank}": rank}],
@@ -401,7 +444,12 @@ def test_any_layout_reads_what_four_ranks_saved(tmp_path):
                 assert raw(c.tensor(name, (r0, 1), (r1 - r0, 4))) == raw(whole[r0:r1, 1:5])
     assert [int(tree["model"][f"stage{r}"]) for r in range(4)] == [0, 1, 2, 3]
     assert tree["groups"] == [{"lr": 0.0, "only0": 0, "only1": 1, "only2": 2, "only3": 3}]
-    assert (tree["rank"], tree["late"], tree["banned"], tree["loss"]) == (0, 1, [7] * 4, {"value": 1})
+    assert (tree["rank"], tree["late"], tree["banned"], tree["loss"]) == (
+        0,
+        1,
+        [7] * 4,
+        {"value": 1},
+    )
     files = [load_file(c.path / f"rank_{r}.safetensors") for r in range(4)]
     assert ["model/same" in f for f in files] == [True, False, False, False]
     assert ["columns" in f for f in files] == [True, False, True, False]
@@ -533,7 +581,7 @@ def test_ranks_that_disagree_all_get_the_same_sentence(tmp_path, case, sentence)
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- killed ----
+# ---- killed --------------------------------------------------------------------------------------
 
 
 def in_a_fork(fn, *args):
@@ -615,7 +663,9 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
     here, there = multiprocessing.Pipe()
     process = in_a_fork(hold, tmp_path, there)
     assert here.recv() == "held"
-    with pytest.raises(ValueError, match=f"in use by process {process.pid} .* take another out_dir"):
+    with pytest.raises(
+        ValueError, match=f"in use by process {process.pid} .* take another out_dir"
+    ):
         RunLock(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -641,7 +691,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     child.join()
 
 
-# ---- command line ----
+# ---- command line --------------------------------------------------------------------------------
 
 
 def test_list_show_and_export(tmp_path, capsys):
@@ -670,7 +720,11 @@ def test_list_show_and_export(tmp_path, capsys):
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
-    for args in (["list", str(tmp_path)], ["show", str(tmp_path / "nowhere")], ["export", str(tmp_path)]):
+    for args in (
+        ["list", str(tmp_path)],
+        ["show", str(tmp_path / "nowhere")],
+        ["export", str(tmp_path)],
+    ):
         with pytest.raises(ValueError):
             checkpoint.main(args)
     monkeypatch.setattr(sys, "argv", ["checkpoint.py"])

@@ -34,8 +34,13 @@ def trained(rank, world, layout, probe, fails=()):
     """Two losses, and the micro-batch size found on a machine that says it is a GPU."""
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8)).double()
-    kinds = {"ddp": DDP, "shard1": lambda *a: FSDP(*a, shard=1), "fsdp": FSDP,
-             "zero1": lambda *a: ZeRO(*a, 1), "zero3": lambda *a: ZeRO(*a, 3)}  # fmt: skip
+    kinds = {
+        "ddp": DDP,
+        "shard1": lambda *a: FSDP(*a, shard=1),
+        "fsdp": FSDP,
+        "zero1": lambda *a: ZeRO(*a, 1),
+        "zero3": lambda *a: ZeRO(*a, 3),
+    }
     replicas, size = kinds[layout](dist.group.WORLD, CPU), None
     model = replicas.wrap(model)
     replicas.fill(lambda name, shape: initial_weight(model.config, name, shape))
@@ -81,8 +86,14 @@ def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
 
 @pytest.mark.slow
 def test_a_rank_that_owns_nothing_trains_on(tmp_path, text):
-    more = ["--n_layer=1", "--precision=fp64", "--batch_size=9", "--clip_value=0.01", "--optim=adamw",
-            "--steps=3"]  # fmt: skip
+    more = [
+        "--n_layer=1",
+        "--precision=fp64",
+        "--batch_size=9",
+        "--clip_value=0.01",
+        "--optim=adamw",
+        "--steps=3",
+    ]
     go(text, tmp_path / "one", *more)
     for layout in ("zero1", "zero3"):
         run_ranks(9, on_ranks, text, tmp_path / layout, *more, f"--data_parallel={layout}")
@@ -96,49 +107,80 @@ def test_no_room_for_a_mapped_file_is_a_sentence(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match="no room for offloaded weights: one more file needs 80 bytes"):
+    with pytest.raises(
+        OSError, match="no room for offloaded weights: one more file needs 80 bytes"
+    ):
         mapped_file(tmp_path / "b", 10, torch.float64)
     assert not Path(tmp_path / "b").exists()
 
 
 def test_the_vocabulary_is_no_matter_of_the_layout():
-    sizes = [choices.with_vocabulary(config.parse([f"--tp={tp}"]), 250).vocab_size for tp in (1, 2, 4)]
+    sizes = [
+        choices.with_vocabulary(config.parse([f"--tp={tp}"]), 250).vocab_size for tp in (1, 2, 4)
+    ]
     assert sizes == [256] * 3
-    with pytest.raises(ValueError, match="tp=3 does not divide vocab_size=256; try --vocab_size=258"):
+    with pytest.raises(
+        ValueError, match="tp=3 does not divide vocab_size=256; try --vocab_size=258"
+    ):
         choices.with_vocabulary(config.parse(["--tp=3", "--n_head=3", "--n_embd=12"]), 250)
 
 
 def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
-    for flag, says in (("--data_parallel=zero2", "one replica, nothing to spread"),
-                       ("--offload=cpu", "in this memory already"),
-                       ("--activation_checkpoint=offload", "in host memory already"),
-                       ("--diloco_every=5", "does not divide steps=12")):  # fmt: skip
+    for flag, says in (
+        ("--data_parallel=zero2", "one replica, nothing to spread"),
+        ("--offload=cpu", "in this memory already"),
+        ("--activation_checkpoint=offload", "in host memory already"),
+        ("--diloco_every=5", "does not divide steps=12"),
+    ):
         go(text, tmp_path / flag[2:6], flag)
         assert says in capsys.readouterr().out
         assert not (tmp_path / flag[2:6] / "offload").exists()
 
 
-@pytest.mark.parametrize("words, replicas, layout", [
-    ([], True, "zero1"), (["--optim=soap"], True, "zero1"), (["--optim=shampoo"], True, "zero1"),
-    (["--optim=adamw"], True, "ddp"), (["--optim=lamb"], True, "ddp"), ([], False, "auto"),
-    (["--compress=topk"], True, "ddp"), (["--diloco_every=3"], True, "ddp"),
-    (["--data_parallel=ddp"], True, "ddp"), (["--optim=adamw", "--data_parallel=zero1"], True, "zero1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, replicas, layout",
+    [
+        ([], True, "zero1"),
+        (["--optim=soap"], True, "zero1"),
+        (["--optim=shampoo"], True, "zero1"),
+        (["--optim=adamw"], True, "ddp"),
+        (["--optim=lamb"], True, "ddp"),
+        ([], False, "auto"),
+        (["--compress=topk"], True, "ddp"),
+        (["--diloco_every=3"], True, "ddp"),
+        (["--data_parallel=ddp"], True, "ddp"),
+        (["--optim=adamw", "--data_parallel=zero1"], True, "zero1"),
+    ],
+)
 def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layout):
     cfg = config.parse(words)
-    assert choices.settled(cfg, CPU, choices.find_optimizer(cfg.optim), replicas).data_parallel == layout
+    assert (
+        choices.settled(cfg, CPU, choices.find_optimizer(cfg.optim), replicas).data_parallel
+        == layout
+    )
 
 
-@pytest.mark.parametrize("words, ranks, said", [
-    (["--optim=muon", "--data_parallel=ddp"], 2, "--data_parallel=zero1 deals them out"),
-    (["--optim=adamw", "--data_parallel=ddp"], 2, None), (["--optim=muon", "--data_parallel=ddp"], 1, None),
-    (["--data_parallel=ddp", "--compress=topk"], 2, None), (["--data_parallel=zero1"], 2, None),
-    (["--data_parallel=zero1"], 1, "one replica, nothing to spread"), ([], 1, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, ranks, said",
+    [
+        (["--optim=muon", "--data_parallel=ddp"], 2, "--data_parallel=zero1 deals them out"),
+        (["--optim=adamw", "--data_parallel=ddp"], 2, None),
+        (["--optim=muon", "--data_parallel=ddp"], 1, None),
+        (["--data_parallel=ddp", "--compress=topk"], 2, None),
+        (["--data_parallel=zero1"], 2, None),
+        (["--data_parallel=zero1"], 1, "one replica, nothing to spread"),
+        ([], 1, None),
+    ],
+)
 def test_a_layout_that_does_not_pay_is_named(words, ranks, said):
-    mesh = types.SimpleNamespace(sizes={"dp": ranks, "cp": 1}, device=CPU,
-                                 groups={"replicas": object() if ranks > 1 else None})  # fmt: skip
-    remarks = [x for x in introduction.remarks(config.parse(words), mesh, None) if "diloco" not in x]
+    mesh = types.SimpleNamespace(
+        sizes={"dp": ranks, "cp": 1},
+        device=CPU,
+        groups={"replicas": object() if ranks > 1 else None},
+    )
+    remarks = [
+        x for x in introduction.remarks(config.parse(words), mesh, None) if "diloco" not in x
+    ]
     assert remarks == [] if said is None else said in " ".join(remarks)
 
 
@@ -160,7 +202,8 @@ def test_the_layout_chosen_is_said_saved_and_gone_on_with(tmp_path, text, capfd)
     run_ranks(2, on_ranks, text, tmp_path / "two", *more, "--steps=2", "--schedule=constant")
     assert "data_parallel=zero1" in capfd.readouterr().out
     assert checkpoint.newest(tmp_path / "two").tree("config/data_parallel") == "zero1"
-    go(text, tmp_path / "two", *more, "--schedule=constant", "--steps=3")  # alone, and then two again
+    # Alone, and then two again
+    go(text, tmp_path / "two", *more, "--schedule=constant", "--steps=3")
     run_ranks(2, on_ranks, text, tmp_path / "two", *more, "--schedule=constant")
     assert checkpoint.newest(tmp_path / "one").tree("config/data_parallel") == "auto"
     go(text, tmp_path / "still", *more, "--schedule=constant")
@@ -170,12 +213,23 @@ def test_the_layout_chosen_is_said_saved_and_gone_on_with(tmp_path, text, capfd)
 BASE = ["--data_parallel=fsdp", "--fsdp_shard=2", "--reshard=false"]
 
 
-@pytest.mark.parametrize("saved, now, expected", [
-    (BASE, ["--data_parallel=ddp"], {"fsdp_shard": None, "reshard": True}),
-    (["--compress=powersgd", "--compress.rank=2"], ["--schedule=linear"], {"options": {"compress.rank": 2}}),
-    (["--compress=powersgd", "--compress.rank=2"], ["--compress=none"], {"options": {}}),
-    (["--diloco_every=2", "--diloco.lr=1"], ["--schedule=linear"], {"options": {"diloco.lr": 1}}),
-])
+@pytest.mark.parametrize(
+    "saved, now, expected",
+    [
+        (BASE, ["--data_parallel=ddp"], {"fsdp_shard": None, "reshard": True}),
+        (
+            ["--compress=powersgd", "--compress.rank=2"],
+            ["--schedule=linear"],
+            {"options": {"compress.rank": 2}},
+        ),
+        (["--compress=powersgd", "--compress.rank=2"], ["--compress=none"], {"options": {}}),
+        (
+            ["--diloco_every=2", "--diloco.lr=1"],
+            ["--schedule=linear"],
+            {"options": {"diloco.lr": 1}},
+        ),
+    ],
+)
 def test_a_branch_inherits_what_belongs_to_what_it_keeps(saved, now, expected):
     old = config.to_dict(config.parse(saved))
     new = resume.continued(config.parse(["--resume=there", *now]), old, branch=True)
@@ -188,29 +242,38 @@ def test_an_outer_step_cannot_change_on_the_way():
         resume.continued(config.parse(["--diloco_every=2"]), old, branch=False)
 
 
-@pytest.mark.parametrize("flags_, says", [
-    (["--compress=topk", "--data_parallel=zero1"], "compress does not work with data_parallel=zero1"),
-    (["--fsdp_shard=2"], "fsdp_shard does not work with data_parallel=auto"),
-    (["--offload_params=disk"], "--data_parallel=zero3 or --data_parallel=fsdp"),
-    (["--data_parallel=fsdp", "--bucket_mb=1"], "bucket_mb does not work"),
-    (["--compress.rank=2"], "needs --compress="),
-    (["--compress=topk", "--diloco_every=2"], "do not go together"),
-    (["--tp=3"], "tp=3 does not divide n_head=4, and a head is not split; --tp="),
-    (["--tp=2", "--n_kv_head=1"], "does not divide n_kv_head=1"),
-    (["--sp=true"], "type --tp=2"),
-    (["--cp=3"], "try --block_size=258"),
-    (["--cp=2", "--tp=2", "--sp=true", "--block_size=30"], "try --block_size=32"),
-    (["--cp=3", "--cp_attention=ulysses", "--block_size=255"], "type --cp_attention=ring"),
-    (["--pp=5"], "try --pp=4"),
-    (["--pp=4", "--pp_schedule=interleaved"], "need 8 layers, n_layer is 4; try --pp=2"),
-    (["--pp=2", "--pp_chunks=2"], "type --pp_schedule=interleaved --pp_chunks=2"),
-    (["--pp=2", "--pp_schedule=interleaved", "--pp_chunks=1"], "or leave pp_chunks out"),
-    (["--data_parallel=zero2", "--tp=2"], "type --data_parallel=fsdp or zero1"),
-    (["--data_parallel=zero3", "--pp=2"], "type --data_parallel=fsdp or zero1"),
-    (["--data_parallel=fsdp", "--pp=2", "--pp_schedule=zerobubble"], "or --data_parallel=zero1"),
-    (["--compress=topk", "--tp=2"], "does not go with tp"),
-    (["--diloco_every=2", "--cp=2"], "does not go with cp"),
-])
+@pytest.mark.parametrize(
+    "flags_, says",
+    [
+        (
+            ["--compress=topk", "--data_parallel=zero1"],
+            "compress does not work with data_parallel=zero1",
+        ),
+        (["--fsdp_shard=2"], "fsdp_shard does not work with data_parallel=auto"),
+        (["--offload_params=disk"], "--data_parallel=zero3 or --data_parallel=fsdp"),
+        (["--data_parallel=fsdp", "--bucket_mb=1"], "bucket_mb does not work"),
+        (["--compress.rank=2"], "needs --compress="),
+        (["--compress=topk", "--diloco_every=2"], "do not go together"),
+        (["--tp=3"], "tp=3 does not divide n_head=4, and a head is not split; --tp="),
+        (["--tp=2", "--n_kv_head=1"], "does not divide n_kv_head=1"),
+        (["--sp=true"], "type --tp=2"),
+        (["--cp=3"], "try --block_size=258"),
+        (["--cp=2", "--tp=2", "--sp=true", "--block_size=30"], "try --block_size=32"),
+        (["--cp=3", "--cp_attention=ulysses", "--block_size=255"], "type --cp_attention=ring"),
+        (["--pp=5"], "try --pp=4"),
+        (["--pp=4", "--pp_schedule=interleaved"], "need 8 layers, n_layer is 4; try --pp=2"),
+        (["--pp=2", "--pp_chunks=2"], "type --pp_schedule=interleaved --pp_chunks=2"),
+        (["--pp=2", "--pp_schedule=interleaved", "--pp_chunks=1"], "or leave pp_chunks out"),
+        (["--data_parallel=zero2", "--tp=2"], "type --data_parallel=fsdp or zero1"),
+        (["--data_parallel=zero3", "--pp=2"], "type --data_parallel=fsdp or zero1"),
+        (
+            ["--data_parallel=fsdp", "--pp=2", "--pp_schedule=zerobubble"],
+            "or --data_parallel=zero1",
+        ),
+        (["--compress=topk", "--tp=2"], "does not go with tp"),
+        (["--diloco_every=2", "--cp=2"], "does not go with cp"),
+    ],
+)
 def test_mixes_that_cannot_be_are_refused_with_the_alternative(flags_, says):
     with pytest.raises(ValueError) as error:
         config.parse(flags_)
@@ -225,11 +288,23 @@ def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
         checks.check_options(cfg, "compress", powersgd)
 
 
-@pytest.mark.parametrize("optim, zero", [
-    ("muon", True), ("soap", True), ("shampoo", True), ("sgd", True), ("schedule_free.SGDScheduleFree", True),
-    ("adamw", False), ("adam_l2", False), ("lion", False), ("schedule_free", False), ("lars", False),
-    ("lamb", False), ("adafactor", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "optim, zero",
+    [
+        ("muon", True),
+        ("soap", True),
+        ("shampoo", True),
+        ("sgd", True),
+        ("schedule_free.SGDScheduleFree", True),
+        ("adamw", False),
+        ("adam_l2", False),
+        ("lion", False),
+        ("schedule_free", False),
+        ("lars", False),
+        ("lamb", False),
+        ("adafactor", False),
+    ],
+)
 def test_adam_and_its_kind_start_without_zeros_if_nothing_else_is_said(optim, zero):
     found = choices.find_optimizer(optim)
     for words, expected in (([], zero), (["--zero_init=true"], True), (["--arch=gpt2"], False)):
@@ -256,32 +331,49 @@ def drop(tmp_path, monkeypatch):
 
 
 NADAM = "import torch\nclass Mine(torch.optim.NAdam):\n    def __init__(self, params, "
-DEFAULTS = ("\n        defaults = torch.optim.NAdam([torch.zeros(1)]).defaults | {'lr': lr}\n"
-            "        torch.optim.Optimizer.__init__(self, params, defaults)")  # fmt: skip
+DEFAULTS = (
+    "\n        defaults = torch.optim.NAdam([torch.zeros(1)]).defaults | {'lr': lr}\n"
+    "        torch.optim.Optimizer.__init__(self, params, defaults)"
+)
 WORKS = {
     "imported": "from torch.optim import NAdam",
     "imported as something else": "from torch.optim import NAdam as Theirs\nAgain = Theirs",
     "beside its base": "from torch.optim import NAdam, Optimizer",
-    "its own class first": "from torch.optim import SGD\n" + NADAM + "lr=1.0, weight_decay=0.5):\n"
-    "        super().__init__(params, lr, weight_decay=weight_decay)",
+    "its own class first": (
+        "from torch.optim import SGD\n" + NADAM + "lr=1.0, weight_decay=0.5):\n"
+        "        super().__init__(params, lr, weight_decay=weight_decay)"
+    ),
     "options": NADAM + "**options):\n        super().__init__(params, **options)",
-    "by keyword alone": NADAM + "*, lr=1.0, weight_decay=0.5):\n"
-    "        super().__init__(params, lr, weight_decay=weight_decay)",
+    "by keyword alone": (
+        NADAM + "*, lr=1.0, weight_decay=0.5):\n"
+        "        super().__init__(params, lr, weight_decay=weight_decay)"
+    ),
     "no default": NADAM + "lr):\n        super().__init__(params, lr)",
     "no default, by keyword alone": NADAM + "*, lr):\n        super().__init__(params, lr)",
     "None": NADAM + "lr=None):" + DEFAULTS,
-    "torch's mark": "from torch.optim.optimizer import required\n" + NADAM + "lr=required):"
-    + DEFAULTS,
+    "torch's mark": (
+        "from torch.optim.optimizer import required\n" + NADAM + "lr=required):" + DEFAULTS
+    ),
     "hidden": NADAM + "**options):\n        super().__init__(params, options['lr'])",
-    "no default for either": NADAM + "lr, weight_decay):\n"
-    "        super().__init__(params, lr, weight_decay=weight_decay)",
+    "no default for either": (
+        NADAM
+        + "lr, weight_decay):\n        super().__init__(params, lr, weight_decay=weight_decay)"
+    ),
 }
 
 
 @pytest.mark.parametrize("what", WORKS)
 def test_any_class_in_a_file_trains_with_the_lr_and_the_decay_asked_for(what, drop, tmp_path, text):
-    more = ["--n_layer=1", "--steps=2", "--save_every=0", "--eval_every=0", "--schedule=constant",
-            "--plot=false", "--lr=0.01", "--weight_decay=0.1"]  # fmt: skip
+    more = [
+        "--n_layer=1",
+        "--steps=2",
+        "--save_every=0",
+        "--eval_every=0",
+        "--schedule=constant",
+        "--plot=false",
+        "--lr=0.01",
+        "--weight_decay=0.1",
+    ]
     drop(WORKS["imported"], "plain")
     go(text, tmp_path / "expected", "--optim=plain", *more)
     drop(WORKS[what])
@@ -328,15 +420,26 @@ FAILS = [
     ("raise OSError('no\\nCUDA')", [], "cannot be imported: OSError: no CUDA;"),
     ("", [], "optim/mine.py has no optimizer; define or import a class there"),
     ("from torch.optim import Optimizer", [], "optim/mine.py has no optimizer"),
-    ("import torch\nclass Mine:\n    pass\ndef make(ps): return torch.optim.SGD(ps)", [],
-     "derived from torch.optim.Optimizer"),
-    ("from torch.optim import NAdam, RAdam", [],
-     "imports NAdam, RAdam; type one, such as --optim=mine.NAdam"),
-    *((WORKS[what], [], "Mine has no default for lr; type one, such as --lr=1e-3")
-      for what in ("no default", "no default, by keyword alone", "None", "hidden", "torch's mark")),
+    (
+        "import torch\nclass Mine:\n    pass\ndef make(ps): return torch.optim.SGD(ps)",
+        [],
+        "derived from torch.optim.Optimizer",
+    ),
+    (
+        "from torch.optim import NAdam, RAdam",
+        [],
+        "imports NAdam, RAdam; type one, such as --optim=mine.NAdam",
+    ),
+    *(
+        (WORKS[what], [], "Mine has no default for lr; type one, such as --lr=1e-3")
+        for what in ("no default", "no default, by keyword alone", "None", "hidden", "torch's mark")
+    ),
     (WORKS["no default for either"], ["--lr=1"], "no default for weight_decay; type one, such as"),
-    ("from torch.optim import Rprop", ["--weight_decay=0.1"],
-     "Rprop has no weight decay; leave --weight_decay=0.1 out"),
+    (
+        "from torch.optim import Rprop",
+        ["--weight_decay=0.1"],
+        "Rprop has no weight decay; leave --weight_decay=0.1 out",
+    ),
     (BARE + "decay=1):\n        super().__init__(params, {})", [], "Mine has no lr in its groups"),
     (BARE + "lr=1, weight_decay=1):" + NONE, ["--weight_decay=2"], "leave --weight_decay=2 out"),
     (BARE + "total, lr=1):" + NONE, [], "argument: 'total'; --lr= and --opt.NAME= give it"),
@@ -346,7 +449,7 @@ FAILS = [
     ("from torch.optim import NAdam", ["--opt.betass=0.9,0.9"], "did you mean --opt.betas?"),
     ("from torch.optim import NAdam", ["--opt.betas=0.9,2.0"], "Invalid beta"),
     ("from torch.optim import NAdam", ["--momentum_warmup=3"], "has no momentum to warm up"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("code, words, says", FAILS, ids=[code[-40:] for code, _, _ in FAILS])
@@ -358,18 +461,25 @@ def test_what_a_file_lacks_is_said_in_a_sentence(code, words, says, drop):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("code", [
-    NADAM + "**options):\n        super().__init__(params, **options)",
-    NADAM + "betas, **options):\n        super().__init__(params, betas=betas, **options)",
-    NADAM + "*, betas, lr=1):\n        super().__init__(params, lr, betas=betas)",
-], ids=["hidden", "no default and hidden", "no default"])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        NADAM + "**options):\n        super().__init__(params, **options)",
+        NADAM + "betas, **options):\n        super().__init__(params, betas=betas, **options)",
+        NADAM + "*, betas, lr=1):\n        super().__init__(params, lr, betas=betas)",
+    ],
+    ids=["hidden", "no default and hidden", "no default"],
+)
 def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(code, drop):
     drop(code)
     cfg = config.parse(["--optim=mine", "--opt.betas=0.5,0.6", "--lr=0.01"])
     found = choices.find_optimizer("mine")
     assert choices.trial(cfg, found)[0]["betas"] == (0.5, 0.6)
-    for word, says in (("--opt.betass=0.5,0.6", "betass"), ("--opt.lr=1", "has no such argument"),
-                       ("--opt.params=1", "has no such argument")):  # fmt: skip
+    for word, says in (
+        ("--opt.betass=0.5,0.6", "betass"),
+        ("--opt.lr=1", "has no such argument"),
+        ("--opt.params=1", "has no such argument"),
+    ):
         with pytest.raises(ValueError, match=says) as error:
             choices.trial(config.parse(["--optim=mine", "--lr=0.01", word]), found)
         assert "\n" not in str(error.value)

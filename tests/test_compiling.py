@@ -12,9 +12,22 @@ import config
 import logger
 import train
 
-TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=8", "--steps=6",
-        "--micro_batch_size=2", "--eval_every=3", "--eval_tokens=100", "--save_every=0", "--device=cpu",
-        "--threads=1", "--precision=fp64", "--sample_tokens=20"]  # fmt: skip
+TINY = [
+    "--n_layer=3",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=8",
+    "--batch_size=8",
+    "--steps=6",
+    "--micro_batch_size=2",
+    "--eval_every=3",
+    "--eval_tokens=100",
+    "--save_every=0",
+    "--device=cpu",
+    "--threads=1",
+    "--precision=fp64",
+    "--sample_tokens=20",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +56,12 @@ def trace(out_dir):
 AOT = ["--compile=default", "--compile.backend=aot_eager"]
 
 
-@pytest.mark.parametrize("arch, graphs", [("modern", 2), pytest.param("gpt2", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "arch, graphs", [("modern", 2), pytest.param("gpt2", 4, marks=pytest.mark.slow)]
+)
 def test_one_graph_for_training_one_for_evaluation_and_the_same_run(tmp_path, text, arch, graphs):
-    more = [f"--arch={arch}"] + ["--dropout=0.1"] * (arch == "gpt2")  # masks differ: a graph for each layer
+    # Masks differ: a graph for each layer
+    more = [f"--arch={arch}"] + ["--dropout=0.1"] * (arch == "gpt2")
     go(text, tmp_path / "eager", *more)
     assert not counters["stats"]
     go(text, tmp_path / "compiled", *more, *AOT)
@@ -53,17 +69,22 @@ def test_one_graph_for_training_one_for_evaluation_and_the_same_run(tmp_path, te
     assert trace(tmp_path / "compiled") == pytest.approx(trace(tmp_path / "eager"), rel=1e-10)
 
 
-LAYOUTS = ["--data_parallel=fsdp", "--data_parallel=zero3", "--tp=2 --sp=true", "--pp=2", "--cp=2",
-           "--cp=2 --cp_attention=ulysses"]  # fmt: skip
+LAYOUTS = [
+    "--data_parallel=fsdp",
+    "--data_parallel=zero3",
+    "--tp=2 --sp=true",
+    "--pp=2",
+    "--cp=2",
+    "--cp=2 --cp_attention=ulysses",
+]
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS])
 def test_every_layout_compiles_and_only_the_ring_breaks_a_graph(tmp_path, text, layout):
     go(text, tmp_path / "alone")
     for breaks, graphs in run_ranks(2, on_ranks, text, tmp_path / "two", *layout.split(), *AOT):
-        assert (breaks > 0) == (layout == "--cp=2"), counters["graph_break"]  # its messages are not traced
+        # Its messages are not traced
+        assert (breaks > 0) == (layout == "--cp=2"), counters["graph_break"]
         assert breaks or 2 <= graphs <= 4
     assert trace(tmp_path / "two") == pytest.approx(trace(tmp_path / "alone"), rel=1e-10)
 
@@ -75,12 +96,15 @@ def test_without_a_compiler_a_line_says_so_and_the_run_goes_on(tmp_path, text, m
     assert not counters["stats"] and len(trace(tmp_path / "out")) > 10
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--compile.backend=aot"], "nothing to do with compile=off"),
-    (["--compile=default", "--compile.backend=none_such"], "is none of"),
-    (["--compile=default", "--compile.dynamc=true"], "did you mean --compile.dynamic"),
-    (["--compile=default", "--pp=2", "--pp_schedule=zerobubble"], "--pp_schedule=1f1b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--compile.backend=aot"], "nothing to do with compile=off"),
+        (["--compile=default", "--compile.backend=none_such"], "is none of"),
+        (["--compile=default", "--compile.dynamc=true"], "did you mean --compile.dynamic"),
+        (["--compile=default", "--pp=2", "--pp_schedule=zerobubble"], "--pp_schedule=1f1b"),
+    ],
+)
 def test_a_mistake_is_one_sentence(tmp_path, text, flags, says):
     with pytest.raises(ValueError, match=says):
         go(text, tmp_path / "out", *flags)

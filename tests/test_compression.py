@@ -1,4 +1,5 @@
-"""Compressed gradients against slow transcriptions of the papers, torch's PowerSGD hook, the all-reduce."""
+"""Compressed gradients against slow transcriptions of the papers, torch's PowerSGD hook, the
+all-reduce."""
 
 import functools
 import hashlib
@@ -18,7 +19,9 @@ from parallel import compression
 from parallel.ddp import DDP, Bucket, all_reduce
 
 CPU = torch.device("cpu")
-METHODS = dict(topk=dict(fraction=0.1), sign={}, onebit={}, powersgd=dict(rank=2, seed=3), fp16={}, bf16={})
+METHODS = dict(
+    topk=dict(fraction=0.1), sign={}, onebit={}, powersgd=dict(rank=2, seed=3), fp16={}, bf16={}
+)
 SHAPES = {"a": (12, 10), "b": (7,), "c": (4, 5, 6), "d": (3, 3), "e": (1,)}
 
 
@@ -33,7 +36,9 @@ def gradient(name: str, rank: int, step: int, dtype=torch.float64) -> torch.Tens
 
 
 def filled_bucket(rank, step, dtype=torch.float64, names=SHAPES) -> Bucket:
-    bucket = Bucket([(name, nn.Parameter(torch.zeros(SHAPES[name], dtype=dtype))) for name in names])
+    bucket = Bucket(
+        [(name, nn.Parameter(torch.zeros(SHAPES[name], dtype=dtype))) for name in names]
+    )
     for name, view in zip(bucket.names, bucket.views):
         view.copy_(gradient(name, rank, step, dtype))
     return bucket
@@ -54,7 +59,7 @@ def sums_of_all(rank, world, options):
     return {method: sums(rank, world, method, options) for method in METHODS}
 
 
-# ---- slow transcriptions: entry by entry, all replicas in one process ------------------------------------
+# ---- slow transcriptions: entry by entry, all replicas in one process ----------------------------
 def slow_topk(x, fraction):
     order = sorted(range(x.numel()), key=lambda i: -abs(x.view(-1)[i].item()))
     out = torch.zeros_like(x)
@@ -64,8 +69,12 @@ def slow_topk(x, fraction):
 
 
 def slow_sign(x):
-    scale = torch.tensor(sum(abs(v) for v in x.flatten().tolist()) / x.numel(), dtype=torch.float32).item()
-    return torch.tensor([scale if v >= 0 else -scale for v in x.flatten().tolist()]).to(x).view_as(x)
+    scale = torch.tensor(
+        sum(abs(v) for v in x.flatten().tolist()) / x.numel(), dtype=torch.float32
+    ).item()
+    return (
+        torch.tensor([scale if v >= 0 else -scale for v in x.flatten().tolist()]).to(x).view_as(x)
+    )
 
 
 def slow_onebit(x):
@@ -75,21 +84,27 @@ def slow_onebit(x):
         for up in (True, False):
             rows = [i for i, v in enumerate(m[:, j].tolist()) if (v >= 0) == up]
             if rows:
-                mean = torch.tensor(sum(m[i, j].item() for i in rows) / len(rows), dtype=torch.float32)
+                mean = torch.tensor(
+                    sum(m[i, j].item() for i in rows) / len(rows), dtype=torch.float32
+                )
                 out[rows, j] = mean.double()
     return out.view_as(x)
 
 
 SLOW = {
-    "topk": lambda x: slow_topk(x, 0.1), "sign": slow_sign, "onebit": slow_onebit,
-    "fp16": lambda x: x.half().double(), "bf16": lambda x: x.bfloat16().double(),
-}  # fmt: skip
+    "topk": lambda x: slow_topk(x, 0.1),
+    "sign": slow_sign,
+    "onebit": slow_onebit,
+    "fp16": lambda x: x.half().double(),
+    "bf16": lambda x: x.bfloat16().double(),
+}
 
 
 @pytest.mark.parametrize("error_feedback", [True, False])
 @pytest.mark.parametrize("world", [2, 3])
 def test_five_steps_equal_a_slow_transcription(world, error_feedback):
-    """fp16 and bf16 on 2 replicas alone: the sum of 2 numbers is rounded once, whatever the ring."""
+    """fp16 and bf16 on 2 replicas alone: the sum of 2 numbers is rounded once, whatever the
+    ring."""
     ranks = run_ranks(world, sums_of_all, dict(error_feedback=error_feedback))
     for method in SLOW if world == 2 else ("topk", "sign", "onebit"):
         same_as_slow([seen[method] for seen in ranks], world, method, error_feedback)
@@ -107,19 +122,27 @@ def same_as_slow(ranks, world, method, error_feedback):
                 total += sent
                 if error_feedback:
                     residual[r, name] = x - sent
-                    torch.testing.assert_close(ranks[r][step][1][name], x - sent, rtol=1e-6, atol=1e-6)
+                    torch.testing.assert_close(
+                        ranks[r][step][1][name], x - sent, rtol=1e-6, atol=1e-6
+                    )
             if method in ("fp16", "bf16"):
-                total = total.to(getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[method])).double()
-            for r in range(world):  # 1e-6: a mean between two float32 numbers may be rounded to either
+                total = total.to(
+                    getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[method])
+                ).double()
+            # 1e-6: a mean between two float32 numbers may be rounded to either
+            for r in range(world):
                 torch.testing.assert_close(ranks[r][step][0][name], total, rtol=1e-6, atol=1e-6)
                 if method in ("topk", "fp16", "bf16"):
-                    torch.testing.assert_close(ranks[r][step][0][name], total, rtol=1e-15, atol=1e-15)
+                    torch.testing.assert_close(
+                        ranks[r][step][0][name], total, rtol=1e-15, atol=1e-15
+                    )
     assert error_feedback or not ranks[0][-1][1]
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sum_sent_plus_errors_is_gradients_plus_old_errors(world):
-    """Each replica's part of the sum is its gradient + old residual - new residual; they add up to the sum.
+    """Each replica's part of the sum is its gradient + old residual - new residual; they add up to
+    the sum.
 
     For fp16 and bf16 up to the rounding of the sum itself, in their own dtype."""
     everything = run_ranks(world, sums_of_all, {})
@@ -131,16 +154,25 @@ def test_sum_sent_plus_errors_is_gradients_plus_old_errors(world):
                 owed = sum(gradient(name, r, step) - ranks[r][step][1][name] for r in range(world))
                 if step:
                     owed = owed + sum(ranks[r][step - 1][1][name] for r in range(world))
-                torch.testing.assert_close(ranks[0][step][0][name], owed, rtol=tolerance, atol=tolerance)
-                assert all(torch.equal(seen[step][0][name], ranks[0][step][0][name]) for seen in ranks)
-        assert method in ("fp16", "bf16") or ranks[0][-1][1]["a"].norm() > 1  # there was something to carry
+                torch.testing.assert_close(
+                    ranks[0][step][0][name], owed, rtol=tolerance, atol=tolerance
+                )
+                assert all(
+                    torch.equal(seen[step][0][name], ranks[0][step][0][name]) for seen in ranks
+                )
+        # There was something to carry
+        assert method in ("fp16", "bf16") or ranks[0][-1][1]["a"].norm() > 1
 
 
 def exact_identity(rank, world):
     """x - sent on one replica, where every number is representable."""
     outcomes = {}
-    vectors = dict(topk=[7.3, -1e-9, 0.1, 55.5] * 5, sign=[1.0, -3.0, 1.0, 3.0] * 2,
-                   onebit=[1.0, -3.0, 3.0, -1.0], fp16=[1 + 2**-20, 3.0, 5e-6, -7.7])  # fmt: skip
+    vectors = dict(
+        topk=[7.3, -1e-9, 0.1, 55.5] * 5,
+        sign=[1.0, -3.0, 1.0, 3.0] * 2,
+        onebit=[1.0, -3.0, 3.0, -1.0],
+        fp16=[1 + 2**-20, 3.0, 5e-6, -7.7],
+    )
     for method, values in vectors.items():
         x = torch.tensor(values, dtype=torch.float64)
         bucket = Bucket([("x", nn.Parameter(torch.zeros_like(x)))])
@@ -163,13 +195,17 @@ def test_topk_of_everything_is_the_all_reduce(dtype):
             for step, (named, residuals) in enumerate(seen):
                 for name, x in named.items():
                     expected = sum(gradient(name, r, step, dtype) for r in range(world))
-                    assert torch.equal(x, expected) and x.dtype == dtype and not residuals[name].any()
+                    assert (
+                        torch.equal(x, expected) and x.dtype == dtype and not residuals[name].any()
+                    )
 
 
-# ---- PowerSGD ---------------------------------------------------------------------------------------------
+# ---- PowerSGD ------------------------------------------------------------------------------------
 def low_rank(rank, world, r):
-    left, right = (torch.randn(n, r, generator=torch.Generator().manual_seed(n + rank), dtype=torch.double)
-                   for n in (30, 40))  # fmt: skip
+    left, right = (
+        torch.randn(n, r, generator=torch.Generator().manual_seed(n + rank), dtype=torch.double)
+        for n in (30, 40)
+    )
     bucket = Bucket([("x", nn.Parameter(torch.zeros(30, 40, dtype=torch.double)))])
     reduce, seen = compression.powersgd(rank=4), []
     for step in range(3):
@@ -193,16 +229,34 @@ def test_powersgd_of_full_rank_is_the_all_reduce():
 
 def net(dtype=torch.float64):
     torch.manual_seed(0)
-    layers = nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 20, bias=False), nn.Tanh(), nn.Linear(20, 9)
+    layers = (
+        nn.Linear(12, 16),
+        nn.Tanh(),
+        nn.Linear(16, 20, bias=False),
+        nn.Tanh(),
+        nn.Linear(20, 9),
+    )
     return nn.Sequential(*layers).to(dtype)
 
 
 def rows(step, n=8, dtype=torch.float64):
-    return torch.randn(n, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        n, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+    ).to(dtype)
 
 
-def steps(model, wait, world, rank, n, first=0, micro_batches=1, before=lambda last: None,
-          dtype=torch.float64, factor=1):  # fmt: skip
+def steps(
+    model,
+    wait,
+    world,
+    rank,
+    n,
+    first=0,
+    micro_batches=1,
+    before=lambda last: None,
+    dtype=torch.float64,
+    factor=1,
+):
     """n steps of SGD on the sum of all rows' losses / 8; the gradients of each step."""
     optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.2), []
     for step in range(first, first + n):
@@ -234,19 +288,25 @@ def first_q(seed, name, columns, rank):
 def beside_torch(rank, world, dtype, columns):
     """Two plain steps (their hook insists), then six compressed ones, from the same Q."""
     mine = compression.powersgd(rank=columns, seed=3)
-    replicas = DDP(dist.group.WORLD, CPU, reduce=lambda *a: (mine if len(got) >= 2 else all_reduce)(*a))
+    replicas = DDP(
+        dist.group.WORLD, CPU, reduce=lambda *a: (mine if len(got) >= 2 else all_reduce)(*a)
+    )
     model, got = replicas.wrap(net(dtype)), []
     for step in range(8):
         got += steps(model, replicas.finish_gradients, world, rank, 1, step, dtype=dtype)
 
     theirs = DistributedDataParallel(net(dtype))
-    state = powerSGD_hook.PowerSGDState(None, columns, start_powerSGD_iter=2, min_compression_rate=1)
+    state = powerSGD_hook.PowerSGDState(
+        None, columns, start_powerSGD_iter=2, min_compression_rate=1
+    )
     names = {id(p): name for name, p in theirs.module.named_parameters()}
 
     def hook(state, bucket):
         if state.iter == 2:
             matrices = [p for p in bucket.parameters() if p.ndim > 1]  # each of them saves bytes
-            qs = [first_q(3, names[id(p)], p.shape[1], columns).to(dtype).flatten() for p in matrices]
+            qs = [
+                first_q(3, names[id(p)], p.shape[1], columns).to(dtype).flatten() for p in matrices
+            ]
             state.q_memory_dict[bucket.index()] = torch.cat(qs)
             size = columns * sum(len(p) for p in matrices)
             state.p_memory_dict[bucket.index()] = torch.empty(size, dtype=dtype)
@@ -256,7 +316,9 @@ def beside_torch(rank, world, dtype, columns):
     return got, steps(theirs, lambda: None, world, rank, 8, dtype=dtype, factor=world)
 
 
-@pytest.mark.parametrize("dtype, columns, tolerance", [(torch.float32, 1, 2e-5), (torch.float64, 2, 1e-12)])
+@pytest.mark.parametrize(
+    "dtype, columns, tolerance", [(torch.float32, 1, 2e-5), (torch.float64, 2, 1e-12)]
+)
 def test_powersgd_follows_torchs_hook_step_by_step(dtype, columns, tolerance):
     """Relative to each gradient's norm. Eight steps of training on its own gradients let
     float32's rounding grow: float64 is the proof."""
@@ -268,6 +330,7 @@ def test_powersgd_follows_torchs_hook_step_by_step(dtype, columns, tolerance):
 
 def test_a_zero_gradient_does_not_stop_powersgd():
     """As behind a projection that starts at 0: Q is 0 then, and has to come back."""
+
     def run(rank, world):
         bucket = Bucket([("x", nn.Parameter(torch.zeros(30, 40, dtype=torch.double)))])
         reduce = make("powersgd")
@@ -281,7 +344,7 @@ def test_a_zero_gradient_does_not_stop_powersgd():
     torch.testing.assert_close(x[:, :2], torch.full_like(x[:, :2], 2.0), rtol=1e-6, atol=1e-6)
 
 
-# ---- bytes, buckets, micro-batches ------------------------------------------------------------------------
+# ---- bytes, buckets, micro-batches ---------------------------------------------------------------
 class Wire(TorchDispatchMode):
     """Bytes this rank sends, read off the collectives themselves."""
 
@@ -336,11 +399,14 @@ def bucketed(rank, world, n, cases):
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_nothing_depends_on_buckets_and_replicas_stay_the_same(world):
-    """Bitwise where every replica adds up alone; a ring of 4 adds in another order for each place."""
+    """Bitwise where every replica adds up alone; a ring of 4 adds in another order for each
+    place."""
     ranks = run_ranks(world, bucketed, 6, [(25.0, 1), (1e-4, 1)])
     for method in METHODS:
         rounding = dict(powersgd=1e-12, fp16=1e-2, bf16=1e-1).get(method, 0) if world > 2 else 0
-        for (seen, weights, sent), (seen_many, _, sent_many) in (result[method] for result in ranks):
+        for (seen, weights, sent), (seen_many, _, sent_many) in (
+            result[method] for result in ranks
+        ):
             for a, b in zip([x for s in seen for x in s], [x for s in seen_many for x in s]):
                 torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
             assert all(torch.equal(a, b) for a, b in zip(weights, ranks[0][method][0][1]))
@@ -359,6 +425,7 @@ def test_micro_batches_are_compressed_once():
 @pytest.mark.slow
 def test_with_error_feedback_everything_arrives():
     """The same gradient 200 times: what has arrived is 200 times it, but for one residual."""
+
     def run(rank, world):
         seen = {}
         for method, error_feedback in itertools.product(METHODS, (True, False)):
@@ -373,10 +440,13 @@ def test_with_error_feedback_everything_arrives():
     expected = gradient("a", 0, 0) + gradient("a", 1, 0)
     for (method, error_feedback), mean in run_ranks(2, run)[0].items():
         off = (mean - expected).norm() / expected.norm()
-        assert off < 0.1 if error_feedback or method in ("fp16", "bf16") else off > 0.2, (method, off)
+        assert off < 0.1 if error_feedback or method in ("fp16", "bf16") else off > 0.2, (
+            method,
+            off,
+        )
 
 
-# ---- what is not finite, what is not allowed ---------------------------------------------------------------
+# ---- what is not finite, what is not allowed -----------------------------------------------------
 def test_a_bad_gradient_is_seen_by_all_and_forgotten():
     def run(rank, world):
         outcomes = {}
@@ -388,7 +458,10 @@ def test_a_bad_gradient_is_seen_by_all_and_forgotten():
                     bucket.views[0][3, 2] = bad
                 reduce(bucket, dist.group.WORLD).wait()
                 seen.append(bool(bucket.flat.isfinite().all()))
-            outcomes[method, bad] = seen, all(bool(x.isfinite().all()) for x in reduce.residuals.values())
+            outcomes[method, bad] = (
+                seen,
+                all(bool(x.isfinite().all()) for x in reduce.residuals.values()),
+            )
         return outcomes
 
     for outcomes in run_ranks(2, run):
@@ -404,7 +477,7 @@ def test_bad_options_are_refused():
         compression.powersgd(rank=0)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 def reader(folder):
     saved = checkpoint.load(folder)
     return lambda part: saved.tree(f"compress/{part}", missing={})
@@ -416,8 +489,12 @@ def train(rank, world, method, folder, first, n, load):
     model = replicas.wrap(net())
     if load:
         reduce.load(reader(folder / "step-00000003"), rank, world)
-        replicas.fill(lambda name, shape: checkpoint.load(folder / "step-00000003").tensor(f"model/{name}"))
-    seen = steps(model, replicas.finish_gradients, world, rank, n, first, before=replicas.last_micro_batch)
+        replicas.fill(
+            lambda name, shape: checkpoint.load(folder / "step-00000003").tensor(f"model/{name}")
+        )
+    seen = steps(
+        model, replicas.finish_gradients, world, rank, n, first, before=replicas.last_micro_batch
+    )
     tree = {"model": replicas.weights(), "compress": reduce.tree(rank, world)}
     if folder is not None:
         checkpoint.save(folder, first + n, tree)
@@ -430,8 +507,13 @@ def test_a_resume_goes_on_bitwise(method, tmp_path):
     run_ranks(2, train, method, tmp_path, 0, 3, False)
     resumed = run_ranks(2, train, method, tmp_path, 3, 3, True)
     for (a, ra, qa), (b, rb, qb) in zip(whole, resumed):
-        assert all(torch.equal(x, y) for s, t in zip(a, b) for x, y in zip(s, t)) and len(a) == len(b) == 3
-        assert all(torch.equal(ra[n], rb[n]) for n in ra) and all(torch.equal(qa[n], qb[n]) for n in qa)
+        assert (
+            all(torch.equal(x, y) for s, t in zip(a, b) for x, y in zip(s, t))
+            and len(a) == len(b) == 3
+        )
+        assert all(torch.equal(ra[n], rb[n]) for n in ra) and all(
+            torch.equal(qa[n], qb[n]) for n in qa
+        )
         assert len(ra) == 5 and len(qa) == (3 if method == "powersgd" else 0)
 
 
@@ -474,10 +556,13 @@ def test_a_residual_left_by_another_method_is_paid_once():
         for step in (1, 2):
             bucket = filled_bucket(rank, step)
             new(bucket, dist.group.WORLD).wait()
-            seen.append(bucket.views[bucket.names.index("d")].clone())  # a matrix too small to factor
+            # A matrix too small to factor
+            seen.append(bucket.views[bucket.names.index("d")].clone())
         return seen, owed
 
     ranks = run_ranks(2, run)
     plain = [gradient("d", 0, step) + gradient("d", 1, step) for step in (1, 2)]
-    torch.testing.assert_close(ranks[0][0][0], plain[0] + ranks[0][1] + ranks[1][1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        ranks[0][0][0], plain[0] + ranks[0][1] + ranks[1][1], rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(ranks[0][0][1], plain[1], rtol=1e-12, atol=1e-12)

@@ -27,16 +27,38 @@ def recipe(tmp_path, text: str) -> str:
 
 def test_later_wins(tmp_path):
     path = recipe(tmp_path, "steps = 5\nlr = 1\nbatch_size = 4")
-    cfg = parse([path, "--steps=7", "--batch_size=1e3", "--tied=TRUE", "--grad_clip=none", "--steps=8"])
-    assert (cfg.steps, cfg.lr, cfg.batch_size, cfg.tied, cfg.grad_clip) == (8, 1.0, 1000, True, None)
-    assert {"steps", "lr", "batch_size", "tied", "grad_clip"} <= cfg.given and "seed" not in cfg.given
+    cfg = parse(
+        [path, "--steps=7", "--batch_size=1e3", "--tied=TRUE", "--grad_clip=none", "--steps=8"]
+    )
+    assert (cfg.steps, cfg.lr, cfg.batch_size, cfg.tied, cfg.grad_clip) == (
+        8,
+        1.0,
+        1000,
+        True,
+        None,
+    )
+    assert {
+        "steps",
+        "lr",
+        "batch_size",
+        "tied",
+        "grad_clip",
+    } <= cfg.given and "seed" not in cfg.given
 
 
 def test_a_table_and_a_dotted_key_mean_the_same(tmp_path):
     table = parse([recipe(tmp_path, "[opt]\nbetas = [0.9, 0.95]\neps = 'none'")])
     dotted = parse([recipe(tmp_path, '"opt.betas" = [0.9, 0.95]\n"opt.eps" = "none"')])
     flags = parse(["--opt.betas=0.9,0.95", "--opt.eps=none"])
-    assert table.sub("opt") == dotted.sub("opt") == flags.sub("opt") == {"betas": (0.9, 0.95), "eps": None}
+    assert (
+        table.sub("opt")
+        == dotted.sub("opt")
+        == flags.sub("opt")
+        == {
+            "betas": (0.9, 0.95),
+            "eps": None,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +116,7 @@ def test_a_mistake_in_a_recipe_is_one_clear_line(tmp_path, text, says):
     assert says in bad(recipe(tmp_path, text))
 
 
-# ---- as people type it -----------------------------------------------------------------------------------
+# ---- as people type it ---------------------------------------------------------------------------
 def test_a_blank_stands_for_the_equals_sign(tmp_path):
     path = recipe(tmp_path, "steps = 5")
     for words in ("--lr 0.1 --steps 7", "--lr= 0.1 --steps =7", "--lr = 0.1 --steps = 7"):
@@ -110,12 +132,17 @@ def test_a_blank_stands_for_the_equals_sign(tmp_path):
 
 def test_none_is_none_for_every_optional_field(tmp_path):
     optional = [n for n in settings.FIELDS if type(None) in config.kinds(n)]
-    assert {"wandb", "data_url", "init_from", "activation_checkpoint", "lr", "on_spike"} <= {*optional}
+    assert {"wandb", "data_url", "init_from", "activation_checkpoint", "lr", "on_spike"} <= {
+        *optional
+    }
     for word in ("none", "None", "NONE"):
         for name in optional:
             assert getattr(parse([f"--{name}={word}"]), name) is None, name
             assert getattr(parse([recipe(tmp_path, f'{name} = "{word}"')]), name) is None, name
-        assert parse([f"--opt.x={word}"]).options == parse([recipe(tmp_path, f'opt.x = "{word}"')]).options
+        assert (
+            parse([f"--opt.x={word}"]).options
+            == parse([recipe(tmp_path, f'opt.x = "{word}"')]).options
+        )
     for name in settings.FIELDS.keys() - {*optional}:
         if str not in config.kinds(name):
             assert "is not allowed" in bad(f"--{name}=none")
@@ -131,16 +158,30 @@ def test_an_empty_value_is_a_sentence_for_every_field(tmp_path):
 
 
 def test_words_may_be_in_capitals():
-    cfg = parse(["--precision=BF16", "--arch=GPT2", "--tied=True", "--norm=AUTO", "--opt.fused=TRUE"])
+    cfg = parse(
+        ["--precision=BF16", "--arch=GPT2", "--tied=True", "--norm=AUTO", "--opt.fused=TRUE"]
+    )
     assert (cfg.precision, cfg.arch, cfg.tied, cfg.norm) == ("bf16", "gpt2", True, "auto")
     assert cfg.options == {"opt.fused": True}
 
 
-@pytest.mark.parametrize("text, value", [
-    ("0.9,0.95", (0.9, 0.95)), ("(0.9, 0.95)", (0.9, 0.95)), ("[0.9,0.95]", (0.9, 0.95)), ("1", 1),
-    ("none,1e-3", (None, 0.001)), ("1e-30,None", (1e-30, None)), ("0.9,", (0.9,)), ("true", True),
-    ("a,b", "a,b"), ("file (1).txt", "file (1).txt"), ("'5'", "5"), ("[" * 999, "[" * 999),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("0.9,0.95", (0.9, 0.95)),
+        ("(0.9, 0.95)", (0.9, 0.95)),
+        ("[0.9,0.95]", (0.9, 0.95)),
+        ("1", 1),
+        ("none,1e-3", (None, 0.001)),
+        ("1e-30,None", (1e-30, None)),
+        ("0.9,", (0.9,)),
+        ("true", True),
+        ("a,b", "a,b"),
+        ("file (1).txt", "file (1).txt"),
+        ("'5'", "5"),
+        ("[" * 999, "[" * 999),
+    ],
+)
 def test_an_option_is_a_number_a_word_or_a_list(tmp_path, text, value):
     cfg = parse([f"--opt.x={text}"])
     assert cfg.options == {"opt.x": value} and type(cfg.options["opt.x"]) is type(value)
@@ -155,9 +196,16 @@ def test_other_trainers_names_lead_to_ours():
         field, equals, text = here.partition("=")
         assert field in settings.FIELDS or field.startswith("opt.")
         assert not equals or config.from_text(field, text) == text
-    for name, here in {"batch-size": "batch_size", "training.seq_len": "block_size", "optimizer.lr": "lr",
-                       "BATCH_SIZE": "batch_size", "no_plot": "plot=false", "zero": "data_parallel=zero1",
-                       "adam.beta1": "opt.betas", "n_layer.": "n_layer"}.items():  # fmt: skip
+    for name, here in {
+        "batch-size": "batch_size",
+        "training.seq_len": "block_size",
+        "optimizer.lr": "lr",
+        "BATCH_SIZE": "batch_size",
+        "no_plot": "plot=false",
+        "zero": "data_parallel=zero1",
+        "adam.beta1": "opt.betas",
+        "n_layer.": "n_layer",
+    }.items():
         assert f"did you mean --{here}?" in bad(f"--{name}=3"), name
     assert "--help lists" in bad("--qqqqqqqq=1")
 
@@ -189,13 +237,31 @@ def test_the_folder_of_a_run_is_no_recipe_but_has_one(tmp_path):
     assert "it is no file" in bad(str(tmp_path.parent))
 
 
-# ---- what messages tell to type --------------------------------------------------------------------------
-@pytest.mark.parametrize("name, value", [
-    ("data", "my text.txt"), ("data", "it's"), ("data", 'a "b" $HOME `x` !'), ("data", "a;b&c|d(e)[f]*?"),
-    ("data", "C:\\new\\t.txt"), ("data", "-x"), ("data", "caf\u00e9 \u6587"), ("data", "#1"), ("wandb", None),
-    ("tied", True), ("lr", 1e-05), ("lr", 0.1 + 0.2), ("opt.betas", (0.9, 0.95)), ("opt.eps", (None, 1e-3)),
-    ("opt.x", (0.5,)), ("opt.x", ()), ("opt.x", None), ("opt.x", False), ("steps", 10**6),
-])  # fmt: skip
+# ---- what messages tell to type ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("data", "my text.txt"),
+        ("data", "it's"),
+        ("data", 'a "b" $HOME `x` !'),
+        ("data", "a;b&c|d(e)[f]*?"),
+        ("data", "C:\\new\\t.txt"),
+        ("data", "-x"),
+        ("data", "caf\u00e9 \u6587"),
+        ("data", "#1"),
+        ("wandb", None),
+        ("tied", True),
+        ("lr", 1e-05),
+        ("lr", 0.1 + 0.2),
+        ("opt.betas", (0.9, 0.95)),
+        ("opt.eps", (None, 1e-3)),
+        ("opt.x", (0.5,)),
+        ("opt.x", ()),
+        ("opt.x", None),
+        ("opt.x", False),
+        ("steps", 10**6),
+    ],
+)
 def test_what_is_to_be_typed_gives_the_value_in_a_shell(name, value):
     words = shlex.split(settings.flag(name, value))
     cfg = parse(words)
@@ -228,34 +294,53 @@ def test_what_a_refusal_proposes_is_taken(flags):
         parse([*flags.split(), *words.split()])
 
 
-@pytest.mark.parametrize("flags, dp", [
-    ("--batch_size=10", 4), ("--batch_size=16 --batch_ramp=9 --batch_ramp_from=4", 3),
-    ("--batch_size=16 --batch_ramp=9 --batch_ramp_from=2", 4), ("--micro_batch_size=5", 2),
-    ("--micro_batch_size=3 --batch_size=16", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, dp",
+    [
+        ("--batch_size=10", 4),
+        ("--batch_size=16 --batch_ramp=9 --batch_ramp_from=4", 3),
+        ("--batch_size=16 --batch_ramp=9 --batch_ramp_from=2", 4),
+        ("--micro_batch_size=5", 2),
+        ("--micro_batch_size=3 --batch_size=16", 2),
+    ],
+)
 def test_what_is_proposed_for_a_batch_divides(flags, dp):
     with pytest.raises(ValueError) as error:
         checks.batch_share(parse(flags.split()), dp)
-    checks.batch_share(parse([*flags.split(), *re.search(r"try (--.*)", str(error.value))[1].split()]), dp)
+    checks.batch_share(
+        parse([*flags.split(), *re.search(r"try (--.*)", str(error.value))[1].split()]), dp
+    )
 
 
 def test_huge_numbers_are_refused_at_once():
     most = 2**31 - 1
-    for flags in (f"--n_embd={most}", f"--n_head={most}", f"--tp={most}",
-                  f"--n_kv_head={most} --n_head={most - 1}",
-                  f"--batch_ramp=1 --batch_ramp_from={most - 1} --batch_size={most}"):  # fmt: skip
+    for flags in (
+        f"--n_embd={most}",
+        f"--n_head={most}",
+        f"--tp={most}",
+        f"--n_kv_head={most} --n_head={most - 1}",
+        f"--batch_ramp=1 --batch_ramp_from={most - 1} --batch_size={most}",
+    ):
         bad(*flags.split())
 
 
 def test_a_recipe_is_never_executed(tmp_path):
     text = '"opt.betas" = "__import__(\'os\').system(\'touch pwned\')"\nout_dir = "$(touch pwned)"'
     cfg = parse([recipe(tmp_path, text), "--opt.eps=__import__('os').getcwd()"])
-    assert cfg.options["opt.eps"] == "__import__('os').getcwd()" and not (tmp_path / "pwned").exists()
+    assert (
+        cfg.options["opt.eps"] == "__import__('os').getcwd()" and not (tmp_path / "pwned").exists()
+    )
 
 
 def test_a_toml_file_written_from_a_config_reads_back_the_same(tmp_path):
     cfg = parse(
-        ["--opt.betas=0.9,0.95", '--out_dir=a "b"\\c\x7f\t\r\u00e9', "--grad_clip=none", "--lr=1e-3",
-         "--tied=true"]
+        [
+            "--opt.betas=0.9,0.95",
+            '--out_dir=a "b"\\c\x7f\t\r\u00e9',
+            "--grad_clip=none",
+            "--lr=1e-3",
+            "--tied=true",
+        ]
     )
     again = parse([recipe(tmp_path, config.to_toml(cfg, {"commit": "abc"}))])
     assert config.to_dict(again) == config.to_dict(cfg)
@@ -267,7 +352,10 @@ def test_options_are_checked_against_the_signature():
 
     ok = Config(options={"opt.betas": (0.8, 0.9), "opt.dtype": "float32"})
     given = ("params", "lr")
-    assert checks.check_options(ok, "opt", target, given) == {"betas": (0.8, 0.9), "dtype": "float32"}
+    assert checks.check_options(ok, "opt", target, given) == {
+        "betas": (0.8, 0.9),
+        "dtype": "float32",
+    }
     for name, value, says in [
         ("opt.beta", 1, "did you mean --opt.betas"),
         ("opt.lr", 1, "no such argument"),
@@ -288,14 +376,19 @@ def test_help_names_every_field_with_its_default(capsys):
 
 
 def test_every_field_is_used():
-    """A flag that does nothing is a defect: each field's name appears outside settings.py and checks.py."""
+    """A flag that does nothing is a defect: each field's name appears outside settings.py and
+    checks.py."""
     from pathlib import Path
 
     root = Path(config.__file__).parent
-    text = "".join((root / name).read_text() for name in ("train.py", "model.py", "choices.py", "watch.py"))
+    text = "".join(
+        (root / name).read_text() for name in ("train.py", "model.py", "choices.py", "watch.py")
+    )
     elsewhere = {"arch", "pp_chunks"}  # in settings.with_traits and settings.chunks
     assert [
-        n for n in settings.FIELDS if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere
+        n
+        for n in settings.FIELDS
+        if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere
     ] == []
 
 
@@ -316,26 +409,37 @@ def test_the_default_recipe_is_the_default():
 
 
 def test_what_a_run_chose_is_written_apart_and_is_nobody_s_wish(tmp_path):
-    cfg = settings.update(parse(["--lr=0.5", "--steps=3"]), embed_lr=0.1, tied=False, attention_scale=None)
+    cfg = settings.update(
+        parse(["--lr=0.5", "--steps=3"]), embed_lr=0.1, tied=False, attention_scale=None
+    )
     cfg = settings.update(cfg, device="cuda:0", precision="bf16")
     assert settings.chosen(cfg) == ["device", "attention_scale", "tied", "embed_lr", "precision"]
     text = config.to_toml(cfg, {})
     assert text.index("lr = 0.5") < text.index("[chosen]") < text.index("embed_lr = 0.1")
     again = parse([recipe(tmp_path, text)])
-    assert (again.embed_lr, again.tied, again.precision, again.device) == (0.1, False, "bf16", "auto")
+    assert (again.embed_lr, again.tied, again.precision, again.device) == (
+        0.1,
+        False,
+        "bf16",
+        "auto",
+    )
     assert settings.chosen(again) == ["attention_scale", "tied", "embed_lr", "precision"]
     old = config.from_dict(config.to_dict(cfg))
     assert old.given == {"lr", "steps"} and config.to_dict(old)["chosen"] == settings.chosen(cfg)
     for word in ("--optim=adamw", "--opt.eps=1", "--device=cpu", "--n_layer=3"):
         assert settings.chosen(parse([recipe(tmp_path, text), word])) == [], word
     for word in ("--steps=9", "--out_dir=x", "--schedule=cosine", "--log_every=2"):
-        assert settings.chosen(parse([recipe(tmp_path, text), word])) == settings.chosen(again), word
+        assert settings.chosen(parse([recipe(tmp_path, text), word])) == settings.chosen(again), (
+            word
+        )
 
 
-# ---- continuing ------------------------------------------------------------------------------------------
+# ---- continuing ----------------------------------------------------------------------------------
 def resolved(**values) -> dict:
     return config.to_dict(
-        dataclasses.replace(settings.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values)
+        dataclasses.replace(
+            settings.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values
+        )
     )
 
 
@@ -343,11 +447,25 @@ def test_auto_takes_what_was_chosen_and_may_change_steps_and_schedule():
     cfg = resume.continued(
         parse(["--steps=9", "--schedule=cosine", "--log_every=2"]), resolved(), branch=False
     )
-    assert (cfg.steps, cfg.schedule, cfg.log_every, cfg.precision, cfg.lr) == (9, "cosine", 2, "bf16", 0.02)
+    assert (cfg.steps, cfg.schedule, cfg.log_every, cfg.precision, cfg.lr) == (
+        9,
+        "cosine",
+        2,
+        "bf16",
+        0.02,
+    )
 
 
 @pytest.mark.parametrize(
-    "flag", ["--lr=0.1", "--seed=2", "--precision=fp32", "--n_layer=5", "--opt.beta=1", "--data=shakespeare"]
+    "flag",
+    [
+        "--lr=0.1",
+        "--seed=2",
+        "--precision=fp32",
+        "--n_layer=5",
+        "--opt.beta=1",
+        "--data=shakespeare",
+    ],
 )
 def test_auto_refuses_another_run_and_names_the_field(flag):
     with pytest.raises(ValueError, match=flag.split("=")[0][2:] + ".*--resume=never"):
@@ -361,7 +479,9 @@ def test_auto_refuses_a_field_that_is_no_longer_given():
 
 def test_a_branch_keeps_what_is_not_given_and_may_change_lr_and_data():
     saved = resolved(n_embd=512, seed=3, options={"opt.eps": 1e-6, "schedule.shape": "sqrt"})
-    cfg = resume.continued(parse(["--resume=x", "--lr=0.5", "--data=shakespeare"]), saved, branch=True)
+    cfg = resume.continued(
+        parse(["--resume=x", "--lr=0.5", "--data=shakespeare"]), saved, branch=True
+    )
     assert (cfg.n_embd, cfg.seed, cfg.lr, cfg.data, cfg.resume) == (512, 3, 0.5, "shakespeare", "x")
     assert cfg.options == saved["options"]
     cfg = resume.continued(parse(["--resume=x", "--schedule=cosine"]), saved, branch=True)

@@ -1,4 +1,5 @@
-"""Ring attention and Ulysses against attention on one process, in float64; what they keep, send, compute."""
+"""Ring attention and Ulysses against attention on one process, in float64; what they keep, send,
+compute."""
 
 from types import SimpleNamespace
 
@@ -20,9 +21,20 @@ from parallel.context import positions, split
 from parallel.mesh import make_mesh
 
 CPU = torch.device("cpu")
-MODERN = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=16, block_size=24, vocab_size=32, zero_init=False)
-GPT2 = MODERN | dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
-                     bias=True, init="gpt2", logit_cap=None, dropout=0.2)  # fmt: skip
+MODERN = dict(
+    n_layer=2, n_head=4, n_kv_head=4, n_embd=16, block_size=24, vocab_size=32, zero_init=False
+)
+GPT2 = MODERN | dict(
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    qk_norm=False,
+    tied=True,
+    bias=True,
+    init="gpt2",
+    logit_cap=None,
+    dropout=0.2,
+)
 GQA_MUP = MODERN | dict(n_head=8, n_kv_head=4, n_embd=32, mup_base_width=16, dropout=0.2)
 
 
@@ -44,8 +56,10 @@ def core(way, group, plain=causal_attention):
 def qkv(heads, kv_heads, T=24, D=8, dtype=torch.float64, seed=0):
     """q, k, v and a gradient, laid out as the projections leave them: (B, T, H, D) in memory."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = (torch.randn(2, T, h, D, generator=generator, dtype=torch.float64) for h in
-               (heads, kv_heads, kv_heads, heads))  # fmt: skip
+    numbers = (
+        torch.randn(2, T, h, D, generator=generator, dtype=torch.float64)
+        for h in (heads, kv_heads, kv_heads, heads)
+    )
     return [x.to(dtype).transpose(1, 2) for x in numbers]
 
 
@@ -60,7 +74,7 @@ def furthest(xs, ys):
     return max((x.double() - y.double()).abs().max().item() for x, y in zip(xs, ys, strict=True))
 
 
-# ---- it is attention -------------------------------------------------------------------------------------
+# ---- it is attention -----------------------------------------------------------------------------
 def attend(rank, n, way, heads):
     results = []
     for H, Hkv in heads:
@@ -71,7 +85,8 @@ def attend(rank, n, way, heads):
         again = with_gradients(core(way, dist.group.WORLD), *mine)
         assert all(torch.equal(a, b) for a, b in zip(parts, again))  # to the bit
         results.append(furthest([x[:, :, at] for x in whole], parts))
-        mine[3] = torch.ones((), dtype=torch.float64).expand(mine[3].shape)  # the gradient of a plain sum
+        # The gradient of a plain sum
+        mine[3] = torch.ones((), dtype=torch.float64).expand(mine[3].shape)
         whole = with_gradients(causal_attention, *tensors[:3], torch.ones_like(tensors[3]))
         parts = with_gradients(core(way, dist.group.WORLD), *mine)
         results.append(furthest([x[:, :, at] for x in whole], parts))
@@ -93,7 +108,9 @@ def attend_in_a_mesh(rank, world):
     for way in ("ring", "ulysses"):  # the group's ranks are 0 and 2, or 1 and 3
         at = positions(24, 2, mesh.coords["cp"], way)
         parts = with_gradients(core(way, mesh.groups["cp"]), *(x[:, :, at] for x in tensors))
-        results.append(furthest([x[:, :, at] for x in with_gradients(causal_attention, *tensors)], parts))
+        results.append(
+            furthest([x[:, :, at] for x in with_gradients(causal_attention, *tensors)], parts)
+        )
     return results
 
 
@@ -102,7 +119,8 @@ def test_it_stays_in_its_group():
 
 
 def attend_roughly(rank, n):
-    """Errors of out, dq, dk, dv against float64: one process's, ring's, Ulysses's, and of both together."""
+    """Errors of out, dq, dk, dv against float64: one process's, ring's, Ulysses's, and of both
+    together."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16, "autocast"):
         half = dtype != torch.float32
@@ -115,11 +133,15 @@ def attend_roughly(rank, n):
                 at = positions(64, n, rank, way)
                 parts = with_gradients(core(way, dist.group.WORLD), *(x[:, :, at] for x in inputs))
                 assert [x.dtype for x in parts] == [x.dtype for x in row[0]]
-                row.append([x.new_zeros(y.shape).index_copy(2, at, x) for x, y in zip(parts, truth)])
+                row.append(
+                    [x.new_zeros(y.shape).index_copy(2, at, x) for x, y in zip(parts, truth)]
+                )
         for parts in row[1:]:
             for x in parts:
                 dist.all_reduce(x)
-        rows.append([[(x.double() - y).norm().item() for x, y in zip(parts, truth)] for parts in row])
+        rows.append(
+            [[(x.double() - y).norm().item() for x, y in zip(parts, truth)] for parts in row]
+        )
     return rows
 
 
@@ -129,13 +151,15 @@ def test_float32_bf16_and_autocast_round_no_more_than_one_process():
         assert all(u < 1.01 * a for u, a in zip(ulysses, alone)), (ulysses, alone)
 
 
-# ---- in the model ----------------------------------------------------------------------------------------
+# ---- in the model --------------------------------------------------------------------------------
 def build(shape):
     """Every parameter random, so that no bias and no gain is special."""
     model = GPT(GPTConfig(**shape)).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(key(0, name))) * 0.3)
+            p.copy_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(key(0, name))) * 0.3
+            )
     return model
 
 
@@ -147,7 +171,9 @@ def step(model, at, checkpointed=False, autocast=False):
         for b in model.blocks.values():
             b.forward = lambda *a, f=b.forward: checkpoint(f, *a, use_reentrant=False)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(ids[:, :-1][:, at], ids[:, 1:][:, at], positions=at, rows=torch.tensor([7, 1, 2]))
+        loss = model(
+            ids[:, :-1][:, at], ids[:, 1:][:, at], positions=at, rows=torch.tensor([7, 1, 2])
+        )
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -164,9 +190,13 @@ def model_run(rank, n, runs):
         mine = step(model, positions(24, n, rank, way), **options)
         for x in mine.values():
             dist.all_reduce(x)
-        scale = {name: 1 + x.norm().item() for name, x in oracle.items()}  # gpt2's k.bias has gradient 0
-        results.append({name: furthest([mine[name]], [x]) / scale[name] for name, x in oracle.items()})
-        assert rank or torch.equal(generate(model, torch.arange(3).view(1, 3), 8), before)  # by itself
+        # Gpt2's k.bias has gradient 0
+        scale = {name: 1 + x.norm().item() for name, x in oracle.items()}
+        results.append(
+            {name: furthest([mine[name]], [x]) / scale[name] for name, x in oracle.items()}
+        )
+        # By itself
+        assert rank or torch.equal(generate(model, torch.arange(3).view(1, 3), 8), before)
     return results
 
 
@@ -180,11 +210,15 @@ def test_the_model_on_parts_of_the_sequence_is_the_model(n):
 
 
 def bf16_run(rank, n):
-    """Losses, and distances from the float64 gradients relative to their norm: of one process, both ways."""
+    """Losses, and distances from the float64 gradients relative to their norm: of one process, both
+    ways."""
 
     def distance(found):
         pairs = [(found[name], x) for name, x in truth.items() if name not in ("loss", "hits")]
-        return sum((x - y).norm() ** 2 for x, y in pairs).sqrt() / sum(y.norm() ** 2 for _, y in pairs).sqrt()
+        return (
+            sum((x - y).norm() ** 2 for x, y in pairs).sqrt()
+            / sum(y.norm() ** 2 for _, y in pairs).sqrt()
+        )
 
     truth, results = step(build(MODERN), torch.arange(24)), []
     for way in (None, "ring", "ulysses"):
@@ -201,16 +235,20 @@ def bf16_run(rank, n):
 def test_bf16_autocast_trains_the_model_as_well_on_parts():
     (loss, alone), *both = run_ranks(2, bf16_run)[0]
     for mine, distance in both:
-        assert mine == pytest.approx(loss, rel=5e-3) and 0 < distance < 2 * alone < 0.1  # chance: 0.7 to 1.4
+        # Chance: 0.7 to 1.4
+        assert mine == pytest.approx(loss, rel=5e-3) and 0 < distance < 2 * alone < 0.1
 
 
-# ---- what it keeps, sends, computes ----------------------------------------------------------------------
+# ---- what it keeps, sends, computes --------------------------------------------------------------
 def kept(rank, n, T=256):
-    """For both ways: bytes of the storages saved for backward; the most alive beside inputs and dout."""
+    """For both ways: bytes of the storages saved for backward; the most alive beside inputs and
+    dout."""
     results = []
     for way in ("ring", "ulysses"):
         at = positions(T, n, rank, way)
-        q, k, v, dout = (x[:, :, at].contiguous() for x in qkv(4, 4, T=T, D=32, dtype=torch.float32))
+        q, k, v, dout = (
+            x[:, :, at].contiguous() for x in qkv(4, 4, T=T, D=32, dtype=torch.float32)
+        )
         storages, attention = {}, core(way, dist.group.WORLD if n > 1 else None)
 
         def save(x):
@@ -234,13 +272,17 @@ def test_what_attention_keeps_for_backward_falls_as_one_over_n():
     for n in (2, 4):
         for rank in run_ranks(n, kept):
             for (saved, peak), (whole, whole_peak) in zip(rank, alone):
-                print(f"n={n}: saved {saved} of {whole}, {saved / whole:.3f}; peak {peak / whole_peak:.3f}")
+                print(
+                    f"n={n}: saved {saved} of {whole}, {saved / whole:.3f}; peak"
+                    f" {peak / whole_peak:.3f}"
+                )
                 assert saved == pytest.approx(whole / n, rel=0.01)
                 assert peak < 4 * whole_peak / n  # with the blocks under way and their gradients
 
 
 def peak_of_a_step(rank, n, shape):
-    """For both ways: the most bytes alive in a step of the model, beside weights and their gradients."""
+    """For both ways: the most bytes alive in a step of the model, beside weights and their
+    gradients."""
     results = []
     for way in ("ring", "ulysses"):
         model, at = build(shape), positions(shape["block_size"], n, rank, way)
@@ -260,7 +302,10 @@ def test_the_peak_of_a_step_falls_as_one_over_n():
     alone = run_ranks(1, peak_of_a_step, shape)[0]
     for n in (2, 4):
         for rank in run_ranks(n, peak_of_a_step, shape):
-            print(f"n={n}: peak of a step", [f"{mine / whole:.3f}" for mine, whole in zip(rank, alone)])
+            print(
+                f"n={n}: peak of a step",
+                [f"{mine / whole:.3f}" for mine, whole in zip(rank, alone)],
+            )
             for mine, whole in zip(rank, alone):
                 assert mine == pytest.approx(whole / n, rel=0.1)
 
@@ -289,15 +334,24 @@ def count_bytes(rank, n, cases):
             out.backward(dout)
         kv, qo = k.nbytes + v.nbytes, q.nbytes + out.nbytes
         kv32 = max(kv, 4 * (k.numel() + v.numel()))
-        told = [(n - 1) * kv, (n - 1) * (kv + kv32)] if way == "ring" else [(n - 1) * (kv + qo) // n] * 2
+        told = (
+            [(n - 1) * kv, (n - 1) * (kv + kv32)]
+            if way == "ring"
+            else [(n - 1) * (kv + qo) // n] * 2
+        )
         results.append(([forward.bytes, backward.bytes], told))
     return results
 
 
 @pytest.mark.parametrize("n", (2, 3, 4))
 def test_the_bytes_sent_are_those_of_the_docstring(n):
-    cases = [("ring", 6, 2, torch.float64), ("ring", 4, 4, torch.float32), ("ring", 4, 4, torch.bfloat16),
-             ("ulysses", 24, 12, torch.float64), ("ulysses", 12, 12, torch.bfloat16)]  # fmt: skip
+    cases = [
+        ("ring", 6, 2, torch.float64),
+        ("ring", 4, 4, torch.float32),
+        ("ring", 4, 4, torch.bfloat16),
+        ("ulysses", 24, 12, torch.float64),
+        ("ulysses", 12, 12, torch.bfloat16),
+    ]
     for results in run_ranks(n, count_bytes, cases):
         for sent, told in results:
             assert sent == told and min(sent) > 0
@@ -305,7 +359,12 @@ def test_the_bytes_sent_are_those_of_the_docstring(n):
 
 def work(rank, n):
     """In the order they happen: the scores computed, `None` where messages start."""
-    events, block, backward, batch = [], context.block, context.block_backward, dist.batch_isend_irecv
+    events, block, backward, batch = (
+        [],
+        context.block,
+        context.block_backward,
+        dist.batch_isend_irecv,
+    )
 
     def scores(q, k, causal):
         t, s = q.shape[2], k.shape[2]
@@ -335,12 +394,14 @@ def test_every_rank_computes_the_same_in_every_step_while_messages_travel(n):
     t, ranks = 48 // n, run_ranks(n, work)
     first, later = t * (t + 1) // 2, t * t // 2
     forward = [None, first] + [None, later] * (n - 2) + [later]
-    backward = [None, first] + [None, later] * (n - 2) + ([None, later] if n > 2 else [later]) + [None]
+    backward = (
+        [None, first] + [None, later] * (n - 2) + ([None, later] if n > 2 else [later]) + [None]
+    )
     assert ranks == [forward + backward] * n
     assert n * (first + (n - 1) * later) == 48 * 49 // 2  # nothing is computed only to be masked
 
 
-# ---- one block -------------------------------------------------------------------------------------------
+# ---- one block -----------------------------------------------------------------------------------
 class Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal):
@@ -414,7 +475,7 @@ def test_the_gpu_kernel_takes_what_it_is_given(monkeypatch):
         assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
 
 
-# ---- who holds what, who is refused ----------------------------------------------------------------------
+# ---- who holds what, who is refused --------------------------------------------------------------
 @pytest.mark.parametrize("n", (1, 2, 3, 4))
 def test_positions_are_a_partition_in_the_order_of_time(n):
     for way in ("ring", "ulysses"):
@@ -424,13 +485,17 @@ def test_positions_are_a_partition_in_the_order_of_time(n):
             assert part.dtype == torch.int64 and len(part) == 24 // n and (part.diff() > 0).all()
             c = 12 // n
             first = rank * c if way == "ring" else rank * 24 // n
-            assert part[0] == first and part[-1] == (23 - first if way == "ring" else first + 24 // n - 1)
+            assert part[0] == first and part[-1] == (
+                23 - first if way == "ring" else first + 24 // n - 1
+            )
 
 
 def test_positions_refuse_what_cannot_be_cut():
     assert len(positions(12, 4, 0, "ulysses")) == 3 and len(positions(7, 1, 0, "ring")) == 7
     for size, n, way, pieces in ((12, 4, "ring", 8), (10, 4, "ulysses", 4), (4, 4, "ring", 8)):
-        with pytest.raises(ValueError, match=f"--block_size={size}.* a multiple of {pieces}") as error:
+        with pytest.raises(
+            ValueError, match=f"--block_size={size}.* a multiple of {pieces}"
+        ) as error:
             positions(size, n, 0, way)
         assert f"--cp={n}" in str(error.value)
 

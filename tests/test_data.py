@@ -1,4 +1,5 @@
-"""Rows are a function of (seed, row number); shards, corpora, tokenizers and downloads do what they say.
+"""Rows are a function of (seed, row number); shards, corpora, tokenizers and downloads do what they
+say.
 
 No network: downloads come from a small server inside the test.
 """
@@ -40,7 +41,9 @@ def fake_encoding(n_special: int = 0) -> tiktoken.Encoding:
     """All bytes, and 'th' and 'the' as tokens of their own."""
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
     special = {"<|endoftext|>": 258 + n_special}
-    return tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 @pytest.fixture
@@ -62,7 +65,8 @@ def test_different_epochs_and_seeds_have_different_orders():
     orders = [order(1000, seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
-            assert sum(a == b for a, b in zip(one, other)) < 15  # random orders agree once on average
+            # Random orders agree once on average
+            assert sum(a == b for a, b in zip(one, other)) < 15
 
 
 def test_the_order_of_rows_never_changes():
@@ -91,22 +95,31 @@ def test_rows_are_a_pure_function_of_seed_and_row_number():
 def test_rows_read_ahead_are_the_same_whatever_is_asked_for(monkeypatch):
     text, ahead, read = tokens(1001), [], data.Rows.read
     plain, rows = data.Rows(text, 10, 3, 1001), data.Rows(text, 10, 3, 1001, ahead=16)
-    monkeypatch.setattr(data.Rows, "read", lambda self, n: (ahead.append(tuple(n)), read(self, n))[1])
+    monkeypatch.setattr(
+        data.Rows, "read", lambda self, n: (ahead.append(tuple(n)), read(self, n))[1]
+    )
     steps = [range(i, i + 4) for i in range(0, 64, 4)]  # four steps of 16, in fours
-    other = [range(20, 24), [70, 71, 80, 81], range(84, 92), range(100, 108), range(4)]  # back; bans; a ramp
+    # Back; bans; a ramp
+    other = [range(20, 24), [70, 71, 80, 81], range(84, 92), range(100, 108), range(4)]
     for numbers in steps + other:
         assert torch.equal(rows(numbers), read(plain, numbers))
-        assert all(numbers[0] <= k[0] <= numbers[0] + 16 for k in rows.coming) and len(rows.coming) <= 17
+        assert (
+            all(numbers[0] <= k[0] <= numbers[0] + 16 for k in rows.coming)
+            and len(rows.coming) <= 17
+        )
         if numbers == steps[-1]:
-            assert [ahead.count(tuple(n)) for n in steps] == [1] * 16  # each once: what comes was there
+            # Each once: what comes was there
+            assert [ahead.count(tuple(n)) for n in steps] == [1] * 16
     rows.pool.shutdown()
-
 
 
 @pytest.mark.parametrize("n", [2**40, 2**40 + 1, 10**12 + 39])
 def test_a_huge_epoch_is_permuted_without_a_table(n):
     keys = np.arange(8, dtype=np.uint64)[:, None].repeat(4096, 1)
-    first, last = data.permute(np.arange(4096), n, keys), data.permute(np.arange(n - 4096, n), n, keys)
+    first, last = (
+        data.permute(np.arange(4096), n, keys),
+        data.permute(np.arange(n - 4096, n), n, keys),
+    )
     both = np.concatenate([first, last])
     assert len(np.unique(both)) == 8192 and both.min() >= 0 and both.max() < n
     assert abs(both.mean() / n - 0.5) < 0.02
@@ -189,7 +202,9 @@ def test_a_tiktoken_encoding_that_cannot_be_fetched_says_what_to_do(monkeypatch)
         raise OSError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="(?s)gpt2.*no route.*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"):
+    with pytest.raises(
+        ValueError, match="(?s)gpt2.*no route.*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"
+    ):
         Tokenizer("gpt2")
 
 
@@ -210,10 +225,27 @@ def test_the_python_corpus_is_stable_and_plausible(python_corpus, tmp_path):
 
 
 def test_validation_of_the_python_corpus_is_whole_files_unseen_in_training(python_corpus):
-    train, val = (split.slice(0, len(split)).tobytes() for split in (python_corpus.train, python_corpus.val))
+    train, val = (
+        split.slice(0, len(split)).tobytes() for split in (python_corpus.train, python_corpus.val)
+    )
     stdlib = Path(corpora.sysconfig.get_path("stdlib"))
-    sources = [stdlib / f"{name}.py" for name in ("ast", "bisect", "enum", "heapq", "inspect", "json/decoder",
-               "random", "shutil", "statistics", "threading", "typing", "zipfile")]
+    sources = [
+        stdlib / f"{name}.py"
+        for name in (
+            "ast",
+            "bisect",
+            "enum",
+            "heapq",
+            "inspect",
+            "json/decoder",
+            "random",
+            "shutil",
+            "statistics",
+            "threading",
+            "typing",
+            "zipfile",
+        )
+    ]
     for source in sources:
         raw = source.read_bytes().replace(b"\r\n", b"\n")
         assert (raw in train) != (raw in val), source
@@ -231,13 +263,16 @@ def test_a_text_file_holds_out_its_last_tenth(tmp_path):
 def test_no_tokenizer_sees_half_a_character(tmp_path, gpt2):
     for n in range(1, 40):
         (tmp_path / "a.txt").write_text("✓" * n, encoding="utf-8")
-        splits = [corpora.load(str(tmp_path / "a.txt"), name, str(tmp_path)) for name in ("bytes", "gpt2")]
+        splits = [
+            corpora.load(str(tmp_path / "a.txt"), name, str(tmp_path)) for name in ("bytes", "gpt2")
+        ]
         train, val = ({len(getattr(s, part)) for s in splits} for part in ("train", "val"))
         assert len(train) == len(val) == 1 and train.pop() % 3 == val.pop() % 3 == 0
 
 
 def test_tokens_of_a_text_are_made_once_and_equal_the_tokenizer(tmp_path, gpt2, monkeypatch):
-    text = "the other\n" * 50_000 + "x" * 200_000 + "é" * 100_000  # lines, then two stretches without any
+    # Lines, then two stretches without any
+    text = "the other\n" * 50_000 + "x" * 200_000 + "é" * 100_000
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     first = corpora.load(str(tmp_path / "a.txt"), "gpt2", str(tmp_path / "cache"))
     ids = np.concatenate([split.slice(0, len(split)) for split in (first.train, first.val)])
@@ -283,7 +318,9 @@ def test_two_downloads_at_once_are_one(server, tmp_path):
         url, path = f"{server.url}/a.bin", tmp_path / "new" / "a.bin"
         for one in [pool.submit(download.download, url, path, server.etag) for _ in range(8)]:
             assert one.result().read_bytes() == server.files["a.bin"]
-    assert server.seen == [("a.bin", None)] and [file.name for file in path.parent.iterdir()] == ["a.bin"]
+    assert server.seen == [("a.bin", None)] and [file.name for file in path.parent.iterdir()] == [
+        "a.bin"
+    ]
 
 
 def test_what_a_killed_preparation_left_is_in_nobodys_way(server, tmp_path):
@@ -321,18 +358,25 @@ def mistakes(tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("given, tokenizer, sentence", [
-    ("shakespear", "bytes", "--data=shakespear does not exist: did you mean shakespeare"),
-    ("no/such/file.txt", "bytes", "file.txt does not exist: it takes python, shakespeare, .* a folder"),
-    ("{}/empty.txt", "bytes", "empty.txt is empty: give a file"),
-    ("{}/train.bin", "bytes", "is a shard: give its folder"),
-    ("{}/some.txt", "ids", "--tokenizer=ids is for .bin shards.*--tokenizer=bytes"),
-    ("fineweb", "bytes", "fineweb is made of gpt2 tokens, not of bytes: use --tokenizer=gpt2"),
-    ("fineweb:104", "gpt2", "a number of files, from 1 to 103"),
-    ("fineweb:0", "gpt2", "a number of files"),
-    ("openwebtext:all", "bytes", "a number of files, from 1 to 21"),
-    ("openwebtext:", "bytes", "a number of files, from 1 to 21"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, tokenizer, sentence",
+    [
+        ("shakespear", "bytes", "--data=shakespear does not exist: did you mean shakespeare"),
+        (
+            "no/such/file.txt",
+            "bytes",
+            "file.txt does not exist: it takes python, shakespeare, .* a folder",
+        ),
+        ("{}/empty.txt", "bytes", "empty.txt is empty: give a file"),
+        ("{}/train.bin", "bytes", "is a shard: give its folder"),
+        ("{}/some.txt", "ids", "--tokenizer=ids is for .bin shards.*--tokenizer=bytes"),
+        ("fineweb", "bytes", "fineweb is made of gpt2 tokens, not of bytes: use --tokenizer=gpt2"),
+        ("fineweb:104", "gpt2", "a number of files, from 1 to 103"),
+        ("fineweb:0", "gpt2", "a number of files"),
+        ("openwebtext:all", "bytes", "a number of files, from 1 to 21"),
+        ("openwebtext:", "bytes", "a number of files, from 1 to 21"),
+    ],
+)
 def test_a_mistake_in_data_gets_one_clear_line(tmp_path, gpt2, given, tokenizer, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         corpora.load(given.format(mistakes(tmp_path)), tokenizer, str(tmp_path))
@@ -386,8 +430,13 @@ def test_without_train_in_any_name_all_other_shards_are_training(tmp_path):
 
 
 def test_written_shards_are_what_llm_c_reads(tmp_path):
-    for n_vocab, magic, version, dtype in ((65536, 20240520, 1, "<u2"), (65537, 20240801, 7, "<u4")):
-        corpora.write_shard(tmp_path / "ours.bin", [np.arange(10), np.array([n_vocab - 1])], n_vocab)
+    for n_vocab, magic, version, dtype in (
+        (65536, 20240520, 1, "<u2"),
+        (65537, 20240801, 7, "<u4"),
+    ):
+        corpora.write_shard(
+            tmp_path / "ours.bin", [np.arange(10), np.array([n_vocab - 1])], n_vocab
+        )
         headered(tmp_path / "theirs.bin", [*range(10), n_vocab - 1], magic, version, dtype=dtype)
         assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "theirs.bin").read_bytes()
         assert corpora.read_shard(tmp_path / "ours.bin").tolist() == [*range(10), n_vocab - 1]
@@ -395,21 +444,31 @@ def test_written_shards_are_what_llm_c_reads(tmp_path):
     assert len(corpora.read_shard(tmp_path / "none.bin")) == 0
 
 
-@pytest.mark.parametrize("fault, sentence", [
-    ("empty", "has 0 bytes"),
-    ("odd", "has 7 bytes where 6 are expected, 3 ids of 2 bytes"),
-    ("short header", "has a header that is cut short"),
-    ("one number", "has a header that is cut short"),
-    ("too few", "has 1042 bytes where 1044 are expected"),
-    ("too many", "has 1046 bytes where 1044 are expected"),
-    ("version", "begins with a header that is unknown here, 20240520 of version 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, sentence",
+    [
+        ("empty", "has 0 bytes"),
+        ("odd", "has 7 bytes where 6 are expected, 3 ids of 2 bytes"),
+        ("short header", "has a header that is cut short"),
+        ("one number", "has a header that is cut short"),
+        ("too few", "has 1042 bytes where 1044 are expected"),
+        ("too many", "has 1046 bytes where 1044 are expected"),
+        ("version", "begins with a header that is unknown here, 20240520 of version 3"),
+    ],
+)
 def test_a_damaged_shard_is_refused(tmp_path, fault, sentence):
     path = tmp_path / "train.bin"
     headered(path, range(10), version=3 if fault == "version" else 1)
     good = path.read_bytes()
-    damage = {"empty": b"", "odd": bytes(7), "short header": good[:500], "one number": good[:4],
-              "too few": good[:-2], "too many": good + b"12", "version": good}  # fmt: skip
+    damage = {
+        "empty": b"",
+        "odd": bytes(7),
+        "short header": good[:500],
+        "one number": good[:4],
+        "too few": good[:-2],
+        "too many": good + b"12",
+        "version": good,
+    }
     path.write_bytes(damage[fault])
     headerless(tmp_path / "val.bin", range(10))
     with pytest.raises(ValueError, match=f"train.bin {sentence}"):
@@ -420,7 +479,9 @@ def test_a_folder_without_training_or_validation_shards_says_so(tmp_path):
     with pytest.raises(ValueError, match="has 0 .bin shards and 0 .txt texts"):
         corpora.load(str(tmp_path), "bytes", "unused")
     headerless(tmp_path / "train.bin", [1, 2])
-    with pytest.raises(ValueError, match="has 1 .bin files, none of them val data: one needs 'val'"):
+    with pytest.raises(
+        ValueError, match="has 1 .bin files, none of them val data: one needs 'val'"
+    ):
         corpora.load(str(tmp_path), "bytes", "unused")
     (tmp_path / "train.bin").rename(tmp_path / "val.bin")
     with pytest.raises(ValueError, match="none of them train data"):
@@ -449,7 +510,8 @@ def test_small_data_is_checked_in_full_at_load_and_large_data_in_samples_and_row
 
 @pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
 def test_shards_made_anew_have_another_checksum(tmp_path, monkeypatch, small):
-    """A run that goes on must notice; in small data each bit counts, in large ones a stretch of 1/64."""
+    """A run that goes on must notice; in small data each bit counts, in large ones a stretch of
+    1/64."""
     monkeypatch.setattr(corpora, "SMALL", 2**30 if small else 0)
     ids = np.arange(2**19) % 251
     headerless(tmp_path / "val.bin", [7] * 100)
@@ -475,7 +537,8 @@ def test_shards_of_an_unknown_tokenizer_have_no_bytes(tmp_path):
 
 
 class Server:
-    """Serves `files`, in `moods`: no_range, break (midway, once), broken (always), redirect (with `etag`)."""
+    """Serves `files`, in `moods`: no_range, break (midway, once), broken (always), redirect (with
+    `etag`)."""
 
     def __init__(self):
         self.files, self.moods, self.seen = {}, set(), []
@@ -530,7 +593,9 @@ def test_a_download_arrives_whole_and_only_once(server, tmp_path):
     path = download.download(f"{server.url}/a.bin", tmp_path / "new" / "a.bin", server.etag)
     assert path.read_bytes() == server.files["a.bin"]
     download.download(f"{server.url}/a.bin", path)
-    assert server.seen == [("a.bin", None)] and [file.name for file in path.parent.iterdir()] == ["a.bin"]
+    assert server.seen == [("a.bin", None)] and [file.name for file in path.parent.iterdir()] == [
+        "a.bin"
+    ]
 
 
 @pytest.mark.parametrize("have", [1, 2, 10_000, 25_599, 25_600])
@@ -556,7 +621,9 @@ def test_a_connection_that_breaks_midway_is_taken_up_again(server, tmp_path, moo
     assert [asked for _, asked in server.seen] == [None, "bytes=12799-"]
 
 
-def test_a_connection_that_brings_nothing_more_ends_with_a_sentence_and_keeps_the_part(server, tmp_path):
+def test_a_connection_that_brings_nothing_more_ends_with_a_sentence_and_keeps_the_part(
+    server, tmp_path
+):
     server.moods.add("broken")
     (tmp_path / "a.bin.part").write_bytes(server.files["a.bin"][:1000])
     with pytest.raises(ValueError, match="cannot download .*/a.bin .*--data_url=.*--data=python"):
@@ -599,8 +666,12 @@ def test_without_network_the_error_says_what_else_to_use(tmp_path):
     with socket.socket() as taken:  # a port where nobody listens
         taken.bind(("127.0.0.1", 0))
         for name in ("shakespeare", "openwebtext:1"):
-            with pytest.raises(ValueError, match="cannot download .*--data_url=.*--data=python or a text"):
-                corpora.load(name, "bytes", str(tmp_path), url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+            with pytest.raises(
+                ValueError, match="cannot download .*--data_url=.*--data=python or a text"
+            ):
+                corpora.load(
+                    name, "bytes", str(tmp_path), url=f"http://127.0.0.1:{taken.getsockname()[1]}"
+                )
 
 
 def test_a_missing_file_and_a_nonsense_address_are_errors(server, tmp_path):
@@ -622,14 +693,19 @@ def test_fineweb_takes_the_number_of_files_asked_for(server, tmp_path, gpt2):
         server.files[f"mirror/fineweb_{split}_{i:06d}.bin"] = (tmp_path / "shard").read_bytes()
     three = corpora.load("fineweb:3", "gpt2", str(tmp_path), url=f"{server.url}/mirror")
     two = corpora.load("fineweb:2", "gpt2", str(tmp_path), url=f"{server.url}/mirror")
-    assert (len(three.train), len(two.train), len(two.val)) == (30, 20, 10) and len(server.seen) == 4
+    assert (len(three.train), len(two.train), len(two.val)) == (30, 20, 10) and len(
+        server.seen
+    ) == 4
     assert two.train.slice(9, 11).tolist() == [1, 2]
 
 
 def test_a_mirror_may_be_a_local_folder(server, tmp_path, gpt2):
     headered(tmp_path / "fineweb_val_000000.bin", [1] * 10)
     headered(tmp_path / "fineweb_train_000001.bin", [2] * 10)
-    assert len(corpora.load("fineweb:1", "gpt2", str(tmp_path / "cache"), url=tmp_path.as_uri()).train) == 10
+    assert (
+        len(corpora.load("fineweb:1", "gpt2", str(tmp_path / "cache"), url=tmp_path.as_uri()).train)
+        == 10
+    )
 
 
 def tar(files: dict[str, bytes], mode: str) -> bytes:
@@ -643,14 +719,24 @@ def tar(files: dict[str, bytes], mode: str) -> bytes:
 
 
 @pytest.mark.parametrize("tokenizer, end", [("bytes", 0), ("gpt2", 258)])
-def test_openwebtext_is_tokenised_part_by_part_and_restarts_there(server, tmp_path, gpt2, tokenizer, end):
+def test_openwebtext_is_tokenised_part_by_part_and_restarts_there(
+    server, tmp_path, gpt2, tokenizer, end
+):
     documents = [f"the document {i}\n" for i in range(6000)]
     for part in range(2):
         mine = documents[part * 3000 : (part + 1) * 3000]
-        halves = [{f"{i}.txt": mine[i].encode() for i in range(start, start + 1500)} for start in (0, 1500)]
-        members = {f"some/subset0{part}-{i}_data.xz": tar(half, "w:xz") for i, half in enumerate(halves)}
+        halves = [
+            {f"{i}.txt": mine[i].encode() for i in range(start, start + 1500)}
+            for start in (0, 1500)
+        ]
+        members = {
+            f"some/subset0{part}-{i}_data.xz": tar(half, "w:xz") for i, half in enumerate(halves)
+        }
         server.files[f"urlsf_subset0{part}.tar"] = tar(members, "w:")
-    second, server.files["urlsf_subset01.tar"] = server.files["urlsf_subset01.tar"], b"not an archive"
+    second, server.files["urlsf_subset01.tar"] = (
+        server.files["urlsf_subset01.tar"],
+        b"not an archive",
+    )
     with pytest.raises(ValueError, match="openwebtext:2 cannot be read"):
         corpora.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
     (tmp_path / "openwebtext" / "urlsf_subset01.tar").unlink()
@@ -658,7 +744,8 @@ def test_openwebtext_is_tokenised_part_by_part_and_restarts_there(server, tmp_pa
     with pytest.raises(ValueError, match="urlsf_subset01.tar .*404"):
         corpora.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
     server.files["urlsf_subset01.tar"] = second
-    (tmp_path / "openwebtext" / "urlsf_subset00.tar").unlink()  # its shards are there, it is not needed again
+    # Its shards are there, it is not needed again
+    (tmp_path / "openwebtext" / "urlsf_subset00.tar").unlink()
     corpus = corpora.load("openwebtext:2", tokenizer, str(tmp_path), url=server.url)
     assert [name for name, _ in server.seen].count("urlsf_subset00.tar") == 1
 

@@ -367,12 +367,33 @@ def index(code: int, lengths: list[int], version: int = 1, magic: bytes = b"MMID
     return raw + bytes(8 * n) + np.arange(n + 1, dtype="<i8").tobytes()
 
 
-PACKED = {"gzip": "gzip", "bzip2": "bzip2", "xz": "xz", "zip": "zip", "npz": "zip", "npy": "NumPy",
-          "npy of objects": "NumPy", "pt": "zip", "pt, old": "pickle", "safetensors": "safetensors",
-          "tar": "tar", "pickle 2": "pickle", "pickle 3": "pickle", "pickle 4": "pickle",
-          "pickle 5": "pickle", "sqlite": "SQLite", "zstd": "zstd", "parquet": "Parquet",
-          "arrow file": "Arrow", "arrow stream": "Arrow", "hdf5": "HDF5", "pdf": "PDF",
-          "megatron index": "Megatron", "litgpt": "LitGPT", "gguf": "GGUF"}  # fmt: skip
+PACKED = {
+    "gzip": "gzip",
+    "bzip2": "bzip2",
+    "xz": "xz",
+    "zip": "zip",
+    "npz": "zip",
+    "npy": "NumPy",
+    "npy of objects": "NumPy",
+    "pt": "zip",
+    "pt, old": "pickle",
+    "safetensors": "safetensors",
+    "tar": "tar",
+    "pickle 2": "pickle",
+    "pickle 3": "pickle",
+    "pickle 4": "pickle",
+    "pickle 5": "pickle",
+    "sqlite": "SQLite",
+    "zstd": "zstd",
+    "parquet": "Parquet",
+    "arrow file": "Arrow",
+    "arrow stream": "Arrow",
+    "hdf5": "HDF5",
+    "pdf": "PDF",
+    "megatron index": "Megatron",
+    "litgpt": "LitGPT",
+    "gguf": "GGUF",
+}
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -411,20 +432,30 @@ def test_megatrons_index_says_the_type_of_the_ids(tmp_path, code, dtype):
     assert np.array_equal(corpus.train.slice(0, 3000), ids) and len(corpus.val) == 500
 
 
-@pytest.mark.parametrize("fault, word", [
-    (index(6, [3000]), "floats"), (index(7, [3000]), "floats"), (index(0, [3000]), "unknown"),
-    (index(9, [3000]), "unknown"), (index(8, [3000], version=2), "no index of Megatron's, version 1"),
-    (index(8, [3000], magic=b"TNTIDX\0\0\0"), "no index of Megatron's"), (b"", "no index of Megatron's"),
-    (b"MMIDIDX\0\0", "no index of Megatron's"), (index(8, [3000])[:36], "is cut short"),
-    (index(8, [2999]), "copy it again"), (index(4, [3000]), "copy it again"), (index(8, []), "copy it again"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, word",
+    [
+        (index(6, [3000]), "floats"),
+        (index(7, [3000]), "floats"),
+        (index(0, [3000]), "unknown"),
+        (index(9, [3000]), "unknown"),
+        (index(8, [3000], version=2), "no index of Megatron's, version 1"),
+        (index(8, [3000], magic=b"TNTIDX\0\0\0"), "no index of Megatron's"),
+        (b"", "no index of Megatron's"),
+        (b"MMIDIDX\0\0", "no index of Megatron's"),
+        (index(8, [3000])[:36], "is cut short"),
+        (index(8, [2999]), "copy it again"),
+        (index(4, [3000]), "copy it again"),
+        (index(8, []), "copy it again"),
+    ],
+)
 def test_an_index_that_does_not_fit_is_a_sentence(tmp_path, fault, word):
     where = folder(tmp_path / "d", train=IDS.astype("<u2"))
     (tmp_path / "d" / "train.idx").write_bytes(fault)
     refused(where, "train.", word, tokenizer="ids")
 
 
-# ---- whose ids ----------------------------------------------------------------------------------
+# ---- whose ids -----------------------------------------------------------------------------------
 def test_nanogpts_characters_are_ids_and_nobody_opens_the_pickle(tmp_path, gpt2, monkeypatch):
     monkeypatch.setattr(pickle, "loads", None)
     monkeypatch.setattr(pickle, "load", None)
@@ -495,11 +526,26 @@ def test_a_prompt_that_the_model_does_not_know_is_a_sentence():
 
 
 # ---- which files ---------------------------------------------------------------------------------
-NAMES = {"val.bin": "val", "my-val-000.bin": "val", "fineweb_val_000000.bin": "val", "validation.bin": "val",
-         "valid.bin": "val", "VAL.bin": "val", "myVal.bin": "val", "val0.bin": "val", "a.val.bin": "val",
-         "interval.bin": "train", "medieval_train.bin": "train", "evaluate.bin": "train",
-         "éval.bin": "train", unicodedata.normalize("NFD", "éval.bin"): "train", "value.bin": "train",
-         "carnival_train.bin": "train", "valtrain.bin": "train", "data00.bin": "train"}  # fmt: skip
+NAMES = {
+    "val.bin": "val",
+    "my-val-000.bin": "val",
+    "fineweb_val_000000.bin": "val",
+    "validation.bin": "val",
+    "valid.bin": "val",
+    "VAL.bin": "val",
+    "myVal.bin": "val",
+    "val0.bin": "val",
+    "a.val.bin": "val",
+    "interval.bin": "train",
+    "medieval_train.bin": "train",
+    "evaluate.bin": "train",
+    "éval.bin": "train",
+    unicodedata.normalize("NFD", "éval.bin"): "train",
+    "value.bin": "train",
+    "carnival_train.bin": "train",
+    "valtrain.bin": "train",
+    "data00.bin": "train",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -512,13 +558,16 @@ def test_val_is_a_word_of_a_name(tmp_path, name):
     assert (len(corpus.train), len(corpus.val)) == (50, 50)
 
 
-@pytest.mark.parametrize("names, words", [
-    (["train_val.bin", "val.bin"], "train_val.bin says both train and val"),
-    (["val_training.bin", "a.bin"], "val_training.bin says both"),
-    (["train.bin", "interval.bin"], "none of them val data"),
-    (["val.bin", "val_1.bin"], "none of them train data"),
-    (["val.bin", "test.bin"], "none of them train data"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["train_val.bin", "val.bin"], "train_val.bin says both train and val"),
+        (["val_training.bin", "a.bin"], "val_training.bin says both"),
+        (["train.bin", "interval.bin"], "none of them val data"),
+        (["val.bin", "val_1.bin"], "none of them train data"),
+        (["val.bin", "test.bin"], "none of them train data"),
+    ],
+)
 def test_names_that_say_both_or_leave_a_side_empty_are_a_sentence(tmp_path, names, words):
     for name in names:
         np.arange(50, dtype="<u2").tofile(tmp_path / name)
@@ -544,8 +593,14 @@ def test_a_dangling_link_is_named(tmp_path, name):
 
 
 def test_a_folder_of_texts_is_one_text_sorted_by_name(tmp_path):
-    for name, words in (("b.txt", "second"), ("a.txt", "first\n"), ("C.txt", ""), ("c.txt", "third"),
-                        (".DS_Store.txt", "no"), ("readme.md", "no")):  # fmt: skip
+    for name, words in (
+        ("b.txt", "second"),
+        ("a.txt", "first\n"),
+        ("C.txt", ""),
+        ("c.txt", "third"),
+        (".DS_Store.txt", "no"),
+        ("readme.md", "no"),
+    ):
         (tmp_path / name).write_text(words * 20)
     corpus = load(tmp_path)
     text = "first\n" * 20 + "second" * 20 + "\n" + "third" * 20 + "\n"
@@ -591,9 +646,16 @@ def test_patterns_and_lists_of_files(tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt", "deep/c.txt", "deep/er/d.txt", "x.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name * 20 + "\n")
-    for given, found in (("*.txt", "ab"), ("**/*.txt", "abcd"), ("b.txt,a.txt", "ba"), ("a.txt, x.md", "ax"),
-                         ("deep/*.txt,b.txt", "cb"), ("[ab].txt", "ab"), ("a.txt,*.txt", "ab"),
-                         (f"{tmp_path}/*.txt,x.md", "abx")):  # fmt: skip
+    for given, found in (
+        ("*.txt", "ab"),
+        ("**/*.txt", "abcd"),
+        ("b.txt,a.txt", "ba"),
+        ("a.txt, x.md", "ax"),
+        ("deep/*.txt,b.txt", "cb"),
+        ("[ab].txt", "ab"),
+        ("a.txt,*.txt", "ab"),
+        (f"{tmp_path}/*.txt,x.md", "abx"),
+    ):
         corpus = load(given)
         text = corpus.tokenizer.decode(
             np.concatenate([p.slice(0, len(p)) for p in (corpus.train, corpus.val)])
@@ -708,10 +770,22 @@ def test_a_large_file_that_is_cut_is_a_sentence_and_one_put_in_its_place_no_harm
 @pytest.mark.slow
 def test_a_run_outlives_an_editors_save_and_ends_with_its_checkpoint(tmp_path):
     (tmp_path / "my.txt").write_text(ENGLISH * 20_000)
-    words = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
-             "--steps=100000", "--eval_every=0", "--save_every=0", "--sample_tokens=0",
-             "--precision=fp32", "--compile=off", "--device=cpu", f"--out_dir={tmp_path / 'out'}",
-             f"--data={tmp_path / 'my.txt'}"]  # fmt: skip
+    words = [
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=16",
+        "--block_size=16",
+        "--batch_size=2",
+        "--steps=100000",
+        "--eval_every=0",
+        "--save_every=0",
+        "--sample_tokens=0",
+        "--precision=fp32",
+        "--compile=off",
+        "--device=cpu",
+        f"--out_dir={tmp_path / 'out'}",
+        f"--data={tmp_path / 'my.txt'}",
+    ]
     run = subprocess.Popen(
         [sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -748,8 +822,11 @@ def test_tokens_are_kept_by_the_tokenizers_table_not_by_its_name(tmp_path, monke
 
 
 # ---- encodings -----------------------------------------------------------------------------------
-WORDS = {"english": ENGLISH, "russian": "Кот сидел на ковре, а собака на бревне.\n",
-         "chinese": "猫坐在垫子上，狗坐在木头上，上面有一只鸟。\n"}  # fmt: skip
+WORDS = {
+    "english": ENGLISH,
+    "russian": "Кот сидел на ковре, а собака на бревне.\n",
+    "chinese": "猫坐在垫子上，狗坐在木头上，上面有一只鸟。\n",
+}
 
 
 @pytest.mark.parametrize("language", WORDS)
@@ -769,11 +846,17 @@ def test_text_in_utf_16_or_32_is_refused_with_and_without_a_mark(tmp_path, gpt2,
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name, words", [
-    ("latin1", "na\xefve caf\xe9, d\xe9j\xe0 vu\n"), ("cp1252", "\u201csmart\u201d quotes \u2013 and more\n"),
-    ("koi8-r", WORDS["russian"]), ("gb18030", WORDS["chinese"]), ("shift_jis", "猫が好きです。\n"),
-    ("latin1", ENGLISH * 3 + "one caf\xe9\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("latin1", "na\xefve caf\xe9, d\xe9j\xe0 vu\n"),
+        ("cp1252", "\u201csmart\u201d quotes \u2013 and more\n"),
+        ("koi8-r", WORDS["russian"]),
+        ("gb18030", WORDS["chinese"]),
+        ("shift_jis", "猫が好きです。\n"),
+        ("latin1", ENGLISH * 3 + "one caf\xe9\n"),
+    ],
+)
 def test_text_in_an_older_encoding_is_refused_under_bytes_too(tmp_path, gpt2, name, words):
     (tmp_path / "a.txt").write_bytes((words * 60).encode(name))
     for tokenizer in ("bytes", "gpt2"):
@@ -820,10 +903,15 @@ def test_characters_across_the_pieces_that_are_looked_at_are_no_faults():
     assert "UTF-8" in foreign.not_text(late, True)
 
 
-@pytest.mark.parametrize("raw, words", [
-    (b"", "is empty"), (b"\n", "nothing but white space"), (b" \t\r\n" * 50_000, "nothing but white space"),
-    (codecs.BOM_UTF8, "nothing but white space"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (b"", "is empty"),
+        (b"\n", "nothing but white space"),
+        (b" \t\r\n" * 50_000, "nothing but white space"),
+        (codecs.BOM_UTF8, "nothing but white space"),
+    ],
+)
 def test_a_text_without_text_is_a_sentence(tmp_path, raw, words):
     (tmp_path / "a.txt").write_bytes(raw)
     refused(tmp_path / "a.txt", "a.txt", words)
@@ -875,10 +963,20 @@ def test_sample_knows_shards_without_a_tokenizer(run_on_ids, capsys):
     assert capsys.readouterr().out.startswith("a")
 
 
-@pytest.mark.parametrize("given, name", [
-    ("{}/d", "ids"), ("{}/gone", "ids"), ("{}/d/*.bin", "ids"), ("{}/gone.txt", "bytes"), ("{}/t", "bytes"),
-    ("{}/t/text", "bytes"), ("python", "bytes"), ("shakespeare", "bytes"), ("{}/t/*", "bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ("{}/d", "ids"),
+        ("{}/gone", "ids"),
+        ("{}/d/*.bin", "ids"),
+        ("{}/gone.txt", "bytes"),
+        ("{}/t", "bytes"),
+        ("{}/t/text", "bytes"),
+        ("python", "bytes"),
+        ("shakespeare", "bytes"),
+        ("{}/t/*", "bytes"),
+    ],
+)
 def test_only_shards_have_ids_of_nobody(run_on_ids, given, name):
     (run_on_ids / "t").mkdir(exist_ok=True)
     for file in ("a.txt", "text"):
@@ -904,9 +1002,15 @@ def test_special_tokens_in_a_prompt_are_text_and_the_user_is_told(tmp_path, gpt2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"},
-                                 {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
-                         ids=["ascii", "cp1252", "C"])  # fmt: skip
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "cp1252"},
+        {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=["ascii", "cp1252", "C"],
+)
 def test_a_terminal_of_any_code_page_shows_what_it_can(run_on_ids, env):
     words = [
         "sample.py",

@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
+    ).double()
 
 
 def data(n=8):
@@ -43,7 +45,8 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    "world, micro_batches, bucket_mb", [(2, 1, 25), (2, 4, 25), (4, 2, 25), (2, 2, 1e-4), (4, 1, 1e-4)]
+    "world, micro_batches, bucket_mb",
+    [(2, 1, 25), (2, 4, 25), (4, 2, 25), (2, 2, 1e-4), (4, 1, 1e-4)],
 )
 def test_ddp_equals_single_process(alone, world, micro_batches, bucket_mb):
     for grads in run_ranks(world, gradients, micro_batches, bucket_mb):
@@ -59,7 +62,10 @@ def test_without_a_group_nothing_happens(alone):
 def count_bytes(rank, world, micro_batches):
     summed, said = [], []
     plain, finish = dist.all_reduce, DDP.finish_gradients
-    dist.all_reduce = lambda x, *args, **kwargs: (summed.append(x.nbytes), plain(x, *args, **kwargs))[1]
+    dist.all_reduce = lambda x, *args, **kwargs: (
+        summed.append(x.nbytes),
+        plain(x, *args, **kwargs),
+    )[1]
     DDP.finish_gradients = lambda self: (finish(self), said.append(self.sent_bytes))
     gradients(rank, world, micro_batches, 1e-4)
     dist.all_reduce, DDP.finish_gradients = plain, finish

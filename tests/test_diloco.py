@@ -1,4 +1,5 @@
-"""DiLoCo against the plain run where they are the same, and against a simulation in one process elsewhere."""
+"""DiLoCo against the plain run where they are the same, and against a simulation in one process
+elsewhere."""
 
 import copy
 import functools
@@ -20,7 +21,9 @@ from parallel.ddp import DDP
 from parallel.diloco import DiLoCo
 
 CPU = torch.device("cpu")
-CONFIG = dict(vocab_size=32, block_size=8, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, zero_init=False)
+CONFIG = dict(
+    vocab_size=32, block_size=8, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, zero_init=False
+)
 BATCH = 8
 
 
@@ -66,7 +69,11 @@ def run(rank, world, cls, arguments, n, options=None, arch="modern", micro_batch
     replicas.fill(lambda name, shape: initial_weight(model.config, name, shape))
     optimizer = optimizer_of(replicas, model, cls, **arguments)
     seen = train(replicas, model, optimizer, rank, world, range(n), micro_batches)
-    return seen, {name: p.detach().clone() for name, p in model.named_parameters()}, replicas.weights()
+    return (
+        seen,
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        replicas.weights(),
+    )
 
 
 LINEAR = [dict(lr=0.5), dict(lr=0.2, momentum=0.9), dict(lr=0.2, momentum=0.9, nesterov=True)]
@@ -78,24 +85,31 @@ def test_every_step_averaged_is_the_plain_run_for_sgd(world):
         expected = run(0, 1, SGD, arguments, 6, None, arch)[1]
         options = dict(every=1, lr=1.0, momentum=0.0, bucket_mb=1e-3)
         for _, weights, saved in run_ranks(world, run, SGD, arguments, 6, options, arch, 2):
-            assert weights.keys() == expected.keys() and (saved.keys() == expected.keys() or not saved)
+            assert weights.keys() == expected.keys() and (
+                saved.keys() == expected.keys() or not saved
+            )
             for name, p in weights.items():
                 torch.testing.assert_close(p, expected[name], rtol=1e-10, atol=1e-10)
                 assert not saved or torch.equal(saved[name], p)
 
 
 def test_it_is_another_algorithm_elsewhere():
-    """Each of AdamW inside, momentum outside, two steps alone takes the run away from the plain one."""
+    """Each of AdamW inside, momentum outside, two steps alone takes the run away from the plain
+    one."""
     base = dict(every=1, lr=1.0, momentum=0.0)
-    for cls, arguments, change in ((AdamW, dict(lr=0.01), {}), (SGD, dict(lr=0.5), dict(every=2)),
-                                   (SGD, dict(lr=0.5), dict(momentum=0.9))):  # fmt: skip
+    for cls, arguments, change in (
+        (AdamW, dict(lr=0.01), {}),
+        (SGD, dict(lr=0.5), dict(every=2)),
+        (SGD, dict(lr=0.5), dict(momentum=0.9)),
+    ):
         expected = run(0, 1, cls, arguments, 4)[1]
         weights = run_ranks(2, run, cls, arguments, 4, base | change)[0][1]
         assert max((weights[n] - expected[n]).abs().max() for n in expected) > 1e-4
 
 
 def simulated(world, cls, arguments, n, every, lr, momentum, nesterov):
-    """All replicas one after the other, the outer step by torch's SGD; the loss of each is its rows' mean."""
+    """All replicas one after the other, the outer step by torch's SGD; the loss of each is its
+    rows' mean."""
     alone = DDP(None, CPU)
     anchor = alone.wrap(start())
     alone.fill(lambda name, shape: initial_weight(anchor.config, name, shape))
@@ -125,9 +139,14 @@ def simulated(world, cls, arguments, n, every, lr, momentum, nesterov):
         (1, 4, 0.9, True, SGD, dict(lr=0.5)),
     ],
 )
-def test_diloco_equals_a_simulation_in_one_process(world, every, momentum, nesterov, cls, arguments):
+def test_diloco_equals_a_simulation_in_one_process(
+    world, every, momentum, nesterov, cls, arguments
+):
     """Three rounds and a half: anchors, and what each replica has gone on to from there."""
-    n, options = 3 * every + every // 2, dict(every=every, lr=0.7, momentum=momentum, nesterov=nesterov)
+    n, options = (
+        3 * every + every // 2,
+        dict(every=every, lr=0.7, momentum=momentum, nesterov=nesterov),
+    )
     models, anchor = simulated(world, cls, arguments, n, **options)
     ranks = run_ranks(world, run, cls, arguments, n, options)
     for (_, weights, saved), expected in zip(ranks, models):
@@ -136,7 +155,8 @@ def test_diloco_equals_a_simulation_in_one_process(world, every, momentum, neste
     for name, p in ranks[0][2].items():
         torch.testing.assert_close(p, anchor[name].detach(), rtol=1e-10, atol=1e-10)
     assert not any(saved for _, _, saved in ranks[1:])
-    assert any((p - anchor[name]).norm() > 1e-3 for name, p in ranks[0][1].items())  # half a round on
+    # Half a round on
+    assert any((p - anchor[name]).norm() > 1e-3 for name, p in ranks[0][1].items())
 
 
 def test_sent_bytes_are_ddps_divided_by_every():
@@ -161,7 +181,7 @@ def test_wire_carries_one_all_reduce_of_the_weights_per_round():
         assert sum(sizes) == 2 * weights and len(sizes) > 4  # two rounds, several buckets
 
 
-# ---- looking and saving ------------------------------------------------------------------------------------
+# ---- looking and saving --------------------------------------------------------------------------
 def look(rank, world):
     replicas = DiLoCo(dist.group.WORLD, CPU, every=3)
     model = replicas.wrap(start())
@@ -179,13 +199,16 @@ def test_looking_shows_the_same_anchor_on_all_and_changes_nothing():
     ranks = run_ranks(2, look)
     for before, inside, after, _ in ranks:
         for name in before:
-            assert torch.equal(before[name], after[name]) and torch.equal(inside[name], ranks[0][3][name])
+            assert torch.equal(before[name], after[name]) and torch.equal(
+                inside[name], ranks[0][3][name]
+            )
     assert not torch.equal(ranks[0][0]["head.weight"], ranks[1][0]["head.weight"])
     assert not torch.equal(ranks[0][0]["head.weight"], ranks[0][1]["head.weight"])
 
 
 def resumable(rank, world, folder, first, n, options):
-    """As train.py does it: from the checkpoint of step `first` if there is one, n steps, a checkpoint."""
+    """As train.py does it: from the checkpoint of step `first` if there is one, n steps, a
+    checkpoint."""
     replicas = DiLoCo(dist.group.WORLD if world > 1 else None, CPU, **options)
     model = replicas.wrap(start())
     saved = checkpoint.load(folder / f"step-{first:08d}") if first else None
@@ -195,7 +218,9 @@ def resumable(rank, world, folder, first, n, options):
     if first:
         own = replicas.load(lambda part: saved.tree(f"diloco/{part}", missing={}))
         states = saved.tree("optim/state") | own
-        load_state_by_name(optimizer, saved.tree("optim/groups"), lambda name, *_: states.get(name, {}))
+        load_state_by_name(
+            optimizer, saved.tree("optim/groups"), lambda name, *_: states.get(name, {})
+        )
     begin = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(replicas, model, optimizer, rank, world, range(first, first + n))
     if folder is not None:
@@ -212,7 +237,9 @@ def test_a_resume_goes_on_bitwise_inside_a_round_and_between_two(first, tmp_path
     options = dict(every=3)
     whole = run_ranks(2, resumable, None, 0, 10, options)
     run_ranks(2, resumable, tmp_path, 0, first, options)
-    for resumed, expected in zip(run_ranks(2, resumable, tmp_path, first, 10 - first, options), whole):
+    for resumed, expected in zip(
+        run_ranks(2, resumable, tmp_path, first, 10 - first, options), whole
+    ):
         for part in (1, 2, 3):  # weights, inner state, anchor
             assert all(torch.equal(resumed[part][n], x) for n, x in expected[part].items())
     assert not torch.equal(whole[0][1]["head.weight"], whole[1][1]["head.weight"])
@@ -228,13 +255,17 @@ def test_another_number_of_replicas_keeps_the_outer_gradient(saved, loaded, tmp_
         mean = sum(r[1][name] for r in before) / saved
         for begin, _, _, anchor in after:
             torch.testing.assert_close(begin[name], mean, rtol=1e-14, atol=1e-14)
-            assert not torch.equal(anchor[name], before[0][3][name])  # the round ended after one step
+            # The round ended after one step
+            assert not torch.equal(anchor[name], before[0][3][name])
             assert torch.equal(anchor[name], after[0][3][name])
 
 
 def test_bad_options_are_refused():
-    for options, word in ((dict(every=0), "every=0"), (dict(every=2, lr=0), "lr=0"),
-                          (dict(every=2, momentum=1), "momentum=1")):  # fmt: skip
+    for options, word in (
+        (dict(every=0), "every=0"),
+        (dict(every=2, lr=0), "lr=0"),
+        (dict(every=2, momentum=1), "momentum=1"),
+    ):
         with pytest.raises(ValueError, match=word):
             DiLoCo(None, CPU, **options)
     replicas = DiLoCo(None, CPU, every=2)

@@ -1,7 +1,8 @@
 """Random edges thrown at runs of two ranks: always a sentence, and the same command again goes on.
 
-Signals at any moment, a disk that takes no more, pipes that nobody reads, links, renamed and damaged checkpoints,
-variables that are half set. 60 of them; EDGES=N in the environment takes others, EDGES=N:M seeds N to M.
+Signals at any moment, a disk that takes no more, pipes that nobody reads, links, renamed and
+damaged checkpoints, variables that are half set. 60 of them; EDGES=N in the environment takes
+others, EDGES=N:M seeds N to M.
 """
 
 import os
@@ -25,9 +26,24 @@ ROOT = Path(outlets.__file__).parent
 FIRST, LAST = map(int, (os.environ.get("EDGES", "0:60") + ":0").split(":")[:2])
 SEEDS = range(FIRST, LAST or FIRST + 1)
 STEPS = 60
-FLAGS = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", f"--steps={STEPS}",
-         "--precision=fp32", "--compile=off", "--sample_tokens=0", "--plot=false", "--device=cpu", "--threads=1",
-         "--eval_every=20", "--eval_tokens=256", "--save_every=10", "--timeout_minutes=0.5"]  # fmt: skip
+FLAGS = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--batch_size=4",
+    f"--steps={STEPS}",
+    "--precision=fp32",
+    "--compile=off",
+    "--sample_tokens=0",
+    "--plot=false",
+    "--device=cpu",
+    "--threads=1",
+    "--eval_every=20",
+    "--eval_tokens=256",
+    "--save_every=10",
+    "--timeout_minutes=0.5",
+]
 
 
 def free_port() -> int:
@@ -36,17 +52,38 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def two_ranks(folder: Path, words: list[str], during=lambda processes: None, environments=({}, {}), before=None,
-              stdout=subprocess.PIPE) -> list[tuple[int, str]]:  # fmt: skip
-    """[(exit status, stderr)] of a run of two processes; during(processes) happens to them meanwhile."""
+def two_ranks(
+    folder: Path,
+    words: list[str],
+    during=lambda processes: None,
+    environments=({}, {}),
+    before=None,
+    stdout=subprocess.PIPE,
+) -> list[tuple[int, str]]:
+    """[(exit status, stderr)] of a run of two processes; during(processes) happens to them
+    meanwhile."""
     port, processes = str(free_port()), []
     for rank, changes in enumerate(environments):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
         place = {k: v for k, v in (os.environ | place | changes).items() if v is not None}
         err = open(folder / f"err-{rank}", "w")
-        processes.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *FLAGS, *words], env=place, cwd=folder,
-                                          stdout=stdout, stderr=err, preexec_fn=before))  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *FLAGS, *words],
+                env=place,
+                cwd=folder,
+                stdout=stdout,
+                stderr=err,
+                preexec_fn=before,
+            )
+        )
     during(processes)
     for process in processes:
         try:
@@ -57,7 +94,9 @@ def two_ranks(folder: Path, words: list[str], during=lambda processes: None, env
             pytest.fail("a rank never ended")
         if process.stdout is not None:
             process.stdout.close()
-    return [(p.returncode, (folder / f"err-{rank}").read_text()) for rank, p in enumerate(processes)]
+    return [
+        (p.returncode, (folder / f"err-{rank}").read_text()) for rank, p in enumerate(processes)
+    ]
 
 
 def said_well(results: list[tuple[int, str]], killed=()) -> None:
@@ -79,7 +118,9 @@ def step_of(out: Path) -> int:
 
 def wait_for(out: Path, step: int, processes) -> None:
     end = time.monotonic() + 60
-    while step_of(out) < step and time.monotonic() < end and any(p.poll() is None for p in processes):
+    while (
+        step_of(out) < step and time.monotonic() < end and any(p.poll() is None for p in processes)
+    ):
         time.sleep(0.02)
 
 
@@ -155,7 +196,10 @@ def test_whatever_happens_is_said_and_the_same_command_goes_on(seed, text, tmp_p
         results = two_ranks(tmp_path, words, environments=({name: value}, {name: value}))
         said_well(results)
     else:
-        assert [status for status, _ in two_ranks(tmp_path, [*words, f"--steps={at + 1}"])] == [0, 0]
+        assert [status for status, _ in two_ranks(tmp_path, [*words, f"--steps={at + 1}"])] == [
+            0,
+            0,
+        ]
         newest = checkpoint.newest(out).path
         if kind == "damage":
             file = rng.choice(sorted(newest.iterdir()))

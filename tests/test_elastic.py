@@ -1,4 +1,5 @@
-"""Runs that survive: killed ranks, nodes, launchers, hung ranks; and what they say when they do not."""
+"""Runs that survive: killed ranks, nodes, launchers, hung ranks; and what they say when they do
+not."""
 
 import multiprocessing
 import os
@@ -32,13 +33,22 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="n
 
 
 def begin(out_dir, *more: str, launch=()) -> subprocess.Popen:
-    """train.py as a process, under torchrun with the options `launch`; all it says goes to out_dir.log."""
+    """train.py as a process, under torchrun with the options `launch`; all it says goes to
+    out_dir.log."""
     words = ["-m", "torch.distributed.run", *launch] if launch else []
     with open(f"{out_dir}.log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, *words, "train.py", *flags(TEXT, out_dir, "--debug_ranks=true", *more)],
-            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [
+                sys.executable,
+                *words,
+                "train.py",
+                *flags(TEXT, out_dir, "--debug_ranks=true", *more),
+            ],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
 
 def said(out_dir) -> str:
@@ -83,7 +93,7 @@ def same_end(a, b) -> None:
 TWO = ["--standalone", "--nproc_per_node=2", "--max-restarts=3", "--monitor-interval=0.5"]
 
 
-# ---- a rank dies -------------------------------------------------------------------------------------------
+# ---- a rank dies ---------------------------------------------------------------------------------
 @needs_fork
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_the_run_is_bitwise_the_undisturbed_one(tmp_path):
@@ -98,7 +108,9 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_is_bitwise_the_undisturbed_
         wait_for(lambda: process_of(rank, out) != killed)
     assert launcher.wait(120) == 0
     same_end(out, tmp_path / "whole")
-    assert re.search(r"rank 0 at step \d+: another rank has ended, noticed in \w+ \(.*\.py:\d+\)", said(out))
+    assert re.search(
+        r"rank 0 at step \d+: another rank has ended, noticed in \w+ \(.*\.py:\d+\)", said(out)
+    )
     assert re.search(r"rank 1 at step \d+: another rank has ended", said(out))
     assert "Traceback" not in said(out)
 
@@ -107,15 +119,37 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_is_bitwise_the_undisturbed_
 @pytest.mark.slow
 def test_when_a_node_is_lost_the_other_goes_on_alone_with_the_same_batch(tmp_path):
     port, out = free_port(), tmp_path / "two"
-    more = ["--steps=300", "--save_every=25", "--eval_every=100", "--optim=adamw", "--precision=fp64"]
+    more = [
+        "--steps=300",
+        "--save_every=25",
+        "--eval_every=100",
+        "--optim=adamw",
+        "--precision=fp64",
+    ]
     assert begin(tmp_path / "one", *more).wait(120) == 0
-    nodes = [begin(out, *more, launch=[
-        "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--monitor-interval=0.5", "--rdzv_id=loss",
-        "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", f"--local_addr=127.0.0.{i + 1}",
-        f"--rdzv_conf=last_call_timeout=10,is_host={i == 0}"]) for i in range(2)]  # fmt: skip
+    nodes = [
+        begin(
+            out,
+            *more,
+            launch=[
+                "--nnodes=1:2",
+                "--nproc_per_node=1",
+                "--max-restarts=3",
+                "--monitor-interval=0.5",
+                "--rdzv_id=loss",
+                "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}",
+                f"--local_addr=127.0.0.{i + 1}",
+                f"--rdzv_conf=last_call_timeout=10,is_host={i == 0}",
+            ],
+        )
+        for i in range(2)
+    ]
     wait_for(lambda: last_step(out) >= 75)
     parents = {process_of(rank, out): rank for rank in range(2)}
-    lost = next(p for p in parents if Path(f"/proc/{p}/stat").read_text().split()[3] == str(nodes[1].pid))
+    lost = next(
+        p for p in parents if Path(f"/proc/{p}/stat").read_text().split()[3] == str(nodes[1].pid)
+    )
     nodes[1].kill()
     os.kill(lost, signal.SIGKILL)
     nodes[1].wait()
@@ -126,7 +160,7 @@ def test_when_a_node_is_lost_the_other_goes_on_alone_with_the_same_batch(tmp_pat
     assert rows(out).keys() == set(range(1, 301))
 
 
-# ---- the only process dies ---------------------------------------------------------------------------------
+# ---- the only process dies -----------------------------------------------------------------------
 @needs_fork
 @pytest.mark.slow
 def test_killed_thirty_times_at_random_moments_is_bitwise_the_undisturbed_run(tmp_path):
@@ -155,8 +189,14 @@ def test_killed_thirty_times_at_random_moments_is_bitwise_the_undisturbed_run(tm
 @pytest.mark.slow
 def test_a_hung_rank_ends_the_run_in_time_and_the_diaries_say_which_it_was(tmp_path):
     out = tmp_path / "hung"
-    launcher = begin(out, "--steps=100000", "--eval_every=0", "--save_every=50", "--timeout_minutes=0.1",
-                     launch=TWO[:2])  # fmt: skip
+    launcher = begin(
+        out,
+        "--steps=100000",
+        "--eval_every=0",
+        "--save_every=50",
+        "--timeout_minutes=0.1",
+        launch=TWO[:2],
+    )
     wait_for(lambda: last_step(out) >= 50)
     hung = process_of(1, out)
     os.kill(hung, signal.SIGSTOP)
@@ -165,14 +205,16 @@ def test_a_hung_rank_ends_the_run_in_time_and_the_diaries_say_which_it_was(tmp_p
         words = r"train.py: rank 0 at step (\d+): waited 0.1 minutes .* in \w+ \(.*py:\d+\)"
         step = int(re.search(words, said(out))[1])
         told = faults.report(out)
-        assert len(told) == 2 and re.fullmatch(rf"step {step}: rank 0, in \w+ \(.*\.py:\d+\)", told[1])
+        assert len(told) == 2 and re.fullmatch(
+            rf"step {step}: rank 0, in \w+ \(.*\.py:\d+\)", told[1]
+        )
         assert re.match(rf"step ({step}|{step - 1}): rank 1, silent for \d s", told[0])
     finally:
         os.kill(hung, signal.SIGKILL)  # torchrun would ask it politely for 30 s
         assert launcher.wait(60) == 1
 
 
-# ---- the launcher dies -------------------------------------------------------------------------------------
+# ---- the launcher dies ---------------------------------------------------------------------------
 @needs_fork
 @pytest.mark.slow
 def test_ranks_stop_when_torchrun_is_killed_and_the_same_command_goes_on(tmp_path):
@@ -201,7 +243,9 @@ def test_an_orphan_asks_itself_to_stop_and_where_other_machines_go_on_it_just_en
         if os.fork() == 0:  # a rank, whose launcher ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "asked").touch())
-            thread = threading.Thread(target=meshes.stop_with, args=(parent, 0.01, 0.2), daemon=True)
+            thread = threading.Thread(
+                target=meshes.stop_with, args=(parent, 0.01, 0.2), daemon=True
+            )
             thread.start()
             (tmp_path / "rank").write_text(str(os.getpid()))
             while True:
@@ -214,9 +258,10 @@ def test_an_orphan_asks_itself_to_stop_and_where_other_machines_go_on_it_just_en
     assert (tmp_path / "asked").exists() == asked
 
 
-# ---- a restart ---------------------------------------------------------------------------------------------
+# ---- a restart -----------------------------------------------------------------------------------
 def test_ranks_that_start_again_do_not_find_the_names_of_the_dead():
-    """torchrun keeps one store over its restarts; of the second start a rank died while it began."""
+    """torchrun keeps one store over its restarts; of the second start a rank died while it
+    began."""
     store, names = dist.HashStore(), []
     store.set_timeout(timedelta(seconds=5))
     with ThreadPoolExecutor(4) as pool:
@@ -242,7 +287,7 @@ def test_a_start_to_which_a_rank_does_not_come_ends_in_time():
         assert "another rank" in faults.explain(raised.value)
 
 
-# ---- what a rank says --------------------------------------------------------------------------------------
+# ---- what a rank says ----------------------------------------------------------------------------
 def bereaved(rank: int, world: int, how: str) -> str | None:
     step = 36  # noqa: F841  the name that train.main gives to the steps done
     group = dist.new_group(timeout=timedelta(seconds=0.7 if how == "silent" else 10))
@@ -256,19 +301,38 @@ def bereaved(rank: int, world: int, how: str) -> str | None:
         return faults.explain(error, 10)
 
 
-@pytest.mark.parametrize("how, sentence", [
-    ("silent", r"rank 0 at step 37: waited 10 minutes .* another rank, in bereaved \(.*\); --debug_ranks"),
-    ("gone", r"rank 0 at step 37: another rank has ended, noticed in bereaved \(tests/test_elastic.py:\d+\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        (
+            "silent",
+            (
+                r"rank 0 at step 37: waited 10 minutes .* another rank, in bereaved \(.*\);"
+                r" --debug_ranks"
+            ),
+        ),
+        (
+            "gone",
+            (
+                r"rank 0 at step 37: another rank has ended, noticed in bereaved"
+                r" \(tests/test_elastic.py:\d+\)"
+            ),
+        ),
+    ],
+)
 def test_a_dead_or_silent_peer_is_one_sentence_with_rank_step_and_place(how, sentence):
     said = run_ranks(2, bereaved, how)[0]
     assert re.search(sentence, said) and "\n" not in said
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("CUDA error: device-side assert triggered"), RuntimeError("shape mismatch, timed out"),
-    RuntimeError("[enforce fail at gloo/allreduce.cc:1] op.preamble.length <= op.nbytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("shape mismatch, timed out"),
+        RuntimeError("[enforce fail at gloo/allreduce.cc:1] op.preamble.length <= op.nbytes"),
+    ],
+)
 def test_an_error_of_our_own_keeps_its_traceback(error):
     assert faults.explain(error) is None
     with pytest.raises(RuntimeError) as raised:
@@ -276,7 +340,7 @@ def test_an_error_of_our_own_keeps_its_traceback(error):
     assert raised.value is error
 
 
-# ---- the diaries -------------------------------------------------------------------------------------------
+# ---- the diaries ---------------------------------------------------------------------------------
 @pytest.fixture
 def alone():
     return meshes.make_mesh(torch.device("cpu"))
@@ -297,7 +361,9 @@ def test_a_diary_has_each_step_and_where_a_rank_stands_that_stands_long(tmp_path
     diary.step(2)
     alone.sum(time.sleep(0.3) or 0)  # longer than a tenth of 1.2 s
     text = (tmp_path / "debug" / "rank_0.log").read_text()
-    assert re.search(r" start: process \d+ on \S+, pp 0 dp 0 cp 0 tp 0\n.* step 1\n.* step 2\nTimeout", text)
+    assert re.search(
+        r" start: process \d+ on \S+, pp 0 dp 0 cp 0 tp 0\n.* step 1\n.* step 2\nTimeout", text
+    )
     here = r"test_a_diary_has_each_step_and_\w+ \(tests/test_elastic.py:\d+\)"
     told = faults.report(tmp_path)
     assert re.fullmatch(rf"step 2: rank 0, in {here}", told[1]), told
@@ -321,12 +387,17 @@ def test_a_signal_brings_a_stack_into_the_diary(tmp_path, alone):
 def test_the_reader_puts_those_first_who_are_behind(tmp_path):
     stack = "Timeout (0:01:00)!\nThread 0x1 (most recent call first):\n"
     stack += '  File "/torch/x.py", line 3 in reduce\n'
-    stack += f'  File "{ROOT}/parallel/mesh.py", line 41 in sum\n  File "{ROOT}/train.py", line 300 in main\n'
+    stack += (
+        f'  File "{ROOT}/parallel/mesh.py", line 41 in sum\n  File "{ROOT}/train.py", line 300 in'
+        " main\n"
+    )
     (tmp_path / "debug").mkdir()
     for rank in range(512):
         path, step = tmp_path / "debug" / f"rank_{rank}.log", 37 if rank == 300 else 38
-        path.write_text(f"2026-11-21 17:00:00 start: process 1\n2026-11-21 17:00:00 step {step}\n"
-                        + (stack if rank != 300 else ""))  # fmt: skip
+        path.write_text(
+            f"2026-11-21 17:00:00 start: process 1\n2026-11-21 17:00:00 step {step}\n"
+            + (stack if rank != 300 else "")
+        )
         os.utime(path, (1000, 1000 if rank == 300 else 1055))
     assert faults.report(tmp_path) == [
         "step 37: rank 300, silent for 55 s when the others wrote last",
@@ -336,7 +407,9 @@ def test_the_reader_puts_those_first_who_are_behind(tmp_path):
         (tmp_path / "debug" / f"rank_{rank}.log").unlink()
     (tmp_path / "debug" / "rank_1.log").write_text("2026-11-21 17:00:00 step 38\n")
     os.utime(tmp_path / "debug" / "rank_1.log", (1000, 1000))
-    assert faults.report(tmp_path)[0] == "step 38: rank 1, silent for 55 s when the others wrote last"
+    assert (
+        faults.report(tmp_path)[0] == "step 38: rank 1, silent for 55 s when the others wrote last"
+    )
 
 
 def other_text_on_rank_1(rank, world, folder):

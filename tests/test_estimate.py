@@ -19,10 +19,29 @@ from torch.utils._pytree import tree_iter
 
 import settings
 from memory import estimate, plan
-from memory.estimate import activation_bytes, assign, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
+from memory.estimate import (
+    activation_bytes,
+    assign,
+    bytes_per_rank,
+    even_shapes,
+    gpt_shapes,
+    state_numbers,
+)
 from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
-from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, schedule_free, sgd, shampoo, soap
+from optim import (
+    adafactor,
+    adam_l2,
+    adamw,
+    lamb,
+    lars,
+    lion,
+    muon,
+    schedule_free,
+    sgd,
+    shampoo,
+    soap,
+)
 from optim.param_groups import kinds, param_groups
 from parallel.ddp import DDP
 from precision import amp, fp8
@@ -30,25 +49,57 @@ from precision.stochastic import stochastic
 
 CPU = torch.device("cpu")
 SCRIPT = Path(estimate.__file__)
-CLASSES = {"sgd": sgd.SGD, "adamw": adamw.AdamW, "adam_l2": adam_l2.AdamL2, "adafactor": adafactor.Adafactor,
-           "lion": lion.Lion, "lars": lars.LARS, "lamb": lamb.LAMB, "muon": muon.Muon,
-           "shampoo": shampoo.Shampoo, "soap": soap.SOAP, "schedule_free": schedule_free.AdamWScheduleFree,
-           "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree}  # fmt: skip
+CLASSES = {
+    "sgd": sgd.SGD,
+    "adamw": adamw.AdamW,
+    "adam_l2": adam_l2.AdamL2,
+    "adafactor": adafactor.Adafactor,
+    "lion": lion.Lion,
+    "lars": lars.LARS,
+    "lamb": lamb.LAMB,
+    "muon": muon.Muon,
+    "shampoo": shampoo.Shampoo,
+    "soap": soap.SOAP,
+    "schedule_free": schedule_free.AdamWScheduleFree,
+    "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree,
+}
 TRAITS = settings.ARCHS
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32,
-          "fp8": torch.float32, "bf16_sr": torch.bfloat16}
-AUTOCAST = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "bf16_sr": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+    "fp8": torch.float32,
+    "bf16_sr": torch.bfloat16,
+}
+AUTOCAST = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+    "bf16_sr": torch.bfloat16,
+    "fp16": torch.float16,
+}
 SIZE = dict(n_layer=8, n_head=2, n_embd=64, vocab_size=256, block_size=8)
 
 
 def total(optim, layout, params, world, precision, **kwargs):
-    return bytes_per_rank(even_shapes(params, world), optim, layout, world, precision,
-                          owners=lambda shapes, n: {name: i % n for i, name in enumerate(shapes)},
-                          **kwargs)["total"] / 1e9  # fmt: skip
+    return (
+        bytes_per_rank(
+            even_shapes(params, world),
+            optim,
+            layout,
+            world,
+            precision,
+            owners=lambda shapes, n: {name: i % n for i, name in enumerate(shapes)},
+            **kwargs,
+        )["total"]
+        / 1e9
+    )
 
 
-# ---- the sources' tables -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("layout, gb", [("ddp", 120), ("zero1", 31.4), ("zero2", 16.6), ("zero3", 1.9)])
+# ---- the sources' tables -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "layout, gb", [("ddp", 120), ("zero1", 31.4), ("zero2", 16.6), ("zero3", 1.9)]
+)
 def test_the_zero_papers_row_of_7_5_billion_on_64_gpus(layout, gb):
     assert round(total("adamw", layout, 7.5e9, 64, "mixed"), 1) == gb
 
@@ -56,7 +107,8 @@ def test_the_zero_papers_row_of_7_5_billion_on_64_gpus(layout, gb):
 def test_the_texts_10_billion_on_8_gpus():
     assert total("adamw", "ddp", 10e9, 8, "texts") == pytest.approx(120)
     assert total("adamw", "zero3", 10e9, 8, "texts") == pytest.approx(15)
-    assert total("adamw", "zero3", 10e9, 8, "mixed") == pytest.approx(20)  # with the master weights it forgot
+    # With the master weights it forgot
+    assert total("adamw", "zero3", 10e9, 8, "mixed") == pytest.approx(20)
 
 
 def test_the_texts_105_gb_and_what_the_primary_source_says():
@@ -70,13 +122,16 @@ def test_the_texts_105_gb_and_what_the_primary_source_says():
 
 
 def test_limits_for_many_ranks():
-    """4x and 8x hold for 16 bytes and many ranks; with the texts' own 12 bytes they are 3x and 6x."""
+    """4x and 8x hold for 16 bytes and many ranks; with the texts' own 12 bytes they are 3x and
+    6x."""
     for precision, first, second in ("mixed", 4, 8), ("texts", 3, 6):
         ddp, one, two = (total("adamw", x, 8e9, 4096, precision) for x in ("ddp", "zero1", "zero2"))
-        assert ddp / one == pytest.approx(first, rel=0.01) and ddp / two == pytest.approx(second, rel=0.01)
+        assert ddp / one == pytest.approx(first, rel=0.01) and ddp / two == pytest.approx(
+            second, rel=0.01
+        )
 
 
-# ---- the parts ---------------------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", TRAITS)
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 def test_shapes_are_those_of_the_model(arch, n_kv_head):
@@ -88,22 +143,40 @@ def test_shapes_are_those_of_the_model(arch, n_kv_head):
     assert ours == named and list(ours) == list(named)
 
 
-OPTIONS = [("sgd", {}), ("sgd", dict(momentum=0.9)), ("lars", {}), ("lars", dict(momentum=0.0)),
-           ("adafactor", {}), ("adafactor", dict(beta1=0.9)), ("muon", {}),
-           ("muon", dict(normuon_beta2=0.95)),
-           ("shampoo", {}), ("shampoo", dict(max_precond_dim=8)), ("shampoo", dict(grafting=None)),
-           ("shampoo", dict(precondition_1d=True, grafting="sgd")), ("soap", {}),
-           ("soap", dict(max_precond_dim=8)), ("soap", dict(precondition_1d=True))]  # fmt: skip
+OPTIONS = [
+    ("sgd", {}),
+    ("sgd", dict(momentum=0.9)),
+    ("lars", {}),
+    ("lars", dict(momentum=0.0)),
+    ("adafactor", {}),
+    ("adafactor", dict(beta1=0.9)),
+    ("muon", {}),
+    ("muon", dict(normuon_beta2=0.95)),
+    ("shampoo", {}),
+    ("shampoo", dict(max_precond_dim=8)),
+    ("shampoo", dict(grafting=None)),
+    ("shampoo", dict(precondition_1d=True, grafting="sgd")),
+    ("soap", {}),
+    ("soap", dict(max_precond_dim=8)),
+    ("soap", dict(precondition_1d=True)),
+]
 OPTIONS += [(name, {}) for name in CLASSES if name not in dict(OPTIONS)]
 
 
 @pytest.mark.parametrize("optim, options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
-    for kind, shape in [("matrix", (6, 10)), ("embedding", (12, 5)), ("scalar", (7,)), ("matrix", (3, 4, 5))]:
+    for kind, shape in [
+        ("matrix", (6, 10)),
+        ("embedding", (12, 5)),
+        ("scalar", (7,)),
+        ("matrix", (3, 4, 5)),
+    ]:
         p = torch.ones(shape, dtype=dtype, requires_grad=True)
         p.grad = torch.ones_like(p)
-        group = {"params": [p]} | ({"use_muon": False} if optim == "muon" and kind != "matrix" else {})
+        group = {"params": [p]} | (
+            {"use_muon": False} if optim == "muon" and kind != "matrix" else {}
+        )
         optimizer = CLASSES[optim]([group], **options)
         if hasattr(optimizer, "train"):
             optimizer.train()
@@ -114,7 +187,10 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
 
 
 def test_every_optimizer_is_known_with_its_defaults():
-    files = {p.stem for p in (SCRIPT.parent.parent / "optim").glob("*.py")} - {"param_groups", "mup"}
+    files = {p.stem for p in (SCRIPT.parent.parent / "optim").glob("*.py")} - {
+        "param_groups",
+        "mup",
+    }
     assert {name.split(".")[0] for name in estimate.OPTIONS} == files
     for name, cls in CLASSES.items():
         assert cls.elementwise == (name in estimate.ELEMENTWISE)
@@ -132,8 +208,9 @@ def test_owners_are_those_of_zero(n):
 
 @pytest.mark.parametrize("arch", TRAITS)
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("size", [dict(n_layer=2, n_embd=64, vocab_size=96),
-                                  dict(n_layer=3, n_embd=32, vocab_size=480)])  # fmt: skip
+@pytest.mark.parametrize(
+    "size", [dict(n_layer=2, n_embd=64, vocab_size=96), dict(n_layer=3, n_embd=32, vocab_size=480)]
+)
 def test_activations_are_what_autograd_saves(arch, precision, size):
     config = GPTConfig(**size, n_head=2, n_kv_head=2, block_size=128, **TRAITS[arch])
     model, half = GPT(config).to(DTYPES[precision]), AUTOCAST.get(precision)
@@ -142,7 +219,8 @@ def test_activations_are_what_autograd_saves(arch, precision, size):
     weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def pack(x):
-        casts = half is not None and x.shape in {p.shape for p in model.parameters()}  # counted in buffers
+        # Counted in buffers
+        casts = half is not None and x.shape in {p.shape for p in model.parameters()}
         if x.untyped_storage()._cdata not in weights and not casts:
             saved[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
@@ -153,14 +231,37 @@ def test_activations_are_what_autograd_saves(arch, precision, size):
             loss = model(ids, ids)
     assert loss.requires_grad
     measured = sum(storage.nbytes() for storage in saved.values())
-    assert activation_bytes(precision, 4 * 128, **size, arch=arch) == pytest.approx(measured, rel=0.08)
+    assert activation_bytes(precision, 4 * 128, **size, arch=arch) == pytest.approx(
+        measured, rel=0.08
+    )
 
 
 def test_activation_checkpointing_takes_from_the_activations_alone():
     """How much is tested in test_activation_checkpoint.py; on paper 34 s b h become 2."""
-    size, found = ["--n_layer=32", "--n_embd=4096", "--params=7e9", "--block_size=2048", "--batch=4"], {}
-    for how in "none", "full", "every_2", "every_3", "segments_4", "attention", "mlp", "selective", "offload":
-        rows = estimate.table(*estimate.parse([*size, f"--activation_checkpoint={how}"])).splitlines()
+    size, found = (
+        [
+            "--n_layer=32",
+            "--n_embd=4096",
+            "--params=7e9",
+            "--block_size=2048",
+            "--batch=4",
+        ],
+        {},
+    )
+    for how in (
+        "none",
+        "full",
+        "every_2",
+        "every_3",
+        "segments_4",
+        "attention",
+        "mlp",
+        "selective",
+        "offload",
+    ):
+        rows = estimate.table(
+            *estimate.parse([*size, f"--activation_checkpoint={how}"])
+        ).splitlines()
         found[how] = [row.split() for row in rows if row.startswith("ddp")]
         assert [row[1:4] for row in found[how]] == [["14", "14", "84"], ["14", "14", "56"]]
     first = {how: float(rows[0][4]) for how, rows in found.items()}
@@ -170,7 +271,9 @@ def test_activation_checkpointing_takes_from_the_activations_alone():
     assert first["every_2"] == pytest.approx((2 * 16 + 34 * 16) * unit, rel=1e-3)
     assert first["every_3"] == pytest.approx((2 * 11 + 34 * 21) * unit, rel=1e-3)
     assert first["segments_4"] == pytest.approx((2 * 4 + 34 * 8 - 2) * unit, rel=1e-3)
-    assert first["offload"] < first["full"] < first["selective"] < first["attention"] < first["none"]
+    assert (
+        first["offload"] < first["full"] < first["selective"] < first["attention"] < first["none"]
+    )
 
 
 def test_offloading_moves_bytes_to_the_host():
@@ -180,26 +283,34 @@ def test_offloading_moves_bytes_to_the_host():
     both = bytes_per_rank(shapes, "adamw", "zero3", 4, offload_params="disk")
     assert plain["host"] == 0 and state["state"] == 0 and state["host"] == plain["state"]
     assert state["buffers"] == plain["buffers"]  # those of backward, the larger ones
-    largest = 4 * 50304 * 768  # a chunk is at least one parameter: the embedding's 2 numbers, and a temporary
+    # A chunk is at least one parameter: the embedding's 2 numbers, and a temporary
+    largest = 4 * 50304 * 768
     one = bytes_per_rank(shapes, "adamw", "ddp", 1, offload="cpu", chunk_mb=16)
     assert 3 * largest < one["buffers"] <= 3 * largest + 2 * 16 * 2**20
     assert both["host"] == plain["parameters"] + plain["gradients"] + plain["state"] + largest
-    assert both["total"] == both["gradients"] + both["buffers"] and both["gradients"] == plain["gradients"]
+    assert (
+        both["total"] == both["gradients"] + both["buffers"]
+        and both["gradients"] == plain["gradients"]
+    )
     for held in (plain, state, both):
         assert held["total"] == sum(held.values()) - held["total"] - held["host"]
 
 
 def test_hybrid_sharding_lies_between_ddp_and_fsdp():
     shapes = gpt_shapes(4, 64, 256)
-    plain, ddp = bytes_per_rank(shapes, world=8), bytes_per_rank(shapes, "adamw", "fsdp", 8, fsdp_shard=1)
+    plain, ddp = (
+        bytes_per_rank(shapes, world=8),
+        bytes_per_rank(shapes, "adamw", "fsdp", 8, fsdp_shard=1),
+    )
     hybrid, full = (bytes_per_rank(shapes, "adamw", "fsdp", 8, fsdp_shard=n) for n in (2, 8))
     for k in ("parameters", "gradients", "state"):
         assert plain[k] == ddp[k] == pytest.approx(2 * hybrid[k]) == pytest.approx(8 * full[k])
     kept = bytes_per_rank(shapes, "adamw", "fsdp", 8, reshard=False)
-    assert kept["buffers"] - full["buffers"] == pytest.approx(4 * 2 * 12 * 64**2)  # the other two blocks
+    # The other two blocks
+    assert kept["buffers"] - full["buffers"] == pytest.approx(4 * 2 * 12 * 64**2)
 
 
-# ---- the meter ---------------------------------------------------------------------------------------------
+# ---- the meter -----------------------------------------------------------------------------------
 def test_the_meter_sees_what_is_freed_and_what_comes_back():
     with Meter() as meter:
         x = torch.zeros(1000)
@@ -216,7 +327,7 @@ def test_the_meter_sees_what_is_freed_and_what_comes_back():
     assert nbytes([x, x[:10]]) == 4000
 
 
-# ---- measured ----------------------------------------------------------------------------------------------
+# ---- measured ------------------------------------------------------------------------------------
 def measured(rank, world, layout, optim, precision, micro_batches, options, bucket_mb=25.0, **more):
     config = GPTConfig(**SIZE, n_kv_head=2)
     with torch.device("meta"):
@@ -236,9 +347,18 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
         options = options | {"offload": lambda optimizer: stochastic(optimizer, 0)}
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
-    return measure(replicas, model, functools.partial(initial_weight, config), CLASSES[optim], groups,
-                   micro_batches, rank=rank, world=world,
-                   autocast=AUTOCAST.get(precision), **options)  # fmt: skip
+    return measure(
+        replicas,
+        model,
+        functools.partial(initial_weight, config),
+        CLASSES[optim],
+        groups,
+        micro_batches,
+        rank=rank,
+        world=world,
+        autocast=AUTOCAST.get(precision),
+        **options,
+    )
 
 
 def owners_of(layout):
@@ -251,17 +371,40 @@ def owners_of(layout):
 
 def predicted(layout, optim, world, precision, micro_batches, options, **kwargs):
     size = {k: SIZE[k] for k in ("n_layer", "n_embd", "vocab_size")}
-    return bytes_per_rank(gpt_shapes(**size), optim, layout, world, precision, micro_batches=micro_batches,
-                          activations=activation_bytes(precision, 8, **size), **kwargs, **options)
+    return bytes_per_rank(
+        gpt_shapes(**size),
+        optim,
+        layout,
+        world,
+        precision,
+        micro_batches=micro_batches,
+        activations=activation_bytes(precision, 8, **size),
+        **kwargs,
+        **options,
+    )
 
 
-@pytest.mark.parametrize("optim, precision, micro_batches, options", [
-    ("adamw", "fp32", 1, {}), ("adamw", "fp32", 2, {}), ("adamw", "fp64", 2, {}), ("adamw", "bf16", 2, {}),
-    ("adamw", "fp16", 2, {}), ("adamw", "bf16_sr", 2, {}), ("lion", "bf16_sr", 2, {}),
-    ("muon", "bf16_sr", 2, {}),
-    ("sgd", "fp32", 2, {"momentum": 0.9}), ("lion", "fp32", 2, {}), ("muon", "fp32", 2, {}),
-    ("adafactor", "fp32", 2, {}), ("lamb", "fp32", 2, {}), ("shampoo", "fp32", 2, {}),
-    ("soap", "fp32", 2, {}), ("schedule_free", "fp32", 2, {})])
+@pytest.mark.parametrize(
+    "optim, precision, micro_batches, options",
+    [
+        ("adamw", "fp32", 1, {}),
+        ("adamw", "fp32", 2, {}),
+        ("adamw", "fp64", 2, {}),
+        ("adamw", "bf16", 2, {}),
+        ("adamw", "fp16", 2, {}),
+        ("adamw", "bf16_sr", 2, {}),
+        ("lion", "bf16_sr", 2, {}),
+        ("muon", "bf16_sr", 2, {}),
+        ("sgd", "fp32", 2, {"momentum": 0.9}),
+        ("lion", "fp32", 2, {}),
+        ("muon", "fp32", 2, {}),
+        ("adafactor", "fp32", 2, {}),
+        ("lamb", "fp32", 2, {}),
+        ("shampoo", "fp32", 2, {}),
+        ("soap", "fp32", 2, {}),
+        ("schedule_free", "fp32", 2, {}),
+    ],
+)
 def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, options):
     found = measured(0, 1, "ddp", optim, precision, micro_batches, options)
     expected = predicted("ddp", optim, 1, precision, micro_batches, options)
@@ -275,28 +418,39 @@ def measured_each(rank, world, layouts, *args):
 
 
 @pytest.mark.parametrize("optim", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layouts", [
-    ("ddp",), pytest.param(("zero1", "zero2", "zero3"), marks=pytest.mark.slow), ("fsdp",)])  # fmt: skip
+@pytest.mark.parametrize(
+    "layouts",
+    [("ddp",), pytest.param(("zero1", "zero2", "zero3"), marks=pytest.mark.slow), ("fsdp",)],
+)
 def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
     pytest.importorskip("parallel." + layouts[0].rstrip("123"))
     ranks = run_ranks(3, measured_each, layouts, optim, "fp32", 2, {}, 0.25)
     for layout in layouts:
-        expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, owners=owners_of(layout))
-        names = ("parameters", "state") if layout == "zero1" else ("parameters", "gradients", "state")
-        for k in names:  # zero1 has freed most gradients when the step begins; before that it had all
+        expected = predicted(
+            layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, owners=owners_of(layout)
+        )
+        names = (
+            ("parameters", "state") if layout == "zero1" else ("parameters", "gradients", "state")
+        )
+        # Zero1 has freed most gradients when the step begins; before that it had all
+        for k in names:
             tolerance = 0.05 if layout.startswith("zero") else 1e-9  # most weights, less state
-            assert max(found[layout][k] for found in ranks) == pytest.approx(expected[k], tolerance), layout
+            assert max(found[layout][k] for found in ranks) == pytest.approx(
+                expected[k], tolerance
+            ), layout
         peak = max(found[layout]["peak"] for found in ranks)
         assert peak == pytest.approx(expected["total"], rel=0.05), layout
 
 
-# ---- offloaded: a device and a host, both played by this CPU -----------------------------------------------
+# ---- offloaded: a device and a host, both played by this CPU -------------------------------------
 class Places(Meter):
-    """A meter that tells the host's storages from the device's. The host's are files, what is moved there,
-    and what an operation makes of the host's alone; host_peak: the most bytes of them, peak: of the others.
+    """A meter that tells the host's storages from the device's. The host's are files, what is moved
+    there, and what an operation makes of the host's alone; host_peak: the most bytes of them, peak:
+    of the others.
 
-    Enters as well what stands for a GPU: streams, and copies where `to` and `cpu` find everything in place
-    here. back: does `to` also bring the device's to the host? (Only what offloads weights calls it so.)
+    Enters as well what stands for a GPU: streams, and copies where `to` and `cpu` find everything
+    in place here. back: does `to` also bring the device's to the host? (Only what offloads weights
+    calls it so.)
     """
 
     def __init__(self, back: bool):
@@ -305,15 +459,21 @@ class Places(Meter):
 
         def to(x, *args, **kwargs):
             moves = type(x) is Tensor or type(x) is torch.nn.Parameter
-            moves = moves and x.device == CPU and args and args[0] == CPU and (back or self.host_has(x))
+            moves = (
+                moves and x.device == CPU and args and args[0] == CPU and (back or self.host_has(x))
+            )
             return self.move(x, not self.host_has(x)) if moves else plain(x, *args, **kwargs)
 
         self.played = contextlib.ExitStack()
-        self.patches = [mock.patch.object(torch.cuda, name, mock.MagicMock())
-                        for name in ("Stream", "current_stream", "stream")]
-        self.patches += [mock.patch.object(Tensor, "to", to),
-                         mock.patch.object(Tensor, "cpu", lambda x: self.move(x, True)),
-                         mock.patch("meter.Meter", lambda: contextlib.nullcontext(self))]  # fmt: skip
+        self.patches = [
+            mock.patch.object(torch.cuda, name, mock.MagicMock())
+            for name in ("Stream", "current_stream", "stream")
+        ]
+        self.patches += [
+            mock.patch.object(Tensor, "to", to),
+            mock.patch.object(Tensor, "cpu", lambda x: self.move(x, True)),
+            mock.patch("meter.Meter", lambda: contextlib.nullcontext(self)),
+        ]
 
     def __enter__(self):
         for patch in self.patches:
@@ -350,10 +510,19 @@ class Places(Meter):
         if any(hasattr(t, "to_local") for t in types):
             return NotImplemented
         plain = (Tensor, torch.nn.Parameter)
-        given = [self.host_has(x) for x in tree_iter((args, kwargs))
-                 if type(x) in plain and x.device.type != "meta" and x.numel() > 1]  # fmt: skip
-        assert len({*given}) < 2 or "copy_" in str(func) or "set_" in str(func), f"{func}: device and host"
-        host = self.moving if self.moving is not None else "from_file" in str(func) or (given and all(given))
+        given = [
+            self.host_has(x)
+            for x in tree_iter((args, kwargs))
+            if type(x) in plain and x.device.type != "meta" and x.numel() > 1
+        ]
+        assert len({*given}) < 2 or "copy_" in str(func) or "set_" in str(func), (
+            f"{func}: device and host"
+        )
+        host = (
+            self.moving
+            if self.moving is not None
+            else "from_file" in str(func) or (given and all(given))
+        )
         before = {address for address, storage in self.storages.items() if storage() is not None}
         out = func(*args, **(kwargs or {}))
         for x in tree_iter(out):
@@ -365,7 +534,8 @@ class Places(Meter):
 
 
 def offloaded(rank, world, layout, optim, chunk_mb, folder):
-    """Peak bytes on the device and on the host; weights too are offloaded in the layouts that can do it."""
+    """Peak bytes on the device and on the host; weights too are offloaded in the layouts that can
+    do it."""
     folder, more, options = folder / f"{layout}_{rank}", {}, {}
     if layout in ("zero3", "fsdp"):
         more = dict(offload_params="disk", folder=folder)
@@ -381,52 +551,103 @@ OFFLOADED = [("ddp", 64.0), ("ddp", 0.1), ("zero1", 64.0), ("zero3", 64.0), ("fs
 OFFLOADED = [(*case, optim) for case in OFFLOADED for optim in ("adamw", "muon")]
 
 
-@pytest.mark.parametrize("layout, chunk_mb, optim", [
-    case if case[::2] == ("zero3", "adamw") else pytest.param(*case, marks=pytest.mark.slow)
-    for case in OFFLOADED])
-def test_what_is_offloaded_to_disk_leaves_the_device_as_predicted(layout, chunk_mb, optim, tmp_path):
+@pytest.mark.parametrize(
+    "layout, chunk_mb, optim",
+    [
+        case if case[::2] == ("zero3", "adamw") else pytest.param(*case, marks=pytest.mark.slow)
+        for case in OFFLOADED
+    ],
+)
+def test_what_is_offloaded_to_disk_leaves_the_device_as_predicted(
+    layout, chunk_mb, optim, tmp_path
+):
     place = dict(offload_params="disk") if layout in ("zero3", "fsdp") else dict(offload="disk")
-    expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, chunk_mb=chunk_mb,
-                         owners=owners_of(layout), **place)  # fmt: skip
+    expected = predicted(
+        layout,
+        optim,
+        3,
+        "fp32",
+        2,
+        {},
+        bucket_mb=0.25,
+        chunk_mb=chunk_mb,
+        owners=owners_of(layout),
+        **place,
+    )
     device, host = map(max, zip(*run_ranks(3, offloaded, layout, optim, chunk_mb, tmp_path)))
     assert device == pytest.approx(expected["total"], rel=0.05)
     assert host == pytest.approx(expected["host"], rel=0.05)
 
 
-# ---- the command -------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 def command(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, encoding="utf-8"
+    )
 
 
 def test_the_command_prints_both_accountings():
     run = command("--params=7.5e9", "--gpus=64")
     rows = [line.split() for line in run.stdout.splitlines() if line.startswith(estimate.LAYOUTS)]
-    assert run.returncode == 0 and [row[6] for row in rows[:4]] == ["120", "31.41", "16.64", "1.875"]
+    assert run.returncode == 0 and [row[6] for row in rows[:4]] == [
+        "120",
+        "31.41",
+        "16.64",
+        "1.875",
+    ]
     assert [row[6] for row in rows[5:9]] == ["90", "30.94", "16.17", "1.406"]
 
 
 def test_every_optimizer_and_layout_has_a_row():
     for optim in CLASSES:
-        settings, options = estimate.parse([f"--optim={optim}", "--n_layer=2", "--n_embd=64", "--batch=2",
-                                            "--offload=disk", "--offload_params=cpu", "--gpus=6",
-                                            "--fsdp_shard=3", "--arch=gpt2", "--reshard=false"])  # fmt: skip
+        settings, options = estimate.parse(
+            [
+                f"--optim={optim}",
+                "--n_layer=2",
+                "--n_embd=64",
+                "--batch=2",
+                "--offload=disk",
+                "--offload_params=cpu",
+                "--gpus=6",
+                "--fsdp_shard=3",
+                "--arch=gpt2",
+                "--reshard=false",
+            ]
+        )
         text = estimate.table(settings, options)
-        assert all(text.count(f"\n{layout} ") == 3 for layout in estimate.LAYOUTS) and "nan" not in text
+        assert (
+            all(text.count(f"\n{layout} ") == 3 for layout in estimate.LAYOUTS)
+            and "nan" not in text
+        )
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ("", "type --params=7e9"), ("--parms=7e9", "did you mean params"), ("params", "type --name=value"),
-    ("--params=x", "a whole number"), ("--params=nan", "params=nan"), ("--params=1e400", "params=1e400"),
-    ("--params=7e9 --gpus=2.5", "gpus=2.5"), ("--params=7e9 --gpus=0", "gpus=0"),
-    ("--params=7e9 --optim=adamv", "did you mean adamw"), ("--params=7e9 --precision=fp23", "mean fp32"),
-    ("--params=7e9 --optim=soap", "depends on shapes"), ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3"),
-    ("--params=7e9 --opt.momentum=0.9", "adamw's option 'momentum'"), ("--params=7e9 --offload=disc", "disk"),
-    ("--params=7e9 --optim=sgd --opt.momentun=0.9", "did you mean momentum"), ("--n_layer=2", "--n_embd"),
-    ("--params=7e9 --optim=sgd --opt.momentum=x", "momentum=x"), ("--params=7e9 --batch=2", "--n_layer"),
-    ("--params=7e9 --activation_checkpoint=full", "type --batch=8"),
-    ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=fulll", "did you mean full"),
-    ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=every_0", "takes 1 to 2"),
-    ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=segments_3", "takes 1 to 2")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("", "type --params=7e9"),
+        ("--parms=7e9", "did you mean params"),
+        ("params", "type --name=value"),
+        ("--params=x", "a whole number"),
+        ("--params=nan", "params=nan"),
+        ("--params=1e400", "params=1e400"),
+        ("--params=7e9 --gpus=2.5", "gpus=2.5"),
+        ("--params=7e9 --gpus=0", "gpus=0"),
+        ("--params=7e9 --optim=adamv", "did you mean adamw"),
+        ("--params=7e9 --precision=fp23", "mean fp32"),
+        ("--params=7e9 --optim=soap", "depends on shapes"),
+        ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3"),
+        ("--params=7e9 --opt.momentum=0.9", "adamw's option 'momentum'"),
+        ("--params=7e9 --offload=disc", "disk"),
+        ("--params=7e9 --optim=sgd --opt.momentun=0.9", "did you mean momentum"),
+        ("--n_layer=2", "--n_embd"),
+        ("--params=7e9 --optim=sgd --opt.momentum=x", "momentum=x"),
+        ("--params=7e9 --batch=2", "--n_layer"),
+        ("--params=7e9 --activation_checkpoint=full", "type --batch=8"),
+        ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=fulll", "did you mean full"),
+        ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=every_0", "takes 1 to 2"),
+        ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=segments_3", "takes 1 to 2"),
+    ],
+)
 def test_a_mistake_is_one_line(arguments, said):
     with pytest.raises(ValueError) as error:
         estimate.table(*estimate.parse(arguments.split()))
@@ -438,7 +659,13 @@ def test_every_precision_of_a_run_has_its_bytes():
     assert amp.PARAM_DTYPE.keys() <= estimate.BYTES.keys() == estimate.HEADINGS.keys()
     for precision, dtype in amp.PARAM_DTYPE.items():
         for arch in TRAITS:
-            size = [f"--precision={precision}", f"--arch={arch}", "--n_layer=2", "--n_embd=64", "--batch=2"]
+            size = [
+                f"--precision={precision}",
+                f"--arch={arch}",
+                "--n_layer=2",
+                "--n_embd=64",
+                "--batch=2",
+            ]
             for how in ("none", "full", "selective"):
                 text = estimate.table(*estimate.parse([*size, f"--activation_checkpoint={how}"]))
                 assert text.count("\nfsdp ") == 1 and "nan" not in text
@@ -446,9 +673,21 @@ def test_every_precision_of_a_run_has_its_bytes():
         assert weight == gradient == dtype.itemsize and master == 0 and number == max(4, weight)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("7B", 7e9), ("7b", 7e9), ("1.1B", 1.1e9), ("124M", 124e6), ("350k", 350e3), ("2T", 2e12), ("7e9", 7e9),
-    ("0.5B", 5e8), ("7_000", 7000), ("80GB", 80e9)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("7B", 7e9),
+        ("7b", 7e9),
+        ("1.1B", 1.1e9),
+        ("124M", 124e6),
+        ("350k", 350e3),
+        ("2T", 2e12),
+        ("7e9", 7e9),
+        ("0.5B", 5e8),
+        ("7_000", 7000),
+        ("80GB", 80e9),
+    ],
+)
 def test_numbers_may_be_written_short(text, value):
     for name in ("params", "memory"):
         assert estimate.from_text(name, text, None) == value
@@ -456,7 +695,9 @@ def test_numbers_may_be_written_short(text, value):
     assert plan.parse([f"--params={text}"])["params"] == value
 
 
-@pytest.mark.parametrize("text", ["B", "7X", "7BB", "-7B", "1.5", "0.0001K", "nanB", "infB", "7 B C", ""])
+@pytest.mark.parametrize(
+    "text", ["B", "7X", "7BB", "-7B", "1.5", "0.0001K", "nanB", "infB", "7 B C", ""]
+)
 def test_a_number_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="whole number|not understood"):
         estimate.parse([f"--params={text}"])
@@ -466,7 +707,13 @@ def test_a_blank_stands_for_the_equals_sign_and_none_for_none():
     words = "--params 7B --gpus=64 --precision none --n_kv_head=None --offload NONE --reshard FALSE".split()
     s, _ = estimate.parse(words)
     assert (s["params"], s["gpus"], s["precision"], s["n_kv_head"], s["offload"], s["reshard"]) == (
-        7 * 10**9, 64, None, None, None, False)  # fmt: skip
+        7 * 10**9,
+        64,
+        None,
+        None,
+        None,
+        False,
+    )
     with pytest.raises(ValueError, match="type --name=value"):
         estimate.parse(["--params", "--gpus=64"])
 
@@ -486,10 +733,18 @@ def test_a_mistake_ends_the_command_with_2():
     assert command("--help").stdout.startswith("How many bytes")
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (dict(optim="adamwx"), "did you mean adamw"), (dict(layout="zero"), "did you mean zero"),
-    (dict(precision="fp61"), "did you mean"), (dict(momentum=0.9), "no|none"), (dict(world=0), "at least 1"),
-    (dict(layout="zero2", offload_params="cpu"), "zero3 or fsdp"), (dict(offload="ram"), "cpu")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (dict(optim="adamwx"), "did you mean adamw"),
+        (dict(layout="zero"), "did you mean zero"),
+        (dict(precision="fp61"), "did you mean"),
+        (dict(momentum=0.9), "no|none"),
+        (dict(world=0), "at least 1"),
+        (dict(layout="zero2", offload_params="cpu"), "zero3 or fsdp"),
+        (dict(offload="ram"), "cpu"),
+    ],
+)
 def test_the_function_refuses_what_it_does_not_know(arguments, said):
     with pytest.raises(ValueError, match=said):
         bytes_per_rank(gpt_shapes(1, 8, 8), **arguments)

@@ -1,5 +1,7 @@
-"""Experiments: rows are measured once, each in a process of its own; verdicts follow from figures. Most tests
-put a toy in an experiment's place, whose rows leave a line in a file each time they are measured."""
+"""Experiments: rows are measured once, each in a process of its own; verdicts follow from figures.
+Most tests put a toy in an experiment's place, whose rows leave a line in a file each time they are
+measured.
+"""
 
 import importlib.util
 import math
@@ -22,17 +24,26 @@ NAMES = [path.stem for path in everything.experiments()]
 FAST = ["detectors"]  # the cheapest one is in the suite that is always run
 needs_fork = pytest.mark.skipif(protocol.START != "fork", reason="this needs fork")
 DOC = "Claim: twice\nas much.\n\nSource: x.\n"
-GRID = [{"x": x, "name": name, "seed": seed} for x in (1, 0.1) for name in ("a", None) for seed in (1, 2)]
+GRID = [
+    {"x": x, "name": name, "seed": seed}
+    for x in (1, 0.1)
+    for name in ("a", None)
+    for seed in (1, 2)
+]
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"experiment_{name}", ROOT / "experiments" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"experiment_{name}", ROOT / "experiments" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def toy(folder: Path, *words: str, grid=GRID, small=GRID[:2], slow=0.0, fails=(), factor=2, jobs=2) -> int:
+def toy(
+    folder: Path, *words: str, grid=GRID, small=GRID[:2], slow=0.0, fails=(), factor=2, jobs=2
+) -> int:
     """The command of an experiment, its rows in folder/toy.csv: its exit status."""
 
     def row(keys: dict, quick: bool) -> dict:
@@ -45,15 +56,27 @@ def toy(folder: Path, *words: str, grid=GRID, small=GRID[:2], slow=0.0, fails=()
 
     def verdict(rows):
         twice = all(r["y"] == 2 * r["x"] for r in rows)
-        return "holds" if twice else "does not hold", f"{sum(r['y'] for r in rows):g}", f"of {len(rows)} rows"
+        return (
+            "holds" if twice else "does not hold",
+            f"{sum(r['y'] for r in rows):g}",
+            f"of {len(rows)} rows",
+        )
 
     words = [w for w in words if w] + [f"--jobs={jobs}"]
     words += [] if any(w.startswith("--out") for w in words) else [f"--out={folder}"]
     before, sys.argv, load_corpus = sys.argv, ["toy.py", *words], protocol.corpora.load
     protocol.corpora.load = lambda *_: None  # toys read none
     try:
-        protocol.main(DOC, "toy.py", grid, small, row, lambda rows: f"{len(rows)} rows",
-                      lambda rows, figure: figure.subplots().plot([1, 2]), verdict)  # fmt: skip
+        protocol.main(
+            DOC,
+            "toy.py",
+            grid,
+            small,
+            row,
+            lambda rows: f"{len(rows)} rows",
+            lambda rows, figure: figure.subplots().plot([1, 2]),
+            verdict,
+        )
     except SystemExit as end:
         return end.code
     finally:
@@ -63,7 +86,9 @@ def toy(folder: Path, *words: str, grid=GRID, small=GRID[:2], slow=0.0, fails=()
 def measured(folder: Path) -> list[str]:
     """Keys of the rows, as often as they were measured."""
     path = folder / "measured"
-    return [line.rsplit(" ", 2)[0] for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [line.rsplit(" ", 2)[0] for line in path.read_text().splitlines()] if path.exists() else []
+    )
 
 
 # ---- rows
@@ -75,7 +100,9 @@ def test_each_row_is_measured_once_in_a_process_of_its_own(tmp_path):
     assert [r["y"] for r in rows] == [2] * 4 + [0.2] * 4
     assert len({r["pid"] for r in rows} | {os.getpid()}) == 9
     assert rows[0]["curve"][0] == 1 and rows[0]["curve"][1] != rows[0]["curve"][1]  # NaN comes back
-    assert all(r["commit"] and r["date"] and "cores" in r["machine"] and r["seconds"] >= 0 for r in rows)
+    assert all(
+        r["commit"] and r["date"] and "cores" in r["machine"] and r["seconds"] >= 0 for r in rows
+    )
     before = (tmp_path / "toy.csv").read_bytes(), (tmp_path / "toy.md").read_bytes()
     assert toy(tmp_path) == 0 and len(measured(tmp_path)) == 8  # nothing is left to do
     assert ((tmp_path / "toy.csv").read_bytes(), (tmp_path / "toy.md").read_bytes()) == before
@@ -85,7 +112,9 @@ def test_each_row_is_measured_once_in_a_process_of_its_own(tmp_path):
 
 @needs_fork
 def test_a_killed_run_goes_on_row_by_row_and_leaves_nobody_behind(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=toy, args=(tmp_path,), kwargs=dict(slow=0.3))
+    process = multiprocessing.get_context("fork").Process(
+        target=toy, args=(tmp_path,), kwargs=dict(slow=0.3)
+    )
     process.start()
     deadline = time.monotonic() + 20
     while len(measured(tmp_path)) < 5 and time.monotonic() < deadline:  # into rows that take 30 s
@@ -113,14 +142,20 @@ def test_a_row_that_fails_or_is_killed_has_no_figures_and_the_others_have(tmp_pa
     assert "no such thing" in capsys.readouterr().err
     assert [r["x"] for r in protocol.read(tmp_path / "toy.csv")][8:] == [8]
     text = (tmp_path / "toy.md").read_text()
-    assert "unfinished: 9 of 10 rows" in text and "holds" not in text and not (tmp_path / "toy.png").exists()
+    assert (
+        "unfinished: 9 of 10 rows" in text
+        and "holds" not in text
+        and not (tmp_path / "toy.png").exists()
+    )
     assert toy(tmp_path, grid=GRID + more) == 0 and measured(tmp_path)[-1] == "7 a 1"
     assert "**Verdict.** holds: of 10 rows" in (tmp_path / "toy.md").read_text()
 
 
 @needs_fork
 def test_two_commands_do_not_share_a_csv(tmp_path, capsys):
-    process = multiprocessing.get_context("fork").Process(target=toy, args=(tmp_path,), kwargs=dict(slow=0.5))
+    process = multiprocessing.get_context("fork").Process(
+        target=toy, args=(tmp_path,), kwargs=dict(slow=0.5)
+    )
     process.start()
     while not measured(tmp_path):
         time.sleep(0.01)
@@ -134,7 +169,9 @@ def test_quick_never_writes_to_the_results(tmp_path, capsys):
     assert toy(tmp_path, "--quick", f"--out={protocol.RESULTS}") == 2
     assert "--quick measures too little" in capsys.readouterr().err
     assert toy(tmp_path, "--quick", f"--out={tmp_path / 'new' / 'folder'}") == 0
-    assert [line.split()[3] for line in (tmp_path / "measured").read_text().splitlines()] == ["True"] * 2
+    assert [line.split()[3] for line in (tmp_path / "measured").read_text().splitlines()] == [
+        "True"
+    ] * 2
     assert len(protocol.read(tmp_path / "new" / "folder" / "toy.csv")) == 2
     assert toy(tmp_path, "--quik") == toy(tmp_path, "--jobs=0") == 2
     assert not [path for path in protocol.RESULTS.iterdir() if "toy" in path.name]
@@ -145,9 +182,16 @@ def test_quick_never_writes_to_the_results(tmp_path, capsys):
 def test_the_page_says_claim_verdict_number_and_how_to_get_them(tmp_path):
     assert toy(tmp_path) == 0
     text = (tmp_path / "toy.md").read_text()
-    for part in ("# toy\n", "**Claim.** Twice as much.\n", "**Verdict.** holds: of 8 rows\n", "8 rows\n",
-                 "**Number.** 8.8\n", "![toy](toy.png)", "`python experiments/toy.py`; commit ",
-                 "; seeds 1, 2; "):  # fmt: skip
+    for part in (
+        "# toy\n",
+        "**Claim.** Twice as much.\n",
+        "**Verdict.** holds: of 8 rows\n",
+        "8 rows\n",
+        "**Number.** 8.8\n",
+        "![toy](toy.png)",
+        "`python experiments/toy.py`; commit ",
+        "; seeds 1, 2; ",
+    ):
         assert part in text
     assert "several commits" not in text
 
@@ -173,7 +217,8 @@ def test_mup_transfers_verdict_follows_the_figures():
     mup = load("mup_transfer")
 
     def rows(*best: float, deep: float = -1, grows: float = 1, **more) -> list[dict]:
-        """Rows whose loss is least at best[i] (factors of 2 above the first width's) of the i-th case."""
+        """Rows whose loss is least at best[i] (factors of 2 above the first width's) of the i-th
+        case."""
         low, shift, found = {"adamw": -7, "lion": -10, "muon": -5}, dict(zip(mup.CASES, best)), []
         for g in mup.GRID:
             away = shift[g["optim"], g["mup"]] * (g["width"] == 512) + deep * (g["layers"] == 16)
@@ -184,40 +229,83 @@ def test_mup_transfers_verdict_follows_the_figures():
 
     good = rows(0, -3, 0, -2, 0, 0)
     assert mup.verdict(good)[0] == mup.verdict(rows(1, -2, -1, -3, 0, 1))[0] == "holds"
-    bad = [rows(2, -3, 0, -2, 0, 0), rows(0, -1, 0, -2, 0, 0), rows(0, -3, 0, -2, 0, 2),
-           rows(0, -3, 0, -2, 0, 0, deep=0), rows(0, -3, 0, -2, 0, 0, grows=0.3)]  # fmt: skip
+    bad = [
+        rows(2, -3, 0, -2, 0, 0),
+        rows(0, -1, 0, -2, 0, 0),
+        rows(0, -3, 0, -2, 0, 2),
+        rows(0, -3, 0, -2, 0, 0, deep=0),
+        rows(0, -3, 0, -2, 0, 0, grows=0.3),
+    ]
     assert [mup.verdict(r)[0] for r in bad] == ["holds in part"] * 5
     at = mup.sizes(good, "width", part="width", optim="adamw", mup=False)
     assert mup.moved(at) == -3 and mup.price(at) == 3  # loss 4 at the narrow one's lr, 1 at its own
-    assert math.isnan(mup.price(mup.sizes([r | {"loss": r["loss"] if r["lr"] < 2**-8 else math.nan}
-                                           if r["width"] == 512 else r for r in good],
-                                          "width", part="width", optim="adamw", mup=False)))  # fmt: skip
+    assert math.isnan(
+        mup.price(
+            mup.sizes(
+                [
+                    (
+                        r | {"loss": r["loss"] if r["lr"] < 2**-8 else math.nan}
+                        if r["width"] == 512
+                        else r
+                    )
+                    for r in good
+                ],
+                "width",
+                part="width",
+                optim="adamw",
+                mup=False,
+            )
+        )
+    )
 
 
 def test_precisions_verdict_follows_the_figures():
     precision = load("precision")
     loss = {"fp32": 1.0, "bf16": 1.001, "fp8 tensor": 2.0, "fp16 x 2^-10": 1.2}
-    good = [g | {"val_loss": loss.get(g["case"], 1.001), "lost_-10": 0.5, "lost_0": 0.1, "lost_16": 0.001,
-                 "kept": {"fp32": 100, "bf16": 50}.get(g["case"], 25), "errors": [0.1] * 13}
-            for g in precision.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "val_loss": loss.get(g["case"], 1.001),
+            "lost_-10": 0.5,
+            "lost_0": 0.1,
+            "lost_16": 0.001,
+            "kept": {"fp32": 100, "bf16": 50}.get(g["case"], 25),
+            "errors": [0.1] * 13,
+        }
+        for g in precision.GRID
+    ]
     assert precision.verdict(good)[0] == "holds" and len(precision.parts(good)) == 8
     for part, case, figure, bad in (
-        ("default", "bf16", "val_loss", 1.0035), ("fp16", "fp16", "val_loss", 0.996),
-        ("default", "fp8 block", "val_loss", 1.004), ("default", "fp8 block", "val_loss", float("nan")),
-        ("fp16", "fp16", "val_loss", 1.004), ("fp16", "fp16 x 2^-10", "val_loss", 1.0),
-        ("default", "fp32", "lost_16", 0.05), ("outlier", "fp8 tensor", "val_loss", 1.005),
-        ("bytes", "bf16", "kept", 62), ("bytes", "fp8 block", "kept", 50),
-    ):  # fmt: skip
+        ("default", "bf16", "val_loss", 1.0035),
+        ("fp16", "fp16", "val_loss", 0.996),
+        ("default", "fp8 block", "val_loss", 1.004),
+        ("default", "fp8 block", "val_loss", float("nan")),
+        ("fp16", "fp16", "val_loss", 1.004),
+        ("fp16", "fp16 x 2^-10", "val_loss", 1.0),
+        ("default", "fp32", "lost_16", 0.05),
+        ("outlier", "fp8 tensor", "val_loss", 1.005),
+        ("bytes", "bf16", "kept", 62),
+        ("bytes", "fp8 block", "kept", 50),
+    ):
         rows = [r | {figure: bad} if (r["part"], r["case"]) == (part, case) else r for r in good]
         word, _, why = precision.verdict(rows)
         assert word == "holds in part" and "not so" in why, (part, case, figure, bad)
 
 
 def test_gaps_are_paired_by_seed():
-    rows = [dict(case=case, seed=s, loss=s * x) for case, x in (("a", 1), ("b", 1.01)) for s in (1, 2, 3)]
-    found = findings.paired(findings.pick(rows, case="b")[::-1], findings.pick(rows, case="a"), "loss")
+    rows = [
+        dict(case=case, seed=s, loss=s * x)
+        for case, x in (("a", 1), ("b", 1.01))
+        for s in (1, 2, 3)
+    ]
+    found = findings.paired(
+        findings.pick(rows, case="b")[::-1], findings.pick(rows, case="a"), "loss"
+    )
     assert found == pytest.approx([0.01] * 3)
-    assert findings.mean_sd([1.0, 2.0, 3.0]) == (2, 1) and findings.mean_sd([1.0, float("nan")])[1] != 0
+    assert (
+        findings.mean_sd([1.0, 2.0, 3.0]) == (2, 1)
+        and findings.mean_sd([1.0, float("nan")])[1] != 0
+    )
     assert findings.plus_minus([0.01, 0.02], "+.1%") == "+1.5% ± 0.7%"
 
 
@@ -228,7 +316,9 @@ def test_an_experiment_says_what_it_claims_expects_and_does_before_it_runs(name)
     for part in ("Claim", "Source", "Protocol", "Expected"):
         assert f"{part}: " in module.__doc__, part
     for grid in (module.GRID, module.QUICK):
-        assert len({tuple(keys) for keys in grid}) == 1 and len({str(keys) for keys in grid}) == len(grid)
+        assert len({tuple(keys) for keys in grid}) == 1 and len(
+            {str(keys) for keys in grid}
+        ) == len(grid)
 
 
 def test_the_index_has_a_line_for_each_experiment(tmp_path):
@@ -237,19 +327,24 @@ def test_the_index_has_a_line_for_each_experiment(tmp_path):
     lines = everything.index(tmp_path).splitlines()
     assert len(lines) == 2 + len(NAMES) and {"mup_transfer", "precision"} <= {*NAMES}
     assert "| [precision](results/precision.md) | a \\| b | holds: c | 3 |  |" in lines
-    assert any("[mup_transfer](mup_transfer.py)" in line and "not run yet" in line for line in lines)
+    assert any(
+        "[mup_transfer](mup_transfer.py)" in line and "not run yet" in line for line in lines
+    )
 
 
 @needs_fork
 def test_two_ranks_in_a_row_are_one_process():
-    small = dict(steps=2, n_layer=1, n_embd=32, block_size=32, batch_size=4, eval_every=0, precision="fp32")
+    small = dict(
+        steps=2, n_layer=1, n_embd=32, block_size=32, batch_size=4, eval_every=0, precision="fp32"
+    )
     one, two = (protocol.curve(protocol.train_run(ranks, **small)) for ranks in (1, 2))
     assert len(one) == 2 and two == pytest.approx(one, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_experiment_is_taken_for_a_package_of_the_same_name(name):
-    """`precision`, `compression`: the script's own folder must not be where modules are looked for."""
+    """`precision`, `compression`: the script's own folder must not be where modules are looked
+    for."""
     text = (ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8")
     line = "sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))"
     assert line in text and text.index(line) < text.index("from experiments")
@@ -258,14 +353,25 @@ def test_no_experiment_is_taken_for_a_package_of_the_same_name(name):
     assert not ours & {*before}
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_its_quick_form_runs_and_leaves_the_results_alone(name, tmp_path):
-    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--quick", f"--out={tmp_path}"]
-    mine = [path for path in protocol.RESULTS.iterdir() if path.stem == name and path.suffix != ".csv"]
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / f"{name}.py"),
+        "--quick",
+        f"--out={tmp_path}",
+    ]
+    mine = [
+        path for path in protocol.RESULTS.iterdir() if path.stem == name and path.suffix != ".csv"
+    ]
     before = {path: path.stat().st_mtime_ns for path in mine}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for kind in ("csv", "md", "png")}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{kind}" for kind in ("csv", "md", "png")
+    }
     text = (tmp_path / f"{name}.md").read_text()
     assert "**Verdict.** " in text and "unfinished" not in text and "--quick`" in text
     assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -26,8 +26,8 @@ TAKE, FORWARD, INIT = data.Rows.__call__, GPT.forward, position.Position.__init_
 
 
 def poisoned(factor: float, row: int = ROW, gradient: bool = False):
-    """From now on in this process the loss of any micro-batch with this row is multiplied by `factor`, or its
-    gradient alone."""
+    """From now on in this process the loss of any micro-batch with this row is multiplied by
+    `factor`, or its gradient alone."""
     last = {}
 
     def take(self, numbers):
@@ -72,13 +72,20 @@ def never_seen(rank, world, first, last, *args):
 
 def end(out_dir) -> dict:
     """The last row of every step: a rollback takes some steps again."""
-    return {row["step"]: (row["loss"], row["grad_norm"], row["tokens"])
-            for row in logger.read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in row}  # fmt: skip
+    return {
+        row["step"]: (row["loss"], row["grad_norm"], row["tokens"])
+        for row in logger.read_metrics(Path(out_dir) / "metrics.jsonl")
+        if "loss" in row
+    }
 
 
 def events(out_dir, *kinds) -> list[tuple]:
     found = logger.read_metrics(Path(out_dir) / "metrics.jsonl")
-    return [(row["event"], row["step"]) for row in found if row.get("event") in kinds and "field" not in row]
+    return [
+        (row["event"], row["step"])
+        for row in found
+        if row.get("event") in kinds and "field" not in row
+    ]
 
 
 def same_checkpoints(a, b, parts=("model/", "training_weights/", "optim/")) -> None:
@@ -95,37 +102,71 @@ LAYOUTS = [
     "--optim=soap --data_parallel=zero1 --bucket_mb=0.01",
     "--tp=2 --sp=true",
     "--data_parallel=fsdp --optim=lamb",
-    *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
-        "--optim=schedule_free",
-        "--optim=schedule_free --data_parallel=zero3 --bucket_mb=0.01",
-        "--optim=adamw --data_parallel=zero2 --bucket_mb=0.01 --offload=disk",
-        "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
-        "--data_parallel=fsdp --fsdp_shard=1 --offload=disk",
-        "--pp=2 --pp_schedule=zerobubble --optim=adamw",
-        "--cp=2 --data_parallel=fsdp --optim=lamb",
-        "--precision=fp8 --fp8.scaling=tensor --fp8.delayed=true --data_parallel=zero3 --bucket_mb=0.01",
-        "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01",
-        "--precision=bf16_sr --optim=adamw --tp=2 --offload=cpu",
-    ))]  # fmt: skip
-KEEPS_MORE = [pytest.param(layout, marks=pytest.mark.slow) for layout in (
-    "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",
-    "--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01",
-    "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw")]  # fmt: skip
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (
+            "--optim=schedule_free",
+            "--optim=schedule_free --data_parallel=zero3 --bucket_mb=0.01",
+            "--optim=adamw --data_parallel=zero2 --bucket_mb=0.01 --offload=disk",
+            "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
+            "--data_parallel=fsdp --fsdp_shard=1 --offload=disk",
+            "--pp=2 --pp_schedule=zerobubble --optim=adamw",
+            "--cp=2 --data_parallel=fsdp --optim=lamb",
+            (
+                "--precision=fp8 --fp8.scaling=tensor --fp8.delayed=true --data_parallel=zero3"
+                " --bucket_mb=0.01"
+            ),
+            "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01",
+            "--precision=bf16_sr --optim=adamw --tp=2 --offload=cpu",
+        )
+    ),
+]
+KEEPS_MORE = [
+    pytest.param(layout, marks=pytest.mark.slow)
+    for layout in (
+        "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",
+        "--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01",
+        "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
+    )
+]
 
 
-@pytest.mark.parametrize("layout, where", [
-    *((layout, RING) for layout in LAYOUTS[:2]), (LAYOUTS[0], DISK), (LAYOUTS[3], DISK),
-    *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[2:4]),
-    *(pytest.param(*p.values, where, marks=p.marks) for p in LAYOUTS[4:] for where in (RING, DISK)),
-    *(pytest.param(*p.values, DISK, marks=p.marks) for p in KEEPS_MORE),
-])  # fmt: skip
-def test_rollback_is_bitwise_the_run_that_never_saw_the_poisoned_rows(tmp_path, text, layout, where):
-    more = [*layout.split(), *where.split(), "--dropout=0.2", "--micro_batch_size=2", "--steps=12",
-            "--on_nonfinite=rollback", "--keep=none"]  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, where",
+    [
+        *((layout, RING) for layout in LAYOUTS[:2]),
+        (LAYOUTS[0], DISK),
+        (LAYOUTS[3], DISK),
+        *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[2:4]),
+        *(
+            pytest.param(*p.values, where, marks=p.marks)
+            for p in LAYOUTS[4:]
+            for where in (RING, DISK)
+        ),
+        *(pytest.param(*p.values, DISK, marks=p.marks) for p in KEEPS_MORE),
+    ],
+)
+def test_rollback_is_bitwise_the_run_that_never_saw_the_poisoned_rows(
+    tmp_path, text, layout, where
+):
+    more = [
+        *layout.split(),
+        *where.split(),
+        "--dropout=0.2",
+        "--micro_batch_size=2",
+        "--steps=12",
+        "--on_nonfinite=rollback",
+        "--keep=none",
+    ]
     run_ranks(2, never_seen, 48, 63, text, tmp_path / "clean", *more)
     run_ranks(2, with_fault, math.nan, text, tmp_path / "faulty", *more)
-    assert events(tmp_path / "faulty", "nonfinite", "rollback") == [("nonfinite", 8), ("rollback", 8)]
-    assert end(tmp_path / "faulty") == end(tmp_path / "clean") and len(end(tmp_path / "clean")) == 12
+    assert events(tmp_path / "faulty", "nonfinite", "rollback") == [
+        ("nonfinite", 8),
+        ("rollback", 8),
+    ]
+    assert (
+        end(tmp_path / "faulty") == end(tmp_path / "clean") and len(end(tmp_path / "clean")) == 12
+    )
     same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
     saved = checkpoint.newest(tmp_path / "faulty").tree("progress")
     assert saved["rows"] == 112 and saved["banned"] == [[48, 63]]
@@ -151,9 +192,17 @@ def test_a_spike_of_50_times_the_loss_is_rolled_back(tmp_path, text):
 
 
 def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, text):
-    more = ["--save_every=1", "--keep=none", "--steps=10", "--micro_batch_size=2", "--precision=fp64",
-            "--optim=adamw"]  # fmt: skip
-    assert len(set(map(str, run_ranks(2, with_fault, math.nan, text, tmp_path / "two", *more)))) == 1
+    more = [
+        "--save_every=1",
+        "--keep=none",
+        "--steps=10",
+        "--micro_batch_size=2",
+        "--precision=fp64",
+        "--optim=adamw",
+    ]
+    assert (
+        len(set(map(str, run_ranks(2, with_fault, math.nan, text, tmp_path / "two", *more)))) == 1
+    )
     with_fault(0, 1, math.nan, text, tmp_path / "one", *more, "--micro_batch_size=4")
     for out_dir in (tmp_path / "one", tmp_path / "two"):
         assert events(out_dir, "nonfinite", "skip") == [("nonfinite", 8)]
@@ -163,15 +212,22 @@ def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, t
                 assert torch.equal(before.tensor(name), after.tensor(name)), name
         assert after.tree("progress")["rows"] == 64
     one, two = end(tmp_path / "one"), end(tmp_path / "two")
-    assert one[8][0] is None and all(one[s][0] == pytest.approx(two[s][0], rel=1e-10) for s in one if s != 8)
+    assert one[8][0] is None and all(
+        one[s][0] == pytest.approx(two[s][0], rel=1e-10) for s in one if s != 8
+    )
 
 
 @needs_fork
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, text, precision):
     """In fp16 it is the loss scaler that skips."""
-    more = [f"--precision={precision}", "--micro_batch_size=2", "--save_every=1", "--keep=none",
-            "--data_parallel=ddp"]  # fmt: skip
+    more = [
+        f"--precision={precision}",
+        "--micro_batch_size=2",
+        "--save_every=1",
+        "--keep=none",
+        "--data_parallel=ddp",
+    ]
     run_ranks(2, inf_gradient, False, text, tmp_path / "whole", *more)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         run_ranks(2, inf_gradient, True, text, tmp_path / "killed", *more)
@@ -180,9 +236,13 @@ def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, 
         kind = "nonfinite" if precision == "fp32" else "skip"
         assert events(out_dir, "nonfinite", "skip") == [(kind, 8)]
         before, after = (checkpoint.load(out_dir / f"step-{s:08d}") for s in (7, 8))
-        assert all(torch.equal(w, after.tensor(f"model/{n}")) for n, w in before.tree("model").items())
+        assert all(
+            torch.equal(w, after.tensor(f"model/{n}")) for n, w in before.tree("model").items()
+        )
         assert precision == "fp32" or after.tree("scaler") != before.tree("scaler")
-    assert end(tmp_path / "whole") == end(tmp_path / "killed") and len(end(tmp_path / "whole")) == 12
+    assert (
+        end(tmp_path / "whole") == end(tmp_path / "killed") and len(end(tmp_path / "whole")) == 12
+    )
     same_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -199,17 +259,29 @@ def residuals_after_nan(rank, world, poison, *args):
 
 
 def test_a_skipped_step_leaves_no_trace_in_what_compression_owes(tmp_path, text):
-    more = ["--compress=topk", "--compress.fraction=0.05", "--optim=sgd", "--save_every=1", "--keep=none",
-            "--steps=9", "--bucket_mb=0.01", "--micro_batch_size=2", "--eval_every=0"]  # fmt: skip
+    more = [
+        "--compress=topk",
+        "--compress.fraction=0.05",
+        "--optim=sgd",
+        "--save_every=1",
+        "--keep=none",
+        "--steps=9",
+        "--bucket_mb=0.01",
+        "--micro_batch_size=2",
+        "--eval_every=0",
+    ]
     run_ranks(2, residuals_after_nan, True, text, tmp_path, *more)
-    before, after = (checkpoint.load(tmp_path / f"step-{s:08d}").tree("replicas/residuals") for s in (7, 8))
+    before, after = (
+        checkpoint.load(tmp_path / f"step-{s:08d}").tree("replicas/residuals") for s in (7, 8)
+    )
     assert before.keys() == {"0", "1"}
     for rank in before:
         assert all(torch.equal(x, after[rank][name]) for name, x in before[rank].items())
         assert any(bool(x.any()) for x in before[rank].values())
 
 
-@pytest.mark.parametrize("keep", [2, 9])  # 9: there is an older save of the step that the rollback goes to
+# 9: there is an older save of the step that the rollback goes to
+@pytest.mark.parametrize("keep", [2, 9])
 def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch, keep):
     poisoned(math.nan)
     write, full = saving.write_tensors, []
@@ -227,12 +299,21 @@ def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch, 
     monkeypatch.setattr(spikes.Guard, "tell", fill)
     monkeypatch.setattr(saving, "write_tensors", fails)
     with pytest.raises(OSError, match="No space left"):
-        go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring_every=5", "--save_every=1",
-           "--async_save=false", f"--keep={keep}")  # fmt: skip
+        go(
+            text,
+            tmp_path,
+            "--on_nonfinite=rollback",
+            "--monitor.ring_every=5",
+            "--save_every=1",
+            "--async_save=false",
+            f"--keep={keep}",
+        )
     assert checkpoint.newest(tmp_path).step == 7 and len(events(tmp_path, "save_failed")) > 1
 
 
-def test_what_was_saved_after_the_state_a_rollback_goes_back_to_is_gone(tmp_path, text, monkeypatch):
+def test_what_was_saved_after_the_state_a_rollback_goes_back_to_is_gone(
+    tmp_path, text, monkeypatch
+):
     more = ["--on_nonfinite=rollback", "--monitor.ring_every=5", "--save_every=7"]
     never_seen(0, 1, 40, 63, text, tmp_path / "clean", *more)
     poisoned(math.nan)
@@ -264,7 +345,10 @@ def test_a_best_that_cannot_be_saved_or_read_ends_no_run(tmp_path, text, monkeyp
 
     monkeypatch.setattr(checkpoint, "save", fails)
     go(text, tmp_path / "a", "--patience=9", "--eval_every=4")
-    assert len(events(tmp_path / "a", "save_failed")) == 4 and checkpoint.newest(tmp_path / "a").step == 12
+    assert (
+        len(events(tmp_path / "a", "save_failed")) == 4
+        and checkpoint.newest(tmp_path / "a").step == 12
+    )
     monkeypatch.undo()
     monkeypatch.setattr(position.Best, "path", property(lambda self: self.folder / "step-77777777"))
     stop_early(0, 1, LOSSES, text, tmp_path / "b", "--patience=3", "--eval_every=1", "--steps=8")
@@ -317,7 +401,11 @@ def test_a_spike_and_what_is_not_finite_have_policies_of_their_own(tmp_path, tex
     ):
         poisoned(factor, row)
         out, abort = tmp_path / f"{spike} {nonfinite}", spike == "abort"
-        with pytest.raises(spikes.Aborted, match="step 31: loss") if abort else contextlib.nullcontext():
+        with (
+            pytest.raises(spikes.Aborted, match="step 31: loss")
+            if abort
+            else contextlib.nullcontext()
+        ):
             go(text, out, *more, f"--on_spike={spike}", f"--on_nonfinite={nonfinite}")
         assert events(out, "spike", "nonfinite", "rollback") == told
         assert checkpoint.newest(out).step == (30 if abort else 34)
@@ -342,38 +430,59 @@ def test_abort_saves_says_why_and_the_same_command_with_skip_goes_on(tmp_path, t
         go(text, tmp_path, "--on_nonfinite=abort")
     assert checkpoint.newest(tmp_path).step == 7
     go(text, tmp_path, "--on_nonfinite=skip")
-    assert checkpoint.newest(tmp_path).step == 12 and events(tmp_path, "nonfinite")[-1] == ("nonfinite", 8)
+    assert checkpoint.newest(tmp_path).step == 12 and events(tmp_path, "nonfinite")[-1] == (
+        "nonfinite",
+        8,
+    )
 
 
 def test_a_run_that_stays_broken_ends_by_itself(tmp_path, text):
     poisoned(math.nan)
     data.Rows.__call__ = lambda self, numbers: TAKE(self, numbers)
-    GPT.forward = lambda self, *a, **k: FORWARD(self, *a, **k) * (math.nan if self.training else 1.0)
+    GPT.forward = lambda self, *a, **k: (
+        FORWARD(self, *a, **k) * (math.nan if self.training else 1.0)
+    )
     with pytest.raises(spikes.Aborted, match="as in 5 steps in a row"):
         go(text, tmp_path, "--steps=40", "--monitor.accept=5")
     assert checkpoint.newest(tmp_path).step == 4  # weights as they were, never NaN
-    assert all(weight.isfinite().all() for weight in checkpoint.newest(tmp_path).tree("model").values())
+    assert all(
+        weight.isfinite().all() for weight in checkpoint.newest(tmp_path).tree("model").values()
+    )
 
 
 @pytest.mark.parametrize("policy", ["clip", "lr_cut"])
 def test_clip_and_lr_cut_reach_the_update(tmp_path, text, policy):
     poisoned(50.0, 8 * 25)
-    more = ["--steps=32", "--optim=sgd", "--opt.momentum=0", "--lr=0.5", "--eval_every=0", "--save_every=1",
-            "--keep=none", "--schedule=constant", "--warmup_frac=0"]  # fmt: skip
+    more = [
+        "--steps=32",
+        "--optim=sgd",
+        "--opt.momentum=0",
+        "--lr=0.5",
+        "--eval_every=0",
+        "--save_every=1",
+        "--keep=none",
+        "--schedule=constant",
+        "--warmup_frac=0",
+    ]
     more += ["--monitor.cut=0.1"] if policy == "lr_cut" else []
     go(text, tmp_path, *more, f"--on_spike={policy}", "--monitor.recover=4")
     assert events(tmp_path, "spike") == [("spike", 26)]
     found = rows(tmp_path)
-    for step, expected in ((25, 0.5), (26, 0.05), (27, 0.1625), (30, 0.5)) if policy == "lr_cut" else ():
+    for step, expected in (
+        ((25, 0.5), (26, 0.05), (27, 0.1625), (30, 0.5)) if policy == "lr_cut" else ()
+    ):
         assert found[step]["lr"] == pytest.approx(expected)
     for step in (25, 26, 27, 30, 31):
         a, b = (checkpoint.load(tmp_path / f"step-{s:08d}").tree("model") for s in (step - 1, step))
-        moved = math.sqrt(sum(float((a[n] - b[n]).double().square().sum()) for n in a)) / found[step]["lr"]
+        moved = (
+            math.sqrt(sum(float((a[n] - b[n]).double().square().sum()) for n in a))
+            / found[step]["lr"]
+        )
         limit = 0.1 if policy == "clip" and 26 <= step < 30 else 1.0
         assert moved == pytest.approx(min(limit, found[step]["grad_norm"]), rel=1e-4), step
 
 
-# ---- early stopping --------------------------------------------------------------------------------------
+# ---- early stopping ------------------------------------------------------------------------------
 def stop_early(rank, world, losses, *args):
     """A run whose evaluations, one a step, say these losses."""
     import evaluation
@@ -389,12 +498,25 @@ def stop_early(rank, world, losses, *args):
 LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.9, 1.8]  # of steps 0, 1, ...: 2 is best at the end
 
 
-@pytest.mark.parametrize("ranks, layout", [
-    (1, "--optim=muon"), (1, "--optim=schedule_free"), (2, "--data_parallel=zero1 --optim=schedule_free"),
-    *(pytest.param(2, layout, marks=pytest.mark.slow) for layout in (
-        "--data_parallel=fsdp", "--data_parallel=zero3 --offload_params=disk", "--tp=2 --sp=true", "--pp=2",
-        "--precision=bf16_sr --data_parallel=zero2", "--cp=2 --data_parallel=ddp")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [
+        (1, "--optim=muon"),
+        (1, "--optim=schedule_free"),
+        (2, "--data_parallel=zero1 --optim=schedule_free"),
+        *(
+            pytest.param(2, layout, marks=pytest.mark.slow)
+            for layout in (
+                "--data_parallel=fsdp",
+                "--data_parallel=zero3 --offload_params=disk",
+                "--tp=2 --sp=true",
+                "--pp=2",
+                "--precision=bf16_sr --data_parallel=zero2",
+                "--cp=2 --data_parallel=ddp",
+            )
+        ),
+    ],
+)
 def test_the_best_weights_come_back_and_training_can_go_on(tmp_path, text, ranks, layout):
     more = [*layout.split(), "--eval_every=1", "--save_every=1", "--keep=none", "--steps=8"]
     out = tmp_path / "stopped"
@@ -424,6 +546,14 @@ def test_patience_with_improving_losses_changes_nothing(tmp_path, text):
 def test_the_guard_s_events_name_rows_cause_and_remedy(tmp_path, text):
     poisoned(math.nan)
     go(text, tmp_path)
-    event = next(row for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-                 if row.get("event") == "nonfinite" and "rows" in row)  # fmt: skip
-    assert event["rows"] == [56, 63] and event["action"] == "skip" and event["cause"] and event["remedy"]
+    event = next(
+        row
+        for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        if row.get("event") == "nonfinite" and "rows" in row
+    )
+    assert (
+        event["rows"] == [56, 63]
+        and event["action"] == "skip"
+        and event["cause"]
+        and event["remedy"]
+    )

@@ -51,7 +51,14 @@ def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch
     per_epoch = (len(corpora.load(text, "bytes", str(tmp_path)).val) - 1) // 16
     assert seen[:10] == [i * per_epoch // 10 for i in range(10)]
     del seen[:]
-    go(text, tmp_path / "b", "--steps=1", "--eval_tokens=160", "--eval_every=5", "--eval_rows=first")
+    go(
+        text,
+        tmp_path / "b",
+        "--steps=1",
+        "--eval_tokens=160",
+        "--eval_every=5",
+        "--eval_rows=first",
+    )
     assert seen[:10] == [*range(10)]
 
 
@@ -60,12 +67,17 @@ def test_clip_value_then_grad_clip(tmp_path, text, monkeypatch):
     zero_grad = torch.nn.Module.zero_grad
     norm = torch.nn.utils.get_total_norm
     monkeypatch.setattr(
-        torch.nn.utils, "get_total_norm", lambda g: (before.append([x.clone() for x in g]), norm(g))[1]
+        torch.nn.utils,
+        "get_total_norm",
+        lambda g: (before.append([x.clone() for x in g]), norm(g))[1],
     )
     monkeypatch.setattr(
         torch.nn.Module,
         "zero_grad",
-        lambda self, **k: (after.extend(p.grad.clone() for p in self.parameters()), zero_grad(self, **k))[1],
+        lambda self, **k: (
+            after.extend(p.grad.clone() for p in self.parameters()),
+            zero_grad(self, **k),
+        )[1],
     )
     go(
         text,
@@ -80,14 +92,21 @@ def test_clip_value_then_grad_clip(tmp_path, text, monkeypatch):
     cut = [g.clamp(-1e-3, 1e-3) for g in before[0]]
     total = torch.cat([g.flatten() for g in cut]).norm()
     expected = sorted((g * 1e-2 / (total + 1e-6)).norm().item() for g in cut)
-    assert total > 1e-2 and sorted(g.norm().item() for g in after) == pytest.approx(expected, rel=1e-9)
+    assert total > 1e-2 and sorted(g.norm().item() for g in after) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_each_kind_has_its_lr_and_decay(tmp_path, text):
     lrs = ["--lr=0.1", "--embed_lr=0.2", "--head_lr=0.3", "--scalar_lr=0.4", "--weight_decay=0.5"]
     go(text, tmp_path, "--optim=adamw", "--norm=layernorm", *lrs, "--steps=1")
     found = {kind: (g["initial_lr"], g["weight_decay"]) for kind, g in groups(tmp_path).items()}
-    assert found == {"embedding": (0.2, 0.0), "matrix": (0.1, 0.5), "head": (0.3, 0.5), "scalar": (0.4, 0.0)}
+    assert found == {
+        "embedding": (0.2, 0.0),
+        "matrix": (0.1, 0.5),
+        "head": (0.3, 0.5),
+        "scalar": (0.4, 0.0),
+    }
     with pytest.raises(ValueError, match="head_lr"):
         go(text, tmp_path / "tied", "--tied=true", "--head_lr=0.3")
 
@@ -111,24 +130,47 @@ def test_the_recipes_after_nanogpt_decay_what_nanogpt_decays(recipe):
     cfg = settings.with_traits(config.parse([str(root / "configs" / f"{recipe}.toml")]))
     cfg = settings.update(cfg, vocab_size=64, n_layer=2, n_embd=16, n_head=2)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__}))
+        model = GPT(
+            GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__})
+        )
     lrs = dict.fromkeys(("embedding", "matrix", "head", "scalar"), cfg.lr)
-    made = param_groups.param_groups(model, lrs, cfg.weight_decay, decay_embeddings=cfg.decay_embeddings)
+    made = param_groups.param_groups(
+        model, lrs, cfg.weight_decay, decay_embeddings=cfg.decay_embeddings
+    )
     decay = {p: g["weight_decay"] for g in made for p in g["params"]}
     assert {*decay} == {*model.parameters()} and cfg.decay_embeddings
     assert all(decay[p] == (0.1 if p.ndim > 1 else 0) for p in model.parameters())
 
 
 def test_a_branch_changes_every_lr_left_to_it(tmp_path, text):
-    go(text, tmp_path / "run", "--optim=adamw", "--lr=1e-2", "--embed_lr=5e-3", "--steps=3", "--clip_value=1")
-    branch = [f"--resume={tmp_path / 'run'}", f"--out_dir={tmp_path / 'b'}", "--lr=1e-4", "--steps=4"]
-    train.main(config.parse([*branch, "--clip_value=none", "--schedule=constant", "--warmup_steps=0"]))
+    go(
+        text,
+        tmp_path / "run",
+        "--optim=adamw",
+        "--lr=1e-2",
+        "--embed_lr=5e-3",
+        "--steps=3",
+        "--clip_value=1",
+    )
+    branch = [
+        f"--resume={tmp_path / 'run'}",
+        f"--out_dir={tmp_path / 'b'}",
+        "--lr=1e-4",
+        "--steps=4",
+    ]
+    train.main(
+        config.parse([*branch, "--clip_value=none", "--schedule=constant", "--warmup_steps=0"])
+    )
     found = {kind: g["initial_lr"] for kind, g in groups(tmp_path / "b").items()}
     assert found == {"embedding": 1e-4, "matrix": 1e-4, "head": 1e-4}
     assert rows(tmp_path / "b")[4]["lr"] == 1e-4
     assert checkpoint.newest(tmp_path / "b").tree("config")["clip_value"] is None
     with pytest.raises(ValueError, match="more than --steps=2"):
-        train.main(config.parse([f"--resume={tmp_path / 'run'}", f"--out_dir={tmp_path / 'c'}", "--steps=2"]))
+        train.main(
+            config.parse(
+                [f"--resume={tmp_path / 'run'}", f"--out_dir={tmp_path / 'c'}", "--steps=2"]
+            )
+        )
 
 
 def test_warmup_start_and_momentum_warmup(tmp_path, text):
@@ -167,7 +209,9 @@ def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkey
     monkeypatch.setattr(
         corpora,
         "load",
-        lambda name, words, cache, url, size: (urls.append((cache, url)), load(name, words, cache))[1],
+        lambda name, words, cache, url, size: (urls.append((cache, url)), load(name, words, cache))[
+            1
+        ],
     )
     go(
         text,
@@ -192,8 +236,16 @@ def test_dropout_seed_and_logit_cap_change_the_run(tmp_path, text):
     for flag in flags.split():
         more = (
             ["--zero_init=false"]
-            if flag in ("--qk_norm=false", "--n_kv_head=1", "--activation=gelu", "--init=gpt2",
-                        "--init=torch", "--position=rotary_half", "--attention_scale=0.5")
+            if flag
+            in (
+                "--qk_norm=false",
+                "--n_kv_head=1",
+                "--activation=gelu",
+                "--init=gpt2",
+                "--init=torch",
+                "--position=rotary_half",
+                "--attention_scale=0.5",
+            )
             else []
         )
         go(text, tmp_path / flag, "--steps=3", flag, *more)
@@ -202,7 +254,7 @@ def test_dropout_seed_and_logit_cap_change_the_run(tmp_path, text):
         assert rows(tmp_path / flag)[3]["loss"] != rows(other)[3]["loss"], flag
 
 
-# ---- mistakes leave an earlier run as it was -------------------------------------------------------------
+# ---- mistakes leave an earlier run as it was -----------------------------------------------------
 def test_changed_data_is_refused(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("to be or not to be, " * 200)
@@ -234,11 +286,21 @@ def test_an_out_dir_that_cannot_be_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--opt.ns_steps=none", "--opt.momentum=[1]", "--opt.normuon_beta2=abc", "--schedule.shape=1,2",
-     "--schedule=onecycle --schedule.div_factor=none", "--schedule=constant --min_lr_frac=0.3",
-     "--schedule=cosine --decay_frac=0.3", "--threads=100000", "--steps=1e20", "--batch_size=1e10",
-     "--device=meta", "--optim=adamw."],
-)  # fmt: skip
+    [
+        "--opt.ns_steps=none",
+        "--opt.momentum=[1]",
+        "--opt.normuon_beta2=abc",
+        "--schedule.shape=1,2",
+        "--schedule=onecycle --schedule.div_factor=none",
+        "--schedule=constant --min_lr_frac=0.3",
+        "--schedule=cosine --decay_frac=0.3",
+        "--threads=100000",
+        "--steps=1e20",
+        "--batch_size=1e10",
+        "--device=meta",
+        "--optim=adamw.",
+    ],
+)
 def test_odd_values_are_sentences(tmp_path, text, flag):
     with pytest.raises(ValueError) as error:
         go(text, tmp_path, *flag.split())

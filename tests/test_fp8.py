@@ -1,4 +1,5 @@
-"""FP8 products against ones written out block by block in float64, against torch's own, against autograd."""
+"""FP8 products against ones written out block by block in float64, against torch's own, against
+autograd."""
 
 import math
 import sys
@@ -20,10 +21,14 @@ from precision.fp8 import GRADIENT, WEIGHT, Recipe, X, dequantise, linear, produ
 
 CPU, E4M3, E5M2 = torch.device("cpu"), torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS, ALL = ("tensor", "row", "block"), (True, True, True)
-SHAPE = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64, zero_init=False)
+SHAPE = dict(
+    n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64, zero_init=False
+)
 
 
-def recipe(scaling="block", products=ALL, gradient_format="e4m3", power_of_two=False, hardware=False):
+def recipe(
+    scaling="block", products=ALL, gradient_format="e4m3", power_of_two=False, hardware=False
+):
     return Recipe(scaling, products, gradient_format, power_of_two, hardware)
 
 
@@ -47,20 +52,28 @@ def results(function, x, w, b, dy):
 def naive(t, scaling, role, form, power_of_two=False):
     """t (rows, contraction), float64, as FP8 holds it: block by block."""
     largest, out = torch.finfo(form).max, torch.zeros_like(t)
-    r, c = {"tensor": t.shape, "row": (1, t.shape[1]), "block": (128 if role == WEIGHT else 1, 128)}[scaling]
+    r, c = {
+        "tensor": t.shape,
+        "row": (1, t.shape[1]),
+        "block": (128 if role == WEIGHT else 1, 128),
+    }[scaling]
     for i in range(0, t.shape[0], r):
         for j in range(0, t.shape[1], c):
             part = t[i : i + r, j : j + c]
             scale = part.abs().max().float() / largest
-            scale = torch.tensor(2.0 ** math.ceil(math.log2(scale)) if power_of_two else scale.item())
+            scale = torch.tensor(
+                2.0 ** math.ceil(math.log2(scale)) if power_of_two else scale.item()
+            )
             q = (part / scale.double()).clamp(-largest, largest).to(form)
             out[i : i + r, j : j + c] = q.double() * scale.double()
     return out
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("form,largest,normal,subnormal,epsilon", [
-    (E4M3, 448, 2**-6, 2**-9, 2**-3), (E5M2, 57344, 2**-14, 2**-16, 2**-2)])  # fmt: skip
+# ---- numbers -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "form,largest,normal,subnormal,epsilon",
+    [(E4M3, 448, 2**-6, 2**-9, 2**-3), (E5M2, 57344, 2**-14, 2**-16, 2**-2)],
+)
 def test_the_table_of_formats_is_right(form, largest, normal, subnormal, epsilon):
     every = torch.arange(256, dtype=torch.uint8).view(form).float()
     positive = every[every.isfinite() & (every > 0)].sort().values
@@ -81,7 +94,8 @@ def test_rounding_changes_a_number_by_half_an_epsilon_at_most(form, block):
     info, scales = torch.finfo(form), fp8.spread(scale, block, x.shape)
     normal = x.abs() >= info.smallest_normal * scales
     assert normal.float().mean() > 0.5
-    bound = info.eps / 2 / (1 + info.eps / 2)  # half an epsilon of what is rounded to: 1 + eps/2 -> 1
+    # Half an epsilon of what is rounded to: 1 + eps/2 -> 1
+    bound = info.eps / 2 / (1 + info.eps / 2)
     assert (error <= bound * x.abs() * (1 + 1e-9))[normal].all()
     assert (error <= info.eps / 2 * info.smallest_normal * scales * (1 + 1e-6))[~normal].all()
     assert error[normal].div(x[normal].abs()).max() > 0.98 * bound  # a bound that is met
@@ -89,14 +103,17 @@ def test_rounding_changes_a_number_by_half_an_epsilon_at_most(form, block):
 
 @pytest.mark.parametrize("form", [E4M3, E5M2])
 def test_the_mean_square_error_of_uniform_mantissas_is_epsilon_squared_over_24(form):
-    """An error uniform in ±eps/2 on mantissas m uniform in [1, 2): eps²/12 times the mean of 1/m², 1/2."""
+    """An error uniform in ±eps/2 on mantissas m uniform in [1, 2): eps²/12 times the mean of 1/m²,
+    1/2."""
     torch.manual_seed(0)
     x = (1 + torch.rand(200, 1000, dtype=torch.float64)) * 2.0 ** torch.randint(-4, 5, (200, 1000))
     x[0, 0] = torch.finfo(form).max  # scale 1
     q, scale = quantise(x, x.shape, form)
     relative = dequantise(q, scale, x.shape, torch.float64) / x - 1
     assert scale.item() == 1
-    assert relative.square().mean().sqrt().item() == pytest.approx(torch.finfo(form).eps / 24**0.5, rel=0.01)
+    assert relative.square().mean().sqrt().item() == pytest.approx(
+        torch.finfo(form).eps / 24**0.5, rel=0.01
+    )
 
 
 def error_of(x, scaling, form, power_of_two=False):
@@ -145,7 +162,11 @@ def test_no_finite_number_becomes_nan_or_infinite(form, dtype):
     torch.manual_seed(0)
     tiny = torch.finfo(dtype).tiny
     cases = [torch.randn(3, 200) * size for size in (1e37, 1e4, 1.0, 1e-20, 1e-37, 1e-40, 1e-45)]
-    cases += [torch.zeros(3, 200), torch.full((3, 200), tiny), torch.tensor([[1e38, 1e-45, 0.0, -1e38]])]
+    cases += [
+        torch.zeros(3, 200),
+        torch.full((3, 200), tiny),
+        torch.tensor([[1e38, 1e-45, 0.0, -1e38]]),
+    ]
     cases += [torch.linspace(-480, 480, 999)[None], torch.linspace(-62000, 62000, 999)[None]]
     for x in (case.to(dtype) for case in cases):
         for block in (tuple(x.shape), (1, x.shape[1]), (1, 128), (128, 128)):
@@ -154,7 +175,11 @@ def test_no_finite_number_becomes_nan_or_infinite(form, dtype):
                     past = None if before is None else torch.tensor([0.0, before, 0.0])
                     q, scale = quantise(x, block, form, power_of_two, past)
                     back = dequantise(q, scale, block, torch.float32)
-                    assert q.float().isfinite().all() and scale.isfinite().all() and back.isfinite().all()
+                    assert (
+                        q.float().isfinite().all()
+                        and scale.isfinite().all()
+                        and back.isfinite().all()
+                    )
         if not x.any():
             assert not back.any()
 
@@ -163,7 +188,12 @@ def test_what_is_larger_than_the_history_saturates_and_is_entered():
     past = torch.tensor([0.0, 3.0, 7.0, 5.0])
     x = torch.tensor([[14.0, -1000.0, 7.0, 1.0]])
     q, scale = quantise(x, (1, 4), E4M3, past=past)
-    assert scale.item() == 7 / torch.tensor(448.0).item() and past.tolist() == [1000.0, 3.0, 7.0, 5.0]
+    assert scale.item() == 7 / torch.tensor(448.0).item() and past.tolist() == [
+        1000.0,
+        3.0,
+        7.0,
+        5.0,
+    ]
     assert dequantise(q, scale, (1, 4), torch.float32).tolist() == [[7.0, -7.0, 7.0, 1.0]]
 
 
@@ -182,14 +212,16 @@ def test_what_is_not_finite_shows_where_it_shares_a_scale_and_nowhere_else(bad):
     assert back.isnan().all() and past.tolist() == [0.5, 2.0]  # it stays out of the history
 
 
-# ---- products --------------------------------------------------------------------------------------------
+# ---- products ------------------------------------------------------------------------------------
 SIZES = [(300, 200, 144), (128, 128, 128), (1, 1, 1), (7, 129, 3), (130, 64, 257)]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("gradient_format,power_of_two", [("e4m3", False), ("e5m2", True)])
-def test_the_products_are_those_of_the_numbers_that_fp8_holds(scaling, size, gradient_format, power_of_two):
+def test_the_products_are_those_of_the_numbers_that_fp8_holds(
+    scaling, size, gradient_format, power_of_two
+):
     x, w, b, dy = tensors(*size)
     form = recipe(scaling, ALL, gradient_format, power_of_two)
     ours = results(lambda *t: linear(*t, recipe=form), x, w, b, dy)
@@ -266,8 +298,10 @@ def test_dtypes_are_autocasts_and_the_weight_gradient_keeps_float32():
         y, dx, dw, db = results(lambda *t: linear(*t, recipe=recipe()), x, w, b, dy)
     assert (y.dtype, dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, *[torch.float32] * 3)
     assert not torch.equal(dw, dw.bfloat16().float())
-    exact = results(lambda *t: linear(*t, recipe=recipe()),
-                    *(t.detach().double() for t in (x.bfloat16(), w, b, dy.bfloat16())))  # fmt: skip
+    exact = results(
+        lambda *t: linear(*t, recipe=recipe()),
+        *(t.detach().double() for t in (x.bfloat16(), w, b, dy.bfloat16())),
+    )
     for mine, right, epsilon in zip((y, dx, dw), exact, (2**-7, 2**-7, 1e-5)):
         limit = epsilon * right.abs().max().item()
         torch.testing.assert_close(mine.double(), right, rtol=epsilon, atol=limit)
@@ -287,8 +321,10 @@ def test_tiles_of_tokens_make_micro_batches_and_replicas_exact(scaling):
     x, w, _, dy = tensors(256, 100, 60)
     form = recipe(scaling)
     whole = results(lambda *t: linear(*t, recipe=form), x, w, None, dy)
-    parts = [results(lambda *t: linear(*t, recipe=form), x[s], w, None, dy[s])
-             for s in (slice(128), slice(128, 256))]  # fmt: skip
+    parts = [
+        results(lambda *t: linear(*t, recipe=form), x[s], w, None, dy[s])
+        for s in (slice(128), slice(128, 256))
+    ]
     assert all(torch.equal(torch.cat([p[i] for p in parts]), whole[i]) for i in (0, 1))
     difference = (parts[0][2] + parts[1][2] - whole[2]).abs().max() / whole[2].abs().max()
     assert (difference < 1e-14) == (scaling == "block")
@@ -310,16 +346,20 @@ def test_blocks_that_a_cut_leaves_whole_are_quantised_alike():
 def test_every_code_becomes_the_number_that_torch_casts_it_to(form, dtype):
     q = torch.arange(256, dtype=torch.uint8).view(16, 16).t().view(form)  # not contiguous
     scale = torch.full((1, 1), 0.5)
-    torch.testing.assert_close(dequantise(q, scale, (16, 16), dtype), q.to(dtype) / 2, rtol=0, atol=0,
-                               equal_nan=True)  # fmt: skip
+    torch.testing.assert_close(
+        dequantise(q, scale, (16, 16), dtype), q.to(dtype) / 2, rtol=0, atol=0, equal_nan=True
+    )
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN"
+)
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_onednn_multiplies_the_same_numbers_in_another_order(scaling, monkeypatch):
     calls, real = [], fp8.onednn.product
     monkeypatch.setattr(fp8.onednn, "product", lambda *args: calls.append(1) or real(*args))
-    for dtype, tolerance, n in ((torch.float32, 2e-6, 3), (torch.float64, 0, 0)):  # it has no float64
+    # It has no float64
+    for dtype, tolerance, n in ((torch.float32, 2e-6, 3), (torch.float64, 0, 0)):
         x, w, dy = tensors(dtype=dtype, bias=False)
         plain = results(lambda x, w, b: linear(x, w, b, recipe=recipe(scaling)), x, w, None, dy)
         assert calls == []
@@ -331,13 +371,15 @@ def test_onednn_multiplies_the_same_numbers_in_another_order(scaling, monkeypatc
         calls.clear()
 
 
-# ---- others' products ------------------------------------------------------------------------------------
+# ---- others' products ----------------------------------------------------------------------------
 def scaled_mm_works() -> bool:
     """Torch 2.11 has the function and no kernel of it for a CPU."""
     q = torch.ones(16, 16).to(E4M3)
     try:
-        for kind, scale in ((F.ScalingType.TensorWise, torch.ones(1, 1)),
-                            (F.ScalingType.RowWise, torch.ones(16, 1))):  # fmt: skip
+        for kind, scale in (
+            (F.ScalingType.TensorWise, torch.ones(1, 1)),
+            (F.ScalingType.RowWise, torch.ones(16, 1)),
+        ):
             F.scaled_mm(q, q.t(), scale, kind, scale.t(), kind, output_dtype=torch.float32)
     except (AttributeError, NotImplementedError):
         return False
@@ -359,16 +401,20 @@ def test_torchs_own_scaled_product_gives_the_emulations_numbers(scaling, out, ro
     theirs = product(a, b, roles, recipe(scaling, hardware=True), out)
     assert ours.dtype == theirs.dtype == out
     tolerance = 1e-5 if out == torch.float32 else 2**-7
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * ours.abs().max().item())
+    torch.testing.assert_close(
+        ours, theirs, rtol=tolerance, atol=tolerance * ours.abs().max().item()
+    )
     assert (ours - a @ b.T).abs().max() > 1e-3 * ours.abs().max()  # FP8 it is
 
 
 @pytest.mark.skipif(not hasattr(F, "scaled_mm"), reason="this torch has no scaled_mm")
-@pytest.mark.parametrize("size", [(300, 200, 144), (128, 384, 272), (5, 640, 16), (64, 100, 128)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(300, 200, 144), (128, 384, 272), (5, 640, 16), (64, 100, 128)], ids=str
+)
 @pytest.mark.parametrize("roles", [(X, WEIGHT), (GRADIENT, WEIGHT), (GRADIENT, X)])
 def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, size, roles):
-    """No CPU has this product. In its place one that demands the layouts that Hopper's does, and takes its
-    numbers from them."""
+    """No CPU has this product. In its place one that demands the layouts that Hopper's does, and
+    takes its numbers from them."""
     kind, seen = F.ScalingType, []
 
     def column_major(scale, rows, columns):
@@ -377,7 +423,12 @@ def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, siz
 
     def hopper(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype):
         (m, k), n = a.shape, b.shape[1]
-        assert k % 16 == 0 and n % 16 == 0 and b.shape[0] == k and not {a.dtype, b.dtype} - {E4M3, E5M2}
+        assert (
+            k % 16 == 0
+            and n % 16 == 0
+            and b.shape[0] == k
+            and not {a.dtype, b.dtype} - {E4M3, E5M2}
+        )
         assert a.stride() == (k, 1) and b.stride() == (1, k) and not (a.dtype == b.dtype == E5M2)
         assert kind_a == kind.BlockWise1x128
         seen.append(kind_b)
@@ -386,15 +437,22 @@ def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, siz
         a = a.double() * scale_a.double().repeat_interleave(128, 1)[:, :k]
         if kind_b == kind.BlockWise128x128:
             column_major(scale_b, -(-tiles // 4) * 4, -(-n // 128))
-            scale_b = scale_b[:tiles].double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:k, :n]
+            scale_b = (
+                scale_b[:tiles].double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:k, :n]
+            )
             return (a @ (b.double() * scale_b)).to(output_dtype)
         assert kind_b == kind.BlockWise1x128
         column_major(scale_b, n, tiles)
-        return (a @ (b.double() * scale_b.t().double().repeat_interleave(128, 0)[:k])).to(output_dtype)
+        return (a @ (b.double() * scale_b.t().double().repeat_interleave(128, 0)[:k])).to(
+            output_dtype
+        )
 
     monkeypatch.setattr(F, "scaled_mm", hopper)
     a, b = tensors(*size, torch.float32)[:2]
-    forms = recipe("block", gradient_format="e5m2"), recipe("block", gradient_format="e5m2", hardware=True)
+    forms = (
+        recipe("block", gradient_format="e5m2"),
+        recipe("block", gradient_format="e5m2", hardware=True),
+    )
     a, b = a.detach(), b.detach()
     for pair in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
         ours, theirs = (product(*pair, roles, form, torch.float32) for form in forms)
@@ -411,7 +469,8 @@ def test_what_the_hardware_has_no_product_for_is_not_asked_of_it():
 
 
 def test_it_agrees_with_torchao():
-    """Scales as powers of two, so that multiplying by one and dividing by its inverse is the same."""
+    """Scales as powers of two, so that multiplying by one and dividing by its inverse is the
+    same."""
     pytest.importorskip("torchao")
     from torchao.float8.config import Float8LinearConfig, Float8LinearRecipeName
     from torchao.float8.float8_linear import Float8Linear
@@ -425,22 +484,28 @@ def test_it_agrees_with_torchao():
         layer = torch.nn.Linear(96, 80).bfloat16()
         layer.weight.data, layer.bias.data = w.detach().clone(), b.detach().clone()
         theirs_layer = Float8Linear.from_float(layer, settings)
-        form = recipe(scaling, gradient_format="e5m2" if scaling == "tensor" else "e4m3", power_of_two=True)
+        form = recipe(
+            scaling, gradient_format="e5m2" if scaling == "tensor" else "e4m3", power_of_two=True
+        )
         inside = x.detach().requires_grad_()
         y = theirs_layer(inside)
         dx, dw = torch.autograd.grad(y, [inside, theirs_layer.weight], dy)
         ours = results(lambda *t: linear(*t, recipe=form), x, w, b, dy)
         for mine, their in zip(ours, (y, dx, dw)):
-            torch.testing.assert_close(mine, their.detach(), rtol=2**-6, atol=2**-7 * mine.abs().max().item())
+            torch.testing.assert_close(
+                mine, their.detach(), rtol=2**-6, atol=2**-7 * mine.abs().max().item()
+            )
 
 
-# ---- delayed scaling -------------------------------------------------------------------------------------
+# ---- delayed scaling -----------------------------------------------------------------------------
 def layer_state(history=3, **options):
     layer = torch.nn.Linear(20, 24, bias=False)
     layer.product = F.linear
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleDict({"0": layer})
-    return layer, fp8.convert(model, CPU, scaling="tensor", delayed=True, history=history, **options)
+    return layer, fp8.convert(
+        model, CPU, scaling="tensor", delayed=True, history=history, **options
+    )
 
 
 def test_delayed_scales_come_from_the_largest_amax_of_the_last_steps():
@@ -459,7 +524,9 @@ def test_delayed_scales_come_from_the_largest_amax_of_the_last_steps():
         held = (x / scale).clamp(-448, 448).to(E4M3).float() * scale
         torch.testing.assert_close(y, held @ w.T, rtol=1e-5, atol=1e-5)
         now = state.histories["blocks.0"][0].clone()
-        assert now[0] == size and now[1] == layer.weight.detach().abs().max() and now[2] == 100 * size
+        assert (
+            now[0] == size and now[1] == layer.weight.detach().abs().max() and now[2] == 100 * size
+        )
         state.step()
         assert torch.equal(state.histories["blocks.0"][1], now)
         assert torch.equal(state.histories["blocks.0"][2:], before[1:-1])
@@ -473,7 +540,8 @@ def test_micro_batches_recomputation_and_evaluation_leave_the_scales_alone():
     big, small = torch.full((4, 20), 3.0), torch.randn(4, 20).clamp(-1, 1)
     alone = layer.product(small, layer.weight).detach()
     layer.product(big, layer.weight)
-    assert torch.equal(layer.product(small, layer.weight), alone)  # after a larger micro-batch of this step
+    # After a larger micro-batch of this step
+    assert torch.equal(layer.product(small, layer.weight), alone)
     assert history[0, 0] == 3 and (history[1:] == 1).all()
     with torch.no_grad():
         layer.product(10 * big, layer.weight)
@@ -493,7 +561,8 @@ def test_micro_batches_recomputation_and_evaluation_leave_the_scales_alone():
 
 
 def test_a_zero_weight_and_a_first_step_have_the_tensors_own_scale():
-    """With a scale of 1, gradients of 1e-6 would be 0 in e4m3, and a first nonzero weight too coarse."""
+    """With a scale of 1, gradients of 1e-6 would be 0 in e4m3, and a first nonzero weight too
+    coarse."""
     layer, state = layer_state()
     layer.weight.data.zero_()
     for size in (0.0, 1e-6):
@@ -566,10 +635,12 @@ def test_another_length_of_history_keeps_the_latest_steps_and_an_empty_tree_star
     assert shorter.histories["blocks.0"].data_ptr() == pointer  # the layers hold it
 
 
-# ---- with the rest ---------------------------------------------------------------------------------------
+# ---- with the rest -------------------------------------------------------------------------------
 def ranks_step(rank, world):
     _, state = layer_state(history=2)
-    state.histories["blocks.0"][0] = torch.tensor([1.0, 5.0, 3.0]) if rank else torch.tensor([4.0, 2.0, 3.0])
+    state.histories["blocks.0"][0] = (
+        torch.tensor([1.0, 5.0, 3.0]) if rank else torch.tensor([4.0, 2.0, 3.0])
+    )
     state.step(None, dist.group.WORLD)
     return state.tree()
 
@@ -594,7 +665,9 @@ def layouts(rank, world):
         fp8.convert(model, CPU, scaling="block")
         model = replicas.wrap(model)
         torch.manual_seed(0)
-        replicas.fill(lambda n, size: torch.sin(torch.arange(math.prod(size)) * len(n)).view(size) / 4)
+        replicas.fill(
+            lambda n, size: torch.sin(torch.arange(math.prod(size)) * len(n)).view(size) / 4
+        )
         tokens = torch.randint(64, (8, 33))
         replicas.last_micro_batch(True)
         model(tokens[rows, :-1], tokens[rows, 1:]).backward()
@@ -612,7 +685,9 @@ def test_two_replicas_are_one_process_under_ddp_and_zero3():
             torch.testing.assert_close(merged[n], g, rtol=1e-9, atol=1e-9 * g.abs().max().item())
 
 
-@pytest.mark.parametrize("options", [dict(scaling="block"), dict(scaling="tensor", delayed=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(scaling="block"), dict(scaling="tensor", delayed=True)], ids=str
+)
 def test_recomputed_activations_give_the_same_bits(options):
     runs = []
     for recompute in (False, True):
@@ -627,7 +702,10 @@ def test_a_model_learns_in_fp8_as_it_does_in_bf16():
     plain = init_weights(GPT(GPTConfig(**SHAPE)))
     reference = train(plain, SimpleNamespace(step=lambda: None), 30)
     assert reference[-1] < 0.8 * reference[0]
-    for options in (dict(scaling="block"), dict(scaling="tensor", delayed=True, gradient_format="e5m2")):
+    for options in (
+        dict(scaling="block"),
+        dict(scaling="tensor", delayed=True, gradient_format="e5m2"),
+    ):
         losses = train(*small_gpt(**options), 30)
         assert losses != reference and losses[-1] == pytest.approx(reference[-1], rel=0.03)
 
@@ -636,7 +714,9 @@ def test_only_products_inside_blocks_are_replaced_and_options_are_checked():
     model, state = small_gpt(history=2)
     fresh = GPT(GPTConfig(**SHAPE))
     assert model.head.product is fresh.head.product is F.linear
-    assert all(m.product.func is linear for n, m in model.blocks.named_modules() if hasattr(m, "product"))
+    assert all(
+        m.product.func is linear for n, m in model.blocks.named_modules() if hasattr(m, "product")
+    )
     assert state.tree() == {} and state.emulated.startswith("FP8 products") and state.step() is None
     assert small_gpt(hardware="never")[1].emulated == "--fp8.hardware=never"
     other, _ = small_gpt(only=("blocks.1.", "head"))
@@ -669,15 +749,21 @@ def test_the_command_lines_options_fit_the_signature():
 
 def test_the_requirement_of_the_hardware_is_said_in_a_sentence(monkeypatch):
     cuda, version = torch.device("cuda"), "13.0"
-    assert "NVIDIA GPU" in fp8.lacking(CPU, "tensor", []) and "Hopper" in fp8.lacking(CPU, "block", [])
+    assert "NVIDIA GPU" in fp8.lacking(CPU, "tensor", []) and "Hopper" in fp8.lacking(
+        CPU, "block", []
+    )
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for scaling in SCALINGS:
         assert fp8.lacking(cuda, scaling, [(64, 128)]) is None
         assert "(64, 100)" in fp8.lacking(cuda, scaling, [(64, 128), (64, 100)])
-    for capability, version, can in (((8, 0), "13.0", ()), ((8, 9), "13.0", ("tensor",)),
-                                     ((10, 0), "13.0", ("tensor",)), ((9, 0), "12.8", ("tensor",)),
-                                     ((9, 0), "12.9", SCALINGS)):  # fmt: skip
+    for capability, version, can in (
+        ((8, 0), "13.0", ()),
+        ((8, 9), "13.0", ("tensor",)),
+        ((10, 0), "13.0", ("tensor",)),
+        ((9, 0), "12.8", ("tensor",)),
+        ((9, 0), "12.9", SCALINGS),
+    ):
         monkeypatch.setattr(torch.version, "cuda", version)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, at=capability: at)
         assert tuple(s for s in SCALINGS if fp8.lacking(cuda, s, []) is None) == can

@@ -24,8 +24,18 @@ from parallel.fsdp import FSDP
 
 CPU = torch.device("cpu")
 MODERN = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=13)
-GPT2 = dict(MODERN, tied=True, norm="layernorm", activation="gelu", position="learned", bias=True,
-            qk_norm=False, zero_init=False, init="gpt2", logit_cap=None)  # fmt: skip
+GPT2 = dict(
+    MODERN,
+    tied=True,
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    bias=True,
+    qk_norm=False,
+    zero_init=False,
+    init="gpt2",
+    logit_cap=None,
+)
 OPTIMIZERS = [SGD, AdamW, Muon, Adafactor, LAMB, AdamWScheduleFree]
 STEPS, BATCH = 4, 12
 
@@ -37,7 +47,8 @@ def start(group, arch, **options):
     replicas = FSDP(group, CPU, **options)
     model = replicas.wrap(model.to(torch.float64))
 
-    def source(name, shape):  # noise on top, or gpt2's biases and modern's projections would be zeros
+    # Noise on top, or gpt2's biases and modern's projections would be zeros
+    def source(name, shape):
         generator = torch.Generator().manual_seed(len(name))
         return initial_weight(c, name, shape) + 0.1 * torch.randn(shape, generator=generator)
 
@@ -62,7 +73,10 @@ def forward_backward(model, replicas, step, rank, world, micro_batches):
         total.backward()
         loss += total.item()
     replicas.finish_gradients()
-    squares = torch.stack([g.square().sum() for g in replicas.gradients().values()]).sum() * replicas.counts
+    squares = (
+        torch.stack([g.square().sum() for g in replicas.gradients().values()]).sum()
+        * replicas.counts
+    )
     if dist.is_initialized():
         dist.all_reduce(squares)
     return loss, squares.sqrt().item()
@@ -104,7 +118,9 @@ def train(group, rank, world, cls, arch, micro_batches=1, **options):
     ids = generate(model, batch(7, 1)[:, :3], 6, temperature=0)
     if arch is GPT2:
         assert model.head.weight is model.embed.weight
-    weights = {n: w.full_tensor() if hasattr(w, "placements") else w for n, w in replicas.weights().items()}
+    weights = {
+        n: w.full_tensor() if hasattr(w, "placements") else w for n, w in replicas.weights().items()
+    }
     return losses, norms, evals, ids.tolist(), {n: w.detach().clone() for n, w in weights.items()}
 
 
@@ -114,7 +130,9 @@ def alone(cls, tied=False):
 
 
 def many(rank, world, arch, classes, micro_batches, options):
-    return [train(dist.group.WORLD, rank, world, cls, arch, micro_batches, **options) for cls in classes]
+    return [
+        train(dist.group.WORLD, rank, world, cls, arch, micro_batches, **options) for cls in classes
+    ]
 
 
 def assert_equal_to_one_process(ranks, classes, tied=False):
@@ -127,7 +145,8 @@ def assert_equal_to_one_process(ranks, classes, tied=False):
             close(double(f[1]), double(norms))
             close(double(f[2]), double(evals))
             assert f[3] == ids and f[4].keys() == weights.keys()
-            for name, w in f[4].items():  # but one: its gradient is rounding alone, which Adam magnifies
+            # But one: its gradient is rounding alone, which Adam magnifies
+            for name, w in f[4].items():
                 if not name.endswith("attn.k.bias"):
                     close(w, weights[name], msg=lambda m: f"{cls.__name__} {name}: {m}")
 
@@ -139,7 +158,8 @@ LAYOUTS = [
     (4, 3, dict(shard=2)),
     pytest.param(4, 1, dict(shard=2, reshard=False), marks=pytest.mark.slow),
     pytest.param(4, 3, dict(shard=1), marks=pytest.mark.slow),
-    pytest.param(3, 4, dict(reshard=False), marks=pytest.mark.slow),  # 13 rows and 8 channels over 3 ranks
+    # 13 rows and 8 channels over 3 ranks
+    pytest.param(3, 4, dict(reshard=False), marks=pytest.mark.slow),
 ]
 
 
@@ -178,11 +198,15 @@ def test_on_disk_the_file_is_the_weight(tmp_path):
     for shards in run_ranks(3, storages, tmp_path):
         assert len({file for file, _ in shards.values()}) == len(shards)
         for file, shard in shards.values():
-            flat = torch.from_file(file, size=shard.numel(), dtype=shard.dtype) if shard.numel() else shard
+            flat = (
+                torch.from_file(file, size=shard.numel(), dtype=shard.dtype)
+                if shard.numel()
+                else shard
+            )
             assert Path(file).parent == tmp_path and torch.equal(flat.view(shard.shape), shard)
 
 
-# ---- what is held, and what is sent ----------------------------------------------------------------------
+# ---- what is held, and what is sent --------------------------------------------------------------
 def held(rank, world, options):
     model, replicas = start(dist.group.WORLD, MODERN, **options)
     whole = sum(p.numel() for p in replicas.weights().values())
@@ -190,8 +214,9 @@ def held(rank, world, options):
         shards = sum(p.to_local().numel() for p in replicas.weights().values())
     optimizers = {cls: optimizer_of(cls, model, replicas) for cls in (AdamW, Muon)}
     optimizer = optimizers[Muon]  # the last one made
-    assert replicas.boxes.keys() == {"embed.weight", "head.weight"} - {n for n, p in
-        replicas.weights().items() if not p.to_local().numel()}  # fmt: skip
+    assert replicas.boxes.keys() == {"embed.weight", "head.weight"} - {
+        n for n, p in replicas.weights().items() if not p.to_local().numel()
+    }
     forward_backward(model, replicas, 0, rank, world, 1)
     optimizer.step()
     state = {}
@@ -208,8 +233,12 @@ def test_state_is_held_once_and_boxes_put_it_together(world, options):
     forward_backward(model, replicas, 0, 0, 1, 1)
     optimizer.step()
     names = {p: n for n, p in model.named_parameters()}
-    expected = {(names[p], key): x for p, state in optimizer.state.items() for key, x in state.items()
-                if torch.is_tensor(x)}  # fmt: skip
+    expected = {
+        (names[p], key): x
+        for p, state in optimizer.state.items()
+        for key, x in state.items()
+        if torch.is_tensor(x)
+    }
     ranks = run_ranks(world, held, options)
     shard = options.get("shard", world)
     for first in range(0, world, shard):  # each replica holds everything once
@@ -226,7 +255,10 @@ def test_state_is_held_once_and_boxes_put_it_together(world, options):
         assert seen == sum(x.numel() for x in expected.values())
         for k, x in expected.items():
             torch.testing.assert_close(found[k], x, rtol=1e-10, atol=1e-10)
-        matrices = [sum(x.numel() for (_, key), x in r[2].items() if key == "momentum_buffer") for r in ranks]
+        matrices = [
+            sum(x.numel() for (_, key), x in r[2].items() if key == "momentum_buffer")
+            for r in ranks
+        ]
         assert max(matrices) - min(matrices) <= 32 * 8  # no more than one matrix apart
 
 
@@ -240,7 +272,9 @@ class Sent(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("c10d::")
         if func.namespace == "c10d":
-            group = next(a for a in args if "ProcessGroup" in str(getattr(a, "_type", lambda: "")()))
+            group = next(
+                a for a in args if "ProcessGroup" in str(getattr(a, "_type", lambda: "")())
+            )
             n = dist.ProcessGroup.unbox(group).size()
             self.calls.append(name)
             if name == "_allgather_base_":
@@ -268,15 +302,20 @@ def count(rank, world, options, micro_batches):
         model.zero_grad(set_to_none=True)
         found.append((sent.bytes, sent.calls, replicas.sent_bytes))
         assert sent_by_step.calls == ["alltoall_base_"] * (0 if replicas.shard == 1 else 2)
-        evaluate(model, replicas, optimizer)  # the next step must not find anything gathered already
+        # The next step must not find anything gathered already
+        evaluate(model, replicas, optimizer)
     return found
 
 
 @pytest.mark.parametrize(
     "world, options, gathers, reduces",
-    [(2, {}, 1 + 2 * 2 * 3, 3), (2, dict(reshard=False), 3, 3), (4, dict(shard=2), 13, 3),
-     (4, dict(shard=1), 0, 0)],
-)  # fmt: skip
+    [
+        (2, {}, 1 + 2 * 2 * 3, 3),
+        (2, dict(reshard=False), 3, 3),
+        (4, dict(shard=2), 13, 3),
+        (4, dict(shard=1), 0, 0),
+    ],
+)
 def test_bytes_and_collectives_are_those_of_the_formula(world, options, gathers, reduces):
     for steps in run_ranks(world, count, options, 3):
         for sent, calls, said in steps:
@@ -342,14 +381,18 @@ def half_precision(rank, world, policy):
 
 
 def test_gathering_and_reducing_in_bfloat16_halves_the_bytes():
-    for (full, bytes_), (half, fewer) in run_ranks(2, half_precision, dict(param_dtype=torch.bfloat16)):
+    for (full, bytes_), (half, fewer) in run_ranks(
+        2, half_precision, dict(param_dtype=torch.bfloat16)
+    ):
         assert half == pytest.approx(full, rel=0.02) and half != full and fewer * 2 == bytes_
     for (_, bytes_), (_, fewer) in run_ranks(2, half_precision, dict(reduce_dtype=torch.bfloat16)):
         assert bytes_ / 2 < fewer < bytes_
 
 
 def refused(rank, world):
-    with pytest.raises(ValueError, match="shard=2 does not divide the 3 data-parallel ranks; take 1, 3"):
+    with pytest.raises(
+        ValueError, match="shard=2 does not divide the 3 data-parallel ranks; take 1, 3"
+    ):
         FSDP(dist.group.WORLD, CPU, shard=2)
     with pytest.raises(ValueError, match="needs a folder"):
         FSDP(dist.group.WORLD, CPU, offload_params="disk")

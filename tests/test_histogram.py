@@ -1,4 +1,5 @@
-"""Exponent histograms: every value in its bin, what a format would lose, parts that add up, the picture."""
+"""Exponent histograms: every value in its bin, what a format would lose, parts that add up, the
+picture."""
 
 import json
 import math
@@ -14,13 +15,20 @@ from model import GPT, GPTConfig
 from precision import histogram
 from precision.histogram import HIGHEST, LOWEST, Recorder, exponents, outside, read
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn,
-          "e5m2": torch.float8_e5m2}  # fmt: skip
-MODEL = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=16, zero_init=False)
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+MODEL = dict(
+    n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=16, zero_init=False
+)
 
 
 def only(counts):
-    """{exponent: count} of the bins that are not empty; zeros and non-finite ones as "zero" and "odd"."""
+    """{exponent: count} of the bins that are not empty; zeros and non-finite ones as "zero" and
+    "odd"."""
     names = ["zero", "odd", *range(LOWEST, HIGHEST + 1)]
     return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
 
@@ -40,7 +48,10 @@ def test_subnormal_numbers_and_those_beyond_the_bins_are_counted():
     assert only(exponents(x)) == {-149: 1, -148: 1, -127: 1, 127: 1}
     x = torch.tensor([1e-300, 1e300, 2.0**-151, 2.0**128], dtype=torch.float64)
     assert only(exponents(x)) == {-150: 2, 128: 2}
-    assert only(exponents(torch.tensor([2.0**-24, 2.0**-14], dtype=torch.float16))) == {-24: 1, -14: 1}
+    assert only(exponents(torch.tensor([2.0**-24, 2.0**-14], dtype=torch.float16))) == {
+        -24: 1,
+        -14: 1,
+    }
 
 
 def test_counts_of_parts_add_up_and_shapes_do_not_matter():
@@ -53,7 +64,8 @@ def test_counts_of_parts_add_up_and_shapes_do_not_matter():
 @pytest.mark.parametrize("format", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 2.0**9, 2.0**-5])
 def test_shares_are_those_of_torchs_casts(format, scale):
-    """1.5 times each power: no half of the smallest number, and below e4m3's largest of 1.75 x 2^8."""
+    """1.5 times each power: no half of the smallest number, and below e4m3's largest of 1.75 x
+    2^8."""
     x = 1.5 * 2.0 ** torch.arange(-100, 100).double()
     x = torch.cat([x, 1.5 * 2.0 ** torch.tensor([-140.0, -133, -128, 120]).double()])
     cast = (x * scale).float()
@@ -72,19 +84,30 @@ def test_zeros_and_what_is_not_finite_have_no_share():
     assert outside(exponents(torch.zeros(3)), "fp16") == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("format, scale", [("fp8", 1.0), ("fp16", 1000.0), ("fp16", 0.0), ("fp16", -2.0),
-                                           ("fp16", math.inf), ("fp16", math.nan)])  # fmt: skip
+@pytest.mark.parametrize(
+    "format, scale",
+    [
+        ("fp8", 1.0),
+        ("fp16", 1000.0),
+        ("fp16", 0.0),
+        ("fp16", -2.0),
+        ("fp16", math.inf),
+        ("fp16", math.nan),
+    ],
+)
 def test_another_format_or_scale_is_refused(format, scale):
     with pytest.raises(ValueError, match="--format=fp8 .*fp16|no power of two"):
         outside(exponents(torch.ones(1)), format, scale)
 
 
-# ---- recording ---------------------------------------------------------------------------------------------
+# ---- recording -----------------------------------------------------------------------------------
 def batch(rows):
     return torch.randint(16, (4, 9), generator=torch.Generator().manual_seed(0))[rows]
 
 
-def recorded(folder, rows=slice(0, 4), micro_batches=1, scale=1.0, steps=(0,), every=1, weights=None):
+def recorded(
+    folder, rows=slice(0, 4), micro_batches=1, scale=1.0, steps=(0,), every=1, weights=None
+):
     model = init_weights(GPT(GPTConfig(**MODEL)))
     recorder = Recorder(model, folder, every)
     for step in steps:
@@ -107,13 +130,21 @@ def test_a_row_for_each_weight_gradient_activation_and_its_gradient(tmp_path):
     linears = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     names = {kind: {r["tensor"] for r in rows if r["kind"] == kind} for kind in histogram.KINDS}
     parameters = {name for name, _ in model.named_parameters()}
-    assert names == {"weight": parameters, "gradient": parameters, "activation": linears,
-                     "gradient of activation": linears}  # fmt: skip
+    assert names == {
+        "weight": parameters,
+        "gradient": parameters,
+        "activation": linears,
+        "gradient of activation": linears,
+    }
     assert [*rows[0]] == ["step", "tensor", "kind", "zeros", "nonfinite", "counts"]
     _, counts = read(tmp_path)
     for name, p in model.named_parameters():
         assert torch.equal(counts[name, "weight"], exponents(p))
-    assert counts["head", "activation"].sum() == counts["head", "gradient of activation"].sum() == 4 * 8 * 16
+    assert (
+        counts["head", "activation"].sum()
+        == counts["head", "gradient of activation"].sum()
+        == 4 * 8 * 16
+    )
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -165,7 +196,8 @@ def test_only_every_nth_step_is_recorded_and_evaluation_is_not(tmp_path):
 
 
 def on_ranks(rank, world, folder):
-    """Each rank its rows; rank 0 the first half of the names' weights, rank 1 the others, as in ZeRO."""
+    """Each rank its rows; rank 0 the first half of the names' weights, rank 1 the others, as in
+    ZeRO."""
     model = init_weights(GPT(GPTConfig(**MODEL)))
     mine = dict([*model.named_parameters()][rank::2])
     recorded(folder, slice(2 * rank, 2 * rank + 2), weights=lambda: mine)
@@ -184,31 +216,46 @@ def test_ranks_add_up_to_the_whole(tmp_path):
             assert two[name, kind].sum() == 2 * counts.sum()
 
 
-# ---- reading and drawing -----------------------------------------------------------------------------------
+# ---- reading and drawing -------------------------------------------------------------------------
 def test_half_a_line_is_passed_over_and_a_step_done_again_counts_once(tmp_path):
-    row = {"step": 3, "tensor": "w", "kind": "weight", "zeros": 1, "nonfinite": 0, "counts": {"-2": 5}}
+    row = {
+        "step": 3,
+        "tensor": "w",
+        "kind": "weight",
+        "zeros": 1,
+        "nonfinite": 0,
+        "counts": {"-2": 5},
+    }
     again = row | {"counts": {"4": 6}}
     rows = [json.dumps(r) for r in (row, row | {"step": 1}, again)]
-    (tmp_path / "histograms.jsonl").write_text("\n".join([rows[0], rows[0][:40], "3", "{}", *rows[1:]]))
+    (tmp_path / "histograms.jsonl").write_text(
+        "\n".join([rows[0], rows[0][:40], "3", "{}", *rows[1:]])
+    )
     step, counts = read(tmp_path)
     assert step == 3 and only(counts["w", "weight"]) == {"zero": 1, 4: 6}
     assert only(read(tmp_path / "histograms.jsonl", 1)[1]["w", "weight"]) == {"zero": 1, -2: 5}
 
 
 def test_the_table_begins_with_what_loses_most():
-    counts = {("a", "weight"): exponents(torch.ones(4)),
-              ("b", "gradient"): exponents(torch.tensor([1e-9, 1.0])),
-              ("c", "gradient"): exponents(torch.tensor([1e-9, 1e-9])),
-              ("d", "weight"): exponents(torch.tensor([1.0, math.inf, 0.0, 0.0])),
-              ("e", "weight"): exponents(torch.tensor([1e6, 1.0, 1.0, 1.0]))}  # fmt: skip
+    counts = {
+        ("a", "weight"): exponents(torch.ones(4)),
+        ("b", "gradient"): exponents(torch.tensor([1e-9, 1.0])),
+        ("c", "gradient"): exponents(torch.tensor([1e-9, 1e-9])),
+        ("d", "weight"): exponents(torch.tensor([1.0, math.inf, 0.0, 0.0])),
+        ("e", "weight"): exponents(torch.tensor([1e6, 1.0, 1.0, 1.0])),
+    }
     lines = histogram.table(counts, "fp16", 1.0)
     assert [line.split()[-2][0] for line in lines[1:]] == ["d", "c", "b", "e", "a"]
     assert lines[1].split()[:5] == ["0.00%", "0.00%", "0.00%", "50.00%", "1"]
     assert lines[3].split()[0] == "50.00%" and lines[4].split()[2] == "25.00%"
     scaled = histogram.table(counts, "fp16", 2.0**16)  # gradients alone are scaled
     assert {line.split()[-2]: line.split()[0] for line in scaled[1:]} == dict.fromkeys(
-        ("a,", "b,", "c,", "d,", "e,"), "0.00%")  # fmt: skip
-    assert [line.split()[2] for line in scaled if " a," in line or " b," in line] == ["50.00%", "0.00%"]
+        ("a,", "b,", "c,", "d,", "e,"), "0.00%"
+    )
+    assert [line.split()[2] for line in scaled if " a," in line or " b," in line] == [
+        "50.00%",
+        "0.00%",
+    ]
 
 
 def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
@@ -222,17 +269,37 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     histogram.main([str(tmp_path / "histograms.jsonl")])
     assert (tmp_path / "histograms.png").exists()
-    empty = {("w", "weight"): exponents(torch.zeros(0)), ("v", "gradient"): exponents(torch.zeros(3))}
+    empty = {
+        ("w", "weight"): exponents(torch.zeros(0)),
+        ("v", "gradient"): exponents(torch.zeros(3)),
+    }
     histogram.draw(empty, 0, "fp16", 1.0, str(picture))  # nothing to see, no error
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ([], "usage"), (["{}", "x"], "usage"), (["{}", "--other=1"], "usage"), (["{}", "--scale"], "usage"),
-    (["{}", "--scale=many"], "--scale takes a number"), (["{}", "--step=1.5"], "--step an integer"),
-    (["{}", "--scale=1000"], "no power of two"), (["{}", "--format=fp8"], "--format=fp8"),
-    (["{}", "--step=7"], "no histograms of step 7; it has [0]"), (["{}/missing"], "--histogram_every=N")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "usage"),
+        (["{}", "x"], "usage"),
+        (["{}", "--other=1"], "usage"),
+        (["{}", "--scale"], "usage"),
+        (["{}", "--scale=many"], "--scale takes a number"),
+        (["{}", "--step=1.5"], "--step an integer"),
+        (["{}", "--scale=1000"], "no power of two"),
+        (["{}", "--format=fp8"], "--format=fp8"),
+        (["{}", "--step=7"], "no histograms of step 7; it has [0]"),
+        (["{}/missing"], "--histogram_every=N"),
+    ],
+)
 def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch):
-    row = {"step": 0, "tensor": "w", "kind": "gradient", "zeros": 1, "nonfinite": 0, "counts": {"-2": 5}}
+    row = {
+        "step": 0,
+        "tensor": "w",
+        "kind": "gradient",
+        "zeros": 1,
+        "nonfinite": 0,
+        "counts": {"-2": 5},
+    }
     (tmp_path / "histograms.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError) as error:
         histogram.main([a.format(tmp_path) for a in arguments])
@@ -241,6 +308,8 @@ def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch):
 
 def test_a_mistake_exits_with_2(tmp_path):
     (tmp_path / "histograms.jsonl").write_text("nonsense\n")
-    done = subprocess.run([sys.executable, histogram.__file__, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, histogram.__file__, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"{tmp_path / 'histograms.jsonl'} has no histograms\n"

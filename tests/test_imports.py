@@ -1,4 +1,5 @@
-"""A file of a concept can be copied out: it imports torch, the standard library, one concept beside it."""
+"""A file of a concept can be copied out: it imports torch, the standard library, one concept beside
+it."""
 
 import ast
 import sys

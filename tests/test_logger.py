@@ -16,8 +16,19 @@ from logger import Logger, plot, read_metrics, short
 
 
 def train_row(step, **changes):
-    return dict(step=step, loss=4.0 / step, lr=2e-2, grad_norm=0.83, tokens=step * 512, tokens_per_s=131072.0,
-                mfu=None, step_s=0.1) | changes
+    return (
+        dict(
+            step=step,
+            loss=4.0 / step,
+            lr=2e-2,
+            grad_norm=0.83,
+            tokens=step * 512,
+            tokens_per_s=131072.0,
+            mfu=None,
+            step_s=0.1,
+        )
+        | changes
+    )
 
 
 def eval_row(step, **changes):
@@ -39,6 +50,7 @@ class Terminal(io.StringIO):
 
 # ---- metrics.jsonl
 
+
 def test_each_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     log = Logger(tmp_path / "deep" / "run", steps=10)
     log.evaluation(eval_row(0))
@@ -46,8 +58,11 @@ def test_each_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     log.event(1, "save", path="step-00000001")
     log.event(1, "skip", "row 3 is banned")
     assert read_metrics(tmp_path / "deep" / "run" / "metrics.jsonl") == [
-        eval_row(0), train_row(1), {"step": 1, "event": "save", "path": "step-00000001"},
-        {"step": 1, "event": "skip", "text": "row 3 is banned"}]
+        eval_row(0),
+        train_row(1),
+        {"step": 1, "event": "save", "path": "step-00000001"},
+        {"step": 1, "event": "skip", "text": "row 3 is banned"},
+    ]
 
 
 def test_floats_come_back_bitwise(tmp_path):
@@ -60,12 +75,29 @@ def test_floats_come_back_bitwise(tmp_path):
 
 def test_tensors_and_numpy_scalars_become_numbers(tmp_path):
     import numpy as np
+
     log = Logger(tmp_path, steps=10)
-    log.train(train_row(torch.tensor(1), loss=torch.tensor(1 / 3, dtype=torch.float64),
-                        grad_norm=np.float32(0.5), peak_bytes=np.int64(7)))
-    log.event(1, "skip", rows=torch.tensor([3, 4]), seen=(np.float32("inf"), {"z": torch.tensor(math.nan)}))
+    log.train(
+        train_row(
+            torch.tensor(1),
+            loss=torch.tensor(1 / 3, dtype=torch.float64),
+            grad_norm=np.float32(0.5),
+            peak_bytes=np.int64(7),
+        )
+    )
+    log.event(
+        1,
+        "skip",
+        rows=torch.tensor([3, 4]),
+        seen=(np.float32("inf"), {"z": torch.tensor(math.nan)}),
+    )
     first, event = read_metrics(tmp_path / "metrics.jsonl")
-    assert (first["step"], first["loss"], first["grad_norm"], first["peak_bytes"]) == (1, 1 / 3, 0.5, 7)
+    assert (first["step"], first["loss"], first["grad_norm"], first["peak_bytes"]) == (
+        1,
+        1 / 3,
+        0.5,
+        7,
+    )
     assert event == {"step": 1, "event": "skip", "rows": [3, 4], "seen": [None, {"z": None}]}
 
 
@@ -75,11 +107,18 @@ def test_a_non_finite_number_is_null_and_causes_one_event(tmp_path, bad):
     log.train(train_row(1, loss=bad))
     log.train(train_row(2, grad_norm=bad))
     log.evaluation(eval_row(2, perplexity=bad))
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "metrics.jsonl")]
+    rows = [
+        json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "metrics.jsonl")
+    ]
     event = {"event": "nonfinite", "value": str(float(bad))}
-    assert rows == [train_row(1, loss=None), event | {"step": 1, "field": "loss"},
-                    train_row(2, grad_norm=None), event | {"step": 2, "field": "grad_norm"},
-                    eval_row(2, perplexity=None), event | {"step": 2, "field": "perplexity"}]
+    assert rows == [
+        train_row(1, loss=None),
+        event | {"step": 1, "field": "loss"},
+        train_row(2, grad_norm=None),
+        event | {"step": 2, "field": "grad_norm"},
+        eval_row(2, perplexity=None),
+        event | {"step": 2, "field": "perplexity"},
+    ]
 
 
 def test_read_metrics_leaves_out_a_half_written_line(tmp_path):
@@ -92,9 +131,12 @@ def test_read_metrics_leaves_out_a_half_written_line(tmp_path):
 
 # ---- starting and resuming
 
+
 def test_a_new_run_refuses_the_file_of_another(tmp_path):
     Logger(tmp_path, steps=10).close()
-    with pytest.raises(ValueError, match="belongs to another run: resume it or choose another --out_dir"):
+    with pytest.raises(
+        ValueError, match="belongs to another run: resume it or choose another --out_dir"
+    ):
         Logger(tmp_path, steps=10)
 
 
@@ -106,12 +148,16 @@ def test_a_resumed_run_is_cut_after_the_loaded_step(tmp_path):
             log.evaluation(eval_row(step))
             log.event(step, "save")
     log.close()
-    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:8]  # 4 train rows, 2 evaluations, 2 saves
+    # 4 train rows, 2 evaluations, 2 saves
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:8]
     log = Logger(tmp_path, steps=10, first_step=4, resumed=True)
     log.train(train_row(5))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines[:8] == kept
-    assert [json.loads(line) for line in lines[8:]] == [{"step": 4, "event": "resume"}, train_row(5)]
+    assert [json.loads(line) for line in lines[8:]] == [
+        {"step": 4, "event": "resume"},
+        train_row(5),
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "train.log"]
 
 
@@ -148,6 +194,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
 
 # ---- the terminal
 
+
 def test_plain_lines_read_as_documented(tmp_path, capsys, time_is):
     log = Logger(tmp_path, steps=1000)
     log.evaluation(eval_row(0, val_bpb=2.1640))
@@ -157,12 +204,14 @@ def test_plain_lines_read_as_documented(tmp_path, capsys, time_is):
     log.event(120, "save", path="step-00000120")
     log.event(120, "skip", "rows 3 and 4 are banned", rows=[3, 4])
     log.say("a plain line")
-    expected = ["step    0/1000  val loss 1.5000  bpb 2.1640  accuracy 50.0%  perplexity 4.48",
-                "step  119/1000  loss 1.9000  lr 2.0e-02  grad 0.83  131k tok/s",
-                "step  120/1000  loss 1.8345  lr 2.0e-02  grad 0.83  131k tok/s  12.3% mfu  eta 00:44",
-                "step  120/1000  save  path step-00000120",
-                "step  120/1000  skip  rows 3 and 4 are banned",
-                "a plain line"]
+    expected = [
+        "step    0/1000  val loss 1.5000  bpb 2.1640  accuracy 50.0%  perplexity 4.48",
+        "step  119/1000  loss 1.9000  lr 2.0e-02  grad 0.83  131k tok/s",
+        "step  120/1000  loss 1.8345  lr 2.0e-02  grad 0.83  131k tok/s  12.3% mfu  eta 00:44",
+        "step  120/1000  save  path step-00000120",
+        "step  120/1000  skip  rows 3 and 4 are banned",
+        "a plain line",
+    ]
     assert capsys.readouterr() == ("\n".join(expected) + "\n", "")
     assert (tmp_path / "train.log").read_text().splitlines() == expected
 
@@ -172,7 +221,9 @@ def test_nan_is_shown_as_nan(tmp_path, capsys):
     assert "loss nan  lr 2.0e-02  grad inf" in capsys.readouterr().out
 
 
-def test_lines_come_at_most_every_two_seconds_but_the_first_and_last_always(tmp_path, capsys, time_is):
+def test_lines_come_at_most_every_two_seconds_but_the_first_and_last_always(
+    tmp_path, capsys, time_is
+):
     log = Logger(tmp_path, steps=1000)
     for step in range(1, 1001):
         time_is[0] += 0.01
@@ -224,7 +275,10 @@ def test_a_terminal_gets_a_bar_and_train_log_the_lines(tmp_path, capsys, monkeyp
     assert "100%|" in screen.getvalue() and "20/20" in screen.getvalue()
     assert "loss 0.2000  lr 2.0e-02  131k tok/s  eta 00:00  val loss 1.5000" in screen.getvalue()
     assert capsys.readouterr().out.splitlines() == [
-        "step 10/20  resume", "step 10/20  val loss 1.5000  accuracy 50.0%  perplexity 4.48", "above the bar"]
+        "step 10/20  resume",
+        "step 10/20  val loss 1.5000  accuracy 50.0%  perplexity 4.48",
+        "above the bar",
+    ]
     assert "step 11/20  loss 0.3636" in (tmp_path / "train.log").read_text()
 
 
@@ -235,19 +289,38 @@ def test_text_the_terminal_cannot_encode_does_not_stop_the_run(tmp_path, monkeyp
     assert (tmp_path / "train.log").read_text(encoding="utf-8") == "snow \u2603\n"
 
 
-@pytest.mark.parametrize("n, text", [(0, "0"), (9.5, "9.5"), (950, "950"), (1500, "1.5k"), (131072, "131k"),
-                                     (2.5e9, "2.5B"), (7.3e11, "730B")])
+@pytest.mark.parametrize(
+    "n, text",
+    [
+        (0, "0"),
+        (9.5, "9.5"),
+        (950, "950"),
+        (1500, "1.5k"),
+        (131072, "131k"),
+        (2.5e9, "2.5B"),
+        (7.3e11, "730B"),
+    ],
+)
 def test_large_numbers_are_short(n, text):
     assert short(n) == text
 
 
 def test_importing_logger_is_cheap():
     code = "import sys, logger; print({'torch', 'numpy', 'tqdm', 'matplotlib'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(logger.__file__).parent).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(logger.__file__).parent,
+        ).stdout
+        == "set()\n"
+    )
 
 
 # ---- pictures
+
 
 def write_run(folder, rows):
     folder.mkdir()
@@ -256,20 +329,31 @@ def write_run(folder, rows):
 
 
 def colours(path):
-    """The share of pixels that are neither white nor grey: what was drawn, without axes and letters."""
+    """The share of pixels that are neither white nor grey: what was drawn, without axes and
+    letters."""
     from matplotlib.image import imread
+
     rgb = imread(path)[..., :3]
     assert rgb.shape[0] >= 500 and rgb.shape[1] >= 900
     return float((rgb.max(-1) - rgb.min(-1) > 0.1).mean())
 
 
-EVENTS = [{"step": 40, "event": "resume"}, {"step": 60, "event": "spike"}, {"step": 60, "event": "skip"},
-          {"step": 80, "event": "rollback"}]
+EVENTS = [
+    {"step": 40, "event": "resume"},
+    {"step": 60, "event": "spike"},
+    {"step": 60, "event": "skip"},
+    {"step": 80, "event": "rollback"},
+]
 AWKWARD = {
-    "usual": [train_row(s) for s in range(1, 101)] + [eval_row(s, val_loss=4 / (s + 1)) for s in (0, 50, 99)],
+    "usual": (
+        [train_row(s) for s in range(1, 101)]
+        + [eval_row(s, val_loss=4 / (s + 1)) for s in (0, 50, 99)]
+    ),
     "with_events": [train_row(s) for s in range(1, 101)] + EVENTS,
-    "null_values": [eval_row(0, val_loss=None)] + [train_row(s, loss=None if s % 3 else 2 / s, tokens=None)
-                                                   for s in range(1, 30)],
+    "null_values": (
+        [eval_row(0, val_loss=None)]
+        + [train_row(s, loss=None if s % 3 else 2 / s, tokens=None) for s in range(1, 30)]
+    ),
     "single_row": [train_row(1)],
     "no_evaluation": [train_row(s) for s in range(1, 10)],
     "only_evaluation": [eval_row(0)],
@@ -299,7 +383,10 @@ def test_a_spike_does_not_flatten_the_picture(tmp_path):
 
 
 def test_several_runs_share_a_picture_and_one_without_losses_is_named(tmp_path, capsys):
-    runs = [write_run(tmp_path / case, AWKWARD[case]) for case in ("usual", "no_evaluation", "single_row")]
+    runs = [
+        write_run(tmp_path / case, AWKWARD[case])
+        for case in ("usual", "no_evaluation", "single_row")
+    ]
     runs.append(write_run(tmp_path / "empty", []))
     assert plot([str(run) for run in runs], str(tmp_path / "loss.png"))
     assert capsys.readouterr().out == f"{tmp_path / 'empty'}: no loss was logged, nothing to draw\n"
@@ -314,15 +401,20 @@ def test_without_rows_there_is_a_sentence_and_no_picture(tmp_path, capsys):
 
 def test_the_command_draws_and_a_mistake_is_one_line_and_exit_status_2(tmp_path):
     def command(*args):
-        return subprocess.run([sys.executable, logger.__file__, *map(str, args)], capture_output=True,
-                              text=True)
+        return subprocess.run(
+            [sys.executable, logger.__file__, *map(str, args)], capture_output=True, text=True
+        )
 
     run = write_run(tmp_path / "run", AWKWARD["usual"])
     assert command("plot", run).stdout == f"{run / 'loss.png'}\n"
     assert colours(run / "loss.png") > 2e-3
-    for args, words in [(["plot", tmp_path / "nowhere"], "it has no metrics.jsonl"), (["plot"], "usage: "),
-                        (["draw", run], "usage: "), (["plot", run, "--ouf=x.png"], "usage: "),
-                        (["plot", run, f"--out={tmp_path}/x.xyz"], "xyz")]:
+    for args, words in [
+        (["plot", tmp_path / "nowhere"], "it has no metrics.jsonl"),
+        (["plot"], "usage: "),
+        (["draw", run], "usage: "),
+        (["plot", run, "--ouf=x.png"], "usage: "),
+        (["plot", run, f"--out={tmp_path}/x.xyz"], "xyz"),
+    ]:
         result = command(*args)
         assert result.returncode == 2 and result.stdout == ""
         assert words in result.stderr and len(result.stderr.splitlines()) == 1
@@ -330,20 +422,27 @@ def test_the_command_draws_and_a_mistake_is_one_line_and_exit_status_2(tmp_path)
 
 def test_runs_in_one_picture_have_a_colour_and_a_name_each(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
+
     runs = [write_run(tmp_path / case, AWKWARD[case]) for case in ("usual", "no_evaluation")]
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     figures = []
     assert plot(runs, tmp_path / "loss.png")
-    ax, = figures[0].axes
+    (ax,) = figures[0].axes
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == ["usual: final validation loss 0.0400", "no_evaluation: final training loss 0.4444"]
-    assert [line.get_color() for line in ax.lines] == ["C0", "C0", "C1"]  # lines and dots of one run alike
+    assert names == [
+        "usual: final validation loss 0.0400",
+        "no_evaluation: final training loss 0.4444",
+    ]
+    # Lines and dots of one run alike
+    assert [line.get_color() for line in ax.lines] == ["C0", "C0", "C1"]
 
 
 # ---- tables, TensorBoard, Weights & Biases
 
+
 def test_a_csv_is_metrics_jsonl(tmp_path):
     import csv
+
     log = Logger(tmp_path, steps=10)
     log.evaluation(eval_row(0))
     for step, loss in enumerate([0.1 + 0.2, 1 / 3, math.nan], 1):
@@ -372,6 +471,7 @@ def test_a_csv_is_metrics_jsonl(tmp_path):
 
 def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
@@ -385,7 +485,11 @@ def test_tensorboard_has_every_number_and_a_resumed_run_its_own_alone(tmp_path):
     log.close()
     found = scalars(tmp_path / "tensorboard")
     assert found["loss"] == {s: 2.0**-s for s in (1, 3, 4, 5, 6)} and found["val_loss"] == {0: 1.5}
-    assert found["tokens"] == {s: 512 * s for s in range(1, 7)} and "step" not in found and "mfu" not in found
+    assert (
+        found["tokens"] == {s: 512 * s for s in range(1, 7)}
+        and "step" not in found
+        and "mfu" not in found
+    )
 
     log = Logger(tmp_path, steps=10, first_step=4, resumed=True, tensorboard=True)
     log.train(train_row(5, loss=0.75))
@@ -431,10 +535,14 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypat
     monkeypatch.setattr(wandb, "init", lambda **given: runs.append(FakeRun(**given)) or runs[-1])
     runs = []
     for first_step, resumed in ((0, False), (1, True)):
-        log = Logger(tmp_path / "run", 10, first_step, resumed=resumed, wandb="mine", settings={"lr": 1})
+        log = Logger(
+            tmp_path / "run", 10, first_step, resumed=resumed, wandb="mine", settings={"lr": 1}
+        )
         log.train(train_row(first_step + 1, loss=math.inf if resumed else 0.5))
         log.close()
-    assert [run.given["id"] for run in runs] == [(tmp_path / "run" / "wandb" / "id.txt").read_text()] * 2
+    assert [run.given["id"] for run in runs] == [
+        (tmp_path / "run" / "wandb" / "id.txt").read_text()
+    ] * 2
     assert all(run.given["project"] == "mine" and run.given["resume"] == "allow" for run in runs)
     assert runs[0].given["config"] == {"lr": 1} and runs[0].given["name"] == "run"
     assert runs[0].rows == [{k: x for k, x in train_row(1, loss=0.5).items() if x is not None}]
@@ -445,7 +553,8 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypat
 
 
 def test_an_offline_run_that_goes_on_does_not_fall_on_its_first_rows(tmp_path, monkeypatch):
-    """Offline their run counts rows from 0 at each start; it is told to go on behind the earlier ones."""
+    """Offline their run counts rows from 0 at each start; it is told to go on behind the earlier
+    ones."""
     given = []
 
     class Offline(FakeRun):
@@ -454,7 +563,9 @@ def test_an_offline_run_that_goes_on_does_not_fall_on_its_first_rows(tmp_path, m
         def log(self, row, step=None):
             given.append(step)
 
-    fake = types.SimpleNamespace(init=lambda **more: Offline(**more), errors=types.SimpleNamespace(Error=OSError))
+    fake = types.SimpleNamespace(
+        init=lambda **more: Offline(**more), errors=types.SimpleNamespace(Error=OSError)
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for start in range(3):
         if start:  # the folder is older by then
@@ -477,16 +588,25 @@ def test_weights_and_biases_offline_keeps_the_run_on_disk(tmp_path, monkeypatch)
     log.train(train_row(1, loss=0.8125))
     log.close()
     name = (tmp_path / "wandb" / "id.txt").read_text()
-    record, = tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb")
-    deadline = time.monotonic() + 30  # another process of theirs writes it, and may do so after finish()
+    (record,) = tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb")
+    # Another process of theirs writes it, and may do so after finish()
+    deadline = time.monotonic() + 30
     while b"0.8125" not in record.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert b"0.8125" in record.read_bytes() and b"tokens_per_s" in record.read_bytes()
 
 
-@pytest.mark.parametrize("package, given, said", [
-    ("tensorboard", {"tensorboard": True}, "--tensorboard needs a package: pip install tensorboard"),
-    ("wandb", {"wandb": "mine"}, "--wandb needs a package: pip install wandb")])
+@pytest.mark.parametrize(
+    "package, given, said",
+    [
+        (
+            "tensorboard",
+            {"tensorboard": True},
+            "--tensorboard needs a package: pip install tensorboard",
+        ),
+        ("wandb", {"wandb": "mine"}, "--wandb needs a package: pip install wandb"),
+    ],
+)
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package, given, said):
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
@@ -498,17 +618,28 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package, given, sa
 
 # ---- the record
 
+
 def test_the_record_says_what_this_ran_on(monkeypatch):
     import os
     import platform
 
     import numpy
+
     record = logger.environment(torch.device("cpu"), 3, "abc")
     assert (record["torch"], record["python"], record["numpy"]) == (
-        torch.__version__, platform.python_version(), numpy.__version__)
+        torch.__version__,
+        platform.python_version(),
+        numpy.__version__,
+    )
     assert (record["ranks"], record["data_sha256"], record["devices"]) == (3, "abc", 0)
-    assert record["cores"] == os.cpu_count() and record["nccl"] == "none" and "CPU with" in record["hardware"]
-    assert record["cuda"] == (torch.version.cuda or "none") and record["commit"] and record["platform"]
+    assert (
+        record["cores"] == os.cpu_count()
+        and record["nccl"] == "none"
+        and "CPU with" in record["hardware"]
+    )
+    assert (
+        record["cuda"] == (torch.version.cuda or "none") and record["commit"] and record["platform"]
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A big GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))

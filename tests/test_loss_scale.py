@@ -1,4 +1,5 @@
-"""The loss scaler against torch.amp.GradScaler, DeepSpeed's rule told another way, and two ranks."""
+"""The loss scaler against torch.amp.GradScaler, DeepSpeed's rule told another way, and two
+ranks."""
 
 import json
 import random
@@ -37,15 +38,28 @@ def torchs(pattern, **options):
     return seen
 
 
-@pytest.mark.parametrize("growth, backoff, window, likely", [
-    (2.0, 0.5, 1, 0.5), (2.0, 0.5, 3, 0.7), (2.0, 0.5, 5, 0.95), (1.7, 0.3, 2, 0.6), (1.1, 0.9, 1, 0.9),
-    (4.0, 0.25, 2, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "growth, backoff, window, likely",
+    [
+        (2.0, 0.5, 1, 0.5),
+        (2.0, 0.5, 3, 0.7),
+        (2.0, 0.5, 5, 0.95),
+        (1.7, 0.3, 2, 0.6),
+        (1.1, 0.9, 1, 0.9),
+        (4.0, 0.25, 2, 1.0),
+    ],
+)
 def test_without_hysteresis_the_scales_are_gradscalers_to_the_bit(growth, backoff, window, likely):
     draw = random.Random(f"{growth}{window}")
     pattern = [draw.random() < likely for _ in range(300)]
     ours = LossScaler(16, window, 1, 2.0**-126, growth, backoff, patience=10**6)
-    theirs = torchs(pattern, init_scale=2.0**16, growth_factor=growth, backoff_factor=backoff,
-                    growth_interval=window)  # fmt: skip
+    theirs = torchs(
+        pattern,
+        init_scale=2.0**16,
+        growth_factor=growth,
+        backoff_factor=backoff,
+        growth_interval=window,
+    )
     assert scales(ours, pattern) == theirs
     assert len(set(theirs)) > 3
 
@@ -89,7 +103,9 @@ def test_a_fixed_scale_never_changes_and_still_skips():
     assert scales(scaler, [True, False, False, True] * 4) == [1000] * 16
 
 
-@pytest.mark.parametrize("options, word", [({"fixed": 8.0}, "fixed"), ({"init_power": 0}, "min_scale")])
+@pytest.mark.parametrize(
+    "options, word", [({"fixed": 8.0}, "fixed"), ({"init_power": 0}, "min_scale")]
+)
 def test_a_run_that_only_skips_ends_with_a_sentence(options, word):
     scaler = LossScaler(hysteresis=1, patience=4, **options)
     for pattern in ([False] * 3 + [True], [False] * 3):  # a finite step between forgives
@@ -97,7 +113,8 @@ def test_a_run_that_only_skips_ends_with_a_sentence(options, word):
     with pytest.raises(ValueError, match=f"4 steps in a row.*{word}.*--precision=bf16") as error:
         scaler.update(False)
     assert "\n" not in str(error.value)
-    falling = LossScaler(init_power=10, hysteresis=1, patience=2)  # as long as the scale can fall, it may
+    # As long as the scale can fall, it may
+    falling = LossScaler(init_power=10, hysteresis=1, patience=2)
     scales(falling, [False] * 11)
 
 
@@ -127,11 +144,30 @@ def test_what_this_run_asks_for_wins_over_what_was_saved():
     assert fresh.tree() == LossScaler().tree()
 
 
-@pytest.mark.parametrize("options", [
-    {"init_power": 200}, {"init_power": 1.5}, {"init_power": True}, {"window": 0}, {"window": 2.5},
-    {"hysteresis": 0}, {"min_scale": 0}, {"min_scale": -1.0}, {"growth": 0.5}, {"growth": float("inf")},
-    {"backoff": 0}, {"backoff": 1}, {"backoff": float("nan")}, {"fixed": 0}, {"fixed": "no"}, {"fixed": True},
-    {"fixed": float("inf")}, {"patience": 0}, {"min_scale": 2.0**17}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_power": 200},
+        {"init_power": 1.5},
+        {"init_power": True},
+        {"window": 0},
+        {"window": 2.5},
+        {"hysteresis": 0},
+        {"min_scale": 0},
+        {"min_scale": -1.0},
+        {"growth": 0.5},
+        {"growth": float("inf")},
+        {"backoff": 0},
+        {"backoff": 1},
+        {"backoff": float("nan")},
+        {"fixed": 0},
+        {"fixed": "no"},
+        {"fixed": True},
+        {"fixed": float("inf")},
+        {"patience": 0},
+        {"min_scale": 2.0**17},
+    ],
+)
 def test_bad_options_are_refused_with_what_is_allowed(options):
     with pytest.raises(ValueError, match=f"--scaler.{[*options][0]}=.*(must be|start higher)"):
         LossScaler(**options)
@@ -149,7 +185,7 @@ def test_unscale_takes_dicts_and_lists_and_nothing_and_no_fp16():
         scaler.unscale([torch.ones(1, dtype=torch.float16)])
 
 
-# ---- in a training loop ------------------------------------------------------------------------------------
+# ---- in a training loop --------------------------------------------------------------------------
 def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -205,7 +241,8 @@ def test_gradients_that_vanish_in_fp16_arrive_with_scaling():
 
 
 def several(rank, world):
-    """Each rank holds one gradient of its own (as in ZeRO); rank 1's overflows in the steps 2 and 5."""
+    """Each rank holds one gradient of its own (as in ZeRO); rank 1's overflows in the steps 2 and
+    5."""
     mesh, scaler, taken = make_mesh(CPU), LossScaler(init_power=4, window=2, hysteresis=1), []
     for step in range(8):
         g = torch.full((3,), 16.0 * (rank + 1))

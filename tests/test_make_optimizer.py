@@ -1,4 +1,5 @@
-"""make_optimizer under everybody else's tools, on fully_shard'ed models, against one process in float64."""
+"""make_optimizer under everybody else's tools, on fully_shard'ed models, against one process in
+float64."""
 
 import copy
 import pickle
@@ -34,10 +35,13 @@ CLASSES = [*CASES, torch.optim.AdamW]
 OPTIONS = {cls: arguments for cls, (arguments, *_) in CASES.items()} | {torch.optim.AdamW: {}}
 OPTIONS[SOAP] = OPTIONS[SOAP] | {"eps": 1e-2}  # tiny values magnify rounding
 FULL = StateDictOptions(full_state_dict=True)
-SOME = (AdamW, Muon, SOAP, AdamWScheduleFree, torch.optim.AdamW)  # of each kind one; the others are slow
+# Of each kind one; the others are slow
+SOME = (AdamW, Muon, SOAP, AdamWScheduleFree, torch.optim.AdamW)
 every = pytest.mark.parametrize(
-    "cls", [cls if cls in SOME else pytest.param(cls, marks=pytest.mark.slow) for cls in CLASSES],
-    ids=lambda cls: f"{cls.__module__}.{cls.__name__}")  # fmt: skip
+    "cls",
+    [cls if cls in SOME else pytest.param(cls, marks=pytest.mark.slow) for cls in CLASSES],
+    ids=lambda cls: f"{cls.__module__}.{cls.__name__}",
+)
 
 
 class Net(nn.Module):
@@ -64,7 +68,9 @@ def sharded() -> Net:
 def groups_of(cls, model: nn.Module):
     if cls is not Muon:
         return model.parameters()
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is yes] for yes in (True, False))
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) is yes] for yes in (True, False)
+    )
     return [{"params": matrices}, {"params": vectors, "use_muon": False}]
 
 
@@ -102,9 +108,10 @@ def close(found, expected, atol=1e-12) -> None:
         torch.testing.assert_close(x, y, rtol=1e-12, atol=atol)
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 def saved_and_loaded(rank, world, full):
-    """Three steps, state and weights into a fresh model and optimizer by torch.distributed.checkpoint, three more."""
+    """Three steps, state and weights into a fresh model and optimizer by
+    torch.distributed.checkpoint, three more."""
     results = []
     for cls in CLASSES:
         options = FULL if full else StateDictOptions()
@@ -118,8 +125,11 @@ def saved_and_loaded(rank, world, full):
         set_model_state_dict(fresh, weights, options=FULL)
         set_optimizer_state_dict(fresh, resumed, copy.deepcopy(state), options=options)
         train(fresh, resumed, range(3, 6))
-        kept = {k: x.full_tensor() if isinstance(x, DTensor) else x
-                for entries in [state["state"].get("a.weight", {})] for k, x in entries.items()}  # fmt: skip
+        kept = {
+            k: x.full_tensor() if isinstance(x, DTensor) else x
+            for entries in [state["state"].get("a.weight", {})]
+            for k, x in entries.items()
+        }
         results.append((whole(fresh.parameters()), kept))
     return results
 
@@ -139,7 +149,8 @@ def test_state_goes_through_torchs_distributed_checkpoint(world, full):
 
 
 def from_one_process(rank, world, cls, saved, weights, then):
-    """Loads the state of one process and goes on; gives its own state, whole, for one process to load."""
+    """Loads the state of one process and goes on; gives its own state, whole, for one process to
+    load."""
     model = sharded()
     optimizer = made(cls, model)
     set_model_state_dict(model, weights, options=FULL)
@@ -193,7 +204,7 @@ def test_load_hooks_run_once_and_are_obeyed():
     assert run_ranks(2, loaded_with_hooks, AdamW)[0][0] == "pre"
 
 
-# ---- weights that somebody else changes ----------------------------------------------------------------
+# ---- weights that somebody else changes ----------------------------------------------------------
 def by_set_state(model, new):
     set_model_state_dict(model, new, options=FULL)
 
@@ -212,7 +223,8 @@ def by_data(model, new):
 def by_shard(model, new):
     with torch.no_grad():
         for n, p in model.named_parameters():
-            here = distribute_tensor(new[n], p.device_mesh, p.placements, src_data_rank=None)  # sends nothing
+            # Sends nothing
+            here = distribute_tensor(new[n], p.device_mesh, p.placements, src_data_rank=None)
             p.to_local().copy_(here.to_local())
 
 
@@ -227,7 +239,8 @@ def changed(rank, world, cls, how, when):
     train(model, optimizer, range(when))
     generator = torch.Generator().manual_seed(7)
     new = {
-        n: torch.randn(p.shape, generator=generator, dtype=torch.double) for n, p in model.named_parameters()
+        n: torch.randn(p.shape, generator=generator, dtype=torch.double)
+        for n, p in model.named_parameters()
     }
     how(model, new)
     after = whole(model.parameters())
@@ -240,16 +253,19 @@ def changed(rank, world, cls, how, when):
 
 @pytest.mark.parametrize("how", [by_set_state, by_copy, by_data, by_shard, by_one_rank_alone])
 @pytest.mark.parametrize("when", [pytest.param(0, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("cls", [AdamW, Muon, *(pytest.param(c, marks=pytest.mark.slow)
-                                                for c in (LAMB, torch.optim.AdamW))])  # fmt: skip
+@pytest.mark.parametrize(
+    "cls",
+    [AdamW, Muon, *(pytest.param(c, marks=pytest.mark.slow) for c in (LAMB, torch.optim.AdamW))],
+)
 def test_weights_changed_after_it_was_made_stay_changed(how, when, cls):
     for after, later in run_ranks(2, changed, cls, how, when):
         close(later, after)
 
 
-# ---- gradients -----------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 def lacking(rank, world, cls, lacks):
-    """Parameters sharded by hand, whose gradients only some ranks have; lacks: ranks without, by parameter."""
+    """Parameters sharded by hand, whose gradients only some ranks have; lacks: ranks without, by
+    parameter."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
     generator = torch.Generator().manual_seed(0)
     wholes = [torch.randn(4, 4, generator=generator, dtype=torch.double) for _ in lacks]
@@ -259,7 +275,11 @@ def lacking(rank, world, cls, lacks):
     for step in range(3):
         for p, without in zip(params, lacks):
             shard = torch.full((4 // world, 4), 1.0 + step, dtype=torch.double)
-            p.grad = None if rank in without else DTensor.from_local(shard, mesh, [Shard(0)], run_check=False)
+            p.grad = (
+                None
+                if rank in without
+                else DTensor.from_local(shard, mesh, [Shard(0)], run_check=False)
+            )
         optimizer.step()
         assert [p.grad is None for p in params] == [rank in without for without in lacks]
     counted = [len(optimizer.state_dict()["state"].get(i, {})) for i in range(len(params))]
@@ -270,7 +290,9 @@ def lacking(rank, world, cls, lacks):
 def test_a_gradient_that_some_ranks_lack_is_zero_there_and_one_that_all_lack_is_none(cls):
     lacks = [(), (0,), (1,), (0, 1)]
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(4, 4, generator=generator, dtype=torch.double)) for _ in lacks]
+    params = [
+        nn.Parameter(torch.randn(4, 4, generator=generator, dtype=torch.double)) for _ in lacks
+    ]
     optimizer = make_optimizer(cls, params, **OPTIONS[cls])
     getattr(optimizer, "train", lambda: None)()
     for step in range(3):
@@ -289,8 +311,14 @@ def test_a_gradient_that_some_ranks_lack_is_zero_there_and_one_that_all_lack_is_
 def scaled_by_torch(rank, world):
     """GradScaler alone, without unscale_: a fused kernel would be asked to unscale."""
     model = sharded()
-    optimizer = make_optimizer(torch.optim.AdamW, [{"params": model.parameters()}], lr=0.1, eps=1e-2, fused=True,
-                               **({"elementwise": True} if world > 1 else {}))  # fmt: skip
+    optimizer = make_optimizer(
+        torch.optim.AdamW,
+        [{"params": model.parameters()}],
+        lr=0.1,
+        eps=1e-2,
+        fused=True,
+        **({"elementwise": True} if world > 1 else {}),
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(4):
         optimizer.zero_grad()
@@ -363,7 +391,7 @@ def test_a_closure_is_evaluated_before_the_step(cls):
         close(seen, losses)
 
 
-# ---- groups --------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 def grown(rank, world, cls):
     """A second group after three steps; named parameters, a scheduler, a group's own lr."""
     model = sharded()
@@ -397,9 +425,10 @@ def test_named_parameters_late_groups_and_schedulers(cls):
         assert rates == lrs and seen == names
 
 
-# ---- refusals, each when it can be known ---------------------------------------------------------------
+# ---- refusals, each when it can be known ---------------------------------------------------------
 class Coupled(torch.optim.Optimizer):
-    """Scales every gradient by the norm of all: another method as soon as the parameters are dealt out."""
+    """Scales every gradient by the norm of all: another method as soon as the parameters are dealt
+    out."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
@@ -487,10 +516,23 @@ def run_with(rank, world, text, out, cls, flags):
     import train
 
     choices.find_optimizer = lambda name: cls
-    words = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--steps=2",
-             "--eval_every=0", "--sample_tokens=0", "--precision=fp32", "--device=cpu", "--save_every=0"]  # fmt: skip
+    words = [
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=16",
+        "--block_size=8",
+        "--batch_size=4",
+        "--steps=2",
+        "--eval_every=0",
+        "--sample_tokens=0",
+        "--precision=fp32",
+        "--device=cpu",
+        "--save_every=0",
+    ]
     try:
-        return train.main(config.parse([f"--data={text}", f"--out_dir={out}", *words, *flags]))["step"]
+        return train.main(config.parse([f"--data={text}", f"--out_dir={out}", *words, *flags]))[
+            "step"
+        ]
     except ValueError as error:
         return str(error)
 
@@ -520,7 +562,9 @@ def test_so_do_offloading_and_stochastic_rounding_in_one_process(flag, text, tmp
     import choices
 
     monkeypatch.setattr(choices, "find_optimizer", None)
-    assert "looks at all parameters together" in run_with(0, 1, text, tmp_path / "out", Coupled, [flag])
+    assert "looks at all parameters together" in run_with(
+        0, 1, text, tmp_path / "out", Coupled, [flag]
+    )
 
 
 def evaluated(rank, world, cls, looks):

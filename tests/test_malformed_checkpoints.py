@@ -1,8 +1,9 @@
-"""Checkpoints that something has damaged or forged, by the hundred, from a fixed seed: what opens one says in
-a ValueError what is wrong, or takes the one before. Never another exception, a hang, gigabytes, other bits.
+"""Checkpoints that something has damaged or forged, by the hundred, from a fixed seed: what opens
+one says in a ValueError what is wrong, or takes the one before. Never another exception, a hang,
+gigabytes, other bits.
 
-Bytes are changed as a disk does it, then the checksums say so; or the checksums are made to fit afterwards,
-so that the structure itself is what has to be looked at.
+Bytes are changed as a disk does it, then the checksums say so; or the checksums are made to fit
+afterwards, so that the structure itself is what has to be looked at.
 """
 
 import copy
@@ -29,8 +30,14 @@ def save_two(rank, world, out_dir):
     for step in (1, 2):
         w, first = torch.arange(24, dtype=torch.float64).view(4, 6) + step, 2 * rank
         tree = {
-            "model": {"w": Slice(w[first : first + 2], (4, 6), (first, 0)), "b": torch.full((3,), step)},
-            "optim": {"groups": [{"lr": 0.5, "betas": [0.9, 0.95]}], "state": {f"own{rank}": torch.ones(5)}},
+            "model": {
+                "w": Slice(w[first : first + 2], (4, 6), (first, 0)),
+                "b": torch.full((3,), step),
+            },
+            "optim": {
+                "groups": [{"lr": 0.5, "betas": [0.9, 0.95]}],
+                "state": {f"own{rank}": torch.ones(5)},
+            },
             "progress": {"rows": 8 * step, "loss": float("nan")},
             "fp8": torch.ones(4).to(torch.float8_e4m3fn),
         }
@@ -88,15 +95,21 @@ def falls_back(path, good, label) -> None:
 
 def bytes_changed(data: bytes, rng) -> bytes:
     i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    return rng.choice([
-        lambda: data[: max(i - 1, 0)] + bytes([data[i - 1] ^ 1 << rng.randrange(8)]) + data[max(i, 1) :],
-        lambda: data[:i],
-        lambda: data[:i] + data[j:],
-        lambda: data[:j] + data[i:],
-        lambda: data[:i] + rng.randbytes(rng.randrange(1, 9)) + data[i:],
-        lambda: data[:i] + bytes(j - i) + data[j:],
-        lambda: rng.randbytes(len(data)),
-    ])()  # fmt: skip
+    return rng.choice(
+        [
+            lambda: (
+                data[: max(i - 1, 0)]
+                + bytes([data[i - 1] ^ 1 << rng.randrange(8)])
+                + data[max(i, 1) :]
+            ),
+            lambda: data[:i],
+            lambda: data[:i] + data[j:],
+            lambda: data[:j] + data[i:],
+            lambda: data[:i] + rng.randbytes(rng.randrange(1, 9)) + data[i:],
+            lambda: data[:i] + bytes(j - i) + data[j:],
+            lambda: rng.randbytes(len(data)),
+        ]
+    )()
 
 
 def same(data: bytes, other: bytes) -> bool:
@@ -135,21 +148,59 @@ def deep(n: int, kind=list):
     return node
 
 
-ODD = [None, True, False, -1, 0, 1, 0.5, 1e308, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63), "", "x", "../x",
-       "\ud800\n", "/etc", "rank_7.safetensors", "F4", "C64", "F32", [], [[]], {}, [0] * 70, [2**62] * 3,
-       {"$": "tensor"}, {"$": "what"}, {"$": None}, {"$": [1]}, {"": 1}, {"a/b": 1}, deep(300),
-       deep(300, dict), deep(70, dict)]  # fmt: skip
+ODD = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    0.5,
+    1e308,
+    2**31,
+    2**53,
+    2**63,
+    2**64,
+    10**30,
+    -(2**63),
+    "",
+    "x",
+    "../x",
+    "\ud800\n",
+    "/etc",
+    "rank_7.safetensors",
+    "F4",
+    "C64",
+    "F32",
+    [],
+    [[]],
+    {},
+    [0] * 70,
+    [2**62] * 3,
+    {"$": "tensor"},
+    {"$": "what"},
+    {"$": None},
+    {"$": [1]},
+    {"": 1},
+    {"a/b": 1},
+    deep(300),
+    deep(300, dict),
+    deep(70, dict),
+]
 
 
 def places(node, at=()):
     """The path of every value in a JSON tree."""
-    for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+    for key in (
+        node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    ):
         yield *at, key
         yield from places(node[key], (*at, key))
 
 
 def structure_changed(body, rng) -> tuple:
-    """One value replaced by an odd one or by a copy of another, removed, or doubled; where and what."""
+    """One value replaced by an odd one or by a copy of another, removed, or doubled; where and
+    what."""
     everywhere = list(places(body))
     *above, key = rng.choice(everywhere)
     node = body
@@ -237,7 +288,9 @@ INSTEAD = {
     "a pipe that nobody fills": lambda file: (file.unlink(), os.mkfifo(file)),
     "a file nobody may read": lambda file: (file.chmod(0), os.geteuid() == 0 and file.unlink()),
     "another file": lambda file: file.write_bytes(b"{}" * 40),
-    "another step's file": lambda file: shutil.copy(file.parents[1] / "step-00000001" / file.name, file),
+    "another step's file": lambda file: shutil.copy(
+        file.parents[1] / "step-00000001" / file.name, file
+    ),
 }
 
 
@@ -251,7 +304,9 @@ def test_something_else_in_place_of_a_file_is_named(good, tmp_path, what):
 
 
 FOLDERS = {
-    "a copy under another step's name": lambda run, name: shutil.copytree(run / "step-00000002", run / name),
+    "a copy under another step's name": lambda run, name: shutil.copytree(
+        run / "step-00000002", run / name
+    ),
     "a link to another step": lambda run, name: (run / name).symlink_to(run / "step-00000002"),
     "an empty folder": lambda run, name: (run / name).mkdir(),
     "a file": lambda run, name: (run / name).write_text("step"),
@@ -261,8 +316,12 @@ FOLDERS = {
 
 @pytest.mark.skipif(os.name != "posix", reason="links are made as POSIX has them")
 @pytest.mark.parametrize("what", FOLDERS)
-@pytest.mark.parametrize("name", ["step-00000009", ".old-step-00000009", "step-000000009", f"step-{9:9<99}"])
-def test_a_folder_that_only_looks_like_a_later_checkpoint_is_passed_over(good, tmp_path, what, name):
+@pytest.mark.parametrize(
+    "name", ["step-00000009", ".old-step-00000009", "step-000000009", f"step-{9:9<99}"]
+)
+def test_a_folder_that_only_looks_like_a_later_checkpoint_is_passed_over(
+    good, tmp_path, what, name
+):
     run = fresh(good, tmp_path).parent
     FOLDERS[what](run, name)
     said = []

@@ -1,5 +1,6 @@
-"""Recipes and data files that are damaged, cut short, made of the wrong things or made to harm: each is one
-sentence, or works; never a traceback, never a wait. All mutations come from a fixed seed.
+"""Recipes and data files that are damaged, cut short, made of the wrong things or made to harm:
+each is one sentence, or works; never a traceback, never a wait. All mutations come from a fixed
+seed.
 """
 
 import os
@@ -19,17 +20,43 @@ import data
 
 ROOT = Path(config.__file__).parent
 RECIPES = sorted(ROOT.glob("configs/*.toml"))
-WORDS = [b"nan", b"inf", b"-1", b"1e400", b"0", b"true", b'"none"', b"[]", b"{}", b"[1, [2]]", b'""', b"\x00",
-         b"\xff\xfe", b"=", b'"""', b"[opt]\n", b"[[steps]]\n", b"'", b"9" * 400, b"9" * 5000,
-         b"1979-05-27", b"#", b'"__import__(\'os\').system(\'x\')"', b"[" * 3000, b"\xe2\x80\xae",
-         b"opt.betas = 1\n"]  # fmt: skip
+WORDS = [
+    b"nan",
+    b"inf",
+    b"-1",
+    b"1e400",
+    b"0",
+    b"true",
+    b'"none"',
+    b"[]",
+    b"{}",
+    b"[1, [2]]",
+    b'""',
+    b"\x00",
+    b"\xff\xfe",
+    b"=",
+    b'"""',
+    b"[opt]\n",
+    b"[[steps]]\n",
+    b"'",
+    b"9" * 400,
+    b"9" * 5000,
+    b"1979-05-27",
+    b"#",
+    b"\"__import__('os').system('x')\"",
+    b"[" * 3000,
+    b"\xe2\x80\xae",
+    b"opt.betas = 1\n",
+]
 
 
 @contextmanager
 def seconds(limit: int):
     """A wait is a failure, where the system has an alarm."""
     if hasattr(signal, "SIGALRM"):
-        before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(AssertionError("it waits")))
+        before = signal.signal(
+            signal.SIGALRM, lambda *_: (_ for _ in ()).throw(AssertionError("it waits"))
+        )
         signal.alarm(limit)
     try:
         yield
@@ -40,7 +67,8 @@ def seconds(limit: int):
 
 
 def mutated(raw: bytes, rng: random.Random) -> bytes:
-    """One to three changes: bytes flipped, a piece cut, doubled or moved, a word where a value was."""
+    """One to three changes: bytes flipped, a piece cut, doubled or moved, a word where a value
+    was."""
     for _ in range(rng.randint(1, 3)):
         a, b = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
         match rng.randrange(6):
@@ -109,12 +137,14 @@ def test_each_word_in_the_place_of_a_value_is_taken_or_refused_in_one_line(tmp_p
         (tmp_path / "a.toml").write_bytes(field.encode() + b" = " + word)
         parsed(tmp_path / "a.toml")
         try:
-            config.parse([f"--{field.strip(chr(34))}={word.decode(errors='surrogateescape').strip()}"])
+            config.parse(
+                [f"--{field.strip(chr(34))}={word.decode(errors='surrogateescape').strip()}"]
+            )
         except ValueError as error:
             sentence(error)
 
 
-# ---- data --------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 def shard(
     ids, magic: int | None = 20240520, version: int = 1, count: int | None = None, high: int = 0
 ) -> bytes:
@@ -129,13 +159,17 @@ def shard(
 IDS = [*range(256)] * 3
 SHARDS = [shard(IDS), shard(IDS, None), shard(IDS, 20240801, 7)]
 HEADS = [
-    shard(IDS, count=c, high=h) for c, h in ((2**31, 0), (0, 1), (2**32 - 1, 2**32 - 1), (0, 0), (767, 0))
+    shard(IDS, count=c, high=h)
+    for c, h in ((2**31, 0), (0, 1), (2**32 - 1, 2**32 - 1), (0, 0), (767, 0))
 ]
-HEADS += [shard(IDS, magic=m, version=v) for m, v in ((20240520, 7), (20240801, 1), (20240520, 2**32 - 1))]
+HEADS += [
+    shard(IDS, magic=m, version=v) for m, v in ((20240520, 7), (20240801, 1), (20240520, 2**32 - 1))
+]
 
 
 def loaded(where: Path, tokenizer: str = "bytes") -> bool:
-    """Whether the data are taken, in which case every row can be read; a refusal must be a sentence."""
+    """Whether the data are taken, in which case every row can be read; a refusal must be a
+    sentence."""
     try:
         corpus = corpora.load(str(where), tokenizer, str(where.parent / "cache"))
         for tokens in (corpus.train, corpus.val):
@@ -184,7 +218,9 @@ def test_of_200_damaged_texts_each_is_taken_or_refused_in_one_line(tmp_path, mon
     import tiktoken
 
     ranks = {bytes([i]): i for i in range(256)}
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     rng, taken = random.Random(3), 0
     text = "déjà vu ✓ \U0001f600 end\n".encode() * 40
@@ -202,15 +238,36 @@ def test_of_200_damaged_texts_each_is_taken_or_refused_in_one_line(tmp_path, mon
     assert 10 < taken < 190
 
 
-@pytest.mark.parametrize("name", ["", "\0", "a" * 5000, "~nobody-of-this-name/x", "/dev/null", "//",
-                                  "/dev/zero", "python:", "shakespeare:3", "fineweb:-1", ".", "..", "~",
-                                  "--", "\n",
-                                  "openwebtext:\u0663", "PYTHON", "file:///etc/passwd"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "\0",
+        "a" * 5000,
+        "~nobody-of-this-name/x",
+        "/dev/null",
+        "//",
+        "/dev/zero",
+        "python:",
+        "shakespeare:3",
+        "fineweb:-1",
+        ".",
+        "..",
+        "~",
+        "--",
+        "\n",
+        "openwebtext:\u0663",
+        "PYTHON",
+        "file:///etc/passwd",
+    ],
+)
 @pytest.mark.parametrize("field", ["data", "data_dir", "tokenizer"])
 def test_a_strange_name_is_a_sentence(tmp_path, monkeypatch, name, field):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"text " * 100)
-    given = {"data": str(tmp_path / "a.txt"), "tokenizer": "bytes", "data_dir": str(tmp_path)} | {field: name}
+    given = {"data": str(tmp_path / "a.txt"), "tokenizer": "bytes", "data_dir": str(tmp_path)} | {
+        field: name
+    }
     with seconds(20):
         try:
             corpora.load(given["data"], given["tokenizer"], given["data_dir"])
@@ -236,7 +293,9 @@ def test_a_pipe_or_a_device_in_the_place_of_a_file_is_not_waited_for(tmp_path):
                 config.parse([str(recipe)])
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read everything"
+)
 def test_a_file_that_may_not_be_read_is_a_sentence(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"text " * 100)
     (tmp_path / "a.txt").chmod(0)
@@ -245,9 +304,11 @@ def test_a_file_that_may_not_be_read_is_a_sentence(tmp_path):
         config.parse([str(tmp_path / "a.txt")])
 
 
-# ---- as a process ------------------------------------------------------------------------------------------
+# ---- as a process --------------------------------------------------------------------------------
 def train(*argv: str) -> None:
-    done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr[-2000:]
     assert done.stderr.startswith(b"train.py: ")
 

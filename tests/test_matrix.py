@@ -1,4 +1,5 @@
-"""The promise, cell by cell: any optimizer on any layout is the same run, and goes on on any other."""
+"""The promise, cell by cell: any optimizer on any layout is the same run, and goes on on any
+other."""
 
 import copy
 import functools
@@ -8,7 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from matrix import LARGER, LAYOUTS, MODEL_PARALLEL, OPTIMIZERS, TINY, column, difference, text, trace
+from matrix import (
+    LARGER,
+    LAYOUTS,
+    MODEL_PARALLEL,
+    OPTIMIZERS,
+    TINY,
+    column,
+    difference,
+    text,
+    trace,
+)
 
 import config
 import train
@@ -31,12 +42,15 @@ FAST = ("zero3 2",)
 
 
 @pytest.mark.parametrize(
-    "layout", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+    "layout",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
 )
 def test_every_optimizer_on_every_layout_is_one_process(alone, layout):
     for name, found in column(layout, "fp64", list(OPTIMIZERS)).items():
         assert difference(found, alone[name]) < (1e-4 if name == "SOAP" else 1e-10), name
-        assert abs(found[-1] / found[0] - 1) > 1e-4, f"{name} learns nothing, so this proves nothing"
+        assert abs(found[-1] / found[0] - 1) > 1e-4, (
+            f"{name} learns nothing, so this proves nothing"
+        )
 
 
 SOME = ["SGD", "Muon", "LAMB"]  # not scale-free; whole matrices; whole norms
@@ -51,12 +65,15 @@ def once(optimizers, *more):
 def apart(layout, optimizers, *more):
     """{optimizer: how far this layout is from one process}"""
     alone, found = once(tuple(optimizers), *more), column(layout, "fp64", optimizers, *more)
-    assert all(abs(losses[-1] / losses[0] - 1) > 1e-4 for losses in alone.values()), "learns nothing"
+    assert all(abs(losses[-1] / losses[0] - 1) > 1e-4 for losses in alone.values()), (
+        "learns nothing"
+    )
     return {name: difference(found[name], alone[name]) for name in optimizers}
 
 
 @pytest.mark.parametrize(
-    "layout", [*CUT_UP, *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp 2 x tp 2", "pp 2 x tp 2"))]
+    "layout",
+    [*CUT_UP, *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp 2 x tp 2", "pp 2 x tp 2"))],
 )
 def test_a_model_cut_up_is_one_process(layout):
     assert max(apart(layout, SOME).values()) < 1e-10
@@ -69,9 +86,22 @@ def test_every_optimizer_on_a_model_cut_up_is_one_process(layout):
         assert found < (1e-4 if name == "SOAP" else 1e-10), name
 
 
-TIED = ["zero1 2 x pp 2", "pp 2 x tp 2", "zero1 2 x pp 2 interleaved", "zero1 2 x pp 2 zerobubble",
-        "fsdp 2 x pp 2", "pp 2 x fsdp 2 x tp 2 + sp", "pp 2 x cp 2 x tp 2"]  # fmt: skip
-GPT2 = ["--arch=gpt2", "--n_kv_head=2", "--clip_value=0.02", "--eval_tokens=144", "--micro_batch_size=2"]
+TIED = [
+    "zero1 2 x pp 2",
+    "pp 2 x tp 2",
+    "zero1 2 x pp 2 interleaved",
+    "zero1 2 x pp 2 zerobubble",
+    "fsdp 2 x pp 2",
+    "pp 2 x fsdp 2 x tp 2 + sp",
+    "pp 2 x cp 2 x tp 2",
+]
+GPT2 = [
+    "--arch=gpt2",
+    "--n_kv_head=2",
+    "--clip_value=0.02",
+    "--eval_tokens=144",
+    "--micro_batch_size=2",
+]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +117,8 @@ def test_a_tied_gradient_meets_its_other_half_where_stages_would_choose_other_ow
 
 
 @pytest.mark.parametrize(
-    "layout", ["pp 2 interleaved", pytest.param("pp 2 x fsdp 2 x tp 2 + sp", marks=pytest.mark.slow)]
+    "layout",
+    ["pp 2 interleaved", pytest.param("pp 2 x fsdp 2 x tp 2 + sp", marks=pytest.mark.slow)],
 )
 def test_the_sample_at_the_end_is_one_process_s(tmp_path, layout):
     text(tmp_path)
@@ -112,7 +143,7 @@ def test_float32_follows_one_process(layout):
         assert difference(found[name], one[name]) < 1e-5, name
 
 
-# ---- SOAP as it is: it magnifies rounding without bound, so every step starts from the oracle's ----
+# ---- SOAP as it is: it magnifies rounding without bound, so every step starts from the oracle's --
 def layouts(group, world):
     yield "ddp", DDP(group, CPU)
     for stage in (1, 2, 3):
@@ -123,7 +154,9 @@ def layouts(group, world):
 
 def tiny(device: str) -> GPT:
     with torch.device(device):
-        model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, zero_init=False))
+        model = GPT(
+            GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, zero_init=False)
+        )
     return model.double()
 
 
@@ -145,16 +178,21 @@ def lock_step(rank, world):
             groups = param_groups.param_groups(model, lrs, 0.1)
             optimizer = replicas.make_optimizer(SOAP, groups, precondition_frequency=2)
             state = copy.deepcopy(saved["state"])
-            param_groups.load_state_by_name(optimizer, saved["groups"], lambda n, _: state.get(n, {}))
+            param_groups.load_state_by_name(
+                optimizer, saved["groups"], lambda n, _: state.get(n, {})
+            )
             replicas.last_micro_batch(True)
             (model(mine[:, :-1], mine[:, 1:]) / 64).backward()
             replicas.finish_gradients()
             expected = {}
 
-            def update_of_one(optimizer, args, kwargs):  # the plain optimizer on the gathered gradient
+            # The plain optimizer on the gathered gradient
+            def update_of_one(optimizer, args, kwargs):
                 for group in optimizer.param_groups:
                     for name, p in zip(group["names"], group["params"]):
-                        torch.testing.assert_close(p.grad, weights[name].grad, rtol=1e-10, atol=1e-14)
+                        torch.testing.assert_close(
+                            p.grad, weights[name].grad, rtol=1e-10, atol=1e-14
+                        )
                         q = weights[name].detach().clone().requires_grad_()
                         options = {k: v for k, v in group.items() if k in SOAP([q]).defaults}
                         alone = SOAP([{"params": [q], **options}])
@@ -166,7 +204,9 @@ def lock_step(rank, world):
 
             optimizer.register_step_pre_hook(update_of_one)
             optimizer.step()
-            named = ((n, p) for g in optimizer.param_groups for n, p in zip(g["names"], g["params"]))
+            named = (
+                (n, p) for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])
+            )
             for name, p in named:
                 assert torch.equal(p, expected[name]), (layout, step, name)
             owned = torch.tensor([len(expected)])
@@ -181,7 +221,7 @@ def test_soap_in_lock_step_is_the_plain_optimizer_bitwise(world):
     run_ranks(world, lock_step)
 
 
-# ---- saved in any layout, resumed in any other ----------------------------------------------------
+# ---- saved in any layout, resumed in any other ---------------------------------------------------
 PLACES = ["one process", "ddp 2", "zero1 2", "zero2 4", "zero3 2", "fsdp 4", "hybrid 2x2"]
 KEPT = ["muon", "schedule_free", "soap"]
 
@@ -189,9 +229,17 @@ KEPT = ["muon", "schedule_free", "soap"]
 def go(rank, world, folders, steps, flags, shape):
     for folder in folders:
         optim = folder.name.split("-")[-1]
-        argv = [f"--data={folder.parent}/squares.txt", f"--out_dir={folder}", *TINY, *shape,
-                f"--optim={optim}", f"--steps={steps}", "--schedule=constant", "--eval_every=0",
-                "--precision=fp64"]  # fmt: skip
+        argv = [
+            f"--data={folder.parent}/squares.txt",
+            f"--out_dir={folder}",
+            *TINY,
+            *shape,
+            f"--optim={optim}",
+            f"--steps={steps}",
+            "--schedule=constant",
+            "--eval_every=0",
+            "--precision=fp64",
+        ]
         argv += ["--opt.eps=1e-2", "--lr=1e-3"] if optim == "soap" else []
         train.main(config.parse([*argv, "--data_parallel=ddp", *flags]))
 
@@ -233,13 +281,23 @@ def test_saved_in_any_layout_and_resumed_in_any_other(tmp_path):
     saved_and_resumed(tmp_path, PLACES, [(a, b) for a in PLACES for b in PLACES], KEPT)
 
 
-CUT_PLACES = ["one process", "tp 2 + sp", "pp 2 interleaved", "fsdp 2 x tp 2", "zero1 2 x pp 2", "zero3 2",
-              "pp 2 x cp 2 x tp 2", "pp 2 x fsdp 2 x tp 2"]  # fmt: skip
+CUT_PLACES = [
+    "one process",
+    "tp 2 + sp",
+    "pp 2 interleaved",
+    "fsdp 2 x tp 2",
+    "zero1 2 x pp 2",
+    "zero3 2",
+    "pp 2 x cp 2 x tp 2",
+    "pp 2 x fsdp 2 x tp 2",
+]
 
 
 def test_saved_cut_up_and_resumed_cut_up_otherwise(tmp_path):
     places = CUT_PLACES[1:4]
-    saved_and_resumed(tmp_path, places, list(zip(places, places[1:] + places[:1])), KEPT[:1], LARGER)
+    saved_and_resumed(
+        tmp_path, places, list(zip(places, places[1:] + places[:1])), KEPT[:1], LARGER
+    )
 
 
 @pytest.mark.slow

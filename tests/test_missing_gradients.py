@@ -31,9 +31,10 @@ from parallel.zero import ZeRO
 
 CPU, WIDTH, STEPS, MICRO, ROWS = torch.device("cpu"), 4, 4, 2, 12
 OPTIMIZERS = {
-    "sgd": (SGD, dict(momentum=0.9)), "adamw": (AdamW, {}),
+    "sgd": (SGD, dict(momentum=0.9)),
+    "adamw": (AdamW, {}),
     "muon": (Muon, dict(ns_dtype="float64")),
-}  # fmt: skip
+}
 NOT = math.nan  # the rows do not use the parameter
 CASES = {  # (step, rank, world, micro-batch) -> what the parameter is multiplied with, or NOT
     "nowhere": lambda step, rank, world, micro: 1.0,
@@ -181,16 +182,18 @@ def same(ranks, expected):
 
 
 LAYOUTS = {
-    "ddp": DDP, "ddp small": functools.partial(DDP, bucket_mb=1e-4),
+    "ddp": DDP,
+    "ddp small": functools.partial(DDP, bucket_mb=1e-4),
     "topk": functools.partial(DDP, reduce="topk", bucket_mb=3e-4),
     "powersgd": functools.partial(DDP, reduce="powersgd"),
     **{f"zero{i}": functools.partial(ZeRO, stage=i) for i in (1, 2, 3)},
     **{f"zero{i} small": functools.partial(ZeRO, stage=i, bucket_mb=1e-4) for i in (1, 2, 3)},
     "zero3 cpu": functools.partial(ZeRO, stage=3, offload_params="cpu"),
-    "fsdp": FSDP, "fsdp kept": functools.partial(FSDP, reshard=False),
+    "fsdp": FSDP,
+    "fsdp kept": functools.partial(FSDP, reshard=False),
     **{f"fsdp shard{s}": functools.partial(FSDP, shard=s) for s in (1, 2)},
     "fsdp cpu": functools.partial(FSDP, offload_params="cpu"),
-}  # fmt: skip
+}
 EXACT = dict(topk=dict(fraction=1.0), powersgd=dict(rank=WIDTH))  # these send everything
 
 
@@ -217,11 +220,27 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("layout, world", [
-    ("ddp", 2), slow("ddp small", 3), ("topk", 2), slow("powersgd", 2),
-    ("zero1", 2), ("zero2", 3), ("zero3", 3), slow("zero1 small", 3), slow("zero2 small", 2),
-    slow("zero3 small", 2), slow("zero3 cpu", 2), ("fsdp", 2), slow("fsdp kept", 3),
-    slow("fsdp shard1", 2), slow("fsdp shard2", 4), slow("fsdp cpu", 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, world",
+    [
+        ("ddp", 2),
+        slow("ddp small", 3),
+        ("topk", 2),
+        slow("powersgd", 2),
+        ("zero1", 2),
+        ("zero2", 3),
+        ("zero3", 3),
+        slow("zero1 small", 3),
+        slow("zero2 small", 2),
+        slow("zero3 small", 2),
+        slow("zero3 cpu", 2),
+        ("fsdp", 2),
+        slow("fsdp kept", 3),
+        slow("fsdp shard1", 2),
+        slow("fsdp shard2", 4),
+        slow("fsdp cpu", 3),
+    ],
+)
 def test_every_layout_treats_missing_gradients_as_one_process_does(layout, world):
     ranks = run_ranks(world, trained, layout)
     for i, optimizer in enumerate(OPTIMIZERS):
@@ -232,8 +251,19 @@ def test_the_cases_tell_a_missing_gradient_from_a_zero_one():
     """The oracle itself: who never had a gradient has its first weights and no state, and so on."""
     found = alone(3, "adamw")
     steps = {name.rsplit(".", 1)[1]: int(x) for (name, key), x in found.items() if key == "step"}
-    counted = dict(nowhere=4, first_rank=4, last_rank=4, only_last=4, some_steps=2, at_first=2,
-                   in_turn=3, zero=4, zero_on_one=4, early=4, late=4)  # fmt: skip
+    counted = dict(
+        nowhere=4,
+        first_rank=4,
+        last_rank=4,
+        only_last=4,
+        some_steps=2,
+        at_first=2,
+        in_turn=3,
+        zero=4,
+        zero_on_one=4,
+        early=4,
+        late=4,
+    )
     assert {case: n for case, n in steps.items() if case in CASES} == counted
     for name in (name for name, key in found if key == "weight" and name.endswith("everywhere")):
         assert torch.equal(found[name, "weight"], weights(name, found[name, "weight"].shape))
@@ -242,7 +272,7 @@ def test_the_cases_tell_a_missing_gradient_from_a_zero_one():
     assert not torch.equal(decayed, weights(zero, decayed.shape))
 
 
-# ---- compression that loses something ----------------------------------------------------------
+# ---- compression that loses something ------------------------------------------------------------
 METHODS = dict(topk=dict(fraction=0.3), sign={}, onebit={}, powersgd=dict(rank=1), fp16={}, bf16={})
 
 
@@ -278,8 +308,11 @@ def compressed(rank, world, methods, feedback):
 
 def everything(model, optimizer, reduce):
     names = {p: name for name, p in model.named_parameters()}
-    state = {(key, names[p]): torch.as_tensor(x).clone() for p, s in optimizer.state.items()
-             for key, x in s.items()}  # fmt: skip
+    state = {
+        (key, names[p]): torch.as_tensor(x).clone()
+        for p, s in optimizer.state.items()
+        for key, x in s.items()
+    }
     kept = {("residual", n): x.clone() for n, x in reduce.residuals.items()}
     kept |= {("q", n): x.clone() for n, x in reduce.shared.items() if n in reduce.shared}
     return state | kept | {("weight", n): p.detach().clone() for n, p in model.named_parameters()}
@@ -295,7 +328,7 @@ def test_compression_keeps_what_it_owes_of_a_gradient_that_nobody_has(feedback):
                 assert torch.equal(missing[key], x), (method, key)
 
 
-# ---- whole blocks, whole backwards -------------------------------------------------------------
+# ---- whole blocks, whole backwards ---------------------------------------------------------------
 def skipping(rank, world, layout, skipped):
     replicas = made(layout)
     model, optimizer = start(replicas, "adamw")
@@ -351,7 +384,7 @@ def test_a_rank_may_have_nothing_to_learn_from(layout):
     same(run_ranks(2, absent, layout), expected)
 
 
-# ---- what else may happen to a gradient --------------------------------------------------------
+# ---- what else may happen to a gradient ----------------------------------------------------------
 def mixed(rank, world, options):
     """Gathered or summed in bfloat16: near the oracle, and as many steps of each parameter."""
     replicas = FSDP(dist.group.WORLD, CPU, **options)
@@ -361,8 +394,13 @@ def mixed(rank, world, options):
     return held(replicas, optimizer)
 
 
-@pytest.mark.parametrize("options", [dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-                                     dict(reduce_dtype=torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        dict(reduce_dtype=torch.bfloat16),
+    ],
+)
 def test_fsdp_in_two_precisions_counts_the_same_steps(options):
     expected = alone(2, "adamw")
     ranks = run_ranks(2, mixed, options)
@@ -472,6 +510,7 @@ def test_a_roll_call_names_what_nobody_has_and_reads_nothing_for_who_lacks_nothi
         return call.nowhere(wanted), call.sent_bytes
 
     assert run_ranks(2, quiet) == [([], 2)] * 2
+
     def ask(rank, world):
         call = RollCall([rank == 2, False, True], dist.group.WORLD, CPU)
         return call.nowhere([1] if rank == 2 else [0, 1])
@@ -479,7 +518,7 @@ def test_a_roll_call_names_what_nobody_has_and_reads_nothing_for_who_lacks_nothi
     assert run_ranks(3, ask) == [[1]] * 3
 
 
-# ---- what is refused ---------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 def unfinished(rank, world, layout):
     replicas = made(layout)
     model, optimizer = start(replicas, "sgd")
@@ -512,7 +551,7 @@ def test_one_process_may_step_as_it_likes():
         optimizer.add_param_group({"params": [new], "kind": "new", "names": ["new"]})
 
 
-# ---- DiLoCo ------------------------------------------------------------------------------------
+# ---- DiLoCo --------------------------------------------------------------------------------------
 def local(rank, world, first, n, folder, options):
     """n inner steps; what the outer step knows. From a checkpoint if first > 0."""
     replicas = DiLoCo(dist.group.WORLD, CPU, **options)

@@ -8,8 +8,19 @@ from generation import generate
 from model import GPT, Dropout, GPTConfig, Where, initial_weight, rotary_angles, rotate
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
-GPT2 = dict(TINY, n_kv_head=4, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
-            tied=True, bias=True, zero_init=False, init="gpt2", logit_cap=None)  # fmt: skip
+GPT2 = dict(
+    TINY,
+    n_kv_head=4,
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    qk_norm=False,
+    tied=True,
+    bias=True,
+    zero_init=False,
+    init="gpt2",
+    logit_cap=None,
+)
 TRACK3 = dict(TINY, **settings.ARCHS["track3"])
 ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2), GPTConfig(**TRACK3)]
 
@@ -34,7 +45,9 @@ def test_the_loss_is_the_sum_of_token_losses(config):
     assert logits.shape == (3, 16, 64)
     by_hand = -torch.log_softmax(logits, -1).gather(-1, y[..., None]).sum()
     torch.testing.assert_close(model(x, y), by_hand, rtol=1e-12, atol=0)
-    torch.testing.assert_close(model(x[:1], y[:1]) + model(x[1:], y[1:]), by_hand, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        model(x[:1], y[:1]) + model(x[1:], y[1:]), by_hand, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("config", ARCHS)
@@ -96,7 +109,9 @@ def test_scaled_init():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_are_computed_in_float32(dtype):
     x = (torch.randn(8, 64) * 300).to(dtype)  # squares overflow float16
-    assert torch.equal(F.rms_norm(x, (64,), eps=1e-6), F.rms_norm(x.float(), (64,), eps=1e-6).to(dtype))
+    assert torch.equal(
+        F.rms_norm(x, (64,), eps=1e-6), F.rms_norm(x.float(), (64,), eps=1e-6).to(dtype)
+    )
 
 
 def test_loss_and_logits_are_float32_under_bf16_autocast():
@@ -111,7 +126,10 @@ def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.double), torch.randn(1, 1, 1, 8, dtype=torch.double)
 
     def score(i, j):
-        turned = [rotate(x, *rotary_angles(torch.tensor([n]), 8, torch.double)) for x, n in ((q, i), (k, j))]
+        turned = [
+            rotate(x, *rotary_angles(torch.tensor([n]), 8, torch.double))
+            for x, n in ((q, i), (k, j))
+        ]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(3, 1), score(13, 11), rtol=1e-12, atol=1e-12)
@@ -153,7 +171,7 @@ def test_hits_count_the_right_guesses():
     assert model.hits == (model(x).argmax(-1) == y).sum()
 
 
-# ---- dropout ---------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------
 def masks(config, rows, positions, name="blocks.0.attn"):
     x = torch.ones(len(rows), len(positions), config.n_embd)
     return Dropout(config, name)(x, Where(torch.tensor(positions), torch.tensor(rows), None))
@@ -193,7 +211,7 @@ def test_dropout_is_off_in_eval_and_needs_rows_in_training():
     assert torch.equal(model.eval()(x), model(x))
 
 
-# ---- generation ------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 def test_generation_is_repeatable_and_goes_past_the_block():
     model = awake(ARCHS[0]).eval()
     a, b = (generate(model, tokens(2, 3), 20, top_k=5, seed=s) for s in (1, 1))

@@ -1,4 +1,5 @@
-"""μP's coordinate check (Yang et al. 2022, D.1): what a few steps change does not depend on the width."""
+"""μP's coordinate check (Yang et al. 2022, D.1): what a few steps change does not depend on the
+width."""
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from optim.lion import Lion
 from optim.muon import Muon
 from optim.sgd import SGD
 
-RUNS = {"adamw": (AdamW, 0.01, {}), "lion": (Lion, 0.003, {}), "sgd": (SGD, 0.3, {}),
-        "muon": (Muon, 0.05, {"ns_dtype": "float32"})}  # fmt: skip
+RUNS = {
+    "adamw": (AdamW, 0.01, {}),
+    "lion": (Lion, 0.003, {}),
+    "sgd": (SGD, 0.3, {}),
+    "muon": (Muon, 0.05, {"ns_dtype": "float32"}),
+}
 WIDTHS = (32, 64, 128, 256)
 
 
@@ -20,7 +25,9 @@ def change(name: str, width: int, on: bool) -> dict[str, float]:
     """RMS of how much 4 steps change the hidden states before the head, and the logits."""
     optimizer_class, lr, options = RUNS[name]
     shape = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=width, block_size=16, vocab_size=64)
-    c = GPTConfig(**shape, zero_init=False, logit_cap=None, qk_norm=False, mup_base_width=32 if on else None)
+    c = GPTConfig(
+        **shape, zero_init=False, logit_cap=None, qk_norm=False, mup_base_width=32 if on else None
+    )
     model = init_weights(GPT(c))
     rule = mup.lr_multipliers(optimizer_class.__name__, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
@@ -29,7 +36,9 @@ def change(name: str, width: int, on: bool) -> dict[str, float]:
     tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
     seen = {}
     for name, module in ("hidden", model.final_norm), ("logits", model.head):
-        module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out.detach()}))
+        module.register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: out.detach()})
+        )
     history = []
     for _ in range(5):
         loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
@@ -59,7 +68,12 @@ def test_without_it_the_change_grows_with_the_width(name):
 
 def test_the_rules_are_the_papers_table():
     assert mup.lr_multipliers("AdamW", 512, 64)["matrix"] == 1 / 8
-    assert mup.lr_multipliers("SGD", 512, 64) == {"embedding": 8, "matrix": 1, "head": 8, "scalar": 8}
+    assert mup.lr_multipliers("SGD", 512, 64) == {
+        "embedding": 8,
+        "matrix": 1,
+        "head": 8,
+        "scalar": 8,
+    }
     assert mup.lr_multipliers("Muon", 512, 64)["matrix"] == 1
     assert mup.lr_multipliers("Muon", 1024, 64, adjust_lr_fn="match_rms_adamw")["matrix"] == 1 / 4
     for optimizer in mup.RULES:
@@ -70,6 +84,11 @@ def test_the_rules_are_the_papers_table():
 def test_initial_std_follows_the_table(init):
     shared = dict(n_head=4, n_kv_head=4, zero_init=False, init=init, mup_base_width=64)
     narrow, wide = (init_weights(GPT(GPTConfig(n_embd=w, **shared))) for w in (64, 256))
-    for name, ratio in [("embed", 1), ("head", 1), ("blocks.0.attn.q", 1 / 2), ("blocks.0.mlp.proj", 1 / 2)]:
+    for name, ratio in [
+        ("embed", 1),
+        ("head", 1),
+        ("blocks.0.attn.q", 1 / 2),
+        ("blocks.0.mlp.proj", 1 / 2),
+    ]:
         a, b = (m.get_submodule(name).weight.std().item() for m in (narrow, wide))
         assert b / a == pytest.approx(ratio, rel=0.05), name

@@ -41,7 +41,9 @@ def lower(grams: Counter, times: int) -> Counter:
     return grams
 
 
-@pytest.mark.parametrize("order, V, table", [(1, 5, 2**22), (2, 5, 30), (3, 4, 0), (4, 3, 40), (3, 300, 0)])
+@pytest.mark.parametrize(
+    "order, V, table", [(1, 5, 2**22), (2, 5, 30), (3, 4, 0), (4, 3, 40), (3, 300, 0)]
+)
 def test_it_is_kneser_ney(monkeypatch, order, V, table):
     monkeypatch.setattr(ngram, "TABLE", table)
     monkeypatch.setattr(ngram, "MANY", 1)
@@ -56,7 +58,9 @@ def test_it_is_kneser_ney(monkeypatch, order, V, table):
     tokens[0] = text[5:14]
     p = counts.log_probs(tokens).exp()
     torch.testing.assert_close(p.sum(-1), torch.ones(3, 9), rtol=0, atol=1e-5)
-    for b, t, w in ((b, t, w) for b in range(3) for t in (0, 1, 3, 8) for w in range(0, V, max(1, V // 4))):
+    for b, t, w in (
+        (b, t, w) for b in range(3) for t in (0, 1, 3, 8) for w in range(0, V, max(1, V // 4))
+    ):
         k = min(t + 1, order)
         context = tuple(tokens[b, t + 1 - k : t + 1].tolist())
         expected = naive(lower(grams, order - k), V, context, w, discounts)
@@ -74,7 +78,8 @@ def test_what_a_token_added_is_taken_off(monkeypatch):
     for start in range(0, 100, 5):
         row, answers = text[start : start + 5], text[start + 1 : start + 6]
         p = counts.log_probs(np.array([row]), np.array([answers])).exp()
-        gone = tuple(text[start + 1 : start + 5])  # it ends with the answer to the row's fourth token
+        # It ends with the answer to the row's fourth token
+        gone = tuple(text[start + 1 : start + 5])
         fewer = Counter(grams)
         fewer[gone] -= 1
         fewer += Counter()  # without what is 0
@@ -101,7 +106,11 @@ def with_base(grams: Counter, context: tuple, w: int, discounts: list[float], p:
 
 def test_what_cannot_be_counted_is_said(monkeypatch):
     text = np.arange(50) % 7
-    for order, V, problem in ((8, 256, "from 1 to 7"), (4, 50304, "from 1 to 3"), (0, 256, "from 1 to 7")):
+    for order, V, problem in (
+        (8, 256, "from 1 to 7"),
+        (4, 50304, "from 1 to 3"),
+        (0, 256, "from 1 to 7"),
+    ):
         with pytest.raises(ValueError, match=problem):
             NGrams(text, order, V)
     with pytest.raises(ValueError, match="token id 6, and vocab_size is 5"):
@@ -114,7 +123,7 @@ def test_what_cannot_be_counted_is_said(monkeypatch):
         NGrams(text[:6], 6, 256)
 
 
-# ---- in a model ------------------------------------------------------------------------------------------
+# ---- in a model ----------------------------------------------------------------------------------
 def small(text, order: int = 3) -> tuple[GPT, NGrams]:
     c = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=256)
     model, counts = init_weights(GPT(c)), NGrams(text, order, 256)
@@ -156,7 +165,7 @@ def test_generation_sees_the_same_prior_with_kept_keys_and_without():
     assert generate(model, ids, 20, temperature=0).shape == (2, 28)  # beyond block_size
 
 
-# ---- in a run --------------------------------------------------------------------------------------------
+# ---- in a run ------------------------------------------------------------------------------------
 def run(rank, world, *args):
     return go(*args)
 
@@ -194,7 +203,8 @@ def test_sample_counts_again_and_says_when_the_text_is_another(tmp_path, text, c
 
 def test_what_is_watched_and_what_z_loss_pulls_on_is_the_sum(tmp_path, text):
     go(text, tmp_path, "--ngram=4", "--watch_every=1", "--z_loss=10", "--steps=2")
-    assert abs(rows(tmp_path)[1]["log_z"]) < 1e-3  # the network is silent, a prior is normalised: log 1
+    # The network is silent, a prior is normalised: log 1
+    assert abs(rows(tmp_path)[1]["log_z"]) < 1e-3
 
 
 def test_weights_that_need_the_counts_say_so(tmp_path, text, capsys):
@@ -207,15 +217,22 @@ def test_weights_that_need_the_counts_say_so(tmp_path, text, capsys):
     assert "on top of" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, problem", [
-    (["--tp=2"], "does not go with tp"), (["--pp=2"], "does not go with pp"),
-    (["--cp=2"], "does not go with cp"), (["--ngram=0"], "ngram=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--tp=2"], "does not go with tp"),
+        (["--pp=2"], "does not go with pp"),
+        (["--cp=2"], "does not go with cp"),
+        (["--ngram=0"], "ngram=0"),
+    ],
+)
 def test_refusals(words, problem):
     with pytest.raises(ValueError, match=problem):
         config.parse(["--ngram=3", *words])
 
 
 def test_an_order_that_does_not_fit_stops_a_run(tmp_path, text):
-    with pytest.raises(ValueError, match="--ngram=9 does not go: with 256 different tokens it is from 1"):
+    with pytest.raises(
+        ValueError, match="--ngram=9 does not go: with 256 different tokens it is from 1"
+    ):
         go(text, tmp_path, "--ngram=9")

@@ -1,4 +1,5 @@
-"""N-grams' rows are those of the hash written out; nothing changes before the first step; layouts agree."""
+"""N-grams' rows are those of the hash written out; nothing changes before the first step; layouts
+agree."""
 
 import pytest
 import torch
@@ -51,7 +52,9 @@ def test_rows_are_spread_and_orders_and_places_differ():
     ids = torch.cartesian_prod(torch.arange(50), torch.arange(50))  # each pair of tokens
     two = model.grams.find(ids, torch.arange(2))[0, :, 1]
     assert len(two.unique()) > 0.995 * 2500  # 3 collisions are to be expected
-    three = model.grams.find(torch.tensor([[1, 2, 3], [2, 1, 3], [3, 2, 1]]), torch.arange(3))[:, :, 2]
+    three = model.grams.find(torch.tensor([[1, 2, 3], [2, 1, 3], [3, 2, 1]]), torch.arange(3))[
+        :, :, 2
+    ]
     assert len(three.unique()) == 6  # (2 3), (1 3), (2 1), and three of three tokens
 
 
@@ -89,9 +92,18 @@ def test_every_layout_is_one_process(layout):
 def test_a_run_goes_on_bitwise_and_samples(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 100)
-    words = [f"--data={text}", "--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16",
-             "--batch_size=2", "--ngram_embed=4", "--ngram_rows=500", "--eval_tokens=64",
-             "--sample_tokens=8"]  # fmt: skip
+    words = [
+        f"--data={text}",
+        "--n_layer=1",
+        "--n_embd=16",
+        "--n_head=2",
+        "--block_size=16",
+        "--batch_size=2",
+        "--ngram_embed=4",
+        "--ngram_rows=500",
+        "--eval_tokens=64",
+        "--sample_tokens=8",
+    ]
     whole = train.main(config.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'a'}"]))
     train.main(config.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'b'}", "--save_every=3"]))
     for path in (tmp_path / "b").glob("step-00000006*"):
@@ -102,14 +114,19 @@ def test_a_run_goes_on_bitwise_and_samples(tmp_path, capsys):
     without = [word for word in words if not word.startswith("--ngram")]
     words = [*without, "--steps=1", f"--out_dir={tmp_path / 'c'}", f"--init_from={tmp_path / 'a'}"]
     train.main(config.parse(words))
-    assert "a learned with embeddings of n-grams, and here there are none" in capsys.readouterr().out
+    assert (
+        "a learned with embeddings of n-grams, and here there are none" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--ngram_embed=4", "--cp=2"], "ngram_embed needs the tokens before a rank's own"),
-    (["--ngram_rows=64"], "ngram_rows has no meaning without ngram_embed"),
-    (["--ngram_embed=1"], "ngram_embed=1 is out of range; it must be at least 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--ngram_embed=4", "--cp=2"], "ngram_embed needs the tokens before a rank's own"),
+        (["--ngram_rows=64"], "ngram_rows has no meaning without ngram_embed"),
+        (["--ngram_embed=1"], "ngram_embed=1 is out of range; it must be at least 2"),
+    ],
+)
 def test_what_cannot_be_is_said(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
         config.parse(flags)

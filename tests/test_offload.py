@@ -23,7 +23,9 @@ from model import GPT, GPTConfig, initial_weight
 from optim import adamw, muon, schedule_free
 from optim.param_groups import param_groups
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, which Linux has")
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="looks into /proc, which Linux has"
+)
 SHAPES = ((6, 4), (4, 6), (5,), (2, 3, 4), (), (6, 4), (6, 4), (7,), (1,))
 CPU = torch.device("cpu")
 where = pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -33,7 +35,10 @@ chunk_mb = pytest.mark.parametrize("chunk_mb", [1e-6, 2e-4])  # one parameter ea
 def pair(cls, where, tmp_path, chunk_mb=2e-4, dtype=torch.float32, shapes=SHAPES):
     """(parameters, plain optimizer), (the same parameters, offloaded optimizer)"""
     plain, ours = parameters(dtype, shapes), parameters(dtype, shapes)
-    return (plain, build(cls, plain)), (ours, offload(build(cls, ours), where, tmp_path, CPU, chunk_mb))
+    return (plain, build(cls, plain)), (
+        ours,
+        offload(build(cls, ours), where, tmp_path, CPU, chunk_mb),
+    )
 
 
 def assert_same(a, b):
@@ -45,7 +50,9 @@ def assert_same(a, b):
         assert plain.state.get(p, {}).keys() == ours.state.get(q, {}).keys()
         for name, x in plain.state.get(p, {}).items():
             y = ours.state[q][name]
-            assert (torch.equal(x, y) and x.stride() == y.stride()) if torch.is_tensor(x) else x == y, name
+            assert (
+                (torch.equal(x, y) and x.stride() == y.stride()) if torch.is_tensor(x) else x == y
+            ), name
     for g, h in zip(plain.param_groups, ours.param_groups, strict=True):
         assert len(g["params"]) == len(h["params"])
         assert {**g, "params": 0} == {**h, "params": 0}
@@ -78,8 +85,18 @@ def test_steps_equal_plain_steps_bit_for_bit(cls, where, chunk_mb, dtype, tmp_pa
             assert_same(a, b)
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam,
-                                 torch.optim.Adagrad, torch.optim.Adafactor, torch.optim.RAdam])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        torch.optim.AdamW,
+        torch.optim.SGD,
+        torch.optim.RMSprop,
+        torch.optim.NAdam,
+        torch.optim.Adagrad,
+        torch.optim.Adafactor,
+        torch.optim.RAdam,
+    ],
+)
 @where
 def test_torchs_own_optimizers_fit(cls, where, tmp_path):
     runs = []
@@ -121,10 +138,14 @@ def test_step_hooks_run_once_and_may_change_gradients(where, tmp_path):
     offload(optimizer, where, tmp_path, CPU, 1e-6)
 
     def pre(optimizer, args, kwargs):
-        calls.append(("pre", [len(g["params"]) for g in optimizer.param_groups], len(optimizer.state)))
+        calls.append(
+            ("pre", [len(g["params"]) for g in optimizer.param_groups], len(optimizer.state))
+        )
 
     def post(optimizer, args, kwargs):
-        calls.append(("post", [len(g["params"]) for g in optimizer.param_groups], len(optimizer.state)))
+        calls.append(
+            ("post", [len(g["params"]) for g in optimizer.param_groups], len(optimizer.state))
+        )
 
     optimizer.register_step_pre_hook(pre)
     optimizer.register_step_post_hook(post)
@@ -189,14 +210,16 @@ class Counting(torch.optim.SGD):
 
 
 def with_counts(make):
-    """Two runs of Schedule-Free and of Counting, by make(optimizer, whole or not); parameters join late
-    or rest, and Schedule-Free's groups have the largest counts of theirs."""
+    """Two runs of Schedule-Free and of Counting, by make(optimizer, whole or not); parameters join
+    late or rest, and Schedule-Free's groups have the largest counts of theirs."""
     for cls, options in ((schedule_free.AdamWScheduleFree, {"warmup_steps": 9}), (Counting, {})):
         runs = []
         for whole in (True, False):
             params = parameters(shapes=((3, 3),) * 4)
-            groups = [{"params": params[:3], "names": ["a", "b", "c"]},
-                      {"params": params[3:], "names": ["d"]}]  # fmt: skip
+            groups = [
+                {"params": params[:3], "names": ["a", "b", "c"]},
+                {"params": params[3:], "names": ["d"]},
+            ]
             optimizer = make(cls(groups, **options), whole)
             getattr(optimizer, "train", lambda: None)()
             for t in range(6):
@@ -216,7 +239,9 @@ def with_counts(make):
 
 @where
 def test_what_a_group_counts_is_the_same_in_chunks(where, tmp_path):
-    for runs in with_counts(lambda o, whole: o if whole else offload(o, where, tmp_path, CPU, 1e-6)):
+    for runs in with_counts(
+        lambda o, whole: o if whole else offload(o, where, tmp_path, CPU, 1e-6)
+    ):
         assert_same(*runs)
 
 
@@ -250,9 +275,11 @@ def test_hooks_of_load_state_dict_see_the_whole_once(where, tmp_path):
     other = offload(build(adamw.AdamW, copies), where, tmp_path, CPU, 1e-6)
     handles = [
         other.register_load_state_dict_pre_hook(
-            lambda _, s: {**s, "state": {1 - i: x for i, x in s["state"].items()}}),
+            lambda _, s: {**s, "state": {1 - i: x for i, x in s["state"].items()}}
+        ),
         other.register_load_state_dict_pre_hook(lambda _, s: seen.append(sorted(s["state"]))),
-        other.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))]
+        other.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state))),
+    ]
     for _ in range(2):
         other.load_state_dict(saved)
     assert seen == [[0, 1], 2] * 2 and sorted(saved["state"]) == [0, 1]
@@ -327,8 +354,13 @@ def test_a_plain_state_dict_loads_and_going_back_forgets(where, tmp_path):
 
 
 def test_state_there_before_moves_at_once(tmp_path):
-    a, (params, optimizer) = ((p := parameters()), build(adamw.AdamW, p)), ((q := parameters()),
-                                                                           build(adamw.AdamW, q))
+    a, (params, optimizer) = (
+        ((p := parameters()), build(adamw.AdamW, p)),
+        (
+            (q := parameters()),
+            build(adamw.AdamW, q),
+        ),
+    )
     steps(a[1], a[0], range(3))
     steps(optimizer, params, range(3))
     offload(optimizer, "disk", tmp_path, CPU, 2e-4)
@@ -395,7 +427,9 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypatch):
     params = parameters()
     optimizer = offload(build(adamw.AdamW, params), "disk", tmp_path, CPU, 1e-6)
     steps(optimizer, params[:1], range(2))
-    saved = {name: x.clone() for name, x in optimizer.state[params[0]].items() if torch.is_tensor(x)}
+    saved = {
+        name: x.clone() for name, x in optimizer.state[params[0]].items() if torch.is_tensor(x)
+    }
     monkeypatch.setattr(module.os, "posix_fallocate", full, raising=False)
     params[0].grad = None
     params[1].grad = torch.ones_like(params[1])
@@ -439,7 +473,7 @@ def test_another_place_is_refused(where, folder):
         offload(build(adamw.AdamW, parameters()), where, folder, CPU)
 
 
-# ---- the streams of a GPU, played by objects that write down what they are asked ---------------------------
+# ---- the streams of a GPU, played by objects that write down what they are asked -----------------
 class FakeStream:
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -457,12 +491,16 @@ def test_on_a_gpu_two_chunks_are_in_flight_and_streams_wait_for_each_other(tmp_p
     main = FakeStream("main", log)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(next(names), log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext(log.append(f"on {s.name}")))
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda s: contextlib.nullcontext(log.append(f"on {s.name}"))
+    )
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: x.clone() if args else x)
     params, plain = parameters(shapes=((10, 10),) * 3), parameters(shapes=((10, 10),) * 3)
     optimizer, reference = (torch.optim.AdamW(ps, foreach=False, lr=0.1) for ps in (params, plain))
     step = torch.optim.AdamW.step.__wrapped__  # what a chunk calls
-    monkeypatch.setattr(torch.optim.AdamW.step, "__wrapped__", lambda o: (log.append("step"), step(o))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW.step, "__wrapped__", lambda o: (log.append("step"), step(o))[1]
+    )
     offload(optimizer, "disk", tmp_path, SimpleNamespace(type="cuda"), 1e-6)
     for t in range(3):
         log.clear()
@@ -470,11 +508,18 @@ def test_on_a_gpu_two_chunks_are_in_flight_and_streams_wait_for_each_other(tmp_p
     for t in range(3):
         steps(reference, plain, [t])
     assert all(torch.equal(p, q) for p, q in zip(params, plain))
-    chunk = ["main waits for in", "step", "host waits for out", "on in", "out waits for main", "on out"]
+    chunk = [
+        "main waits for in",
+        "step",
+        "host waits for out",
+        "on in",
+        "out waits for main",
+        "on out",
+    ]
     assert log == ["on in", *chunk * 3, "host waits for out"]
 
 
-# ---- with communication in the hooks -----------------------------------------------------------------------
+# ---- with communication in the hooks -------------------------------------------------------------
 def trained(rank, world, layout, cls, folder):
     """Losses and this rank's weights after three steps, in memory and offloaded."""
     runs = []
@@ -483,12 +528,17 @@ def trained(rank, world, layout, cls, folder):
         with torch.device("meta"):
             model = GPT(config).double()
         replicas = importlib.import_module("parallel." + layout.rstrip("123"))
-        replicas = (replicas.FSDP(dist.group.WORLD, CPU) if layout == "fsdp" else
-                    replicas.ZeRO(dist.group.WORLD, CPU, int(layout[-1])))  # fmt: skip
+        replicas = (
+            replicas.FSDP(dist.group.WORLD, CPU)
+            if layout == "fsdp"
+            else replicas.ZeRO(dist.group.WORLD, CPU, int(layout[-1]))
+        )
         model = replicas.wrap(model)
         replicas.fill(lambda name, shape: initial_weight(config, name, shape))
         lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 0.02)
-        optimizer = replicas.make_optimizer(cls, param_groups(model, lrs, 0.1, muon=cls is muon.Muon))
+        optimizer = replicas.make_optimizer(
+            cls, param_groups(model, lrs, 0.1, muon=cls is muon.Muon)
+        )
         if place is not None:
             optimizer = offload(optimizer, place, folder / f"{layout}_{rank}", CPU, 1e-6)
         if hasattr(optimizer, "train"):
@@ -503,7 +553,9 @@ def trained(rank, world, layout, cls, folder):
             optimizer.step()
             model.zero_grad(set_to_none=True)
             losses.append(loss.item())
-        weights = [w.to_local() if hasattr(w, "to_local") else w for w in replicas.weights().values()]
+        weights = [
+            w.to_local() if hasattr(w, "to_local") else w for w in replicas.weights().values()
+        ]
         runs.append((losses, [w.tolist() for w in weights]))
     return runs
 
@@ -516,13 +568,15 @@ def test_under_zero_and_fsdp_offloading_changes_nothing(layout, cls, tmp_path):
         assert offloaded == [plain, plain] and len(set(plain[0])) == 3
 
 
-# ---- memory -----------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 def rss_anon() -> int:
     import ctypes
 
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what is free is not kept for later
-    line = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon")][0]
+    line = [
+        s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon")
+    ][0]
     return int(line.split()[1]) * 1024
 
 

@@ -26,7 +26,9 @@ def test_a_product_and_its_gradients_are_float64s_to_float32_precision(rows, bia
         y = function(*leaves)
         return [y.detach(), *torch.autograd.grad((y * into.to(dtype)).sum(), leaves)]
 
-    for mine, exact in zip(gradients(onednn.linear, torch.float32), gradients(F.linear, torch.float64)):
+    for mine, exact in zip(
+        gradients(onednn.linear, torch.float32), gradients(F.linear, torch.float64)
+    ):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -44,7 +46,9 @@ def test_it_is_used_for_fp32_on_amd_cpus_alone(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(Path, "exists", lambda path: False)
-    monkeypatch.setattr(platform, "processor", lambda: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD")
+    monkeypatch.setattr(
+        platform, "processor", lambda: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD"
+    )
     assert onednn.faster("fp32", cpu)
     assert not onednn.faster("bf16", cpu) and not onednn.faster("fp64", cpu)
     assert not onednn.faster("fp32", torch.device("cuda"))

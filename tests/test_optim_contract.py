@@ -1,4 +1,5 @@
-"""What every optimizer promises, whatever its mathematics; then, by name, defects found elsewhere."""
+"""What every optimizer promises, whatever its mathematics; then, by name, defects found
+elsewhere."""
 
 import ast
 import copy
@@ -12,34 +13,59 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, schedule_free, sgd, shampoo, soap
+from optim import (
+    adafactor,
+    adam_l2,
+    adamw,
+    lamb,
+    lars,
+    lion,
+    muon,
+    schedule_free,
+    sgd,
+    shampoo,
+    soap,
+)
 
 FOLDER = Path(__file__).parent.parent / "optim"
-# class -> (arguments for these tests, lr that solves the quadratic, bytes of state of a (16, 8) matrix)
+# class -> (arguments for these tests, lr that solves the quadratic, bytes of state of a (16, 8)
+# matrix)
 CASES = {
     sgd.SGD: ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, 0.02, 4 * 128),
     adamw.AdamW: ({"weight_decay": 0.1}, 0.05, 8 * 128),
     adam_l2.AdamL2: ({"weight_decay": 0.01}, 0.05, 8 * 128),
     adafactor.Adafactor: ({"beta1": 0.9, "weight_decay": 0.01}, 0.05, 4 * (16 + 8) + 4 * 128),
     lion.Lion: ({"weight_decay": 0.1}, 0.05, 4 * 128),
-    lars.LARS: ({"weight_decay": 0.01, "trust_coefficient": 0.02, "exclude_1d": False}, 1.0, 4 * 128),
+    lars.LARS: (
+        {"weight_decay": 0.01, "trust_coefficient": 0.02, "exclude_1d": False},
+        1.0,
+        4 * 128,
+    ),
     lamb.LAMB: ({}, 0.03, 8 * 128),
-    shampoo.Shampoo: ({"precondition_frequency": 3, "weight_decay": 0.01}, 0.05, 8 * (256 + 64) + 8 * 128),
+    shampoo.Shampoo: (
+        {"precondition_frequency": 3, "weight_decay": 0.01},
+        0.05,
+        8 * (256 + 64) + 8 * 128,
+    ),
     soap.SOAP: ({"precondition_frequency": 3}, 0.1, 8 * (256 + 64) + 8 * 128),
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
     schedule_free.AdamWScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.1, 8 * 128),
     schedule_free.SGDScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.3, 4 * 128),
 }
 every = pytest.mark.parametrize("cls", CASES, ids=lambda cls: cls.__name__)
-half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+half = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+)
 
 
 def build(cls, params, **options):
     """The optimizer, ready to step; Muon gets vectors in an AdamW group, as its users must."""
     options = {**CASES[cls][0], **options}
     if cls is muon.Muon:
-        params = [{"params": [p for p in params if p.ndim >= 2]},
-                  {"params": [p for p in params if p.ndim < 2], "use_muon": False}]
+        params = [
+            {"params": [p for p in params if p.ndim >= 2]},
+            {"params": [p for p in params if p.ndim < 2], "use_muon": False},
+        ]
         params = [group for group in params if group["params"]]
     optimizer = cls(params, **options)
     if hasattr(optimizer, "train"):
@@ -202,7 +228,8 @@ def test_half_precision_computes_in_float32_and_rounds_once(cls, dtype):
         for p, q in zip(half, full):
             q.grad = p.grad.float()
             with torch.no_grad():
-                q.copy_(q if "lost" in a.state.get(p, {}) else p)  # Schedule-Free keeps what rounding takes
+                # Schedule-Free keeps what rounding takes
+                q.copy_(q if "lost" in a.state.get(p, {}) else p)
         a.step()
         b.step()
         assert all(torch.equal(p, q.to(dtype)) for p, q in zip(half, full))
@@ -214,8 +241,13 @@ def test_scalar_strided_and_zero_parameters_work(cls):
     plain = torch.randn(6, 4)
     strided = torch.randn(4, 6).T.copy_(plain).requires_grad_()
     conv = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
-    params = [torch.tensor(2.0, requires_grad=True), strided, torch.zeros(3, 5, requires_grad=True), conv,
-              torch.zeros(4, requires_grad=True)]
+    params = [
+        torch.tensor(2.0, requires_grad=True),
+        strided,
+        torch.zeros(3, 5, requires_grad=True),
+        conv,
+        torch.zeros(4, requires_grad=True),
+    ]
     optimizer = build(cls, params)
     reference = [plain.clone().requires_grad_()]
     plain_optimizer = build(cls, reference)
@@ -242,23 +274,53 @@ def test_zero_gradients_keep_everything_finite(cls):
 
 
 BAD_VALUES = [
-    ("lr", -1e-3), ("lr", math.nan), ("weight_decay", -0.1), ("eps", -1e-8), ("momentum", -0.1),
-    ("momentum", 1.0), ("betas", (-0.1, 0.9)), ("betas", (1.0, 0.9)), ("betas", (0.9, 1.1)), ("beta1", 1.0),
-    ("shampoo_beta", 1.0), ("ns_steps", 0), ("ns", "sextic"), ("adjust_lr_fn", "none"), ("ns_dtype", "int8"),
-    ("normuon_beta2", 1.5), ("grafting", "lion"), ("precondition_frequency", 0), ("warmup_steps", -1),
-    ("trust_coefficient", -1), ("d", 0), ("adamw_weight_decay", -1)]
+    ("lr", -1e-3),
+    ("lr", math.nan),
+    ("weight_decay", -0.1),
+    ("eps", -1e-8),
+    ("momentum", -0.1),
+    ("momentum", 1.0),
+    ("betas", (-0.1, 0.9)),
+    ("betas", (1.0, 0.9)),
+    ("betas", (0.9, 1.1)),
+    ("beta1", 1.0),
+    ("shampoo_beta", 1.0),
+    ("ns_steps", 0),
+    ("ns", "sextic"),
+    ("adjust_lr_fn", "none"),
+    ("ns_dtype", "int8"),
+    ("normuon_beta2", 1.5),
+    ("grafting", "lion"),
+    ("precondition_frequency", 0),
+    ("warmup_steps", -1),
+    ("trust_coefficient", -1),
+    ("d", 0),
+    ("adamw_weight_decay", -1),
+]
 
 
-@pytest.mark.parametrize("cls, name, value", [
-    (cls, name, value) for cls in CASES for name, value in BAD_VALUES
-    if name in cls([torch.zeros(2, 2)]).defaults])
+@pytest.mark.parametrize(
+    "cls, name, value",
+    [
+        (cls, name, value)
+        for cls in CASES
+        for name, value in BAD_VALUES
+        if name in cls([torch.zeros(2, 2)]).defaults
+    ],
+)
 def test_bad_values_are_refused_by_name_in_the_constructor_and_in_groups(cls, name, value):
     w = torch.zeros(2, 2, requires_grad=True)
     options = dict(CASES[cls][0])
     if name == "eps" and cls is adafactor.Adafactor:
         value = (-1.0, 1e-3)
     shown = str([x for x in value if not 0 <= x < 1][0] if isinstance(value, tuple) else value)
-    for params, arguments in ([w], {**options, name: value}), ([{"params": [w], name: value}], options):
+    for params, arguments in (
+        ([w], {**options, name: value}),
+        (
+            [{"params": [w], name: value}],
+            options,
+        ),
+    ):
         with pytest.raises(ValueError) as error:
             cls(params, **arguments)
         assert shown in str(error.value) and name.split("[")[0].rstrip("s") in str(error.value)
@@ -268,9 +330,13 @@ def test_the_ends_of_beta_ranges_are_as_documented():
     w = [torch.zeros(2, 2, requires_grad=True)]
     shampoo.Shampoo(w, betas=(0, 1))
     soap.SOAP(w, betas=(0, 0))
-    for cls, options in ((adamw.AdamW, {"betas": (0.9, 1.0)}), (soap.SOAP, {"betas": (0.9, 1.0)}),
-                         (schedule_free.AdamWScheduleFree, {"betas": (0.0, 0.9)}),
-                         (schedule_free.SGDScheduleFree, {"momentum": 0.0}), (sgd.SGD, {"nesterov": True})):
+    for cls, options in (
+        (adamw.AdamW, {"betas": (0.9, 1.0)}),
+        (soap.SOAP, {"betas": (0.9, 1.0)}),
+        (schedule_free.AdamWScheduleFree, {"betas": (0.0, 0.9)}),
+        (schedule_free.SGDScheduleFree, {"momentum": 0.0}),
+        (sgd.SGD, {"nesterov": True}),
+    ):
         with pytest.raises(ValueError):
             cls(w, **options)
 
@@ -291,7 +357,10 @@ def test_sparse_and_complex_gradients_are_refused(cls):
 def test_elementwise_means_that_shards_step_like_the_whole(cls):
     assert isinstance(cls.elementwise, bool)
     whole = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_()
-    shards = [whole.detach()[:3].clone().requires_grad_(), whole.detach()[3:].clone().requires_grad_()]
+    shards = [
+        whole.detach()[:3].clone().requires_grad_(),
+        whole.detach()[3:].clone().requires_grad_(),
+    ]
     a, b = build(cls, [whole]), build(cls, shards)
     for seed in range(3):
         give_gradients([whole], seed)
@@ -319,7 +388,9 @@ def test_deepcopy_and_late_groups_work(cls):
     copy.deepcopy(optimizer).state_dict()
 
 
-@pytest.mark.parametrize("file", sorted({Path(sys.modules[cls.__module__].__file__).name for cls in CASES}))
+@pytest.mark.parametrize(
+    "file", sorted({Path(sys.modules[cls.__module__].__file__).name for cls in CASES})
+)
 def test_a_file_copied_alone_into_an_empty_folder_imports(file, tmp_path):
     text = (FOLDER / file).read_text(encoding="utf-8")
     (tmp_path / file).write_text(text, encoding="utf-8")
@@ -334,16 +405,21 @@ def test_a_file_copied_alone_into_an_empty_folder_imports(file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted({Path(sys.modules[cls.__module__].__file__).name for cls in CASES}))
+@pytest.mark.parametrize(
+    "file", sorted({Path(sys.modules[cls.__module__].__file__).name for cls in CASES})
+)
 def test_the_self_check_of_a_file_runs_and_prints(file):
-    run = subprocess.run([sys.executable, FOLDER / file], capture_output=True, encoding="utf-8", check=True)
+    run = subprocess.run(
+        [sys.executable, FOLDER / file], capture_output=True, encoding="utf-8", check=True
+    )
     assert run.stdout.strip()
 
 
 @half
 @pytest.mark.parametrize("cls", [adamw.AdamW, muon.Muon])
 def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls):
-    """With two groups, a parameter that joins late, and another optimizer from the fourth step on."""
+    """With two groups, a parameter that joins late, and another optimizer from the fourth step
+    on."""
 
     def six_steps(*kinds):
         params, state = parameters(dtype), {}
@@ -351,9 +427,18 @@ def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls)
         params[0] = base[:6].T.requires_grad_()  # the last rows of base are nobody's
         for step in range(6):
             if step % 3 == 0:
-                groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.5}]
-                groups = [group | {"use_muon": False} for group in groups] if cls is muon.Muon else groups
-                optimizer = cls(groups, lr=0.02, betas=(0.8, 0.95), eps=1e-9, fused=kinds[step // 3])
+                groups = [
+                    {"params": params[:2], "lr": 0.1},
+                    {"params": params[2:], "weight_decay": 0.5},
+                ]
+                groups = (
+                    [group | {"use_muon": False} for group in groups]
+                    if cls is muon.Muon
+                    else groups
+                )
+                optimizer = cls(
+                    groups, lr=0.02, betas=(0.8, 0.95), eps=1e-9, fused=kinds[step // 3]
+                )
                 optimizer.state.update(state)
             give_gradients(params, step)
             params[1].grad = None if step < 2 else params[1].grad
@@ -362,7 +447,10 @@ def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls)
         assert [state[p]["step"] for p in params] == [6, 4, 6, 6, 6]
         return [*params, base]
 
-    plain, tolerance = six_steps(False, False), {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
+    plain, tolerance = (
+        six_steps(False, False),
+        {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2),
+    )
     for kinds in ((True, True), (True, False), (False, True)):
         for p, q in zip(six_steps(*kinds), plain):
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
@@ -428,7 +516,9 @@ def test_muon_treats_a_convolution_as_the_matrix_it_is(adjust):
     conv = torch.randn(8, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     matrix = conv.detach().flatten(1).requires_grad_()
     for w in conv, matrix:
-        optimizer = muon.Muon([w], adjust_lr_fn=adjust, normuon_beta2=0.9, cautious=True, weight_decay=0.1)
+        optimizer = muon.Muon(
+            [w], adjust_lr_fn=adjust, normuon_beta2=0.9, cautious=True, weight_decay=0.1
+        )
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
             w.grad = torch.randn(8, 30, generator=generator, dtype=torch.float64).view(w.shape)
@@ -455,11 +545,17 @@ def test_muon_refuses_vectors_by_name_rather_than_stepping_them_otherwise():
         muon.Muon([torch.zeros(4, requires_grad=True)])
     optimizer = muon.Muon([{"params": [torch.zeros(4, requires_grad=True)], "use_muon": False}])
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.9, 0.95), 1e-10, 0)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+        3e-4,
+        (0.9, 0.95),
+        1e-10,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
-    "ns, steps_", [("quintic", 5), ("polar", 5), ("polar", 8), ("cubic", 10), ("exact", 12)])
+    "ns, steps_", [("quintic", 5), ("polar", 5), ("polar", 8), ("cubic", 10), ("exact", 12)]
+)
 def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(ns, steps_):
     for shape in (16, 32), (16, 64), (64, 16), (32, 32):
         for noise in 0, 1e-6, 1e-3, 3e-2:

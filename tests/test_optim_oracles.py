@@ -1,16 +1,30 @@
-"""Every optimizer against torch's own or a plain transcription of its formula, in float64, ≤ 1e-10 after 30
-steps with a changing lr, two groups that differ, and gradients that are None now and then.
+"""Every optimizer against torch's own or a plain transcription of its formula, in float64, ≤ 1e-10
+after 30 steps with a changing lr, two groups that differ, and gradients that are None now and then.
 
-A transcription is a function (p, g, s, t, h) -> new p: s is the parameter's own dict, t its step from 1, h
-its group's hyperparameters. It follows the formula literally and shares nothing with the file it checks.
-Inputs avoid what the method itself amplifies: Lion's sign at 0; for SOAP, singular gradients tiny eps."""
+A transcription is a function (p, g, s, t, h) -> new p: s is the parameter's own dict, t its step
+from 1, h its group's hyperparameters. It follows the formula literally and shares nothing with the
+file it checks. Inputs avoid what the method itself amplifies: Lion's sign at 0; for SOAP, singular
+gradients tiny eps.
+"""
 
 import math
 
 import pytest
 import torch
 
-from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, schedule_free, sgd, shampoo, soap
+from optim import (
+    adafactor,
+    adam_l2,
+    adamw,
+    lamb,
+    lars,
+    lion,
+    muon,
+    schedule_free,
+    sgd,
+    shampoo,
+    soap,
+)
 
 torch_optim = torch.optim
 SHAPES = [(6, 4), (5,), (3, 4, 5), (), (4, 4), (4, 9), (2, 3, 2, 2)]
@@ -24,7 +38,10 @@ def lr_factor(step):
 def gradients(step, shapes):
     """One per shape; None now and then, never for all."""
     generator = torch.Generator().manual_seed(step)
-    gs = [torch.randn(s, generator=generator, dtype=torch.float64) * (1 + i) for i, s in enumerate(shapes)]
+    gs = [
+        torch.randn(s, generator=generator, dtype=torch.float64) * (1 + i)
+        for i, s in enumerate(shapes)
+    ]
     return [None if step > 2 and (step + 3 * i) % 7 == 0 else g for i, g in enumerate(gs)]
 
 
@@ -68,7 +85,9 @@ def transcribe(formula, options, shapes):
                 g = gradients(step, shapes)[i]
                 if g is not None:
                     t += 1
-                    params[i] = formula(params[i], g, states[i], t, {**h, "lr": h["lr"] * lr_factor(step)})
+                    params[i] = formula(
+                        params[i], g, states[i], t, {**h, "lr": h["lr"] * lr_factor(step)}
+                    )
     return params
 
 
@@ -77,18 +96,36 @@ def agree(ours, theirs, tolerance=1e-10):
         assert (p - q).abs().max() <= tolerance * max(1, q.abs().max()), p.shape
 
 
-@pytest.mark.parametrize("ours, theirs, options", [
-    (sgd.SGD, torch_optim.SGD, {"lr": 0.05, "weight_decay": 0.1}),
-    (sgd.SGD, torch_optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
-    (sgd.SGD, torch_optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}),
-    (adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}),
-    (adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.0}),
-    (adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}),
-    (adam_l2.AdamL2, torch_optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
-    (adafactor.Adafactor, torch_optim.Adafactor, {
-        "lr": 0.05, "eps": (None, 1e-3), "weight_decay": 0.1, "d": 0.7}),
-    (adafactor.Adafactor, torch_optim.Adafactor, {"lr": 0.3, "beta2_decay": -0.5, "weight_decay": 0.0}),
-])
+@pytest.mark.parametrize(
+    "ours, theirs, options",
+    [
+        (sgd.SGD, torch_optim.SGD, {"lr": 0.05, "weight_decay": 0.1}),
+        (sgd.SGD, torch_optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
+        (
+            sgd.SGD,
+            torch_optim.SGD,
+            {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
+        ),
+        (adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}),
+        (adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.0}),
+        (
+            adamw.AdamW,
+            torch_optim.AdamW,
+            {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True},
+        ),
+        (adam_l2.AdamL2, torch_optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+        (
+            adafactor.Adafactor,
+            torch_optim.Adafactor,
+            {"lr": 0.05, "eps": (None, 1e-3), "weight_decay": 0.1, "d": 0.7},
+        ),
+        (
+            adafactor.Adafactor,
+            torch_optim.Adafactor,
+            {"lr": 0.3, "beta2_decay": -0.5, "weight_decay": 0.0},
+        ),
+    ],
+)
 def test_equals_torch(ours, theirs, options):
     if theirs is torch_optim.Adafactor and "eps" not in options:
         options = {**options, "eps": (1e-30, 1e-3)}
@@ -97,13 +134,20 @@ def test_equals_torch(ours, theirs, options):
 
 def test_defaults_are_torchs_where_meant_as_a_drop_in():
     p = [torch.zeros(2, requires_grad=True)]
-    for ours, theirs in ((adamw.AdamW(p), torch_optim.AdamW(p)), (adam_l2.AdamL2(p), torch_optim.Adam(p))):
-        assert all(theirs.defaults[name] == value for name, value in ours.defaults.items() if name != "fused")
+    for ours, theirs in (
+        (adamw.AdamW(p), torch_optim.AdamW(p)),
+        (adam_l2.AdamL2(p), torch_optim.Adam(p)),
+    ):
+        assert all(
+            theirs.defaults[name] == value
+            for name, value in ours.defaults.items()
+            if name != "fused"
+        )
 
 
 def adafactor_formula(p, g, s, t, h):
     eps1, eps2 = h.get("eps", (1e-30, 1e-3))
-    w = t ** -0.8
+    w = t**-0.8
     if p.ndim >= 2:
         s["R"] = (1 - w) * s.get("R", 0) + w * (g * g).mean(dim=-1)
         s["C"] = (1 - w) * s.get("C", 0) + w * (g * g).mean(dim=-2)
@@ -113,7 +157,7 @@ def adafactor_formula(p, g, s, t, h):
         V = s["V"] = (1 - w) * s.get("V", 0) + w * g * g
     U = g / V.sqrt().clamp(min=eps1)
     U = U / max(1, (U * U).mean().sqrt().item() / h.get("d", 1))
-    rho = min(h["lr"], t ** -0.5) if h.get("relative_step", True) else h["lr"]
+    rho = min(h["lr"], t**-0.5) if h.get("relative_step", True) else h["lr"]
     alpha = rho * max(eps2, (p * p).mean().sqrt().item()) if h.get("scale_parameter", True) else rho
     update = alpha * U
     if h.get("beta1") is not None:
@@ -174,7 +218,10 @@ def shampoo_formula(p, g, s, t, h):
     conditioned = p.ndim >= 2 or (p.ndim == 1 and h.get("precondition_1d"))
     exponent = h.get("exponent") or (-1 / (2 * p.ndim) if p.ndim else -1)
     if conditioned:
-        zeros = [torch.zeros(n, n).double() if n <= h.get("max_precond_dim", 8192) else None for n in p.shape]
+        zeros = [
+            torch.zeros(n, n).double() if n <= h.get("max_precond_dim", 8192) else None
+            for n in p.shape
+        ]
         L = s.setdefault("L", zeros)
         for i in range(p.ndim):
             if L[i] is not None:
@@ -285,54 +332,149 @@ def muon_formula(p, g, s, t, h):
     return p - h["lr"] * h["weight_decay"] * mask * p - h["lr"] * k * X
 
 
-@pytest.mark.parametrize("cls, formula, options", [
-    (adafactor.Adafactor, adafactor_formula, {"lr": 0.3, "weight_decay": 0.1}),
-    (adafactor.Adafactor, adafactor_formula, {
-        "lr": 0.02, "beta1": 0.9, "relative_step": False, "d": 0.5, "weight_decay": 0.0}),
-    (adafactor.Adafactor, adafactor_formula, {
-        "lr": 0.02, "scale_parameter": False, "eps": (1e-3, 0.1), "weight_decay": 0.1}),
-    (lion.Lion, lion_formula, {"lr": 0.01, "weight_decay": 0.1}),
-    (lion.Lion, lion_formula, {"lr": 0.01, "betas": (0.95, 0.98), "weight_decay": 0.0}),
-    (lars.LARS, lars_formula, {"lr": 1.0, "trust_coefficient": 0.01, "weight_decay": 0.1}),
-    (lars.LARS, lars_formula, {
-        "lr": 1.0, "trust_coefficient": 0.01, "nesterov": True, "exclude_1d": False, "weight_decay": 0.0}),
-    (lamb.LAMB, lamb_formula, {"lr": 0.01, "weight_decay": 0.1}),
-    (lamb.LAMB, lamb_formula, {"lr": 0.01, "betas": (0.8, 0.9), "bias_correction": False, "weight_decay": 0}),
-    (shampoo.Shampoo, shampoo_formula, {
-        "lr": 0.01, "eps": 1e-4, "precondition_frequency": 4, "weight_decay": 0.1}),
-    (shampoo.Shampoo, shampoo_formula, {
-        "lr": 0.01, "eps": 1e-4, "precondition_frequency": 3, "start_preconditioning_step": 5,
-        "grafting": "rmsprop", "max_precond_dim": 4, "precondition_1d": True, "weight_decay": 0.1}),
-    (shampoo.Shampoo, shampoo_formula, {
-        "lr": 0.01, "eps": 1e-4, "precondition_frequency": 1, "grafting": "sgd", "betas": (0.5, 0.9),
-        "exponent": -0.5, "weight_decay": 0.0}),
-    (shampoo.Shampoo, shampoo_formula, {
-        "lr": 0.1, "eps": 1e-4, "precondition_frequency": 1, "grafting": None, "betas": (0, 1),
-        "weight_decay": 0.0}),
-    (shampoo.Shampoo, shampoo_formula, {
-        "lr": 0.01, "eps": 1e-4, "precondition_frequency": 2, "precondition_1d": True, "weight_decay": 0.1}),
-    (soap.SOAP, soap_formula, {"lr": 0.01, "eps": 1e-2, "precondition_frequency": 3, "weight_decay": 0.1}),
-    (soap.SOAP, soap_formula, {
-        "lr": 0.01, "eps": 1e-2, "precondition_frequency": 1, "shampoo_beta": 0.8, "normalize_grads": True,
-        "correct_bias": False, "max_precond_dim": 4, "weight_decay": 0.0}),
-])
+@pytest.mark.parametrize(
+    "cls, formula, options",
+    [
+        (adafactor.Adafactor, adafactor_formula, {"lr": 0.3, "weight_decay": 0.1}),
+        (
+            adafactor.Adafactor,
+            adafactor_formula,
+            {"lr": 0.02, "beta1": 0.9, "relative_step": False, "d": 0.5, "weight_decay": 0.0},
+        ),
+        (
+            adafactor.Adafactor,
+            adafactor_formula,
+            {"lr": 0.02, "scale_parameter": False, "eps": (1e-3, 0.1), "weight_decay": 0.1},
+        ),
+        (lion.Lion, lion_formula, {"lr": 0.01, "weight_decay": 0.1}),
+        (lion.Lion, lion_formula, {"lr": 0.01, "betas": (0.95, 0.98), "weight_decay": 0.0}),
+        (lars.LARS, lars_formula, {"lr": 1.0, "trust_coefficient": 0.01, "weight_decay": 0.1}),
+        (
+            lars.LARS,
+            lars_formula,
+            {
+                "lr": 1.0,
+                "trust_coefficient": 0.01,
+                "nesterov": True,
+                "exclude_1d": False,
+                "weight_decay": 0.0,
+            },
+        ),
+        (lamb.LAMB, lamb_formula, {"lr": 0.01, "weight_decay": 0.1}),
+        (
+            lamb.LAMB,
+            lamb_formula,
+            {"lr": 0.01, "betas": (0.8, 0.9), "bias_correction": False, "weight_decay": 0},
+        ),
+        (
+            shampoo.Shampoo,
+            shampoo_formula,
+            {"lr": 0.01, "eps": 1e-4, "precondition_frequency": 4, "weight_decay": 0.1},
+        ),
+        (
+            shampoo.Shampoo,
+            shampoo_formula,
+            {
+                "lr": 0.01,
+                "eps": 1e-4,
+                "precondition_frequency": 3,
+                "start_preconditioning_step": 5,
+                "grafting": "rmsprop",
+                "max_precond_dim": 4,
+                "precondition_1d": True,
+                "weight_decay": 0.1,
+            },
+        ),
+        (
+            shampoo.Shampoo,
+            shampoo_formula,
+            {
+                "lr": 0.01,
+                "eps": 1e-4,
+                "precondition_frequency": 1,
+                "grafting": "sgd",
+                "betas": (0.5, 0.9),
+                "exponent": -0.5,
+                "weight_decay": 0.0,
+            },
+        ),
+        (
+            shampoo.Shampoo,
+            shampoo_formula,
+            {
+                "lr": 0.1,
+                "eps": 1e-4,
+                "precondition_frequency": 1,
+                "grafting": None,
+                "betas": (0, 1),
+                "weight_decay": 0.0,
+            },
+        ),
+        (
+            shampoo.Shampoo,
+            shampoo_formula,
+            {
+                "lr": 0.01,
+                "eps": 1e-4,
+                "precondition_frequency": 2,
+                "precondition_1d": True,
+                "weight_decay": 0.1,
+            },
+        ),
+        (
+            soap.SOAP,
+            soap_formula,
+            {"lr": 0.01, "eps": 1e-2, "precondition_frequency": 3, "weight_decay": 0.1},
+        ),
+        (
+            soap.SOAP,
+            soap_formula,
+            {
+                "lr": 0.01,
+                "eps": 1e-2,
+                "precondition_frequency": 1,
+                "shampoo_beta": 0.8,
+                "normalize_grads": True,
+                "correct_bias": False,
+                "max_precond_dim": 4,
+                "weight_decay": 0.0,
+            },
+        ),
+    ],
+)
 def test_equals_a_plain_transcription(cls, formula, options):
     shapes = [(4, 4), (5,), (3, 4, 5), (), (5, 5), (4, 4)] if cls is soap.SOAP else SHAPES
     agree(run(cls, options, shapes), transcribe(formula, options, shapes))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"nesterov": False, "ns": "cubic", "ns_steps": 12}, {"ns": "polar", "ns_steps": 9, "cautious": True},
-    {"adjust_lr_fn": "match_rms_adamw", "normuon_beta2": 0.95},
-    {"normuon_beta2": 0.9, "cautious": True, "ns_steps": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": False, "ns": "cubic", "ns_steps": 12},
+        {"ns": "polar", "ns_steps": 9, "cautious": True},
+        {"adjust_lr_fn": "match_rms_adamw", "normuon_beta2": 0.95},
+        {"normuon_beta2": 0.9, "cautious": True, "ns_steps": 4},
+    ],
+)
 def test_muon_equals_a_plain_transcription(options):
     def build(groups):
-        vectors = [{"params": [p for p in g["params"] if p.ndim < 2], "use_muon": False, "lr": g["lr"],
-                    "weight_decay": g["weight_decay"]} for g in groups]
-        return muon.Muon([{**g, "params": [p for p in g["params"] if p.ndim >= 2]} for g in groups] + vectors)
+        vectors = [
+            {
+                "params": [p for p in g["params"] if p.ndim < 2],
+                "use_muon": False,
+                "lr": g["lr"],
+                "weight_decay": g["weight_decay"],
+            }
+            for g in groups
+        ]
+        return muon.Muon(
+            [{**g, "params": [p for p in g["params"] if p.ndim >= 2]} for g in groups] + vectors
+        )
 
     options = {"lr": 0.02, "weight_decay": 0.1, **options}
-    shapes = [*SHAPES, (6, 4), (9, 4), (4, 16), (4, 16), (16, 4)]  # stacks of one shape, wide and tall
+    # Stacks of one shape, wide and tall
+    shapes = [*SHAPES, (6, 4), (9, 4), (4, 16), (4, 16), (16, 4)]
     agree(run(build, options, shapes), transcribe(muon_formula, options, shapes))
 
 
@@ -377,9 +519,13 @@ def schedule_free_reference(options, shapes, adam):
     return out
 
 
-@pytest.mark.parametrize("options", [
-    {"lr": 0.02, "weight_decay": 0.0},
-    {"lr": 0.02, "weight_decay": 0.1, "warmup_steps": 7, "r": 1.0, "weight_lr_power": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.02, "weight_decay": 0.0},
+        {"lr": 0.02, "weight_decay": 0.1, "warmup_steps": 7, "r": 1.0, "weight_lr_power": 1.0},
+    ],
+)
 @pytest.mark.parametrize("cls", [schedule_free.AdamWScheduleFree, schedule_free.SGDScheduleFree])
 def test_schedule_free_equals_the_three_sequences_of_the_paper(cls, options):
     adam = cls is schedule_free.AdamWScheduleFree
@@ -394,7 +540,9 @@ def gradient_for_all(step, shapes):
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
 def test_schedule_free_equals_its_authors_package(name, monkeypatch):
     """Where no gradient is missing: the package counts the steps of a whole group."""
-    package = pytest.importorskip("schedulefree", reason="optional oracle: pip install schedulefree")
+    package = pytest.importorskip(
+        "schedulefree", reason="optional oracle: pip install schedulefree"
+    )
     monkeypatch.setitem(globals(), "gradients", gradient_for_all)
 
     def theirs(groups):
@@ -407,7 +555,9 @@ def test_schedule_free_equals_its_authors_package(name, monkeypatch):
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_schedule_free_goes_on_from_a_state_of_its_authors_package(name, mode):
-    package = pytest.importorskip("schedulefree", reason="optional oracle: pip install schedulefree")
+    package = pytest.importorskip(
+        "schedulefree", reason="optional oracle: pip install schedulefree"
+    )
     params = [p.requires_grad_() for p in start(SHAPES)]
     theirs = getattr(package, name)(params, lr=0.02, weight_decay=0.1, warmup_steps=12, r=1.0)
     theirs.train()
@@ -430,9 +580,13 @@ def test_schedule_free_goes_on_from_a_state_of_its_authors_package(name, mode):
     agree([p.detach() for p in copies], [p.detach() for p in params])
 
 
-@pytest.mark.parametrize("module, cls", [
-    (adamw, adamw.AdamW), (lion, lion.Lion), (schedule_free, schedule_free.AdamWScheduleFree)])
-def test_scalars_may_be_0d_tensors_so_that_a_compiled_step_does_not_recompile(module, cls, monkeypatch):
+@pytest.mark.parametrize(
+    "module, cls",
+    [(adamw, adamw.AdamW), (lion, lion.Lion), (schedule_free, schedule_free.AdamWScheduleFree)],
+)
+def test_scalars_may_be_0d_tensors_so_that_a_compiled_step_does_not_recompile(
+    module, cls, monkeypatch
+):
     options, name = {"lr": 0.02, "weight_decay": 0.1}, module.__name__.split(".")[-1] + "_update"
     expected, update = run(cls, options, SHAPES), getattr(module, name)
 
@@ -445,7 +599,8 @@ def test_scalars_may_be_0d_tensors_so_that_a_compiled_step_does_not_recompile(mo
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_eigenvectors_of_a_tiny_matrix_with_zero_rows_are_finite(seed):
-    """An embedding with unseen tokens: LAPACK's float32 eigh raises or returns NaN for a third of these."""
+    """An embedding with unseen tokens: LAPACK's float32 eigh raises or returns NaN for a third of
+    these."""
     from optim.shampoo import matrix_power
 
     g = torch.Generator().manual_seed(seed)

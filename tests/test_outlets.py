@@ -1,4 +1,5 @@
-"""Logs are not worth a run: full disks, closed pipes and terminals, long evaluations when somebody asks to stop."""
+"""Logs are not worth a run: full disks, closed pipes and terminals, long evaluations when somebody
+asks to stop."""
 
 import json
 import os
@@ -21,17 +22,37 @@ import resume
 ROOT = Path(outlets.__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 no_room = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--precision=fp32",
-        "--compile=off", "--sample_tokens=0", "--plot=false", "--device=cpu", "--threads=1"]  # fmt: skip
+TINY = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--batch_size=2",
+    "--precision=fp32",
+    "--compile=off",
+    "--sample_tokens=0",
+    "--plot=false",
+    "--device=cpu",
+    "--threads=1",
+]
 
 
 def python(code: str, **more) -> subprocess.CompletedProcess:
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **more
+    )
 
 
 def command(text, out_dir, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), f"--data={text}", f"--out_dir={out_dir}", *TINY, *more]
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--data={text}",
+        f"--out_dir={out_dir}",
+        *TINY,
+        *more,
+    ]
 
 
 def until(condition, seconds: float = 60) -> None:
@@ -41,7 +62,7 @@ def until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-# ---- files ---------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 @no_room
 def test_a_full_disk_is_said_once_and_raises_nothing():
     said = []
@@ -107,7 +128,13 @@ def test_the_logger_goes_on_without_what_it_cannot_write(tmp_path, broken, capsy
     assert printed.count("cannot be written") == (2 if broken == "both" else 1)
     assert printed.count("loss") >= 3  # people still see them
     if broken == "log":
-        assert [row["step"] for row in logger.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 3, 3]
+        assert [row["step"] for row in logger.read_metrics(tmp_path / "metrics.jsonl")] == [
+            1,
+            2,
+            3,
+            3,
+            3,
+        ]
 
 
 def test_tensorboard_and_wandb_that_fail_are_left_out(tmp_path, capsys):
@@ -122,10 +149,12 @@ def test_tensorboard_and_wandb_that_fail_are_left_out(tmp_path, capsys):
     for step in (1, 2):
         log.train({"step": step, "loss": 1.0})
     log.close()
-    assert len(seen) == 1 and "left out from now on: their thread is dead" in capsys.readouterr().out
+    assert (
+        len(seen) == 1 and "left out from now on: their thread is dead" in capsys.readouterr().out
+    )
 
 
-# ---- the terminal --------------------------------------------------------------------------------------
+# ---- the terminal --------------------------------------------------------------------------------
 @posix
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_goes_away_is_no_error_and_no_exit_status(stream):
@@ -145,9 +174,12 @@ print("still here", heard, file=sys.{"stderr" if stream == "stdout" else "stdout
 @pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_whose_reader_goes_away_ends_well_and_saves(text, tmp_path, merged):
     out = tmp_path / "out"
-    writer = subprocess.Popen(command(text, out, "--steps=30", "--eval_every=5", "--eval_tokens=64", "--save_every=0"),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT if merged else subprocess.PIPE,
-                              text=True)  # fmt: skip
+    writer = subprocess.Popen(
+        command(text, out, "--steps=30", "--eval_every=5", "--eval_tokens=64", "--save_every=0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+        text=True,
+    )
     writer.stdout.readline()
     writer.stdout.close()
     error = "" if merged else writer.stderr.read()
@@ -157,14 +189,17 @@ def test_a_run_whose_reader_goes_away_ends_well_and_saves(text, tmp_path, merged
     assert "nobody reads the terminal" in (out / "train.log").read_text(encoding="utf-8")
 
 
-# ---- signals -------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 @posix
 @pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_closed_terminal_saves_unless_nohup_said_not_to_care(text, tmp_path, ignored):
     out = tmp_path / "out"
     before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
-    run = subprocess.Popen(command(text, out, "--steps=100000", "--eval_every=0", "--save_every=0"),
-                           stdout=subprocess.DEVNULL, preexec_fn=before)  # fmt: skip
+    run = subprocess.Popen(
+        command(text, out, "--steps=100000", "--eval_every=0", "--save_every=0"),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=before,
+    )
     metrics = out / "metrics.jsonl"
     until(lambda: metrics.exists() and '"step": 3,' in metrics.read_text())
     run.send_signal(signal.SIGHUP)
@@ -185,7 +220,9 @@ def test_a_stop_during_a_long_evaluation_saves_at_once(tmp_path):
     long.write_text("the cat sat on the mat. " * 400_000)
     words = ["--micro_batch_size=1", "--eval_tokens=100000000", "--save_every=0"]
     subprocess.run(
-        command(long, out, *words, "--steps=3", "--eval_every=0"), check=True, stdout=subprocess.DEVNULL
+        command(long, out, *words, "--steps=3", "--eval_every=0"),
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
     run = subprocess.Popen(
         command(long, out, *words, "--steps=1000", "--eval_every=4"), stdout=subprocess.DEVNULL
@@ -225,13 +262,19 @@ def test_an_evaluation_asks_now_and_then_and_its_sums_do_not_depend_on_it(stop_a
     def each(batches, rows, look):
         for i, numbers in enumerate(batches):
             seen.extend(numbers)
-            look(i, torch.tensor(float(sum(numbers))), torch.zeros(len(numbers), 4, dtype=torch.int64))
+            look(
+                i,
+                torch.tensor(float(sum(numbers))),
+                torch.zeros(len(numbers), 4, dtype=torch.int64),
+            )
 
     def stopped():
         asked.append(len(seen))
         return len(asked) == stop_at
 
-    found = evaluation.evaluate(model, each, Rows(), 4 * 100, 3, Bytes(), OneRank(), True, stopped=stopped)
+    found = evaluation.evaluate(
+        model, each, Rows(), 4 * 100, 3, Bytes(), OneRank(), True, stopped=stopped
+    )
     assert model.training
     if stop_at is None:
         assert seen == list(range(100)) and asked == [24, 48, 72, 96]

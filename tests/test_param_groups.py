@@ -41,8 +41,14 @@ class Block(Holder):
     """Some Linears stand in it directly, as in many blocks."""
 
     def __init__(self, c, **more):
-        super().__init__(norm=nn.LayerNorm(c), attn=Attention(c), fc=nn.Linear(c, 4 * c),
-                         proj=nn.Linear(4 * c, c), gate=nn.Linear(c, c), **more)  # fmt: skip
+        super().__init__(
+            norm=nn.LayerNorm(c),
+            attn=Attention(c),
+            fc=nn.Linear(c, 4 * c),
+            proj=nn.Linear(4 * c, c),
+            gate=nn.Linear(c, c),
+            **more,
+        )
 
 
 def blocks(c, n, make=Block):
@@ -54,8 +60,13 @@ def moe(c):
 
 
 def nano(v, c, n, tied=True):
-    parts = dict(wte=nn.Embedding(v, c), wpe=nn.Embedding(16, c), drop=nn.Dropout(), h=blocks(c, n),
-                 ln_f=nn.LayerNorm(c))  # fmt: skip
+    parts = dict(
+        wte=nn.Embedding(v, c),
+        wpe=nn.Embedding(16, c),
+        drop=nn.Dropout(),
+        h=blocks(c, n),
+        ln_f=nn.LayerNorm(c),
+    )
     model = Holder(transformer=nn.ModuleDict(parts), lm_head=nn.Linear(c, v, bias=False))
     if tied:
         model.transformer.wte.weight = model.lm_head.weight
@@ -63,9 +74,13 @@ def nano(v, c, n, tied=True):
 
 
 def karpathy(v, c, n, *last):
-    return Holder(token=nn.Embedding(v, c), position=nn.Embedding(c, c),
-                  blocks=nn.Sequential(*blocks(c, n), *last), ln_f=nn.LayerNorm(c),
-                  lm_head=nn.Linear(c, v))  # fmt: skip
+    return Holder(
+        token=nn.Embedding(v, c),
+        position=nn.Embedding(c, c),
+        blocks=nn.Sequential(*blocks(c, n), *last),
+        ln_f=nn.LayerNorm(c),
+        lm_head=nn.Linear(c, v),
+    )
 
 
 def llama(v, c, n):
@@ -96,52 +111,86 @@ LANGUAGE = {
     "nanoGPT, untied": lambda v, c, n: nano(v, c, n, tied=False),
     "Sequential": karpathy,
     "Sequential with a norm": lambda v, c, n: karpathy(v, c, n, nn.LayerNorm(c)),
-    "Sequential alone": lambda v, c, n: nn.Sequential(nn.Embedding(v, c), *blocks(c, n),
-                                                      nn.LayerNorm(c), nn.Linear(c, v)),
+    "Sequential alone": lambda v, c, n: nn.Sequential(
+        nn.Embedding(v, c), *blocks(c, n), nn.LayerNorm(c), nn.Linear(c, v)
+    ),
     "Llama": llama,
     "T5": t5,
-    "mixture of experts": lambda v, c, n: Holder(wte=nn.Embedding(v, c), layers=blocks(c, n, moe),
-                                                 out=nn.Linear(c, v)),
-    "no layers": lambda v, c, n: Holder(wte=nn.Embedding(v, c), rnn=nn.LSTM(c, c),
-                                        lm_head=nn.Linear(c, v)),
+    "mixture of experts": lambda v, c, n: Holder(
+        wte=nn.Embedding(v, c), layers=blocks(c, n, moe), out=nn.Linear(c, v)
+    ),
+    "no layers": lambda v, c, n: Holder(
+        wte=nn.Embedding(v, c), rnn=nn.LSTM(c, c), lm_head=nn.Linear(c, v)
+    ),
     "layers that are Linears": lambda v, c, n: Holder(
-        wte=nn.EmbeddingBag(v, c), norm=nn.LayerNorm(c),
-        body=blocks(c, n, lambda c: nn.Linear(c, c)), lm_head=nn.Linear(c, v)),
+        wte=nn.EmbeddingBag(v, c),
+        norm=nn.LayerNorm(c),
+        body=blocks(c, n, lambda c: nn.Linear(c, c)),
+        lm_head=nn.Linear(c, v),
+    ),
     "Linears in a Sequential": lambda v, c, n: Holder(
-        wte=nn.Embedding(v, c), body=nn.Sequential(*(nn.Linear(c, c) for _ in range(n))),
-        norm=nn.LayerNorm(c), lm_head=nn.Linear(c, v)),
-}  # fmt: skip
+        wte=nn.Embedding(v, c),
+        body=nn.Sequential(*(nn.Linear(c, c) for _ in range(n))),
+        norm=nn.LayerNorm(c),
+        lm_head=nn.Linear(c, v),
+    ),
+}
 HEADS = dict.fromkeys(LANGUAGE, ("lm_head.weight",)) | {
-    "own": ("head.weight",), "own, tied": (), "nanoGPT": (), "mixture of experts": ("out.weight",),
-    "Sequential alone": ("4.weight",)}  # fmt: skip
+    "own": ("head.weight",),
+    "own, tied": (),
+    "nanoGPT": (),
+    "mixture of experts": ("out.weight",),
+    "Sequential alone": ("4.weight",),
+}
 OTHERS = {
     "MLP": lambda: Holder(fc1=nn.Linear(6, 7), act=nn.ReLU(), fc2=nn.Linear(7, 3)),
     "one Linear": lambda: nn.Linear(6, 3),
-    "several layers": lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6),
-                                            nn.LayerNorm(6)),
-    "classifier": lambda: Holder(stem=nn.Conv2d(3, 4, 3), blocks=nn.Sequential(*(
-        Holder(conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4)) for _ in range(2))),
-        fc=nn.Linear(4, 9)),
+    "several layers": lambda: nn.Sequential(
+        nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.LayerNorm(6)
+    ),
+    "classifier": lambda: Holder(
+        stem=nn.Conv2d(3, 4, 3),
+        blocks=nn.Sequential(
+            *(Holder(conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4)) for _ in range(2))
+        ),
+        fc=nn.Linear(4, 9),
+    ),
     "first stage": lambda: GPT(GPTConfig(n_layer=4, n_embd=16), [0, 1]),
     "middle stage": lambda: GPT(GPTConfig(n_layer=4, n_embd=16), [1]),
     "last stage": lambda: GPT(GPTConfig(n_layer=4, n_embd=16), [2, 3]),
     "last stage, tied": lambda: GPT(GPTConfig(n_layer=4, n_embd=16, **GPT2), [2, 3]),
     "middle stage of blocks with Linears": lambda: Holder(blocks=nn.ModuleDict({"1": Block(8)})),
     "weight norm": lambda: Holder(
-        wte=nn.Embedding(9, 8), blocks=blocks(8, 2),
-        head=parametrizations.weight_norm(nn.Linear(8, 9, bias=False))),
-}  # fmt: skip
-HEADS |= {"MLP": ("fc1.weight", "fc2.weight"), "one Linear": ("weight",),
-          "several layers": ("0.weight", "2.weight"),
-          "classifier": ("fc.weight",), "first stage": (), "middle stage": (),
-          "last stage": ("head.weight",), "last stage, tied": (),
-          "middle stage of blocks with Linears": (), "weight norm": tuple(
-              f"head.parametrizations.weight.original{i}" for i in (0, 1))}  # fmt: skip
-SIZES = {"": (11, 8, 2), "v=c": (8, 8, 2), "one layer": (11, 8, 1), "one layer, v=c": (8, 8, 1),
-         "v=4c": (32, 8, 2)}  # a vocabulary as large as what blocks are inside  # fmt: skip
-MODELS = {(name, size): lambda make=make, at=at: make(*at)
-          for name, make in LANGUAGE.items() for size, at in SIZES.items()
-          if (name, at[2]) != ("Sequential alone", 1)}  # a layer like any other  # fmt: skip
+        wte=nn.Embedding(9, 8),
+        blocks=blocks(8, 2),
+        head=parametrizations.weight_norm(nn.Linear(8, 9, bias=False)),
+    ),
+}
+HEADS |= {
+    "MLP": ("fc1.weight", "fc2.weight"),
+    "one Linear": ("weight",),
+    "several layers": ("0.weight", "2.weight"),
+    "classifier": ("fc.weight",),
+    "first stage": (),
+    "middle stage": (),
+    "last stage": ("head.weight",),
+    "last stage, tied": (),
+    "middle stage of blocks with Linears": (),
+    "weight norm": tuple(f"head.parametrizations.weight.original{i}" for i in (0, 1)),
+}
+SIZES = {
+    "": (11, 8, 2),
+    "v=c": (8, 8, 2),
+    "one layer": (11, 8, 1),
+    "one layer, v=c": (8, 8, 1),
+    "v=4c": (32, 8, 2),
+}  # a vocabulary as large as what blocks are inside
+MODELS = {
+    (name, size): lambda make=make, at=at: make(*at)
+    for name, make in LANGUAGE.items()
+    for size, at in SIZES.items()
+    if (name, at[2]) != ("Sequential alone", 1)
+}  # a layer like any other
 MODELS |= {(name, ""): make for name, make in OTHERS.items()}
 WRAPPED = [key for key in MODELS if key[1] == "v=c" or key[0] in (*OTHERS, "own", "Llama", "T5")]
 
@@ -151,8 +200,11 @@ def each(model, wrap, every=1):
     """The same model with every `every`-th block wrapped."""
     for m in reversed([*model.modules()]):  # inner ones first, as fully_shard wants it
         inside = isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        children = [(name, c) for name, c in m.named_children() if isinstance(c, nn.Linear)
-                    or type(c).__name__ in ("Block", "Expert", "Holder")]  # fmt: skip
+        children = [
+            (name, c)
+            for name, c in m.named_children()
+            if isinstance(c, nn.Linear) or type(c).__name__ in ("Block", "Expert", "Holder")
+        ]
         for name, child in children[::every] if inside else ():
             m._modules[name] = wrap(child)
     return model
@@ -203,9 +255,10 @@ WRAPPERS = {
     "ddp of compiled": lambda m: DistributedDataParallel(compiled(m)),
     "held ddp of compiled blocks": lambda m: held(DistributedDataParallel(each(m, compiled))),
     "compiled holder of sharded": lambda m: compiled(held(sharded(m))),
-    "checkpointed blocks, compiled, ddp": lambda m: DistributedDataParallel(compiled(
-        each(m, checkpoint_wrapper))),
-}  # fmt: skip
+    "checkpointed blocks, compiled, ddp": lambda m: DistributedDataParallel(
+        compiled(each(m, checkpoint_wrapper))
+    ),
+}
 ADDED = ("_orig_mod", "module", "_checkpoint_wrapped_module", "net", "inner")
 
 
@@ -256,15 +309,15 @@ def test_a_model_on_the_meta_device_has_the_same_kinds(key):
 
 
 # ---- several models in one -----------------------------------------------------------------------
-PAIRS = {"two attributes": lambda a, b: Holder(student=a, teacher=b),
-         "ModuleDict": lambda a, b: Holder(nets=nn.ModuleDict({"student": a, "teacher": b})),
-         "ModuleDict itself": lambda a, b: nn.ModuleDict({"student": a, "teacher": b}),
-         "ModuleList": lambda a, b: Holder(nets=nn.ModuleList([a, b])),
-         "compiled": lambda a, b: nn.ModuleDict({"student": compiled(a), "teacher": b}),
-         "compiled holder": lambda a, b: compiled(Holder(nets=nn.ModuleList([a, compiled(b)]))),
-         "with weights of its own": lambda a, b: Holder(nets=nn.ModuleList([a, b]),
-                                                        mix=nn.LayerNorm(4)),
-         }  # fmt: skip
+PAIRS = {
+    "two attributes": lambda a, b: Holder(student=a, teacher=b),
+    "ModuleDict": lambda a, b: Holder(nets=nn.ModuleDict({"student": a, "teacher": b})),
+    "ModuleDict itself": lambda a, b: nn.ModuleDict({"student": a, "teacher": b}),
+    "ModuleList": lambda a, b: Holder(nets=nn.ModuleList([a, b])),
+    "compiled": lambda a, b: nn.ModuleDict({"student": compiled(a), "teacher": b}),
+    "compiled holder": lambda a, b: compiled(Holder(nets=nn.ModuleList([a, compiled(b)]))),
+    "with weights of its own": lambda a, b: Holder(nets=nn.ModuleList([a, b]), mix=nn.LayerNorm(4)),
+}
 
 
 @pytest.mark.parametrize("size", ["", "v=c"])
@@ -304,9 +357,16 @@ def test_more_heads_are_heads():
 def test_raw_parameters_and_kernels_are_matrices_also_at_the_root():
     model = Holder(conv=nn.Conv1d(3, 4, 2), pair=nn.Bilinear(2, 3, 4), fc=nn.Linear(4, 2))
     model.position, model.gain = nn.Parameter(torch.zeros(1, 5, 4)), nn.Parameter(torch.zeros(4))
-    assert kinds(model) == {"position": "matrix", "gain": "scalar", "conv.weight": "matrix",
-                            "conv.bias": "scalar", "pair.weight": "matrix", "pair.bias": "scalar",
-                            "fc.weight": "head", "fc.bias": "scalar"}  # fmt: skip
+    assert kinds(model) == {
+        "position": "matrix",
+        "gain": "scalar",
+        "conv.weight": "matrix",
+        "conv.bias": "scalar",
+        "pair.weight": "matrix",
+        "pair.bias": "scalar",
+        "fc.weight": "head",
+        "fc.bias": "scalar",
+    }
     inside = Holder(body=Holder(fc1=nn.Linear(4, 4), fc2=nn.Linear(4, 4)))
     assert {*kinds(inside).values()} == {"head", "scalar"}
     inside.position = nn.Parameter(torch.zeros(5, 4))  # now it is a model, and no wrapper of one

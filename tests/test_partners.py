@@ -48,10 +48,20 @@ def expect(name: str, cls: type, found: Said | None) -> None:
     assert not re.search(r"[.?!]\s|\n", found.message), "more than one sentence"
 
 
-@pytest.mark.parametrize("name, cls", [
-    pytest.param(name, cls, id=f"{name}-{cls.__name__}", marks=(pytest.mark.slow,) * (name == "torch.compile" and
-                 cls.__name__ not in ("AdamW", "Muon")))
-    for name in ONE for cls in CASES])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, cls",
+    [
+        pytest.param(
+            name,
+            cls,
+            id=f"{name}-{cls.__name__}",
+            marks=(pytest.mark.slow,)
+            * (name == "torch.compile" and cls.__name__ not in ("AdamW", "Muon")),
+        )
+        for name in ONE
+        for cls in CASES
+    ],
+)
 def test_under_a_partner_a_class_is_itself(name, cls):
     expect(name, cls, column(name, [cls])[cls])
 

@@ -45,12 +45,13 @@ SCHEDULERS = {
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.5, 1.0, 2), lr_scheduler.ExponentialLR(o, 0.8)], [2]),
+        o, [lr_scheduler.LinearLR(o, 0.5, 1.0, 2), lr_scheduler.ExponentialLR(o, 0.8)], [2]
+    ),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
-        o, [g["lr"] + 0.01 for g in o.param_groups], 50, cycle_momentum=has_momentum(o)),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(
-        o, 0.001, 0.01, 3, cycle_momentum=has_momentum(o)),
-}  # fmt: skip
+        o, [g["lr"] + 0.01 for g in o.param_groups], 50, cycle_momentum=has_momentum(o)
+    ),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.01, 3, cycle_momentum=has_momentum(o)),
+}
 
 
 def has_momentum(optimizer) -> bool:
@@ -66,23 +67,40 @@ def options_of(cls: type, r: random.Random) -> dict:
         adamw.AdamW: {"betas": betas, "fused": r.random() < 0.3},
         adam_l2.AdamL2: {"betas": betas},
         adafactor.Adafactor: {
-            "beta1": r.choice([None, 0.9]), "eps": r.choice([(1e-30, 1e-3), [None, 1e-3]]),
-            "relative_step": r.random() < 0.5, "scale_parameter": r.random() < 0.5},
+            "beta1": r.choice([None, 0.9]),
+            "eps": r.choice([(1e-30, 1e-3), [None, 1e-3]]),
+            "relative_step": r.random() < 0.5,
+            "scale_parameter": r.random() < 0.5,
+        },
         lars.LARS: {"exclude_1d": r.random() < 0.5, "nesterov": r.random() < 0.5},
         lamb.LAMB: {"betas": betas, "bias_correction": r.random() < 0.5},
         shampoo.Shampoo: {
-            "betas": betas, "precondition_frequency": r.choice([2, 3]), "grafting": r.choice(
-                ["adam", "rmsprop", "sgd", None]), "start_preconditioning_step": r.choice([1, 3])},
-        soap.SOAP: {"betas": betas, "precondition_frequency": r.choice([2, 3]),
-                    "normalize_grads": r.random() < 0.3, "correct_bias": r.random() < 0.7},
+            "betas": betas,
+            "precondition_frequency": r.choice([2, 3]),
+            "grafting": r.choice(["adam", "rmsprop", "sgd", None]),
+            "start_preconditioning_step": r.choice([1, 3]),
+        },
+        soap.SOAP: {
+            "betas": betas,
+            "precondition_frequency": r.choice([2, 3]),
+            "normalize_grads": r.random() < 0.3,
+            "correct_bias": r.random() < 0.7,
+        },
         muon.Muon: {
-            "nesterov": r.random() < 0.7, "normuon_beta2": r.choice([None, 0.95]), "betas": betas,
-            "cautious": r.random() < 0.3, "ns": r.choice(["quintic", "polar"]),
-            "ns_dtype": r.choice([None, torch.float32])},
+            "nesterov": r.random() < 0.7,
+            "normuon_beta2": r.choice([None, 0.95]),
+            "betas": betas,
+            "cautious": r.random() < 0.3,
+            "ns": r.choice(["quintic", "polar"]),
+            "ns_dtype": r.choice([None, torch.float32]),
+        },
         AdamWScheduleFree: {
-            "warmup_steps": r.choice([0, 4]), "r": r.choice([0, 1]), "betas": betas},
+            "warmup_steps": r.choice([0, 4]),
+            "r": r.choice([0, 1]),
+            "betas": betas,
+        },
         SGDScheduleFree: {"warmup_steps": r.choice([0, 4]), "r": r.choice([0, 1])},
-    }.get(cls, {})  # fmt: skip
+    }.get(cls, {})
     return {"lr": CASES[cls][1], "weight_decay": r.choice([0.0, 0.05]), **own}
 
 
@@ -93,8 +111,23 @@ def sequence(cls: type, seed: int) -> tuple[dict, list[tuple]]:
     dtypes = [torch.float64, torch.float64, torch.float32, torch.bfloat16]
     options["dtype"] = torch.float64 if cls in TWINS and r.random() < 0.8 else r.choice(dtypes)
     for _ in range(r.randint(15, 27)):
-        name = r.choice(["step"] * 9 + ["save"] * 4 + ["tick"] * 3 + ["attach"] + [
-            "copy", "pickle", "lr", "decay", "momentum", "zero_grad", "overwrite", "group", "look"])
+        name = r.choice(
+            ["step"] * 9
+            + ["save"] * 4
+            + ["tick"] * 3
+            + ["attach"]
+            + [
+                "copy",
+                "pickle",
+                "lr",
+                "decay",
+                "momentum",
+                "zero_grad",
+                "overwrite",
+                "group",
+                "look",
+            ]
+        )
         if name == "step":
             chances = r.choice(["gggg0-k", "gggg0-k", "ggggggg", "-", "0"])
             kinds = "".join(r.choice(chances) for _ in SHAPES)
@@ -151,8 +184,10 @@ class Run:
             options.pop("fused", None)
         self.options, self.schedulers, self.seen = options, [], []
         self.exact = True  # but for what eval() and train() round
-        self.params = [random_like(torch.empty(shape, dtype=dtype), i).requires_grad_()
-                       for i, shape in enumerate(SHAPES)]  # fmt: skip
+        self.params = [
+            random_like(torch.empty(shape, dtype=dtype), i).requires_grad_()
+            for i, shape in enumerate(SHAPES)
+        ]
         self.layout = []  # of each group the numbers of its parameters and its own options
         for i, numbers in enumerate(EARLY):
             flat = [n for n in numbers if len(SHAPES[n]) < 2 and cls is muon.Muon]
@@ -165,9 +200,12 @@ class Run:
     def made(self, params: list, more: float = 1.0):
         """A new optimizer, its lr and decay `more` times what they were in the beginning."""
         options = {**self.options, "weight_decay": self.options["weight_decay"] + more - 1}
-        return self.cls([
-            {**options, **own, "lr": own["lr"] * more, "params": [params[n] for n in numbers]}
-            for numbers, own in self.layout])  # fmt: skip
+        return self.cls(
+            [
+                {**options, **own, "lr": own["lr"] * more, "params": [params[n] for n in numbers]}
+                for numbers, own in self.layout
+            ]
+        )
 
     def train(self) -> None:
         for optimizer in self.optimizers:
@@ -184,8 +222,11 @@ class Run:
     def state(self) -> dict:
         """{(number of the parameter, name): value}"""
         states = {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
-        return {(i, name): x for i, p in enumerate(self.params)
-                for name, x in sorted(states.get(p, {}).items())}  # fmt: skip
+        return {
+            (i, name): x
+            for i, p in enumerate(self.params)
+            for name, x in sorted(states.get(p, {}).items())
+        }
 
     def everything(self) -> list[torch.Tensor]:
         state = (x for x in self.state().values() if torch.is_tensor(x))
@@ -199,8 +240,12 @@ class Run:
     def numbers(self) -> dict:
         """What is counted and set, but for what torch itself adds to a copy."""
         options = self.optimizers[0].defaults.keys() - {"differentiable"}
-        found = {("group", i, k): tuple(x) if isinstance(x, list) else x
-                 for i, group in enumerate(self.groups()) for k, x in group.items() if k in options}
+        found = {
+            ("group", i, k): tuple(x) if isinstance(x, list) else x
+            for i, group in enumerate(self.groups())
+            for k, x in group.items()
+            if k in options
+        }
         return found | {k: x for k, x in self.state().items() if not torch.is_tensor(x)}
 
     # -- the same for all
@@ -329,8 +374,10 @@ class Run:
         if how == "pre-hook":
             self.layout = [(numbers[::-1], own) for numbers, own in self.layout]
         new = self.made(self.params, more=3.0)
-        hooks = {"pre-hook": (new.register_load_state_dict_pre_hook, pre_hook),
-                 "post-hook": (new.register_load_state_dict_post_hook, post_hook)}  # fmt: skip
+        hooks = {
+            "pre-hook": (new.register_load_state_dict_pre_hook, pre_hook),
+            "post-hook": (new.register_load_state_dict_post_hook, post_hook),
+        }
         hook = hooks[how][0](hooks[how][1]) if how in hooks else None
         schedulers = [(name, [SCHEDULERS[name](new)]) for name, _ in self.schedulers]
         if how != "live":
@@ -364,7 +411,8 @@ class Run:
             (old,), params = self.optimizers, self.params
             grads = [p.grad for p in params]
             self.params, self.optimizers, self.schedulers = copied(
-                (params, self.optimizers, self.schedulers))
+                (params, self.optimizers, self.schedulers)
+            )
             for p, grad in zip(self.params, grads):
                 p.grad = None if grad is None else grad.clone()
             disturb(old, params)
@@ -425,8 +473,13 @@ def compare(cls: type, seed: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "cls, seed", [pytest.param(cls, seed, id=f"{cls.__name__}-{seed:03d}")
-                  for cls in CASES for seed in range(SEQUENCES)])  # fmt: skip
+    "cls, seed",
+    [
+        pytest.param(cls, seed, id=f"{cls.__name__}-{seed:03d}")
+        for cls in CASES
+        for seed in range(SEQUENCES)
+    ],
+)
 def test_no_detour_changes_a_bit(cls, seed):
     compare(cls, seed)
 
@@ -582,8 +635,13 @@ def pickles_forget_decay(m, cls):
 
 def ignores_pre_hooks(m, cls):
     right = cls.register_load_state_dict_pre_hook
-    m.setattr(cls, "register_load_state_dict_pre_hook", lambda self, hook, *more, **named: right(
-        self, (lambda *_: None) if hook is pre_hook else hook, *more, **named))
+    m.setattr(
+        cls,
+        "register_load_state_dict_pre_hook",
+        lambda self, hook, *more, **named: right(
+            self, (lambda *_: None) if hook is pre_hook else hook, *more, **named
+        ),
+    )
 
 
 def overwrites_post_hooks(m, cls):
@@ -596,8 +654,13 @@ def overwrites_post_hooks(m, cls):
             group.update(old)
 
     right = cls.register_load_state_dict_post_hook
-    m.setattr(cls, "register_load_state_dict_post_hook", lambda self, hook, *more, **named: right(
-        self, overwritten if hook is post_hook else hook, *more, **named))
+    m.setattr(
+        cls,
+        "register_load_state_dict_post_hook",
+        lambda self, hook, *more, **named: right(
+            self, overwritten if hook is post_hook else hook, *more, **named
+        ),
+    )
 
 
 def steps_on_overflow(m, cls):

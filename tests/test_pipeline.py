@@ -1,4 +1,5 @@
-"""The pipeline against one model, in float64; schedules by simulation alone; what is sent and kept."""
+"""The pipeline against one model, in float64; schedules by simulation alone; what is sent and
+kept."""
 
 import contextlib
 import subprocess
@@ -19,15 +20,34 @@ from parallel.pipeline import Pipeline, defer_weight_gradients, main, weight_gra
 from parallel.timeline import SCHEDULES, Op, layers, programs, schedule, simulate
 from precision import onednn
 
-MODERN = dict(n_layer=8, n_head=2, n_kv_head=1, n_embd=16, block_size=8, vocab_size=32, zero_init=False)
-GPT2 = MODERN | dict(n_layer=9, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
-                     n_kv_head=2, tied=True, bias=True, init="gpt2", logit_cap=None, dropout=0.2)  # fmt: skip
+MODERN = dict(
+    n_layer=8, n_head=2, n_kv_head=1, n_embd=16, block_size=8, vocab_size=32, zero_init=False
+)
+GPT2 = MODERN | dict(
+    n_layer=9,
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    qk_norm=False,
+    n_kv_head=2,
+    tied=True,
+    bias=True,
+    init="gpt2",
+    logit_cap=None,
+    dropout=0.2,
+)
 SHAPES = {"modern": MODERN, "gpt2": GPT2}
 B, T, C = 2, 8, 16
 LIKE = ((B, T, C), torch.float64, torch.device("cpu"))
 HIDDEN = B * T * C * 8  # bytes of one micro-batch's hidden states
-ALL = [(name, p, m, v) for p in range(1, 9) for m in range(1, 17) for name in SCHEDULES for v in (1, 2, 3)
-       if (name == "interleaved") == (v > 1) and (v == 1 or m % p == 0)]  # fmt: skip
+ALL = [
+    (name, p, m, v)
+    for p in range(1, 9)
+    for m in range(1, 17)
+    for name in SCHEDULES
+    for v in (1, 2, 3)
+    if (name == "interleaved") == (v > 1) and (v == 1 or m % p == 0)
+]
 
 MESSAGES = [(name, p, m, v) for name, p, m, v in ALL if p > 1 and m <= 8]
 
@@ -81,7 +101,9 @@ class Stage:
     """One rank of a pipeline over a GPT."""
 
     def __init__(self, name, shape, v=1, product=None):
-        self.pipe = Pipeline(dist.group.WORLD, name, shape["n_layer"], v, tied=shape.get("tied", False))
+        self.pipe = Pipeline(
+            dist.group.WORLD, name, shape["n_layer"], v, tied=shape.get("tied", False)
+        )
         self.model = init_weights(build(shape, self.pipe.layers))
         for module in self.model.modules() if product else ():
             if hasattr(module, "product"):
@@ -99,7 +121,7 @@ class Stage:
         return [loss.item() for loss in losses]
 
 
-# ---- the same numbers --------------------------------------------------------------------------------------
+# ---- the same numbers ----------------------------------------------------------------------------
 def train_and_evaluate(rank, world, name, v):
     found = {}
     for kind, shape, counts in ("modern", MODERN, (4, 8)), ("gpt2", GPT2, (4,)):
@@ -119,13 +141,22 @@ def train_and_evaluate(rank, world, name, v):
                 clean = stage.pipe.run(m, stage.forward, lambda i: LIKE)
             stage.model.train()
             found[kind, m] = SimpleNamespace(
-                losses=losses, gradients=gradients, clean=[loss.item() for loss in clean], flags=flags,
-                wire=sum(sizes), sent=training["sent_bytes"], in_flight=training["in_flight"],
-                idle=training["idle_s"], ends=[stage.pipe.first, stage.pipe.last])  # fmt: skip
+                losses=losses,
+                gradients=gradients,
+                clean=[loss.item() for loss in clean],
+                flags=flags,
+                wire=sum(sizes),
+                sent=training["sent_bytes"],
+                in_flight=training["in_flight"],
+                idle=training["idle_s"],
+                ends=[stage.pipe.first, stage.pipe.last],
+            )
     return found
 
 
-@pytest.mark.parametrize("name, v", [(name, 2 if name == "interleaved" else 1) for name in SCHEDULES])
+@pytest.mark.parametrize(
+    "name, v", [(name, 2 if name == "interleaved" else 1) for name in SCHEDULES]
+)
 @pytest.mark.parametrize("p", [2, 4])
 def test_every_schedule_is_one_model(name, v, p):
     ranks = run_ranks(p, train_and_evaluate, name, v)
@@ -173,10 +204,14 @@ def written(rank, world, name, v):
     x = micro_batch(0)[0][:1]
 
     def forward(x, positions):
-        return stage.pipe.through(stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, positions)
+        return stage.pipe.through(
+            stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, positions
+        )
 
     with torch.no_grad():
-        return forward(x, torch.arange(T)), generate(stage.model.eval(), x[:, :3], 9, forward=forward)
+        return forward(x, torch.arange(T)), generate(
+            stage.model.eval(), x[:, :3], 9, forward=forward
+        )
 
 
 @pytest.mark.parametrize("p, name, v", [(2, "interleaved", 2), (4, "zerobubble", 1)])
@@ -187,7 +222,7 @@ def test_generation_runs_through_all_stages_and_ends_alike_everywhere(p, name, v
         assert torch.equal(ids, generate(model, x[:, :3], 9))
 
 
-# ---- schedules, without running them -----------------------------------------------------------------------
+# ---- schedules, without running them -------------------------------------------------------------
 def test_bubbles_are_the_formulas():
     for name, p, m, v in ALL:
         idle = (p - 1) / p if name == "naive" else (p - 1) / (v * m + p - 1)
@@ -201,9 +236,13 @@ def test_bubbles_are_the_formulas():
 
 def test_activations_in_memory_are_the_formulas():
     for name, p, m, v in ALL:
-        most = {"naive": [1] * p, "gpipe": [m] * p, "1f1b": [min(m, p - r) for r in range(p)],
-                "interleaved": [min(v * m, (v + 1) * p - 2 * r - 1) for r in range(p)],
-                "zerobubble": [min(m, p)] * p}[name]  # fmt: skip
+        most = {
+            "naive": [1] * p,
+            "gpipe": [m] * p,
+            "1f1b": [min(m, p - r) for r in range(p)],
+            "interleaved": [min(v * m, (v + 1) * p - 2 * r - 1) for r in range(p)],
+            "zerobubble": [min(m, p)] * p,
+        }[name]
         assert simulate(schedule(name, p, m, v)).in_flight == most, (name, p, m, v)
 
 
@@ -212,8 +251,8 @@ def messages(program):
 
 
 def test_no_order_of_messages_can_deadlock():
-    """The strictest rule: a rank stays in a batch until all of it is through, each pair keeps one order, and
-    an operation only uses what has come."""
+    """The strictest rule: a rank stays in a batch until all of it is through, each pair keeps one
+    order, and an operation only uses what has come."""
     for name, p, m, v in MESSAGES:
         todo = programs(simulate(schedule(name, p, m, v)))
         for a in range(p):
@@ -228,7 +267,9 @@ def test_no_order_of_messages_can_deadlock():
             open_ = [messages(todo[r][here[r] : here[r] + 1]) for r in range(p)]
             for r in range(p):
                 for t in open_[r]:
-                    if any(o.key == t.key and o.peer == r and o.send != t.send for o in open_[t.peer]):
+                    if any(
+                        o.key == t.key and o.peer == r and o.send != t.send for o in open_[t.peer]
+                    ):
                         through |= {(r, t), (t.peer, t._replace(send=not t.send, peer=r))}
             for r in range(p):
                 if here[r] == len(todo[r]):
@@ -249,12 +290,16 @@ def test_no_order_of_messages_can_deadlock():
 
 
 def test_a_batch_of_messages_delays_nothing():
-    """What comes in the same batch as a message is there, by the simulated clock, before its operation."""
+    """What comes in the same batch as a message is there, by the simulated clock, before its
+    operation."""
     for name, p, m, v in MESSAGES:
         timeline = simulate(schedule(name, p, m, v))
         back = "I" if name == "zerobubble" else "B"
-        done = {(op.kind, op.micro_batch, op.chunk * p + r): span for r in range(p)
-                for op, span in zip(timeline.ops[r], timeline.spans[r])}  # fmt: skip
+        done = {
+            (op.kind, op.micro_batch, op.chunk * p + r): span
+            for r in range(p)
+            for op, span in zip(timeline.ops[r], timeline.spans[r])
+        }
         for r, program in enumerate(programs(timeline)):
             for batch, op in zip(program, program[1:]):
                 if isinstance(op, Op) and not isinstance(batch, Op):
@@ -267,10 +312,18 @@ def test_a_batch_of_messages_delays_nothing():
 def test_a_schedule_that_cannot_go_on_is_refused():
     good = schedule("1f1b", 2, 2)
     with pytest.raises(ValueError, match="cannot go on.*rank 0 at Op.*kind='B'"):
-        simulate([[Op("F", 0), Op("B", 0), Op("F", 1), Op("B", 1)],
-                  [Op("F", 0), Op("F", 1), Op("B", 0), Op("B", 1)]])  # fmt: skip
-    for lacking in ([good[0], good[1][:-1]], [good[0], good[1] + good[1][-1:]], [good[0][:-1], good[1][:-1]],
-                    [[Op("F", 0), Op("I", 0)]]):  # fmt: skip
+        simulate(
+            [
+                [Op("F", 0), Op("B", 0), Op("F", 1), Op("B", 1)],
+                [Op("F", 0), Op("F", 1), Op("B", 0), Op("B", 1)],
+            ]
+        )
+    for lacking in (
+        [good[0], good[1][:-1]],
+        [good[0], good[1] + good[1][-1:]],
+        [good[0][:-1], good[1][:-1]],
+        [[Op("F", 0), Op("I", 0)]],
+    ):
         with pytest.raises(ValueError, match="each rank"):
             simulate(lacking)
 
@@ -279,8 +332,10 @@ def test_orders_are_those_of_torch():
     schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
 
     def ours(name, p, m, v=1):
-        return [[(op.kind, op.micro_batch, op.chunk * p + r) for op in todo]
-                for r, todo in enumerate(schedule(name, p, m, v))]  # fmt: skip
+        return [
+            [(op.kind, op.micro_batch, op.chunk * p + r) for op in todo]
+            for r, todo in enumerate(schedule(name, p, m, v))
+        ]
 
     def theirs(todo):
         kinds = {"FORWARD": "F", "FULL_BACKWARD": "B"}
@@ -292,7 +347,10 @@ def test_orders_are_those_of_torch():
         for name, cls in ("gpipe", schedules.ScheduleGPipe), ("1f1b", schedules.Schedule1F1B):
             order = cls._get_pipeline_order(stages)
             assert ours(name, p, m)[:-1] == [theirs(order[r]) for r in range(p - 1)]
-            kinds = [[kind for kind, _, _ in todo] for todo in (ours(name, p, m)[-1], theirs(order[p - 1]))]
+            kinds = [
+                [kind for kind, _, _ in todo]
+                for todo in (ours(name, p, m)[-1], theirs(order[p - 1]))
+            ]
             assert kinds[0] == kinds[1]  # 1F1B of 2.13 numbers the last rank's forwards from 1
         for v in 2, 3:
             stages = SimpleNamespace(pp_group_size=p, n_local_stages=v, microbatches_per_round=p)
@@ -309,22 +367,27 @@ def test_layers_are_even_and_the_last_stages_have_fewer():
         assert [i for c in range(v) for r in range(p) for i in parts[r][c]] == list(range(11))
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: schedule("1f1v", 2, 4), "did you mean 1f1b"),
-    (lambda: schedule("interleaved", 2, 4, 1), "--pp_chunks=2"),
-    (lambda: schedule("interleaved", 4, 6, 2), "--micro_batch_size"),
-    (lambda: schedule("gpipe", 2, 4, 2), "--pp_chunks=1"),
-    (lambda: schedule("gpipe", 0, 4), "at least 1"),
-    (lambda: layers(4, 3, 2), "--pp=3.*--pp_chunks=2.*--n_layer=4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: schedule("1f1v", 2, 4), "did you mean 1f1b"),
+        (lambda: schedule("interleaved", 2, 4, 1), "--pp_chunks=2"),
+        (lambda: schedule("interleaved", 4, 6, 2), "--micro_batch_size"),
+        (lambda: schedule("gpipe", 2, 4, 2), "--pp_chunks=1"),
+        (lambda: schedule("gpipe", 0, 4), "at least 1"),
+        (lambda: layers(4, 3, 2), "--pp=3.*--pp_chunks=2.*--n_layer=4"),
+    ],
+)
 def test_what_cannot_be_is_refused_with_what_to_type(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
 def test_the_timeline_is_drawn_and_bad_flags_end_with_2(capsys):
-    assert main(["--schedule=zerobubble", "--pp=2", "--micro_batches=3"]) == (
-        "01.aA2bBcC\n.0a1bA2cBC\nidle: 10.0%; most forwards in memory, by rank: [2, 2]")
+    assert (
+        main(["--schedule=zerobubble", "--pp=2", "--micro_batches=3"])
+        == "01.aA2bBcC\n.0a1bA2cBC\nidle: 10.0%; most forwards in memory, by rank: [2, 2]"
+    )
     assert "0'1'" in main(["--schedule=interleaved", "--pp=2", "--pp_chunks=2"])
     for flag in "--stages=2", "--schedule=1f1v", "--pp_chunks=2", "--micro_batches=0":
         with pytest.raises(ValueError):
@@ -334,7 +397,7 @@ def test_the_timeline_is_drawn_and_bad_flags_end_with_2(capsys):
     assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
 
 
-# ---- zero bubble: a backward in two parts ------------------------------------------------------------------
+# ---- zero bubble: a backward in two parts --------------------------------------------------------
 def split_backward(shape, change=lambda model: None):
     """Gradients after the first half, after the second; what was deferred; the hooks that fired."""
     model = init_weights(build(shape))
@@ -474,10 +537,14 @@ def fp32_split(rank, world):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN"
+)
 def test_zero_bubble_composes_with_onednn():
     merged = {name: g for part in run_ranks(2, fp32_split) for name, g in part.items()}
     model = init_weights(GPT(GPTConfig(**MODERN | {"n_layer": 2})))
     for i in range(4):
         model(*micro_batch(i)[:2]).backward()
-    torch.testing.assert_close(merged, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        merged, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-3, atol=1e-3
+    )

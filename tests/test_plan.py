@@ -14,11 +14,13 @@ from monitor import PEAK_FLOPS, flops_per_token
 SCRIPT = Path(plan.__file__)
 
 
-# ---- published runs: all layouts as published, A100s unless it says otherwise ------------------------------
+# ---- published runs: all layouts as published, A100s unless it says otherwise --------------------
 def megatron_flops(m, batch):
     """Narayanan et al. 2021, equation 3: of a step, with recomputation."""
     h, s = m.n_embd, m.block_size
-    return 96 * batch * s * m.n_layer * h**2 * (1 + s / (6 * h) + m.vocab_size / (16 * m.n_layer * h))
+    return (
+        96 * batch * s * m.n_layer * h**2 * (1 + s / (6 * h) + m.vocab_size / (16 * m.n_layer * h))
+    )
 
 
 def published():
@@ -36,43 +38,79 @@ def published():
         schedule = "interleaved" if chunks > 1 else "1f1b"  # scatter/gather sends 1/tp, as sp does
         return Layout(tp, tp > 1, 1, pp, schedule, chunks, "ddp", True, again, size)
 
-    # SC21: Narayanan et al. 2021 (2104.04473), table 1; micro-batches, chunks: the authors' script for it
+    # SC21: Narayanan et al. 2021 (2104.04473), table 1; micro-batches, chunks: the authors' script
+    # for it
     for name, heads, h, layers, tp, pp, gpus, batch, size, chunks, tflops in [
-            ("1.7B", 24, 2304, 24, 1, 1, 32, 512, 16, 1, 137),
-            ("3.6B", 32, 3072, 30, 2, 1, 64, 512, 16, 1, 138),
-            ("7.5B", 32, 4096, 36, 4, 1, 128, 512, 16, 1, 142),
-            ("18.4B", 48, 6144, 40, 8, 1, 256, 1024, 8, 1, 135),
-            ("39.1B", 64, 8192, 48, 8, 2, 512, 1536, 4, 1, 138),
-            ("76.1B", 80, 10240, 60, 8, 4, 1024, 1792, 2, 3, 140),
-            ("145.6B", 96, 12288, 80, 8, 8, 1536, 2304, 2, 2, 148),
-            ("310.1B", 128, 16384, 96, 8, 16, 1920, 2160, 1, 2, 155),
-            ("529.6B", 128, 20480, 105, 8, 35, 2520, 2520, 1, 3, 163),
-            ("1008B", 160, 25600, 128, 8, 64, 3072, 3072, 1, 1, 163)]:  # fmt: skip
-        add(f"SC21 {name}", (layers, h, heads), gpus, pipe(tp, pp, chunks, "full", size), batch, tflops)
+        ("1.7B", 24, 2304, 24, 1, 1, 32, 512, 16, 1, 137),
+        ("3.6B", 32, 3072, 30, 2, 1, 64, 512, 16, 1, 138),
+        ("7.5B", 32, 4096, 36, 4, 1, 128, 512, 16, 1, 142),
+        ("18.4B", 48, 6144, 40, 8, 1, 256, 1024, 8, 1, 135),
+        ("39.1B", 64, 8192, 48, 8, 2, 512, 1536, 4, 1, 138),
+        ("76.1B", 80, 10240, 60, 8, 4, 1024, 1792, 2, 3, 140),
+        ("145.6B", 96, 12288, 80, 8, 8, 1536, 2304, 2, 2, 148),
+        ("310.1B", 128, 16384, 96, 8, 16, 1920, 2160, 1, 2, 155),
+        ("529.6B", 128, 20480, 105, 8, 35, 2520, 2520, 1, 3, 163),
+        ("1008B", 160, 25600, 128, 8, 64, 3072, 3072, 1, 1, 163),
+    ]:
+        add(
+            f"SC21 {name}",
+            (layers, h, heads),
+            gpus,
+            pipe(tp, pp, chunks, "full", size),
+            batch,
+            tflops,
+        )
     # its table 2: DeepSpeed's ZeRO-3, and Megatron with M = tp pp = 96 or 280 (1f1b is assumed)
     shapes = {175: (96, 12288, 96), 530: (105, 20480, 128)}
     zero3 = Layout(data_parallel="fsdp", activation_checkpoint="full")
     for b, gpus, batch, size, tflops in [
-            (175, 384, 1536, 4, 144), (175, 768, 1536, 2, 88), (175, 1536, 1536, 1, 44),
-            (530, 640, 2560, 4, 138), (530, 1120, 2240, 2, 98), (530, 2240, 2240, 1, 48)]:  # fmt: skip
-        add(f"Z3 {b}B {gpus}", shapes[b], gpus, replace(zero3, micro_batch_size=size), batch, tflops)
+        (175, 384, 1536, 4, 144),
+        (175, 768, 1536, 2, 88),
+        (175, 1536, 1536, 1, 44),
+        (530, 640, 2560, 4, 138),
+        (530, 1120, 2240, 2, 98),
+        (530, 2240, 2240, 1, 48),
+    ]:
+        add(
+            f"Z3 {b}B {gpus}", shapes[b], gpus, replace(zero3, micro_batch_size=size), batch, tflops
+        )
     for b, pp, gpus, batch, tflops in [
-            (175, 12, 384, 1536, 153), (175, 12, 768, 1536, 149), (175, 12, 1536, 1536, 141),
-            (530, 35, 560, 2240, 171), (530, 35, 1120, 2240, 167), (530, 35, 2240, 2240, 159)]:  # fmt: skip
+        (175, 12, 384, 1536, 153),
+        (175, 12, 768, 1536, 149),
+        (175, 12, 1536, 1536, 141),
+        (530, 35, 560, 2240, 171),
+        (530, 35, 1120, 2240, 167),
+        (530, 35, 2240, 2240, 159),
+    ]:
         add(f"PTD {b}B {gpus}", shapes[b], gpus, pipe(8, pp, 1, "full", 1), batch, tflops)
-    # K22: Korthikanti et al. 2022 (2205.05198), tables 3, 5: sp, selective recomputation; MFU as published
+    # K22: Korthikanti et al. 2022 (2205.05198), tables 3, 5: sp, selective recomputation; MFU as
+    # published
     for name, heads, h, layers, pp, gpus, batch, size, chunks, mfu in [
-            ("22B", 64, 6144, 48, 1, 8, 4, 4, 1, 0.415), ("175B", 96, 12288, 96, 8, 64, 64, 1, 3, 0.514),
-            ("530B", 128, 20480, 105, 35, 280, 280, 1, 3, 0.560),
-            ("1T", 160, 25600, 128, 64, 512, 512, 1, 1, 0.563)]:  # fmt: skip
-        add(f"K22 {name}", (layers, h, heads), gpus, pipe(8, pp, chunks, "selective", size), batch, mfu=mfu)
-    # L3: Llama 3 (2407.21783), table 4, H100s; 126 = 8 x 16 - 2 layers: a layer a chunk. TFLOPs over peak
-    # cp=16 has DP=8 in the later version; the first says 4, which is not 16384 GPUs.
+        ("22B", 64, 6144, 48, 1, 8, 4, 4, 1, 0.415),
+        ("175B", 96, 12288, 96, 8, 64, 64, 1, 3, 0.514),
+        ("530B", 128, 20480, 105, 35, 280, 280, 1, 3, 0.560),
+        ("1T", 160, 25600, 128, 64, 512, 512, 1, 1, 0.563),
+    ]:
+        add(
+            f"K22 {name}",
+            (layers, h, heads),
+            gpus,
+            pipe(8, pp, chunks, "selective", size),
+            batch,
+            mfu=mfu,
+        )
+    # L3: Llama 3 (2407.21783), table 4, H100s; 126 = 8 x 16 - 2 layers: a layer a chunk. TFLOPs
+    # over peak cp=16 has DP=8 in the later version; the first says 4, which is not 16384 GPUs.
     for gpus, cp, length, batch, tflops in [
-            (8192, 1, 8192, 2048, 430), (16384, 1, 8192, 2048, 400), (16384, 16, 131072, 128, 380)]:
+        (8192, 1, 8192, 2048, 430),
+        (16384, 1, 8192, 2048, 400),
+        (16384, 16, 131072, 128, 380),
+    ]:
         m = Model(126, 16384, 128, 8, 128256, length, 9.75)
         x = Layout(8, True, cp, 16, "interleaved", 8, "fsdp", False)
-        rows.append((f"L3 {gpus} cp{cp}", m, Cluster(gpus, *GPUS["H100"]), x, batch, 0.5, tflops / 989.5))
+        rows.append(
+            (f"L3 {gpus} cp{cp}", m, Cluster(gpus, *GPUS["H100"]), x, batch, 0.5, tflops / 989.5)
+        )
     return rows
 
 
@@ -105,12 +143,16 @@ def test_a_published_run_is_predicted(name):
 def test_the_docstrings_table_is_what_comes_out():
     assert docstring_table() in plan.__doc__
     m, c, x, batch, causal, _ = ROWS["L3 16384 cp16"]
-    assert f"{predict(m, c, x, batch, 'mixed', causal).mfu:.2f}" in plan.__doc__.split("PaLM does")[1]
+    assert (
+        f"{predict(m, c, x, batch, 'mixed', causal).mfu:.2f}" in plan.__doc__.split("PaLM does")[1]
+    )
 
 
 def test_megatrons_percentages_of_peak_count_recomputation():
     m, _, _, batch, _, mfu = ROWS["SC21 1008B"]
-    assert mfu / (163 / 312) == pytest.approx(batch * m.block_size * m.flops / megatron_flops(m, batch))
+    assert mfu / (163 / 312) == pytest.approx(
+        batch * m.block_size * m.flops / megatron_flops(m, batch)
+    )
     assert mfu == pytest.approx(163 / 312 * 3 / 4, rel=0.01)
 
 
@@ -123,16 +165,22 @@ def test_flops_and_peaks_are_the_monitors():
         assert GPUS[gpu][0] == PEAK_FLOPS[name]["bf16"] * 1e12
 
 
-# ---- memory ------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 SMALL = Model(8, 1024, 8, 8, 50304, 1024)
 
 
-@pytest.mark.parametrize("kind, gpus", [("ddp", 1), ("ddp", 8), ("zero1", 8), ("fsdp", 8), ("fsdp", 64)])
+@pytest.mark.parametrize(
+    "kind, gpus", [("ddp", 1), ("ddp", 8), ("zero1", 8), ("fsdp", 8), ("fsdp", 64)]
+)
 def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
     shapes = estimate.gpt_shapes(8, 1024, 50304, 1024, n_head=8, n_kv_head=8)
     kept = estimate.activation_bytes("bf16", 2 * 1024, 8, 1024, 50304)
-    theirs = estimate.bytes_per_rank(shapes, "adamw", kind, gpus, "bf16", micro_batches=4, activations=kept)
-    ours = predict(SMALL, Cluster(gpus), Layout(data_parallel=kind, micro_batch_size=2), 8 * gpus).held
+    theirs = estimate.bytes_per_rank(
+        shapes, "adamw", kind, gpus, "bf16", micro_batches=4, activations=kept
+    )
+    ours = predict(
+        SMALL, Cluster(gpus), Layout(data_parallel=kind, micro_batch_size=2), 8 * gpus
+    ).held
     for k in ("parameters", "gradients", "state", "activations"):
         assert ours[k] == pytest.approx(theirs[k], rel=1e-9), k
     assert theirs["total"] <= ours["total"] <= 1.1 * theirs["total"]
@@ -158,21 +206,26 @@ def test_tp_and_pp_cut_the_weights_and_sp_the_activations():
     assert 4 * held(4, tp=4, sp=True)["activations"] == pytest.approx(whole["activations"])
     block, rest = 51 * 1024 * 1024, 6 * 1024 * 1024
     two = held(2, pp=2)
-    assert two["parameters"] == 4 * (4 * 12 * 1024**2 + 50304 * 1024)  # four blocks and embed (or head)
-    assert two["activations"] == pytest.approx(4 * block + rest + logits)  # the last stage, one in flight
+    # Four blocks and embed (or head)
+    assert two["parameters"] == 4 * (4 * 12 * 1024**2 + 50304 * 1024)
+    # The last stage, one in flight
+    assert two["activations"] == pytest.approx(4 * block + rest + logits)
     few = replace(SMALL, vocab_size=256)
     for schedule, chunks, most in ("1f1b", 1, 4), ("zerobubble", 1, 4), ("interleaved", 2, 5.5):
         x = Layout(pp=4, pp_schedule=schedule, pp_chunks=chunks)
         kept = plan.activations(few, x, 8, "bf16")
         first = most * (2 * block + rest)
-        assert first <= kept <= first + 8 * 1024 * 256 and plan.activations(few, x, 1, "bf16") < kept / 3
+        assert (
+            first <= kept <= first + 8 * 1024 * 256
+            and plan.activations(few, x, 1, "bf16") < kept / 3
+        )
     full = held(1, activation_checkpoint="full")["activations"]
     assert full == pytest.approx(8 * 4 * 1024 * 1024 + block + logits, rel=0.02)
     half = held(1, activation_checkpoint="every_2")["activations"] - block
     assert half == pytest.approx((whole["activations"] + full - block) / 2, rel=0.02)
 
 
-# ---- time and traffic by hand ------------------------------------------------------------------------------
+# ---- time and traffic by hand --------------------------------------------------------------------
 def test_traffic_is_the_formulas_on_the_right_link():
     t, C, L = 1024, 1024, 8
     weights = 12 * L * C**2 + 2 * 50304 * C
@@ -186,7 +239,8 @@ def test_traffic_is_the_formulas_on_the_right_link():
     assert kept.net_bytes == pytest.approx(two.net_bytes)
     tp = predict(SMALL, Cluster(8), Layout(tp=8, sp=True), 3)
     assert tp.node_bytes == pytest.approx(3 * L * 4 * 2 * 7 / 8 * t * C * 2) and tp.net_bytes == 0
-    ring = predict(SMALL, Cluster(2), Layout(cp=2), 3).node_bytes - weights * 4  # also gradients: 2 x 1/2
+    # Also gradients: 2 x 1/2
+    ring = predict(SMALL, Cluster(2), Layout(cp=2), 3).node_bytes - weights * 4
     assert ring == pytest.approx(3 * L * 3 * 1 * 2 * (t / 2) * C * 2)
     pipe = predict(SMALL, Cluster(16), Layout(tp=8, sp=True, pp=2), 4)
     assert pipe.net_bytes == pytest.approx(4 * 2 * t * C * 4 / 8)
@@ -205,13 +259,18 @@ def test_the_bubble_is_the_schedules():
 
 def test_recomputation_costs_a_forward():
     free = Cluster(1, memory_bandwidth=1e30)
-    plain, full, half = (predict(SMALL, free, Layout(activation_checkpoint=k), 4).step
-                         for k in ("none", "full", "every_2"))  # fmt: skip
-    head = 6 * 50304 * 1024 / (SMALL.flops - 6 * 8 * 1024 * 1024)  # causal; the head is not recomputed
-    assert full / plain == pytest.approx(1 + (1 - head) / 3) and half == pytest.approx((plain + full) / 2)
+    plain, full, half = (
+        predict(SMALL, free, Layout(activation_checkpoint=k), 4).step
+        for k in ("none", "full", "every_2")
+    )
+    # Causal; the head is not recomputed
+    head = 6 * 50304 * 1024 / (SMALL.flops - 6 * 8 * 1024 * 1024)
+    assert full / plain == pytest.approx(1 + (1 - head) / 3) and half == pytest.approx(
+        (plain + full) / 2
+    )
 
 
-# ---- the search --------------------------------------------------------------------------------------------
+# ---- the search ----------------------------------------------------------------------------------
 MIDDLE = Model(32, 4096, 32, 8, 50304, 2048)
 
 
@@ -219,14 +278,27 @@ def obeys(x, m, gpus, batch, node=8):
     """What train.py refuses, written again."""
     dp = gpus // (x.tp * x.cp * x.pp)
     micro = batch // (dp * x.micro_batch_size)
-    assert dp * x.tp * x.cp * x.pp == gpus and dp * x.micro_batch_size * micro == batch and micro >= 1
-    assert node % x.tp == m.n_head % x.tp == m.n_kv_head % x.tp == m.n_embd % x.tp == m.vocab_size % x.tp == 0
+    assert (
+        dp * x.tp * x.cp * x.pp == gpus and dp * x.micro_batch_size * micro == batch and micro >= 1
+    )
+    assert (
+        node % x.tp
+        == m.n_head % x.tp
+        == m.n_kv_head % x.tp
+        == m.n_embd % x.tp
+        == m.vocab_size % x.tp
+        == 0
+    )
     assert x.pp * x.pp_chunks <= m.n_layer and (x.pp_chunks > 1) == (x.pp_schedule == "interleaved")
     assert x.pp_schedule != "interleaved" or micro % x.pp == 0
-    assert x.pp_schedule in ("1f1b", "interleaved", "zerobubble") and (x.pp > 1 or x.pp_schedule == "1f1b")
+    assert x.pp_schedule in ("1f1b", "interleaved", "zerobubble") and (
+        x.pp > 1 or x.pp_schedule == "1f1b"
+    )
     assert x.data_parallel in ("ddp", "zero1", "fsdp") and (x.reshard or x.data_parallel == "fsdp")
-    assert not (x.pp_schedule == "zerobubble" and (x.data_parallel == "fsdp" or
-                                                   x.activation_checkpoint != "none"))  # fmt: skip
+    assert not (
+        x.pp_schedule == "zerobubble"
+        and (x.data_parallel == "fsdp" or x.activation_checkpoint != "none")
+    )
     assert m.block_size % (2 * x.cp) == 0 or x.cp == 1
     assert not x.sp or (x.tp > 1 and m.block_size // x.cp % x.tp == 0)
 
@@ -238,7 +310,18 @@ def test_every_layout_obeys_the_rules_of_composition():
         for x in layouts(m, Cluster(gpus), batch):
             obeys(x, m, gpus, batch)
             seen |= {x.pp_schedule, x.data_parallel, x.activation_checkpoint, x.tp, x.cp > 1, x.sp}
-    assert seen >= {"1f1b", "interleaved", "zerobubble", "ddp", "zero1", "fsdp", "none", "full", "every_2", 8}
+    assert seen >= {
+        "1f1b",
+        "interleaved",
+        "zerobubble",
+        "ddp",
+        "zero1",
+        "fsdp",
+        "none",
+        "full",
+        "every_2",
+        8,
+    }
 
 
 def test_more_bandwidth_is_never_slower_and_less_memory_never_fits_more():
@@ -260,7 +343,9 @@ def test_a_tiny_model_on_one_gpu_is_plain_ddp():
 
 
 def test_what_does_not_fit_is_told_what_would():
-    with pytest.raises(ValueError, match=r"the least is --memory=[\d.]+e9, with .*--activation") as error:
+    with pytest.raises(
+        ValueError, match=r"the least is --memory=[\d.]+e9, with .*--activation"
+    ) as error:
         plans(MIDDLE, Cluster(2, memory=20e9), 64)
     enough = float(str(error.value).split("--memory=")[1].split(",")[0])
     assert plans(MIDDLE, Cluster(2, memory=enough * 1.01), 64)
@@ -270,20 +355,26 @@ def test_what_does_not_fit_is_told_what_would():
         plans(replace(MIDDLE, n_layer=1, block_size=1), Cluster(7), 4)
 
 
-# ---- the command -------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 def command(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, encoding="utf-8"
+    )
 
 
 def test_the_command_prints_what_to_type():
     text = plan.table(plan.parse("--params=13e9 --gpus=16 --batch=256 --top=3".split()))
     best = text.splitlines()[-1]
-    assert best.startswith("torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=")
+    assert best.startswith(
+        "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint="
+    )
     typed = dict(word[2:].split("=") for word in best.split("train.py ")[1].split())
     kinds = {k: type(v) for k, v in vars(Layout()).items()}
     known = {k: v for k, v in typed.items() if k in kinds}
     x = Layout(**{k: v == "true" if kinds[k] is bool else kinds[k](v) for k, v in known.items()})
-    m = Model(**{k: int(v) for k, v in typed.items() if k in ("n_layer", "n_embd", "n_head", "n_kv_head")})
+    m = Model(
+        **{k: int(v) for k, v in typed.items() if k in ("n_layer", "n_embd", "n_head", "n_kv_head")}
+    )
     obeys(x, m, 16, 256)
     first = plans(m, Cluster(16), 256)[0]
     assert x == first.layout and f"{first.step:.4g}" in text and int(typed["batch_size"]) == 256
@@ -305,12 +396,22 @@ def test_the_texts_runs():
     assert float(rows["10B"].split("days")[1]) > 7 * 14  # two weeks are no training of 10B
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ("", "type --params=70e9"), ("--parms=7e9", "did you mean params"), ("params", "type --name=value"),
-    ("--params=x", "a whole number"), ("--gpus=0", "gpus=0"), ("--params=nan", "params=nan"),
-    ("--params=7e9 --gpu=A10O", "did you mean A100"), ("--params=7e9 --precision=bf61", "did you mean bf16"),
-    ("--params=7e9 --gpus=12", "whole nodes"), ("--n_layer=4 --n_embd=100 --n_head=3", "must divide"),
-    ("--params=70e9 --gpus=1", "the least is --memory=")])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("", "type --params=70e9"),
+        ("--parms=7e9", "did you mean params"),
+        ("params", "type --name=value"),
+        ("--params=x", "a whole number"),
+        ("--gpus=0", "gpus=0"),
+        ("--params=nan", "params=nan"),
+        ("--params=7e9 --gpu=A10O", "did you mean A100"),
+        ("--params=7e9 --precision=bf61", "did you mean bf16"),
+        ("--params=7e9 --gpus=12", "whole nodes"),
+        ("--n_layer=4 --n_embd=100 --n_head=3", "must divide"),
+        ("--params=70e9 --gpus=1", "the least is --memory="),
+    ],
+)
 def test_a_mistake_is_one_line(arguments, said):
     with pytest.raises(ValueError) as error:
         plan.table(plan.parse(arguments.split()))

@@ -1,4 +1,5 @@
-"""The place in the data against a list that is really filtered; early stopping on losses by hand."""
+"""The place in the data against a list that is really filtered; early stopping on losses by
+hand."""
 
 import json
 import math
@@ -24,7 +25,9 @@ def test_batches_are_those_of_a_naive_list_without_the_banned_rows():
             rows = place.rows(n)
             assert list(rows) == naive == list(place.rows(n))
             for ranks in (d for d in (1, 2, 4) if n % d == 0):  # shares join to the batch
-                assert [r for k in range(ranks) for r in rows[k * n // ranks : (k + 1) * n // ranks]] == naive
+                assert [
+                    r for k in range(ranks) for r in rows[k * n // ranks : (k + 1) * n // ranks]
+                ] == naive
             place.next = rows[-1] + 1
             taken += naive
             assert place.seen == len([r for r in range(place.next) if r not in gone])

@@ -1,4 +1,5 @@
-"""QK-clip: the largest logits are those of plain scores; where they exceed tau, exactly that head shrinks."""
+"""QK-clip: the largest logits are those of plain scores; where they exceed tau, exactly that head
+shrinks."""
 
 import math
 from types import SimpleNamespace
@@ -19,9 +20,19 @@ from parallel import context
 from parallel.mesh import make_mesh
 
 CPU = torch.device("cpu")
-GQA = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=8, vocab_size=16, qk_norm=False,
-           zero_init=False)  # fmt: skip
-GPT2 = GQA | dict(n_kv_head=4, norm="layernorm", activation="gelu", position="learned", tied=True, bias=True)
+GQA = dict(
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=16,
+    block_size=8,
+    vocab_size=16,
+    qk_norm=False,
+    zero_init=False,
+)
+GPT2 = GQA | dict(
+    n_kv_head=4, norm="layernorm", activation="gelu", position="learned", tied=True, bias=True
+)
 
 
 def scores(q, k, places):
@@ -45,7 +56,9 @@ def test_the_largest_logits_are_those_of_plain_scores(monkeypatch, most, kv):
     for places in (torch.arange(12), context.positions(12, 2, 0), context.positions(12, 2, 1)):
         mine = q[:, :, places]
         expected = scores(mine, k, places.tolist()).amax((0, 2, 3))
-        torch.testing.assert_close(qk_clip.max_logits(mine, k, places), expected, rtol=1e-13, atol=0)
+        torch.testing.assert_close(
+            qk_clip.max_logits(mine, k, places), expected, rtol=1e-13, atol=0
+        )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-6), (torch.bfloat16, 2**-8)])
@@ -97,8 +110,16 @@ def watched(shape, lr, tau, every=None):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() * 0.3)
     groups = param_groups.param_groups(model, dict.fromkeys(watch.KINDS, lr), 0.0)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    cfg = SimpleNamespace(**{"window": None} | shape, cp=1, tp=1, cp_attention="ring", compile="off",
-                          optim="sgd", qk_clip=tau, watch_every=every)  # fmt: skip
+    cfg = SimpleNamespace(
+        **{"window": None} | shape,
+        cp=1,
+        tp=1,
+        cp_attention="ring",
+        compile="off",
+        optim="sgd",
+        qk_clip=tau,
+        watch_every=every,
+    )
     counted = dict.values
     return model, optimizer, watch.Watch(cfg, make_mesh(CPU), model, optimizer, {}, counted)
 
@@ -165,17 +186,22 @@ def test_a_resumed_run_is_the_same_bits(tmp_path, text):
     flags = ["--qk_norm=false", "--qk_clip=0.01", "--zero_init=false", "--schedule=constant"]
     for run, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         go(text, tmp_path / run, *flags, f"--steps={steps}", "--save_every=2")
-    whole, parts = (checkpoint.newest(tmp_path / run).weights("model") for run in ("whole", "parts"))
+    whole, parts = (
+        checkpoint.newest(tmp_path / run).weights("model") for run in ("whole", "parts")
+    )
     for name in ("blocks.0.attn.q.weight", "blocks.1.attn.k.weight"):
         assert torch.equal(whole(name, (32, 32)), parts(name, (32, 32)))
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--qk_clip=100"], "--qk_norm=false"),
-    (["--qk_clip=100", "--arch=gpt2", "--qk_norm=true"], "--qk_norm=false"),
-    (["--qk_clip=100", "--qk_norm=false", "--diloco_every=5"], "leave one of them out"),
-    (["--qk_clip=0", "--qk_norm=false"], "--qk_clip=none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--qk_clip=100"], "--qk_norm=false"),
+        (["--qk_clip=100", "--arch=gpt2", "--qk_norm=true"], "--qk_norm=false"),
+        (["--qk_clip=100", "--qk_norm=false", "--diloco_every=5"], "leave one of them out"),
+        (["--qk_clip=0", "--qk_norm=false"], "--qk_clip=none"),
+    ],
+)
 def test_what_cannot_be_is_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
         config.parse(flags)

@@ -27,9 +27,19 @@ import train
 from checkpoint import resolve
 
 ROOT = Path(train.__file__).parent
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4",
-        "--steps=2", "--eval_every=0", "--sample_tokens=0", "--precision=fp32", "--device=cpu",
-        "--plot=false"]  # fmt: skip
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=4",
+    "--steps=2",
+    "--eval_every=0",
+    "--sample_tokens=0",
+    "--precision=fp32",
+    "--device=cpu",
+    "--plot=false",
+]
 
 
 def start(*argv) -> dict:
@@ -70,7 +80,7 @@ def parent(prose, tmp_path_factory):
     return out
 
 
-# ---- a run's own config.toml is a recipe -------------------------------------------------------
+# ---- a run's own config.toml is a recipe ---------------------------------------------------------
 KINDS = """--optim=adamw --opt.betas=0.9,0.95 --tied=true | --optim=schedule_free --arch=gpt2 |
 --arch=track3 --precision=bf16_sr |
 --norm=layernorm --bias=true --scalar_lr=0.02 --mup_base_width=16 |
@@ -98,8 +108,9 @@ def kinds(text):
     return [" ".join(kind.split()) for kind in text.split("|")]
 
 
-@pytest.mark.parametrize("flags", kinds(KINDS) + [
-    pytest.param(kind, marks=pytest.mark.slow) for kind in kinds(SLOW)])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags", kinds(KINDS) + [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds(SLOW)]
+)
 def test_a_run_s_own_config_toml_starts_the_same_run(tmp_path, prose, flags):
     first, again = tmp_path / "a", tmp_path / "b"
     start(*TINY, f"--data={prose}/my text.txt", f"--out_dir={first}", *flags.split())
@@ -194,7 +205,7 @@ def test_a_checkpoint_that_says_less_of_its_settings_is_resumed(tmp_path, parent
     assert sorted(rows(out)) == [1, 2, 3, 4, 5]
 
 
-# ---- checkpoints by other names, and those that are none ---------------------------------------
+# ---- checkpoints by other names, and those that are none -----------------------------------------
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_checkpoint_may_be_renamed_or_linked(tmp_path, parent, ranks):
     shutil.copytree(parent / "step-00000004", tmp_path / "my best")
@@ -257,7 +268,7 @@ def test_a_part_of_a_checkpoint_leads_to_the_whole(tmp_path, parent):
         resolve(tmp_path / "gpt2")
 
 
-# ---- the same thing in another place -----------------------------------------------------------
+# ---- the same thing in another place -------------------------------------------------------------
 def moved_flags(run, data, steps=5):
     return [*TINY, "--save_every=1", f"--data={data}", f"--out_dir={run}", f"--steps={steps}"]
 
@@ -328,21 +339,24 @@ def test_another_parent_is_refused_with_what_goes_on(tmp_path, parent):
         assert "--resume=auto goes on" in said and "another run" not in said
 
 
-# ---- what is wrong comes first, and what is said can be pasted ---------------------------------
+# ---- what is wrong comes first, and what is said can be pasted -----------------------------------
 def advice(sentence: str) -> list[str]:
     """The flags that a sentence tells to type, as a shell would read them."""
     word = r"--[\w.]+=(?:'[^']*'|\"[^\"]*\"|[^\s'\";,)])+"
     return shlex.split(re.search(word, sentence)[0])
 
 
-@pytest.mark.parametrize("flag, says", [
-    ("--data=nowhere.txt", "--data=nowhere.txt does not exist"),
-    ("--data=shakespear", "mean shakespeare"),
-    pytest.param("--tokenizer=gpt22", "gpt22", marks=pytest.mark.slow),
-    pytest.param("--optim=adamv", "no such file in optim/", marks=pytest.mark.slow),
-    pytest.param("--init_from=nowhere", "nowhere does not exist", marks=pytest.mark.slow),
-    ("--resume=nowhere", "nowhere does not exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--data=nowhere.txt", "--data=nowhere.txt does not exist"),
+        ("--data=shakespear", "mean shakespeare"),
+        pytest.param("--tokenizer=gpt22", "gpt22", marks=pytest.mark.slow),
+        pytest.param("--optim=adamv", "no such file in optim/", marks=pytest.mark.slow),
+        pytest.param("--init_from=nowhere", "nowhere does not exist", marks=pytest.mark.slow),
+        ("--resume=nowhere", "nowhere does not exist"),
+    ],
+)
 def test_a_wrong_value_is_said_before_what_the_folder_holds(prose, parent, flag, says):
     said = refused(*TINY, f"--data={prose}/my text.txt", f"--out_dir={parent}", "--seed=9", flag)
     assert says in said and "holds" not in said
@@ -352,12 +366,18 @@ def test_a_wrong_value_is_said_before_what_the_folder_holds(prose, parent, flag,
 
 
 CLASHES = [  # what the run has, what is typed now
-    ("lr", 1e-05, "--lr=3"), ("tied", True, "--tied=false"), ("n_kv_head", 1, "--n_kv_head=2"),
-    ("opt.betas", (0.9, 0.95), "--opt.betas=0.8,0.9"), ("opt.eps", 1e-12, "--opt.eps=1"),
-    ("position", "learned", "--position=rotary"), ("logit_cap", None, "--logit_cap=3"),
-    ("attention_scale", None, "--attention_scale=1"), ("ngram_embed", None, "--ngram_embed=2"),
-    ("data", "it's [my] $HOME (text).txt", "--data=python"), ("ngram", 3, "--ngram=2"),
-]  # fmt: skip
+    ("lr", 1e-05, "--lr=3"),
+    ("tied", True, "--tied=false"),
+    ("n_kv_head", 1, "--n_kv_head=2"),
+    ("opt.betas", (0.9, 0.95), "--opt.betas=0.8,0.9"),
+    ("opt.eps", 1e-12, "--opt.eps=1"),
+    ("position", "learned", "--position=rotary"),
+    ("logit_cap", None, "--logit_cap=3"),
+    ("attention_scale", None, "--attention_scale=1"),
+    ("ngram_embed", None, "--ngram_embed=2"),
+    ("data", "it's [my] $HOME (text).txt", "--data=python"),
+    ("ngram", 3, "--ngram=2"),
+]
 
 
 @pytest.mark.parametrize("name, had, now", CLASHES, ids=[name for name, _, _ in CLASHES])
@@ -376,8 +396,13 @@ def test_what_a_refusal_tells_to_type_goes_on(name, had, now):
 
 
 def value_text(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if (
-        value is None or isinstance(value, bool)) else str(value)  # fmt: skip
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value).lower()
+        if (value is None or isinstance(value, bool))
+        else str(value)
+    )
 
 
 def test_paths_in_advice_are_quoted(tmp_path, prose, parent):
@@ -390,15 +415,18 @@ def test_paths_in_advice_are_quoted(tmp_path, prose, parent):
     assert advice(refused(f"--resume={best}", f"--out_dir={tmp_path}/x")) == [f"--init_from={best}"]
 
 
-# ---- what changes is said ----------------------------------------------------------------------
+# ---- what changes is said ------------------------------------------------------------------------
 def test_a_jump_of_the_learning_rate_is_said_in_a_line(tmp_path, prose, capsys):
     flags = [*TINY, f"--data={prose}/my text.txt", "--save_every=3"]
-    for i, (before, after, jumps) in enumerate([
-        (["--steps=6"], ["--steps=9"], True), (["--steps=6"], ["--steps=7"], True),
-        (["--steps=6", "--schedule=constant"], ["--steps=9"], False),
-        (["--steps=6"], ["--steps=9", "--decay_frac=0.1"], True),
-        (["--steps=6", "--schedule=cosine", "--optim=adamw"], ["--steps=12"], True),
-    ]):  # fmt: skip
+    for i, (before, after, jumps) in enumerate(
+        [
+            (["--steps=6"], ["--steps=9"], True),
+            (["--steps=6"], ["--steps=7"], True),
+            (["--steps=6", "--schedule=constant"], ["--steps=9"], False),
+            (["--steps=6"], ["--steps=9", "--decay_frac=0.1"], True),
+            (["--steps=6", "--schedule=cosine", "--optim=adamw"], ["--steps=12"], True),
+        ]
+    ):
         out = tmp_path / str(i)
         kept = [flag for flag in before if "steps" not in flag]
         start(*flags, *before, f"--out_dir={out}")
@@ -469,7 +497,7 @@ def test_a_finished_run_without_its_metrics_ends_well(tmp_path, prose):
     assert start(*flags) == {}
 
 
-# ---- without asserts ---------------------------------------------------------------------------
+# ---- without asserts -----------------------------------------------------------------------------
 CODE = """
 from memory import estimate, plan
 from parallel.mesh import pick_device

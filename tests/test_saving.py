@@ -1,4 +1,5 @@
-"""Checkpoints written beside training: what is in them, how long training waits, what a full disk costs."""
+"""Checkpoints written beside training: what is in them, how long training waits, what a full disk
+costs."""
 
 import errno
 import multiprocessing
@@ -39,15 +40,20 @@ def gate(monkeypatch):
     gate.set()
 
 
-# ---- the copy ----
+# ---- the copy ------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_the_state_at_the_call_bitwise(tmp_path, gate):
     tensors = {name: random_bits((5, 3), dtype) for name, dtype in DTYPES.items()}
     tree = {
-        "t": tensors, "columns": grid()[:, ::2], "turned": grid().T, "one": grid()[0, :1].expand(4),
-        "part": [Slice(grid(), (8, 6), (0, 0))], "parameter": torch.nn.Parameter(grid()), "n": [1, 2],
-    }  # fmt: skip
+        "t": tensors,
+        "columns": grid()[:, ::2],
+        "turned": grid().T,
+        "one": grid()[0, :1].expand(4),
+        "part": [Slice(grid(), (8, 6), (0, 0))],
+        "parameter": torch.nn.Parameter(grid()),
+        "n": [1, 2],
+    }
     want = {name: raw(t) for name, t in tensors.items()}
     saver = Saver(tmp_path)
     saver.save(7, tree)
@@ -68,15 +74,26 @@ def test_what_is_saved_is_the_state_at_the_call_bitwise(tmp_path, gate):
 
 
 def test_a_copy_shares_no_memory_and_is_contiguous():
-    tree = {"a": [grid().T], "b": Slice(grid()[2:4], (8, 6), (2, 0)), "c": torch.empty(0, 3), "d": None}
+    tree = {
+        "a": [grid().T],
+        "b": Slice(grid()[2:4], (8, 6), (2, 0)),
+        "c": torch.empty(0, 3),
+        "d": None,
+    }
     new = copied(tree)
-    for old, t in ((tree["a"][0], new["a"][0]), (tree["b"].tensor, new["b"].tensor), (tree["c"], new["c"])):
+    for old, t in (
+        (tree["a"][0], new["a"][0]),
+        (tree["b"].tensor, new["b"].tensor),
+        (tree["c"], new["c"]),
+    ):
         assert torch.equal(old, t) and t.is_contiguous()
-        assert old.numel() == 0 or old.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+        assert (
+            old.numel() == 0 or old.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+        )
     assert (new["b"].global_shape, new["b"].offsets, new["d"]) == ((8, 6), (2, 0), None)
 
 
-# ---- the time line ----
+# ---- the time line -------------------------------------------------------------------------------
 
 
 def test_training_goes_on_while_the_background_writes(tmp_path, gate):
@@ -143,7 +160,7 @@ def test_every_mth_checkpoint_is_kept_beside_the_newest(tmp_path):
     assert steps(tmp_path) == [8, 10]
 
 
-# ---- several ranks ----
+# ---- several ranks -------------------------------------------------------------------------------
 
 
 def save_beside_collectives(rank, world, out_dir):
@@ -186,16 +203,21 @@ def full_on_one(rank, world, out_dir, failing):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_full_disk_of_one_rank_is_the_same_news_on_all_and_the_last_save_raises(tmp_path, failing):
+def test_a_full_disk_of_one_rank_is_the_same_news_on_all_and_the_last_save_raises(
+    tmp_path, failing
+):
     for (first, second), sentence in run_ranks(2, full_on_one, tmp_path, failing):
         assert first == {"step": 1, "event": "save"} and second["event"] == "save_failed"
         for step, text in ((2, second["text"]), (3, sentence)):  # noqa: F402
-            assert f"step {step} was not saved, rank {failing}: [Errno 28] No space left on device" in text
+            assert (
+                f"step {step} was not saved, rank {failing}: [Errno 28] No space left on device"
+                in text
+            )
             assert "are as they were; see that there is room" in text
     assert steps(tmp_path) == [1] and not leftovers(tmp_path)
 
 
-# ---- a full disk ----
+# ---- a full disk ---------------------------------------------------------------------------------
 
 
 class Quota:
@@ -226,8 +248,12 @@ class Quota:
         return File()
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["while training waits", "in the background"])
-def test_a_disk_that_fills_up_at_any_byte_costs_nothing_but_that_save(tmp_path, monkeypatch, asynchronous):
+@pytest.mark.parametrize(
+    "asynchronous", [False, True], ids=["while training waits", "in the background"]
+)
+def test_a_disk_that_fills_up_at_any_byte_costs_nothing_but_that_save(
+    tmp_path, monkeypatch, asynchronous
+):
     tree = {"w": grid(), "b": torch.ones(7), "lr": 0.5}
     size = sum(f.stat().st_size for f in save(tmp_path, 1, tree).iterdir())
     saver = Saver(tmp_path, keep=1, asynchronous=asynchronous)
@@ -252,7 +278,11 @@ def test_a_disk_that_is_really_full(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+    if (
+        sys.platform != "linux"
+        or os.geteuid()
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
         pytest.skip("no right to mount a file system here")
     try:
         tree = {"w": torch.ones(75_000)}  # 300 kB: three fit, four do not
@@ -268,7 +298,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# ---- killed ----
+# ---- killed --------------------------------------------------------------------------------------
 
 
 def die_in_the_background(out_dir, name, nth):
@@ -287,10 +317,18 @@ def die_in_the_background(out_dir, name, nth):
 
 
 @needs_fork
-@pytest.mark.parametrize("name, nth, survives", [
-    ("mkdir", 1, 1), ("fsync", 1, 1), ("fsync", 3, 1), ("rename", 1, 1), ("fsync", 4, 2), ("rename", 2, 2),
-    ("rmdir", 1, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, nth, survives",
+    [
+        ("mkdir", 1, 1),
+        ("fsync", 1, 1),
+        ("fsync", 3, 1),
+        ("rename", 1, 1),
+        ("fsync", 4, 2),
+        ("rename", 2, 2),
+        ("rmdir", 1, 2),
+    ],
+)
 def test_a_kill_during_a_background_save_leaves_a_whole_checkpoint(tmp_path, name, nth, survives):
     save(tmp_path, 1, {"w": grid()})
     process = in_a_fork(die_in_the_background, tmp_path, name, nth)
@@ -310,13 +348,15 @@ def raise_while_saving(out_dir):
 
 @needs_fork
 def test_a_run_that_fails_finishes_the_save_under_way(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=raise_while_saving, args=(tmp_path,))
+    process = multiprocessing.get_context("fork").Process(
+        target=raise_while_saving, args=(tmp_path,)
+    )
     process.start()
     process.join()
     assert process.exitcode == 3 and newest(tmp_path).step == 1
 
 
-# ---- the whole run ----
+# ---- the whole run -------------------------------------------------------------------------------
 
 
 def events(out_dir) -> list:
@@ -330,7 +370,9 @@ def test_a_run_is_bitwise_the_same_and_saves_the_same_in_the_background(tmp_path
         assert events(tmp_path / how) == [(5, "save"), (10, "save"), (12, "save")]
     assert trace(tmp_path / "true") == trace(tmp_path / "false")
     for step in (5, 10, 12):
-        one, two = (checkpoint.load(tmp_path / how / f"step-{step:08d}") for how in ("true", "false"))
+        one, two = (
+            checkpoint.load(tmp_path / how / f"step-{step:08d}") for how in ("true", "false")
+        )
         assert one.names() == two.names()
         assert all(raw(one.tensor(name)) == raw(two.tensor(name)) for name in one.names())
 
@@ -353,13 +395,16 @@ def test_a_disk_that_is_full_for_a_while_does_not_stop_the_run(tmp_path, text, m
     assert events(tmp_path) == [(5, "save_failed"), (10, "save"), (12, "save")]
 
 
-def told(rank, world, *args):  # in a process of its own, for a run that failed keeps its lock until it ends
+# In a process of its own, for a run that failed keeps its lock until it ends
+def told(rank, world, *args):
     with pytest.raises(OSError) as e:
         go(*args)
     return str(e.value)
 
 
-def test_a_last_save_that_fails_is_an_error_and_the_same_command_goes_on(tmp_path, text, monkeypatch):
+def test_a_last_save_that_fails_is_an_error_and_the_same_command_goes_on(
+    tmp_path, text, monkeypatch
+):
     go(text, tmp_path / "whole")
     full_in_the_middle(monkeypatch, {12})
     (sentence,) = run_ranks(1, told, text, tmp_path / "full")

@@ -21,7 +21,8 @@ from optim.param_groups import evaluation_weights
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 both = pytest.mark.parametrize(
-    "cls", [AdamWScheduleFree, SGDScheduleFree], ids=lambda cls: cls.__name__)
+    "cls", [AdamWScheduleFree, SGDScheduleFree], ids=lambda cls: cls.__name__
+)
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 F64 = torch.float64
 OPTIONS = dict(lr=0.1, weight_decay=0.01, warmup_steps=7, r=0.5)
@@ -58,7 +59,7 @@ def same(a, b) -> bool:
     return a == b
 
 
-# ---- counts -----------------------------------------------------------------------------------
+# ---- counts --------------------------------------------------------------------------------------
 @both
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
 def test_a_late_parameter_moves_exactly_as_in_a_new_optimizer(cls, dtype):
@@ -97,9 +98,10 @@ def test_the_group_has_the_largest_counts_of_its_parameters(cls):
     assert optimizer.param_groups[0]["k"] == 9 and params[3] not in optimizer.state
 
 
-# ---- states from before -----------------------------------------------------------------------
+# ---- states from before --------------------------------------------------------------------------
 def as_saved_before(saved, theirs=False):
-    """As these classes once saved it: counts in the group alone. theirs: as the authors' package."""
+    """As these classes once saved it: counts in the group alone. theirs: as the authors'
+    package."""
     saved = copy.deepcopy(saved)
     for state in saved["state"].values():
         for name in ("step", "lr_max", "weight_sum", "beta1"):
@@ -133,9 +135,23 @@ def test_a_state_with_counts_in_the_group_goes_on_exactly(cls, theirs, mode):
 
 
 @both
-@pytest.mark.parametrize("key", [
-    "k", "lr_max", "weight_sum", "train_mode", "r", "warmup_steps", "eps", "betas", "momentum",
-    "weight_decay", "weight_lr_power", "lr"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "k",
+        "lr_max",
+        "weight_sum",
+        "train_mode",
+        "r",
+        "warmup_steps",
+        "eps",
+        "betas",
+        "momentum",
+        "weight_decay",
+        "weight_lr_power",
+        "lr",
+    ],
+)
 def test_what_a_saved_group_does_not_say_stays_as_it_is(cls, key):
     params = parameters(F64)
     optimizer = made(cls, params)
@@ -213,15 +229,16 @@ def test_a_copy_and_a_pickle_go_on_bit_for_bit(cls, older, how):
     assert same(everything(params, optimizer), everything(copies, other))
 
 
-# ---- a scheduler that moves β₁ ----------------------------------------------------------------
+# ---- a scheduler that moves β₁ -------------------------------------------------------------------
 def one_cycle(optimizer, n):
     lr = optimizer.param_groups[0]["lr"]
     return OneCycleLR(optimizer, max_lr=lr, total_steps=n + 1, base_momentum=0.6, max_momentum=0.97)
 
 
 def cyclic(optimizer, n):
-    return CyclicLR(optimizer, base_lr=0.01, max_lr=0.2, step_size_up=7, base_momentum=0.5,
-                    max_momentum=0.9)  # fmt: skip
+    return CyclicLR(
+        optimizer, base_lr=0.01, max_lr=0.2, step_size_up=7, base_momentum=0.5, max_momentum=0.9
+    )
 
 
 @both
@@ -279,7 +296,7 @@ def test_a_moved_beta1_is_a_step_from_the_y_of_the_new_one(cls):
     assert all(torch.allclose(p, q, rtol=1e-12, atol=1e-12) for p, q in zip(params, copies))
 
 
-# ---- half precision ---------------------------------------------------------------------------
+# ---- half precision ------------------------------------------------------------------------------
 @both
 @halves
 def test_half_precision_is_the_float32_run_rounded_once_when_written(cls, dtype):
@@ -330,8 +347,9 @@ def test_weights_that_somebody_loads_into_p_count(cls, dtype, mode):
 @pytest.mark.parametrize("already", [False, True])
 def test_looking_puts_back_the_very_bits_and_what_was_lost(cls, dtype, already):
     params = parameters(dtype, ((60, 50), (5,), ()))
-    optimizer = made(cls, [{"params": params[:2], "names": ["a", "b"]},
-                           {"params": params[2:], "names": ["c"]}])  # fmt: skip
+    optimizer = made(
+        cls, [{"params": params[:2], "names": ["a", "b"]}, {"params": params[2:], "names": ["c"]}]
+    )
     steps(optimizer, params[:2], range(20))  # the last one has no state yet
     if already:
         optimizer.eval()
@@ -368,7 +386,8 @@ def test_half_precision_weights_learn(cls, dtype):
 
 @both
 @pytest.mark.parametrize(
-    "dtype, more", [(torch.float32, 0), (F64, 0), (torch.bfloat16, 4), (torch.float16, 4)])
+    "dtype, more", [(torch.float32, 0), (F64, 0), (torch.bfloat16, 4), (torch.float16, 4)]
+)
 def test_state_bytes_are_those_of_the_docstring(cls, dtype, more):
     w = torch.randn(16, 8).to(dtype).requires_grad_()
     optimizer = made(cls, [w])
@@ -378,7 +397,7 @@ def test_state_bytes_are_those_of_the_docstring(cls, dtype, more):
     assert n == (8 if cls is AdamWScheduleFree else 4) * (2 if dtype == F64 else 1) + more
 
 
-# ---- no half steps ----------------------------------------------------------------------------
+# ---- no half steps -------------------------------------------------------------------------------
 @both
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_group_added_at_any_time_takes_the_mode_of_the_others(cls, mode):
@@ -417,10 +436,15 @@ def break_beta1(optimizer, p):
 
 
 @both
-@pytest.mark.parametrize("fault, error, words", [
-    (break_mode, RuntimeError, "train"), (break_sparse, RuntimeError, "dense"),
-    (None, RuntimeError, "real"),
-    (break_beta1, ValueError, r"beta1 \(momentum\) [10].0.*\(0, 1\)")])
+@pytest.mark.parametrize(
+    "fault, error, words",
+    [
+        (break_mode, RuntimeError, "train"),
+        (break_sparse, RuntimeError, "dense"),
+        (None, RuntimeError, "real"),
+        (break_beta1, ValueError, r"beta1 \(momentum\) [10].0.*\(0, 1\)"),
+    ],
+)
 def test_an_error_comes_before_anything_has_changed(cls, fault, error, words):
     params = parameters(F64, ((3, 3), (3, 3)))
     if fault is None:
@@ -437,7 +461,7 @@ def test_an_error_comes_before_anything_has_changed(cls, fault, error, words):
     assert same(before, everything(params, optimizer)) and len(calls) == (fault is not break_mode)
 
 
-# ---- what else of torch people put around it --------------------------------------------------
+# ---- what else of torch people put around it -----------------------------------------------------
 @both
 def test_named_parameters_work(cls):
     runs = []
@@ -601,7 +625,20 @@ def test_train_refuses_to_warm_up_the_momentum_of_an_average(optim, text, tmp_pa
     import config
     import train
 
-    words = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--steps=2",
-             "--device=cpu", "--precision=fp32", "--momentum_warmup=5"]  # fmt: skip
+    words = [
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=16",
+        "--block_size=8",
+        "--batch_size=4",
+        "--steps=2",
+        "--device=cpu",
+        "--precision=fp32",
+        "--momentum_warmup=5",
+    ]
     with pytest.raises(ValueError, match="no momentum to warm up"):
-        train.main(config.parse([f"--data={text}", f"--out_dir={tmp_path / 'out'}", f"--optim={optim}", *words]))
+        train.main(
+            config.parse(
+                [f"--data={text}", f"--out_dir={tmp_path / 'out'}", f"--optim={optim}", *words]
+            )
+        )

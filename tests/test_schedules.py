@@ -19,21 +19,28 @@ def test_warm_up_starts_above_zero_and_meets_the_peak(name):
 @pytest.mark.parametrize("name", FALLING)
 def test_no_schedule_rises_after_warm_up_or_leaves_its_range(name):
     values = [multiplier(name, i, 100, warmup=5, minimum=0.1) for i in range(5, 130)]
-    assert all(a >= b for a, b in zip(values, values[1:])) and min(values) >= 0.1 - 1e-12 and values[0] == 1
+    assert (
+        all(a >= b for a, b in zip(values, values[1:]))
+        and min(values) >= 0.1 - 1e-12
+        and values[0] == 1
+    )
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "sqrt"])
 def test_wsd_is_flat_until_the_last_share_of_all_steps(shape):
     values = [
-        multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape) for i in range(101)
+        multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape)
+        for i in range(101)
     ]
     assert values[10:71] == [1.0] * 61 and values[71] < 1
     assert values[100] == pytest.approx(0.1)
 
 
 def test_wsd_decays_as_its_formulas():
-    half = {s: multiplier("wsd", 75, 100, 0, 0.0 if s != "exponential" else 0.01, 0.5, shape=s)
-            for s in ("linear", "cosine", "exponential", "sqrt")}  # fmt: skip
+    half = {
+        s: multiplier("wsd", 75, 100, 0, 0.0 if s != "exponential" else 0.01, 0.5, shape=s)
+        for s in ("linear", "cosine", "exponential", "sqrt")
+    }
     expected = dict(linear=0.5, cosine=0.5, exponential=0.1, sqrt=1 - math.sqrt(0.5))
     assert half == pytest.approx(expected)
     assert multiplier("wsd", 99, 100, 0, decay_frac=0.2) == pytest.approx(1 / 20)
@@ -42,8 +49,14 @@ def test_wsd_decays_as_its_formulas():
 
 LR = torch.optim.lr_scheduler
 TORCH = {
-    "cosine": (dict(name="cosine", minimum=0.2), lambda o: LR.CosineAnnealingLR(o, 40, eta_min=0.2)),
-    "linear": (dict(name="linear", minimum=0.2), lambda o: LR.LinearLR(o, 1.0, 0.2, total_iters=40)),
+    "cosine": (
+        dict(name="cosine", minimum=0.2),
+        lambda o: LR.CosineAnnealingLR(o, 40, eta_min=0.2),
+    ),
+    "linear": (
+        dict(name="linear", minimum=0.2),
+        lambda o: LR.LinearLR(o, 1.0, 0.2, total_iters=40),
+    ),
     "warm-up from a start factor": (
         dict(name="constant", warmup=8, warmup_start=1 / 32),
         lambda o: LR.LinearLR(o, 1 / 32, 1.0, total_iters=8),
@@ -95,10 +108,15 @@ def test_sgdr_fills_the_run_with_three_cycles():
 
 @pytest.mark.parametrize(
     "name, options",
-    [("wsd", dict(shape="cubic")), ("sgdr", dict(T_0=-1)), ("sgdr", dict(T_mult=0)),
-     ("inverse_sqrt", dict(timescale=0)), ("onecycle", dict(pct_start=1.5)),
-     ("onecycle", dict(div_factor=0.5))],
-)  # fmt: skip
+    [
+        ("wsd", dict(shape="cubic")),
+        ("sgdr", dict(T_0=-1)),
+        ("sgdr", dict(T_mult=0)),
+        ("inverse_sqrt", dict(timescale=0)),
+        ("onecycle", dict(pct_start=1.5)),
+        ("onecycle", dict(div_factor=0.5)),
+    ],
+)
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         multiplier(name, 3, 10, **options)

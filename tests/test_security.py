@@ -1,7 +1,8 @@
-"""Recipes, checkpoints, data and vocabularies of strangers run no code: each test plants some and looks.
+"""Recipes, checkpoints, data and vocabularies of strangers run no code: each test plants some and
+looks.
 
-What a recipe may still do is what its fields say: read the data it names and write into the out_dir it names.
-Read a stranger's recipe; it is twenty lines.
+What a recipe may still do is what its fields say: read the data it names and write into the out_dir
+it names. Read a stranger's recipe; it is twenty lines.
 """
 
 import ast
@@ -29,8 +30,11 @@ import sample
 import train
 from tokenizer import Tokenizer
 
-SOURCES = sorted(path for path in ROOT.rglob("*.py")
-                 if not {"tests", "site-packages", ".venv"} & {*path.relative_to(ROOT).parts})  # fmt: skip
+SOURCES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if not {"tests", "site-packages", ".venv"} & {*path.relative_to(ROOT).parts}
+)
 TEXT = str(ROOT / "model.py")
 
 
@@ -49,9 +53,20 @@ def mark(tmp_path):
     assert not (tmp_path / "the-code-has-run").exists()
 
 
-WATCHED, seen = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"), None
+WATCHED, seen = (
+    (
+        "pickle.find_class",
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "subprocess.Popen",
+    ),
+    None,
+)
 sys.addaudithook(
-    lambda event, args: seen.append((event, str(args))) if seen is not None and event in WATCHED else 0
+    lambda event, args: (
+        seen.append((event, str(args))) if seen is not None and event in WATCHED else 0
+    )
 )
 
 
@@ -74,20 +89,58 @@ def test_the_traps_of_these_tests_do_catch(tmp_path):
         assert (tmp_path / "mark").exists()
 
 
-# ---- the source --------------------------------------------------------------------------------------------
-BANNED = {"eval", "exec", "compile", "__import__", "execfile", "pickle", "cPickle", "marshal", "shelve",
-          "dill", "joblib", "cloudpickle", "yaml", "runpy", "pty"}  # fmt: skip
-CALLS = {"os.system", "os.popen", "torch.load", "torch.jit.load", "np.load", "numpy.load",
-         "pandas.read_pickle", "torch.hub.load", "torch.package.PackageImporter", "tarfile.extractall",
-         "shutil.unpack_archive",
-         "dist.recv_object_list", "dist.broadcast_object_list", "dist.scatter_object_list"}  # fmt: skip
+# ---- the source ----------------------------------------------------------------------------------
+BANNED = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "execfile",
+    "pickle",
+    "cPickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "joblib",
+    "cloudpickle",
+    "yaml",
+    "runpy",
+    "pty",
+}
+CALLS = {
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "torch.jit.load",
+    "np.load",
+    "numpy.load",
+    "pandas.read_pickle",
+    "torch.hub.load",
+    "torch.package.PackageImporter",
+    "tarfile.extractall",
+    "shutil.unpack_archive",
+    "dist.recv_object_list",
+    "dist.broadcast_object_list",
+    "dist.scatter_object_list",
+}
 # Names that come from a list in the source, never from a user.
-IMPORTS = {"choices.py": 1, "logger.py": 1, "bench.py": 1, "benchmarks/optimizers.py": 2,
-           "benchmarks/nanogpt.py": 1}
-# A clone that the user names, whose train.py the bench runs; of what that saved, weights alone are read.
+IMPORTS = {
+    "choices.py": 1,
+    "logger.py": 1,
+    "bench.py": 1,
+    "benchmarks/optimizers.py": 2,
+    "benchmarks/nanogpt.py": 1,
+}
+# A clone that the user names, whose train.py the bench runs; of what that saved, weights alone are
+# read.
 CLONES = {"benchmarks/nanogpt.py": "torch.load"}
 # Between the ranks of one run, who run the same code anyway.
-BETWEEN_RANKS = {"parallel/owners.py", "parallel/whole.py", "precision/histogram.py", "benchmarks/network.py"}
+BETWEEN_RANKS = {
+    "parallel/owners.py",
+    "parallel/whole.py",
+    "precision/histogram.py",
+    "benchmarks/network.py",
+}
 
 
 def faults(tree: ast.AST, name: str) -> list[str]:
@@ -105,11 +158,19 @@ def faults(tree: ast.AST, name: str) -> list[str]:
         last = called.rpartition(".")[2]
         if called == CLONES.get(name) and "weights_only=True" in ast.unparse(node):
             continue
-        if called in BANNED or called in CALLS or last == "extractall" or last.startswith("read_pickle"):
+        if (
+            called in BANNED
+            or called in CALLS
+            or last == "extractall"
+            or last.startswith("read_pickle")
+        ):
             found.append(f"{node.lineno}: {called}")
         if last in ("all_gather_object", "gather_object") and name not in BETWEEN_RANKS:
             found.append(f"{node.lineno}: {called} unpickles")
-        if any(k.arg in ("shell", "allow_pickle") and ast.unparse(k.value) != "False" for k in node.keywords):
+        if any(
+            k.arg in ("shell", "allow_pickle") and ast.unparse(k.value) != "False"
+            for k in node.keywords
+        ):
             found.append(f"{node.lineno}: {called} with shell or allow_pickle")
         imports += last == "import_module" or called.endswith("spec_from_file_location")
     return found + ([f"{imports} imports by name"] if imports != IMPORTS.get(name, 0) else [])
@@ -121,21 +182,54 @@ def test_no_file_can_run_what_it_reads(path):
     assert not faults(tree, path.relative_to(ROOT).as_posix())
 
 
-@pytest.mark.parametrize("line", [
-    "eval(x)", "exec(open('a').read())", "import pickle", "from pickle import loads", "torch.load(f)",
-    "import yaml",
-    "subprocess.run(x, shell=True)", "np.load(f, allow_pickle=True)", "os.system(x)", "tar.extractall(p)",
-    "importlib.import_module(x)", "dist.all_gather_object(a, b)", "import torch, marshal"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval(x)",
+        "exec(open('a').read())",
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(f)",
+        "import yaml",
+        "subprocess.run(x, shell=True)",
+        "np.load(f, allow_pickle=True)",
+        "os.system(x)",
+        "tar.extractall(p)",
+        "importlib.import_module(x)",
+        "dist.all_gather_object(a, b)",
+        "import torch, marshal",
+    ],
+)
 def test_the_scan_sees(line):
     assert faults(ast.parse(line), "new.py")
 
 
-# ---- names -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [
-    "os.system", "param_groups", "param_groups.os", "..\\x", "../evil", "/tmp/evil", "muon.torch",
-    "muon.__class__",
-    "muon.__builtins__", "muon.Optimizer", "", ".", ".Muon", "mup", "__init__", "optim.muon", "muon\n",
-    "MUON", "muon.Muon.__init__", "evil"])  # fmt: skip
+# ---- names ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "param_groups",
+        "param_groups.os",
+        "..\\x",
+        "../evil",
+        "/tmp/evil",
+        "muon.torch",
+        "muon.__class__",
+        "muon.__builtins__",
+        "muon.Optimizer",
+        "",
+        ".",
+        ".Muon",
+        "mup",
+        "__init__",
+        "optim.muon",
+        "muon\n",
+        "MUON",
+        "muon.Muon.__init__",
+        "evil",
+    ],
+)
 def test_only_a_class_of_a_file_in_optim_is_an_optimizer(name, tmp_path, monkeypatch, mark):
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
     monkeypatch.chdir(tmp_path)
@@ -147,15 +241,41 @@ def test_only_a_class_of_a_file_in_optim_is_an_optimizer(name, tmp_path, monkeyp
 CODE = "__import__('pathlib').Path({!r}).touch()"
 
 
-@pytest.mark.parametrize("flag", [
-    "--opt.eps={}", "--optim={}", "--schedule.shape={}", "--schedule={}", "--data={}", "--tokenizer={}",
-    "--lr={}",
-    "--resume={}", "--init_from={}", "--device={}", "--activation_checkpoint=every_{}", "--opt.__class__={}",
-    "--opt.__init__={}", "--opt.params={}", "--opt.self={}", "--fp8.__dict__={}", "--compile.backend={}",
-    "--{}=1",
-    "--__class__={}", "--opt.betas=({},1)", "{}", "--data_url={}", "--compress=topk --compress.fraction={}",
-    "--seed={}", "--wandb={}", "--steps=[{}]", "--opt.=1", "--given={}", "--options={}",
-    "--sub={}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--opt.eps={}",
+        "--optim={}",
+        "--schedule.shape={}",
+        "--schedule={}",
+        "--data={}",
+        "--tokenizer={}",
+        "--lr={}",
+        "--resume={}",
+        "--init_from={}",
+        "--device={}",
+        "--activation_checkpoint=every_{}",
+        "--opt.__class__={}",
+        "--opt.__init__={}",
+        "--opt.params={}",
+        "--opt.self={}",
+        "--fp8.__dict__={}",
+        "--compile.backend={}",
+        "--{}=1",
+        "--__class__={}",
+        "--opt.betas=({},1)",
+        "{}",
+        "--data_url={}",
+        "--compress=topk --compress.fraction={}",
+        "--seed={}",
+        "--wandb={}",
+        "--steps=[{}]",
+        "--opt.=1",
+        "--given={}",
+        "--options={}",
+        "--sub={}",
+    ],
+)
 def test_a_value_that_looks_like_code_is_a_word(flag, tmp_path, mark):
     with nothing_runs(), pytest.raises(ValueError) as error:
         go(
@@ -170,10 +290,17 @@ def test_a_value_that_looks_like_code_is_a_word(flag, tmp_path, mark):
 
 def test_a_recipe_is_numbers_and_words(tmp_path, mark):
     code, path = CODE.format(str(mark)), tmp_path / "a.toml"
-    for text in (code, f"steps = {code}", f'steps = "{code}"', f'"{code}" = 1', f"[{code}]",
-                 f'lr = ["{code}"]',
-                 f'opt = "{code}"', f'"opt.__reduce__" = "{code}"\nsteps = "x"',
-                 "steps = !!python/object:os"):  # fmt: skip
+    for text in (
+        code,
+        f"steps = {code}",
+        f'steps = "{code}"',
+        f'"{code}" = 1',
+        f"[{code}]",
+        f'lr = ["{code}"]',
+        f'opt = "{code}"',
+        f'"opt.__reduce__" = "{code}"\nsteps = "x"',
+        "steps = !!python/object:os",
+    ):
         path.write_text(text)
         with nothing_runs(), pytest.raises(ValueError):
             config.parse([str(path)])
@@ -182,7 +309,7 @@ def test_a_recipe_is_numbers_and_words(tmp_path, mark):
         config.parse([str(path)])
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
@@ -202,10 +329,22 @@ def signed(folder: Path, change) -> None:
     (folder / "index.json").write_bytes(raw(index))
 
 
-@pytest.mark.parametrize("file", ["index.json", "rank_0.safetensors", "metrics.jsonl", "config.toml",
-                                  "data.pkl",
-                                  "__init__.py", "torch.py", "json.py"])  # fmt: skip
-def test_a_file_of_a_run_may_hold_anything_and_nothing_runs(trained, tmp_path, monkeypatch, mark, file):
+@pytest.mark.parametrize(
+    "file",
+    [
+        "index.json",
+        "rank_0.safetensors",
+        "metrics.jsonl",
+        "config.toml",
+        "data.pkl",
+        "__init__.py",
+        "torch.py",
+        "json.py",
+    ],
+)
+def test_a_file_of_a_run_may_hold_anything_and_nothing_runs(
+    trained, tmp_path, monkeypatch, mark, file
+):
     out = shutil.copytree(trained, tmp_path / "out")
     raw = CODE.format(str(mark)).encode() if file.endswith(".py") else pickle.dumps(Payload(mark))
     for folder in (out, *out.glob("step-*")):
@@ -217,19 +356,33 @@ def test_a_file_of_a_run_may_hold_anything_and_nothing_runs(trained, tmp_path, m
             signed(folder, lambda body: body["files"]["rank_0.safetensors"].update(facts))
     monkeypatch.chdir(out)
     with nothing_runs():
-        for what in (lambda: go(TEXT, out, "--steps=3", "--n_layer=1", "--schedule=constant"),
-                     lambda: train.main(config.parse([f"--resume={out}", f"--out_dir={tmp_path / 'b'}",
-                     "--steps=3"])),
-                     lambda: sample.load(str(out)), lambda: logger.latest(out)):  # fmt: skip
+        for what in (
+            lambda: go(TEXT, out, "--steps=3", "--n_layer=1", "--schedule=constant"),
+            lambda: train.main(
+                config.parse([f"--resume={out}", f"--out_dir={tmp_path / 'b'}", "--steps=3"])
+            ),
+            lambda: sample.load(str(out)),
+            lambda: logger.latest(out),
+        ):
             try:
                 what()
             except ValueError:
                 pass
 
 
-@pytest.mark.parametrize("file", ["../../secret.safetensors", "/etc/passwd", "rank_0.safetensors/../../x",
-                                  "rank_0.safetensors\n", "..\\x", "", "rank_0.pkl",
-                                  "rank_0.pt"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../../secret.safetensors",
+        "/etc/passwd",
+        "rank_0.safetensors/../../x",
+        "rank_0.safetensors\n",
+        "..\\x",
+        "",
+        "rank_0.pkl",
+        "rank_0.pt",
+    ],
+)
 def test_an_index_cannot_lead_out_of_its_folder(trained, tmp_path, file):
     out = shutil.copytree(trained, tmp_path / "run" / "out")
     folder = max(out.glob("step-*"))
@@ -249,9 +402,15 @@ def test_an_index_cannot_lead_out_of_its_folder(trained, tmp_path, file):
 
 def test_the_settings_in_a_strangers_checkpoint_are_checked_like_a_recipe(trained, tmp_path, mark):
     code = CODE.format(str(mark))
-    for name, value in (("optim", code), ("optim", "os.system"), ("steps", code), ("tokenizer", code),
-                        ("options", {"opt.__class__": code}), ("options", code), ("precision",
-                        code)):  # fmt: skip
+    for name, value in (
+        ("optim", code),
+        ("optim", "os.system"),
+        ("steps", code),
+        ("tokenizer", code),
+        ("options", {"opt.__class__": code}),
+        ("options", code),
+        ("precision", code),
+    ):
         out = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
         shutil.copytree(max(trained.glob("step-*")), out / "step-00000002")
         signed(out / "step-00000002", lambda body: body["tree"]["config"].update({name: value}))
@@ -286,7 +445,8 @@ def test_data_are_numbers(tmp_path, mark):
 
 @pytest.mark.parametrize("kind", ["pickle", "code", "words"])
 def test_a_vocabulary_is_a_table(tmp_path, monkeypatch, mark, kind):
-    """tiktoken keeps its tables in a folder under the sha1 of their address; a wrong one is thrown away."""
+    """tiktoken keeps its tables in a folder under the sha1 of their address; a wrong one is thrown
+    away."""
     import tiktoken
     import tiktoken.load
 
@@ -297,8 +457,11 @@ def test_a_vocabulary_is_a_table(tmp_path, monkeypatch, mark, kind):
     monkeypatch.setattr(tiktoken.load, "read_file", offline)
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     address = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-    raw = {"pickle": pickle.dumps(Payload(mark)), "code": CODE.format(str(mark)).encode(),
-           "words": base64.b64encode(b"a") + b" 0\n"}[kind]  # fmt: skip
+    raw = {
+        "pickle": pickle.dumps(Payload(mark)),
+        "code": CODE.format(str(mark)).encode(),
+        "words": base64.b64encode(b"a") + b" 0\n",
+    }[kind]
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / hashlib.sha1(address.encode()).hexdigest()).write_bytes(raw)
     with nothing_runs(), pytest.raises(ValueError, match="cannot fetch its encoding"):
@@ -309,7 +472,9 @@ def test_a_download_with_another_checksum_is_not_used(tmp_path, mark):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "input.txt").write_bytes(pickle.dumps(Payload(mark)))
     with nothing_runs(), pytest.raises(ValueError, match="came twice with sha256"):
-        corpora.load("shakespeare", "bytes", str(tmp_path / "cache"), url=f"file://{tmp_path / 'web'}")
+        corpora.load(
+            "shakespeare", "bytes", str(tmp_path / "cache"), url=f"file://{tmp_path / 'web'}"
+        )
     assert not list((tmp_path / "cache" / "shakespeare").iterdir())
     with pytest.raises(ValueError, match="came twice"):
         download.download(f"file://{tmp_path / 'web' / 'input.txt'}", tmp_path / "x", "0" * 64)

@@ -1,5 +1,5 @@
-"""Sequence parallelism against the whole model, in float64; what is kept; what is sent. Shapes and helpers
-are those of test_tensor.py."""
+"""Sequence parallelism against the whole model, in float64; what is kept; what is sent. Shapes and
+helpers are those of test_tensor.py."""
 
 import pytest
 import torch
@@ -45,7 +45,9 @@ def test_under_autocast_it_is_near():
 
 def test_each_rank_has_the_whole_gradient_of_what_sees_its_tokens_alone():
     _, expected, _ = train(sequence.split, None, GPT2, "whole")
-    names = [n for n in expected if "norm" in n or n.endswith("proj.bias") or n == "positions.weight"]
+    names = [
+        n for n in expected if "norm" in n or n.endswith("proj.bias") or n == "positions.weight"
+    ]
     assert len(names) == 2 * 2 * 2 + 2 + 2 * 2 + 1
     for [(_, grads, cuts)] in run_ranks(2, several, sequence.split, [(GPT2, "whole")]):
         for name in names:
@@ -70,7 +72,7 @@ def test_one_rank_changes_nothing():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-# ---- refusals --------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 def six_tokens(rank, world):
     model, _ = ready(sequence.split, dist.group.WORLD, MODERN)
     x, targets, rows = tokens(MODERN)
@@ -84,7 +86,9 @@ def six_tokens(rank, world):
 
 def test_tokens_that_cannot_be_shared_out_are_refused_in_training():
     for said in run_ranks(4, six_tokens):
-        assert "--tp=4 with --sp=true cannot share out 6 tokens equally; type --block_size=8" in said
+        assert (
+            "--tp=4 with --sp=true cannot share out 6 tokens equally; type --block_size=8" in said
+        )
 
 
 def test_heads_are_refused_as_by_tensor_parallelism():
@@ -92,19 +96,24 @@ def test_heads_are_refused_as_by_tensor_parallelism():
         assert "--n_kv_head=4" in said
 
 
-# ---- bytes sent ------------------------------------------------------------------------------------------
+# ---- bytes sent ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("world", (2, 4))
 def test_bytes_sent_are_the_formula(world):
     layers, count = GPT2["n_layer"], 3 * GPT2["block_size"]
     a, loss = activation(GPT2, 8, world), activation(GPT2 | dict(n_embd=2 * 3), 8, world)
     width = GPT2["n_embd"]
-    local = 8 * width * (layers * (4 + 2) + 2 + GPT2["block_size"])  # norms, biases of rows, positions
+    # Norms, biases of rows, positions
+    local = 8 * width * (layers * (4 + 2) + 2 + GPT2["block_size"])
     local_bytes = 2 * (world - 1) * local // world
     plain = run_ranks(world, sent, tensor.split, GPT2, torch.float64, None, False)
     for (total, ops, evaluation, logits), tp in zip(
         run_ranks(world, sent, sequence.split, GPT2, torch.float64, None, False), plain
     ):
-        assert ops["all_gather"] == ops["reduce_scatter"] == [2 * (2 * layers + 1), 2 * (2 * layers + 1) * a]
+        assert (
+            ops["all_gather"]
+            == ops["reduce_scatter"]
+            == [2 * (2 * layers + 1), 2 * (2 * layers + 1) * a]
+        )
         assert total == (2 * layers + 1) * 4 * a + local_bytes + loss
         assert total - local_bytes == tp[0]  # activations cost what they cost without
         assert (evaluation, logits) == (tp[2], tp[3])
@@ -115,13 +124,16 @@ def test_bytes_of_a_stage_and_under_autocast():
     [(total, _), _] = run_ranks(2, sent, sequence.split, MODERN, torch.float64, [1], False)
     assert total == (2 + 2 + 1) * 2 * activation(MODERN, 8, 2) + 3 * 3 * 8 * 8
     [(total, *_), _] = run_ranks(2, sent, sequence.split, MODERN, torch.float32, None, True)
-    assert total == (4 + 4 + 1) * 2 * activation(MODERN, 2, 2) + 2 * activation(MODERN, 4, 2) + 3 * 3 * 8 * 4
+    assert (
+        total
+        == (4 + 4 + 1) * 2 * activation(MODERN, 2, 2) + 2 * activation(MODERN, 4, 2) + 3 * 3 * 8 * 4
+    )
 
 
-# ---- what is kept for backward ---------------------------------------------------------------------------
+# ---- what is kept for backward -------------------------------------------------------------------
 class Kept:
-    """Bytes that a module's operations keep for backward, without parameters; a storage counts once, and only
-    in the innermost module that is watched."""
+    """Bytes that a module's operations keep for backward, without parameters; a storage counts
+    once, and only in the innermost module that is watched."""
 
     def __init__(self, model, endings):
         self.storages, self.open = {}, []
@@ -141,7 +153,8 @@ class Kept:
     def keep(self, x):
         storage = x.untyped_storage()
         if x.ndim > 1 and storage.data_ptr() not in self.parameters:
-            self.storages[storage.data_ptr()] = (storage.nbytes(), x)  # x: the address must not be used again
+            # X: the address must not be used again
+            self.storages[storage.data_ptr()] = (storage.nbytes(), x)
         return x
 
     def total(self):
@@ -153,7 +166,8 @@ def kept(rank, world, shapes, endings):
     for shape in shapes:
         for split in (tensor.split, sequence.split):
             model, _ = ready(split, dist.group.WORLD, shape)
-            counters = [Kept(model, e) for e in endings]  # the first is inside and leaves the other the rest
+            # The first is inside and leaves the other the rest
+            counters = [Kept(model, e) for e in endings]
             x, targets, rows = tokens(shape)
             model(x, targets, rows=rows)
             found += [counter.total() for counter in counters]
@@ -168,4 +182,5 @@ def test_norms_dropout_and_residual_stream_keep_one_nth(world):
             plain, plain_rest, shared, shared_rest = found[i : i + 4]
             assert plain > 9 * 3 * MODERN["block_size"] * MODERN["n_embd"] * 8
             assert shared * world == plain
-            assert shared_rest == plain_rest  # inputs of products, and attention: gathered, or cut already
+            # Inputs of products, and attention: gathered, or cut already
+            assert shared_rest == plain_rest

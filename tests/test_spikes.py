@@ -1,4 +1,5 @@
-"""The spike guard: what it finds and what it leaves alone, its policies, states that come back bitwise."""
+"""The spike guard: what it finds and what it leaves alone, its policies, states that come back
+bitwise."""
 
 import importlib
 import json
@@ -26,8 +27,10 @@ from parallel.ddp import DDP
 from precision.loss_scale import LossScaler
 from spikes import Guard, Ring
 
-CURVES = {line.split(",")[0]: [float(x) for x in line.split(",")[1:]] for line in
-          (Path(__file__).parent / "data" / "clean_losses.csv").read_text().splitlines()[1:]}  # fmt: skip
+CURVES = {
+    line.split(",")[0]: [float(x) for x in line.split(",")[1:]]
+    for line in (Path(__file__).parent / "data" / "clean_losses.csv").read_text().splitlines()[1:]
+}
 
 
 class Rows:
@@ -42,8 +45,15 @@ class Rows:
 
 def guard(on_spike="warn", on_nonfinite="warn", model=None, optimizer=None, kept=(), **options):
     model = model or nn.Linear(2, 2)
-    return Guard(model, optimizer or torch.optim.SGD(model.parameters(), 0.1), Rows(), kept, on_spike,
-                 on_nonfinite, **options)  # fmt: skip
+    return Guard(
+        model,
+        optimizer or torch.optim.SGD(model.parameters(), 0.1),
+        Rows(),
+        kept,
+        on_spike,
+        on_nonfinite,
+        **options,
+    )
 
 
 def fed(losses, norms=None, **options):
@@ -60,7 +70,7 @@ def noise(n, seed=0, level=3.0, sd=0.05, fall=0.0):
     return [level + fall * math.exp(-i / 40) + draw.gauss(0, sd) for i in range(n)]
 
 
-# ---- detectors -------------------------------------------------------------------------------------------
+# ---- detectors -----------------------------------------------------------------------------------
 def test_clean_runs_of_every_optimizer_and_schedule_raise_no_alarm():
     assert sum(map(len, CURVES.values())) > 6000
     for name, losses in CURVES.items():
@@ -100,8 +110,10 @@ def test_spikes_above_the_noise_of_the_neighbourhood_are_found():
     assert hits / planted > 0.9
 
 
-@pytest.mark.parametrize("detector, below, above, expected", [
-    ("ema", 14.9, 15.1, 3.0), ("window", 14.9, 15.1, 3.0), ("previous", 8.9, 9.1, 3.0)])
+@pytest.mark.parametrize(
+    "detector, below, above, expected",
+    [("ema", 14.9, 15.1, 3.0), ("window", 14.9, 15.1, 3.0), ("previous", 8.9, 9.1, 3.0)],
+)
 def test_presets_have_the_texts_factors(detector, below, above, expected):
     assert fed([3.0] * 30 + [below], detector=detector)[1] == []
     g, found = fed([3.0] * 30 + [above], detector=detector)
@@ -132,7 +144,11 @@ def test_grad_norm_is_found_above_10_and_detectors_can_be_joined():
     g, found = fed([3.0] * 31, [1.0] * 30 + [10.1], detector="grad_norm")
     assert found == [30] and (g.events[0]["value"], g.events[0]["detector"]) == (10.1, "grad_norm")
     both = dict(detector="window+grad_norm")
-    assert fed([3.0] * 31, [1.0] * 30 + [10.1], **both)[1] == fed([3.0] * 30 + [16.0], **both)[1] == [30]
+    assert (
+        fed([3.0] * 31, [1.0] * 30 + [10.1], **both)[1]
+        == fed([3.0] * 30 + [16.0], **both)[1]
+        == [30]
+    )
 
 
 def test_a_spike_is_compared_before_it_is_absorbed():
@@ -146,8 +162,11 @@ def test_a_lasting_level_is_accepted_as_the_tenth_in_a_row(detector):
     losses, norms = noise(100) + noise(100, 1, level=20.0), [1.0] * 100 + [40.0] * 100
     g, found = fed(losses, norms, detector=detector)
     assert found == [*range(100, 109)]
-    g, found = fed(losses[:104] + losses[:1] + losses[100:], norms[:104] + norms[:1] + norms[100:],
-                   detector=detector)  # fmt: skip
+    g, found = fed(
+        losses[:104] + losses[:1] + losses[100:],
+        norms[:104] + norms[:1] + norms[100:],
+        detector=detector,
+    )
     assert found == [*range(100, 104), *range(105, 114)]  # an accepted step begins the row anew
 
 
@@ -163,13 +182,18 @@ def test_what_is_not_finite_is_found_at_the_first_step_and_poisons_nothing():
             assert g.look(0, loss, norm, range(8)) == "skip"
             event = g.events[0]
             assert event["event"] == "nonfinite" and event["detector"] == "nonfinite"
-            assert event["value"] is (norm if math.isfinite(loss) else loss) and event["rows"] == [0, 7]
+            assert event["value"] is (norm if math.isfinite(loss) else loss) and event["rows"] == [
+                0,
+                7,
+            ]
             assert g.seen["losses"] == g.seen["norms"] == []
 
 
 def test_an_fp16_overflow_with_a_finite_loss_is_the_scalers():
     g = guard("skip", "skip", precision="fp16")
-    assert g.look(0, 3.0, math.inf, range(8)) == "step" and g.events == [] and g.seen["losses"] == []
+    assert (
+        g.look(0, 3.0, math.inf, range(8)) == "step" and g.events == [] and g.seen["losses"] == []
+    )
     assert g.look(0, math.nan, math.inf, range(8)) == "skip" and "bf16" in g.events[0]["remedy"]
 
 
@@ -181,13 +205,16 @@ def test_vanishing_gradients_are_one_warning_until_they_recover():
     assert told == [2, 7]
 
 
-# ---- causes ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("norms, last, loss, cause", [
-    ([1.0] * 60, 9.0, 30.0, "data outlier"),
-    ([1.0] * 60, 1.1, 30.0, "batch composition"),
-    ([1.0] * 45 + [1.2**i for i in range(15)], 20.0, 30.0, "lr too high: norms grew"),
-    ([1.0] * 60, 1.0, math.nan, "overflow"),
-])  # fmt: skip
+# ---- causes --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "norms, last, loss, cause",
+    [
+        ([1.0] * 60, 9.0, 30.0, "data outlier"),
+        ([1.0] * 60, 1.1, 30.0, "batch composition"),
+        ([1.0] * 45 + [1.2**i for i in range(15)], 20.0, 30.0, "lr too high: norms grew"),
+        ([1.0] * 60, 1.0, math.nan, "overflow"),
+    ],
+)
 def test_the_pattern_tells_the_cause(norms, last, loss, cause):
     g, _ = fed([*noise(60), loss], [*norms, last])
     assert g.events[0]["cause"].startswith(cause) and g.events[0]["remedy"]
@@ -199,7 +226,9 @@ def test_spike_after_spike_means_the_lr_is_too_high():
     for step in (60, 100, 130):
         losses[step] = 30.0
     causes = [fed(losses[: step + 1])[0].events[0]["cause"] for step in (60, 100, 130)]
-    assert causes[:2] == ["batch composition: harder rows"] * 2 and causes[2].startswith("lr too high")
+    assert causes[:2] == ["batch composition: harder rows"] * 2 and causes[2].startswith(
+        "lr too high"
+    )
 
 
 def test_every_event_is_a_line_of_json_for_the_logger(tmp_path):
@@ -207,15 +236,19 @@ def test_every_event_is_a_line_of_json_for_the_logger(tmp_path):
 
     log = logger.Logger(tmp_path, 100)
     for event in fed([*noise(60), 30.0])[0].events + fed([math.nan])[0].events:
-        assert {"step", "event", "detector", "value", "expected", "cause", "remedy", "rows"} <= {*event}
+        assert {"step", "event", "detector", "value", "expected", "cause", "remedy", "rows"} <= {
+            *event
+        }
         log.event(**event)
     log.close()
     rows = logger.read_metrics(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["event"], r["rows"]) for r in rows] == [
-        (61, "spike", [480, 487]), (1, "nonfinite", [0, 7])]  # fmt: skip
+        (61, "spike", [480, 487]),
+        (1, "nonfinite", [0, 7]),
+    ]
 
 
-# ---- policies --------------------------------------------------------------------------------------------
+# ---- policies ------------------------------------------------------------------------------------
 def at_spike(policy, **options):
     g, _ = fed(noise(60), on_spike=policy, **options)
     g.take(60)
@@ -223,13 +256,21 @@ def at_spike(policy, **options):
 
 
 def test_warn_and_skip():
-    assert at_spike("warn")[1] == "step" and at_spike("skip")[1] == "skip" and at_spike(None)[1] == "step"
+    assert (
+        at_spike("warn")[1] == "step"
+        and at_spike("skip")[1] == "skip"
+        and at_spike(None)[1] == "step"
+    )
     assert at_spike(None)[0].events == [] and at_spike("skip")[0].events[0]["action"] == "skip"
 
 
 def test_clip_is_tight_from_the_spike_on_for_a_while():
     g, verdict = at_spike("clip", recover=30)
-    assert verdict == "step" and g.clip(60, 1.0) == g.clip(89, None) == 0.1 and g.clip(70, 0.05) == 0.05
+    assert (
+        verdict == "step"
+        and g.clip(60, 1.0) == g.clip(89, None) == 0.1
+        and g.clip(70, 0.05) == 0.05
+    )
     assert g.clip(90, 1.0) == 1.0 and g.clip(90, None) is None
 
 
@@ -264,7 +305,9 @@ def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
     while step < 95:
         g.take(step)
         g.position.next = 8 * step
-        verdict = g.look(step, losses[step] if step != 57 else 30.0, 1.0, range(8 * step, 8 * step + 8))
+        verdict = g.look(
+            step, losses[step] if step != 57 else 30.0, 1.0, range(8 * step, 8 * step + 8)
+        )
         if verdict == "rollback":
             assert [e["event"] for e in g.events] == ["spike", "rollback"]
             assert len(g.seen["losses"]) == g.back_at == g.events[1]["to"]
@@ -274,8 +317,12 @@ def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
         if verdict == "abort":
             break
         step += 1
-    assert back == [50, 40, 30, 30] and verdict == "abort" and "4 rollbacks did not help" in g.sentence
-    assert g.position.bans == [(392, 463), (312, 471), (232, 487), (232, 519)] and len(g.events) == 1
+    assert (
+        back == [50, 40, 30, 30] and verdict == "abort" and "4 rollbacks did not help" in g.sentence
+    )
+    assert (
+        g.position.bans == [(392, 463), (312, 471), (232, 487), (232, 519)] and len(g.events) == 1
+    )
 
 
 def test_a_far_later_rollback_begins_a_new_row():
@@ -309,8 +356,15 @@ def test_a_resumed_guard_decides_bitwise_as_the_uninterrupted_one():
     losses[200] = math.nan
 
     def run(g, first, last):
-        return [(g.look(i, losses[i], 1 + losses[i], range(i, i + 1)), g.events, g.clip(i, 1.0), g.lr(i))
-                for i in range(first, last)]  # fmt: skip
+        return [
+            (
+                g.look(i, losses[i], 1 + losses[i], range(i, i + 1)),
+                g.events,
+                g.clip(i, 1.0),
+                g.lr(i),
+            )
+            for i in range(first, last)
+        ]
 
     for policy in ("skip", "clip", "lr_cut"):
         for cut in (51, 121, 201):
@@ -347,11 +401,15 @@ def test_all_ranks_decide_alike():
 
 def test_mistakes_are_named():
     for options, words in (
-        (dict(detector="robst"), "take robust"), (dict(z=3.0, detector="ema"), "--monitor.z means nothing"),
-        (dict(factor=2.0), "--monitor.factor means nothing"), (dict(clip=0.0), "--monitor.clip=0.0"),
-        (dict(decay=1.0, detector="ema"), "--monitor.decay"), (dict(window=2), "--monitor.window=2"),
-        (dict(z=math.nan), "--monitor.z=nan"), (dict(z="much"), "--monitor.z=much"),
-    ):  # fmt: skip
+        (dict(detector="robst"), "take robust"),
+        (dict(z=3.0, detector="ema"), "--monitor.z means nothing"),
+        (dict(factor=2.0), "--monitor.factor means nothing"),
+        (dict(clip=0.0), "--monitor.clip=0.0"),
+        (dict(decay=1.0, detector="ema"), "--monitor.decay"),
+        (dict(window=2), "--monitor.window=2"),
+        (dict(z=math.nan), "--monitor.z=nan"),
+        (dict(z="much"), "--monitor.z=much"),
+    ):
         with pytest.raises(ValueError, match=words):
             guard(**options)
     assert guard(vanishing=0).look(0, 1.0, 0.0, range(1)) == "step"
@@ -366,12 +424,23 @@ def test_options_fit_the_configs_check_of_signatures():
     with pytest.raises(ValueError, match="monitor.acept"):
         checks.check_options(SimpleNamespace(sub=lambda _: {"acept": 5}), "monitor", Guard, given)
     with pytest.raises(ValueError, match="wrong kind"):
-        checks.check_options(SimpleNamespace(sub=lambda _: {"accept": 2.5}), "monitor", Guard, given)
+        checks.check_options(
+            SimpleNamespace(sub=lambda _: {"accept": 2.5}), "monitor", Guard, given
+        )
 
 
-# ---- the ring --------------------------------------------------------------------------------------------
-OPTIMIZERS = ["sgd.SGD", "adamw.AdamW", "muon.Muon", "soap.SOAP", "shampoo.Shampoo", "adafactor.Adafactor",
-              "lion.Lion", "lamb.LAMB", "schedule_free.AdamWScheduleFree"]  # fmt: skip
+# ---- the ring ------------------------------------------------------------------------------------
+OPTIMIZERS = [
+    "sgd.SGD",
+    "adamw.AdamW",
+    "muon.Muon",
+    "soap.SOAP",
+    "shampoo.Shampoo",
+    "adafactor.Adafactor",
+    "lion.Lion",
+    "lamb.LAMB",
+    "schedule_free.AdamWScheduleFree",
+]
 
 
 def build(name, wrap=lambda optimizer: optimizer):
@@ -396,8 +465,12 @@ def train(model, optimizer, first, last):
 
 def everything(model, optimizer):
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    state = [{k: v.tolist() if torch.is_tensor(v) else v for k, v in optimizer.state[p].items()}
-             for g in optimizer.param_groups for p in g["params"] if p in optimizer.state]  # fmt: skip
+    state = [
+        {k: v.tolist() if torch.is_tensor(v) else v for k, v in optimizer.state[p].items()}
+        for g in optimizer.param_groups
+        for p in g["params"]
+        if p in optimizer.state
+    ]
     return repr(([p.tolist() for p in model.parameters()], groups, state))
 
 
@@ -427,7 +500,10 @@ def test_offloaded_state_comes_back_in_its_own_memory(where, tmp_path):
     train(model, optimizer, 0, 3)
     ring = Ring(1, 1, model, optimizer)
     ring.take(3)
-    before, home = everything(model, optimizer), optimizer.state[model[0].weight]["exp_avg"].data_ptr()
+    before, home = (
+        everything(model, optimizer),
+        optimizer.state[model[0].weight]["exp_avg"].data_ptr(),
+    )
     train(model, optimizer, 3, 8)
     after = everything(model, optimizer)
     ring.restore(8)
@@ -463,11 +539,16 @@ def on_layout(rank, world, folder, classes):
     from parallel.zero import ZeRO
 
     group, cpu, same = torch.distributed.group.WORLD, torch.device("cpu"), {}
-    layouts = {"ddp": lambda: DDP(group, cpu), "fsdp": lambda: FSDP(group, cpu),
-               "fsdp cpu": lambda: FSDP(group, cpu, offload_params="cpu")}  # fmt: skip
+    layouts = {
+        "ddp": lambda: DDP(group, cpu),
+        "fsdp": lambda: FSDP(group, cpu),
+        "fsdp cpu": lambda: FSDP(group, cpu, offload_params="cpu"),
+    }
     for stage in (1, 2, 3):
         layouts[f"zero{stage}"] = lambda stage=stage: ZeRO(group, cpu, stage)
-    layouts["zero3 disk"] = lambda: ZeRO(group, cpu, 3, offload_params="disk", folder=f"{folder}/{rank}")
+    layouts["zero3 disk"] = lambda: ZeRO(
+        group, cpu, 3, offload_params="disk", folder=f"{folder}/{rank}"
+    )
     for name, make in layouts.items():
         for cls in classes:
             replicas = make()
@@ -492,8 +573,13 @@ def on_layout(rank, world, folder, classes):
                     model.zero_grad(set_to_none=True)
 
             def held():
-                params = [*model.parameters(), *(p for g in optimizer.param_groups for p in g["params"])]
-                found = [spikes.local(p) for p in params if spikes.local(p).untyped_storage().nbytes()]
+                params = [
+                    *model.parameters(),
+                    *(p for g in optimizer.param_groups for p in g["params"]),
+                ]
+                found = [
+                    spikes.local(p) for p in params if spikes.local(p).untyped_storage().nbytes()
+                ]
                 found += [x for named in optimizer.state.values() for x in named.values()]
                 return repr([x.tolist() if torch.is_tensor(x) else x for x in found])
 
@@ -510,8 +596,9 @@ def on_layout(rank, world, folder, classes):
     return same
 
 
-@pytest.mark.parametrize("classes", [
-    [Muon], pytest.param([AdamW, AdamWScheduleFree], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "classes", [[Muon], pytest.param([AdamW, AdamWScheduleFree], marks=pytest.mark.slow)]
+)
 def test_the_ring_goes_back_bitwise_on_every_layout(tmp_path, classes):
     for same in run_ranks(2, on_layout, str(tmp_path), classes):
         assert len(same) == 7 * len(classes) and all(same.values()), same

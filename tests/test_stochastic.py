@@ -1,4 +1,5 @@
-"""Stochastic rounding to bf16: right on average, reproducible in every layout, around every optimizer."""
+"""Stochastic rounding to bf16: right on average, reproducible in every layout, around every
+optimizer."""
 
 import copy
 import io
@@ -46,18 +47,31 @@ def assert_same(a, b):
     for p, q in zip(ps, qs):
         for name, x in one.state.get(p, {}).items():
             y = two.state[q][name]
-            assert (torch.equal(x, y) and x.dtype == y.dtype) if torch.is_tensor(x) else x == y, name
+            assert (torch.equal(x, y) and x.dtype == y.dtype) if torch.is_tensor(x) else x == y, (
+                name
+            )
 
 
-# ---- the rounding ------------------------------------------------------------------------------------------
+# ---- the rounding --------------------------------------------------------------------------------
 def test_over_all_draws_the_mean_is_exact_and_both_neighbours_enclose_it():
     torch.manual_seed(0)
-    values = [*torch.randn(12).tolist(), 1 + 2**-23, -1 - 2**-9, 3e38, 1e-38, 1e-40, -3e-41, 0.0, 7.0]
+    values = [
+        *torch.randn(12).tolist(),
+        1 + 2**-23,
+        -1 - 2**-9,
+        3e38,
+        1e-38,
+        1e-40,
+        -3e-41,
+        0.0,
+        7.0,
+    ]
     for value in values:
         x = torch.tensor(value)
         rounded = round_to_bf16(x.expand(2**16), ALL)
         assert rounded.dtype == BF16
-        assert rounded.double().mean().item() == x.double().item()  # sums of 2^16 numbers of 8 bits are exact
+        # Sums of 2^16 numbers of 8 bits are exact
+        assert rounded.double().mean().item() == x.double().item()
         near = rounded.double().unique()
         assert len(near) <= 2 and near[0] <= x.double() <= near[-1]
         if len(near) == 1:
@@ -72,7 +86,10 @@ def test_nothing_becomes_infinite_and_what_is_not_finite_stays():
     assert (rounded.sign()[:, 0] == top.sign()).all()
     payload = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     for bits in (ALL[:1], ALL[-1:]):
-        assert round_to_bf16(torch.tensor([torch.inf, -torch.inf]), bits).tolist() == [torch.inf, -torch.inf]
+        assert round_to_bf16(torch.tensor([torch.inf, -torch.inf]), bits).tolist() == [
+            torch.inf,
+            -torch.inf,
+        ]
         assert round_to_bf16(payload, bits).isnan().all()
     assert round_to_bf16(torch.tensor([-0.0]), ALL[-1:]).view(torch.int16).item() == -(2**15)
 
@@ -92,19 +109,25 @@ def hashed(seed, step, name, i):
 def test_the_bits_are_a_known_function_that_no_device_changes():
     index = torch.tensor([0, 1, 2, 1000, 2**31 - 1, -1], dtype=torch.int32)  # -1: element 2^32 - 1
     assert random_bits(3, 7, "blocks.0.attn.q.weight", index).tolist() == [
-        hashed(3, 7, "blocks.0.attn.q.weight", i % 2**32) for i in index.tolist()]  # fmt: skip
+        hashed(3, 7, "blocks.0.attn.q.weight", i % 2**32) for i in index.tolist()
+    ]
 
 
 def test_the_bits_are_uniform_and_know_nothing_of_each_other():
     index = torch.arange(2**18, dtype=torch.int32)
-    draws = [random_bits(seed, step, name, index).double()
-             for seed in (0, 1) for step in (0, 1) for name in ("a", "b")]  # fmt: skip
+    draws = [
+        random_bits(seed, step, name, index).double()
+        for seed in (0, 1)
+        for step in (0, 1)
+        for name in ("a", "b")
+    ]
     flat = torch.stack(draws)
     assert flat.min() >= 0 and flat.max() <= 65535
     assert ((flat.mean(1) - 32767.5).abs() < 5 * 18918.6 / 2**9).all()
     for x in draws:
         histogram = torch.bincount((x / 256).long(), minlength=256)
-        assert ((histogram - 1024.0).square() / 1024).sum() < 255 + 5 * (2 * 255) ** 0.5  # chi-square
+        # Chi-square
+        assert ((histogram - 1024.0).square() / 1024).sum() < 255 + 5 * (2 * 255) ** 0.5
         for distance in (1, 2, 8, 64, 768):
             assert torch.corrcoef(torch.stack([x[distance:], x[:-distance]]))[0, 1].abs() < 0.01
     assert (torch.corrcoef(flat) - torch.eye(8)).abs().max() < 0.01
@@ -116,11 +139,12 @@ def test_a_box_has_the_indices_of_the_whole():
     assert torch.equal(element_index((2, 3, 6), (5, 4, 6), (3, 1, 0), CPU), whole[3:, 1:])
     assert element_index((), (), (), CPU).item() == 0
     assert element_index((0, 4), (5, 4), (5, 0), CPU).shape == (0, 4)
-    far = element_index((1, 2), (2**20, 2**14), (2**20 - 1, 2**14 - 2), CPU)  # 2^34 elements: modulo 2^32
+    # 2^34 elements: modulo 2^32
+    far = element_index((1, 2), (2**20, 2**14), (2**20 - 1, 2**14 - 2), CPU)
     assert far.tolist() == [[-2, -1]]
 
 
-# ---- around an optimizer -----------------------------------------------------------------------------------
+# ---- around an optimizer -------------------------------------------------------------------------
 @every
 def test_the_expected_step_is_the_float32_step(cls):
     start, n = parameters(BF16), 64
@@ -142,7 +166,10 @@ def test_the_expected_step_is_the_float32_step(cls):
             assert ((p == low) | (p == high)).all()
     for q, total in zip(exact, sums):
         low, high = (round_to_bf16(q.detach(), bits).double() for bits in (ALL[:1], ALL[-1:]))
-        gap, up = (high - low).abs(), (q.double() - low).abs() / (high - low).abs().clamp(min=1e-300)
+        gap, up = (
+            (high - low).abs(),
+            (q.double() - low).abs() / (high - low).abs().clamp(min=1e-300),
+        )
         sd = gap * (up * (1 - up) / n).sqrt()
         z = (total / n - q.double()) / sd.clamp(min=1e-12)
         assert z.abs().max() < 5
@@ -154,7 +181,10 @@ def test_the_expected_step_is_the_float32_step(cls):
 @every
 def test_step_by_step_state_is_that_of_float32_weights(cls):
     """The float32 run takes each step from the rounded weights, but with the state it has."""
-    params, exact = parameters(BF16), [p.detach().float().requires_grad_() for p in parameters(BF16)]
+    params, exact = (
+        parameters(BF16),
+        [p.detach().float().requires_grad_() for p in parameters(BF16)],
+    )
     optimizer, reference = make(cls, params), build(cls, exact)
     for t in range(5):
         with torch.no_grad():
@@ -199,9 +229,16 @@ def test_a_resume_through_a_file_is_bitwise_and_keeps_float32_state(cls):
     assert all(x.dtype == torch.float32 for x in tensors(other) if x.is_floating_point())
 
 
-@pytest.mark.parametrize("cls, options", [(torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9}),
-                                          (torch.optim.AdamW, {"foreach": True}),
-                                          (torch.optim.AdamW, {"fused": True}), (torch.optim.RMSprop, {})])
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.RMSprop, {}),
+    ],
+)
 def test_torchs_own_optimizers_fit_and_their_state_comes_back_in_float32(cls, options):
     runs = []
     for stops in ((), (3,)):
@@ -215,7 +252,9 @@ def test_torchs_own_optimizers_fit_and_their_state_comes_back_in_float32(cls, op
                 optimizer.load_state_dict(saved)
             train(optimizer, params, [t])
         runs.append((params, optimizer))
-        assert all(x.dtype == torch.float32 for state in optimizer.state.values() for x in state.values())
+        assert all(
+            x.dtype == torch.float32 for state in optimizer.state.values() for x in state.values()
+        )
     assert_same(*runs)
 
 
@@ -242,7 +281,9 @@ def test_what_a_group_counts_is_the_same_in_chunks():
         assert groups[0] == groups[1]
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CASES if cls.elementwise], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [cls for cls in CASES if cls.elementwise], ids=lambda cls: cls.__name__
+)
 def test_a_shard_with_its_box_gets_the_bits_of_the_whole(cls):
     torch.manual_seed(0)
     whole = torch.randn(9, 6).to(BF16)
@@ -292,7 +333,9 @@ def test_it_learns_where_rounding_to_nearest_stands_still():
 
 
 def test_only_bf16_parameters_with_a_gradient_change_and_the_gradient_stays():
-    a, b, c = (torch.ones(3, dtype=dtype, requires_grad=True) for dtype in (BF16, torch.float32, BF16))
+    a, b, c = (
+        torch.ones(3, dtype=dtype, requires_grad=True) for dtype in (BF16, torch.float32, BF16)
+    )
     optimizer = stochastic(named(sgd.SGD([a, b, c], lr=0.1)), 0)
     a.grad, b.grad = torch.full_like(a, 0.3), torch.full_like(b, 0.3)
     before = a.grad.clone()
@@ -319,13 +362,18 @@ def test_hooks_run_once_the_closure_too_and_a_failed_step_leaves_groups_in_place
 
     assert optimizer.step(closure).item() > 0 and calls == ["pre", True, "post"]
     calls.clear()
-    optimizer.load_state_dict(optimizer.state_dict())  # where torch wraps step(), if it is not wrapped yet
+    # Where torch wraps step(), if it is not wrapped yet
+    optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.step() is None and calls == ["pre", "post"]
     groups, state = optimizer.param_groups, optimizer.state
     params[2].grad = torch.ones(5, dtype=BF16).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
-    assert optimizer.param_groups is groups and optimizer.state is state and groups[0]["params"] == params
+    assert (
+        optimizer.param_groups is groups
+        and optimizer.state is state
+        and groups[0]["params"] == params
+    )
     another = torch.ones(2, requires_grad=True)  # a plain one is what it was
     another.grad = torch.ones(2)
     adamw.AdamW([another]).step()
@@ -351,12 +399,28 @@ def test_groups_without_names_are_refused_and_empty_ones_count():
     assert optimizer.param_groups[0]["k"] == 0 and optimizer.param_groups[0]["sr_step"] == 1
 
 
-# ---- what else of torch people put around it ---------------------------------------------------------------
-TORCHS = [getattr(torch.optim, name) for name in (
-    "AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam",
-    "RMSprop", "Rprop", "Muon")]  # fmt: skip
+# ---- what else of torch people put around it -----------------------------------------------------
+TORCHS = [
+    getattr(torch.optim, name)
+    for name in (
+        "AdamW",
+        "Adam",
+        "SGD",
+        "Adagrad",
+        "Adadelta",
+        "Adafactor",
+        "Adamax",
+        "ASGD",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "Muon",
+    )
+]
 all_of_them = pytest.mark.parametrize(
-    "cls", [*CASES, *TORCHS], ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+    "cls", [*CASES, *TORCHS], ids=lambda cls: f"{cls.__module__}.{cls.__name__}"
+)
 
 
 def plain(cls, shapes=((6, 4), (4, 6), (5,), ())):
@@ -609,8 +673,10 @@ def test_dtensors_are_refused_with_what_to_take():
         assert len(said) == 2 and all("Adapter" in text and "boxes" in text for text in said)
 
 
-# ---- on several ranks --------------------------------------------------------------------------------------
-SHAPE = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=16, zero_init=False)
+# ---- on several ranks ----------------------------------------------------------------------------
+SHAPE = dict(
+    n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=16, zero_init=False
+)
 
 
 def start(name, shape):
@@ -623,7 +689,8 @@ def gradient(name, shape, step):
 
 
 def trained(rank, world, layout, cls):
-    """The whole weights after steps whose summed gradients are the same in every layout: no sums to round."""
+    """The whole weights after steps whose summed gradients are the same in every layout: no sums to
+    round."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**SHAPE)).to(BF16)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -645,8 +712,10 @@ def trained(rank, world, layout, cls):
             g.copy_(full if g.shape == full.shape else full[rank * rows : rank * rows + g.shape[0]])
         optimizer.step()
         model.zero_grad(set_to_none=True)
-    return {n: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().float().clone()
-            for n, w in replicas.weights().items()}  # fmt: skip
+    return {
+        n: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().float().clone()
+        for n, w in replicas.weights().items()
+    }
 
 
 @pytest.mark.parametrize("layout", ["zero1", "zero3", "fsdp"])
@@ -664,7 +733,9 @@ def cut_in_two(rank, world):
     whole = torch.linspace(-1, 1, 24).view(4, 6).to(BF16)
     p = nn.Parameter(whole[:, 3 * rank : 3 * rank + 3].clone())
     groups = [{"params": [p], "names": ["w"]}]
-    adapter = Adapter(adamw.AdamW, groups, cuts={"w": (1, (4, 6), 3 * rank)}, cut_group=dist.group.WORLD)
+    adapter = Adapter(
+        adamw.AdamW, groups, cuts={"w": (1, (4, 6), 3 * rank)}, cut_group=dist.group.WORLD
+    )
     optimizer = stochastic(adapter.optimizer, 2, adapter.boxes)
     for t in range(4):
         p.grad = gradient("w", (4, 6), t)[:, 3 * rank : 3 * rank + 3].clone()

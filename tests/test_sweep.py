@@ -1,6 +1,7 @@
-"""A search: what is tried, what is skipped, continued and stopped, what lies about in its folder, and what is
-told. Most tests put a program of some lines in train.py's place, which logs a loss that is least at lr=0.01
-and has n_layer=4. It needs grad_clip seconds a step and clip_value seconds before it begins."""
+"""A search: what is tried, what is skipped, continued and stopped, what lies about in its folder,
+and what is told. Most tests put a program of some lines in train.py's place, which logs a loss that
+is least at lr=0.01 and has n_layer=4. It needs grad_clip seconds a step and clip_value seconds
+before it begins."""
 
 import csv
 import errno
@@ -60,7 +61,8 @@ def go(tmp_path, monkeypatch):
     """A sweep in tmp_path/s with the program above: its exit status."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(sweep, "TRAIN", str(tmp_path / "fake.py"))
-    monkeypatch.setattr(sweep_results, "picture", lambda *_: b"")  # which takes longer than all else
+    # Which takes longer than all else
+    monkeypatch.setattr(sweep_results, "picture", lambda *_: b"")
     return lambda *words: sweep.main([str(tmp_path / "s"), "--steps=12", *words])
 
 
@@ -84,8 +86,11 @@ def test_ranges_are_read():
 def test_a_grid_is_every_combination(go, tmp_path):
     assert go("--search.lr=1e-3,1e-2", "--search.n_layer=int:3:5", "--jobs=2") == 0
     found = rows(tmp_path)
-    assert {(r["lr"], r["n_layer"]) for r in found} == {(lr, n) for lr in ("1e-2", "1e-3") for n in "345"}
-    assert (found[0]["lr"], found[0]["n_layer"], found[-1]["lr"]) == ("1e-2", "4", "1e-3")  # best first
+    assert {(r["lr"], r["n_layer"]) for r in found} == {
+        (lr, n) for lr in ("1e-2", "1e-3") for n in "345"
+    }
+    # Best first
+    assert (found[0]["lr"], found[0]["n_layer"], found[-1]["lr"]) == ("1e-2", "4", "1e-3")
     losses = [float(r["val_loss"]) for r in found]
     assert losses == sorted(losses) and losses[0] == pytest.approx(1 / 12)
     table = (tmp_path / "s" / "table.md").read_text().splitlines()
@@ -98,8 +103,14 @@ def test_a_grid_is_every_combination(go, tmp_path):
 
 def test_random_draws_depend_on_seed_and_number_alone():
     def drawn(seed, *numbers):
-        method = proposals.Proposals("random", {"lr": ("log", 1e-4, 1e-1), "n_layer": ("int", 2, 6),
-                                                "dropout": ("lin", 0.0, 0.3)}, "val_loss", False, seed, 20)
+        method = proposals.Proposals(
+            "random",
+            {"lr": ("log", 1e-4, 1e-1), "n_layer": ("int", 2, 6), "dropout": ("lin", 0.0, 0.3)},
+            "val_loss",
+            False,
+            seed,
+            20,
+        )
         found = []
         for number in numbers:
             trial = type("Trial", (), {"number": number, "values": {}})()
@@ -111,8 +122,11 @@ def test_random_draws_depend_on_seed_and_number_alone():
     assert drawn(0, 7) == [many[7]] and drawn(1, 7) != [many[7]]
     assert {v["n_layer"] for v in many} == {2, 3, 4, 5, 6}
     assert all(1e-4 <= v["lr"] <= 0.1 and 0 <= v["dropout"] <= 0.3 for v in many)
-    logs = [math.log10(v["lr"]) for v in many]  # uniform from -4 to -1: mean -2.5, a third in each decade
-    assert abs(sum(logs) / 2000 + 2.5) < 0.1 and abs(sum(x < -3 for x in logs) / 2000 - 1 / 3) < 0.05
+    # Uniform from -4 to -1: mean -2.5, a third in each decade
+    logs = [math.log10(v["lr"]) for v in many]
+    assert (
+        abs(sum(logs) / 2000 + 2.5) < 0.1 and abs(sum(x < -3 for x in logs) / 2000 - 1 / 3) < 0.05
+    )
 
 
 def test_a_maximised_metric_puts_the_highest_first(go, tmp_path):
@@ -135,7 +149,9 @@ def test_a_killed_trial_is_continued_with_its_values(go, tmp_path):
     go(*words)
     folder = tmp_path / "s" / "trial-0001"
     kept = json.loads((folder / "trial.json").read_text())
-    (folder / "trial.json").write_text(json.dumps(kept | {"status": "unfinished", "values": {"lr": 0.01}}))
+    (folder / "trial.json").write_text(
+        json.dumps(kept | {"status": "unfinished", "values": {"lr": 0.01}})
+    )
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:10]))
     go(*words)
@@ -148,8 +164,13 @@ def test_another_search_in_the_same_folder_is_refused(go):
     words = ["--search.lr=1e-3,1e-2", "--steps=2", "--dropout=0.1"]
     go(*words)
     assert go(words[0], words[2], words[1], "--jobs=3") == 0  # the same in another order
-    for other in (["--search.lr=1e-3,2e-2", *words[1:]], [*words, "--steps=3"], words[:2],
-                  [*words, "--metric=val_accuracy"], [*words, "--search.n_layer=2,3"]):
+    for other in (
+        ["--search.lr=1e-3,2e-2", *words[1:]],
+        [*words, "--steps=3"],
+        words[:2],
+        [*words, "--metric=val_accuracy"],
+        [*words, "--search.n_layer=2,3"],
+    ):
         with pytest.raises(ValueError, match="holds a search with .*, now it is .*another folder"):
             go(*other)
 
@@ -157,8 +178,10 @@ def test_another_search_in_the_same_folder_is_refused(go):
 def as_process(folder, *words) -> list[str]:
     """The command of a search in a process of its own, with the program above."""
     (folder / "fake.py").write_text(FAKE)
-    code = (f"import sys, sweep; sweep.TRAIN = {str(folder / 'fake.py')!r}; "
-            "sweep.sweep_results.picture = lambda *_: b''; sys.exit(sweep.main(sys.argv[1:]))")
+    code = (
+        f"import sys, sweep; sweep.TRAIN = {str(folder / 'fake.py')!r}; "
+        "sweep.sweep_results.picture = lambda *_: b''; sys.exit(sweep.main(sys.argv[1:]))"
+    )
     return [sys.executable, "-c", code, str(folder / "s"), *words]
 
 
@@ -175,20 +198,25 @@ def begun(folder, argv: list[str], *paths: str) -> subprocess.Popen:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_search_stops_its_trials_and_goes_on_later(tmp_path, number):
-    argv = as_process(tmp_path, "--search.lr=1e-3,1e-2,1e-1", "--jobs=2", "--grad_clip=0.3", "--steps=20")
+    argv = as_process(
+        tmp_path, "--search.lr=1e-3,1e-2,1e-1", "--jobs=2", "--grad_clip=0.3", "--steps=20"
+    )
     process = begun(tmp_path, argv, "trial-0000/metrics.jsonl", "trial-0001/metrics.jsonl")
     process.send_signal(number)
     assert process.wait(120) == 0
-    assert [row["status"] for row in rows(tmp_path)] == ["unfinished"] * 2  # the third was never begun
+    # The third was never begun
+    assert [row["status"] for row in rows(tmp_path)] == ["unfinished"] * 2
     assert subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=240).returncode == 0
     assert [(row["status"], row["steps"]) for row in rows(tmp_path)] == [("done", "20")] * 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", ["0.01", "3"])  # in the midst, and before it has a lock of its own
+# In the midst, and before it has a lock of its own
+@pytest.mark.parametrize("delay", ["0.01", "3"])
 def test_what_a_killed_search_left_running_is_waited_for_and_counts(tmp_path, delay):
-    argv = as_process(tmp_path, "--search.lr=1e-3,1e-2", "--grad_clip=0.4", "--steps=20",
-                      f"--clip_value={delay}")  # fmt: skip
+    argv = as_process(
+        tmp_path, "--search.lr=1e-3,1e-2", "--grad_clip=0.4", "--steps=20", f"--clip_value={delay}"
+    )
     ready = "trial-0000/metrics.jsonl" if delay == "0.01" else "trial-0000/output.log"
     process = begun(tmp_path, argv, ready)
     process.kill()
@@ -196,8 +224,11 @@ def test_what_a_killed_search_left_running_is_waited_for_and_counts(tmp_path, de
     again = begun(tmp_path, argv, "table.md" if delay == "0.01" else ready)
     said = again.communicate(timeout=240)[0]
     assert again.returncode == 0 and "trial-0000  still runs" in said and "waited for" in said
-    assert [(row["status"], row["steps"], row["error"]) for row in rows(tmp_path)] == [("done", "20", "")] * 2
-    assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (1, 1)  # its last checkpoint told that it was over
+    assert [(row["status"], row["steps"], row["error"]) for row in rows(tmp_path)] == [
+        ("done", "20", "")
+    ] * 2
+    # Its last checkpoint told that it was over
+    assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (1, 1)
 
 
 @pytest.mark.slow
@@ -209,7 +240,10 @@ def test_what_a_killed_search_left_running_outlives_a_second_one_that_is_stopped
     again = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert "still runs" in again.stdout.readline()
     again.terminate()
-    assert "the same command waits for it" in again.communicate(timeout=120)[0] and again.returncode == 0
+    assert (
+        "the same command waits for it" in again.communicate(timeout=120)[0]
+        and again.returncode == 0
+    )
     assert rows(tmp_path)[0]["status"] == "unfinished"
     assert subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=240).returncode == 0
     assert {(row["status"], row["steps"]) for row in rows(tmp_path)} == {("done", "30")}
@@ -218,7 +252,9 @@ def test_what_a_killed_search_left_running_outlives_a_second_one_that_is_stopped
 
 @pytest.mark.slow
 def test_a_search_whose_reader_goes_away_comes_to_its_end(tmp_path):
-    process = begun(tmp_path, as_process(tmp_path, "--search.lr=1e-3,1e-2", "--steps=5"), "trial-0000")
+    process = begun(
+        tmp_path, as_process(tmp_path, "--search.lr=1e-3,1e-2", "--steps=5"), "trial-0000"
+    )
     process.stdout.close()
     assert process.wait(240) == 0 and {row["status"] for row in rows(tmp_path)} == {"done"}
 
@@ -235,8 +271,17 @@ def test_two_searches_do_not_share_a_folder(go, tmp_path):
 def test_who_is_at_work_in_a_folder_is_waited_for_whoever_started_it(go, tmp_path, capsys, killed):
     folder = tmp_path / "s" / "trial-0000"
     folder.mkdir(parents=True)
-    by_hand = subprocess.Popen([sys.executable, tmp_path / "fake.py", f"--out_dir={folder}", "--lr=1e-3",
-                                "--steps=12", "--grad_clip=0.2"], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    by_hand = subprocess.Popen(
+        [
+            sys.executable,
+            tmp_path / "fake.py",
+            f"--out_dir={folder}",
+            "--lr=1e-3",
+            "--steps=12",
+            "--grad_clip=0.2",
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
     if killed:  # then there is still something to do
@@ -251,31 +296,41 @@ def test_a_run_that_ends_early_by_patience_is_done_with_the_weights_it_keeps(go,
     words = ("--search.lr=1e-2,1e-3", "--patience=2", "--min_delta=0.3")
     for _ in range(2):  # again: it is over
         assert go(*words) == 0
-        found = [(row["status"], row["steps"], round(float(row["val_loss"]), 6)) for row in rows(tmp_path)]
+        found = [
+            (row["status"], row["steps"], round(float(row["val_loss"]), 6))
+            for row in rows(tmp_path)
+        ]
         assert found == [("done", "4", 0.5), ("done", "4", 1.5)]  # of step 2, not of step 4
         assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (1, 1)
 
 
-LOST = [("null", 0), ("NaN", 0), ("Infinity", 0), ("1.5", 1)]  # what is logged last, and the exit status
+# What is logged last, and the exit status
+LOST = [("null", 0), ("NaN", 0), ("Infinity", 0), ("1.5", 1)]
 
 
 @pytest.mark.parametrize("last, status", LOST)
 def test_a_run_that_diverges_or_is_aborted_is_a_result_the_worst_and_not_tried_again(
-        go, tmp_path, last, status, capsys):  # fmt: skip
-    (tmp_path / "fake.py").write_text(FAKE + f"""
+    go, tmp_path, last, status, capsys
+):
+    (tmp_path / "fake.py").write_text(
+        FAKE
+        + f"""
 if lr == 0.1:
     with open(path, "a") as file:
         file.write('{{"step": 12, "val_loss": {last}}}\\n')
         if {status}:
             file.write('{{"step": 12, "event": "nonfinite", "text": "loss nan", "action": "abort"}}\\n')
             sys.exit("train.py: step 12: loss nan")
-""")
+"""
+    )
     for _ in range(2):
         assert go("--search.lr=0.1,0.01") == 0
         worst = rows(tmp_path)[-1]
         assert (worst["lr"], worst["status"], worst["val_loss"]) == ("0.1", "diverged", "inf")
         assert worst["error"] == ("step 12: loss nan" if status else "its loss is no finite number")
-        assert starts(tmp_path, 0) == 1 and "| inf | 12 |" in (tmp_path / "s" / "table.md").read_text()
+        assert (
+            starts(tmp_path, 0) == 1 and "| inf | 12 |" in (tmp_path / "s" / "table.md").read_text()
+        )
 
 
 # ---- what lies about in the folder
@@ -293,36 +348,91 @@ def link(path, to):
 
 STRAYS = {  # what happens to trial 1, what is said, and how often it was started in all
     "a copy": (lambda t: shutil.copytree(t, f"{t}.bak"), "left alone .*: trial-0001.bak", 1),
-    "a copy that a file manager makes": (lambda t: shutil.copytree(t, f"{t} (copy)"), "trial-0001 .copy", 1),
-    "a copy beyond the grid": (lambda t: shutil.copytree(t, t.with_name("trial-0007")), "trial-0007", 1),
-    "a number with too few zeros": (lambda t: (t.parent / "trial-2").mkdir(), "left alone .*: trial-2", 1),
-    "a copy in its place": (lambda t: (move(t, "mine"), shutil.copytree(t.with_name("trial-0002"), t)),
-                            "has --lr=1e-2 --n_layer=3, .* is aside-trial-0001 now", 1),
+    "a copy that a file manager makes": (
+        lambda t: shutil.copytree(t, f"{t} (copy)"),
+        "trial-0001 .copy",
+        1,
+    ),
+    "a copy beyond the grid": (
+        lambda t: shutil.copytree(t, t.with_name("trial-0007")),
+        "trial-0007",
+        1,
+    ),
+    "a number with too few zeros": (
+        lambda t: (t.parent / "trial-2").mkdir(),
+        "left alone .*: trial-2",
+        1,
+    ),
+    "a copy in its place": (
+        lambda t: (move(t, "mine"), shutil.copytree(t.with_name("trial-0002"), t)),
+        "has --lr=1e-2 --n_layer=3, .* is aside-trial-0001 now",
+        1,
+    ),
     "a link to another": (lambda t: link(t, "trial-0002"), "is trial-0002 by another name", 1),
     "a link to itself, moved": (lambda t: link(t, "elsewhere"), "", 1),
     "a broken link": (lambda t: link(t, "nowhere"), "is no folder; it is aside-trial-0001 now", 1),
     "a file": (lambda t: (move(t, "mine"), t.write_text("notes")), "is no folder", 1),
     "an empty folder": (lambda t: (move(t, "mine"), t.mkdir()), "", 1),
-    "trial.json empty": (lambda t: (t / "trial.json").write_text(""), "damaged; .*--lr=1e-3 --n_layer=4", 1),
-    "trial.json cut": (lambda t: (t / "trial.json").write_text('{"values": {"lr"'), "is damaged", 1),
-    "trial.json of bytes": (lambda t: (t / "trial.json").write_bytes(bytes(range(256))), "is damaged", 1),
+    "trial.json empty": (
+        lambda t: (t / "trial.json").write_text(""),
+        "damaged; .*--lr=1e-3 --n_layer=4",
+        1,
+    ),
+    "trial.json cut": (
+        lambda t: (t / "trial.json").write_text('{"values": {"lr"'),
+        "is damaged",
+        1,
+    ),
+    "trial.json of bytes": (
+        lambda t: (t / "trial.json").write_bytes(bytes(range(256))),
+        "is damaged",
+        1,
+    ),
     "trial.json a list": (lambda t: (t / "trial.json").write_text("[1]"), "is damaged", 1),
-    "trial.json with a list": (lambda t: (t / "trial.json").write_text('{"values": [1, 2]}'), "damaged", 1),
-    "trial.json a folder": (lambda t: (move(t / "trial.json", "x"), (t / "trial.json").mkdir()),
-                            "is damaged", 1),
+    "trial.json with a list": (
+        lambda t: (t / "trial.json").write_text('{"values": [1, 2]}'),
+        "damaged",
+        1,
+    ),
+    "trial.json a folder": (
+        lambda t: (move(t / "trial.json", "x"), (t / "trial.json").mkdir()),
+        "is damaged",
+        1,
+    ),
     "trial.json gone": (lambda t: (t / "trial.json").unlink(), "trial.json is missing", 1),
-    "an unknown status": (lambda t: (t / "trial.json").write_text(
-        '{"values": {"lr": "1e-3", "n_layer": "4"}, "status": "finished"}'), "", 1),
-    "metrics.jsonl gone": (lambda t: ((t / "metrics.jsonl").unlink(), (t / "step-00000012").rmdir()),
-                           "has no val_loss in its metrics.jsonl; it is tried again", 2),
-    "sweep.json empty": (lambda t: (t.parent / "sweep.json").write_text(""), "to sweep.json.damaged", 1),
-    "sweep.json a list": (lambda t: (t.parent / "sweep.json").write_text("[]"), "sweep.json is damaged", 1),
+    "an unknown status": (
+        lambda t: (t / "trial.json").write_text(
+            '{"values": {"lr": "1e-3", "n_layer": "4"}, "status": "finished"}'
+        ),
+        "",
+        1,
+    ),
+    "metrics.jsonl gone": (
+        lambda t: ((t / "metrics.jsonl").unlink(), (t / "step-00000012").rmdir()),
+        "has no val_loss in its metrics.jsonl; it is tried again",
+        2,
+    ),
+    "sweep.json empty": (
+        lambda t: (t.parent / "sweep.json").write_text(""),
+        "to sweep.json.damaged",
+        1,
+    ),
+    "sweep.json a list": (
+        lambda t: (t.parent / "sweep.json").write_text("[]"),
+        "sweep.json is damaged",
+        1,
+    ),
     "sweep.json gone": (lambda t: (t.parent / "sweep.json").unlink(), "", 1),
 }
 
 
-@pytest.mark.parametrize("kind", [  # of three kinds one always
-    kind if i % 3 == 0 else pytest.param(kind, marks=pytest.mark.slow) for i, kind in enumerate(STRAYS)])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [  # of three kinds one always
+        kind if i % 3 == 0 else pytest.param(kind, marks=pytest.mark.slow)
+        for i, kind in enumerate(STRAYS)
+    ],
+)
 def test_what_is_no_trial_is_named_and_nothing_is_lost(go, tmp_path, capsys, kind):
     change, said, count = STRAYS[kind]
     go(*WORDS)
@@ -355,15 +465,24 @@ def test_a_folder_at_work_with_other_values_is_not_moved(go, tmp_path):
     folder = tmp_path / "s" / "trial-0001"
     (folder / "trial.json").write_text(json.dumps({"values": {"lr": "5", "n_layer": "4"}}))
     lock = sweep.resume.RunLock(folder)
-    with pytest.raises(ValueError, match="trial-0001 has --lr=5 .* process .* is at work there; stop it"):
+    with pytest.raises(
+        ValueError, match="trial-0001 has --lr=5 .* process .* is at work there; stop it"
+    ):
         go(*WORDS)
     lock.release()
     assert go(*WORDS) == 0 and (tmp_path / "s" / "aside-trial-0001" / "metrics.jsonl").exists()
 
 
-def test_optuna_reads_lost_values_from_the_run_s_own_settings_or_sets_it_aside(go, tmp_path, capsys):
+def test_optuna_reads_lost_values_from_the_run_s_own_settings_or_sets_it_aside(
+    go, tmp_path, capsys
+):
     pytest.importorskip("optuna", reason="pip install optuna")
-    words = ("--method=optuna", "--trials=3", "--search.lr=log:1e-3:1e-1", "--search.qk_norm=true,false")
+    words = (
+        "--method=optuna",
+        "--trials=3",
+        "--search.lr=log:1e-3:1e-1",
+        "--search.qk_norm=true,false",
+    )
     go(*words)
     found, folder = rows(tmp_path), tmp_path / "s" / "trial-0001"
     values = json.loads((folder / "trial.json").read_text())["values"]
@@ -373,7 +492,10 @@ def test_optuna_reads_lost_values_from_the_run_s_own_settings_or_sets_it_aside(g
     (folder / "config.toml").unlink()
     (folder / "trial.json").write_text("")
     assert go(*words) == 0 and "has a run whose values nobody knows" in capsys.readouterr().out
-    assert len(rows(tmp_path)) == 3 and (tmp_path / "s" / "aside-trial-0001" / "metrics.jsonl").exists()
+    assert (
+        len(rows(tmp_path)) == 3
+        and (tmp_path / "s" / "aside-trial-0001" / "metrics.jsonl").exists()
+    )
 
 
 def test_the_order_of_the_fields_on_the_command_line_changes_no_trial(go, tmp_path):
@@ -396,16 +518,26 @@ def test_the_home_folder_may_be_a_tilde(go, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "tiny.toml").write_text("steps = 2")
     assert sweep.main(["~/s", "~/tiny.toml", "--search.data=~/a b.txt;~/c,d.txt"]) == 0
-    assert {row["data"] for row in rows(tmp_path) if row["status"] == "done"} == {"~/a b.txt", "~/c,d.txt"}
-    assert "--data=~/c,d.txt " in (tmp_path / "s" / "trial-0001" / "starts").read_text()  # for config.py
+    assert {row["data"] for row in rows(tmp_path) if row["status"] == "done"} == {
+        "~/a b.txt",
+        "~/c,d.txt",
+    }
+    # For config.py
+    assert "--data=~/c,d.txt " in (tmp_path / "s" / "trial-0001" / "starts").read_text()
 
 
 def test_gpus_are_shared_out(go, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    (tmp_path / "fake.py").write_text(FAKE.replace('os.environ["OMP_NUM_THREADS"]',
-                                                   '" gpus " + os.environ["CUDA_VISIBLE_DEVICES"]'))
+    (tmp_path / "fake.py").write_text(
+        FAKE.replace(
+            'os.environ["OMP_NUM_THREADS"]', '" gpus " + os.environ["CUDA_VISIBLE_DEVICES"]'
+        )
+    )
     go("--search.lr=1e-3,1e-2,1e-1", "--jobs=2", "--grad_clip=0.05", "--steps=8")
-    used = {(tmp_path / "s" / f"trial-000{n}" / "starts").read_text().split(" gpus ")[1] for n in range(3)}
+    used = {
+        (tmp_path / "s" / f"trial-000{n}" / "starts").read_text().split(" gpus ")[1]
+        for n in range(3)
+    }
     assert used == {"4,6\n", "5,7\n"}
 
 
@@ -419,7 +551,9 @@ def test_tpe_finds_the_valley_prunes_and_learns_from_folders_alone(go, tmp_path)
             self.number, self.values, self.status = number, values or {}, "done"
 
         def curve(self, metric):
-            return {0: 0.0} | {s: abs(math.log10(self.values["lr"]) + 2) + 1 / s for s in (1, 2, 3, 4)}
+            return {0: 0.0} | {
+                s: abs(math.log10(self.values["lr"]) + 2) + 1 / s for s in (1, 2, 3, 4)
+            }
 
     tried = []
     for number in range(40):
@@ -458,13 +592,19 @@ def test_a_hopeless_trial_is_stopped_and_stays_so(go, tmp_path):
         folder = tmp_path / "s" / f"trial-000{n}"
         folder.mkdir(parents=True)
         (folder / "trial.json").write_text(json.dumps({"values": {"lr": "1e-2"}, "status": "done"}))
-        (folder / "metrics.jsonl").write_text("".join(
-            json.dumps({"step": s, "loss": 1 / s, "val_loss": 1 / s}) + "\n" for s in range(1, 41)))
+        (folder / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps({"step": s, "loss": 1 / s, "val_loss": 1 / s}) + "\n"
+                for s in range(1, 41)
+            )
+        )
     (tmp_path / "s" / "trial-0005").mkdir()
     (tmp_path / "s" / "trial-0005" / "trial.json").write_text(json.dumps({"values": {"lr": "0.9"}}))
     assert go(*good, "--trials=6") == 0
     stopped = rows(tmp_path)[-1]
-    assert (stopped["trial"], stopped["status"]) == ("5", "pruned") and 10 <= int(stopped["steps"]) < 40
+    assert (stopped["trial"], stopped["status"]) == ("5", "pruned") and 10 <= int(
+        stopped["steps"]
+    ) < 40
     assert go(*good, "--trials=6") == 0 and starts(tmp_path, 5) == 1
 
 
@@ -476,7 +616,10 @@ def test_without_optuna_there_is_one_line(go, monkeypatch):
 
 # ---- what is told
 def test_a_failing_trial_is_a_row_with_its_error(go, tmp_path, capsys):
-    assert go("--search.optim=muon,lion", "--search.n_embd=64,66", "--search.lr=0.01,5", "--steps=2") == 0
+    assert (
+        go("--search.optim=muon,lion", "--search.n_embd=64,66", "--search.lr=0.01,5", "--steps=2")
+        == 0
+    )
     found = {(r["optim"], r["n_embd"], r["lr"]): (r["status"], r["error"]) for r in rows(tmp_path)}
     assert found["muon", "64", "0.01"] == ("done", "")
     assert found["lion", "64", "0.01"] == ("failed", "ValueError: no lions | here")
@@ -488,23 +631,40 @@ def test_a_failing_trial_is_a_row_with_its_error(go, tmp_path, capsys):
     assert not (tmp_path / "s" / "trial-0002" / "starts").exists()  # refused before it was begun
 
 
-# How a process ends; the trial's status and error; the exit status of a search in which another is done.
+# How a process ends; the trial's status and error; the exit status of a search in which another is
+# done.
 MEMORY = "ended by SIGKILL, perhaps for want of memory"
-BUSY, FULL = "train.py: t is in use by process 1; stop it", "train.py: [Errno 28] No space left on device"
+BUSY, FULL = (
+    "train.py: t is in use by process 1; stop it",
+    "train.py: [Errno 28] No space left on device",
+)
 ENDS = {
     "a mistake": ("sys.exit('train.py: no such text')", "failed", "train.py: no such text", 0),
-    "on a rank": ("print('[rank0]: RuntimeError: torn'); print('[rank0]: more'); sys.exit(1)",
-                  "failed", "[rank0]: RuntimeError: torn", 0),
+    "on a rank": (
+        "print('[rank0]: RuntimeError: torn'); print('[rank0]: more'); sys.exit(1)",
+        "failed",
+        "[rank0]: RuntimeError: torn",
+        0,
+    ),
     "an exception": ("raise KeyError('abc')", "failed", "KeyError: 'abc'", 0),
     "a bare assert": ("assert lr > 1", "failed", "AssertionError", 0),
     "nothing said": ("sys.exit(3)", "failed", "exit status 3", 0),
     "a crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "failed", "ended by SIGSEGV", 0),
-    "no metric": ("open(path, 'w').write('{\"step\": 12, \"loss\": 1.0}\\n'); sys.exit(0)",
-                  "failed", "no val_loss was logged", 0),
+    "no metric": (
+        "open(path, 'w').write('{\"step\": 12, \"loss\": 1.0}\\n'); sys.exit(0)",
+        "failed",
+        "no val_loss was logged",
+        0,
+    ),
     "no memory": ("os.kill(os.getpid(), signal.SIGKILL)", "unfinished", MEMORY, 1),
     "no memory, told by a shell": ("sys.exit(137)", "unfinished", MEMORY, 1),
     "Ctrl-C": ("sys.exit(130)", "unfinished", "ended by SIGINT", 1),
-    "asked": ("os.kill(os.getpid(), signal.SIGTERM)", "unfinished", "it was told to stop at step 0", 1),
+    "asked": (
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "unfinished",
+        "it was told to stop at step 0",
+        1,
+    ),
     "a full disk": (f"sys.exit({FULL!r})", "unfinished", FULL, 1),
     "another at work": (f"sys.exit({BUSY!r})", "unfinished", BUSY, 1),
 }
@@ -513,7 +673,9 @@ ENDS = {
 @pytest.mark.parametrize("kind", ENDS)
 def test_how_a_trial_ended_is_in_the_table_and_on_the_screen(go, tmp_path, capsys, kind):
     end, status, error, code = ENDS[kind]
-    (tmp_path / "fake.py").write_text(FAKE.replace("done = len", f"if lr == 0.1: {end}\ndone = len"))
+    (tmp_path / "fake.py").write_text(
+        FAKE.replace("done = len", f"if lr == 0.1: {end}\ndone = len")
+    )
     assert go("--search.lr=0.1,0.01") == code
     last, out = rows(tmp_path)[-1], capsys.readouterr().out
     assert (last["lr"], last["status"], last["error"]) == ("0.1", status, error)
@@ -525,7 +687,9 @@ def test_how_a_trial_ended_is_in_the_table_and_on_the_screen(go, tmp_path, capsy
 
 
 def test_the_error_is_that_of_the_last_start(go, tmp_path):
-    (tmp_path / "fake.py").write_text("import sys; print('ValueError: of old', flush=True); sys.exit(143)")
+    (tmp_path / "fake.py").write_text(
+        "import sys; print('ValueError: of old', flush=True); sys.exit(143)"
+    )
     assert go("--search.lr=0.1") == 1 and rows(tmp_path)[0]["error"] == "ended by SIGTERM"
     (tmp_path / "fake.py").write_text("import sys; print('a word', flush=True); sys.exit(4)")
     assert go("--search.lr=0.1") == 1 and rows(tmp_path)[0]["error"] == "a word"
@@ -549,7 +713,8 @@ def test_what_cannot_be_written_is_told_and_the_rest_is_there(go, tmp_path, caps
 
 @pytest.mark.parametrize("number, told", [(errno.ENOSPC, 1), (errno.EACCES, 3)])
 def test_a_disk_that_is_full_at_a_trial_s_beginning_ends_the_search_with_a_sentence(
-        go, tmp_path, monkeypatch, capsys, number, told):  # fmt: skip
+    go, tmp_path, monkeypatch, capsys, number, told
+):
     def full(path, content):
         raise OSError(number, os.strerror(number), str(path))
 
@@ -587,14 +752,28 @@ def test_optuna_hears_of_all_that_is_over(go, tmp_path, monkeypatch):
         return tell(study, trial, value, state)
 
     monkeypatch.setattr(optuna.study.Study, "tell", heard)
-    (tmp_path / "fake.py").write_text(FAKE.replace("done = len", "if lr == 0.1: sys.exit(3)\ndone = len", 1))
+    (tmp_path / "fake.py").write_text(
+        FAKE.replace("done = len", "if lr == 0.1: sys.exit(3)\ndone = len", 1)
+    )
     for n, lr in enumerate(("1e-2", "5", "0.1")):
         (tmp_path / "s" / f"trial-000{n}").mkdir(parents=True)
-        (tmp_path / "s" / f"trial-000{n}" / "trial.json").write_text(json.dumps({"values": {"lr": lr}}))
-    words = ("--method=optuna", "--search.lr=1e-2,5,0.1", "--trials=3", "--patience=2", "--min_delta=0.3")
+        (tmp_path / "s" / f"trial-000{n}" / "trial.json").write_text(
+            json.dumps({"values": {"lr": lr}})
+        )
+    words = (
+        "--method=optuna",
+        "--search.lr=1e-2,5,0.1",
+        "--trials=3",
+        "--patience=2",
+        "--min_delta=0.3",
+    )
     for _ in range(2):  # as it happens, and from the folders
         assert go(*words) == 0
-        assert told == {"1e-2": (0.5, "COMPLETE"), "5": (math.inf, "COMPLETE"), "0.1": (None, "PRUNED")}
+        assert told == {
+            "1e-2": (0.5, "COMPLETE"),
+            "5": (math.inf, "COMPLETE"),
+            "0.1": (None, "PRUNED"),
+        }
         told.clear()
 
 
@@ -620,7 +799,10 @@ def test_values_are_read_as_people_type_them():
 
 def test_a_value_that_is_there_twice_is_told_and_tried_once(go, tmp_path, capsys):
     assert go("--search.lr=1e-3,0.001,1e-2", "--steps=2") == 0 and len(rows(tmp_path)) == 2
-    assert "--search.lr=1e-3,0.001,1e-2 has a value twice; tried once: 1e-3, 1e-2" in capsys.readouterr().out
+    assert (
+        "--search.lr=1e-3,0.001,1e-2 has a value twice; tried once: 1e-3, 1e-2"
+        in capsys.readouterr().out
+    )
 
 
 def test_options_may_stand_apart_from_their_values(go, tmp_path):
@@ -692,25 +874,49 @@ MISTAKES = """
 """
 
 
-@pytest.mark.parametrize("words, said", [
-    [part.strip() for part in line.split("|")] for line in MISTAKES.strip("\n").split("\n")])
+@pytest.mark.parametrize(
+    "words, said",
+    [[part.strip() for part in line.split("|")] for line in MISTAKES.strip("\n").split("\n")],
+)
 def test_a_mistake_is_one_line_and_begins_nothing(go, tmp_path, words, said):
     with pytest.raises(ValueError) as error:
         go(*words.split())
-    assert said in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "s").exists()
+    assert (
+        said in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "s").exists()
+    )
 
 
 @pytest.mark.slow
 def test_train_itself_is_searched_and_a_mistake_exits_with_2(tmp_path):
     (tmp_path / "text.txt").write_bytes((ROOT / "config.py").read_bytes())
-    tiny = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, eval_tokens=256, sample_tokens=0)
+    tiny = dict(
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        block_size=16,
+        batch_size=4,
+        eval_tokens=256,
+        sample_tokens=0,
+    )
     (tmp_path / "tiny.toml").write_text("".join(f"{name} = {x}\n" for name, x in tiny.items()))
-    argv = [sys.executable, ROOT / "sweep.py", tmp_path / "s", tmp_path / "tiny.toml", "--device=cpu",
-            "--steps=4", "--eval_every=2", "--threads=1", f"--data={tmp_path / 'text.txt'}",
-            f"--data_dir={tmp_path}", "--search.lr=0.02"]  # fmt: skip
+    argv = [
+        sys.executable,
+        ROOT / "sweep.py",
+        tmp_path / "s",
+        tmp_path / "tiny.toml",
+        "--device=cpu",
+        "--steps=4",
+        "--eval_every=2",
+        "--threads=1",
+        f"--data={tmp_path / 'text.txt'}",
+        f"--data_dir={tmp_path}",
+        "--search.lr=0.02",
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [(row["lr"], row["status"], row["steps"]) for row in rows(tmp_path)] == [("0.02", "done", "4")]
+    assert [(row["lr"], row["status"], row["steps"]) for row in rows(tmp_path)] == [
+        ("0.02", "done", "4")
+    ]
     failed = subprocess.run([*argv, "--steps=5"], capture_output=True, text=True, timeout=60)
     assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 1
     assert "holds a search with steps=4, now it is 5" in failed.stderr

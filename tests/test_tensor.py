@@ -24,8 +24,16 @@ from parallel.tensor import boxes, output, part_of
 
 CPU = torch.device("cpu")
 MODERN = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=16, block_size=8, vocab_size=32, dropout=0.2)
-GPT2 = MODERN | dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tied=True,
-                     bias=True, init="gpt2", logit_cap=None)  # fmt: skip
+GPT2 = MODERN | dict(
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    qk_norm=False,
+    tied=True,
+    bias=True,
+    init="gpt2",
+    logit_cap=None,
+)
 GQA = MODERN | dict(n_head=8, n_kv_head=4, n_embd=32, mup_base_width=16)
 TRACK3 = MODERN | settings.ARCHS["track3"]
 SHAPES = (MODERN, GPT2, GQA, TRACK3)
@@ -55,8 +63,11 @@ def ready(split, group, shape, layers=None, dtype=torch.float64):
 
 
 def tokens(shape, rows=3):
-    ids = torch.randint(shape["vocab_size"], (rows, shape["block_size"] + 1),
-                        generator=torch.Generator().manual_seed(1))  # fmt: skip
+    ids = torch.randint(
+        shape["vocab_size"],
+        (rows, shape["block_size"] + 1),
+        generator=torch.Generator().manual_seed(1),
+    )
     return ids[:, :-1], ids[:, 1:], torch.arange(rows) + 5
 
 
@@ -68,7 +79,8 @@ def add_gradients(into, model):
 
 
 def train(split, group, shape, way):
-    """Loss, gradients by name, cuts: of the whole model, with recomputed blocks, or as two stages."""
+    """Loss, gradients by name, cuts: of the whole model, with recomputed blocks, or as two
+    stages."""
     x, targets, rows = tokens(shape)
     place = torch.arange(shape["block_size"]).flip(0)  # as a cut by context may have it: not 0..T-1
     if way == "two stages":
@@ -95,7 +107,8 @@ def several(rank, world, split, shapes):
 
 
 def whole(parts, name, rank_cuts):
-    """A parameter's gradient from those of the ranks; where it is not cut, all must hold the same."""
+    """A parameter's gradient from those of the ranks; where it is not cut, all must hold the
+    same."""
     if name in rank_cuts:
         return torch.cat([p[name] for p in parts], rank_cuts[name].dim)
     for p in parts[1:]:
@@ -114,7 +127,8 @@ def check_gradients(world, split, tolerance=1e-10):
             assert abs(r[i][0] - loss) <= tolerance * loss, (shape, way)
             assert r[i][1].keys() == grads.keys()
         for name, grad in grads.items():
-            zero = name.endswith("attn.k.bias") and shape is GPT2  # all scores of a query move together
+            # All scores of a query move together
+            zero = name.endswith("attn.k.bias") and shape is GPT2
             assert zero or grad.abs().max() > 1e-3, name
             found = whole([r[i][1] for r in results], name, results[0][i][2])
             torch.testing.assert_close(found, grad, rtol=tolerance, atol=tolerance)
@@ -134,7 +148,9 @@ def evaluate(rank, world, split, shapes):
         x, targets, _ = tokens(shape)
         with torch.no_grad():
             loss, logits = model(x, targets).item(), model(x)
-        drawn = [generate(model, x[:2, :3], 7, t, top_k=k, seed=3) for t, k in ((0, None), (1.0, 20))]
+        drawn = [
+            generate(model, x[:2, :3], 7, t, top_k=k, seed=3) for t, k in ((0, None), (1.0, 20))
+        ]
         model(x, targets)
         found.append((loss, model.hits.item(), model.hits.shape, logits, *drawn))
     return found
@@ -154,7 +170,7 @@ def test_evaluation_and_generation_are_the_whole_models():
     check_evaluation(tensor.split)
 
 
-# ---- the loss --------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 def logits_and_targets(kind, words=32, rows=2500):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(5, rows // 5, words, dtype=torch.float64, generator=generator)
@@ -217,7 +233,11 @@ def loss_memory(rank, world):
         meter.reset()
         loss.backward()
         backward = meter.peak - before
-    return forward / logits.nbytes, large == {logits.untyped_storage().data_ptr()}, backward / logits.nbytes
+    return (
+        forward / logits.nbytes,
+        large == {logits.untyped_storage().data_ptr()},
+        backward / logits.nbytes,
+    )
 
 
 def test_the_loss_makes_no_copy_of_the_logits_in_forward():
@@ -225,13 +245,16 @@ def test_the_loss_makes_no_copy_of_the_logits_in_forward():
         assert same and forward < 0.4 and backward < 1.4
 
 
-# ---- bytes -----------------------------------------------------------------------------------------------
+# ---- bytes ---------------------------------------------------------------------------------------
 class Sent(TorchDispatchMode):
     """Bytes sent by this rank, by the formula of each collective on a ring."""
 
     def __init__(self, n):
         super().__init__()
-        self.n, self.ops = n, {name: [0, 0] for name in ("allreduce_", "all_gather", "reduce_scatter")}
+        self.n, self.ops = (
+            n,
+            {name: [0, 0] for name in ("allreduce_", "all_gather", "reduce_scatter")},
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, n = func(*args, **(kwargs or {})), self.n
@@ -256,7 +279,11 @@ def sent(rank, world, split, shape, dtype, layers, autocast):
     place, found = torch.arange(shape["block_size"]), []
     if layers is not None and 0 not in layers:
         x = torch.randn(*x.shape, shape["n_embd"], dtype=dtype).requires_grad_()
-        x = x.detach().narrow(1, 0, x.shape[1] // (1 if split is tensor.split else world)).requires_grad_()
+        x = (
+            x.detach()
+            .narrow(1, 0, x.shape[1] // (1 if split is tensor.split else world))
+            .requires_grad_()
+        )
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with Sent(world) as counter:
             model(x, targets, positions=place, rows=rows).sum().backward()
@@ -290,7 +317,8 @@ def test_bytes_sent_are_the_formula(world):
 def test_bytes_of_a_stage_and_under_autocast():
     [(total, _), _] = run_ranks(2, sent, tensor.split, GPT2, torch.float64, [0], False)
     a = activation(GPT2, 8, 2)
-    assert total == (2 + 1) * 2 * a + 2 * 2 * a  # forward with the embedding, backward without a head
+    # Forward with the embedding, backward without a head
+    assert total == (2 + 1) * 2 * a + 2 * 2 * a
     [(total, _), _] = run_ranks(2, sent, tensor.split, GPT2, torch.float64, [1], False)
     assert total == 2 * 2 * a + (2 + 1) * 2 * a + 3 * 3 * 8 * 8
     [(total, *_), _] = run_ranks(2, sent, tensor.split, MODERN, torch.float32, None, True)
@@ -298,7 +326,7 @@ def test_bytes_of_a_stage_and_under_autocast():
     assert total == (4 + 5) * 2 * half + 2 * activation(MODERN, 4, 2) + 3 * 3 * 8 * 4
 
 
-# ---- parameters ------------------------------------------------------------------------------------------
+# ---- parameters ----------------------------------------------------------------------------------
 def holdings(rank, world):
     """A model that holds data, cut; the same made on the meta device and filled."""
     model = fill(build(GPT2))
@@ -307,10 +335,19 @@ def holdings(rank, world):
     cuts = tensor.split(model, dist.group.WORLD)
     after = dict(model.named_parameters())
     assert all(after[name] is p and type(p) is nn.Parameter for name, p in before.items())
-    assert model.head.weight is model.embed.weight and not after["blocks.1.mlp.fc.weight"].requires_grad
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in after.values())  # the rest is given back
+    assert (
+        model.head.weight is model.embed.weight
+        and not after["blocks.1.mlp.fc.weight"].requires_grad
+    )
+    # The rest is given back
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in after.values())
     fc, proj = model.blocks["0"].mlp.fc, model.blocks["0"].mlp.proj
-    assert (fc.in_features, fc.out_features, proj.in_features, proj.out_features) == (16, 32, 32, 16)
+    assert (fc.in_features, fc.out_features, proj.in_features, proj.out_features) == (
+        16,
+        32,
+        32,
+        16,
+    )
     assert (model.head.out_features, model.embed.num_embeddings) == (16, 16)
     filled, _ = ready(tensor.split, dist.group.WORLD, GPT2)
     for name, p in filled.named_parameters():
@@ -324,9 +361,15 @@ def holdings(rank, world):
 def test_each_rank_keeps_its_part():
     results = run_ranks(2, holdings)
     cuts = results[0][1]
-    split_ones = {n for i in (0, 1) for m in ("attn.q", "attn.k", "attn.v", "mlp.fc")
-                  for n in (f"blocks.{i}.{m}.weight", f"blocks.{i}.{m}.bias")}  # fmt: skip
-    split_ones |= {f"blocks.{i}.{m}.proj.weight" for i in (0, 1) for m in ("attn", "mlp")} | {"embed.weight"}
+    split_ones = {
+        n
+        for i in (0, 1)
+        for m in ("attn.q", "attn.k", "attn.v", "mlp.fc")
+        for n in (f"blocks.{i}.{m}.weight", f"blocks.{i}.{m}.bias")
+    }
+    split_ones |= {f"blocks.{i}.{m}.proj.weight" for i in (0, 1) for m in ("attn", "mlp")} | {
+        "embed.weight"
+    }
     assert cuts.keys() == split_ones
     assert cuts["blocks.0.attn.proj.weight"] == (1, (16, 16), 0)
     assert results[1][1]["blocks.0.mlp.fc.bias"] == (0, (64,), 32)
@@ -362,18 +405,30 @@ def refused(rank, world, split, cases):
 
 
 THREE = dict(n_head=3, n_kv_head=3)
-REFUSALS = {4: [
-    (dict(n_head=2, n_kv_head=2), {},
-     "--tp=4 does not divide the 2 heads of blocks.0.attn.q; type --n_head=4 or --tp=2"),
-    (dict(n_kv_head=2), {}, "the 2 heads of blocks.0.attn.k; type --n_kv_head=4 or --tp=2"),
-    ({}, dict(column=("up",), row=("down",), vocabulary=()), "no module's name"),
-], 3: [
-    (dict(n_embd=30) | THREE, {},
-     "--tp=3 does not divide the 32 words of the vocabulary; type --vocab_size=33 or --tp=2"),
-    ({}, dict(column=("mlp.fc",), row=("mlp.proj",), vocabulary=()),
-     "--tp=3 does not divide the width 64 of blocks.0.mlp.fc; type --n_embd=18 or --tp=2"),
-    (dict(n_embd=24, vocab_size=33) | THREE, {}, ""),
-]}  # fmt: skip
+REFUSALS = {
+    4: [
+        (
+            dict(n_head=2, n_kv_head=2),
+            {},
+            "--tp=4 does not divide the 2 heads of blocks.0.attn.q; type --n_head=4 or --tp=2",
+        ),
+        (dict(n_kv_head=2), {}, "the 2 heads of blocks.0.attn.k; type --n_kv_head=4 or --tp=2"),
+        ({}, dict(column=("up",), row=("down",), vocabulary=()), "no module's name"),
+    ],
+    3: [
+        (
+            dict(n_embd=30) | THREE,
+            {},
+            "--tp=3 does not divide the 32 words of the vocabulary; type --vocab_size=33 or --tp=2",
+        ),
+        (
+            {},
+            dict(column=("mlp.fc",), row=("mlp.proj",), vocabulary=()),
+            "--tp=3 does not divide the width 64 of blocks.0.mlp.fc; type --n_embd=18 or --tp=2",
+        ),
+        (dict(n_embd=24, vocab_size=33) | THREE, {}, ""),
+    ],
+}
 
 
 @pytest.mark.parametrize("world", (4, 3))
@@ -383,13 +438,15 @@ def test_what_cannot_be_cut_is_refused_by_name(world):
             assert message in found and bool(message) == bool(found)
 
 
-# ---- beside others ---------------------------------------------------------------------------------------
+# ---- beside others -------------------------------------------------------------------------------
 def late_product(rank, world):
     model, _ = ready(tensor.split, dist.group.WORLD, GPT2)
     called = []
     for name, m in model.named_modules():
         if isinstance(m, nn.Linear):
-            m.product = lambda x, w, b, name=name: called.append((name, b is None)) or F.linear(x, w, b)
+            m.product = lambda x, w, b, name=name: (
+                called.append((name, b is None)) or F.linear(x, w, b)
+            )
     model(*tokens(GPT2)[:2], rows=tokens(GPT2)[2])
     return called
 
@@ -413,12 +470,18 @@ class Gated(nn.Module):
 
 def gated(rank, world, how):
     model = fill(nn.Sequential(Gated(), Gated()).double())
-    x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    x = torch.randn(
+        2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    ).requires_grad_()
     if how == "ours":
         tensor.split(model, dist.group.WORLD, column=("gate", "up"), row=("down",), vocabulary=())
     if how == "torch":
         from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel,
+            RowwiseParallel,
+            parallelize_module,
+        )
 
         plan = {"*.gate": ColwiseParallel(), "*.up": ColwiseParallel(), "*.down": RowwiseParallel()}
         parallelize_module(model, DeviceMesh.from_group(dist.group.WORLD, "cpu"), plan)

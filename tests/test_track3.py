@@ -1,4 +1,5 @@
-"""The optimization benchmark (configs/track3.toml): its model and optimizer against both written out here."""
+"""The optimization benchmark (configs/track3.toml): its model and optimizer against both written
+out here."""
 
 import contextlib
 import io
@@ -25,25 +26,32 @@ from optim import param_groups
 RECIPE = str(Path(train.__file__).parent / "configs" / "track3.toml")
 ARCH = settings.ARCHS["track3"]
 SMALL = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64) | ARCH
-MUP = SMALL | dict(n_kv_head=1, attention_scale=None, mup_base_width=8)  # heads of 16, a quarter as wide
+# Heads of 16, a quarter as wide
+MUP = SMALL | dict(n_kv_head=1, attention_scale=None, mup_base_width=8)
 
 
-# ---- the model -------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 def normed(x, gain=1.0):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
 
 
 def turned(x, heads, dim):
-    """x (B, T, H D) -> (B, H, T, D): normed, then the first quarter's pairs turn, as complex numbers."""
+    """x (B, T, H D) -> (B, H, T, D): normed, then the first quarter's pairs turn, as complex
+    numbers."""
     x = normed(x.view(*x.shape[:2], heads, dim)).transpose(1, 2)
-    turns = torch.cat([1 / 1024 ** torch.linspace(0, 1, dim // 4, dtype=x.dtype), torch.zeros(dim // 4)])
+    turns = torch.cat(
+        [1 / 1024 ** torch.linspace(0, 1, dim // 4, dtype=x.dtype), torch.zeros(dim // 4)]
+    )
     angle = torch.outer(torch.arange(x.shape[2]), turns)
-    z = torch.complex(x[..., : dim // 2], x[..., dim // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+    z = torch.complex(x[..., : dim // 2], x[..., dim // 2 :]) * torch.polar(
+        torch.ones_like(angle), angle
+    )
     return torch.cat([z.real, z.imag], -1)
 
 
 def by_hand(w, x, y, heads, kv_heads, scale, width=1.0):
-    """The sum of the token losses. w: name -> weight; width: what the logits are multiplied by, but for b."""
+    """The sum of the token losses. w: name -> weight; width: what the logits are multiplied by, but
+    for b."""
 
     def linear(name, h):
         return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -84,7 +92,10 @@ def test_loss_and_every_gradient_are_the_formula_s(shape, scale, width):
 
 def test_the_start_is_torch_s_own_std_and_zero_where_the_residual_stream_begins():
     c = GPTConfig(**SMALL)
-    assert abs(initial_weight(c, "blocks.0.mlp.fc.weight", (1024, 256)).std() - (3 * 256) ** -0.5) < 2e-4
+    assert (
+        abs(initial_weight(c, "blocks.0.mlp.fc.weight", (1024, 256)).std() - (3 * 256) ** -0.5)
+        < 2e-4
+    )
     assert abs(initial_weight(c, "embed.weight", (1024, 256)).std() - 1) < 0.01
     for name, p in GPT(c).named_parameters():
         start = initial_weight(c, name, tuple(p.shape))
@@ -94,7 +105,7 @@ def test_the_start_is_torch_s_own_std_and_zero_where_the_residual_stream_begins(
             assert start.any() != (name.endswith("proj.weight") or name == "head.weight"), name
 
 
-# ---- the optimizer ---------------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
     cfg = config.parse([RECIPE, "--device=cpu"])
     Muon = choices.find_optimizer(cfg.optim)
@@ -103,11 +114,17 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
     lrs = choices.learning_rates(cfg, Muon, cfg.sub("opt"), param_groups.kinds(model))
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, muon=True)
     options = checks.check_options(cfg, "opt", Muon, given=("params", "lr", "weight_decay"))
-    optimizer, w = Muon(groups, **options), {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer, w = (
+        Muon(groups, **options),
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+    )
     m, v = ({n: torch.zeros_like(p) for n, p in w.items()} for _ in range(2))
     for t in (1, 2):
         for i, (name, p) in enumerate(model.named_parameters()):
-            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * i + t)).to(p) * 1e-6
+            g = (
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * i + t)).to(p)
+                * 1e-6
+            )
             p.grad = g.clone()
             if name.startswith("blocks") and p.ndim == 2:
                 m[name] = 0.95 * m[name] + 0.05 * g
@@ -129,16 +146,36 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
 
 def test_the_recipe_holds_its_rate_and_goes_down_to_zero_over_the_last_70_percent():
     factor = choices.lr_schedule(config.parse([RECIPE]))
-    for step, expected in (0, 1), (975, 1), (976, 2274 / 2275), (2000, 1250 / 2275), (3249, 1 / 2275):
+    for step, expected in (
+        (0, 1),
+        (975, 1),
+        (976, 2274 / 2275),
+        (2000, 1250 / 2275),
+        (3249, 1 / 2275),
+    ):
         assert factor(step) == pytest.approx(expected, rel=1e-12)
 
 
-# ---- the run ---------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 def test_a_tiny_version_of_the_recipe_learns(tmp_path):
-    flags = [RECIPE, f"--data={text(tmp_path)}", "--tokenizer=bytes", f"--out_dir={tmp_path}/out",
-             "--device=cpu", "--precision=fp32", "--n_layer=2", "--n_head=2", "--n_embd=32",
-             "--block_size=32", "--batch_size=8", "--steps=12", "--eval_every=6", "--eval_tokens=512",
-             "--sample_tokens=9", "--vocab_size=256"]  # fmt: skip
+    flags = [
+        RECIPE,
+        f"--data={text(tmp_path)}",
+        "--tokenizer=bytes",
+        f"--out_dir={tmp_path}/out",
+        "--device=cpu",
+        "--precision=fp32",
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=32",
+        "--block_size=32",
+        "--batch_size=8",
+        "--steps=12",
+        "--eval_every=6",
+        "--eval_tokens=512",
+        "--sample_tokens=9",
+        "--vocab_size=256",
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(config.parse(flags))
     found = logger.read_metrics(tmp_path / "out" / "metrics.jsonl")
@@ -147,8 +184,13 @@ def test_a_tiny_version_of_the_recipe_learns(tmp_path):
 
 
 FLAGS = [*TINY, "--arch=track3", "--n_embd=32", "--block_size=16"]
-LAYOUTS = {"tp 2 + sp": ["--tp=2", "--sp=true"], "cp 2": ["--cp=2"], "pp 2": ["--pp=2"],
-           "zero3 2": ["--data_parallel=zero3"], "fsdp 2": ["--data_parallel=fsdp"]}  # fmt: skip
+LAYOUTS = {
+    "tp 2 + sp": ["--tp=2", "--sp=true"],
+    "cp 2": ["--cp=2"],
+    "pp 2": ["--pp=2"],
+    "zero3 2": ["--data_parallel=zero3"],
+    "fsdp 2": ["--data_parallel=fsdp"],
+}
 
 
 def on(ranks, flags):
@@ -168,7 +210,9 @@ def alone():
 def test_cut_up_or_spread_it_is_one_process(alone, layout):
     for name, found in on(2, LAYOUTS[layout]).items():
         assert difference(found, alone[name]) < 1e-10, name
-        assert abs(found[-1] / found[0] - 1) > 1e-4, f"{name} learns nothing, so this proves nothing"
+        assert abs(found[-1] / found[0] - 1) > 1e-4, (
+            f"{name} learns nothing, so this proves nothing"
+        )
 
 
 @pytest.mark.slow
@@ -178,13 +222,21 @@ def test_saved_in_one_layout_and_resumed_in_the_next(tmp_path):
     saved_and_resumed(tmp_path, places, list(zip(places, places[1:] + places[:1])), ["muon"], shape)
 
 
-# ---- who is refused --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags, says", [
-    ("--n_head=128", "position=rotary_half needs a head size divisible by 4, not n_embd/n_head = 2"),
-    ("--mup_base_width=64", "--attention_scale=none"), ("--attention_scale=0", "--attention_scale=none"),
-    ("--logit_cap_form=tanh --logit_cap=none", "--logit_cap=15"), ("--norm=rmsnorm_gains", "rmsnorm_gain"),
-    ("--qk_clip=100", "--qk_norm=false"),
-])  # fmt: skip
+# ---- who is refused ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (
+            "--n_head=128",
+            "position=rotary_half needs a head size divisible by 4, not n_embd/n_head = 2",
+        ),
+        ("--mup_base_width=64", "--attention_scale=none"),
+        ("--attention_scale=0", "--attention_scale=none"),
+        ("--logit_cap_form=tanh --logit_cap=none", "--logit_cap=15"),
+        ("--norm=rmsnorm_gains", "rmsnorm_gain"),
+        ("--qk_clip=100", "--qk_norm=false"),
+    ],
+)
 def test_what_does_not_go_together_is_refused_with_what_to_type(flags, says):
     with pytest.raises(ValueError) as error:
         config.parse(["--arch=track3", *flags.split()])
@@ -192,7 +244,12 @@ def test_what_does_not_go_together_is_refused_with_what_to_type(flags, says):
 
 
 def test_what_the_refusals_say_to_type_goes():
-    for flags in ("--mup_base_width=64 --attention_scale=none", "--logit_cap=none", "--n_head=64",
-                  "--n_head=128 --position=learned", "--qk_clip=100 --qk_norm=false"):  # fmt: skip
+    for flags in (
+        "--mup_base_width=64 --attention_scale=none",
+        "--logit_cap=none",
+        "--n_head=64",
+        "--n_head=128 --position=learned",
+        "--qk_clip=100 --qk_norm=false",
+    ):
         cfg = settings.with_traits(config.parse(["--arch=track3", *flags.split()]))
         assert config.from_dict(config.to_dict(cfg)) == cfg  # as a checkpoint holds it

@@ -20,14 +20,37 @@ import resume
 import train
 
 ROOT = Path(train.__file__).parent
-CLASSES = ["sgd", "adamw", "adam_l2", "adafactor", "lion", "lars", "lamb", "shampoo", "soap", "muon",
-           "schedule_free", "schedule_free.SGDScheduleFree"]  # fmt: skip
+CLASSES = [
+    "sgd",
+    "adamw",
+    "adam_l2",
+    "adafactor",
+    "lion",
+    "lars",
+    "lamb",
+    "shampoo",
+    "soap",
+    "muon",
+    "schedule_free",
+    "schedule_free.SGDScheduleFree",
+]
 
 
 def flags(text, out_dir, *more: str) -> list[str]:
-    tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--steps=12",
-            "--eval_every=6", "--eval_tokens=512", "--sample_tokens=0", "--save_every=5", "--precision=fp32",
-            "--device=cpu"]  # fmt: skip
+    tiny = [
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=32",
+        "--block_size=16",
+        "--batch_size=8",
+        "--steps=12",
+        "--eval_every=6",
+        "--eval_tokens=512",
+        "--sample_tokens=0",
+        "--save_every=5",
+        "--precision=fp32",
+        "--device=cpu",
+    ]
     return [f"--data={text}", f"--out_dir={out_dir}", *tiny, *more]
 
 
@@ -48,7 +71,7 @@ def trace(out_dir) -> dict:
     return {s: (r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for s, r in rows(out_dir).items()}
 
 
-# ---- one run on every layout -----------------------------------------------------------------------------
+# ---- one run on every layout ---------------------------------------------------------------------
 def on_ranks(rank, world, *args):
     final = go(*args)
     return final["val_loss"]
@@ -59,16 +82,23 @@ def close(a: dict, b: dict, tolerance: float) -> None:
     for step in a:
         for name in ("loss", "grad_norm", "val_loss", "val_bpb", "val_accuracy"):
             if name in a[step]:
-                assert a[step][name] == pytest.approx(b[step][name], rel=tolerance, abs=0), (step, name)
+                assert a[step][name] == pytest.approx(b[step][name], rel=tolerance, abs=0), (
+                    step,
+                    name,
+                )
 
 
 FP64, FP32 = ("fp64", 8, 1e-10), ("fp32", 20, 1e-5)
 
 
-@pytest.mark.parametrize("optim, precision, steps, tolerance", [
-    ("muon", *FP64), *(pytest.param(optim, *FP64, marks=pytest.mark.slow) for optim in ("adamw", "sgd")),
-    *(pytest.param(optim, *FP32, marks=pytest.mark.slow) for optim in ("muon", "sgd", "adamw")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "optim, precision, steps, tolerance",
+    [
+        ("muon", *FP64),
+        *(pytest.param(optim, *FP64, marks=pytest.mark.slow) for optim in ("adamw", "sgd")),
+        *(pytest.param(optim, *FP32, marks=pytest.mark.slow) for optim in ("muon", "sgd", "adamw")),
+    ],
+)
 def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, tolerance):
     more = [f"--optim={optim}", f"--precision={precision}", f"--steps={steps}", "--dropout=0.1"]
     more += ["--opt.ns_dtype=float32"] if optim == "muon" and precision == "fp32" else []
@@ -78,8 +108,15 @@ def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, t
     for micro in (1, 2):
         go(text, tmp_path / f"micro{micro}", *more, f"--micro_batch_size={micro}")
     for ranks in (2, 4):
-        losses = run_ranks(ranks, on_ranks, text, tmp_path / f"ranks{ranks}", *more, "--micro_batch_size=1",
-                           "--data_parallel=ddp")  # fmt: skip
+        losses = run_ranks(
+            ranks,
+            on_ranks,
+            text,
+            tmp_path / f"ranks{ranks}",
+            *more,
+            "--micro_batch_size=1",
+            "--data_parallel=ddp",
+        )
         assert len(set(losses)) == 1  # every rank learns the global figure
     for layout in ("micro1", "micro2", "ranks2", "ranks4"):
         close(rows(tmp_path / layout), expected[0], tolerance)
@@ -87,17 +124,29 @@ def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, t
 
 
 def test_the_run_is_what_the_formula_says(tmp_path, text):
-    """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the sums
-    shows."""
+    """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the
+    sums shows."""
     import corpora
     import data
     from model import GPT, GPTConfig
 
-    go(text, tmp_path, "--optim=sgd", "--precision=fp64", "--grad_clip=none", "--lr=0.3", "--steps=4",
-       "--schedule=constant", "--warmup_steps=2", "--micro_batch_size=2")  # fmt: skip
+    go(
+        text,
+        tmp_path,
+        "--optim=sgd",
+        "--precision=fp64",
+        "--grad_clip=none",
+        "--lr=0.3",
+        "--steps=4",
+        "--schedule=constant",
+        "--warmup_steps=2",
+        "--micro_batch_size=2",
+    )
     corpus = corpora.load(text, "bytes", str(tmp_path))
     take = data.Rows(corpus.train, 16, 1337, 256)
-    model = init_weights(GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16)).double())
+    model = init_weights(
+        GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16)).double()
+    )
     for step, lr in enumerate((0.15, 0.3, 0.3, 0.3)):
         batch = take(range(8 * step, 8 * step + 8))
         logits = model(batch[:, :-1])
@@ -114,7 +163,9 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
                 p -= lr * p.grad
     saved = checkpoint.newest(tmp_path)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(saved.tensor(f"model/{name}"), p.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            saved.tensor(f"model/{name}"), p.detach(), rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("optim", CLASSES)
@@ -125,7 +176,9 @@ def test_every_optimizer_learns_with_its_defaults(tmp_path, text, optim):
 
 
 @pytest.mark.parametrize("optim", ["schedule_free", "schedule_free.SGDScheduleFree"])
-def test_schedule_free_is_evaluated_and_saved_at_x_and_looking_changes_nothing(tmp_path, text, optim):
+def test_schedule_free_is_evaluated_and_saved_at_x_and_looking_changes_nothing(
+    tmp_path, text, optim
+):
     go(text, tmp_path / "often", f"--optim={optim}", "--eval_every=1", "--save_every=1")
     go(text, tmp_path / "never", f"--optim={optim}", "--eval_every=0", "--save_every=0")
     assert trace(tmp_path / "often") == trace(tmp_path / "never")
@@ -150,7 +203,13 @@ def test_the_batch_ramps_up_and_every_row_is_seen_once(tmp_path, text):
 
 
 def test_lr_follows_the_batch_and_momentum_warms_up(tmp_path, text):
-    scale = ["--lr=0.1", "--base_batch_size=2", "--schedule=constant", "--warmup_steps=0", "--steps=3"]
+    scale = [
+        "--lr=0.1",
+        "--base_batch_size=2",
+        "--schedule=constant",
+        "--warmup_steps=0",
+        "--steps=3",
+    ]
     go(text, tmp_path / "linear", "--optim=sgd", "--lr_scaling=linear", *scale)
     go(text, tmp_path / "sqrt", "--optim=sgd", "--lr_scaling=sqrt", *scale)
     assert rows(tmp_path / "linear")[1]["lr"] == pytest.approx(0.4)
@@ -191,10 +250,10 @@ def test_clipping_works_on_raw_gradients(tmp_path, text):
     )
 
 
-# ---- nothing is lost -------------------------------------------------------------------------------------
+# ---- nothing is lost -----------------------------------------------------------------------------
 def killed_at(step: int, text, out_dir, *more) -> None:
-    """The same command in a process that is killed -9 when it has done this step, before the step is
-    recorded."""
+    """The same command in a process that is killed -9 when it has done this step, before the step
+    is recorded."""
 
     def child():
         record = logger.Logger.train
@@ -210,8 +269,8 @@ def killed_at(step: int, text, out_dir, *more) -> None:
 
 
 def assert_same_bits(a: dict, b: dict, where: str = "") -> None:
-    """Two checkpoints' trees, all but where and on which machine they were written: weights, state, RNG, the
-    guard's window, the best evaluation, the position."""
+    """Two checkpoints' trees, all but where and on which machine they were written: weights, state,
+    RNG, the guard's window, the best evaluation, the position."""
     assert a.keys() == b.keys(), where
     for name in a.keys() - {"config", "record"}:
         x, y = a[name], b[name]
@@ -225,16 +284,34 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked pr
 
 
 @needs_fork
-@pytest.mark.parametrize("optim", [
-    name if name in ("muon", "soap", "schedule_free") else
-    pytest.param(name, marks=pytest.mark.slow) for name in CLASSES])  # fmt: skip
+@pytest.mark.parametrize(
+    "optim",
+    [
+        (
+            name
+            if name in ("muon", "soap", "schedule_free")
+            else pytest.param(name, marks=pytest.mark.slow)
+        )
+        for name in CLASSES
+    ],
+)
 def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, text, optim):
-    more = [f"--optim={optim}", "--dropout=0.2", "--micro_batch_size=4", "--precision=bf16", "--patience=9"]
+    more = [
+        f"--optim={optim}",
+        "--dropout=0.2",
+        "--micro_batch_size=4",
+        "--precision=bf16",
+        "--patience=9",
+    ]
     go(text, tmp_path / "whole", *more)
-    for step in (3, 7, 9, 12):  # before the first checkpoint, twice after the same one, after the last step
+    # Before the first checkpoint, twice after the same one, after the last step
+    for step in (3, 7, 9, 12):
         killed_at(step, text, tmp_path / "killed", *more)
     go(text, tmp_path / "killed", *more)
-    assert trace(tmp_path / "killed") == trace(tmp_path / "whole") and len(trace(tmp_path / "whole")) == 12
+    assert (
+        trace(tmp_path / "killed") == trace(tmp_path / "whole")
+        and len(trace(tmp_path / "whole")) == 12
+    )
     assert rows(tmp_path / "killed", "val_loss").keys() == {0, 6, 12}
     assert_same_bits(*(checkpoint.newest(tmp_path / name).tree() for name in ("killed", "whole")))
 
@@ -247,15 +324,22 @@ LAYOUTS = [
     "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
     "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",
     "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
-    *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
-        "--tp=2 --sp=true --optim=muon --n_layer=2 --arch=gpt2",
-        "--precision=fp8 --fp8.scaling=tensor --fp8.delayed=true --data_parallel=zero3 --bucket_mb=0.01",
-        "--data_parallel=zero1 --optim=soap --bucket_mb=0.01",
-        "--data_parallel=fsdp --optim=lamb",
-        "--cp=2 --data_parallel=fsdp --optim=lamb",
-        "--data_parallel=zero2 --optim=schedule_free --bucket_mb=0.01",
-        "--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk",
-        "--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01")),
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (
+            "--tp=2 --sp=true --optim=muon --n_layer=2 --arch=gpt2",
+            (
+                "--precision=fp8 --fp8.scaling=tensor --fp8.delayed=true --data_parallel=zero3"
+                " --bucket_mb=0.01"
+            ),
+            "--data_parallel=zero1 --optim=soap --bucket_mb=0.01",
+            "--data_parallel=fsdp --optim=lamb",
+            "--cp=2 --data_parallel=fsdp --optim=lamb",
+            "--data_parallel=zero2 --optim=schedule_free --bucket_mb=0.01",
+            "--data_parallel=fsdp --fsdp_shard=1 --reduce_dtype=bf16 --offload=disk",
+            "--compress=powersgd --compress.rank=2 --optim=sgd --bucket_mb=0.01",
+        )
+    ),
 ]
 
 
@@ -277,7 +361,10 @@ def test_killed_on_two_ranks_and_resumed_is_bitwise_the_uninterrupted_run(tmp_pa
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         run_ranks(2, killed_at_7, text, tmp_path / "killed", *more)
     run_ranks(2, on_ranks, text, tmp_path / "killed", *more)
-    assert trace(tmp_path / "killed") == trace(tmp_path / "whole") and len(trace(tmp_path / "whole")) == 12
+    assert (
+        trace(tmp_path / "killed") == trace(tmp_path / "whole")
+        and len(trace(tmp_path / "whole")) == 12
+    )
     assert_same_bits(*(checkpoint.newest(tmp_path / name).tree() for name in ("killed", "whole")))
 
 
@@ -292,8 +379,16 @@ def test_offloaded_state_is_the_same_run_bitwise(tmp_path, text, where, optim):
 def test_diloco_at_one_inner_step_without_momentum_is_the_plain_run(tmp_path, text):
     more = ["--optim=sgd", "--precision=fp64", "--grad_clip=none", "--lr=0.3"]
     go(text, tmp_path / "plain", *more)
-    run_ranks(2, on_ranks, text, tmp_path / "diloco", *more, "--diloco_every=1", "--diloco.lr=1",
-              "--diloco.momentum=0")  # fmt: skip
+    run_ranks(
+        2,
+        on_ranks,
+        text,
+        tmp_path / "diloco",
+        *more,
+        "--diloco_every=1",
+        "--diloco.lr=1",
+        "--diloco.momentum=0",
+    )
     plain, diloco = rows(tmp_path / "plain"), rows(tmp_path / "diloco")
     for step in plain:
         assert diloco[step]["loss"] == pytest.approx(plain[step]["loss"], rel=1e-10)
@@ -306,7 +401,9 @@ def test_compression_goes_on_with_other_replicas_and_says_so(tmp_path, text, cap
     owed = [checkpoint.newest(tmp_path).tree(f"replicas/residuals/{r}") for r in range(2)]
     run_ranks(4, on_ranks, text, tmp_path, *more, "--steps=7", "--save_every=1")
     assert "2 replicas were saved, now there are 4" in capfd.readouterr().out
-    assert len(rows(tmp_path)) == 7 and all(row["sent_bytes"] > 0 for row in rows(tmp_path).values())
+    assert len(rows(tmp_path)) == 7 and all(
+        row["sent_bytes"] > 0 for row in rows(tmp_path).values()
+    )
     assert any(x.abs().sum() > 0 for x in owed[1].values())
     go(text, tmp_path, *more[2:], "--steps=8")
     assert "what compression had not sent yet is dropped" in capfd.readouterr().out
@@ -402,7 +499,8 @@ def test_a_branch_decays_from_a_stable_checkpoint(tmp_path, text):
     ]
     train.main(config.parse(branch))
     got, run = rows(tmp_path / "branch"), rows(tmp_path / "run")
-    assert got.keys() == {6, 7, 8} and got[6]["loss"] == run[6]["loss"]  # the same rows on the same weights
+    # The same rows on the same weights
+    assert got.keys() == {6, 7, 8} and got[6]["loss"] == run[6]["loss"]
     assert got[8]["lr"] < got[6]["lr"] < run[6]["lr"]
     train.main(config.parse(branch))  # finished: says so
     with pytest.raises(ValueError, match="an --out_dir of its own"):
@@ -430,7 +528,7 @@ def test_init_from_takes_the_weights_alone(tmp_path, text):
         go(text, tmp_path / "wide", f"--init_from={tmp_path / 'run'}", "--n_embd=64")
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "flag, says",
     [
@@ -481,7 +579,12 @@ def test_a_second_run_in_one_out_dir_is_refused(tmp_path, text):
 
 def run(*argv, **kwargs):
     return subprocess.run(
-        [sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
     )
 
 
@@ -520,8 +623,12 @@ def test_killed_five_times_at_random_moments(tmp_path, text, ranks):
     assert whole.returncode == 0, whole.stderr
     began = time.time()
     for i in range(5):
-        process = subprocess.Popen(launch + flags(text, tmp_path / "killed", *more), cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            launch + flags(text, tmp_path / "killed", *more),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(3 + (time.time() - began) * 7919 % 4)
         subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
         process.wait()
@@ -529,4 +636,7 @@ def test_killed_five_times_at_random_moments(tmp_path, text, ranks):
         launch + flags(text, tmp_path / "killed", *more), cwd=ROOT, capture_output=True, timeout=300
     )
     assert last.returncode == 0, last.stderr
-    assert trace(tmp_path / "killed") == trace(tmp_path / "whole") and len(trace(tmp_path / "whole")) == 60
+    assert (
+        trace(tmp_path / "killed") == trace(tmp_path / "whole")
+        and len(trace(tmp_path / "whole")) == 60
+    )

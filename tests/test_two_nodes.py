@@ -1,4 +1,5 @@
-"""Two nodes: two torchrun agents on addresses of their own are one process; the documented commands exist."""
+"""Two nodes: two torchrun agents on addresses of their own are one process; the documented commands
+exist."""
 
 import os
 import re
@@ -27,7 +28,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs 127.0.0.2, which Linux has by itself")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs 127.0.0.2, which Linux has by itself"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("rendezvous", ["c10d", "static"])
 def test_two_agents_are_one_process(tmp_path, rendezvous):
@@ -35,13 +38,31 @@ def test_two_agents_are_one_process(tmp_path, rendezvous):
     go(TEXT, tmp_path / "one", *more)
     agents = []
     for node, address in enumerate(("127.0.0.1", "127.0.0.2")):
-        meet = {"c10d": ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two"],
-                "static": [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]}
-        agents.append(subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-             *meet[rendezvous], f"--local_addr={address}", "train.py", *flags(TEXT, tmp_path / "two", *more)],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+        meet = {
+            "c10d": ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two"],
+            "static": [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"],
+        }
+        agents.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes=2",
+                    "--nproc_per_node=1",
+                    *meet[rendezvous],
+                    f"--local_addr={address}",
+                    "train.py",
+                    *flags(TEXT, tmp_path / "two", *more),
+                ],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                text=True,
+                encoding="utf-8",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
     try:
         said = [agent.communicate(timeout=90)[0] for agent in agents]
     finally:
@@ -55,7 +76,7 @@ def test_two_agents_are_one_process(tmp_path, rendezvous):
         close(two, one, 1e-10)
 
 
-# ---- the documents' commands -------------------------------------------------------------------------------
+# ---- the documents' commands ---------------------------------------------------------------------
 def check_command(words: list[str]) -> None:
     """torchrun's options are torchrun's, and the script's are the script's."""
     launch = get_args_parser().parse_args(words)
@@ -64,8 +85,11 @@ def check_command(words: list[str]) -> None:
     else:
         assert launch.training_script == "bench.py" and launch.training_script_args[0] == "network"
         assert {word.split("=")[0] for word in launch.training_script_args[1:]} <= {
-            word.strip("[]").split("=")[0] for word in network.USAGE.split()}  # fmt: skip
-    assert launch.rdzv_endpoint.endswith(":29500") or (launch.master_addr and launch.node_rank in (0, 1))
+            word.strip("[]").split("=")[0] for word in network.USAGE.split()
+        }
+    assert launch.rdzv_endpoint.endswith(":29500") or (
+        launch.master_addr and launch.node_rank in (0, 1)
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,8 +100,14 @@ def test_documented_commands_are_understood(command, monkeypatch):
 
 def test_every_kind_of_launch_is_documented():
     text = " ".join(COMMANDS)
-    for words in ("--nnodes=2", "--nnodes=1:2", "--max_restarts", "--rdzv_backend=c10d", "--node_rank=1",
-                  "bench.py network"):  # fmt: skip
+    for words in (
+        "--nnodes=2",
+        "--nnodes=1:2",
+        "--max_restarts",
+        "--rdzv_backend=c10d",
+        "--node_rank=1",
+        "bench.py network",
+    ):
         assert words in text
     assert len(DOCUMENT.read_text(encoding="utf-8").splitlines()) <= 120
 
@@ -89,15 +119,30 @@ def test_the_slurm_script_starts_torchrun_on_the_first_node(tmp_path):
     for name, line in ("scontrol", "printf 'node7\\nnode8\\n'"), ("srun", "printf '%s\\n' \"$@\""):
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "123000", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2",
-           "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}  # fmt: skip
+    job = {
+        "SLURM_JOB_ID": "123000",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "64",
+    }
     job["PATH"] = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    run = subprocess.run(["bash", SLURM, "--lr=0.5", "--out_dir=a folder"], env=os.environ | job,
-                         capture_output=True, text=True)  # fmt: skip
+    run = subprocess.run(
+        ["bash", SLURM, "--lr=0.5", "--out_dir=a folder"],
+        env=os.environ | job,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     words = run.stdout.splitlines()
     check_command(words[words.index("torchrun") + 1 :])
-    assert {"--nnodes=2", "--nproc_per_node=8", "--rdzv_endpoint=node7:29500", "--rdzv_id=123000",
-            "--lr=0.5", "--out_dir=a folder"} <= {*words}  # fmt: skip
+    assert {
+        "--nnodes=2",
+        "--nproc_per_node=8",
+        "--rdzv_endpoint=node7:29500",
+        "--rdzv_id=123000",
+        "--lr=0.5",
+        "--out_dir=a folder",
+    } <= {*words}
     options = re.findall(r"^#SBATCH (--[a-z-]+)=", SLURM.read_text(encoding="utf-8"), re.MULTILINE)
     assert {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--time"} <= {*options}

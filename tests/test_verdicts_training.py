@@ -1,4 +1,5 @@
-"""Verdicts of the optimizer experiments follow from figures: made-up rows, each claim true, then false."""
+"""Verdicts of the optimizer experiments follow from figures: made-up rows, each claim true, then
+false."""
 
 import importlib.util
 import math
@@ -10,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"experiment_{name}", ROOT / "experiments" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"experiment_{name}", ROOT / "experiments" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -32,15 +35,29 @@ def test_optimizers_verdict_follows_the_figures():
         """Down to the end by step 300 for the first, more slowly for what ends higher; 8 seeds."""
         return [[round(end + 3 * 0.75**i + 0.001 * s, 5) for i in range(25)] for s in range(8)]
 
-    good = [g | {"val_loss": final.get(g["case"], 2.0), "log2_lr": 0, "tried": [-1, 0, 1], "ms": 5.0,
-                 "tuned": [2.2, math.nan, 2.01], "state": 8, "curves": curves(final.get(g["case"], 2.0))}
-            for g in e.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "val_loss": final.get(g["case"], 2.0),
+            "log2_lr": 0,
+            "tried": [-1, 0, 1],
+            "ms": 5.0,
+            "tuned": [2.2, math.nan, 2.01],
+            "state": 8,
+            "curves": curves(final.get(g["case"], 2.0)),
+        }
+        for g in e.GRID
+    ]
     assert e.target(good) == pytest.approx(2.06)
     # 3 * .75^i + .0035 mean < .06 - 3.1 sd / sqrt(8), sd .00245: i = 14
     assert e.steps_to_target(good, "AdamW") == 350 and e.steps_to_target(good, "SGD") == math.inf
     assert e.steps_to_target(good, "Muon") == 225 and e.steps_to_target(good, "SOAP") == 200
-    assert changed(e, [r | {"curves": curves(1.0)} if r["case"] == "SOAP" else r for r in good],
-                   {"case": "Muon"}, curves=curves(2.01)) == [0]  # fmt: skip
+    assert changed(
+        e,
+        [r | {"curves": curves(1.0)} if r["case"] == "SOAP" else r for r in good],
+        {"case": "Muon"},
+        curves=curves(2.01),
+    ) == [0]
     good = [r | {"curves": curves(1.0)} if r["case"] == "SOAP" else r for r in good]
     assert e.steps_to_target(good, "SOAP") <= 175
     assert changed(e, good, {"case": "SOAP"}, curves=curves(1.9)) == [1]
@@ -58,10 +75,21 @@ def test_large_batchs_verdict_follows_the_figures():
     def losses(last: int, end: float) -> list[list[float]]:
         return [[2 + (0.01 if k < last else end) + 0.001 * s for s in range(3)] for k in e.FACTORS]
 
-    good = [g | {"val_loss": 2, "log2_lr": 0, "tried": [0, 1], "tuned": [2, 2], "factors": [*e.FACTORS],
-                 "losses": losses(until[g["case"]], 0.3 if g["case"] == "LAMB" else 0.4),
-                 "layers": ["a", "b"], "ratios": [1, 20], "around": [[2] * 5] * 2}
-            for g in e.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "val_loss": 2,
+            "log2_lr": 0,
+            "tried": [0, 1],
+            "tuned": [2, 2],
+            "factors": [*e.FACTORS],
+            "losses": losses(until[g["case"]], 0.3 if g["case"] == "LAMB" else 0.4),
+            "layers": ["a", "b"],
+            "ratios": [1, 20],
+            "around": [[2] * 5] * 2,
+        }
+        for g in e.GRID
+    ]
     assert e.verdict(good)[0] == "holds" and "SGD at 8x" in e.verdict(good)[1]
     assert changed(e, good, {"case": "SGD without warm-up"}, losses=losses(8, 0.4)) == [1]
     assert changed(e, good, {"case": "LARS"}, losses=losses(16, math.nan)) == [2]
@@ -75,10 +103,24 @@ def test_large_batchs_verdict_follows_the_figures():
 def test_weight_decays_verdict_follows_the_figures():
     e = load("weight_decay")
     tenths = {"adamw": [0.1] * 10, "adam_l2": [1 / (i + 1) for i in range(10)]}
-    good = [g | {"val_loss": 2 + 0.001 * g["seed"] + 0.02 * (g["optim"] == "adam_l2")
-                 + abs(math.log2(g["lr"]) + 7) - 0.01 * (g["decay"] > 0), "by_gradient": tenths[g["optim"]],
-                 "by_weight": tenths[g["optim"]], "with_gradient": -0.9, "with_weight": -0.6,
-                 "with_weight_alone": -0.6} for g in e.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "val_loss": (
+                2
+                + 0.001 * g["seed"]
+                + 0.02 * (g["optim"] == "adam_l2")
+                + abs(math.log2(g["lr"]) + 7)
+                - 0.01 * (g["decay"] > 0)
+            ),
+            "by_gradient": tenths[g["optim"]],
+            "by_weight": tenths[g["optim"]],
+            "with_gradient": -0.9,
+            "with_weight": -0.6,
+            "with_weight_alone": -0.6,
+        }
+        for g in e.GRID
+    ]
     assert e.verdict(good)[0] == "holds" and e.best(good, "adamw")[0]["lr"] == 2.0**-7
     share = dict(part="share", optim="adam_l2", decay=1e-3)
     assert changed(e, good, share, by_gradient=[1.0] * 10) == [0]
@@ -91,17 +133,31 @@ def test_weight_decays_verdict_follows_the_figures():
 def test_schedules_verdict_follows_the_figures():
     e = load("schedules")
     level = {"WSD, linear": -0.1, "SGDR": -0.05, "constant": 0.2}
-    good = [g | {"val_loss": 2 + level.get(g["case"], 0.0) + 0.001 * g["seed"] + abs(math.log2(g["lr"]) + 6),
-                 "loss": 2, "curve": [5, 2], "branched": [2, 1.9, 1.8], "whole": [2, 1.9, 1.8],
-                 "cosine": [2, 1.9, 1.8], "lengths": [1, 2, 3], "steps": [1, 2, 2]}
-            for g in e.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "val_loss": (
+                2 + level.get(g["case"], 0.0) + 0.001 * g["seed"] + abs(math.log2(g["lr"]) + 6)
+            ),
+            "loss": 2,
+            "curve": [5, 2],
+            "branched": [2, 1.9, 1.8],
+            "whole": [2, 1.9, 1.8],
+            "cosine": [2, 1.9, 1.8],
+            "lengths": [1, 2, 3],
+            "steps": [1, 2, 2],
+        }
+        for g in e.GRID
+    ]
     assert e.verdict(good)[0] == "holds" and e.best(good, "cosine")[0]["lr"] == 2.0**-6
     at = dict(part="shape", lr=2.0**-6)
     assert changed(e, good, at | dict(case="WSD, linear"), val_loss=2.01) == [0]
     assert changed(e, good, at | dict(case="SGDR"), val_loss=2.01) == [1]
     assert changed(e, good, at | dict(case="OneCycle"), val_loss=2.03) == [2]
     assert changed(e, good, at | dict(case="Schedule-Free"), val_loss=2.03) == [3]
-    assert changed(e, good, dict(part="branch", seed=2, lr=2.0**-7), branched=[2, 1.9, 1.8000001]) == [4]
+    assert changed(
+        e, good, dict(part="branch", seed=2, lr=2.0**-7), branched=[2, 1.9, 1.8000001]
+    ) == [4]
     branch = dict(part="branch")
     assert changed(e, good, branch, branched=[2.1, 2.0, 1.9], whole=[2.1, 2.0, 1.9]) == [5]
 
@@ -109,9 +165,21 @@ def test_schedules_verdict_follows_the_figures():
 def test_early_stoppings_verdict_follows_the_figures():
     e = load("early_stopping")
     looks = [5.0, 3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9]
-    good = [g | {"best": 2.0, "best_step": 40, "every": 20, "val_loss": looks, "loss": [2.0] * 7,
-                 "clone": 2.0, "copy": 2.9, "final": 2.9 if g["case"] == "whole" else 2.0,
-                 "steps": 140 if g["case"] == "whole" else 120} for g in e.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "best": 2.0,
+            "best_step": 40,
+            "every": 20,
+            "val_loss": looks,
+            "loss": [2.0] * 7,
+            "clone": 2.0,
+            "copy": 2.9,
+            "final": 2.9 if g["case"] == "whole" else 2.0,
+            "steps": 140 if g["case"] == "whole" else 120,
+        }
+        for g in e.GRID
+    ]
     assert e.verdict(good)[0] == "holds" and e.lesson(looks, 4) == (7, 2)
     assert e.lesson(e.with_nan(looks), 4) == (8, 4) and e.lesson([2, 1.5, 3, 3, 3], 3) == (5, 1)
     whole, stopped, one = dict(case="whole"), dict(case="patience"), dict(case="patience", seed=2)
@@ -127,8 +195,18 @@ def test_early_stoppings_verdict_follows_the_figures():
 
 def test_z_losss_verdict_follows_the_figures():
     e = load("z_loss")
-    good = [g | {"val_loss": 2 - 0.001 * (g["z"] == 1e-4), "loss": 2, "jumps": 0, "log_z": [5.5, 6],
-                 "drift": 2.0 if g["z"] else 8.0, "log_z_max": 9} for g in e.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "val_loss": 2 - 0.001 * (g["z"] == 1e-4),
+            "loss": 2,
+            "jumps": 0,
+            "log_z": [5.5, 6],
+            "drift": 2.0 if g["z"] else 8.0,
+            "log_z_max": 9,
+        }
+        for g in e.GRID
+    ]
     assert e.verdict(good)[0] == "holds"
     free, held = (dict(precision="bf16", lr=e.RATES[1], z=z, cap=None) for z in (0.0, 1e-4))
     assert changed(e, good, free, drift=5.0) == [9] and changed(e, good, held, drift=-5.0) == [10]
@@ -139,17 +217,31 @@ def test_z_losss_verdict_follows_the_figures():
 
 def test_speedruns_verdict_follows_the_figures():
     e = load("speedrun")
-    good = [g | {"val_loss": 1.7 - 0.1 * g["length"] + 0.001 * g["seed"] + 0.02 * (g["change"] in e.EARNED)
-                 - 0.4 * (g["change"] in e.OTHERS),
-                 "training_s": 8 * g["length"] - 6 * (g["change"] in e.OTHERS)}
-            for g in e.GRID]  # fmt: skip
+    good = [
+        g
+        | {
+            "val_loss": (
+                1.7
+                - 0.1 * g["length"]
+                + 0.001 * g["seed"]
+                + 0.02 * (g["change"] in e.EARNED)
+                - 0.4 * (g["change"] in e.OTHERS)
+            ),
+            "training_s": 8 * g["length"] - 6 * (g["change"] in e.OTHERS),
+        }
+        for g in e.GRID
+    ]
     assert e.slope(good, "python") == pytest.approx(0.1 / 8)
-    assert e.costs(good, "topics", "2 layers") == pytest.approx([1.6] * 3)  # 0.02 nats at 0.0125 a second
+    # 0.02 nats at 0.0125 a second
+    assert e.costs(good, "topics", "2 layers") == pytest.approx([1.6] * 3)
     names = [*e.CHANGES, *e.OTHERS]
     at = names.index("2 layers")
     assert changed(e, good, dict(text="python", change="2 layers"), training_s=6.0) == [at]
-    assert changed(e, good, dict(text="python", change="GELU"), training_s=7.0) == [names.index("GELU")]
-    assert changed(e, good, dict(text="python", change="GELU", seed=2), training_s=7.0) == []  # not clear
+    assert changed(e, good, dict(text="python", change="GELU"), training_s=7.0) == [
+        names.index("GELU")
+    ]
+    # Not clear
+    assert changed(e, good, dict(text="python", change="GELU", seed=2), training_s=7.0) == []
     for worse in (dict(val_loss=1.7), dict(training_s=9.0), dict(val_loss=math.nan)):
         assert changed(e, good, dict(text="python", change=names[-1]), **worse) == [len(names) - 1]
 
@@ -158,4 +250,6 @@ def test_speedruns_verdict_follows_the_figures():
 def test_clear_is_3_1_standard_errors(name):
     clear = load(name).clear
     assert clear([1.0, 2.0, 3.0]) and not clear([0.7, 1.7, 2.7]) and clear([1.0, 1.0])
-    assert not any(clear(x) for x in ([-3.0, -2.0, -1.0], [0.0, 0.0], [1.0], [1.0, math.nan], [math.nan] * 2))
+    assert not any(
+        clear(x) for x in ([-3.0, -2.0, -1.0], [0.0, 0.0], [1.0], [1.0, math.nan], [math.nan] * 2)
+    )

@@ -1,4 +1,5 @@
-"""What --watch_every shows is what a plain computation finds, on every layout; looking changes nothing."""
+"""What --watch_every shows is what a plain computation finds, on every layout; looking changes
+nothing."""
 
 import tempfile
 
@@ -17,8 +18,10 @@ from watch import KINDS
 FIELDS = ("loss", "grad_norm", "max_logit", "log_z", "weight_rms", "update_rms", "clip_frac")
 
 
-@pytest.mark.parametrize("shape", [GQA | dict(qk_norm=True, logit_cap=2.0), GPT2 | dict(logit_cap=None),
-                                   GQA | dict(window=3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [GQA | dict(qk_norm=True, logit_cap=2.0), GPT2 | dict(logit_cap=None), GQA | dict(window=3)],
+)
 def test_a_row_is_what_is_found_by_hand(shape):
     model, optimizer, watcher = watched(shape, 0.01, None, every=2)
     named, kinds = dict(model.named_parameters()), param_groups.kinds(model)
@@ -46,8 +49,12 @@ def test_a_row_is_what_is_found_by_hand(shape):
             assert row == {}
             continue
         z, layers = torch.cat(z), [tops[name].top.max().item() for name in model.blocks]
-        expected = {"max_logit": max(layers), "log_z": z.mean().item(), "log_z_max": z.max().item(),
-                    "clip_frac": {1: 1 / 2, 3: 1 / 2}[step]}  # fmt: skip
+        expected = {
+            "max_logit": max(layers),
+            "log_z": z.mean().item(),
+            "log_z_max": z.max().item(),
+            "clip_frac": {1: 1 / 2, 3: 1 / 2}[step],
+        }
         expected |= {f"max_logit/{i}": x for i, x in enumerate(layers)}
         for kind in set(kinds.values()):
             names = [name for name in kinds if kinds[name] == kind]
@@ -77,11 +84,19 @@ def apart(layout, alone, *more, **optim):
     for step, row in alone.items():
         names = {name for name in row if name.startswith(FIELDS)}
         assert names == {name for name in found[step] if name.startswith(FIELDS)}
-        largest = max([largest, *(abs(found[step][n] - row[n]) / max(abs(row[n]), 1e-3) for n in names)])
+        largest = max(
+            [largest, *(abs(found[step][n] - row[n]) / max(abs(row[n]), 1e-3) for n in names)]
+        )
     return largest
 
 
-NORMAL = ["--watch_every=2", "--z_loss=0.1", "--qk_norm=false", "--qk_clip=0.05", "--zero_init=false"]
+NORMAL = [
+    "--watch_every=2",
+    "--z_loss=0.1",
+    "--qk_norm=false",
+    "--qk_clip=0.05",
+    "--zero_init=false",
+]
 GROUPED = [*NORMAL[:2], "--arch=gpt2", "--qk_clip=0.001", "--n_kv_head=2", "--micro_batch_size=2"]
 FAST = "pp 2 x tp 2", "cp 2"
 
@@ -91,10 +106,13 @@ def alone():
     return cell("one process", *NORMAL)
 
 
-LAST = [name for name in [*LAYOUTS, *MODEL_PARALLEL] if name not in (*FAST, "pp 4 interleaved")]  # 8 layers
+# 8 layers
+LAST = [name for name in [*LAYOUTS, *MODEL_PARALLEL] if name not in (*FAST, "pp 4 interleaved")]
 
 
-@pytest.mark.parametrize("layout", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in LAST)])
+@pytest.mark.parametrize(
+    "layout", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in LAST)]
+)
 def test_z_loss_qk_clip_and_what_is_watched_are_those_of_one_process(alone, layout):
     assert apart(layout, alone, *NORMAL) < 1e-10
 
@@ -106,11 +124,17 @@ def test_each_of_them_shows_in_the_loss(alone):
         assert abs(other[6]["loss"] / alone[6]["loss"] - 1) > 1e-5, left_out
 
 
-@pytest.mark.parametrize("layout, optim", [
-    ("fsdp 2 x tp 2", "SGD"),
-    *(pytest.param(layout, optim, marks=pytest.mark.slow) for layout in (
-        "pp 2 x tp 2", "zero1 2 x pp 2", "fsdp 2", "cp 2 ulysses") for optim in ("SGD", "Muon")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, optim",
+    [
+        ("fsdp 2 x tp 2", "SGD"),
+        *(
+            pytest.param(layout, optim, marks=pytest.mark.slow)
+            for layout in ("pp 2 x tp 2", "zero1 2 x pp 2", "fsdp 2", "cp 2 ulysses")
+            for optim in ("SGD", "Muon")
+        ),
+    ],
+)
 def test_biases_grouped_queries_a_tied_head_and_parts_of_weights_too(layout, optim):
     assert apart(layout, cell("one process", *GROUPED, optim=optim), *GROUPED, optim=optim) < 1e-10
 
@@ -133,9 +157,13 @@ def test_looking_changes_nothing_and_its_steps_have_rows(tmp_path, text):
     off, on = trace(tmp_path / "off"), trace(tmp_path / "on")
     assert [*on] == [3, 4, 6, 8, 9, 12] and all(on[step] == off[step] for step in on)
     found = rows(tmp_path / "on", "max_logit")
-    assert [*found] == [4, 8, 12] and set(rows(tmp_path / "on")[3]) == set(rows(tmp_path / "off")[3])
+    assert [*found] == [4, 8, 12] and set(rows(tmp_path / "on")[3]) == set(
+        rows(tmp_path / "off")[3]
+    )
     logged = [row["grad_norm"] > 1 for row in rows(tmp_path / "off").values()]
-    assert [r["clip_frac"] for r in found.values()] == [sum(logged[i : i + 4]) / 4 for i in (0, 4, 8)]
+    assert [r["clip_frac"] for r in found.values()] == [
+        sum(logged[i : i + 4]) / 4 for i in (0, 4, 8)
+    ]
     assert {k.split("/")[1] for k in found[4] if k.startswith("update_rms")} <= set(KINDS)
     logger.to_csv(tmp_path / "on", tmp_path / "table.csv")
     assert "max_logit/1" in (tmp_path / "table.csv").read_text().splitlines()[0]

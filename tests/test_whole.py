@@ -26,7 +26,9 @@ STEPS = 3
 
 def tensors(seed: int, dtype=torch.double) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.double).to(dtype) for shape in SHAPES]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.double).to(dtype) for shape in SHAPES
+    ]
 
 
 def groups_of(cls, params) -> list[dict]:
@@ -34,8 +36,14 @@ def groups_of(cls, params) -> list[dict]:
         return [p for p in params if p.ndim == 2]
     if cls is Muon:
         is_matrix = [p.ndim == 2 for p in params]
-        return [dict(params=[p for p, m in zip(params, is_matrix) if m is matrix], use_muon=matrix, lr=0.1)
-                for matrix in (True, False)]  # fmt: skip
+        return [
+            dict(
+                params=[p for p, m in zip(params, is_matrix) if m is matrix],
+                use_muon=matrix,
+                lr=0.1,
+            )
+            for matrix in (True, False)
+        ]
     return [dict(params=params[:4], lr=0.1), dict(params=params[4:], lr=0.05)]
 
 
@@ -86,13 +94,29 @@ def stepped(rank, world, layout, classes, dtype=torch.double, skipped=()):
     return results
 
 
-CLASSES = [SGD, AdamW, Muon, Adafactor, LAMB, torch.optim.AdamW, torch.optim.Adafactor,
-           torch.optim.Muon]  # fmt: skip
+CLASSES = [
+    SGD,
+    AdamW,
+    Muon,
+    Adafactor,
+    LAMB,
+    torch.optim.AdamW,
+    torch.optim.Adafactor,
+    torch.optim.Muon,
+]
 
 
-@pytest.mark.parametrize("layout", [
-    pytest.param(layout, marks=pytest.mark.slow) if layout in ("hybrid", "uneven", "columns") else layout
-    for layout in MESHES])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (
+            pytest.param(layout, marks=pytest.mark.slow)
+            if layout in ("hybrid", "uneven", "columns")
+            else layout
+        )
+        for layout in MESHES
+    ],
+)
 def test_every_sharding_equals_whole_tensors(layout):
     world = torch.tensor(MESHES[layout][0]).prod().item()
     for results in run_ranks(world, stepped, layout, CLASSES):
@@ -115,14 +139,19 @@ def test_a_parameter_without_gradient_stays_as_it_is():
             assert torch.equal(found[0], tensors(0)[0])
 
 
-# ---- models sharded by others ----------------------------------------------------------------------------
+# ---- models sharded by others --------------------------------------------------------------------
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    return nn.Sequential(
+        nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 3)
+    ).double()
 
 
 def losses(model, optimizer, part):
-    x, found = torch.randn(12, 6, generator=torch.Generator().manual_seed(1), dtype=torch.double), []
+    x, found = (
+        torch.randn(12, 6, generator=torch.Generator().manual_seed(1), dtype=torch.double),
+        [],
+    )
     for _ in range(4):
         loss = model(x[part]).square().mean()
         loss.backward()
@@ -132,9 +161,13 @@ def losses(model, optimizer, part):
     return found
 
 
-OUTSIDE = [(torch.optim.AdamW, {}), (torch.optim.AdamW, {"elementwise": True, "fused": True}),
-           (torch.optim.AdamW, {"elementwise": True, "foreach": True}), (torch.optim.Adafactor, {}),
-           (torch.optim.NAdam, {"foreach": True})]  # fmt: skip
+OUTSIDE = [
+    (torch.optim.AdamW, {}),
+    (torch.optim.AdamW, {"elementwise": True, "fused": True}),
+    (torch.optim.AdamW, {"elementwise": True, "foreach": True}),
+    (torch.optim.Adafactor, {}),
+    (torch.optim.NAdam, {"foreach": True}),
+]
 
 
 def with_fsdp(rank, world):
@@ -145,7 +178,9 @@ def with_fsdp(rank, world):
             fully_shard(layer)
         optimizer = make_optimizer(cls, model.parameters(), lr=0.1, **arguments)
         model._apply(torch.clone)  # the shards have moved to other memory
-        results.append(losses(model, optimizer, slice(rank * 12 // world, (rank + 1) * 12 // world)))
+        results.append(
+            losses(model, optimizer, slice(rank * 12 // world, (rank + 1) * 12 // world))
+        )
     return results
 
 
@@ -160,8 +195,13 @@ def test_torchs_optimizers_on_a_model_of_fully_shard():
 
 
 def with_tensor_parallel(rank, world):
-    """FSDP over a tensor-parallel model: weights cut by two meshes' dimensions, even along the same one."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    """FSDP over a tensor-parallel model: weights cut by two meshes' dimensions, even along the same
+    one."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)
@@ -183,7 +223,7 @@ def test_fsdp_over_tensor_parallel_equals_one_process():
             torch.testing.assert_close(p, expected, rtol=1e-12, atol=1e-12)
 
 
-# ---- what is where, what is sent -------------------------------------------------------------------------
+# ---- what is where, what is sent -----------------------------------------------------------------
 class Collectives(TorchDispatchMode):
     def __enter__(self):
         self.seen = []
@@ -197,18 +237,27 @@ class Collectives(TorchDispatchMode):
 
 def account(rank, world, dtypes):
     mesh = init_device_mesh("cpu", (world,))
-    params = [nn.Parameter(distribute_tensor(x.to(dtype), mesh, [Shard(0)]))
-              for dtype in dtypes for x in tensors(0)]  # fmt: skip
+    params = [
+        nn.Parameter(distribute_tensor(x.to(dtype), mesh, [Shard(0)]))
+        for dtype in dtypes
+        for x in tensors(0)
+    ]
     names = [str(i) for i in range(len(params))]
     half = len(params) // 2
-    groups = [dict(params=params[:half], names=names[:half]), dict(params=params[half:], names=names[half:])]
+    groups = [
+        dict(params=params[:half], names=names[:half]),
+        dict(params=params[half:], names=names[half:]),
+    ]
     adapter = Adapter(LAMB, groups)
     for p in params:
         p.grad = torch.ones_like(p.detach())
     with Collectives() as collectives:
         adapter.optimizer.step()
-    state = {name: adapter.optimizer.state[p]["exp_avg"].shape
-             for g in adapter.optimizer.param_groups for p, name in zip(g["params"], g["names"])}  # fmt: skip
+    state = {
+        name: adapter.optimizer.state[p]["exp_avg"].shape
+        for g in adapter.optimizer.param_groups
+        for p, name in zip(g["params"], g["names"])
+    }
     held = sum(p.to_local().nbytes for p in params)
     return collectives.seen, state, adapter.sent_bytes, held, adapter.boxes
 
@@ -236,7 +285,9 @@ def test_owners_share_the_work():
 
 def after_loading(rank, world):
     mesh = init_device_mesh("cpu", (world,))
-    params = [nn.Parameter(distribute_tensor(torch.zeros_like(x), mesh, [Shard(0)])) for x in tensors(0)]
+    params = [
+        nn.Parameter(distribute_tensor(torch.zeros_like(x), mesh, [Shard(0)])) for x in tensors(0)
+    ]
     adapter = Adapter(LAMB, params, lr=0.1)
     with torch.no_grad():
         for p, x in zip(params, tensors(0)):

@@ -1,4 +1,5 @@
-"""z-loss: its gradient is that of z (log Z)^2 of the logits that are used, its value is not there."""
+"""z-loss: its gradient is that of z (log Z)^2 of the logits that are used, its value is not
+there."""
 
 import functools
 
@@ -42,7 +43,9 @@ def test_the_gradient_has_it_and_the_value_has_not():
     expected, gradient = by_hand(logits, targets)
     assert torch.equal(loss, plain) and hits is not None
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(3 * loss, logits)[0], 3 * gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * loss, logits)[0], 3 * gradient, rtol=1e-12, atol=1e-12
+    )
     assert (gradient - torch.autograd.grad(plain, logits)[0]).abs().max() > 0.01
 
 
@@ -67,7 +70,9 @@ def test_a_cut_vocabulary_gives_the_same_gradient():
 
 
 def test_log_z_is_that_of_the_capped_logits():
-    shape = dict(n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=12, logit_cap=2.0)
+    shape = dict(
+        n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=12, logit_cap=2.0
+    )
     model = init_weights(GPT(GPTConfig(**shape, zero_init=False, tied=True)).double())
     with torch.no_grad():
         model.embed.weight.mul_(50)
@@ -82,7 +87,13 @@ def test_log_z_is_that_of_the_capped_logits():
 
 
 def test_a_run_logs_cross_entropy_and_learns_a_smaller_log_z(tmp_path, text):
-    flags = ["--precision=fp64", "--watch_every=1", "--logit_cap=none", "--eval_every=4", "--steps=4"]
+    flags = [
+        "--precision=fp64",
+        "--watch_every=1",
+        "--logit_cap=none",
+        "--eval_every=4",
+        "--steps=4",
+    ]
     go(text, tmp_path / "off", *flags)
     go(text, tmp_path / "on", *flags, "--z_loss=1")
     off, on = rows(tmp_path / "off"), rows(tmp_path / "on")

@@ -23,12 +23,26 @@ from parallel.zero import ZeRO, assign
 from precision import onednn
 
 CPU, ROWS = torch.device("cpu"), 16  # rows in a global batch
-MODERN = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=32, zero_init=False)
-GPT2 = MODERN | dict(n_layer=3, norm="layernorm", activation="gelu", position="learned", qk_norm=False,
-                     tied=True, bias=True, init="gpt2", logit_cap=None)  # fmt: skip
-OPTIMIZERS = {"sgd": (SGD, {"lr": 0.5}), "adamw": (AdamW, {"lr": 1e-2}),
-              "muon": (Muon, {"lr": 0.02, "ns_dtype": "float64"}),
-              "schedule_free": (SGDScheduleFree, {"lr": 0.5})}  # fmt: skip
+MODERN = dict(
+    n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=32, zero_init=False
+)
+GPT2 = MODERN | dict(
+    n_layer=3,
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    qk_norm=False,
+    tied=True,
+    bias=True,
+    init="gpt2",
+    logit_cap=None,
+)
+OPTIMIZERS = {
+    "sgd": (SGD, {"lr": 0.5}),
+    "adamw": (AdamW, {"lr": 1e-2}),
+    "muon": (Muon, {"lr": 0.02, "ns_dtype": "float64"}),
+    "schedule_free": (SGDScheduleFree, {"lr": 0.5}),
+}
 
 
 def build(shape, dtype=torch.float64):
@@ -44,7 +58,9 @@ def batch(step, shape):
 class Replica:
     """One rank's side of a run; rank 0 of 1 without a group is the oracle."""
 
-    def __init__(self, replicas, rank, world, shape=MODERN, optimizer="sgd", frozen=(), dtype=torch.float64):
+    def __init__(
+        self, replicas, rank, world, shape=MODERN, optimizer="sgd", frozen=(), dtype=torch.float64
+    ):
         self.replicas, self.rank, self.world, self.shape = replicas, rank, world, shape
         model = build(shape, dtype)
         for name in frozen:
@@ -154,9 +170,12 @@ def test_every_optimizer_equals_one_process(stage, world):
 
 @pytest.mark.parametrize("stage", (*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3))
 def test_shapes_of_models(stage):
-    runs = [dict(shape=GPT2, optimizer="adamw", micro_batches=2), dict(shape=GPT2),
-            dict(shape=GPT2 | dict(dropout=0.2)),
-            dict(shape=MODERN | dict(tied=True), micro_batches=2)]  # fmt: skip
+    runs = [
+        dict(shape=GPT2, optimizer="adamw", micro_batches=2),
+        dict(shape=GPT2),
+        dict(shape=GPT2 | dict(dropout=0.2)),
+        dict(shape=MODERN | dict(tied=True), micro_batches=2),
+    ]
     check(3, stage, runs, bucket_mb=1e-3)
 
 
@@ -169,7 +188,11 @@ def test_many_small_parts_and_accumulated_dropout():
 def test_frozen_parameters_stay_and_are_saved(stage):
     runs = [
         dict(frozen=("embed.weight", "blocks.0.attn.q.weight"), optimizer="adamw"),
-        dict(frozen=[n for n, _ in build(MODERN).named_parameters() if not n.startswith("blocks.1.mlp")]),
+        dict(
+            frozen=[
+                n for n, _ in build(MODERN).named_parameters() if not n.startswith("blocks.1.mlp")
+            ]
+        ),
         dict(shape=GPT2, frozen=("embed.weight",), micro_batches=2),
     ]
     check(2, stage, runs)
@@ -177,7 +200,10 @@ def test_frozen_parameters_stay_and_are_saved(stage):
 
 @pytest.mark.parametrize("offload", ("cpu", "disk"))
 def test_offloaded_parameters_train_alike(offload, tmp_path):
-    runs = [dict(optimizer=o, micro_batches=m) for o, m in (("adamw", 1), ("muon", 4), ("schedule_free", 1))]
+    runs = [
+        dict(optimizer=o, micro_batches=m)
+        for o, m in (("adamw", 1), ("muon", 4), ("schedule_free", 1))
+    ]
     results = run_ranks(2, offloaded, runs, offload, str(tmp_path))
     for i, run in enumerate(runs):
         same([r[i] for r in results], alone(optimizer=run["optimizer"]).run())
@@ -186,7 +212,9 @@ def test_offloaded_parameters_train_alike(offload, tmp_path):
 
 
 def offloaded(rank, world, runs, offload, folder):
-    return several(rank, world, 3, runs, dict(offload_params=offload, folder=f"{folder}/rank_{rank}"))
+    return several(
+        rank, world, 3, runs, dict(offload_params=offload, folder=f"{folder}/rank_{rank}")
+    )
 
 
 def test_only_the_owner_of_an_offloaded_parameter_has_it_and_only_on_the_host(tmp_path):
@@ -204,9 +232,10 @@ def where_offloaded(rank, world, folder):
     return sum(p.untyped_storage().nbytes() for p in replica.model.parameters()), kinds
 
 
-# ---- other ways to run the model ---------------------------------------------------------------------------
+# ---- other ways to run the model -----------------------------------------------------------------
 def looks(rank, world, stage, optimizer, shape):
-    """Train, look, train: losses and samples on the weights to evaluate, and the run that goes on."""
+    """Train, look, train: losses and samples on the weights to evaluate, and the run that goes
+    on."""
     zero = ZeRO(dist.group.WORLD, CPU, stage) if world > 1 else DDP(None, CPU)
     replica = Replica(zero, rank, world, shape=shape, optimizer=optimizer)
     seen = []
@@ -215,11 +244,14 @@ def looks(rank, world, stage, optimizer, shape):
             zero.share_weights()
             replica.model.eval()
             seen.append(replica.loss(batch(9, shape), torch.arange(ROWS)).item())
-            seen += generate(replica.model, torch.zeros(1, 1, dtype=torch.long), 10, seed=1)[0].tolist()
+            seen += generate(replica.model, torch.zeros(1, 1, dtype=torch.long), 10, seed=1)[
+                0
+            ].tolist()
             replica.model.train()
         zero.share_weights()
         replica.gradients(step)
-        replica.loss(batch(9, shape), torch.arange(1))  # and no backward: none of these weights may be left
+        # And no backward: none of these weights may be left
+        replica.loss(batch(9, shape), torch.arange(1))
         replica.optimizer.step()
         replica.model.zero_grad(set_to_none=True)
     return seen, zero.weights()
@@ -236,8 +268,8 @@ def test_evaluation_sampling_and_schedule_free_between_steps(stage):
 
 
 def in_another_way(rank, world, how):
-    """Float32 by oneDNN's function, bfloat16 by autocast, or activations made again, K blocks at a time (0:
-    not at all); the run and the bytes it sends."""
+    """Float32 by oneDNN's function, bfloat16 by autocast, or activations made again, K blocks at a
+    time (0: not at all); the run and the bytes it sends."""
     zero = ZeRO(dist.group.WORLD, CPU, 3) if world > 1 else DDP(None, CPU)
     dtype = torch.float64 if isinstance(how, int) else torch.float32
     replica = Replica(zero, rank, world, shape=GPT2, dtype=dtype)
@@ -247,6 +279,7 @@ def in_another_way(rank, world, how):
             if isinstance(layer, torch.nn.Linear):
                 layer.product = onednn.linear
     elif how == "autocast":
+
         def loss(tokens, rows):
             with torch.autocast("cpu", torch.bfloat16):
                 return plain(tokens, rows)
@@ -280,7 +313,7 @@ def test_stage_3_under_other_products_and_activation_checkpointing(how, toleranc
         assert results[0][1] == run_ranks(2, in_another_way, 0)[0][1]
 
 
-# ---- edges -------------------------------------------------------------------------------------------------
+# ---- edges ---------------------------------------------------------------------------------------
 def uneven_use(rank, world, stage):
     """Parameters that no rank uses, and one that rank 0 alone does."""
     model = build(MODERN)
@@ -293,7 +326,9 @@ def uneven_use(rank, world, stage):
     out, tokens = [], batch(0, MODERN)[:2]
     if rank == 0:
         scale = torch.arange(16.0)
-        model.blocks["0"].register_forward_hook(lambda block, args, x: x + block.extra.sum() * scale)
+        model.blocks["0"].register_forward_hook(
+            lambda block, args, x: x + block.extra.sum() * scale
+        )
     for _ in range(2):
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         zero.finish_gradients()
@@ -366,7 +401,11 @@ def test_sent_bytes_are_the_tables():
     sizes = {n: 4 * p.numel() for n, p in build(MODERN).named_parameters()}
     whole, blocks = sum(sizes.values()), sum(b for n, b in sizes.items() if n.startswith("blocks"))
     roll_call = 2 * len(sizes)
-    table = {1: lambda a: 2 * whole, 2: lambda a: (a + 1) * whole, 3: lambda a: a * (2 * whole + blocks)}
+    table = {
+        1: lambda a: 2 * whole,
+        2: lambda a: (a + 1) * whole,
+        3: lambda a: a * (2 * whole + blocks),
+    }
     for stage, micro_batches in ((1, 1), (1, 2), (2, 2), (3, 2)):
         for formula, counted in run_ranks(2, sent, stage, micro_batches, None):
             assert counted == table[stage](micro_batches) + roll_call
@@ -384,7 +423,10 @@ def overlap(rank, world, stage):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: events.append(f"forward {i}"))
         block.attn.q.weight.register_hook(lambda *_, i=i: events.append(f"backward {i}"))
     plain = dist.reduce, dist.broadcast
-    dist.broadcast = lambda x, **kwargs: (events.append(f"fetch {unit[id(x)]}"), plain[1](x, **kwargs))[1]
+    dist.broadcast = lambda x, **kwargs: (
+        events.append(f"fetch {unit[id(x)]}"),
+        plain[1](x, **kwargs),
+    )[1]
     dist.reduce = lambda x, **kwargs: (events.append("send"), plain[0](x, **kwargs))[1]
     replica.gradients(0)
     dist.reduce, dist.broadcast = plain
@@ -393,7 +435,9 @@ def overlap(rank, world, stage):
 
 def test_weights_come_one_unit_ahead_and_gradients_leave_at_once():
     forward = "fetch 0, fetch 1, fetch 2, forward 1, fetch 3, forward 2, fetch 4, forward 3"
-    backward = "fetch 3, fetch 2, send, backward 3, fetch 1, send, backward 2, send, backward 1, send"
+    backward = (
+        "fetch 3, fetch 2, send, backward 3, fetch 1, send, backward 2, send, backward 1, send"
+    )
     assert run_ranks(2, overlap, 3)[0] == f"{forward}, {backward}".split(", ")
     for stage in (1, 2):
         events = ", ".join(run_ranks(2, overlap, stage)[0])
@@ -422,7 +466,9 @@ def fetched(rank, world):
     zero, asked = ZeRO(dist.group.WORLD, CPU, 3), []
     model = zero.wrap(build(MODERN))
     zero.fill(lambda name, size: asked.append(name) or torch.zeros(size))
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
     return asked, sum(storages.values()), [tuple(p.shape) for p in model.parameters()]
 
 
@@ -449,7 +495,10 @@ def test_owners_are_even_within_each_shape():
 def write_checkpoint(rank, world, stage, folder):
     replica = Replica(ZeRO(dist.group.WORLD, CPU, stage), rank, world, optimizer="adamw")
     replica.step(0)
-    tree = {"model": replica.replicas.weights(), "optim": param_groups.state_by_name(replica.optimizer)}
+    tree = {
+        "model": replica.replicas.weights(),
+        "optim": param_groups.state_by_name(replica.optimizer),
+    }
     save(folder, 1, tree)
 
 
@@ -482,10 +531,10 @@ def test_what_cannot_be_is_refused_with_an_alternative():
         ZeRO(None, CPU, 3, offload_params="tape")
 
 
-# ---- what is held ------------------------------------------------------------------------------------------
+# ---- what is held --------------------------------------------------------------------------------
 class Storages(TorchDispatchMode):
-    """The bytes of the storages made inside, polled whenever one is made: that sees `resize_(0)`. Those
-    below 4 kB, activations of a row of two tokens, do not count."""
+    """The bytes of the storages made inside, polled whenever one is made: that sees `resize_(0)`.
+    Those below 4 kB, activations of a row of two tokens, do not count."""
 
     def __init__(self):
         super().__init__()
@@ -505,8 +554,8 @@ class Storages(TorchDispatchMode):
 
 
 def peak(rank, world, stage):
-    """Peak bytes over two steps of AdamW on one short row each, and what lives after a forward without and
-    with autocast."""
+    """Peak bytes over two steps of AdamW on one short row each, and what lives after a forward
+    without and with autocast."""
     shape = MODERN | dict(n_layer=12, n_embd=64, block_size=2)
     with Storages() as storages:
         zero = ZeRO(dist.group.WORLD, CPU, stage, bucket_mb=0.1) if stage else DDP(None, CPU)
