@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 import checks
-import data
 import schedules
 import spikes
+from data import dataset
 from optim import mup, param_groups
 from parallel.ddp import DDP
 from parallel.mesh import Mesh, refuse_coupled
@@ -295,7 +295,7 @@ def data_parallel(cfg: Config, mesh: Mesh, cuts: dict[str, tuple]):
     )
 
 
-def products(cfg: Config, model: torch.nn.Module, device: torch.device, text: data.Tokens):
+def products(cfg: Config, model: torch.nn.Module, device: torch.device, text: dataset.Tokens):
     """Replaces the model's products where there are better ones, adds z-loss and counted n-grams of
     the text; returns FP8's state or None."""
     if cfg.z_loss is not None:
@@ -313,7 +313,7 @@ def products(cfg: Config, model: torch.nn.Module, device: torch.device, text: da
     return fp8.convert(model, device, **options)
 
 
-def add_ngrams(cfg: Config, model: torch.nn.Module, text: data.Tokens) -> None:
+def add_ngrams(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> None:
     from ngram import LIMIT, NGrams
 
     try:

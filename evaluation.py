@@ -11,14 +11,14 @@ import math
 
 import torch
 
-import data
+from data import dataset
+from data.tokenizer import Tokenizer
 from generation import generate
 from parallel.mesh import Mesh
-from tokenizer import Tokenizer
 
 
 def batches_of(
-    tokens: int, micro_batch_size: int, rows: data.Rows, mesh: Mesh, first: bool = False
+    tokens: int, micro_batch_size: int, rows: dataset.Rows, mesh: Mesh, first: bool = False
 ) -> list[list[int]]:
     """This replica's row numbers in micro-batches, as many on every rank, for a forward may be a
     collective; the last one may be smaller, or empty."""
@@ -33,7 +33,7 @@ def batches_of(
 def evaluate(
     model: torch.nn.Module,
     each,
-    rows: data.Rows,
+    rows: dataset.Rows,
     tokens: int,
     micro_batch_size: int,
     tokenizer: Tokenizer,

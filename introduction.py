@@ -6,7 +6,7 @@ import choices
 import config
 from checkpoint import Checkpoint, resolve
 from choices import HEAVY, find_optimizer, state_on_disk
-from corpora import Corpus
+from data.corpora import Corpus
 from optim import param_groups
 from parallel.mesh import Mesh
 from settings import FIELDS, Config, flag

@@ -18,11 +18,11 @@ from pathlib import Path
 import checks
 import choices
 import config
-import corpora
 from checkpoint import FOLDER, Checkpoint, load, newest, resolve
-from files import listed
+from data import corpora
+from data.files import listed
+from data.tokenizer import Tokenizer
 from settings import BRANCH, CHOSEN, FIELDS, FREE, FRESH, LAYOUTS, Config, flag, update
-from tokenizer import Tokenizer
 
 
 def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):

@@ -18,12 +18,12 @@ import torch
 import checkpoint
 import choices
 import config
-import corpora
+from data import corpora
+from data.tokenizer import Tokenizer
 from generation import generate
 from model import GPT, GPTConfig
 from parallel.mesh import pick_device
 from settings import with_traits
-from tokenizer import Tokenizer
 
 
 def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:

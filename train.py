@@ -23,8 +23,6 @@ import checkpoint
 import checks
 import choices
 import config
-import corpora
-import data
 import evaluation
 import faults
 import introduction
@@ -38,12 +36,14 @@ import settings
 import spikes
 import state
 import watch
+from data import corpora, dataset
+from data.cursor import Position
 from memory import activation_checkpoint
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
-from position import Best, Position
+from position import Best
 from precision import amp, histogram, stochastic
 
 
@@ -106,10 +106,10 @@ def main(cfg: settings.Config) -> dict:
             f"--data={cfg.data} is not the same on every machine; copy it to all from one"
         )
     cfg = choices.with_vocabulary(cfg, corpus.tokenizer.n_vocab)
-    train_rows = data.Rows(
+    train_rows = dataset.Rows(
         corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size
     )
-    val_rows = data.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
+    val_rows = dataset.Rows(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
     if earlier is not None and (in_place or "data" not in cfg.given):
         if earlier.tree("record/data_sha256") != corpus.sha256:
@@ -153,7 +153,7 @@ def main(cfg: settings.Config) -> dict:
     activation_checkpoint.keep_less(model, cfg.activation_checkpoint or "none", mesh.groups["tp"])
     uncompiled = choices.compiled(cfg, model, device)  # why, or None
 
-    def run(numbers: range | list[int], rows: data.Rows = train_rows, layers=None, x=None):
+    def run(numbers: range | list[int], rows: dataset.Rows = train_rows, layers=None, x=None):
         """Forward on the rows with these numbers: the sum of the token losses, and the targets (B,
         T). In a pipeline through these layers, x being what the stage before gave."""
         tokens = rows(numbers)  # (B, T+1) int64
@@ -173,7 +173,7 @@ def main(cfg: settings.Config) -> dict:
         return (n, length, cfg.n_embd), dtype if own else choices.DTYPES[cfg.param_dtype], device
 
     def each(
-        batches: list, rows: data.Rows, scale: float | None = None, look=None
+        batches: list, rows: dataset.Rows, scale: float | None = None, look=None
     ) -> torch.Tensor | float:
         """Forward on micro-batches of row numbers, and backward of each loss times `scale`. look(i,
         loss, targets) sees each loss; their sum is returned, 0 where a pipeline's last stage is

@@ -35,9 +35,8 @@ from statistics import median
 import torch
 
 import config
-import corpora
-import data
 from benchmarks import runs, speedrun
+from data import corpora, dataset
 
 FLAGS = {"--path": ".+", "--data": ".+", "--runs": "[1-9][0-9]*", "--quick": "", "--out": ".+"}
 FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")
@@ -129,7 +128,7 @@ def model_of(folder: Path) -> torch.nn.Module:
     return model
 
 
-def loss_of(folder: Path, held_out: data.Tokens, multiple: int) -> float:
+def loss_of(folder: Path, held_out: dataset.Tokens, multiple: int) -> float:
     model = model_of(folder)
     return speedrun.mean_loss(
         lambda x, y: model(x, y)[1].item() * y.numel(), model.config.block_size, held_out, multiple
@@ -171,7 +170,7 @@ def steps(folder: Path, text: list[str], rounds: int, quick: bool) -> dict[str, 
 
 
 def whole(
-    folder: Path, text: list[str], held_out: data.Tokens, n: int, quick: bool
+    folder: Path, text: list[str], held_out: dataset.Tokens, n: int, quick: bool
 ) -> dict[str, list]:
     """{who: its runs' seconds and losses}, the reference first."""
     recipes = {name: [str(runs.ROOT / "configs" / name), *text, *speedrun.EQUAL] for name in OURS}

@@ -38,22 +38,21 @@ import torch.multiprocessing as mp
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import config
-import data
 import faults
 import logger
 import monitor
-import position
 import saving
 import spikes
 import state
 import watch
 from benchmarks import runs
+from data import cursor, dataset
 from parallel import mesh
 from precision import histogram
 
 FLAGS = {"--quick": "", "--out": ".+"}
 USUAL = ["--steps=60", "--eval_every=0", "--save_every=0", "--sample_tokens=0", "--resume=never"]
-DATA = [(data.Rows, "__call__"), (position.Position, "rows")]
+DATA = [(dataset.Rows, "__call__"), (cursor.Position, "rows")]
 CHECKS = [
     (spikes.Guard, "look"),
     (spikes.Guard, "take"),

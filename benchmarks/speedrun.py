@@ -33,10 +33,9 @@ from statistics import fmean, median
 import torch
 
 import config
-import corpora
-import data
 import sample
 from benchmarks import runs
+from data import corpora, dataset
 
 EQUAL = (
     "--eval_tokens=32768",
@@ -75,7 +74,7 @@ def stretches(length: int, multiple: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def mean_loss(nats_of, T: int, held_out: data.Tokens, multiple: int) -> float:
+def mean_loss(nats_of, T: int, held_out: dataset.Tokens, multiple: int) -> float:
     """Nats a token. nats_of: inputs and targets (B, T) -> the sum of their losses; multiple: of the
     block_sizes that are compared, T among them."""
     nats, count = 0.0, 0
@@ -86,13 +85,13 @@ def mean_loss(nats_of, T: int, held_out: data.Tokens, multiple: int) -> float:
     return nats / count
 
 
-def loss_of(run: Path, held_out: data.Tokens, multiple: int) -> float:
+def loss_of(run: Path, held_out: dataset.Tokens, multiple: int) -> float:
     """By the run's newest checkpoint."""
     model, _ = sample.load(str(run))
     return mean_loss(lambda x, y: model(x, y).item(), model.config.block_size, held_out, multiple)
 
 
-def once(words: list[str], held_out: data.Tokens, multiple: int) -> dict:
+def once(words: list[str], held_out: dataset.Tokens, multiple: int) -> dict:
     """One run's seconds, val_loss and loss. Raises RuntimeError."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         seconds, rows = runs.run(words, Path(folder, "run"))

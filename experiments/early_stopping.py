@@ -32,8 +32,8 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 import torch
 
 import checkpoint
-import corpora
 import train
+from data import corpora
 from experiments import protocol
 from experiments.findings import INK, groups, judged, line, listed, markdown, pick, plus_minus
 

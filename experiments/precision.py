@@ -40,9 +40,8 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 import torch
 import torch.nn.functional as F
 
-import corpora
-import data
 import model
+from data import corpora, dataset
 from experiments import protocol
 from experiments.findings import (
     INK,
@@ -142,7 +141,7 @@ def gradient_errors(case: str, seed: int) -> dict:
     """‖g - g'‖/‖g'‖ over the blocks' matrices, g' in fp32 without outlier, for each of RATIOS."""
     shape = model.GPTConfig(n_layer=2, n_embd=128, block_size=128, zero_init=False, seed=seed)
     corpus = corpora.load("python", "bytes", str(protocol.CACHE))
-    tokens = data.Rows(corpus.train, 128, seed, 256)(range(8))
+    tokens = dataset.Rows(corpus.train, 128, seed, 256)(range(8))
     gpt, linear, device = model.GPT(shape), fp8.linear, torch.device("cpu")
     with torch.no_grad():
         for name, p in gpt.named_parameters():

@@ -54,10 +54,10 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 import config
-import corpora
 import logger
 import resume
 import train
+from data import corpora
 from experiments import findings
 
 ROOT, RESULTS, CACHE = HERE.parent, HERE / "results", HERE.parent / "data_cache"

@@ -39,9 +39,9 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 import torch
 
 import choices
-import data
 import logger
 import spikes
+from data import dataset
 from experiments import protocol
 from experiments.findings import INK, groups, markdown, paired, pick, plus_minus
 from model import GPT
@@ -87,7 +87,7 @@ QUICK = [
 ]
 LENGTH = {"clean": 0, "poison": 3, "long": 12, "nan": 3, "jump": 5, "jump once": 5}
 BATCH, TIMES = 8, 30
-TAKE, FORWARD, SCHEDULE = data.Rows.__call__, GPT.forward, choices.lr_schedule
+TAKE, FORWARD, SCHEDULE = dataset.Rows.__call__, GPT.forward, choices.lr_schedule
 
 
 def inject(fault: str, first: int) -> None:
@@ -120,7 +120,7 @@ def inject(fault: str, first: int) -> None:
 
         return factor
 
-    data.Rows.__call__, GPT.forward = take, forward
+    dataset.Rows.__call__, GPT.forward = take, forward
     if "jump" in fault:
         choices.lr_schedule = schedule
 

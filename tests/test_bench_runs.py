@@ -9,9 +9,9 @@ import subprocess
 import pytest
 
 import bench
-import corpora
 from benchmarks import all as everything
 from benchmarks import nanogpt, overhead, runs, scaling
+from data import corpora
 
 
 # ---- scaling -------------------------------------------------------------------------------------

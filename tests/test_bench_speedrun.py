@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import bench
-import data
 from benchmarks import runs, speedrun
+from data import dataset
 
 TINY = """
 n_layer = 1
@@ -137,7 +137,7 @@ def test_stretches_are_whole_rows_apart_and_inside(length, multiple):
 
 
 def test_each_length_of_rows_foretells_the_same_tokens(monkeypatch):
-    held_out, seen = data.Tokens([np.arange(30_000) % 251], "x"), {}
+    held_out, seen = dataset.Tokens([np.arange(30_000) % 251], "x"), {}
     for T in (16, 24):
 
         def model(inputs, targets, T=T):

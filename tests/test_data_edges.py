@@ -28,19 +28,15 @@ from harness import init_weights, run_ranks
 from test_train import ROOT, go
 
 import checkpoint
-import corpora
-import data
 import evaluation
-import files
-import foreign
 import generation
 import sample
-import shards
-from data import Rows, Tokens
+from data import corpora, dataset, files, foreign, shards
+from data.dataset import Rows, Tokens
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from parallel import tensor
 from parallel.mesh import make_mesh
-from tokenizer import Tokenizer
 
 SOME = np.random.default_rng(0)
 START = SOME.bit_generator.state
@@ -1118,7 +1114,15 @@ def test_nothing_is_computed_twice_where_every_token_has_bytes():
 
 def test_the_one_place_that_maps_users_files_is_the_one_that_watches_them():
     """Another np.memmap of a user's file would bring SIGBUS back."""
-    for name in ("corpora.py", "files.py", "shards.py", "foreign.py", "data.py"):
+    for name in (
+        "data/corpora.py",
+        "data/files.py",
+        "data/shards.py",
+        "data/foreign.py",
+        "data/dataset.py",
+    ):
         lines = [line for line in (ROOT / name).read_text().splitlines() if "np.memmap(" in line]
-        assert len(lines) == {"corpora.py": 1, "files.py": 1, "shards.py": 1}.get(name, 0), name
-    assert data.Tokens([np.arange(3)]).mapped == [None]
+        assert len(lines) == {"data/corpora.py": 1, "data/files.py": 1, "data/shards.py": 1}.get(
+            name, 0
+        ), name
+    assert dataset.Tokens([np.arange(3)]).mapped == [None]

@@ -14,15 +14,15 @@ from harness import run_ranks
 from test_train import go, killed_at, killed_at_7, needs_fork, rows
 
 import checkpoint
-import data
 import logger
 import position
 import saving
 import spikes
+from data import cursor, dataset
 from model import GPT
 
 ROW = 58  # of the 8 rows of step 8, which is taken after 7 updates
-TAKE, FORWARD, INIT = data.Rows.__call__, GPT.forward, position.Position.__init__
+TAKE, FORWARD, INIT = dataset.Rows.__call__, GPT.forward, cursor.Position.__init__
 
 
 def poisoned(factor: float, row: int = ROW, gradient: bool = False):
@@ -41,13 +41,13 @@ def poisoned(factor: float, row: int = ROW, gradient: bool = False):
             out.register_hook(lambda g: g * factor)
         return out * factor if bad and not gradient else out
 
-    data.Rows.__call__, GPT.forward = take, forward
+    dataset.Rows.__call__, GPT.forward = take, forward
 
 
 @pytest.fixture(autouse=True)
 def mended():
     yield
-    data.Rows.__call__, GPT.forward = TAKE, FORWARD
+    dataset.Rows.__call__, GPT.forward = TAKE, FORWARD
 
 
 def with_fault(rank, world, factor, *args):
@@ -63,11 +63,11 @@ def inf_gradient(rank, world, killed, *args):
 
 def never_seen(rank, world, first, last, *args):
     """The run that has known from the start which rows it must not read."""
-    position.Position.__init__ = lambda self, *data: (INIT(self, *data), self.ban(first, last))[0]
+    cursor.Position.__init__ = lambda self, *data: (INIT(self, *dataset), self.ban(first, last))[0]
     try:
         return go(*args)
     finally:
-        position.Position.__init__ = INIT
+        cursor.Position.__init__ = INIT
 
 
 def end(out_dir) -> dict:
@@ -368,7 +368,7 @@ def test_killed_after_a_rollback_the_ban_is_remembered(tmp_path, text, where):
     poisoned(math.nan)
     killed_at(9, text, tmp_path / "faulty", *more)  # after the rollback
     assert events(tmp_path / "faulty", "rollback") == [("rollback", 8)]
-    data.Rows.__call__, GPT.forward = TAKE, FORWARD
+    dataset.Rows.__call__, GPT.forward = TAKE, FORWARD
     go(text, tmp_path / "faulty", *more)
     assert end(tmp_path / "faulty") == end(tmp_path / "clean")
     same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
@@ -416,7 +416,7 @@ def test_a_branch_keeps_bans_for_the_same_data_alone(tmp_path, text):
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text()[::-1])
     go(text, tmp_path / "a", "--on_nonfinite=rollback", "--monitor.ring_every=5")
-    data.Rows.__call__, GPT.forward = TAKE, FORWARD
+    dataset.Rows.__call__, GPT.forward = TAKE, FORWARD
     assert checkpoint.newest(tmp_path / "a").tree("progress")["banned"] == [[40, 63]]
     for name, kept in ((text, [[40, 63]]), (str(other), [])):
         out = tmp_path / Path(name).stem
@@ -438,7 +438,7 @@ def test_abort_saves_says_why_and_the_same_command_with_skip_goes_on(tmp_path, t
 
 def test_a_run_that_stays_broken_ends_by_itself(tmp_path, text):
     poisoned(math.nan)
-    data.Rows.__call__ = lambda self, numbers: TAKE(self, numbers)
+    dataset.Rows.__call__ = lambda self, numbers: TAKE(self, numbers)
     GPT.forward = lambda self, *a, **k: (
         FORWARD(self, *a, **k) * (math.nan if self.training else 1.0)
     )

@@ -10,12 +10,11 @@ from test_train import go, rows, trace
 
 import checkpoint
 import config
-import corpora
-import data
 import evaluation
 import monitor
 import settings
 import train
+from data import corpora, dataset
 from model import GPT, GPTConfig
 from optim import param_groups
 
@@ -45,8 +44,10 @@ def test_bits_per_byte_and_perplexity(tmp_path, text):
 
 
 def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch):
-    seen, plain = [], data.Rows.__call__
-    monkeypatch.setattr(data.Rows, "__call__", lambda self, n: (seen.extend(n), plain(self, n))[1])
+    seen, plain = [], dataset.Rows.__call__
+    monkeypatch.setattr(
+        dataset.Rows, "__call__", lambda self, n: (seen.extend(n), plain(self, n))[1]
+    )
     go(text, tmp_path / "a", "--steps=1", "--eval_tokens=160", "--eval_every=5")
     per_epoch = (len(corpora.load(text, "bytes", str(tmp_path)).val) - 1) // 16
     assert seen[:10] == [i * per_epoch // 10 for i in range(10)]

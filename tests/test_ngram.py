@@ -10,9 +10,9 @@ from test_train import go, rows
 
 import checkpoint
 import config
-import corpora
 import ngram
 import sample
+from data import corpora
 from generation import generate
 from model import GPT, GPTConfig
 from ngram import NGrams

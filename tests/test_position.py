@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from position import Best, Position
+from data.cursor import Position
+from position import Best
 
 
 def test_batches_are_those_of_a_naive_list_without_the_banned_rows():

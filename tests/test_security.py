@@ -23,12 +23,11 @@ from test_train import ROOT, flags, go
 import checkpoint
 import choices
 import config
-import corpora
-import download
 import logger
 import sample
 import train
-from tokenizer import Tokenizer
+from data import corpora, download
+from data.tokenizer import Tokenizer
 
 SOURCES = sorted(
     path

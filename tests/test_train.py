@@ -126,8 +126,7 @@ def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, t
 def test_the_run_is_what_the_formula_says(tmp_path, text):
     """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the
     sums shows."""
-    import corpora
-    import data
+    from data import corpora, dataset
     from model import GPT, GPTConfig
 
     go(
@@ -143,7 +142,7 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
         "--micro_batch_size=2",
     )
     corpus = corpora.load(text, "bytes", str(tmp_path))
-    take = data.Rows(corpus.train, 16, 1337, 256)
+    take = dataset.Rows(corpus.train, 16, 1337, 256)
     model = init_weights(
         GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16)).double()
     )

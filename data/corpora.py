@@ -2,8 +2,8 @@
 
 python, shakespeare, openwebtext, fineweb    texts that many know; the last two are large
 FILE            a text in UTF-8
-FOLDER          its .bin shards (shards.py) or, where it has none, its .txt texts
-A,B  or  'A*'   files of one of these kinds, see files.py: it says which of several are held out
+FOLDER          its .bin shards (data/shards.py) or, where it has none, its .txt texts
+A,B  or  'A*'   files of one of these kinds, see data/files.py: it says which of several are held out
 """
 
 import difflib
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Tokens
-from download import download, hexdigest, making, progress
-from files import IN_MEMORY, divided, joined, listed
-from shards import read_shard, read_shards, write_shard
-from tokenizer import Tokenizer
+from data.dataset import Tokens
+from data.download import download, hexdigest, making, progress
+from data.files import IN_MEMORY, divided, joined, listed
+from data.shards import read_shard, read_shards, write_shard
+from data.tokenizer import Tokenizer
 
 CORPORA = ("python", "shakespeare", "openwebtext", "fineweb")
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
@@ -57,7 +57,7 @@ def load(
                   `fineweb:N`
     FILE          any text in UTF-8, a byte order mark left out (with the tokenizer `bytes` also
                   what is no text at all, such as music); validation is the last 10 %
-    FOLDER, LIST  .bin shards or texts, see files.py
+    FOLDER, LIST  .bin shards or texts, see data/files.py
 
     `url` is a mirror: a folder on the web (or file:///...) with the same file names. Whatever a
     user can get wrong is a ValueError. Let one process per machine prepare the cache before the

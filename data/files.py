@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from foreign import foreign, not_text
-from shards import HEADERS
+from data.foreign import foreign, not_text
+from data.shards import HEADERS
 
 IN_MEMORY = 2**30  # bytes of files that are read; larger ones are mapped, see data.Tokens
 WORDS = {

@@ -1,6 +1,6 @@
 """Tokens -> rows that depend on (seed, row number) alone.
 
-A corpus (corpora.py) is one long sequence of token ids in shards. Training reads it in rows of
+A corpus (data/corpora.py) is one long sequence of token ids in shards. Training reads it in rows of
 T + 1 tokens: the inputs are the first T of them, the targets the last T, so neighbours share one.
 
     tokens   0 1 2 3 4 5 6 7 8 9 ...        T = 3, per_epoch = (number of tokens - 1) // T

@@ -13,7 +13,7 @@ A headerless file does not say how wide an id is. Its pairs of bytes do:
 
 In ids of 2 bytes all places look alike. In wider ones each second pair is an upper half: 0, or
 below 16, for no vocabulary has more than a million words. What fits both (zeros alone, a handful of
-ids) has 2 bytes an id, or 4 where the vocabulary needs them. What is no id is refused (foreign.py).
+ids) has 2 bytes an id, or 4 where the vocabulary needs them. What is no id is refused (data/foreign.py).
 """
 
 import os
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foreign import foreign, is_text, one_byte, unknown_header
+from data.foreign import foreign, is_text, one_byte, unknown_header
 
 HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, type of the ids
 INDEX = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes; 6, 7: floats

@@ -1,0 +1,1 @@
+"""Corpora, tokens, and the order in which a run reads them."""
