@@ -314,7 +314,7 @@ def products(cfg: Config, model: torch.nn.Module, device: torch.device, text: da
 
 
 def add_ngrams(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> None:
-    from ngram import LIMIT, NGrams
+    from layers.ngram import LIMIT, NGrams
 
     try:
         # Too long a one is not even read
@@ -332,12 +332,12 @@ def compiled(cfg: Config, model: torch.nn.Module, device: torch.device) -> str |
                 "--compile.* has nothing to do with compile=off; type --compile=default"
             )
         return None
-    import compiling
+    from layers import compile
 
-    options = checks.check_options(cfg, "compile", compiling.compile_blocks, ("model", "mode"))
-    why = compiling.lacking(device)
+    options = checks.check_options(cfg, "compile", compile.compile_blocks, ("model", "mode"))
+    why = compile.lacking(device)
     if why is None:
-        compiling.compile_blocks(model, cfg.compile, **options)
+        compile.compile_blocks(model, cfg.compile, **options)
     return why and f"compile={cfg.compile}: {why}; running uncompiled"
 
 

@@ -13,7 +13,7 @@ import torch
 
 from data import dataset
 from data.tokenizer import Tokenizer
-from generation import generate
+from layers.generation import generate
 from parallel.mesh import Mesh
 
 

@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import attention
-from ngram_embedding import NGramEmbedding
+from layers import attention
+from layers.ngram_embedding import NGramEmbedding
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class GPTConfig:
     qk_norm: bool = True
     attention_scale: float | None = None  # q.k is multiplied by it; None = 1/sqrt(D)
     window: int | None = None  # tokens that a query sees, itself among them; None = all before it
-    attention: str = "sdpa"  # or plain, flex (attention.py)
+    attention: str = "sdpa"  # or plain, flex (layers/attention.py)
     tied: bool = False
     bias: bool = False
     head_bias: bool = False
@@ -65,7 +65,7 @@ class GPTConfig:
     logit_cap: float | None = 15.0
     logit_cap_form: str = "tanh"  # or root
     mup_base_width: int | None = None  # μP (optim/mup.py): the width at which it changes nothing
-    # N-grams of up to so many tokens have embeddings too (ngram_embedding.py)
+    # N-grams of up to so many tokens have embeddings too (layers/ngram_embedding.py)
     ngram_embed: int | None = None
     ngram_rows: int = 16384
     seed: int = 1337
@@ -164,7 +164,9 @@ class GPT(nn.Module):
         if c.tied and last:
             self.head.weight = self.embed.weight
         self.through, self.output = through, output
-        self.prior = None  # targets -> (B, T, V), the last T are added to the logits (ngram.py)
+        self.prior = (
+            None  # targets -> (B, T, V), the last T are added to the logits (layers/ngram.py)
+        )
         # After a forward in eval mode: how many targets were the likeliest token (0-dim)
         self.hits = None
 

@@ -20,7 +20,7 @@ import choices
 import config
 from data import corpora
 from data.tokenizer import Tokenizer
-from generation import generate
+from layers.generation import generate
 from model import GPT, GPTConfig
 from parallel.mesh import pick_device
 from settings import with_traits

@@ -126,7 +126,7 @@ class Config:
     )
     ngram_embed: int | None = knob(
         None,
-        "n-grams of 2 to so many tokens have embeddings too, by hash (ngram_embedding.py)",
+        "n-grams of 2 to so many tokens have embeddings too, by hash (layers/ngram_embedding.py)",
         least=2,
     )
     ngram_rows: int = knob(16384, "rows of the table that they share", least=1)
@@ -167,7 +167,7 @@ class Config:
     )
     ngram: int | None = knob(
         None,
-        "counted n-grams with up to so many tokens of context are the logits' prior (ngram.py)",
+        "counted n-grams with up to so many tokens of context are the logits' prior (layers/ngram.py)",
         least=1,
     )
     qk_clip: float | None = knob(

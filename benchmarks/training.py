@@ -26,9 +26,9 @@ from statistics import median
 
 import torch
 
-import compiling
 import config
 from benchmarks import runs
+from layers import compile
 from memory import activation_checkpoint
 from settings import TYPES
 
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
             )
         if not any(word in command for command in commands.values()):
             raise ValueError(f"{word} has nothing to do with {', '.join(names)}; leave it out")
-    why = compiling.lacking(torch.device("cuda" if gpu else "cpu"))
+    why = compile.lacking(torch.device("cuda" if gpu else "cpu"))
     load = getattr(os, "getloadavg", lambda: ["?"])()[0]
     idle = {
         n: f"skipped: {why}" for n in names if why and chosen(n, cfg.n_layer)["compile"] != "off"

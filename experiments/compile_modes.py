@@ -36,9 +36,9 @@ import torch._dynamo
 import torch._inductor.compile_fx  # not to be counted as compile time
 from torch._dynamo.utils import counters
 
-import compiling
 from experiments import protocol
 from experiments.findings import INK, groups, judged, markdown, mean_sd, paired, pick, plus_minus
+from layers import compile
 from model import GPT, GPTConfig
 
 MODES = ("off", "default", "reduce-overhead", "max-autotune")
@@ -63,8 +63,8 @@ def row(keys: dict, quick: bool) -> dict:
             "graphs": graphs_of(DYNAMIC[keys["mode"]]),
             "breaks": sum(counters["graph_break"].values()),
         }
-    if compiling.lacking(torch.device("cpu")) and keys["mode"] != "off":
-        raise RuntimeError(compiling.lacking(torch.device("cpu")))
+    if compile.lacking(torch.device("cpu")) and keys["mode"] != "off":
+        raise RuntimeError(compile.lacking(torch.device("cpu")))
     marks, begin = [], protocol.train.faults.Diary.step
 
     def step(diary, number: int) -> None:
@@ -102,7 +102,7 @@ def graphs_of(dynamic: bool | None) -> int:
     model = GPT(GPTConfig(n_layer=1, n_embd=32, block_size=96))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    compiling.compile_blocks(model, "default", dynamic=dynamic, backend="aot_eager")
+    compile.compile_blocks(model, "default", dynamic=dynamic, backend="aot_eager")
     for length in LENGTHS:
         ids = torch.zeros(2, length, dtype=torch.long)
         model(ids, ids).backward()

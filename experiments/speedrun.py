@@ -3,7 +3,7 @@ to the same loss; and n-grams that are counted, which its rules leave out, save 
 left.
 
 Source: configs/cpu_speedrun.toml, ours; its traits are those of the nanoGPT speedruns (Jordan et
-al. 2024), which found them on GPUs; n-gram embeddings: ngram_embedding.py.
+al. 2024), which found them on GPUs; n-gram embeddings: layers/ngram_embedding.py.
 
 Protocol: the recipe as it is, at three lengths; then with one thing changed at its own number of
 steps, 3 seeds each, one run at a time with all cores. Figures: the validation loss at the end and

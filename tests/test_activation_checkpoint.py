@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import settings
-from generation import generate
+from layers.generation import generate
 from memory import activation_checkpoint
 from memory.activation_checkpoint import HOW, keep_less, parse
 from memory.estimate import activation_bytes

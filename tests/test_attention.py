@@ -10,8 +10,8 @@ from test_qk_clip import scores
 import config
 import qk_clip
 import train
-from attention import causal_attention, core, plain_attention
-from generation import generate
+from layers.attention import causal_attention, core, plain_attention
+from layers.generation import generate
 from logger import read_metrics
 from model import GPT, GPTConfig
 

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from attention import causal_attention
-from generation import generate
+from layers.attention import causal_attention
+from layers.generation import generate
 from model import GPT, GPTConfig, key
 from parallel import context
 from parallel.context import positions, split

@@ -29,11 +29,11 @@ from test_train import ROOT, go
 
 import checkpoint
 import evaluation
-import generation
 import sample
 from data import corpora, dataset, files, foreign, shards
 from data.dataset import Rows, Tokens
 from data.tokenizer import Tokenizer
+from layers import generation
 from model import GPT, GPTConfig
 from parallel import tensor
 from parallel.mesh import make_mesh

@@ -11,7 +11,7 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 from harness import run_ranks
 
-from generation import generate
+from layers.generation import generate
 from model import GPT, GPTConfig, initial_weight
 from optim.adafactor import Adafactor
 from optim.adamw import AdamW

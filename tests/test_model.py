@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from harness import init_weights
 
 import settings
-from generation import generate
+from layers.generation import generate
 from model import GPT, Dropout, GPTConfig, Where, initial_weight, rotary_angles, rotate
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)

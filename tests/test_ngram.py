@@ -10,12 +10,12 @@ from test_train import go, rows
 
 import checkpoint
 import config
-import ngram
 import sample
 from data import corpora
-from generation import generate
+from layers import ngram
+from layers.generation import generate
+from layers.ngram import NGrams
 from model import GPT, GPTConfig
-from ngram import NGrams
 
 
 def naive(grams: Counter, V: int, context: tuple, w: int, discounts: list[float]) -> float:

@@ -7,7 +7,7 @@ from matrix import assert_one_process
 
 import config
 import train
-from generation import generate
+from layers.generation import generate
 from model import GPT, GPTConfig, initial_weight
 
 SMALL = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=12, vocab_size=50)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from harness import init_weights, run_ranks
 
-from generation import generate
+from layers.generation import generate
 from model import GPT, GPTConfig
 from parallel.pipeline import Pipeline, defer_weight_gradients, main, weight_gradients
 from parallel.timeline import SCHEDULES, Op, layers, programs, schedule, simulate

@@ -13,7 +13,7 @@ import checkpoint
 import config
 import qk_clip
 import watch
-from generation import generate
+from layers.generation import generate
 from model import GPT, GPTConfig
 from optim import param_groups
 from parallel import context

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import settings
-from generation import generate
+from layers.generation import generate
 from model import GPT, GPTConfig, key
 from parallel import tensor
 from parallel.ddp import DDP

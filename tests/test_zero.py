@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import load, save
-from generation import generate
+from layers.generation import generate
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from optim.adamw import AdamW

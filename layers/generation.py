@@ -11,7 +11,7 @@ KeepingCore.
 import torch
 from torch import Tensor, nn
 
-from attention import causal_attention, newest_attention
+from layers.attention import causal_attention, newest_attention
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""What a model computes beside plain matrix products: attention, n-grams, generation."""
