@@ -4,7 +4,7 @@ import torch
 
 import choices
 import config
-from checkpoint import Checkpoint, resolve
+from checkpoint.load import Checkpoint, resolve
 from choices import HEAVY, find_optimizer, state_on_disk
 from data.corpora import Corpus
 from optim import param_groups

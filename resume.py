@@ -18,7 +18,8 @@ from pathlib import Path
 import checks
 import choices
 import config
-from checkpoint import FOLDER, Checkpoint, load, newest, resolve
+from checkpoint.load import Checkpoint, load, newest, resolve
+from checkpoint.save import FOLDER
 from data import corpora
 from data.files import listed
 from data.tokenizer import Tokenizer

@@ -15,9 +15,9 @@ from dataclasses import fields
 
 import torch
 
-import checkpoint
 import choices
 import config
+from checkpoint import load as checkpoint
 from data import corpora
 from data.tokenizer import Tokenizer
 from layers.generation import generate

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import checks
 import choices
 import config
@@ -30,12 +29,13 @@ import logger
 import monitor
 import outlets
 import resume
-import saving
 import schedules
 import settings
 import spikes
-import state
 import watch
+from checkpoint import load, state
+from checkpoint import save as saving
+from checkpoint.early_stopping import Best
 from data import corpora, dataset
 from data.cursor import Position
 from memory import activation_checkpoint
@@ -43,7 +43,6 @@ from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
-from position import Best
 from precision import amp, histogram, stochastic
 
 
@@ -133,7 +132,7 @@ def main(cfg: settings.Config) -> dict:
     if earlier is not None:
         weights = state.training_weights(earlier)
     elif cfg.init_from is not None:
-        weights = checkpoint.resolve(cfg.init_from).weights("model")
+        weights = load.resolve(cfg.init_from).weights("model")
 
     # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here --
     # By name, where it lies

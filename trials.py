@@ -24,7 +24,7 @@ from pathlib import Path
 
 import config
 import logger
-from checkpoint import FOLDER
+from checkpoint.save import FOLDER
 
 try:
     import fcntl

@@ -41,11 +41,10 @@ import config
 import faults
 import logger
 import monitor
-import saving
 import spikes
-import state
 import watch
 from benchmarks import runs
+from checkpoint import save, state
 from data import cursor, dataset
 from parallel import mesh
 from precision import histogram
@@ -64,15 +63,15 @@ CHECKS = [
     (monitor, "peak_bytes"),
     (monitor, "mfu"),
     (faults.Diary, "step"),
-    (saving.Saver, "due"),
-    (saving.Saver, "overdue"),
-    (saving.Saver, "news"),
+    (save.Saver, "due"),
+    (save.Saver, "overdue"),
+    (save.Saver, "news"),
     (watch.Watch, "start"),
     (watch.Watch, "row"),
     (histogram.Recorder, "start"),
     (histogram.Recorder, "write"),
 ]
-SAVE = (saving.Saver, "save")  # between two steps; it is written during the next one
+SAVE = (save.Saver, "save")  # between two steps; it is written during the next one
 MARK = "Guard.take"  # called once, where a step begins
 
 

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import checkpoint
+from checkpoint import load
 from experiments import protocol
 from experiments.findings import (
     INK,
@@ -106,7 +106,7 @@ def update(**fields) -> torch.Tensor:
             **fields,
             **scale,
         )
-        after = checkpoint.resolve(f"{folder}/run").weights("model")
+        after = load.resolve(f"{folder}/run").weights("model")
         shape = GPTConfig(**SIZE, zero_init=False, seed=fields["seed"])
         with torch.device("meta"):
             named = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}

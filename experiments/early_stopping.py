@@ -31,8 +31,8 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 
-import checkpoint
 import train
+from checkpoint import load
 from data import corpora
 from experiments import protocol
 from experiments.findings import INK, groups, judged, line, listed, markdown, pick, plus_minus
@@ -91,7 +91,7 @@ def figures_of(keys: dict, quick: bool, nan_at: int | None = None) -> dict:
             patience=None if case == "whole" else PATIENCE,
             **{"opt.betas": (0.9, 0.95)},
         )
-        figures = {"final": loss_of(kept, checkpoint.resolve(f"{folder}/run").weights("model"))}
+        figures = {"final": loss_of(kept, load.resolve(f"{folder}/run").weights("model"))}
     for name in ("copy", "clone") if case == "whole" else ():
         figures[name] = loss_of(kept, lambda n, shape, name=name: kept[name][n])
     best = min(x for x in looks if not math.isnan(x))

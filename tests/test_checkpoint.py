@@ -18,10 +18,12 @@ import torch.distributed.checkpoint
 from harness import run_ranks
 from safetensors.torch import load_file
 
-import checkpoint
-import saving
-import slices
-from checkpoint import CheckpointDamaged, Slice, load, newest, prune, resolve, save
+from checkpoint import __main__, slices
+from checkpoint import load as checkpoint
+from checkpoint import save as saving
+from checkpoint.load import CheckpointDamaged, load, newest, resolve
+from checkpoint.save import prune, save
+from checkpoint.slices import Slice
 from resume import RunLock
 
 needs_fork = pytest.mark.skipif(
@@ -58,7 +60,7 @@ def leftovers(out_dir):
 # ---- one process ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES.keys())
+@pytest.mark.parametrize("dtype", slices.DTYPES.values(), ids=slices.DTYPES.keys())
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (4, 3, 2)], ids=str)
 def test_every_dtype_and_shape_returns_bitwise(tmp_path, dtype, shape):
     t = random_bits(shape, dtype)
@@ -698,25 +700,25 @@ def test_list_show_and_export(tmp_path, capsys):
     save(tmp_path, 1, {})
     flip(tmp_path / "step-00000001" / "index.json", 20)
     save(tmp_path, 2, {"model": {"w.weight": grid()}, "lr": 0.5, "nan": math.nan})
-    checkpoint.main(["list", str(tmp_path)])
+    __main__.main(["list", str(tmp_path)])
     damaged, intact = capsys.readouterr().out.splitlines()
     assert "another sha256" in damaged
     assert "step        2" in intact
     assert "1 tensors" in intact
-    checkpoint.main(["show", str(tmp_path)])
+    __main__.main(["show", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
         "model/w.weight: F64 [8, 6], 384 bytes in 1 slice(s)",
         "lr: 0.5",
         "nan: nan",
     ]
-    checkpoint.main(["export", str(tmp_path), str(tmp_path / "out.safetensors")])
+    __main__.main(["export", str(tmp_path), str(tmp_path / "out.safetensors")])
     assert torch.equal(load_file(tmp_path / "out.safetensors")["w.weight"], grid())
-    checkpoint.main(["export", str(tmp_path), str(tmp_path / "dcp")])
+    __main__.main(["export", str(tmp_path), str(tmp_path / "dcp")])
     found = {"model": {"w.weight": torch.zeros(8, 6, dtype=torch.float64)}}
     torch.distributed.checkpoint.load(found, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert torch.equal(found["model"]["w.weight"], grid())
     with pytest.raises(ValueError, match="there already"):
-        checkpoint.main(["export", str(tmp_path), str(tmp_path / "dcp")])
+        __main__.main(["export", str(tmp_path), str(tmp_path / "dcp")])
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
@@ -726,8 +728,8 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path, capsys
         ["export", str(tmp_path)],
     ):
         with pytest.raises(ValueError):
-            checkpoint.main(args)
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py"])
+            __main__.main(args)
+    monkeypatch.setattr(sys, "argv", ["checkpoint/load.py"])
     with pytest.raises(SystemExit) as e:
         runpy.run_path(checkpoint.__file__, run_name="__main__")
     out, err = capsys.readouterr()

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from harness import run_ranks
 from test_train import close, flags, go, on_ranks, rows, trace
 
-import checkpoint
 import checks
 import choices
 import config
 import introduction
 import resume
+from checkpoint import load
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from optim.sgd import SGD
@@ -189,7 +189,7 @@ def test_the_kernel_of_adamw_is_no_part_of_a_run_and_other_options_are(tmp_path,
     go(text, tmp_path / "one", *more, "--steps=4")
     for steps, fused in ((2, []), (3, ["--opt.fused=true"]), (4, [])):
         go(text, tmp_path / "two", *more, *fused, f"--steps={steps}")
-        saved = checkpoint.newest(tmp_path / "two")
+        saved = load.newest(tmp_path / "two")
         assert saved.tree("optim/groups/matrix/fused") == bool(fused)
     close(rows(tmp_path / "two"), rows(tmp_path / "one"), 1e-12)
     with pytest.raises(ValueError, match="two holds a run without --opt.eps; leave it out"):
@@ -201,11 +201,11 @@ def test_the_layout_chosen_is_said_saved_and_gone_on_with(tmp_path, text, capfd)
     go(text, tmp_path / "one", *more)
     run_ranks(2, on_ranks, text, tmp_path / "two", *more, "--steps=2", "--schedule=constant")
     assert "data_parallel=zero1" in capfd.readouterr().out
-    assert checkpoint.newest(tmp_path / "two").tree("config/data_parallel") == "zero1"
+    assert load.newest(tmp_path / "two").tree("config/data_parallel") == "zero1"
     # Alone, and then two again
     go(text, tmp_path / "two", *more, "--schedule=constant", "--steps=3")
     run_ranks(2, on_ranks, text, tmp_path / "two", *more, "--schedule=constant")
-    assert checkpoint.newest(tmp_path / "one").tree("config/data_parallel") == "auto"
+    assert load.newest(tmp_path / "one").tree("config/data_parallel") == "auto"
     go(text, tmp_path / "still", *more, "--schedule=constant")
     close(rows(tmp_path / "two"), rows(tmp_path / "still"), 1e-10)
 

@@ -14,7 +14,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
+from checkpoint import load as checkpoint
+from checkpoint import save
 from parallel import compression
 from parallel.ddp import DDP, Bucket, all_reduce
 
@@ -497,7 +498,7 @@ def train(rank, world, method, folder, first, n, load):
     )
     tree = {"model": replicas.weights(), "compress": reduce.tree(rank, world)}
     if folder is not None:
-        checkpoint.save(folder, first + n, tree)
+        save.save(folder, first + n, tree)
     return seen[3 - first :] if first < 3 else seen, reduce.residuals, reduce.shared
 
 

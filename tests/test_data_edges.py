@@ -27,9 +27,9 @@ import torch
 from harness import init_weights, run_ranks
 from test_train import ROOT, go
 
-import checkpoint
 import evaluation
 import sample
+from checkpoint import load as checkpoint
 from data import corpora, dataset, files, foreign, shards
 from data.dataset import Rows, Tokens
 from data.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch import nn
 
-import checkpoint
+from checkpoint import load, save
 from model import GPT, GPTConfig, initial_weight
 from optim.adamw import AdamW
 from optim.muon import Muon
@@ -211,7 +211,7 @@ def resumable(rank, world, folder, first, n, options):
     checkpoint."""
     replicas = DiLoCo(dist.group.WORLD if world > 1 else None, CPU, **options)
     model = replicas.wrap(start())
-    saved = checkpoint.load(folder / f"step-{first:08d}") if first else None
+    saved = load.load(folder / f"step-{first:08d}") if first else None
     initial = functools.partial(initial_weight, model.config)
     replicas.fill(saved.weights("model") if first else initial)
     optimizer = optimizer_of(replicas, model, AdamW, lr=0.01)
@@ -226,7 +226,7 @@ def resumable(rank, world, folder, first, n, options):
     if folder is not None:
         state = state_by_name(optimizer)
         tree = {"model": replicas.weights(), "optim": state if replicas.saves else {}}
-        checkpoint.save(folder, first + n, tree | {"diloco": replicas.tree(state["state"])})
+        save.save(folder, first + n, tree | {"diloco": replicas.tree(state["state"])})
     end = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: s["exp_avg"] for name, s in state_by_name(optimizer)["state"].items()}
     return begin, end, moments, replicas.anchor
@@ -243,7 +243,7 @@ def test_a_resume_goes_on_bitwise_inside_a_round_and_between_two(first, tmp_path
         for part in (1, 2, 3):  # weights, inner state, anchor
             assert all(torch.equal(resumed[part][n], x) for n, x in expected[part].items())
     assert not torch.equal(whole[0][1]["head.weight"], whole[1][1]["head.weight"])
-    files = checkpoint.load(tmp_path / f"step-{first:08d}").names()
+    files = load.load(tmp_path / f"step-{first:08d}").names()
     assert any(name.startswith("diloco/1/weights/") for name in files) == (first == 4)
 
 

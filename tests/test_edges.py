@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import logger
 import outlets
+from checkpoint import load
 
 ROOT = Path(outlets.__file__).parent
 FIRST, LAST = map(int, (os.environ.get("EDGES", "0:60") + ":0").split(":")[:2])
@@ -168,7 +168,7 @@ def test_whatever_happens_is_said_and_the_same_command_goes_on(seed, text, tmp_p
 
         results = two_ranks(tmp_path, words, during)
         said_well(results)
-        assert [status for status, _ in results] == [0, 0] and checkpoint.newest(out) is not None
+        assert [status for status, _ in results] == [0, 0] and load.newest(out) is not None
     elif kind == "kill":
         rank = rng.randrange(2)
 
@@ -186,7 +186,7 @@ def test_whatever_happens_is_said_and_the_same_command_goes_on(seed, text, tmp_p
 
         results = two_ranks(tmp_path, words, during)
         said_well(results)
-        assert [status for status, _ in results] == [0, 0] and checkpoint.newest(out).step == STEPS
+        assert [status for status, _ in results] == [0, 0] and load.newest(out).step == STEPS
     elif kind == "room":
         said_well(two_ranks(tmp_path, words, before=no_room(rng.choice([1, 4, 16, 64]))))
     elif kind == "variable":
@@ -200,7 +200,7 @@ def test_whatever_happens_is_said_and_the_same_command_goes_on(seed, text, tmp_p
             0,
             0,
         ]
-        newest = checkpoint.newest(out).path
+        newest = load.newest(out).path
         if kind == "damage":
             file = rng.choice(sorted(newest.iterdir()))
             file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
@@ -224,7 +224,7 @@ def test_whatever_happens_is_said_and_the_same_command_goes_on(seed, text, tmp_p
             (tmp_path / "text.txt").write_bytes(before)
     again = two_ranks(tmp_path, words)
     if (
-        kind == "damage" and checkpoint.newest(out) is None
+        kind == "damage" and load.newest(out) is None
     ):  # its only checkpoint: said, and not begun anew unasked
         said_well(again)
         again = two_ranks(tmp_path, [*words, "--resume=never"])
@@ -233,4 +233,4 @@ def test_whatever_happens_is_said_and_the_same_command_goes_on(seed, text, tmp_p
         return
     said_well(again)
     assert [status for status, _ in again] == [0, 0], again
-    assert checkpoint.newest(out).step == STEPS
+    assert load.newest(out).step == STEPS

@@ -21,8 +21,8 @@ from harness import run_ranks
 from test_train import ROOT, close, flags, go, rows, trace
 from test_two_nodes import free_port
 
-import checkpoint
 import faults
+from checkpoint import load
 from parallel import mesh as meshes
 
 TEXT = str(ROOT / "model.py")
@@ -86,7 +86,7 @@ def alive(process: int) -> bool:
 def same_end(a, b) -> None:
     """Both runs have the same metrics, and the same bits in their last checkpoint."""
     assert trace(a) == trace(b)
-    a, b = checkpoint.newest(a), checkpoint.newest(b)
+    a, b = load.newest(a), load.newest(b)
     assert a.names() == b.names() and all(torch.equal(a.tensor(n), b.tensor(n)) for n in a.names())
 
 

@@ -13,11 +13,10 @@ import torch.distributed.tensor
 from harness import run_ranks
 from test_train import go, killed_at, killed_at_7, needs_fork, rows
 
-import checkpoint
 import logger
-import position
-import saving
 import spikes
+from checkpoint import early_stopping, load
+from checkpoint import save as saving
 from data import cursor, dataset
 from model import GPT
 
@@ -89,7 +88,7 @@ def events(out_dir, *kinds) -> list[tuple]:
 
 
 def same_checkpoints(a, b, parts=("model/", "training_weights/", "optim/")) -> None:
-    a, b = checkpoint.newest(a), checkpoint.newest(b)
+    a, b = load.newest(a), load.newest(b)
     assert a.step == b.step and a.names() == b.names()
     for name in a.names():
         if name.startswith(parts):
@@ -168,7 +167,7 @@ def test_rollback_is_bitwise_the_run_that_never_saw_the_poisoned_rows(
         end(tmp_path / "faulty") == end(tmp_path / "clean") and len(end(tmp_path / "clean")) == 12
     )
     same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
-    saved = checkpoint.newest(tmp_path / "faulty").tree("progress")
+    saved = load.newest(tmp_path / "faulty").tree("progress")
     assert saved["rows"] == 112 and saved["banned"] == [[48, 63]]
     assert '"to": 6' in (tmp_path / "faulty" / "metrics.jsonl").read_text()
 
@@ -206,7 +205,7 @@ def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, t
     with_fault(0, 1, math.nan, text, tmp_path / "one", *more, "--micro_batch_size=4")
     for out_dir in (tmp_path / "one", tmp_path / "two"):
         assert events(out_dir, "nonfinite", "skip") == [("nonfinite", 8)]
-        before, after = (checkpoint.load(out_dir / f"step-{s:08d}") for s in (7, 8))
+        before, after = (load.load(out_dir / f"step-{s:08d}") for s in (7, 8))
         for name in before.names():
             if name.startswith(("model/", "optim/")):
                 assert torch.equal(before.tensor(name), after.tensor(name)), name
@@ -235,7 +234,7 @@ def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, 
     for out_dir in (tmp_path / "whole", tmp_path / "killed"):
         kind = "nonfinite" if precision == "fp32" else "skip"
         assert events(out_dir, "nonfinite", "skip") == [(kind, 8)]
-        before, after = (checkpoint.load(out_dir / f"step-{s:08d}") for s in (7, 8))
+        before, after = (load.load(out_dir / f"step-{s:08d}") for s in (7, 8))
         assert all(
             torch.equal(w, after.tensor(f"model/{n}")) for n, w in before.tree("model").items()
         )
@@ -272,7 +271,7 @@ def test_a_skipped_step_leaves_no_trace_in_what_compression_owes(tmp_path, text)
     ]
     run_ranks(2, residuals_after_nan, True, text, tmp_path, *more)
     before, after = (
-        checkpoint.load(tmp_path / f"step-{s:08d}").tree("replicas/residuals") for s in (7, 8)
+        load.load(tmp_path / f"step-{s:08d}").tree("replicas/residuals") for s in (7, 8)
     )
     assert before.keys() == {"0", "1"}
     for rank in before:
@@ -308,7 +307,7 @@ def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch, 
             "--async_save=false",
             f"--keep={keep}",
         )
-    assert checkpoint.newest(tmp_path).step == 7 and len(events(tmp_path, "save_failed")) > 1
+    assert load.newest(tmp_path).step == 7 and len(events(tmp_path, "save_failed")) > 1
 
 
 def test_what_was_saved_after_the_state_a_rollback_goes_back_to_is_gone(
@@ -321,7 +320,7 @@ def test_what_was_saved_after_the_state_a_rollback_goes_back_to_is_gone(
     with pytest.raises(KeyboardInterrupt):
         go(text, tmp_path / "faulty", *more)
     monkeypatch.undo()
-    assert checkpoint.newest(tmp_path / "faulty").step == 5  # 7 was there
+    assert load.newest(tmp_path / "faulty").step == 5  # 7 was there
     go(text, tmp_path / "faulty", *more)
     assert end(tmp_path / "faulty") == end(tmp_path / "clean")
     same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
@@ -336,23 +335,24 @@ def stop_after(method):
 
 
 def test_a_best_that_cannot_be_saved_or_read_ends_no_run(tmp_path, text, monkeypatch):
-    save = checkpoint.save
+    save = saving.save
 
     def fails(folder, *more, **named):
         if folder.name == "best":
             raise OSError(28, "No space left on device")
         return save(folder, *more, **named)
 
-    monkeypatch.setattr(checkpoint, "save", fails)
+    monkeypatch.setattr(load, "save", fails)
     go(text, tmp_path / "a", "--patience=9", "--eval_every=4")
     assert (
-        len(events(tmp_path / "a", "save_failed")) == 4
-        and checkpoint.newest(tmp_path / "a").step == 12
+        len(events(tmp_path / "a", "save_failed")) == 4 and load.newest(tmp_path / "a").step == 12
     )
     monkeypatch.undo()
-    monkeypatch.setattr(position.Best, "path", property(lambda self: self.folder / "step-77777777"))
+    monkeypatch.setattr(
+        early_stopping.Best, "path", property(lambda self: self.folder / "step-77777777")
+    )
     stop_early(0, 1, LOSSES, text, tmp_path / "b", "--patience=3", "--eval_every=1", "--steps=8")
-    assert checkpoint.newest(tmp_path / "b").step == 5
+    assert load.newest(tmp_path / "b").step == 5
 
 
 def test_without_a_guard_nan_ends_the_training(tmp_path, text):
@@ -378,7 +378,7 @@ def test_a_rollback_before_anything_was_saved_skips_and_bans(tmp_path, text):
     poisoned(math.nan)
     go(text, tmp_path, "--on_nonfinite=rollback", "--monitor.ring=0", "--save_every=8")
     assert events(tmp_path, "nonfinite", "skip", "rollback") == [("nonfinite", 8), ("skip", 8)]
-    saved = checkpoint.newest(tmp_path).tree("progress")
+    saved = load.newest(tmp_path).tree("progress")
     assert saved["rows"] == 96 and saved["banned"] == [[56, 63]]
 
 
@@ -408,7 +408,7 @@ def test_a_spike_and_what_is_not_finite_have_policies_of_their_own(tmp_path, tex
         ):
             go(text, out, *more, f"--on_spike={spike}", f"--on_nonfinite={nonfinite}")
         assert events(out, "spike", "nonfinite", "rollback") == told
-        assert checkpoint.newest(out).step == (30 if abort else 34)
+        assert load.newest(out).step == (30 if abort else 34)
 
 
 def test_a_branch_keeps_bans_for_the_same_data_alone(tmp_path, text):
@@ -417,20 +417,20 @@ def test_a_branch_keeps_bans_for_the_same_data_alone(tmp_path, text):
     other.write_text(Path(text).read_text()[::-1])
     go(text, tmp_path / "a", "--on_nonfinite=rollback", "--monitor.ring_every=5")
     dataset.Rows.__call__, GPT.forward = TAKE, FORWARD
-    assert checkpoint.newest(tmp_path / "a").tree("progress")["banned"] == [[40, 63]]
+    assert load.newest(tmp_path / "a").tree("progress")["banned"] == [[40, 63]]
     for name, kept in ((text, [[40, 63]]), (str(other), [])):
         out = tmp_path / Path(name).stem
         go(name, out, f"--resume={tmp_path / 'a'}", "--steps=14", "--lr=0.01")
-        assert checkpoint.newest(out).tree("progress")["banned"] == kept
+        assert load.newest(out).tree("progress")["banned"] == kept
 
 
 def test_abort_saves_says_why_and_the_same_command_with_skip_goes_on(tmp_path, text, capsys):
     poisoned(math.nan)
     with pytest.raises(spikes.Aborted, match="step 8: loss nan; likely overflow. What helps: look"):
         go(text, tmp_path, "--on_nonfinite=abort")
-    assert checkpoint.newest(tmp_path).step == 7
+    assert load.newest(tmp_path).step == 7
     go(text, tmp_path, "--on_nonfinite=skip")
-    assert checkpoint.newest(tmp_path).step == 12 and events(tmp_path, "nonfinite")[-1] == (
+    assert load.newest(tmp_path).step == 12 and events(tmp_path, "nonfinite")[-1] == (
         "nonfinite",
         8,
     )
@@ -444,10 +444,8 @@ def test_a_run_that_stays_broken_ends_by_itself(tmp_path, text):
     )
     with pytest.raises(spikes.Aborted, match="as in 5 steps in a row"):
         go(text, tmp_path, "--steps=40", "--monitor.accept=5")
-    assert checkpoint.newest(tmp_path).step == 4  # weights as they were, never NaN
-    assert all(
-        weight.isfinite().all() for weight in checkpoint.newest(tmp_path).tree("model").values()
-    )
+    assert load.newest(tmp_path).step == 4  # weights as they were, never NaN
+    assert all(weight.isfinite().all() for weight in load.newest(tmp_path).tree("model").values())
 
 
 @pytest.mark.parametrize("policy", ["clip", "lr_cut"])
@@ -473,7 +471,7 @@ def test_clip_and_lr_cut_reach_the_update(tmp_path, text, policy):
     ):
         assert found[step]["lr"] == pytest.approx(expected)
     for step in (25, 26, 27, 30, 31):
-        a, b = (checkpoint.load(tmp_path / f"step-{s:08d}").tree("model") for s in (step - 1, step))
+        a, b = (load.load(tmp_path / f"step-{s:08d}").tree("model") for s in (step - 1, step))
         moved = (
             math.sqrt(sum(float((a[n] - b[n]).double().square().sum()) for n in a))
             / found[step]["lr"]
@@ -522,8 +520,8 @@ def test_the_best_weights_come_back_and_training_can_go_on(tmp_path, text, ranks
     out = tmp_path / "stopped"
     for result in run_ranks(ranks, stop_early, LOSSES, text, out, *more, "--patience=3"):
         assert result["step"] == 5
-    best, last = checkpoint.newest(out / "best"), checkpoint.newest(out)
-    at_2 = checkpoint.load(out / "step-00000002")
+    best, last = load.newest(out / "best"), load.newest(out)
+    at_2 = load.load(out / "step-00000002")
     assert best.step == 2 and last.step == 5 and [*(out / "best").iterdir()] == [best.path]
     for name, weight in best.tree("model").items():
         assert torch.equal(weight, at_2.tensor(f"model/{name}")), name
@@ -540,7 +538,7 @@ def test_patience_with_improving_losses_changes_nothing(tmp_path, text):
     stop_early(0, 1, [9.0 - i for i in range(9)], text, tmp_path / "a", *more)
     go(text, tmp_path / "b", "--eval_every=0", "--steps=8")
     assert end(tmp_path / "a") == end(tmp_path / "b")
-    assert checkpoint.newest(tmp_path / "a" / "best").step == 8
+    assert load.newest(tmp_path / "a" / "best").step == 8
 
 
 def test_the_guard_s_events_name_rows_cause_and_remedy(tmp_path, text):

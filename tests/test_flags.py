@@ -8,12 +8,12 @@ import torch
 from harness import run_ranks
 from test_train import go, rows, trace
 
-import checkpoint
 import config
 import evaluation
 import monitor
 import settings
 import train
+from checkpoint import load as checkpoint
 from data import corpora, dataset
 from model import GPT, GPTConfig
 from optim import param_groups

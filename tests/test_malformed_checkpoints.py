@@ -19,9 +19,9 @@ import torch
 from harness import run_ranks
 from test_train import go, trace
 
-import checkpoint
-import saving
-from checkpoint import CheckpointDamaged, Slice, load, newest, resolve
+from checkpoint import save
+from checkpoint.load import CheckpointDamaged, load, newest, resolve
+from checkpoint.slices import Slice
 
 FILES = ["index.json", "rank_0.safetensors", "rank_1.safetensors"]
 
@@ -41,7 +41,7 @@ def save_two(rank, world, out_dir):
             "progress": {"rows": 8 * step, "loss": float("nan")},
             "fp8": torch.ones(4).to(torch.float8_e4m3fn),
         }
-        checkpoint.save(out_dir, step, tree)
+        save.save(out_dir, step, tree)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,9 @@ def reseal(path, body) -> None:
     for file, facts in body["files"].items() if isinstance(body.get("files"), dict) else ():
         if (path / str(file)).is_file() and isinstance(facts, dict):
             data = (path / file).read_bytes()
-            facts |= {"sha256": saving.sha256(data), "bytes": len(data)}
-    sealed = {"body": body, "sha256": saving.sha256(saving.as_json(body))}
-    (path / "index.json").write_bytes(saving.as_json(sealed))
+            facts |= {"sha256": save.sha256(data), "bytes": len(data)}
+    sealed = {"body": body, "sha256": save.sha256(save.as_json(body))}
+    (path / "index.json").write_bytes(save.as_json(sealed))
 
 
 def deep(n: int, kind=list):
@@ -257,7 +257,7 @@ def test_a_forged_header_of_a_file_is_refused_or_holds_the_very_same_tensors(goo
             file.write_bytes(size.to_bytes(8, "little") + data[8:])
         elif i % 3 == 1:
             label = i, *structure_changed(header, rng)
-            new = saving.as_json(header)
+            new = save.as_json(header)
             file.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + size :])
         else:
             label = i, "bytes"
@@ -326,7 +326,7 @@ def test_a_folder_that_only_looks_like_a_later_checkpoint_is_passed_over(
     FOLDERS[what](run, name)
     said = []
     assert newest(run, said.append).path.name == "step-00000002" and len(said) < 2
-    checkpoint.prune(run, 1, upto=2)
+    save.prune(run, 1, upto=2)
     assert newest(run, said.append).path.name == "step-00000002"
 
 

@@ -17,7 +17,7 @@ import torch.distributed.tensor
 from harness import run_ranks
 from torch import nn
 
-import checkpoint
+from checkpoint import load, save
 from optim.adamw import AdamW
 from optim.muon import Muon
 from optim.param_groups import load_state_by_name, param_groups, state_by_name
@@ -557,7 +557,7 @@ def local(rank, world, first, n, folder, options):
     replicas = DiLoCo(dist.group.WORLD, CPU, **options)
     model, optimizer = start(replicas, "adamw")
     if first:
-        saved = checkpoint.load(folder / f"step-{first:08d}")
+        saved = load.load(folder / f"step-{first:08d}")
         replicas.fill(saved.weights("model"))
         own = replicas.load(lambda part: saved.tree(f"diloco/{part}", missing={}))
         groups = saved.tree("optim/groups")
@@ -567,7 +567,7 @@ def local(rank, world, first, n, folder, options):
     if folder is not None:
         state = state_by_name(optimizer)
         tree = {"model": replicas.weights(), "optim": state if replicas.saves else {}}
-        checkpoint.save(folder, first + n, tree | {"diloco": replicas.tree(state["state"])})
+        save.save(folder, first + n, tree | {"diloco": replicas.tree(state["state"])})
     named = {name: p.detach().clone() for name, p in model.named_parameters()}
     return named, replicas.anchor, replicas.outer_momentum
 

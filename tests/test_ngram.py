@@ -8,9 +8,9 @@ import torch
 from harness import init_weights, run_ranks
 from test_train import go, rows
 
-import checkpoint
 import config
 import sample
+from checkpoint import __main__, load
 from data import corpora
 from layers import ngram
 from layers.generation import generate
@@ -179,7 +179,7 @@ def test_a_run_starts_where_counting_ends_and_ranks_and_resume_change_nothing(tm
     go(text, tmp_path / "parts", *more, "--steps=6", "--schedule=constant")
     go(text, tmp_path / "parts", *more, "--steps=12", "--schedule=constant")
     go(text, tmp_path / "whole", *more, "--steps=12", "--schedule=constant")
-    a, b = (checkpoint.newest(tmp_path / name) for name in ("parts", "whole"))
+    a, b = (load.newest(tmp_path / name) for name in ("parts", "whole"))
     assert all(torch.equal(w, b.tensor(f"model/{n}")) for n, w in a.tree("model").items())
     go(text, tmp_path / "none", *more, "--ngram=none")
     assert one[1]["loss"] < 0.75 * rows(tmp_path / "none")[1]["loss"]
@@ -192,7 +192,7 @@ def test_sample_counts_again_and_says_when_the_text_is_another(tmp_path, text, c
     model, _ = sample.load(str(tmp_path / "run"))
     corpus = corpora.load(str(own), "bytes", str(tmp_path))
     same = GPT(model.config)
-    checkpoint.newest(tmp_path / "run").load_weights(same)
+    load.newest(tmp_path / "run").load_weights(same)
     NGrams(corpus.train.slice(0, len(corpus.train)), 4, 256).add_to(same)
     x = torch.arange(10)[None] + 97
     assert torch.equal(model(x), same.eval()(x))
@@ -211,7 +211,7 @@ def test_weights_that_need_the_counts_say_so(tmp_path, text, capsys):
     go(text, tmp_path / "a", "--ngram=4", "--steps=2")
     go(text, tmp_path / "b", f"--init_from={tmp_path / 'a'}", "--steps=1")
     assert "learned on top of counted n-grams" in capsys.readouterr().out
-    checkpoint.main(["export", str(tmp_path / "a"), str(tmp_path / "w.safetensors")])
+    __main__.main(["export", str(tmp_path / "a"), str(tmp_path / "w.safetensors")])
     assert "no language model" in capsys.readouterr().out
     go(text, tmp_path / "c", f"--init_from={tmp_path / 'a'}", "--steps=1", "--ngram=4")
     assert "on top of" not in capsys.readouterr().out

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import evaluation
 import logger
 import outlets
 import resume
+from checkpoint import load
 
 ROOT = Path(outlets.__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -184,7 +184,7 @@ def test_a_run_whose_reader_goes_away_ends_well_and_saves(text, tmp_path, merged
     writer.stdout.close()
     error = "" if merged else writer.stderr.read()
     assert writer.wait(120) == 0 and "Broken" not in error
-    assert checkpoint.newest(out).step == 30
+    assert load.newest(out).step == 30
     assert max(row["step"] for row in logger.read_metrics(out / "metrics.jsonl")) == 30
     assert "nobody reads the terminal" in (out / "train.log").read_text(encoding="utf-8")
 
@@ -210,7 +210,7 @@ def test_a_closed_terminal_saves_unless_nohup_said_not_to_care(text, tmp_path, i
         run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 0
     last = json.loads(metrics.read_text().splitlines()[-1])
-    assert last["event"] == "save" and checkpoint.newest(out).step == last["step"]
+    assert last["event"] == "save" and load.newest(out).step == last["step"]
 
 
 @posix
@@ -232,7 +232,7 @@ def test_a_stop_during_a_long_evaluation_saves_at_once(tmp_path):
     time.sleep(0.5)
     run.send_signal(signal.SIGTERM)
     assert run.wait(20) == 0
-    assert checkpoint.newest(out).step == 4
+    assert load.newest(out).step == 4
     assert not [row for row in logger.read_metrics(metrics) if "val_loss" in row]
 
 

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
+from checkpoint.early_stopping import Best
 from data.cursor import Position
-from position import Best
 
 
 def test_batches_are_those_of_a_naive_list_without_the_banned_rows():

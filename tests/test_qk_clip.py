@@ -9,10 +9,10 @@ import torch
 from harness import init_weights
 from test_train import go
 
-import checkpoint
 import config
 import qk_clip
 import watch
+from checkpoint import load
 from layers.generation import generate
 from model import GPT, GPTConfig
 from optim import param_groups
@@ -186,9 +186,7 @@ def test_a_resumed_run_is_the_same_bits(tmp_path, text):
     flags = ["--qk_norm=false", "--qk_clip=0.01", "--zero_init=false", "--schedule=constant"]
     for run, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         go(text, tmp_path / run, *flags, f"--steps={steps}", "--save_every=2")
-    whole, parts = (
-        checkpoint.newest(tmp_path / run).weights("model") for run in ("whole", "parts")
-    )
+    whole, parts = (load.newest(tmp_path / run).weights("model") for run in ("whole", "parts"))
     for name in ("blocks.0.attn.q.weight", "blocks.1.attn.k.weight"):
         assert torch.equal(whole(name, (32, 32)), parts(name, (32, 32)))
 

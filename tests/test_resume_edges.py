@@ -17,14 +17,13 @@ import torch
 from harness import run_ranks
 from test_train import rows
 
-import checkpoint
 import config
 import logger
 import resume
-import saving
 import settings
 import train
-from checkpoint import resolve
+from checkpoint import load, save
+from checkpoint.load import resolve
 
 ROOT = Path(train.__file__).parent
 TINY = [
@@ -48,7 +47,7 @@ def start(*argv) -> dict:
 
 def saved(run) -> dict:
     """The settings in its newest checkpoint, but for the folder that it is in."""
-    tree = checkpoint.newest(run).tree("config")
+    tree = load.newest(run).tree("config")
     return {name: value for name, value in tree.items() if name not in ("out_dir", "cwd", "resume")}
 
 
@@ -199,8 +198,8 @@ def test_a_checkpoint_that_says_less_of_its_settings_is_resumed(tmp_path, parent
     path = out / "step-00000004" / "index.json"
     body = json.loads(path.read_bytes())["body"]
     del body["tree"]["config"][key]
-    path.write_bytes(saving.as_json({"body": body, "sha256": saving.sha256(saving.as_json(body))}))
-    data = checkpoint.load(path.parent).tree("config/data")
+    path.write_bytes(save.as_json({"body": body, "sha256": save.sha256(save.as_json(body))}))
+    data = load.load(path.parent).tree("config/data")
     start(*TINY, f"--data={data}", f"--out_dir={out}", "--steps=5", "--save_every=1")
     assert sorted(rows(out)) == [1, 2, 3, 4, 5]
 
@@ -227,7 +226,7 @@ def test_a_deleted_checkpoint_is_not_called_cut_short(tmp_path, parent):
             and "cut short" not in text
         )
     with pytest.raises(ValueError, match="not there"):
-        checkpoint.load(parent / "step-00000001")
+        load.load(parent / "step-00000001")
 
 
 FOREIGN = {
@@ -411,7 +410,7 @@ def test_paths_in_advice_are_quoted(tmp_path, prose, parent):
     said = refused(*TINY, "--data=python", f"--out_dir={out}")
     start(*TINY, *advice(said), f"--out_dir={out}", "--steps=5", "--save_every=1")
     best = tmp_path / "the best"
-    checkpoint.save(best, 3, {"model": {"w": torch.zeros(2)}, "config": {"resume": "auto"}})
+    save.save(best, 3, {"model": {"w": torch.zeros(2)}, "config": {"resume": "auto"}})
     assert advice(refused(f"--resume={best}", f"--out_dir={tmp_path}/x")) == [f"--init_from={best}"]
 
 

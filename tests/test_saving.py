@@ -18,12 +18,12 @@ from harness import run_ranks
 from test_checkpoint import grid, in_a_fork, leftovers, needs_fork, random_bits, raw, steps
 from test_train import go, trace
 
-import checkpoint
 import logger
-import saving
-from checkpoint import Slice, newest, prune, save
-from saving import Saver
-from slices import DTYPES, copied
+from checkpoint import load
+from checkpoint import save as saving
+from checkpoint.load import newest
+from checkpoint.save import Saver, prune, save
+from checkpoint.slices import DTYPES, Slice, copied
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_saving_does_not_mix_with_the_collectives_of_training(tmp_path):
     steps_saved = [5, 10, 15, 20, 25, 30, 30]
     assert run_ranks(3, save_beside_collectives, tmp_path) == [(True, steps_saved)] * 3
     for step in (25, 30):
-        saved = checkpoint.load(tmp_path / f"step-{step:08d}")
+        saved = load.load(tmp_path / f"step-{step:08d}")
         assert all((saved.tensor(f"w/{r}") == step).all() for r in range(3))
 
 
@@ -370,9 +370,7 @@ def test_a_run_is_bitwise_the_same_and_saves_the_same_in_the_background(tmp_path
         assert events(tmp_path / how) == [(5, "save"), (10, "save"), (12, "save")]
     assert trace(tmp_path / "true") == trace(tmp_path / "false")
     for step in (5, 10, 12):
-        one, two = (
-            checkpoint.load(tmp_path / how / f"step-{step:08d}") for how in ("true", "false")
-        )
+        one, two = (load.load(tmp_path / how / f"step-{step:08d}") for how in ("true", "false"))
         assert one.names() == two.names()
         assert all(raw(one.tensor(name)) == raw(two.tensor(name)) for name in one.names())
 

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from test_train import ROOT, flags, go
 
-import checkpoint
 import choices
 import config
 import logger
 import sample
 import train
+from checkpoint import load as checkpoint
 from data import corpora, download
 from data.tokenizer import Tokenizer
 

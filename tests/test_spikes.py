@@ -18,6 +18,8 @@ from harness import run_ranks
 from torch import nn
 
 import spikes
+from checkpoint import snapshots
+from checkpoint.snapshots import Ring
 from model import GPT, GPTConfig, initial_weight
 from optim.adamw import AdamW
 from optim.muon import Muon
@@ -25,7 +27,7 @@ from optim.param_groups import param_groups
 from optim.schedule_free import AdamWScheduleFree
 from parallel.ddp import DDP
 from precision.loss_scale import LossScaler
-from spikes import Guard, Ring
+from spikes import Guard
 
 CURVES = {
     line.split(",")[0]: [float(x) for x in line.split(",")[1:]]
@@ -578,7 +580,9 @@ def on_layout(rank, world, folder, classes):
                     *(p for g in optimizer.param_groups for p in g["params"]),
                 ]
                 found = [
-                    spikes.local(p) for p in params if spikes.local(p).untyped_storage().nbytes()
+                    snapshots.local(p)
+                    for p in params
+                    if snapshots.local(p).untyped_storage().nbytes()
                 ]
                 found += [x for named in optimizer.state.values() for x in named.values()]
                 return repr([x.tolist() if torch.is_tensor(x) else x for x in found])

@@ -13,11 +13,11 @@ import pytest
 import torch
 from harness import init_weights, run_ranks
 
-import checkpoint
 import config
 import logger
 import resume
 import train
+from checkpoint import load
 
 ROOT = Path(train.__file__).parent
 CLASSES = [
@@ -160,7 +160,7 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
         with torch.no_grad():
             for p in model.parameters():
                 p -= lr * p.grad
-    saved = checkpoint.newest(tmp_path)
+    saved = load.newest(tmp_path)
     for name, p in model.named_parameters():
         torch.testing.assert_close(
             saved.tensor(f"model/{name}"), p.detach(), rtol=1e-10, atol=1e-12
@@ -181,7 +181,7 @@ def test_schedule_free_is_evaluated_and_saved_at_x_and_looking_changes_nothing(
     go(text, tmp_path / "often", f"--optim={optim}", "--eval_every=1", "--save_every=1")
     go(text, tmp_path / "never", f"--optim={optim}", "--eval_every=0", "--save_every=0")
     assert trace(tmp_path / "often") == trace(tmp_path / "never")
-    saved = checkpoint.newest(tmp_path / "often")
+    saved = load.newest(tmp_path / "often")
     x, y = saved.tree("model"), saved.tree("training_weights")
     assert x.keys() == y.keys() and not torch.equal(x["embed.weight"], y["embed.weight"])
     go(text, tmp_path / "from", f"--init_from={tmp_path / 'often'}", "--steps=1")
@@ -217,7 +217,7 @@ def test_lr_follows_the_batch_and_momentum_warms_up(tmp_path, text):
     go(text, tmp_path / "plain", "--steps=4")
     a, b = rows(tmp_path / "short"), rows(tmp_path / "plain")
     assert a[1]["loss"] == b[1]["loss"] and a[4]["loss"] != b[4]["loss"]
-    groups = checkpoint.newest(tmp_path / "short").tree("optim/groups")
+    groups = load.newest(tmp_path / "short").tree("optim/groups")
     assert groups["matrix"]["momentum"] == 0.95
     with pytest.raises(ValueError, match="no momentum"):
         go(text, tmp_path / "adamw", "--optim=adamw", "--momentum_warmup=2")
@@ -312,7 +312,7 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
         and len(trace(tmp_path / "whole")) == 12
     )
     assert rows(tmp_path / "killed", "val_loss").keys() == {0, 6, 12}
-    assert_same_bits(*(checkpoint.newest(tmp_path / name).tree() for name in ("killed", "whole")))
+    assert_same_bits(*(load.newest(tmp_path / name).tree() for name in ("killed", "whole")))
 
 
 LAYOUTS = [
@@ -364,7 +364,7 @@ def test_killed_on_two_ranks_and_resumed_is_bitwise_the_uninterrupted_run(tmp_pa
         trace(tmp_path / "killed") == trace(tmp_path / "whole")
         and len(trace(tmp_path / "whole")) == 12
     )
-    assert_same_bits(*(checkpoint.newest(tmp_path / name).tree() for name in ("killed", "whole")))
+    assert_same_bits(*(load.newest(tmp_path / name).tree() for name in ("killed", "whole")))
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -397,7 +397,7 @@ def test_diloco_at_one_inner_step_without_momentum_is_the_plain_run(tmp_path, te
 def test_compression_goes_on_with_other_replicas_and_says_so(tmp_path, text, capfd):
     more = ["--compress=topk", "--compress.fraction=0.05", "--optim=adamw", "--schedule=constant"]
     run_ranks(2, on_ranks, text, tmp_path, *more, "--steps=6")
-    owed = [checkpoint.newest(tmp_path).tree(f"replicas/residuals/{r}") for r in range(2)]
+    owed = [load.newest(tmp_path).tree(f"replicas/residuals/{r}") for r in range(2)]
     run_ranks(4, on_ranks, text, tmp_path, *more, "--steps=7", "--save_every=1")
     assert "2 replicas were saved, now there are 4" in capfd.readouterr().out
     assert len(rows(tmp_path)) == 7 and all(
@@ -434,7 +434,7 @@ def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, 
         go(text, tmp_path / "stopped")["step"] == 8
     )  # the signal arrives in step 8, which is finished first
     assert signal.getsignal(signal.SIGTERM) is before
-    assert checkpoint.newest(tmp_path / "stopped").step == 8
+    assert load.newest(tmp_path / "stopped").step == 8
     monkeypatch.undo()
     go(text, tmp_path / "stopped")
     assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
@@ -454,7 +454,7 @@ def stopped_on_rank_1(rank, world, *args):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, text):
     assert run_ranks(2, stopped_on_rank_1, text, tmp_path) == [1, 1]
-    assert checkpoint.newest(tmp_path).step == 1
+    assert load.newest(tmp_path).step == 1
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, text, capsys):
@@ -485,7 +485,7 @@ def test_never_sets_the_old_run_aside(tmp_path, text):
     go(text, tmp_path, "--resume=never", "--seed=2")
     assert trace(tmp_path) != old and rows(tmp_path).keys() == set(range(1, 13))
     (aside,) = tmp_path.glob("earlier-*")
-    assert trace(aside) == old and checkpoint.newest(aside).step == 12
+    assert trace(aside) == old and load.newest(aside).step == 12
 
 
 def test_a_branch_decays_from_a_stable_checkpoint(tmp_path, text):

@@ -10,7 +10,8 @@ from harness import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import load, save
+from checkpoint.load import load
+from checkpoint.save import save
 from layers.generation import generate
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups

@@ -24,46 +24,29 @@ other one saved:
 A save writes .tmp-step-N, syncs it to the disk, renames it, and only then deletes old ones: killed
 at any moment, the run keeps a good checkpoint. All ranks see the same OUT_DIR; only the holder of
 its RunLock saves.
-
-    python checkpoint.py list RUN | show CHECKPOINT
-    python checkpoint.py export RUN OUT.safetensors     the weights alone, in one file
-    python checkpoint.py export RUN FOLDER              the same in torch.distributed.checkpoint's form
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import os
-import re
 import stat
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from saving import FOLDER, FORMAT, as_json, drop_after, found, prune, save, sha256, write_tensors
-from slices import DTYPES, TENSOR, Slice, boxed, check, inside, walk, within
-
-__all__ = [
-    "FOLDER",
-    "DTYPES",
-    "Slice",
-    "Checkpoint",
-    "CheckpointDamaged",
-    "before",
-    "boxed",
-    "drop_after",
-    "load",
-    "newest",
-    "prune",
-    "reading",
-    "resolve",
-    "save",
-]
-FILE = re.compile(r"rank_[0-9]+\.safetensors")
+from checkpoint.foreign import foreign
+from checkpoint.save import (
+    FILE,
+    FOLDER,
+    FORMAT,
+    as_json,
+    found,
+    sha256,
+)
+from checkpoint.slices import DTYPES, TENSOR, check, inside, walk, within
 
 
 class CheckpointDamaged(ValueError):
@@ -332,43 +315,6 @@ def missing(path: Path) -> str:
     return f"{why}; there are {', '.join(str(p) for _, _, p in there)}"
 
 
-# How others name what they save, and what it is.
-FILES = {
-    ".safetensors": "a safetensors file",
-    ".pt": "a file of torch.save, such as nanoGPT's ckpt.pt",
-    ".pth": "a file of torch.save",
-    ".ckpt": "a file of torch.save",
-    ".gguf": "a GGUF file",
-    ".bin": "a file of torch.save, or of tokens",
-}
-FOLDERS = {
-    "zero_to_fp32.py": "a checkpoint of DeepSpeed",
-    "ckpt.pt": "a run of nanoGPT",
-    ".metadata": "a checkpoint of torch.distributed.checkpoint",
-}
-FOLDERS |= {
-    name: "a model of Hugging Face"
-    for name in (
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "adapter_config.json",
-    )
-}
-
-
-def foreign(path: Path) -> str:
-    """What others' files at `path` are, as the middle of a sentence; "" where nothing is known."""
-    if path.is_file() and (FILE.fullmatch(path.name) or path.name == "index.json"):
-        return f"is a part of the checkpoint {path.parent}"
-    names = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    known = [what for name, what in FOLDERS.items() if name in names]
-    known += [f"a folder with {FILES[x]}" for x in FILES if any(Path(n).suffix == x for n in names)]
-    what = FILES.get(path.suffix) if path.is_file() else next(iter(known), None)
-    return f"is {what}, and others' weights are not read yet" if what else ""
-
-
 @contextlib.contextmanager
 def reading(path):
     """Around code that takes up a checkpoint's tree: ValueError where that is not what this program
@@ -382,62 +328,3 @@ def reading(path):
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
-def main(args):
-    match args:
-        case ["list", run] if found(run):
-            for step, _, path in found(run):
-                try:
-                    state = f"intact, {len(load(path).names())} tensors"
-                except ValueError as e:
-                    state = str(e)
-                size = sum(f.stat().st_size for f in path.iterdir())
-                print(f"step {step:>8}  {size / 2**20:10.1f} MiB  {state}")
-        case ["list", run]:
-            raise ValueError(f"{run} holds no checkpoints")
-        case ["show", path]:
-            checkpoint = resolve(path)
-
-            def show(name, leaf):
-                if leaf == TENSOR:
-                    e = checkpoint._tensors[name]
-                    size = math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
-                    leaf = (
-                        f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
-                    )
-                print(f"{name}: {leaf['$'] if isinstance(leaf, dict) else leaf}")
-
-            walk(checkpoint._tree, show)
-        case ["export", run, out]:
-            checkpoint = resolve(run)
-            weights = checkpoint.tree("model")
-            if checkpoint.tree("config", missing={}).get("ngram"):
-                print(
-                    "these weights learned on top of counted n-grams (--ngram), and without them"
-                    " they are no language model"
-                )
-            if out.endswith(".safetensors"):
-                write_tensors(f"{out}.tmp", weights)
-                os.replace(f"{out}.tmp", out)
-            else:
-                from torch.distributed import checkpoint as dcp
-
-                if Path(out).exists():
-                    raise ValueError(
-                        f"{out} is there already; give a new folder, or a name in .safetensors"
-                    )
-                dcp.save({"model": weights}, checkpoint_id=out, no_dist=True)
-            print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
-        case _:
-            raise ValueError(
-                "say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER)"
-            )
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        print(f"checkpoint.py: {e}", file=sys.stderr)
-        sys.exit(2)

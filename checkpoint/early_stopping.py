@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint
+from checkpoint import save
 
 
 class Best:
@@ -27,11 +27,11 @@ class Best:
         better = math.isfinite(val_loss) and val_loss < bound
         if better:
             try:
-                checkpoint.save(self.folder, step, tree(), keep=1)
+                save.save(self.folder, step, tree(), keep=1)
             except OSError as error:
                 self.events.append({"step": step, "event": "save_failed", "text": str(error)})
                 return False
-            checkpoint.drop_after(self.folder, step)  # of before a rollback
+            save.drop_after(self.folder, step)  # of before a rollback
             s |= {"loss": val_loss, "step": step, "bad": 0}
         s["bad"], s["last"] = s["bad"] + (not better and step > s["last"]), max(step, s["last"])
         return better

@@ -43,12 +43,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from slices import DTYPE_NAMES, copied, merge, to_json, walk
+from checkpoint.slices import DTYPE_NAMES, copied, merge, to_json, walk
 
 FORMAT = 1
 # Replacing a checkpoint takes two renames; a kill between them leaves the old, still good one as
 # .old-step-N.
 FOLDER = re.compile(r"(\.old-)?step-([0-9]{8}|[1-9][0-9]{8,})")
+FILE = re.compile(r"rank_[0-9]+\.safetensors")
 STALE = re.compile(r"\.tmp-(\.old-)?step-[0-9]{8,}")
 
 

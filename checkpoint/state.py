@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+from checkpoint import load as checkpoint
+from checkpoint import slices
+from checkpoint.save import Saver
 from optim import param_groups
 from parallel import tensor
 from parallel.mesh import Mesh
-from saving import Saver
 
 
 class State:
@@ -61,13 +62,13 @@ class State:
 
     def weights(self) -> dict:
         """What the model holds now, for a checkpoint."""
-        return checkpoint.boxed(self.replicas.weights(), tensor.boxes(self.cuts))
+        return slices.boxed(self.replicas.weights(), tensor.boxes(self.cuts))
 
     @contextlib.contextmanager
     def tree(self):
         """This rank's part of a checkpoint. It is not a copy, and holds inside alone."""
         state = param_groups.state_by_name(self.optimizer)
-        state["state"] = checkpoint.boxed(state["state"], self.boxes)
+        state["state"] = slices.boxed(state["state"], self.boxes)
         tree = {name: part.tree() for name, part in self.kept.items()}
         tree |= {"rng": {str(self.mesh.rank): torch.get_rng_state()}}
         tree |= {"optim": state} if self.replicas.counts else {}
@@ -75,7 +76,7 @@ class State:
             tree["replicas"] = self.replicas.tree(state["state"])
         with self.outside() as training:
             if training and self.replicas.counts:
-                tree["training_weights"] = checkpoint.boxed(training, self.boxes)
+                tree["training_weights"] = slices.boxed(training, self.boxes)
             yield tree | {"model": self.weights()}
 
     def load(self, saved: checkpoint.Checkpoint, names=None) -> None:

@@ -1,0 +1,1 @@
+"""A run on the disk: saved, verified, and loaded on any layout."""
