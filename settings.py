@@ -297,7 +297,7 @@ class Config:
     )
     watch_every: int | None = knob(
         None,
-        "steps between rows with attention logits, log Z, sizes of updates (watch.py)",
+        "steps between rows with attention logits, log Z, sizes of updates (metrics/watch.py)",
         FREE,
         least=1,
     )

@@ -46,8 +46,8 @@ import proposals
 import resume
 import sweep_folder
 import sweep_results
-from outlets import complain
-from outlets import print_line as say
+from metrics.outlets import complain
+from metrics.outlets import print_line as say
 from settings import FIELDS, update
 from trials import OVER, Trial, flags
 

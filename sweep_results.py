@@ -13,7 +13,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from logger import short
+from metrics.logger import short
 from trials import STATUSES as ORDER
 from trials import flags
 

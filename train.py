@@ -25,20 +25,18 @@ import config
 import evaluation
 import faults
 import introduction
-import logger
-import monitor
-import outlets
 import resume
 import schedules
 import settings
 import spikes
-import watch
 from checkpoint import load, state
 from checkpoint import save as saving
 from checkpoint.early_stopping import Best
 from data import corpora, dataset
 from data.cursor import Position
 from memory import activation_checkpoint
+from metrics import flops as monitor
+from metrics import logger, outlets, plot, watch
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
@@ -424,7 +422,7 @@ def main(cfg: settings.Config) -> dict:
             )
         log.say(f"---- a sample ----{text}\n------------------")
     if cfg.plot and done and is_main and step > 1:  # one point is no curve
-        logger.plot(out_dir, out_dir / "loss.png")
+        plot.plot(out_dir, out_dir / "loss.png")
     stop.close()
     log.close()
     leave(latest)

@@ -23,8 +23,8 @@ import subprocess
 from pathlib import Path
 
 import config
-import logger
 from checkpoint.save import FOLDER
+from metrics import logger
 
 try:
     import fcntl

@@ -39,13 +39,11 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import config
 import faults
-import logger
-import monitor
 import spikes
-import watch
 from benchmarks import runs
 from checkpoint import save, state
 from data import cursor, dataset
+from metrics import flops, logger, watch
 from parallel import mesh
 from precision import histogram
 
@@ -60,8 +58,8 @@ CHECKS = [
     (mesh.Mesh, "sum"),
     (logger.Logger, "train"),
     (logger.Logger, "events"),
-    (monitor, "peak_bytes"),
-    (monitor, "mfu"),
+    (flops, "peak_bytes"),
+    (flops, "mfu"),
     (faults.Diary, "step"),
     (save.Saver, "due"),
     (save.Saver, "overdue"),

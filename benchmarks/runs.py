@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-import logger
+from metrics import logger
 
 ROOT = Path(__file__).resolve().parent.parent
 # A corpus is downloaded and tokenised once for all

@@ -11,7 +11,7 @@ step, beside ddp's 2 (n-1)/n x the gradients' 4 bytes a parameter. Peak: the res
 under ddp the others hold the same.
 
 Sizes. Blocks of 1, 2, 4, 8, 16 times the parameters, by twice the depth, then twice the width, in
-turn. N is all parameters; FLOPs of a token are monitor.py's 6 N' + 12 L C T (N' without the
+turn. N is all parameters; FLOPs of a token are metrics/flops.py's 6 N' + 12 L C T (N' without the
 embedding), forward and backward; the predicted bytes memory/estimate.py's. A process holds the
 interpreter and torch besides: so `own` is the peak less that of a model of next to nothing. It is
 more than predicted, which counts tensors: kernels' workspaces and what the allocator keeps are in
@@ -33,9 +33,9 @@ from statistics import linear_regression, median
 
 import torch
 
-import monitor
 from benchmarks import runs
 from memory import estimate
+from metrics import flops as monitor
 from precision import amp
 
 FLAGS = {"--quick": "", "--out": ".+"}

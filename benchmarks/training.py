@@ -10,7 +10,7 @@ run, those of compile., fp8. and scaler. where they belong.
 Each run is a process of its own. They take turns (A B C A B C), as other work and heat should meet
 all alike. A run's figures are those of its median step, the first third of them left out, as they
 compile and warm up; the table has medians over rounds. Ratio: of tokens/s to the first row that
-ran, round by round, median (smallest..largest). MFU leaves recomputation out (monitor.py). Peak:
+ran, round by round, median (smallest..largest). MFU leaves recomputation out (metrics/flops.py). Peak:
 what torch's allocator gave out, on a CPU the resident set, libraries included. micro: sequences of
 one forward; on a GPU what fits, so that peaks say little, unless --micro_batch_size is given. loss:
 of the last step, to see that rows agree.

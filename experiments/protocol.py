@@ -54,11 +54,11 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 import config
-import logger
 import resume
 import train
 from data import corpora
 from experiments import findings
+from metrics import logger
 
 ROOT, RESULTS, CACHE = HERE.parent, HERE / "results", HERE.parent / "data_cache"
 CONTEXT = ("seconds", "date", "machine", "commit")  # the last columns of every csv

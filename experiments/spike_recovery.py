@@ -39,11 +39,11 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 import torch
 
 import choices
-import logger
 import spikes
 from data import dataset
 from experiments import protocol
 from experiments.findings import INK, groups, markdown, paired, pick, plus_minus
+from metrics import logger
 from model import GPT
 
 SETUPS = {"fragile": dict(optim="adamw", lr=0.01, grad_clip="none"), "default": {}}

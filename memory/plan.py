@@ -30,7 +30,7 @@ Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
              overlapped
     bubble   1f1b (pp-1)/m; interleaved (pp-1)/(m chunks); zero-bubble H1 (1+r)/(3+r) of 1f1b's
 
-Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is monitor.py's. Against
+Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is metrics/flops.py's. Against
 published runs (layouts and sources: tests/test_plan.py), MFU published, predicted, ratio; a * marks
 the five rows that LIMIT, PASSES, REACHED and HIDDEN were fitted to. The others were not, but the
 overlap rule got its form with the Z3 rows in view, and Llama 3's 8 chunks a rank are our reading of

@@ -28,8 +28,8 @@ import torch.distributed.tensor  # noqa: E402, F401
 from harness import run_ranks  # noqa: E402
 
 import config  # noqa: E402
-import logger  # noqa: E402
 import train  # noqa: E402
+from metrics import logger  # noqa: E402
 
 OPTIMIZERS = {  # what train.py gets for each
     "SGD": ["--optim=sgd", "--opt.momentum=0.9"],

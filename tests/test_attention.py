@@ -12,7 +12,7 @@ import qk_clip
 import train
 from layers.attention import causal_attention, core, plain_attention
 from layers.generation import generate
-from logger import read_metrics
+from metrics.logger import read_metrics
 from model import GPT, GPTConfig
 
 

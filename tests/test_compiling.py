@@ -9,8 +9,8 @@ from harness import run_ranks
 from torch._dynamo.utils import counters
 
 import config
-import logger
 import train
+from metrics import logger
 
 TINY = [
     "--n_layer=3",

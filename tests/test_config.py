@@ -382,7 +382,8 @@ def test_every_field_is_used():
 
     root = Path(config.__file__).parent
     text = "".join(
-        (root / name).read_text() for name in ("train.py", "model.py", "choices.py", "watch.py")
+        (root / name).read_text()
+        for name in ("train.py", "model.py", "choices.py", "metrics/watch.py")
     )
     elsewhere = {"arch", "pp_chunks"}  # in settings.with_traits and settings.chunks
     assert [

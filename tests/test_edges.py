@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-import logger
-import outlets
 from checkpoint import load
+from metrics import logger, outlets
 
 ROOT = Path(outlets.__file__).parent
 FIRST, LAST = map(int, (os.environ.get("EDGES", "0:60") + ":0").split(":")[:2])

@@ -13,11 +13,11 @@ import torch.distributed.tensor
 from harness import run_ranks
 from test_train import go, killed_at, killed_at_7, needs_fork, rows
 
-import logger
 import spikes
 from checkpoint import early_stopping, load
 from checkpoint import save as saving
 from data import cursor, dataset
+from metrics import logger
 from model import GPT
 
 ROW = 58  # of the 8 rows of step 8, which is taken after 7 updates

@@ -10,11 +10,11 @@ from test_train import go, rows, trace
 
 import config
 import evaluation
-import monitor
 import settings
 import train
 from checkpoint import load as checkpoint
 from data import corpora, dataset
+from metrics import flops as monitor
 from model import GPT, GPTConfig
 from optim import param_groups
 

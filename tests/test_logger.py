@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import logger
-from logger import Logger, plot, read_metrics, short
+from metrics import logger
+from metrics.logger import Logger, read_metrics, short
+from metrics.plot import plot
 
 
 def train_row(step, **changes):

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import monitor
 import settings
+from metrics import flops
+from metrics.flops import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 from model import GPT, GPTConfig
-from monitor import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 
 
 class TinyGPT(nn.Module):
@@ -158,7 +158,7 @@ def test_no_peak_is_made_up_for_a_precision_the_hardware_lacks():
 
 
 def test_the_table_is_ordered_as_hardware_is():
-    for name, peaks in monitor.PEAK_FLOPS.items():
+    for name, peaks in flops.PEAK_FLOPS.items():
         order = [peaks[p] for p in ("fp32", "tf32", "bf16", "fp8") if p in peaks]
         assert order == sorted(order), name
         assert peaks.get("bf16", peaks["fp16"]) == peaks["fp16"], name

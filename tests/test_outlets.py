@@ -14,10 +14,9 @@ import pytest
 import torch
 
 import evaluation
-import logger
-import outlets
 import resume
 from checkpoint import load
+from metrics import logger, outlets
 
 ROOT = Path(outlets.__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")

@@ -9,7 +9,7 @@ import pytest
 
 from memory import estimate, plan
 from memory.plan import GPUS, Cluster, Layout, Model, layouts, plans, predict
-from monitor import PEAK_FLOPS, flops_per_token
+from metrics.flops import PEAK_FLOPS, flops_per_token
 
 SCRIPT = Path(plan.__file__)
 

@@ -11,9 +11,9 @@ from test_train import go
 
 import config
 import qk_clip
-import watch
 from checkpoint import load
 from layers.generation import generate
+from metrics import watch
 from model import GPT, GPTConfig
 from optim import param_groups
 from parallel import context

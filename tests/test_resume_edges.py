@@ -18,12 +18,12 @@ from harness import run_ranks
 from test_train import rows
 
 import config
-import logger
 import resume
 import settings
 import train
 from checkpoint import load, save
 from checkpoint.load import resolve
+from metrics import logger
 
 ROOT = Path(train.__file__).parent
 TINY = [
@@ -477,15 +477,15 @@ def test_a_copy_in_another_repository_records_no_commit(tmp_path, monkeypatch):
     git("init")
     for folder in (tmp_path / "copy" / "inside", tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "logger.py").write_text("")
+        (folder / "metrics/logger.py").write_text("")
     git("add", ".")
     git("commit", "-m", "theirs")
     cpu = torch.device("cpu")
     for place, known in (("copy/inside", False), ("copy", False), ("", True)):
-        monkeypatch.setattr(logger, "__file__", str(tmp_path / place / "logger.py"))
+        monkeypatch.setattr(logger, "__file__", str(tmp_path / place / "metrics/logger.py"))
         assert (logger.environment(cpu, 1, "")["commit"] != "unknown") == known
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook of theirs
-    monkeypatch.setattr(logger, "__file__", str(tmp_path.parent / "logger.py"))
+    monkeypatch.setattr(logger, "__file__", str(tmp_path.parent / "metrics/logger.py"))
     assert logger.environment(cpu, 1, "")["commit"] == "unknown"
 
 

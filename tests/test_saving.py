@@ -18,12 +18,12 @@ from harness import run_ranks
 from test_checkpoint import grid, in_a_fork, leftovers, needs_fork, random_bits, raw, steps
 from test_train import go, trace
 
-import logger
 from checkpoint import load
 from checkpoint import save as saving
 from checkpoint.load import newest
 from checkpoint.save import Saver, prune, save
 from checkpoint.slices import DTYPES, Slice, copied
+from metrics import logger
 
 
 @pytest.fixture

@@ -22,12 +22,12 @@ from test_train import ROOT, flags, go
 
 import choices
 import config
-import logger
 import sample
 import train
 from checkpoint import load as checkpoint
 from data import corpora, download
 from data.tokenizer import Tokenizer
+from metrics import logger
 
 SOURCES = sorted(
     path
@@ -125,7 +125,7 @@ CALLS = {
 # Names that come from a list in the source, never from a user.
 IMPORTS = {
     "choices.py": 1,
-    "logger.py": 1,
+    "metrics/logger.py": 1,
     "bench.py": 1,
     "benchmarks/optimizers.py": 2,
     "benchmarks/nanogpt.py": 1,

@@ -234,7 +234,7 @@ def test_spike_after_spike_means_the_lr_is_too_high():
 
 
 def test_every_event_is_a_line_of_json_for_the_logger(tmp_path):
-    import logger
+    from metrics import logger
 
     log = logger.Logger(tmp_path, 100)
     for event in fed([*noise(60), 30.0])[0].events + fed([math.nan])[0].events:

@@ -17,9 +17,9 @@ from test_model import awake, tokens
 import checks
 import choices
 import config
-import logger
 import settings
 import train
+from metrics import logger
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 

@@ -14,10 +14,10 @@ import torch
 from harness import init_weights, run_ranks
 
 import config
-import logger
 import resume
 import train
 from checkpoint import load
+from metrics import logger
 
 ROOT = Path(train.__file__).parent
 CLASSES = [

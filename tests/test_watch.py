@@ -11,9 +11,9 @@ from matrix import text as squares
 from test_qk_clip import GPT2, GQA, Scores, batch, watched
 from test_train import go, rows, trace
 
-import logger
+from metrics import plot
+from metrics.watch import KINDS
 from optim import param_groups
-from watch import KINDS
 
 FIELDS = ("loss", "grad_norm", "max_logit", "log_z", "weight_rms", "update_rms", "clip_frac")
 
@@ -165,7 +165,7 @@ def test_looking_changes_nothing_and_its_steps_have_rows(tmp_path, text):
         sum(logged[i : i + 4]) / 4 for i in (0, 4, 8)
     ]
     assert {k.split("/")[1] for k in found[4] if k.startswith("update_rms")} <= set(KINDS)
-    logger.to_csv(tmp_path / "on", tmp_path / "table.csv")
+    plot.to_csv(tmp_path / "on", tmp_path / "table.csv")
     assert "max_logit/1" in (tmp_path / "table.csv").read_text().splitlines()[0]
 
 

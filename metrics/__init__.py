@@ -1,0 +1,1 @@
+"""What a run tells about itself; nothing in here changes a step."""

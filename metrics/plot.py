@@ -1,0 +1,151 @@
+"""Loss curves as a picture, and metrics.jsonl as a table.
+
+python -m metrics.plot RUN [RUN ...] [--out=FILE.png]    draws one run (RUN/loss.png) or compares several
+python -m metrics.plot --csv RUN [--out=FILE.csv]        writes metrics.jsonl as a table (RUN/metrics.csv)
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+
+from metrics.logger import read_metrics, short
+
+# Event: colour
+DRAWN = {"resume": "#888888", "skip": "#9467bd", "spike": "#e69f00", "rollback": "#d62728"}
+
+
+def to_csv(run, path) -> None:
+    """Every row of a run's metrics.jsonl, with a column for each name in it; None and what is not
+    there are empty, lists are JSON. FileNotFoundError for a folder without metrics.jsonl."""
+    rows = read_metrics(metrics_of(run))
+    names = [*dict.fromkeys(name for row in rows for name in row)]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {k: json.dumps(x) if isinstance(x, (list, dict)) else x for k, x in row.items()}
+            )
+
+
+def metrics_of(run) -> str:
+    if not os.path.isfile(path := os.path.join(run, "metrics.jsonl")):
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
+    return path
+
+
+def plot(runs, path) -> bool:
+    """Draw the losses of a run's folder, or of a list of them, into the picture file `path`; False,
+    and a sentence, if no loss was logged. FileNotFoundError for a folder without metrics.jsonl."""
+    from statistics import median
+
+    from matplotlib.figure import Figure
+
+    runs = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
+    single, losses, ratios = len(runs) == 1, [], set()
+    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
+    ax = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", xmargin=0.01)
+    for i, run in enumerate(runs):
+        # Again: the last counts
+        rows = sorted(read_metrics(metrics_of(run)), key=lambda row: row["step"])
+        train, val, tokens = (
+            {row["step"]: row[key] for row in rows if row.get(key) is not None}
+            for key in ("loss", "val_loss", "tokens")
+        )
+        if not train and not val:
+            print(f"{run}: no loss was logged, nothing to draw")
+            continue
+        x, y, final = [*train], [*train.values()], [*(val or train).values()][-1]
+        name = os.path.basename(os.path.abspath(run)).replace("$", r"\$")
+        name += f": final {'validation' if val else 'training'} loss {final:.4f}"
+        blue, red = ("#3b75af", "#c8502d") if single else (f"C{i}", f"C{i}")
+        # Medians over 5 % of the run, less at the start: no spike is smeared, nor the first fall
+        if train:
+            half, at = len(y) // 40, sorted({k * (len(y) - 1) // 200 for k in range(201)})
+            middle = [median(y[k - min(k, half) : k + min(k, half) + 1]) for k in at]
+            if single:
+                ax.plot(x, y, color=blue, alpha=0.25, lw=0.8)
+            ax.plot(
+                [x[k] for k in at],
+                middle,
+                "-" if len(y) > 1 else "o",
+                color=blue,
+                lw=1.2,
+                label="training, smoothed" if single else None if val else name,
+            )
+        if val:
+            ax.plot(
+                [*val],
+                [*val.values()],
+                "o-",
+                ms=4,
+                color=red,
+                label="validation" if single else name,
+            )
+        for event, color in DRAWN.items() if single else ():
+            if steps := [row["step"] for row in rows if row.get("event") == event]:
+                ax.vlines(
+                    steps,
+                    0,
+                    1,
+                    color,
+                    "--",
+                    label=f"{event} ({len(steps)})",
+                    lw=1,
+                    alpha=0.5,
+                    zorder=1,
+                    transform=ax.get_xaxis_transform(),
+                )
+        losses += y + [*val.values()]
+        ratios |= {tokens[step] / step for step in tokens if step * tokens[step]}
+    if not losses:
+        return False
+    losses.sort()
+    low, usual, high = losses[0], losses[math.ceil(0.98 * (len(losses) - 1))], losses[-1]
+    # A spike would flatten all the rest
+    high = usual if high - low > 2 * (usual - low) > 0 else high
+    pad = 0.06 * (high - low) or 0.5
+    right = max(ax.get_xlim()[1], 1)
+    ax.set(xlim=(-0.01 * right, right), ylim=(low - pad, high + pad))
+    ax.set_title(
+        name if single else "Training (lines) and validation (dots)", loc="left", weight="bold"
+    )
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if len(ratios) == 1:  # the same tokens per step all along
+        ratio = ratios.pop()
+        top = ax.secondary_xaxis(
+            "top", functions=(lambda x: x * ratio, lambda x: x / ratio), xlabel="tokens"
+        )
+        top.xaxis.set_major_formatter(lambda x, _: short(x))
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    figure.savefig(path)
+    return True
+
+
+if __name__ == "__main__":
+    args = sys.argv[2:]
+    runs = [arg for arg in args if not arg.startswith("-")]
+    outs = [arg.removeprefix("--out=") for arg in args if arg.startswith("--out=")]
+    try:
+        verb = {"plot": ("loss.png", plot), "csv": ("metrics.csv", to_csv)}.get(
+            "".join(sys.argv[1:2])
+        )
+        if (
+            not verb
+            or not runs
+            or len(runs) + len(outs) < len(args)
+            or (verb[1] is to_csv and runs[1:])
+        ):
+            raise ValueError(
+                "usage: python metrics/logger.py plot RUN [RUN ...] [--out=FILE.png], "
+                "or python metrics/logger.py csv RUN [--out=FILE.csv]"
+            )
+        out = outs[-1] if outs else os.path.join(runs[0] if len(runs) == 1 else "", verb[0])
+        if verb[1](runs if verb[1] is plot else runs[0], out) is not False:
+            print(out)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
