@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import checks
+import monitor
 import schedules
-import spikes
 from data import dataset
 from optim import mup, param_groups
 from parallel.ddp import DDP
@@ -349,7 +349,7 @@ def loss_scaler(cfg: Config) -> LossScaler | None:
     )
 
 
-def guard(cfg: Config, model: torch.nn.Module, state, disk) -> spikes.Guard:
+def guard(cfg: Config, model: torch.nn.Module, state, disk) -> monitor.Guard:
     """The spike guard over this run's state. Raises ValueError for a bad --monitor.NAME."""
     ours = (
         "model",
@@ -361,7 +361,7 @@ def guard(cfg: Config, model: torch.nn.Module, state, disk) -> spikes.Guard:
         "on_nonfinite",
         "precision",
     )
-    options = checks.check_options(cfg, "monitor", spikes.Guard, ours)
+    options = checks.check_options(cfg, "monitor", monitor.Guard, ours)
     policies = {cfg.on_spike, cfg.on_nonfinite}
     needs = dict(
         clip="clip", cut="lr_cut", ring="rollback", ring_every="rollback", rollbacks="rollback"
@@ -381,7 +381,7 @@ def guard(cfg: Config, model: torch.nn.Module, state, disk) -> spikes.Guard:
             "--save_every=100, or leave --monitor.ring out"
         )
     scales = [part for name, part in state.kept.items() if name in ("fp8", "scaler")]
-    found = spikes.Guard(
+    found = monitor.Guard(
         model,
         state.optimizer,
         state.kept["progress"],

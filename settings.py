@@ -178,7 +178,7 @@ class Config:
     )
     # spikes and faults; --monitor.NAME= goes to the guard
     on_spike: Literal["warn", "skip", "rollback", "clip", "lr_cut", "abort"] | None = knob(
-        "skip", "what happens to a step whose loss or gradient jumps (spikes.py)", FREE
+        "skip", "what happens to a step whose loss or gradient jumps (monitor.py)", FREE
     )
     on_nonfinite: Literal["warn", "skip", "rollback", "lr_cut", "abort"] | None = knob(
         "skip", "the same for NaN and infinity; fp16's overflows are its loss scaler's", FREE

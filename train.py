@@ -25,10 +25,10 @@ import config
 import evaluation
 import faults
 import introduction
+import monitor as spikes
 import resume
 import schedules
 import settings
-import spikes
 from checkpoint import load, state
 from checkpoint import save as saving
 from checkpoint.early_stopping import Best

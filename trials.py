@@ -222,7 +222,7 @@ class Trial:
         return bool(names) and self.last(names[0]) is None
 
     def aborted(self) -> str:
-        """Why the guard (spikes.py) has ended the run; "" where it has not."""
+        """Why the guard (monitor.py) has ended the run; "" where it has not."""
         events = [row for row in self.rows() if row.get("action") == "abort"]
         last = events[-1] if events else {}
         return one_line(f"step {last['step']}: {last.get('text')}") if last else ""

@@ -39,7 +39,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import config
 import faults
-import spikes
+import monitor
 from benchmarks import runs
 from checkpoint import save, state
 from data import cursor, dataset
@@ -51,9 +51,9 @@ FLAGS = {"--quick": "", "--out": ".+"}
 USUAL = ["--steps=60", "--eval_every=0", "--save_every=0", "--sample_tokens=0", "--resume=never"]
 DATA = [(dataset.Rows, "__call__"), (cursor.Position, "rows")]
 CHECKS = [
-    (spikes.Guard, "look"),
-    (spikes.Guard, "take"),
-    (spikes.Guard, "clip"),
+    (monitor.Guard, "look"),
+    (monitor.Guard, "take"),
+    (monitor.Guard, "clip"),
     (state.State, "norm"),
     (mesh.Mesh, "sum"),
     (logger.Logger, "train"),

@@ -3,7 +3,7 @@ loss and finds a spike of 8 robust standard deviations on its own step; the text
 3 find next to none of them.
 
 Source: the lessons' detectors: 5 x EMA (0.99), 5 x the mean of 100 losses, 3 x the loss before,
-gradient norm above 10, vanishing below 0.01; as spikes.py has them, and two as they are written
+gradient norm above 10, vanishing below 0.01; as monitor.py has them, and two as they are written
 there, line by line.
 
 Protocol: fresh runs of 1000 steps (2 layers of width 32, 32 tokens a row, the default corpus in
@@ -45,7 +45,7 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 from experiments import protocol
 from experiments.findings import INK, markdown
-from spikes import DETECTORS, Guard, band
+from monitor import DETECTORS, Guard, band
 
 RUNS = {
     name: dict(optim=name)

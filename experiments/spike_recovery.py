@@ -39,7 +39,7 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 import torch
 
 import choices
-import spikes
+import monitor
 from data import dataset
 from experiments import protocol
 from experiments.findings import INK, groups, markdown, paired, pick, plus_minus
@@ -147,7 +147,7 @@ def row(keys: dict, quick: bool) -> dict:
                 **SETUPS[keys["setup"]],
                 **NUMBERS[keys["policy"]],
             )
-        except spikes.Aborted:
+        except monitor.Aborted:
             aborted = True
         lines = logger.read_metrics(Path(folder, "run", "metrics.jsonl"))
         return figures(lines, first, first + LENGTH[keys["fault"]]) | {"aborted": aborted}

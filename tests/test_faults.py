@@ -13,7 +13,7 @@ import torch.distributed.tensor
 from harness import run_ranks
 from test_train import go, killed_at, killed_at_7, needs_fork, rows
 
-import spikes
+import monitor
 from checkpoint import early_stopping, load
 from checkpoint import save as saving
 from data import cursor, dataset
@@ -284,7 +284,7 @@ def test_a_skipped_step_leaves_no_trace_in_what_compression_owes(tmp_path, text)
 def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch, keep):
     poisoned(math.nan)
     write, full = saving.write_tensors, []
-    tell = spikes.Guard.tell
+    tell = monitor.Guard.tell
 
     def fill(self, step, event, *more, **fields):
         full.append(event)
@@ -295,7 +295,7 @@ def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch, 
             raise OSError(28, "No space left on device")
         return write(path, tensors)
 
-    monkeypatch.setattr(spikes.Guard, "tell", fill)
+    monkeypatch.setattr(monitor.Guard, "tell", fill)
     monkeypatch.setattr(saving, "write_tensors", fails)
     with pytest.raises(OSError, match="No space left"):
         go(
@@ -402,7 +402,7 @@ def test_a_spike_and_what_is_not_finite_have_policies_of_their_own(tmp_path, tex
         poisoned(factor, row)
         out, abort = tmp_path / f"{spike} {nonfinite}", spike == "abort"
         with (
-            pytest.raises(spikes.Aborted, match="step 31: loss")
+            pytest.raises(monitor.Aborted, match="step 31: loss")
             if abort
             else contextlib.nullcontext()
         ):
@@ -426,7 +426,9 @@ def test_a_branch_keeps_bans_for_the_same_data_alone(tmp_path, text):
 
 def test_abort_saves_says_why_and_the_same_command_with_skip_goes_on(tmp_path, text, capsys):
     poisoned(math.nan)
-    with pytest.raises(spikes.Aborted, match="step 8: loss nan; likely overflow. What helps: look"):
+    with pytest.raises(
+        monitor.Aborted, match="step 8: loss nan; likely overflow. What helps: look"
+    ):
         go(text, tmp_path, "--on_nonfinite=abort")
     assert load.newest(tmp_path).step == 7
     go(text, tmp_path, "--on_nonfinite=skip")
@@ -442,7 +444,7 @@ def test_a_run_that_stays_broken_ends_by_itself(tmp_path, text):
     GPT.forward = lambda self, *a, **k: (
         FORWARD(self, *a, **k) * (math.nan if self.training else 1.0)
     )
-    with pytest.raises(spikes.Aborted, match="as in 5 steps in a row"):
+    with pytest.raises(monitor.Aborted, match="as in 5 steps in a row"):
         go(text, tmp_path, "--steps=40", "--monitor.accept=5")
     assert load.newest(tmp_path).step == 4  # weights as they were, never NaN
     assert all(weight.isfinite().all() for weight in load.newest(tmp_path).tree("model").values())

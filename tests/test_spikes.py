@@ -17,17 +17,17 @@ import torch.distributed.tensor
 from harness import run_ranks
 from torch import nn
 
-import spikes
+import monitor
 from checkpoint import snapshots
 from checkpoint.snapshots import Ring
 from model import GPT, GPTConfig, initial_weight
+from monitor import Guard
 from optim.adamw import AdamW
 from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.schedule_free import AdamWScheduleFree
 from parallel.ddp import DDP
 from precision.loss_scale import LossScaler
-from spikes import Guard
 
 CURVES = {
     line.split(",")[0]: [float(x) for x in line.split(",")[1:]]
@@ -90,7 +90,7 @@ def test_a_spike_of_8_robust_sd_is_found_on_its_own_step_in_real_curves():
     for name, losses in CURVES.items():
         for _ in range(15):
             step = draw.randrange(21, len(losses))
-            expected, limit = spikes.robust(losses[:step])
+            expected, limit = monitor.robust(losses[:step])
             value = expected + 8 * (limit - expected) / 5.75
             g = guard()
             g.seen |= {"losses": losses[:step], "norms": [1.0] * step}
@@ -107,7 +107,7 @@ def test_spikes_above_the_noise_of_the_neighbourhood_are_found():
         for _ in range(10):
             step = draw.randrange(200, len(losses) - 1)
             sd = 1.4826 * median(map(abs, rest[step - 50 : step + 50]))
-            expected, limit = spikes.robust(losses[:step])
+            expected, limit = monitor.robust(losses[:step])
             planted, hits = planted + 1, hits + (losses[step] + 8 * sd > limit)
     assert hits / planted > 0.9
 
@@ -133,12 +133,12 @@ def test_numbers_of_a_preset_can_be_changed():
 
 
 def test_ema_is_debiased_and_weighs_the_newest_most():
-    expected, limit = spikes.ema([1.0, 2.0], decay=0.5)
+    expected, limit = monitor.ema([1.0, 2.0], decay=0.5)
     assert expected == pytest.approx((0.5 * 1 + 2) / 1.5) and limit == 5 * expected
     x = [1.0, 4.0, 2.0, 8.0]
     weights = [0.9**i for i in range(3, -1, -1)]
     mean = sum(w * v for w, v in zip(weights, x)) / sum(weights)
-    assert spikes.ema(x, decay=0.9)[0] == pytest.approx(mean, rel=1e-14)
+    assert monitor.ema(x, decay=0.9)[0] == pytest.approx(mean, rel=1e-14)
 
 
 def test_grad_norm_is_found_above_10_and_detectors_can_be_joined():
