@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import checks
 import monitor
 import schedules
 from data import dataset
@@ -17,7 +16,8 @@ from parallel.ddp import DDP
 from parallel.mesh import Mesh, refuse_coupled
 from precision import amp, onednn
 from precision.loss_scale import LossScaler
-from settings import Config, update, with_traits
+from settings import checks
+from settings.fields import Config, update, with_traits
 
 # LARS, LAMB and Adafactor hardly leave a matrix of zeros; Adam's kind moves what lies before it by
 # full steps along a gradient that is still noise (LOG.md has the figures).

@@ -3,13 +3,13 @@
 import torch
 
 import choices
-import config
 from checkpoint.load import Checkpoint, resolve
 from choices import HEAVY, find_optimizer, state_on_disk
 from data.corpora import Corpus
 from optim import param_groups
 from parallel.mesh import Mesh
-from settings import FIELDS, Config, flag
+from settings import parse
+from settings.fields import FIELDS, Config, flag
 
 
 def lines(
@@ -46,7 +46,7 @@ def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> li
     """A line where the learning rate jumps because the run goes on with other settings; else []. A
     schedule is a function of the step and of all steps: more of these stretch it, as if they had
     been meant from the beginning."""
-    before, step = config.from_dict(earlier.tree("config")), earlier.step
+    before, step = parse.from_dict(earlier.tree("config")), earlier.step
 
     def peak(run: Config) -> float:
         optimizer_class, kinds = find_optimizer(run.optim), param_groups.kinds(whole)

@@ -17,10 +17,10 @@ import random
 import re
 
 import choices as machine
-import config
+from settings import parse
 
 LARGEST = 100_000  # trials of a grid
-# What checks.py says of one field alone, whatever the others are.
+# What settings/checks.py says of one field alone, whatever the others are.
 ALONE = re.compile("is out of range|is a share|makes no sense|is no text")
 
 
@@ -35,7 +35,7 @@ def choices(name: str, text: str) -> list[str] | tuple:
     """Of --search.NAME=TEXT: the values as typed, each once, or (kind, low, high).
 
     Raises ValueError where train.py would refuse one of them in every run."""
-    config.known(name)
+    parse.known(name)
     if name in ("out_dir", "resume"):
         raise ValueError(
             "each trial has an out_dir of its own and goes on where it was; "
@@ -54,14 +54,14 @@ def choices(name: str, text: str) -> list[str] | tuple:
 def accepted(name: str, value: str, said: str):
     """What train.py reads. Raises ValueError where it takes no such value, whatever else is set."""
     try:
-        found = config.from_text(name, value)
+        found = parse.from_text(name, value)
     except ValueError as error:
         hint = "; a range is int:2:6, lin:0:0.3 or log:1e-3:1e-1" if ":" in value else ""
         raise ValueError(f"{said}: {error}{hint}") from None
     if name == "optim":
         machine.find_optimizer(found)
     try:
-        config.parse([f"--{name}={value}"])
+        parse.parse([f"--{name}={value}"])
     except ValueError as error:
         if ALONE.search(str(error)):
             raise ValueError(f"{said}: {error}") from None
@@ -70,7 +70,7 @@ def accepted(name: str, value: str, said: str):
 
 def span(name: str, text: str) -> tuple:
     said, (kind, *ends) = f"--search.{name}={text}", text.split(":")
-    ends = [config.number(int if kind == "int" else float, end) for end in ends]
+    ends = [parse.number(int if kind == "int" else float, end) for end in ends]
     if len(ends) != 2 or None in ends or not all(-math.inf < end < math.inf for end in ends):
         raise ValueError(f"{said} is no range; type int:2:6, lin:0:0.3 or log:1e-3:1e-1")
     low, high = ends
@@ -206,7 +206,7 @@ class Proposals:
         for name, choice in self.search.items():
             x = settings.get(name, settings.get(f"chosen.{name}"))
             if isinstance(choice, list):
-                x = next((text for text in choice if config.from_text(name, text) == x), None)
+                x = next((text for text in choice if parse.from_text(name, text) == x), None)
             found[name] = x
         return {} if None in found.values() else found
 

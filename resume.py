@@ -15,15 +15,14 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-import checks
 import choices
-import config
 from checkpoint.load import Checkpoint, load, newest, resolve
 from checkpoint.save import FOLDER
 from data import corpora
 from data.files import listed
 from data.tokenizer import Tokenizer
-from settings import BRANCH, CHOSEN, FIELDS, FREE, FRESH, LAYOUTS, Config, flag, update
+from settings import checks, parse
+from settings.fields import BRANCH, CHOSEN, FIELDS, FREE, FRESH, LAYOUTS, Config, flag, update
 
 
 def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):
@@ -92,7 +91,7 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     What cfg leaves open (none or auto by default; in a branch everything not given) is taken from
     the saved run. Raises ValueError naming a field that differs and must not.
     """
-    old, values, home = config.from_dict(saved), {}, str(saved.get("cwd") or "")
+    old, values, home = parse.from_dict(saved), {}, str(saved.get("cwd") or "")
     if not is_there(old.data) and is_there(there := seen_from(home, old.data)):
         if cfg.data == old.data:  # the run began in another folder
             cfg = update(cfg, data=there)

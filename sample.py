@@ -16,21 +16,21 @@ from dataclasses import fields
 import torch
 
 import choices
-import config
 from checkpoint import load as checkpoint
 from data import corpora
 from data.tokenizer import Tokenizer
 from layers.generation import generate
 from model import GPT, GPTConfig
 from parallel.mesh import pick_device
-from settings import with_traits
+from settings import parse
+from settings.fields import with_traits
 
 
 def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
     """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there
     is none."""
     saved = checkpoint.resolve(os.path.expanduser(path))
-    cfg = with_traits(config.from_dict(saved.tree("config")))
+    cfg = with_traits(parse.from_dict(saved.tree("config")))
     model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
     saved.load_weights(model)
     if cfg.ngram is not None:  # counted again: no checkpoint holds them

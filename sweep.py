@@ -39,16 +39,15 @@ import sys
 import time
 from pathlib import Path
 
-import checks
 import choices
-import config
 import proposals
 import resume
 import sweep_folder
 import sweep_results
 from metrics.outlets import complain
 from metrics.outlets import print_line as say
-from settings import FIELDS, update
+from settings import checks, parse
+from settings.fields import FIELDS, update
 from trials import OVER, Trial, flags
 
 TRAIN = str(Path(__file__).resolve().parent / "train.py")
@@ -96,7 +95,7 @@ def read(argv: list[str]) -> tuple[dict, dict, list[str]]:
             raise ValueError(f"--{name} has no value; type --{name}={OPTIONS[name]}")
         else:
             options[name] = text
-    words = config.joined(words)
+    words = parse.joined(words)
     for name in ("trials", "jobs", "search_seed"):
         least = int(name != "search_seed")
         if not options[name].isdecimal() or int(options[name]) < least:
@@ -145,7 +144,7 @@ def program(launch: str) -> list[str]:
 
 def refuse(words: list[str], metric: str) -> None:
     """Raises ValueError where train.py would not begin with these words."""
-    cfg = config.parse(words)
+    cfg = parse.parse(words)
     if not cfg.eval_every and (metric.startswith("val_") or metric == "perplexity"):
         raise ValueError(
             f"--metric={metric} needs evaluations, eval_every={cfg.eval_every} makes "

@@ -13,8 +13,8 @@ import os
 import re
 from pathlib import Path
 
-import config
 import resume
+from settings import parse
 from trials import Trial, flags, write
 
 NAME = re.compile(r"trial-([0-9]{4,})")
@@ -55,7 +55,7 @@ def same_search(home: Path, options: dict, search: dict, words: list[str], say) 
     for word in words:  # later wins, as in train.py
         name, _, text = word[2:].partition("=")
         flag = word.startswith("--")
-        now |= {name: config.from_text(name, text)} if flag else config.read_recipe(word)
+        now |= {name: parse.from_text(name, text)} if flag else parse.read_recipe(word)
     now, was, path = json.loads(json.dumps(now)), before(home), home / "sweep.json"
     if was is None and os.path.lexists(path):
         os.replace(path, free(path.with_name("sweep.json.damaged")))

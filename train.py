@@ -19,16 +19,13 @@ from pathlib import Path
 
 import torch
 
-import checks
 import choices
-import config
 import evaluation
 import faults
 import introduction
 import monitor as spikes
 import resume
 import schedules
-import settings
 from checkpoint import load, state
 from checkpoint import save as saving
 from checkpoint.early_stopping import Best
@@ -42,9 +39,10 @@ from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
 from precision import amp, histogram, stochastic
+from settings import checks, fields, parse
 
 
-def main(cfg: settings.Config) -> dict:
+def main(cfg: fields.Config) -> dict:
     """One run, from its settings to its last metrics, which are returned.
 
     Uses the process group if there is one. Raises ValueError for a user's mistake.
@@ -64,7 +62,7 @@ def main(cfg: settings.Config) -> dict:
     if earlier is not None:
         saved = earlier.tree("config")
         cfg = resume.continued(cfg, saved, branch=cfg.resume != "auto")
-        cfg = settings.update(cfg, resume=saved["resume"]) if in_place else cfg
+        cfg = fields.update(cfg, resume=saved["resume"]) if in_place else cfg
     step = first_step = earlier.step if earlier is not None else 0
 
     def leave(metrics: dict) -> dict:
@@ -119,7 +117,7 @@ def main(cfg: settings.Config) -> dict:
     group, pipe, dtype = mesh.groups["pp"], None, amp.PARAM_DTYPE[cfg.precision]
     if group is not None:
         pipe = pipeline.Pipeline(
-            group, cfg.pp_schedule, cfg.n_layer, settings.chunks(cfg), device, cfg.tied
+            group, cfg.pp_schedule, cfg.n_layer, fields.chunks(cfg), device, cfg.tied
         )
     with torch.device("meta"):  # shapes alone; the layout decides what is held where
         whole = GPT(
@@ -209,7 +207,7 @@ def main(cfg: settings.Config) -> dict:
         or (share // size % cfg.pp and "micro_batch_size" not in cfg.given)
     ):
         size = choices.largest_micro_batch(run, model, replicas, share, mesh)
-        cfg = settings.update(cfg, micro_batch_size=size)
+        cfg = fields.update(cfg, micro_batch_size=size)
     if pipe is not None:
         pipe.plan(share // cfg.micro_batch_size, True)  # a schedule that cannot be shows now
 
@@ -256,11 +254,11 @@ def main(cfg: settings.Config) -> dict:
         earlier is not None and in_place,
         cfg.tensorboard,
         cfg.wandb,
-        config.to_dict(cfg),
+        parse.to_dict(cfg),
     )
     record = logger.environment(device, mesh.world, corpus.sha256)
     if is_main:
-        (out_dir / "config.toml").write_text(config.to_toml(cfg, record), encoding="utf-8")
+        (out_dir / "config.toml").write_text(parse.to_toml(cfg, record), encoding="utf-8")
     said = introduction.lines(cfg, asked, mesh, record, corpus, whole, earlier)
     if eights is not None and eights.emulated:
         said.append(
@@ -273,7 +271,7 @@ def main(cfg: settings.Config) -> dict:
     peak = cfg.peak_flops or monitor.peak_flops(
         record["hardware"], cfg.precision.removesuffix("_sr")
     )
-    about = {"config": config.to_dict(cfg), "record": record} if is_main else {}
+    about = {"config": parse.to_dict(cfg), "record": record} if is_main else {}
 
     def save(last: bool = False) -> None:
         with run_state.tree() as tree:
@@ -433,7 +431,7 @@ def main(cfg: settings.Config) -> dict:
 
 if __name__ == "__main__":
     try:
-        main(config.parse(sys.argv[1:]))
+        main(parse.parse(sys.argv[1:]))
         meshes.end()
     except (
         ValueError,

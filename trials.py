@@ -22,9 +22,9 @@ import signal
 import subprocess
 from pathlib import Path
 
-import config
 from checkpoint.save import FOLDER
 from metrics import logger
+from settings import parse
 
 try:
     import fcntl
@@ -107,7 +107,7 @@ class Trial:
     def settings(self) -> dict:
         """The run's own, as it wrote them down; {} where it did not."""
         try:
-            return config.read_recipe(str(self.folder / "config.toml"))
+            return parse.read_recipe(str(self.folder / "config.toml"))
         except ValueError:
             return {}
 
@@ -160,7 +160,7 @@ class Trial:
     # ---- the process -----------------------------------------------------------------------------
     def settle(self, words: list[str]) -> None:
         """What train.py makes of the words and values. Raises ValueError where it refuses them."""
-        cfg = config.parse(words + flags(self.values))
+        cfg = parse.parse(words + flags(self.values))
         self.steps, self.patience, self.min_delta = cfg.steps, cfg.patience, cfg.min_delta
 
     def start(self, argv: list[str], jobs: int) -> None:

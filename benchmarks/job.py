@@ -12,9 +12,9 @@ import math
 import tempfile
 from pathlib import Path
 
-import config
 from benchmarks import runs
 from benchmarks.speedrun import mean_sd
+from settings import parse
 
 FLAGS = {"--runs": "[1-9][0-9]*", "--quick": "", "--out": ".+"}
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         *["--steps=10"] * quick,
         *fields,
     ]
-    config.parse(words)  # a mistake shows now
+    parse.parse(words)  # a mistake shows now
     n, found = 1 if quick else int(flags.get("--runs", 3)), []
     try:
         once([*words, "--steps=1", "--sample_tokens=0"])

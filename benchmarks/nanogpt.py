@@ -34,9 +34,9 @@ from statistics import median
 
 import torch
 
-import config
 from benchmarks import runs, speedrun
 from data import corpora, dataset
+from settings import parse
 
 FLAGS = {"--path": ".+", "--data": ".+", "--runs": "[1-9][0-9]*", "--quick": "", "--out": ".+"}
 FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")
@@ -174,7 +174,7 @@ def whole(
 ) -> dict[str, list]:
     """{who: its runs' seconds and losses}, the reference first."""
     recipes = {name: [str(runs.ROOT / "configs" / name), *text, *speedrun.EQUAL] for name in OURS}
-    configs = {name: config.parse(words) for name, words in recipes.items()}
+    configs = {name: parse.parse(words) for name, words in recipes.items()}
     multiple = math.lcm(64, *(cfg.block_size for cfg in configs.values()))
     speedrun.stretches(len(held_out), multiple)  # a text that is too short shows now
     found = {"nanoGPT, its train.py": [], **{name: [] for name in OURS}}
@@ -227,7 +227,7 @@ def main(argv: list[str]) -> int:
             ", then --path=nanoGPT"
         )
     text = [f"--data={flags.get('--data', 'python')}", f"--data_dir={runs.CACHE}"]
-    cfg, n = config.parse(text), 1 if quick else int(flags.get("--runs", 5))
+    cfg, n = parse.parse(text), 1 if quick else int(flags.get("--runs", 5))
     corpus = corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

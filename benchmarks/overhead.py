@@ -37,7 +37,6 @@ from unittest import mock
 import torch.multiprocessing as mp
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-import config
 import faults
 import monitor
 from benchmarks import runs
@@ -46,6 +45,7 @@ from data import cursor, dataset
 from metrics import flops, logger, watch
 from parallel import mesh
 from precision import histogram
+from settings import parse
 
 FLAGS = {"--quick": "", "--out": ".+"}
 USUAL = ["--steps=60", "--eval_every=0", "--save_every=0", "--sample_tokens=0", "--resume=never"]
@@ -113,7 +113,7 @@ def child(_, words: list[str], path: str) -> None:
         for owner, attribute in [*DATA, *CHECKS, SAVE]:
             timed = clock.around(name_of(owner, attribute), getattr(owner, attribute))
             stack.enter_context(mock.patch.object(owner, attribute, timed))
-        train.main(config.parse(words))
+        train.main(parse.parse(words))
     Path(path).write_text(json.dumps(clock.steps))
 
 
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
     for word in fields:
         if word.startswith(("--out_dir=", "--resume=", "--save_", "--keep_every=")):
             raise ValueError(f"{word} is the bench's own; leave it out")
-    if config.parse(words).steps < (least := 12 if quick else 24):
+    if parse.parse(words).steps < (least := 12 if quick else 24):
         raise ValueError(f"a median needs some steps; type --steps={least}, or more")
     try:
         start(words)

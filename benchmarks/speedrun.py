@@ -32,10 +32,10 @@ from statistics import fmean, median
 
 import torch
 
-import config
 import sample
 from benchmarks import runs
 from data import corpora, dataset
+from settings import parse
 
 EQUAL = (
     "--eval_tokens=32768",
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
     n, same = int(flags.get("--runs", 5)), [f"--data={flags.get('--data', 'python')}", *EQUAL]
     n, same = (1, [*same, "--steps=10"]) if "--quick" in flags else (n, same)
     words = {who: [recipe, *same, f"--data_dir={runs.CACHE}"] for who, recipe in recipes.items()}
-    configs = {who: config.parse(words[who]) for who in words}
+    configs = {who: parse.parse(words[who]) for who in words}
     if len({cfg.tokenizer for cfg in configs.values()}) > 1:
         raise ValueError(
             "the recipes have two tokenizers, and nats of different tokens cannot be compared; "

@@ -26,11 +26,11 @@ from statistics import median
 
 import torch
 
-import config
 from benchmarks import runs
 from layers import compile
 from memory import activation_checkpoint
-from settings import TYPES
+from settings import parse
+from settings.fields import TYPES
 
 NAMES = "fp32,bf16,bf16+default,fp8,bf16+full,bf16+selective,bf16+every_2"
 ON_GPU = ",bf16+reduce-overhead,bf16+max-autotune,bf16+default+selective,fp8+default"  # as well
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
     own = [word for word in argv if word.partition("=")[0] in FLAGS]
     words, flags = [word for word in argv if word not in own], runs.flags(own, FLAGS, __doc__)
     quick = "--quick" in flags
-    cfg = config.parse(arguments(words, chosen("fp32", 1), quick))
+    cfg = parse.parse(arguments(words, chosen("fp32", 1), quick))
     gpu = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
     names = flags.get("--only", IF_QUICK if quick else NAMES + ON_GPU * gpu).split(",")
     commands = {n: arguments(words, chosen(n, cfg.n_layer), quick) for n in names}

@@ -53,12 +53,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-import config
 import resume
 import train
 from data import corpora
 from experiments import findings
 from metrics import logger
+from settings import parse
 
 ROOT, RESULTS, CACHE = HERE.parent, HERE / "results", HERE.parent / "data_cache"
 CONTEXT = ("seconds", "date", "machine", "commit")  # the last columns of every csv
@@ -87,7 +87,7 @@ def train_run(ranks: int = 1, **fields) -> list[dict]:
         texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
         words = [f"--{name}={text}" for name, text in texts.items()]
         if ranks == 1:
-            train.main(config.parse(words))
+            train.main(parse.parse(words))
         else:
             mp.start_processes(
                 one_rank, (ranks, words, f"{folder}/store"), ranks, start_method=START
@@ -104,7 +104,7 @@ def one_rank(rank: int, ranks: int, words: list[str], store: str) -> None:
         world_size=ranks,
         timeout=timedelta(minutes=5),
     )
-    train.main(config.parse(words))
+    train.main(parse.parse(words))
     dist.barrier()
     os._exit(0)  # without the interpreter's teardown, where gloo's threads may abort
 

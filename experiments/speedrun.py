@@ -31,7 +31,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import choices
-import config
 from experiments import protocol
 from experiments.findings import (
     INK,
@@ -44,8 +43,9 @@ from experiments.findings import (
     pick,
     plus_minus,
 )
+from settings import parse
 
-RECIPE = config.read_recipe(str(protocol.ROOT / "configs" / "cpu_speedrun.toml"))
+RECIPE = parse.read_recipe(str(protocol.ROOT / "configs" / "cpu_speedrun.toml"))
 STEPS, AROUND = RECIPE["steps"], (0.75, 1.0, 1.25)
 # What is changed -> the fields, of the lines of the recipe and of the defaults behind them
 CHANGES = {

@@ -39,7 +39,7 @@ import qk_clip
 from parallel import context
 from parallel.mesh import Mesh
 from parallel.tensor import summed
-from settings import Config
+from settings.fields import Config
 
 KINDS = ("matrix", "embedding", "head", "scalar")
 

@@ -27,9 +27,9 @@ import torch.distributed.fsdp  # noqa: E402, F401
 import torch.distributed.tensor  # noqa: E402, F401
 from harness import run_ranks  # noqa: E402
 
-import config  # noqa: E402
 import train  # noqa: E402
 from metrics import logger  # noqa: E402
+from settings import parse  # noqa: E402
 
 OPTIMIZERS = {  # what train.py gets for each
     "SGD": ["--optim=sgd", "--opt.momentum=0.9"],
@@ -145,7 +145,7 @@ def runs(
             *more,
         ]
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(config.parse([*argv, *flags]))
+            train.main(parse.parse([*argv, *flags]))
 
 
 def column(

@@ -17,7 +17,6 @@ from meter import Meter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import settings
 from layers.generation import generate
 from memory import activation_checkpoint
 from memory.activation_checkpoint import HOW, keep_less, parse
@@ -28,6 +27,7 @@ from parallel.ddp import DDP
 from parallel.fsdp import FSDP
 from parallel.zero import ZeRO
 from precision import onednn
+from settings import fields
 
 CPU = torch.device("cpu")
 ALL = [
@@ -423,7 +423,7 @@ def test_each_part_is_computed_once_more_and_none_in_evaluation(how):
 # ---- the bytes -----------------------------------------------------------------------------------
 SIZE, TOKENS = dict(n_layer=6, n_embd=64, vocab_size=32), 4 * 128
 UNIT = 4 * TOKENS * 64  # bytes of one (B, T, C)
-TRAITS = settings.ARCHS
+TRAITS = fields.ARCHS
 KEPT = {
     "none": (19, 16, 21),
     "full": (1, 1, 1),

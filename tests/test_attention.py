@@ -7,13 +7,13 @@ from harness import init_weights
 from matrix import assert_one_process
 from test_qk_clip import scores
 
-import config
 import qk_clip
 import train
 from layers.attention import causal_attention, core, plain_attention
 from layers.generation import generate
 from metrics.logger import read_metrics
 from model import GPT, GPTConfig
+from settings import parse
 
 
 def qkv(T: int, kv: int, dtype=torch.float64, grad=True, D=6) -> list[torch.Tensor]:
@@ -158,7 +158,7 @@ WORDS = [
 def test_recomputed_or_compiled_it_is_the_same_run(tmp_path, text, more):
     def losses(*words):
         train.main(
-            config.parse(
+            parse.parse(
                 [
                     f"--data={text}",
                     f"--out_dir={tmp_path / 'run'}",
@@ -181,7 +181,7 @@ def test_a_window_counts_in_the_utilisation(tmp_path, text):
 
     def flops(*words):
         train.main(
-            config.parse(
+            parse.parse(
                 [
                     f"--data={text}",
                     f"--out_dir={tmp_path / 'run'}",
@@ -212,11 +212,11 @@ def test_a_window_counts_in_the_utilisation(tmp_path, text):
 )
 def test_what_cannot_be_is_said(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
-        config.parse(flags)
+        parse.parse(flags)
 
 
 def test_flex_attention_without_a_gpu_is_said(tmp_path, text):
-    cfg = config.parse(
+    cfg = parse.parse(
         [f"--data={text}", f"--out_dir={tmp_path}", "--attention=flex", "--device=cpu"]
     )
     with pytest.raises(ValueError, match="attention=flex is for GPUs.*--attention=sdpa"):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import bench
-import config
-import settings
 from benchmarks import runs, training
+from settings import fields as settings
+from settings import parse
 
 FAKE = """
 import json, os, pathlib, sys
@@ -114,7 +114,7 @@ def test_where_nothing_can_be_compiled_that_is_said_and_else_it_is_compiled(
 def test_a_name_says_what_is_on_and_all_else_is_off(name, fields):
     expected = dict(zip(("precision", "compile", "activation_checkpoint"), fields))
     assert training.chosen(name, 4) == expected
-    cfg = config.parse(training.arguments([], training.chosen(name, 4), False))
+    cfg = parse.parse(training.arguments([], training.chosen(name, 4), False))
     assert {field: getattr(cfg, field) or "none" for field in expected} == expected
 
 
@@ -124,10 +124,10 @@ def test_recipe_then_the_usual_then_the_users_fields_then_the_choice(tmp_path):
         'steps = 900\nbatch_size = 6\nprecision = "fp64"\nlog_every = 7\nresume = "x"\n'
     )
     choice = training.chosen("bf16", 4)
-    cfg = config.parse(training.arguments(["--eval_every=5", str(recipe)], choice, False))
+    cfg = parse.parse(training.arguments(["--eval_every=5", str(recipe)], choice, False))
     assert (cfg.steps, cfg.batch_size, cfg.precision, cfg.log_every) == (12, 6, "bf16", 1)
     assert (cfg.resume, cfg.eval_every, cfg.save_every, cfg.sample_tokens) == ("never", 5, 0, 0)
-    quick = config.parse(training.arguments([str(recipe), "--steps=3"], choice, True))
+    quick = parse.parse(training.arguments([str(recipe), "--steps=3"], choice, True))
     assert (quick.steps, quick.batch_size, quick.n_embd) == (3, 4, 64)
 
 
@@ -164,7 +164,7 @@ def test_a_mistake_is_one_line_before_anything_runs(words, said, fake, capsys):
 
 def test_what_is_compared_by_itself_can_be_and_no_field_has_the_name_of_a_flag():
     for name in (training.NAMES + training.ON_GPU + "," + training.IF_QUICK).split(","):
-        assert config.parse(training.arguments([], training.chosen(name, 4), False))
+        assert parse.parse(training.arguments([], training.chosen(name, 4), False))
     assert not {*training.FLAGS} & {f"--{field}" for field in settings.FIELDS}
 
 

@@ -12,9 +12,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from test_train import close, flags, go, on_ranks, rows, trace
 
-import checks
 import choices
-import config
 import introduction
 import resume
 from checkpoint import load
@@ -25,6 +23,7 @@ from parallel.ddp import DDP
 from parallel.fsdp import FSDP
 from parallel.mesh import make_mesh, mapped_file
 from parallel.zero import ZeRO
+from settings import checks, parse
 
 CPU = torch.device("cpu")
 ONE = make_mesh(CPU, 1, 1, 1)
@@ -116,13 +115,13 @@ def test_no_room_for_a_mapped_file_is_a_sentence(tmp_path, monkeypatch):
 
 def test_the_vocabulary_is_no_matter_of_the_layout():
     sizes = [
-        choices.with_vocabulary(config.parse([f"--tp={tp}"]), 250).vocab_size for tp in (1, 2, 4)
+        choices.with_vocabulary(parse.parse([f"--tp={tp}"]), 250).vocab_size for tp in (1, 2, 4)
     ]
     assert sizes == [256] * 3
     with pytest.raises(
         ValueError, match="tp=3 does not divide vocab_size=256; try --vocab_size=258"
     ):
-        choices.with_vocabulary(config.parse(["--tp=3", "--n_head=3", "--n_embd=12"]), 250)
+        choices.with_vocabulary(parse.parse(["--tp=3", "--n_head=3", "--n_embd=12"]), 250)
 
 
 def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
@@ -153,7 +152,7 @@ def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
     ],
 )
 def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layout):
-    cfg = config.parse(words)
+    cfg = parse.parse(words)
     assert (
         choices.settled(cfg, CPU, choices.find_optimizer(cfg.optim), replicas).data_parallel
         == layout
@@ -178,9 +177,7 @@ def test_a_layout_that_does_not_pay_is_named(words, ranks, said):
         device=CPU,
         groups={"replicas": object() if ranks > 1 else None},
     )
-    remarks = [
-        x for x in introduction.remarks(config.parse(words), mesh, None) if "diloco" not in x
-    ]
+    remarks = [x for x in introduction.remarks(parse.parse(words), mesh, None) if "diloco" not in x]
     assert remarks == [] if said is None else said in " ".join(remarks)
 
 
@@ -231,15 +228,15 @@ BASE = ["--data_parallel=fsdp", "--fsdp_shard=2", "--reshard=false"]
     ],
 )
 def test_a_branch_inherits_what_belongs_to_what_it_keeps(saved, now, expected):
-    old = config.to_dict(config.parse(saved))
-    new = resume.continued(config.parse(["--resume=there", *now]), old, branch=True)
+    old = parse.to_dict(parse.parse(saved))
+    new = resume.continued(parse.parse(["--resume=there", *now]), old, branch=True)
     assert {name: getattr(new, name) for name in expected} == expected
 
 
 def test_an_outer_step_cannot_change_on_the_way():
-    old = config.to_dict(config.parse(["--diloco_every=2", "--diloco.lr=1"]))
+    old = parse.to_dict(parse.parse(["--diloco_every=2", "--diloco.lr=1"]))
     with pytest.raises(ValueError, match="diloco.lr"):
-        resume.continued(config.parse(["--diloco_every=2"]), old, branch=False)
+        resume.continued(parse.parse(["--diloco_every=2"]), old, branch=False)
 
 
 @pytest.mark.parametrize(
@@ -276,12 +273,12 @@ def test_an_outer_step_cannot_change_on_the_way():
 )
 def test_mixes_that_cannot_be_are_refused_with_the_alternative(flags_, says):
     with pytest.raises(ValueError) as error:
-        config.parse(flags_)
+        parse.parse(flags_)
     assert says in str(error.value)
 
 
 def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
-    cfg = config.parse(flags(text, tmp_path, "--compress=powersgd", "--compress.rank=2.5"))
+    cfg = parse.parse(flags(text, tmp_path, "--compress=powersgd", "--compress.rank=2.5"))
     from parallel.compression import powersgd
 
     with pytest.raises(ValueError, match="rank=2.5 is of the wrong kind"):
@@ -308,7 +305,7 @@ def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
 def test_adam_and_its_kind_start_without_zeros_if_nothing_else_is_said(optim, zero):
     found = choices.find_optimizer(optim)
     for words, expected in (([], zero), (["--zero_init=true"], True), (["--arch=gpt2"], False)):
-        cfg = config.parse([f"--optim={optim}", *words])
+        cfg = parse.parse([f"--optim={optim}", *words])
         assert choices.settled(cfg, torch.device("cpu"), found, False).zero_init is expected
 
 
@@ -383,18 +380,18 @@ def test_any_class_in_a_file_trains_with_the_lr_and_the_decay_asked_for(what, dr
 
 def test_what_a_constructor_cannot_do_without_it_gets_and_the_class_stays_itself(drop):
     drop(WORKS["no default for either"])
-    cfg = config.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3"])
+    cfg = parse.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3"])
     found = choices.find_optimizer("mine")
     found.elementwise, found.eval = True, None  # what layouts ask it for
     made, boxes = choices.stepper(cfg, ONE, {}, found)
     group = made([torch.zeros(1, requires_grad=True)]).param_groups[0]
     assert (group["lr"], group["weight_decay"], boxes) == (0.2, 0.3, {})
     assert issubclass(made, found) and made.__name__ == "Mine"
-    assert choices.stepper(config.parse(["--optim=sgd"]), ONE, {}, SGD) == (SGD, {})
+    assert choices.stepper(parse.parse(["--optim=sgd"]), ONE, {}, SGD) == (SGD, {})
 
 
 def own(optim, *words):
-    cfg = config.parse([f"--optim={optim}", *words])
+    cfg = parse.parse([f"--optim={optim}", *words])
     return choices.settled(cfg, CPU, choices.find_optimizer(optim), False)
 
 
@@ -472,7 +469,7 @@ def test_what_a_file_lacks_is_said_in_a_sentence(code, words, says, drop):
 )
 def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(code, drop):
     drop(code)
-    cfg = config.parse(["--optim=mine", "--opt.betas=0.5,0.6", "--lr=0.01"])
+    cfg = parse.parse(["--optim=mine", "--opt.betas=0.5,0.6", "--lr=0.01"])
     found = choices.find_optimizer("mine")
     assert choices.trial(cfg, found)[0]["betas"] == (0.5, 0.6)
     for word, says in (
@@ -481,5 +478,5 @@ def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(co
         ("--opt.params=1", "has no such argument"),
     ):
         with pytest.raises(ValueError, match=says) as error:
-            choices.trial(config.parse(["--optim=mine", "--lr=0.01", word]), found)
+            choices.trial(parse.parse(["--optim=mine", "--lr=0.01", word]), found)
         assert "\n" not in str(error.value)

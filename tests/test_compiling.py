@@ -8,9 +8,9 @@ import torch._dynamo
 from harness import run_ranks
 from torch._dynamo.utils import counters
 
-import config
 import train
 from metrics import logger
+from settings import parse
 
 TINY = [
     "--n_layer=3",
@@ -40,7 +40,7 @@ def text(tmp_path_factory):
 def go(text, out_dir, *more):
     torch._dynamo.reset()
     counters.clear()
-    train.main(config.parse([f"--data={text}", f"--out_dir={out_dir}", *TINY, *more]))
+    train.main(parse.parse([f"--data={text}", f"--out_dir={out_dir}", *TINY, *more]))
 
 
 def on_ranks(rank, world, *args):

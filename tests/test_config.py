@@ -5,12 +5,11 @@ import shlex
 
 import pytest
 
-import checks
-import config
 import resume
-import settings
-from config import parse
-from settings import Config
+from settings import checks, fields, synonyms
+from settings import parse as config
+from settings.fields import Config
+from settings.parse import parse
 
 
 def bad(*argv: str) -> str:
@@ -131,7 +130,7 @@ def test_a_blank_stands_for_the_equals_sign(tmp_path):
 
 
 def test_none_is_none_for_every_optional_field(tmp_path):
-    optional = [n for n in settings.FIELDS if type(None) in config.kinds(n)]
+    optional = [n for n in fields.FIELDS if type(None) in config.kinds(n)]
     assert {"wandb", "data_url", "init_from", "activation_checkpoint", "lr", "on_spike"} <= {
         *optional
     }
@@ -143,7 +142,7 @@ def test_none_is_none_for_every_optional_field(tmp_path):
             parse([f"--opt.x={word}"]).options
             == parse([recipe(tmp_path, f'opt.x = "{word}"')]).options
         )
-    for name in settings.FIELDS.keys() - {*optional}:
+    for name in fields.FIELDS.keys() - {*optional}:
         if str not in config.kinds(name):
             assert "is not allowed" in bad(f"--{name}=none")
             assert "is not allowed" in bad(recipe(tmp_path, f'{name} = "none"'))
@@ -151,9 +150,9 @@ def test_none_is_none_for_every_optional_field(tmp_path):
 
 
 def test_an_empty_value_is_a_sentence_for_every_field(tmp_path):
-    for name in [*settings.FIELDS, "opt.betas"]:
+    for name in [*fields.FIELDS, "opt.betas"]:
         assert f"--{name}= is empty" in bad(f"--{name}=")
-        said = bad(recipe(tmp_path, f'{name} = ""')) if name in settings.FIELDS else ""
+        said = bad(recipe(tmp_path, f'{name} = ""')) if name in fields.FIELDS else ""
         assert "is not allowed" in said or name == "opt.betas", name
 
 
@@ -190,11 +189,11 @@ def test_an_option_is_a_number_a_word_or_a_list(tmp_path, text, value):
 
 
 def test_other_trainers_names_lead_to_ours():
-    for name, here in config.HERE.items():
+    for name, here in synonyms.HERE.items():
         said = bad(f"--{name}=1")
         assert f"there is no field {name!r}; did you mean --{here}?" == said
         field, equals, text = here.partition("=")
-        assert field in settings.FIELDS or field.startswith("opt.")
+        assert field in fields.FIELDS or field.startswith("opt.")
         assert not equals or config.from_text(field, text) == text
     for name, here in {
         "batch-size": "batch_size",
@@ -263,7 +262,7 @@ def test_the_folder_of_a_run_is_no_recipe_but_has_one(tmp_path):
     ],
 )
 def test_what_is_to_be_typed_gives_the_value_in_a_shell(name, value):
-    words = shlex.split(settings.flag(name, value))
+    words = shlex.split(fields.flag(name, value))
     cfg = parse(words)
     assert len(words) == 1 and (cfg.options[name] if "." in name else getattr(cfg, name)) == value
 
@@ -371,13 +370,13 @@ def test_help_names_every_field_with_its_default(capsys):
         parse(["--help"])
     assert not stop.value.code
     text = capsys.readouterr().out
-    assert all(f"--{name} " in text for name in settings.FIELDS)
-    assert all(f.metadata["help"] for f in settings.FIELDS.values())
+    assert all(f"--{name} " in text for name in fields.FIELDS)
+    assert all(f.metadata["help"] for f in fields.FIELDS.values())
 
 
 def test_every_field_is_used():
-    """A flag that does nothing is a defect: each field's name appears outside settings.py and
-    checks.py."""
+    """A flag that does nothing is a defect: each field's name appears outside settings/fields.py and
+    settings/checks.py."""
     from pathlib import Path
 
     root = Path(config.__file__).parent
@@ -388,7 +387,7 @@ def test_every_field_is_used():
     elsewhere = {"arch", "pp_chunks"}  # in settings.with_traits and settings.chunks
     assert [
         n
-        for n in settings.FIELDS
+        for n in fields.FIELDS
         if f"cfg.{n}" not in text and f"{n}:" not in text and n not in elsewhere
     ] == []
 
@@ -410,11 +409,11 @@ def test_the_default_recipe_is_the_default():
 
 
 def test_what_a_run_chose_is_written_apart_and_is_nobody_s_wish(tmp_path):
-    cfg = settings.update(
+    cfg = fields.update(
         parse(["--lr=0.5", "--steps=3"]), embed_lr=0.1, tied=False, attention_scale=None
     )
-    cfg = settings.update(cfg, device="cuda:0", precision="bf16")
-    assert settings.chosen(cfg) == ["device", "attention_scale", "tied", "embed_lr", "precision"]
+    cfg = fields.update(cfg, device="cuda:0", precision="bf16")
+    assert fields.chosen(cfg) == ["device", "attention_scale", "tied", "embed_lr", "precision"]
     text = config.to_toml(cfg, {})
     assert text.index("lr = 0.5") < text.index("[chosen]") < text.index("embed_lr = 0.1")
     again = parse([recipe(tmp_path, text)])
@@ -424,22 +423,20 @@ def test_what_a_run_chose_is_written_apart_and_is_nobody_s_wish(tmp_path):
         "bf16",
         "auto",
     )
-    assert settings.chosen(again) == ["attention_scale", "tied", "embed_lr", "precision"]
+    assert fields.chosen(again) == ["attention_scale", "tied", "embed_lr", "precision"]
     old = config.from_dict(config.to_dict(cfg))
-    assert old.given == {"lr", "steps"} and config.to_dict(old)["chosen"] == settings.chosen(cfg)
+    assert old.given == {"lr", "steps"} and config.to_dict(old)["chosen"] == fields.chosen(cfg)
     for word in ("--optim=adamw", "--opt.eps=1", "--device=cpu", "--n_layer=3"):
-        assert settings.chosen(parse([recipe(tmp_path, text), word])) == [], word
+        assert fields.chosen(parse([recipe(tmp_path, text), word])) == [], word
     for word in ("--steps=9", "--out_dir=x", "--schedule=cosine", "--log_every=2"):
-        assert settings.chosen(parse([recipe(tmp_path, text), word])) == settings.chosen(again), (
-            word
-        )
+        assert fields.chosen(parse([recipe(tmp_path, text), word])) == fields.chosen(again), word
 
 
 # ---- continuing ----------------------------------------------------------------------------------
 def resolved(**values) -> dict:
     return config.to_dict(
         dataclasses.replace(
-            settings.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values
+            fields.with_traits(Config(precision="bf16", schedule="wsd", lr=0.02)), **values
         )
     )
 

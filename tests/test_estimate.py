@@ -17,7 +17,6 @@ from meter import Meter, measure, nbytes
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-import settings
 from memory import estimate, plan
 from memory.estimate import (
     activation_bytes,
@@ -46,6 +45,7 @@ from optim.param_groups import kinds, param_groups
 from parallel.ddp import DDP
 from precision import amp, fp8
 from precision.stochastic import stochastic
+from settings import fields
 
 CPU = torch.device("cpu")
 SCRIPT = Path(estimate.__file__)
@@ -63,7 +63,7 @@ CLASSES = {
     "schedule_free": schedule_free.AdamWScheduleFree,
     "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree,
 }
-TRAITS = settings.ARCHS
+TRAITS = fields.ARCHS
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -600,7 +600,7 @@ def test_the_command_prints_both_accountings():
 
 def test_every_optimizer_and_layout_has_a_row():
     for optim in CLASSES:
-        settings, options = estimate.parse(
+        fields, options = estimate.parse(
             [
                 f"--optim={optim}",
                 "--n_layer=2",
@@ -614,7 +614,7 @@ def test_every_optimizer_and_layout_has_a_row():
                 "--reshard=false",
             ]
         )
-        text = estimate.table(settings, options)
+        text = estimate.table(fields, options)
         assert (
             all(text.count(f"\n{layout} ") == 3 for layout in estimate.LAYOUTS)
             and "nan" not in text

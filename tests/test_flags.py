@@ -8,15 +8,14 @@ import torch
 from harness import run_ranks
 from test_train import go, rows, trace
 
-import config
 import evaluation
-import settings
 import train
 from checkpoint import load as checkpoint
 from data import corpora, dataset
 from metrics import flops as monitor
 from model import GPT, GPTConfig
 from optim import param_groups
+from settings import fields, parse
 
 
 def groups(out_dir) -> dict:
@@ -128,8 +127,8 @@ def test_decay_embeddings_decays_all_that_has_two_dimensions(tmp_path, text):
 def test_the_recipes_after_nanogpt_decay_what_nanogpt_decays(recipe):
     """Its configure_optimizers: every parameter with two dimensions or more, and no other."""
     root = Path(train.__file__).parent
-    cfg = settings.with_traits(config.parse([str(root / "configs" / f"{recipe}.toml")]))
-    cfg = settings.update(cfg, vocab_size=64, n_layer=2, n_embd=16, n_head=2)
+    cfg = fields.with_traits(parse.parse([str(root / "configs" / f"{recipe}.toml")]))
+    cfg = fields.update(cfg, vocab_size=64, n_layer=2, n_embd=16, n_head=2)
     with torch.device("meta"):
         model = GPT(
             GPTConfig(**{name: getattr(cfg, name) for name in GPTConfig.__dataclass_fields__})
@@ -160,7 +159,7 @@ def test_a_branch_changes_every_lr_left_to_it(tmp_path, text):
         "--steps=4",
     ]
     train.main(
-        config.parse([*branch, "--clip_value=none", "--schedule=constant", "--warmup_steps=0"])
+        parse.parse([*branch, "--clip_value=none", "--schedule=constant", "--warmup_steps=0"])
     )
     found = {kind: g["initial_lr"] for kind, g in groups(tmp_path / "b").items()}
     assert found == {"embedding": 1e-4, "matrix": 1e-4, "head": 1e-4}
@@ -168,7 +167,7 @@ def test_a_branch_changes_every_lr_left_to_it(tmp_path, text):
     assert checkpoint.newest(tmp_path / "b").tree("config")["clip_value"] is None
     with pytest.raises(ValueError, match="more than --steps=2"):
         train.main(
-            config.parse(
+            parse.parse(
                 [f"--resume={tmp_path / 'run'}", f"--out_dir={tmp_path / 'c'}", "--steps=2"]
             )
         )

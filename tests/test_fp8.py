@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from harness import init_weights, run_ranks
 from torch.utils.checkpoint import checkpoint
 
-import checks
 from model import GPT, GPTConfig
 from parallel.ddp import DDP
 from parallel.zero import ZeRO
 from precision import fp8
 from precision.fp8 import GRADIENT, WEIGHT, Recipe, X, dequantise, linear, product, quantise
+from settings import checks
 
 CPU, E4M3, E5M2 = torch.device("cpu"), torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS, ALL = ("tensor", "row", "block"), (True, True, True)

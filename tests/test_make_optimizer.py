@@ -512,8 +512,8 @@ def test_what_cannot_work_is_said_when_it_can_be_known():
 
 def run_with(rank, world, text, out, cls, flags):
     import choices
-    import config
     import train
+    from settings import parse
 
     choices.find_optimizer = lambda name: cls
     words = [
@@ -530,7 +530,7 @@ def run_with(rank, world, text, out, cls, flags):
         "--save_every=0",
     ]
     try:
-        return train.main(config.parse([f"--data={text}", f"--out_dir={out}", *words, *flags]))[
+        return train.main(parse.parse([f"--data={text}", f"--out_dir={out}", *words, *flags]))[
             "step"
         ]
     except ValueError as error:

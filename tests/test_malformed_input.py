@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import config
 from data import corpora, dataset
+from settings import parse
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(parse.__file__).parent
 RECIPES = sorted(ROOT.glob("configs/*.toml"))
 WORDS = [
     b"nan",
@@ -99,14 +99,14 @@ def sentence(error: ValueError) -> None:
 def parsed(path: Path) -> bool:
     """Whether the recipe is taken; a refusal must be a sentence."""
     try:
-        cfg = config.parse([str(path), "--steps=1"])
+        cfg = parse.parse([str(path), "--steps=1"])
     except ValueError as error:
         sentence(error)
         return False
-    text = config.to_toml(cfg, {})  # what is taken can be written and read again
+    text = parse.to_toml(cfg, {})  # what is taken can be written and read again
     path.write_text(text, encoding="utf-8")
-    again = config.parse([str(path)])
-    assert config.to_toml(again, {}) == text
+    again = parse.parse([str(path)])
+    assert parse.to_toml(again, {}) == text
     return True
 
 
@@ -136,7 +136,7 @@ def test_each_word_in_the_place_of_a_value_is_taken_or_refused_in_one_line(tmp_p
         (tmp_path / "a.toml").write_bytes(field.encode() + b" = " + word)
         parsed(tmp_path / "a.toml")
         try:
-            config.parse(
+            parse.parse(
                 [f"--{field.strip(chr(34))}={word.decode(errors='surrogateescape').strip()}"]
             )
         except ValueError as error:
@@ -289,7 +289,7 @@ def test_a_pipe_or_a_device_in_the_place_of_a_file_is_not_waited_for(tmp_path):
             (tmp_path / "d" / "train.bin").unlink()
         for recipe in (tmp_path / "pipe.txt", "/dev/zero", tmp_path):
             with pytest.raises(ValueError):
-                config.parse([str(recipe)])
+                parse.parse([str(recipe)])
 
 
 @pytest.mark.skipif(
@@ -300,7 +300,7 @@ def test_a_file_that_may_not_be_read_is_a_sentence(tmp_path):
     (tmp_path / "a.txt").chmod(0)
     assert not loaded(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="cannot read the recipe"):
-        config.parse([str(tmp_path / "a.txt")])
+        parse.parse([str(tmp_path / "a.txt")])
 
 
 # ---- as a process --------------------------------------------------------------------------------

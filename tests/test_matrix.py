@@ -21,7 +21,6 @@ from matrix import (
     trace,
 )
 
-import config
 import train
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
@@ -29,6 +28,7 @@ from optim.soap import SOAP
 from parallel.ddp import DDP
 from parallel.fsdp import FSDP
 from parallel.zero import ZeRO
+from settings import parse
 
 CPU = torch.device("cpu")
 
@@ -241,7 +241,7 @@ def go(rank, world, folders, steps, flags, shape):
             "--precision=fp64",
         ]
         argv += ["--opt.eps=1e-2", "--lr=1e-3"] if optim == "soap" else []
-        train.main(config.parse([*argv, "--data_parallel=ddp", *flags]))
+        train.main(parse.parse([*argv, "--data_parallel=ddp", *flags]))
 
 
 def on(layout, folders, steps, shape):

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from harness import init_weights
 
-import settings
 from layers.generation import generate
 from model import GPT, Dropout, GPTConfig, Where, initial_weight, rotary_angles, rotate
+from settings import fields
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
 GPT2 = dict(
@@ -21,7 +21,7 @@ GPT2 = dict(
     init="gpt2",
     logit_cap=None,
 )
-TRACK3 = dict(TINY, **settings.ARCHS["track3"])
+TRACK3 = dict(TINY, **fields.ARCHS["track3"])
 ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2), GPTConfig(**TRACK3)]
 
 

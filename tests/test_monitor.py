@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import settings
 from metrics import flops
 from metrics.flops import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 from model import GPT, GPTConfig
+from settings import fields
 
 
 class TinyGPT(nn.Module):
@@ -72,7 +72,7 @@ def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_hea
         n_embd=32,
         block_size=24,
         vocab_size=72,
-        **settings.ARCHS[arch] | {"tied": tied},
+        **fields.ARCHS[arch] | {"tied": tied},
     )
     model, x = GPT(c), torch.randint(72, (5, 24))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

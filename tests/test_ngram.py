@@ -8,7 +8,6 @@ import torch
 from harness import init_weights, run_ranks
 from test_train import go, rows
 
-import config
 import sample
 from checkpoint import __main__, load
 from data import corpora
@@ -16,6 +15,7 @@ from layers import ngram
 from layers.generation import generate
 from layers.ngram import NGrams
 from model import GPT, GPTConfig
+from settings import parse
 
 
 def naive(grams: Counter, V: int, context: tuple, w: int, discounts: list[float]) -> float:
@@ -228,7 +228,7 @@ def test_weights_that_need_the_counts_say_so(tmp_path, text, capsys):
 )
 def test_refusals(words, problem):
     with pytest.raises(ValueError, match=problem):
-        config.parse(["--ngram=3", *words])
+        parse.parse(["--ngram=3", *words])
 
 
 def test_an_order_that_does_not_fit_stops_a_run(tmp_path, text):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from matrix import assert_one_process
 
-import config
 import train
 from layers.generation import generate
 from model import GPT, GPTConfig, initial_weight
+from settings import parse
 
 SMALL = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=12, vocab_size=50)
 K, ROWS = 4, 97
@@ -104,16 +104,16 @@ def test_a_run_goes_on_bitwise_and_samples(tmp_path, capsys):
         "--eval_tokens=64",
         "--sample_tokens=8",
     ]
-    whole = train.main(config.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'a'}"]))
-    train.main(config.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'b'}", "--save_every=3"]))
+    whole = train.main(parse.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'a'}"]))
+    train.main(parse.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'b'}", "--save_every=3"]))
     for path in (tmp_path / "b").glob("step-00000006*"):
         path.rename(tmp_path / "gone")
     (tmp_path / "b" / "metrics.jsonl").write_text("")
-    again = train.main(config.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'b'}"]))
+    again = train.main(parse.parse([*words, "--steps=6", f"--out_dir={tmp_path / 'b'}"]))
     assert again == whole and "a sample" in capsys.readouterr().out
     without = [word for word in words if not word.startswith("--ngram")]
     words = [*without, "--steps=1", f"--out_dir={tmp_path / 'c'}", f"--init_from={tmp_path / 'a'}"]
-    train.main(config.parse(words))
+    train.main(parse.parse(words))
     assert (
         "a learned with embeddings of n-grams, and here there are none" in capsys.readouterr().out
     )
@@ -129,4 +129,4 @@ def test_a_run_goes_on_bitwise_and_samples(tmp_path, capsys):
 )
 def test_what_cannot_be_is_said(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
-        config.parse(flags)
+        parse.parse(flags)

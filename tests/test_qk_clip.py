@@ -9,7 +9,6 @@ import torch
 from harness import init_weights
 from test_train import go
 
-import config
 import qk_clip
 from checkpoint import load
 from layers.generation import generate
@@ -18,6 +17,7 @@ from model import GPT, GPTConfig
 from optim import param_groups
 from parallel import context
 from parallel.mesh import make_mesh
+from settings import parse
 
 CPU = torch.device("cpu")
 GQA = dict(
@@ -202,8 +202,8 @@ def test_a_resumed_run_is_the_same_bits(tmp_path, text):
 )
 def test_what_cannot_be_is_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
-        config.parse(flags)
-    config.parse(["--qk_clip=100", "--arch=gpt2"])
+        parse.parse(flags)
+    parse.parse(["--qk_clip=100", "--arch=gpt2"])
 
 
 def test_a_second_set_of_weights_is_refused(tmp_path, text):

@@ -17,13 +17,12 @@ import torch
 from harness import run_ranks
 from test_train import rows
 
-import config
 import resume
-import settings
 import train
 from checkpoint import load, save
 from checkpoint.load import resolve
 from metrics import logger
+from settings import fields, parse
 
 ROOT = Path(train.__file__).parent
 TINY = [
@@ -42,7 +41,7 @@ TINY = [
 
 
 def start(*argv) -> dict:
-    return train.main(config.parse([*map(str, argv)]))
+    return train.main(parse.parse([*map(str, argv)]))
 
 
 def saved(run) -> dict:
@@ -118,8 +117,8 @@ def test_a_run_s_own_config_toml_starts_the_same_run(tmp_path, prose, flags):
     losses = [[row["loss"] for row in rows(out).values()] for out in (first, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     # and what its command gave is what counts as given, so that it is held against nobody else
-    commands = config.parse([*TINY, *flags.split()]), config.parse([str(first / "config.toml")])
-    assert not {*settings.chosen(commands[0])} - {*settings.chosen(commands[1])}
+    commands = parse.parse([*TINY, *flags.split()]), parse.parse([str(first / "config.toml")])
+    assert not {*fields.chosen(commands[0])} - {*fields.chosen(commands[1])}
     start(first / "config.toml")  # it is over; nothing contradicts the run itself
 
 
@@ -153,7 +152,7 @@ def test_a_config_toml_starts_on_other_ranks_and_in_other_layouts(tmp_path, pros
 def test_a_later_word_that_makes_it_another_run_chooses_anew(tmp_path, prose):
     start(*TINY, f"--data={prose}/my text.txt", f"--out_dir={tmp_path}/a", "--lr=0.03", "--steps=1")
     own = f"{tmp_path}/a/config.toml"
-    same, other = config.parse([own, "--steps=9"]), config.parse([own, "--arch=gpt2"])
+    same, other = parse.parse([own, "--steps=9"]), parse.parse([own, "--arch=gpt2"])
     assert (same.lr, same.embed_lr, same.norm, same.zero_init) == (0.03, 0.01, "rmsnorm", True)
     assert {"lr", "steps"} <= same.given and not {
         "embed_lr",
@@ -161,11 +160,11 @@ def test_a_later_word_that_makes_it_another_run_chooses_anew(tmp_path, prose):
         "micro_batch_size",
     } & same.given
     assert (other.lr, other.embed_lr, other.norm, other.tied) == (0.03, None, "auto", "auto")
-    assert config.parse([own, "--embed_lr=0.5"]).embed_lr == 0.5
-    assert config.parse([own, "--optim=adamw"]).embed_lr is None
+    assert parse.parse([own, "--embed_lr=0.5"]).embed_lr == 0.5
+    assert parse.parse([own, "--optim=adamw"]).embed_lr is None
     assert "embed_lr = 0.01" in Path(own).read_text()
     with pytest.raises(ValueError, match="did you mean --steps"):
-        config.parse([own, "--chosen.steps=3"])
+        parse.parse([own, "--chosen.steps=3"])
 
 
 def test_what_the_chosen_schedule_has_no_use_for_is_said(tmp_path, prose, capsys):
@@ -187,7 +186,7 @@ def test_what_an_earlier_command_gave_stays_given(tmp_path, prose):
     start(*flags, f"--out_dir={tmp_path}/a", "--steps=3")
     start(f"--resume={tmp_path}/a", f"--out_dir={tmp_path}/b", "--steps=4")
     for run in "ab":
-        again = config.parse([f"{tmp_path}/{run}/config.toml", "--seed=5"])
+        again = parse.parse([f"{tmp_path}/{run}/config.toml", "--seed=5"])
         assert (again.embed_lr, again.tied, again.lr) == (0.3, True, None), run
         assert again.n_embd == 32 and {"embed_lr", "tied", "n_embd"} <= again.given
 
@@ -383,14 +382,14 @@ CLASHES = [  # what the run has, what is typed now
 def test_what_a_refusal_tells_to_type_goes_on(name, had, now):
     """Into a shell, as it stands."""
     flags = [*TINY, "--optim=adamw"]
-    old = config.to_dict(config.parse([*flags, f"--{name}={value_text(had)}"]))
+    old = parse.to_dict(parse.parse([*flags, f"--{name}={value_text(had)}"]))
     with pytest.raises(ValueError) as error:
-        resume.continued(config.parse([*flags, now]), old, branch=False)
+        resume.continued(parse.parse([*flags, now]), old, branch=False)
     typed = re.search(r": type (--.*) to go on, ", str(error.value))[1]
     echo = ["sh", "-c", f"printf '%s\\n' {typed}"]
     words = subprocess.run(echo, capture_output=True, text=True).stdout.splitlines()
-    again = resume.continued(config.parse([*flags, *words]), old, branch=False)
-    assert len(words) == 1 and config.to_dict(again)["options"] == old["options"]
+    again = resume.continued(parse.parse([*flags, *words]), old, branch=False)
+    assert len(words) == 1 and parse.to_dict(again)["options"] == old["options"]
     assert "." in name or getattr(again, name) == had
 
 

@@ -622,8 +622,8 @@ def test_fully_shard_with_evaluations_equals_one_process_if_one_does_what_eval_s
 
 @pytest.mark.parametrize("optim", ["schedule_free", "schedule_free.SGDScheduleFree"])
 def test_train_refuses_to_warm_up_the_momentum_of_an_average(optim, text, tmp_path):
-    import config
     import train
+    from settings import parse
 
     words = [
         "--n_layer=1",
@@ -638,7 +638,7 @@ def test_train_refuses_to_warm_up_the_momentum_of_an_average(optim, text, tmp_pa
     ]
     with pytest.raises(ValueError, match="no momentum to warm up"):
         train.main(
-            config.parse(
+            parse.parse(
                 [f"--data={text}", f"--out_dir={tmp_path / 'out'}", f"--optim={optim}", *words]
             )
         )

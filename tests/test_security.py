@@ -21,13 +21,13 @@ import pytest
 from test_train import ROOT, flags, go
 
 import choices
-import config
 import sample
 import train
 from checkpoint import load as checkpoint
 from data import corpora, download
 from data.tokenizer import Tokenizer
 from metrics import logger
+from settings import parse
 
 SOURCES = sorted(
     path
@@ -302,10 +302,10 @@ def test_a_recipe_is_numbers_and_words(tmp_path, mark):
     ):
         path.write_text(text)
         with nothing_runs(), pytest.raises(ValueError):
-            config.parse([str(path)])
+            parse.parse([str(path)])
     path.write_bytes(pickle.dumps(Payload(mark)))
     with nothing_runs(), pytest.raises(ValueError):
-        config.parse([str(path)])
+        parse.parse([str(path)])
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_a_file_of_a_run_may_hold_anything_and_nothing_runs(
         for what in (
             lambda: go(TEXT, out, "--steps=3", "--n_layer=1", "--schedule=constant"),
             lambda: train.main(
-                config.parse([f"--resume={out}", f"--out_dir={tmp_path / 'b'}", "--steps=3"])
+                parse.parse([f"--resume={out}", f"--out_dir={tmp_path / 'b'}", "--steps=3"])
             ),
             lambda: sample.load(str(out)),
             lambda: logger.latest(out),
@@ -415,7 +415,7 @@ def test_the_settings_in_a_strangers_checkpoint_are_checked_like_a_recipe(traine
         signed(out / "step-00000002", lambda body: body["tree"]["config"].update({name: value}))
         argv = [f"--resume={out}", f"--out_dir={out}-branch", "--steps=3", f"--data={TEXT}"]
         with nothing_runs(), pytest.raises(ValueError):
-            train.main(config.parse(argv))
+            train.main(parse.parse(argv))
         if name == "tokenizer":
             with nothing_runs(), pytest.raises(ValueError):
                 sample.load(str(out))

@@ -418,7 +418,7 @@ def test_mistakes_are_named():
 
 
 def test_options_fit_the_configs_check_of_signatures():
-    import checks
+    from settings import checks
 
     cfg = SimpleNamespace(sub=lambda namespace: {"detector": "ema", "factor": 3, "accept": 5})
     given = ("model", "optimizer", "position", "kept", "on_spike", "on_nonfinite", "precision")

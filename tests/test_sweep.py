@@ -522,7 +522,7 @@ def test_the_home_folder_may_be_a_tilde(go, tmp_path, monkeypatch):
         "~/a b.txt",
         "~/c,d.txt",
     }
-    # For config.py
+    # For settings/parse.py
     assert "--data=~/c,d.txt " in (tmp_path / "s" / "trial-0001" / "starts").read_text()
 
 
@@ -888,7 +888,7 @@ def test_a_mistake_is_one_line_and_begins_nothing(go, tmp_path, words, said):
 
 @pytest.mark.slow
 def test_train_itself_is_searched_and_a_mistake_exits_with_2(tmp_path):
-    (tmp_path / "text.txt").write_bytes((ROOT / "config.py").read_bytes())
+    (tmp_path / "text.txt").write_bytes((ROOT / "settings/parse.py").read_bytes())
     tiny = dict(
         n_layer=1,
         n_head=2,

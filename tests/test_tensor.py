@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import settings
 from layers.generation import generate
 from model import GPT, GPTConfig, key
 from parallel import tensor
 from parallel.ddp import DDP
 from parallel.mesh import allocate, make_mesh
 from parallel.tensor import boxes, output, part_of
+from settings import fields
 
 CPU = torch.device("cpu")
 MODERN = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=16, block_size=8, vocab_size=32, dropout=0.2)
@@ -35,7 +35,7 @@ GPT2 = MODERN | dict(
     logit_cap=None,
 )
 GQA = MODERN | dict(n_head=8, n_kv_head=4, n_embd=32, mup_base_width=16)
-TRACK3 = MODERN | settings.ARCHS["track3"]
+TRACK3 = MODERN | fields.ARCHS["track3"]
 SHAPES = (MODERN, GPT2, GQA, TRACK3)
 
 

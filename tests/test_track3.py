@@ -14,17 +14,15 @@ from matrix import TINY, difference, runs, text, trace
 from test_matrix import saved_and_resumed
 from test_model import awake, tokens
 
-import checks
 import choices
-import config
-import settings
 import train
 from metrics import logger
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
+from settings import checks, fields, parse
 
 RECIPE = str(Path(train.__file__).parent / "configs" / "track3.toml")
-ARCH = settings.ARCHS["track3"]
+ARCH = fields.ARCHS["track3"]
 SMALL = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64) | ARCH
 # Heads of 16, a quarter as wide
 MUP = SMALL | dict(n_kv_head=1, attention_scale=None, mup_base_width=8)
@@ -107,7 +105,7 @@ def test_the_start_is_torch_s_own_std_and_zero_where_the_residual_stream_begins(
 
 # ---- the optimizer -------------------------------------------------------------------------------
 def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
-    cfg = config.parse([RECIPE, "--device=cpu"])
+    cfg = parse.parse([RECIPE, "--device=cpu"])
     Muon = choices.find_optimizer(cfg.optim)
     cfg = choices.settled(cfg, torch.device("cpu"), Muon, False)
     model = awake(GPTConfig(**SMALL))
@@ -145,7 +143,7 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
 
 
 def test_the_recipe_holds_its_rate_and_goes_down_to_zero_over_the_last_70_percent():
-    factor = choices.lr_schedule(config.parse([RECIPE]))
+    factor = choices.lr_schedule(parse.parse([RECIPE]))
     for step, expected in (
         (0, 1),
         (975, 1),
@@ -177,7 +175,7 @@ def test_a_tiny_version_of_the_recipe_learns(tmp_path):
         "--vocab_size=256",
     ]
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main(config.parse(flags))
+        train.main(parse.parse(flags))
     found = logger.read_metrics(tmp_path / "out" / "metrics.jsonl")
     rows = [row["val_loss"] for row in found if "val_loss" in row]
     assert rows[0] == pytest.approx(math.log(256)) and rows[-1] < rows[0] - 1
@@ -239,7 +237,7 @@ def test_saved_in_one_layout_and_resumed_in_the_next(tmp_path):
 )
 def test_what_does_not_go_together_is_refused_with_what_to_type(flags, says):
     with pytest.raises(ValueError) as error:
-        config.parse(["--arch=track3", *flags.split()])
+        parse.parse(["--arch=track3", *flags.split()])
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -251,5 +249,5 @@ def test_what_the_refusals_say_to_type_goes():
         "--n_head=128 --position=learned",
         "--qk_clip=100 --qk_norm=false",
     ):
-        cfg = settings.with_traits(config.parse(["--arch=track3", *flags.split()]))
-        assert config.from_dict(config.to_dict(cfg)) == cfg  # as a checkpoint holds it
+        cfg = fields.with_traits(parse.parse(["--arch=track3", *flags.split()]))
+        assert parse.from_dict(parse.to_dict(cfg)) == cfg  # as a checkpoint holds it

@@ -13,11 +13,11 @@ import pytest
 import torch
 from harness import init_weights, run_ranks
 
-import config
 import resume
 import train
 from checkpoint import load
 from metrics import logger
+from settings import parse
 
 ROOT = Path(train.__file__).parent
 CLASSES = [
@@ -55,7 +55,7 @@ def flags(text, out_dir, *more: str) -> list[str]:
 
 
 def go(*args) -> dict:
-    return train.main(config.parse(flags(*args)))
+    return train.main(parse.parse(flags(*args)))
 
 
 def rows(out_dir, kind="loss") -> dict:
@@ -496,16 +496,16 @@ def test_a_branch_decays_from_a_stable_checkpoint(tmp_path, text):
         "--schedule=linear",
         "--steps=8",
     ]
-    train.main(config.parse(branch))
+    train.main(parse.parse(branch))
     got, run = rows(tmp_path / "branch"), rows(tmp_path / "run")
     # The same rows on the same weights
     assert got.keys() == {6, 7, 8} and got[6]["loss"] == run[6]["loss"]
     assert got[8]["lr"] < got[6]["lr"] < run[6]["lr"]
-    train.main(config.parse(branch))  # finished: says so
+    train.main(parse.parse(branch))  # finished: says so
     with pytest.raises(ValueError, match="an --out_dir of its own"):
-        train.main(config.parse([branch[0], f"--out_dir={tmp_path / 'run'}"]))
+        train.main(parse.parse([branch[0], f"--out_dir={tmp_path / 'run'}"]))
     with pytest.raises(ValueError, match="a branch cannot change"):
-        train.main(config.parse([branch[0], f"--out_dir={tmp_path / 'other'}", "--n_embd=64"]))
+        train.main(parse.parse([branch[0], f"--out_dir={tmp_path / 'other'}", "--n_embd=64"]))
 
 
 def test_a_folder_of_shards_of_an_unknown_tokenizer_trains_and_samples(tmp_path, text, capsys):
@@ -596,7 +596,7 @@ def test_the_command_line_trains(tmp_path, text):
     done = run(*flags(text, tmp_path, "--sample_tokens=10"))
     assert done.returncode == 0, done.stderr
     assert "a sample" in done.stdout and (tmp_path / "loss.png").stat().st_size > 5000
-    again = config.parse([str(tmp_path / "config.toml")])
+    again = parse.parse([str(tmp_path / "config.toml")])
     assert (again.optim, again.lr, again.micro_batch_size) == ("muon", 0.02, 8)
 
 

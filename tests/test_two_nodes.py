@@ -13,8 +13,8 @@ import pytest
 from test_train import ROOT, close, flags, go, rows
 from torch.distributed.run import get_args_parser
 
-import config
 from benchmarks import network
+from settings import parse
 
 DOCUMENT, SLURM = ROOT / "docs" / "multinode.md", ROOT / "configs" / "slurm.sh"
 TEXT = str(ROOT / "model.py")
@@ -81,7 +81,7 @@ def check_command(words: list[str]) -> None:
     """torchrun's options are torchrun's, and the script's are the script's."""
     launch = get_args_parser().parse_args(words)
     if launch.training_script == "train.py":
-        config.parse(launch.training_script_args)
+        parse.parse(launch.training_script_args)
     else:
         assert launch.training_script == "bench.py" and launch.training_script_args[0] == "network"
         assert {word.split("=")[0] for word in launch.training_script_args[1:]} <= {

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from harness import init_weights, run_ranks
 from test_train import go, rows
 
-import config
 import model as models
 from model import GPT, GPTConfig
 from parallel import tensor
+from settings import parse
 
 Z = 0.03
 
@@ -106,4 +106,4 @@ def test_a_run_logs_cross_entropy_and_learns_a_smaller_log_z(tmp_path, text):
 
 def test_no_z_loss_is_written_none():
     with pytest.raises(ValueError, match="--z_loss=none"):
-        config.parse(["--z_loss=0"])
+        parse.parse(["--z_loss=0"])

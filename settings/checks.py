@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import math
 
-from settings import ARCHS, FIELDS, LAYOUTS, Config, chunks, flag, trait
+from settings.fields import ARCHS, FIELDS, LAYOUTS, Config, chunks, flag, trait
 
 
 def check(cfg: Config) -> Config:

@@ -2,7 +2,7 @@
 
     python train.py [recipe.toml] [--field=value ...]          later wins; --field value is the same
 
-The fields are in settings.py, one line each, what goes together in checks.py. Parsing, `--help` and
+The fields are in settings/fields.py, one line each, what goes together in settings/checks.py. Parsing, `--help` and
 the saved `config.toml` are derived from those lines. Fields with a dot belong to whatever another
 field selected and are checked against its signature: `--opt.betas=0.9,0.95` goes to the constructor
 of `--optim`, `--schedule.NAME=` to the schedule. In TOML a dotted field is a quoted key:
@@ -26,9 +26,10 @@ import types
 import typing
 from typing import Literal
 
-import settings
-from checks import check
-from settings import FIELDS, NAMESPACES, OPEN, PATHS, SECTIONS, TYPES, Auto, Config
+from settings import fields
+from settings.checks import check
+from settings.fields import FIELDS, NAMESPACES, OPEN, PATHS, SECTIONS, TYPES, Auto, Config
+from settings.synonyms import HERE
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -103,73 +104,6 @@ def read_recipe(path: str) -> dict:
         else:
             values[name] = value
     return {name: from_toml(name, value, path) for name, value in values.items()}
-
-
-HERE = {
-    there: here
-    for here, names in {  # what other trainers call a field
-        "steps": (
-            "max_iters max_steps num_steps train_steps iters iterations epochs num_train_epochs"
-        ),
-        "batch_size": (
-            "gradient_accumulation_steps grad_accum_steps grad_acc_steps train_batch_size gbs "
-            "global_batch_size"
-        ),
-        "micro_batch_size": (
-            "mbs local_batch_size device_batch_size "
-            "per_device_train_batch_size train_micro_batch_size_per_gpu"
-        ),
-        "block_size": "seq_len seq_length max_seq_len max_length context_length n_ctx n_positions",
-        "n_layer": "layers num_layers n_layers num_hidden_layers depth",
-        "n_head": "heads num_heads n_heads num_attention_heads",
-        "n_kv_head": "num_key_value_heads num_kv_heads",
-        "n_embd": "n_embed dim d_model hidden_size width",
-        "arch": "model model_type",
-        "optim": "optimizer",
-        "lr": "learning_rate max_lr",
-        "min_lr_frac": "min_lr min_lr_ratio",
-        "weight_decay": "wd decay",
-        "opt.betas": "beta1 beta2 betas adam_beta1 adam_beta2",
-        "opt.eps": "eps",
-        "opt.momentum": "momentum",
-        "grad_clip": "clip clip_grad max_grad_norm gradient_clipping",
-        "warmup_steps": "warmup_iters warmup",
-        "warmup_frac": "warmup_ratio",
-        "schedule": "decay_lr scheduler lr_scheduler lr_scheduler_type",
-        "precision": "dtype amp mixed_precision",
-        "precision=bf16": "bf16",
-        "precision=fp16": "fp16 half",
-        "precision=fp8": "fp8",
-        "data": "dataset data_path",
-        "out_dir": "out output_dir save_dir log_dir",
-        "eval_every": "eval_interval eval_steps",
-        "eval_tokens": "eval_iters",
-        "log_every": "log_interval",
-        "save_every": "save_interval save_steps save_frequency",
-        "keep": "save_total_limit",
-        "resume": "resume_from resume_from_checkpoint load_checkpoint",
-        "init_from": "pretrained finetune",
-        "wandb": "wandb_log wandb_project",
-        "data_parallel=ddp": "ddp data_parallel_replicate_degree",
-        "data_parallel=fsdp": "fsdp data_parallel_shard_degree fully_shard",
-        "data_parallel=zero1": "zero zero1 zero_stage stage",
-        "data_parallel=zero2": "zero2",
-        "data_parallel=zero3": "zero3",
-        "tp": "tp_size tensor_parallel tensor_parallel_degree tensor_model_parallel_size",
-        "sp": "sequence_parallel",
-        "pp": "pp_size pipeline_parallel pipeline_parallel_degree pipeline_model_parallel_size",
-        "pp_schedule": "pp_engine",
-        "cp": "cp_size context_parallel context_parallel_degree",
-        "offload=cpu": "offload_optimizer cpu_offload",
-        "offload_params=cpu": "offload_param",
-        "activation_checkpoint=full": (
-            "gradient_checkpointing activation_checkpointing ac recompute"
-        ),
-        "tied": "tie_word_embeddings weight_tying tie_weights",
-        "compile=default": "torch_compile",
-    }.items()
-    for there in names.split()
-}
 
 
 def known(name: str) -> None:
@@ -288,7 +222,7 @@ def change(name: str) -> str:
 
 
 def makes_another_run(name: str) -> bool:
-    return "." in name or name == "device" or change(name) in (settings.NEVER, settings.BRANCH)
+    return "." in name or name == "device" or change(name) in (fields.NEVER, fields.BRANCH)
 
 
 def allowed(name: str) -> str:
@@ -312,7 +246,7 @@ def to_dict(cfg: Config) -> dict:
         here = os.getcwd()
     except OSError:  # it was deleted
         here = ""
-    return values | {"chosen": settings.chosen(cfg), "cwd": here}
+    return values | {"chosen": fields.chosen(cfg), "cwd": here}
 
 
 def from_dict(saved: dict) -> Config:
@@ -343,14 +277,14 @@ def to_toml(cfg: Config, notes: dict) -> str:
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return str(value).lower() if isinstance(value, bool) else repr(value)
 
-    open_ = settings.chosen(cfg)
+    open_ = fields.chosen(cfg)
     lines = [f"# {key}: {value}" for key, value in notes.items()]
     lines += [f"{name} = {shown(getattr(cfg, name))}" for name in FIELDS if name not in open_]
     lines += [f'"{name}" = {shown(value)}' for name, value in cfg.options.items()]
     if open_:
         lines += ["", "[chosen]  # what auto and none stood for; nobody asked for it"]
     for name in open_:
-        here = "# here: " * (change(name) == settings.FRESH)  # of this machine, not of the run
+        here = "# here: " * (change(name) == fields.FRESH)  # of this machine, not of the run
         lines.append(f"{here}{name} = {shown(getattr(cfg, name))}")
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,8 @@
 """Every setting of a run: one flat dataclass, a line for each.
 
 A line is a field's type, its default, what it means with its unit, which numbers it may be, and
-whether a run that goes on may change it. config.py derives the command line, `--help`, recipes and
-the saved `config.toml` from these lines, checks.py refuses what does not go together.
+whether a run that goes on may change it. settings/parse.py derives the command line, `--help`, recipes and
+the saved `config.toml` from these lines, settings/checks.py refuses what does not go together.
 
 None (`none` in TOML and on the command line) means off or, where the help says so, chosen for you,
 as does `auto`. What a model's `auto` traits are is in ARCHS.
