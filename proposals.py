@@ -16,7 +16,7 @@ import math
 import random
 import re
 
-import choices as machine
+from run import optimizers
 from settings import parse
 
 LARGEST = 100_000  # trials of a grid
@@ -59,7 +59,7 @@ def accepted(name: str, value: str, said: str):
         hint = "; a range is int:2:6, lin:0:0.3 or log:1e-3:1e-1" if ":" in value else ""
         raise ValueError(f"{said}: {error}{hint}") from None
     if name == "optim":
-        machine.find_optimizer(found)
+        optimizers.find_optimizer(found)
     try:
         parse.parse([f"--{name}={value}"])
     except ValueError as error:

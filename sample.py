@@ -15,13 +15,13 @@ from dataclasses import fields
 
 import torch
 
-import choices
 from checkpoint import load as checkpoint
 from data import corpora
 from data.tokenizer import Tokenizer
 from layers.generation import generate
 from model import GPT, GPTConfig
 from parallel.mesh import pick_device
+from run import build
 from settings import parse
 from settings.fields import with_traits
 
@@ -39,7 +39,7 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]
             raise ValueError(
                 f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since"
             )
-        choices.add_ngrams(cfg, model, corpus.train)
+        build.add_ngrams(cfg, model, corpus.train)
     return model.eval(), corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
 
 

@@ -39,13 +39,12 @@ import sys
 import time
 from pathlib import Path
 
-import choices
 import proposals
-import resume
 import sweep_folder
 import sweep_results
 from metrics.outlets import complain
 from metrics.outlets import print_line as say
+from run import build, control, optimizers
 from settings import checks, parse
 from settings.fields import FIELDS, update
 from trials import OVER, Trial, flags
@@ -150,9 +149,9 @@ def refuse(words: list[str], metric: str) -> None:
             f"--metric={metric} needs evaluations, eval_every={cfg.eval_every} makes "
             "none; type --eval_every=60, or --metric=loss"
         )
-    kind = choices.find_optimizer(cfg.optim)
+    kind = optimizers.find_optimizer(cfg.optim)
     checks.check_options(cfg, "opt", kind, given=("params", "lr", "weight_decay"))
-    choices.lr_schedule(update(cfg, schedule=cfg.schedule.replace("auto", "wsd")))
+    build.lr_schedule(update(cfg, schedule=cfg.schedule.replace("auto", "wsd")))
 
 
 # ---- the search ----------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ def main(argv: list[str]) -> int:
         options["method"], search, metric, maximise, options["search_seed"], options["trials"]
     )
     call = [*program(options["launch"]), *words]
-    lock, stop, running, trouble = sweep_folder.lock(home), resume.StopSignal(), [], []
+    lock, stop, running, trouble = sweep_folder.lock(home), control.StopSignal(), [], []
 
     def over(trial: Trial) -> None:
         value, shown = trial.result(metric, method.worst), sweep_results.rounded(trial.values)

@@ -13,20 +13,20 @@ import os
 import re
 from pathlib import Path
 
-import resume
+from run import control
 from settings import parse
 from trials import Trial, flags, write
 
 NAME = re.compile(r"trial-([0-9]{4,})")
 
 
-def lock(home: Path) -> resume.RunLock:
+def lock(home: Path) -> control.RunLock:
     """Makes the folder, and it is ours until release(). Raises ValueError where another search runs
     in it."""
     if os.path.lexists(home) and not home.is_dir():
         raise ValueError(f"{home} is no folder; take another SWEEP_DIR")
     try:
-        return resume.RunLock(home)
+        return control.RunLock(home)
     except ValueError as error:
         said = str(error).removeprefix("--out_dir=").replace("another out_dir", "another SWEEP_DIR")
         raise ValueError(said) from None

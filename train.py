@@ -19,12 +19,8 @@ from pathlib import Path
 
 import torch
 
-import choices
-import evaluation
 import faults
-import introduction
 import monitor as spikes
-import resume
 import schedules
 from checkpoint import load, state
 from checkpoint import save as saving
@@ -39,6 +35,8 @@ from optim import param_groups
 from parallel import context, pipeline, sequence, tensor
 from parallel import mesh as meshes
 from precision import amp, histogram, stochastic
+from run import announce, announce_environment, auto, build, control, evaluate, optimizers, resume
+from run import batch as run_batch
 from settings import checks, fields, parse
 
 
@@ -56,7 +54,7 @@ def main(cfg: fields.Config) -> dict:
 
     # ---- the earlier run, if there is one: its settings fill what the command line leaves open ---
     out_dir, asked = Path(cfg.out_dir), cfg
-    lock = resume.RunLock(out_dir) if is_main else None
+    lock = control.RunLock(out_dir) if is_main else None
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
     diary = faults.Diary(out_dir / "debug" if cfg.debug_ranks else None, mesh, cfg.timeout_minutes)
     if earlier is not None:
@@ -85,12 +83,12 @@ def main(cfg: fields.Config) -> dict:
         return leave(logger.latest(out_dir))
 
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit -------
-    optimizer_class = choices.find_optimizer(cfg.optim)
-    cfg = choices.settled(cfg, device, optimizer_class, mesh.groups["replicas"] is not None)
+    optimizer_class = optimizers.find_optimizer(cfg.optim)
+    cfg = auto.settled(cfg, device, optimizer_class, mesh.groups["replicas"] is not None)
     opt_options = checks.check_options(
         cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay")
     )
-    lr_factor = choices.lr_schedule(cfg)  # step -> what every lr is multiplied by
+    lr_factor = build.lr_schedule(cfg)  # step -> what every lr is multiplied by
 
     # ---- data ------------------------------------------------------------------------------------
     corpus = mesh.first_on_each_machine(
@@ -100,7 +98,7 @@ def main(cfg: fields.Config) -> dict:
         raise ValueError(
             f"--data={cfg.data} is not the same on every machine; copy it to all from one"
         )
-    cfg = choices.with_vocabulary(cfg, corpus.tokenizer.n_vocab)
+    cfg = auto.with_vocabulary(cfg, corpus.tokenizer.n_vocab)
     train_rows = dataset.Rows(
         corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size
     )
@@ -139,14 +137,14 @@ def main(cfg: fields.Config) -> dict:
     )
 
     # ---- how products are computed, and what backward computes again -----------------------------
-    eights, scaler = choices.products(cfg, model, device, corpus.train), choices.loss_scaler(cfg)
+    eights, scaler = build.products(cfg, model, device, corpus.train), build.loss_scaler(cfg)
     scales = {
         name: kept for name, kept in (("fp8", eights), ("scaler", scaler)) if kept is not None
     }
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
     activation_checkpoint.keep_less(model, cfg.activation_checkpoint or "none", mesh.groups["tp"])
-    uncompiled = choices.compiled(cfg, model, device)  # why, or None
+    uncompiled = build.compiled(cfg, model, device)  # why, or None
 
     def run(numbers: range | list[int], rows: dataset.Rows = train_rows, layers=None, x=None):
         """Forward on the rows with these numbers: the sum of the token losses, and the targets (B,
@@ -165,7 +163,7 @@ def main(cfg: fields.Config) -> dict:
         sequences."""
         length //= cfg.tp if cfg.sp and model.training else 1
         own = cfg.param_dtype is None or mesh.groups["replicas"] is None
-        return (n, length, cfg.n_embd), dtype if own else choices.DTYPES[cfg.param_dtype], device
+        return (n, length, cfg.n_embd), dtype if own else build.DTYPES[cfg.param_dtype], device
 
     def each(
         batches: list, rows: dataset.Rows, scale: float | None = None, look=None
@@ -197,27 +195,31 @@ def main(cfg: fields.Config) -> dict:
         return total
 
     # ---- data parallel: who holds which weights, gradients and state -----------------------------
-    replicas = choices.data_parallel(cfg, mesh, cuts)
+    replicas = build.data_parallel(cfg, mesh, cuts)
     model = replicas.wrap(model)
     replicas.fill(tensor.part_of(weights, cuts))
-    share, size = checks.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
+    share, size = run_batch.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
     if (
         size is None
         or share % size
         or (share // size % cfg.pp and "micro_batch_size" not in cfg.given)
     ):
-        size = choices.largest_micro_batch(run, model, replicas, share, mesh)
+        size = run_batch.largest_micro_batch(run, model, replicas, share, mesh)
         cfg = fields.update(cfg, micro_batch_size=size)
     if pipe is not None:
         pipe.plan(share // cfg.micro_batch_size, True)  # a schedule that cannot be shows now
 
     # ---- optimizer -------------------------------------------------------------------------------
     param_groups.without_compiler()
-    lrs = choices.learning_rates(cfg, optimizer_class, opt_options, param_groups.kinds(whole))
+    lrs = build.learning_rates(cfg, optimizer_class, opt_options, param_groups.kinds(whole))
     groups = param_groups.param_groups(
-        model, lrs, cfg.weight_decay, choices.matrices_only(optimizer_class), cfg.decay_embeddings
+        model,
+        lrs,
+        cfg.weight_decay,
+        optimizers.matrices_only(optimizer_class),
+        cfg.decay_embeddings,
     )
-    make_optimizer, boxes = choices.stepper(cfg, mesh, cuts, optimizer_class)
+    make_optimizer, boxes = build.stepper(cfg, mesh, cuts, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
     if hasattr(optimizer, "train"):
@@ -225,7 +227,7 @@ def main(cfg: fields.Config) -> dict:
     if cfg.precision == "bf16_sr":
         optimizer = stochastic.stochastic(optimizer, cfg.seed, boxes)
     if cfg.offload is not None:  # from now on state comes to the device only to be stepped
-        optimizer = choices.offloaded(cfg, mesh, optimizer)
+        optimizer = build.offloaded(cfg, mesh, optimizer)
 
     # ---- everything a step depends on, and what watches over it ----------------------------------
     place, best = Position(corpus.sha256), Best(out_dir / "best", cfg.patience, cfg.min_delta)
@@ -237,15 +239,15 @@ def main(cfg: fields.Config) -> dict:
         cfg.save_hours,
         cfg.keep,
         cfg.keep_every,
-        cfg.async_save and not choices.state_on_disk(cfg),
+        cfg.async_save and not build.state_on_disk(cfg),
     )
-    guard = choices.guard(cfg, model, run_state, state.Disk(out_dir, run_state, saver))
+    guard = build.guard(cfg, model, run_state, state.Disk(out_dir, run_state, saver))
     if earlier is not None:
         run_state.load(earlier, None if in_place else [*scales, "progress"])
 
     # ---- what this run is, for the user and for the record ---------------------------------------
     if is_main and not (in_place and earlier is not None):
-        resume.set_aside(out_dir)  # a fresh start; nothing is lost
+        control.set_aside(out_dir)  # a fresh start; nothing is lost
     log = logger.Logger(
         out_dir,
         cfg.steps,
@@ -256,10 +258,10 @@ def main(cfg: fields.Config) -> dict:
         cfg.wandb,
         parse.to_dict(cfg),
     )
-    record = logger.environment(device, mesh.world, corpus.sha256)
+    record = announce_environment.environment(device, mesh.world, corpus.sha256)
     if is_main:
         (out_dir / "config.toml").write_text(parse.to_toml(cfg, record), encoding="utf-8")
-    said = introduction.lines(cfg, asked, mesh, record, corpus, whole, earlier)
+    said = announce.lines(cfg, asked, mesh, record, corpus, whole, earlier)
     if eights is not None and eights.emulated:
         said.append(
             f"precision=fp8: emulated here, the same numbers, but slower ({eights.emulated})"
@@ -278,7 +280,7 @@ def main(cfg: fields.Config) -> dict:
             saver.save(step, about | tree, last)
 
     # ---- the loop --------------------------------------------------------------------------------
-    latest, stop, overdue = {"step": step}, resume.StopSignal(), False
+    latest, stop, overdue = {"step": step}, control.StopSignal(), False
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
     watcher = watch.Watch(cfg, mesh, model, optimizer, boxes, run_state.counted)
     while True:
@@ -289,7 +291,7 @@ def main(cfg: fields.Config) -> dict:
         due = cfg.eval_every and (done or step % cfg.eval_every == 0) and (news or not in_place)
         if due and not stop.agreed:
             with run_state.looking():
-                found = evaluation.evaluate(
+                found = evaluate.evaluate(
                     model,
                     each,
                     val_rows,
@@ -415,7 +417,7 @@ def main(cfg: fields.Config) -> dict:
             else torch.compiler.set_stance("force_eager")
         )
         with run_state.looking(), eager:
-            text = evaluation.sample(
+            text = evaluate.sample(
                 model, corpus.tokenizer, cfg.sample_tokens, cfg.seed, device, stages
             )
         log.say(f"---- a sample ----{text}\n------------------")

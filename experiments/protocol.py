@@ -53,11 +53,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-import resume
 import train
 from data import corpora
 from experiments import findings
 from metrics import logger
+from run import control
 from settings import parse
 
 ROOT, RESULTS, CACHE = HERE.parent, HERE / "results", HERE.parent / "data_cache"
@@ -245,7 +245,7 @@ def main(
         grid, path = small if quick else grid, home / f"{name}.csv"
         lock = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
         # One process for a csv
-        lock = resume.RunLock(Path(tempfile.gettempdir(), f"nanoscale-{lock}"))
+        lock = control.RunLock(Path(tempfile.gettempdir(), f"nanoscale-{lock}"))
     except ValueError as error:
         print(f"{name}.py: {error}", file=sys.stderr)
         sys.exit(2)

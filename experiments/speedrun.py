@@ -30,7 +30,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
-import choices
 from experiments import protocol
 from experiments.findings import (
     INK,
@@ -43,6 +42,7 @@ from experiments.findings import (
     pick,
     plus_minus,
 )
+from run import build
 from settings import parse
 
 RECIPE = parse.read_recipe(str(protocol.ROOT / "configs" / "cpu_speedrun.toml"))
@@ -155,14 +155,14 @@ def row(keys: dict, quick: bool) -> dict:
 
 def counting():
     """From now on the counting of n-grams is timed; what this returns tells the seconds."""
-    plain, spent = choices.add_ngrams, [0.0]
+    plain, spent = build.add_ngrams, [0.0]
 
     def timed(*args) -> None:
         began = time.perf_counter()
         plain(*args)
         spent[0] += time.perf_counter() - began
 
-    choices.add_ngrams = timed
+    build.add_ngrams = timed
     return lambda: spent[0]
 
 

@@ -38,13 +38,13 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 
-import choices
 import monitor
 from data import dataset
 from experiments import protocol
 from experiments.findings import INK, groups, markdown, paired, pick, plus_minus
 from metrics import logger
 from model import GPT
+from run import build
 
 SETUPS = {"fragile": dict(optim="adamw", lr=0.01, grad_clip="none"), "default": {}}
 NUMBERS = {  # policy -> flags
@@ -87,7 +87,7 @@ QUICK = [
 ]
 LENGTH = {"clean": 0, "poison": 3, "long": 12, "nan": 3, "jump": 5, "jump once": 5}
 BATCH, TIMES = 8, 30
-TAKE, FORWARD, SCHEDULE = dataset.Rows.__call__, GPT.forward, choices.lr_schedule
+TAKE, FORWARD, SCHEDULE = dataset.Rows.__call__, GPT.forward, build.lr_schedule
 
 
 def inject(fault: str, first: int) -> None:
@@ -122,7 +122,7 @@ def inject(fault: str, first: int) -> None:
 
     dataset.Rows.__call__, GPT.forward = take, forward
     if "jump" in fault:
-        choices.lr_schedule = schedule
+        build.lr_schedule = schedule
 
 
 def row(keys: dict, quick: bool) -> dict:

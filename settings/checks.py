@@ -78,7 +78,7 @@ def check(cfg: Config) -> Config:
         )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
-    named = "schedule" in cfg.given  # what has no meaning for a chosen one, introduction.py says
+    named = "schedule" in cfg.given  # what has no meaning for a chosen one, run/announce.py says
     other = cfg.schedule not in ("auto", "wsd")
     if named and other and cfg.decay_frac != FIELDS["decay_frac"].default:
         raise ValueError(
@@ -294,26 +294,6 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
             given, usual = flag(f"{namespace}.{name}", value), flag("", default).partition("=")[2]
             raise ValueError(f"{given} is of the wrong kind; the default is {usual}")
     return values
-
-
-def batch_share(cfg: Config, dp: int) -> int:
-    """Sequences of the smallest step on one of dp replicas. Raises ValueError where parts are not
-    even."""
-    micro = cfg.micro_batch_size
-    name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
-    batch = getattr(cfg, name)
-    if batch % dp:
-        fits = -(-batch // dp) * dp
-        ends = -(-cfg.batch_size // fits) * fits  # where a ramp ends must be a multiple of it, too
-        more = f" --batch_size={ends}" if name != "batch_size" and ends != cfg.batch_size else ""
-        raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={fits}{more}")
-    share = batch // dp
-    if "micro_batch_size" in cfg.given and micro is not None and share % micro:
-        raise ValueError(
-            f"micro_batch_size={micro} does not divide the {share} sequences of each rank "
-            f"({name}={batch} over {dp}); try --micro_batch_size={divisor(share, micro)}"
-        )
-    return share
 
 
 def divisor(n: int, most: int) -> int:

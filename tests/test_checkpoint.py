@@ -24,7 +24,7 @@ from checkpoint import save as saving
 from checkpoint.load import CheckpointDamaged, load, newest, resolve
 from checkpoint.save import prune, save
 from checkpoint.slices import Slice
-from resume import RunLock
+from run.control import RunLock
 
 needs_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(),

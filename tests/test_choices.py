@@ -12,9 +12,6 @@ import torch.distributed as dist
 from harness import run_ranks
 from test_train import close, flags, go, on_ranks, rows, trace
 
-import choices
-import introduction
-import resume
 from checkpoint import load
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
@@ -23,6 +20,7 @@ from parallel.ddp import DDP
 from parallel.fsdp import FSDP
 from parallel.mesh import make_mesh, mapped_file
 from parallel.zero import ZeRO
+from run import announce, auto, batch, build, optimizers, resume
 from settings import checks, parse
 
 CPU = torch.device("cpu")
@@ -55,7 +53,7 @@ def trained(rank, world, layout, probe, fails=()):
         mesh = make_mesh(CPU)
         gpu = types.SimpleNamespace(type="cuda")
         mesh = types.SimpleNamespace(device=gpu, sum=mesh.sum, sizes=mesh.sizes)
-        size = choices.largest_micro_batch(run, model, replicas, 4, mesh)
+        size = batch.largest_micro_batch(run, model, replicas, 4, mesh)
     lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 1.0)
     optimizer, losses = replicas.make_optimizer(SGD, param_groups.param_groups(model, lrs, 0.0)), []
     for _ in range(3):
@@ -114,14 +112,12 @@ def test_no_room_for_a_mapped_file_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_the_vocabulary_is_no_matter_of_the_layout():
-    sizes = [
-        choices.with_vocabulary(parse.parse([f"--tp={tp}"]), 250).vocab_size for tp in (1, 2, 4)
-    ]
+    sizes = [auto.with_vocabulary(parse.parse([f"--tp={tp}"]), 250).vocab_size for tp in (1, 2, 4)]
     assert sizes == [256] * 3
     with pytest.raises(
         ValueError, match="tp=3 does not divide vocab_size=256; try --vocab_size=258"
     ):
-        choices.with_vocabulary(parse.parse(["--tp=3", "--n_head=3", "--n_embd=12"]), 250)
+        auto.with_vocabulary(parse.parse(["--tp=3", "--n_head=3", "--n_embd=12"]), 250)
 
 
 def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
@@ -154,7 +150,7 @@ def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
 def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layout):
     cfg = parse.parse(words)
     assert (
-        choices.settled(cfg, CPU, choices.find_optimizer(cfg.optim), replicas).data_parallel
+        auto.settled(cfg, CPU, optimizers.find_optimizer(cfg.optim), replicas).data_parallel
         == layout
     )
 
@@ -177,7 +173,7 @@ def test_a_layout_that_does_not_pay_is_named(words, ranks, said):
         device=CPU,
         groups={"replicas": object() if ranks > 1 else None},
     )
-    remarks = [x for x in introduction.remarks(parse.parse(words), mesh, None) if "diloco" not in x]
+    remarks = [x for x in announce.remarks(parse.parse(words), mesh, None) if "diloco" not in x]
     assert remarks == [] if said is None else said in " ".join(remarks)
 
 
@@ -303,10 +299,10 @@ def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
     ],
 )
 def test_adam_and_its_kind_start_without_zeros_if_nothing_else_is_said(optim, zero):
-    found = choices.find_optimizer(optim)
+    found = optimizers.find_optimizer(optim)
     for words, expected in (([], zero), (["--zero_init=true"], True), (["--arch=gpt2"], False)):
         cfg = parse.parse([f"--optim={optim}", *words])
-        assert choices.settled(cfg, torch.device("cpu"), found, False).zero_init is expected
+        assert auto.settled(cfg, torch.device("cpu"), found, False).zero_init is expected
 
 
 # ---- a file of one's own in optim/ ---------------------------------------------------------------
@@ -315,7 +311,7 @@ def drop(tmp_path, monkeypatch):
     """Puts a file into an optim/ of its own, which is looked into instead of the real one."""
     written = []
     (tmp_path / "optim").mkdir()
-    monkeypatch.setattr(choices, "__file__", str(tmp_path / "choices.py"))
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "run/build.py"))
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(code, name="mine"):
@@ -381,18 +377,18 @@ def test_any_class_in_a_file_trains_with_the_lr_and_the_decay_asked_for(what, dr
 def test_what_a_constructor_cannot_do_without_it_gets_and_the_class_stays_itself(drop):
     drop(WORKS["no default for either"])
     cfg = parse.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3"])
-    found = choices.find_optimizer("mine")
+    found = optimizers.find_optimizer("mine")
     found.elementwise, found.eval = True, None  # what layouts ask it for
-    made, boxes = choices.stepper(cfg, ONE, {}, found)
+    made, boxes = build.stepper(cfg, ONE, {}, found)
     group = made([torch.zeros(1, requires_grad=True)]).param_groups[0]
     assert (group["lr"], group["weight_decay"], boxes) == (0.2, 0.3, {})
     assert issubclass(made, found) and made.__name__ == "Mine"
-    assert choices.stepper(parse.parse(["--optim=sgd"]), ONE, {}, SGD) == (SGD, {})
+    assert build.stepper(parse.parse(["--optim=sgd"]), ONE, {}, SGD) == (SGD, {})
 
 
 def own(optim, *words):
     cfg = parse.parse([f"--optim={optim}", *words])
-    return choices.settled(cfg, CPU, choices.find_optimizer(optim), False)
+    return auto.settled(cfg, CPU, optimizers.find_optimizer(optim), False)
 
 
 def test_what_the_command_leaves_open_is_the_classes_own(drop):
@@ -454,7 +450,7 @@ def test_what_a_file_lacks_is_said_in_a_sentence(code, words, says, drop):
     drop(code)
     with pytest.raises(ValueError) as error:
         cfg = own("mine", *words)
-        choices.stepper(cfg, ONE, {}, choices.find_optimizer("mine"))
+        build.stepper(cfg, ONE, {}, optimizers.find_optimizer("mine"))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -470,13 +466,13 @@ def test_what_a_file_lacks_is_said_in_a_sentence(code, words, says, drop):
 def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(code, drop):
     drop(code)
     cfg = parse.parse(["--optim=mine", "--opt.betas=0.5,0.6", "--lr=0.01"])
-    found = choices.find_optimizer("mine")
-    assert choices.trial(cfg, found)[0]["betas"] == (0.5, 0.6)
+    found = optimizers.find_optimizer("mine")
+    assert optimizers.trial(cfg, found)[0]["betas"] == (0.5, 0.6)
     for word, says in (
         ("--opt.betass=0.5,0.6", "betass"),
         ("--opt.lr=1", "has no such argument"),
         ("--opt.params=1", "has no such argument"),
     ):
         with pytest.raises(ValueError, match=says) as error:
-            choices.trial(parse.parse(["--optim=mine", "--lr=0.01", word]), found)
+            optimizers.trial(parse.parse(["--optim=mine", "--lr=0.01", word]), found)
         assert "\n" not in str(error.value)

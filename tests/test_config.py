@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-import resume
+from run import batch, resume
 from settings import checks, fields, synonyms
 from settings import parse as config
 from settings.fields import Config
@@ -305,8 +305,8 @@ def test_what_a_refusal_proposes_is_taken(flags):
 )
 def test_what_is_proposed_for_a_batch_divides(flags, dp):
     with pytest.raises(ValueError) as error:
-        checks.batch_share(parse(flags.split()), dp)
-    checks.batch_share(
+        batch.batch_share(parse(flags.split()), dp)
+    batch.batch_share(
         parse([*flags.split(), *re.search(r"try (--.*)", str(error.value))[1].split()]), dp
     )
 
@@ -382,7 +382,7 @@ def test_every_field_is_used():
     root = Path(config.__file__).parent
     text = "".join(
         (root / name).read_text()
-        for name in ("train.py", "model.py", "choices.py", "metrics/watch.py")
+        for name in ("train.py", "model.py", "run/build.py", "metrics/watch.py")
     )
     elsewhere = {"arch", "pp_chunks"}  # in settings.with_traits and settings.chunks
     assert [

@@ -27,7 +27,6 @@ import torch
 from harness import init_weights, run_ranks
 from test_train import ROOT, go
 
-import evaluation
 import sample
 from checkpoint import load as checkpoint
 from data import corpora, dataset, files, foreign, shards
@@ -37,6 +36,7 @@ from layers import generation
 from model import GPT, GPTConfig
 from parallel import tensor
 from parallel.mesh import make_mesh
+from run import evaluate
 
 SOME = np.random.default_rng(0)
 START = SOME.bit_generator.state
@@ -513,12 +513,12 @@ def test_a_prompt_that_the_model_does_not_know_is_a_sentence():
     for bad in (50, 107, -1):
         with pytest.raises(ValueError, match=f"{bad}.*the model knows 0 to 49"):
             generation.generate(model, torch.tensor([[3, bad]]), 2)
-    words = evaluation.sample(model, Tokenizer("bytes"), 5, 0, torch.device("cpu"))
+    words = evaluate.sample(model, Tokenizer("bytes"), 5, 0, torch.device("cpu"))
     assert len(words) == 6  # a line break is 10, which it knows
     tiny = init_weights(
         GPT(GPTConfig(vocab_size=8, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8))
     )
-    assert evaluation.sample(tiny, Tokenizer("bytes"), 5, 0, torch.device("cpu")).startswith("\0")
+    assert evaluate.sample(tiny, Tokenizer("bytes"), 5, 0, torch.device("cpu")).startswith("\0")
 
 
 # ---- which files ---------------------------------------------------------------------------------
@@ -1070,7 +1070,7 @@ def bits(rank: int, world: int, ids: np.ndarray) -> dict:
             look(i, model(tokens[:, :-1], tokens[:, 1:]), tokens[:, 1:])
 
     before = model.output
-    found = evaluation.evaluate(model, each, rows, 64, 3, words, mesh)
+    found = evaluate.evaluate(model, each, rows, 64, 3, words, mesh)
     assert model.output is before
     return found
 
@@ -1108,7 +1108,7 @@ def test_text_that_is_all_special_has_no_bits_per_byte():
 def test_nothing_is_computed_twice_where_every_token_has_bytes():
     model = small_model(256)
     before = model.output
-    with evaluation.loss_without_bytes(model, Tokenizer("bytes").byte_lengths(256)) as silent:
+    with evaluate.loss_without_bytes(model, Tokenizer("bytes").byte_lengths(256)) as silent:
         assert model.output is before and silent == [0.0]
 
 

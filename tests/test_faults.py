@@ -485,7 +485,7 @@ def test_clip_and_lr_cut_reach_the_update(tmp_path, text, policy):
 # ---- early stopping ------------------------------------------------------------------------------
 def stop_early(rank, world, losses, *args):
     """A run whose evaluations, one a step, say these losses."""
-    import evaluation
+    from run import evaluate as evaluation
 
     evaluate, said = evaluation.evaluate, iter(losses)
     evaluation.evaluate = lambda *a, **more: evaluate(*a, **more) | {"val_loss": next(said)}

@@ -8,13 +8,13 @@ import torch
 from harness import run_ranks
 from test_train import go, rows, trace
 
-import evaluation
 import train
 from checkpoint import load as checkpoint
 from data import corpora, dataset
 from metrics import flops as monitor
 from model import GPT, GPTConfig
 from optim import param_groups
+from run import evaluate
 from settings import fields, parse
 
 
@@ -205,7 +205,7 @@ def test_mfu_is_per_device_against_the_given_peak(tmp_path, text):
 def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkeypatch):
     threads, made, urls, load = [], [], [], corpora.load
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(evaluation, "generate", lambda model, ids, n, *a: (made.append(n), ids)[1])
+    monkeypatch.setattr(evaluate, "generate", lambda model, ids, n, *a: (made.append(n), ids)[1])
     monkeypatch.setattr(
         corpora,
         "load",

@@ -14,6 +14,7 @@ import torch
 from metrics import logger
 from metrics.logger import Logger, read_metrics, short
 from metrics.plot import plot
+from run import announce_environment
 
 
 def train_row(step, **changes):
@@ -626,7 +627,7 @@ def test_the_record_says_what_this_ran_on(monkeypatch):
 
     import numpy
 
-    record = logger.environment(torch.device("cpu"), 3, "abc")
+    record = announce_environment.environment(torch.device("cpu"), 3, "abc")
     assert (record["torch"], record["python"], record["numpy"]) == (
         torch.__version__,
         platform.python_version(),
@@ -644,5 +645,5 @@ def test_the_record_says_what_this_ran_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A big GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
-    record = logger.environment(torch.device("cuda"), 3, "abc")
+    record = announce_environment.environment(torch.device("cuda"), 3, "abc")
     assert (record["hardware"], record["devices"], record["nccl"]) == ("A big GPU", 8, "2.28.9")

@@ -511,11 +511,11 @@ def test_what_cannot_work_is_said_when_it_can_be_known():
 
 
 def run_with(rank, world, text, out, cls, flags):
-    import choices
     import train
+    from run import optimizers
     from settings import parse
 
-    choices.find_optimizer = lambda name: cls
+    optimizers.find_optimizer = lambda name: cls
     words = [
         "--n_layer=2",
         "--n_head=2",
@@ -559,9 +559,9 @@ def test_train_refuses_methods_that_couple_parameters_but_for_ddp(flags, text, t
 
 @pytest.mark.parametrize("flag", ["--offload=cpu", "--precision=bf16_sr"])
 def test_so_do_offloading_and_stochastic_rounding_in_one_process(flag, text, tmp_path, monkeypatch):
-    import choices
+    from run import build
 
-    monkeypatch.setattr(choices, "find_optimizer", None)
+    monkeypatch.setattr(build, "find_optimizer", None)
     assert "looks at all parameters together" in run_with(
         0, 1, text, tmp_path / "out", Coupled, [flag]
     )

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluation
-import resume
 from checkpoint import load
 from metrics import logger, outlets
+from run import control, evaluate
 
 ROOT = Path(outlets.__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -271,7 +270,7 @@ def test_an_evaluation_asks_now_and_then_and_its_sums_do_not_depend_on_it(stop_a
         asked.append(len(seen))
         return len(asked) == stop_at
 
-    found = evaluation.evaluate(
+    found = evaluate.evaluate(
         model, each, Rows(), 4 * 100, 3, Bytes(), OneRank(), True, stopped=stopped
     )
     assert model.training
@@ -283,7 +282,7 @@ def test_an_evaluation_asks_now_and_then_and_its_sums_do_not_depend_on_it(stop_a
 
 
 def test_all_ranks_learn_that_one_was_asked_to_stop():
-    stop = resume.StopSignal()
+    stop = control.StopSignal()
     try:
         assert not stop.heard(OneRank()) and not stop.agreed
         stop.asked = True

@@ -17,11 +17,11 @@ import torch
 from harness import run_ranks
 from test_train import rows
 
-import resume
 import train
 from checkpoint import load, save
 from checkpoint.load import resolve
 from metrics import logger
+from run import announce_environment, resume
 from settings import fields, parse
 
 ROOT = Path(train.__file__).parent
@@ -482,10 +482,10 @@ def test_a_copy_in_another_repository_records_no_commit(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     for place, known in (("copy/inside", False), ("copy", False), ("", True)):
         monkeypatch.setattr(logger, "__file__", str(tmp_path / place / "metrics/logger.py"))
-        assert (logger.environment(cpu, 1, "")["commit"] != "unknown") == known
+        assert (announce_environment.environment(cpu, 1, "")["commit"] != "unknown") == known
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook of theirs
     monkeypatch.setattr(logger, "__file__", str(tmp_path.parent / "metrics/logger.py"))
-    assert logger.environment(cpu, 1, "")["commit"] == "unknown"
+    assert announce_environment.environment(cpu, 1, "")["commit"] == "unknown"
 
 
 def test_a_finished_run_without_its_metrics_ends_well(tmp_path, prose):

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from test_train import ROOT, flags, go
 
-import choices
 import sample
 import train
 from checkpoint import load as checkpoint
 from data import corpora, download
 from data.tokenizer import Tokenizer
 from metrics import logger
+from run import optimizers
 from settings import parse
 
 SOURCES = sorted(
@@ -124,7 +124,7 @@ CALLS = {
 }
 # Names that come from a list in the source, never from a user.
 IMPORTS = {
-    "choices.py": 1,
+    "run/build.py": 1,
     "metrics/logger.py": 1,
     "bench.py": 1,
     "benchmarks/optimizers.py": 2,
@@ -234,7 +234,7 @@ def test_only_a_class_of_a_file_in_optim_is_an_optimizer(name, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError), nothing_runs():
-        choices.find_optimizer(name)
+        optimizers.find_optimizer(name)
 
 
 CODE = "__import__('pathlib').Path({!r}).touch()"

@@ -14,11 +14,11 @@ from matrix import TINY, difference, runs, text, trace
 from test_matrix import saved_and_resumed
 from test_model import awake, tokens
 
-import choices
 import train
 from metrics import logger
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
+from run import auto, build, optimizers
 from settings import checks, fields, parse
 
 RECIPE = str(Path(train.__file__).parent / "configs" / "track3.toml")
@@ -106,10 +106,10 @@ def test_the_start_is_torch_s_own_std_and_zero_where_the_residual_stream_begins(
 # ---- the optimizer -------------------------------------------------------------------------------
 def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
     cfg = parse.parse([RECIPE, "--device=cpu"])
-    Muon = choices.find_optimizer(cfg.optim)
-    cfg = choices.settled(cfg, torch.device("cpu"), Muon, False)
+    Muon = optimizers.find_optimizer(cfg.optim)
+    cfg = auto.settled(cfg, torch.device("cpu"), Muon, False)
     model = awake(GPTConfig(**SMALL))
-    lrs = choices.learning_rates(cfg, Muon, cfg.sub("opt"), param_groups.kinds(model))
+    lrs = build.learning_rates(cfg, Muon, cfg.sub("opt"), param_groups.kinds(model))
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, muon=True)
     options = checks.check_options(cfg, "opt", Muon, given=("params", "lr", "weight_decay"))
     optimizer, w = (
@@ -143,7 +143,7 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
 
 
 def test_the_recipe_holds_its_rate_and_goes_down_to_zero_over_the_last_70_percent():
-    factor = choices.lr_schedule(parse.parse([RECIPE]))
+    factor = build.lr_schedule(parse.parse([RECIPE]))
     for step, expected in (
         (0, 1),
         (975, 1),

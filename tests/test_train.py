@@ -13,10 +13,10 @@ import pytest
 import torch
 from harness import init_weights, run_ranks
 
-import resume
 import train
 from checkpoint import load
 from metrics import logger
+from run import control
 from settings import parse
 
 ROOT = Path(train.__file__).parent
@@ -442,13 +442,13 @@ def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, 
 
 def stopped_on_rank_1(rank, world, *args):
     if rank == 1:
-        plain = resume.StopSignal.__init__
+        plain = control.StopSignal.__init__
 
         def init(self):
             plain(self)
             self.asked = True
 
-        resume.StopSignal.__init__ = init
+        control.StopSignal.__init__ = init
     return go(*args)["step"]
 
 
@@ -569,7 +569,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, text):
 
 
 def test_a_second_run_in_one_out_dir_is_refused(tmp_path, text):
-    lock = resume.RunLock(tmp_path)
+    lock = control.RunLock(tmp_path)
     with pytest.raises(ValueError, match="in use"):
         go(text, tmp_path)
     lock.release()

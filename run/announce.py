@@ -2,12 +2,14 @@
 
 import torch
 
-import choices
 from checkpoint.load import Checkpoint, resolve
-from choices import HEAVY, find_optimizer, state_on_disk
 from data.corpora import Corpus
 from optim import param_groups
 from parallel.mesh import Mesh
+from run import build
+from run.auto import HEAVY
+from run.build import state_on_disk
+from run.optimizers import find_optimizer
 from settings import parse
 from settings.fields import FIELDS, Config, flag
 
@@ -50,10 +52,10 @@ def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> li
 
     def peak(run: Config) -> float:
         optimizer_class, kinds = find_optimizer(run.optim), param_groups.kinds(whole)
-        return choices.learning_rates(run, optimizer_class, run.sub("opt"), kinds)["matrix"]
+        return build.learning_rates(run, optimizer_class, run.sub("opt"), kinds)["matrix"]
 
-    was = peak(before) * choices.lr_schedule(before)(min(step, before.steps - 1))
-    now = peak(cfg) * choices.lr_schedule(cfg)(step)
+    was = peak(before) * build.lr_schedule(before)(min(step, before.steps - 1))
+    now = peak(cfg) * build.lr_schedule(cfg)(step)
     if abs(now - was) <= 0.02 * max(now, was):
         return []
     names = (

@@ -1,0 +1,88 @@
+"""What `auto` and `none` stand for on this machine."""
+
+import os
+
+import torch
+
+from precision import amp
+from run.optimizers import matrices_only, trial
+from settings import checks
+from settings.fields import Config, update, with_traits
+
+# LARS, LAMB and Adafactor hardly leave a matrix of zeros; Adam's kind moves what lies before it by
+# full steps along a gradient that is still noise (LOG.md has the figures).
+AGAINST_ZERO = ("LARS", "LAMB", "Adafactor", "AdamW", "AdamL2", "Lion", "AdamWScheduleFree")
+
+
+# Their steps multiply and factorise matrices, too much for every replica to repeat.
+HEAVY = ("Muon", "SOAP", "Shampoo")
+
+
+def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
+    """The lr and the weight decay that the class itself has; 0 where it knows no decay. Raises
+    ValueError where it has none of its own and cfg neither, or where cfg's would do nothing."""
+    group, needed = trial(cfg, optimizer_class)
+    what = f"--optim={cfg.optim}: {optimizer_class.__name__} has no"
+    if "lr" not in group:
+        raise ValueError(
+            f"{what} lr in its groups, where the schedule sets it; let its "
+            "constructor take one and keep it there, or take another optimizer"
+        )
+    if cfg.weight_decay and "weight_decay" not in group:
+        raise ValueError(f"{what} weight decay; leave --weight_decay={cfg.weight_decay:g} out")
+    for name, usual, own in (("lr", "1e-3", group["lr"]), ("weight_decay", "0", 0.0)):
+        if getattr(cfg, name) is None and (name in needed or not checks.is_number(own)):
+            raise ValueError(f"{what} default for {name}; type one, such as --{name}={usual}")
+    return group["lr"], group.get("weight_decay", 0.0)
+
+
+def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: bool) -> Config:
+    """The config with a value in place of every `auto`, and of every `none` that means the
+    optimizer's own; and what torch itself has to be told. replicas: are there several? One leaves
+    data_parallel open.
+    """
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    if cfg.attention == "flex" and device.type != "cuda":
+        raise ValueError(
+            f"attention=flex is for GPUs, torch cannot train with it on {device.type}; type "
+            "--attention=sdpa"
+        )
+    own_lr, own_decay = own_defaults(cfg, optimizer_class)
+    lr = own_lr if cfg.lr is None else cfg.lr
+    other = 0.01 if matrices_only(optimizer_class) else lr
+    own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
+    schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
+    gpu, apart = device.type == "cuda", cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
+    if cfg.zero_init == "auto" and optimizer_class.__name__ in AGAINST_ZERO:
+        cfg = update(cfg, zero_init=False)
+    if cfg.data_parallel == "auto" and replicas:
+        # They need it on every rank
+        whole = cfg.compress is not None or cfg.diloco_every is not None
+        spread = optimizer_class.__name__ in HEAVY and not whole
+        cfg = update(cfg, data_parallel="zero1" if spread else "ddp")
+    return update(
+        with_traits(cfg),
+        device=str(device),
+        precision=amp.choose(cfg.precision, device),
+        compile=cfg.compile if cfg.compile != "auto" else "default" if gpu and not apart else "off",
+        schedule=schedule if cfg.schedule == "auto" else cfg.schedule,
+        lr=lr,
+        weight_decay=own_decay if cfg.weight_decay is None else cfg.weight_decay,
+        **{name: other if value is None else value for name, value in own.items()},
+    )
+
+
+def with_vocabulary(cfg: Config, n_vocab: int) -> Config:
+    """vocab_size None is the tokenizer's, rounded up to a multiple of 64, on any layout. Raises
+    ValueError where tp does not divide it."""
+    cfg = update(cfg, vocab_size=cfg.vocab_size or -(-n_vocab // 64) * 64)
+    if cfg.vocab_size % cfg.tp:
+        more = -(-cfg.vocab_size // cfg.tp) * cfg.tp
+        raise ValueError(
+            f"tp={cfg.tp} does not divide vocab_size={cfg.vocab_size}; try --vocab_size={more}"
+        )
+    return cfg
