@@ -20,7 +20,7 @@ from data import corpora
 from data.tokenizer import Tokenizer
 from layers.generation import generate
 from model import GPT, GPTConfig
-from parallel.mesh import pick_device
+from parallel.launch import pick_device
 from run import build
 from settings import parse
 from settings.fields import with_traits

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import faults
 import monitor as spikes
 import schedules
 from checkpoint import load, state
@@ -32,7 +31,7 @@ from metrics import flops as monitor
 from metrics import logger, outlets, plot, watch
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
-from parallel import context, pipeline, sequence, tensor
+from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel import mesh as meshes
 from precision import amp, histogram, stochastic
 from run import announce, announce_environment, auto, build, control, evaluate, optimizers, resume
@@ -46,8 +45,8 @@ def main(cfg: fields.Config) -> dict:
     Uses the process group if there is one. Raises ValueError for a user's mistake.
     """
     # ---- ranks: who am I, and on which device ----------------------------------------------------
-    device = meshes.pick_device(cfg.device)
-    made_group = meshes.start(device, cfg.timeout_minutes)
+    device = launch.pick_device(cfg.device)
+    made_group = launch.start(device, cfg.timeout_minutes)
     mesh = meshes.make_mesh(device, cfg.tp, cfg.cp, cfg.pp)
     is_main = mesh.rank == 0
     torch.manual_seed(cfg.seed)  # nothing below draws from it, but a fork of this file may
@@ -56,7 +55,9 @@ def main(cfg: fields.Config) -> dict:
     out_dir, asked = Path(cfg.out_dir), cfg
     lock = control.RunLock(out_dir) if is_main else None
     earlier, in_place = resume.find(out_dir, cfg.resume, is_main, mesh.agree)
-    diary = faults.Diary(out_dir / "debug" if cfg.debug_ranks else None, mesh, cfg.timeout_minutes)
+    diary = watchdog.Diary(
+        out_dir / "debug" if cfg.debug_ranks else None, mesh, cfg.timeout_minutes
+    )
     if earlier is not None:
         saved = earlier.tree("config")
         cfg = resume.continued(cfg, saved, branch=cfg.resume != "auto")
@@ -434,7 +435,7 @@ def main(cfg: fields.Config) -> dict:
 if __name__ == "__main__":
     try:
         main(parse.parse(sys.argv[1:]))
-        meshes.end()
+        launch.end()
     except (
         ValueError,
         OSError,
@@ -443,7 +444,7 @@ if __name__ == "__main__":
         outlets.complain(f"train.py: {error}")
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
-        faults.leave(error)
+        watchdog.leave(error)
     except (
         KeyboardInterrupt
     ):  # before the loop, which has a handler of its own: nothing to lose yet

@@ -39,6 +39,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from parallel import launch
 from parallel import mesh as meshes
 
 FACTOR = {
@@ -181,8 +182,8 @@ def main(argv: list[str]) -> int:
         sizes = [int(float(size)) for size in (flags["--sizes"] or "1e5,1e6,1e7,1e8").split(",")]
         if "--quick" in given and "--sizes" not in given:
             sizes = [10_000, 100_000]
-        device = meshes.pick_device(flags["--device"])
-        made = meshes.start(device)
+        device = launch.pick_device(flags["--device"])
+        made = launch.start(device)
         if not dist.is_initialized():
             raise ValueError(f"one process has no network; start it with {USAGE}")
         mesh = meshes.make_mesh(device, *(int(flags[f"--{axis}"]) for axis in ("tp", "cp", "pp")))

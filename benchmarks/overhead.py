@@ -37,13 +37,12 @@ from unittest import mock
 import torch.multiprocessing as mp
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-import faults
 import monitor
 from benchmarks import runs
 from checkpoint import save, state
 from data import cursor, dataset
 from metrics import flops, logger, watch
-from parallel import mesh
+from parallel import mesh, watchdog
 from precision import histogram
 from settings import parse
 
@@ -60,7 +59,7 @@ CHECKS = [
     (logger.Logger, "events"),
     (flops, "peak_bytes"),
     (flops, "mfu"),
-    (faults.Diary, "step"),
+    (watchdog.Diary, "step"),
     (save.Saver, "due"),
     (save.Saver, "overdue"),
     (save.Saver, "news"),

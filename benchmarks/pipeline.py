@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, GPTConfig, initial_weight
-from parallel import mesh as meshes
-from parallel import pipeline, timeline
+from parallel import launch, pipeline, timeline
 
 B, T, C, LAYERS = 4, 128, 256, 8
 
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> int:
             print(f"bench.py pipeline: {word!r} is not --micro_batches=8", file=sys.stderr)
             return 2
         m = int(text)
-    if not meshes.start(device):
+    if not launch.start(device):
         print("type torchrun --standalone --nproc_per_node=2 bench.py pipeline", file=sys.stderr)
         return 2
     torch.set_num_threads(1)

@@ -33,7 +33,7 @@ of one shape and its transpose two bfloat16 copies, and three short x short prod
 fp16 the copies of the weights that autocast keeps till backward (fp8: of the head), and for bf16_sr
 the float32 weights and gradients of a chunk of 64 MiB, with 21 bytes a number of the largest
 parameter to round it. With fsdp, methods that need whole matrices keep state and weights at owners
-too, see parallel/whole.py.
+too, see parallel/sharded_optimizer.py.
 
 Activations kept for backward, for b x s tokens, L layers, h channels, V words:
 

@@ -19,7 +19,7 @@ token, and context parallel ones gather the keys: with R of them (R-1)/R x a lay
 layer and micro-batch.
 
 What looks is put in before a step and taken out after it: `Attention.core` is wrapped by what
-computes the logits anew in blocks (qk_clip.py), `GPT.output` by what sees the head's logits, and
+computes the logits anew in blocks (optim/qk_clip.py), `GPT.output` by what sees the head's logits, and
 hooks on the optimizer keep a copy of the weights during the step. Other steps do none of that.
 Looking changes no bit; under compile attention leaves the compiled block for such a step, each
 layer is compiled once more, and bits may differ.
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import qk_clip
+from optim import qk_clip
 from parallel import context
 from parallel.mesh import Mesh
 from parallel.tensor import summed

@@ -22,7 +22,7 @@ State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a
 beta1; doubled for float64 parameters. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint,
-and with fully_shard, there best by make_optimizer of parallel/whole.py. States of
+and with fully_shard, there best by make_optimizer of parallel/sharded_optimizer.py. States of
 torch.optim.Adafactor load; maximize is refused. OneCycleLR finds no momentum to move:
 cycle_momentum=False. docs/partners.md has all partners.
 """

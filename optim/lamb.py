@@ -18,7 +18,7 @@ parameters keep float32 m and v.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
 torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of
-parallel/whole.py. docs/partners.md has all partners.
+parallel/sharded_optimizer.py. docs/partners.md has all partners.
 """
 
 import torch

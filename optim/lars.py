@@ -16,7 +16,7 @@ by lr times the gradient, as in SGD. State: 4 bytes a parameter with momentum (8
 parameters), 0 without. Half-precision parameters keep a float32 buffer.
 
 Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint,
-and with fully_shard, there best by make_optimizer of parallel/whole.py. docs/partners.md has all
+and with fully_shard, there best by make_optimizer of parallel/sharded_optimizer.py. docs/partners.md has all
 partners.
 """
 

@@ -37,7 +37,7 @@ own; `fused` steps them by a kernel of torch's. Clip gradients before, if at all
 norm left.
 
 Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of
-torch.optim.Muon, fully_shard (by make_optimizer of parallel/whole.py; DTensors are refused); all
+torch.optim.Muon, fully_shard (by make_optimizer of parallel/sharded_optimizer.py; DTensors are refused); all
 partners: docs/partners.md.
 """
 
@@ -249,7 +249,7 @@ class Muon(torch.optim.Optimizer):
                 self.param_groups.pop()
                 raise ValueError(
                     f"Muon: {type(p).__name__} {tuple(p.shape)} is no whole matrix; vectors go into"
-                    " a group with use_muon=False, DTensors to make_optimizer (parallel/whole.py)"
+                    " a group with use_muon=False, DTensors to make_optimizer (parallel/sharded_optimizer.py)"
                 )
 
     @torch.no_grad()

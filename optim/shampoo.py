@@ -31,7 +31,7 @@ for L and P, 4ab for m, 4ab for v (adam, rmsprop); doubled for float64. Square: 
 parameter. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py: DTensors are
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py: DTensors are
 refused. docs/partners.md has all partners.
 """
 
@@ -166,7 +166,7 @@ class Shampoo(torch.optim.Optimizer):
             self.param_groups.pop()
             raise ValueError(
                 "Shampoo: needs whole tensors and got DTensors; make_optimizer(Shampoo, ...) of "
-                "parallel/whole.py brings them together"
+                "parallel/sharded_optimizer.py brings them together"
             )
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64
 parameter. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/whole.py: DTensors are
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py: DTensors are
 refused. States of the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
 """
 
@@ -178,7 +178,7 @@ class SOAP(torch.optim.Optimizer):
             self.param_groups.pop()
             raise ValueError(
                 "SOAP: needs whole tensors and got DTensors; make_optimizer(SOAP, ...) of "
-                "parallel/whole.py brings them together"
+                "parallel/sharded_optimizer.py brings them together"
             )
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.mesh import refuse_coupled
+from parallel.coupled import refuse_coupled
 from parallel.owners import Exchange, box, choose_owners, find, group_of, local, part
 
 __all__ = ["Adapter", "box", "choose_owners", "local", "part"]

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.mesh import allocate
+from parallel.allocate import allocate
 from parallel.roll_call import RollCall, finished_first, watch
 
 

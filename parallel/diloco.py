@@ -43,8 +43,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.allocate import allocate
 from parallel.ddp import cut
-from parallel.mesh import allocate
 from parallel.roll_call import RollCall
 
 

@@ -49,7 +49,8 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.adapter import Adapter, box, part
-from parallel.mesh import allocate, mapped_file, new_group
+from parallel.allocate import allocate, mapped_file
+from parallel.mesh import new_group
 from parallel.roll_call import drop_stand_ins, finished_first
 
 

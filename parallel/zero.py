@@ -58,8 +58,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.allocate import mapped_file
+from parallel.coupled import refuse_coupled
 from parallel.ddp import cut
-from parallel.mesh import mapped_file, refuse_coupled
 from parallel.roll_call import drop_stand_ins, finished_first, watch
 
 

@@ -38,7 +38,7 @@ the next step, so the bits come back.
 
 Used with: schedulers made before or after, late groups, hooks, deepcopy, pickle, GradScaler,
 autocast and torch.compile around the step, DDP, torch.distributed.checkpoint; FSDP2 through
-parallel/whole.py. memory/offload.py may be wrapped around it, not the other way round: a step()
+parallel/sharded_optimizer.py. memory/offload.py may be wrapped around it, not the other way round: a step()
 that something else has replaced is refused, as are DTensors and groups without names.
 """
 
@@ -200,7 +200,7 @@ def check(group: dict) -> None:
     if any(hasattr(p, "placements") and half(p) for p in params):
         raise ValueError(
             "stochastic rounding takes no DTensors; wrap the `optimizer` of an Adapter "
-            "(parallel/whole.py), which has their shards, with its `boxes`"
+            "(parallel/sharded_optimizer.py), which has their shards, with its `boxes`"
         )
 
 

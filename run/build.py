@@ -10,8 +10,9 @@ import monitor
 import schedules
 from data import dataset
 from optim import mup
+from parallel.coupled import refuse_coupled
 from parallel.ddp import DDP
-from parallel.mesh import Mesh, refuse_coupled
+from parallel.mesh import Mesh
 from precision import onednn
 from precision.loss_scale import LossScaler
 from run.optimizers import trial

@@ -172,7 +172,7 @@ class Config:
     )
     qk_clip: float | None = knob(
         None,
-        "heads whose attention logits exceed this are scaled back; usual: 100 (qk_clip.py)",
+        "heads whose attention logits exceed this are scaled back; usual: 100 (optim/qk_clip.py)",
         BRANCH,
         least=0,
     )
@@ -333,7 +333,7 @@ class Config:
     )
     debug_ranks: bool = knob(
         False,
-        "each rank's steps, and its stacks where it stands, go to out_dir/debug (faults.py)",
+        "each rank's steps, and its stacks where it stands, go to out_dir/debug (parallel/watchdog.py)",
         FRESH,
     )
     sample_tokens: int = knob(

@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
 from optim import adafactor, adam_l2, adamw, muon, schedule_free, sgd, shampoo, soap  # noqa: E402
-from parallel.whole import make_optimizer  # noqa: E402
+from parallel.sharded_optimizer import make_optimizer  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "docs" / "partners.md"
 STEPS = 20
@@ -584,7 +584,7 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 - autocast: the step inside it, gradients given, in float64 and in float32, where not a bit differs.
 - torch.compile: the step, with aot_eager; with inductor in a slow test. Parameters in float64 of 0
   dimensions on a CPU are left out: compiled, torch 2.13 loses their update, in its own classes too.
-- DDP, ZeroRedundancyOptimizer, fully_shard, make_optimizer (`parallel/whole.py`): 2 ranks, gloo.
+- DDP, ZeroRedundancyOptimizer, fully_shard, make_optimizer (`parallel/sharded_optimizer.py`): 2 ranks, gloo.
   fully_shard alone hands its DTensors to the class.
 - DCP: `get_optimizer_state_dict` in the middle, plain, full and flat, set in a fresh optimizer.
 - Load hooks: a pre-hook that returns a reordered state, one that changes its argument, a post-hook.

@@ -7,12 +7,12 @@ from harness import init_weights
 from matrix import assert_one_process
 from test_qk_clip import scores
 
-import qk_clip
 import train
 from layers.attention import causal_attention, core, plain_attention
 from layers.generation import generate
 from metrics.logger import read_metrics
 from model import GPT, GPTConfig
+from optim import qk_clip
 from settings import parse
 
 

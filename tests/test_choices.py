@@ -16,9 +16,10 @@ from checkpoint import load
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from optim.sgd import SGD
+from parallel.allocate import mapped_file
 from parallel.ddp import DDP
 from parallel.fsdp import FSDP
-from parallel.mesh import make_mesh, mapped_file
+from parallel.mesh import make_mesh
 from parallel.zero import ZeRO
 from run import announce, auto, batch, build, optimizers, resume
 from settings import checks, parse

@@ -21,9 +21,10 @@ from harness import run_ranks
 from test_train import ROOT, close, flags, go, rows, trace
 from test_two_nodes import free_port
 
-import faults
 from checkpoint import load
+from parallel import launch as mesh
 from parallel import mesh as meshes
+from parallel import watchdog
 
 TEXT = str(ROOT / "model.py")
 needs_fork = pytest.mark.skipif(
@@ -204,7 +205,7 @@ def test_a_hung_rank_ends_the_run_in_time_and_the_diaries_say_which_it_was(tmp_p
         wait_for(lambda: "waited" in said(out), 15)
         words = r"train.py: rank 0 at step (\d+): waited 0.1 minutes .* in \w+ \(.*py:\d+\)"
         step = int(re.search(words, said(out))[1])
-        told = faults.report(out)
+        told = watchdog.report(out)
         assert len(told) == 2 and re.fullmatch(
             rf"step {step}: rank 0, in \w+ \(.*\.py:\d+\)", told[1]
         )
@@ -243,9 +244,7 @@ def test_an_orphan_asks_itself_to_stop_and_where_other_machines_go_on_it_just_en
         if os.fork() == 0:  # a rank, whose launcher ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "asked").touch())
-            thread = threading.Thread(
-                target=meshes.stop_with, args=(parent, 0.01, 0.2), daemon=True
-            )
+            thread = threading.Thread(target=mesh.stop_with, args=(parent, 0.01, 0.2), daemon=True)
             thread.start()
             (tmp_path / "rank").write_text(str(os.getpid()))
             while True:
@@ -270,7 +269,7 @@ def test_ranks_that_start_again_do_not_find_the_names_of_the_dead():
                 store.set("here/2", "one who is dead")
             begun = []
             for rank in (0, 3, 1, 2) if start % 2 else (1, 2, 3, 0):
-                begun.append(pool.submit(meshes.same_start, store, rank, 4))
+                begun.append(pool.submit(mesh.same_start, store, rank, 4))
                 time.sleep(0.02)
             said = {one.result(5) for one in begun}
             assert len(said) == 1
@@ -283,8 +282,8 @@ def test_a_start_to_which_a_rank_does_not_come_ends_in_time():
     store.set_timeout(timedelta(seconds=0.2))
     for rank in (0, 1):
         with pytest.raises(dist.DistStoreError) as raised:
-            meshes.same_start(store, rank, 3)
-        assert "another rank" in faults.explain(raised.value)
+            mesh.same_start(store, rank, 3)
+        assert "another rank" in watchdog.explain(raised.value)
 
 
 # ---- what a rank says ----------------------------------------------------------------------------
@@ -298,7 +297,7 @@ def bereaved(rank: int, world: int, how: str) -> str | None:
     try:
         dist.all_reduce(torch.zeros(3), group=group)
     except RuntimeError as error:
-        return faults.explain(error, 10)
+        return watchdog.explain(error, 10)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +333,9 @@ def test_a_dead_or_silent_peer_is_one_sentence_with_rank_step_and_place(how, sen
     ],
 )
 def test_an_error_of_our_own_keeps_its_traceback(error):
-    assert faults.explain(error) is None
+    assert watchdog.explain(error) is None
     with pytest.raises(RuntimeError) as raised:
-        faults.leave(error)
+        watchdog.leave(error)
     assert raised.value is error
 
 
@@ -347,15 +346,15 @@ def alone():
 
 
 def test_without_debug_ranks_there_is_no_diary(tmp_path, alone):
-    diary = faults.Diary(None, alone, 10)
+    diary = watchdog.Diary(None, alone, 10)
     diary.step(1)
     diary.close()
     with pytest.raises(ValueError, match="--debug_ranks=true"):
-        faults.report(tmp_path)
+        watchdog.report(tmp_path)
 
 
 def test_a_diary_has_each_step_and_where_a_rank_stands_that_stands_long(tmp_path, alone):
-    diary = faults.Diary(tmp_path / "debug", alone, minutes=0.02)
+    diary = watchdog.Diary(tmp_path / "debug", alone, minutes=0.02)
     (tmp_path / "debug" / "rank_1.log").write_text("2026-11-21 17:00:00 start: process 1\n")
     diary.step(1)
     diary.step(2)
@@ -365,10 +364,10 @@ def test_a_diary_has_each_step_and_where_a_rank_stands_that_stands_long(tmp_path
         r" start: process \d+ on \S+, pp 0 dp 0 cp 0 tp 0\n.* step 1\n.* step 2\nTimeout", text
     )
     here = r"test_a_diary_has_each_step_and_\w+ \(tests/test_elastic.py:\d+\)"
-    told = faults.report(tmp_path)
+    told = watchdog.report(tmp_path)
     assert re.fullmatch(rf"step 2: rank 0, in {here}", told[1]), told
     diary.close()
-    assert faults.report(tmp_path)[1] == "step 2: rank 0, ended"
+    assert watchdog.report(tmp_path)[1] == "step 2: rank 0, ended"
     with open(tmp_path / "other", "w"):  # which has the number of the file that was closed
         time.sleep(0.3)
     assert (tmp_path / "debug" / "rank_0.log").read_text().endswith(" end\n")  # and no more stacks
@@ -377,7 +376,7 @@ def test_a_diary_has_each_step_and_where_a_rank_stands_that_stands_long(tmp_path
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1 here")
 def test_a_signal_brings_a_stack_into_the_diary(tmp_path, alone):
-    diary = faults.Diary(tmp_path / "debug", alone, minutes=10)
+    diary = watchdog.Diary(tmp_path / "debug", alone, minutes=10)
     diary.step(5)
     os.kill(os.getpid(), signal.SIGUSR1)
     assert "test_a_signal_brings_a_stack" in (tmp_path / "debug" / "rank_0.log").read_text()
@@ -399,7 +398,7 @@ def test_the_reader_puts_those_first_who_are_behind(tmp_path):
             + (stack if rank != 300 else "")
         )
         os.utime(path, (1000, 1000 if rank == 300 else 1055))
-    assert faults.report(tmp_path) == [
+    assert watchdog.report(tmp_path) == [
         "step 37: rank 300, silent for 55 s when the others wrote last",
         "step 38: ranks 0 1 2 3 4 5 6 7 ... (511), in sum (parallel/mesh.py:41)",
     ]
@@ -408,7 +407,8 @@ def test_the_reader_puts_those_first_who_are_behind(tmp_path):
     (tmp_path / "debug" / "rank_1.log").write_text("2026-11-21 17:00:00 step 38\n")
     os.utime(tmp_path / "debug" / "rank_1.log", (1000, 1000))
     assert (
-        faults.report(tmp_path)[0] == "step 38: rank 1, silent for 55 s when the others wrote last"
+        watchdog.report(tmp_path)[0]
+        == "step 38: rank 1, silent for 55 s when the others wrote last"
     )
 
 

@@ -364,9 +364,11 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
 def owners_of(layout):
     if layout != "fsdp":
         return assign
-    from parallel import whole
+    from parallel import sharded_optimizer
 
-    return lambda shapes, n: dict(zip(shapes, whole.choose_owners([*shapes.values()], n)))
+    return lambda shapes, n: dict(
+        zip(shapes, sharded_optimizer.choose_owners([*shapes.values()], n))
+    )
 
 
 def predicted(layout, optim, world, precision, micro_batches, options, **kwargs):

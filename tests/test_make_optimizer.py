@@ -28,8 +28,8 @@ from optim.muon import Muon
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
 from optim.soap import SOAP
-from parallel.mesh import refuse_coupled
-from parallel.whole import make_optimizer
+from parallel.coupled import refuse_coupled
+from parallel.sharded_optimizer import make_optimizer
 
 CLASSES = [*CASES, torch.optim.AdamW]
 OPTIONS = {cls: arguments for cls, (arguments, *_) in CASES.items()} | {torch.optim.AdamW: {}}

@@ -584,7 +584,9 @@ def test_lamb_corrects_the_moments_and_not_the_learning_rate():
 
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
     for cls in muon.Muon, shampoo.Shampoo, soap.SOAP, adafactor.Adafactor, lars.LARS, lamb.LAMB:
-        assert not cls.elementwise  # parallel/whole.py must bring whole parameters to these
+        assert (
+            not cls.elementwise
+        )  # parallel/sharded_optimizer.py must bring whole parameters to these
 
 
 @every

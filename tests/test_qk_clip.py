@@ -9,12 +9,11 @@ import torch
 from harness import init_weights
 from test_train import go
 
-import qk_clip
 from checkpoint import load
 from layers.generation import generate
 from metrics import watch
 from model import GPT, GPTConfig
-from optim import param_groups
+from optim import param_groups, qk_clip
 from parallel import context
 from parallel.mesh import make_mesh
 from settings import parse

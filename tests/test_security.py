@@ -136,7 +136,7 @@ CLONES = {"benchmarks/nanogpt.py": "torch.load"}
 # Between the ranks of one run, who run the same code anyway.
 BETWEEN_RANKS = {
     "parallel/owners.py",
-    "parallel/whole.py",
+    "parallel/sharded_optimizer.py",
     "precision/histogram.py",
     "benchmarks/network.py",
 }

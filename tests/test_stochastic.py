@@ -21,7 +21,7 @@ from model import GPT, GPTConfig, initial_weight
 from optim import adamw, muon, schedule_free, sgd
 from optim import param_groups as groups_of
 from parallel.fsdp import FSDP
-from parallel.whole import Adapter
+from parallel.sharded_optimizer import Adapter
 from parallel.zero import ZeRO
 from precision.stochastic import element_index, random_bits, round_to_bf16, stochastic
 

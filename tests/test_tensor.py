@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from layers.generation import generate
 from model import GPT, GPTConfig, key
 from parallel import tensor
+from parallel.allocate import allocate
 from parallel.ddp import DDP
-from parallel.mesh import allocate, make_mesh
+from parallel.mesh import make_mesh
 from parallel.tensor import boxes, output, part_of
 from settings import fields
 

@@ -18,7 +18,7 @@ from optim.adamw import AdamW
 from optim.lamb import LAMB
 from optim.muon import Muon
 from optim.sgd import SGD
-from parallel.whole import Adapter, choose_owners, make_optimizer
+from parallel.sharded_optimizer import Adapter, choose_owners, make_optimizer
 
 SHAPES = [(6, 4), (6, 4), (5, 3), (7,), (1, 2), (3, 5), (8, 8), (2,)]
 STEPS = 3

@@ -1,0 +1,1 @@
+"""One way to spread a run over processes in each file."""
