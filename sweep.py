@@ -18,7 +18,7 @@
     --search_seed=0     of random and optuna; all else goes to train.py
 
     SWEEP_DIR/sweep.json      what is searched; another search needs another folder
-    SWEEP_DIR/trial-0007/     a run: done, diverged, pruned, failed or unfinished (trials.py)
+    SWEEP_DIR/trial-0007/     a run: done, diverged, pruned, failed or unfinished (search/trials.py)
     SWEEP_DIR/trials.csv      and table.md, best first, and sweep.png
 
 Folders are the only memory. The same command again skips trials that are over, waits for those that
@@ -39,15 +39,13 @@ import sys
 import time
 from pathlib import Path
 
-import proposals
-import sweep_folder
-import sweep_results
 from metrics.outlets import complain
 from metrics.outlets import print_line as say
 from run import build, control, optimizers
+from search import folder, proposals, results
+from search.trials import OVER, Trial, flags
 from settings import checks, parse
 from settings.fields import FIELDS, update
-from trials import OVER, Trial, flags
 
 TRAIN = str(Path(__file__).resolve().parent / "train.py")
 OPTIONS = dict(method="grid", trials="20", jobs="1", metric="val_loss", launch="", search_seed="0")
@@ -162,16 +160,16 @@ def main(argv: list[str]) -> int:
             "usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... [--field=value ...]"
         )
     home, (options, search, words) = Path(argv[0]).expanduser(), read(argv[1:])
-    search = sweep_folder.in_order(home, search)
+    search = folder.in_order(home, search)
     metric, jobs, maximise = options["metric"], options["jobs"], options["metric"] in MAXIMISED
     method = proposals.Proposals(
         options["method"], search, metric, maximise, options["search_seed"], options["trials"]
     )
     call = [*program(options["launch"]), *words]
-    lock, stop, running, trouble = sweep_folder.lock(home), control.StopSignal(), [], []
+    lock, stop, running, trouble = folder.lock(home), control.StopSignal(), [], []
 
     def over(trial: Trial) -> None:
-        value, shown = trial.result(metric, method.worst), sweep_results.rounded(trial.values)
+        value, shown = trial.result(metric, method.worst), results.rounded(trial.values)
         method.end(trial, value)
         said = [trial.name, f"{trial.status:10}", "" if value is None else f"{metric} {value:.4f}"]
         say("  ".join([*said, " ".join(flags(shown)), trial.error]).rstrip())
@@ -207,8 +205,8 @@ def main(argv: list[str]) -> int:
                 waiting.clear()
 
     try:
-        sweep_folder.same_search(home, options, search, words, say)
-        trials = sweep_folder.find(home, words, metric, method, say)
+        folder.same_search(home, options, search, words, say)
+        trials = folder.find(home, words, metric, method, say)
         for trial in [trial for trial in trials.values() if trial.status in OVER]:
             method.begin(trial)
             method.end(trial, trial.result(metric, method.worst))
@@ -241,7 +239,7 @@ def main(argv: list[str]) -> int:
             time.sleep(max(0.1, 10 * (time.monotonic() - began)))
         for trial in running:
             say(f"{trial.name}  still runs    {trial.holder()}; the same command waits for it")
-        trouble += sweep_results.tell(home, [*trials.values()], search, metric, maximise, say)
+        trouble += results.tell(home, [*trials.values()], search, metric, maximise, say)
     finally:
         for trial in running:
             if trial.process is not None and not trial.stopped:  # a second SIGTERM is not held back

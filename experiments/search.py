@@ -6,7 +6,7 @@ Bengio 2012.
 
 Protocol: lr (AdamW), batch size, weight decay and dropout of a GPT of 2 layers and width 64; 24
 trials each of the same 76,800 tokens, so a larger batch means fewer steps. The grid: 3 lr, 2 of
-each other. Random and Optuna (TPE, proposals.py, as sweep.py has them) draw from the ranges between
+each other. Random and Optuna (TPE, search/proposals.py, as sweep.py has them) draw from the ranges between
 which the grid's values lie in the middle of equal parts; no trial is stopped early, as trials of
 different batch sizes do not compare at a step. 5 repetitions: another seed of the draws and of the
 training. The figure is the best validation loss after 24 trials, seed by seed against the other
@@ -28,7 +28,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
-import proposals
 from experiments import protocol
 from experiments.findings import (
     INK,
@@ -41,6 +40,7 @@ from experiments.findings import (
     pick,
     plus_minus,
 )
+from search import proposals
 
 TOKENS, LENGTH, TRIALS = 76_800, 64, 24
 RANGES = {
@@ -63,7 +63,7 @@ QUICK = [dict(method=method, seed=1) for method in METHODS]
 
 # ---- rows ----------------------------------------------------------------------------------------
 class Trial:
-    """What proposals.py asks of a trial."""
+    """What search/proposals.py asks of a trial."""
 
     def __init__(self, number: int):
         self.number, self.values, self.status, self.found = number, {}, "unfinished", {}

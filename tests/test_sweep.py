@@ -19,11 +19,9 @@ from pathlib import Path
 
 import pytest
 
-import proposals
 import sweep
-import sweep_results
-import trials
-from proposals import choices
+from search import proposals, results, trials
+from search.proposals import choices
 
 ROOT = Path(sweep.__file__).parent
 FAKE = """
@@ -62,7 +60,7 @@ def go(tmp_path, monkeypatch):
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(sweep, "TRAIN", str(tmp_path / "fake.py"))
     # Which takes longer than all else
-    monkeypatch.setattr(sweep_results, "picture", lambda *_: b"")
+    monkeypatch.setattr(results, "picture", lambda *_: b"")
     return lambda *words: sweep.main([str(tmp_path / "s"), "--steps=12", *words])
 
 
@@ -781,7 +779,7 @@ def test_without_matplotlib_there_are_tables_and_a_sentence(go, tmp_path, monkey
     def missing(*_):
         raise ImportError("No module named 'matplotlib'")
 
-    monkeypatch.setattr(sweep_results, "picture", missing)
+    monkeypatch.setattr(results, "picture", missing)
     assert go("--search.lr=1e-3", "--steps=2") == 1
     assert "sweep.png cannot be written: No module named 'matplotlib'" in capsys.readouterr().out
     assert (tmp_path / "s" / "table.md").exists()

@@ -2,8 +2,7 @@
 
 import pytest
 
-import proposals
-import sweep_results
+from search import proposals, results
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def figures(monkeypatch):
     return found
 
 
-class Result:  # what sweep_results.py asks of a trial
+class Result:  # what search/results.py asks of a trial
     def __init__(self, number: int, values: dict, status: str, value: float | None):
         self.number, self.values, self.status, self.value, self.error = (
             number,
@@ -45,7 +44,7 @@ def drawn(folder, search: dict, method="random", maximise=False) -> list[str]:
         trial = Result(number, {}, status, 2 + number / 9)
         proposed.begin(trial)
         found.append(trial)
-    return sweep_results.tell(folder, found, search, "val_loss", maximise, lambda text: None)
+    return results.tell(folder, found, search, "val_loss", maximise, lambda text: None)
 
 
 FILES = [f"/data/somebody/a_long_name_of_a_text_{n}.txt" for n in range(9)]
@@ -120,7 +119,7 @@ def test_the_best_is_ringed_and_what_is_far_worse_lies_at_the_rim(tmp_path, figu
         for trial in found[:4]:
             trial.value = -trial.value
     search = {"lr": [trial.values["lr"] for trial in found]}
-    assert sweep_results.tell(tmp_path, found, search, "val_loss", maximise, print) == []
+    assert results.tell(tmp_path, found, search, "val_loss", maximise, print) == []
     ax, sign = figures[-1].axes[0], -1 if maximise else 1
     points = [tuple(map(float, at)) for dots in ax.collections for at in dots.get_offsets()]
     rim = pytest.approx(sign * (2.0 + 3 * 0.15))  # the median is 2.15

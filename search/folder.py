@@ -1,7 +1,7 @@
 """What is in a search's folder, whoever has been there since the last start.
 
     SWEEP_DIR/sweep.json     what is searched, and all the trials have in common
-    SWEEP_DIR/trial-0007/    trials.py
+    SWEEP_DIR/trial-0007/    search/trials.py
     SWEEP_DIR/.lock          held while a search runs here
 
 What is damaged is moved to NAME.damaged, what takes the place of a trial and is none of this search
@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from run import control
+from search.trials import Trial, flags, write
 from settings import parse
-from trials import Trial, flags, write
 
 NAME = re.compile(r"trial-([0-9]{4,})")
 

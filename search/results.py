@@ -14,8 +14,8 @@ import textwrap
 from pathlib import Path
 
 from metrics.logger import short
-from trials import STATUSES as ORDER
-from trials import flags
+from search.trials import STATUSES as ORDER
+from search.trials import flags
 
 WORST = {False: math.inf, True: -math.inf}  # of what is minimised, of what is maximised
 SIGNS = {"pruned": " (hollow)", "diverged": " (×)"}  # as they are drawn
