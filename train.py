@@ -34,7 +34,7 @@ from optim import param_groups
 from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel import mesh as meshes
 from precision import amp, histogram, stochastic
-from run import announce, announce_environment, auto, build, control, evaluate, optimizers, resume
+from run import announce, auto, build, control, evaluate, optimizers, resume
 from run import batch as run_batch
 from settings import checks, fields, parse
 
@@ -259,7 +259,7 @@ def main(cfg: fields.Config) -> dict:
         cfg.wandb,
         parse.to_dict(cfg),
     )
-    record = announce_environment.environment(device, mesh.world, corpus.sha256)
+    record = announce.environment(device, mesh.world, corpus.sha256)
     if is_main:
         (out_dir / "config.toml").write_text(parse.to_toml(cfg, record), encoding="utf-8")
     said = announce.lines(cfg, asked, mesh, record, corpus, whole, earlier)

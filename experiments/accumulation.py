@@ -17,17 +17,13 @@ within 0.3 %. Bytes do not depend on K; without no_sync they are K times as many
 divided by the tokens of the whole batch: the lessons' mean of K means is the same only if
 micro-batches are equal, as they are here.
 
-    python experiments/accumulation.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.accumulation [--quick] [--out=DIR] [--jobs=N]
 """
 
 import contextlib
 import json
-import sys
 import tempfile
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 import torch.distributed as dist

@@ -19,18 +19,13 @@ least at K = sqrt(k L), where it is 2 sqrt(k L). So from 64 to 256 layers memory
 is kept, by about 3.3 if blocks are recomputed, and by 2 with sqrt(k L) segments alone: O(sqrt L) is
 right for segments, not for blocks.
 
-    python experiments/activation_checkpoint.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.activation_checkpoint [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
 import time
 import weakref
-from pathlib import Path
 from statistics import median
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,9 +1,9 @@
 """All experiments, one after the other: measures what is missing and writes the index,
 experiments/README.md.
 
-    python experiments/all.py              what is measured already is not measured again
-    python experiments/all.py --quick      each on its small grid, in a temporary folder; no index
-    python experiments/all.py --index      the index alone
+    python -m experiments.all              what is measured already is not measured again
+    python -m experiments.all --quick      each on its small grid, in a temporary folder; no index
+    python -m experiments.all --index      the index alone
 
 --jobs=N goes to each. The exit status is that of the worst.
 """
@@ -21,9 +21,9 @@ docstring says claim, source, protocol and what we expected, and was written bef
 computed from the figures: *holds*, *holds in part*, *not at this scale* (we cannot tell, and why), *does not
 hold*.
 
-    python experiments/NAME.py             measures the rows that results/NAME.csv lacks
-    python experiments/NAME.py --quick     half a minute, in a temporary folder
-    python experiments/all.py              all of them, then this page
+    python -m experiments.NAME             measures the rows that results/NAME.csv lacks
+    python -m experiments.NAME --quick     half a minute, in a temporary folder
+    python -m experiments.all              all of them, then this page
 
 """
 

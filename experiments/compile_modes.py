@@ -19,17 +19,12 @@ the time is products that oneDNN already does, and what fusing saves is memory t
 reduce-overhead the same as default, for it means CUDA graphs. No graph break, no recompilation in
 training, whose shapes never change; the loss within 0.5 % of eager's.
 
-    python experiments/compile_modes.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.compile_modes [--quick] [--out=DIR] [--jobs=N]
 """
 
 import os
-import sys
 import tempfile
-from pathlib import Path
 from statistics import median
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 import torch._dynamo

@@ -22,18 +22,13 @@ here. With error feedback topk 1 % and PowerSGD 4 within 1 % of plain, onebit wi
 each method ends worse than with it. (SGD's rows were added when AdamW's were not so, after one
 trial of four runs in which SGD's were.)
 
-    python experiments/compression.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.compression [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
-from pathlib import Path
 from statistics import median
 
-HERE = Path(__file__).resolve().parent
 # Else `compression` is this file
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
-
 from experiments import protocol
 from experiments.findings import (
     INK,

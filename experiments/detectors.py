@@ -28,21 +28,16 @@ last 100, and missed 45 % of the early spikes in the runs it was chosen on.
 Expected: the default meets both figures. Factors that are blind to 8 sd are silent too, so their
 few alarms say nothing.
 
-    python experiments/detectors.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.detectors [--quick] [--out=DIR] [--jobs=N]
 """
 
 import copy
 import math
 import random
-import sys
 import time
-from pathlib import Path
 from statistics import fmean, median, quantiles
 
-HERE = Path(__file__).resolve().parent
 # Else `precision` is one of us
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
-
 from experiments import protocol
 from experiments.findings import INK, markdown
 from monitor import DETECTORS, Guard, band

@@ -18,16 +18,12 @@ the run ends 4 evaluations after the best, and its checkpoint has exactly the be
 bit; so it has with a NaN on the way. The clone gives the best loss too, the shallow copy the last
 one. After the NaN the lesson's rule gives back something worse than the best.
 
-    python experiments/early_stopping.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.early_stopping [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
 import tempfile
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 

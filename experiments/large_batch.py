@@ -20,15 +20,10 @@ Expected: SGD with the linear rule breaks at 8 or 16, without warm-up no later; 
 root, LAMB and Muon a factor 2 to 4 later, LARS (linear rule) between; at 64 nobody holds. ‖w‖/‖g‖
 differs by a factor 10 from layer to layer.
 
-    python experiments/large_batch.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.large_batch [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 from torch.optim import optimizer as hooks
 

@@ -19,22 +19,14 @@ Expected: the estimator gives every figure to its last digit; measured peaks lie
 predicted ones; with the state in files anonymous memory is less by the 8 bytes a parameter that
 AdamW keeps.
 
-    python experiments/memory_per_rank.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.memory_per_rank [--quick] [--out=DIR] [--jobs=N]
 """
 
 import re
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [
-    str(HERE.parent),
-    *(p for p in sys.path if p != str(HERE)),
-    str(HERE.parent / "tests"),
-]
 
 import test_estimate as measuring
 import torch

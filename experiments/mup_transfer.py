@@ -17,15 +17,10 @@ update has a spectral norm that does not depend on the width, so it should move 
 With μP the coordinates stay, without, AdamW's and Lion's grow like the width. Over 8 times the
 depth the best lr falls by a factor 2 or more.
 
-    python experiments/mup_transfer.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.mup_transfer [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 from torch.nn.modules import module as hooks
 

@@ -23,16 +23,11 @@ on an idle machine. State is what the optimizer holds after the run.
 Expected: Muon first, then SOAP and Shampoo, in about two thirds of AdamW's steps; Adafactor, LAMB,
 Lion and Schedule-Free near AdamW, SGD and LARS behind; at 600 steps .95 and .999 hardly differ.
 
-    python experiments/optimizers.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.optimizers [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
-from pathlib import Path
 from statistics import median
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 from torch.optim import optimizer as hooks

@@ -16,16 +16,12 @@ ranks, bytes of weights and of one activation.
 Expected: fp64 within 1e-10, fp32 within 1e-4 (the sums' order differs, and steps amplify it); bytes
 within 1 %, as parts of a matrix are rounded to rows.
 
-    python experiments/parallel_layouts.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.parallel_layouts [--quick] [--out=DIR] [--jobs=N]
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 import torch._dynamo

@@ -18,17 +18,13 @@ Expected: simulated is the formula to rounding; `sleep` within 0.03 of it; `mode
 stages are not quite equal (the last has the head). In flight: naive 1, GPipe m, 1F1B and zero
 bubble p, interleaved with v = 2 chunks 3p - 1 halves.
 
-    python experiments/pipeline_bubble.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.pipeline_bubble [--quick] [--out=DIR] [--jobs=N]
 """
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 import torch.distributed as dist

@@ -24,19 +24,14 @@ that token. Memory: kept activations by less than half, since norms and losses s
 and state not at all; our fp8 keeps what bf16 keeps. The speed of fp8 says nothing here: it is
 emulated.
 
-    python experiments/precision.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.precision [--quick] [--out=DIR] [--jobs=N]
 """
 
 import re
-import sys
 import tempfile
 from functools import partial
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 # Else `precision` is this file
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
-
 import torch
 import torch.nn.functional as F
 

@@ -6,7 +6,7 @@
     csv    a line for each row: keys, figures, and when, where and at which commit they were
            measured
 
-    python experiments/NAME.py         measures what the csv lacks, then writes NAME.md and NAME.png
+    python -m experiments.NAME         measures what the csv lacks, then writes NAME.md and NAME.png
                       --quick          the small grid, short runs, in a folder of its own
                       --out=DIR        there, instead of experiments/results
                       --jobs=N         rows at a time: as many as there are cores, 1 where time is
@@ -45,8 +45,6 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-# Or `precision` were the experiment of this name
-sys.path[:] = [p for p in sys.path if p != str(HERE)]
 
 import torch
 import torch.distributed as dist
@@ -220,7 +218,7 @@ def main(
     verdict,
     timed: bool = False,
 ) -> None:
-    """`python experiments/NAME.py`, which it ends: 0, 1 where a row has no figures, 2 for a bad
+    """`python -m experiments.NAME`, which it ends: 0, 1 where a row has no figures, 2 for a bad
     flag.
 
     row(keys, quick) -> figures; table(rows) -> markdown; picture(rows, figure) draws on a

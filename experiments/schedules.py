@@ -19,16 +19,11 @@ Expected: all that end at 0 lie within 1 %, WSD not below cosine at 800 steps; S
 its last cycle being shorter; a constant lr 5 % worse; Schedule-Free between. Branches equal whole
 runs to the last bit.
 
-    python experiments/schedules.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.schedules [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
 import tempfile
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 from experiments import protocol
 from experiments.findings import (

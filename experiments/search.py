@@ -17,16 +17,11 @@ values where random search tries 24: random search ends better. TPE draws its fi
 random and has 14 left to learn from them: a little better than random search, perhaps not
 significantly.
 
-    python experiments/search.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.search [--quick] [--out=DIR] [--jobs=N]
 """
 
 import itertools
 import math
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 from experiments import protocol
 from experiments.findings import (

@@ -18,17 +18,13 @@ with AdamW, two layers, a zero start, float32, torch's attention or AdamW's embe
 passes it takes longer; NorMuon, Polar Express, cautious decay, GELU and no cap change little in so
 few steps.
 
-    python experiments/speedrun.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.speedrun [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 from experiments import protocol
 from experiments.findings import (

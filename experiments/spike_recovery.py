@@ -23,19 +23,15 @@ Expected: rollback ends within 1 % of the clean run, no guard does not. A ban ca
 the jump: it is no row's fault, and what its first step has done to the weights is there before the
 loss shows it. (The setups and the sizes of the faults were chosen in trials with another seed.)
 
-    python experiments/spike_recovery.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.spike_recovery [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean
 
-HERE = Path(__file__).resolve().parent
 # Else `precision` is one of us
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
-
 import torch
 
 import monitor

@@ -19,15 +19,10 @@ as that with the smallest, and the correlation with the weight at equal gradient
 less. AdamW's share is λ everywhere. In 500 steps, a tenth of an epoch, decay hardly helps anybody:
 a small difference in loss.
 
-    python experiments/weight_decay.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.weight_decay [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 import torch
 from torch.optim import optimizer as hooks

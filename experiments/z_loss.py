@@ -17,15 +17,10 @@ steps: by 0.3), at a loss within 0.3 %. At 8 times the lr the drift is larger. I
 16 is rounded to 1/16 and one near 64 to 1/4, so drift costs something there, if it gets so far in
 2000 steps.
 
-    python experiments/z_loss.py [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.z_loss [--quick] [--out=DIR] [--jobs=N]
 """
 
 import math
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE))]
 
 from experiments import protocol
 from experiments.findings import (

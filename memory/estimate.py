@@ -1,8 +1,8 @@
 """How many bytes a rank needs, predicted from shapes alone: every layout, optimizer and precision.
 
-    python memory/estimate.py --params=7B --gpus=64 --optim=adamw
-    python memory/estimate.py --params=7e9 --n_layer=32 --n_embd=4096 --block_size=2048 --batch=4
-    python memory/estimate.py --n_layer=12 --n_embd=768 --vocab_size=50304 --gpus=8 --optim=muon --batch=16
+    python -m memory.estimate --params=7B --gpus=64 --optim=adamw
+    python -m memory.estimate --params=7e9 --n_layer=32 --n_embd=4096 --block_size=2048 --batch=4
+    python -m memory.estimate --n_layer=12 --n_embd=768 --vocab_size=50304 --gpus=8 --optim=muon --batch=16
 
 Without --params the exact tensors of our GPT, in whole parameters or rows as each layout deals them
 out (with it equal parts, for Muon all of them matrices); a row shows the rank that holds most.

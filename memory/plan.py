@@ -1,10 +1,10 @@
 """Which layout for a model and cluster that we cannot try: bytes, traffic and time of every layout,
 on paper.
 
-    python memory/plan.py --params=70B --gpus=512                         # A100s, 4 Mi tokens a step
-    python memory/plan.py --n_layer=126 --n_embd=16384 --n_head=128 --n_kv_head=8 --gpus=8192 --gpu=H100
-    python memory/plan.py --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512 --precision=bf16
-    python memory/plan.py runs                                            # what the course texts claim
+    python -m memory.plan --params=70B --gpus=512                         # A100s, 4 Mi tokens a step
+    python -m memory.plan --n_layer=126 --n_embd=16384 --n_head=128 --n_kv_head=8 --gpus=8192 --gpu=H100
+    python -m memory.plan --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512 --precision=bf16
+    python -m memory.plan runs                                            # what the course texts claim
 
 Memory is memory/estimate.py's for the fullest stage, with AdamW; tp cuts all of it, and activations
 as in Korthikanti et al.: 10/34 + 24/34/tp of them stay, with sp 1/tp; times the micro-batches in
@@ -60,10 +60,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 from memory.estimate import (
     BYTES,
     Shapes,

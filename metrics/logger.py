@@ -13,9 +13,6 @@ counts completed updates. JSON knows no NaN and no infinity: such a number is wr
 an event "nonfinite" names field and value. A resumed run continues its file, cut back to the loaded
 step.
 
-    python metrics/logger.py plot RUN [RUN ...] [--out=FILE.png]    draw one run (RUN/loss.png) or compare several
-    python metrics/logger.py csv RUN [--out=FILE.csv]               metrics.jsonl as a table (RUN/metrics.csv)
-
 tensorboard=True and wandb=PROJECT also send every number to TensorBoard (RUN/tensorboard) and to
 Weights & Biases (RUN/wandb; WANDB_MODE=offline needs no account). A resumed run goes on with the
 same curves there.

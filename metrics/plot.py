@@ -1,7 +1,10 @@
 """Loss curves as a picture, and metrics.jsonl as a table.
 
-python -m metrics.plot RUN [RUN ...] [--out=FILE.png]    draws one run (RUN/loss.png) or compares several
-python -m metrics.plot --csv RUN [--out=FILE.csv]        writes metrics.jsonl as a table (RUN/metrics.csv)
+    python -m metrics.plot RUN                          draws RUN/loss.png
+    python -m metrics.plot RUN RUN ... [--out=FILE.png]     compares several runs (loss.png)
+    python -m metrics.plot RUN --csv [--out=FILE.csv]   writes metrics.jsonl as a table (RUN/metrics.csv)
+
+Exit status: 0 done; 2 a mistake, in one line.
 """
 
 import csv
@@ -125,27 +128,28 @@ def plot(runs, path) -> bool:
     return True
 
 
-if __name__ == "__main__":
-    args = sys.argv[2:]
+def main(args: list[str]) -> None:
+    """What `python -m metrics.plot` does with these words. Raises ValueError, OSError."""
+    as_csv = "--csv" in args
     runs = [arg for arg in args if not arg.startswith("-")]
     outs = [arg.removeprefix("--out=") for arg in args if arg.startswith("--out=")]
-    try:
-        verb = {"plot": ("loss.png", plot), "csv": ("metrics.csv", to_csv)}.get(
-            "".join(sys.argv[1:2])
+    if not runs or len(runs) + len(outs) + as_csv < len(args) or (as_csv and len(runs) > 1):
+        raise ValueError(
+            "usage: python -m metrics.plot RUN [RUN ...] [--out=FILE.png], "
+            "or python -m metrics.plot RUN --csv [--out=FILE.csv]"
         )
-        if (
-            not verb
-            or not runs
-            or len(runs) + len(outs) < len(args)
-            or (verb[1] is to_csv and runs[1:])
-        ):
-            raise ValueError(
-                "usage: python metrics/logger.py plot RUN [RUN ...] [--out=FILE.png], "
-                "or python metrics/logger.py csv RUN [--out=FILE.csv]"
-            )
-        out = outs[-1] if outs else os.path.join(runs[0] if len(runs) == 1 else "", verb[0])
-        if verb[1](runs if verb[1] is plot else runs[0], out) is not False:
-            print(out)
+    folder = runs[0] if len(runs) == 1 else ""
+    out = outs[-1] if outs else os.path.join(folder, "metrics.csv" if as_csv else "loss.png")
+    if as_csv:
+        to_csv(runs[0], out)
+        print(out)
+    elif plot(runs, out):
+        print(out)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

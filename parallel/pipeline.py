@@ -21,10 +21,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parent.parent)  # or the compression.py there hides another
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge

@@ -2,7 +2,7 @@
 messages.
 
 A schedule is data: the order of each rank's work. m=8 micro-batches, time to the right, digits
-forwards, letters backwards (here twice as long), dots idle; `python parallel/pipeline.py
+forwards, letters backwards (here twice as long), dots idle; `python -m parallel.pipeline
 --schedule=1f1b` draws it:
 
     gpipe  01234567.........aabbccddeeffgghh     1f1b  0123......aa4bb5cc6dd7ee.ff.gg.hh

@@ -10,7 +10,7 @@ side:
                                     Timeout (0:01:00)!                 stands too long: the stacks
                                       File ".../parallel/mesh.py", line 41 in sum
 
-    python parallel/watchdog.py OUT_DIR         step 37: rank 300, silent for 55 s, its last word: step 37
+    python -m parallel.watchdog OUT_DIR         step 37: rank 300, silent for 55 s, its last word: step 37
                                     step 38: ranks 0 1 2 3 4 5 6 7 ... (511), in sum
                                     (parallel/mesh.py:41)
 
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 # What gloo, NCCL and torch's store say when a peer is silent, and when it is gone.
 SILENT = ("timed out", "timeout")
 GONE = (
@@ -189,7 +189,7 @@ def report(out_dir: Path) -> list[str]:
 if __name__ == "__main__":
     try:
         if len(sys.argv) != 2:
-            raise ValueError("type python parallel/watchdog.py OUT_DIR")
+            raise ValueError("type python -m parallel.watchdog OUT_DIR")
         print("\n".join(report(Path(sys.argv[1]))))
     except (ValueError, OSError) as error:
         sys.exit(f"parallel/watchdog.py: {error}")

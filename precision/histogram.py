@@ -21,7 +21,7 @@ recording answers for every scale.
     recorder.write(weights, gradients)             when these are summed: a line a tensor in
                                                    histograms.jsonl
 
-    python precision/histogram.py RUN [--format=fp16] [--scale=65536] [--step=N] [--out=FILE.png]
+    python -m precision.histogram RUN [--format=fp16] [--scale=65536] [--step=N] [--out=FILE.png]
 
 prints the tensors of RUN, or of its histograms.jsonl, that would lose most, and draws all of them.
 --scale is what gradients are multiplied with. To choose a format record a run in a wider one: what
@@ -281,7 +281,7 @@ def main(arguments: list[str]) -> None:
     )
     if len(runs) != 1 or len(given) + 1 != len(arguments) or not given.keys() <= options.keys():
         raise ValueError(
-            "usage: python precision/histogram.py RUN [--format=fp16] [--scale=65536] "
+            "usage: python -m precision.histogram RUN [--format=fp16] [--scale=65536] "
             "[--step=N] [--out=FILE.png]"
         )
     options |= given

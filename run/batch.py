@@ -1,5 +1,8 @@
 """How a batch is divided: over replicas, and into micro-batches that fit the memory."""
 
+import torch
+
+from parallel.mesh import Mesh
 from settings.checks import divisor
 from settings.fields import Config
 

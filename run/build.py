@@ -1,5 +1,4 @@
-"""What a setting stands for on this machine: a class for a name, a value for every `auto` and
-`none`."""
+"""Concepts from settings: each function takes what a few fields say and returns the thing."""
 
 import functools
 from pathlib import Path
@@ -179,12 +178,12 @@ def compiled(cfg: Config, model: torch.nn.Module, device: torch.device) -> str |
                 "--compile.* has nothing to do with compile=off; type --compile=default"
             )
         return None
-    from layers import compile
+    from layers.compile import compile_blocks, lacking
 
-    options = checks.check_options(cfg, "compile", compile.compile_blocks, ("model", "mode"))
-    why = compile.lacking(device)
+    options = checks.check_options(cfg, "compile", compile_blocks, ("model", "mode"))
+    why = lacking(device)
     if why is None:
-        compile.compile_blocks(model, cfg.compile, **options)
+        compile_blocks(model, cfg.compile, **options)
     return why and f"compile={cfg.compile}: {why}; running uncompiled"
 
 

@@ -1,10 +1,11 @@
 """The class that --optim= names, and what it needs to be made."""
 
 import importlib
-from pathlib import Path
+import pkgutil
 
 import torch
 
+import optim
 from optim import param_groups
 from settings import checks
 from settings.fields import Config
@@ -14,8 +15,8 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class for `file` (its own first one, or the one it imports) or `file.Class` in optim/.
     Raises ValueError with the nearest name, or with what the file lacks."""
     file, dot, wanted = name.partition(".")
-    folder = Path(__file__).parent / "optim"
-    files = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("param_groups", "mup"))
+    others = ("param_groups", "mup", "qk_clip")  # what stands beside the optimizers
+    files = [m.name for m in pkgutil.iter_modules(optim.__path__) if m.name not in others]
     if file not in files:
         raise ValueError(
             f"--optim={name}: there is no such file in optim/; {checks.nearest(file, files)}"

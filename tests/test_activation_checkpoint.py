@@ -13,7 +13,6 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 import torch.nn.functional as F
 from harness import init_weights, run_ranks
-from meter import Meter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +20,7 @@ from layers.generation import generate
 from memory import activation_checkpoint
 from memory.activation_checkpoint import HOW, keep_less, parse
 from memory.estimate import activation_bytes
+from memory.meter import Meter
 from model import GPT, GPTConfig, initial_weight
 from parallel import context, pipeline, sequence, tensor
 from parallel.ddp import DDP

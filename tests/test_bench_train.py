@@ -90,14 +90,14 @@ def test_who_fails_is_a_row_with_its_reason_and_is_not_asked_again(fake, capsys)
 def test_where_nothing_can_be_compiled_that_is_said_and_else_it_is_compiled(
     fake, capsys, monkeypatch
 ):
-    monkeypatch.setattr(training.compiling, "lacking", lambda device: "a compiler is missing")
+    monkeypatch.setattr(training.compile, "lacking", lambda device: "a compiler is missing")
     assert (
         bench.main(["train", "--only=bf16+default+full,bf16", "--rounds=1", f"--data={fake}"]) == 0
     )
     found = table(capsys.readouterr().out)
     assert found["bf16+default+full"][0] == "skipped: a compiler is missing"
     assert found["bf16"][0] == "**1.00** (1.00..1.00)" and fake.read_text() == "bf16+off+none\n"
-    monkeypatch.setattr(training.compiling, "lacking", lambda device: None)
+    monkeypatch.setattr(training.compile, "lacking", lambda device: None)
     assert bench.main(["train", "--only=bf16+default+full", "--rounds=1", f"--data={fake}"]) == 0
     assert fake.read_text() == "bf16+off+none\nbf16+default+full\n"
 

@@ -19,7 +19,6 @@ from harness import run_ranks
 from safetensors.torch import load_file
 
 from checkpoint import __main__, slices
-from checkpoint import load as checkpoint
 from checkpoint import save as saving
 from checkpoint.load import CheckpointDamaged, load, newest, resolve
 from checkpoint.save import prune, save
@@ -729,8 +728,8 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path, capsys
     ):
         with pytest.raises(ValueError):
             __main__.main(args)
-    monkeypatch.setattr(sys, "argv", ["checkpoint/load.py"])
+    monkeypatch.setattr(sys, "argv", ["checkpoint"])
     with pytest.raises(SystemExit) as e:
-        runpy.run_path(checkpoint.__file__, run_name="__main__")
+        runpy.run_module("checkpoint", run_name="__main__", alter_sys=False)
     out, err = capsys.readouterr()
     assert (e.value.code, out, err.count("\n")) == (2, "", 1)

@@ -379,7 +379,7 @@ def test_every_field_is_used():
     settings/checks.py."""
     from pathlib import Path
 
-    root = Path(config.__file__).parent
+    root = Path(__file__).parent.parent
     text = "".join(
         (root / name).read_text()
         for name in ("train.py", "model.py", "run/build.py", "metrics/watch.py")
@@ -395,7 +395,7 @@ def test_every_field_is_used():
 def test_every_recipe_in_configs_parses():
     from pathlib import Path
 
-    paths = sorted((Path(config.__file__).parent / "configs").rglob("*.toml"))
+    paths = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
     assert len(paths) >= 9
     for path in paths:
         parse([str(path)])
@@ -404,7 +404,7 @@ def test_every_recipe_in_configs_parses():
 def test_the_default_recipe_is_the_default():
     from pathlib import Path
 
-    path = Path(config.__file__).parent / "configs" / "cpu.toml"
+    path = Path(__file__).parent.parent / "configs" / "cpu.toml"
     assert config.to_dict(parse([str(path)])) | {"schedule": "auto"} == config.to_dict(Config())
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from meter import Meter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layers.attention import causal_attention
 from layers.generation import generate
+from memory.meter import Meter
 from model import GPT, GPTConfig, key
 from parallel import context
 from parallel.context import positions, split

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint import load
-from metrics import logger, outlets
+from metrics import logger
 
-ROOT = Path(outlets.__file__).parent
+ROOT = Path(__file__).parent.parent
 FIRST, LAST = map(int, (os.environ.get("EDGES", "0:60") + ":0").split(":")[:2])
 SEEDS = range(FIRST, LAST or FIRST + 1)
 STEPS = 60

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from meter import Meter, measure, nbytes
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
@@ -26,6 +25,7 @@ from memory.estimate import (
     gpt_shapes,
     state_numbers,
 )
+from memory.meter import Meter, measure, nbytes
 from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
 from optim import (
@@ -48,7 +48,7 @@ from precision.stochastic import stochastic
 from settings import fields
 
 CPU = torch.device("cpu")
-SCRIPT = Path(estimate.__file__)
+ROOT = Path(__file__).parent.parent
 CLASSES = {
     "sgd": sgd.SGD,
     "adamw": adamw.AdamW,
@@ -187,7 +187,7 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
 
 
 def test_every_optimizer_is_known_with_its_defaults():
-    files = {p.stem for p in (SCRIPT.parent.parent / "optim").glob("*.py")} - {
+    files = {p.stem for p in (ROOT / "optim").glob("*.py")} - {
         "param_groups",
         "mup",
     }
@@ -584,7 +584,10 @@ def test_what_is_offloaded_to_disk_leaves_the_device_as_predicted(
 # ---- the command ---------------------------------------------------------------------------------
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, encoding="utf-8"
+        [sys.executable, "-m", "memory.estimate", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
     )
 
 

@@ -189,7 +189,7 @@ def test_the_page_says_claim_verdict_number_and_how_to_get_them(tmp_path):
         "8 rows\n",
         "**Number.** 8.8\n",
         "![toy](toy.png)",
-        "`python experiments/toy.py`; commit ",
+        "`python -m experiments.toy`; commit ",
         "; seeds 1, 2; ",
     ):
         assert part in text

@@ -25,6 +25,8 @@ MODEL = dict(
     n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=16, zero_init=False
 )
 
+ROOT = Path(__file__).parent.parent
+
 
 def only(counts):
     """{exponent: count} of the bins that are not empty; zeros and non-finite ones as "zero" and
@@ -309,7 +311,10 @@ def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch):
 def test_a_mistake_exits_with_2(tmp_path):
     (tmp_path / "histograms.jsonl").write_text("nonsense\n")
     done = subprocess.run(
-        [sys.executable, histogram.__file__, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-m", "precision.histogram", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"{tmp_path / 'histograms.jsonl'} has no histograms\n"

@@ -14,7 +14,9 @@ import torch
 from metrics import logger
 from metrics.logger import Logger, read_metrics, short
 from metrics.plot import plot
-from run import announce_environment
+from run import announce
+
+ROOT = Path(__file__).parent.parent
 
 
 def train_row(step, **changes):
@@ -315,7 +317,7 @@ def test_importing_logger_is_cheap():
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(logger.__file__).parent,
+            cwd=Path(__file__).parent.parent,
         ).stdout
         == "set()\n"
     )
@@ -404,11 +406,14 @@ def test_without_rows_there_is_a_sentence_and_no_picture(tmp_path, capsys):
 def test_the_command_draws_and_a_mistake_is_one_line_and_exit_status_2(tmp_path):
     def command(*args):
         return subprocess.run(
-            [sys.executable, logger.__file__, *map(str, args)], capture_output=True, text=True
+            [sys.executable, "-m", "metrics.plot", *map(str, args)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
 
     run = write_run(tmp_path / "run", AWKWARD["usual"])
-    assert command("plot", run).stdout == f"{run / 'loss.png'}\n"
+    assert command(run).stdout == f"{run / 'loss.png'}\n"
     assert colours(run / "loss.png") > 2e-3
     for args, words in [
         (["plot", tmp_path / "nowhere"], "it has no metrics.jsonl"),
@@ -450,8 +455,8 @@ def test_a_csv_is_metrics_jsonl(tmp_path):
     for step, loss in enumerate([0.1 + 0.2, 1 / 3, math.nan], 1):
         log.train(train_row(step, loss=loss))
     log.event(3, "skip", 'the "second", row', rows=[3, 4])
-    argv = [sys.executable, logger.__file__, "csv", str(tmp_path)]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    argv = [sys.executable, "-m", "metrics.plot", str(tmp_path), "--csv"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"{tmp_path / 'metrics.csv'}\n", done.stderr
 
     def read(text):
@@ -627,7 +632,7 @@ def test_the_record_says_what_this_ran_on(monkeypatch):
 
     import numpy
 
-    record = announce_environment.environment(torch.device("cpu"), 3, "abc")
+    record = announce.environment(torch.device("cpu"), 3, "abc")
     assert (record["torch"], record["python"], record["numpy"]) == (
         torch.__version__,
         platform.python_version(),
@@ -645,5 +650,5 @@ def test_the_record_says_what_this_ran_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A big GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
-    record = announce_environment.environment(torch.device("cuda"), 3, "abc")
+    record = announce.environment(torch.device("cuda"), 3, "abc")
     assert (record["hardware"], record["devices"], record["nccl"]) == ("A big GPU", 8, "2.28.9")

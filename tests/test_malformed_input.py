@@ -17,7 +17,7 @@ import pytest
 from data import corpora, dataset
 from settings import parse
 
-ROOT = Path(parse.__file__).parent
+ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("configs/*.toml"))
 WORDS = [
     b"nan",

@@ -17,7 +17,7 @@ from checkpoint import load
 from metrics import logger, outlets
 from run import control, evaluate
 
-ROOT = Path(outlets.__file__).parent
+ROOT = Path(__file__).parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 no_room = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 TINY = [

@@ -392,8 +392,9 @@ def test_the_timeline_is_drawn_and_bad_flags_end_with_2(capsys):
     for flag in "--stages=2", "--schedule=1f1v", "--pp_chunks=2", "--micro_batches=0":
         with pytest.raises(ValueError):
             main([flag])
-    script = Path(__file__).parent.parent / "parallel" / "pipeline.py"
-    bad = subprocess.run([sys.executable, script, "--pp=x"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "parallel.pipeline", "--pp=x"]
+    root = Path(__file__).parent.parent
+    bad = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
 
 

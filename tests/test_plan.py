@@ -11,7 +11,7 @@ from memory import estimate, plan
 from memory.plan import GPUS, Cluster, Layout, Model, layouts, plans, predict
 from metrics.flops import PEAK_FLOPS, flops_per_token
 
-SCRIPT = Path(plan.__file__)
+ROOT = Path(__file__).parent.parent
 
 
 # ---- published runs: all layouts as published, A100s unless it says otherwise --------------------
@@ -358,7 +358,10 @@ def test_what_does_not_fit_is_told_what_would():
 # ---- the command ---------------------------------------------------------------------------------
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, encoding="utf-8"
+        [sys.executable, "-m", "memory.plan", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
     )
 
 

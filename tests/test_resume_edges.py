@@ -20,8 +20,7 @@ from test_train import rows
 import train
 from checkpoint import load, save
 from checkpoint.load import resolve
-from metrics import logger
-from run import announce_environment, resume
+from run import announce, resume
 from settings import fields, parse
 
 ROOT = Path(train.__file__).parent
@@ -481,11 +480,11 @@ def test_a_copy_in_another_repository_records_no_commit(tmp_path, monkeypatch):
     git("commit", "-m", "theirs")
     cpu = torch.device("cpu")
     for place, known in (("copy/inside", False), ("copy", False), ("", True)):
-        monkeypatch.setattr(logger, "__file__", str(tmp_path / place / "metrics/logger.py"))
-        assert (announce_environment.environment(cpu, 1, "")["commit"] != "unknown") == known
+        monkeypatch.setattr(announce, "__file__", str(tmp_path / place / "run/announce.py"))
+        assert (announce.environment(cpu, 1, "")["commit"] != "unknown") == known
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook of theirs
-    monkeypatch.setattr(logger, "__file__", str(tmp_path.parent / "metrics/logger.py"))
-    assert announce_environment.environment(cpu, 1, "")["commit"] == "unknown"
+    monkeypatch.setattr(announce, "__file__", str(tmp_path.parent / "run/announce.py"))
+    assert announce.environment(cpu, 1, "")["commit"] == "unknown"
 
 
 def test_a_finished_run_without_its_metrics_ends_well(tmp_path, prose):

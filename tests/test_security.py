@@ -124,7 +124,7 @@ CALLS = {
 }
 # Names that come from a list in the source, never from a user.
 IMPORTS = {
-    "run/build.py": 1,
+    "run/optimizers.py": 1,
     "metrics/logger.py": 1,
     "bench.py": 1,
     "benchmarks/optimizers.py": 2,

@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.distributed.tensor.parallel  # noqa: F401
 import torch.nn.functional as F
 from harness import run_ranks
-from meter import Meter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from layers.generation import generate
+from memory.meter import Meter
 from model import GPT, GPTConfig, key
 from parallel import tensor
 from parallel.allocate import allocate

@@ -1,0 +1,1 @@
+"""One claim a file: its source, its protocol, and a verdict computed from the figures."""
