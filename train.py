@@ -33,6 +33,7 @@ from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel import mesh as meshes
+from parallel.shard import sharded
 from precision import amp, histogram, stochastic
 from run import announce, auto, build, control, evaluate, optimizers, resume
 from run import batch as run_batch
@@ -131,7 +132,7 @@ def main(cfg: fields.Config) -> dict:
 
     # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here --
     # By name, where it lies
-    cuts = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])
+    tp_shards = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
     places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(
         device
@@ -196,9 +197,9 @@ def main(cfg: fields.Config) -> dict:
         return total
 
     # ---- data parallel: who holds which weights, gradients and state -----------------------------
-    replicas = build.data_parallel(cfg, mesh, cuts)
+    replicas = build.data_parallel(cfg, mesh, tp_shards)
     model = replicas.wrap(model)
-    replicas.fill(tensor.part_of(weights, cuts))
+    replicas.fill(sharded(weights, tp_shards))
     share, size = run_batch.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
     if (
         size is None
@@ -220,20 +221,20 @@ def main(cfg: fields.Config) -> dict:
         optimizers.matrices_only(optimizer_class),
         cfg.decay_embeddings,
     )
-    make_optimizer, boxes = build.stepper(cfg, mesh, cuts, optimizer_class)
+    make_optimizer, shards = build.stepper(cfg, mesh, tp_shards, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
-    boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
+    shards |= replicas.shards  # by name, of what the optimizer has a shard of: where it lies
     if hasattr(optimizer, "train"):
         optimizer.train()  # Schedule-Free keeps two sets of weights
     if cfg.precision == "bf16_sr":
-        optimizer = stochastic.stochastic(optimizer, cfg.seed, boxes)
+        optimizer = stochastic.stochastic(optimizer, cfg.seed, shards)
     if cfg.offload is not None:  # from now on state comes to the device only to be stepped
         optimizer = build.offloaded(cfg, mesh, optimizer)
 
     # ---- everything a step depends on, and what watches over it ----------------------------------
     place, best = Position(corpus.sha256), Best(out_dir / "best", cfg.patience, cfg.min_delta)
     kept = scales | {"progress": place, "best": best}  # by name, what can tree() and load()
-    run_state = state.State(optimizer, replicas, boxes, cuts, mesh, kept)
+    run_state = state.State(optimizer, replicas, shards, tp_shards, mesh, kept)
     saver = saving.Saver(
         out_dir,
         cfg.save_every,
@@ -283,7 +284,7 @@ def main(cfg: fields.Config) -> dict:
     # ---- the loop --------------------------------------------------------------------------------
     latest, stop, overdue = {"step": step}, control.StopSignal(), False
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
-    watcher = watch.Watch(cfg, mesh, model, optimizer, boxes, run_state.counted)
+    watcher = watch.Watch(cfg, mesh, model, optimizer, shards, run_state.counted)
     while True:
         diary.step(step + 1)
         # Look first: the untrained model is step 0, and the last step is seen too.

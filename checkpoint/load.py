@@ -2,7 +2,7 @@
 no code.
 
     OUT_DIR/step-00000123/
-        rank_0.safetensors     what rank 0 wrote: whole tensors, or its slices of them
+        rank_0.safetensors     what rank 0 wrote: full tensors, or its slices of them
         rank_1.safetensors     ... (a rank with nothing to write has no file)
         index.json             {"body": {...}, "sha256": checksum of the body}
 
@@ -11,9 +11,9 @@ no code.
     body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a
                       non-finite number
 
-A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a box of the
-whole, and reading a box touches only the slices that overlap it, so every layout loads what any
-other one saved:
+A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a shard of
+the full tensor, and reading a shard touches only the slices that overlap it, so every layout loads
+what any other one saved:
 
     4 ranks saved             2 ranks read
     rank 0: rows 0, 1 ─┬───►  rank 0: rows 0..3
@@ -47,6 +47,7 @@ from checkpoint.save import (
     sha256,
 )
 from checkpoint.slices import DTYPES, TENSOR, check, inside, walk, within
+from parallel.shard import Shard
 
 
 class CheckpointDamaged(ValueError):
@@ -69,12 +70,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def tree(self, prefix: str | None = None, box=None, missing=None):
-        """What was saved, with whole tensors; `prefix` ("model", "optim/state") picks one branch,
+    def tree(self, prefix: str | None = None, shard: Shard | None = None, shape=None, missing=None):
+        """What was saved, with full tensors; `prefix` ("model", "optim/state") picks one branch,
         and `missing` stands for one that is not there.
 
-        box: (whole shape, offsets, shape): of tensors of that whole shape only this box is read,
-        see `boxed`.
+        shard: of tensors of its global shape only this shard, of this local `shape`, is read.
         """
         node = self._tree
         for key in prefix.split("/") if prefix else []:
@@ -88,16 +88,16 @@ class Checkpoint:
                 ) from None
 
         def from_json(name, leaf):
-            if leaf == TENSOR and box is not None and self._tensors[name]["shape"] == list(box[0]):
-                return self.tensor(name, box[1], box[2])
             if leaf == TENSOR:
+                if shard is not None and self._tensors[name]["shape"] == list(shard.global_shape):
+                    return self.tensor(name, shard.offsets, shape)
                 return self.tensor(name)
             return float(leaf["$"]) if isinstance(leaf, dict) else leaf
 
         return walk(node, from_json, prefix or "")
 
     def tensor(self, name: str, offsets=None, shape=None) -> torch.Tensor:
-        """The whole tensor, or its box of `shape` (None = to the end) that begins at `offsets`
+        """The full tensor, or its box of `shape` (None = to the end) that begins at `offsets`
         (None = 0)."""
         if name not in self._tensors:
             raise ValueError(f"{self.path} has no tensor {name!r}; names() lists what it has")
@@ -124,7 +124,7 @@ class Checkpoint:
         return part in self._tree
 
     def weights(self, part: str):
-        """A function of a parameter's name and shape: the whole tensor. It raises ValueError where
+        """A function of a parameter's name and shape: the full tensor. It raises ValueError where
         that parameter is missing or has another shape."""
 
         def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:

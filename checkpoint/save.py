@@ -65,7 +65,7 @@ def save(
 
     tree: nested dicts and lists of tensors, Slices, DTensors, numbers, str, bool, None; tuples
     become lists. With several ranks (of `group`; None = all) each calls with its own tree, or {},
-    and the trees are merged; what several hold (the same box of the same name, or a scalar) is
+    and the trees are merged; what several hold (the same shard of the same name, or a scalar) is
     taken from the lowest rank. If any rank fails, all raise (ValueError: such a tree cannot be
     saved; OSError: anything else) and earlier checkpoints stay as they were.
     """
@@ -83,10 +83,11 @@ def save(
             prune(out_dir, keep, upto=-1)
             temporary.mkdir()
         skeleton = walk(tree, lambda name, leaf: to_json(name, leaf, held))
-        boxes = {}
+        described = {}
         for name, s in held.items():
-            boxes[name] = s.global_shape, DTYPE_NAMES[s.tensor.dtype], s.offsets, s.tensor.shape
-        return skeleton, boxes
+            full, offsets = s.shard
+            described[name] = full, DTYPE_NAMES[s.tensor.dtype], offsets, s.tensor.shape
+        return skeleton, described
 
     def write():
         plan.update(merge(described))

@@ -1,18 +1,21 @@
-"""A tree of tensors as JSON and boxes: who holds which part of which tensor, under which name.
+"""A tree of tensors as JSON and slices: who holds which shard of which tensor, under which name.
 
     rank 0   {"model": {"w": Slice(rows 0, 1)}, "step": 7}  ─┐ merge   tree     {"model": {"w": TENSOR}, ...}
     rank 1   {"model": {"w": Slice(rows 2, 3)}}             ─┘ ────► tensors  "model/w": rows 0, 1 in rank_0,
                                                                                rows 2, 3 in rank_1
 
-A tensor's name is its path in the tree. A slice is a box of the whole tensor: its `offsets` and its
-shape. Nothing here touches a disk or another rank: `merge` is given what all ranks said, `check`
-tells whether a tree and its tensors, ours or from a damaged file, are what merge makes.
+A tensor's name is its path in the tree. A slice is a shard of the full tensor, a box in it: its
+`offsets` and its shape. Nothing here touches a disk or another rank: `merge` is given what all
+ranks said, `check` tells whether a tree and its tensors, ours or from a damaged file, are what
+merge makes.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
+
+from parallel.shard import Shard, local, shard_of, shard_of_shard
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,34 +39,30 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TENSOR = {"$": "tensor"}
 LEAVES = [TENSOR, {"$": "nan"}, {"$": "inf"}, {"$": "-inf"}]  # what JSON has no word for
 DEPTH = 64  # levels of a tree; Python's own limit depends on who asks
-CELLS = 2**24  # pieces into which the slices of one tensor may cut it
+CELLS = 2**24  # cells into which the slices of one tensor may cut it
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a global tensor that this rank holds: a box whose first element sits at
-    `offsets`."""
+    """What this rank holds of a global tensor, and where in it that lies."""
 
     tensor: torch.Tensor
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
+    shard: Shard
 
 
-def boxed(by_name: dict, boxes: dict) -> dict:
-    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}. `boxes`: name ->
-    (whole shape, offsets) where there is only that part of a parameter: its tensors become
-    Slices."""
+def as_slices(by_name: dict, shards: dict[str, Shard]) -> dict:
+    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}. The tensors of those
+    in `shards`, of which there is only a shard, become Slices."""
 
-    def cut(value, box):
+    def sliced(value, shard):
         if isinstance(value, dict):
-            return {key: cut(x, box) for key, x in value.items()}
-        if not isinstance(value, torch.Tensor) or value.ndim != len(box[0]):
+            return {key: sliced(x, shard) for key, x in value.items()}
+        if not isinstance(value, torch.Tensor) or value.ndim != len(shard.global_shape):
             return value
-        inner = as_slice("", value)  # a DTensor may be a part of that part
-        offsets = tuple(a + b for a, b in zip(box[1], inner.offsets))
-        return Slice(inner.tensor, tuple(box[0]), offsets)
+        inner = as_slice("", value)  # a DTensor may be a shard of that shard
+        return Slice(inner.tensor, shard_of_shard(shard, inner.shard))
 
-    return {name: cut(x, boxes[name]) if name in boxes else x for name, x in by_name.items()}
+    return {name: sliced(x, shards[name]) if name in shards else x for name, x in by_name.items()}
 
 
 # ---- the tree ------------------------------------------------------------------------------------
@@ -103,18 +102,11 @@ def to_json(name, leaf, held):
 
 
 def as_slice(name, tensor):
-    if not hasattr(tensor, "placements"):
-        return Slice(tensor, tuple(tensor.shape), (0,) * tensor.dim())
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if any(p.is_partial() for p in tensor.placements):
+    if any(p.is_partial() for p in getattr(tensor, "placements", ())):
         raise ValueError(
             f"{name} is a DTensor whose parts are not summed yet; redistribute it first"
         )
-    _, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return Slice(tensor.to_local(), tuple(tensor.shape), tuple(offsets))
+    return Slice(local(tensor), shard_of(tensor))
 
 
 def copied(node):
@@ -135,20 +127,20 @@ def copied(node):
 
 
 def merge(described):
-    """All ranks' trees and boxes -> tensors and tree of the index, which says who writes what."""
+    """All ranks' trees and slices -> tensors and tree of the index, which says who writes what."""
     tree, tensors, seen = {}, {}, set()
-    for rank, (skeleton, boxes) in enumerate(described):
+    for rank, (skeleton, held) in enumerate(described):
         tree = union(tree, skeleton)
-        for name, (whole, dtype, offsets, shape) in boxes.items():
-            entry = tensors.setdefault(name, {"shape": whole, "dtype": dtype, "slices": []})
-            if (whole, dtype) != (entry["shape"], entry["dtype"]):
+        for name, (full, dtype, offsets, shape) in held.items():
+            entry = tensors.setdefault(name, {"shape": full, "dtype": dtype, "slices": []})
+            if (full, dtype) != (entry["shape"], entry["dtype"]):
                 lower = f"{entry['dtype']} {entry['shape']}"
                 raise ValueError(
-                    f"{name} is {dtype} {whole} on rank {rank} but {lower} on a lower one"
+                    f"{name} is {dtype} {full} on rank {rank} but {lower} on a lower one"
                 )
-            box = (name, *offsets, *shape)
-            if box not in seen and (0 not in shape or 0 in whole):
-                seen.add(box)
+            slice_ = (name, *offsets, *shape)
+            if slice_ not in seen and (0 not in shape or 0 in full):
+                seen.add(slice_)
                 file = f"rank_{rank}.safetensors"
                 entry["slices"].append(
                     {"file": file, "key": name, "offsets": offsets, "shape": shape}
@@ -167,15 +159,15 @@ def union(low, high):
     return low
 
 
-# ---- boxes ---------------------------------------------------------------------------------------
+# ---- slices --------------------------------------------------------------------------------------
 
 
-def inside(offsets, shape, whole):
-    """Whether offsets and shape are those of a box of a tensor whose shape is `whole`."""
-    if not all(type(n) is int for n in (*offsets, *shape, *whole)):
+def inside(offsets, shape, full):
+    """Whether offsets and shape are those of a box of a tensor whose shape is `full`."""
+    if not all(type(n) is int for n in (*offsets, *shape, *full)):
         return False
-    fits = all(0 <= o <= o + n <= m for o, n, m in zip(offsets, shape, whole))
-    return fits and len(offsets) == len(shape) == len(whole)
+    fits = all(0 <= o <= o + n <= m for o, n, m in zip(offsets, shape, full))
+    return fits and len(offsets) == len(shape) == len(full)
 
 
 def within(low, high, origin):
@@ -200,26 +192,28 @@ def check(tree, tensors):
     for name, entry in tensors.items():
         # Cut each dimension where a slice begins or ends: a cell of that grid is held whole or not
         # at all.
-        whole, slices = entry["shape"], entry["slices"]
-        if not slices or not all(inside(s["offsets"], s["shape"], whole) for s in slices):
-            raise ValueError(f"{name} {whole} has no slice, or one that reaches beyond its shape")
+        full, slices = entry["shape"], entry["slices"]
+        if not slices or not all(inside(s["offsets"], s["shape"], full) for s in slices):
+            raise ValueError(f"{name} {full} has no slice, or one that reaches beyond its shape")
         if entry["dtype"] not in DTYPES or any(s["key"] != name for s in slices):
             raise ValueError(
                 f"{name} is {entry['dtype']}, no known type, or has a slice by another name"
             )
         if len({s["file"] for s in slices}) < len(slices):
             raise ValueError(f"{name} has two slices in one file")
-        boxes = [(s["offsets"], [o + n for o, n in zip(s["offsets"], s["shape"])]) for s in slices]
-        cuts = [
-            sorted({0, n, *(corner[d] for box in boxes for corner in box)})
-            for d, n in enumerate(whole)
+        corners = [
+            (s["offsets"], [o + n for o, n in zip(s["offsets"], s["shape"])]) for s in slices
         ]
-        if math.prod(len(c) - 1 for c in cuts) > CELLS:
-            raise ValueError(f"{name} {whole} is cut into more than {CELLS} pieces")
-        place_of = [{cut: i for i, cut in enumerate(c)} for c in cuts]
-        held = torch.zeros([len(c) - 1 for c in cuts], dtype=torch.bool)
-        for low, high in boxes:
-            held[tuple(slice(p[i], p[j]) for p, i, j in zip(place_of, low, high))] = True
+        edges = [
+            sorted({0, n, *(corner[d] for pair in corners for corner in pair)})
+            for d, n in enumerate(full)
+        ]
+        if math.prod(len(e) - 1 for e in edges) > CELLS:
+            raise ValueError(f"{name} {full} is cut into more than {CELLS} pieces")
+        number_of = [{edge: i for i, edge in enumerate(e)} for e in edges]
+        held = torch.zeros([len(e) - 1 for e in edges], dtype=torch.bool)
+        for low, high in corners:
+            held[tuple(slice(n[i], n[j]) for n, i, j in zip(number_of, low, high))] = True
         if not held.all():
-            hole = [c[i] for c, i in zip(cuts, (~held).nonzero()[0].tolist())]
-            raise ValueError(f"no rank holds the part of {name} {whole} that begins at {hole}")
+            hole = [e[i] for e, i in zip(edges, (~held).nonzero()[0].tolist())]
+            raise ValueError(f"no rank holds the part of {name} {full} that begins at {hole}")

@@ -18,17 +18,26 @@ from checkpoint import load as checkpoint
 from checkpoint import slices
 from checkpoint.save import Saver
 from optim import param_groups
-from parallel import tensor
 from parallel.mesh import Mesh
+from parallel.shard import Shard, sharded
 
 
 class State:
-    """optimizer, replicas: the run's; boxes: name -> where the part that the optimizer sees lies in
-    the whole parameter; cuts: of parallel/tensor.py; kept: name -> anything with tree() and
+    """optimizer, replicas: the run's; shards: of parameters of which the optimizer has one;
+    tp_shards: of those that parallel/tensor.py has divided; kept: name -> anything with tree() and
     load(tree)."""
 
-    def __init__(self, optimizer, replicas, boxes: dict, cuts: dict, mesh: Mesh, kept: dict):
-        self.optimizer, self.replicas, self.boxes, self.cuts = optimizer, replicas, boxes, cuts
+    def __init__(
+        self,
+        optimizer,
+        replicas,
+        shards: dict[str, Shard],
+        tp_shards: dict[str, Shard],
+        mesh: Mesh,
+        kept: dict,
+    ):
+        self.optimizer, self.replicas = optimizer, replicas
+        self.shards, self.tp_shards = shards, tp_shards
         self.mesh, self.kept, self.training = mesh, kept, None
 
     def outside(self):
@@ -48,11 +57,11 @@ class State:
         """Those of a tensor for each parameter of which no other rank brings the same numbers."""
         tied_copy = {"embed.weight"} if self.mesh.coords["pp"] > 0 else {}
         # The rest is alike on all tp ranks
-        cut = self.cuts if self.mesh.coords["tp"] > 0 else by_name
+        mine = self.tp_shards if self.mesh.coords["tp"] > 0 else by_name
         return [
             x
             for n, x in by_name.items()
-            if self.replicas.counts and n in cut and n not in tied_copy
+            if self.replicas.counts and n in mine and n not in tied_copy
         ]
 
     def norm(self, gradients: dict[str, torch.Tensor], everywhere: bool = True) -> torch.Tensor:
@@ -62,13 +71,13 @@ class State:
 
     def weights(self) -> dict:
         """What the model holds now, for a checkpoint."""
-        return slices.boxed(self.replicas.weights(), tensor.boxes(self.cuts))
+        return slices.as_slices(self.replicas.weights(), self.tp_shards)
 
     @contextlib.contextmanager
     def tree(self):
         """This rank's part of a checkpoint. It is not a copy, and holds inside alone."""
         state = param_groups.state_by_name(self.optimizer)
-        state["state"] = slices.boxed(state["state"], self.boxes)
+        state["state"] = slices.as_slices(state["state"], self.shards)
         tree = {name: part.tree() for name, part in self.kept.items()}
         tree |= {"rng": {str(self.mesh.rank): torch.get_rng_state()}}
         tree |= {"optim": state} if self.replicas.counts else {}
@@ -76,7 +85,7 @@ class State:
             tree["replicas"] = self.replicas.tree(state["state"])
         with self.outside() as training:
             if training and self.replicas.counts:
-                tree["training_weights"] = slices.boxed(training, self.boxes)
+                tree["training_weights"] = slices.as_slices(training, self.shards)
             yield tree | {"model": self.weights()}
 
     def load(self, saved: checkpoint.Checkpoint, names=None) -> None:
@@ -90,8 +99,9 @@ class State:
             own = self.replicas.load(lambda path: saved.tree(f"replicas/{path}", missing={})) or {}
 
         def state_of(name: str, shape: tuple[int, ...]) -> dict:
-            box = (*self.boxes[name], shape) if name in self.boxes else None
-            return own.get(name) or saved.tree(f"optim/state/{name}", box, missing={})
+            return own.get(name) or saved.tree(
+                f"optim/state/{name}", self.shards.get(name), shape, missing={}
+            )
 
         param_groups.load_state_by_name(self.optimizer, saved.tree("optim/groups"), state_of)
         for name in self.kept if names is None else names:
@@ -110,7 +120,7 @@ class State:
         self.training = {
             n: p.detach().clone() for g in groups for n, p in zip(g["names"], g["params"])
         }
-        self.replicas.fill(tensor.part_of(saved.weights("model"), self.cuts))
+        self.replicas.fill(sharded(saved.weights("model"), self.tp_shards))
         return f"the best weights are those of step {saved.step}"
 
 
@@ -140,6 +150,6 @@ class Disk:
         if step < 0:
             return None
         saved = checkpoint.load(self.out_dir / f"step-{step:08d}", verify=False)
-        self.state.replicas.fill(tensor.part_of(training_weights(saved), self.state.cuts))
+        self.state.replicas.fill(sharded(training_weights(saved), self.state.tp_shards))
         self.state.load(saved, self.state.kept.keys() - {"progress", "best", "guard"})
         return step, (saved.tree("guard/seen"), saved.tree("progress")["rows"])

@@ -35,6 +35,7 @@ from experiments import protocol
 from experiments.findings import INK, groups, judged, markdown, mean_sd, paired, pick, plus_minus
 from layers import compile
 from model import GPT, GPTConfig
+from parallel import watchdog
 
 MODES = ("off", "default", "reduce-overhead", "max-autotune")
 SIZES = {"large": {}, "small": dict(n_embd=64, block_size=64, batch_size=1)}
@@ -60,13 +61,13 @@ def row(keys: dict, quick: bool) -> dict:
         }
     if compile.lacking(torch.device("cpu")) and keys["mode"] != "off":
         raise RuntimeError(compile.lacking(torch.device("cpu")))
-    marks, begin = [], protocol.train.faults.Diary.step
+    marks, begin = [], watchdog.Diary.step
 
     def step(diary, number: int) -> None:
         marks.append(counters["stats"]["unique_graphs"])
         begin(diary, number)
 
-    protocol.train.faults.Diary.step = step
+    watchdog.Diary.step = step
     small = dict(n_layer=1, n_embd=32, block_size=32) if quick else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 
-import train
 from checkpoint import load
 from data import corpora
 from experiments import protocol
 from experiments.findings import INK, groups, judged, line, listed, markdown, pick, plus_minus
+from run import evaluate
 
 PATIENCE, SEEDS, CASES = 4, (1, 2, 3), ("whole", "patience", "nan")
-EVALUATE = train.evaluation.evaluate
+EVALUATE = evaluate.evaluate
 GRID = [dict(case=case, seed=seed) for case in CASES for seed in SEEDS]
 QUICK = [dict(case=case, seed=1) for case in CASES]
 
@@ -66,7 +66,7 @@ def figures_of(keys: dict, quick: bool, nan_at: int | None = None) -> dict:
         kept["model"] = model
         return found
 
-    train.evaluation.evaluate = look
+    evaluate.evaluate = look
     text = corpora.load("python", "bytes", str(protocol.CACHE)).train.slice(0, 24 * 1024)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "small.txt").write_bytes(bytes(text.tolist()))

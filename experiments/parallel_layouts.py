@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments import protocol
 from experiments.findings import INK, groups, judged, markdown, pick
+from parallel import watchdog
 
 # MICRO: micro-batches of a replica
 LAYERS, WIDTH, LENGTH, BATCH, MICRO, WORDS = 4, 64, 64, 8, 2, 256
@@ -100,7 +101,7 @@ def row(keys: dict, quick: bool) -> dict:
     ranks, layout = LAYOUTS[keys["layout"]]
     steps = (4 if quick else 10) if keys["precision"] == "fp64" else 60
     with tempfile.TemporaryDirectory() as folder:
-        plain, begin = protocol.train.main, protocol.train.faults.Diary.step
+        plain, begin = protocol.train.main, watchdog.Diary.step
 
         def counted(cfg):
             """train.main on this rank, with what it sends in its third step."""
@@ -110,7 +111,7 @@ def row(keys: dict, quick: bool) -> dict:
                 marks.append(wire.sent)
                 begin(diary, number)
 
-            protocol.train.faults.Diary.step = step
+            watchdog.Diary.step = step
             with wire:
                 result = plain(cfg)
             rank = dist.get_rank() if dist.is_initialized() else 0

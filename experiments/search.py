@@ -35,6 +35,7 @@ from experiments.findings import (
     pick,
     plus_minus,
 )
+from metrics import plot
 from search import proposals
 
 TOKENS, LENGTH, TRIALS = 76_800, 64, 24
@@ -72,7 +73,7 @@ def row(keys: dict, quick: bool) -> dict:
     space = VALUES if method == "grid" else RANGES
     chosen = proposals.Proposals(method, space, "val_loss", False, seed, trials)
     losses, drawn = [], []
-    protocol.train.logger.plot = lambda *_: None  # takes longer than a trial
+    plot.plot = lambda *_: None  # takes longer than a trial
     for number in range(trials):
         trial = Trial(number)
         chosen.begin(trial)

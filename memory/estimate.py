@@ -62,6 +62,8 @@ import math
 import sys
 from types import SimpleNamespace
 
+from parallel.ownership import owners_by_shape
+
 BYTES = {
     "fp64": (8, 8, 0, 8),
     "fp32": (4, 4, 0, 4),
@@ -203,22 +205,6 @@ def state_numbers(optim: str, kind: str, shape: tuple[int, ...], **options) -> i
     return n if optim in ("lion", "schedule_free.SGDScheduleFree") else 2 * n
 
 
-def assign(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
-    """{name: owner}, by the rule of parallel/zero.py: each shape goes round the ranks, the bulkiest
-    first."""
-    owners, load = {}, [0] * n
-    alike = {shape: [name for name, s in shapes.items() if s == shape] for shape in shapes.values()}
-    for shape, names in sorted(
-        alike.items(), key=lambda item: (-math.prod(item[0]) * len(item[1]), item[0])
-    ):
-        have = [0] * n
-        for name in names:
-            owners[name] = rank = min(range(n), key=lambda r: (have[r], load[r]))
-            have[rank] += 1
-            load[rank] += math.prod(shape)
-    return owners
-
-
 # ---- who holds it --------------------------------------------------------------------------------
 def bytes_per_rank(
     shapes: Shapes,
@@ -235,7 +221,7 @@ def bytes_per_rank(
     offload: str | None = None,
     offload_params: str | None = None,
     chunk_mb: float = 64.0,
-    owners=assign,
+    owners=owners_by_shape,
     **options,
 ) -> dict[str, float]:
     """Bytes on the fullest rank: parameters, gradients, state, activations, buffers, their total;
@@ -644,9 +630,6 @@ def table(settings: dict, options: dict) -> str:
             "--activation_checkpoint is about activations: type --batch=8, or another number"
         )
     count = sum(math.prod(shape) for _, shape in shapes.values())
-    owners = (
-        assign if by_shape else lambda shapes, n: {name: i % n for i, name in enumerate(shapes)}
-    )
     lines = [f"{count:,} parameters, {s.optim}, {s.gpus} ranks; GB (1e9 bytes) on the fullest rank"]
     columns = ("parameters", "gradients", "state", "activations", "buffers", "total", "host")
     for precision in [s.precision] if s.precision else ["bf16"] * by_shape + ["mixed", "texts"]:
@@ -680,7 +663,6 @@ def table(settings: dict, options: dict) -> str:
                 offload=s.offload,
                 offload_params=s.offload_params if layout in ("zero3", "fsdp") else None,
                 bucket_mb=s.bucket_mb,
-                owners=owners,
                 **options,
             )
             cells = [f"{held[c] / 1e9:.4g}" if by_shape or c != "buffers" else "-" for c in columns]

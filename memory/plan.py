@@ -55,7 +55,6 @@ does not say which.
 """
 
 import functools
-import heapq
 import math
 import sys
 from collections.abc import Iterator
@@ -181,21 +180,6 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     return max(first, in_flight(x, micro, True) * stage + head) + (again > 0) * block
 
 
-def deal(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
-    """estimate.assign for thousands of ranks."""
-    owners, load, alike = {}, [0] * n, {}
-    for name, shape in shapes.items():
-        alike.setdefault(shape, []).append(name)
-    for shape, names in sorted(alike.items(), key=lambda s: (-math.prod(s[0]) * len(s[1]), s[0])):
-        heap = [(0, load[rank], rank) for rank in range(n)]
-        heapq.heapify(heap)
-        for name in names:
-            have, so_far, rank = heap[0]
-            owners[name], load[rank] = rank, so_far + math.prod(shape)
-            heapq.heapreplace(heap, (have + 1, load[rank], rank))
-    return owners
-
-
 def stage_shapes(m: Model, tp: int, pp: int) -> Shapes:
     """The largest stage's part. First and last hold equally much: one has embed, the other has
     head."""
@@ -220,7 +204,6 @@ def weights_and_state(
         precision,
         reshard=reshard,
         micro_batches=1 + several,
-        owners=deal,
     )
 
 

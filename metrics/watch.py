@@ -46,7 +46,7 @@ KINDS = ("matrix", "embedding", "head", "scalar")
 
 class Watch:
     """All ranks make one, after all else that changes model and optimizer, and call start and row
-    in every step. boxes: name -> (whole shape, offsets) of what the optimizer has a part of;
+    in every step. shards: name -> Shard of what the optimizer has one of;
     counted({name: x}): those of the x which no other rank counts. Raises ValueError for an
     optimizer that QK-clip cannot follow.
     """
@@ -57,7 +57,7 @@ class Watch:
         mesh: Mesh,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        boxes: dict,
+        shards: dict,
         counted,
     ):
         self.cfg, self.mesh, self.model, self.optimizer, self.counted = (
@@ -97,7 +97,7 @@ class Watch:
                 cfg.qk_clip,
                 cfg.n_kv_head,
                 cfg.n_embd // cfg.n_head,
-                boxes,
+                shards,
             )
 
         first_after_step(optimizer, clip)

@@ -74,16 +74,19 @@ def factors(top: Tensor, tau: float, kv: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def clip(groups: list[dict], top: Tensor, tau: float, kv: int, head_size: int, boxes: dict) -> None:
+def clip(
+    groups: list[dict], top: Tensor, tau: float, kv: int, head_size: int, shards: dict
+) -> None:
     """In place, on the parameters of an optimizer's groups with full `names`
-    (blocks.7.attn.q.weight), whole or not. top: (layers, H); boxes: name -> (whole shape, offsets)
-    of those that are part of a whole.
+    (blocks.7.attn.q.weight), full or shards. top: (layers, H); shards: name -> (global shape,
+    offsets) of the shards.
     """
     by = dict(zip("qk", factors(top, tau, kv)))
     for name, p in ((n, p) for group in groups for n, p in zip(group["names"], group["params"])):
         _, layer, module, which, *_ = name.split(".") + [""] * 3
         if module == "attn" and which in by:
-            start = boxes[name][1][0] if name in boxes else 0
+            _, offsets = shards.get(name, (p.shape, (0,)))
+            start = offsets[0]
             rows = by[which][int(layer)].repeat_interleave(head_size)[start : start + p.shape[0]]
             dtype = torch.promote_types(p.dtype, torch.float32)
             p.mul_(rows.to(p.device, dtype).view(-1, *[1] * (p.ndim - 1)))

@@ -1,7 +1,7 @@
 """One optimizer on weights that are spread over ranks, as plain tensors it can step: an Adapter.
 
-The method never learns of DTensors (FSDP2) or of the plain parts that parallel/tensor.py leaves
-(`cuts`). Which tensors it gets is decided group by group.
+The method never learns of DTensors (FSDP2) or of the plain shards that parallel/tensor.py leaves
+(`tp_shards`). Which tensors it gets is decided group by group.
 
 local   A method that works element by element (SGD, AdamW, Lion, Schedule-Free) steps the shards it
         has. Its parameters are plain tensors in the very memory of the DTensors' shards; nothing is
@@ -23,11 +23,12 @@ owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo,
         product.
 
 Bytes sent per rank and step: local 0; owner 2 (N-1)/N x the bytes of this rank's shards, on
-average. Memory: the owners' whole weights, over all ranks one more copy of the model.
+average. Memory: the owners' full weights, over all ranks one more copy of the model.
 
 A class that does not say whether it is `elementwise` gets owners, which is always right. A method
 that couples parameters (LBFGS, Prodigy) is refused: an owner sees only its own. Whoever loads
-weights into the model afterwards calls take_weights(). Neighbours: parallel/owners.py.
+weights into the model afterwards calls take_weights(). Neighbours: parallel/owners.py,
+parallel/shard.py.
 """
 
 import torch
@@ -36,9 +37,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from parallel.coupled import refuse_coupled
-from parallel.owners import Exchange, box, choose_owners, find, group_of, local, part
-
-__all__ = ["Adapter", "box", "choose_owners", "local", "part"]
+from parallel.owners import Exchange, group_of, locate
+from parallel.shard import Shard, local
 
 
 class Adapter:
@@ -48,11 +48,11 @@ class Adapter:
     groups: tensors or dicts, as torch's optimizers take them; what this rank does not step is left
     out of a dict's `params` and `names`. elementwise: may a shard be stepped alone? None asks the
     class, and one that does not say counts as no; Muon's groups with use_muon=False always may.
-    cuts: name -> (dim, whole shape, offset) of the parameters that are a part, along dim, of a
-    whole spread over cut_group. agree: in each step the ranks tell each other which gradients they
-    have and whether somebody changed their weights.
+    tp_shards: name -> Shard of the parameters that already are shards, over tp_group. agree: in
+    each step the ranks tell each other which gradients they have and whether somebody changed their
+    weights.
 
-    boxes: name -> (whole shape, offsets) of each parameter of which the optimizer here has a shard.
+    shards: name -> Shard of each parameter of which the optimizer here has one.
     sent_bytes: by this rank in each step, also on the optimizer. Collective: all ranks make it
     together, with the same groups. Raises ValueError for a method that couples parameters.
     """
@@ -62,8 +62,8 @@ class Adapter:
         cls: type[Optimizer],
         groups,
         elementwise: bool | None = None,
-        cuts: dict[str, tuple] | None = None,
-        cut_group: dist.ProcessGroup | None = None,
+        tp_shards: dict[str, Shard] | None = None,
+        tp_group: dist.ProcessGroup | None = None,
         agree: bool = False,
         **arguments,
     ):
@@ -72,12 +72,12 @@ class Adapter:
         self.elementwise = (
             getattr(cls, "elementwise", False) if elementwise is None else elementwise
         )
-        self.cuts, self.cut_group, self.agree = cuts or {}, cut_group, agree
+        self.tp_shards, self.tp_group, self.agree = tp_shards or {}, tp_group, agree
         # Weight -> what the optimizer gets; those of which it gets a shard
         self.stepped, self.local = {}, []
         self.spread, self.exchanges = {}, []  # ranks -> (their group, device on the wire, weights)
         self.elsewhere = set()  # weights of which other ranks alone have a gradient
-        self.boxes, self.sent_bytes = {}, 0
+        self.shards, self.sent_bytes = {}, 0
         mine = self.hold(groups)
         if self.spread:
             refuse_coupled(cls, groups, arguments)
@@ -98,27 +98,27 @@ class Adapter:
             for p, name in zip(
                 group["params"], group.get("names") or [None] * len(group["params"])
             ):
-                place = find(p, self.cuts.get(name), self.cut_group)
-                if len(place.ranks) > 1:
+                shard, ranks = locate(p, self.tp_shards.get(name), self.tp_group)
+                if len(ranks) > 1:
                     wire = p.device_mesh.device_type if hasattr(p, "placements") else p.device
-                    if place.ranks not in self.spread:
-                        group_here = group_of(place.ranks, p, self.cut_group)
-                        self.spread[place.ranks] = group_here, torch.device(wire), []
-                    self.spread[place.ranks][2].append(p)
-                if len(place.ranks) > 1 and not alone:
-                    owned.setdefault((place.ranks, p.dtype, local(p).device), []).append((p, place))
+                    if ranks not in self.spread:
+                        group_here = group_of(ranks, p, self.tp_group)
+                        self.spread[ranks] = group_here, torch.device(wire), []
+                    self.spread[ranks][2].append(p)
+                if len(ranks) > 1 and not alone:
+                    owned.setdefault((ranks, p.dtype, local(p).device), []).append((p, shard))
                     continue
                 if not hasattr(p, "placements"):
                     self.stepped[p] = p
                 elif local(p).numel():
                     self.stepped[p] = nn.Parameter(local(p), p.requires_grad)
                     self.local.append(p)
-                if name is not None and len(place.ranks) > 1 and p in self.stepped:
-                    self.boxes[name] = place.whole, place.offsets
+                if name is not None and len(ranks) > 1 and p in self.stepped:
+                    self.shards[name] = shard
         for (ranks, *_), found in owned.items():
             exchange = Exchange(*map(list, zip(*found)), self.spread[ranks][0])
             self.exchanges.append(exchange)
-            self.stepped |= {exchange.params[i]: whole for i, whole in exchange.wholes.items()}
+            self.stepped |= {exchange.params[i]: full for i, full in exchange.full.items()}
             self.sent_bytes += exchange.sent_bytes
             self.take(exchange)
         for group in groups:
@@ -142,7 +142,7 @@ class Adapter:
             self.stepped[p].grad = self.gradient(p)
         for exchange in self.exchanges:
             shards = [self.gradient(p) for p in exchange.params]
-            grads = {i: torch.empty_like(whole) for i, whole in exchange.wholes.items()}
+            grads = {i: torch.empty_like(full) for i, full in exchange.full.items()}
             exchange.to_owners(
                 [
                     torch.zeros_like(local(p)) if g is None else g
@@ -150,8 +150,8 @@ class Adapter:
                 ],
                 grads,
             )
-            for i, whole in exchange.wholes.items():
-                whole.grad = None if shards[i] is None else grads[i]
+            for i, full in exchange.full.items():
+                full.grad = None if shards[i] is None else grads[i]
 
     def gradient(self, p: Tensor) -> Tensor | None:
         """The shard of p's gradient on this rank."""
@@ -167,8 +167,8 @@ class Adapter:
         for p in self.local:
             self.stepped[p].grad = None
         for exchange in self.exchanges:
-            for whole in exchange.wholes.values():
-                whole.grad = None
+            for full in exchange.full.values():
+                full.grad = None
 
     @torch.no_grad()
     def look(self) -> None:
@@ -211,7 +211,7 @@ class Adapter:
             self.take(exchange)
 
     def take(self, exchange: Exchange) -> None:
-        exchange.to_owners([local(p) for p in exchange.params], exchange.wholes)
+        exchange.to_owners([local(p) for p in exchange.params], exchange.full)
         self.remember(exchange)
 
     def remember(self, exchange: Exchange) -> None:

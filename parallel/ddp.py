@@ -61,8 +61,8 @@ class DDP:
     group, see `all_reduce` (parallel/compression.py has others).
     """
 
-    # Name of a parameter that the optimizer sees a box of -> (whole shape, offsets, shape)
-    boxes: dict = {}
+    # Name -> Shard (parallel/shard.py) of each parameter of which the optimizer has one
+    shards: dict = {}
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class DDP:
 
     @torch.no_grad()
     def fill(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-        """Every parameter from source(its name, its whole shape), a whole tensor on the CPU."""
+        """Every parameter from source(its name, its full shape), a full tensor on the CPU."""
         for name, p in self.model.named_parameters():
             p.copy_(source(name, tuple(p.shape)))
 
@@ -160,7 +160,7 @@ class DDP:
         self.sent_bytes = sum(bucket.sent_bytes for bucket in self.buckets) + call.sent_bytes
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """After finish_gradients: by name, the summed gradients, or parts of them, that this rank
+        """After finish_gradients: by name, the summed gradients, or shards of them, that this rank
         holds."""
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 

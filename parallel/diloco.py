@@ -58,7 +58,7 @@ class DiLoCo:
     """
 
     counts = True  # each replica clips by the norm of its own gradient
-    boxes: dict = {}  # the optimizer sees whole parameters
+    shards: dict = {}  # the optimizer sees full parameters
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class DiLoCo:
 
     @torch.no_grad()
     def fill(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Every parameter from source(its name, its whole shape), a whole CPU tensor: the first
+        """Every parameter from source(its name, its full shape), a full CPU tensor: the first
         anchor."""
         for name, p in self.model.named_parameters():
             p.copy_(source(name, tuple(p.shape)))

@@ -48,10 +48,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.adapter import Adapter, box, part
+from parallel.adapter import Adapter
 from parallel.allocate import allocate, mapped_file
 from parallel.mesh import new_group
 from parallel.roll_call import drop_stand_ins, finished_first
+from parallel.shard import Shard, shard_of
 
 
 class FSDP:
@@ -61,7 +62,7 @@ class FSDP:
     group: the replicas; shard: over how many of them a weight is spread, None = all; reduce_dtype:
     in which gradients are summed, None = their own; param_dtype: in which weights are gathered and
     used, None = their own; offload_params: None, "cpu" or "disk", the latter in files in `folder`.
-    cuts, cut_group: parameters that already are parts of wholes, see parallel/adapter.py. Raises
+    tp_shards, tp_group: parameters that already are shards, see parallel/adapter.py. Raises
     ValueError for a shard that does not divide the group, and for offloading that cannot be.
     """
 
@@ -75,8 +76,8 @@ class FSDP:
         param_dtype: torch.dtype | None = None,
         offload_params: str | None = None,
         folder: str | os.PathLike | None = None,
-        cuts: dict[str, tuple] | None = None,
-        cut_group: dist.ProcessGroup | None = None,
+        tp_shards: dict[str, Shard] | None = None,
+        tp_group: dist.ProcessGroup | None = None,
     ):
         n = 1 if group is None else dist.get_world_size(group)
         shard = n if shard is None else shard
@@ -96,17 +97,17 @@ class FSDP:
             )
         if offload_params == "disk" and folder is None:
             raise ValueError("--offload_params=disk needs a folder for its files")
-        self.group, self.device, self.n, self.shard, self.reshard = group, device, n, shard, reshard
+        self.group, self.device, self.n, self.reshard = group, device, n, reshard
+        self.shard_ranks = shard
         self.reduce_dtype, self.param_dtype = reduce_dtype, param_dtype
         self.offload_params, self.folder = offload_params, folder
-        self.cut = {"cuts": cuts, "cut_group": cut_group} if cuts else {}
+        self.tp = {"tp_shards": tp_shards, "tp_group": tp_group} if tp_shards else {}
         self.units, self.params, self.adapter, self.micro_batches = [], {}, None, 0
         self.counts = True  # no lower rank holds the same gradients and state
         self.got = set()  # parameters that got a gradient here since the last step
         self.pending = False  # are there gradients that finish_gradients has not seen?
         self.sent_bytes = 0  # by this rank in a step
-        # Names of parameters the optimizer sees a shard of -> (whole shape, offsets of mine)
-        self.boxes = {}
+        self.shards = {}  # name -> Shard of each parameter of which the optimizer here has one
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shards `model`, whose parameters are on the meta device, and allocates the shards
@@ -161,12 +162,12 @@ class FSDP:
         """torch's description of the group: (shard,) or, if hybrid, (replicate, shard)."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self.shard)
+        ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self.shard_ranks)
         kind, (row,), (column,) = (
             self.device.type,
             *(i for i in (ranks == dist.get_rank()).nonzero().T),
         )
-        if self.shard == self.n:
+        if self.shard_ranks == self.n:
             return DeviceMesh.from_group(self.group, kind, mesh_dim_names=("shard",))
         neighbours, replicas = (
             new_group(members.tolist(), self.device) for members in (ranks[row], ranks[:, column])
@@ -178,7 +179,7 @@ class FSDP:
     def map_files(self, model: nn.Module) -> None:
         """Every shard's memory is a file in `folder`, which the system writes out when it needs the
         room."""
-        numbers, me = itertools.count(), dist.get_rank(self.group) % self.shard
+        numbers, me = itertools.count(), dist.get_rank(self.group) % self.shard_ranks
 
         def with_memory(p: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
             new = torch.empty_like(p, device="cpu")
@@ -187,13 +188,13 @@ class FSDP:
 
         def mapped(p: torch.Tensor) -> torch.Tensor:
             # FSDP2 gathers equal parts, padded
-            shape = math.ceil(p.shape[0] / self.shard), *p.shape[1:]
+            shape = math.ceil(p.shape[0] / self.shard_ranks), *p.shape[1:]
             path = Path(self.folder) / f"shard-{dist.get_rank()}-{next(numbers)}.bin"
             flat = mapped_file(path, math.prod(shape), p.dtype)
             return with_memory(p, flat.view(shape))
 
         def without_padding(p: torch.Tensor) -> torch.Tensor:
-            start = me * math.ceil(p.shape[0] / self.shard)
+            start = me * math.ceil(p.shape[0] / self.shard_ranks)
             return with_memory(p, p.to_local()[: max(0, p.shape[0] - start)])
 
         model._apply(mapped)
@@ -225,14 +226,15 @@ class FSDP:
 
     @torch.no_grad()
     def fill(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-        """Every parameter from source(its name, its whole shape), a whole tensor on the CPU."""
+        """Every parameter from source(its name, its full shape), a full tensor on the CPU."""
         self.forget()
         for name, p in self.params.items():
-            whole = source(name, tuple(p.shape))
+            full = source(name, tuple(p.shape))
             if self.group is None:
-                p.copy_(whole)
+                p.copy_(full)
             else:
-                p.to_local().copy_(part(whole, box(p)))
+                here = p.to_local()
+                here.copy_(shard_of(p).narrow(full, here.shape))
         if self.adapter is not None:
             self.adapter.take_weights()
 
@@ -248,7 +250,7 @@ class FSDP:
         """After the last backward, which has already summed the gradients: what no rank has is
         None. Counts what was sent."""
         gathers, self.micro_batches = 2 * self.micro_batches if self.reshard else 1, 0
-        s, replicas, bytes_ = self.shard, self.n // self.shard, 0
+        s, replicas, bytes_ = self.shard_ranks, self.n // self.shard_ranks, 0
         for name, p in self.params.items():
             times = gathers if name.startswith("blocks.") else 1
             dtype = self.param_dtype or p.dtype
@@ -260,17 +262,17 @@ class FSDP:
 
     @torch.no_grad()
     def gradients(self) -> dict[str, torch.Tensor]:
-        """After finish_gradients: by name, the summed gradients' parts that this rank holds."""
+        """After finish_gradients: by name, the summed gradients' shards that this rank holds."""
         grads = {n: p.grad for n, p in self.params.items() if p.grad is not None}
         return grads if self.group is None else {n: grad.to_local() for n, grad in grads.items()}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer whose step() takes the gradients held here and moves the weights of all
         ranks. It raises RuntimeError before finish_gradients()."""
-        if self.group is None and not self.cut:
+        if self.group is None and not self.tp:
             return cls(groups, **arguments)
-        self.adapter = Adapter(cls, groups, **self.cut, **arguments)
-        self.boxes = self.adapter.boxes
+        self.adapter = Adapter(cls, groups, **self.tp, **arguments)
+        self.shards = self.adapter.shards
         return finished_first(self.adapter.optimizer, self)
 
     def share_weights(self) -> None:
@@ -280,6 +282,6 @@ class FSDP:
             self.adapter.share_weights()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By name, what this rank has to put into a checkpoint: DTensors, which know what part this
-        is."""
+        """By name, what this rank has to put into a checkpoint: DTensors, which know what shard
+        this is."""
         return self.params

@@ -47,6 +47,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel import tensor
+from parallel.shard import Shard
 
 DROPOUTS = ("drop_embed", "drop_attn", "drop_mlp")
 LOCAL = ("embed_norm", "attn_norm", "mlp_norm", "final_norm", "positions", "grams")
@@ -99,7 +100,7 @@ def scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def split(
     model: nn.Module, group: dist.ProcessGroup | None, dropouts=DROPOUTS, local=LOCAL, **endings
-) -> dict[str, tensor.Cut]:
+) -> dict[str, Shard]:
     """`split` of parallel/tensor.py, with the tokens shared out between the products while in
     training.
 
@@ -152,10 +153,10 @@ def split(
         finally:
             self._parameters.update(own)
 
-    cuts = tensor.split(model, group, enter, leave, **endings)
+    tp_shards = tensor.split(model, group, enter, leave, **endings)
     for name, module in model.named_modules():
         if tensor.ends(name, dropouts):
             module.register_forward_pre_hook(narrow_where)
         elif tensor.ends(name, local):
             module.forward = types.MethodType(local_forward, module)
-    return cuts
+    return tp_shards

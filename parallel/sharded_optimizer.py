@@ -22,11 +22,11 @@ make_optimizer(torch.optim.AdamW, model.parameters(), elementwise=True) its shar
 are.
 
 Used with named_parameters(), late groups, step(closure), load hooks; state_dict() gives DTensors of
-each weight's placements, load_state_dict() takes them from any layout, or whole tensors. Refused
+each weight's placements, load_state_dict() takes them from any layout, or full tensors. Refused
 when made: methods that couple parameters, a plain tensor among DTensors. Refused when tried:
 deepcopy and pickle, as process groups cannot be copied. Said: Schedule-Free's eval(), after which
 fully_shard has to reshard. See docs/partners.md. Neighbours: parallel/adapter.py,
-parallel/owners.py.
+parallel/owners.py, parallel/shard.py.
 """
 
 import warnings
@@ -36,9 +36,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.adapter import Adapter, box, choose_owners, local, part
+from parallel.adapter import Adapter
+from parallel.shard import local, shard_of
 
-__all__ = ["Adapter", "make_optimizer", "box", "choose_owners", "part"]
+__all__ = ["Adapter", "make_optimizer"]
 
 
 def make_optimizer(
@@ -186,16 +187,16 @@ class Sharded:
 
     def state_dict(self) -> dict:
         """As torch's, collective: a tensor of its weight's shape is a DTensor like it, others are
-        whole."""
+        full."""
         self.give_options()
-        self.shown = self.whole_state()
+        self.shown = self.full_state()
         try:
             return Optimizer.state_dict(self)
         finally:
             self.shown = None
 
     @torch.no_grad()
-    def whole_state(self) -> dict:
+    def full_state(self) -> dict:
         here = {p: state for p, state in self.state.items() if state}
         found = dict(here)
         for group, wire, params in self.adapter.spread.values():
@@ -237,7 +238,7 @@ class Sharded:
             dist.broadcast(x, group=group, group_src=first)
             if shape != tuple(p.shape):
                 return x
-            x = part(x, box(p)).clone()
+            x = shard_of(p).narrow(x, local(p).shape).clone()
         elif x is None:  # no element of p is here
             x = torch.empty_like(local(p), dtype=dtype)
         if x.shape != local(p).shape:  # a count
@@ -248,7 +249,7 @@ class Sharded:
         return any(p is q for exchange in self.adapter.exchanges for q in exchange.params)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, collective: takes the state of any layout, in DTensors or whole tensors."""
+        """As torch's, collective: takes the state of any layout, in DTensors or full tensors."""
 
         def load_inner(_, saved: dict) -> dict:  # runs after the pre-hooks of others
             sizes, own = (
@@ -293,7 +294,7 @@ class Sharded:
                 return x.to_local()
             x = x.full_tensor()
         if torch.is_tensor(x) and not owned and x.shape == p.shape:
-            return part(x, box(p))
+            return shard_of(p).narrow(x, local(p).shape)
         return x
 
 

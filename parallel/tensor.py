@@ -7,7 +7,7 @@ them:
     Y = g(act(f(X) W1) W2)        W1 = [A0 | A1]        W2 = [B0]
                                                              [B1]
                        rank 0              rank 1
-    X                  whole               whole             f: nothing / backward: dX summed over ranks
+    X                  full                full              f: nothing / backward: dX summed over ranks
     column: W1         A0                  A1
     act(X W1)          act(X A0)           act(X A1)         half of the heads, or of the MLP's width
     row: W2            B0                  B1
@@ -15,10 +15,10 @@ them:
     Y                  the sum of both     the same          g: summed over ranks / backward: nothing
 
 torch stores W1 and W2 transposed: a column layer's weight is cut along dimension 0, a row layer's
-along 1. A column's bias is cut with it; a row's is whole and added after the sum (before, it would
+along 1. A column's bias is cut with it; a row's is full and added after the sum (before, it would
 count N times). The embedding is cut by words: other ranks' words give zeros, g adds up. The head
 too, tied or not: each rank has the logits of its words, and the loss takes three numbers a token
-from the others instead of V. Norms, learned positions and n-grams are whole everywhere, and so,
+from the others instead of V. Norms, learned positions and n-grams are full everywhere, and so,
 after f's sums, are their gradients. f stands once before q, k and v; in each of them, as a column
 layer drawn alone has it, it would send dX three times.
 
@@ -38,7 +38,6 @@ stage of a pipeline sends what is said of its layers, embedding and head. Refere
 import functools
 import types
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,14 +45,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from parallel.shard import Shard
+
 COLUMN, ROW = ("attn.q", "attn.k", "attn.v", "mlp.fc", "head"), ("attn.proj", "mlp.proj")
 VOCABULARY = ("embed",)
-
-
-class Cut(NamedTuple):
-    dim: int  # along which a parameter is cut
-    whole: tuple[int, ...]  # its shape before
-    offset: int  # where along dim my part begins
 
 
 class CopyForwardSumBackward(torch.autograd.Function):
@@ -152,7 +147,7 @@ def output(
     return CrossEntropy.apply(logits, targets, group, z_loss or 0.0), hits
 
 
-# ---- who gets which part -------------------------------------------------------------------------
+# ---- who gets which shard ------------------------------------------------------------------------
 def split(
     model: nn.Module,
     group: dist.ProcessGroup | None,
@@ -161,9 +156,9 @@ def split(
     column=COLUMN,
     row=ROW,
     vocabulary=VOCABULARY,
-) -> dict[str, Cut]:
-    """Each parameter of `model`, on the meta device or not, now holds my part; those not in name ->
-    Cut all.
+) -> dict[str, Shard]:
+    """Each parameter of `model`, on the meta device or not, now holds my shard; those not in the
+    returned {name: Shard} stay full.
 
     column, row, vocabulary: endings of the names of Linear, Linear and Embedding modules. f goes
     before the module that holds a row layer beside the column layers, which share its first
@@ -191,14 +186,14 @@ def split(
     if not dims:
         raise ValueError("split: no module's name ends as column=, row= or vocabulary= say")
 
-    cuts = {}
+    tp_shards = {}
     for name, p in model.named_parameters():
         if p in dims:
-            dim, size = dims[p], p.shape[dims[p]] // n
-            cuts[name] = Cut(dim, tuple(p.shape), rank * size)
-            p.data = p.data.narrow(dim, rank * size, size).clone(
-                memory_format=torch.contiguous_format
-            )
+            shape, offsets = list(p.shape), [0] * p.ndim
+            shape[dims[p]] //= n
+            offsets[dims[p]] = rank * shape[dims[p]]
+            tp_shards[name] = shard = Shard(tuple(p.shape), tuple(offsets))
+            p.data = shard.narrow(p.data, shape).clone(memory_format=torch.contiguous_format)
 
     def row_forward(self, x: Tensor) -> Tensor:
         return leave(self, getattr(self, "product", F.linear)(x, self.weight, None), self.bias)
@@ -222,7 +217,7 @@ def split(
         )
     if hasattr(model, "output") and any(ends(name, ("head",)) for name in modules):
         model.output = functools.partial(output, group=group)
-    return cuts
+    return tp_shards
 
 
 def ends(name: str, endings: tuple[str, ...]) -> bool:
@@ -257,24 +252,3 @@ def check(name: str, module: nn.Module, dim: int, holder: nn.Module, n: int) -> 
     if count % n:
         fits, divisor = -(-base // n) * n, max(d for d in range(1, n) if count % d == 0)
         raise ValueError(f"--tp={n} does not divide {what}; type {flag}={fits} or --tp={divisor}")
-
-
-# ---- whole and part ------------------------------------------------------------------------------
-def part_of(source: Callable[[str, tuple[int, ...]], Tensor], cuts: dict[str, Cut]):
-    """source(name, whole shape) -> whole tensor, made to give my part to those who ask with its
-    shape."""
-
-    def part(name: str, shape: tuple[int, ...]) -> Tensor:
-        shape = tuple(shape)
-        if name not in cuts or shape == cuts[name].whole:
-            return source(name, shape)
-        dim, whole, offset = cuts[name]
-        assert shape == (*whole[:dim], shape[dim], *whole[dim + 1 :]), (name, shape, whole)
-        return source(name, whole).narrow(dim, offset, shape[dim])
-
-    return part
-
-
-def boxes(cuts: dict[str, Cut]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Name -> (whole shape, where in it my part begins), as a checkpoint wants it."""
-    return {n: (w, tuple(o * (i == d) for i in range(len(w)))) for n, (d, w, o) in cuts.items()}

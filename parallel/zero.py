@@ -45,10 +45,9 @@ the hooks on a block must stay outside.
 
 Rajbhandari et al. 2020 (1910.02054). There each rank owns a slice of one flat vector; here whole
 parameters, so that any optimizer, Muon too, steps unchanged and its orthogonalisation spreads over
-the ranks. The price: the load is even only up to the largest parameters, see `assign`.
+the ranks. The price: the load is even only up to the largest parameters, see parallel/ownership.py.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,29 +60,8 @@ from torch import Tensor, nn
 from parallel.allocate import mapped_file
 from parallel.coupled import refuse_coupled
 from parallel.ddp import cut
+from parallel.ownership import owners_by_shape
 from parallel.roll_call import drop_stand_ins, finished_first, watch
-
-
-def assign(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
-    """{parameter name: its owner among n ranks}, the same on every rank.
-
-    Shape by shape, the shape with most elements in all first: each parameter goes to the rank with
-    fewest of its shape, and among those to the one with fewest elements so far. So all ranks
-    orthogonalise the same matrices, give or take one of each shape, and what is left over goes to
-    ranks without an embedding.
-    """
-    alike, owners, load = {}, {}, [0] * n
-    for name, shape in shapes.items():
-        alike.setdefault(tuple(shape), []).append(name)
-    for shape, names in sorted(
-        alike.items(), key=lambda item: (-math.prod(item[0]) * len(item[1]), item[0])
-    ):
-        have = [0] * n
-        for name in names:
-            owners[name] = r = min(range(n), key=lambda r: (have[r], load[r]))
-            have[r] += 1
-            load[r] += math.prod(shape)
-    return owners
 
 
 @dataclass
@@ -121,7 +99,7 @@ class ZeRO:
     Raises ValueError for another stage, and for offload_params that are unknown or without stage 3.
     """
 
-    boxes: dict = {}  # owners step whole parameters
+    shards: dict = {}  # owners step full parameters
     counts = True  # nobody else holds what an owner holds
 
     def __init__(
@@ -176,9 +154,8 @@ class ZeRO:
             )
         tied = len(named) < len(list(model.named_parameters(remove_duplicate=False)))
         self.stays = tied or any(p.ndim < 2 for name, p in named if unit[name] == 0)  # does unit 0?
-        owners = assign({name: p.shape for name, p in named}, self.n) | dict.fromkeys(
-            self.pinned, 0
-        )
+        owners = owners_by_shape({name: p.shape for name, p in named}, self.n)
+        owners |= dict.fromkeys(self.pinned, 0)
         self.units = [[] for _ in range(end + 1)]
         spans = [[(n, p) for n, p in named[::-1] if unit[n] == i] for i in range(end + 1)]
         for span in spans if self.stage == 3 else [named[::-1]]:  # in the order of backward
@@ -226,7 +203,7 @@ class ZeRO:
 
     @torch.no_grad()
     def fill(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Every parameter held here from source(its name, its whole shape), a whole tensor on the
+        """Every parameter held here from source(its name, its full shape), a full tensor on the
         CPU."""
         for part in self.parts:
             if self.stage < 3 or part.owner == self.rank:

@@ -21,7 +21,7 @@ it off: the carry is the rounding. The sign is apart in both formats, so negativ
 nothing of their own. Numbers beyond the largest bf16 become that and not infinite; infinities and
 NaN stay what they are.
 
-The bits are a hash of (seed, step, full name, index of the element in the whole parameter), nothing
+The bits are a hash of (seed, step, full name, index of the element in the full parameter), nothing
 is drawn: replicas that step the same weights, a rank with a shard and its resumed run all round
 alike. Nothing is sent.
 
@@ -54,12 +54,12 @@ LARGEST = torch.finfo(torch.bfloat16).max
 
 
 def stochastic(
-    optimizer: Optimizer, seed: int, boxes: dict[str, tuple] | None = None, chunk_mb: float = 64.0
+    optimizer: Optimizer, seed: int, shards: dict[str, tuple] | None = None, chunk_mb: float = 64.0
 ) -> Optimizer:
     """The same optimizer, whose step() from now on rounds its bf16 parameters stochastically.
 
-    Its groups need full `names`, later ones too. boxes: name -> (whole shape, offsets) of
-    parameters that are part of a whole one. chunk_mb: MiB of bf16 parameters that have float32
+    Its groups need full `names`, later ones too. shards: name -> (global shape, offsets)
+    of parameters that are shards of a full one. chunk_mb: MiB of bf16 parameters that have float32
     copies at a time, with their gradients 4 times as much memory. Each group counts its steps as
     `sr_step`, which state_dict() keeps. Raises ValueError for groups without names, for DTensors,
     and where step() is no longer the class's own.
@@ -77,14 +77,14 @@ def stochastic(
     vars(optimizer).pop("step", None)  # a scheduler's wrapper: rounding()'s step() does the same
     for group in optimizer.param_groups:
         group.setdefault("sr_step", 0)
-    optimizer.__class__ = rounding(cls, seed, boxes or {}, chunk_mb)
+    optimizer.__class__ = rounding(cls, seed, shards or {}, chunk_mb)
     optimizer.full_names = full_names(optimizer.param_groups)
     for p, state in optimizer.state.items():
         state.update({name: x.float() for name, x in state.items() if half(p) and half(x)})
     return optimizer
 
 
-def rounding(cls: type[Optimizer], seed: int, boxes: dict[str, tuple], chunk_mb: float) -> type:
+def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb: float) -> type:
     """cls with a step() that rounds."""
     plain_step = cls.step.__wrapped__  # torch wraps step() in what runs the hooks; a chunk must not
 
@@ -111,8 +111,8 @@ def rounding(cls: type[Optimizer], seed: int, boxes: dict[str, tuple], chunk_mb:
                             state[p] = self.state[works[p]]
                         if works[p] is not p:
                             name = self.full_names[p]
-                            whole, offsets = boxes.get(name, (p.shape, (0,) * p.ndim))
-                            index = element_index(p.shape, whole, offsets, p.device)
+                            full, offsets = shards.get(name, (p.shape, (0,) * p.ndim))
+                            index = element_index(p.shape, full, offsets, p.device)
                             bits = random_bits(seed, group["sr_step"], name, index)
                             p.copy_(round_to_bf16(works[p].detach(), bits))
         finally:
@@ -163,7 +163,7 @@ def rounding(cls: type[Optimizer], seed: int, boxes: dict[str, tuple], chunk_mb:
                 hook.remove()
 
     def __reduce_ex__(self, protocol):
-        return made_again, (cls, seed, boxes, chunk_mb), self.__getstate__()
+        return made_again, (cls, seed, shards, chunk_mb), self.__getstate__()
 
     def __setstate__(self, state: dict) -> None:
         cls.__setstate__(self, state)
@@ -200,7 +200,7 @@ def check(group: dict) -> None:
     if any(hasattr(p, "placements") and half(p) for p in params):
         raise ValueError(
             "stochastic rounding takes no DTensors; wrap the `optimizer` of an Adapter "
-            "(parallel/sharded_optimizer.py), which has their shards, with its `boxes`"
+            "(parallel/sharded_optimizer.py), which has their shards, with its `shards`"
         )
 
 
@@ -253,14 +253,14 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
 
 
-def element_index(shape, whole, offsets, device: torch.device) -> Tensor:
-    """int32 (shape): where each element of this box lies in the whole parameter, row by row; modulo
-    2^32."""
+def element_index(shape, full, offsets, device: torch.device) -> Tensor:
+    """int32 (shape): where each element of this shard lies in the full parameter, row by row;
+    modulo 2^32."""
     index, stride = torch.zeros(tuple(shape), dtype=torch.int32, device=device), 1
     for dim in reversed(range(len(shape))):
         along = (torch.arange(shape[dim], device=device) + offsets[dim]) * stride
         index += along.to(torch.int32).view(-1, *[1] * (len(shape) - 1 - dim))
-        stride *= whole[dim]
+        stride *= full[dim]
     return index
 
 

@@ -12,6 +12,7 @@ from optim import mup
 from parallel.coupled import refuse_coupled
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
+from parallel.shard import Shard
 from precision import onednn
 from precision.loss_scale import LossScaler
 from run.optimizers import trial
@@ -84,11 +85,11 @@ def offloaded(cfg: Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torc
 DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def data_parallel(cfg: Config, mesh: Mesh, cuts: dict[str, tuple]):
+def data_parallel(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard]):
     """How ranks share the work, see the interface in parallel/ddp.py; each file is imported only if
     used.
 
-    cuts: the parameters that tensor parallelism has cut, see parallel/tensor.py.
+    tp_shards: of the parameters that tensor parallelism has divided, see parallel/tensor.py.
     """
     group, device = mesh.groups["replicas"], mesh.device
     folder, dtype = offload_folder(cfg, mesh) / "weights", DTYPES[cfg.reduce_dtype]
@@ -124,7 +125,7 @@ def data_parallel(cfg: Config, mesh: Mesh, cuts: dict[str, tuple]):
             DTYPES[cfg.param_dtype],
             cfg.offload_params,
             folder,
-            cuts,
+            tp_shards,
             mesh.groups["tp"],
         )
     from parallel.zero import ZeRO
@@ -242,9 +243,9 @@ def guard(cfg: Config, model: torch.nn.Module, state, disk) -> monitor.Guard:
     return found
 
 
-def stepper(cfg: Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: type):
-    """(what makes the optimizer, boxes of the parameters it will see a part of): where tensor
-    parallelism has cut matrices, a method that looks at whole ones gets them whole. Raises
+def stepper(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_class: type):
+    """(what makes the optimizer, the shards of the parameters of which it will have one): where
+    tensor parallelism has divided matrices, a method that looks at full ones gets them full. Raises
     ValueError for bad options.
     """
     group, needed = trial(cfg, optimizer_class)
@@ -265,17 +266,17 @@ def stepper(cfg: Config, mesh: Mesh, cuts: dict[str, tuple], optimizer_class: ty
         or cfg.precision == "bf16_sr"
     ):
         refuse_coupled(optimizer_class, [{}], cfg.sub("opt"))
-    if not cuts or cfg.data_parallel == "fsdp":
+    if not tp_shards or cfg.data_parallel == "fsdp":
         return optimizer_class, {}
     from parallel.adapter import Adapter
 
-    boxes = {}
+    shards = {}
 
     def make(groups: list[dict], **arguments) -> torch.optim.Optimizer:
         adapter = Adapter(
-            optimizer_class, groups, cuts=cuts, cut_group=mesh.groups["tp"], **arguments
+            optimizer_class, groups, tp_shards=tp_shards, tp_group=mesh.groups["tp"], **arguments
         )
-        boxes.update(adapter.boxes)
+        shards.update(adapter.shards)
         return adapter.optimizer
 
-    return make, boxes
+    return make, shards

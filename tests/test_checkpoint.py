@@ -23,6 +23,7 @@ from checkpoint import save as saving
 from checkpoint.load import CheckpointDamaged, load, newest, resolve
 from checkpoint.save import prune, save
 from checkpoint.slices import Slice
+from parallel.shard import Shard
 from run.control import RunLock
 
 needs_fork = pytest.mark.skipif(
@@ -140,10 +141,10 @@ def test_what_is_read_does_not_share_memory_with_the_file(tmp_path):
         ({"c": torch.zeros(2, dtype=torch.complex64)}, "c is torch.complex64"),
         ({"a": json.loads("[" * 80 + "]" * 80)}, "a/0/0.* is nested deeper than 64 levels"),
         (
-            {"w": Slice(torch.zeros(2, 3), (4, 3), (0, 0))},
+            {"w": Slice(torch.zeros(2, 3), Shard((4, 3), (0, 0)))},
             r"no rank holds .* w .* begins at \[2, 0\]",
         ),
-        ({"w": Slice(torch.zeros(2, 3), (4, 3), (3, 0))}, "beyond its shape"),
+        ({"w": Slice(torch.zeros(2, 3), Shard((4, 3), (3, 0)))}, "beyond its shape"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_in_one_sentence(tmp_path, tree, sentence):
@@ -404,25 +405,25 @@ def test_a_later_format_stops_instead_of_falling_back(tmp_path):
 # ---- several ranks -------------------------------------------------------------------------------
 
 
-def box_of(rank, world, t, dim):
+def slice_of(rank, world, t, dim):
     rows = torch.arange(t.shape[dim]).chunk(world)[rank]
     offsets = [0] * t.dim()
     offsets[dim] = int(rows[0])
-    return Slice(t.index_select(dim, rows), tuple(t.shape), tuple(offsets))
+    return Slice(t.index_select(dim, rows), Shard(tuple(t.shape), tuple(offsets)))
 
 
 def save_slices(rank, world, out_dir):
     whole = random_bits((8, 6), torch.bfloat16)
     fp8 = random_bits((8,), torch.float8_e5m2)
-    nobody = Slice(fp8[:0], (8,), (0,))  # a rank may hold nothing of a tensor
+    nobody = Slice(fp8[:0], Shard((8,), (0,)))  # a rank may hold nothing of a tensor
     tree = {
         "model": {
-            "rows": box_of(rank, world, whole, 0),
+            "rows": slice_of(rank, world, whole, 0),
             "same": whole,
             f"stage{rank}": torch.tensor(rank),
         },
-        "columns": box_of(rank // 2, world // 2, whole, 1),  # each slice on two ranks
-        "fp8": nobody if rank == 0 else box_of(rank - 1, world - 1, fp8, 0),
+        "columns": slice_of(rank // 2, world // 2, whole, 1),  # each slice on two ranks
+        "fp8": nobody if rank == 0 else slice_of(rank - 1, world - 1, fp8, 0),
         "groups": [{"lr": rank / 2, f"only{rank}": rank}],
         "banned": [7] * (world - rank),
         "loss": {"value": 1} if rank == 0 else math.nan,
@@ -468,9 +469,9 @@ def test_reading_a_box_opens_only_the_files_that_overlap_it(tmp_path):
 
 def save_and_reload_elsewhere(rank, world, out_dir):
     t = grid()
-    save(out_dir, 1, {"w": box_of(rank, world, t, 0)})
-    other = box_of(rank, world, t, 1)  # saved by rows, read by columns
-    read = load(out_dir / "step-00000001").tensor("w", other.offsets, other.tensor.shape)
+    save(out_dir, 1, {"w": slice_of(rank, world, t, 0)})
+    other = slice_of(rank, world, t, 1)  # saved by rows, read by columns
+    read = load(out_dir / "step-00000001").tensor("w", other.shard.offsets, other.tensor.shape)
     return torch.equal(read, other.tensor)
 
 
@@ -494,16 +495,17 @@ def test_a_group_saves_alone_and_an_empty_rank_has_no_file(tmp_path):
 def save_dtensors(rank, world, out_dir):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+    from torch.distributed.tensor import Shard as Split
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = torch.nn.Linear(6, 8, dtype=torch.float64)
-    places = {"weight": Shard(0), "bias": Replicate()}
+    places = {"weight": Split(0), "bias": Replicate()}
     for name, place in places.items():
         t = grid() if name == "weight" else grid()[0:1, :].new_tensor(range(8))
         setattr(model, name, torch.nn.Parameter(distribute_tensor(t, mesh["tp"], [place])))
     fully_shard(model, mesh=mesh["dp"])  # cuts the rows of the weight a second time
-    uneven = distribute_tensor(grid(5, 3), mesh, [Shard(0), Shard(1)])
+    uneven = distribute_tensor(grid(5, 3), mesh, [Split(0), Split(1)])
     save(out_dir, 1, {"model": model.state_dict(), "uneven": uneven})
     with pytest.raises(ValueError, match="not summed"):
         save(out_dir, 2, {"p": DTensor.from_local(torch.ones(2), mesh["tp"], [Partial()])})
@@ -558,7 +560,7 @@ def disagree(rank, world, out_dir, case):
         "shape": {"w": torch.zeros(2 + rank)},
         "dtype": {"w": torch.zeros(2, dtype=[torch.float32, torch.float64][rank])},
         "kind": {"w": torch.zeros(2) if rank else 1},
-        "hole": {"w": Slice(torch.zeros(1), (3,), (rank,))},
+        "hole": {"w": Slice(torch.zeros(1), Shard((3,), (rank,)))},
         "type": {"w": object() if rank else 1},
     }[case]
     with pytest.raises(ValueError, match="step 1 was not saved") as e:

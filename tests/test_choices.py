@@ -380,9 +380,9 @@ def test_what_a_constructor_cannot_do_without_it_gets_and_the_class_stays_itself
     cfg = parse.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3"])
     found = optimizers.find_optimizer("mine")
     found.elementwise, found.eval = True, None  # what layouts ask it for
-    made, boxes = build.stepper(cfg, ONE, {}, found)
+    made, shards = build.stepper(cfg, ONE, {}, found)
     group = made([torch.zeros(1, requires_grad=True)]).param_groups[0]
-    assert (group["lr"], group["weight_decay"], boxes) == (0.2, 0.3, {})
+    assert (group["lr"], group["weight_decay"], shards) == (0.2, 0.3, {})
     assert issubclass(made, found) and made.__name__ == "Mine"
     assert build.stepper(parse.parse(["--optim=sgd"]), ONE, {}, SGD) == (SGD, {})
 

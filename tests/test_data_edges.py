@@ -36,6 +36,7 @@ from layers import generation
 from model import GPT, GPTConfig
 from parallel import tensor
 from parallel.mesh import make_mesh
+from parallel.shard import sharded
 from run import evaluate
 
 SOME = np.random.default_rng(0)
@@ -1057,11 +1058,11 @@ def bits(rank: int, world: int, ids: np.ndarray) -> dict:
     if world > 1:
         whole = model.state_dict()
         model = small_model(264)
-        part = tensor.part_of(
+        shard_of_mine = sharded(
             lambda name, shape: whole[name], tensor.split(model, mesh.groups["tp"])
         )
         for name, p in model.named_parameters():
-            p.data = part(name, tuple(p.shape)).clone()
+            p.data = shard_of_mine(name, tuple(p.shape)).clone()
     rows = Rows(Tokens([ids]), 8, None, 264)
 
     def each(batches, rows, look):

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_iter
 from memory import estimate, plan
 from memory.estimate import (
     activation_bytes,
-    assign,
     bytes_per_rank,
     even_shapes,
     gpt_shapes,
@@ -43,6 +42,7 @@ from optim import (
 )
 from optim.param_groups import kinds, param_groups
 from parallel.ddp import DDP
+from parallel.ownership import owners_by_shape, owners_by_size
 from precision import amp, fp8
 from precision.stochastic import stochastic
 from settings import fields
@@ -196,14 +196,6 @@ def test_every_optimizer_is_known_with_its_defaults():
         assert cls.elementwise == (name in estimate.ELEMENTWISE)
         made = cls([torch.zeros(2, 2)]).defaults
         assert estimate.OPTIONS[name] == {k: made[k] for k in estimate.OPTIONS[name]}
-
-
-@pytest.mark.parametrize("n", [2, 3, 8])
-def test_owners_are_those_of_zero(n):
-    zero = pytest.importorskip("parallel.zero")
-    for arch in TRAITS:
-        shapes = {name: shape for name, (_, shape) in gpt_shapes(5, 16, 40, 8, arch).items()}
-        assert assign(shapes, n) == zero.assign(shapes, n)
 
 
 @pytest.mark.parametrize("arch", TRAITS)
@@ -363,12 +355,8 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
 
 def owners_of(layout):
     if layout != "fsdp":
-        return assign
-    from parallel import sharded_optimizer
-
-    return lambda shapes, n: dict(
-        zip(shapes, sharded_optimizer.choose_owners([*shapes.values()], n))
-    )
+        return owners_by_shape
+    return lambda shapes, n: dict(zip(shapes, owners_by_size([*shapes.values()], n)))
 
 
 def predicted(layout, optim, world, precision, micro_batches, options, **kwargs):

@@ -62,7 +62,7 @@ def inf_gradient(rank, world, killed, *args):
 
 def never_seen(rank, world, first, last, *args):
     """The run that has known from the start which rows it must not read."""
-    cursor.Position.__init__ = lambda self, *data: (INIT(self, *dataset), self.ban(first, last))[0]
+    cursor.Position.__init__ = lambda self, *data: (INIT(self, *data), self.ban(first, last))[0]
     try:
         return go(*args)
     finally:

@@ -211,10 +211,10 @@ def held(rank, world, options):
     model, replicas = start(dist.group.WORLD, MODERN, **options)
     whole = sum(p.numel() for p in replicas.weights().values())
     with torch.no_grad():
-        shards = sum(p.to_local().numel() for p in replicas.weights().values())
+        here = sum(p.to_local().numel() for p in replicas.weights().values())
     optimizers = {cls: optimizer_of(cls, model, replicas) for cls in (AdamW, Muon)}
     optimizer = optimizers[Muon]  # the last one made
-    assert replicas.boxes.keys() == {"embed.weight", "head.weight"} - {
+    assert replicas.shards.keys() == {"embed.weight", "head.weight"} - {
         n for n, p in replicas.weights().items() if not p.to_local().numel()
     }
     forward_backward(model, replicas, 0, rank, world, 1)
@@ -223,11 +223,11 @@ def held(rank, world, options):
     for group in optimizer.param_groups:
         for p, name in zip(group["params"], group["names"], strict=True):
             state |= {(name, key): x for key, x in optimizer.state[p].items() if torch.is_tensor(x)}
-    return whole, shards, state, dict(replicas.boxes)
+    return whole, here, state, dict(replicas.shards)
 
 
 @pytest.mark.parametrize("world, options", [(3, {}), (4, dict(shard=2))])
-def test_state_is_held_once_and_boxes_put_it_together(world, options):
+def test_state_is_held_once_and_shards_put_it_together(world, options):
     model, replicas = start(None, MODERN)
     optimizer = optimizer_of(Muon, model, replicas)
     forward_backward(model, replicas, 0, 0, 1, 1)
@@ -243,14 +243,14 @@ def test_state_is_held_once_and_boxes_put_it_together(world, options):
     shard = options.get("shard", world)
     for first in range(0, world, shard):  # each replica holds everything once
         found, seen = {k: torch.full_like(x, torch.nan) for k, x in expected.items()}, 0
-        for whole, shards, state, boxes in ranks[first : first + shard]:
-            assert shards <= whole / shard * 1.3
+        for whole, here, state, shards in ranks[first : first + shard]:
+            assert here <= whole / shard * 1.3
             for (name, key), x in state.items():
-                shape, offsets = boxes.get(name, (tuple(x.shape), (0,) * x.ndim))
+                shape, offsets = shards.get(name, (tuple(x.shape), (0,) * x.ndim))
                 assert shape == tuple(found[name, key].shape)
-                box = tuple(slice(o, o + n) for o, n in zip(offsets, x.shape))
-                assert found[name, key][box].isnan().all()
-                found[name, key][box] = x
+                at = tuple(slice(o, o + n) for o, n in zip(offsets, x.shape))
+                assert found[name, key][at].isnan().all()
+                found[name, key][at] = x
                 seen += x.numel()
         assert seen == sum(x.numel() for x in expected.values())
         for k, x in expected.items():
@@ -301,7 +301,7 @@ def count(rank, world, options, micro_batches):
             optimizer.step()
         model.zero_grad(set_to_none=True)
         found.append((sent.bytes, sent.calls, replicas.sent_bytes))
-        assert sent_by_step.calls == ["alltoall_base_"] * (0 if replicas.shard == 1 else 2)
+        assert sent_by_step.calls == ["alltoall_base_"] * (0 if replicas.shard_ranks == 1 else 2)
         # The next step must not find anything gathered already
         evaluate(model, replicas, optimizer)
     return found
@@ -408,6 +408,6 @@ def test_what_cannot_be_is_refused():
 
 def test_one_process_needs_no_process_group():
     model, replicas = start(None, MODERN)
-    assert not dist.is_initialized() and replicas.counts and replicas.boxes == {}
+    assert not dist.is_initialized() and replicas.counts and replicas.shards == {}
     assert replicas.weights() == dict(model.named_parameters()) and replicas.sent_bytes == 0
     assert not any(hasattr(p, "placements") for p in model.parameters())

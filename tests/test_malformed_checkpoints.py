@@ -22,6 +22,7 @@ from test_train import go, trace
 from checkpoint import save
 from checkpoint.load import CheckpointDamaged, load, newest, resolve
 from checkpoint.slices import Slice
+from parallel.shard import Shard
 
 FILES = ["index.json", "rank_0.safetensors", "rank_1.safetensors"]
 
@@ -31,7 +32,7 @@ def save_two(rank, world, out_dir):
         w, first = torch.arange(24, dtype=torch.float64).view(4, 6) + step, 2 * rank
         tree = {
             "model": {
-                "w": Slice(w[first : first + 2], (4, 6), (first, 0)),
+                "w": Slice(w[first : first + 2], Shard((4, 6), (first, 0))),
                 "b": torch.full((3,), step),
             },
             "optim": {

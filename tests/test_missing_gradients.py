@@ -150,7 +150,7 @@ def held(replicas, optimizer):
         w = w.full_tensor() if hasattr(w, "placements") else w
         found[name, "weight"] = w.detach().clone(), (0,) * w.ndim
     for name, state in state_by_name(optimizer)["state"].items():
-        offsets = replicas.boxes[name][1] if name in replicas.boxes else None
+        offsets = replicas.shards[name].offsets if name in replicas.shards else None
         for key, x in state.items():
             x = torch.as_tensor(x, dtype=torch.float64).clone()
             found[name, key] = x, (0,) * x.ndim if offsets is None or x.ndim == 0 else offsets
@@ -172,13 +172,13 @@ def same(ranks, expected):
     """What the ranks hold together is the expected, all of it and no more."""
     assert set().union(*ranks) == expected.keys()
     for key, x in expected.items():
-        whole, boxes = torch.full_like(x, torch.nan), [r[key] for r in ranks if key in r]
-        for value, offsets in boxes:
-            box = tuple(slice(o, o + n) for o, n in zip(offsets, value.shape))
-            whole[box] = value
+        full, shards = torch.full_like(x, torch.nan), [r[key] for r in ranks if key in r]
+        for value, offsets in shards:
+            at = tuple(slice(o, o + n) for o, n in zip(offsets, value.shape))
+            full[at] = value
             close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
-            close(value, x[box], msg=lambda m: f"{key}: {m}")
-        assert not whole.isnan().any(), key
+            close(value, x[at], msg=lambda m: f"{key}: {m}")
+        assert not full.isnan().any(), key
 
 
 LAYOUTS = {

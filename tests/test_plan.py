@@ -187,12 +187,6 @@ def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
     assert ours["total"] == sum(v for k, v in ours.items() if k not in ("total", "host"))
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 200])
-def test_owners_are_dealt_as_the_estimator_deals(n):
-    shapes = {name: s for name, (_, s) in estimate.gpt_shapes(5, 16, 40, 8, "gpt2").items()}
-    assert plan.deal(shapes, n) == estimate.assign(shapes, n)
-
-
 def test_tp_and_pp_cut_the_weights_and_sp_the_activations():
     def held(gpus, batch=16, **kwargs):
         return predict(SMALL, Cluster(gpus), Layout(**kwargs), batch).held

@@ -24,6 +24,7 @@ from checkpoint.load import newest
 from checkpoint.save import Saver, prune, save
 from checkpoint.slices import DTYPES, Slice, copied
 from metrics import logger
+from parallel.shard import Shard
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_what_is_saved_is_the_state_at_the_call_bitwise(tmp_path, gate):
         "columns": grid()[:, ::2],
         "turned": grid().T,
         "one": grid()[0, :1].expand(4),
-        "part": [Slice(grid(), (8, 6), (0, 0))],
+        "part": [Slice(grid(), Shard((8, 6), (0, 0)))],
         "parameter": torch.nn.Parameter(grid()),
         "n": [1, 2],
     }
@@ -76,7 +77,7 @@ def test_what_is_saved_is_the_state_at_the_call_bitwise(tmp_path, gate):
 def test_a_copy_shares_no_memory_and_is_contiguous():
     tree = {
         "a": [grid().T],
-        "b": Slice(grid()[2:4], (8, 6), (2, 0)),
+        "b": Slice(grid()[2:4], Shard((8, 6), (2, 0))),
         "c": torch.empty(0, 3),
         "d": None,
     }

@@ -49,20 +49,20 @@ def test_each_rank_has_the_whole_gradient_of_what_sees_its_tokens_alone():
         n for n in expected if "norm" in n or n.endswith("proj.bias") or n == "positions.weight"
     ]
     assert len(names) == 2 * 2 * 2 + 2 + 2 * 2 + 1
-    for [(_, grads, cuts)] in run_ranks(2, several, sequence.split, [(GPT2, "whole")]):
+    for [(_, grads, tp_shards)] in run_ranks(2, several, sequence.split, [(GPT2, "whole")]):
         for name in names:
-            assert name not in cuts
+            assert name not in tp_shards
             torch.testing.assert_close(grads[name], expected[name], rtol=1e-10, atol=1e-10)
 
 
-def same_cuts(rank, world):
+def same_shards(rank, world):
     splits = (tensor.split, sequence.split)
     return [split(build(shape), dist.group.WORLD) for shape in SHAPES for split in splits]
 
 
 def test_parameters_are_cut_as_by_tensor_parallelism_alone():
-    for cuts in run_ranks(2, same_cuts):
-        assert cuts[::2] == cuts[1::2]
+    for tp_shards in run_ranks(2, same_shards):
+        assert tp_shards[::2] == tp_shards[1::2]
 
 
 def test_one_rank_changes_nothing():

@@ -21,6 +21,7 @@ from model import GPT, GPTConfig, initial_weight
 from optim import adamw, muon, schedule_free, sgd
 from optim import param_groups as groups_of
 from parallel.fsdp import FSDP
+from parallel.shard import Shard
 from parallel.sharded_optimizer import Adapter
 from parallel.zero import ZeRO
 from precision.stochastic import element_index, random_bits, round_to_bf16, stochastic
@@ -284,15 +285,15 @@ def test_what_a_group_counts_is_the_same_in_chunks():
 @pytest.mark.parametrize(
     "cls", [cls for cls in CASES if cls.elementwise], ids=lambda cls: cls.__name__
 )
-def test_a_shard_with_its_box_gets_the_bits_of_the_whole(cls):
+def test_a_shard_with_its_offsets_gets_the_bits_of_the_whole(cls):
     torch.manual_seed(0)
     whole = torch.randn(9, 6).to(BF16)
     runs = {}
     for rows in (slice(0, 9), slice(0, 4), slice(4, 9)):
         p = whole[rows].clone().requires_grad_()
         optimizer = build(cls, [p])
-        boxes = {"0.0": ((9, 6), (rows.start, 0))} if p.shape[0] < 9 else None
-        optimizer = stochastic(named(optimizer), 5, boxes)
+        shards = {"0.0": ((9, 6), (rows.start, 0))} if p.shape[0] < 9 else None
+        optimizer = stochastic(named(optimizer), 5, shards)
         for t in range(5):
             gradient = torch.randn(9, 6, generator=torch.Generator().manual_seed(t)).to(BF16)
             p.grad = gradient[rows].clone()
@@ -670,7 +671,7 @@ def dtensors_refused(rank, world):
 
 def test_dtensors_are_refused_with_what_to_take():
     for said in run_ranks(1, dtensors_refused):
-        assert len(said) == 2 and all("Adapter" in text and "boxes" in text for text in said)
+        assert len(said) == 2 and all("Adapter" in text and "shards" in text for text in said)
 
 
 # ---- on several ranks ----------------------------------------------------------------------------
@@ -700,7 +701,7 @@ def trained(rank, world, layout, cls):
     replicas.fill(start)
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = groups_of.param_groups(model, lrs, 0.1, muon=cls is muon.Muon)
-    optimizer = stochastic(replicas.make_optimizer(cls, groups), 1, replicas.boxes)
+    optimizer = stochastic(replicas.make_optimizer(cls, groups), 1, replicas.shards)
     for step in range(4):
         replicas.last_micro_batch(True)
         ids = torch.arange(8).view(1, 8)
@@ -733,10 +734,9 @@ def cut_in_two(rank, world):
     whole = torch.linspace(-1, 1, 24).view(4, 6).to(BF16)
     p = nn.Parameter(whole[:, 3 * rank : 3 * rank + 3].clone())
     groups = [{"params": [p], "names": ["w"]}]
-    adapter = Adapter(
-        adamw.AdamW, groups, cuts={"w": (1, (4, 6), 3 * rank)}, cut_group=dist.group.WORLD
-    )
-    optimizer = stochastic(adapter.optimizer, 2, adapter.boxes)
+    shards = {"w": Shard((4, 6), (0, 3 * rank))}
+    adapter = Adapter(adamw.AdamW, groups, tp_shards=shards, tp_group=dist.group.WORLD)
+    optimizer = stochastic(adapter.optimizer, 2, adapter.shards)
     for t in range(4):
         p.grad = gradient("w", (4, 6), t)[:, 3 * rank : 3 * rank + 3].clone()
         optimizer.step()

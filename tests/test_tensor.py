@@ -20,7 +20,8 @@ from parallel import tensor
 from parallel.allocate import allocate
 from parallel.ddp import DDP
 from parallel.mesh import make_mesh
-from parallel.tensor import boxes, output, part_of
+from parallel.shard import Shard, sharded
+from parallel.tensor import output
 from settings import fields
 
 CPU = torch.device("cpu")
@@ -59,8 +60,8 @@ def fill(model, source=numbers):
 
 def ready(split, group, shape, layers=None, dtype=torch.float64):
     model = build(shape, layers, dtype)
-    cuts = split(model, group)
-    return fill(model, part_of(numbers, cuts)), cuts
+    tp_shards = split(model, group)
+    return fill(model, sharded(numbers, tp_shards)), tp_shards
 
 
 def tokens(shape, rows=3):
@@ -80,12 +81,12 @@ def add_gradients(into, model):
 
 
 def train(split, group, shape, way):
-    """Loss, gradients by name, cuts: of the whole model, with recomputed blocks, or as two
+    """Loss, gradients by name, shards: of the whole model, with recomputed blocks, or as two
     stages."""
     x, targets, rows = tokens(shape)
     place = torch.arange(shape["block_size"]).flip(0)  # as a cut by context may have it: not 0..T-1
     if way == "two stages":
-        (first, cuts), (second, more) = (ready(split, group, shape, [i]) for i in (0, 1))
+        (first, tp_shards), (second, more) = (ready(split, group, shape, [i]) for i in (0, 1))
         hidden = first(x, positions=place, rows=rows)
         received = hidden.detach().requires_grad_()
         loss = second(received, targets, positions=place, rows=rows)
@@ -93,25 +94,27 @@ def train(split, group, shape, way):
         hidden.backward(received.grad)
         share = 1 if group is None or split is tensor.split else group.size()
         assert hidden.shape == (len(x), x.shape[1] // share, shape["n_embd"])
-        return loss.item(), add_gradients(add_gradients({}, first), second), cuts | more
-    model, cuts = ready(split, group, shape)
+        return loss.item(), add_gradients(add_gradients({}, first), second), tp_shards | more
+    model, tp_shards = ready(split, group, shape)
     if way == "recomputed":
         for block in model.blocks.values():
             block.forward = lambda *a, f=block.forward: checkpoint(f, *a, use_reentrant=False)
     loss = model(x, targets, positions=place, rows=rows)
     loss.backward()
-    return loss.item(), add_gradients({}, model), cuts
+    return loss.item(), add_gradients({}, model), tp_shards
 
 
 def several(rank, world, split, shapes):
     return [train(split, dist.group.WORLD, shape, way) for shape, way in shapes]
 
 
-def whole(parts, name, rank_cuts):
+def unsharded(parts, name, shards):
     """A parameter's gradient from those of the ranks; where it is not cut, all must hold the
     same."""
-    if name in rank_cuts:
-        return torch.cat([p[name] for p in parts], rank_cuts[name].dim)
+    if name in shards:
+        sizes = zip(parts[0][name].shape, shards[name].global_shape)
+        [dim] = [dim for dim, (here, full) in enumerate(sizes) if here != full]
+        return torch.cat([p[name] for p in parts], dim)
     for p in parts[1:]:
         torch.testing.assert_close(p[name], parts[0][name], rtol=1e-12, atol=1e-12)
     return parts[0][name]
@@ -131,7 +134,7 @@ def check_gradients(world, split, tolerance=1e-10):
             # All scores of a query move together
             zero = name.endswith("attn.k.bias") and shape is GPT2
             assert zero or grad.abs().max() > 1e-3, name
-            found = whole([r[i][1] for r in results], name, results[0][i][2])
+            found = unsharded([r[i][1] for r in results], name, results[0][i][2])
             torch.testing.assert_close(found, grad, rtol=tolerance, atol=tolerance)
 
 
@@ -333,7 +336,7 @@ def holdings(rank, world):
     model = fill(build(GPT2))
     model.blocks["1"].mlp.fc.weight.requires_grad_(False)
     before = dict(model.named_parameters())
-    cuts = tensor.split(model, dist.group.WORLD)
+    tp_shards = tensor.split(model, dist.group.WORLD)
     after = dict(model.named_parameters())
     assert all(after[name] is p and type(p) is nn.Parameter for name, p in before.items())
     assert (
@@ -353,15 +356,15 @@ def holdings(rank, world):
     filled, _ = ready(tensor.split, dist.group.WORLD, GPT2)
     for name, p in filled.named_parameters():
         assert torch.equal(p, after[name])
-        source = part_of(numbers, cuts)
-        size = cuts[name].whole if name in cuts else tuple(p.shape)
+        source = sharded(numbers, tp_shards)
+        size = tp_shards[name].global_shape if name in tp_shards else tuple(p.shape)
         assert torch.equal(source(name, size), numbers(name, size))  # asked for the whole
-    return {name: p.detach() for name, p in after.items()}, cuts
+    return {name: p.detach() for name, p in after.items()}, tp_shards
 
 
 def test_each_rank_keeps_its_part():
     results = run_ranks(2, holdings)
-    cuts = results[0][1]
+    tp_shards = results[0][1]
     split_ones = {
         n
         for i in (0, 1)
@@ -371,13 +374,13 @@ def test_each_rank_keeps_its_part():
     split_ones |= {f"blocks.{i}.{m}.proj.weight" for i in (0, 1) for m in ("attn", "mlp")} | {
         "embed.weight"
     }
-    assert cuts.keys() == split_ones
-    assert cuts["blocks.0.attn.proj.weight"] == (1, (16, 16), 0)
-    assert results[1][1]["blocks.0.mlp.fc.bias"] == (0, (64,), 32)
-    assert boxes(results[1][1])["blocks.0.mlp.proj.weight"] == ((16, 64), (0, 32))
-    assert boxes(results[1][1])["embed.weight"] == ((32, 16), (16, 0))
+    assert tp_shards.keys() == split_ones
+    assert tp_shards["blocks.0.attn.proj.weight"] == Shard((16, 16), (0, 0))
+    assert results[1][1]["blocks.0.mlp.fc.bias"] == Shard((64,), (32,))
+    assert results[1][1]["blocks.0.mlp.proj.weight"] == Shard((16, 64), (0, 32))
+    assert results[1][1]["embed.weight"] == Shard((32, 16), (16, 0))
     for name, p in fill(build(GPT2)).named_parameters():
-        assert torch.equal(whole([r[0] for r in results], name, cuts), p)
+        assert torch.equal(unsharded([r[0] for r in results], name, tp_shards), p)
 
 
 def test_one_rank_changes_nothing():
@@ -388,7 +391,7 @@ def test_one_rank_changes_nothing():
     assert {name: (p, p.shape) for name, p in model.named_parameters()} == before
     assert forwards == [m.forward for m in model.modules()]
     assert not any(m._forward_pre_hooks for m in model.modules())
-    assert part_of(numbers, {})("embed.weight", (3, 2)).shape == (3, 2) and boxes({}) == {}
+    assert sharded(numbers, {})("embed.weight", (3, 2)).shape == (3, 2)
 
 
 def refused(rank, world, split, cases):
@@ -502,15 +505,15 @@ def test_another_model_is_cut_as_torch_cuts_it():
 def with_replicas(rank, world, split):
     mesh = make_mesh(CPU, tp=2)
     model = build(GPT2)
-    cuts = split(model, mesh.groups["tp"])
+    tp_shards = split(model, mesh.groups["tp"])
     replicas = DDP(mesh.groups["dp"], CPU)
     replicas.wrap(model)
-    replicas.fill(part_of(numbers, cuts))
+    replicas.fill(sharded(numbers, tp_shards))
     x, targets, rows = (t[mesh.coords["dp"] :: 2] for t in tokens(GPT2, rows=4))
     loss = model(x, targets, rows=rows)
     loss.backward()
     replicas.finish_gradients()
-    return mesh.coords, loss.item(), {n: p.grad for n, p in model.named_parameters()}, cuts
+    return mesh.coords, loss.item(), {n: p.grad for n, p in model.named_parameters()}, tp_shards
 
 
 def check_replicas(split):
@@ -523,7 +526,7 @@ def check_replicas(split):
     for dp in (0, 1):
         tp = [r for r in results if r[0]["dp"] == dp]
         for name, p in model.named_parameters():
-            found = whole([r[2] for r in tp], name, tp[0][3])
+            found = unsharded([r[2] for r in tp], name, tp[0][3])
             torch.testing.assert_close(found, p.grad, rtol=1e-10, atol=1e-10)
 
 

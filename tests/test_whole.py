@@ -18,7 +18,8 @@ from optim.adamw import AdamW
 from optim.lamb import LAMB
 from optim.muon import Muon
 from optim.sgd import SGD
-from parallel.sharded_optimizer import Adapter, choose_owners, make_optimizer
+from parallel.ownership import owners_by_size
+from parallel.sharded_optimizer import Adapter, make_optimizer
 
 SHAPES = [(6, 4), (6, 4), (5, 3), (7,), (1, 2), (3, 5), (8, 8), (2,)]
 STEPS = 3
@@ -259,16 +260,16 @@ def account(rank, world, dtypes):
         for p, name in zip(g["params"], g["names"])
     }
     held = sum(p.to_local().nbytes for p in params)
-    return collectives.seen, state, adapter.sent_bytes, held, adapter.boxes
+    return collectives.seen, state, adapter.sent_bytes, held, adapter.shards
 
 
 @pytest.mark.parametrize("dtypes", [[torch.double], [torch.double, torch.float]])
 def test_two_collectives_a_step_and_state_at_the_owner_alone(dtypes):
     ranks = run_ranks(3, account, dtypes)
     owned = {}
-    for seen, state, _, _, boxes in ranks:
+    for seen, state, _, _, shards in ranks:
         assert len(seen) == 2 * len(dtypes) and all("alltoall" in name for name in seen)
-        assert not state.keys() & owned.keys() and boxes == {}
+        assert not state.keys() & owned.keys() and shards == {}
         owned |= state
     assert owned == {str(i): shape for i, shape in enumerate(SHAPES * len(dtypes))}
     sent, held = sum(r[2] for r in ranks), sum(r[3] for r in ranks)
@@ -277,9 +278,9 @@ def test_two_collectives_a_step_and_state_at_the_owner_alone(dtypes):
 
 def test_owners_share_the_work():
     shapes = [(100, 10)] + [(8, 8)] * 6 + [(8, 2)] * 4 + [(3,)]
-    owners = choose_owners(shapes, 3)
+    owners = owners_by_size(shapes, 3)
     assert sorted(owners[1:7].count(r) for r in range(3)) == [0, 3, 3]  # the big one counts as work
-    owners = choose_owners([(8, 8)] * 6 + [(4, 16)] * 3, 3)
+    owners = owners_by_size([(8, 8)] * 6 + [(4, 16)] * 3, 3)
     assert all(owners[:6].count(r) == 2 and owners[6:].count(r) == 1 for r in range(3))
 
 

@@ -20,7 +20,8 @@ from optim.muon import Muon
 from optim.schedule_free import SGDScheduleFree
 from optim.sgd import SGD
 from parallel.ddp import DDP
-from parallel.zero import ZeRO, assign
+from parallel.ownership import owners_by_shape
+from parallel.zero import ZeRO
 from precision import onednn
 
 CPU, ROWS = torch.device("cpu"), 16  # rows in a global batch
@@ -485,12 +486,16 @@ def test_stage_3_holds_and_fills_only_its_own():
 def test_owners_are_even_within_each_shape():
     shapes = {n: tuple(p.shape) for n, p in build(GPT2 | dict(vocab_size=4096)).named_parameters()}
     for n in (1, 2, 3, 4, 8):
-        owners = assign(shapes, n)
-        assert owners == assign(dict(shapes), n) and owners.keys() == shapes.keys()
+        owners = owners_by_shape(shapes, n)
+        assert owners == owners_by_shape(dict(shapes), n) and owners.keys() == shapes.keys()
         for shape in set(shapes.values()):
             count = [sum(owners[k] == r and shapes[k] == shape for k in shapes) for r in range(n)]
             assert max(count) - min(count) <= 1
-    assert assign({"embed": (100, 4), "a": (4, 4), "b": (4, 3)}, 2) == {"embed": 0, "a": 1, "b": 1}
+    assert owners_by_shape({"embed": (100, 4), "a": (4, 4), "b": (4, 3)}, 2) == {
+        "embed": 0,
+        "a": 1,
+        "b": 1,
+    }
 
 
 def write_checkpoint(rank, world, stage, folder):

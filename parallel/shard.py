@@ -1,0 +1,74 @@
+"""A shard of a tensor: the shape of the full tensor, and where in it this rank's numbers begin.
+
+    full tensor (4, 6)          rank 0  Shard((4, 6), (0, 0)), local shape (4, 3)
+    +-------+-------+           rank 1  Shard((4, 6), (0, 3)), local shape (4, 3)
+    | rank0 | rank1 |
+    +-------+-------+           rank 1's rows over two ranks again, local shape (2, 3):
+                                shard_of_shard(Shard((4, 6), (0, 3)), Shard((4, 3), (2, 0)))
+                                == Shard((4, 6), (2, 3))
+
+The local shape is that of the tensor at hand, so a shard does not repeat it. Tensor parallelism
+cuts with it, the optimizers and checkpoints read from it which numbers they have. Nothing here is
+sent. (torch's own Shard(dim) is a placement: how a DTensor is divided, not where one shard lies.)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Shard(NamedTuple):
+    global_shape: tuple[int, ...]  # of the full tensor
+    offsets: tuple[int, ...]  # in each dimension, where in the full tensor the shard begins
+
+    def narrow(self, full: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A view of the shard of this local shape in the full tensor."""
+        assert tuple(full.shape) == self.global_shape, (tuple(full.shape), self.global_shape)
+        for dim, (size, offset) in enumerate(zip(shape, self.offsets, strict=True)):
+            full = full.narrow(dim, offset if size else 0, size)
+        return full
+
+
+def local(p: Tensor) -> Tensor:
+    """The shard of it on this rank, in the same memory."""
+    return p.to_local() if hasattr(p, "placements") else p.detach()
+
+
+def shard_of(p: Tensor) -> Shard:
+    """Where this rank's shard of the DTensor p lies; of a plain tensor, all of it.
+
+    Raises ValueError for a DTensor whose shard here is not one box of the full tensor.
+    """
+    if not hasattr(p, "placements"):
+        return Shard(tuple(p.shape), (0,) * p.ndim)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    if tuple(shape) != tuple(p.to_local().shape):
+        raise ValueError(
+            f"{tuple(p.shape)} with placements {p.placements}: the part on this rank is no box; "
+            "shard its dimensions by one mesh axis each"
+        )
+    return Shard(tuple(p.shape), tuple(offsets))
+
+
+def shard_of_shard(outer: Shard, inner: Shard) -> Shard:
+    """Where `inner`, a shard of what `outer` has, lies in the full tensor of `outer`."""
+    offsets = tuple(a + b for a, b in zip(outer.offsets, inner.offsets, strict=True))
+    return Shard(outer.global_shape, offsets)
+
+
+def sharded(
+    source: Callable[[str, tuple[int, ...]], Tensor], shards: dict[str, Shard]
+) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """source(name, full shape) -> full tensor, made to give its shard to those who ask with the
+    local shape."""
+
+    def shard_or_full(name: str, shape: tuple[int, ...]) -> Tensor:
+        shape = tuple(shape)
+        if name not in shards or shape == shards[name].global_shape:
+            return source(name, shape)
+        return shards[name].narrow(source(name, shards[name].global_shape), shape)
+
+    return shard_or_full
