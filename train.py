@@ -198,8 +198,8 @@ def main(cfg: fields.Config) -> dict:
 
     # ---- data parallel: who holds which weights, gradients and state -----------------------------
     replicas = build.data_parallel(cfg, mesh, tp_shards)
-    model = replicas.wrap(model)
-    replicas.fill(sharded(weights, tp_shards))
+    model = replicas.parallelize(model)
+    replicas.init_weights(sharded(weights, tp_shards))
     share, size = run_batch.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
     if (
         size is None
@@ -224,7 +224,7 @@ def main(cfg: fields.Config) -> dict:
     make_optimizer, shards = build.stepper(cfg, mesh, tp_shards, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
     shards |= replicas.shards  # by name, of what the optimizer has a shard of: where it lies
-    if hasattr(optimizer, "train"):
+    if param_groups.averages_weights(optimizer):
         optimizer.train()  # Schedule-Free keeps two sets of weights
     if cfg.precision == "bf16_sr":
         optimizer = stochastic.stochastic(optimizer, cfg.seed, shards)
@@ -351,8 +351,8 @@ def main(cfg: fields.Config) -> dict:
         verdict, overdue = guard.look(step, loss, seen, rows), late > 0
         stop.agreed = stops > 0 or verdict == "abort"
         log.events(guard.events)
-        if verdict in ("skip", "abort") and hasattr(replicas, "undo"):
-            replicas.undo()  # what compression owes for these gradients
+        if verdict in ("skip", "abort"):
+            replicas.discard_step()  # what compression owes for these gradients
         if verdict == "rollback":
             model.zero_grad(set_to_none=True)
             latest["step"] = step = guard.back_at
@@ -389,8 +389,8 @@ def main(cfg: fields.Config) -> dict:
             speed = tokens / seconds
             sent = (
                 replicas.sent_bytes
-                + getattr(optimizer, "sent_bytes", 0)
-                + getattr(pipe, "sent_bytes", 0)
+                + param_groups.sent_bytes(optimizer)
+                + (pipe.sent_bytes if pipe is not None else 0)
             )
             log.train(
                 {

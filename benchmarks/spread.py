@@ -40,8 +40,8 @@ def two_ranks(rank: int, store: str, quick: bool) -> None:
                 model.blocks["0"], f"w{i}", torch.nn.Parameter(torch.empty(shape, device="meta"))
             )
         replicas = replicas(dist.group.WORLD, torch.device("cpu"))
-        names, params = map(list, zip(*replicas.wrap(model).named_parameters()))
-        replicas.fill(lambda name, shape: torch.randn(shape).mul_(0.02))
+        names, params = map(list, zip(*replicas.parallelize(model).named_parameters()))
+        replicas.init_weights(lambda name, shape: torch.randn(shape).mul_(0.02))
         groups = [dict(kind="matrix", names=names, params=params)]
         optimizers[name] = replicas.make_optimizer(muon.Muon, groups)
     for turn in range(4 if quick else 12):

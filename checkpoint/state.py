@@ -19,6 +19,7 @@ from checkpoint import slices
 from checkpoint.save import Saver
 from optim import param_groups
 from parallel.mesh import Mesh
+from parallel.protocol import DataParallel
 from parallel.shard import Shard, sharded
 
 
@@ -29,8 +30,8 @@ class State:
 
     def __init__(
         self,
-        optimizer,
-        replicas,
+        optimizer: torch.optim.Optimizer,
+        replicas: DataParallel,
         shards: dict[str, Shard],
         tp_shards: dict[str, Shard],
         mesh: Mesh,
@@ -45,12 +46,12 @@ class State:
         bits it had. Gives those that training goes on from, by name; {} where they are the same."""
         if self.training is not None:
             return contextlib.nullcontext(self.training)
-        return param_groups.evaluation_weights(self.optimizer, self.replicas.share_weights)
+        return param_groups.evaluation_weights(self.optimizer, self.replicas.broadcast_weights)
 
     @contextlib.contextmanager
     def looking(self):
         """The same to evaluate and sample: DiLoCo's replicas then hold what they last agreed on."""
-        with self.outside(), getattr(self.replicas, "at_anchor", contextlib.nullcontext)():
+        with self.outside(), self.replicas.outer_weights():
             yield
 
     def counted(self, by_name: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -61,7 +62,7 @@ class State:
         return [
             x
             for n, x in by_name.items()
-            if self.replicas.counts and n in mine and n not in tied_copy
+            if self.replicas.is_primary and n in mine and n not in tied_copy
         ]
 
     def norm(self, gradients: dict[str, torch.Tensor], everywhere: bool = True) -> torch.Tensor:
@@ -80,11 +81,11 @@ class State:
         state["state"] = slices.as_slices(state["state"], self.shards)
         tree = {name: part.tree() for name, part in self.kept.items()}
         tree |= {"rng": {str(self.mesh.rank): torch.get_rng_state()}}
-        tree |= {"optim": state} if self.replicas.counts else {}
-        if hasattr(self.replicas, "tree"):
-            tree["replicas"] = self.replicas.tree(state["state"])
+        tree |= {"optim": state} if self.replicas.is_primary else {}
+        beside = self.replicas.state_dict(state["state"])
+        tree |= {"replicas": beside} if beside is not None else {}
         with self.outside() as training:
-            if training and self.replicas.counts:
+            if training and self.replicas.is_primary:
                 tree["training_weights"] = slices.as_slices(training, self.shards)
             yield tree | {"model": self.weights()}
 
@@ -94,9 +95,8 @@ class State:
             self._load(saved, names)
 
     def _load(self, saved: checkpoint.Checkpoint, names) -> None:
-        own = {}
-        if hasattr(self.replicas, "load"):
-            own = self.replicas.load(lambda path: saved.tree(f"replicas/{path}", missing={})) or {}
+        # A replica that trains alone has an optimizer state of its own
+        own = self.replicas.load_state_dict(lambda path: saved.tree(f"replicas/{path}", missing={}))
 
         def state_of(name: str, shape: tuple[int, ...]) -> dict:
             return own.get(name) or saved.tree(
@@ -120,7 +120,7 @@ class State:
         self.training = {
             n: p.detach().clone() for g in groups for n, p in zip(g["names"], g["params"])
         }
-        self.replicas.fill(sharded(saved.weights("model"), self.tp_shards))
+        self.replicas.init_weights(sharded(saved.weights("model"), self.tp_shards))
         return f"the best weights are those of step {saved.step}"
 
 
@@ -150,6 +150,6 @@ class Disk:
         if step < 0:
             return None
         saved = checkpoint.load(self.out_dir / f"step-{step:08d}", verify=False)
-        self.state.replicas.fill(sharded(training_weights(saved), self.state.tp_shards))
+        self.state.replicas.init_weights(sharded(training_weights(saved), self.state.tp_shards))
         self.state.load(saved, self.state.kept.keys() - {"progress", "best", "guard"})
         return step, (saved.tree("guard/seen"), saved.tree("progress")["rows"])

@@ -93,17 +93,10 @@ PRODUCTS = (
 def keep_less(model: nn.Module, how: str, group: dist.ProcessGroup | None = None) -> None:
     """Changes `model`, which has blocks (a ModuleDict by layer number) called with (x, where), each
     with attn and mlp, and for segments model.through(blocks, x, where). group: the tensor parallel
-    ranks, for full_sharded; None: it is full. Raises ValueError for another `how`, and under zero
-    bubble.
+    ranks, for full_sharded; None: it is full. Raises ValueError for another `how`. Not for a model
+    whose weight gradients come later (zero bubble): these keep what is recomputed here.
     """
     kind, k = parse(how, len(model.blocks))
-    if kind != "none" and any(
-        "deferred" in repr(getattr(m, "product", None)) for m in model.modules()
-    ):
-        raise ValueError(
-            f"--activation_checkpoint={how} does not go with --pp_schedule=zerobubble, which "
-            "keeps activations for the weights' gradients; type --pp_schedule=1f1b"
-        )
     if kind == "segments":
         segment = {
             block: i * k // len(model.blocks) for i, block in enumerate(model.blocks.values())

@@ -81,13 +81,13 @@ def measure(
     """Bytes this rank holds in the last of a few steps, each of `micro_batches` micro-batches of 1
     x tokens.
 
-    replicas: as in train.py; model: on the meta device; source: see fill; groups: model -> groups
-    for cls; offload: what is done to the optimizer. Gives parameters, gradients (between the steps,
-    and just before the last one), state, and peak: the most at any moment of the last step, all
-    together.
+    replicas: a layout of parallel/protocol.py; model: on the meta device; source: see its
+    init_weights; groups: model -> groups for cls; offload: what is done to the optimizer. Gives
+    parameters, gradients (between the steps, and just before the last one), state, and peak: the
+    most at any moment of the last step, all together.
     """
-    model = replicas.wrap(model)
-    replicas.fill(source)
+    model = replicas.parallelize(model)
+    replicas.init_weights(source)
     optimizer = replicas.make_optimizer(cls, groups(model), **options)
     optimizer = offload(optimizer) if offload is not None else optimizer
     if hasattr(optimizer, "train"):

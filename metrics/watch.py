@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim import qk_clip
+from optim import param_groups, qk_clip
 from parallel import context
 from parallel.mesh import Mesh
 from parallel.tensor import summed
@@ -83,7 +83,7 @@ class Watch:
         )
         if cfg.qk_clip is None:
             return
-        if hasattr(optimizer, "eval"):
+        if param_groups.averages_weights(optimizer):
             raise ValueError(
                 f"--qk_clip scales weights, of which --optim={cfg.optim} keeps a second set; "
                 "type --optim=muon, or leave qk_clip out"

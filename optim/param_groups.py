@@ -194,6 +194,20 @@ def without_compiler() -> None:
             setattr(method, "__dynamo_disable", method)
 
 
+# ---- what optimizers of others may lack ----------------------------------------------------------
+def averages_weights(optimizer: Optimizer | type[Optimizer]) -> bool:
+    """Does it keep a second set of weights, an average to evaluate and save? Such a method
+    (Schedule-Free) has train() and eval(), which swap the two in the model."""
+    return hasattr(optimizer, "eval")
+
+
+def sent_bytes(optimizer: Optimizer) -> int:
+    """By this rank in each step: what parallel/adapter.py writes on an optimizer whose parameters
+    are spread; others send nothing."""
+    return getattr(optimizer, "sent_bytes", 0)
+
+
+# ---- weights to evaluate, state by name ----------------------------------------------------------
 @contextmanager
 def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     """Inside, the model holds the weights to evaluate, save and sample: for Schedule-Free the
@@ -204,7 +218,7 @@ def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     very bits it had: looking changes nothing.
     """
     groups = optimizer.param_groups
-    if not hasattr(optimizer, "eval") or not any(g.get("train_mode", True) for g in groups):
+    if not averages_weights(optimizer) or not any(g.get("train_mode", True) for g in groups):
         yield {}  # the model holds them already
         return
     params = {n: p for g in groups for n, p in zip(g["names"], g["params"])}

@@ -27,7 +27,7 @@ average. Memory: the owners' full weights, over all ranks one more copy of the m
 
 A class that does not say whether it is `elementwise` gets owners, which is always right. A method
 that couples parameters (LBFGS, Prodigy) is refused: an owner sees only its own. Whoever loads
-weights into the model afterwards calls take_weights(). Neighbours: parallel/owners.py,
+weights into the model afterwards calls gather_weights(). Neighbours: parallel/owners.py,
 parallel/shard.py.
 """
 
@@ -163,7 +163,7 @@ class Adapter:
 
     @torch.no_grad()
     def after_step(self, optimizer, args, kwargs) -> None:
-        self.share_weights()
+        self.broadcast_weights()
         for p in self.local:
             self.stepped[p].grad = None
         for exchange in self.exchanges:
@@ -196,7 +196,7 @@ class Adapter:
 
     # ---- weights between the model and the optimizer ---------------------------------------------
     @torch.no_grad()
-    def share_weights(self) -> None:
+    def broadcast_weights(self) -> None:
         """After something other than step() changed the optimizer's parameters: the model sees it
         too."""
         for exchange in self.exchanges:
@@ -204,7 +204,7 @@ class Adapter:
             self.remember(exchange)
 
     @torch.no_grad()
-    def take_weights(self) -> None:
+    def gather_weights(self) -> None:
         """After something other than the optimizer changed the model's weights: the owners see it
         too."""
         for exchange in self.exchanges:

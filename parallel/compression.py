@@ -81,7 +81,7 @@ class Compressor:
                 x.add_(self.residuals[name])
         return InFlight(self.exchange(self, bucket, group))
 
-    def undo(self) -> None:
+    def discard_step(self) -> None:
         """The step in hand is not taken: what it left unsent is owed no more, what was owed before
         still is. (PowerSGD's Q, a guess to start from, stays.)"""
         self.residuals |= self.before
@@ -97,13 +97,13 @@ class Compressor:
             left = (x - sent).view_as(self.residuals[name])
             self.residuals[name] = torch.where(left.isfinite(), left, self.residuals[name])
 
-    def tree(self, rank: int, world: int) -> dict:
+    def state_dict(self, rank: int, world: int) -> dict:
         """What replica `rank` of `world` has to put into a checkpoint."""
         return {"replicas": world, "residuals": {str(rank): self.residuals}, "shared": self.shared}
 
-    def load(self, read: Callable[[str], dict | int], rank: int, world: int) -> None:
-        """Takes up what `tree` gave; read("residuals/3") is that part of the trees of all ranks,
-        merged.
+    def load_state_dict(self, read: Callable[[str], dict | int], rank: int, world: int) -> None:
+        """Takes up what `state_dict` gave; read("residuals/3") is that part of the trees of all
+        ranks, merged.
 
         On the same number of replicas each goes on with its own residuals; on another number all
         are summed and shared out equally, so that their sum, which the gradient still owes, stays

@@ -28,6 +28,7 @@ of its bucket, so nothing is copied back.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -46,44 +47,62 @@ class Bucket:
         self.views = [v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params)]
 
 
-def all_reduce(bucket: Bucket, group: dist.ProcessGroup):
-    """Starts the sum of `bucket.flat` over the group, in place; returns what has a wait()."""
-    n = dist.get_world_size(group)
-    bucket.sent_bytes = 2 * (n - 1) * bucket.flat.nbytes // n
-    return dist.all_reduce(bucket.flat, group=group, async_op=True)
+class AllReduce:
+    """How DDP sums a bucket. Compressor in parallel/compression.py has the same methods, and a
+    memory."""
+
+    def __call__(self, bucket: Bucket, group: dist.ProcessGroup):
+        """Starts the sum of `bucket.flat` over the group, in place; returns what has a wait()."""
+        n = dist.get_world_size(group)
+        bucket.sent_bytes = 2 * (n - 1) * bucket.flat.nbytes // n
+        return dist.all_reduce(bucket.flat, group=group, async_op=True)
+
+    def forget(self, names: list[str]) -> None:
+        """No replica has a gradient of these parameters."""
+
+    def discard_step(self) -> None:
+        """The optimizer does not take the step in hand."""
+
+    def state_dict(self, rank: int, world: int) -> dict:
+        """What replica `rank` of `world` has to put into a checkpoint."""
+        return {}
+
+    def load_state_dict(self, read: Callable[[str], dict | int], rank: int, world: int) -> None:
+        """Takes up what `state_dict` gave."""
 
 
 class DDP:
-    """What train.py asks of every way to be data parallel. With group=None (one replica) nothing is
+    """A data-parallel layout, see parallel/protocol.py. With group=None (one replica) nothing is
     sent.
 
     group: the replicas; device: where the weights live; reduce: starts the sum of one bucket over a
-    group, see `all_reduce` (parallel/compression.py has others).
+    group, None as AllReduce does it (parallel/compression.py has others).
     """
 
     # Name -> Shard (parallel/shard.py) of each parameter of which the optimizer has one
     shards: dict = {}
+    backward_is_collective = False  # but for the last micro-batch, nothing is sent
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
         device: torch.device,
         bucket_mb: float = 25.0,
-        reduce: Callable = all_reduce,
+        reduce: Callable | None = None,
     ):
         self.group, self.device, self.bucket_bytes, self.reduce = (
             group,
             device,
             bucket_mb * 2**20,
-            reduce,
+            reduce or AllReduce(),
         )
         self.buckets, self.last, self.next = [], True, 0
         self.pending = False  # are there gradients that finish_gradients has not seen?
         self.sent_bytes = 0  # by this rank in the last step
         self.place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self.counts = self.place[0] == 0  # no lower rank holds the same gradients and state
+        self.is_primary = self.place[0] == 0  # no lower rank holds the same gradients and state
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def parallelize(self, model: nn.Module) -> nn.Module:
         """Allocates the parameters of `model`, which are on the meta device, and watches them."""
         self.model = allocate(model, self.device)
         if self.group is not None:
@@ -98,7 +117,7 @@ class DDP:
         return self.model
 
     @torch.no_grad()
-    def fill(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
         """Every parameter from source(its name, its full shape), a full tensor on the CPU."""
         for name, p in self.model.named_parameters():
             p.copy_(source(name, tuple(p.shape)))
@@ -119,8 +138,8 @@ class DDP:
 
     def thawed(self, p: nn.Parameter) -> None:
         raise RuntimeError(
-            "a parameter that was frozen at wrap() got a gradient, and there is "
-            "no bucket: replicas would part; set requires_grad before wrap()"
+            "a parameter that was frozen at parallelize() got a gradient, and there is "
+            "no bucket: replicas would part; set requires_grad before parallelize()"
         )
 
     def launch(self) -> None:
@@ -154,8 +173,7 @@ class DDP:
         missing = [named[i] for i in call.nowhere([i for i, yes in enumerate(here) if not yes])]
         for _, p in missing:
             p.grad = None
-        if hasattr(self.reduce, "forget"):
-            self.reduce.forget([name for name, _ in missing])
+        self.reduce.forget([name for name, _ in missing])
         self.next = 0
         self.sent_bytes = sum(bucket.sent_bytes for bucket in self.buckets) + call.sent_bytes
 
@@ -169,29 +187,34 @@ class DDP:
         ranks. It raises RuntimeError where they have not been summed."""
         return finished_first(cls(groups, **arguments), self)
 
-    def undo(self) -> None:
+    def discard_step(self) -> None:
         """The step whose gradients were summed last is not taken."""
-        if hasattr(self.reduce, "undo"):
-            self.reduce.undo()
+        self.reduce.discard_step()
 
-    def tree(self, state: dict) -> dict:
-        """What this rank has to put into a checkpoint beside weights and optimizer `state`."""
-        return self.reduce.tree(*self.place) if hasattr(self.reduce, "tree") else {}
+    def state_dict(self, optimizer_state: dict) -> dict | None:
+        """What this rank has to put into a checkpoint beside weights and optimizer state: what
+        compression has not sent yet."""
+        return self.reduce.state_dict(*self.place)
 
-    def load(self, read: Callable[[str], dict | int]) -> None:
-        """Takes up what `tree` gave; read("a/b") is that part of the trees of all ranks, merged, or
-        {}."""
-        if hasattr(self.reduce, "load") and read("replicas"):
-            self.reduce.load(read, *self.place)
+    def load_state_dict(self, read: Callable[[str], dict | int]) -> dict:
+        """Takes up what `state_dict` gave; read("a/b") is that part of the trees of all ranks,
+        merged, or {}. No replica saved an optimizer state of its own: {}."""
+        if read("replicas"):  # a compressed run wrote it
+            self.reduce.load_state_dict(read, *self.place)
+        return {}
 
-    def share_weights(self) -> None:
+    def outer_weights(self) -> AbstractContextManager:
+        """`with` this: the model holds the weights to evaluate, as it always does."""
+        return nullcontext()
+
+    def broadcast_weights(self) -> None:
         """After something else than step() changed the optimizer's parameters: the other ranks see
         it too."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts
         there."""
-        return dict(self.model.named_parameters()) if self.counts else {}
+        return dict(self.model.named_parameters()) if self.is_primary else {}
 
 
 def cut(

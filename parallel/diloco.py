@@ -49,16 +49,17 @@ from parallel.roll_call import RollCall
 
 
 class DiLoCo:
-    """The interface of parallel/ddp.py. With group=None (one replica) nothing is sent, but the
-    outer step is taken all the same.
+    """A data-parallel layout, see parallel/protocol.py. With group=None (one replica) nothing is
+    sent, but the outer step is taken all the same.
 
     group: the replicas; device: where the weights live; every: inner steps per outer step; lr,
     momentum, nesterov: the outer SGD's; bucket_mb: how much of the weights is averaged at a time,
     MiB.
     """
 
-    counts = True  # each replica clips by the norm of its own gradient
+    is_primary = True  # each replica clips by the norm of its own gradient
     shards: dict = {}  # the optimizer sees full parameters
+    backward_is_collective = False  # replicas train alone
 
     def __init__(
         self,
@@ -93,16 +94,15 @@ class DiLoCo:
         self.taken = 0  # inner steps since the last outer step
         self.moved: set[str] = set()  # parameters that had a gradient here in one of them
         self.sent_bytes = 0  # by this rank in the last step
-        self.saves = self.rank == 0  # the optimizer state to start another number of replicas from
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def parallelize(self, model: nn.Module) -> nn.Module:
         """Allocates the parameters of `model`, which are on the meta device."""
         self.model = allocate(model, self.device)
         self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         return self.model
 
     @torch.no_grad()
-    def fill(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Every parameter from source(its name, its full shape), a full CPU tensor: the first
         anchor."""
         for name, p in self.model.named_parameters():
@@ -166,7 +166,7 @@ class DiLoCo:
                 p.copy_(anchor)
 
     @contextmanager
-    def at_anchor(self) -> Iterator[None]:
+    def outer_weights(self) -> Iterator[None]:
         """Inside, the model holds the anchor, to be evaluated or sampled; afterwards this replica's
         weights, bit for bit."""
         own = {name: p.detach().clone() for name, p in self.params.items()}
@@ -174,22 +174,25 @@ class DiLoCo:
         yield
         torch._foreach_copy_([p.detach() for p in self.params.values()], list(own.values()))
 
-    def share_weights(self) -> None:
+    def broadcast_weights(self) -> None:
         """Nobody but step() changes the weights."""
 
     def weights(self) -> dict[str, Tensor]:
         """By name, what this rank has to put into a checkpoint as the model: the anchor."""
         return (
             {n: self.anchor.get(n, p) for n, p in self.model.named_parameters()}
-            if self.saves
+            if self.rank == 0
             else {}
         )
 
-    def tree(self, state: dict[str, dict]) -> dict:
+    def discard_step(self) -> None:
+        """Nothing is kept of a step whose gradients are not used."""
+
+    def state_dict(self, optimizer_state: dict[str, dict]) -> dict | None:
         """What this rank has to put into a checkpoint beside the anchor.
 
-        state: this replica's inner optimizer state by parameter name. Between outer steps its
-        weights too, and which of them it has moved.
+        optimizer_state: this replica's inner one by parameter name. Between outer steps its weights
+        too, and which of them it has moved.
         """
         weights = {name: p.detach() for name, p in self.params.items()} if self.taken else {}
         shared = {
@@ -198,12 +201,15 @@ class DiLoCo:
             "outer_momentum": self.outer_momentum,
         }
         moved = {name: int(name in self.moved) for name in weights}
-        return shared | {str(self.rank): {"weights": weights, "moved": moved, "optim": state}}
+        return shared | {
+            str(self.rank): {"weights": weights, "moved": moved, "optim": optimizer_state}
+        }
 
     @torch.no_grad()
-    def load(self, read: Callable[[str], dict | int]) -> dict[str, dict]:
-        """After fill with the saved anchor: takes up what `tree` gave, and returns this replica's
-        inner optimizer state by parameter name ({} if nobody with its number was saved).
+    def load_state_dict(self, read: Callable[[str], dict | int]) -> dict[str, dict]:
+        """After init_weights with the saved anchor: takes up what `state_dict` gave, and returns
+        this replica's inner optimizer state by parameter name ({} if nobody with its number was
+        saved).
 
         read("3/weights") is that part of the trees of all ranks, merged, or {}. On the same number
         of replicas the run goes on bitwise. On another number all start from the mean of the saved

@@ -42,6 +42,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ from parallel.shard import Shard, shard_of
 
 
 class FSDP:
-    """What train.py asks of every way to be data parallel. With group=None (one replica) it is the
+    """A data-parallel layout, see parallel/protocol.py. With group=None (one replica) it is the
     identity.
 
     group: the replicas; shard: over how many of them a weight is spread, None = all; reduce_dtype:
@@ -103,13 +104,14 @@ class FSDP:
         self.offload_params, self.folder = offload_params, folder
         self.tp = {"tp_shards": tp_shards, "tp_group": tp_group} if tp_shards else {}
         self.units, self.params, self.adapter, self.micro_batches = [], {}, None, 0
-        self.counts = True  # no lower rank holds the same gradients and state
+        self.is_primary = True  # no lower rank holds the same gradients and state
+        self.backward_is_collective = group is not None  # gathers, in forward too
         self.got = set()  # parameters that got a gradient here since the last step
         self.pending = False  # are there gradients that finish_gradients has not seen?
         self.sent_bytes = 0  # by this rank in a step
         self.shards = {}  # name -> Shard of each parameter of which the optimizer here has one
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def parallelize(self, model: nn.Module) -> nn.Module:
         """Shards `model`, whose parameters are on the meta device, and allocates the shards
         alone."""
         self.model = model
@@ -172,7 +174,7 @@ class FSDP:
         neighbours, replicas = (
             new_group(members.tolist(), self.device) for members in (ranks[row], ranks[:, column])
         )
-        self.counts = int(row) == 0
+        self.is_primary = int(row) == 0
         names = "replicate", "shard"
         return DeviceMesh.from_group([replicas, neighbours], kind, ranks, mesh_dim_names=names)
 
@@ -225,7 +227,7 @@ class FSDP:
             unit.reshard()
 
     @torch.no_grad()
-    def fill(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
         """Every parameter from source(its name, its full shape), a full tensor on the CPU."""
         self.forget()
         for name, p in self.params.items():
@@ -236,7 +238,7 @@ class FSDP:
                 here = p.to_local()
                 here.copy_(shard_of(p).narrow(full, here.shape))
         if self.adapter is not None:
-            self.adapter.take_weights()
+            self.adapter.gather_weights()
 
     def last_micro_batch(self, flag: bool) -> None:
         """Before each micro-batch (in a pipeline, its backward): does backward now complete the
@@ -275,11 +277,25 @@ class FSDP:
         self.shards = self.adapter.shards
         return finished_first(self.adapter.optimizer, self)
 
-    def share_weights(self) -> None:
+    def broadcast_weights(self) -> None:
         """After something else than step() changed the optimizer's parameters: the other ranks see
         it too."""
         if self.adapter is not None:
-            self.adapter.share_weights()
+            self.adapter.broadcast_weights()
+
+    def discard_step(self) -> None:
+        """Nothing is kept of a step whose gradients are not used."""
+
+    def state_dict(self, optimizer_state: dict) -> dict | None:
+        """Weights and optimizer state are all there is: no entry of its own in a checkpoint."""
+
+    def load_state_dict(self, read: Callable[[str], dict | int]) -> dict:
+        """Takes up nothing; no replica saved a state of its own."""
+        return {}
+
+    def outer_weights(self) -> AbstractContextManager:
+        """`with` this: the model holds the weights to evaluate, as it always does."""
+        return nullcontext()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """By name, what this rank has to put into a checkpoint: DTensors, which know what shard

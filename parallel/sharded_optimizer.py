@@ -88,7 +88,7 @@ def forwarded(name: str):
         self.adapter.look()
         self.give_options()
         result = getattr(self.inner, name)(*args, **kwargs)
-        self.adapter.share_weights()
+        self.adapter.broadcast_weights()
         self.take_options()
         return result
 

@@ -49,6 +49,7 @@ the ranks. The price: the load is even only up to the largest parameters, see pa
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 
 class ZeRO:
-    """The same verbs as DDP in parallel/ddp.py. With group=None (one replica) nothing is sent.
+    """A data-parallel layout, see parallel/protocol.py. With group=None (one replica) nothing is
+    sent.
 
     group: the replicas; device: where the weights are used; stage: 1, 2 or 3; reduce_dtype:
     gradients are sent in it, None their own (an owner's own share is never rounded).
@@ -100,7 +102,7 @@ class ZeRO:
     """
 
     shards: dict = {}  # owners step full parameters
-    counts = True  # nobody else holds what an owner holds
+    is_primary = True  # nobody else holds what an owner holds
 
     def __init__(
         self,
@@ -129,6 +131,8 @@ class ZeRO:
         self.device, self.stage, self.bucket_bytes = device, stage, bucket_mb * 2**20
         self.reduce_dtype, self.offload, self.folder = reduce_dtype, offload_params, folder
         self.pinned = pinned
+        # Each backward sends gradients, and with stage 3 each forward needs weights
+        self.backward_is_collective = stage > 1 and group is not None
         # Do weights?
         self.travels = stage == 3 and (group is not None or offload_params is not None)
         # Units whose weights were fetched; gradients on their way
@@ -142,7 +146,7 @@ class ZeRO:
         self.sent_bytes, self.finished, self.pending = 0, True, False  # pending: see finished_first
 
     # ---- who holds what --------------------------------------------------------------------------
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def parallelize(self, model: nn.Module) -> nn.Module:
         """Allocates what is held here of `model`, whose parameters are on the meta device, and
         watches it."""
         self.model, keys, blocks = model, list(model.blocks), list(model.blocks.values())
@@ -202,7 +206,7 @@ class ZeRO:
         return part
 
     @torch.no_grad()
-    def fill(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Every parameter held here from source(its name, its full shape), a full tensor on the
         CPU."""
         for part in self.parts:
@@ -395,7 +399,7 @@ class ZeRO:
         if self.group is not None:
             refuse_coupled(cls, groups, arguments)
         optimizer = finished_first(cls(groups, **arguments), self)
-        optimizer.register_step_post_hook(lambda *_: self.share_weights())
+        optimizer.register_step_post_hook(lambda *_: self.broadcast_weights())
         if self.group is not None:
             optimizer.add_param_group = self.refuse
         return optimizer
@@ -406,13 +410,27 @@ class ZeRO:
             "gradients of its own; give all groups to make_optimizer"
         )
 
-    def share_weights(self) -> None:
+    def broadcast_weights(self) -> None:
         """After the owners' weights changed: stages 1 and 2 send them to all, stage 3 when they are
         used."""
         changed = [] if self.stage == 3 else [*filter(trained, self.parts)]
         for part in changed:
             self.broadcast(part)
         self.wait(changed)
+
+    def discard_step(self) -> None:
+        """Nothing is kept of a step whose gradients are not used."""
+
+    def state_dict(self, optimizer_state: dict) -> dict | None:
+        """Weights and optimizer state are all there is: no entry of its own in a checkpoint."""
+
+    def load_state_dict(self, read: Callable[[str], dict | int]) -> dict:
+        """Takes up nothing; no replica saved a state of its own."""
+        return {}
+
+    def outer_weights(self) -> AbstractContextManager:
+        """`with` this: the model holds the weights to evaluate, as it always does."""
+        return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
         """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts

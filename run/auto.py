@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from optim.param_groups import averages_weights
 from precision import amp
 from run.optimizers import matrices_only, trial
 from settings import checks
@@ -55,7 +56,7 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: 
     lr = own_lr if cfg.lr is None else cfg.lr
     other = 0.01 if matrices_only(optimizer_class) else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
-    schedule = "constant" if hasattr(optimizer_class, "eval") else "wsd"  # Schedule-Free
+    schedule = "constant" if averages_weights(optimizer_class) else "wsd"  # Schedule-Free
     gpu, apart = device.type == "cuda", cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     if cfg.zero_init == "auto" and optimizer_class.__name__ in AGAINST_ZERO:
         cfg = update(cfg, zero_init=False)

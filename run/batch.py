@@ -3,6 +3,7 @@
 import torch
 
 from parallel.mesh import Mesh
+from parallel.protocol import DataParallel
 from settings.checks import divisor
 from settings.fields import Config
 
@@ -27,7 +28,7 @@ def batch_share(cfg: Config, dp: int) -> int:
     return share
 
 
-def largest_micro_batch(run, model, replicas, share: int, mesh: Mesh) -> int:
+def largest_micro_batch(run, model, replicas: DataParallel, share: int, mesh: Mesh) -> int:
     """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward
     fit. In a pipeline of p stages a size that gives 4 p micro-batches, or more, or as many as there
     can be.
@@ -38,9 +39,8 @@ def largest_micro_batch(run, model, replicas, share: int, mesh: Mesh) -> int:
     if (pp := mesh.sizes["pp"]) > 1:
         counts = [n for n in range(pp, share + 1, pp) if share % n == 0]  # of micro-batches
         return share // min((n for n in counts if n >= 4 * pp), default=max(counts, default=share))
-    size, spread = share, mesh.sizes["tp"] * mesh.sizes["cp"] > 1
-    kind, stage = type(replicas).__name__, getattr(replicas, "stage", 3)
-    spread |= (kind == "FSDP" or kind == "ZeRO" and stage > 1) and mesh.sizes["dp"] > 1
+    size = share
+    spread = mesh.sizes["tp"] * mesh.sizes["cp"] > 1 or replicas.backward_is_collective
     while mesh.device.type == "cuda":
         replicas.last_micro_batch(spread)  # what is not sent would stay inside FSDP
         try:

@@ -8,10 +8,11 @@ import torch
 import monitor
 import schedules
 from data import dataset
-from optim import mup
+from optim import mup, param_groups
 from parallel.coupled import refuse_coupled
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
+from parallel.protocol import DataParallel
 from parallel.shard import Shard
 from precision import onednn
 from precision.loss_scale import LossScaler
@@ -85,9 +86,8 @@ def offloaded(cfg: Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torc
 DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def data_parallel(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard]):
-    """How ranks share the work, see the interface in parallel/ddp.py; each file is imported only if
-    used.
+def data_parallel(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard]) -> DataParallel:
+    """How ranks share the work, see parallel/protocol.py; each file is imported only if used.
 
     tp_shards: of the parameters that tensor parallelism has divided, see parallel/tensor.py.
     """
@@ -250,7 +250,7 @@ def stepper(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_clas
     """
     group, needed = trial(cfg, optimizer_class)
     # Schedule-Free, whose momentum says where its average lies
-    averages = hasattr(optimizer_class, "eval")
+    averages = param_groups.averages_weights(optimizer_class)
     if cfg.momentum_warmup is not None and (averages or "momentum" not in group):
         raise ValueError(
             f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out"

@@ -241,6 +241,12 @@ def check_model_parallel(cfg: Config) -> None:
             "pp_schedule=zerobubble takes apart what compile puts together; type "
             "--pp_schedule=1f1b, or --compile=off"
         )
+    how = cfg.activation_checkpoint or "none"
+    if cfg.pp > 1 and cfg.pp_schedule == "zerobubble" and how != "none":
+        raise ValueError(
+            f"--activation_checkpoint={how} does not go with --pp_schedule=zerobubble, which "
+            "keeps activations for the weights' gradients; type --pp_schedule=1f1b"
+        )
     if cfg.activation_checkpoint == "full_sharded" and (cfg.sp or cfg.tp == 1):
         raise ValueError(
             "activation_checkpoint=full_sharded shares out what tp ranks hold alike, with tp=1 "

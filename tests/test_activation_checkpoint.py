@@ -130,8 +130,8 @@ def replicas(rank, world, layout, hows, shape):
         with torch.device("meta"):
             model = GPT(GPTConfig(**shape)).to(torch.float64)
         keep_less(model, how)
-        spread.wrap(model)
-        spread.fill(partial(initial_weight, model.config))
+        spread.parallelize(model)
+        spread.init_weights(partial(initial_weight, model.config))
         for i, rows in enumerate(torch.arange(4).chunk(world)[rank].chunk(2)):
             spread.last_micro_batch(i == 1)
             run(model, rows)

@@ -41,8 +41,8 @@ def trained(rank, world, layout, probe, fails=()):
         "zero3": lambda *a: ZeRO(*a, 3),
     }
     replicas, size = kinds[layout](dist.group.WORLD, CPU), None
-    model = replicas.wrap(model)
-    replicas.fill(lambda name, shape: initial_weight(model.config, name, shape))
+    model = replicas.parallelize(model)
+    replicas.init_weights(lambda name, shape: initial_weight(model.config, name, shape))
     rows = torch.randint(256, (4 * world, 9), generator=torch.Generator().manual_seed(0))
 
     def run(numbers):
@@ -264,6 +264,11 @@ def test_an_outer_step_cannot_change_on_the_way():
         (
             ["--data_parallel=fsdp", "--pp=2", "--pp_schedule=zerobubble"],
             "or --data_parallel=zero1",
+        ),
+        (
+            ["--activation_checkpoint=every_2", "--pp=2", "--pp_schedule=zerobubble"],
+            "--activation_checkpoint=every_2 does not go with --pp_schedule=zerobubble, which "
+            "keeps activations for the weights' gradients; type --pp_schedule=1f1b",
         ),
         (["--compress=topk", "--tp=2"], "does not go with tp"),
         (["--diloco_every=2", "--cp=2"], "does not go with cp"),

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checkpoint import load as checkpoint
 from checkpoint import save
 from parallel import compression
-from parallel.ddp import DDP, Bucket, all_reduce
+from parallel.ddp import DDP, AllReduce, Bucket
 
 CPU = torch.device("cpu")
 METHODS = dict(
@@ -273,9 +273,9 @@ def steps(
 
 
 def ours(rank, world, method, options, bucket_mb=25.0, n=6, micro_batches=1):
-    reduce = all_reduce if method is None else make(method, **options)
+    reduce = AllReduce() if method is None else make(method, **options)
     replicas = DDP(dist.group.WORLD, CPU, bucket_mb, reduce)
-    model = replicas.wrap(net())
+    model = replicas.parallelize(net())
     wait, before = replicas.finish_gradients, replicas.last_micro_batch
     seen = steps(model, wait, world, rank, n, 0, micro_batches, before)
     return seen, [p.detach() for p in model.parameters()], replicas.sent_bytes
@@ -289,11 +289,10 @@ def first_q(seed, name, columns, rank):
 def beside_torch(rank, world, dtype, columns):
     """Two plain steps (their hook insists), then six compressed ones, from the same Q."""
     mine = compression.powersgd(rank=columns, seed=3)
-    replicas = DDP(
-        dist.group.WORLD, CPU, reduce=lambda *a: (mine if len(got) >= 2 else all_reduce)(*a)
-    )
-    model, got = replicas.wrap(net(dtype)), []
+    replicas = DDP(dist.group.WORLD, CPU)
+    model, got = replicas.parallelize(net(dtype)), []
     for step in range(8):
+        replicas.reduce = mine if len(got) >= 2 else AllReduce()
         got += steps(model, replicas.finish_gradients, world, rank, 1, step, dtype=dtype)
 
     theirs = DistributedDataParallel(net(dtype))
@@ -487,16 +486,16 @@ def reader(folder):
 def train(rank, world, method, folder, first, n, load):
     reduce = make(method)
     replicas = DDP(dist.group.WORLD, CPU, reduce=reduce)
-    model = replicas.wrap(net())
+    model = replicas.parallelize(net())
     if load:
-        reduce.load(reader(folder / "step-00000003"), rank, world)
-        replicas.fill(
+        reduce.load_state_dict(reader(folder / "step-00000003"), rank, world)
+        replicas.init_weights(
             lambda name, shape: checkpoint.load(folder / "step-00000003").tensor(f"model/{name}")
         )
     seen = steps(
         model, replicas.finish_gradients, world, rank, n, first, before=replicas.last_micro_batch
     )
-    tree = {"model": replicas.weights(), "compress": reduce.tree(rank, world)}
+    tree = {"model": replicas.weights(), "compress": reduce.state_dict(rank, world)}
     if folder is not None:
         save.save(folder, first + n, tree)
     return seen[3 - first :] if first < 3 else seen, reduce.residuals, reduce.shared
@@ -522,7 +521,7 @@ def test_a_resume_goes_on_bitwise(method, tmp_path):
 def test_another_number_of_replicas_owes_the_same_sum(saved, loaded, tmp_path):
     def load(rank, world):
         reduce = make("powersgd")
-        reduce.load(reader(tmp_path / "step-00000003"), rank, world)
+        reduce.load_state_dict(reader(tmp_path / "step-00000003"), rank, world)
         return reduce.residuals, reduce.shared
 
     before = run_ranks(saved, train, "powersgd", tmp_path, 0, 3, False)
@@ -541,7 +540,9 @@ def test_another_rank_draws_a_new_q():
         everyone = [None, None]
         dist.all_gather_object(everyone, old.residuals)
         tree = {"replicas": 2, "shared": old.shared, "residuals": dict(zip("01", everyone))}
-        new.load(lambda part: functools.reduce(dict.get, part.split("/"), tree), rank, world)
+        new.load_state_dict(
+            lambda part: functools.reduce(dict.get, part.split("/"), tree), rank, world
+        )
         new(filled_bucket(rank, 1), dist.group.WORLD).wait()
         return new.shared["a"].shape
 

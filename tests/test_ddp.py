@@ -26,7 +26,7 @@ def data(n=8):
 def gradients(rank, world, micro_batches, bucket_mb, group="world"):
     model = net()
     replicas = DDP(dist.group.WORLD if group == "world" else None, CPU, bucket_mb)
-    model = replicas.wrap(model)
+    model = replicas.parallelize(model)
     for _ in range(2):  # the second step must not remember the first
         model.zero_grad(set_to_none=True)
         parts = data().chunk(world)[rank].chunk(micro_batches)
@@ -86,7 +86,7 @@ def unused(rank, world):
     extra = nn.Parameter(torch.ones(3, dtype=torch.double))
     model.register_parameter("extra", extra)
     replicas = DDP(dist.group.WORLD, CPU)
-    replicas.wrap(model)
+    replicas.parallelize(model)
     for used in (True, rank == 0, False, True):  # everywhere, on rank 0 alone, nowhere
         model.zero_grad(set_to_none=True)
         out = model(data()).sum() + (extra.sum() if used else 0)
@@ -110,7 +110,7 @@ def overlap(rank, world):
     arrived, reduce = replicas.arrived, dist.all_reduce
     replicas.arrived = lambda p, b, v: (events.append("grad"), arrived(p, b, v))[1]
     dist.all_reduce = lambda *a, **k: (events.append("send"), reduce(*a, **k))[1]
-    replicas.wrap(model)
+    replicas.parallelize(model)
     model(data()).sum().backward()
     replicas.finish_gradients()
     dist.all_reduce = reduce
@@ -161,8 +161,8 @@ def filled(rank, world):
         model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
         model[1].weight = model[0].weight  # tied
     replicas = DDP(dist.group.WORLD, CPU)
-    model = replicas.wrap(model)
-    replicas.fill(lambda name, shape: torch.full(shape, 7.0))
+    model = replicas.parallelize(model)
+    replicas.init_weights(lambda name, shape: torch.full(shape, 7.0))
     names = [name for name, _ in model.named_parameters()]
     return names, model[1].weight.sum().item(), len(replicas.weights())
 

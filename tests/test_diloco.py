@@ -65,8 +65,8 @@ def train(replicas, model, optimizer, rank, world, steps, micro_batches=1):
 def run(rank, world, cls, arguments, n, options=None, arch="modern", micro_batches=1):
     group = dist.group.WORLD if world > 1 else None
     replicas = DDP(group, CPU) if options is None else DiLoCo(group, CPU, **options)
-    model = replicas.wrap(start(arch))
-    replicas.fill(lambda name, shape: initial_weight(model.config, name, shape))
+    model = replicas.parallelize(start(arch))
+    replicas.init_weights(lambda name, shape: initial_weight(model.config, name, shape))
     optimizer = optimizer_of(replicas, model, cls, **arguments)
     seen = train(replicas, model, optimizer, rank, world, range(n), micro_batches)
     return (
@@ -111,8 +111,8 @@ def simulated(world, cls, arguments, n, every, lr, momentum, nesterov):
     """All replicas one after the other, the outer step by torch's SGD; the loss of each is its
     rows' mean."""
     alone = DDP(None, CPU)
-    anchor = alone.wrap(start())
-    alone.fill(lambda name, shape: initial_weight(anchor.config, name, shape))
+    anchor = alone.parallelize(start())
+    alone.init_weights(lambda name, shape: initial_weight(anchor.config, name, shape))
     outer = torch.optim.SGD(anchor.parameters(), lr=lr, momentum=momentum, nesterov=nesterov)
     models = [copy.deepcopy(anchor) for _ in range(world)]
     inner = [optimizer_of(alone, model, cls, **arguments) for model in models]
@@ -184,12 +184,12 @@ def test_wire_carries_one_all_reduce_of_the_weights_per_round():
 # ---- looking and saving --------------------------------------------------------------------------
 def look(rank, world):
     replicas = DiLoCo(dist.group.WORLD, CPU, every=3)
-    model = replicas.wrap(start())
-    replicas.fill(lambda name, shape: initial_weight(model.config, name, shape))
+    model = replicas.parallelize(start())
+    replicas.init_weights(lambda name, shape: initial_weight(model.config, name, shape))
     optimizer = optimizer_of(replicas, model, AdamW, lr=0.01)
     train(replicas, model, optimizer, rank, world, range(4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with replicas.at_anchor():
+    with replicas.outer_weights():
         inside = {name: p.detach().clone() for name, p in model.named_parameters()}
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     return before, inside, after, replicas.weights()
@@ -210,13 +210,13 @@ def resumable(rank, world, folder, first, n, options):
     """As train.py does it: from the checkpoint of step `first` if there is one, n steps, a
     checkpoint."""
     replicas = DiLoCo(dist.group.WORLD if world > 1 else None, CPU, **options)
-    model = replicas.wrap(start())
+    model = replicas.parallelize(start())
     saved = load.load(folder / f"step-{first:08d}") if first else None
     initial = functools.partial(initial_weight, model.config)
-    replicas.fill(saved.weights("model") if first else initial)
+    replicas.init_weights(saved.weights("model") if first else initial)
     optimizer = optimizer_of(replicas, model, AdamW, lr=0.01)
     if first:
-        own = replicas.load(lambda part: saved.tree(f"diloco/{part}", missing={}))
+        own = replicas.load_state_dict(lambda part: saved.tree(f"diloco/{part}", missing={}))
         states = saved.tree("optim/state") | own
         load_state_by_name(
             optimizer, saved.tree("optim/groups"), lambda name, *_: states.get(name, {})
@@ -225,8 +225,8 @@ def resumable(rank, world, folder, first, n, options):
     train(replicas, model, optimizer, rank, world, range(first, first + n))
     if folder is not None:
         state = state_by_name(optimizer)
-        tree = {"model": replicas.weights(), "optim": state if replicas.saves else {}}
-        save.save(folder, first + n, tree | {"diloco": replicas.tree(state["state"])})
+        tree = {"model": replicas.weights(), "optim": state if replicas.rank == 0 else {}}
+        save.save(folder, first + n, tree | {"diloco": replicas.state_dict(state["state"])})
     end = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: s["exp_avg"] for name, s in state_by_name(optimizer)["state"].items()}
     return begin, end, moments, replicas.anchor
@@ -269,6 +269,6 @@ def test_bad_options_are_refused():
         with pytest.raises(ValueError, match=word):
             DiLoCo(None, CPU, **options)
     replicas = DiLoCo(None, CPU, every=2)
-    model = replicas.wrap(nn.Linear(2, 2, device="meta"))
+    model = replicas.parallelize(nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="AdamWScheduleFree.*adamw"):
         optimizer_of(replicas, model, AdamWScheduleFree, lr=0.1)

@@ -663,9 +663,9 @@ def layouts(rank, world):
         with torch.device("meta"):
             model = GPT(GPTConfig(**shape)).double()
         fp8.convert(model, CPU, scaling="block")
-        model = replicas.wrap(model)
+        model = replicas.parallelize(model)
         torch.manual_seed(0)
-        replicas.fill(
+        replicas.init_weights(
             lambda n, size: torch.sin(torch.arange(math.prod(size)) * len(n)).view(size) / 4
         )
         tokens = torch.randint(64, (8, 33))

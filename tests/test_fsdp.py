@@ -45,14 +45,14 @@ def start(group, arch, **options):
     with torch.device("meta"):
         model = GPT(c)
     replicas = FSDP(group, CPU, **options)
-    model = replicas.wrap(model.to(torch.float64))
+    model = replicas.parallelize(model.to(torch.float64))
 
     # Noise on top, or gpt2's biases and modern's projections would be zeros
     def source(name, shape):
         generator = torch.Generator().manual_seed(len(name))
         return initial_weight(c, name, shape) + 0.1 * torch.randn(shape, generator=generator)
 
-    replicas.fill(source)
+    replicas.init_weights(source)
     return model, replicas
 
 
@@ -75,7 +75,7 @@ def forward_backward(model, replicas, step, rank, world, micro_batches):
     replicas.finish_gradients()
     squares = (
         torch.stack([g.square().sum() for g in replicas.gradients().values()]).sum()
-        * replicas.counts
+        * replicas.is_primary
     )
     if dist.is_initialized():
         dist.all_reduce(squares)
@@ -88,7 +88,7 @@ def evaluate(model, replicas, optimizer):
     for mode in (getattr(optimizer, m, None) for m in ("eval", "train")):
         if mode is not None:
             mode()
-            replicas.share_weights()
+            replicas.broadcast_weights()
         model.eval()
         with torch.no_grad():
             found.append(model(tokens[:, :-1], tokens[:, 1:]).item())
@@ -338,13 +338,13 @@ def looked_at(rank, world):
             for p in group["params"]:
                 p.mul_(0.5)
     assert evaluate(model, replicas, optimizer) == before
-    replicas.share_weights()
+    replicas.broadcast_weights()
     assert evaluate(model, replicas, optimizer) != before
     replicas.last_micro_batch(False)  # leaves the weights gathered
     model(batch(0)[:, :-1], batch(0)[:, 1:]).backward()
-    replicas.fill(lambda name, shape: initial_weight(GPTConfig(**MODERN), name, shape))
+    replicas.init_weights(lambda name, shape: initial_weight(GPTConfig(**MODERN), name, shape))
     after = evaluate(model, replicas, optimizer)
-    replicas.share_weights()  # the owners, too, have the new weights
+    replicas.broadcast_weights()  # the owners, too, have the new weights
     assert evaluate(model, replicas, optimizer) == after != before
     return after
 
@@ -353,8 +353,8 @@ def test_weights_filled_in_later_replace_all_copies():
     with torch.device("meta"):
         model = GPT(GPTConfig(**MODERN))
     replicas = FSDP(None, CPU)
-    model = replicas.wrap(model.to(torch.float64))
-    replicas.fill(lambda name, shape: initial_weight(GPTConfig(**MODERN), name, shape))
+    model = replicas.parallelize(model.to(torch.float64))
+    replicas.init_weights(lambda name, shape: initial_weight(GPTConfig(**MODERN), name, shape))
     expected = evaluate(model, replicas, optimizer_of(SGD, model, replicas))
     for found in run_ranks(2, looked_at):
         assert found == pytest.approx(expected, abs=1e-10)
@@ -367,8 +367,8 @@ def half_precision(rank, world, policy):
         with torch.device("meta"):
             model = GPT(c)
         replicas = FSDP(dist.group.WORLD, CPU, **options)
-        model = replicas.wrap(model)
-        replicas.fill(lambda name, shape: initial_weight(c, name, shape) + 0.01)
+        model = replicas.parallelize(model)
+        replicas.init_weights(lambda name, shape: initial_weight(c, name, shape) + 0.01)
         optimizer = optimizer_of(SGD, model, replicas)
         losses = []
         for step in range(3):
@@ -408,6 +408,6 @@ def test_what_cannot_be_is_refused():
 
 def test_one_process_needs_no_process_group():
     model, replicas = start(None, MODERN)
-    assert not dist.is_initialized() and replicas.counts and replicas.shards == {}
+    assert not dist.is_initialized() and replicas.is_primary and replicas.shards == {}
     assert replicas.weights() == dict(model.named_parameters()) and replicas.sent_bytes == 0
     assert not any(hasattr(p, "placements") for p in model.parameters())

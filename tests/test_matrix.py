@@ -173,8 +173,8 @@ def lock_step(rank, world):
         oracle.zero_grad()
         (oracle(tokens[:, :-1], tokens[:, 1:]) / 64).backward()
         for layout, replicas in layouts(dist.group.WORLD, world):
-            model, mine = replicas.wrap(tiny("meta")), tokens.chunk(world)[rank]
-            replicas.fill(lambda name, shape: weights[name].detach())
+            model, mine = replicas.parallelize(tiny("meta")), tokens.chunk(world)[rank]
+            replicas.init_weights(lambda name, shape: weights[name].detach())
             groups = param_groups.param_groups(model, lrs, 0.1)
             optimizer = replicas.make_optimizer(SOAP, groups, precondition_frequency=2)
             state = copy.deepcopy(saved["state"])

@@ -107,8 +107,8 @@ def weights(name, shape):
 def start(replicas, optimizer, make=Net, dtype=None):
     with torch.device("meta"):
         model = make()
-    model = replicas.wrap(model if dtype is None else model.to(dtype))
-    replicas.fill(weights)
+    model = replicas.parallelize(model if dtype is None else model.to(dtype))
+    replicas.init_weights(weights)
     cls, options = OPTIMIZERS[optimizer]
     lrs = dict(matrix=0.05, embedding=0.05, head=0.05, scalar=0.03)
     groups = param_groups(model, lrs, 0.1, muon=cls is Muon)
@@ -454,8 +454,8 @@ def thawing(rank, world, replicas):
         model = Net()
     thaws, freezes = "blocks.1.fc.weight", "blocks.2.fc.weight"
     model.get_parameter(thaws).requires_grad_(False)
-    model = replicas.wrap(model)
-    replicas.fill(weights)
+    model = replicas.parallelize(model)
+    replicas.init_weights(weights)
     model.get_parameter(thaws).requires_grad_()  # for param_groups
     lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 0.05)
     optimizer = replicas.make_optimizer(AdamW, param_groups(model, lrs, 0.1))
@@ -473,7 +473,9 @@ def thawing(rank, world, replicas):
 
 def thaws_in(rank, world, layout):
     if layout == "ddp":
-        with pytest.raises(RuntimeError, match=r"frozen at wrap.*set requires_grad before wrap"):
+        with pytest.raises(
+            RuntimeError, match=r"frozen at parallelize.*set requires_grad before parallelize"
+        ):
             thawing(rank, world, made(layout))
         return None
     return thawing(rank, world, made(layout))
@@ -558,16 +560,16 @@ def local(rank, world, first, n, folder, options):
     model, optimizer = start(replicas, "adamw")
     if first:
         saved = load.load(folder / f"step-{first:08d}")
-        replicas.fill(saved.weights("model"))
-        own = replicas.load(lambda part: saved.tree(f"diloco/{part}", missing={}))
+        replicas.init_weights(saved.weights("model"))
+        own = replicas.load_state_dict(lambda part: saved.tree(f"diloco/{part}", missing={}))
         groups = saved.tree("optim/groups")
         load_state_by_name(optimizer, groups, lambda name, *_: own.get(name, {}))
     for step in range(first, first + n):
         step_of(model, optimizer, replicas, parts(step, rank, world))
     if folder is not None:
         state = state_by_name(optimizer)
-        tree = {"model": replicas.weights(), "optim": state if replicas.saves else {}}
-        save.save(folder, first + n, tree | {"diloco": replicas.tree(state["state"])})
+        tree = {"model": replicas.weights(), "optim": state if replicas.rank == 0 else {}}
+        save.save(folder, first + n, tree | {"diloco": replicas.state_dict(state["state"])})
     named = {name: p.detach().clone() for name, p in model.named_parameters()}
     return named, replicas.anchor, replicas.outer_momentum
 

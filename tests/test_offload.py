@@ -533,8 +533,8 @@ def trained(rank, world, layout, cls, folder):
             if layout == "fsdp"
             else replicas.ZeRO(dist.group.WORLD, CPU, int(layout[-1]))
         )
-        model = replicas.wrap(model)
-        replicas.fill(lambda name, shape: initial_weight(config, name, shape))
+        model = replicas.parallelize(model)
+        replicas.init_weights(lambda name, shape: initial_weight(config, name, shape))
         lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 0.02)
         optimizer = replicas.make_optimizer(
             cls, param_groups(model, lrs, 0.1, muon=cls is muon.Muon)

@@ -556,8 +556,8 @@ def on_layout(rank, world, folder, classes):
             replicas = make()
             with torch.device("meta"):
                 model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8))
-            config, model = model.config, replicas.wrap(model)
-            replicas.fill(lambda n, shape: initial_weight(config, n, shape))
+            config, model = model.config, replicas.parallelize(model)
+            replicas.init_weights(lambda n, shape: initial_weight(config, n, shape))
             lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 0.02)
             groups = param_groups(model, lrs, 0.1, muon=cls is Muon)
             optimizer = replicas.make_optimizer(cls, groups)

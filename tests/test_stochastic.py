@@ -697,8 +697,8 @@ def trained(rank, world, layout, cls):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     group = dist.group.WORLD if world > 1 else None
     replicas = FSDP(group, CPU) if layout == "fsdp" else ZeRO(group, CPU, int(layout[-1]))
-    model = replicas.wrap(model)
-    replicas.fill(start)
+    model = replicas.parallelize(model)
+    replicas.init_weights(start)
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = groups_of.param_groups(model, lrs, 0.1, muon=cls is muon.Muon)
     optimizer = stochastic(replicas.make_optimizer(cls, groups), 1, replicas.shards)

@@ -293,7 +293,7 @@ def after_loading(rank, world):
     with torch.no_grad():
         for p, x in zip(params, tensors(0)):
             p.copy_(distribute_tensor(x, mesh, [Shard(0)]))
-    adapter.take_weights()
+    adapter.gather_weights()
     for p, x in zip(params, tensors(1)):
         p.grad = distribute_tensor(x, mesh, [Shard(0)])
     adapter.optimizer.step()
@@ -304,7 +304,7 @@ def after_loading(rank, world):
         for group in adapter.optimizer.param_groups:
             for p in group["params"]:
                 p.mul_(2)
-    adapter.share_weights()
+    adapter.broadcast_weights()
     return whole, [p.full_tensor().detach() for p in params]
 
 

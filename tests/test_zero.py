@@ -67,8 +67,8 @@ class Replica:
         model = build(shape, dtype)
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
-        self.model = replicas.wrap(model)
-        replicas.fill(lambda name, size: initial_weight(self.model.config, name, size))
+        self.model = replicas.parallelize(model)
+        replicas.init_weights(lambda name, size: initial_weight(self.model.config, name, size))
         cls, options = OPTIMIZERS[optimizer]
         lr, others = options["lr"], 0.01 if optimizer == "muon" else options["lr"]
         lrs = dict(matrix=lr, embedding=others, head=others, scalar=others)
@@ -97,7 +97,7 @@ class Replica:
     def norm(self):
         squares = torch.zeros((), dtype=torch.float64)
         for g in self.replicas.gradients().values():
-            squares += g.square().sum() if self.replicas.counts else 0
+            squares += g.square().sum() if self.replicas.is_primary else 0
         if dist.is_initialized():
             dist.all_reduce(squares)
         return squares.sqrt().item()
@@ -243,14 +243,14 @@ def looks(rank, world, stage, optimizer, shape):
     seen = []
     for step in range(3):
         with torch.no_grad(), param_groups.evaluation_weights(replica.optimizer):
-            zero.share_weights()
+            zero.broadcast_weights()
             replica.model.eval()
             seen.append(replica.loss(batch(9, shape), torch.arange(ROWS)).item())
             seen += generate(replica.model, torch.zeros(1, 1, dtype=torch.long), 10, seed=1)[
                 0
             ].tolist()
             replica.model.train()
-        zero.share_weights()
+        zero.broadcast_weights()
         replica.gradients(step)
         # And no backward: none of these weights may be left
         replica.loss(batch(9, shape), torch.arange(1))
@@ -323,8 +323,8 @@ def uneven_use(rank, world, stage):
         extra = torch.nn.Parameter(torch.empty(3, device="meta", dtype=torch.float64))
         model.blocks[name].register_parameter("extra", extra)
     zero = ZeRO(dist.group.WORLD, CPU, stage, bucket_mb=1e-4)
-    zero.wrap(model)
-    zero.fill(lambda name, size: initial_weight(model.config, name, size))
+    zero.parallelize(model)
+    zero.init_weights(lambda name, size: initial_weight(model.config, name, size))
     out, tokens = [], batch(0, MODERN)[:2]
     if rank == 0:
         scale = torch.arange(16.0)
@@ -466,8 +466,8 @@ def test_reduce_dtype_rounds_what_is_sent():
 def fetched(rank, world):
     """Which parameters rank asks for, and the bytes it holds after filling them."""
     zero, asked = ZeRO(dist.group.WORLD, CPU, 3), []
-    model = zero.wrap(build(MODERN))
-    zero.fill(lambda name, size: asked.append(name) or torch.zeros(size))
+    model = zero.parallelize(build(MODERN))
+    zero.init_weights(lambda name, size: asked.append(name) or torch.zeros(size))
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
     }
