@@ -1,27 +1,27 @@
-"""The spike guard: looks at the loss and the gradient's norm of a step before the optimizer takes
+"""The spike monitor: looks at the loss and the gradient's norm of a step before the optimizer takes
 it.
 
-    forward, backward ─► one sum over all ranks ─► look ─► step | skip | rollback | abort
+    forward, backward ─► one sum over all ranks ─► check ─► step | skip | rollback | abort
 
-    detector    expected                       a spike is above                          numbers
-    robust      line through the last losses   expected + z robust sd (1.4826 MAD)       z=5.75, window=100
-    ema         debiased EMA                   5 x expected                              factor=5, decay=0.99
-    window      mean of the last losses        5 x expected                              factor=5, window=100
-    previous    the loss before                3 x expected                              factor=3
-    grad_norm   median of the norms            10, or 3 x expected if that is more       limit=10
+    detector    expected                  a spike is above                      numbers
+    robust      line through last losses  expected + z robust sd (1.4826 MAD)   z=5.75, window=100
+    ema         debiased EMA              5 x expected                          factor=5, decay=0.99
+    window      mean of the last losses   5 x expected                          factor=5, window=100
+    previous    the loss before           3 x expected                          factor=3
+    grad_norm   median of the norms       10, or 3 x expected if that is more   limit=10
 
 All ranks see the same sums and compute alike in Python's floats: one decision, no further message.
 The first `warmup` steps are silent. Then: compare, absorb what is accepted; the `accept`-th
 suspicious step in a row is the new level. (Texts often absorb first, NaN too, or skip for ever
 after a lasting change.) A factor hardly ever fires: 5 x a loss of 3 is above ln 50257, that of
-knowing nothing. `robust`, the default, never foretells less than the last 8 losses: a falling loss
+knowing nothing. `robust`, the default, never predicts less than the last 8 losses: a falling loss
 is convex and lies above lines through its past. What is not finite is found at any step (fp16
 gradients are the loss scaler's); a norm below `vanishing` is a warning.
 
     warn, skip   the update is taken, is not taken
     clip         taken; for `recover` steps the gradient's norm is clipped to `clip`
     lr_cut       taken if finite; lr x `cut` grows back over `recover` steps
-    rollback     the ring's last state from before this step comes back, and all rows since then are
+    rollback     the last snapshot from before this step comes back, and all rows since then are
                  banned for good, with this batch's: with the same data it would only come here
                  again. The next one within `recover` steps goes one state further back and bans 1,
                  3, 7 batches more ahead; after `rollbacks` of them: abort. ring=0: the newest
@@ -34,9 +34,10 @@ Llama 3 (2407.21783), often quoted for automatic rollback, tells of few spikes a
 
 import inspect
 import math
+from dataclasses import dataclass, field, fields, replace
 from statistics import median
 
-from checkpoint.snapshots import Ring
+from checkpoint.snapshots import SnapshotBuffer
 
 
 # ---- detectors: what was accepted, oldest first -> (expected, what a spike is above) -------------
@@ -75,16 +76,105 @@ def grad_norm(norms: list[float], limit: float = 10.0) -> tuple[float, float]:
 
 
 DETECTORS = {f.__name__: f for f in (robust, ema, window, previous, grad_norm)}
-SLOWER = "a longer warm-up (--warmup_steps) or a lower --lr"
 
 
-class Guard:
-    """take() and look() before each step, then clip() and lr(); `events` is for metrics.jsonl.
+# ---- the numbers: --monitor.NAME= ----------------------------------------------------------------
+def number(default, help: str, least: float | None = None, below: float = 1e9):
+    """One number: least <= value < below; without `least` it is above 0."""
+    return field(default=default, metadata=dict(help=help, least=least, below=below))
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """None is the detector's own default. Raises ValueError for what is not allowed."""
+
+    detector: str = field(default="robust", metadata=dict(help="or several, joined by +"))
+    factor: float = number(None, "ema, window, previous: a spike is above factor x expected")
+    decay: float = number(None, "ema: what the average keeps of itself each step", below=1)
+    window: int = number(None, "robust, window: so many of the last losses count", least=4)
+    z: float = number(None, "robust: a spike is so many robust sd above expected")
+    limit: float = number(None, "grad_norm: no norm up to this is a spike")
+    warmup: int = number(20, "accepted steps until the detectors speak", least=4)
+    accept: int = number(10, "so many suspicious steps in a row are the new level")
+    vanishing: float = number(0.01, "a gradient norm below this is a warning", least=0)
+    clip: float = number(0.1, "clip: what the gradient's norm is clipped to after a spike")
+    cut: float = number(0.5, "lr_cut: what lr is multiplied with at a spike", below=1)
+    recover: int = number(100, "steps until clip, lr_cut and a row of rollbacks are over")
+    ring: int = number(2, "rollback: snapshots in host memory; 0 = checkpoints instead", least=0)
+    ring_every: int = number(25, "rollback: steps between snapshots")
+    rollbacks: int = number(4, "rollback: so many in a row, then abort")
+
+    def __post_init__(self):
+        for f in fields(self):
+            if "below" in f.metadata and getattr(self, f.name) != f.default:
+                self.check_range(f.name, **f.metadata)
+        if any(name not in DETECTORS for name in self.names()):
+            raise ValueError(
+                f"--monitor.detector={self.detector}: take {', '.join(DETECTORS)}, or several by +"
+            )
+        taken = set().union(*self.detectors().values())
+        for name in OF_DETECTORS:
+            if getattr(self, name) is not None and name not in taken:
+                raise ValueError(
+                    f"--monitor.{name} means nothing to detector={self.detector}; leave it out"
+                )
+
+    def check_range(self, name: str, help: str, least: float | None, below: float) -> None:
+        value = getattr(self, name)
+        is_number = type(value) in (int, float)
+        if not is_number or not (0 < value if least is None else least <= value) or value >= below:
+            above = "above 0" if least is None else f"{least} or more"
+            raise ValueError(
+                f"--monitor.{name}={value}: it takes a number, {above} and below {below:g}"
+            )
+
+    def names(self) -> list[str]:
+        return str(self.detector).split("+")
+
+    def detectors(self) -> dict[str, dict[str, float]]:
+        """What of this each detector takes: {"ema": {"factor": 3.0}}."""
+        given = {k: getattr(self, k) for k in OF_DETECTORS if getattr(self, k) is not None}
+        return {
+            name: {
+                k: x for k, x in given.items() if k in inspect.signature(DETECTORS[name]).parameters
+            }
+            for name in self.names()
+        }
+
+
+OF_DETECTORS = ("factor", "decay", "window", "z", "limit")
+
+
+# ---- the monitor ---------------------------------------------------------------------------------
+@dataclass
+class Seen:
+    """What a rollback takes back. Lists are replaced, never changed."""
+
+    losses: list[float] = field(default_factory=list)  # accepted, oldest first
+    norms: list[float] = field(default_factory=list)
+    rejected: list[list[float]] = field(default_factory=list)  # [loss, norm], in a row till now
+    low: bool = False  # is the norm vanishing?
+    clip_until: int = 0  # the step
+    lr: float = 1.0  # what the newest cut left of it
+    cut_at: int = 0
+
+
+@dataclass
+class Done:
+    """What stays after a rollback."""
+
+    place: int = 0  # the step of the newest rollback
+    times: int = 0  # rollbacks in a row
+    bad: int = 0  # steps in a row that were not finite
+    found: list[int] = field(default_factory=list)  # steps of the newest three spikes
+
+
+class SpikeMonitor:
+    """snapshot() and check() before each step, then clip() and lr(); `events` is for metrics.jsonl.
 
     position: has `next`, a row, and ban(first, last). kept: what else a step changes, with tree()
-    and load(). on_spike, on_nonfinite: policies, None = off. detector: or several, joined by +;
-    factor ... limit: its numbers. disk: what a rollback goes back to with ring=0, see Ring. Raises
-    ValueError for what is not allowed.
+    and load(). on_spike, on_nonfinite: policies, None = off. disk: what a rollback goes back to
+    with ring=0, see SnapshotBuffer.
     """
 
     def __init__(
@@ -96,147 +186,101 @@ class Guard:
         on_spike: str | None = "skip",
         on_nonfinite: str | None = "skip",
         precision: str = "fp32",
-        detector: str = "robust",
-        factor: float = None,
-        decay: float = None,
-        window: int = None,
-        z: float = None,
-        limit: float = None,
-        warmup: int = 20,
-        accept: int = 10,
-        vanishing: float = 0.01,
-        clip: float = 0.1,
-        cut: float = 0.5,
-        recover: int = 100,
-        ring: int = 2,
-        ring_every: int = 25,
-        rollbacks: int = 4,
+        config: MonitorConfig = MonitorConfig(),
         disk=None,
     ):
-        own = dict(factor=factor, decay=decay, window=window, z=z, limit=limit)
-        own, names = {k: x for k, x in own.items() if x is not None}, str(detector).split("+")
-        self.numbers = n = dict(
-            warmup=warmup,
-            accept=accept,
-            vanishing=vanishing,
-            clip=clip,
-            cut=cut,
-            recover=recover,
-            ring=ring,
-            ring_every=ring_every,
-            rollbacks=rollbacks,
-        )
-        for k, x in (own | n).items():
-            least, most = 4 if k in ("warmup", "window") else 0, 1 if k in ("decay", "cut") else 1e9
-            off = x == 0 and k not in ("vanishing", "ring")
-            if type(x) not in (int, float) or not least <= x < most or off:
-                above = f"{least} or more" if least or k in ("vanishing", "ring") else "above 0"
-                raise ValueError(
-                    f"--monitor.{k}={x}: it takes a number, {above} and below {most:g}"
+        self.config, self.detectors = config, config.detectors()
+        self.on_spike, self.on_nonfinite = on_spike, on_nonfinite
+        self.fp16 = precision == "fp16"
+        self.position, self.snapshots = position, None
+        if "rollback" in (on_spike, on_nonfinite):
+            self.snapshots = disk
+            if config.ring:
+                self.snapshots = SnapshotBuffer(
+                    config.ring, config.ring_every, model, optimizer, kept
                 )
-        if any(name not in DETECTORS for name in names):
-            raise ValueError(
-                f"--monitor.detector={detector}: take {', '.join(DETECTORS)}, or several by +"
-            )
-        takes = {name: own.keys() & inspect.signature(DETECTORS[name]).parameters for name in names}
-        for k in own.keys() - set().union(*takes.values()):
-            raise ValueError(f"--monitor.{k} means nothing to detector={detector}; leave it out")
-        self.detectors = {name: {k: own[k] for k in ks} for name, ks in takes.items()}
-        self.on_spike, self.on_nonfinite, self.fp16 = on_spike, on_nonfinite, precision == "fp16"
-        backs = "rollback" in (on_spike, on_nonfinite)
-        states = Ring(ring, ring_every, model, optimizer, kept) if ring else disk
-        self.position, self.ring = position, states if backs else None
-        self.events, self.back_at, self.sentence, self.keep = [], 0, "", max(500, window or 0)
-        # Goes back in a rollback
-        self.seen = {
-            "losses": [],
-            "norms": [],
-            "rejected": [],
-            "low": False,
-            "clip_until": 0,
-            "lr": 1.0,
-            "cut_at": 0,
-        }
-        self.done = {"place": 0, "times": 0, "bad": 0, "found": []}
+        self.events, self.back_at, self.sentence = [], 0, ""
+        self.length = max(500, config.window or 0)  # losses and norms that are remembered
+        self.seen, self.done = Seen(), Done()
 
-    def take(self, step: int) -> None:
-        """Before each step: now and then, what there is goes into the ring."""
-        if self.ring is not None:
-            self.ring.take(step, (dict(self.seen), self.position.next))
+    def snapshot(self, step: int) -> None:
+        """Before each step: now and then, what there is goes into memory."""
+        if self.snapshots is not None:
+            self.snapshots.snapshot(step, (dict(vars(self.seen)), self.position.next))
 
-    def look(self, step: int, loss: float, norm: float, rows: range | list[int]) -> str:
-        """step, skip, rollback (done: go on from step `back_at`), or abort (save, then say
+    def check(self, step: int, loss: float, norm: float, rows: range | list[int]) -> str:
+        """step, skip, rollback (done: resume from step `back_at`), or abort (save, then say
         `sentence`).
 
         step: updates before this one; loss, norm: the same on all ranks; rows: the batch's, of all
         ranks.
         """
-        self.events, s, n = [], self.seen, self.numbers
+        self.events, seen = [], self.seen
         if not math.isfinite(loss + norm):
-            # Its matter: it will not let this step happen
-            scalers = self.fp16 and math.isfinite(loss)
-            return (
-                "step"
-                if scalers
-                else self.act(self.on_nonfinite, step, loss, norm, rows, "nonfinite")
-            )
-        self.done["bad"] = 0
-        ready = self.on_spike is not None and len(s["losses"]) >= n["warmup"]
-        for name, numbers in self.detectors.items() if ready else ():
-            expected, limit = DETECTORS[name](
-                s["norms" if name == "grad_norm" else "losses"], **numbers
-            )
-            if (norm if name == "grad_norm" else loss) > limit:
-                s["rejected"] = [*s["rejected"], [loss, norm]]
-                if len(s["rejected"]) < n["accept"]:
-                    return self.act(self.on_spike, step, loss, norm, rows, name, expected)
-                s["losses"], s["norms"] = map(list, zip(*s["rejected"][:-1]))
-                self.tell(
-                    step, "level", f"{name}: loss {loss:.4g}, norm {norm:.4g} are usual from now on"
-                )
-                break
-        low = n["vanishing"]
-        if norm < low and not s["low"]:
-            self.tell(
+            if self.fp16 and math.isfinite(loss):
+                return "step"  # an overflow: the loss scaler will not let this step happen
+            return self.act(self.on_nonfinite, step, loss, norm, rows, "nonfinite")
+        self.done.bad = 0
+        name, expected = self.detect(loss, norm)
+        if name is not None:
+            seen.rejected = [*seen.rejected, [loss, norm]]
+            if len(seen.rejected) < self.config.accept:
+                return self.act(self.on_spike, step, loss, norm, rows, name, expected)
+            seen.losses = [x for x, _ in seen.rejected[:-1]]
+            seen.norms = [x for _, x in seen.rejected[:-1]]
+            text = f"{name}: loss {loss:.4g}, norm {norm:.4g} are usual from now on"
+            self.emit(step, "level", text)
+        self.check_vanishing(step, norm)
+        seen.rejected = []
+        seen.losses = [*seen.losses, loss][-self.length :]
+        seen.norms = [*seen.norms, norm][-self.length :]
+        return "step"
+
+    def detect(self, loss: float, norm: float) -> tuple[str | None, float | None]:
+        """The first detector that takes this for a spike, and what it expected; else None, None."""
+        if self.on_spike is None or len(self.seen.losses) < self.config.warmup:
+            return None, None
+        for name, numbers in self.detectors.items():
+            if name == "grad_norm":
+                value, before = norm, self.seen.norms
+            else:
+                value, before = loss, self.seen.losses
+            expected, limit = DETECTORS[name](before, **numbers)
+            if value > limit:
+                return name, expected
+        return None, None
+
+    def check_vanishing(self, step: int, norm: float) -> None:
+        """One warning, until the norm has been twice the limit again."""
+        limit, was_low = self.config.vanishing, self.seen.low
+        if norm < limit and not was_low:
+            self.emit(
                 step,
                 "vanishing",
-                f"gradient norm {norm:.2g} is below {low:g}: all is learnt, "
+                f"gradient norm {norm:.2g} is below {limit:g}: all is learnt, "
                 "or little comes through",
                 detector="vanishing",
                 value=norm,
-                expected=low,
+                expected=limit,
             )
-        # Once, until twice that
-        s["low"], s["rejected"] = norm < (2 * low if s["low"] else low), []
-        for k, x in (("losses", loss), ("norms", norm)):
-            s[k] = [*s[k], x][-self.keep :]
-        return "step"
+        self.seen.low = norm < (2 * limit if was_low else limit)
 
     def act(
         self, policy: str, step: int, loss: float, norm: float, rows, name: str, expected=None
     ) -> str:
+        """What the policy makes of a spike, or of what is not finite: check()'s answer."""
         if policy is None:
             return "step"
-        n, d, finite = self.numbers, self.done, name != "nonfinite"
+        finite = name != "nonfinite"
         by_norm = name == "grad_norm" or (not finite and math.isfinite(loss))
-        d["found"], d["bad"] = (
-            [*(x for x in d["found"][-2:] if x <= step), step],
-            d["bad"] + (not finite),
-        )
+        self.done.found = [*(x for x in self.done.found[-2:] if x <= step), step]
+        self.done.bad += not finite
         cause, remedy = self.cause(step, norm, finite, by_norm)
         value, what = (norm, "gradient norm") if by_norm else (loss, "loss")
-        text = (
-            f"{what} {value:.4g}{f', expected {expected:.4g} ({name})' if finite else ''}; likely"
-            f" {cause}"
-        )
-        if policy == "rollback":
-            near = d["times"] > 0 and abs(step - d["place"]) <= n["recover"]
-            d["times"], d["place"] = d["times"] + 1 if near else 1, step
-        if policy == "rollback" and d["times"] > n["rollbacks"]:
-            policy, text = "abort", f"{text}, and {n['rollbacks']} rollbacks did not help"
-        elif policy != "warn" and d["bad"] >= n["accept"]:
-            policy, text = "abort", f"{text}, as in {d['bad']} steps in a row"
-        self.tell(
+        usual = f", expected {expected:.4g} ({name})" if finite else ""
+        text = f"{what} {value:.4g}{usual}; likely {cause}"
+        policy, text = self.escalate(policy, step, text)
+        self.emit(
             step,
             "spike" if finite else "nonfinite",
             text,
@@ -248,97 +292,86 @@ class Guard:
             rows=[rows[0], rows[-1]],
             action=policy,
         )
+        if policy == "rollback":
+            return self.roll_back(step, rows)
         if policy == "abort":
             self.sentence = f"step {step + 1}: {text}. What helps: {remedy}"
         elif policy == "clip":
-            self.seen["clip_until"] = step + n["recover"]
+            self.seen.clip_until = step + self.config.recover
         elif policy == "lr_cut":
-            self.seen |= {"lr": n["cut"] * self.lr(step), "cut_at": step}
-            policy = "warn" if finite else "skip"
-        elif policy == "rollback":
-            state = self.ring.restore(step, d["times"])
-            last = rows[-1] + (2 ** (d["times"] - 1) - 1) * len(rows)
-            if state is None:
-                self.position.ban(rows[0], last)
-                self.tell(step, "skip", "nothing has been saved yet to go back to")
-                return "skip"
-            self.back_at, (seen, first) = state
-            # A copy: the ring's own may come back again
-            self.seen, self.position.next = dict(seen), first
-            self.position.ban(first, last)
-            self.tell(
-                step,
-                policy,
-                f"to {self.back_at}, without rows {first}..{last}",
-                to=self.back_at,
-                banned=[first, last],
-            )
+            self.seen.lr, self.seen.cut_at = self.config.cut * self.lr(step), step
+            policy = "step" if finite else "skip"
         return "step" if policy in ("warn", "clip") else policy
 
-    def cause(self, step: int, norm: float, finite: bool, by_norm: bool) -> tuple[str, str]:
-        norms, found = self.seen["norms"] or [0.0], self.done["found"]
-        before, lately = median(norms[-60:-10] or [0.0]), median(norms[-5:])
-        return next(
-            (cause, remedy)
-            for holds, cause, remedy in (
-                (
-                    lately > 2 * before > 0,
-                    f"lr too high: norms grew from {before:.2g} to {lately:.2g}",
-                    SLOWER,
-                ),
-                (
-                    finite and len(found) == 3 and step - found[0] <= 100,
-                    "lr too high: spike after spike",
-                    SLOWER,
-                ),
-                (not finite and self.fp16, "activations beyond fp16's 65504", "--precision=bf16"),
-                (
-                    not finite,
-                    "overflow",
-                    f"look at these rows, try higher --precision; if it stays, {SLOWER}",
-                ),
-                (
-                    by_norm,
-                    "a steep place, or few rows with large gradients",
-                    "a smaller --grad_clip",
-                ),
-                (
-                    norm > 3 * median(norms[-100:]),
-                    "data outlier: loss and norm jump in one batch",
-                    "look at these rows; --on_spike=rollback bans them",
-                ),
-                (
-                    True,
-                    "batch composition: harder rows",
-                    "mix sources more finely, or a larger --batch_size",
-                ),
-            )
-            if holds
-        )
+    def escalate(self, policy: str, step: int, text: str) -> tuple[str, str]:
+        """abort, and why, in place of a policy that has not helped."""
+        n, done = self.config, self.done
+        if policy == "rollback":
+            near = done.times > 0 and abs(step - done.place) <= n.recover
+            done.times, done.place = done.times + 1 if near else 1, step
+            if done.times > n.rollbacks:
+                return "abort", f"{text}, and {n.rollbacks} rollbacks did not help"
+        if policy != "warn" and done.bad >= n.accept:
+            return "abort", f"{text}, as in {done.bad} steps in a row"
+        return policy, text
 
-    def tell(self, step: int, event: str, text: str, **fields) -> None:
+    def roll_back(self, step: int, rows) -> str:
+        state = self.snapshots.restore(step, self.done.times)
+        last = rows[-1] + (2 ** (self.done.times - 1) - 1) * len(rows)
+        if state is None:
+            self.position.ban(rows[0], last)
+            self.emit(step, "skip", "nothing has been saved yet to go back to")
+            return "skip"
+        self.back_at, (seen, first) = state
+        self.seen, self.position.next = Seen(**seen), first
+        self.position.ban(first, last)
+        text = f"to {self.back_at}, without rows {first}..{last}"
+        self.emit(step, "rollback", text, to=self.back_at, banned=[first, last])
+        return "rollback"
+
+    def cause(self, step: int, norm: float, finite: bool, by_norm: bool) -> tuple[str, str]:
+        """(what is likely behind it, what helps)"""
+        norms, found = self.seen.norms or [0.0], self.done.found
+        before, lately = median(norms[-60:-10] or [0.0]), median(norms[-5:])
+        slower = "a longer warm-up (--warmup_steps) or a lower --lr"
+        if lately > 2 * before > 0:
+            return f"lr too high: norms grew from {before:.2g} to {lately:.2g}", slower
+        if finite and len(found) == 3 and step - found[0] <= 100:
+            return "lr too high: spike after spike", slower
+        if not finite and self.fp16:
+            return "activations beyond fp16's 65504", "--precision=bf16"
+        if not finite:
+            remedy = f"look at these rows, try higher --precision; if it stays, {slower}"
+            return "overflow", remedy
+        if by_norm:
+            return "a steep place, or few rows with large gradients", "a smaller --grad_clip"
+        if norm > 3 * median(norms[-100:]):
+            remedy = "look at these rows; --on_spike=rollback bans them"
+            return "data outlier: loss and norm jump in one batch", remedy
+        remedy = "mix sources more finely, or a larger --batch_size"
+        return "batch composition: harder rows", remedy
+
+    def emit(self, step: int, event: str, text: str, **fields) -> None:
         self.events.append({"step": step + 1, "event": event, "text": text, **fields})
 
     def clip(self, step: int, usual: float | None) -> float | None:
         """What the gradient's norm is clipped to in this step."""
-        return (
-            usual
-            if step >= self.seen["clip_until"]
-            else min(usual or math.inf, self.numbers["clip"])
-        )
+        if step >= self.seen.clip_until:
+            return usual
+        return min(usual or math.inf, self.config.clip)
 
     def lr(self, step: int) -> float:
         """What every lr is multiplied with in this step."""
-        grown = min((step - self.seen["cut_at"]) / self.numbers["recover"], 1.0)
-        return self.seen["lr"] + (1 - self.seen["lr"]) * grown
+        grown = min((step - self.seen.cut_at) / self.config.recover, 1.0)
+        return self.seen.lr + (1 - self.seen.lr) * grown
 
     def tree(self) -> dict:
-        # Their lists are replaced, never changed
-        return {"seen": dict(self.seen), "done": dict(self.done)}
+        return {"seen": dict(vars(self.seen)), "done": dict(vars(self.done))}
 
     def load(self, tree: dict) -> None:
-        self.seen, self.done = self.seen | tree.get("seen", {}), self.done | tree.get("done", {})
+        self.seen = replace(self.seen, **tree.get("seen", {}))
+        self.done = replace(self.done, **tree.get("done", {}))
 
 
 class Aborted(RuntimeError):
-    """The guard has ended the run; the message says why, and what helps."""
+    """The monitor has ended the run; the message says why, and what helps."""

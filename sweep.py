@@ -41,10 +41,11 @@ from pathlib import Path
 
 from metrics.outlets import complain
 from metrics.outlets import print_line as say
-from run import build, control, optimizers
+from run import auto, build, control, optimizers
+from run.options import resolve_options
 from search import folder, proposals, results
 from search.trials import OVER, Trial, flags
-from settings import checks, parse
+from settings import parse
 from settings.fields import FIELDS, update
 
 TRAIN = str(Path(__file__).resolve().parent / "train.py")
@@ -148,8 +149,9 @@ def refuse(words: list[str], metric: str) -> None:
             "none; type --eval_every=60, or --metric=loss"
         )
     kind = optimizers.find_optimizer(cfg.optim)
-    checks.check_options(cfg, "opt", kind, given=("params", "lr", "weight_decay"))
-    build.lr_schedule(update(cfg, schedule=cfg.schedule.replace("auto", "wsd")))
+    options = resolve_options(cfg, kind)
+    schedule = auto.resolve_schedule(cfg, kind)
+    build.lr_schedule(update(cfg, schedule=schedule), options["schedule"])
 
 
 # ---- the search ----------------------------------------------------------------------------------

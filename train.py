@@ -33,11 +33,11 @@ from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel import mesh as meshes
-from parallel.shard import sharded
 from precision import amp, histogram, stochastic
 from run import announce, auto, build, control, evaluate, optimizers, resume
 from run import batch as run_batch
-from settings import checks, fields, parse
+from run.options import resolve_options
+from settings import fields, parse
 
 
 def main(cfg: fields.Config) -> dict:
@@ -86,11 +86,9 @@ def main(cfg: fields.Config) -> dict:
 
     # ---- what auto and none stand for on this machine, and what the dotted fields must fit -------
     optimizer_class = optimizers.find_optimizer(cfg.optim)
+    options = resolve_options(cfg, optimizer_class)
     cfg = auto.settled(cfg, device, optimizer_class, mesh.groups["replicas"] is not None)
-    opt_options = checks.check_options(
-        cfg, "opt", optimizer_class, given=("params", "lr", "weight_decay")
-    )
-    lr_factor = build.lr_schedule(cfg)  # step -> what every lr is multiplied by
+    lr_factor = build.lr_schedule(cfg, options["schedule"])  # step -> what lr is multiplied by
 
     # ---- data ------------------------------------------------------------------------------------
     corpus = mesh.first_on_each_machine(
@@ -117,7 +115,7 @@ def main(cfg: fields.Config) -> dict:
     group, pipe, dtype = mesh.groups["pp"], None, amp.PARAM_DTYPE[cfg.precision]
     if group is not None:
         pipe = pipeline.Pipeline(
-            group, cfg.pp_schedule, cfg.n_layer, fields.chunks(cfg), device, cfg.tied
+            group, cfg.pp_schedule, cfg.n_layer, fields.model_chunks(cfg), device, cfg.tied
         )
     with torch.device("meta"):  # shapes alone; the layout decides what is held where
         whole = GPT(
@@ -132,21 +130,22 @@ def main(cfg: fields.Config) -> dict:
 
     # ---- tensor, sequence, context: the part of each matrix, and of each sequence, that is here --
     # By name, where it lies
-    tp_shards = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])
+    cuts = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
     places = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention).to(
         device
     )
 
     # ---- how products are computed, and what backward computes again -----------------------------
-    eights, scaler = build.products(cfg, model, device, corpus.train), build.loss_scaler(cfg)
+    eights = build.products(cfg, options["fp8"], model, device, corpus.train)
+    scaler = build.loss_scaler(cfg, options["scaler"])
     scales = {
         name: kept for name, kept in (("fp8", eights), ("scaler", scaler)) if kept is not None
     }
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
     activation_checkpoint.keep_less(model, cfg.activation_checkpoint or "none", mesh.groups["tp"])
-    uncompiled = build.compiled(cfg, model, device)  # why, or None
+    uncompiled = build.compiled(cfg, options["compile"], model, device)  # why, or None
 
     def run(numbers: range | list[int], rows: dataset.Rows = train_rows, layers=None, x=None):
         """Forward on the rows with these numbers: the sum of the token losses, and the targets (B,
@@ -197,9 +196,9 @@ def main(cfg: fields.Config) -> dict:
         return total
 
     # ---- data parallel: who holds which weights, gradients and state -----------------------------
-    replicas = build.data_parallel(cfg, mesh, tp_shards)
-    model = replicas.parallelize(model)
-    replicas.init_weights(sharded(weights, tp_shards))
+    replicas = build.data_parallel(cfg, options["diloco"] | options["compress"], mesh, cuts)
+    model = replicas.wrap(model)
+    replicas.fill(tensor.part_of(weights, cuts))
     share, size = run_batch.batch_share(cfg, mesh.sizes["dp"]), cfg.micro_batch_size
     if (
         size is None
@@ -213,7 +212,7 @@ def main(cfg: fields.Config) -> dict:
 
     # ---- optimizer -------------------------------------------------------------------------------
     param_groups.without_compiler()
-    lrs = build.learning_rates(cfg, optimizer_class, opt_options, param_groups.kinds(whole))
+    lrs = build.learning_rates(cfg, optimizer_class, options["opt"], param_groups.kinds(whole))
     groups = param_groups.param_groups(
         model,
         lrs,
@@ -221,20 +220,20 @@ def main(cfg: fields.Config) -> dict:
         optimizers.matrices_only(optimizer_class),
         cfg.decay_embeddings,
     )
-    make_optimizer, shards = build.stepper(cfg, mesh, tp_shards, optimizer_class)
-    optimizer = replicas.make_optimizer(make_optimizer, groups, **opt_options)
-    shards |= replicas.shards  # by name, of what the optimizer has a shard of: where it lies
-    if param_groups.averages_weights(optimizer):
+    make_optimizer, boxes = build.stepper(cfg, mesh, cuts, optimizer_class)
+    optimizer = replicas.make_optimizer(make_optimizer, groups, **options["opt"])
+    boxes |= replicas.boxes  # by name, of what the optimizer has a part of: where it lies
+    if hasattr(optimizer, "train"):
         optimizer.train()  # Schedule-Free keeps two sets of weights
     if cfg.precision == "bf16_sr":
-        optimizer = stochastic.stochastic(optimizer, cfg.seed, shards)
+        optimizer = stochastic.stochastic(optimizer, cfg.seed, boxes)
     if cfg.offload is not None:  # from now on state comes to the device only to be stepped
         optimizer = build.offloaded(cfg, mesh, optimizer)
 
     # ---- everything a step depends on, and what watches over it ----------------------------------
     place, best = Position(corpus.sha256), Best(out_dir / "best", cfg.patience, cfg.min_delta)
     kept = scales | {"progress": place, "best": best}  # by name, what can tree() and load()
-    run_state = state.State(optimizer, replicas, shards, tp_shards, mesh, kept)
+    run_state = state.State(optimizer, replicas, boxes, cuts, mesh, kept)
     saver = saving.Saver(
         out_dir,
         cfg.save_every,
@@ -243,7 +242,10 @@ def main(cfg: fields.Config) -> dict:
         cfg.keep_every,
         cfg.async_save and not build.state_on_disk(cfg),
     )
-    guard = build.guard(cfg, model, run_state, state.Disk(out_dir, run_state, saver))
+    disk = state.Disk(out_dir, run_state, saver)
+    kept["guard"] = guard = build.spike_monitor(
+        cfg, options["monitor"], model, optimizer, place, [*scales.values()], disk
+    )
     if earlier is not None:
         run_state.load(earlier, None if in_place else [*scales, "progress"])
 
@@ -284,7 +286,17 @@ def main(cfg: fields.Config) -> dict:
     # ---- the loop --------------------------------------------------------------------------------
     latest, stop, overdue = {"step": step}, control.StopSignal(), False
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
-    watcher = watch.Watch(cfg, mesh, model, optimizer, shards, run_state.counted)
+    watcher = watch.Watch(
+        mesh,
+        model,
+        optimizer,
+        boxes,
+        run_state.counted,
+        cfg.watch_every,
+        cfg.qk_clip,
+        cfg.cp_attention,
+        cfg.compile != "off",
+    )
     while True:
         diary.step(step + 1)
         # Look first: the untrained model is step 0, and the last step is seen too.
@@ -323,7 +335,7 @@ def main(cfg: fields.Config) -> dict:
 
         # Accumulate my share of the next rows in micro-batches; the last one starts the sum over
         # replicas.
-        guard.take(step)
+        guard.snapshot(step)
         began = time.perf_counter()
         batch = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
         tokens, share = batch * cfg.block_size, batch // mesh.sizes["dp"]
@@ -348,11 +360,11 @@ def main(cfg: fields.Config) -> dict:
         loss, stops, late, seen = mesh.sum(
             loss, stop.asked, saver.overdue(), float(grad_norm) / mesh.world
         )
-        verdict, overdue = guard.look(step, loss, seen, rows), late > 0
+        verdict, overdue = guard.check(step, loss, seen, rows), late > 0
         stop.agreed = stops > 0 or verdict == "abort"
         log.events(guard.events)
-        if verdict in ("skip", "abort"):
-            replicas.discard_step()  # what compression owes for these gradients
+        if verdict in ("skip", "abort") and hasattr(replicas, "undo"):
+            replicas.undo()  # what compression owes for these gradients
         if verdict == "rollback":
             model.zero_grad(set_to_none=True)
             latest["step"] = step = guard.back_at
@@ -389,8 +401,8 @@ def main(cfg: fields.Config) -> dict:
             speed = tokens / seconds
             sent = (
                 replicas.sent_bytes
-                + param_groups.sent_bytes(optimizer)
-                + (pipe.sent_bytes if pipe is not None else 0)
+                + getattr(optimizer, "sent_bytes", 0)
+                + getattr(pipe, "sent_bytes", 0)
             )
             log.train(
                 {

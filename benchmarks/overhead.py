@@ -9,7 +9,7 @@ Steps. One real run in a child process, in which the functions in DATA and CHECK
 clock: rows cut out of the corpus; the guard's look, the gradient's norm (which clipping needs as
 well), the one sum of scalars over ranks, the log's row, the diary, the watcher and the histograms,
 both switched off by default. A call within another one counts once. A step lasts from one
-guard.take() to the next, so the log's time is in it. The first third of the steps warms up. Share:
+snapshot() to the next, so the log's time is in it. The first third of the steps warms up. Share:
 mean milliseconds a step over those of the median step. On a GPU a function that waits for the
 device gets the device's time: look at a CPU.
 
@@ -50,9 +50,9 @@ FLAGS = {"--quick": "", "--out": ".+"}
 USUAL = ["--steps=60", "--eval_every=0", "--save_every=0", "--sample_tokens=0", "--resume=never"]
 DATA = [(dataset.Rows, "__call__"), (cursor.Position, "rows")]
 CHECKS = [
-    (monitor.Guard, "look"),
-    (monitor.Guard, "take"),
-    (monitor.Guard, "clip"),
+    (monitor.SpikeMonitor, "check"),
+    (monitor.SpikeMonitor, "snapshot"),
+    (monitor.SpikeMonitor, "clip"),
     (state.State, "norm"),
     (mesh.Mesh, "sum"),
     (logger.Logger, "train"),
@@ -69,7 +69,7 @@ CHECKS = [
     (histogram.Recorder, "write"),
 ]
 SAVE = (save.Saver, "save")  # between two steps; it is written during the next one
-MARK = "Guard.take"  # called once, where a step begins
+MARK = "SpikeMonitor.snapshot"  # called once, where a step begins
 
 
 def name_of(owner, attribute: str) -> str:

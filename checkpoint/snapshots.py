@@ -3,7 +3,7 @@
 import torch
 
 
-class Ring:
+class SnapshotBuffer:
     """States of what this rank holds, put back bit for bit on every layout, nothing sent: the
     model's parameters (local parts; none where ZeRO-3 has freed them), the optimizer's (shards,
     owners' wholes, offloaded ones), its state, what its groups count, and `kept`; not what compress
@@ -16,7 +16,7 @@ class Ring:
         self.model, self.optimizer = model, optimizer
 
     @torch.no_grad()
-    def take(self, step: int, more=None) -> None:
+    def snapshot(self, step: int, more=None) -> None:
         if self.states and (step % self.every or step <= self.states[-1][0]):
             return
         # First, so that there never is one more

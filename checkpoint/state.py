@@ -130,13 +130,13 @@ def training_weights(saved: checkpoint.Checkpoint):
 
 
 class Disk:
-    """The run's checkpoints as what a rollback goes back to: spikes.Ring's interface, on any
-    layout."""
+    """The run's checkpoints as what a rollback goes back to: SnapshotBuffer's interface, on
+    any layout."""
 
     def __init__(self, out_dir: Path, state: State, saver: Saver):
         self.out_dir, self.state, self.saver = out_dir, state, saver
 
-    def take(self, step: int, more=None) -> None:
+    def snapshot(self, step: int, more=None) -> None:
         """Saving is train.py's."""
 
     def restore(self, before: int, back: int = 1) -> tuple | None:

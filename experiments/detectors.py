@@ -40,7 +40,7 @@ from statistics import fmean, median, quantiles
 # Else `precision` is one of us
 from experiments import protocol
 from experiments.findings import INK, markdown
-from monitor import DETECTORS, Guard, band
+from monitor import DETECTORS, MonitorConfig, SpikeMonitor, band
 
 RUNS = {
     name: dict(optim=name)
@@ -80,13 +80,20 @@ FIGURES = ["alarms", *SIZES, "NaN", "after NaN", "shift seen", "shift steps"]
 
 
 class Ours:
-    """spikes.Guard, asked for nothing but its opinion."""
+    """monitor.SpikeMonitor, asked for nothing but its opinion."""
 
     def __init__(self, **options):
-        self.guard = Guard(None, None, None, on_spike="warn", on_nonfinite="warn", **options)
+        self.guard = SpikeMonitor(
+            None,
+            None,
+            None,
+            on_spike="warn",
+            on_nonfinite="warn",
+            config=MonitorConfig(**options),
+        )
 
     def alarm(self, loss: float, norm: float) -> bool:
-        self.guard.look(100, loss, norm, range(1))
+        self.guard.check(100, loss, norm, range(1))
         return any(event["event"] in ("spike", "nonfinite") for event in self.guard.events)
 
 
@@ -190,7 +197,7 @@ def row(keys: dict, quick: bool) -> dict:
     losses, norms = protocol.curve(lines), protocol.curve(lines, "grad_norm")
     end = losses[len(losses) // 2 :]
     sd = median(local(end, i, 1) - local(end, i, 0) for i in range(50, len(end), 25))
-    vanishing = Guard(None, None, None, on_spike=None, on_nonfinite=None)
+    vanishing = SpikeMonitor(None, None, None, on_spike=None, on_nonfinite=None)
     return {
         "steps": len(losses),
         "end": median(end[-100:]),
@@ -201,7 +208,7 @@ def row(keys: dict, quick: bool) -> dict:
         "vanishing": sum(
             any(
                 e["event"] == "vanishing"
-                for e in (vanishing.look(i, *x, range(1)), vanishing.events)[1]
+                for e in (vanishing.check(i, *x, range(1)), vanishing.events)[1]
             )
             for i, x in enumerate(zip(losses, norms))
         ),

@@ -103,8 +103,8 @@ def inject(fault: str, first: int) -> None:
         out = FORWARD(self, x, targets, *more, **named)
         return out * math.nan if state.get("nan") and self.training and out.ndim == 0 else out
 
-    def schedule(cfg):
-        usual = SCHEDULE(cfg)
+    def schedule(cfg, options):
+        usual = SCHEDULE(cfg, options)
 
         def factor(step):
             state["over"] = state.get("over") or (

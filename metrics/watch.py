@@ -1,11 +1,11 @@
 """What a step did, looked at now and then (--watch_every) and, for QK-clip, at every step
 (--qk_clip).
 
-    of a watched step, in its train row                                                     over
-    max_logit, max_logit/LAYER   largest attention logit q·k/√D of a query and a key it sees     batch, heads
-    log_z, log_z_max             mean and largest log of the softmax's denominator of the head   tokens
-    weight_rms/KIND              root of the mean square of the weights after the step      a kind's weights
-    update_rms/KIND              the same of what the optimizer's step changed, lr included  a kind's weights
+    of a watched step, in its train row                                               over
+    max_logit, max_logit/LAYER   largest attention logit q·k/√D that is not masked  batch, heads
+    log_z, log_z_max             mean and largest log of the head's denominator     tokens
+    weight_rms/KIND              root of the mean square of the weights after it    a kind's weights
+    update_rms/KIND              the same of what its update changed, lr included   a kind's weights
     clip_frac                    share of the steps since the last such row whose gradient's norm
                                  was clipped
 
@@ -19,8 +19,8 @@ token, and context parallel ones gather the keys: with R of them (R-1)/R x a lay
 layer and micro-batch.
 
 What looks is put in before a step and taken out after it: `Attention.core` is wrapped by what
-computes the logits anew in blocks (optim/qk_clip.py), `GPT.output` by what sees the head's logits, and
-hooks on the optimizer keep a copy of the weights during the step. Other steps do none of that.
+computes the logits anew in blocks (optim/qk_clip.py), `GPT.output` by what sees the head's logits,
+and hooks on the optimizer keep a copy of the weights during the step. Other steps do none of that.
 Looking changes no bit; under compile attention leaves the compiled block for such a step, each
 layer is compiled once more, and bits may differ.
 
@@ -35,11 +35,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim import param_groups, qk_clip
+from optim.qk_clip import clip as clip_heads
+from optim.qk_clip import max_logits
 from parallel import context
 from parallel.mesh import Mesh
 from parallel.tensor import summed
-from settings.fields import Config
 
 KINDS = ("matrix", "embedding", "head", "scalar")
 
@@ -47,56 +47,48 @@ KINDS = ("matrix", "embedding", "head", "scalar")
 class Watch:
     """All ranks make one, after all else that changes model and optimizer, and call start and row
     in every step. shards: name -> Shard of what the optimizer has one of;
-    counted({name: x}): those of the x which no other rank counts. Raises ValueError for an
-    optimizer that QK-clip cannot follow.
+    counted({name: x}): those of the x which no other rank counts. every: steps between rows;
+    qk_clip: the largest logit; compiled: are the blocks?
     """
 
     def __init__(
         self,
-        cfg: Config,
         mesh: Mesh,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         shards: dict,
         counted,
+        every: int | None = None,
+        qk_clip: float | None = None,
+        cp_attention: str = "ring",
+        compiled: bool = False,
     ):
-        self.cfg, self.mesh, self.model, self.optimizer, self.counted = (
-            cfg,
-            mesh,
-            model,
-            optimizer,
-            counted,
-        )
+        self.mesh, self.model, self.optimizer, self.counted = mesh, model, optimizer, counted
+        self.every, self.qk_clip, self.compiled = every, qk_clip, compiled
         self.watched, self.undo, self.steps, self.clipped = False, [], 0, torch.zeros(())
-        places = [
-            context.positions(cfg.block_size, cfg.cp, i, cfg.cp_attention) for i in range(cfg.cp)
-        ]
+        config, cp, tp = model.config, mesh.sizes["cp"], mesh.sizes["tp"]
+        places = [context.positions(config.block_size, cp, i, cp_attention) for i in range(cp)]
         self.places, self.order = (
             places[mesh.coords["cp"]],
             torch.cat(places).argsort().to(mesh.device),
         )
-        heads = cfg.n_head // cfg.tp
+        heads = config.n_head // tp
         self.heads = slice(mesh.coords["tp"] * heads, (mesh.coords["tp"] + 1) * heads)
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         self.top = torch.full(
-            (cfg.n_layer, cfg.n_head), -torch.inf, dtype=dtype, device=mesh.device
+            (config.n_layer, config.n_head), -torch.inf, dtype=dtype, device=mesh.device
         )
-        if cfg.qk_clip is None:
+        if qk_clip is None:
             return
-        if param_groups.averages_weights(optimizer):
-            raise ValueError(
-                f"--qk_clip scales weights, of which --optim={cfg.optim} keeps a second set; "
-                "type --optim=muon, or leave qk_clip out"
-            )
 
         def clip(*_) -> None:
             self.top = highest(self.top, mesh)
-            qk_clip.clip(
+            clip_heads(
                 optimizer.param_groups,
                 self.top,
-                cfg.qk_clip,
-                cfg.n_kv_head,
-                cfg.n_embd // cfg.n_head,
+                qk_clip,
+                config.n_kv_head,
+                config.n_embd // config.n_head,
                 shards,
             )
 
@@ -107,14 +99,14 @@ class Watch:
     def start(self, step: int) -> None:
         """Before the forward passes of a step; step: how many are completed."""
         self.stop()  # if a rollback left out the end of the last step
-        every, self.watched = self.cfg.watch_every, False
+        self.watched = False
         self.top.fill_(-torch.inf)
-        if every is None or (step + 1) % every:
+        if self.every is None or (step + 1) % self.every:
             return
         self.watched, self.before, self.log_z = True, {}, []
         # Squares of update and weights, elements
         self.moved = {kind: [0.0, 0.0, 0] for kind in KINDS}
-        if self.cfg.qk_clip is None:
+        if self.qk_clip is None:
             self.undo += self.wrap_cores()
         self.undo += [
             self.optimizer.register_step_pre_hook(self.keep).remove,
@@ -130,7 +122,7 @@ class Watch:
     def row(self, norm: Tensor, limit: float | None) -> dict[str, float]:
         """After the step: what there is to log of it, the same on all ranks; {} but for a watched
         one. norm, limit: of the gradient before it was clipped, and what it was clipped to."""
-        if self.cfg.watch_every is not None and limit is not None:
+        if self.every is not None and limit is not None:
             self.clipped, self.steps = (
                 self.clipped.to(norm.device) + (norm + 1e-6 > limit),
                 self.steps + 1,
@@ -162,7 +154,7 @@ class Watch:
         for layer, block in self.model.blocks.items():
             attention, plain = block.attn, block.attn.core
             core = functools.partial(self.core, int(layer), attention, plain)
-            attention.core = core if self.cfg.compile == "off" else torch.compiler.disable(core)
+            attention.core = torch.compiler.disable(core) if self.compiled else core
             undo.append(functools.partial(setattr, attention, "core", plain))
         return undo
 
@@ -175,7 +167,7 @@ class Watch:
                 parts = [torch.empty_like(keys) for _ in range(group.size())]
                 dist.all_gather(parts, keys.contiguous(), group)
                 keys = torch.cat(parts, 2)[:, :, self.order]
-            found = qk_clip.max_logits(q.detach(), keys, self.places, self.cfg.window)
+            found = max_logits(q.detach(), keys, self.places, self.model.config.window)
             torch.maximum(top, found.to(top.dtype), out=top)
         return plain(q, k, v)
 

@@ -59,8 +59,11 @@ def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> li
         optimizer_class, kinds = find_optimizer(run.optim), param_groups.kinds(whole)
         return build.learning_rates(run, optimizer_class, run.sub("opt"), kinds)["matrix"]
 
-    was = peak(before) * build.lr_schedule(before)(min(step, before.steps - 1))
-    now = peak(cfg) * build.lr_schedule(cfg)(step)
+    def factor(run: Config, step: int) -> float:
+        return build.lr_schedule(run, run.sub("schedule"))(step)
+
+    was = peak(before) * factor(before, min(step, before.steps - 1))
+    now = peak(cfg) * factor(cfg, step)
     if abs(now - was) <= 0.02 * max(now, was):
         return []
     names = (

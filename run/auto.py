@@ -37,6 +37,25 @@ def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
     return group["lr"], group.get("weight_decay", 0.0)
 
 
+def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
+    """Schedule-Free optimizers need none."""
+    if cfg.schedule != "auto":
+        return cfg.schedule
+    return "constant" if averages_weights(optimizer_class) else "wsd"
+
+
+def resolve_compile(cfg: Config, device: torch.device) -> str:
+    """On a GPU, and where no schedule takes apart what it puts together. Raises ValueError for
+    --compile.NAME where it stays off."""
+    apart = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
+    how = cfg.compile
+    if how == "auto":
+        how = "default" if device.type == "cuda" and not apart else "off"
+    if how == "off" and cfg.sub("compile"):
+        raise ValueError("--compile.* has nothing to do with compile=off; type --compile=default")
+    return how
+
+
 def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: bool) -> Config:
     """The config with a value in place of every `auto`, and of every `none` that means the
     optimizer's own; and what torch itself has to be told. replicas: are there several? One leaves
@@ -56,8 +75,6 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: 
     lr = own_lr if cfg.lr is None else cfg.lr
     other = 0.01 if matrices_only(optimizer_class) else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
-    schedule = "constant" if averages_weights(optimizer_class) else "wsd"  # Schedule-Free
-    gpu, apart = device.type == "cuda", cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     if cfg.zero_init == "auto" and optimizer_class.__name__ in AGAINST_ZERO:
         cfg = update(cfg, zero_init=False)
     if cfg.data_parallel == "auto" and replicas:
@@ -69,8 +86,8 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: 
         with_traits(cfg),
         device=str(device),
         precision=amp.choose(cfg.precision, device),
-        compile=cfg.compile if cfg.compile != "auto" else "default" if gpu and not apart else "off",
-        schedule=schedule if cfg.schedule == "auto" else cfg.schedule,
+        compile=resolve_compile(cfg, device),
+        schedule=resolve_schedule(cfg, optimizer_class),
         lr=lr,
         weight_decay=own_decay if cfg.weight_decay is None else cfg.weight_decay,
         **{name: other if value is None else value for name, value in own.items()},

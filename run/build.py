@@ -17,16 +17,12 @@ from parallel.shard import Shard
 from precision import onednn
 from precision.loss_scale import LossScaler
 from run.optimizers import trial
-from settings import checks
 from settings.fields import Config
 
 
-def lr_schedule(cfg: Config):
-    """Step -> what every learning rate is multiplied by. Raises ValueError for a bad
+def lr_schedule(cfg: Config, options: dict):
+    """Step -> what every learning rate is multiplied by. Raises ValueError for a bad value in a
     --schedule.NAME."""
-    options = checks.check_options(
-        cfg, "schedule", schedules.SHAPES[cfg.schedule], given=schedules.OURS
-    )
     warmup = round(cfg.warmup_frac * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
 
     def factor(step: int) -> float:
@@ -86,9 +82,12 @@ def offloaded(cfg: Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torc
 DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def data_parallel(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard]) -> DataParallel:
+def data_parallel(
+    cfg: Config, options: dict, mesh: Mesh, tp_shards: dict[str, Shard]
+) -> DataParallel:
     """How ranks share the work, see parallel/protocol.py; each file is imported only if used.
 
+    options: of the outer step or the compression, see run/options.py.
     tp_shards: of the parameters that tensor parallelism has divided, see parallel/tensor.py.
     """
     group, device = mesh.groups["replicas"], mesh.device
@@ -96,9 +95,6 @@ def data_parallel(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard]) -> DataP
     if cfg.diloco_every is not None:
         from parallel.diloco import DiLoCo
 
-        options = checks.check_options(
-            cfg, "diloco", DiLoCo, ("group", "device", "every", "bucket_mb")
-        )
         return DiLoCo(group, device, cfg.diloco_every, bucket_mb=cfg.bucket_mb, **options)
     if cfg.compress is not None:
         from parallel import compression
@@ -108,8 +104,7 @@ def data_parallel(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard]) -> DataP
                 f"--compress={cfg.compress} needs two or more replicas, one sends nothing; "
                 "start with torchrun --nproc_per_node=2, or leave it out"
             )
-        method = getattr(compression, cfg.compress)
-        reduce = method(**checks.check_options(cfg, "compress", method))
+        reduce = getattr(compression, cfg.compress)(**options)
         return DDP(group, device, cfg.bucket_mb, reduce)
     if cfg.data_parallel in ("auto", "ddp"):
         return DDP(group, device, cfg.bucket_mb)
@@ -142,7 +137,13 @@ def data_parallel(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard]) -> DataP
     )
 
 
-def products(cfg: Config, model: torch.nn.Module, device: torch.device, text: dataset.Tokens):
+def products(
+    cfg: Config,
+    options: dict,
+    model: torch.nn.Module,
+    device: torch.device,
+    text: dataset.Tokens,
+):
     """Replaces the model's products where there are better ones, adds z-loss and counted n-grams of
     the text; returns FP8's state or None."""
     if cfg.z_loss is not None:
@@ -156,7 +157,6 @@ def products(cfg: Config, model: torch.nn.Module, device: torch.device, text: da
         return None
     from precision import fp8
 
-    options = checks.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
     return fp8.convert(model, device, **options)
 
 
@@ -171,76 +171,39 @@ def add_ngrams(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> Non
         raise ValueError(f"--ngram={cfg.ngram} does not go: {error}") from None
 
 
-def compiled(cfg: Config, model: torch.nn.Module, device: torch.device) -> str | None:
+def compiled(
+    cfg: Config, options: dict, model: torch.nn.Module, device: torch.device
+) -> str | None:
     """Compiles the blocks if asked to and possible; a sentence if it is not. Raises ValueError."""
     if cfg.compile == "off":
-        if cfg.sub("compile"):
-            raise ValueError(
-                "--compile.* has nothing to do with compile=off; type --compile=default"
-            )
         return None
     from layers.compile import compile_blocks, lacking
 
-    options = checks.check_options(cfg, "compile", compile_blocks, ("model", "mode"))
     why = lacking(device)
     if why is None:
         compile_blocks(model, cfg.compile, **options)
     return why and f"compile={cfg.compile}: {why}; running uncompiled"
 
 
-def loss_scaler(cfg: Config) -> LossScaler | None:
-    return (
-        LossScaler(**checks.check_options(cfg, "scaler", LossScaler))
-        if cfg.precision == "fp16"
-        else None
-    )
+def loss_scaler(cfg: Config, options: dict) -> LossScaler | None:
+    return LossScaler(**options) if cfg.precision == "fp16" else None
 
 
-def guard(cfg: Config, model: torch.nn.Module, state, disk) -> monitor.Guard:
-    """The spike guard over this run's state. Raises ValueError for a bad --monitor.NAME."""
-    ours = (
-        "model",
-        "optimizer",
-        "position",
-        "kept",
-        "disk",
-        "on_spike",
-        "on_nonfinite",
-        "precision",
-    )
-    options = checks.check_options(cfg, "monitor", monitor.Guard, ours)
-    policies = {cfg.on_spike, cfg.on_nonfinite}
-    needs = dict(
-        clip="clip", cut="lr_cut", ring="rollback", ring_every="rollback", rollbacks="rollback"
-    )
-    for name in options:
-        if needs.get(name) not in {None, *policies}:
-            raise ValueError(f"--monitor.{name} has nothing to do without --on_spike={needs[name]}")
-    if options and policies == {None}:
-        raise ValueError("--monitor.* has nothing to do with on_spike and on_nonfinite both none")
-    if (
-        "rollback" in policies
-        and options.get("ring") == 0
-        and not (cfg.save_every or cfg.save_hours)
-    ):
-        raise ValueError(
-            "--monitor.ring=0 goes back to checkpoints, of which save_every=0 makes none; type "
-            "--save_every=100, or leave --monitor.ring out"
-        )
-    scales = [part for name, part in state.kept.items() if name in ("fp8", "scaler")]
-    found = monitor.Guard(
+def spike_monitor(
+    cfg: Config, options: dict, model: torch.nn.Module, optimizer, position, kept: list, disk
+) -> monitor.SpikeMonitor:
+    """kept: what else a step changes. disk: the run's checkpoints, to go back to."""
+    return monitor.SpikeMonitor(
         model,
-        state.optimizer,
-        state.kept["progress"],
-        scales,
+        optimizer,
+        position,
+        kept,
         cfg.on_spike,
         cfg.on_nonfinite,
         cfg.precision,
-        disk=disk,
-        **options,
+        monitor.MonitorConfig(**options),
+        disk,
     )
-    state.kept["guard"] = found
-    return found
 
 
 def stepper(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_class: type):
@@ -254,6 +217,11 @@ def stepper(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_clas
     if cfg.momentum_warmup is not None and (averages or "momentum" not in group):
         raise ValueError(
             f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out"
+        )
+    if cfg.qk_clip is not None and averages:
+        raise ValueError(
+            f"--qk_clip scales weights, of which --optim={cfg.optim} keeps a second set; "
+            "type --optim=muon, or leave qk_clip out"
         )
     if needed:  # in other respects it is the class itself
         init = functools.partialmethod(optimizer_class.__init__, **needed)

@@ -62,10 +62,9 @@ def said(error: Exception) -> str:
 def trial(cfg: Config, optimizer_class: type) -> tuple[dict, dict]:
     """What a group of such an optimizer holds, and which of lr and weight_decay its constructor
     cannot do without. Only making one shows it: signatures hide things behind **options and
-    sentinels. Raises ValueError where it cannot be made."""
+    sentinels. --opt.* has been checked. Raises ValueError where it cannot be made."""
     param_groups.without_compiler()
-    ours = "params", "lr", "weight_decay"
-    options = checks.check_options(cfg, "opt", optimizer_class, given=ours)
+    options = cfg.sub("opt")
     lr = {"lr": 1e-3 if cfg.lr is None else cfg.lr}
     decay, why = {"weight_decay": cfg.weight_decay or 0.0}, None
     for needed in ({}, lr, decay, lr | decay):

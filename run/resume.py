@@ -18,7 +18,7 @@ from data.files import listed
 from data.tokenizer import Tokenizer
 from run import optimizers
 from settings import checks, parse
-from settings.fields import BRANCH, CHOSEN, FIELDS, FREE, FRESH, LAYOUTS, Config, flag, update
+from settings.fields import CHOSEN, FIELDS, LAYOUTS, Config, flag, update
 
 
 def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):
@@ -98,8 +98,8 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     for name, f in FIELDS.items():
         new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
         left_open = new == "auto" or (new is None and name in CHOSEN)
-        allowed = change == FREE or (branch and change == BRANCH)
-        if change == FRESH:
+        allowed = change == "may_change" or (branch and change == "on_branch")
+        if change == "per_run":
             continue
         if (branch and name not in cfg.given) or (
             left_open and not (allowed and name in cfg.given)

@@ -3,7 +3,6 @@ allowed and what to type.
 
     check            a number out of its range, and fields that contradict each other
     check_options    dotted fields against the signature of what they belong to
-    batch_share      how a batch divides among ranks
 """
 
 import difflib
@@ -11,28 +10,52 @@ import importlib.util
 import inspect
 import math
 
-from settings.fields import ARCHS, FIELDS, LAYOUTS, Config, chunks, flag, trait
+from settings.fields import ARCHS, FIELDS, LAYOUTS, Config, flag, model_chunks, trait
 
 
 def check(cfg: Config) -> Config:
     """The same config if every field, and the fields together, make sense; else ValueError."""
+    check_ranges(cfg)
+    check_text(cfg)
+    check_heads(cfg)
+    check_attention(cfg)
+    check_schedule(cfg)
+    check_batch(cfg)
+    check_data_parallel(cfg)
+    check_model_parallel(cfg)
+    check_packages(cfg)
+    check_owners(cfg)
+    check_replicas_apart(cfg)
+    check_early_stopping(cfg)
+    check_qk_clip(cfg)
+    check_zeros(cfg)
+    return cfg
+
+
+def check_ranges(cfg: Config) -> None:
     for name, f in FIELDS.items():
         value, least, below = getattr(cfg, name), f.metadata["least"], f.metadata["below"]
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not is_number(value):
             continue
-        below = (
-            2**31 if below is None and type(value) is int else math.inf if below is None else below
-        )
-        # In this order: ints may be too large
+        if below is None:
+            below = 2**31 if type(value) is int else math.inf
+        # In this order: ints may be too large for isfinite.
         if not (least <= value < below and math.isfinite(value)):
             value = str(value)[:40]
             raise ValueError(
                 f"{name}={value} is out of range; it must be at least {least} and below {below}"
             )
+
+
+def check_text(cfg: Config) -> None:
     for name, value in [(name, getattr(cfg, name)) for name in FIELDS] + [*cfg.options.items()]:
         if any("\ud800" <= letter <= "\udfff" for letter in str(value)):  # no file could hold it
             said = f"{name}={ascii(value)[:200]} is no text in UTF-8"
             raise ValueError(f"{said}; rename it, or type another")
+
+
+def check_heads(cfg: Config) -> None:
+    """Does the width divide into heads, and a head into what its positions turn?"""
     position, size = trait(cfg, "position"), cfg.n_embd // cfg.n_head
     parts = {"rotary": 2, "rotary_half": 4}.get(position, 1)  # that a head is divided into
     if cfg.n_embd % cfg.n_head:
@@ -56,6 +79,10 @@ def check(cfg: Config) -> Config:
             f"position={position} needs a head size divisible by {parts}, not n_embd/n_head "
             f"= {size}; change n_head or type --position=learned"
         )
+
+
+def check_attention(cfg: Config) -> None:
+    """Attention and logits, and the n-grams' table."""
     scale, form = trait(cfg, "attention_scale"), cfg.logit_cap_form
     if cfg.mup_base_width is not None and scale is not None:
         raise ValueError(
@@ -71,6 +98,7 @@ def check(cfg: Config) -> Config:
             f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
             "smaller one, or leave it out"
         )
+    size = cfg.n_embd // cfg.n_head
     if cfg.attention == "flex" and size < 16:
         raise ValueError(
             f"attention=flex has no kernel for heads of {size} (n_embd/n_head), 16 is the "
@@ -78,7 +106,11 @@ def check(cfg: Config) -> Config:
         )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
-    named = "schedule" in cfg.given  # what has no meaning for a chosen one, run/announce.py says
+
+
+def check_schedule(cfg: Config) -> None:
+    """What has no meaning for the schedule that was given; for a chosen one, run/announce.py."""
+    named = "schedule" in cfg.given
     other = cfg.schedule not in ("auto", "wsd")
     if named and other and cfg.decay_frac != FIELDS["decay_frac"].default:
         raise ValueError(
@@ -92,6 +124,9 @@ def check(cfg: Config) -> Config:
     for name in ("decay_frac", "min_lr_frac", "warmup_start"):
         if (getattr(cfg, name) or 0) > 1:
             raise ValueError(f"{name}={getattr(cfg, name)} is a share, from 0 to 1")
+
+
+def check_batch(cfg: Config) -> None:
     if (cfg.lr_scaling is None) != (cfg.base_batch_size is None):
         raise ValueError(
             "lr_scaling and base_batch_size go together: --lr_scaling=sqrt --base_batch_size=32"
@@ -106,6 +141,10 @@ def check(cfg: Config) -> Config:
             f"batch_ramp_from={cfg.batch_ramp_from} does not divide batch_size="
             f"{cfg.batch_size}; for instance --batch_ramp_from={fits}"
         )
+
+
+def check_data_parallel(cfg: Config) -> None:
+    """Fields that are for some layouts alone."""
     for name, layouts in LAYOUTS.items():
         layout = cfg.data_parallel.replace("auto", "ddp")
         if getattr(cfg, name) != FIELDS[name].default and layout not in layouts.split():
@@ -114,139 +153,15 @@ def check(cfg: Config) -> Config:
                 f"{name} does not work with data_parallel={cfg.data_parallel}; "
                 f"leave it out, or type {others}"
             )
-    check_model_parallel(cfg)
-    for name in ("tensorboard", "wandb"):
-        if getattr(cfg, name) and importlib.util.find_spec(name) is None:
-            raise ValueError(f"--{name} needs a package: pip install {name}")
-    for namespace, owner in (("compress", "compress"), ("diloco", "diloco_every")):
-        if cfg.sub(namespace) and getattr(cfg, owner) is None:
-            raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")
-    for namespace, precision in (("scaler", "fp16"), ("fp8", "fp8")):
-        if cfg.sub(namespace) and cfg.precision != precision:
-            raise ValueError(
-                f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --precision={precision}"
-            )
-    for name in ("compress", "diloco_every"):
-        if getattr(cfg, name) is not None and cfg.precision in ("fp16", "bf16_sr"):
-            raise ValueError(
-                f"{name} adds up over steps what precision={cfg.precision} scales or rounds; "
-                f"type --precision=bf16, or leave {name} out"
-            )
-    more, back = cfg.compress or cfg.diloco_every, "rollback" in (cfg.on_spike, cfg.on_nonfinite)
-    if more and back and cfg.options.get("monitor.ring") != 0:
-        raise ValueError(
-            "compress and diloco_every keep more than the states in memory hold; type "
-            "--monitor.ring=0 to roll back to the newest checkpoint"
-        )
-    if cfg.patience is not None and not cfg.eval_every:
-        raise ValueError(
-            "patience counts evaluations, and eval_every=0 makes none; type --eval_every=60"
-        )
-    if cfg.patience is not None and cfg.diloco_every is not None:
-        raise ValueError(
-            "patience does not go with diloco_every, whose average is not what it trains on"
-        )
-    if cfg.min_delta and cfg.patience is None:
-        raise ValueError("min_delta means nothing without patience; type --patience=5 too")
-    if cfg.compress is not None and cfg.diloco_every is not None:
-        raise ValueError("compress and diloco_every do not go together; leave one of them out")
-    if cfg.qk_clip is not None and trait(cfg, "qk_norm"):
-        raise ValueError(
-            f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
-            "type --qk_norm=false, or leave qk_clip out"
-        )
-    if cfg.qk_clip is not None and cfg.diloco_every is not None:
-        raise ValueError(
-            "qk_clip looks at all replicas, which diloco_every lets go apart; leave one of them out"
-        )
-    for name in (
-        "grad_clip",
-        "clip_value",
-        "z_loss",
-        "qk_clip",
-        "attention_scale",
-        "logit_cap",
-        "peak_flops",
-    ):
-        if getattr(cfg, name) == 0:
-            raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")
-    return cfg
 
 
 def check_model_parallel(cfg: Config) -> None:
     """tp, sp, cp and pp, with each other and with the rest."""
-    layout, ring = cfg.data_parallel, cfg.cp > 1 and cfg.cp_attention == "ring"
-    heads, split = cfg.n_kv_head or cfg.n_head, [n for n in ("tp", "pp") if getattr(cfg, n) > 1]
-    for name, number in (("n_head", cfg.n_head), ("n_kv_head", heads)):
-        if number % cfg.tp:
-            fits = divisor(math.gcd(cfg.n_head, heads), cfg.tp)
-            raise ValueError(
-                f"tp={cfg.tp} does not divide {name}={number}, and a head is not split; "
-                f"--tp={fits} would"
-            )
-    if cfg.sp and cfg.tp == 1:
-        raise ValueError(
-            "sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more"
-        )
-    parts = math.lcm(cfg.cp * (2 if ring else 1), cfg.cp * (cfg.tp if cfg.sp else 1))
-    if cfg.block_size % parts:
-        better = -(-cfg.block_size // parts) * parts
-        raise ValueError(
-            f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
-            f"block_size={cfg.block_size} cannot be, try --block_size={better}"
-        )
-    for name, usual in (("window", None), ("attention", "sdpa")):
-        if ring and (given := getattr(cfg, name)) != usual:
-            raise ValueError(
-                f"{name}={given} does not go with cp_attention=ring, which has an attention of "
-                "its own; type --cp_attention=ulysses"
-            )
-    if cfg.cp > 1 and not ring and heads // cfg.tp % cfg.cp:
-        raise ValueError(
-            f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
-            f"{heads // cfg.tp} of keys and values; type --cp_attention=ring"
-        )
-    if cfg.ngram is not None and (split or cfg.cp > 1):
-        raise ValueError(
-            "ngram needs whole rows and logits on a rank and does not go with "
-            f"{[*split, 'cp'][0]}; leave one of them out"
-        )
-    if cfg.ngram_embed is not None and cfg.cp > 1:
-        raise ValueError(
-            "ngram_embed needs the tokens before a rank's own and does not go with cp; type "
-            "--tp= instead, or leave one of them out"
-        )
-    if cfg.pp_chunks is not None and (cfg.pp_chunks > 1) != (cfg.pp_schedule == "interleaved"):
-        raise ValueError(
-            f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
-            "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out"
-        )
-    if cfg.pp > 1 and cfg.pp * chunks(cfg) > cfg.n_layer:
-        raise ValueError(
-            f"pp={cfg.pp} stages of {chunks(cfg)} stretch(es) need {cfg.pp * chunks(cfg)} "
-            f"layers, n_layer is {cfg.n_layer}; try --pp={max(1, cfg.n_layer // chunks(cfg))}"
-        )
-    if layout in ("zero2", "zero3") and split:
-        raise ValueError(
-            f"data_parallel={layout} would send gradients or weights again for each micro-batch "
-            f"in flight and does not go with {split[0]}; type --data_parallel=fsdp or zero1"
-        )
-    if layout == "fsdp" and cfg.pp > 1 and cfg.pp_schedule == "zerobubble":
-        raise ValueError(
-            "pp_schedule=zerobubble computes weight gradients when fsdp has sent them; type "
-            "--pp_schedule=1f1b, or --data_parallel=zero1"
-        )
-    if cfg.pp > 1 and cfg.pp_schedule == "zerobubble" and cfg.compile not in ("auto", "off"):
-        raise ValueError(
-            "pp_schedule=zerobubble takes apart what compile puts together; type "
-            "--pp_schedule=1f1b, or --compile=off"
-        )
-    how = cfg.activation_checkpoint or "none"
-    if cfg.pp > 1 and cfg.pp_schedule == "zerobubble" and how != "none":
-        raise ValueError(
-            f"--activation_checkpoint={how} does not go with --pp_schedule=zerobubble, which "
-            "keeps activations for the weights' gradients; type --pp_schedule=1f1b"
-        )
+    split = [name for name in ("tp", "pp") if getattr(cfg, name) > 1]
+    check_tensor_parallel(cfg)
+    check_context_parallel(cfg)
+    check_ngrams(cfg, split)
+    check_pipeline(cfg, split)
     if cfg.activation_checkpoint == "full_sharded" and (cfg.sp or cfg.tp == 1):
         raise ValueError(
             "activation_checkpoint=full_sharded shares out what tp ranks hold alike, with tp=1 "
@@ -261,6 +176,164 @@ def check_model_parallel(cfg: Config) -> None:
             )
 
 
+def check_tensor_parallel(cfg: Config) -> None:
+    heads = cfg.n_kv_head or cfg.n_head
+    for name, number in (("n_head", cfg.n_head), ("n_kv_head", heads)):
+        if number % cfg.tp:
+            fits = divisor(math.gcd(cfg.n_head, heads), cfg.tp)
+            raise ValueError(
+                f"tp={cfg.tp} does not divide {name}={number}, and a head is not split; "
+                f"--tp={fits} would"
+            )
+    if cfg.sp and cfg.tp == 1:
+        raise ValueError(
+            "sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more"
+        )
+
+
+def check_context_parallel(cfg: Config) -> None:
+    ring = cfg.cp > 1 and cfg.cp_attention == "ring"
+    parts = math.lcm(cfg.cp * (2 if ring else 1), cfg.cp * (cfg.tp if cfg.sp else 1))
+    if cfg.block_size % parts:
+        better = -(-cfg.block_size // parts) * parts
+        raise ValueError(
+            f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
+            f"block_size={cfg.block_size} cannot be, try --block_size={better}"
+        )
+    for name, usual in (("window", None), ("attention", "sdpa")):
+        if ring and (given := getattr(cfg, name)) != usual:
+            raise ValueError(
+                f"{name}={given} does not go with cp_attention=ring, which has an attention of "
+                "its own; type --cp_attention=ulysses"
+            )
+    heads = (cfg.n_kv_head or cfg.n_head) // cfg.tp
+    if cfg.cp > 1 and not ring and heads % cfg.cp:
+        raise ValueError(
+            f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
+            f"{heads} of keys and values; type --cp_attention=ring"
+        )
+
+
+def check_ngrams(cfg: Config, split: list[str]) -> None:
+    if cfg.ngram is not None and (split or cfg.cp > 1):
+        raise ValueError(
+            "ngram needs whole rows and logits on a rank and does not go with "
+            f"{[*split, 'cp'][0]}; leave one of them out"
+        )
+    if cfg.ngram_embed is not None and cfg.cp > 1:
+        raise ValueError(
+            "ngram_embed needs the tokens before a rank's own and does not go with cp; type "
+            "--tp= instead, or leave one of them out"
+        )
+
+
+def check_pipeline(cfg: Config, split: list[str]) -> None:
+    """The pipeline's stages, and layouts of the data that send too often for one."""
+    layout, chunks = cfg.data_parallel, model_chunks(cfg)
+    if cfg.pp_chunks is not None and (cfg.pp_chunks > 1) != (cfg.pp_schedule == "interleaved"):
+        raise ValueError(
+            f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
+            "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out"
+        )
+    if cfg.pp > 1 and cfg.pp * chunks > cfg.n_layer:
+        raise ValueError(
+            f"pp={cfg.pp} stages of {chunks} stretch(es) need {cfg.pp * chunks} "
+            f"layers, n_layer is {cfg.n_layer}; try --pp={max(1, cfg.n_layer // chunks)}"
+        )
+    if layout in ("zero2", "zero3") and split:
+        raise ValueError(
+            f"data_parallel={layout} would send gradients or weights again for each micro-batch "
+            f"in flight and does not go with {split[0]}; type --data_parallel=fsdp or zero1"
+        )
+    zero_bubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
+    if layout == "fsdp" and zero_bubble:
+        raise ValueError(
+            "pp_schedule=zerobubble computes weight gradients when fsdp has sent them; type "
+            "--pp_schedule=1f1b, or --data_parallel=zero1"
+        )
+    if zero_bubble and cfg.compile not in ("auto", "off"):
+        raise ValueError(
+            "pp_schedule=zerobubble takes apart what compile puts together; type "
+            "--pp_schedule=1f1b, or --compile=off"
+        )
+    how = cfg.activation_checkpoint or "none"
+    if zero_bubble and how != "none":
+        raise ValueError(
+            f"--activation_checkpoint={how} does not go with --pp_schedule=zerobubble, which "
+            "keeps activations for the weights' gradients; type --pp_schedule=1f1b"
+        )
+
+
+def check_packages(cfg: Config) -> None:
+    for name in ("tensorboard", "wandb"):
+        if getattr(cfg, name) and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--{name} needs a package: pip install {name}")
+
+
+def check_owners(cfg: Config) -> None:
+    """Dotted fields of what is switched off. The others run/options.py checks, by signatures."""
+    for namespace, owner in (("compress", "compress"), ("diloco", "diloco_every")):
+        if cfg.sub(namespace) and getattr(cfg, owner) is None:
+            raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")
+    for namespace, precision in (("scaler", "fp16"), ("fp8", "fp8")):
+        if cfg.sub(namespace) and cfg.precision != precision:
+            raise ValueError(
+                f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --precision={precision}"
+            )
+
+
+def check_replicas_apart(cfg: Config) -> None:
+    """compress and diloco_every keep what differs from replica to replica."""
+    for name in ("compress", "diloco_every"):
+        if getattr(cfg, name) is not None and cfg.precision in ("fp16", "bf16_sr"):
+            raise ValueError(
+                f"{name} adds up over steps what precision={cfg.precision} scales or rounds; "
+                f"type --precision=bf16, or leave {name} out"
+            )
+    if cfg.compress is not None and cfg.diloco_every is not None:
+        raise ValueError("compress and diloco_every do not go together; leave one of them out")
+    apart = cfg.compress or cfg.diloco_every
+    rolls_back = "rollback" in (cfg.on_spike, cfg.on_nonfinite)
+    if apart and rolls_back and cfg.options.get("monitor.ring") != 0:
+        raise ValueError(
+            "compress and diloco_every keep more than the states in memory hold; type "
+            "--monitor.ring=0 to roll back to the newest checkpoint"
+        )
+
+
+def check_early_stopping(cfg: Config) -> None:
+    if cfg.patience is not None and not cfg.eval_every:
+        raise ValueError(
+            "patience counts evaluations, and eval_every=0 makes none; type --eval_every=60"
+        )
+    if cfg.patience is not None and cfg.diloco_every is not None:
+        raise ValueError(
+            "patience does not go with diloco_every, whose average is not what it trains on"
+        )
+    if cfg.min_delta and cfg.patience is None:
+        raise ValueError("min_delta means nothing without patience; type --patience=5 too")
+
+
+def check_qk_clip(cfg: Config) -> None:
+    if cfg.qk_clip is not None and trait(cfg, "qk_norm"):
+        raise ValueError(
+            f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
+            "type --qk_norm=false, or leave qk_clip out"
+        )
+    if cfg.qk_clip is not None and cfg.diloco_every is not None:
+        raise ValueError(
+            "qk_clip looks at all replicas, which diloco_every lets go apart; leave one of them out"
+        )
+
+
+def check_zeros(cfg: Config) -> None:
+    """None switches off; 0 would be taken for it."""
+    names = "grad_clip clip_value z_loss qk_clip attention_scale logit_cap peak_flops"
+    for name in names.split():
+        if getattr(cfg, name) == 0:
+            raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")
+
+
 def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dict:
     """sub(namespace) if `target`'s signature takes it, else ValueError with the nearest name.
 
@@ -269,37 +342,37 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
     """
     parameters = inspect.signature(target).parameters
     named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    taken = {k: p.default for k, p in named.items() if k not in given}
+    taken = {k: p for k, p in named.items() if k not in given}
     more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # which only the target knows
     values = cfg.sub(namespace)
     for name, value in values.items():
+        if name in taken and not is_of_kind(value, taken[name]):
+            typed, usual = flag(f"{namespace}.{name}", value), flag("", taken[name].default)
+            usual = usual.partition("=")[2]
+            raise ValueError(f"{typed} is of the wrong kind; the default is {usual}")
         if name not in taken and (name in given or not more):
             hint = nearest(name, list(taken), f"--{namespace}.") if taken else "it takes none"
             raise ValueError(
                 f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}"
             )
-        if name not in taken:
-            continue
-        default = taken[name]
-        if parameters[name].annotation is int:
-            right = isinstance(value, int) and not isinstance(value, bool)
-        elif default is inspect.Parameter.empty:
-            right = True  # there is nothing to compare it with
-        elif isinstance(default, tuple):
-            right = isinstance(value, tuple) and len(value) == len(default)
-            right = right and all(x is None or is_number(x) for x in value)
-        elif is_number(default):
-            right = is_number(value)
-        else:
-            right = (
-                isinstance(value, bool)
-                if isinstance(default, bool)
-                else not isinstance(value, (tuple, list, dict))
-            )
-        if not right:
-            given, usual = flag(f"{namespace}.{name}", value), flag("", default).partition("=")[2]
-            raise ValueError(f"{given} is of the wrong kind; the default is {usual}")
     return values
+
+
+def is_of_kind(value, parameter: inspect.Parameter) -> bool:
+    """Is it of the kind of this parameter's default?"""
+    default = parameter.default
+    if parameter.annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if default is inspect.Parameter.empty:
+        return True  # there is nothing to compare it with
+    if isinstance(default, tuple):
+        right_length = isinstance(value, tuple) and len(value) == len(default)
+        return right_length and all(x is None or is_number(x) for x in value)
+    if is_number(default):
+        return is_number(value)
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    return not isinstance(value, (tuple, list, dict))
 
 
 def divisor(n: int, most: int) -> int:

@@ -1,13 +1,14 @@
 """Every setting of a run: one flat dataclass, a line for each.
 
 A line is a field's type, its default, what it means with its unit, which numbers it may be, and
-whether a run that goes on may change it. settings/parse.py derives the command line, `--help`, recipes and
-the saved `config.toml` from these lines, settings/checks.py refuses what does not go together.
+whether a resumed run may change it. settings/parse.py derives the command line, `--help`, recipes
+and the saved `config.toml` from these lines, settings/checks.py refuses what is incompatible.
 
 None (`none` in TOML and on the command line) means off or, where the help says so, chosen for you,
 as does `auto`. What a model's `auto` traits are is in ARCHS.
 """
 
+import functools
 import shlex
 import typing
 from dataclasses import dataclass, field, fields, replace
@@ -15,332 +16,301 @@ from typing import Literal
 
 Auto = Literal["auto"]
 
-# May a run that goes on change this field? With resume=auto only FREE and FRESH ones, with
-# resume=PATH (a branch) BRANCH ones too. A FRESH field is never taken from the earlier run; others
-# are where the command leaves them open.
-NEVER, BRANCH, FREE, FRESH = "never", "branch", "free", "fresh"
 
-
-def knob(default, help: str, change: str = NEVER, least=None, below=None):
+def setting(default, help: str, change: str, least=None, below=None):
     """One setting. `least` and `below` bound numbers: least <= value < below."""
     return field(default=default, metadata=dict(help=help, change=change, least=least, below=below))
+
+
+# May a resumed run change this setting? What the command leaves open comes from the earlier run.
+fixed = functools.partial(setting, change="fixed")  # never
+on_branch = functools.partial(setting, change="on_branch")  # with --resume=PATH, a branch
+may_change = functools.partial(setting, change="may_change")  # always
+per_run = functools.partial(setting, change="per_run")  # and it never comes from the earlier run
 
 
 @dataclass
 class Config:
     # the run
-    out_dir: str = knob(
-        "out", "folder for checkpoints, metrics.jsonl, config.toml, loss.png", FRESH
-    )
-    steps: int = knob(180, "optimizer steps", FREE, least=1)
-    batch_size: int = knob(16, "sequences per optimizer step, over all ranks", least=1)
-    micro_batch_size: int | None = knob(
+    out_dir: str = per_run("out", "folder for checkpoints, metrics.jsonl, config.toml, loss.png")
+    steps: int = may_change(180, "optimizer steps", least=1)
+    batch_size: int = fixed(16, "sequences per optimizer step, over all ranks", least=1)
+    micro_batch_size: int | None = may_change(
         None,
         "sequences per rank and forward; none = batch/ranks on a CPU, what fits on a GPU",
-        FREE,
         least=1,
     )
-    block_size: int = knob(256, "tokens per sequence", least=1)
-    seed: int = knob(1337, "decides initial weights, order of rows, dropout masks", least=0)
-    deterministic: bool = knob(
-        False, "only kernels that give the same bits each time; slower on a GPU", FREE
+    block_size: int = fixed(256, "tokens per sequence", least=1)
+    seed: int = fixed(1337, "decides initial weights, order of rows, dropout masks", least=0)
+    deterministic: bool = may_change(
+        False, "only kernels that give the same bits each time; slower on a GPU"
     )
-    resume: str = knob(
-        "auto",
-        "auto: go on in out_dir | never: anew | PATH: branch from a run or checkpoint",
-        FRESH,
+    resume: str = per_run(
+        "auto", "auto: go on in out_dir | never: anew | PATH: branch from a run or checkpoint"
     )
-    device: str = knob("auto", "auto (cuda, else mps, else cpu) or a torch device name", FRESH)
-    threads: int | None = knob(
-        None, "CPU threads per process; none = torch's choice", FRESH, least=1, below=1025
+    device: str = per_run("auto", "auto (cuda, else mps, else cpu) or a torch device name")
+    threads: int | None = per_run(
+        None, "CPU threads per process; none = torch's choice", least=1, below=1025
     )
     # data
-    data: str = knob(
-        "python",
-        "python, shakespeare, openwebtext, fineweb, a text file, a folder of shards",
-        BRANCH,
+    data: str = on_branch(
+        "python", "python, shakespeare, openwebtext, fineweb, a text file, a folder of shards"
     )
-    tokenizer: str = knob("bytes", "bytes or the name of a tiktoken encoding, such as gpt2")
-    data_dir: str = knob("data_cache", "folder for downloads and tokenized shards", FRESH)
-    data_url: str | None = knob(
-        None, "mirror to download a corpus from, instead of its public home", FRESH
+    tokenizer: str = fixed("bytes", "bytes or the name of a tiktoken encoding, such as gpt2")
+    data_dir: str = per_run("data_cache", "folder for downloads and tokenized shards")
+    data_url: str | None = per_run(
+        None, "mirror to download a corpus from, instead of its public home"
     )
-    eval_tokens: int = knob(32768, "size of the fixed held-out set, tokens", FREE, least=1)
-    eval_rows: Literal["spread", "first"] = knob(
-        "spread", "spread over what is held out | its first", FREE
+    eval_tokens: int = may_change(32768, "size of the fixed held-out set, tokens", least=1)
+    eval_rows: Literal["spread", "first"] = may_change(
+        "spread", "spread over what is held out | its first"
     )
     # model
-    arch: Literal["modern", "gpt2", "track3"] = knob(
+    arch: Literal["modern", "gpt2", "track3"] = fixed(
         "modern", "decides the traits left at auto below"
     )
-    n_layer: int = knob(4, "transformer blocks", least=1)
-    n_head: int = knob(4, "attention heads", least=1)
-    n_kv_head: int | None = knob(
+    n_layer: int = fixed(4, "transformer blocks", least=1)
+    n_head: int = fixed(4, "attention heads", least=1)
+    n_kv_head: int | None = fixed(
         None, "heads of keys and values (grouped queries); none = n_head", least=1
     )
-    n_embd: int = knob(256, "width of the residual stream", least=1)
-    vocab_size: int | None = knob(
+    n_embd: int = fixed(256, "width of the residual stream", least=1)
+    vocab_size: int | None = fixed(
         None, "none = the tokenizer's, rounded up to a multiple of 64", least=1
     )
-    dropout: float = knob(
+    dropout: float = fixed(
         0.0, "share of embeddings and block outputs set to zero", least=0, below=1
     )
-    norm: Literal["auto", "rmsnorm", "rmsnorm_gain", "layernorm"] = knob(
+    norm: Literal["auto", "rmsnorm", "rmsnorm_gain", "layernorm"] = fixed(
         "auto", "modern: rmsnorm (no gain), gpt2: layernorm, track3: rmsnorm_gain"
     )
-    embed_norm: bool | Auto = knob("auto", "a norm before the first block too; only track3: true")
-    activation: Literal["auto", "relu2", "gelu"] = knob("auto", "relu2 (squared); gpt2: gelu")
-    position: Literal["auto", "rotary", "rotary_half", "learned"] = knob(
+    embed_norm: bool | Auto = fixed("auto", "a norm before the first block too; only track3: true")
+    activation: Literal["auto", "relu2", "gelu"] = fixed("auto", "relu2 (squared); gpt2: gelu")
+    position: Literal["auto", "rotary", "rotary_half", "learned"] = fixed(
         "auto",
         "modern: rotary, gpt2: learned, track3: rotary_half (half of a head turns, base 1024)",
     )
-    qk_norm: bool | Auto = knob("auto", "normalise queries and keys; gpt2: false")
-    attention_scale: float | Auto | None = knob(
+    qk_norm: bool | Auto = fixed("auto", "normalise queries and keys; gpt2: false")
+    attention_scale: float | Auto | None = fixed(
         "auto", "what q.k is multiplied by; none = 1/sqrt(head size), track3: 0.12", least=0
     )
-    window: int | None = knob(
+    window: int | None = fixed(
         None, "tokens that a query sees, itself among them; none = all", least=1
     )
-    attention: Literal["sdpa", "plain", "flex"] = knob(
+    attention: Literal["sdpa", "plain", "flex"] = may_change(
         "sdpa",
         "torch's kernel | written out, faster in bf16 on a CPU up to 512 tokens | FlexAttention,"
         " for GPUs",
-        FREE,
     )
-    tied: bool | Auto = knob("auto", "the output head shares the embedding; only gpt2: true")
-    bias: bool | Auto = knob("auto", "biases in the blocks' Linear and in LayerNorm; modern: false")
-    head_bias: bool | Auto = knob("auto", "a bias in the output head; only track3: true")
-    zero_init: bool | Auto = knob(
+    tied: bool | Auto = fixed("auto", "the output head shares the embedding; only gpt2: true")
+    bias: bool | Auto = fixed(
+        "auto", "biases in the blocks' Linear and in LayerNorm; modern: false"
+    )
+    head_bias: bool | Auto = fixed("auto", "a bias in the output head; only track3: true")
+    zero_init: bool | Auto = fixed(
         "auto", "projections and untied head start at 0; false: gpt2, Adam's kind"
     )
-    init: Literal["auto", "fan_in", "torch", "gpt2"] = knob(
+    init: Literal["auto", "fan_in", "torch", "gpt2"] = fixed(
         "auto",
         "std of matrices; modern: 0.5/sqrt(fan_in), gpt2: 0.02, track3: torch,"
         " sqrt(1/3)/sqrt(fan_in)",
     )
-    logit_cap: float | Auto | None = knob(
+    logit_cap: float | Auto | None = fixed(
         "auto", "logits stay within +-this; 15, gpt2: none", least=0
     )
-    logit_cap_form: Literal["auto", "tanh", "root"] = knob(
+    logit_cap_form: Literal["auto", "tanh", "root"] = fixed(
         "auto", "cap*tanh(x/cap) | cap*x/sqrt(x^2 + cap^2), track3's"
     )
-    ngram_embed: int | None = knob(
+    ngram_embed: int | None = fixed(
         None,
         "n-grams of 2 to so many tokens have embeddings too, by hash (layers/ngram_embedding.py)",
         least=2,
     )
-    ngram_rows: int = knob(16384, "rows of the table that they share", least=1)
-    init_from: str | None = knob(
+    ngram_rows: int = fixed(16384, "rows of the table that they share", least=1)
+    init_from: str | None = fixed(
         None, "run or checkpoint whose weights alone are the start (fine-tuning)"
     )
     # optimizer; --opt.NAME= goes to its constructor
-    optim: str = knob("muon", "file in optim/ (its first class) or file.Class")
-    lr: float | None = knob(
-        None, "peak learning rate; none = the optimizer's own default", BRANCH, least=0
+    optim: str = fixed("muon", "file in optim/ (its first class) or file.Class")
+    lr: float | None = on_branch(
+        None, "peak learning rate; none = the optimizer's own default", least=0
     )
-    weight_decay: float | None = knob(
-        None, "none = the optimizer's own; matrices and head only", BRANCH, least=0
+    weight_decay: float | None = on_branch(
+        None, "none = the optimizer's own; matrices and head only", least=0
     )
-    decay_embeddings: bool = knob(
-        False, "weight_decay for embeddings too, as nanoGPT has it", BRANCH
+    decay_embeddings: bool = on_branch(False, "weight_decay for embeddings too, as nanoGPT has it")
+    embed_lr: float | None = on_branch(None, "lr of embeddings; none = lr, with Muon 0.01", least=0)
+    head_lr: float | None = on_branch(
+        None, "lr of an untied head; none = lr, with Muon 0.01", least=0
     )
-    embed_lr: float | None = knob(
-        None, "lr of embeddings; none = lr, with Muon 0.01", BRANCH, least=0
+    scalar_lr: float | None = on_branch(
+        None, "lr of gains and biases; none = lr, with Muon 0.01", least=0
     )
-    head_lr: float | None = knob(
-        None, "lr of an untied head; none = lr, with Muon 0.01", BRANCH, least=0
+    grad_clip: float | None = on_branch(
+        1.0, "the gradient's global norm is scaled down to this", least=0
     )
-    scalar_lr: float | None = knob(
-        None, "lr of gains and biases; none = lr, with Muon 0.01", BRANCH, least=0
+    clip_value: float | None = on_branch(
+        None, "first each gradient entry is cut to +-this", least=0
     )
-    grad_clip: float | None = knob(
-        1.0, "the gradient's global norm is scaled down to this", BRANCH, least=0
-    )
-    clip_value: float | None = knob(
-        None, "first each gradient entry is cut to +-this", BRANCH, least=0
-    )
-    z_loss: float | None = knob(
+    z_loss: float | None = on_branch(
         None,
         "this x (log Z)^2 of each token is minimised too, but not logged; usual: 1e-4",
-        BRANCH,
         least=0,
     )
-    ngram: int | None = knob(
+    ngram: int | None = fixed(
         None,
-        "counted n-grams with up to so many tokens of context are the logits' prior (layers/ngram.py)",
+        "counted n-grams with up to so many tokens of context are the logits' prior"
+        " (layers/ngram.py)",
         least=1,
     )
-    qk_clip: float | None = knob(
+    qk_clip: float | None = on_branch(
         None,
         "heads whose attention logits exceed this are scaled back; usual: 100 (optim/qk_clip.py)",
-        BRANCH,
         least=0,
     )
     # spikes and faults; --monitor.NAME= goes to the guard
-    on_spike: Literal["warn", "skip", "rollback", "clip", "lr_cut", "abort"] | None = knob(
-        "skip", "what happens to a step whose loss or gradient jumps (monitor.py)", FREE
+    on_spike: Literal["warn", "skip", "rollback", "clip", "lr_cut", "abort"] | None = may_change(
+        "skip", "what happens to a step whose loss or gradient jumps (monitor.py)"
     )
-    on_nonfinite: Literal["warn", "skip", "rollback", "lr_cut", "abort"] | None = knob(
-        "skip", "the same for NaN and infinity; fp16's overflows are its loss scaler's", FREE
+    on_nonfinite: Literal["warn", "skip", "rollback", "lr_cut", "abort"] | None = may_change(
+        "skip", "the same for NaN and infinity; fp16's overflows are its loss scaler's"
     )
-    patience: int | None = knob(
-        None,
-        "evaluations without a better loss until the run ends with its best weights",
-        FREE,
-        least=1,
+    patience: int | None = may_change(
+        None, "evaluations without a better loss until the run ends with its best weights", least=1
     )
-    min_delta: float = knob(
-        0.0, "what a better loss is better by, nats, for patience", FREE, least=0
+    min_delta: float = may_change(
+        0.0, "what a better loss is better by, nats, for patience", least=0
     )
     # schedule; --schedule.NAME= goes to it
     schedule: Literal[
         "auto", "wsd", "cosine", "linear", "constant", "inverse_sqrt", "sgdr", "onecycle"
-    ] = knob("auto", "auto = wsd, and constant for Schedule-Free, which needs none", FREE)
-    warmup_frac: float = knob(0.02, "share of the steps for linear warm-up", FREE, least=0, below=1)
-    warmup_steps: int | None = knob(None, "the same in steps; overrides warmup_frac", FREE, least=0)
-    warmup_start: float | None = knob(
-        None, "share of lr where warm-up starts; none = 1/warmup", FREE, least=0
+    ] = may_change("auto", "auto = wsd, and constant for Schedule-Free, which needs none")
+    warmup_frac: float = may_change(0.02, "share of the steps for linear warm-up", least=0, below=1)
+    warmup_steps: int | None = may_change(None, "the same in steps; overrides warmup_frac", least=0)
+    warmup_start: float | None = may_change(
+        None, "share of lr where warm-up starts; none = 1/warmup", least=0
     )
-    decay_frac: float = knob(0.4, "wsd: share of the steps for the final decay", FREE, least=0)
-    min_lr_frac: float = knob(0.0, "where the decay ends, as a share of lr", FREE, least=0)
-    lr_scaling: Literal["linear", "sqrt"] | None = knob(
+    decay_frac: float = may_change(0.4, "wsd: share of the steps for the final decay", least=0)
+    min_lr_frac: float = may_change(0.0, "where the decay ends, as a share of lr", least=0)
+    lr_scaling: Literal["linear", "sqrt"] | None = fixed(
         None, "scales each lr with batch_size/base_batch_size"
     )
-    base_batch_size: int | None = knob(None, "the batch size that lr was found at", least=1)
-    mup_base_width: int | None = knob(
+    base_batch_size: int | None = fixed(None, "the batch size that lr was found at", least=1)
+    mup_base_width: int | None = fixed(
         None, "muP: the n_embd that lr was found at; none = off", least=1
     )
-    momentum_warmup: int | None = knob(
-        None, "steps over which momentum grows from 0.85 to its own", FREE, least=1
+    momentum_warmup: int | None = may_change(
+        None, "steps over which momentum grows from 0.85 to its own", least=1
     )
-    batch_ramp: int | None = knob(None, "steps over which the batch grows to batch_size", least=1)
-    batch_ramp_from: int | None = knob(
+    batch_ramp: int | None = fixed(None, "steps over which the batch grows to batch_size", least=1)
+    batch_ramp_from: int | None = fixed(
         None, "sequences it grows from, in steps of as many", least=1
     )
     # numbers and layout
-    precision: Literal["auto", "fp64", "fp32", "bf16", "bf16_sr", "fp16", "fp8"] = knob(
+    precision: Literal["auto", "fp64", "fp32", "bf16", "bf16_sr", "fp16", "fp8"] = fixed(
         "auto",
         "fp64: the oracle | bf16: autocast over fp32 weights | bf16_sr: bf16 weights, stochastic"
         " rounding | fp16: with loss scaling | fp8: the blocks' products | auto: fp32 or bf16, what"
         " is fast here",
     )
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = knob(
-        "auto", "torch.compile of each block, and how; auto: default on a GPU, off on a CPU", FREE
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = may_change(
+        "auto", "torch.compile of each block, and how; auto: default on a GPU, off on a CPU"
     )
-    data_parallel: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = knob(
+    data_parallel: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = may_change(
         "auto",
         "ddp: replicas | zero1, 2, 3: state, gradients, weights at owners | fsdp: in shards | auto:"
         " zero1 for Muon, SOAP and Shampoo, which it spreads over the ranks, else ddp",
-        FREE,
     )
-    fsdp_shard: int | None = knob(
+    fsdp_shard: int | None = may_change(
         None,
         "fsdp: ranks that share one copy, the others repeat it (hybrid); none = all, 1 = no"
         " sharding",
-        FREE,
         least=1,
     )
-    reshard: bool = knob(True, "fsdp: weights are dropped after forward and gathered again", FREE)
-    bucket_mb: float = knob(25.0, "ddp, zero: size of a gradient bucket, MiB", FREE, least=0)
-    reduce_dtype: Literal["fp32", "bf16"] | None = knob(
-        None, "zero, fsdp: numbers in which gradients are summed over ranks; none = their own", FREE
+    reshard: bool = may_change(True, "fsdp: weights are dropped after forward and gathered again")
+    bucket_mb: float = may_change(25.0, "ddp, zero: size of a gradient bucket, MiB", least=0)
+    reduce_dtype: Literal["fp32", "bf16"] | None = may_change(
+        None, "zero, fsdp: numbers in which gradients are summed over ranks; none = their own"
     )
-    compress: Literal["topk", "sign", "onebit", "powersgd", "fp16", "bf16"] | None = knob(
-        None, "ddp: gradients are sent compressed, with error feedback", FREE
+    compress: Literal["topk", "sign", "onebit", "powersgd", "fp16", "bf16"] | None = may_change(
+        None, "ddp: gradients are sent compressed, with error feedback"
     )
-    diloco_every: int | None = knob(
+    diloco_every: int | None = fixed(
         None, "ddp: replicas take so many steps alone, then average (another algorithm)", least=1
     )
-    param_dtype: Literal["fp32", "bf16"] | None = knob(
-        None, "fsdp: numbers in which weights are gathered and used; none = their own", FREE
+    param_dtype: Literal["fp32", "bf16"] | None = may_change(
+        None, "fsdp: numbers in which weights are gathered and used; none = their own"
     )
-    tp: int = knob(1, "tensor parallel: ranks among which each matrix is split", FRESH, least=1)
-    sp: bool = knob(
-        False, "sequence parallel: between matrices each tp rank has some of the tokens", FRESH
+    tp: int = per_run(1, "tensor parallel: ranks among which each matrix is split", least=1)
+    sp: bool = per_run(
+        False, "sequence parallel: between matrices each tp rank has some of the tokens"
     )
-    cp: int = knob(1, "context parallel: ranks among which each sequence is split", FRESH, least=1)
-    cp_attention: Literal["ring", "ulysses"] = knob(
-        "ring", "keys and values go round | each rank has all tokens of some heads", FRESH
+    cp: int = per_run(1, "context parallel: ranks among which each sequence is split", least=1)
+    cp_attention: Literal["ring", "ulysses"] = per_run(
+        "ring", "keys and values go round | each rank has all tokens of some heads"
     )
-    pp: int = knob(1, "pipeline parallel: stages of layers", FRESH, least=1)
-    pp_schedule: Literal["naive", "gpipe", "1f1b", "interleaved", "zerobubble"] = knob(
-        "1f1b", "the order in which a stage works on micro-batches", FRESH
+    pp: int = per_run(1, "pipeline parallel: stages of layers", least=1)
+    pp_schedule: Literal["naive", "gpipe", "1f1b", "interleaved", "zerobubble"] = per_run(
+        "1f1b", "the order in which a stage works on micro-batches"
     )
-    pp_chunks: int | None = knob(
-        None, "interleaved: stretches of layers on each rank; none = 2", FRESH, least=1
+    pp_chunks: int | None = per_run(
+        None, "interleaved: stretches of layers on each rank; none = 2", least=1
     )
-    activation_checkpoint: str | None = knob(
+    activation_checkpoint: str | None = may_change(
         None,
         "what backward computes again: full | full_sharded | full_offload | every_K | segments_K | "
         "attention | mlp | selective; or offload, which keeps it in host memory",
-        FREE,
     )
-    offload: Literal["cpu", "disk"] | None = knob(
-        None, "where optimizer state waits: host memory, or files in out_dir", FREE
+    offload: Literal["cpu", "disk"] | None = may_change(
+        None, "where optimizer state waits: host memory, or files in out_dir"
     )
-    offload_params: Literal["cpu", "disk"] | None = knob(
-        None, "zero3, fsdp: where weights wait between uses", FREE
+    offload_params: Literal["cpu", "disk"] | None = may_change(
+        None, "zero3, fsdp: where weights wait between uses"
     )
-    timeout_minutes: float = knob(
-        10.0,
-        "a collective that waits so long for another rank ends the run",
-        FRESH,
-        least=0.01,
-        below=1e5,
+    timeout_minutes: float = per_run(
+        10.0, "a collective that waits so long for another rank ends the run", least=0.01, below=1e5
     )
     # looking and saving
-    histogram_every: int | None = knob(
-        None,
-        "steps between counts of exponents of all tensors (precision/histogram.py)",
-        FREE,
-        least=1,
+    histogram_every: int | None = may_change(
+        None, "steps between counts of exponents of all tensors (precision/histogram.py)", least=1
     )
-    watch_every: int | None = knob(
+    watch_every: int | None = may_change(
         None,
         "steps between rows with attention logits, log Z, sizes of updates (metrics/watch.py)",
-        FREE,
         least=1,
     )
-    log_every: int = knob(1, "steps between train rows in metrics.jsonl", FREE, least=1)
-    eval_every: int | None = knob(
-        60, "steps between evaluations, also at the end; 0 = never", FREE, least=0
+    log_every: int = may_change(1, "steps between train rows in metrics.jsonl", least=1)
+    eval_every: int | None = may_change(
+        60, "steps between evaluations, also at the end; 0 = never", least=0
     )
-    save_every: int | None = knob(
-        100, "steps between checkpoints; 0 = only at the end", FREE, least=0
+    save_every: int | None = may_change(
+        100, "steps between checkpoints; 0 = only at the end", least=0
     )
-    save_hours: float | None = knob(
-        None,
-        "a checkpoint also after so many hours without one; 0 = after each step",
-        FREE,
-        least=0,
+    save_hours: float | None = may_change(
+        None, "a checkpoint also after so many hours without one; 0 = after each step", least=0
     )
-    keep: int | None = knob(2, "checkpoints kept, the newest; none = all", FREE, least=1)
-    keep_every: int | None = knob(
-        None,
-        "a checkpoint also every so many steps, kept for ever beside the newest",
-        FREE,
-        least=1,
+    keep: int | None = may_change(2, "checkpoints kept, the newest; none = all", least=1)
+    keep_every: int | None = may_change(
+        None, "a checkpoint also every so many steps, kept for ever beside the newest", least=1
     )
-    async_save: bool = knob(
-        True, "write checkpoints beside training, which waits only for a copy in host memory", FREE
+    async_save: bool = may_change(
+        True, "write checkpoints beside training, which waits only for a copy in host memory"
     )
-    plot: bool = knob(True, "draw out_dir/loss.png at the end", FRESH)
-    tensorboard: bool = knob(False, "also write to out_dir/tensorboard", FRESH)
-    wandb: str | None = knob(
-        None,
-        "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here",
-        FRESH,
+    plot: bool = per_run(True, "draw out_dir/loss.png at the end")
+    tensorboard: bool = per_run(False, "also write to out_dir/tensorboard")
+    wandb: str | None = per_run(
+        None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here"
     )
-    debug_ranks: bool = knob(
+    debug_ranks: bool = per_run(
         False,
-        "each rank's steps, and its stacks where it stands, go to out_dir/debug (parallel/watchdog.py)",
-        FRESH,
+        "each rank's steps, and its stacks where it stands, go to out_dir/debug"
+        " (parallel/watchdog.py)",
     )
-    sample_tokens: int = knob(
-        200, "length of the sample printed at the end; 0 = none", FREE, least=0
+    sample_tokens: int = may_change(
+        200, "length of the sample printed at the end; 0 = none", least=0
     )
-    peak_flops: float | None = knob(
-        None, "FLOP/s of one device, for MFU; none = by its name", FREE, least=0
+    peak_flops: float | None = may_change(
+        None, "FLOP/s of one device, for MFU; none = by its name", least=0
     )
 
     options: dict = field(default_factory=dict)  # the dotted fields, full name -> value
@@ -483,6 +453,6 @@ def plain(value) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def chunks(cfg: Config) -> int:
-    """Stretches of layers on each rank of a pipeline."""
+def model_chunks(cfg: Config) -> int:
+    """Model chunks on each rank of a pipeline, of consecutive layers each."""
     return cfg.pp_chunks or (2 if cfg.pp_schedule == "interleaved" else 1)

@@ -2,11 +2,11 @@
 
     python train.py [recipe.toml] [--field=value ...]          later wins; --field value is the same
 
-The fields are in settings/fields.py, one line each, what goes together in settings/checks.py. Parsing, `--help` and
-the saved `config.toml` are derived from those lines. Fields with a dot belong to whatever another
-field selected and are checked against its signature: `--opt.betas=0.9,0.95` goes to the constructor
-of `--optim`, `--schedule.NAME=` to the schedule. In TOML a dotted field is a quoted key:
-`"opt.betas" = [0.9, 0.95]`.
+The fields are in settings/fields.py, one line each, what goes together in settings/checks.py.
+Parsing, `--help` and the saved `config.toml` are derived from those lines. Fields with a dot belong
+to whatever another field selected: `--opt.betas=0.9,0.95` goes to the constructor of `--optim`,
+`--schedule.NAME=` to the schedule; run/options.py checks them against its signature. In TOML a
+dotted field is a quoted key: `"opt.betas" = [0.9, 0.95]`.
 
 A run's `config.toml` is a recipe for the same run. What `auto` and `none` stood for there is in its
 table [chosen]: values that nobody asked for. No check holds them against the user, and as soon as a
@@ -222,7 +222,7 @@ def change(name: str) -> str:
 
 
 def makes_another_run(name: str) -> bool:
-    return "." in name or name == "device" or change(name) in (fields.NEVER, fields.BRANCH)
+    return "." in name or name == "device" or change(name) in ("fixed", "on_branch")
 
 
 def allowed(name: str) -> str:
@@ -284,7 +284,7 @@ def to_toml(cfg: Config, notes: dict) -> str:
     if open_:
         lines += ["", "[chosen]  # what auto and none stood for; nobody asked for it"]
     for name in open_:
-        here = "# here: " * (change(name) == fields.FRESH)  # of this machine, not of the run
+        here = "# here: " * (change(name) == "per_run")  # of this machine, not of the run
         lines.append(f"{here}{name} = {shown(getattr(cfg, name))}")
     return "\n".join(lines) + "\n"
 

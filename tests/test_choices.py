@@ -23,7 +23,8 @@ from parallel.fsdp import FSDP
 from parallel.mesh import make_mesh
 from parallel.zero import ZeRO
 from run import announce, auto, batch, build, optimizers, resume
-from settings import checks, parse
+from run.options import resolve_options
+from settings import parse
 
 CPU = torch.device("cpu")
 ONE = make_mesh(CPU, 1, 1, 1)
@@ -282,10 +283,8 @@ def test_mixes_that_cannot_be_are_refused_with_the_alternative(flags_, says):
 
 def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
     cfg = parse.parse(flags(text, tmp_path, "--compress=powersgd", "--compress.rank=2.5"))
-    from parallel.compression import powersgd
-
     with pytest.raises(ValueError, match="rank=2.5 is of the wrong kind"):
-        checks.check_options(cfg, "compress", powersgd)
+        resolve_options(cfg, SGD)
 
 
 @pytest.mark.parametrize(
@@ -393,8 +392,9 @@ def test_what_a_constructor_cannot_do_without_it_gets_and_the_class_stays_itself
 
 
 def own(optim, *words):
-    cfg = parse.parse([f"--optim={optim}", *words])
-    return auto.settled(cfg, CPU, optimizers.find_optimizer(optim), False)
+    cfg, found = parse.parse([f"--optim={optim}", *words]), optimizers.find_optimizer(optim)
+    resolve_options(cfg, found)
+    return auto.settled(cfg, CPU, found, False)
 
 
 def test_what_the_command_leaves_open_is_the_classes_own(drop):
@@ -480,5 +480,5 @@ def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(co
         ("--opt.params=1", "has no such argument"),
     ):
         with pytest.raises(ValueError, match=says) as error:
-            optimizers.trial(parse.parse(["--optim=mine", "--lr=0.01", word]), found)
+            own("mine", "--lr=0.01", word)
         assert "\n" not in str(error.value)

@@ -284,18 +284,18 @@ def test_a_skipped_step_leaves_no_trace_in_what_compression_owes(tmp_path, text)
 def test_a_rollback_on_a_full_disk_deletes_nothing(tmp_path, text, monkeypatch, keep):
     poisoned(math.nan)
     write, full = saving.write_tensors, []
-    tell = monitor.Guard.tell
+    emit = monitor.SpikeMonitor.emit
 
     def fill(self, step, event, *more, **fields):
         full.append(event)
-        tell(self, step, event, *more, **fields)
+        emit(self, step, event, *more, **fields)
 
     def fails(path, tensors):
         if full:
             raise OSError(28, "No space left on device")
         return write(path, tensors)
 
-    monkeypatch.setattr(monitor.Guard, "tell", fill)
+    monkeypatch.setattr(monitor.SpikeMonitor, "emit", fill)
     monkeypatch.setattr(saving, "write_tensors", fails)
     with pytest.raises(OSError, match="No space left"):
         go(

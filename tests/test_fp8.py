@@ -17,7 +17,8 @@ from parallel.ddp import DDP
 from parallel.zero import ZeRO
 from precision import fp8
 from precision.fp8 import GRADIENT, WEIGHT, Recipe, X, dequantise, linear, product, quantise
-from settings import checks
+from run.options import resolve_options
+from settings.fields import Config
 
 CPU, E4M3, E5M2 = torch.device("cpu"), torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS, ALL = ("tensor", "row", "block"), (True, True, True)
@@ -737,8 +738,8 @@ def test_only_products_inside_blocks_are_replaced_and_options_are_checked():
 
 def test_the_command_lines_options_fit_the_signature():
     def checked(**options):
-        cfg = SimpleNamespace(sub=lambda namespace: options)
-        return checks.check_options(cfg, "fp8", fp8.convert, ("model", "device", "only"))
+        cfg = Config(precision="fp8", options={f"fp8.{k}": x for k, x in options.items()})
+        return resolve_options(cfg, torch.optim.SGD)["fp8"]
 
     good = dict(scaling="row", delayed=True, weight_gradient=False, history=8, hardware="never")
     assert checked(**good) == good

@@ -2,7 +2,6 @@
 shrinks."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,18 +108,8 @@ def watched(shape, lr, tau, every=None):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() * 0.3)
     groups = param_groups.param_groups(model, dict.fromkeys(watch.KINDS, lr), 0.0)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    cfg = SimpleNamespace(
-        **{"window": None} | shape,
-        cp=1,
-        tp=1,
-        cp_attention="ring",
-        compile="off",
-        optim="sgd",
-        qk_clip=tau,
-        watch_every=every,
-    )
-    counted = dict.values
-    return model, optimizer, watch.Watch(cfg, make_mesh(CPU), model, optimizer, {}, counted)
+    watcher = watch.Watch(make_mesh(CPU), model, optimizer, {}, dict.values, every, tau)
+    return model, optimizer, watcher
 
 
 @pytest.mark.parametrize("shape", [GQA, GPT2])

@@ -1,13 +1,13 @@
-"""The spike guard: what it finds and what it leaves alone, its policies, states that come back
+"""The spike monitor: what it finds and what it leaves alone, its policies, states that come back
 bitwise."""
 
 import importlib
 import json
 import math
 import random
+import re
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,15 +19,17 @@ from torch import nn
 
 import monitor
 from checkpoint import snapshots
-from checkpoint.snapshots import Ring
+from checkpoint.snapshots import SnapshotBuffer
 from model import GPT, GPTConfig, initial_weight
-from monitor import Guard
+from monitor import MonitorConfig, SpikeMonitor
 from optim.adamw import AdamW
 from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.schedule_free import AdamWScheduleFree
 from parallel.ddp import DDP
 from precision.loss_scale import LossScaler
+from run.options import resolve_options
+from settings import parse
 
 CURVES = {
     line.split(",")[0]: [float(x) for x in line.split(",")[1:]]
@@ -45,24 +47,17 @@ class Rows:
         self.bans.append((first, last))
 
 
-def guard(on_spike="warn", on_nonfinite="warn", model=None, optimizer=None, kept=(), **options):
-    model = model or nn.Linear(2, 2)
-    return Guard(
-        model,
-        optimizer or torch.optim.SGD(model.parameters(), 0.1),
-        Rows(),
-        kept,
-        on_spike,
-        on_nonfinite,
-        **options,
-    )
+def guard(on_spike="warn", on_nonfinite="warn", precision="fp32", **numbers):
+    model = nn.Linear(2, 2)
+    optimizer, config = torch.optim.SGD(model.parameters(), 0.1), MonitorConfig(**numbers)
+    return SpikeMonitor(model, optimizer, Rows(), (), on_spike, on_nonfinite, precision, config)
 
 
 def fed(losses, norms=None, **options):
     """A guard that has seen these, and the steps at which it found a spike."""
     g, found = guard(**options), []
     for step, loss in enumerate(losses):
-        g.look(step, loss, norms[step] if norms else 1.0, range(8 * step, 8 * step + 8))
+        g.check(step, loss, norms[step] if norms else 1.0, range(8 * step, 8 * step + 8))
         found += [step for event in g.events if event["event"] == "spike"]
     return g, found
 
@@ -93,8 +88,8 @@ def test_a_spike_of_8_robust_sd_is_found_on_its_own_step_in_real_curves():
             expected, limit = monitor.robust(losses[:step])
             value = expected + 8 * (limit - expected) / 5.75
             g = guard()
-            g.seen |= {"losses": losses[:step], "norms": [1.0] * step}
-            g.look(step, value, 1.0, range(8))
+            g.seen.losses, g.seen.norms = losses[:step], [1.0] * step
+            g.check(step, value, 1.0, range(8))
             planted, hits = planted + 1, hits + (g.events[0]["event"] == "spike" if g.events else 0)
     assert hits == planted == 135
 
@@ -156,7 +151,7 @@ def test_grad_norm_is_found_above_10_and_detectors_can_be_joined():
 def test_a_spike_is_compared_before_it_is_absorbed():
     losses = noise(60)
     g, found = fed(losses + [30.0] + losses + [30.0])
-    assert found == [60, 121] and 30.0 not in g.seen["losses"]
+    assert found == [60, 121] and 30.0 not in g.seen.losses
 
 
 @pytest.mark.parametrize("detector", ["robust", "ema", "window", "previous", "grad_norm"])
@@ -181,28 +176,26 @@ def test_what_is_not_finite_is_found_at_the_first_step_and_poisons_nothing():
     for bad in (math.nan, math.inf, -math.inf):
         for loss, norm in ((bad, 1.0), (3.0, bad), (bad, bad)):
             g = guard("skip", "skip")
-            assert g.look(0, loss, norm, range(8)) == "skip"
+            assert g.check(0, loss, norm, range(8)) == "skip"
             event = g.events[0]
             assert event["event"] == "nonfinite" and event["detector"] == "nonfinite"
             assert event["value"] is (norm if math.isfinite(loss) else loss) and event["rows"] == [
                 0,
                 7,
             ]
-            assert g.seen["losses"] == g.seen["norms"] == []
+            assert g.seen.losses == g.seen.norms == []
 
 
 def test_an_fp16_overflow_with_a_finite_loss_is_the_scalers():
     g = guard("skip", "skip", precision="fp16")
-    assert (
-        g.look(0, 3.0, math.inf, range(8)) == "step" and g.events == [] and g.seen["losses"] == []
-    )
-    assert g.look(0, math.nan, math.inf, range(8)) == "skip" and "bf16" in g.events[0]["remedy"]
+    assert g.check(0, 3.0, math.inf, range(8)) == "step" and g.events == [] and g.seen.losses == []
+    assert g.check(0, math.nan, math.inf, range(8)) == "skip" and "bf16" in g.events[0]["remedy"]
 
 
 def test_vanishing_gradients_are_one_warning_until_they_recover():
     g, told = guard("skip"), []
     for step, norm in enumerate([1, 0.02, 0.009, 0.005, 0.015, 0.009, 0.03, 0.001]):
-        assert g.look(step, 3.0, norm, range(8)) == "step"
+        assert g.check(step, 3.0, norm, range(8)) == "step"
         told += [step for event in g.events if event["event"] == "vanishing"]
     assert told == [2, 7]
 
@@ -253,8 +246,8 @@ def test_every_event_is_a_line_of_json_for_the_logger(tmp_path):
 # ---- policies ------------------------------------------------------------------------------------
 def at_spike(policy, **options):
     g, _ = fed(noise(60), on_spike=policy, **options)
-    g.take(60)
-    return g, g.look(60, 30.0, 9.0, range(480, 488))
+    g.snapshot(60)
+    return g, g.check(60, 30.0, 9.0, range(480, 488))
 
 
 def test_warn_and_skip():
@@ -279,10 +272,10 @@ def test_clip_is_tight_from_the_spike_on_for_a_while():
 def test_lr_is_cut_and_grows_back_linearly():
     g, verdict = at_spike("lr_cut")
     assert verdict == "step" and [g.lr(60 + i) for i in (0, 50, 100, 500)] == [0.5, 0.75, 1.0, 1.0]
-    g.look(110, 40.0, 9.0, range(8))
+    g.check(110, 40.0, 9.0, range(8))
     assert g.lr(110) == 0.375 and guard().lr(0) == 1.0
     g = guard("lr_cut", "lr_cut")
-    assert g.look(0, math.nan, 1.0, range(8)) == "skip" and g.lr(0) == 0.5  # never a step of NaN
+    assert g.check(0, math.nan, 1.0, range(8)) == "skip" and g.lr(0) == 0.5  # never a step of NaN
 
 
 def test_abort_says_where_why_and_what_helps():
@@ -295,8 +288,8 @@ def test_a_second_rollback_to_one_state_finds_it_as_it_was():
     g = guard("rollback", ring=1, ring_every=100)
     for _ in range(3):
         for step, loss in enumerate([*noise(60), 30.0]):
-            g.take(step)
-            verdict = g.look(step, loss, 1.0, range(8 * step, 8 * step + 8))
+            g.snapshot(step)
+            verdict = g.check(step, loss, 1.0, range(8 * step, 8 * step + 8))
         assert (verdict, g.back_at, g.seen) == ("rollback", 0, guard().seen)
     assert g.position.bans == [(0, 487), (0, 495), (0, 511)]  # 0, 1, 3 batches ahead
 
@@ -305,14 +298,14 @@ def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
     g = guard("rollback", ring=3, ring_every=10)
     losses, step, back = noise(200), 0, []
     while step < 95:
-        g.take(step)
+        g.snapshot(step)
         g.position.next = 8 * step
-        verdict = g.look(
+        verdict = g.check(
             step, losses[step] if step != 57 else 30.0, 1.0, range(8 * step, 8 * step + 8)
         )
         if verdict == "rollback":
             assert [e["event"] for e in g.events] == ["spike", "rollback"]
-            assert len(g.seen["losses"]) == g.back_at == g.events[1]["to"]
+            assert len(g.seen.losses) == g.back_at == g.events[1]["to"]
             back.append(g.back_at)
             step = g.back_at
             continue
@@ -331,10 +324,10 @@ def test_a_far_later_rollback_begins_a_new_row():
     g = guard("rollback", ring=2, ring_every=10, rollbacks=1)
     losses, step, back, done = noise(400), 0, [], set()
     while step < 400:
-        g.take(step)
+        g.snapshot(step)
         spike = step in (57, 300) and step not in done
         done |= {step} if spike else set()
-        verdict = g.look(step, 30.0 if spike else losses[step], 1.0, range(8 * step, 8 * step + 8))
+        verdict = g.check(step, 30.0 if spike else losses[step], 1.0, range(8 * step, 8 * step + 8))
         assert verdict != "abort"
         back += [g.back_at] if verdict == "rollback" else []
         step = g.back_at if verdict == "rollback" else step + 1
@@ -343,12 +336,12 @@ def test_a_far_later_rollback_begins_a_new_row():
 
 def test_ten_steps_in_a_row_without_a_number_end_the_run():
     g = guard("skip", "skip")
-    assert [g.look(i, math.nan, 1.0, range(8)) for i in range(10)] == ["skip"] * 9 + ["abort"]
+    assert [g.check(i, math.nan, 1.0, range(8)) for i in range(10)] == ["skip"] * 9 + ["abort"]
     g = guard("skip", "skip")
     for i in range(40):
-        assert g.look(i, math.nan if i % 10 else 3.0, 1.0, range(8)) != "abort"
+        assert g.check(i, math.nan if i % 10 else 3.0, 1.0, range(8)) != "abort"
     g = guard("warn", "warn")
-    assert {g.look(i, math.nan, 1.0, range(8)) for i in range(40)} == {"step"}
+    assert {g.check(i, math.nan, 1.0, range(8)) for i in range(40)} == {"step"}
 
 
 def test_a_resumed_guard_decides_bitwise_as_the_uninterrupted_one():
@@ -360,7 +353,7 @@ def test_a_resumed_guard_decides_bitwise_as_the_uninterrupted_one():
     def run(g, first, last):
         return [
             (
-                g.look(i, losses[i], 1 + losses[i], range(i, i + 1)),
+                g.check(i, losses[i], 1 + losses[i], range(i, i + 1)),
                 g.events,
                 g.clip(i, 1.0),
                 g.lr(i),
@@ -392,7 +385,7 @@ def decisions(rank, world):
         total = part[rank].clone()
         if world > 1:
             torch.distributed.all_reduce(total)
-        seen.append((g.look(step, float(total), 1.0, range(8)), repr(g.events)))
+        seen.append((g.check(step, float(total), 1.0, range(8)), repr(g.events)))
     return seen, repr(g.tree())
 
 
@@ -414,21 +407,26 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=words):
             guard(**options)
-    assert guard(vanishing=0).look(0, 1.0, 0.0, range(1)) == "step"
+    assert guard(vanishing=0).check(0, 1.0, 0.0, range(1)) == "step"
 
 
 def test_options_fit_the_configs_check_of_signatures():
-    from settings import checks
+    def resolved(*words):
+        cfg = parse.parse([f"--monitor.{word}" for word in words])
+        return resolve_options(cfg, torch.optim.SGD)["monitor"]
 
-    cfg = SimpleNamespace(sub=lambda namespace: {"detector": "ema", "factor": 3, "accept": 5})
-    given = ("model", "optimizer", "position", "kept", "on_spike", "on_nonfinite", "precision")
-    assert checks.check_options(cfg, "monitor", Guard, given)["factor"] == 3
-    with pytest.raises(ValueError, match="monitor.acept"):
-        checks.check_options(SimpleNamespace(sub=lambda _: {"acept": 5}), "monitor", Guard, given)
-    with pytest.raises(ValueError, match="wrong kind"):
-        checks.check_options(
-            SimpleNamespace(sub=lambda _: {"accept": 2.5}), "monitor", Guard, given
-        )
+    numbers = {"detector": "ema", "factor": 3, "accept": 5}
+    assert resolved("detector=ema", "factor=3", "accept=5") == numbers
+    for word, says in (
+        ("acept=5", "did you mean --monitor.accept?"),
+        ("accept=2.5", "wrong kind"),
+        ("accept=0", "--monitor.accept=0: it takes a number, above 0 and below 1e"),
+        ("warmup=3", "--monitor.warmup=3: it takes a number, 4 or more and below"),
+        ("cut=1", "--monitor.cut has nothing to do without --on_spike=lr_cut"),
+        ("factor=3", "--monitor.factor means nothing to detector=robust"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            resolved(word)
 
 
 # ---- the ring ------------------------------------------------------------------------------------
@@ -480,9 +478,9 @@ def everything(model, optimizer):
 @pytest.mark.parametrize("first", [0, 5])
 def test_what_the_ring_puts_back_trains_on_bitwise(name, first):
     model, optimizer = build(name)
-    ring = Ring(2, 1, model, optimizer)
+    ring = SnapshotBuffer(2, 1, model, optimizer)
     train(model, optimizer, 0, first)
-    ring.take(first)
+    ring.snapshot(first)
     before = everything(model, optimizer)
     memory = [p.data_ptr() for p in model.parameters()]
     train(model, optimizer, first, 12)
@@ -500,8 +498,8 @@ def test_offloaded_state_comes_back_in_its_own_memory(where, tmp_path):
 
     model, optimizer = build("adamw.AdamW", lambda optimizer: offload(optimizer, where, tmp_path))
     train(model, optimizer, 0, 3)
-    ring = Ring(1, 1, model, optimizer)
-    ring.take(3)
+    ring = SnapshotBuffer(1, 1, model, optimizer)
+    ring.snapshot(3)
     before, home = (
         everything(model, optimizer),
         optimizer.state[model[0].weight]["exp_avg"].data_ptr(),
@@ -518,19 +516,19 @@ def test_offloaded_state_comes_back_in_its_own_memory(where, tmp_path):
 def test_the_ring_keeps_the_newest_and_goes_back_in_steps():
     model, optimizer = build("sgd.SGD")
     scaler = LossScaler(window=2)
-    ring = Ring(2, 10, model, optimizer, [scaler])
+    ring = SnapshotBuffer(2, 10, model, optimizer, [scaler])
     for step in range(35):
-        ring.take(step, f"at {step}")
+        ring.snapshot(step, f"at {step}")
         assert len(ring.states) <= 2
         scaler.update(True)
     scale = scaler.scale
     assert [state[0] for state in ring.states] == [20, 30]
     assert ring.restore(34) == (30, "at 30") and scaler.scale == 2.0 ** (16 + 15) < scale
-    ring.take(30)  # it is there
+    ring.snapshot(30)  # it is there
     assert ring.restore(34, 2) == (20, "at 20") and [state[0] for state in ring.states] == [20]
-    ring = Ring(2, 10, model, optimizer)
-    ring.take(7)  # the first one whenever
-    ring.take(10)
+    ring = SnapshotBuffer(2, 10, model, optimizer)
+    ring.snapshot(7)  # the first one whenever
+    ring.snapshot(10)
     assert ring.restore(10) == (7, None)  # older than the step itself
     assert ring.restore(7) == (7, None)  # nothing older: the oldest
 
@@ -587,9 +585,9 @@ def on_layout(rank, world, folder, classes):
                 found += [x for named in optimizer.state.values() for x in named.values()]
                 return repr([x.tolist() if torch.is_tensor(x) else x for x in found])
 
-            ring = Ring(1, 1, model, optimizer)
+            ring = SnapshotBuffer(1, 1, model, optimizer)
             steps(0, 2)
-            ring.take(2)
+            ring.snapshot(2)
             before = held()
             steps(2, 5)
             after = held()

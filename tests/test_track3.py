@@ -19,7 +19,8 @@ from metrics import logger
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from run import auto, build, optimizers
-from settings import checks, fields, parse
+from run.options import resolve_options
+from settings import fields, parse
 
 RECIPE = str(Path(train.__file__).parent / "configs" / "track3.toml")
 ARCH = fields.ARCHS["track3"]
@@ -111,7 +112,7 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
     model = awake(GPTConfig(**SMALL))
     lrs = build.learning_rates(cfg, Muon, cfg.sub("opt"), param_groups.kinds(model))
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, muon=True)
-    options = checks.check_options(cfg, "opt", Muon, given=("params", "lr", "weight_decay"))
+    options = resolve_options(cfg, Muon)["opt"]
     optimizer, w = (
         Muon(groups, **options),
         {n: p.detach().clone() for n, p in model.named_parameters()},
@@ -143,7 +144,7 @@ def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
 
 
 def test_the_recipe_holds_its_rate_and_goes_down_to_zero_over_the_last_70_percent():
-    factor = build.lr_schedule(parse.parse([RECIPE]))
+    factor = build.lr_schedule(parse.parse([RECIPE]), {})
     for step, expected in (
         (0, 1),
         (975, 1),
