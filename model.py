@@ -71,12 +71,12 @@ class GPTConfig:
     seed: int = 1337
 
 
-class Where(NamedTuple):
-    """Where the tokens stand: what positions and dropout masks are computed from."""
+class ForwardContext(NamedTuple):
+    """What every block needs beside the hidden states."""
 
-    positions: Tensor  # (T,) or (B, T) place in the sequence
-    rows: Tensor | None  # (B,) number of the row in the run, for dropout
-    rotary: tuple[Tensor, Tensor] | None  # cos, sin, each (T, D/2) or (B, 1, T, D/2)
+    position_ids: Tensor  # (T,) or (B, T): each token's place in its sequence
+    sample_ids: Tensor | None  # (B,): each sequence's number in the run, for dropout masks
+    rotary: tuple[Tensor, Tensor] | None  # cos and sin, each (T, D/2) or (B, 1, T, D/2)
 
 
 class Linear(nn.Linear):
@@ -89,28 +89,39 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.head_size, self.qk_norm = c.n_embd // c.n_head, c.qk_norm
+        self.head_size = c.n_embd // c.n_head
+        self.qk_norm = c.qk_norm
+        kv_width = c.n_kv_head * self.head_size  # fewer than n_head: grouped queries
         self.q = Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.k, self.v = (
-            Linear(c.n_embd, c.n_kv_head * self.head_size, bias=c.bias) for _ in range(2)
-        )
+        self.k = Linear(c.n_embd, kv_width, bias=c.bias)
+        self.v = Linear(c.n_embd, kv_width, bias=c.bias)
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.core = attention.core(c.attention, c.window)
-        # μP: 8 q.k/D, not q.k/sqrt(D)
-        self.q_factor = 8 / self.head_size**0.5 if c.mup_base_width else 1.0
+        # The attention function divides q·k by sqrt(D): another scale is a factor of q.
+        self.q_factor = 1.0
+        if c.mup_base_width:
+            self.q_factor = 8 / self.head_size**0.5  # μP: 8 q·k/D
         if c.attention_scale is not None:
-            self.q_factor = c.attention_scale * self.head_size**0.5  # which every core divides by
+            self.q_factor = c.attention_scale * self.head_size**0.5
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
-        heads = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q, self.k, self.v))
-        q, k, v = (h.transpose(1, 2) for h in heads)  # (B, H, T, D)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # x (B, T, C)
+        q = self.split_heads(self.q(x))  # (B, H, T, D)
+        k = self.split_heads(self.k(x))  # (B, Hkv, T, D)
+        v = self.split_heads(self.v(x))  # (B, Hkv, T, D)
         if self.qk_norm:
-            # In float32 for half types
-            q, k = (F.rms_norm(h, h.shape[-1:], eps=1e-6) for h in (q, k))
-        if where.rotary is not None:
-            q, k = rotate(q, *where.rotary), rotate(k, *where.rotary)
-        y = self.core(q if self.q_factor == 1 else q * self.q_factor, k, v)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).flatten(2))
+            q = F.rms_norm(q, q.shape[-1:], eps=1e-6)  # in float32 for half types
+            k = F.rms_norm(k, k.shape[-1:], eps=1e-6)
+        if context.rotary is not None:
+            q = rotate(q, *context.rotary)
+            k = rotate(k, *context.rotary)
+        if self.q_factor != 1:
+            q = q * self.q_factor
+        y = self.core(q, k, v)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads x D) -> (B, heads, T, D)"""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -118,127 +129,173 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
         self.proj = Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
-        self.gelu = c.activation == "gelu"
+        self.activation = F.gelu if c.activation == "gelu" else relu_squared
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(x)  # (B, T, 4C)
-        return self.proj(F.gelu(x) if self.gelu else F.relu(x).square())
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        return self.proj(self.activation(self.fc(x)))  # (B, T, 4C) between the two
 
 
 class Block(nn.Module):
     def __init__(self, c: GPTConfig, layer: int):
         super().__init__()
-        self.attn_norm, self.attn = make_norm(c), Attention(c)
-        self.mlp_norm, self.mlp = make_norm(c), MLP(c)
-        self.drop_attn, self.drop_mlp = (
-            Dropout(c, f"blocks.{layer}.{name}") for name in ("attn", "mlp")
-        )
+        self.attn_norm = make_norm(c)
+        self.attn = Attention(c)
+        self.mlp_norm = make_norm(c)
+        self.mlp = MLP(c)
+        self.drop_attn = Dropout(c, f"blocks.{layer}.attn")
+        self.drop_mlp = Dropout(c, f"blocks.{layer}.mlp")
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
-        x = x + self.drop_attn(self.attn(self.attn_norm(x), where), where)
-        return x + self.drop_mlp(self.mlp(self.mlp_norm(x)), where)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # (B, T, C)
+        x = x + self.drop_attn(self.attn(self.attn_norm(x), context), context)
+        return x + self.drop_mlp(self.mlp(self.mlp_norm(x)), context)
 
 
 class GPT(nn.Module):
-    """The model, or the part of it with these `layers`: the first brings the embedding, the last
-    the head."""
+    """The model, or the stage of it with these `layers`.
+
+    The stage with layer 0 has the embedding, the one with the last layer has the head.
+    """
 
     def __init__(self, c: GPTConfig, layers=None):
         super().__init__()
-        self.config, layers = c, range(c.n_layer) if layers is None else layers
-        first, last = 0 in layers, c.n_layer - 1 in layers
-        # Draws no numbers
-        table, learned = nn.Embedding.from_pretrained, first and c.position == "learned"
-        embed = first or (last and c.tied)  # a tied head has the embedding's name, also on its own
-        self.embed = table(torch.empty(c.vocab_size, c.n_embd), freeze=False) if embed else None
-        self.positions = (
-            table(torch.empty(c.block_size, c.n_embd), freeze=False) if learned else None
-        )
-        grams = first and c.ngram_embed
-        self.grams = NGramEmbedding(c.ngram_rows, c.n_embd, c.ngram_embed) if grams else None
-        self.embed_norm = make_norm(c) if first and c.embed_norm else None
+        self.config = c
+        if layers is None:
+            layers = range(c.n_layer)
+        is_first = 0 in layers
+        is_last = c.n_layer - 1 in layers
+
+        # Where tokens come in. A tied head needs the embedding's weight in its own stage too.
+        self.embed = None
+        self.positions = None
+        self.grams = None
+        self.embed_norm = None
+        if is_first or (is_last and c.tied):
+            self.embed = empty_embedding(c.vocab_size, c.n_embd)
+        if is_first and c.position == "learned":
+            self.positions = empty_embedding(c.block_size, c.n_embd)
+        if is_first and c.ngram_embed:
+            self.grams = NGramEmbedding(c.ngram_rows, c.n_embd, c.ngram_embed)
+        if is_first and c.embed_norm:
+            self.embed_norm = make_norm(c)
         self.drop_embed = Dropout(c, "embed")
+
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
-        self.final_norm = make_norm(c) if last else None
-        self.head = Linear(c.n_embd, c.vocab_size, bias=c.head_bias) if last else None
-        if c.tied and last:
+
+        # Where logits come out.
+        self.final_norm = make_norm(c) if is_last else None
+        self.head = Linear(c.n_embd, c.vocab_size, bias=c.head_bias) if is_last else None
+        if is_last and c.tied:
             self.head.weight = self.embed.weight
-        self.through, self.output = through, output
-        self.prior = (
-            None  # targets -> (B, T, V), the last T are added to the logits (layers/ngram.py)
-        )
-        # After a forward in eval mode: how many targets were the likeliest token (0-dim)
+
+        # What others replace: activation checkpointing, tensor parallelism, counted n-grams.
+        self.through = through
+        self.output = output
+        self.prior = None  # targets (B, T) -> (B, T, V), added to the logits (layers/ngram.py)
+        # After a forward in eval mode: how many targets were the likeliest token (0-dim).
         self.hits = None
 
     def forward(
         self,
         x: Tensor,
         targets: Tensor | None = None,
-        positions: Tensor | None = None,
-        rows: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        sample_ids: Tensor | None = None,
         layers: list[int] | None = None,
     ) -> Tensor:
-        """x: (B, T) token ids, or (B, T, C) hidden states after other layers; targets: (B, T) ids;
-        positions: (T,) or (B, T), default 0..T-1; rows: (B,) numbers of the rows in the run, for
-        dropout; layers: which of those here to run, default all. Returns hidden states or, after
-        the last layer, the sum of the token losses, without targets logits (B, T, V).
+        """The sum of the token losses; without targets the logits (B, T, V).
+
+        x: (B, T) token ids, or (B, T, C) hidden states of earlier layers; targets: (B, T) ids;
+        position_ids: (T,) or (B, T), default 0..T-1; sample_ids: (B,), for dropout; layers: which
+        of those here to run, default all. Hidden states (B, T, C) come back where the last layer
+        is not among them. Raises ValueError for more than block_size tokens.
         """
-        if positions is None:
+        if position_ids is None:
             if x.shape[1] > self.config.block_size:
                 raise ValueError(
                     f"{x.shape[1]} tokens are more than block_size={self.config.block_size}"
                 )
-            positions = torch.arange(x.shape[1], device=x.device)
-        rotary, dtype = None, torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        if (kind := self.config.position) != "learned":
-            size = self.config.n_embd // self.config.n_head
-            rotary = rotary_angles(positions, size, dtype, half=kind == "rotary_half")
-        where = Where(positions, rows, rotary)
+            position_ids = torch.arange(x.shape[1], device=x.device)
+        context = ForwardContext(position_ids, sample_ids, self.rotary_angles(position_ids))
         if x.ndim == 2:
-            ids, x = x, self.embed(x)
-            x = x if self.positions is None else x + self.positions(where.positions)
-            x = x if self.grams is None else x + self.grams(self.grams.find(ids, where.positions))
-            x = self.drop_embed(x if self.embed_norm is None else self.embed_norm(x), where)
-        names = list(self.blocks) if layers is None else list(map(str, layers))
-        x = self.through([self.blocks[name] for name in names], x, where)
+            x = self.embed_tokens(x, context)  # (B, T, C)
+        names = list(self.blocks) if layers is None else [str(layer) for layer in layers]
+        x = self.through([self.blocks[name] for name in names], x, context)
         if names[-1] != str(self.config.n_layer - 1):
             return x
-        x = self.final_norm(x)
-        if self.config.mup_base_width:
-            # The head's output, not its bias
-            x = x * (self.config.mup_base_width / self.config.n_embd)
-        logits = self.head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
-        if (cap := self.config.logit_cap) is not None:
-            logits = capped(logits, cap, self.config.logit_cap_form)
+        logits = self.logits(self.final_norm(x))  # (B, T, V)
         if self.prior is not None:
-            logits = logits + self.prior(targets)[:, -logits.shape[1] :].to(logits)
+            # Attention in parts: targets may reach further back than the logits.
+            prior = self.prior(targets)[:, -logits.shape[1] :]
+            logits = logits + prior.to(logits)
         out, self.hits = self.output(logits, targets, not self.training)
         return out
 
+    def rotary_angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The angles by which this model's heads turn; None for learned positions."""
+        kind = self.config.position
+        if kind == "learned":
+            return None
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        size = self.config.n_embd // self.config.n_head
+        return rotary_angles(position_ids, size, dtype, half=kind == "rotary_half")
+
+    def embed_tokens(self, ids: Tensor, context: ForwardContext) -> Tensor:
+        """(B, T) token ids -> (B, T, C)"""
+        x = self.embed(ids)
+        if self.positions is not None:
+            x = x + self.positions(context.position_ids)
+        if self.grams is not None:
+            x = x + self.grams(self.grams.find(ids, context.position_ids))
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return self.drop_embed(x, context)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, V), in float32 or float64"""
+        c = self.config
+        if c.mup_base_width:
+            x = x * (c.mup_base_width / c.n_embd)  # the head's output, but not its bias
+        logits = self.head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if c.logit_cap is not None:
+            logits = capped(logits, c.logit_cap, c.logit_cap_form)
+        return logits
+
 
 # ---- the pieces ----------------------------------------------------------------------------------
-def through(blocks: list[nn.Module], x: Tensor, where: Where) -> Tensor:
+def empty_embedding(n: int, width: int) -> nn.Embedding:
+    """An embedding of n rows whose weight is memory alone: no random numbers are drawn."""
+    return nn.Embedding.from_pretrained(torch.empty(n, width), freeze=False)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def through(blocks: list[nn.Module], x: Tensor, context: ForwardContext) -> Tensor:
     for block in blocks:
-        x = block(x, where)
+        x = block(x, context)
     return x
 
 
 def output(
-    logits: Tensor, targets: Tensor | None, count: bool, z_loss=None
+    logits: Tensor, targets: Tensor | None, count: bool, z_loss: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(sum of token losses, how many targets are the likeliest token if asked); or (logits, None).
-    z_loss: to the gradient, not to the value, adds that of z_loss (log Z)^2 of each token (PaLM,
-    2204.02311).
+    """(sum of the token losses, number of targets that are the likeliest token, if asked to count).
+
+    logits: (B, T, V); targets: (B, T), or None: (logits, None). z_loss adds the gradient of
+    z_loss (log Z)^2 of each token (PaLM, 2204.02311), but leaves the value as it is.
     """
     if targets is None:
         return logits, None
-    hits = (logits.argmax(-1) == targets).sum() if count else None
+    n_correct = (logits.argmax(-1) == targets).sum() if count else None
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    if z_loss is not None:  # over the targets that cross_entropy counts
-        z = z_loss * logits.logsumexp(-1).masked_fill(targets == -100, 0).square().sum()
-        loss = loss + (z - z.detach())
-    return loss, hits
+    if z_loss is not None:
+        # cross_entropy leaves out the target -100.
+        log_z = logits.logsumexp(-1).masked_fill(targets == -100, 0)
+        penalty = z_loss * log_z.square().sum()
+        loss = loss + (penalty - penalty.detach())
+    return loss, n_correct
 
 
 def make_norm(c: GPTConfig) -> nn.Module:
@@ -256,44 +313,56 @@ def capped(logits: Tensor, cap: float, form: str) -> Tensor:
 
 
 def rotary_angles(
-    positions: Tensor, head_size: int, dtype: torch.dtype, half=False
+    position_ids: Tensor, head_size: int, dtype: torch.dtype, half: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * f_i: (T, D/2), or (B, 1, T, D/2) for positions (B, T).
+    """cos and sin of position * f_i: each (T, D/2), or (B, 1, T, D/2) for position_ids (B, T).
 
     f_i = 10000^(-2i/D). half: 1024^(-i/(D/4 - 1)) for i < D/4, from 1 down to 1/1024, then 0.
     """
-    i, n = torch.arange(head_size // 2, device=positions.device, dtype=dtype), head_size // 4
-    frequency = (
-        1024.0 ** (-i / max(1, n - 1)) * (i < n) if half else 10000.0 ** (-2 * i / head_size)
-    )
-    angle = positions.to(dtype).unsqueeze(-1) * frequency
-    angle = angle.unsqueeze(1) if positions.ndim == 2 else angle
+    i = torch.arange(head_size // 2, device=position_ids.device, dtype=dtype)
+    if half:
+        n_turned = head_size // 4
+        frequency = 1024.0 ** (-i / max(1, n_turned - 1)) * (i < n_turned)
+    else:
+        frequency = 10000.0 ** (-2 * i / head_size)
+    angle = position_ids.to(dtype).unsqueeze(-1) * frequency
+    if position_ids.ndim == 2:
+        angle = angle.unsqueeze(1)  # one for all heads
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (x[i], x[i + D/2]) turned by its angle (Su et al. 2021, 2104.09864)."""
-    a, b, cos, sin = *x.chunk(2, -1), cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is a hash of (seed, layer's name, row, position, channel): one for all
-    layouts."""
+    """Dropout whose mask is a hash of (seed, layer's name, sample, position, channel).
+
+    So every layout drops the same numbers.
+    """
 
     def __init__(self, c: GPTConfig, name: str):
         super().__init__()
-        self.p, self.key = c.dropout, key(c.seed, name)
+        self.p = c.dropout
+        self.key = key(c.seed, name)
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:  # x (B, T, C)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # x (B, T, C)
         if not self.training or self.p == 0:
             return x
-        if where.rows is None:
-            raise ValueError("dropout needs the numbers of the rows: model(x, targets, rows=...)")
-        h = mix(mix(where.rows.unsqueeze(1) + self.key) + where.positions)  # (B, T)
-        # Below 2^32
-        h = mix(h.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1)
-        return x * (h >= int(self.p * 2**32)).to(x.dtype) / (1 - self.p)
+        if context.sample_ids is None:
+            raise ValueError(
+                "dropout needs the samples' numbers: model(x, targets, sample_ids=...)"
+            )
+        h = mix(context.sample_ids.unsqueeze(1) + self.key)  # (B, 1)
+        h = mix(h + context.position_ids)  # (B, T)
+        channels = torch.arange(x.shape[-1], device=x.device)
+        h = mix(h.unsqueeze(-1) + channels * 0x9E3779B1)  # (B, T, C), each below 2^32
+        kept = h >= int(self.p * 2**32)
+        return x * kept.to(x.dtype) / (1 - self.p)
 
 
 def mix(h: Tensor) -> Tensor:
@@ -319,25 +388,22 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
     """
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    into_residual, embedding = (
-        name.endswith("proj.weight"),
-        name
-        in (
-            "embed.weight",
-            "positions.weight",
-        ),
-    )
-    if name == "grams.weight" or (c.zero_init and (into_residual or name == "head.weight")):
+    is_head = name == "head.weight"
+    is_embedding = name in ("embed.weight", "positions.weight")
+    is_hidden = not (is_embedding or is_head)
+    into_residual = name.endswith("proj.weight")
+    if name == "grams.weight" or (c.zero_init and (into_residual or is_head)):
         return torch.zeros(shape)
-    base, hidden = c.mup_base_width or c.n_embd, not (embedding or name == "head.weight")
-    if c.init != "gpt2":
-        gain = 0.5 if c.init == "fan_in" else 3**-0.5
-        std = (
-            (0.02 if c.tied else 1.0)
-            if embedding
-            else gain / math.sqrt(shape[1] if hidden else base)
-        )
-    else:
+
+    base_width = c.mup_base_width or c.n_embd
+    if c.init == "gpt2":
         std = 0.02 / math.sqrt(2 * c.n_layer) if into_residual else 0.02
-        std *= math.sqrt(base / c.n_embd) if hidden else 1
-    return torch.randn(shape, generator=torch.Generator().manual_seed(key(c.seed, name))) * std
+        if is_hidden:
+            std *= math.sqrt(base_width / c.n_embd)
+    elif is_embedding:
+        std = 0.02 if c.tied else 1.0
+    else:
+        gain = 0.5 if c.init == "fan_in" else 3**-0.5
+        std = gain / math.sqrt(shape[1] if is_hidden else base_width)
+    generator = torch.Generator().manual_seed(key(c.seed, name))
+    return torch.randn(shape, generator=generator) * std

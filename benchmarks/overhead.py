@@ -48,7 +48,7 @@ from settings import parse
 
 FLAGS = {"--quick": "", "--out": ".+"}
 USUAL = ["--steps=60", "--eval_every=0", "--save_every=0", "--sample_tokens=0", "--resume=never"]
-DATA = [(dataset.Rows, "__call__"), (cursor.Position, "rows")]
+DATA = [(dataset.Dataset, "__call__"), (cursor.Cursor, "rows")]
 CHECKS = [
     (monitor.SpikeMonitor, "check"),
     (monitor.SpikeMonitor, "snapshot"),
@@ -59,7 +59,7 @@ CHECKS = [
     (logger.Logger, "events"),
     (flops, "peak_bytes"),
     (flops, "mfu"),
-    (watchdog.Diary, "step"),
+    (watchdog.RankLog, "step"),
     (save.Saver, "due"),
     (save.Saver, "overdue"),
     (save.Saver, "news"),

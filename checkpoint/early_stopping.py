@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoint import save
 
 
-class Best:
+class EarlyStopping:
     """Early stopping. The best weights are a checkpoint of their own, FOLDER/step-N, that no other
     prunes: it outlives a kill, and every layout reads it. (state_dict().copy(), often seen, keeps
     no weights.)

@@ -89,6 +89,15 @@ class State:
                 tree["training_weights"] = slices.as_slices(training, self.shards)
             yield tree | {"model": self.weights()}
 
+    def save(self, saver: Saver, step: int, metadata: dict, last: bool = False) -> None:
+        """A checkpoint of all of it, and of `metadata`. last: returns when it is on the disk."""
+        with self.tree() as tree:
+            saver.save(step, metadata | tree, last)
+
+    def with_weights(self, metadata: dict) -> dict:
+        """`metadata` and the weights alone, for a checkpoint that nobody trains on from."""
+        return metadata | {"model": self.weights()}
+
     def load(self, saved: checkpoint.Checkpoint, names=None) -> None:
         """All of it but the weights. names: of `kept`, None for all."""
         with checkpoint.reading(saved.path):

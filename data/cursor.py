@@ -3,7 +3,7 @@
 import math
 
 
-class Position:
+class Cursor:
     """The next row of the data, and ranges never to be read. A banned row is a number: in another
     epoch its text comes again, in other company; for other `data` (a name of it) there are other
     bans."""

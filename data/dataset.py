@@ -95,7 +95,7 @@ class Tokens:
         )
 
 
-class Rows:
+class Dataset:
     """Row number -> tokens: a pure function of (seed, row number). seed=None keeps the corpus
     order.
 

@@ -61,13 +61,13 @@ def row(keys: dict, quick: bool) -> dict:
         }
     if compile.lacking(torch.device("cpu")) and keys["mode"] != "off":
         raise RuntimeError(compile.lacking(torch.device("cpu")))
-    marks, begin = [], watchdog.Diary.step
+    marks, begin = [], watchdog.RankLog.step
 
     def step(diary, number: int) -> None:
         marks.append(counters["stats"]["unique_graphs"])
         begin(diary, number)
 
-    watchdog.Diary.step = step
+    watchdog.RankLog.step = step
     small = dict(n_layer=1, n_embd=32, block_size=32) if quick else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

@@ -101,7 +101,7 @@ def row(keys: dict, quick: bool) -> dict:
     ranks, layout = LAYOUTS[keys["layout"]]
     steps = (4 if quick else 10) if keys["precision"] == "fp64" else 60
     with tempfile.TemporaryDirectory() as folder:
-        plain, begin = protocol.train.main, watchdog.Diary.step
+        plain, begin = protocol.train.main, watchdog.RankLog.step
 
         def counted(cfg):
             """train.main on this rank, with what it sends in its third step."""
@@ -111,7 +111,7 @@ def row(keys: dict, quick: bool) -> dict:
                 marks.append(wire.sent)
                 begin(diary, number)
 
-            watchdog.Diary.step = step
+            watchdog.RankLog.step = step
             with wire:
                 result = plain(cfg)
             rank = dist.get_rank() if dist.is_initialized() else 0

@@ -136,7 +136,7 @@ def gradient_errors(case: str, seed: int) -> dict:
     """‖g - g'‖/‖g'‖ over the blocks' matrices, g' in fp32 without outlier, for each of RATIOS."""
     shape = model.GPTConfig(n_layer=2, n_embd=128, block_size=128, zero_init=False, seed=seed)
     corpus = corpora.load("python", "bytes", str(protocol.CACHE))
-    tokens = dataset.Rows(corpus.train, 128, seed, 256)(range(8))
+    tokens = dataset.Dataset(corpus.train, 128, seed, 256)(range(8))
     gpt, linear, device = model.GPT(shape), fp8.linear, torch.device("cpu")
     with torch.no_grad():
         for name, p in gpt.named_parameters():

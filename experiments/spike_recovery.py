@@ -83,7 +83,7 @@ QUICK = [
 ]
 LENGTH = {"clean": 0, "poison": 3, "long": 12, "nan": 3, "jump": 5, "jump once": 5}
 BATCH, TIMES = 8, 30
-TAKE, FORWARD, SCHEDULE = dataset.Rows.__call__, GPT.forward, build.lr_schedule
+TAKE, FORWARD, SCHEDULE = dataset.Dataset.__call__, GPT.forward, build.lr_schedule
 
 
 def inject(fault: str, first: int) -> None:
@@ -116,7 +116,7 @@ def inject(fault: str, first: int) -> None:
 
         return factor
 
-    dataset.Rows.__call__, GPT.forward = take, forward
+    dataset.Dataset.__call__, GPT.forward = take, forward
     if "jump" in fault:
         build.lr_schedule = schedule
 

@@ -5,7 +5,7 @@
 
 A new token's queries look at all earlier keys, which do not change: every attention keeps them, and
 one token at a time goes through the model. While it does, `Attention.core` of each block is a
-KeepingCore.
+KVCache.
 """
 
 import torch
@@ -43,10 +43,10 @@ def generate(
         if i == 0 or kept == size:
             x, kept = ids[:, -size if i == 0 else -(size // 2 or 1) :], 0
             for attention in cores:
-                attention.core = KeepingCore(model.config.window)
+                attention.core = KVCache(model.config.window)
         positions = torch.arange(kept, kept + x.shape[1], device=x.device)
         kept += x.shape[1]
-        logits = (forward or model)(x, positions=positions)[:, -1].cpu()  # (B, V)
+        logits = (forward or model)(x, position_ids=positions)[:, -1].cpu()  # (B, V)
         if top_k is not None:
             least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -63,7 +63,7 @@ def generate(
     return ids
 
 
-class KeepingCore:
+class KVCache:
     """Attention that remembers the keys and values of earlier calls, the last `window` of them."""
 
     kv = None

@@ -187,7 +187,7 @@ class Pipeline:
         hidden = like(*ids.shape)
 
         def forward(i: int, layers: list[int], x: torch.Tensor | None) -> torch.Tensor:
-            return model(ids if x is None else x, positions=positions, layers=layers)
+            return model(ids if x is None else x, position_ids=positions, layers=layers)
 
         out, dtype = (
             self.run(1, forward, lambda i: hidden),

@@ -104,7 +104,7 @@ def split(
     """`split` of parallel/tensor.py, with the tokens shared out between the products while in
     training.
 
-    dropouts: endings of the names of modules called with (x, where), where.positions (..., T) being
+    dropouts: endings of the names of modules called with (x, context), context.position_ids (..., T) being
     those of all tokens; local: of modules that treat each token alone, norms and the tables of
     positions and n-grams, which are called with those of all tokens (..., T); endings: see there. A
     stage that begins after other layers takes x (B, T/N, C) and, whole, the positions (T,).
@@ -136,9 +136,11 @@ def split(
         size = positions.shape[-1] // n
         return positions.narrow(-1, rank * size, size)
 
-    def narrow_where(module: nn.Module, args: tuple) -> tuple | None:
-        x, where = args
-        return (x, where._replace(positions=mine(where.positions))) if module.training else None
+    def narrow_context(module: nn.Module, args: tuple) -> tuple | None:
+        if not module.training:
+            return None
+        x, context = args
+        return x, context._replace(position_ids=mine(context.position_ids))
 
     def local_forward(self, *args):
         """The module's own forward, with parameters whose gradients are summed over the ranks."""
@@ -156,7 +158,7 @@ def split(
     tp_shards = tensor.split(model, group, enter, leave, **endings)
     for name, module in model.named_modules():
         if tensor.ends(name, dropouts):
-            module.register_forward_pre_hook(narrow_where)
+            module.register_forward_pre_hook(narrow_context)
         elif tensor.ends(name, local):
             module.forward = types.MethodType(local_forward, module)
     return tp_shards

@@ -49,7 +49,7 @@ GONE = (
 )
 
 
-class Diary:
+class RankLog:
     """The log of one rank, OUT_DIR/debug/rank_N.log; a restart goes on at its end. `folder` None:
     nothing."""
 

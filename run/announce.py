@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 
 import torch
 
@@ -18,183 +19,227 @@ from run.optimizers import find_optimizer
 from settings import parse
 from settings.fields import FIELDS, Config, flag
 
+# Settings of which the learning rate is made.
+LR_FIELDS = (
+    "steps",
+    "schedule",
+    "lr",
+    "warmup_steps",
+    "warmup_frac",
+    "warmup_start",
+    "decay_frac",
+    "min_lr_frac",
+)
 
-def lines(
+
+def messages(
     cfg: Config,
-    asked: Config,
+    requested_cfg: Config,
     mesh: Mesh,
     record: dict,
     corpus: Corpus,
-    whole: torch.nn.Module,
-    earlier: Checkpoint | None,
+    full_model: torch.nn.Module,
+    resumed_from: Checkpoint | None,
 ) -> list[str]:
-    """For people: commit, machine, data, model, ranks, what each `auto` and `none` stands for;
-    remarks."""
-    differ = {n: getattr(cfg, n) for n in FIELDS if getattr(cfg, n) != getattr(asked, n)}
-    return [
-        (
-            f"commit {record['commit']}, torch {record['torch']}, {record['hardware']},"
-            f" {mesh.world} rank(s)"
-        ),
-        f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out",
-        (
-            f"{cfg.arch}: {sum(p.numel() for p in whole.parameters()):,} parameters; a step is"
-            f" {cfg.batch_size} x {cfg.block_size} tokens, in micro-batches of"
-            f" {cfg.micro_batch_size}"
-        ),
-        *mesh.table(),
-        "chosen: " + " ".join(f"{name}={value}" for name, value in differ.items()),
-        *remarks(cfg, mesh, earlier),
-        *([] if earlier is None else change_of_lr(cfg, earlier, whole)),
+    """For people: commit, machine, data, model, ranks, what each `auto` and `none` stands for; then
+    the warnings."""
+    hardware = f"torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)"
+    n_train, n_val = len(corpus.train), len(corpus.val)
+    n_params = sum(p.numel() for p in full_model.parameters())
+    step = f"{cfg.batch_size} x {cfg.block_size} tokens"
+    chosen = [
+        f"{name}={getattr(cfg, name)}"
+        for name in FIELDS
+        if getattr(cfg, name) != getattr(requested_cfg, name)
     ]
+    found = [
+        f"commit {record['commit']}, {hardware}",
+        f"{corpus.name}: {n_train:,} tokens to train on, {n_val:,} held out",
+        f"{cfg.arch}: {n_params:,} parameters; a step is {step}, in micro-batches of "
+        f"{cfg.micro_batch_size}",
+        *mesh.table(),
+        "chosen: " + " ".join(chosen),
+        *warnings(cfg, mesh, resumed_from),
+    ]
+    if resumed_from is not None:
+        found += change_of_lr(cfg, resumed_from, full_model)
+    return found
 
 
-def change_of_lr(cfg: Config, earlier: Checkpoint, whole: torch.nn.Module) -> list[str]:
-    """A line where the learning rate jumps because the run goes on with other settings; else []. A
-    schedule is a function of the step and of all steps: more of these stretch it, as if they had
-    been meant from the beginning."""
-    before, step = parse.from_dict(earlier.tree("config")), earlier.step
+def change_of_lr(cfg: Config, resumed_from: Checkpoint, full_model: torch.nn.Module) -> list[str]:
+    """A line where the learning rate jumps because the run continues with other settings; else [].
+
+    A schedule is a function of the step and of all steps: more of these stretch it, as if they had
+    been meant from the beginning.
+    """
+    before = parse.from_dict(resumed_from.tree("config"))
+    step = resumed_from.step
 
     def peak(run: Config) -> float:
-        optimizer_class, kinds = find_optimizer(run.optim), param_groups.kinds(whole)
+        optimizer_class = find_optimizer(run.optim)
+        kinds = param_groups.kinds(full_model)
         return build.learning_rates(run, optimizer_class, run.sub("opt"), kinds)["matrix"]
 
     def factor(run: Config, step: int) -> float:
         return build.lr_schedule(run, run.sub("schedule"))(step)
 
-    was = peak(before) * factor(before, min(step, before.steps - 1))
-    now = peak(cfg) * factor(cfg, step)
-    if abs(now - was) <= 0.02 * max(now, was):
+    old_lr = peak(before) * factor(before, min(step, before.steps - 1))
+    new_lr = peak(cfg) * factor(cfg, step)
+    if abs(new_lr - old_lr) <= 0.02 * max(new_lr, old_lr):
         return []
-    names = (
-        "steps",
-        "schedule",
-        "lr",
-        "warmup_steps",
-        "warmup_frac",
-        "warmup_start",
-        "decay_frac",
-        "min_lr_frac",
+    differ = [name for name in LR_FIELDS if getattr(before, name) != getattr(cfg, name)]
+    because = ", ".join(
+        f"{flag(name, getattr(cfg, name))[2:]} ({getattr(before, name)} before)" for name in differ
     )
-    differ = [n for n in names if getattr(before, n) != getattr(cfg, n)]
-    because = [f"{flag(n, getattr(cfg, n))[2:]} ({getattr(before, n)} before)" for n in differ]
-    because = ", ".join(because) or "another schedule"
-    more = ""
+    line = f"lr goes from {old_lr:.1e} to {new_lr:.1e} at step {step}: "
+    line += because or "another schedule"
     if "steps" in differ and cfg.schedule not in ("constant", "inverse_sqrt"):
-        more = f"; the schedule is that of a run of {cfg.steps} steps from its beginning on"
-    return [f"lr goes from {was:.1e} to {now:.1e} at step {step}: {because}{more}"]
+        line += f"; the schedule is that of a run of {cfg.steps} steps from its beginning on"
+    return [line]
 
 
-def remarks(cfg: Config, mesh: Mesh, earlier: Checkpoint | None) -> list[str]:
-    """Of each flag that has nothing to do here, that it has not; what a resumed run does not take
-    up as it was."""
-    saved = earlier.tree("replicas/replicas", missing=0) if earlier is not None else 0
-    n, alone = (
-        mesh.sizes["dp"] * mesh.sizes["cp"],
-        cfg.compress is None and cfg.diloco_every is None,
-    )
-    on_cpu, every, layout = mesh.device.type == "cpu", cfg.diloco_every, cfg.data_parallel
-    start = cfg.init_from is not None and earlier is None
-    was = resolve(cfg.init_from).tree("config", missing={}) if start else {}
-    found = {
-        f"data_parallel={layout}: one replica, nothing to spread": (
-            mesh.groups["replicas"] is None and "data_parallel" in cfg.given and layout != "ddp"
-        ),
-        f"optim={cfg.optim}: every replica works on all matrices; --data_parallel=zero1 deals them out and sends as many bytes": (
-            mesh.groups["replicas"] is not None
-            and layout == "ddp"
-            and alone
-            and find_optimizer(cfg.optim).__name__ in HEAVY
-        ),
-        f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are": (
-            mesh.groups["replicas"] is None and cfg.param_dtype is not None
-        ),
-        f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage": (
-            cfg.pp == 1 and cfg.pp_schedule != "1f1b"
-        ),
-        f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences": (
-            cfg.cp == 1 and cfg.cp_attention != "ring"
-        ),
-        f"activation_checkpoint={cfg.activation_checkpoint}: activations are in host memory already": (
-            on_cpu and "offload" in (cfg.activation_checkpoint or "")
-        ),
-        "async_save: with offload to disk, training waits while a checkpoint is written; a copy in memory is what the disk was to spare": (
-            cfg.async_save and state_on_disk(cfg)
-        ),
-        "offload=cpu: the state is in this memory already": on_cpu and cfg.offload == "cpu",
-        "offload_params=cpu: the weights are in this memory already": (
-            on_cpu and cfg.offload_params == "cpu"
-        ),
-        f"min_lr_frac={cfg.min_lr_frac:g}: schedule=constant never decays": (
-            cfg.schedule == "constant" and cfg.min_lr_frac
-        ),
-        f"decay_frac={cfg.decay_frac:g}: schedule={cfg.schedule} has none": (
-            cfg.schedule != "wsd" and cfg.decay_frac != FIELDS["decay_frac"].default
-        ),
-        "decay_embeddings: weight_decay is 0, so nothing decays": (
-            cfg.decay_embeddings and not cfg.weight_decay
-        ),
-        f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, or more": (
-            cfg.patience is not None
-            and earlier is not None
-            and earlier.tree("best/bad", missing=0) >= cfg.patience
-        ),
-        f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the checkpoint, but not in the saved model": (
-            every is not None and cfg.steps % every
-        ),
-        "what compression had not sent yet is dropped": saved and alone,
-        f"{cfg.init_from} learned on top of counted n-grams, and here there are none; type --ngram= as there": (
-            cfg.ngram is None and was.get("ngram")
-        ),
-        f"{cfg.init_from} learned with embeddings of n-grams, and here there are none; type --ngram_embed= as there": (
-            cfg.ngram_embed is None and was.get("ngram_embed")
-        ),
-        f"{cfg.init_from} learned with window={was.get('window')}; type --window= as there": (
-            was.get("window") not in (None, cfg.window)
-        ),
-        f"{saved} replicas were saved, now there are {n}: what they had not told each other yet is summed and shared out": (
-            saved not in (0, n) and not alone
-        ),
-    }
-    return [sentence for sentence, holds in found.items() if holds]
+# ---- warnings ------------------------------------------------------------------------------------
+def warnings(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> list[str]:
+    """A line for each setting that has no effect here, and for what a resumed run drops."""
+    return [
+        *about_layout(cfg, mesh),
+        *about_memory(cfg, mesh),
+        *about_schedule(cfg),
+        *about_resuming(cfg, mesh, resumed_from),
+        *about_fine_tuning(cfg, resumed_from),
+    ]
 
 
-def environment(device, ranks: int, data_sha256: str) -> dict:
-    """What one must know to run this again: commit, versions, hardware, data. `device` is a
-    torch.device."""
-    import torch
-
-    git = ["git", "-C", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    # A hook's, of elsewhere
-    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
-    commit = ""
-    try:
-        prefix, found = (
-            subprocess.run(git + words, capture_output=True, text=True, timeout=10, env=env).stdout
-            for words in (["rev-parse", "--show-prefix"], ["describe", "--always", "--dirty"])
+def about_layout(cfg: Config, mesh: Mesh) -> Iterator[str]:
+    alone = mesh.groups["replicas"] is None
+    layout = cfg.data_parallel
+    if alone and "data_parallel" in cfg.given and layout != "ddp":
+        yield f"data_parallel={layout}: one replica, nothing to spread"
+    every_replica_steps_all = layout == "ddp" and cfg.compress is None and cfg.diloco_every is None
+    if not alone and every_replica_steps_all and find_optimizer(cfg.optim).__name__ in HEAVY:
+        yield (
+            f"optim={cfg.optim}: every replica works on all matrices; --data_parallel=zero1 deals "
+            "them out and sends as many bytes"
         )
-        # A copy in a folder of another repository has none
-        commit = "" if prefix.strip() else found.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    gpu = device.type == "cuda"
-    cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
-    versions = {
+    if alone and cfg.param_dtype is not None:
+        yield (
+            f"param_dtype={cfg.param_dtype}: one replica gathers nothing, weights stay as they are"
+        )
+    if cfg.pp == 1 and cfg.pp_schedule != "1f1b":
+        yield f"pp_schedule={cfg.pp_schedule}: without --pp there is one stage"
+    if cfg.cp == 1 and cfg.cp_attention != "ring":
+        yield f"cp_attention={cfg.cp_attention}: without --cp each rank has whole sequences"
+    every = cfg.diloco_every
+    if every is not None and cfg.steps % every:
+        yield (
+            f"diloco_every={every} does not divide steps={cfg.steps}: the last round is in the "
+            "checkpoint, but not in the saved model"
+        )
+
+
+def about_memory(cfg: Config, mesh: Mesh) -> Iterator[str]:
+    on_cpu = mesh.device.type == "cpu"
+    if on_cpu and "offload" in (cfg.activation_checkpoint or ""):
+        how = cfg.activation_checkpoint
+        yield f"activation_checkpoint={how}: activations are in host memory already"
+    if cfg.async_save and state_on_disk(cfg):
+        yield (
+            "async_save: with offload to disk, training waits while a checkpoint is written; a "
+            "copy in memory is what the disk was to spare"
+        )
+    if on_cpu and cfg.offload == "cpu":
+        yield "offload=cpu: the state is in this memory already"
+    if on_cpu and cfg.offload_params == "cpu":
+        yield "offload_params=cpu: the weights are in this memory already"
+
+
+def about_schedule(cfg: Config) -> Iterator[str]:
+    if cfg.schedule == "constant" and cfg.min_lr_frac:
+        yield f"min_lr_frac={cfg.min_lr_frac:g}: schedule=constant never decays"
+    if cfg.schedule != "wsd" and cfg.decay_frac != FIELDS["decay_frac"].default:
+        yield f"decay_frac={cfg.decay_frac:g}: schedule={cfg.schedule} has none"
+    if cfg.decay_embeddings and not cfg.weight_decay:
+        yield "decay_embeddings: weight_decay is 0, so nothing decays"
+
+
+def about_resuming(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> Iterator[str]:
+    if resumed_from is None:
+        return
+    bad_evaluations = resumed_from.tree("best/bad", missing=0)
+    if cfg.patience is not None and bad_evaluations >= cfg.patience:
+        yield (
+            f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, "
+            "or more"
+        )
+    saved = resumed_from.tree("replicas/replicas", missing=0)
+    replicas = mesh.sizes["dp"] * mesh.sizes["cp"]
+    if saved and cfg.compress is None and cfg.diloco_every is None:
+        yield "what compression had not sent yet is dropped"
+    elif saved not in (0, replicas):
+        yield (
+            f"{saved} replicas were saved, now there are {replicas}: what they had not told each "
+            "other yet is summed and shared out"
+        )
+
+
+def about_fine_tuning(cfg: Config, resumed_from: Checkpoint | None) -> Iterator[str]:
+    if cfg.init_from is None or resumed_from is not None:
+        return
+    old = resolve(cfg.init_from).tree("config", missing={})
+    learned = f"{cfg.init_from} learned"
+    if cfg.ngram is None and old.get("ngram"):
+        yield (
+            f"{learned} on top of counted n-grams, and here there are none; type --ngram= as there"
+        )
+    if cfg.ngram_embed is None and old.get("ngram_embed"):
+        yield (
+            f"{learned} with embeddings of n-grams, and here there are none; type --ngram_embed= "
+            "as there"
+        )
+    if old.get("window") not in (None, cfg.window):
+        yield f"{learned} with window={old['window']}; type --window= as there"
+
+
+# ---- for the record ------------------------------------------------------------------------------
+def environment(device: torch.device, ranks: int, data_sha256: str) -> dict:
+    """What one must know to run this again: commit, versions, hardware, data."""
+    on_gpu = device.type == "cuda"
+    hardware = f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s)"
+    nccl = "none"
+    if on_gpu:
+        hardware = torch.cuda.get_device_name(device)
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "commit": commit() or "unknown",
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "numpy": importlib.metadata.version("numpy"),
         "cuda": str(torch.version.cuda).lower(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "none",
+        "nccl": nccl,
+        "platform": platform.platform(),
+        "hardware": hardware,
+        "devices": torch.cuda.device_count() if on_gpu else 0,
+        "cores": os.cpu_count(),
+        "ranks": ranks,
+        "data_sha256": data_sha256,
     }
-    return (
-        {"commit": commit or "unknown"}
-        | versions
-        | {
-            "platform": platform.platform(),
-            "hardware": torch.cuda.get_device_name(device) if gpu else cpu,
-            "devices": torch.cuda.device_count() if gpu else 0,
-            "cores": os.cpu_count(),
-            "ranks": ranks,
-            "data_sha256": data_sha256,
-        }
-    )
+
+
+def commit() -> str:
+    """This checkout's commit, with "-dirty" where files have changed; "" where git knows none."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # A git hook sets variables that point to another repository.
+    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", root, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=env)
+        return done.stdout.strip()
+
+    try:
+        # A copy in a folder of another repository has no commit of its own.
+        if git("rev-parse", "--show-prefix"):
+            return ""
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

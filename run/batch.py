@@ -3,7 +3,6 @@
 import torch
 
 from parallel.mesh import Mesh
-from parallel.protocol import DataParallel
 from settings.checks import divisor
 from settings.fields import Config
 
@@ -28,14 +27,38 @@ def batch_share(cfg: Config, dp: int) -> int:
     return share
 
 
-def largest_micro_batch(run, model, replicas: DataParallel, share: int, mesh: Mesh) -> int:
-    """The whole share on a CPU; on a GPU halved, by all ranks together, until forward and backward
+def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
+    """What the settings say, if that divides each rank's share of the batch; else the largest that
+    fits. Raises ValueError."""
+    share = batch_share(cfg, mesh.sizes["dp"])
+    size = cfg.micro_batch_size
+    divides = size is not None and share % size == 0
+    if divides and "micro_batch_size" not in cfg.given:
+        # Chosen by an earlier run, on another layout perhaps: a pipeline wants a multiple of pp.
+        divides = share // size % cfg.pp == 0
+    if not divides:
+        size = largest_micro_batch(micro_batches, dataset, share, mesh)
+    if micro_batches.pipe is not None:
+        micro_batches.pipe.plan(share // size, True)  # a schedule that cannot be raises now
+    return size
+
+
+def split(samples, mesh: Mesh, size: int) -> list:
+    """This replica's share of the batch's sample ids, in micro-batches."""
+    share = len(samples) // mesh.sizes["dp"]
+    first = mesh.coords["dp"] * share
+    return [samples[i : i + size] for i in range(first, first + share, size)]
+
+
+def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
+    """The full share on a CPU; on a GPU halved, by all ranks together, until forward and backward
     fit. In a pipeline of p stages a size that gives 4 p micro-batches, or more, or as many as there
     can be.
 
-    Where weights or gradients are spread, ranks that run out of memory leave the others in a
+    Where weights or gradients are sharded, ranks that run out of memory leave the others in a
     collective, so there the first one that does ends the run with what to type. Raises ValueError.
     """
+    model, replicas = micro_batches.model, micro_batches.replicas
     if (pp := mesh.sizes["pp"]) > 1:
         counts = [n for n in range(pp, share + 1, pp) if share % n == 0]  # of micro-batches
         return share // min((n for n in counts if n >= 4 * pp), default=max(counts, default=share))
@@ -44,7 +67,7 @@ def largest_micro_batch(run, model, replicas: DataParallel, share: int, mesh: Me
     while mesh.device.type == "cuda":
         replicas.last_micro_batch(spread)  # what is not sent would stay inside FSDP
         try:
-            run(range(size))[0].backward()
+            micro_batches.forward(range(size), dataset)[0].backward()
             fits = True
         except torch.OutOfMemoryError:
             fits = False

@@ -1,5 +1,7 @@
 """Concepts from settings: each function takes what a few fields say and returns the thing."""
 
+import contextlib
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -7,17 +9,19 @@ import torch
 
 import monitor
 import schedules
-from data import dataset
+from data import corpora, dataset
+from model import GPTConfig
 from optim import mup, param_groups
 from parallel.coupled import refuse_coupled
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline
 from parallel.protocol import DataParallel
 from parallel.shard import Shard
-from precision import onednn
+from precision import amp, onednn
 from precision.loss_scale import LossScaler
 from run.optimizers import trial
-from settings.fields import Config
+from settings.fields import Config, model_chunks
 
 
 def lr_schedule(cfg: Config, options: dict):
@@ -39,6 +43,37 @@ def lr_schedule(cfg: Config, options: dict):
 
     factor(cfg.steps)  # a bad argument shows now
     return factor
+
+
+def corpus(cfg: Config) -> corpora.Corpus:
+    return corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
+
+
+def model_config(cfg: Config) -> GPTConfig:
+    return GPTConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)})
+
+
+def pipe(cfg: Config, mesh: Mesh) -> Pipeline | None:
+    """This rank's place in the pipeline; None without one."""
+    group = mesh.groups["pp"]
+    if group is None:
+        return None
+    return Pipeline(group, cfg.pp_schedule, cfg.n_layer, model_chunks(cfg), mesh.device, cfg.tied)
+
+
+def hidden_states(cfg: Config, has_replicas: bool) -> tuple[int, torch.dtype, int]:
+    """What the stages of a pipeline send: width, dtype, and by what training divides the length."""
+    dtype = amp.PARAM_DTYPE[cfg.precision]
+    if cfg.param_dtype is not None and has_replicas:
+        dtype = DTYPES[cfg.param_dtype]
+    return cfg.n_embd, dtype, cfg.tp if cfg.sp else 1
+
+
+def uncompiled(cfg: Config):
+    """A context in which nothing is compiled: each new token of a sample has a shape of its own."""
+    if cfg.compile == "off":
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def learning_rates(

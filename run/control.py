@@ -1,13 +1,31 @@
 """Who may write into a run's folder, and how a run is asked to stop."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
 import weakref
 from pathlib import Path
 
+import torch
+
 from checkpoint.save import FOLDER
+
+
+def leave(mesh, lock: "RunLock | None", rank_log, made_group: bool, offloads: bool) -> None:
+    """The end of a run on this rank, after all ranks have come here.
+
+    Files of offloaded state are of no use to a later run: they go.
+    """
+    mesh.agree(0)
+    if lock is not None and offloads:
+        shutil.rmtree(lock.out_dir / "offload", ignore_errors=True)
+    rank_log.close()
+    if lock is not None:
+        lock.release()
+    if made_group:
+        torch.distributed.destroy_process_group()
 
 
 def set_aside(out_dir: Path) -> None:
@@ -41,7 +59,8 @@ class RunLock:
     Raises ValueError, naming the holder.
     """
 
-    def __init__(self, out_dir):
+    def __init__(self, out_dir: str | Path):
+        self.out_dir = Path(out_dir)
         try:
             Path(out_dir).mkdir(parents=True, exist_ok=True)
             self._file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")

@@ -8,76 +8,88 @@ one such as <|endoftext|>, an id beyond the tokenizer's) is left out on both sid
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 
-from data import dataset
+from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from layers.generation import generate
 from parallel.mesh import Mesh
+from run.microbatches import MicroBatches
 
 
 def batches_of(
-    tokens: int, micro_batch_size: int, rows: dataset.Rows, mesh: Mesh, first: bool = False
+    tokens: int, micro_batch_size: int, dataset: Dataset, mesh: Mesh, first: bool = False
 ) -> list[list[int]]:
-    """This replica's row numbers in micro-batches, as many on every rank, for a forward may be a
-    collective; the last one may be smaller, or empty."""
-    count, dp = max(1, min(tokens // rows.block_size, rows.per_epoch)), mesh.sizes["dp"]
-    mine = [
-        i if first else i * rows.per_epoch // count for i in range(mesh.coords["dp"], count, dp)
-    ]
-    return [mine[i : i + micro_batch_size] for i in range(0, -(-count // dp), micro_batch_size)]
+    """This replica's sample ids, in micro-batches.
+
+    Every rank has as many of them, for a forward may be a collective: the last one may be smaller,
+    or empty.
+    """
+    dp = mesh.sizes["dp"]
+    count = max(1, min(tokens // dataset.block_size, dataset.per_epoch))
+    mine = range(mesh.coords["dp"], count, dp)
+    ids = [i if first else i * dataset.per_epoch // count for i in mine]
+    most = -(-count // dp)  # samples of a replica
+    return [ids[i : i + micro_batch_size] for i in range(0, most, micro_batch_size)]
 
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module,
-    each,
-    rows: dataset.Rows,
+    micro_batches: MicroBatches,
+    dataset: Dataset,
     tokens: int,
     micro_batch_size: int,
     tokenizer: Tokenizer,
     mesh: Mesh,
-    first=False,
-    stopped=lambda: False,
+    first: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | None] | None:
-    """val_loss (nats a token), val_bpb (bits a byte; None where nobody knows the bytes),
-    val_accuracy and perplexity over about `tokens` tokens, the same on all ranks: the first ones,
-    or spread over `rows`.
+    """val_loss, val_bpb, val_accuracy and perplexity over about `tokens` tokens of the dataset.
 
-    each(batches, rows, look=): forward on micro-batches of row numbers; look(i, loss, targets) sees
-    each loss, and `model.hits` then is the count of right guesses. stopped(), the same on all
-    ranks, is asked now and then: an evaluation may take longer than whoever stops a run is willing
-    to wait. Then None.
+    The same on all ranks. val_loss is in nats a token, val_bpb in bits a byte, None where nobody
+    knows the bytes. first: the first samples, instead of some spread over the dataset. stopped(),
+    the same on all ranks, is asked now and then, for an evaluation may take longer than whoever
+    stops a run is willing to wait: then None is returned.
     """
-    batches = batches_of(tokens, micro_batch_size, rows, mesh, first)
-    widths = tokenizer.byte_lengths(model.config.vocab_size)
+    model = micro_batches.model
+    batches = batches_of(tokens, micro_batch_size, dataset, mesh, first)
+    token_bytes = tokenizer.byte_lengths(model.config.vocab_size)  # id -> bytes
+    # Loss, right guesses, tokens, bytes, and the loss of tokens without bytes.
     sums = torch.zeros(5, dtype=torch.float64)
 
-    def look(i: int, loss: torch.Tensor, targets: torch.Tensor) -> None:
-        if batches[i] and mesh.coords["tp"] == 0:  # the other tp ranks see the same
-            n_bytes = int(widths[targets.cpu().numpy()].sum()) if widths is not None else 0
-            seen = [loss.item(), model.hits, targets.numel(), n_bytes, silent[0]]
-            sums.add_(torch.tensor(seen, dtype=sums.dtype))
+    def on_loss(i: int, loss: torch.Tensor, targets: torch.Tensor) -> None:
+        is_padding = not batches[i]
+        if is_padding or mesh.coords["tp"] > 0:  # the other tp ranks see the same
+            return
+        n_bytes = 0
+        if token_bytes is not None:
+            n_bytes = int(token_bytes[targets.cpu().numpy()].sum())
+        seen = [loss.item(), model.hits, targets.numel(), n_bytes, silent[0]]
+        sums.add_(torch.tensor(seen, dtype=sums.dtype))
 
     model.eval()
-    some, over = 8 * mesh.sizes["pp"], False  # soon enough asked again, enough to fill a pipeline
-    with loss_without_bytes(model, widths) as silent:
-        for start in range(0, len(batches), some):
-            if over := start > 0 and stopped():
+    at_once = 8 * mesh.sizes["pp"]  # soon enough asked again, enough to fill a pipeline
+    is_stopped = False
+    with loss_without_bytes(model, token_bytes) as silent:
+        for start in range(0, len(batches), at_once):
+            is_stopped = start > 0 and stopped()
+            if is_stopped:
                 break
-            part = [numbers or [0] for numbers in batches[start : start + some]]
-            each(part, rows, look=lambda i, *seen: look(start + i, *seen))
+            some = [ids or [0] for ids in batches[start : start + at_once]]
+            micro_batches.evaluate(some, dataset, lambda i, *seen: on_loss(start + i, *seen))
     model.train()
-    if over:
+    if is_stopped:
         return None
-    loss, hits, count, n_bytes, without = mesh.sum(*sums.tolist())
-    bpb = (loss - without) / math.log(2) / n_bytes if n_bytes else None
+    loss, n_correct, n_tokens, n_bytes, without = mesh.sum(*sums.tolist())
+    val_loss = loss / n_tokens
+    bits = (loss - without) / math.log(2)
     return {
-        "val_loss": loss / count,
-        "val_bpb": bpb,
-        "val_accuracy": hits / count,
-        "perplexity": math.exp(min(loss / count, 700)),
+        "val_loss": val_loss,
+        "val_bpb": bits / n_bytes if n_bytes else None,
+        "val_accuracy": n_correct / n_tokens,
+        "perplexity": math.exp(min(val_loss, 700)),
     }
 
 
@@ -107,17 +119,15 @@ def loss_without_bytes(model: torch.nn.Module, widths):
         model.output = plain
 
 
-def sample(
-    model: torch.nn.Module,
-    tokenizer: Tokenizer,
-    n: int,
-    seed: int,
-    device: torch.device,
-    forward=None,
-) -> str:
-    """A line break, or token 0 where the model knows none, and the n tokens that follow. On every
-    rank, for a forward may be a collective."""
-    prompt = torch.from_numpy(tokenizer.encode("\n")).to(device)[None]
+def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int) -> str:
+    """What the model writes after a line break: n tokens as text.
+
+    After token 0 where the model has no line break. All ranks call it together, for a forward may
+    be a collective.
+    """
+    model = micro_batches.model.eval()
+    prompt = torch.from_numpy(tokenizer.encode("\n")).to(micro_batches.device)[None]
     if not prompt.numel() or prompt.max() >= model.config.vocab_size:
         prompt = prompt.new_zeros(1, 1)
-    return tokenizer.decode(generate(model.eval(), prompt, n, 0.8, 50, seed, forward)[0].tolist())
+    ids = generate(model, prompt, n, 0.8, 50, seed, micro_batches.logits)
+    return tokenizer.decode(ids[0].tolist())

@@ -16,6 +16,7 @@ from checkpoint.save import FOLDER
 from data import corpora
 from data.files import listed
 from data.tokenizer import Tokenizer
+from metrics.outlets import print_line
 from run import optimizers
 from settings import checks, parse
 from settings.fields import CHOSEN, FIELDS, LAYOUTS, Config, flag, update
@@ -79,6 +80,42 @@ def of_branch(saved: Checkpoint) -> list[str]:
 
 def same_place(a: str, b: str) -> bool:
     return Path(a).resolve() == Path(b).resolve()
+
+
+def with_saved_settings(cfg: Config, resumed_from: Checkpoint | None, same_run: bool) -> Config:
+    """cfg, with the earlier run's settings where it leaves them open. Raises ValueError."""
+    if resumed_from is None:
+        return cfg
+    saved = resumed_from.tree("config")
+    new = continued(cfg, saved, branch=cfg.resume != "auto")
+    return update(new, resume=saved["resume"]) if same_run else new
+
+
+def report_finished(cfg: Config, step: int, same_run: bool, is_main: bool) -> None:
+    """Says that no step is left to do. Raises ValueError for a branch, which was to do some."""
+    if not same_run:
+        raise ValueError(f"a branch from step {step} needs more than --steps={cfg.steps}")
+    if is_main:
+        more = "type --steps= or --resume=never"
+        print_line(f"the run in {cfg.out_dir} is finished at step {step}; {more}")
+
+
+def check_same_data(
+    cfg: Config, corpus: corpora.Corpus, mesh, resumed_from: Checkpoint | None, same_run: bool
+) -> None:
+    """Raises ValueError where machines have different texts, or the earlier run had another one."""
+    if not mesh.alike(corpus.sha256):
+        raise ValueError(
+            f"--data={cfg.data} is not the same on every machine; copy it to all from one"
+        )
+    may_change = not same_run and "data" in cfg.given
+    if resumed_from is None or may_change:
+        return
+    if resumed_from.tree("record/data_sha256") != corpus.sha256:
+        raise ValueError(
+            f"--data={cfg.data} has changed since {resumed_from.path} was written, or is another "
+            "text; give the one of then, or choose another --out_dir"
+        )
 
 
 def continued(cfg: Config, saved: dict, branch: bool) -> Config:

@@ -75,7 +75,7 @@ def build(how, shape=MODERN, dtype=torch.float64):
 def run(model, rows=slice(None), autocast=False):
     numbers = torch.arange(len(IDS))[rows]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(IDS[rows, :-1], IDS[rows, 1:], rows=numbers)
+        loss = model(IDS[rows, :-1], IDS[rows, 1:], sample_ids=numbers)
     loss.backward()
     return loss.detach()
 
@@ -554,7 +554,7 @@ def test_what_is_offloaded_leaves_the_device(monkeypatch):
         with Meter() as meter:
             meter.watch(list(model.parameters()))
             fixed = meter.now()
-            loss = model(IDS[:, :-1], IDS[:, 1:], rows=torch.arange(4))
+            loss = model(IDS[:, :-1], IDS[:, 1:], sample_ids=torch.arange(4))
             return loss, meter.now() - fixed
 
     loss, everything = kept(expected := build("none"))

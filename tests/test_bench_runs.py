@@ -110,8 +110,8 @@ def test_a_step_beside_a_save_is_compared_with_those_that_are_not():
 @pytest.mark.parametrize("log_ms, said", [(0.5, "| < 1 |"), (1.5, "| **not** < 1 |")])
 def test_shares_are_of_the_median_step_beside_their_targets(log_ms, said):
     began = [0.0, 9.0, 9.1, 9.2, 9.3, 9.4, 9.5]  # the first step took long
-    steps = [{"began": x, "Rows.__call__": 1e-4, "Logger.train": log_ms / 1e3} for x in began]
-    steps[0]["Rows.__call__"] = steps[-1]["Rows.__call__"] = 1.0  # no part of it either
+    steps = [{"began": x, "Dataset.__call__": 1e-4, "Logger.train": log_ms / 1e3} for x in began]
+    steps[0]["Dataset.__call__"] = steps[-1]["Dataset.__call__"] = 1.0  # no part of it either
     page = "\n".join(overhead.report(steps, SAVES, [(4.0, 1.5), (3.0, 1.5), (5.0, 1.5)]))
     assert "median of 4 steps: 100.0 ms" in page
     assert "| **waiting for data** | 0.100 | **0.10 %** | < 1 |" in page
@@ -126,7 +126,7 @@ def test_shares_are_of_the_median_step_beside_their_targets(log_ms, said):
 def test_what_is_wrapped_is_called_by_train():
     source = (runs.TRAIN).read_text()
     for owner, attribute in overhead.DATA + overhead.CHECKS:
-        word = r"train_rows|rows: data\.Rows" if attribute == "__call__" else rf"\.{attribute}\("
+        word = r"train_rows|rows: data\.Dataset" if attribute == "__call__" else rf"\.{attribute}\("
         assert callable(getattr(owner, attribute)) and re.search(word, source), attribute
 
 

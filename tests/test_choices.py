@@ -176,7 +176,7 @@ def test_a_layout_that_does_not_pay_is_named(words, ranks, said):
         device=CPU,
         groups={"replicas": object() if ranks > 1 else None},
     )
-    remarks = [x for x in announce.remarks(parse.parse(words), mesh, None) if "diloco" not in x]
+    remarks = [x for x in announce.warnings(parse.parse(words), mesh, None) if "diloco" not in x]
     assert remarks == [] if said is None else said in " ".join(remarks)
 
 

@@ -172,12 +172,15 @@ def step(model, at, checkpointed=False, autocast=False):
             b.forward = lambda *a, f=b.forward: checkpoint(f, *a, use_reentrant=False)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(
-            ids[:, :-1][:, at], ids[:, 1:][:, at], positions=at, rows=torch.tensor([7, 1, 2])
+            ids[:, :-1][:, at],
+            ids[:, 1:][:, at],
+            position_ids=at,
+            sample_ids=torch.tensor([7, 1, 2]),
         )
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     with torch.no_grad():
-        model.eval()(ids[:, :-1][:, at], ids[:, 1:][:, at], positions=at)
+        model.eval()(ids[:, :-1][:, at], ids[:, 1:][:, at], position_ids=at)
     return {"loss": loss.detach(), "hits": model.hits.double()} | gradients
 
 

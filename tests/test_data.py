@@ -31,7 +31,7 @@ def tokens(n: int, pieces: int = 1) -> dataset.Tokens:
 
 
 def order(n: int, seed: int | None, epoch: int = 0) -> list[int]:
-    rows = dataset.Rows(tokens(n + 1), 1, seed, n + 1)
+    rows = dataset.Dataset(tokens(n + 1), 1, seed, n + 1)
     return rows.places(range(epoch * n, (epoch + 1) * n)).tolist()
 
 
@@ -74,7 +74,7 @@ def test_the_order_of_rows_never_changes():
 
 def test_the_order_is_uniform_to_the_eye_of_chi_square():
     n, epochs = 10, 5000
-    rows = dataset.Rows(tokens(n + 1), 1, 7, n + 1)
+    rows = dataset.Dataset(tokens(n + 1), 1, 7, n + 1)
     places = rows.places(range(n * epochs)).reshape(epochs, n)
     for column in (places[:, 0], places[:, 9], (places[:, 1] - places[:, 0]) % n):
         seen = np.bincount(column, minlength=n)
@@ -83,7 +83,7 @@ def test_the_order_is_uniform_to_the_eye_of_chi_square():
 
 
 def test_rows_are_a_pure_function_of_seed_and_row_number():
-    rows, again = (dataset.Rows(tokens(1001), 10, 3, 1001) for _ in range(2))
+    rows, again = (dataset.Dataset(tokens(1001), 10, 3, 1001) for _ in range(2))
     numbers = [5, 99, 100, 250, 5, 10**12]  # several epochs, out of order, twice the same
     one_by_one = torch.cat([again([number]) for number in reversed(numbers)]).flip(0)
     assert torch.equal(rows(numbers), one_by_one)
@@ -91,10 +91,10 @@ def test_rows_are_a_pure_function_of_seed_and_row_number():
 
 
 def test_rows_read_ahead_are_the_same_whatever_is_asked_for(monkeypatch):
-    text, ahead, read = tokens(1001), [], dataset.Rows.read
-    plain, rows = dataset.Rows(text, 10, 3, 1001), dataset.Rows(text, 10, 3, 1001, ahead=16)
+    text, ahead, read = tokens(1001), [], dataset.Dataset.read
+    plain, rows = dataset.Dataset(text, 10, 3, 1001), dataset.Dataset(text, 10, 3, 1001, ahead=16)
     monkeypatch.setattr(
-        dataset.Rows, "read", lambda self, n: (ahead.append(tuple(n)), read(self, n))[1]
+        dataset.Dataset, "read", lambda self, n: (ahead.append(tuple(n)), read(self, n))[1]
     )
     steps = [range(i, i + 4) for i in range(0, 64, 4)]  # four steps of 16, in fours
     # Back; bans; a ramp
@@ -124,7 +124,7 @@ def test_a_huge_epoch_is_permuted_without_a_table(n):
 
 
 def test_row_i_covers_tokens_iT_to_iT_plus_T_across_shards():
-    rows = dataset.Rows(tokens(32, pieces=9), 5, None, 32)
+    rows = dataset.Dataset(tokens(32, pieces=9), 5, None, 32)
     assert rows.per_epoch == 6
     assert rows(range(6)).tolist() == [list(range(5 * i, 5 * i + 6)) for i in range(6)]
     assert rows(range(6)).dtype == torch.int64
@@ -142,21 +142,21 @@ def test_slices_of_shards_equal_slices_of_the_whole():
 
 
 def test_the_last_row_ends_with_the_last_token_when_it_fits_exactly():
-    assert dataset.Rows(tokens(11), 5, 0, 11).per_epoch == 2
-    assert dataset.Rows(tokens(10), 5, 0, 11).per_epoch == 1
+    assert dataset.Dataset(tokens(11), 5, 0, 11).per_epoch == 2
+    assert dataset.Dataset(tokens(10), 5, 0, 11).per_epoch == 1
 
 
 def test_too_little_data_says_how_much_there_is_and_what_to_type():
     for n in (0, 1, 16):
         with pytest.raises(ValueError, match=rf"counting has {n} tokens.*17.*--block_size="):
-            dataset.Rows(tokens(n), 16, 0, 256)
+            dataset.Dataset(tokens(n), 16, 0, 256)
 
 
 @pytest.mark.parametrize("bad", [-1, 256, 1000])
 def test_an_id_outside_the_vocabulary_is_named(bad):
     ids = np.zeros(100, np.int64)
     ids[77] = bad
-    rows = dataset.Rows(dataset.Tokens([ids]), 10, None, 256)
+    rows = dataset.Dataset(dataset.Tokens([ids]), 10, None, 256)
     rows([0, 1, 2])
     said = rf"id {bad}, and vocab_size is 256 \(token 77\).*--tokenizer=.*--vocab_size="
     with pytest.raises(ValueError, match=said):
@@ -500,7 +500,7 @@ def test_small_data_is_checked_in_full_at_load_and_large_data_in_samples_and_row
         corpora.load(str(tmp_path), "bytes", "unused")
     monkeypatch.setattr(corpora, "_stretches", lambda n: [(0, n // 2)])
     corpus = corpora.load(str(tmp_path), "bytes", "unused", vocab_size=256)
-    rows = dataset.Rows(corpus.train, 9, None, 256)
+    rows = dataset.Dataset(corpus.train, 9, None, 256)
     rows(range(10))
     with pytest.raises(ValueError, match="token id 999"):
         rows([10])

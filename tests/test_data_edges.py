@@ -30,7 +30,7 @@ from test_train import ROOT, go
 import sample
 from checkpoint import load as checkpoint
 from data import corpora, dataset, files, foreign, shards
-from data.dataset import Rows, Tokens
+from data.dataset import Dataset, Tokens
 from data.tokenizer import Tokenizer
 from layers import generation
 from model import GPT, GPTConfig
@@ -502,7 +502,7 @@ def test_a_bad_id_deep_in_large_data_is_named_with_its_shard(tmp_path, monkeypat
     later = ids.copy()
     later[700] = 999
     where = folder(tmp_path / "d", train_0=ids, train_1=later)
-    rows = Rows(load(where, "bytes").train, 10, None, 256)
+    rows = Dataset(load(where, "bytes").train, 10, None, 256)
     with pytest.raises(ValueError, match=r"token id 999, .* \(token 700 of train_1.bin\)"):
         rows(range(rows.per_epoch))
 
@@ -750,7 +750,7 @@ def test_a_large_file_that_is_cut_is_a_sentence_and_one_put_in_its_place_no_harm
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(ENGLISH * 3000)
     cut, replaced, gone = (load(tmp_path / name).train for name in ("a.txt", "b.txt", "c.txt"))
-    rows = Rows(cut, 16, 0, 256)
+    rows = Dataset(cut, 16, 0, 256)
     rows(range(8))
     (tmp_path / "a.txt").write_text("a few words")
     with pytest.raises(ValueError, match="a.txt was cut to 11 bytes while a run read it"):
@@ -1063,7 +1063,7 @@ def bits(rank: int, world: int, ids: np.ndarray) -> dict:
         )
         for name, p in model.named_parameters():
             p.data = shard_of_mine(name, tuple(p.shape)).clone()
-    rows = Rows(Tokens([ids]), 8, None, 264)
+    rows = Dataset(Tokens([ids]), 8, None, 264)
 
     def each(batches, rows, look):
         for i, numbers in enumerate(batches):

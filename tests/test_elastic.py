@@ -346,7 +346,7 @@ def alone():
 
 
 def test_without_debug_ranks_there_is_no_diary(tmp_path, alone):
-    diary = watchdog.Diary(None, alone, 10)
+    diary = watchdog.RankLog(None, alone, 10)
     diary.step(1)
     diary.close()
     with pytest.raises(ValueError, match="--debug_ranks=true"):
@@ -354,7 +354,7 @@ def test_without_debug_ranks_there_is_no_diary(tmp_path, alone):
 
 
 def test_a_diary_has_each_step_and_where_a_rank_stands_that_stands_long(tmp_path, alone):
-    diary = watchdog.Diary(tmp_path / "debug", alone, minutes=0.02)
+    diary = watchdog.RankLog(tmp_path / "debug", alone, minutes=0.02)
     (tmp_path / "debug" / "rank_1.log").write_text("2026-11-21 17:00:00 start: process 1\n")
     diary.step(1)
     diary.step(2)
@@ -376,7 +376,7 @@ def test_a_diary_has_each_step_and_where_a_rank_stands_that_stands_long(tmp_path
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1 here")
 def test_a_signal_brings_a_stack_into_the_diary(tmp_path, alone):
-    diary = watchdog.Diary(tmp_path / "debug", alone, minutes=10)
+    diary = watchdog.RankLog(tmp_path / "debug", alone, minutes=10)
     diary.step(5)
     os.kill(os.getpid(), signal.SIGUSR1)
     assert "test_a_signal_brings_a_stack" in (tmp_path / "debug" / "rank_0.log").read_text()

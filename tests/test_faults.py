@@ -21,7 +21,7 @@ from metrics import logger
 from model import GPT
 
 ROW = 58  # of the 8 rows of step 8, which is taken after 7 updates
-TAKE, FORWARD, INIT = dataset.Rows.__call__, GPT.forward, cursor.Position.__init__
+TAKE, FORWARD, INIT = dataset.Dataset.__call__, GPT.forward, cursor.Cursor.__init__
 
 
 def poisoned(factor: float, row: int = ROW, gradient: bool = False):
@@ -40,13 +40,13 @@ def poisoned(factor: float, row: int = ROW, gradient: bool = False):
             out.register_hook(lambda g: g * factor)
         return out * factor if bad and not gradient else out
 
-    dataset.Rows.__call__, GPT.forward = take, forward
+    dataset.Dataset.__call__, GPT.forward = take, forward
 
 
 @pytest.fixture(autouse=True)
 def mended():
     yield
-    dataset.Rows.__call__, GPT.forward = TAKE, FORWARD
+    dataset.Dataset.__call__, GPT.forward = TAKE, FORWARD
 
 
 def with_fault(rank, world, factor, *args):
@@ -62,11 +62,11 @@ def inf_gradient(rank, world, killed, *args):
 
 def never_seen(rank, world, first, last, *args):
     """The run that has known from the start which rows it must not read."""
-    cursor.Position.__init__ = lambda self, *data: (INIT(self, *data), self.ban(first, last))[0]
+    cursor.Cursor.__init__ = lambda self, *data: (INIT(self, *data), self.ban(first, last))[0]
     try:
         return go(*args)
     finally:
-        cursor.Position.__init__ = INIT
+        cursor.Cursor.__init__ = INIT
 
 
 def end(out_dir) -> dict:
@@ -349,7 +349,7 @@ def test_a_best_that_cannot_be_saved_or_read_ends_no_run(tmp_path, text, monkeyp
     )
     monkeypatch.undo()
     monkeypatch.setattr(
-        early_stopping.Best, "path", property(lambda self: self.folder / "step-77777777")
+        early_stopping.EarlyStopping, "path", property(lambda self: self.folder / "step-77777777")
     )
     stop_early(0, 1, LOSSES, text, tmp_path / "b", "--patience=3", "--eval_every=1", "--steps=8")
     assert load.newest(tmp_path / "b").step == 5
@@ -368,7 +368,7 @@ def test_killed_after_a_rollback_the_ban_is_remembered(tmp_path, text, where):
     poisoned(math.nan)
     killed_at(9, text, tmp_path / "faulty", *more)  # after the rollback
     assert events(tmp_path / "faulty", "rollback") == [("rollback", 8)]
-    dataset.Rows.__call__, GPT.forward = TAKE, FORWARD
+    dataset.Dataset.__call__, GPT.forward = TAKE, FORWARD
     go(text, tmp_path / "faulty", *more)
     assert end(tmp_path / "faulty") == end(tmp_path / "clean")
     same_checkpoints(tmp_path / "faulty", tmp_path / "clean")
@@ -416,7 +416,7 @@ def test_a_branch_keeps_bans_for_the_same_data_alone(tmp_path, text):
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text()[::-1])
     go(text, tmp_path / "a", "--on_nonfinite=rollback", "--monitor.ring_every=5")
-    dataset.Rows.__call__, GPT.forward = TAKE, FORWARD
+    dataset.Dataset.__call__, GPT.forward = TAKE, FORWARD
     assert load.newest(tmp_path / "a").tree("progress")["banned"] == [[40, 63]]
     for name, kept in ((text, [[40, 63]]), (str(other), [])):
         out = tmp_path / Path(name).stem
@@ -440,7 +440,7 @@ def test_abort_saves_says_why_and_the_same_command_with_skip_goes_on(tmp_path, t
 
 def test_a_run_that_stays_broken_ends_by_itself(tmp_path, text):
     poisoned(math.nan)
-    dataset.Rows.__call__ = lambda self, numbers: TAKE(self, numbers)
+    dataset.Dataset.__call__ = lambda self, numbers: TAKE(self, numbers)
     GPT.forward = lambda self, *a, **k: (
         FORWARD(self, *a, **k) * (math.nan if self.training else 1.0)
     )

@@ -43,9 +43,9 @@ def test_bits_per_byte_and_perplexity(tmp_path, text):
 
 
 def test_held_out_rows_are_spread_over_the_whole_set(tmp_path, text, monkeypatch):
-    seen, plain = [], dataset.Rows.__call__
+    seen, plain = [], dataset.Dataset.__call__
     monkeypatch.setattr(
-        dataset.Rows, "__call__", lambda self, n: (seen.extend(n), plain(self, n))[1]
+        dataset.Dataset, "__call__", lambda self, n: (seen.extend(n), plain(self, n))[1]
     )
     go(text, tmp_path / "a", "--steps=1", "--eval_tokens=160", "--eval_every=5")
     per_epoch = (len(corpora.load(text, "bytes", str(tmp_path)).val) - 1) // 16

@@ -172,7 +172,7 @@ def loaded(where: Path, tokenizer: str = "bytes") -> bool:
     try:
         corpus = corpora.load(str(where), tokenizer, str(where.parent / "cache"))
         for tokens in (corpus.train, corpus.val):
-            rows = dataset.Rows(tokens, 8, 1, 256)
+            rows = dataset.Dataset(tokens, 8, 1, 256)
             ids = rows(range(rows.per_epoch))
             assert ids.min() >= 0 and ids.max() < 256
     except ValueError as error:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from harness import init_weights
 
 from layers.generation import generate
-from model import GPT, Dropout, GPTConfig, Where, initial_weight, rotary_angles, rotate
+from model import GPT, Dropout, ForwardContext, GPTConfig, initial_weight, rotary_angles, rotate
 from settings import fields
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
@@ -139,7 +139,7 @@ def test_rotary_scores_depend_on_distance_alone():
 def test_positions_may_be_given_for_a_part_of_the_sequence():
     model, x = awake(GPTConfig(**TINY)), tokens(2, 16)
     torch.testing.assert_close(
-        model(x, positions=torch.arange(16).expand(2, 16)), model(x), rtol=1e-12, atol=1e-12
+        model(x, position_ids=torch.arange(16).expand(2, 16)), model(x), rtol=1e-12, atol=1e-12
     )
     with pytest.raises(ValueError, match="block_size"):
         model(tokens(1, 17))
@@ -174,7 +174,9 @@ def test_hits_count_the_right_guesses():
 # ---- dropout -------------------------------------------------------------------------------------
 def masks(config, rows, positions, name="blocks.0.attn"):
     x = torch.ones(len(rows), len(positions), config.n_embd)
-    return Dropout(config, name)(x, Where(torch.tensor(positions), torch.tensor(rows), None))
+    return Dropout(config, name)(
+        x, ForwardContext(torch.tensor(positions), torch.tensor(rows), None)
+    )
 
 
 def test_a_dropout_mask_depends_on_row_and_position_not_on_the_batch():
@@ -205,8 +207,8 @@ def test_dropout_is_off_in_eval_and_needs_rows_in_training():
     with pytest.raises(ValueError, match="rows"):
         model(x)
     rows = torch.tensor([3, 4])
-    assert torch.equal(model(x, rows=rows), model(x, rows=rows)) and not torch.equal(
-        model(x, rows=rows), model(x, rows=rows + 1)
+    assert torch.equal(model(x, sample_ids=rows), model(x, sample_ids=rows)) and not torch.equal(
+        model(x, sample_ids=rows), model(x, sample_ids=rows + 1)
     )
     assert torch.equal(model.eval()(x), model(x))
 

@@ -74,7 +74,7 @@ def alone(shape, m):
     model, losses, scale = init_weights(build(SHAPES[shape])), [], 1 / (m * B * T)
     for i in range(m):
         x, targets, rows = micro_batch(i)
-        loss = model(x, targets, rows=rows)
+        loss = model(x, targets, sample_ids=rows)
         (loss * scale).backward()
         losses.append(loss.item())
     model.eval()
@@ -409,7 +409,7 @@ def split_backward(shape, change=lambda model: None):
             p.register_post_accumulate_grad_hook(lambda p, name=name: fired.append(name))
     queue = defer_weight_gradients(model)
     x, targets, rows = micro_batch(0)
-    model(x, targets, rows=rows).backward()
+    model(x, targets, sample_ids=rows).backward()
     first, count = {*fired}, len(queue)
     weight_gradients(queue)
     return first, count, fired, {name: p.grad for name, p in model.named_parameters()}
@@ -419,7 +419,7 @@ def whole_backward(shape, change=lambda model: None):
     model = init_weights(build(shape))
     change(model)
     x, targets, rows = micro_batch(0)
-    model(x, targets, rows=rows).backward()
+    model(x, targets, sample_ids=rows).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 

@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 
-from checkpoint.early_stopping import Best
-from data.cursor import Position
+from checkpoint.early_stopping import EarlyStopping
+from data.cursor import Cursor
 
 
 def test_batches_are_those_of_a_naive_list_without_the_banned_rows():
     for seed in range(200):
-        draw, place, gone, taken = random.Random(seed), Position(), set(), []
+        draw, place, gone, taken = random.Random(seed), Cursor(), set(), []
         for _ in range(30):
             if draw.random() < 0.4:
                 first = draw.randrange(300)
@@ -32,7 +32,7 @@ def test_batches_are_those_of_a_naive_list_without_the_banned_rows():
             place.next = rows[-1] + 1
             taken += naive
             assert place.seen == len([r for r in range(place.next) if r not in gone])
-            other = Position()
+            other = Cursor()
             other.load(json.loads(json.dumps(place.tree())))
             assert other.rows(20) == place.rows(20) and other.tree() == place.tree()
         assert place.banned == sorted(place.banned)
@@ -41,27 +41,27 @@ def test_batches_are_those_of_a_naive_list_without_the_banned_rows():
 
 
 def test_without_bans_a_batch_is_a_range_and_old_progress_loads():
-    place = Position()
+    place = Cursor()
     place.load({"rows": 40})
     assert place.rows(8) == range(40, 48) and place.seen == 40
     saved = {"rows": 9, "banned": [[1, 2]]}
     same, other = (7, 9, [[1, 2]]), (7, 7, [])
     for data, kept in (({}, same), ({"data": "x"}, same), ({"data": "y"}, other)):
-        place = Position("x")
+        place = Cursor("x")
         place.load(saved | data)
         assert (place.seen, place.next, place.banned) == kept
 
 
 def test_best_counts_evaluations_without_enough_improvement(tmp_path):
-    best = Best(tmp_path, patience=3, min_delta=0.1)
+    best = EarlyStopping(tmp_path, patience=3, min_delta=0.1)
     losses = [3.0, 2.95, math.nan, 2.8, 2.75, -math.inf, 2.71]
     assert [i for i, x in enumerate(losses) if best.look(i, x)] == [0, 3]
     assert best.over and best.tree()["step"] == 3 and best.path.name == "step-00000003"
-    assert not Best(tmp_path, None).look(0, 1.0)
+    assert not EarlyStopping(tmp_path, None).look(0, 1.0)
 
 
 def test_an_evaluation_seen_again_after_a_rollback_counts_once(tmp_path):
-    best = Best(tmp_path, patience=2)
+    best = EarlyStopping(tmp_path, patience=2)
     best.look(10, 1.0)
     for _ in range(5):
         assert not best.look(20, 2.0)
@@ -69,9 +69,9 @@ def test_an_evaluation_seen_again_after_a_rollback_counts_once(tmp_path):
 
 
 def test_a_best_that_is_gone_is_forgotten(tmp_path):
-    best = Best(tmp_path, 3)
+    best = EarlyStopping(tmp_path, 3)
     best.look(10, 1.0)
-    again = Best(tmp_path, 3)
+    again = EarlyStopping(tmp_path, 3)
     again.load(best.tree())
     assert again.tree()["loss"] == pytest.approx(1.0)
     shutil.rmtree(best.path)

@@ -79,7 +79,7 @@ def six_tokens(rank, world):
     with torch.no_grad():
         model.eval()(x[:, :6], targets[:, :6])  # no refusal
     try:
-        model.train()(x[:, :6], targets[:, :6], rows=rows)
+        model.train()(x[:, :6], targets[:, :6], sample_ids=rows)
     except ValueError as error:
         return str(error)
 
@@ -169,7 +169,7 @@ def kept(rank, world, shapes, endings):
             # The first is inside and leaves the other the rest
             counters = [Kept(model, e) for e in endings]
             x, targets, rows = tokens(shape)
-            model(x, targets, rows=rows)
+            model(x, targets, sample_ids=rows)
             found += [counter.total() for counter in counters]
     return found
 

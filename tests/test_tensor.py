@@ -87,9 +87,9 @@ def train(split, group, shape, way):
     place = torch.arange(shape["block_size"]).flip(0)  # as a cut by context may have it: not 0..T-1
     if way == "two stages":
         (first, tp_shards), (second, more) = (ready(split, group, shape, [i]) for i in (0, 1))
-        hidden = first(x, positions=place, rows=rows)
+        hidden = first(x, position_ids=place, sample_ids=rows)
         received = hidden.detach().requires_grad_()
-        loss = second(received, targets, positions=place, rows=rows)
+        loss = second(received, targets, position_ids=place, sample_ids=rows)
         loss.backward()
         hidden.backward(received.grad)
         share = 1 if group is None or split is tensor.split else group.size()
@@ -99,7 +99,7 @@ def train(split, group, shape, way):
     if way == "recomputed":
         for block in model.blocks.values():
             block.forward = lambda *a, f=block.forward: checkpoint(f, *a, use_reentrant=False)
-    loss = model(x, targets, positions=place, rows=rows)
+    loss = model(x, targets, position_ids=place, sample_ids=rows)
     loss.backward()
     return loss.item(), add_gradients({}, model), tp_shards
 
@@ -290,7 +290,7 @@ def sent(rank, world, split, shape, dtype, layers, autocast):
         )
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with Sent(world) as counter:
-            model(x, targets, positions=place, rows=rows).sum().backward()
+            model(x, targets, position_ids=place, sample_ids=rows).sum().backward()
         found += [counter.total(), counter.ops]
         model.eval()
         if model.head is not None and x.ndim == 2:
@@ -451,7 +451,7 @@ def late_product(rank, world):
             m.product = lambda x, w, b, name=name: (
                 called.append((name, b is None)) or F.linear(x, w, b)
             )
-    model(*tokens(GPT2)[:2], rows=tokens(GPT2)[2])
+    model(*tokens(GPT2)[:2], sample_ids=tokens(GPT2)[2])
     return called
 
 
@@ -510,7 +510,7 @@ def with_replicas(rank, world, split):
     replicas.parallelize(model)
     replicas.init_weights(sharded(numbers, tp_shards))
     x, targets, rows = (t[mesh.coords["dp"] :: 2] for t in tokens(GPT2, rows=4))
-    loss = model(x, targets, rows=rows)
+    loss = model(x, targets, sample_ids=rows)
     loss.backward()
     replicas.finish_gradients()
     return mesh.coords, loss.item(), {n: p.grad for n, p in model.named_parameters()}, tp_shards
@@ -519,7 +519,7 @@ def with_replicas(rank, world, split):
 def check_replicas(split):
     model = fill(build(GPT2))
     x, targets, rows = tokens(GPT2, rows=4)
-    loss = model(x, targets, rows=rows)
+    loss = model(x, targets, sample_ids=rows)
     loss.backward()
     results = run_ranks(4, with_replicas, split)
     assert abs(sum(r[1] for r in results) / 2 - loss.item()) < 1e-10
@@ -540,7 +540,7 @@ def lower(rank, world, split):
         model, _ = ready(split, dist.group.WORLD if world > 1 else None, shape, dtype=torch.float32)
         x, targets, rows = tokens(shape)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(x, targets, rows=rows)
+            loss = model(x, targets, sample_ids=rows)
         loss.backward()
         whole_ones = ("norm.weight", "positions.weight", "proj.bias")
         grads = [p.grad for n, p in model.named_parameters() if n.endswith(whole_ones)]

@@ -142,7 +142,7 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
         "--micro_batch_size=2",
     )
     corpus = corpora.load(text, "bytes", str(tmp_path))
-    take = dataset.Rows(corpus.train, 16, 1337, 256)
+    take = dataset.Dataset(corpus.train, 16, 1337, 256)
     model = init_weights(
         GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16)).double()
     )

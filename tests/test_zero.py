@@ -79,7 +79,7 @@ class Replica:
             self.optimizer.train()
 
     def loss(self, tokens, rows):
-        return self.model(tokens[rows, :-1], tokens[rows, 1:], rows=rows)
+        return self.model(tokens[rows, :-1], tokens[rows, 1:], sample_ids=rows)
 
     def gradients(self, step, micro_batches=1):
         """Returns the loss of my rows."""
