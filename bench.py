@@ -1,16 +1,17 @@
 """Benchmarks: each is a file of benchmarks/, whose docstring says what is measured and how.
 
-    python bench.py optim [...]        optimizers.py   a step of each optimizer beside the peers'
-    python bench.py train [...]        training.py     a recipe's speed over precision, compile, checkpointing
-    python bench.py job [...]          job.py          the whole of a recipe: seconds and loss
-    python bench.py nanogpt [...]      nanogpt.py      nanoGPT's own train.py beside ours
-    python bench.py speedrun [...]     speedrun.py     seconds to a reference's loss, whole processes
-    python bench.py scaling [...]      scaling.py      ranks and model sizes: speed, memory, bytes sent
-    python bench.py overhead [...]     overhead.py     what data, monitoring, saving and start-up cost
-    python bench.py spread [...]       spread.py       Muon's products on every rank, and at owners
-    torchrun --standalone --nproc_per_node=4 bench.py network [...]      network.py    every link of the mesh
-    torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]     pipeline.py   stages that wait
-    python bench.py all [...]          all.py          all of these in turn, one page
+    python bench.py optim [...]      optimizers.py   a step of each optimizer beside the peers'
+    python bench.py train [...]      training.py     precision, compile, checkpointing: their speed
+    python bench.py job [...]        job.py          the whole of a recipe: seconds and loss
+    python bench.py nanogpt [...]    nanogpt.py      nanoGPT's own train.py beside ours
+    python bench.py speedrun [...]   speedrun.py     seconds to a reference's loss, whole processes
+    python bench.py scaling [...]    scaling.py      ranks and sizes: speed, memory, bytes sent
+    python bench.py overhead [...]   overhead.py     what data, monitoring, saving, start-up cost
+    python bench.py spread [...]     spread.py       Muon's products on every rank, and at owners
+    python bench.py all [...]        all.py          all of these in turn, one page
+
+    torchrun --standalone --nproc_per_node=4 bench.py network [...]    every link of the mesh
+    torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]   pipeline stages that wait
 
 `python bench.py NAME --help` prints that docstring. Exit status: 0 done; 1 something failed; 2 a
 user's mistake, in one line.

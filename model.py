@@ -18,10 +18,8 @@ Made to be cut up from outside; nothing here knows how:
   alone, and every parameter has the same name in every layout;
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants
   them apart;
-- `Attention.core`, `Linear.product`, `GPT.through` and `GPT.output` are functions that can be
-  replaced;
-- the initial weight is a function of (seed, full name), a dropout mask of (seed, name, row,
-  position).
+- `Attention.attention_fn`, `Linear.matmul`, `GPT.run_blocks` and `GPT.loss_fn` can be replaced by functions;
+- the initial weight is a function of (seed, name), a dropout mask of (seed, name, row, position).
 
 Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel
 has reproducible masks.
@@ -80,10 +78,10 @@ class ForwardContext(NamedTuple):
 
 
 class Linear(nn.Linear):
-    product = staticmethod(F.linear)  # x (..., K), weight (N, K), bias (N,) -> (..., N)
+    matmul = staticmethod(F.linear)  # x (..., K), weight (N, K), bias (N,) -> (..., N)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+        return self.matmul(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -96,7 +94,7 @@ class Attention(nn.Module):
         self.k = Linear(c.n_embd, kv_width, bias=c.bias)
         self.v = Linear(c.n_embd, kv_width, bias=c.bias)
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.core = attention.core(c.attention, c.window)
+        self.attention_fn = attention.choose(c.attention, c.window)
         # The attention function divides q·k by sqrt(D): another scale is a factor of q.
         self.q_factor = 1.0
         if c.mup_base_width:
@@ -116,7 +114,7 @@ class Attention(nn.Module):
             k = rotate(k, *context.rotary)
         if self.q_factor != 1:
             q = q * self.q_factor
-        y = self.core(q, k, v)  # (B, H, T, D)
+        y = self.attention_fn(q, k, v)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -188,11 +186,11 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
 
         # What others replace: activation checkpointing, tensor parallelism, counted n-grams.
-        self.through = through
-        self.output = output
-        self.prior = None  # targets (B, T) -> (B, T, V), added to the logits (layers/ngram.py)
+        self.run_blocks = run_blocks
+        self.loss_fn = loss_fn
+        self.logit_bias = None  # targets (B, T) -> (B, T, V), added to the logits (layers/ngram.py)
         # After a forward in eval mode: how many targets were the likeliest token (0-dim).
-        self.hits = None
+        self.n_correct = None
 
     def forward(
         self,
@@ -219,15 +217,15 @@ class GPT(nn.Module):
         if x.ndim == 2:
             x = self.embed_tokens(x, context)  # (B, T, C)
         names = list(self.blocks) if layers is None else [str(layer) for layer in layers]
-        x = self.through([self.blocks[name] for name in names], x, context)
+        x = self.run_blocks([self.blocks[name] for name in names], x, context)
         if names[-1] != str(self.config.n_layer - 1):
             return x
         logits = self.logits(self.final_norm(x))  # (B, T, V)
-        if self.prior is not None:
+        if self.logit_bias is not None:
             # Attention in parts: targets may reach further back than the logits.
-            prior = self.prior(targets)[:, -logits.shape[1] :]
-            logits = logits + prior.to(logits)
-        out, self.hits = self.output(logits, targets, not self.training)
+            bias = self.logit_bias(targets)[:, -logits.shape[1] :]
+            logits = logits + bias.to(logits)
+        out, self.n_correct = self.loss_fn(logits, targets, not self.training)
         return out
 
     def rotary_angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -272,13 +270,13 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def through(blocks: list[nn.Module], x: Tensor, context: ForwardContext) -> Tensor:
+def run_blocks(blocks: list[nn.Module], x: Tensor, context: ForwardContext) -> Tensor:
     for block in blocks:
         x = block(x, context)
     return x
 
 
-def output(
+def loss_fn(
     logits: Tensor, targets: Tensor | None, count: bool, z_loss: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(sum of the token losses, number of targets that are the likeliest token, if asked to count).

@@ -1,6 +1,7 @@
 """Text from a checkpoint.
 
-    python sample.py RUN [--prompt="def "] [--tokens=300] [--temperature=0.8] [--top_k=50] [--n=1] [--seed=0]
+    python sample.py RUN [--prompt="def "] [--tokens=300] [--temperature=0.8] [--top_k=50]
+                         [--n=1] [--seed=0]
     [--device=cpu] [--tokenizer=gpt2]
 
 RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last

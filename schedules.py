@@ -8,16 +8,17 @@ group's own initial lr. Every schedule starts with linear warm-up over W steps:
 
 and then runs its shape on t = step - W of T = steps - W, with x = t / T:
 
-    wsd           1, then over the last decay_frac of all steps down to minimum    Hu et al. 2024 (2404.06395)
-    cosine        minimum + (1 - minimum) (1 + cos(2 pi cycles x)) / 2             Loshchilov & Hutter 2017
+    wsd           1, then over the last decay_frac of all steps down to minimum: Hu et al. 2024
+                  (2404.06395)
+    cosine        minimum + (1 - minimum) (1 + cos(2 pi cycles x)) / 2
     linear        1 - (1 - minimum) x
     constant      1
-    inverse_sqrt  sqrt(s / (s + t)), s = timescale or W                            Vaswani et al. 2017
+    inverse_sqrt  sqrt(s / (s + t)), s = timescale or W: Vaswani et al. 2017
     sgdr          cosine over T_0 steps, then again from 1 over T_mult times as many, ...
-                  (1608.03983)
-    onecycle      from 1/div_factor up to 1 over pct_start of T, then down to 1/(div_factor
-                  final_div_factor) Smith & Topin 2019 (1708.07120); equal to torch's OneCycleLR
-                  where W = 0
+                  Loshchilov & Hutter 2017 (1608.03983)
+    onecycle      from 1/div_factor up to 1 over pct_start of T, then down to
+                  1/(div_factor final_div_factor): Smith & Topin 2019 (1708.07120); equal to torch's
+                  OneCycleLR where W = 0
 
 Shapes differ after warm-up alone, so that any of them can be branched off in mid-run: a WSD run's
 stable phase goes on under another decay with `--resume=RUN/step-... --schedule=...`. WSD is

@@ -155,101 +155,133 @@ def refuse(words: list[str], metric: str) -> None:
 
 
 # ---- the search ----------------------------------------------------------------------------------
+class Search:
+    """The trials of one search: which wait, which are at work, and what went wrong."""
+
+    def __init__(self, home: Path, method, call: list[str], words: list[str], options: dict):
+        self.home, self.method, self.call, self.words = home, method, call, words
+        self.metric, self.jobs = options["metric"], options["jobs"]
+        self.trials, self.waiting, self.running, self.trouble = {}, [], [], []
+
+    def recover(self, trials: dict[int, Trial]) -> None:
+        """What the folder holds: trials that are over, and those that a killed search left."""
+        self.trials = trials
+        for trial in [trial for trial in trials.values() if trial.status in OVER]:
+            self.method.begin(trial)
+            self.method.end(trial, trial.result(self.metric, self.method.worst))
+        over_before = {n for n, trial in trials.items() if trial.status in OVER}
+        self.waiting = [n for n in range(self.method.total) if n not in over_before]
+        for trial in [trials[n] for n in self.waiting if n in trials and trials[n].holder()]:
+            self.waiting.remove(trial.number)  # a killed search left it at work: it is waited for
+            self.running.append(trial)
+            self.method.begin(trial)
+            say(f"{trial.name}  still runs    {trial.holder()}, which is waited for")
+
+    def over(self, trial: Trial) -> None:
+        """The trial has ended: the method hears of it, people and its folder do."""
+        value, shown = trial.result(self.metric, self.method.worst), results.rounded(trial.values)
+        self.method.end(trial, value)
+        scored = "" if value is None else f"{self.metric} {value:.4f}"
+        said = [trial.name, f"{trial.status:10}", scored, " ".join(flags(shown)), trial.error]
+        say("  ".join(said).rstrip())
+        if trial.status == "unfinished" and not trial.stopped:
+            self.trouble.append(trial)
+        try:
+            trial.save()
+        except OSError as error:
+            self.failed(f"{trial.folder}/trial.json cannot be written: {error.strerror}")
+
+    def failed(self, text: str) -> None:
+        self.trouble.append(text)
+        say(text)
+
+    def begin(self, trial: Trial) -> None:
+        """Starts it, or says why not."""
+        taken = {other.slot for other in self.running}
+        trial.slot = min({*range(self.jobs)} - taken, default=0)
+        try:
+            self.method.begin(trial)
+            trial.save()
+            trial.settle(self.words)
+            if trial.ended():
+                trial.judge(self.metric, 0)
+                self.over(trial)
+            else:
+                trial.start(self.call, self.jobs)
+                self.running.append(trial)
+        except ValueError as error:  # train.py would refuse these values
+            trial.status, trial.error = "failed", str(error)
+            self.over(trial)
+        except OSError as error:
+            self.failed(f"{trial.folder} cannot be used: {error.strerror or error}")
+            if error.errno in FULL:
+                self.waiting.clear()
+
+    def start_waiting(self, stop) -> None:
+        """Trials for the free slots. The first one prepares the corpus for all: until it has logged
+        a row it is alone."""
+        ready = any((trial.folder / "metrics.jsonl").exists() for trial in self.trials.values())
+        while self.waiting and not stop.asked and len(self.running) < (self.jobs if ready else 1):
+            number = self.waiting.pop(0)
+            trial = Trial(self.home / f"trial-{number:04d}", number)
+            self.begin(self.trials.setdefault(number, trial))
+
+    def look(self, stop) -> None:
+        """Which of the running have ended, and which are to be stopped."""
+        for trial in [*self.running]:
+            if trial.process is None:
+                if not trial.holder():
+                    self.running.remove(trial)
+                    self.waiting.insert(0, trial.number)
+            elif trial.process.poll() is not None:
+                self.running.remove(trial)
+                trial.judge(self.metric, trial.process.returncode)
+                self.over(trial)
+            elif not trial.stopped and (stop.asked or self.method.hopeless(trial, trial.steps)):
+                trial.stop("by us" if stop.asked else "by Optuna")
+
+    def run(self, stop) -> None:
+        """Until every trial is over, or a stop was asked for and all processes have ended."""
+        while any(trial.process for trial in self.running) or (
+            (self.running or self.waiting) and not stop.asked
+        ):
+            self.start_waiting(stop)
+            began = time.monotonic()
+            self.look(stop)
+            # Reading what they log takes a tenth of a core at most.
+            time.sleep(max(0.1, 10 * (time.monotonic() - began)))
+        for trial in self.running:
+            say(f"{trial.name}  still runs    {trial.holder()}; the same command waits for it")
+
+
 def main(argv: list[str]) -> int:
     """One search; its exit status. Raises ValueError for a mistake, OSError for a lost folder."""
     if not argv or not argv[0] or argv[0].startswith("-") or argv[0].endswith(".toml"):
         raise ValueError(
             "usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... [--field=value ...]"
         )
-    home, (options, search, words) = Path(argv[0]).expanduser(), read(argv[1:])
-    search = folder.in_order(home, search)
-    metric, jobs, maximise = options["metric"], options["jobs"], options["metric"] in MAXIMISED
+    home, (options, choices, words) = Path(argv[0]).expanduser(), read(argv[1:])
+    choices = folder.in_order(home, choices)
+    metric, maximise = options["metric"], options["metric"] in MAXIMISED
     method = proposals.Proposals(
-        options["method"], search, metric, maximise, options["search_seed"], options["trials"]
+        options["method"], choices, metric, maximise, options["search_seed"], options["trials"]
     )
-    call = [*program(options["launch"]), *words]
-    lock, stop, running, trouble = folder.lock(home), control.StopSignal(), [], []
-
-    def over(trial: Trial) -> None:
-        value, shown = trial.result(metric, method.worst), results.rounded(trial.values)
-        method.end(trial, value)
-        said = [trial.name, f"{trial.status:10}", "" if value is None else f"{metric} {value:.4f}"]
-        say("  ".join([*said, " ".join(flags(shown)), trial.error]).rstrip())
-        if trial.status == "unfinished" and not trial.stopped:
-            trouble.append(trial)
-        try:
-            trial.save()
-        except OSError as error:
-            trouble.append(f"{trial.folder}/trial.json cannot be written: {error.strerror}")
-            say(trouble[-1])
-
-    def begin(trial: Trial) -> None:
-        """Starts it, or says why not."""
-        taken = {other.slot for other in running}
-        trial.slot = min({*range(jobs)} - taken, default=0)
-        try:
-            method.begin(trial)
-            trial.save()
-            trial.settle(words)
-            if trial.ended():
-                trial.judge(metric, 0)
-                over(trial)
-            else:
-                trial.start(call, jobs)
-                running.append(trial)
-        except ValueError as error:  # train.py would refuse these values
-            trial.status, trial.error = "failed", str(error)
-            over(trial)
-        except OSError as error:
-            trouble.append(f"{trial.folder} cannot be used: {error.strerror or error}")
-            say(trouble[-1])
-            if error.errno in FULL:
-                waiting.clear()
-
+    search = Search(home, method, [*program(options["launch"]), *words], words, options)
+    lock, stop = folder.lock(home), control.StopSignal()
     try:
-        folder.same_search(home, options, search, words, say)
-        trials = folder.find(home, words, metric, method, say)
-        for trial in [trial for trial in trials.values() if trial.status in OVER]:
-            method.begin(trial)
-            method.end(trial, trial.result(metric, method.worst))
-        over_before = {n for n, trial in trials.items() if trial.status in OVER}
-        waiting = [n for n in range(method.total) if n not in over_before]
-        for trial in [trials[n] for n in waiting if n in trials and trials[n].holder()]:
-            waiting.remove(trial.number)  # a killed search left it at work: it is waited for
-            running.append(trial)
-            method.begin(trial)
-            say(f"{trial.name}  still runs    {trial.holder()}, which is waited for")
-        while any(trial.process for trial in running) or ((running or waiting) and not stop.asked):
-            # The first one prepares the corpus for all: until it has logged a row it is alone.
-            ready = any((trial.folder / "metrics.jsonl").exists() for trial in trials.values())
-            while waiting and not stop.asked and len(running) < (jobs if ready else 1):
-                number = waiting.pop(0)
-                begin(trials.setdefault(number, Trial(home / f"trial-{number:04d}", number)))
-            began = time.monotonic()
-            for trial in [*running]:
-                if trial.process is None:
-                    if not trial.holder():
-                        running.remove(trial)
-                        waiting.insert(0, trial.number)
-                elif trial.process.poll() is not None:
-                    running.remove(trial)
-                    trial.judge(metric, trial.process.returncode)
-                    over(trial)
-                elif not trial.stopped and (stop.asked or method.hopeless(trial, trial.steps)):
-                    trial.stop("by us" if stop.asked else "by Optuna")
-            # Reading what they log takes a tenth of a core at most.
-            time.sleep(max(0.1, 10 * (time.monotonic() - began)))
-        for trial in running:
-            say(f"{trial.name}  still runs    {trial.holder()}; the same command waits for it")
-        trouble += results.tell(home, [*trials.values()], search, metric, maximise, say)
+        folder.same_search(home, options, choices, words, say)
+        search.recover(folder.find(home, words, metric, method, say))
+        search.run(stop)
+        trials = [*search.trials.values()]
+        search.trouble += results.tell(home, trials, choices, metric, maximise, say)
     finally:
-        for trial in running:
+        for trial in search.running:
             if trial.process is not None and not trial.stopped:  # a second SIGTERM is not held back
                 trial.stop("by us")
         stop.close()
         lock.release()
-    done = any(trial.status == "done" for trial in trials.values())
-    return 0 if stop.asked or (done and not trouble) else 1
+    done = any(trial.status == "done" for trial in trials)
+    return 0 if stop.asked or (done and not search.trouble) else 1
 
 
 if __name__ == "__main__":

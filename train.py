@@ -145,18 +145,15 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- everything that a step depends on: a checkpoint holds it, a rollback restores it --------
     cursor = Cursor(corpus.sha256)
     early_stopping = EarlyStopping(out_dir / "best", cfg.patience, cfg.min_delta)
-    kept = {"progress": cursor, "best": early_stopping}
-    if fp8_state is not None:
-        kept["fp8"] = fp8_state
-    if loss_scaler is not None:
-        kept["scaler"] = loss_scaler
+    scales = {"fp8": fp8_state, "scaler": loss_scaler}
+    scales = {name: part for name, part in scales.items() if part is not None}
+    kept = scales | {"progress": cursor, "best": early_stopping}
     run_state = State(optimizer, replicas, shards, tp_shards, mesh, kept)
     in_background = cfg.async_save and not build.state_on_disk(cfg)
     saver = Saver(out_dir, cfg.save_every, cfg.save_hours, cfg.keep, cfg.keep_every, in_background)
-    scales = [part for part in (fp8_state, loss_scaler) if part is not None]
     disk = Disk(out_dir, run_state, saver)
     spike_monitor = build.spike_monitor(
-        cfg, options["monitor"], model, optimizer, cursor, scales, disk
+        cfg, options["monitor"], model, optimizer, cursor, [*scales.values()], disk
     )
     kept["guard"] = spike_monitor
     if resumed_from is not None:

@@ -1,5 +1,4 @@
-"""nanoGPT's own train.py beside ours: one step at its settings, and the whole of its published CPU
-recipe.
+"""nanoGPT's own train.py beside ours: one step at its settings, and its published CPU recipe whole.
 
     python bench.py nanogpt --path=DIR [--data=python] [--runs=5] [--quick] [--out=FILE.md]
 
@@ -15,9 +14,9 @@ see python bench.py overhead).
 Whole. Seconds from before the process starts until it has ended and its checkpoint is written:
 nanoGPT's README's command for a CPU (4 layers of width 128, 2000 steps, evaluated every 250; its
 checkpoint is the best of these), against the recipes of our leaderboard. Losses are speedrun.py's:
-both models read the very same held-out text, in rows of their own. nanoGPT always has the same
-seed; run i of ours has --seed=i. --quick: a tiny model for the step, ten steps of the recipes, one
-round of each.
+both models read the very same held-out text, in rows of their own.
+nanoGPT always has the same seed; run i of ours has --seed=i.
+--quick: a tiny model for the step, ten steps of the recipes, one round of each.
 """
 
 import contextlib

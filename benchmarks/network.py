@@ -1,7 +1,7 @@
 """The network under a run, axis by axis of the mesh: how fast it is, and which link is slow.
 
-    torchrun --standalone --nproc_per_node=4 bench.py network [--tp=2] [--cp=1] [--pp=1] [--device=auto]
-                                                              [--sizes=1e5,1e8] [--quick]
+    torchrun --standalone --nproc_per_node=4 bench.py network [--tp=2] [--cp=1] [--pp=1]
+                                             [--device=auto] [--sizes=1e5,1e8] [--quick]
 
 On several machines the same words after the launch of docs/multinode.md. Give it the run's own tp,
 cp and pp: an axis of neighbours may have a faster link than one that crosses machines. For a

@@ -1,5 +1,4 @@
-"""Milliseconds of one step, every class of optim/ against the fastest peer written in eager
-PyTorch.
+"""Milliseconds of one step, every class of optim/ against the fastest peer in eager PyTorch.
 
     python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
 
@@ -10,9 +9,10 @@ as other processes only ever add time. Milliseconds are medians over builds, the
 too, with its smallest and largest value over builds in brackets. A peer 1.6 times slower than the
 fastest in the first build is not built again. Every step has a new lr, as under a schedule, and a
 new gradient, both outside the time. Shampoo and SOAP: means over ten steps, one of which refreshes
-the preconditioners. --quick takes 1M parameters instead of 15M and 2 builds, and compiles only what
---only names. On a machine with other busy processes, set OMP_WAIT_POLICY=passive: threads that spin
-for each other stall.
+the preconditioners.
+--quick takes 1M parameters instead of 15M and 2 builds, and compiles only what --only names.
+On a machine with other busy processes, set OMP_WAIT_POLICY=passive: threads that spin for each
+other stall.
 """
 
 import contextlib

@@ -1,5 +1,4 @@
-"""What training costs beside the training: waiting for data, monitoring and checks, saving,
-starting up.
+"""What training costs beside training: waiting for data, monitoring and checks, saving, starting.
 
     python bench.py overhead [recipe.toml] [--quick] [--out=FILE.md] [--field=...]
 
@@ -17,8 +16,8 @@ Saving. The same run with --save_every=6: the step beside which a checkpoint is 
 small model's is within one, and how long training waits for save() itself.
 
 Start. Seconds from before the process starts until train.py has printed its first step, less those
-of `import torch` alone, in turn. An untimed start before fills the cache of the corpus. --quick: 12
-steps, one start.
+of `import torch` alone, in turn. An untimed start before fills the cache of the corpus.
+--quick: 12 steps, one start.
 """
 
 import contextlib

@@ -1,5 +1,4 @@
-"""What the benches share: train.py as a process, the words of a command line, where it was
-measured.
+"""What the benches share: train.py as a process, the words of a command line, where it ran.
 
 Nothing here imports train.py: a run is a process of its own, so that its time and memory are its
 own too.

@@ -22,7 +22,8 @@ the same. val_loss, what the runs logged, stands beside.
 loss by the same measure. Reached: the mean of the losses is at most the target. Significant: also
 (target - mean) sqrt(n) >= 3.1 sd over the n runs (3.1 is the one-sided 0.1 % of the normal
 distribution, the rule of modded-nanogpt's track 3). The target that is a reference's mean is taken
-as if it were exact. --quick: one run of ten steps each, of which nothing follows.
+as if it were exact.
+--quick: one run of ten steps each, of which nothing follows.
 """
 
 import math

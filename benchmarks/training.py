@@ -1,6 +1,7 @@
 """Speed and memory of training: precisions, compilation and recomputation beside one another.
 
-    python bench.py train [recipe.toml] [--only=NAME,...] [--rounds=3] [--quick] [--out=FILE.md] [--field=...]
+    python bench.py train [recipe.toml] [--only=NAME,...] [--rounds=3] [--quick] [--out=FILE.md]
+                          [--field=...]
 
 A NAME joins by "+" a precision and, where wanted, a mode of compile and an activation_checkpoint:
 bf16, bf16+default, bf16+max-autotune+every_2; what it leaves out is off. --quick: a tiny model, a
@@ -10,10 +11,10 @@ run, those of compile., fp8. and scaler. where they belong.
 Each run is a process of its own. They take turns (A B C A B C), as other work and heat should meet
 all alike. A run's figures are those of its median step, the first third of them left out, as they
 compile and warm up; the table has medians over rounds. Ratio: of tokens/s to the first row that
-ran, round by round, median (smallest..largest). MFU leaves recomputation out (metrics/flops.py). Peak:
-what torch's allocator gave out, on a CPU the resident set, libraries included. micro: sequences of
-one forward; on a GPU what fits, so that peaks say little, unless --micro_batch_size is given. loss:
-of the last step, to see that rows agree.
+ran, round by round, median (smallest..largest). MFU leaves recomputation out (metrics/flops.py).
+Peak: what torch's allocator gave out, on a CPU the resident set, libraries included. micro:
+sequences of one forward; on a GPU what fits, so that peaks say little, unless --micro_batch_size is
+given. loss: of the last step, to see that rows agree.
 """
 
 import os
@@ -35,7 +36,9 @@ from settings.fields import TYPES
 NAMES = "fp32,bf16,bf16+default,fp8,bf16+full,bf16+selective,bf16+every_2"
 ON_GPU = ",bf16+reduce-overhead,bf16+max-autotune,bf16+default+selective,fp8+default"  # as well
 IF_QUICK = "fp32,bf16,fp8,bf16+full"
-USUAL = "--steps=12 --eval_every=0 --save_every=0 --sample_tokens=0 --log_every=1 --resume=never".split()
+USUAL = (
+    "--steps=12 --eval_every=0 --save_every=0 --sample_tokens=0 --log_every=1 --resume=never"
+).split()
 QUICK = "--steps=6 --n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=4".split()
 CHOSEN = ("precision", "compile", "activation_checkpoint")
 PRECISIONS, MODES = (typing.get_args(TYPES[name]) for name in CHOSEN[:2])

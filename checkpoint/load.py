@@ -1,5 +1,5 @@
-"""Atomic, verified checkpoints that any parallel layout can load. No pickle in them: loading runs
-no code.
+"""Atomic, verified checkpoints that any parallel layout can load. Without pickle: loading runs no
+code.
 
     OUT_DIR/step-00000123/
         rank_0.safetensors     what rank 0 wrote: full tensors, or its slices of them
@@ -8,8 +8,8 @@ no code.
 
     body["tensors"]   name -> global shape, dtype, slices [{file, key, offsets, shape}]
     body["files"]     file -> sha256, bytes
-    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a
-                      non-finite number
+    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for
+                      a number that is not finite
 
 A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a shard of
 the full tensor, and reading a shard touches only the slices that overlap it, so every layout loads

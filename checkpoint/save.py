@@ -1,9 +1,8 @@
-"""Writing checkpoints, and doing so beside training: a step waits for a copy of the state, not for
-the disk.
+"""Writing checkpoints beside training: a step waits for a copy of the state, not for the disk.
 
     training     step 99   step 100  copy  step 101   step 102   step 103   step 104   step 105
                                         │                                       ▲
-    background                          └► describe  write, sync  rename  prune ┘ news: step 100 is saved
+    background                          └► describe  write, sync  rename  prune ┘ news: it is saved
     on the disk  step-50 ............................................. step-50 and step-100
 
 The copy is this rank's part of the checkpoint once more, in host memory until the save is done. On
@@ -22,8 +21,7 @@ last one raises.
     save(...)                             one checkpoint, now, on all ranks
     saver = Saver(...)                    made by all ranks, and used by all: save, wait
     saver.save(step, tree)                returns after the copy; tree may change from now on
-    saver.news()                          what became of the saves since it was last asked, as
-                                          events
+    saver.news()                          events: what became of the saves since the last call
     saver.save(step, tree, last=True)     waits for all of it; OSError where it failed
 """
 
@@ -69,82 +67,88 @@ def save(
     taken from the lowest rank. If any rank fails, all raise (ValueError: such a tree cannot be
     saved; OSError: anything else) and earlier checkpoints stay as they were.
     """
-    out_dir, rank = Path(out_dir), _rank(group)
-    folder, temporary, old = (
-        out_dir / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-")
-    )
-    # Name -> this rank's Slice; "tensors" and "tree" of the index, the same on all ranks
-    held, plan = {}, {}
+    writer = Writer(Path(out_dir), step, group)
+    described = writer.on_all_ranks(lambda: writer.describe(tree, keep))
+    written = writer.on_all_ranks(lambda: writer.write(described))
+    writer.on_all_ranks(lambda: writer.publish(written, keep, keep_every))
+    return writer.folder
 
-    def describe():
-        if rank == 0:
-            out_dir.mkdir(parents=True, exist_ok=True)
+
+class Writer:
+    """The steps of one save, in their order; after each the ranks tell each other what came of it.
+    What a step returns is JSON."""
+
+    def __init__(self, out_dir: Path, step: int, group):
+        self.out_dir, self.step, self.group, self.rank = out_dir, step, group, _rank(group)
+        name = f"step-{step:08d}"
+        self.folder = out_dir / name
+        self.temporary, self.old = out_dir / f".tmp-{name}", out_dir / f".old-{name}"
+        self.held = {}  # name -> this rank's Slice
+        self.plan = {}  # "tensors" and "tree" of the index, the same on all ranks
+
+    def describe(self, tree: dict, keep: int | None) -> tuple:
+        """What this rank holds: the tree's skeleton, and name -> the box of each tensor."""
+        if self.rank == 0:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
             # Only what killed runs left: the disk may need that space
-            prune(out_dir, keep, upto=-1)
-            temporary.mkdir()
-        skeleton = walk(tree, lambda name, leaf: to_json(name, leaf, held))
+            prune(self.out_dir, keep, upto=-1)
+            self.temporary.mkdir()
+        skeleton = walk(tree, lambda name, leaf: to_json(name, leaf, self.held))
         described = {}
-        for name, s in held.items():
-            full, offsets = s.shard
-            described[name] = full, DTYPE_NAMES[s.tensor.dtype], offsets, s.tensor.shape
+        for name, s in self.held.items():
+            global_shape, offsets = s.shard
+            dtype = DTYPE_NAMES[s.tensor.dtype]
+            described[name] = global_shape, dtype, offsets, s.tensor.shape
         return skeleton, described
 
-    def write():
-        plan.update(merge(described))
-        file = f"rank_{rank}.safetensors"
-        mine = [
-            name
-            for name, e in plan["tensors"].items()
-            if any(s["file"] == file for s in e["slices"])
-        ]
-        return (
-            write_tensors(temporary / file, {name: held[name].tensor for name in mine})
-            if mine
-            else None
-        )
+    def write(self, described: list) -> dict | None:
+        """This rank's file, of what the plan takes from it; None where that is nothing."""
+        self.plan.update(merge(described))
+        file, mine = f"rank_{self.rank}.safetensors", {}
+        for name, entry in self.plan["tensors"].items():
+            if any(s["file"] == file for s in entry["slices"]):
+                mine[name] = self.held[name].tensor
+        return write_tensors(self.temporary / file, mine) if mine else None
 
-    def publish():
-        if rank != 0:
+    def publish(self, written: list, keep: int | None, keep_every: int | None) -> None:
+        """The index, and the folder's name; then old checkpoints may go. Rank 0 does, for all."""
+        if self.rank != 0:
             return
         files = {f"rank_{r}.safetensors": facts for r, facts in enumerate(written) if facts}
-        body = {"format": FORMAT, "step": step, "files": files, **plan}
-        write_file(
-            temporary / "index.json", [as_json({"body": body, "sha256": sha256(as_json(body))})]
-        )
-        sync(temporary)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-        sync(out_dir)
-        prune(out_dir, keep, upto=step, keep_every=keep_every)
+        body = {"format": FORMAT, "step": self.step, "files": files, **self.plan}
+        index = as_json({"body": body, "sha256": sha256(as_json(body))})
+        write_file(self.temporary / "index.json", [index])
+        sync(self.temporary)
+        if self.folder.exists():
+            shutil.rmtree(self.old, ignore_errors=True)
+            os.rename(self.folder, self.old)
+        os.rename(self.temporary, self.folder)
+        sync(self.out_dir)
+        prune(self.out_dir, keep, upto=self.step, keep_every=keep_every)
 
-    def on_all_ranks(work):  # -> the list of all ranks' results
+    def on_all_ranks(self, work) -> list:
+        """The results of all ranks' work(). Where it failed on one of them, all raise."""
         result = cause = sentence = None
         try:
             result = json.loads(as_json(work()))
-        except Exception as e:  # whatever it is, the other ranks must hear of it
-            cause, sentence = (
-                e,
-                (str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"),
-            )
-        answers = _exchange([result, sentence, isinstance(cause, ValueError)], group)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            cause, sentence = error, str(error)
+            if not isinstance(error, ValueError | OSError):
+                sentence = f"{type(error).__name__}: {error}"
+        answers = _exchange([result, sentence, isinstance(cause, ValueError)], self.group)
         for r, (_, sentence, of_the_tree) in enumerate(answers):
             if sentence is not None:
-                if rank == 0:
-                    shutil.rmtree(temporary, ignore_errors=True)
+                if self.rank == 0:
+                    shutil.rmtree(self.temporary, ignore_errors=True)
+                who = f"rank {r}: " if len(answers) > 1 else ""
+                remedy = (
+                    "" if of_the_tree else "; see that there is room and that it can be written"
+                )
                 raise (ValueError if of_the_tree else OSError)(
-                    f"step {step} was not saved,"
-                    f" {f'rank {r}: ' if len(answers) > 1 else ''}{sentence}; "
-                    f"the earlier checkpoints in {out_dir} are as they were"
-                    f"{'' if of_the_tree else '; see that there is room and that it can be written'}"
+                    f"step {self.step} was not saved, {who}{sentence}; "
+                    f"the earlier checkpoints in {self.out_dir} are as they were{remedy}"
                 ) from cause
         return [result for result, _, _ in answers]
-
-    described = on_all_ranks(describe)
-    written = on_all_ranks(write)
-    on_all_ranks(publish)
-    return folder
 
 
 class Saver:

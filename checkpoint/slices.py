@@ -1,8 +1,8 @@
 """A tree of tensors as JSON and slices: who holds which shard of which tensor, under which name.
 
-    rank 0   {"model": {"w": Slice(rows 0, 1)}, "step": 7}  ─┐ merge   tree     {"model": {"w": TENSOR}, ...}
-    rank 1   {"model": {"w": Slice(rows 2, 3)}}             ─┘ ────► tensors  "model/w": rows 0, 1 in rank_0,
-                                                                               rows 2, 3 in rank_1
+    rank 0  {"model": {"w": Slice(rows 0, 1)}, "step": 7} ─┐ merge  tree    {"model": {"w": TENSOR}}
+    rank 1  {"model": {"w": Slice(rows 2, 3)}}            ─┘ ────►  tensors "model/w": rows 0, 1 in
+                                                                            rank_0, 2, 3 in rank_1
 
 A tensor's name is its path in the tree. A slice is a shard of the full tensor, a box in it: its
 `offsets` and its shape. Nothing here touches a disk or another rank: `merge` is given what all

@@ -1,12 +1,12 @@
 """Everything a step depends on: collected for a checkpoint, put back from one, on any layout.
 
-model               the weights to evaluate, sample and export: Schedule-Free's average, the best
-                    ones once early stopping has chosen, else those of training
+model               the weights to evaluate, sample and export: Schedule-Free's average, the
+                    best ones once early stopping has chosen, else those of training
 training_weights    those that training goes on from, where they are others
 optim               state by parameter name, what the groups count
 replicas            what the layout keeps beside: residuals of compression, DiLoCo's outer step
 fp8, scaler, guard, progress, best        one tree for each thing in `kept`
-rng                 torch's generator of each rank; nothing in train.py draws from it, a fork may
+rng                 torch's generator of each rank; train.py never draws from it, a fork may
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 python, shakespeare, openwebtext, fineweb    texts that many know; the last two are large
 FILE            a text in UTF-8
 FOLDER          its .bin shards (data/shards.py) or, where it has none, its .txt texts
-A,B  or  'A*'   files of one of these kinds, see data/files.py: it says which of several are held out
+A,B  or  'A*'   files of one of these kinds; data/files.py says which of several are held out
 """
 
 import difflib

@@ -14,7 +14,7 @@ any rank computes any row, the data position of a run is one integer, and each e
 row once, in an order of its own. The permutation is a balanced Feistel network (Luby and Rackoff,
 1988) on pairs below a = ceil(sqrt(n)):
 
-    left, right  <-  right, (left + hash(right, key)) mod a        eight rounds, each with its own key
+    left, right  <-  right, (left + hash(right, key)) mod a     eight rounds, a key for each
 
 Whatever the hash does, a round can be undone, so the network permutes the a * a pairs. They are
 slightly more than n; what lands outside is sent through again until it is inside (cycle walking,

@@ -1,8 +1,6 @@
-"""Downloads that survive a bad line: continued where they broke off, named only when whole and
-verified.
+"""Downloads that survive a bad line: continued where they broke off, named when whole and verified.
 
-    URL --Range--> file.part --sha256--> file          while file.lock is held: of two runs one
-                                                       waits
+    URL --Range--> file.part --sha256--> file      while file.lock is held: of two runs one waits
 
 The checksum is a known one, or the one that the server names (Hugging Face's `X-Linked-Etag`, sent
 before it redirects). A damaged file is fetched once more. Offline, the error says what else to use.

@@ -13,7 +13,8 @@ A headerless file does not say how wide an id is. Its pairs of bytes do:
 
 In ids of 2 bytes all places look alike. In wider ones each second pair is an upper half: 0, or
 below 16, for no vocabulary has more than a million words. What fits both (zeros alone, a handful of
-ids) has 2 bytes an id, or 4 where the vocabulary needs them. What is no id is refused (data/foreign.py).
+ids) has 2 bytes an id, or 4 where the vocabulary needs them. What is no id is refused
+(data/foreign.py).
 """
 
 import os

@@ -1,8 +1,8 @@
 """Claim: gradients of K small micro-batches added up give the update of one batch K times as large,
 in half precision too, and with no_sync their sum is sent once instead of K times.
 
-Source: the first lesson, section 5 (no_sync; "accuracy: no effect"), the third, the fifth, section
-4.
+Source: the first lesson, section 5 (no_sync; "accuracy: no effect"); the third; the fifth,
+section 4.
 
 Protocol: 2 layers of width 64, 8 sequences of 64 tokens a step, in K = 1, 2, 4, 8 micro-batches, in
 fp32, bf16 and fp16. `update`: one step of SGD; ‖u(K) - u(1)‖ / ‖u(1)‖ for the weights' change u,

@@ -184,19 +184,23 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     grow = {way: growth(rows, way) for way in WAYS}
     same = max(r["gradient_gap"] for r in pick(rows, part="step"))
     return {
-        f"memory of sqrt(kL) segments grows as L^{grow['sqrt(kL) segments']:.2f} (claimed: 0.5 within 0.1)": (
-            abs(grow["sqrt(kL) segments"] - 0.5) <= 0.1
-        ),
-        f"memory of recomputed blocks grows as L^{grow['full']:.2f} (the lessons' 0.5 within 0.1)": (
-            abs(grow["full"] - 0.5) <= 0.1
-        ),
+        (
+            f"memory of sqrt(kL) segments grows as L^{grow['sqrt(kL) segments']:.2f}"
+            " (claimed: 0.5 within 0.1)"
+        ): (abs(grow["sqrt(kL) segments"] - 0.5) <= 0.1),
+        (
+            f"memory of recomputed blocks grows as L^{grow['full']:.2f}"
+            " (the lessons' 0.5 within 0.1)"
+        ): (abs(grow["full"] - 0.5) <= 0.1),
         f"without recomputation as L^{grow['none']:.2f} (1 within 0.1)": (
             abs(grow["none"] - 1) <= 0.1
         ),
         f"recomputing all is {slower:.0%} slower (30 to 40 %)": 0.295 <= slower <= 0.405,
-        f"all recomputed {size['full']:.0%} of the memory, but products {size['selective']:.0%}, attention alone {size['attention']:.0%} (in this order, below 100 %)": (
-            size["full"] < size["selective"] <= size["attention"] < 1
-        ),
+        (
+            f"all recomputed {size['full']:.0%} of the memory, but products"
+            f" {size['selective']:.0%}, attention alone {size['attention']:.0%}"
+            " (in this order, below 100 %)"
+        ): (size["full"] < size["selective"] <= size["attention"] < 1),
         f"gradients are the same, to {same:.0e} (0)": same == 0,
     }
 

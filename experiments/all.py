@@ -1,5 +1,4 @@
-"""All experiments, one after the other: measures what is missing and writes the index,
-experiments/README.md.
+"""All experiments in turn: measures what is missing and writes the index, experiments/README.md.
 
     python -m experiments.all              what is measured already is not measured again
     python -m experiments.all --quick      each on its small grid, in a temporary folder; no index
@@ -16,10 +15,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 HEAD = """# Experiments
 
-Each file tries one claim of the lessons this project follows, at a scale that two CPU cores can run. Its
-docstring says claim, source, protocol and what we expected, and was written before it ran. The verdict is
-computed from the figures: *holds*, *holds in part*, *not at this scale* (we cannot tell, and why), *does not
-hold*.
+Each file tries one claim of the lessons this project follows, at a scale that two CPU cores can
+run. Its docstring says claim, source, protocol and what we expected, and was written before it ran.
+The verdict is computed from the figures: *holds*, *holds in part*, *not at this scale* (we cannot
+tell, and why), *does not hold*.
 
     python -m experiments.NAME             measures the rows that results/NAME.csv lacks
     python -m experiments.NAME --quick     half a minute, in a temporary folder

@@ -13,17 +13,16 @@ counted in all of them. None of the seeds was used to choose the default's numbe
 200). Each detector reads each run's losses and gradient norms.
     false alarm    whatever it says there, for nothing is wrong; given per 5,000 steps
     4, 6, 8, 12 sd at 20 random steps after the 100th a copy of the detector is given, instead of
-    loss and
-                   norm, the median of the 20 steps around + so many robust sd (1.4826 MAD of 100
-                   around)
+                   loss and norm, the median of the 20 steps around + so many robust sd (1.4826
+                   MAD of 100 around)
     early          the same with 8 sd at 10 steps from 25 to 100, while the loss falls fast
     2x, 5x         the same with that multiple of the step's own loss and norm
     NaN, after it  a NaN is found; 5x at the step after a NaN is found
     shift          loss and norm are 2 x from one of 3 random steps on: steps until the last alarm
                    of 100, the longest of the 3, the median over runs
-A look is timed with all 500 losses that the guard keeps; beside it stand the fastest steps. The
-default looks at the later half of what it has seen, up to 100 losses; `robust whole` looks at the
-last 100, and missed 45 % of the early spikes in the runs it was chosen on.
+A look is timed with all 500 losses that the guard keeps; beside it stand the fastest steps.
+The default looks at the later half of what it has seen, up to 100 losses; `robust whole` looks at
+the last 100, and missed 45 % of the early spikes in the runs it was chosen on.
 
 Expected: the default meets both figures. Factors that are blind to 8 sd are silent too, so their
 few alarms say nothing.

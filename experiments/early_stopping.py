@@ -140,12 +140,14 @@ def parts(rows: list[dict]) -> dict[str, bool]:
         r["val_loss"][lesson(with_nan(r["val_loss"]), PATIENCE)[1]] / r["best"] - 1 for r in whole
     ]
     return {
-        f"without it the run ends {plus_minus(worse, '+.0%')} above its best loss (overfits: 5 % or more)": (
-            min(worse) >= 0.05
-        ),
-        f"with patience it takes {plus_minus(saved, '.0%')} fewer steps (ends before the run does)": (
-            min(saved) > 0
-        ),
+        (
+            f"without it the run ends {plus_minus(worse, '+.0%')} above its best loss"
+            " (overfits: 5 % or more)"
+        ): (min(worse) >= 0.05),
+        (
+            f"with patience it takes {plus_minus(saved, '.0%')} fewer steps"
+            " (ends before the run does)"
+        ): (min(saved) > 0),
         "the final checkpoint has the best loss of its run, to the last bit": all(
             r["final"] == r["best"] for r in stopped
         ),
@@ -159,9 +161,10 @@ def parts(rows: list[dict]) -> dict[str, bool]:
         "state_dict().copy(), put back, gives the last loss": all(
             r["copy"] == r["val_loss"][-1] != r["best"] for r in whole
         ),
-        f"after a NaN the lesson's rule gives back {plus_minus(rule, '+.1%')} above the best (above)": (
-            min(rule) > 0
-        ),
+        (
+            f"after a NaN the lesson's rule gives back {plus_minus(rule, '+.1%')}"
+            " above the best (above)"
+        ): (min(rule) > 0),
     }
 
 

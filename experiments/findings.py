@@ -2,8 +2,8 @@
 
 rows      dicts with the keys of the grid and the figures, as experiments/protocol.py keeps them
 paired    figure / the base's with the same seed - 1: what a seed does to both drops out
-NAME.md   claim, verdict, one number, table, picture, and how to get them again; experiments/all.py
-          takes the first lines for the index
+NAME.md   claim, verdict, one number, table, picture, and how to get them again;
+          experiments/all.py takes the first lines for the index
 """
 
 import math

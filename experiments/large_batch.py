@@ -148,9 +148,10 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     ends = {case: mean_sd(gaps(r)[r["factors"][-1]])[0] for case, r in of.items()}
     cold, k = at["SGD without warm-up"], rows[0]["factors"][-1]
     found = {
-        f"SGD with the linear rule breaks {shown(at['SGD'])} (at 2x it does not, at {k}x it does)": (
-            2 < at["SGD"] < math.inf
-        ),
+        (
+            f"SGD with the linear rule breaks {shown(at['SGD'])}"
+            f" (at 2x it does not, at {k}x it does)"
+        ): (2 < at["SGD"] < math.inf),
         f"without warm-up {shown(cold)} (earlier)": cold < at["SGD"],
     }
     for case in ("LARS", "LAMB"):

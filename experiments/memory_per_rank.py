@@ -155,7 +155,8 @@ def anonymous(place: str, steps: int) -> dict:
 def digits(row: dict) -> str:
     """The estimate in GB, with as many digits as the claimed figure has."""
     claimed = SOURCES[row["case"]][0]
-    return f"{row['predicted'] / 1e9:.{1 if claimed is None else len(str(claimed).partition('.')[2])}f}"
+    digits = 1 if claimed is None else len(str(claimed).partition(".")[2])
+    return f"{row['predicted'] / 1e9:.{digits}f}"
 
 
 def gaps(rows: list[dict], part: str, figure: str = "") -> dict[str, float]:

@@ -177,9 +177,10 @@ def parts(rows: list[dict]) -> dict[str, bool]:
         f"with β₂ .95 AdamW ends {mean_sd(other)[0]:+.4f} from .999 (clearly below)": clear(
             [-x for x in other]
         ),
-        f"Schedule-Free AdamW ends {-mean_sd(free)[0] / loss:+.2%} from AdamW (at most 1 % worse)": (
-            -mean_sd(free)[0] <= 0.01 * loss
-        ),
+        (
+            f"Schedule-Free AdamW ends {-mean_sd(free)[0] / loss:+.2%} from AdamW"
+            " (at most 1 % worse)"
+        ): (-mean_sd(free)[0] <= 0.01 * loss),
         f"SGD ends {-mean_sd(plain)[0] / loss:+.1%} from AdamW (at least 3 % worse)": (
             not -mean_sd(plain)[0] < 0.03 * loss
         ),

@@ -78,12 +78,12 @@ class Sleeper(torch.nn.Module):
     def __init__(self, seconds: float):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.product = lambda x, w, bias=None: (
+        self.matmul = lambda x, w, bias=None: (
             Sleep.apply(x, seconds, seconds) + Sleep.apply(w, seconds, 0)
         )
 
     def forward(self, x):
-        return self.product(x, self.weight)
+        return self.matmul(x, self.weight)
 
 
 def row(keys: dict, quick: bool) -> dict:

@@ -90,7 +90,7 @@ def row(keys: dict, quick: bool) -> dict:
         return kept_bytes(case)
     if part == "outlier" and "no outlier" not in case:
         fp8.linear = partial(with_outlier, fp8.linear, 2.0**RATIO)  # what fp8.convert takes
-        model.Linear.product = staticmethod(partial(with_outlier, F.linear, 2.0**RATIO))
+        model.Linear.matmul = staticmethod(partial(with_outlier, F.linear, 2.0**RATIO))
     steps = 4 if quick else 150 if part == "outlier" else 300
     fields = SMALL["fp16" if quick else part] | dict(
         steps=steps, seed=seed, histogram_every=steps - 1
@@ -155,7 +155,7 @@ def gradient_errors(case: str, seed: int) -> dict:
         fp8.linear = partial(with_outlier, linear, 2.0**k)
         for module in gpt.modules():
             if isinstance(module, model.Linear):
-                module.product = partial(with_outlier, F.linear, 2.0**k)
+                module.matmul = partial(with_outlier, F.linear, 2.0**k)
         if case != "bf16":
             fp8.convert(gpt, device, case.removeprefix("fp8 "))
         errors.append(
@@ -228,12 +228,16 @@ def parts(rows: list[dict]) -> dict[str, bool]:
         f"fp16 at a fixed 2^-10 {plus_minus(fixed, '+.1%')} (more than 1 % worse)": (
             mean_sd(fixed)[0] > 0.01
         ),
-        f"fp16 would make {lost[0]:.1%}, {lost[1]:.2%}, {lost[2]:.3%} of the default job's gradients 0 at a scale of 2^-10, 1, 2^16 (with scaling a tenth of those without, or less)": (
-            lost[2] <= lost[1] / 10
-        ),
-        f"with outliers fp8 by tensor ends {plus_minus(rough, '+.1%')}, by block {plus_minus(fine, '+.1%')} from bf16 (by tensor worse with every seed, by 1 % at least)": (
-            min(rough) > max(fine) + 0.01
-        ),
+        (
+            f"fp16 would make {lost[0]:.1%}, {lost[1]:.2%}, {lost[2]:.3%} of the default job's"
+            " gradients 0 at a scale of 2^-10, 1, 2^16"
+            " (with scaling a tenth of those without, or less)"
+        ): (lost[2] <= lost[1] / 10),
+        (
+            f"with outliers fp8 by tensor ends {plus_minus(rough, '+.1%')},"
+            f" by block {plus_minus(fine, '+.1%')} from bf16"
+            " (by tensor worse with every seed, by 1 % at least)"
+        ): (min(rough) > max(fine) + 0.01),
         f"bf16 keeps {half:.2f} of the bytes of fp32's activations (half: 0.6 or less)": (
             half <= 0.6
         ),

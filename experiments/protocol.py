@@ -3,14 +3,13 @@
     GRID   a list of dicts, the keys of each row: {"precision": "bf16", "seed": 2}
     row    keys -> the figures of that row: {"val_loss": 1.338}; NaN is a figure, an exception is
            none
-    csv    a line for each row: keys, figures, and when, where and at which commit they were
-           measured
+    csv    a line for each row: keys and figures, when, where and at which commit it was measured
 
-    python -m experiments.NAME         measures what the csv lacks, then writes NAME.md and NAME.png
-                      --quick          the small grid, short runs, in a folder of its own
-                      --out=DIR        there, instead of experiments/results
-                      --jobs=N         rows at a time: as many as there are cores, 1 where time is
-                                       measured
+    python -m experiments.NAME     measures what the csv lacks, then writes NAME.md and NAME.png
+                      --quick      the small grid, short runs, in a folder of its own
+                      --out=DIR    there, instead of experiments/results
+                      --jobs=N     rows at a time: as many as there are cores, 1 where time is
+                                   measured
 
 Each row is a process of its own, so memory and time are its own, and a patch to a module ends with
 it. It has one thread: two such rows at a time get more done than one with two threads. Where time

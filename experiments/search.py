@@ -6,11 +6,11 @@ Bengio 2012.
 
 Protocol: lr (AdamW), batch size, weight decay and dropout of a GPT of 2 layers and width 64; 24
 trials each of the same 76,800 tokens, so a larger batch means fewer steps. The grid: 3 lr, 2 of
-each other. Random and Optuna (TPE, search/proposals.py, as sweep.py has them) draw from the ranges between
-which the grid's values lie in the middle of equal parts; no trial is stopped early, as trials of
-different batch sizes do not compare at a step. 5 repetitions: another seed of the draws and of the
-training. The figure is the best validation loss after 24 trials, seed by seed against the other
-method's; significant if the mean gap is 2 standard errors from 0.
+each other. Random and Optuna (TPE, search/proposals.py, as sweep.py has them) draw from the ranges
+between which the grid's values lie in the middle of equal parts; no trial is stopped early, as
+trials of different batch sizes do not compare at a step. 5 repetitions: another seed of the draws
+and of the training. The figure is the best validation loss after 24 trials, seed by seed against
+the other method's; significant if the mean gap is 2 standard errors from 0.
 
 Expected: lr decides, the other three hardly matter at this scale, and of lr a grid of 24 tries 3
 values where random search tries 24: random search ends better. TPE draws its first 10 trials at

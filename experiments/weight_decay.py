@@ -176,13 +176,15 @@ def parts(rows: list[dict]) -> dict[str, bool]:
     listed = ", ".join(f"{ratio[key]:.2g} at λ = {key[1]:g}" for key in l2)
     ranks = ", ".join(f"{x:+.2f} at λ = {key[1]:g}" for key, x in alone.items())
     return {
-        f"with L2 the weights of the largest gradients decay {listed} times as much as those of the smallest (half or less)": all(
-            ratio[key] <= 0.5 for key in l2
-        ),
+        (
+            f"with L2 the weights of the largest gradients decay {listed} times as much as those of"
+            " the smallest (half or less)"
+        ): all(ratio[key] <= 0.5 for key in l2),
         f"with AdamW {ratio[shares[0]]:.2g} times (within 1 %)": abs(ratio[shares[0]] - 1) <= 0.01,
-        f"at equal gradients, L2's decay goes with the size of the weight at rank correlations of {ranks} (the lesson: large weights decay less, -0.5 or below)": all(
-            x <= -0.5 for x in alone.values()
-        ),
+        (
+            "at equal gradients, L2's decay goes with the size of the weight at rank correlations"
+            f" of {ranks} (the lesson: large weights decay less, -0.5 or below)"
+        ): all(x <= -0.5 for x in alone.values()),
         f"the best L2 ends {plus_minus(gaps, '+.2%')} from the best AdamW (clearly worse)": clear(
             gaps
         ),

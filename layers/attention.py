@@ -1,5 +1,4 @@
-"""Causal attention: a query sees itself and what came before, all of it or the last `window`
-tokens.
+"""Causal attention: a query sees itself and what came before, or the last `window` tokens of it.
 
     y_i = sum over j of softmax_j(q_i·k_j / sqrt(D)) v_j        i - window < j <= i
 
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def core(kind: str, window: int | None):
+def choose(kind: str, window: int | None):
     """What attends in a block, by "sdpa", "plain" or "flex": q (B, H, T, D), k and v (B, Hkv, T, D)
     -> (B, H, T, D). Hkv divides H: grouped queries."""
     if kind == "sdpa":

@@ -5,10 +5,10 @@ layer, and what happens between blocks (FSDP's and ZeRO's gathering, a pipeline'
 outside. Order: tensor parallelism, precision and activation checkpointing first, data parallelism
 last.
 
-    mode              what it does                                              costs
-    default           fuses elementwise work, norms and softmax                 10 to 60 s at the first step
-    reduce-overhead   and replays launches as CUDA graphs                       memory for the graphs
-    max-autotune      and tries several kernels for each product                minutes at the first step
+    mode              what it does                                      costs
+    default           fuses elementwise work, norms and softmax         10 to 60 s at the first step
+    reduce-overhead   and replays launches as CUDA graphs               memory for the graphs
+    max-autotune      and tries several kernels for each product        minutes at the first step
 
 A new shape would compile anew, so training keeps one shape; evaluation compiles once more, and
 generation runs uncompiled. Reference: Ansel et al. 2024, PyTorch 2 (ASPLOS).

@@ -1,10 +1,9 @@
 """Tokens after tokens: what a GPT writes.
 
-    logits of the last token -> the top_k likeliest -> softmax(logits / temperature) -> one drawn ->
-    again
+    logits of the last token -> top_k likeliest -> softmax(logits / temperature) -> one drawn -> ...
 
 A new token's queries look at all earlier keys, which do not change: every attention keeps them, and
-one token at a time goes through the model. While it does, `Attention.core` of each block is a
+one token at a time goes through the model. While it does, `Attention.attention_fn` of each block is a
 KVCache.
 """
 
@@ -37,13 +36,16 @@ def generate(
             f" 0 to {known - 1}: give another prompt, or the tokenizer it was trained with"
         )
     generator, size, kept = torch.Generator().manual_seed(seed), model.config.block_size, 0
-    threads, cores = torch.get_num_threads(), {b.attn: b.attn.core for b in model.blocks.values()}
+    threads, attention_fns = (
+        torch.get_num_threads(),
+        {b.attn: b.attn.attention_fn for b in model.blocks.values()},
+    )
     torch.set_num_threads(1)  # one token is too little work to share
     for i in range(n):
         if i == 0 or kept == size:
             x, kept = ids[:, -size if i == 0 else -(size // 2 or 1) :], 0
-            for attention in cores:
-                attention.core = KVCache(model.config.window)
+            for attention in attention_fns:
+                attention.attention_fn = KVCache(model.config.window)
         positions = torch.arange(kept, kept + x.shape[1], device=x.device)
         kept += x.shape[1]
         logits = (forward or model)(x, position_ids=positions)[:, -1].cpu()  # (B, V)
@@ -57,8 +59,8 @@ def generate(
             else odds.argmax(-1, True)
         )
         ids = torch.cat([ids, x := x.to(ids.device)], 1)
-    for attention, core in cores.items():
-        attention.core = core
+    for attention, plain in attention_fns.items():
+        attention.attention_fn = plain
     torch.set_num_threads(threads)
     return ids
 

@@ -1,7 +1,7 @@
-"""Counted n-grams under a GPT: its logits are added to log p(next | last tokens) as the training text counts
-it. So a run starts where counting ends, and learns what counting does not know.
+"""Counted n-grams under a GPT: its logits are added to log p(next | last tokens) as the training
+text counts it. So a run starts where counting ends, and learns what counting does not know.
 
-    logits = GPT(x) + log p_K        p_k(w | c) = (max(n(c w) - d, 0) + d u(c) p_(k-1)(w | c')) / n(c)
+    logits = GPT(x) + log p_K     p_k(w | c) = (max(n(c w) - d, 0) + d u(c) p_(k-1)(w | c')) / n(c)
 
 c: the last k tokens, c': without the oldest; n(c w): how often w follows c in the text, below order
 K behind how many different tokens c w stands there; u(c): how many different w follow; d = n1 / (n1
@@ -153,7 +153,7 @@ class NGrams:
             return self.log_probs(past.numpy(), answers)
 
         model.register_forward_pre_hook(see, with_kwargs=True)
-        model.prior = prior
+        model.logit_bias = prior
 
 
 def starts(x: np.ndarray) -> np.ndarray:

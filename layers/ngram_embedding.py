@@ -11,7 +11,8 @@ gradient and state, and no product.
 
 The hash is a function of token ids alone, the same on every machine. Before the start of a row
 stands a token that no text has. In generation the tokens before the new one are remembered. Tokens
-before a rank's own are another rank's under context parallelism: there it is refused (settings/checks.py).
+before a rank's own are another rank's under context parallelism: there it is refused
+(settings/checks.py).
 
 References: hashed n-grams of bytes, Pagnoni et al. 2024 (2412.09871), section 3.2; over-tokenized
 transformers, Huang et al. 2025 (2501.16975); bigrams of the nanoGPT speedruns.

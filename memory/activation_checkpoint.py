@@ -1,9 +1,9 @@
 """Activation checkpointing: what backward needs is forgotten in forward and computed once more in
 backward.
 
-    none   forward   x0 -> [block 0: a b c] -> x1 -> [block 1: d e f] -> x2      kept: x0 a b c x1 d e f
-    full   forward   x0 -> [block 0] -> x1 -> [block 1] -> x2                    kept: x0 x1
-           backward  x1 -> [block 1: d e f] dx2 -> dx1    x0 -> [block 0: a b c] dx1 -> dx0
+    none  forward   x0 -> [block 0: a b c] -> x1 -> [block 1: d e f] -> x2   kept: x0 a b c x1 d e f
+    full  forward   x0 -> [block 0] -> x1 -> [block 1] -> x2                 kept: x0 x1
+          backward  x1 -> [block 1: d e f] dx2 -> dx1    x0 -> [block 0: a b c] dx1 -> dx0
 
 What a layer of model.py keeps in float32, in tensors of (B, T, C), and what is computed again; a
 step is 3 F without it, F a forward. (The last product too under dropout, or as a Function of its
@@ -11,12 +11,13 @@ own like onednn's.)
 
     how           modern   gpt2      again
     none          19       16        nothing
-    full          1        1         the block up to its last product, whose result nobody needs: of F's 12C²
-                                     8C² and attention, so 11/9 to 4/3 of a step; the texts' 4/3 is
-                                     the limit
+    full          1        1         the block up to its last product, whose result nobody needs:
+                                     of F's 12C² 8C² and attention, so 11/9 to 4/3 of a step; the
+                                     texts' 4/3 is the limit
     full_sharded  1/N      1/N       the same; N tensor parallel ranks share out each block's input
     full_offload  0        0         the same; each block's input waits in host memory
-    every_K       1 or 19  1 or 16   the same in each K-th layer (a text's checkpoint_ratio=.75 takes all)
+    every_K       1 or 19  1 or 16   the same in each K-th layer (a text's
+                                     checkpoint_ratio=.75 takes all)
     segments_K    K/L      K/L       all but the last product of each of K segments of layers
     attention     12       12        q, k, v and attention itself
     mlp           11       8         the first of its two products
@@ -42,8 +43,8 @@ Segments alone call blocks anew: FSDP gathers their weights again, (N-1)/N of th
 holds a segment's at a time. Other collectives in recomputation, per layer, a as in
 parallel/tensor.py:
 
-    tp, sp        full, segments, selective: attention's g, with sp both f too     2a, 3a more than 8a
-    full_sharded  an all-gather of the input; not with sp, which cuts it already   a more
+    tp, sp        full, segments, selective: attention's g, with sp both f too   2a, 3a beyond 8a
+    full_sharded  an all-gather of the input; not with sp, which cuts it already a more
     cp            all but mlp and offload: forward's messages once more
 
 (The MLP's g comes after its last product.) What is computed again finds torch's random state as
@@ -92,7 +93,7 @@ PRODUCTS = (
 
 def keep_less(model: nn.Module, how: str, group: dist.ProcessGroup | None = None) -> None:
     """Changes `model`, whose blocks (a ModuleDict by layer number), called with (x, context), each
-    have attn and mlp; for segments it also has model.through(blocks, x, context). group: the tensor
+    have attn and mlp; for segments it also has model.run_blocks(blocks, x, context). group: the tensor
     parallel ranks, for full_sharded; None: it is full. Raises ValueError for another `how`. Not for
     a model whose weight gradients come later (zero bubble): these keep what is recomputed here.
     """
@@ -101,7 +102,7 @@ def keep_less(model: nn.Module, how: str, group: dist.ProcessGroup | None = None
         segment = {
             block: i * k // len(model.blocks) for i, block in enumerate(model.blocks.values())
         }
-        model.through = functools.partial(in_segments, model.through, segment)
+        model.run_blocks = functools.partial(in_segments, model.run_blocks, segment)
     shared = {}
     for name, block in model.blocks.items():
         part = {"attention": block.attn, "mlp": block.mlp}.get(kind, block)

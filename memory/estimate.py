@@ -2,31 +2,31 @@
 
     python -m memory.estimate --params=7B --gpus=64 --optim=adamw
     python -m memory.estimate --params=7e9 --n_layer=32 --n_embd=4096 --block_size=2048 --batch=4
-    python -m memory.estimate --n_layer=12 --n_embd=768 --vocab_size=50304 --gpus=8 --optim=muon --batch=16
+    python -m memory.estimate --n_layer=12 --n_embd=768 --vocab_size=50304 --optim=muon --batch=16
 
 Without --params the exact tensors of our GPT, in whole parameters or rows as each layout deals them
 out (with it equal parts, for Muon all of them matrices); a row shows the rank that holds most.
 --batch is one rank's micro-batch. 7B is 7e9, as are K, M and T, and GB are 1e9 bytes. Bytes of a
-parameter, by precision:
+parameter, and of one number of state, by precision:
 
-    name    weight  gradient  master  a number of state    with Adam   what it is
-    fp64      8        8        -            8                32       ours
-    fp32      4        4        -            4                16       ours
-    bf16      4        4        -            4                16       ours: autocast over fp32 weights
-    fp16      4        4        -            4                16       the same with loss scaling
-    fp8       4        4        -            4                16       the same with e4m3 products
-    bf16_sr   2        2        -            4                12       ours: stochastic rounding, no master
-    mixed     2        2        4            4                16       Rajbhandari et al. 2020 (1910.02054)
-    texts     2        2        -            4                12       a common text, which forgets the master
+    name     weight  gradient  master  state  with Adam  what it is
+    fp64     8       8         -       8      32         ours
+    fp32     4       4         -       4      16         ours
+    bf16     4       4         -       4      16         ours: autocast over fp32 weights
+    fp16     4       4         -       4      16         the same with loss scaling
+    fp8      4       4         -       4      16         the same with e4m3 products
+    bf16_sr  2       2         -       4      12         ours: stochastic rounding, no master
+    mixed    2       2         4       4      16         Rajbhandari et al. 2020 (1910.02054)
+    texts    2       2         -       4      12         a common text, which forgets the master
 
     layout   weights   gradients   state       held only for a while ("buffers")
     ddp      all       all         all         the gradient on its way into its bucket
     zero1    all       all         owner       a unit's gradients, or a bucket
     zero2    all       owner       owner       two units' gradients
     zero3    owner     owner       owner       two units' weights and gradients
-    fsdp     rows/n    rows/n      rows/n      weights of embedding, head and two blocks (reshard=False: all),
-                                               one unit's gradients twice; those of earlier
-                                               micro-batches
+    fsdp     rows/n    rows/n      rows/n      weights of embedding, head and two blocks
+                                               (reshard=False: all), one unit's gradients twice;
+                                               those of earlier micro-batches
 
 To buffers come the temporaries of a step, at least the largest parameter's (Muon: of the matrices
 of one shape and its transpose two bfloat16 copies, and three short x short products), for bf16 and
@@ -37,14 +37,14 @@ too, see parallel/sharded_optimizer.py.
 
 Activations kept for backward, for b x s tokens, L layers, h channels, V words:
 
-    34 s b h L             Korthikanti et al. 2022 (2205.05198), mixed precision, without the s² of
-                           plain attention, and without logits
-    20 s b h L             a common text: 7B, b = 4, s = 2048 make its 105.5 GB; the primary source
-                           says 36.5 of activations, not 21.5
+    34 s b h L                Korthikanti et al. 2022 (2205.05198), mixed precision, without the s²
+                              of plain attention, and without logits
+    20 s b h L                a common text: 7B, b = 4, s = 2048 make its 105.5 GB; the primary
+                              source says 36.5 of activations, not 21.5
     b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: see KEPT, and with
-                           --activation_checkpoint LEFT, to which comes what backward makes again of
-                           one block or segment, and the gradients inside a block: the peak of
-                           backward
+                              --activation_checkpoint LEFT, to which comes what backward makes
+                              again of one block or segment, and the gradients inside a block: the
+                              peak of backward
 
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
 parameter is a chunk by itself. (If the device is the CPU, nothing passes, and what files hold needs

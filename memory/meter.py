@@ -1,5 +1,5 @@
-"""How much memory tensors take, on any device: the storages that are alive, asked for their size at
-every operation.
+"""How much memory tensors take, on any device: all storages alive, asked for their size at each
+operation.
 
     with Meter() as meter: ...            meter.peak, meter.now()
 

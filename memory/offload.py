@@ -1,5 +1,4 @@
-"""Optimizer state in host memory or in files: on the device only while its own parameters are
-stepped.
+"""Optimizer state in host memory or in files, on the device only while its parameters are stepped.
 
     inward      fetch 0   fetch 1   fetch 2                        host or file -> device
     device                step 0    step 1    step 2

@@ -1,10 +1,10 @@
-"""Which layout for a model and cluster that we cannot try: bytes, traffic and time of every layout,
-on paper.
+"""Which layout for a model and cluster that we cannot try: each one's bytes, traffic and time, on
+paper.
 
-    python -m memory.plan --params=70B --gpus=512                         # A100s, 4 Mi tokens a step
-    python -m memory.plan --n_layer=126 --n_embd=16384 --n_head=128 --n_kv_head=8 --gpus=8192 --gpu=H100
-    python -m memory.plan --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512 --precision=bf16
-    python -m memory.plan runs                                            # what the course texts claim
+    python -m memory.plan --params=70B --gpus=512     # A100s, 4 Mi tokens a step
+    python -m memory.plan --n_layer=126 --n_embd=16384 --n_head=128 --gpus=8192 --gpu=H100
+    python -m memory.plan --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512
+    python -m memory.plan runs                        # what the course texts claim
 
 Memory is memory/estimate.py's for the fullest stage, with AdamW; tp cuts all of it, and activations
 as in Korthikanti et al.: 10/34 + 24/34/tp of them stay, with sp 1/tp; times the micro-batches in
@@ -13,8 +13,9 @@ device. What a rank sends in a step of m micro-batches of t tokens on a rank, in
 share of blocks recomputed (full 1, every_K 1/K), n = dp cp, W and G its weights' and gradients'
 bytes, L its layers:
 
-    tp   m L (4 + 2r) 2 (tp-1)/tp 2tC         dp   (n-1)/n x   ddp 2G, zero1 G + W, fsdp G + 2mW (kept: G + W)
-    cp   m L (3 + r) (cp-1) 4t C_kv/tp        pp   m 2 chunks tC bytes(hidden), with sp 1/tp
+    tp   m L (4 + 2r) 2 (tp-1)/tp 2tC       dp   (n-1)/n x   ddp 2G, zero1 G + W, fsdp G + 2mW
+    cp   m L (3 + r) (cp-1) 4t C_kv/tp                       (kept: G + W)
+    pp   m 2 chunks tC bytes(hidden), with sp 1/tp
 
 Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
 
@@ -23,29 +24,27 @@ Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
              whose two times add, of matmuls t x C by C x C/tp, and of PASSES readings of the hidden
              states beside them
     FLOPs    3 + r forwards; attention is counted half where a kernel skips what is masked, as ours
-    traffic  bytes / (REACHED x the link's bandwidth); a group that lies within a node has the
-             node's
+    traffic  bytes / (REACHED x the link's bandwidth); within a node it is the node's
     overlap  gradients go while the last backward computes (2/3 of one), fsdp's gathers all the
-             time: of the shorter of the two the share HIDDEN is saved. zero1's gather is not
-             overlapped
+             time: of the shorter of the two the share HIDDEN is saved; zero1's gather is not
     bubble   1f1b (pp-1)/m; interleaved (pp-1)/(m chunks); zero-bubble H1 (1+r)/(3+r) of 1f1b's
 
-Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is metrics/flops.py's. Against
-published runs (layouts and sources: tests/test_plan.py), MFU published, predicted, ratio; a * marks
-the five rows that LIMIT, PASSES, REACHED and HIDDEN were fitted to. The others were not, but the
-overlap rule got its form with the Z3 rows in view, and Llama 3's 8 chunks a rank are our reading of
-its 126 = 8 x 16 - 2 layers.
+Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is metrics/flops.py's.
+Against published runs (layouts and sources: tests/test_plan.py), MFU published, predicted, ratio; a
+* marks the five rows that LIMIT, PASSES, REACHED and HIDDEN were fitted to. The others were not,
+but the overlap rule got its form with the Z3 rows in view, and Llama 3's 8 chunks a rank are our
+reading of its 126 = 8 x 16 - 2 layers.
 
-    SC21 1.7B*      0.335 0.339 1.01  SC21 3.6B       0.335 0.342 1.02  SC21 7.5B       0.344 0.331 0.96
-    SC21 18.4B*     0.326 0.327 1.00  SC21 39.1B      0.333 0.332 1.00  SC21 76.1B      0.337 0.360 1.07
-    SC21 145.6B     0.356 0.366 1.03  SC21 310.1B     0.373 0.386 1.04  SC21 529.6B*    0.392 0.396 1.01
-    SC21 1008B      0.392 0.382 0.97  Z3 175B 384*    0.346 0.342 0.99  Z3 175B 768     0.212 0.219 1.03
-    Z3 175B 1536*   0.106 0.109 1.03  Z3 530B 640     0.332 0.351 1.06  Z3 530B 1120    0.236 0.217 0.92
-    Z3 530B 2240    0.115 0.108 0.94  PTD 175B 384    0.368 0.377 1.02  PTD 175B 768    0.358 0.365 1.02
-    PTD 175B 1536   0.339 0.343 1.01  PTD 530B 560    0.411 0.409 0.99  PTD 530B 1120   0.402 0.396 0.99
-    PTD 530B 2240   0.382 0.373 0.98  K22 22B         0.415 0.446 1.07  K22 175B        0.514 0.501 0.98
-    K22 530B        0.560 0.523 0.93  K22 1T          0.563 0.502 0.89  L3 8192 cp1     0.435 0.448 1.03
-    L3 16384 cp1    0.404 0.418 1.03  L3 16384 cp16   0.384 0.404 1.05
+    SC21 1.7B*    0.335 0.339 1.01  SC21 3.6B     0.335 0.342 1.02  SC21 7.5B     0.344 0.331 0.96
+    SC21 18.4B*   0.326 0.327 1.00  SC21 39.1B    0.333 0.332 1.00  SC21 76.1B    0.337 0.360 1.07
+    SC21 145.6B   0.356 0.366 1.03  SC21 310.1B   0.373 0.386 1.04  SC21 529.6B*  0.392 0.396 1.01
+    SC21 1008B    0.392 0.382 0.97  Z3 175B 384*  0.346 0.342 0.99  Z3 175B 768   0.212 0.219 1.03
+    Z3 175B 1536* 0.106 0.109 1.03  Z3 530B 640   0.332 0.351 1.06  Z3 530B 1120  0.236 0.217 0.92
+    Z3 530B 2240  0.115 0.108 0.94  PTD 175B 384  0.368 0.377 1.02  PTD 175B 768  0.358 0.365 1.02
+    PTD 175B 1536 0.339 0.343 1.01  PTD 530B 560  0.411 0.409 0.99  PTD 530B 1120 0.402 0.396 0.99
+    PTD 530B 2240 0.382 0.373 0.98  K22 22B       0.415 0.446 1.07  K22 175B      0.514 0.501 0.98
+    K22 530B      0.560 0.523 0.93  K22 1T        0.563 0.502 0.89  L3 8192 cp1   0.435 0.448 1.03
+    L3 16384 cp1  0.404 0.418 1.03  L3 16384 cp16 0.384 0.404 1.05
 
 SC21 is Narayanan et al. 2021 (2104.04473), table 1; Z3 and PTD its table 2; K22 Korthikanti et al.
 2022 (2205.05198); L3 Llama 3 (2407.21783). SC21 counts recomputation as work (96 B s l h^2 ...):
@@ -499,97 +498,67 @@ def table(s: dict) -> str:
     return "\n".join(lines)
 
 
-def runs() -> str:
-    """The course texts' runs: what they say, what the fastest layout of ours needs, and what is
-    wrong."""
-    bert = 0.9 * 128 + 0.1 * 512  # tokens of a sequence on average (Devlin et al. 2018)
-    lines = [f"{'run':41}{'the text':>16}{'ours':>16}{'text/ours':>11}   MFU  verdict"]
+# ---- what the course texts claim -----------------------------------------------------------------
+def fastest(m: Model, gpus: int, batch: int) -> tuple[float, float]:
+    """Sequences of a GPU-hour, and MFU, of the fastest layout on A100s."""
+    plan = plans(m, Cluster(gpus, *GPUS["A100"]), batch)[0]
+    return batch / plan.step / gpus * 3600, plan.mfu
 
-    def best(m: Model, gpus: int, batch: int) -> tuple[float, float]:
-        plan = plans(m, Cluster(gpus, *GPUS["A100"]), batch)[0]
-        return batch / plan.step / gpus * 3600, plan.mfu  # sequences of a GPU-hour
 
-    def add(run: str, text: str, ours: str, ratio: float | None, mfu: float, verdict: str) -> None:
-        said = f"{ratio:.2f}" if ratio else "-"
-        lines.append(f"{run:41}{text:>16}{ours:>16}{said:>11} {mfu:5.0%}  {verdict}")
+def bert_runs() -> Iterator[tuple]:
+    """(run, the text's figure, ours, text / ours or None, MFU, verdict), as all of these give."""
+    tokens = 0.9 * 128 + 0.1 * 512  # of a sequence on average (Devlin et al. 2018)
+    run, verdict = "BERT-Base, 16 GPUs, 256 x 1M steps", "wrong: 16 TPU chips of 2018, no GPUs"
+    rate, mfu = fastest(Model(12, 768, 12, 12, 30522, 128), 16, 256)
+    days = 256e6 * tokens / 128 / rate / 16 / 24
+    yield run, "4 days", f"{days:.2f} days", 4 / days, mfu, verdict
+    run = "BERT-Large, LAMB, 16K (16 GPUs)"
+    verdict = "wrong: 3 days was the baseline, LAMB took 76 minutes (You et al. 2020)"
+    rate, mfu = fastest(Model(24, 1024, 16, 16, 30522, 128), 16, 16384)
+    days = 512e6 * tokens / 128 / rate / 16 / 24
+    yield run, "3 days", f"{days:.2f} days", 3 / days, mfu, verdict
 
-    rate, mfu = best(Model(12, 768, 12, 12, 30522, 128), 16, 256)
-    days = 256e6 * bert / 128 / rate / 16 / 24
-    add(
-        "BERT-Base, 16 GPUs, 256 x 1M steps",
-        "4 days",
-        f"{days:.2f} days",
-        4 / days,
-        mfu,
-        "wrong: 16 TPU chips of 2018, no GPUs",
-    )
-    rate, mfu = best(Model(24, 1024, 16, 16, 30522, 128), 16, 16384)
-    days = 512e6 * bert / 128 / rate / 16 / 24
-    add(
-        "BERT-Large, LAMB, 16K (16 GPUs)",
-        "3 days",
-        f"{days:.2f} days",
-        3 / days,
-        mfu,
-        "wrong: 3 days was the baseline, LAMB took 76 minutes (You et al. 2020)",
-    )
-    rate, mfu = best(Model(48, 1600, 25, 25, 50304, 1024), 64, 512)
+
+def gpt_runs() -> Iterator[tuple]:
+    run = "GPT-2 1.5B, 64 GPUs, 0.5M tokens a step"
+    verdict = "no tokens given: a week is WebText (9e9) many times over"
+    rate, mfu = fastest(Model(48, 1600, 25, 25, 50304, 1024), 64, 512)
     tokens = rate * 64 * 24 * 7 * 1024
-    add(
-        "GPT-2 1.5B, 64 GPUs, 0.5M tokens a step",
-        "1 week",
-        f"{tokens / 1e9:.0f}e9 tokens",
-        None,
-        mfu,
-        "no tokens given: a week is WebText (9e9) many times over",
-    )
-    rate, mfu = best(Model(96, 12288, 96, 96, 50304, 2048), 1024, 1536)
+    yield run, "1 week", f"{tokens / 1e9:.0f}e9 tokens", None, mfu, verdict
+    run = "GPT-3 175B, 1024 GPUs, 300e9 tokens"
+    verdict = "right with A100s (SC21: 34 days); with its own V100s 2.5 times as long"
+    rate, mfu = fastest(Model(96, 12288, 96, 96, 50304, 2048), 1024, 1536)
     weeks = 300e9 / 2048 / rate / 1024 / 24 / 7
-    add(
-        "GPT-3 175B, 1024 GPUs, 300e9 tokens",
-        "some weeks",
-        f"{weeks:.1f} weeks",
-        None,
-        mfu,
-        "right with A100s (SC21: 34 days); with its own V100s 2.5 times as long",
-    )
-    rate, mfu = best(Model(80, 8192, 64, 8, 32000, 4096, 10.5), 2048, 1024)
+    yield run, "some weeks", f"{weeks:.1f} weeks", None, mfu, verdict
+
+
+def later_runs() -> Iterator[tuple]:
+    run, verdict = "Llama 2 70B, 2000 GPUs, 2e12 tokens", "right (1,720,320 in Touvron et al. 2023)"
+    rate, mfu = fastest(Model(80, 8192, 64, 8, 32000, 4096, 10.5), 2048, 1024)
     hours = 2e12 / 4096 / rate
-    add(
-        "Llama 2 70B, 2000 GPUs, 2e12 tokens",
-        "1.7M GPU-hours",
-        f"{hours / 1e6:.2f}M",
-        1.7e6 / hours,
-        mfu,
-        "right (1,720,320 in Touvron et al. 2023)",
-    )
-    m = guess(10e9, 50304, 2048)
-    rate, mfu = best(m, 8, 512)
+    yield run, "1.7M GPU-hours", f"{hours / 1e6:.2f}M", 1.7e6 / hours, mfu, verdict
+    run = "10B, 8 A100s, 20 tokens a parameter"
+    rate, mfu = fastest(guess(10e9, 50304, 2048), 8, 512)
     days = 200e9 / 2048 / rate / 8 / 24
-    add(
-        "10B, 8 A100s, 20 tokens a parameter",
-        "14 days",
-        f"{days:.0f} days",
-        14 / days,
-        mfu,
-        f"wrong or hardly trained: two weeks see {14 / days * 20:.1f} tokens a parameter",
-    )
+    verdict = f"wrong or hardly trained: two weeks see {14 / days * 20:.1f} tokens a parameter"
+    yield run, "14 days", f"{days:.0f} days", 14 / days, mfu, verdict
+    run, verdict = "Llama 3 405B, 16K and 8K H100s, MFU", "high: 38 to 43 % in the report"
     m = Model(126, 16384, 128, 8, 128256, 8192, 9.75)
     x = Layout(8, True, 1, 16, "interleaved", 8, "fsdp", False)
-    mfus = [
-        predict(m, Cluster(gpus, *GPUS["H100"]), x, 2048, "mixed").mfu for gpus in (16384, 8192)
-    ]
-    add(
-        "Llama 3 405B, 16K and 8K H100s, MFU",
-        "38 to 45 %",
-        "{:.0%} to {:.0%}".format(*mfus),
-        None,
-        mfus[1],
-        "high: 38 to 43 % in the report",
-    )
-    return "\n".join(
-        lines + ["", "A100s of 80 GB, or as said; sequences and tokens are the papers'."]
-    )
+    large, small = (Cluster(gpus, *GPUS["H100"]) for gpus in (16384, 8192))
+    large, small = (predict(m, c, x, 2048, "mixed").mfu for c in (large, small))
+    yield run, "38 to 45 %", f"{large:.0%} to {small:.0%}", None, small, verdict
+
+
+def runs() -> str:
+    """The course texts' runs: what they say, what the fastest layout of ours needs, what is
+    wrong."""
+    lines = [f"{'run':41}{'the text':>16}{'ours':>16}{'text/ours':>11}   MFU  verdict"]
+    for run, text, ours, ratio, mfu, verdict in (*bert_runs(), *gpt_runs(), *later_runs()):
+        ratio = f"{ratio:.2f}" if ratio else "-"
+        lines.append(f"{run:41}{text:>16}{ours:>16}{ratio:>11} {mfu:5.0%}  {verdict}")
+    lines += ["", "A100s of 80 GB, or as said; sequences and tokens are the papers'."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     FLOPs per token = 6 N + 12 L C T                                  (forward and backward)
     MFU             = tokens per second per device * FLOPs per token / peak FLOP/s of the device
 
-    N  n_params_matmul    entries of the weight matrices a token is multiplied with: 2 N forward, 4
-                          N backward
+    N  n_params_matmul    entries of the weight matrices a token is multiplied with: 2 N forward,
+                          4 N backward
     L  n_layer            attention layers
     C  n_embd_attention   query heads * head size (H * Q in the paper)
     T  block_size         tokens a query may see

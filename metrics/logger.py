@@ -1,17 +1,15 @@
 """What a run tells: metrics.jsonl for programs, a bar or plain lines for people, loss.png for both.
 
     metrics.jsonl   one JSON object a line, flushed line by line, floats with all their digits
-        train        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "step_s",
-                     ...}
+        train        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", ...}
         evaluation   {"step", "val_loss", "val_bpb", "val_accuracy", "perplexity"}
-        event        {"step", "event": "resume", "save", "spike", "skip", "rollback", "nonfinite",
-                     ...}
+        event        {"step", "event": "resume", "save", "spike", "skip", "rollback", ...}
     train.log       the plain lines, whatever the terminal shows
 
-What cannot be written is said once and dropped (metrics/outlets.py): a log is not worth a run. `step`
-counts completed updates. JSON knows no NaN and no infinity: such a number is written as null, and
-an event "nonfinite" names field and value. A resumed run continues its file, cut back to the loaded
-step.
+What cannot be written is said once and dropped (metrics/outlets.py): a log is not worth a run.
+`step` counts completed updates. JSON knows no NaN and no infinity: such a number is written as
+null, and an event "nonfinite" names field and value. A resumed run continues its file, cut back to
+the loaded step.
 
 tensorboard=True and wandb=PROJECT also send every number to TensorBoard (RUN/tensorboard) and to
 Weights & Biases (RUN/wandb; WANDB_MODE=offline needs no account). A resumed run goes on with the

@@ -1,12 +1,10 @@
-"""Where a run's lines go: files and a terminal, each of which may fail at any moment without ending
-the run.
+"""Where a run's lines go: files and a terminal, each of which may fail without ending the run.
 
-Another program fills the disk, whoever reads the pipe goes away (`| head`), an ssh session is closed. Then
-the first failure is said, where something can still be said; lines that cannot be written are lost;
-and when the place takes lines again, they go on there, on a line of their own.
+Another program fills the disk, whoever reads the pipe goes away (`| head`), an ssh session is
+closed. Then the first failure is said, where something can still be said; lines that cannot be
+written are lost; and when the place takes lines again, they go on there, on a line of their own.
 
-    out = Lines(path, say)            say(text): tells about a failure, and of how many lines are
-                                      missing
+    out = Lines(path, say)            say(text): tells of a failure, and how many lines are missing
     out.write("a line")               never raises
     print_line(text) -> bool          prints; False where nobody can read it any more
     complain(text)                    the same on stderr

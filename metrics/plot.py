@@ -1,8 +1,8 @@
 """Loss curves as a picture, and metrics.jsonl as a table.
 
-    python -m metrics.plot RUN                          draws RUN/loss.png
-    python -m metrics.plot RUN RUN ... [--out=FILE.png]     compares several runs (loss.png)
-    python -m metrics.plot RUN --csv [--out=FILE.csv]   writes metrics.jsonl as a table (RUN/metrics.csv)
+    python -m metrics.plot RUN                             draws RUN/loss.png
+    python -m metrics.plot RUN RUN ... [--out=FILE.png]    compares several runs in loss.png
+    python -m metrics.plot RUN --csv [--out=FILE.csv]      metrics.jsonl as a table, RUN/metrics.csv
 
 Exit status: 0 done; 2 a mistake, in one line.
 """
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from statistics import median
 
 from metrics.logger import read_metrics, short
 
@@ -42,90 +43,85 @@ def metrics_of(run) -> str:
 def plot(runs, path) -> bool:
     """Draw the losses of a run's folder, or of a list of them, into the picture file `path`; False,
     and a sentence, if no loss was logged. FileNotFoundError for a folder without metrics.jsonl."""
-    from statistics import median
-
     from matplotlib.figure import Figure
 
     runs = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
-    single, losses, ratios = len(runs) == 1, [], set()
     figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
     ax = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", xmargin=0.01)
+    single, title, losses, ratios = len(runs) == 1, "", [], set()
     for i, run in enumerate(runs):
-        # Again: the last counts
+        # Of a step that was run again, the last row counts.
         rows = sorted(read_metrics(metrics_of(run)), key=lambda row: row["step"])
-        train, val, tokens = (
-            {row["step"]: row[key] for row in rows if row.get(key) is not None}
-            for key in ("loss", "val_loss", "tokens")
-        )
+        train, val, tokens = (by_step(rows, key) for key in ("loss", "val_loss", "tokens"))
         if not train and not val:
             print(f"{run}: no loss was logged, nothing to draw")
             continue
-        x, y, final = [*train], [*train.values()], [*(val or train).values()][-1]
-        name = os.path.basename(os.path.abspath(run)).replace("$", r"\$")
-        name += f": final {'validation' if val else 'training'} loss {final:.4f}"
+        final = [*(val or train).values()][-1]
+        title = os.path.basename(os.path.abspath(run)).replace("$", r"\$")
+        title += f": final {'validation' if val else 'training'} loss {final:.4f}"
         blue, red = ("#3b75af", "#c8502d") if single else (f"C{i}", f"C{i}")
-        # Medians over 5 % of the run, less at the start: no spike is smeared, nor the first fall
         if train:
-            half, at = len(y) // 40, sorted({k * (len(y) - 1) // 200 for k in range(201)})
-            middle = [median(y[k - min(k, half) : k + min(k, half) + 1]) for k in at]
-            if single:
-                ax.plot(x, y, color=blue, alpha=0.25, lw=0.8)
-            ax.plot(
-                [x[k] for k in at],
-                middle,
-                "-" if len(y) > 1 else "o",
-                color=blue,
-                lw=1.2,
-                label="training, smoothed" if single else None if val else name,
-            )
+            label = "training, smoothed" if single else None if val else title
+            draw_training(ax, train, blue, label, raw=single)
         if val:
-            ax.plot(
-                [*val],
-                [*val.values()],
-                "o-",
-                ms=4,
-                color=red,
-                label="validation" if single else name,
-            )
-        for event, color in DRAWN.items() if single else ():
-            if steps := [row["step"] for row in rows if row.get("event") == event]:
-                ax.vlines(
-                    steps,
-                    0,
-                    1,
-                    color,
-                    "--",
-                    label=f"{event} ({len(steps)})",
-                    lw=1,
-                    alpha=0.5,
-                    zorder=1,
-                    transform=ax.get_xaxis_transform(),
-                )
-        losses += y + [*val.values()]
+            label = "validation" if single else title
+            ax.plot([*val], [*val.values()], "o-", ms=4, color=red, label=label)
+        if single:
+            draw_events(ax, rows)
+        losses += [*train.values(), *val.values()]
         ratios |= {tokens[step] / step for step in tokens if step * tokens[step]}
     if not losses:
         return False
-    losses.sort()
-    low, usual, high = losses[0], losses[math.ceil(0.98 * (len(losses) - 1))], losses[-1]
-    # A spike would flatten all the rest
-    high = usual if high - low > 2 * (usual - low) > 0 else high
-    pad = 0.06 * (high - low) or 0.5
-    right = max(ax.get_xlim()[1], 1)
-    ax.set(xlim=(-0.01 * right, right), ylim=(low - pad, high + pad))
-    ax.set_title(
-        name if single else "Training (lines) and validation (dots)", loc="left", weight="bold"
-    )
+    set_limits(ax, sorted(losses))
+    title = title if single else "Training (lines) and validation (dots)"
+    ax.set_title(title, loc="left", weight="bold")
     ax.xaxis.get_major_locator().set_params(integer=True)
     if len(ratios) == 1:  # the same tokens per step all along
-        ratio = ratios.pop()
-        top = ax.secondary_xaxis(
-            "top", functions=(lambda x: x * ratio, lambda x: x / ratio), xlabel="tokens"
-        )
-        top.xaxis.set_major_formatter(lambda x, _: short(x))
+        add_token_axis(ax, ratios.pop())
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     figure.savefig(path)
     return True
+
+
+def by_step(rows, key) -> dict:
+    return {row["step"]: row[key] for row in rows if row.get(key) is not None}
+
+
+def draw_training(ax, train, color, label, raw) -> None:
+    """The training loss as medians over 5 % of the run, and less at its start: neither a spike nor
+    the first fall is smeared. raw: each step's loss behind them."""
+    x, y = [*train], [*train.values()]
+    half, at = len(y) // 40, sorted({k * (len(y) - 1) // 200 for k in range(201)})
+    middle = [median(y[k - min(k, half) : k + min(k, half) + 1]) for k in at]
+    if raw:
+        ax.plot(x, y, color=color, alpha=0.25, lw=0.8)
+    style = "-" if len(y) > 1 else "o"
+    ax.plot([x[k] for k in at], middle, style, color=color, lw=1.2, label=label)
+
+
+def draw_events(ax, rows) -> None:
+    for event, color in DRAWN.items():
+        if steps := [row["step"] for row in rows if row.get("event") == event]:
+            look = dict(label=f"{event} ({len(steps)})", lw=1, alpha=0.5, zorder=1)
+            ax.vlines(steps, 0, 1, color, "--", transform=ax.get_xaxis_transform(), **look)
+
+
+def set_limits(ax, losses) -> None:
+    """losses: sorted. What lies above 98 % of them is cut off where it would flatten the rest."""
+    low, usual, high = losses[0], losses[math.ceil(0.98 * (len(losses) - 1))], losses[-1]
+    high = usual if high - low > 2 * (usual - low) > 0 else high
+    pad = 0.06 * (high - low) or 0.5
+    right = max(ax.get_xlim()[1], 1)
+    ax.set(xlim=(-0.01 * right, right), ylim=(low - pad, high + pad))
+
+
+def add_token_axis(ax, ratio) -> None:
+    """A second axis at the top, in tokens: `ratio` times the steps."""
+    top = ax.secondary_xaxis(
+        "top", functions=(lambda x: x * ratio, lambda x: x / ratio), xlabel="tokens"
+    )
+    top.xaxis.set_major_formatter(lambda x, _: short(x))
 
 
 def main(args: list[str]) -> None:

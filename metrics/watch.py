@@ -1,13 +1,13 @@
-"""What a step did, looked at now and then (--watch_every) and, for QK-clip, at every step
-(--qk_clip).
+"""What a step did, looked at now and then (--watch_every), for QK-clip at every step (--qk_clip).
 
-    of a watched step, in its train row                                               over
-    max_logit, max_logit/LAYER   largest attention logit q·k/√D that is not masked  batch, heads
-    log_z, log_z_max             mean and largest log of the head's denominator     tokens
-    weight_rms/KIND              root of the mean square of the weights after it    a kind's weights
-    update_rms/KIND              the same of what its update changed, lr included   a kind's weights
-    clip_frac                    share of the steps since the last such row whose gradient's norm
-                                 was clipped
+    of a watched step, in its train row                                             over
+    max_logit, max_logit/LAYER  largest attention logit q·k/√D of a query and a     batch, heads
+                                key it sees
+    log_z, log_z_max            mean and largest log of the head's softmax's        tokens
+                                denominator
+    weight_rms/KIND             root mean square of the weights after the step      a kind's weights
+    update_rms/KIND             the same of what the step changed, lr included      a kind's weights
+    clip_frac                   share of gradients whose norm was clipped           steps since then
 
 KIND: matrix, embedding, head, scalar (optim/param_groups.py). A step that the loss scaler skips has
 no update and no such fields. clip_frac counts from the start of the process.
@@ -18,8 +18,8 @@ few numbers each. Besides, tensor parallel ranks tell each other their part of l
 token, and context parallel ones gather the keys: with R of them (R-1)/R x a layer's k, for each
 layer and micro-batch.
 
-What looks is put in before a step and taken out after it: `Attention.core` is wrapped by what
-computes the logits anew in blocks (optim/qk_clip.py), `GPT.output` by what sees the head's logits,
+What looks is put in before a step and taken out after it: `Attention.attention_fn` is wrapped by what
+computes the logits anew in blocks (optim/qk_clip.py), `GPT.loss_fn` by what sees the head's logits,
 and hooks on the optimizer keep a copy of the weights during the step. Other steps do none of that.
 Looking changes no bit; under compile attention leaves the compiled block for such a step, each
 layer is compiled once more, and bits may differ.
@@ -111,9 +111,9 @@ class Watch:
         self.undo += [
             self.optimizer.register_step_pre_hook(self.keep).remove,
             first_after_step(self.optimizer, self.compare).remove,
-            functools.partial(setattr, self.model, "output", self.model.output),
+            functools.partial(setattr, self.model, "loss_fn", self.model.loss_fn),
         ]
-        self.model.output = functools.partial(self.output, self.model.output)
+        self.model.loss_fn = functools.partial(self.loss_fn, self.model.loss_fn)
 
     def stop(self) -> None:
         while self.undo:
@@ -152,13 +152,15 @@ class Watch:
         """Every attention's largest logits go to self.top; returns what undoes it."""
         undo = []
         for layer, block in self.model.blocks.items():
-            attention, plain = block.attn, block.attn.core
-            core = functools.partial(self.core, int(layer), attention, plain)
-            attention.core = torch.compiler.disable(core) if self.compiled else core
-            undo.append(functools.partial(setattr, attention, "core", plain))
+            attention, plain = block.attn, block.attn.attention_fn
+            looking = functools.partial(self.attention_fn, int(layer), attention, plain)
+            if self.compiled:
+                looking = torch.compiler.disable(looking)
+            attention.attention_fn = looking
+            undo.append(functools.partial(setattr, attention, "attention_fn", plain))
         return undo
 
-    def core(
+    def attention_fn(
         self, layer: int, attention: nn.Module, plain, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         if attention.training:
@@ -172,7 +174,7 @@ class Watch:
         return plain(q, k, v)
 
     @torch.no_grad()
-    def output(self, plain, logits: Tensor, targets: Tensor | None, count: bool):
+    def loss_fn(self, plain, logits: Tensor, targets: Tensor | None, count: bool):
         if targets is not None:
             z, group = logits.logsumexp(-1), self.mesh.groups["tp"]
             if group is not None:  # of my words

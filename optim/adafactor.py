@@ -1,19 +1,18 @@
 """Adafactor: Adam's second moment of a matrix kept as one row and one column; no first moment.
 
-    w = t^δ,   δ = −.8                                             weight of the new g²; no bias to correct
+    w = t^δ,   δ = −.8                                             weight of the new g², unbiased
     R ← (1−w)·R + w·mean of g² over the last dimension             matrices, and stacks of them
     C ← (1−w)·C + w·mean of g² over the second-last dimension
     V = R·C / max(mean over rows of R, ε₁)                         an outer product
-    V ← (1−w)·V + w·g²                                             vectors and scalars keep the
-                                                                   whole
-    U = g / max(√V, ε₁);   U ← U / max(1, RMS(U)/d)                clipped: a sudden large g outruns V
+    V ← (1−w)·V + w·g²                                             vectors and scalars: all of it
+    U = g / max(√V, ε₁);   U ← U / max(1, RMS(U)/d)                clipped: a large g outruns V
     ρ = min(lr, 1/√t)  if relative_step else  lr
     α = ρ·max(ε₂, RMS(p))  if scale_parameter else  ρ              p before decay
     p ← p·(1 − lr·λ)                                               decoupled decay, before the step
     p ← p − α·U;   with β₁:  m ← β₁·m + (1−β₁)·α·U,  p ← p − m     no bias correction
 
-    p `p`   g `g`   R `row_var` (rows, 1)   C `col_var` (1, cols)   V `variance`   m `exp_avg`   β₁ `beta1`
-    t `step`, from 1   δ `beta2_decay`   (ε₁, ε₂) `eps`   d `d`   λ `weight_decay`
+    p `p`   g `g`   R `row_var` (rows, 1)   C `col_var` (1, cols)   V `variance`   m `exp_avg`
+    β₁ `beta1`   t `step`, from 1   δ `beta2_decay`   (ε₁, ε₂) `eps`   d `d`   λ `weight_decay`
 
 Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A common text keeps one scalar for a
 vector: vectors keep their full second moment, only matrices factor. lr has no unit with

@@ -5,7 +5,8 @@
     v ← β₂·v + (1−β₂)·g²       v̂ = v / (1 − β₂ᵗ)
     p ← p − lr·m̂ / (√v̂ + ε)                        … and is divided by √v̂ with it
 
-    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
+    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1
+    β `betas`   ε `eps`   λ `weight_decay`
 
 Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101).
 The decay of an element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text

@@ -1,11 +1,12 @@
 """AdamW: Adam with weight decay taken out of the gradient.
 
-    p ← p·(1 − lr·λ)                                   decoupled decay, before the step
-    m ← β₁·m + (1−β₁)·g        m̂ = m / (1 − β₁ᵗ)       averages of g and g², freed of their start at 0
+    p ← p·(1 − lr·λ)                                decoupled decay, before the step
+    m ← β₁·m + (1−β₁)·g        m̂ = m / (1 − β₁ᵗ)    averages of g and g², freed of their start at 0
     v ← β₂·v + (1−β₂)·g²       v̂ = v / (1 − β₂ᵗ)
     p ← p − lr·m̂ / (√v̂ + ε)
 
-    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
+    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1
+    β `betas`   ε `eps`   λ `weight_decay`
 
 Loshchilov and Hutter 2019 (arXiv 1711.05101); Adam: Kingma and Ba 2015 (1412.6980). As in torch the
 decay is lr·λ with the scheduled lr, not the paper's λ. Language models use betas (.9, .95) and λ =

@@ -3,11 +3,11 @@
     m ← β₁·m + (1−β₁)·g        m̂ = m / (1 − β₁ᵗ)
     v ← β₂·v + (1−β₂)·g²       v̂ = v / (1 − β₂ᵗ)        m̂ = m, v̂ = v without `bias_correction`
     u = m̂ / (√v̂ + ε) + λ·p                             decay is part of the step and of its norm
-    r = ‖p‖ / ‖u‖                                      trust ratio; 1 where either norm is 0; not
-                                                       clamped
+    r = ‖p‖ / ‖u‖                                      trust ratio; 1 where a norm is 0; not clamped
     p ← p − lr·r·u
 
-    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1   β `betas`   ε `eps`   λ `weight_decay`
+    p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   t `step`, from 1
+    β `betas`   ε `eps`   λ `weight_decay`
 
 You et al. 2020 (arXiv 1904.00962). Bias correction divides m and v; implementations that divide lr
 by 1−β₁ᵗ instead take ten times the step at t = 1, because r has already cancelled any factor of m.

@@ -5,7 +5,8 @@
     b ← μ·b + d                        b starts at 0
     p ← p − lr·(d + μ·b)               Nesterov;  p ← p − lr·b  without
 
-    p `p`   g `g`   b `momentum_buffer`   τ `trust_coefficient`   μ `momentum`   λ `weight_decay`   ε `eps`
+    p `p`   g `g`   b `momentum_buffer`   τ `trust_coefficient`   μ `momentum`
+    λ `weight_decay`   ε `eps`
 
 You, Gitman and Ginsburg 2017 (arXiv 1708.03888). Differences from it, as in the common
 implementations: lr stays outside the buffer (the paper has it inside), and, with `exclude_1d`,
@@ -16,8 +17,8 @@ by lr times the gradient, as in SGD. State: 4 bytes a parameter with momentum (8
 parameters), 0 without. Half-precision parameters keep a float32 buffer.
 
 Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint,
-and with fully_shard, there best by make_optimizer of parallel/sharded_optimizer.py. docs/partners.md has all
-partners.
+and with fully_shard, there best by make_optimizer of parallel/sharded_optimizer.py.
+docs/partners.md has all partners.
 """
 
 import torch

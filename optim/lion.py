@@ -1,8 +1,7 @@
 """Lion: the sign of an interpolated momentum. Every element moves by exactly lr.
 
     p ← p·(1 − lr·λ)                         decoupled decay, before the step
-    p ← p − lr·sign(β₁·m + (1−β₁)·g)         the step looks at m before this gradient enters it;
-                                             sign(0) = 0
+    p ← p − lr·sign(β₁·m + (1−β₁)·g)         m as it was before this gradient; sign(0) = 0
     m ← β₂·m + (1−β₂)·g                      the memory is longer than the step's view
 
     p `p`   g `g`   m `exp_avg`   β `betas`   λ `weight_decay`

@@ -1,13 +1,12 @@
 """Muon: momentum, orthogonalised. Every singular value of a matrix's update becomes about 1.
 
-    b ← μ·b + (1−μ)·g                                  momentum
-    u = (1−μ)·g + μ·b                                  Nesterov;  u = b  without
-    X ← u / max(‖u‖, 1e-7)                             so that all singular values lie in [0, 1]
-    ns_steps times (Newton–Schulz):                    a·s + b·s³ + c·s⁵ acts on each singular value
-                                                       s;
-        A = X·Xᵀ;  X ← a·X + (b·A + c·A²)·X            tall matrices are transposed first
-    p ← p·(1 − lr·λ)                                   decoupled decay, before the step
-    p ← p − lr·k·X                                     k = √max(1, rows/cols)   or   .2·√max(rows, cols)
+    b ← μ·b + (1−μ)·g                                momentum
+    u = (1−μ)·g + μ·b                                Nesterov;  u = b  without
+    X ← u / max(‖u‖, 1e-7)                           so that all singular values lie in [0, 1]
+    ns_steps times (Newton–Schulz):                  a·s + b·s³ + c·s⁵ acts on each singular value s
+        A = X·Xᵀ;  X ← a·X + (b·A + c·A²)·X          tall matrices are transposed first
+    p ← p·(1 − lr·λ)                                 decoupled decay, before the step
+    p ← p − lr·k·X                                   k = √max(1, rows/cols)  or  .2·√max(rows, cols)
 
     p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)
     b `momentum_buffer`   μ `momentum`   λ `weight_decay`   k `adjust_lr_fn`   (a, b, c) `ns`
@@ -21,7 +20,8 @@ speed. `ns` is one of
     polar    the best triple for each step, with safety factor 1.01 (Amsel et al. 2025, 2505.16932)
 `normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row
 a neuron:
-    v ← β₂·v + (1−β₂)·mean of X² over the row;  X ← X/(√v + 1e-10), scaled back to the norm X had   v `row_sq`
+    v ← β₂·v + (1−β₂)·mean of X² over the row     v `row_sq`
+    X ← X/(√v + 1e-10)                            scaled back to the norm X had
 `cautious`: decay only those elements where X·p > 0, that is, which the step moves towards 0 anyway.
 lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm),
 at any width; .02 is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is
@@ -30,15 +30,15 @@ groups, doubled for float64, never below float32.
 
 Muon is for hidden matrices; embeddings, head and vectors go into groups that take AdamW in the same
 object:
-    Muon([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9,
-    .95)}])
+    adamw = {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}
+    Muon([{"params": matrices}, adamw])
 `betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their
 own; `fused` steps them by a kernel of torch's. Clip gradients before, if at all: the update has no
 norm left.
 
 Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of
-torch.optim.Muon, fully_shard (by make_optimizer of parallel/sharded_optimizer.py; DTensors are refused); all
-partners: docs/partners.md.
+torch.optim.Muon, fully_shard (by make_optimizer of parallel/sharded_optimizer.py; DTensors are
+refused); all partners: docs/partners.md.
 """
 
 import math
@@ -249,7 +249,8 @@ class Muon(torch.optim.Optimizer):
                 self.param_groups.pop()
                 raise ValueError(
                     f"Muon: {type(p).__name__} {tuple(p.shape)} is no whole matrix; vectors go into"
-                    " a group with use_muon=False, DTensors to make_optimizer (parallel/sharded_optimizer.py)"
+                    " a group with use_muon=False, DTensors to make_optimizer"
+                    " (parallel/sharded_optimizer.py)"
                 )
 
     @torch.no_grad()

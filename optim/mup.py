@@ -1,5 +1,4 @@
-"""μP, the maximal update parametrization: the best learning rate stays put when the model gets
-wider.
+"""μP, the maximal update parametrization: the best learning rate stays put as the model gets wider.
 
 With m = width / base width (Yang et al. 2022, 2203.03466, table 8, throughout: mixing its tables
 counts twice):
@@ -10,8 +9,8 @@ counts twice):
     head        as at base width      1/m            m           1            1 (by AdamW)
     scalar      as at base width      1              m           1            1 (by AdamW)
 
-    attention logits   q·k / d_head instead of / sqrt(d_head), here 8 q·k / d_head: the usual at
-                       d_head = 64
+    attention logits   q·k / d_head instead of q·k / sqrt(d_head); here 8 q·k / d_head, which is the
+                       usual at d_head = 64
 
 Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of
 each output grows with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """{parameter name: embedding | head | matrix | scalar} for every trainable parameter, each storage
+    """{parameter name: embedding | head | matrix | scalar} for each trainable parameter, a storage
     once."""
     tables = {id(p) for m in model.modules() if is_table(m) for p in weights(m)}
     heads = {id(p) for m in find_heads(model) for p in weights(m)}

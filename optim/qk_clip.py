@@ -1,8 +1,6 @@
-"""QK-clip: where a head's attention logits grew beyond tau, its queries and keys shrink to bring
-them back.
+"""QK-clip: where a head's attention logits grew beyond tau, its queries and keys are scaled back.
 
-    S_h = max of q_i·k_j / √D over all queries i of head h and keys j they see, in all of the step's
-    rows
+    S_h = max of q_i·k_j / √D over the queries i of head h and the keys j that each sees
     γ_h = τ / S_h  where S_h > τ, else 1
     γ   = min of γ_h over the query heads h that share one head of keys
     W_k ← W_k √γ          that key head's rows, after the optimizer's step; those of biases too
@@ -13,7 +11,8 @@ gets back what the keys lost (γ_h = 1: W_q / √γ). With as many key heads as 
 are √γ_h, the paper's. (There, in multi-head latent attention, the queries take all of γ_h where
 heads share keys; that would leave W_k to grow.)
 
-    S_h `top`   τ `tau`, 100 is usual   γ_h `gamma`   γ `shared`   rows of W: a head's D are neighbours
+    S_h `top`   τ `tau`, 100 is usual   γ_h `gamma`   γ `shared`
+    rows of W: a head's D are neighbours
 
 Under Muon all directions of W_q and W_k grow alike, and their product's largest logit may run away,
 softmax with it, to one key. QK-norm forbids that by construction, and then there is nothing to

@@ -11,7 +11,8 @@ gradients are taken.
     y ← y + c·(z−y) + γ·(β₁(1−c)−1)·d
     z ← z − γ·d                      together: x ← (1−c)·x + c·z, the mean of z weighted by w
 
-    y `p` in train mode   x `p` in eval mode   z `z`   g `g`   v `exp_avg_sq`   β `betas` (SGD: β₁ `momentum`)
+    y `p` in train mode   x `p` in eval mode   z `z`   g `g`   v `exp_avg_sq`
+    β `betas` (SGD: β₁ `momentum`)
     ε `eps`   λ `weight_decay`   γ `gamma`   power `weight_lr_power`
     k, γmax, W: each parameter's `step`, `lr_max`, `weight_sum`; it counts the steps in which it had
     a gradient. The group's `k`, `lr_max` and `weight_sum` are the largest of its parameters'.

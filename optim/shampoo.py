@@ -1,22 +1,16 @@
-"""Shampoo: a preconditioner for each dimension of a tensor, made from second moments of rows and of
-columns.
+"""Shampoo: a preconditioner for each dimension of a tensor, made from its second moments there.
 
     Lᵢ ← β₂·Lᵢ + w·G₍ᵢ₎·G₍ᵢ₎ᵀ            from 0; G₍ᵢ₎ is g with dimension i first, the others
-                                         flattened; w = 1−β₂; if β₂ = 1, the paper's plain sum: w =
-                                         1, undivided below
+                                         flattened; w = 1−β₂; if β₂ = 1, the paper's plain sum:
+                                         w = 1, undivided below
     Pᵢ = (Lᵢ/(1−β₂ᵗ) + ε·I)^e            every `precondition_frequency` steps; e = −1/(2·dims)
     m ← β₁·m + (1−β₁)·g                  m̂ = m / (1 − β₁ᵗ)
     D = m̂ · P₁ · P₂ …                    each Pᵢ over dimension i, at every step; for a matrix
-                                          L^−¼·m̂·R^−¼
+                                         L^−¼·m̂·R^−¼
     D ← D·‖A‖ / (‖D‖ + 1e-16)            grafting: Shampoo's direction, the length of another
-                                         method's step A:
-                                         adam m̂/(√v̂ + 1e-10), rmsprop m̂/(√v + 1e-10), sgd m̂;  v
-                                                                                                  ←
-                                                                                                  β₂·v
-                                                                                                  +
-                                                                                                  w·g²
-    p ← p − lr·(D + λ·p)                 decay joins the step. D = A before the start and for
-                                         vectors
+                                         method's step A: adam m̂/(√v̂ + 1e-10), rmsprop
+                                         m̂/(√v + 1e-10), sgd m̂, where v ← β₂·v + w·g²
+    p ← p − lr·(D + λ·p)                 decay joins the step; D = A before the start, for vectors
 
     p `p`   g `g`   m `exp_avg`   v `exp_avg_sq`   Lᵢ `L_i`   Pᵢ `P_i`   t `step`, from 1
     β `betas`   ε `eps`   λ `weight_decay`   e `exponent`
@@ -31,8 +25,8 @@ for L and P, 4ab for m, 4ab for v (adam, rmsprop); doubled for float64. Square: 
 parameter. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py: DTensors are
-refused. docs/partners.md has all partners.
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py:
+DTensors are refused. docs/partners.md has all partners.
 """
 
 import torch

@@ -1,20 +1,20 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
-first call   GGᵢ = (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ,  Qᵢ = its eigenvectors, largest eigenvalue first;  no update, t stays 0
+first call   GGᵢ = (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ,  Qᵢ = its eigenvectors, largest eigenvalue first
+             no update, t stays 0
 each later   t ← t + 1
     g′ = g rotated by every Qᵢ             Q₁ᵀ·g·Q₂ for a matrix
     m′ ← β₁·m′ + (1−β₁)·g′                 Adam, all in the rotated basis
     v  ← β₂·v + (1−β₂)·g′²
     u  = m′/(√v + ε) rotated back          u ← u / (1e-30 + RMS(u)) with `normalize_grads`
-    p  ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ)·u         so ε is not bias-corrected; p − lr·u without
-                                           `correct_bias`
+    p  ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ)·u         ε is not bias-corrected; without `correct_bias` p − lr·u
     p  ← p·(1 − lr·λ)                      decoupled decay, after the step
     GGᵢ ← β_s·GGᵢ + (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ     then, if t % frequency = 0, one step of power iteration:
     sort Qᵢ's columns by diag(QᵢᵀGGᵢQᵢ), largest first, and v alike;  Qᵢ ← qr(GGᵢ·Qᵢ);  m′ follows
 
-    p `p`   g `g`   G₍ᵢ₎ g with dimension i first, the others flattened   m′ `exp_avg`   v `exp_avg_sq`
-    t `step`   GGᵢ `GG_i`   Qᵢ `Q_i`   β `betas`   β_s `shampoo_beta`, None = β₂   ε `eps`   λ `weight_decay`
-    frequency `precondition_frequency`
+    p `p`   g `g`   G₍ᵢ₎ g with dimension i first, the others flattened
+    m′ `exp_avg`   v `exp_avg_sq`   t `step`   GGᵢ `GG_i`   Qᵢ `Q_i`   β `betas`   ε `eps`
+    β_s `shampoo_beta`, None = β₂   λ `weight_decay`   frequency `precondition_frequency`
 
 Vyas et al. 2024 (arXiv 2409.11321). A common text names it otherwise, promises 2–3 times the speed
 and twice Adam's memory: the paper reports over 40 % fewer steps than AdamW, and a square matrix
@@ -25,8 +25,9 @@ matrix: 8(a² + b²) bytes for GG and Q, 8ab for m′ and v; doubled for float64
 parameter. Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
-torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py: DTensors are
-refused. States of the authors' SOAP load; merge_dims is refused. docs/partners.md has all partners.
+torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py:
+DTensors are refused. States of the authors' SOAP load; merge_dims is refused. docs/partners.md has
+all partners.
 """
 
 import math

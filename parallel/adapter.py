@@ -4,8 +4,7 @@ The method never learns of DTensors (FSDP2) or of the plain shards that parallel
 (`tp_shards`). Which tensors it gets is decided group by group.
 
 local   A method that works element by element (SGD, AdamW, Lion, Schedule-Free) steps the shards it
-        has. Its parameters are plain tensors in the very memory of the DTensors' shards; nothing is
-        sent.
+        has, plain tensors in the very memory of the DTensors' shards. Nothing is sent.
 
 owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo, Adafactor, LARS,
         LAMB). Each parameter has one owner among the ranks it is spread over:
@@ -19,8 +18,7 @@ owner   A method that looks at a whole matrix, row or norm (Muon, SOAP, Shampoo,
         Two collectives a step for each dtype and set of ranks, instead of one gather per parameter.
         State lives at the owner alone, and the owners work at the same time: Newton-Schulz spreads
         over the ranks for nothing. A matrix method run on the shards would silently be another
-        method; run on DTensors, it repeats the work on every rank and sends something inside each
-        product.
+        method; on DTensors it repeats the work on every rank and sends inside each product.
 
 Bytes sent per rank and step: local 0; owner 2 (N-1)/N x the bytes of this rank's shards, on
 average. Memory: the owners' full weights, over all ranks one more copy of the model.

@@ -1,8 +1,7 @@
-"""Compressed gradients: each replica sends a summary, and what the summary left out is sent another
-time.
+"""Compressed gradients: each replica sends a summary, and what that left out another time.
 
          replica 0                                      replica 1
-    x0 = g0 + e0                                   x1 = g1 + e1            e: not sent so far, 0 at first
+    x0 = g0 + e0                                   x1 = g1 + e1       e: not sent yet, 0 at first
     s0 = what a short message says of x0           s1 = ...
     e0 = x0 - s0                 messages          e1 = x1 - s1
                   └──────────────►  ◄──────────────────┘
@@ -17,14 +16,14 @@ message is about one parameter, so nothing depends on how parameters are packed 
 A parameter of d entries (as a matrix: a x b), entries of w bytes, N replicas: bytes sent per rank
 and step
 
-    method              message                                          collective     bytes
-    none                x                                                all-reduce     2 (N-1)/N dw
-    topk(f)             the fd largest |x|: values, int32 indices        all-gather     (N-1) fd (w + 4)
-    sign                bits x >= 0, one fp32 scale: mean |x|            all-gather     (N-1) (d/8 + 4)
-    onebit              bits x >= 0, per column the fp32 means of the    all-gather     (N-1) (d/8 + 8b)
-                        entries with bit 1 and of those with bit 0
-    powersgd(r)         P (a x r), then Q (b x r): x is about P Qᵀ       2 all-reduces  2 (N-1)/N r(a + b) w
-    fp16, bf16          x rounded                                        all-reduce     2 (N-1)/N 2d
+    method        message                                        collective     bytes
+    none          x                                              all-reduce     2 (N-1)/N dw
+    topk(f)       the fd largest |x|: values, int32 indices      all-gather     (N-1) fd (w + 4)
+    sign          bits x >= 0, one fp32 scale: mean |x|          all-gather     (N-1) (d/8 + 4)
+    onebit        bits x >= 0, per column the fp32 means of the  all-gather     (N-1) (d/8 + 8b)
+                  entries with bit 1 and of those with bit 0
+    powersgd(r)   P (a x r), then Q (b x r): x is about P Qᵀ     2 all-reduces  2 (N-1)/N r(a + b) w
+    fp16, bf16    x rounded                                      all-reduce     2 (N-1)/N 2d
 
 and 2 (N-1)/N for the roll call of parallel/ddp.py. An all-gather's bytes grow with N: signs beat
 plain float32 while N < 64, the top hundredth while N < 100. Papers average over the workers; here

@@ -11,36 +11,36 @@ one of two ways.
 
 Every rank does the same work in every step, t*t/2 scores (and t/2 more in the first), none of them
 masked:
-- from a lower rank: all my queries come after the first half of its keys and before the second: t x
-  t/2;
+- from a lower rank: all my queries come after the first half of its keys and before the second:
+  t x t/2;
 - from a higher rank: only my second half of queries comes after its keys, and after all of them:
   t/2 x t;
-- my own: the causal triangle. (In n plain stretches rank 0 would be done here and wait for rank
-  n-1.)
+- my own: the causal triangle. (In n plain stretches rank 0 would be done here and wait for the
+  last rank.)
 Meanwhile the next block travels. Each gives out and lse = log(sum exp(scores)), merged in float32
 or wider:
 
-    total = log(exp(lse_1) + exp(lse_2))     out = out_1 exp(lse_1 - total) + out_2 exp(lse_2 -
-                                             total)
+    total = log(exp(lse_1) + exp(lse_2))
+    out = out_1 exp(lse_1 - total) + out_2 exp(lse_2 - total)
 
 Backward goes round again. With the *final* out and lse each block has its true P, and gradients add
 up:
 
-    P = exp(S - lse)    dv = Pᵀ dout    dS = P * (dout vᵀ - rowsum(dout * out))    dq = dS k    dk = dSᵀ q
+    P = exp(S - lse)   dv = Pᵀ dout   dS = P * (dout vᵀ - rowsum(dout * out))  dq = dS k  dk = dSᵀ q
 
 dk and dv follow their block one step behind, each rank adds its part, and the last of n-1 hops
 brings them home, where the owner's part has waited.
 
 `ulysses`: by an all-to-all each rank gets the whole sequence for 1/n of the heads
 
-    rank 0  q k v [stretch 0, h0 h1]   ---->    [stretches 0 1, h0] -> attention as on one rank ---->  out
-    rank 1  q k v [stretch 1, h0 h1]            [stretches 0 1, h1]                                 as q was
+    rank 0  q k v [stretch 0, h0 h1]  ---->  [stretches 0 1, h0] -> attention as   ---->  out as q
+    rank 1  q k v [stretch 1, h0 h1]         [stretches 0 1, h1]    on one rank           was
 
 Bytes sent per rank and layer. kv: this rank's k and v; qo: its q and out; kv32: its dk and dv in at
 least float32, so that rounding does not grow with n (kv for float32 and float64, 2 kv for bf16):
 
-    ring       forward (n-1) kv                  backward (n-1) (kv + kv32)     hidden, but for the last hop
-    ulysses    forward (n-1)/n (kv + qo)         backward (n-1)/n (kv + qo)     waited for
+    ring       forward (n-1) kv            backward (n-1) (kv + kv32)   hidden, but for the last hop
+    ulysses    forward (n-1)/n (kv + qo)   backward (n-1)/n (kv + qo)   waited for
 
 Ulysses sends less from n = 3 on if k and v have as many heads as q, and runs any attention, but n
 must divide these heads. The ring takes any number, gains from few kv heads (GQA), and hides
@@ -77,11 +77,13 @@ def positions(block_size: int, n: int, rank: int, way: str = "ring") -> Tensor:
 
 def split(model: nn.Module, group: dist.ProcessGroup | None, way: str = "ring") -> None:
     """The attention of `model` sees the tokens of all ranks of `group` (None: one rank, nothing
-    changes), each of which holds those at its `positions`: replaces every module's `core`, q (B, H,
+    changes), each of which holds those at its `positions`: replaces every module's `attention_fn`, q (B, H,
     t, D), k and v (B, Hkv, t, D) -> (B, H, t, D). Raises ValueError where ulysses cannot deal out
     the heads."""
     assert way in ("ring", "ulysses"), way
-    for module in [m for m in model.modules() if hasattr(m, "core")] if group is not None else []:
+    for module in (
+        [m for m in model.modules() if hasattr(m, "attention_fn")] if group is not None else []
+    ):
         if way == "ulysses":
             n = dist.get_world_size(group)
             heads, kv_heads = (x.weight.shape[0] // module.head_size for x in (module.q, module.k))
@@ -90,8 +92,8 @@ def split(model: nn.Module, group: dist.ProcessGroup | None, way: str = "ring") 
                     f"ulysses deals out heads, and --cp={n} does not divide {heads} heads and "
                     f"{kv_heads} kv heads (of a tp rank); type --cp_attention=ring"
                 )
-        module.core = (
-            partial(ring, group) if way == "ring" else partial(ulysses, group, module.core)
+        module.attention_fn = (
+            partial(ring, group) if way == "ring" else partial(ulysses, group, module.attention_fn)
         )
 
 
@@ -104,7 +106,7 @@ def as_autocast_would(*tensors: Tensor) -> list[Tensor]:
 
 # ---- ring ----------------------------------------------------------------------------------------
 def ring(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A `core`; it has no use for an earlier one, which would keep the log-sum-exp to itself."""
+    """An `attention_fn`; it has no use for an earlier one, which would keep the log-sum-exp to itself."""
     assert q.shape[2] % 2 == 0, "zigzag: two chunks of equal length, see positions()"
     q, k, v = as_autocast_would(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
@@ -253,7 +255,7 @@ def formula_backward(dout, q, k, v, out, lse, dropout, causal) -> tuple[Tensor, 
 
 # ---- ulysses -------------------------------------------------------------------------------------
 def ulysses(group: dist.ProcessGroup, plain: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A `core` around the plain one, which runs on all T tokens of this rank's share of the
+    """An `attention_fn` around the plain one, which runs on all T tokens of this rank's share of the
     heads."""
     n = dist.get_world_size(group)
     # (B, n, heads, t, D) each

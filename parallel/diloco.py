@@ -1,7 +1,7 @@
 """Local SGD and DiLoCo: replicas train alone for H steps, then go on together from an outer step.
 
-    anchor ──┬── replica 0: H steps on its own rows ──► weights 0 ──┬── average ── outer step ──► anchor ──┬──
-             └── replica 1: H steps on its own rows ──► weights 1 ──┘                                      └──
+    anchor ─┬─ replica 0: H steps on its own rows ─► weights 0 ─┬─ average, outer step ─► anchor ─┬─
+            └─ replica 1: H steps on its own rows ─► weights 1 ─┘                                 └─
 
     Δ ← anchor - mean over replicas of their weights      the outer gradient
     m ← μ m + Δ                                           m starts at 0
@@ -17,9 +17,9 @@ same run: the mean of the replicas' steps is then the step by the mean gradient.
 are not linear: their mean step is not the step of the mean. With lr=1, momentum=0 and every > 1 it
 is local SGD (Stich 2018, 1805.09767).
 
-Each replica holds weights, gradients, inner state, anchor and m. Bytes sent per rank: nothing in H
-- 1 steps, then 2 (N-1)/N x the weights' bytes (one all-reduce of weights 0 - anchor): 1/H of DDP's
-on average.
+Each replica holds weights, gradients, inner state, anchor and m. Bytes sent per rank: nothing in
+H - 1 steps, then 2 (N-1)/N x the weights' bytes (one all-reduce of weights 0 - anchor): on average
+1/H of DDP's.
 
 Our loss is divided by the tokens of the whole batch, so a replica's gradient is 1/N of its own
 mean; it is multiplied by N, or replicas would learn N times too slowly. Norm and clipping are each

@@ -11,10 +11,12 @@ state in shards, one unit for each block and one for the rest (embedding, last n
 Bytes sent per rank and step, B those of the weights, N ranks, m micro-batches; three ways to trade
 them for memory:
 
-    reshard=True   FULL_SHARD     a block is forgotten after forward and after backward: (2m+1) (N-1)/N B
-    reshard=False  SHARD_GRAD_OP  gathered once a step, forgotten after the last backward:    2 (N-1)/N B
-    shard=S < N    hybrid         sharded over S neighbours, N/S replicas of that: the same with S for N, and
-                                  an all-reduce of 2 (N-S)/N B/S; shard=1 is NO_SHARD, that is DDP
+    reshard=True   FULL_SHARD     a block is forgotten after forward and backward: (2m+1) (N-1)/N B
+    reshard=False  SHARD_GRAD_OP  gathered once a step, forgotten after the last backward:
+                                  2 (N-1)/N B
+    shard=S < N    hybrid         sharded over S neighbours, N/S replicas of that: the same with S
+                                  for N, and an all-reduce of 2 (N-S)/N B/S; shard=1 is NO_SHARD,
+                                  that is DDP
 
 Embedding and head are needed first and last, so their unit is gathered once a step in any case.
 Gradients are reduced once, after the last micro-batch; until then each rank keeps them whole. While

@@ -71,10 +71,10 @@ def launched() -> tuple[int, int]:
 def same_start(store: dist.Store, rank: int, world: int) -> str:
     """A name that all ranks of this start share with no earlier one.
 
-    torchrun keeps one store over its restarts, and there still lie the addresses of the dead: who reads one
-    before its new owner has written it knocks at a closed door, or waits. So each rank leaves a
-    name that it has just made up, rank 0 answers to any name it finds, until all have said that the
-    answer reached them.
+    torchrun keeps one store over its restarts, and there still lie the addresses of the dead: who
+    reads one before its new owner has written it knocks at a closed door, or waits. So each rank
+    leaves a name that it has just made up, rank 0 answers to any name it finds, until all have said
+    that the answer reached them.
     """
     mine = uuid.uuid4().hex
     if rank > 0:
@@ -98,11 +98,10 @@ def stop_with(launcher: int, every: float = 1, patience: float = 60) -> None:
     torchrun wants the run to stop, and the same command started again would find the folder in use.
 
     It sends itself SIGTERM, upon which a run saves a checkpoint, and grants it `patience` seconds.
-    Where
-    torchrun runs on other machines too, it just ends: a run that stops well counts as finished there, and one
-    that lost a machine goes on at its last checkpoint. (Linux could signal a parent's death, but
-    means the thread that started us. On Windows a parent's number never changes, and nothing
-    happens here.)
+    Where torchrun runs on other machines too, it just ends: a run that stops well counts as
+    finished there, and one that lost a machine goes on at its last checkpoint. (Linux could signal
+    a parent's death, but means the thread that started us. On Windows a parent's number never
+    changes, and nothing happens here.)
     """
     while os.getppid() == launcher:
         time.sleep(every)

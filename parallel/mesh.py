@@ -1,8 +1,7 @@
 """Who stands where: the ranks of a run as one 4-D grid (pp, dp, cp, tp), always all four, most of
 them of size 1.
 
-    rank = ((pp_i * dp + dp_i) * cp + cp_i) * tp + tp_i        tp innermost: neighbours share the
-                                                               fastest link
+    rank = ((pp_i * dp + dp_i) * cp + cp_i) * tp + tp_i     tp innermost: on the fastest link
 
     pp  pipeline stages: layers are split          dp  data parallel: sequences are split
     cp  context parallel: each sequence is split   tp  tensor parallel: each matrix is split

@@ -1,9 +1,8 @@
-"""Pipeline parallelism: each rank holds some of the layers; micro-batches walk through the ranks
-and back.
+"""Pipeline parallelism: each rank holds some layers; micro-batches walk through the ranks and back.
 
-       rank 0                rank 1             rank 2             rank 3            p = 4 stages, n_layer=8
-    embed, layers 0 1 ──h──► layers 2 3 ──h──► layers 4 5 ──h──► layers 6 7, head, loss      h: (B, T, C)
-                      ◄─dh──            ◄─dh──            ◄─dh──
+       rank 0                rank 1            rank 2            rank 3            p = 4 stages,
+    embed, layers 0 1 ──h──► layers 2 3 ──h──► layers 4 5 ──h──► layers 6 7,       n_layer=8
+                      ◄─dh──            ◄─dh──            ◄─dh── head, loss        h: (B, T, C)
 
 In which order is parallel/timeline.py's matter; here its programs are carried out.
 
@@ -174,7 +173,7 @@ class Pipeline:
             work.wait()
         self.idle_s += time.perf_counter() - began
 
-    def through(
+    def logits(
         self,
         model: torch.nn.Module,
         like: Callable[[int, int], tuple],
@@ -214,37 +213,37 @@ class Pipeline:
 
 # ---- zero bubble: a backward in two parts --------------------------------------------------------
 def defer_weight_gradients(model: torch.nn.Module) -> list:
-    """From now on a backward leaves the weight gradients of each module with a `product` in the
+    """From now on a backward leaves the weight gradients of each module with a `matmul` in the
     list that is returned, for Pipeline.deferred. To be called after all else that replaces
     products."""
     queue = []
     for module in model.modules():
-        if hasattr(module, "product"):
-            module.product = functools.partial(deferred_product, queue, module.product)
+        if hasattr(module, "matmul"):
+            module.matmul = functools.partial(deferred_matmul, queue, module.matmul)
     return queue
 
 
-def deferred_product(queue: list, product: Callable, x, weight, bias=None) -> torch.Tensor:
+def deferred_matmul(queue: list, matmul: Callable, x, weight, bias=None) -> torch.Tensor:
     if not torch.is_grad_enabled() or not any(
         w is not None and w.requires_grad for w in (weight, bias)
     ):
-        return product(x, weight, bias)
+        return matmul(x, weight, bias)
     start = x if x.requires_grad else x.detach().requires_grad_()  # or backward would not come here
-    return Product.apply(start, x.requires_grad, queue, product, (weight, bias))
+    return Matmul.apply(start, x.requires_grad, queue, matmul, (weight, bias))
 
 
-class Product(torch.autograd.Function):
-    """product(x, weight, bias) in a graph of its own, which is asked for the input's gradient now,
-    for the others later. (A product that is one custom Function computes all of them both
+class Matmul(torch.autograd.Function):
+    """matmul(x, weight, bias) in a graph of its own, which is asked for the input's gradient now,
+    for the others later. (A matmul that is one custom Function computes all of them both
     times.)"""
 
     @staticmethod
-    def forward(ctx, x, needs_x, queue, product, parameters):
+    def forward(ctx, x, needs_x, queue, matmul, parameters):
         needs = [needs_x, *(w is not None and w.requires_grad for w in parameters)]
         with torch.enable_grad():
             tensors = zip((x, *parameters), needs)
             inner = [w if w is None else w.detach().requires_grad_(n) for w, n in tensors]
-            y = product(*inner)
+            y = matmul(*inner)
         pairs = [(leaf, w) for leaf, w, n in zip(inner[1:], parameters, needs[1:]) if n]
         ctx.kept = queue, get_gradient_edge(y), inner[:1] * needs_x, pairs
         return y.detach()

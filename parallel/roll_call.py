@@ -1,8 +1,7 @@
-"""Which gradients are missing where: what every data-parallel layout asks before the optimizer
-steps.
+"""Which gradients are missing where: what every data-parallel layout asks before a step.
 
     rank 0 has    a b . .            a b c .      summed; what a rank lacks counts as zero there
-    rank 1 has    a . c .    --->    . . . d      missing on all: None, so that weight, state and decay stay
+    rank 1 has    a . c .    --->    . . . d      missing on all: None, so weight and state stay
 
 One all-reduce of a byte for each parameter, 2 (N-1)/N of that per rank and step. A gradient of
 zeros is not missing. (torch's DDP asks so with find_unused_parameters=True.)

@@ -4,9 +4,9 @@
     optimizer = make_optimizer(torch.optim.Adafactor, model.parameters(), lr=0.02)
     loss.backward(), optimizer.step(), optimizer.zero_grad()
 
-                     outside: what tools see                        inside: what the method steps
-    groups, state    the model's DTensors, in state_dict() too      plain shards, whole matrices at owners
-    who looks        clipping, GradScaler, schedulers, hooks,       the method's own step(), eval() ...
+                     outside: what tools see                     inside: what the method steps
+    groups, state    the model's DTensors, in state_dict() too   plain shards, or whole at owners
+    who looks        clipping, GradScaler, schedulers, hooks,    the method's own step(), eval() ...
                      torch.distributed.checkpoint
 
 parallel/adapter.py is the inside, and says what is sent; the outside adds a byte for each parameter

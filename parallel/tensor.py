@@ -6,13 +6,13 @@ them:
 
     Y = g(act(f(X) W1) W2)        W1 = [A0 | A1]        W2 = [B0]
                                                              [B1]
-                       rank 0              rank 1
-    X                  full                full              f: nothing / backward: dX summed over ranks
-    column: W1         A0                  A1
-    act(X W1)          act(X A0)           act(X A1)         half of the heads, or of the MLP's width
-    row: W2            B0                  B1
-    their product      act(X A0) B0        act(X A1) B1
-    Y                  the sum of both     the same          g: summed over ranks / backward: nothing
+                      rank 0             rank 1
+    X                 full               full            f: nothing / backward: dX summed over ranks
+    column: W1        A0                 A1
+    act(X W1)         act(X A0)          act(X A1)       half of the heads, or of the MLP's width
+    row: W2           B0                 B1
+    their product     act(X A0) B0       act(X A1) B1
+    Y                 the sum of both    the same        g: summed over ranks / backward: nothing
 
 torch stores W1 and W2 transposed: a column layer's weight is cut along dimension 0, a row layer's
 along 1. A column's bias is cut with it; a row's is full and added after the sum (before, it would
@@ -120,7 +120,7 @@ def local_ids(ids: Tensor, words: int, group: dist.ProcessGroup) -> tuple[Tensor
     return ids.where(mine, 0), mine
 
 
-def output(
+def loss_fn(
     logits: Tensor,
     targets: Tensor | None,
     count: bool,
@@ -162,7 +162,7 @@ def split(
 
     column, row, vocabulary: endings of the names of Linear, Linear and Embedding modules. f goes
     before the module that holds a row layer beside the column layers, which share its first
-    argument, or before a column layer alone. The head's logits stay cut: model.output is replaced
+    argument, or before a column layer alone. The head's logits stay cut: model.loss_fn is replaced
     by the one above. enter(module, x), leave(module, x, bias): in place of f, and of g with its
     bias. Raises ValueError where N does not divide heads, key heads, width or vocabulary.
     """
@@ -196,7 +196,7 @@ def split(
             p.data = shard.narrow(p.data, shape).clone(memory_format=torch.contiguous_format)
 
     def row_forward(self, x: Tensor) -> Tensor:
-        return leave(self, getattr(self, "product", F.linear)(x, self.weight, None), self.bias)
+        return leave(self, getattr(self, "matmul", F.linear)(x, self.weight, None), self.bias)
 
     def vocabulary_forward(self, ids: Tensor) -> Tensor:
         here, mine = local_ids(ids, self.weight.shape[0], group)
@@ -213,10 +213,10 @@ def split(
             module.forward = types.MethodType(vocabulary_forward, module)
     for name in entries:
         modules[name].register_forward_pre_hook(
-            lambda m, args: (enter(m, for_product(args[0])), *args[1:])
+            lambda m, args: (enter(m, for_matmul(args[0])), *args[1:])
         )
-    if hasattr(model, "output") and any(ends(name, ("head",)) for name in modules):
-        model.output = functools.partial(output, group=group)
+    if hasattr(model, "loss_fn") and any(ends(name, ("head",)) for name in modules):
+        model.loss_fn = functools.partial(loss_fn, group=group)
     return tp_shards
 
 
@@ -228,7 +228,7 @@ def add(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.to(x.dtype)
 
 
-def for_product(x: Tensor) -> Tensor:
+def for_matmul(x: Tensor) -> Tensor:
     """In the dtype to which autocast, if on, would cast it for each product anyway."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))

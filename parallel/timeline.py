@@ -1,9 +1,8 @@
-"""Pipeline schedules as data: the order of each rank's work, its cost without running it, and its
-messages.
+"""Pipeline schedules as data: the order of each rank's work, its cost unrun, and its messages.
 
 A schedule is data: the order of each rank's work. m=8 micro-batches, time to the right, digits
-forwards, letters backwards (here twice as long), dots idle; `python -m parallel.pipeline
---schedule=1f1b` draws it:
+forwards, letters backwards (here twice as long), dots idle;
+`python -m parallel.pipeline --schedule=1f1b` draws it:
 
     gpipe  01234567.........aabbccddeeffgghh     1f1b  0123......aa4bb5cc6dd7ee.ff.gg.hh
            .01234567......aabbccddeeffgghh..           .012....aa3bb4cc5dd6ee7ff.gg.hh..
@@ -14,7 +13,7 @@ forwards, letters backwards (here twice as long), dots idle; `python -m parallel
     naive         1 - 1/p                           1
     gpipe         (p-1) / (m + p-1)                 m
     1f1b          (p-1) / (m + p-1)                 p - r
-    interleaved   (p-1) / (vm + p-1)                (v+1)p - 2r - 1, each through 1/v of the rank's layers
+    interleaved   (p-1) / (vm + p-1)                (v+1)p - 2r - 1, through 1/v of the layers each
     zerobubble    (p-1) / (3m + p-1) if F = I = W   p
 
 (Texts often give (p-1)/m, idle per busy time.)

@@ -5,14 +5,16 @@ rank, step and place. It cannot say who is guilty: all who wait look alike. For 
 --debug_ranks=true, by which each rank keeps a diary, and a reader that puts the diaries side by
 side:
 
-    OUT_DIR/debug/rank_3.log        2026-11-21 17:03:12 start: process 4711 on node0, pp 0 dp 3 cp 0
-                                    tp 0 2026-11-21 17:03:15 step 36 2026-11-21 17:03:16 step 37
-                                    Timeout (0:01:00)!                 stands too long: the stacks
-                                      File ".../parallel/mesh.py", line 41 in sum
+    OUT_DIR/debug/rank_3.log
+        2026-11-21 17:03:12 start: process 4711 on node0, pp 0 dp 3 cp 0 tp 0
+        2026-11-21 17:03:15 step 36
+        2026-11-21 17:03:16 step 37
+        Timeout (0:01:00)!                      stands too long: the stacks
+          File ".../parallel/mesh.py", line 41 in sum
 
-    python -m parallel.watchdog OUT_DIR         step 37: rank 300, silent for 55 s, its last word: step 37
-                                    step 38: ranks 0 1 2 3 4 5 6 7 ... (511), in sum
-                                    (parallel/mesh.py:41)
+    python -m parallel.watchdog OUT_DIR
+        step 37: rank 300, silent for 55 s, its last word: step 37
+        step 38: ranks 0 1 2 3 4 5 6 7 ... (511), in sum (parallel/mesh.py:41)
 
 The stacks come from a thread of C (faulthandler) that needs neither the interpreter nor its lock,
 after each tenth of the time that a collective waits at most: what is stuck in C writes them too,

@@ -16,10 +16,10 @@ float32 master weights and state 12) and float32 as here (4, 4, 8); bytes sent p
 with A micro-batches, in units of (N-1)/N x the weights' bytes:
 
               mixed        float32     sent
-    ddp       16           16          2                       one all-reduce
-    stage 1   4 + 12/N     8 + 8/N     1 + 1                   gradients to owners, new weights from owners
-    stage 2   2 + 14/N     4 + 12/N    A + 1                   who frees a gradient must send it first
-    stage 3   16/N         16/N        A (1 + 1 + 1)           weights forward, weights backward, gradients
+    ddp       16           16          2                one all-reduce
+    stage 1   4 + 12/N     8 + 8/N     1 + 1            gradients to owners, new weights from owners
+    stage 2   2 + 14/N     4 + 12/N    A + 1            who frees a gradient must send it first
+    stage 3   16/N         16/N        A (1 + 1 + 1)    weights forward, weights backward, gradients
 
 plus what is in use: one unit's gradients and, in stage 3, the weights of two; and what the roll
 call of parallel/ddp.py sends, 2 (N-1)/N bytes a parameter tensor. (For one micro-batch stages 1 and
@@ -29,10 +29,10 @@ A unit is a block, or what comes before the blocks (0), or what follows them. Wh
 a unit, its gradients start for their owners, in flat parts of at most `bucket_mb`, while the next
 unit computes. In stage 3 weights are broadcast one unit ahead of their use, and then freed:
 
-    forward   | compute 0 | compute 1 | compute 2 |   backward   | compute 2 | compute 1 | compute 0 |
-              | fetch 1   | fetch 2   |           |              | fetch 1   |           |           |
-                          | free 0    | free 1    |                          | free 2    | free 1    |
-                                                                             | send 2    | send 1    | send 0
+    forward  | compute 0 | compute 1 | compute 2 |  backward | compute 2 | compute 1 | compute 0 |
+             | fetch 1   | fetch 2   |           |           | fetch 1   |           |           |
+                         | free 0    | free 1    |                       | free 2    | free 1    |
+                                                                         | send 2    | send 1, 0 |
 
 Backward reads no weights of unit 0: they are looked up, not multiplied. With a tied head they are,
 at the other end, and so are gains of a norm there: then they stay. What follows the blocks stays
@@ -173,8 +173,8 @@ class ZeRO:
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 setattr(module, name, made[p])
-            if self.travels and getattr(module, "product", None) is F.linear:
-                module.product = linear
+            if self.travels and getattr(module, "matmul", None) is F.linear:
+                module.matmul = linear
 
         if self.group is not None:
             for p in made.values():

@@ -1,12 +1,12 @@
 """Which numbers the run computes with.
 
-    name     weights, gradients   state     products   epsilon   largest
-    fp64     float64              float64   float64    2.2e-16   1.8e308   the oracle
-    fp32     float32              float32   float32    1.2e-07   3.4e38
-    bf16     float32              float32   bfloat16   7.8e-03   3.4e38    autocast
-    bf16_sr  bfloat16             float32   bfloat16   7.8e-03   3.4e38    rounded by chance: stochastic.py
-    fp16     float32              float32   float16    9.8e-04   65504     autocast and scaling: loss_scale.py
-    fp8      float32              float32   e4m3       1.2e-01   448       bf16 but for the blocks: fp8.py
+    name     weights, grads  state    products  epsilon  largest
+    fp64     float64         float64  float64   2.2e-16  1.8e308  the oracle
+    fp32     float32         float32  float32   1.2e-07  3.4e38
+    bf16     float32         float32  bfloat16  7.8e-03  3.4e38   autocast
+    bf16_sr  bfloat16        float32  bfloat16  7.8e-03  3.4e38   rounded by chance: stochastic.py
+    fp16     float32         float32  float16   9.8e-04  65504    autocast, scaling: loss_scale.py
+    fp8      float32         float32  e4m3      1.2e-01  448      bf16 but for the blocks: fp8.py
 
 bf16 keeps float32's exponent and so its range; what it gives up is precision, which sums, norms,
 softmax, loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018,

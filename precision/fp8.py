@@ -9,7 +9,6 @@ What lies beyond 464, inf too, torch casts to an e4m3 of 448 since version 2.13,
 Each tensor is made to fit by a scale:
 
     scale = amax(x) / largest        float32; power_of_two: the next one, which rounds nothing
-                                     itself
     q     = cast(clamp(x / scale))   saturate, then cast: no inf or NaN can come of it
     a·bᵀ  ≈ Σ_k (qa scale_a)(qb scale_b)
 
@@ -301,7 +300,7 @@ def convert(
     hardware: str = "auto",
     only: tuple[str, ...] = ("blocks.",),
 ) -> State:
-    """The modules with a `product` whose names begin with one of `only` now multiply in FP8 on
+    """The modules with a `matmul` whose names begin with one of `only` now multiply in FP8 on
     `device`, in those of the three products that are on. hardware: auto, always or never."""
     for option, value, allowed in (
         ("scaling", scaling, ("tensor", "row", "block")),
@@ -320,9 +319,7 @@ def convert(
         raise ValueError(
             "--fp8.*: all three products are off; leave one on, or type --precision=bf16"
         )
-    layers = {
-        n: m for n, m in model.named_modules() if hasattr(m, "product") and n.startswith(only)
-    }
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "matmul") and n.startswith(only)}
     why = lacking(device, scaling, [tuple(m.weight.shape) for m in layers.values()])
     if hardware == "always" and why is not None:
         raise ValueError(f"{why}; leave --fp8.hardware=always out to emulate them")
@@ -331,5 +328,5 @@ def convert(
     recipe = Recipe(scaling, products, gradient_format, power_of_two, why is None, amd)
     histories = {n: torch.zeros(1 + history, 3, device=device) for n in layers} if delayed else {}
     for name, module in layers.items():
-        module.product = partial(linear, recipe=recipe, amaxes=histories.get(name))
+        module.matmul = partial(linear, recipe=recipe, amaxes=histories.get(name))
     return State(why, histories)

@@ -4,11 +4,11 @@
     fp16     zero  | subnormal  | all 11 bits  |  saturates
                    2^-24        2^-14          2^16
 
-    format   bits  largest   smallest normal   smallest    a tensor's values in [2^e, 2^(e+1)) become
-    fp16      16   65504     2^-14             2^-24       zero if e < smallest's exponent - 1,
-    bf16      16   3.4e38    2^-126            2^-133      subnormal (fewer bits) if e < smallest normal's,
-    e4m3       8   448       2^-6              2^-9        saturated if e > largest's exponent,
-    e5m2       8   57344     2^-14             2^-16       and are kept otherwise
+    format  bits  largest  smallest normal  smallest  values of a tensor in [2^e, 2^(e+1)) become
+    fp16     16   65504    2^-14            2^-24     zero if e < smallest's exponent - 1,
+    bf16     16   3.4e38   2^-126           2^-133    subnormal if e < smallest normal's,
+    e4m3      8   448      2^-6             2^-9      saturated if e > largest's exponent,
+    e5m2      8   57344    2^-14            2^-16     and are kept otherwise
 
 Bins are whole powers of two, so three things are counted as kept or as subnormal that are not
 quite: exact halves of the smallest number become zero, and what lies between the largest number and
@@ -18,8 +18,7 @@ recording answers for every scale.
 
     recorder = Recorder(model, out_dir, every=100)
     recorder.start(step)                           before the forward passes
-    recorder.write(weights, gradients)             when these are summed: a line a tensor in
-                                                   histograms.jsonl
+    recorder.write(weights, gradients)             once summed: a tensor a line, histograms.jsonl
 
     python -m precision.histogram RUN [--format=fp16] [--scale=65536] [--step=N] [--out=FILE.png]
 

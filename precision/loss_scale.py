@@ -4,17 +4,17 @@
     g              6.0e-08    6.1e-05                     65504     0
     g x 2^16       9.1e-13    9.3e-10                     1.0       1.0e-08
 
-    loss x scale -> backward -> sum over ranks -> x 1/scale -> norm ->  finite on all ranks: clip,
-                                                                        step else: no step, a lower
-                                                                        scale
+    loss x scale -> backward -> sum over ranks -> x 1/scale -> norm
+        finite on all ranks -> clip, step
+        else                -> no step, a lower scale
 
 Gradients are linear in the loss, so the scaled run is the same run. The best scale is the largest
 that overflows nothing, and it moves during training; it is found by trying:
 
-    a step that is finite      the `window`-th in a row      scale x growth; `hysteresis` chances again
-                               any other                     nothing
-    a step that is not         chances left                  one chance less
-                               the last chance               scale x backoff, not below min_scale
+    a step that is finite     the `window`-th in a row    scale x growth; `hysteresis` chances again
+                              any other                   nothing
+    a step that is not        chances left                one chance less
+                              the last chance             scale x backoff, not below min_scale
 
 Since chances come back only when the scale grows, overflows need not follow each other to count:
 the first hysteresis - 1 since the last growth are forgiven, and from then on each lowers the scale

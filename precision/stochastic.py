@@ -1,5 +1,4 @@
-"""bf16 weights without a float32 copy: each step's result is rounded up or down by chance, right on
-average.
+"""bf16 weights without a float32 copy: each step is rounded up or down by chance, right on average.
 
                         before               during the step, 64 MiB at a time               after
     weights    bf16     p        ──────►     float32(p)  ─┐                          ┌────►   p
@@ -38,8 +37,8 @@ the next step, so the bits come back.
 
 Used with: schedulers made before or after, late groups, hooks, deepcopy, pickle, GradScaler,
 autocast and torch.compile around the step, DDP, torch.distributed.checkpoint; FSDP2 through
-parallel/sharded_optimizer.py. memory/offload.py may be wrapped around it, not the other way round: a step()
-that something else has replaced is refused, as are DTensors and groups without names.
+parallel/sharded_optimizer.py. memory/offload.py may be wrapped around it, not the other way round:
+a step() that something else has replaced is refused, as are DTensors and groups without names.
 """
 
 import hashlib
@@ -131,36 +130,7 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
         self.full_names |= full_names(self.param_groups[-1:])
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """In float32, where torch casts. What an older state does not say stays as it is."""
-        given = {}
-
-        def complete(_, saved):  # runs after the user's hooks
-            given.update(saved)
-            if len(saved["param_groups"]) == len(self.param_groups):  # torch refuses the others
-                pairs = zip(self.param_groups, saved["param_groups"])
-                given["param_groups"] = [{**mine, **theirs} for mine, theirs in pairs]
-            return given
-
-        def keep_precision(_):  # runs before the user's hooks
-            ids = [i for group in given["param_groups"] for i in group["params"]]
-            for i, p in zip(ids, [p for group in self.param_groups for p in group["params"]]):
-                for name, x in given["state"].get(i, {}).items():
-                    # None: cls has read another method's state
-                    now = self.state.get(p, {}).get(name)
-                    if half(p) and half(now):
-                        self.state[p][name] = x.to(p.device, torch.float32, copy=True)
-                    elif now is x and torch.is_tensor(x):  # torch would step what was given
-                        self.state[p][name] = x.clone()
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(complete),
-            self.register_load_state_dict_post_hook(keep_precision, prepend=True),
-        )
-        try:
-            cls.load_state_dict(self, state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        load_in_float32(self, cls, state_dict)
 
     def __reduce_ex__(self, protocol):
         return made_again, (cls, seed, shards, chunk_mb), self.__getstate__()
@@ -181,6 +151,40 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
     methods["step"].hooked = True  # so that torch does not wrap it once more
     methods["step"]._wrapped_by_lr_sched = True  # nor does a scheduler
     return type(cls.__name__, (cls,), methods)
+
+
+def load_in_float32(optimizer: Optimizer, cls: type[Optimizer], state_dict: dict) -> None:
+    """cls.load_state_dict, which casts, but in float32. What an older state does not say stays as it
+    is."""
+    given = {}
+
+    def complete(_, saved):  # runs after the user's hooks
+        given.update(saved)
+        if len(saved["param_groups"]) == len(optimizer.param_groups):  # torch refuses the others
+            pairs = zip(optimizer.param_groups, saved["param_groups"])
+            given["param_groups"] = [{**mine, **theirs} for mine, theirs in pairs]
+        return given
+
+    def keep_precision(_):  # runs before the user's hooks
+        ids = [i for group in given["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, [p for group in optimizer.param_groups for p in group["params"]]):
+            for name, x in given["state"].get(i, {}).items():
+                # None: cls has read another method's state
+                now = optimizer.state.get(p, {}).get(name)
+                if half(p) and half(now):
+                    optimizer.state[p][name] = x.to(p.device, torch.float32, copy=True)
+                elif now is x and torch.is_tensor(x):  # torch would step what was given
+                    optimizer.state[p][name] = x.clone()
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(complete),
+        optimizer.register_load_state_dict_post_hook(keep_precision, prepend=True),
+    )
+    try:
+        cls.load_state_dict(optimizer, state_dict)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def made_again(*arguments) -> Optimizer:

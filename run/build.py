@@ -182,12 +182,12 @@ def products(
     """Replaces the model's products where there are better ones, adds z-loss and counted n-grams of
     the text; returns FP8's state or None."""
     if cfg.z_loss is not None:
-        model.output = functools.partial(model.output, z_loss=cfg.z_loss)
+        model.loss_fn = functools.partial(model.loss_fn, z_loss=cfg.z_loss)
     if cfg.ngram is not None:
         add_ngrams(cfg, model, text)
     if cfg.compile == "off" and onednn.faster(cfg.precision, device):
-        for layer in (module for module in model.modules() if hasattr(module, "product")):
-            layer.product = onednn.linear
+        for layer in (module for module in model.modules() if hasattr(module, "matmul")):
+            layer.matmul = onednn.linear
     if cfg.precision != "fp8":
         return None
     from precision import fp8

@@ -66,7 +66,7 @@ def evaluate(
         n_bytes = 0
         if token_bytes is not None:
             n_bytes = int(token_bytes[targets.cpu().numpy()].sum())
-        seen = [loss.item(), model.hits, targets.numel(), n_bytes, silent[0]]
+        seen = [loss.item(), model.n_correct, targets.numel(), n_bytes, silent[0]]
         sums.add_(torch.tensor(seen, dtype=sums.dtype))
 
     model.eval()
@@ -97,14 +97,14 @@ def evaluate(
 def loss_without_bytes(model: torch.nn.Module, widths):
     """A list of one number: of the newest forward, the loss of the targets whose width is 0.
 
-    Each tp rank has the same targets, so the second call of `model.output` may be a collective too.
+    Each tp rank has the same targets, so the second call of `model.loss_fn` may be a collective too.
     """
-    plain, silent = model.output, [0.0]
+    plain, silent = model.loss_fn, [0.0]
     has_none = torch.zeros(0, dtype=torch.bool)
     if widths is not None:
         has_none = torch.from_numpy(widths == 0)
 
-    def output(logits: torch.Tensor, targets: torch.Tensor | None, *more):
+    def loss_fn(logits: torch.Tensor, targets: torch.Tensor | None, *more):
         silent[0] = 0.0
         which = None if targets is None else has_none.to(targets.device)[targets]  # (B, T)
         if which is not None and which.any():
@@ -112,11 +112,11 @@ def loss_without_bytes(model: torch.nn.Module, widths):
         return plain(logits, targets, *more)
 
     if has_none.any():
-        model.output = output
+        model.loss_fn = loss_fn
     try:
         yield silent
     finally:
-        model.output = plain
+        model.loss_fn = plain
 
 
 def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int) -> str:

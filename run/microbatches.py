@@ -119,4 +119,4 @@ class MicroBatches:
         if self.pipe is None:
             return self.model(ids, position_ids=position_ids)
         n_logits = self.model.config.vocab_size
-        return self.pipe.through(self.model, self.hidden_like, n_logits, ids, position_ids)
+        return self.pipe.logits(self.model, self.hidden_like, n_logits, ids, position_ids)

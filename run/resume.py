@@ -1,10 +1,9 @@
-"""Which run lives in out_dir, where and with which settings a new command goes on, how a run is
-stopped.
+"""Which run lives in out_dir, where and with which settings a new command goes on.
 
 resume=auto     out_dir's newest whole checkpoint; none: a fresh start
 resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
-resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an out_dir
-                of its own; the same command again goes on with the branch
+resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an
+                out_dir of its own; the same command again goes on with the branch
 """
 
 import os

@@ -1,7 +1,7 @@
 """Any optimizer on any layout is the same run: the matrix, printed.
 
-    python tests/matrix.py       float64, ten steps: every cell's largest relative difference from one process
-                                 over loss, gradient norm and validation loss
+    python tests/matrix.py       float64, ten steps: each cell's largest relative difference from
+                                 one process over loss, gradient norm and validation loss
     python tests/matrix.py --precision=fp32
 
 The runs are train.py's own, on forked processes with gloo, with micro-batches, dropout and

@@ -584,8 +584,8 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 - autocast: the step inside it, gradients given, in float64 and in float32, where not a bit differs.
 - torch.compile: the step, with aot_eager; with inductor in a slow test. Parameters in float64 of 0
   dimensions on a CPU are left out: compiled, torch 2.13 loses their update, in its own classes too.
-- DDP, ZeroRedundancyOptimizer, fully_shard, make_optimizer (`parallel/sharded_optimizer.py`): 2 ranks, gloo.
-  fully_shard alone hands its DTensors to the class.
+- DDP, ZeroRedundancyOptimizer, fully_shard, make_optimizer (`parallel/sharded_optimizer.py`): 2
+  ranks, gloo. fully_shard alone hands its DTensors to the class.
 - DCP: `get_optimizer_state_dict` in the middle, plain, full and flat, set in a fresh optimizer.
 - Load hooks: a pre-hook that returns a reordered state, one that changes its argument, a post-hook.
 - Late group: `add_param_group` at step 8; by hand, an optimizer of its own from there on.

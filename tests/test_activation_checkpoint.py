@@ -111,7 +111,7 @@ def test_products_by_onednn(how):
     for model in build("none", dtype=torch.float32), build(how, dtype=torch.float32):
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                module.product = onednn.linear
+                module.matmul = onednn.linear
         with Calls() as calls:
             run(model)
         results.append((gradients(model), calls.of("mkldnn._linear_pointwise")))
@@ -289,7 +289,7 @@ def random_steps(how, kind, change=lambda model: None):
     model = init_weights(GPT(GPTConfig(**MODERN | dict(dropout=0.0))).double())
     for block in model.blocks.values():
         if kind == "SDPA":
-            block.attn.core = with_attention(SDPA)
+            block.attn.attention_fn = with_attention(SDPA)
         else:
             block.drop_attn, block.drop_mlp = Drop(RANDOM[kind]), Drop(RANDOM[kind])
             # inside of what `attention` and `mlp` cover
@@ -346,7 +346,7 @@ def test_selective_draws_again_what_attention_draws(monkeypatch):
                         how,
                         "nn.Dropout",
                         lambda model, core=core: [
-                            setattr(b.attn, "core", core) for b in model.blocks.values()
+                            setattr(b.attn, "attention_fn", core) for b in model.blocks.values()
                         ],
                     )
                 )
@@ -516,12 +516,12 @@ def in_turn(blocks, x, where):
 
 def thin_peak(how, layers):
     model, x = nn.Module(), torch.zeros(1000, dtype=torch.float64, requires_grad=True)
-    model.through, model.blocks = in_turn, nn.ModuleDict({str(i): Thin() for i in range(layers)})
+    model.run_blocks, model.blocks = in_turn, nn.ModuleDict({str(i): Thin() for i in range(layers)})
     for block in model.blocks.values():
         block.attn = block.mlp = nn.Identity()
     keep_less(model, how)
     with Meter() as meter:
-        loss = model.through(list(model.blocks.values()), x * 1, None).sum()
+        loss = model.run_blocks(list(model.blocks.values()), x * 1, None).sum()
         loss.backward()
     return meter.peak / 8000
 

@@ -34,7 +34,9 @@ with open(out / "metrics.jsonl", "w") as file:
                    mfu=None if name.startswith("fp32") else 0.25, peak_bytes=2**20 * (100 + step))
         print(json.dumps(row), file=file)
     print(json.dumps(dict(step=9, event="save")), file=file)
-lines = ["commit abc, torch x, a CPU, 1 rank(s)", "9 parameters; a step is ..., in micro-batches of 4"]
+lines = [
+    "commit abc, torch x, a CPU, 1 rank(s)", "9 parameters; a step is ..., in micro-batches of 4"
+]
 lines += ["FP8 products need another machine"] * (given["precision"] == "fp8")
 (out / "train.log").write_text("\\n".join(lines))
 """

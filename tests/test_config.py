@@ -267,19 +267,22 @@ def test_what_is_to_be_typed_gives_the_value_in_a_shell(name, value):
     assert len(words) == 1 and (cfg.options[name] if "." in name else getattr(cfg, name)) == value
 
 
-REFUSED = """--n_head=3 | --n_embd=255 | --n_embd=7 --n_head=2 | --n_head=256 | --n_head=128 --arch=track3 |
---n_kv_head=3 | --n_head=8 --n_kv_head=6 | --mup_base_width=64 --arch=track3 | --tp=2 --n_kv_head=1 |
---logit_cap=none --logit_cap_form=root | --ngram_rows=5 | --schedule=cosine --decay_frac=0.3 | --tp=3 |
---lr_scaling=sqrt | --base_batch_size=5 | --batch_ramp=5 | --batch_ramp_from=5 | --tp=8 | --sp=true |
---batch_ramp=100 --batch_ramp_from=5 | --fsdp_shard=2 | --bucket_mb=3 --data_parallel=fsdp | --cp=3 |
---compress=topk --data_parallel=zero1 | --offload_params=cpu | --scaler.fixed=2 | --fp8.scaling=row |
---compress=topk --precision=fp16 | --diloco_every=4 --precision=bf16_sr | --patience=3 --eval_every=0 |
---compress=topk --on_spike=rollback | --min_delta=0.1 | --qk_clip=100 | --grad_clip=0 | --logit_cap=0 |
---tp=4 --n_kv_head=2 | --cp=2 --tp=2 --sp=true --block_size=30 | --cp=2 --window=20 | --tp=6 --n_head=8 |
---cp=2 --attention=plain | --cp=3 --cp_attention=ulysses --block_size=258 | --pp=2 --pp_chunks=2 | --pp=5 |
---cp=2 --cp_attention=ulysses --n_kv_head=1 | --pp=2 --pp_schedule=interleaved --pp_chunks=1 |
---pp=3 --pp_schedule=interleaved | --pp=2 --n_layer=1 | --n_layer=1 --pp=2 --pp_schedule=interleaved |
---data_parallel=zero2 --tp=2 | --data_parallel=fsdp --pp=2 --pp_schedule=zerobubble |
+REFUSED = """--n_head=3 | --n_embd=255 | --n_embd=7 --n_head=2 | --n_head=256 |
+--n_head=128 --arch=track3 | --n_kv_head=3 | --n_head=8 --n_kv_head=6 |
+--mup_base_width=64 --arch=track3 | --tp=2 --n_kv_head=1 | --logit_cap=none --logit_cap_form=root |
+--ngram_rows=5 | --schedule=cosine --decay_frac=0.3 | --tp=3 | --lr_scaling=sqrt |
+--base_batch_size=5 | --batch_ramp=5 | --batch_ramp_from=5 | --tp=8 | --sp=true |
+--batch_ramp=100 --batch_ramp_from=5 | --fsdp_shard=2 | --bucket_mb=3 --data_parallel=fsdp |
+--cp=3 | --compress=topk --data_parallel=zero1 | --offload_params=cpu | --scaler.fixed=2 |
+--fp8.scaling=row | --compress=topk --precision=fp16 | --diloco_every=4 --precision=bf16_sr |
+--patience=3 --eval_every=0 | --compress=topk --on_spike=rollback | --min_delta=0.1 |
+--qk_clip=100 | --grad_clip=0 | --logit_cap=0 | --tp=4 --n_kv_head=2 |
+--cp=2 --tp=2 --sp=true --block_size=30 | --cp=2 --window=20 | --tp=6 --n_head=8 |
+--cp=2 --attention=plain | --cp=3 --cp_attention=ulysses --block_size=258 | --pp=2 --pp_chunks=2 |
+--pp=5 | --cp=2 --cp_attention=ulysses --n_kv_head=1 |
+--pp=2 --pp_schedule=interleaved --pp_chunks=1 | --pp=3 --pp_schedule=interleaved |
+--pp=2 --n_layer=1 | --n_layer=1 --pp=2 --pp_schedule=interleaved | --data_parallel=zero2 --tp=2 |
+--data_parallel=fsdp --pp=2 --pp_schedule=zerobubble |
 --pp=2 --pp_schedule=zerobubble --compile=default | --activation_checkpoint=full_sharded |
 --n_head=32 --attention=flex | --tp=9 --n_head=1"""
 
@@ -375,8 +378,8 @@ def test_help_names_every_field_with_its_default(capsys):
 
 
 def test_every_field_is_used():
-    """A flag that does nothing is a defect: each field's name appears outside settings/fields.py and
-    settings/checks.py."""
+    """A flag that does nothing is a defect: each field's name appears outside settings/fields.py
+    and settings/checks.py."""
     from pathlib import Path
 
     root = Path(__file__).parent.parent

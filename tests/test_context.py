@@ -47,10 +47,10 @@ def compiler():
 def core(way, group, plain=causal_attention):
     """What `split` puts in place of a module's `plain` core."""
     module = torch.nn.Module()
-    module.core, module.head_size = plain, 1
+    module.attention_fn, module.head_size = plain, 1
     module.q = module.k = torch.nn.Linear(1, 12)
     split(module, group, way)
-    return module.core
+    return module.attention_fn
 
 
 def qkv(heads, kv_heads, T=24, D=8, dtype=torch.float64, seed=0):
@@ -181,7 +181,7 @@ def step(model, at, checkpointed=False, autocast=False):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     with torch.no_grad():
         model.eval()(ids[:, :-1][:, at], ids[:, 1:][:, at], position_ids=at)
-    return {"loss": loss.detach(), "hits": model.hits.double()} | gradients
+    return {"loss": loss.detach(), "hits": model.n_correct.double()} | gradients
 
 
 def model_run(rank, n, runs):
@@ -529,10 +529,10 @@ def test_ulysses_refuses_heads_it_cannot_deal_out():
 
 def test_one_rank_changes_nothing():
     model = build(MODERN)
-    cores = [b.attn.core for b in model.blocks.values()]
+    cores = [b.attn.attention_fn for b in model.blocks.values()]
     for way in ("ring", "ulysses"):
         split(model, None, way)
-        assert [b.attn.core for b in model.blocks.values()] == cores
+        assert [b.attn.attention_fn for b in model.blocks.values()] == cores
         assert torch.equal(positions(24, 1, 0, way), torch.arange(24))
 
 

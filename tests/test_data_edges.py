@@ -1070,9 +1070,9 @@ def bits(rank: int, world: int, ids: np.ndarray) -> dict:
             tokens = rows(numbers)
             look(i, model(tokens[:, :-1], tokens[:, 1:]), tokens[:, 1:])
 
-    before = model.output
+    before = model.loss_fn
     found = evaluate.evaluate(model, each, rows, 64, 3, words, mesh)
-    assert model.output is before
+    assert model.loss_fn is before
     return found
 
 
@@ -1108,9 +1108,9 @@ def test_text_that_is_all_special_has_no_bits_per_byte():
 
 def test_nothing_is_computed_twice_where_every_token_has_bytes():
     model = small_model(256)
-    before = model.output
+    before = model.loss_fn
     with evaluate.loss_without_bytes(model, Tokenizer("bytes").byte_lengths(256)) as silent:
-        assert model.output is before and silent == [0.0]
+        assert model.loss_fn is before and silent == [0.0]
 
 
 def test_the_one_place_that_maps_users_files_is_the_one_that_watches_them():

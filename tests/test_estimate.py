@@ -697,8 +697,8 @@ def test_a_number_that_is_none_is_refused(text):
 
 
 def test_a_blank_stands_for_the_equals_sign_and_none_for_none():
-    words = "--params 7B --gpus=64 --precision none --n_kv_head=None --offload NONE --reshard FALSE".split()
-    s, _ = estimate.parse(words)
+    words = "--params 7B --gpus=64 --precision none --n_kv_head=None --offload NONE --reshard FALSE"
+    s, _ = estimate.parse(words.split())
     assert (s["params"], s["gpus"], s["precision"], s["n_kv_head"], s["offload"], s["reshard"]) == (
         7 * 10**9,
         64,

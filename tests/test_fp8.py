@@ -358,7 +358,7 @@ def test_every_code_becomes_the_number_that_torch_casts_it_to(form, dtype):
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_onednn_multiplies_the_same_numbers_in_another_order(scaling, monkeypatch):
     calls, real = [], fp8.onednn.product
-    monkeypatch.setattr(fp8.onednn, "product", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(fp8.onednn, "matmul", lambda *args: calls.append(1) or real(*args))
     # It has no float64
     for dtype, tolerance, n in ((torch.float32, 2e-6, 3), (torch.float64, 0, 0)):
         x, w, dy = tensors(dtype=dtype, bias=False)
@@ -501,7 +501,7 @@ def test_it_agrees_with_torchao():
 # ---- delayed scaling -----------------------------------------------------------------------------
 def layer_state(history=3, **options):
     layer = torch.nn.Linear(20, 24, bias=False)
-    layer.product = F.linear
+    layer.matmul = F.linear
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleDict({"0": layer})
     return layer, fp8.convert(
@@ -517,7 +517,7 @@ def test_delayed_scales_come_from_the_largest_amax_of_the_last_steps():
         before = state.histories["blocks.0"].clone()
         window = sizes[max(0, i - 3) : i]
         assert before[1:, 0].max().item() == max(window, default=0)
-        y = layer.product(x, layer.weight)
+        y = layer.matmul(x, layer.weight)
         y.backward(torch.full_like(y, 100 * size))
         amax = max(window, default=size)  # an empty window: the tensor's own
         w = naive(layer.weight.detach().double(), "tensor", WEIGHT, E4M3).float()
@@ -539,24 +539,24 @@ def test_micro_batches_recomputation_and_evaluation_leave_the_scales_alone():
     history = state.histories["blocks.0"]
     history[1:] = 1.0
     big, small = torch.full((4, 20), 3.0), torch.randn(4, 20).clamp(-1, 1)
-    alone = layer.product(small, layer.weight).detach()
-    layer.product(big, layer.weight)
+    alone = layer.matmul(small, layer.weight).detach()
+    layer.matmul(big, layer.weight)
     # After a larger micro-batch of this step
-    assert torch.equal(layer.product(small, layer.weight), alone)
+    assert torch.equal(layer.matmul(small, layer.weight), alone)
     assert history[0, 0] == 3 and (history[1:] == 1).all()
     with torch.no_grad():
-        layer.product(10 * big, layer.weight)
+        layer.matmul(10 * big, layer.weight)
     assert history[0, 0] == 3
     state.step()
-    assert not torch.equal(layer.product(small, layer.weight), alone)
+    assert not torch.equal(layer.matmul(small, layer.weight), alone)
 
     grads = []
     for again in (False, True):
         x = small.clone().requires_grad_()
         if again:
-            y = checkpoint(lambda x: layer.product(x, layer.weight), x, use_reentrant=False)
+            y = checkpoint(lambda x: layer.matmul(x, layer.weight), x, use_reentrant=False)
         else:
-            y = layer.product(x, layer.weight)
+            y = layer.matmul(x, layer.weight)
         grads.append([y, *torch.autograd.grad(y.square().sum(), [x, layer.weight])])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
@@ -569,7 +569,7 @@ def test_a_zero_weight_and_a_first_step_have_the_tensors_own_scale():
     for size in (0.0, 1e-6):
         layer.weight.data.fill_(size)
         x = torch.ones(3, 20, requires_grad=True)
-        y = layer.product(x, layer.weight)
+        y = layer.matmul(x, layer.weight)
         y.backward(torch.full_like(y, 1e-6))
         state.step()
         assert y.detach().unique().item() == pytest.approx(20 * size, rel=1e-6)
@@ -615,7 +615,7 @@ def test_a_delayed_run_goes_on_bitwise_from_its_tree():
         assert (train(again, fresh, 3, first=3) == rest) == (not cut)
         same = all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
         assert same == (not cut)
-    assert tree.keys() == {n for n, m in model.named_modules() if hasattr(m, "product")} - {"head"}
+    assert tree.keys() == {n for n, m in model.named_modules() if hasattr(m, "matmul")} - {"head"}
     assert len(tree) == 12 and all(h.shape == (4, 3) and h[:3].all() for h in tree.values())
 
 
@@ -714,15 +714,15 @@ def test_a_model_learns_in_fp8_as_it_does_in_bf16():
 def test_only_products_inside_blocks_are_replaced_and_options_are_checked():
     model, state = small_gpt(history=2)
     fresh = GPT(GPTConfig(**SHAPE))
-    assert model.head.product is fresh.head.product is F.linear
+    assert model.head.matmul is fresh.head.matmul is F.linear
     assert all(
-        m.product.func is linear for n, m in model.blocks.named_modules() if hasattr(m, "product")
+        m.matmul.func is linear for n, m in model.blocks.named_modules() if hasattr(m, "matmul")
     )
     assert state.tree() == {} and state.emulated.startswith("FP8 products") and state.step() is None
     assert small_gpt(hardware="never")[1].emulated == "--fp8.hardware=never"
     other, _ = small_gpt(only=("blocks.1.", "head"))
-    assert isinstance(other.head.product, type(model.blocks["0"].attn.q.product))
-    assert other.blocks["0"].attn.q.product is F.linear
+    assert isinstance(other.head.matmul, type(model.blocks["0"].attn.q.matmul))
+    assert other.blocks["0"].attn.q.matmul is F.linear
     for options, message in (
         ({"scaling": "blocks"}, "tensor, row, block"),
         ({"gradient_format": "e4m3fn"}, "e4m3, e5m2"),
@@ -781,8 +781,8 @@ def test_a_compiled_layer_has_no_graph_break_and_the_same_bits(delayed, backend)
         torch._dynamo.reset()
         layer, state = layer_state(history=3)
         if not delayed:
-            layer.product, state.histories = fp8.partial(linear, recipe=recipe()), {}
-        inner = lambda x: torch.relu(layer.product(x, layer.weight))  # noqa: E731
+            layer.matmul, state.histories = fp8.partial(linear, recipe=recipe()), {}
+        inner = lambda x: torch.relu(layer.matmul(x, layer.weight))  # noqa: E731
         function = torch.compile(inner, fullgraph=True, backend=backend) if compiled else inner
         found = []
         for i in range(3):

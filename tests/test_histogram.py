@@ -152,14 +152,14 @@ def test_a_row_for_each_weight_gradient_activation_and_its_gradient(tmp_path):
 
 def test_activations_and_their_gradients_are_those_of_the_step(tmp_path):
     model = init_weights(GPT(GPTConfig(**MODEL)))
-    kept, plain = [], model.head.product
+    kept, plain = [], model.head.matmul
 
     def product(x, weight, bias):
         kept.append(plain(x, weight, bias))
         kept[0].retain_grad()
         return kept[0]
 
-    model.head.product = product
+    model.head.matmul = product
     recorder = Recorder(model, tmp_path, 1)
     recorder.start(0)
     (model(batch(slice(4))[:, :-1], batch(slice(4))[:, 1:]) / 32).backward()

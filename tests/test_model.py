@@ -155,7 +155,7 @@ def test_the_attention_core_is_replaceable():
 
     expected = model(x)
     for block in model.blocks.values():
-        block.attn.core = by_hand
+        block.attn.attention_fn = by_hand
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -168,7 +168,7 @@ def test_tied_weights_are_one_parameter():
 def test_hits_count_the_right_guesses():
     model, x, y = awake(ARCHS[0]).eval(), tokens(3, 16), tokens(3, 16, seed=1)
     model(x, y)
-    assert model.hits == (model(x).argmax(-1) == y).sum()
+    assert model.n_correct == (model(x).argmax(-1) == y).sum()
 
 
 # ---- dropout -------------------------------------------------------------------------------------
@@ -224,13 +224,13 @@ def test_generation_is_repeatable_and_goes_past_the_block():
 @pytest.mark.parametrize("config", ARCHS)
 def test_kept_keys_and_values_change_nothing(config):
     model, ids = awake(config).eval(), tokens(2, 3)
-    cores = [block.attn.core for block in model.blocks.values()]
+    cores = [block.attn.attention_fn for block in model.blocks.values()]
     got = generate(model, ids, 30, temperature=0)
     start = 0
     for n in range(3, 33):  # without a cache; full at 16 tokens, it goes on from the last 8
         start = n - 8 if n - start > 16 else start
         assert torch.equal(got[:, n], model(got[:, start:n])[:, -1].argmax(-1))
-    assert [block.attn.core for block in model.blocks.values()] == cores
+    assert [block.attn.attention_fn for block in model.blocks.values()] == cores
 
 
 def test_temperature_zero_takes_the_likeliest():

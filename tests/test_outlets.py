@@ -157,10 +157,12 @@ def test_tensorboard_and_wandb_that_fail_are_left_out(tmp_path, capsys):
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_goes_away_is_no_error_and_no_exit_status(stream):
     code = f"""
-import os, outlets
+import os
+from metrics.outlets import complain, print_line
 reader, writer = os.pipe()
 os.dup2(writer, sys.{stream}.fileno()); os.close(writer); os.close(reader)
-heard = [outlets.print_line("hello") for _ in range(2)] if {stream == "stdout"} else [outlets.complain("hello")]
+speak = print_line if {stream == "stdout"} else complain
+heard = [speak("hello") for _ in range({2 if stream == "stdout" else 1})]
 print("still here", heard, file=sys.{"stderr" if stream == "stdout" else "stdout"})
 """
     run = python(code)
@@ -254,8 +256,8 @@ class Bytes:
 @pytest.mark.parametrize("stop_at", [None, 1, 3])
 def test_an_evaluation_asks_now_and_then_and_its_sums_do_not_depend_on_it(stop_at):
     model = torch.nn.Linear(1, 1)
-    model.config, model.output = types.SimpleNamespace(vocab_size=256), None
-    model.hits, asked, seen = 1, [], []
+    model.config, model.loss_fn = types.SimpleNamespace(vocab_size=256), None
+    model.n_correct, asked, seen = 1, [], []
 
     def each(batches, rows, look):
         for i, numbers in enumerate(batches):

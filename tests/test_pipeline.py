@@ -106,8 +106,8 @@ class Stage:
         )
         self.model = init_weights(build(shape, self.pipe.layers))
         for module in self.model.modules() if product else ():
-            if hasattr(module, "product"):
-                module.product = product
+            if hasattr(module, "matmul"):
+                module.matmul = product
         if name == "zerobubble":
             self.pipe.deferred = defer_weight_gradients(self.model)
 
@@ -204,9 +204,7 @@ def written(rank, world, name, v):
     x = micro_batch(0)[0][:1]
 
     def forward(x, positions):
-        return stage.pipe.through(
-            stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, positions
-        )
+        return stage.pipe.logits(stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, positions)
 
     with torch.no_grad():
         return forward(x, torch.arange(T)), generate(
@@ -443,8 +441,8 @@ def frozen(model):
 
 def custom(model):
     for module in model.modules():
-        if hasattr(module, "product"):
-            module.product = Halved.apply
+        if hasattr(module, "matmul"):
+            module.matmul = Halved.apply
 
 
 class Halved(torch.autograd.Function):
@@ -473,7 +471,7 @@ def test_the_split_composes_with_frozen_weights_and_other_products(shape, change
 def products(linear, weight, x):
     queue = defer_weight_gradients(linear)
     with torch.autocast("cpu", torch.bfloat16):
-        y = linear.product(x, weight, linear.bias)
+        y = linear.matmul(x, weight, linear.bias)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     return queue
@@ -482,7 +480,7 @@ def products(linear, weight, x):
 def test_the_split_composes_with_autocast_and_views():
     x, leaf = torch.randn(5, 6), torch.randn(8, 6, requires_grad=True)
     linear = torch.nn.Linear(6, 4)
-    linear.product = torch.nn.functional.linear
+    linear.matmul = torch.nn.functional.linear
     queue = products(linear, leaf[2:6], x.requires_grad_())
     assert len(queue) == 1 and leaf.grad is None and linear.bias.grad is None
     dx, x.grad = x.grad, None
@@ -499,14 +497,14 @@ def test_the_split_composes_with_autocast_and_views():
 def test_the_split_frees_what_it_kept():
     model = init_weights(build(MODERN))
     seen, queue = [], defer_weight_gradients(model)
-    product = model.blocks["3"].mlp.fc.product
+    product = model.blocks["3"].mlp.fc.matmul
 
     def watched(x, weight, bias):
         y = product(x, weight, bias)
         seen.extend(weakref.ref(part.untyped_storage()) for part in (x, y))
         return y
 
-    model.blocks["3"].mlp.fc.product = watched
+    model.blocks["3"].mlp.fc.matmul = watched
     model(*micro_batch(0)[:2]).backward()
     assert seen[0]() is not None and seen[1]() is None  # the output went with the first half
     weight_gradients(queue)
@@ -527,8 +525,8 @@ def fp32_split(rank, world):
     pipe = Pipeline(dist.group.WORLD, "zerobubble", 2)
     model = init_weights(GPT(GPTConfig(**shape), pipe.layers))
     for module in model.modules():
-        if hasattr(module, "product"):
-            module.product = onednn.linear
+        if hasattr(module, "matmul"):
+            module.matmul = onednn.linear
     pipe.deferred = defer_weight_gradients(model)
 
     def forward(i, layers, x):

@@ -130,7 +130,7 @@ def docstring_table():
     cells = []
     for name in ROWS:
         mfu, found = compared(name)
-        cells.append(f"{name + '*' * (name in FITTED):15} {mfu:.3f} {found:.3f} {found / mfu:.2f}")
+        cells.append(f"{name + '*' * (name in FITTED):13} {mfu:.3f} {found:.3f} {found / mfu:.2f}")
     return "\n".join("    " + "  ".join(cells[i : i + 3]) for i in range(0, len(cells), 3)) + "\n"
 
 

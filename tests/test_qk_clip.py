@@ -121,7 +121,7 @@ def test_steps_are_those_by_hand(shape):
         watcher.start(step)
         cores = [Scores() for _ in hand.blocks]
         for block, core in zip(hand.blocks.values(), cores):
-            block.attn.core = core
+            block.attn.attention_fn = core
         for part in batch(step).chunk(2):  # two micro-batches
             for m in (model, hand):
                 m(part[:, :-1], part[:, 1:]).backward()

@@ -83,7 +83,8 @@ KINDS = """--optim=adamw --opt.betas=0.9,0.95 --tied=true | --optim=schedule_fre
 --norm=layernorm --bias=true --scalar_lr=0.02 --mup_base_width=16 |
 --precision=bf16 --schedule=cosine --min_lr_frac=0.1 --warmup_steps=1 --window=7 |
 --ngram_embed=3 --head_lr=0.1 --activation_checkpoint=every_2 --precision=fp64 |
---n_kv_head=1 --micro_batch_size=2 --activation_checkpoint=none --logit_cap=none --eval_every=none"""
+--n_kv_head=1 --micro_batch_size=2 --activation_checkpoint=none --logit_cap=none
+--eval_every=none"""
 SLOW = """--seed=3 | --optim=sgd --opt.momentum=0.9 |
 --arch=gpt2 --optim=adamw --bias=false --weight_decay=0.1 |
 --qk_clip=100 --qk_norm=false --schedule=wsd --schedule.shape=cosine --ngram=2 | --optim=lion |

@@ -35,7 +35,9 @@ try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
     sys.exit("train.py: " + given["out_dir"] + " is in use by another")
-open(given["out_dir"] + "/starts", "a").write(" ".join(sys.argv) + os.environ["OMP_NUM_THREADS"] + "\\n")
+starts = open(given["out_dir"] + "/starts", "a")
+starts.write(" ".join(sys.argv) + os.environ["OMP_NUM_THREADS"] + "\\n")
+starts.close()
 if given.get("optim") == "lion":
     sys.exit("some noise\\nValueError: no lions | here\\nmore noise")
 path = given["out_dir"] + "/metrics.jsonl"
@@ -178,7 +180,7 @@ def as_process(folder, *words) -> list[str]:
     (folder / "fake.py").write_text(FAKE)
     code = (
         f"import sys, sweep; sweep.TRAIN = {str(folder / 'fake.py')!r}; "
-        "sweep.sweep_results.picture = lambda *_: b''; sys.exit(sweep.main(sys.argv[1:]))"
+        "sweep.results.picture = lambda *_: b''; sys.exit(sweep.main(sys.argv[1:]))"
     )
     return [sys.executable, "-c", code, str(folder / "s"), *words]
 
@@ -258,7 +260,7 @@ def test_a_search_whose_reader_goes_away_comes_to_its_end(tmp_path):
 
 
 def test_two_searches_do_not_share_a_folder(go, tmp_path):
-    lock = sweep.resume.RunLock(tmp_path / "s")
+    lock = sweep.control.RunLock(tmp_path / "s")
     with pytest.raises(ValueError, match="is in use by process .* take another SWEEP_DIR"):
         go("--search.lr=1e-3,1e-2")
     lock.release()
@@ -317,7 +319,8 @@ if lr == 0.1:
     with open(path, "a") as file:
         file.write('{{"step": 12, "val_loss": {last}}}\\n')
         if {status}:
-            file.write('{{"step": 12, "event": "nonfinite", "text": "loss nan", "action": "abort"}}\\n')
+            row = {{"step": 12, "event": "nonfinite", "text": "loss nan", "action": "abort"}}
+            file.write(json.dumps(row) + "\\n")
             sys.exit("train.py: step 12: loss nan")
 """
     )
@@ -462,7 +465,7 @@ def test_a_folder_at_work_with_other_values_is_not_moved(go, tmp_path):
     go(*WORDS)
     folder = tmp_path / "s" / "trial-0001"
     (folder / "trial.json").write_text(json.dumps({"values": {"lr": "5", "n_layer": "4"}}))
-    lock = sweep.resume.RunLock(folder)
+    lock = sweep.control.RunLock(folder)
     with pytest.raises(
         ValueError, match="trial-0001 has --lr=5 .* process .* is at work there; stop it"
     ):

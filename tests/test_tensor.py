@@ -156,7 +156,7 @@ def evaluate(rank, world, split, shapes):
             generate(model, x[:2, :3], 7, t, top_k=k, seed=3) for t, k in ((0, None), (1.0, 20))
         ]
         model(x, targets)
-        found.append((loss, model.hits.item(), model.hits.shape, logits, *drawn))
+        found.append((loss, model.n_correct.item(), model.n_correct.shape, logits, *drawn))
     return found
 
 
@@ -386,8 +386,8 @@ def test_each_rank_keeps_its_part():
 def test_one_rank_changes_nothing():
     model = build(MODERN)
     before = {name: (p, p.shape) for name, p in model.named_parameters()}
-    forwards, out = [m.forward for m in model.modules()], model.output
-    assert tensor.split(model, None) == {} and model.output is out
+    forwards, out = [m.forward for m in model.modules()], model.loss_fn
+    assert tensor.split(model, None) == {} and model.loss_fn is out
     assert {name: (p, p.shape) for name, p in model.named_parameters()} == before
     assert forwards == [m.forward for m in model.modules()]
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -448,7 +448,7 @@ def late_product(rank, world):
     called = []
     for name, m in model.named_modules():
         if isinstance(m, nn.Linear):
-            m.product = lambda x, w, b, name=name: (
+            m.matmul = lambda x, w, b, name=name: (
                 called.append((name, b is None)) or F.linear(x, w, b)
             )
     model(*tokens(GPT2)[:2], sample_ids=tokens(GPT2)[2])

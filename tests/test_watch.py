@@ -25,23 +25,23 @@ FIELDS = ("loss", "grad_norm", "max_logit", "log_z", "weight_rms", "update_rms",
 def test_a_row_is_what_is_found_by_hand(shape):
     model, optimizer, watcher = watched(shape, 0.01, None, every=2)
     named, kinds = dict(model.named_parameters()), param_groups.kinds(model)
-    cores_before = [block.attn.core for block in model.blocks.values()]
+    cores_before = [block.attn.attention_fn for block in model.blocks.values()]
     norms = [torch.tensor(x).double() for x in (0.5, 2.0, 3.0, 0.1, 4.0)]
     for step, norm in enumerate(norms):
         watcher.start(step)
-        looked = [block.attn.core for block in model.blocks.values()] != cores_before
+        looked = [block.attn.attention_fn for block in model.blocks.values()] != cores_before
         assert looked == (step in (1, 3))
         tops, z, before = {}, [], {name: p.detach().clone() for name, p in named.items()}
         for part in batch(step).chunk(2):
             model(part[:, :-1], part[:, 1:]).backward()
             with torch.no_grad():
                 model.eval()
-                cores = {name: block.attn.core for name, block in model.blocks.items()}
+                cores = {name: block.attn.attention_fn for name, block in model.blocks.items()}
                 for name, block in model.blocks.items():
-                    block.attn.core = tops.setdefault(name, Scores(shape.get("window")))
+                    block.attn.attention_fn = tops.setdefault(name, Scores(shape.get("window")))
                 z.append(model(part[:, :-1]).exp().sum(-1).log().flatten())
                 for name, block in model.blocks.items():
-                    block.attn.core = cores[name]
+                    block.attn.attention_fn = cores[name]
                 model.train()
         optimizer.step(), optimizer.zero_grad()
         row = watcher.row(norm, 1.0)
@@ -63,7 +63,7 @@ def test_a_row_is_what_is_found_by_hand(shape):
             expected[f"weight_rms/{kind}"] = new.square().mean().sqrt().item()
             expected[f"update_rms/{kind}"] = (new - old).square().mean().sqrt().item()
         assert row == pytest.approx(expected, rel=1e-11)
-        assert [block.attn.core for block in model.blocks.values()] == cores_before
+        assert [block.attn.attention_fn for block in model.blocks.values()] == cores_before
     assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
 
 

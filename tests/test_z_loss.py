@@ -38,8 +38,8 @@ def by_hand(logits, targets):
 
 def test_the_gradient_has_it_and_the_value_has_not():
     logits, targets = numbers()
-    plain, _ = models.output(logits, targets, False)
-    loss, hits = models.output(logits, targets, True, Z)
+    plain, _ = models.loss_fn(logits, targets, False)
+    loss, hits = models.loss_fn(logits, targets, True, Z)
     expected, gradient = by_hand(logits, targets)
     assert torch.equal(loss, plain) and hits is not None
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
@@ -52,7 +52,7 @@ def test_the_gradient_has_it_and_the_value_has_not():
 def cut_vocabulary(rank, world, z_loss):
     logits, targets = numbers()
     mine = logits.detach().chunk(world, -1)[rank].clone().requires_grad_()
-    loss, hits = tensor.output(mine, targets, True, dist.group.WORLD, z_loss)
+    loss, hits = tensor.loss_fn(mine, targets, True, dist.group.WORLD, z_loss)
     (3 * loss).backward()
     return loss.detach(), mine.grad, hits
 
@@ -79,9 +79,9 @@ def test_log_z_is_that_of_the_capped_logits():
     x, y = torch.randint(12, (2, 2, 8), generator=torch.Generator().manual_seed(1))
     logits = model(x)
     assert logits.abs().max() > 1.5
-    total = models.output(logits, y, False)[0] + Z * logits.exp().sum(-1).log().square().sum()
+    total = models.loss_fn(logits, y, False)[0] + Z * logits.exp().sum(-1).log().square().sum()
     expected = torch.autograd.grad(total, model.embed.weight)[0]
-    model.output = functools.partial(model.output, z_loss=Z)
+    model.loss_fn = functools.partial(model.loss_fn, z_loss=Z)
     model(x, y).backward()
     torch.testing.assert_close(model.embed.weight.grad, expected, rtol=1e-11, atol=1e-11)
 

@@ -279,7 +279,7 @@ def in_another_way(rank, world, how):
     if how == "onednn":
         for layer in model.modules():
             if isinstance(layer, torch.nn.Linear):
-                layer.product = onednn.linear
+                layer.matmul = onednn.linear
     elif how == "autocast":
 
         def loss(tokens, rows):
@@ -290,7 +290,7 @@ def in_another_way(rank, world, how):
     elif how:
         blocks = [*model.blocks.values()]
         runs = [partial(again, blocks[i : i + how]) for i in range(0, len(blocks), how)]
-        model.through = lambda _, x, where: reduce(lambda x, run: run(x, where), runs, x)
+        model.run_blocks = lambda _, x, where: reduce(lambda x, run: run(x, where), runs, x)
     return replica.run(micro_batches=2), zero.sent_bytes
 
 
