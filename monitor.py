@@ -185,13 +185,13 @@ class SpikeMonitor:
         kept=(),
         on_spike: str | None = "skip",
         on_nonfinite: str | None = "skip",
-        precision: str = "fp32",
+        loss_scaling: bool = False,
         config: MonitorConfig = MonitorConfig(),
         disk=None,
     ):
         self.config, self.detectors = config, config.detectors()
         self.on_spike, self.on_nonfinite = on_spike, on_nonfinite
-        self.fp16 = precision == "fp16"
+        self.loss_scaling = loss_scaling
         self.position, self.snapshots = position, None
         if "rollback" in (on_spike, on_nonfinite):
             self.snapshots = disk
@@ -217,7 +217,7 @@ class SpikeMonitor:
         """
         self.events, seen = [], self.seen
         if not math.isfinite(loss + norm):
-            if self.fp16 and math.isfinite(loss):
+            if self.loss_scaling and math.isfinite(loss):
                 return "step"  # an overflow: the loss scaler will not let this step happen
             return self.act(self.on_nonfinite, step, loss, norm, rows, "nonfinite")
         self.done.bad = 0
@@ -338,7 +338,7 @@ class SpikeMonitor:
             return f"lr too high: norms grew from {before:.2g} to {lately:.2g}", slower
         if finite and len(found) == 3 and step - found[0] <= 100:
             return "lr too high: spike after spike", slower
-        if not finite and self.fp16:
+        if not finite and self.loss_scaling:
             return "activations beyond fp16's 65504", "--precision=bf16"
         if not finite:
             remedy = f"look at these rows, try higher --precision; if it stays, {slower}"

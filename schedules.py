@@ -26,6 +26,7 @@ MiniCPM's; Llama 2, often named for it, used cosine. A cosine that starts at lr 
 groups, as in some texts, loses a step or the groups.
 """
 
+import inspect
 import math
 
 
@@ -54,7 +55,7 @@ def linear(t: int, T: int, minimum: float = 0.0) -> float:
     return 1 - (1 - minimum) * t / T
 
 
-def constant(t: int, T: int, minimum: float = 0.0) -> float:
+def constant(t: int, T: int) -> float:
     return 1.0
 
 
@@ -100,7 +101,18 @@ def onecycle(
 
 
 SHAPES = {f.__name__: f for f in (wsd, cosine, linear, constant, inverse_sqrt, sgdr, onecycle)}
+ENDLESS = (constant, inverse_sqrt)  # the same however many steps there are
 OURS = ("t", "T", "minimum", "decay")  # arguments that multiplier() itself gives
+
+
+def takes(name: str, argument: str) -> bool:
+    """Has the shape of this name such an argument? `minimum` is --min_lr_frac's, `decay` that of
+    --decay_frac."""
+    return argument in inspect.signature(SHAPES[name]).parameters
+
+
+def is_endless(name: str) -> bool:
+    return SHAPES[name] in ENDLESS
 
 
 def multiplier(
@@ -124,11 +136,13 @@ def multiplier(
     if step < warmup:
         return warmup_start + (1 - warmup_start) * step / warmup
     T = max(1, steps - warmup)
-    if name == "wsd":
+    if takes(name, "minimum"):
+        options["minimum"] = minimum
+    if takes(name, "decay"):
         options["decay"] = min(T, round(decay_frac * steps))
     if name == "inverse_sqrt":
         options.setdefault("timescale", max(1, warmup))
-    return SHAPES[name](min(step - warmup, T), T, minimum, **options)
+    return SHAPES[name](min(step - warmup, T), T, **options)
 
 
 def follow(

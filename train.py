@@ -30,6 +30,7 @@ from metrics.watch import Watch
 from model import GPT, initial_weight
 from monitor import Aborted
 from optim import param_groups
+from optim.attributes import attribute
 from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel.mesh import make_mesh
 from parallel.shard import sharded
@@ -85,11 +86,12 @@ def main(requested_cfg: fields.Config) -> dict:
     val_data = Dataset(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
     # ---- model: shapes alone; the layout decides which rank holds what ---------------------------
+    precision = amp.PRECISIONS[cfg.precision]
     pipe = build.pipe(cfg, mesh)
     with torch.device("meta"):
         full_model = GPT(build.model_config(cfg))
         stage_layers = None if pipe is None else pipe.layers
-        model = GPT(full_model.config, stage_layers).to(amp.PARAM_DTYPE[cfg.precision])
+        model = GPT(full_model.config, stage_layers).to(precision.weights)
     # A weight is a function of its name and shape: the same start on every layout.
     if resumed_from is not None:
         weights = training_weights(resumed_from)
@@ -128,7 +130,7 @@ def main(requested_cfg: fields.Config) -> dict:
         model,
         lrs,
         cfg.weight_decay,
-        optimizers.matrices_only(optimizer_class),
+        attribute(optimizer_class, "matrices_only"),
         cfg.decay_embeddings,
     )
     make_optimizer, shards = build.stepper(cfg, mesh, tp_shards, optimizer_class)
@@ -136,7 +138,7 @@ def main(requested_cfg: fields.Config) -> dict:
     shards |= replicas.shards  # of every parameter that the optimizer sees a shard of
     if param_groups.averages_weights(optimizer):
         optimizer.train()  # Schedule-Free keeps two sets of weights
-    if cfg.precision == "bf16_sr":
+    if precision.stochastic:
         optimizer = stochastic.stochastic(optimizer, cfg.seed, shards)
     if cfg.offload is not None:
         # From now on state comes to the device only to be stepped.
@@ -193,9 +195,7 @@ def main(requested_cfg: fields.Config) -> dict:
     token_flops = flops.flops_per_token(
         flops.matmul_params(full_model), cfg.n_layer, cfg.n_embd, cfg.window or cfg.block_size
     )
-    peak_flops = cfg.peak_flops or flops.peak_flops(
-        record["hardware"], cfg.precision.removesuffix("_sr")
-    )
+    peak_flops = cfg.peak_flops or flops.peak_flops(record["hardware"], precision.peak)
 
     # ---- the loop --------------------------------------------------------------------------------
     metrics = {"step": step}

@@ -30,6 +30,7 @@ import torch
 from benchmarks import runs
 from layers import compile
 from memory import activation_checkpoint
+from precision import amp
 from settings import parse
 from settings.fields import TYPES
 
@@ -66,10 +67,12 @@ def chosen(name: str, n_layer: int) -> dict[str, str]:
 def arguments(words: list[str], choice: dict[str, str], quick: bool) -> list[str]:
     """train.py's command line, later wins: recipes, what is usual here, the user's fields, the
     choice."""
+    # auto takes no options either
+    precision = amp.PRECISIONS.get(choice["precision"], amp.PRECISIONS["fp32"])
     on = {
         "--compile.": choice["compile"] != "off",
-        "--fp8.": choice["precision"] == "fp8",
-        "--scaler.": choice["precision"] == "fp16",
+        "--fp8.": precision.fp8_blocks,
+        "--scaler.": precision.loss_scaling,
     }
     words = [
         word for word in words if not word.startswith(tuple(space for space in on if not on[space]))

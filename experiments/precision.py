@@ -168,7 +168,7 @@ def kept_bytes(case: str) -> dict:
     """Of the default model, bytes that one forward of 2 x 256 tokens keeps for backward, per token;
     and bytes of weight and gradient, per parameter."""
     name, device = precision_of(case)["precision"], torch.device("cpu")
-    gpt, kept = model.GPT(model.GPTConfig()).to(amp.PARAM_DTYPE[name]), {}
+    gpt, kept = model.GPT(model.GPTConfig()).to(amp.PRECISIONS[name].weights), {}
     own = {p.untyped_storage()._cdata for p in gpt.parameters()}
     if name == "fp8":
         fp8.convert(gpt, device)

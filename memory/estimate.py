@@ -57,80 +57,55 @@ tiny batches and several micro-batches: within 5 % (tests/test_estimate.py).
 """
 
 import difflib
+import functools
+import inspect
 import itertools
 import math
 import sys
+import typing
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
+from optim.attributes import attribute, own_classes
 from parallel.ownership import owners_by_shape
+from precision.amp import PRECISIONS, Precision
 
-BYTES = {
-    "fp64": (8, 8, 0, 8),
-    "fp32": (4, 4, 0, 4),
-    "bf16": (4, 4, 0, 4),
-    "fp16": (4, 4, 0, 4),
-    "fp8": (4, 4, 0, 4),
-    "bf16_sr": (2, 2, 0, 4),
-    "mixed": (2, 2, 4, 4),
-    "texts": (2, 2, 0, 4),
-}
-# of a weight, its gradient, its master copy, one number of state
-HEADINGS = {
-    "fp64": "8 + 8 bytes and state in float64",
-    "fp32": "4 + 4 bytes and state in float32",
-    "bf16": "autocast over float32 weights: 4 + 4 bytes and state in float32",
-    "fp16": "autocast over float32 weights: 4 + 4 bytes and state in float32",
-    "fp8": "e4m3 products, autocast over float32 weights: 4 + 4 bytes and state in float32",
-    "bf16_sr": "rounded by chance: 2 + 2 bytes and state in float32 (12 with Adam)",
-    "mixed": "the primary source's 2 + 2 + 4 bytes and state in float32 (16 with Adam)",
-    "texts": "a text's 2 + 2 bytes and state in float32 (12 with Adam), no master weights",
-}
+# Accountings of others: bytes of a weight, its gradient, its master copy, one number of state
+PUBLISHED = {"mixed": (2, 2, 4, 4), "texts": (2, 2, 0, 4)}
+ACCOUNTINGS = (*PRECISIONS, *PUBLISHED)
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-OPTIONS = {  # what changes the size of the state, with the class's default
-    "sgd": {"momentum": 0.0},
-    "adamw": {},
-    "adam_l2": {},
-    "adafactor": {"beta1": None},
-    "lion": {},
-    "lars": {"momentum": 0.9},
-    "lamb": {},
-    "muon": {"normuon_beta2": None},
-    "shampoo": {"max_precond_dim": 8192, "precondition_1d": False, "grafting": "adam"},
-    "soap": {"max_precond_dim": 10000, "precondition_1d": False},
-    "schedule_free": {},
-    "schedule_free.SGDScheduleFree": {},
-}
-ELEMENTWISE = ("sgd", "adamw", "adam_l2", "lion", "schedule_free", "schedule_free.SGDScheduleFree")
-# (k, r, l) of the formula above; l also covers the logits' softmax
+# By arch, bytes of a weight and of a product's operand: (k, r, l) of the formula above; l also
+# covers the logits' softmax
 KEPT = {
-    ("modern", "fp64"): (152, 18, 16),
-    ("modern", "fp32"): (76, 9, 8),
-    ("modern", "bf16"): (51, 6, 8),
-    ("gpt2", "fp64"): (128, 16, 8),
-    ("gpt2", "fp32"): (64, 8, 4),
-    ("gpt2", "bf16"): (40, 6, 4),
-    ("track3", "fp64"): (168, 42, 24),
-    ("track3", "fp32"): (84, 21, 12),
-    ("track3", "bf16"): (59, 18, 12),
-    ("modern", "bf16_sr"): (47, 6, 8),
-    ("gpt2", "bf16_sr"): (32, 4, 4),
-    ("track3", "bf16_sr"): (55, 18, 12),
+    ("modern", 8, 8): (152, 18, 16),
+    ("modern", 4, 4): (76, 9, 8),
+    ("modern", 4, 2): (51, 6, 8),
+    ("gpt2", 8, 8): (128, 16, 8),
+    ("gpt2", 4, 4): (64, 8, 4),
+    ("gpt2", 4, 2): (40, 6, 4),
+    ("track3", 8, 8): (168, 42, 24),
+    ("track3", 4, 4): (84, 21, 12),
+    ("track3", 4, 2): (59, 18, 12),
+    ("modern", 2, 2): (47, 6, 8),
+    ("gpt2", 2, 2): (32, 4, 4),
+    ("track3", 2, 2): (55, 18, 12),
 }
 # with activation checkpointing in place of k: full, attention, mlp, selective; and gradients inside
 # a block, with what track3's norm of the embedding has kept
 LEFT = {
-    ("modern", "fp64"): (8, 96, 88, 88, 105),
-    ("modern", "fp32"): (4, 48, 44, 44, 53),
-    ("modern", "bf16"): (4, 30, 37, 24, 28),
-    ("gpt2", "fp64"): (8, 96, 64, 88, 41),
-    ("gpt2", "fp32"): (4, 48, 32, 44, 20),
-    ("gpt2", "bf16"): (4, 30, 26, 24, 14),
-    ("track3", "fp64"): (8, 112, 104, 88, 121),
-    ("track3", "fp32"): (4, 56, 52, 44, 61),
-    ("track3", "bf16"): (4, 38, 45, 24, 36),
-    ("modern", "bf16_sr"): (2, 28, 30, 22, 28),
-    ("gpt2", "bf16_sr"): (2, 24, 16, 22, 11),
-    ("track3", "bf16_sr"): (2, 36, 38, 22, 36),
+    ("modern", 8, 8): (8, 96, 88, 88, 105),
+    ("modern", 4, 4): (4, 48, 44, 44, 53),
+    ("modern", 4, 2): (4, 30, 37, 24, 28),
+    ("gpt2", 8, 8): (8, 96, 64, 88, 41),
+    ("gpt2", 4, 4): (4, 48, 32, 44, 20),
+    ("gpt2", 4, 2): (4, 30, 26, 24, 14),
+    ("track3", 8, 8): (8, 112, 104, 88, 121),
+    ("track3", 4, 4): (4, 56, 52, 44, 61),
+    ("track3", 4, 2): (4, 38, 45, 24, 36),
+    ("modern", 2, 2): (2, 28, 30, 22, 28),
+    ("gpt2", 2, 2): (2, 24, 16, 22, 11),
+    ("track3", 2, 2): (2, 36, 38, 22, 36),
 }
 
 # Name -> (embedding | head | matrix | scalar, shape)
@@ -184,28 +159,126 @@ def even_shapes(params: float, world: int) -> Shapes:
     return {f"part {i}": ("matrix", (math.ceil(params / world),)) for i in range(world)}
 
 
-def state_numbers(optim: str, kind: str, shape: tuple[int, ...], **options) -> int:
-    """How many numbers `optim` remembers of one parameter, see the docstrings in optim/."""
-    o, n = OPTIONS[optim] | options, math.prod(shape)
-    preconditioned = shape if len(shape) > 1 or o.get("precondition_1d") else ()
-    squares = 2 * sum(d * d for d in preconditioned if d <= o.get("max_precond_dim", 0))
-    if optim in ("sgd", "lars"):
-        return n if o["momentum"] else 0
-    if optim == "adafactor":
-        factored = math.prod(shape[:-1]) + n // max(1, shape[-2]) if len(shape) > 1 else n
-        return factored + (n if o["beta1"] is not None else 0)
-    if optim == "muon":
-        return (
-            n + (shape[0] if o["normuon_beta2"] is not None else 0) if kind == "matrix" else 2 * n
+@functools.cache
+def find_optimizer(name: str) -> type:
+    """The class in optim/ that `optim` names. Raises ValueError where there is none, or where it
+    does not say what it keeps."""
+    ours = own_classes()
+    check("optim", name, ours)
+    if not hasattr(ours[name], "state_numbers"):
+        raise ValueError(
+            f"optim={name} does not say what it keeps; give {ours[name].__name__} a "
+            "state_numbers(shape), as in optim/adamw.py"
         )
-    if optim == "shampoo":
-        return squares + (2 * n if o["grafting"] in ("adam", "rmsprop") else n)
-    if optim == "soap":
-        return squares + 2 * n
-    return n if optim in ("lion", "schedule_free.SGDScheduleFree") else 2 * n
+    return ours[name]
+
+
+def options_of(optimizer: type) -> dict[str, inspect.Parameter]:
+    """The options that change the size of its state."""
+    parameters = inspect.signature(optimizer.state_numbers).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def state_numbers(optimizer: type, kind: str, shape: tuple[int, ...], **options) -> int:
+    """How many numbers it remembers of one parameter."""
+    if attribute(optimizer, "matrices_only"):
+        return optimizer.state_numbers(shape, kind == "matrix", **options)
+    return optimizer.state_numbers(shape, **options)
+
+
+def bytes_of(precision: str) -> tuple[int, int, int, int]:
+    """Bytes of a weight, its gradient, its master copy, one number of state."""
+    if precision in PUBLISHED:
+        return PUBLISHED[precision]
+    row = PRECISIONS[precision]
+    return row.weights.itemsize, row.weights.itemsize, 0, row.state.itemsize
+
+
+def heading(precision: str) -> str:
+    """What the bytes of this accounting are, in a line."""
+    published = {
+        "mixed": "the primary source's 2 + 2 + 4 bytes and state in float32 (16 with Adam)",
+        "texts": "a text's 2 + 2 bytes and state in float32 (12 with Adam), no master weights",
+    }
+    if precision in published:
+        return published[precision]
+    row = PRECISIONS[precision]
+    weight, gradient, _, number = bytes_of(precision)
+    how = "e4m3 products, " if row.fp8_blocks else ""
+    how += "autocast over float32 weights: " if has_copies(row) else ""
+    how += "rounded by chance: " if row.stochastic else ""
+    with_adam = f" ({weight + gradient + 2 * number} with Adam)" if row.stochastic else ""
+    state = str(row.state).removeprefix("torch.")
+    return f"{how}{weight} + {gradient} bytes and state in {state}{with_adam}"
+
+
+def has_copies(row: Precision) -> bool:
+    """Does autocast copy weights?"""
+    return row.products != row.weights
 
 
 # ---- who holds it --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """What bytes_per_rank is asked, and what follows at once."""
+
+    shapes: Shapes
+    optimizer: type
+    options: dict  # the optimizer's
+    layout: str
+    world: int
+    n: int  # ranks that share one copy
+    precision: str
+    reshard: bool
+    micro_batches: int
+    bucket: float  # bytes
+    chunk: float
+    offload: str | None
+    offload_params: str | None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: math.prod(shape) for name, (_, shape) in self.shapes.items()}
+
+    @property
+    def row(self) -> Precision:
+        """The papers' accountings neither copy nor round."""
+        return PRECISIONS.get(self.precision, PRECISIONS["fp32"])
+
+    @property
+    def weight(self) -> int:
+        return bytes_of(self.precision)[0]
+
+    @property
+    def gradient(self) -> int:
+        return bytes_of(self.precision)[1]
+
+    @property
+    def by_block(self) -> bool:
+        return any(name.startswith("blocks.") for name in self.shapes)
+
+    @property
+    def whole(self) -> dict[str, tuple[int, ...]]:
+        """What ranks own whole: with ZeRO all parameters, with FSDP only what cannot be stepped in
+        shards."""
+        alone = self.n == 1 or self.optimizer.elementwise
+        matrices = attribute(self.optimizer, "matrices_only")
+        return {
+            name: shape
+            for name, (kind, shape) in self.shapes.items()
+            if self.layout != "fsdp" or not (alone or (matrices and kind != "matrix"))
+        }
+
+    def state_bytes(self, kind: str, shape: tuple[int, ...]) -> int:
+        _, _, master, number = bytes_of(self.precision)
+        numbers = state_numbers(self.optimizer, kind, shape, **self.options)
+        return number * numbers + master * math.prod(shape)
+
+    def shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """fsdp's part of a parameter: rows."""
+        return math.ceil(shape[0] / self.n), *shape[1:]
+
+
 def bytes_per_rank(
     shapes: Shapes,
     optim: str = "adamw",
@@ -229,15 +302,15 @@ def bytes_per_rank(
 
     shapes: as gpt_shapes gives them. fsdp_shard: ranks that share one copy (None: all). offload (of
     state) and offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners:
-    {name: shape}, ranks -> {name: rank}. options: the optimizer's, see OPTIONS. Buffers are 0 if no
-    name begins with `blocks.`. Raises ValueError for names that are not known, with the nearest
-    one, and for sizes that do not fit.
+    {name: shape}, ranks -> {name: rank}. options: the optimizer's, those that its state_numbers
+    takes by keyword. Buffers are 0 if no name begins with `blocks.`. Raises ValueError for names
+    that are not known, with the nearest one, and for sizes that do not fit.
     """
-    check("optim", optim, OPTIONS)
+    optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
-    check("precision", precision, BYTES)
+    check("precision", precision, ACCOUNTINGS)
     for name in options:
-        check(f"{optim}'s option", name, OPTIONS[optim])
+        check(f"{optim}'s option", name, options_of(optimizer))
     for what, place in ("offload", offload), ("offload_params", offload_params):
         check(what, place, (None, "cpu", "disk"))
     if offload_params and layout not in ("zero3", "fsdp"):
@@ -249,153 +322,144 @@ def bytes_per_rank(
             f"world={world} and micro_batches={micro_batches} must be at least 1, and "
             f"fsdp_shard={fsdp_shard} a divisor of world"
         )
-    weight, gradient, master, number = BYTES[precision]
-    fsdp, stage = layout == "fsdp", LAYOUTS.index(layout)
-    # Ranks that share one copy
-    n = 1 if layout == "ddp" else (fsdp_shard or world) if fsdp else world
-    sizes = {name: math.prod(shape) for name, (_, shape) in shapes.items()}
-    everything = sum(sizes.values())
+    c = Case(
+        shapes,
+        optimizer,
+        options,
+        layout,
+        world,
+        1 if layout == "ddp" else (fsdp_shard or world) if layout == "fsdp" else world,
+        precision,
+        reshard,
+        micro_batches,
+        bucket_mb * 2**20,
+        chunk_mb * 2**20,
+        offload,
+        offload_params,
+    )
+    stepped = stepped_by_rank(c, owners)
+    ranks = held_by_rank(c, stepped)
+    fullest = max(range(c.n), key=lambda rank: sum(ranks[rank]))
+    return in_all(c, stepped[fullest], *ranks[fullest], activations)
 
-    def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
-        return number * state_numbers(optim, kind, shape, **options) + master * math.prod(shape)
 
-    # What each rank owns whole: with ZeRO its parameters, with FSDP only what cannot be stepped in
-    # shards.
-    whole = {
-        name: shape
-        for name, (kind, shape) in shapes.items()
-        if not fsdp
-        or (n > 1 and optim not in ELEMENTWISE and (optim != "muon" or kind == "matrix"))
-    }
-    # (bytes of weights, of state), rank by rank
-    held_by, stepped = owners(whole, n), [[] for _ in range(n)]
-    groups = dict.fromkeys(kind for kind, _ in shapes.values())  # in the optimizer's order
-    for name in (name for group in groups for name, (kind, _) in shapes.items() if kind == group):
-        kind, shape = shapes[name]
-        shape = shape if name in whole else (math.ceil(shape[0] / n), *shape[1:])
-        for rank in [held_by[name]] if name in whole else range(n):
-            stepped[rank].append((weight * math.prod(shape), state_bytes(kind, shape)))
-    if fsdp:
-        share = sum(math.prod((math.ceil(s[0] / n), *s[1:])) for _, s in shapes.values())
-        ranks = [(weight * share, gradient * share, sum(s for _, s in owned)) for owned in stepped]
-    else:
-        # With one micro-batch our zero1 sends gradients as early as zero2; the paper counts them
-        # whole.
-        free = stage >= 2 or (
-            stage == 1 and micro_batches == 1 and precision not in ("mixed", "texts")
-        )
-        ranks = [
-            (
-                size if stage >= 3 else weight * everything,
-                gradient * (size / weight if free else everything),
-                state,
-            )
-            for size, state in ([sum(x) for x in zip((0, 0), *owned)] for owned in stepped)
-        ]
-    fullest = max(range(n), key=lambda rank: sum(ranks[rank]))
-    parameters, gradients, state = ranks[fullest]
+def stepped_by_rank(c: Case, owners) -> list[list[tuple[int, int]]]:
+    """(bytes of weights, of state) of all that a rank steps, rank by rank, in the optimizer's
+    order."""
+    held_by, stepped = owners(c.whole, c.n), [[] for _ in range(c.n)]
+    groups = dict.fromkeys(kind for kind, _ in c.shapes.values())
+    for group in groups:
+        for name, (kind, shape) in c.shapes.items():
+            if kind != group:
+                continue
+            shape = shape if name in held_by else c.shard(shape)
+            both = c.weight * math.prod(shape), c.state_bytes(kind, shape)
+            for rank in [held_by[name]] if name in held_by else range(c.n):
+                stepped[rank].append(both)
+    return stepped
 
-    by_block, chunk = any(name.startswith("blocks.") for name in shapes), chunk_mb * 2**20
-    chunks = 0  # of offloaded state on the device
-    if offload and not offload_params:
-        chunks = min(state, 2 * chunk * state / sum(size for size, _ in stepped[fullest]))
-        chunks = in_flight(stepped[fullest], chunk) if by_block else chunks
-    backward = step = 0
-    if by_block:
-        # It steps float32 copies of a chunk, with their gradients
-        stochastic = precision == "bf16_sr"
-        wide = 4 if stochastic else weight
-        at_once = chunk / wide if chunks or stochastic else math.inf
-        step = of_the_step(shapes, optim, n, wide, precision, at_once)
-        if stochastic:
-            largest, here = max(sizes.values()), sum(size for size, _ in stepped[fullest])
-            step = max(step, 21 * largest) + 4 * min(here, max(chunk, weight * largest))
-        if n > 1 or world > 1 or offload_params:
-            backward = coming_and_going(
-                shapes,
-                layout,
-                n,
-                weight,
-                gradient,
-                reshard,
-                micro_batches,
-                bucket_mb,
-                own=not offload_params,
-            )
-        # Autocast's copies till backward
-        if precision in ("bf16", "fp16", "fp8") and layout != "zero3":
-            # Tied
-            head = [x for x, (kind, _) in shapes.items() if kind == "head"] or ["embed.weight"]
-            cast = [x for x, (kind, _) in shapes.items() if kind == "matrix" and precision != "fp8"]
-            backward += 2 * sum(sizes[x] for x in head + cast)
-        if layout == "zero1":  # at the step others' gradients are gone
-            step -= gradients - gradient * sum(size for size, _ in stepped[fullest]) / weight
-    at_owner = sum(sizes[name] for name in whole) / n if fsdp and by_block else 0
+
+def held_by_rank(c: Case, stepped: list) -> list[tuple[float, float, float]]:
+    """(parameters, gradients, state) in bytes, rank by rank."""
+    if c.layout == "fsdp":
+        share = sum(math.prod(c.shard(shape)) for _, shape in c.shapes.values())
+        held = c.weight * share, c.gradient * share
+        return [(*held, sum(state for _, state in owned)) for owned in stepped]
+    stage, everything = LAYOUTS.index(c.layout), sum(c.sizes.values())
+    # With one micro-batch our zero1 sends gradients as early as zero2; the papers count them whole.
+    early = stage == 1 and c.micro_batches == 1 and c.precision not in PUBLISHED
+    ranks = []
+    for owned in stepped:
+        size, state = sum(size for size, _ in owned), sum(state for _, state in owned)
+        parameters = size if stage >= 3 else c.weight * everything
+        gradients = c.gradient * (size / c.weight if stage >= 2 or early else everything)
+        ranks.append((parameters, gradients, state))
+    return ranks
+
+
+def in_all(
+    c: Case, owned: list, parameters: float, gradients: float, state: float, activations: float
+) -> dict[str, float]:
+    """What bytes_per_rank returns, of a rank that steps `owned` and holds so many bytes."""
     # Owners keep whole weights; gradients come and go
-    kept, wire = weight * at_owner, gradient * at_owner
+    owns = c.layout == "fsdp" and c.by_block
+    at_owner = sum(c.sizes[name] for name in c.whole) / c.n if owns else 0
+    kept, wire = c.weight * at_owner, c.gradient * at_owner
+    chunks = offloaded_chunks(c, owned, state)
+    backward = of_backward(c) if c.by_block else 0
+    step = of_the_step(c, owned, gradients, chunks) if c.by_block else 0
     host = 0
     # Then the step, and all it needs, is on the host; what travels passes the device
-    if offload_params:
+    if c.offload_params:
         host = parameters + gradients + state + kept + wire + max(step, wire)
         # fsdp takes a unit's gradients there at once, zero3 all of them after backward
-        parameters, gradients, state, kept, step = 0, 0 if fsdp else gradients, 0, 0, 2 * wire
-    elif offload:
+        gradients = 0 if c.layout == "fsdp" else gradients
+        parameters, state, kept, step = 0, 0, 0, 2 * wire
+    elif c.offload:
         host, state, step = state, 0, step + 3 * wire + chunks
     else:
         step += 3 * wire
-    buffers = kept + max(backward, step - activations)  # backward and step are not at the same time
     held = dict(
         parameters=parameters,
         gradients=gradients,
         state=state,
         activations=activations,
-        buffers=buffers,
+        # Backward and step are not at the same time
+        buffers=kept + max(backward, step - activations),
     )
     return held | dict(total=sum(held.values()), host=host)
 
 
-def coming_and_going(
-    shapes: Shapes,
-    layout: str,
-    n: int,
-    weight: int,
-    gradient: int,
-    reshard: bool,
-    micro_batches: int,
-    bucket_mb: float,
-    own: bool,
-) -> float:
-    """Bytes of weights and gradients that a rank has for a while in backward, beside what it keeps;
-    `own`: it keeps its own weights (and fsdp's gradients) on the device."""
+def offloaded_chunks(c: Case, owned: list, state: float) -> float:
+    """Bytes of offloaded state on the device."""
+    if not c.offload or c.offload_params:
+        return 0
+    if c.by_block:
+        return in_flight(owned, c.chunk)
+    return min(state, 2 * c.chunk * state / sum(size for size, _ in owned))
+
+
+def of_backward(c: Case) -> float:
+    """Bytes that a rank has for a while in backward: what comes and goes, and autocast's copies of
+    the weights, which stay till then."""
+    several = c.n > 1 or c.world > 1 or c.offload_params
+    backward = coming_and_going(c) if several else 0
+    if has_copies(c.row) and c.layout != "zero3":
+        # A tied head is the embedding
+        head = [x for x, (kind, _) in c.shapes.items() if kind == "head"] or ["embed.weight"]
+        matrices = [x for x, (kind, _) in c.shapes.items() if kind == "matrix"]
+        copied = head if c.row.fp8_blocks else head + matrices
+        backward += c.row.products.itemsize * sum(c.sizes[x] for x in copied)
+    return backward
+
+
+def coming_and_going(c: Case) -> float:
+    """Bytes of weights and gradients that a rank has for a while in backward, beside what it
+    keeps."""
     units = {"before": 0, "after": 0}  # and the blocks -> numbers in them
-    for name, (_, shape) in shapes.items():
-        unit = (
-            name.split(".")[1]
-            if name.startswith("blocks.")
-            else "before"
-            if len(units) == 2
-            else "after"
-        )
-        units[unit] = units.get(unit, 0) + math.prod(shape)
-    everything, unit, root = (
-        sum(units.values()),
-        max(units.values()),
-        units["before"] + units["after"],
-    )
+    for name, size in c.sizes.items():
+        unit = "before" if len(units) == 2 else "after"
+        unit = name.split(".")[1] if name.startswith("blocks.") else unit
+        units[unit] = units.get(unit, 0) + size
+    everything, unit = sum(units.values()), max(units.values())
+    root = units["before"] + units["after"]
     block = max(size for name, size in units.items() if name not in ("before", "after"))
-    sent, others = min(max(bucket_mb * 2**20, gradient * unit), gradient * everything), (n - 1) / n
-    if layout == "ddp":
-        return gradient * max(math.prod(shape) for _, shape in shapes.values())
-    if layout == "zero1" and micro_batches > 1:
+    sent = min(max(c.bucket, c.gradient * unit), c.gradient * everything)
+    others = (c.n - 1) / c.n
+    # Unless they are offloaded, a rank keeps its own weights, and fsdp's gradients, on the device
+    missing = 1 if c.offload_params else others
+    if c.layout == "ddp":
+        return c.gradient * max(c.sizes.values())
+    if c.layout == "zero1" and c.micro_batches > 1:
         return sent
-    if layout in ("zero1", "zero2"):
-        return sent + others * gradient * unit
-    if layout == "zero3":
-        return (others if own else 1) * 2 * weight * unit + (1 + others) * gradient * unit
-    gathered = weight * (root + 2 * block if reshard else everything)
-    if micro_batches > 1:  # gradients wait, whole
-        return gathered + gradient * ((others if own else 1) * everything + max(root, block))
-    return gathered + 2 * gradient * max(root, block)
+    if c.layout in ("zero1", "zero2"):
+        return sent + others * c.gradient * unit
+    if c.layout == "zero3":
+        return missing * 2 * c.weight * unit + (1 + others) * c.gradient * unit
+    gathered = c.weight * (root + 2 * block if c.reshard else everything)
+    if c.micro_batches > 1:  # gradients wait, whole
+        return gathered + c.gradient * (missing * everything + max(root, block))
+    return gathered + 2 * c.gradient * max(root, block)
 
 
 def in_flight(stepped: list[tuple[float, float]], limit: float) -> float:
@@ -410,22 +474,34 @@ def in_flight(stepped: list[tuple[float, float]], limit: float) -> float:
     return max(a + b for a, b in itertools.pairwise([*chunks, 0]))
 
 
-def of_the_step(
-    shapes: Shapes, optim: str, n: int, weight: int, precision: str, chunk: float
-) -> float:
-    """Bytes of the temporaries of an optimizer's step: of the largest parameter, for Muon of a
-    stack, in which go no more matrices than in a chunk of so many numbers."""
-    most = weight * max(math.prod(shape) for _, shape in shapes.values())
-    if optim != "muon":
+def of_the_step(c: Case, owned: list, gradients: float, chunks: float) -> float:
+    """Bytes of the temporaries of an optimizer's step."""
+    stochastic, here = c.row.stochastic, sum(size for size, _ in owned)
+    # Rounding by chance steps float32 copies of a chunk, with their gradients
+    wide = c.row.state.itemsize if stochastic else c.weight
+    step = of_the_update(c, wide, c.chunk / wide if chunks or stochastic else math.inf)
+    if stochastic:
+        largest = max(c.sizes.values())
+        step = max(step, 21 * largest) + 4 * min(here, max(c.chunk, c.weight * largest))
+    if c.layout == "zero1":  # others' gradients are gone
+        step -= gradients - c.gradient * here / c.weight
+    return step
+
+
+def of_the_update(c: Case, wide: int, at_once: float) -> float:
+    """Those of the largest parameter, in numbers of `wide` bytes; where matrices of one shape are
+    multiplied together, of a stack, into which go no more of them than at_once numbers."""
+    most = wide * max(c.sizes.values())
+    if not attribute(c.optimizer, "matrices_only"):
         return most
     # Transposes too
-    sides = [tuple(sorted(shape)) for kind, shape in shapes.values() if kind == "matrix"]
+    sides = [tuple(sorted(shape)) for kind, shape in c.shapes.values() if kind == "matrix"]
     stack = max(
         (2 * math.prod(s) + 3 * s[0] ** 2)
-        * min(math.ceil(sides.count(s) / n), max(1, chunk / math.prod(s)))
+        * min(math.ceil(sides.count(s) / c.n), max(1, at_once / math.prod(s)))
         for s in set(sides)
     )
-    return max(most, stack * (8 if precision == "fp64" else 2))
+    return max(most, stack * (8 if c.row.weights.itemsize == 8 else 2))
 
 
 def activation_bytes(
@@ -445,14 +521,15 @@ def activation_bytes(
     full_sharded keeps. What is offloaded is on the device while it is used, for two blocks at a
     time.
     """
-    check("precision", precision, BYTES)
-    precision = {"fp16": "bf16", "fp8": "bf16"}.get(precision, precision)  # they keep the same
-    # With inputs and results of products of 2 bytes
-    published = {"mixed": 34, "texts": 20}.get(precision)
-    per_layer, per_channel, per_word = (published, 0, 0) if published else KEPT[arch, precision]
-    full, attention, mlp, selective, passing = (
-        (2, 26, 18, 22, 0) if published else LEFT[arch, precision]
-    )
+    check("precision", precision, ACCOUNTINGS)
+    if precision in PUBLISHED:  # with inputs and results of products of 2 bytes
+        per_layer, per_channel, per_word = {"mixed": 34, "texts": 20}[precision], 0, 0
+        full, attention, mlp, selective, passing = 2, 26, 18, 22, 0
+    else:
+        row = PRECISIONS[precision]
+        key = arch, row.weights.itemsize, row.products.itemsize
+        per_layer, per_channel, per_word = KEPT[key]
+        full, attention, mlp, selective, passing = LEFT[key]
     how, _, number = activation_checkpoint.partition("_")
     if not (how in ("every", "segments") and number.isdecimal()):
         how, number = activation_checkpoint, 1
@@ -522,14 +599,11 @@ DEFAULTS = dict(
     activation_checkpoint="none",
 )
 NAMES = {
-    "optim": OPTIONS,
-    "precision": BYTES,
+    "precision": ACCOUNTINGS,
     "arch": ("modern", "gpt2", "track3"),
     "offload": ("cpu", "disk"),
     "offload_params": ("cpu", "disk"),
-    "grafting": ("adam", "rmsprop", "sgd", "none"),
 }
-FRACTIONS = ("bucket_mb", "momentum", "beta1", "normuon_beta2")
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
@@ -542,10 +616,16 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
             options[name[4:]] = text
         else:
             check("the name", name, DEFAULTS)
-            settings[name] = from_text(name, text, DEFAULTS[name])
+            choices = own_classes() if name == "optim" else NAMES.get(name, ())
+            settings[name] = from_text(name, text, DEFAULTS[name], choices, name == "bucket_mb")
+    known = options_of(find_optimizer(settings["optim"]))
     for name, text in options.items():
-        check(f"{settings['optim']}'s option", name, OPTIONS[settings["optim"]])
-        options[name] = from_text(name, text, OPTIONS[settings["optim"]][name])
+        check(f"{settings['optim']}'s option", name, known)
+        # `float | None`, or `Literal["adam", "sgd"] | None`
+        kinds = [known[name].annotation, *typing.get_args(known[name].annotation)]
+        choices = [x for k in kinds if typing.get_origin(k) is Literal for x in typing.get_args(k)]
+        choices += ["none"] if choices and type(None) in kinds else []
+        options[name] = from_text(name, text, known[name].default, choices, float in kinds)
     width, heads = settings["n_embd"] or 0, settings["n_head"]
     if width % heads or heads % (settings["n_kv_head"] or heads):
         raise ValueError(
@@ -569,14 +649,15 @@ def words(argv: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def from_text(name: str, text: str, default):
-    """The value of --name=text, whose default shows its kind. Raises ValueError."""
+def from_text(name: str, text: str, default, choices=(), fraction: bool = False):
+    """The value of --name=text, whose default shows its kind: one of the choices, or else a number,
+    which is whole unless it may be a fraction. Raises ValueError."""
     if name == "activation_checkpoint":
         return text
     if default is None and text.lower() == "none":
         return None
-    if name in NAMES:
-        check(name, text, NAMES[name])
+    if choices:
+        check(name, text, choices)
         return None if text == "none" else text
     if type(default) is bool:
         check(name, text.lower(), ("true", "false"))
@@ -587,7 +668,7 @@ def from_text(name: str, text: str, default):
         value = round(float(short[:-1]) * factor, 3) if factor else float(short)
     except ValueError:
         value = math.nan
-    whole, least = name not in FRACTIONS, 0 if name in FRACTIONS or name == "batch" else 1
+    whole, least = not fraction, 0 if fraction or name == "batch" else 1
     if not least <= value < math.inf or (whole and value != round(value)):
         what = (
             f"a whole number, {least} or more, as 8, 7e9 or 7B" if whole else "a number, 0 or more"
@@ -609,7 +690,7 @@ def usage(defaults: dict, names: dict) -> str:
 def table(settings: dict, options: dict) -> str:
     """A row for every layout, for each accounting that was asked for. Raises ValueError."""
     s = SimpleNamespace(**settings)
-    by_shape = s.params is None
+    by_shape, optimizer = s.params is None, find_optimizer(s.optim)
     if (by_shape or s.batch) and None in (s.n_layer, s.n_embd):
         raise ValueError(
             "type --params=7e9, or the model's --n_layer=12 --n_embd=768 --vocab_size=50304; "
@@ -619,7 +700,7 @@ def table(settings: dict, options: dict) -> str:
         shapes = gpt_shapes(
             s.n_layer, s.n_embd, s.vocab_size, s.block_size, s.arch, s.n_head, s.n_kv_head
         )
-    elif s.optim in ("adafactor", "shampoo", "soap"):
+    elif optimizer.state_numbers((2, 3)) != optimizer.state_numbers((6,)):
         raise ValueError(
             f"{s.optim}'s state depends on shapes: give --n_layer and --n_embd, not --params"
         )
@@ -646,7 +727,7 @@ def table(settings: dict, options: dict) -> str:
             )
         lines += [
             "",
-            f"{precision}: {HEADINGS[precision]}",
+            f"{precision}: {heading(precision)}",
             "layout " + "".join(f"{c:>12}" for c in columns),
         ]
         for layout in LAYOUTS:
@@ -674,7 +755,7 @@ def table(settings: dict, options: dict) -> str:
 
 if __name__ == "__main__":
     if {"--help", "-h"} & {*sys.argv}:
-        print(__doc__ + "\n" + usage(DEFAULTS, NAMES))
+        print(__doc__ + "\n" + usage(DEFAULTS, NAMES | {"optim": own_classes()}))
         sys.exit()
     try:
         print(table(*parse(sys.argv[1:])))

@@ -60,9 +60,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from memory.estimate import (
-    BYTES,
     Shapes,
     activation_bytes,
+    bytes_of,
     bytes_per_rank,
     check,
     from_text,
@@ -173,7 +173,7 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     cut, sp = (1 / x.tp, x.tp) if x.sp else (10 / 34 + 24 / 34 / x.tp, 1)
     block = activation_bytes(precision, tokens, 1, C) * cut
     stage = activation_bytes(precision, tokens, layers, C) * cut * (1 - again)
-    stage += again * layers * tokens * C * BYTES[precision][0] / sp  # their inputs are kept
+    stage += again * layers * tokens * C * bytes_of(precision)[0] / sp  # their inputs are kept
     head = activation_bytes(precision, tokens, 0, 0, m.vocab_size) / x.tp
     first = in_flight(x, micro) * stage + (x.pp == 1) * head
     return max(first, in_flight(x, micro, True) * stage + head) + (again > 0) * block
@@ -217,7 +217,7 @@ def predict(
         batch * x.cp // (n * x.micro_batch_size),
         x.micro_batch_size * m.block_size / x.cp,
     )
-    layers, (weight, gradient, *_) = math.ceil(m.n_layer / x.pp), BYTES[precision]
+    layers, (weight, gradient, *_) = math.ceil(m.n_layer / x.pp), bytes_of(precision)
     several = micro > 1
     held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, several, precision)
     held = held | dict(activations=activations(m, x, micro, precision))

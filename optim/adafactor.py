@@ -71,6 +71,16 @@ class Adafactor(torch.optim.Optimizer):
     float32."""
 
     elementwise: bool = False  # needs whole rows, whole columns and the RMS of the parameter
+    zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
+    heavy_step: bool = False  # cheap enough for every replica to repeat
+    mup_rule: str | None = None  # no rule: a step follows the weights' size
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...], *, beta1: float | None = None) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        n = math.prod(shape)
+        rows_and_columns = math.prod(shape[:-1]) + n // max(1, shape[-2]) if len(shape) > 1 else n
+        return rows_and_columns + (n if beta1 is not None else 0)
 
     def __init__(
         self,

@@ -72,6 +72,14 @@ class AdamW(torch.optim.Optimizer):
     gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
+    zero_init: bool = False  # moves what lies before zeros by full steps along noise
+    heavy_step: bool = False  # cheap enough for every replica to repeat
+    mup_rule: str | None = "adam"  # entries of a step have one size, whatever the gradient's
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...]) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        return 2 * math.prod(shape)
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer
 parallel/sharded_optimizer.py. docs/partners.md has all partners.
 """
 
+import math
+
 import torch
 
 
@@ -45,6 +47,14 @@ class LAMB(torch.optim.Optimizer):
     gradients."""
 
     elementwise: bool = False  # needs the norm of the whole parameter
+    zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
+    heavy_step: bool = False  # cheap enough for every replica to repeat
+    mup_rule: str | None = None  # no rule: a step follows the weights' size
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...]) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        return 2 * math.prod(shape)
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ and with fully_shard, there best by make_optimizer of parallel/sharded_optimizer
 docs/partners.md has all partners.
 """
 
+import math
+
 import torch
 
 
@@ -46,6 +48,14 @@ class LARS(torch.optim.Optimizer):
     gradients."""
 
     elementwise: bool = False  # needs the norm of the whole parameter
+    zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
+    heavy_step: bool = False  # cheap enough for every replica to repeat
+    mup_rule: str | None = None  # no rule: a step follows the weights' size
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...], *, momentum: float = 0.9) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        return math.prod(shape) if momentum else 0
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ tensors:
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
 """
 
+import math
+
 import torch
 
 
@@ -37,6 +39,14 @@ class Lion(torch.optim.Optimizer):
     gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
+    zero_init: bool = False  # moves what lies before zeros by full steps along noise
+    heavy_step: bool = False  # cheap enough for every replica to repeat
+    mup_rule: str | None = "adam"  # entries of a step have one size, whatever the gradient's
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...]) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        return math.prod(shape)
 
     def __init__(
         self,

@@ -166,6 +166,18 @@ class Muon(torch.optim.Optimizer):
     # Needs whole matrices; only its use_muon=False groups are elementwise
     elementwise: bool = False
     matrices_only: bool = True  # everything else belongs in a group with use_muon=False
+    zero_init: bool = True  # projections and head may start at 0
+    heavy_step: bool = True  # Newton-Schulz, too much for every replica to repeat
+    mup_rule: str | None = "muon"  # a step has spectral norm k, at any width
+
+    @staticmethod
+    def state_numbers(
+        shape: tuple[int, ...], use_muon: bool = True, *, normuon_beta2: float | None = None
+    ) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        if not use_muon:
+            return 2 * math.prod(shape)
+        return math.prod(shape) + (shape[0] if normuon_beta2 is not None else 0)
 
     def __init__(
         self,

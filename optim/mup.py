@@ -22,29 +22,22 @@ Where a common text errs: it divides attention logits by m² and gives the hidde
 at all. Depth does not transfer; nor, without more, does weight decay (lr·λ shrinks with lr).
 """
 
-RULES = {  # optimizer class -> how its update scales
-    "SGD": "sgd",
-    "SGDScheduleFree": "sgd",
-    "AdamW": "adam",
-    "AdamL2": "adam",
-    "AdamWScheduleFree": "adam",
-    "Lion": "adam",
-    "SOAP": "adam",
-    "Muon": "muon",
-}
+from optim.attributes import attribute, own_classes
 
 
 def lr_multipliers(
-    optimizer: str, width: int, base_width: int, adjust_lr_fn: str = "original", **unused
+    optimizer_class: type, width: int, base_width: int, adjust_lr_fn: str = "original", **unused
 ) -> dict[str, float]:
     """kind of parameter -> what its lr is multiplied by. Raises ValueError for an optimizer without
     a rule."""
-    if optimizer not in RULES:
+    m, rule = width / base_width, attribute(optimizer_class, "mup_rule")
+    if rule not in ("sgd", "adam", "muon"):
+        ours = own_classes().values()
+        known = [cls.__name__ for cls in ours if attribute(cls, "mup_rule") is not None]
         raise ValueError(
-            f"there is no μP rule for {optimizer}, whose step follows the weights' size; "
-            f"there is one for {', '.join(RULES)}"
+            f"there is no μP rule for {optimizer_class.__name__}, whose step follows the weights' "
+            f"size; there is one for {', '.join(known)}"
         )
-    m, rule = width / base_width, RULES[optimizer]
     if rule == "sgd":
         return {"embedding": m, "matrix": 1.0, "head": m, "scalar": m}
     matrix = 1 / m if rule == "adam" else m**-0.5 if adjust_lr_fn == "match_rms_adamw" else 1.0

@@ -45,6 +45,7 @@ To compile the update alone: torch compiles again for each new float, so hand ov
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
 """
 
+import math
 import warnings
 
 import torch
@@ -102,6 +103,14 @@ class AdamWScheduleFree(torch.optim.Optimizer):
     gradients and in eval mode."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
+    zero_init: bool = False  # moves what lies before zeros by full steps along noise
+    heavy_step: bool = False  # cheap enough for every replica to repeat
+    mup_rule: str | None = "adam"  # entries of a step have one size, whatever the gradient's
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...]) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        return 2 * math.prod(shape)
 
     def __init__(
         self,
@@ -279,6 +288,14 @@ class AdamWScheduleFree(torch.optim.Optimizer):
 
 class SGDScheduleFree(AdamWScheduleFree):
     """The same with d = g + λ·y. Raises what AdamWScheduleFree raises."""
+
+    zero_init: bool = True  # projections and head may start at 0
+    mup_rule: str | None = "sgd"  # a step is as large as the gradient
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...]) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        return math.prod(shape)
 
     def __init__(
         self,

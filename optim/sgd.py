@@ -18,6 +18,8 @@ torch.distributed.checkpoint as torch.optim.SGD is, whose states load. dampening
 refused. docs/partners.md has all partners.
 """
 
+import math
+
 import torch
 
 
@@ -36,6 +38,14 @@ class SGD(torch.optim.Optimizer):
     gradients."""
 
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
+    zero_init: bool = True  # projections and head may start at 0
+    heavy_step: bool = False  # cheap enough for every replica to repeat
+    mup_rule: str | None = "sgd"  # a step is as large as the gradient
+
+    @staticmethod
+    def state_numbers(shape: tuple[int, ...], *, momentum: float = 0.0) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        return math.prod(shape) if momentum else 0
 
     def __init__(
         self,

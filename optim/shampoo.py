@@ -29,6 +29,9 @@ torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sha
 DTensors are refused. docs/partners.md has all partners.
 """
 
+import math
+from typing import Literal
+
 import torch
 
 
@@ -102,6 +105,22 @@ class Shampoo(torch.optim.Optimizer):
     gradients."""
 
     elementwise: bool = False  # needs whole matrices
+    zero_init: bool = True  # projections and head may start at 0
+    heavy_step: bool = True  # inverse roots, too much for every replica to repeat
+    mup_rule: str | None = None  # no rule is known
+
+    @staticmethod
+    def state_numbers(
+        shape: tuple[int, ...],
+        *,
+        max_precond_dim: int = 8192,
+        precondition_1d: bool = False,
+        grafting: Literal["adam", "rmsprop", "sgd"] | None = "adam",
+    ) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        sides = shape if len(shape) > 1 or precondition_1d else ()
+        squares = 2 * sum(d * d for d in sides if d <= max_precond_dim)
+        return squares + math.prod(shape) * (2 if grafting in ("adam", "rmsprop") else 1)
 
     def __init__(
         self,

@@ -125,6 +125,18 @@ class SOAP(torch.optim.Optimizer):
     gradients."""
 
     elementwise: bool = False  # needs whole matrices
+    zero_init: bool = True  # projections and head may start at 0
+    heavy_step: bool = True  # eigenbases, too much for every replica to repeat
+    mup_rule: str | None = "adam"  # entries of a step have one size, whatever the gradient's
+
+    @staticmethod
+    def state_numbers(
+        shape: tuple[int, ...], *, max_precond_dim: int = 10000, precondition_1d: bool = False
+    ) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        sides = shape if len(shape) > 1 or precondition_1d else ()
+        squares = 2 * sum(d * d for d in sides if d <= max_precond_dim)
+        return squares + 2 * math.prod(shape)
 
     def __init__(
         self,

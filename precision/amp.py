@@ -14,16 +14,39 @@ softmax, loss, weights and optimizer state therefore keep in float32 (Micikevici
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
-PARAM_DTYPE = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.float32,
-    "fp16": torch.float32,
-    "fp8": torch.float32,
-    "bf16_sr": torch.bfloat16,
+
+@dataclass(frozen=True)
+class Precision:
+    weights: torch.dtype  # and gradients
+    autocast: torch.dtype | None  # to what autocast casts a product's operands; None: no autocast
+    peak: str  # its column among the peaks in metrics/flops.py
+    loss_scaling: bool = False  # by precision/loss_scale.py
+    fp8_blocks: bool = False  # the blocks' products are those of precision/fp8.py
+    stochastic: bool = False  # weights are rounded by chance, precision/stochastic.py
+
+    @property
+    def products(self) -> torch.dtype:
+        return self.autocast or self.weights
+
+    @property
+    def state(self) -> torch.dtype:
+        """The optimizer's, which is never below float32."""
+        return torch.promote_types(self.weights, torch.float32)
+
+
+# Whatever depends on a precision asks its line here. `--precision=` names them in
+# settings/fields.py, which imports no torch.
+PRECISIONS = {
+    "fp64": Precision(torch.float64, None, "fp64"),
+    "fp32": Precision(torch.float32, None, "fp32"),
+    "bf16": Precision(torch.float32, torch.bfloat16, "bf16"),
+    "fp16": Precision(torch.float32, torch.float16, "fp16", loss_scaling=True),
+    "fp8": Precision(torch.float32, torch.bfloat16, "fp8", fp8_blocks=True),
+    "bf16_sr": Precision(torch.bfloat16, torch.bfloat16, "bf16", stochastic=True),
 }
 
 
@@ -42,7 +65,7 @@ def choose(precision: str, device: torch.device) -> str:
 
 def autocast(precision: str, device: torch.device):
     """The context for forward passes. Raises ValueError for fp64 where the device has none."""
-    if precision == "fp64" and device.type == "mps":
+    row = PRECISIONS[precision]
+    if row.weights == torch.float64 and device.type == "mps":
         raise ValueError("this device has no float64; type --precision=fp32 or --device=cpu")
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return nullcontext() if precision in ("fp64", "fp32") else torch.autocast(device.type, dtype)
+    return nullcontext() if row.autocast is None else torch.autocast(device.type, row.autocast)

@@ -324,7 +324,7 @@ def convert(
     if hardware == "always" and why is not None:
         raise ValueError(f"{why}; leave --fp8.hardware=always out to emulate them")
     why = "--fp8.hardware=never" if hardware == "never" else why
-    amd = onednn.faster("fp32", device)
+    amd = onednn.faster(torch.float32, device)
     recipe = Recipe(scaling, products, gradient_format, power_of_two, why is None, amd)
     histories = {n: torch.zeros(1 + history, 3, device=device) for n in layers} if delayed else {}
     for name, module in layers.items():

@@ -46,11 +46,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return Linear.apply(x, weight, bias)
 
 
-def faster(precision: str, device: torch.device) -> bool:
-    """Is this where oneDNN's float32 products beat torch's own: fp32 on an AMD processor with
-    AVX-512?"""
+def faster(dtype: torch.dtype, device: torch.device) -> bool:
+    """Is this where oneDNN's products of this dtype beat torch's own: float32 on an AMD processor
+    with AVX-512?"""
     if (
-        precision != "fp32"
+        dtype != torch.float32
         or device.type != "cpu"
         or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import torch
 
+import schedules
 from checkpoint.load import Checkpoint, resolve
 from data.corpora import Corpus
 from optim import param_groups
+from optim.attributes import attribute
 from parallel.mesh import Mesh
 from run import build
-from run.auto import HEAVY
 from run.build import state_on_disk
 from run.optimizers import find_optimizer
 from settings import parse
@@ -93,7 +94,7 @@ def change_of_lr(cfg: Config, resumed_from: Checkpoint, full_model: torch.nn.Mod
     )
     line = f"lr goes from {old_lr:.1e} to {new_lr:.1e} at step {step}: "
     line += because or "another schedule"
-    if "steps" in differ and cfg.schedule not in ("constant", "inverse_sqrt"):
+    if "steps" in differ and not schedules.is_endless(cfg.schedule):
         line += f"; the schedule is that of a run of {cfg.steps} steps from its beginning on"
     return [line]
 
@@ -116,7 +117,7 @@ def about_layout(cfg: Config, mesh: Mesh) -> Iterator[str]:
     if alone and "data_parallel" in cfg.given and layout != "ddp":
         yield f"data_parallel={layout}: one replica, nothing to spread"
     every_replica_steps_all = layout == "ddp" and cfg.compress is None and cfg.diloco_every is None
-    if not alone and every_replica_steps_all and find_optimizer(cfg.optim).__name__ in HEAVY:
+    if not alone and every_replica_steps_all and attribute(find_optimizer(cfg.optim), "heavy_step"):
         yield (
             f"optim={cfg.optim}: every replica works on all matrices; --data_parallel=zero1 deals "
             "them out and sends as many bytes"
@@ -154,9 +155,10 @@ def about_memory(cfg: Config, mesh: Mesh) -> Iterator[str]:
 
 
 def about_schedule(cfg: Config) -> Iterator[str]:
-    if cfg.schedule == "constant" and cfg.min_lr_frac:
-        yield f"min_lr_frac={cfg.min_lr_frac:g}: schedule=constant never decays"
-    if cfg.schedule != "wsd" and cfg.decay_frac != FIELDS["decay_frac"].default:
+    if cfg.min_lr_frac and not schedules.takes(cfg.schedule, "minimum"):
+        yield f"min_lr_frac={cfg.min_lr_frac:g}: schedule={cfg.schedule} never decays"
+    decays = cfg.decay_frac != FIELDS["decay_frac"].default
+    if decays and not schedules.takes(cfg.schedule, "decay"):
         yield f"decay_frac={cfg.decay_frac:g}: schedule={cfg.schedule} has none"
     if cfg.decay_embeddings and not cfg.weight_decay:
         yield "decay_embeddings: weight_decay is 0, so nothing decays"

@@ -4,19 +4,12 @@ import os
 
 import torch
 
+from optim.attributes import attribute
 from optim.param_groups import averages_weights
 from precision import amp
-from run.optimizers import matrices_only, trial
+from run.optimizers import trial
 from settings import checks
 from settings.fields import Config, update, with_traits
-
-# LARS, LAMB and Adafactor hardly leave a matrix of zeros; Adam's kind moves what lies before it by
-# full steps along a gradient that is still noise (LOG.md has the figures).
-AGAINST_ZERO = ("LARS", "LAMB", "Adafactor", "AdamW", "AdamL2", "Lion", "AdamWScheduleFree")
-
-
-# Their steps multiply and factorise matrices, too much for every replica to repeat.
-HEAVY = ("Muon", "SOAP", "Shampoo")
 
 
 def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
@@ -73,14 +66,15 @@ def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: 
         )
     own_lr, own_decay = own_defaults(cfg, optimizer_class)
     lr = own_lr if cfg.lr is None else cfg.lr
-    other = 0.01 if matrices_only(optimizer_class) else lr
+    other = 0.01 if attribute(optimizer_class, "matrices_only") else lr
     own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
-    if cfg.zero_init == "auto" and optimizer_class.__name__ in AGAINST_ZERO:
+    # Where a start of zeros hurts (LOG.md has the figures)
+    if cfg.zero_init == "auto" and not attribute(optimizer_class, "zero_init"):
         cfg = update(cfg, zero_init=False)
     if cfg.data_parallel == "auto" and replicas:
         # They need it on every rank
         whole = cfg.compress is not None or cfg.diloco_every is not None
-        spread = optimizer_class.__name__ in HEAVY and not whole
+        spread = attribute(optimizer_class, "heavy_step") and not whole
         cfg = update(cfg, data_parallel="zero1" if spread else "ddp")
     return update(
         with_traits(cfg),

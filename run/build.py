@@ -63,7 +63,7 @@ def pipe(cfg: Config, mesh: Mesh) -> Pipeline | None:
 
 def hidden_states(cfg: Config, has_replicas: bool) -> tuple[int, torch.dtype, int]:
     """What the stages of a pipeline send: width, dtype, and by what training divides the length."""
-    dtype = amp.PARAM_DTYPE[cfg.precision]
+    dtype = amp.PRECISIONS[cfg.precision].weights
     if cfg.param_dtype is not None and has_replicas:
         dtype = DTYPES[cfg.param_dtype]
     return cfg.n_embd, dtype, cfg.tp if cfg.sp else 1
@@ -91,9 +91,7 @@ def learning_rates(
             raise ValueError(f"--{kind}_lr: this model has no such parameters; leave it out")
         lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
         if cfg.mup_base_width is not None:
-            rule = mup.lr_multipliers(
-                optimizer_class.__name__, cfg.n_embd, cfg.mup_base_width, **options
-            )
+            rule = mup.lr_multipliers(optimizer_class, cfg.n_embd, cfg.mup_base_width, **options)
             lrs[kind] *= rule[kind]
     return lrs
 
@@ -185,10 +183,11 @@ def products(
         model.loss_fn = functools.partial(model.loss_fn, z_loss=cfg.z_loss)
     if cfg.ngram is not None:
         add_ngrams(cfg, model, text)
-    if cfg.compile == "off" and onednn.faster(cfg.precision, device):
+    precision = amp.PRECISIONS[cfg.precision]
+    if cfg.compile == "off" and onednn.faster(precision.products, device):
         for layer in (module for module in model.modules() if hasattr(module, "matmul")):
             layer.matmul = onednn.linear
-    if cfg.precision != "fp8":
+    if not precision.fp8_blocks:
         return None
     from precision import fp8
 
@@ -221,7 +220,9 @@ def compiled(
 
 
 def loss_scaler(cfg: Config, options: dict) -> LossScaler | None:
-    return LossScaler(**options) if cfg.precision == "fp16" else None
+    if not amp.PRECISIONS[cfg.precision].loss_scaling:
+        return None
+    return LossScaler(**options)
 
 
 def spike_monitor(
@@ -235,7 +236,7 @@ def spike_monitor(
         kept,
         cfg.on_spike,
         cfg.on_nonfinite,
-        cfg.precision,
+        amp.PRECISIONS[cfg.precision].loss_scaling,
         monitor.MonitorConfig(**options),
         disk,
     )
@@ -266,7 +267,7 @@ def stepper(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_clas
         spread
         or mesh.sizes["tp"] * mesh.sizes["pp"] > 1
         or cfg.offload
-        or cfg.precision == "bf16_sr"
+        or amp.PRECISIONS[cfg.precision].stochastic
     ):
         refuse_coupled(optimizer_class, [{}], cfg.sub("opt"))
     if not tp_shards or cfg.data_parallel == "fsdp":

@@ -15,7 +15,7 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class for `file` (its own first one, or the one it imports) or `file.Class` in optim/.
     Raises ValueError with the nearest name, or with what the file lacks."""
     file, dot, wanted = name.partition(".")
-    others = ("param_groups", "mup", "qk_clip")  # what stands beside the optimizers
+    others = ("attributes", "param_groups", "mup", "qk_clip")  # what stands beside the optimizers
     files = [m.name for m in pkgutil.iter_modules(optim.__path__) if m.name not in others]
     if file not in files:
         raise ValueError(
@@ -79,8 +79,3 @@ def trial(cfg: Config, optimizer_class: type) -> tuple[dict, dict]:
         f"--opt.*: {optimizer_class.__name__} cannot take {options}: {said(why)}; "
         "--lr= and --opt.NAME= give it arguments"
     )
-
-
-def matrices_only(optimizer_class: type) -> bool:
-    """Muon moves the matrices itself and everything else by AdamW, with other learning rates."""
-    return getattr(optimizer_class, "matrices_only", False)

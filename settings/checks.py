@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 
+import schedules
 from settings.fields import ARCHS, FIELDS, LAYOUTS, Config, flag, model_chunks, trait
 
 
@@ -110,16 +111,17 @@ def check_attention(cfg: Config) -> None:
 
 def check_schedule(cfg: Config) -> None:
     """What has no meaning for the schedule that was given; for a chosen one, run/announce.py."""
-    named = "schedule" in cfg.given
-    other = cfg.schedule not in ("auto", "wsd")
-    if named and other and cfg.decay_frac != FIELDS["decay_frac"].default:
+    named = "schedule" in cfg.given and cfg.schedule != "auto"
+    decay = cfg.decay_frac != FIELDS["decay_frac"].default
+    if named and decay and not schedules.takes(cfg.schedule, "decay"):
         raise ValueError(
             f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or"
             " --schedule=wsd"
         )
-    if named and cfg.schedule == "constant" and cfg.min_lr_frac:
+    if named and cfg.min_lr_frac and not schedules.takes(cfg.schedule, "minimum"):
         raise ValueError(
-            "min_lr_frac has no meaning for schedule=constant, which never decays; leave it out"
+            f"min_lr_frac has no meaning for schedule={cfg.schedule}, which never decays; leave it"
+            " out"
         )
     for name in ("decay_frac", "min_lr_frac", "warmup_start"):
         if (getattr(cfg, name) or 0) > 1:

@@ -14,6 +14,8 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from schedules import SHAPES
+
 Auto = Literal["auto"]
 
 
@@ -182,9 +184,9 @@ class Config:
         0.0, "what a better loss is better by, nats, for patience", least=0
     )
     # schedule; --schedule.NAME= goes to it
-    schedule: Literal[
-        "auto", "wsd", "cosine", "linear", "constant", "inverse_sqrt", "sgdr", "onecycle"
-    ] = may_change("auto", "auto = wsd, and constant for Schedule-Free, which needs none")
+    schedule: Literal["auto", *SHAPES] = may_change(
+        "auto", "auto = wsd, and constant for Schedule-Free, which needs none"
+    )
     warmup_frac: float = may_change(0.02, "share of the steps for linear warm-up", least=0, below=1)
     warmup_steps: int | None = may_change(None, "the same in steps; overrides warmup_frac", least=0)
     warmup_start: float | None = may_change(

@@ -8,7 +8,7 @@ from matrix import assert_one_process
 from test_qk_clip import scores
 
 import train
-from layers.attention import causal_attention, core, plain_attention
+from layers.attention import causal_attention, choose, plain_attention
 from layers.generation import generate
 from metrics.logger import read_metrics
 from model import GPT, GPTConfig
@@ -51,9 +51,9 @@ def test_written_out_it_is_torchs_kernel_and_in_bfloat16_no_further_from_the_tru
     kv,
 ):
     inputs = qkv(40, kv)
-    found, expected = (core(kind, None)(*inputs) for kind in ("plain", "sdpa"))
+    found, expected = (choose(kind, None)(*inputs) for kind in ("plain", "sdpa"))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
-    half = [core(kind, None)(*(x.bfloat16() for x in inputs)) for kind in ("plain", "sdpa")]
+    half = [choose(kind, None)(*(x.bfloat16() for x in inputs)) for kind in ("plain", "sdpa")]
     assert [x.dtype for x in half] == [torch.bfloat16] * 2
     off = [(x - expected).square().mean().sqrt().item() for x in half]
     assert off[0] < 2 * off[1] < 0.02
@@ -63,7 +63,7 @@ def test_written_out_it_is_torchs_kernel_and_in_bfloat16_no_further_from_the_tru
 def test_flex_attention_sees_the_same(window):
     inputs = qkv(300, 2, torch.float32, grad=False)  # 3 blocks of 128
     with torch.no_grad():
-        found, expected = (core(kind, window)(*inputs) for kind in ("flex", "sdpa"))
+        found, expected = (choose(kind, window)(*inputs) for kind in ("flex", "sdpa"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_flex_attention_sees_the_same(window):
 def test_flex_attention_has_the_same_gradients():
     inputs = [x.detach().cuda().requires_grad_() for x in qkv(300, 2, torch.float32, D=32)]
     grads = [
-        torch.autograd.grad(core(kind, 70)(*inputs).square().sum(), inputs)
+        torch.autograd.grad(choose(kind, 70)(*inputs).square().sum(), inputs)
         for kind in ("flex", "sdpa")
     ]
     for found, expected in zip(*grads):

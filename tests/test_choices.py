@@ -2,8 +2,10 @@
 
 import errno
 import os
+import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,18 +15,21 @@ from harness import run_ranks
 from test_train import close, flags, go, on_ranks, rows, trace
 
 import optim
+import schedules
 from checkpoint import load
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
+from optim.attributes import ASSUMED, attribute, own_classes
 from optim.sgd import SGD
 from parallel.allocate import mapped_file
 from parallel.ddp import DDP
 from parallel.fsdp import FSDP
 from parallel.mesh import make_mesh
 from parallel.zero import ZeRO
+from precision import amp
 from run import announce, auto, batch, build, optimizers, resume
 from run.options import resolve_options
-from settings import parse
+from settings import fields, parse
 
 CPU = torch.device("cpu")
 ONE = make_mesh(CPU, 1, 1, 1)
@@ -381,14 +386,15 @@ def test_any_class_in_a_file_trains_with_the_lr_and_the_decay_asked_for(what, dr
 
 def test_what_a_constructor_cannot_do_without_it_gets_and_the_class_stays_itself(drop):
     drop(WORKS["no default for either"])
-    cfg = parse.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3"])
+    cfg = parse.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3", "--precision=fp32"])
     found = optimizers.find_optimizer("mine")
     found.elementwise, found.eval = True, None  # what layouts ask it for
     made, shards = build.stepper(cfg, ONE, {}, found)
     group = made([torch.zeros(1, requires_grad=True)]).param_groups[0]
     assert (group["lr"], group["weight_decay"], shards) == (0.2, 0.3, {})
     assert issubclass(made, found) and made.__name__ == "Mine"
-    assert build.stepper(parse.parse(["--optim=sgd"]), ONE, {}, SGD) == (SGD, {})
+    cfg = parse.parse(["--optim=sgd", "--precision=fp32"])
+    assert build.stepper(cfg, ONE, {}, SGD) == (SGD, {})
 
 
 def own(optim, *words):
@@ -482,3 +488,85 @@ def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(co
         with pytest.raises(ValueError, match=says) as error:
             own("mine", "--lr=0.01", word)
         assert "\n" not in str(error.value)
+
+
+# ---- what stands in one place --------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "code, zero_init, heavy_step, mup_rule",
+    [
+        ("from torch.optim import AdamW", False, False, "adam"),
+        ("from torch.optim import SGD", True, False, "sgd"),
+        ("from torch.optim import Muon", True, True, "muon"),
+        ("from torch.optim import Adafactor", False, False, None),
+        ("from torch.optim import NAdam", True, False, None),
+        ("import optim.soap\nclass Mine(optim.soap.SOAP): pass", True, True, "adam"),
+        (
+            "import torch\nclass Mine(torch.optim.SGD): zero_init, mup_rule = False, 'adam'",
+            False,
+            False,
+            "adam",
+        ),
+    ],
+)
+def test_a_class_that_does_not_say_is_taken_for_ours_of_its_name(
+    code, zero_init, heavy_step, mup_rule, tmp_path, monkeypatch
+):
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.setattr(optim, "__path__", [*optim.__path__, str(tmp_path)])
+    sys.modules.pop("optim.mine", None)
+    found = optimizers.find_optimizer("mine")
+    said = [attribute(found, name) for name in ("zero_init", "heavy_step", "mup_rule")]
+    assert said == [zero_init, heavy_step, mup_rule]
+    # How its code takes parameters a name does not say: torch's own know no use_muon
+    assert attribute(found, "matrices_only") is False
+    sys.modules.pop("optim.mine")
+
+
+def test_every_optimizer_says_what_it_is_in_its_own_file():
+    for name, cls in own_classes().items():
+        for said in (*ASSUMED, "elementwise", "state_numbers"):
+            above = [c for c in cls.__mro__ if c.__module__ == cls.__module__]
+            assert said == "matrices_only" or any(said in vars(c) for c in above), (name, said)
+
+
+def test_settings_and_the_table_of_precisions_agree():
+    """settings/ imports no torch, so it repeats names."""
+    assert {*typing.get_args(fields.TYPES["precision"])} == {"auto", *amp.PRECISIONS}
+    for name, row in amp.PRECISIONS.items():
+        for option, allowed in (
+            ("--scaler.window=9", row.loss_scaling),
+            ("--fp8.scaling=tensor", row.fp8_blocks),
+            ("--compress=topk", not (row.loss_scaling or row.stochastic)),
+            ("--diloco_every=2", not (row.loss_scaling or row.stochastic)),
+        ):
+            words = [f"--precision={name}", option]
+            if allowed:
+                parse.parse(words)
+            else:
+                with pytest.raises(ValueError, match="precision="):
+                    parse.parse(words)
+
+
+def test_settings_take_the_schedules_from_their_file():
+    names = ("auto", *schedules.SHAPES)
+    assert typing.get_args(fields.TYPES["schedule"]) == names
+    for name in schedules.SHAPES:
+        if name == "wsd":
+            parse.parse([f"--schedule={name}", "--decay_frac=0.3"])
+        else:
+            with pytest.raises(ValueError, match=f"no meaning for schedule={name}"):
+                parse.parse([f"--schedule={name}", "--decay_frac=0.3"])
+        if name == "constant":
+            with pytest.raises(ValueError, match="which never decays"):
+                parse.parse([f"--schedule={name}", "--min_lr_frac=0.3"])
+        else:
+            parse.parse([f"--schedule={name}", "--min_lr_frac=0.3"])
+    for name in schedules.SHAPES:
+        same = [schedules.multiplier(name, 50, steps, warmup=5) for steps in (90, 100)]
+        assert schedules.is_endless(name) == (same[0] == same[1]) or name == "wsd"
+
+
+def test_settings_import_no_torch():
+    code = "import sys, settings.parse; sys.exit('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0

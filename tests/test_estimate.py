@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from harness import run_ranks
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
+import optim as optimizers
 from memory import estimate, plan
 from memory.estimate import (
     activation_bytes,
@@ -40,6 +42,7 @@ from optim import (
     shampoo,
     soap,
 )
+from optim.attributes import own_classes
 from optim.param_groups import kinds, param_groups
 from parallel.ddp import DDP
 from parallel.ownership import owners_by_shape, owners_by_size
@@ -182,20 +185,50 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
             optimizer.train()
         optimizer.step()
         kept = [x for x in optimizer.state[p].values() if torch.is_tensor(x)]
-        assert sum(x.numel() for x in kept) == state_numbers(optim, kind, shape, **options)
+        found = state_numbers(CLASSES[optim], kind, shape, **options)
+        assert sum(x.numel() for x in kept) == found
         assert all(x.dtype == dtype for x in kept)
 
 
 def test_every_optimizer_is_known_with_its_defaults():
-    files = {p.stem for p in (ROOT / "optim").glob("*.py")} - {
-        "param_groups",
-        "mup",
-    }
-    assert {name.split(".")[0] for name in estimate.OPTIONS} == files
+    assert own_classes() == CLASSES
     for name, cls in CLASSES.items():
-        assert cls.elementwise == (name in estimate.ELEMENTWISE)
+        assert estimate.find_optimizer(name) is cls
         made = cls([torch.zeros(2, 2)]).defaults
-        assert estimate.OPTIONS[name] == {k: made[k] for k in estimate.OPTIONS[name]}
+        options = {k: p.default for k, p in estimate.options_of(cls).items()}
+        assert options == {k: made[k] for k in options}
+
+
+def test_an_optimizer_of_one_s_own_is_known_by_its_file_alone(tmp_path, monkeypatch):
+    code = """
+import math
+import torch
+
+class Mine(torch.optim.SGD):
+    elementwise = True
+
+    @staticmethod
+    def state_numbers(shape, *, slots: int = 1, keep: float | None = None):
+        return math.prod(shape) * slots
+"""
+    (tmp_path / "optim_mine.py").write_text(code)
+    (tmp_path / "optim_mute.py").write_text("import torch\nclass Mute(torch.optim.SGD): pass")
+    (tmp_path / "optim_broken.py").write_text("import not_there")
+    monkeypatch.setattr(optimizers, "__path__", [*optimizers.__path__, str(tmp_path)])
+    shapes = gpt_shapes(1, 8, 8)
+    numbers = sum(math.prod(shape) for _, shape in shapes.values())
+    for slots in (1, 3):
+        flags = ["--n_layer=1", "--n_embd=8", "--optim=optim_mine", f"--opt.slots={slots}"]
+        _, options = estimate.parse([*flags, "--opt.keep=0.5"])
+        assert options == {"slots": slots, "keep": 0.5}
+        held = bytes_per_rank(shapes, "optim_mine", **options)
+        assert held["state"] == 4 * slots * numbers
+    with pytest.raises(ValueError, match="optim_mute does not say what it keeps; give Mute"):
+        bytes_per_rank(shapes, "optim_mute")
+    with pytest.raises(ValueError, match="'optim_broken' is not known"):
+        bytes_per_rank(shapes, "optim_broken")
+    for name in ("mine", "mute"):
+        sys.modules.pop(f"optim.optim_{name}")
 
 
 @pytest.mark.parametrize("arch", TRAITS)
@@ -649,8 +682,7 @@ def test_a_mistake_is_one_line(arguments, said):
 
 def test_every_precision_of_a_run_has_its_bytes():
     """The title claims it: what train.py can compute with, each with a heading of its own."""
-    assert amp.PARAM_DTYPE.keys() <= estimate.BYTES.keys() == estimate.HEADINGS.keys()
-    for precision, dtype in amp.PARAM_DTYPE.items():
+    for precision, row in amp.PRECISIONS.items():
         for arch in TRAITS:
             size = [
                 f"--precision={precision}",
@@ -662,8 +694,10 @@ def test_every_precision_of_a_run_has_its_bytes():
             for how in ("none", "full", "selective"):
                 text = estimate.table(*estimate.parse([*size, f"--activation_checkpoint={how}"]))
                 assert text.count("\nfsdp ") == 1 and "nan" not in text
-        weight, gradient, master, number = estimate.BYTES[precision]
-        assert weight == gradient == dtype.itemsize and master == 0 and number == max(4, weight)
+        weight, gradient, master, number = estimate.bytes_of(precision)
+        assert weight == gradient == row.weights.itemsize and master == 0
+        assert number == max(4, weight)
+        assert f"\n{precision}: " in text and f"{weight} + {gradient} bytes" in text
 
 
 @pytest.mark.parametrize(

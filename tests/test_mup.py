@@ -8,6 +8,8 @@ from harness import init_weights
 from model import GPT, GPTConfig
 from optim import mup, param_groups
 from optim.adamw import AdamW
+from optim.attributes import own_classes
+from optim.lamb import LAMB
 from optim.lion import Lion
 from optim.muon import Muon
 from optim.sgd import SGD
@@ -29,7 +31,7 @@ def change(name: str, width: int, on: bool) -> dict[str, float]:
         **shape, zero_init=False, logit_cap=None, qk_norm=False, mup_base_width=32 if on else None
     )
     model = init_weights(GPT(c))
-    rule = mup.lr_multipliers(optimizer_class.__name__, width, 32) if on else {}
+    rule = mup.lr_multipliers(optimizer_class, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
     groups = param_groups.param_groups(model, lrs, 0.0, name == "muon")
     optimizer = optimizer_class(groups, **options)
@@ -67,17 +69,28 @@ def test_without_it_the_change_grows_with_the_width(name):
 
 
 def test_the_rules_are_the_papers_table():
-    assert mup.lr_multipliers("AdamW", 512, 64)["matrix"] == 1 / 8
-    assert mup.lr_multipliers("SGD", 512, 64) == {
+    assert mup.lr_multipliers(AdamW, 512, 64)["matrix"] == 1 / 8
+    assert mup.lr_multipliers(SGD, 512, 64) == {
         "embedding": 8,
         "matrix": 1,
         "head": 8,
         "scalar": 8,
     }
-    assert mup.lr_multipliers("Muon", 512, 64)["matrix"] == 1
-    assert mup.lr_multipliers("Muon", 1024, 64, adjust_lr_fn="match_rms_adamw")["matrix"] == 1 / 4
-    for optimizer in mup.RULES:
-        assert set(mup.lr_multipliers(optimizer, 64, 64).values()) == {1.0}
+    assert mup.lr_multipliers(Muon, 512, 64)["matrix"] == 1
+    assert mup.lr_multipliers(Muon, 1024, 64, adjust_lr_fn="match_rms_adamw")["matrix"] == 1 / 4
+    rules = {name: cls for name, cls in own_classes().items() if cls.mup_rule is not None}
+    assert set(own_classes()) - set(rules) == {"adafactor", "lamb", "lars", "shampoo"}
+    for cls in rules.values():
+        assert set(mup.lr_multipliers(cls, 64, 64).values()) == {1.0}
+
+
+def test_an_optimizer_without_a_rule_is_refused_with_those_that_have_one():
+    class Mine(torch.optim.Optimizer):
+        mup_rule = "adamw"  # none of the words
+
+    for cls in (LAMB, torch.optim.RMSprop, Mine):
+        with pytest.raises(ValueError, match=f"no μP rule for {cls.__name__}.*AdamW.*Muon.*SOAP"):
+            mup.lr_multipliers(cls, 64, 32)
 
 
 @pytest.mark.parametrize("init", ["gpt2", "fan_in"])

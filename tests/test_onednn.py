@@ -49,10 +49,10 @@ def test_it_is_used_for_fp32_on_amd_cpus_alone(monkeypatch):
     monkeypatch.setattr(
         platform, "processor", lambda: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD"
     )
-    assert onednn.faster("fp32", cpu)
-    assert not onednn.faster("bf16", cpu) and not onednn.faster("fp64", cpu)
-    assert not onednn.faster("fp32", torch.device("cuda"))
+    assert onednn.faster(torch.float32, cpu)
+    assert not onednn.faster(torch.bfloat16, cpu) and not onednn.faster(torch.float64, cpu)
+    assert not onednn.faster(torch.float32, torch.device("cuda"))
     monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6, GenuineIntel")
-    assert not onednn.faster("fp32", cpu)
+    assert not onednn.faster(torch.float32, cpu)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not onednn.faster("fp32", cpu)
+    assert not onednn.faster(torch.float32, cpu)

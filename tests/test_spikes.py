@@ -187,7 +187,7 @@ def test_what_is_not_finite_is_found_at_the_first_step_and_poisons_nothing():
 
 
 def test_an_fp16_overflow_with_a_finite_loss_is_the_scalers():
-    g = guard("skip", "skip", precision="fp16")
+    g = guard("skip", "skip", loss_scaling=True)
     assert g.check(0, 3.0, math.inf, range(8)) == "step" and g.events == [] and g.seen.losses == []
     assert g.check(0, math.nan, math.inf, range(8)) == "skip" and "bf16" in g.events[0]["remedy"]
 

@@ -21,7 +21,7 @@ from parallel.allocate import allocate
 from parallel.ddp import DDP
 from parallel.mesh import make_mesh
 from parallel.shard import Shard, sharded
-from parallel.tensor import output
+from parallel.tensor import loss_fn
 from settings import fields
 
 CPU = torch.device("cpu")
@@ -193,11 +193,11 @@ def losses(rank, world, kinds):
     for kind in kinds:
         logits, targets = logits_and_targets(kind)
         mine = logits.chunk(world, -1)[rank].clone().requires_grad_()
-        loss, hits = output(mine, targets, True, dist.group.WORLD)
+        loss, hits = loss_fn(mine, targets, True, dist.group.WORLD)
         (loss * 3).backward()
-        assert output(mine, targets, False, dist.group.WORLD)[1] is None
+        assert loss_fn(mine, targets, False, dist.group.WORLD)[1] is None
         again = mine.detach().clone().requires_grad_()
-        both, nothing = output(again, None, True, dist.group.WORLD)
+        both, nothing = loss_fn(again, None, True, dist.group.WORLD)
         both.square().sum().backward()
         assert nothing is None
         found.append((loss.detach(), hits, mine.grad, both.detach(), again.grad))
@@ -230,7 +230,7 @@ def loss_memory(rank, world):
     with Meter() as meter, hooks:
         meter.watch([logits, targets])
         before = meter.now()
-        loss, _ = output(logits, targets, False, dist.group.WORLD)
+        loss, _ = loss_fn(logits, targets, False, dist.group.WORLD)
         forward = meter.peak - before
         large = {x.untyped_storage().data_ptr() for x in kept if x.nbytes >= logits.nbytes}
         kept.clear()

@@ -1,0 +1,53 @@
+"""What an optimizer class says of itself, and what is assumed of one that does not.
+
+    attribute      assumed   what it decides
+    elementwise    False     may a shard of a parameter be stepped alone? (asked and assumed in
+                             parallel/adapter.py)
+    matrices_only  False     does all but the matrices belong in groups with use_muon=False?
+    zero_init      True      may projections and head start at 0?
+    heavy_step     False     too much work for every replica to repeat: ranks share it out
+    mup_rule       None      how a step scales, in the words of optim/mup.py; None: no rule
+    state_numbers  -         numbers of state that a parameter of a shape takes, for
+                             memory/estimate.py; keyword-only arguments are the options that matter
+
+zero_init, heavy_step and mup_rule belong to the method: a class that does not say, such as
+torch.optim.AdamW, has those of the class of that name here. The others belong to the code, and only
+its own class can say.
+"""
+
+import importlib
+import pkgutil
+
+from torch.optim import Optimizer
+
+import optim
+
+ASSUMED = {"matrices_only": False, "zero_init": True, "heavy_step": False, "mup_rule": None}
+OF_THE_METHOD = ("zero_init", "heavy_step", "mup_rule")
+
+
+def attribute(cls: type[Optimizer], name: str):
+    """What `cls` says of itself under this name, or what is assumed of it."""
+    if hasattr(cls, name):
+        return getattr(cls, name)
+    for ours in own_classes().values() if name in OF_THE_METHOD else ():
+        if ours.__name__ == cls.__name__ and hasattr(ours, name):
+            return getattr(ours, name)
+    return ASSUMED[name]
+
+
+def own_classes() -> dict[str, type[Optimizer]]:
+    """The optimizers that the files here define, as --optim= names them: `file` for its first one,
+    `file.Class` for others. A file that cannot be imported has none."""
+    found = {}
+    for file in sorted(module.name for module in pkgutil.iter_modules(optim.__path__)):
+        try:
+            module = importlib.import_module(f"optim.{file}")
+        except Exception:  # whatever a user's file can raise; --optim= tells what
+            continue
+        for name, cls in vars(module).items():
+            if not isinstance(cls, type) or not issubclass(cls, Optimizer):
+                continue
+            if cls.__module__ == module.__name__:
+                found[file if file not in found else f"{file}.{name}"] = cls
+    return found
