@@ -1,4 +1,4 @@
-"""Where a run is in its data and among its evaluations: next row, banned rows, best step."""
+"""Early stopping: the best evaluation so far, its weights, and when to stop."""
 
 import math
 from collections.abc import Callable

@@ -59,7 +59,8 @@ def main(words: list[str]) -> int:
     status, given = 0, [word for word in words if word != "--index"]
     for path in experiments() if "--index" not in words else []:
         print(f"\n---- {path.name} ----", flush=True)
-        status = max(status, subprocess.run([sys.executable, str(path), *given]).returncode)
+        command = [sys.executable, "-m", f"experiments.{path.stem}", *given]
+        status = max(status, subprocess.run(command, cwd=HERE.parent).returncode)
     if "--quick" not in words:
         (HERE / "README.md").write_text(HEAD + index(HERE / "results"), encoding="utf-8")
         print(HERE / "README.md")

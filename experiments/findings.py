@@ -148,7 +148,7 @@ def footer(name: str, rows: list[dict], quick: bool) -> str:
     return (
         "; ".join(
             [
-                f"`python experiments/{name}.py{' --quick' * quick}`",
+                f"`python -m experiments.{name}{' --quick' * quick}`",
                 (
                     f"**rows of several commits**: {commits}"
                     if len(of["commit"]) > 1

@@ -43,8 +43,6 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
-HERE = Path(__file__).resolve().parent
-
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -57,6 +55,7 @@ from metrics import logger
 from run import control
 from settings import parse
 
+HERE = Path(__file__).resolve().parent
 ROOT, RESULTS, CACHE = HERE.parent, HERE / "results", HERE.parent / "data_cache"
 CONTEXT = ("seconds", "date", "machine", "commit")  # the last columns of every csv
 # Its own is shared by forks: one killed as it writes would stop the others

@@ -188,10 +188,14 @@ def report(out_dir: Path) -> list[str]:
     return lines
 
 
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise ValueError("type python -m parallel.watchdog OUT_DIR")
+    print("\n".join(report(Path(arguments[0]))))
+
+
 if __name__ == "__main__":
     try:
-        if len(sys.argv) != 2:
-            raise ValueError("type python -m parallel.watchdog OUT_DIR")
-        print("\n".join(report(Path(sys.argv[1]))))
+        main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"parallel/watchdog.py: {error}")

@@ -28,6 +28,7 @@ from parallel.fsdp import FSDP
 from parallel.zero import ZeRO
 from precision import onednn
 from settings import fields
+from settings import parse as settings
 
 CPU = torch.device("cpu")
 ALL = [
@@ -603,11 +604,10 @@ def test_numbers_are_read():
 
 @pytest.mark.parametrize("how", ALL)
 def test_zero_bubble_is_refused(how):
-    model = GPT(GPTConfig(**MODERN))
-    pipeline.defer_weight_gradients(model)
-    keep_less(model, "none")
-    with pytest.raises(ValueError, match="type --pp_schedule=1f1b"):
-        keep_less(model, how)
+    flags = ["--pp=2", "--pp_schedule=zerobubble"]
+    settings.parse([*flags, "--activation_checkpoint=none"])
+    with pytest.raises(ValueError, match=f"{how} does not go with .*type --pp_schedule=1f1b"):
+        settings.parse([*flags, f"--activation_checkpoint={how}"])
 
 
 # ---- compiled ------------------------------------------------------------------------------------

@@ -38,10 +38,18 @@ AT_ROOT = {"train", "model", "schedules", "monitor", "sample", "sweep", "bench"}
 
 # Concepts that need one of another room: importer -> {imported: why}.
 CROSSINGS = {
+    "checkpoint.load": {"parallel.shard": "which part of a tensor to read"},
+    "checkpoint.slices": {"parallel.shard": "which part of a tensor is here"},
     "checkpoint.state": {
         "optim.param_groups": "optimizer state by the names of parameters",
         "parallel.mesh": "norms and steps over all ranks",
-        "parallel.tensor": "which part of a split matrix is here",
+        "parallel.protocol": "what a layout has",
+        "parallel.shard": "which part of a split matrix is here",
+    },
+    "memory.estimate": {
+        "optim.attributes": "how many numbers an optimizer remembers",
+        "parallel.ownership": "which rank owns which parameter",
+        "precision.amp": "bytes of a number",
     },
     "metrics.watch": {
         "optim.qk_clip": "the largest attention logits",
@@ -67,7 +75,7 @@ def sources(root: Path) -> dict[str, str]:
     """Module -> its text: all Python at the root and in folders of product code and tools."""
     paths = [
         *root.glob("*.py"),
-        *(path for room in FOLDERS for path in (root / room).rglob("*.py")),
+        *(path for room in sorted(FOLDERS) for path in (root / room).rglob("*.py")),
     ]
     return {
         ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
@@ -170,7 +178,7 @@ def test_tools_may_import_settings_and_a_crossing_that_is_no_more_is_named():
     ]
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n.split(".")[0] in ALONE])
+@pytest.mark.parametrize("name", [n for n in sorted(FILES) if n.split(".")[0] in ALONE])
 def test_a_concept_imports_at_most_one_other(name):
     if is_tool(name):
         return

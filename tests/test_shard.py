@@ -37,6 +37,7 @@ SHARDS = [
     ((5, 4, 3), (1, 2, 0), (3, 2, 3)),
     ((4, 6), (0, 0), (4, 6)),
     ((4, 6), (4, 0), (0, 6)),  # of a rank that has nothing
+    ((4, 6), (6, 0), (0, 6)),  # where ranks before it have nothing either
     ((), (), ()),
 ]
 
