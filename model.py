@@ -18,7 +18,8 @@ Made to be cut up from outside; nothing here knows how:
   alone, and every parameter has the same name in every layout;
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants
   them apart;
-- `Attention.attention_fn`, `Linear.matmul`, `GPT.run_blocks` and `GPT.loss_fn` can be replaced by functions;
+- `Attention.attention_fn`, `Linear.matmul`, `GPT.run_blocks` and `GPT.loss_fn` can be replaced by
+  functions;
 - the initial weight is a function of (seed, name), a dropout mask of (seed, name, row, position).
 
 Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel

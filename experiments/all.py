@@ -31,7 +31,7 @@ def experiments() -> list[Path]:
     return [
         path
         for path in sorted(HERE.glob("*.py"))
-        if path.stem not in ("all", "protocol", "findings")
+        if path.stem not in ("__init__", "all", "protocol", "findings")
     ]
 
 

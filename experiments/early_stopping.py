@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 
+import train
 from checkpoint import load
 from data import corpora
 from experiments import protocol
 from experiments.findings import INK, groups, judged, line, listed, markdown, pick, plus_minus
-from run import evaluate
 
 PATIENCE, SEEDS, CASES = 4, (1, 2, 3), ("whole", "patience", "nan")
-EVALUATE = evaluate.evaluate
+EVALUATE = train.evaluate
 GRID = [dict(case=case, seed=seed) for case in CASES for seed in SEEDS]
 QUICK = [dict(case=case, seed=1) for case in CASES]
 
@@ -52,9 +52,10 @@ def figures_of(keys: dict, quick: bool, nan_at: int | None = None) -> dict:
     steps, every = (120, 15) if quick else (600, 20)
     case, evaluate, looks, kept = keys["case"], EVALUATE, [], {}
 
-    def look(model, *others) -> dict:
+    def look(micro_batches, *others, **options) -> dict:
         """train.py's evaluation; what a text would keep of the best weights is kept beside."""
-        found = evaluate(model, *others)
+        model = micro_batches.model
+        found = evaluate(micro_batches, *others, **options)
         best = min((x for x in looks if not math.isnan(x)), default=math.inf)
         if len(looks) == nan_at:
             found = found | {"val_loss": math.nan}
@@ -62,11 +63,11 @@ def figures_of(keys: dict, quick: bool, nan_at: int | None = None) -> dict:
             kept["copy"] = model.state_dict().copy()
             kept["clone"] = {name: p.clone() for name, p in model.state_dict().items()}
         looks.append(found["val_loss"])
-        kept["again"] = lambda: evaluate(model, *others)["val_loss"]
+        kept["again"] = lambda: evaluate(micro_batches, *others)["val_loss"]
         kept["model"] = model
         return found
 
-    evaluate.evaluate = look
+    train.evaluate = look
     text = corpora.load("python", "bytes", str(protocol.CACHE)).train.slice(0, 24 * 1024)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "small.txt").write_bytes(bytes(text.tolist()))

@@ -3,8 +3,8 @@
     logits of the last token -> top_k likeliest -> softmax(logits / temperature) -> one drawn -> ...
 
 A new token's queries look at all earlier keys, which do not change: every attention keeps them, and
-one token at a time goes through the model. While it does, `Attention.attention_fn` of each block is a
-KVCache.
+one token at a time goes through the model. While it does, `Attention.attention_fn` of each block is
+a KVCache.
 """
 
 import torch

@@ -93,9 +93,10 @@ PRODUCTS = (
 
 def keep_less(model: nn.Module, how: str, group: dist.ProcessGroup | None = None) -> None:
     """Changes `model`, whose blocks (a ModuleDict by layer number), called with (x, context), each
-    have attn and mlp; for segments it also has model.run_blocks(blocks, x, context). group: the tensor
-    parallel ranks, for full_sharded; None: it is full. Raises ValueError for another `how`. Not for
-    a model whose weight gradients come later (zero bubble): these keep what is recomputed here.
+    have attn and mlp; for segments it also has model.run_blocks(blocks, x, context). group: the
+    tensor parallel ranks, for full_sharded; None: it is full. Raises ValueError for another `how`.
+    Not for a model whose weight gradients come later (zero bubble): these keep what is recomputed
+    here.
     """
     kind, k = parse(how, len(model.blocks))
     if kind == "segments":
@@ -144,8 +145,8 @@ def recomputed(forward: Callable, **contexts) -> Callable:
 def in_segments(
     through: Callable, segment: dict[nn.Module, int], blocks: list, x: Tensor, context
 ) -> Tensor:
-    """through(blocks, x, context), recomputed segment by segment, or what a pipeline's stage runs of
-    it."""
+    """through(blocks, x, context), recomputed segment by segment, or what a pipeline's stage runs
+    of it."""
     for _, part in itertools.groupby(blocks, segment.get):
         x = recomputed(functools.partial(through, list(part)))(x, context)
     return x

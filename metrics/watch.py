@@ -18,11 +18,11 @@ few numbers each. Besides, tensor parallel ranks tell each other their part of l
 token, and context parallel ones gather the keys: with R of them (R-1)/R x a layer's k, for each
 layer and micro-batch.
 
-What looks is put in before a step and taken out after it: `Attention.attention_fn` is wrapped by what
-computes the logits anew in blocks (optim/qk_clip.py), `GPT.loss_fn` by what sees the head's logits,
-and hooks on the optimizer keep a copy of the weights during the step. Other steps do none of that.
-Looking changes no bit; under compile attention leaves the compiled block for such a step, each
-layer is compiled once more, and bits may differ.
+What looks is put in before a step and taken out after it: `Attention.attention_fn` is wrapped by
+what computes the logits anew in blocks (optim/qk_clip.py), `GPT.loss_fn` by what sees the head's
+logits, and hooks on the optimizer keep a copy of the weights during the step. Other steps do none
+of that. Looking changes no bit; under compile attention leaves the compiled block for such a step,
+each layer is compiled once more, and bits may differ.
 
 QK-clip has the first of these always. Its hook comes right after the optimizer's own update, before
 owners send what they have stepped: so it holds for every layout (the all-reduce's maxima are

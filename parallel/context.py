@@ -77,9 +77,9 @@ def positions(block_size: int, n: int, rank: int, way: str = "ring") -> Tensor:
 
 def split(model: nn.Module, group: dist.ProcessGroup | None, way: str = "ring") -> None:
     """The attention of `model` sees the tokens of all ranks of `group` (None: one rank, nothing
-    changes), each of which holds those at its `positions`: replaces every module's `attention_fn`, q (B, H,
-    t, D), k and v (B, Hkv, t, D) -> (B, H, t, D). Raises ValueError where ulysses cannot deal out
-    the heads."""
+    changes), each of which holds those at its `positions`: replaces every module's `attention_fn`,
+    q (B, H, t, D), k and v (B, Hkv, t, D) -> (B, H, t, D). Raises ValueError where ulysses cannot
+    deal out the heads."""
     assert way in ("ring", "ulysses"), way
     for module in (
         [m for m in model.modules() if hasattr(m, "attention_fn")] if group is not None else []
@@ -106,7 +106,8 @@ def as_autocast_would(*tensors: Tensor) -> list[Tensor]:
 
 # ---- ring ----------------------------------------------------------------------------------------
 def ring(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An `attention_fn`; it has no use for an earlier one, which would keep the log-sum-exp to itself."""
+    """An `attention_fn`; it has no use for an earlier one, which would keep the log-sum-exp to
+    itself."""
     assert q.shape[2] % 2 == 0, "zigzag: two chunks of equal length, see positions()"
     q, k, v = as_autocast_would(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
@@ -255,8 +256,8 @@ def formula_backward(dout, q, k, v, out, lse, dropout, causal) -> tuple[Tensor, 
 
 # ---- ulysses -------------------------------------------------------------------------------------
 def ulysses(group: dist.ProcessGroup, plain: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An `attention_fn` around the plain one, which runs on all T tokens of this rank's share of the
-    heads."""
+    """An `attention_fn` around the plain one, which runs on all T tokens of this rank's share of
+    the heads."""
     n = dist.get_world_size(group)
     # (B, n, heads, t, D) each
     shares = [x.unflatten(1, (n, -1)) for x in as_autocast_would(q, k, v)]

@@ -104,10 +104,11 @@ def split(
     """`split` of parallel/tensor.py, with the tokens shared out between the products while in
     training.
 
-    dropouts: endings of the names of modules called with (x, context), context.position_ids (..., T) being
-    those of all tokens; local: of modules that treat each token alone, norms and the tables of
-    positions and n-grams, which are called with those of all tokens (..., T); endings: see there. A
-    stage that begins after other layers takes x (B, T/N, C) and, whole, the positions (T,).
+    dropouts: endings of the names of modules called with (x, context), context.position_ids (...,
+    T) being those of all tokens; local: of modules that treat each token alone, norms and the
+    tables of positions and n-grams, which are called with those of all tokens (..., T); endings:
+    see there. A stage that begins after other layers takes x (B, T/N, C) and, whole, the positions
+    (T,).
 
     Raises ValueError as there and, when called, where N does not divide T.
     """

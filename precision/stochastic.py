@@ -154,7 +154,7 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
 
 
 def load_in_float32(optimizer: Optimizer, cls: type[Optimizer], state_dict: dict) -> None:
-    """cls.load_state_dict, which casts, but in float32. What an older state does not say stays as it
+    """cls.load_state_dict in float32, where torch casts. What an older state lacks stays as it
     is."""
     given = {}
 

@@ -97,7 +97,8 @@ def evaluate(
 def loss_without_bytes(model: torch.nn.Module, widths):
     """A list of one number: of the newest forward, the loss of the targets whose width is 0.
 
-    Each tp rank has the same targets, so the second call of `model.loss_fn` may be a collective too.
+    Each tp rank has the same targets, so the second call of `model.loss_fn` may be a collective
+    too.
     """
     plain, silent = model.loss_fn, [0.0]
     has_none = torch.zeros(0, dtype=torch.bool)

@@ -73,7 +73,7 @@ def read(path: Path) -> str:
     if path.suffix == ".py":
         return ast.get_docstring(ast.parse(text), clean=False) or ""
     if path.name == "CHANGELOG.md":  # the first cell of its tables names what is no more
-        return re.sub(r"^\| .*? \|", "|", text, flags=re.M)
+        return re.sub(r"^ *\| .*? \|", "|", text, flags=re.M)
     if path.suffix != ".md":
         return "\n".join(line[2:] for line in text.splitlines() if line.startswith("#"))
     return text

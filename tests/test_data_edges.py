@@ -38,6 +38,7 @@ from parallel import tensor
 from parallel.mesh import make_mesh
 from parallel.shard import sharded
 from run import evaluate
+from run.microbatches import MicroBatches
 
 SOME = np.random.default_rng(0)
 START = SOME.bit_generator.state
@@ -507,6 +508,13 @@ def test_a_bad_id_deep_in_large_data_is_named_with_its_shard(tmp_path, monkeypat
         rows(range(rows.per_epoch))
 
 
+def alone(model: GPT) -> MicroBatches:
+    """What computes micro-batches of a model that is all here."""
+    cpu = torch.device("cpu")
+    positions = torch.arange(model.config.block_size)
+    return MicroBatches(model, None, None, cpu, "fp32", positions, (0, torch.float32, 1))
+
+
 def test_a_prompt_that_the_model_does_not_know_is_a_sentence():
     model = init_weights(
         GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8))
@@ -514,12 +522,12 @@ def test_a_prompt_that_the_model_does_not_know_is_a_sentence():
     for bad in (50, 107, -1):
         with pytest.raises(ValueError, match=f"{bad}.*the model knows 0 to 49"):
             generation.generate(model, torch.tensor([[3, bad]]), 2)
-    words = evaluate.sample(model, Tokenizer("bytes"), 5, 0, torch.device("cpu"))
+    words = evaluate.sample(alone(model), Tokenizer("bytes"), 5, 0)
     assert len(words) == 6  # a line break is 10, which it knows
     tiny = init_weights(
         GPT(GPTConfig(vocab_size=8, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8))
     )
-    assert evaluate.sample(tiny, Tokenizer("bytes"), 5, 0, torch.device("cpu")).startswith("\0")
+    assert evaluate.sample(alone(tiny), Tokenizer("bytes"), 5, 0).startswith("\0")
 
 
 # ---- which files ---------------------------------------------------------------------------------
@@ -1064,14 +1072,8 @@ def bits(rank: int, world: int, ids: np.ndarray) -> dict:
         for name, p in model.named_parameters():
             p.data = shard_of_mine(name, tuple(p.shape)).clone()
     rows = Dataset(Tokens([ids]), 8, None, 264)
-
-    def each(batches, rows, look):
-        for i, numbers in enumerate(batches):
-            tokens = rows(numbers)
-            look(i, model(tokens[:, :-1], tokens[:, 1:]), tokens[:, 1:])
-
     before = model.loss_fn
-    found = evaluate.evaluate(model, each, rows, 64, 3, words, mesh)
+    found = evaluate.evaluate(alone(model), rows, 64, 3, words, mesh)
     assert model.loss_fn is before
     return found
 

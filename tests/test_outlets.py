@@ -75,7 +75,8 @@ def test_a_full_disk_is_said_once_and_raises_nothing():
 def test_lines_come_back_on_a_line_of_their_own_when_there_is_room_again(tmp_path):
     path = tmp_path / "log"
     run = python(f"""
-import resource, signal, outlets
+import resource, signal
+from metrics import outlets
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 said = []
 lines = outlets.Lines({str(path)!r}, said.append)
@@ -259,10 +260,10 @@ def test_an_evaluation_asks_now_and_then_and_its_sums_do_not_depend_on_it(stop_a
     model.config, model.loss_fn = types.SimpleNamespace(vocab_size=256), None
     model.n_correct, asked, seen = 1, [], []
 
-    def each(batches, rows, look):
+    def each(batches, rows, on_loss):
         for i, numbers in enumerate(batches):
             seen.extend(numbers)
-            look(
+            on_loss(
                 i,
                 torch.tensor(float(sum(numbers))),
                 torch.zeros(len(numbers), 4, dtype=torch.int64),
@@ -273,7 +274,14 @@ def test_an_evaluation_asks_now_and_then_and_its_sums_do_not_depend_on_it(stop_a
         return len(asked) == stop_at
 
     found = evaluate.evaluate(
-        model, each, Rows(), 4 * 100, 3, Bytes(), OneRank(), True, stopped=stopped
+        types.SimpleNamespace(model=model, evaluate=each),
+        Rows(),
+        4 * 100,
+        3,
+        Bytes(),
+        OneRank(),
+        True,
+        stopped=stopped,
     )
     assert model.training
     if stop_at is None:

@@ -1,5 +1,5 @@
-"""Two nodes: two torchrun agents on addresses of their own are one process; the documented commands
-exist."""
+"""Two nodes: two torchrun agents on addresses of their own are one process, and every kind of
+launch is documented."""
 
 import os
 import re
@@ -10,11 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from test_commands import place, understood  # noqa: F401
 from test_train import ROOT, close, flags, go, rows
 from torch.distributed.run import get_args_parser
-
-from benchmarks import network
-from settings import parse
 
 DOCUMENT, SLURM = ROOT / "docs" / "multinode.md", ROOT / "configs" / "slurm.sh"
 TEXT = str(ROOT / "model.py")
@@ -77,25 +75,13 @@ def test_two_agents_are_one_process(tmp_path, rendezvous):
 
 
 # ---- the documents' commands ---------------------------------------------------------------------
-def check_command(words: list[str]) -> None:
-    """torchrun's options are torchrun's, and the script's are the script's."""
-    launch = get_args_parser().parse_args(words)
-    if launch.training_script == "train.py":
-        parse.parse(launch.training_script_args)
-    else:
-        assert launch.training_script == "bench.py" and launch.training_script_args[0] == "network"
-        assert {word.split("=")[0] for word in launch.training_script_args[1:]} <= {
-            word.strip("[]").split("=")[0] for word in network.USAGE.split()
-        }
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_documented_launch_says_where_the_nodes_meet(command):
+    """That its words are understood is tests/test_commands.py's."""
+    launch = get_args_parser().parse_args(shlex.split(command)[1:])
     assert launch.rdzv_endpoint.endswith(":29500") or (
         launch.master_addr and launch.node_rank in (0, 1)
     )
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_documented_commands_are_understood(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    check_command(shlex.split(command)[1:])
 
 
 def test_every_kind_of_launch_is_documented():
@@ -113,7 +99,7 @@ def test_every_kind_of_launch_is_documented():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="runs a bash script")
-def test_the_slurm_script_starts_torchrun_on_the_first_node(tmp_path):
+def test_the_slurm_script_starts_torchrun_on_the_first_node(tmp_path, place):  # noqa: F811
     """SLURM is not needed: its commands are played by two lines each."""
     assert subprocess.run(["bash", "-n", SLURM]).returncode == 0
     for name, line in ("scontrol", "printf 'node7\\nnode8\\n'"), ("srun", "printf '%s\\n' \"$@\""):
@@ -135,7 +121,7 @@ def test_the_slurm_script_starts_torchrun_on_the_first_node(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     words = run.stdout.splitlines()
-    check_command(words[words.index("torchrun") + 1 :])
+    understood(place, words[words.index("torchrun") :])
     assert {
         "--nnodes=2",
         "--nproc_per_node=8",

@@ -51,7 +51,7 @@ def trained(rank, world, layout, probe, fails=()):
     replicas.init_weights(lambda name, shape: initial_weight(model.config, name, shape))
     rows = torch.randint(256, (4 * world, 9), generator=torch.Generator().manual_seed(0))
 
-    def run(numbers):
+    def run(numbers, dataset=None):
         if len(numbers) in fails:
             raise torch.OutOfMemoryError("simulated")
         mine = rows[rank * 4 + torch.tensor(list(numbers))]
@@ -61,7 +61,8 @@ def trained(rank, world, layout, probe, fails=()):
         mesh = make_mesh(CPU)
         gpu = types.SimpleNamespace(type="cuda")
         mesh = types.SimpleNamespace(device=gpu, sum=mesh.sum, sizes=mesh.sizes)
-        size = batch.largest_micro_batch(run, model, replicas, 4, mesh)
+        engine = types.SimpleNamespace(model=model, replicas=replicas, forward=run)
+        size = batch.largest_micro_batch(engine, None, 4, mesh)
     lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 1.0)
     optimizer, losses = replicas.make_optimizer(SGD, param_groups.param_groups(model, lrs, 0.0)), []
     for _ in range(3):

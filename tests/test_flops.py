@@ -1,0 +1,189 @@
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from metrics import flops
+from metrics.flops import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
+from model import GPT, GPTConfig
+from settings import fields
+
+
+class TinyGPT(nn.Module):
+    """Attention by plain matrix products: the full square is really computed, as the convention
+    counts it."""
+
+    def __init__(self, n_layer=2, n_head=2, n_embd=16, vocab_size=40, tied=True):
+        super().__init__()
+        self.n_head = n_head
+        self.wte = nn.Embedding(vocab_size, n_embd)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {name: nn.Linear(n_embd, n_embd, bias=False) for name in "qkvo"}
+                | {"up": nn.Linear(n_embd, 4 * n_embd), "down": nn.Linear(4 * n_embd, n_embd)}
+            )
+            for _ in range(n_layer)
+        )
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        if tied:
+            self.head.weight = self.wte.weight
+
+    def forward(self, idx):
+        x = self.wte(idx)  # (B, T, C)
+        B, T, C = x.shape
+        for layer in self.layers:
+            # (B, H, T, D)
+            q, k, v = (layer[n](x).view(B, T, self.n_head, -1).transpose(1, 2) for n in "qkv")
+            mask = torch.ones(T, T).triu(1).bool()
+            # (B, H, T, T)
+            attention = (q @ k.transpose(-2, -1)).masked_fill(mask, float("-inf")).softmax(-1)
+            x = x + layer["o"]((attention @ v).transpose(1, 2).reshape(B, T, C))
+            x = x + layer["down"](F.gelu(layer["up"](x)))
+        return self.head(x)
+
+
+def test_gpt2_124m_costs_what_the_hand_calculation_says():
+    # Q, k, v, o and the two of the MLP; the head once
+    n = 12 * 12 * 768**2 + 50257 * 768
+    assert n == 123_532_032
+    assert flops_per_token(n, 12, 768, 1024) == 6 * 123_532_032 + 113_246_208 == 854_438_400
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_formula_equals_what_torch_counts_operation_by_operation(tied):
+    model, B, T = TinyGPT(tied=tied), 3, 24
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(40, (B, T))).sum().backward()
+    assert counter.get_total_flops() == B * T * flops_per_token(matmul_params(model), 2, 16, T)
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2", "track3"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_head):
+    c = GPTConfig(
+        n_layer=3,
+        n_head=4,
+        n_kv_head=n_kv_head,
+        n_embd=32,
+        block_size=24,
+        vocab_size=72,
+        **fields.ARCHS[arch] | {"tied": tied},
+    )
+    model, x = GPT(c), torch.randint(72, (5, 24))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    assert counter.get_total_flops() == x.numel() * flops_per_token(matmul_params(model), 3, 32, 24)
+
+
+def test_torch_does_not_halve_causal_attention_either_and_a_fused_backward_has_one_product_more():
+    B, H, T, D = 2, 3, 16, 8
+    shapes = [(B, H, T, D)] * 3
+    product = 2 * B * H * T * T * D
+    assert sdpa_flop_count(*shapes) == 2 * product  # q k', then weights v
+    # Four gradients, and q k' once more
+    assert sdpa_backward_flop_count(shapes[0], *shapes) == 5 * product
+    assert 6 * product == B * T * flops_per_token(0, 1, H * D, T)  # recomputation is not counted
+
+
+def test_matmul_params_count_the_head_once_tied_or_not_and_no_embedding():
+    expected = 2 * 12 * 16**2 + 40 * 16
+    assert matmul_params(TinyGPT(tied=True)) == matmul_params(TinyGPT(tied=False)) == expected
+    untied = sum(p.numel() for p in TinyGPT(tied=False).parameters())
+    # Not counted: the embedding and the MLP's biases
+    assert untied == expected + 40 * 16 + 2 * 5 * 16
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("Tesla V100-SXM2-16GB", None),  # no bf16 on Volta
+        ("NVIDIA A10", 125),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+    ],
+)
+def test_each_device_has_its_own_dense_peak(name, tflops):
+    assert peak_flops(name, "bf16") == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_v100_and_t4_have_fp16_and_fp32_peaks():
+    assert peak_flops("Tesla V100-SXM2-32GB", "fp16") == 125e12
+    assert peak_flops("Tesla V100-PCIE-16GB", "fp16") == 112e12
+    assert peak_flops("Tesla V100S-PCIE-32GB", "fp16") == 130e12
+    assert peak_flops("Tesla T4", "fp32") == pytest.approx(8.1e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu",
+        "",
+        "AMD Instinct MI300X",
+        "NVIDIA H100",
+        "NVIDIA GH200 480GB",
+        "NVIDIA L40",
+        "NVIDIA A10G",
+        "NVIDIA A1000",
+        "NVIDIA T400",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+    ],
+)
+def test_hardware_that_is_not_in_the_table_has_no_peak(name):
+    assert peak_flops(name, "bf16") is None
+
+
+def test_no_peak_is_made_up_for_a_precision_the_hardware_lacks():
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "fp8") is None
+    assert peak_flops("NVIDIA H200", "fp64") is None
+
+
+def test_the_table_is_ordered_as_hardware_is():
+    for name, peaks in flops.PEAK_FLOPS.items():
+        order = [peaks[p] for p in ("fp32", "tf32", "bf16", "fp8") if p in peaks]
+        assert order == sorted(order), name
+        assert peaks.get("bf16", peaks["fp16"]) == peaks["fp16"], name
+
+
+def test_mfu_is_the_fraction_of_peak_and_none_when_the_peak_is_unknown():
+    assert mfu(178_000, 854_438_400, 312e12) == pytest.approx(0.48746, abs=1e-5)
+    assert mfu(178_000, 854_438_400, None) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell the peak resident set")
+def test_peak_bytes_sees_what_the_process_touches():
+    before = peak_bytes(torch.device("cpu"))
+    assert 20e6 < before < 1e12  # an interpreter with torch in it, in bytes
+    held = torch.ones(before // 4 + 100_000_000 // 4)  # more than was ever held
+    assert peak_bytes("cpu") - before > 50e6
+    assert held.sum() > 0
+
+
+def test_peak_bytes_is_none_where_the_system_does_not_tell(monkeypatch):
+    # Importing it now fails, as on Windows
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_bytes("cpu") is None
+
+
+def test_peak_bytes_asks_the_allocator_on_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    assert peak_bytes(torch.device("cuda", 0)) == 123
