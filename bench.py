@@ -10,8 +10,8 @@
     python bench.py spread [...]     spread.py       Muon's products on every rank, and at owners
     python bench.py all [...]        all.py          all of these in turn, one page
 
-    torchrun --standalone --nproc_per_node=4 bench.py network [...]    every link of the mesh
-    torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]   pipeline stages that wait
+    torchrun --standalone --nproc_per_node=4 bench.py network [...]    network.py: every link
+    torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]   pipeline.py: bubbles
 
 `python bench.py NAME --help` prints that docstring. Exit status: 0 done; 1 something failed; 2 a
 user's mistake, in one line.
@@ -20,6 +20,7 @@ user's mistake, in one line.
 import importlib
 import sys
 
+# NAME -> its file in benchmarks/.
 FILES = {
     "optim": "optimizers",
     "train": "training",
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
     if argv == ["--help"]:
         print(__doc__)
         return 0
-    name, words = "".join(argv[:1]), argv[1:]
+    name = "".join(argv[:1])
+    words = argv[1:]
     if name not in FILES:
         print(
             f"bench.py: not understood: {name!r}; usage: python bench.py NAME, with one of",
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    # Each benchmark imports its peers, so only this one is imported.
     bench = importlib.import_module(f"benchmarks.{FILES[name]}")
     if "--help" in words:
         print(bench.__doc__)

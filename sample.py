@@ -5,14 +5,13 @@
     [--device=cpu] [--tokenizer=gpt2]
 
 RUN is a run's out_dir (its newest checkpoint) or one checkpoint's folder. The context is the last
-block_size tokens. A run on shards whose tokenizer nobody gave reads and writes ids: --prompt="17 4
-256". --tokenizer= takes the place of the run's own.
+block_size tokens. A run on shards without a known tokenizer reads and writes ids: --prompt="17 4
+256". --tokenizer= replaces the run's own tokenizer.
 """
 
 import argparse
 import os
 import sys
-from dataclasses import fields
 
 import torch
 
@@ -20,7 +19,7 @@ from checkpoint import load as checkpoint
 from data import corpora
 from data.tokenizer import Tokenizer
 from layers.generation import generate
-from model import GPT, GPTConfig
+from model import GPT
 from parallel.launch import pick_device
 from run import build
 from settings import parse
@@ -28,18 +27,22 @@ from settings.fields import with_traits
 
 
 def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """The model of a run or checkpoint, in eval mode, and its tokenizer. Raises ValueError if there
-    is none."""
+    """The model of a run or checkpoint, in eval mode, and its tokenizer.
+
+    Raises ValueError if there is none, or if the data that n-grams are counted in have changed.
+    """
     saved = checkpoint.resolve(os.path.expanduser(path))
     cfg = with_traits(parse.from_dict(saved.tree("config")))
-    model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)})).to(device)
+    model = GPT(build.model_config(cfg)).to(device)
     saved.load_weights(model)
-    if cfg.ngram is not None:  # counted again: no checkpoint holds them
+    # N-grams are counted again: no checkpoint holds them.
+    if cfg.ngram is not None:
         corpus = corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
         if corpus.sha256 != saved.tree("record/data_sha256"):
             raise ValueError(
                 f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since"
             )
+        # The same counts, added to the logits as in training.
         build.add_ngrams(cfg, model, corpus.train)
     return model.eval(), corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
 
@@ -47,7 +50,7 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Text from a checkpoint.")
     parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
-    parser.add_argument("--prompt", help="what the text goes on from; default: a line break")
+    parser.add_argument("--prompt", help="what the text continues; default: a line break")
     parser.add_argument("--tokens", type=int, default=300, help="how many to add")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
@@ -68,21 +71,25 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load(args.run, device)
     if args.tokenizer is not None:
         tokenizer = Tokenizer(args.tokenizer)
-    words = args.prompt
-    if words is None:
-        words = "0" if tokenizer.name == "ids" else "\n"
-    prompt = torch.from_numpy(tokenizer.encode(words)).to(device)
+    # Without a prompt the text begins after a line break, or after token 0.
+    text = args.prompt
+    if text is None:
+        text = "0" if tokenizer.name == "ids" else "\n"
+    prompt = torch.from_numpy(tokenizer.encode(text)).to(device)
     if len(prompt) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
     for name in tokenizer.special:
-        if name in words:
+        if name in text:
             print(f"sample.py: {name} in --prompt= is text, not one token", file=sys.stderr)
-    prompts, top_k = prompt.repeat(args.n, 1), args.top_k or None
+    prompts = prompt.repeat(args.n, 1)  # (n, T)
+    top_k = args.top_k or None
     ids = generate(model, prompts, args.tokens, args.temperature, top_k, args.seed)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # it may lack letters of the text
-    for i, row in enumerate(ids.tolist()):
-        text = ("-" * 40 + "\n" if i else "") + tokenizer.decode(row)
-        print(text.encode(encoding, "replace").decode(encoding))
+    # The terminal may lack letters of the text.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    for i, sample_ids in enumerate(ids.tolist()):
+        if i > 0:
+            print("-" * 40)
+        print(tokenizer.decode(sample_ids).encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

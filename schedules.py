@@ -1,7 +1,7 @@
 """Learning-rate and batch-size schedules: pure functions from the step to a multiplier or a size.
 
-`step` counts from 0 the update about to be made, of `steps` in all. A schedule multiplies each
-group's own initial lr. Every schedule starts with linear warm-up over W steps:
+`step` counts updates from 0, `steps` is their number in all. A schedule multiplies each group's own
+initial lr. Every schedule starts with linear warm-up over W steps:
 
     (step + 1) / W                     the first update already moves (from 0 it would be lost)
     start + (1 - start) step / W       with a start factor, as torch's LinearLR
@@ -20,10 +20,10 @@ and then runs its shape on t = step - W of T = steps - W, with x = t / T:
                   1/(div_factor final_div_factor): Smith & Topin 2019 (1708.07120); equal to torch's
                   OneCycleLR where W = 0
 
-Shapes differ after warm-up alone, so that any of them can be branched off in mid-run: a WSD run's
-stable phase goes on under another decay with `--resume=RUN/step-... --schedule=...`. WSD is
-MiniCPM's; Llama 2, often named for it, used cosine. A cosine that starts at lr 0, or one lr for all
-groups, as in some texts, loses a step or the groups.
+Shapes differ only after warm-up, so a run can branch off into any of them: with
+`--resume=RUN/step-... --schedule=...` the stable phase of a WSD run ends in another decay. WSD is
+MiniCPM's; Llama 2, often named for it, used cosine. In some texts a cosine starts at lr 0, which
+loses a step, or all groups get one lr, which loses their differences.
 """
 
 import inspect
@@ -31,18 +31,24 @@ import math
 
 
 def wsd(t: int, T: int, minimum: float = 0.0, decay: int = 0, shape: str = "linear") -> float:
-    """shape: linear, cosine, exponential or sqrt (1 - sqrt); `decay`: steps of the descent, given
-    by multiplier()."""
+    """Warm-up, stable, decay. shape: linear, cosine, exponential or sqrt (1 - sqrt).
+
+    decay: steps of the descent. Raises ValueError for another shape.
+    """
     if shape not in ("linear", "cosine", "exponential", "sqrt"):
         raise ValueError(f"--schedule.shape={shape} is none of linear, cosine, exponential, sqrt")
     if t <= T - decay:
         return 1.0
     d = (t - (T - decay)) / decay  # 0 at the start of the descent, 1 at its end
-    if shape == "exponential":  # never reaches 0: without a minimum it ends at 1/1000
+    # An exponential never reaches 0: without a minimum it ends at 1/1000.
+    if shape == "exponential":
         return (minimum or 1e-3) ** d
-    fall = {"linear": 1 - d, "cosine": (1 + math.cos(math.pi * d)) / 2, "sqrt": 1 - math.sqrt(d)}[
-        shape
-    ]
+    if shape == "linear":
+        fall = 1 - d
+    elif shape == "cosine":
+        fall = (1 + math.cos(math.pi * d)) / 2
+    else:
+        fall = 1 - math.sqrt(d)
     return minimum + (1 - minimum) * fall
 
 
@@ -67,15 +73,19 @@ def inverse_sqrt(t: int, T: int, minimum: float = 0.0, timescale: float = 1.0) -
 
 
 def sgdr(t: int, T: int, minimum: float = 0.0, T_0: int = 0, T_mult: int = 2) -> float:
-    """T_0: steps of the first cycle; 0 = so that three cycles fill T. T_mult: how much longer each
-    next one is."""
+    """T_0: steps of the first cycle, 0 where three cycles shall fill T. T_mult: growth of a cycle.
+
+    Raises ValueError for numbers that are not whole, or too small.
+    """
     if T_0 < 0 or T_0 != int(T_0) or T_mult < 1 or T_mult != int(T_mult):
         raise ValueError(
             f"--schedule.T_0={T_0} must be a whole number from 0, T_mult={T_mult} one from 1"
         )
+    # Skip the cycles before this one; t then counts within it.
     length = T_0 or max(1, T // (1 + T_mult + T_mult**2))
     while t >= length:
-        t, length = t - length, length * T_mult
+        t -= length
+        length *= T_mult
     return minimum + (1 - minimum) * (1 + math.cos(math.pi * t / length)) / 2
 
 
@@ -87,27 +97,35 @@ def onecycle(
     div_factor: float = 25.0,
     final_div_factor: float = 1e4,
 ) -> float:
-    """The end is 1/(div_factor final_div_factor), or `minimum` where that is higher."""
+    """The end is 1/(div_factor final_div_factor), or `minimum` where that is higher.
+
+    Raises ValueError for options out of range.
+    """
     if not (0 < pct_start < 1 and div_factor >= 1 and final_div_factor >= 1):
         raise ValueError(
             f"onecycle takes pct_start={pct_start} between 0 and 1, div_factor={div_factor} and "
             f"final_div_factor={final_div_factor} from 1"
         )
-    low, end = 1 / div_factor, max(minimum, 1 / (div_factor * final_div_factor))
+    start = 1 / div_factor
+    end = max(minimum, 1 / (div_factor * final_div_factor))
+    # As torch counts it, the peak is at step pct_start T - 1, and the end at T - 1.
     top = pct_start * T - 1
+    if t <= top and top <= 0:
+        return 1.0
     if t <= top:
-        return low + (1 - low) * (1 - math.cos(math.pi * t / top)) / 2 if top > 0 else 1.0
+        return start + (1 - start) * (1 - math.cos(math.pi * t / top)) / 2
     return end + (1 - end) * (1 + math.cos(math.pi * (t - top) / (T - 1 - top))) / 2
 
 
 SHAPES = {f.__name__: f for f in (wsd, cosine, linear, constant, inverse_sqrt, sgdr, onecycle)}
-ENDLESS = (constant, inverse_sqrt)  # the same however many steps there are
-OURS = ("t", "T", "minimum", "decay")  # arguments that multiplier() itself gives
+# The same at a step, however many steps there are in all.
+ENDLESS = (constant, inverse_sqrt)
+# Arguments that multiplier() itself gives.
+OURS = ("t", "T", "minimum", "decay")
 
 
 def takes(name: str, argument: str) -> bool:
-    """Has the shape of this name such an argument? `minimum` is --min_lr_frac's, `decay` that of
-    --decay_frac."""
+    """Has this shape such an argument? --min_lr_frac sets `minimum`, --decay_frac `decay`."""
     return argument in inspect.signature(SHAPES[name]).parameters
 
 
@@ -125,16 +143,17 @@ def multiplier(
     warmup_start: float | None = None,
     **options,
 ) -> float:
-    """What each group's initial lr is multiplied by at this step. name: a key of SHAPES; options:
-    its arguments.
+    """The factor of each group's initial lr at this step.
 
-    warmup: steps; warmup_start: the factor it starts from; minimum: where a decay ends; decay_frac:
-    wsd's descent as a share of all steps. Raises ValueError for options out of range.
+    name: a key of SHAPES; options: its arguments; warmup: steps; warmup_start: the factor it starts
+    from; minimum: where a decay ends; decay_frac: wsd's descent as a share of all steps. Raises
+    ValueError for options out of range.
     """
     if step < warmup and warmup_start is None:
         return (step + 1) / warmup
     if step < warmup:
         return warmup_start + (1 - warmup_start) * step / warmup
+    # After warm-up the shape counts its own steps.
     T = max(1, steps - warmup)
     if takes(name, "minimum"):
         options["minimum"] = minimum
@@ -148,8 +167,10 @@ def multiplier(
 def follow(
     groups: list[dict], step: int, factor: float, momentum_warmup: int | None = None
 ) -> None:
-    """Sets the lr of each of an optimizer's groups to `factor` times the one it was made with, and
-    where momentum warms up over so many steps, its momentum."""
+    """Sets the lr of each group to `factor` times the lr that it was made with.
+
+    momentum_warmup: steps over which the group's momentum warms up, None: it stays.
+    """
     for group in groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         if momentum_warmup is not None:
@@ -159,22 +180,28 @@ def follow(
 
 def momentum_at(step: int, warmup: int, start: float, end: float) -> float:
     """Momentum warm-up, linear: a long memory is of little use while gradients still turn fast."""
-    return end if step >= warmup else start + (end - start) * step / warmup
+    if step >= warmup:
+        return end
+    return start + (end - start) * step / warmup
 
 
 def scaled_lr(lr: float, rule: str | None, batch_size: int, base_batch_size: int | None) -> float:
-    """lr for another batch size. linear: Goyal et al. 2017 (1706.02677), for SGD; sqrt: keeps
-    Adam's noise, Malladi et al. 2022 (2205.10287). Both break at large batches."""
-    return (
-        lr
-        if rule is None
-        else lr * (batch_size / base_batch_size) ** {"linear": 1.0, "sqrt": 0.5}[rule]
-    )
+    """lr for another batch size; both rules fail at large batches.
+
+    linear: Goyal et al. 2017 (1706.02677), for SGD; sqrt: keeps Adam's noise, Malladi et al. 2022
+    (2205.10287); None: lr as it is.
+    """
+    if rule is None:
+        return lr
+    power = {"linear": 1.0, "sqrt": 0.5}[rule]
+    return lr * (batch_size / base_batch_size) ** power
 
 
 def batch_at(step: int, batch_size: int, start: int | None = None, ramp: int | None = None) -> int:
-    """Batch-size ramp: start, 2 start, 3 start, ... batch_size, evenly over `ramp` steps (Brown et
-    al. 2020)."""
+    """Batch-size ramp: start, 2 start, ... batch_size, evenly over `ramp` steps.
+
+    Brown et al. 2020 (2005.14165).
+    """
     if ramp is None or step >= ramp:
         return batch_size
     return start * (1 + step * (batch_size // start) // ramp)

@@ -10,22 +10,22 @@
                         log:LOW:HIGH     the same, each power of ten alike
     --method=grid       grid: every combination | random: drawn by (search_seed, trial's number)
                         | optuna: TPE, and a trial worse than the median at its step is stopped
-    --trials=20         how many, not for a grid; a larger number later goes on
+    --trials=20         how many, not for a grid; a larger number later adds trials
     --jobs=1            at a time; they share the cores, and the GPUs listed in CUDA_VISIBLE_DEVICES
-    --metric=val_loss   the last one a trial logs counts, with --patience that of the weights it
+    --metric=val_loss   a trial's last value counts, or with --patience the value of the weights it
                         keeps; val_accuracy, tokens_per_s and mfu are maximised
     --launch=           instead of this Python: --launch="torchrun --standalone --nproc_per_node=2"
-    --search_seed=0     of random and optuna; all else goes to train.py
+    --search_seed=0     for random and optuna; all other words go to train.py
 
     SWEEP_DIR/sweep.json      what is searched; another search needs another folder
     SWEEP_DIR/trial-0007/     a run: done, diverged, pruned, failed or unfinished (search/trials.py)
     SWEEP_DIR/trials.csv      and table.md, best first, and sweep.png
 
-Folders are the only memory. The same command again skips trials that are over, waits for those that
-still run because the search alone was killed, goes on with the unfinished, and tells Optuna all of
-them anew. To try a failed one again, delete its folder. SIGTERM, Ctrl-C and a closed terminal stop
-the trials too, each with a checkpoint. Medians compare equal steps, so they mislead where
-batch_size, or another field that changes what a step is, is searched: use random there.
+Folders are the only memory. The same command again skips trials that are over, waits for trials
+that still run because the search alone was killed, resumes the unfinished ones, and tells Optuna of
+all of them. To try a failed trial again, delete its folder. SIGTERM, Ctrl-C and a closed terminal
+stop the trials too, each with a checkpoint. Medians compare equal steps. They mislead where a
+searched field changes what a step is, such as batch_size: use random there.
 
 Exit status: 0 a trial is done, or the search was told to stop; 1 none is done, or one was killed,
 or something could not be written; 2 a mistake, and nothing has begun; 130 Ctrl-C twice.
@@ -65,72 +65,96 @@ ALLOWED = dict(
     ),
 )
 MAXIMISED = ALLOWED["metric"][-3:]
+# Errors after which no other trial could write either.
 FULL = [getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS")]
 
 
-# ---- what is asked for ---------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 def read(argv: list[str]) -> tuple[dict, dict, list[str]]:
     """(own options, {field: choices}, the words for train.py). Raises ValueError on any mistake."""
-    options, typed, words, left = dict(OPTIONS), {}, [], [*argv]
+    options, typed, words = sort_words(argv)
+    words = parse.joined(words)
+    check_own_options(options)
+    if not typed:
+        raise ValueError("nothing to search; type for instance --search.lr=1e-3,3e-3,1e-2")
+    search = {name: proposals.choices(name, text) for name, text in typed.items()}
+    for name in (*search, "out_dir"):
+        if any(word.startswith(f"--{name}=") for word in words):
+            raise ValueError(f"--{name} is set by the search; leave it out")
+    if options["method"] == "grid":
+        check_grid(argv, search)
+
+    # Mistakes that a trial would meet show now: in the launcher, in fields, in their combinations.
+    program(options["launch"])
+    proposals.possible(search, lambda values: refuse(words + flags(values), options["metric"]))
+    for name, text in typed.items():
+        kept = search[name]
+        if isinstance(kept, list) and len(kept) < len(proposals.listed(text)):
+            say(f"--search.{name}={text} has a value twice; tried once: {', '.join(kept)}")
+    return options, search, words
+
+
+def sort_words(argv: list[str]) -> tuple[dict, dict, list[str]]:
+    """(own options as typed, {field: text of --search.field=}, the words for train.py)."""
+    options = dict(OPTIONS)
+    typed = {}
+    words = []
+    left = list(argv)
     while left:
         word = left.pop(0)
         name, equals, text = word[2:].partition("=")
-        ours = word.startswith("--") and (name in OPTIONS or name.split(".")[0] == "search")
-        if ours and not equals and left and not left[0].startswith("--"):
-            text = left.pop(0)  # --jobs 2
-        if not ours:
+        is_ours = word.startswith("--") and (name in OPTIONS or name.split(".")[0] == "search")
+        if not is_ours:
+            # A misspelt option would else go to train.py.
             near = difflib.get_close_matches(name, {*OPTIONS} - {*FIELDS}, 1, 0.75)
             if word.startswith("--") and near and name not in FIELDS:
                 raise ValueError(f"there is no field {name!r}; did you mean --{near[0]}?")
             words.append(word)
-        elif name in ("search", "search."):
+            continue
+        # `--jobs 2` is `--jobs=2`.
+        if not equals and left and not left[0].startswith("--"):
+            text = left.pop(0)
+        field = name.removeprefix("search.")
+        if name in ("search", "search."):
             raise ValueError(f"--{name} names no field; type for instance --search.lr=1e-3,1e-2")
-        elif name in typed:
+        elif field in typed and name not in OPTIONS:
             raise ValueError(f"--{name} is there twice; type all its values in one: --{name}=A,B")
         elif name not in OPTIONS:
-            typed[name] = text
+            typed[field] = text
         elif not text and name != "launch":
             raise ValueError(f"--{name} has no value; type --{name}={OPTIONS[name]}")
         else:
             options[name] = text
-    words = parse.joined(words)
-    for name in ("trials", "jobs", "search_seed"):
-        least = int(name != "search_seed")
-        if not options[name].isdecimal() or int(options[name]) < least:
+    return options, typed, words
+
+
+def check_own_options(options: dict) -> None:
+    """Makes whole numbers of those that are. Raises ValueError for a value that is not allowed."""
+    for name, least in (("trials", 1), ("jobs", 1), ("search_seed", 0)):
+        text = options[name]
+        if not text.isdecimal() or int(text) < least:
             raise ValueError(
-                f"--{name}={options[name]} is not allowed; it takes a whole number, {least} or more"
+                f"--{name}={text} is not allowed; it takes a whole number, {least} or more"
             )
-        options[name] = int(options[name])
+        options[name] = int(text)
     for name, allowed in ALLOWED.items():
         if options[name] not in allowed:
             raise ValueError(
                 f"--{name}={options[name]} is not allowed; it takes {', '.join(allowed)}"
             )
-    if not typed:
-        raise ValueError("nothing to search; type for instance --search.lr=1e-3,3e-3,1e-2")
-    search = {name[7:]: proposals.choices(name[7:], text) for name, text in typed.items()}
-    for name in (*search, "out_dir"):
-        if any(word.startswith(f"--{name}=") for word in words):
-            raise ValueError(f"--{name} is set by the search; leave it out")
-    if options["method"] == "grid":
-        if any(word.startswith("--trials") for word in argv):
-            raise ValueError("a grid runs every combination; leave --trials out")
-        for name, choice in search.items():
-            if isinstance(choice, tuple) and choice[0] != "int":
-                raise ValueError(
-                    f"a grid needs values, --search.{name}=A,B,C; or type --method=random"
-                )
-    program(options["launch"])  # a mistake shows now
-    proposals.possible(search, lambda values: refuse(words + flags(values), options["metric"]))
-    for name, text in typed.items():
-        kept = search[name[7:]]
-        if isinstance(kept, list) and len(kept) < len(proposals.listed(text)):
-            say(f"--{name}={text} has a value twice; tried once: {', '.join(kept)}")
-    return options, search, words
+
+
+def check_grid(argv: list[str], search: dict) -> None:
+    if any(word.startswith("--trials") for word in argv):
+        raise ValueError("a grid runs every combination; leave --trials out")
+    for name, choice in search.items():
+        # A range of whole numbers has an end, any other has not.
+        if isinstance(choice, tuple) and choice[0] != "int":
+            raise ValueError(f"a grid needs values, --search.{name}=A,B,C; or type --method=random")
 
 
 def program(launch: str) -> list[str]:
-    """What runs train.py. Raises ValueError where there is no such program."""
+    """The words that start train.py. Raises ValueError where there is no such program."""
     try:
         words = shlex.split(launch) or [sys.executable]
     except ValueError as error:
@@ -148,42 +172,55 @@ def refuse(words: list[str], metric: str) -> None:
             f"--metric={metric} needs evaluations, eval_every={cfg.eval_every} makes "
             "none; type --eval_every=60, or --metric=loss"
         )
-    kind = optimizers.find_optimizer(cfg.optim)
-    options = resolve_options(cfg, kind)
-    schedule = auto.resolve_schedule(cfg, kind)
+    # What train.py checks only after it has read the data.
+    optimizer_class = optimizers.find_optimizer(cfg.optim)
+    options = resolve_options(cfg, optimizer_class)
+    schedule = auto.resolve_schedule(cfg, optimizer_class)
     build.lr_schedule(update(cfg, schedule=schedule), options["schedule"])
 
 
 # ---- the search ----------------------------------------------------------------------------------
 class Search:
-    """The trials of one search: which wait, which are at work, and what went wrong."""
+    """The trials of one search: which wait, which run, and what went wrong."""
 
     def __init__(self, home: Path, method, call: list[str], words: list[str], options: dict):
-        self.home, self.method, self.call, self.words = home, method, call, words
-        self.metric, self.jobs = options["metric"], options["jobs"]
-        self.trials, self.waiting, self.running, self.trouble = {}, [], [], []
+        self.home = home
+        self.method = method
+        self.call = call
+        self.words = words
+        self.metric = options["metric"]
+        self.jobs = options["jobs"]
+        self.trials = {}  # number -> Trial
+        self.waiting = []  # numbers
+        self.running = []  # Trials
+        self.trouble = []
 
     def recover(self, trials: dict[int, Trial]) -> None:
-        """What the folder holds: trials that are over, and those that a killed search left."""
+        """Takes over what the folder holds: trials that are over, and those of a killed search."""
         self.trials = trials
-        for trial in [trial for trial in trials.values() if trial.status in OVER]:
-            self.method.begin(trial)
-            self.method.end(trial, trial.result(self.metric, self.method.worst))
-        over_before = {n for n, trial in trials.items() if trial.status in OVER}
-        self.waiting = [n for n in range(self.method.total) if n not in over_before]
+        over = set()
+        for number, trial in trials.items():
+            if trial.status in OVER:
+                over.add(number)
+                self.method.begin(trial)
+                self.method.end(trial, trial.result(self.metric, self.method.worst))
+        self.waiting = [number for number in range(self.method.total) if number not in over]
+
+        # A killed search may have left trials at work. This one waits for them.
         for trial in [trials[n] for n in self.waiting if n in trials and trials[n].holder()]:
-            self.waiting.remove(trial.number)  # a killed search left it at work: it is waited for
+            self.waiting.remove(trial.number)
             self.running.append(trial)
             self.method.begin(trial)
             say(f"{trial.name}  still runs    {trial.holder()}, which is waited for")
 
     def over(self, trial: Trial) -> None:
-        """The trial has ended: the method hears of it, people and its folder do."""
-        value, shown = trial.result(self.metric, self.method.worst), results.rounded(trial.values)
+        """The trial has ended: tells the method, the user, and the trial's folder."""
+        value = trial.result(self.metric, self.method.worst)
         self.method.end(trial, value)
         scored = "" if value is None else f"{self.metric} {value:.4f}"
-        said = [trial.name, f"{trial.status:10}", scored, " ".join(flags(shown)), trial.error]
-        say("  ".join(said).rstrip())
+        shown = " ".join(flags(results.rounded(trial.values)))
+        columns = [trial.name, f"{trial.status:10}", scored, shown, trial.error]
+        say("  ".join(columns).rstrip())
         if trial.status == "unfinished" and not trial.stopped:
             self.trouble.append(trial)
         try:
@@ -202,15 +239,18 @@ class Search:
         try:
             self.method.begin(trial)
             trial.save()
-            trial.settle(self.words)
+            trial.parse(self.words)
+            # It may have come to its end after the search before was killed.
             if trial.ended():
                 trial.judge(self.metric, 0)
                 self.over(trial)
             else:
                 trial.start(self.call, self.jobs)
                 self.running.append(trial)
-        except ValueError as error:  # train.py would refuse these values
-            trial.status, trial.error = "failed", str(error)
+        except ValueError as error:
+            # train.py would refuse these values.
+            trial.status = "failed"
+            trial.error = str(error)
             self.over(trial)
         except OSError as error:
             self.failed(f"{trial.folder} cannot be used: {error.strerror or error}")
@@ -218,18 +258,22 @@ class Search:
                 self.waiting.clear()
 
     def start_waiting(self, stop) -> None:
-        """Trials for the free slots. The first one prepares the corpus for all: until it has logged
-        a row it is alone."""
-        ready = any((trial.folder / "metrics.jsonl").exists() for trial in self.trials.values())
-        while self.waiting and not stop.asked and len(self.running) < (self.jobs if ready else 1):
+        """Starts trials in the free slots.
+
+        The first trial prepares the corpus for all: until it has logged a row it runs alone.
+        """
+        is_ready = any((trial.folder / "metrics.jsonl").exists() for trial in self.trials.values())
+        slots = self.jobs if is_ready else 1
+        while self.waiting and not stop.requested and len(self.running) < slots:
             number = self.waiting.pop(0)
             trial = Trial(self.home / f"trial-{number:04d}", number)
             self.begin(self.trials.setdefault(number, trial))
 
-    def look(self, stop) -> None:
-        """Which of the running have ended, and which are to be stopped."""
+    def check(self, stop) -> None:
+        """Sees which of the running trials have ended, and stops those that shall end."""
         for trial in [*self.running]:
             if trial.process is None:
+                # A trial of a killed search, without a process of ours: judged when it is begun.
                 if not trial.holder():
                     self.running.remove(trial)
                     self.waiting.insert(0, trial.number)
@@ -237,17 +281,23 @@ class Search:
                 self.running.remove(trial)
                 trial.judge(self.metric, trial.process.returncode)
                 self.over(trial)
-            elif not trial.stopped and (stop.asked or self.method.hopeless(trial, trial.steps)):
-                trial.stop("by us" if stop.asked else "by Optuna")
+            elif not trial.stopped:
+                if stop.requested:
+                    trial.stop("by us")
+                elif self.method.hopeless(trial, trial.steps):
+                    trial.stop("by Optuna")
+
+    def is_over(self, stop) -> bool:
+        """Every trial is over; or a stop was requested, and all processes of ours have ended."""
+        if any(trial.process for trial in self.running):
+            return False
+        return stop.requested or not (self.running or self.waiting)
 
     def run(self, stop) -> None:
-        """Until every trial is over, or a stop was asked for and all processes have ended."""
-        while any(trial.process for trial in self.running) or (
-            (self.running or self.waiting) and not stop.asked
-        ):
+        while not self.is_over(stop):
             self.start_waiting(stop)
             began = time.monotonic()
-            self.look(stop)
+            self.check(stop)
             # Reading what they log takes a tenth of a core at most.
             time.sleep(max(0.1, 10 * (time.monotonic() - began)))
         for trial in self.running:
@@ -260,14 +310,17 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             "usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... [--field=value ...]"
         )
-    home, (options, choices, words) = Path(argv[0]).expanduser(), read(argv[1:])
+    home = Path(argv[0]).expanduser()
+    options, choices, words = read(argv[1:])
     choices = folder.in_order(home, choices)
-    metric, maximise = options["metric"], options["metric"] in MAXIMISED
+    metric = options["metric"]
+    maximise = metric in MAXIMISED
     method = proposals.Proposals(
         options["method"], choices, metric, maximise, options["search_seed"], options["trials"]
     )
     search = Search(home, method, [*program(options["launch"]), *words], words, options)
-    lock, stop = folder.lock(home), control.StopSignal()
+    lock = folder.lock(home)
+    stop = control.StopSignal()
     try:
         folder.same_search(home, options, choices, words, say)
         search.recover(folder.find(home, words, metric, method, say))
@@ -275,13 +328,16 @@ def main(argv: list[str]) -> int:
         trials = [*search.trials.values()]
         search.trouble += results.tell(home, trials, choices, metric, maximise, say)
     finally:
+        # A second signal ends the search at once. Its trials end too, with a checkpoint.
         for trial in search.running:
-            if trial.process is not None and not trial.stopped:  # a second SIGTERM is not held back
+            if trial.process is not None and not trial.stopped:
                 trial.stop("by us")
         stop.close()
         lock.release()
-    done = any(trial.status == "done" for trial in trials)
-    return 0 if stop.asked or (done and not search.trouble) else 1
+    one_is_done = any(trial.status == "done" for trial in trials)
+    if stop.requested or (one_is_done and not search.trouble):
+        return 0
+    return 1
 
 
 if __name__ == "__main__":
@@ -294,5 +350,5 @@ if __name__ == "__main__":
         complain(f"sweep.py: {error}")
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
-        complain("sweep.py: stopped at once; the same command again goes on")
+        complain("sweep.py: stopped at once; the same command again resumes")
         sys.exit(130)

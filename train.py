@@ -23,7 +23,7 @@ from checkpoint.save import Saver
 from checkpoint.state import Disk, State, training_weights
 from data.cursor import Cursor
 from data.dataset import Dataset
-from memory import activation_checkpoint
+from memory.activation_checkpoint import apply_activation_checkpointing
 from metrics import flops, outlets, plot
 from metrics.logger import Logger, latest
 from metrics.watch import Watch
@@ -71,9 +71,9 @@ def main(requested_cfg: fields.Config) -> dict:
 
     # ---- settings: what `auto` and `none` stand for on this machine ------------------------------
     optimizer_class = optimizers.find_optimizer(continued_cfg.optim)
-    has_replicas = mesh.groups["replicas"] is not None
+    has_replicas = mesh.groups["dp_cp"] is not None
     options = resolve_options(continued_cfg, optimizer_class)  # the dotted fields, by namespace
-    auto_cfg = auto.settled(continued_cfg, device, optimizer_class, has_replicas)
+    auto_cfg = auto.resolve_auto(continued_cfg, device, optimizer_class, has_replicas)
     lr_schedule = build.lr_schedule(auto_cfg, options["schedule"])  # step -> factor of every lr
 
     # ---- data: the first process of each machine fills the cache ---------------------------------
@@ -90,7 +90,7 @@ def main(requested_cfg: fields.Config) -> dict:
     pipe = build.pipe(cfg, mesh)
     with torch.device("meta"):
         full_model = GPT(build.model_config(cfg))
-        stage_layers = None if pipe is None else pipe.layers
+        stage_layers = None if pipe is None else pipe.stage_layers
         model = GPT(full_model.config, stage_layers).to(precision.weights)
     # A weight is a function of its name and shape: the same start on every layout.
     if resumed_from is not None:
@@ -103,16 +103,16 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- tensor, sequence, context parallel: this rank's shard of matrices and of sequences ------
     tp_shards = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])  # by name
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
-    position_ids = context.positions(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention)
+    position_ids = context.position_ids(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention)
     position_ids = position_ids.to(device)
 
     # ---- precision, activation checkpointing, compilation: how a block is computed ---------------
-    fp8_state = build.products(cfg, options["fp8"], model, device, corpus.train)
+    fp8_state = build.convert_linears(cfg, options["fp8"], model, device, corpus.train)
     loss_scaler = build.loss_scaler(cfg, options["scaler"])
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
-    activation_checkpoint.keep_less(model, cfg.activation_checkpoint or "none", mesh.groups["tp"])
-    why_not_compiled = build.compiled(cfg, options["compile"], model, device)
+    apply_activation_checkpointing(model, cfg.activation_checkpoint or "none", mesh.groups["tp"])
+    why_not_compiled = build.compile_model(cfg, options["compile"], model, device)
 
     # ---- data parallel: who holds which weights, gradients and state -----------------------------
     replicas = build.data_parallel(cfg, options["diloco"] | options["compress"], mesh, tp_shards)
@@ -133,7 +133,7 @@ def main(requested_cfg: fields.Config) -> dict:
         attribute(optimizer_class, "matrices_only"),
         cfg.decay_embeddings,
     )
-    make_optimizer, shards = build.stepper(cfg, mesh, tp_shards, optimizer_class)
+    make_optimizer, shards = build.optimizer_factory(cfg, mesh, tp_shards, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **options["opt"])
     shards |= replicas.shards  # of every parameter that the optimizer sees a shard of
     if param_groups.averages_weights(optimizer):
@@ -159,7 +159,9 @@ def main(requested_cfg: fields.Config) -> dict:
     )
     kept["guard"] = spike_monitor
     if resumed_from is not None:
-        run_state.load(resumed_from, None if same_run else kept.keys() - {"best", "guard"})
+        run_state.load_state_dict(
+            resumed_from, None if same_run else kept.keys() - {"best", "guard"}
+        )
 
     # ---- what this run is, for the user and for the record ---------------------------------------
     continues_log = resumed_from is not None and same_run
@@ -191,7 +193,7 @@ def main(requested_cfg: fields.Config) -> dict:
     if why_not_compiled is not None:
         messages.append(why_not_compiled)
     for message in messages:
-        logger.say(message)
+        logger.log(message)
     token_flops = flops.flops_per_token(
         flops.matmul_params(full_model), cfg.n_layer, cfg.n_embd, cfg.window or cfg.block_size
     )
@@ -207,7 +209,7 @@ def main(requested_cfg: fields.Config) -> dict:
         model,
         optimizer,
         shards,
-        run_state.counted,
+        run_state.deduplicate,
         cfg.watch_every,
         cfg.qk_clip,
         cfg.cp_attention,
@@ -221,7 +223,7 @@ def main(requested_cfg: fields.Config) -> dict:
         # Evaluate, step 0 and the last one too. Whoever asks us to stop waits for no evaluation.
         is_due = cfg.eval_every and (is_last or step % cfg.eval_every == 0)
         if is_due and (state_is_new or not same_run) and not stop.agreed:
-            with run_state.looking():
+            with run_state.eval_weights():
                 found = evaluate(
                     micro_batches,
                     val_data,
@@ -234,19 +236,19 @@ def main(requested_cfg: fields.Config) -> dict:
                 )
                 if found is not None:
                     weights_now = functools.partial(run_state.with_weights, metadata)
-                    early_stopping.look(step, found["val_loss"], weights_now)
+                    early_stopping.update(step, found["val_loss"], weights_now)
             if found is not None:
                 metrics |= found
                 logger.evaluation({"step": step} | found)
-        is_last = is_last or early_stopping.over
-        if is_last and early_stopping.worse:
-            logger.say(run_state.take_best(early_stopping.path))
+        is_last = is_last or early_stopping.should_stop
+        if is_last and early_stopping.best_is_earlier:
+            logger.log(run_state.restore_best(early_stopping.path))
 
         # Save now and then, at the end, and when somebody asks us to stop.
         if state_is_new and (is_last or stop.agreed or is_overdue or saver.due(step)):
             run_state.save(saver, step, metadata, last=is_last or stop.agreed)
-        logger.events(early_stopping.news())
-        logger.events(saver.news())
+        logger.events(early_stopping.pop_events())
+        logger.events(saver.pop_events())
         if is_last or stop.agreed:
             break
 
@@ -256,7 +258,7 @@ def main(requested_cfg: fields.Config) -> dict:
         began = time.perf_counter()
         batch_size = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
         n_tokens = batch_size * cfg.block_size
-        samples = cursor.rows(batch_size)
+        samples = cursor.next_samples(batch_size)
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale
         recorder.start(step, loss_scale)
         watch.start(step)
@@ -265,7 +267,7 @@ def main(requested_cfg: fields.Config) -> dict:
         replicas.finish_gradients()
         gradients = replicas.gradients()
         if pipe is not None:
-            pipe.share_tied(gradients)
+            pipe.all_reduce_tied_grads(gradients)
         if loss_scaler is not None:
             loss_scaler.unscale(gradients)
         recorder.write(replicas.weights, gradients)
@@ -278,7 +280,7 @@ def main(requested_cfg: fields.Config) -> dict:
         # is counted once.
         loss = float(loss_sum) / n_tokens if mesh.coords["tp"] == 0 else 0.0
         loss, n_stop, n_overdue, mean_norm = mesh.sum(
-            loss, stop.asked, saver.overdue(), float(grad_norm) / mesh.world
+            loss, stop.requested, saver.overdue(), float(grad_norm) / mesh.world
         )
         is_overdue = n_overdue > 0
 
@@ -320,7 +322,7 @@ def main(requested_cfg: fields.Config) -> dict:
                 why = f"the gradients overflowed at a loss scale of {loss_scale:g}"
                 logger.event(step + 1, "skip", why)
         if fp8_state is not None:
-            fp8_state.step(mesh.groups["replicas"], mesh.groups["tp"])
+            fp8_state.step(mesh.groups["dp_cp"], mesh.groups["tp"])
         model.zero_grad(set_to_none=True)
         step += 1
 
@@ -350,9 +352,9 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- the end: a sample of what the model writes, and the curve -------------------------------
     if is_last and cfg.sample_tokens:
         # On every rank: a forward may be a collective.
-        with run_state.looking(), build.uncompiled(cfg):
+        with run_state.eval_weights(), build.uncompiled(cfg):
             text = sample(micro_batches, corpus.tokenizer, cfg.sample_tokens, cfg.seed)
-        logger.say(f"---- a sample ----{text}\n------------------")
+        logger.log(f"---- a sample ----{text}\n------------------")
     if cfg.plot and is_last and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
     stop.close()

@@ -61,7 +61,7 @@ CHECKS = [
     (watchdog.RankLog, "step"),
     (save.Saver, "due"),
     (save.Saver, "overdue"),
-    (save.Saver, "news"),
+    (save.Saver, "pop_events"),
     (watch.Watch, "start"),
     (watch.Watch, "row"),
     (histogram.Recorder, "start"),

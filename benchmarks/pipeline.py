@@ -25,7 +25,7 @@ def one(name: str, chunks: int, m: int, device: torch.device) -> tuple[float, fl
     """(seconds of the best step, share of all ranks' time in it that was idle)."""
     pipe = pipeline.Pipeline(dist.group.WORLD, name, LAYERS, chunks, device)
     shape = dict(n_layer=LAYERS, n_embd=C, block_size=T, zero_init=False)
-    model = GPT(GPTConfig(**shape), pipe.layers).to(device)
+    model = GPT(GPTConfig(**shape), pipe.stage_layers).to(device)
     with torch.no_grad():
         for key, p in model.named_parameters():
             p.copy_(initial_weight(model.config, key, tuple(p.shape)))

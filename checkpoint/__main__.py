@@ -18,55 +18,77 @@ from checkpoint.save import found, write_tensors
 from checkpoint.slices import DTYPES, TENSOR, walk
 
 
-def main(args):
+def main(args: list[str]) -> None:
+    """What the command line asks for. Raises ValueError for a user's mistake."""
     match args:
-        case ["list", run] if found(run):
-            for step, _, path in found(run):
-                try:
-                    state = f"intact, {len(load(path).names())} tensors"
-                except ValueError as e:
-                    state = str(e)
-                size = sum(f.stat().st_size for f in path.iterdir())
-                print(f"step {step:>8}  {size / 2**20:10.1f} MiB  {state}")
         case ["list", run]:
-            raise ValueError(f"{run} holds no checkpoints")
+            list_checkpoints(run)
         case ["show", path]:
-            checkpoint = resolve(path)
-
-            def show(name, leaf):
-                if leaf == TENSOR:
-                    e = checkpoint._tensors[name]
-                    size = math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
-                    leaf = (
-                        f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
-                    )
-                print(f"{name}: {leaf['$'] if isinstance(leaf, dict) else leaf}")
-
-            walk(checkpoint._tree, show)
+            show(path)
         case ["export", run, out]:
-            checkpoint = resolve(run)
-            weights = checkpoint.tree("model")
-            if checkpoint.tree("config", missing={}).get("ngram"):
-                print(
-                    "these weights learned on top of counted n-grams (--ngram), and without them"
-                    " they are no language model"
-                )
-            if out.endswith(".safetensors"):
-                write_tensors(f"{out}.tmp", weights)
-                os.replace(f"{out}.tmp", out)
-            else:
-                from torch.distributed import checkpoint as dcp
-
-                if Path(out).exists():
-                    raise ValueError(
-                        f"{out} is there already; give a new folder, or a name in .safetensors"
-                    )
-                dcp.save({"model": weights}, checkpoint_id=out, no_dist=True)
-            print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
+            export(run, out)
         case _:
             raise ValueError(
                 "say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER)"
             )
+
+
+def list_checkpoints(run: str) -> None:
+    """A line for each checkpoint: its step, its size, whether every byte is as it was written."""
+    there = found(run)
+    if not there:
+        raise ValueError(f"{run} holds no checkpoints")
+    for step, _, path in there:
+        # Reading every byte takes a while, but only that shows what can be resumed.
+        try:
+            state = f"intact, {len(load(path).names())} tensors"
+        except ValueError as e:
+            state = str(e)
+        size = sum(f.stat().st_size for f in path.iterdir())
+        print(f"step {step:>8}  {size / 2**20:10.1f} MiB  {state}")
+
+
+def show(path: str) -> None:
+    """A line for each leaf of a checkpoint's tree."""
+    checkpoint = resolve(path)
+
+    def show_leaf(name: str, leaf) -> None:
+        if leaf == TENSOR:
+            e = checkpoint._tensors[name]
+            size = math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
+            leaf = f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
+        elif isinstance(leaf, dict):
+            # A number that is not finite.
+            leaf = leaf["$"]
+        print(f"{name}: {leaf}")
+
+    walk(checkpoint._tree, show_leaf)
+
+
+def export(run: str, out: str) -> None:
+    """The weights of a run or a checkpoint, as a safetensors file or a DCP folder at `out`."""
+    checkpoint = resolve(run)
+    weights = checkpoint.tree("model")
+    # The other program does not count n-grams.
+    if checkpoint.tree("config", missing={}).get("ngram"):
+        print(
+            "these weights learned on top of counted n-grams (--ngram), and without them"
+            " they are no language model"
+        )
+    if out.endswith(".safetensors"):
+        # A kill leaves no half a file under the name that was asked for.
+        write_tensors(f"{out}.tmp", weights)
+        os.replace(f"{out}.tmp", out)
+    else:
+        from torch.distributed import checkpoint as dcp
+
+        # A folder cannot be replaced in one step, as a file can.
+        if Path(out).exists():
+            raise ValueError(
+                f"{out} is there already; give a new folder, or a name in .safetensors"
+            )
+        dcp.save({"model": weights}, checkpoint_id=out, no_dist=True)
+    print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from checkpoint.save import FILE
 
-# How others name what they save, and what it is.
+# The suffix of a file -> what it is. The order matters: the first that a folder has names it.
 FILES = {
     ".safetensors": "a safetensors file",
     ".pt": "a file of torch.save, such as nanoGPT's ckpt.pt",
@@ -13,31 +13,39 @@ FILES = {
     ".gguf": "a GGUF file",
     ".bin": "a file of torch.save, or of tokens",
 }
-
-
+# A file in a folder -> what the folder is.
 FOLDERS = {
     "zero_to_fp32.py": "a checkpoint of DeepSpeed",
     "ckpt.pt": "a run of nanoGPT",
     ".metadata": "a checkpoint of torch.distributed.checkpoint",
-}
-FOLDERS |= {
-    name: "a model of Hugging Face"
-    for name in (
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "adapter_config.json",
-    )
+    "pytorch_model.bin": "a model of Hugging Face",
+    "pytorch_model.bin.index.json": "a model of Hugging Face",
+    "model.safetensors": "a model of Hugging Face",
+    "model.safetensors.index.json": "a model of Hugging Face",
+    "adapter_config.json": "a model of Hugging Face",
 }
 
 
 def foreign(path: Path) -> str:
-    """What others' files at `path` are, as the middle of a sentence; "" where nothing is known."""
+    """What is at `path`, as the middle of a sentence; "" unless it is known to be no checkpoint."""
     if path.is_file() and (FILE.fullmatch(path.name) or path.name == "index.json"):
         return f"is a part of the checkpoint {path.parent}"
-    names = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    known = [what for name, what in FOLDERS.items() if name in names]
-    known += [f"a folder with {FILES[x]}" for x in FILES if any(Path(n).suffix == x for n in names)]
-    what = FILES.get(path.suffix) if path.is_file() else next(iter(known), None)
+    what = None
+    if path.is_file():
+        what = FILES.get(path.suffix)
+    elif path.is_dir():
+        what = kind_of_folder({p.name for p in path.iterdir()})
     return f"is {what}, and others' weights are not read yet" if what else ""
+
+
+def kind_of_folder(names: set[str]) -> str | None:
+    """What a folder with files of these names is, if another program has written it."""
+    for name, what in FOLDERS.items():
+        if name in names:
+            return what
+    # No file that tells the program: then the kind of a file.
+    suffixes = {Path(name).suffix for name in names}
+    for suffix, what in FILES.items():
+        if suffix in suffixes:
+            return f"a folder with {what}"
+    return None

@@ -1,5 +1,4 @@
-"""Atomic, verified checkpoints that any parallel layout can load. Without pickle: loading runs no
-code.
+"""Atomic, verified checkpoints that any parallel layout can load; loading runs no code (no pickle).
 
     OUT_DIR/step-00000123/
         rank_0.safetensors     what rank 0 wrote: full tensors, or its slices of them
@@ -8,12 +7,12 @@ code.
 
     body["tensors"]   name -> global shape, dtype, slices [{file, key, offsets, shape}]
     body["files"]     file -> sha256, bytes
-    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for
-                      a number that is not finite
+    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a
+                      number that is not finite
 
 A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a shard of
 the full tensor, and reading a shard touches only the slices that overlap it, so every layout loads
-what any other one saved:
+what any other layout saved:
 
     4 ranks saved             2 ranks read
     rank 0: rows 0, 1 ─┬───►  rank 0: rows 0..3
@@ -30,6 +29,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,14 +38,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.foreign import foreign
-from checkpoint.save import (
-    FILE,
-    FOLDER,
-    FORMAT,
-    as_json,
-    found,
-    sha256,
-)
+from checkpoint.save import FILE, FOLDER, FORMAT, as_json, found, sha256
 from checkpoint.slices import DTYPES, TENSOR, check, inside, walk, within
 from parallel.shard import Shard
 
@@ -55,27 +48,30 @@ class CheckpointDamaged(ValueError):
 
 
 class Checkpoint:
-    """What `load` returns. Files are memory-mapped at the first read; tensors come back on the
-    CPU."""
+    """What `load` returns: a checkpoint on the disk, to be read as a whole or in parts.
+
+    Files are memory-mapped at the first read. Tensors come back on the CPU.
+    """
 
     def __init__(self, path: Path, body: dict):
-        self.path, self.step = path, body["step"]
-        self._files, self._tensors, self._tree, self._open = (
-            body["files"],
-            body["tensors"],
-            body["tree"],
-            {},
-        )
+        self.path = path
+        self.step = body["step"]
+        self._files = body["files"]
+        self._tensors = body["tensors"]
+        self._tree = body["tree"]
+        self._open = {}  # path -> mapped file
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def tree(self, prefix: str | None = None, shard: Shard | None = None, shape=None, missing=None):
-        """What was saved, with full tensors; `prefix` ("model", "optim/state") picks one branch,
-        and `missing` stands for one that is not there.
+        """What was saved, with full tensors, or one branch of it.
 
-        shard: of tensors of its global shape only this shard, of this local `shape`, is read.
+        prefix: the branch, such as "model" or "optim/state"; missing: what to return where there is
+        no such branch (None: raise ValueError). shard: of tensors that have its global shape only
+        this shard is read; shape: its local shape.
         """
+        # Walk down to the branch.
         node = self._tree
         for key in prefix.split("/") if prefix else []:
             try:
@@ -89,43 +85,54 @@ class Checkpoint:
 
         def from_json(name, leaf):
             if leaf == TENSOR:
+                # A step counter in the same branch has another shape: it is read in full.
                 if shard is not None and self._tensors[name]["shape"] == list(shard.global_shape):
                     return self.tensor(name, shard.offsets, shape)
                 return self.tensor(name)
-            return float(leaf["$"]) if isinstance(leaf, dict) else leaf
+            # A number that is not finite, {"$": "nan"}.
+            if isinstance(leaf, dict):
+                return float(leaf["$"])
+            return leaf
 
         return walk(node, from_json, prefix or "")
 
     def tensor(self, name: str, offsets=None, shape=None) -> torch.Tensor:
-        """The full tensor, or its box of `shape` (None = to the end) that begins at `offsets`
-        (None = 0)."""
+        """The full tensor, or a shard of it.
+
+        offsets: where the shard begins in each dimension (None: 0); shape: its shape (None: up to
+        the end). Raises ValueError for an unknown name, or a shard beyond the tensor's shape.
+        """
         if name not in self._tensors:
             raise ValueError(f"{self.path} has no tensor {name!r}; names() lists what it has")
         entry = self._tensors[name]
-        offsets = [0] * len(entry["shape"]) if offsets is None else list(offsets)
-        shape = [n - o for n, o in zip(entry["shape"], offsets)] if shape is None else list(shape)
-        if not inside(offsets, shape, entry["shape"]):
-            raise ValueError(
-                f"{name} has shape {entry['shape']}: no box of {shape} begins at {offsets}"
-            )
+        full = entry["shape"]
+        offsets = [0] * len(full) if offsets is None else list(offsets)
+        if shape is None:
+            shape = [n - o for n, o in zip(full, offsets)]
+        shape = list(shape)
+        if not inside(offsets, shape, full):
+            raise ValueError(f"{name} has shape {full}: no box of {shape} begins at {offsets}")
+        ends = [o + n for o, n in zip(offsets, shape)]
+
+        # Copy from each saved slice the box, low to high, that it shares with the wanted shard.
         out = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
-        for s in entry["slices"]:
-            low = [max(o, a) for o, a in zip(offsets, s["offsets"])]
-            high = [
-                min(o + n, a + m) for o, n, a, m in zip(offsets, shape, s["offsets"], s["shape"])
-            ]
+        for slice_ in entry["slices"]:
+            begins = slice_["offsets"]
+            low = [max(o, b) for o, b in zip(offsets, begins)]
+            high = [min(e, b + n) for e, b, n in zip(ends, begins, slice_["shape"])]
             if all(i < j for i, j in zip(low, high)):
-                out[within(low, high, offsets)] = self._stored(entry, s)[
-                    within(low, high, s["offsets"])
-                ]
+                stored = self._stored(entry, slice_)
+                out[within(low, high, offsets)] = stored[within(low, high, begins)]
         return out
 
     def has(self, part: str) -> bool:
         return part in self._tree
 
     def weights(self, part: str):
-        """A function of a parameter's name and shape: the full tensor. It raises ValueError where
-        that parameter is missing or has another shape."""
+        """A function (a parameter's name, its shape) -> its full tensor, from the branch `part`.
+
+        The function raises ValueError where the parameter is missing or has another shape.
+        """
 
         def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
             saved = self._tensors.get(f"{part}/{name}")
@@ -137,23 +144,15 @@ class Checkpoint:
         return read
 
     def load_weights(self, model: torch.nn.Module, part: str = "model") -> None:
-        """Every parameter of `model` from "<part>/<its name>", see `weights`."""
+        """Fills every parameter of `model` from "<part>/<its name>"; raises as `weights` does."""
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(self.weights(part)(name, tuple(p.shape)))
 
     def check(self) -> None:
-        """Raise CheckpointDamaged unless index.json is one that `save` could have written."""
-        index, step, name = self.path / "index.json", self.step, FOLDER.fullmatch(self.path.name)
+        """Raises CheckpointDamaged unless index.json is one that `save` could have written."""
         try:
-            if type(step) is not int or not 0 <= step < 2**53 or (name and int(name[2]) != step):
-                raise ValueError(f"it is of step {step}, whatever the folder's name")
-            if not all(isinstance(x, dict) for x in (self._tree, self._tensors, self._files)):
-                raise ValueError("tree, tensors and files are not by name")
-            check(self._tree, self._tensors)
-            for file in {s["file"] for entry in self._tensors.values() for s in entry["slices"]}:
-                if self._path(file).name not in self._files:
-                    raise ValueError(f"no checksum of {file}")
+            self._check()
         except CheckpointDamaged:
             raise
         except (
@@ -164,24 +163,46 @@ class Checkpoint:
             TypeError,
             ValueError,
         ) as e:
-            reason = ascii(str(e))[1:-1][:300]  # it may quote anything
+            # The reason may quote anything from the file.
+            reason = ascii(str(e))[1:-1][:300]
+            index = self.path / "index.json"
             raise CheckpointDamaged(f"{index} contradicts itself: {reason}") from None
 
+    def _check(self) -> None:
+        step = self.step
+        # A folder that somebody renamed to another step would be continued at the wrong one.
+        name = FOLDER.fullmatch(self.path.name)
+        is_step = type(step) is int and 0 <= step < 2**53
+        if not is_step or (name and int(name[2]) != step):
+            raise ValueError(f"it is of step {step}, whatever the folder's name")
+        if not all(isinstance(x, dict) for x in (self._tree, self._tensors, self._files)):
+            raise ValueError("tree, tensors and files are not by name")
+        # Every tensor of the tree is there, and its slices leave no hole.
+        check(self._tree, self._tensors)
+        files = {slice_["file"] for entry in self._tensors.values() for slice_ in entry["slices"]}
+        for file in files:
+            if self._path(file).name not in self._files:
+                raise ValueError(f"no checksum of {file}")
+
     def verify(self) -> None:
-        """Read every byte; raise CheckpointDamaged unless files, tree and slices are as written."""
+        """Reads every byte; raises CheckpointDamaged unless all is as it was written."""
         self.check()
         with ThreadPoolExecutor() as pool:
             list(pool.map(self._verify_file, self._files))
+        # The bytes are right; are they the tensors that the index promises?
         for entry in self._tensors.values():
-            for s in entry["slices"]:
-                self._stored(entry, s)
+            for slice_ in entry["slices"]:
+                self._stored(entry, slice_)
 
-    def _verify_file(self, file):
-        path, facts = self._path(file), self._files[file]
+    def _verify_file(self, file: str) -> None:
+        path = self._path(file)
+        facts = self._files[file]
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+            # Opening a pipe would wait for ever.
+            if not stat.S_ISREG(os.stat(path).st_mode):
                 raise CheckpointDamaged(f"{path} is no file")
             with open(path, "rb") as f:
+                # The size first: it is cheap, and it tells a file that was cut short.
                 size = os.fstat(f.fileno()).st_size
                 if size != facts["bytes"]:
                     raise CheckpointDamaged(
@@ -198,39 +219,45 @@ class Checkpoint:
                 f"{self.path / 'index.json'} has no size and sha256 of {file}"
             ) from None
 
-    def _path(self, file):
-        if not FILE.fullmatch(file):  # never follow an index out of its folder
+    def _path(self, file: str) -> Path:
+        # Never follow an index out of its folder.
+        if not FILE.fullmatch(file):
             raise CheckpointDamaged(
                 f"{self.path / 'index.json'} names {file!r}, no rank_N.safetensors"
             )
         return self.path / file
 
-    def _stored(self, entry, s):
-        """A slice on disk; indexing it reads that part of the mapped file."""
-        path = self._path(s["file"])
+    def _stored(self, entry: dict, slice_: dict):
+        """A slice on the disk: indexing it reads that part of the mapped file."""
+        path = self._path(slice_["file"])
         try:
+            # Opened once and kept: many tensors lie in one file.
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
-            stored = self._open[path].get_slice(s["key"])
+            stored = self._open[path].get_slice(slice_["key"])
         except (SafetensorError, OSError) as e:
             raise CheckpointDamaged(f"{path} cannot be read: {e}") from None
-        if stored.get_shape() != s["shape"] or stored.get_dtype() != entry["dtype"]:
-            raise CheckpointDamaged(f"{path} holds another {s['key']} than index.json says")
+        if stored.get_shape() != slice_["shape"] or stored.get_dtype() != entry["dtype"]:
+            raise CheckpointDamaged(f"{path} holds another {slice_['key']} than index.json says")
         return stored
 
 
 def load(path, verify: bool = True) -> Checkpoint:
-    """Open the checkpoint folder `path`. Raises CheckpointDamaged unless it is exactly what was
-    written.
+    """Opens the checkpoint folder `path`.
 
-    verify=False checks index.json alone: for ranks that trust the one which has read every byte.
+    Raises CheckpointDamaged unless it is exactly what was written, and ValueError for the format of
+    another version. verify=False checks index.json alone: for ranks that trust another one, which
+    has read every byte.
     """
     path = Path(path)
+    index_path = path / "index.json"
+    # The checksum covers the body as we would write it, so one changed byte shows.
     try:
-        if not stat.S_ISREG(os.stat(path / "index.json").st_mode):
-            raise CheckpointDamaged(f"{path / 'index.json'} is no file")
-        index = json.loads((path / "index.json").read_bytes())
-        body, version = index["body"], index["body"]["format"]
+        if not stat.S_ISREG(os.stat(index_path).st_mode):
+            raise CheckpointDamaged(f"{index_path} is no file")
+        index = json.loads(index_path.read_bytes())
+        body = index["body"]
+        version = body["format"]
         intact = index["sha256"] == sha256(as_json(body))
     except CheckpointDamaged:
         raise
@@ -243,24 +270,26 @@ def load(path, verify: bool = True) -> Checkpoint:
     except (KeyError, TypeError, ValueError, RecursionError):
         intact = False
     if not intact:
-        raise CheckpointDamaged(
-            f"{path / 'index.json'} has changed since it was written (another sha256)"
-        )
-    if version != FORMAT:  # not damaged: falling back to an older one would silently lose steps
+        raise CheckpointDamaged(f"{index_path} has changed since it was written (another sha256)")
+    # Another format is not damage: falling back to an older checkpoint would silently lose steps.
+    if version != FORMAT:
         raise ValueError(
             f"{path} has format {version}, not {FORMAT}: load it with the code that wrote it"
         )
     try:
         checkpoint = Checkpoint(path, body)
     except KeyError as e:
-        raise CheckpointDamaged(f"{path / 'index.json'} lacks {e}") from None
-    checkpoint.verify() if verify else checkpoint.check()
+        raise CheckpointDamaged(f"{index_path} lacks {e}") from None
+    if verify:
+        checkpoint.verify()
+    else:
+        checkpoint.check()
     return checkpoint
 
 
 def newest(out_dir, warn=print) -> Checkpoint | None:
-    """A run's newest intact checkpoint, or None; `warn` gets one line for each damaged one passed
-    over."""
+    """A run's newest intact checkpoint, or None. warn(line) hears of each damaged one before it."""
+    # A kill may have left the old checkpoint of a step as .old-step-N: it counts here.
     for _, _, path in reversed(found(out_dir)):
         try:
             return load(path)
@@ -270,25 +299,33 @@ def newest(out_dir, warn=print) -> Checkpoint | None:
 
 
 def before(out_dir, step: int, back: int = 1) -> list[Checkpoint]:
-    """The newest `back` whole checkpoints of steps before this one, newest first; that of this step
-    if there is no older one."""
-    there, whole = [(at, path) for at, current, path in reversed(found(out_dir)) if current], []
-    for _, path in [x for x in there if x[0] < step] or [x for x in there if x[0] == step]:
-        if len(whole) < back:
-            try:
-                whole.append(load(path))
-            except CheckpointDamaged:
-                pass
-    return whole
+    """The newest `back` intact checkpoints older than `step`, newest first.
+
+    If there is no older one: the checkpoint of this step.
+    """
+    paths = [(at, path) for at, is_current, path in reversed(found(out_dir)) if is_current]
+    candidates = [path for at, path in paths if at < step]
+    if not candidates:
+        candidates = [path for at, path in paths if at == step]
+    intact = []
+    for path in candidates:
+        if len(intact) == back:
+            break
+        with contextlib.suppress(CheckpointDamaged):
+            intact.append(load(path))
+    return intact
 
 
 def resolve(path) -> Checkpoint:
-    """resume=PATH: a checkpoint by whatever name, or a run's folder and thus its newest one.
-    ValueError if there is none."""
+    """What resume=PATH means: the checkpoint at `path`, or the newest one of the run at `path`.
+
+    Raises ValueError where there is none.
+    """
     path = Path(path)
     if (path / "index.json").exists() or (FOLDER.fullmatch(path.name) and path.is_dir()):
         return load(path)
-    if (checkpoint := newest(path)) is None:
+    checkpoint = newest(path)
+    if checkpoint is None:
         ours = "give a run's out_dir or one of the step-… folders in it"
         raise ValueError(f"{path} {missing(path)}; {ours}")
     return checkpoint
@@ -296,35 +333,53 @@ def resolve(path) -> Checkpoint:
 
 def missing(path: Path) -> str:
     """Why there is no checkpoint at `path`, as the middle of a sentence."""
-    if what := foreign(path):
+    what = foreign(path)
+    if what:
         return what
-    if path.is_dir() or path.is_file():
-        return "has no intact checkpoint" if path.is_dir() else "is not a folder"
+    if path.is_dir():
+        return "has no intact checkpoint"
+    if path.is_file():
+        return "is not a folder"
+    # The path names nothing. Its neighbours tell whether it was ever a run's checkpoint.
     there = found(path.parent)
     if not there:
         return "does not exist, so it is not a folder of checkpoints"
-    why, step = "is not there", FOLDER.fullmatch(path.name)
+    why = "is not there"
+    name = FOLDER.fullmatch(path.name)
     with contextlib.suppress(ValueError):
-        newest_one = load(there[-1][2], verify=False)
-        every, keep = (
-            newest_one.tree(f"config/{name}", missing=0) for name in ("save_every", "keep")
-        )
-        saved = type(every) is int and every and step and int(step[2]) % every == 0
-        if saved and keep and int(step[2]) < there[0][0]:
+        keep = keep_of_pruned(name, there)
+        if keep:
             why = f"was deleted, for the run keeps its newest {keep} (--keep={keep})"
     return f"{why}; there are {', '.join(str(p) for _, _, p in there)}"
 
 
+def keep_of_pruned(name: re.Match | None, there: list) -> int | None:
+    """The run's --keep, where that is why the checkpoint of this name is gone; else None.
+
+    name: a match of FOLDER; there: what `found` says of the folder. Raises ValueError where the
+    newest checkpoint cannot be read.
+    """
+    newest_one = load(there[-1][2], verify=False)
+    save_every = newest_one.tree("config/save_every", missing=0)
+    keep = newest_one.tree("config/keep", missing=0)
+    if not name or not save_every or type(save_every) is not int:
+        return None
+    # The run saved this step, and all that it kept is newer.
+    step = int(name[2])
+    oldest_step = there[0][0]
+    was_saved = step % save_every == 0
+    return keep if was_saved and step < oldest_step else None
+
+
 @contextlib.contextmanager
 def reading(path):
-    """Around code that takes up a checkpoint's tree: ValueError where that is not what this program
-    writes. Checksums that fit say what a file is, not who wrote it."""
+    """`with` this, take up a checkpoint's tree: ValueError for what this program does not write.
+
+    A checksum that fits says what a file is, not who wrote it.
+    """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
         raise ValueError(
             f"{path} holds what this program does not write ({type(e).__name__}: {e})"
         ) from e
-
-
-# ---- command line --------------------------------------------------------------------------------

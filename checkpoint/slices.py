@@ -4,19 +4,21 @@
     rank 1  {"model": {"w": Slice(rows 2, 3)}}            ─┘ ────►  tensors "model/w": rows 0, 1 in
                                                                             rank_0, 2, 3 in rank_1
 
-A tensor's name is its path in the tree. A slice is a shard of the full tensor, a box in it: its
-`offsets` and its shape. Nothing here touches a disk or another rank: `merge` is given what all
-ranks said, `check` tells whether a tree and its tensors, ours or from a damaged file, are what
-merge makes.
+A tensor's name is its path in the tree. A slice is a shard of the full tensor, a box in it, with
+its `offsets` and its shape. Nothing here touches a disk or another rank. `merge` takes what all
+ranks have sent; `check` accepts a tree and its tensors, ours or from a damaged file, only if
+`merge` could have made them.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from parallel.shard import Shard, local, shard_of, shard_of_shard
 
+# The names of the safetensors format.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,10 +38,11 @@ DTYPES = {
     "U8": torch.uint8,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Stand-ins in the tree for what JSON cannot express.
 TENSOR = {"$": "tensor"}
-LEAVES = [TENSOR, {"$": "nan"}, {"$": "inf"}, {"$": "-inf"}]  # what JSON has no word for
+LEAVES = [TENSOR, {"$": "nan"}, {"$": "inf"}, {"$": "-inf"}]
 DEPTH = 64  # levels of a tree; Python's own limit depends on who asks
-CELLS = 2**24  # cells into which the slices of one tensor may cut it
+CELLS = 2**24  # that the slices of one tensor may cut it into
 
 
 @dataclass(frozen=True)
@@ -51,31 +54,38 @@ class Slice:
 
 
 def as_slices(by_name: dict, shards: dict[str, Shard]) -> dict:
-    """by_name: parameter name -> tensor, or its optimizer state {key: tensor}. The tensors of those
-    in `shards`, of which there is only a shard, become Slices."""
+    """Tensors by parameter name, where those that are only a shard become Slices.
+
+    by_name: parameter name -> tensor, or its optimizer state {key: tensor}; shards: name -> Shard
+    of each parameter that is divided.
+    """
 
     def sliced(value, shard):
         if isinstance(value, dict):
             return {key: sliced(x, shard) for key, x in value.items()}
+        # A step counter, for instance, is not divided.
         if not isinstance(value, torch.Tensor) or value.ndim != len(shard.global_shape):
             return value
-        inner = as_slice("", value)  # a DTensor may be a shard of that shard
+        # A DTensor may be a shard of that shard.
+        inner = as_slice("", value)
         return Slice(inner.tensor, shard_of_shard(shard, inner.shard))
 
     return {name: sliced(x, shards[name]) if name in shards else x for name, x in by_name.items()}
 
 
 # ---- the tree ------------------------------------------------------------------------------------
+def walk(node, leaf: Callable, name: str = ""):
+    """`node` with leaf(name, value) in place of each leaf; a dict {"$": ...} is a leaf, too.
 
-
-def walk(node, leaf, name=""):
-    """`node` with leaf(name, value) in place of each leaf; a stand-in, {"$": ...}, is a leaf."""
+    Raises ValueError for a tree that is too deep, and for a key that cannot be in a name.
+    """
     if name.count("/") >= DEPTH:
         raise ValueError(f"{name[:40]}... is nested deeper than {DEPTH} levels")
     if isinstance(node, list | tuple):
         return [walk(value, leaf, f"{name}/{i}") for i, value in enumerate(node)]
     if not isinstance(node, dict) or "$" in node:
         return leaf(name, node)
+    # Names become keys in files, where "/" separates and safetensors reserves "__metadata__".
     for key in node:
         if not isinstance(key, str) or "/" in key or key in ("", "__metadata__"):
             raise ValueError(
@@ -84,10 +94,11 @@ def walk(node, leaf, name=""):
     return {key: walk(value, leaf, f"{name}/{key}" if name else key) for key, value in node.items()}
 
 
-def to_json(name, leaf, held):
-    """A leaf as JSON; a tensor goes into `held`."""
+def to_json(name: str, leaf, held: dict):
+    """A leaf as JSON; a tensor goes into `held`, name -> Slice. ValueError for other types."""
     match leaf:
         case Slice() | torch.Tensor():
+            # The tree only says that here is a tensor; its numbers go into a file.
             held[name] = leaf if isinstance(leaf, Slice) else as_slice(name, leaf)
             dtype = held[name].tensor.dtype
             if dtype not in DTYPE_NAMES:
@@ -95,13 +106,15 @@ def to_json(name, leaf, held):
             return TENSOR
         case float() if not math.isfinite(leaf):
             return {"$": str(float(leaf))}
+        # bool is an int, too.
         case None | str() | int() | float():
             return leaf
     takes = "tensors, str, int, float, bool and None"
     raise ValueError(f"{name} is of type {type(leaf).__name__}; a checkpoint takes {takes}")
 
 
-def as_slice(name, tensor):
+def as_slice(name: str, tensor: torch.Tensor) -> Slice:
+    """A tensor as the slice of it that this rank holds: all of it, unless it is a DTensor."""
     if any(p.is_partial() for p in getattr(tensor, "placements", ())):
         raise ValueError(
             f"{name} is a DTensor whose parts are not summed yet; redistribute it first"
@@ -121,14 +134,21 @@ def copied(node):
         case torch.Tensor() if hasattr(node, "placements"):
             return copied(as_slice("a tensor", node))
         case torch.Tensor():
+            # Pinned memory: the GPU copies in its turn, and Python does not wait.
             home = torch.empty(node.shape, dtype=node.dtype, pin_memory=node.is_cuda)
             return home.copy_(node.detach(), non_blocking=node.is_cuda)
     return node
 
 
-def merge(described):
-    """All ranks' trees and slices -> tensors and tree of the index, which says who writes what."""
-    tree, tensors, seen = {}, {}, set()
+def merge(described: list) -> dict:
+    """The index's "tensors" and "tree", which say who writes what.
+
+    described: for each rank its tree, and name -> (global shape, dtype, offsets, shape) of each
+    tensor in it. Raises ValueError where ranks contradict each other.
+    """
+    tree = {}
+    tensors = {}
+    seen = set()
     for rank, (skeleton, held) in enumerate(described):
         tree = union(tree, skeleton)
         for name, (full, dtype, offsets, shape) in held.items():
@@ -138,9 +158,12 @@ def merge(described):
                 raise ValueError(
                     f"{name} is {dtype} {full} on rank {rank} but {lower} on a lower one"
                 )
-            slice_ = (name, *offsets, *shape)
-            if slice_ not in seen and (0 not in shape or 0 in full):
-                seen.add(slice_)
+            # A shard that a lower rank holds too is written by that rank. Nobody writes an empty
+            # shard, unless the full tensor is empty.
+            place = (name, *offsets, *shape)
+            is_empty_shard = 0 in shape and 0 not in full
+            if place not in seen and not is_empty_shard:
+                seen.add(place)
                 file = f"rank_{rank}.safetensors"
                 entry["slices"].append(
                     {"file": file, "key": name, "offsets": offsets, "shape": shape}
@@ -150,70 +173,92 @@ def merge(described):
 
 
 def union(low, high):
+    """Two trees as one; where both have a leaf, the leaf of `low` stays."""
     if isinstance(low, dict) and isinstance(high, dict) and "$" not in low and "$" not in high:
-        return low | {
-            key: union(low[key], value) if key in low else value for key, value in high.items()
-        }
+        both = dict(low)
+        for key, value in high.items():
+            both[key] = union(low[key], value) if key in low else value
+        return both
     if isinstance(low, list) and isinstance(high, list) and len(low) == len(high):
         return [union(a, b) for a, b in zip(low, high)]
     return low
 
 
 # ---- slices --------------------------------------------------------------------------------------
-
-
-def inside(offsets, shape, full):
-    """Whether offsets and shape are those of a box of a tensor whose shape is `full`."""
+def inside(offsets: list, shape: list, full: list) -> bool:
+    """Are `offsets` and `shape` a box inside a tensor of shape `full`? They may be any JSON."""
     if not all(type(n) is int for n in (*offsets, *shape, *full)):
         return False
     fits = all(0 <= o <= o + n <= m for o, n, m in zip(offsets, shape, full))
     return fits and len(offsets) == len(shape) == len(full)
 
 
-def within(low, high, origin):
-    """The index of the box from `low` to `high` in a tensor whose first element sits at
-    `origin`."""
+def within(low: list, high: list, origin: list) -> tuple[slice, ...]:
+    """The index of the box from `low` to `high` in a tensor that begins at `origin`."""
     return tuple(slice(i - o, j - o) for i, j, o in zip(low, high, origin))
 
 
-def check(tree, tensors):
-    """ValueError unless each tensor has its place in the tree and slices that cover it."""
+def check(tree, tensors: dict) -> None:
+    """Raises ValueError unless each tensor has its place in the tree and slices that cover it."""
     placed = set()
 
     def place(name, leaf):
         if isinstance(leaf, dict) and leaf not in LEAVES:
-            raise ValueError(f"{name} is {leaf}, which stands for nothing")
+            raise ValueError(f"{name} is {leaf}, which means nothing here")
         if leaf == TENSOR:
             placed.add(name)
 
+    # The tree and the list of tensors must name the same tensors.
     walk(tree, place)
     for name in placed ^ set(tensors):
         raise ValueError(f"{name} is a tensor on one rank but not on a lower one")
     for name, entry in tensors.items():
-        # Cut each dimension where a slice begins or ends: a cell of that grid is held whole or not
-        # at all.
-        full, slices = entry["shape"], entry["slices"]
+        full = entry["shape"]
+        slices = entry["slices"]
         if not slices or not all(inside(s["offsets"], s["shape"], full) for s in slices):
             raise ValueError(f"{name} {full} has no slice, or one that reaches beyond its shape")
         if entry["dtype"] not in DTYPES or any(s["key"] != name for s in slices):
             raise ValueError(
                 f"{name} is {entry['dtype']}, no known type, or has a slice by another name"
             )
+        # A key is the tensor's name, so a file can hold only one slice of it.
         if len({s["file"] for s in slices}) < len(slices):
             raise ValueError(f"{name} has two slices in one file")
-        corners = [
-            (s["offsets"], [o + n for o, n in zip(s["offsets"], s["shape"])]) for s in slices
-        ]
-        edges = [
-            sorted({0, n, *(corner[d] for pair in corners for corner in pair)})
-            for d, n in enumerate(full)
-        ]
-        if math.prod(len(e) - 1 for e in edges) > CELLS:
-            raise ValueError(f"{name} {full} is cut into more than {CELLS} pieces")
-        number_of = [{edge: i for i, edge in enumerate(e)} for e in edges]
-        held = torch.zeros([len(e) - 1 for e in edges], dtype=torch.bool)
+        check_cover(name, full, slices)
+
+
+def check_cover(name: str, full: list[int], slices: list[dict]) -> None:
+    """Raises ValueError where some part of a tensor of shape `full` is in none of its slices.
+
+    Each dimension is cut wherever a slice begins or ends. So a cell of the grid between these cuts
+    is held as a whole or not at all, and few cells have to be checked:
+
+        slices  0..3 and 2..5 of 7     cuts  0 2 3 5 7     cells held  yes yes yes no
+    """
+    corners = []
+    for s in slices:
+        low = s["offsets"]
+        high = [o + n for o, n in zip(low, s["shape"])]
+        corners.append((low, high))
+
+    cuts = []  # in each dimension, sorted
+    for dim, n in enumerate(full):
+        edges = {0, n}
         for low, high in corners:
-            held[tuple(slice(n[i], n[j]) for n, i, j in zip(number_of, low, high))] = True
-        if not held.all():
-            hole = [e[i] for e, i in zip(edges, (~held).nonzero()[0].tolist())]
-            raise ValueError(f"no rank holds the part of {name} {full} that begins at {hole}")
+            edges |= {low[dim], high[dim]}
+        cuts.append(sorted(edges))
+    grid = [len(edges) - 1 for edges in cuts]
+    # A damaged file may claim anything: do not let it take all memory.
+    if math.prod(grid) > CELLS:
+        raise ValueError(f"{name} {full} is cut into more than {CELLS} pieces")
+
+    # Mark the cells of each slice; a cell that nobody marks is missing on the disk.
+    number_of = [{edge: i for i, edge in enumerate(edges)} for edges in cuts]
+    held = torch.zeros(grid, dtype=torch.bool)
+    for low, high in corners:
+        cells = [slice(number[i], number[j]) for number, i, j in zip(number_of, low, high)]
+        held[tuple(cells)] = True
+    if not held.all():
+        first_hole = (~held).nonzero()[0].tolist()
+        begins = [edges[i] for edges, i in zip(cuts, first_hole)]
+        raise ValueError(f"no rank holds the part of {name} {full} that begins at {begins}")

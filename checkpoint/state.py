@@ -1,12 +1,14 @@
 """Everything a step depends on: collected for a checkpoint, put back from one, on any layout.
 
-model               the weights to evaluate, sample and export: Schedule-Free's average, the
-                    best ones once early stopping has chosen, else those of training
-training_weights    those that training goes on from, where they are others
-optim               state by parameter name, what the groups count
-replicas            what the layout keeps beside: residuals of compression, DiLoCo's outer step
-fp8, scaler, guard, progress, best        one tree for each thing in `kept`
-rng                 torch's generator of each rank; train.py never draws from it, a fork may
+branch of the tree     what it holds
+model                  the weights to evaluate, sample and export: Schedule-Free's average, the
+                       best weights once early stopping has chosen, else the trained ones
+training_weights       the weights that training continues from, where they are different
+optim                  optimizer state by parameter name, and the counters of the groups
+replicas               what the layout keeps: residuals of compression, DiLoCo's outer step
+fp8, scaler, guard,    the state_dict() of each object in `kept`
+progress, best
+rng                    torch's generator of each rank; train.py never draws from it, a fork may
 """
 
 import contextlib
@@ -24,9 +26,12 @@ from parallel.shard import Shard, sharded
 
 
 class State:
-    """optimizer, replicas: the run's; shards: of parameters of which the optimizer has one;
-    tp_shards: of those that parallel/tensor.py has divided; kept: name -> anything with tree() and
-    load(tree)."""
+    """The state of one run on this rank.
+
+    shards: parameter name -> Shard, where the optimizer has only a shard of the parameter;
+    tp_shards: the same where parallel/tensor.py has divided a parameter; kept: name -> any object
+    with state_dict() and load_state_dict().
+    """
 
     def __init__(
         self,
@@ -37,122 +42,162 @@ class State:
         mesh: Mesh,
         kept: dict,
     ):
-        self.optimizer, self.replicas = optimizer, replicas
-        self.shards, self.tp_shards = shards, tp_shards
-        self.mesh, self.kept, self.training = mesh, kept, None
+        self.optimizer = optimizer
+        self.replicas = replicas
+        self.shards = shards
+        self.tp_shards = tp_shards
+        self.mesh = mesh
+        self.kept = kept
+        self.training = None  # after restore_best: name -> the weights that training had
 
-    def outside(self):
-        """with this: the model holds the weights that others are to have, and afterwards the very
-        bits it had. Gives those that training goes on from, by name; {} where they are the same."""
+    def exported_weights(self):
+        """`with` this: the model holds the weights that others get, then its own ones again.
+
+        They come back bit for bit. Yields the weights that training continues from, by name, or {}
+        where they are the same.
+        """
         if self.training is not None:
             return contextlib.nullcontext(self.training)
         return param_groups.evaluation_weights(self.optimizer, self.replicas.broadcast_weights)
 
     @contextlib.contextmanager
-    def looking(self):
-        """The same to evaluate and sample: DiLoCo's replicas then hold what they last agreed on."""
-        with self.outside(), self.replicas.outer_weights():
+    def eval_weights(self):
+        """`with` this: the model holds the weights to evaluate and to sample with.
+
+        DiLoCo's replicas, which differ while they train, hold the weights they last agreed on.
+        """
+        with self.exported_weights(), self.replicas.outer_weights():
             yield
 
-    def counted(self, by_name: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Those of a tensor for each parameter of which no other rank brings the same numbers."""
-        tied_copy = {"embed.weight"} if self.mesh.coords["pp"] > 0 else {}
-        # The rest is alike on all tp ranks
-        mine = self.tp_shards if self.mesh.coords["tp"] > 0 else by_name
-        return [
-            x
-            for n, x in by_name.items()
-            if self.replicas.is_primary and n in mine and n not in tied_copy
-        ]
+    def deduplicate(self, by_name: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors this rank contributes to a global sum, so that each value is counted once.
+
+        by_name: parameter name -> any tensor that belongs to the parameter, such as its gradient.
+        """
+        # A lower rank of this replica group holds the same gradients.
+        if not self.replicas.is_primary:
+            return []
+        is_first_stage = self.mesh.coords["pp"] == 0
+        is_first_tp_rank = self.mesh.coords["tp"] == 0
+        found = []
+        for name, x in by_name.items():
+            # A tied embedding is on the first and on the last stage of a pipeline.
+            is_copy_of_tied = name == "embed.weight" and not is_first_stage
+            # What tensor parallelism has not divided is the same on all its ranks.
+            is_only_here = name in self.tp_shards or is_first_tp_rank
+            if is_only_here and not is_copy_of_tied:
+                found.append(x)
+        return found
 
     def norm(self, gradients: dict[str, torch.Tensor], everywhere: bool = True) -> torch.Tensor:
-        """The 2-norm of the gradients of all ranks, or only of this one, each number counted
-        once."""
-        return self.mesh.norm(self.counted(gradients), everywhere)
+        """The 2-norm of the gradients, a 0-D tensor; each value is counted once.
+
+        everywhere: over all ranks, and the same on all; else over this rank's replica alone.
+        """
+        return self.mesh.norm(self.deduplicate(gradients), everywhere)
 
     def weights(self) -> dict:
         """What the model holds now, for a checkpoint."""
         return slices.as_slices(self.replicas.weights(), self.tp_shards)
 
     @contextlib.contextmanager
-    def tree(self):
-        """This rank's part of a checkpoint. It is not a copy, and holds inside alone."""
-        state = param_groups.state_by_name(self.optimizer)
-        state["state"] = slices.as_slices(state["state"], self.shards)
-        tree = {name: part.tree() for name, part in self.kept.items()}
-        tree |= {"rng": {str(self.mesh.rank): torch.get_rng_state()}}
-        tree |= {"optim": state} if self.replicas.is_primary else {}
-        beside = self.replicas.state_dict(state["state"])
-        tree |= {"replicas": beside} if beside is not None else {}
-        with self.outside() as training:
+    def state_dict(self):
+        """`with` this as tree: this rank's part of a checkpoint. No copy: valid inside alone."""
+        optim = param_groups.state_by_name(self.optimizer)
+        optim["state"] = slices.as_slices(optim["state"], self.shards)
+        tree = {name: part.state_dict() for name, part in self.kept.items()}
+        tree["rng"] = {str(self.mesh.rank): torch.get_rng_state()}
+        if self.replicas.is_primary:
+            tree["optim"] = optim
+        # Even a rank that is not primary may keep something: its own residuals, for instance.
+        of_layout = self.replicas.state_dict(optim["state"])
+        if of_layout is not None:
+            tree["replicas"] = of_layout
+        with self.exported_weights() as training:
             if training and self.replicas.is_primary:
                 tree["training_weights"] = slices.as_slices(training, self.shards)
             yield tree | {"model": self.weights()}
 
     def save(self, saver: Saver, step: int, metadata: dict, last: bool = False) -> None:
-        """A checkpoint of all of it, and of `metadata`. last: returns when it is on the disk."""
-        with self.tree() as tree:
+        """A checkpoint of everything, and of `metadata`. last: returns when it is on the disk."""
+        with self.state_dict() as tree:
             saver.save(step, metadata | tree, last)
 
     def with_weights(self, metadata: dict) -> dict:
-        """`metadata` and the weights alone, for a checkpoint that nobody trains on from."""
+        """`metadata` and the weights alone, for a checkpoint from which nobody continues."""
         return metadata | {"model": self.weights()}
 
-    def load(self, saved: checkpoint.Checkpoint, names=None) -> None:
-        """All of it but the weights. names: of `kept`, None for all."""
+    def load_state_dict(self, saved: checkpoint.Checkpoint, names=None) -> None:
+        """Takes up everything but the weights. names: which of `kept`; None means all of them.
+
+        Raises ValueError where the checkpoint holds what this program does not write.
+        """
         with checkpoint.reading(saved.path):
             self._load(saved, names)
 
     def _load(self, saved: checkpoint.Checkpoint, names) -> None:
-        # A replica that trains alone has an optimizer state of its own
+        # A replica that trains alone has an optimizer state of its own.
         own = self.replicas.load_state_dict(lambda path: saved.tree(f"replicas/{path}", missing={}))
 
         def state_of(name: str, shape: tuple[int, ...]) -> dict:
-            return own.get(name) or saved.tree(
-                f"optim/state/{name}", self.shards.get(name), shape, missing={}
-            )
+            if own.get(name):
+                return own[name]
+            return saved.tree(f"optim/state/{name}", self.shards.get(name), shape, missing={})
 
         param_groups.load_state_by_name(self.optimizer, saved.tree("optim/groups"), state_of)
         for name in self.kept if names is None else names:
-            self.kept[name].load(saved.tree(name, missing={}))
+            self.kept[name].load_state_dict(saved.tree(name, missing={}))
+        # A run on more ranks than before: the new ones take rank 0's generator.
         rng = saved.tree("rng")
         torch.set_rng_state(rng.get(str(self.mesh.rank), rng["0"]))
 
-    def take_best(self, path: Path) -> str:
-        """From now on the model holds these weights, and those of training are kept beside. What to
-        say."""
+    def restore_best(self, path: Path) -> str:
+        """From now on the model holds the best weights, from the checkpoint at `path`.
+
+        The trained weights are kept, for the checkpoint. Returns a line for people.
+        """
         try:
             saved = checkpoint.load(path)
         except ValueError as error:
             return f"the best weights are lost, the last ones stay: {error}"
-        groups = self.optimizer.param_groups
-        self.training = {
-            n: p.detach().clone() for g in groups for n, p in zip(g["names"], g["params"])
-        }
+        self.training = {}
+        for group in self.optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"]):
+                self.training[name] = p.detach().clone()
         self.replicas.init_weights(sharded(saved.weights("model"), self.tp_shards))
-        return f"the best weights are those of step {saved.step}"
+        return f"the best weights are from step {saved.step}"
 
 
 def training_weights(saved: checkpoint.Checkpoint):
-    """The weights that training goes on from, by name and shape."""
+    """The weights that training continues from, as a function of a parameter's name and shape."""
     return saved.weights("training_weights" if saved.has("training_weights") else "model")
 
 
 class Disk:
-    """The run's checkpoints as what a rollback goes back to: SnapshotBuffer's interface, on
-    any layout."""
+    """The run's checkpoints as what a rollback returns to, on any layout.
+
+    It has the two methods of SnapshotBuffer, and takes its place where no state is kept in memory.
+    """
 
     def __init__(self, out_dir: Path, state: State, saver: Saver):
-        self.out_dir, self.state, self.saver = out_dir, state, saver
+        self.out_dir = out_dir
+        self.state = state
+        self.saver = saver
 
     def snapshot(self, step: int, more=None) -> None:
-        """Saving is train.py's."""
+        """Nothing: train.py saves."""
 
     def restore(self, before: int, back: int = 1) -> tuple | None:
-        """The back-th newest whole checkpoint of a step before this one, or the oldest: (step, the
-        guard's memory and the next row then); None where there is none."""
-        self.saver.wait()  # its end deletes old ones
-        mesh, found = self.state.mesh, []
+        """Puts back the back-th newest intact checkpoint older than step `before`, or the oldest.
+
+        Returns (its step, (what the monitor had seen, the next sample then)); None where there is
+        no checkpoint.
+        """
+        # A save that ends now may delete what we are about to read.
+        self.saver.wait()
+        # Rank 0 reads every byte, and the others trust its choice.
+        mesh = self.state.mesh
+        found = []
         if mesh.rank == 0:
             found = checkpoint.before(self.out_dir, before, back)
         step = mesh.agree(found[-1].step if found else -1)
@@ -160,5 +205,7 @@ class Disk:
             return None
         saved = checkpoint.load(self.out_dir / f"step-{step:08d}", verify=False)
         self.state.replicas.init_weights(sharded(training_weights(saved), self.state.tp_shards))
-        self.state.load(saved, self.state.kept.keys() - {"progress", "best", "guard"})
+        # The monitor and early stopping remember what happened; the monitor moves the cursor.
+        others = self.state.kept.keys() - {"progress", "best", "guard"}
+        self.state.load_state_dict(saved, others)
         return step, (saved.tree("guard/seen"), saved.tree("progress")["rows"])

@@ -30,13 +30,19 @@ CORPORA = ("python", "shakespeare", "openwebtext", "fineweb")
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
-SMALL = 64 * 2**20  # bytes of shards up to which each token is checked, and hashed, before training
+# Every token of smaller shards is checked, and hashed, before training; larger ones are sampled.
+SMALL = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
 class Corpus:
+    """Tokens for training and validation, and the tokenizer that made them.
+
+    sha256: of the text, or of the shards; of large shards it covers names, sizes, the first 64 KiB
+    and 64 stretches.
+    """
+
     name: str
-    # Of the text, or of shards; of large ones the names, sizes, first 64 KiB and 64 samples
     sha256: str
     tokenizer: Tokenizer
     train: Tokens
@@ -46,7 +52,7 @@ class Corpus:
 def load(
     data: str, tokenizer: str, cache_dir: str, url: str | None = None, vocab_size: int | None = None
 ) -> Corpus:
-    """The corpus named `data`. What is downloaded or tokenised for it stays in `cache_dir`.
+    """The corpus named `data`. Downloads and tokens are kept in `cache_dir`.
 
     python        this interpreter's standard library; validation is whole files, 7 % of the bytes
     shakespeare   tinyshakespeare, 1.1 MB; validation is the last 10 %
@@ -55,14 +61,16 @@ def load(
                   deleted once tokenised
     fineweb       9 files of 100 million gpt2 tokens, 0.2 GB each, or the first N of 103 with
                   `fineweb:N`
-    FILE          any text in UTF-8, a byte order mark left out (with the tokenizer `bytes` also
-                  what is no text at all, such as music); validation is the last 10 %
+    FILE          any text in UTF-8, without its byte order mark (with the tokenizer `bytes` any
+                  file at all, such as music); validation is the last 10 %
     FOLDER, LIST  .bin shards or texts, see data/files.py
 
-    `url` is a mirror: a folder on the web (or file:///...) with the same file names. Whatever a
-    user can get wrong is a ValueError. Let one process per machine prepare the cache before the
-    others load it.
+    tokenizer: a name, see data/tokenizer.py; url: a mirror, a folder on the web (or file:///...)
+    with the same file names; vocab_size: the model's, where it is larger than the tokenizer's.
+    Raises ValueError for whatever a user can get wrong. Let one process per machine prepare the
+    cache before the others load it.
     """
+    # What was typed.
     name, _, count = data.partition(":")
     for field, given in (("data", data), ("data_dir", cache_dir)):
         if not (given.isprintable() and 0 < len(given) < 500):
@@ -73,92 +81,102 @@ def load(
     cache = Path(os.path.expanduser(cache_dir))
     if cache_dir.startswith("~") and str(cache).startswith("~"):
         raise ValueError(f"--data_dir={cache_dir}: nobody here has that home; type the whole path")
-    words = Tokenizer(tokenizer)
+    chosen = Tokenizer(tokenizer)
     if url and name not in CORPORA[1:]:
         raise ValueError(
             f"--data_url={url} is a mirror for {', '.join(CORPORA[1:])}; --data={data} "
             "downloads nothing: leave --data_url= out"
         )
+    # A name that we know, or else files. A broken disk, line or archive is told as one line.
     try:
         if data == "python":
-            corpus = _python(words, cache)
+            corpus = _python(chosen, cache)
         elif data == "shakespeare":
-            file = download(
-                f"{url or CHAR_RNN}/input.txt",
-                cache / "shakespeare" / "input.txt",
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            )
-            corpus = _texts(data, [file], words, cache)
+            corpus = _shakespeare(chosen, cache, url or CHAR_RNN)
         elif name == "openwebtext":
-            corpus = _openwebtext(
-                data, _number(data, count, 21, 21), words, cache, url or OPENWEBTEXT
-            )
+            n_parts = _number(data, count, 21, 21)
+            corpus = _openwebtext(data, n_parts, chosen, cache, url or OPENWEBTEXT)
         elif name == "fineweb":
-            corpus = _fineweb(data, _number(data, count, 9, 103), words, cache, url or FINEWEB)
-        elif files := listed(data):
-            corpus = _files(data, files, words, cache, vocab_size)
+            n_files = _number(data, count, 9, 103)
+            corpus = _fineweb(data, n_files, chosen, cache, url or FINEWEB)
         else:
-            near = "".join(
-                f" did you mean {c}?" for c in difflib.get_close_matches(name, CORPORA, 1)
-            )
-            raise ValueError(
-                f"--data={data} does not exist:{near} it takes {', '.join(CORPORA)}, a text file, "
-                "a folder of .bin shards or .txt texts, or a list a.txt,b.txt"
-            )
+            files = listed(data)
+            if not files:
+                raise ValueError(_unknown(data, name))
+            corpus = _files(data, files, chosen, cache, vocab_size)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(
             f"--data={data} cannot be read, or cannot be kept in {cache}: {error}"
         ) from error
+    # Ids outside the vocabulary are refused now, and not after days.
     for tokens in (corpus.train, corpus.val):
-        small = sum(shard.nbytes for shard in tokens.shards) <= SMALL
-        for shard, end in zip(tokens.shards, tokens.ends):
-            for start, stop in [(0, len(shard))] if small else _stretches(len(shard)):
-                first = end - len(shard) + start
-                tokens.check(shard[start:stop], first, vocab_size or corpus.tokenizer.n_vocab)
+        _check_ids(tokens, vocab_size or corpus.tokenizer.n_vocab)
     return corpus
 
 
+def _unknown(data: str, name: str) -> str:
+    """What to tell a user whose --data= names nothing."""
+    near = "".join(f" did you mean {c}?" for c in difflib.get_close_matches(name, CORPORA, 1))
+    return (
+        f"--data={data} does not exist:{near} it takes {', '.join(CORPORA)}, a text file, "
+        "a folder of .bin shards or .txt texts, or a list a.txt,b.txt"
+    )
+
+
+def _check_ids(tokens: Tokens, vocab_size: int) -> None:
+    """Raises ValueError for an id outside the vocabulary; a sample of large shards is checked."""
+    small = sum(shard.nbytes for shard in tokens.shards) <= SMALL
+    for shard, end in zip(tokens.shards, tokens.ends):
+        stretches = [(0, len(shard))] if small else _stretches(len(shard))
+        for start, stop in stretches:
+            first = end - len(shard) + start
+            tokens.check(shard[start:stop], first, vocab_size)
+
+
 def _number(data: str, count: str, default: int, most: int) -> int:
+    """How many files `data` asks for after its colon."""
     if ":" in data and not (count.isdecimal() and 1 <= int(count) <= most):
         raise ValueError(f"--data={data}: after the colon goes a number of files, from 1 to {most}")
     return int(count or default)
 
 
 def _stretches(n: int) -> list[tuple[int, int]]:
-    """(start, stop) of the beginning of n things, and of 64 short stretches spread over them."""
+    """(start, stop) of the beginning of n tokens, and of 64 short stretches spread over them."""
     return [(0, 2**15), *((i, i + 2048) for i in range(0, n, n // 64 + 1))]
 
 
-# --- files ---
-
-
+# ---- files ---------------------------------------------------------------------------------------
 def _files(
-    data: str, files: list[Path], words: Tokenizer, cache: Path, vocab_size: int | None
+    data: str, files: list[Path], tokenizer: Tokenizer, cache: Path, vocab_size: int | None
 ) -> Corpus:
-    """Shards or texts. Shards whose tokenizer nobody knows have the one named `ids`."""
-    binary = [path for path in files if path.suffix.lower() == ".bin"]
-    others = [path for path in files if path not in binary]
-    if not binary:
-        return _texts(data, files, words, cache)
+    """Shards or texts. Shards whose tokenizer nobody knows have the tokenizer `ids`."""
+    shards = [path for path in files if path.suffix.lower() == ".bin"]
+    others = [path for path in files if path not in shards]
+    if not shards:
+        return _texts(data, files, tokenizer, cache)
     if others:
         raise ValueError(
-            f"--data={data} names shards and others, {binary[0].name} and {others[0].name}: give"
+            f"--data={data} names shards and others, {shards[0].name} and {others[0].name}: give"
             " one kind"
         )
     if len(files) == 1 and Path(os.path.expanduser(data)).is_file():
         raise ValueError(f"--data={data} is a shard: give its folder, or a list train.bin,val.bin")
     found = divided(data, files)
-    if words.name != "ids" and (table := files[0].parent / "meta.pkl").exists():
+    # nanoGPT's prepare.py for characters leaves its table as a pickle, which we never open.
+    table = files[0].parent / "meta.pkl"
+    if tokenizer.name != "ids" and table.exists():
         most = max(int(ids.max(initial=0)) for ids in read_shards(files, vocab_size or 2**16))
         raise ValueError(
             f"{table} says that these ids are of nanoGPT's own table, mostly characters, and not"
-            f" {words.name}: type --tokenizer=ids --vocab_size={most + 1}, or the size that"
+            f" {tokenizer.name}: type --tokenizer=ids --vocab_size={most + 1}, or the size that"
             " prepare.py printed"
         )
-    if words.name == "bytes" and (vocab_size or 0) > 256:  # not bytes, then, and nobody says what
-        words = Tokenizer("ids", vocab_size)
+    # More ids than there are bytes, and nobody says what made them.
+    if tokenizer.name == "bytes" and (vocab_size or 0) > 256:
+        tokenizer = Tokenizer("ids", vocab_size)
     small = sum(path.stat().st_size for path in files) <= IN_MEMORY
-    corpus = _shards(data, found["train"], found["val"], words, vocab_size, small)
+    corpus = _shards(data, found["train"], found["val"], tokenizer, vocab_size, small)
+    # The type may have been guessed from the ids: say what was found, unless it is the usual one.
     widths = {shard.itemsize for tokens in (corpus.train, corpus.val) for shard in tokens.shards}
     if widths <= {2}:
         return corpus
@@ -167,26 +185,38 @@ def _files(
 
 
 def tokenizer_of(data: str, tokenizer: str, vocab_size: int) -> Tokenizer:
-    """The tokenizer that load() would find, where possible without the data: shards whose tokenizer
-    nobody gave have `ids`."""
+    """The tokenizer that load() would find, even where the data are no longer there.
+
+    Shards whose tokenizer nobody gave have `ids`.
+    """
     if tokenizer != "bytes" or vocab_size <= 256 or data.partition(":")[0] in CORPORA:
         return Tokenizer(tokenizer)
     try:
         files = listed(data)
     except (ValueError, OSError):
         files = []
-    ids = (".bin",) if files else (".bin", "")  # a name without a suffix was a folder's
-    path = files[0] if files else Path(data)
-    return Tokenizer("ids", vocab_size) if path.suffix.lower() in ids else Tokenizer("bytes")
+    if files:
+        are_ids = files[0].suffix.lower() == ".bin"
+    else:
+        # A name without a suffix was the name of a folder, most likely of shards.
+        are_ids = Path(data).suffix.lower() in (".bin", "")
+    return Tokenizer("ids", vocab_size) if are_ids else Tokenizer("bytes")
 
 
-# --- text ---
+# ---- text ----------------------------------------------------------------------------------------
+def _python(tokenizer: Tokenizer, cache: Path) -> Corpus:
+    """The standard library's source.
 
-
-def _python(words: Tokenizer, cache: Path) -> Corpus:
-    """Ordered by the sha256 of the file names, so that any stretch of it is a fair sample of the
-    modules."""
+    Ordered by the sha256 of the file names, so that any stretch is a fair sample of the modules.
+    """
+    # Only modules that Python names: the folder may hold other people's modules, too.
     root = Path(sysconfig.get_path("stdlib"))
+    paths = []
+    for module in sys.stdlib_module_names:
+        paths.append(root / f"{module}.py")
+        paths += (root / module).rglob("*.py")
+    names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
+    # Not everywhere installed, or not a part of the library.
     skip = {
         "test",
         "tests",
@@ -196,72 +226,91 @@ def _python(words: Tokenizer, cache: Path) -> Corpus:
         "site-packages",
         "dist-packages",
     }
-    paths = [
-        path
-        for m in sys.stdlib_module_names
-        for path in (root / f"{m}.py", *(root / m).rglob("*.py"))
-    ]
-    names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
     names = [name for name in names if not skip & set(name.split("/"))]
     names.sort(key=lambda name: hexdigest(name.encode()))
     if not names:
         raise ValueError(f"--data=python finds no source in {root}: use --data= with a text file")
     files = [(root / name).read_bytes().replace(b"\r\n", b"\n") for name in names]
+    # Whole files are held out: the first half of a file would help to guess the second.
     ends = np.cumsum([len(file) for file in files])
     cut = ends[np.searchsorted(ends, 0.07 * ends[-1])]
     text = np.frombuffer(b"".join(files), np.uint8)
-    return _tokenised("python", text[cut:], text[:cut], hexdigest(text), words, cache)
+    return _tokenised("python", text[cut:], text[:cut], hexdigest(text), tokenizer, cache)
 
 
-def _texts(data: str, files: list[Path], words: Tokenizer, cache: Path) -> Corpus:
-    """One text, or several."""
+def _shakespeare(tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
+    file = download(
+        f"{url}/input.txt",
+        cache / "shakespeare" / "input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    )
+    return _texts("shakespeare", [file], tokenizer, cache)
+
+
+def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> Corpus:
+    """One text, or several as one; the last tenth is held out unless names say what is."""
+    # A resumed run must find the same text, byte for byte: the sha256 is of all of it.
     found = divided(data, files)
-    train = joined(data, found["train"], words.name == "bytes")
+    train = joined(data, found["train"], tokenizer.name == "bytes")
     sha256 = hexdigest(train)
     if "val" in found:
-        val = joined(data, found["val"], words.name == "bytes")
+        val = joined(data, found["val"], tokenizer.name == "bytes")
         sha256 = hexdigest(f"{sha256} {hexdigest(val)}".encode())
         held_out = " ".join(path.name for path in found["val"][:3])
     else:
-        cut = _character(train, len(train) * 9 // 10)
-        train, val = train[:cut], train[cut:]
+        cut = _character_start(train, len(train) * 9 // 10)
+        text = train
+        train = text[:cut]
+        val = text[cut:]
         held_out = "the last tenth"
-    corpus = _tokenised(data, train, val, sha256, words, cache)
+    corpus = _tokenised(data, train, val, sha256, tokenizer, cache)
     if len(files) == 1:
         return corpus
+    # Several texts: say in the name what became of them.
     used = sum(map(len, found.values()))
     left = f", {len(files) - used} left alone" if used < len(files) else ""
     return replace(corpus, name=f"{data} ({used} texts, a line each, held out: {held_out}{left})")
 
 
 def _tokenised(
-    name: str, train: np.ndarray, val: np.ndarray, sha256: str, words: Tokenizer, cache: Path
-):
-    """Bytes of text -> Corpus. Bytes are tokens already; other tokens are made once and cached."""
-    if words.name == "ids":
+    name: str, train: np.ndarray, val: np.ndarray, sha256: str, tokenizer: Tokenizer, cache: Path
+) -> Corpus:
+    """Bytes of text, (N,) uint8 -> Corpus.
+
+    Bytes are tokens already; other tokens are made once and cached.
+    """
+    if tokenizer.name == "ids":
         raise ValueError(
             f"--tokenizer=ids is for .bin shards; --data={name} is text: use --tokenizer=bytes"
         )
-    splits = {"train": train, "val": val}
-    for split, text in splits.items() if words.name != "bytes" else ():
-        path = cache / f"{sha256[:32]}-{words.key}" / f"{split}.bin"
-        with making(path) as missing, progress(f"tokenising {split}", len(text)) as bar:
-            if missing:
-                write_shard(path, _encoded(_pieces(name, text, bar), words), words.n_vocab)
-        splits[split] = read_shard(path)
-    return Corpus(
-        name, sha256, words, *(Tokens([ids], f"{name} ({split})") for split, ids in splits.items())
-    )
+    found = []
+    for split, text in (("train", train), ("val", val)):
+        # Bytes of text are their own ids.
+        ids = text
+        if tokenizer.name != "bytes":
+            path = cache / f"{sha256[:32]}-{tokenizer.key}" / f"{split}.bin"
+            with making(path) as missing, progress(f"tokenising {split}", len(text)) as bar:
+                if missing:
+                    write_shard(
+                        path, _encoded(_pieces(name, text, bar), tokenizer), tokenizer.n_vocab
+                    )
+            ids = read_shard(path)
+        found.append(Tokens([ids], f"{name} ({split})"))
+    return Corpus(name, sha256, tokenizer, *found)
 
 
 def _pieces(name: str, text: np.ndarray, bar) -> Iterator[str]:
-    """Whole lines, about 64 KiB of them at a time, so that many can be tokenised at once in little
-    memory."""
+    """Whole lines, about 64 KiB at a time: many pieces are tokenised at once in little memory."""
     start = 0
     while start < len(text):
         raw = text[start : start + 2**16].tobytes()
-        if start + len(raw) < len(text):
-            raw = raw[: raw.rfind(b"\n") + 1 or _character(text, start + len(raw)) - start]
+        # Cut after the last line break or, in a very long line, before a character.
+        is_last = start + len(raw) == len(text)
+        if not is_last:
+            n = raw.rfind(b"\n") + 1
+            if n == 0:
+                n = _character_start(text, start + len(raw)) - start
+            raw = raw[:n]
         try:
             yield raw.decode()
         except UnicodeDecodeError as error:
@@ -273,97 +322,123 @@ def _pieces(name: str, text: np.ndarray, bar) -> Iterator[str]:
         bar.update(len(raw))
 
 
-def _character(text: np.ndarray, end: int) -> int:
+def _character_start(text: np.ndarray, end: int) -> int:
     """The start of the UTF-8 character that a cut at `end` would divide, else `end`."""
-    return end - next((i for i in range(min(4, end + 1)) if text[end - i] & 0xC0 != 0x80), 0)
+    # A character has at most 4 bytes; all but the first are 10xxxxxx.
+    for start in range(end, max(end - 4, -1), -1):
+        if text[start] & 0xC0 != 0x80:
+            return start
+    return end
 
 
 def _encoded(
-    texts: Iterable[str], words: Tokenizer, end: int | None = None
+    texts: Iterable[str], tokenizer: Tokenizer, end: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Ids of each text, in parallel (tiktoken releases the GIL), with the id `end` after it."""
+    """(N,) the ids of each text, with the id `end` after it."""
+    # In threads: tiktoken releases the GIL. A batch at a time, for there may be millions of texts.
     texts = iter(texts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(itertools.islice(texts, 256)):
-            for ids in pool.map(words.encode, batch):
+            for ids in pool.map(tokenizer.encode, batch):
                 yield ids if end is None else np.append(ids, end)
 
 
-def _openwebtext(name: str, count: int, words: Tokenizer, cache: Path, url: str) -> Corpus:
-    """Gokaslan and Cohen, 2019: parts of about a thousand .tar.xz archives of some 400
-    documents."""
-    train, val = [], []
-    folder = cache / f"openwebtext-{words.key}"
+def _openwebtext(name: str, count: int, tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
+    """Gokaslan and Cohen, 2019: parts of about 1000 .tar.xz archives of some 400 documents each."""
+    train = []
+    val = []
+    folder = cache / f"openwebtext-{tokenizer.key}"
     for i in range(count):
         train.append(folder / f"train_{i:02d}.bin")
         val.append(folder / f"val_{i:02d}.bin")
-        with making(val[i]) as missing:  # the last file of a part to be written
+        # The validation file of a part is written last: where it exists, the part is complete.
+        with making(val[i]) as missing:
             if missing:
-                _openwebtext_part(f"urlsf_subset{i:02d}.tar", train[i], val[i], words, cache, url)
-    return _shards(name, train, val, words)
+                _openwebtext_part(
+                    f"urlsf_subset{i:02d}.tar", train[i], val[i], tokenizer, cache, url
+                )
+    return _shards(name, train, val, tokenizer)
 
 
 def _openwebtext_part(
-    file: str, train: Path, val: Path, words: Tokenizer, cache: Path, url: str
+    file: str, train: Path, val: Path, tokenizer: Tokenizer, cache: Path, url: str
 ) -> None:
-    archive, held_out = download(f"{url}/{file}", cache / "openwebtext" / file), []
+    archive = download(f"{url}/{file}", cache / "openwebtext" / file)
+    held_out = []
+    # Training documents go to the disk as they come; the few that are held out fit in memory.
     with progress(f"tokenising {file}", archive.stat().st_size) as bar:
         texts = _documents(archive, held_out, bar)
-        write_shard(train, _encoded(texts, words, words.end_of_text), words.n_vocab)
-    write_shard(val, _encoded(held_out, words, words.end_of_text), words.n_vocab)
+        write_shard(train, _encoded(texts, tokenizer, tokenizer.end_of_text), tokenizer.n_vocab)
+    write_shard(val, _encoded(held_out, tokenizer, tokenizer.end_of_text), tokenizer.n_vocab)
 
 
 def _documents(archive: Path, held_out: list[str], bar) -> Iterator[str]:
-    """The documents of a part; but one in 2000, chosen by the sha256 of its text, goes to
-    `held_out`."""
+    """The documents of a part, but for one in 2000, which goes to `held_out`.
+
+    The sha256 of a document chooses: the same documents whatever else is read.
+    """
     with tarfile.open(archive) as outer:
         for member in outer:
             if member.name.endswith(".xz"):
-                with tarfile.open(fileobj=outer.extractfile(member), mode="r:xz") as inner:
-                    for document in filter(tarfile.TarInfo.isfile, inner):
-                        raw = inner.extractfile(document).read()
-                        text = raw.decode(errors="replace")
-                        if int(hexdigest(raw), 16) % 2000:
-                            yield text
-                        else:
-                            held_out.append(text)
+                for raw in _unpacked(outer.extractfile(member)):
+                    text = raw.decode(errors="replace")
+                    if int(hexdigest(raw), 16) % 2000:
+                        yield text
+                    else:
+                        held_out.append(text)
             bar.update(member.size)
 
 
-# --- shards ---
+def _unpacked(file) -> Iterator[bytes]:
+    """The files in a .tar.xz archive."""
+    with tarfile.open(fileobj=file, mode="r:xz") as archive:
+        for member in archive:
+            if member.isfile():
+                yield archive.extractfile(member).read()
 
 
-def _fineweb(name: str, count: int, words: Tokenizer, cache: Path, url: str) -> Corpus:
-    if words.name != "gpt2":
+# ---- shards --------------------------------------------------------------------------------------
+def _fineweb(name: str, count: int, tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
+    if tokenizer.name != "gpt2":
         raise ValueError(
-            f"--data={name} is made of gpt2 tokens, not of {words.name}: use --tokenizer=gpt2"
+            f"--data={name} is made of gpt2 tokens, not of {tokenizer.name}: use --tokenizer=gpt2"
         )
-    files = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
+    # modded-nanogpt's shards: one for validation, the others for training.
+    files = ["fineweb_val_000000.bin"]
+    files += [f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)]
     val, *train = [download(f"{url}/{file}", cache / "fineweb" / file) for file in files]
-    return _shards(name, train, [val], words)
+    return _shards(name, train, [val], tokenizer)
 
 
 def _shards(
     name: str,
     train: list[Path],
     val: list[Path],
-    words: Tokenizer,
+    tokenizer: Tokenizer,
     vocab_size: int | None = None,
     in_memory: bool = False,
 ) -> Corpus:
-    digest, paths = hashlib.sha256(), train + val
-    found = read_shards(paths, vocab_size or words.n_vocab, in_memory)
+    paths = train + val
+    shards = read_shards(paths, vocab_size or tokenizer.n_vocab, in_memory)
+    # A resumed run must find the same data. A sample of large shards is hashed, for this is done at
+    # every start, and shards that are made anew differ all over.
+    digest = hashlib.sha256()
     whole = sum(path.stat().st_size for path in paths) <= SMALL
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         raw = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-        digest.update(raw[: size if whole else 2**16])
-        for start in range(0, 0 if whole else size, size // 64 + 1):  # made anew, it shows
+        if whole:
+            digest.update(raw)
+            continue
+        digest.update(raw[: 2**16])
+        for start in range(0, size, size // 64 + 1):
             digest.update(raw[start : start + 4096])
     n = len(train)
-    splits = (
-        Tokens(found[part], f"{name} ({split})", [path.name for path in paths[part]])
-        for split, part in (("train", slice(n)), ("val", slice(n, None)))
+    return Corpus(
+        name,
+        digest.hexdigest(),
+        tokenizer,
+        Tokens(shards[:n], f"{name} (train)", [path.name for path in train]),
+        Tokens(shards[n:], f"{name} (val)", [path.name for path in val]),
     )
-    return Corpus(name, digest.hexdigest(), words, *splits)

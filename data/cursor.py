@@ -1,46 +1,72 @@
-"""Where a run is in its data: the next row, and the rows that are never read again."""
+"""Where a run is in its data: the next sample, and the samples that it skips for good.
+
+sample id   0 1 2 3 4 5 6 7 8 9       next = 2, skipped_samples = [[4, 6]]
+                ^     - - -           next_samples(4) = [2, 3, 7, 8], and next is then 9
+"""
 
 import math
 
 
 class Cursor:
-    """The next row of the data, and ranges never to be read. A banned row is a number: in another
-    epoch its text comes again, in other company; for other `data` (a name of it) there are other
-    bans."""
+    """The next sample of the data, and the ranges of samples that are never read.
+
+    data: a name of the corpus. Another corpus has other text under the same ids, so nothing of it
+    is skipped. A skipped sample is an id, not a text: the next epoch shows the same text again,
+    among other texts and under another id.
+    """
 
     def __init__(self, data: str = ""):
-        self.data, self.next, self.banned = data, 0, []  # [[first, last], ...], sorted and apart
+        self.data = data
+        self.next = 0
+        self.skipped_samples = []  # [[first, last], ...], sorted, with gaps between them
 
-    def rows(self, n: int) -> range | list[int]:
-        """The next n rows, of which each rank takes its share. Moves nothing; `next` is then
-        rows[-1] + 1."""
-        parts, at = [], self.next
-        for first, last in [*self.banned, [math.inf, math.inf]]:
-            if last >= at:
-                parts.append(range(at, min(max(first, at), at + n)))
-                n, at = n - len(parts[-1]), last + 1
-        parts = [part for part in parts if part]
-        return parts[0] if len(parts) == 1 else [row for part in parts for row in part]
+    def next_samples(self, n: int) -> range | list[int]:
+        """The ids of the next n samples, for all ranks together.
 
-    def ban(self, first: int, last: int) -> None:
-        ranges, self.banned = sorted([*self.banned, [first, last]]), []
-        for first, last in ranges:
-            if self.banned and first <= self.banned[-1][1] + 1:
-                first, last = self.banned[-1][0], max(last, self.banned.pop()[1])
-            self.banned.append([first, last])
+        Does not move the cursor: whoever has used the samples sets `next` to the last id + 1.
+        """
+        parts = []
+        start = self.next
+        missing = n
+        # A last, empty range at infinity ends the data behind the last skipped one.
+        for first, last in [*self.skipped_samples, [math.inf, math.inf]]:
+            if last >= start:
+                part = range(start, min(max(first, start), start + missing))
+                if part:
+                    parts.append(part)
+                missing -= len(part)
+                start = last + 1
+        # A range where nothing is skipped, which is nearly always: it costs no memory.
+        if len(parts) == 1:
+            return parts[0]
+        return [sample_id for part in parts for sample_id in part]
+
+    def skip(self, first: int, last: int) -> None:
+        """Never read the samples first .. last again."""
+        merged = []
+        for low, high in sorted([*self.skipped_samples, [first, last]]):
+            # Ranges that overlap or touch become one.
+            if merged and low <= merged[-1][1] + 1:
+                merged[-1] = [merged[-1][0], max(high, merged[-1][1])]
+            else:
+                merged.append([low, high])
+        self.skipped_samples = merged
 
     @property
     def seen(self) -> int:
-        """Rows taken so far."""
-        return self.next - sum(
-            max(0, min(last + 1, self.next) - first) for first, last in self.banned
-        )
+        """How many samples have been read so far."""
+        n_skipped = 0
+        for first, last in self.skipped_samples:
+            n_skipped += max(0, min(last + 1, self.next) - first)
+        return self.next - n_skipped
 
-    def tree(self) -> dict:
-        return {"rows": self.next, "banned": self.banned, "data": self.data}
+    def state_dict(self) -> dict:
+        return {"rows": self.next, "banned": self.skipped_samples, "data": self.data}
 
-    def load(self, tree: dict) -> None:
-        self.next = int(tree["rows"])
-        self.banned = [[int(i), int(j)] for i, j in tree.get("banned", [])]
-        if tree.get("data", self.data) != self.data:
-            self.next, self.banned = self.seen, []
+    def load_state_dict(self, state: dict) -> None:
+        self.next = int(state["rows"])
+        self.skipped_samples = [[int(i), int(j)] for i, j in state.get("banned", [])]
+        # Another corpus: as many samples count as read, and none is skipped.
+        if state.get("data", self.data) != self.data:
+            self.next = self.seen
+            self.skipped_samples = []

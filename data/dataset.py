@@ -1,24 +1,26 @@
-"""Tokens -> rows that depend on (seed, row number) alone.
+"""Tokens -> training samples, each a function of (seed, sample id) alone.
 
-A corpus (data/corpora.py) is one long sequence of token ids in shards. Training reads it in rows of
-T + 1 tokens: the inputs are the first T of them, the targets the last T, so neighbours share one.
+A corpus (data/corpora.py) is one long sequence of token ids in shards. Training reads it in
+sequences of T + 1 tokens: the inputs are the first T of them, the targets the last T, so neighbours
+share one token.
 
-    tokens   0 1 2 3 4 5 6 7 8 9 ...        T = 3, per_epoch = (number of tokens - 1) // T
-    row 0    0 1 2 3
-    row 1          3 4 5 6
-    row 2                6 7 8 9
+    tokens       0 1 2 3 4 5 6 7 8 9 ...        T = 3, per_epoch = (number of tokens - 1) // T
+    sequence 0   0 1 2 3
+    sequence 1         3 4 5 6
+    sequence 2               6 7 8 9
 
-Row number r counts sequences since training began. It lies in epoch r // per_epoch, where a keyed
-permutation of 0 .. per_epoch - 1 says which row of the corpus it is. Nothing is shuffled or stored:
-any rank computes any row, the data position of a run is one integer, and each epoch visits every
-row once, in an order of its own. The permutation is a balanced Feistel network (Luby and Rackoff,
-1988) on pairs below a = ceil(sqrt(n)):
+A sample id counts sequences since training began. Sample i lies in epoch i // per_epoch, where a
+keyed permutation of 0 .. per_epoch - 1 says which sequence of the corpus it is. Nothing is shuffled
+or stored: any rank computes any sample, the data position of a run is one integer, and each epoch
+visits every sequence once, in an order of its own. The permutation is a balanced Feistel network
+(Luby and Rackoff, 1988) on pairs below a = ceil(sqrt(n)):
 
     left, right  <-  right, (left + hash(right, key)) mod a     eight rounds, a key for each
 
-Whatever the hash does, a round can be undone, so the network permutes the a * a pairs. They are
-slightly more than n; what lands outside is sent through again until it is inside (cycle walking,
-Black and Rogaway, 2002), which keeps the map one to one. The keys are the sha256 of seed and epoch.
+Whatever the hash does, a round can be undone, so the network permutes the a * a pairs. There are
+slightly more pairs than n. A result outside 0 .. n - 1 is sent through again until it is inside
+(cycle walking, Black and Rogaway, 2002), which keeps the map one to one. The keys are the sha256 of
+seed and epoch.
 """
 
 import hashlib
@@ -36,42 +38,56 @@ import torch
 class Tokens:
     """One logical sequence of token ids over one or many shards, in memory or mapped from files.
 
-    A mapped file that somebody cuts kills whoever reads it next, without a word (SIGBUS). So its
-    size is looked at before each read, and ValueError raised. Other ids written over the old ones
+    shards: 1-D arrays of ids; files: a name for each shard, for messages.
+
+    A mapped file that somebody cuts short kills whoever reads it next, without a word (SIGBUS). So
+    its size is checked before each read, and ValueError raised. Other ids written over the old ones
     are not noticed.
-    files: a name for each shard, for messages.
     """
 
     def __init__(self, shards: list[np.ndarray], name: str = "the data", files: list[str] = ()):
-        kept = [i for i, shard in enumerate(shards) if len(shard)]
         self.name = name
+        # Empty shards would only disturb the search for a token's shard.
+        kept = [i for i, shard in enumerate(shards) if len(shard)]
+        files = files or [""] * len(shards)
         self.shards = [shards[i] for i in kept]
-        self.files = [files[i] for i in kept] if files else [""] * len(kept)
+        self.files = [files[i] for i in kept]
         self.ends = list(itertools.accumulate(map(len, self.shards)))
-        paths = [getattr(shard, "filename", None) for shard in self.shards]
-        self.mapped = [None if path is None else (path, os.stat(path)) for path in paths]
+        # The file behind each mapped shard, as it is now.
+        self.mapped = {}
+        for i, shard in enumerate(self.shards):
+            path = getattr(shard, "filename", None)
+            if path is not None:
+                self.mapped[i] = (path, os.stat(path))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop - 1, across the borders of shards."""
+        """(stop - start,) the tokens start .. stop - 1, across the borders of shards."""
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
+        first_shard = bisect_right(self.ends, start)
+        last_shard = bisect_right(self.ends, stop - 1)
         pieces = []
-        for i in range(bisect_right(self.ends, start), bisect_right(self.ends, stop - 1) + 1):
+        for i in range(first_shard, last_shard + 1):
             first = self.ends[i] - len(self.shards[i])
-            self.still_there(i)
+            self.check_size(i)
             pieces.append(self.shards[i][max(start - first, 0) : stop - first])
+        # Nearly always one shard has all of it, and nothing is copied.
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def still_there(self, i: int) -> None:
-        """ValueError if the file behind shard i is shorter now. One put in its place is no harm."""
-        if self.mapped[i] is None:
+    def check_size(self, i: int) -> None:
+        """Raises ValueError if the file behind shard i is shorter now.
+
+        Another file put in its place does no harm: the old one stays mapped.
+        """
+        if i not in self.mapped:
             return
         path, before = self.mapped[i]
         try:
             now = os.stat(path)
-        except OSError:  # taken away: what is mapped stays
+        except OSError:
+            # Somebody took the file away: what is mapped stays.
             return
         if now.st_ino == before.st_ino and now.st_size < before.st_size:
             raise ValueError(
@@ -80,8 +96,10 @@ class Tokens:
             )
 
     def check(self, ids: np.ndarray, start: int, vocab_size: int) -> None:
-        """ValueError naming the first of these ids (N,), the tokens from `start` on, that is
-        outside the vocabulary."""
+        """Raises ValueError, which names the first bad id, unless all ids are in the vocabulary.
+
+        ids: (N,) the tokens from `start` on.
+        """
         if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
             return
         at = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
@@ -96,74 +114,93 @@ class Tokens:
 
 
 class Dataset:
-    """Row number -> tokens: a pure function of (seed, row number). seed=None keeps the corpus
-    order.
+    """Sample ids -> tokens: a pure function of (seed, sample id).
 
-    ahead: how many rows later this rank's share of the next step begins, the batch size. That is
-    read in a thread while this one is computed on: a guess; after a ramp or a ban rows are read
-    when they are asked for.
+    block_size: T; seed: of the order of the sequences, None keeps the corpus order; vocab_size:
+    every id must be below it. ahead: how many samples later this rank's share of the next step
+    begins, which is the batch size. That share is read in a thread while the model computes. It is
+    a guess: where the batch size grows or samples are skipped, they are read when they are asked
+    for. Raises ValueError where the tokens are too few for one sequence.
     """
 
     def __init__(
         self, tokens: Tokens, block_size: int, seed: int | None, vocab_size: int, ahead: int = 0
     ):
-        self.tokens, self.block_size, self.seed, self.vocab_size = (
-            tokens,
-            block_size,
-            seed,
-            vocab_size,
-        )
-        self.ahead, self.coming = ahead, {}  # numbers -> their rows, as a future
-        self.pool = ThreadPoolExecutor(1, "rows") if ahead else None
+        self.tokens = tokens
+        self.block_size = block_size
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.ahead = ahead
+        self.coming = {}  # sample ids -> their tokens, as a future
+        self.pool = ThreadPoolExecutor(1, "samples") if ahead else None
         self.per_epoch = (len(tokens) - 1) // block_size
         if self.per_epoch < 1:
             raise ValueError(
-                f"{tokens.name} has {len(tokens)} tokens, and one row needs {block_size + 1}: "
+                f"{tokens.name} has {len(tokens)} tokens, and one sequence needs {block_size + 1}: "
                 f"use --block_size={max(len(tokens) - 1, 1)} or smaller, or a larger --data="
             )
 
-    def places(self, numbers: Iterable[int]) -> np.ndarray:
-        """Row numbers -> rows of the corpus, each in 0 .. per_epoch - 1."""
-        epoch, index = np.divmod(np.fromiter(numbers, np.int64), self.per_epoch)
+    def sequence_numbers(self, sample_ids: Iterable[int]) -> np.ndarray:
+        """(N,) for each sample its sequence of the corpus, in 0 .. per_epoch - 1."""
+        epoch, index = np.divmod(np.fromiter(sample_ids, np.int64), self.per_epoch)
         if self.seed is None:
             return index
+        # Eight keys of 32 bits for each epoch. The word "rows" decides the order, too: with another
+        # one, a resumed run would see other samples.
         epochs, which = np.unique(epoch, return_inverse=True)
         digests = b"".join(
             hashlib.sha256(f"rows {self.seed} {e}".encode()).digest() for e in epochs
         )
-        keys = np.frombuffer(digests, "<u4").astype(np.uint64).reshape(-1, 8)
+        keys = np.frombuffer(digests, "<u4").astype(np.uint64).reshape(-1, 8)  # (epochs, 8)
         return permute(index, self.per_epoch, keys[which].T)
 
-    def __call__(self, numbers: Iterable[int]) -> torch.Tensor:
-        """(n, block_size + 1) int64: inputs are [:, :-1], targets [:, 1:]. ValueError for a bad
-        id."""
+    def __call__(self, sample_ids: Iterable[int]) -> torch.Tensor:
+        """(N, T + 1) int64: inputs are [:, :-1], targets [:, 1:].
+
+        Raises ValueError for an id outside the vocabulary.
+        """
         if not self.ahead:
-            return self.read(numbers)
-        numbers = tuple(numbers)
-        # Kept: stages of a pipeline ask once more
-        read, first = self.coming.get(numbers), numbers[0]
-        later = tuple(i + self.ahead for i in numbers)
-        self.coming = {k: x for k, x in self.coming.items() if first <= k[0] <= first + self.ahead}
+            return self.read(sample_ids)
+        sample_ids = tuple(sample_ids)
+        first = sample_ids[0]
+        # Not taken out of `coming`: the stages of a pipeline ask for the same samples once more.
+        read = self.coming.get(sample_ids)
+        later = tuple(i + self.ahead for i in sample_ids)
+        # Forget what this step has passed, and what a rollback has left far ahead.
+        self.coming = {
+            ids: tokens
+            for ids, tokens in self.coming.items()
+            if first <= ids[0] <= first + self.ahead
+        }
         if later not in self.coming:
             self.coming[later] = self.pool.submit(self.read, later)
-        return self.read(numbers) if read is None else read.result()
+        if read is None:
+            return self.read(sample_ids)
+        return read.result()
 
-    def read(self, numbers: Iterable[int]) -> torch.Tensor:
-        T, places = self.block_size, self.places(numbers).tolist()
-        rows = np.empty((len(places), T + 1), np.int64)
-        for row, i in zip(rows, places):
-            row[:] = self.tokens.slice(i * T, i * T + T + 1)
-        if rows.size and not (rows.min() >= 0 and rows.max() < self.vocab_size):
-            for row, i in zip(rows, places):
-                self.tokens.check(row, i * T, self.vocab_size)
-        return torch.from_numpy(rows)
+    def read(self, sample_ids: Iterable[int]) -> torch.Tensor:
+        """As __call__, now and in this thread."""
+        T = self.block_size
+        numbers = self.sequence_numbers(sample_ids).tolist()
+        samples = np.empty((len(numbers), T + 1), np.int64)
+        for sample, i in zip(samples, numbers):
+            sample[:] = self.tokens.slice(i * T, i * T + T + 1)
+        # One comparison for all; only where it fails, look for the bad id.
+        if samples.size and not (samples.min() >= 0 and samples.max() < self.vocab_size):
+            for sample, i in zip(samples, numbers):
+                self.tokens.check(sample, i * T, self.vocab_size)
+        return torch.from_numpy(samples)
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """The image of each index (N,) under a keyed permutation of 0 .. n - 1; keys (8, N), a column
-    each."""
+    """(N,) the image of each index (N,) under a keyed permutation of 0 .. n - 1.
+
+    keys: (8, N) uint64, a column for each index.
+    """
     side = np.uint64(math.isqrt(n - 1) + 1)
-    x, todo = index.astype(np.uint64), np.arange(len(index))
+    x = index.astype(np.uint64)
+    todo = np.arange(len(index))
+    # Cycle walking: only what is still outside 0 .. n - 1 is sent through again.
     while len(todo):
         left, right = np.divmod(x[todo], side)
         for key in keys[:, todo]:

@@ -23,112 +23,144 @@ except ImportError:  # Windows
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
-    """Fetches `url` to `path` unless it is there; the file gets its name only when it is whole and
-    verified.
+    """Fetches `url` to `path` unless it is there; only a whole, verified file gets that name.
 
-    A `.part` left by an earlier try is continued. The result must have `sha256`, or else the one
-    that the server names, as Hugging Face does; a damaged file is fetched once more. ValueError if
-    nothing helps.
+    sha256: what the file must have; None takes the one that the server names, as Hugging Face does.
+    A `.part` left by an earlier try is continued; a damaged file is fetched once more. Raises
+    ValueError if nothing helps.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with making(path) as missing:
-        for _ in range(2 * missing):
+        if not missing:
+            return path
+        for _ in range(2):
             promised = _receive(url, part)
+            wanted = sha256 or promised
             with open(part, "rb") as file:
-                wanted, found = sha256 or promised, hashlib.file_digest(file, "sha256").hexdigest()
+                found = hashlib.file_digest(file, "sha256").hexdigest()
             if wanted in (None, found):
                 os.replace(part, path)
                 return path
+            # Damaged: a new start may help, continuing cannot.
             part.unlink()
-    if missing:
-        raise ValueError(
-            f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
-            "--data_url=, or --data=python"
-        )
-    return path
+    raise ValueError(
+        f"{url} came twice with sha256 {found} instead of {wanted}: use another mirror with "
+        "--data_url=, or --data=python"
+    )
 
 
 @contextlib.contextmanager
 def making(path: Path) -> Iterator[bool]:
-    """Whether the file `path` is still to be made, which this process then does alone: another one
-    waits here until the first is done, or has died. Each would otherwise write into the other's
-    unfinished file.
+    """`with` this as missing: must the file `path` still be made? Then by this process alone.
 
-    Where files cannot be locked (Windows, some network disks) nobody waits.
+    Another process that wants the same file waits here until the first one is done, or has died.
+    Otherwise each would write into the other's unfinished file. Where files cannot be locked
+    (Windows, some network disks) nobody waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None or path.exists():
         yield not path.exists()
         return
-    lock, told = path.with_name(path.name + ".lock"), False
+    lock_path = path.with_name(path.name + ".lock")
+    announced = False
     while True:
-        with open(lock, "ab") as file:
+        with open(lock_path, "ab") as lock:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not told:
+                if not announced:
                     print(
                         f"{path} is being made by another process; waiting for it", file=sys.stderr
                     )
-                told = True
-                fcntl.flock(file, fcntl.LOCK_EX)
+                announced = True
+                fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
+                # This disk knows no locks.
                 pass
+            # The process that held the lock has deleted its file: then ours locks nothing, and we
+            # begin again.
             try:
-                ours = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
-            except FileNotFoundError:  # the first is done, and took the lock away
+                is_ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock_path))
+            except FileNotFoundError:
                 continue
-            if ours:
+            if is_ours:
                 try:
                     yield not path.exists()
                 finally:
-                    lock.unlink(missing_ok=True)
+                    lock_path.unlink(missing_ok=True)
                 return
 
 
 def _receive(url: str, part: Path) -> str | None:
-    """Completes `part`; returns the sha256 that the server names, if any. A broken connection is
-    taken up again where it ended, as long as each try brings something."""
-    before, reason = -1, "the connection ended early"
-    while (size := part.stat().st_size if part.exists() else 0) > before:
-        before, redirect = size, _Redirect()
-        # Asking for the last byte again makes a complete file an ordinary case
+    """Completes the file `part`; returns the sha256 that the server names, if it names one.
+
+    After a broken connection it continues where that ended, as long as each try brings something.
+    """
+    reason = "the connection ended early"
+    before = -1
+    size = _size(part)
+    while size > before:
+        before = size
+        redirect = _Redirect()
+        # Asking for the last byte again makes a complete file an ordinary case.
         have = max(size - 1, 0)
-        headers = {"User-Agent": "nanoscale"} | ({"Range": f"bytes={have}-"} if have else {})
+        headers = {"User-Agent": "nanoscale"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
         try:
+            # A server that is silent for half a minute counts as a broken connection.
             request = urllib.request.Request(url, headers=headers)
             with urllib.request.build_opener(redirect).open(request, timeout=30) as reply:
-                have = have if reply.status == 206 else 0  # a server may ignore Range
-                length = reply.headers.get("Content-Length")
-                total = None if length is None else have + int(length)
-                with (
-                    open(part, "r+b" if have else "wb") as file,
-                    progress(part.stem, total, have) as bar,
-                ):
-                    file.seek(have)
-                    while chunk := reply.read(2**20):
-                        bar.update(file.write(chunk))
-                    file.flush()
-                    os.fsync(file.fileno())
+                total = _write(reply, part, have)
             if total in (None, part.stat().st_size):
                 etag = reply.headers.get("X-Linked-Etag") or redirect.etag
-                return etag.strip('"') if re.fullmatch('"?[0-9a-f]{64}"?', etag) else None
+                is_sha256 = re.fullmatch('"?[0-9a-f]{64}"?', etag)
+                return etag.strip('"') if is_sha256 else None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = error
-            # Longer than the file: a part of another one
+            # `part` is longer than the file on the server: it is a part of another file.
             if getattr(error, "code", None) == 416 and size:
                 part.unlink()
                 before = -1
+        size = _size(part)
     raise ValueError(
         f"cannot download {url} ({reason}): give a mirror with --data_url=, or use "
         "--data=python or a text file, which need no network"
     )
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _write(reply, part: Path, have: int) -> int | None:
+    """Writes an answer into `part` from byte `have` on; returns the size of the whole file.
+
+    None where the server does not tell that size.
+    """
+    # A server may ignore Range and send all of it.
+    if reply.status != 206:
+        have = 0
+    length = reply.headers.get("Content-Length")
+    total = None if length is None else have + int(length)
+    with (
+        open(part, "r+b" if have else "wb") as file,
+        progress(part.stem, total, have) as bar,
+    ):
+        file.seek(have)
+        while chunk := reply.read(2**20):
+            bar.update(file.write(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    return total
+
+
 class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Hugging Face names the sha256 in its own answer, then sends us on to a storage server that
-    does not."""
+    """Remembers the sha256 of a redirect.
+
+    Hugging Face names it in its own answer, then sends us on to a storage server that does not.
+    """
 
     etag = ""
 
@@ -142,6 +174,7 @@ def hexdigest(content) -> str:
 
 
 def progress(title: str, total: int | None, start: int = 0):
+    """A bar that counts bytes on the terminal; hidden where stderr is none."""
     from tqdm import tqdm
 
     hidden = not sys.stderr.isatty()

@@ -1,11 +1,14 @@
 """The files that --data= names, and which of them are held out.
 
-Of several files, those are held out that have `val`, `valid` or `validation` as a word of their
-name: val.bin, my-val-000.bin, web_val_000001.bin, but not interval.bin. Those with `test` are left
-alone. Those with `train` are for training or, where none has it, all the others. Nobody knows what
-train_val.bin is, so it is refused. Shards need some of both. Texts of which none is named as held
-out are joined in the order of their names, each ending in a line break, and the last tenth is held
-out.
+Of several files, the words of a file's name say what it is for:
+
+    val, valid, validation   held out: val.bin, my-val-000.bin, web_val_000001.bin; not interval.bin
+    train, training          for training; where no file has this word, all the others are
+    test                     left alone
+
+Nobody knows what train_val.bin is, so it is refused. Shards need files of both kinds. Texts may do
+without: if no name says that its file is held out, all are joined in the order of their names, each
+ending in a line break, and the last tenth is held out.
 """
 
 import glob
@@ -20,7 +23,9 @@ import numpy as np
 from data.foreign import foreign, not_text
 from data.shards import HEADERS
 
-IN_MEMORY = 2**30  # bytes of files that are read; larger ones are mapped, see data.Tokens
+# Smaller files are read into memory, larger ones are mapped.
+IN_MEMORY = 2**30  # bytes
+# A word of a file's name -> what the file is for.
 WORDS = {
     "val": "val",
     "valid": "val",
@@ -28,11 +33,14 @@ WORDS = {
     "train": "train",
     "training": "train",
     "test": "test",
-}  # of a file's name, and what they say it is for
+}
 
 
 def listed(data: str) -> list[Path]:
-    """The files that --data= names, sorted; [] where nothing has that name."""
+    """The files that --data= names, sorted; [] where nothing has that name.
+
+    Raises ValueError where it names a folder or a pattern without a file for us.
+    """
     path = Path(os.path.expanduser(data))
     if path.is_dir():
         return _in_folder(data, path)
@@ -40,6 +48,7 @@ def listed(data: str) -> list[Path]:
         return [path]
     if path.is_symlink() or path.exists():
         raise ValueError(f"--data={_no_file(path)}")
+    # A list, or a pattern in quotes, which the shell has left alone.
     if "," not in data and not glob.has_magic(data):
         return []
     found = []
@@ -54,6 +63,7 @@ def listed(data: str) -> list[Path]:
                 "a.txt,b.txt or 'texts/*.txt'"
             )
         found += sorted(files, key=_order)
+    # Two patterns may match the same file.
     return list(dict.fromkeys(found))
 
 
@@ -64,16 +74,20 @@ def _in_folder(data: str, folder: Path) -> list[Path]:
     for suffix in (".bin", ".txt"):
         mine = [path for path in paths if path.suffix.lower() == suffix and not path.is_dir()]
         for path in mine:
-            if not path.is_file():  # a pipe would make us wait
+            # Reading a pipe would wait for ever.
+            if not path.is_file():
                 raise ValueError(_no_file(path))
         if mine:
             return mine
+    # Neither: say what there is, and what to type for files one folder deeper.
     others = sorted({path.suffix for path in paths if path.suffix}) or ["nothing of a known kind"]
+    texts = sorted(folder.glob("*/*.txt"))
+    shards = sorted(folder.glob("*/*.bin"))
     hint = ""
-    if deeper := sorted(folder.glob("*/*.txt")):
-        hint = f"; for {deeper[0]} and the like type --data={shlex.quote(f'{folder}/**/*.txt')}"
-    elif deeper := sorted(folder.glob("*/*.bin")):
-        hint = f"; for {deeper[0].name} type --data={shlex.quote(str(deeper[0].parent))}"
+    if texts:
+        hint = f"; for {texts[0]} and the like type --data={shlex.quote(f'{folder}/**/*.txt')}"
+    elif shards:
+        hint = f"; for {shards[0].name} type --data={shlex.quote(str(shards[0].parent))}"
     raise ValueError(
         f"--data={data} has 0 .bin shards and 0 .txt texts, but {' '.join(others[:9])}{hint}"
     )
@@ -88,23 +102,27 @@ def _no_file(path: Path) -> str:
 
 
 def _order(path: Path) -> str:
-    """What files are sorted by, the same where a system composes letters in another way."""
+    """The key by which files are sorted: the same where a system composes letters otherwise."""
     return unicodedata.normalize("NFC", path.as_posix())
 
 
 def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
-    """{"train": files, "val": files} by the words of their names; of texts "val" may be missing."""
+    """{"train": files, "val": files}, by the words of their names.
+
+    "val" is missing where the last tenth of the texts is to be held out. Raises ValueError where
+    the names of shards leave training or validation without a file.
+    """
     shards = files[0].suffix.lower() == ".bin"
     if len(files) == 1 and not shards:
         return {"train": files}
-    whole = [os.path.abspath(path) for path in files]
-    root = os.path.commonpath([os.path.dirname(path) for path in whole])
+    # The words of each name. The names of folders below the common one count, too: val/a.bin.
+    absolute = [os.path.abspath(path) for path in files]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     words = {}
-    for path, name in zip(files, whole):
-        name = unicodedata.normalize(
-            "NFC", os.path.relpath(name, root)
-        )  # may begin with a folder's name
-        name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()  # myVal.bin
+    for path, name in zip(files, absolute):
+        name = unicodedata.normalize("NFC", os.path.relpath(name, root))
+        # myVal.bin has two words.
+        name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()
         words[path] = {WORDS[word] for word in re.findall(r"[^\W\d_]+", name) if word in WORDS}
         if {"train", "val"} <= words[path]:
             raise ValueError(
@@ -126,7 +144,11 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
 
 
 def joined(data: str, paths: list[Path], any_bytes: bool) -> np.ndarray:
-    """The bytes of these texts, without byte order marks. ValueError where one is no text."""
+    """(N,) uint8: the bytes of these texts, without byte order marks.
+
+    any_bytes: also take what is no text. Raises ValueError where a file is no text, or all are
+    empty.
+    """
     sizes = {path: path.stat().st_size for path in paths}
     if not any(sizes.values()):
         raise ValueError(f"--data={data} is empty: give a file with text, or --data=python")
@@ -138,15 +160,22 @@ def joined(data: str, paths: list[Path], any_bytes: bool) -> np.ndarray:
     texts = []
     for path in paths:
         text = np.memmap(path, np.uint8, "r") if large else np.fromfile(path, np.uint8)
+        # Anything else would train without an error, and its loss would mean nothing.
         if len(text) >= 4 and int(text[:4].view("<u4")[0]) in HEADERS:
             raise ValueError(f"{path} is a shard of token ids: name it .bin, and give its folder")
-        if fault := foreign(path) or not_text(text, any_bytes):
+        fault = foreign(path) or not_text(text, any_bytes)
+        if fault:
             raise ValueError(f"{path} {fault}")
-        text = text[3:] if text[:3].tobytes() == b"\xef\xbb\xbf" else text
+        byte_order_mark = b"\xef\xbb\xbf"
+        if text[:3].tobytes() == byte_order_mark:
+            text = text[3:]
         texts.append(text)
-        if len(paths) > 1 and len(text) and text[-1] != 10:
-            texts.append(np.full(1, 10, np.uint8))
+        # The next text begins on a line of its own.
+        line_break = ord("\n")
+        if len(paths) > 1 and len(text) and text[-1] != line_break:
+            texts.append(np.full(1, line_break, np.uint8))
     text = texts[0] if len(texts) == 1 else np.concatenate(texts)
+    # Nearly always the beginning alone answers this.
     if not text[: 2**16].tobytes().strip() and not text.tobytes().strip():
         raise ValueError(f"--data={data} has nothing but white space: give a file with text")
     return text

@@ -1,7 +1,8 @@
 """Files that are neither text nor token ids, though somebody gave them as data.
 
-Trained on, they give no error and a loss that means nothing. So each is known by what it begins
-with, by a header before its ids, or by the look of its bytes, and refused in one sentence:
+Training on such a file gives no error, and a loss that means nothing. So it is recognised by its
+first bytes, by a header before its ids, or by the statistics of its bytes, and refused in one
+sentence:
 
     foreign          a file of another kind: packed, a table, an array, a model, a pickle
     unknown_header   ids behind a header that no tool we know writes
@@ -18,14 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that no text has
-TEXT = 2**28  # bytes of a text that are looked at
+# Bytes that no text has.
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+# No more of a text is checked.
+TEXT = 2**28  # bytes
 
-# What a file of another kind begins with, what it is, and what to do with it.
+# What to do with a file of another kind.
 PACKED = "unpack it, and give what was in it"
 TABLE = "write its text column to a file in UTF-8, and give that"
 OBJECTS = "it is no data to train on, take it out of --data="
 IDS = "write its ids by shards.write_shard(path, [ids], n_vocab), and give those"
+# What such a file begins with, what it is, and what to do with it.
 KINDS = (
     (b"\x1f\x8b\x08", "a gzip file", PACKED),
     (b"BZh", "a bzip2 file", PACKED),
@@ -58,15 +62,23 @@ KINDS = (
 
 
 def foreign(path: Path) -> str | None:
-    """What the file is and what to do with it, where its bytes say that it is of another kind."""
+    """What the file is and what to do with it, if its bytes say that it is of another kind.
+
+    The middle of a sentence; None where it may be text or ids.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(1024)
         file.seek(max(size - 1, 0))
         last = file.read(1)
     for magic, kind, advice in KINDS:
+        # A text may begin with "ORC" or "BZh"; a PDF looks like text for a while.
         if head.startswith(magic) and (magic == b"%PDF-" or not is_text(head)):
-            return f"is {kind}: {OBJECTS if b'/data.pkl' in head else advice}"  # a .pt is a zip
+            # A .pt of torch.save is a zip archive, but nothing to unpack.
+            if b"/data.pkl" in head:
+                advice = OBJECTS
+            return f"is {kind}: {advice}"
+    # Kinds that no fixed beginning gives away.
     if head[257:262] == b"ustar":
         return f"is a tar archive: {PACKED}"
     length = int.from_bytes(head[:8], "little")
@@ -76,7 +88,8 @@ def foreign(path: Path) -> str | None:
         return f"is a safetensors file: {OBJECTS}"
     # A pickle: its protocol, an opcode that may come first, and the full stop at its end.
     if head[:1] == b"\x80" and len(head) > 2 and 2 <= head[1] <= 5 and last == b".":
-        if head[2:3] in (b"\x95" if head[1] >= 4 else b"}]()cXUKMJ\x8a"):
+        first_opcodes = b"\x95" if head[1] >= 4 else b"}]()cXUKMJ\x8a"
+        if head[2:3] in first_opcodes:
             return f"is a pickle, which is never opened, for that runs code: {OBJECTS}"
     return None
 
@@ -85,30 +98,37 @@ def foreign(path: Path) -> str | None:
 def unknown_header(
     words: np.ndarray, size: int, lanes: np.ndarray, wide: int, known: dict
 ) -> str | None:
-    """What tells that a file of `size` bytes begins with a header that is not `known`.
+    """What shows that a file begins with a header that is not `known`; None where nothing does.
 
-    words: its beginning as uint32. lanes: (n, 4), each 8 bytes of it or of samples. wide: 4 or 8,
-    where its ids have so many bytes. known: by their first number.
+    words: (n,) the beginning of the file as uint32; size: the bytes of the file; lanes: (N, 4) see
+    shards.lanes; wide: 4 or 8, where its ids have so many bytes, else 0; known: the headers that we
+    read, by their first number.
     """
     if len(words) < 3:
         return None
     # The first number of this family is a date, in either byte order. Such a header ends in zeros.
     for magic in (int(words[0]), int(words[0].byteswap())):
-        year, month, day = magic // 10000, magic // 100 % 100, magic % 100
-        dated = 2015 <= year <= 2049 and 1 <= month <= 12 and 1 <= day <= 31
-        if magic in known or (dated and not words[8:256].any()):
+        year = magic // 10000
+        month = magic // 100 % 100
+        day = magic % 100
+        is_date = 2015 <= year <= 2049 and 1 <= month <= 12 and 1 <= day <= 31
+        if magic in known or (is_date and not words[8:256].any()):
             return f"{magic} of version {words[1]}"
-    # A count of what follows. Small numbers may be ids, unless zeros follow; among wide ids any
-    # may.
+    # A count of what follows. A small number may be an id, unless zeros follow it; among wide ids
+    # any number may be one.
     for start in (4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256, 512, 1024, 2048, 4096):
         if start > 32 and words[8 : start // 4].any():
             continue
         counts = [int(word) for word in words[: min(start // 4, 8)]]
         long = [low + (high << 32) for low, high in zip(counts, counts[1:])]
+        # Among wide ids only a header of one number, or a number as wide as two ids, is evidence.
         if wide and start <= 32:
-            counts, long = counts[: start == 4], long[: wide == 4]
+            if start != 4:
+                counts = []
+            long = long[:1] if wide == 4 else []
+        least = 1 if start > 32 else 1024
         for count in counts + long:
-            if count >= (1 if start > 32 else 1024) and (size - start) / count in (1, 2, 4, 8):
+            if count >= least and (size - start) / count in (1, 2, 4, 8):
                 return f"{start} bytes with the number {count}, which counts what follows them"
     # A few numbers, then zeros up to a round place, then ids without such a stretch of zeros.
     filled = np.flatnonzero(words[:2048])
@@ -123,10 +143,14 @@ def unknown_header(
 
 
 def one_byte(lanes: np.ndarray) -> bool:
-    """Whether lower and upper bytes are alike, as they are in text, and in ids of one byte."""
+    """Are lower and upper bytes alike, as they are in text and in ids of one byte?
+
+    lanes: (N, 4) uint16, see shards.lanes.
+    """
     pairs = np.ascontiguousarray(lanes).view(np.uint8).reshape(-1, 2)
     if len(pairs) < 64:
         return False
+    # Which values occur in each of the two places.
     lower = np.flatnonzero(np.bincount(pairs[:, 0]))
     upper = np.flatnonzero(np.bincount(pairs[:, 1]))
     if np.array_equal(lower, upper):
@@ -136,13 +160,17 @@ def one_byte(lanes: np.ndarray) -> bool:
 
 # ---- in a file of text ---------------------------------------------------------------------------
 def is_text(head: bytes) -> bool:
-    """Several kinds of bytes, none a control character, and UTF-8 or long. In ids one comes
-    soon."""
+    """Does a file with this beginning hold text?
+
+    Text has several kinds of bytes, none a control character, and is long or UTF-8. In ids a
+    control character comes soon.
+    """
     kinds = len(set(head))
     if kinds < 8 or CONTROL.search(head):
         return False
     if kinds >= 20 and len(head) >= 1024:
         return True
+    # A short one must be UTF-8 to the last byte; a long one may be cut within a character.
     try:
         head.decode()
     except UnicodeDecodeError:
@@ -151,10 +179,14 @@ def is_text(head: bytes) -> bool:
 
 
 def not_text(text: np.ndarray, any_bytes: bool) -> str | None:
-    """Why these bytes are no text in UTF-8, and what to do. any_bytes: what is no text may be."""
+    """Why these bytes are no text in UTF-8, and what to do; None where they are text.
+
+    text: (N,) uint8; any_bytes: also take what is no text in any encoding, such as music.
+    """
     head = text[: 2**16].tobytes()
     convert = "convert it: iconv -f {} -t UTF-8 FILE > NEW"
     control = CONTROL.search(head)
+    # A byte order mark says it.
     for mark, name in (
         (b"\xff\xfe\0\0", "UTF-32"),
         (b"\xff\xfe", "UTF-16"),
@@ -162,9 +194,12 @@ def not_text(text: np.ndarray, any_bytes: bool) -> str | None:
     ):
         if head.startswith(mark):
             return f"is text in {name}: {convert.format(name)}"
-    for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE") if control else ():
-        if _letters(head, name):
-            return f"is text in {name}: {convert.format(name)}"
+    # Without a mark, the zeros in it are control characters.
+    if control:
+        for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+            if _is_written(head, name):
+                return f"is text in {name}: {convert.format(name)}"
+    # Latin-1 and the like: most characters beyond ASCII are wrong in UTF-8.
     good, bad = _characters(text[:TEXT])
     if bad > good and not control:
         how = convert.format("ENCODING")
@@ -177,8 +212,8 @@ def not_text(text: np.ndarray, any_bytes: bool) -> str | None:
     return None
 
 
-def _letters(head: bytes, encoding: str) -> bool:
-    """Whether nearly all of it, read in this encoding, are characters that people write."""
+def _is_written(head: bytes, encoding: str) -> bool:
+    """Are nearly all characters, read in this encoding, such as people write?"""
     try:
         text = head[: len(head) // 4 * 4].decode(encoding)
     except UnicodeDecodeError:
@@ -189,13 +224,16 @@ def _letters(head: bytes, encoding: str) -> bool:
 
 def _characters(text: np.ndarray) -> tuple[int, int]:
     """(characters beyond ASCII, places that are not UTF-8)"""
+    # In pieces, so that a large file needs little memory; a character may lie in two of them.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    good, bad = 0, 0
+    good = 0
+    bad = 0
     for start in range(0, len(text), 2**20):
         raw = text[start : start + 2**20].tobytes()
-        said = decoder.decode(raw, final=start + 2**20 >= len(text))
-        wide = len(said) - len(said.encode("ascii", "ignore"))
-        wrong = said.count("\ufffd") - raw.count("\ufffd".encode())
-        good += wide - max(wrong, 0)
-        bad += max(wrong, 0)
+        decoded = decoder.decode(raw, final=start + 2**20 >= len(text))
+        n_wide = len(decoded) - len(decoded.encode("ascii", "ignore"))
+        # The decoder puts U+FFFD for what is wrong; a text may hold that character, too.
+        n_wrong = max(decoded.count("\ufffd") - raw.count("\ufffd".encode()), 0)
+        good += n_wide - n_wrong
+        bad += n_wrong
     return good, bad

@@ -3,17 +3,17 @@
     headerless   ids one after another: nanoGPT's train.bin and val.bin
     headered     256 int32 (magic, version, number of ids), then the ids, as llm.c and
                  modded-nanogpt do: (20240520, 1) is uint16, (20240801, 7) is uint32, which we write
-                 for n_vocab > 65536. A count beyond 32 bits goes on in the fourth int32, which is
-                 zero elsewhere.
+                 for n_vocab > 65536. The fourth int32 holds the upper half of a count beyond 32
+                 bits, and is zero otherwise.
     indexed      headerless, with Megatron's NAME.idx beside NAME.bin: it says the type of the ids
 
 A headerless file does not say how wide an id is. Its pairs of bytes do:
 
     uint16   a b c d e f        int32, uint32   a 0 b 0 c 0        int64   a 0 0 0 b 0 0 0
 
-In ids of 2 bytes all places look alike. In wider ones each second pair is an upper half: 0, or
-below 16, for no vocabulary has more than a million words. What fits both (zeros alone, a handful of
-ids) has 2 bytes an id, or 4 where the vocabulary needs them. What is no id is refused
+In ids of 2 bytes all places look alike. In wider ids each second pair is an upper half: 0, or below
+16, for no vocabulary has more than a million words. A file that fits both (zeros alone, a handful
+of ids) has 2 bytes an id, or 4 where the vocabulary needs them. A file of anything else is refused
 (data/foreign.py).
 """
 
@@ -25,10 +25,14 @@ import numpy as np
 
 from data.foreign import foreign, is_text, one_byte, unknown_header
 
-HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, type of the ids
-INDEX = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes; 6, 7: floats
-SAMPLED = 2**22  # bytes of a shard up to which all of it is looked at, and samples above
-EVIDENCE = 16  # ids that must agree before a headerless file counts as one of wider ids
+# Magic number -> version, type of the ids.
+HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+# Megatron's code -> type of the ids; its codes 6 and 7 are floats.
+INDEX = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+# Larger shards are judged by a sample of their bytes.
+SAMPLED = 2**22  # bytes
+# So many ids must agree before a headerless file counts as one with wider ids.
+EVIDENCE = 16
 WRITE = "write its ids by shards.write_shard(path, [ids], n_vocab)"
 
 
@@ -43,6 +47,8 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
     with open(path, "rb") as file:
         head = file.read(8192)
     words = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
+
+    # The file says it itself, by a header, or Megatron's index beside it does.
     magic = int(words[0]) if len(words) else 0
     if magic in HEADERS and len(words) < 256:
         raise ValueError(f"{path} has a header that is cut short: copy it again")
@@ -51,11 +57,15 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
     index = path.with_suffix(".idx")
     if index.exists():
         return 0, *_indexed(path, index)
-    if kind := foreign(path):
+
+    # It does not say: is it ids at all, and how wide are they?
+    kind = foreign(path)
+    if kind:
         raise ValueError(f"{path} {kind}")
-    x = lanes(path)
-    each = width(x, n_vocab)
-    if header := unknown_header(words, size, x, each if each in (4, 8) else 0, HEADERS):
+    pairs = lanes(path)
+    each = width(pairs, n_vocab)
+    header = unknown_header(words, size, pairs, each if each in (4, 8) else 0, HEADERS)
+    if header:
         known = ", ".join(
             f"{magic} of version {version}" for magic, (version, _) in HEADERS.items()
         )
@@ -63,7 +73,7 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
             f"{path} begins with a header that is unknown here, {header} (known are {known}):"
             f" {WRITE}"
         )
-    if is_text(head) or one_byte(x):
+    if is_text(head) or one_byte(pairs):
         raise ValueError(
             f"{path} holds text, or ids of one byte, and a shard's ids have 2 or 4: give text "
             f"as a file, --data=FILE.txt; of ids, {WRITE}"
@@ -82,25 +92,30 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
 
 
 def lanes(path: Path) -> np.ndarray:
-    """(n, 4) uint16: each 8 bytes of the file. Of a large one its first 64 KiB, and 256 stretches
-    of 4 KiB."""
+    """(N, 4) uint16: in a row 8 bytes of the file, as four pairs.
+
+    A large file is sampled: its first 64 KiB, and some 256 stretches of 4 KiB.
+    """
     size = path.stat().st_size
     if size <= SAMPLED:
         return np.fromfile(path, "<u2", size // 8 * 4).reshape(-1, 4)
     with open(path, "rb") as file:
-        pieces = [file.read(2**16)]
+        stretches = [file.read(2**16)]
+        # Each begins at a multiple of 8 bytes, so that upper halves stay in their lane.
         for start in range(2**16, size - 4096, size // 256 // 8 * 8):
             file.seek(start)
-            pieces.append(file.read(4096))
-    return np.frombuffer(b"".join(pieces), "<u2").reshape(-1, 4)
+            stretches.append(file.read(4096))
+    return np.frombuffer(b"".join(stretches), "<u2").reshape(-1, 4)
 
 
 def width(x: np.ndarray, n_vocab: int) -> int | None:
-    """Bytes of an id, by lanes (n, 4): 2, 4 or 8; None where 2 and 4 fit; 0 where none does.
+    """Bytes of an id, by lanes (N, 4): 2, 4 or 8; None where 2 and 4 fit; 0 where none does.
 
     Negative ids are ids: whoever reads them names the first one.
     """
-    low, high = x[:, 0::2], x[:, 1::2]
+    low = x[:, 0::2]  # (N, 2)
+    high = x[:, 1::2]  # (N, 2)
+    # Zeros where lower halves should be: another byte order, or a header that shifts the ids.
     if np.count_nonzero(high) >= max(EVIDENCE, 20 * np.count_nonzero(low)):
         return 0
     # Big-endian ids of 2 bytes: the small ones that every text is full of are multiples of 256.
@@ -108,11 +123,14 @@ def width(x: np.ndarray, n_vocab: int) -> int | None:
     small = np.count_nonzero((x < 256) & (x > 0))
     if len(swapped) > max(4 * small, x.size // 20) and len(np.unique(swapped)) >= EVIDENCE:
         return 0
+
+    # What upper halves look like, also of negative ids, and what is too large for one.
     most = max(15, n_vocab >> 16)
-    upper = (high <= most) | (high == 2**16 - 1)  # as upper halves are, of negative ids too
+    upper = (high <= most) | (high == 2**16 - 1)
     top = high[high <= most].max(initial=0)
-    larger = low[(low > top) & (low < 2**16 - 1)]  # what no upper half looks like
+    larger = low[(low > top) & (low < 2**16 - 1)]
     strange = np.count_nonzero(~upper)
+    # Were the ids wide, nearly no pair in the upper place would be strange.
     if 50 * strange > len(larger):
         return 2
     # Above ids up to 65535 are zeros alone. Where there is more, lower halves use all their bits.
@@ -123,50 +141,53 @@ def width(x: np.ndarray, n_vocab: int) -> int | None:
         return None
     if strange:
         return 0
+    # Ids of 8 bytes repeat their sign: the upper four bytes are all zeros or all ones.
     sign = (x[:, 2] == x[:, 3]) & ((x[:, 2] == 0) | (x[:, 2] == 2**16 - 1))
     return 8 if sign.all() else 4
 
 
 def _indexed(path: Path, index: Path) -> tuple[str, int]:
-    """Type and number of the ids as Megatron's index says: magic, version, code, numbers of
-    sequences and of documents, then the length of each sequence, int32."""
+    """Type and number of the ids, as Megatron's index says.
+
+    The index: magic, version, code of the type, numbers of sequences and of documents, then the
+    length of each sequence, int32.
+    """
     with open(index, "rb") as file:
         head = file.read(34)
-        if (
-            len(head) < 34
-            or head[:9] != b"MMIDIDX\0\0"
-            or int.from_bytes(head[9:17], "little") != 1
-        ):
+        is_magic = head[:9] == b"MMIDIDX\0\0"
+        if len(head) < 34 or not is_magic or int.from_bytes(head[9:17], "little") != 1:
             raise ValueError(
                 f"{index} is no index of Megatron's, version 1, so nobody knows what {path} "
                 f"beside it holds: {WRITE}"
             )
-        code, sequences = head[17], int.from_bytes(head[18:26], "little")
+        code = head[17]
+        n_sequences = int.from_bytes(head[18:26], "little")
         if code not in INDEX:
             kind = "floats" if code in (6, 7) else "unknown"
             raise ValueError(
                 f"{index} says that {path} holds numbers of type {code}, which is {kind}; ids "
                 f"are of type {', '.join(map(str, INDEX))}"
             )
-        if index.stat().st_size < 34 + 4 * sequences:
+        if index.stat().st_size < 34 + 4 * n_sequences:
             raise ValueError(f"{index} is cut short: copy it again")
-        lengths = np.fromfile(file, "<i4", sequences)
+        lengths = np.fromfile(file, "<i4", n_sequences)
     return INDEX[code], int(lengths.sum(dtype=np.int64))
 
 
 # ---- reading and writing -------------------------------------------------------------------------
 def read_shard(path: Path, n_vocab: int = 2**16, in_memory: bool = False) -> np.ndarray:
-    """The ids of one file, as read_shards."""
+    """(N,) the ids of one file, as read_shards."""
     return read_shards([path], n_vocab, in_memory)[0]
 
 
 def read_shards(
     paths: list[Path], n_vocab: int = 2**16, in_memory: bool = False
 ) -> list[np.ndarray]:
-    """The ids of each file, memory-mapped or read. ValueError when a size, header or kind is wrong.
+    """(N,) the ids of each file, memory-mapped or read.
 
-    Where nothing in a file tells its type, it is that of the others without a header, if these
-    agree, or else the narrowest that holds the vocabulary.
+    Where nothing in a file tells its type, it has the type of the other headerless files, if these
+    agree, or else the narrowest type that holds the vocabulary. Raises ValueError for a wrong size
+    or header, or a file of something else.
     """
     layouts = [layout(path, n_vocab) for path in paths]
     types = {dtype for _, dtype, count in layouts if dtype is not None and count is None}
@@ -179,6 +200,7 @@ def read_shards(
         size = path.stat().st_size
         if count is None:
             count = max(size // dtype.itemsize, 1)
+        # An odd byte, or a header that counts other ids than there are: a copy that broke off.
         expected = start + count * dtype.itemsize
         if size != expected:
             raise ValueError(
@@ -186,6 +208,7 @@ def read_shards(
                 f"{dtype.itemsize} bytes from byte {start} on: copy it again, or delete it "
                 "if it can be made again"
             )
+        # Nothing cannot be mapped.
         if in_memory or not count:
             found.append(np.fromfile(path, dtype, offset=start))
         else:
@@ -194,16 +217,19 @@ def read_shards(
 
 
 def write_shard(path: Path, pieces: Iterable[np.ndarray], n_vocab: int) -> None:
-    """Writes ids under a temporary name, then their count in the header, and then gives the name.
+    """Writes a shard of ids to `path`, which gets its name when the file is whole.
 
-    Raises ValueError for an id outside the vocabulary, for it might not fit into the type.
+    pieces: arrays of ids, one after another. Raises ValueError for an id outside the vocabulary,
+    for it might not fit into the type.
     """
     magic = 20240520 if n_vocab <= 2**16 else 20240801
     version, dtype = HEADERS[magic]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, count = path.with_name(path.name + ".tmp"), 0
+    unfinished = path.with_name(path.name + ".tmp")
+    count = 0
     with open(unfinished, "wb") as file:
+        # Room for the header, which is written last: only then the number of ids is known.
         file.write(bytes(1024))
         for piece in pieces:
             if len(piece) and not (0 <= piece.min() and piece.max() < n_vocab):

@@ -8,45 +8,49 @@ import numpy as np
 
 
 class Tokenizer:
-    """`bytes` (each byte of UTF-8 is a token), any tiktoken encoding, or `ids`: text made of
-    numbers, for shards whose tokenizer nobody knows. ValueError for another name, or tables that
-    cannot be fetched.
+    """Encodes and decodes by one of three kinds of vocabulary.
+
+    name: `bytes` (each byte of UTF-8 is a token), the name of a tiktoken encoding, or `ids` (text
+    made of numbers, for shards whose tokenizer nobody knows). n_vocab: of `ids`; the others know
+    theirs. Raises ValueError for another name, or for tables that cannot be downloaded.
     """
 
     def __init__(self, name: str, n_vocab: int = 2**16):
-        self.name, self.n_vocab, self.encoding, self.special, self.end_of_text = (
-            name,
-            n_vocab,
-            None,
-            {},
-            None,
-        )
+        self.name = name
+        self.n_vocab = n_vocab
+        self.encoding = None  # of tiktoken
+        self.special = {}  # name of a special token -> its id
+        self.end_of_text = None  # the id that separates documents
         if name == "bytes":
-            self.n_vocab, self.end_of_text = 256, 0
+            self.n_vocab = 256
+            self.end_of_text = 0
         elif name != "ids":
             self.encoding = _tiktoken(name)
-            self.n_vocab, names = self.encoding.n_vocab, self.encoding.special_tokens_set
-            self.special = {name: self.encoding.encode_single_token(name) for name in names}
+            self.n_vocab = self.encoding.n_vocab
+            for special in self.encoding.special_tokens_set:
+                self.special[special] = self.encoding.encode_single_token(special)
             self.end_of_text = self.special.get("<|endoftext|>")
 
     @property
     def key(self) -> str:
-        """The name and, of an encoding, a hash of its table: one name may stand for two tables."""
+        """The name and, for an encoding, a hash of its table: one name may mean two tables."""
         if self.encoding is None:
             return self.name
+        # The pattern that splits words, each token's bytes, the special tokens.
         digest = hashlib.sha256(getattr(self.encoding, "_pat_str", "").encode())
         for i in range(self.n_vocab):
-            piece = self._bytes(i, b"")
-            digest.update(b"%d %d " % (i, len(piece)) + piece)
+            token = self._bytes(i, b"")
+            digest.update(b"%d %d " % (i, len(token)) + token)
         for name, i in sorted(self.special.items()):
             digest.update(f"{name} {i} ".encode())
         return f"{self.name}-{digest.hexdigest()[:12]}"
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text; the names of special tokens in it are ordinary text."""
+        """(N,) int64 ids of the text; names of special tokens in it are ordinary text."""
         if self.name == "ids":
             words = text.split()
             for word in words:
+                # Below 19 digits a number fits into int64.
                 if not (word.isascii() and word.isdecimal() and len(word) < 19):
                     raise ValueError(
                         f"{word[:50]!r} is no token id, and --tokenizer=ids takes only these, such"
@@ -58,16 +62,20 @@ class Tokenizer:
         return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; broken UTF-8 and unused ids become U+FFFD."""
+        """The text of the ids; broken UTF-8 and unused ids become U+FFFD."""
         if self.name == "ids":
             return " ".join(str(int(i)) for i in ids)
+        # Join first: a character may be divided between two tokens. 0xff is never UTF-8.
         return b"".join(self._bytes(int(i), b"\xff") for i in ids).decode(errors="replace")
 
     def byte_lengths(self, vocab_size: int = 0) -> np.ndarray | None:
-        """(at least n_vocab and vocab_size,) bytes of text behind each id: 0 for special ones,
-        unused ones and those beyond the tokenizer's. None when unknown."""
+        """(V,) how many bytes of text each id stands for, V = max(n_vocab, vocab_size).
+
+        0 for special tokens, unused ids and ids beyond the tokenizer's. None for `ids`.
+        """
         if self.name == "ids":
             return None
+        # A special token stands for no text: it would make bits per byte look better.
         special = set(self.special.values())
         ids = range(max(self.n_vocab, vocab_size))
         return np.array([0 if i in special else len(self._bytes(i, b"")) for i in ids])
@@ -76,6 +84,7 @@ class Tokenizer:
         try:
             return self.encoding.decode_single_token_bytes(i) if self.encoding else bytes([i])
         except (KeyError, ValueError, OverflowError):
+            # Encodings have gaps, and a model's vocabulary may be padded.
             return unused
 
 
@@ -92,9 +101,10 @@ def _tiktoken(name: str):
         raise ValueError(
             f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; known are {', '.join(known)}"
         )
+    # Its tables are downloaded on first use.
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # its tables are downloaded on first use
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"tiktoken cannot fetch its encoding {name} ({str(error)[:200]}): set "
             "TIKTOKEN_CACHE_DIR to a folder filled on a machine with network, or use "

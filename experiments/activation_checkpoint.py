@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_iter
 
 from experiments import protocol
 from experiments.findings import INK, groups, judged, markdown, pick
-from memory.activation_checkpoint import keep_less
+from memory.activation_checkpoint import apply_activation_checkpointing
 from model import GPT, GPTConfig, initial_weight
 
 KEPT = 19  # (B, T, C) tensors that a layer of model.py's modern keeps in fp32
@@ -102,7 +102,7 @@ class Alive(TorchDispatchMode):
 
 
 def ways(how: str, layers: int) -> str:
-    """`sqrt(kL) segments` -> segments_9; others are names of keep_less."""
+    """`sqrt(kL) segments` -> segments_9; others are names of apply_activation_checkpointing."""
     if not how.endswith("segments"):
         return how
     return f"segments_{min(layers, round(math.sqrt((KEPT if 'k' in how else 1) * layers)))}"
@@ -115,7 +115,7 @@ def model_of(how: str, layers: int, width: int, length: int, seed: int) -> GPT:
         for name, p in model.named_parameters():
             p.copy_(initial_weight(shape, name, tuple(p.shape)))
             p.grad = torch.zeros_like(p)  # there before, so that none is counted
-    keep_less(model, how)
+    apply_activation_checkpointing(model, how)
     return model
 
 

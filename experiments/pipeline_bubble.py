@@ -126,7 +126,7 @@ def asleep(name: str, m: int, seconds: float) -> tuple[float, float]:
     """As `bench.one`, with stages that sleep instead of computing, all of them for as long."""
     v, p = CHUNKS.get(name, 1), dist.get_world_size()
     pipe = pipeline.Pipeline(dist.group.WORLD, name, p * v, v, CPU)
-    model = torch.nn.ModuleDict({str(i): Sleeper(seconds / v) for i in pipe.layers})
+    model = torch.nn.ModuleDict({str(i): Sleeper(seconds / v) for i in pipe.stage_layers})
     if name == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
     start, like, steps = torch.zeros(1), ((1,), torch.float32, CPU), []

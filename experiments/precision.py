@@ -123,13 +123,13 @@ def counted(run: str) -> dict:
     return {"zero": (total[0] / total.sum()).item()} | lost | {"histogram": shares}
 
 
-def with_outlier(product, ratio: float, x, weight, bias=None, **options):
+def with_outlier(matmul, ratio: float, x, weight, bias=None, **options):
     """The layer with a channel in front that its weights ignore: 0, and at the first token an
     outlier."""
     extra = x.new_zeros(*x.shape[:-1], 1)
     extra[..., 0, 0] = ratio * x.detach().abs().amax()
     x, weight = torch.cat([extra, x], -1), torch.cat([weight.new_zeros(len(weight), 1), weight], 1)
-    return product(x, weight, bias, **options)
+    return matmul(x, weight, bias, **options)
 
 
 def gradient_errors(case: str, seed: int) -> dict:

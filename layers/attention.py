@@ -1,24 +1,24 @@
-"""Causal attention: a query sees itself and what came before, or the last `window` tokens of it.
+"""Causal attention: a query sees itself and all tokens before it, or the last `window` tokens.
 
     y_i = sum over j of softmax_j(q_i·k_j / sqrt(D)) v_j        i - window < j <= i
 
-sdpa   torch's scaled_dot_product_attention. A window goes in stretches: the queries of one see it
-       and the one before through a mask, so that time grows as 2 window T, and not as T^2 / 2 as
-       without a window.
+sdpa   torch's scaled_dot_product_attention. With a window, queries go in chunks of `window`. The
+       queries of a chunk see their own chunk and the one before it, through a mask. So time grows
+       as 2 window T; without a window it grows as T^2 / 2.
 
-           queries of stretch 2       keys of 0 1 2 3, window 4
+           queries of chunk 2         keys of chunks 0 1 2 3, window 4
                                       . . . . | . x x x | x
                                       . . . . | . . x x | x x
                                       . . . . | . . . x | x x x
                                       . . . . | . . . . | x x x x
 
 plain  The formula written out: scores through a mask, softmax, a product. It keeps the T x T
-       probabilities, and in bfloat16 rounds the scores; on a CPU it then takes half the time of
-       torch's kernel up to some 512 tokens, beyond them more.
+       probabilities, and in bfloat16 it rounds the scores. On a CPU it takes half the time of
+       torch's kernel up to some 512 tokens, and more time beyond.
 
-flex   FlexAttention: a kernel compiled for this mask, which passes over blocks of 128 x 128 that
-       nobody sees. For GPUs: torch has no backward for it on a CPU. It is compiled by itself, also
-       where a block is (one graph break), so that the mask is made once and not in every layer.
+flex   FlexAttention: a kernel compiled for this mask, which skips blocks of 128 x 128 that nobody
+       sees. It is for GPUs, as torch has no backward for it on a CPU. It is compiled apart from its
+       block (one graph break), so that the mask is made once and not in every layer.
 
 References: a window, Beltagy et al. 2020 (2004.05150), Jiang et al. 2023 (2310.06825);
 FlexAttention, Dong et al. 2024 (2412.05496).
@@ -33,8 +33,11 @@ from torch import Tensor
 
 
 def choose(kind: str, window: int | None):
-    """What attends in a block, by "sdpa", "plain" or "flex": q (B, H, T, D), k and v (B, Hkv, T, D)
-    -> (B, H, T, D). Hkv divides H: grouped queries."""
+    """The attention function of a block; kind: "sdpa", "plain" or "flex".
+
+    It takes q (B, H, T, D), k and v (B, Hkv, T, D), and returns (B, H, T, D). Hkv divides H: with
+    fewer k, v than q it is grouped-query attention.
+    """
     if kind == "sdpa":
         return functools.partial(causal_attention, window=window)
     if kind == "plain":
@@ -43,47 +46,61 @@ def choose(kind: str, window: int | None):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """`sdpa`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
     sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
     if window is None or window >= T:
         return sdpa(q, k, v, is_causal=True)
-    # Views would keep all
-    first = sdpa(*(x[:, :, :window].contiguous() for x in (q, k, v)), is_causal=True)
-    pad, i = -T % window, torch.arange(window, device=q.device).unsqueeze(1)
-    # (B, H, n, window, D)
-    later = F.pad(q[:, :, window:], (0, 0, 0, pad)).unflatten(2, (-1, window))
-    # N of (2 window, D)
-    pairs = (F.pad(x, (0, 0, 0, pad)).unfold(2, 2 * window, window).mT for x in (k, v))
-    both = torch.arange(2 * window, device=q.device)
-    mask = (both > i) & (both <= i + window)  # query i is at place i + window of its two stretches
-    # (B n, H, ...)
-    y = sdpa(*(x.transpose(1, 2).flatten(0, 1) for x in (later, *pairs)), attn_mask=mask)
-    y = y.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([first, y[:, :, : T - window]], 2)
+
+    # The first chunk has none before it. (Views would keep all of q, k and v until backward.)
+    first = [x[:, :, :window].contiguous() for x in (q, k, v)]
+    y_first = sdpa(*first, is_causal=True)
+
+    # The n later chunks, the last one padded, and for each the keys and values of two chunks.
+    padding = (0, 0, 0, -T % window)
+    q_chunks = F.pad(q[:, :, window:], padding).unflatten(2, (-1, window))  # (B, H, n, window, D)
+    k_pairs = F.pad(k, padding).unfold(2, 2 * window, window).mT  # (B, Hkv, n, 2 window, D)
+    v_pairs = F.pad(v, padding).unfold(2, 2 * window, window).mT
+
+    # Query i is at place i + window of its two chunks, and sees the `window` places up to there.
+    i = torch.arange(window, device=q.device).unsqueeze(1)
+    place = torch.arange(2 * window, device=q.device)
+    mask = (place > i) & (place <= i + window)  # (window, 2 window)
+
+    # All chunks of all sequences at once, as a batch of B n.
+    batch = [x.transpose(1, 2).flatten(0, 1) for x in (q_chunks, k_pairs, v_pairs)]
+    y = sdpa(*batch, attn_mask=mask)  # (B n, H, window, D)
+    y = y.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)  # (B, H, n window, D)
+    return torch.cat([y_first, y[:, :, : T - window]], 2)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    (B, H, T, D), G = q.shape, q.shape[1] // k.shape[1]
-    i, j = torch.arange(T, device=q.device).unsqueeze(1), torch.arange(T, device=q.device)
-    unseen = (j > i) if window is None else (j > i) | (j <= i - window)
-    mask = (
-        torch.zeros(T, T, dtype=q.dtype, device=q.device)
-        .masked_fill_(unseen, -math.inf)
-        .repeat(G, 1)
-    )
-    # Heads of one k, v together
-    q, k, v = q.reshape(-1, G * T, D), k.reshape(-1, T, D), v.reshape(-1, T, D)
+    """`plain`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
+    B, H, T, D = q.shape
+    G = H // k.shape[1]  # query heads that share a k and v
+    i = torch.arange(T, device=q.device).unsqueeze(1)
+    j = torch.arange(T, device=q.device)
+    unseen = j > i
+    if window is not None:
+        unseen = unseen | (j <= i - window)
+    mask = torch.zeros(T, T, dtype=q.dtype, device=q.device).masked_fill_(unseen, -math.inf)
+    mask = mask.repeat(G, 1)  # (G T, T)
+
+    # The heads that share a k and v form one matrix of queries.
+    q = q.reshape(-1, G * T, D)  # (B Hkv, G T, D)
+    k = k.reshape(-1, T, D)
+    v = v.reshape(-1, T, D)
     probabilities = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5).softmax(-1)  # (B Hkv, G T, T)
     return torch.bmm(probabilities, v).view(B, H, T, D)
 
 
 def newest_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for queries (B, H, 1, D) of the newest token alone, k and v being all that it
-    sees."""
+    """Attention of the newest token alone, q (B, H, 1, D), to all of k and v: no mask."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """`flex`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
     mask = block_mask(T, T if window is None else window, str(q.device))
     return kernel(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
@@ -91,10 +108,10 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -
 
 @functools.cache
 def kernel(compiled: bool):
-    # Eager it keeps all T x T scores
-    from torch.nn.attention.flex_attention import flex_attention as plain
+    from torch.nn.attention.flex_attention import flex_attention as eager
 
-    return torch.compile(plain) if compiled else plain
+    # Uncompiled it keeps all T x T scores: for tests on a CPU.
+    return torch.compile(eager) if compiled else eager
 
 
 @functools.lru_cache(maxsize=8)
@@ -102,7 +119,7 @@ def block_mask(T: int, window: int, device: str):
     """Which blocks of 128 queries and keys see each other at all."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def seen(b, h, i, j):
+    def sees(b, h, i, j):
         return (i >= j) & (i - j < window)
 
-    return create_block_mask(seen, None, None, T, T, device=device)
+    return create_block_mask(sees, None, None, T, T, device=device)

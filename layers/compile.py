@@ -1,16 +1,16 @@
 """torch.compile, one block at a time: fused kernels for what is between the matrix products.
 
-Each block is compiled by itself, as all of them are the same code: one compilation serves every
-layer, and what happens between blocks (FSDP's and ZeRO's gathering, a pipeline's messages) stays
-outside. Order: tensor parallelism, precision and activation checkpointing first, data parallelism
-last.
+All blocks are the same code, so one compilation serves every layer. What happens between blocks
+(FSDP's and ZeRO's gathering, a pipeline's messages) stays outside of what is compiled. Tensor
+parallelism, precision and activation checkpointing change blocks, so they come first; data
+parallelism comes last.
 
     mode              what it does                                      costs
     default           fuses elementwise work, norms and softmax         10 to 60 s at the first step
     reduce-overhead   and replays launches as CUDA graphs               memory for the graphs
     max-autotune      and tries several kernels for each product        minutes at the first step
 
-A new shape would compile anew, so training keeps one shape; evaluation compiles once more, and
+A new shape is a new compilation. So training keeps one shape, evaluation compiles once more, and
 generation runs uncompiled. Reference: Ansel et al. 2024, PyTorch 2 (ASPLOS).
 """
 
@@ -23,11 +23,13 @@ import torch
 
 def lacking(device: torch.device) -> str | None:
     """What this machine lacks to compile for the device, in a sentence; None if nothing."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "Triton is missing; pip install triton"
-    if device.type != "cuda" and not any(
-        map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))
-    ):
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is missing; pip install triton"
+        return None
+    # Any one that torch can use will do.
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if not any(shutil.which(name) for name in compilers):
         return "a C++ compiler is missing, such as g++"
     return None
 
@@ -39,18 +41,24 @@ def compile_blocks(
     verbose: bool = False,
     backend: str = "inductor",
 ) -> None:
-    """Compiles `forward` of each of model.blocks at its first call. mode: see above. dynamic: one
-    compilation for all shapes; verbose: prints each graph break and recompilation with its reason;
-    backend: another one to find faults, such as aot_eager. Raises ValueError for a backend that
-    torch does not know."""
-    import torch._dynamo  # a second, which runs that compile nothing save
+    """Compiles `forward` of each of model.blocks at its first call.
+
+    mode: see above
+    dynamic: one compilation for all shapes
+    verbose: prints each graph break and each recompilation with its reason
+    backend: another one to find faults, such as aot_eager; ValueError if torch does not know it
+    """
+    # The import takes seconds, so only a run that compiles pays for it.
+    import torch._dynamo
 
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend not in known:
         raise ValueError(f"--compile.backend={backend} is none of {', '.join(known)}")
     if verbose:
         torch._logging.set_logs(graph_breaks=True, recompiles=True)
-    # Layers differ in the key of their dropout masks: with dropout each is compiled by itself.
+
+    # With dropout each layer is a compilation of its own, for layers differ in the key of their
+    # masks. Beyond its limit dynamo would run the other layers uncompiled.
     limit = 8 + 4 * len(model.blocks)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     options = dict(mode=mode) if backend == "inductor" and mode != "default" else {}

@@ -1,10 +1,10 @@
-"""Tokens after tokens: what a GPT writes.
+"""Autoregressive sampling: a GPT writes one token after another.
 
     logits of the last token -> top_k likeliest -> softmax(logits / temperature) -> one drawn -> ...
 
-A new token's queries look at all earlier keys, which do not change: every attention keeps them, and
-one token at a time goes through the model. While it does, `Attention.attention_fn` of each block is
-a KVCache.
+The queries of a new token see all earlier keys and values, which do not change. So every attention
+keeps them (a KV cache), and after the prompt the model computes one token at a time. While it
+generates, `Attention.attention_fn` of each block is a KVCache.
 """
 
 import torch
@@ -23,60 +23,92 @@ def generate(
     seed: int = 0,
     forward=None,
 ) -> Tensor:
-    """ids (B, T) with n more tokens, drawn from softmax(logits / temperature) among the top_k
-    likeliest.
+    """ids (B, T), then n more tokens: (B, T + n).
 
-    temperature 0: the likeliest. forward: in place of this model where it is a part of one. A full
-    block starts again from its last half. Raises ValueError for an id that the model does not know.
+    Tokens are drawn from softmax(logits / temperature) among the top_k likeliest.
+
+    temperature: 0 takes the likeliest token
+    top_k: None = all tokens
+    forward: called in place of the model, (ids, position_ids=) -> logits, where the model is one
+        stage of a pipeline
+
+    When block_size tokens are there, the cache starts again from the last half of them. Raises
+    ValueError for an id that the model does not know.
     """
-    known = model.config.vocab_size
-    if ids.numel() and not (ids.min() >= 0 and ids.max() < known):
+    vocab_size = model.config.vocab_size
+    if ids.numel() and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise ValueError(
             f"the prompt's token ids are {int(ids.min())} to {int(ids.max())}, and the model knows"
-            f" 0 to {known - 1}: give another prompt, or the tokenizer it was trained with"
+            f" 0 to {vocab_size - 1}: give another prompt, or the tokenizer it was trained with"
         )
-    generator, size, kept = torch.Generator().manual_seed(seed), model.config.block_size, 0
-    threads, attention_fns = (
-        torch.get_num_threads(),
-        {b.attn: b.attn.attention_fn for b in model.blocks.values()},
-    )
-    torch.set_num_threads(1)  # one token is too little work to share
+    forward = forward or model
+    block_size = model.config.block_size
+    generator = torch.Generator().manual_seed(seed)
+
+    # Caches take the place of each attention, and one token is too little work for several threads.
+    attentions = [block.attn for block in model.blocks.values()]
+    attention_fns = [attention.attention_fn for attention in attentions]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    n_cached = 0
+    new_ids = ids[:, -block_size:]  # what the model has not seen yet
     for i in range(n):
-        if i == 0 or kept == size:
-            x, kept = ids[:, -size if i == 0 else -(size // 2 or 1) :], 0
-            for attention in attention_fns:
+        is_full = n_cached == block_size
+        if is_full:
+            new_ids = ids[:, -max(1, block_size // 2) :]
+        if i == 0 or is_full:
+            n_cached = 0
+            for attention in attentions:
                 attention.attention_fn = KVCache(model.config.window)
-        positions = torch.arange(kept, kept + x.shape[1], device=x.device)
-        kept += x.shape[1]
-        logits = (forward or model)(x, position_ids=positions)[:, -1].cpu()  # (B, V)
-        if top_k is not None:
-            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        odds = torch.softmax(logits / (temperature or 1), -1)
-        x = (
-            torch.multinomial(odds, 1, generator=generator)
-            if temperature
-            else odds.argmax(-1, True)
-        )
-        ids = torch.cat([ids, x := x.to(ids.device)], 1)
-    for attention, plain in attention_fns.items():
-        attention.attention_fn = plain
-    torch.set_num_threads(threads)
+
+        n_known = n_cached + new_ids.shape[1]
+        position_ids = torch.arange(n_cached, n_known, device=new_ids.device)
+        logits = forward(new_ids, position_ids=position_ids)[:, -1].cpu()  # (B, V)
+        n_cached = n_known
+        new_ids = draw(logits, temperature, top_k, generator).to(ids.device)
+        ids = torch.cat([ids, new_ids], 1)
+
+    for attention, attention_fn in zip(attentions, attention_fns):
+        attention.attention_fn = attention_fn
+    torch.set_num_threads(n_threads)
     return ids
 
 
-class KVCache:
-    """Attention that remembers the keys and values of earlier calls, the last `window` of them."""
+def draw(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> Tensor:
+    """One token for each sequence: logits (B, V) on the CPU -> ids (B, 1)."""
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if temperature == 0:
+        # Of probabilities that rounding has made equal, the first one.
+        return torch.softmax(logits, -1).argmax(-1, keepdim=True)
+    probabilities = torch.softmax(logits / temperature, -1)
+    return torch.multinomial(probabilities, 1, generator=generator)
 
-    kv = None
+
+class KVCache:
+    """Attention that keeps the keys and values of earlier calls, the last `window` of them."""
 
     def __init__(self, window: int | None):
         self.window = window
+        self.k = None  # (B, Hkv, tokens, D)
+        self.v = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first = self.kv is None
-        if not first:  # then q is one new token, which sees all that is kept
-            k, v = (torch.cat(pair, 2) for pair in zip(self.kv, (k, v)))
-        kept = slice(None if self.window is None else -self.window, None)
-        self.kv = k[:, :, kept], v[:, :, kept]
-        return causal_attention(q, k, v, self.window) if first else newest_attention(q, *self.kv)
+        """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); T is 1 after the first call."""
+        is_prompt = self.k is None
+        if not is_prompt:
+            k = torch.cat([self.k, k], 2)
+            v = torch.cat([self.v, v], 2)
+
+        # Beyond the window no later token sees a key.
+        start = 0 if self.window is None else -self.window
+        self.k = k[:, :, start:]
+        self.v = v[:, :, start:]
+        if is_prompt:
+            return causal_attention(q, k, v, self.window)
+        # One new token sees everything that is kept.
+        return newest_attention(q, self.k, self.v)

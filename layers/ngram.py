@@ -1,161 +1,254 @@
-"""Counted n-grams under a GPT: its logits are added to log p(next | last tokens) as the training
-text counts it. So a run starts where counting ends, and learns what counting does not know.
+"""Counted n-grams under a GPT: a run starts where counting ends, and learns what counts do not say.
+
+The text's own statistics, log p(next | last tokens), are added to the logits:
 
     logits = GPT(x) + log p_K     p_k(w | c) = (max(n(c w) - d, 0) + d u(c) p_(k-1)(w | c')) / n(c)
 
-c: the last k tokens, c': without the oldest; n(c w): how often w follows c in the text, below order
-K behind how many different tokens c w stands there; u(c): how many different w follow; d = n1 / (n1
-+ 2 n2), kept within .1 and .95, where n1 and n2 n-grams were counted once and twice; p_(-1) = 1 /
-V. That is Kneser and Ney 1995, interpolated, with one discount an order (Chen and Goodman 1998). A
-network on top of it: Li et al. 2022, 2210.14431.
+    c, c'    the last k tokens; the same without the oldest
+    n(c w)   order K: how often w follows c in the text; lower orders: how many different tokens
+             come before c w there
+    n(c)     the sum of n(c w) over w
+    u(c)     how many different w follow c
+    d        the discount of the order, n1 / (n1 + 2 n2) within 0.1 and 0.95, where n1 and n2
+             n-grams have the count 1 and 2
+    p_(-1)   1 / V
 
-In training the text's own count of a token is taken off again (leave one out): a prior that has
-seen the answer would teach the network to be silent. The orders kept as a table are left as they
-are: a context there is met MANY times on the average, so one more or less is little. At the start
-of a row contexts are short, as they are for the network; what counts there is kinds, of which one
-token more is mostly none more: nothing is taken off before order K is reached.
+These are the interpolated counts of Kneser and Ney 1995, with one discount for each order (Chen and
+Goodman 1998). A network on top of them: Li et al. 2022 (2210.14431).
+
+In training the count of the true next token is reduced by one (leave one out). A prior that has
+seen the answer would teach the network to be silent. Two cases need no such correction:
+- Low orders are kept as a table of probabilities. A context there occurs MANY times on average, so
+  one count more or less changes little.
+- At the start of a sequence contexts are short, as they are for the network. Orders below K count
+  different tokens, not occurrences, and one occurrence less hardly changes such a count. So nothing
+  is taken off before a context reaches order K.
 
     NGrams(tokens, order, vocab_size).add_to(model)        tokens (N,): the ids of the training text
 
-Counting 9.8M bytes to order 6 takes half a second; 100 MB are kept, 150 at the peak, on every rank.
-The counts are a function of the text, so no checkpoint holds them. A rank needs whole rows and
-whole logits: no tp, cp, pp.
+Counting 9.8M bytes to order 6 takes half a second. It keeps 100 MB, 150 MB at the peak, on every
+rank. The counts are a function of the text, so no checkpoint holds them. A rank needs full
+sequences and full logits: no tp, cp or pp.
 """
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-LIMIT, TABLE = 2**27, 2**22  # tokens that are counted; numbers in the table of the low orders
-MANY = 100  # times that a context of theirs is there, on the average
+LIMIT = 2**27  # tokens that are counted
+TABLE = 2**22  # numbers in the table of the low orders
+MANY = 100  # occurrences of a context of those orders, on average
 
 
 class Order:
-    """All n-grams of one order. keys (N,) sorted, k context tokens and the next one in `bits`
-    each."""
+    """All n-grams of one order k, sorted by context, each with its count.
+
+    keys: (N,) uint64, sorted: k context tokens and the next token, in `bits` bits each.
+    """
 
     def __init__(self, keys: np.ndarray, bits: int):
-        first = starts(keys)
-        self.keys, self.n = keys[first], np.diff(first, append=len(keys)).astype(np.float32)
-        contexts = self.keys >> np.uint64(bits)
-        self.first = starts(contexts)
-        self.contexts, self.first = contexts[self.first], np.append(self.first, len(contexts))
+        # Equal keys are neighbours: each run of them is an n-gram, its length the count.
+        start_of_run = starts(keys)
+        self.keys = keys[start_of_run]
+        self.n = np.diff(start_of_run, append=len(keys)).astype(np.float32)
         self.next = (self.keys & np.uint64(2**bits - 1)).astype(np.int64)
-        once, twice = (np.count_nonzero(self.n == n) for n in (1, 2))
-        self.d = np.float32(min(max(once / max(once + 2 * twice, 1), 0.1), 0.95))
+
+        # The n-grams of context i are first[i] .. first[i + 1] - 1.
+        contexts = self.keys >> np.uint64(bits)
+        start_of_context = starts(contexts)
+        self.contexts = contexts[start_of_context]
+        self.first = np.append(start_of_context, len(contexts))
+
+        n1 = np.count_nonzero(self.n == 1)
+        n2 = np.count_nonzero(self.n == 2)
+        self.d = np.float32(min(max(n1 / max(n1 + 2 * n2, 1), 0.1), 0.95))
 
     def find(self, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(index of each context among mine, whether it is there)"""
-        at = np.minimum(np.searchsorted(self.contexts, contexts), len(self.contexts) - 1)
-        return at, self.contexts[at] == contexts
+        """For each of these contexts its index here, and whether it is here at all."""
+        index = np.searchsorted(self.contexts, contexts)
+        index = np.minimum(index, len(self.contexts) - 1)
+        return index, self.contexts[index] == contexts
 
-    def entries(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(i, place among my n-grams) of all that follow the contexts at[i]."""
-        n = self.first[at + 1] - self.first[at]
-        i = np.repeat(np.arange(len(at)), n)
-        return i, np.arange(len(i)) + np.repeat(self.first[at] - np.cumsum(n) + n, n)
+    def entries(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All n-grams of the contexts index[0], index[1], ..., one after the other.
+
+        Returns for each n-gram the i of its context index[i], and its own index here.
+        """
+        first = self.first[index]
+        lengths = self.first[index + 1] - first
+        i = np.repeat(np.arange(len(index)), lengths)
+        # Count on from the first of each context: 7 8 9 | 2 3 | ...
+        begins = np.cumsum(lengths) - lengths
+        return i, np.arange(len(i)) + np.repeat(first - begins, lengths)
 
 
 class NGrams:
-    """Raises ValueError where order + 1 tokens have no room in 64 bits, or the text is too short or
-    long."""
+    """The n-grams of a text up to an order: `orders`, and `table` for the low ones of them.
+
+    tokens: (N,) ids; order: context tokens; vocab_size: V. Raises ValueError if order + 1 tokens
+    have no room in 64 bits, and for a text that is too short, too long, or has other ids.
+    """
 
     def __init__(self, tokens: np.ndarray, order: int, vocab_size: int):
-        self.vocab_size, self.bits = vocab_size, max(1, (vocab_size - 1).bit_length())
-        most = 64 // self.bits - 1
-        if not 1 <= order <= most:
-            raise ValueError(f"with {vocab_size} different tokens it is from 1 to {most}")
+        self.vocab_size = vocab_size
+        self.bits = max(1, (vocab_size - 1).bit_length())
+        largest_order = 64 // self.bits - 1
+        if not 1 <= order <= largest_order:
+            raise ValueError(f"with {vocab_size} different tokens it is from 1 to {largest_order}")
         if not order < len(tokens) <= LIMIT:
             raise ValueError(
                 f"it counts texts of {order + 1} to {LIMIT:,} tokens, not of {len(tokens):,}"
             )
-        if (most := int(tokens.max())) >= vocab_size:
-            raise ValueError(f"the text holds token id {most}, and vocab_size is {vocab_size}")
+        largest_id = int(tokens.max())
+        if largest_id >= vocab_size:
+            raise ValueError(
+                f"the text holds token id {largest_id}, and vocab_size is {vocab_size}"
+            )
+        self.orders = self.count(tokens, order)
+        self.tabulate(len(tokens))
+
+    def count(self, tokens: np.ndarray, order: int) -> list[Order]:
+        """The n-grams of order 0, 1, ... `order`."""
+        # Every order + 1 tokens in a row as one integer, the oldest token highest.
         keys = np.zeros(len(tokens) - order, np.uint64)
         for j in range(order + 1):
             keys <<= np.uint64(self.bits)
             keys |= tokens[j : j + len(keys)].astype(np.uint64)
-        self.orders = []
-        for k in range(order, -1, -1):  # below the highest each different one is counted once
+
+        orders = []
+        for k in range(order, -1, -1):
             keys.sort()
-            self.orders.insert(0, Order(keys, self.bits))
-            keys = self.orders[0].keys & np.uint64(2 ** (k * self.bits) - 1)
-        # The low orders have long lists of what follows, and all tokens need them: p as a table, by
-        # context.
-        most = min(TABLE // vocab_size, len(tokens) // MANY)
-        self.tabled = sum(len(o.contexts) <= most for o in self.orders[1:])  # 1 .. so many
-        tables, self.rows = [np.full((1, vocab_size), 1 / vocab_size, np.float32)], [0]
+            orders.insert(0, Order(keys, self.bits))
+            # Without the oldest token. Each n-gram is there once now, so the order below counts
+            # different tokens in front.
+            keys = orders[0].keys & np.uint64(2 ** (k * self.bits) - 1)
+        return orders
+
+    def tabulate(self, n_tokens: int) -> None:
+        """Order 0 and the orders with few contexts, as a table of p: (contexts of all of them, V).
+
+        Their contexts have long lists of next tokens, and every token needs them.
+        """
+        most_contexts = min(TABLE // self.vocab_size, n_tokens // MANY)
+        self.tabled = sum(len(o.contexts) <= most_contexts for o in self.orders[1:])
+        uniform = np.full((1, self.vocab_size), 1 / self.vocab_size, np.float32)
+        tables = [uniform]  # p_(-1), p_0, ...
+        self.rows = [0]  # where the rows of order 0, 1, ... begin
         for k, o in enumerate(self.orders[: self.tabled + 1]):
-            i, e = o.entries(np.arange(len(o.contexts)))
-            n, back = np.bincount(i, o.n[e]), np.bincount(i, np.minimum(o.n[e], o.d))
-            shorter = o.contexts & np.uint64(2 ** (max(k - 1, 0) * self.bits) - 1)
-            below = tables[k][self.orders[k - 1].find(shorter)[0] if k else [0]]
-            tables.append(below * (back / n).astype(np.float32)[:, None])
-            tables[-1][i, o.next[e]] += np.maximum(o.n[e] - o.d, 0) / n[i]
-            self.rows.append(self.rows[-1] + len(o.contexts))  # where the next order's begin
+            i, entry = o.entries(np.arange(len(o.contexts)))
+            n = o.n[entry]
+            n_context = np.bincount(i, n)
+            discounted = np.bincount(i, np.minimum(n, o.d))  # d u(c)
+
+            # p_(k-1) of the contexts without their oldest token, which are all there.
+            if k == 0:
+                below = uniform
+            else:
+                shorter = o.contexts & np.uint64(2 ** ((k - 1) * self.bits) - 1)
+                below = tables[k][self.orders[k - 1].find(shorter)[0]]
+            p = below * (discounted / n_context).astype(np.float32)[:, None]
+            p[i, o.next[entry]] += np.maximum(n - o.d, 0) / n_context[i]
+            tables.append(p)
+            self.rows.append(self.rows[-1] + len(o.contexts))
         self.table = torch.from_numpy(np.concatenate(tables[1:]))
 
     def log_probs(self, tokens: np.ndarray, targets: np.ndarray | None = None) -> Tensor:
-        """tokens (B, T): rows from their start -> (B, T, V), of what follows each token. targets
-        (B, T): what does follow, of whose counts one is taken off."""
-        (B, T), order = tokens.shape, len(self.orders) - 1
-        before = np.pad(tokens.astype(np.uint64), ((0, 0), (order, 0)))
-        context, row, found = np.zeros(B * T, np.uint64), np.zeros(B * T, np.int64), []
-        # Places whose context of k tokens is known; with one more it may not be
-        here = np.arange(B * T)
-        for k, o in enumerate(self.orders):
-            if k:
-                oldest = before[:, order + 1 - k : order + 1 - k + T].ravel()
-                context |= oldest << np.uint64((k - 1) * self.bits)
-                here = here[here % T >= k - 1]  # a row's first tokens have fewer before them
-            at, known = o.find(context[here])
-            here, at = here[known], at[known]
-            if k <= self.tabled:
-                row[here] = self.rows[k] + at
-            else:
-                found.append((o, here, at))
-        left, parts = np.ones(B * T, np.float32), []
-        off = None if targets is None else (np.arange(B * T) % T >= order - 1).astype(np.float32)
-        for o, here, at in reversed(found):
-            i, e = o.entries(at)
-            n, follows = o.n[e], o.next[e]
-            if off is not None:  # off the order below only where it was the only one here
-                mine = np.flatnonzero(follows == targets.ravel()[here[i]])
-                n[mine] -= off[here[i[mine]]]
-                off[here[i[mine]]] *= n[mine] == 0
-            total, back = (
-                np.bincount(i, n, len(here)),
-                np.bincount(i, np.minimum(n, o.d), len(here)),
-            )
-            total = np.where(total > 0, total, np.inf)
-            parts.append((here[i], follows, left[here[i]] * np.maximum(n - o.d, 0) / total[i]))
-            left[here] *= np.where(total < np.inf, back / total, 1)
+        """log p of what follows each token: (B, T, V) float32.
+
+        tokens: (B, T), sequences from their start; targets: (B, T), what does follow, whose count
+        is reduced by one; None = no correction.
+        """
+        B, T = tokens.shape
+        row, found = self.known_contexts(tokens)
+
+        # From the highest order down: what an order knows, times what the orders above left to it.
+        left = np.ones(B * T, np.float32)
+        shares = []
+        # How much is taken off a target's count: 1 where the context has order K.
+        off = None
+        if targets is not None:
+            order = len(self.orders) - 1
+            off = (np.arange(B * T) % T >= order - 1).astype(np.float32)
+        for o, here, index in reversed(found):
+            i, entry = o.entries(index)
+            n = o.n[entry]
+            follows = o.next[entry]
+            if off is not None:
+                is_target = np.flatnonzero(follows == targets.ravel()[here[i]])
+                at = here[i[is_target]]
+                n[is_target] -= off[at]
+                # The order below counts other n-grams: it loses one only where this one is gone.
+                off[at] *= n[is_target] == 0
+            n_context = np.bincount(i, n, len(here))
+            discounted = np.bincount(i, np.minimum(n, o.d), len(here))  # d u(c)
+            # A context without any count left knows nothing.
+            n_context = np.where(n_context > 0, n_context, np.inf)
+            share = left[here[i]] * np.maximum(n - o.d, 0) / n_context[i]
+            shares.append((here[i], follows, share))
+            left[here] *= np.where(n_context < np.inf, discounted / n_context, 1)
+
+        # The table has the low orders in one lookup.
         p = self.table[torch.from_numpy(row)].mul_(torch.from_numpy(left)[:, None])  # (B T, V)
-        for i, follows, share in parts:
+        for i, follows, share in shares:
             p.numpy()[i, follows] += share.astype(np.float32)
         return p.log_().view(B, T, -1)
 
-    def add_to(self, model: nn.Module) -> None:
-        """model: takes (x (B, T), targets, positions) and adds prior(targets)[:, -T:] to its
-        logits. From now on in forward, evaluation and generation."""
-        past = None
+    def known_contexts(self, tokens: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
+        """Which contexts end at each of the B T tokens: (row in the table, found).
 
-        def see(_, args, named) -> None:
+        found: for each order above the table (Order, the tokens whose context is there, its index).
+        """
+        B, T = tokens.shape
+        order = len(self.orders) - 1
+        padded = np.pad(tokens.astype(np.uint64), ((0, 0), (order, 0)))
+        context = np.zeros(B * T, np.uint64)
+        row = np.zeros(B * T, np.int64)
+        found = []
+        # A context is known only if the context without its oldest token is.
+        here = np.arange(B * T)
+        for k, o in enumerate(self.orders):
+            if k > 0:
+                oldest = padded[:, order + 1 - k : order + 1 - k + T].ravel()
+                context |= oldest << np.uint64((k - 1) * self.bits)
+                # The first tokens of a sequence have fewer before them.
+                here = here[here % T >= k - 1]
+            index, is_known = o.find(context[here])
+            here = here[is_known]
+            index = index[is_known]
+            if k <= self.tabled:
+                row[here] = self.rows[k] + index
+            else:
+                found.append((o, here, index))
+        return row, found
+
+    def add_to(self, model: nn.Module) -> None:
+        """From now on the logits of `model` have log p added, in forward and in generation.
+
+        model: called with (x (B, T), targets, position_ids); it adds logit_bias(targets) (B, T, V)
+        to its logits.
+        """
+        past = None  # (B, tokens): the sequences so far
+
+        def remember(_, args, named) -> None:
             nonlocal past
             x = args[0].cpu()
-            positions = named.get("positions", args[2] if len(args) > 2 else None)
-            first = 0 if positions is None or model.training else int(positions.reshape(-1)[0])
-            # In generation x is what is new
-            past = torch.cat([past[:, :first], x], 1) if first else x
+            position_ids = named.get("position_ids", args[2] if len(args) > 2 else None)
+            first = 0
+            if position_ids is not None and not model.training:
+                first = int(position_ids.reshape(-1)[0])
+            # In generation x is only what is new.
+            past = torch.cat([past[:, :first], x], 1) if first > 0 else x
 
-        def prior(targets: Tensor | None) -> Tensor:
-            answers = targets.cpu().numpy() if targets is not None and model.training else None
+        def logit_bias(targets: Tensor | None) -> Tensor:
+            answers = None
+            if targets is not None and model.training:
+                answers = targets.cpu().numpy()
             return self.log_probs(past.numpy(), answers)
 
-        model.register_forward_pre_hook(see, with_kwargs=True)
-        model.logit_bias = prior
+        model.register_forward_pre_hook(remember, with_kwargs=True)
+        model.logit_bias = logit_bias
 
 
 def starts(x: np.ndarray) -> np.ndarray:
-    """Where in the sorted (N,) another value begins."""
+    """Where in the sorted x (N,) another value begins."""
     return np.flatnonzero(np.append(True, x[1:] != x[:-1]))

@@ -1,56 +1,57 @@
-"""Activation checkpointing: what backward needs is forgotten in forward and computed once more in
-backward.
+"""Activation checkpointing: forward keeps less, and backward computes the rest once more.
 
     none  forward   x0 -> [block 0: a b c] -> x1 -> [block 1: d e f] -> x2   kept: x0 a b c x1 d e f
     full  forward   x0 -> [block 0] -> x1 -> [block 1] -> x2                 kept: x0 x1
           backward  x1 -> [block 1: d e f] dx2 -> dx1    x0 -> [block 0: a b c] dx1 -> dx0
 
-What a layer of model.py keeps in float32, in tensors of (B, T, C), and what is computed again; a
-step is 3 F without it, F a forward. (The last product too under dropout, or as a Function of its
-own like onednn's.)
+What a layer of model.py keeps in float32, in tensors of (B, T, C), and what is computed again. F is
+a forward; a step is 3 F without checkpointing. (The last product is computed again, too, under
+dropout, and where it is an autograd Function of its own, like onednn's.)
 
     how           modern   gpt2      again
     none          19       16        nothing
     full          1        1         the block up to its last product, whose result nobody needs:
-                                     of F's 12C² 8C² and attention, so 11/9 to 4/3 of a step; the
+                                     8C² and attention of F's 12C², so 11/9 to 4/3 of a step; the
                                      texts' 4/3 is the limit
     full_sharded  1/N      1/N       the same; N tensor parallel ranks share out each block's input
     full_offload  0        0         the same; each block's input waits in host memory
-    every_K       1 or 19  1 or 16   the same in each K-th layer (a text's
-                                     checkpoint_ratio=.75 takes all)
+    every_K       1 or 19  1 or 16   the same in each K-th layer (checkpoint_ratio=.75 in a text
+                                     takes all layers)
     segments_K    K/L      K/L       all but the last product of each of K segments of layers
     attention     12       12        q, k, v and attention itself
     mlp           11       8         the first of its two products
     selective     11       11        no product, nor attention: norms, rotations, activations
     offload       0        0         nothing; all that is saved waits in host memory
 
-(track3: modern's and, but for full and selective, 2 more, as gains make norms keep their results.
-selective computes FlexAttention again.)
+(track3 keeps modern's and 2 more, except in full and selective: gains make norms keep their
+results. selective computes FlexAttention again.)
 
-To this comes what backward has made again of one block or segment. With k tensors kept by a layer
-in all
+Backward also holds what it has computed again of one block or segment. If a layer keeps k tensors
+without checkpointing, the peak is
 
     full        L + k              grows with L, k times slower than none
     segments_K  K + k L/K          least at K = sqrt(k L), where it is 2 sqrt(k L): O(sqrt L)
 
 Chen et al. 2016 (1604.06174) choose K = sqrt(L), as if k = 1. Texts call the per-block form O(sqrt
-L), and take K = sqrt(L) over for blocks with k = 16 or more: for them, up to L = k, fewer segments
-need more than `full`. Attention alone and full_sharded: Korthikanti et al. 2022 (2205.05198).
+L), and use K = sqrt(L) for blocks with k = 16 or more. For these blocks fewer segments than layers
+need more memory than `full`, up to L = k. Attention alone and full_sharded: Korthikanti et al. 2022
+(2205.05198).
 
-The `forward` of block, block.attn or block.mlp is replaced, so that hooks on them, FSDP's and
-ZeRO's, stay outside and run once. The order: tensor parallelism, this, compile, data parallelism.
-Segments alone call blocks anew: FSDP gathers their weights again, (N-1)/N of the bytes, ZeRO-3
-holds a segment's at a time. Other collectives in recomputation, per layer, a as in
+The `forward` of block, block.attn or block.mlp is replaced, so that FSDP's and ZeRO's hooks on them
+stay outside and run once. The order: tensor parallelism, this, compile, data parallelism. Segments
+alone call blocks anew: FSDP gathers their weights again, (N-1)/N of the bytes, and ZeRO-3 holds the
+weights of one segment at a time. Other collectives in recomputation, per layer, a as in
 parallel/tensor.py:
 
     tp, sp        full, segments, selective: attention's g, with sp both f too   2a, 3a beyond 8a
-    full_sharded  an all-gather of the input; not with sp, which cuts it already a more
+    full_sharded  an all-gather of the input; not with sp, which shards it already  a more
     cp            all but mlp and offload: forward's messages once more
 
-(The MLP's g comes after its last product.) What is computed again finds torch's random state as
-forward did: its own dropout has the same mask; model.py's masks are hashes and need no state.
-That costs 5 kB and some 20 µs a block. One's own generators, Python's and NumPy's are not put back.
-In evaluation all this does nothing, and so does offloading on a CPU, where all is host memory.
+(The MLP's g comes after its last product.) Recomputation finds torch's random state as forward
+found it: a module's own dropout has the same mask, at a cost of 5 kB and some 20 µs a block.
+model.py's masks are hashes and need no state. Python's, NumPy's and a user's own generators are not
+restored. In evaluation all this does nothing. Nor does offloading on a CPU, where all is host
+memory.
 """
 
 import functools
@@ -81,100 +82,130 @@ HOW = (
     "selective",
     "offload",
 )
+# The operators whose results `selective` keeps: matrix products and attention.
 PRODUCTS = (
-    *(f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")),
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten.baddbmm",
+    "aten._scaled_mm",
     "mkldnn._linear_pointwise",
-    *(
-        f"aten._scaled_dot_product_{name}_attention{end}"
-        for name, end in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
-    ),
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
 )
 
 
-def keep_less(model: nn.Module, how: str, group: dist.ProcessGroup | None = None) -> None:
-    """Changes `model`, whose blocks (a ModuleDict by layer number), called with (x, context), each
-    have attn and mlp; for segments it also has model.run_blocks(blocks, x, context). group: the
-    tensor parallel ranks, for full_sharded; None: it is full. Raises ValueError for another `how`.
-    Not for a model whose weight gradients come later (zero bubble): these keep what is recomputed
-    here.
+def apply_activation_checkpointing(
+    model: nn.Module, how: str, group: dist.ProcessGroup | None = None
+) -> None:
+    """Replaces the forward of `model`'s blocks, or of a part of each, as `how` says.
+
+    model.blocks: a ModuleDict by layer number; a block is called with (x, context) and has attn and
+    mlp. For segments the model also has run_blocks(blocks, x, context). group: the tensor parallel
+    ranks, for full_sharded; without it full_sharded is full. Raises ValueError for another `how`.
+
+    Not for a model that computes weight gradients later (zero bubble): they keep the activations
+    that would be computed again here.
     """
     kind, k = parse(how, len(model.blocks))
+    if kind == "none":
+        return
     if kind == "segments":
-        segment = {
-            block: i * k // len(model.blocks) for i, block in enumerate(model.blocks.values())
-        }
-        model.run_blocks = functools.partial(in_segments, model.run_blocks, segment)
-    shared = {}
+        segment_of = {}
+        for i, block in enumerate(model.blocks.values()):
+            segment_of[block] = i * k // len(model.blocks)
+        model.run_blocks = functools.partial(in_segments, model.run_blocks, segment_of)
+        return
+    shared = {}  # between the trips of all blocks
+    contexts = {"context_fn": keep_products} if kind == "selective" else {}
     for name, block in model.blocks.items():
-        part = {"attention": block.attn, "mlp": block.mlp}.get(kind, block)
-        if kind not in ("none", "offload", "segments") and int(name) % k == 0:
-            part.forward = recomputed(
-                part.forward, **{"context_fn": selected} if kind == "selective" else {}
-            )
-        # Hooks around what is recomputed see its input
+        module = {"attention": block.attn, "mlp": block.mlp}.get(kind, block)
+        if kind != "offload" and int(name) % k == 0:
+            module.forward = recomputed(module.forward, **contexts)
+
+        # These hooks are around the recomputed forward, so what they see is its input.
         if kind == "full_sharded" and group is not None:
-            hooks = functools.partial(cut, group), functools.partial(gathered, group)
-            part.forward = hooked(part.forward, lambda x, hooks=hooks: hooks)
+            pack = functools.partial(shard, group)
+            unpack = functools.partial(gather, group)
+            module.forward = hooked(module.forward, lambda x, hooks=(pack, unpack): hooks)
         elif kind in ("offload", "full_offload"):
-            part.forward = hooked(part.forward, functools.partial(trip, shared, block))
+            module.forward = hooked(module.forward, functools.partial(start_trip, shared, block))
 
 
 def parse(how: str, layers: int) -> tuple[str, int]:
     """("every", 2) for every_2, ("full", 1) for full. Raises ValueError where it is none of HOW."""
     match = re.fullmatch(r"(every|segments)_(\d+)", how)
-    kind, k = (match[1], int(match[2])) if match else (how, 1)
-    known = (
-        how in HOW and not how.endswith("K") if match is None else k <= layers or kind == "every"
-    )
-    if not known or k < 1:
+    if match is None:
+        kind = how
+        k = 1
+        is_known = how in HOW and not how.endswith("K")
+    else:
+        kind = match[1]
+        k = int(match[2])
+        # There are no more segments than layers.
+        is_known = k >= 1 and (k <= layers or kind == "every")
+    if not is_known:
         raise ValueError(
-            f"--activation_checkpoint={how} is not to be had; type --activation_checkpoint= and "
+            f"--activation_checkpoint={how} is not available; type --activation_checkpoint= and "
             f"one of {', '.join(HOW)}, with 1 to {layers} (layers here) for K"
         )
     return kind, k
 
 
-# ---- once more -----------------------------------------------------------------------------------
+# ---- computed again ------------------------------------------------------------------------------
 def recomputed(forward: Callable, **contexts) -> Callable:
-    """forward(x, ...), of which backward finds x, and what context_fn keeps; the rest is made
-    again, from the same random state. Where no gradients are asked for it is forward itself."""
+    """forward(x, ...), which keeps x and what context_fn keeps; backward computes the rest again.
+
+    It does so from the same random state. Without gradients it is forward itself.
+    """
     always = dict(use_reentrant=False, preserve_rng_state=True)
     return functools.partial(checkpoint, forward, **always, **contexts)
 
 
 def in_segments(
-    through: Callable, segment: dict[nn.Module, int], blocks: list, x: Tensor, context
+    run_blocks: Callable, segment_of: dict[nn.Module, int], blocks: list, x: Tensor, context
 ) -> Tensor:
-    """through(blocks, x, context), recomputed segment by segment, or what a pipeline's stage runs
-    of it."""
-    for _, part in itertools.groupby(blocks, segment.get):
-        x = recomputed(functools.partial(through, list(part)))(x, context)
+    """run_blocks(blocks, x, context), recomputed segment by segment.
+
+    blocks: all of the model's, or those that a pipeline's stage runs now.
+    """
+    for _, segment in itertools.groupby(blocks, segment_of.get):
+        x = recomputed(functools.partial(run_blocks, list(segment)))(x, context)
     return x
 
 
-def selected():
-    """Two contexts: one in which results of products are kept, one in which they are taken from
-    there."""
-    found = (
-        functools.reduce(lambda x, name: getattr(x, name, None), path.split("."), torch.ops)
-        for path in PRODUCTS
-    )
-    products = {packet.default for packet in found if packet is not None}
-    return create_selective_checkpoint_contexts(functools.partial(kept, products))
+def keep_products():
+    """Two contexts: forward's keeps the results of products, and backward's finds them there."""
+    products = set()
+    for path in PRODUCTS:
+        packet = torch.ops
+        for name in path.split("."):
+            packet = getattr(packet, name, None)
+        # A build of torch lacks the kernels that are not for its devices.
+        if packet is not None:
+            products.add(packet.default)
+    return create_selective_checkpoint_contexts(functools.partial(policy, products))
 
 
-def kept(products: set, context, op, *args, **named) -> CheckpointPolicy:
-    """Products and attention are, but not attention that drops weights: it draws random numbers,
-    and what draws after it finds the right ones only if these are drawn again."""
-    names = (argument.name for argument in op._schema.arguments) if op in products else ()
-    drops = (dict(zip(names, args)) | named).get("dropout_p", 0) > 0
-    save = op in products and not drops
-    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+def policy(products: set, context, op, *args, **named) -> CheckpointPolicy:
+    """Keeps the results of products and of attention, unless this attention has dropout.
+
+    Dropout draws random numbers. Later draws find the right ones only if these are drawn again.
+    """
+    if op not in products:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args)) | named
+    if given.get("dropout_p", 0) > 0:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
 
 
 # ---- kept elsewhere ------------------------------------------------------------------------------
 def hooked(forward: Callable, start: Callable) -> Callable:
-    """forward(x, ...), what it saves going through start(x) = pack, unpack."""
+    """forward(x, ...) whose saved tensors pass the two hooks start(x) = (pack, unpack)."""
 
     def with_hooks(x: Tensor, *args):
         with saved_tensors_hooks(*start(x)):
@@ -183,44 +214,54 @@ def hooked(forward: Callable, start: Callable) -> Callable:
     return with_hooks
 
 
-def cut(group: dist.ProcessGroup, x: Tensor) -> tuple[torch.Size, Tensor]:
+def shard(group: dist.ProcessGroup, x: Tensor) -> tuple[torch.Size, Tensor]:
+    """Keeps this rank's 1/N of a tensor that all ranks of the group hold."""
     return x.shape, x.reshape(group.size(), -1)[dist.get_rank(group)].clone()
 
 
-def gathered(group: dist.ProcessGroup, packed: tuple[torch.Size, Tensor]) -> Tensor:
+def gather(group: dist.ProcessGroup, packed: tuple[torch.Size, Tensor]) -> Tensor:
     shape, mine = packed
-    whole = mine.new_empty(group.size(), mine.numel())
-    dist.all_gather([*whole], mine, group=group)
-    return whole.view(shape)
+    full = mine.new_empty(group.size(), mine.numel())
+    dist.all_gather([*full], mine, group=group)
+    return full.view(shape)
 
 
-def trip(shared: dict, block: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
-    """pack, unpack of a new Trip. shared: the copies' stream, and the trip of the forward before
-    this one."""
-    stream = shared["stream"] = shared.get("stream") or (
-        torch.cuda.Stream(x.device) if x.is_cuda else None
-    )
-    new = Trip(block, x.device, stream, shared.get("last", lambda: None))
-    shared["last"] = weakref.ref(new)
-    return new.pack, new.unpack
+def start_trip(shared: dict, block: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
+    """(pack, unpack) of a new Trip. shared: the stream of all copies, and the newest trip."""
+    # All blocks' copies are on one stream, in order.
+    if x.is_cuda and shared.get("stream") is None:
+        shared["stream"] = torch.cuda.Stream(x.device)
+    before = shared.get("newest", lambda: None)
+    trip = Trip(block, x.device, shared.get("stream"), before)
+    # A weak reference: a forward without a backward leaves nothing behind.
+    shared["newest"] = weakref.ref(trip)
+    return trip.pack, trip.unpack
 
 
 class Trip:
-    """What one forward saves, each storage once and no weights, to host memory and back: on a GPU
-    beside the computing, in backward one block ahead. before(): the trip that ends after this
-    one."""
+    """One forward's saved tensors on their way to host memory and back.
+
+    Each storage travels once, and weights stay. On a GPU the copies run beside the computing, in
+    backward one block ahead. before(): the trip of the forward before this one, whose backward
+    comes after this one's.
+    """
 
     def __init__(self, block: nn.Module, device: torch.device, stream, before: Callable):
         self.weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        self.device, self.stream, self.before = device, stream, before
-        self.seen, self.hosts, self.back = {}, [], None
+        self.device = device
+        self.stream = stream
+        self.before = before
+        self.seen = {}  # address -> (index in hosts, weak reference to the storage)
+        self.hosts = []  # the copies in host memory
+        self.back = None  # the copies on the device, once fetched
 
     def pack(self, x: Tensor) -> Tensor | tuple:
         storage = x.untyped_storage()
         if storage.data_ptr() in self.weights:
             return x
         i, known = self.seen.get(storage.data_ptr(), (0, lambda: None))
-        if known() is None:  # new, or where something was that is gone
+        # A new storage, or one at the address of another that is gone.
+        if known() is None:
             i = len(self.hosts)
             self.seen[storage.data_ptr()] = i, weakref.ref(storage)
             self.hosts.append(self.send(x.new_empty(0, dtype=torch.uint8).set_(storage)))
@@ -230,31 +271,35 @@ class Trip:
         if self.stream is None:
             return x.cpu()
         host = torch.empty_like(x, device="cpu", pin_memory=True)
+        # The copy begins when x is computed.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # its memory is given away only after that
+        # The allocator gives x's memory away only after the copy.
+        x.record_stream(self.stream)
         return host
 
     def fetch(self) -> None:
-        with torch.cuda.stream(self.stream):  # None changes nothing
-            self.back = self.back or [
-                host.to(self.device, non_blocking=True) for host in self.hosts
-            ]
+        if self.back:
+            return
+        # A stream of None changes nothing.
+        with torch.cuda.stream(self.stream):
+            self.back = [host.to(self.device, non_blocking=True) for host in self.hosts]
 
     def unpack(self, packed: Tensor | tuple) -> Tensor:
         if torch.is_tensor(packed):
-            return packed
-        if self.before is not None:  # the first one that backward asks for
+            return packed  # a weight
+        # The first tensor that backward asks for brings all, and starts the next block's copies.
+        if self.before is not None:
             self.fetch()
             if self.stream is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self.stream)
                 for x in self.back:
                     x.record_stream(torch.cuda.current_stream(self.device))
-            following, self.before = self.before(), None
+            following = self.before()
+            self.before = None
             if following is not None:
                 following.fetch()
         i, dtype, *where = packed
-        return torch.empty(0, dtype=dtype, device=self.device).set_(
-            self.back[i].untyped_storage(), *where
-        )
+        x = torch.empty(0, dtype=dtype, device=self.device)
+        return x.set_(self.back[i].untyped_storage(), *where)

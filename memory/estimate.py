@@ -1,13 +1,13 @@
-"""How many bytes a rank needs, predicted from shapes alone: every layout, optimizer and precision.
+"""Bytes that a rank needs, predicted from shapes alone, for every layout, optimizer and precision.
 
     python -m memory.estimate --params=7B --gpus=64 --optim=adamw
     python -m memory.estimate --params=7e9 --n_layer=32 --n_embd=4096 --block_size=2048 --batch=4
     python -m memory.estimate --n_layer=12 --n_embd=768 --vocab_size=50304 --optim=muon --batch=16
 
-Without --params the exact tensors of our GPT, in whole parameters or rows as each layout deals them
-out (with it equal parts, for Muon all of them matrices); a row shows the rank that holds most.
---batch is one rank's micro-batch. 7B is 7e9, as are K, M and T, and GB are 1e9 bytes. Bytes of a
-parameter, and of one number of state, by precision:
+Without --params the tensors are exactly our GPT's, and each layout deals out full parameters, or
+rows of them. With --params they are equal parts. A row of the table shows the rank that holds most.
+--batch is one rank's micro-batch. 7B is 7e9; K, M and T are likewise powers of ten, and a GB is 1e9
+bytes. Bytes of a parameter, and of one number of state, by precision:
 
     name     weight  gradient  master  state  with Adam  what it is
     fp64     8       8         -       8      32         ours
@@ -26,14 +26,16 @@ parameter, and of one number of state, by precision:
     zero3    owner     owner       owner       two units' weights and gradients
     fsdp     rows/n    rows/n      rows/n      weights of embedding, head and two blocks
                                                (reshard=False: all), one unit's gradients twice;
-                                               those of earlier micro-batches
+                                               the gradients of earlier micro-batches
 
-To buffers come the temporaries of a step, at least the largest parameter's (Muon: of the matrices
-of one shape and its transpose two bfloat16 copies, and three short x short products), for bf16 and
-fp16 the copies of the weights that autocast keeps till backward (fp8: of the head), and for bf16_sr
-the float32 weights and gradients of a chunk of 64 MiB, with 21 bytes a number of the largest
-parameter to round it. With fsdp, methods that need whole matrices keep state and weights at owners
-too, see parallel/sharded_optimizer.py.
+Buffers also hold
+    the temporaries of a step: at least the largest parameter's; for Muon two bfloat16 copies of the
+    matrices of one shape and its transpose, and three short x short products
+    bf16, fp16: the copies of the weights that autocast keeps until backward; fp8: the head's copy
+    bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
+    the largest parameter, to round it
+    fsdp, with a method that needs full matrices: state and weights at owners, too, see
+    parallel/sharded_optimizer.py
 
 Activations kept for backward, for b x s tokens, L layers, h channels, V words:
 
@@ -41,19 +43,19 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
                               of plain attention, and without logits
     20 s b h L                a common text: 7B, b = 4, s = 2048 make its 105.5 GB; the primary
                               source says 36.5 of activations, not 21.5
-    b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: see KEPT, and with
-                              --activation_checkpoint LEFT, to which comes what backward makes
-                              again of one block or segment, and the gradients inside a block: the
-                              peak of backward
+    b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: k, r and l are in
+                              ACTIVATION_BYTES. --activation_checkpoint takes k from
+                              CHECKPOINTED_BYTES; the peak of backward then adds what it computes
+                              again of one block or segment, and the gradients inside a block
 
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
-parameter is a chunk by itself. (If the device is the CPU, nothing passes, and what files hold needs
+parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
 no memory.)
 
-Rough, and rather too much than too little: with one micro-batch gradients come as activations go,
-and both are counted in full. Not in it: fragmentation, the device's own context, kernels'
-workspaces (of FP8, where it is emulated, float32 operands), the peak inside a layer. Measured with
-tiny batches and several micro-batches: within 5 % (tests/test_estimate.py).
+The estimate is rough, and rather too large than too small: with one micro-batch gradients come as
+activations go, and both are counted in full. It leaves out fragmentation, the device's own context,
+kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured with
+tiny batches and several micro-batches, it is within 5 % (tests/test_estimate.py).
 """
 
 import difflib
@@ -71,13 +73,13 @@ from optim.attributes import attribute, own_classes
 from parallel.ownership import owners_by_shape
 from precision.amp import PRECISIONS, Precision
 
-# Accountings of others: bytes of a weight, its gradient, its master copy, one number of state
+# Accountings of others: bytes of a weight, its gradient, its master copy, one number of state.
 PUBLISHED = {"mixed": (2, 2, 4, 4), "texts": (2, 2, 0, 4)}
 ACCOUNTINGS = (*PRECISIONS, *PUBLISHED)
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-# By arch, bytes of a weight and of a product's operand: (k, r, l) of the formula above; l also
-# covers the logits' softmax
-KEPT = {
+# (arch, bytes of a weight, bytes of a matmul's operand) -> (k, r, l) of the formula above. l also
+# covers the logits' softmax.
+ACTIVATION_BYTES = {
     ("modern", 8, 8): (152, 18, 16),
     ("modern", 4, 4): (76, 9, 8),
     ("modern", 4, 2): (51, 6, 8),
@@ -91,9 +93,9 @@ KEPT = {
     ("gpt2", 2, 2): (32, 4, 4),
     ("track3", 2, 2): (55, 18, 12),
 }
-# with activation checkpointing in place of k: full, attention, mlp, selective; and gradients inside
-# a block, with what track3's norm of the embedding has kept
-LEFT = {
+# In place of k with activation checkpointing: full, attention, mlp, selective. The fifth number is
+# the gradients inside a block, and what track3's norm of the embedding keeps.
+CHECKPOINTED_BYTES = {
     ("modern", 8, 8): (8, 96, 88, 88, 105),
     ("modern", 4, 4): (4, 48, 44, 44, 53),
     ("modern", 4, 2): (4, 30, 37, 24, 28),
@@ -108,11 +110,11 @@ LEFT = {
     ("track3", 2, 2): (2, 36, 38, 22, 36),
 }
 
-# Name -> (embedding | head | matrix | scalar, shape)
+# Name -> (embedding | head | matrix | scalar, shape).
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-# ---- what there is -------------------------------------------------------------------------------
+# ---- the parameters, and what an optimizer keeps of each -----------------------------------------
 def gpt_shapes(
     n_layer: int,
     n_embd: int,
@@ -122,32 +124,42 @@ def gpt_shapes(
     n_head: int = 1,
     n_kv_head: int | None = None,
 ) -> Shapes:
-    """The parameters of model.py in its order. arch `gpt2`: tied, with biases, gains and positions;
-    `track3`: with biases, gains and a norm of the embedding."""
-    C, V, gpt2, bias = n_embd, vocab_size, arch == "gpt2", arch != "modern"
+    """The parameters of model.py, in its order.
+
+    arch `gpt2`: with a tied head, biases, gains and learned positions; `track3`: with biases, gains
+    and a norm of the embedding.
+    """
+    C = n_embd
+    V = vocab_size
     kv = C // n_head * (n_kv_head or n_head)
+    has_bias = arch != "modern"
     shapes = {"embed.weight": ("embedding", (V, C))}
-    if gpt2:
+    if arch == "gpt2":
         shapes["positions.weight"] = "embedding", (block_size, C)
 
     def norm(name: str) -> None:
         for part in {"modern": (), "gpt2": ("weight", "bias"), "track3": ("weight",)}[arch]:
             shapes[f"{name}.{part}"] = "scalar", (C,)
 
+    def linear(name: str, shape: tuple[int, int]) -> None:
+        shapes[f"{name}.weight"] = "matrix", shape
+        if has_bias:
+            shapes[f"{name}.bias"] = "scalar", shape[:1]
+
     if arch == "track3":
         norm("embed_norm")
     for i in range(n_layer):
-        for part, linears in (
-            ("attn", dict(q=(C, C), k=(kv, C), v=(kv, C), proj=(C, C))),
-            ("mlp", dict(fc=(4 * C, C), proj=(C, 4 * C))),
-        ):
-            norm(f"blocks.{i}.{part}_norm")
-            for name, shape in linears.items():
-                shapes[f"blocks.{i}.{part}.{name}.weight"] = "matrix", shape
-                if bias:
-                    shapes[f"blocks.{i}.{part}.{name}.bias"] = "scalar", shape[:1]
+        norm(f"blocks.{i}.attn_norm")
+        linear(f"blocks.{i}.attn.q", (C, C))
+        linear(f"blocks.{i}.attn.k", (kv, C))
+        linear(f"blocks.{i}.attn.v", (kv, C))
+        linear(f"blocks.{i}.attn.proj", (C, C))
+        norm(f"blocks.{i}.mlp_norm")
+        linear(f"blocks.{i}.mlp.fc", (4 * C, C))
+        linear(f"blocks.{i}.mlp.proj", (C, 4 * C))
     norm("final_norm")
-    if not gpt2:
+    # gpt2's head is the embedding, so it is no parameter of its own.
+    if arch != "gpt2":
         shapes["head.weight"] = "head", (V, C)
     if arch == "track3":
         shapes["head.bias"] = "scalar", (V,)
@@ -155,14 +167,16 @@ def gpt_shapes(
 
 
 def even_shapes(params: float, world: int) -> Shapes:
-    """`params` parameters of which nothing is known, in `world` equal parts."""
+    """`params` parameters of unknown shapes, in `world` equal parts."""
     return {f"part {i}": ("matrix", (math.ceil(params / world),)) for i in range(world)}
 
 
 @functools.cache
 def find_optimizer(name: str) -> type:
-    """The class in optim/ that `optim` names. Raises ValueError where there is none, or where it
-    does not say what it keeps."""
+    """The class in optim/ that `optim` names.
+
+    Raises ValueError where there is none, or where it does not tell how much state it keeps.
+    """
     ours = own_classes()
     check("optim", name, ours)
     if not hasattr(ours[name], "state_numbers"):
@@ -195,7 +209,7 @@ def bytes_of(precision: str) -> tuple[int, int, int, int]:
 
 
 def heading(precision: str) -> str:
-    """What the bytes of this accounting are, in a line."""
+    """What this accounting counts, in a line."""
     published = {
         "mixed": "the primary source's 2 + 2 + 4 bytes and state in float32 (16 with Adam)",
         "texts": "a text's 2 + 2 bytes and state in float32 (12 with Adam), no master weights",
@@ -204,10 +218,15 @@ def heading(precision: str) -> str:
         return published[precision]
     row = PRECISIONS[precision]
     weight, gradient, _, number = bytes_of(precision)
-    how = "e4m3 products, " if row.fp8_blocks else ""
-    how += "autocast over float32 weights: " if has_copies(row) else ""
-    how += "rounded by chance: " if row.stochastic else ""
-    with_adam = f" ({weight + gradient + 2 * number} with Adam)" if row.stochastic else ""
+    how = ""
+    with_adam = ""
+    if row.fp8_blocks:
+        how += "e4m3 products, "
+    if has_copies(row):
+        how += "autocast over float32 weights: "
+    if row.stochastic:
+        how += "rounded by chance: "
+        with_adam = f" ({weight + gradient + 2 * number} with Adam)"
     state = str(row.state).removeprefix("torch.")
     return f"{how}{weight} + {gradient} bytes and state in {state}{with_adam}"
 
@@ -220,14 +239,14 @@ def has_copies(row: Precision) -> bool:
 # ---- who holds it --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Case:
-    """What bytes_per_rank is asked, and what follows at once."""
+    """The arguments of bytes_per_rank, and what follows from them at once."""
 
     shapes: Shapes
     optimizer: type
     options: dict  # the optimizer's
     layout: str
     world: int
-    n: int  # ranks that share one copy
+    n: int  # ranks that share one copy of what is sharded
     precision: str
     reshard: bool
     micro_batches: int
@@ -242,7 +261,7 @@ class Case:
 
     @property
     def row(self) -> Precision:
-        """The papers' accountings neither copy nor round."""
+        """The precision's table row. The papers' accountings neither copy weights nor round."""
         return PRECISIONS.get(self.precision, PRECISIONS["fp32"])
 
     @property
@@ -258,16 +277,19 @@ class Case:
         return any(name.startswith("blocks.") for name in self.shapes)
 
     @property
-    def whole(self) -> dict[str, tuple[int, ...]]:
-        """What ranks own whole: with ZeRO all parameters, with FSDP only what cannot be stepped in
-        shards."""
-        alone = self.n == 1 or self.optimizer.elementwise
-        matrices = attribute(self.optimizer, "matrices_only")
-        return {
-            name: shape
-            for name, (kind, shape) in self.shapes.items()
-            if self.layout != "fsdp" or not (alone or (matrices and kind != "matrix"))
-        }
+    def full(self) -> dict[str, tuple[int, ...]]:
+        """The parameters that an owner steps in full: name -> shape.
+
+        With ZeRO these are all, with FSDP only those that cannot be stepped in shards.
+        """
+        steps_shards = self.n == 1 or self.optimizer.elementwise
+        matrices_only = attribute(self.optimizer, "matrices_only")
+        full = {}
+        for name, (kind, shape) in self.shapes.items():
+            in_shards = steps_shards or (matrices_only and kind != "matrix")
+            if self.layout != "fsdp" or not in_shards:
+                full[name] = shape
+        return full
 
     def state_bytes(self, kind: str, shape: tuple[int, ...]) -> int:
         _, _, master, number = bytes_of(self.precision)
@@ -275,7 +297,7 @@ class Case:
         return number * numbers + master * math.prod(shape)
 
     def shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """fsdp's part of a parameter: rows."""
+        """FSDP's shard of a parameter: some of its rows."""
         return math.ceil(shape[0] / self.n), *shape[1:]
 
 
@@ -297,22 +319,21 @@ def bytes_per_rank(
     owners=owners_by_shape,
     **options,
 ) -> dict[str, float]:
-    """Bytes on the fullest rank: parameters, gradients, state, activations, buffers, their total;
-    and host.
+    """Bytes on the fullest rank: parameters, gradients, state, activations, buffers, total, host.
 
-    shapes: as gpt_shapes gives them. fsdp_shard: ranks that share one copy (None: all). offload (of
-    state) and offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners:
-    {name: shape}, ranks -> {name: rank}. options: the optimizer's, those that its state_numbers
-    takes by keyword. Buffers are 0 if no name begins with `blocks.`. Raises ValueError for names
-    that are not known, with the nearest one, and for sizes that do not fit.
+    shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
+    offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners: a function of
+    {name: shape} and the number of ranks that returns {name: rank}. options: keyword arguments of
+    the optimizer's state_numbers. Buffers are 0 if no name begins with `blocks.`. Raises ValueError
+    for unknown names, with the nearest one, and for sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
     check("precision", precision, ACCOUNTINGS)
     for name in options:
         check(f"{optim}'s option", name, options_of(optimizer))
-    for what, place in ("offload", offload), ("offload_params", offload_params):
-        check(what, place, (None, "cpu", "disk"))
+    check("offload", offload, (None, "cpu", "disk"))
+    check("offload_params", offload_params, (None, "cpu", "disk"))
     if offload_params and layout not in ("zero3", "fsdp"):
         raise ValueError(
             f"offload_params={offload_params} needs layout=zero3 or fsdp, not {layout}"
@@ -322,13 +343,19 @@ def bytes_per_rank(
             f"world={world} and micro_batches={micro_batches} must be at least 1, and "
             f"fsdp_shard={fsdp_shard} a divisor of world"
         )
+    # DDP shares out nothing, hybrid FSDP shards over some of the ranks, all others over all.
+    n = world
+    if layout == "ddp":
+        n = 1
+    elif layout == "fsdp" and fsdp_shard:
+        n = fsdp_shard
     c = Case(
         shapes,
         optimizer,
         options,
         layout,
         world,
-        1 if layout == "ddp" else (fsdp_shard or world) if layout == "fsdp" else world,
+        n,
         precision,
         reshard,
         micro_batches,
@@ -339,40 +366,53 @@ def bytes_per_rank(
     )
     stepped = stepped_by_rank(c, owners)
     ranks = held_by_rank(c, stepped)
+    # The run needs as much memory as its fullest rank.
     fullest = max(range(c.n), key=lambda rank: sum(ranks[rank]))
     return in_all(c, stepped[fullest], *ranks[fullest], activations)
 
 
 def stepped_by_rank(c: Case, owners) -> list[list[tuple[int, int]]]:
-    """(bytes of weights, of state) of all that a rank steps, rank by rank, in the optimizer's
-    order."""
-    held_by, stepped = owners(c.whole, c.n), [[] for _ in range(c.n)]
-    groups = dict.fromkeys(kind for kind, _ in c.shapes.values())
-    for group in groups:
+    """For each rank, (bytes of weights, bytes of state) of each parameter or shard that it steps.
+
+    In the order of the optimizer: its groups are the kinds.
+    """
+    owner_of = owners(c.full, c.n)
+    stepped = [[] for _ in range(c.n)]
+    kinds = dict.fromkeys(kind for kind, _ in c.shapes.values())
+    for group in kinds:
         for name, (kind, shape) in c.shapes.items():
             if kind != group:
                 continue
-            shape = shape if name in held_by else c.shard(shape)
+            # One owner steps all of it, or each rank steps its shard.
+            ranks = [owner_of[name]] if name in owner_of else range(c.n)
+            if name not in owner_of:
+                shape = c.shard(shape)
             both = c.weight * math.prod(shape), c.state_bytes(kind, shape)
-            for rank in [held_by[name]] if name in held_by else range(c.n):
+            for rank in ranks:
                 stepped[rank].append(both)
     return stepped
 
 
 def held_by_rank(c: Case, stepped: list) -> list[tuple[float, float, float]]:
-    """(parameters, gradients, state) in bytes, rank by rank."""
+    """For each rank, bytes of (parameters, gradients, state) between the steps."""
     if c.layout == "fsdp":
-        share = sum(math.prod(c.shard(shape)) for _, shape in c.shapes.values())
-        held = c.weight * share, c.gradient * share
+        shard = sum(math.prod(c.shard(shape)) for _, shape in c.shapes.values())
+        held = c.weight * shard, c.gradient * shard
         return [(*held, sum(state for _, state in owned)) for owned in stepped]
-    stage, everything = LAYOUTS.index(c.layout), sum(c.sizes.values())
-    # With one micro-batch our zero1 sends gradients as early as zero2; the papers count them whole.
-    early = stage == 1 and c.micro_batches == 1 and c.precision not in PUBLISHED
+    stage = LAYOUTS.index(c.layout)  # ddp is stage 0
+    all_numbers = sum(c.sizes.values())
+    # With one micro-batch our zero1 sends gradients as early as zero2. The papers count them all.
+    sends_early = stage == 1 and c.micro_batches == 1 and c.precision not in PUBLISHED
     ranks = []
     for owned in stepped:
-        size, state = sum(size for size, _ in owned), sum(state for _, state in owned)
-        parameters = size if stage >= 3 else c.weight * everything
-        gradients = c.gradient * (size / c.weight if stage >= 2 or early else everything)
+        owned_weights = sum(size for size, _ in owned)
+        state = sum(state for _, state in owned)
+        parameters = c.weight * all_numbers
+        if stage >= 3:
+            parameters = owned_weights
+        gradients = c.gradient * all_numbers
+        if stage >= 2 or sends_early:
+            gradients = c.gradient * (owned_weights / c.weight)
         ranks.append((parameters, gradients, state))
     return ranks
 
@@ -380,23 +420,35 @@ def held_by_rank(c: Case, stepped: list) -> list[tuple[float, float, float]]:
 def in_all(
     c: Case, owned: list, parameters: float, gradients: float, state: float, activations: float
 ) -> dict[str, float]:
-    """What bytes_per_rank returns, of a rank that steps `owned` and holds so many bytes."""
-    # Owners keep whole weights; gradients come and go
-    owns = c.layout == "fsdp" and c.by_block
-    at_owner = sum(c.sizes[name] for name in c.whole) / c.n if owns else 0
-    kept, wire = c.weight * at_owner, c.gradient * at_owner
+    """What bytes_per_rank returns, for a rank that steps `owned` and holds so many bytes."""
+    # FSDP's owners keep full weights, too, and receive full gradients.
+    at_owner = 0
+    if c.layout == "fsdp" and c.by_block:
+        at_owner = sum(c.sizes[name] for name in c.full) / c.n
+    kept = c.weight * at_owner
+    wire = c.gradient * at_owner
     chunks = offloaded_chunks(c, owned, state)
-    backward = of_backward(c) if c.by_block else 0
-    step = of_the_step(c, owned, gradients, chunks) if c.by_block else 0
+    backward = 0
+    step = 0
     host = 0
-    # Then the step, and all it needs, is on the host; what travels passes the device
+    # Temporaries depend on the shapes of blocks.
+    if c.by_block:
+        backward = backward_bytes(c)
+        step = step_bytes(c, owned, gradients, chunks)
     if c.offload_params:
+        # The step is on the host with all that it needs. What travels passes the device.
         host = parameters + gradients + state + kept + wire + max(step, wire)
-        # fsdp takes a unit's gradients there at once, zero3 all of them after backward
-        gradients = 0 if c.layout == "fsdp" else gradients
-        parameters, state, kept, step = 0, 0, 0, 2 * wire
+        # fsdp moves a unit's gradients there at once, zero3 all of them after backward.
+        if c.layout == "fsdp":
+            gradients = 0
+        parameters = 0
+        state = 0
+        kept = 0
+        step = 2 * wire
     elif c.offload:
-        host, state, step = state, 0, step + 3 * wire + chunks
+        host = state
+        state = 0
+        step = step + 3 * wire + chunks
     else:
         step += 3 * wire
     held = dict(
@@ -404,104 +456,139 @@ def in_all(
         gradients=gradients,
         state=state,
         activations=activations,
-        # Backward and step are not at the same time
+        # Backward and step are not at the same time, and the step finds no activations.
         buffers=kept + max(backward, step - activations),
     )
     return held | dict(total=sum(held.values()), host=host)
 
 
 def offloaded_chunks(c: Case, owned: list, state: float) -> float:
-    """Bytes of offloaded state on the device."""
+    """The most bytes of offloaded state that are on the device at once."""
     if not c.offload or c.offload_params:
         return 0
     if c.by_block:
         return in_flight(owned, c.chunk)
+    # Without shapes: two chunks' share of all state.
     return min(state, 2 * c.chunk * state / sum(size for size, _ in owned))
 
 
-def of_backward(c: Case) -> float:
-    """Bytes that a rank has for a while in backward: what comes and goes, and autocast's copies of
-    the weights, which stay till then."""
+def backward_bytes(c: Case) -> float:
+    """Bytes that a rank holds for a while in backward.
+
+    These are weights and gradients on their way, and autocast's copies of the weights, which stay
+    until backward has used them.
+    """
     several = c.n > 1 or c.world > 1 or c.offload_params
-    backward = coming_and_going(c) if several else 0
+    backward = travelling_bytes(c) if several else 0
     if has_copies(c.row) and c.layout != "zero3":
-        # A tied head is the embedding
-        head = [x for x, (kind, _) in c.shapes.items() if kind == "head"] or ["embed.weight"]
-        matrices = [x for x, (kind, _) in c.shapes.items() if kind == "matrix"]
+        head = [name for name, (kind, _) in c.shapes.items() if kind == "head"]
+        if not head:
+            head = ["embed.weight"]  # tied
+        matrices = [name for name, (kind, _) in c.shapes.items() if kind == "matrix"]
+        # FP8's blocks have casts of their own, which do not stay.
         copied = head if c.row.fp8_blocks else head + matrices
-        backward += c.row.products.itemsize * sum(c.sizes[x] for x in copied)
+        backward += c.row.products.itemsize * sum(c.sizes[name] for name in copied)
     return backward
 
 
-def coming_and_going(c: Case) -> float:
-    """Bytes of weights and gradients that a rank has for a while in backward, beside what it
-    keeps."""
-    units = {"before": 0, "after": 0}  # and the blocks -> numbers in them
-    for name, size in c.sizes.items():
-        unit = "before" if len(units) == 2 else "after"
-        unit = name.split(".")[1] if name.startswith("blocks.") else unit
+def unit_sizes(sizes: dict[str, int]) -> dict[str, int]:
+    """Numbers in each unit that is gathered and sent at once: `before`, each block, `after`."""
+    units = {"before": 0, "after": 0}
+    for name, size in sizes.items():
+        if name.startswith("blocks."):
+            unit = name.split(".")[1]
+        elif len(units) == 2:
+            unit = "before"  # no block has come yet
+        else:
+            unit = "after"
         units[unit] = units.get(unit, 0) + size
-    everything, unit = sum(units.values()), max(units.values())
+    return units
+
+
+def travelling_bytes(c: Case) -> float:
+    """Bytes of weights and gradients on their way in backward, beside what the rank keeps."""
+    units = unit_sizes(c.sizes)
+    all_numbers = sum(units.values())
+    unit = max(units.values())
     root = units["before"] + units["after"]
     block = max(size for name, size in units.items() if name not in ("before", "after"))
-    sent = min(max(c.bucket, c.gradient * unit), c.gradient * everything)
+    bucket = min(max(c.bucket, c.gradient * unit), c.gradient * all_numbers)
     others = (c.n - 1) / c.n
-    # Unless they are offloaded, a rank keeps its own weights, and fsdp's gradients, on the device
+    # A rank keeps its own weights, and fsdp's gradients, on the device unless they are offloaded.
     missing = 1 if c.offload_params else others
     if c.layout == "ddp":
         return c.gradient * max(c.sizes.values())
     if c.layout == "zero1" and c.micro_batches > 1:
-        return sent
+        return bucket
     if c.layout in ("zero1", "zero2"):
-        return sent + others * c.gradient * unit
+        return bucket + others * c.gradient * unit
     if c.layout == "zero3":
         return missing * 2 * c.weight * unit + (1 + others) * c.gradient * unit
-    gathered = c.weight * (root + 2 * block if c.reshard else everything)
-    if c.micro_batches > 1:  # gradients wait, whole
-        return gathered + c.gradient * (missing * everything + max(root, block))
+
+    # fsdp: the block in work and the next one are gathered, and embedding and head.
+    gathered = root + 2 * block if c.reshard else all_numbers
+    gathered = c.weight * gathered
+    if c.micro_batches > 1:
+        # Full gradients wait for the last micro-batch.
+        return gathered + c.gradient * (missing * all_numbers + max(root, block))
     return gathered + 2 * c.gradient * max(root, block)
 
 
 def in_flight(stepped: list[tuple[float, float]], limit: float) -> float:
-    """Most state on the device: that of two chunks, as memory/offload.py cuts (weights, state) into
-    them."""
-    chunks, size = [0], 0
+    """The most bytes of state on the device at once, which is the state of two chunks.
+
+    stepped: bytes of (weights, state), cut into chunks of at most `limit` bytes of weights as
+    memory/offload.py does it.
+    """
+    chunks = [0]
+    size = 0
     for weights, state in stepped:
-        # One that is larger than the limit is a chunk by itself
+        # A parameter that is larger than the limit is a chunk by itself.
         if size and size + weights > limit:
-            chunks, size = [*chunks, 0], 0
-        chunks[-1], size = chunks[-1] + state, size + weights
+            chunks.append(0)
+            size = 0
+        chunks[-1] += state
+        size += weights
     return max(a + b for a, b in itertools.pairwise([*chunks, 0]))
 
 
-def of_the_step(c: Case, owned: list, gradients: float, chunks: float) -> float:
+def step_bytes(c: Case, owned: list, gradients: float, chunks: float) -> float:
     """Bytes of the temporaries of an optimizer's step."""
-    stochastic, here = c.row.stochastic, sum(size for size, _ in owned)
-    # Rounding by chance steps float32 copies of a chunk, with their gradients
+    stochastic = c.row.stochastic
+    owned_weights = sum(size for size, _ in owned)
+    # Stochastic rounding steps float32 copies of a chunk, with their gradients.
     wide = c.row.state.itemsize if stochastic else c.weight
-    step = of_the_update(c, wide, c.chunk / wide if chunks or stochastic else math.inf)
+    at_once = c.chunk / wide if chunks or stochastic else math.inf
+    step = update_bytes(c, wide, at_once)
     if stochastic:
         largest = max(c.sizes.values())
-        step = max(step, 21 * largest) + 4 * min(here, max(c.chunk, c.weight * largest))
-    if c.layout == "zero1":  # others' gradients are gone
-        step -= gradients - c.gradient * here / c.weight
+        step = max(step, 21 * largest) + 4 * min(owned_weights, max(c.chunk, c.weight * largest))
+    if c.layout == "zero1":
+        # The gradients of other owners' parameters are gone by then.
+        step -= gradients - c.gradient * owned_weights / c.weight
     return step
 
 
-def of_the_update(c: Case, wide: int, at_once: float) -> float:
-    """Those of the largest parameter, in numbers of `wide` bytes; where matrices of one shape are
-    multiplied together, of a stack, into which go no more of them than at_once numbers."""
-    most = wide * max(c.sizes.values())
+def update_bytes(c: Case, wide: int, at_once: float) -> float:
+    """Bytes of the temporaries of one update.
+
+    These are the largest parameter's, `wide` bytes a number, or those of a stack where matrices of
+    one shape are multiplied together. A stack takes `at_once` numbers at most, or one matrix.
+    """
+    largest = wide * max(c.sizes.values())
     if not attribute(c.optimizer, "matrices_only"):
-        return most
-    # Transposes too
+        return largest
+    # A matrix and one of its transposed shape go into the same stack.
     sides = [tuple(sorted(shape)) for kind, shape in c.shapes.values() if kind == "matrix"]
-    stack = max(
-        (2 * math.prod(s) + 3 * s[0] ** 2)
-        * min(math.ceil(sides.count(s) / c.n), max(1, at_once / math.prod(s)))
-        for s in set(sides)
-    )
-    return max(most, stack * (8 if c.row.weights.itemsize == 8 else 2))
+    most = 0
+    for shape in set(sides):
+        numbers = math.prod(shape)
+        here = math.ceil(sides.count(shape) / c.n)
+        stacked = min(here, max(1, at_once / numbers))
+        # Two copies of the matrix, and three products of its short side.
+        most = max(most, (2 * numbers + 3 * shape[0] ** 2) * stacked)
+    itemsize = 8 if c.row.weights.itemsize == 8 else 2  # Muon computes in bfloat16, or float64
+    return max(largest, most * itemsize)
 
 
 def activation_bytes(
@@ -514,66 +601,79 @@ def activation_bytes(
     activation_checkpoint: str = "none",
     tp: int = 1,
 ) -> float:
-    """Kept for backward by one micro-batch of `tokens` = b x s: by 34 s b h, the text's 20 s b h,
-    or ours.
+    """Bytes that one micro-batch of `tokens` = b x s keeps for backward.
 
-    activation_checkpoint: as in memory/activation_checkpoint.py; tp: ranks that share out what
-    full_sharded keeps. What is offloaded is on the device while it is used, for two blocks at a
-    time.
+    By 34 s b h, the text's 20 s b h, or our own count. activation_checkpoint: as in
+    memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps. Offloaded
+    activations are on the device while they are used, two blocks at a time. Raises ValueError for
+    an unknown precision or activation_checkpoint.
     """
     check("precision", precision, ACCOUNTINGS)
-    if precision in PUBLISHED:  # with inputs and results of products of 2 bytes
-        per_layer, per_channel, per_word = {"mixed": 34, "texts": 20}[precision], 0, 0
-        full, attention, mlp, selective, passing = 2, 26, 18, 22, 0
+    if precision in PUBLISHED:
+        # Operands and results of matrix products have 2 bytes.
+        per_layer = {"mixed": 34, "texts": 20}[precision]
+        per_channel = 0
+        per_word = 0
+        full, attention, mlp, selective, inside = 2, 26, 18, 22, 0
     else:
         row = PRECISIONS[precision]
         key = arch, row.weights.itemsize, row.products.itemsize
-        per_layer, per_channel, per_word = KEPT[key]
-        full, attention, mlp, selective, passing = LEFT[key]
-    how, _, number = activation_checkpoint.partition("_")
-    if not (how in ("every", "segments") and number.isdecimal()):
-        how, number = activation_checkpoint, 1
-    K, L, attention, selective = (
-        int(number),
-        n_layer,
-        min(attention, per_layer),
-        min(selective, per_layer),
-    )
+        per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
+        full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
+    attention = min(attention, per_layer)
+    selective = min(selective, per_layer)
+    L = n_layer
+    how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
         raise ValueError(
             f"activation_checkpoint={activation_checkpoint} takes 1 to {L}, the layers"
         )
-    again = math.ceil(L / K)  # layers, where they are taken in steps of K
+
+    # Bytes of a token and channel: kept by all layers, and computed again of one block or segment.
+    n_steps = math.ceil(L / K)
+    last_again = (L - 1) % K == 0  # every_K computes the last layer again
     by_how = {
         "none": (L * per_layer, 0),
         "full": (L * full, per_layer - full),
         "full_sharded": (L * full / tp, per_layer - full / tp),
         "full_offload": (0, per_layer + full),
-        "every": (again * full + (L - again) * per_layer, (per_layer - full) * ((L - 1) % K == 0)),
-        "segments": (K * full, again * per_layer - full),
+        "every": (
+            n_steps * full + (L - n_steps) * per_layer,
+            per_layer - full if last_again else 0,
+        ),
+        "segments": (K * full, n_steps * per_layer - full),
         "attention": (L * attention, 0),
         "mlp": (L * mlp, per_layer - mlp),
         "selective": (L * selective, per_layer - selective),
         "offload": (0, 2 * per_layer),
     }
     check("activation_checkpoint", how, by_how)
-    kept, back = by_how[how]
-    # Of the head; gone when backward is in the blocks
-    after = per_channel * n_embd + per_word * vocab_size
+    kept, again = by_how[how]
+
+    # What the head keeps is gone when backward comes to the blocks.
+    of_head = per_channel * n_embd + per_word * vocab_size
     if how == "none":
-        return tokens * (kept * n_embd + after)
-    return tokens * (kept * n_embd + max((back + passing) * n_embd, after))
+        return tokens * (kept * n_embd + of_head)
+    return tokens * (kept * n_embd + max((again + inside) * n_embd, of_head))
+
+
+def step_of_layers(activation_checkpoint: str) -> tuple[str, int]:
+    """("every", 2) for every_2, ("full", 1) for full."""
+    how, _, number = activation_checkpoint.partition("_")
+    if how in ("every", "segments") and number.isdecimal():
+        return how, int(number)
+    return activation_checkpoint, 1
 
 
 def check(what: str, value, known) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), [k for k in known if k], 1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"there are: {', '.join(map(str, known)) or 'none'}"
-        )
-        raise ValueError(f"{what} {value!r} is not known; {hint}")
+    """Raises ValueError, with the nearest name, for a value that is not in `known`."""
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), [k for k in known if k], 1)
+    hint = f"there are: {', '.join(map(str, known)) or 'none'}"
+    if near:
+        hint = f"did you mean {near[0]}?"
+    raise ValueError(f"{what} {value!r} is not known; {hint}")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -608,9 +708,12 @@ SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
 def parse(argv: list[str]) -> tuple[dict, dict]:
-    """--name=value ... -> the settings, and the optimizer's own from --opt.NAME=value. Raises
-    ValueError."""
-    settings, options = dict(DEFAULTS), {}
+    """(the settings, the optimizer's own from --opt.NAME=value) of a command line.
+
+    Raises ValueError for an unknown name or a value that is not allowed.
+    """
+    settings = dict(DEFAULTS)
+    options = {}
     for name, text in words(argv):
         if name.startswith("opt."):
             options[name[4:]] = text
@@ -618,15 +721,15 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
             check("the name", name, DEFAULTS)
             choices = own_classes() if name == "optim" else NAMES.get(name, ())
             settings[name] = from_text(name, text, DEFAULTS[name], choices, name == "bucket_mb")
+
+    # The optimizer is known only now, and with it the kinds of its options.
     known = options_of(find_optimizer(settings["optim"]))
     for name, text in options.items():
         check(f"{settings['optim']}'s option", name, known)
-        # `float | None`, or `Literal["adam", "sgd"] | None`
-        kinds = [known[name].annotation, *typing.get_args(known[name].annotation)]
-        choices = [x for k in kinds if typing.get_origin(k) is Literal for x in typing.get_args(k)]
-        choices += ["none"] if choices and type(None) in kinds else []
-        options[name] = from_text(name, text, known[name].default, choices, float in kinds)
-    width, heads = settings["n_embd"] or 0, settings["n_head"]
+        choices, is_fraction = kinds_of(known[name])
+        options[name] = from_text(name, text, known[name].default, choices, is_fraction)
+    width = settings["n_embd"] or 0
+    heads = settings["n_head"]
     if width % heads or heads % (settings["n_kv_head"] or heads):
         raise ValueError(
             f"n_embd={width}, n_head={heads} and n_kv_head={settings['n_kv_head']} must divide, "
@@ -635,9 +738,22 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
     return settings, options
 
 
+def kinds_of(parameter: inspect.Parameter) -> tuple[list, bool]:
+    """(the words that it takes, may it be a fraction?): `Literal["adam", "sgd"] | None`, float."""
+    kinds = [parameter.annotation, *typing.get_args(parameter.annotation)]
+    choices = []
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            choices += typing.get_args(kind)
+    if choices and type(None) in kinds:
+        choices.append("none")
+    return choices, float in kinds
+
+
 def words(argv: list[str]) -> list[tuple[str, str]]:
     """(name, text) of each --name=text, or --name text. Raises ValueError."""
-    left, found = list(argv), []
+    left = list(argv)
+    found = []
     while left:
         word = left.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
@@ -649,9 +765,11 @@ def words(argv: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def from_text(name: str, text: str, default, choices=(), fraction: bool = False):
-    """The value of --name=text, whose default shows its kind: one of the choices, or else a number,
-    which is whole unless it may be a fraction. Raises ValueError."""
+def from_text(name: str, text: str, default, choices=(), is_fraction: bool = False):
+    """The value of --name=text: one of the choices, or else of the default's kind.
+
+    A number is whole unless is_fraction. Raises ValueError for what is not allowed.
+    """
     if name == "activation_checkpoint":
         return text
     if default is None and text.lower() == "none":
@@ -662,95 +780,131 @@ def from_text(name: str, text: str, default, choices=(), fraction: bool = False)
     if type(default) is bool:
         check(name, text.lower(), ("true", "false"))
         return text.lower() == "true"
+    value = number(text)
+    least = 0 if is_fraction or name == "batch" else 1
+    if least <= value < math.inf:
+        if is_fraction:
+            return value
+        if value == round(value):
+            return round(value)
+    # The message says which kind would have been right.
+    what = "a number, 0 or more"
+    if not is_fraction:
+        what = f"a whole number, {least} or more, as 8, 7e9 or 7B"
+    raise ValueError(f"{name}={text} is not allowed; it takes {what}")
+
+
+def number(text: str) -> float:
+    """7e9, 7B or 7GB as 7e9; NaN where it is no number."""
+    if text[-2:].lower() in ("kb", "mb", "gb", "tb"):
+        text = text[:-1]
+    factor = SUFFIXES.get(text[-1:].lower())
     try:
-        short = text[:-1] if text[-2:].lower() in ("kb", "mb", "gb", "tb") else text
-        factor = SUFFIXES.get(short[-1:].lower())
-        value = round(float(short[:-1]) * factor, 3) if factor else float(short)
+        if factor is None:
+            return float(text)
+        return round(float(text[:-1]) * factor, 3)
     except ValueError:
-        value = math.nan
-    whole, least = not fraction, 0 if fraction or name == "batch" else 1
-    if not least <= value < math.inf or (whole and value != round(value)):
-        what = (
-            f"a whole number, {least} or more, as 8, 7e9 or 7B" if whole else "a number, 0 or more"
-        )
-        raise ValueError(f"{name}={text} is not allowed; it takes {what}")
-    return round(value) if whole else value
+        return math.nan
 
 
 def usage(defaults: dict, names: dict) -> str:
-    """The flags with their defaults, and what those with a choice take."""
+    """The flags with their defaults, and the words that some of them take."""
     lines = ["--name=value, or --name value; the values here are the defaults"]
     for name, value in defaults.items():
-        choice = [x for x in names.get(name, ()) if x != str(value)]
-        value = str(value).lower() if value in (None, True, False) else value
-        lines.append(f"  --{name}={value}" + (f"  or {', '.join(choice)}" if choice else ""))
+        choices = [x for x in names.get(name, ()) if x != str(value)]
+        if value in (None, True, False):
+            value = str(value).lower()
+        line = f"  --{name}={value}"
+        if choices:
+            line += f"  or {', '.join(choices)}"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def table(settings: dict, options: dict) -> str:
-    """A row for every layout, for each accounting that was asked for. Raises ValueError."""
-    s = SimpleNamespace(**settings)
-    by_shape, optimizer = s.params is None, find_optimizer(s.optim)
-    if (by_shape or s.batch) and None in (s.n_layer, s.n_embd):
+def shapes_of(s: SimpleNamespace) -> Shapes:
+    """The parameters that the command line describes. Raises ValueError."""
+    has_shape = None not in (s.n_layer, s.n_embd)
+    if not has_shape and (s.params is None or s.batch):
         raise ValueError(
             "type --params=7e9, or the model's --n_layer=12 --n_embd=768 --vocab_size=50304; "
             "--batch needs --n_layer and --n_embd in any case"
         )
-    if by_shape:
-        shapes = gpt_shapes(
+    if s.params is None:
+        return gpt_shapes(
             s.n_layer, s.n_embd, s.vocab_size, s.block_size, s.arch, s.n_head, s.n_kv_head
         )
-    elif optimizer.state_numbers((2, 3)) != optimizer.state_numbers((6,)):
+    optimizer = find_optimizer(s.optim)
+    if optimizer.state_numbers((2, 3)) != optimizer.state_numbers((6,)):
         raise ValueError(
             f"{s.optim}'s state depends on shapes: give --n_layer and --n_embd, not --params"
         )
-    else:
-        shapes = even_shapes(s.params, s.gpus)
+    return even_shapes(s.params, s.gpus)
+
+
+COLUMNS = ("parameters", "gradients", "state", "activations", "buffers", "total", "host")
+
+
+def table(settings: dict, options: dict) -> str:
+    """For each accounting a table with a row for every layout. Raises ValueError."""
+    s = SimpleNamespace(**settings)
+    shapes = shapes_of(s)
     if s.activation_checkpoint != "none" and not s.batch:
         raise ValueError(
             "--activation_checkpoint is about activations: type --batch=8, or another number"
         )
+    by_shape = s.params is None
+    if s.precision:
+        precisions = [s.precision]
+    else:
+        # Our accounting needs shapes.
+        precisions = ["bf16", "mixed", "texts"] if by_shape else ["mixed", "texts"]
     count = sum(math.prod(shape) for _, shape in shapes.values())
     lines = [f"{count:,} parameters, {s.optim}, {s.gpus} ranks; GB (1e9 bytes) on the fullest rank"]
-    columns = ("parameters", "gradients", "state", "activations", "buffers", "total", "host")
-    for precision in [s.precision] if s.precision else ["bf16"] * by_shape + ["mixed", "texts"]:
-        tokens, kept = s.batch * s.block_size, 0
-        if s.batch:
-            kept = activation_bytes(
-                precision,
-                tokens,
-                s.n_layer,
-                s.n_embd,
-                s.vocab_size,
-                s.arch,
-                s.activation_checkpoint,
-            )
-        lines += [
-            "",
-            f"{precision}: {heading(precision)}",
-            "layout " + "".join(f"{c:>12}" for c in columns),
-        ]
+    for precision in precisions:
+        lines += ["", f"{precision}: {heading(precision)}"]
+        lines.append("layout " + "".join(f"{column:>12}" for column in COLUMNS))
         for layout in LAYOUTS:
-            held = bytes_per_rank(
-                shapes,
-                s.optim,
-                layout,
-                s.gpus,
-                precision,
-                reshard=s.reshard,
-                micro_batches=s.micro_batches,
-                fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,
-                activations=kept,
-                offload=s.offload,
-                offload_params=s.offload_params if layout in ("zero3", "fsdp") else None,
-                bucket_mb=s.bucket_mb,
-                **options,
-            )
-            cells = [f"{held[c] / 1e9:.4g}" if by_shape or c != "buffers" else "-" for c in columns]
-            lines.append(f"{layout:7}" + "".join(f"{cell:>12}" for cell in cells))
-    return "\n".join(
-        lines + ([] if by_shape else ["", "-: give --n_layer and --n_embd instead of --params"])
+            lines.append(table_row(s, options, shapes, precision, layout))
+    if not by_shape:
+        lines += ["", "-: give --n_layer and --n_embd instead of --params"]
+    return "\n".join(lines)
+
+
+def table_row(
+    s: SimpleNamespace, options: dict, shapes: Shapes, precision: str, layout: str
+) -> str:
+    activations = 0
+    if s.batch:
+        activations = activation_bytes(
+            precision,
+            s.batch * s.block_size,
+            s.n_layer,
+            s.n_embd,
+            s.vocab_size,
+            s.arch,
+            s.activation_checkpoint,
+        )
+    held = bytes_per_rank(
+        shapes,
+        s.optim,
+        layout,
+        s.gpus,
+        precision,
+        reshard=s.reshard,
+        micro_batches=s.micro_batches,
+        fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,
+        activations=activations,
+        offload=s.offload,
+        offload_params=s.offload_params if layout in ("zero3", "fsdp") else None,
+        bucket_mb=s.bucket_mb,
+        **options,
     )
+    cells = []
+    for column in COLUMNS:
+        # Buffers depend on the shapes of blocks, which --params does not give.
+        is_known = s.params is None or column != "buffers"
+        cells.append(f"{held[column] / 1e9:.4g}" if is_known else "-")
+    return f"{layout:7}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How much memory tensors take, on any device: all storages alive, asked for their size at each
-operation.
+"""How much memory tensors take, on any device: the sizes of all living storages.
 
     with Meter() as meter: ...            meter.peak, meter.now()
 
-A storage that is freed by `resize_(0)` counts as empty, one that comes back counts again: counting
-at allocation would miss both. Only what an operation has touched since the meter began is seen.
+The meter adds up the sizes after each operation. So a storage that `resize_(0)` frees counts as
+empty, and counts again when it comes back; counting at allocation would miss both. It sees only
+storages that an operation has touched since it began.
 """
 
 import weakref
@@ -15,26 +15,29 @@ from torch.utils._pytree import tree_iter
 
 
 def nbytes(tensors) -> int:
-    """Bytes of the storages of all these tensors, each once; a DTensor's are those of its local
-    part."""
+    """Bytes of the storages of all these tensors, each once; a DTensor counts its local shard."""
     storages = {}
     for x in tensors:
-        x = x.to_local() if hasattr(x, "to_local") else x
+        if hasattr(x, "to_local"):
+            x = x.to_local()
+        # A tensor on the meta device has a shape, but no bytes.
         if x.device.type != "meta":
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
     return sum(storages.values())
 
 
 class Meter(TorchDispatchMode):
-    """peak: the most bytes that were alive after any operation since the meter began, or since
-    reset()."""
+    """peak: the most bytes alive after any operation since the meter began, or since reset()."""
 
     def __init__(self):
         super().__init__()
-        self.storages, self.peak = {}, 0  # address of the storage -> weak reference to it
+        self.storages = {}  # address of a storage -> weak reference to it
+        self.peak = 0
 
     def now(self) -> int:
+        """Bytes alive now."""
         total = 0
+        # A copy of the list, for dead storages go on the way.
         for address, reference in list(self.storages.items()):
             storage = reference()
             if storage is None:
@@ -47,7 +50,9 @@ class Meter(TorchDispatchMode):
         self.peak = self.now()
 
     def watch(self, tree) -> None:
+        """Counts the storages of all tensors in this tree from now on."""
         for x in tree_iter(tree):
+            # Wrappers such as DTensor have no storage of their own.
             if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta":
                 storage = x.untyped_storage()
                 if storage._cdata not in self.storages or self.storages[storage._cdata]() is None:
@@ -55,7 +60,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(t, "to_local") for t in types):
-            # The operations on a DTensor's local part are seen one level down
+            # The operations on a DTensor's local shard come one level down.
             return NotImplemented
         out = func(*args, **(kwargs or {}))
         self.watch((args, kwargs, out))
@@ -78,24 +83,26 @@ def measure(
     autocast=None,
     **options,
 ) -> dict[str, float]:
-    """Bytes this rank holds in the last of a few steps, each of `micro_batches` micro-batches of 1
-    x tokens.
+    """Bytes this rank holds in the last of a few steps, of `micro_batches` of 1 x tokens each.
 
-    replicas: a layout of parallel/protocol.py; model: on the meta device; source: see its
-    init_weights; groups: model -> groups for cls; offload: what is done to the optimizer. Gives
-    parameters, gradients (between the steps, and just before the last one), state, and peak: the
-    most at any moment of the last step, all together.
+    replicas: a layout of parallel/protocol.py; model: on the meta device; source: see init_weights
+    there; groups: model -> groups for cls; offload: what is done to the optimizer. Returns
+    parameters (between the steps), gradients (just before the last step), state, and peak: the most
+    at any moment of the last step, all together.
     """
+    # In train.py's order: parallelize, fill, then make the optimizer.
     model = replicas.parallelize(model)
     replicas.init_weights(source)
     optimizer = replicas.make_optimizer(cls, groups(model), **options)
-    optimizer = offload(optimizer) if offload is not None else optimizer
+    if offload is not None:
+        optimizer = offload(optimizer)
     if hasattr(optimizer, "train"):
         optimizer.train()
     vocabulary = next(model.parameters()).shape[0]
     with Meter() as meter:
         for step in range(steps):
             parameters = nbytes(model.parameters())
+            # Only the last step's peak counts: the first one makes the state.
             meter.reset()
             for i in range(micro_batches):
                 ids = (

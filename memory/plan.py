@@ -1,5 +1,4 @@
-"""Which layout for a model and cluster that we cannot try: each one's bytes, traffic and time, on
-paper.
+"""Each layout's bytes, traffic and time on paper, for a model and a cluster that we cannot try.
 
     python -m memory.plan --params=70B --gpus=512     # A100s, 4 Mi tokens a step
     python -m memory.plan --n_layer=126 --n_embd=16384 --n_head=128 --gpus=8192 --gpu=H100
@@ -54,6 +53,7 @@ does not say which.
 """
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -71,8 +71,13 @@ from memory.estimate import (
     words,
 )
 
-LIMIT, PASSES, REACHED, HIDDEN = 1.34, 11, 0.65, 0.6  # fitted once, see above
-# Of a device's memory; the rest is for the context, communication buffers, fragmentation
+# Fitted once to published runs, see above.
+LIMIT = 1.34
+PASSES = 11
+REACHED = 0.65
+HIDDEN = 0.6
+# The share of a device's memory that a plan fills. The rest is for the context, communication
+# buffers and fragmentation.
 USABLE = 0.9
 
 
@@ -84,7 +89,7 @@ class Model:
     n_kv_head: int
     vocab_size: int = 50304
     block_size: int = 2048
-    # Entries of a block's MLP matrices in n_embd^2, for FLOPs; memory is that of our 8
+    # Entries of a block's MLP matrices in n_embd^2, for FLOPs. Memory counts our 8.
     mlp: float = 8.0
 
     @property
@@ -94,7 +99,7 @@ class Model:
 
     @property
     def flops(self) -> float:
-        """6 N + 12 L C T, a token's."""
+        """FLOPs of a token, forward and backward: 6 N + 12 L C T."""
         head = self.vocab_size * self.n_embd
         return (
             6 * (self.n_layer * self.block + head)
@@ -103,7 +108,9 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Cluster:  # bytes/s one way
+class Cluster:
+    """Bandwidths in bytes/s, one way."""
+
     gpus: int
     peak_flops: float = 312e12
     memory: float = 80e9
@@ -114,7 +121,7 @@ class Cluster:  # bytes/s one way
 
 
 # From NVIDIA's data sheets (SXM; NVLink's 600 and 900 GB/s are both ways) and DGX: 8 x 200 or 400
-# Gb/s a node
+# Gb/s a node. In the order of Cluster's fields.
 GPUS = {
     "A100": (312e12, 80e9, 2.039e12, 300e9, 25e9),
     "H100": (989.5e12, 80e9, 3.35e12, 450e9, 50e9),
@@ -124,7 +131,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Named as train.py's flags; of activation_checkpoint none, full and every_K."""
+    """Fields are named as train.py's flags. activation_checkpoint is none, full or every_K."""
 
     tp: int = 1
     sp: bool = False
@@ -134,7 +141,8 @@ class Layout:
     pp_chunks: int = 1
     data_parallel: str = "ddp"
     reshard: bool = True
-    activation_checkpoint: str = "none"  # and, for published rows: selective, attention's s^2 alone
+    # Or selective, for published rows: attention's s^2 alone.
+    activation_checkpoint: str = "none"
     micro_batch_size: int = 1
 
 
@@ -150,45 +158,73 @@ class Plan:
 
 
 def recomputed(x: Layout) -> float:
+    """The share of blocks that backward computes again."""
     kind = x.activation_checkpoint
-    return 1 / int(kind[6:]) if kind.startswith("every_") else float(kind == "full")
+    if kind.startswith("every_"):
+        return 1 / int(kind[6:])
+    return float(kind == "full")
 
 
 # ---- memory --------------------------------------------------------------------------------------
 def in_flight(x: Layout, micro: int, last: bool = False) -> float:
-    """Micro-batches whose activations the first (or last) stage holds at once."""
-    spread = (x.pp - 1) / x.pp_chunks * (-1 if last else 1)
-    most = {"1f1b": 1 if last else x.pp, "zerobubble": x.pp, "interleaved": x.pp + spread}
-    return min(micro, most[x.pp_schedule])
+    """Micro-batches whose activations the first (or last) stage holds at once.
+
+    micro: micro-batches of a step.
+    """
+    if x.pp_schedule == "interleaved":
+        # The first stage holds more than pp, the last one as many fewer.
+        extra = (x.pp - 1) / x.pp_chunks
+        most = x.pp - extra if last else x.pp + extra
+    elif x.pp_schedule == "1f1b" and last:
+        most = 1
+    else:
+        most = x.pp
+    return min(micro, most)
 
 
 def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
-    layers, again, C, tokens = (
-        math.ceil(m.n_layer / x.pp),
-        recomputed(x),
-        m.n_embd,
-        x.micro_batch_size,
-    )
+    """Bytes of activations on the fullest stage."""
+    C = m.n_embd
+    again = recomputed(x)
+    layers = math.ceil(m.n_layer / x.pp)
+    tokens = x.micro_batch_size
     tokens *= m.block_size / x.cp
-    cut, sp = (1 / x.tp, x.tp) if x.sp else (10 / 34 + 24 / 34 / x.tp, 1)
-    block = activation_bytes(precision, tokens, 1, C) * cut
-    stage = activation_bytes(precision, tokens, layers, C) * cut * (1 - again)
-    stage += again * layers * tokens * C * bytes_of(precision)[0] / sp  # their inputs are kept
+    # Sequence parallelism shares out all activations, tensor parallelism those inside a block.
+    if x.sp:
+        share = 1 / x.tp
+        shards_of_input = x.tp
+    else:
+        share = 10 / 34 + 24 / 34 / x.tp
+        shards_of_input = 1
+    block = activation_bytes(precision, tokens, 1, C) * share
+    stage = activation_bytes(precision, tokens, layers, C) * share * (1 - again)
+    # Of a block that is computed again only the input is kept.
+    stage += again * layers * tokens * C * bytes_of(precision)[0] / shards_of_input
     head = activation_bytes(precision, tokens, 0, 0, m.vocab_size) / x.tp
-    first = in_flight(x, micro) * stage + (x.pp == 1) * head
-    return max(first, in_flight(x, micro, True) * stage + head) + (again > 0) * block
+    first = in_flight(x, micro) * stage
+    if x.pp == 1:
+        first += head
+    last = in_flight(x, micro, True) * stage + head
+    fullest = max(first, last)
+    if again > 0:
+        fullest += block
+    return fullest
 
 
 def stage_shapes(m: Model, tp: int, pp: int) -> Shapes:
-    """The largest stage's part. First and last hold equally much: one has embed, the other has
-    head."""
-    size = math.ceil(m.n_layer / pp), m.n_embd, m.vocab_size, m.block_size
-    shapes = gpt_shapes(*size, n_head=m.n_head, n_kv_head=m.n_kv_head)
-    return {
-        name: (kind, (math.ceil(shape[0] / tp), *shape[1:]))
-        for name, (kind, shape) in shapes.items()
-        if pp == 1 or kind != "head"
-    }
+    """The parameters of the largest stage on one tensor parallel rank.
+
+    The first and the last stage hold equally much: one has the embedding, the other has the head.
+    """
+    layers = math.ceil(m.n_layer / pp)
+    full = gpt_shapes(
+        layers, m.n_embd, m.vocab_size, m.block_size, n_head=m.n_head, n_kv_head=m.n_kv_head
+    )
+    shapes = {}
+    for name, (kind, shape) in full.items():
+        if pp == 1 or kind != "head":
+            shapes[name] = kind, (math.ceil(shape[0] / tp), *shape[1:])
+    return shapes
 
 
 @functools.lru_cache(4096)
@@ -210,149 +246,173 @@ def weights_and_state(
 def predict(
     m: Model, c: Cluster, x: Layout, batch: int, precision: str = "bf16", causal: float = 0.5
 ) -> Plan:
-    """What layout x takes on cluster c with `batch` sequences a step. causal: share of attention
-    that is computed, 1 where a kernel masks instead of skipping."""
-    n, again, C = c.gpus // (x.tp * x.pp), recomputed(x), m.n_embd
-    micro, tokens = (
-        batch * x.cp // (n * x.micro_batch_size),
-        x.micro_batch_size * m.block_size / x.cp,
-    )
-    layers, (weight, gradient, *_) = math.ceil(m.n_layer / x.pp), bytes_of(precision)
-    several = micro > 1
-    held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, several, precision)
+    """Memory, traffic and time of layout x on cluster c with `batch` sequences a step.
+
+    causal: share of attention that is computed, 1 where a kernel masks instead of skipping.
+    """
+    C = m.n_embd
+    n = c.gpus // (x.tp * x.pp)  # replicas, dp cp
+    again = recomputed(x)
+    layers = math.ceil(m.n_layer / x.pp)
+    micro = batch * x.cp // (n * x.micro_batch_size)  # micro-batches of a step
+    tokens = x.micro_batch_size * m.block_size / x.cp  # of a micro-batch, on a rank
+    weight, gradient, *_ = bytes_of(precision)
+
+    # Memory.
+    held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision)
     held = held | dict(activations=activations(m, x, micro, precision))
     held["total"] += held["activations"]
 
+    # One micro-batch, forward and backward, on the slowest stage: the last one has the head.
     attention = 4 * C * m.block_size * causal  # a token's FLOPs forward, in a block
-    block = (3 + again) * (2 * m.block + attention) + (
-        x.activation_checkpoint == "selective"
-    ) * attention
+    block = (3 + again) * (2 * m.block + attention)
+    if x.activation_checkpoint == "selective":
+        block += attention
     slowest = max(layers * block, m.n_layer // x.pp * block + 6 * m.vocab_size * C)
     cost = LIMIT + c.peak_flops / c.memory_bandwidth * (1 / tokens + x.tp / C + PASSES / C)
     one = slowest * tokens / x.tp / c.peak_flops * cost
 
+    # Its traffic, none of it overlapped. A group inside a node has the node's links.
     sent = {
         "tp": layers * (4 + 2 * again) * 2 * (x.tp - 1) / x.tp * tokens * C * 2,
         "cp": layers * (3 + again) * (x.cp - 1) * 4 * tokens * C * m.n_kv_head / m.n_head / x.tp,
-        "pp": (x.pp > 1) * 2 * x.pp_chunks * tokens * C * weight / (x.tp if x.sp else 1),
+        "pp": 0,
     }
-    # Ranks that a group spans
-    inside = {"tp": x.tp, "cp": x.tp * x.cp, "dp": x.tp * n, "pp": c.gpus}
-    inside = {axis: span <= c.gpus_per_node for axis, span in inside.items()}
-    speed = {
-        axis: REACHED * (c.node_bandwidth if near else c.bandwidth) for axis, near in inside.items()
-    }
+    if x.pp > 1:
+        sent["pp"] = 2 * x.pp_chunks * tokens * C * weight / (x.tp if x.sp else 1)
+    spans = {"tp": x.tp, "cp": x.tp * x.cp, "dp": x.tp * n, "pp": c.gpus}  # ranks
+    inside = {axis: span <= c.gpus_per_node for axis, span in spans.items()}
+    speed = {}
+    for axis, is_inside in inside.items():
+        speed[axis] = REACHED * (c.node_bandwidth if is_inside else c.bandwidth)
     one += sum(sent[axis] / speed[axis] for axis in sent)
 
-    share = (n - 1) / n * (layers * m.block + m.vocab_size * C * (1 + (x.pp == 1))) / x.tp
-    reduce, gather = (
-        share * gradient * (1 + (x.data_parallel == "ddp")),
-        share * weight / speed["dp"],
-    )
-    after, gathers = together(reduce / speed["dp"], one * 2 / 3) - one * 2 / 3, 1
+    # Data parallel: the last backward hides some of the reduction, fsdp's gathers hide all along.
+    n_vocabulary = 2 if x.pp == 1 else 1  # embedding and head, on one stage or on two
+    n_passes = 2 if x.data_parallel == "ddp" else 1  # all-reduce, or reduce-scatter
+    share = (n - 1) / n * (layers * m.block + m.vocab_size * C * n_vocabulary) / x.tp
+    reduced = share * gradient * n_passes
+    gather = share * weight / speed["dp"]
+    after = together(reduced / speed["dp"], one * 2 / 3) - one * 2 / 3
+    gathers = 1
     if x.data_parallel == "fsdp" and x.reshard:
-        one, gathers = together(one, 2 * gather), 2 * micro
+        one = together(one, 2 * gather)
+        gathers = 2 * micro
     elif x.data_parallel == "fsdp":
         after += together(gather, one / 3) - one / 3
+    elif x.data_parallel == "zero1":
+        after += gather
     else:
-        after, gathers = (after + gather, 1) if x.data_parallel == "zero1" else (after, 0)
+        gathers = 0
 
+    # The pipeline's bubble, and the whole step.
     rate = {"1f1b": 1, "interleaved": 1 / x.pp_chunks, "zerobubble": (1 + again) / (3 + again)}
-    wait = (x.pp - 1) / micro * rate[x.pp_schedule]
-    step = micro * one * (1 + wait) + after
-    traffic = {axis: micro * size for axis, size in sent.items()} | {
-        "dp": reduce + gathers * share * weight
-    }
-    near = sum(size for axis, size in traffic.items() if inside[axis])
+    bubble = (x.pp - 1) / micro * rate[x.pp_schedule]
+    step = micro * one * (1 + bubble) + after
+    traffic = {axis: micro * size for axis, size in sent.items()}
+    traffic["dp"] = reduced + gathers * share * weight
+    node_bytes = sum(size for axis, size in traffic.items() if inside[axis])
     return Plan(
-        x,
-        held,
-        near,
-        sum(traffic.values()) - near,
-        micro * one * wait / step,
-        step,
-        batch * m.block_size * m.flops / (step * c.gpus * c.peak_flops),
+        layout=x,
+        held=held,
+        node_bytes=node_bytes,
+        net_bytes=sum(traffic.values()) - node_bytes,
+        idle=micro * one * bubble / step,
+        step=step,
+        mfu=batch * m.block_size * m.flops / (step * c.gpus * c.peak_flops),
     )
 
 
 def together(a: float, b: float) -> float:
-    """Seconds of two things at the same time."""
+    """Seconds of two things at the same time: some of the shorter one is hidden."""
     return a + b - HIDDEN * min(a, b)
 
 
 # ---- the search ----------------------------------------------------------------------------------
+def grids(m: Model, c: Cluster, batch: int) -> Iterator[tuple[int, int, int]]:
+    """(pp, cp, tp) that the model, the cluster and the batch divide by."""
+    # tp splits each of these evenly, and a node holds whole tp groups.
+    split = (m.n_head, m.n_kv_head, m.n_embd, m.vocab_size, c.gpus_per_node)
+    tps = [tp for tp in range(1, c.gpus_per_node + 1) if not any(size % tp for size in split)]
+    cps = [cp for cp in (1, 2, 4, 8, 16, 32, 64) if cp == 1 or m.block_size % (2 * cp) == 0]
+    pps = [pp for pp in range(1, min(m.n_layer, c.gpus) + 1) if c.gpus % pp == 0]
+    for pp, cp, tp in itertools.product(pps, cps, tps):
+        size = pp * cp * tp
+        if c.gpus % size == 0 and batch % (c.gpus // size) == 0:
+            yield pp, cp, tp
+
+
 def layouts(m: Model, c: Cluster, batch: int) -> Iterator[Layout]:
-    """Layouts that train.py would start. Left out: zero2 and zero3 (fsdp composes with everything),
-    naive and gpipe (1f1b's time at best), micro-batches above 16, hybrids; K is 2, chunks are 2, 3,
-    4 or 8.
+    """Layouts that train.py would start.
+
+    Left out: zero2 and zero3 (fsdp composes with everything), naive and gpipe (1f1b's time at
+    best), micro-batches above 16, hybrids; K is 2, chunks are 2, 3, 4 or 8.
     """
-    sizes = [
-        (pp, cp, tp)
-        for pp in range(1, min(m.n_layer, c.gpus) + 1)
-        if c.gpus % pp == 0
-        for cp in (1, 2, 4, 8, 16, 32, 64)
-        if cp == 1 or m.block_size % (2 * cp) == 0
-        for tp in range(1, c.gpus_per_node + 1)
-        if not any(
-            size % tp for size in (m.n_head, m.n_kv_head, m.n_embd, m.vocab_size, c.gpus_per_node)
-        )
-        if c.gpus % (pp * cp * tp) == 0 and batch % (c.gpus // (pp * cp * tp)) == 0
-    ]
-    for pp, cp, tp in sizes:
+    for pp, cp, tp in grids(m, c, batch):
         dp = c.gpus // (pp * cp * tp)
         sp = tp > 1 and m.block_size // cp % tp == 0
-        kinds = (("ddp", True), ("zero1", True), ("fsdp", True), ("fsdp", False))
-        for kind, reshard in kinds[:1] if dp * cp == 1 else kinds:
-            for again in ("none", "every_2", "full"):
-                for size in (1, 2, 4, 8, 16):
-                    micro, rest = divmod(batch // dp, size)
-                    x = Layout(tp, sp, cp, pp, "1f1b", 1, kind, reshard, again, size)
-                    if rest == 0 and micro:
-                        yield x
-                    if rest == 0 and micro and pp > 1 and kind != "fsdp" and again == "none":
-                        yield replace(x, pp_schedule="zerobubble")
-                    if rest == 0 and micro and pp > 1 and micro % pp == 0:
-                        for chunks in (v for v in (2, 3, 4, 8) if v * pp <= m.n_layer):
-                            yield replace(x, pp_schedule="interleaved", pp_chunks=chunks)
+        kinds = [("ddp", True)]
+        if dp * cp > 1:
+            kinds += [("zero1", True), ("fsdp", True), ("fsdp", False)]
+        choices = itertools.product(kinds, ("none", "every_2", "full"), (1, 2, 4, 8, 16))
+        for (kind, reshard), again, size in choices:
+            micro, rest = divmod(batch // dp, size)
+            if rest or not micro:
+                continue
+            x = Layout(tp, sp, cp, pp, "1f1b", 1, kind, reshard, again, size)
+            yield x
+            # Zero bubble is incompatible with fsdp and with activation checkpointing.
+            if pp > 1 and kind != "fsdp" and again == "none":
+                yield replace(x, pp_schedule="zerobubble")
+            if pp > 1 and micro % pp == 0:
+                for chunks in (2, 3, 4, 8):
+                    if chunks * pp <= m.n_layer:
+                        yield replace(x, pp_schedule="interleaved", pp_chunks=chunks)
 
 
 def plans(m: Model, c: Cluster, batch: int, precision: str = "bf16") -> list[Plan]:
-    """What fits, the fastest first (to three digits; among equals the simplest). ValueError if
-    nothing."""
-    tried, fits = None, []
+    """The plans that fit, the fastest first (to three digits; among equals the simplest).
+
+    Raises ValueError, with what to type, where none fits.
+    """
+    smallest = None  # of those that do not fit
+    fits = []
     for x in layouts(m, c, batch):
         plan = predict(m, c, x, batch, precision)
         if plan.held["total"] <= USABLE * c.memory:
             fits.append(plan)
-        elif tried is None or plan.held["total"] < tried.held["total"]:
-            tried = plan
-    if not fits and tried is None:
+        elif smallest is None or plan.held["total"] < smallest.held["total"]:
+            smallest = plan
+    if not fits and smallest is None:
         raise ValueError(
             f"no layout shares batch={batch} sequences out over gpus={c.gpus}; "
             f"give a multiple, as --batch={c.gpus * math.ceil(batch / c.gpus)}"
         )
     if not fits:
-        least = tried.held["total"] / USABLE / 1e9
+        least = smallest.held["total"] / USABLE / 1e9
         raise ValueError(
             f"nothing fits in memory={c.memory:g}; the least is --memory={least:.1f}e9, with "
-            f"{flags(m, tried.layout, batch)}; or more --gpus, a smaller --block_size"
+            f"{flags(m, smallest.layout, batch)}; or more --gpus, a smaller --block_size"
         )
-    plain = Layout()
 
     def order(plan: Plan) -> tuple:
-        others = sum(getattr(plan.layout, k) != getattr(plain, k) for k in vars(plain))
-        return float(f"{plan.step:.3g}"), others, plan.held["total"]
+        # The simplest layout has the fewest fields that are not the default.
+        default = vars(Layout())
+        n_changed = sum(getattr(plan.layout, name) != usual for name, usual in default.items())
+        return float(f"{plan.step:.3g}"), n_changed, plan.held["total"]
 
     return sorted(fits, key=order)
 
 
 def flags(m: Model, x: Layout, batch: int) -> str:
     """The layout in train.py's command line: what differs from its defaults, and the batch."""
-    said = {k: v for k, v in vars(x).items() if v != getattr(Layout(), k)}
-    said |= {"cp_attention": "ring"} if x.cp > 1 else {}
-    said |= {"pp_schedule": x.pp_schedule} if x.pp > 1 else {}
-    said |= dict(micro_batch_size=x.micro_batch_size, batch_size=batch, block_size=m.block_size)
-    return " ".join(f"--{k}={str(v).lower()}" for k, v in said.items())
+    typed = {k: v for k, v in vars(x).items() if v != getattr(Layout(), k)}
+    if x.cp > 1:
+        typed["cp_attention"] = "ring"
+    if x.pp > 1:
+        typed["pp_schedule"] = x.pp_schedule
+    typed |= dict(micro_batch_size=x.micro_batch_size, batch_size=batch, block_size=m.block_size)
+    return " ".join(f"--{k}={str(v).lower()}" for k, v in typed.items())
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -377,8 +437,9 @@ FLAGS = dict(
     precision="bf16",
     top=8,
 )
-# Mixed: 2 + 2 + 12 bytes, which train.py has not
+# mixed is 2 + 2 + 12 bytes, which train.py does not offer.
 WORDS = {"gpu": GPUS, "precision": ("bf16", "mixed")}
+# Heading of a column -> key of Plan.held.
 HELD = dict(
     weights="parameters",
     grads="gradients",
@@ -400,17 +461,22 @@ def parse(argv: list[str]) -> dict:
 
 
 def guess(params: float, vocab_size: int, block_size: int) -> Model:
-    """A usual shape: heads of 128, about 128 channels a layer (12 L C^2 = params), C a multiple of
-    1024 from 768 on, L what is then left, in fours from 32 on."""
+    """A usual shape for so many parameters: heads of 128, about 128 channels a layer.
+
+    From 12 L C^2 = params. C is a multiple of 1024 from 768 on. L follows from C, and is a multiple
+    of 4 from 32 on.
+    """
     C = 128 * (params / 12 / 128**2) ** (1 / 3)
     grain = 1024 if C >= 768 else 128
     C = max(1, round(C / grain)) * grain
     L = (params - 2 * vocab_size * C) / (12 * C**2)
-    L = max(1, 4 * round(L / 4) if L >= 32 else round(L))
+    L = 4 * round(L / 4) if L >= 32 else round(L)
+    L = max(1, L)
     return Model(L, C, C // 128, C // 128, vocab_size, block_size)
 
 
-def asked(s: dict) -> tuple[Model, Cluster, int]:
+def requested(s: dict) -> tuple[Model, Cluster, int]:
+    """(model, cluster, sequences a step) of the command line. Raises ValueError."""
     if s["params"]:
         m = guess(s["params"], s["vocab_size"], s["block_size"])
     elif s["n_layer"] and s["n_embd"]:
@@ -437,7 +503,8 @@ def asked(s: dict) -> tuple[Model, Cluster, int]:
             f"gpus={s['gpus']} is not whole nodes of gpus_per_node={s['gpus_per_node']}"
         )
     names = ("peak_flops", "memory", "memory_bandwidth", "node_bandwidth", "bandwidth")
-    own = {k: s[k] or usual for k, usual in zip(names, GPUS[s["gpu"]])}
+    # A flag outranks the GPU's data sheet.
+    own = {name: s[name] or usual for name, usual in zip(names, GPUS[s["gpu"]])}
     c = Cluster(s["gpus"], **own, gpus_per_node=s["gpus_per_node"])
     tokens = s["batch_tokens"] or 2**22
     return m, c, s["batch"] or max(1, round(tokens / m.block_size))
@@ -445,57 +512,58 @@ def asked(s: dict) -> tuple[Model, Cluster, int]:
 
 def table(s: dict) -> str:
     """The best plans, and what to type for the first. Raises ValueError."""
-    m, c, batch = asked(s)
+    m, c, batch = requested(s)
     found = plans(m, c, batch, s["precision"])
     count = m.n_layer * m.block + 2 * m.vocab_size * m.n_embd
     lines = [
-        (
-            f"{count / 1e9:.4g}e9 parameters (n_layer={m.n_layer} n_embd={m.n_embd}"
-            f" n_head={m.n_head} n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW,"
-            f" {s['precision']}; {batch} x {m.block_size} tokens a step on {c.gpus} GPUs"
-        ),
-        (
-            f"{len(found)} layouts fit in {USABLE} of {c.memory / 1e9:g} GB; GB on the fullest"
-            " rank, and GB that a rank sends a step inside its node and to others"
-        ),
+        f"{count / 1e9:.4g}e9 parameters (n_layer={m.n_layer} n_embd={m.n_embd}"
+        f" n_head={m.n_head} n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW,"
+        f" {s['precision']}; {batch} x {m.block_size} tokens a step on {c.gpus} GPUs",
+        f"{len(found)} layouts fit in {USABLE} of {c.memory / 1e9:g} GB; GB on the fullest"
+        " rank, and GB that a rank sends a step inside its node and to others",
         "",
         "    s/step   MFU  idle   tp cp  pp schedule      checkpoint data            micro  "
         + "".join(f"{k:>8}" for k in HELD)
         + "  inside  others",
     ]
-    for p in found[: s["top"]]:
-        x = p.layout
-        schedule = f"{x.pp_schedule} {x.pp_chunks if x.pp_chunks > 1 else ''}" if x.pp > 1 else "-"
-        data = x.data_parallel + ("" if x.reshard else ", kept")
-        lines.append(
-            f"{p.step:10.4g} {p.mfu:5.1%} {p.idle:5.1%} {x.tp:2}{'s' if x.sp else ' '} {x.cp:2}"
-            f" {x.pp:3} {schedule:13} {x.activation_checkpoint:10} {data:15}"
-            f" {x.micro_batch_size:5}  "
-            + "".join(f"{p.held[k] / 1e9:8.2f}" for k in HELD.values())
-            + f"{p.node_bytes / 1e9:8.1f}{p.net_bytes / 1e9:8.1f}"
-        )
-    nodes = math.ceil(c.gpus / c.gpus_per_node)
-    start = (
-        f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}" if c.gpus > 1 else "python"
-    )
-    start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" * (nodes > 1)
-    names = ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size")
-    lines += [
-        "",
-        " ".join(
-            [
-                start,
-                "train.py",
-                *(f"--{k}={getattr(m, k)}" for k in names),
-                "--optim=adamw",
-                f"--precision={s['precision']}",
-                flags(m, found[0].layout, batch),
-            ]
-        ),
-    ]
+    lines += [table_row(plan) for plan in found[: s["top"]]]
+    lines += ["", command(m, c, found[0].layout, batch, s["precision"])]
     if s["precision"] == "mixed":
         lines.append("(--precision=mixed is the papers' accounting; train.py has bf16)")
     return "\n".join(lines)
+
+
+def table_row(p: Plan) -> str:
+    x = p.layout
+    schedule = "-"
+    if x.pp > 1:
+        chunks = x.pp_chunks if x.pp_chunks > 1 else ""
+        schedule = f"{x.pp_schedule} {chunks}"
+    data = x.data_parallel
+    if not x.reshard:
+        data += ", kept"
+    sp = "s" if x.sp else " "
+    return (
+        f"{p.step:10.4g} {p.mfu:5.1%} {p.idle:5.1%} {x.tp:2}{sp} {x.cp:2}"
+        f" {x.pp:3} {schedule:13} {x.activation_checkpoint:10} {data:15}"
+        f" {x.micro_batch_size:5}  "
+        + "".join(f"{p.held[k] / 1e9:8.2f}" for k in HELD.values())
+        + f"{p.node_bytes / 1e9:8.1f}{p.net_bytes / 1e9:8.1f}"
+    )
+
+
+def command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -> str:
+    """What to type on each node to train with this layout."""
+    start = "python"
+    nodes = math.ceil(c.gpus / c.gpus_per_node)
+    if c.gpus > 1:
+        start = f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}"
+    if nodes > 1:
+        start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+    names = ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size")
+    shape = " ".join(f"--{name}={getattr(m, name)}" for name in names)
+    layout = flags(m, x, batch)
+    return f"{start} train.py {shape} --optim=adamw --precision={precision} {layout}"
 
 
 # ---- what the course texts claim -----------------------------------------------------------------
@@ -506,9 +574,14 @@ def fastest(m: Model, gpus: int, batch: int) -> tuple[float, float]:
 
 
 def bert_runs() -> Iterator[tuple]:
-    """(run, the text's figure, ours, text / ours or None, MFU, verdict), as all of these give."""
-    tokens = 0.9 * 128 + 0.1 * 512  # of a sequence on average (Devlin et al. 2018)
-    run, verdict = "BERT-Base, 16 GPUs, 256 x 1M steps", "wrong: 16 TPU chips of 2018, no GPUs"
+    """(run, the text's figure, ours, text / ours or None, MFU, verdict) of each claim.
+
+    gpt_runs and later_runs yield the same.
+    """
+    # A sequence's average length (Devlin et al. 2018).
+    tokens = 0.9 * 128 + 0.1 * 512
+    run = "BERT-Base, 16 GPUs, 256 x 1M steps"
+    verdict = "wrong: 16 TPU chips of 2018, no GPUs"
     rate, mfu = fastest(Model(12, 768, 12, 12, 30522, 128), 16, 256)
     days = 256e6 * tokens / 128 / rate / 16 / 24
     yield run, "4 days", f"{days:.2f} days", 4 / days, mfu, verdict
@@ -533,7 +606,8 @@ def gpt_runs() -> Iterator[tuple]:
 
 
 def later_runs() -> Iterator[tuple]:
-    run, verdict = "Llama 2 70B, 2000 GPUs, 2e12 tokens", "right (1,720,320 in Touvron et al. 2023)"
+    run = "Llama 2 70B, 2000 GPUs, 2e12 tokens"
+    verdict = "right (1,720,320 in Touvron et al. 2023)"
     rate, mfu = fastest(Model(80, 8192, 64, 8, 32000, 4096, 10.5), 2048, 1024)
     hours = 2e12 / 4096 / rate
     yield run, "1.7M GPU-hours", f"{hours / 1e6:.2f}M", 1.7e6 / hours, mfu, verdict
@@ -542,17 +616,17 @@ def later_runs() -> Iterator[tuple]:
     days = 200e9 / 2048 / rate / 8 / 24
     verdict = f"wrong or hardly trained: two weeks see {14 / days * 20:.1f} tokens a parameter"
     yield run, "14 days", f"{days:.0f} days", 14 / days, mfu, verdict
-    run, verdict = "Llama 3 405B, 16K and 8K H100s, MFU", "high: 38 to 43 % in the report"
+    run = "Llama 3 405B, 16K and 8K H100s, MFU"
+    verdict = "high: 38 to 43 % in the report"
     m = Model(126, 16384, 128, 8, 128256, 8192, 9.75)
     x = Layout(8, True, 1, 16, "interleaved", 8, "fsdp", False)
-    large, small = (Cluster(gpus, *GPUS["H100"]) for gpus in (16384, 8192))
-    large, small = (predict(m, c, x, 2048, "mixed").mfu for c in (large, small))
+    clusters = [Cluster(gpus, *GPUS["H100"]) for gpus in (16384, 8192)]
+    large, small = [predict(m, c, x, 2048, "mixed").mfu for c in clusters]
     yield run, "38 to 45 %", f"{large:.0%} to {small:.0%}", None, small, verdict
 
 
 def runs() -> str:
-    """The course texts' runs: what they say, what the fastest layout of ours needs, what is
-    wrong."""
+    """The course texts' runs: what they claim, what our fastest layout needs, what is wrong."""
     lines = [f"{'run':41}{'the text':>16}{'ours':>16}{'text/ours':>11}   MFU  verdict"]
     for run, text, ours, ratio, mfu, verdict in (*bert_runs(), *gpt_runs(), *later_runs()):
         ratio = f"{ratio:.2f}" if ratio else "-"

@@ -9,8 +9,8 @@
     C  n_embd_attention   query heads * head size (H * Q in the paper)
     T  block_size         tokens a query may see
 
-This is the convention of PaLM, appendix B (Chowdhery et al. 2022, arXiv 2204.02311). Three choices
-are in it:
+This is the convention of PaLM, appendix B (Chowdhery et al. 2022, arXiv 2204.02311). It makes three
+choices:
   - Causal attention is not halved: every query counts all T keys. A kernel that skips the masked
     half does less work than this; texts that halve (6 L C T) report a lower MFU for the same speed.
   - N holds the output head once, tied or not, and never the embedding: a lookup multiplies nothing.
@@ -41,7 +41,7 @@ PEAK_FLOPS = {
     "RTX 3090": {"bf16": 71, "fp16": 71, "tf32": 35.6, "fp32": 35.6},
     "RTX 4090": {"bf16": 165.2, "fp16": 165.2, "fp8": 330.3, "tf32": 82.6, "fp32": 82.6},
     "RTX 5090": {"bf16": 209.5, "fp16": 209.5, "fp8": 419, "tf32": 104.8, "fp32": 104.8},
-    # The SXM card
+    # H100 without PCIe or NVL in its name is the SXM card.
     "H100 HBM3": {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
     "H100 SXM5": {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
     "H100 PCIe": {"bf16": 756.5, "fp16": 756.5, "fp8": 1513, "tf32": 378, "fp32": 51},
@@ -49,7 +49,7 @@ PEAK_FLOPS = {
     "H200": {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
     "H200 NVL": {"bf16": 835.5, "fp16": 835.5, "fp8": 1670.5, "tf32": 417.5, "fp32": 60},
     "B200": {"bf16": 2250, "fp16": 2250, "fp8": 4500, "tf32": 1100, "fp32": 75},
-    # Each of two
+    # GB200: for each of its two GPUs.
     "GB200": {"bf16": 2500, "fp16": 2500, "fp8": 5000, "tf32": 1250, "fp32": 80},
 }
 # Beside a listed name these words mean another chip, or a part of one.
@@ -57,9 +57,10 @@ OTHER_CHIP = {"laptop", "mig", "max", "super", "ti", "d"}
 
 
 def matmul_params(model: nn.Module) -> int:
-    """N above: entries of the weights of all nn.Linear modules; no biases, no embedding. A tied
-    head is a Linear with the embedding's weight, so it counts. Ask the whole model, before it is
-    split over ranks.
+    """N above: entries of the weights of all nn.Linear modules; no biases, no embedding.
+
+    A tied head is a Linear with the embedding's weight, so it counts. model: all of it, before it
+    is split over ranks.
     """
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
@@ -67,43 +68,44 @@ def matmul_params(model: nn.Module) -> int:
 def flops_per_token(
     n_params_matmul: int, n_layer: int, n_embd_attention: int, block_size: int
 ) -> float:
-    """Matmul FLOPs (a multiply-add is two) of forward and backward for one token, by the convention
-    above."""
+    """Matmul FLOPs of forward and backward for one token, see above; a multiply-add is two."""
     return 6.0 * n_params_matmul + 12.0 * n_layer * n_embd_attention * block_size
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of the device that `torch.cuda.get_device_name()` calls device_name, for
-    products in precision (fp8, fp16, bf16, tf32, fp32); None for what the table does not know,
-    never a made-up peak. Names match by whole words and the longest match wins: "NVIDIA H100 PCIe"
-    is not taken for the SXM card, "GH200" not for an H200, "L40" not for an L4. A laptop's RTX 4090
-    and a MIG slice are unknown.
+    """Dense peak of a device in FLOP/s; None for a device that the table does not know.
+
+    device_name: as `torch.cuda.get_device_name()` says it; precision: of the products, fp8, fp16,
+    bf16, tf32 or fp32. A peak is never made up. Names match by whole words and the longest match
+    wins: "NVIDIA H100 PCIe" is not taken for the SXM card, "GH200" not for an H200, "L40" not for
+    an L4. A laptop's RTX 4090 and a MIG slice are unknown.
     """
     words = set(re.findall(r"\w+", device_name.lower()))
     known = [name for name in PEAK_FLOPS if words.issuperset(re.findall(r"\w+", name.lower()))]
     if not known or words & OTHER_CHIP:
         return None
-    peak = PEAK_FLOPS[max(known, key=len)].get(precision)
-    return None if peak is None else peak * 1e12
+    peaks = PEAK_FLOPS[max(known, key=len)]
+    return peaks[precision] * 1e12 if precision in peaks else None
 
 
 def mfu(tokens_per_s_per_device: float, flops_per_token: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, a fraction of peak (FLOP/s of one device); None where the peak is
-    unknown."""
+    """Model FLOPs utilisation, a fraction; peak: in FLOP/s of one device, or None: unknown."""
     return None if peak is None else tokens_per_s_per_device * flops_per_token / peak
 
 
 def peak_bytes(device: torch.device | str) -> int | None:
-    """Most memory this process has held so far, in bytes. CUDA: given out by torch's allocator on
-    the device. Elsewhere: the resident set of the whole process, interpreter included; None where
-    the system does not say (Windows). Trap: on Linux a child inherits its parent's peak, so a rank
-    that a large process started reports at least that."""
+    """Most memory this process has held so far, in bytes; None where nobody knows (Windows).
+
+    CUDA: given out by torch's allocator on the device. Elsewhere: the resident set of the whole
+    process, interpreter included. Trap: on Linux a child inherits its parent's peak, so a rank
+    reports at least the peak of the process that started it.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource  # not on Windows
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    # In KiB on Linux, in bytes on a Mac.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

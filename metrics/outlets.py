@@ -1,10 +1,11 @@
 """Where a run's lines go: files and a terminal, each of which may fail without ending the run.
 
 Another program fills the disk, whoever reads the pipe goes away (`| head`), an ssh session is
-closed. Then the first failure is said, where something can still be said; lines that cannot be
-written are lost; and when the place takes lines again, they go on there, on a line of their own.
+closed. Then the first failure is reported where something can still be written. Lines that cannot
+be written are lost. When the place takes lines again, the next ones are written there, each on a
+line of its own.
 
-    out = Lines(path, say)            say(text): tells of a failure, and how many lines are missing
+    out = LineFile(path, log)         log(text): hears of a failure, and how many lines are missing
     out.write("a line")               never raises
     print_line(text) -> bool          prints; False where nobody can read it any more
     complain(text)                    the same on stderr
@@ -16,44 +17,54 @@ import sys
 from collections.abc import Callable
 
 
-class Lines:
-    """Appends lines to the file at `path`, unbuffered: what write() took is in the file when it
-    returns.
+class LineFile:
+    """Appends lines to the file at `path`, unbuffered: after write() its line is in the file.
 
-    Raises OSError where the file cannot be opened: at the start of a run that can be mended."""
+    Raises OSError where the file cannot be opened: at the start of a run somebody can mend that.
+    """
 
-    def __init__(self, path: str | os.PathLike, say: Callable[[str], None]):
-        self.path, self.say, self.lost = path, say, 0
+    def __init__(self, path: str | os.PathLike, log: Callable[[str], None]):
+        self.path = path
+        self.log = log
         self.file = open(path, "ab", buffering=0)
-        self.torn = False  # does the file end in the middle of a line?
+        self.n_lost = 0
+        self.ends_in_line = False  # the disk took only a part of the last line
 
     def write(self, line: str) -> None:
-        data = b"\n" * self.torn + line.encode("utf-8", "replace") + b"\n"
+        data = line.encode("utf-8", "replace") + b"\n"
+        if self.ends_in_line:
+            data = b"\n" + data
         try:
-            while data:  # a disk that fills up takes a part, and the next call raises
-                done = self.file.write(data)
-                self.torn, data = done < len(data), data[done:]
-        except (OSError, ValueError) as error:  # ValueError: closed
-            self.lost += 1
-            if self.lost == 1:
+            # A disk that fills up takes a part, and the next call raises.
+            while data:
+                n = self.file.write(data)
+                self.ends_in_line = n < len(data)
+                data = data[n:]
+        except (OSError, ValueError) as error:  # ValueError: the file is closed
+            self.n_lost += 1
+            # One report for a failure, not one for each line.
+            if self.n_lost == 1:
                 why = getattr(error, "strerror", None) or error
-                self.say(
-                    f"{self.path} cannot be written ({why}): training goes on without these lines"
+                self.log(
+                    f"{self.path} cannot be written ({why}): training continues without these lines"
                 )
             return
-        if self.lost:
-            lost, self.lost = self.lost, 0
-            self.say(f"{self.path} is written again; {lost} lines are missing")
+        if self.n_lost:
+            n_lost = self.n_lost
+            self.n_lost = 0
+            self.log(f"{self.path} is written again; {n_lost} lines are missing")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a network disk may refuse only now
+        # A network disk may refuse only now.
+        with contextlib.suppress(OSError):
             self.file.close()
 
 
 def print_line(text: str) -> bool:
-    """Prints a line, flushed; letters that the terminal lacks become question marks. False where it
-    cannot be printed; where nobody reads any more, later prints go nowhere, and Python ends without
-    a complaint.
+    """Prints a line, flushed; letters that the terminal lacks become question marks.
+
+    False where it cannot be printed. Then nobody reads any more: later prints go nowhere, and
+    Python ends without a complaint.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
@@ -65,7 +76,7 @@ def print_line(text: str) -> bool:
 
 
 def complain(text: str) -> None:
-    """A line on stderr, if anybody reads there."""
+    """Prints a line on stderr, if anybody reads there."""
     try:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError, AttributeError):
@@ -73,8 +84,9 @@ def complain(text: str) -> None:
 
 
 def to_nowhere(stream) -> None:
-    """What is still to be written to stdout or stderr is dropped."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file behind it
+    """Whatever is still written to this stream, stdout or stderr, is dropped."""
+    # In a notebook or a service there may be no file behind the stream.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

@@ -1,6 +1,6 @@
-"""What a step did, looked at now and then (--watch_every), for QK-clip at every step (--qk_clip).
+"""Measures what a step did: now and then (--watch_every), for QK-clip in every step (--qk_clip).
 
-    of a watched step, in its train row                                             over
+    what the train row of a watched step gets                                       over
     max_logit, max_logit/LAYER  largest attention logit q·k/√D of a query and a     batch, heads
                                 key it sees
     log_z, log_z_max            mean and largest log of the head's softmax's        tokens
@@ -12,24 +12,30 @@
 KIND: matrix, embedding, head, scalar (optim/param_groups.py). A step that the loss scaler skips has
 no update and no such fields. clip_frac counts from the start of the process.
 
-The numbers are the same on every layout. Each rank looks at what it holds: its rows, its heads, its
-layers, the weights it steps. Two all-reduces, one sum and one maximum, make the whole of it, of a
-few numbers each. Besides, tensor parallel ranks tell each other their part of log Z, two numbers a
-token, and context parallel ones gather the keys: with R of them (R-1)/R x a layer's k, for each
-layer and micro-batch.
+The numbers are the same on every layout. Each rank measures what it holds: its samples, its heads,
+its layers, the weights it steps. Two all-reduces, one sum and one maximum of a few numbers each,
+combine them. Besides, tensor parallel ranks send each other their part of log Z, two numbers a
+token, and context parallel ranks gather the keys: (R-1)/R x a layer's k for R ranks, for each layer
+and micro-batch.
 
-What looks is put in before a step and taken out after it: `Attention.attention_fn` is wrapped by
-what computes the logits anew in blocks (optim/qk_clip.py), `GPT.loss_fn` by what sees the head's
-logits, and hooks on the optimizer keep a copy of the weights during the step. Other steps do none
-of that. Looking changes no bit; under compile attention leaves the compiled block for such a step,
-each layer is compiled once more, and bits may differ.
+The probes are put in before a step and taken out after it:
 
-QK-clip has the first of these always. Its hook comes right after the optimizer's own update, before
-owners send what they have stepped: so it holds for every layout (the all-reduce's maxima are
-everybody's, factors too), wherever the weights are. A step that is not taken is not clipped either.
+    Attention.attention_fn    wrapped by one that computes the logits anew in blocks
+                              (optim/qk_clip.py)
+    GPT.loss_fn               wrapped by one that sees the head's logits
+    optimizer.step            hooks that keep a copy of the weights during the step
+
+Other steps have none of them. Measuring changes no bit. But under compile attention leaves the
+compiled block for a watched step, each layer is compiled once more, and bits may differ.
+
+QK-clip always has the first probe. Its hook comes right after the optimizer's own update, before
+owners send what they have stepped. So it works on every layout, wherever the weights are: the
+all-reduce makes the maxima, and thus the factors, the same on all ranks. A step that is not taken
+is not clipped either.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -45,10 +51,12 @@ KINDS = ("matrix", "embedding", "head", "scalar")
 
 
 class Watch:
-    """All ranks make one, after all else that changes model and optimizer, and call start and row
-    in every step. shards: name -> Shard of what the optimizer has one of;
-    counted({name: x}): those of the x which no other rank counts. every: steps between rows;
-    qk_clip: the largest logit; compiled: are the blocks?
+    """All ranks make one after everything else that changes model and optimizer.
+
+    They call start and row in every step. shards: parameter name -> Shard, where the optimizer has
+    only a shard; deduplicate: State.deduplicate, name -> x to a list of the x that this rank
+    counts; every: steps between watched steps, or None; qk_clip: the largest logit that is allowed,
+    or None; compiled: are the blocks compiled?
     """
 
     def __init__(
@@ -57,35 +65,46 @@ class Watch:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         shards: dict,
-        counted,
+        deduplicate: Callable[[dict], list],
         every: int | None = None,
         qk_clip: float | None = None,
         cp_attention: str = "ring",
         compiled: bool = False,
     ):
-        self.mesh, self.model, self.optimizer, self.counted = mesh, model, optimizer, counted
-        self.every, self.qk_clip, self.compiled = every, qk_clip, compiled
-        self.watched, self.undo, self.steps, self.clipped = False, [], 0, torch.zeros(())
-        config, cp, tp = model.config, mesh.sizes["cp"], mesh.sizes["tp"]
-        places = [context.positions(config.block_size, cp, i, cp_attention) for i in range(cp)]
-        self.places, self.order = (
-            places[mesh.coords["cp"]],
-            torch.cat(places).argsort().to(mesh.device),
-        )
-        heads = config.n_head // tp
-        self.heads = slice(mesh.coords["tp"] * heads, (mesh.coords["tp"] + 1) * heads)
+        self.mesh = mesh
+        self.model = model
+        self.optimizer = optimizer
+        self.deduplicate = deduplicate
+        self.every = every
+        self.qk_clip = qk_clip
+        self.compiled = compiled
+        self.is_watched = False
+        self.undo = []  # what takes the probes out
+        self.n_steps = 0  # since the last watched one
+        self.n_clipped = torch.zeros(())
+
+        # Which of all keys this rank's queries are, and how to put gathered keys in their order.
+        config = model.config
+        cp = mesh.sizes["cp"]
+        of_ranks = [context.position_ids(config.block_size, cp, i, cp_attention) for i in range(cp)]
+        self.position_ids = of_ranks[mesh.coords["cp"]]
+        self.order = torch.cat(of_ranks).argsort().to(mesh.device)
+
+        # The largest logit of every layer and head; each rank fills in its own.
+        n_heads = config.n_head // mesh.sizes["tp"]
+        first_head = mesh.coords["tp"] * n_heads
+        self.heads = slice(first_head, first_head + n_heads)
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        self.top = torch.full(
-            (config.n_layer, config.n_head), -torch.inf, dtype=dtype, device=mesh.device
-        )
+        shape = (config.n_layer, config.n_head)
+        self.max_logit = torch.full(shape, -torch.inf, dtype=dtype, device=mesh.device)
         if qk_clip is None:
             return
 
         def clip(*_) -> None:
-            self.top = highest(self.top, mesh)
+            self.max_logit = highest(self.max_logit, mesh)
             clip_heads(
                 optimizer.param_groups,
-                self.top,
+                self.max_logit,
                 qk_clip,
                 config.n_kv_head,
                 config.n_embd // config.n_head,
@@ -93,121 +112,159 @@ class Watch:
             )
 
         first_after_step(optimizer, clip)
-        self.wrap_cores()
+        self.wrap_attention()
 
     # ---- one step --------------------------------------------------------------------------------
     def start(self, step: int) -> None:
-        """Before the forward passes of a step; step: how many are completed."""
-        self.stop()  # if a rollback left out the end of the last step
-        self.watched = False
-        self.top.fill_(-torch.inf)
-        if self.every is None or (step + 1) % self.every:
+        """Before the forward passes of a step. step: how many are completed."""
+        # A rollback may have left out the end of the last step.
+        self.stop()
+        self.is_watched = False
+        self.max_logit.fill_(-torch.inf)
+        if self.every is None or (step + 1) % self.every != 0:
             return
-        self.watched, self.before, self.log_z = True, {}, []
-        # Squares of update and weights, elements
+        self.is_watched = True
+        self.before = {}  # name -> kind, weights before the step, parameter
+        self.log_z = []
+        # For each kind: sum of squares of the update, of the weights, number of weights.
         self.moved = {kind: [0.0, 0.0, 0] for kind in KINDS}
         if self.qk_clip is None:
-            self.undo += self.wrap_cores()
+            self.undo += self.wrap_attention()
+        plain = self.model.loss_fn
+        self.model.loss_fn = functools.partial(self.loss_fn, plain)
         self.undo += [
             self.optimizer.register_step_pre_hook(self.keep).remove,
             first_after_step(self.optimizer, self.compare).remove,
-            functools.partial(setattr, self.model, "loss_fn", self.model.loss_fn),
+            functools.partial(setattr, self.model, "loss_fn", plain),
         ]
-        self.model.loss_fn = functools.partial(self.loss_fn, self.model.loss_fn)
 
     def stop(self) -> None:
+        """Takes the probes out, the last one first."""
         while self.undo:
             self.undo.pop()()
 
     def row(self, norm: Tensor, limit: float | None) -> dict[str, float]:
-        """After the step: what there is to log of it, the same on all ranks; {} but for a watched
-        one. norm, limit: of the gradient before it was clipped, and what it was clipped to."""
+        """After the step: what there is to log of it, the same on all ranks.
+
+        norm: of the gradient before it was clipped; limit: what it was clipped to, or None. Returns
+        {} for a step that is not watched.
+        """
+        # Every step counts here, watched or not; no number leaves the device yet.
         if self.every is not None and limit is not None:
-            self.clipped, self.steps = (
-                self.clipped.to(norm.device) + (norm + 1e-6 > limit),
-                self.steps + 1,
-            )
-        if not self.watched:
+            self.n_clipped = self.n_clipped.to(norm.device) + (norm + 1e-6 > limit)
+            self.n_steps += 1
+        if not self.is_watched:
             return {}
         self.stop()
-        z = torch.cat([self.top.new_empty(0), *self.log_z])
-        # Other stages
-        largest = z.amax(0, keepdim=True) if len(z) else self.top.new_full((1,), -torch.inf)
-        *top, log_z_max = highest(torch.cat([self.top.amax(1), largest]), self.mesh).tolist()
-        sums = self.mesh.sum(
-            z.sum(), len(z), self.clipped, self.steps, *sum(self.moved.values(), [])
+
+        # The maxima, over all ranks. Only the last stage of a pipeline has the head's logits.
+        log_z = torch.cat([self.max_logit.new_empty(0), *self.log_z])
+        if len(log_z):
+            largest = log_z.amax(0, keepdim=True)
+        else:
+            largest = self.max_logit.new_full((1,), -torch.inf)
+        maxima = highest(torch.cat([self.max_logit.amax(1), largest]), self.mesh).tolist()
+        *of_layers, log_z_max = maxima
+
+        # The sums, over all ranks.
+        of_kinds = sum(self.moved.values(), [])
+        log_z_sum, n_tokens, n_clipped, n_steps, *of_kinds = self.mesh.sum(
+            log_z.sum(), len(log_z), self.n_clipped, self.n_steps, *of_kinds
         )
-        z, tokens, clipped, steps, *sums = sums
-        found = {"max_logit": max(top)} | {f"max_logit/{i}": x for i, x in enumerate(top)}
-        found |= {"log_z": z / tokens, "log_z_max": log_z_max}
-        for kind, (update, weight, n) in zip(KINDS, zip(*[iter(sums)] * 3)):
+        self.n_clipped = torch.zeros(())
+        self.n_steps = 0
+
+        # The names in metrics.jsonl. Where no update was made, none is reported.
+        found = {"max_logit": max(of_layers)}
+        for i, x in enumerate(of_layers):
+            found[f"max_logit/{i}"] = x
+        found["log_z"] = log_z_sum / n_tokens
+        found["log_z_max"] = log_z_max
+        for i, kind in enumerate(KINDS):
+            update, weight, n = of_kinds[3 * i : 3 * i + 3]
             if n:
                 found[f"weight_rms/{kind}"] = (weight / n) ** 0.5
                 found[f"update_rms/{kind}"] = (update / n) ** 0.5
-        self.clipped, self.steps = torch.zeros(()), 0
-        return found | ({"clip_frac": clipped / steps} if steps else {})
+        if n_steps:
+            found["clip_frac"] = n_clipped / n_steps
+        return found
 
-    # ---- what looks ------------------------------------------------------------------------------
-    def wrap_cores(self) -> list:
-        """Every attention's largest logits go to self.top; returns what undoes it."""
+    # ---- the probes ------------------------------------------------------------------------------
+    def wrap_attention(self) -> list:
+        """Every attention writes its largest logits to self.max_logit; returns what undoes it."""
         undo = []
         for layer, block in self.model.blocks.items():
-            attention, plain = block.attn, block.attn.attention_fn
-            looking = functools.partial(self.attention_fn, int(layer), attention, plain)
+            attention = block.attn
+            plain = attention.attention_fn
+            probe = functools.partial(self.attention_fn, int(layer), attention, plain)
+            # Attention leaves the compiled block for such a step.
             if self.compiled:
-                looking = torch.compiler.disable(looking)
-            attention.attention_fn = looking
+                probe = torch.compiler.disable(probe)
+            attention.attention_fn = probe
             undo.append(functools.partial(setattr, attention, "attention_fn", plain))
         return undo
 
     def attention_fn(
-        self, layer: int, attention: nn.Module, plain, q: Tensor, k: Tensor, v: Tensor
+        self, layer: int, attention: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
+        """plain(q, k, v), and the largest logit of each head; q, k, v: (B, H, T, D)."""
         if attention.training:
-            keys, top = k.detach(), self.top[layer, self.heads]
-            if (group := self.mesh.groups["cp"]) is not None:
-                parts = [torch.empty_like(keys) for _ in range(group.size())]
-                dist.all_gather(parts, keys.contiguous(), group)
-                keys = torch.cat(parts, 2)[:, :, self.order]
-            found = max_logits(q.detach(), keys, self.places, self.model.config.window)
-            torch.maximum(top, found.to(top.dtype), out=top)
+            keys = k.detach()
+            # This rank's queries see the keys of all context parallel ranks.
+            group = self.mesh.groups["cp"]
+            if group is not None:
+                of_ranks = [torch.empty_like(keys) for _ in range(group.size())]
+                dist.all_gather(of_ranks, keys.contiguous(), group)
+                keys = torch.cat(of_ranks, 2)[:, :, self.order]
+            found = max_logits(q.detach(), keys, self.position_ids, self.model.config.window)
+            here = self.max_logit[layer, self.heads]
+            torch.maximum(here, found.to(here.dtype), out=here)
         return plain(q, k, v)
 
     @torch.no_grad()
-    def loss_fn(self, plain, logits: Tensor, targets: Tensor | None, count: bool):
+    def loss_fn(self, plain: Callable, logits: Tensor, targets: Tensor | None, count: bool):
+        """plain(logits, targets, count), and log Z of each token; logits: (B, T, V)."""
         if targets is not None:
-            z, group = logits.logsumexp(-1), self.mesh.groups["tp"]
-            if group is not None:  # of my words
-                top = summed(z, group, dist.ReduceOp.MAX)
-                z = top + summed((z - top).exp(), group).log()
-            self.log_z.append(z.flatten())
+            log_z = logits.logsumexp(-1)  # (B, T)
+            group = self.mesh.groups["tp"]
+            # Each tensor parallel rank has a part of the vocabulary.
+            if group is not None:
+                largest = summed(log_z, group, dist.ReduceOp.MAX)
+                log_z = largest + summed((log_z - largest).exp(), group).log()
+            self.log_z.append(log_z.flatten())
+        # The loss itself needs its gradient.
         with torch.enable_grad():
             return plain(logits, targets, count)
 
     def keep(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """Before optimizer.step(): a copy of the weights."""
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
                 self.before[name] = group["kind"], p.detach().clone(), p
 
     @torch.no_grad()
     def compare(self, *_) -> None:
-        for kind, old, p in self.counted(self.before):
+        """After optimizer.step(): how far the weights have moved."""
+        for kind, old, p in self.deduplicate(self.before):
             dtype = torch.promote_types(p.dtype, torch.float32)
-            new, old = p.to(dtype), old.to(dtype)
-            sizes = (new - old).square().sum().item(), new.square().sum().item(), p.numel()
-            self.moved[kind] = [a + b for a, b in zip(self.moved[kind], sizes)]
+            new = p.to(dtype)
+            update = new - old.to(dtype)
+            sums = self.moved[kind]
+            sums[0] += update.square().sum().item()
+            sums[1] += new.square().sum().item()
+            sums[2] += p.numel()
         self.before = {}
 
 
 def first_after_step(optimizer: torch.optim.Optimizer, hook):
-    """A post hook that runs before those which send what was stepped to other ranks."""
+    """A post hook that runs before the hooks that send stepped weights to other ranks."""
     handle = optimizer.register_step_post_hook(hook)
     optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
     return handle
 
 
 def highest(x: Tensor, mesh: Mesh) -> Tensor:
-    """Element by element, over all ranks."""
+    """The maximum over all ranks, element by element."""
     if mesh.world > 1:
         x = x.clone()
         dist.all_reduce(x, dist.ReduceOp.MAX)

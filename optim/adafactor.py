@@ -30,6 +30,9 @@ import math
 
 import torch
 
+# What adafactor_update takes from a group, in its order.
+HYPERPARAMETERS = "lr beta2_decay eps d weight_decay beta1 relative_step scale_parameter".split()
+
 
 def rms(x):
     return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
@@ -38,22 +41,30 @@ def rms(x):
 def adafactor_update(
     p, g, state, t, lr, beta2_decay, eps, d, weight_decay, beta1, relative_step, scale_parameter
 ) -> None:
-    """In place on `p` and the tensors in `state`: row_var (..., rows, 1) and col_var (..., 1,
-    cols), or variance, shaped as `p`, for vectors; and exp_avg, shaped as `p`, if beta1 is
-    given."""
-    eps1, eps2 = torch.finfo(p.dtype).eps if eps[0] is None else eps[0], eps[1]
+    """One step, in place on `p` and the tensors in `state`.
+
+    They are row_var (..., rows, 1) and col_var (..., 1, cols), for vectors `variance`, shaped as
+    `p`, instead; and exp_avg, shaped as `p`, if beta1 is given.
+    """
+    eps1, eps2 = eps
+    if eps1 is None:
+        eps1 = torch.finfo(p.dtype).eps
     w = t**beta2_decay
+    # One buffer `u` of p's size holds g², then √V, then U.
     u = g.square()
     if p.ndim >= 2:
-        row, col = state["row_var"], state["col_var"]
+        row = state["row_var"]
+        col = state["col_var"]
         row.lerp_(u.mean(-1, keepdim=True), w)
         col.lerp_(u.mean(-2, keepdim=True), w)
         row_share = row / row.mean(-2, keepdim=True).clamp(min=eps1)
-        torch.mul(row_share.sqrt(), col.sqrt(), out=u)  # √V, as the product of the roots
+        # √V: the roots of a row and a column cost less than the roots of a matrix.
+        torch.mul(row_share.sqrt(), col.sqrt(), out=u)
     else:
         torch.sqrt(state["variance"].lerp_(u, w), out=u)
     torch.div(g, u.clamp_(min=eps1), out=u)
     alpha = min(lr, 1 / math.sqrt(t)) if relative_step else lr
+    # Before the decay: α follows the weights as they were.
     if scale_parameter:
         alpha = alpha * rms(p).clamp(min=eps2)
     factor = alpha / (rms(u) / d).clamp(min=1)
@@ -66,10 +77,12 @@ def adafactor_update(
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients. `eps[0]=None` takes the epsilon of the arithmetic's dtype, as torch does for
-    float32."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients.
 
+    `eps[0]=None` takes the epsilon of the arithmetic's dtype, as torch does for float32.
+    """
+
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = False  # needs whole rows, whole columns and the RMS of the parameter
     zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -79,8 +92,11 @@ class Adafactor(torch.optim.Optimizer):
     def state_numbers(shape: tuple[int, ...], *, beta1: float | None = None) -> int:
         """Numbers of state that a parameter of this shape takes."""
         n = math.prod(shape)
-        rows_and_columns = math.prod(shape[:-1]) + n // max(1, shape[-2]) if len(shape) > 1 else n
-        return rows_and_columns + (n if beta1 is not None else 0)
+        second_moment = n
+        if len(shape) > 1:
+            second_moment = math.prod(shape[:-1]) + n // max(1, shape[-2])  # rows and columns
+        first_moment = n if beta1 is not None else 0
+        return second_moment + first_moment
 
     def __init__(
         self,
@@ -133,8 +149,9 @@ class Adafactor(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError(
                     "Adafactor: gradients must be dense and real, not sparse or complex"
                 )
@@ -142,7 +159,7 @@ class Adafactor(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # P itself, unless half precision
+                # Half precision computes in float32; else `work` is p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -155,56 +172,49 @@ class Adafactor(torch.optim.Optimizer):
                 if group["beta1"] is not None and "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(work)
                 t = state["step"] = int(state["step"]) + 1
-                adafactor_update(
-                    work,
-                    p.grad.to(work.dtype),
-                    state,
-                    t,
-                    group["lr"],
-                    group["beta2_decay"],
-                    group["eps"],
-                    group["d"],
-                    group["weight_decay"],
-                    group["beta1"],
-                    group["relative_step"],
-                    group["scale_parameter"],
-                )
+                options = [group[name] for name in HYPERPARAMETERS]
+                adafactor_update(work, p.grad.to(work.dtype), state, t, *options)
+                # The one rounding.
                 if work is not p:
-                    p.copy_(work)  # the one rounding
+                    p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                for name in ("maximize",):
-                    if theirs.get(name):
-                        raise ValueError(
-                            f"Adafactor: the saved run had {name}={theirs[name]}, which this "
-                            "one lacks; load it into the class that saved it"
-                        )
+                if theirs.get("maximize"):
+                    raise ValueError(
+                        f"Adafactor: the saved run had maximize={theirs['maximize']}, which this "
+                        "one lacks; load it into the class that saved it"
+                    )
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
-                    factored = (
-                        {"step", "row_var", "col_var"} if p.ndim >= 2 else {"step", "variance"}
-                    )
-                    if state.keys() - {"exp_avg"} != factored:
+                    moments = {"row_var", "col_var"} if p.ndim >= 2 else {"variance"}
+                    if state.keys() - {"exp_avg"} != {"step", *moments}:
                         raise ValueError(
-                            f"Adafactor: a saved state of {', '.join(state)} is another's"
+                            f"Adafactor: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -215,8 +225,10 @@ class Adafactor(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     start, target = torch.randn(2, 20, 30, dtype=torch.float64)
-    x, y = start.clone().requires_grad_(), start.clone().requires_grad_()
-    ours, theirs = Adafactor([x], lr=0.05, eps=(None, 1e-3)), torch.optim.Adafactor([y], lr=0.05)
+    x = start.clone().requires_grad_()
+    y = start.clone().requires_grad_()
+    ours = Adafactor([x], lr=0.05, eps=(None, 1e-3))
+    theirs = torch.optim.Adafactor([y], lr=0.05)
     ours.param_groups[0]["weight_decay"] = theirs.param_groups[0]["weight_decay"] = 0.01
     for _ in range(300):
         for z, optimizer in (x, ours), (y, theirs):

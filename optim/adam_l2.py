@@ -10,13 +10,12 @@
 
 Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101).
 The decay of an element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text
-says large *weights*.) Nothing is decoupled here, and there is no value of λ that makes the two the
-same. lr is in units of weight: an element moves by about lr a step at most, whatever the gradient's
-scale. State: 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep
-float32 m and v.
+says large *weights*.) Nothing is decoupled here, and no value of λ makes the two the same. lr is in
+units of weight: an element moves by about lr a step at most, whatever the gradient's scale. State:
+8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard,
-torch.distributed.checkpoint as torch.optim.Adam is, whose states load. amsgrad and maximize are
+Used wherever torch.optim.Adam is: with torch's schedulers, GradScaler, autocast, compile, DDP,
+fully_shard, torch.distributed.checkpoint. States of torch.optim.Adam load; amsgrad and maximize are
 refused. docs/partners.md has all partners.
 """
 
@@ -28,19 +27,24 @@ import torch
 def adam_l2_update(
     p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay
 ) -> None:
-    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`;
-    bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ)."""
-    g = g.add(p, alpha=weight_decay) if weight_decay else g
+    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`.
+
+    bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ).
+    """
+    # A new tensor: the gradient itself is never changed.
+    if weight_decay:
+        g = g.add(p, alpha=weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().add_(eps * root2)  # √v̂ + ε, times root2
+    # √v̂ + ε, times root2: both bias corrections move into the factor of the last line.
+    denominator = exp_avg_sq.sqrt().add_(eps * root2)
     p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr * root2 / bias1))
 
 
 class AdamL2(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = False  # moves what lies before zeros by full steps along noise
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -83,8 +87,9 @@ class AdamL2(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError(
                     "AdamL2: gradients must be dense and real, not sparse or complex"
                 )
@@ -93,7 +98,7 @@ class AdamL2(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # P itself, unless half precision
+                # Half precision computes in float32; else `work` is p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -114,17 +119,20 @@ class AdamL2(torch.optim.Optimizer):
                     group["eps"],
                     group["weight_decay"],
                 )
+                # The one rounding.
                 if work is not p:
-                    p.copy_(work)  # the one rounding
+                    p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("amsgrad", "maximize"):
                     if theirs.get(name):
@@ -132,21 +140,26 @@ class AdamL2(torch.optim.Optimizer):
                             f"AdamL2: the saved run had {name}={theirs[name]}, which this one "
                             "lacks; load it into the class that saved it"
                         )
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
                     if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                         raise ValueError(
                             f"AdamL2: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -158,7 +171,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     start, target = torch.randn(2, 20, dtype=torch.float64)
     for weight_decay in 0.0, 0.1:
-        x, y = start.clone().requires_grad_(), start.clone().requires_grad_()
+        x = start.clone().requires_grad_()
+        y = start.clone().requires_grad_()
         ours = AdamL2([x], lr=0.03, weight_decay=weight_decay)
         theirs = torch.optim.Adam([y], lr=0.03, weight_decay=weight_decay)
         for _ in range(300):

@@ -15,14 +15,14 @@ decay is lr·λ with the scheduled lr, not the paper's λ. Language models use b
 about lr a step at most, whatever the gradient's scale. State: 8 bytes a parameter (16 for float64
 parameters). Half-precision parameters keep float32 m and v.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard,
-torch.distributed.checkpoint as torch.optim.AdamW is, whose states load. amsgrad and maximize are
-refused. docs/partners.md has all partners.
+Used wherever torch.optim.AdamW is: with torch's schedulers, GradScaler, autocast, compile, DDP,
+fully_shard, torch.distributed.checkpoint. States of torch.optim.AdamW load; amsgrad and maximize
+are refused. docs/partners.md has all partners.
 
-`fused` steps all tensors in one kernel of torch's, the same formula: on a GPU one launch instead of
-eight for each tensor, on a CPU half the time; with half-precision parameters float32 copies of all
-of them at once. To compile the step instead: torch compiles again for every new float, so hand the
-floats over as 0-D tensors:
+`fused` steps all tensors in one kernel of torch's with the same formula: on a GPU one launch
+instead of eight for each tensor, on a CPU half the time. Half-precision parameters then have
+float32 copies all at once. To compile the step instead: torch compiles again for every new float,
+so hand the floats over as 0-D tensors:
     fast = torch.compile(adamw_update, dynamic=True)
     adamw.adamw_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
@@ -36,12 +36,15 @@ import torch
 def adamw_update(
     p, g, exp_avg, exp_avg_sq, bias1, root2, lr, beta1, beta2, eps, weight_decay
 ) -> None:
-    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`;
-    bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ)."""
+    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all of one shape with `g`.
+
+    bias1 = 1 − β₁ᵗ, root2 = √(1 − β₂ᵗ).
+    """
     p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().add_(eps * root2)  # √v̂ + ε, times root2
+    # √v̂ + ε, times root2: both bias corrections move into the factor of the last line.
+    denominator = exp_avg_sq.sqrt().add_(eps * root2)
     p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr * root2 / bias1))
 
 
@@ -49,6 +52,7 @@ def fused_adamw_update(
     ps, gs, exp_avgs, exp_avg_sqs, t, lr, beta1, beta2, eps, weight_decay
 ) -> None:
     """The same for lists of tensors, all of one dtype and device and in their step t."""
+    # The kernel wants a step for each tensor, and may read the same one.
     steps = [torch.tensor(float(t), device=ps[0].device)] * len(ps)
     torch._fused_adamw_(
         ps,
@@ -68,9 +72,9 @@ def fused_adamw_update(
 
 
 class AdamW(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = False  # moves what lies before zeros by full steps along noise
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -115,16 +119,18 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("AdamW: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
-            (beta1, beta2), together = group["betas"], {}
-            numbers = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
+            beta1, beta2 = group["betas"]
+            hyperparameters = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
+            fused = {}  # (t, dtype, device) -> what one kernel can step together
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # P itself, unless half precision
+                # Half precision computes in float32; else `work` is p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -133,28 +139,31 @@ class AdamW(torch.optim.Optimizer):
                     )
                 t = state["step"] = int(state["step"]) + 1
                 tensors = work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"]
-                # The kernel sees no strides
+                # The kernel ignores strides, so a transposed tensor takes the plain way.
                 if group["fused"] and all(x.is_contiguous() for x in tensors):
-                    together.setdefault((t, work.dtype, p.device), []).append((p, *tensors))
+                    fused.setdefault((t, work.dtype, p.device), []).append((p, *tensors))
                     continue
-                adamw_update(*tensors, 1 - beta1**t, math.sqrt(1 - beta2**t), *numbers)
+                adamw_update(*tensors, 1 - beta1**t, math.sqrt(1 - beta2**t), *hyperparameters)
+                # The one rounding.
                 if work is not p:
-                    p.copy_(work)  # the one rounding
-            for (t, *_), found in together.items():
-                ps, *tensors = map(list, zip(*found))
-                fused_adamw_update(*tensors, t, *numbers)
-                for p, work in zip(ps, tensors[0]):
+                    p.copy_(work)
+            for (t, *_), rows in fused.items():
+                ps, works, *others = map(list, zip(*rows))
+                fused_adamw_update(works, *others, t, *hyperparameters)
+                for p, work in zip(ps, works):
                     if work is not p:
                         p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("amsgrad", "maximize"):
                     if theirs.get(name):
@@ -162,21 +171,26 @@ class AdamW(torch.optim.Optimizer):
                             f"AdamW: the saved run had {name}={theirs[name]}, which this one "
                             "lacks; load it into the class that saved it"
                         )
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
                     if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                         raise ValueError(
                             f"AdamW: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -187,8 +201,10 @@ class AdamW(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     start, target = torch.randn(2, 20, dtype=torch.float64)
-    x, y = start.clone().requires_grad_(), start.clone().requires_grad_()
-    ours, theirs = AdamW([x], lr=0.03), torch.optim.AdamW([y], lr=0.03)
+    x = start.clone().requires_grad_()
+    y = start.clone().requires_grad_()
+    ours = AdamW([x], lr=0.03)
+    theirs = torch.optim.AdamW([y], lr=0.03)
     for _ in range(300):
         for z, optimizer in (x, ours), (y, theirs):
             optimizer.zero_grad()

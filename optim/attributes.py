@@ -3,16 +3,16 @@
     attribute      assumed   what it decides
     elementwise    False     may a shard of a parameter be stepped alone? (asked and assumed in
                              parallel/adapter.py)
-    matrices_only  False     does all but the matrices belong in groups with use_muon=False?
+    matrices_only  False     do all parameters but matrices belong in groups with use_muon=False?
     zero_init      True      may projections and head start at 0?
     heavy_step     False     too much work for every replica to repeat: ranks share it out
     mup_rule       None      how a step scales, in the words of optim/mup.py; None: no rule
     state_numbers  -         numbers of state that a parameter of a shape takes, for
                              memory/estimate.py; keyword-only arguments are the options that matter
 
-zero_init, heavy_step and mup_rule belong to the method: a class that does not say, such as
-torch.optim.AdamW, has those of the class of that name here. The others belong to the code, and only
-its own class can say.
+zero_init, heavy_step and mup_rule belong to the method. A class without them, such as
+torch.optim.AdamW, takes them from our class of the same name. The others belong to the code, and a
+class speaks only for itself.
 """
 
 import importlib
@@ -30,24 +30,31 @@ def attribute(cls: type[Optimizer], name: str):
     """What `cls` says of itself under this name, or what is assumed of it."""
     if hasattr(cls, name):
         return getattr(cls, name)
-    for ours in own_classes().values() if name in OF_THE_METHOD else ():
-        if ours.__name__ == cls.__name__ and hasattr(ours, name):
-            return getattr(ours, name)
+    # Of the same method ours knows more than an assumption.
+    if name in OF_THE_METHOD:
+        for ours in own_classes().values():
+            if ours.__name__ == cls.__name__ and hasattr(ours, name):
+                return getattr(ours, name)
     return ASSUMED[name]
 
 
 def own_classes() -> dict[str, type[Optimizer]]:
-    """The optimizers that the files here define, as --optim= names them: `file` for its first one,
-    `file.Class` for others. A file that cannot be imported has none."""
+    """The optimizers that the files here define, as --optim= names them.
+
+    A file's first one is `file`, others are `file.Class`. A file that cannot be imported has none.
+    """
     found = {}
     for file in sorted(module.name for module in pkgutil.iter_modules(optim.__path__)):
         try:
             module = importlib.import_module(f"optim.{file}")
-        except Exception:  # whatever a user's file can raise; --optim= tells what
+        except Exception:
+            # A user's file can raise anything; --optim= with its name tells what.
             continue
         for name, cls in vars(module).items():
             if not isinstance(cls, type) or not issubclass(cls, Optimizer):
                 continue
+            # Not a class that the file has only imported.
             if cls.__module__ == module.__name__:
-                found[file if file not in found else f"{file}.{name}"] = cls
+                key = f"{file}.{name}" if file in found else file
+                found[key] = cls
     return found

@@ -29,23 +29,27 @@ import torch
 def lamb_update(
     p, g, exp_avg, exp_avg_sq, bias1, bias2, lr, beta1, beta2, eps, weight_decay
 ) -> None:
-    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all shaped as `g`; biasᵢ = 1 − βᵢᵗ, or
-    1."""
+    """One step, in place on `p`, `exp_avg`, `exp_avg_sq`, all shaped as `g`.
+
+    biasᵢ = 1 − βᵢᵗ, or 1 without bias correction.
+    """
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    # Both bias corrections; u is kept without it, which r·u does not notice
+    # `scale` is both bias corrections. u is kept without it: r·u is the same, since r has 1/‖u‖.
     scale = bias2**0.5 / bias1
     u = exp_avg_sq.sqrt().add_(eps * bias2**0.5)
     torch.div(exp_avg, u, out=u).add_(p, alpha=weight_decay / scale)
-    p_norm, u_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(u)
+    p_norm = torch.linalg.vector_norm(p)
+    u_norm = torch.linalg.vector_norm(u)
+    # A tensor that is 0 has no size to follow: it takes Adam's step.
     ratio = torch.where((p_norm > 0) & (u_norm > 0), p_norm / u_norm, scale)
     p.addcmul_(u, ratio, value=-lr)
 
 
 class LAMB(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = False  # needs the norm of the whole parameter
     zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -96,15 +100,16 @@ class LAMB(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("LAMB: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # P itself, unless half precision
+                # Half precision computes in float32; else `work` is p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -112,9 +117,10 @@ class LAMB(torch.optim.Optimizer):
                         step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work)
                     )
                 t = state["step"] = int(state["step"]) + 1
-                bias1, bias2 = (
-                    (1 - beta1**t, 1 - beta2**t) if group["bias_correction"] else (1.0, 1.0)
-                )
+                bias1 = bias2 = 1.0
+                if group["bias_correction"]:
+                    bias1 = 1 - beta1**t
+                    bias2 = 1 - beta2**t
                 lamb_update(
                     work,
                     p.grad.to(work.dtype),
@@ -128,33 +134,41 @@ class LAMB(torch.optim.Optimizer):
                     group["eps"],
                     group["weight_decay"],
                 )
+                # The one rounding.
                 if work is not p:
-                    p.copy_(work)  # the one rounding
+                    p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
                     if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                         raise ValueError(
                             f"LAMB: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -173,7 +187,8 @@ if __name__ == "__main__":
         f"LAMB: at lr 0.01 the first step is {fraction:.6f} of the weights, whatever the gradient's"
         " size"
     )
-    inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
+    inputs = torch.randn(256, 32)
+    teacher = torch.randn(16, 32)
     w = torch.randn(16, 32, requires_grad=True)
     optimizer = LAMB([w], weight_decay=0)
     for t in range(300):

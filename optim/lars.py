@@ -30,23 +30,28 @@ def lars_update(
     p, g, momentum_buffer, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, trust
 ):
     """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as `g`.
-    `trust=False` leaves out k and λ."""
+
+    `trust=False` leaves out k and λ: plain SGD, for gains and biases.
+    """
     d = g
     if trust:
-        p_norm, g_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
+        p_norm = torch.linalg.vector_norm(p)
+        g_norm = torch.linalg.vector_norm(g)
         k = trust_coefficient * p_norm / (g_norm + weight_decay * p_norm + eps)
+        # Weights that are 0 would never move by a fraction of themselves.
         k = torch.where((p_norm > 0) & (g_norm > 0), k, 1)
         d = g.add(p, alpha=weight_decay).mul_(k) if weight_decay else g * k
     if momentum_buffer is not None:
-        torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)  # μb + d in one pass
+        # μ·b + d in one pass over memory.
+        torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)
         d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     p.add_(d, alpha=-lr)
 
 
 class LARS(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = False  # needs the norm of the whole parameter
     zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -106,19 +111,22 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("LARS: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # P itself, unless half precision
+                # Half precision computes in float32; else `work` is p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
-                if group["momentum"] and not state:
-                    state["momentum_buffer"] = torch.zeros_like(work)
-                buffer = state["momentum_buffer"] if group["momentum"] else None
+                buffer = None
+                if group["momentum"]:
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(work)
+                    buffer = state["momentum_buffer"]
                 lars_update(
                     work,
                     p.grad.to(work.dtype),
@@ -131,33 +139,41 @@ class LARS(torch.optim.Optimizer):
                     group["nesterov"],
                     trust=p.ndim >= 2 or not group["exclude_1d"],
                 )
+                # The one rounding.
                 if work is not p:
-                    p.copy_(work)  # the one rounding
+                    p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
                     if state.keys() != {"momentum_buffer"}:
                         raise ValueError(
                             f"LARS: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -176,7 +192,8 @@ if __name__ == "__main__":
         print(
             f"LARS: gradient of norm {w.grad.norm():.0e}, the step is {fraction:.6f} of the weights"
         )
-    inputs, teacher = torch.randn(256, 32), torch.randn(16, 32)
+    inputs = torch.randn(256, 32)
+    teacher = torch.randn(16, 32)
     w = torch.randn(16, 32, requires_grad=True)
     optimizer = LARS([w])
     for t in range(300):

@@ -29,15 +29,16 @@ import torch
 
 def lion_update(p, g, exp_avg, lr, beta1, beta2, weight_decay) -> None:
     """One step, in place on `p` and `exp_avg`, of one shape with `g`."""
+    # From m as it was: this gradient enters the sign by its own share 1 − β₁.
     direction = exp_avg.lerp(g, 1 - beta1).sign_()
     p.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr)
     exp_avg.lerp_(g, 1 - beta2)
 
 
 class Lion(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = False  # moves what lies before zeros by full steps along noise
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -76,14 +77,15 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("Lion: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # P itself, unless half precision
+                # Half precision computes in float32; else `work` is p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -96,33 +98,41 @@ class Lion(torch.optim.Optimizer):
                     *group["betas"],
                     group["weight_decay"],
                 )
+                # The one rounding.
                 if work is not p:
-                    p.copy_(work)  # the one rounding
+                    p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
                     if state.keys() != {"exp_avg"}:
                         raise ValueError(
                             f"Lion: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -133,7 +143,8 @@ class Lion(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     x = torch.zeros(1, requires_grad=True)
-    optimizer, path = Lion([x], lr=0.1), []
+    optimizer = Lion([x], lr=0.1)
+    path = []
     # By hand: sign(.1), sign(.009-1), sign(-.0811), sign(-.0802899+.5)
     for gradient in 1.0, -10.0, 0.0, 5.0:
         x.grad = torch.tensor([gradient])
@@ -143,7 +154,8 @@ if __name__ == "__main__":
         f"Lion: gradients 1, -10, 0, 5 move a weight from 0 to {path}, by hand [-0.1, 0.0, 0.1,"
         " 0.0]"
     )
-    target, x = torch.randn(20), torch.zeros(20, requires_grad=True)
+    target = torch.randn(20)
+    x = torch.zeros(20, requires_grad=True)
     optimizer = Lion([x])
     for t in range(300):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - t / 300)

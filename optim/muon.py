@@ -22,19 +22,18 @@ speed. `ns` is one of
 a neuron:
     v ← β₂·v + (1−β₂)·mean of X² over the row     v `row_sq`
     X ← X/(√v + 1e-10)                            scaled back to the norm X had
-`cautious`: decay only those elements where X·p > 0, that is, which the step moves towards 0 anyway.
+`cautious`: decay only the elements where X·p > 0, which the step moves towards 0 anyway.
 lr's unit: with the 'original' k a step changes a layer's output by about lr (in the spectral norm),
 at any width; .02 is usual. With 'match_rms_adamw' (Liu et al. 2025, 2502.16982) the step's RMS is
 .2·lr, so AdamW's lr and λ carry over. State: 4 bytes a parameter (+ 4 a row, NorMuon), 8 in AdamW
 groups, doubled for float64, never below float32.
 
-Muon is for hidden matrices; embeddings, head and vectors go into groups that take AdamW in the same
-object:
+Muon is for hidden matrices. Embeddings, head and vectors go into groups of the same object that
+take AdamW:
     adamw = {"params": others, "use_muon": False, "lr": 3e-4, "betas": (.9, .95)}
     Muon([{"params": matrices}, adamw])
-`betas`, `eps`, `adamw_weight_decay` given to Muon are those groups' where they have none of their
-own; `fused` steps them by a kernel of torch's. Clip gradients before, if at all: the update has no
-norm left.
+`betas`, `eps`, `adamw_weight_decay` given to Muon serve groups that have none of their own; `fused`
+steps those by a kernel of torch's. Clip gradients before, if at all: the update has no norm left.
 
 Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of
 torch.optim.Muon, fully_shard (by make_optimizer of parallel/sharded_optimizer.py; DTensors are
@@ -54,35 +53,42 @@ POLAR = [
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 ]
-COEFFICIENTS = {  # triples for steps 1, 2, …; the last one repeats
+# Triples for steps 1, 2, …; the last one repeats.
+COEFFICIENTS = {
     "quintic": [(3.4445, -4.7750, 2.0315)],
     "cubic": [(1.5, -0.5, 0.0)],
     "exact": [(2.0, -1.5, 0.5)],
     "polar": [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR] + [(1.875, -1.25, 0.375)],
 }
+# k: with it lr means the same at any shape.
 SCALES = {
     "original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
 }
-ADAMW = {"lr": 3e-4, "weight_decay": 0.0}  # groups with use_muon=False
+# The defaults of groups with use_muon=False.
+ADAMW = {"lr": 3e-4, "weight_decay": 0.0}
 
 
 def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat16) -> torch.Tensor:
     """n matrices (rows, cols) -> (n, rows, cols) of `dtype`, singular values near 1."""
     X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
+    # X·Xᵀ is smallest with the short side first.
     tall = X.shape[1] > X.shape[2]
-    X = X.mT if tall else X  # (n, short, long)
+    if tall:
+        X = X.mT  # (n, short, long)
+    # A product with a long X is dear: let only every second step need one.
     restart = 2 if X.shape[2] >= 2 * X.shape[1] else 1
     for i in range(ns_steps):
         a, b, c = COEFFICIENTS[ns][min(i, len(COEFFICIENTS[ns]) - 1)]
         if i % restart == 0:
-            A, Q = torch.bmm(X, X.mT), None  # (n, short, short)
+            A = torch.bmm(X, X.mT)  # (n, short, short)
+            Q = None
         P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
         if restart == 1:
             X = torch.baddbmm(X, P, X, beta=a)
             continue
         # X ← P·X, but only every second step. Until then Q collects the Ps, and A ← P·A·P spares a
-        # long product. To wait for a third step blows up in bfloat16, on gradients of low rank.
+        # long product. Waiting for a third step blows up in bfloat16, on gradients of low rank.
         P.diagonal(dim1=1, dim2=2).add_(a)
         Q = P if Q is None else torch.bmm(P, Q)
         if (i + 1) % restart == 0 or i + 1 == ns_steps:
@@ -92,65 +98,42 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
     return X.mT if tall else X
 
 
-def muon_update(
-    ps,
-    gs,
-    bufs,
-    row_sqs,
-    lr,
-    momentum,
-    weight_decay,
-    nesterov,
-    ns,
-    ns_steps,
-    ns_dtype,
-    adjust_lr_fn,
-    normuon_beta2,
-    cautious,
-) -> None:
-    """In place on lists: `ps`, `bufs` shaped as `gs`, one shape or turned; NorMuon's `row_sqs`
-    (rows, 1)."""
+def muon_directions(gs, bufs, momentum, nesterov, ns, ns_steps, ns_dtype) -> torch.Tensor:
+    """X for lists of one shape, turned or not: (n, short, long). Moves the momenta `bufs`."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
-    # (rows, cols) each
-    us = ((g.lerp(b, momentum) if nesterov else b).flatten(1) for g, b in zip(gs, bufs))
-    X = orthogonalize((u.mT if u.shape[0] > u.shape[1] else u for u in us), ns, ns_steps, ns_dtype)
-    for p, x, v in zip(ps, X, row_sqs):
-        x = (x.mT if p.shape[0] > p[0].numel() else x).to(p.dtype)
-        if normuon_beta2 is not None:
-            v.lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
-            y = x / (v.sqrt() + 1e-10)
-            x = y * (x.norm() / (y.norm() + 1e-10))
-        scale = SCALES[adjust_lr_fn](*x.shape)
-        x = x.reshape(p.shape)
-        (
-            p.sub_(p * (x * p > 0), alpha=lr * weight_decay)
-            if cautious
-            else p.mul_(1 - lr * weight_decay)
-        )
-        p.add_(x, alpha=-lr * scale)
+    us = (g.lerp(b, momentum) if nesterov else b for g, b in zip(gs, bufs))
+    us = (u.flatten(1) for u in us)  # (rows, cols)
+    # Tall matrices are turned, so that they share a stack with the wide ones.
+    us = (u.mT if u.shape[0] > u.shape[1] else u for u in us)
+    return orthogonalize(us, ns, ns_steps, ns_dtype)
+
+
+def muon_update(p, x, row_sq, lr, weight_decay, adjust_lr_fn, normuon_beta2, cautious) -> None:
+    """In place on `p` and NorMuon's `row_sq` (rows, 1); x: p's direction (short, long)."""
+    x = (x.mT if p.shape[0] > p[0].numel() else x).to(p.dtype)  # (rows, cols)
+    if normuon_beta2 is not None:
+        row_sq.lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
+        y = x / (row_sq.sqrt() + 1e-10)
+        x = y * (x.norm() / (y.norm() + 1e-10))
+    k = SCALES[adjust_lr_fn](*x.shape)
+    x = x.reshape(p.shape)
+    if cautious:
+        p.sub_(p * (x * p > 0), alpha=lr * weight_decay)
+    else:
+        p.mul_(1 - lr * weight_decay)
+    p.add_(x, alpha=-lr * k)
 
 
 def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, fused) -> None:
     """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
-    # Their kernel sees no strides
+    # The kernel ignores strides, so a transposed tensor takes the plain way.
     if fused and all(x.is_contiguous() for x in (p, g, exp_avg, exp_avg_sq)):
         step = torch.tensor(float(t), device=p.device)
-        return torch._fused_adamw_(
-            [p],
-            [g],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [step],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=False,
-            maximize=False,
-        )
+        options = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+        options |= dict(amsgrad=False, maximize=False)
+        torch._fused_adamw_([p], [g], [exp_avg], [exp_avg_sq], [], [step], **options)
+        return
     p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -158,13 +141,14 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_dec
 
 
 class Muon(torch.optim.Optimizer):
-    """`ns_dtype`: dtype of the products, or its name; None: bfloat16, float64 for float64
-    parameters. Raises ValueError for bad hyperparameters and vectors in a Muon group, RuntimeError
-    for sparse gradients.
+    """Raises ValueError for bad hyperparameters and vectors in a Muon group.
+
+    Raises RuntimeError for sparse or complex gradients. `ns_dtype`: dtype of the products, or its
+    name; None: bfloat16, float64 for float64 parameters.
     """
 
-    # Needs whole matrices; only its use_muon=False groups are elementwise
-    elementwise: bool = False
+    # What this class says of itself: optim/attributes.py tells who asks.
+    elementwise: bool = False  # needs full matrices; its AdamW groups alone are elementwise
     matrices_only: bool = True  # everything else belongs in a group with use_muon=False
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = True  # Newton-Schulz, too much for every replica to repeat
@@ -177,7 +161,8 @@ class Muon(torch.optim.Optimizer):
         """Numbers of state that a parameter of this shape takes."""
         if not use_muon:
             return 2 * math.prod(shape)
-        return math.prod(shape) + (shape[0] if normuon_beta2 is not None else 0)
+        rows = shape[0] if normuon_beta2 is not None else 0
+        return math.prod(shape) + rows
 
     def __init__(
         self,
@@ -197,73 +182,39 @@ class Muon(torch.optim.Optimizer):
         adamw_weight_decay: float | None = None,
         fused: bool = False,
     ):
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "ns": ns,
-                "ns_steps": ns_steps,
-                "adjust_lr_fn": adjust_lr_fn,
-                "ns_dtype": ns_dtype,
-                "use_muon": True,
-                "normuon_beta2": normuon_beta2,
-                "cautious": cautious,
-                "adamw_betas": betas,
-                "eps": eps,
-                "adamw_weight_decay": adamw_weight_decay,
-                "fused": fused,
-            },
-        )
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        defaults |= dict(ns=ns, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, ns_dtype=ns_dtype)
+        defaults |= dict(use_muon=True, normuon_beta2=normuon_beta2, cautious=cautious)
+        # A group with `betas` has its own; these are for the AdamW groups that have none.
+        defaults |= dict(adamw_betas=betas, eps=eps, adamw_weight_decay=adamw_weight_decay)
+        super().__init__(params, defaults | {"fused": fused})
 
     def add_param_group(self, param_group: dict) -> None:
-        adamw = ADAMW | {"betas": self.defaults["adamw_betas"]}
-        group = {
-            **self.defaults,
-            **({} if param_group.get("use_muon", True) else adamw),
-            **param_group,
-        }
-        if not group["use_muon"] and group["adamw_weight_decay"] is not None:
-            group["weight_decay"] = group["adamw_weight_decay"]
-        beta1, beta2 = group.get("betas", group["adamw_betas"])
-        for name, x in (group | {"betas[0]": beta1, "betas[1]": beta2}).items():
-            end = {
-                "lr": "inf",
-                "weight_decay": "inf",
-                "adamw_weight_decay": "inf",
-                "eps": "inf",
-                "momentum": 1,
-                "normuon_beta2": 1,
-                "betas[0]": 1,
-                "betas[1]": 1,
-            }.get(name)
-            if end and x is not None and not 0 <= x < float(end):
-                raise ValueError(f"Muon: {name}={x} is not allowed; it must lie in [0, {end})")
-        for name, known in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
-            if group[name] not in known:
-                raise ValueError(f"Muon: {name}={group[name]!r} is not one of {', '.join(known)}")
-        if not (isinstance(group["ns_steps"], int) and group["ns_steps"] > 0):
-            raise ValueError(
-                f"Muon: ns_steps={group['ns_steps']} is not allowed; it must be an integer ≥ 1"
-            )
+        group = {**self.defaults, **param_group}
+        if not group["use_muon"]:
+            # AdamW's own defaults are below what the group says, and above Muon's.
+            betas = self.defaults["adamw_betas"]
+            group = {**self.defaults, **ADAMW, "betas": betas, **param_group}
+            if group["adamw_weight_decay"] is not None:
+                group["weight_decay"] = group["adamw_weight_decay"]
+        check(group)
         if group["ns_dtype"] is not None:
-            # Text for a checkpoint
+            # A checkpoint keeps text, not a dtype.
             group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
             if not getattr(getattr(torch, group["ns_dtype"], None), "is_floating_point", False):
                 raise ValueError(
                     f"Muon: ns_dtype={group['ns_dtype']} is not allowed; take a floating dtype"
                 )
         super().add_param_group(group)
-        for p in self.param_groups[-1]["params"] if group["use_muon"] else ():
-            if p.ndim < 2 or hasattr(p, "placements"):
-                self.param_groups.pop()
-                raise ValueError(
-                    f"Muon: {type(p).__name__} {tuple(p.shape)} is no whole matrix; vectors go into"
-                    " a group with use_muon=False, DTensors to make_optimizer"
-                    " (parallel/sharded_optimizer.py)"
-                )
+        params = self.param_groups[-1]["params"]
+        refused = [p for p in params if p.ndim < 2 or hasattr(p, "placements")]
+        if group["use_muon"] and refused:
+            self.param_groups.pop()
+            raise ValueError(
+                f"Muon: {type(refused[0]).__name__} {tuple(refused[0].shape)} is no whole matrix;"
+                " vectors go into a group with use_muon=False, DTensors to make_optimizer"
+                " (parallel/sharded_optimizer.py)"
+            )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -271,116 +222,91 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("Muon: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
-            # Matrices of one shape, turned or not, go together; each other parameter alone
-            batches = {}
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.numel() > 0:
-                    sides = sorted((p.shape[0], p[0].numel())) if group["use_muon"] else [i]
-                    batches.setdefault((*sides, p.dtype, p.device), []).append(p)
-            for ps in batches.values():
-                # Ps, unless half
+            step_batch = self._muon if group["use_muon"] else self._adamw
+            for ps in batches(group):
+                # Half precision computes in float32; else `works` are the parameters themselves.
                 works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
                 gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
-                # Ns_dtype says in what to multiply
+                # ns_dtype says in what to multiply, not autocast.
                 with torch.autocast(ps[0].device.type, enabled=False):
-                    (self._muon if group["use_muon"] else self._adamw)(group, ps, works, gs)
+                    step_batch(group, ps, works, gs)
+                # The one rounding.
                 for p, work in zip(ps, works):
                     if work is not p:
-                        p.copy_(work)  # the one rounding
+                        p.copy_(work)
         return loss
 
     def _muon(self, group: dict, ps: list, works: list, gs: list) -> None:
-        for p, work in zip(ps, works):
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(work)
-            if group["normuon_beta2"] is not None and "row_sq" not in self.state[p]:
-                self.state[p]["row_sq"] = work.new_zeros(work.shape[0], 1)
         states = [self.state[p] for p in ps]
-        dtype = group["ns_dtype"] or ("float64" if works[0].dtype == torch.float64 else "bfloat16")
-        muon_update(
-            works,
-            gs,
-            [s["momentum_buffer"] for s in states],
-            [s.get("row_sq") for s in states],
-            group["lr"],
-            group["momentum"],
-            group["weight_decay"],
-            group["nesterov"],
-            group["ns"],
-            group["ns_steps"],
-            getattr(torch, dtype),
-            group["adjust_lr_fn"],
-            group["normuon_beta2"],
-            group["cautious"],
-        )
+        for state, work in zip(states, works):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(work)
+            if group["normuon_beta2"] is not None and "row_sq" not in state:
+                state["row_sq"] = work.new_zeros(work.shape[0], 1)
+        bufs = [state["momentum_buffer"] for state in states]
+        name = group["ns_dtype"]
+        if name is None:
+            name = "float64" if works[0].dtype == torch.float64 else "bfloat16"
+        options = [group[name] for name in ("momentum", "nesterov", "ns", "ns_steps")]
+        X = muon_directions(gs, bufs, *options, getattr(torch, name))
+        names = "lr", "weight_decay", "adjust_lr_fn", "normuon_beta2", "cautious"
+        for work, x, state in zip(works, X, states):
+            muon_update(work, x, state.get("row_sq"), *(group[name] for name in names))
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
-        if "max_momentum" in group and group.get("cycled") != group["momentum"]:  # OneCycleLR's: β₁
-            group["betas"], group["cycled"] = (
-                (group["momentum"], group["betas"][1]),
-                group["momentum"],
-            )
+        # OneCycleLR moves `momentum`, which is β₁ here; `cycled`: the one that betas has already.
+        if "max_momentum" in group and group.get("cycled") != group["momentum"]:
+            group["betas"] = (group["momentum"], group["betas"][1])
+            group["cycled"] = group["momentum"]
         for p, work, g in zip(ps, works, gs):
             state = self.state[p]
             if not state:
-                state.update(
-                    step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work)
-                )
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(work)
+                state["exp_avg_sq"] = torch.zeros_like(work)
             t = state["step"] = int(state["step"]) + 1
+            options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
             adamw_update(
-                work,
-                g,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                t,
-                group["lr"],
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                group["fused"],
+                work, g, state["exp_avg"], state["exp_avg_sq"], t, *options, group["fused"]
             )
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [from_torch(dict(group)) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                if "ns_coefficients" in theirs:  # of torch.optim.Muon
-                    triple, eps = tuple(theirs.pop("ns_coefficients")), theirs.pop("eps")
-                    names = [name for name, triples in COEFFICIENTS.items() if triples == [triple]]
-                    if not names or eps != 1e-7:
-                        raise ValueError(
-                            f"Muon: the saved run had ns_coefficients={triple}, eps={eps}; this "
-                            "one has 1e-7, and those of quintic, cubic and exact"
-                        )
-                    theirs.update(ns=names[0], adjust_lr_fn=theirs["adjust_lr_fn"] or "original")
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                adamw = {"step", "exp_avg", "exp_avg_sq"}
+                known = {"momentum_buffer"} if theirs["use_muon"] else adamw
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
-                    known = (
-                        {"momentum_buffer"}
-                        if theirs["use_muon"]
-                        else {"step", "exp_avg", "exp_avg_sq"}
-                    )
                     if state.keys() - {"row_sq"} != known:
                         raise ValueError(
                             f"Muon: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -388,12 +314,54 @@ class Muon(torch.optim.Optimizer):
             last.remove()
 
 
+def check(group: dict) -> None:
+    """Raises ValueError for a hyperparameter that is not allowed."""
+    beta1, beta2 = group.get("betas", group["adamw_betas"])
+    group = group | {"betas[0]": beta1, "betas[1]": beta2}
+    ends = dict.fromkeys(("lr", "weight_decay", "adamw_weight_decay", "eps"), "inf")
+    ends |= dict.fromkeys(("momentum", "normuon_beta2", "betas[0]", "betas[1]"), 1)
+    for name, end in ends.items():
+        x = group[name]
+        if x is not None and not 0 <= x < float(end):
+            raise ValueError(f"Muon: {name}={x} is not allowed; it must lie in [0, {end})")
+    for name, known in ("ns", COEFFICIENTS), ("adjust_lr_fn", SCALES):
+        if group[name] not in known:
+            raise ValueError(f"Muon: {name}={group[name]!r} is not one of {', '.join(known)}")
+    n = group["ns_steps"]
+    if not (isinstance(n, int) and n > 0):
+        raise ValueError(f"Muon: ns_steps={n} is not allowed; it must be an integer ≥ 1")
+
+
+def batches(group: dict) -> list[list]:
+    """The parameters to step together: matrices of one shape, turned or not; of AdamW one each."""
+    found = {}
+    for i, p in enumerate(group["params"]):
+        if p.grad is not None and p.numel() > 0:
+            sides = sorted((p.shape[0], p[0].numel())) if group["use_muon"] else [i]
+            found.setdefault((*sides, p.dtype, p.device), []).append(p)
+    return list(found.values())
+
+
+def from_torch(group: dict) -> dict:
+    """A group of torch.optim.Muon in our words; ours stays as it is."""
+    if "ns_coefficients" in group:
+        triple = tuple(group.pop("ns_coefficients"))
+        eps = group.pop("eps")
+        names = [name for name, triples in COEFFICIENTS.items() if triples == [triple]]
+        if not names or eps != 1e-7:
+            raise ValueError(
+                f"Muon: the saved run had ns_coefficients={triple}, eps={eps}; this one has 1e-7, "
+                "and the coefficients of quintic, cubic and exact"
+            )
+        group.update(ns=names[0], adjust_lr_fn=group["adjust_lr_fn"] or "original")
+    return group
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for ns, steps in ("quintic", 5), ("cubic", 25), ("exact", 12), ("polar", 8):
-        s = torch.linalg.svdvals(
-            orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64)
-        )
+        X = orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64)
+        s = torch.linalg.svdvals(X)
         print(
             f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to"
             f" {s.max():.3f}"

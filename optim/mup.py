@@ -15,7 +15,7 @@ counts twice):
 Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of
 each output grows with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm
 sqrt(rows/cols) at any width: nothing to correct; with adjust_lr_fn='match_rms_adamw' it grows with
-sqrt(m), and lr falls as 1/sqrt(m). Initial std, output and attention scaling are the model's
+sqrt(m), and lr falls as 1/sqrt(m). Initial std, output and attention scaling belong to the model
 (`GPTConfig.mup_base_width`); a tied head keeps the embedding's lr.
 
 Where a common text errs: it divides attention logits by m² and gives the hidden matrices no lr rule
@@ -28,17 +28,25 @@ from optim.attributes import attribute, own_classes
 def lr_multipliers(
     optimizer_class: type, width: int, base_width: int, adjust_lr_fn: str = "original", **unused
 ) -> dict[str, float]:
-    """kind of parameter -> what its lr is multiplied by. Raises ValueError for an optimizer without
-    a rule."""
-    m, rule = width / base_width, attribute(optimizer_class, "mup_rule")
-    if rule not in ("sgd", "adam", "muon"):
+    """kind of parameter -> what its lr is multiplied by.
+
+    adjust_lr_fn: Muon's; options of other optimizers change nothing. Raises ValueError for an
+    optimizer without a rule.
+    """
+    m = width / base_width
+    rule = attribute(optimizer_class, "mup_rule")
+    # A gradient falls as 1/m. In a matrix the sum over its fan-in makes up for that.
+    if rule == "sgd":
+        return {"embedding": m, "matrix": 1.0, "head": m, "scalar": m}
+    if rule == "adam":
+        matrix = 1 / m
+    elif rule == "muon":
+        matrix = m**-0.5 if adjust_lr_fn == "match_rms_adamw" else 1.0
+    else:
         ours = own_classes().values()
         known = [cls.__name__ for cls in ours if attribute(cls, "mup_rule") is not None]
         raise ValueError(
             f"there is no μP rule for {optimizer_class.__name__}, whose step follows the weights' "
             f"size; there is one for {', '.join(known)}"
         )
-    if rule == "sgd":
-        return {"embedding": m, "matrix": 1.0, "head": m, "scalar": m}
-    matrix = 1 / m if rule == "adam" else m**-0.5 if adjust_lr_fn == "match_rms_adamw" else 1.0
     return {"embedding": 1.0, "matrix": matrix, "head": 1.0, "scalar": 1.0}

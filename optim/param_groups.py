@@ -5,7 +5,7 @@
     matrix      all else with two or more dimensions (Muon works on these)       lr       decay
     scalar      gains and biases: fewer than two dimensions                      own lr   no decay
 
-A module is judged by what it is and where it stands. Going by "embedding" or "norm" in the name,
+A module's kind follows from what it is and where it is. Going by "embedding" or "norm" in the name,
 as many recipes do, misses `wte` and decays it; and wrappers put `module.` or `_orig_mod.` before
 names. torch.compile, DDP, fully_shard, checkpoint_wrapper and a module that holds the model change
 no kind:
@@ -17,11 +17,12 @@ no kind:
     logits    come from a Linear with an embedding's shape: one for each of its rows
     model     is what is left without wrappers, and the smallest module with embedding and logits
 
-A square Linear may be anything: it gives logits only if the module it stands in has the embedding.
+A square Linear may be anything: it gives logits only if the module that holds it has the embedding.
 A Linear that is not square changes the width and is no block of a residual stream: it may give
 logits as an element too, as in a head of several layers or a list of heads.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -30,73 +31,97 @@ from torch.optim import Optimizer
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """{parameter name: embedding | head | matrix | scalar} for each trainable parameter, a storage
-    once."""
+    """{parameter name: embedding | head | matrix | scalar} for each trainable parameter.
+
+    A parameter that several modules share has one entry, and a tied head is an embedding.
+    """
     tables = {id(p) for m in model.modules() if is_table(m) for p in weights(m)}
     heads = {id(p) for m in find_heads(model) for p in weights(m)}
     found = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
+        # Tables first: a tied head is one too.
         if id(p) in tables:
             found[name] = "embedding"
         elif p.ndim < 2:
             found[name] = "scalar"
+        elif id(p) in heads:
+            found[name] = "head"
         else:
-            found[name] = "head" if id(p) in heads else "matrix"
+            found[name] = "matrix"
     return found
 
 
-# ---- what a module is, and where it stands -------------------------------------------------------
+# ---- what a module is, and where -----------------------------------------------------------------
 def find_heads(model: nn.Module) -> list[nn.Module]:
+    """The Linear modules that give logits, or that a model has directly."""
     root = unwrapped(model)
-    placed = [((root,), root), *outside(root)]
+    placed = [((root,), root), *outside_blocks(root)]
     logits = find_logits(placed)
     models = [root, *(m for m, _ in logits)]
-    direct = [m for above, m in placed if is_linear(m) and any(above[-1] is x for x in models)]
+    # A classifier's Linear has no embedding's shape, but the model is its parent.
+    direct = []
+    for above, m in placed:
+        if is_linear(m) and any(above[-1] is x for x in models):
+            direct.append(m)
     return direct + [m for _, m in logits]
 
 
 def find_logits(placed: list) -> list[tuple[nn.Module, nn.Module]]:
-    """(model, Linear that gives its logits), of modules as `outside` gives them."""
-    tables, found = [m for _, m in placed if is_table(m)], []
-    for above, m in ((above, m) for above, m in placed if is_linear(m)):
+    """(model, Linear that gives its logits), of modules as `outside_blocks` gives them."""
+    tables = [m for _, m in placed if is_table(m)]
+    found = []
+    for above, m in placed:
+        if not is_linear(m):
+            continue
         shape = m.out_features, m.in_features
         same = [t for t in tables if (t.num_embeddings, t.embedding_dim) == shape]
-        for x in (above[-1:] if is_square(m) else reversed(above)) if same else ():
+        if not same:
+            continue
+        # The smallest module around both is the model; for a square Linear only its own parent.
+        candidates = above[-1:] if is_square(m) else reversed(above)
+        for x in candidates:
             if x is not None and any(t is y for y in x.modules() for t in same):
                 found.append((x, m))
                 break
     return found
 
 
-def outside(m: nn.Module, above: tuple = ()):
-    """(modules above it, module) of all that is in m and in no block, without wrappers. None is the
-    last above an element that is no block: a bare embedding, a bare Linear that is not square."""
-    above, stack = (*above, m), blocks(m)
+def outside_blocks(m: nn.Module, above: tuple = ()):
+    """(modules above it, module) of all that is in m and in no block, without wrappers.
+
+    None is the last above an element that is no block: a bare embedding, a bare Linear that is not
+    square.
+    """
+    above = (*above, m)
+    stack = blocks(m)
     for child in m.children():
         inner = unwrapped(child)
         if not any(child is block for block in stack):
             yield above, inner
-            yield from outside(inner, above)
-        elif is_table(inner) or is_linear(inner) and not is_square(inner):
+            yield from outside_blocks(inner, above)
+        elif is_table(inner) or (is_linear(inner) and not is_square(inner)):
             yield (*above, None), inner
 
 
 def unwrapped(m: nn.Module) -> nn.Module:
+    """The module without what only wraps it."""
     while not is_linear(m) and not is_table(m) and not blocks(m):
         children = [c for c in m.children() if has_parameters(c)]
-        if len(children) != 1 or next(m.parameters(recurse=False), None) is not None:
+        has_own = next(m.parameters(recurse=False), None) is not None
+        if len(children) != 1 or has_own:
             break
         m = children[0]
     return m
 
 
 def blocks(m: nn.Module) -> list[nn.Module]:
-    """Those of m's children that are blocks."""
+    """The children of m that are blocks."""
     if not isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return []
     found = [c for c in m.children() if has_parameters(c)]
+    # A Sequential or ModuleDict may be a whole model: its blocks have a class in common.
     if not isinstance(m, nn.ModuleList):
         inner = [unwrapped(c) for c in found]
         classes = [own_class(x) for x in inner]
@@ -104,12 +129,9 @@ def blocks(m: nn.Module) -> list[nn.Module]:
             found = [
                 c for c, x, k in zip(found, inner, classes) if classes.count(k) > 1 and has_parts(x)
             ]
-    # An embedding of relative positions in some blocks makes no language models of them: those have
-    # blocks of their own, or all elements give logits.
-    logits = [
-        find_logits([*outside(unwrapped(c))]) if any(map(is_table, c.modules())) else []
-        for c in found
-    ]
+    # An embedding of relative positions in some blocks makes no language models of them: a language
+    # model has blocks of its own, or all elements give logits.
+    logits = [find_logits([*outside_blocks(unwrapped(c))]) if has_table(c) else [] for c in found]
     if all(any(not is_square(x) for _, x in pairs) for pairs in logits):
         return []
     return [c for c, pairs in zip(found, logits) if not (pairs and any(map(blocks, c.modules())))]
@@ -127,6 +149,10 @@ def has_parameters(m: nn.Module) -> bool:
 
 def has_parts(m: nn.Module) -> bool:
     return next(m.children(), None) is not None
+
+
+def has_table(m: nn.Module) -> bool:
+    return any(map(is_table, m.modules()))
 
 
 def has(m: nn.Module, *names: str) -> bool:
@@ -147,7 +173,7 @@ def is_table(m: nn.Module) -> bool:
 
 
 def weights(m: nn.Module) -> list[nn.Parameter]:
-    """The weight, or what it is made of by a parametrization or weight norm."""
+    """The weight, or what a parametrization or weight norm makes it of."""
     named = m.named_parameters()
     return [p for n, p in named if n.removeprefix("parametrizations.").startswith("weight")]
 
@@ -165,21 +191,25 @@ def param_groups(
     lrs: kind -> learning rate. With `muon`, all but the matrices carry `use_muon=False`.
     decay_embeddings: weight decay for these too, as nanoGPT has it.
     """
-    params, groups = dict(model.named_parameters()), {}
-    spared = ("scalar",) if decay_embeddings else ("embedding", "scalar")
+    params = dict(model.named_parameters())
+    names_of = {}  # kind -> names
     for name, kind in kinds(model).items():
-        groups.setdefault(kind, []).append(name)
-    return [
-        dict(
-            kind=kind,
-            names=names,
-            params=[params[n] for n in names],
-            lr=lrs[kind],
-            weight_decay=0.0 if kind in spared else weight_decay,
-            **({"use_muon": False} if muon and kind != "matrix" else {}),
-        )
-        for kind, names in groups.items()
-    ]
+        names_of.setdefault(kind, []).append(name)
+    # Decay pulls a rare token's embedding to 0 in every step, also where the token is absent.
+    spared = ("scalar",) if decay_embeddings else ("embedding", "scalar")
+    groups = []
+    for kind, names in names_of.items():
+        group = {
+            "kind": kind,
+            "names": names,
+            "params": [params[name] for name in names],
+            "lr": lrs[kind],
+            "weight_decay": 0.0 if kind in spared else weight_decay,
+        }
+        if muon and kind != "matrix":
+            group["use_muon"] = False
+        groups.append(group)
+    return groups
 
 
 def without_compiler() -> None:
@@ -190,46 +220,54 @@ def without_compiler() -> None:
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method = getattr(getattr(Optimizer, name), "__wrapped__", None)
+        # torch imports the compiler where this attribute is missing.
         if method is not None and not hasattr(method, "__dynamo_disable"):
             setattr(method, "__dynamo_disable", method)
 
 
 # ---- what optimizers of others may lack ----------------------------------------------------------
 def averages_weights(optimizer: Optimizer | type[Optimizer]) -> bool:
-    """Does it keep a second set of weights, an average to evaluate and save? Such a method
-    (Schedule-Free) has train() and eval(), which swap the two in the model."""
+    """Does it keep a second set of weights, an average to evaluate and save?
+
+    Such a method (Schedule-Free) has train() and eval(), which swap the two in the model.
+    """
     return hasattr(optimizer, "eval")
 
 
 def sent_bytes(optimizer: Optimizer) -> int:
-    """By this rank in each step: what parallel/adapter.py writes on an optimizer whose parameters
-    are spread; others send nothing."""
+    """Bytes that this rank sends in each step of the optimizer.
+
+    parallel/adapter.py writes them on an optimizer whose parameters are sharded; others send
+    nothing.
+    """
     return getattr(optimizer, "sent_bytes", 0)
 
 
 # ---- weights to evaluate, state by name ----------------------------------------------------------
 @contextmanager
-def evaluation_weights(optimizer: Optimizer, share=lambda: None):
-    """Inside, the model holds the weights to evaluate, save and sample: for Schedule-Free the
-    average x.
+def evaluation_weights(optimizer: Optimizer, share: Callable[[], None] = lambda: None):
+    """Inside, the model holds the weights to evaluate, save and sample.
 
-    share(): tells other ranks that the optimizer's parameters here have changed. Gives {name: the
-    weights training goes on from}, empty where they are the same. Afterwards the model holds the
-    very bits it had: looking changes nothing.
+    For Schedule-Free they are the average x. share(): tells other ranks that the optimizer's
+    parameters here have changed. Gives {name: the weights training resumes from}, empty where they
+    are the same. Afterwards the model holds the very bits it had: an evaluation changes nothing.
     """
     groups = optimizer.param_groups
+    # The model may hold them already.
     if not averages_weights(optimizer) or not any(g.get("train_mode", True) for g in groups):
-        yield {}  # the model holds them already
+        yield {}
         return
-    params = {n: p for g in groups for n, p in zip(g["names"], g["params"])}
-    kept = {n: p.detach().clone() for n, p in params.items()}
-    lost = {p: s["lost"].clone() for p, s in optimizer.state.items() if "lost" in s}
+    # Keep the bits of the weights, and what they lost in rounding.
+    params = {name: p for g in groups for name, p in zip(g["names"], g["params"])}
+    training = {name: p.detach().clone() for name, p in params.items()}
+    lost = {p: state["lost"].clone() for p, state in optimizer.state.items() if "lost" in state}
     optimizer.eval()
     share()
-    yield kept
+    yield training
     optimizer.train()
+    # train() has computed y anew, and rounded: put the very bits back.
     with torch.no_grad():
-        for name, before in kept.items():
+        for name, before in training.items():
             params[name].copy_(before)
         for p, state in optimizer.state.items():
             if p in lost:
@@ -239,41 +277,50 @@ def evaluation_weights(optimizer: Optimizer, share=lambda: None):
     share()
 
 
-# The config's to say
-CONFIGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum", "fused")
+# A resumed run takes these from its own settings, not from the checkpoint.
+OWN_SETTINGS = ("lr", "initial_lr", "weight_decay", "momentum", "initial_momentum", "fused")
 
 
 def state_by_name(optimizer: Optimizer) -> dict:
-    """The optimizer's state by parameter name, and its groups without the parameters (only groups
-    that have some here): what load_state_by_name takes."""
-    state = {
-        n: optimizer.state[p]
-        for g in optimizer.param_groups
-        for n, p in zip(g["names"], g["params"])
-        if p in optimizer.state
-    }
-    groups = {
-        g["kind"]: {k: v for k, v in g.items() if k not in ("params", "names", "kind")}
-        for g in optimizer.param_groups
-        if g["params"]
-    }
-    return dict(state=state, groups=groups)
+    """The optimizer's state by parameter name, and what its groups hold beside the parameters.
 
-
-def load_state_by_name(optimizer: Optimizer, groups: dict, state_of) -> None:
-    """State and whatever the groups count; the learning rates and the decay stay the config's.
-
-    groups: as state_by_name gives them; state_of(name, shape): the state of that parameter, of
-    which this shape is here; {} for none.
+    Groups without a parameter on this rank are left out. load_state_by_name takes both.
     """
-    new, shapes = (
-        optimizer.state_dict(),
-        {n: p.shape for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])},
-    )
-    ids = {}
-    for group in new["param_groups"]:
-        old = {k: tuple(v) if isinstance(v, list) else v for k, v in groups[group["kind"]].items()}
-        group.update({k: v for k, v in old.items() if k not in CONFIGS})
-        ids |= zip(group["params"], group["names"])
-    new["state"] = {i: state for i, name in ids.items() if (state := state_of(name, shapes[name]))}
-    optimizer.load_state_dict(new)
+    state = {}
+    groups = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"]):
+            if p in optimizer.state:
+                state[name] = optimizer.state[p]
+        if group["params"]:
+            left_out = ("params", "names", "kind")
+            groups[group["kind"]] = {k: x for k, x in group.items() if k not in left_out}
+    return {"state": state, "groups": groups}
+
+
+def load_state_by_name(
+    optimizer: Optimizer, groups: dict, state_of: Callable[[str, tuple[int, ...]], dict]
+) -> None:
+    """Loads state and what the groups count; learning rates and decay stay the config's.
+
+    groups: as state_by_name gives them. state_of(name, shape): the state of that parameter, whose
+    shape on this rank this is; {} for none.
+    """
+    state_dict = optimizer.state_dict()
+    names = {}  # the parameter's number in state_dict -> its name
+    for group in state_dict["param_groups"]:
+        for key, x in groups[group["kind"]].items():
+            # A checkpoint makes lists of tuples, such as betas.
+            if key not in OWN_SETTINGS:
+                group[key] = tuple(x) if isinstance(x, list) else x
+        names |= zip(group["params"], group["names"])
+    shapes = {}
+    for group in optimizer.param_groups:
+        shapes |= {name: p.shape for name, p in zip(group["names"], group["params"])}
+    # One parameter at a time, in the shape that this rank holds.
+    state_dict["state"] = {}
+    for i, name in names.items():
+        state = state_of(name, shapes[name])
+        if state:
+            state_dict["state"][i] = state
+    optimizer.load_state_dict(state_dict)

@@ -1,9 +1,9 @@
-"""QK-clip: where a head's attention logits grew beyond tau, its queries and keys are scaled back.
+"""QK-clip scales a head's queries and keys back where its attention logits grew beyond tau.
 
     S_h = max of q_i·k_j / √D over the queries i of head h and the keys j that each sees
     γ_h = τ / S_h  where S_h > τ, else 1
     γ   = min of γ_h over the query heads h that share one head of keys
-    W_k ← W_k √γ          that key head's rows, after the optimizer's step; those of biases too
+    W_k ← W_k √γ          that key head's rows, after the optimizer's step; biases alike
     W_q ← W_q γ_h / √γ    head h's rows
 
 Every logit of head h is multiplied by γ_h: a query head that shares its keys with one that grew
@@ -11,15 +11,15 @@ gets back what the keys lost (γ_h = 1: W_q / √γ). With as many key heads as 
 are √γ_h, the paper's. (There, in multi-head latent attention, the queries take all of γ_h where
 heads share keys; that would leave W_k to grow.)
 
-    S_h `top`   τ `tau`, 100 is usual   γ_h `gamma`   γ `shared`
+    S_h `top`   τ `tau`, 100 is usual   γ_h `gamma`   √γ `root`
     rows of W: a head's D are neighbours
 
-Under Muon all directions of W_q and W_k grow alike, and their product's largest logit may run away,
-softmax with it, to one key. QK-norm forbids that by construction, and then there is nothing to
-clip. The optimizer's momentum is not scaled; nothing is kept from step to step. A factor below 1
-means rounding in the weights' dtype: bf16 weights (bf16_sr) round to nearest here.
+Under Muon all directions of W_q and W_k grow alike. Then the largest logit of their product may run
+away, and softmax goes to one key. QK-norm forbids that by construction, and leaves nothing to clip.
+The optimizer's momentum is not scaled; nothing is kept from step to step. A factor below 1 means
+rounding in the weights' dtype: bf16 weights (bf16_sr) round to nearest here.
 
-A fused attention kernel keeps the log-sum-exp and no maximum, so q·k is computed once more, some
+A fused attention kernel keeps the log-sum-exp and no maximum. So q·k is computed once more, some
 queries at a time: one product beside the two of attention's forward and the five of its backward.
 Measured on a CPU (one thread, 4 layers of width 256, 4 heads; processor time of forward and
 backward) that adds 4 % to fp32 and 1 % to bf16 with 256 tokens in a sequence, 6 % and 8 % with
@@ -31,61 +31,70 @@ Reference: Kimi K2 (Kimi Team 2025, 2507.20534), MuonClip.
 import torch
 from torch import Tensor
 
-SCORES, ROWS = 2**22, 256  # most scores, and queries of each sequence, that are there at a time
+# The most scores, and queries of each sequence, that are in memory at a time.
+MAX_SCORES = 2**22
+MAX_QUERIES = 256
 
 
 @torch.no_grad()
-def max_logits(q: Tensor, k: Tensor, places: Tensor, window: int | None = None) -> Tensor:
-    """(H,): of each query head the largest q·k/√D, over the batch and all keys that are not later,
-    or of those the last `window`.
+def max_logits(q: Tensor, k: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
+    """(H,): each query head's largest q·k/√D, over the batch and the keys that a query sees.
 
-    q (B, H, t, D); k (B, Hkv, T, D), all keys in the order of the sequence; places: (t,) of the
-    queries in it, on the CPU. In bf16 for bf16, rounded by 2^-9 at most; else in at least float32.
+    q (B, H, t, D); k (B, Hkv, T, D), all keys in the order of the sequence; position_ids: (t,) of
+    the queries, on the CPU. A query sees no later key; of the others all, or the last `window`. In
+    bf16 for bf16, rounded by 2^-9 at most; else in at least float32.
     """
-    (B, H, _, D), (kv, T) = q.shape, k.shape[1:3]
-    dtype = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
-    top, size = (
-        q.new_full((kv, H // kv), -torch.inf, dtype=dtype),
-        max(1, min(SCORES // (B * H * T), ROWS)),
-    )
+    B, H, _, D = q.shape
+    Hkv, T = k.shape[1:3]
+    shared = H // Hkv  # query heads that share one head of keys
+    dtype = q.dtype
+    if dtype != torch.bfloat16:
+        dtype = torch.promote_types(dtype, torch.float32)
+    top = q.new_full((Hkv, shared), -torch.inf, dtype=dtype)
+    size = max(1, min(MAX_SCORES // (B * H * T), MAX_QUERIES))
     with torch.autocast(q.device.type, enabled=False):
-        for mine, at in zip(q.to(dtype).split(size, 2), places.split(size)):
-            end = int(at.max()) + 1  # nobody here sees further
-            before = at.to(q.device).unsqueeze(1) - torch.arange(end, device=q.device)
-            unseen = (before < 0) | (before >= (window or T))
-            mask = (
-                q.new_zeros(unseen.shape, dtype=dtype)
-                .masked_fill_(unseen, -torch.inf)
-                .repeat(H // kv, 1)
-            )
-            rows, keys = mine.reshape(B * kv, -1, D), k[:, :, :end].to(dtype).flatten(0, 1)
-            scores = torch.baddbmm(mask, rows, keys.mT, alpha=D**-0.5)  # (B kv, H/kv size, end)
-            top = torch.maximum(top, scores.view(B, kv, H // kv, -1).amax((0, 3)))
+        for some, at in zip(q.to(dtype).split(size, 2), position_ids.split(size)):
+            # Keys after the last of these queries are seen by none of them.
+            end = int(at.max()) + 1
+            distance = at.to(q.device).unsqueeze(1) - torch.arange(end, device=q.device)
+            unseen = (distance < 0) | (distance >= (window or T))
+            mask = q.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+            # Heads with the same keys are one longer list of queries.
+            queries = some.reshape(B * Hkv, -1, D)
+            keys = k[:, :, :end].to(dtype).flatten(0, 1)
+            scores = torch.baddbmm(mask.repeat(shared, 1), queries, keys.mT, alpha=D**-0.5)
+            scores = scores.view(B, Hkv, shared, -1)
+            top = torch.maximum(top, scores.amax((0, 3)))
     return top.flatten()
 
 
-def factors(top: Tensor, tau: float, kv: int) -> tuple[Tensor, Tensor]:
-    """What the rows of W_q (..., H) and of W_k (..., kv) are multiplied by. top: (..., H)."""
-    # A NaN is for others to handle
+def factors(top: Tensor, tau: float, n_kv_head: int) -> tuple[Tensor, Tensor]:
+    """What the rows of W_q (..., H) and of W_k (..., Hkv) are multiplied by. top: (..., H)."""
+    # A NaN or inf is for others to handle: its head keeps factor 1.
     gamma = torch.where((top > tau) & top.isfinite(), tau / top, 1.0)
-    shared = gamma.unflatten(-1, (kv, -1)).amin(-1).sqrt()
-    return gamma / shared.repeat_interleave(top.shape[-1] // kv, -1), shared
+    root = gamma.unflatten(-1, (n_kv_head, -1)).amin(-1).sqrt()
+    return gamma / root.repeat_interleave(top.shape[-1] // n_kv_head, -1), root
 
 
 @torch.no_grad()
 def clip(
-    groups: list[dict], top: Tensor, tau: float, kv: int, head_size: int, shards: dict
+    groups: list[dict], top: Tensor, tau: float, n_kv_head: int, head_size: int, shards: dict
 ) -> None:
-    """In place, on the parameters of an optimizer's groups with full `names`
-    (blocks.7.attn.q.weight), full or shards. top: (layers, H); shards: name -> (global shape,
-    offsets) of the shards.
+    """Scales the queries' and keys' weights in place.
+
+    groups: an optimizer's, with full `names` (blocks.7.attn.q.weight), of full parameters or
+    shards. top: (layers, H). shards: name -> (global shape, offsets) of the shards.
     """
-    by = dict(zip("qk", factors(top, tau, kv)))
-    for name, p in ((n, p) for group in groups for n, p in zip(group["names"], group["params"])):
-        _, layer, module, which, *_ = name.split(".") + [""] * 3
-        if module == "attn" and which in by:
+    factors_q, factors_k = factors(top, tau, n_kv_head)
+    factors_of = {"q": factors_q, "k": factors_k}
+    for group in groups:
+        for name, p in zip(group["names"], group["params"]):
+            _, layer, module, which, *_ = name.split(".") + [""] * 3
+            if module != "attn" or which not in factors_of:
+                continue
+            # A head's factor for each of its rows; of those the rows that this shard has.
             _, offsets = shards.get(name, (p.shape, (0,)))
-            start = offsets[0]
-            rows = by[which][int(layer)].repeat_interleave(head_size)[start : start + p.shape[0]]
+            rows = factors_of[which][int(layer)].repeat_interleave(head_size)
+            rows = rows[offsets[0] : offsets[0] + p.shape[0]]
             dtype = torch.promote_types(p.dtype, torch.float32)
             p.mul_(rows.to(p.device, dtype).view(-1, *[1] * (p.ndim - 1)))

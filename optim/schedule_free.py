@@ -1,7 +1,7 @@
 """Schedule-Free AdamW and SGD: averaging in place of a schedule, so training may end at any time.
 
-Three sequences: z takes the steps, x averages z and is the model, y lies between them and is where
-gradients are taken.
+Three sequences: z takes the steps; x averages z and is the model; y lies between them, and
+gradients are taken there.
 
     y = (1−β₁)·z + β₁·x
     d = g(y) / (√v̂ + ε) + λ·y       AdamW:  v ← β₂·v + (1−β₂)·g²,  v̂ = v / (1 − β₂ᵏ)
@@ -18,8 +18,8 @@ gradients are taken.
     a gradient. The group's `k`, `lr_max` and `weight_sum` are the largest of its parameters'.
 
 Defazio et al. 2024 (arXiv 2405.15682). A common text mixes the roles: the gradient is taken at y, z
-moves, x is what one evaluates, saves and samples from. `train()` before training, `eval()` before
-anything else; both may be called twice, a new optimizer is in eval mode, and step() there raises.
+moves, and one evaluates, saves and samples from x. Call `train()` before training, `eval()` before
+anything else; both may be called twice. A new optimizer is in eval mode, and step() there raises.
 The mode is part of the state. lr: for AdamW in units of weight, 1–10 times AdamW's; for SGD weight
 per gradient, 10–50 times SGD's. Decay is at y and inside d: multiplied by γ, outside Adam's
 denominator.
@@ -28,14 +28,14 @@ A scheduler may move β₁. Each parameter keeps the `beta1` that its y was made
 another one takes g and the decay at the old y, and moves y to the new β₁ as well. So x stays the
 mean.
 
-State: 8 bytes a parameter for AdamW, 4 for SGD (twice that for float64). Half-precision parameters
+State: 8 bytes a parameter for AdamW, 4 for SGD (16 and 8 for float64). Half-precision parameters
 keep float32 state and 4 bytes more, `lost` = y − p (in eval mode x − p): what rounding took away.
-So they go the way of a float32 run. Where somebody loads other weights into p, p counts. States of
-the authors' package and older ones of ours load: their group's counts become each parameter's.
+So they follow a float32 run. Where somebody loads other weights into p, p counts. States of the
+authors' package and older ones of ours load: their group's counts become each parameter's.
 
 Used with: schedulers of lr and of β₁ (OneCycleLR, CyclicLR), a tensor as lr, GradScaler, autocast
 around the step, torch.compile(optimizer.step), DDP, pickle, torch.distributed.checkpoint in train
-mode. FSDP2's fully_shard goes on with weights that a forward without backward has gathered: after
+mode. FSDP2's fully_shard keeps weights that a forward without backward has gathered: after
 evaluating, before train(), call module.reshard() on each of its modules; eval() warns. Refused,
 with nothing changed: step() in eval mode, sparse and complex gradients, β₁ outside (0, 1).
 
@@ -50,25 +50,28 @@ import warnings
 
 import torch
 
-NEW = {"k": 0, "lr_max": 0.0, "weight_sum": 0.0, "train_mode": False}  # what a group counts
+# What a group counts.
+NEW = {"k": 0, "lr_max": 0.0, "weight_sum": 0.0, "train_mode": False}
 
 
-def averaging_weight(
-    k, lr, warmup_steps, r, power, lr_max, weight_sum
-) -> tuple[float, float, float, float]:
+def averaging_weight(k, lr, warmup_steps, r, power, lr_max, weight_sum) -> tuple[float, ...]:
     """Step k (from 1): returns γ, the new γmax and W, and c."""
     gamma = lr * min(1.0, k / warmup_steps) if warmup_steps else lr
     lr_max = max(gamma, lr_max)
     weight = k**r * lr_max**power
     weight_sum += weight
-    return gamma, lr_max, weight_sum, weight / weight_sum if weight_sum else 0.0
+    # All weights are 0 as long as lr is: x stays where it is.
+    c = weight / weight_sum if weight_sum else 0.0
+    return gamma, lr_max, weight_sum, c
 
 
 def schedule_free_update(
     y, g, z, exp_avg_sq, gamma, c, pull, bias2, beta1, beta2, eps, weight_decay
 ) -> None:
-    """One step, in place on `y`, `z` and `exp_avg_sq` (None for SGD), all shaped as `g`; bias2 = 1
-    − β₂ᵏ. pull: c, or 1 − (1−c)·β₁/β₁ᵒˡᵈ where y was made with another β₁."""
+    """One step, in place on `y`, `z` and `exp_avg_sq` (None for SGD), all shaped as `g`.
+
+    bias2 = 1 − β₂ᵏ. pull: c, or 1 − (1−c)·β₁/β₁ᵒˡᵈ where y was made with another β₁.
+    """
     d = g
     if exp_avg_sq is not None:
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -76,6 +79,7 @@ def schedule_free_update(
         torch.div(g, d, out=d)
     if weight_decay is not None:
         d = d.add(y, alpha=weight_decay)
+    # y first: it is pulled towards z as it was.
     y.lerp_(z, pull).add_(d, alpha=gamma * (beta1 * (1 - c) - 1))
     z.sub_(d, alpha=gamma)
 
@@ -86,22 +90,27 @@ def read(p: torch.Tensor, state: dict) -> torch.Tensor:
     if work is p or "lost" not in state:
         return work
     exact = work + state["lost"]
-    return torch.where(exact.to(p.dtype) == p, exact, work)  # elsewhere somebody has changed p
+    # Where p is another number than the rounding, somebody has changed p.
+    return torch.where(exact.to(p.dtype) == p, exact, work)
 
 
 def write(p: torch.Tensor, value: torch.Tensor, state: dict) -> None:
-    """The one rounding. `lost` is a new tensor: who holds the old one may keep it."""
+    """The one rounding; `lost` keeps what it takes away, exactly."""
     p.copy_(value)
+    # A new tensor: somebody who holds the old one may keep it.
     if value.dtype != p.dtype:
-        state["lost"] = value - p  # exact
+        state["lost"] = value - p
     else:
         state.pop("lost", None)
 
 
 class AdamWScheduleFree(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients and in eval mode."""
+    """Raises ValueError for bad hyperparameters.
 
+    Raises RuntimeError for sparse or complex gradients, and for step() in eval mode.
+    """
+
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = False  # moves what lies before zeros by full steps along noise
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -123,23 +132,13 @@ class AdamWScheduleFree(torch.optim.Optimizer):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
     ):
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "warmup_steps": warmup_steps,
-                "r": r,
-                "weight_lr_power": weight_lr_power,
-                **NEW,
-            },
-        )
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults |= dict(warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power)
+        super().__init__(params, defaults | NEW)
 
     def add_param_group(self, param_group: dict) -> None:
         """A group that joins later takes the mode of the others."""
-        group, name = {**self.defaults, **param_group}, type(self).__name__
+        group = {**self.defaults, **param_group}
         for field, x, end in (
             ("lr", group["lr"], "inf"),
             ("eps", group.get("eps", 0), "inf"),
@@ -148,7 +147,9 @@ class AdamWScheduleFree(torch.optim.Optimizer):
             ("warmup_steps", group["warmup_steps"], "inf"),
         ):
             if not 0 <= x < float(end):
-                raise ValueError(f"{name}: {field}={x} is not allowed; it must lie in [0, {end})")
+                raise ValueError(
+                    f"{type(self).__name__}: {field}={x} is not allowed; it must lie in [0, {end})"
+                )
         self._check_beta1(group)
         mode = any(other["train_mode"] for other in self.param_groups)
         super().add_param_group({**param_group, **NEW, "train_mode": mode})
@@ -157,7 +158,8 @@ class AdamWScheduleFree(torch.optim.Optimizer):
         return group["betas"] if "betas" in self.defaults else (group["momentum"], 0.0)
 
     def _check_beta1(self, group: dict) -> None:
-        if not 0 < (beta1 := self._betas(group)[0]) < 1:
+        beta1, _ = self._betas(group)
+        if not 0 < beta1 < 1:
             raise ValueError(
                 f"{type(self).__name__}: beta1 (momentum) {beta1} is not allowed; it "
                 "must lie in (0, 1)"
@@ -167,56 +169,59 @@ class AdamWScheduleFree(torch.optim.Optimizer):
     def step(self, closure=None):
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(f"{type(self).__name__}: step() in eval mode; call train() first")
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         work = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for group, p in work:  # first of all: no step is half made
+        # Refuse before anything has moved. A scheduler may have moved β₁ out of its range.
+        for group, p in work:
             self._check_beta1(group)
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("Schedule-Free: gradients must be dense and real")
         for group, p in work:
-            (beta1, beta2), state = self._betas(group), self.state[p]
-            y = read(p, state)
-            if not state:
-                state |= dict(z=y.clone(), step=0, lr_max=0.0, weight_sum=0.0, beta1=beta1)
-                if "betas" in self.defaults:  # AdamW
-                    state["exp_avg_sq"] = torch.zeros_like(y)
-            k = state["step"] = state["step"] + 1
-            gamma, state["lr_max"], state["weight_sum"], c = averaging_weight(
-                k,
-                float(group["lr"]),
-                group["warmup_steps"],
-                group["r"],
-                group["weight_lr_power"],
-                state["lr_max"],
-                state["weight_sum"],
-            )
-            same = beta1 == state["beta1"]
-            pull, state["beta1"] = c if same else 1 - (1 - c) * beta1 / state["beta1"], beta1
-            schedule_free_update(
-                y,
-                p.grad.to(y.dtype),
-                state["z"],
-                state.get("exp_avg_sq"),
-                gamma,
-                c,
-                pull,
-                1 - beta2**k,
-                beta1,
-                beta2,
-                group.get("eps"),
-                group["weight_decay"] or None,
-            )
-            write(p, y, state)
-            for counted, own in ("k", "step"), ("lr_max", "lr_max"), ("weight_sum", "weight_sum"):
-                group[counted] = max(group[counted], state[own])
+            self._step_parameter(group, p)
         return loss
+
+    def _step_parameter(self, group: dict, p: torch.Tensor) -> None:
+        state = self.state[p]
+        beta1, beta2 = self._betas(group)
+        y = read(p, state)
+        if not state:
+            state |= dict(z=y.clone(), step=0, lr_max=0.0, weight_sum=0.0, beta1=beta1)
+            if "betas" in self.defaults:  # AdamW
+                state["exp_avg_sq"] = torch.zeros_like(y)
+        k = state["step"] = state["step"] + 1
+        options = group["warmup_steps"], group["r"], group["weight_lr_power"]
+        gamma, state["lr_max"], state["weight_sum"], c = averaging_weight(
+            k, float(group["lr"]), *options, state["lr_max"], state["weight_sum"]
+        )
+        # Another β₁ than y was made with: this step moves y to the new one as well.
+        pull = c
+        if beta1 != state["beta1"]:
+            pull = 1 - (1 - c) * beta1 / state["beta1"]
+        state["beta1"] = beta1
+        tensors = y, p.grad.to(y.dtype), state["z"], state.get("exp_avg_sq")
+        eps = group.get("eps")  # SGD has none
+        weight_decay = group["weight_decay"] or None
+        schedule_free_update(
+            *tensors, gamma, c, pull, 1 - beta2**k, beta1, beta2, eps, weight_decay
+        )
+        write(p, y, state)
+        # The group shows its largest counts, where the authors' package keeps them.
+        for counted, own in ("k", "step"), ("lr_max", "lr_max"), ("weight_sum", "weight_sum"):
+            group[counted] = max(group[counted], state[own])
 
     @torch.no_grad()
     def _move(self, train_mode: bool) -> None:
+        """From x to y = x + (1−β₁)·(z−x), or back: x = y + (1−1/β₁)·(z−y)."""
         for group in self.param_groups:
-            for p in group["params"] if group["train_mode"] != train_mode else ():
-                if "z" in (state := self.state.get(p, {})):
+            if group["train_mode"] == train_mode:
+                continue
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                # A parameter that has never been stepped is x, y and z in one.
+                if "z" in state:
                     weight = 1 - state["beta1"] if train_mode else 1 - 1 / state["beta1"]
                     write(p, read(p, state).lerp(state["z"], weight), state)
             group["train_mode"] = train_mode
@@ -227,12 +232,11 @@ class AdamWScheduleFree(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Put x, the model, into the parameters."""
-        if not hasattr(self, "warned") and any(
-            hasattr(p, "placements") for group in self.param_groups for p in group["params"]
-        ):
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not hasattr(self, "warned") and any(hasattr(p, "placements") for p in params):
             self.warned = True
             warnings.warn(
-                f"{type(self).__name__} on DTensors: fully_shard goes on with weights that "
+                f"{type(self).__name__} on DTensors: fully_shard keeps weights that "
                 "a forward without backward has gathered; after evaluating, before train(), "
                 "call module.reshard() on each module given to fully_shard",
                 stacklevel=2,
@@ -243,7 +247,8 @@ class AdamWScheduleFree(torch.optim.Optimizer):
         """From a pickle or load_state_dict(). An older parameter's counts are its group's."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in state.get("defaults", {}).keys() - {"differentiable"}:  # which torch adds
+            # torch adds `differentiable` to the defaults.
+            for name in state.get("defaults", {}).keys() - {"differentiable"}:
                 group.setdefault(name, self.defaults[name])
             counts = {
                 "step": int(group["k"]),
@@ -256,29 +261,36 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                     self.state[p] = {**counts, **self.state[p]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
                     if "z" not in state or ("exp_avg_sq" in state) != ("betas" in self.defaults):
                         raise ValueError(
                             f"{type(self).__name__}: a saved state of {', '.join(state)} is of "
                             "another method"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -307,27 +319,16 @@ class SGDScheduleFree(AdamWScheduleFree):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
     ):
-        torch.optim.Optimizer.__init__(
-            self,
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "warmup_steps": warmup_steps,
-                "r": r,
-                "weight_lr_power": weight_lr_power,
-                **NEW,
-            },
-        )
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        defaults |= dict(warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power)
+        # Not AdamW's constructor: the defaults have no betas.
+        torch.optim.Optimizer.__init__(self, params, defaults | NEW)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    scale, target = (
-        torch.linspace(0.1, 1, 20, dtype=torch.float64),
-        torch.randn(20, dtype=torch.float64),
-    )
+    scale = torch.linspace(0.1, 1, 20, dtype=torch.float64)
+    target = torch.randn(20, dtype=torch.float64)
     for optimizer_class, lr in (AdamWScheduleFree, 0.1), (SGDScheduleFree, 0.5):
         p = torch.zeros(20, dtype=torch.float64, requires_grad=True)
         optimizer = optimizer_class([p], lr=lr, warmup_steps=10)
@@ -338,6 +339,7 @@ if __name__ == "__main__":
             optimizer.step()
             zs.append(optimizer.state[p]["z"].clone())
         optimizer.eval()
+        # x must be the mean of all z, weighted by γmax².
         w = torch.tensor([min(1, k / 10) ** 2 for k in range(1, 401)], dtype=torch.float64)
         mean = (torch.stack(zs) * w[:, None]).sum(0) / w.sum()
         print(

@@ -13,9 +13,9 @@ hide. With momentum the effective step is lr/(1−μ). lr stays outside the buff
 the whole buffer at once. State: 4 bytes a parameter with momentum (8 for float64 parameters), 0
 without. Half-precision parameters keep a float32 buffer.
 
-Used with torch's schedulers, GradScaler, autocast, compile, DDP, fully_shard,
-torch.distributed.checkpoint as torch.optim.SGD is, whose states load. dampening and maximize are
-refused. docs/partners.md has all partners.
+Used wherever torch.optim.SGD is: with torch's schedulers, GradScaler, autocast, compile, DDP,
+fully_shard, torch.distributed.checkpoint. States of torch.optim.SGD load; dampening and maximize
+are refused. docs/partners.md has all partners.
 """
 
 import math
@@ -24,19 +24,22 @@ import torch
 
 
 def sgd_update(p, g, momentum_buffer, lr, momentum=0.0, weight_decay=0.0, nesterov=False) -> None:
-    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), both shaped as
-    `g`."""
-    d = g.add(p, alpha=weight_decay) if weight_decay else g
+    """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), shaped as `g`."""
+    # A new tensor: the gradient itself is never changed.
+    d = g
+    if weight_decay:
+        d = g.add(p, alpha=weight_decay)
     if momentum_buffer is not None:
-        torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)  # μb + d in one pass
+        # μ·b + d in one pass over memory.
+        torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)
         d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     p.add_(d, alpha=-lr)
 
 
 class SGD(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -82,19 +85,23 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("SGD: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # P itself, unless half precision
+                # Half precision computes in float32; else `work` is p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
-                if group["momentum"] and state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(work)
-                buffer = state["momentum_buffer"] if group["momentum"] else None
+                buffer = None
+                if group["momentum"]:
+                    # A state of torch.optim.SGD may hold None here.
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(work)
+                    buffer = state["momentum_buffer"]
                 sgd_update(
                     work,
                     p.grad.to(work.dtype),
@@ -104,17 +111,20 @@ class SGD(torch.optim.Optimizer):
                     group["weight_decay"],
                     group["nesterov"],
                 )
+                # The one rounding.
                 if work is not p:
-                    p.copy_(work)  # the one rounding
+                    p.copy_(work)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
                 for name in ("dampening", "maximize"):
                     if theirs.get(name):
@@ -122,21 +132,26 @@ class SGD(torch.optim.Optimizer):
                             f"SGD: the saved run had {name}={theirs[name]}, which this one "
                             "lacks; load it into the class that saved it"
                         )
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
                     if state.keys() != {"momentum_buffer"}:
                         raise ValueError(
                             f"SGD: a saved state of {', '.join(state)} is another method's"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -148,8 +163,10 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     start, target = torch.randn(2, 20, dtype=torch.float64)
     for options in {}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}:
-        x, y = start.clone().requires_grad_(), start.clone().requires_grad_()
-        ours, theirs = SGD([x], lr=0.1, **options), torch.optim.SGD([y], lr=0.1, **options)
+        x = start.clone().requires_grad_()
+        y = start.clone().requires_grad_()
+        ours = SGD([x], lr=0.1, **options)
+        theirs = torch.optim.SGD([y], lr=0.1, **options)
         for _ in range(200):
             for z, optimizer in (x, ours), (y, theirs):
                 optimizer.zero_grad()

@@ -19,10 +19,10 @@ Gupta, Koren and Singer 2018 (arXiv 1802.09568), which is betas=(0, 1), grafting
 and grafting as in Anil et al. 2020 (2002.09018). A common text gives the exponent −1/2 for a
 matrix: that is a variant (Morwani et al. 2024, 2406.17748; exponent=-0.5), the paper's is −1/4
 each. eps: tiny values magnify rounding and learn worse. Dimensions above `max_precond_dim` are left
-alone (Pᵢ = I). Vectors are preconditioned only with `precondition_1d`. lr's unit is that of the
-grafted method: with adam, in units of weight as AdamW's. State of an a×b matrix: 8(a² + b²) bytes
-for L and P, 4ab for m, 4ab for v (adam, rmsprop); doubled for float64. Square: 24 bytes a
-parameter. Half-precision parameters keep float32 state.
+alone (Pᵢ = I). Vectors are preconditioned only with `precondition_1d`. lr has the grafted method's
+unit: with adam, units of weight, as AdamW's. State of an a×b matrix: 8(a² + b²) bytes for L and P,
+4ab for m, 4ab for v (adam, rmsprop); doubled for float64. Square: 24 bytes a parameter.
+Half-precision parameters keep float32 state.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
 torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py:
@@ -36,63 +36,69 @@ import torch
 
 
 def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as for many L of low
-    rank."""
+    """Eigenvalues and eigenvectors; by float64 where float32 fails, as for many L of low rank."""
     try:
         eigenvalues, Q = torch.linalg.eigh(L)
     except torch.linalg.LinAlgError:
-        eigenvalues, Q = torch.full_like(L[0], torch.nan), L
-    if not (eigenvalues.isfinite().all() and Q.isfinite().all()) and L.isfinite().all():
+        eigenvalues = torch.full_like(L[0], torch.nan)
+        Q = L
+    # LAPACK fails in two ways: it raises, or it returns NaN.
+    failed = not (eigenvalues.isfinite().all() and Q.isfinite().all())
+    if failed and L.isfinite().all():
         eigenvalues, Q = torch.linalg.eigh(L.double())
     return eigenvalues.to(L.dtype), Q.to(L.dtype)
 
 
 def matrix_power(L, eps, exponent):
-    """(L + eps·I)^exponent for a symmetric L: (n, n) without negative eigenvalues but for
-    rounding's."""
+    """(L + eps·I)^exponent of a symmetric L (n, n), whose eigenvalues are ≥ 0 but for rounding."""
     eigenvalues, Q = eigh(L)
     return (Q * (eigenvalues.clamp(min=0) + eps) ** exponent) @ Q.mT
 
 
-def shampoo_update(
-    p,
-    g,
-    exp_avg,
-    exp_avg_sq,
-    Ls,
-    Ps,
-    t,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    exponent,
-    refresh,
-    started,
-    grafting,
-) -> None:
-    """In place on `p`, `exp_avg`, `exp_avg_sq` (or None), shaped as `g`, and on the lists `Ls`,
-    `Ps` of (nᵢ, nᵢ), None for a dimension that is not preconditioned. `refresh`: new Ps; `started`:
-    use them.
+def averaging(beta2, t) -> tuple[float, float]:
+    """(weight of a new second moment, what the average is divided by)."""
+    # β₂ = 1 is the paper's plain sum.
+    if beta2 == 1:
+        return 1, 1
+    return 1 - beta2, 1 - beta2**t
+
+
+def precondition_update(g, Ls, Ps, t, beta2, eps, exponent, refresh) -> None:
+    """In place on the lists `Ls`, `Ps` of (nᵢ, nᵢ), None for a dimension left alone.
+
+    `refresh`: compute new Ps.
     """
-    w, bias2 = (1, 1) if beta2 == 1 else (1 - beta2, 1 - beta2**t)
+    weight, bias2 = averaging(beta2, t)
     for i, (L, P) in enumerate(zip(Ls, Ps)):
         if L is not None:
             G = g.movedim(i, 0).reshape(g.shape[i], -1)  # (nᵢ, the rest)
-            L.mul_(beta2).addmm_(G, G.mT, alpha=w)
+            L.mul_(beta2).addmm_(G, G.mT, alpha=weight)
             if refresh:
                 P.copy_(matrix_power(L / bias2, eps, exponent))
+
+
+def shampoo_update(
+    p, g, exp_avg, exp_avg_sq, Ps, t, lr, betas, weight_decay, grafting, started
+) -> None:
+    """In place on `p`, `exp_avg`, `exp_avg_sq` (or None), all shaped as `g`.
+
+    `started`: step along Shampoo's direction; before, and for vectors, along the grafted method's.
+    """
+    beta1, beta2 = betas
     exp_avg.lerp_(g, 1 - beta1)
     m = exp_avg / (1 - beta1**t)
     A = m
     if exp_avg_sq is not None:
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=w)
-        A = m / (exp_avg_sq / (bias2 if grafting == "adam" else 1)).sqrt_().add_(1e-10)
+        weight, bias2 = averaging(beta2, t)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=weight)
+        # rmsprop's v is not corrected.
+        if grafting != "adam":
+            bias2 = 1
+        A = m / (exp_avg_sq / bias2).sqrt_().add_(1e-10)
     D = A
     if started:
         D = m
-        # Contract the first dimension, put it last: after all of them the order is the old one
+        # Contract the first dimension, put it last: after all of them the order is the old one.
         for P in Ps:
             D = D.movedim(0, -1) if P is None else torch.tensordot(D, P, dims=([0], [0]))
         if grafting is not None:
@@ -101,9 +107,9 @@ def shampoo_update(
 
 
 class Shampoo(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = False  # needs whole matrices
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = True  # inverse roots, too much for every replica to repeat
@@ -120,7 +126,8 @@ class Shampoo(torch.optim.Optimizer):
         """Numbers of state that a parameter of this shape takes."""
         sides = shape if len(shape) > 1 or precondition_1d else ()
         squares = 2 * sum(d * d for d in sides if d <= max_precond_dim)
-        return squares + math.prod(shape) * (2 if grafting in ("adam", "rmsprop") else 1)
+        moments = 2 if grafting in ("adam", "rmsprop") else 1
+        return squares + moments * math.prod(shape)
 
     def __init__(
         self,
@@ -136,21 +143,12 @@ class Shampoo(torch.optim.Optimizer):
         precondition_1d: bool = False,
         exponent: float | None = None,
     ):
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "exponent": exponent,
-                "precondition_frequency": precondition_frequency,
-                "start_preconditioning_step": start_preconditioning_step,
-                "max_precond_dim": max_precond_dim,
-                "grafting": grafting,
-                "precondition_1d": precondition_1d,
-            },
-        )
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, exponent=exponent)
+        defaults["precondition_frequency"] = precondition_frequency
+        defaults["start_preconditioning_step"] = start_preconditioning_step
+        defaults["max_precond_dim"] = max_precond_dim
+        defaults |= dict(grafting=grafting, precondition_1d=precondition_1d)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
@@ -188,86 +186,93 @@ class Shampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError(
                     "Shampoo: gradients must be dense and real, not sparse or complex"
                 )
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for p in group["params"]:
-                if p.grad is None or p.numel() == 0:
-                    continue
-                # P itself, unless half precision
-                work = p.to(torch.promote_types(p.dtype, torch.float32))
-                if not self.state[p]:
-                    self.state[p].update(self._new_state(work, group))
-                state = self.state[p]
-                Ls, Ps = ([state.get(f"{name}_{i}") for i in range(p.ndim)] for name in "LP")
-                t = state["step"] = int(state["step"]) + 1
-                start, exponent = group["start_preconditioning_step"], group["exponent"]
-                with torch.autocast(p.device.type, enabled=False):  # products as everywhere else
-                    shampoo_update(
-                        work,
-                        p.grad.to(work.dtype),
-                        state["exp_avg"],
-                        state.get("exp_avg_sq"),
-                        Ls,
-                        Ps,
-                        t,
-                        group["lr"],
-                        beta1,
-                        beta2,
-                        group["eps"],
-                        group["weight_decay"],
-                        exponent=-0.5 / max(1, p.ndim) if exponent is None else exponent,
-                        refresh=t == start
-                        or t > start
-                        and t % group["precondition_frequency"] == 0,
-                        started=t >= start
-                        and (p.ndim >= 2 or p.ndim == 1 and group["precondition_1d"]),
-                        grafting=group["grafting"],
-                    )
-                if work is not p:
-                    p.copy_(work)  # the one rounding
+                if p.grad is not None and p.numel() > 0:
+                    self._step_parameter(group, p)
         return loss
+
+    def _step_parameter(self, group: dict, p: torch.Tensor) -> None:
+        # Half precision computes in float32; else `work` is p itself.
+        work = p.to(torch.promote_types(p.dtype, torch.float32))
+        g = p.grad.to(work.dtype)
+        if not self.state[p]:
+            self.state[p].update(self._new_state(work, group))
+        state = self.state[p]
+        Ls = [state.get(f"L_{i}") for i in range(p.ndim)]
+        Ps = [state.get(f"P_{i}") for i in range(p.ndim)]
+        t = state["step"] = int(state["step"]) + 1
+
+        # Preconditioners are made anew at the start, then now and then.
+        start = group["start_preconditioning_step"]
+        refresh = t == start or (t > start and t % group["precondition_frequency"] == 0)
+        has_preconditioners = p.ndim >= 2 or (p.ndim == 1 and group["precondition_1d"])
+        exponent = group["exponent"]
+        if exponent is None:
+            exponent = -0.5 / max(1, p.ndim)
+
+        # The products have the dtype of the state, not autocast's.
+        with torch.autocast(p.device.type, enabled=False):
+            precondition_update(g, Ls, Ps, t, group["betas"][1], group["eps"], exponent, refresh)
+            moments = state["exp_avg"], state.get("exp_avg_sq")
+            options = group["lr"], group["betas"], group["weight_decay"], group["grafting"]
+            started = t >= start and has_preconditioners
+            shampoo_update(work, g, *moments, Ps, t, *options, started)
+        # The one rounding.
+        if work is not p:
+            p.copy_(work)
 
     @staticmethod
     def _new_state(work, group: dict) -> dict:
         state = {"step": 0, "exp_avg": torch.zeros_like(work)}
         if group["grafting"] in ("adam", "rmsprop"):
             state["exp_avg_sq"] = torch.zeros_like(work)
-        for i, n in enumerate(work.shape if work.ndim > 1 or group["precondition_1d"] else ()):
+        sides = work.shape if work.ndim > 1 or group["precondition_1d"] else ()
+        for i, n in enumerate(sides):
             if n <= group["max_precond_dim"]:
                 state[f"L_{i}"] = work.new_zeros(n, n)
                 state[f"P_{i}"] = torch.eye(n, dtype=work.dtype, device=work.device)
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := saved["state"].get(i)):
+                    state = saved["state"].get(i)
+                    if not state:
                         continue
+                    # On the meta device: only the names are needed.
                     new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
                     if state.keys() != new.keys():
                         raise ValueError(
                             f"Shampoo: a saved state of {', '.join(state)} for {tuple(p.shape)} "
                             f"is another method's, or of other options; here: {', '.join(new)}"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

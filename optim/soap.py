@@ -36,25 +36,30 @@ import torch
 
 
 def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors; in float64 where LAPACK's float32 fails, as for many L of low
-    rank."""
+    """Eigenvalues and eigenvectors; by float64 where float32 fails, as for many L of low rank."""
     try:
         eigenvalues, Q = torch.linalg.eigh(L)
     except torch.linalg.LinAlgError:
-        eigenvalues, Q = torch.full_like(L[0], torch.nan), L
-    if not (eigenvalues.isfinite().all() and Q.isfinite().all()) and L.isfinite().all():
+        eigenvalues = torch.full_like(L[0], torch.nan)
+        Q = L
+    # LAPACK fails in two ways: it raises, or it returns NaN.
+    failed = not (eigenvalues.isfinite().all() and Q.isfinite().all())
+    if failed and L.isfinite().all():
         eigenvalues, Q = torch.linalg.eigh(L.double())
     return eigenvalues.to(L.dtype), Q.to(L.dtype)
 
 
 def rotate(x, Qs, back=False):
-    """Every dimension i of `x` by Qᵢᵀ (`back`: Qᵢ): contract the first, put it last, in turn."""
+    """Every dimension i of `x` by Qᵢᵀ (`back`: Qᵢ); None leaves a dimension alone."""
+    # Contract the first dimension, put it last: after all of them the order is the old one.
+    contracted = 1 if back else 0
     for Q in Qs:
-        x = x.movedim(0, -1) if Q is None else torch.tensordot(x, Q, dims=([0], [1 if back else 0]))
+        x = x.movedim(0, -1) if Q is None else torch.tensordot(x, Q, dims=([0], [contracted]))
     return x
 
 
 def accumulate(g, GGs, shampoo_beta) -> None:
+    """GGᵢ ← β_s·GGᵢ + (1−β_s)·G₍ᵢ₎·G₍ᵢ₎ᵀ, in place."""
     for i, GG in enumerate(GGs):
         if GG is not None:
             G = g.movedim(i, 0).reshape(g.shape[i], -1)  # (nᵢ, the rest)
@@ -62,68 +67,60 @@ def accumulate(g, GGs, shampoo_beta) -> None:
 
 
 def soap_start(g, GGs, Qs, shampoo_beta) -> None:
-    """The first call: fill the lists `GGs` and `Qs` of (nᵢ, nᵢ), None where dimension i is not
-    rotated."""
+    """The first call fills the lists `GGs` and `Qs` of (nᵢ, nᵢ); None: a dimension left alone."""
     accumulate(g, GGs, shampoo_beta)
     for GG, Q in zip(GGs, Qs):
         if GG is not None:
+            # eigh sorts from the smallest eigenvalue up.
             Q.copy_(eigh(GG)[1].flip(1))
 
 
 def soap_update(
-    p,
-    g,
-    exp_avg,
-    exp_avg_sq,
-    GGs,
-    Qs,
-    t,
-    lr,
-    beta1,
-    beta2,
-    shampoo_beta,
-    eps,
-    weight_decay,
-    refresh,
-    normalize_grads,
-    correct_bias,
+    p, g, exp_avg, exp_avg_sq, Qs, t, lr, betas, eps, weight_decay, normalize_grads, correct_bias
 ) -> None:
-    """In place on `p`, `exp_avg`, `exp_avg_sq`, shaped as `g`, and on the lists `GGs`, `Qs` of (nᵢ,
-    nᵢ)."""
+    """Adam in the basis `Qs`: in place on `p`, `exp_avg`, `exp_avg_sq`, all shaped as `g`."""
+    beta1, beta2 = betas
     rotated = rotate(g, Qs)
     exp_avg.lerp_(rotated, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
     u = rotate(exp_avg / exp_avg_sq.sqrt().add_(eps), Qs, back=True)
     if normalize_grads:
         u = u / (1e-30 + u.square().mean().sqrt())
-    p.sub_(u * (lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) if correct_bias else lr))
+    step_size = lr
+    if correct_bias:
+        step_size = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+    p.sub_(u * step_size)
     p.mul_(1 - lr * weight_decay)
-    accumulate(g, GGs, shampoo_beta)
-    if refresh:
-        momentum = rotate(exp_avg, Qs, back=True)
-        for i, (GG, Q) in enumerate(zip(GGs, Qs)):
-            if GG is not None:
-                order = (Q * (GG @ Q)).sum(0).argsort(descending=True)  # diag(QᵀGGQ)
-                exp_avg_sq.copy_(exp_avg_sq.index_select(i, order))
-                Q.copy_(torch.linalg.qr(GG @ Q[:, order])[0])
-        exp_avg.copy_(rotate(momentum, Qs))
+
+
+def basis_update(exp_avg, exp_avg_sq, GGs, Qs) -> None:
+    """One step of power iteration, in place on `Qs`; the moments move into the new basis."""
+    momentum = rotate(exp_avg, Qs, back=True)
+    for i, (GG, Q) in enumerate(zip(GGs, Qs)):
+        if GG is not None:
+            # v has no exact rotation; it follows the order of the columns alone.
+            order = (Q * (GG @ Q)).sum(0).argsort(descending=True)  # diag(QᵀGGQ)
+            exp_avg_sq.copy_(exp_avg_sq.index_select(i, order))
+            Q.copy_(torch.linalg.qr(GG @ Q[:, order])[0])
+    exp_avg.copy_(rotate(momentum, Qs))
 
 
 def with_names(state: dict) -> dict:
-    """The state of the authors' SOAP, whose `GG` and `Q` are lists ([] where nothing is rotated),
-    as ours."""
+    """A state of the authors' SOAP as ours: its `GG` and `Q` are lists, [] where not rotated."""
     if "GG" not in state:
         return state
-    matrices = {
-        f"{name}_{i}": x for name in ("GG", "Q") for i, x in enumerate(state[name]) if len(x)
-    }
-    return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")} | matrices
+    named = {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+    for name in "GG", "Q":
+        for i, x in enumerate(state[name]):
+            if len(x):
+                named[f"{name}_{i}"] = x
+    return named
 
 
 class SOAP(torch.optim.Optimizer):
-    """Raises ValueError for hyperparameters out of range, RuntimeError for sparse or complex
-    gradients."""
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
+    # What this class says of itself: optim/attributes.py tells who asks.
     elementwise: bool = False  # needs whole matrices
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = True  # eigenbases, too much for every replica to repeat
@@ -152,21 +149,11 @@ class SOAP(torch.optim.Optimizer):
         normalize_grads: bool = False,
         correct_bias: bool = True,
     ):
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "shampoo_beta": shampoo_beta,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "max_precond_dim": max_precond_dim,
-                "precondition_1d": precondition_1d,
-                "normalize_grads": normalize_grads,
-                "correct_bias": correct_bias,
-            },
-        )
+        defaults = dict(lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps)
+        defaults |= dict(weight_decay=weight_decay, precondition_frequency=precondition_frequency)
+        defaults |= dict(max_precond_dim=max_precond_dim, precondition_1d=precondition_1d)
+        defaults |= dict(normalize_grads=normalize_grads, correct_bias=correct_bias)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
@@ -200,92 +187,97 @@ class SOAP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuse before anything has moved.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():  # before anything has moved
+            if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("SOAP: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
             for p in group["params"]:
-                if p.grad is None or p.numel() == 0:
-                    continue
-                # P itself, unless half precision
-                work = p.to(torch.promote_types(p.dtype, torch.float32))
-                state = self.state[p]
-                if first := not state:
-                    state.update(self._new_state(work, group))
-                GGs, Qs = (
-                    [state.get(f"{name}_{i}") for i in range(p.ndim)] for name in ("GG", "Q")
-                )
-                numbers = (
-                    group["lr"],
-                    beta1,
-                    beta2,
-                    shampoo_beta,
-                    group["eps"],
-                    group["weight_decay"],
-                )
-                with torch.autocast(p.device.type, enabled=False):  # products as everywhere else
-                    if first:
-                        soap_start(p.grad.to(work.dtype), GGs, Qs, shampoo_beta)
-                        continue
-                    t = state["step"] = int(state["step"]) + 1
-                    soap_update(
-                        work,
-                        p.grad.to(work.dtype),
-                        state["exp_avg"],
-                        state["exp_avg_sq"],
-                        GGs,
-                        Qs,
-                        t,
-                        *numbers,
-                        refresh=t % group["precondition_frequency"] == 0,
-                        normalize_grads=group["normalize_grads"],
-                        correct_bias=group["correct_bias"],
-                    )
-                if work is not p:
-                    p.copy_(work)  # the one rounding
+                if p.grad is not None and p.numel() > 0:
+                    # The products have the dtype of the state, not autocast's.
+                    with torch.autocast(p.device.type, enabled=False):
+                        self._step_parameter(group, p)
         return loss
+
+    def _step_parameter(self, group: dict, p: torch.Tensor) -> None:
+        # Half precision computes in float32; else `work` is p itself.
+        work = p.to(torch.promote_types(p.dtype, torch.float32))
+        g = p.grad.to(work.dtype)
+        shampoo_beta = group["shampoo_beta"]
+        if shampoo_beta is None:
+            shampoo_beta = group["betas"][1]
+        state = self.state[p]
+        is_first = not state
+        if is_first:
+            state.update(self._new_state(work, group))
+        GGs = [state.get(f"GG_{i}") for i in range(p.ndim)]
+        Qs = [state.get(f"Q_{i}") for i in range(p.ndim)]
+        # Without a basis there is no step yet.
+        if is_first:
+            soap_start(g, GGs, Qs, shampoo_beta)
+            return
+        t = state["step"] = int(state["step"]) + 1
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        options = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        variants = group["normalize_grads"], group["correct_bias"]
+        soap_update(work, g, *moments, Qs, t, *options, *variants)
+        accumulate(g, GGs, shampoo_beta)
+        if t % group["precondition_frequency"] == 0:
+            basis_update(*moments, GGs, Qs)
+        # The one rounding.
+        if work is not p:
+            p.copy_(work)
 
     @staticmethod
     def _new_state(work, group: dict) -> dict:
         state = {"step": 0, "exp_avg": torch.zeros_like(work), "exp_avg_sq": torch.zeros_like(work)}
-        for i, n in enumerate(work.shape if work.ndim > 1 or group["precondition_1d"] else ()):
+        sides = work.shape if work.ndim > 1 or group["precondition_1d"] else ()
+        for i, n in enumerate(sides):
             if n <= group["max_precond_dim"]:
-                state[f"GG_{i}"], state[f"Q_{i}"] = work.new_zeros(n, n), work.new_zeros(n, n)
+                state[f"GG_{i}"] = work.new_zeros(n, n)
+                state[f"Q_{i}"] = work.new_zeros(n, n)
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's own casts state to the parameter's dtype; here it keeps full precision. What a
-        saved group does not say stays as it is here. Raises ValueError for the state of another
-        method."""
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
 
-        def complete(_, saved: dict) -> dict:  # runs after the pre-hooks of others
-            groups, states = [dict(group) for group in saved["param_groups"]], {}
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
             for ours, theirs in zip(self.param_groups, groups):
                 if theirs.get("merge_dims"):
                     raise ValueError(
                         "SOAP: the saved run had merge_dims=True, which this one lacks"
                     )
-                if (theirs.get("shampoo_beta") or 0) < 0:  # the authors' word for None
+                # The authors write -1 for None.
+                if (theirs.get("shampoo_beta") or 0) < 0:
                     theirs["shampoo_beta"] = None
+                # Older runs saved fewer hyperparameters.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
-                    if not (state := with_names(saved["state"].get(i, {}))):
+                    state = with_names(saved["state"].get(i, {}))
+                    if not state:
                         continue
+                    # On the meta device: only the names are needed.
                     new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
                     if state.keys() != new.keys():
                         raise ValueError(
                             f"SOAP: a saved state of {', '.join(state)} for {tuple(p.shape)} is "
                             f"another method's, or of other options; here: {', '.join(new)}"
                         )
+                    # Copies: a step must not change what was given.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            return saved | {"state": states, "param_groups": groups}  # keyed so, torch casts none
+            # torch casts what is under a parameter's number, not what is under the parameter.
+            return saved | {"state": states, "param_groups": groups}
 
+        # Registered last, it runs after the pre-hooks of others.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -296,7 +288,7 @@ class SOAP(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(32, 32))[0]
-    # Badly scaled, not along the axes
+    # Badly scaled, but not along the axes: only a rotation finds the scales.
     inputs = torch.randn(256, 32) * torch.logspace(-2, 0, 32) @ rotation
     teacher = torch.randn(16, 32)
     for optimizer_class in SOAP, torch.optim.AdamW:

@@ -9,29 +9,33 @@ from torch import nn
 
 
 def allocate(module: nn.Module, device: torch.device, keep=lambda p: True) -> nn.Module:
-    """Real, uninitialised memory for every parameter on the meta device for which `keep` holds.
+    """Gives uninitialised memory to the parameters on the meta device, in place.
 
-    Unlike `Module.to_empty`, a tied parameter stays one parameter.
+    keep: which of them get memory, default all. Unlike with `Module.to_empty`, a tied parameter
+    stays one parameter.
     """
-    made = {}
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False, remove_duplicate=False):
+    real = {}  # meta parameter -> the allocated one
+    for submodule in module.modules():
+        for name, p in submodule.named_parameters(recurse=False, remove_duplicate=False):
             if p.is_meta and keep(p):
-                if p not in made:
-                    # _like imports a compiler
+                if p not in real:
+                    # Not empty_like: on a meta tensor it imports a compiler, which takes a second.
                     empty = torch.empty(p.shape, dtype=p.dtype, device=device)
-                    made[p] = nn.Parameter(empty, p.requires_grad)
-                setattr(part, name, made[p])
+                    real[p] = nn.Parameter(empty, p.requires_grad)
+                setattr(submodule, name, real[p])
     return module
 
 
-def mapped_file(path: Path, numbers: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor whose memory is the file `path`. Its room on the disk is taken now: where there
-    is none, OSError, not a bus error in the middle of a step."""
+def mapped_file(path: Path, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor (numel,) whose memory is the file `path`.
+
+    Raises OSError if the disk has no room for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = numbers * dtype.itemsize
+    size = numel * dtype.itemsize
     try:
         with open(path, "wb") as file:
+            # Take the room now: later a full disk is a bus error in the middle of a step.
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
@@ -40,4 +44,4 @@ def mapped_file(path: Path, numbers: int, dtype: torch.dtype) -> torch.Tensor:
             f"{path.parent} has no room for offloaded weights: one more file needs {size:,} bytes, "
             f"{shutil.disk_usage(path.parent).free:,} are free ({error.strerror})"
         ) from error
-    return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype)
+    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Compressed gradients: each replica sends a summary, and what that left out another time.
+"""Compressed gradients: each replica sends a short message, and later what the message left out.
 
          replica 0                                      replica 1
     x0 = g0 + e0                                   x1 = g1 + e1       e: not sent yet, 0 at first
@@ -7,14 +7,14 @@
                   └──────────────►  ◄──────────────────┘
                  s0 + s1 is the gradient on both: a plain sum, as in parallel/ddp.py
 
-Nothing is lost by this error feedback (Seide et al. 2014; Stich et al. 2018, 1809.07599), only
+By this error feedback (Seide et al. 2014; Stich et al. 2018, 1809.07599) nothing is lost, only
 delayed: (sum of all sent) + e = sum of all gradients. Without it sign and top-k need not converge
-(Karimireddy et al. 2019, 1901.09847). The residuals e are keyed by the parameter's name and each
-message is about one parameter, so nothing depends on how parameters are packed into buckets
-(torch's DDP repacks them after its first step).
+(Karimireddy et al. 2019, 1901.09847). The residuals e are keyed by parameter name, and each message
+is about one parameter. So nothing depends on how parameters are packed into buckets (torch's DDP
+repacks them after its first step).
 
-A parameter of d entries (as a matrix: a x b), entries of w bytes, N replicas: bytes sent per rank
-and step
+Bytes sent per rank and step on N replicas. A parameter has d entries of w bytes each, as a matrix
+it is a x b:
 
     method        message                                        collective     bytes
     none          x                                              all-reduce     2 (N-1)/N dw
@@ -25,22 +25,24 @@ and step
     powersgd(r)   P (a x r), then Q (b x r): x is about P Qᵀ     2 all-reduces  2 (N-1)/N r(a + b) w
     fp16, bf16    x rounded                                      all-reduce     2 (N-1)/N 2d
 
-and 2 (N-1)/N for the roll call of parallel/ddp.py. An all-gather's bytes grow with N: signs beat
-plain float32 while N < 64, the top hundredth while N < 100. Papers average over the workers; here
-scales, means and Q are such that the plain sum over replicas comes out.
+The roll call of parallel/roll_call.py adds 2 (N-1)/N bytes. An all-gather's bytes grow with N:
+signs are shorter than plain float32 while N < 64, the top hundredth while N < 100. Papers average
+over the workers. Here scales, means and Q are such that the plain sum over replicas comes out.
 
-References: onebit: Seide, Fu, Droppo, Li and Yu 2014, "1-bit stochastic gradient descent" (its
-columns are ours; a vector is one column). sign: scaled as by Karimireddy et al. PowerSGD: Vogels,
-Karimireddy and Jaggi 2019, 1905.13727. Ours differs in that e is what this replica's own P Qᵀ
-leaves of its own x, instead of what the average over replicas leaves of it: the sums, and so the
-run, are the same, and e stays small where replicas see different data. The ring of fp16 and bf16
-adds in 16 bits; that rounding, the same on all replicas, is in no residual.
+Use: DDP(group, device, reduce=topk(fraction=0.01)). A gradient that is not finite leaves a sum that
+is not finite on every replica, for a monitor to see, but it changes neither residual nor Q. A
+gradient that is missing on some replicas is zero there, and they send parts of their residuals. One
+that is missing on all leaves residuals and Q as they were.
 
-`reduce` of parallel/ddp.py is one of these: DDP(group, device, reduce=topk(fraction=0.01)). A
-gradient that is not finite leaves a sum that is not finite on every replica, for a monitor to see,
-and what it would do to the residual or to Q is not kept. One that is missing on some replicas is
-zero there, and they send of their residuals; one that is missing on all leaves residuals and Q as
-they were.
+References:
+- onebit: Seide, Fu, Droppo, Li and Yu 2014, "1-bit stochastic gradient descent". The choice of
+  columns is ours; a vector is one column.
+- sign: scaled as by Karimireddy et al.
+- PowerSGD: Vogels, Karimireddy and Jaggi 2019 (1905.13727). In the paper e is what the average over
+  replicas leaves of x; here it is what this replica's own P Qᵀ leaves of its own x. The sums, and
+  so the run, are the same, and e stays small where replicas see different data.
+- fp16, bf16: the ring adds in 16 bits. That rounding is the same on all replicas, and no residual
+  has it.
 """
 
 import hashlib
@@ -51,6 +53,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from parallel.buckets import split_like
 from parallel.ddp import Bucket
 
 
@@ -58,72 +61,83 @@ class Compressor:
     """One of the methods below, with its memory; call it as `reduce(bucket, group)`.
 
     exchange(compressor, bucket, group): a generator that turns bucket.views into their sums over
-    replicas, hands `keep` what it sent, and yields where it has to wait for a collective.
+    replicas. It calls `keep` with what it sent, and yields where it has to wait for a collective.
     """
 
     def __init__(self, exchange: Callable[..., Iterator], error_feedback: bool):
-        self.exchange, self.error_feedback = exchange, error_feedback
-        # Parameter's name -> what this replica has not sent yet
+        self.exchange = exchange
+        self.error_feedback = error_feedback
+        # By parameter name: what this replica has not sent yet, now and before this step.
         self.residuals: dict[str, Tensor] = {}
-        self.before: dict[str, Tensor] = {}  # the same as the step in hand found it
-        # What is the same on all replicas: PowerSGD's Q by name
+        self.residuals_before: dict[str, Tensor] = {}
+        # By parameter name: what is the same on all replicas (PowerSGD's Q), now and before.
         self.shared: dict[str, Tensor] = {}
-        self.shared_before: dict[str, Tensor] = {}  # the same as the step in hand found it
+        self.shared_before: dict[str, Tensor] = {}
 
     def __call__(self, bucket: Bucket, group: dist.ProcessGroup) -> "InFlight":
+        """Starts the sum of the bucket over the group; returns what has a wait()."""
         bucket.sent_bytes = 0
         if self.error_feedback:
             for name, x in zip(bucket.names, bucket.views):
+                # What is owed is sent together with the new gradient.
                 residual = self.residuals.get(name)
-                self.residuals[name] = torch.zeros_like(x) if residual is None else residual.to(x)
-                self.before[name] = self.residuals[name]
-                x.add_(self.residuals[name])
+                residual = torch.zeros_like(x) if residual is None else residual.to(x)
+                self.residuals[name] = residual
+                self.residuals_before[name] = residual
+                x.add_(residual)
         return InFlight(self.exchange(self, bucket, group))
 
     def discard_step(self) -> None:
-        """The step in hand is not taken: what it left unsent is owed no more, what was owed before
-        still is. (PowerSGD's Q, a guess to start from, stays.)"""
-        self.residuals |= self.before
+        """This step is not taken: the residuals are again what they were before it.
+
+        PowerSGD's Q stays, for it is only a first guess.
+        """
+        self.residuals |= self.residuals_before
 
     def forget(self, names: list[str]) -> None:
         """No replica has a gradient of these: nobody uses what was sent, and all is as before."""
-        for now, before in ((self.residuals, self.before), (self.shared, self.shared_before)):
-            now |= {name: before[name] for name in names if name in before}
+        for name in names:
+            if name in self.residuals_before:
+                self.residuals[name] = self.residuals_before[name]
+            if name in self.shared_before:
+                self.shared[name] = self.shared_before[name]
 
     def keep(self, name: str, x: Tensor, sent: Tensor) -> None:
         """The residual of this parameter is now x - sent, except where that is not finite."""
         if self.error_feedback:
-            left = (x - sent).view_as(self.residuals[name])
-            self.residuals[name] = torch.where(left.isfinite(), left, self.residuals[name])
+            old = self.residuals[name]
+            new = (x - sent).view_as(old)
+            self.residuals[name] = torch.where(new.isfinite(), new, old)
 
     def state_dict(self, rank: int, world: int) -> dict:
-        """What replica `rank` of `world` has to put into a checkpoint."""
+        """What replica `rank` of `world` puts into a checkpoint."""
         return {"replicas": world, "residuals": {str(rank): self.residuals}, "shared": self.shared}
 
     def load_state_dict(self, read: Callable[[str], dict | int], rank: int, world: int) -> None:
-        """Takes up what `state_dict` gave; read("residuals/3") is that part of the trees of all
-        ranks, merged.
+        """Takes up what `state_dict` gave.
 
-        On the same number of replicas each goes on with its own residuals; on another number all
-        are summed and shared out equally, so that their sum, which the gradient still owes, stays
-        what it was.
+        read("residuals/3") is that part of the entries of all ranks, merged. On the same number of
+        replicas each resumes with its own residuals. On another number each gets an equal share of
+        their sum, for the sum is what the gradient still owes.
         """
-        self.shared, saved = read("shared"), read("replicas")
-        if saved == world:
+        self.shared = read("shared")
+        n_saved = read("replicas")
+        if n_saved == world:
             self.residuals = read(f"residuals/{rank}")
             return
         total: dict[str, Tensor] = {}
-        for r in range(saved):
+        for r in range(n_saved):
             for name, residual in read(f"residuals/{r}").items():
                 total[name] = total[name] + residual if name in total else residual
         self.residuals = {name: residual / world for name, residual in total.items()}
 
 
 class InFlight:
-    """An exchange that has started: runs up to its first collective at once, the rest in wait()."""
+    """An exchange on its way: it runs to its first collective at once, and to its end in wait()."""
 
     def __init__(self, steps: Iterator):
-        self.steps, self.work = steps, next(steps)
+        self.steps = steps
+        self.work = next(steps)
 
     def wait(self) -> None:
         while self.work is not None:
@@ -133,27 +147,32 @@ class InFlight:
 
 # ---- messages that everybody gets from everybody: topk, sign, onebit -----------------------------
 def topk(fraction: float = 0.01, error_feedback: bool = True) -> Compressor:
-    """Only the `fraction` of each parameter's entries (0 < fraction <= 1) that is largest in
-    magnitude."""
+    """Sends only the `fraction` of each parameter's entries that is largest in magnitude.
+
+    0 < fraction <= 1, else ValueError.
+    """
     if not 0 < fraction <= 1:
         raise ValueError(
             f"fraction={fraction} is no share of the entries; it lies in (0, 1], as 0.01 does"
         )
 
     def encode(x: Tensor) -> list[Tensor]:
-        # NaN counts as largest
-        largest = x.flatten().abs().topk(max(1, round(fraction * x.numel()))).indices
-        return [x.flatten()[largest], largest.to(torch.int32)]
+        x = x.flatten()
+        n_sent = max(1, round(fraction * x.numel()))
+        # NaN counts as largest, so every replica gets it.
+        largest = x.abs().topk(n_sent).indices
+        return [x[largest], largest.to(torch.int32)]
 
     def add(message: list[Tensor], out: Tensor) -> None:
-        values, indices = message[0], message[1].long()
-        out.view(-1)[indices] += values  # no index comes twice, so replicas get the same bits
+        values, indices = message
+        # No index comes twice, so the order of additions is the same on all replicas.
+        out.view(-1)[indices.long()] += values
 
-    return Compressor(gathered(encode, add), error_feedback)
+    return Compressor(gather_exchange(encode, add), error_feedback)
 
 
 def sign(error_feedback: bool = True) -> Compressor:
-    """One bit per entry, and for each parameter the mean of the magnitudes."""
+    """Sends one bit for each entry, and for each parameter the mean of the magnitudes."""
 
     def encode(x: Tensor) -> list[Tensor]:
         return [x.abs().mean().to(torch.float32), to_bytes(x >= 0)]
@@ -162,120 +181,138 @@ def sign(error_feedback: bool = True) -> Compressor:
         scale = message[0].to(out.dtype)
         out += torch.where(to_bits(message[1], out), scale, -scale)
 
-    return Compressor(gathered(encode, add), error_feedback)
+    return Compressor(gather_exchange(encode, add), error_feedback)
 
 
 def onebit(error_feedback: bool = True) -> Compressor:
-    """One bit per entry, and for each column the mean of the entries >= 0 and the mean of those
-    below 0."""
+    """Sends one bit for each entry, and for each column two means: entries >= 0, entries < 0."""
 
     def encode(x: Tensor) -> list[Tensor]:
-        m = columns(x)
+        m = columns(x)  # (a, b)
         bits = m >= 0
         means = [torch.where(b, m, 0).sum(0) / b.sum(0).clamp(min=1) for b in (bits, ~bits)]
         return [torch.stack(means).to(torch.float32), to_bytes(bits)]
 
     def add(message: list[Tensor], out: Tensor) -> None:
-        m, (high, low) = columns(out), message[0].to(out.dtype)  # each mean: (columns,)
+        m = columns(out)  # (a, b), a view
+        high, low = message[0].to(out.dtype)  # (b,) each
         m += torch.where(to_bits(message[1], m), high, low)
 
-    return Compressor(gathered(encode, add), error_feedback)
+    return Compressor(gather_exchange(encode, add), error_feedback)
 
 
-def gathered(encode: Callable[[Tensor], list[Tensor]], add: Callable[[list[Tensor], Tensor], None]):
+def gather_exchange(
+    encode: Callable[[Tensor], list[Tensor]], add: Callable[[list[Tensor], Tensor], None]
+):
     """The exchange in which every replica adds up the messages of all, in the order of ranks.
 
-    encode(x): the message about one parameter, tensors whose shapes depend on x's shape alone;
-    add(message, out): adds what it says to `out`.
+    encode(x): the message about one parameter, tensors whose shapes depend on x's shape alone
+    add(message, out): adds what the message says to `out`
     """
 
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
+        # What the others will understand of my messages is what I have sent.
         messages = [encode(x) for x in bucket.views]
         for name, x, message in zip(bucket.names, bucket.views, messages):
             sent = torch.zeros_like(x)
             add(message, sent)
             compressor.keep(name, x, sent)
-        mine = torch.cat(
-            [part.view(-1).view(torch.uint8) for message in messages for part in message]
-        )
+
+        # All messages of the bucket as one row of bytes.
+        fields = [field for message in messages for field in message]
+        mine = torch.cat([field.view(-1).view(torch.uint8) for field in fields])
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         bucket.sent_bytes = (len(everyone) - 1) * mine.nbytes
         yield dist.all_gather(everyone, mine, group=group, async_op=True)
+
         bucket.flat.zero_()
+        sizes = [field.nbytes for field in fields]
         for theirs in everyone:
-            pieces = iter(theirs.split([part.nbytes for message in messages for part in message]))
-            # Clone: a piece may begin at an odd byte
+            chunks = iter(theirs.split(sizes))
             for x, message in zip(bucket.views, messages):
-                add([next(pieces).clone().view(part.dtype).view_as(part) for part in message], x)
+                # My own message has the dtypes and shapes of theirs. A field may begin at an odd
+                # byte, where no view is allowed: so clone it.
+                received = [next(chunks).clone().view(f.dtype).view_as(f) for f in message]
+                add(received, x)
 
     return exchange
 
 
 def to_bytes(bits: Tensor) -> Tensor:
     """bool, any shape -> uint8 (ceil(d/8),): eight to a byte, the first one lowest."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     bits = pad(bits.flatten().to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(
-        1, dtype=torch.uint8
-    )
+    return (bits << places).sum(1, dtype=torch.uint8)
 
 
 def to_bits(packed: Tensor, like: Tensor) -> Tensor:
-    """What to_bytes packed, as bool in the shape of `like`."""
-    bits = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    """The bits that to_bytes packed, as bool in the shape of `like`."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = packed.unsqueeze(1) >> places & 1  # (ceil(d/8), 8)
     return bits.view(-1)[: like.numel()].view_as(like).bool()
 
 
 # ---- messages that are summed on the way: powersgd, fp16, bf16 -----------------------------------
 def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compressor:
-    """Each matrix M as P Qᵀ of this rank, by one step of power iteration that goes on from the last
-    step's Q:
+    """Sends each matrix M as P Qᵀ of this rank, by one step of power iteration from the last Q:
 
-        P = sum over replicas of M Q,    its columns made orthonormal
-        Q = sum over replicas of Mᵀ P    (so P Qᵀ is the sum of the M, projected on the columns of
-                                         P)
+        P = sum over replicas of M Q     its columns made orthonormal
+        Q = sum over replicas of Mᵀ P    so P Qᵀ is the sum of the M, projected on P's columns
 
     The first Q is a function of (seed, name). Vectors, and matrices that P and Q would not make
     smaller, are sent as they are. QR makes P orthonormal also where M is 0 or of lower rank, as
-    behind projections that start at 0; Gram-Schmidt would divide by 0.
+    behind projections that start at 0; Gram-Schmidt would divide by 0. Raises ValueError for a rank
+    below 1.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: P and Q need at least 1 column; 1 to 8 are usual")
 
-    def first_q(name: str, columns: int) -> Tensor:
-        # Not the initial weights' key
+    def first_q(name: str, n_columns: int) -> Tensor:
+        # The word "powersgd" makes it independent of the initial weights, also keyed by name.
         key = hashlib.sha256(f"{seed}:powersgd:{name}".encode()).digest()[:4]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        return torch.randn(columns, rank, generator=generator)
+        return torch.randn(n_columns, rank, generator=generator)
 
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
-        matrices, whole = {}, []
+        # Which parameters are sent as P and Q, and each one's Q to start from.
+        matrices = {}  # name -> (a, b)
+        uncompressed = []
         for name, x in zip(bucket.names, bucket.views):
             m = columns(x)
             if rank * sum(m.shape) < m.numel():
                 matrices[name] = m
                 q = compressor.shared.get(name)
-                fits = q is not None and q.shape == (m.shape[1], rank)
-                compressor.shared[name] = (q if fits else first_q(name, m.shape[1])).to(m)
+                # A checkpoint may have a Q with another number of columns.
+                if q is None or q.shape != (m.shape[1], rank):
+                    q = first_q(name, m.shape[1])
+                compressor.shared[name] = q.to(m)
                 compressor.shared_before[name] = compressor.shared[name]
             else:
-                whole.append(x)
+                uncompressed.append(x)
                 compressor.keep(name, x, x)
+
+        # First message: P = M Q, and all that is sent as it is.
         ps = [m @ compressor.shared[name] for name, m in matrices.items()]
-        work, sums = summed(ps + whole, bucket, group)
+        work, sums = start_sum(ps + uncompressed, bucket, group)
         yield work
-        for x, total in zip(whole, sums[len(matrices) :]):
+        for x, total in zip(uncompressed, sums[len(matrices) :]):
             x.copy_(total)
         if not matrices:
             return
+
+        # Second message: Q = Mᵀ P. While it is on its way, the residuals are computed.
         ps = [orthonormal(p) for p in sums[: len(matrices)]]
         qs = [m.T @ p for m, p in zip(matrices.values(), ps)]
-        work, sums = summed(qs, bucket, group)
-        for (name, m), p, q in zip(matrices.items(), ps, qs):  # while the sums of Q are under way
+        work, sums = start_sum(qs, bucket, group)
+        for (name, m), p, q in zip(matrices.items(), ps, qs):
             compressor.keep(name, m, p @ q.T)
         yield work
+
         for (name, m), p, q in zip(matrices.items(), ps, sums):
             m.copy_(p @ q.T)
-            q = normalize(q, dim=0)  # same columns' span; P of tiny gradients would underflow
+            # The next step starts from this Q. Normalized columns span the same, and the next P
+            # of tiny gradients does not underflow.
+            q = normalize(q, dim=0)
             compressor.shared[name] = torch.where(q.isfinite().all(), q, compressor.shared[name])
 
     return Compressor(exchange, error_feedback)
@@ -283,28 +320,29 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
 
 def orthonormal(p: Tensor) -> Tensor:
     """(a, r) -> an orthonormal basis of its columns, (a, r)."""
-    return torch.linalg.qr(p.to(torch.promote_types(p.dtype, torch.float32))).Q.to(p.dtype)
+    # QR exists in float32 and float64 alone.
+    wide = p.to(torch.promote_types(p.dtype, torch.float32))
+    return torch.linalg.qr(wide).Q.to(p.dtype)
 
 
 def fp16(error_feedback: bool = True) -> Compressor:
-    """Rounded to 11 significant bits; below 6e-5 fewer, below 3e-8 zero (kept for later), above
-    65504 inf."""
-    return Compressor(cast(torch.float16), error_feedback)
+    """Rounds to 11 significant bits: fewer below 6e-5, zero below 3e-8, inf above 65504."""
+    return Compressor(cast_exchange(torch.float16), error_feedback)
 
 
 def bf16(error_feedback: bool = True) -> Compressor:
-    """Rounded to 8 significant bits, with float32's range."""
-    return Compressor(cast(torch.bfloat16), error_feedback)
+    """Rounds to 8 significant bits, with float32's range."""
+    return Compressor(cast_exchange(torch.bfloat16), error_feedback)
 
 
-def cast(dtype: torch.dtype):
+def cast_exchange(dtype: torch.dtype):
     """The exchange in which everything is summed in this dtype."""
 
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
         rounded = [x.to(dtype) for x in bucket.views]
         for name, x, sent in zip(bucket.names, bucket.views, rounded):
             compressor.keep(name, x, sent)
-        work, sums = summed(rounded, bucket, group)
+        work, sums = start_sum(rounded, bucket, group)
         yield work
         for x, total in zip(bucket.views, sums):
             x.copy_(total)
@@ -312,14 +350,18 @@ def cast(dtype: torch.dtype):
     return exchange
 
 
-def summed(tensors: list[Tensor], bucket: Bucket, group: dist.ProcessGroup):
-    """Starts one all-reduce of all these tensors; returns what has a wait(), and the sums to be."""
-    flat, n = torch.cat([x.flatten() for x in tensors]), dist.get_world_size(group)
+def start_sum(tensors: list[Tensor], bucket: Bucket, group: dist.ProcessGroup):
+    """Starts one all-reduce of all these tensors.
+
+    Returns what has a wait(), and the tensors that hold the sums after it.
+    """
+    n = dist.get_world_size(group)
+    flat = torch.cat([x.flatten() for x in tensors])
     bucket.sent_bytes += 2 * (n - 1) * flat.nbytes // n
-    sums = [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
-    return dist.all_reduce(flat, group=group, async_op=True), sums
+    work = dist.all_reduce(flat, group=group, async_op=True)
+    return work, split_like(flat, tensors)
 
 
 def columns(x: Tensor) -> Tensor:
-    """x as a matrix with the first dimension for rows; a vector is one column."""
+    """x as a matrix: the first dimension counts its rows, and a vector is one column."""
     return x.view(x.shape[0], -1) if x.ndim > 1 else x.view(-1, 1)

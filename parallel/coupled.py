@@ -1,51 +1,60 @@
-"""Optimizers whose step of one parameter depends on others."""
+"""Optimizers whose step of one parameter depends on others: found by trying, and refused."""
 
 import inspect
 
 import torch
 from torch import nn
 
+TRIAL_STEPS = 20
+
 
 def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], arguments: dict) -> None:
-    """Raises ValueError for a method whose step of one parameter depends on the others (Prodigy,
-    LBFGS): where they are dealt out to ranks or stepped one after the other it would silently be
-    another method.
+    """Raises ValueError for a method that couples parameters, such as Prodigy or LBFGS.
 
-    Tried, not asked: a matrix alone and beside another one, in float64, with the options of the
-    first group. What cannot be tried here (options for a GPU, say) passes.
+    If its parameters are dealt out to ranks, or stepped one after the other, such a method would
+    silently be another one. The class is tried, not asked: it steps a matrix alone and beside
+    another one, in float64, with the options of the first group. If it cannot be tried here (its
+    options need a GPU, say), it passes.
     """
     why = (
         f"{cls.__name__} looks at all parameters together, and here they are stepped apart; take a"
         " layout in which one optimizer has them all (--data_parallel=ddp), or another optimizer"
     )
+    # A method that must be given a closure computes the loss again and again, as LBFGS does.
     closure = inspect.signature(cls.step).parameters.get("closure")
-    # LBFGS: called again and again
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(why)
-    options = {
-        k: v for k, v in groups[0].items() if k not in ("params", "names", "param_names", "kind")
-    }
+
+    not_options = ("params", "names", "param_names", "kind")
+    options = {key: value for key, value in groups[0].items() if key not in not_options}
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, 2, 2, generator=generator, dtype=torch.double)
-    noise = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.double)
+    noise = torch.randn(TRIAL_STEPS, 2, 2, 2, generator=generator, dtype=torch.double)
 
-    def moved(n: int, turn: int) -> torch.Tensor:
-        """By how much 20 steps move the first of n matrices; the second one's gradient turns, or
-        not."""
+    def moved(n: int, sign: int) -> torch.Tensor:
+        """By how much the steps move the first of n matrices, a (2, 2) tensor.
+
+        sign=-1: the second matrix's gradient changes its sign from step to step.
+        """
         params = [nn.Parameter(w.clone()) for w in weights[:n]]
         optimizer = cls([{**options, "params": params}], **arguments)
-        getattr(optimizer, "train", lambda: None)()
-        for step in range(20):
-            torch.manual_seed(step)  # a method that draws noise draws the same for the first matrix
-            for p, g, scale in zip(params, noise[step], (1, 100 * turn**step)):
+        if hasattr(optimizer, "train"):
+            optimizer.train()  # Schedule-Free refuses to step otherwise
+        for step in range(TRIAL_STEPS):
+            # A method that draws noise must draw the same for the first matrix.
+            torch.manual_seed(step)
+            # The second gradient is 100 times larger, so that its influence shows.
+            for p, g, scale in zip(params, noise[step], (1, 100 * sign**step)):
                 p.grad = scale * (1 + g / 10)
             optimizer.step()
         return params[0].detach() - weights[0]
 
     with torch.random.fork_rng(devices=[]):
         try:
-            alone, *beside = moved(1, 1), moved(2, 1), moved(2, -1)
+            alone = moved(1, 1)
+            beside = [moved(2, 1), moved(2, -1)]
         except Exception:
             return
-    if max((alone - x).abs().max() for x in beside) > 1e-6 * alone.abs().max():
+    tolerance = 1e-6 * alone.abs().max()
+    if max((alone - x).abs().max() for x in beside) > tolerance:
         raise ValueError(why)

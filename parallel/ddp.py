@@ -1,30 +1,29 @@
-"""Distributed data parallel: every rank holds the whole model, sees its own rows, and gradients are
-summed.
+"""Distributed data parallel: every rank has the full model and its own samples; gradients add up.
 
-              rank 0              rank 1                          rank 0         rank 1
-    weights   W                   W             all-reduce        W              W
-    rows      r0 r1               r2 r3        ------------>
-    gradient  g(r0)+g(r1)         g(r2)+g(r3)                     g(r0..r3)      g(r0..r3)
+               rank 0              rank 1                          rank 0         rank 1
+    weights    W                   W             all-reduce        W              W
+    samples    s0 s1               s2 s3        ------------>
+    gradient   g(s0)+g(s1)         g(s2)+g(s3)                     g(s0..s3)      g(s0..s3)
 
-Gradients live in flat buckets, filled in the order in which backward produces them (last layer
-first). As soon as the last gradient of a bucket is there, its all-reduce starts and runs while
-backward goes on with earlier layers. The first micro-batches of an accumulated batch add into the
-same buckets and send nothing (others call this `no_sync`).
+Gradients live in flat buckets, which are filled in the order in which backward produces gradients
+(last layer first). When the last gradient of a bucket has arrived, the bucket's all-reduce starts,
+and it runs while backward computes earlier layers. With several micro-batches, all but the last
+one only add to the buckets and send nothing (torch calls this `no_sync`).
 
 Bytes sent per rank and step: 2 (N-1)/N x (the gradients' bytes + 1 for each parameter), by ring
-all-reduces, however many micro-batches.
+all-reduces, however many micro-batches there are.
 
-The byte is a roll call. A gradient that is missing on some replicas counts as zero there. One that
-is missing on all of them stays None, so that the optimizer leaves the parameter, its state and its
-decay alone, as it does in one process. (A gradient of zeros is not missing.)
+The byte is the roll call (parallel/roll_call.py). A gradient that is missing on some replicas
+counts as zero there. One that is missing on all stays None, so the optimizer leaves the parameter,
+its state and its decay alone, as it does in one process. (A gradient of zeros is not missing.)
 
-The sum is plain, not a mean: the loss is already divided by the constant count of the global
-batch's tokens, so no rank needs to know how many others there are. (`nn.DataParallel` instead runs
-one process with a thread per GPU, copies the weights to every GPU at each step and gathers all
-outputs on one: slower by design, and long since discouraged.)
+The sum is a plain sum, not a mean: the loss is already divided by the number of tokens in the
+global batch, so no rank needs to know how many others there are. (`nn.DataParallel` is another
+thing: one process with a thread per GPU, which copies the weights to every GPU at each step and
+gathers all outputs on one. It is slower by design, and long discouraged.)
 
-Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs in that `p.grad` is a view
-of its bucket, so nothing is copied back.
+Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs: `p.grad` is a view of
+its bucket, so nothing is copied back.
 """
 
 from collections.abc import Callable
@@ -35,21 +34,30 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.allocate import allocate
-from parallel.roll_call import RollCall, finished_first, watch
+from parallel.buckets import make_buckets, split_like
+from parallel.roll_call import RollCall, on_gradient, refuse_unfinished
 
 
 class Bucket:
+    """Gradients side by side in `flat`, one all-reduce; `views` has each in its own shape."""
+
     def __init__(self, named: list[tuple[str, nn.Parameter]]):
-        self.names, self.params = map(list, zip(*named))
-        self.waiting, self.work, self.sent_bytes = len(named), None, 0
-        sizes, like = [p.numel() for p in self.params], self.params[0]
-        self.flat = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
-        self.views = [v.view_as(p) for v, p in zip(self.flat.split(sizes), self.params)]
+        self.names = [name for name, _ in named]
+        self.params = [p for _, p in named]
+        n_elements = sum(p.numel() for p in self.params)
+        like = self.params[0]
+        self.flat = torch.zeros(n_elements, dtype=like.dtype, device=like.device)
+        self.views = split_like(self.flat, self.params)
+        self.n_waiting = len(named)  # gradients that have not arrived in this step
+        self.work = None  # the sum on its way
+        self.sent_bytes = 0
 
 
 class AllReduce:
-    """How DDP sums a bucket. Compressor in parallel/compression.py has the same methods, and a
-    memory."""
+    """The sum of a bucket, as DDP computes it by default.
+
+    Compressor in parallel/compression.py has the same methods, and a memory.
+    """
 
     def __call__(self, bucket: Bucket, group: dist.ProcessGroup):
         """Starts the sum of `bucket.flat` over the group, in place; returns what has a wait()."""
@@ -61,10 +69,10 @@ class AllReduce:
         """No replica has a gradient of these parameters."""
 
     def discard_step(self) -> None:
-        """The optimizer does not take the step in hand."""
+        """The optimizer does not take this step."""
 
     def state_dict(self, rank: int, world: int) -> dict:
-        """What replica `rank` of `world` has to put into a checkpoint."""
+        """What replica `rank` of `world` puts into a checkpoint."""
         return {}
 
     def load_state_dict(self, read: Callable[[str], dict | int], rank: int, world: int) -> None:
@@ -72,16 +80,17 @@ class AllReduce:
 
 
 class DDP:
-    """A data-parallel layout, see parallel/protocol.py. With group=None (one replica) nothing is
-    sent.
+    """A data-parallel layout (parallel/protocol.py).
 
-    group: the replicas; device: where the weights live; reduce: starts the sum of one bucket over a
-    group, None as AllReduce does it (parallel/compression.py has others).
+    group: the replicas; None is one replica, which sends nothing
+    device: where the weights live
+    bucket_mb: the largest message, in MiB; a larger parameter is a message of its own
+    reduce: starts the sum of one bucket over a group; None = AllReduce (others are in
+        parallel/compression.py)
     """
 
-    # Name -> Shard (parallel/shard.py) of each parameter of which the optimizer has one
-    shards: dict = {}
-    backward_is_collective = False  # but for the last micro-batch, nothing is sent
+    shards: dict = {}  # the optimizer sees full parameters
+    backward_is_collective = False  # only the last micro-batch sends anything
 
     def __init__(
         self,
@@ -90,117 +99,155 @@ class DDP:
         bucket_mb: float = 25.0,
         reduce: Callable | None = None,
     ):
-        self.group, self.device, self.bucket_bytes, self.reduce = (
-            group,
-            device,
-            bucket_mb * 2**20,
-            reduce or AllReduce(),
-        )
-        self.buckets, self.last, self.next = [], True, 0
-        self.pending = False  # are there gradients that finish_gradients has not seen?
+        self.group = group
+        self.device = device
+        self.bucket_bytes = bucket_mb * 2**20
+        self.reduce = reduce or AllReduce()
+        self.rank = 0
+        self.world = 1
+        if group is not None:
+            self.rank = dist.get_rank(group)
+            self.world = dist.get_world_size(group)
+        self.is_primary = self.rank == 0  # no lower rank holds the same gradients and state
+        self.buckets = []
+        self.next_to_send = 0  # index of the bucket whose sum starts next
+        self.is_last = True  # the micro-batch in hand is the last one of the step
+        self.pending = False  # a gradient arrived after the last finish_gradients()
         self.sent_bytes = 0  # by this rank in the last step
-        self.place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self.is_primary = self.place[0] == 0  # no lower rank holds the same gradients and state
 
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Allocates the parameters of `model`, which are on the meta device, and watches them."""
+        """Allocates the parameters of `model`, which are on the meta device, and adds hooks."""
         self.model = allocate(model, self.device)
-        if self.group is not None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            for part in cut(named[::-1], self.bucket_bytes):
-                bucket = Bucket(part)
-                self.buckets.append(bucket)
-                for p, view in zip(bucket.params, bucket.views):
-                    watch(p, lambda p, b=bucket, v=view: self.arrived(p, b, v))
-            for p in (p for p in self.model.parameters() if not p.requires_grad):
-                watch(p, self.thawed)
+        if self.group is None:
+            return self.model
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        # Backward comes to the last layers first.
+        for in_bucket in make_buckets(named[::-1], self.bucket_bytes):
+            bucket = Bucket(in_bucket)
+            self.buckets.append(bucket)
+            for p, view in zip(bucket.params, bucket.views):
+                on_gradient(p, lambda p, b=bucket, v=view: self.arrived(p, b, v))
+        # A frozen parameter has no bucket. If it thaws, replicas must not part in silence.
+        for p in self.model.parameters():
+            if not p.requires_grad:
+                on_gradient(p, self.refuse_thawed)
         return self.model
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-        """Every parameter from source(its name, its full shape), a full tensor on the CPU."""
+        """Sets every parameter to source(its name, its full shape), a full tensor on the CPU."""
         for name, p in self.model.named_parameters():
             p.copy_(source(name, tuple(p.shape)))
 
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each micro-batch (in a pipeline, its backward): does backward now complete the
-        gradients?"""
-        self.last = flag
+        """Before each micro-batch (in a pipeline: before its backward).
+
+        flag: does its backward complete the gradients?
+        """
+        self.is_last = flag
 
     def arrived(self, p: nn.Parameter, bucket: Bucket, view: torch.Tensor) -> None:
+        """A backward has added to p.grad."""
         self.pending = True
-        if p.grad is not view:  # the step's first micro-batch; later ones add to the view in place
+        # Only the first micro-batch of a step brings a tensor of its own. From then on p.grad is
+        # the view, and later micro-batches add to the bucket in place.
+        if p.grad is not view:
             view.copy_(p.grad)
             p.grad = view
-        if self.last:
-            bucket.waiting -= 1
-            self.launch()
+        if self.is_last:
+            bucket.n_waiting -= 1
+            self.start_complete_buckets()
 
-    def thawed(self, p: nn.Parameter) -> None:
+    def refuse_thawed(self, p: nn.Parameter) -> None:
         raise RuntimeError(
             "a parameter that was frozen at parallelize() got a gradient, and there is "
             "no bucket: replicas would part; set requires_grad before parallelize()"
         )
 
-    def launch(self) -> None:
-        """Starts every complete bucket, in the same order on all ranks."""
-        while self.next < len(self.buckets) and self.buckets[self.next].waiting == 0:
-            bucket = self.buckets[self.next]
+    def start_complete_buckets(self) -> None:
+        """Starts the sums of complete buckets.
+
+        A complete bucket waits for those before it: all ranks must start in the same order.
+        """
+        while self.next_to_send < len(self.buckets):
+            bucket = self.buckets[self.next_to_send]
+            if bucket.n_waiting != 0:
+                return
             bucket.work = self.reduce(bucket, self.group)
-            self.next += 1
+            self.next_to_send += 1
 
     def finish_gradients(self) -> None:
-        """After the last backward: waits until every gradient is the sum over all replicas. What
-        none of them has is None."""
+        """After the last backward: waits until every gradient is the sum over all replicas.
+
+        A gradient that is missing on all replicas is None.
+        """
         self.pending = False
         named = [pair for bucket in self.buckets for pair in zip(bucket.names, bucket.params)]
         if not named:
             return
-        here = [p.grad is not None for _, p in named]
-        for bucket in self.buckets[self.next :]:  # those on their way are complete
+
+        # For the roll call, before zeros stand in for what is missing.
+        has_gradient = [p.grad is not None for _, p in named]
+
+        # Buckets that have not started lack a gradient here.
+        for bucket in self.buckets[self.next_to_send :]:
             for p, view in zip(bucket.params, bucket.views):
                 if p.grad is None:
                     view.zero_()
-                elif p.grad is not view:  # put there by hand
+                elif p.grad is not view:
+                    # Somebody set p.grad by hand, without a backward.
                     view.copy_(p.grad)
                 p.grad = view
-            bucket.waiting = 0
-        self.launch()
-        call = RollCall(here, self.group, self.device)  # behind all buckets, on every rank
+            bucket.n_waiting = 0
+        self.start_complete_buckets()
+
+        # The roll call comes behind all buckets, on every rank.
+        call = RollCall(has_gradient, self.group, self.device)
         for bucket in self.buckets:
             bucket.work.wait()
-            bucket.waiting, bucket.work = len(bucket.params), None
-        missing = [named[i] for i in call.nowhere([i for i, yes in enumerate(here) if not yes])]
+            bucket.work = None
+            bucket.n_waiting = len(bucket.params)
+
+        # What no replica has is None again, and compression takes back what it sent for it.
+        missing_here = [i for i, has in enumerate(has_gradient) if not has]
+        missing = [named[i] for i in call.missing_everywhere(missing_here)]
         for _, p in missing:
             p.grad = None
         self.reduce.forget([name for name, _ in missing])
-        self.next = 0
+
+        self.next_to_send = 0
         self.sent_bytes = sum(bucket.sent_bytes for bucket in self.buckets) + call.sent_bytes
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """After finish_gradients: by name, the summed gradients, or shards of them, that this rank
-        holds."""
-        return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        """After finish_gradients: the summed gradients by name."""
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
-        """The optimizer whose step() takes the gradients held here and moves the weights of all
-        ranks. It raises RuntimeError where they have not been summed."""
-        return finished_first(cls(groups, **arguments), self)
+        """The optimizer of all parameters, the same on every rank.
+
+        Its step() raises RuntimeError if the gradients are not summed yet.
+        """
+        return refuse_unfinished(cls(groups, **arguments), self)
 
     def discard_step(self) -> None:
         """The step whose gradients were summed last is not taken."""
         self.reduce.discard_step()
 
     def state_dict(self, optimizer_state: dict) -> dict | None:
-        """What this rank has to put into a checkpoint beside weights and optimizer state: what
-        compression has not sent yet."""
-        return self.reduce.state_dict(*self.place)
+        """What this rank puts into a checkpoint beside weights and optimizer state.
+
+        It is what compression has not sent yet.
+        """
+        return self.reduce.state_dict(self.rank, self.world)
 
     def load_state_dict(self, read: Callable[[str], dict | int]) -> dict:
-        """Takes up what `state_dict` gave; read("a/b") is that part of the trees of all ranks,
-        merged, or {}. No replica saved an optimizer state of its own: {}."""
-        if read("replicas"):  # a compressed run wrote it
-            self.reduce.load_state_dict(read, *self.place)
+        """Takes up what `state_dict` gave, and returns {}: no replica has a state of its own.
+
+        read("a/b") is that part of the entries of all ranks, merged, or {}.
+        """
+        # Only a compressed run writes this entry.
+        if read("replicas"):
+            self.reduce.load_state_dict(read, self.rank, self.world)
         return {}
 
     def outer_weights(self) -> AbstractContextManager:
@@ -208,29 +255,8 @@ class DDP:
         return nullcontext()
 
     def broadcast_weights(self) -> None:
-        """After something else than step() changed the optimizer's parameters: the other ranks see
-        it too."""
+        """Nothing to send: whatever changes the weights changes them alike on every rank."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts
-        there."""
+        """What this rank puts into a checkpoint, by name: nothing that a lower rank puts there."""
         return dict(self.model.named_parameters()) if self.is_primary else {}
-
-
-def cut(
-    named: list[tuple[str, nn.Parameter]], limit: float
-) -> list[list[tuple[str, nn.Parameter]]]:
-    """Consecutive parameters of one dtype and device, cut where a bucket would pass `limit`
-    bytes."""
-    buckets, size = [], 0
-    for name, p in named:
-        same = buckets and (p.dtype, p.device) == (
-            buckets[-1][-1][1].dtype,
-            buckets[-1][-1][1].device,
-        )
-        if not same or size + p.nbytes > limit:
-            buckets.append([])
-            size = 0
-        buckets[-1].append((name, p))
-        size += p.nbytes
-    return buckets

@@ -1,37 +1,39 @@
-"""Local SGD and DiLoCo: replicas train alone for H steps, then go on together from an outer step.
+"""Local SGD and DiLoCo: replicas train alone for H steps, then an outer step brings them together.
 
-    anchor ─┬─ replica 0: H steps on its own rows ─► weights 0 ─┬─ average, outer step ─► anchor ─┬─
-            └─ replica 1: H steps on its own rows ─► weights 1 ─┘                                 └─
+    anchor ─┬─ replica 0: H steps, own samples ─► weights 0 ─┬─ average, outer step ─► anchor ─┬─
+            └─ replica 1: H steps, own samples ─► weights 1 ─┘                                 └─
 
     Δ ← anchor - mean over replicas of their weights      the outer gradient
     m ← μ m + Δ                                           m starts at 0
     anchor ← anchor - ν (Δ + μ m)                         Nesterov;  anchor - ν m  without
-    every replica's weights ← anchor                      its inner optimizer's state stays its own
+    every replica's weights ← anchor                      each inner optimizer keeps its state
 
     H `every`   ν `lr`   μ `momentum`
 
-This is another algorithm than the plain run, not another layout of it: what comes out depends on
-the number of replicas and on H. Only with every=1, lr=1, momentum=0 and an inner optimizer that is
-linear in the gradients (SGD, also with momentum, Nesterov or weight decay; no clipping) it is the
-same run: the mean of the replicas' steps is then the step by the mean gradient. Adam, Lion and Muon
-are not linear: their mean step is not the step of the mean. With lr=1, momentum=0 and every > 1 it
-is local SGD (Stich 2018, 1805.09767).
+This is another algorithm than the plain run, not another layout of it: the result depends on the
+number of replicas and on H. It is the same run only with every=1, lr=1, momentum=0 and an inner
+optimizer that is linear in the gradients (SGD, also with momentum, Nesterov or weight decay, but
+without clipping). Then the mean of the replicas' steps is the step by the mean gradient. Adam, Lion
+and Muon are not linear.
+
+With lr=1, momentum=0 and every > 1 this is local SGD (Stich 2018, 1805.09767).
 
 Each replica holds weights, gradients, inner state, anchor and m. Bytes sent per rank: nothing in
-H - 1 steps, then 2 (N-1)/N x the weights' bytes (one all-reduce of weights 0 - anchor): on average
-1/H of DDP's.
+H - 1 steps, then 2 (N-1)/N x the weights' bytes (one all-reduce of weights - anchor). On average
+that is 1/H of DDP's bytes.
 
-Our loss is divided by the tokens of the whole batch, so a replica's gradient is 1/N of its own
-mean; it is multiplied by N, or replicas would learn N times too slowly. Norm and clipping are each
-replica's own.
+The loss is divided by the tokens of the whole batch, so a replica's gradient is 1/N of its own
+mean. It is multiplied by N, or replicas would learn N times too slowly. Each replica has its own
+gradient norm and clips by it.
 
-A gradient that is missing is missing for this replica's step alone, which leaves the parameter as
-it is. In the outer step one is missing that no replica got in the whole round: anchor and m stay.
-(So a round sends 2 (N-1)/N bytes a parameter tensor more, the roll call of parallel/ddp.py.)
+In an inner step a gradient is missing for one replica alone, which leaves the parameter as it is.
+In the outer step a parameter is missing if no replica had a gradient for it in the whole round:
+then its anchor and m stay. (So a round sends another 2 (N-1)/N bytes for each parameter tensor, the
+roll call of parallel/roll_call.py.)
 
-The model that training is about is the anchor: it is what is evaluated, sampled and saved as the
-model; what replicas did since the last outer step is in the checkpoint, but not in the anchor. So
-let `steps` be a multiple of `every`.
+The anchor is the result of training. It is evaluated, sampled and saved as the model. What the
+replicas did since the last outer step is in the checkpoint, but not in the anchor. So let `steps`
+be a multiple of `every`.
 
 Reference: Douillard et al. 2023, DiLoCo (2311.08105): AdamW inside, H = 500, ν = 0.7, μ = 0.9.
 """
@@ -44,17 +46,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.allocate import allocate
-from parallel.ddp import cut
+from parallel.buckets import make_buckets, split_like
 from parallel.roll_call import RollCall
 
 
 class DiLoCo:
-    """A data-parallel layout, see parallel/protocol.py. With group=None (one replica) nothing is
-    sent, but the outer step is taken all the same.
+    """A data-parallel layout (parallel/protocol.py).
 
-    group: the replicas; device: where the weights live; every: inner steps per outer step; lr,
-    momentum, nesterov: the outer SGD's; bucket_mb: how much of the weights is averaged at a time,
-    MiB.
+    group: the replicas; None is one replica, which sends nothing but takes outer steps all the same
+    device: where the weights live
+    every: inner steps per outer step
+    lr, momentum, nesterov: of the outer SGD
+    bucket_mb: how much of the weights is averaged at a time, in MiB
+
+    Raises ValueError for every, lr or momentum out of range.
     """
 
     is_primary = True  # each replica clips by the norm of its own gradient
@@ -83,16 +88,20 @@ class DiLoCo:
             raise ValueError(
                 f"the outer momentum={momentum} lies in [0, 1); 0.9 is usual, 0 is none"
             )
-        self.group, self.device, self.every, self.bucket_bytes = (
-            group,
-            device,
-            every,
-            bucket_mb * 2**20,
-        )
-        self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
-        self.rank, self.world = (0, 1) if group is None else (group.rank(), group.size())
+        self.group = group
+        self.device = device
+        self.every = every
+        self.lr = lr
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.bucket_bytes = bucket_mb * 2**20
+        self.rank = 0
+        self.world = 1
+        if group is not None:
+            self.rank = group.rank()
+            self.world = group.size()
         self.taken = 0  # inner steps since the last outer step
-        self.moved: set[str] = set()  # parameters that had a gradient here in one of them
+        self.moved: set[str] = set()  # parameters that had a gradient here in one of those steps
         self.sent_bytes = 0  # by this rank in the last step
 
     def parallelize(self, model: nn.Module) -> nn.Module:
@@ -103,127 +112,153 @@ class DiLoCo:
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Every parameter from source(its name, its full shape), a full CPU tensor: the first
-        anchor."""
+        """Sets every parameter to source(its name, its full shape), a full tensor on the CPU.
+
+        These weights are the first anchor.
+        """
         for name, p in self.model.named_parameters():
             p.copy_(source(name, tuple(p.shape)))
+        # Frozen parameters have no anchor: they are the same on every replica.
         self.anchor = {name: p.detach().clone() for name, p in self.params.items()}
         self.outer_momentum = {name: torch.zeros_like(x) for name, x in self.anchor.items()}
 
+    # ---- inner steps: each replica alone ---------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
         """Nothing is sent during backward."""
 
     def finish_gradients(self) -> None:
-        """After the last backward: the mean gradient of this replica's own rows."""
+        """After the last backward: the mean gradient of this replica's own samples."""
         self.sent_bytes = 0
-        if gradients := list(self.gradients().values()):
+        gradients = list(self.gradients().values())
+        if gradients:
+            # The loss was divided by the tokens of all replicas.
             torch._foreach_mul_(gradients, self.world)
 
     def gradients(self) -> dict[str, Tensor]:
         """After finish_gradients: this replica's own gradients by name."""
-        return {n: p.grad for n, p in self.params.items() if p.grad is not None}
+        return {name: p.grad for name, p in self.params.items() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
-        """The inner optimizer; each `every`-th step() ends with the outer step. All replicas have
-        to take the same number of steps: whoever skips one has to make all skip it."""
+        """The inner optimizer; every `every`-th step() ends with the outer step.
+
+        All replicas must take the same number of steps: if one skips a step, all must skip it.
+        Raises ValueError for an optimizer with two sets of weights, such as Schedule-Free.
+        """
         if hasattr(cls, "eval"):
             raise ValueError(
                 f"{cls.__name__} keeps a second set of weights, which DiLoCo would not average; "
                 "take another optimizer, such as adamw"
             )
         optimizer = cls(groups, **arguments)
+        # Whether a parameter has moved is seen before the step, for step() may clear gradients.
         optimizer.register_step_pre_hook(lambda *_: self.moved.update(self.gradients()))
-        optimizer.register_step_post_hook(lambda *_: self.after_step())
+        optimizer.register_step_post_hook(lambda *_: self.after_inner_step())
         return optimizer
 
-    def after_step(self) -> None:
+    def after_inner_step(self) -> None:
         self.taken += 1
         if self.taken == self.every:
             self.outer_step()
-            self.taken, self.moved = 0, set()
-
-    @torch.no_grad()
-    def outer_step(self) -> None:
-        names = list(self.params)
-        still = [i for i, name in enumerate(names) if name not in self.moved]
-        if self.group is not None and names:
-            call = RollCall([name in self.moved for name in names], self.group, self.device)
-            still = call.nowhere(still)
-            self.sent_bytes += call.sent_bytes
-        still = {names[i] for i in still}
-        for part in cut(list(self.params.items()), self.bucket_bytes):
-            flat = torch.cat([(self.anchor[name] - p).flatten() for name, p in part])
-            if self.group is not None:
-                dist.all_reduce(flat, group=self.group)
-                self.sent_bytes += 2 * (self.world - 1) * flat.nbytes // self.world
-            for (name, p), delta in zip(
-                part, flat.div_(self.world).split([p.numel() for _, p in part])
-            ):
-                delta, m, anchor = delta.view_as(p), self.outer_momentum[name], self.anchor[name]
-                if name not in still:
-                    m.mul_(self.momentum).add_(delta)
-                    anchor.sub_(delta + self.momentum * m if self.nesterov else m, alpha=self.lr)
-                p.copy_(anchor)
-
-    @contextmanager
-    def outer_weights(self) -> Iterator[None]:
-        """Inside, the model holds the anchor, to be evaluated or sampled; afterwards this replica's
-        weights, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self.params.items()}
-        torch._foreach_copy_([p.detach() for p in self.params.values()], list(self.anchor.values()))
-        yield
-        torch._foreach_copy_([p.detach() for p in self.params.values()], list(own.values()))
-
-    def broadcast_weights(self) -> None:
-        """Nobody but step() changes the weights."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """By name, what this rank has to put into a checkpoint as the model: the anchor."""
-        return (
-            {n: self.anchor.get(n, p) for n, p in self.model.named_parameters()}
-            if self.rank == 0
-            else {}
-        )
+            self.taken = 0
+            self.moved = set()
 
     def discard_step(self) -> None:
         """Nothing is kept of a step whose gradients are not used."""
 
-    def state_dict(self, optimizer_state: dict[str, dict]) -> dict | None:
-        """What this rank has to put into a checkpoint beside the anchor.
+    # ---- the outer step: all replicas together ---------------------------------------------------
+    @torch.no_grad()
+    def outer_step(self) -> None:
+        unmoved = self.unmoved_everywhere()
+        for named in make_buckets(list(self.params.items()), self.bucket_bytes):
+            # The mean of anchor - weights over the replicas is the outer gradient.
+            flat = torch.cat([(self.anchor[name] - p).flatten() for name, p in named])
+            if self.group is not None:
+                dist.all_reduce(flat, group=self.group)
+                self.sent_bytes += 2 * (self.world - 1) * flat.nbytes // self.world
+            deltas = split_like(flat.div_(self.world), [p for _, p in named])
 
-        optimizer_state: this replica's inner one by parameter name. Between outer steps its weights
-        too, and which of them it has moved.
+            # SGD on the anchor. All replicas compute the same and continue from the same weights.
+            for (name, p), delta in zip(named, deltas):
+                anchor = self.anchor[name]
+                if name not in unmoved:
+                    m = self.outer_momentum[name]
+                    m.mul_(self.momentum).add_(delta)
+                    direction = delta + self.momentum * m if self.nesterov else m
+                    anchor.sub_(direction, alpha=self.lr)
+                p.copy_(anchor)
+
+    def unmoved_everywhere(self) -> set[str]:
+        """Names of the parameters for which no replica had a gradient since the last outer step."""
+        names = list(self.params)
+        unmoved = [i for i, name in enumerate(names) if name not in self.moved]
+        if self.group is not None and names:
+            call = RollCall([name in self.moved for name in names], self.group, self.device)
+            unmoved = call.missing_everywhere(unmoved)
+            self.sent_bytes += call.sent_bytes
+        return {names[i] for i in unmoved}
+
+    # ---- at times --------------------------------------------------------------------------------
+    @contextmanager
+    def outer_weights(self) -> Iterator[None]:
+        """`with` this: the model holds the anchor; afterwards its own weights, bit for bit."""
+        # Copies in place: the optimizer holds these very tensors.
+        params = [p.detach() for p in self.params.values()]
+        own = [p.clone() for p in params]
+        torch._foreach_copy_(params, list(self.anchor.values()))
+        yield
+        torch._foreach_copy_(params, own)
+
+    def broadcast_weights(self) -> None:
+        """Nothing to send: only step() changes the weights."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What this rank puts into a checkpoint as the model, by name: the anchor."""
+        if self.rank > 0:
+            return {}
+        return {name: self.anchor.get(name, p) for name, p in self.model.named_parameters()}
+
+    def state_dict(self, optimizer_state: dict[str, dict]) -> dict | None:
+        """What this rank puts into a checkpoint beside the anchor.
+
+        optimizer_state: this replica's inner state by parameter name. Between outer steps the
+        replica's weights are saved too, and which of them it has moved.
         """
-        weights = {name: p.detach() for name, p in self.params.items()} if self.taken else {}
-        shared = {
+        # Right after an outer step they are the anchor, which is saved as the model.
+        weights = {}
+        if self.taken:
+            weights = {name: p.detach() for name, p in self.params.items()}
+        moved = {name: int(name in self.moved) for name in weights}
+        return {
             "replicas": self.world,
             "taken": self.taken,
             "outer_momentum": self.outer_momentum,
-        }
-        moved = {name: int(name in self.moved) for name in weights}
-        return shared | {
-            str(self.rank): {"weights": weights, "moved": moved, "optim": optimizer_state}
+            str(self.rank): {"weights": weights, "moved": moved, "optim": optimizer_state},
         }
 
     @torch.no_grad()
     def load_state_dict(self, read: Callable[[str], dict | int]) -> dict[str, dict]:
-        """After init_weights with the saved anchor: takes up what `state_dict` gave, and returns
-        this replica's inner optimizer state by parameter name ({} if nobody with its number was
-        saved).
+        """After init_weights with the saved anchor: takes up what `state_dict` gave.
 
-        read("3/weights") is that part of the trees of all ranks, merged, or {}. On the same number
-        of replicas the run goes on bitwise. On another number all start from the mean of the saved
-        replicas' weights, so that the outer gradient keeps what they did since the anchor.
+        read("3/weights") is that part of the entries of all ranks, merged, or {}. Returns this
+        replica's inner optimizer state by parameter name, or {} if no replica with its number was
+        saved. On the same number of replicas the run continues bitwise. On another number all start
+        from the mean of the saved replicas' weights, so the outer gradient keeps what they did
+        since the anchor.
         """
-        self.taken, saved, self.moved = read("taken"), read("replicas"), set()
-        for name, x in read("outer_momentum").items():
-            self.outer_momentum[name].copy_(x)
+        self.taken = read("taken")
+        n_saved = read("replicas")
+        self.moved = set()
+        for name, m in read("outer_momentum").items():
+            self.outer_momentum[name].copy_(m)
         if self.taken:
-            which = [self.rank] if saved == self.world else range(saved)
-            for i, r in enumerate(which):
-                moved = read(f"{r}/moved") or dict.fromkeys(self.params, 1)  # older: not saved
-                self.moved |= {name for name, yes in moved.items() if yes}
-                for name, x in read(f"{r}/weights").items():
-                    x = x.to(self.device) / len(which)
-                    self.params[name].copy_(self.params[name] + x if i else x)
+            # Each replica resumes from its own weights, or all resume from the mean.
+            sources = [self.rank] if n_saved == self.world else range(n_saved)
+            for i, r in enumerate(sources):
+                # An older checkpoint does not say what has moved: then everything has.
+                moved = read(f"{r}/moved") or dict.fromkeys(self.params, 1)
+                self.moved |= {name for name, has_moved in moved.items() if has_moved}
+                for name, saved in read(f"{r}/weights").items():
+                    share = saved.to(self.device) / len(sources)
+                    p = self.params[name]
+                    p.copy_(p + share if i > 0 else share)
         return read(f"{self.rank}/optim")

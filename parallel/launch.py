@@ -12,69 +12,76 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-LAUNCHER = "stops with torchrun"  # a thread's name
+WATCHER = "stops with torchrun"  # a thread's name
 
 
 def start(device: torch.device, minutes: float = 10) -> bool:
-    """Joins the processes torchrun started; True if this call made the process group (and should
-    destroy it).
+    """Joins the processes that torchrun started; gloo on a CPU, NCCL on GPUs.
 
-    gloo on a CPU, NCCL on GPUs. A collective that waits longer than `minutes` ends the run, and so
-    does the death of torchrun.
+    Returns True if this call made the process group, so that the caller should destroy it. A
+    collective that waits longer than `minutes` ends the run, and so does the death of torchrun.
+    Raises ValueError for an environment that describes no rank.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and not any(
-        t.name == LAUNCHER for t in threading.enumerate()
-    ):
-        threading.Thread(target=stop_with, args=(os.getppid(),), name=LAUNCHER, daemon=True).start()
+    # Under torchrun, one thread of this process watches it.
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    is_watched = any(thread.name == WATCHER for thread in threading.enumerate())
+    if under_torchrun and not is_watched:
+        torchrun = os.getppid()
+        threading.Thread(target=stop_with, args=(torchrun,), name=WATCHER, daemon=True).start()
+
     if dist.is_initialized():
         return False
     rank, world = launched()
     if world == 1:
         return False
-    backend, store = "nccl" if device.type == "cuda" else "gloo", None
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=minutes)
+    store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(minutes=minutes),
-        )
+        # torchrun's own store outlives a restart, so each start gets its own names in it.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
         store = dist.PrefixStore(same_start(store, rank, world), store)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=minutes)
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return True
 
 
 def launched() -> tuple[int, int]:
-    """Rank and world as torchrun says them in the environment; (0, 1) without. Raises ValueError
-    where only some of its variables are set, or set to what cannot be: the others would be waited
-    for in vain.
+    """This process's rank and the number of ranks, from torchrun's environment; (0, 1) without it.
+
+    Raises ValueError where only some of its variables are set, or where their values are
+    impossible: this process would wait for the others in vain.
     """
-    given = {
-        name: os.environ.get(name, "")
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name, "") for name in names}
     if given["WORLD_SIZE"] in ("", "1"):
         return 0, 1
-    said = ", ".join(f"{name}={value or '(not set)'}" for name, value in given.items())
-    numbers = (given[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    rank, world, port = (int(number) if number.isdecimal() else -1 for number in numbers)
+
+    def number(name: str) -> int:
+        return int(given[name]) if given[name].isdecimal() else -1
+
+    rank, world, port = number("RANK"), number("WORLD_SIZE"), number("MASTER_PORT")
     if not (given["MASTER_ADDR"] and 0 <= rank < world and 0 < port < 65536):
+        found = ", ".join(f"{name}={value or '(not set)'}" for name, value in given.items())
         raise ValueError(
-            f"the environment says {said}, which is no place among several processes; start "
+            f"the environment says {found}, which is no place among several processes; start "
             "with torchrun, or type: unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
         )
     return rank, world
 
 
 def same_start(store: dist.Store, rank: int, world: int) -> str:
-    """A name that all ranks of this start share with no earlier one.
+    """A name that all ranks of this start share, and that no earlier start has used.
 
-    torchrun keeps one store over its restarts, and there still lie the addresses of the dead: who
-    reads one before its new owner has written it knocks at a closed door, or waits. So each rank
-    leaves a name that it has just made up, rank 0 answers to any name it finds, until all have said
-    that the answer reached them.
+    torchrun keeps one store over its restarts, so the store still holds the addresses of dead
+    ranks. A rank that reads such an address before its new owner has written it connects to
+    nobody, or waits. So each rank r > 0 makes up a name and leaves it in the store. Rank 0 answers
+    every name it finds with its own, until all ranks have confirmed that the answer reached them:
+
+        here/r            rank r's name                 rank r writes, rank 0 reads
+        answer/NAME       rank 0's name                 rank 0 writes, the rank called NAME waits
+        RANK_0_NAME/r     "heard"                       rank r writes, rank 0 waits
     """
     mine = uuid.uuid4().hex
     if rank > 0:
@@ -82,34 +89,38 @@ def same_start(store: dist.Store, rank: int, world: int) -> str:
         start = store.get(f"answer/{mine}").decode()  # waits
         store.set(f"{start}/{rank}", "heard")
         return start
-    others, end = range(1, world), time.monotonic() + store.timeout.total_seconds()
+
+    others = range(1, world)
+    deadline = time.monotonic() + store.timeout.total_seconds()
     while not store.check([f"{mine}/{r}" for r in others]):
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise dist.DistStoreError("timed out before every rank had come")
-        for r in filter(lambda r: store.check([f"here/{r}"]), others):
-            store.set(f"answer/{store.get(f'here/{r}').decode()}", mine)
+        for r in others:
+            # The name may still be a dead rank's: its answer is read by nobody.
+            if store.check([f"here/{r}"]):
+                name = store.get(f"here/{r}").decode()
+                store.set(f"answer/{name}", mine)
         time.sleep(0.02)
     return mine
 
 
 def stop_with(launcher: int, every: float = 1, patience: float = 60) -> None:
-    """Waits until the process `launcher` is no longer this one's parent, then ends this one: who
-    killed
-    torchrun wants the run to stop, and the same command started again would find the folder in use.
+    """Waits until the process `launcher` is no longer this process's parent, then ends this one.
 
-    It sends itself SIGTERM, upon which a run saves a checkpoint, and grants it `patience` seconds.
-    Where torchrun runs on other machines too, it just ends: a run that stops well counts as
-    finished there, and one that lost a machine goes on at its last checkpoint. (Linux could signal
-    a parent's death, but means the thread that started us. On Windows a parent's number never
-    changes, and nothing happens here.)
+    Whoever kills torchrun wants the run to stop, and the same command started again would find the
+    run's folder in use. every: seconds between two checks; patience: seconds to save a checkpoint.
+
+    On one machine the process sends itself SIGTERM, and the run saves a checkpoint. Where torchrun
+    runs on other machines too, the process ends without one: a run that stops with status 0 counts
+    as finished there, while a run that lost a machine resumes from its last checkpoint.
     """
+    # Linux could signal a parent's death, but it means the thread that started us. On Windows a
+    # parent's number never changes, and this loop never ends.
     while os.getppid() == launcher:
         time.sleep(every)
     with contextlib.suppress(OSError):  # nobody may be reading
-        print(
-            f"rank {os.environ.get('RANK', 0)}: torchrun is gone, so this rank stops",
-            file=sys.stderr,
-        )
+        who = f"rank {os.environ.get('RANK', 0)}"
+        print(f"{who}: torchrun is gone, so this rank stops", file=sys.stderr)
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(patience)
@@ -117,28 +128,26 @@ def stop_with(launcher: int, every: float = 1, patience: float = 60) -> None:
 
 
 def end() -> None:
-    """Ends one of several processes with status 0, all being done, without the interpreter's
-    teardown: there gloo's threads, where some still are, would abort it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may be reading
-                stream.flush()
-        os._exit(0)
+    """Ends one of several processes with status 0; returns where there is only one.
+
+    The work is done. The interpreter's own teardown would abort where gloo's threads still run.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
+        return
+    # os._exit writes nothing that is still in a buffer.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may be reading
+            stream.flush()
+    os._exit(0)
 
 
 def pick_device(name: str) -> torch.device:
     """`auto`, or a device by its name; on GPUs each process of a machine gets its own.
 
-    Raises ValueError for a device this machine lacks.
+    Raises ValueError for a device that this machine lacks.
     """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = best_device()
     try:
         device = torch.device(name)
         if device.type not in ("cuda", "mps", "cpu"):
@@ -146,12 +155,22 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("torch finds no GPU")
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+            device = torch.device("cuda", index)
             torch.cuda.set_device(device)
+        # A device that torch knows may still be broken: only using it tells.
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--device={name} is not to be had here ({reason}); try --device=cpu"
+            f"--device={name} is not available here ({reason}); try --device=cpu"
         ) from None
     return device
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"

@@ -1,18 +1,18 @@
-"""Who owns which parameter, where each has one owner among n ranks. Plain arithmetic, no torch.
+"""Which of n ranks owns which parameter: plain arithmetic, no torch.
 
-Two rules, the same on every rank, for two kinds of traffic:
+Every rank computes the same answer. There are two rules, for two kinds of traffic:
 
-    owners_by_shape   evens the count of each shape    parallel/zero.py
-                      Owners send by broadcasts and reduces, which take all ranks the same time
-                      whoever owns what. What an owner alone does is the optimizer's work, and that
-                      of Muon is Newton-Schulz on matrices: each rank gets as many of a shape.
+    owners_by_shape   balances the count of each shape       parallel/zero.py
+                      Broadcasts and reduces take all ranks the same time, whoever owns what. So
+                      only the optimizer's work is balanced. Muon's work is Newton-Schulz on each
+                      matrix: every rank gets as many matrices of a shape as any other.
 
-    owners_by_size    evens the elements               parallel/owners.py
-                      An all-to-all between shards and owners takes as long as the owner with most
-                      elements: who has a large embedding gets fewer matrices, or none.
+    owners_by_size    balances the number of elements        parallel/owners.py
+                      An all-to-all between shards and owners takes as long as the owner with the
+                      most elements. So a rank with a large embedding gets fewer matrices, or none.
 
-memory/estimate.py and memory/plan.py ask the first, for thousands of ranks too; so a heap finds the
-rank that has least.
+memory/estimate.py and memory/plan.py call the first rule for thousands of ranks, so a heap finds
+the rank with the least load.
 """
 
 import heapq
@@ -20,34 +20,49 @@ import math
 
 
 def owners_by_shape(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
-    """{parameter name: its owner among n ranks}.
+    """The owner of each parameter, by name, among n ranks: as many of each shape on every rank.
 
-    Shape by shape, the shape with most elements in all first: each parameter goes to the rank with
-    fewest of its shape, and among those to the one with fewest elements so far. So all ranks
-    orthogonalise the same matrices, give or take one of each shape, and what is left over goes to
-    ranks without an embedding.
+    The shape with the most elements in sum comes first. A parameter goes to the rank with the
+    fewest of its shape, and among these to the one with the fewest elements so far. So all ranks
+    orthogonalise the same matrices, give or take one of each shape, and the remainder goes to ranks
+    without an embedding.
     """
-    alike, owners, load = {}, {}, [0] * n
+    names_of = {}  # shape -> names
     for name, shape in shapes.items():
-        alike.setdefault(tuple(shape), []).append(name)
-    for shape, names in sorted(
-        alike.items(), key=lambda item: (-math.prod(item[0]) * len(item[1]), item[0])
-    ):
-        # (how many of this shape, elements of all shapes so far, rank)
-        heap = [(0, load[rank], rank) for rank in range(n)]
+        names_of.setdefault(tuple(shape), []).append(name)
+
+    def largest_first(shape: tuple[int, ...]) -> tuple:
+        # Equal sums are ordered by shape, so that every rank has the same order.
+        return -math.prod(shape) * len(names_of[shape]), shape
+
+    owners = {}
+    n_elements = [0] * n  # of each rank, all shapes so far
+    for shape in sorted(names_of, key=largest_first):
+        # The least entry is the next owner: (how many of this shape, elements, rank).
+        heap = [(0, n_elements[rank], rank) for rank in range(n)]
         heapq.heapify(heap)
-        for name in names:
-            have, elements, rank = heap[0]
-            owners[name], load[rank] = rank, elements + math.prod(shape)
-            heapq.heapreplace(heap, (have + 1, load[rank], rank))
+        for name in names_of[shape]:
+            count, _, rank = heap[0]
+            owners[name] = rank
+            n_elements[rank] += math.prod(shape)
+            heapq.heapreplace(heap, (count + 1, n_elements[rank], rank))
     return owners
 
 
 def owners_by_size(shapes: list[tuple[int, ...]], n: int) -> list[int]:
-    """The owner of each: largest first, to the rank that has fewest elements; so matrices of one
-    shape go round all ranks."""
-    owners, heap = [0] * len(shapes), [(0, rank) for rank in range(n)]
-    for i in sorted(range(len(shapes)), key=lambda i: (-math.prod(shapes[i]), shapes[i])):
+    """The owner of each parameter among n ranks: as many elements on every rank.
+
+    The largest parameter comes first, and each goes to the rank with the fewest elements so far. So
+    matrices of one shape go round all ranks.
+    """
+
+    def largest_first(i: int) -> tuple:
+        return -math.prod(shapes[i]), shapes[i]
+
+    owners = [0] * len(shapes)
+    # Equal loads go to the lower rank. A list in order is a heap already.
+    heap = [(0, rank) for rank in range(n)]  # (elements, rank)
+    for i in sorted(range(len(shapes)), key=largest_first):
         elements, rank = heap[0]
         owners[i] = rank
         heapq.heapreplace(heap, (elements + math.prod(shapes[i]), rank))

@@ -1,12 +1,12 @@
-"""Pipeline parallelism: each rank holds some layers; micro-batches walk through the ranks and back.
+"""Pipeline parallelism: each rank holds some layers, and micro-batches pass through the ranks.
 
        rank 0                rank 1            rank 2            rank 3            p = 4 stages,
     embed, layers 0 1 ──h──► layers 2 3 ──h──► layers 4 5 ──h──► layers 6 7,       n_layer=8
                       ◄─dh──            ◄─dh──            ◄─dh── head, loss        h: (B, T, C)
 
-In which order is parallel/timeline.py's matter; here its programs are carried out.
+parallel/timeline.py decides in which order each rank works; this file carries its programs out.
 
-Bytes sent per rank and step, with v chunks of layers a rank:
+Bytes sent per rank and step, with m micro-batches and v model chunks a rank, each a virtual stage:
 
     hidden states   m x bytes of h for each of its virtual stages but the very last
     gradients       m x bytes of h for each of its virtual stages but the very first
@@ -30,53 +30,68 @@ from parallel.timeline import Op, Transfer, layers, programs, schedule, simulate
 
 
 class Pipeline:
-    """One rank's part: `layers` are the numbers of all it holds; `first`, `last`: has it that
-    virtual stage? After run(): `in_flight`, most forwards alive at once, `sent_bytes`, and
-    `idle_s`, seconds of waiting for others (a GPU waits apart from its process: not seen here).
+    """One rank's part of the pipeline: p ranks in `group`, v = n_chunks model chunks on each.
 
-    device: where messages leave from. tied: first and last rank share the parameter `tied_name`.
+    name: the schedule; device: where messages leave from; tied: the first and the last rank share
+    the parameter `tied_name`. Collective. Raises ValueError for an impossible schedule and for more
+    virtual stages than layers.
+
+    stage_layers: the numbers of all layers here; first, last: does this rank hold the model's first
+    (last) virtual stage? After run(): `in_flight`, the most forwards alive at once, `sent_bytes`,
+    and `idle_s`, the seconds of waiting for others (a GPU waits apart from its process, which sees
+    none of it).
     """
 
-    deferred: list | None = None  # what defer_weight_gradients(model) gave
+    deferred: list | None = None  # for zero bubble: what defer_weight_gradients(model) returned
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         name: str,
         n_layer: int,
-        chunks: int = 1,
+        n_chunks: int = 1,
         device: torch.device = torch.device("cpu"),
         tied: bool = False,
         tied_name: str = "embed.weight",
     ):
         assert group is not None, "one rank is no pipeline"
-        self.group, self.name, self.v, self.tied_name, self.device = (
-            group,
-            name,
-            chunks,
-            tied_name,
-            device,
-        )
-        self.rank, self.p = dist.get_rank(group), dist.get_world_size(group)
-        schedule(name, self.p, self.p, chunks)  # refuses
-        self.chunks = layers(n_layer, self.p, chunks)[self.rank]
-        self.layers = [i for chunk in self.chunks for i in chunk]
-        self.first, self.last, self.idle_s, self.in_flight = (
-            self.rank == 0,
-            self.rank == self.p - 1,
-            0.0,
-            0,
-        )
-        ranks, self.ends, self.sent_bytes = dist.get_process_group_ranks(group), None, 0
+        self.group = group
+        self.name = name
+        self.v = n_chunks
+        self.device = device
+        self.tied_name = tied_name
+        self.rank = dist.get_rank(group)
+        self.p = dist.get_world_size(group)
+        # Refuse an impossible schedule before anything is sent.
+        schedule(name, self.p, self.p, n_chunks)
+        self.chunks = layers(n_layer, self.p, n_chunks)[self.rank]  # layer numbers of each chunk
+        self.stage_layers = [i for chunk in self.chunks for i in chunk]
+        self.first = self.rank == 0
+        self.last = self.rank == self.p - 1
+        self.idle_s = 0.0
+        self.in_flight = 0
+        self.sent_bytes = 0
+        # The two ranks that share the tied parameter sum its gradient in a group of their own.
+        self.ends = None
         if tied and (self.first or self.last):
+            ranks = dist.get_process_group_ranks(group)
             self.ends = new_group([ranks[0], ranks[-1]], device)
         self.plan = functools.cache(self.plan)
-        dist.barrier(group)  # NCCL: messages between two ranks only after one of all
+        # NCCL wants a collective of the whole group before messages between two of its ranks.
+        dist.barrier(group)
 
     def plan(self, m: int, training: bool) -> list[Op | list[Transfer]]:
-        groups = [range(i, min(i + self.p, m)) for i in range(0, m, self.p)]
-        every = [Op("F", i, chunk) for group in groups for chunk in range(self.v) for i in group]
-        ops = schedule(self.name, self.p, m, self.v) if training else [every] * self.p
+        """This rank's program for m micro-batches; without training, forwards alone."""
+        if training:
+            ops = schedule(self.name, self.p, m, self.v)
+        else:
+            # p micro-batches through each chunk in turn, then the next p, as interleaved does.
+            forwards = []
+            for start in range(0, m, self.p):
+                for chunk in range(self.v):
+                    stop = min(start + self.p, m)
+                    forwards += [Op("F", i, chunk) for i in range(start, stop)]
+            ops = [forwards] * self.p
         return programs(simulate(ops))[self.rank]
 
     def run(
@@ -87,82 +102,119 @@ class Pipeline:
         backward: float | None = None,
         before_backward: Callable[[bool], None] = lambda is_last: None,
     ) -> list:
-        """m micro-batches: forward(i, layers, x) gives the hidden states after these layers or,
-        after the last, the loss (0-dim; forward only: anything). x: the hidden states before them,
-        None at the start.
+        """m micro-batches, forward and backward, or forward alone.
 
-        like(i): shape, dtype, device of hidden states. backward: what each loss is multiplied by
-        before its backward; None: forward only. before_backward(is_last): before each; are the
-        gradients complete after it? Returns on the last rank what forward gave, in the order of
-        micro-batches; elsewhere [].
+        forward(i, layers, x) -> the hidden states (B, T, C) after these layers of micro-batch i;
+        after the model's last layer, the loss (0-dim; without backward, anything). x: the hidden
+        states before these layers, None at the start.
+        like(i): shape, dtype and device of the hidden states of micro-batch i.
+        backward: what each loss is multiplied by before its backward; None: forward alone.
+        before_backward(is_last): called before each backward; is_last: it completes the gradients.
+
+        Returns what forward gave on the last rank, in the order of micro-batches; elsewhere [].
         """
         training = backward is not None
         if training and self.name == "zerobubble":
             assert self.deferred is not None, "set deferred = defer_weight_gradients(model)"
-        self.like, self.idle_s, self.in_flight, self.sent_bytes = like, 0.0, 0, 0
-        self.outbox, self.inbox, self.sending = {}, {}, []
-        alive, waiting, outputs, program = {}, {}, {}, self.plan(m, training)
-        last = [step for step in program if isinstance(step, Op) and step.kind == "B"][-1:]
+        self.reset(like)
+        alive = {}  # (micro-batch, chunk) -> (input, graph) between its forward and its backward
+        waiting = {}  # (micro-batch, chunk) -> weight gradients that are still to be computed
+        outputs = {}  # micro-batch -> what the last virtual stage gave
+        program = self.plan(m, training)
+        # The backward that completes the gradients. Zero bubble has none, as its W come later.
+        last_backward = None
+        for step in program:
+            if isinstance(step, Op) and step.kind == "B":
+                last_backward = step
+
         for step in program:
             if not isinstance(step, Op):
                 self.post(step)
                 continue
             kind, i, chunk = step
             stage = chunk * self.p + self.rank
-            final = stage == self.p * self.v - 1
+            is_final = stage == self.p * self.v - 1
+
             if kind == "F":
-                x = self.receive("F", i, stage) if stage else None
-                if stage and training:
-                    x.requires_grad_()
+                # The very first stage starts from token ids, all others from hidden states.
+                x = None
+                if stage > 0:
+                    x = self.receive("F", i, stage)
+                if stage > 0 and training:
+                    x.requires_grad_()  # its gradient goes back to the stage before
                 y = forward(i, self.chunks[chunk], x)
-                if final:
+                if is_final:
                     outputs[i] = y.detach() if training else y
                 else:
                     self.outbox["F", i, stage + 1] = y.detach().contiguous()
-                if training:  # the edge: y's numbers are free as soon as they are sent
-                    alive[i, chunk] = x, get_gradient_edge(y) if y.requires_grad else None
+                if training:
+                    # Keep the graph but not y itself: its memory is free once it has been sent.
+                    edge = get_gradient_edge(y) if y.requires_grad else None
+                    alive[i, chunk] = x, edge
                     self.in_flight = max(self.in_flight, len(alive) + len(waiting))
             elif kind == "W":
                 weight_gradients(waiting.pop((i, chunk)))
             else:
                 x, edge = alive.pop((i, chunk))
-                dy = torch.full_like(outputs[i], backward) if final else self.receive("B", i, stage)
-                before_backward([step] == last)
-                if edge is not None:  # else all is frozen up to here
+                if is_final:
+                    dy = torch.full_like(outputs[i], backward)
+                else:
+                    dy = self.receive("B", i, stage)
+                before_backward(step == last_backward)
+                # No edge: all parameters up to here are frozen.
+                if edge is not None:
                     torch.autograd.backward([edge], [dy])
-                if stage:
+                if stage > 0:
                     self.outbox["B", i, stage - 1] = x.grad.contiguous()
                 if kind == "I":
+                    # Zero bubble: this backward has left its weight gradients in `deferred`.
                     waiting[i, chunk] = self.deferred[:]
                     self.deferred.clear()
+        # Their buffers must outlive the messages that are still on their way.
         self.wait([work for work, _ in self.sending])
         return [outputs[i] for i in sorted(outputs)]
 
+    def reset(self, like: Callable[[int], tuple]) -> None:
+        self.like = like
+        self.idle_s = 0.0
+        self.in_flight = 0
+        self.sent_bytes = 0
+        self.outbox = {}  # key of a message -> its tensor, until it is sent
+        self.inbox = {}  # key of a message -> (work, tensor), until it is used
+        self.sending = []  # (work, tensor) of messages on their way
+
+    # ---- messages --------------------------------------------------------------------------------
     def post(self, batch: list[Transfer]) -> None:
+        """Starts a batch of messages in both directions, and waits for none of them."""
+        calls = []
         buffers = []
-        for t in batch:
-            shape, dtype, device = self.like(t.key[1])
-            new = (
-                self.outbox.pop(t.key) if t.send else torch.empty(shape, dtype=dtype, device=device)
-            )
-            assert (new.shape, new.dtype) == (torch.Size(shape), dtype), "not like `like`"
-            buffers.append(new)
-        calls = [
-            dist.P2POp(dist.isend if t.send else dist.irecv, b, group=self.group, group_peer=t.peer)
-            for t, b in zip(batch, buffers)
-        ]
+        for transfer in batch:
+            shape, dtype, device = self.like(transfer.key[1])
+            if transfer.send:
+                call = dist.isend
+                buffer = self.outbox.pop(transfer.key)
+            else:
+                call = dist.irecv
+                buffer = torch.empty(shape, dtype=dtype, device=device)
+            assert (buffer.shape, buffer.dtype) == (torch.Size(shape), dtype), "not like `like`"
+            calls.append(dist.P2POp(call, buffer, group=self.group, group_peer=transfer.peer))
+            buffers.append(buffer)
         works = dist.batch_isend_irecv(calls)
-        self.sending = [pair for pair in self.sending if not pair[0].is_completed()]  # or not yet
-        for t, buffer, work in zip(
-            batch, buffers, works if len(works) == len(batch) else works * len(batch)
-        ):
-            self.sent_bytes += buffer.nbytes * t.send
-            if t.send:
+        # gloo returns a work for each message, NCCL one for the batch.
+        if len(works) != len(batch):
+            works = works * len(batch)
+
+        # A buffer on its way must stay alive; what has arrived is let go of.
+        self.sending = [pair for pair in self.sending if not pair[0].is_completed()]
+        for transfer, buffer, work in zip(batch, buffers, works):
+            if transfer.send:
+                self.sent_bytes += buffer.nbytes
                 self.sending.append((work, buffer))
             else:
-                self.inbox[t.key] = work, buffer
+                self.inbox[transfer.key] = work, buffer
 
     def receive(self, *key) -> torch.Tensor:
+        """The message with this key (kind, micro-batch, stage), once it is here."""
         work, buffer = self.inbox.pop(key)
         self.wait([work])
         return buffer
@@ -173,49 +225,57 @@ class Pipeline:
             work.wait()
         self.idle_s += time.perf_counter() - began
 
+    # ---- beside the schedule ---------------------------------------------------------------------
     def logits(
         self,
         model: torch.nn.Module,
         like: Callable[[int, int], tuple],
         n_logits: int,
         ids: torch.Tensor,
-        positions: torch.Tensor,
+        position_ids: torch.Tensor,
     ) -> torch.Tensor:
-        """The logits (B, T, n_logits) of ids (B, T), by all stages, on all ranks. like(B, T): as in
-        run."""
+        """ids (B, T) -> logits (B, T, n_logits), by all stages, the same on all ranks.
+
+        like(B, T): shape, dtype and device of the hidden states; position_ids: (T,).
+        """
         hidden = like(*ids.shape)
 
         def forward(i: int, layers: list[int], x: torch.Tensor | None) -> torch.Tensor:
-            return model(ids if x is None else x, position_ids=positions, layers=layers)
+            return model(ids if x is None else x, position_ids=position_ids, layers=layers)
 
-        out, dtype = (
-            self.run(1, forward, lambda i: hidden),
-            torch.promote_types(hidden[1], torch.float32),
-        )
-        shape = *ids.shape, n_logits
-        out = (
-            out[0].contiguous() if self.last else torch.empty(shape, dtype=dtype, device=ids.device)
-        )
-        dist.broadcast(out, group=self.group, group_src=self.p - 1)
-        return out
+        outputs = self.run(1, forward, lambda i: hidden)
+        # The last stage alone has the logits: it sends them to all others.
+        if self.last:
+            logits = outputs[0].contiguous()
+        else:
+            dtype = torch.promote_types(hidden[1], torch.float32)
+            logits = torch.empty(*ids.shape, n_logits, dtype=dtype, device=ids.device)
+        dist.broadcast(logits, group=self.group, group_src=self.p - 1)
+        return logits
 
-    def share_tied(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Sums the tied parameter's gradient over its two ranks, in place, if it is there (on
-        both)."""
-        if self.ends is not None and self.tied_name in gradients:
-            gradient = gradients[self.tied_name]
-            total = gradient.to(self.device)  # offloaded ones are on the CPU
-            dist.all_reduce(total, group=self.ends)
-            if total is not gradient:
-                gradient.copy_(total)
-            self.sent_bytes += total.nbytes
+    def all_reduce_tied_grads(self, gradients: dict[str, torch.Tensor]) -> None:
+        """Sums the tied parameter's gradient over its two ranks, in place.
+
+        Does nothing where `gradients` lacks it: then both ranks lack it.
+        """
+        if self.ends is None or self.tied_name not in gradients:
+            return
+        gradient = gradients[self.tied_name]
+        # An offloaded gradient lies on the CPU, but messages leave from the device.
+        total = gradient.to(self.device)
+        dist.all_reduce(total, group=self.ends)
+        if total is not gradient:
+            gradient.copy_(total)
+        self.sent_bytes += total.nbytes
 
 
 # ---- zero bubble: a backward in two parts --------------------------------------------------------
 def defer_weight_gradients(model: torch.nn.Module) -> list:
-    """From now on a backward leaves the weight gradients of each module with a `matmul` in the
-    list that is returned, for Pipeline.deferred. To be called after all else that replaces
-    products."""
+    """From now on a backward leaves the weight gradients of each `matmul` for later.
+
+    Returns the list in which it leaves them, for Pipeline.deferred. Call this after everything else
+    that replaces a module's `matmul`.
+    """
     queue = []
     for module in model.modules():
         if hasattr(module, "matmul"):
@@ -224,56 +284,76 @@ def defer_weight_gradients(model: torch.nn.Module) -> list:
 
 
 def deferred_matmul(queue: list, matmul: Callable, x, weight, bias=None) -> torch.Tensor:
-    if not torch.is_grad_enabled() or not any(
-        w is not None and w.requires_grad for w in (weight, bias)
-    ):
+    """x (..., K), weight (N, K), bias (N,) -> (..., N); its backward puts an entry into `queue`."""
+    parameters = (weight, bias)
+    is_trained = any(w is not None and w.requires_grad for w in parameters)
+    if not torch.is_grad_enabled() or not is_trained:
         return matmul(x, weight, bias)
-    start = x if x.requires_grad else x.detach().requires_grad_()  # or backward would not come here
-    return Matmul.apply(start, x.requires_grad, queue, matmul, (weight, bias))
+    # autograd calls our backward only if an input of `apply` wants a gradient.
+    start = x
+    if not x.requires_grad:
+        start = x.detach().requires_grad_()
+    return Matmul.apply(start, x.requires_grad, queue, matmul, parameters)
 
 
 class Matmul(torch.autograd.Function):
-    """matmul(x, weight, bias) in a graph of its own, which is asked for the input's gradient now,
-    for the others later. (A matmul that is one custom Function computes all of them both
-    times.)"""
+    """matmul(x, weight, bias) in a graph of its own, whose backward runs in two parts.
+
+    The input's gradient is computed now, the weights' gradients later. A matmul that is one custom
+    Function computes all of them both times.
+    """
 
     @staticmethod
     def forward(ctx, x, needs_x, queue, matmul, parameters):
-        needs = [needs_x, *(w is not None and w.requires_grad for w in parameters)]
+        needs = [w is not None and w.requires_grad for w in parameters]
+        # Detached copies make the inner graph end at this product's own inputs.
         with torch.enable_grad():
-            tensors = zip((x, *parameters), needs)
-            inner = [w if w is None else w.detach().requires_grad_(n) for w, n in tensors]
-            y = matmul(*inner)
-        pairs = [(leaf, w) for leaf, w, n in zip(inner[1:], parameters, needs[1:]) if n]
-        ctx.kept = queue, get_gradient_edge(y), inner[:1] * needs_x, pairs
+            leaf_x = x.detach().requires_grad_(needs_x)
+            leaves = []
+            for w, needed in zip(parameters, needs):
+                leaves.append(None if w is None else w.detach().requires_grad_(needed))
+            y = matmul(leaf_x, *leaves)
+        pairs = [(leaf, w) for leaf, w, needed in zip(leaves, parameters, needs) if needed]
+        if not needs_x:
+            leaf_x = None
+        ctx.kept = queue, get_gradient_edge(y), leaf_x, pairs
         return y.detach()
 
     @staticmethod
     def backward(ctx, dy):
-        queue, edge, x, pairs = ctx.kept
+        queue, edge, leaf_x, pairs = ctx.kept
         queue.append((edge, dy, pairs))
-        dx = torch.autograd.grad([edge], x, [dy], retain_graph=True) if x else [None]
-        return dx[0], None, None, None, None
+        dx = None
+        if leaf_x is not None:
+            # The weights' gradients need the same graph once more.
+            (dx,) = torch.autograd.grad([edge], [leaf_x], [dy], retain_graph=True)
+        return dx, None, None, None, None
 
 
 def weight_gradients(queue: list) -> None:
-    """Into the real weights, through whatever they are views of, as any backward: hooks fire."""
+    """Computes the weight gradients that backward has left, and empties the queue."""
     while queue:
         edge, dy, pairs = queue.pop()
-        gradients = torch.autograd.grad([edge], [leaf for leaf, _ in pairs], [dy])
-        torch.autograd.backward([weight for _, weight in pairs], gradients)
+        leaves = [leaf for leaf, _ in pairs]
+        weights = [weight for _, weight in pairs]
+        gradients = torch.autograd.grad([edge], leaves, [dy])
+        # A backward of the real weights, not an assignment to grad: their hooks must fire.
+        torch.autograd.backward(weights, gradients)
 
 
+# ---- python -m parallel.pipeline: draws a schedule -----------------------------------------------
 def main(argv: list[str]) -> str:
     flags = {"schedule": "1f1b", "pp": 4, "micro_batches": 8, "pp_chunks": None}
     for argument in argv:
         name, _, text = argument.removeprefix("--").partition("=")
-        if name not in flags or (name != "schedule" and not text.isdecimal()):
+        is_number = text.isdecimal()
+        if name not in flags or (name != "schedule" and not is_number):
             raise ValueError(
                 f"{argument!r}: type --schedule=1f1b, --pp=4, --micro_batches=8, --pp_chunks=1"
             )
         flags[name] = text if name == "schedule" else int(text)
-    flags["pp_chunks"] = flags["pp_chunks"] or (2 if flags["schedule"] == "interleaved" else 1)
+    if not flags["pp_chunks"]:
+        flags["pp_chunks"] = 2 if flags["schedule"] == "interleaved" else 1
     timeline = simulate(schedule(*flags.values()))
     return (
         f"{timeline}\nidle: {timeline.bubble:.1%}; most forwards in memory, by rank:"

@@ -1,10 +1,10 @@
-"""What a data-parallel layout has: everything that train.py asks of one, in the order of a run.
+"""What a data-parallel layout has: everything that train.py asks of it, in the order of a run.
 
-    once        replicas = ZeRO(group, device, ...)    group: the replicas, None where there is one
+    once        replicas = ZeRO(group, device, ...)    group: the replicas; None: one replica
                 model = replicas.parallelize(model)
                 replicas.init_weights(source)
                 optimizer = replicas.make_optimizer(cls, groups)
-                replicas.load_state_dict(read)                    a run that goes on
+                replicas.load_state_dict(read)                    where a run resumes
 
     each step   replicas.last_micro_batch(i + 1 == n), forward, backward      n times
                 replicas.finish_gradients()
@@ -12,7 +12,7 @@
                 optimizer.step()                                  or replicas.discard_step()
 
     at times    with replicas.outer_weights(): ...                to evaluate and to sample
-                replicas.weights(), replicas.state_dict(state)    a checkpoint
+                replicas.weights(), replicas.state_dict(state)    for a checkpoint
 
 Layouts (ddp.py, zero.py, fsdp.py, diloco.py) inherit nothing: each is a class with all of these,
 under these names, so that its file can be read and copied alone. A new one is a file here, its name
@@ -30,57 +30,80 @@ from torch.optim import Optimizer
 
 @runtime_checkable
 class DataParallel(Protocol):
-    is_primary: bool  # no lower rank holds the same gradients and optimizer state
-    shards: dict  # name -> Shard of each parameter of which the optimizer has one
-    backward_is_collective: bool  # do ranks wait for each other in every forward or backward?
-    sent_bytes: int  # by this rank in the last step, but for what the optimizer sends
+    """The attributes and methods of a layout."""
+
+    # No lower rank holds the same gradients and optimizer state.
+    is_primary: bool
+    # Name -> Shard of each parameter that the optimizer steps shard by shard.
+    shards: dict
+    # Ranks wait for each other in every forward or backward.
+    backward_is_collective: bool
+    # By this rank in the last step, without what the optimizer sends.
+    sent_bytes: int
 
     # ---- once ------------------------------------------------------------------------------------
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Allocates what this rank holds of `model`, whose parameters are on the meta device."""
 
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Every parameter held here from source(its name, its whole shape), a whole CPU tensor;
-        also later, when other weights replace those of training."""
+        """Fills every parameter held here from source(its name, its full shape), a full CPU tensor.
+
+        Also called later, when other weights replace those being trained.
+        """
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> Optimizer:
-        """The optimizer whose step() takes the gradients held here and moves the weights of all
-        ranks. groups: of optim/param_groups.py, each with `params` and their `names`."""
+        """An optimizer whose step() takes the gradients held here and moves all ranks' weights.
+
+        groups: from optim/param_groups.py, each with `params` and their `names`.
+        """
 
     # ---- each step -------------------------------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each micro-batch (in a pipeline, its backward): does backward now complete the
-        gradients?"""
+        """Called before each micro-batch; flag: its backward completes the gradients.
+
+        In a pipeline, called before the micro-batch's backward.
+        """
 
     def finish_gradients(self) -> None:
-        """After the last backward: waits until the gradients are the sums over all replicas. What
-        no replica has is None."""
+        """After the last backward: waits until the gradients are the sums over all replicas.
+
+        A gradient that no replica has is None.
+        """
 
     def gradients(self) -> dict[str, Tensor]:
-        """After finish_gradients: by name, the gradients, or parts of them, that this rank holds;
-        whoever clips changes them in place."""
+        """After finish_gradients: name -> the gradient, or its shard, that this rank holds.
+
+        Whoever clips changes them in place.
+        """
 
     def discard_step(self) -> None:
         """In place of optimizer.step(): these gradients are not used."""
 
     # ---- at times --------------------------------------------------------------------------------
     def outer_weights(self) -> AbstractContextManager:
-        """`with` this: the model holds the weights to evaluate; afterwards those of training, bit
-        for bit."""
+        """In this context the model holds the weights to evaluate.
+
+        Afterwards it holds the weights being trained again, bit for bit.
+        """
 
     def broadcast_weights(self) -> None:
-        """After something else than step() changed the optimizer's parameters: the other ranks see
-        it too."""
+        """After anything but step() changed the optimizer's parameters: all ranks see it."""
 
     def weights(self) -> dict[str, Tensor]:
-        """By name, what this rank has to put into a checkpoint as the model: nothing a lower rank
-        already puts there."""
+        """Name -> what this rank puts into a checkpoint as the model.
+
+        It leaves out what a lower rank already puts there.
+        """
 
     def state_dict(self, optimizer_state: dict) -> dict | None:
-        """What this rank has to put into a checkpoint beside weights and optimizer state (by
-        name), its entry `replicas`; None for no entry."""
+        """What this rank puts into a checkpoint as `replicas`, beside weights and optimizer state.
+
+        optimizer_state: by name. None: no such entry.
+        """
 
     def load_state_dict(self, read: Callable[[str], dict | int]) -> dict:
-        """After init_weights: takes up what `state_dict` gave, also on another number of replicas;
-        read("a/b") is that part of the entries of all ranks, merged, or {}. Returns by name the
-        optimizer state that this replica alone has; {} where the one saved for all holds."""
+        """After init_weights: loads what `state_dict` gave, also on another number of replicas.
+
+        read("a/b"): this part of the entries of all ranks, merged, or {}. Returns by name the
+        optimizer state that this replica alone has; {} where the state saved for all is valid.
+        """

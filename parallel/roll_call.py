@@ -1,10 +1,10 @@
-"""Which gradients are missing where: what every data-parallel layout asks before a step.
+"""The roll call: which gradients are missing on which ranks, asked by every layout before a step.
 
-    rank 0 has    a b . .            a b c .      summed; what a rank lacks counts as zero there
+    rank 0 has    a b . .            a b c .      summed; a gradient that a rank lacks is zero there
     rank 1 has    a . c .    --->    . . . d      missing on all: None, so weight and state stay
 
-One all-reduce of a byte for each parameter, 2 (N-1)/N of that per rank and step. A gradient of
-zeros is not missing. (torch's DDP asks so with find_unused_parameters=True.)
+One all-reduce of a byte for each parameter: 2 (N-1)/N bytes per parameter, rank and step. A
+gradient of zeros is not missing. (torch's DDP asks the same with find_unused_parameters=True.)
 """
 
 from collections.abc import Callable
@@ -15,22 +15,28 @@ from torch import nn
 
 
 class RollCall:
-    """Which parameters got a gradient on any replica? Each sends a byte a parameter, 1 if it is
-    here; the maximum tells. All replicas call at the same moment; only one that lacks a gradient
-    reads the answer. (torch's DDP asks so with find_unused_parameters=True.)
+    """Which parameters got a gradient on any replica?
+
+    has_gradient: for each parameter, whether it has a gradient here. All replicas call at the same
+    moment. The answer is the maximum of their bytes, and only a replica that lacks a gradient
+    reads it.
     """
 
-    def __init__(self, here: list[bool], group: dist.ProcessGroup, device: torch.device):
-        n = dist.get_world_size(group)
-        self.flags = torch.tensor(here, dtype=torch.uint8).to(device, non_blocking=True)
+    def __init__(self, has_gradient: list[bool], group: dist.ProcessGroup, device: torch.device):
+        world = dist.get_world_size(group)
+        self.flags = torch.tensor(has_gradient, dtype=torch.uint8)
+        self.flags = self.flags.to(device, non_blocking=True)
         self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=group, async_op=True)
-        self.sent_bytes = 2 * (n - 1) * len(here) // n
+        self.sent_bytes = 2 * (world - 1) * len(has_gradient) // world
 
-    def nowhere(self, asked: list[int]) -> list[int]:
-        """Those of the parameters with these numbers that no replica has a gradient of."""
+    def missing_everywhere(self, indices: list[int]) -> list[int]:
+        """Those of these parameters, by index, for which no replica has a gradient."""
         self.work.wait()
-        flags = self.flags.tolist() if asked else []  # here alone the host waits for a GPU
-        return [i for i in asked if not flags[i]]
+        if not indices:
+            return []
+        # Here alone the host waits for a GPU: most steps lack nothing and never come here.
+        flags = self.flags.tolist()
+        return [i for i in indices if not flags[i]]
 
 
 def drop_stand_ins(
@@ -39,30 +45,32 @@ def drop_stand_ins(
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> int:
-    """Zeros stand in p.grad for what is missing here: they go where no replica has a gradient.
+    """Sets p.grad to None where no replica has a gradient and zeros stand in for it.
 
-    got: the parameters that got one here; empty afterwards. Returns the bytes sent.
+    got: the parameters that got a gradient here; it is emptied. Returns the bytes sent.
     """
     if group is None or not params:
         return 0
     call = RollCall([p in got for p in params], group, device)
-    zeros = [i for i, p in enumerate(params) if p.grad is not None and p not in got]
-    for i in call.nowhere(zeros):
+    # What is in p.grad does not tell: a true gradient may be zero as well.
+    stand_ins = [i for i, p in enumerate(params) if p.grad is not None and p not in got]
+    for i in call.missing_everywhere(stand_ins):
         params[i].grad = None
     got.clear()
     return call.sent_bytes
 
 
-def watch(p: nn.Parameter, arrived: Callable[[nn.Parameter], None]) -> None:
+def on_gradient(p: nn.Parameter, arrived: Callable[[nn.Parameter], None]) -> None:
     """Calls arrived(p) when a backward has added to p.grad, also if p is frozen now and thaws."""
-    trained = p.requires_grad
-    if trained or p.is_floating_point():
+    # torch takes a hook only while p requires a gradient.
+    requires_grad = p.requires_grad
+    if requires_grad or p.is_floating_point():
         p.requires_grad_().register_post_accumulate_grad_hook(arrived)
-        p.requires_grad_(trained)
+        p.requires_grad_(requires_grad)
 
 
-def finished_first(optimizer: torch.optim.Optimizer, replicas) -> torch.optim.Optimizer:
-    """The same optimizer; its step() raises RuntimeError while replicas.pending."""
+def refuse_unfinished(optimizer: torch.optim.Optimizer, replicas) -> torch.optim.Optimizer:
+    """The same optimizer, but its step() raises RuntimeError while replicas.pending."""
 
     def check(*_) -> None:
         if replicas.pending:

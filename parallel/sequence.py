@@ -1,22 +1,21 @@
-"""Sequence parallelism: tensor parallelism whose ranks share out the tokens too, wherever each
-token is treated alone.
+"""Sequence parallelism: tensor parallelism whose ranks also share out the tokens between products.
 
-Tensor parallelism cuts the products, but norms, dropout and the residual stream it repeats on every
-rank, and keeps their activations N times. Here each rank has T/N of the tokens between the
-products, and all T in them:
+Tensor parallelism splits the products, but repeats norms, dropout and the residual stream on every
+rank, and keeps their activations N times. These treat each token alone. So here each rank has T/N
+of the tokens between the products, and all T tokens in them:
 
                             rank 0                rank 1
     residual stream x       tokens [0, T/2)       tokens [T/2, T)
     norm                    of these              of these
     f: all-gather           all T tokens          all T tokens           backward: reduce-scatter
-    q k v, core, proj       its heads             its heads
+    q k v, attention, proj  its heads             its heads
     g: reduce-scatter       [0, T/2) of the sum   [T/2, T) of the sum    backward: all-gather
     bias, dropout, x +      its tokens            its tokens
 
-So too with the MLP. The embedding ends with g, and f stands before the head, so that each rank has
-the loss of all tokens over its words. Stages of a pipeline send each other (B, T/N, C).
+The MLP works likewise. The embedding ends with g, and f comes before the head, so that each rank
+has the loss of all tokens over its words. Stages of a pipeline send each other (B, T/N, C).
 
-Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activation, P the
+Bytes sent per rank and micro-batch, a = (N-1)/N x the bytes of one (B, T, C) activation, P the
 parameters that see only this rank's tokens (gains and biases of norms, biases of row layers,
 learned positions, n-grams):
 
@@ -26,18 +25,19 @@ learned positions, n-grams):
     weights     all-reduce of their gradients                               2 (N-1)/N bytes of P
     loss        as in parallel/tensor.py
 
-An all-reduce is a reduce-scatter and an all-gather: activations cost what they do without the
-sequence's cut. The gradients of P are sums over tokens, of which each rank sees its own: they are
-summed over the ranks in every backward. (Each in the layer that uses it, not in the optimizer:
-elsewhere nobody needs to know which gradients are partial, and which, like those of the matrices,
-must not be summed again.)
+An all-reduce is a reduce-scatter and an all-gather: activations cost as many bytes as in plain
+tensor parallelism. The gradients of P are sums over tokens, and each rank sees its own tokens: they
+are summed over the ranks in every backward. (In the layer that uses the parameter, not in the
+optimizer: nobody else needs to know which gradients are partial, and which, like the gradients of
+the matrices, must not be summed again.)
 
-All that is active in training alone. In eval mode (module.eval()) nothing is kept for a backward
-that could be saved, and a generated sequence is 1 token long: then it is parallel/tensor.py.
+All this is active in training alone. In eval mode (module.eval()) this is parallel/tensor.py:
+no activations are kept for a backward, so there is nothing to gain, and a generated sequence is 1
+token long, too short to share out.
 
-Reference: Korthikanti et al. 2022 (2205.05198). They keep of a gathered input T/N tokens and gather
-it again in backward, one all-gather more for each f; here it is kept whole, as the products keep
-it.
+Reference: Korthikanti et al. 2022 (2205.05198). They keep T/N tokens of a gathered input and gather
+it again in backward, one all-gather more for each f. Here it is kept in full, because the products
+keep it anyway.
 """
 
 import types
@@ -52,13 +52,13 @@ from parallel.shard import Shard
 DROPOUTS = ("drop_embed", "drop_attn", "drop_mlp")
 LOCAL = ("embed_norm", "attn_norm", "mlp_norm", "final_norm", "positions", "grams")
 
-# torch 2.13 has new names for what 2.11 knows by the old ones alone
+# torch 2.13 has new names for these two; torch 2.11 knows the old names alone.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class GatherForwardScatterBackward(torch.autograd.Function):
-    """f: (B, T/N, C) -> (B, T, C)."""
+    """f: (B, T/N, C), the tokens of each rank -> (B, T, C), all tokens on all ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -71,7 +71,7 @@ class GatherForwardScatterBackward(torch.autograd.Function):
 
 
 class ScatterForwardGatherBackward(torch.autograd.Function):
-    """g: (B, T, C), to be summed over ranks -> (B, T/N, C)."""
+    """g: (B, T, C), each rank's summand -> (B, T/N, C), the sum at this rank's tokens."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -85,14 +85,16 @@ class ScatterForwardGatherBackward(torch.autograd.Function):
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tokens of all ranks, in the order of ranks: (B, T/N, C) -> (B, T, C)."""
-    parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])  # one rank's rows after another's
+    # all_gather puts one rank's sequences after another's, along the first dimension.
+    parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])  # (N B, T/N, C)
     all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts.chunk(group.size()), 1)
 
 
 def scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """My tokens of the sum over ranks: (B, T, C) -> (B, T/N, C)."""
-    parts = torch.cat(x.chunk(group.size(), 1))
+    """This rank's tokens of the sum over ranks: (B, T, C) -> (B, T/N, C)."""
+    # reduce_scatter deals out the first dimension: the tokens of one rank after another's.
+    parts = torch.cat(x.chunk(group.size(), 1))  # (N B, T/N, C)
     mine = parts.new_empty(x.shape[0], *parts.shape[1:])
     reduce_scatter(mine, parts, group=group)
     return mine
@@ -101,43 +103,50 @@ def scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def split(
     model: nn.Module, group: dist.ProcessGroup | None, dropouts=DROPOUTS, local=LOCAL, **endings
 ) -> dict[str, Shard]:
-    """`split` of parallel/tensor.py, with the tokens shared out between the products while in
-    training.
+    """`split` of parallel/tensor.py, where in training the ranks share out tokens between products.
 
-    dropouts: endings of the names of modules called with (x, context), context.position_ids (...,
-    T) being those of all tokens; local: of modules that treat each token alone, norms and the
-    tables of positions and n-grams, which are called with those of all tokens (..., T); endings:
-    see there. A stage that begins after other layers takes x (B, T/N, C) and, whole, the positions
-    (T,).
+    dropouts: endings of the names of modules called with (x, context), where context.position_ids
+    (..., T) has all tokens. local: endings of the names of modules that treat each token alone:
+    norms, and the tables of positions and n-grams, which are called with ids (..., T) of all
+    tokens. endings: `column`, `row`, `vocabulary` of tensor.split. A pipeline stage that begins
+    after other layers takes x (B, T/N, C) and the position ids (T,) of all tokens.
 
-    Raises ValueError as there and, when called, where N does not divide T.
+    Returns what tensor.split returns, and raises ValueError as it does; a forward raises ValueError
+    where N does not divide T.
     """
     if group is None:
         return {}
-    n, rank = group.size(), dist.get_rank(group)
+    n = group.size()
+    rank = dist.get_rank(group)
 
     def enter(module: nn.Module, x: Tensor) -> Tensor:
-        f = GatherForwardScatterBackward if module.training else tensor.CopyForwardSumBackward
-        return f.apply(x, group)
+        if not module.training:
+            return tensor.CopyForwardSumBackward.apply(x, group)
+        return GatherForwardScatterBackward.apply(x, group)
 
     def leave(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         if not module.training:
             return tensor.add(tensor.SumForwardCopyBackward.apply(x, group), bias)
-        if x.shape[1] % n:
+        n_tokens = x.shape[1]
+        if n_tokens % n:
+            fits = -(-n_tokens // n) * n  # rounded up to a multiple
             raise ValueError(
-                f"--tp={n} with --sp=true cannot share out {x.shape[1]} tokens equally; type "
-                f"--block_size={-(-x.shape[1] // n) * n} (times cp) or --sp=false"
+                f"--tp={n} with --sp=true cannot share out {n_tokens} tokens equally; type "
+                f"--block_size={fits} (times cp) or --sp=false"
             )
         x = ScatterForwardGatherBackward.apply(x, group)
-        return (
-            x if bias is None else tensor.add(x, tensor.CopyForwardSumBackward.apply(bias, group))
-        )
+        if bias is None:
+            return x
+        # The bias sees this rank's tokens alone: its gradient is summed over the ranks.
+        return tensor.add(x, tensor.CopyForwardSumBackward.apply(bias, group))
 
-    def mine(positions: Tensor) -> Tensor:
-        size = positions.shape[-1] // n
-        return positions.narrow(-1, rank * size, size)
+    def mine(ids: Tensor) -> Tensor:
+        """(..., T) -> (..., T/N), of this rank's tokens"""
+        size = ids.shape[-1] // n
+        return ids.narrow(-1, rank * size, size)
 
     def narrow_context(module: nn.Module, args: tuple) -> tuple | None:
+        # A dropout mask depends on the token's position, wherever the token is computed.
         if not module.training:
             return None
         x, context = args
@@ -147,7 +156,10 @@ def split(
         """The module's own forward, with parameters whose gradients are summed over the ranks."""
         if not self.training:
             return type(self).forward(self, *args)
-        args = (mine(args[0]),) if isinstance(self, nn.Embedding) else args
+        # A norm is called with this rank's tokens already, a table with the ids of all tokens.
+        if isinstance(self, nn.Embedding):
+            args = (mine(args[0]),)
+        # For the time of the call, f is between each parameter and its use.
         own = {name: p for name, p in self._parameters.items() if p is not None}
         for name, p in own.items():
             self._parameters[name] = tensor.CopyForwardSumBackward.apply(p, group)

@@ -7,9 +7,10 @@
                                 shard_of_shard(Shard((4, 6), (0, 3)), Shard((4, 3), (2, 0)))
                                 == Shard((4, 6), (2, 3))
 
-The local shape is that of the tensor at hand, so a shard does not repeat it. Tensor parallelism
-cuts with it, the optimizers and checkpoints read from it which numbers they have. Nothing here is
-sent. (torch's own Shard(dim) is a placement: how a DTensor is divided, not where one shard lies.)
+The local shape is the shape of the tensor at hand, so a shard does not repeat it. Tensor
+parallelism splits with it; optimizers and checkpoints read from it which numbers they have. Nothing
+here is sent. (torch's own Shard(dim) is a placement: it tells how a DTensor is divided, not where
+one shard lies.)
 """
 
 from collections.abc import Callable
@@ -19,20 +20,26 @@ from torch import Tensor
 
 
 class Shard(NamedTuple):
+    """Where a shard lies in its full tensor."""
+
     global_shape: tuple[int, ...]  # of the full tensor
     offsets: tuple[int, ...]  # in each dimension, where in the full tensor the shard begins
 
     def narrow(self, full: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A view of the shard of this local shape in the full tensor."""
+        """The shard of this local shape, as a view of the full tensor."""
         assert tuple(full.shape) == self.global_shape, (tuple(full.shape), self.global_shape)
         for dim, (size, offset) in enumerate(zip(shape, self.offsets, strict=True)):
-            full = full.narrow(dim, offset if size else 0, size)
+            # An empty shard may begin past the end, where torch takes no view.
+            start = offset if size else 0
+            full = full.narrow(dim, start, size)
         return full
 
 
 def local(p: Tensor) -> Tensor:
-    """The shard of it on this rank, in the same memory."""
-    return p.to_local() if hasattr(p, "placements") else p.detach()
+    """The shard of p on this rank, in the same memory; a plain tensor is its own shard."""
+    if hasattr(p, "placements"):
+        return p.to_local()
+    return p.detach()
 
 
 def shard_of(p: Tensor) -> Shard:
@@ -42,19 +49,21 @@ def shard_of(p: Tensor) -> Shard:
     """
     if not hasattr(p, "placements"):
         return Shard(tuple(p.shape), (0,) * p.ndim)
+    # Imported here: a run without DTensors need not load it.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    # Two mesh axes on one dimension can leave a rank several separate parts: no Shard says that.
     if tuple(shape) != tuple(p.to_local().shape):
         raise ValueError(
-            f"{tuple(p.shape)} with placements {p.placements}: the part on this rank is no box; "
+            f"{tuple(p.shape)} with placements {p.placements}: the shard on this rank is no box; "
             "shard its dimensions by one mesh axis each"
         )
     return Shard(tuple(p.shape), tuple(offsets))
 
 
 def shard_of_shard(outer: Shard, inner: Shard) -> Shard:
-    """Where `inner`, a shard of what `outer` has, lies in the full tensor of `outer`."""
+    """Where `inner`, a shard of the tensor that `outer` has, lies in the full tensor of `outer`."""
     offsets = tuple(a + b for a, b in zip(outer.offsets, inner.offsets, strict=True))
     return Shard(outer.global_shape, offsets)
 
@@ -62,10 +71,14 @@ def shard_of_shard(outer: Shard, inner: Shard) -> Shard:
 def sharded(
     source: Callable[[str, tuple[int, ...]], Tensor], shards: dict[str, Shard]
 ) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """source(name, full shape) -> full tensor, made to give its shard to those who ask with the
-    local shape."""
+    """`source`, which knows full tensors alone, as a source of shards too.
+
+    source(name, full shape) -> full tensor. The result takes a full shape or a local shape: asked
+    with the local shape, it gives this rank's shard.
+    """
 
     def shard_or_full(name: str, shape: tuple[int, ...]) -> Tensor:
+        # Who asks for the full shape wants the full tensor, also of a name that is sharded here.
         shape = tuple(shape)
         if name not in shards or shape == shards[name].global_shape:
             return source(name, shape)

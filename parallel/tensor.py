@@ -1,8 +1,7 @@
-"""Tensor parallelism: every matrix is cut over the ranks, each of which sees all the tokens.
+"""Tensor parallelism: each rank has a shard of every matrix, and sees all tokens.
 
-Two products follow one another, attention's (q, k, v, then proj) as well as the MLP's (fc, then
-proj). The first matrix is cut by columns and the second by rows, so that nothing is sent between
-them:
+Two products follow one another, in attention (q, k, v, then proj) and in the MLP (fc, then proj).
+The first matrix is split by columns and the second by rows, so that nothing is sent between them:
 
     Y = g(act(f(X) W1) W2)        W1 = [A0 | A1]        W2 = [B0]
                                                              [B1]
@@ -14,25 +13,27 @@ them:
     their product     act(X A0) B0       act(X A1) B1
     Y                 the sum of both    the same        g: summed over ranks / backward: nothing
 
-torch stores W1 and W2 transposed: a column layer's weight is cut along dimension 0, a row layer's
-along 1. A column's bias is cut with it; a row's is full and added after the sum (before, it would
-count N times). The embedding is cut by words: other ranks' words give zeros, g adds up. The head
-too, tied or not: each rank has the logits of its words, and the loss takes three numbers a token
-from the others instead of V. Norms, learned positions and n-grams are full everywhere, and so,
-after f's sums, are their gradients. f stands once before q, k and v; in each of them, as a column
-layer drawn alone has it, it would send dX three times.
+torch stores W1 and W2 transposed: a column layer's weight is split along dimension 0, a row layer's
+weight along dimension 1. A column layer's bias is split with it. A row layer's bias is full, and is
+added after the sum; before the sum it would count N times. The embedding is split by words: words
+of other ranks give zeros, and g adds up. The head is split by words too, tied or not: each rank has
+the logits of its words, and the loss needs three numbers a token from the others instead of V.
+Norms, learned positions and n-grams are full on every rank, and so are their gradients, because f
+has summed what reaches them. One f serves q, k and v together; an f in each of the three, as the
+drawing of a single column layer has it, would send dX three times.
 
-Bytes sent per rank and micro-batch, a = (N-1)/N x those of one (B, T, C) activation:
+Bytes sent per rank and micro-batch, a = (N-1)/N x the bytes of one (B, T, C) activation:
 
     all-reduce, g      forward: each row layer, the embedding            (2 layers + 1) 2a
     all-reduce, f      backward: before attention, MLP and head          (2 layers + 1) 2a
     loss               all-reduce of the maximum, then of two sums       2 (N-1)/N 3 B T w
-      hits             all-reduces of the maximum and of a place, int64  2 (N-1)/N B T (w + 8)
+      n_correct        all-reduces of the maximum and of an index, int64 2 (N-1)/N B T (w + 8)
       no targets       instead of both: g of the logits, padded with 0   2 (N-1)/N B T V w
 
 with w bytes in a logit. Under autocast all activations but the embedding's travel in its dtype. A
-stage of a pipeline sends what is said of its layers, embedding and head. References: Shoeybi et al.
-2019 (1909.08053), Narayanan et al. 2021 (2104.04473).
+stage of a pipeline sends the rows of this table that belong to its layers, embedding and head.
+
+References: Shoeybi et al. 2019 (1909.08053), Narayanan et al. 2021 (2104.04473).
 """
 
 import functools
@@ -47,7 +48,8 @@ from torch.autograd.function import once_differentiable
 
 from parallel.shard import Shard
 
-COLUMN, ROW = ("attn.q", "attn.k", "attn.v", "mlp.fc", "head"), ("attn.proj", "mlp.proj")
+COLUMN = ("attn.q", "attn.k", "attn.v", "mlp.fc", "head")
+ROW = ("attn.proj", "mlp.proj")
 VOCABULARY = ("embed",)
 
 
@@ -77,47 +79,61 @@ class SumForwardCopyBackward(torch.autograd.Function):
 
 
 def summed(x: Tensor, group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> Tensor:
-    """A new tensor: backward may have given the old one to somebody else too."""
+    """x over all ranks of the group, added up or by another `op`, in a new tensor."""
+    # Never in place: autograd may have given the same gradient to somebody else too.
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, op, group)
     return x
 
 
-# ---- the loss of logits of which each rank holds its words' --------------------------------------
+# ---- the loss, where each rank has the logits of its own words -----------------------------------
 class CrossEntropy(torch.autograd.Function):
-    """Sum of logsumexp(logits) - logits[target]; backward: softmax - one-hot of my words, nothing
-    sent, plus the gradient of z_loss logsumexp(logits)^2, which is not in the value. Keeps the
-    logits and makes no copy of them in forward; torch's own keeps their logarithmic softmax."""
+    """Sum over the tokens of logsumexp(logits) - logits[target].
+
+    Backward: softmax - one-hot of this rank's words, plus the gradient of z_loss logsumexp^2, which
+    is not in the value; nothing is sent. The logits are kept and not copied in forward, while
+    torch's own cross entropy keeps their logarithmic softmax.
+    """
 
     @staticmethod
     def forward(
         ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup, z_loss: float
     ) -> Tensor:
-        here, mine = local_ids(targets, logits.shape[1], group)  # logits (BT, V/N), targets (BT,)
-        top = summed(logits.amax(1), group, dist.ReduceOp.MAX)
-        parts = zip(logits.split(1024), top.split(1024))
-        exps = torch.cat([(part - t.unsqueeze(1)).exp_().sum(1) for part, t in parts])
-        target = logits.gather(1, here.unsqueeze(1)).squeeze(1) - top
-        exps, target = summed(torch.stack([exps, target.masked_fill(~mine, 0)]), group)
-        counts, ctx.z_loss = targets != -100, z_loss  # F.cross_entropy passes over -100
-        ctx.save_for_backward(logits, top, exps, here, mine, counts)
-        return torch.where(counts, exps.log() - target, 0).sum()
+        """logits (BT, V/N), targets (BT,) -> 0-dim"""
+        index, is_mine = local_ids(targets, logits.shape[1], group)  # (BT,) each
+        # exp cannot overflow once a token's largest logit, over all ranks, is subtracted.
+        top = summed(logits.amax(1), group, dist.ReduceOp.MAX)  # (BT,)
+        # 1024 tokens at a time: exp of all logits at once would be a second copy of them.
+        sums = []
+        for some, their_top in zip(logits.split(1024), top.split(1024)):
+            sums.append((some - their_top.unsqueeze(1)).exp_().sum(1))
+        # The rank that has the target's word contributes its logit, all others contribute 0.
+        target_logit = logits.gather(1, index.unsqueeze(1)).squeeze(1) - top
+        mine = torch.stack([torch.cat(sums), target_logit.masked_fill(~is_mine, 0)])
+        exp_sum, target_logit = summed(mine, group)  # (BT,) each
+
+        # The target -100 leaves a token out, as in F.cross_entropy.
+        counts = targets != -100
+        ctx.z_loss = z_loss
+        ctx.save_for_backward(logits, top, exp_sum, index, is_mine, counts)
+        return torch.where(counts, exp_sum.log() - target_logit, 0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor):
-        logits, top, exps, here, mine, counts = ctx.saved_tensors
-        dlog_z = dloss * counts * (1 + 2 * ctx.z_loss * (top + exps.log()))
-        dlogits = (logits - top.unsqueeze(1)).exp_().mul_((dlog_z / exps).unsqueeze(1))
-        dlogits.scatter_add_(1, here.unsqueeze(1), (-dloss * mine).unsqueeze(1))
+        logits, top, exp_sum, index, is_mine, counts = ctx.saved_tensors
+        # d loss / d logsumexp: 1, and 2 z_loss logsumexp from the penalty.
+        dlog_z = dloss * counts * (1 + 2 * ctx.z_loss * (top + exp_sum.log()))
+        dlogits = (logits - top.unsqueeze(1)).exp_().mul_((dlog_z / exp_sum).unsqueeze(1))
+        dlogits.scatter_add_(1, index.unsqueeze(1), (-dloss * is_mine).unsqueeze(1))
         return dlogits, None, None, None
 
 
-def local_ids(ids: Tensor, words: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Where in my `words` words these ids are, 0 for those of other ranks; which are mine."""
-    ids = ids - dist.get_rank(group) * words
-    mine = (ids >= 0) & (ids < words)
-    return ids.where(mine, 0), mine
+def local_ids(ids: Tensor, n_words: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """(index of each id in this rank's n_words words, or 0; whether the id is one of these)."""
+    ids = ids - dist.get_rank(group) * n_words
+    is_mine = (ids >= 0) & (ids < n_words)
+    return ids.where(is_mine, 0), is_mine
 
 
 def loss_fn(
@@ -127,24 +143,28 @@ def loss_fn(
     group: dist.ProcessGroup,
     z_loss: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(sum of the token losses, how many targets are the likeliest token if asked), the same on all
-    ranks.
+    """(sum of the token losses, number of targets that are the likeliest token, if asked to count).
 
-    logits: (B, T, V/N), my words'; targets: (B, T), without: (logits of all words, None); z_loss:
-    see above.
+    logits: (B, T, V/N), of this rank's words; targets: (B, T), or None: then (logits of all words,
+    None). z_loss: see CrossEntropy. The same on all ranks.
     """
-    words, n, rank = logits.shape[-1], group.size(), dist.get_rank(group)
+    n_words = logits.shape[-1]
+    n = group.size()
+    rank = dist.get_rank(group)
     if targets is None:
-        padded = F.pad(logits, (rank * words, (n - 1 - rank) * words))
+        # Each rank pads its words with zeros for all others: the sum is the full row.
+        padded = F.pad(logits, (rank * n_words, (n - 1 - rank) * n_words))
         return SumForwardCopyBackward.apply(padded, group), None
-    logits, targets, hits = logits.flatten(0, 1), targets.flatten(), None
+    logits = logits.flatten(0, 1)  # (BT, V/N)
+    targets = targets.flatten()  # (BT,)
+    n_correct = None
     if count:
-        best, place = logits.detach().max(1)
-        # Of equals the first wins, as in argmax
-        ties = best == summed(best, group, dist.ReduceOp.MAX)
-        place = torch.where(ties, place + rank * words, n * words)
-        hits = (summed(place, group, dist.ReduceOp.MIN) == targets).sum()
-    return CrossEntropy.apply(logits, targets, group, z_loss or 0.0), hits
+        best, index = logits.detach().max(1)
+        # Where several words are equally likely, the first one wins, as in argmax.
+        is_best = best == summed(best, group, dist.ReduceOp.MAX)
+        index = torch.where(is_best, index + rank * n_words, n * n_words)
+        n_correct = (summed(index, group, dist.ReduceOp.MIN) == targets).sum()
+    return CrossEntropy.apply(logits, targets, group, z_loss or 0.0), n_correct
 
 
 # ---- who gets which shard ------------------------------------------------------------------------
@@ -157,50 +177,108 @@ def split(
     row=ROW,
     vocabulary=VOCABULARY,
 ) -> dict[str, Shard]:
-    """Each parameter of `model`, on the meta device or not, now holds my shard; those not in the
-    returned {name: Shard} stay full.
+    """Replaces the matrices of `model` by this rank's shards, and puts f and g around them.
 
-    column, row, vocabulary: endings of the names of Linear, Linear and Embedding modules. f goes
-    before the module that holds a row layer beside the column layers, which share its first
-    argument, or before a column layer alone. The head's logits stay cut: model.loss_fn is replaced
-    by the one above. enter(module, x), leave(module, x, bias): in place of f, and of g with its
-    bias. Raises ValueError where N does not divide heads, key heads, width or vocabulary.
+    model: on the meta device or not; group: None changes nothing. column, row, vocabulary: endings
+    of the names of Linear, Linear and Embedding modules. enter(module, x), leave(module, x, bias):
+    in place of f, and of g with the bias it adds.
+
+    Where a module holds column layers and a row layer, f goes before the module, whose first
+    argument the column layers share. Any other column layer gets an f of its own. The logits stay
+    split: model.loss_fn is replaced by `loss_fn` above.
+
+    Returns the shard of each parameter that is split; all others stay full. Raises ValueError where
+    N does not divide heads, key heads, width or vocabulary.
     """
     if group is None:
         return {}
-    n, rank = group.size(), dist.get_rank(group)
-    modules, dims, entries = dict(model.named_modules()), {}, set()
-    enter = enter or (lambda module, x: CopyForwardSumBackward.apply(x, group))
-    leave = leave or (lambda module, x, bias: add(SumForwardCopyBackward.apply(x, group), bias))
-    parent = {name: name.rpartition(".")[0] for name in modules}
-    with_rows = {parent[name] for name in modules if ends(name, row)}
-    for name, module in modules.items():
+
+    def copy(module: nn.Module, x: Tensor) -> Tensor:
+        return CopyForwardSumBackward.apply(x, group)
+
+    def add_up(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        return add(SumForwardCopyBackward.apply(x, group), bias)
+
+    def enter_first(module: nn.Module, args: tuple) -> tuple:
+        x, *others = args
+        return enter(module, for_matmul(x)), *others
+
+    enter = enter or copy
+    leave = leave or add_up
+    modules = dict(model.named_modules())
+
+    # Weights: each parameter becomes its shard, in memory of its own.
+    dims = split_dims(modules, group.size(), column, row, vocabulary)
+    tp_shards = {}
+    for name, p in model.named_parameters():
+        if p in dims:
+            tp_shards[name], shape = shard_along(p, dims[p], group)
+            mine = tp_shards[name].narrow(p.data, shape)
+            p.data = mine.clone(memory_format=torch.contiguous_format)
+
+    # f: once for all column layers that share an input.
+    parents = {name: name.rpartition(".")[0] for name in modules}
+    with_rows = {parents[name] for name in modules if ends(name, row)}
+    entries = set()
+    for name in modules:
         if ends(name, column):
-            entries.add(parent[name] if parent[name] in with_rows else name)
+            entries.add(parents[name] if parents[name] in with_rows else name)
+    for name in entries:
+        modules[name].register_forward_pre_hook(enter_first)
+
+    # g: after each row layer and the embedding.
+    replace_forwards(modules, group, leave, column, row, vocabulary)
+    if hasattr(model, "loss_fn") and any(ends(name, ("head",)) for name in modules):
+        model.loss_fn = functools.partial(loss_fn, group=group)
+    return tp_shards
+
+
+def split_dims(
+    modules: dict[str, nn.Module], n: int, column, row, vocabulary
+) -> dict[nn.Parameter, int]:
+    """Parameter -> the dimension along which it is split; raises ValueError where that fails."""
+    dims = {}
+    for name, module in modules.items():
         if ends(name, column + vocabulary):
             dims |= dict.fromkeys(module.parameters(recurse=False), 0)
         elif ends(name, row):
             dims[module.weight] = 1
         if ends(name, column + vocabulary + row):
-            check(name, module, dims[module.weight], modules[parent[name]], n)
+            check(name, module, dims[module.weight], modules[name.rpartition(".")[0]], n)
     if not dims:
         raise ValueError("split: no module's name ends as column=, row= or vocabulary= say")
+    return dims
 
-    tp_shards = {}
-    for name, p in model.named_parameters():
-        if p in dims:
-            shape, offsets = list(p.shape), [0] * p.ndim
-            shape[dims[p]] //= n
-            offsets[dims[p]] = rank * shape[dims[p]]
-            tp_shards[name] = shard = Shard(tuple(p.shape), tuple(offsets))
-            p.data = shard.narrow(p.data, shape).clone(memory_format=torch.contiguous_format)
+
+def shard_along(p: Tensor, dim: int, group: dist.ProcessGroup) -> tuple[Shard, list[int]]:
+    """This rank's shard of p along `dim`, and its local shape."""
+    shape = list(p.shape)
+    shape[dim] //= group.size()
+    offsets = [0] * p.ndim
+    offsets[dim] = dist.get_rank(group) * shape[dim]
+    return Shard(tuple(p.shape), tuple(offsets)), shape
+
+
+def replace_forwards(
+    modules: dict[str, nn.Module],
+    group: dist.ProcessGroup,
+    leave: Callable,
+    column,
+    row,
+    vocabulary,
+) -> None:
+    """Row layers and the embedding end with `leave`; all split modules know their new size."""
+    n = group.size()
 
     def row_forward(self, x: Tensor) -> Tensor:
-        return leave(self, getattr(self, "matmul", F.linear)(x, self.weight, None), self.bias)
+        # Without the bias, which `leave` adds after the sum.
+        matmul = getattr(self, "matmul", F.linear)
+        return leave(self, matmul(x, self.weight, None), self.bias)
 
     def vocabulary_forward(self, ids: Tensor) -> Tensor:
-        here, mine = local_ids(ids, self.weight.shape[0], group)
-        return leave(self, type(self).forward(self, here).masked_fill(~mine.unsqueeze(-1), 0), None)
+        index, is_mine = local_ids(ids, self.weight.shape[0], group)
+        x = type(self).forward(self, index).masked_fill(~is_mine.unsqueeze(-1), 0)
+        return leave(self, x, None)
 
     for name, module in modules.items():
         if ends(name, row):
@@ -211,44 +289,47 @@ def split(
         elif ends(name, vocabulary):
             module.num_embeddings //= n
             module.forward = types.MethodType(vocabulary_forward, module)
-    for name in entries:
-        modules[name].register_forward_pre_hook(
-            lambda m, args: (enter(m, for_matmul(args[0])), *args[1:])
-        )
-    if hasattr(model, "loss_fn") and any(ends(name, ("head",)) for name in modules):
-        model.loss_fn = functools.partial(loss_fn, group=group)
-    return tp_shards
 
 
 def ends(name: str, endings: tuple[str, ...]) -> bool:
+    """Does the module's name end with one of these, in whole words between dots?"""
     return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
 def add(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else x + bias.to(x.dtype)
+    if bias is None:
+        return x
+    return x + bias.to(x.dtype)
 
 
 def for_matmul(x: Tensor) -> Tensor:
-    """In the dtype to which autocast, if on, would cast it for each product anyway."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    """x in the dtype to which autocast, if it is on, would cast it for each product anyway."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
     return x
 
 
-def check(name: str, module: nn.Module, dim: int, holder: nn.Module, n: int) -> None:
-    """Raises ValueError where n does not divide what this module's weight has along dim, in whole
-    heads."""
-    count, base, last = (
-        module.weight.shape[dim],
-        module.weight.shape[1 - dim],
-        name.rpartition(".")[2],
-    )
-    what, flag = f"the width {count} of {name}", "--n_embd"
-    if last in ("q", "k", "v"):
-        base = count = count // getattr(holder, "head_size", 1)
-        what, flag = f"the {count} heads of {name}", "--n_head" if last == "q" else "--n_kv_head"
-    elif isinstance(module, nn.Embedding) or last == "head":
-        base, what, flag = count, f"the {count} words of the vocabulary", "--vocab_size"
+def check(name: str, module: nn.Module, dim: int, parent: nn.Module, n: int) -> None:
+    """Raises ValueError where n does not divide this module's weight along dim, in whole heads."""
+    kind = name.rpartition(".")[2]
+    count = module.weight.shape[dim]
+    if kind in ("q", "k", "v"):
+        # A head must not be split: its scores need all of it.
+        count //= getattr(parent, "head_size", 1)
+        setting = count
+        what = f"the {count} heads of {name}"
+        flag = "--n_head" if kind == "q" else "--n_kv_head"
+    elif isinstance(module, nn.Embedding) or kind == "head":
+        setting = count
+        what = f"the {count} words of the vocabulary"
+        flag = "--vocab_size"
+    else:
+        # The other side of the matrix is the model's width, and this side a multiple of it.
+        setting = module.weight.shape[1 - dim]
+        what = f"the width {count} of {name}"
+        flag = "--n_embd"
     if count % n:
-        fits, divisor = -(-base // n) * n, max(d for d in range(1, n) if count % d == 0)
+        fits = -(-setting // n) * n  # rounded up to a multiple
+        divisor = max(d for d in range(1, n) if count % d == 0)
         raise ValueError(f"--tp={n} does not divide {what}; type {flag}={fits} or --tp={divisor}")

@@ -1,8 +1,8 @@
-"""ZeRO: replicas that stop keeping what another replica already keeps. Stages 1, 2 and 3, by hand.
+"""ZeRO by hand, stages 1, 2 and 3: a replica does not keep what another replica already keeps.
 
 Every parameter has one owner. Only the owner keeps its optimizer state (from stage 1 on), its
-gradient (2), its weights (3). Four parameters on two ranks; capitals are there all the time, small
-letters while in use:
+gradient (from 2 on) and its weights (3). Four parameters on two ranks; capital letters are always
+there, small letters only while they are in use:
 
               rank 0 owns A, C                      rank 1 owns B, D
               weights    gradients   state          weights    gradients   state
@@ -11,41 +11,44 @@ letters while in use:
     stage 2   A B C D    A b C d     A   C          A B C D    a B c D       B   D
     stage 3   A b C d    A b C d     A   C          a B c D    a B c D       B   D
 
-Bytes per parameter on N ranks under Adam, the paper's mixed precision (weights 2, gradients 2,
-float32 master weights and state 12) and float32 as here (4, 4, 8); bytes sent per rank and step
-with A micro-batches, in units of (N-1)/N x the weights' bytes:
+Bytes per parameter on N ranks under Adam. "mixed" is the paper's mixed precision (weights 2,
+gradients 2, float32 master weights and state 12), "float32" is what this project does (4, 4, 8).
+"sent" is what a rank sends in a step of A micro-batches, in units of (N-1)/N x the weights' bytes:
 
               mixed        float32     sent
     ddp       16           16          2                one all-reduce
     stage 1   4 + 12/N     8 + 8/N     1 + 1            gradients to owners, new weights from owners
-    stage 2   2 + 14/N     4 + 12/N    A + 1            who frees a gradient must send it first
+    stage 2   2 + 14/N     4 + 12/N    A + 1            a gradient must be sent before it is freed
     stage 3   16/N         16/N        A (1 + 1 + 1)    weights forward, weights backward, gradients
 
-plus what is in use: one unit's gradients and, in stage 3, the weights of two; and what the roll
-call of parallel/ddp.py sends, 2 (N-1)/N bytes a parameter tensor. (For one micro-batch stages 1 and
-2 are the same thing: no gradient waits for another.)
+Memory in use comes on top: one unit's gradients and, in stage 3, the weights of two units. The roll
+call of parallel/roll_call.py sends another 2 (N-1)/N bytes for each parameter tensor. With one
+micro-batch stages 1 and 2 are the same, because no gradient waits for another.
 
-A unit is a block, or what comes before the blocks (0), or what follows them. When backward has left
-a unit, its gradients start for their owners, in flat parts of at most `bucket_mb`, while the next
-unit computes. In stage 3 weights are broadcast one unit ahead of their use, and then freed:
+A unit is a block, or what comes before the blocks (unit 0), or what follows them (the last unit).
+When backward has left a unit, the gradients of the unit start on their way to their owners, in flat
+buckets of at most `bucket_mb`, while the next unit computes. Stage 3 broadcasts the weights of a
+unit while the unit before it computes, and frees them after use:
 
     forward  | compute 0 | compute 1 | compute 2 |  backward | compute 2 | compute 1 | compute 0 |
              | fetch 1   | fetch 2   |           |           | fetch 1   |           |           |
                          | free 0    | free 1    |                       | free 2    | free 1    |
                                                                          | send 2    | send 1, 0 |
 
-Backward reads no weights of unit 0: they are looked up, not multiplied. With a tied head they are,
-at the other end, and so are gains of a norm there: then they stay. What follows the blocks stays
-from forward to backward. A gradient that is missing on some ranks counts as zero there; missing on
-all, it is None.
+The backward of unit 0 reads no weights: an embedding is a lookup, not a product. Two cases differ,
+and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
+norm in unit 0 needs its gain. The unit after the blocks always stays, for its backward comes next.
 
-All ranks must make the same forward and backward calls, evaluation too; but a rank may skip blocks
-(in stage 3 not the last one) or a backward (not in stage 3). To compile, compile `block.forward`:
-the hooks on a block must stay outside.
+A gradient that is missing on some ranks counts as zero there. If it is missing on all, it is None.
 
-Rajbhandari et al. 2020 (1910.02054). There each rank owns a slice of one flat vector; here whole
-parameters, so that any optimizer, Muon too, steps unchanged and its orthogonalisation spreads over
-the ranks. The price: the load is even only up to the largest parameters, see parallel/ownership.py.
+All ranks must make the same forward and backward calls, also for evaluation. But a rank may skip
+blocks (in stage 3 not the last one), or a backward (not in stage 3). To compile the model, compile
+each `block.forward`: the hooks on a block must stay outside.
+
+Reference: Rajbhandari et al. 2020 (1910.02054). In the paper each rank owns a slice of one flat
+vector. Here it owns full parameters, so any optimizer steps unchanged, and Muon's
+orthogonalisation is spread over the ranks. The price is that the load is even only up to the
+largest parameters (parallel/ownership.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -59,46 +62,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.allocate import mapped_file
+from parallel.autocast_linear import linear
+from parallel.buckets import make_buckets, split_like
 from parallel.coupled import refuse_coupled
-from parallel.ddp import cut
 from parallel.ownership import owners_by_shape
-from parallel.roll_call import drop_stand_ins, finished_first, watch
+from parallel.roll_call import drop_stand_ins, on_gradient, refuse_unfinished
 
 
 @dataclass
-class Part:
-    """Parameters of one owner side by side in one flat tensor: what one broadcast or one reduce
-    sends."""
+class Bucket:
+    """Parameters of one owner, side by side in one flat tensor.
+
+    One broadcast sends their weights, one reduce sends their gradients.
+    """
 
     owner: int
     names: list[str]
-    flat: Tensor  # the weights, on the device; of size 0 where and while they are not held
-    host: Tensor | None  # the owner's weights if they are offloaded
-    params: list[nn.Parameter]  # the model's: views of `flat`
-    kept: list[nn.Parameter]  # the optimizer's: views of `host`, or `params` themselves
-    work: dist.Work | None = None  # a broadcast on its way
+    flat: Tensor  # the weights on the device; its storage is empty while they are not here
+    host: Tensor | None  # the owner's weights in host memory, if they are offloaded
+    params: list[nn.Parameter]  # the model's parameters: views of `flat`
+    owner_params: list[nn.Parameter]  # the optimizer's: views of `host`, or `params` themselves
+    broadcast: dist.Work | None = None  # on its way
+
+    def is_trained(self) -> bool:
+        """Whether any of its parameters is trained. The answer may change from step to step."""
+        return any(p.requires_grad for p in self.params)
 
 
-def trained(part: Part) -> bool:
-    return any(p.requires_grad for p in part.params)  # may change from step to step
+def units_of(model: nn.Module) -> tuple[dict[str, int], int]:
+    """The unit of each parameter by name, and the number of units.
 
-
-def pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """`flat` cut into views, shaped as the tensors of `like`."""
-    return [x.view(p.shape) for x, p in zip(flat.split([p.numel() for p in like]), like)]
+    Unit 0 is before the blocks, units 1 to n are the n blocks, unit n + 1 is after the blocks.
+    """
+    block_names = list(model.blocks)
+    after_blocks = len(block_names) + 1
+    units = {}
+    unit_outside = 0
+    # named_parameters() is in the order of forward.
+    for name, _ in model.named_parameters():
+        path = name.split(".")
+        if path[0] == "blocks":
+            units[name] = block_names.index(path[1]) + 1
+            unit_outside = after_blocks
+        else:
+            units[name] = unit_outside
+    return units, after_blocks + 1
 
 
 class ZeRO:
-    """A data-parallel layout, see parallel/protocol.py. With group=None (one replica) nothing is
-    sent.
+    """A data-parallel layout (parallel/protocol.py).
 
-    group: the replicas; device: where the weights are used; stage: 1, 2 or 3; reduce_dtype:
-    gradients are sent in it, None their own (an owner's own share is never rounded).
-    offload_params, stage 3 only: owners keep and step their weights in host memory (`cpu`) or in
-    files under `folder` mapped into it (`disk`). pinned: names that the first rank owns, as they
-    are in another stage of a pipeline, too.
+    group: the replicas; None is one replica, which sends nothing
+    device: where the weights are used
+    stage: 1, 2 or 3
+    bucket_mb: the largest message, in MiB; a larger parameter is a message of its own
+    reduce_dtype: gradients are sent in it, None = their own; an owner's own share is never rounded
+    offload_params: stage 3 alone; owners keep and step their weights in host memory ("cpu") or in
+        files under `folder` that are mapped into memory ("disk")
+    pinned: names of parameters that the first rank owns, for other pipeline stages hold them too
 
-    Raises ValueError for another stage, and for offload_params that are unknown or without stage 3.
+    Raises ValueError for another stage, and for offload_params that is unknown or without stage 3.
     """
 
     shards: dict = {}  # owners step full parameters
@@ -125,307 +148,426 @@ class ZeRO:
                 "its weights where they are; type --data_parallel=zero3"
             )
         self.group = group
-        self.rank, self.n = (
-            (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        )
-        self.device, self.stage, self.bucket_bytes = device, stage, bucket_mb * 2**20
-        self.reduce_dtype, self.offload, self.folder = reduce_dtype, offload_params, folder
+        self.rank = 0
+        self.world = 1
+        if group is not None:
+            self.rank = dist.get_rank(group)
+            self.world = dist.get_world_size(group)
+        self.device = device
+        self.stage = stage
+        self.bucket_bytes = bucket_mb * 2**20
+        self.reduce_dtype = reduce_dtype
+        self.offload_params = offload_params
+        self.folder = folder
         self.pinned = pinned
-        # Each backward sends gradients, and with stage 3 each forward needs weights
+        # From stage 2 on each backward sends gradients; in stage 3 each forward needs weights.
         self.backward_is_collective = stage > 1 and group is not None
-        # Do weights?
-        self.travels = stage == 3 and (group is not None or offload_params is not None)
-        # Units whose weights were fetched; gradients on their way
-        self.here, self.sending = set(), []
-        # Next: the unit whose gradients go next
-        self.last, self.in_backward, self.next = True, False, 0
-        self.unit = 0  # where forward or backward is
-        self.owes = False  # has the micro-batch in hand not yet sent its gradients?
+        # Are weights fetched before use and freed after it?
+        self.fetches = stage == 3 and (group is not None or offload_params is not None)
+
+        # Where this rank is in the model.
+        self.in_backward = False
+        self.unit = 0  # the unit in which forward or backward is
+        self.fetched = set()  # units whose weights are here or on their way
+
+        # Where this rank is in the step.
+        self.is_last = True  # the micro-batch in hand is the last one of the step
+        self.owes_gradients = False  # the micro-batch in hand has not sent its gradients yet
+        self.next_to_send = 0  # unit whose gradients go next; the last unit is the first to go
+        self.in_flight = []  # (bucket, flat gradients, work) of each reduce on its way
         self.got = set()  # parameters that got a gradient here since the last step
-        self.fresh = True  # has nothing been sent since then?
-        self.sent_bytes, self.finished, self.pending = 0, True, False  # pending: see finished_first
+        self.nothing_sent = True  # the first backward of the step has not sent its gradients yet
+        self.is_finished = True  # finish_gradients() was called, and no micro-batch since
+        self.pending = False  # a backward came after the last finish_gradients()
+        self.sent_bytes = 0  # by this rank in the last step
 
     # ---- who holds what --------------------------------------------------------------------------
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Allocates what is held here of `model`, whose parameters are on the meta device, and
-        watches it."""
-        self.model, keys, blocks = model, list(model.blocks), list(model.blocks.values())
-        named, unit, made, end = list(model.named_parameters()), {}, {}, len(blocks) + 1
-        for name, _ in named:  # in the order of forward
-            path = name.split(".")
-            unit[name] = (
-                keys.index(path[1]) + 1 if path[0] == "blocks" else end if any(unit.values()) else 0
-            )
-        tied = len(named) < len(list(model.named_parameters(remove_duplicate=False)))
-        self.stays = tied or any(p.ndim < 2 for name, p in named if unit[name] == 0)  # does unit 0?
-        owners = owners_by_shape({name: p.shape for name, p in named}, self.n)
+        """Allocates what this rank holds of `model`, and hooks into its forward and backward.
+
+        The parameters of `model` are on the meta device.
+        """
+        self.model = model
+        named = list(model.named_parameters())
+        units, n_units = units_of(model)
+
+        # Unit 0 stays where its backward reads its weights: a tied head, or the gain of a norm.
+        n_with_ties = len(list(model.named_parameters(remove_duplicate=False)))
+        is_tied = len(named) < n_with_ties
+        has_gain = any(p.ndim < 2 for name, p in named if units[name] == 0)
+        self.unit_0_stays = is_tied or has_gain
+
+        # Every rank computes the same owners, so nobody has to be told.
+        owners = owners_by_shape({name: p.shape for name, p in named}, self.world)
         owners |= dict.fromkeys(self.pinned, 0)
-        self.units = [[] for _ in range(end + 1)]
-        spans = [[(n, p) for n, p in named[::-1] if unit[n] == i] for i in range(end + 1)]
-        for span in spans if self.stage == 3 else [named[::-1]]:  # in the order of backward
-            for run in cut(span, self.bucket_bytes):
-                parts = {}
-                for name, p in run:
-                    parts.setdefault((owners[name], p.requires_grad), {})[name] = p
-                for (owner, _), metas in parts.items():
-                    self.units[min(unit[n] for n in metas)].append(self.hold(metas, owner, made))
-        self.parts = [part for unit in self.units for part in unit]
+
+        self.units = [[] for _ in range(n_units)]  # unit -> its buckets
+        real = self.fill_units(named, units, owners)
+        self.buckets = [bucket for unit in self.units for bucket in unit]
+
+        # Put the real parameters where the meta ones were. A tied parameter is replaced twice.
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-                setattr(module, name, made[p])
-            if self.travels and getattr(module, "matmul", None) is F.linear:
+                setattr(module, name, real[p])
+            # Under autocast a plain matmul keeps copies of weights, which nobody could free.
+            if self.fetches and getattr(module, "matmul", None) is F.linear:
                 module.matmul = linear
-
-        if self.group is not None:
-            for p in made.values():
-                watch(p, self.got.add)
-        if self.group is not None or self.travels:
-            model.register_forward_pre_hook(lambda _, args: self.enter(0, None))
-            for i, block in enumerate(blocks, 1):
-                block.register_forward_pre_hook(lambda _, args, i=i: self.enter(i, args[0]))
-            blocks[-1].register_forward_hook(lambda _, args, out: self.enter(end, out))
-            model.register_forward_hook(lambda _, args, out: self.leave(out))
+        self.add_hooks(real.values())
         return model
 
-    def hold(self, metas: dict[str, nn.Parameter], owner: int, made: dict) -> Part:
-        """The part of these meta parameters; the real ones go into `made`."""
-        like, flat, host = list(metas.values()), None, None
-        size, dtype, trained = sum(p.numel() for p in like), like[0].dtype, like[0].requires_grad
+    def fill_units(
+        self, named: list[tuple[str, nn.Parameter]], units: dict[str, int], owners: dict[str, int]
+    ) -> dict[nn.Parameter, nn.Parameter]:
+        """Makes the buckets of each unit; returns meta parameter -> allocated parameter."""
+        backward_order = named[::-1]
+        # Stage 3 frees unit by unit, so a bucket lies within one unit; else it may span several.
+        spans = [backward_order]
+        if self.stage == 3:
+            all_units = range(len(self.units))
+            spans = [[(n, p) for n, p in backward_order if units[n] == i] for i in all_units]
+        real = {}
+        for span in spans:
+            for run in make_buckets(span, self.bucket_bytes):
+                # A bucket has one owner. Frozen parameters send no gradients, so they are apart.
+                by_owner = {}
+                for name, p in run:
+                    by_owner.setdefault((owners[name], p.requires_grad), {})[name] = p
+                for (owner, _), metas in by_owner.items():
+                    # It can be sent when backward has left the first of its units.
+                    unit = min(units[name] for name in metas)
+                    self.units[unit].append(self.make_bucket(metas, owner, real))
+        return real
+
+    def make_bucket(self, metas: dict[str, nn.Parameter], owner: int, real: dict) -> Bucket:
+        """The bucket of these meta parameters; their allocated parameters go into `real`."""
+        like = list(metas.values())
+        dtype = like[0].dtype
+        requires_grad = like[0].requires_grad
+        size = sum(p.numel() for p in like)
         flat = torch.empty(size, dtype=dtype, device=self.device)
-        if owner == self.rank and self.offload == "cpu":
+
+        # With offloading the owner has a second copy, in host memory, which the optimizer steps.
+        host = None
+        if owner == self.rank and self.offload_params == "cpu":
+            # Pinned memory is copied to a GPU without the host waiting.
             host = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
-        elif owner == self.rank and self.offload == "disk":
-            host = mapped_file(Path(self.folder) / f"{next(iter(metas))}.weights", size, dtype)
-        # .data has its own version: to fetch weights again is no change of what autograd saved for
-        # backward
-        params = [nn.Parameter(x.data, trained) for x in pieces(flat, like)]
-        kept = params if host is None else [nn.Parameter(x, trained) for x in pieces(host, like)]
-        made.update(zip(like, params))
-        part = Part(owner, list(metas), flat, host, params, kept)
-        self.drop(part)
-        return part
+        elif owner == self.rank and self.offload_params == "disk":
+            first_name = next(iter(metas))
+            host = mapped_file(Path(self.folder) / f"{first_name}.weights", size, dtype)
+
+        # autograd refuses tensors that changed since forward saved them. `.data` has a version
+        # counter of its own, so fetching weights again is no change.
+        params = [nn.Parameter(view.data, requires_grad) for view in split_like(flat, like)]
+        owner_params = params
+        if host is not None:
+            owner_params = [nn.Parameter(view, requires_grad) for view in split_like(host, like)]
+        real.update(zip(like, params))
+        bucket = Bucket(owner, list(metas), flat, host, params, owner_params)
+        self.release(bucket)
+        return bucket
+
+    def add_hooks(self, params: Iterable[nn.Parameter]) -> None:
+        """Forward and backward call this object when they enter or leave a unit."""
+        if self.group is not None:
+            for p in params:
+                on_gradient(p, self.got.add)
+        if self.group is None and not self.fetches:
+            return
+        blocks = list(self.model.blocks.values())
+        after_blocks = len(blocks) + 1
+        self.model.register_forward_pre_hook(lambda _, args: self.enter_forward(0, None))
+        for i, block in enumerate(blocks, 1):
+            block.register_forward_pre_hook(lambda _, args, i=i: self.enter_forward(i, args[0]))
+        blocks[-1].register_forward_hook(lambda _, args, out: self.enter_forward(after_blocks, out))
+        self.model.register_forward_hook(lambda _, args, out: self.end_forward(out))
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Every parameter held here from source(its name, its full shape), a full tensor on the
-        CPU."""
-        for part in self.parts:
-            if self.stage < 3 or part.owner == self.rank:
-                for name, p in zip(part.names, part.kept):
+        """Sets every parameter held here to source(its name, its full shape).
+
+        source returns the full tensor on the CPU.
+        """
+        for bucket in self.buckets:
+            if self.stage < 3 or bucket.owner == self.rank:
+                for name, p in zip(bucket.names, bucket.owner_params):
                     p.copy_(source(name, tuple(p.shape)))
 
     # ---- weights come and go ---------------------------------------------------------------------
-    def broadcast(self, part: Part) -> None:
-        if self.group is not None:
-            part.work = dist.broadcast(
-                part.flat, group=self.group, group_src=part.owner, async_op=True
-            )
-            self.sent_bytes += (self.n - 1) * part.flat.nbytes // self.n
+    def start_broadcast(self, bucket: Bucket) -> None:
+        if self.group is None:
+            return
+        bucket.broadcast = dist.broadcast(
+            bucket.flat, group=self.group, group_src=bucket.owner, async_op=True
+        )
+        self.sent_bytes += (self.world - 1) * bucket.flat.nbytes // self.world
 
-    def wait(self, parts: list[Part]) -> None:
-        for part in parts:
-            if part.work is not None:
-                part.work.wait()
-                part.work = None
+    def wait_for_broadcasts(self, buckets: list[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket.broadcast is not None:
+                bucket.broadcast.wait()
+                bucket.broadcast = None
+
+    def lives_here(self, bucket: Bucket) -> bool:
+        """Whether the weights on this device are the only copy, and must never be freed."""
+        return not self.fetches or (bucket.owner == self.rank and bucket.host is None)
+
+    def start_fetch(self, i: int) -> None:
+        """The weights of unit i start on their way here."""
+        if not self.fetches or i in self.fetched:
+            return
+        self.fetched.add(i)
+        for bucket in self.units[i]:
+            if not self.lives_here(bucket):
+                bucket.flat.untyped_storage().resize_(bucket.flat.nbytes)
+            # An owner that offloads first brings its weights to the device.
+            if bucket.host is not None:
+                bucket.flat.copy_(bucket.host, non_blocking=True)
+            self.start_broadcast(bucket)
 
     def fetch(self, i: int) -> None:
-        """Starts bringing the weights of unit i here."""
-        if self.travels and i not in self.here:
-            self.here.add(i)
-            for part in self.units[i]:
-                if part.owner != self.rank or part.host is not None:
-                    part.flat.untyped_storage().resize_(part.flat.nbytes)
-                if part.host is not None:
-                    part.flat.copy_(part.host, non_blocking=True)
-                self.broadcast(part)
-
-    def need(self, i: int) -> None:
-        self.fetch(i)
-        self.wait(self.units[i])
+        """The weights of unit i are here when this returns."""
+        self.start_fetch(i)
+        self.wait_for_broadcasts(self.units[i])
 
     def free(self, units: Iterable[int]) -> None:
-        for i in self.here.intersection(units):
-            self.here.remove(i)
-            self.wait(self.units[i])
-            for part in self.units[i]:
-                self.drop(part)
+        """The weights of these units leave the device, unless they live here."""
+        for i in self.fetched.intersection(units):
+            self.fetched.remove(i)
+            # Memory must not go while a broadcast still writes to it.
+            self.wait_for_broadcasts(self.units[i])
+            for bucket in self.units[i]:
+                self.release(bucket)
 
-    def drop(self, part: Part) -> None:
-        """Its weights go, unless they live here; parameters keep their shapes."""
-        if self.travels and (part.owner != self.rank or part.host is not None):
-            part.flat.untyped_storage().resize_(0)
+    def release(self, bucket: Bucket) -> None:
+        """Frees the memory of the weights. The parameters keep their shapes."""
+        if not self.lives_here(bucket):
+            bucket.flat.untyped_storage().resize_(0)
 
     # ---- forward ---------------------------------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each micro-batch (in a pipeline, its backward): does backward now complete the
-        gradients?"""
-        self.send_what_is_owed()
-        if self.finished:  # a new step begins
-            self.sent_bytes, self.finished = 0, False
-        self.last, self.owes = flag, True
+        """Before each micro-batch (in a pipeline: before its backward).
 
-    def send_what_is_owed(self) -> None:
-        """Where no backward followed the last call of last_micro_batch."""
-        if self.owes:
-            self.next = len(self.units) - 1
-            self.send(0)
-            self.collect()
+        flag: does its backward complete the gradients?
+        """
+        self.send_owed_gradients()
+        if self.is_finished:
+            # A new step begins.
+            self.sent_bytes = 0
+            self.is_finished = False
+        self.is_last = flag
+        self.owes_gradients = True
 
-    def enter(self, i: int, x: Tensor | None) -> None:
-        """Forward enters unit i with x, from unit i-1. If this rank has skipped some before i, it
-        fetches and later sends for them all the same, in the other ranks' order."""
-        # Whatever an earlier forward without a backward, or a backward that failed, left behind
+    def send_owed_gradients(self) -> None:
+        """Joins the other ranks' reduces where this rank had a micro-batch without a backward."""
+        if self.owes_gradients:
+            self.next_to_send = len(self.units) - 1
+            self.send_gradients(0)
+            self.collect_gradients()
+
+    def enter_forward(self, i: int, x: Tensor | None) -> None:
+        """Forward enters unit i with x (B, T, C), the output of the unit before.
+
+        Where this rank has skipped units, it fetches them and later sends for them all the same,
+        so that its collectives come in the other ranks' order.
+        """
         if i == 0:
-            self.in_backward, self.sending, self.unit = False, [], -1
+            # Drop what an earlier forward without a backward, or a failed backward, left behind.
+            self.in_backward = False
+            self.in_flight = []
+            self.unit = -1
             self.free(range(len(self.units)))
-        if self.in_backward:  # activation checkpointing computes unit i again
-            return self.need(i)
-        before = self.unit = min(self.unit, i - 1)
+        if self.in_backward:
+            # Activation checkpointing runs the forward of unit i again, within backward.
+            self.fetch(i)
+            return
+
+        # Leave the units before, enter unit i, and start fetching the unit after it.
+        self.unit = min(self.unit, i - 1)
+        unit_before = self.unit
         while self.unit < i:
             self.unit += 1
-            if self.unit > 1 or not self.stays:
+            if self.unit > 1 or not self.unit_0_stays:
                 self.free([self.unit - 1])
-            self.need(self.unit)
+            self.fetch(self.unit)
             if self.unit + 1 < len(self.units):
-                self.fetch(self.unit + 1)
-        # A stage's input is a leaf: end() follows at once
-        if x is not None and x.grad_fn is not None:
-            x.register_hook(lambda _: self.back(before))
+                self.start_fetch(self.unit + 1)
 
-    def leave(self, out: Tensor) -> None:
-        """Forward ends."""
+        # When the gradient of x is there, backward has left unit i. (The input of a pipeline stage
+        # is a leaf: it needs no hook, for end_backward() follows at once.)
+        if x is not None and x.grad_fn is not None:
+            x.register_hook(lambda _: self.enter_backward(unit_before))
+
+    def end_forward(self, out: Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(lambda _: self.begin())
+            out.register_hook(lambda _: self.begin_backward())
         else:
             self.free(range(len(self.units)))
 
     # ---- backward --------------------------------------------------------------------------------
-    def begin(self) -> None:
-        """Backward begins."""
-        self.in_backward, self.pending = True, True
-        self.next, self.unit = len(self.units) - 1, len(self.units)
-        torch.autograd.Variable._execution_engine.queue_callback(self.end)
-        self.back(self.next)
+    def begin_backward(self) -> None:
+        self.in_backward = True
+        self.pending = True
+        last_unit = len(self.units) - 1
+        self.next_to_send = last_unit
+        self.unit = last_unit + 1
+        # The engine calls end_backward() when this backward has run.
+        torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self.enter_backward(last_unit)
 
-    def back(self, i: int) -> None:
-        """Backward comes to unit i, from i+1 or from above units that this rank has skipped."""
+    def enter_backward(self, i: int) -> None:
+        """Backward enters unit i, from unit i+1 or from above units that this rank has skipped."""
         while self.unit > i:
             self.unit -= 1
             self.free(range(self.unit + 1, len(self.units)))
+            # Unit 0 needs no weights in backward, or it has stayed.
             if self.unit > 0:
-                self.need(self.unit)
+                self.fetch(self.unit)
             if self.unit > 1:
-                self.fetch(self.unit - 1)
-            self.send(self.unit + 1)
+                self.start_fetch(self.unit - 1)
+            # The gradients of the unit that backward has just left are complete.
+            self.send_gradients(self.unit + 1)
 
-    def end(self) -> None:
-        """Backward ends, perhaps without reaching the first units: all ranks must still send the
-        same."""
-        self.send(0)
-        self.collect()
+    def end_backward(self) -> None:
+        """Backward may end without reaching the first units, but all ranks must send the same."""
+        self.send_gradients(0)
+        self.collect_gradients()
         self.free(range(len(self.units)))
-        self.in_backward, self.owes = False, self.stage == 1 and not self.last
+        self.in_backward = False
+        # Stage 1 adds up the micro-batches here, and sends once.
+        self.owes_gradients = self.stage == 1 and not self.is_last
 
     @torch.no_grad()
-    def send(self, i: int) -> None:
-        """Starts the gradients of the units from `next` down to i for their owners."""
-        if self.group is None or (self.stage == 1 and not self.last):
+    def send_gradients(self, i: int) -> None:
+        """The gradients of the units from `next_to_send` down to i start on their way to owners."""
+        if self.group is None or (self.stage == 1 and not self.is_last):
             return
-        for unit in range(self.next, i - 1, -1):
-            self.collect()
-            for part in filter(trained, self.units[unit]):
-                flat = torch.zeros_like(part.flat, dtype=self.reduce_dtype)
-                # The owner sends zeros: its own share, and the sum so far, are in its p.grad.
-                for p, x in zip(part.params, pieces(flat, part.params)):
-                    if self.fresh and p.grad is None:
-                        self.got.discard(p)  # that was in a probe which was thrown away
-                    if part.owner != self.rank and p.grad is not None:
-                        x.copy_(p.grad)
-                        p.grad = None
-                work = dist.reduce(flat, group=self.group, group_dst=part.owner, async_op=True)
-                self.sending.append((part, flat, work))
-                self.sent_bytes += (self.n - 1) * flat.nbytes // self.n
-        self.next, self.fresh = min(self.next, i - 1), self.fresh and i > 0
+        for unit in range(self.next_to_send, i - 1, -1):
+            # One unit on its way at a time: more would hold more memory.
+            self.collect_gradients()
+            for bucket in self.units[unit]:
+                if bucket.is_trained():
+                    self.start_reduce(bucket)
+        self.next_to_send = min(self.next_to_send, i - 1)
+        if i == 0:
+            self.nothing_sent = False
+
+    def start_reduce(self, bucket: Bucket) -> None:
+        # Zeros where this rank has no gradient. The owner sends zeros alone: its own share, and the
+        # sum so far, are in its p.grad and are added in collect_gradients(), without rounding.
+        flat = torch.zeros_like(bucket.flat, dtype=self.reduce_dtype)
+        for p, view in zip(bucket.params, split_like(flat, bucket.params)):
+            if self.nothing_sent and p.grad is None:
+                # It got a gradient in a trial of the micro-batch size (run/batch.py), and that
+                # gradient was thrown away.
+                self.got.discard(p)
+            if bucket.owner != self.rank and p.grad is not None:
+                view.copy_(p.grad)
+                p.grad = None
+        work = dist.reduce(flat, group=self.group, group_dst=bucket.owner, async_op=True)
+        self.in_flight.append((bucket, flat, work))
+        self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """Waits for the gradients on their way; owners add them to their own."""
-        for part, flat, work in self.sending:
+    def collect_gradients(self) -> None:
+        """Waits for the gradients on their way. Owners add them to their own."""
+        for bucket, flat, work in self.in_flight:
             work.wait()
-            for p, x in zip(part.params, pieces(flat, part.params)):
-                if part.owner == self.rank:
-                    p.grad = x.to(p.dtype, copy=True) if p.grad is None else p.grad.add_(x)
-        self.sending = []
+            if bucket.owner != self.rank:
+                continue
+            for p, view in zip(bucket.params, split_like(flat, bucket.params)):
+                if p.grad is None:
+                    p.grad = view.to(p.dtype, copy=True)
+                else:
+                    p.grad.add_(view)
+        self.in_flight = []
 
     # ---- the step --------------------------------------------------------------------------------
-    def mine(self) -> dict[str, nn.Parameter]:
-        """By name and in the model's order, the parameters owned by this rank, as its optimizer
-        sees them."""
-        kept = {
-            n: p
-            for part in self.parts
-            if part.owner == self.rank
-            for n, p in zip(part.names, part.kept)
-        }
-        return {n: kept[n] for n, _ in self.model.named_parameters() if n in kept}
+    def owned_params(self) -> dict[str, nn.Parameter]:
+        """The parameters that this rank owns, by name and in the model's order.
+
+        They are those that its optimizer steps: with offloading they are in host memory.
+        """
+        owned = {}
+        for bucket in self.buckets:
+            if bucket.owner == self.rank:
+                owned |= zip(bucket.names, bucket.owner_params)
+        return {name: owned[name] for name, _ in self.model.named_parameters() if name in owned}
 
     def finish_gradients(self) -> None:
-        """After the last backward: owners hold the gradients' sums over all replicas, other ranks
-        nothing. What no replica has is None."""
-        self.last = True  # where weight gradients come later, no micro-batch was called so
-        self.send_what_is_owed()
-        self.finished, self.owes, self.pending, self.fresh = True, False, False, True
-        params = [p for part in self.parts for p in part.params]
+        """After the last backward: owners hold the gradients summed over all replicas.
+
+        Other ranks hold none. A gradient that is missing on all replicas is None.
+        """
+        # A zero-bubble pipeline calls no micro-batch the last one, for it computes weight gradients
+        # after all of them.
+        self.is_last = True
+        self.send_owed_gradients()
+        self.is_finished = True
+        self.owes_gradients = False
+        self.pending = False
+        self.nothing_sent = True
+
+        # The sums have zeros where nobody had a gradient: these become None.
+        params = [p for bucket in self.buckets for p in bucket.params]
         self.sent_bytes += drop_stand_ins(params, self.got, self.group, self.device)
-        for part in self.parts:
-            for p, kept in zip(part.params, part.kept):
-                if kept is not p and p.grad is not None:  # offloaded
-                    kept.grad, p.grad = p.grad.cpu(), None
+
+        # Offloaded parameters are stepped in host memory: their gradients follow them.
+        for bucket in self.buckets:
+            for p, owner_p in zip(bucket.params, bucket.owner_params):
+                if owner_p is not p and p.grad is not None:
+                    owner_p.grad = p.grad.cpu()
+                    p.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """After finish_gradients: by name, the summed gradients of the parameters owned by this
-        rank."""
-        return {n: p.grad for n, p in self.mine().items() if p.grad is not None}
+        """After finish_gradients: the summed gradients of the parameters owned here, by name."""
+        return {name: p.grad for name, p in self.owned_params().items() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
-        """The optimizer of this rank's own parameters; its step() moves the weights of all ranks.
-        It raises RuntimeError for gradients not yet summed, ValueError for late parameters."""
-        mine = self.mine()
-        names = [[n for n in group["names"] if n in mine] for group in groups]
-        groups = [
-            group | {"names": ns, "params": [mine[n] for n in ns]}
-            for group, ns in zip(groups, names)
-        ]
+        """The optimizer of the parameters owned here; its step() moves the weights of all ranks.
+
+        step() raises RuntimeError if the gradients are not summed yet, add_param_group() raises
+        ValueError.
+        """
+        owned = self.owned_params()
+        owned_groups = []
+        for group in groups:
+            names = [name for name in group["names"] if name in owned]
+            owned_groups.append(group | {"names": names, "params": [owned[n] for n in names]})
         if self.group is not None:
-            refuse_coupled(cls, groups, arguments)
-        optimizer = finished_first(cls(groups, **arguments), self)
+            refuse_coupled(cls, owned_groups, arguments)
+        optimizer = refuse_unfinished(cls(owned_groups, **arguments), self)
         optimizer.register_step_post_hook(lambda *_: self.broadcast_weights())
         if self.group is not None:
-            optimizer.add_param_group = self.refuse
+            optimizer.add_param_group = self.refuse_late_group
         return optimizer
 
-    def refuse(self, group: dict) -> None:
+    def refuse_late_group(self, group: dict) -> None:
         raise ValueError(
             "add_param_group: under ZeRO every rank would step these parameters, with "
             "gradients of its own; give all groups to make_optimizer"
         )
 
     def broadcast_weights(self) -> None:
-        """After the owners' weights changed: stages 1 and 2 send them to all, stage 3 when they are
-        used."""
-        changed = [] if self.stage == 3 else [*filter(trained, self.parts)]
-        for part in changed:
-            self.broadcast(part)
-        self.wait(changed)
+        """After the owners' weights changed: stages 1 and 2 send them to all ranks.
+
+        Stage 3 sends them when they are used.
+        """
+        if self.stage == 3:
+            return
+        changed = [bucket for bucket in self.buckets if bucket.is_trained()]
+        for bucket in changed:
+            self.start_broadcast(bucket)
+        self.wait_for_broadcasts(changed)
 
     def discard_step(self) -> None:
         """Nothing is kept of a step whose gradients are not used."""
 
+    # ---- at times --------------------------------------------------------------------------------
     def state_dict(self, optimizer_state: dict) -> dict | None:
         """Weights and optimizer state are all there is: no entry of its own in a checkpoint."""
 
     def load_state_dict(self, read: Callable[[str], dict | int]) -> dict:
-        """Takes up nothing; no replica saved a state of its own."""
+        """Takes up nothing, for no replica saved a state of its own."""
         return {}
 
     def outer_weights(self) -> AbstractContextManager:
@@ -433,37 +575,9 @@ class ZeRO:
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """By name, what this rank has to put into a checkpoint: nothing a lower rank already puts
-        there."""
+        """What this rank puts into a checkpoint, by name: nothing that a lower rank puts there."""
         if self.stage == 3:
-            return self.mine()
-        return dict(self.model.named_parameters()) if self.rank == 0 else {}
-
-
-# ---- bfloat16 without copies of the weights ------------------------------------------------------
-class Linear(torch.autograd.Function):
-    """x·Wᵀ + b in autocast's dtype. Autocast itself keeps a cast copy of each W until backward, and
-    no freeing of W frees that; this one casts W again. (Autograd casts gradients to the dtype they
-    belong to.)
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        x = x.to(dtype)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors  # (..., K), (N, K); dy (..., N)
-        rows, needs = dy.flatten(0, -2), ctx.needs_input_grad
-        dx = dy @ weight.to(dy.dtype) if needs[0] else None
-        dweight = rows.t() @ x.flatten(0, -2) if needs[1] else None
-        return dx, dweight, rows.sum(0) if needs[2] else None, None
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    if torch.is_autocast_enabled(x.device.type):
-        return Linear.apply(x, weight, bias, torch.get_autocast_dtype(x.device.type))
-    return F.linear(x, weight, bias)
+            return self.owned_params()
+        if self.rank == 0:
+            return dict(self.model.named_parameters())
+        return {}

@@ -1,1 +1,1 @@
-"""Which numbers a run computes with."""
+"""The dtypes a run computes with."""

@@ -1,4 +1,4 @@
-"""Which numbers the run computes with.
+"""The dtypes a run computes with: a table of the values that --precision= takes.
 
     name     weights, grads  state    products  epsilon  largest
     fp64     float64         float64  float64   2.2e-16  1.8e308  the oracle
@@ -8,9 +8,9 @@
     fp16     float32         float32  float16   9.8e-04  65504    autocast, scaling: loss_scale.py
     fp8      float32         float32  e4m3      1.2e-01  448      bf16 but for the blocks: fp8.py
 
-bf16 keeps float32's exponent and so its range; what it gives up is precision, which sums, norms,
-softmax, loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018,
-1710.03740; Kalamkar et al. 2019, 1905.12322). Activations halve; weights and state do not.
+bf16 keeps float32's exponent and so its range. It gives up precision, which sums, norms, softmax,
+loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018, 1710.03740;
+Kalamkar et al. 2019, 1905.12322). Activations halve; weights and state do not.
 """
 
 from contextlib import nullcontext
@@ -25,20 +25,21 @@ class Precision:
     autocast: torch.dtype | None  # to what autocast casts a product's operands; None: no autocast
     peak: str  # its column among the peaks in metrics/flops.py
     loss_scaling: bool = False  # by precision/loss_scale.py
-    fp8_blocks: bool = False  # the blocks' products are those of precision/fp8.py
+    fp8_blocks: bool = False  # the blocks multiply in FP8, by precision/fp8.py
     stochastic: bool = False  # weights are rounded by chance, precision/stochastic.py
 
     @property
     def products(self) -> torch.dtype:
+        """The dtype of a product's operands."""
         return self.autocast or self.weights
 
     @property
     def state(self) -> torch.dtype:
-        """The optimizer's, which is never below float32."""
+        """The dtype of the optimizer's state, which is never below float32."""
         return torch.promote_types(self.weights, torch.float32)
 
 
-# Whatever depends on a precision asks its line here. `--precision=` names them in
+# Everything that depends on a precision reads it here. `--precision=` lists the same names in
 # settings/fields.py, which imports no torch.
 PRECISIONS = {
     "fp64": Precision(torch.float64, None, "fp64"),
@@ -54,6 +55,7 @@ def choose(precision: str, device: torch.device) -> str:
     """`auto` resolved: bf16 where this device multiplies it faster than float32, else fp32."""
     if precision != "auto":
         return precision
+    # A device without bf16 units emulates it, more slowly than it computes float32.
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -68,4 +70,7 @@ def autocast(precision: str, device: torch.device):
     row = PRECISIONS[precision]
     if row.weights == torch.float64 and device.type == "mps":
         raise ValueError("this device has no float64; type --precision=fp32 or --device=cpu")
-    return nullcontext() if row.autocast is None else torch.autocast(device.type, row.autocast)
+    # fp64 and fp32 multiply in the weights' own dtype.
+    if row.autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, row.autocast)

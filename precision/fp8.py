@@ -1,49 +1,61 @@
-"""Linear layers whose products multiply 8-bit floating-point numbers.
+"""Linear layers that multiply 8-bit floating-point numbers.
 
     format  sign.exponent.mantissa   largest   smallest normal   subnormal   epsilon
     e4m3    1.4.3                        448   2^-6   1.6e-2     2^-9        2^-3     no inf
     e5m2    1.5.2                      57344   2^-14  6.1e-5     2^-16       2^-2     inf from 61440
 
-What lies beyond 464, inf too, torch casts to an e4m3 of 448 since version 2.13, before that to NaN.
+Casting to e4m3, torch turns what lies beyond 464, inf too, into 448; before version 2.13 into NaN.
 
-Each tensor is made to fit by a scale:
+A scale makes each tensor fit:
 
-    scale = amax(x) / largest        float32; power_of_two: the next one, which rounds nothing
-    q     = cast(clamp(x / scale))   saturate, then cast: no inf or NaN can come of it
+    scale = amax(x) / largest        float32; power_of_two: the next power, which rounds nothing
+    q     = cast(clamp(x / scale))   saturate, then cast: the cast makes no inf and no NaN
     a·bᵀ  ≈ Σ_k (qa scale_a)(qb scale_b)
 
-    product           contraction    operands (rows, contraction)
+    matmul            contraction    operands (rows, contraction)
     forward  y  = x·Wᵀ     over K    x   (M, K) e4m3                       W  (N, K) e4m3
     input    dx = dy·W     over N    dy  (M, N) e4m3 (DeepSeek) or e5m2    Wᵀ (K, N) e4m3
     weight   dW = dyᵀ·x    over M    dyᵀ (N, M) the same                   xᵀ (K, M) e4m3
 
-All are a·bᵀ with the contraction last in both, as the hardware wants it (a row-major, bᵀ
+All three are a·bᵀ with the contraction last in both, as the hardware wants it (a row-major, bᵀ
 column-major, K and N multiples of 16, never e5m2 with e5m2). Weights are the model's float32
-parameters, cast for each use, and their gradients float32; the rest is as in precision/amp.py. What
-has one scale:
+parameters, cast for each use, and their gradients are float32. Everything else has the dtypes of
+bf16 in precision/amp.py. The values that share a scale are, for each `scaling`:
 
     tensor   the whole operand (Micikevicius et al. 2022, 2209.05433)
     row      each row: a token of x and dy, an output of W
     block    1 x 128 along the contraction, weights 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3)
 
-Outliers are often said to take the others' bits. In an int8 tensor they do; a float gives each
-number its own exponent, and e4m3 loses bits only of what is 2^15 times smaller than the largest
-(e5m2: 2^30). A token's scale cannot leave a sum over tokens, so the weight gradient quantises x and
-dy anew, transposed, in tiles of 128 tokens. DeepSeek keeps x in FP8 and rounds it twice; we keep
-autocast's, which saves no memory.
+A common text says that an outlier takes bits from the other values. In an int8 tensor it does. A
+float gives each value its own exponent: e4m3 loses bits only of values 2^15 times smaller than the
+largest (e5m2: 2^30). A scale for each token cannot be taken out of a sum over tokens, so the weight
+gradient quantises x and dy anew, transposed, in tiles of 128 tokens. DeepSeek keeps x in FP8 and
+rounds it twice; we keep autocast's x, which saves no memory.
 
-`delayed` (by tensor; Transformer Engine's recipe): amax is the largest of the last `history` steps,
-known before the tensor is, which saves reading it twice; what is larger saturates. Two departures:
-scales stand still within a step, so that micro-batches and recomputed activations see the same; and
-while the window is empty (first step, weights that start at 0) the tensor's own amax counts, not a
-scale of 1. inf or NaN is not clamped away: it turns all that shares its scale to NaN, and stays out
-of the history.
+`delayed` (by tensor; Transformer Engine's recipe) takes amax from the steps before. It is known
+before the tensor is, so the tensor is read once, not twice; larger values saturate. A layer's
+history:
 
-Emulation, on any device: quantise, dequantise, multiply in float32 (float64 for float64), without
-any gain. Hopper's tensor cores keep about 14 bits of a sum, so DeepSeek moves it to float32 every
-128 terms, as cuBLAS does by default; emulation sums in float32. Tensor-parallel ranks quantise what
-they hold: one scale per tensor is each one's own, rows and blocks that the cut leaves whole are
-those of the whole tensor.
+                          x    W    dy
+    0  this step so far   .    .    .       grows with each micro-batch
+    1  one step ago       .    .    .  ┐
+    …                                  │    the largest of a column is its amax in this step
+    h  h steps ago        .    .    .  ┘    h = `history`
+                                            after the step, all rows move down by one
+
+We depart from the recipe twice. Scales are constant within a step, so micro-batches and recomputed
+activations have the same ones. And while the window is empty (first step, weights that start at 0)
+the tensor's own amax is used, not a scale of 1. inf and NaN are not clamped away: they turn every
+value with the same scale to NaN, and stay out of the history.
+
+Emulation works on any device and gains nothing: quantise, dequantise, multiply in float32 (float64
+for float64). Hopper's tensor cores keep about 14 bits of a sum, so DeepSeek moves it to float32
+every 128 terms, as cuBLAS does by default; emulation sums in float32. Tensor-parallel ranks
+quantise the shards that they hold: with one scale per tensor each rank has its own; the scales of
+rows and blocks that the split leaves whole are the scales of the full tensor.
+
+Below, quantise and dequantise treat one tensor, matmul multiplies two, Linear is a layer's forward
+and backward, and convert brings it into a model.
 """
 
 from functools import partial
@@ -57,93 +69,143 @@ from torch import Tensor, nn
 from precision import onednn
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-X, WEIGHT, GRADIENT = range(3)  # columns of a history
+
+# What an operand is in its layer: the columns of an amax history.
+X, WEIGHT, GRADIENT = range(3)
 
 
 class Recipe(NamedTuple):
-    scaling: str
-    products: tuple[bool, bool, bool]  # forward, input, weight
-    gradient_format: str
+    scaling: str  # tensor, row or block
+    matmuls: tuple[bool, bool, bool]  # forward, input, weight: which of them are in FP8
+    gradient_format: str  # of dy: e4m3 or e5m2
     power_of_two: bool
-    hardware: bool
-    onednn: bool = False
+    hardware: bool  # else emulated
+    onednn: bool = False  # emulation multiplies by oneDNN
 
 
 # ---- scale, saturate, cast -----------------------------------------------------------------------
 def quantise(
     x: Tensor,
     block: tuple[int, int],
-    form: torch.dtype,
+    dtype: torch.dtype,
     power_of_two: bool = False,
-    past: Tensor | None = None,
+    amax_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (R, C) in float8, and a float32 scale for each block r x c: (R/r, C/c), rounded up.
 
-    past (1 + history,): the amax of this step so far, here brought up to date, and of the steps
-    before, whose largest takes the place of x's own."""
-    largest, (rows, columns), (r, c) = torch.finfo(form).max, x.shape, block
-    x = x.contiguous().to(torch.promote_types(x.dtype, torch.float32))  # turned before it is wide
-    filled = F.pad(x.abs(), (0, -columns % c, 0, -rows % r))  # zeros change no amax
-    amax = filled.reshape(-(-rows // r), r, -(-columns // c), c).amax((1, 3)).to(torch.float32)
-    if past is not None:
-        expected, finite = past[1:].amax(), amax.isfinite()
-        past[0].copy_(torch.maximum(past[0], torch.where(finite, amax, 0).amax()))
-        amax = torch.where(finite & (expected > 0), expected, amax)
-    scale = (amax / largest).clamp(min=2.0**-126)  # never 0, so 0 / scale is 0
-    scale = scale.log2().ceil().exp2() if power_of_two else scale
-    scaled = x / spread(scale, block, x.shape)
+    amax_history: (1 + history,), the amax of this step so far, then of the steps before. With it,
+    the largest of the steps before replaces x's own amax, and x's own enters the first entry.
+    """
+    largest = torch.finfo(dtype).max
+    # A transposed x is copied here, while it is still narrow.
+    x = x.contiguous().to(torch.promote_types(x.dtype, torch.float32))
+    amax = block_amax(x, block)  # (R/r, C/c)
+    if amax_history is not None:
+        expected = amax_history[1:].amax()
+        # A single inf or NaN must not stay in the window for `history` steps.
+        is_finite = amax.isfinite()
+        own = torch.where(is_finite, amax, 0).amax()
+        amax_history[0].copy_(torch.maximum(amax_history[0], own))
+        # An empty window expects nothing yet, and a block that is not finite must show it.
+        amax = torch.where(is_finite & (expected > 0), expected, amax)
+    # Never 0: a block of zeros stays 0 / scale = 0.
+    scale = (amax / largest).clamp(min=2.0**-126)
+    if power_of_two:
+        scale = scale.log2().ceil().exp2()
+    scaled = x / expand(scale, block, x.shape)
     saturated = scaled.clamp(-largest, largest)
-    return saturated.to(form), scale
+    return saturated.to(dtype), scale
+
+
+def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """The largest |x| of each block r x c: (R, C) -> (R/r, C/c), rounded up, float32."""
+    rows, columns = x.shape
+    r, c = block
+    # Fill up the last blocks: zeros change no amax.
+    filled = F.pad(x.abs(), (0, -columns % c, 0, -rows % r))
+    blocks = filled.reshape(filled.shape[0] // r, r, filled.shape[1] // c, c)
+    return blocks.amax((1, 3)).to(torch.float32)
 
 
 def dequantise(q: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    if q.device.type == "cpu":  # looking up is four times as fast as casting, and the same
+    """q (R, C) in float8 times the scale of its block, in `dtype`."""
+    # On a CPU a table of all 256 values gives the same numbers four times as fast as a cast.
+    if q.device.type == "cpu":
         table = torch.arange(256, dtype=torch.uint8).view(q.dtype).to(dtype)
-        q = table.index_select(0, q.contiguous().view(torch.uint8).flatten().int()).view(q.shape)
-    return q.to(dtype) * spread(scale, block, q.shape)
+        codes = q.contiguous().view(torch.uint8).flatten().int()
+        q = table.index_select(0, codes).view(q.shape)
+    return q.to(dtype) * expand(scale, block, q.shape)
 
 
-def spread(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Each scale at all places of its block: (R/r, C/c) -> (R, C)."""
-    (rows, columns), (r, c) = scale.shape, block
-    whole = scale[:, None, :, None].expand(-1, r, -1, c).reshape(rows * r, columns * c)
-    return whole[: shape[0], : shape[1]]
+def expand(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Each scale at every element of its block: (R/r, C/c) -> (R, C)."""
+    rows, columns = scale.shape
+    r, c = block
+    filled = scale[:, None, :, None].expand(-1, r, -1, c).reshape(rows * r, columns * c)
+    return filled[: shape[0], : shape[1]]
 
 
 # ---- multiply ------------------------------------------------------------------------------------
-def product(
+def matmul(
     a: Tensor,
     b: Tensor,
     roles: tuple[int, int],
     recipe: Recipe,
-    out: torch.dtype,
-    amaxes: Tensor | None = None,
+    out_dtype: torch.dtype,
+    amax_history: Tensor | None = None,
 ) -> Tensor:
-    """a·bᵀ in FP8: (M, K), (N, K) -> (M, N) of dtype `out`. roles: which of the layer's tensors
-    they are."""
+    """a·bᵀ in FP8: (M, K), (N, K) -> (M, N) of `out_dtype`.
+
+    roles: what a and b are in their layer, each X, WEIGHT or GRADIENT. amax_history:
+    (1 + history, 3), a column for each role, for delayed scaling.
+    """
+    # Both operands get their dtype here, from the recipe: autocast would give them another one.
     with torch.autocast(a.device.type, enabled=False):
-        hardware = recipe.hardware and out != torch.float64
+        # The hardware has no float64 output.
+        hardware = recipe.hardware and out_dtype != torch.float64
         if hardware:
-            edge = 0, -a.shape[1] % (128 if recipe.scaling == "block" else 16)
-            a, b = F.pad(a, edge), F.pad(b, edge)
-        blocks = [block_of(recipe.scaling, role, t.shape) for t, role in zip((a, b), roles)]
-        forms = [FORMATS[recipe.gradient_format if role == GRADIENT else "e4m3"] for role in roles]
-        pasts = [None if amaxes is None else amaxes[:, role] for role in roles]
-        qa, scale_a = quantise(a, blocks[0], forms[0], recipe.power_of_two, pasts[0])
-        qb, scale_b = quantise(b, blocks[1], forms[1], recipe.power_of_two, pasts[1])
+            # The hardware wants whole tiles of the contraction; zeros add nothing to a sum.
+            multiple = 128 if recipe.scaling == "block" else 16
+            padding = (0, -a.shape[1] % multiple)
+            a = F.pad(a, padding)
+            b = F.pad(b, padding)
+        qa, scale_a, block_a = quantise_operand(a, roles[0], recipe, amax_history)
+        qb, scale_b, block_b = quantise_operand(b, roles[1], recipe, amax_history)
         if hardware:
-            return scaled_mm(qa, qb, scale_a, scale_b, recipe.scaling, roles[1] == WEIGHT, out)
-        high = torch.promote_types(out, torch.float32)
-        a, b = dequantise(qa, scale_a, blocks[0], high), dequantise(qb, scale_b, blocks[1], high)
-        amd = recipe.onednn and high == torch.float32
-        return (onednn.product(a, b, None) if amd else a @ b.t()).to(out)
+            b_is_weight = roles[1] == WEIGHT
+            return scaled_mm(qa, qb, scale_a, scale_b, recipe.scaling, b_is_weight, out_dtype)
+
+        # Emulate: the same FP8 numbers, multiplied and summed in a wide dtype.
+        wide = torch.promote_types(out_dtype, torch.float32)
+        a = dequantise(qa, scale_a, block_a, wide)
+        b = dequantise(qb, scale_b, block_b, wide)
+        if recipe.onednn and wide == torch.float32:
+            return onednn.matmul(a, b, None).to(out_dtype)
+        return (a @ b.t()).to(out_dtype)
+
+
+def quantise_operand(
+    operand: Tensor, role: int, recipe: Recipe, amax_history: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(q, scale, block) of an operand (rows, contraction), as the recipe has it for this role."""
+    block = block_of(recipe.scaling, role, operand.shape)
+    # Gradients have the widest range of the three; e5m2 trades precision for it.
+    dtype = FORMATS[recipe.gradient_format if role == GRADIENT else "e4m3"]
+    own_history = None if amax_history is None else amax_history[:, role]
+    q, scale = quantise(operand, block, dtype, recipe.power_of_two, own_history)
+    return q, scale, block
 
 
 def block_of(scaling: str, role: int, shape: tuple[int, int]) -> tuple[int, int]:
     """How many rows and columns of an operand (rows, contraction) have one scale."""
+    # An operand without elements has a block of one all the same.
     rows, columns = max(shape[0], 1), max(shape[1], 1)
-    tile = (128 if role == WEIGHT else 1), 128
-    return {"tensor": (rows, columns), "row": (1, columns), "block": tile}[scaling]
+    if scaling == "tensor":
+        return rows, columns
+    if scaling == "row":
+        return 1, columns
+    # DeepSeek's blocks: finer for x and dy, whose outliers differ from token to token.
+    return (128, 128) if role == WEIGHT else (1, 128)
 
 
 def scaled_mm(
@@ -152,89 +214,118 @@ def scaled_mm(
     scale_a: Tensor,
     scale_b: Tensor,
     scaling: str,
-    square: bool,
-    out: torch.dtype,
+    b_is_weight: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """The same by the hardware. square: qb is a weight. Its layouts for scales: one each; (M, 1)
-    and (1, N); tiles (rows, K/128) by columns; square blocks (K/128 filled up to a multiple of 4,
-    N/128) by columns.
+    """qa (M, K) times qbᵀ (K, N) by the hardware, which unscales: (M, N) of `out_dtype`.
+
+    The layouts of scales that it takes: for tensors one each; for rows (M, 1) and (1, N); for
+    tiles (rows, K/128), column-major; for a weight's square blocks (K/128 filled up to a multiple
+    of 4, N/128), column-major.
     """
     assert qb.shape[0] % 16 == 0 and qb.shape[1] % 16 == 0, (
         f"{tuple(qb.shape)}: not multiples of 16"
     )
     assert torch.float8_e4m3fn in (qa.dtype, qb.dtype), "there is no product of e5m2 with e5m2"
-    kind, by_columns = (
-        F.ScalingType,
-        lambda s: s.t().clone(memory_format=torch.contiguous_format).t(),
-    )
-    kind_a = kind_b = {
-        "tensor": kind.TensorWise,
-        "row": kind.RowWise,
-        "block": kind.BlockWise1x128,
-    }[scaling]
-    if scaling == "row":
-        scale_b = scale_b.t()
-    elif scaling == "block":
-        scale_a, filled = by_columns(scale_a), F.pad(scale_b, (0, -scale_b.shape[1] % 4))
-        kind_b, scale_b = (
-            (kind.BlockWise128x128, filled.t()) if square else (kind_b, by_columns(scale_b))
-        )
-    return F.scaled_mm(qa, qb.t(), scale_a, kind_a, scale_b, kind_b, output_dtype=out)
+    kinds = F.ScalingType
+    if scaling == "tensor":
+        kind_a = kind_b = kinds.TensorWise
+    elif scaling == "row":
+        kind_a = kind_b = kinds.RowWise
+        scale_b = scale_b.t()  # (1, N)
+    else:
+        kind_a = kind_b = kinds.BlockWise1x128
+        scale_a = column_major(scale_a)
+        if b_is_weight:
+            kind_b = kinds.BlockWise128x128
+            scale_b = F.pad(scale_b, (0, -scale_b.shape[1] % 4)).t()
+        else:
+            scale_b = column_major(scale_b)
+    return F.scaled_mm(qa, qb.t(), scale_a, kind_a, scale_b, kind_b, output_dtype=out_dtype)
 
 
-def lacking(device: torch.device, scaling: str, shapes: list[tuple[int, int]]) -> str | None:
+def column_major(scale: Tensor) -> Tensor:
+    return scale.t().clone(memory_format=torch.contiguous_format).t()
+
+
+def missing_hardware(
+    device: torch.device, scaling: str, shapes: list[tuple[int, int]]
+) -> str | None:
     """Why the hardware here cannot multiply such weights in FP8, in a sentence; None if it can."""
-    cuda = device.type == "cuda" and torch.version.cuda is not None and hasattr(F, "scaled_mm")
-    at = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-    version = tuple(map(int, torch.version.cuda.split("."))) if cuda else (0, 0)
-    if scaling == "tensor" and at < (8, 9):
+    has_cuda = device.type == "cuda" and torch.version.cuda is not None and hasattr(F, "scaled_mm")
+    capability = (0, 0)
+    version = (0, 0)
+    if has_cuda:
+        capability = torch.cuda.get_device_capability(device)
+        version = tuple(map(int, torch.version.cuda.split(".")))
+    # FP8 units came with Ada (8.9); torch scales rows and blocks on Hopper alone (9).
+    if scaling == "tensor" and capability < (8, 9):
         return (
             "FP8 products need an NVIDIA GPU of capability 8.9 or more, and torch 2.11 or later"
             " for it"
         )
-    if scaling != "tensor" and (at[0] != 9 or version < (12, 9)):
+    if scaling != "tensor" and (capability[0] != 9 or version < (12, 9)):
         return (
             f"FP8 products scaled by {scaling} need a Hopper GPU, and torch 2.11 or later for CUDA"
             " 12.9"
         )
-    odd = [shape for shape in shapes if shape[0] % 16 or shape[1] % 16]
-    return f"FP8 products need weights of sizes that 16 divides, not {odd[0]}" if odd else None
+    for shape in shapes:
+        if shape[0] % 16 or shape[1] % 16:
+            return f"FP8 products need weights of sizes that 16 divides, not {shape}"
+    return None
 
 
 # ---- the layer -----------------------------------------------------------------------------------
 class Linear(torch.autograd.Function):
+    """y = x·Wᵀ + b and its gradients; each of the three matmuls in FP8, or in x's dtype."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, recipe: Recipe, amaxes, dtype):
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    def forward(ctx, x, weight, bias, recipe: Recipe, amax_history, dtype):
+        x = x.to(dtype)
+        if bias is not None:
+            bias = bias.to(dtype)
+        # The float32 weight is kept, not its FP8 copy: backward scales its transpose anew.
         ctx.save_for_backward(x, weight)
-        ctx.recipe, ctx.amaxes = recipe, amaxes
-        if not recipe.products[0]:
+        ctx.recipe = recipe
+        ctx.amax_history = amax_history
+        in_fp8, _, _ = recipe.matmuls
+        if not in_fp8:
             return F.linear(x, weight.to(dtype), bias)
-        y = product(x.flatten(0, -2), weight, (X, WEIGHT), recipe, dtype, amaxes)  # (M, N)
-        return (y if bias is None else y + bias).view(*x.shape[:-1], weight.shape[0])
+        x_rows = x.flatten(0, -2)  # (M, K)
+        y = matmul(x_rows, weight, (X, WEIGHT), recipe, dtype, amax_history)  # (M, N)
+        if bias is not None:
+            y = y + bias
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors  # (..., K), (N, K); dy (..., N)
-        recipe, amaxes, needs, dx, dweight = (
-            ctx.recipe,
-            ctx.amaxes,
-            ctx.needs_input_grad,
-            None,
-            None,
-        )
-        rows, x_rows = dy.flatten(0, -2), x.flatten(0, -2)  # (M, N), (M, K)
-        if needs[0] and recipe.products[1]:
-            dx = product(rows, weight.t(), (GRADIENT, WEIGHT), recipe, dy.dtype, amaxes).view(
-                x.shape
-            )
-        elif needs[0]:
+        recipe = ctx.recipe
+        amax_history = ctx.amax_history
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        _, input_in_fp8, weight_in_fp8 = recipe.matmuls
+        dx = dweight = dbias = None
+        dy_rows = dy.flatten(0, -2)  # (M, N)
+        x_rows = x.flatten(0, -2)  # (M, K)
+
+        # dx (..., K): a sum over outputs, so the weight is transposed.
+        if needs_x and input_in_fp8:
+            roles = (GRADIENT, WEIGHT)
+            dx = matmul(dy_rows, weight.t(), roles, recipe, dy.dtype, amax_history)
+            dx = dx.view(x.shape)
+        elif needs_x:
             dx = dy @ weight.to(dy.dtype)
-        if needs[1] and recipe.products[2]:
-            dweight = product(rows.t(), x_rows.t(), (GRADIENT, X), recipe, weight.dtype, amaxes)
-        elif needs[1]:
-            dweight = rows.t() @ x_rows
-        return dx, dweight, rows.sum(0) if needs[2] else None, None, None, None
+
+        # dW (N, K): a sum over tokens, so both operands are transposed.
+        if needs_weight and weight_in_fp8:
+            roles = (GRADIENT, X)
+            dweight = matmul(dy_rows.t(), x_rows.t(), roles, recipe, weight.dtype, amax_history)
+        elif needs_weight:
+            dweight = dy_rows.t() @ x_rows
+
+        if needs_bias:
+            dbias = dy_rows.sum(0)
+        return dx, dweight, dbias, None, None, None
 
 
 def linear(
@@ -243,47 +334,60 @@ def linear(
     bias: Tensor | None = None,
     *,
     recipe: Recipe,
-    amaxes: Tensor | None = None,
+    amax_history: Tensor | None = None,
 ) -> Tensor:
-    """`F.linear` in FP8: x (..., K), weight (N, K), bias (N,) -> (..., N), of autocast's dtype if
-    that is on. amaxes: the layer's history, for delayed scaling; nothing is entered while gradients
-    are off."""
-    on = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
-    amaxes = amaxes if amaxes is None or torch.is_grad_enabled() else amaxes.clone()
-    return Linear.apply(x, weight, bias, recipe, amaxes, dtype)
+    """`F.linear` in FP8: x (..., K), weight (N, K), bias (N,) -> (..., N).
+
+    The output has autocast's dtype if that is on, else x's. amax_history: (1 + history, 3), the
+    layer's, for delayed scaling; None for the other scalings.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    # What an evaluation sees must not move the scales of training.
+    if amax_history is not None and not torch.is_grad_enabled():
+        amax_history = amax_history.clone()
+    return Linear.apply(x, weight, bias, recipe, amax_history, dtype)
 
 
 # ---- the model -----------------------------------------------------------------------------------
 class State:
-    """What convert leaves behind. emulated: why the hardware is not used, or None. histories
-    (delayed): of each layer by name, the amax of x, W and dy in this step, then in those before: (1
-    + history, 3).
+    """What convert leaves behind: why the hardware is not used, and the amax of steps before.
+
+    emulated: that sentence, or None. histories: by name of the layer (1 + history, 3), the amax of
+    x, W and dy in this step, then in the steps before; empty without delayed scaling.
     """
 
     def __init__(self, emulated: str | None, histories: dict[str, Tensor]):
-        self.emulated, self.histories = emulated, histories
+        self.emulated = emulated
+        self.histories = histories
 
     def step(self, *groups: dist.ProcessGroup | None) -> None:
-        """After each optimizer step: this step's amax enters the window. groups: of ranks that have
-        the same layers or parts of them; all take the largest (12 bytes a layer), so trees are
-        equal."""
-        if self.histories:
-            now = torch.stack([history[0] for history in self.histories.values()])  # (layers, 3)
-            for group in filter(None, groups):
-                dist.all_reduce(now, dist.ReduceOp.MAX, group)
-            for history, row in zip(self.histories.values(), now):
-                history.copy_(torch.stack([torch.zeros_like(row), row, *history[1:-1]]))
+        """After each optimizer step: the amax of this step enters the window.
 
-    def tree(self) -> dict[str, Tensor]:
+        groups: ranks that have the same layers, or shards of them. They all take the largest amax
+        (12 bytes a layer), so their states are equal.
+        """
+        if not self.histories:
+            return
+        newest = torch.stack([history[0] for history in self.histories.values()])  # (layers, 3)
+        for group in groups:
+            if group is not None:
+                dist.all_reduce(newest, dist.ReduceOp.MAX, group)
+        # The layers hold these tensors: change them in place.
+        for history, amax in zip(self.histories.values(), newest):
+            history.copy_(torch.stack([torch.zeros_like(amax), amax, *history[1:-1]]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The window of each layer, (history, 3), newest first."""
         return {name: history[1:].clone() for name, history in self.histories.items()}
 
-    def load(self, tree: dict[str, Tensor]) -> None:
-        """Goes on from `tree`, with as many steps as both windows hold; a layer it lacks starts
-        anew."""
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Takes the newest steps that fit into the window. A layer without an entry starts anew."""
         for name, history in self.histories.items():
-            saved = tree.get(name, history[:0])[: len(history) - 1]
-            history.zero_()[1 : 1 + len(saved)].copy_(saved)
+            saved = state_dict.get(name, history[:0])[: len(history) - 1]
+            history.zero_()
+            history[1 : 1 + len(saved)].copy_(saved)
 
 
 def convert(
@@ -300,8 +404,52 @@ def convert(
     hardware: str = "auto",
     only: tuple[str, ...] = ("blocks.",),
 ) -> State:
-    """The modules with a `matmul` whose names begin with one of `only` now multiply in FP8 on
-    `device`, in those of the three products that are on. hardware: auto, always or never."""
+    """Makes the model's linear layers multiply in FP8 on `device`.
+
+    Those are the modules with a `matmul` whose names begin with one of `only`. forward,
+    input_gradient, weight_gradient: which of the three matmuls are in FP8. history: steps that
+    `delayed` remembers. hardware: auto, always or never. Raises ValueError for options that are
+    not allowed, and for hardware="always" where there is none.
+    """
+    check_options(scaling, delayed, gradient_format, history, hardware)
+    matmuls = (forward, input_gradient, weight_gradient)
+    if not any(matmuls):
+        raise ValueError(
+            "--fp8.*: all three products are off; leave one on, or type --precision=bf16"
+        )
+    layers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "matmul") and name.startswith(only):
+            layers[name] = module
+
+    # Decide once for all layers whether the hardware multiplies or float32 emulates it.
+    shapes = [tuple(module.weight.shape) for module in layers.values()]
+    emulated = missing_hardware(device, scaling, shapes)
+    if hardware == "always" and emulated is not None:
+        raise ValueError(f"{emulated}; leave --fp8.hardware=always out to emulate them")
+    if hardware == "never":
+        emulated = "--fp8.hardware=never"
+
+    recipe = Recipe(
+        scaling,
+        matmuls,
+        gradient_format,
+        power_of_two,
+        hardware=emulated is None,
+        onednn=onednn.faster(torch.float32, device),
+    )
+    histories = {}
+    if delayed:
+        histories = {name: torch.zeros(1 + history, 3, device=device) for name in layers}
+    for name, module in layers.items():
+        module.matmul = partial(linear, recipe=recipe, amax_history=histories.get(name))
+    return State(emulated, histories)
+
+
+def check_options(
+    scaling: str, delayed: bool, gradient_format: str, history: int, hardware: str
+) -> None:
+    """Raises ValueError with a sentence that says what to type."""
     for option, value, allowed in (
         ("scaling", scaling, ("tensor", "row", "block")),
         ("gradient_format", gradient_format, tuple(FORMATS)),
@@ -309,24 +457,10 @@ def convert(
     ):
         if value not in allowed:
             raise ValueError(f"--fp8.{option}={value} is none of {', '.join(allowed)}")
+    # A window of amaxes holds one number for each tensor.
     if delayed and scaling != "tensor":
-        raise ValueError(f"--fp8.delayed goes with --fp8.scaling=tensor alone, not {scaling}")
+        raise ValueError(f"--fp8.delayed needs --fp8.scaling=tensor, not {scaling}")
     if history < 1:
         raise ValueError(
             f"--fp8.history={history} holds nothing; type 1 or more, as --fp8.history=16"
         )
-    if not any(products := (forward, input_gradient, weight_gradient)):
-        raise ValueError(
-            "--fp8.*: all three products are off; leave one on, or type --precision=bf16"
-        )
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "matmul") and n.startswith(only)}
-    why = lacking(device, scaling, [tuple(m.weight.shape) for m in layers.values()])
-    if hardware == "always" and why is not None:
-        raise ValueError(f"{why}; leave --fp8.hardware=always out to emulate them")
-    why = "--fp8.hardware=never" if hardware == "never" else why
-    amd = onednn.faster(torch.float32, device)
-    recipe = Recipe(scaling, products, gradient_format, power_of_two, why is None, amd)
-    histories = {n: torch.zeros(1 + history, 3, device=device) for n in layers} if delayed else {}
-    for name, module in layers.items():
-        module.matmul = partial(linear, recipe=recipe, amaxes=histories.get(name))
-    return State(why, histories)

@@ -1,16 +1,15 @@
 """float32 matrix products on an AMD CPU by oneDNN, about twice as fast as torch's own choice.
 
-torch multiplies float32 matrices on x86 by Intel's MKL, which gives processors of another maker no
-AVX-512 kernels. oneDNN, which is in the same torch and does its bfloat16 products, asks the
-processor what it can do. The numbers are float32 throughout; only the order of the sums differs, as
-between any two libraries.
+torch multiplies float32 matrices on x86 by Intel's MKL, which gives AVX-512 kernels to Intel's own
+processors alone. oneDNN, which the same torch contains for bfloat16, asks the processor what it can
+do. All numbers stay float32; only the order of the sums differs, as between any two libraries.
 
     forward   y = x·Wᵀ + b          (M, K) (N, K) -> (M, N)
     backward  dx = dy·W    dW = dyᵀ·x    db = sum of dy's rows
 
 GFLOP/s on two Zen 5 cores at M = 3072, K = 384, N = 1536: MKL 180 for each; oneDNN 410, 400, 270.
 
-The operator is the one that torch's compiler emits for CPUs (`mkldnn::_linear_pointwise`); it has
+The operator is the one that torch's compiler emits for CPUs (`mkldnn::_linear_pointwise`). It has
 no derivative, so the derivative is here.
 """
 
@@ -25,18 +24,25 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return matmul(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors  # (..., K), (N, K); dy (..., N)
-        rows, needs = dy.flatten(0, -2), ctx.needs_input_grad
-        dx = product(dy, weight.t(), None) if needs[0] else None
-        dweight = product(rows.t(), x.flatten(0, -2).t(), None) if needs[1] else None
-        return dx, dweight, rows.sum(0) if needs[2] else None
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        dy_rows = dy.flatten(0, -2)  # (M, N)
+        # The operator multiplies by its second operand's transpose: hand over the other one.
+        if needs_x:
+            dx = matmul(dy, weight.t(), None)
+        if needs_weight:
+            dweight = matmul(dy_rows.t(), x.flatten(0, -2).t(), None)
+        if needs_bias:
+            dbias = dy_rows.sum(0)
+        return dx, dweight, dbias
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a·bᵀ + bias: (..., K), (N, K), (N,) -> (..., N)."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
@@ -47,14 +53,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def faster(dtype: torch.dtype, device: torch.device) -> bool:
-    """Is this where oneDNN's products of this dtype beat torch's own: float32 on an AMD processor
-    with AVX-512?"""
-    if (
-        dtype != torch.float32
-        or device.type != "cpu"
-        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    """Does oneDNN multiply this dtype faster than torch's own choice on this device?
+
+    It does for float32 on an AMD processor with AVX-512.
+    """
+    if dtype != torch.float32 or device.type != "cpu":
         return False
-    cpuinfo = Path("/proc/cpuinfo")  # Windows tells the maker by platform.processor()
-    maker = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else platform.processor()
+    # Some builds of torch lack oneDNN.
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    # Linux names the maker in a file, Windows by platform.processor().
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        maker = cpuinfo.read_text(encoding="utf-8")
+    else:
+        maker = platform.processor()
     return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512"

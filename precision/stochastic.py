@@ -1,44 +1,44 @@
-"""bf16 weights without a float32 copy: each step is rounded up or down by chance, right on average.
+"""bf16 weights without a float32 copy: chance rounds each step up or down, right on average.
 
                         before               during the step, 64 MiB at a time               after
     weights    bf16     p        ──────►     float32(p)  ─┐                          ┌────►   p
     gradients  bf16     g        ──────►     float32(g)  ─┤  any optimizer  ─► w ────┘        g
     state      float32  m, v     ───────────────────────  ┘                  rounded          m, v
 
-bf16 keeps 8 significant bits: between 1 and 2 its numbers are 2^-7 apart, and rounded to nearest,
-an update of less than 2^-8 is lost, this step and every other. A w between its neighbours a < b
-becomes
+bf16 keeps 8 significant bits: between 1 and 2 its numbers are 2^-7 apart. With rounding to nearest,
+an update of less than 2^-8 is lost, in this step and every other. Here a w between its neighbours
+a < b becomes
 
     b with probability (w - a) / (b - a),   a otherwise:       the expectation is w
 
-so a hundred updates of a hundredth of the gap move the weight by one gap, give or take. It costs
-noise of at most half a gap (standard deviation) an element and step, and saves the 4 bytes a
-parameter of a float32 copy.
+so a hundred updates of a hundredth of the gap move the weight by about one gap. This adds noise of
+at most half a gap (standard deviation) an element and step, and saves the 4 bytes a parameter of a
+float32 copy.
 
 In bits: a bf16 number is the upper half of a float32. Add 16 random bits to the lower half and cut
-it off: the carry is the rounding. The sign is apart in both formats, so negative numbers need
-nothing of their own. Numbers beyond the largest bf16 become that and not infinite; infinities and
-NaN stay what they are.
+it off: the carry is the rounding. Both formats keep the sign in a bit of its own, so negative
+numbers need no other treatment. Numbers beyond the largest bf16 become the largest, not infinite;
+infinities and NaN stay what they are.
 
-The bits are a hash of (seed, step, full name, index of the element in the full parameter), nothing
-is drawn: replicas that step the same weights, a rank with a shard and its resumed run all round
+The bits are a hash of (seed, step, full name, index of the element in the full parameter); nothing
+is drawn. So replicas that step the same weights, a rank with a shard, and a resumed run all round
 alike. Nothing is sent.
 
-It does not mend what is rounded before: gradients have their parameter's dtype, and summing
-micro-batches or ranks in bf16 rounds to nearest.
+Rounding that happens before the step stays as it is: gradients have their parameter's dtype, and
+summing micro-batches or ranks in bf16 rounds to nearest.
 
 Gupta et al. 2015 (1502.02551); for bf16 training Zamirai et al. 2020 (2010.06192).
 
-Fits every torch optimizer whose update of a parameter looks at no other; Muon, which multiplies
-matrices of one shape together, gets smaller stacks. Parameters in other dtypes are stepped as they
-are. State has the dtype the optimizer gives float32 weights. Schedule-Free: its step() is rounded
-like any, with z in float32. eval() and train() round to nearest and keep what that takes away until
-the next step, so the bits come back.
+Fits every torch optimizer that updates a parameter without seeing the others; Muon, which
+multiplies matrices of one shape together, gets smaller stacks. Parameters in other dtypes are
+stepped as they are. State has the dtype that the optimizer gives it for float32 weights. For
+Schedule-Free step() is rounded likewise, with z in float32. eval() and train() round to nearest and
+keep what that takes away until the next step, so the bits come back.
 
 Used with: schedulers made before or after, late groups, hooks, deepcopy, pickle, GradScaler,
 autocast and torch.compile around the step, DDP, torch.distributed.checkpoint; FSDP2 through
-parallel/sharded_optimizer.py. memory/offload.py may be wrapped around it, not the other way round:
-a step() that something else has replaced is refused, as are DTensors and groups without names.
+parallel/sharded_optimizer.py. memory/offload.py may be wrapped around it, not the other way round.
+Refused: a step() that something else has replaced, DTensors, and groups without names.
 """
 
 import hashlib
@@ -66,64 +66,78 @@ def stochastic(
     cls = type(optimizer)
     for group in optimizer.param_groups:
         check(group)
-    own = vars(optimizer).get("step")
-    scheduled = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is cls.step
-    if not (own is None or scheduled) or hasattr(cls, "rounds"):
+    # A scheduler wraps step() to note that it ran; the step() of `rounding` notes it too.
+    own_step = vars(optimizer).get("step")
+    by_scheduler = hasattr(own_step, "_wrapped_by_lr_sched") and own_step.__wrapped__ is cls.step
+    is_replaced = own_step is not None and not by_scheduler
+    if is_replaced or hasattr(cls, "rounds"):
         raise ValueError(
             "something has replaced this optimizer's step(), which stochastic rounding "
             "would undo; call stochastic() once, and before offload()"
         )
-    vars(optimizer).pop("step", None)  # a scheduler's wrapper: rounding()'s step() does the same
+    vars(optimizer).pop("step", None)
     for group in optimizer.param_groups:
         group.setdefault("sr_step", 0)
+    # The object stays the same, so schedulers and hooks that hold it keep working.
     optimizer.__class__ = rounding(cls, seed, shards or {}, chunk_mb)
     optimizer.full_names = full_names(optimizer.param_groups)
+    # From now on the optimizer sees float32 weights, and their state is float32.
     for p, state in optimizer.state.items():
-        state.update({name: x.float() for name, x in state.items() if half(p) and half(x)})
+        if is_bf16(p):
+            state.update({name: x.float() for name, x in state.items() if is_bf16(x)})
     return optimizer
 
 
 def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb: float) -> type:
-    """cls with a step() that rounds."""
-    plain_step = cls.step.__wrapped__  # torch wraps step() in what runs the hooks; a chunk must not
+    """A subclass of cls with a step() that rounds."""
+    # torch wraps step() in a function that runs the hooks. A step runs them once, not each chunk.
+    plain_step = cls.step.__wrapped__
 
     @torch.no_grad()
     def step(self, closure=None):
-        self._opt_called = True  # schedulers look at it
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
-        groups, state, parts = self.param_groups, self.state, []
+        self._opt_called = True  # schedulers warn without it
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        chunk_groups = []  # the groups as cls saw them, a list for each chunk
+        state = self.state
         try:
             for chunk in chunks(groups, chunk_mb * 2**20):
+                # cls steps float32 copies of this chunk's parameters in place of the parameters.
                 works = {p: stand_in(p) for ps in chunk for p in ps}
-                parts.append(
-                    [{**g, "params": [works[p] for p in ps]} for g, ps in zip(groups, chunk)]
-                )
-                self.param_groups = parts[-1]
-                self.state = defaultdict(
-                    dict, {w: state[p] for p, w in works.items() if p in state}
-                )
+                self.param_groups = [
+                    {**group, "params": [works[p] for p in ps]} for group, ps in zip(groups, chunk)
+                ]
+                chunk_groups.append(self.param_groups)
+                known = {work: state[p] for p, work in works.items() if p in state}
+                self.state = defaultdict(dict, known)
                 plain_step(self)
+
+                # Back to the parameters: their state as it is, their values rounded.
+                for p, work in works.items():
+                    if work in self.state:
+                        state[p] = self.state[work]
                 for group, ps in zip(groups, chunk):
                     for p in ps:
-                        if works[p] in self.state:
-                            state[p] = self.state[works[p]]
                         if works[p] is not p:
                             name = self.full_names[p]
-                            full, offsets = shards.get(name, (p.shape, (0,) * p.ndim))
-                            index = element_index(p.shape, full, offsets, p.device)
-                            bits = random_bits(seed, group["sr_step"], name, index)
-                            p.copy_(round_to_bf16(works[p].detach(), bits))
+                            shard = shards.get(name, (p.shape, (0,) * p.ndim))
+                            round_into(p, works[p], name, shard, seed, group["sr_step"])
         finally:
-            self.param_groups, self.state = groups, state
-        for group, *seen in zip(groups, *parts):
-            count(group, seen)
+            self.param_groups = groups
+            self.state = state
+        for group, *copies in zip(groups, *chunk_groups):
+            merge_counts(group, copies)
             group["sr_step"] += 1
         return loss
 
     def add_param_group(self, param_group: dict) -> None:
         params = param_group["params"]
-        params = params if isinstance(params, (Tensor, set)) else list(params)
+        # A generator could be read only once, and is read twice here.
+        if not isinstance(params, (Tensor, set)):
+            params = list(params)
         group = {**param_group, "params": params, "sr_step": 0}
         check(group)
         cls.add_param_group(self, group)
@@ -133,11 +147,13 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
         load_in_float32(self, cls, state_dict)
 
     def __reduce_ex__(self, protocol):
+        # A class made in a function cannot be pickled by name: make it again from its arguments.
         return made_again, (cls, seed, shards, chunk_mb), self.__getstate__()
 
     def __setstate__(self, state: dict) -> None:
         cls.__setstate__(self, state)
-        if not hasattr(self, "full_names"):  # a copy; load_state_dict may see a part of them
+        # A copy has no names yet. load_state_dict() calls this too, and may see a part of them.
+        if not hasattr(self, "full_names"):
             self.full_names = full_names(self.param_groups)
 
     methods = {
@@ -148,32 +164,50 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
         "__setstate__": __setstate__,
         "rounds": True,
     }
-    methods["step"].hooked = True  # so that torch does not wrap it once more
-    methods["step"]._wrapped_by_lr_sched = True  # nor does a scheduler
+    # Neither torch nor a scheduler shall wrap this step() once more.
+    methods["step"].hooked = True
+    methods["step"]._wrapped_by_lr_sched = True
     return type(cls.__name__, (cls,), methods)
 
 
+def round_into(p: Tensor, work: Tensor, name: str, shard: tuple, seed: int, step: int) -> None:
+    """p becomes `work`, rounded by bits of each element's place in the full parameter.
+
+    shard: (global shape, offsets) of p in the full parameter of this name.
+    """
+    index = element_index(p.shape, *shard, p.device)
+    bits = random_bits(seed, step, name, index)
+    p.copy_(round_to_bf16(work.detach(), bits))
+
+
 def load_in_float32(optimizer: Optimizer, cls: type[Optimizer], state_dict: dict) -> None:
-    """cls.load_state_dict in float32, where torch casts. What an older state lacks stays as it
-    is."""
+    """cls.load_state_dict, which casts to the parameters' dtype, but in float32.
+
+    What an older state does not say stays as it is.
+    """
     given = {}
 
-    def complete(_, saved):  # runs after the user's hooks
+    def complete(_, saved):
+        """Fills in what the saved groups do not say. Runs after the user's hooks."""
         given.update(saved)
-        if len(saved["param_groups"]) == len(optimizer.param_groups):  # torch refuses the others
+        # torch refuses another number of groups, with a better message.
+        if len(saved["param_groups"]) == len(optimizer.param_groups):
             pairs = zip(optimizer.param_groups, saved["param_groups"])
             given["param_groups"] = [{**mine, **theirs} for mine, theirs in pairs]
         return given
 
-    def keep_precision(_):  # runs before the user's hooks
+    def keep_precision(_):
+        """Takes float32 state from what was given. Runs before the user's hooks."""
         ids = [i for group in given["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, [p for group in optimizer.param_groups for p in group["params"]]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in zip(ids, params):
             for name, x in given["state"].get(i, {}).items():
-                # None: cls has read another method's state
+                # None where cls reads another method's state and dropped this entry.
                 now = optimizer.state.get(p, {}).get(name)
-                if half(p) and half(now):
+                if is_bf16(p) and is_bf16(now):
                     optimizer.state[p][name] = x.to(p.device, torch.float32, copy=True)
-                elif now is x and torch.is_tensor(x):  # torch would step what was given
+                elif now is x and torch.is_tensor(x):
+                    # Without a copy, steps would change what the user gave.
                     optimizer.state[p][name] = x.clone()
 
     hooks = (
@@ -188,20 +222,23 @@ def load_in_float32(optimizer: Optimizer, cls: type[Optimizer], state_dict: dict
 
 
 def made_again(*arguments) -> Optimizer:
-    """What deepcopy and pickle begin with."""
+    """What deepcopy and pickle begin with: an empty object of the class."""
     cls = rounding(*arguments)
     return cls.__new__(cls)
 
 
+# ---- groups --------------------------------------------------------------------------------------
 def check(group: dict) -> None:
-    """Raises ValueError."""
-    params = [group["params"]] if torch.is_tensor(group["params"]) else group["params"]
+    """Raises ValueError for a group without names, or with DTensors."""
+    params = group["params"]
+    if torch.is_tensor(params):
+        params = [params]
     if len(group.get("names", ())) != len(params):
         raise ValueError(
             "stochastic rounding needs the full `names` of each group's parameters, in "
             "their order; optim/param_groups.py makes such groups"
         )
-    if any(hasattr(p, "placements") and half(p) for p in params):
+    if any(hasattr(p, "placements") and is_bf16(p) for p in params):
         raise ValueError(
             "stochastic rounding takes no DTensors; wrap the `optimizer` of an Adapter "
             "(parallel/sharded_optimizer.py), which has their shards, with its `shards`"
@@ -212,36 +249,46 @@ def full_names(groups: list[dict]) -> dict[Tensor, str]:
     return {p: name for group in groups for p, name in zip(group["params"], group["names"])}
 
 
-def half(x) -> bool:
+def is_bf16(x) -> bool:
     return torch.is_tensor(x) and x.dtype == torch.bfloat16
 
 
-def count(group: dict, parts: list[dict]) -> None:
-    """What the chunks changed in their copies of the group; of different numbers the largest
-    holds."""
+def merge_counts(group: dict, copies: list[dict]) -> None:
+    """Takes into the group what cls changed in the chunks' copies; the largest of several numbers.
+
+    Some optimizers count in their groups, as Schedule-Free counts its steps.
+    """
     new = {}
-    for part in parts:
-        for name, x in part.items():
-            if name != "params" and x is not group.get(name):
-                new[name] = max(x, new.get(name, x)) if isinstance(x, (int, float)) else x
+    for copy in copies:
+        for name, x in copy.items():
+            if name == "params" or x is group.get(name):
+                continue
+            if isinstance(x, (int, float)):
+                x = max(x, new.get(name, x))
+            new[name] = x
     group.update(new)
 
 
 def chunks(groups: list[dict], chunk_bytes: float) -> list[list[list[Tensor]]]:
-    """For each chunk the parameters it takes of each group; one chunk if there are none."""
-    made, size = [], math.inf
-    for i, p in ((i, p) for i, group in enumerate(groups) for p in group["params"]):
-        if size + p.nbytes > chunk_bytes:
-            made.append([[] for _ in groups])
-            size = 0
-        made[-1][i].append(p)
-        size += p.nbytes
+    """For each chunk the parameters it takes of each group; one empty chunk if there are none."""
+    made = []
+    size = math.inf  # of the last chunk, in bytes: the first parameter opens a new one
+    for i, group in enumerate(groups):
+        for p in group["params"]:
+            if size + p.nbytes > chunk_bytes:
+                made.append([[] for _ in groups])
+                size = 0
+            made[-1][i].append(p)
+            size += p.nbytes
     return made or [[[] for _ in groups]]
 
 
+# ---- rounding ------------------------------------------------------------------------------------
 def stand_in(p: Tensor) -> Tensor:
-    """What the optimizer steps in place of p: a float32 copy with a float32 gradient, or p where
-    there is nothing to round."""
+    """What the optimizer steps in place of p: a float32 copy with a float32 gradient.
+
+    It is p itself where there is nothing to round.
+    """
     if p.dtype != torch.bfloat16 or p.grad is None:
         return p
     work = nn.Parameter(p.detach().float(), p.requires_grad)
@@ -250,31 +297,38 @@ def stand_in(p: Tensor) -> Tensor:
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 -> bf16: x rounded away from 0 if the half of it that is cut off, plus `bits` (int32,
-    each of 0 ... 65535 as likely), is 65536 or more."""
+    """float32 -> bf16, rounded away from 0 where the carry of x's lower half says so.
+
+    bits: int32, each of 0 ... 65535 as likely. Lower half + bits of 65536 or more is the carry.
+    """
     carried = x.clamp(-LARGEST, LARGEST).view(torch.int32) + bits
     rounded = (carried >> 16).to(torch.int16).view(torch.bfloat16)
+    # Clamping has made finite numbers of infinities: take those from x.
     return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
 
 
-def element_index(shape, full, offsets, device: torch.device) -> Tensor:
-    """int32 (shape): where each element of this shard lies in the full parameter, row by row;
-    modulo 2^32."""
-    index, stride = torch.zeros(tuple(shape), dtype=torch.int32, device=device), 1
+def element_index(shape, full_shape, offsets, device: torch.device) -> Tensor:
+    """int32 (shape): where each element of this shard lies in the full parameter, row-major.
+
+    Modulo 2^32: a hash does not mind.
+    """
+    index = torch.zeros(tuple(shape), dtype=torch.int32, device=device)
+    stride = 1
     for dim in reversed(range(len(shape))):
         along = (torch.arange(shape[dim], device=device) + offsets[dim]) * stride
         index += along.to(torch.int32).view(-1, *[1] * (len(shape) - 1 - dim))
-        stride *= full[dim]
+        stride *= full_shape[dim]
     return index
 
 
 def random_bits(seed: int, step: int, name: str, index: Tensor) -> Tensor:
-    """16 random bits for each index, as int32 (a multiply-and-shift hash, keyed twice by
-    sha256)."""
+    """16 random bits for each index, as int32: a multiply-and-shift hash, keyed twice by sha256."""
     digest = hashlib.sha256(f"{seed}:stochastic:{step}:{name}".encode()).digest()
     keys = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
-    h = index * -0x61C88647  # odd, of the golden ratio; products wrap at 32 bits
+    # Neighbouring indices go far apart: an odd number, of the golden ratio. Products wrap at 32
+    # bits.
+    hashed = index * -0x61C88647
     for key in keys:
-        h += key
-        h = (h ^ (h >> 16 & 0xFFFF)).mul_(0x45D9F3B)
-    return h >> 16 & 0xFFFF
+        hashed += key
+        hashed = (hashed ^ (hashed >> 16 & 0xFFFF)).mul_(0x45D9F3B)
+    return hashed >> 16 & 0xFFFF

@@ -112,7 +112,7 @@ def warnings(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> list[s
 
 
 def about_layout(cfg: Config, mesh: Mesh) -> Iterator[str]:
-    alone = mesh.groups["replicas"] is None
+    alone = mesh.groups["dp_cp"] is None
     layout = cfg.data_parallel
     if alone and "data_parallel" in cfg.given and layout != "ddp":
         yield f"data_parallel={layout}: one replica, nothing to spread"

@@ -1,4 +1,4 @@
-"""What `auto` and `none` stand for on this machine."""
+"""What `auto` and `none` mean on this machine."""
 
 import os
 
@@ -12,9 +12,105 @@ from settings import checks
 from settings.fields import Config, update, with_traits
 
 
+def resolve_auto(
+    cfg: Config, device: torch.device, optimizer_class: type, has_replicas: bool
+) -> Config:
+    """cfg with a value for every `auto`, and for every `none` that means the optimizer's default.
+
+    has_replicas: two or more replicas share the batch. One replica leaves data_parallel open. Sets
+    torch's threads and determinism, too. Raises ValueError for what cannot run here.
+    """
+    configure_torch(cfg)
+    if cfg.attention == "flex" and device.type != "cuda":
+        raise ValueError(
+            f"attention=flex is for GPUs, torch cannot train with it on {device.type}; type "
+            "--attention=sdpa"
+        )
+    learning_rates = resolve_learning_rates(cfg, optimizer_class)
+
+    # Some optimizers never leave a start at zero (LOG.md has the figures).
+    if cfg.zero_init == "auto" and not attribute(optimizer_class, "zero_init"):
+        cfg = update(cfg, zero_init=False)
+    if cfg.data_parallel == "auto" and has_replicas:
+        cfg = update(cfg, data_parallel=resolve_data_parallel(cfg, optimizer_class))
+    return update(
+        with_traits(cfg),
+        device=str(device),
+        precision=amp.choose(cfg.precision, device),
+        compile=resolve_compile(cfg, device),
+        schedule=resolve_schedule(cfg, optimizer_class),
+        **learning_rates,
+    )
+
+
+def configure_torch(cfg: Config) -> None:
+    """Sets torch's CPU threads, and its kernels that give the same bits each time."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.deterministic:
+        # cuBLAS reads this once, when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def resolve_data_parallel(cfg: Config, optimizer_class: type) -> str:
+    """zero1 shares out a step that computes much, such as Muon's; ddp sends less otherwise."""
+    # Compression and DiLoCo need the full state on every rank.
+    needs_full_state = cfg.compress is not None or cfg.diloco_every is not None
+    if attribute(optimizer_class, "heavy_step") and not needs_full_state:
+        return "zero1"
+    return "ddp"
+
+
+def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
+    """A Schedule-Free optimizer needs no schedule: constant. All others decay: wsd."""
+    if cfg.schedule != "auto":
+        return cfg.schedule
+    if averages_weights(optimizer_class):
+        return "constant"
+    return "wsd"
+
+
+def resolve_compile(cfg: Config, device: torch.device) -> str:
+    """`auto` compiles on a GPU, unless the schedule takes apart what the compiler fuses.
+
+    Raises ValueError for --compile.NAME where nothing is compiled.
+    """
+    mode = cfg.compile
+    if mode == "auto":
+        is_zero_bubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
+        mode = "off"
+        if device.type == "cuda" and not is_zero_bubble:
+            mode = "default"
+    if mode == "off" and cfg.sub("compile"):
+        raise ValueError("--compile.* has nothing to do with compile=off; type --compile=default")
+    return mode
+
+
+def resolve_learning_rates(cfg: Config, optimizer_class: type) -> dict[str, float]:
+    """lr, weight_decay, and the learning rates of embedding, head and scalars, all with a value."""
+    lr, weight_decay = own_defaults(cfg, optimizer_class)
+    if cfg.lr is not None:
+        lr = cfg.lr
+    if cfg.weight_decay is not None:
+        weight_decay = cfg.weight_decay
+
+    # An optimizer for matrices alone hands all else to AdamW, whose lr has another unit.
+    other_lr = 0.01 if attribute(optimizer_class, "matrices_only") else lr
+    found = {"lr": lr, "weight_decay": weight_decay}
+    for name in ("embed_lr", "head_lr", "scalar_lr"):
+        found[name] = getattr(cfg, name)
+        if found[name] is None:
+            found[name] = other_lr
+    return found
+
+
 def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
-    """The lr and the weight decay that the class itself has; 0 where it knows no decay. Raises
-    ValueError where it has none of its own and cfg neither, or where cfg's would do nothing."""
+    """The class's own lr and weight decay; a decay of 0 where it knows none.
+
+    Raises ValueError where neither the class nor cfg has a value, and where cfg's value would do
+    nothing.
+    """
     group, needed = trial(cfg, optimizer_class)
     what = f"--optim={cfg.optim}: {optimizer_class.__name__} has no"
     if "lr" not in group:
@@ -24,77 +120,27 @@ def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
         )
     if cfg.weight_decay and "weight_decay" not in group:
         raise ValueError(f"{what} weight decay; leave --weight_decay={cfg.weight_decay:g} out")
+
+    # A default counts only if the constructor works without the argument, and it is a number.
     for name, usual, own in (("lr", "1e-3", group["lr"]), ("weight_decay", "0", 0.0)):
-        if getattr(cfg, name) is None and (name in needed or not checks.is_number(own)):
+        has_default = name not in needed and checks.is_number(own)
+        if getattr(cfg, name) is None and not has_default:
             raise ValueError(f"{what} default for {name}; type one, such as --{name}={usual}")
     return group["lr"], group.get("weight_decay", 0.0)
 
 
-def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
-    """Schedule-Free optimizers need none."""
-    if cfg.schedule != "auto":
-        return cfg.schedule
-    return "constant" if averages_weights(optimizer_class) else "wsd"
-
-
-def resolve_compile(cfg: Config, device: torch.device) -> str:
-    """On a GPU, and where no schedule takes apart what it puts together. Raises ValueError for
-    --compile.NAME where it stays off."""
-    apart = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
-    how = cfg.compile
-    if how == "auto":
-        how = "default" if device.type == "cuda" and not apart else "off"
-    if how == "off" and cfg.sub("compile"):
-        raise ValueError("--compile.* has nothing to do with compile=off; type --compile=default")
-    return how
-
-
-def settled(cfg: Config, device: torch.device, optimizer_class: type, replicas: bool) -> Config:
-    """The config with a value in place of every `auto`, and of every `none` that means the
-    optimizer's own; and what torch itself has to be told. replicas: are there several? One leaves
-    data_parallel open.
-    """
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-    if cfg.attention == "flex" and device.type != "cuda":
-        raise ValueError(
-            f"attention=flex is for GPUs, torch cannot train with it on {device.type}; type "
-            "--attention=sdpa"
-        )
-    own_lr, own_decay = own_defaults(cfg, optimizer_class)
-    lr = own_lr if cfg.lr is None else cfg.lr
-    other = 0.01 if attribute(optimizer_class, "matrices_only") else lr
-    own = {name: getattr(cfg, name) for name in ("embed_lr", "head_lr", "scalar_lr")}
-    # Where a start of zeros hurts (LOG.md has the figures)
-    if cfg.zero_init == "auto" and not attribute(optimizer_class, "zero_init"):
-        cfg = update(cfg, zero_init=False)
-    if cfg.data_parallel == "auto" and replicas:
-        # They need it on every rank
-        whole = cfg.compress is not None or cfg.diloco_every is not None
-        spread = attribute(optimizer_class, "heavy_step") and not whole
-        cfg = update(cfg, data_parallel="zero1" if spread else "ddp")
-    return update(
-        with_traits(cfg),
-        device=str(device),
-        precision=amp.choose(cfg.precision, device),
-        compile=resolve_compile(cfg, device),
-        schedule=resolve_schedule(cfg, optimizer_class),
-        lr=lr,
-        weight_decay=own_decay if cfg.weight_decay is None else cfg.weight_decay,
-        **{name: other if value is None else value for name, value in own.items()},
-    )
-
-
 def with_vocabulary(cfg: Config, n_vocab: int) -> Config:
-    """vocab_size None is the tokenizer's, rounded up to a multiple of 64, on any layout. Raises
-    ValueError where tp does not divide it."""
-    cfg = update(cfg, vocab_size=cfg.vocab_size or -(-n_vocab // 64) * 64)
+    """cfg with its vocab_size; none becomes the tokenizer's n_vocab, rounded up to 64.
+
+    The rounding is the same on any layout. Raises ValueError where tp does not divide vocab_size.
+    """
+    # Matrix products are fastest at multiples of 64.
+    rounded_up = -(-n_vocab // 64) * 64
+    cfg = update(cfg, vocab_size=cfg.vocab_size or rounded_up)
     if cfg.vocab_size % cfg.tp:
-        more = -(-cfg.vocab_size // cfg.tp) * cfg.tp
+        next_multiple = -(-cfg.vocab_size // cfg.tp) * cfg.tp
         raise ValueError(
-            f"tp={cfg.tp} does not divide vocab_size={cfg.vocab_size}; try --vocab_size={more}"
+            f"tp={cfg.tp} does not divide vocab_size={cfg.vocab_size}; try "
+            f"--vocab_size={next_multiple}"
         )
     return cfg

@@ -8,16 +8,26 @@ from settings.fields import Config
 
 
 def batch_share(cfg: Config, dp: int) -> int:
-    """Sequences of the smallest step on one of dp replicas. Raises ValueError where parts are not
-    even."""
+    """How many sequences of the smallest step one of dp replicas takes.
+
+    Raises ValueError where the replicas cannot all take as many, or micro_batch_size does not
+    divide their share.
+    """
     micro = cfg.micro_batch_size
+    # With a ramp the first step is the smallest; all later ones are multiples of it.
     name = "batch_size" if cfg.batch_ramp_from is None else "batch_ramp_from"
     batch = getattr(cfg, name)
     if batch % dp:
         fits = -(-batch // dp) * dp
-        ends = -(-cfg.batch_size // fits) * fits  # where a ramp ends must be a multiple of it, too
-        more = f" --batch_size={ends}" if name != "batch_size" and ends != cfg.batch_size else ""
-        raise ValueError(f"{name}={batch} does not divide by {dp} ranks; try --{name}={fits}{more}")
+        more = ""
+        if name == "batch_ramp_from":
+            # The ramp must end at a multiple of where it begins.
+            end = -(-cfg.batch_size // fits) * fits
+            if end != cfg.batch_size:
+                more = f" --batch_size={end}"
+        raise ValueError(
+            f"{name}={batch} is not divisible by {dp} ranks; try --{name}={fits}{more}"
+        )
     share = batch // dp
     if "micro_batch_size" in cfg.given and micro is not None and share % micro:
         raise ValueError(
@@ -28,8 +38,10 @@ def batch_share(cfg: Config, dp: int) -> int:
 
 
 def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
-    """What the settings say, if that divides each rank's share of the batch; else the largest that
-    fits. Raises ValueError."""
+    """The setting, if it divides each rank's share of the batch; else the largest size that fits.
+
+    Sequences a forward. Raises ValueError where no size fits the memory or the pipeline's schedule.
+    """
     share = batch_share(cfg, mesh.sizes["dp"])
     size = cfg.micro_batch_size
     divides = size is not None and share % size == 0
@@ -39,7 +51,8 @@ def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
     if not divides:
         size = largest_micro_batch(micro_batches, dataset, share, mesh)
     if micro_batches.pipe is not None:
-        micro_batches.pipe.plan(share // size, True)  # a schedule that cannot be raises now
+        # A schedule that is not possible with this number of micro-batches raises now.
+        micro_batches.pipe.plan(share // size, True)
     return size
 
 
@@ -51,41 +64,56 @@ def split(samples, mesh: Mesh, size: int) -> list:
 
 
 def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
-    """The full share on a CPU; on a GPU halved, by all ranks together, until forward and backward
-    fit. In a pipeline of p stages a size that gives 4 p micro-batches, or more, or as many as there
-    can be.
+    """The largest micro-batch that fits: the full share on a CPU; halved on a GPU until it fits.
 
-    Where weights or gradients are sharded, ranks that run out of memory leave the others in a
-    collective, so there the first one that does ends the run with what to type. Raises ValueError.
+    All ranks halve it together, and try a forward and a backward each time. A pipeline of p stages
+    gets a size that makes at least 4 p micro-batches, or else as many as possible.
+
+    Where weights or gradients are sharded, a rank that runs out of memory leaves the others in a
+    collective. There the first such rank ends the run with a sentence. Raises ValueError.
     """
-    model, replicas = micro_batches.model, micro_batches.replicas
-    if (pp := mesh.sizes["pp"]) > 1:
-        counts = [n for n in range(pp, share + 1, pp) if share % n == 0]  # of micro-batches
-        return share // min((n for n in counts if n >= 4 * pp), default=max(counts, default=share))
+    model = micro_batches.model
+    replicas = micro_batches.replicas
+    if mesh.sizes["pp"] > 1:
+        return share // count_for_pipeline(share, mesh.sizes["pp"])
     size = share
-    spread = mesh.sizes["tp"] * mesh.sizes["cp"] > 1 or replicas.backward_is_collective
+    sharded = mesh.sizes["tp"] * mesh.sizes["cp"] > 1 or replicas.backward_is_collective
     while mesh.device.type == "cuda":
-        replicas.last_micro_batch(spread)  # what is not sent would stay inside FSDP
+        # Gradients that FSDP does not send would stay inside it.
+        replicas.last_micro_batch(sharded)
         try:
             micro_batches.forward(range(size), dataset)[0].backward()
             fits = True
         except torch.OutOfMemoryError:
             fits = False
-            if spread:
+            if sharded:
                 raise ValueError(
                     f"out of memory with {size} sequences at a time; type "
                     f"--micro_batch_size={max(1, size // 2)}, or less"
                 ) from None
-        if spread:
+        if sharded:
             replicas.finish_gradients()
+
+        # The trial leaves nothing behind; the next one begins with all of the memory.
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        if mesh.sum(not fits)[0] == 0:
+        n_out_of_memory = mesh.sum(not fits)[0]
+        if n_out_of_memory == 0:
             break
         if size == 1:
             raise ValueError(
                 "out of memory with one sequence at a time; --precision=bf16, a shorter "
                 "--block_size or a smaller model need less"
             )
+        # The largest divisor of the share that is at most half.
         size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
     return size
+
+
+def count_for_pipeline(share: int, stages: int) -> int:
+    """How many micro-batches a pipeline makes of its share: with 4 a stage the bubble is small."""
+    counts = [n for n in range(stages, share + 1, stages) if share % n == 0]
+    enough = [n for n in counts if n >= 4 * stages]
+    if enough:
+        return min(enough)
+    return max(counts, default=share)

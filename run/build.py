@@ -1,4 +1,4 @@
-"""Concepts from settings: each function takes what a few fields say and returns the thing."""
+"""What settings describe, built: each function reads a few fields and returns one object."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,14 @@ from settings.fields import Config, model_chunks
 
 
 def lr_schedule(cfg: Config, options: dict):
-    """Step -> what every learning rate is multiplied by. Raises ValueError for a bad value in a
-    --schedule.NAME."""
-    warmup = round(cfg.warmup_frac * cfg.steps) if cfg.warmup_steps is None else cfg.warmup_steps
+    """A function of the step: the factor of every learning rate.
+
+    options: arguments of the schedule. Raises ValueError for one out of its range.
+    """
+    # Steps that are given outrank a share of the run.
+    warmup = cfg.warmup_steps
+    if warmup is None:
+        warmup = round(cfg.warmup_frac * cfg.steps)
 
     def factor(step: int) -> float:
         return schedules.multiplier(
@@ -41,7 +46,8 @@ def lr_schedule(cfg: Config, options: dict):
             **options,
         )
 
-    factor(cfg.steps)  # a bad argument shows now
+    # One call now: a bad argument is refused before the data are read.
+    factor(cfg.steps)
     return factor
 
 
@@ -62,15 +68,23 @@ def pipe(cfg: Config, mesh: Mesh) -> Pipeline | None:
 
 
 def hidden_states(cfg: Config, has_replicas: bool) -> tuple[int, torch.dtype, int]:
-    """What the stages of a pipeline send: width, dtype, and by what training divides the length."""
+    """The hidden states between two stages of a pipeline: (width, dtype, divisor of the length).
+
+    The divisor counts in training alone: an evaluation does not split the sequence over tp ranks.
+    """
     dtype = amp.PRECISIONS[cfg.precision].weights
+    # FSDP gathers weights in param_dtype, and a block's output has the dtype of its weights.
     if cfg.param_dtype is not None and has_replicas:
         dtype = DTYPES[cfg.param_dtype]
-    return cfg.n_embd, dtype, cfg.tp if cfg.sp else 1
+    divisor = cfg.tp if cfg.sp else 1
+    return cfg.n_embd, dtype, divisor
 
 
 def uncompiled(cfg: Config):
-    """A context in which nothing is compiled: each new token of a sample has a shape of its own."""
+    """A context in which nothing is compiled.
+
+    Each new token of a sample makes the sequence longer, and compiling each length takes minutes.
+    """
     if cfg.compile == "off":
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -79,7 +93,11 @@ def uncompiled(cfg: Config):
 def learning_rates(
     cfg: Config, optimizer_class: type, options: dict, kinds: dict
 ) -> dict[str, float]:
-    """The peak learning rate of each kind of parameter. kinds: name -> kind, of the whole model."""
+    """The peak learning rate of each kind of parameter.
+
+    options: the optimizer's; kinds: parameter name -> kind, of the full model. Raises ValueError
+    for a learning rate that was given for a kind that this model lacks.
+    """
     lrs = {
         "matrix": cfg.lr,
         "embedding": cfg.embed_lr,
@@ -89,6 +107,7 @@ def learning_rates(
     for kind, lr in lrs.items():
         if f"{kind}_lr" in cfg.given and kind not in kinds.values():
             raise ValueError(f"--{kind}_lr: this model has no such parameters; leave it out")
+        # First the rule for the batch size, then the rule for the width.
         lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
         if cfg.mup_base_width is not None:
             rule = mup.lr_multipliers(optimizer_class, cfg.n_embd, cfg.mup_base_width, **options)
@@ -105,11 +124,11 @@ def offload_folder(cfg: Config, mesh: Mesh) -> Path:
 
 
 def offloaded(cfg: Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer with its state elsewhere, stepped where the weights are."""
+    """The optimizer with its state in host memory or in files, stepped where the weights are."""
     from memory import offload
 
-    where = torch.device("cpu") if cfg.offload_params else mesh.device
-    return offload.offload(optimizer, cfg.offload, offload_folder(cfg, mesh) / "state", where)
+    device = torch.device("cpu") if cfg.offload_params else mesh.device
+    return offload.offload(optimizer, cfg.offload, offload_folder(cfg, mesh) / "state", device)
 
 
 DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -118,18 +137,24 @@ DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 def data_parallel(
     cfg: Config, options: dict, mesh: Mesh, tp_shards: dict[str, Shard]
 ) -> DataParallel:
-    """How ranks share the work, see parallel/protocol.py; each file is imported only if used.
+    """How replicas share the work, see parallel/protocol.py.
 
-    options: of the outer step or the compression, see run/options.py.
-    tp_shards: of the parameters that tensor parallelism has divided, see parallel/tensor.py.
+    options: arguments of the outer step or of the compression, see run/options.py.
+    tp_shards: name -> shard, for each parameter that tensor parallelism divides.
+    Raises ValueError for a compression without a second replica.
     """
-    group, device = mesh.groups["replicas"], mesh.device
-    folder, dtype = offload_folder(cfg, mesh) / "weights", DTYPES[cfg.reduce_dtype]
+    group = mesh.groups["dp_cp"]
+    device = mesh.device
+    folder = offload_folder(cfg, mesh) / "weights"
+    reduce_dtype = DTYPES[cfg.reduce_dtype]
+
+    # Each file is imported only where it is used: a plain run reads none of the others.
     if cfg.diloco_every is not None:
         from parallel.diloco import DiLoCo
 
         return DiLoCo(group, device, cfg.diloco_every, bucket_mb=cfg.bucket_mb, **options)
     if cfg.compress is not None:
+        # DDP, with another reduction of its buckets.
         from parallel import compression
 
         if group is None:
@@ -149,7 +174,7 @@ def data_parallel(
             device,
             cfg.fsdp_shard,
             cfg.reshard,
-            dtype,
+            reduce_dtype,
             DTYPES[cfg.param_dtype],
             cfg.offload_params,
             folder,
@@ -158,35 +183,63 @@ def data_parallel(
         )
     from parallel.zero import ZeRO
 
+    # zero1, zero2 or zero3: the stage is the last digit.
+    zero_stage = int(cfg.data_parallel[-1])
+    # The first and the last stage of a pipeline both hold a tied embedding.
+    pinned = ("embed.weight",) if cfg.pp > 1 else ()
     return ZeRO(
         group,
         device,
-        int(cfg.data_parallel[-1]),
+        zero_stage,
         cfg.bucket_mb,
-        dtype,
+        reduce_dtype,
         cfg.offload_params,
         folder,
-        pinned=("embed.weight",) * (cfg.pp > 1),
+        pinned=pinned,
     )
 
 
-def products(
+def set_loss(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> None:
+    """Adds to the model's loss what the settings ask for: z-loss, and counted n-grams of the text.
+
+    Raises ValueError for n-grams that cannot be counted.
+    """
+    if cfg.z_loss is not None:
+        model.loss_fn = functools.partial(model.loss_fn, z_loss=cfg.z_loss)
+    if cfg.ngram is not None:
+        add_ngrams(cfg, model, text)
+
+
+def add_ngrams(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> None:
+    from layers.ngram import LIMIT, NGrams
+
+    try:
+        # NGrams refuses a text above the limit by its length alone: it need not be read.
+        tokens = text if len(text) > LIMIT else text.slice(0, len(text))
+        NGrams(tokens, cfg.ngram, cfg.vocab_size).add_to(model)
+    except ValueError as error:
+        raise ValueError(f"--ngram={cfg.ngram} is not possible: {error}") from None
+
+
+def convert_linears(
     cfg: Config,
     options: dict,
     model: torch.nn.Module,
     device: torch.device,
     text: dataset.Tokens,
 ):
-    """Replaces the model's products where there are better ones, adds z-loss and counted n-grams of
-    the text; returns FP8's state or None."""
-    if cfg.z_loss is not None:
-        model.loss_fn = functools.partial(model.loss_fn, z_loss=cfg.z_loss)
-    if cfg.ngram is not None:
-        add_ngrams(cfg, model, text)
+    """Gives the Linear layers faster matrix products where the device has some, and sets the loss.
+
+    options: arguments of precision/fp8.py; text: what n-grams are counted in. Returns FP8's state,
+    or None. Raises ValueError for n-grams that cannot be counted, and where FP8 cannot run.
+    """
+    set_loss(cfg, model, text)
     precision = amp.PRECISIONS[cfg.precision]
+    # torch.compile emits this operator by itself.
     if cfg.compile == "off" and onednn.faster(precision.products, device):
-        for layer in (module for module in model.modules() if hasattr(module, "matmul")):
-            layer.matmul = onednn.linear
+        for module in model.modules():
+            if hasattr(module, "matmul"):
+                module.matmul = onednn.linear
     if not precision.fp8_blocks:
         return None
     from precision import fp8
@@ -194,29 +247,23 @@ def products(
     return fp8.convert(model, device, **options)
 
 
-def add_ngrams(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> None:
-    from layers.ngram import LIMIT, NGrams
-
-    try:
-        # Too long a one is not even read
-        tokens = text if len(text) > LIMIT else text.slice(0, len(text))
-        NGrams(tokens, cfg.ngram, cfg.vocab_size).add_to(model)
-    except ValueError as error:
-        raise ValueError(f"--ngram={cfg.ngram} does not go: {error}") from None
-
-
-def compiled(
+def compile_model(
     cfg: Config, options: dict, model: torch.nn.Module, device: torch.device
 ) -> str | None:
-    """Compiles the blocks if asked to and possible; a sentence if it is not. Raises ValueError."""
+    """Compiles each block, or returns a sentence that says why this machine cannot.
+
+    options: arguments of torch.compile. Returns None where the blocks are compiled, or compile is
+    off. Raises ValueError for a bad argument.
+    """
     if cfg.compile == "off":
         return None
     from layers.compile import compile_blocks, lacking
 
-    why = lacking(device)
-    if why is None:
-        compile_blocks(model, cfg.compile, **options)
-    return why and f"compile={cfg.compile}: {why}; running uncompiled"
+    why_not = lacking(device)
+    if why_not is not None:
+        return f"compile={cfg.compile}: {why_not}; running uncompiled"
+    compile_blocks(model, cfg.compile, **options)
+    return None
 
 
 def loss_scaler(cfg: Config, options: dict) -> LossScaler | None:
@@ -226,13 +273,17 @@ def loss_scaler(cfg: Config, options: dict) -> LossScaler | None:
 
 
 def spike_monitor(
-    cfg: Config, options: dict, model: torch.nn.Module, optimizer, position, kept: list, disk
+    cfg: Config, options: dict, model: torch.nn.Module, optimizer, cursor, kept: list, disk
 ) -> monitor.SpikeMonitor:
-    """kept: what else a step changes. disk: the run's checkpoints, to go back to."""
+    """The monitor that answers jumps of loss and gradient.
+
+    options: its --monitor.NAME settings; cursor: the position in the data; kept: other objects
+    that a step changes; disk: the run's checkpoints, for a rollback.
+    """
     return monitor.SpikeMonitor(
         model,
         optimizer,
-        position,
+        cursor,
         kept,
         cfg.on_spike,
         cfg.on_nonfinite,
@@ -242,40 +293,36 @@ def spike_monitor(
     )
 
 
-def stepper(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_class: type):
-    """(what makes the optimizer, the shards of the parameters of which it will have one): where
-    tensor parallelism has divided matrices, a method that looks at full ones gets them full. Raises
-    ValueError for bad options.
+def optimizer_factory(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_class: type):
+    """(a callable that makes the optimizer, the shards of its parameters by parameter).
+
+    Where tensor parallelism divides matrices, the callable wraps the class in an adapter, which
+    gathers full matrices for methods that need them. The dictionary of shards is filled when the
+    optimizer is made. Raises ValueError for options that this optimizer or layout cannot take.
     """
     group, needed = trial(cfg, optimizer_class)
-    # Schedule-Free, whose momentum says where its average lies
-    averages = param_groups.averages_weights(optimizer_class)
-    if cfg.momentum_warmup is not None and (averages or "momentum" not in group):
-        raise ValueError(
-            f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out"
-        )
-    if cfg.qk_clip is not None and averages:
-        raise ValueError(
-            f"--qk_clip scales weights, of which --optim={cfg.optim} keeps a second set; "
-            "type --optim=muon, or leave qk_clip out"
-        )
-    if needed:  # in other respects it is the class itself
+    refuse_momentum_options(cfg, optimizer_class, group)
+
+    # A class that cannot be made without lr or weight_decay gets them as defaults.
+    if needed:
         init = functools.partialmethod(optimizer_class.__init__, **needed)
         optimizer_class = type(optimizer_class.__name__, (optimizer_class,), {"__init__": init})
-    spread = cfg.data_parallel not in ("auto", "ddp") and mesh.groups["replicas"] is not None
-    if (
-        spread
-        or mesh.sizes["tp"] * mesh.sizes["pp"] > 1
-        or cfg.offload
-        or amp.PRECISIONS[cfg.precision].stochastic
-    ):
+
+    # All of these step parameters apart from each other, so no update may depend on another one.
+    is_sharded = cfg.data_parallel not in ("auto", "ddp") and mesh.groups["dp_cp"] is not None
+    is_model_parallel = mesh.sizes["tp"] * mesh.sizes["pp"] > 1
+    steps_in_chunks = cfg.offload or amp.PRECISIONS[cfg.precision].stochastic
+    if is_sharded or is_model_parallel or steps_in_chunks:
         refuse_coupled(optimizer_class, [{}], cfg.sub("opt"))
+
+    # FSDP has an adapter of its own, which knows the tensor parallel shards too.
     if not tp_shards or cfg.data_parallel == "fsdp":
         return optimizer_class, {}
     from parallel.adapter import Adapter
 
     shards = {}
 
+    # The replicas call it with their own groups of parameters, which train.py does not see.
     def make(groups: list[dict], **arguments) -> torch.optim.Optimizer:
         adapter = Adapter(
             optimizer_class, groups, tp_shards=tp_shards, tp_group=mesh.groups["tp"], **arguments
@@ -284,3 +331,21 @@ def stepper(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_clas
         return adapter.optimizer
 
     return make, shards
+
+
+def refuse_momentum_options(cfg: Config, optimizer_class: type, group: dict) -> None:
+    """Raises ValueError for momentum_warmup or qk_clip with an optimizer that cannot take them.
+
+    group: a group of parameters as this optimizer fills it.
+    """
+    # Schedule-Free's momentum says where its average lies: it must not change during the run.
+    averages = param_groups.averages_weights(optimizer_class)
+    if cfg.momentum_warmup is not None and (averages or "momentum" not in group):
+        raise ValueError(
+            f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out"
+        )
+    if cfg.qk_clip is not None and averages:
+        raise ValueError(
+            f"--qk_clip scales weights, and --optim={cfg.optim} keeps a second set of them; "
+            "type --optim=muon, or leave qk_clip out"
+        )

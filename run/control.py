@@ -1,4 +1,4 @@
-"""Who may write into a run's folder, and how a run is asked to stop."""
+"""The lock on a run's folder, the signals that stop a run, and how a rank leaves."""
 
 import os
 import shutil
@@ -16,8 +16,10 @@ from checkpoint.save import FOLDER
 def leave(mesh, lock: "RunLock | None", rank_log, made_group: bool, offloads: bool) -> None:
     """The end of a run on this rank, after all ranks have come here.
 
-    Files of offloaded state are of no use to a later run: they go.
+    made_group: this run started the process group. offloads: state lies in files, which a later run
+    cannot use; they are removed.
     """
+    # No rank removes a file that another one still reads.
     mesh.agree(0)
     if lock is not None and offloads:
         shutil.rmtree(lock.out_dir / "offload", ignore_errors=True)
@@ -29,8 +31,8 @@ def leave(mesh, lock: "RunLock | None", rank_log, made_group: bool, offloads: bo
 
 
 def set_aside(out_dir: Path) -> None:
-    """Moves whatever a run left in out_dir to the first free out_dir/earlier-N; nothing is
-    deleted."""
+    """Moves what a run left in out_dir to the first free out_dir/earlier-N; deletes nothing."""
+    # What a run writes. Files of the user stay where they are.
     names = (
         "metrics.jsonl",
         "train.log",
@@ -43,20 +45,22 @@ def set_aside(out_dir: Path) -> None:
         "best",
     )
     left = [p for p in out_dir.iterdir() if p.name in names or FOLDER.fullmatch(p.name)]
-    if left:
-        number = 1
-        while (out_dir / f"earlier-{number}").exists():
-            number += 1
-        (out_dir / f"earlier-{number}").mkdir()
-        for path in left:
-            path.rename(out_dir / f"earlier-{number}" / path.name)
+    if not left:
+        return
+    number = 1
+    while (out_dir / f"earlier-{number}").exists():
+        number += 1
+    aside = out_dir / f"earlier-{number}"
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
 
 
 class RunLock:
-    """Only one run writes to OUT_DIR; rank 0 holds this for all. The system drops it when its
-    holder dies.
+    """A lock on out_dir, so that one run alone writes there. Rank 0 holds it for all ranks.
 
-    Raises ValueError, naming the holder.
+    The system drops it when its holder dies. Raises ValueError, naming the holder, where another
+    run has it.
     """
 
     def __init__(self, out_dir: str | Path):
@@ -70,14 +74,15 @@ class RunLock:
             if os.name == "nt":
                 import msvcrt
 
-                # Windows forbids reading locked bytes: lock one far behind the text
+                # Windows forbids reading locked bytes: lock one far behind the text.
                 self._file.seek(1 << 30)
                 msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file = weakref.ref(self._file)  # a forked child must not hold it too
+                # A forked child, such as a worker, must not hold it too.
+                file = weakref.ref(self._file)
                 os.register_at_fork(after_in_child=lambda: file() is None or file().close())
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
@@ -86,6 +91,7 @@ class RunLock:
             raise ValueError(
                 f"{out_dir} is in use by {holder}; stop it or take another out_dir"
             ) from None
+        # The text names the holder, for the message of whoever comes next.
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -95,24 +101,31 @@ class RunLock:
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C or a closed terminal (SIGHUP, unless nohup has it ignored): `asked` here,
-    `agreed` once all ranks know, at one step. A second one is not held back."""
+    """SIGTERM, Ctrl-C or a closed terminal (SIGHUP, unless nohup has it ignored).
+
+    requested: this rank has had a signal; agreed: all ranks know, and stop at the same step. A
+    second signal ends the process at once.
+    """
 
     def __init__(self):
-        self.asked, self.agreed, self.before = False, False, {}
+        self.requested = False
+        self.agreed = False
+        self.before = {}  # signal -> the handler it had
+        # Python lets the main thread alone set handlers.
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGTERM, signal.SIGINT]
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 numbers.append(signal.SIGHUP)
-            self.before = {number: signal.signal(number, self.ask) for number in numbers}
+            self.before = {number: signal.signal(number, self.request) for number in numbers}
 
-    def ask(self, number: int, frame) -> None:
-        self.asked = True
+    def request(self, number: int, frame) -> None:
+        self.requested = True
+        # The old handler comes back, so that a second signal has its usual effect.
         signal.signal(number, self.before[number])
 
     def heard(self, mesh) -> bool:
-        """Has any rank been asked? All ranks call it together and agree; a long evaluation does."""
-        self.agreed = self.agreed or mesh.sum(self.asked)[0] > 0
+        """Has any rank had a signal? All ranks call it together and get the same answer."""
+        self.agreed = self.agreed or mesh.sum(self.requested)[0] > 0
         return self.agreed
 
     def close(self) -> None:

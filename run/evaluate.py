@@ -1,7 +1,7 @@
-"""The losses over held-out rows: always the same ones, evenly spread, each replica taking a part.
+"""The losses over held-out samples: always the same ones, evenly spaced, shared out to replicas.
 
-val_loss is over all tokens. val_bpb is over text alone: a token without bytes of its own (a special
-one such as <|endoftext|>, an id beyond the tokenizer's) is left out on both sides,
+val_loss counts all tokens. val_bpb counts text alone: a token without bytes of its own (a special
+token such as <|endoftext|>, an id beyond the tokenizer's) is left out on both sides,
 
     val_bpb = sum of -log2 p(token) over the tokens with bytes / sum of their bytes
 """
@@ -24,14 +24,16 @@ def batches_of(
 ) -> list[list[int]]:
     """This replica's sample ids, in micro-batches.
 
-    Every rank has as many of them, for a forward may be a collective: the last one may be smaller,
-    or empty.
+    All ranks have the same number of micro-batches, for a forward may be a collective. The last one
+    may be smaller, or empty.
     """
     dp = mesh.sizes["dp"]
     count = max(1, min(tokens // dataset.block_size, dataset.per_epoch))
-    mine = range(mesh.coords["dp"], count, dp)
-    ids = [i if first else i * dataset.per_epoch // count for i in mine]
-    most = -(-count // dp)  # samples of a replica
+    ids = list(range(mesh.coords["dp"], count, dp))
+    if not first:
+        # Evenly spaced over the dataset.
+        ids = [i * dataset.per_epoch // count for i in ids]
+    most = -(-count // dp)  # samples of the replica that has most
     return [ids[i : i + micro_batch_size] for i in range(0, most, micro_batch_size)]
 
 
@@ -48,20 +50,21 @@ def evaluate(
 ) -> dict[str, float | None] | None:
     """val_loss, val_bpb, val_accuracy and perplexity over about `tokens` tokens of the dataset.
 
-    The same on all ranks. val_loss is in nats a token, val_bpb in bits a byte, None where nobody
-    knows the bytes. first: the first samples, instead of some spread over the dataset. stopped(),
-    the same on all ranks, is asked now and then, for an evaluation may take longer than whoever
-    stops a run is willing to wait: then None is returned.
+    The numbers are the same on all ranks. val_loss is in nats a token. val_bpb is in bits a byte,
+    and None where nobody knows the bytes. first: the first samples, instead of evenly spaced ones.
+    stopped: called now and then, returns the same on all ranks; once it is true the evaluation ends
+    and returns None. A long evaluation must not outlast the patience of who stops the run.
     """
     model = micro_batches.model
     batches = batches_of(tokens, micro_batch_size, dataset, mesh, first)
     token_bytes = tokenizer.byte_lengths(model.config.vocab_size)  # id -> bytes
-    # Loss, right guesses, tokens, bytes, and the loss of tokens without bytes.
+    # The loss, correct tokens, all tokens, bytes, and the loss of tokens without bytes.
     sums = torch.zeros(5, dtype=torch.float64)
 
     def on_loss(i: int, loss: torch.Tensor, targets: torch.Tensor) -> None:
+        # An empty micro-batch ran sample 0 as padding. The tp ranks see the same: one counts.
         is_padding = not batches[i]
-        if is_padding or mesh.coords["tp"] > 0:  # the other tp ranks see the same
+        if is_padding or mesh.coords["tp"] > 0:
             return
         n_bytes = 0
         if token_bytes is not None:
@@ -70,7 +73,8 @@ def evaluate(
         sums.add_(torch.tensor(seen, dtype=sums.dtype))
 
     model.eval()
-    at_once = 8 * mesh.sizes["pp"]  # soon enough asked again, enough to fill a pipeline
+    # Few enough to notice a stop soon, enough to fill a pipeline.
+    at_once = 8 * mesh.sizes["pp"]
     is_stopped = False
     with loss_without_bytes(model, token_bytes) as silent:
         for start in range(0, len(batches), at_once):
@@ -82,9 +86,11 @@ def evaluate(
     model.train()
     if is_stopped:
         return None
-    loss, n_correct, n_tokens, n_bytes, without = mesh.sum(*sums.tolist())
+
+    # The sums of all replicas, on every rank.
+    loss, n_correct, n_tokens, n_bytes, silent_loss = mesh.sum(*sums.tolist())
     val_loss = loss / n_tokens
-    bits = (loss - without) / math.log(2)
+    bits = (loss - silent_loss) / math.log(2)
     return {
         "val_loss": val_loss,
         "val_bpb": bits / n_bytes if n_bytes else None,
@@ -95,12 +101,13 @@ def evaluate(
 
 @contextlib.contextmanager
 def loss_without_bytes(model: torch.nn.Module, widths):
-    """A list of one number: of the newest forward, the loss of the targets whose width is 0.
+    """Yields a list of one number: the newest forward's loss of the targets whose width is 0.
 
-    Each tp rank has the same targets, so the second call of `model.loss_fn` may be a collective
-    too.
+    widths: (V,) bytes of each token id, or None. All tp ranks have the same targets, so the second
+    call of `model.loss_fn` may be a collective too.
     """
-    plain, silent = model.loss_fn, [0.0]
+    plain = model.loss_fn
+    silent = [0.0]
     has_none = torch.zeros(0, dtype=torch.bool)
     if widths is not None:
         has_none = torch.from_numpy(widths == 0)
@@ -112,6 +119,7 @@ def loss_without_bytes(model: torch.nn.Module, widths):
             silent[0] = float(plain(logits[which][None], targets[which][None], False)[0])
         return plain(logits, targets, *more)
 
+    # Where each token has bytes, the model keeps its own loss.
     if has_none.any():
         model.loss_fn = loss_fn
     try:
@@ -121,10 +129,9 @@ def loss_without_bytes(model: torch.nn.Module, widths):
 
 
 def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int) -> str:
-    """What the model writes after a line break: n tokens as text.
+    """What the model writes after a line break, or after token 0 if it has none: n tokens as text.
 
-    After token 0 where the model has no line break. All ranks call it together, for a forward may
-    be a collective.
+    All ranks call it together, for a forward may be a collective.
     """
     model = micro_batches.model.eval()
     prompt = torch.from_numpy(tokenizer.encode("\n")).to(micro_batches.device)[None]

@@ -20,9 +20,10 @@ from precision import amp
 class MicroBatches:
     """What one rank computes of a batch.
 
-    model: this rank's part; replicas: its data-parallel layout; pipe: its place in a pipeline, or
-    None; position_ids: (T,) the places in a sequence whose tokens this rank has; hidden: (width,
-    dtype, divisor of the length in training) of what the stages of a pipeline send each other.
+    model: this rank's stage and shards; replicas: its data-parallel layout; pipe: its stage of a
+    pipeline, or None; position_ids: (T,) the positions in a sequence whose tokens this rank has;
+    hidden: (width, dtype, divisor of the length in training) of the hidden states that the stages
+    of a pipeline send each other.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class MicroBatches:
     def forward(self, sample_ids, dataset: Dataset, layers=None, x: Tensor | None = None):
         """The sum of the token losses of these samples, and their targets (B, T).
 
-        In a pipeline: through these layers alone. x: the hidden states of the stage before. Then
-        hidden states come back in place of the loss, but from the last stage.
+        In a pipeline: through these layers alone, from x, the hidden states (B, T, C) of the stage
+        before. All stages but the last return hidden states in place of the loss.
         """
         tokens = dataset(sample_ids)  # (B, T+1) int64
         if self.device.type == "cuda":
@@ -65,6 +66,7 @@ class MicroBatches:
 
     def hidden_like(self, n: int, length: int) -> tuple:
         """Shape, dtype and device of the hidden states of n sequences between two stages."""
+        # In training sequence parallelism shares out the tokens between the stages.
         width, dtype, divisor = self.hidden
         if self.model.training:
             length //= divisor
@@ -82,6 +84,8 @@ class MicroBatches:
 
         if self.pipe is not None:
             return sum(self.through_pipeline(batches, forward, scale))
+
+        # The plain loop. The layout learns which backward is the last: that one starts to send.
         total = 0.0
         for i in range(len(batches)):
             self.replicas.last_micro_batch(i + 1 == len(batches))
@@ -110,6 +114,7 @@ class MicroBatches:
             forward(i)
 
     def through_pipeline(self, batches: list, forward: Callable, scale: float | None) -> list:
+        # A stage must know the shape of what it receives before it arrives.
         like = [self.hidden_like(len(ids), len(self.position_ids)) for ids in batches]
         before_backward = self.replicas.last_micro_batch
         return self.pipe.run(len(batches), forward, like.__getitem__, scale, before_backward)

@@ -1,4 +1,4 @@
-"""The class that --optim= names, and what it needs to be made."""
+"""The optimizer class that --optim= names, and the arguments its constructor needs."""
 
 import importlib
 import pkgutil
@@ -12,32 +12,29 @@ from settings.fields import Config
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The class for `file` (its own first one, or the one it imports) or `file.Class` in optim/.
-    Raises ValueError with the nearest name, or with what the file lacks."""
+    """The class that `file` or `file.Class` names in optim/.
+
+    `file` alone means the first class that is defined there, else the one that is imported there.
+    Raises ValueError with the nearest name, or with what the file lacks.
+    """
     file, dot, wanted = name.partition(".")
-    others = ("attributes", "param_groups", "mup", "qk_clip")  # what stands beside the optimizers
-    files = [m.name for m in pkgutil.iter_modules(optim.__path__) if m.name not in others]
+    # Modules of optim/ that hold no optimizer.
+    helpers = ("attributes", "param_groups", "mup", "qk_clip")
+    files = [m.name for m in pkgutil.iter_modules(optim.__path__) if m.name not in helpers]
     if file not in files:
         raise ValueError(
             f"--optim={name}: there is no such file in optim/; {checks.nearest(file, files)}"
         )
     where = f"--optim={name}: optim/{file}.py"
-    try:
-        module = vars(importlib.import_module(f"optim.{file}"))
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{where} imports {error.name}, which is not installed; type pip install "
-            f"{error.name}, or take another optimizer"
-        ) from None
-    except Exception as error:  # whatever a file can raise
-        raise ValueError(
-            f"{where} cannot be imported: {said(error)}; python -m optim.{file} shows "
-            "the line, or take another optimizer"
-        ) from None
-    base = torch.optim.Optimizer
-    classes = {n: c for n, c in module.items() if isinstance(c, type) and c is not base}
-    found = {n: c for n, c in classes.items() if issubclass(c, base)}
-    own = {n: c for n, c in found.items() if c.__module__ == module["__name__"]}
+    module = import_file(file, where)
+
+    # The optimizers that the file defines or imports; its own ones come first.
+    found = {}
+    for class_name, member in module.items():
+        is_optimizer = isinstance(member, type) and issubclass(member, torch.optim.Optimizer)
+        if is_optimizer and member is not torch.optim.Optimizer:
+            found[class_name] = member
+    own = [c for c in found.values() if c.__module__ == module["__name__"]]
     if not found:
         raise ValueError(
             f"{where} has no optimizer; define or import a class there that is "
@@ -51,31 +48,56 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
             f"{where} imports {', '.join(found)}; type one, such as --optim={file}."
             f"{next(iter(found))}"
         )
-    return found[wanted] if wanted else [*own.values(), *found.values()][0]
+    if wanted:
+        return found[wanted]
+    return [*own, *found.values()][0]
 
 
-def said(error: Exception) -> str:
-    """An error in a line."""
+def import_file(file: str, where: str) -> dict:
+    """The names of the module optim.`file`. where: how its errors begin. Raises ValueError."""
+    try:
+        return vars(importlib.import_module(f"optim.{file}"))
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{where} imports {error.name}, which is not installed; type pip install "
+            f"{error.name}, or take another optimizer"
+        ) from None
+    except Exception as error:  # whatever a file can raise
+        raise ValueError(
+            f"{where} cannot be imported: {in_a_line(error)}; python -m optim.{file} shows "
+            "the line, or take another optimizer"
+        ) from None
+
+
+def in_a_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def trial(cfg: Config, optimizer_class: type) -> tuple[dict, dict]:
-    """What a group of such an optimizer holds, and which of lr and weight_decay its constructor
-    cannot do without. Only making one shows it: signatures hide things behind **options and
-    sentinels. --opt.* has been checked. Raises ValueError where it cannot be made."""
+    """(a group of such an optimizer, the arguments its constructor cannot do without).
+
+    The arguments are among lr and weight_decay. Only making one shows what is needed: signatures
+    hide arguments behind **options and sentinels. Expects checked --opt.NAME. Raises ValueError
+    where no optimizer can be made.
+    """
     param_groups.without_compiler()
     options = cfg.sub("opt")
     lr = {"lr": 1e-3 if cfg.lr is None else cfg.lr}
-    decay, why = {"weight_decay": cfg.weight_decay or 0.0}, None
+    decay = {"weight_decay": cfg.weight_decay or 0.0}
+
+    # Fewest arguments first, so that what succeeds is what is needed.
+    first_error = None
     for needed in ({}, lr, decay, lr | decay):
         try:
             made = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **needed, **options)
             return made.param_groups[0], needed
         except Exception as error:  # whatever a constructor can raise
-            why = why or error
-    if isinstance(why, ValueError):
-        raise ValueError(" ".join(str(why).split())) from None
+            first_error = first_error or error
+
+    # A ValueError of the optimizer is a sentence for the user already.
+    if isinstance(first_error, ValueError):
+        raise ValueError(" ".join(str(first_error).split())) from None
     raise ValueError(
-        f"--opt.*: {optimizer_class.__name__} cannot take {options}: {said(why)}; "
+        f"--opt.*: {optimizer_class.__name__} cannot take {options}: {in_a_line(first_error)}; "
         "--lr= and --opt.NAME= give it arguments"
     )

@@ -1,7 +1,7 @@
 """Dotted fields (--opt.NAME=, --monitor.NAME=, ...), checked once, before anything is built.
 
-Each namespace belongs to what another field selected: a class or a function whose signature says
-what there is. Files are imported only if a field is theirs.
+Each namespace belongs to a class or a function that another field selects. Its signature says which
+names there are. A file is imported only if one of its fields is given.
 """
 
 import schedules
@@ -12,9 +12,11 @@ from settings.fields import NAMESPACES, Config
 
 
 def resolve_options(cfg: Config, optimizer_class: type) -> dict[str, dict]:
-    """Namespace -> keyword arguments for what it belongs to; {} where nothing was given. `auto`
-    fields may still be open. Raises ValueError for a name or a kind of value that it does not take,
-    and for what has nothing to do in this run."""
+    """Namespace -> keyword arguments for its owner; {} where nothing was given.
+
+    `auto` fields may still be open. Raises ValueError for a name or a kind of value that the owner
+    does not take, and for an argument that has nothing to do in this run.
+    """
     options = {namespace: {} for namespace in NAMESPACES}
     for namespace in NAMESPACES:
         if cfg.sub(namespace):
@@ -25,7 +27,7 @@ def resolve_options(cfg: Config, optimizer_class: type) -> dict[str, dict]:
 
 
 def owner(cfg: Config, namespace: str, optimizer_class: type) -> tuple:
-    """(what a namespace belongs to, the arguments of it that come from elsewhere)"""
+    """(the class or function of a namespace, its arguments that come from elsewhere)."""
     if namespace == "opt":
         return optimizer_class, ("params", "lr", "weight_decay")
     if namespace == "schedule":
@@ -54,20 +56,28 @@ def owner(cfg: Config, namespace: str, optimizer_class: type) -> tuple:
 
 
 def check_monitor(cfg: Config, options: dict) -> None:
-    """Raises ValueError for a number of the spike monitor out of its range, or without a use."""
+    """Raises ValueError for a setting of the spike monitor out of its range, or without a use."""
     policies = {cfg.on_spike, cfg.on_nonfinite}
-    needs = dict(
-        clip="clip", cut="lr_cut", ring="rollback", ring_every="rollback", rollbacks="rollback"
-    )
+    # Setting -> the policy that alone reads it.
+    needs = {
+        "clip": "clip",
+        "cut": "lr_cut",
+        "ring": "rollback",
+        "ring_every": "rollback",
+        "rollbacks": "rollback",
+    }
     for name in options:
         if needs.get(name) not in {None, *policies}:
             raise ValueError(f"--monitor.{name} has nothing to do without --on_spike={needs[name]}")
     if options and policies == {None}:
         raise ValueError("--monitor.* has nothing to do with on_spike and on_nonfinite both none")
+
+    # A rollback needs states in memory or checkpoints on disk.
     never_saves = not (cfg.save_every or cfg.save_hours)
     if "rollback" in policies and options.get("ring") == 0 and never_saves:
         raise ValueError(
-            "--monitor.ring=0 goes back to checkpoints, of which save_every=0 makes none; type "
+            "--monitor.ring=0 goes back to checkpoints, and save_every=0 makes none; type "
             "--save_every=100, or leave --monitor.ring out"
         )
+    # The dataclass checks the ranges.
     MonitorConfig(**options)

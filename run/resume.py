@@ -1,9 +1,9 @@
-"""Which run lives in out_dir, where and with which settings a new command goes on.
+"""Where a new command resumes: which checkpoint, and with which settings.
 
-resume=auto     out_dir's newest whole checkpoint; none: a fresh start
+resume=auto     out_dir's newest whole checkpoint; a fresh start where there is none
 resume=never    a fresh start; what out_dir held moves to out_dir/earlier-N
 resume=PATH     a branch from that run's newest checkpoint, or from that checkpoint, into an
-                out_dir of its own; the same command again goes on with the branch
+                out_dir of its own; the same command again resumes the branch
 """
 
 import os
@@ -21,47 +21,68 @@ from settings import checks, parse
 from settings.fields import CHOSEN, FIELDS, LAYOUTS, Config, flag, update
 
 
-def find(out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]):
-    """(the checkpoint to go on from or None, whether it is out_dir's own). Changes nothing on disk.
+# ---- which checkpoint ----------------------------------------------------------------------------
+def find(
+    out_dir: Path, resume: str, is_main: bool, agree: Callable[[int], int]
+) -> tuple[Checkpoint | None, bool]:
+    """(the checkpoint to resume from or None, whether it is out_dir's own). Changes no file.
 
-    Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all. Raises
+    Rank 0 (is_main) reads every byte and decides; `agree` gives its numbers to all ranks. Raises
     ValueError where out_dir has checkpoints but none is whole, where there is nothing at the path
     to resume from, and where a branch would overwrite another run.
     """
-    branch, found, in_place = resume not in ("auto", "never"), None, True
+    found = None
+    same_run = True
     if is_main and resume != "never":
-        found = newest(out_dir)
-        if found is None and any(FOLDER.fullmatch(p.name) for p in out_dir.iterdir()):
-            raise ValueError(
-                f"no checkpoint in {out_dir} is whole; type --resume=never to start anew"
-            )
-        if branch and not (found and any(same_place(was, resume) for was in of_branch(found))):
-            found, in_place = parent(out_dir, resume, found), False
-    exists, in_place, step = (
-        agree(found is not None),
-        agree(in_place),
-        agree(found.step if found else 0),
-    )
-    old = agree(found is not None and found.path.name.startswith(".old-"))
-    itself = agree(found is not None and not in_place and found.path == Path(resume))  # by any name
+        found, same_run = find_on_main(out_dir, resume)
+
+    # Numbers alone travel between the ranks. Each rank opens the folder that they describe.
+    exists = agree(found is not None)
+    same_run = bool(agree(same_run))
+    step = agree(found.step if found else 0)
+    is_old = agree(found is not None and found.path.name.startswith(".old-"))
+    # --resume= may name the checkpoint itself, by any name that its folder has there.
+    names_checkpoint = agree(found is not None and not same_run and found.path == Path(resume))
     if exists and not is_main:
-        inside = (out_dir if in_place else Path(resume)) / f"{'.old-' * old}step-{step:08d}"
-        found = load(Path(resume) if itself else inside, verify=False)
-    return found, bool(in_place)
+        path = Path(resume)
+        if not names_checkpoint:
+            run_dir = out_dir if same_run else path
+            prefix = ".old-" if is_old else ""
+            path = run_dir / f"{prefix}step-{step:08d}"
+        found = load(path, verify=False)
+    return found, same_run
 
 
-def parent(out_dir: Path, resume: str, own: Checkpoint | None) -> Checkpoint:
-    """What a new branch starts from. own: what out_dir has already. Raises ValueError."""
+def find_on_main(out_dir: Path, resume: str) -> tuple[Checkpoint | None, bool]:
+    """What `find` returns, for a resume that is not `never`; rank 0 alone calls it."""
+    own = newest(out_dir)
+    if own is None and any(FOLDER.fullmatch(path.name) for path in out_dir.iterdir()):
+        raise ValueError(f"no checkpoint in {out_dir} is whole; type --resume=never to start anew")
+    if resume == "auto":
+        return own, True
+    # The command that began a branch, typed again, resumes the branch.
+    if own is not None and any(same_place(was, resume) for was in branched_from(own)):
+        return own, True
+    return start_of_branch(out_dir, resume, own), False
+
+
+def start_of_branch(out_dir: Path, resume: str, own: Checkpoint | None) -> Checkpoint:
+    """The checkpoint that a new branch starts from.
+
+    own: the newest checkpoint in out_dir. Raises ValueError where out_dir holds a run, and where
+    the path to resume from holds no state of an optimizer.
+    """
     place = Path(resume).resolve()
     if own is not None and Path(out_dir).resolve() in (place, place.parent):
         raise ValueError(
-            f"{resume} is of the run in {out_dir} itself: --resume=auto goes on with its "
+            f"{resume} is of the run in {out_dir} itself: --resume=auto resumes its "
             "newest checkpoint, a branch needs an --out_dir of its own"
         )
-    found = resolve(resume)  # whether it can be resumed at all comes first
+    # A path with nothing to resume is the first mistake to tell.
+    found = resolve(resume)
     if own is not None:
-        was = of_branch(own)
-        where = f" (a branch: {flag('resume', was[-1])} goes on with it)" if was else ""
+        was = branched_from(own)
+        where = f" (a branch: {flag('resume', was[-1])} resumes it)" if was else ""
         raise ValueError(
             f"{out_dir} holds another run{where}; a branch needs an --out_dir of its own"
         )
@@ -70,24 +91,20 @@ def parent(out_dir: Path, resume: str, own: Checkpoint | None) -> Checkpoint:
     return found
 
 
-def of_branch(saved: Checkpoint) -> list[str]:
-    """Where the run of this checkpoint branched off: the path as it was typed, and from any
-    folder."""
-    typed, home = str(saved.tree("config/resume")), str(saved.tree("config/cwd", missing=""))
-    return [] if typed in ("auto", "never") else [typed, os.path.join(home, typed)]
+def branched_from(saved: Checkpoint) -> list[str]:
+    """The path that this checkpoint's run branched off from: as it was typed, and from any folder.
+
+    Empty where the run is no branch.
+    """
+    typed = str(saved.tree("config/resume"))
+    home = str(saved.tree("config/cwd", missing=""))
+    if typed in ("auto", "never"):
+        return []
+    return [typed, os.path.join(home, typed)]
 
 
 def same_place(a: str, b: str) -> bool:
     return Path(a).resolve() == Path(b).resolve()
-
-
-def with_saved_settings(cfg: Config, resumed_from: Checkpoint | None, same_run: bool) -> Config:
-    """cfg, with the earlier run's settings where it leaves them open. Raises ValueError."""
-    if resumed_from is None:
-        return cfg
-    saved = resumed_from.tree("config")
-    new = continued(cfg, saved, branch=cfg.resume != "auto")
-    return update(new, resume=saved["resume"]) if same_run else new
 
 
 def report_finished(cfg: Config, step: int, same_run: bool, is_main: bool) -> None:
@@ -117,60 +134,114 @@ def check_same_data(
         )
 
 
+# ---- with which settings -------------------------------------------------------------------------
+def with_saved_settings(cfg: Config, resumed_from: Checkpoint | None, same_run: bool) -> Config:
+    """cfg, with the earlier run's settings where it leaves them open. Raises ValueError."""
+    if resumed_from is None:
+        return cfg
+    saved = resumed_from.tree("config")
+    new = continued(cfg, saved, branch=cfg.resume != "auto")
+    if same_run:
+        # A branch that is resumed with auto still knows where it branched off.
+        new = update(new, resume=saved["resume"])
+    return new
+
+
 def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     """cfg as the continuation of the run whose resolved settings are `saved`.
 
     What cfg leaves open (none or auto by default; in a branch everything not given) is taken from
     the saved run. Raises ValueError naming a field that differs and must not.
     """
-    old, values, home = parse.from_dict(saved), {}, str(saved.get("cwd") or "")
-    if not is_there(old.data) and is_there(there := seen_from(home, old.data)):
-        if cfg.data == old.data:  # the run began in another folder
-            cfg = update(cfg, data=there)
-        old = update(old, data=there)
+    old = parse.from_dict(saved)
+    home = str(saved.get("cwd") or "")
+    cfg, old = with_found_data(cfg, old, home)
+
+    # A value that no run can have is the first mistake to tell.
     for name in cfg.given & FIELDS.keys():
         if getattr(cfg, name) != getattr(old, name):
-            possible(cfg, name)
-    for name, f in FIELDS.items():
-        new, was, change = getattr(cfg, name), getattr(old, name), f.metadata["change"]
-        left_open = new == "auto" or (new is None and name in CHOSEN)
-        allowed = change == "may_change" or (branch and change == "on_branch")
-        if change == "per_run":
-            continue
-        if (branch and name not in cfg.given) or (
-            left_open and not (allowed and name in cfg.given)
-        ):
-            values[name] = was
-        elif new != was and not allowed and not may_be_the_same(name, was, new, home):
-            raise ValueError(mismatch(cfg, name, was, new, branch))
-    if branch and "lr" in cfg.given:  # the other kinds' lr were chosen with the old one
-        values |= {n: None for n in ("embed_lr", "head_lr", "scalar_lr") if n not in cfg.given}
-    if branch and "warmup_frac" in cfg.given and "warmup_steps" not in cfg.given:
-        values["warmup_steps"] = None
+            check_possible(cfg, name)
+    values = saved_values(cfg, old, home, branch)
+    if branch:
+        values |= values_chosen_anew(cfg)
     options = dict(cfg.options)
-    if branch:  # another schedule or compression brings its own options, the others stay
-        options = {
-            k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given
-        } | options
-        if "data_parallel" in cfg.given:  # another layout, its own options too
-            own = LAYOUTS.keys() - cfg.given - {"diloco_every"}
-            values |= {name: FIELDS[name].default for name in own}
-    # The same step in another kernel
-    for name in sorted((old.options | options).keys() - {"opt.fused"}):
-        if name.startswith(("opt.", "diloco.", "fp8.")) and options.get(name) != old.options.get(
-            name
-        ):
-            raise ValueError(mismatch(cfg, name, old.options.get(name), options.get(name), branch))
+    if branch:
+        # Another schedule or compression brings its own options; those of all others stay.
+        kept = {k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given}
+        options = kept | options
+    check_same_options(cfg, old.options, options, branch)
     new = update(cfg, **values, options=options)
-    new.earlier = old.given - {name for name, value in values.items() if value is None}
+    chosen_anew = {name for name, value in values.items() if value is None}
+    new.given_earlier = old.given - chosen_anew
     return checks.check(new)
 
 
-def possible(cfg: Config, name: str) -> None:
-    """Raises ValueError for a value that no run could have: that comes before what this run has."""
+def with_found_data(cfg: Config, old: Config, home: str) -> tuple[Config, Config]:
+    """Both configs, with a path to the data that leads there from the present folder.
+
+    home: the folder where the old run began.
+    """
+    there = seen_from(home, old.data)
+    if is_there(old.data) or not is_there(there):
+        return cfg, old
+    if cfg.data == old.data:
+        cfg = update(cfg, data=there)
+    return cfg, update(old, data=there)
+
+
+def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
+    """Field -> value, for the fields that the old run decides.
+
+    Raises ValueError for a field that differs and must not.
+    """
+    values = {}
+    for name, f in FIELDS.items():
+        new = getattr(cfg, name)
+        was = getattr(old, name)
+        change = f.metadata["change"]
+        if change == "per_run":
+            continue
+        is_given = name in cfg.given
+        may_change = change == "may_change" or (branch and change == "on_branch")
+        is_open = new == "auto" or (new is None and name in CHOSEN)
+        # `auto` and `none` that were typed count where the field may change: chosen anew.
+        if (branch and not is_given) or (is_open and not (may_change and is_given)):
+            values[name] = was
+        elif new != was and not may_change and not may_be_the_same(name, was, new, home):
+            raise ValueError(mismatch(cfg, name, was, new, branch))
+    return values
+
+
+def values_chosen_anew(cfg: Config) -> dict:
+    """Field -> default, for the fields of a branch that depend on what its command changes."""
+    values = {}
+    if "lr" in cfg.given:
+        # The other kinds' lr were chosen with the old one.
+        for name in {"embed_lr", "head_lr", "scalar_lr"} - cfg.given:
+            values[name] = None
+    if "warmup_frac" in cfg.given and "warmup_steps" not in cfg.given:
+        values["warmup_steps"] = None
+    if "data_parallel" in cfg.given:
+        # Another layout has options of its own. DiLoCo is another algorithm, not a layout.
+        for name in LAYOUTS.keys() - cfg.given - {"diloco_every"}:
+            values[name] = FIELDS[name].default
+    return values
+
+
+def check_same_options(cfg: Config, old: dict, new: dict, branch: bool) -> None:
+    """Raises ValueError for a dotted field of optimizer, outer step or FP8 that differs."""
+    # opt.fused is the same step in another kernel.
+    for name in sorted((old | new).keys() - {"opt.fused"}):
+        changes_the_step = name.startswith(("opt.", "diloco.", "fp8."))
+        if changes_the_step and new.get(name) != old.get(name):
+            raise ValueError(mismatch(cfg, name, old.get(name), new.get(name), branch))
+
+
+def check_possible(cfg: Config, name: str) -> None:
+    """Raises ValueError for a value that no run could have, whatever the saved run has."""
     value = getattr(cfg, name)
     if name == "data" and not is_there(value):
-        corpora.load(value, cfg.tokenizer, cfg.data_dir)  # says so
+        corpora.load(value, cfg.tokenizer, cfg.data_dir)  # raises the fitting error
     elif name == "tokenizer":
         Tokenizer(value)
     elif name == "optim":
@@ -180,7 +251,7 @@ def possible(cfg: Config, name: str) -> None:
 
 
 def may_be_the_same(name: str, was, new, home: str) -> bool:
-    """Another path to the same thing? Of data train.py compares the sha256."""
+    """Is it perhaps another path to the same thing? check_same_data compares the data's sha256."""
     if name == "data":
         return is_there(new) and not is_corpus(was) and not is_corpus(new)
     if name != "init_from" or None in (was, new):
@@ -201,22 +272,30 @@ def is_there(data: str) -> bool:
 
 
 def seen_from(folder: str, data: str) -> str:
-    """--data= as it is to be written to mean the same elsewhere."""
-    parts = [data] if os.path.exists(os.path.join(folder, data)) else data.split(",")
+    """What --data= must be for a path of another folder to mean the same from here."""
+    # A file's name may hold a comma itself.
+    is_one_path = os.path.exists(os.path.join(folder, data))
+    parts = [data] if is_one_path else data.split(",")
     return ",".join(os.path.join(folder, part.strip()) for part in parts)
 
 
 def mismatch(cfg: Config, name: str, was, new, branch: bool) -> str:
+    """What to tell a user whose command differs from the saved run in a field that must not."""
     if was is None and "." in name:
-        where, anew = (
-            (cfg.resume, "") if branch else (cfg.out_dir, ", or --resume=never to start anew")
+        if branch:
+            return f"{cfg.resume} holds a run without --{name}; leave it out"
+        return (
+            f"{cfg.out_dir} holds a run without --{name}; leave it out, or --resume=never to "
+            "start anew"
         )
-        return f"{where} holds a run without --{name}; leave it out{anew}"
-    go_on, now = flag(name, was), flag(name, new).partition("=")[2]
+    saved_flag = flag(name, was)
+    saved = saved_flag.removeprefix("--")
+    now = flag(name, new).partition("=")[2]
     if branch:
-        leave = f"a branch cannot change it to {now}; leave --{name} out"
-        return f"{cfg.resume} has {go_on[2:]} and {leave}"
+        return (
+            f"{cfg.resume} has {saved} and a branch cannot change it to {now}; leave --{name} out"
+        )
     return (
-        f"{cfg.out_dir} holds a run with {go_on[2:]}, now it is {now}: type {go_on} to go on, "
-        "--resume=never to start anew, or choose another --out_dir"
+        f"{cfg.out_dir} holds a run with {saved}, now it is {now}: type {saved_flag} to resume "
+        "it, --resume=never to start anew, or choose another --out_dir"
     )

@@ -4,10 +4,11 @@
     SWEEP_DIR/trial-0007/    search/trials.py
     SWEEP_DIR/.lock          held while a search runs here
 
-What is damaged is moved to NAME.damaged, what takes the place of a trial and is none of this search
-to aside-NAME. A sentence names it, nothing is deleted, and the search goes on.
+A damaged file is moved to NAME.damaged. What has the name of a trial and is none of this search is
+moved to aside-NAME. A sentence names it, nothing is deleted, and the search continues.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,25 +17,29 @@ from pathlib import Path
 from run import control
 from search.trials import Trial, flags, write
 from settings import parse
+from settings.fields import plain
 
 NAME = re.compile(r"trial-([0-9]{4,})")
 
 
 def lock(home: Path) -> control.RunLock:
-    """Makes the folder, and it is ours until release(). Raises ValueError where another search runs
-    in it."""
+    """Makes the folder and locks it until release().
+
+    Raises ValueError where another search runs in it.
+    """
     if os.path.lexists(home) and not home.is_dir():
         raise ValueError(f"{home} is no folder; take another SWEEP_DIR")
     try:
         return control.RunLock(home)
     except ValueError as error:
-        said = str(error).removeprefix("--out_dir=").replace("another out_dir", "another SWEEP_DIR")
-        raise ValueError(said) from None
+        # The lock speaks of a run's out_dir.
+        text = str(error).removeprefix("--out_dir=").replace("another out_dir", "another SWEEP_DIR")
+        raise ValueError(text) from None
 
 
 # ---- sweep.json ----------------------------------------------------------------------------------
 def in_order(home: Path, search: dict) -> dict:
-    """The fields as the first command had them: their order decides which trial tries what."""
+    """The fields in the first command's order, which decides what each trial tries."""
     was = [name.removeprefix("search.") for name in before(home) or {}]
     return {name: search[name] for name in sorted(search, key=[*was, *search].index)}
 
@@ -52,17 +57,25 @@ def same_search(home: Path, options: dict, search: dict, words: list[str], say) 
     """Writes sweep.json; ValueError if it is there and says something else."""
     now = {name: text for name, text in options.items() if name not in ("trials", "jobs")}
     now |= {f"search.{name}": list(choice) for name, choice in search.items()}
-    for word in words:  # later wins, as in train.py
-        name, _, text = word[2:].partition("=")
-        flag = word.startswith("--")
-        now |= {name: parse.from_text(name, text)} if flag else parse.read_recipe(word)
-    now, was, path = json.loads(json.dumps(now)), before(home), home / "sweep.json"
+    # Later words win, as in train.py.
+    for word in words:
+        if word.startswith("--"):
+            name, _, text = word[2:].partition("=")
+            now[name] = parse.from_text(name, text)
+        else:
+            now |= parse.read_recipe(word)
+    # JSON makes lists of tuples, as it did of the old ones.
+    now = json.loads(json.dumps(now))
+    was = before(home)
+    path = home / "sweep.json"
     if was is None and os.path.lexists(path):
         os.replace(path, free(path.with_name("sweep.json.damaged")))
         say(f"{path} is damaged and is moved to sweep.json.damaged; it is written anew")
     if was is None:
         return write(path, now)
-    for name in [name for name in was | now if was.get(name, ...) != now.get(name, ...)]:
+    for name in was | now:
+        if was.get(name, ...) == now.get(name, ...):
+            continue
         old = f"{name}={shown(was[name])}" if name in was else f"no {name}"
         new = shown(now[name]) if name in now else "left out"
         raise ValueError(
@@ -72,42 +85,55 @@ def same_search(home: Path, options: dict, search: dict, words: list[str], say) 
 
 
 def shown(value) -> str:
-    """As it is typed."""
-    if isinstance(value, list):
-        texts, span = [*map(str, value)], value[:1] in (["int"], ["lin"], ["log"])
-        return (":" if span else ";" if "," in "".join(texts) else ",").join(texts)
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    """A value or choices as a user types them."""
+    if not isinstance(value, list):
+        return plain(value)
+    texts = [str(part) for part in value]
+    if value[:1] in (["int"], ["lin"], ["log"]):
+        return ":".join(texts)
+    # Values with commas in them are split at semicolons.
+    return (";" if "," in "".join(texts) else ",").join(texts)
 
 
 def free(path: Path) -> Path:
     """This path, or the first of path-2, path-3, ... that is not taken."""
-    found, count = path, 2
+    found = path
+    count = 2
     while os.path.lexists(found):
-        found, count = path.with_name(f"{path.name}-{count}"), count + 1
+        found = path.with_name(f"{path.name}-{count}")
+        count += 1
     return found
 
 
 # ---- trials --------------------------------------------------------------------------------------
 def find(home: Path, words: list[str], metric: str, method, say) -> dict[int, Trial]:
-    """The trials by number. What is no trial of this search is named by say(sentence), and left
-    alone or set aside. method: proposals.Proposals."""
-    trials, places, strays = {}, {}, []
+    """The trials by number.
+
+    say(sentence) names what is no trial of this search; it is left alone or set aside. method:
+    proposals.Proposals.
+    """
+    trials = {}
+    places = {}  # where a folder really is -> its path
+    strays = []
+    # Links come last, so that of two names for one folder the link is set aside.
     for path in sorted(home.glob("trial-*"), key=lambda path: (path.is_symlink(), path)):
         match = NAME.fullmatch(path.name)
         trial = Trial(path, int(match[1]) if match else -1)
-        none = method.grid and trial.number >= method.total
-        if path.name != f"trial-{trial.number:04d}" or none:
+        is_beyond = method.grid and trial.number >= method.total
+        if path.name != f"trial-{trial.number:04d}" or is_beyond:
             strays.append(path.name)
-        elif not path.is_dir():
+            continue
+        if not path.is_dir():
             aside(trial, "is no folder", say)
-        elif (twin := places.setdefault(path.resolve(), path)) != path:
+            continue
+        twin = places.setdefault(path.resolve(), path)
+        if twin != path:
             aside(trial, f"is {twin.name} by another name", say)
         elif recognised(trial, method, say):
             trials[trial.number] = trial
-            try:
-                trial.settle(words)
-            except ValueError:  # it is said where the trial is started
-                pass
+            # A mistake in its values is told when the trial starts.
+            with contextlib.suppress(ValueError):
+                trial.parse(words)
             if trial.status == "done" and trial.last(metric) is None:
                 say(f"{path} is done and has no {metric} in its metrics.jsonl; it is tried again")
                 trial.status = "unfinished"
@@ -118,34 +144,42 @@ def find(home: Path, words: list[str], metric: str, method, say) -> dict[int, Tr
 
 def recognised(trial: Trial, method, say) -> bool:
     """Reads trial.json. Where it is lost, the run's own settings or its number tell the values."""
-    whole, path = trial.read(), trial.folder / "trial.json"
-    if whole and trial.values:
+    is_whole = trial.read()
+    path = trial.folder / "trial.json"
+    if is_whole and trial.values:
         fits = method.fits(trial.number, trial.values)
         if not fits:
-            said = " ".join(flags(trial.values))
-            aside(trial, f"has {said}, which this search does not give it", say)
+            values = " ".join(flags(trial.values))
+            aside(trial, f"has {values}, which this search does not give it", say)
         return fits
-    if whole and not trial.has_run():  # killed before it began
+    # The search was killed before this trial began.
+    if is_whole and not trial.has_run():
         return True
-    trial.status, trial.error = "unfinished", ""
+
+    # What the run wrote down may tell its values.
+    trial.status = "unfinished"
+    trial.error = ""
     trial.values = method.read_back(trial.settings())
     if not method.fits(trial.number, trial.values):
         trial.values = {}
-    what = f"{path} is {'missing' if whole else 'damaged'}"
+    what = f"{path} is {'missing' if is_whole else 'damaged'}"
     if not trial.values and method.study is not None and trial.has_run():
         aside(trial, f"has a run whose values nobody knows, for {what}", say)
         return False
-    if not whole:
+    if not is_whole:
         os.replace(path, free(path.with_name("trial.json.damaged")))
+    # A grid and random search know the values by the trial's number.
     if not trial.values and method.study is None:
         method.begin(trial)
-    say(f"{what}; the trial goes on with {' '.join(flags(trial.values)) or 'new values'}")
+    say(f"{what}; the trial continues with {' '.join(flags(trial.values)) or 'new values'}")
     return True
 
 
 def aside(trial: Trial, why: str, say) -> None:
     """Makes room for a trial of this number. Raises ValueError where a process is at work there."""
-    if not trial.folder.is_symlink() and (holder := trial.holder()):
+    # What a link points to is not moved, so a process may go on working there.
+    holder = "" if trial.folder.is_symlink() else trial.holder()
+    if holder:
         raise ValueError(f"{trial.folder} {why}, and {holder} is at work there; stop it first")
     new = free(trial.folder.with_name(f"aside-{trial.name}"))
     os.rename(trial.folder, new)

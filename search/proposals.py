@@ -1,15 +1,15 @@
-"""What a search tries next: a grid, random draws, or Optuna's TPE, which stops what is hopeless.
+"""What a search tries next: a grid, random draws, or Optuna's TPE, which stops hopeless trials.
 
     a,b,c           these values; split at ; where there is one: "0.9,0.95;0.9,0.99"
     int:LOW:HIGH    whole numbers, both ends included
     lin:LOW:HIGH    any number between
     log:LOW:HIGH    any number between, each power of ten alike
 
-Random search (Bergstra and Bengio 2012, JMLR 13) looks at as many values of each field as it has
-trials, a grid at few. TPE (Bergstra et al. 2011) draws from where good trials lie denser than bad
+Random search (Bergstra and Bengio 2012, JMLR 13) tries as many values of each field as it has
+trials; a grid tries few. TPE (Bergstra et al. 2011) draws where good trials lie denser than bad
 ones. The median rule (Golovin et al. 2017, Vizier) stops a trial whose best value so far is worse
-than the median of what the finished ones had at the same step. Optuna's study lives in memory and
-is told all trials anew at each start.
+than the median of the finished trials at the same step. Optuna's study lives in memory and is told
+of all trials at each start.
 """
 
 import math
@@ -19,8 +19,9 @@ import re
 from run import optimizers
 from settings import parse
 
-LARGEST = 100_000  # trials of a grid
-# What settings/checks.py says of one field alone, whatever the others are.
+# Trials of a grid at most.
+LARGEST = 100_000
+# What settings/checks.py says about one field alone, whatever the others are.
 ALONE = re.compile("is out of range|is a share|makes no sense|is no text")
 
 
@@ -32,13 +33,14 @@ def listed(text: str) -> list[str]:
 
 
 def choices(name: str, text: str) -> list[str] | tuple:
-    """Of --search.NAME=TEXT: the values as typed, each once, or (kind, low, high).
+    """The meaning of --search.NAME=TEXT: the values as typed, each once, or (kind, low, high).
 
-    Raises ValueError where train.py would refuse one of them in every run."""
+    Raises ValueError where train.py would refuse one of them in every run.
+    """
     parse.known(name)
     if name in ("out_dir", "resume"):
         raise ValueError(
-            "each trial has an out_dir of its own and goes on where it was; "
+            "each trial has an out_dir of its own and resumes where it was; "
             f"leave --search.{name} out"
         )
     if re.match("(int|lin|log):", text.strip()):
@@ -47,12 +49,17 @@ def choices(name: str, text: str) -> list[str] | tuple:
     for part in listed(text):
         if not part:
             raise ValueError(f"--search.{name}={text} has an empty value; type --search.{name}=A,B")
-        values.setdefault(repr(accepted(name, part, f"--search.{name}={text}")), part)
+        # 1e-3 and 0.001 are the same value, typed twice.
+        meaning = repr(accepted(name, part, f"--search.{name}={text}"))
+        values.setdefault(meaning, part)
     return [*values.values()]
 
 
 def accepted(name: str, value: str, said: str):
-    """What train.py reads. Raises ValueError where it takes no such value, whatever else is set."""
+    """What train.py makes of this value. said: what the user typed.
+
+    Raises ValueError where it takes no such value, whatever else is set.
+    """
     try:
         found = parse.from_text(name, value)
     except ValueError as error:
@@ -60,6 +67,7 @@ def accepted(name: str, value: str, said: str):
         raise ValueError(f"{said}: {error}{hint}") from None
     if name == "optim":
         optimizers.find_optimizer(found)
+    # With other fields at their defaults some values fail that would fit a searched one.
     try:
         parse.parse([f"--{name}={value}"])
     except ValueError as error:
@@ -69,7 +77,9 @@ def accepted(name: str, value: str, said: str):
 
 
 def span(name: str, text: str) -> tuple:
-    said, (kind, *ends) = f"--search.{name}={text}", text.split(":")
+    """(kind, low, high) of a range such as int:2:6. Raises ValueError."""
+    said = f"--search.{name}={text}"
+    kind, *ends = text.split(":")
     ends = [parse.number(int if kind == "int" else float, end) for end in ends]
     if len(ends) != 2 or None in ends or not all(-math.inf < end < math.inf for end in ends):
         raise ValueError(f"{said} is no range; type int:2:6, lin:0:0.3 or log:1e-3:1e-1")
@@ -83,10 +93,12 @@ def span(name: str, text: str) -> tuple:
             f"{said} is no range, powers of ten are above 0; type for instance "
             "log:1e-3:1e-1, or lin: for one that has 0 in it"
         )
-    what, probe = "whole numbers", low
-    if kind != "int":
-        what, probe = "any number between", low + (high - low) / math.pi
-    accepted(name, str(probe), f"{said} draws {what}")
+    # A field of whole numbers refuses a number from inside the range, though it may take the ends.
+    if kind == "int":
+        accepted(name, str(low), f"{said} draws whole numbers")
+    else:
+        inside = low + (high - low) / math.pi
+        accepted(name, str(inside), f"{said} draws any number between")
     for end in ends:
         accepted(name, str(end), said)
     return (kind, low, high)
@@ -98,27 +110,38 @@ def draw(choice: list[str] | tuple, rng: random.Random):
     kind, low, high = choice
     if kind == "int":
         return rng.randint(low, high)
-    log = kind == "log"
-    x = math.exp(rng.uniform(math.log(low), math.log(high))) if log else rng.uniform(low, high)
+    if kind == "log":
+        x = math.exp(rng.uniform(math.log(low), math.log(high)))
+    else:
+        x = rng.uniform(low, high)
+    # Rounding may lead beyond an end.
     return min(max(x, low), high)
 
 
 def size(choice: list[str] | tuple) -> int:
-    return len(choice) if isinstance(choice, list) else choice[2] - choice[1] + 1
+    """How many values a grid tries."""
+    if isinstance(choice, list):
+        return len(choice)
+    _, low, high = choice
+    return high - low + 1
 
 
 def possible(search: dict, check) -> None:
-    """Raises what check(values) raises where it does so for 200 drawn combinations, or for all of
-    them with a certain value of a field with a dot: its owner may be searched too."""
+    """Raises the ValueError of check(values) where all of 200 drawn combinations have one.
+
+    The same for each value of a field with a dot, in all combinations: its owner may be searched
+    too, so one combination says nothing.
+    """
     rng = random.Random(0)
-    drawn = [{name: draw(choice, rng) for name, choice in search.items()} for _ in range(200)]
-    dotted = [
-        (name, x)
-        for name, c in search.items()
-        if "." in name
-        for x in (c if isinstance(c, list) else c[1:])
-    ]
-    for given in [*({name: x} for name, x in dotted), {}]:
+    drawn = []
+    for _ in range(200):
+        drawn.append({name: draw(choice, rng) for name, choice in search.items()})
+    fixed = []
+    for name, choice in search.items():
+        if "." in name:
+            values = choice if isinstance(choice, list) else choice[1:]
+            fixed += [{name: x} for x in values]
+    for given in [*fixed, {}]:
         refused = None
         for values in drawn:
             try:
@@ -127,6 +150,7 @@ def possible(search: dict, check) -> None:
             except ValueError as error:
                 refused = refused or error
         else:
+            # No combination passed.
             hint = ""
             if given and "wrong kind" in str(refused):
                 hint = f'; with commas in them: --search.{next(iter(given))}="A,B;C,D"'
@@ -135,15 +159,22 @@ def possible(search: dict, check) -> None:
 
 # ---- the methods ---------------------------------------------------------------------------------
 class Proposals:
-    """A trial is any object with number, values (a dict, empty until chosen), status and
-    curve(metric), which is {step: value}. `total` is how many trials there are, `worst` what a
-    diverged one has."""
+    """Chooses each trial's values, and says which running trials are hopeless.
+
+    A trial is any object with number, values (a dict, empty until chosen), status and
+    curve(metric), which is {step: value}. total: how many trials there are; worst: the result of a
+    diverged one.
+    """
 
     def __init__(
         self, method: str, search: dict, metric: str, maximise: bool, seed: int, trials: int
     ):
-        self.search, self.metric, self.seed, self.total = search, metric, seed, trials
-        self.grid, self.study = method == "grid", None
+        self.search = search
+        self.metric = metric
+        self.seed = seed
+        self.total = trials
+        self.grid = method == "grid"
+        self.study = None  # Optuna's
         self.worst = -math.inf if maximise else math.inf
         if self.grid:
             self.total = math.prod(map(size, search.values()))
@@ -153,28 +184,31 @@ class Proposals:
                     "fewer values, or type --method=random --trials=100"
                 )
         if method == "optuna":
-            try:
-                import optuna
-            except ImportError:
-                raise ValueError("--method=optuna needs a package: pip install optuna") from None
-            optuna.logging.set_verbosity(optuna.logging.ERROR)
-            kinds, self.optuna = optuna.distributions, optuna
-            self.live = {}  # number -> Optuna's own trial
-            self.space = {
-                name: (
-                    kinds.CategoricalDistribution(c)
-                    if isinstance(c, list)
-                    else (
-                        kinds.IntDistribution(*c[1:])
-                        if c[0] == "int"
-                        else kinds.FloatDistribution(*c[1:], log=c[0] == "log")
-                    )
-                )
-                for name, c in search.items()
-            }
-            pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
-            direction = "maximize" if maximise else "minimize"
-            self.study = optuna.create_study(direction=direction, pruner=pruner)
+            self.start_study(maximise)
+
+    def start_study(self, maximise: bool) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise ValueError("--method=optuna needs a package: pip install optuna") from None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.optuna = optuna
+        self.live = {}  # number -> Optuna's own trial
+        self.space = {}
+        for name, choice in self.search.items():
+            if isinstance(choice, list):
+                self.space[name] = optuna.distributions.CategoricalDistribution(choice)
+                continue
+            kind, low, high = choice
+            if kind == "int":
+                self.space[name] = optuna.distributions.IntDistribution(low, high)
+            else:
+                is_log = kind == "log"
+                self.space[name] = optuna.distributions.FloatDistribution(low, high, log=is_log)
+        # The median of fewer than five trials says little.
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
+        direction = "maximize" if maximise else "minimize"
+        self.study = optuna.create_study(direction=direction, pruner=pruner)
 
     def at(self, number: int) -> dict:
         """The grid's values of this number; the last field changes fastest."""
@@ -191,12 +225,14 @@ class Proposals:
         if values.keys() != self.search.keys():
             return False
         for name, choice in self.search.items():
-            x, kinds = values[name], (int,) if choice[0] == "int" else (int, float)
+            x = values[name]
             if isinstance(choice, list):
-                inside = x in choice
+                is_inside = x in choice
             else:
-                inside = type(x) in kinds and choice[1] <= x <= choice[2]
-            if not inside:
+                kind, low, high = choice
+                types = (int,) if kind == "int" else (int, float)
+                is_inside = type(x) in types and low <= x <= high
+            if not is_inside:
                 return False
         return True
 
@@ -205,6 +241,7 @@ class Proposals:
         found = {}
         for name, choice in self.search.items():
             x = settings.get(name, settings.get(f"chosen.{name}"))
+            # A listed value is kept as it was typed.
             if isinstance(choice, list):
                 x = next((text for text in choice if parse.from_text(name, text) == x), None)
             found[name] = x
@@ -212,7 +249,8 @@ class Proposals:
 
     def begin(self, trial) -> None:
         """Chooses trial.values unless it has some; Optuna learns of the trial either way, once."""
-        rng = random.Random(f"{self.seed}/{trial.number}")  # a later start draws something new
+        # By the trial's number: a search of more trials draws the same ones, and new ones after.
+        rng = random.Random(f"{self.seed}/{trial.number}")
         if self.study is not None and trial.number not in self.live:
             if trial.values:
                 self.study.enqueue_trial(trial.values)
@@ -226,11 +264,14 @@ class Proposals:
             trial.values = {name: draw(choice, rng) for name, choice in self.search.items()}
 
     def hopeless(self, trial, steps: int) -> bool:
-        """Whether to stop a running trial: after its first quarter, and with five others done. What
-        is no finite number is the worst there is."""
+        """Whether to stop a running trial: after its first quarter, and with five others done.
+
+        steps: of the whole trial. What is no finite number counts as the worst.
+        """
         if self.study is None:
             return False
         live = self.live[trial.number]
+        # Optuna hears of each step once. Step 0 is before any training.
         curve = {step: y for step, y in trial.curve(self.metric).items() if step}
         known = self.study.trials[live.number].intermediate_values
         for step in curve.keys() - known.keys():
@@ -238,13 +279,23 @@ class Proposals:
         return max(curve, default=0) >= steps / 4 and bool(curve) and live.should_prune()
 
     def end(self, trial, value: float | None = None) -> None:
-        """value: the result of a trial that is done; without one, the last of its curve. Diverged
-        is a result, the worst. What failed is the worst of the stopped. TPE avoids both."""
-        if self.study is not None and trial.status != "unfinished":
-            self.hopeless(trial, 0)  # reports what came last
-            states, live = self.optuna.trial.TrialState, self.live.pop(trial.number)
-            if trial.status == "done":
-                value = value if value is not None else [*trial.curve(self.metric).values()][-1]
-            else:
-                value = self.worst if trial.status == "diverged" else None
-            self.study.tell(live, value, states.PRUNED if value is None else states.COMPLETE)
+        """Tells Optuna how a trial has ended.
+
+        value: the result of a trial that is done; None: the last value of its curve. A diverged
+        trial has the worst result. A failed one has none, as if it had been stopped. TPE avoids
+        both.
+        """
+        if self.study is None or trial.status == "unfinished":
+            return
+        # Reports the last steps.
+        self.hopeless(trial, 0)
+        live = self.live.pop(trial.number)
+        if trial.status == "diverged":
+            value = self.worst
+        elif trial.status != "done":
+            value = None
+        elif value is None:
+            value = [*trial.curve(self.metric).values()][-1]
+        states = self.optuna.trial.TrialState
+        state = states.PRUNED if value is None else states.COMPLETE
+        self.study.tell(live, value, state)

@@ -5,13 +5,14 @@
     SWEEP_DIR/trial-0007/output.log  what the process prints
 
     done         the run is over (all steps, or out of patience) and has logged the metric
-    diverged     it is over and its loss is no finite number, or the guard has ended it: the worst
+    diverged     it is over and its loss is no finite number, or the spike monitor has ended it: the
+                 worst result
     pruned       Optuna had it stopped
     failed       it ended with an error of its own, which would come again
-    unfinished   it was killed, or told to stop, or the disk was full: the next start goes on
+    unfinished   it was killed, or told to stop, or the disk was full: the next start resumes it
 
 Two locks say whether a process is at work in a folder, whoever started it: train.py's on .lock, and
-ours on output.log, which the process inherits with its stdout. So both outlive a killed search.
+ours on output.log. The process inherits ours with its stdout, so both outlive a killed search.
 """
 
 import json
@@ -31,12 +32,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# From the best to the worst.
 STATUSES = ("done", "pruned", "diverged", "unfinished", "failed")
 OVER = ("done", "pruned", "diverged", "failed")
-SAID = re.compile(r"(\[rank[0-9]+\]: *)?(train\.py|[\w.]*(Error|Exception)): ")
-# Not the values' fault: another process, a full disk.
+# A line of output.log that says what went wrong.
+ERROR_LINE = re.compile(r"(\[rank[0-9]+\]: *)?(train\.py|[\w.]*(Error|Exception)): ")
+# Errors that are not the values' fault: another process, a full disk.
 PASSING = re.compile(r"is in use by|No space left on device|Disk quota exceeded")
-ASKED = {getattr(signal, name, None) for name in ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM")}
+# A process that ends by one of these was told to stop, or killed.
+STOPPING = {getattr(signal, name, None) for name in ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM")}
 
 
 def flags(values: dict) -> list[str]:
@@ -44,7 +48,7 @@ def flags(values: dict) -> list[str]:
 
 
 def write(path: Path, content) -> None:
-    """JSON, whole or not at all: a kill, a full disk or a power cut leaves the old one."""
+    """Writes JSON, all or nothing: a kill, a full disk or a power cut leaves the old file."""
     new = path.with_name(path.name + ".tmp")
     try:
         with open(new, "w", encoding="utf-8") as file:
@@ -52,7 +56,8 @@ def write(path: Path, content) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError as error:  # which of itself does not always say where
+    except OSError as error:
+        # The error itself does not always name the file.
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -69,20 +74,37 @@ def locked(path: Path) -> bool:
 
 
 class Trial:
+    """One trial: what its folder holds, what it logged, and its process."""
+
     def __init__(self, folder: Path, number: int):
-        self.folder, self.number, self.name = folder, number, folder.name
-        self.values, self.status, self.error, self.slot = {}, "unfinished", "", 0
-        self.steps, self.patience, self.min_delta = 0, None, 0.0
-        self.process, self.stopped = None, None
-        self.at = 0  # where in output.log this start begins
+        self.folder = folder
+        self.number = number
+        self.name = folder.name
+
+        # trial.json.
+        self.values = {}
+        self.status = "unfinished"
+        self.error = ""
+        self.slot = 0  # which of the jobs that run at a time
+
+        # What train.py makes of the values.
+        self.steps = 0
+        self.patience = None
+        self.min_delta = 0.0
+
+        # The process of this start.
+        self.process = None
+        self.stopped = None  # by whom, if it was told to stop
+        self.log_start = 0  # where in output.log this start begins
 
     # ---- the folder ------------------------------------------------------------------------------
     def read(self) -> bool:
-        """trial.json; False where it is there and damaged."""
+        """Reads trial.json. False where it is damaged; a missing one is no fault."""
         try:
             found = json.loads((self.folder / "trial.json").read_text(encoding="utf-8"))
             self.values = dict(found.get("values", {}))
-            self.error, self.slot = str(found.get("error", "")), int(found.get("slot", 0))
+            self.error = str(found.get("error", ""))
+            self.slot = int(found.get("slot", 0))
         except FileNotFoundError:
             return True
         except (ValueError, TypeError, AttributeError, IsADirectoryError, RecursionError):
@@ -101,11 +123,11 @@ class Trial:
 
     def saved(self) -> int:
         """The step of the newest checkpoint, 0 without one."""
-        found = (FOLDER.fullmatch(path.name) for path in self.folder.iterdir())
-        return max((int(name[2]) for name in found if name), default=0)
+        matches = [FOLDER.fullmatch(path.name) for path in self.folder.iterdir()]
+        return max((int(match[2]) for match in matches if match), default=0)
 
     def settings(self) -> dict:
-        """The run's own, as it wrote them down; {} where it did not."""
+        """The settings that the run wrote down; {} where it wrote none."""
         try:
             return parse.read_recipe(str(self.folder / "config.toml"))
         except ValueError:
@@ -128,27 +150,45 @@ class Trial:
             return []
 
     def curve(self, metric: str) -> dict[int, float | None]:
-        """{step: value}, as logged so far; None is no finite number."""
-        found = {row["step"]: row[metric] for row in self.rows() if metric in row}
-
-        def finite(x) -> bool:
-            return type(x) in (int, float) and abs(x) < math.inf
-
-        return {step: x if finite(x) else None for step, x in found.items()}
+        """{step: value}, as logged so far; None stands for what is no finite number."""
+        curve = {}
+        for row in self.rows():
+            if metric in row:
+                x = row[metric]
+                is_finite = type(x) in (int, float) and abs(x) < math.inf
+                curve[row["step"]] = x if is_finite else None
+        return curve
 
     def kept(self) -> tuple[int | None, bool]:
-        """(the step whose weights --patience keeps, has it run out?), as position.Best counts."""
-        best, at, bad = math.inf, None, 0
-        for step, loss in self.curve("val_loss").items() if self.patience is not None else ():
-            better = loss is not None and loss < best - self.min_delta
-            best, at, bad = (loss, step, 0) if better else (best, at, bad + 1)
-        return at, self.patience is not None and bad >= self.patience
+        """(the step whose weights --patience keeps, has patience run out?).
+
+        It counts as checkpoint/early_stopping.py does. (None, False) without --patience.
+        """
+        if self.patience is None:
+            return None, False
+        best = math.inf
+        best_step = None
+        n_bad = 0
+        for step, loss in self.curve("val_loss").items():
+            if loss is not None and loss < best - self.min_delta:
+                best = loss
+                best_step = step
+                n_bad = 0
+            else:
+                n_bad += 1
+        return best_step, n_bad >= self.patience
 
     def last(self, metric: str) -> float | None:
-        """Of the weights that the run ends with: what was logged last, with --patience the best."""
-        curve, (at, _) = self.curve(metric), self.kept()
-        looked = metric.startswith("val_") or metric == "perplexity"
-        return curve[at] if looked and at in curve else [None, *curve.values()][-1]
+        """The metric of the weights that the run ends with.
+
+        This is the last logged value, or with --patience that of the best evaluation.
+        """
+        curve = self.curve(metric)
+        best_step, _ = self.kept()
+        is_evaluated = metric.startswith("val_") or metric == "perplexity"
+        if is_evaluated and best_step in curve:
+            return curve[best_step]
+        return [None, *curve.values()][-1]
 
     def result(self, metric: str, worst: float) -> float | None:
         return worst if self.status == "diverged" else self.last(metric)
@@ -158,25 +198,31 @@ class Trial:
         return max(self.curve("loss"), default=0)
 
     # ---- the process -----------------------------------------------------------------------------
-    def settle(self, words: list[str]) -> None:
-        """What train.py makes of the words and values. Raises ValueError where it refuses them."""
+    def parse(self, words: list[str]) -> None:
+        """Learns what train.py makes of the words and values. Raises ValueError as it does."""
         cfg = parse.parse(words + flags(self.values))
-        self.steps, self.patience, self.min_delta = cfg.steps, cfg.patience, cfg.min_delta
+        self.steps = cfg.steps
+        self.patience = cfg.patience
+        self.min_delta = cfg.min_delta
 
     def start(self, argv: list[str], jobs: int) -> None:
-        """argv: the program and what it is told beside the values. Raises OSError."""
+        """Starts the process. argv: the program and its words but the values. Raises OSError."""
+        # The trials of the same time share the cores and the GPUs.
         env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
         gpus = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
         if len(gpus) >= jobs > 1:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[self.slot :: jobs])
         argv = [*argv, *flags(self.values), f"--out_dir={self.folder}"]
         with open(self.folder / "output.log", "ab") as out:
-            self.at, self.stopped, self.error = out.tell(), None, ""
+            self.log_start = out.tell()
+            self.stopped = None
+            self.error = ""
             try:
                 fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (OSError, AttributeError):  # a file system, or a system, without
+            except (OSError, AttributeError):  # a file system, or a system, without locks
                 pass
-            self.process = subprocess.Popen(  # a session of its own: Ctrl-C is ours to pass on
+            # A session of its own: the search itself passes Ctrl-C on.
+            self.process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -187,60 +233,77 @@ class Trial:
 
     def stop(self, why: str) -> None:
         self.stopped = why
-        self.process.terminate()  # SIGTERM: train.py saves a checkpoint and goes
+        # SIGTERM: train.py saves a checkpoint and ends.
+        self.process.terminate()
 
     def ended(self) -> bool:
-        """Did it come to its end while no search looked on? Then its last checkpoint is there."""
-        over = self.reached() >= self.steps or self.kept()[1]
-        return bool(self.aborted()) or (over and self.saved() >= self.reached() > 0)
+        """Did it come to its end while no search watched? Then its last checkpoint is there."""
+        is_over = self.reached() >= self.steps or self.kept()[1]
+        return bool(self.aborted()) or (is_over and self.saved() >= self.reached() > 0)
 
     def judge(self, metric: str, code: int) -> None:
-        """What became of a run whose process ended with this exit status."""
-        value, at, self.error = self.last(metric), max(self.reached(), self.saved()), ""
-        over = code == 0 and (at >= self.steps or self.kept()[1])
-        code = 128 - code if code - 128 in ASKED else code  # as shells tell of a signal
-        if (over or self.stopped == "by Optuna") and self.lost():
-            self.status, self.error = "diverged", "its loss is no finite number"
-        elif over and value is None:
-            self.status, self.error = "failed", f"no {metric} was logged"
-        elif over or self.stopped == "by Optuna":
-            self.status = "done" if over else "pruned"
+        """Sets status and error of a run whose process has ended with this exit status."""
+        self.error = ""
+        step = max(self.reached(), self.saved())
+        is_over = code == 0 and (step >= self.steps or self.kept()[1])
+        counts = is_over or self.stopped == "by Optuna"
+        if counts and self.has_lost_loss():
+            self.status = "diverged"
+            self.error = "its loss is no finite number"
+        elif is_over and self.last(metric) is None:
+            self.status = "failed"
+            self.error = f"no {metric} was logged"
+        elif counts:
+            self.status = "done" if is_over else "pruned"
         elif self.stopped:
             return
         elif self.aborted():
-            self.status, self.error = "diverged", self.aborted()
+            self.status = "diverged"
+            self.error = self.aborted()
         elif code == 0:
-            self.error = f"it was told to stop at step {at}"
+            self.error = f"it was told to stop at step {step}"
         else:
-            self.error = self.complaint(code)
-            gone = -code in ASKED or PASSING.search(self.error)
-            self.status = "unfinished" if gone else "failed"
+            self.judge_error(code)
 
-    def lost(self) -> bool:
-        """Is the loss that counts no finite number?"""
+    def judge_error(self, code: int) -> None:
+        # A shell reports signal n as 128 + n, Python as -n.
+        if code - 128 in STOPPING:
+            code = 128 - code
+        self.error = self.complaint(code)
+        # What was killed, or had no room, may succeed the next time.
+        may_pass = -code in STOPPING or PASSING.search(self.error)
+        self.status = "unfinished" if may_pass else "failed"
+
+    def has_lost_loss(self) -> bool:
+        """Is the loss that counts no finite number? The validation loss counts, if there is one."""
         names = [name for name in ("val_loss", "loss") if self.curve(name)]
         return bool(names) and self.last(names[0]) is None
 
     def aborted(self) -> str:
-        """Why the guard (monitor.py) has ended the run; "" where it has not."""
+        """Why the spike monitor (monitor.py) has ended the run; "" where it has not."""
         events = [row for row in self.rows() if row.get("action") == "abort"]
-        last = events[-1] if events else {}
-        return one_line(f"step {last['step']}: {last.get('text')}") if last else ""
+        if not events:
+            return ""
+        return one_line(f"step {events[-1]['step']}: {events[-1].get('text')}")
 
     def complaint(self, code: int) -> str:
         """The last error that this start's output has, or its last line."""
         if code < 0:
-            known = -code in {*signal.Signals}
-            name = signal.Signals(-code).name if known else f"signal {-code}"
-            return f"ended by {name}" + ", perhaps for want of memory" * (name == "SIGKILL")
+            is_known = -code in {*signal.Signals}
+            name = signal.Signals(-code).name if is_known else f"signal {-code}"
+            # The system kills what takes too much memory.
+            if name == "SIGKILL":
+                return f"ended by {name}, perhaps for want of memory"
+            return f"ended by {name}"
         try:
             with open(self.folder / "output.log", "rb") as file:
-                file.seek(self.at)
+                file.seek(self.log_start)
                 lines = file.read().decode(errors="replace").split("\n")
         except OSError:
             lines = []
         lines = [line.strip() for line in lines if line.strip()]
-        return one_line([f"exit status {code}", *lines, *filter(SAID.match, lines)][-1])
+        errors = list(filter(ERROR_LINE.match, lines))
+        return one_line([f"exit status {code}", *lines, *errors][-1])
 
 
 def one_line(text: str) -> str:

@@ -1,5 +1,6 @@
-"""Which settings go together. Every mistake is a ValueError whose one line says what came, what is
-allowed and what to type.
+"""Which settings fit together.
+
+Every mistake is a ValueError whose one line says what came, what is allowed and what to type.
 
     check            a number out of its range, and fields that contradict each other
     check_options    dotted fields against the signature of what they belong to
@@ -35,12 +36,15 @@ def check(cfg: Config) -> Config:
 
 def check_ranges(cfg: Config) -> None:
     for name, f in FIELDS.items():
-        value, least, below = getattr(cfg, name), f.metadata["least"], f.metadata["below"]
+        value = getattr(cfg, name)
+        least = f.metadata["least"]
+        below = f.metadata["below"]
         if not is_number(value):
             continue
+        # A number without a limit of its own fits a 32-bit integer, or is finite.
         if below is None:
             below = 2**31 if type(value) is int else math.inf
-        # In this order: ints may be too large for isfinite.
+        # Compared first: isfinite raises for an int that is too large for a float.
         if not (least <= value < below and math.isfinite(value)):
             value = str(value)[:40]
             raise ValueError(
@@ -49,23 +53,28 @@ def check_ranges(cfg: Config) -> None:
 
 
 def check_text(cfg: Config) -> None:
-    for name, value in [(name, getattr(cfg, name)) for name in FIELDS] + [*cfg.options.items()]:
-        if any("\ud800" <= letter <= "\udfff" for letter in str(value)):  # no file could hold it
-            said = f"{name}={ascii(value)[:200]} is no text in UTF-8"
-            raise ValueError(f"{said}; rename it, or type another")
+    values = {name: getattr(cfg, name) for name in FIELDS} | cfg.options
+    for name, value in values.items():
+        # A lone surrogate: no config.toml could hold it.
+        if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+            what = f"{name}={ascii(value)[:200]} is no text in UTF-8"
+            raise ValueError(f"{what}; rename it, or type another")
 
 
 def check_heads(cfg: Config) -> None:
-    """Does the width divide into heads, and a head into what its positions turn?"""
-    position, size = trait(cfg, "position"), cfg.n_embd // cfg.n_head
-    parts = {"rotary": 2, "rotary_half": 4}.get(position, 1)  # that a head is divided into
+    """The width divides into heads, and a head into the pairs that rotary positions turn."""
+    position = trait(cfg, "position")
+    size = cfg.n_embd // cfg.n_head
+    parts = {"rotary": 2, "rotary_half": 4}.get(position, 1)
     if cfg.n_embd % cfg.n_head:
-        some = range(1, min(cfg.n_embd, 10**4) + 1)
-        near = [h for h in some if cfg.n_embd % h == 0 == cfg.n_embd // h % parts]
-        wider = -(-cfg.n_embd // (parts * cfg.n_head)) * parts * cfg.n_head
-        best = f"--n_embd={wider}"
-        if near:
-            best = f"--n_head={min(near, key=lambda h: abs(h - cfg.n_head))}"
+        # The nearest number of heads that fits this width, else the next wider model.
+        counts = range(1, min(cfg.n_embd, 10**4) + 1)
+        fits = [n for n in counts if cfg.n_embd % n == 0 and cfg.n_embd // n % parts == 0]
+        if fits:
+            best = f"--n_head={min(fits, key=lambda n: abs(n - cfg.n_head))}"
+        else:
+            wider = -(-cfg.n_embd // (parts * cfg.n_head)) * parts * cfg.n_head
+            best = f"--n_embd={wider}"
         raise ValueError(
             f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}; for instance {best}"
         )
@@ -83,8 +92,10 @@ def check_heads(cfg: Config) -> None:
 
 
 def check_attention(cfg: Config) -> None:
-    """Attention and logits, and the n-grams' table."""
-    scale, form = trait(cfg, "attention_scale"), cfg.logit_cap_form
+    """Attention, logits, and the table of n-gram embeddings."""
+    scale = trait(cfg, "attention_scale")
+    form = cfg.logit_cap_form
+    # muP divides attention logits by the head size, and attention_scale would set that factor.
     if cfg.mup_base_width is not None and scale is not None:
         raise ValueError(
             f"attention_scale={scale:g} fixes what mup_base_width sets to 8/head size; type "
@@ -94,6 +105,7 @@ def check_attention(cfg: Config) -> None:
         raise ValueError(
             f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15"
         )
+    # A window that sees everything would cost a mask and change nothing.
     if cfg.window is not None and cfg.window >= cfg.block_size:
         raise ValueError(
             f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
@@ -110,15 +122,18 @@ def check_attention(cfg: Config) -> None:
 
 
 def check_schedule(cfg: Config) -> None:
-    """What has no meaning for the schedule that was given; for a chosen one, run/announce.py."""
-    named = "schedule" in cfg.given and cfg.schedule != "auto"
-    decay = cfg.decay_frac != FIELDS["decay_frac"].default
-    if named and decay and not schedules.takes(cfg.schedule, "decay"):
+    """Fields that have no meaning for the schedule that was typed.
+
+    For one that `auto` chose, run/announce.py warns.
+    """
+    is_typed = "schedule" in cfg.given and cfg.schedule != "auto"
+    has_decay = cfg.decay_frac != FIELDS["decay_frac"].default
+    if is_typed and has_decay and not schedules.takes(cfg.schedule, "decay"):
         raise ValueError(
             f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or"
             " --schedule=wsd"
         )
-    if named and cfg.min_lr_frac and not schedules.takes(cfg.schedule, "minimum"):
+    if is_typed and cfg.min_lr_frac and not schedules.takes(cfg.schedule, "minimum"):
         raise ValueError(
             f"min_lr_frac has no meaning for schedule={cfg.schedule}, which never decays; leave it"
             " out"
@@ -146,11 +161,12 @@ def check_batch(cfg: Config) -> None:
 
 
 def check_data_parallel(cfg: Config) -> None:
-    """Fields that are for some layouts alone."""
+    """Fields that only some layouts have."""
+    # `auto` becomes ddp or zero1 later. Until then only ddp's fields are safe.
+    layout = cfg.data_parallel.replace("auto", "ddp")
     for name, layouts in LAYOUTS.items():
-        layout = cfg.data_parallel.replace("auto", "ddp")
         if getattr(cfg, name) != FIELDS[name].default and layout not in layouts.split():
-            others = " or ".join(f"--data_parallel={layout}" for layout in layouts.split())
+            others = " or ".join(f"--data_parallel={other}" for other in layouts.split())
             raise ValueError(
                 f"{name} does not work with data_parallel={cfg.data_parallel}; "
                 f"leave it out, or type {others}"
@@ -170,16 +186,20 @@ def check_model_parallel(cfg: Config) -> None:
             "or sp=true nothing is; type --activation_checkpoint=full"
         )
     for name in ("compress", "diloco_every"):
-        apart = split + ["cp"] * (cfg.cp > 1 and name == "diloco_every")
-        if getattr(cfg, name) is not None and apart:
+        clashing = list(split)
+        # Between rounds DiLoCo's replicas have different weights, and cp ranks share one sequence.
+        if cfg.cp > 1 and name == "diloco_every":
+            clashing.append("cp")
+        if getattr(cfg, name) is not None and clashing:
             raise ValueError(
-                f"{name} works between whole models and does not go with {apart[0]}; leave one "
-                "of them out"
+                f"{name} works between full models and is incompatible with {clashing[0]}; leave "
+                "one of them out"
             )
 
 
 def check_tensor_parallel(cfg: Config) -> None:
     heads = cfg.n_kv_head or cfg.n_head
+    # Each rank has some heads of queries, and the heads of keys and values that these need.
     for name, number in (("n_head", cfg.n_head), ("n_kv_head", heads)):
         if number % cfg.tp:
             fits = divisor(math.gcd(cfg.n_head, heads), cfg.tp)
@@ -194,8 +214,11 @@ def check_tensor_parallel(cfg: Config) -> None:
 
 
 def check_context_parallel(cfg: Config) -> None:
-    ring = cfg.cp > 1 and cfg.cp_attention == "ring"
-    parts = math.lcm(cfg.cp * (2 if ring else 1), cfg.cp * (cfg.tp if cfg.sp else 1))
+    is_ring = cfg.cp > 1 and cfg.cp_attention == "ring"
+    # The ring gives each rank two chunks, an early and a late one, so that all have equal work.
+    for_cp = cfg.cp * 2 if is_ring else cfg.cp
+    for_sp = cfg.cp * cfg.tp if cfg.sp else cfg.cp
+    parts = math.lcm(for_cp, for_sp)
     if cfg.block_size % parts:
         better = -(-cfg.block_size // parts) * parts
         raise ValueError(
@@ -203,13 +226,15 @@ def check_context_parallel(cfg: Config) -> None:
             f"block_size={cfg.block_size} cannot be, try --block_size={better}"
         )
     for name, usual in (("window", None), ("attention", "sdpa")):
-        if ring and (given := getattr(cfg, name)) != usual:
+        value = getattr(cfg, name)
+        if is_ring and value != usual:
             raise ValueError(
-                f"{name}={given} does not go with cp_attention=ring, which has an attention of "
+                f"{name}={value} is incompatible with cp_attention=ring, which has an attention of "
                 "its own; type --cp_attention=ulysses"
             )
+    # Ulysses trades tokens for heads: each rank gets all tokens of some heads.
     heads = (cfg.n_kv_head or cfg.n_head) // cfg.tp
-    if cfg.cp > 1 and not ring and heads % cfg.cp:
+    if cfg.cp > 1 and not is_ring and heads % cfg.cp:
         raise ValueError(
             f"cp_attention=ulysses deals out heads, and cp={cfg.cp} does not divide the "
             f"{heads} of keys and values; type --cp_attention=ring"
@@ -217,36 +242,39 @@ def check_context_parallel(cfg: Config) -> None:
 
 
 def check_ngrams(cfg: Config, split: list[str]) -> None:
+    # The prior of a token needs all tokens before it, and is added to all logits.
     if cfg.ngram is not None and (split or cfg.cp > 1):
         raise ValueError(
-            "ngram needs whole rows and logits on a rank and does not go with "
+            "ngram needs full sequences and logits on a rank and is incompatible with "
             f"{[*split, 'cp'][0]}; leave one of them out"
         )
     if cfg.ngram_embed is not None and cfg.cp > 1:
         raise ValueError(
-            "ngram_embed needs the tokens before a rank's own and does not go with cp; type "
+            "ngram_embed needs the tokens before a rank's own and is incompatible with cp; type "
             "--tp= instead, or leave one of them out"
         )
 
 
 def check_pipeline(cfg: Config, split: list[str]) -> None:
-    """The pipeline's stages, and layouts of the data that send too often for one."""
-    layout, chunks = cfg.data_parallel, model_chunks(cfg)
+    """The pipeline's stages, and data-parallel layouts that send too often for a pipeline."""
+    layout = cfg.data_parallel
+    chunks = model_chunks(cfg)
     if cfg.pp_chunks is not None and (cfg.pp_chunks > 1) != (cfg.pp_schedule == "interleaved"):
         raise ValueError(
-            f"pp_chunks={cfg.pp_chunks} does not go with pp_schedule={cfg.pp_schedule}; type "
+            f"pp_chunks={cfg.pp_chunks} is incompatible with pp_schedule={cfg.pp_schedule}; type "
             "--pp_schedule=interleaved --pp_chunks=2, or leave pp_chunks out"
         )
     if cfg.pp > 1 and cfg.pp * chunks > cfg.n_layer:
         raise ValueError(
-            f"pp={cfg.pp} stages of {chunks} stretch(es) need {cfg.pp * chunks} "
+            f"pp={cfg.pp} stages of {chunks} model chunk(s) need {cfg.pp * chunks} "
             f"layers, n_layer is {cfg.n_layer}; try --pp={max(1, cfg.n_layer // chunks)}"
         )
     if layout in ("zero2", "zero3") and split:
         raise ValueError(
             f"data_parallel={layout} would send gradients or weights again for each micro-batch "
-            f"in flight and does not go with {split[0]}; type --data_parallel=fsdp or zero1"
+            f"in flight and is incompatible with {split[0]}; type --data_parallel=fsdp or zero1"
         )
+    # Zero bubble computes weight gradients later than those of activations, with its own graphs.
     zero_bubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     if layout == "fsdp" and zero_bubble:
         raise ValueError(
@@ -261,19 +289,20 @@ def check_pipeline(cfg: Config, split: list[str]) -> None:
     how = cfg.activation_checkpoint or "none"
     if zero_bubble and how != "none":
         raise ValueError(
-            f"--activation_checkpoint={how} does not go with --pp_schedule=zerobubble, which "
+            f"--activation_checkpoint={how} is incompatible with --pp_schedule=zerobubble, which "
             "keeps activations for the weights' gradients; type --pp_schedule=1f1b"
         )
 
 
 def check_packages(cfg: Config) -> None:
+    # Now, not when the first row is logged.
     for name in ("tensorboard", "wandb"):
         if getattr(cfg, name) and importlib.util.find_spec(name) is None:
             raise ValueError(f"--{name} needs a package: pip install {name}")
 
 
 def check_owners(cfg: Config) -> None:
-    """Dotted fields of what is switched off. The others run/options.py checks, by signatures."""
+    """Dotted fields whose owner is switched off. run/options.py checks all others by signature."""
     for namespace, owner in (("compress", "compress"), ("diloco", "diloco_every")):
         if cfg.sub(namespace) and getattr(cfg, owner) is None:
             raise ValueError(f"--{namespace}.{next(iter(cfg.sub(namespace)))} needs --{owner}=")
@@ -285,7 +314,7 @@ def check_owners(cfg: Config) -> None:
 
 
 def check_replicas_apart(cfg: Config) -> None:
-    """compress and diloco_every keep what differs from replica to replica."""
+    """compress and diloco_every keep numbers that differ from replica to replica."""
     for name in ("compress", "diloco_every"):
         if getattr(cfg, name) is not None and cfg.precision in ("fp16", "bf16_sr"):
             raise ValueError(
@@ -293,8 +322,9 @@ def check_replicas_apart(cfg: Config) -> None:
                 f"type --precision=bf16, or leave {name} out"
             )
     if cfg.compress is not None and cfg.diloco_every is not None:
-        raise ValueError("compress and diloco_every do not go together; leave one of them out")
+        raise ValueError("compress and diloco_every are incompatible; leave one of them out")
     apart = cfg.compress or cfg.diloco_every
+    # Snapshots in memory lack error feedback and outer weights. Checkpoints have them.
     rolls_back = "rollback" in (cfg.on_spike, cfg.on_nonfinite)
     if apart and rolls_back and cfg.options.get("monitor.ring") != 0:
         raise ValueError(
@@ -310,13 +340,14 @@ def check_early_stopping(cfg: Config) -> None:
         )
     if cfg.patience is not None and cfg.diloco_every is not None:
         raise ValueError(
-            "patience does not go with diloco_every, whose average is not what it trains on"
+            "patience is incompatible with diloco_every, whose average is not what it trains on"
         )
     if cfg.min_delta and cfg.patience is None:
         raise ValueError("min_delta means nothing without patience; type --patience=5 too")
 
 
 def check_qk_clip(cfg: Config) -> None:
+    # A norm after the scaling makes it void.
     if cfg.qk_clip is not None and trait(cfg, "qk_norm"):
         raise ValueError(
             f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
@@ -324,12 +355,13 @@ def check_qk_clip(cfg: Config) -> None:
         )
     if cfg.qk_clip is not None and cfg.diloco_every is not None:
         raise ValueError(
-            "qk_clip looks at all replicas, which diloco_every lets go apart; leave one of them out"
+            "qk_clip compares all replicas, and diloco_every lets them diverge; leave one of them "
+            "out"
         )
 
 
 def check_zeros(cfg: Config) -> None:
-    """None switches off; 0 would be taken for it."""
+    """None switches these off. A 0 would look as if it did, too."""
     names = "grad_clip clip_value z_loss qk_clip attention_scale logit_cap peak_flops"
     for name in names.split():
         if getattr(cfg, name) == 0:
@@ -337,22 +369,27 @@ def check_zeros(cfg: Config) -> None:
 
 
 def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dict:
-    """sub(namespace) if `target`'s signature takes it, else ValueError with the nearest name.
+    """sub(namespace), if the signature of `target` takes it.
 
-    given: parameters that come from elsewhere, such as `params` and `lr`. A value whose kind
-    differs from the default's (text for a number) is refused.
+    given: parameters that come from elsewhere, such as `params` and `lr`. Raises ValueError, with
+    the nearest name, for another name, and for a value whose kind differs from the default's (text
+    for a number).
     """
     parameters = inspect.signature(target).parameters
-    named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    taken = {k: p for k, p in named.items() if k not in given}
-    more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # which only the target knows
+    taken = {}
+    takes_any = False  # by **options: only the target knows their names
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_any = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL and name not in given:
+            taken[name] = parameter
     values = cfg.sub(namespace)
     for name, value in values.items():
         if name in taken and not is_of_kind(value, taken[name]):
-            typed, usual = flag(f"{namespace}.{name}", value), flag("", taken[name].default)
-            usual = usual.partition("=")[2]
+            typed = flag(f"{namespace}.{name}", value)
+            usual = flag("", taken[name].default).partition("=")[2]
             raise ValueError(f"{typed} is of the wrong kind; the default is {usual}")
-        if name not in taken and (name in given or not more):
+        if name not in taken and (name in given or not takes_any):
             hint = nearest(name, list(taken), f"--{namespace}.") if taken else "it takes none"
             raise ValueError(
                 f"--{namespace}.{name}: {target.__name__} has no such argument; {hint}"
@@ -363,10 +400,12 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
 def is_of_kind(value, parameter: inspect.Parameter) -> bool:
     """Is it of the kind of this parameter's default?"""
     default = parameter.default
+    # A bool is an int in Python, and no number for a user.
     if parameter.annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    # Without a default there is nothing to compare it with.
     if default is inspect.Parameter.empty:
-        return True  # there is nothing to compare it with
+        return True
     if isinstance(default, tuple):
         right_length = isinstance(value, tuple) and len(value) == len(default)
         return right_length and all(x is None or is_number(x) for x in value)
@@ -389,4 +428,6 @@ def is_number(value) -> bool:
 def nearest(name: str, names: list[str], prefix: str = "") -> str:
     """The end of an error message about a name that is none of `names`."""
     near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return f"there are {', '.join(names)}"

@@ -1,11 +1,11 @@
 """Every setting of a run: one flat dataclass, a line for each.
 
-A line is a field's type, its default, what it means with its unit, which numbers it may be, and
-whether a resumed run may change it. settings/parse.py derives the command line, `--help`, recipes
-and the saved `config.toml` from these lines, settings/checks.py refuses what is incompatible.
+A line says the field's type, its default, its meaning with the unit, its range, and whether a
+resumed run may change it. settings/parse.py derives the command line, `--help`, recipes and the
+saved `config.toml` from these lines. settings/checks.py refuses what is incompatible.
 
-None (`none` in TOML and on the command line) means off or, where the help says so, chosen for you,
-as does `auto`. What a model's `auto` traits are is in ARCHS.
+None (`none` in TOML and on the command line) means off or, where the help says so, chosen for you.
+`auto` is always chosen for you. ARCHS has the values of a model's `auto` traits.
 """
 
 import functools
@@ -24,11 +24,15 @@ def setting(default, help: str, change: str, least=None, below=None):
     return field(default=default, metadata=dict(help=help, change=change, least=least, below=below))
 
 
-# May a resumed run change this setting? What the command leaves open comes from the earlier run.
-fixed = functools.partial(setting, change="fixed")  # never
-on_branch = functools.partial(setting, change="on_branch")  # with --resume=PATH, a branch
-may_change = functools.partial(setting, change="may_change")  # always
-per_run = functools.partial(setting, change="per_run")  # and it never comes from the earlier run
+# May a resumed run change this setting? What its command leaves open comes from the earlier run.
+# fixed: never.
+fixed = functools.partial(setting, change="fixed")
+# on_branch: only with --resume=PATH, which begins a branch.
+on_branch = functools.partial(setting, change="on_branch")
+# may_change: always.
+may_change = functools.partial(setting, change="may_change")
+# per_run: always, and it never comes from the earlier run.
+per_run = functools.partial(setting, change="per_run")
 
 
 @dataclass
@@ -43,12 +47,12 @@ class Config:
         least=1,
     )
     block_size: int = fixed(256, "tokens per sequence", least=1)
-    seed: int = fixed(1337, "decides initial weights, order of rows, dropout masks", least=0)
+    seed: int = fixed(1337, "decides initial weights, order of samples, dropout masks", least=0)
     deterministic: bool = may_change(
         False, "only kernels that give the same bits each time; slower on a GPU"
     )
     resume: str = per_run(
-        "auto", "auto: go on in out_dir | never: anew | PATH: branch from a run or checkpoint"
+        "auto", "auto: resume in out_dir | never: anew | PATH: branch from a run or checkpoint"
     )
     device: str = per_run("auto", "auto (cuda, else mps, else cpu) or a torch device name")
     threads: int | None = per_run(
@@ -65,7 +69,7 @@ class Config:
     )
     eval_tokens: int = may_change(32768, "size of the fixed held-out set, tokens", least=1)
     eval_rows: Literal["spread", "first"] = may_change(
-        "spread", "spread over what is held out | its first"
+        "spread", "held-out samples that are evaluated: evenly spaced | the first"
     )
     # model
     arch: Literal["modern", "gpt2", "track3"] = fixed(
@@ -125,7 +129,7 @@ class Config:
     )
     ngram_embed: int | None = fixed(
         None,
-        "n-grams of 2 to so many tokens have embeddings too, by hash (layers/ngram_embedding.py)",
+        "n-grams of 2 to this many tokens have embeddings too, by hash (layers/ngram_embedding.py)",
         least=2,
     )
     ngram_rows: int = fixed(16384, "rows of the table that they share", least=1)
@@ -161,7 +165,7 @@ class Config:
     )
     ngram: int | None = fixed(
         None,
-        "counted n-grams with up to so many tokens of context are the logits' prior"
+        "counted n-grams with up to this many tokens of context are the logits' prior"
         " (layers/ngram.py)",
         least=1,
     )
@@ -170,7 +174,7 @@ class Config:
         "heads whose attention logits exceed this are scaled back; usual: 100 (optim/qk_clip.py)",
         least=0,
     )
-    # spikes and faults; --monitor.NAME= goes to the guard
+    # spikes and faults; --monitor.NAME= goes to the spike monitor
     on_spike: Literal["warn", "skip", "rollback", "clip", "lr_cut", "abort"] | None = may_change(
         "skip", "what happens to a step whose loss or gradient jumps (monitor.py)"
     )
@@ -178,10 +182,12 @@ class Config:
         "skip", "the same for NaN and infinity; fp16's overflows are its loss scaler's"
     )
     patience: int | None = may_change(
-        None, "evaluations without a better loss until the run ends with its best weights", least=1
+        None,
+        "the run ends with its best weights after this many evaluations without a better loss",
+        least=1,
     )
     min_delta: float = may_change(
-        0.0, "what a better loss is better by, nats, for patience", least=0
+        0.0, "for patience: a better loss is lower by more than this, nats", least=0
     )
     # schedule; --schedule.NAME= goes to it
     schedule: Literal["auto", *SHAPES] = may_change(
@@ -206,7 +212,7 @@ class Config:
     )
     batch_ramp: int | None = fixed(None, "steps over which the batch grows to batch_size", least=1)
     batch_ramp_from: int | None = fixed(
-        None, "sequences it grows from, in steps of as many", least=1
+        None, "sequences of the first step, and of each growth", least=1
     )
     # numbers and layout
     precision: Literal["auto", "fp64", "fp32", "bf16", "bf16_sr", "fp16", "fp8"] = fixed(
@@ -232,16 +238,16 @@ class Config:
     reshard: bool = may_change(True, "fsdp: weights are dropped after forward and gathered again")
     bucket_mb: float = may_change(25.0, "ddp, zero: size of a gradient bucket, MiB", least=0)
     reduce_dtype: Literal["fp32", "bf16"] | None = may_change(
-        None, "zero, fsdp: numbers in which gradients are summed over ranks; none = their own"
+        None, "zero, fsdp: dtype in which gradients are summed over ranks; none = their own"
     )
     compress: Literal["topk", "sign", "onebit", "powersgd", "fp16", "bf16"] | None = may_change(
         None, "ddp: gradients are sent compressed, with error feedback"
     )
     diloco_every: int | None = fixed(
-        None, "ddp: replicas take so many steps alone, then average (another algorithm)", least=1
+        None, "ddp: replicas take this many steps alone, then average (another algorithm)", least=1
     )
     param_dtype: Literal["fp32", "bf16"] | None = may_change(
-        None, "fsdp: numbers in which weights are gathered and used; none = their own"
+        None, "fsdp: dtype in which weights are gathered and used; none = their own"
     )
     tp: int = per_run(1, "tensor parallel: ranks among which each matrix is split", least=1)
     sp: bool = per_run(
@@ -256,7 +262,7 @@ class Config:
         "1f1b", "the order in which a stage works on micro-batches"
     )
     pp_chunks: int | None = per_run(
-        None, "interleaved: stretches of layers on each rank; none = 2", least=1
+        None, "interleaved: model chunks on each rank; none = 2", least=1
     )
     activation_checkpoint: str | None = may_change(
         None,
@@ -270,7 +276,10 @@ class Config:
         None, "zero3, fsdp: where weights wait between uses"
     )
     timeout_minutes: float = per_run(
-        10.0, "a collective that waits so long for another rank ends the run", least=0.01, below=1e5
+        10.0,
+        "a collective that waits this long for another rank ends the run",
+        least=0.01,
+        below=1e5,
     )
     # looking and saving
     histogram_every: int | None = may_change(
@@ -289,11 +298,11 @@ class Config:
         100, "steps between checkpoints; 0 = only at the end", least=0
     )
     save_hours: float | None = may_change(
-        None, "a checkpoint also after so many hours without one; 0 = after each step", least=0
+        None, "a checkpoint also after this many hours without one; 0 = after each step", least=0
     )
     keep: int | None = may_change(2, "checkpoints kept, the newest; none = all", least=1)
     keep_every: int | None = may_change(
-        None, "a checkpoint also every so many steps, kept for ever beside the newest", least=1
+        None, "steps between checkpoints that are kept for ever", least=1
     )
     async_save: bool = may_change(
         True, "write checkpoints beside training, which waits only for a copy in host memory"
@@ -305,7 +314,7 @@ class Config:
     )
     debug_ranks: bool = per_run(
         False,
-        "each rank's steps, and its stacks where it stands, go to out_dir/debug"
+        "each rank's steps, and its stacks when it hangs, go to out_dir/debug"
         " (parallel/watchdog.py)",
     )
     sample_tokens: int = may_change(
@@ -315,23 +324,30 @@ class Config:
         None, "FLOP/s of one device, for MFU; none = by its name", least=0
     )
 
-    options: dict = field(default_factory=dict)  # the dotted fields, full name -> value
+    # The dotted fields: full name -> value.
+    options: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        # The fields that the user gave. The parser sets this exactly, for it knows what was typed.
         self.given = {
             f.name
             for f in fields(self)
             if f.name != "options" and getattr(self, f.name) != f.default
         }
-        self.earlier = set()  # what the commands before gave, of a run that goes on
+        # What earlier commands gave, where this one resumes their run.
+        self.given_earlier = set()
 
     def sub(self, namespace: str) -> dict:
         """The dotted fields of one namespace: sub("opt") -> {"betas": (0.9, 0.95)}."""
+        prefix = namespace + "."
         return {
-            k.split(".", 1)[1]: v for k, v in self.options.items() if k.startswith(namespace + ".")
+            name.removeprefix(prefix): value
+            for name, value in self.options.items()
+            if name.startswith(prefix)
         }
 
 
+# Field -> the layouts of data_parallel that have it.
 LAYOUTS = dict(
     fsdp_shard="fsdp",
     reshard="fsdp",
@@ -341,9 +357,12 @@ LAYOUTS = dict(
     diloco_every="ddp",
     offload_params="zero3 fsdp",
     bucket_mb="ddp zero1 zero2 zero3",
-)  # the layouts that a field is for
+)
+# The dotted fields' first words.
 NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile", "monitor")
-PATHS = ("out_dir", "data", "data_dir", "resume", "init_from")  # here ~ is the home folder
+# Fields in which ~ is the home folder.
+PATHS = ("out_dir", "data", "data_dir", "resume", "init_from")
+# Fields whose none means that the run chooses.
 CHOSEN = (
     "micro_batch_size",
     "n_kv_head",
@@ -353,7 +372,8 @@ CHOSEN = (
     "embed_lr",
     "head_lr",
     "scalar_lr",
-)  # where none means: the run chooses
+)
+# First field of a section of --help -> its heading.
 SECTIONS = dict(
     out_dir="The run",
     data="Data",
@@ -364,6 +384,7 @@ SECTIONS = dict(
     precision="Numbers and layout",
     log_every="Looking and saving",
 )
+# --arch -> what its `auto` traits are.
 ARCHS = {
     "modern": dict(
         norm="rmsnorm",
@@ -413,12 +434,14 @@ ARCHS = {
 }
 FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
 TYPES = typing.get_type_hints(Config)
+# Fields that a run may have to choose: the table [chosen] of config.toml holds them.
 OPEN = {name for name, f in FIELDS.items() if f.default == "auto" or name in CHOSEN} - {"resume"}
 
 
 def trait(cfg: Config, name: str):
     """The model's trait of this name, the architecture's where it is `auto`."""
-    return ARCHS[cfg.arch][name] if getattr(cfg, name) == "auto" else getattr(cfg, name)
+    given = getattr(cfg, name)
+    return ARCHS[cfg.arch][name] if given == "auto" else given
 
 
 def with_traits(cfg: Config) -> Config:
@@ -430,31 +453,39 @@ def with_traits(cfg: Config) -> Config:
 def update(cfg: Config, **values) -> Config:
     """A copy with other values that remembers which fields the user gave."""
     new = replace(cfg, **values)
-    new.given, new.earlier = set(cfg.given), set(cfg.earlier)
+    new.given = set(cfg.given)
+    new.given_earlier = set(cfg.given_earlier)
     return new
 
 
 def chosen(cfg: Config) -> list[str]:
-    """The fields that no command gave and that have a value: what `auto` and `none` stood for."""
-    asked = cfg.given | cfg.earlier
-    return [n for n in FIELDS if n in OPEN - asked and getattr(cfg, n) != FIELDS[n].default]
+    """The fields that the run chose: no command gave them, and they have a value."""
+    requested = cfg.given | cfg.given_earlier
+    return [n for n in FIELDS if n in OPEN - requested and getattr(cfg, n) != FIELDS[n].default]
 
 
 def flag(name: str, value) -> str:
-    """What to type in a shell for this field to have this value; what messages tell people to
-    type."""
-    if isinstance(value, (tuple, list)):
-        text = ",".join(map(plain, value)) + "," * (len(value) == 1) if value else "()"
-    else:
+    """What to type in a shell to give a field this value."""
+    if not isinstance(value, (tuple, list)):
         text = plain(value)
+    elif not value:
+        text = "()"
+    else:
+        text = ",".join(map(plain, value))
+        # A comma at the end makes a tuple of one value.
+        if len(value) == 1:
+            text += ","
     return f"--{name}={shlex.quote(text)}"
 
 
 def plain(value) -> str:
     """A value as the command line has it: none, true, 0.1, text."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def model_chunks(cfg: Config) -> int:
-    """Model chunks on each rank of a pipeline, of consecutive layers each."""
-    return cfg.pp_chunks or (2 if cfg.pp_schedule == "interleaved" else 1)
+    """How many runs of consecutive layers each rank of a pipeline has."""
+    usual = 2 if cfg.pp_schedule == "interleaved" else 1
+    return cfg.pp_chunks or usual

@@ -2,15 +2,15 @@
 
     python train.py [recipe.toml] [--field=value ...]          later wins; --field value is the same
 
-The fields are in settings/fields.py, one line each, what goes together in settings/checks.py.
-Parsing, `--help` and the saved `config.toml` are derived from those lines. Fields with a dot belong
-to whatever another field selected: `--opt.betas=0.9,0.95` goes to the constructor of `--optim`,
-`--schedule.NAME=` to the schedule; run/options.py checks them against its signature. In TOML a
-dotted field is a quoted key: `"opt.betas" = [0.9, 0.95]`.
+The fields are in settings/fields.py, one line each, and settings/checks.py says which of them fit
+together. Parsing, `--help` and the saved `config.toml` are derived from those lines. A field with a
+dot belongs to what another field selects: `--opt.betas=0.9,0.95` goes to the constructor of
+`--optim`, `--schedule.NAME=` to the schedule. run/options.py checks it against the signature there.
+In TOML a dotted field is a quoted key: `"opt.betas" = [0.9, 0.95]`.
 
-A run's `config.toml` is a recipe for the same run. What `auto` and `none` stood for there is in its
-table [chosen]: values that nobody asked for. No check holds them against the user, and as soon as a
-later word makes it another run (another optimizer, say) they are chosen anew.
+A run's `config.toml` is a recipe for the same run. Its table [chosen] has the values that the run
+chose where nobody gave one. No check holds them against the user. As soon as a later word makes it
+another run (another optimizer, say) they are chosen anew.
 
 Nothing here is executed: values are numbers, strings, booleans and lists of them. Every mistake is
 a ValueError whose one line says what came, what is allowed and what to type.
@@ -36,37 +36,50 @@ from settings.synonyms import HERE
 def parse(argv: list[str]) -> Config:
     """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after
     `--help`."""
-    values, open_ = {}, {}  # what was asked for, and what earlier runs chose
     if "--help" in argv or "-h" in argv:
         print(help_text())
         raise SystemExit(0)
+    given = {}  # what the user gave
+    chosen = {}  # what an earlier run chose
     for word in joined(argv):
-        name, _, text = word[2:].partition("=")
-        found = {name: from_text(name, text)} if word.startswith("--") else read_recipe(word)
-        own = {n.removeprefix("chosen."): found.pop(n) for n in [*found] if n.startswith("chosen.")}
-        if any(makes_another_run(n) for n in found):
-            open_ = {}
-        open_ = {n: v for n, v in open_.items() if n not in found} | own
-        values = {n: v for n, v in values.items() if n not in own} | found
+        if word.startswith("--"):
+            name, _, text = word[2:].partition("=")
+            found = {name: from_text(name, text)}
+        else:
+            found = read_recipe(word)
+        found_chosen = {}
+        for name in list(found):
+            if name.startswith("chosen."):
+                found_chosen[name.removeprefix("chosen.")] = found.pop(name)
+
+        # Another run chooses anew. Else a later word replaces what an earlier one said.
+        if any(makes_another_run(name) for name in found):
+            chosen = {}
+        chosen = {n: v for n, v in chosen.items() if n not in found} | found_chosen
+        given = {n: v for n, v in given.items() if n not in found_chosen} | found
     cfg = Config(
-        **{k: v for k, v in (open_ | values).items() if "." not in k},
-        options={k: v for k, v in values.items() if "." in k},
+        **{n: v for n, v in (chosen | given).items() if "." not in n},
+        options={n: v for n, v in given.items() if "." in n},
     )
-    cfg.given = set(values)
+    cfg.given = set(given)
     return check(cfg)
 
 
 def joined(argv: list[str]) -> list[str]:
     """["--steps", "5"] as ["--steps=5"]. Raises ValueError for a flag that has no value."""
-    words, left = [], list(argv)
+    words = []
+    left = list(argv)
+
+    def next_is_value() -> bool:
+        return bool(left) and not left[0].startswith("--") and not left[0].endswith(".toml")
+
     while left:
         word = left.pop(0)
         name, equals, text = word[2:].partition("=")
         if word.startswith("--") and not text:
             known(name)
-            while (
-                not text and left and not left[0].startswith("--") and not left[0].endswith(".toml")
-            ):
+            # `--steps = 5` has the sign in a word of its own.
+            while not text and next_is_value():
                 text = left.pop(0).removeprefix("=")
             if not equals and not text:
                 value = "true" if name in FIELDS and bool in kinds(name) else "VALUE"
@@ -77,20 +90,25 @@ def joined(argv: list[str]) -> list[str]:
 
 
 def read_recipe(path: str) -> dict:
-    """A TOML recipe as {field: value}; a table like [opt] and a quoted key like "opt.betas" mean
-    the same."""
+    """A TOML recipe as {field: value}. Raises ValueError.
+
+    A table like [opt] and a quoted key like "opt.betas" mean the same.
+    """
     path = os.path.expanduser(path)
-    if os.path.isdir(path) and os.path.isfile(own := os.path.join(path, "config.toml")):
+    own = os.path.join(path, "config.toml")
+    if os.path.isdir(path) and os.path.isfile(own):
         raise ValueError(f"the recipe {path} is the folder of a run; its recipe is {own}")
-    if not os.path.isfile(path) and os.path.exists(path):  # a pipe would wait, a device never end
+    # Reading a pipe might wait for ever, reading a device never end.
+    if not os.path.isfile(path) and os.path.exists(path):
         raise ValueError(
             f"cannot read the recipe {path}: it is no file; flags look like --steps=100"
         )
     try:
         with open(path, "rb") as file:
             raw = file.read()
-        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # of Windows' shell
-        table = tomllib.loads(raw.decode("utf-16" if wide else "utf-8-sig"))
+        # Windows' shell writes UTF-16.
+        is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        table = tomllib.loads(raw.decode("utf-16" if is_utf16 else "utf-8-sig"))
     except OSError as error:
         raise ValueError(
             f"cannot read the recipe {path}: {error.strerror}; flags look like --steps=100"
@@ -111,12 +129,16 @@ def known(name: str) -> None:
     if name in FIELDS or ("." in name and name.split(".")[0] in NAMESPACES):
         return
     plain = name.replace("-", "_").lower()
-    near = [n for word in (plain, plain.rpartition(".")[2]) for n in (word, HERE.get(word))]
-    near = [n for n in near if n in FIELDS or n in HERE.values()]
+    # The best hint first: the name as it is written here, another trainer's name, a near one.
+    hints = []
+    for word in (plain, plain.rpartition(".")[2]):
+        for ours in (word, HERE.get(word)):
+            if ours in FIELDS or ours in HERE.values():
+                hints.append(ours)
     if plain.startswith("no_") and plain[3:] in FIELDS:
-        near.append(f"{plain[3:]}=false")
-    near += difflib.get_close_matches(plain, FIELDS, 1)
-    hint = f"did you mean --{near[0]}?" if near else "--help lists those there are"
+        hints.append(f"{plain[3:]}=false")
+    hints += difflib.get_close_matches(plain, FIELDS, 1)
+    hint = f"did you mean --{hints[0]}?" if hints else "--help lists all fields"
     raise ValueError(f"there is no field {name[:100]!r}; {hint}")
 
 
@@ -125,7 +147,8 @@ def from_text(name: str, text: str):
     known(name)
     if not text.strip():
         raise ValueError(f"--{name}= is empty; type a value ({allowed(name)}), or leave it out")
-    if "." in name:  # checked against a signature later
+    # A dotted field is checked against a signature later.
+    if "." in name:
         return literal(name, text)
     word = text.lower()
     if word == "none" and type(None) in kinds(name):
@@ -137,8 +160,11 @@ def from_text(name: str, text: str):
             return word
         if kind is str:
             return os.path.expanduser(text) if name in PATHS else text
-        if kind in (int, float) and (value := number(kind, text)) is not None:
-            return value
+        if kind in (int, float):
+            value = number(kind, text)
+            if value is not None:
+                return value
+    # A message is one line, however much was typed.
     shown = " ".join(text.split())[:200]
     raise ValueError(f"--{name}={shown} is not allowed; it takes {allowed(name)}")
 
@@ -152,17 +178,21 @@ def literal(name: str, text: str):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = WORDS.get(text.lower(), text)
-        if value is text and "," in text:  # one of them may be none
+        # A list with none, true or false in it is no Python literal.
+        if value is text and "," in text:
             parts = [part.strip().lower() for part in text.split(",")]
             found = [WORDS.get(part, number(float, part)) for part in parts]
             if all(x is not None or part == "none" for x, part in zip(found, parts)):
                 value = tuple(found)
-    return plain_only(name, tuple(value) if isinstance(value, list) else value, f"--{name}={text}")
+    if isinstance(value, list):
+        value = tuple(value)
+    return plain_only(value, f"--{name}={text}")
 
 
-def plain_only(name: str, value, said: str):
+def plain_only(value, said: str):
+    """The value, if it is plain; `said` is what the user typed. Raises ValueError."""
     parts = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(part, int | float | str | None) for part in parts):  # no dates, no tables
+    if not all(isinstance(part, int | float | str | None) for part in parts):
         raise ValueError(f"{' '.join(said.split())[:200]} is no number, word or list of them")
     return value
 
@@ -173,18 +203,21 @@ def from_toml(name: str, value, path: str):
         name = name[7:]
     known(name)
     if "." in name:
+        # As a tuple, which is what a list on the command line becomes.
         value = tuple(map(none, value)) if isinstance(value, list) else none(value)
-        return plain_only(name, value, f"{name} = {value!r} in {path}")
+        return plain_only(value, f"{name} = {value!r} in {path}")
     if none(value) is None and type(None) in kinds(name):
         return None
+    is_empty = isinstance(value, str) and not value.strip()
     for kind in kinds(name):
-        if isinstance(value, str) and not value.strip():
+        if is_empty:
             break
         if typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
         elif kind in (int, float) and type(value) in (int, float):
-            if (converted := number(kind, repr(value))) is not None:
+            converted = number(kind, repr(value))
+            if converted is not None:
                 return converted
         elif type(value) is kind:
             return os.path.expanduser(value) if name in PATHS else value
@@ -195,26 +228,28 @@ def from_toml(name: str, value, path: str):
 
 def none(value):
     """TOML has no null: the word none stands for it."""
-    return None if isinstance(value, str) and value.lower() == "none" else value
+    if isinstance(value, str) and value.lower() == "none":
+        return None
+    return value
 
 
 def number(kind: type, text: str):
-    for convert in (kind, float):  # float second, for whole numbers written as 1e6
+    """The int or float that the text is; None where it is none. 1e6 is a whole number, too."""
+    for convert in (kind, float):
         try:
             value = convert(text)
-            return kind(value) if kind is float or value == int(value) else None
+            is_of_kind = kind is float or value == int(value)
+            return kind(value) if is_of_kind else None
         except (ValueError, OverflowError):
             pass
     return None
 
 
 def kinds(name: str) -> tuple:
+    """The types that a field may have: (int, NoneType) for `int | None`."""
     hint = TYPES[name]
-    return (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def change(name: str) -> str:
@@ -222,10 +257,12 @@ def change(name: str) -> str:
 
 
 def makes_another_run(name: str) -> bool:
+    """Does a value for this field make void what the earlier run chose?"""
     return "." in name or name == "device" or change(name) in ("fixed", "on_branch")
 
 
 def allowed(name: str) -> str:
+    """What a field takes, for the end of an error message."""
     if "." in name:
         return "a number, a word, or a list of them"
     words = {
@@ -240,13 +277,17 @@ def allowed(name: str) -> str:
 
 # ---- writing -------------------------------------------------------------------------------------
 def to_dict(cfg: Config) -> dict:
-    """Plain values for a checkpoint. cwd: where relative paths begin."""
-    values = {name: getattr(cfg, name) for name in FIELDS} | {"options": dict(cfg.options)}
+    """Plain values for a checkpoint."""
+    values = {name: getattr(cfg, name) for name in FIELDS}
     try:
         here = os.getcwd()
-    except OSError:  # it was deleted
+    except OSError:  # the folder was deleted
         here = ""
-    return values | {"chosen": fields.chosen(cfg), "cwd": here}
+    values["options"] = dict(cfg.options)
+    values["chosen"] = fields.chosen(cfg)
+    # A run that is resumed from another folder finds relative paths from here.
+    values["cwd"] = here
+    return values
 
 
 def from_dict(saved: dict) -> Config:
@@ -255,6 +296,7 @@ def from_dict(saved: dict) -> Config:
         values = {
             name: from_toml(name, saved[name], "the checkpoint") for name in FIELDS if name in saved
         }
+        # JSON has no tuples.
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()}
         cfg = Config(**values, options=options)
         cfg.given -= {*saved.get("chosen", OPEN)}
@@ -273,19 +315,25 @@ def to_toml(cfg: Config, notes: dict) -> str:
             return '"none"'
         if isinstance(value, (tuple, list)):
             return "[" + ", ".join(shown(v) for v in value) + "]"
-        if isinstance(value, str):  # as JSON has it, but for DEL
+        if isinstance(value, str):
+            # TOML's strings are JSON's, but for DEL.
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        return str(value).lower() if isinstance(value, bool) else repr(value)
+        if isinstance(value, bool):
+            return str(value).lower()
+        return repr(value)
 
-    open_ = fields.chosen(cfg)
+    chosen = fields.chosen(cfg)
     lines = [f"# {key}: {value}" for key, value in notes.items()]
-    lines += [f"{name} = {shown(getattr(cfg, name))}" for name in FIELDS if name not in open_]
+    lines += [f"{name} = {shown(getattr(cfg, name))}" for name in FIELDS if name not in chosen]
     lines += [f'"{name}" = {shown(value)}' for name, value in cfg.options.items()]
-    if open_:
+    if chosen:
         lines += ["", "[chosen]  # what auto and none stood for; nobody asked for it"]
-    for name in open_:
-        here = "# here: " * (change(name) == "per_run")  # of this machine, not of the run
-        lines.append(f"{here}{name} = {shown(getattr(cfg, name))}")
+    for name in chosen:
+        line = f"{name} = {shown(getattr(cfg, name))}"
+        # A fact of this machine is a comment: another machine chooses for itself.
+        if change(name) == "per_run":
+            line = f"# here: {line}"
+        lines.append(line)
     return "\n".join(lines) + "\n"
 
 
@@ -299,20 +347,19 @@ def help_text() -> str:
         if name in SECTIONS:
             lines += ["", SECTIONS[name]]
         lines.append(f"  --{name:17} {f.metadata['help']} [{str(f.default).lower()}]")
+        # `auto` alone is no choice worth a line.
         if any(typing.get_origin(k) is Literal and k is not Auto for k in kinds(name)):
             lines.append(f"{'':22}one of: {allowed(name)}")
     lines += [
         "",
-        (
-            "  --opt.NAME=       an argument of the optimizer's constructor, such as"
-            " --opt.betas=0.9,0.95"
-        ),
+        "  --opt.NAME=       an argument of the optimizer's constructor, such as"
+        " --opt.betas=0.9,0.95",
+        "  --schedule.NAME=  an argument of the schedule, such as --schedule.shape=cosine",
+        "  --compress.NAME=  an argument of the compression, such as --compress.rank=4",
+        "  --diloco.NAME=    an argument of the outer step, such as --diloco.momentum=0.9",
+        "  --scaler.NAME=    an argument of fp16's loss scaler, such as --scaler.fixed=1024",
+        "  --compile.NAME=   dynamic, verbose or backend, such as --compile.verbose=true",
+        "  --fp8.NAME=       an argument of FP8, such as --fp8.scaling=tensor",
+        "  --monitor.NAME=   a number of the spike monitor, such as --monitor.detector=ema",
     ]
-    lines += ["  --schedule.NAME=  an argument of the schedule, such as --schedule.shape=cosine"]
-    lines += ["  --compress.NAME=  an argument of the compression, such as --compress.rank=4"]
-    lines += ["  --diloco.NAME=    an argument of the outer step, such as --diloco.momentum=0.9"]
-    lines += ["  --scaler.NAME=    an argument of fp16's loss scaler, such as --scaler.fixed=1024"]
-    lines += ["  --compile.NAME=   dynamic, verbose or backend, such as --compile.verbose=true"]
-    lines += ["  --fp8.NAME=       an argument of FP8, such as --fp8.scaling=tensor"]
-    lines += ["  --monitor.NAME=   a number of the spike guard, such as --monitor.detector=ema"]
     return "\n".join(lines)

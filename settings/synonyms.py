@@ -1,8 +1,9 @@
 """What other trainers call a field, for the hint in an error message."""
 
+# Their name -> ours, or our --field=value where their flag means one value of a field.
 HERE = {
     there: here
-    for here, names in {  # what other trainers call a field
+    for here, names in {
         "steps": (
             "max_iters max_steps num_steps train_steps iters iterations epochs num_train_epochs"
         ),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers.generation import generate
 from memory import activation_checkpoint
-from memory.activation_checkpoint import HOW, keep_less, parse
+from memory.activation_checkpoint import HOW, apply_activation_checkpointing, parse
 from memory.estimate import activation_bytes
 from memory.meter import Meter
 from model import GPT, GPTConfig, initial_weight
@@ -69,7 +69,7 @@ IDS = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(1))
 
 def build(how, shape=MODERN, dtype=torch.float64):
     model = init_weights(GPT(GPTConfig(**shape)).to(dtype))
-    keep_less(model, how)
+    apply_activation_checkpointing(model, how)
     return model
 
 
@@ -130,7 +130,7 @@ def replicas(rank, world, layout, hows, shape):
         spread = kinds[layout](group, CPU)
         with torch.device("meta"):
             model = GPT(GPTConfig(**shape)).to(torch.float64)
-        keep_less(model, how)
+        apply_activation_checkpointing(model, how)
         spread.parallelize(model)
         spread.init_weights(partial(initial_weight, model.config))
         for i, rows in enumerate(torch.arange(4).chunk(world)[rank].chunk(2)):
@@ -167,7 +167,7 @@ def tensor_parallel(rank, world, split, hows, shape):
         model = init_weights(GPT(GPTConfig(**shape)).to(torch.float64))
         if split is not None:
             split(model, group)
-        keep_less(model, how, group)
+        apply_activation_checkpointing(model, how, group)
         with Calls() as calls:
             loss = run(model)
         sums = [
@@ -220,8 +220,8 @@ def context_parallel(rank, world, way, hows):
     for how in hows:
         model = init_weights(GPT(GPTConfig(**MODERN)).to(torch.float64))
         context.split(model, dist.group.WORLD, way)
-        keep_less(model, how)
-        places = context.positions(8, world, rank, way)
+        apply_activation_checkpointing(model, how)
+        places = context.position_ids(8, world, rank, way)
         model(IDS[:, places], IDS[:, places + 1], places, torch.arange(4)).backward()
         results.append(gradients(model))
     return results
@@ -238,8 +238,8 @@ def stages(rank, world, name, chunks, hows):
     results = []
     for how in hows:
         pipe = pipeline.Pipeline(dist.group.WORLD, name, 4, chunks)
-        model = init_weights(GPT(GPTConfig(**MODERN), pipe.layers).to(torch.float64))
-        keep_less(model, how)
+        model = init_weights(GPT(GPTConfig(**MODERN), pipe.stage_layers).to(torch.float64))
+        apply_activation_checkpointing(model, how)
 
         def forward(i, layers, x, model=model):
             x = IDS[i : i + 1, :-1] if x is None else x
@@ -296,7 +296,7 @@ def random_steps(how, kind, change=lambda model: None):
             # inside of what `attention` and `mlp` cover
             block.attn.q = nn.Sequential(block.attn.q, nn.Dropout(0.3))
             block.mlp.fc = nn.Sequential(block.mlp.fc, nn.Dropout(0.3))
-    keep_less(model, how)
+    apply_activation_checkpointing(model, how)
     change(model)
     torch.manual_seed(0)
     losses = [run(model), run(model)]
@@ -409,7 +409,7 @@ def test_each_part_is_computed_once_more_and_none_in_evaluation(how):
     for i, part in enumerate(parts):  # a forward that is inside of what is computed again
         plain = part.forward
         part.forward = lambda *args, i=i, plain=plain: (counts.append(i), plain(*args))[1]
-    keep_less(model, how)
+    apply_activation_checkpointing(model, how)
     model.eval()
     with torch.no_grad():
         model(IDS[:, :-1], IDS[:, 1:])
@@ -442,7 +442,7 @@ def peak(how, arch="modern", precision="fp32", group=None, size=SIZE):
     shape = size | dict(n_head=2, n_kv_head=2, block_size=128) | TRAITS[arch]
     model = GPT(GPTConfig(**shape))
     model = init_weights(model.double() if precision == "fp64" else model)
-    keep_less(model, how, group)
+    apply_activation_checkpointing(model, how, group)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     # Autocast's copies of the weights are small beside so many
@@ -520,7 +520,7 @@ def thin_peak(how, layers):
     model.run_blocks, model.blocks = in_turn, nn.ModuleDict({str(i): Thin() for i in range(layers)})
     for block in model.blocks.values():
         block.attn = block.mlp = nn.Identity()
-    keep_less(model, how)
+    apply_activation_checkpointing(model, how)
     with Meter() as meter:
         loss = model.run_blocks(list(model.blocks.values()), x * 1, None).sum()
         loss.backward()
@@ -606,7 +606,7 @@ def test_numbers_are_read():
 def test_zero_bubble_is_refused(how):
     flags = ["--pp=2", "--pp_schedule=zerobubble"]
     settings.parse([*flags, "--activation_checkpoint=none"])
-    with pytest.raises(ValueError, match=f"{how} does not go with .*type --pp_schedule=1f1b"):
+    with pytest.raises(ValueError, match=f"{how} is incompatible with .*type --pp_schedule=1f1b"):
         settings.parse([*flags, f"--activation_checkpoint={how}"])
 
 

@@ -202,11 +202,11 @@ def test_a_window_counts_in_the_utilisation(tmp_path, text):
     [
         (["--window=256"], "window=256 is no window over block_size=256 tokens"),
         (["--window=0"], "window=0 is out of range"),
-        (["--window=8", "--cp=2"], "window=8 does not go with cp_attention=ring.*ulysses"),
+        (["--window=8", "--cp=2"], "window=8 is incompatible with cp_attention=ring.*ulysses"),
         (["--attention=flex", "--n_embd=64", "--n_head=8"], "no kernel for heads of 8.*--n_head"),
         (
             ["--attention=flex", "--cp=2"],
-            "attention=flex does not go with cp_attention=ring.*ulysses",
+            "attention=flex is incompatible with cp_attention=ring.*ulysses",
         ),
     ],
 )

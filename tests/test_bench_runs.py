@@ -126,7 +126,7 @@ def test_shares_are_of_the_median_step_beside_their_targets(log_ms, said):
 def test_what_is_wrapped_is_called_by_train():
     source = (runs.TRAIN).read_text()
     for owner, attribute in overhead.DATA + overhead.CHECKS:
-        word = r"train_rows|rows: data\.Dataset" if attribute == "__call__" else rf"\.{attribute}\("
+        word = "train_data" if attribute == "__call__" else rf"\.{attribute}\("
         assert callable(getattr(owner, attribute)) and re.search(word, source), attribute
 
 

@@ -145,7 +145,7 @@ def test_dotted_fields_go_where_they_belong():
     [
         ("--only=full", "no precision"),
         ("--only=bf16+fp32", "two words for precision"),
-        ("--only=bf16+ful", "ful is not to be had"),
+        ("--only=bf16+ful", "ful is not available"),
         ("--only=bf16+segments_9", "segments_9"),
         ("--rounds=0", "--rounds=0"),
         ("--quick=1", "usage"),

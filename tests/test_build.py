@@ -159,7 +159,7 @@ def test_flags_with_nothing_to_do_are_named(tmp_path, text, capsys):
 def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layout):
     cfg = parse.parse(words)
     assert (
-        auto.settled(cfg, CPU, optimizers.find_optimizer(cfg.optim), replicas).data_parallel
+        auto.resolve_auto(cfg, CPU, optimizers.find_optimizer(cfg.optim), replicas).data_parallel
         == layout
     )
 
@@ -180,7 +180,7 @@ def test_a_layout_that_does_not_pay_is_named(words, ranks, said):
     mesh = types.SimpleNamespace(
         sizes={"dp": ranks, "cp": 1},
         device=CPU,
-        groups={"replicas": object() if ranks > 1 else None},
+        groups={"dp_cp": object() if ranks > 1 else None},
     )
     remarks = [x for x in announce.warnings(parse.parse(words), mesh, None) if "diloco" not in x]
     assert remarks == [] if said is None else said in " ".join(remarks)
@@ -255,7 +255,7 @@ def test_an_outer_step_cannot_change_on_the_way():
         (["--offload_params=disk"], "--data_parallel=zero3 or --data_parallel=fsdp"),
         (["--data_parallel=fsdp", "--bucket_mb=1"], "bucket_mb does not work"),
         (["--compress.rank=2"], "needs --compress="),
-        (["--compress=topk", "--diloco_every=2"], "do not go together"),
+        (["--compress=topk", "--diloco_every=2"], "are incompatible"),
         (["--tp=3"], "tp=3 does not divide n_head=4, and a head is not split; --tp="),
         (["--tp=2", "--n_kv_head=1"], "does not divide n_kv_head=1"),
         (["--sp=true"], "type --tp=2"),
@@ -274,11 +274,11 @@ def test_an_outer_step_cannot_change_on_the_way():
         ),
         (
             ["--activation_checkpoint=every_2", "--pp=2", "--pp_schedule=zerobubble"],
-            "--activation_checkpoint=every_2 does not go with --pp_schedule=zerobubble, which "
+            "--activation_checkpoint=every_2 is incompatible with --pp_schedule=zerobubble, which "
             "keeps activations for the weights' gradients; type --pp_schedule=1f1b",
         ),
-        (["--compress=topk", "--tp=2"], "does not go with tp"),
-        (["--diloco_every=2", "--cp=2"], "does not go with cp"),
+        (["--compress=topk", "--tp=2"], "is incompatible with tp"),
+        (["--diloco_every=2", "--cp=2"], "is incompatible with cp"),
     ],
 )
 def test_mixes_that_cannot_be_are_refused_with_the_alternative(flags_, says):
@@ -314,7 +314,7 @@ def test_adam_and_its_kind_start_without_zeros_if_nothing_else_is_said(optim, ze
     found = optimizers.find_optimizer(optim)
     for words, expected in (([], zero), (["--zero_init=true"], True), (["--arch=gpt2"], False)):
         cfg = parse.parse([f"--optim={optim}", *words])
-        assert auto.settled(cfg, torch.device("cpu"), found, False).zero_init is expected
+        assert auto.resolve_auto(cfg, torch.device("cpu"), found, False).zero_init is expected
 
 
 # ---- a file of one's own in optim/ ---------------------------------------------------------------
@@ -390,18 +390,18 @@ def test_what_a_constructor_cannot_do_without_it_gets_and_the_class_stays_itself
     cfg = parse.parse(["--optim=mine", "--lr=0.2", "--weight_decay=0.3", "--precision=fp32"])
     found = optimizers.find_optimizer("mine")
     found.elementwise, found.eval = True, None  # what layouts ask it for
-    made, shards = build.stepper(cfg, ONE, {}, found)
+    made, shards = build.optimizer_factory(cfg, ONE, {}, found)
     group = made([torch.zeros(1, requires_grad=True)]).param_groups[0]
     assert (group["lr"], group["weight_decay"], shards) == (0.2, 0.3, {})
     assert issubclass(made, found) and made.__name__ == "Mine"
     cfg = parse.parse(["--optim=sgd", "--precision=fp32"])
-    assert build.stepper(cfg, ONE, {}, SGD) == (SGD, {})
+    assert build.optimizer_factory(cfg, ONE, {}, SGD) == (SGD, {})
 
 
 def own(optim, *words):
     cfg, found = parse.parse([f"--optim={optim}", *words]), optimizers.find_optimizer(optim)
     resolve_options(cfg, found)
-    return auto.settled(cfg, CPU, found, False)
+    return auto.resolve_auto(cfg, CPU, found, False)
 
 
 def test_what_the_command_leaves_open_is_the_classes_own(drop):
@@ -463,7 +463,7 @@ def test_what_a_file_lacks_is_said_in_a_sentence(code, words, says, drop):
     drop(code)
     with pytest.raises(ValueError) as error:
         cfg = own("mine", *words)
-        build.stepper(cfg, ONE, {}, optimizers.find_optimizer("mine"))
+        build.optimizer_factory(cfg, ONE, {}, optimizers.find_optimizer("mine"))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 

@@ -91,7 +91,7 @@ def test_a_copy_shares_no_memory_and_is_contiguous():
         assert (
             old.numel() == 0 or old.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
         )
-    assert (new["b"].global_shape, new["b"].offsets, new["d"]) == ((8, 6), (2, 0), None)
+    assert (new["b"].shard, new["d"]) == (Shard((8, 6), (2, 0)), None)
 
 
 # ---- the time line -------------------------------------------------------------------------------
@@ -100,11 +100,11 @@ def test_a_copy_shares_no_memory_and_is_contiguous():
 def test_training_goes_on_while_the_background_writes(tmp_path, gate):
     saver = Saver(tmp_path)
     saver.save(1, {"w": grid()})
-    assert saver.news() == [] and steps(tmp_path) == []
+    assert saver.pop_events() == [] and steps(tmp_path) == []
     gate.set()
     saver.wait()
     assert steps(tmp_path) == [1]
-    assert saver.news() == [{"step": 1, "event": "save"}] and saver.news() == []
+    assert saver.pop_events() == [{"step": 1, "event": "save"}] and saver.pop_events() == []
 
 
 def test_a_save_waits_for_the_one_before_and_the_last_for_all(tmp_path, gate):
@@ -115,14 +115,14 @@ def test_a_save_waits_for_the_one_before_and_the_last_for_all(tmp_path, gate):
     assert gate.is_set()
     saver.save(3, {"v": 3}, last=True)
     assert newest(tmp_path).tree() == {"v": 3} and steps(tmp_path) == [3]
-    assert [e["step"] for e in saver.news()] == [1, 2, 3]
+    assert [e["step"] for e in saver.pop_events()] == [1, 2, 3]
 
 
 def test_a_finished_save_is_news_without_being_asked_to_wait(tmp_path):
     saver, said = Saver(tmp_path), []
     saver.save(1, {})
     for _ in range(1000):
-        said += saver.news()
+        said += saver.pop_events()
         time.sleep(0.01 if not said else 0)
     assert said == [{"step": 1, "event": "save"}]
 
@@ -174,7 +174,7 @@ def save_beside_collectives(rank, world, out_dir):
         dist.all_reduce(x)
         sums.append(set(x.tolist()) == {world * step + sum(range(world))})
     saver.save(30, {"w": {str(rank): w}, "step": 30}, last=True)
-    return all(sums), [e["step"] for e in saver.news()]
+    return all(sums), [e["step"] for e in saver.pop_events()]
 
 
 def test_saving_does_not_mix_with_the_collectives_of_training(tmp_path):
@@ -200,7 +200,7 @@ def full_on_one(rank, world, out_dir, failing):
     try:
         saver.save(3, tree, last=True)
     except OSError as e:
-        return saver.news(), str(e)
+        return saver.pop_events(), str(e)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up_at_any_byte_costs_nothing_but_that_save(
         monkeypatch.setattr(saving, "open", Quota(room), raising=False)
         saver.save(2, tree)
         saver.wait()
-        (event,) = saver.news()
+        (event,) = saver.pop_events()
         assert event["event"] == "save_failed" and "No space left" in event["text"], room
         with pytest.raises(OSError, match="step 2 was not saved, .* see that there is room"):
             saving.open.room = room
@@ -291,7 +291,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         for step in range(1, 5):
             saver.save(step, tree)
         saver.wait()
-        assert [e["event"] for e in saver.news()] == ["save"] * 3 + ["save_failed"]
+        assert [e["event"] for e in saver.pop_events()] == ["save"] * 3 + ["save_failed"]
         with pytest.raises(OSError, match="No space left on device"):
             saver.save(5, tree, last=True)
         assert newest(disk, warn=pytest.fail).step == 3 and not leftovers(disk)

@@ -17,7 +17,7 @@ from layers.generation import generate
 from memory.meter import Meter
 from model import GPT, GPTConfig, key
 from parallel import context
-from parallel.context import positions, split
+from parallel.context import position_ids, split
 from parallel.mesh import make_mesh
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def attend(rank, n, way, heads):
     results = []
     for H, Hkv in heads:
         tensors = qkv(H, Hkv)
-        whole, at = with_gradients(causal_attention, *tensors), positions(24, n, rank, way)
+        whole, at = with_gradients(causal_attention, *tensors), position_ids(24, n, rank, way)
         mine = [x[:, :, at] for x in tensors]
         parts = with_gradients(core(way, dist.group.WORLD), *mine)
         again = with_gradients(core(way, dist.group.WORLD), *mine)
@@ -106,7 +106,7 @@ def test_ulysses_is_attention(n):
 def attend_in_a_mesh(rank, world):
     mesh, tensors, results = make_mesh(CPU, tp=2, cp=2), qkv(4, 2, seed=rank % 2), []
     for way in ("ring", "ulysses"):  # the group's ranks are 0 and 2, or 1 and 3
-        at = positions(24, 2, mesh.coords["cp"], way)
+        at = position_ids(24, 2, mesh.coords["cp"], way)
         parts = with_gradients(core(way, mesh.groups["cp"]), *(x[:, :, at] for x in tensors))
         results.append(
             furthest([x[:, :, at] for x in with_gradients(causal_attention, *tensors)], parts)
@@ -130,7 +130,7 @@ def attend_roughly(rank, n):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
             row = [with_gradients(causal_attention, *inputs)]
             for way in ("ring", "ulysses"):
-                at = positions(64, n, rank, way)
+                at = position_ids(64, n, rank, way)
                 parts = with_gradients(core(way, dist.group.WORLD), *(x[:, :, at] for x in inputs))
                 assert [x.dtype for x in parts] == [x.dtype for x in row[0]]
                 row.append(
@@ -190,7 +190,7 @@ def model_run(rank, n, runs):
         model, oracle = build(shape), step(build(shape), torch.arange(24))
         before = generate(model.eval(), torch.arange(3).view(1, 3), 8)
         split(model.train(), dist.group.WORLD, way)
-        mine = step(model, positions(24, n, rank, way), **options)
+        mine = step(model, position_ids(24, n, rank, way), **options)
         for x in mine.values():
             dist.all_reduce(x)
         # Gpt2's k.bias has gradient 0
@@ -226,7 +226,7 @@ def bf16_run(rank, n):
     truth, results = step(build(MODERN), torch.arange(24)), []
     for way in (None, "ring", "ulysses"):
         model = build(MODERN).float()
-        at = positions(24, n, rank, way) if way else torch.arange(24)
+        at = position_ids(24, n, rank, way) if way else torch.arange(24)
         split(model, dist.group.WORLD if way else None, way or "ring")
         mine = step(model, at, autocast=True)
         for x in mine.values() if way else ():
@@ -248,7 +248,7 @@ def kept(rank, n, T=256):
     dout."""
     results = []
     for way in ("ring", "ulysses"):
-        at = positions(T, n, rank, way)
+        at = position_ids(T, n, rank, way)
         q, k, v, dout = (
             x[:, :, at].contiguous() for x in qkv(4, 4, T=T, D=32, dtype=torch.float32)
         )
@@ -288,7 +288,7 @@ def peak_of_a_step(rank, n, shape):
     gradients."""
     results = []
     for way in ("ring", "ulysses"):
-        model, at = build(shape), positions(shape["block_size"], n, rank, way)
+        model, at = build(shape), position_ids(shape["block_size"], n, rank, way)
         split(model, dist.group.WORLD if n > 1 else None, way)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -329,7 +329,7 @@ class Sent(TorchDispatchMode):
 def count_bytes(rank, n, cases):
     results = []
     for way, H, Hkv, dtype in cases:
-        q, k, v, dout = (x[:, :, positions(24, n, rank, way)] for x in qkv(H, Hkv, dtype=dtype))
+        q, k, v, dout = (x[:, :, position_ids(24, n, rank, way)] for x in qkv(H, Hkv, dtype=dtype))
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         with Sent() as forward:
             out = core(way, dist.group.WORLD)(q, k, v)
@@ -387,7 +387,7 @@ def work(rank, n):
         return batch(ops)
 
     context.block, context.block_backward, dist.batch_isend_irecv = counted, counted_backward, sent
-    at = positions(48, n, rank)
+    at = position_ids(48, n, rank)
     with_gradients(core("ring", dist.group.WORLD), *(x[:, :, at] for x in qkv(2, 1, T=48)))
     return events
 
@@ -482,7 +482,7 @@ def test_the_gpu_kernel_takes_what_it_is_given(monkeypatch):
 @pytest.mark.parametrize("n", (1, 2, 3, 4))
 def test_positions_are_a_partition_in_the_order_of_time(n):
     for way in ("ring", "ulysses"):
-        parts = [positions(24, n, rank, way) for rank in range(n)]
+        parts = [position_ids(24, n, rank, way) for rank in range(n)]
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(24))
         for rank, part in enumerate(parts):
             assert part.dtype == torch.int64 and len(part) == 24 // n and (part.diff() > 0).all()
@@ -494,12 +494,12 @@ def test_positions_are_a_partition_in_the_order_of_time(n):
 
 
 def test_positions_refuse_what_cannot_be_cut():
-    assert len(positions(12, 4, 0, "ulysses")) == 3 and len(positions(7, 1, 0, "ring")) == 7
+    assert len(position_ids(12, 4, 0, "ulysses")) == 3 and len(position_ids(7, 1, 0, "ring")) == 7
     for size, n, way, pieces in ((12, 4, "ring", 8), (10, 4, "ulysses", 4), (4, 4, "ring", 8)):
         with pytest.raises(
             ValueError, match=f"--block_size={size}.* a multiple of {pieces}"
         ) as error:
-            positions(size, n, 0, way)
+            position_ids(size, n, 0, way)
         assert f"--cp={n}" in str(error.value)
 
 
@@ -533,7 +533,7 @@ def test_one_rank_changes_nothing():
     for way in ("ring", "ulysses"):
         split(model, None, way)
         assert [b.attn.attention_fn for b in model.blocks.values()] == cores
-        assert torch.equal(positions(24, 1, 0, way), torch.arange(24))
+        assert torch.equal(position_ids(24, 1, 0, way), torch.arange(24))
 
 
 def own_core(rank, n):
@@ -543,7 +543,7 @@ def own_core(rank, n):
         calls.append((q.shape, k.shape))
         return causal_attention(q, k, v)
 
-    at = positions(24, n, rank, "ulysses")
+    at = position_ids(24, n, rank, "ulysses")
     core("ulysses", dist.group.WORLD, plain)(*(x[:, :, at] for x in qkv(8, 4)[:3]))
     return calls
 

@@ -32,7 +32,7 @@ def tokens(n: int, pieces: int = 1) -> dataset.Tokens:
 
 def order(n: int, seed: int | None, epoch: int = 0) -> list[int]:
     rows = dataset.Dataset(tokens(n + 1), 1, seed, n + 1)
-    return rows.places(range(epoch * n, (epoch + 1) * n)).tolist()
+    return rows.sequence_numbers(range(epoch * n, (epoch + 1) * n)).tolist()
 
 
 def fake_encoding(n_special: int = 0) -> tiktoken.Encoding:
@@ -75,7 +75,7 @@ def test_the_order_of_rows_never_changes():
 def test_the_order_is_uniform_to_the_eye_of_chi_square():
     n, epochs = 10, 5000
     rows = dataset.Dataset(tokens(n + 1), 1, 7, n + 1)
-    places = rows.places(range(n * epochs)).reshape(epochs, n)
+    places = rows.sequence_numbers(range(n * epochs)).reshape(epochs, n)
     for column in (places[:, 0], places[:, 9], (places[:, 1] - places[:, 0]) % n):
         seen = np.bincount(column, minlength=n)
         seen, expected = seen[seen > 0], epochs / (seen > 0).sum()

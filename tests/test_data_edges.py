@@ -931,7 +931,7 @@ def test_a_text_without_text_is_a_sentence(tmp_path, raw, words):
 def test_a_text_shorter_than_a_row_says_what_to_type_before_anything_else_is_done(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
     with pytest.raises(
-        ValueError, match=r"\(val\) has 10 tokens, and one row needs 17: use --block_size=9"
+        ValueError, match=r"\(val\) has 10 tokens, and one sequence needs 17: use --block_size=9"
     ):
         go(tmp_path / "a.txt", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
@@ -1128,4 +1128,4 @@ def test_the_one_place_that_maps_users_files_is_the_one_that_watches_them():
         assert len(lines) == {"data/corpora.py": 1, "data/files.py": 1, "data/shards.py": 1}.get(
             name, 0
         ), name
-    assert dataset.Tokens([np.arange(3)]).mapped == [None]
+    assert dataset.Tokens([np.arange(3)]).mapped == {}

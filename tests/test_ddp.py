@@ -6,7 +6,8 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch import nn
 
-from parallel.ddp import DDP, cut
+from parallel.buckets import make_buckets
+from parallel.ddp import DDP
 from parallel.mesh import make_mesh
 
 CPU = torch.device("cpu")
@@ -127,9 +128,11 @@ def test_buckets_keep_order_and_types_apart():
         (name, nn.Parameter(torch.zeros(10, dtype=d)))
         for name, d in zip("abcd", (torch.float32, torch.float32, torch.bfloat16, torch.float32))
     ]
-    buckets = cut(params, 1e9)
+    buckets = make_buckets(params, 1e9)
     assert [len(b) for b in buckets] == [2, 1, 1]
-    assert [p for b in cut(params, 40) for p in b] == params and len(cut(params, 40)) == 4
+    assert [p for b in make_buckets(params, 40) for p in b] == params and len(
+        make_buckets(params, 40)
+    ) == 4
 
 
 def axes(rank, world):

@@ -495,7 +495,7 @@ class Places(Meter):
         self.patches += [
             mock.patch.object(Tensor, "to", to),
             mock.patch.object(Tensor, "cpu", lambda x: self.move(x, True)),
-            mock.patch("meter.Meter", lambda: contextlib.nullcontext(self)),
+            mock.patch("memory.meter.Meter", lambda: contextlib.nullcontext(self)),
         ]
 
     def __enter__(self):
@@ -757,7 +757,7 @@ def test_the_help_names_every_flag_its_default_and_choices():
 def test_a_mistake_ends_the_command_with_2():
     run = command("--parms=7e9")
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert command("--help").stdout.startswith("How many bytes")
+    assert command("--help").stdout.startswith("Bytes that a rank")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def inf_gradient(rank, world, killed, *args):
 
 def never_seen(rank, world, first, last, *args):
     """The run that has known from the start which rows it must not read."""
-    cursor.Cursor.__init__ = lambda self, *data: (INIT(self, *data), self.ban(first, last))[0]
+    cursor.Cursor.__init__ = lambda self, *data: (INIT(self, *data), self.skip(first, last))[0]
     try:
         return go(*args)
     finally:
@@ -342,7 +342,7 @@ def test_a_best_that_cannot_be_saved_or_read_ends_no_run(tmp_path, text, monkeyp
             raise OSError(28, "No space left on device")
         return save(folder, *more, **named)
 
-    monkeypatch.setattr(load, "save", fails)
+    monkeypatch.setattr(saving, "save", fails)
     go(text, tmp_path / "a", "--patience=9", "--eval_every=4")
     assert (
         len(events(tmp_path / "a", "save_failed")) == 4 and load.newest(tmp_path / "a").step == 12
@@ -485,14 +485,14 @@ def test_clip_and_lr_cut_reach_the_update(tmp_path, text, policy):
 # ---- early stopping ------------------------------------------------------------------------------
 def stop_early(rank, world, losses, *args):
     """A run whose evaluations, one a step, say these losses."""
-    from run import evaluate as evaluation
+    import train
 
-    evaluate, said = evaluation.evaluate, iter(losses)
-    evaluation.evaluate = lambda *a, **more: evaluate(*a, **more) | {"val_loss": next(said)}
+    evaluate, said = train.evaluate, iter(losses)
+    train.evaluate = lambda *a, **more: evaluate(*a, **more) | {"val_loss": next(said)}
     try:
         return go(*args)
     finally:
-        evaluation.evaluate = evaluate
+        train.evaluate = evaluate
 
 
 LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.9, 1.8]  # of steps 0, 1, ...: 2 is best at the end

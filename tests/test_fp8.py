@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from parallel.ddp import DDP
 from parallel.zero import ZeRO
 from precision import fp8
-from precision.fp8 import GRADIENT, WEIGHT, Recipe, X, dequantise, linear, product, quantise
+from precision.fp8 import GRADIENT, WEIGHT, Recipe, X, dequantise, linear, matmul, quantise
 from run.options import resolve_options
 from settings.fields import Config
 
@@ -92,7 +92,7 @@ def test_rounding_changes_a_number_by_half_an_epsilon_at_most(form, block):
     x = torch.randn(256, 512, dtype=torch.float64) * torch.logspace(-3, 0, 512, dtype=torch.float64)
     q, scale = quantise(x, block, form)
     error = (dequantise(q, scale, block, torch.float64) - x).abs()
-    info, scales = torch.finfo(form), fp8.spread(scale, block, x.shape)
+    info, scales = torch.finfo(form), fp8.expand(scale, block, x.shape)
     normal = x.abs() >= info.smallest_normal * scales
     assert normal.float().mean() > 0.5
     # Half an epsilon of what is rounded to: 1 + eps/2 -> 1
@@ -188,7 +188,7 @@ def test_no_finite_number_becomes_nan_or_infinite(form, dtype):
 def test_what_is_larger_than_the_history_saturates_and_is_entered():
     past = torch.tensor([0.0, 3.0, 7.0, 5.0])
     x = torch.tensor([[14.0, -1000.0, 7.0, 1.0]])
-    q, scale = quantise(x, (1, 4), E4M3, past=past)
+    q, scale = quantise(x, (1, 4), E4M3, amax_history=past)
     assert scale.item() == 7 / torch.tensor(448.0).item() and past.tolist() == [
         1000.0,
         3.0,
@@ -209,7 +209,7 @@ def test_what_is_not_finite_shows_where_it_shares_a_scale_and_nowhere_else(bad):
             assert back.isnan().sum() == count and back[1, 200].isnan()
             assert torch.equal(back[~back.isnan()], torch.ones(1024 - count))
     past = torch.tensor([0.5, 2.0])
-    back = dequantise(*quantise(x, (4, 256), E4M3, past=past), (4, 256), torch.float32)
+    back = dequantise(*quantise(x, (4, 256), E4M3, amax_history=past), (4, 256), torch.float32)
     assert back.isnan().all() and past.tolist() == [0.5, 2.0]  # it stays out of the history
 
 
@@ -357,7 +357,7 @@ def test_every_code_becomes_the_number_that_torch_casts_it_to(form, dtype):
 )
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_onednn_multiplies_the_same_numbers_in_another_order(scaling, monkeypatch):
-    calls, real = [], fp8.onednn.product
+    calls, real = [], fp8.onednn.matmul
     monkeypatch.setattr(fp8.onednn, "matmul", lambda *args: calls.append(1) or real(*args))
     # It has no float64
     for dtype, tolerance, n in ((torch.float32, 2e-6, 3), (torch.float64, 0, 0)):
@@ -398,8 +398,8 @@ def test_torchs_own_scaled_product_gives_the_emulations_numbers(scaling, out, ro
     """It is what the hardware path calls; on a CPU it exists for one scale a tensor or a row."""
     a, b = tensors(77, 200, 144, torch.float32)[:2]
     a, b = a.detach(), b.detach()
-    ours = product(a, b, roles, recipe(scaling), out)
-    theirs = product(a, b, roles, recipe(scaling, hardware=True), out)
+    ours = matmul(a, b, roles, recipe(scaling), out)
+    theirs = matmul(a, b, roles, recipe(scaling, hardware=True), out)
     assert ours.dtype == theirs.dtype == out
     tolerance = 1e-5 if out == torch.float32 else 2**-7
     torch.testing.assert_close(
@@ -456,7 +456,7 @@ def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, siz
     )
     a, b = a.detach(), b.detach()
     for pair in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
-        ours, theirs = (product(*pair, roles, form, torch.float32) for form in forms)
+        ours, theirs = (matmul(*pair, roles, form, torch.float32) for form in forms)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
     assert seen == 2 * [kind.BlockWise128x128 if roles[1] == WEIGHT else kind.BlockWise1x128]
 
@@ -464,9 +464,9 @@ def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, siz
 def test_what_the_hardware_has_no_product_for_is_not_asked_of_it():
     form = recipe("tensor", hardware=True, gradient_format="e5m2")
     with pytest.raises(AssertionError, match="multiples of 16"):
-        product(torch.ones(16, 16), torch.ones(24, 16), (X, WEIGHT), form, torch.float32)
+        matmul(torch.ones(16, 16), torch.ones(24, 16), (X, WEIGHT), form, torch.float32)
     with pytest.raises(AssertionError, match="e5m2 with e5m2"):
-        product(torch.ones(16, 16), torch.ones(16, 16), (GRADIENT, GRADIENT), form, torch.float32)
+        matmul(torch.ones(16, 16), torch.ones(16, 16), (GRADIENT, GRADIENT), form, torch.float32)
 
 
 def test_it_agrees_with_torchao():
@@ -606,12 +606,12 @@ def test_a_delayed_run_goes_on_bitwise_from_its_tree():
     model, state = small_gpt(**options)
     train(model, state, 3)
     saved = {n: p.detach().clone() for n, p in model.named_parameters()}
-    tree = state.tree()
+    tree = state.state_dict()
     rest = train(model, state, 3, first=3)
     for cut in ({}, {"blocks.0.attn.q"}):
         again, fresh = small_gpt(**options)
         again.load_state_dict(saved)
-        fresh.load({n: h for n, h in tree.items() if n not in cut})
+        fresh.load_state_dict({n: h for n, h in tree.items() if n not in cut})
         assert (train(again, fresh, 3, first=3) == rest) == (not cut)
         same = all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
         assert same == (not cut)
@@ -623,16 +623,16 @@ def test_another_length_of_history_keeps_the_latest_steps_and_an_empty_tree_star
     layer, state = layer_state(history=3)
     tree = {"blocks.0": torch.tensor([[3.0] * 3, [2.0] * 3, [1.0] * 3])}
     layer, shorter = layer_state(history=2)
-    shorter.load(tree)
+    shorter.load_state_dict(tree)
     assert shorter.histories["blocks.0"][:, 0].tolist() == [0, 3, 2]
     _, longer = layer_state(history=4)
-    longer.load(tree)
+    longer.load_state_dict(tree)
     assert longer.histories["blocks.0"][:, 0].tolist() == [0, 3, 2, 1, 0]
     longer.histories["blocks.0"][0] = 9
-    longer.load({})
+    longer.load_state_dict({})
     assert not longer.histories["blocks.0"].any()
     pointer = shorter.histories["blocks.0"].data_ptr()
-    shorter.load(tree)
+    shorter.load_state_dict(tree)
     assert shorter.histories["blocks.0"].data_ptr() == pointer  # the layers hold it
 
 
@@ -643,7 +643,7 @@ def ranks_step(rank, world):
         torch.tensor([1.0, 5.0, 3.0]) if rank else torch.tensor([4.0, 2.0, 3.0])
     )
     state.step(None, dist.group.WORLD)
-    return state.tree()
+    return state.state_dict()
 
 
 def test_ranks_share_the_largest_amax():
@@ -718,7 +718,11 @@ def test_only_products_inside_blocks_are_replaced_and_options_are_checked():
     assert all(
         m.matmul.func is linear for n, m in model.blocks.named_modules() if hasattr(m, "matmul")
     )
-    assert state.tree() == {} and state.emulated.startswith("FP8 products") and state.step() is None
+    assert (
+        state.state_dict() == {}
+        and state.emulated.startswith("FP8 products")
+        and state.step() is None
+    )
     assert small_gpt(hardware="never")[1].emulated == "--fp8.hardware=never"
     other, _ = small_gpt(only=("blocks.1.", "head"))
     assert isinstance(other.head.matmul, type(model.blocks["0"].attn.q.matmul))
@@ -750,14 +754,14 @@ def test_the_command_lines_options_fit_the_signature():
 
 def test_the_requirement_of_the_hardware_is_said_in_a_sentence(monkeypatch):
     cuda, version = torch.device("cuda"), "13.0"
-    assert "NVIDIA GPU" in fp8.lacking(CPU, "tensor", []) and "Hopper" in fp8.lacking(
-        CPU, "block", []
-    )
+    assert "NVIDIA GPU" in fp8.missing_hardware(
+        CPU, "tensor", []
+    ) and "Hopper" in fp8.missing_hardware(CPU, "block", [])
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for scaling in SCALINGS:
-        assert fp8.lacking(cuda, scaling, [(64, 128)]) is None
-        assert "(64, 100)" in fp8.lacking(cuda, scaling, [(64, 128), (64, 100)])
+        assert fp8.missing_hardware(cuda, scaling, [(64, 128)]) is None
+        assert "(64, 100)" in fp8.missing_hardware(cuda, scaling, [(64, 128), (64, 100)])
     for capability, version, can in (
         ((8, 0), "13.0", ()),
         ((8, 9), "13.0", ("tensor",)),
@@ -767,7 +771,7 @@ def test_the_requirement_of_the_hardware_is_said_in_a_sentence(monkeypatch):
     ):
         monkeypatch.setattr(torch.version, "cuda", version)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, at=capability: at)
-        assert tuple(s for s in SCALINGS if fp8.lacking(cuda, s, []) is None) == can
+        assert tuple(s for s in SCALINGS if fp8.missing_hardware(cuda, s, []) is None) == can
 
 
 @pytest.mark.slow
@@ -791,5 +795,5 @@ def test_a_compiled_layer_has_no_graph_break_and_the_same_bits(delayed, backend)
                 y = function(x)
             found += [y, *torch.autograd.grad(y.float().square().sum(), [x, layer.weight])]
             state.step()
-        runs.append(found + list(state.tree().values()))
+        runs.append(found + list(state.state_dict().values()))
     assert all(torch.equal(a, b) for a, b in zip(*runs)) and len(runs[0]) == 9 + delayed

@@ -66,7 +66,7 @@ CROSSINGS = {
 # What each layout asks: who is where, who has which gradient, how memory is taken.
 SHARED = {
     f"parallel.{name}"
-    for name in "mesh roll_call allocate coupled shard protocol ownership".split()
+    for name in "mesh roll_call allocate buckets coupled shard protocol ownership".split()
 }
 ALONE = ("optim", "parallel", "precision", "memory", "layers")
 

@@ -190,7 +190,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     log.train({})
     log.evaluation({})
     log.event(1, "save")
-    log.say("hello")
+    log.log("hello")
     log.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
@@ -207,7 +207,7 @@ def test_plain_lines_read_as_documented(tmp_path, capsys, time_is):
     log.train(train_row(120, loss=1.8345, mfu=0.123))
     log.event(120, "save", path="step-00000120")
     log.event(120, "skip", "rows 3 and 4 are banned", rows=[3, 4])
-    log.say("a plain line")
+    log.log("a plain line")
     expected = [
         "step    0/1000  val loss 1.5000  bpb 2.1640  accuracy 50.0%  perplexity 4.48",
         "step  119/1000  loss 1.9000  lr 2.0e-02  grad 0.83  131k tok/s",
@@ -273,7 +273,7 @@ def test_a_terminal_gets_a_bar_and_train_log_the_lines(tmp_path, capsys, monkeyp
     log.evaluation(eval_row(10))
     for step in range(11, 21, 3):
         log.train(train_row(step))
-    log.say("above the bar")
+    log.log("above the bar")
     log.close()
     assert "50%|" in screen.getvalue() and "10/20" in screen.getvalue()
     assert "100%|" in screen.getvalue() and "20/20" in screen.getvalue()
@@ -288,7 +288,7 @@ def test_a_terminal_gets_a_bar_and_train_log_the_lines(tmp_path, capsys, monkeyp
 
 def test_text_the_terminal_cannot_encode_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="cp1252"))
-    Logger(tmp_path, steps=1).say("snow \u2603")
+    Logger(tmp_path, steps=1).log("snow \u2603")
     assert raw.getvalue().split() == [b"snow", b"?"]
     assert (tmp_path / "train.log").read_text(encoding="utf-8") == "snow \u2603\n"
 
@@ -310,7 +310,10 @@ def test_large_numbers_are_short(n, text):
 
 
 def test_importing_logger_is_cheap():
-    code = "import sys, logger; print({'torch', 'numpy', 'tqdm', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys, metrics.logger; "
+        "print({'torch', 'numpy', 'tqdm', 'matplotlib'} & set(sys.modules))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code],
@@ -416,11 +419,11 @@ def test_the_command_draws_and_a_mistake_is_one_line_and_exit_status_2(tmp_path)
     assert command(run).stdout == f"{run / 'loss.png'}\n"
     assert colours(run / "loss.png") > 2e-3
     for args, words in [
-        (["plot", tmp_path / "nowhere"], "it has no metrics.jsonl"),
-        (["plot"], "usage: "),
-        (["draw", run], "usage: "),
-        (["plot", run, "--ouf=x.png"], "usage: "),
-        (["plot", run, f"--out={tmp_path}/x.xyz"], "xyz"),
+        ([tmp_path / "nowhere"], "it has no metrics.jsonl"),
+        ([], "usage: "),
+        ([run, run, "--csv"], "usage: "),
+        ([run, "--ouf=x.png"], "usage: "),
+        ([run, f"--out={tmp_path}/x.xyz"], "xyz"),
     ]:
         result = command(*args)
         assert result.returncode == 2 and result.stdout == ""

@@ -127,21 +127,21 @@ def test_a_resume_is_bitwise():
         first = LossScaler(**options)
         scales(first, pattern[:stop])
         resumed = LossScaler(**options)
-        resumed.load(json.loads(json.dumps(first.tree())))
-        assert resumed.tree() == first.tree()
+        resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert resumed.state_dict() == first.state_dict()
         assert scales(resumed, pattern[stop:]) == whole[stop:]
 
 
 def test_what_this_run_asks_for_wins_over_what_was_saved():
     scaler = LossScaler(window=2, fixed=64)
-    scaler.load(LossScaler(window=100).tree() | {"good": 50})
+    scaler.load_state_dict(LossScaler(window=100).state_dict() | {"good": 50})
     assert scaler.scale == 64 and scaler.good == 1
     higher = LossScaler(init_power=16, min_scale=2.0**15, hysteresis=1)
-    higher.load({"scale": 1.0, "good": 0, "stuck": 0, "chances": 7})
+    higher.load_state_dict({"scale": 1.0, "good": 0, "stuck": 0, "chances": 7})
     assert higher.scale == 2.0**15 and higher.chances == 1
     fresh = LossScaler()
-    fresh.load({})
-    assert fresh.tree() == LossScaler().tree()
+    fresh.load_state_dict({})
+    assert fresh.state_dict() == LossScaler().state_dict()
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def several(rank, world):
             g[1] = float("inf") if step == 2 else float("nan")
         scaler.unscale([g])
         taken.append(scaler.update(bool(mesh.norm([g]).isfinite())))
-    return taken, scaler.tree()
+    return taken, scaler.state_dict()
 
 
 def test_an_overflow_on_one_rank_skips_on_all():

@@ -559,9 +559,9 @@ def test_train_refuses_methods_that_couple_parameters_but_for_ddp(flags, text, t
 
 @pytest.mark.parametrize("flag", ["--offload=cpu", "--precision=bf16_sr"])
 def test_so_do_offloading_and_stochastic_rounding_in_one_process(flag, text, tmp_path, monkeypatch):
-    from run import build
+    from run import optimizers
 
-    monkeypatch.setattr(build, "find_optimizer", None)
+    monkeypatch.setattr(optimizers, "find_optimizer", None)
     assert "looks at all parameters together" in run_with(
         0, 1, text, tmp_path / "out", Coupled, [flag]
     )

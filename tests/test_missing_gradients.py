@@ -509,13 +509,13 @@ def test_a_roll_call_names_what_nobody_has_and_reads_nothing_for_who_lacks_nothi
         call = RollCall([True, rank == 0], dist.group.WORLD, CPU)
         wanted = [1] if rank else []
         call.flags = call.flags if rank else None  # would fail if it were read
-        return call.nowhere(wanted), call.sent_bytes
+        return call.missing_everywhere(wanted), call.sent_bytes
 
     assert run_ranks(2, quiet) == [([], 2)] * 2
 
     def ask(rank, world):
         call = RollCall([rank == 2, False, True], dist.group.WORLD, CPU)
-        return call.nowhere([1] if rank == 2 else [0, 1])
+        return call.missing_everywhere([1] if rank == 2 else [0, 1])
 
     assert run_ranks(3, ask) == [[1]] * 3
 

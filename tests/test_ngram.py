@@ -220,9 +220,9 @@ def test_weights_that_need_the_counts_say_so(tmp_path, text, capsys):
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["--tp=2"], "does not go with tp"),
-        (["--pp=2"], "does not go with pp"),
-        (["--cp=2"], "does not go with cp"),
+        (["--tp=2"], "is incompatible with tp"),
+        (["--pp=2"], "is incompatible with pp"),
+        (["--cp=2"], "is incompatible with cp"),
         (["--ngram=0"], "ngram=0"),
     ],
 )
@@ -233,6 +233,6 @@ def test_refusals(words, problem):
 
 def test_an_order_that_does_not_fit_stops_a_run(tmp_path, text):
     with pytest.raises(
-        ValueError, match="--ngram=9 does not go: with 256 different tokens it is from 1"
+        ValueError, match="--ngram=9 is not possible: with 256 different tokens it is from 1"
     ):
         go(text, tmp_path, "--ngram=9")

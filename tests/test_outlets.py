@@ -64,11 +64,11 @@ def until(condition, seconds: float = 60) -> None:
 @no_room
 def test_a_full_disk_is_said_once_and_raises_nothing():
     said = []
-    lines = outlets.Lines("/dev/full", said.append)
+    lines = outlets.LineFile("/dev/full", said.append)
     for i in range(5):
         lines.write(f"line {i}")
     lines.close()
-    assert len(said) == 1 and "/dev/full cannot be written" in said[0] and lines.lost == 5
+    assert len(said) == 1 and "/dev/full cannot be written" in said[0] and lines.n_lost == 5
 
 
 @posix
@@ -79,7 +79,7 @@ import resource, signal
 from metrics import outlets
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 said = []
-lines = outlets.Lines({str(path)!r}, said.append)
+lines = outlets.LineFile({str(path)!r}, said.append)
 lines.write("first")
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
 for word in ("second, too long", "third"): lines.write(word)
@@ -95,19 +95,19 @@ print(said)
 
 def test_a_file_that_cannot_be_opened_is_the_users_to_mend(tmp_path):
     with pytest.raises(OSError):
-        outlets.Lines(tmp_path / "no folder" / "log", print)
+        outlets.LineFile(tmp_path / "no folder" / "log", print)
 
 
 def test_a_closed_file_loses_lines_and_no_run(tmp_path):
     said = []
-    lines = outlets.Lines(tmp_path / "log", said.append)
+    lines = outlets.LineFile(tmp_path / "log", said.append)
     lines.file.close()
     lines.write("line")
     assert len(said) == 1 and "closed" in said[0]
 
 
 def test_letters_that_cannot_be_encoded_are_no_error(tmp_path):
-    lines = outlets.Lines(tmp_path / "log", print)
+    lines = outlets.LineFile(tmp_path / "log", print)
     lines.write("half a letter: \udc80")
     assert (tmp_path / "log").read_text(encoding="utf-8") == "half a letter: ?\n"
 
@@ -116,7 +116,8 @@ def test_letters_that_cannot_be_encoded_are_no_error(tmp_path):
 @pytest.mark.parametrize("broken", ["metrics", "log", "both"])
 def test_the_logger_goes_on_without_what_it_cannot_write(tmp_path, broken, capsys):
     log = logger.Logger(tmp_path, steps=3)
-    for name in {"both": ("metrics", "log")}.get(broken, (broken,)):
+    files = {"metrics": ["metrics"], "log": ["log_file"], "both": ["metrics", "log_file"]}
+    for name in files[broken]:
         getattr(log, name).file = open("/dev/full", "ab", buffering=0)
     for step in (1, 2, 3):
         log.train({"step": step, "loss": 1.0 / step})
@@ -295,7 +296,7 @@ def test_all_ranks_learn_that_one_was_asked_to_stop():
     stop = control.StopSignal()
     try:
         assert not stop.heard(OneRank()) and not stop.agreed
-        stop.asked = True
+        stop.requested = True
         assert stop.heard(OneRank()) and stop.agreed
     finally:
         stop.close()

@@ -104,7 +104,7 @@ class Stage:
         self.pipe = Pipeline(
             dist.group.WORLD, name, shape["n_layer"], v, tied=shape.get("tied", False)
         )
-        self.model = init_weights(build(shape, self.pipe.layers))
+        self.model = init_weights(build(shape, self.pipe.stage_layers))
         for module in self.model.modules() if product else ():
             if hasattr(module, "matmul"):
                 module.matmul = product
@@ -131,7 +131,7 @@ def train_and_evaluate(rank, world, name, v):
             with wire() as sizes:
                 losses = stage.step(m, before_backward=flags.append)
             assert sum(sizes) == stage.pipe.sent_bytes
-            stage.pipe.share_tied(stage.gradients)
+            stage.pipe.all_reduce_tied_grads(stage.gradients)
             training = dict(vars(stage.pipe))
             assert not stage.pipe.inbox and not stage.pipe.outbox and not stage.pipe.deferred
             gradients = {n: g.clone() for n, g in stage.gradients.items()}
@@ -186,7 +186,7 @@ def test_every_schedule_is_one_model(name, v, p):
 
 def uneven(rank, world):
     stage = Stage("1f1b", MODERN | {"n_layer": 7})
-    return stage.pipe.layers, stage.step(3), stage.gradients
+    return stage.pipe.stage_layers, stage.step(3), stage.gradients
 
 
 def test_layers_that_do_not_divide_and_fewer_micro_batches_than_ranks():
@@ -203,8 +203,10 @@ def written(rank, world, name, v):
     stage = Stage(name, MODERN, v)
     x = micro_batch(0)[0][:1]
 
-    def forward(x, positions):
-        return stage.pipe.logits(stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, positions)
+    def forward(x, position_ids):
+        return stage.pipe.logits(
+            stage.model, lambda b, t: ((b, t, C), *LIKE[1:]), 32, x, position_ids
+        )
 
     with torch.no_grad():
         return forward(x, torch.arange(T)), generate(
@@ -523,7 +525,7 @@ def fp32_split(rank, world):
     torch.manual_seed(0)
     shape = MODERN | {"n_layer": 2}
     pipe = Pipeline(dist.group.WORLD, "zerobubble", 2)
-    model = init_weights(GPT(GPTConfig(**shape), pipe.layers))
+    model = init_weights(GPT(GPTConfig(**shape), pipe.stage_layers))
     for module in model.modules():
         if hasattr(module, "matmul"):
             module.matmul = onednn.linear

@@ -46,12 +46,16 @@ def scores(q, k, places):
 @pytest.mark.parametrize("most", [1, 100, 2**22])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_the_largest_logits_are_those_of_plain_scores(monkeypatch, most, kv):
-    monkeypatch.setattr(qk_clip, "SCORES", most)
+    monkeypatch.setattr(qk_clip, "MAX_SCORES", most)
     generator = torch.Generator().manual_seed(kv)
     q = torch.randn(3, 4, 12, 6, dtype=torch.float64, generator=generator)
     k = torch.randn(3, kv, 12, 6, dtype=torch.float64, generator=generator)
     k[:, :, -1] *= 100  # seen by the last query alone
-    for places in (torch.arange(12), context.positions(12, 2, 0), context.positions(12, 2, 1)):
+    for places in (
+        torch.arange(12),
+        context.position_ids(12, 2, 0),
+        context.position_ids(12, 2, 1),
+    ):
         mine = q[:, :, places]
         expected = scores(mine, k, places.tolist()).amax((0, 2, 3))
         torch.testing.assert_close(
@@ -150,12 +154,15 @@ def test_the_same_rows_then_reach_tau_and_no_more():
     for _ in range(2):
         watcher.start(0)
         model(x, x).backward()
-        seen.append(watcher.top[0].clone())
+        seen.append(watcher.max_logit[0].clone())
         optimizer.step()
     expected = seen[0].clamp(max=3.6)
     torch.testing.assert_close(seen[1], expected, rtol=1e-12, atol=0)
     assert (seen[0] > 3.6).any() and (seen[0] < 3.6).any()
-    before, watcher.top = attention.q.weight.clone(), torch.full_like(watcher.top, math.nan)
+    before, watcher.max_logit = (
+        attention.q.weight.clone(),
+        torch.full_like(watcher.max_logit, math.nan),
+    )
     optimizer.step()
     assert torch.equal(attention.q.weight, before)
 
@@ -167,7 +174,7 @@ def test_evaluation_and_generation_are_not_looked_at():
     model(batch(0)[:, :-1])
     generate(model, batch(0)[:, :2], 3)
     model.train()
-    assert (watcher.top == -math.inf).all()
+    assert (watcher.max_logit == -math.inf).all()
 
 
 def test_a_resumed_run_is_the_same_bits(tmp_path, text):

@@ -334,7 +334,7 @@ def test_another_parent_is_refused_with_what_goes_on(tmp_path, parent):
     start(*advice(said), f"--out_dir={tmp_path}/branch", "--steps=6")
     for path in (own, own / "step-00000004"):
         said = refused(f"--resume={path}", f"--out_dir={own}", "--steps=6")
-        assert "--resume=auto goes on" in said and "another run" not in said
+        assert "--resume=auto resumes" in said and "another run" not in said
 
 
 # ---- what is wrong comes first, and what is said can be pasted -----------------------------------
@@ -385,7 +385,7 @@ def test_what_a_refusal_tells_to_type_goes_on(name, had, now):
     old = parse.to_dict(parse.parse([*flags, f"--{name}={value_text(had)}"]))
     with pytest.raises(ValueError) as error:
         resume.continued(parse.parse([*flags, now]), old, branch=False)
-    typed = re.search(r": type (--.*) to go on, ", str(error.value))[1]
+    typed = re.search(r": type (--.*) to resume it, ", str(error.value))[1]
     echo = ["sh", "-c", f"printf '%s\\n' {typed}"]
     words = subprocess.run(echo, capture_output=True, text=True).stdout.splitlines()
     again = resume.continued(parse.parse([*flags, *words]), old, branch=False)
@@ -476,7 +476,7 @@ def test_a_copy_in_another_repository_records_no_commit(tmp_path, monkeypatch):
     git("init")
     for folder in (tmp_path / "copy" / "inside", tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics/logger.py").write_text("")
+        (folder / "model.py").write_text("")
     git("add", ".")
     git("commit", "-m", "theirs")
     cpu = torch.device("cpu")

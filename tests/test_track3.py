@@ -108,7 +108,7 @@ def test_the_start_is_torch_s_own_std_and_zero_where_the_residual_stream_begins(
 def test_two_steps_of_the_recipe_s_optimizer_are_what_it_says():
     cfg = parse.parse([RECIPE, "--device=cpu"])
     Muon = optimizers.find_optimizer(cfg.optim)
-    cfg = auto.settled(cfg, torch.device("cpu"), Muon, False)
+    cfg = auto.resolve_auto(cfg, torch.device("cpu"), Muon, False)
     model = awake(GPTConfig(**SMALL))
     lrs = build.learning_rates(cfg, Muon, cfg.sub("opt"), param_groups.kinds(model))
     groups = param_groups.param_groups(model, lrs, cfg.weight_decay, muon=True)

@@ -446,7 +446,7 @@ def stopped_on_rank_1(rank, world, *args):
 
         def init(self):
             plain(self)
-            self.asked = True
+            self.requested = True
 
         control.StopSignal.__init__ = init
     return go(*args)["step"]

@@ -334,7 +334,7 @@ def uneven_use(rank, world, stage):
     for _ in range(2):
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         zero.finish_gradients()
-        mine = zero.mine()
+        mine = zero.owned_params()
         out.append({n: p.grad for n, p in mine.items() if n.endswith("extra")})
         model.zero_grad(set_to_none=True)
     return out
@@ -353,7 +353,9 @@ def who_has_gradients(rank, world, stage):
     zero = ZeRO(dist.group.WORLD, CPU, stage)
     replica = Replica(zero, rank, world)
     replica.gradients(0, micro_batches=2)
-    return {n for n, p in replica.model.named_parameters() if p.grad is not None}, set(zero.mine())
+    return {n for n, p in replica.model.named_parameters() if p.grad is not None}, set(
+        zero.owned_params()
+    )
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
@@ -371,7 +373,7 @@ def between_micro_batches(rank, world, stage):
     replica.loss(batch(0, MODERN), torch.tensor([rank])).backward()
     held = [p.grad is not None for p in replica.model.parameters()]
     replica.model.zero_grad(set_to_none=True)  # a probe for the largest micro-batch
-    return sum(held), len(replica.replicas.mine()), len(held), replica.run()
+    return sum(held), len(replica.replicas.owned_params()), len(held), replica.run()
 
 
 def test_stage_1_waits_for_the_last_micro_batch_and_nothing_of_a_probe_remains():
@@ -450,7 +452,7 @@ def rounded(rank, world):
     zero = ZeRO(dist.group.WORLD, CPU, 2, reduce_dtype=torch.bfloat16)
     replica = Replica(zero, rank, world, dtype=torch.float32)
     replica.gradients(0, micro_batches=2)
-    return {n: p.grad for n, p in zero.mine().items()}
+    return {n: p.grad for n, p in zero.owned_params().items()}
 
 
 def test_reduce_dtype_rounds_what_is_sent():

@@ -43,7 +43,7 @@ class Rows:
     def __init__(self):
         self.next, self.bans = 0, []
 
-    def ban(self, first, last):
+    def skip(self, first, last):
         self.bans.append((first, last))
 
 
@@ -221,7 +221,7 @@ def test_spike_after_spike_means_the_lr_is_too_high():
     for step in (60, 100, 130):
         losses[step] = 30.0
     causes = [fed(losses[: step + 1])[0].events[0]["cause"] for step in (60, 100, 130)]
-    assert causes[:2] == ["batch composition: harder rows"] * 2 and causes[2].startswith(
+    assert causes[:2] == ["batch composition: harder samples"] * 2 and causes[2].startswith(
         "lr too high"
     )
 
@@ -291,7 +291,7 @@ def test_a_second_rollback_to_one_state_finds_it_as_it_was():
             g.snapshot(step)
             verdict = g.check(step, loss, 1.0, range(8 * step, 8 * step + 8))
         assert (verdict, g.back_at, g.seen) == ("rollback", 0, guard().seen)
-    assert g.position.bans == [(0, 487), (0, 495), (0, 511)]  # 0, 1, 3 batches ahead
+    assert g.cursor.bans == [(0, 487), (0, 495), (0, 511)]  # 0, 1, 3 batches ahead
 
 
 def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
@@ -299,7 +299,7 @@ def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
     losses, step, back = noise(200), 0, []
     while step < 95:
         g.snapshot(step)
-        g.position.next = 8 * step
+        g.cursor.next = 8 * step
         verdict = g.check(
             step, losses[step] if step != 57 else 30.0, 1.0, range(8 * step, 8 * step + 8)
         )
@@ -315,9 +315,7 @@ def test_rollback_goes_back_bans_the_rows_and_escalates_to_abort():
     assert (
         back == [50, 40, 30, 30] and verdict == "abort" and "4 rollbacks did not help" in g.sentence
     )
-    assert (
-        g.position.bans == [(392, 463), (312, 471), (232, 487), (232, 519)] and len(g.events) == 1
-    )
+    assert g.cursor.bans == [(392, 463), (312, 471), (232, 487), (232, 519)] and len(g.events) == 1
 
 
 def test_a_far_later_rollback_begins_a_new_row():
@@ -367,14 +365,14 @@ def test_a_resumed_guard_decides_bitwise_as_the_uninterrupted_one():
             expected = run(whole, 0, 300)
             first, second = guard(policy, "skip"), guard(policy, "skip")
             begun = run(first, 0, cut)
-            tree = first.tree()
+            tree = first.state_dict()
             text = json.dumps(tree)
-            second.load(json.loads(text))
+            second.load_state_dict(json.loads(text))
             assert repr(begun + run(second, cut, 300)) == repr(expected)
-            assert second.tree() == whole.tree() and json.dumps(tree) == text
+            assert second.state_dict() == whole.state_dict() and json.dumps(tree) == text
     fresh = guard()
-    fresh.load({})
-    assert fresh.tree() == guard().tree()
+    fresh.load_state_dict({})
+    assert fresh.state_dict() == guard().state_dict()
 
 
 def decisions(rank, world):
@@ -386,7 +384,7 @@ def decisions(rank, world):
         if world > 1:
             torch.distributed.all_reduce(total)
         seen.append((g.check(step, float(total), 1.0, range(8)), repr(g.events)))
-    return seen, repr(g.tree())
+    return seen, repr(g.state_dict())
 
 
 def test_all_ranks_decide_alike():

@@ -1,0 +1,49 @@
+"""A linear layer under autocast that keeps no copy of its weight, for ZeRO stage 3.
+
+                   forward                          kept until backward      backward
+    F.linear       W16 = W.to(bfloat16), x W16ᵀ     x, W16                   dy W16
+    linear         W16 = W.to(bfloat16), x W16ᵀ     x, W                     dy W.to(bfloat16)
+
+Autocast keeps a cast copy of each weight until backward, and freeing the weight does not free that
+copy. This layer saves the weight itself, which stage 3 (parallel/zero.py) frees and fetches again.
+The price is a second cast.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear(torch.autograd.Function):
+    """x·Wᵀ + b in autocast's dtype. Autograd casts each gradient to the dtype of its tensor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)  # (..., K)
+        ctx.save_for_backward(x, weight)
+        if bias is not None:
+            bias = bias.to(dtype)
+        return F.linear(x, weight.to(dtype), bias)  # (..., N)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors  # (..., K), (N, K)
+        needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        # All positions of all sequences are rows of one matrix.
+        dy_rows = dy.flatten(0, -2)  # (rows, N)
+        if needs_dx:
+            dx = dy @ weight.to(dy.dtype)
+        if needs_dweight:
+            dweight = dy_rows.t() @ x.flatten(0, -2)
+        if needs_dbias:
+            dbias = dy_rows.sum(0)
+        return dx, dweight, dbias, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    # Without autocast nothing is cast, so there is no copy to avoid.
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return Linear.apply(x, weight, bias, torch.get_autocast_dtype(x.device.type))
