@@ -66,9 +66,9 @@ def run_all(root: Path, cases: list[Case], folder: Path, jobs: int) -> Iterator[
             idle.get().close()
 
 
-def broken(case: Case, folder: Path) -> str | None:
+def broken(case: Case, folder: Path, reworded: dict[str, str] | None = None) -> str | None:
     """What this run lacks of what its case promises, or None. A case that fails alike on both sides
-    would be the same, and prove nothing."""
+    would be the same, and prove nothing. reworded: other words in it, and what to read for them."""
     statuses = json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
     for number, (command, found) in enumerate(zip(case.commands, statuses, strict=True), 1):
         if any(status != command.status for status in found):
@@ -78,6 +78,7 @@ def broken(case: Case, folder: Path) -> str | None:
             return f"command {number} ended with {found}, not {command.status}: {last}"
     paths = [*folder.glob("*.rank*"), *folder.rglob("metrics.jsonl")]
     said = "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    said = artifacts.replaced(said, reworded or {})
     missing = [words for words in case.needs if words not in said]
     return f"it never said {missing[0]!r}" if missing else None
 
@@ -166,7 +167,7 @@ def against_base(base: str, cases: list[Case], cache: Path, keep: Path, jobs: in
     folders = runs_of_base(base, cases, cache, jobs)
 
     def check(case: Case, folder: Path) -> str | None:
-        if wrong := broken(case, folders[case.name]):
+        if wrong := broken(case, folders[case.name], REWORDED):
             return f"the base itself is no reference: {wrong}"
         there = facts_of_base(folders[case.name])
         return broken(case, folder) or first_difference(facts(folder, ROOT), there)
