@@ -47,7 +47,7 @@ from settings import parse
 
 FLAGS = {"--quick": "", "--out": ".+"}
 USUAL = ["--steps=60", "--eval_every=0", "--save_every=0", "--sample_tokens=0", "--resume=never"]
-DATA = [(dataset.Dataset, "__call__"), (cursor.Cursor, "rows")]
+DATA = [(dataset.Dataset, "__call__"), (cursor.Cursor, "next_samples")]
 CHECKS = [
     (monitor.SpikeMonitor, "check"),
     (monitor.SpikeMonitor, "snapshot"),

@@ -177,7 +177,7 @@ class NGrams:
                 is_target = np.flatnonzero(follows == targets.ravel()[here[i]])
                 at = here[i[is_target]]
                 n[is_target] -= off[at]
-                # The order below counts other n-grams: it loses one only where this one is gone.
+                # The order below counts different n-grams: it loses one where this one is gone.
                 off[at] *= n[is_target] == 0
             n_context = np.bincount(i, n, len(here))
             discounted = np.bincount(i, np.minimum(n, o.d), len(here))  # d u(c)

@@ -533,7 +533,8 @@ class ZeRO:
         for group in groups:
             names = [name for name in group["names"] if name in owned]
             owned_groups.append(group | {"names": names, "params": [owned[n] for n in names]})
-        if self.group is not None:
+        # With tensor parallelism `cls` is a function: whoever made it has tried the class already.
+        if self.group is not None and isinstance(cls, type):
             refuse_coupled(cls, owned_groups, arguments)
         optimizer = refuse_unfinished(cls(owned_groups, **arguments), self)
         optimizer.register_step_post_hook(lambda *_: self.broadcast_weights())

@@ -91,6 +91,15 @@ def close(a: dict, b: dict, tolerance: float) -> None:
 FP64, FP32 = ("fp64", 8, 1e-10), ("fp32", 20, 1e-5)
 
 
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+def test_owners_of_divided_matrices_follow_one_process(tmp_path, text, optim):
+    """zero1 x tp: the optimizer that zero1 is given is made by a function, not a class."""
+    more = [f"--optim={optim}", "--precision=fp64", "--steps=4"]
+    go(text, tmp_path / "one", *more)
+    run_ranks(4, on_ranks, text, tmp_path / "four", *more, "--data_parallel=zero1", "--tp=2")
+    close(rows(tmp_path / "four"), rows(tmp_path / "one"), 1e-10)
+
+
 @pytest.mark.parametrize(
     "optim, precision, steps, tolerance",
     [
