@@ -462,7 +462,7 @@ def test_a_limit_on_files_is_an_error_and_no_signal(tmp_path):
     queue = context.Queue()
     process = context.Process(target=limited, args=(queue, tmp_path))
     process.start()
-    said = queue.get(timeout=20)
+    said = queue.get(timeout=90)
     process.join()
     assert process.exitcode == 0 and "needs 80,000 bytes" in said and str(tmp_path) in said
 
