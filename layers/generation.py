@@ -33,7 +33,7 @@ def generate(
         stage of a pipeline
 
     When block_size tokens are there, the cache starts again from the last half of them. Raises
-    ValueError for an id that the model does not know.
+    ValueError for an id that the model does not know, and for logits that are not numbers.
     """
     vocab_size = model.config.vocab_size
     if ids.numel() and not (ids.min() >= 0 and ids.max() < vocab_size):
@@ -51,28 +51,29 @@ def generate(
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    n_cached = 0
-    new_ids = ids[:, -block_size:]  # what the model has not seen yet
-    for i in range(n):
-        is_full = n_cached == block_size
-        if is_full:
-            new_ids = ids[:, -max(1, block_size // 2) :]
-        if i == 0 or is_full:
-            n_cached = 0
-            for attention in attentions:
-                attention.attention_fn = KVCache(model.config.window)
+    try:
+        n_cached = 0
+        new_ids = ids[:, -block_size:]  # what the model has not seen yet
+        for i in range(n):
+            is_full = n_cached == block_size
+            if is_full:
+                new_ids = ids[:, -max(1, block_size // 2) :]
+            if i == 0 or is_full:
+                n_cached = 0
+                for attention in attentions:
+                    attention.attention_fn = KVCache(model.config.window)
 
-        n_known = n_cached + new_ids.shape[1]
-        position_ids = torch.arange(n_cached, n_known, device=new_ids.device)
-        logits = forward(new_ids, position_ids=position_ids)[:, -1].cpu()  # (B, V)
-        n_cached = n_known
-        new_ids = draw(logits, temperature, top_k, generator).to(ids.device)
-        ids = torch.cat([ids, new_ids], 1)
-
-    for attention, attention_fn in zip(attentions, attention_fns):
-        attention.attention_fn = attention_fn
-    torch.set_num_threads(n_threads)
-    return ids
+            n_known = n_cached + new_ids.shape[1]
+            position_ids = torch.arange(n_cached, n_known, device=new_ids.device)
+            logits = forward(new_ids, position_ids=position_ids)[:, -1].cpu()  # (B, V)
+            n_cached = n_known
+            new_ids = draw(logits, temperature, top_k, generator).to(ids.device)
+            ids = torch.cat([ids, new_ids], 1)
+        return ids
+    finally:
+        for attention, attention_fn in zip(attentions, attention_fns):
+            attention.attention_fn = attention_fn
+        torch.set_num_threads(n_threads)
 
 
 def draw(
@@ -82,10 +83,15 @@ def draw(
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    probabilities = torch.softmax(logits / (temperature or 1), -1)
+    if probabilities.isnan().any():
+        raise ValueError(
+            "the model's logits are NaN or infinite, so no token can be drawn: its weights are not "
+            "finite any more; take an earlier checkpoint"
+        )
     if temperature == 0:
         # Of probabilities that rounding has made equal, the first one.
-        return torch.softmax(logits, -1).argmax(-1, keepdim=True)
-    probabilities = torch.softmax(logits / temperature, -1)
+        return probabilities.argmax(-1, keepdim=True)
     return torch.multinomial(probabilities, 1, generator=generator)
 
 

@@ -137,5 +137,9 @@ def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int)
     prompt = torch.from_numpy(tokenizer.encode("\n")).to(micro_batches.device)[None]
     if not prompt.numel() or prompt.max() >= model.config.vocab_size:
         prompt = prompt.new_zeros(1, 1)
-    ids = generate(model, prompt, n, 0.8, 50, seed, micro_batches.logits)
+    try:
+        ids = generate(model, prompt, n, 0.8, 50, seed, micro_batches.logits)
+    except ValueError as error:
+        # The weights of a diverged run may be NaN: that ends no run.
+        return f"\nthere is none: {error}"
     return tokenizer.decode(ids[0].tolist())

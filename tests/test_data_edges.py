@@ -1129,3 +1129,17 @@ def test_the_one_place_that_maps_users_files_is_the_one_that_watches_them():
             name, 0
         ), name
     assert dataset.Tokens([np.arange(3)]).mapped == {}
+
+
+def test_a_model_of_nan_writes_a_sentence_and_its_attention_comes_back():
+    model = GPT(GPTConfig(vocab_size=256, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    before = model.blocks["0"].attn.attention_fn
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="NaN or infinite, so no token can be drawn"):
+            generation.generate(model, torch.zeros(1, 1, dtype=torch.int64), 2, temperature)
+    assert model.blocks["0"].attn.attention_fn is before
+    said = evaluate.sample(alone(model), Tokenizer("bytes"), 5, 0)
+    assert said.startswith("\nthere is none: the model's logits")
