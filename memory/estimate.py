@@ -58,7 +58,6 @@ kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a la
 tiny batches and several micro-batches, it is within 5 % (tests/test_estimate.py).
 """
 
-import difflib
 import functools
 import inspect
 import itertools
@@ -69,6 +68,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
+from memory.flags import check, from_text, usage, words
 from optim.attributes import attribute, own_classes
 from parallel.ownership import owners_by_shape
 from precision.amp import PRECISIONS, Precision
@@ -665,17 +665,6 @@ def step_of_layers(activation_checkpoint: str) -> tuple[str, int]:
     return activation_checkpoint, 1
 
 
-def check(what: str, value, known) -> None:
-    """Raises ValueError, with the nearest name, for a value that is not in `known`."""
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), [k for k in known if k], 1)
-    hint = f"there are: {', '.join(map(str, known)) or 'none'}"
-    if near:
-        hint = f"did you mean {near[0]}?"
-    raise ValueError(f"{what} {value!r} is not known; {hint}")
-
-
 # ---- the command ---------------------------------------------------------------------------------
 DEFAULTS = dict(
     params=None,
@@ -704,7 +693,6 @@ NAMES = {
     "offload": ("cpu", "disk"),
     "offload_params": ("cpu", "disk"),
 }
-SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
 def parse(argv: list[str]) -> tuple[dict, dict]:
@@ -748,77 +736,6 @@ def kinds_of(parameter: inspect.Parameter) -> tuple[list, bool]:
     if choices and type(None) in kinds:
         choices.append("none")
     return choices, float in kinds
-
-
-def words(argv: list[str]) -> list[tuple[str, str]]:
-    """(name, text) of each --name=text, or --name text. Raises ValueError."""
-    left = list(argv)
-    found = []
-    while left:
-        word = left.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not equals and left and not left[0].startswith("--"):
-            text = left.pop(0)
-        if not word.startswith("--") or not text:
-            raise ValueError(f"{word!r} is not understood; type --name=value")
-        found.append((name, text))
-    return found
-
-
-def from_text(name: str, text: str, default, choices=(), is_fraction: bool = False):
-    """The value of --name=text: one of the choices, or else of the default's kind.
-
-    A number is whole unless is_fraction. Raises ValueError for what is not allowed.
-    """
-    if name == "activation_checkpoint":
-        return text
-    if default is None and text.lower() == "none":
-        return None
-    if choices:
-        check(name, text, choices)
-        return None if text == "none" else text
-    if type(default) is bool:
-        check(name, text.lower(), ("true", "false"))
-        return text.lower() == "true"
-    value = number(text)
-    least = 0 if is_fraction or name == "batch" else 1
-    if least <= value < math.inf:
-        if is_fraction:
-            return value
-        if value == round(value):
-            return round(value)
-    # The message says which kind would have been right.
-    what = "a number, 0 or more"
-    if not is_fraction:
-        what = f"a whole number, {least} or more, as 8, 7e9 or 7B"
-    raise ValueError(f"{name}={text} is not allowed; it takes {what}")
-
-
-def number(text: str) -> float:
-    """7e9, 7B or 7GB as 7e9; NaN where it is no number."""
-    if text[-2:].lower() in ("kb", "mb", "gb", "tb"):
-        text = text[:-1]
-    factor = SUFFIXES.get(text[-1:].lower())
-    try:
-        if factor is None:
-            return float(text)
-        return round(float(text[:-1]) * factor, 3)
-    except ValueError:
-        return math.nan
-
-
-def usage(defaults: dict, names: dict) -> str:
-    """The flags with their defaults, and the words that some of them take."""
-    lines = ["--name=value, or --name value; the values here are the defaults"]
-    for name, value in defaults.items():
-        choices = [x for x in names.get(name, ()) if x != str(value)]
-        if value in (None, True, False):
-            value = str(value).lower()
-        line = f"  --{name}={value}"
-        if choices:
-            line += f"  or {', '.join(choices)}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def shapes_of(s: SimpleNamespace) -> Shapes:

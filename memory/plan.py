@@ -59,17 +59,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from memory.estimate import (
-    Shapes,
-    activation_bytes,
-    bytes_of,
-    bytes_per_rank,
-    check,
-    from_text,
-    gpt_shapes,
-    usage,
-    words,
-)
+from memory.estimate import Shapes, activation_bytes, bytes_of, bytes_per_rank, gpt_shapes
+from memory.flags import check, from_text, usage, words
 
 # Fitted once to published runs, see above.
 LIMIT = 1.34

@@ -19,13 +19,8 @@ from torch.utils._pytree import tree_iter
 
 import optim as optimizers
 from memory import estimate, plan
-from memory.estimate import (
-    activation_bytes,
-    bytes_per_rank,
-    even_shapes,
-    gpt_shapes,
-    state_numbers,
-)
+from memory import flags as memory_flags
+from memory.estimate import activation_bytes, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
 from memory.meter import Meter, measure, nbytes
 from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
@@ -717,8 +712,8 @@ def test_every_precision_of_a_run_has_its_bytes():
 )
 def test_numbers_may_be_written_short(text, value):
     for name in ("params", "memory"):
-        assert estimate.from_text(name, text, None) == value
-        assert type(estimate.from_text(name, text, None)) is int
+        assert memory_flags.from_text(name, text, None) == value
+        assert type(memory_flags.from_text(name, text, None)) is int
     assert plan.parse([f"--params={text}"])["params"] == value
 
 
