@@ -187,8 +187,9 @@ class Done:
 
 
 class SpikeMonitor:
-    """snapshot() and check() before each step, then clip() and lr(); `events` is for metrics.jsonl.
+    """snapshot() and check() before each step, then max_norm() and lr_factor().
 
+    events: what happened at the last step, for metrics.jsonl.
     cursor: the run's data.cursor.Cursor; kept: what else a step changes, objects with state_dict()
     and load_state_dict(); on_spike, on_nonfinite: policies, None = off; loss_scaling: does a loss
     scaler skip steps whose gradients overflow? disk: what a rollback returns to with ring=0, an
@@ -351,7 +352,7 @@ class SpikeMonitor:
             self.seen.clip_until = step + self.config.recover
             return "step"
         if policy == "lr_cut":
-            self.seen.lr = self.config.cut * self.lr(step)
+            self.seen.lr = self.config.cut * self.lr_factor(step)
             self.seen.cut_at = step
             return "step" if is_finite else "skip"
         return "step" if policy == "warn" else policy
@@ -418,13 +419,13 @@ class SpikeMonitor:
     def emit(self, step: int, event: str, text: str, **fields) -> None:
         self.events.append({"step": step + 1, "event": event, "text": text, **fields})
 
-    def clip(self, step: int, usual: float | None) -> float | None:
+    def max_norm(self, step: int, usual: float | None) -> float | None:
         """What the gradient's norm is clipped to in this step; None: not at all."""
         if step >= self.seen.clip_until:
             return usual
         return min(usual or math.inf, self.config.clip)
 
-    def lr(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
         """The factor of every lr in this step."""
         # It grows back to 1 in a straight line.
         grown = min((step - self.seen.cut_at) / self.config.recover, 1.0)

@@ -6,7 +6,8 @@
 
 `python train.py --help` lists every field; docs/multinode.md has the commands for several machines.
 The same command again continues the run where it stopped. Exit status: 0 done, or stopped by
-SIGTERM or Ctrl-C after a checkpoint; 2 a user's mistake; 1 anything else.
+SIGTERM or Ctrl-C after a checkpoint; 2 a user's mistake; 130 a Ctrl-C before the loop, or a second
+one; 1 anything else.
 """
 
 import functools
@@ -52,7 +53,7 @@ def main(requested_cfg: fields.Config) -> dict:
     made_group = launch.start(device, requested_cfg.timeout_minutes)
     mesh = make_mesh(device, requested_cfg.tp, requested_cfg.cp, requested_cfg.pp)
     is_main = mesh.rank == 0
-    torch.manual_seed(requested_cfg.seed)  # nothing below draws from it, but a fork may
+    torch.manual_seed(requested_cfg.seed)  # nothing below draws from it; code added to it may
 
     # ---- the earlier run in this folder: its settings fill what the command line leaves open -----
     out_dir = Path(requested_cfg.out_dir)
@@ -63,9 +64,14 @@ def main(requested_cfg: fields.Config) -> dict:
     continued_cfg = resume.with_saved_settings(requested_cfg, resumed_from, same_run)
     offloads = bool(continued_cfg.offload or continued_cfg.offload_params)
     leave = functools.partial(control.leave, mesh, lock, rank_log, made_group, offloads)
-    step = first_step = 0 if resumed_from is None else resumed_from.step
-    if resumed_from is not None and first_step >= continued_cfg.steps:
-        resume.report_finished(continued_cfg, first_step, same_run, is_main)
+    step = 0  # steps done; parallel/watchdog.py reads it, and cfg, by name
+    if resumed_from is not None:
+        step = resumed_from.step
+    owes_evaluation = resume.owes_evaluation(
+        continued_cfg, resumed_from, same_run, is_main, mesh.agree
+    )
+    if resumed_from is not None and step >= continued_cfg.steps and not owes_evaluation:
+        resume.report_finished(continued_cfg, step, same_run, is_main)
         leave()
         return latest(out_dir)
 
@@ -107,7 +113,8 @@ def main(requested_cfg: fields.Config) -> dict:
     position_ids = position_ids.to(device)
 
     # ---- precision, activation checkpointing, compilation: how a block is computed ---------------
-    fp8_state = build.convert_linears(cfg, options["fp8"], model, device, corpus.train)
+    build.set_loss(cfg, model, corpus.train)
+    fp8_state = build.convert_linears(cfg, options["fp8"], model, device)
     loss_scaler = build.loss_scaler(cfg, options["scaler"])
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
@@ -118,12 +125,14 @@ def main(requested_cfg: fields.Config) -> dict:
     replicas = build.data_parallel(cfg, options["diloco"] | options["compress"], mesh, tp_shards)
     model = replicas.parallelize(model)
     replicas.init_weights(sharded(weights, tp_shards))
-    hidden = build.hidden_states(cfg, has_replicas)
-    micro_batches = MicroBatches(model, replicas, pipe, device, cfg.precision, position_ids, hidden)
+    hidden_format = build.hidden_states(cfg, has_replicas)
+    micro_batches = MicroBatches(
+        model, replicas, pipe, device, cfg.precision, position_ids, hidden_format
+    )
     micro_batch_size = batch.micro_batch_size(cfg, micro_batches, train_data, mesh)
 
     # ---- optimizer -------------------------------------------------------------------------------
-    param_groups.without_compiler()
+    param_groups.skip_compiler_import()  # saves a second
     kinds = param_groups.kinds(full_model)  # name -> matrix, embedding, head or scalar
     lrs = build.learning_rates(cfg, optimizer_class, options["opt"], kinds)
     groups = param_groups.param_groups(
@@ -135,7 +144,8 @@ def main(requested_cfg: fields.Config) -> dict:
     )
     make_optimizer, shards = build.optimizer_factory(cfg, mesh, tp_shards, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **options["opt"])
-    shards |= replicas.shards  # of every parameter that the optimizer sees a shard of
+    # make_optimizer has filled `shards`: name -> the shard that the optimizer sees of a weight.
+    shards |= replicas.shards
     if param_groups.averages_weights(optimizer):
         optimizer.train()  # Schedule-Free keeps two sets of weights
     if precision.stochastic:
@@ -157,7 +167,10 @@ def main(requested_cfg: fields.Config) -> dict:
     spike_monitor = build.spike_monitor(
         cfg, options["monitor"], model, optimizer, cursor, [*scales.values()], disk
     )
+    # run_state holds this dict: from here on the monitor is in every checkpoint too. It comes this
+    # late because it may roll back to the disk, so to a run_state.
     kept["guard"] = spike_monitor
+    # A branch starts early stopping and the monitor anew.
     if resumed_from is not None:
         run_state.load_state_dict(
             resumed_from, None if same_run else kept.keys() - {"best", "guard"}
@@ -173,14 +186,14 @@ def main(requested_cfg: fields.Config) -> dict:
     logger = Logger(
         out_dir,
         cfg.steps,
-        first_step,
+        step,
         is_main,
         continues_log,
         cfg.tensorboard,
         cfg.wandb,
         config,
     )
-    metadata = {}  # of a checkpoint
+    metadata = {}  # what a checkpoint says of the run that wrote it
     if is_main:
         metadata = {"config": config, "record": record}
         (out_dir / "config.toml").write_text(parse.to_toml(final_cfg, record), encoding="utf-8")
@@ -202,7 +215,12 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- the loop --------------------------------------------------------------------------------
     metrics = {"step": step}
     stop = control.StopSignal()
-    is_overdue = False  # a checkpoint, by the clock
+    # Evaluated and saved are the states up to this step.
+    done_step = -1 if resumed_from is None else step
+    is_overdue = False  # is a checkpoint due by the clock?
+    if owes_evaluation:
+        done_step -= 1
+        is_overdue = True
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
     watch = Watch(
         mesh,
@@ -217,11 +235,12 @@ def main(requested_cfg: fields.Config) -> dict:
     )
     while True:
         rank_log.step(step + 1)
-        is_last = step >= cfg.steps
-        state_is_new = step > first_step or resumed_from is None
+        is_done = step >= cfg.steps
+        state_is_new = step > done_step
 
-        # Evaluate, step 0 and the last one too. Whoever asks us to stop waits for no evaluation.
-        is_due = cfg.eval_every and (is_last or step % cfg.eval_every == 0)
+        # Evaluate, step 0 and the last one too. Whoever asks us to stop waits for no evaluation:
+        # `heard` sets stop.agreed in the middle of one.
+        is_due = cfg.eval_every and (is_done or step % cfg.eval_every == 0)
         if is_due and (state_is_new or not same_run) and not stop.agreed:
             with run_state.eval_weights():
                 found = evaluate(
@@ -240,20 +259,20 @@ def main(requested_cfg: fields.Config) -> dict:
             if found is not None:
                 metrics |= found
                 logger.evaluation({"step": step} | found)
-        is_last = is_last or early_stopping.should_stop
-        if is_last and early_stopping.best_is_earlier:
+        is_done = is_done or early_stopping.should_stop
+        if is_done and early_stopping.best_is_earlier:
             logger.log(run_state.restore_best(early_stopping.path))
 
         # Save now and then, at the end, and when somebody asks us to stop.
-        if state_is_new and (is_last or stop.agreed or is_overdue or saver.due(step)):
-            run_state.save(saver, step, metadata, last=is_last or stop.agreed)
+        if state_is_new and (is_done or stop.agreed or is_overdue or saver.due(step)):
+            run_state.save(saver, step, metadata, last=is_done or stop.agreed)
         logger.events(early_stopping.pop_events())
         logger.events(saver.pop_events())
-        if is_last or stop.agreed:
+        if is_done or stop.agreed:
             break
 
-        # Forward and backward over this rank's share of the batch. The last micro-batch starts the
-        # sum over the replicas.
+        # Forward and backward over this rank's samples. The last micro-batch starts the sum over
+        # the replicas.
         spike_monitor.snapshot(step)
         began = time.perf_counter()
         batch_size = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
@@ -262,8 +281,8 @@ def main(requested_cfg: fields.Config) -> dict:
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale
         recorder.start(step, loss_scale)
         watch.start(step)
-        share = batch.split(samples, mesh, micro_batch_size)
-        loss_sum = micro_batches.forward_backward(share, train_data, loss_scale / n_tokens)
+        my_samples = batch.split(samples, mesh, micro_batch_size)  # a list for each micro-batch
+        loss_sum = micro_batches.forward_backward(my_samples, train_data, loss_scale / n_tokens)
         replicas.finish_gradients()
         gradients = replicas.gradients()
         if pipe is not None:
@@ -273,11 +292,12 @@ def main(requested_cfg: fields.Config) -> dict:
         recorder.write(replicas.weights, gradients)
 
         # The gradient's norm before clipping. DiLoCo's replicas go apart: each has its own.
-        one_norm = cfg.diloco_every is None
-        grad_norm = run_state.norm(gradients, one_norm)
+        has_one_norm = cfg.diloco_every is None
+        grad_norm = run_state.norm(gradients, everywhere=has_one_norm)
 
         # One all-reduce for all that the ranks must agree on. The tp ranks hold the same loss: it
-        # is counted once.
+        # is counted once. Stages before the last hold 0. The sum of the norms' shares is their mean
+        # over the ranks: one number for all, also where replicas differ.
         loss = float(loss_sum) / n_tokens if mesh.coords["tp"] == 0 else 0.0
         loss, n_stop, n_overdue, mean_norm = mesh.sum(
             loss, stop.requested, saver.overdue(), float(grad_norm) / mesh.world
@@ -294,11 +314,15 @@ def main(requested_cfg: fields.Config) -> dict:
             model.zero_grad(set_to_none=True)
             step = spike_monitor.back_at
             metrics["step"] = step
-            # Save what is never to be read again, and drop the checkpoints that are undone.
+            # The checkpoint must know which samples are skipped from now on, or a restart would
+            # read them again. Those of later steps never happened.
             run_state.save(saver, step, metadata)
             saver.drop_after(step)
+            done_step = min(done_step, step - 1)
         if verdict in ("rollback", "abort"):
             continue
+
+        # "step" and "skip" go on: a skipped step counts and uses up its samples, without an update.
         cursor.next = samples[-1] + 1
 
         # Clip. A rank may own no gradient at all.
@@ -306,27 +330,29 @@ def main(requested_cfg: fields.Config) -> dict:
         if cfg.clip_value is not None:
             for gradient in gradients.values():
                 gradient.clamp_(-cfg.clip_value, cfg.clip_value)
-            norm = run_state.norm(gradients, one_norm)
-        max_norm = spike_monitor.clip(step, cfg.grad_clip)
+            norm = run_state.norm(gradients, everywhere=has_one_norm)
+        max_norm = spike_monitor.max_norm(step, cfg.grad_clip)
         if max_norm is not None and gradients:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*gradients.values()], factor)
 
         # Step. Every group follows the schedule from its own peak lr.
-        lr_factor = lr_schedule(step) * spike_monitor.lr(step)
+        lr_factor = lr_schedule(step) * spike_monitor.lr_factor(step)
         schedules.follow(optimizer.param_groups, step, lr_factor, cfg.momentum_warmup)
         if verdict == "step":
             if loss_scaler is None or loss_scaler.update(bool(grad_norm.isfinite())):
                 optimizer.step()
             else:
+                replicas.discard_step()
                 why = f"the gradients overflowed at a loss scale of {loss_scale:g}"
                 logger.event(step + 1, "skip", why)
         if fp8_state is not None:
+            # Also after a skipped step: its forward has moved the history of the scales.
             fp8_state.step(mesh.groups["dp_cp"], mesh.groups["tp"])
         model.zero_grad(set_to_none=True)
         step += 1
 
-        # Log.
+        # Log. The seconds are those of the work, for float() above has waited for the GPU.
         watched = watch.row(norm, max_norm)
         seconds = time.perf_counter() - began
         metrics |= {"step": step, "loss": loss}
@@ -350,12 +376,12 @@ def main(requested_cfg: fields.Config) -> dict:
             logger.train(row | watched)
 
     # ---- the end: a sample of what the model writes, and the curve -------------------------------
-    if is_last and cfg.sample_tokens:
+    if is_done and cfg.sample_tokens:
         # On every rank: a forward may be a collective.
         with run_state.eval_weights(), build.uncompiled(cfg):
             text = sample(micro_batches, corpus.tokenizer, cfg.sample_tokens, cfg.seed)
         logger.log(f"---- a sample ----{text}\n------------------")
-    if cfg.plot and is_last and is_main and step > 1:  # one point is no curve
+    if cfg.plot and is_done and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
     stop.close()
     logger.close()
@@ -377,5 +403,5 @@ if __name__ == "__main__":
         sys.exit(1)
     except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
         watchdog.leave(error)
-    except KeyboardInterrupt:  # before the loop, which has a handler of its own
+    except KeyboardInterrupt:  # the loop has a handler of its own: before it, or the second one
         sys.exit(130)

@@ -212,7 +212,7 @@ def param_groups(
     return groups
 
 
-def without_compiler() -> None:
+def skip_compiler_import() -> None:
     """Saves a run that compiles nothing the second it takes to import the compiler.
 
     Four methods of torch's Optimizer import it at their first call, only to be left out of

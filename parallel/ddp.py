@@ -112,7 +112,7 @@ class DDP:
         self.buckets = []
         self.next_to_send = 0  # index of the bucket whose sum starts next
         self.is_last = True  # the micro-batch in hand is the last one of the step
-        self.pending = False  # a gradient arrived after the last finish_gradients()
+        self.unfinished = False  # a gradient arrived after the last finish_gradients()
         self.sent_bytes = 0  # by this rank in the last step
 
     def parallelize(self, model: nn.Module) -> nn.Module:
@@ -148,7 +148,7 @@ class DDP:
 
     def arrived(self, p: nn.Parameter, bucket: Bucket, view: torch.Tensor) -> None:
         """A backward has added to p.grad."""
-        self.pending = True
+        self.unfinished = True
         # Only the first micro-batch of a step brings a tensor of its own. From then on p.grad is
         # the view, and later micro-batches add to the bucket in place.
         if p.grad is not view:
@@ -181,7 +181,7 @@ class DDP:
 
         A gradient that is missing on all replicas is None.
         """
-        self.pending = False
+        self.unfinished = False
         named = [pair for bucket in self.buckets for pair in zip(bucket.names, bucket.params)]
         if not named:
             return

@@ -163,7 +163,7 @@ class DiLoCo:
             self.moved = set()
 
     def discard_step(self) -> None:
-        """Nothing is kept of a step whose gradients are not used."""
+        """In place of optimizer.step(). Nothing to undo: the next zero_grad drops the gradients."""
 
     # ---- the outer step: all replicas together ---------------------------------------------------
     @torch.no_grad()

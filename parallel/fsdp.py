@@ -130,7 +130,7 @@ class FSDP:
         self.adapter = None
         self.micro_batches = 0  # in this step so far
         self.got = set()  # parameters that got a gradient here since the last step
-        self.pending = False  # a gradient was reduced after the last finish_gradients()
+        self.unfinished = False  # a gradient was reduced after the last finish_gradients()
         self.sent_bytes = 0  # by this rank in a step
 
     # ---- who holds what --------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class FSDP:
         shards: the unit's parameters, as FSDP2 keeps them.
         """
         if shards.reduce_grads:
-            self.pending = True
+            self.unfinished = True
             self.stand_in(shards)
         reduce(*args)
 
@@ -313,7 +313,7 @@ class FSDP:
         """
         self.sent_bytes = self.bytes_of_step(self.micro_batches)
         self.micro_batches = 0
-        self.pending = False
+        self.unfinished = False
         params = list(self.params.values())
         self.sent_bytes += drop_stand_ins(params, self.got, self.group, self.device)
 
@@ -358,7 +358,7 @@ class FSDP:
             self.adapter.broadcast_weights()
 
     def discard_step(self) -> None:
-        """Nothing is kept of a step whose gradients are not used."""
+        """In place of optimizer.step(). Nothing to undo: the next zero_grad drops the gradients."""
 
     # ---- at times --------------------------------------------------------------------------------
     def state_dict(self, optimizer_state: dict) -> dict | None:

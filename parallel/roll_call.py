@@ -70,10 +70,10 @@ def on_gradient(p: nn.Parameter, arrived: Callable[[nn.Parameter], None]) -> Non
 
 
 def refuse_unfinished(optimizer: torch.optim.Optimizer, replicas) -> torch.optim.Optimizer:
-    """The same optimizer, but its step() raises RuntimeError while replicas.pending."""
+    """The same optimizer, but its step() raises RuntimeError while replicas.unfinished."""
 
     def check(*_) -> None:
-        if replicas.pending:
+        if replicas.unfinished:
             raise RuntimeError(
                 "optimizer.step() came before finish_gradients(): these gradients "
                 "are not yet the sums over all replicas, whose weights would part; "

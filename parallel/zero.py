@@ -13,15 +13,16 @@ there, small letters only while they are in use:
 
 Bytes per parameter on N ranks under Adam. "mixed" is the paper's mixed precision (weights 2,
 gradients 2, float32 master weights and state 12), "float32" is what this project does (4, 4, 8).
-"sent" is what a rank sends in a step of A micro-batches, in units of (N-1)/N x the weights' bytes:
+"sent" is what a rank sends in a step of m micro-batches, in units of (N-1)/N x the weights' bytes:
 
               mixed        float32     sent
     ddp       16           16          2                one all-reduce
     stage 1   4 + 12/N     8 + 8/N     1 + 1            gradients to owners, new weights from owners
-    stage 2   2 + 14/N     4 + 12/N    A + 1            a gradient must be sent before it is freed
-    stage 3   16/N         16/N        A (1 + 1 + 1)    weights forward, weights backward, gradients
+    stage 2   2 + 14/N     4 + 12/N    m + 1            a gradient must be sent before it is freed
+    stage 3   16/N         16/N        m (1 + 1 + 1)    weights forward, weights backward, gradients
 
-Memory in use comes on top: one unit's gradients and, in stage 3, the weights of two units. The roll
+Memory in use comes on top: the gradients of two units (one on its way while the next computes) and,
+in stage 3, the weights of two units. The weights backward are those of the blocks alone. The roll
 call of parallel/roll_call.py sends another 2 (N-1)/N bytes for each parameter tensor. With one
 micro-batch stages 1 and 2 are the same, because no gradient waits for another.
 
@@ -39,7 +40,8 @@ The backward of unit 0 reads no weights: an embedding is a lookup, not a product
 and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
 norm in unit 0 needs its gain. The unit after the blocks always stays, for its backward comes next.
 
-A gradient that is missing on some ranks counts as zero there. If it is missing on all, it is None.
+Gradients are summed, not averaged: divide the loss by the tokens of the global batch. A gradient
+that is missing on some ranks counts as zero there. If it is missing on all, it is None.
 
 All ranks must make the same forward and backward calls, also for evaluation. But a rank may skip
 blocks (in stage 3 not the last one), or a backward (not in stage 3). To compile the model, compile
@@ -82,7 +84,7 @@ class Bucket:
     host: Tensor | None  # the owner's weights in host memory, if they are offloaded
     params: list[nn.Parameter]  # the model's parameters: views of `flat`
     owner_params: list[nn.Parameter]  # the optimizer's: views of `host`, or `params` themselves
-    broadcast: dist.Work | None = None  # on its way
+    broadcast: dist.Work | None = None  # of the weights, while it is on its way
 
     def is_trained(self) -> bool:
         """Whether any of its parameters is trained. The answer may change from step to step."""
@@ -96,17 +98,17 @@ def units_of(model: nn.Module) -> tuple[dict[str, int], int]:
     """
     block_names = list(model.blocks)
     after_blocks = len(block_names) + 1
-    units = {}
+    unit_of = {}
     unit_outside = 0
-    # named_parameters() is in the order of forward.
+    # named_parameters() must be in the order of forward.
     for name, _ in model.named_parameters():
         path = name.split(".")
         if path[0] == "blocks":
-            units[name] = block_names.index(path[1]) + 1
+            unit_of[name] = block_names.index(path[1]) + 1
             unit_outside = after_blocks
         else:
-            units[name] = unit_outside
-    return units, after_blocks + 1
+            unit_of[name] = unit_outside
+    return unit_of, after_blocks + 1
 
 
 class ZeRO:
@@ -119,7 +121,8 @@ class ZeRO:
     reduce_dtype: gradients are sent in it, None = their own; an owner's own share is never rounded
     offload_params: stage 3 alone; owners keep and step their weights in host memory ("cpu") or in
         files under `folder` that are mapped into memory ("disk")
-    pinned: names of parameters that the first rank owns, for other pipeline stages hold them too
+    pinned: names of parameters that the first rank owns, for another stage of the pipeline holds
+        them too, and the two must have the same owner
 
     Raises ValueError for another stage, and for offload_params that is unknown or without stage 3.
     """
@@ -167,7 +170,7 @@ class ZeRO:
 
         # Where this rank is in the model.
         self.in_backward = False
-        self.unit = 0  # the unit in which forward or backward is
+        self.unit = 0  # the newest unit that forward or backward has entered
         self.fetched = set()  # units whose weights are here or on their way
 
         # Where this rank is in the step.
@@ -177,24 +180,26 @@ class ZeRO:
         self.in_flight = []  # (bucket, flat gradients, work) of each reduce on its way
         self.got = set()  # parameters that got a gradient here since the last step
         self.nothing_sent = True  # the first backward of the step has not sent its gradients yet
-        self.is_finished = True  # finish_gradients() was called, and no micro-batch since
-        self.pending = False  # a backward came after the last finish_gradients()
+        self.step_begun = False  # a micro-batch came after the last finish_gradients()
+        self.unfinished = False  # a backward came after it: the optimizer must not step yet
         self.sent_bytes = 0  # by this rank in the last step
 
     # ---- who holds what --------------------------------------------------------------------------
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Allocates what this rank holds of `model`, and hooks into its forward and backward.
 
-        The parameters of `model` are on the meta device.
+        The model's parameters are on the meta device, registered in the order in which forward uses
+        them. Its `blocks` is a ModuleDict; forward calls each block at most once and in order, with
+        x (B, T, C) as the first argument, and returns one tensor.
         """
         self.model = model
         named = list(model.named_parameters())
-        units, n_units = units_of(model)
+        unit_of, n_units = units_of(model)
 
         # Unit 0 stays where its backward reads its weights: a tied head, or the gain of a norm.
         n_with_ties = len(list(model.named_parameters(remove_duplicate=False)))
         is_tied = len(named) < n_with_ties
-        has_gain = any(p.ndim < 2 for name, p in named if units[name] == 0)
+        has_gain = any(p.ndim < 2 for name, p in named if unit_of[name] == 0)
         self.unit_0_stays = is_tied or has_gain
 
         # Every rank computes the same owners, so nobody has to be told.
@@ -202,7 +207,7 @@ class ZeRO:
         owners |= dict.fromkeys(self.pinned, 0)
 
         self.units = [[] for _ in range(n_units)]  # unit -> its buckets
-        real = self.fill_units(named, units, owners)
+        real = self.fill_units(named, unit_of, owners)
         self.buckets = [bucket for unit in self.units for bucket in unit]
 
         # Put the real parameters where the meta ones were. A tied parameter is replaced twice.
@@ -216,7 +221,7 @@ class ZeRO:
         return model
 
     def fill_units(
-        self, named: list[tuple[str, nn.Parameter]], units: dict[str, int], owners: dict[str, int]
+        self, named: list[tuple[str, nn.Parameter]], unit_of: dict[str, int], owners: dict[str, int]
     ) -> dict[nn.Parameter, nn.Parameter]:
         """Makes the buckets of each unit; returns meta parameter -> allocated parameter."""
         backward_order = named[::-1]
@@ -224,17 +229,18 @@ class ZeRO:
         spans = [backward_order]
         if self.stage == 3:
             all_units = range(len(self.units))
-            spans = [[(n, p) for n, p in backward_order if units[n] == i] for i in all_units]
+            spans = [[(n, p) for n, p in backward_order if unit_of[n] == i] for i in all_units]
         real = {}
         for span in spans:
             for run in make_buckets(span, self.bucket_bytes):
-                # A bucket has one owner. Frozen parameters send no gradients, so they are apart.
+                # A bucket has one owner, so on N ranks a message is about 1/N of such a run. Frozen
+                # parameters send no gradients, so they are apart.
                 by_owner = {}
                 for name, p in run:
                     by_owner.setdefault((owners[name], p.requires_grad), {})[name] = p
                 for (owner, _), metas in by_owner.items():
-                    # It can be sent when backward has left the first of its units.
-                    unit = min(units[name] for name in metas)
+                    # It can be sent when backward has left its lowest unit, the last it comes to.
+                    unit = min(unit_of[name] for name in metas)
                     self.units[unit].append(self.make_bucket(metas, owner, real))
         return real
 
@@ -263,6 +269,7 @@ class ZeRO:
             owner_params = [nn.Parameter(view, requires_grad) for view in split_like(host, like)]
         real.update(zip(like, params))
         bucket = Bucket(owner, list(metas), flat, host, params, owner_params)
+        # In stage 3, before the next unit is allocated: memory never holds the whole model.
         self.release(bucket)
         return bucket
 
@@ -270,7 +277,7 @@ class ZeRO:
         """Forward and backward call this object when they enter or leave a unit."""
         if self.group is not None:
             for p in params:
-                on_gradient(p, self.got.add)
+                on_gradient(p, self.got.add)  # so `got` is emptied, and never another set
         if self.group is None and not self.fetches:
             return
         blocks = list(self.model.blocks.values())
@@ -299,6 +306,7 @@ class ZeRO:
         bucket.broadcast = dist.broadcast(
             bucket.flat, group=self.group, group_src=bucket.owner, async_op=True
         )
+        # The owner sends world - 1 copies: this is the mean over the ranks, who own alike.
         self.sent_bytes += (self.world - 1) * bucket.flat.nbytes // self.world
 
     def wait_for_broadcasts(self, buckets: list[Bucket]) -> None:
@@ -308,7 +316,7 @@ class ZeRO:
                 bucket.broadcast = None
 
     def lives_here(self, bucket: Bucket) -> bool:
-        """Whether the weights on this device are the only copy, and must never be freed."""
+        """Whether these weights stay on this device: it computes with them, or is their owner."""
         return not self.fetches or (bucket.owner == self.rank and bucket.host is None)
 
     def start_fetch(self, i: int) -> None:
@@ -350,10 +358,9 @@ class ZeRO:
         flag: does its backward complete the gradients?
         """
         self.send_owed_gradients()
-        if self.is_finished:
-            # A new step begins.
+        if not self.step_begun:
+            self.step_begun = True
             self.sent_bytes = 0
-            self.is_finished = False
         self.is_last = flag
         self.owes_gradients = True
 
@@ -381,13 +388,19 @@ class ZeRO:
             self.fetch(i)
             return
 
+        if i <= self.unit:
+            raise RuntimeError(
+                f"ZeRO: forward came to unit {i} after unit {self.unit}; it must call each block "
+                "at most once and in order, or gradients would leave before they are complete"
+            )
+
         # Leave the units before, enter unit i, and start fetching the unit after it.
-        self.unit = min(self.unit, i - 1)
         unit_before = self.unit
         while self.unit < i:
+            left = self.unit
             self.unit += 1
-            if self.unit > 1 or not self.unit_0_stays:
-                self.free([self.unit - 1])
+            if left > 0 or not self.unit_0_stays:
+                self.free([left])
             self.fetch(self.unit)
             if self.unit + 1 < len(self.units):
                 self.start_fetch(self.unit + 1)
@@ -406,7 +419,7 @@ class ZeRO:
     # ---- backward --------------------------------------------------------------------------------
     def begin_backward(self) -> None:
         self.in_backward = True
-        self.pending = True
+        self.unfinished = True
         last_unit = len(self.units) - 1
         self.next_to_send = last_unit
         self.unit = last_unit + 1
@@ -415,11 +428,11 @@ class ZeRO:
         self.enter_backward(last_unit)
 
     def enter_backward(self, i: int) -> None:
-        """Backward enters unit i, from unit i+1 or from above units that this rank has skipped."""
+        """Backward enters unit i, from unit i+1, or from above units that this rank has skipped."""
         while self.unit > i:
             self.unit -= 1
             self.free(range(self.unit + 1, len(self.units)))
-            # Unit 0 needs no weights in backward, or it has stayed.
+            # Unit 0 needs no weights in backward, or it has stayed since its forward.
             if self.unit > 0:
                 self.fetch(self.unit)
             if self.unit > 1:
@@ -428,7 +441,7 @@ class ZeRO:
             self.send_gradients(self.unit + 1)
 
     def end_backward(self) -> None:
-        """Backward may end without reaching the first units, but all ranks must send the same."""
+        """Sends what is left, also for units that backward never came to, as all ranks must."""
         self.send_gradients(0)
         self.collect_gradients()
         self.free(range(len(self.units)))
@@ -452,13 +465,13 @@ class ZeRO:
             self.nothing_sent = False
 
     def start_reduce(self, bucket: Bucket) -> None:
-        # Zeros where this rank has no gradient. The owner sends zeros alone: its own share, and the
-        # sum so far, are in its p.grad and are added in collect_gradients(), without rounding.
+        # Zeros where this rank has no gradient. The owner contributes only zeros: its own share and
+        # the sum so far are in its p.grad, to which collect_gradients() adds, without rounding.
         flat = torch.zeros_like(bucket.flat, dtype=self.reduce_dtype)
         for p, view in zip(bucket.params, split_like(flat, bucket.params)):
             if self.nothing_sent and p.grad is None:
-                # It got a gradient in a trial of the micro-batch size (run/batch.py), and that
-                # gradient was thrown away.
+                # If `got` has p, its gradient was that of a trial (run/batch.py tries micro-batch
+                # sizes) and has been thrown away.
                 self.got.discard(p)
             if bucket.owner != self.rank and p.grad is not None:
                 view.copy_(p.grad)
@@ -485,7 +498,8 @@ class ZeRO:
     def owned_params(self) -> dict[str, nn.Parameter]:
         """The parameters that this rank owns, by name and in the model's order.
 
-        They are those that its optimizer steps: with offloading they are in host memory.
+        They are those that its optimizer steps: with offloading they are in host memory. Buckets
+        are in the order of backward; an optimizer's groups and a checkpoint follow the model.
         """
         owned = {}
         for bucket in self.buckets:
@@ -502,9 +516,9 @@ class ZeRO:
         # after all of them.
         self.is_last = True
         self.send_owed_gradients()
-        self.is_finished = True
+        self.step_begun = False
+        self.unfinished = False
         self.owes_gradients = False
-        self.pending = False
         self.nothing_sent = True
 
         # The sums have zeros where nobody had a gradient: these become None.
@@ -514,8 +528,9 @@ class ZeRO:
         # Offloaded parameters are stepped in host memory: their gradients follow them.
         for bucket in self.buckets:
             for p, owner_p in zip(bucket.params, bucket.owner_params):
-                if owner_p is not p and p.grad is not None:
-                    owner_p.grad = p.grad.cpu()
+                if owner_p is not p:
+                    # None too: the model's zero_grad() does not reach the gradient of last step.
+                    owner_p.grad = None if p.grad is None else p.grad.cpu()
                     p.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
@@ -530,9 +545,9 @@ class ZeRO:
         """
         owned = self.owned_params()
         owned_groups = []
-        for group in groups:
-            names = [name for name in group["names"] if name in owned]
-            owned_groups.append(group | {"names": names, "params": [owned[n] for n in names]})
+        for settings in groups:
+            names = [name for name in settings["names"] if name in owned]
+            owned_groups.append(settings | {"names": names, "params": [owned[n] for n in names]})
         # With tensor parallelism `cls` is a function: whoever made it has tried the class already.
         if self.group is not None and isinstance(cls, type):
             refuse_coupled(cls, owned_groups, arguments)
@@ -542,7 +557,7 @@ class ZeRO:
             optimizer.add_param_group = self.refuse_late_group
         return optimizer
 
-    def refuse_late_group(self, group: dict) -> None:
+    def refuse_late_group(self, settings: dict) -> None:
         raise ValueError(
             "add_param_group: under ZeRO every rank would step these parameters, with "
             "gradients of its own; give all groups to make_optimizer"
@@ -561,7 +576,7 @@ class ZeRO:
         self.wait_for_broadcasts(changed)
 
     def discard_step(self) -> None:
-        """Nothing is kept of a step whose gradients are not used."""
+        """In place of optimizer.step(). Nothing to undo: the next zero_grad drops the gradients."""
 
     # ---- at times --------------------------------------------------------------------------------
     def state_dict(self, optimizer_state: dict) -> dict | None:

@@ -62,7 +62,7 @@ def messages(
         "chosen: " + " ".join(chosen),
         *warnings(cfg, mesh, resumed_from),
     ]
-    if resumed_from is not None:
+    if resumed_from is not None and resumed_from.step < cfg.steps:
         found += change_of_lr(cfg, resumed_from, full_model)
     return found
 

@@ -226,14 +226,12 @@ def convert_linears(
     options: dict,
     model: torch.nn.Module,
     device: torch.device,
-    text: dataset.Tokens,
 ):
-    """Gives the Linear layers faster matrix products where the device has some, and sets the loss.
+    """Gives the Linear layers faster matrix products where the device has some.
 
-    options: arguments of precision/fp8.py; text: what n-grams are counted in. Returns FP8's state,
-    or None. Raises ValueError for n-grams that cannot be counted, and where FP8 cannot run.
+    options: arguments of precision/fp8.py. Returns FP8's state, or None. Raises ValueError where
+    FP8 cannot run.
     """
-    set_loss(cfg, model, text)
     precision = amp.PRECISIONS[cfg.precision]
     # torch.compile emits this operator by itself.
     if cfg.compile == "off" and onednn.faster(precision.products, device):

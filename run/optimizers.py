@@ -80,7 +80,7 @@ def trial(cfg: Config, optimizer_class: type) -> tuple[dict, dict]:
     hide arguments behind **options and sentinels. Expects checked --opt.NAME. Raises ValueError
     where no optimizer can be made.
     """
-    param_groups.without_compiler()
+    param_groups.skip_compiler_import()
     options = cfg.sub("opt")
     lr = {"lr": 1e-3 if cfg.lr is None else cfg.lr}
     decay = {"weight_decay": cfg.weight_decay or 0.0}

@@ -15,6 +15,7 @@ from checkpoint.save import FOLDER
 from data import corpora
 from data.files import listed
 from data.tokenizer import Tokenizer
+from metrics.logger import read_metrics
 from metrics.outlets import print_line
 from run import optimizers
 from settings import checks, parse
@@ -114,6 +115,29 @@ def report_finished(cfg: Config, step: int, same_run: bool, is_main: bool) -> No
     if is_main:
         more = "type --steps= or --resume=never"
         print_line(f"the run in {cfg.out_dir} is finished at step {step}; {more}")
+
+
+def owes_evaluation(
+    cfg: Config,
+    resumed_from: Checkpoint | None,
+    same_run: bool,
+    is_main: bool,
+    agree: Callable[[int], int],
+) -> bool:
+    """Did a stop cut off the evaluation of the state that this run resumes from?
+
+    Rank 0 (is_main) looks into metrics.jsonl; `agree` gives its answer to all ranks.
+    """
+    if resumed_from is None or not same_run or not cfg.eval_every:
+        return False
+    step = resumed_from.step
+    was_due = step == cfg.steps or step % cfg.eval_every == 0
+    metrics_file = Path(cfg.out_dir) / "metrics.jsonl"
+    is_missing = False
+    if is_main and was_due and metrics_file.exists():
+        rows = read_metrics(metrics_file)
+        is_missing = not any(row["step"] == step and "val_loss" in row for row in rows)
+    return bool(agree(is_missing))
 
 
 def check_same_data(

@@ -109,6 +109,7 @@ TINY = [
     "--eval_every=5",
     "--eval_tokens=200",
     "--sample_tokens=0",
+    "--plot=false",
     "--save_every=0",
     "--device=cpu",
     "--dropout=0.1",

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
 from optim.attributes import own_classes
@@ -130,6 +131,7 @@ def place(tmp_path, monkeypatch):
             (tmp_path / clone / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / clone / name).touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # bench.py optim --threads=2
     return monkeypatch
 
 

@@ -785,6 +785,7 @@ def test_a_run_outlives_an_editors_save_and_ends_with_its_checkpoint(tmp_path):
         "--eval_every=0",
         "--save_every=0",
         "--sample_tokens=0",
+        "--plot=false",
         "--precision=fp32",
         "--compile=off",
         "--device=cpu",

@@ -130,6 +130,23 @@ KEEPS_MORE = [
 ]
 
 
+def test_a_rollback_to_before_the_resumed_step_takes_nothing_from_what_follows(tmp_path, text):
+    """The first step after a resume goes back behind it: what is done again is saved again."""
+    more = [*DISK.split(), "--on_nonfinite=rollback", "--keep=none", "--eval_every=3"]
+    more += ["--schedule=constant"]
+    go(text, tmp_path, *more, "--steps=9")
+    assert (tmp_path / "step-00000009").is_dir()
+    poisoned(math.nan, row=75)
+    go(text, tmp_path, *more, "--steps=12")
+    assert events(tmp_path, "rollback") == [("rollback", 10)]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        f"step-{step:08d}" for step in (3, 6, 9, 12)
+    ]
+    evaluated = [r for r in logger.read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in r]
+    losses = {row["val_loss"] for row in evaluated if row["step"] == 9}
+    assert len(losses) == 2, "the evaluation at step 9 is that of other samples now"
+
+
 @pytest.mark.parametrize(
     "layout, where",
     [

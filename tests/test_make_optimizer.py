@@ -525,6 +525,7 @@ def run_with(rank, world, text, out, cls, flags):
         "--steps=2",
         "--eval_every=0",
         "--sample_tokens=0",
+        "--plot=false",
         "--precision=fp32",
         "--device=cpu",
         "--save_every=0",

@@ -263,19 +263,26 @@ def test_clip_is_tight_from_the_spike_on_for_a_while():
     g, verdict = at_spike("clip", recover=30)
     assert (
         verdict == "step"
-        and g.clip(60, 1.0) == g.clip(89, None) == 0.1
-        and g.clip(70, 0.05) == 0.05
+        and g.max_norm(60, 1.0) == g.max_norm(89, None) == 0.1
+        and g.max_norm(70, 0.05) == 0.05
     )
-    assert g.clip(90, 1.0) == 1.0 and g.clip(90, None) is None
+    assert g.max_norm(90, 1.0) == 1.0 and g.max_norm(90, None) is None
 
 
 def test_lr_is_cut_and_grows_back_linearly():
     g, verdict = at_spike("lr_cut")
-    assert verdict == "step" and [g.lr(60 + i) for i in (0, 50, 100, 500)] == [0.5, 0.75, 1.0, 1.0]
+    assert verdict == "step" and [g.lr_factor(60 + i) for i in (0, 50, 100, 500)] == [
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+    ]
     g.check(110, 40.0, 9.0, range(8))
-    assert g.lr(110) == 0.375 and guard().lr(0) == 1.0
+    assert g.lr_factor(110) == 0.375 and guard().lr_factor(0) == 1.0
     g = guard("lr_cut", "lr_cut")
-    assert g.check(0, math.nan, 1.0, range(8)) == "skip" and g.lr(0) == 0.5  # never a step of NaN
+    assert (
+        g.check(0, math.nan, 1.0, range(8)) == "skip" and g.lr_factor(0) == 0.5
+    )  # never a step of NaN
 
 
 def test_abort_says_where_why_and_what_helps():
@@ -353,8 +360,8 @@ def test_a_resumed_guard_decides_bitwise_as_the_uninterrupted_one():
             (
                 g.check(i, losses[i], 1 + losses[i], range(i, i + 1)),
                 g.events,
-                g.clip(i, 1.0),
-                g.lr(i),
+                g.max_norm(i, 1.0),
+                g.lr_factor(i),
             )
             for i in range(first, last)
         ]

@@ -47,6 +47,7 @@ def flags(text, out_dir, *more: str) -> list[str]:
         "--eval_every=6",
         "--eval_tokens=512",
         "--sample_tokens=0",
+        "--plot=false",
         "--save_every=5",
         "--precision=fp32",
         "--device=cpu",
@@ -428,25 +429,35 @@ def test_a_run_saved_on_two_ranks_goes_on_alone_and_back(tmp_path, text):
     assert trace(tmp_path / "moved") != trace(tmp_path / "whole")
 
 
-def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, monkeypatch):
-    go(text, tmp_path / "whole")
+@pytest.mark.parametrize("step", [6, 8, 12])
+def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, monkeypatch, step):
+    """The stop puts off the evaluations at steps 6 and 12: the next run makes up for them."""
+    go(text, tmp_path / "whole", "--patience=9")
     plain = logger.Logger.train
 
-    def stop_at_7(self, row):
+    def signal_in_this_step(self, row):
         plain(self, row)
-        if row["step"] == 7:
+        if row["step"] == step - 1:  # the step that has begun is finished first
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(logger.Logger, "train", stop_at_7)
+    monkeypatch.setattr(logger.Logger, "train", signal_in_this_step)
     before = signal.getsignal(signal.SIGTERM)
-    assert (
-        go(text, tmp_path / "stopped")["step"] == 8
-    )  # the signal arrives in step 8, which is finished first
+    assert go(text, tmp_path / "stopped", "--patience=9")["step"] == step
     assert signal.getsignal(signal.SIGTERM) is before
-    assert load.newest(tmp_path / "stopped").step == 8
+    assert load.newest(tmp_path / "stopped").step == step
+    assert step not in rows(tmp_path / "stopped", "val_loss")
     monkeypatch.undo()
-    go(text, tmp_path / "stopped")
+    for _ in range(2):  # the second time there is nothing left to do
+        end = go(text, tmp_path / "stopped", "--patience=9")
+        assert end["step"] == 12 and "val_loss" in end
     assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
+    whole, stopped = (rows(tmp_path / name, "val_loss") for name in ("whole", "stopped"))
+    assert {s: row["val_loss"] for s, row in whole.items()} == {
+        s: row["val_loss"] for s, row in stopped.items()
+    }
+    for part in ("model", "optim/state", "best"):
+        trees = [load.newest(tmp_path / name).tree(part) for name in ("stopped", "whole")]
+        assert_same_bits(*trees)
 
 
 def stopped_on_rank_1(rank, world, *args):
@@ -602,7 +613,7 @@ def test_a_mistake_exits_with_2_and_one_line(tmp_path):
 
 
 def test_the_command_line_trains(tmp_path, text):
-    done = run(*flags(text, tmp_path, "--sample_tokens=10"))
+    done = run(*flags(text, tmp_path, "--sample_tokens=10", "--plot=true"))
     assert done.returncode == 0, done.stderr
     assert "a sample" in done.stdout and (tmp_path / "loss.png").stat().st_size > 5000
     again = parse.parse([str(tmp_path / "config.toml")])
