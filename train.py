@@ -200,8 +200,8 @@ def main(requested_cfg: fields.Config) -> dict:
     messages = announce.messages(
         final_cfg, requested_cfg, mesh, record, corpus, full_model, resumed_from
     )
-    if fp8_state is not None and fp8_state.emulated:
-        why = fp8_state.emulated
+    if fp8_state is not None and fp8_state.why_emulated is not None:
+        why = fp8_state.why_emulated
         messages.append(f"precision=fp8: emulated here, the same numbers, but slower ({why})")
     if why_not_compiled is not None:
         messages.append(why_not_compiled)

@@ -4,11 +4,10 @@
     e4m3    1.4.3                        448   2^-6   1.6e-2     2^-9        2^-3     no inf
     e5m2    1.5.2                      57344   2^-14  6.1e-5     2^-16       2^-2     inf from 61440
 
-Casting to e4m3, torch turns what lies beyond 464, inf too, into 448; before version 2.13 into NaN.
+A scale, by which we divide (Transformer Engine's is its inverse), makes each tensor fit:
 
-A scale makes each tensor fit:
-
-    scale = amax(x) / largest        float32; power_of_two: the next power, which rounds nothing
+    scale = amax(x) / largest        float32; power_of_two: rounded up to one, so that the scale
+                                     itself rounds no value
     q     = cast(clamp(x / scale))   saturate, then cast: the cast makes no inf and no NaN
     a·bᵀ  ≈ Σ_k (qa scale_a)(qb scale_b)
 
@@ -23,30 +22,32 @@ parameters, cast for each use, and their gradients are float32. Everything else 
 bf16 in precision/amp.py. The values that share a scale are, for each `scaling`:
 
     tensor   the whole operand (Micikevicius et al. 2022, 2209.05433)
-    row      each row: a token of x and dy, an output of W
+    row      each row of an operand above: in y a token of x or an output of W, in dW one feature
+             over all tokens
     block    1 x 128 along the contraction, weights 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3)
 
-A common text says that an outlier takes bits from the other values. In an int8 tensor it does. A
-float gives each value its own exponent: e4m3 loses bits only of values 2^15 times smaller than the
-largest (e5m2: 2^30). A scale for each token cannot be taken out of a sum over tokens, so the weight
-gradient quantises x and dy anew, transposed, in tiles of 128 tokens. DeepSeek keeps x in FP8 and
-rounds it twice; we keep autocast's x, which saves no memory.
+An outlier takes bits from the other values of an int8 tensor. A float gives each value its own
+exponent: e4m3 loses bits only of values 2^15 times smaller than the largest (e5m2: 2^30). A scale
+for each token cannot be taken out of a sum over tokens, so the weight gradient quantises x and dy
+anew, transposed: in blocks of 128 tokens, or in whole rows. DeepSeek keeps x in FP8 and rounds it
+twice; we keep autocast's x, which saves no memory.
 
-`delayed` (by tensor; Transformer Engine's recipe) takes amax from the steps before. It is known
-before the tensor is, so the tensor is read once, not twice; larger values saturate. A layer's
-history:
+`delayed` (by tensor; Transformer Engine's recipe) takes amax from the steps before; larger values
+saturate. Since it is known before the tensor is, a fused kernel reads the tensor once. Ours reads
+it twice, for an amax that is not finite must show. A layer's history:
 
                           x    W    dy
     0  this step so far   .    .    .       grows with each micro-batch
     1  one step ago       .    .    .  ┐
     …                                  │    the largest of a column is its amax in this step
     h  h steps ago        .    .    .  ┘    h = `history`
-                                            after the step, all rows move down by one
+                                            after the step all rows move down by one: row 0 is 0
+                                            again, row h is forgotten
 
-We depart from the recipe twice. Scales are constant within a step, so micro-batches and recomputed
-activations have the same ones. And while the window is empty (first step, weights that start at 0)
-the tensor's own amax is used, not a scale of 1. inf and NaN are not clamped away: they turn every
-value with the same scale to NaN, and stay out of the history.
+We depart from the recipe twice. While the window is empty (first step, weights that start at 0) the
+tensor's own amax is used, not a scale of 1. From then on scales are constant within a step, so
+micro-batches and recomputed activations have the same ones. inf and NaN are not clamped away: they
+turn every value with the same scale to NaN, and stay out of the history.
 
 Emulation works on any device and gains nothing: quantise, dequantise, multiply in float32 (float64
 for float64). Hopper's tensor cores keep about 14 bits of a sum, so DeepSeek moves it to float32
@@ -76,7 +77,7 @@ X, WEIGHT, GRADIENT = range(3)
 
 class Recipe(NamedTuple):
     scaling: str  # tensor, row or block
-    matmuls: tuple[bool, bool, bool]  # forward, input, weight: which of them are in FP8
+    matmuls: tuple[bool, bool, bool]  # are y, dx, dW computed in FP8?
     gradient_format: str  # of dy: e4m3 or e5m2
     power_of_two: bool
     hardware: bool  # else emulated
@@ -100,20 +101,21 @@ def quantise(
     # A transposed x is copied here, while it is still narrow.
     x = x.contiguous().to(torch.promote_types(x.dtype, torch.float32))
     amax = block_amax(x, block)  # (R/r, C/c)
-    if amax_history is not None:
+    if amax_history is not None and x.numel() > 0:
         expected = amax_history[1:].amax()
         # A single inf or NaN must not stay in the window for `history` steps.
         is_finite = amax.isfinite()
         own = torch.where(is_finite, amax, 0).amax()
         amax_history[0].copy_(torch.maximum(amax_history[0], own))
-        # An empty window expects nothing yet, and a block that is not finite must show it.
+        # An empty window expects nothing yet. And one inf or NaN must make all that has its scale
+        # NaN, as it would in a matmul of floats: the monitor sees it.
         amax = torch.where(is_finite & (expected > 0), expected, amax)
-    # Never 0: a block of zeros stays 0 / scale = 0.
+    # A block of zeros stays 0 / scale = 0. The bound is the smallest normal float32.
     scale = (amax / largest).clamp(min=2.0**-126)
     if power_of_two:
         scale = scale.log2().ceil().exp2()
-    scaled = x / expand(scale, block, x.shape)
-    saturated = scaled.clamp(-largest, largest)
+    # Before version 2.13 torch casts what lies beyond 464 to NaN in e4m3, not to the largest.
+    saturated = (x / expand(scale, block, x.shape)).clamp(-largest, largest)
     return saturated.to(dtype), scale
 
 
@@ -141,8 +143,8 @@ def expand(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Ten
     """Each scale at every element of its block: (R/r, C/c) -> (R, C)."""
     rows, columns = scale.shape
     r, c = block
-    filled = scale[:, None, :, None].expand(-1, r, -1, c).reshape(rows * r, columns * c)
-    return filled[: shape[0], : shape[1]]
+    whole_blocks = scale[:, None, :, None].expand(-1, r, -1, c).reshape(rows * r, columns * c)
+    return whole_blocks[: shape[0], : shape[1]]
 
 
 # ---- multiply ------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def matmul(
         # The hardware has no float64 output.
         hardware = recipe.hardware and out_dtype != torch.float64
         if hardware:
-            # The hardware wants whole tiles of the contraction; zeros add nothing to a sum.
+            # The hardware adds up 16 terms at a time, or the 128 of a block; zeros change no sum.
             multiple = 128 if recipe.scaling == "block" else 16
             padding = (0, -a.shape[1] % multiple)
             a = F.pad(a, padding)
@@ -219,9 +221,10 @@ def scaled_mm(
 ) -> Tensor:
     """qa (M, K) times qbᵀ (K, N) by the hardware, which unscales: (M, N) of `out_dtype`.
 
-    The layouts of scales that it takes: for tensors one each; for rows (M, 1) and (1, N); for
-    tiles (rows, K/128), column-major; for a weight's square blocks (K/128 filled up to a multiple
-    of 4, N/128), column-major.
+    K is the contraction of whichever matmul this is. The layouts of scales that the hardware takes:
+    for tensors one each; for rows (M, 1) and (1, N); for blocks 1 x 128 (rows, K/128),
+    column-major; for a weight's square blocks (K/128 filled up to a multiple of 4, N/128),
+    column-major.
     """
     assert qb.shape[0] % 16 == 0 and qb.shape[1] % 16 == 0, (
         f"{tuple(qb.shape)}: not multiples of 16"
@@ -241,10 +244,12 @@ def scaled_mm(
             scale_b = F.pad(scale_b, (0, -scale_b.shape[1] % 4)).t()
         else:
             scale_b = column_major(scale_b)
+    # use_fast_accum stays off: the sum is moved to float32 every 128 terms.
     return F.scaled_mm(qa, qb.t(), scale_a, kind_a, scale_b, kind_b, output_dtype=out_dtype)
 
 
 def column_major(scale: Tensor) -> Tensor:
+    # Of the same shape: .t() alone would swap it.
     return scale.t().clone(memory_format=torch.contiguous_format).t()
 
 
@@ -252,13 +257,13 @@ def missing_hardware(
     device: torch.device, scaling: str, shapes: list[tuple[int, int]]
 ) -> str | None:
     """Why the hardware here cannot multiply such weights in FP8, in a sentence; None if it can."""
-    has_cuda = device.type == "cuda" and torch.version.cuda is not None and hasattr(F, "scaled_mm")
     capability = (0, 0)
     version = (0, 0)
-    if has_cuda:
+    if device.type == "cuda" and torch.version.cuda is not None and hasattr(F, "scaled_mm"):
         capability = torch.cuda.get_device_capability(device)
         version = tuple(map(int, torch.version.cuda.split(".")))
-    # FP8 units came with Ada (8.9); torch scales rows and blocks on Hopper alone (9).
+    # FP8 units came with Ada (8.9). dW is float32: for scales of rows and blocks torch writes that
+    # on Hopper alone (9), from CUDA 12.9.
     if scaling == "tensor" and capability < (8, 9):
         return (
             "FP8 products need an NVIDIA GPU of capability 8.9 or more, and torch 2.11 or later"
@@ -288,8 +293,8 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.recipe = recipe
         ctx.amax_history = amax_history
-        in_fp8, _, _ = recipe.matmuls
-        if not in_fp8:
+        y_in_fp8, _, _ = recipe.matmuls
+        if not y_in_fp8:
             return F.linear(x, weight.to(dtype), bias)
         x_rows = x.flatten(0, -2)  # (M, K)
         y = matmul(x_rows, weight, (X, WEIGHT), recipe, dtype, amax_history)  # (M, N)
@@ -303,13 +308,13 @@ class Linear(torch.autograd.Function):
         recipe = ctx.recipe
         amax_history = ctx.amax_history
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        _, input_in_fp8, weight_in_fp8 = recipe.matmuls
+        _, dx_in_fp8, dw_in_fp8 = recipe.matmuls
         dx = dweight = dbias = None
         dy_rows = dy.flatten(0, -2)  # (M, N)
         x_rows = x.flatten(0, -2)  # (M, K)
 
         # dx (..., K): a sum over outputs, so the weight is transposed.
-        if needs_x and input_in_fp8:
+        if needs_x and dx_in_fp8:
             roles = (GRADIENT, WEIGHT)
             dx = matmul(dy_rows, weight.t(), roles, recipe, dy.dtype, amax_history)
             dx = dx.view(x.shape)
@@ -317,7 +322,7 @@ class Linear(torch.autograd.Function):
             dx = dy @ weight.to(dy.dtype)
 
         # dW (N, K): a sum over tokens, so both operands are transposed.
-        if needs_weight and weight_in_fp8:
+        if needs_weight and dw_in_fp8:
             roles = (GRADIENT, X)
             dweight = matmul(dy_rows.t(), x_rows.t(), roles, recipe, weight.dtype, amax_history)
         elif needs_weight:
@@ -325,6 +330,7 @@ class Linear(torch.autograd.Function):
 
         if needs_bias:
             dbias = dy_rows.sum(0)
+        # autograd casts each to the dtype of its input: weights get float32.
         return dx, dweight, dbias, None, None, None
 
 
@@ -338,11 +344,11 @@ def linear(
 ) -> Tensor:
     """`F.linear` in FP8: x (..., K), weight (N, K), bias (N,) -> (..., N).
 
-    The output has autocast's dtype if that is on, else x's. amax_history: (1 + history, 3), the
-    layer's, for delayed scaling; None for the other scalings.
+    The output has autocast's dtype if that is on, else x's; float64 stays, as autocast leaves it.
+    amax_history: (1 + history, 3), the layer's, for delayed scaling; None for the other scalings.
     """
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     # What an evaluation sees must not move the scales of training.
     if amax_history is not None and not torch.is_grad_enabled():
@@ -354,16 +360,17 @@ def linear(
 class State:
     """What convert leaves behind: why the hardware is not used, and the amax of steps before.
 
-    emulated: that sentence, or None. histories: by name of the layer (1 + history, 3), the amax of
-    x, W and dy in this step, then in the steps before; empty without delayed scaling.
+    why_emulated: that sentence, or None where the hardware multiplies. histories: by name of the
+    layer (1 + history, 3), the amax of x, W and dy in this step, then in the steps before; empty
+    without delayed scaling.
     """
 
-    def __init__(self, emulated: str | None, histories: dict[str, Tensor]):
-        self.emulated = emulated
+    def __init__(self, why_emulated: str | None, histories: dict[str, Tensor]):
+        self.why_emulated = why_emulated
         self.histories = histories
 
     def step(self, *groups: dist.ProcessGroup | None) -> None:
-        """After each optimizer step: the amax of this step enters the window.
+        """After each training step, also a skipped one: its amax enters the window.
 
         groups: ranks that have the same layers, or shards of them. They all take the largest amax
         (12 bytes a layer), so their states are equal.
@@ -406,7 +413,8 @@ def convert(
 ) -> State:
     """Makes the model's linear layers multiply in FP8 on `device`.
 
-    Those are the modules with a `matmul` whose names begin with one of `only`. forward,
+    Those are the modules whose names begin with one of `only` and whose forward calls
+    self.matmul(x, weight, bias), as model.Linear's does; torch's own nn.Linear has none. forward,
     input_gradient, weight_gradient: which of the three matmuls are in FP8. history: steps that
     `delayed` remembers. hardware: auto, always or never. Raises ValueError for options that are
     not allowed, and for hardware="always" where there is none.
@@ -422,20 +430,20 @@ def convert(
         if hasattr(module, "matmul") and name.startswith(only):
             layers[name] = module
 
-    # Decide once for all layers whether the hardware multiplies or float32 emulates it.
+    # One layer that the hardware cannot multiply makes all of them emulated.
     shapes = [tuple(module.weight.shape) for module in layers.values()]
-    emulated = missing_hardware(device, scaling, shapes)
-    if hardware == "always" and emulated is not None:
-        raise ValueError(f"{emulated}; leave --fp8.hardware=always out to emulate them")
+    why_emulated = missing_hardware(device, scaling, shapes)
+    if hardware == "always" and why_emulated is not None:
+        raise ValueError(f"{why_emulated}; leave --fp8.hardware=always out to emulate them")
     if hardware == "never":
-        emulated = "--fp8.hardware=never"
+        why_emulated = "--fp8.hardware=never"
 
     recipe = Recipe(
         scaling,
         matmuls,
         gradient_format,
         power_of_two,
-        hardware=emulated is None,
+        hardware=why_emulated is None,
         onednn=onednn.faster(torch.float32, device),
     )
     histories = {}
@@ -443,7 +451,7 @@ def convert(
         histories = {name: torch.zeros(1 + history, 3, device=device) for name in layers}
     for name, module in layers.items():
         module.matmul = partial(linear, recipe=recipe, amax_history=histories.get(name))
-    return State(emulated, histories)
+    return State(why_emulated, histories)
 
 
 def check_options(

@@ -406,21 +406,26 @@ def predicted(layout, optim, world, precision, micro_batches, options, **kwargs)
     "optim, precision, micro_batches, options",
     [
         ("adamw", "fp32", 1, {}),
-        ("adamw", "fp32", 2, {}),
-        ("adamw", "fp64", 2, {}),
         ("adamw", "bf16", 2, {}),
-        ("adamw", "fp16", 2, {}),
         ("adamw", "bf16_sr", 2, {}),
-        ("lion", "bf16_sr", 2, {}),
-        ("muon", "bf16_sr", 2, {}),
-        ("sgd", "fp32", 2, {"momentum": 0.9}),
-        ("lion", "fp32", 2, {}),
         ("muon", "fp32", 2, {}),
         ("adafactor", "fp32", 2, {}),
-        ("lamb", "fp32", 2, {}),
-        ("shampoo", "fp32", 2, {}),
         ("soap", "fp32", 2, {}),
         ("schedule_free", "fp32", 2, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("adamw", "fp32", 2, {}),
+                ("adamw", "fp64", 2, {}),
+                ("adamw", "fp16", 2, {}),
+                ("lion", "bf16_sr", 2, {}),
+                ("muon", "bf16_sr", 2, {}),
+                ("sgd", "fp32", 2, {"momentum": 0.9}),
+                ("lion", "fp32", 2, {}),
+                ("lamb", "fp32", 2, {}),
+                ("shampoo", "fp32", 2, {}),
+            )
+        ),
     ],
 )
 def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, options):

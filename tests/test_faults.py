@@ -519,7 +519,7 @@ LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.9, 1.8]  # of steps 0, 1, ...: 2 
     "ranks, layout",
     [
         (1, "--optim=muon"),
-        (1, "--optim=schedule_free"),
+        pytest.param(1, "--optim=schedule_free", marks=pytest.mark.slow),
         (2, "--data_parallel=zero1 --optim=schedule_free"),
         *(
             pytest.param(2, layout, marks=pytest.mark.slow)

@@ -242,15 +242,24 @@ def test_the_products_are_those_of_the_numbers_that_fp8_holds(
 
 
 @pytest.mark.parametrize("shape", [(0, 20), (3, 0, 20), (2, 5, 20), (4, 1, 3, 20)], ids=str)
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaling", [*SCALINGS, "delayed"])
 def test_any_number_of_dimensions_and_of_tokens_none_included(shape, scaling):
     torch.manual_seed(0)
     x, w = torch.randn(shape, requires_grad=True), torch.randn(24, 20, requires_grad=True)
-    y = linear(x, w, recipe=recipe(scaling))
+    history = torch.zeros(4, 3) if scaling == "delayed" else None
+    options = dict(recipe=recipe("tensor" if scaling == "delayed" else scaling))
+    y = linear(x, w, **options, amax_history=history)
     y.sum().backward()
     assert y.shape == (*shape[:-1], 24) and x.grad.shape == x.shape and w.grad.shape == w.shape
-    flat = linear(x.detach().reshape(-1, 20), w, recipe=recipe(scaling))
+    flat = linear(x.detach().reshape(-1, 20), w, **options, amax_history=history)
     assert torch.equal(y.reshape(-1, 24), flat) and w.grad.isfinite().all()
+
+
+def test_float64_stays_float64_under_autocast_as_in_torch():
+    x, w = torch.randn(4, 32, dtype=torch.float64), torch.randn(16, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w, recipe=recipe("row")).dtype == F.linear(x, w).dtype == torch.float64
+        assert linear(x.float(), w, recipe=recipe("row")).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -720,10 +729,10 @@ def test_only_products_inside_blocks_are_replaced_and_options_are_checked():
     )
     assert (
         state.state_dict() == {}
-        and state.emulated.startswith("FP8 products")
+        and state.why_emulated.startswith("FP8 products")
         and state.step() is None
     )
-    assert small_gpt(hardware="never")[1].emulated == "--fp8.hardware=never"
+    assert small_gpt(hardware="never")[1].why_emulated == "--fp8.hardware=never"
     other, _ = small_gpt(only=("blocks.1.", "head"))
     assert isinstance(other.head.matmul, type(model.blocks["0"].attn.q.matmul))
     assert other.blocks["0"].attn.q.matmul is F.linear

@@ -153,7 +153,7 @@ def assert_equal_to_one_process(ranks, classes, tied=False):
 
 LAYOUTS = [
     (2, 1, {}),
-    (2, 3, dict(reshard=False)),
+    pytest.param(2, 3, dict(reshard=False), marks=pytest.mark.slow),
     pytest.param(4, 3, {}, marks=pytest.mark.slow),
     (4, 3, dict(shard=2)),
     pytest.param(4, 1, dict(shard=2, reshard=False), marks=pytest.mark.slow),
@@ -175,8 +175,15 @@ def test_a_tied_head_stays_one_parameter(world, options):
     assert_equal_to_one_process(ranks, [SGD, Muon], tied=True)
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("arch", [MODERN, GPT2], ids=["modern", "gpt2"])
+@pytest.mark.parametrize(
+    "arch, where",
+    [
+        pytest.param(MODERN, "disk", id="modern-disk"),
+        pytest.param(GPT2, "cpu", id="gpt2-cpu"),
+        pytest.param(MODERN, "cpu", id="modern-cpu", marks=pytest.mark.slow),
+        pytest.param(GPT2, "disk", id="gpt2-disk", marks=pytest.mark.slow),
+    ],
+)
 def test_offloaded_shards_train_the_same(where, arch, tmp_path):
     classes = [SGD, Muon] if arch is GPT2 else [AdamW, LAMB]
     ranks = run_ranks(3, many, arch, classes, 2, dict(offload_params=where, folder=tmp_path))

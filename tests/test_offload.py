@@ -560,7 +560,7 @@ def trained(rank, world, layout, cls, folder):
     return runs
 
 
-@pytest.mark.parametrize("layout", ["zero1", "zero3", "fsdp"])
+@pytest.mark.parametrize("layout", ["zero1", pytest.param("zero3", marks=pytest.mark.slow), "fsdp"])
 @pytest.mark.parametrize("cls", [muon.Muon, schedule_free.AdamWScheduleFree])
 def test_under_zero_and_fsdp_offloading_changes_nothing(layout, cls, tmp_path):
     pytest.importorskip("parallel." + layout.rstrip("123"))

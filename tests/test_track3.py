@@ -205,7 +205,13 @@ def alone():
     return on(1, [])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=pytest.mark.slow) if layout in ("cp 2", "zero3 2") else layout
+        for layout in LAYOUTS
+    ],
+)
 def test_cut_up_or_spread_it_is_one_process(alone, layout):
     for name, found in on(2, LAYOUTS[layout]).items():
         assert difference(found, alone[name]) < 1e-10, name
