@@ -215,11 +215,12 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- the loop --------------------------------------------------------------------------------
     metrics = {"step": step}
     stop = control.StopSignal()
-    # Evaluated and saved are the states up to this step.
-    done_step = -1 if resumed_from is None else step
+    # The states up to the step that the run resumes from are evaluated and saved already.
+    resumed_step = -1 if resumed_from is None else step
     is_overdue = False  # is a checkpoint due by the clock?
     if owes_evaluation:
-        done_step -= 1
+        # Save this one again after its evaluation, which early stopping counts.
+        resumed_step -= 1
         is_overdue = True
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
     watch = Watch(
@@ -236,10 +237,10 @@ def main(requested_cfg: fields.Config) -> dict:
     while True:
         rank_log.step(step + 1)
         is_done = step >= cfg.steps
-        state_is_new = step > done_step
+        state_is_new = step > resumed_step
 
-        # Evaluate, step 0 and the last one too. Whoever asks us to stop waits for no evaluation:
-        # `heard` sets stop.agreed in the middle of one.
+        # Evaluate, step 0 and the last one too; a branch also evaluates the state it starts from.
+        # Whoever asks us to stop waits for no evaluation: `heard` sets stop.agreed in the middle.
         is_due = cfg.eval_every and (is_done or step % cfg.eval_every == 0)
         if is_due and (state_is_new or not same_run) and not stop.agreed:
             with run_state.eval_weights():
@@ -261,6 +262,7 @@ def main(requested_cfg: fields.Config) -> dict:
                 logger.evaluation({"step": step} | found)
         is_done = is_done or early_stopping.should_stop
         if is_done and early_stopping.best_is_earlier:
+            # For the sample, and as the checkpoint's model; it keeps the training weights beside.
             logger.log(run_state.restore_best(early_stopping.path))
 
         # Save now and then, at the end, and when somebody asks us to stop.
@@ -271,8 +273,8 @@ def main(requested_cfg: fields.Config) -> dict:
         if is_done or stop.agreed:
             break
 
-        # Forward and backward over this rank's samples. The last micro-batch starts the sum over
-        # the replicas.
+        # Forward and backward over this rank's samples (run/batch.py, run/microbatches.py). The
+        # last micro-batch starts the sum over the replicas, so each divides by the tokens of all.
         spike_monitor.snapshot(step)
         began = time.perf_counter()
         batch_size = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
@@ -281,7 +283,7 @@ def main(requested_cfg: fields.Config) -> dict:
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale
         recorder.start(step, loss_scale)
         watch.start(step)
-        my_samples = batch.split(samples, mesh, micro_batch_size)  # a list for each micro-batch
+        my_samples = batch.split(samples, mesh, micro_batch_size)  # one list a micro-batch
         loss_sum = micro_batches.forward_backward(my_samples, train_data, loss_scale / n_tokens)
         replicas.finish_gradients()
         gradients = replicas.gradients()
@@ -304,7 +306,8 @@ def main(requested_cfg: fields.Config) -> dict:
         )
         is_overdue = n_overdue > 0
 
-        # The monitor sees loss and norm before anything changes.
+        # The monitor sees loss and norm before the update. At a rollback, check() has put back the
+        # weights, the optimizer and the cursor when it returns.
         verdict = spike_monitor.check(step, loss, mean_norm, samples)
         logger.events(spike_monitor.events)
         stop.agreed = n_stop > 0 or verdict == "abort"
@@ -318,7 +321,7 @@ def main(requested_cfg: fields.Config) -> dict:
             # read them again. Those of later steps never happened.
             run_state.save(saver, step, metadata)
             saver.drop_after(step)
-            done_step = min(done_step, step - 1)
+            resumed_step = min(resumed_step, step - 1)
         if verdict in ("rollback", "abort"):
             continue
 
@@ -352,7 +355,8 @@ def main(requested_cfg: fields.Config) -> dict:
         model.zero_grad(set_to_none=True)
         step += 1
 
-        # Log. The seconds are those of the work, for float() above has waited for the GPU.
+        # Log. float() above has waited for the gradients; on a GPU the optimizer's own work falls
+        # into the seconds of the next step.
         watched = watch.row(norm, max_norm)
         seconds = time.perf_counter() - began
         metrics |= {"step": step, "loss": loss}
@@ -376,12 +380,13 @@ def main(requested_cfg: fields.Config) -> dict:
             logger.train(row | watched)
 
     # ---- the end: a sample of what the model writes, and the curve -------------------------------
-    if is_done and cfg.sample_tokens:
+    is_finished = is_done and not stop.agreed  # else the next command draws both
+    if is_finished and cfg.sample_tokens:
         # On every rank: a forward may be a collective.
         with run_state.eval_weights(), build.uncompiled(cfg):
             text = sample(micro_batches, corpus.tokenizer, cfg.sample_tokens, cfg.seed)
         logger.log(f"---- a sample ----{text}\n------------------")
-    if cfg.plot and is_done and is_main and step > 1:  # one point is no curve
+    if cfg.plot and is_finished and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
     stop.close()
     logger.close()

@@ -51,7 +51,7 @@ DATA = [(dataset.Dataset, "__call__"), (cursor.Cursor, "next_samples")]
 CHECKS = [
     (monitor.SpikeMonitor, "check"),
     (monitor.SpikeMonitor, "snapshot"),
-    (monitor.SpikeMonitor, "clip"),
+    (monitor.SpikeMonitor, "max_norm"),
     (state.State, "norm"),
     (mesh.Mesh, "sum"),
     (logger.Logger, "train"),

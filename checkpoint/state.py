@@ -94,7 +94,11 @@ class State:
 
         everywhere: over all ranks, and the same on all; else over this rank's replica alone.
         """
-        return self.mesh.norm(self.deduplicate(gradients), everywhere)
+        norm = self.mesh.norm(self.deduplicate(gradients), everywhere)
+        # A rank whose gradients another rank counts clips them where they are: on the host, maybe.
+        for gradient in gradients.values():
+            return norm.to(gradient.device)
+        return norm
 
     def weights(self) -> dict:
         """What the model holds now, for a checkpoint."""

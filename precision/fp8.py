@@ -6,8 +6,8 @@
 
 A scale, by which we divide (Transformer Engine's is its inverse), makes each tensor fit:
 
-    scale = amax(x) / largest        float32; power_of_two: rounded up to one, so that the scale
-                                     itself rounds no value
+    scale = amax(x) / largest        float32; power_of_two: rounded up to a power of two, so that
+                                     dividing by it changes no mantissa
     q     = cast(clamp(x / scale))   saturate, then cast: the cast makes no inf and no NaN
     a·bᵀ  ≈ Σ_k (qa scale_a)(qb scale_b)
 
@@ -26,34 +26,35 @@ bf16 in precision/amp.py. The values that share a scale are, for each `scaling`:
              over all tokens
     block    1 x 128 along the contraction, weights 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3)
 
-An outlier takes bits from the other values of an int8 tensor. A float gives each value its own
-exponent: e4m3 loses bits only of values 2^15 times smaller than the largest (e5m2: 2^30). A scale
-for each token cannot be taken out of a sum over tokens, so the weight gradient quantises x and dy
-anew, transposed: in blocks of 128 tokens, or in whole rows. DeepSeek keeps x in FP8 and rounds it
-twice; we keep autocast's x, which saves no memory.
+Unlike int8, a float gives each value its own exponent, so an outlier costs the others little: e4m3
+loses bits only of values 2^15 times smaller than the largest (e5m2: 2^30). A scale for each token
+cannot be taken out of a sum over tokens, so the weight gradient quantises x and dy anew,
+transposed: in blocks of 128 tokens, or in whole rows. DeepSeek saves x in FP8, so xᵀ is rounded
+twice. We save autocast's x for backward: it is rounded once, and takes as much memory as in bf16.
 
 `delayed` (by tensor; Transformer Engine's recipe) takes amax from the steps before; larger values
 saturate. Since it is known before the tensor is, a fused kernel reads the tensor once. Ours reads
-it twice, for an amax that is not finite must show. A layer's history:
+it twice, so that inf and NaN of this step become NaN. A layer's history:
 
                           x    W    dy
     0  this step so far   .    .    .       grows with each micro-batch
     1  one step ago       .    .    .  ┐
-    …                                  │    the largest of a column is its amax in this step
+    …                                  │    the largest of a column makes this step's scales
     h  h steps ago        .    .    .  ┘    h = `history`
                                             after the step all rows move down by one: row 0 is 0
                                             again, row h is forgotten
 
-We depart from the recipe twice. While the window is empty (first step, weights that start at 0) the
-tensor's own amax is used, not a scale of 1. From then on scales are constant within a step, so
-micro-batches and recomputed activations have the same ones. inf and NaN are not clamped away: they
-turn every value with the same scale to NaN, and stay out of the history.
+We depart from the recipe twice. (1) While the window is empty (first step, weights that start at 0)
+the tensor's own amax is used, not a scale of 1. From then on scales are constant within a step, so
+micro-batches and recomputed activations have the same ones. (2) inf and NaN are not clamped away:
+they turn every value with the same scale to NaN, and stay out of the history.
 
 Emulation works on any device and gains nothing: quantise, dequantise, multiply in float32 (float64
 for float64). Hopper's tensor cores keep about 14 bits of a sum, so DeepSeek moves it to float32
 every 128 terms, as cuBLAS does by default; emulation sums in float32. Tensor-parallel ranks
-quantise the shards that they hold: with one scale per tensor each rank has its own; the scales of
-rows and blocks that the split leaves whole are the scales of the full tensor.
+quantise the shards that they hold: with one scale per tensor each rank has its own, or with
+`delayed` the largest of all; the scales of rows and blocks that the split leaves whole are the
+scales of the full tensor.
 
 Below, quantise and dequantise treat one tensor, matmul multiplies two, Linear is a layer's forward
 and backward, and convert brings it into a model.
@@ -108,7 +109,7 @@ def quantise(
         own = torch.where(is_finite, amax, 0).amax()
         amax_history[0].copy_(torch.maximum(amax_history[0], own))
         # An empty window expects nothing yet. And one inf or NaN must make all that has its scale
-        # NaN, as it would in a matmul of floats: the monitor sees it.
+        # NaN, as it would in a matmul of floats, so that the training loop can see it.
         amax = torch.where(is_finite & (expected > 0), expected, amax)
     # A block of zeros stays 0 / scale = 0. The bound is the smallest normal float32.
     scale = (amax / largest).clamp(min=2.0**-126)
@@ -166,7 +167,8 @@ def matmul(
         # The hardware has no float64 output.
         hardware = recipe.hardware and out_dtype != torch.float64
         if hardware:
-            # The hardware adds up 16 terms at a time, or the 128 of a block; zeros change no sum.
+            # The contraction (in dW the number of tokens) must be a multiple of 16, of 128 here
+            # for blocks. Zeros change no sum.
             multiple = 128 if recipe.scaling == "block" else 16
             padding = (0, -a.shape[1] % multiple)
             a = F.pad(a, padding)
@@ -254,7 +256,7 @@ def column_major(scale: Tensor) -> Tensor:
 
 
 def missing_hardware(
-    device: torch.device, scaling: str, shapes: list[tuple[int, int]]
+    device: torch.device, scaling: str, gradient_format: str, shapes: list[tuple[int, int]]
 ) -> str | None:
     """Why the hardware here cannot multiply such weights in FP8, in a sentence; None if it can."""
     capability = (0, 0)
@@ -274,6 +276,8 @@ def missing_hardware(
             f"FP8 products scaled by {scaling} need a Hopper GPU, and torch 2.11 or later for CUDA"
             " 12.9"
         )
+    if scaling == "block" and gradient_format == "e5m2":
+        return "FP8 products scaled by block need e4m3 on both sides"
     for shape in shapes:
         if shape[0] % 16 or shape[1] % 16:
             return f"FP8 products need weights of sizes that 16 divides, not {shape}"
@@ -296,7 +300,7 @@ class Linear(torch.autograd.Function):
         y_in_fp8, _, _ = recipe.matmuls
         if not y_in_fp8:
             return F.linear(x, weight.to(dtype), bias)
-        x_rows = x.flatten(0, -2)  # (M, K)
+        x_rows = x.reshape(-1, x.shape[-1])  # (M, K)
         y = matmul(x_rows, weight, (X, WEIGHT), recipe, dtype, amax_history)  # (M, N)
         if bias is not None:
             y = y + bias
@@ -310,8 +314,8 @@ class Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         _, dx_in_fp8, dw_in_fp8 = recipe.matmuls
         dx = dweight = dbias = None
-        dy_rows = dy.flatten(0, -2)  # (M, N)
-        x_rows = x.flatten(0, -2)  # (M, K)
+        dy_rows = dy.reshape(-1, dy.shape[-1])  # (M, N)
+        x_rows = x.reshape(-1, x.shape[-1])  # (M, K)
 
         # dx (..., K): a sum over outputs, so the weight is transposed.
         if needs_x and dx_in_fp8:
@@ -413,11 +417,12 @@ def convert(
 ) -> State:
     """Makes the model's linear layers multiply in FP8 on `device`.
 
-    Those are the modules whose names begin with one of `only` and whose forward calls
-    self.matmul(x, weight, bias), as model.Linear's does; torch's own nn.Linear has none. forward,
-    input_gradient, weight_gradient: which of the three matmuls are in FP8. history: steps that
-    `delayed` remembers. hardware: auto, always or never. Raises ValueError for options that are
-    not allowed, and for hardware="always" where there is none.
+    Those are the modules that have an attribute `matmul` and whose names begin with one of `only`.
+    torch's nn.Linear has none; make it one: `matmul = staticmethod(F.linear)`, and a forward that
+    returns self.matmul(x, self.weight, self.bias). forward, input_gradient, weight_gradient: which
+    of the three matmuls are in FP8. history: steps that `delayed` remembers. hardware: auto, always
+    or never. Raises ValueError for options that are not allowed, for hardware="always" where there
+    is none, and where no module is found.
     """
     check_options(scaling, delayed, gradient_format, history, hardware)
     matmuls = (forward, input_gradient, weight_gradient)
@@ -430,9 +435,12 @@ def convert(
         if hasattr(module, "matmul") and name.startswith(only):
             layers[name] = module
 
+    if not layers:
+        raise ValueError(f"no module below {', '.join(only)} has a matmul to replace")
+
     # One layer that the hardware cannot multiply makes all of them emulated.
     shapes = [tuple(module.weight.shape) for module in layers.values()]
-    why_emulated = missing_hardware(device, scaling, shapes)
+    why_emulated = missing_hardware(device, scaling, gradient_format, shapes)
     if hardware == "always" and why_emulated is not None:
         raise ValueError(f"{why_emulated}; leave --fp8.hardware=always out to emulate them")
     if hardware == "never":

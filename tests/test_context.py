@@ -300,6 +300,7 @@ def peak_of_a_step(rank, n, shape):
     return results
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_step_falls_as_one_over_n():
     shape = MODERN | dict(n_layer=5, n_embd=32, block_size=64)
     alone = run_ranks(1, peak_of_a_step, shape)[0]

@@ -241,7 +241,7 @@ def test_the_products_are_those_of_the_numbers_that_fp8_holds(
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12 * right.abs().max().item())
 
 
-@pytest.mark.parametrize("shape", [(0, 20), (3, 0, 20), (2, 5, 20), (4, 1, 3, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(20,), (0, 20), (3, 0, 20), (2, 5, 20), (4, 1, 3, 20)], ids=str)
 @pytest.mark.parametrize("scaling", [*SCALINGS, "delayed"])
 def test_any_number_of_dimensions_and_of_tokens_none_included(shape, scaling):
     torch.manual_seed(0)
@@ -433,13 +433,8 @@ def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, siz
 
     def hopper(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype):
         (m, k), n = a.shape, b.shape[1]
-        assert (
-            k % 16 == 0
-            and n % 16 == 0
-            and b.shape[0] == k
-            and not {a.dtype, b.dtype} - {E4M3, E5M2}
-        )
-        assert a.stride() == (k, 1) and b.stride() == (1, k) and not (a.dtype == b.dtype == E5M2)
+        assert k % 16 == 0 and n % 16 == 0 and b.shape[0] == k and a.dtype == b.dtype == E4M3
+        assert a.stride() == (k, 1) and b.stride() == (1, k)
         assert kind_a == kind.BlockWise1x128
         seen.append(kind_b)
         tiles = -(-k // 128)
@@ -460,8 +455,8 @@ def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, siz
     monkeypatch.setattr(F, "scaled_mm", hopper)
     a, b = tensors(*size, torch.float32)[:2]
     forms = (
-        recipe("block", gradient_format="e5m2"),
-        recipe("block", gradient_format="e5m2", hardware=True),
+        recipe("block"),
+        recipe("block", hardware=True),
     )
     a, b = a.detach(), b.detach()
     for pair in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
@@ -763,14 +758,15 @@ def test_the_command_lines_options_fit_the_signature():
 
 def test_the_requirement_of_the_hardware_is_said_in_a_sentence(monkeypatch):
     cuda, version = torch.device("cuda"), "13.0"
-    assert "NVIDIA GPU" in fp8.missing_hardware(
-        CPU, "tensor", []
-    ) and "Hopper" in fp8.missing_hardware(CPU, "block", [])
+    assert "NVIDIA GPU" in fp8.missing_hardware(CPU, "tensor", "e4m3", [])
+    assert "Hopper" in fp8.missing_hardware(CPU, "block", "e4m3", [])
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for scaling in SCALINGS:
-        assert fp8.missing_hardware(cuda, scaling, [(64, 128)]) is None
-        assert "(64, 100)" in fp8.missing_hardware(cuda, scaling, [(64, 128), (64, 100)])
+        assert fp8.missing_hardware(cuda, scaling, "e4m3", [(64, 128)]) is None
+        assert "(64, 100)" in fp8.missing_hardware(cuda, scaling, "e4m3", [(64, 128), (64, 100)])
+        said = fp8.missing_hardware(cuda, scaling, "e5m2", [(64, 128)])
+        assert said is None if scaling != "block" else "e4m3 on both sides" in said
     for capability, version, can in (
         ((8, 0), "13.0", ()),
         ((8, 9), "13.0", ("tensor",)),
@@ -780,7 +776,9 @@ def test_the_requirement_of_the_hardware_is_said_in_a_sentence(monkeypatch):
     ):
         monkeypatch.setattr(torch.version, "cuda", version)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, at=capability: at)
-        assert tuple(s for s in SCALINGS if fp8.missing_hardware(cuda, s, []) is None) == can
+        assert (
+            tuple(s for s in SCALINGS if fp8.missing_hardware(cuda, s, "e4m3", []) is None) == can
+        )
 
 
 @pytest.mark.slow

@@ -255,6 +255,7 @@ def test_our_folders_win_over_installed_packages(planted, words, says):
     assert ended.returncode == 0 and says in ended.stdout, ended.stderr
 
 
+@pytest.mark.slow
 def test_our_folders_win_from_any_folder_and_as_modules(planted, tmp_path):
     ended = start(planted, str(ROOT / "train.py"), "--help", cwd=tmp_path)
     assert ended.returncode == 0 and "--on_spike" in ended.stdout, ended.stderr

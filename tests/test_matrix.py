@@ -54,7 +54,7 @@ def test_every_optimizer_on_every_layout_is_one_process(alone, layout):
 
 
 SOME = ["SGD", "Muon", "LAMB"]  # not scale-free; whole matrices; whole norms
-CUT_UP = "tp 2 + sp", "cp 2", "zero1 2 x pp 2"
+CUT_UP = "tp 2 + sp", "zero1 2 x pp 2"
 
 
 @functools.cache
@@ -73,7 +73,13 @@ def apart(layout, optimizers, *more):
 
 @pytest.mark.parametrize(
     "layout",
-    [*CUT_UP, *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp 2 x tp 2", "pp 2 x tp 2"))],
+    [
+        *CUT_UP,
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("cp 2", "fsdp 2 x tp 2", "pp 2 x tp 2")
+        ),
+    ],
 )
 def test_a_model_cut_up_is_one_process(layout):
     assert max(apart(layout, SOME).values()) < 1e-10
@@ -216,7 +222,8 @@ def lock_step(rank, world):
         plain.step()
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_soap_in_lock_step_is_the_plain_optimizer_bitwise(world):
     run_ranks(world, lock_step)
 

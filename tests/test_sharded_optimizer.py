@@ -112,7 +112,7 @@ CLASSES = [
     [
         (
             pytest.param(layout, marks=pytest.mark.slow)
-            if layout in ("hybrid", "uneven", "columns")
+            if layout in ("hybrid", "uneven", "rows", "columns")
             else layout
         )
         for layout in MESHES

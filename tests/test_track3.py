@@ -208,7 +208,9 @@ def alone():
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(layout, marks=pytest.mark.slow) if layout in ("cp 2", "zero3 2") else layout
+        pytest.param(layout, marks=pytest.mark.slow)
+        if layout in ("cp 2", "pp 2", "zero3 2")
+        else layout
         for layout in LAYOUTS
     ],
 )

@@ -621,6 +621,7 @@ def test_the_command_line_trains(tmp_path, text):
     assert (again.optim, again.lr, again.micro_batch_size) == ("muon", 0.02, 8)
 
 
+@pytest.mark.slow
 def test_a_run_that_compiles_nothing_imports_no_compiler(tmp_path, text):
     code = "import sys, train; from settings import parse; train.main(parse.parse(sys.argv[1:])); "
     code += "assert not {'torch._dynamo', 'sympy'} & {*sys.modules}"

@@ -539,6 +539,42 @@ def test_what_cannot_be_is_refused_with_an_alternative():
         ZeRO(None, CPU, 3, offload_params="tape")
 
 
+class InOrder(torch.nn.Module):
+    """Blocks called in any order, also twice."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        linears = {name: torch.nn.Linear(4, 4, device="meta") for name in ("0", "1")}
+        self.blocks = torch.nn.ModuleDict(linears)
+
+    def forward(self, x):
+        for name in self.order:
+            x = self.blocks[name](x)
+        return x.sum()
+
+
+def called_in_order(rank, world, stage, order):
+    zero = ZeRO(dist.group.WORLD, CPU, stage)
+    model = zero.parallelize(InOrder(order))
+    zero.init_weights(lambda name, size: torch.ones(size))
+    try:
+        model(torch.ones(2, 4)).backward()
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("order", ["01", "001", "011", "10", "010"])
+def test_a_block_called_twice_or_out_of_order_is_refused(stage, order):
+    """Its gradients would leave for their owner after the first of its two backwards."""
+    said = run_ranks(2, called_in_order, stage, order)
+    if order == "01":
+        assert said == [None, None]
+    else:
+        assert all("each block at most once and in order" in text for text in said)
+
+
 # ---- what is held --------------------------------------------------------------------------------
 class Storages(TorchDispatchMode):
     """The bytes of the storages made inside, polled whenever one is made: that sees `resize_(0)`.
