@@ -144,7 +144,7 @@ def parse(how: str, layers: int) -> tuple[str, int]:
     else:
         kind = match[1]
         k = int(match[2])
-        # There are no more segments than layers.
+        # There are no more segments than layers, while every_9 of 4 layers means layer 0 alone.
         is_known = k >= 1 and (k <= layers or kind == "every")
     if not is_known:
         raise ValueError(
@@ -216,6 +216,7 @@ def hooked(forward: Callable, start: Callable) -> Callable:
 
 def shard(group: dist.ProcessGroup, x: Tensor) -> tuple[torch.Size, Tensor]:
     """Keeps this rank's 1/N of a tensor that all ranks of the group hold."""
+    # Clone: a view would keep all N parts in memory.
     return x.shape, x.reshape(group.size(), -1)[dist.get_rank(group)].clone()
 
 
@@ -228,7 +229,7 @@ def gather(group: dist.ProcessGroup, packed: tuple[torch.Size, Tensor]) -> Tenso
 
 def start_trip(shared: dict, block: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
     """(pack, unpack) of a new Trip. shared: the stream of all copies, and the newest trip."""
-    # All blocks' copies are on one stream, in order.
+    # All blocks' copies are on one stream, in order: who waits for it waits for all of them.
     if x.is_cuda and shared.get("stream") is None:
         shared["stream"] = torch.cuda.Stream(x.device)
     before = shared.get("newest", lambda: None)
@@ -247,6 +248,7 @@ class Trip:
     """
 
     def __init__(self, block: nn.Module, device: torch.device, stream, before: Callable):
+        # A Trip begins inside the forward, when FSDP and ZeRO have the block's weights gathered.
         self.weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
         self.device = device
         self.stream = stream

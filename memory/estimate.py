@@ -29,8 +29,8 @@ bytes. Bytes of a parameter, and of one number of state, by precision:
                                                the gradients of earlier micro-batches
 
 Buffers also hold
-    the temporaries of a step: at least the largest parameter's; for Muon two bfloat16 copies of the
-    matrices of one shape and its transpose, and three short x short products
+    the temporaries of a step: at least the size of the largest parameter; for Muon two bfloat16
+    copies of the matrices of one shape and its transpose, and three short x short products
     bf16, fp16: the copies of the weights that autocast keeps until backward; fp8: the head's copy
     bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
     the largest parameter, to round it
@@ -188,13 +188,13 @@ def find_optimizer(name: str) -> type:
 
 
 def options_of(optimizer: type) -> dict[str, inspect.Parameter]:
-    """The options that change the size of its state."""
+    """The options that change the size of the optimizer's state."""
     parameters = inspect.signature(optimizer.state_numbers).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def state_numbers(optimizer: type, kind: str, shape: tuple[int, ...], **options) -> int:
-    """How many numbers it remembers of one parameter."""
+    """How many numbers the optimizer remembers of one parameter."""
     if attribute(optimizer, "matrices_only"):
         return optimizer.state_numbers(shape, kind == "matrix", **options)
     return optimizer.state_numbers(shape, **options)
@@ -383,7 +383,7 @@ def stepped_by_rank(c: Case, owners) -> list[list[tuple[int, int]]]:
         for name, (kind, shape) in c.shapes.items():
             if kind != group:
                 continue
-            # One owner steps all of it, or each rank steps its shard.
+            # Only what is stepped in full has an owner. Of all else each rank steps a shard.
             ranks = [owner_of[name]] if name in owner_of else range(c.n)
             if name not in owner_of:
                 shape = c.shard(shape)
@@ -421,7 +421,8 @@ def in_all(
     c: Case, owned: list, parameters: float, gradients: float, state: float, activations: float
 ) -> dict[str, float]:
     """What bytes_per_rank returns, for a rank that steps `owned` and holds so many bytes."""
-    # FSDP's owners keep full weights, too, and receive full gradients.
+    # FSDP's owners keep full weights, too, and receive full gradients (`wire`). The messages out
+    # and in are as large, so an exchange holds 3 x wire.
     at_owner = 0
     if c.layout == "fsdp" and c.by_block:
         at_owner = sum(c.sizes[name] for name in c.full) / c.n
@@ -543,12 +544,12 @@ def in_flight(stepped: list[tuple[float, float]], limit: float) -> float:
     chunks = [0]
     size = 0
     for weights, state in stepped:
-        # A parameter that is larger than the limit is a chunk by itself.
         if size and size + weights > limit:
             chunks.append(0)
             size = 0
         chunks[-1] += state
         size += weights
+    # While one chunk steps, the next one arrives. Nothing follows the last one.
     return max(a + b for a, b in itertools.pairwise([*chunks, 0]))
 
 
@@ -572,8 +573,8 @@ def step_bytes(c: Case, owned: list, gradients: float, chunks: float) -> float:
 def update_bytes(c: Case, wide: int, at_once: float) -> float:
     """Bytes of the temporaries of one update.
 
-    These are the largest parameter's, `wide` bytes a number, or those of a stack where matrices of
-    one shape are multiplied together. A stack takes `at_once` numbers at most, or one matrix.
+    They are as large as the largest parameter, at `wide` bytes a number. A method that multiplies
+    matrices of one shape together needs them for a stack, of `at_once` numbers or one matrix.
     """
     largest = wide * max(c.sizes.values())
     if not attribute(c.optimizer, "matrices_only"):
@@ -610,7 +611,8 @@ def activation_bytes(
     """
     check("precision", precision, ACCOUNTINGS)
     if precision in PUBLISHED:
-        # Operands and results of matrix products have 2 bytes.
+        # At 2 bytes a number attention drops q, k, v and its output (8 of the 34), mlp two tensors
+        # of width 4C (16). selective keeps the block's input and all products (22).
         per_layer = {"mixed": 34, "texts": 20}[precision]
         per_channel = 0
         per_word = 0
@@ -727,7 +729,10 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
 
 
 def kinds_of(parameter: inspect.Parameter) -> tuple[list, bool]:
-    """(the words that it takes, may it be a fraction?): `Literal["adam", "sgd"] | None`, float."""
+    """(the words that an option takes, may it be a fraction?), from its annotation.
+
+    `Literal["adam", "sgd"] | None` takes adam, sgd and none; float may be a fraction.
+    """
     kinds = [parameter.annotation, *typing.get_args(parameter.annotation)]
     choices = []
     for kind in kinds:

@@ -43,6 +43,7 @@ def from_text(name: str, text: str, default, choices=(), is_fraction: bool = Fal
 
     A number is whole unless is_fraction. Raises ValueError for what is not allowed.
     """
+    # every_2 and segments_4 are on no list: activation_bytes checks them.
     if name == "activation_checkpoint":
         return text
     if default is None and text.lower() == "none":
@@ -54,13 +55,13 @@ def from_text(name: str, text: str, default, choices=(), is_fraction: bool = Fal
         check(name, text.lower(), ("true", "false"))
         return text.lower() == "true"
     value = number(text)
+    # --batch=0 leaves activations out.
     least = 0 if is_fraction or name == "batch" else 1
     if least <= value < math.inf:
         if is_fraction:
             return value
         if value == round(value):
             return round(value)
-    # The message says which kind would have been right.
     what = "a number, 0 or more"
     if not is_fraction:
         what = f"a whole number, {least} or more, as 8, 7e9 or 7B"
@@ -75,6 +76,7 @@ def number(text: str) -> float:
     try:
         if factor is None:
             return float(text)
+        # 4.1B must pass as whole, but 4.1 * 1e9 is 4099999999.9999995.
         return round(float(text[:-1]) * factor, 3)
     except ValueError:
         return math.nan

@@ -37,7 +37,7 @@ class Meter(TorchDispatchMode):
     def now(self) -> int:
         """Bytes alive now."""
         total = 0
-        # A copy of the list, for dead storages go on the way.
+        # Over a copy: the loop removes dead storages from the dict.
         for address, reference in list(self.storages.items()):
             storage = reference()
             if storage is None:
@@ -55,6 +55,7 @@ class Meter(TorchDispatchMode):
             # Wrappers such as DTensor have no storage of their own.
             if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta":
                 storage = x.untyped_storage()
+                # A new storage may have the address of one that is dead.
                 if storage._cdata not in self.storages or self.storages[storage._cdata]() is None:
                     self.storages[storage._cdata] = weakref.ref(storage)
 
@@ -90,7 +91,7 @@ def measure(
     parameters (between the steps), gradients (just before the last step), state, and peak: the most
     at any moment of the last step, all together.
     """
-    # In train.py's order: parallelize, fill, then make the optimizer.
+    # In train.py's order, so that the same tensors are alive as in a run.
     model = replicas.parallelize(model)
     replicas.init_weights(source)
     optimizer = replicas.make_optimizer(cls, groups(model), **options)

@@ -181,13 +181,13 @@ class Stream:
         fetched = self.fetch(state, chunks[0])
         try:
             for chunk, following in zip(chunks, [*chunks[1:], []]):
-                # The optimizer sees this chunk alone.
+                # Copies of the groups: a counter must start each chunk from the same value.
                 optimizer.param_groups = [{**g, "params": ps} for g, ps in zip(groups, chunk)]
                 optimizer.state = defaultdict(dict, fetched)
                 if self.on_gpu:
                     main.wait_stream(self.inward)
                 method(optimizer)
-                # The chunk before is home: there is room for the next one.
+                # Only when the chunk before is home is there room for the next one.
                 if self.on_gpu:
                     self.outward.synchronize()
                 fetched = self.fetch(state, following)
@@ -256,7 +256,7 @@ class Stream:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, n_bytes)
                 else:
-                    # Zeros take the room, a MiB at a time.
+                    # Written zeros take the room. A file that is only made longer would be sparse.
                     for start in range(0, n_bytes, 2**20):
                         file.write(bytes(min(2**20, n_bytes - start)))
             flat = torch.from_file(str(path), shared=True, size=n_bytes, dtype=torch.uint8)
@@ -298,5 +298,5 @@ def inward(p: torch.Tensor, x):
 
 
 def moves(x) -> bool:
-    """Counters of one element stay where the optimizer has put them."""
+    """Does this entry of a state move? Counters of one element stay where they are."""
     return torch.is_tensor(x) and x.numel() > 1

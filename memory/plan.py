@@ -5,12 +5,12 @@
     python -m memory.plan --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512
     python -m memory.plan runs                        # what the course texts claim
 
-Memory is memory/estimate.py's for the fullest stage, with AdamW; tp cuts all of it, and activations
-as in Korthikanti et al.: 10/34 + 24/34/tp of them stay, with sp 1/tp; times the micro-batches in
-flight (1f1b pp, interleaved pp + (pp-1)/chunks, zero-bubble H1 pp). A plan fills at most 0.9 of a
-device. What a rank sends in a step of m micro-batches of t tokens on a rank, in bytes; r is the
-share of blocks recomputed (full 1, every_K 1/K), n = dp cp, W and G its weights' and gradients'
-bytes, L its layers:
+memory/estimate.py predicts the memory of the fullest stage, with AdamW. tp divides weights,
+gradients and state. Of the activations 10/34 + 24/34/tp stay, with sp 1/tp (Korthikanti et al.),
+times the micro-batches in flight (1f1b pp, interleaved pp + (pp-1)/chunks, zero-bubble H1 pp). A
+plan fills at most 0.9 of a device. What a rank sends in a step of m micro-batches of t tokens on a
+rank, in bytes; r is the share of blocks recomputed (full 1, every_K 1/K), n = dp cp, W and G the
+bytes of the rank's weights and gradients, L its layers:
 
     tp   m L (4 + 2r) 2 (tp-1)/tp 2tC       dp   (n-1)/n x   ddp 2G, zero1 G + W, fsdp G + 2mW
     cp   m L (3 + r) (cp-1) 4t C_kv/tp                       (kept: G + W)
@@ -28,7 +28,7 @@ Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
              time: of the shorter of the two the share HIDDEN is saved; zero1's gather is not
     bubble   1f1b (pp-1)/m; interleaved (pp-1)/(m chunks); zero-bubble H1 (1+r)/(3+r) of 1f1b's
 
-Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is metrics/flops.py's.
+Not in it: the optimizer's step, latency, stragglers, failures, data. MFU is as in metrics/flops.py.
 Against published runs (layouts and sources: tests/test_plan.py), MFU published, predicted, ratio; a
 * marks the five rows that LIMIT, PASSES, REACHED and HIDDEN were fitted to. The others were not,
 but the overlap rule got its form with the Z3 rows in view, and Llama 3's 8 chunks a rank are our
@@ -229,6 +229,7 @@ def weights_and_state(
         n,
         precision,
         reshard=reshard,
+        # Only whether there are several matters, so plans share cached results.
         micro_batches=1 + several,
     )
 
@@ -249,12 +250,12 @@ def predict(
     tokens = x.micro_batch_size * m.block_size / x.cp  # of a micro-batch, on a rank
     weight, gradient, *_ = bytes_of(precision)
 
-    # Memory.
     held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision)
     held = held | dict(activations=activations(m, x, micro, precision))
     held["total"] += held["activations"]
 
-    # One micro-batch, forward and backward, on the slowest stage: the last one has the head.
+    # One micro-batch, forward and backward, on the slowest stage: the last one has the head, but
+    # perhaps a layer fewer.
     attention = 4 * C * m.block_size * causal  # a token's FLOPs forward, in a block
     block = (3 + again) * (2 * m.block + attention)
     if x.activation_checkpoint == "selective":
@@ -290,13 +291,14 @@ def predict(
         one = together(one, 2 * gather)
         gathers = 2 * micro
     elif x.data_parallel == "fsdp":
+        # Weights that are kept are gathered once, under the first forward: a third of `one`.
         after += together(gather, one / 3) - one / 3
     elif x.data_parallel == "zero1":
         after += gather
     else:
         gathers = 0
 
-    # The pipeline's bubble, and the whole step.
+    # 1f1b idles for (pp-1) (3 + r) forwards. H1 fills 2 (pp-1) of them with weights' gradients.
     rate = {"1f1b": 1, "interleaved": 1 / x.pp_chunks, "zerobubble": (1 + again) / (3 + again)}
     bubble = (x.pp - 1) / micro * rate[x.pp_schedule]
     step = micro * one * (1 + bubble) + after
@@ -446,6 +448,7 @@ def parse(argv: list[str]) -> dict:
     found = dict(FLAGS)
     for name, text in words(argv):
         check("the name", name, FLAGS)
+        # Without a list of words any text passes here, and from_text judges it.
         check(name, text, WORDS.get(name, (text,)))
         found[name] = text if name in WORDS else from_text(name, text, None)
     return found
@@ -494,7 +497,6 @@ def requested(s: dict) -> tuple[Model, Cluster, int]:
             f"gpus={s['gpus']} is not whole nodes of gpus_per_node={s['gpus_per_node']}"
         )
     names = ("peak_flops", "memory", "memory_bandwidth", "node_bandwidth", "bandwidth")
-    # A flag outranks the GPU's data sheet.
     own = {name: s[name] or usual for name, usual in zip(names, GPUS[s["gpu"]])}
     c = Cluster(s["gpus"], **own, gpus_per_node=s["gpus_per_node"])
     tokens = s["batch_tokens"] or 2**22
@@ -569,7 +571,8 @@ def bert_runs() -> Iterator[tuple]:
 
     gpt_runs and later_runs yield the same.
     """
-    # A sequence's average length (Devlin et al. 2018).
+    # The average length: 90 % of the steps have sequences of 128 tokens, the rest have 512 (Devlin
+    # et al. 2018).
     tokens = 0.9 * 128 + 0.1 * 512
     run = "BERT-Base, 16 GPUs, 256 x 1M steps"
     verdict = "wrong: 16 TPU chips of 2018, no GPUs"

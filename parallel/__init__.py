@@ -1,1 +1,1 @@
-"""One way to spread a run over processes in each file."""
+"""Ways to spread a run over processes, and what they share."""

@@ -119,7 +119,7 @@ class Adapter:
                 if name is not None and is_sharded and p in self.stepped:
                     self.shards[name] = shard
 
-        # From now on the optimizer steps the full weights that this rank owns.
+        # An Exchange is collective: `owned` is in the order of the weights, the same on all ranks.
         for (ranks, *_), pairs in owned.items():
             params = [p for p, _ in pairs]
             exchange = Exchange(params, [shard for _, shard in pairs], self.sharded[ranks][0])

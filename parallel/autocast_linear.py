@@ -30,7 +30,7 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors  # (..., K), (N, K)
         needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
         dx = dweight = dbias = None
-        # All positions of all sequences are rows of one matrix.
+        # The gradients of weight and bias are sums over all positions of all sequences.
         dy_rows = dy.flatten(0, -2)  # (rows, N)
         if needs_dx:
             dx = dy @ weight.to(dy.dtype)

@@ -21,9 +21,8 @@ def make_buckets(
     size = 0
     kind = None
     for name, p in named:
-        # One flat tensor has one dtype and one device.
+        # No parameter is of kind None, so the first one opens a bucket.
         is_same_kind = kind == (p.dtype, p.device)
-        # A parameter above the limit is in a bucket of its own.
         if not is_same_kind or size + p.nbytes > limit:
             buckets.append([])
             size = 0

@@ -79,7 +79,7 @@ class Compressor:
         bucket.sent_bytes = 0
         if self.error_feedback:
             for name, x in zip(bucket.names, bucket.views):
-                # What is owed is sent together with the new gradient.
+                # A residual from a checkpoint lies on the CPU.
                 residual = self.residuals.get(name)
                 residual = torch.zeros_like(x) if residual is None else residual.to(x)
                 self.residuals[name] = residual
@@ -211,20 +211,21 @@ def gather_exchange(
     """
 
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
-        # What the others will understand of my messages is what I have sent.
+        # The residual is what the others will miss: decode my own messages as they will.
         messages = [encode(x) for x in bucket.views]
         for name, x, message in zip(bucket.names, bucket.views, messages):
             sent = torch.zeros_like(x)
             add(message, sent)
             compressor.keep(name, x, sent)
 
-        # All messages of the bucket as one row of bytes.
+        # As bytes, messages of several dtypes share one collective.
         fields = [field for message in messages for field in message]
         mine = torch.cat([field.view(-1).view(torch.uint8) for field in fields])
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         bucket.sent_bytes = (len(everyone) - 1) * mine.nbytes
         yield dist.all_gather(everyone, mine, group=group, async_op=True)
 
+        # My own message is added in its rank's turn, so all replicas get bitwise the same sum.
         bucket.flat.zero_()
         sizes = [field.nbytes for field in fields]
         for theirs in everyone:
@@ -274,7 +275,7 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
         return torch.randn(n_columns, rank, generator=generator)
 
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
-        # Which parameters are sent as P and Q, and each one's Q to start from.
+        # Q is the same on all replicas: otherwise the sum of the M Q is not (sum of the M) Q.
         matrices = {}  # name -> (a, b)
         uncompressed = []
         for name, x in zip(bucket.names, bucket.views):
@@ -291,7 +292,7 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
                 uncompressed.append(x)
                 compressor.keep(name, x, x)
 
-        # First message: P = M Q, and all that is sent as it is.
+        # What is not compressed travels with P: it needs no collective of its own.
         ps = [m @ compressor.shared[name] for name, m in matrices.items()]
         work, sums = start_sum(ps + uncompressed, bucket, group)
         yield work
@@ -300,7 +301,8 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
         if not matrices:
             return
 
-        # Second message: Q = Mᵀ P. While it is on its way, the residuals are computed.
+        # The residuals need this replica's own Q alone (see the References), so they are computed
+        # while the sum of the Qs is on its way.
         ps = [orthonormal(p) for p in sums[: len(matrices)]]
         qs = [m.T @ p for m, p in zip(matrices.values(), ps)]
         work, sums = start_sum(qs, bucket, group)

@@ -147,6 +147,7 @@ class RingForwardRingBackward(torch.autograd.Function):
         own_kv = torch.stack([k, v])  # (2, B, Hkv, t, D): one message
         # Transposed, because the next projection reads (B, t, H, D).
         out = q.new_zeros(B, t, H, D, dtype=wide).transpose(1, 2)
+        # exp(-inf) is 0, so the first block replaces the zeros in `out`.
         lse = q.new_full((B, H, t), -torch.inf, dtype=wide)
         kv = own_kv
         for step in range(n):
@@ -202,7 +203,7 @@ class RingForwardRingBackward(torch.autograd.Function):
             dkv[0][:, :, keys] += dk_part
             dkv[1][:, :, keys] += dv_part
             del dk_part, dv_part
-        # The last hop brings each sum to its owner.
+        # Each sum is one rank before its owner on the ring: one more hop brings it home.
         own_dkv += pass_on([dkv], group)()[0]
         dk, dv = own_dkv.to(q.dtype)
         return dq.to(q.dtype), dk, dv, None
@@ -345,7 +346,7 @@ def ulysses(group: dist.ProcessGroup, plain: Callable, q: Tensor, k: Tensor, v: 
     # After the swap entry i is rank i's tokens of my heads: joined they are the sequence.
     x = SwapForwardSwapBackward.apply(x, group).movedim(0, 2).flatten(2, 3)  # (B, my heads, T, D)
     y = plain(*x.split([share.shape[2] for share in shares], 1))  # (B, H/n, T, D)
-    # The same way back.
+    # Back: rank i's tokens of my heads go to i, as (n, B, H/n, t, D).
     y = SwapForwardSwapBackward.apply(y.unflatten(2, (n, -1)).movedim(2, 0), group)
     return y.movedim(0, 1).flatten(1, 2)  # (B, H, t, D)
 

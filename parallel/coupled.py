@@ -49,6 +49,7 @@ def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], argumen
             optimizer.step()
         return params[0].detach() - weights[0]
 
+    # The trial seeds torch, so the CPU's generator gets its state back.
     with torch.random.fork_rng(devices=[]):
         try:
             alone = moved(1, 1)

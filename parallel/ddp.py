@@ -186,7 +186,7 @@ class DDP:
         if not named:
             return
 
-        # For the roll call, before zeros stand in for what is missing.
+        # For the roll call: below, zeros take the place of what is missing.
         has_gradient = [p.grad is not None for _, p in named]
 
         # Buckets that have not started lack a gradient here.
@@ -201,14 +201,15 @@ class DDP:
             bucket.n_waiting = 0
         self.start_complete_buckets()
 
-        # The roll call comes behind all buckets, on every rank.
+        # Behind all buckets, because all ranks must start a group's collectives in one order.
         call = RollCall(has_gradient, self.group, self.device)
         for bucket in self.buckets:
             bucket.work.wait()
             bucket.work = None
             bucket.n_waiting = len(bucket.params)
 
-        # What no replica has is None again, and compression takes back what it sent for it.
+        # None, not zero: the optimizer must leave weight, state and decay alone. Compression takes
+        # back what it sent for it.
         missing_here = [i for i, has in enumerate(has_gradient) if not has]
         missing = [named[i] for i in call.missing_everywhere(missing_here)]
         for _, p in missing:

@@ -170,14 +170,14 @@ class DiLoCo:
     def outer_step(self) -> None:
         unmoved = self.unmoved_everywhere()
         for named in make_buckets(list(self.params.items()), self.bucket_bytes):
-            # The mean of anchor - weights over the replicas is the outer gradient.
+            # A bucket at a time: for the whole model `flat` would be one more copy of the weights.
             flat = torch.cat([(self.anchor[name] - p).flatten() for name, p in named])
             if self.group is not None:
                 dist.all_reduce(flat, group=self.group)
                 self.sent_bytes += 2 * (self.world - 1) * flat.nbytes // self.world
             deltas = split_like(flat.div_(self.world), [p for _, p in named])
 
-            # SGD on the anchor. All replicas compute the same and continue from the same weights.
+            # All replicas compute the same step from the same sum, so nothing is broadcast.
             for (name, p), delta in zip(named, deltas):
                 anchor = self.anchor[name]
                 if name not in unmoved:
@@ -251,7 +251,6 @@ class DiLoCo:
         for name, m in read("outer_momentum").items():
             self.outer_momentum[name].copy_(m)
         if self.taken:
-            # Each replica resumes from its own weights, or all resume from the mean.
             sources = [self.rank] if n_saved == self.world else range(n_saved)
             for i, r in enumerate(sources):
                 # An older checkpoint does not say what has moved: then everything has.

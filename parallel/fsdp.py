@@ -126,7 +126,7 @@ class FSDP:
         self.backward_is_collective = group is not None  # gathers, in forward too
         self.units = []
         self.params = {}
-        self.shards = {}  # name -> Shard of each parameter of which the optimizer here has one
+        self.shards = {}  # name -> Shard of each parameter that the optimizer steps in shards
         self.adapter = None
         self.micro_batches = 0  # in this step so far
         self.got = set()  # parameters that got a gradient here since the last step
@@ -164,7 +164,7 @@ class FSDP:
         self.prefetch(model, blocks)
         model.register_forward_hook(self.after_forward)
 
-        # Memory, for the shards alone.
+        # Memory comes after fully_shard, so no rank ever allocates a full weight here.
         if self.offload_params == "disk":
             self.map_files(model)
         else:
@@ -236,7 +236,8 @@ class FSDP:
             length = max(0, p.shape[0] - start)
             return with_memory(p, p.to_local()[:length])
 
-        # FSDP2 must see all of the memory, padding too, before the parameters lose it.
+        # FSDP2 gathers from the padded memory that it sees first. If it saw a shard without
+        # padding, it would copy that out of its file into memory.
         model._apply(mapped)
         model._apply(without_padding)
 
@@ -265,6 +266,7 @@ class FSDP:
         if self.group is not None:
             # Earlier micro-batches keep full gradients here; the last one reduces their sum.
             self.model.set_requires_gradient_sync(flag)
+            # Until then embedding and head stay gathered, and with reshard=False all units.
             self.model.set_reshard_after_backward(flag, recurse=not self.reshard)
 
     def after_forward(self, *_) -> None:

@@ -22,7 +22,8 @@ def start(device: torch.device, minutes: float = 10) -> bool:
     collective that waits longer than `minutes` ends the run, and so does the death of torchrun.
     Raises ValueError for an environment that describes no rank.
     """
-    # Under torchrun, one thread of this process watches it.
+    # A torchrun killed by SIGKILL leaves its processes behind, so a thread watches for that. A
+    # second call of start() needs no second thread.
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     is_watched = any(thread.name == WATCHER for thread in threading.enumerate())
     if under_torchrun and not is_watched:

@@ -69,6 +69,7 @@ class Mesh:
         """
         norm = torch.nn.utils.get_total_norm(tensors)
         if everywhere and self.world > 1:
+            # Squares add up, norms do not. The norm of offloaded gradients lies on the CPU.
             squares = norm.to(self.device, torch.float64).square()
             dist.all_reduce(squares)
             norm = squares.sqrt()
@@ -80,7 +81,7 @@ class Mesh:
         lines = []
         stride = self.world
         for axis, size in self.sizes.items():
-            # Neighbours on this axis are so many ranks apart.
+            # The last axis varies fastest: neighbours on this axis are `stride` ranks apart.
             stride //= size
             if size > 1:
                 ranks = " ".join(str(i * stride) for i in range(min(size, 8)))
@@ -139,7 +140,7 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
 
 
 def new_group(ranks: list[int], device: torch.device, everybody: bool = False) -> dist.ProcessGroup:
-    """A process group of these ranks, whose collectives wait as long as the world's do.
+    """A process group of these ranks, with the timeout of the group of all ranks.
 
     everybody: all ranks of the world call this, members or not; else the members alone.
     """

@@ -43,12 +43,12 @@ class Exchange:
         self.by_owner = sorted(range(len(params)), key=lambda i: owners[i])  # the order on the wire
         self.mine = [i for i in self.by_owner if owners[i] == rank]
 
-        # An owner must know where every other rank's shards lie, and how large they are.
+        # Shards may be uneven or empty, so each rank tells the owners where its shards lie.
         here = [(shard, tuple(local(p).shape)) for shard, p in zip(shards, params)]
         self.shards = [None] * n  # [rank][weight] -> (Shard, local shape)
         dist.all_gather_object(self.shards, here, group)
 
-        # Elements on the way to the owners: out to each owner, in from each rank.
+        # Elements by rank, sent and received on the way to the owners; to_shards swaps the two.
         self.out_sizes = [0] * n
         for p, owner in zip(params, owners):
             self.out_sizes[owner] += local(p).numel()
@@ -103,7 +103,8 @@ def locate(
     this_rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = (this_rank,)
     if hasattr(p, "placements"):
-        # Along a dimension that shards p, all ranks of the mesh; along any other, this rank alone.
+        # Ranks along a dimension that shards p complete the tensor. Along any other dimension they
+        # hold copies of this shard, so this rank alone counts.
         mesh = p.device_mesh
         dims = sharded_dims(p)
         index = []
@@ -152,6 +153,7 @@ def group_of(
 
 def unpack(flat: Tensor, views: list[Tensor]) -> None:
     """Copies `flat` into the views, one after the other."""
+    # A rank may own nothing, and foreach refuses empty lists.
     if not views:
         return
     parts = flat.split([view.numel() for view in views])

@@ -38,7 +38,8 @@ def owners_by_shape(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int
     owners = {}
     n_elements = [0] * n  # of each rank, all shapes so far
     for shape in sorted(names_of, key=largest_first):
-        # The least entry is the next owner: (how many of this shape, elements, rank).
+        # (how many of this shape, elements, rank): equal counts go to the rank with the fewest
+        # elements, then to the lower rank.
         heap = [(0, n_elements[rank], rank) for rank in range(n)]
         heapq.heapify(heap)
         for name in names_of[shape]:
@@ -50,7 +51,7 @@ def owners_by_shape(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int
 
 
 def owners_by_size(shapes: list[tuple[int, ...]], n: int) -> list[int]:
-    """The owner of each parameter among n ranks: as many elements on every rank.
+    """The owner of each parameter among n ranks: about as many elements on every rank.
 
     The largest parameter comes first, and each goes to the rank with the fewest elements so far. So
     matrices of one shape go round all ranks.

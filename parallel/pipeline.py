@@ -71,7 +71,7 @@ class Pipeline:
         self.idle_s = 0.0
         self.in_flight = 0
         self.sent_bytes = 0
-        # The two ranks that share the tied parameter sum its gradient in a group of their own.
+        # Two ranks share the tied parameter. They alone make this group and sum its gradient in it.
         self.ends = None
         if tied and (self.first or self.last):
             ranks = dist.get_process_group_ranks(group)
@@ -85,7 +85,7 @@ class Pipeline:
         if training:
             ops = schedule(self.name, self.p, m, self.v)
         else:
-            # p micro-batches through each chunk in turn, then the next p, as interleaved does.
+            # The order of interleaved, but here m need not be a multiple of p.
             forwards = []
             for start in range(0, m, self.p):
                 for chunk in range(self.v):
@@ -136,7 +136,7 @@ class Pipeline:
             is_final = stage == self.p * self.v - 1
 
             if kind == "F":
-                # The very first stage starts from token ids, all others from hidden states.
+                # Stage 0 receives nothing: it starts from token ids, which `forward` has already.
                 x = None
                 if stage > 0:
                     x = self.receive("F", i, stage)
@@ -151,6 +151,7 @@ class Pipeline:
                     # Keep the graph but not y itself: its memory is free once it has been sent.
                     edge = get_gradient_edge(y) if y.requires_grad else None
                     alive[i, chunk] = x, edge
+                    # Until its W has run, a micro-batch's activations stay in memory.
                     self.in_flight = max(self.in_flight, len(alive) + len(waiting))
             elif kind == "W":
                 weight_gradients(waiting.pop((i, chunk)))
@@ -170,7 +171,7 @@ class Pipeline:
                     # Zero bubble: this backward has left its weight gradients in `deferred`.
                     waiting[i, chunk] = self.deferred[:]
                     self.deferred.clear()
-        # Their buffers must outlive the messages that are still on their way.
+        # The next run() drops the buffers, so no message may still be on its way then.
         self.wait([work for work, _ in self.sending])
         return [outputs[i] for i in sorted(outputs)]
 
@@ -244,7 +245,7 @@ class Pipeline:
             return model(ids if x is None else x, position_ids=position_ids, layers=layers)
 
         outputs = self.run(1, forward, lambda i: hidden)
-        # The last stage alone has the logits: it sends them to all others.
+        # The other ranks must know the dtype they receive: model.py gives logits at least float32.
         if self.last:
             logits = outputs[0].contiguous()
         else:

@@ -78,10 +78,10 @@ def sharded(
     """
 
     def shard_or_full(name: str, shape: tuple[int, ...]) -> Tensor:
-        # Who asks for the full shape wants the full tensor, also of a name that is sharded here.
         shape = tuple(shape)
         if name not in shards or shape == shards[name].global_shape:
             return source(name, shape)
+        # From the full tensor: a weight's numbers must not depend on how many ranks share it.
         return shards[name].narrow(source(name, shards[name].global_shape), shape)
 
     return shard_or_full

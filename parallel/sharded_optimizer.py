@@ -124,7 +124,7 @@ class Sharded:
         self.take_options()
 
     def add_param_group(self, group: dict) -> None:
-        """As torch's. Raises ValueError for a plain tensor among DTensors."""
+        """As in torch. Raises ValueError for a plain tensor among DTensors."""
         group = {**group, "params": listed(group["params"])}
         for p in tensors(group):
             if torch.is_tensor(p) and not hasattr(p, "placements"):
@@ -171,7 +171,8 @@ class Sharded:
         return self.adapter.sent_bytes
 
     def __getattr__(self, name: str):
-        # Attributes that the method's own constructor has set are on `inner`.
+        # `inner` has the attributes that the method's own constructor has set. Before `inner` is
+        # set, looking there for it would never end.
         if name in ("inner", "adapter"):
             raise AttributeError(name)
         return getattr(self.inner, name)
@@ -204,7 +205,7 @@ class Sharded:
         """torch's constructor and load_state_dict() set it, but `inner` keeps the state."""
 
     def state_dict(self) -> dict:
-        """As torch's, collective. A tensor of its weight's shape is a DTensor, others are full."""
+        """As in torch, but collective. Tensors of a weight's shape are DTensors, others full."""
         self.give_options()
         self.shown = self.full_state()
         try:
@@ -244,7 +245,7 @@ class Sharded:
         `dtype` as given here.
         """
         if self.is_owned(p):
-            # The owner sends the full tensor, and each rank takes its shard.
+            # State lies where the owner steps, on the CPU if offloaded; messages leave from `wire`.
             if x is None:
                 x = torch.empty(shape, dtype=dtype, device=wire)
             else:
@@ -252,6 +253,7 @@ class Sharded:
             dist.broadcast(x, group=group, group_src=first)
             if shape != tuple(p.shape):
                 return x
+            # Clone: a view would keep the full tensor in memory.
             x = shard_of(p).narrow(x, local(p).shape).clone()
         elif x is None:
             # This rank has no element of p.
@@ -263,7 +265,7 @@ class Sharded:
         return any(p is q for exchange in self.adapter.exchanges for q in exchange.params)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, collective: takes the state of any layout, in DTensors or full tensors."""
+        """As in torch, but collective. Takes any layout's state, in DTensors or full tensors."""
 
         def load_inner(_, saved: dict) -> dict:
             saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
@@ -345,6 +347,7 @@ def like(p: Tensor, shard: Tensor) -> Tensor:
     """A DTensor of p's layout with this shard."""
     from torch.distributed.tensor import DTensor
 
+    # Without shape and stride torch infers them as if all shards were equally large.
     return DTensor.from_local(
         shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )

@@ -107,7 +107,7 @@ class CrossEntropy(torch.autograd.Function):
         sums = []
         for some, their_top in zip(logits.split(1024), top.split(1024)):
             sums.append((some - their_top.unsqueeze(1)).exp_().sum(1))
-        # The rank that has the target's word contributes its logit, all others contribute 0.
+        # Stacked, so that one all-reduce carries both sums.
         target_logit = logits.gather(1, index.unsqueeze(1)).squeeze(1) - top
         mine = torch.stack([torch.cat(sums), target_logit.masked_fill(~is_mine, 0)])
         exp_sum, target_logit = summed(mine, group)  # (BT,) each
@@ -152,7 +152,7 @@ def loss_fn(
     n = group.size()
     rank = dist.get_rank(group)
     if targets is None:
-        # Each rank pads its words with zeros for all others: the sum is the full row.
+        # An all-gather by way of g, whose backward is known: zero-padded rows add up to full ones.
         padded = F.pad(logits, (rank * n_words, (n - 1 - rank) * n_words))
         return SumForwardCopyBackward.apply(padded, group), None
     logits = logits.flatten(0, 1)  # (BT, V/N)
@@ -201,22 +201,23 @@ def split(
 
     def enter_first(module: nn.Module, args: tuple) -> tuple:
         x, *others = args
+        # Cast before f, so that its messages have autocast's dtype too.
         return enter(module, for_matmul(x)), *others
 
     enter = enter or copy
     leave = leave or add_up
     modules = dict(model.named_modules())
 
-    # Weights: each parameter becomes its shard, in memory of its own.
     dims = split_dims(modules, group.size(), column, row, vocabulary)
     tp_shards = {}
     for name, p in model.named_parameters():
         if p in dims:
             tp_shards[name], shape = shard_along(p, dims[p], group)
             mine = tp_shards[name].narrow(p.data, shape)
+            # Clone: a view would keep the full weight in memory.
             p.data = mine.clone(memory_format=torch.contiguous_format)
 
-    # f: once for all column layers that share an input.
+    # One f before q, k and v together: three would send dX three times.
     parents = {name: name.rpartition(".")[0] for name in modules}
     with_rows = {parents[name] for name in modules if ends(name, row)}
     entries = set()
@@ -226,8 +227,9 @@ def split(
     for name in entries:
         modules[name].register_forward_pre_hook(enter_first)
 
-    # g: after each row layer and the embedding.
     replace_forwards(modules, group, leave, column, row, vocabulary)
+    # The logits stay split by words, so the loss must sum over the ranks. A pipeline's stage may
+    # have no head.
     if hasattr(model, "loss_fn") and any(ends(name, ("head",)) for name in modules):
         model.loss_fn = functools.partial(loss_fn, group=group)
     return tp_shards
@@ -271,12 +273,13 @@ def replace_forwards(
     n = group.size()
 
     def row_forward(self, x: Tensor) -> Tensor:
-        # Without the bias, which `leave` adds after the sum.
+        # Without the bias: it is full on every rank, and before the sum it would count N times.
         matmul = getattr(self, "matmul", F.linear)
         return leave(self, matmul(x, self.weight, None), self.bias)
 
     def vocabulary_forward(self, ids: Tensor) -> Tensor:
         index, is_mine = local_ids(ids, self.weight.shape[0], group)
+        # The class's forward, for self.forward is this very function.
         x = type(self).forward(self, index).masked_fill(~is_mine.unsqueeze(-1), 0)
         return leave(self, x, None)
 

@@ -153,7 +153,6 @@ def layers(n_layer: int, p: int, v: int = 1) -> list[list[list[int]]]:
         first = stage * size + min(stage, n_larger)
         has_one_more = stage < n_larger
         stages.append(list(range(first, first + size + has_one_more)))
-    # Every p-th virtual stage is on the same rank.
     return [stages[rank::p] for rank in range(p)]
 
 
@@ -189,7 +188,7 @@ class Timeline(NamedTuple):
         lines = []
         width = 1 + max(op.chunk for op in self.ops[0])
         for ops, spans in zip(self.ops, self.spans):
-            # One cell for each unit of time.
+            # A cell is one unit of time: the lengths in COST are whole.
             cells = ["."] * round(self.end)
             for op, (start, end) in zip(ops, spans):
                 mark = symbol(op) + "'" * op.chunk
@@ -226,13 +225,12 @@ def simulate(ops: list[list[Op]], cost: dict[str, float] = COST) -> Timeline:
     while moved:
         moved = False
         for rank, todo in enumerate(ops):
-            # As many of this rank's operations as have what they need.
+            # A rank keeps its order: it waits at the first operation that lacks something.
             for op in todo[len(spans[rank]) :]:
                 stage = op.chunk * p + rank
                 needs = needed(op, stage, p * v)
                 if not all(need in ends for need in needs):
                     break
-                # It starts when the rank is free and the last of its needs has ended.
                 free = spans[rank][-1][1] if spans[rank] else 0
                 start = max([free, *(ends[need] for need in needs)])
                 end = start + cost[op.kind]
@@ -240,7 +238,7 @@ def simulate(ops: list[list[Op]], cost: dict[str, float] = COST) -> Timeline:
                 spans[rank].append((start, end))
                 moved = True
 
-    # A deadlock: name the operation at which each rank waits.
+    # The last round ran nothing, so whatever is left waits for ever.
     stuck = []
     for rank, todo in enumerate(ops):
         n_done = len(spans[rank])
@@ -271,7 +269,7 @@ def needed(op: Op, stage: int, n_stages: int) -> list[tuple[str, int, int]]:
         return [("F", i, stage - 1)] if stage > 0 else []
     if kind == "W":
         return [("I", i, stage)]
-    # A backward needs its own forward, and the gradient from the stage after it.
+    # The last stage begins its backward from the loss, all others from the next stage's gradient.
     needs = [("F", i, stage)]
     if stage < n_stages - 1:
         needs.append((kind, i, stage + 1))
@@ -308,7 +306,7 @@ def programs(timeline: Timeline) -> list[list[Op | list[Transfer]]]:
         if starts:
             result[rank].append(op)
             continue
-        # An operation that ends sends hidden states forward, a gradient backward, or nothing.
+        # W sends nothing: weights' gradients stay on their rank.
         direction = {"F": 1, "B": -1, "I": -1, "W": 0}[op.kind]
         to_stage = op.chunk * p + rank + direction
         if direction == 0 or not 0 <= to_stage < n_stages:

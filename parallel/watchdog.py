@@ -65,7 +65,8 @@ class RankLog:
         if mesh.rank == 0:
             remove_higher_ranks(folder, mesh.world)
         self.file = open(folder / f"rank_{mesh.rank}.log", "a", buffering=1, encoding="utf-8")
-        # For crashes, for whoever asks, and (restart_timer) for steps that take too long.
+        # This writes the stacks in a crash, the signal below whenever somebody asks, and
+        # restart_timer where a step takes too long.
         faulthandler.enable(self.file)
         if hasattr(signal, "SIGUSR1"):  # not on Windows
             faulthandler.register(signal.SIGUSR1, self.file)
@@ -135,8 +136,8 @@ def explain(error: RuntimeError, minutes: float | None = None) -> str | None:
         # For example two collectives that do not match: a traceback is what helps there.
         return None
 
-    # The innermost frame of this repository is the place; the outermost one with a `step` is
-    # train.main's, which counts the steps done.
+    # The innermost frame of this repository is the place. The outermost one with a `step` belongs
+    # to train.main, which counts the steps done.
     step = ""
     place = "torch"
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -181,7 +182,7 @@ def last_entry(text: str) -> tuple[int, str, bool]:
 
     text: its log. What it was doing is "" where the log does not tell.
     """
-    # A restart has appended to the log: read from the last start on, and there the last step.
+    # A restart appends to the log: what precedes the last start is about a process now gone.
     text = text[max(text.rfind(" start: "), 0) :]
     steps = list(re.finditer(r"^[\d-]+ [\d:]+ step (\d+)$", text, re.MULTILINE))
     step = 0
@@ -223,7 +224,8 @@ def report(out_dir: Path) -> list[str]:
         places.setdefault((step, doing), []).append(int(path.stem[5:]))
 
     def suspicion(item: tuple) -> tuple:
-        # Earlier steps first; in a step the silent ranks first, then the smaller group.
+        # The likeliest culprit first: whoever is behind, then whoever is silent, then the few that
+        # are at another place than the many.
         (step, doing), ranks = item
         return step, not doing.startswith("silent"), len(ranks)
 
