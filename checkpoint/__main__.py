@@ -58,7 +58,7 @@ def show(path: str) -> None:
             size = math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
             leaf = f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
         elif isinstance(leaf, dict):
-            # A number that is not finite.
+            # JSON has no NaN and no infinity: the tree holds {"$": "nan"} in their place.
             leaf = leaf["$"]
         print(f"{name}: {leaf}")
 
@@ -69,14 +69,14 @@ def export(run: str, out: str) -> None:
     """The weights of a run or a checkpoint, as a safetensors file or a DCP folder at `out`."""
     checkpoint = resolve(run)
     weights = checkpoint.tree("model")
-    # The other program does not count n-grams.
+    # In training, log p of counted n-grams was added to the logits. The export has no counts.
     if checkpoint.tree("config", missing={}).get("ngram"):
         print(
             "these weights learned on top of counted n-grams (--ngram), and without them"
             " they are no language model"
         )
     if out.endswith(".safetensors"):
-        # A kill leaves no half a file under the name that was asked for.
+        # A kill leaves no half-written file under the name that was asked for.
         write_tensors(f"{out}.tmp", weights)
         os.replace(f"{out}.tmp", out)
     else:

@@ -13,7 +13,7 @@ FILES = {
     ".gguf": "a GGUF file",
     ".bin": "a file of torch.save, or of tokens",
 }
-# A file in a folder -> what the folder is.
+# A file in a folder -> what the folder is. Here, too, the first that a folder has names it.
 FOLDERS = {
     "zero_to_fp32.py": "a checkpoint of DeepSpeed",
     "ckpt.pt": "a run of nanoGPT",
@@ -43,7 +43,7 @@ def kind_of_folder(names: set[str]) -> str | None:
     for name, what in FOLDERS.items():
         if name in names:
             return what
-    # No file that tells the program: then the kind of a file.
+    # No file tells which program wrote the folder. The kind of some file in it still helps.
     suffixes = {Path(name).suffix for name in names}
     for suffix, what in FILES.items():
         if suffix in suffixes:

@@ -71,7 +71,7 @@ class Checkpoint:
         no such branch (None: raise ValueError). shard: of tensors that have its global shape only
         this shard is read; shape: its local shape.
         """
-        # Walk down to the branch.
+        # In a path, an element of a list goes by its number, as in "name/0".
         node = self._tree
         for key in prefix.split("/") if prefix else []:
             try:
@@ -89,7 +89,7 @@ class Checkpoint:
                 if shard is not None and self._tensors[name]["shape"] == list(shard.global_shape):
                     return self.tensor(name, shard.offsets, shape)
                 return self.tensor(name)
-            # A number that is not finite, {"$": "nan"}.
+            # JSON has no NaN and no infinity: the tree holds {"$": "nan"} in their place.
             if isinstance(leaf, dict):
                 return float(leaf["$"])
             return leaf
@@ -114,7 +114,8 @@ class Checkpoint:
             raise ValueError(f"{name} has shape {full}: no box of {shape} begins at {offsets}")
         ends = [o + n for o, n in zip(offsets, shape)]
 
-        # Copy from each saved slice the box, low to high, that it shares with the wanted shard.
+        # Indexing reads from the disk: ask each saved slice only for the box, low to high, that it
+        # shares with the wanted shard.
         out = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
         for slice_ in entry["slices"]:
             begins = slice_["offsets"]
@@ -163,7 +164,7 @@ class Checkpoint:
             TypeError,
             ValueError,
         ) as e:
-            # The reason may quote anything from the file.
+            # The reason may quote the damaged file: no control character may reach the terminal.
             reason = ascii(str(e))[1:-1][:300]
             index = self.path / "index.json"
             raise CheckpointDamaged(f"{index} contradicts itself: {reason}") from None
@@ -177,8 +178,8 @@ class Checkpoint:
             raise ValueError(f"it is of step {step}, whatever the folder's name")
         if not all(isinstance(x, dict) for x in (self._tree, self._tensors, self._files)):
             raise ValueError("tree, tensors and files are not by name")
-        # Every tensor of the tree is there, and its slices leave no hole.
         check(self._tree, self._tensors)
+        # `verify` reads the files that have a checksum: one without would be trusted unread.
         files = {slice_["file"] for entry in self._tensors.values() for slice_ in entry["slices"]}
         for file in files:
             if self._path(file).name not in self._files:
@@ -251,7 +252,7 @@ def load(path, verify: bool = True) -> Checkpoint:
     """
     path = Path(path)
     index_path = path / "index.json"
-    # The checksum covers the body as we would write it, so one changed byte shows.
+    # The checksum is of the body as we would write it: a changed value shows, a space does not.
     try:
         if not stat.S_ISREG(os.stat(index_path).st_mode):
             raise CheckpointDamaged(f"{index_path} is no file")
@@ -288,7 +289,7 @@ def load(path, verify: bool = True) -> Checkpoint:
 
 
 def newest(out_dir, warn=print) -> Checkpoint | None:
-    """A run's newest intact checkpoint, or None. warn(line) hears of each damaged one before it."""
+    """A run's newest intact checkpoint, or None. warn(line) is told of each newer, damaged one."""
     # A kill may have left the old checkpoint of a step as .old-step-N: it counts here.
     for _, _, path in reversed(found(out_dir)):
         try:
@@ -364,7 +365,7 @@ def keep_of_pruned(name: re.Match | None, there: list) -> int | None:
     keep = newest_one.tree("config/keep", missing=0)
     if not name or not save_every or type(save_every) is not int:
         return None
-    # The run saved this step, and all that it kept is newer.
+    # --keep is the reason only where the run saved this step, and all that is left is newer.
     step = int(name[2])
     oldest_step = there[0][0]
     was_saved = step % save_every == 0
@@ -375,7 +376,7 @@ def keep_of_pruned(name: re.Match | None, there: list) -> int | None:
 def reading(path):
     """`with` this, take up a checkpoint's tree: ValueError for what this program does not write.
 
-    A checksum that fits says what a file is, not who wrote it.
+    A checksum that fits shows that a file is undamaged, not which program wrote it.
     """
     try:
         yield

@@ -66,7 +66,7 @@ def as_slices(by_name: dict, shards: dict[str, Shard]) -> dict:
         # A step counter, for instance, is not divided.
         if not isinstance(value, torch.Tensor) or value.ndim != len(shard.global_shape):
             return value
-        # A DTensor may be a shard of that shard.
+        # FSDP gives DTensors: each is a shard of what tensor parallelism has left to this rank.
         inner = as_slice("", value)
         return Slice(inner.tensor, shard_of_shard(shard, inner.shard))
 
@@ -208,7 +208,8 @@ def check(tree, tensors: dict) -> None:
         if leaf == TENSOR:
             placed.add(name)
 
-    # The tree and the list of tensors must name the same tensors.
+    # `union` keeps the lowest rank's leaf: where that is a number, a higher rank's tensor has no
+    # place in the tree.
     walk(tree, place)
     for name in placed ^ set(tensors):
         raise ValueError(f"{name} is a tensor on one rank but not on a lower one")
@@ -252,7 +253,7 @@ def check_cover(name: str, full: list[int], slices: list[dict]) -> None:
     if math.prod(grid) > CELLS:
         raise ValueError(f"{name} {full} is cut into more than {CELLS} pieces")
 
-    # Mark the cells of each slice; a cell that nobody marks is missing on the disk.
+    # Cells are marked, not the tensor's entries: 8 shards of it, however large, make 8 cells.
     number_of = [{edge: i for i, edge in enumerate(edges)} for edges in cuts]
     held = torch.zeros(grid, dtype=torch.bool)
     for low, high in corners:

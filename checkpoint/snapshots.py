@@ -34,7 +34,8 @@ class SnapshotBuffer:
         # Make room first: there are never more than `capacity` states in memory.
         del self.states[: len(self.states) - self.capacity + 1]
 
-        # The model and the optimizer often share a parameter: its memory is copied once.
+        # The model and the optimizer often share a parameter: its memory is copied once. One that
+        # ZeRO-3 has freed has no memory.
         groups = self.optimizer.param_groups
         parameters = [*self.model.parameters()]
         for group in groups:
@@ -62,7 +63,7 @@ class SnapshotBuffer:
 
         Returns (its step, the `more` that came with it).
         """
-        # Newer states have seen what is now undone.
+        # Newer states have seen what is now undone. One state always stays.
         older = sum(state[0] < before for state in self.states)
         del self.states[max(older - back, 0) + 1 :]
         step, more, weights, optimizer_state, counters, kept = self.states[-1]

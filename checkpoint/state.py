@@ -140,7 +140,7 @@ class State:
             self._load(saved, names)
 
     def _load(self, saved: checkpoint.Checkpoint, names) -> None:
-        # A replica that trains alone has an optimizer state of its own.
+        # Between two rounds of DiLoCo each replica has an optimizer state of its own.
         own = self.replicas.load_state_dict(lambda path: saved.tree(f"replicas/{path}", missing={}))
 
         def state_of(name: str, shape: tuple[int, ...]) -> dict:

@@ -70,7 +70,6 @@ def load(
     Raises ValueError for whatever a user can get wrong. Let one process per machine prepare the
     cache before the others load it.
     """
-    # What was typed.
     name, _, count = data.partition(":")
     for field, given in (("data", data), ("data_dir", cache_dir)):
         if not (given.isprintable() and 0 < len(given) < 500):
@@ -78,6 +77,7 @@ def load(
                 f"--{field}={given[:50]!r} is empty, too long, or has characters that no "
                 "terminal shows: give that file or folder a plain name"
             )
+    # Python leaves ~NAME as it is where no user has that name.
     cache = Path(os.path.expanduser(cache_dir))
     if cache_dir.startswith("~") and str(cache).startswith("~"):
         raise ValueError(f"--data_dir={cache_dir}: nobody here has that home; type the whole path")
@@ -87,7 +87,7 @@ def load(
             f"--data_url={url} is a mirror for {', '.join(CORPORA[1:])}; --data={data} "
             "downloads nothing: leave --data_url= out"
         )
-    # A name that we know, or else files. A broken disk, line or archive is told as one line.
+    # A broken disk, connection or archive is no bug of ours: the user gets one line, no traceback.
     try:
         if data == "python":
             corpus = _python(chosen, cache)
@@ -171,7 +171,7 @@ def _files(
             f" {tokenizer.name}: type --tokenizer=ids --vocab_size={most + 1}, or the size that"
             " prepare.py printed"
         )
-    # More ids than there are bytes, and nobody says what made them.
+    # `bytes` is the default: a larger vocabulary shows that another tokenizer made these ids.
     if tokenizer.name == "bytes" and (vocab_size or 0) > 256:
         tokenizer = Tokenizer("ids", vocab_size)
     small = sum(path.stat().st_size for path in files) <= IN_MEMORY
@@ -216,7 +216,8 @@ def _python(tokenizer: Tokenizer, cache: Path) -> Corpus:
         paths.append(root / f"{module}.py")
         paths += (root / module).rglob("*.py")
     names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
-    # Not everywhere installed, or not a part of the library.
+    # Some systems leave these out, or have other people's packages there: the text should not
+    # depend on that.
     skip = {
         "test",
         "tests",
@@ -230,6 +231,7 @@ def _python(tokenizer: Tokenizer, cache: Path) -> Corpus:
     names.sort(key=lambda name: hexdigest(name.encode()))
     if not names:
         raise ValueError(f"--data=python finds no source in {root}: use --data= with a text file")
+    # Windows ends lines in another way, and the same text must have the same sha256.
     files = [(root / name).read_bytes().replace(b"\r\n", b"\n") for name in names]
     # Whole files are held out: the first half of a file would help to guess the second.
     ends = np.cumsum([len(file) for file in files])
@@ -266,7 +268,7 @@ def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> C
     corpus = _tokenised(data, train, val, sha256, tokenizer, cache)
     if len(files) == 1:
         return corpus
-    # Several texts: say in the name what became of them.
+    # The name is shown when a run starts: there a user sees a file that was left out by mistake.
     used = sum(map(len, found.values()))
     left = f", {len(files) - used} left alone" if used < len(files) else ""
     return replace(corpus, name=f"{data} ({used} texts, a line each, held out: {held_out}{left})")

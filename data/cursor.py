@@ -45,7 +45,7 @@ class Cursor:
         """Never read the samples first .. last again."""
         merged = []
         for low, high in sorted([*self.skipped_samples, [first, last]]):
-            # Ranges that overlap or touch become one.
+            # + 1: both ends are included, so neighbours touch.
             if merged and low <= merged[-1][1] + 1:
                 merged[-1] = [merged[-1][0], max(high, merged[-1][1])]
             else:
@@ -61,12 +61,13 @@ class Cursor:
         return self.next - n_skipped
 
     def state_dict(self) -> dict:
+        # Checkpoints have these names, so they stay as they are.
         return {"rows": self.next, "banned": self.skipped_samples, "data": self.data}
 
     def load_state_dict(self, state: dict) -> None:
         self.next = int(state["rows"])
         self.skipped_samples = [[int(i), int(j)] for i, j in state.get("banned", [])]
-        # Another corpus: as many samples count as read, and none is skipped.
+        # Another corpus: nothing is skipped there, and `seen`, for the log, must stay as it was.
         if state.get("data", self.data) != self.data:
             self.next = self.seen
             self.skipped_samples = []

@@ -47,13 +47,12 @@ class Tokens:
 
     def __init__(self, shards: list[np.ndarray], name: str = "the data", files: list[str] = ()):
         self.name = name
-        # Empty shards would only disturb the search for a token's shard.
         kept = [i for i, shard in enumerate(shards) if len(shard)]
         files = files or [""] * len(shards)
         self.shards = [shards[i] for i in kept]
         self.files = [files[i] for i in kept]
         self.ends = list(itertools.accumulate(map(len, self.shards)))
-        # The file behind each mapped shard, as it is now.
+        # Only a memmap has a `filename`. check_size compares later sizes with the present one.
         self.mapped = {}
         for i, shard in enumerate(self.shards):
             path = getattr(shard, "filename", None)
@@ -87,7 +86,7 @@ class Tokens:
         try:
             now = os.stat(path)
         except OSError:
-            # Somebody took the file away: what is mapped stays.
+            # A file that was deleted stays mapped: it can be read to the end of the run.
             return
         if now.st_ino == before.st_ino and now.st_size < before.st_size:
             raise ValueError(
@@ -163,7 +162,7 @@ class Dataset:
             return self.read(sample_ids)
         sample_ids = tuple(sample_ids)
         first = sample_ids[0]
-        # Not taken out of `coming`: the stages of a pipeline ask for the same samples once more.
+        # Not taken out of `coming`: a pipeline rank asks for the same samples for each chunk.
         read = self.coming.get(sample_ids)
         later = tuple(i + self.ahead for i in sample_ids)
         # Forget what this step has passed, and what a rollback has left far ahead.
@@ -203,6 +202,8 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     # Cycle walking: only what is still outside 0 .. n - 1 is sent through again.
     while len(todo):
         left, right = np.divmod(x[todo], side)
+        # Any hash permutes. The two large odd numbers mix the bits; with other ones a resumed run
+        # would see other samples.
         for key in keys[:, todo]:
             h = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2^64
             h = (h ^ (h >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)

@@ -52,7 +52,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
 
 @contextlib.contextmanager
 def making(path: Path) -> Iterator[bool]:
-    """`with` this as missing: must the file `path` still be made? Then by this process alone.
+    """`with` this as missing: True where this process, and no other, must make the file `path`.
 
     Another process that wants the same file waits here until the first one is done, or has died.
     Otherwise each would write into the other's unfinished file. Where files cannot be locked
@@ -113,6 +113,7 @@ def _receive(url: str, part: Path) -> str | None:
             request = urllib.request.Request(url, headers=headers)
             with urllib.request.build_opener(redirect).open(request, timeout=30) as reply:
                 total = _write(reply, part, have)
+            # Where the server tells no size, the end of its answer counts as the end of the file.
             if total in (None, part.stat().st_size):
                 etag = reply.headers.get("X-Linked-Etag") or redirect.etag
                 is_sha256 = re.fullmatch('"?[0-9a-f]{64}"?', etag)

@@ -48,7 +48,7 @@ def listed(data: str) -> list[Path]:
         return [path]
     if path.is_symlink() or path.exists():
         raise ValueError(f"--data={_no_file(path)}")
-    # A list, or a pattern in quotes, which the shell has left alone.
+    # Only a list, or a pattern that quotes have kept from the shell, may still name files.
     if "," not in data and not glob.has_magic(data):
         return []
     found = []
@@ -79,7 +79,7 @@ def _in_folder(data: str, folder: Path) -> list[Path]:
                 raise ValueError(_no_file(path))
         if mine:
             return mine
-    # Neither: say what there is, and what to type for files one folder deeper.
+    # Often the files lie one folder deeper: then the message says what to type for them.
     others = sorted({path.suffix for path in paths if path.suffix}) or ["nothing of a known kind"]
     texts = sorted(folder.glob("*/*.txt"))
     shards = sorted(folder.glob("*/*.bin"))
@@ -102,7 +102,7 @@ def _no_file(path: Path) -> str:
 
 
 def _order(path: Path) -> str:
-    """The key by which files are sorted: the same where a system composes letters otherwise."""
+    """The key by which files are sorted: the same whether a system stores é as 1 letter or 2."""
     return unicodedata.normalize("NFC", path.as_posix())
 
 
@@ -115,7 +115,7 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     shards = files[0].suffix.lower() == ".bin"
     if len(files) == 1 and not shards:
         return {"train": files}
-    # The words of each name. The names of folders below the common one count, too: val/a.bin.
+    # The names of folders below the common one count, too: val/a.bin.
     absolute = [os.path.abspath(path) for path in files]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     words = {}

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-# Bytes that no text has.
+# Bytes that no text has: control characters other than white space and ESC.
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
-# No more of a text is checked.
+# A wrong encoding shows in the beginning of a text; what lies behind these bytes is not checked.
 TEXT = 2**28  # bytes
 
-# What to do with a file of another kind.
+# How the sentence about a file of another kind ends.
 PACKED = "unpack it, and give what was in it"
 TABLE = "write its text column to a file in UTF-8, and give that"
 OBJECTS = "it is no data to train on, take it out of --data="
@@ -81,6 +81,7 @@ def foreign(path: Path) -> str | None:
     # Kinds that no fixed beginning gives away.
     if head[257:262] == b"ustar":
         return f"is a tar archive: {PACKED}"
+    # Arrow: four bytes 0xff, then the length of its schema. safetensors: the length of its JSON.
     length = int.from_bytes(head[:8], "little")
     if head[:4] == b"\xff\xff\xff\xff" and 0 < length >> 32 < size:
         return f"is an Arrow stream: {TABLE}"
@@ -106,7 +107,8 @@ def unknown_header(
     """
     if len(words) < 3:
         return None
-    # The first number of this family is a date, in either byte order. Such a header ends in zeros.
+    # A header as llm.c writes it begins with a date, such as 20240520, and ends in zeros. It may be
+    # in the other byte order.
     for magic in (int(words[0]), int(words[0].byteswap())):
         year = magic // 10000
         month = magic // 100 % 100
@@ -114,8 +116,8 @@ def unknown_header(
         is_date = 2015 <= year <= 2049 and 1 <= month <= 12 and 1 <= day <= 31
         if magic in known or (is_date and not words[8:256].any()):
             return f"{magic} of version {words[1]}"
-    # A count of what follows. A small number may be an id, unless zeros follow it; among wide ids
-    # any number may be one.
+    # Other headers count what follows them. But a small number may be an id, unless zeros follow,
+    # and among wide ids any number may be one.
     for start in (4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256, 512, 1024, 2048, 4096):
         if start > 32 and words[8 : start // 4].any():
             continue
@@ -150,11 +152,13 @@ def one_byte(lanes: np.ndarray) -> bool:
     pairs = np.ascontiguousarray(lanes).view(np.uint8).reshape(-1, 2)
     if len(pairs) < 64:
         return False
-    # Which values occur in each of the two places.
+    # Text has the same values in both places of a pair. Ids of 2 bytes have others in the upper
+    # place, unless they fill all 256 of both.
     lower = np.flatnonzero(np.bincount(pairs[:, 0]))
     upper = np.flatnonzero(np.bincount(pairs[:, 1]))
     if np.array_equal(lower, upper):
         return 1 < len(lower) < 256
+    # A short text lacks some letters in one of the places, but is ASCII in both.
     return max(lower[-1], upper[-1]) < 128 and len(upper) >= 16
 
 
@@ -186,7 +190,7 @@ def not_text(text: np.ndarray, any_bytes: bool) -> str | None:
     head = text[: 2**16].tobytes()
     convert = "convert it: iconv -f {} -t UTF-8 FILE > NEW"
     control = CONTROL.search(head)
-    # A byte order mark says it.
+    # UTF-32 comes first: its byte order mark begins with the mark of UTF-16.
     for mark, name in (
         (b"\xff\xfe\0\0", "UTF-32"),
         (b"\xff\xfe", "UTF-16"),

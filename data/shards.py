@@ -48,7 +48,7 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
         head = file.read(8192)
     words = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
 
-    # The file says it itself, by a header, or Megatron's index beside it does.
+    # A known magic number with another version is not read: `unknown_header` names it below.
     magic = int(words[0]) if len(words) else 0
     if magic in HEADERS and len(words) < 256:
         raise ValueError(f"{path} has a header that is cut short: copy it again")
@@ -58,7 +58,7 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
     if index.exists():
         return 0, *_indexed(path, index)
 
-    # It does not say: is it ids at all, and how wide are they?
+    # Neither a header nor an index: the bytes must show that these are ids, and how wide.
     kind = foreign(path)
     if kind:
         raise ValueError(f"{path} {kind}")
@@ -124,7 +124,8 @@ def width(x: np.ndarray, n_vocab: int) -> int | None:
     if len(swapped) > max(4 * small, x.size // 20) and len(np.unique(swapped)) >= EVIDENCE:
         return 0
 
-    # What upper halves look like, also of negative ids, and what is too large for one.
+    # An upper half is small or, in a negative id, all ones. `larger`: the pairs in the lower place
+    # that are too large for an upper half.
     most = max(15, n_vocab >> 16)
     upper = (high <= most) | (high == 2**16 - 1)
     top = high[high <= most].max(initial=0)
@@ -133,7 +134,7 @@ def width(x: np.ndarray, n_vocab: int) -> int | None:
     # Were the ids wide, nearly no pair in the upper place would be strange.
     if 50 * strange > len(larger):
         return 2
-    # Above ids up to 65535 are zeros alone. Where there is more, lower halves use all their bits.
+    # Ids below 65536 have zeros as upper halves. If some have more, lower halves use all 16 bits.
     if top and larger.max(initial=0) < 4096:
         alike = 4 * np.count_nonzero(high) > np.count_nonzero(low)
         return 2 if alike and n_vocab > 2**16 else None
@@ -199,6 +200,7 @@ def read_shards(
         dtype = np.dtype(dtype or usual)
         size = path.stat().st_size
         if count is None:
+            # At least 1: an empty file must not pass the next check.
             count = max(size // dtype.itemsize, 1)
         # An odd byte, or a header that counts other ids than there are: a copy that broke off.
         expected = start + count * dtype.itemsize
@@ -208,7 +210,7 @@ def read_shards(
                 f"{dtype.itemsize} bytes from byte {start} on: copy it again, or delete it "
                 "if it can be made again"
             )
-        # Nothing cannot be mapped.
+        # The system refuses to map 0 bytes.
         if in_memory or not count:
             found.append(np.fromfile(path, dtype, offset=start))
         else:

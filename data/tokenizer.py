@@ -36,7 +36,7 @@ class Tokenizer:
         """The name and, for an encoding, a hash of its table: one name may mean two tables."""
         if self.encoding is None:
             return self.name
-        # The pattern that splits words, each token's bytes, the special tokens.
+        # All that decides a text's ids. `_pat_str` is private to tiktoken and may vanish.
         digest = hashlib.sha256(getattr(self.encoding, "_pat_str", "").encode())
         for i in range(self.n_vocab):
             token = self._bytes(i, b"")
@@ -59,6 +59,7 @@ class Tokenizer:
             return np.array(words, np.int64)
         if self.encoding:
             return np.array(self.encoding.encode_ordinary(text), np.int64)
+        # A lone surrogate has no UTF-8: it becomes a question mark.
         return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -285,7 +285,7 @@ class Logger:
 
     def _eta(self, step: int, now: float) -> str | None:
         """How long the run will still take, by the last 50 rows; None at the first row."""
-        # After a rollback the steps begin anew.
+        # A rollback goes back to an earlier step: a rate across it would be wrong.
         if self.recent and step <= self.recent[-1][0]:
             self.recent.clear()
         self.recent.append((step, now))
@@ -337,7 +337,7 @@ class Logger:
         if not self.main:
             return
         self._bar(lambda bar: bar.close())
-        # A copy: where closing fails, it is taken out.
+        # Over a copy, for `_send` takes out of self.others what fails.
         for _, close, _ in [*self.others]:
             self._send(close)
         self.metrics.close()
@@ -396,7 +396,6 @@ class Logger:
         return [show(float(row[key])) for key, show in SHOWN.items() if row.get(key) is not None]
 
     def _line(self, step: int, parts: list[str], terminal: bool = True) -> None:
-        # All steps of a run as wide as its last one.
         width = len(str(self.steps))
         self.log("  ".join([f"step {step:{width}}/{self.steps}", *parts]), terminal)
 

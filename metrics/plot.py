@@ -16,7 +16,7 @@ from statistics import median
 
 from metrics.logger import read_metrics, short
 
-# Event -> colour of its lines.
+# Event -> colour of its dashed lines. Other events are not drawn.
 DRAWN = {"resume": "#888888", "skip": "#9467bd", "spike": "#e69f00", "rollback": "#d62728"}
 
 
@@ -27,7 +27,7 @@ def to_csv(run, path) -> None:
     folder without metrics.jsonl.
     """
     rows = read_metrics(metrics_of(run))
-    # Columns in the order in which the names first occur.
+    # A dict, not a set: columns stay in the order in which their names first occur.
     names = [*dict.fromkeys(name for row in rows for name in row)]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -62,7 +62,7 @@ def plot(runs, path) -> bool:
     losses = []
     tokens_per_step = set()
     for i, run in enumerate(runs):
-        # If a step was repeated, its last row counts.
+        # Sorting is stable: if a step was repeated, its last row counts.
         rows = sorted(read_metrics(metrics_of(run)), key=lambda row: row["step"])
         train = by_step(rows, "loss")
         val = by_step(rows, "val_loss")
@@ -134,7 +134,7 @@ def draw_training(ax, train: dict, color: str, label: str | None, raw: bool) -> 
     losses = [*train.values()]
     last = len(losses) - 1
     half = len(losses) // 40
-    # At 201 places, or at every step of a short run.
+    # A median at each of n steps would take n²/20 numbers. For a picture 201 places are enough.
     places = sorted({k * last // 200 for k in range(201)})
     medians = []
     for k in places:
@@ -142,6 +142,7 @@ def draw_training(ax, train: dict, color: str, label: str | None, raw: bool) -> 
         medians.append(median(losses[k - radius : k + radius + 1]))
     if raw:
         ax.plot(steps, losses, color=color, alpha=0.25, lw=0.8)
+    # A line through a single point shows nothing.
     style = "-" if len(losses) > 1 else "o"
     ax.plot([steps[k] for k in places], medians, style, color=color, lw=1.2, label=label)
 

@@ -149,7 +149,8 @@ class Watch:
         norm: of the gradient before it was clipped; limit: what it was clipped to, or None. Returns
         {} for a step that is not watched.
         """
-        # Every step counts here, watched or not; no number leaves the device yet.
+        # Every step counts here, watched or not; no number leaves the device yet. The clipping in
+        # train.py has the same 1e-6.
         if self.every is not None and limit is not None:
             self.n_clipped = self.n_clipped.to(norm.device) + (norm + 1e-6 > limit)
             self.n_steps += 1
@@ -166,7 +167,7 @@ class Watch:
         maxima = highest(torch.cat([self.max_logit.amax(1), largest]), self.mesh).tolist()
         *of_layers, log_z_max = maxima
 
-        # The sums, over all ranks.
+        # All sums in one all-reduce. A rank without the head's logits adds 0 to 0 tokens.
         of_kinds = sum(self.moved.values(), [])
         log_z_sum, n_tokens, n_clipped, n_steps, *of_kinds = self.mesh.sum(
             log_z.sum(), len(log_z), self.n_clipped, self.n_steps, *of_kinds
@@ -174,7 +175,7 @@ class Watch:
         self.n_clipped = torch.zeros(())
         self.n_steps = 0
 
-        # The names in metrics.jsonl. Where no update was made, none is reported.
+        # Where no update was made, as in a step that the loss scaler skips, none is reported.
         found = {"max_logit": max(of_layers)}
         for i, x in enumerate(of_layers):
             found[f"max_logit/{i}"] = x
@@ -197,7 +198,7 @@ class Watch:
             attention = block.attn
             plain = attention.attention_fn
             probe = functools.partial(self.attention_fn, int(layer), attention, plain)
-            # Attention leaves the compiled block for such a step.
+            # The probe is not compiled: for such a step attention leaves the compiled block.
             if self.compiled:
                 probe = torch.compiler.disable(probe)
             attention.attention_fn = probe
@@ -266,6 +267,7 @@ def first_after_step(optimizer: torch.optim.Optimizer, hook):
 def highest(x: Tensor, mesh: Mesh) -> Tensor:
     """The maximum over all ranks, element by element."""
     if mesh.world > 1:
+        # In place: without the copy, the caller's tensor would change too.
         x = x.clone()
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x

@@ -20,7 +20,7 @@ from run.optimizers import find_optimizer
 from settings import parse
 from settings.fields import FIELDS, Config, flag
 
-# Settings of which the learning rate is made.
+# The settings that may explain a jump of the learning rate.
 LR_FIELDS = (
     "steps",
     "schedule",
@@ -84,6 +84,7 @@ def change_of_lr(cfg: Config, resumed_from: Checkpoint, full_model: torch.nn.Mod
     def factor(run: Config, step: int) -> float:
         return build.lr_schedule(run, run.sub("schedule"))(step)
 
+    # The last step of a run begins at before.steps - 1: a finished run is compared by its lr there.
     old_lr = peak(before) * factor(before, min(step, before.steps - 1))
     new_lr = peak(cfg) * factor(cfg, step)
     if abs(new_lr - old_lr) <= 0.02 * max(new_lr, old_lr):
@@ -173,6 +174,7 @@ def about_resuming(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> 
             f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, "
             "or more"
         )
+    # Only compression and DiLoCo put a number of replicas into a checkpoint.
     saved = resumed_from.tree("replicas/replicas", missing=0)
     replicas = mesh.sizes["dp"] * mesh.sizes["cp"]
     if saved and cfg.compress is None and cfg.diloco_every is None:
@@ -216,6 +218,7 @@ def environment(device: torch.device, ranks: int, data_sha256: str) -> dict:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "numpy": importlib.metadata.version("numpy"),
+        # A CPU build has None here. TOML has no null: the record says "none".
         "cuda": str(torch.version.cuda).lower(),
         "nccl": nccl,
         "platform": platform.platform(),

@@ -38,9 +38,9 @@ def batch_share(cfg: Config, dp: int) -> int:
 
 
 def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
-    """The setting, if it divides each rank's share of the batch; else the largest size that fits.
+    """Sequences per forward: the setting if it divides a rank's share, else the largest that fits.
 
-    Sequences a forward. Raises ValueError where no size fits the memory or the pipeline's schedule.
+    Raises ValueError where no size fits the memory or the pipeline's schedule.
     """
     share = batch_share(cfg, mesh.sizes["dp"])
     size = cfg.micro_batch_size
@@ -105,7 +105,7 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
                 "out of memory with one sequence at a time; --precision=bf16, a shorter "
                 "--block_size or a smaller model need less"
             )
-        # The largest divisor of the share that is at most half.
+        # Only a divisor of the share makes micro-batches of one size.
         size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
     return size
 

@@ -29,7 +29,7 @@ def lr_schedule(cfg: Config, options: dict):
 
     options: arguments of the schedule. Raises ValueError for one out of its range.
     """
-    # Steps that are given outrank a share of the run.
+    # The share, warmup_frac, has a default, so warmup_steps counts first where it is given.
     warmup = cfg.warmup_steps
     if warmup is None:
         warmup = round(cfg.warmup_frac * cfg.steps)
@@ -107,7 +107,6 @@ def learning_rates(
     for kind, lr in lrs.items():
         if f"{kind}_lr" in cfg.given and kind not in kinds.values():
             raise ValueError(f"--{kind}_lr: this model has no such parameters; leave it out")
-        # First the rule for the batch size, then the rule for the width.
         lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
         if cfg.mup_base_width is not None:
             rule = mup.lr_multipliers(optimizer_class, cfg.n_embd, cfg.mup_base_width, **options)
@@ -185,7 +184,8 @@ def data_parallel(
 
     # zero1, zero2 or zero3: the stage is the last digit.
     zero_stage = int(cfg.data_parallel[-1])
-    # The first and the last stage of a pipeline both hold a tied embedding.
+    # The first and the last stage of a pipeline both hold a tied embedding: the same rank of each
+    # must own it.
     pinned = ("embed.weight",) if cfg.pp > 1 else ()
     return ZeRO(
         group,

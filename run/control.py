@@ -19,7 +19,7 @@ def leave(mesh, lock: "RunLock | None", rank_log, made_group: bool, offloads: bo
     made_group: this run started the process group. offloads: state lies in files, which a later run
     cannot use; they are removed.
     """
-    # No rank removes a file that another one still reads.
+    # A barrier: no rank removes a file that another one still reads.
     mesh.agree(0)
     if lock is not None and offloads:
         shutil.rmtree(lock.out_dir / "offload", ignore_errors=True)

@@ -31,7 +31,7 @@ def batches_of(
     count = max(1, min(tokens // dataset.block_size, dataset.per_epoch))
     ids = list(range(mesh.coords["dp"], count, dp))
     if not first:
-        # Evenly spaced over the dataset.
+        # Held-out samples are in the order of the text: the first ones would be of one place.
         ids = [i * dataset.per_epoch // count for i in ids]
     most = -(-count // dp)  # samples of the replica that has most
     return [ids[i : i + micro_batch_size] for i in range(0, most, micro_batch_size)]
@@ -87,7 +87,7 @@ def evaluate(
     if is_stopped:
         return None
 
-    # The sums of all replicas, on every rank.
+    # Over all ranks: those that must not count, such as early stages of a pipeline, add 0.
     loss, n_correct, n_tokens, n_bytes, silent_loss = mesh.sum(*sums.tolist())
     val_loss = loss / n_tokens
     bits = (loss - silent_loss) / math.log(2)
@@ -95,6 +95,7 @@ def evaluate(
         "val_loss": val_loss,
         "val_bpb": bits / n_bytes if n_bytes else None,
         "val_accuracy": n_correct / n_tokens,
+        # Python raises OverflowError for exp(710).
         "perplexity": math.exp(min(val_loss, 700)),
     }
 

@@ -51,6 +51,7 @@ class MicroBatches:
         before. All stages but the last return hidden states in place of the loss.
         """
         tokens = dataset(sample_ids)  # (B, T+1) int64
+        # Only from pinned memory does a copy with non_blocking=True not wait.
         if self.device.type == "cuda":
             tokens = tokens.pin_memory()
         tokens = tokens.to(self.device, non_blocking=True)
@@ -66,7 +67,8 @@ class MicroBatches:
 
     def hidden_like(self, n: int, length: int) -> tuple:
         """Shape, dtype and device of the hidden states of n sequences between two stages."""
-        # In training sequence parallelism shares out the tokens between the stages.
+        # In training, sequence parallelism leaves each tp rank a share of the tokens to send on; an
+        # evaluation sends all of them.
         width, dtype, divisor = self.hidden
         if self.model.training:
             length //= divisor
@@ -91,6 +93,7 @@ class MicroBatches:
             self.replicas.last_micro_batch(i + 1 == len(batches))
             loss = forward(i)
             (loss * scale).backward()
+            # Not item(): Python would wait for the GPU after each micro-batch.
             total = total + loss.detach()
         return total
 

@@ -28,7 +28,7 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     where = f"--optim={name}: optim/{file}.py"
     module = import_file(file, where)
 
-    # The optimizers that the file defines or imports; its own ones come first.
+    # An imported class counts, too: a file may do no more than import another package's optimizer.
     found = {}
     for class_name, member in module.items():
         is_optimizer = isinstance(member, type) and issubclass(member, torch.optim.Optimizer)
@@ -89,6 +89,7 @@ def trial(cfg: Config, optimizer_class: type) -> tuple[dict, dict]:
     first_error = None
     for needed in ({}, lr, decay, lr | decay):
         try:
+            # A matrix, for Muon refuses vectors.
             made = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **needed, **options)
             return made.param_groups[0], needed
         except Exception as error:  # whatever a constructor can raise

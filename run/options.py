@@ -66,6 +66,7 @@ def check_monitor(cfg: Config, options: dict) -> None:
         "ring_every": "rollback",
         "rollbacks": "rollback",
     }
+    # A setting that is not in `needs` is read under every policy: get() gives None.
     for name in options:
         if needs.get(name) not in {None, *policies}:
             raise ValueError(f"--monitor.{name} has nothing to do without --on_spike={needs[name]}")

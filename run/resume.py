@@ -79,7 +79,7 @@ def start_of_branch(out_dir: Path, resume: str, own: Checkpoint | None) -> Check
             f"{resume} is of the run in {out_dir} itself: --resume=auto resumes its "
             "newest checkpoint, a branch needs an --out_dir of its own"
         )
-    # A path with nothing to resume is the first mistake to tell.
+    # Of several mistakes, a path with nothing to resume is told first.
     found = resolve(resume)
     if own is not None:
         was = branched_from(own)
@@ -93,7 +93,7 @@ def start_of_branch(out_dir: Path, resume: str, own: Checkpoint | None) -> Check
 
 
 def branched_from(saved: Checkpoint) -> list[str]:
-    """The path that this checkpoint's run branched off from: as it was typed, and from any folder.
+    """The path that this checkpoint's run branched off from: as typed, and from the folder of then.
 
     Empty where the run is no branch.
     """
@@ -131,6 +131,7 @@ def owes_evaluation(
     if resumed_from is None or not same_run or not cfg.eval_every:
         return False
     step = resumed_from.step
+    # The same rule as in the loop of train.py.
     was_due = step == cfg.steps or step % cfg.eval_every == 0
     metrics_file = Path(cfg.out_dir) / "metrics.jsonl"
     is_missing = False
@@ -181,7 +182,7 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     home = str(saved.get("cwd") or "")
     cfg, old = with_found_data(cfg, old, home)
 
-    # A value that no run can have is the first mistake to tell.
+    # Of several mistakes, a value that no run can have is told first.
     for name in cfg.given & FIELDS.keys():
         if getattr(cfg, name) != getattr(old, name):
             check_possible(cfg, name)
@@ -195,6 +196,7 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
         options = kept | options
     check_same_options(cfg, old.options, options, branch)
     new = update(cfg, **values, options=options)
+    # config.toml lists these fields under [chosen] then, no longer as given.
     chosen_anew = {name for name, value in values.items() if value is None}
     new.given_earlier = old.given - chosen_anew
     return checks.check(new)
@@ -228,7 +230,7 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
         is_given = name in cfg.given
         may_change = change == "may_change" or (branch and change == "on_branch")
         is_open = new == "auto" or (new is None and name in CHOSEN)
-        # `auto` and `none` that were typed count where the field may change: chosen anew.
+        # Where the field may change, a typed `auto` or `none` counts: its value is chosen anew.
         if (branch and not is_given) or (is_open and not (may_change and is_given)):
             values[name] = was
         elif new != was and not may_change and not may_be_the_same(name, was, new, home):
@@ -296,7 +298,7 @@ def is_there(data: str) -> bool:
 
 
 def seen_from(folder: str, data: str) -> str:
-    """What --data= must be for a path of another folder to mean the same from here."""
+    """What to type for --data= here to mean the files that `data` meant in `folder`."""
     # A file's name may hold a comma itself.
     is_one_path = os.path.exists(os.path.join(folder, data))
     parts = [data] if is_one_path else data.split(",")
