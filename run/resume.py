@@ -229,9 +229,10 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
             continue
         is_given = name in cfg.given
         may_change = change == "may_change" or (branch and change == "on_branch")
+        if is_given and may_change:
+            continue  # `auto` and `none` that were typed are chosen anew
         is_open = new == "auto" or (new is None and name in CHOSEN)
-        # Where the field may change, a typed `auto` or `none` counts: its value is chosen anew.
-        if (branch and not is_given) or (is_open and not (may_change and is_given)):
+        if is_open or (branch and not is_given):
             values[name] = was
         elif new != was and not may_change and not may_be_the_same(name, was, new, home):
             raise ValueError(mismatch(cfg, name, was, new, branch))
