@@ -96,7 +96,7 @@ class Attention(nn.Module):
         self.v = Linear(c.n_embd, kv_width, bias=c.bias)
         self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.attention_fn = attention.choose(c.attention, c.window)
-        # The attention function divides q·k by sqrt(D): another scale is a factor of q.
+        # Every attention function divides q·k by sqrt(D), so another scale becomes a factor of q.
         self.q_factor = 1.0
         if c.mup_base_width:
             self.q_factor = 8 / self.head_size**0.5  # μP: 8 q·k/D
@@ -163,7 +163,8 @@ class GPT(nn.Module):
         is_first = 0 in layers
         is_last = c.n_layer - 1 in layers
 
-        # Where tokens come in. A tied head needs the embedding's weight in its own stage too.
+        # A stage has None for what it lacks. A tied head needs the embedding's weight in its own
+        # stage too.
         self.embed = None
         self.positions = None
         self.grams = None
@@ -180,13 +181,13 @@ class GPT(nn.Module):
 
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
 
-        # Where logits come out.
         self.final_norm = make_norm(c) if is_last else None
         self.head = Linear(c.n_embd, c.vocab_size, bias=c.head_bias) if is_last else None
         if is_last and c.tied:
+            # One Parameter, so that the gradients of both uses add up.
             self.head.weight = self.embed.weight
 
-        # What others replace: activation checkpointing, tensor parallelism, counted n-grams.
+        # Replaced by activation checkpointing, tensor parallelism and layers/ngram.py.
         self.run_blocks = run_blocks
         self.loss_fn = loss_fn
         self.logit_bias = None  # targets (B, T) -> (B, T, V), added to the logits (layers/ngram.py)
@@ -214,16 +215,18 @@ class GPT(nn.Module):
                     f"{x.shape[1]} tokens are more than block_size={self.config.block_size}"
                 )
             position_ids = torch.arange(x.shape[1], device=x.device)
+        # Made once for all layers: the angles depend on the positions alone.
         context = ForwardContext(position_ids, sample_ids, self.rotary_angles(position_ids))
         if x.ndim == 2:
             x = self.embed_tokens(x, context)  # (B, T, C)
         names = list(self.blocks) if layers is None else [str(layer) for layer in layers]
         x = self.run_blocks([self.blocks[name] for name in names], x, context)
+        # Without the last layer there is no head here: the next stage gets hidden states.
         if names[-1] != str(self.config.n_layer - 1):
             return x
         logits = self.logits(self.final_norm(x))  # (B, T, V)
         if self.logit_bias is not None:
-            # Attention in parts: targets may reach further back than the logits.
+            # In generation the bias is of all tokens so far, the logits of the new ones alone.
             bias = self.logit_bias(targets)[:, -logits.shape[1] :]
             logits = logits + bias.to(logits)
         out, self.n_correct = self.loss_fn(logits, targets, not self.training)
@@ -234,6 +237,7 @@ class GPT(nn.Module):
         kind = self.config.position
         if kind == "learned":
             return None
+        # bf16 holds integers up to 256 exactly, and positions go beyond.
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         size = self.config.n_embd // self.config.n_head
         return rotary_angles(position_ids, size, dtype, half=kind == "rotary_half")
@@ -290,9 +294,10 @@ def loss_fn(
     n_correct = (logits.argmax(-1) == targets).sum() if count else None
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     if z_loss is not None:
-        # cross_entropy leaves out the target -100.
+        # cross_entropy ignores the target -100, so the penalty has to as well.
         log_z = logits.logsumexp(-1).masked_fill(targets == -100, 0)
         penalty = z_loss * log_z.square().sum()
+        # The value cancels out, the gradient does not.
         loss = loss + (penalty - penalty.detach())
     return loss, n_correct
 
@@ -300,6 +305,7 @@ def loss_fn(
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "layernorm":
         return nn.LayerNorm(c.n_embd, bias=c.bias)
+    # 1e-6, as the default None means the dtype's epsilon. The last argument adds a gain.
     return nn.RMSNorm(c.n_embd, 1e-6, c.norm == "rmsnorm_gain")
 
 
@@ -360,6 +366,7 @@ class Dropout(nn.Module):
         h = mix(h + context.position_ids)  # (B, T)
         channels = torch.arange(x.shape[-1], device=x.device)
         h = mix(h.unsqueeze(-1) + channels * 0x9E3779B1)  # (B, T, C), each below 2^32
+        # h is uniform in [0, 2^32), so a share p of it is below the limit.
         kept = h >= int(self.p * 2**32)
         return x * kept.to(x.dtype) / (1 - self.p)
 
@@ -404,5 +411,6 @@ def initial_weight(c: GPTConfig, name: str, shape: tuple[int, ...]) -> Tensor:
     else:
         gain = 0.5 if c.init == "fan_in" else 3**-0.5
         std = gain / math.sqrt(shape[1] if is_hidden else base_width)
+    # torch's CPU generator in float32: the same numbers for every device, dtype and layout.
     generator = torch.Generator().manual_seed(key(c.seed, name))
     return torch.randn(shape, generator=generator) * std

@@ -50,13 +50,13 @@ def robust(losses: list[float], z: float = 5.75, window: int = 100) -> tuple[flo
 
 def band(x: list[float], z: float) -> tuple[float, float]:
     """A line through x by medians, which a few outliers do not move, and z robust sd above it."""
-    # The slope between the medians of both halves; the start and the spread by medians, too.
+    # The slope is between the medians of both halves. 1.4826 MAD is the sd of normal numbers.
     half = len(x) // 2
     slope = (median(x[-half:]) - median(x[:half])) / (len(x) - half)
     start = median(v - slope * i for i, v in enumerate(x))
     sd = 1.4826 * median(abs(v - start - slope * i) for i, v in enumerate(x))
     expected = max(start + slope * len(x), median(x[-8:]))
-    # A constant loss has no spread: rounding would be a spike.
+    # A constant loss has no spread, and a change in its last digit would be a spike.
     sd = max(sd, 1e-3 * abs(expected))
     return expected, expected + z * sd
 
@@ -86,7 +86,7 @@ def grad_norm(norms: list[float], limit: float = 10.0) -> tuple[float, float]:
 
 
 DETECTORS = {f.__name__: f for f in (robust, ema, window, previous, grad_norm)}
-# The numbers of MonitorConfig that belong to a detector; None is the detector's own default.
+# Fields of MonitorConfig that are arguments of detectors; None leaves a detector its default.
 OF_DETECTORS = ("factor", "decay", "window", "z", "limit")
 
 
@@ -118,6 +118,7 @@ class MonitorConfig:
 
     def __post_init__(self):
         for f in fields(self):
+            # A default may be None, which no range allows.
             is_number = "below" in f.metadata
             if is_number and getattr(self, f.name) != f.default:
                 self.check_range(f.name, f.metadata["least"], f.metadata["below"])
@@ -241,9 +242,9 @@ class SpikeMonitor:
         ranks; samples: the sample ids of the batch, of all ranks.
         """
         self.events = []
-        # One NaN in the past of a detector would silence it for ever: these go another way.
+        # A NaN among accepted losses would silence detectors for as long as they remember it.
         if not math.isfinite(loss + norm):
-            # Gradients that overflow in fp16: the loss scaler will not let this step happen.
+            # Gradients overflow in fp16 now and then: the loss scaler skips such a step itself.
             if self.loss_scaling and math.isfinite(loss):
                 return "step"
             return self.act(self.on_nonfinite, step, loss, norm, samples, "nonfinite")
@@ -261,9 +262,9 @@ class SpikeMonitor:
             text = f"{detector}: loss {loss:.4g}, norm {norm:.4g} are usual from now on"
             self.emit(step, "level", text)
 
-        # The step is accepted.
         self.check_vanishing(step, norm)
         seen.rejected = []
+        # New lists, not append: snapshots share the old ones.
         seen.losses = [*seen.losses, loss][-self.n_remembered :]
         seen.norms = [*seen.norms, norm][-self.n_remembered :]
         return "step"
@@ -272,7 +273,6 @@ class SpikeMonitor:
         """The first detector that finds a spike, and what it expected; else (None, None)."""
         if self.on_spike is None or len(self.seen.losses) < self.config.warmup:
             return None, None
-        # One detector that finds something is enough.
         for name, numbers in self.detectors.items():
             value = loss
             past = self.seen.losses
@@ -322,12 +322,12 @@ class SpikeMonitor:
         before = [at for at in self.done.found[-2:] if at <= step]
         self.done.found = [*before, step]
 
-        # Say what it was, why, and what helps.
         cause, remedy = self.cause(step, norm, is_finite, by_norm)
         value = norm if by_norm else loss
         text = f"gradient norm {value:.4g}" if by_norm else f"loss {value:.4g}"
         if is_finite:
             text += f", expected {expected:.4g} ({detector})"
+        # escalate() before emit(): the event has to name the policy that is followed in the end.
         policy, text = self.escalate(policy, step, f"{text}; likely {cause}")
         self.emit(
             step,
@@ -342,12 +342,12 @@ class SpikeMonitor:
             action=policy,
         )
 
-        # Now the policy itself.
         if policy == "rollback":
             return self.roll_back(step, samples)
         if policy == "abort":
             self.sentence = f"step {step + 1}: {text}. What helps: {remedy}"
             return "abort"
+        # clip and lr_cut only note the step here: max_norm() and lr_factor() act on it.
         if policy == "clip":
             self.seen.clip_until = step + self.config.recover
             return "step"
@@ -397,7 +397,7 @@ class SpikeMonitor:
         earlier = median(norms[-60:-10] or [0.0])
         lately = median(norms[-5:])
         slower = "a longer warm-up (--warmup_steps) or a lower --lr"
-        # The surest sign first: norms that have grown for some steps before the spike.
+        # The surest sign comes first: norms had grown for some steps before the spike.
         if lately > 2 * earlier > 0:
             return f"lr too high: norms grew from {earlier:.2g} to {lately:.2g}", slower
         if is_finite and len(found) == 3 and step - found[0] <= 100:
@@ -427,7 +427,7 @@ class SpikeMonitor:
 
     def lr_factor(self, step: int) -> float:
         """The factor of every lr in this step."""
-        # It grows back to 1 in a straight line.
+        # From the factor of the newest cut in a straight line to 1. Before any cut it is 1.
         grown = min((step - self.seen.cut_at) / self.config.recover, 1.0)
         return self.seen.lr + (1 - self.seen.lr) * grown
 

@@ -73,7 +73,7 @@ def inverse_sqrt(t: int, T: int, minimum: float = 0.0, timescale: float = 1.0) -
 
 
 def sgdr(t: int, T: int, minimum: float = 0.0, T_0: int = 0, T_mult: int = 2) -> float:
-    """T_0: steps of the first cycle, 0 where three cycles shall fill T. T_mult: growth of a cycle.
+    """T_0: steps of the first cycle, 0: three cycles fill T. T_mult: growth of a cycle.
 
     Raises ValueError for numbers that are not whole, or too small.
     """
@@ -81,7 +81,7 @@ def sgdr(t: int, T: int, minimum: float = 0.0, T_0: int = 0, T_mult: int = 2) ->
         raise ValueError(
             f"--schedule.T_0={T_0} must be a whole number from 0, T_mult={T_mult} one from 1"
         )
-    # Skip the cycles before this one; t then counts within it.
+    # Three cycles are 1 + T_mult + T_mult² times as long as the first: so they fill T.
     length = T_0 or max(1, T // (1 + T_mult + T_mult**2))
     while t >= length:
         t -= length
@@ -118,9 +118,9 @@ def onecycle(
 
 
 SHAPES = {f.__name__: f for f in (wsd, cosine, linear, constant, inverse_sqrt, sgdr, onecycle)}
-# The same at a step, however many steps there are in all.
+# Their value at a step does not depend on T: a run may be made longer without a jump in lr.
 ENDLESS = (constant, inverse_sqrt)
-# Arguments that multiplier() itself gives.
+# multiplier() sets these arguments, so they are no options of --schedule.NAME=.
 OURS = ("t", "T", "minimum", "decay")
 
 
@@ -153,7 +153,7 @@ def multiplier(
         return (step + 1) / warmup
     if step < warmup:
         return warmup_start + (1 - warmup_start) * step / warmup
-    # After warm-up the shape counts its own steps.
+    # At least 1: shapes divide by T, and a run may be all warm-up.
     T = max(1, steps - warmup)
     if takes(name, "minimum"):
         options["minimum"] = minimum
@@ -161,6 +161,7 @@ def multiplier(
         options["decay"] = min(T, round(decay_frac * steps))
     if name == "inverse_sqrt":
         options.setdefault("timescale", max(1, warmup))
+    # Past the end the last value stays.
     return SHAPES[name](min(step - warmup, T), T, **options)
 
 
@@ -172,9 +173,11 @@ def follow(
     momentum_warmup: steps over which the group's momentum warms up, None: it stays.
     """
     for group in groups:
+        # The first call keeps the group's own lr, under the key of torch's schedulers.
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         if momentum_warmup is not None:
             end = group.setdefault("initial_momentum", group["momentum"])
+            # 0.85 is where the nanoGPT speedruns start.
             group["momentum"] = momentum_at(step, momentum_warmup, 0.85, end)
 
 

@@ -52,11 +52,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     if window is None or window >= T:
         return sdpa(q, k, v, is_causal=True)
 
-    # The first chunk has none before it. (Views would keep all of q, k and v until backward.)
+    # The first chunk has none before it. Copies, as views would keep all of q, k, v for backward.
     first = [x[:, :, :window].contiguous() for x in (q, k, v)]
     y_first = sdpa(*first, is_causal=True)
 
-    # The n later chunks, the last one padded, and for each the keys and values of two chunks.
+    # The n later chunks, each with its own keys and values and those of the chunk before it.
+    # Padding fills the last one; it lies behind all real queries, which do not see it.
     padding = (0, 0, 0, -T % window)
     q_chunks = F.pad(q[:, :, window:], padding).unflatten(2, (-1, window))  # (B, H, n, window, D)
     k_pairs = F.pad(k, padding).unfold(2, 2 * window, window).mT  # (B, Hkv, n, 2 window, D)
@@ -67,7 +68,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     place = torch.arange(2 * window, device=q.device)
     mask = (place > i) & (place <= i + window)  # (window, 2 window)
 
-    # All chunks of all sequences at once, as a batch of B n.
+    # One call for all chunks of all sequences, as a batch of B n.
     batch = [x.transpose(1, 2).flatten(0, 1) for x in (q_chunks, k_pairs, v_pairs)]
     y = sdpa(*batch, attn_mask=mask)  # (B n, H, window, D)
     y = y.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)  # (B, H, n window, D)
@@ -86,7 +87,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
     mask = torch.zeros(T, T, dtype=q.dtype, device=q.device).masked_fill_(unseen, -math.inf)
     mask = mask.repeat(G, 1)  # (G T, T)
 
-    # The heads that share a k and v form one matrix of queries.
+    # Heads that share a k and v form one matrix of queries, so k and v are not repeated.
     q = q.reshape(-1, G * T, D)  # (B Hkv, G T, D)
     k = k.reshape(-1, T, D)
     v = v.reshape(-1, T, D)

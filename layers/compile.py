@@ -27,7 +27,7 @@ def lacking(device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is missing; pip install triton"
         return None
-    # Any one that torch can use will do.
+    # torch runs CXX if set, else g++ (clang++ on macOS, cl on Windows): any of them counts here.
     compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
     if not any(shutil.which(name) for name in compilers):
         return "a C++ compiler is missing, such as g++"

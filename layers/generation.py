@@ -65,6 +65,7 @@ def generate(
 
             n_known = n_cached + new_ids.shape[1]
             position_ids = torch.arange(n_cached, n_known, device=new_ids.device)
+            # On the CPU, where the generator is, so a seed draws the same numbers on every device.
             logits = forward(new_ids, position_ids=position_ids)[:, -1].cpu()  # (B, V)
             n_cached = n_known
             new_ids = draw(logits, temperature, top_k, generator).to(ids.device)
@@ -83,6 +84,7 @@ def draw(
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    # Also with temperature 0, because NaN and infinite logits show in the probabilities.
     probabilities = torch.softmax(logits / (temperature or 1), -1)
     if probabilities.isnan().any():
         raise ValueError(
@@ -90,7 +92,7 @@ def draw(
             "finite any more; take an earlier checkpoint"
         )
     if temperature == 0:
-        # Of probabilities that rounding has made equal, the first one.
+        # The first one where several are equal, as rounding in softmax may make them.
         return probabilities.argmax(-1, keepdim=True)
     return torch.multinomial(probabilities, 1, generator=generator)
 
@@ -116,5 +118,5 @@ class KVCache:
         self.v = v[:, :, start:]
         if is_prompt:
             return causal_attention(q, k, v, self.window)
-        # One new token sees everything that is kept.
+        # One new token sees everything that is kept: no mask is needed.
         return newest_attention(q, self.k, self.v)

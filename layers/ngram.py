@@ -109,7 +109,8 @@ class NGrams:
 
     def count(self, tokens: np.ndarray, order: int) -> list[Order]:
         """The n-grams of order 0, 1, ... `order`."""
-        # Every order + 1 tokens in a row as one integer, the oldest token highest.
+        # order + 1 tokens in a row as one integer. The oldest has the highest bits, so that sorting
+        # brings equal contexts together.
         keys = np.zeros(len(tokens) - order, np.uint64)
         for j in range(order + 1):
             keys <<= np.uint64(self.bits)
@@ -140,7 +141,7 @@ class NGrams:
             n_context = np.bincount(i, n)
             discounted = np.bincount(i, np.minimum(n, o.d))  # d u(c)
 
-            # p_(k-1) of the contexts without their oldest token, which are all there.
+            # p_(k-1) of the contexts without their oldest token. find() never misses one of these.
             if k == 0:
                 below = uniform
             else:
@@ -164,7 +165,7 @@ class NGrams:
         # From the highest order down: what an order knows, times what the orders above left to it.
         left = np.ones(B * T, np.float32)
         shares = []
-        # How much is taken off a target's count: 1 where the context has order K.
+        # What is taken off a target's count: 1 where the context has all K tokens, else 0.
         off = None
         if targets is not None:
             order = len(self.orders) - 1
@@ -181,13 +182,13 @@ class NGrams:
                 off[at] *= n[is_target] == 0
             n_context = np.bincount(i, n, len(here))
             discounted = np.bincount(i, np.minimum(n, o.d), len(here))  # d u(c)
-            # A context without any count left knows nothing.
+            # A context with no count left knows nothing: inf makes its share 0.
             n_context = np.where(n_context > 0, n_context, np.inf)
             share = left[here[i]] * np.maximum(n - o.d, 0) / n_context[i]
             shares.append((here[i], follows, share))
             left[here] *= np.where(n_context < np.inf, discounted / n_context, 1)
 
-        # The table has the low orders in one lookup.
+        # The table holds the low orders already mixed: one lookup, weighted by what is left.
         p = self.table[torch.from_numpy(row)].mul_(torch.from_numpy(left)[:, None])  # (B T, V)
         for i, follows, share in shares:
             p.numpy()[i, follows] += share.astype(np.float32)
@@ -236,7 +237,7 @@ class NGrams:
             first = 0
             if position_ids is not None and not model.training:
                 first = int(position_ids.reshape(-1)[0])
-            # In generation x is only what is new.
+            # In generation x has only the new tokens: keep those before them.
             past = torch.cat([past[:, :first], x], 1) if first > 0 else x
 
         def logit_bias(targets: Tensor | None) -> Tensor:

@@ -50,10 +50,11 @@ class NGramEmbedding(nn.Embedding):
         rows = []
         h = ids
         for k in range(1, self.longest):
-            # Take in the token k places back. Before the start it is -1; + 2 keeps it off zero.
+            # The token k places back. Before the start it is -1, and + 2 makes it 1: a token that
+            # no text has.
             earlier = F.pad(ids, (k, 0), value=-1)[:, : ids.shape[1]]
             h = h + 0x9E3779B1 * (earlier + 2)
-            # Mix the bits: a 32-bit hash, in int64.
+            # Mix the bits: a 32-bit hash in int64, where its products do not overflow.
             h = ((h & 0xFFFFFFFF) ^ ((h & 0xFFFFFFFF) >> 16)) * 0x45D9F3B & 0xFFFFFFFF
             rows.append((h ^ (h >> 16))[:, -T:] % self.num_embeddings)
         return torch.stack(rows)

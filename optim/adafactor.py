@@ -30,7 +30,7 @@ import math
 
 import torch
 
-# What adafactor_update takes from a group, in its order.
+# Passed by position: the order is that of adafactor_update's arguments.
 HYPERPARAMETERS = "lr beta2_decay eps d weight_decay beta1 relative_step scale_parameter".split()
 
 
@@ -79,10 +79,11 @@ def adafactor_update(
 class Adafactor(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients.
 
-    `eps[0]=None` takes the epsilon of the arithmetic's dtype, as torch does for float32.
+    `eps[0]=None`: the machine epsilon of the dtype that a step computes in (float32 for half
+    precision).
     """
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs whole rows, whole columns and the RMS of the parameter
     zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -149,7 +150,7 @@ class Adafactor(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError(
@@ -159,7 +160,7 @@ class Adafactor(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # Half precision computes in float32; else `work` is p itself.
+                # A float32 copy for half precision. For other dtypes .to() returns p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -171,10 +172,11 @@ class Adafactor(torch.optim.Optimizer):
                         state["variance"] = torch.zeros_like(work)
                 if group["beta1"] is not None and "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(work)
+                # A state of torch.optim.Adafactor has `step` as a tensor.
                 t = state["step"] = int(state["step"]) + 1
                 options = [group[name] for name in HYPERPARAMETERS]
                 adafactor_update(work, p.grad.to(work.dtype), state, t, *options)
-                # The one rounding.
+                # Half precision is rounded once a step, here.
                 if work is not p:
                     p.copy_(work)
         return loss
@@ -194,7 +196,7 @@ class Adafactor(torch.optim.Optimizer):
                         f"Adafactor: the saved run had maximize={theirs['maximize']}, which this "
                         "one lacks; load it into the class that saved it"
                     )
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
@@ -205,16 +207,16 @@ class Adafactor(torch.optim.Optimizer):
                         raise ValueError(
                             f"Adafactor: a saved state of {', '.join(state)} is another method's"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

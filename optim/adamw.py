@@ -43,7 +43,7 @@ def adamw_update(
     p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    # √v̂ + ε, times root2: both bias corrections move into the factor of the last line.
+    # √v̂ + ε, times root2: both bias corrections become one scalar factor in the last line.
     denominator = exp_avg_sq.sqrt().add_(eps * root2)
     p.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr * root2 / bias1))
 
@@ -52,7 +52,7 @@ def fused_adamw_update(
     ps, gs, exp_avgs, exp_avg_sqs, t, lr, beta1, beta2, eps, weight_decay
 ) -> None:
     """The same for lists of tensors, all of one dtype and device and in their step t."""
-    # The kernel wants a step for each tensor, and may read the same one.
+    # The kernel wants a step for each tensor. It only reads them, so one tensor serves all.
     steps = [torch.tensor(float(t), device=ps[0].device)] * len(ps)
     torch._fused_adamw_(
         ps,
@@ -74,7 +74,7 @@ def fused_adamw_update(
 class AdamW(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = False  # moves what lies before zeros by full steps along noise
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -119,7 +119,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("AdamW: gradients must be dense and real, not sparse or complex")
@@ -130,13 +130,14 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # Half precision computes in float32; else `work` is p itself.
+                # A float32 copy for half precision. For other dtypes .to() returns p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
                     state.update(
                         step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work)
                     )
+                # A state of torch.optim.AdamW has `step` as a tensor.
                 t = state["step"] = int(state["step"]) + 1
                 tensors = work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"]
                 # The kernel ignores strides, so a transposed tensor takes the plain way.
@@ -144,7 +145,7 @@ class AdamW(torch.optim.Optimizer):
                     fused.setdefault((t, work.dtype, p.device), []).append((p, *tensors))
                     continue
                 adamw_update(*tensors, 1 - beta1**t, math.sqrt(1 - beta2**t), *hyperparameters)
-                # The one rounding.
+                # Half precision is rounded once a step, here.
                 if work is not p:
                     p.copy_(work)
             for (t, *_), rows in fused.items():
@@ -171,7 +172,7 @@ class AdamW(torch.optim.Optimizer):
                             f"AdamW: the saved run had {name}={theirs[name]}, which this one "
                             "lacks; load it into the class that saved it"
                         )
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
@@ -181,16 +182,16 @@ class AdamW(torch.optim.Optimizer):
                         raise ValueError(
                             f"AdamW: a saved state of {', '.join(state)} is another method's"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

@@ -30,7 +30,7 @@ def attribute(cls: type[Optimizer], name: str):
     """What `cls` says of itself under this name, or what is assumed of it."""
     if hasattr(cls, name):
         return getattr(cls, name)
-    # Of the same method ours knows more than an assumption.
+    # torch.optim.AdamW says nothing of itself: our class of the same name answers for it.
     if name in OF_THE_METHOD:
         for ours in own_classes().values():
             if ours.__name__ == cls.__name__ and hasattr(ours, name):
@@ -48,12 +48,12 @@ def own_classes() -> dict[str, type[Optimizer]]:
         try:
             module = importlib.import_module(f"optim.{file}")
         except Exception:
-            # A user's file can raise anything; --optim= with its name tells what.
+            # A file that somebody adds can raise anything; --optim=FILE shows the error.
             continue
         for name, cls in vars(module).items():
             if not isinstance(cls, type) or not issubclass(cls, Optimizer):
                 continue
-            # Not a class that the file has only imported.
+            # Not a class that the file only imports, such as one of torch's.
             if cls.__module__ == module.__name__:
                 key = f"{file}.{name}" if file in found else file
                 found[key] = cls

@@ -49,7 +49,7 @@ def lamb_update(
 class LAMB(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs the norm of the whole parameter
     zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -100,7 +100,7 @@ class LAMB(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("LAMB: gradients must be dense and real, not sparse or complex")
@@ -109,7 +109,7 @@ class LAMB(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # Half precision computes in float32; else `work` is p itself.
+                # A float32 copy for half precision. For other dtypes .to() returns p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -134,7 +134,7 @@ class LAMB(torch.optim.Optimizer):
                     group["eps"],
                     group["weight_decay"],
                 )
-                # The one rounding.
+                # Half precision is rounded once a step, here.
                 if work is not p:
                     p.copy_(work)
         return loss
@@ -149,7 +149,7 @@ class LAMB(torch.optim.Optimizer):
             groups = [dict(group) for group in saved["param_groups"]]
             states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
@@ -159,16 +159,16 @@ class LAMB(torch.optim.Optimizer):
                         raise ValueError(
                             f"LAMB: a saved state of {', '.join(state)} is another method's"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

@@ -38,11 +38,11 @@ def lars_update(
         p_norm = torch.linalg.vector_norm(p)
         g_norm = torch.linalg.vector_norm(g)
         k = trust_coefficient * p_norm / (g_norm + weight_decay * p_norm + eps)
-        # Weights that are 0 would never move by a fraction of themselves.
+        # A fraction of the norm of zero weights is 0: without k = 1 they would never move.
         k = torch.where((p_norm > 0) & (g_norm > 0), k, 1)
         d = g.add(p, alpha=weight_decay).mul_(k) if weight_decay else g * k
     if momentum_buffer is not None:
-        # μ·b + d in one pass over memory.
+        # μ·b + d in one pass over memory; mul_ and add_ would take two.
         torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)
         d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     p.add_(d, alpha=-lr)
@@ -51,7 +51,7 @@ def lars_update(
 class LARS(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs the norm of the whole parameter
     zero_init: bool = False  # a step follows the weights' norm: zeros hardly leave 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -111,7 +111,7 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("LARS: gradients must be dense and real, not sparse or complex")
@@ -119,7 +119,7 @@ class LARS(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # Half precision computes in float32; else `work` is p itself.
+                # A float32 copy for half precision. For other dtypes .to() returns p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 buffer = None
@@ -139,7 +139,7 @@ class LARS(torch.optim.Optimizer):
                     group["nesterov"],
                     trust=p.ndim >= 2 or not group["exclude_1d"],
                 )
-                # The one rounding.
+                # Half precision is rounded once a step, here.
                 if work is not p:
                     p.copy_(work)
         return loss
@@ -154,7 +154,7 @@ class LARS(torch.optim.Optimizer):
             groups = [dict(group) for group in saved["param_groups"]]
             states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
@@ -164,16 +164,16 @@ class LARS(torch.optim.Optimizer):
                         raise ValueError(
                             f"LARS: a saved state of {', '.join(state)} is another method's"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

@@ -29,7 +29,7 @@ import torch
 
 def lion_update(p, g, exp_avg, lr, beta1, beta2, weight_decay) -> None:
     """One step, in place on `p` and `exp_avg`, of one shape with `g`."""
-    # From m as it was: this gradient enters the sign by its own share 1 − β₁.
+    # Before m moves: in the sign this gradient weighs 1 − β₁, in m it weighs 1 − β₂.
     direction = exp_avg.lerp(g, 1 - beta1).sign_()
     p.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr)
     exp_avg.lerp_(g, 1 - beta2)
@@ -38,7 +38,7 @@ def lion_update(p, g, exp_avg, lr, beta1, beta2, weight_decay) -> None:
 class Lion(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = False  # moves what lies before zeros by full steps along noise
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -77,7 +77,7 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("Lion: gradients must be dense and real, not sparse or complex")
@@ -85,7 +85,7 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # Half precision computes in float32; else `work` is p itself.
+                # A float32 copy for half precision. For other dtypes .to() returns p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:
@@ -98,7 +98,7 @@ class Lion(torch.optim.Optimizer):
                     *group["betas"],
                     group["weight_decay"],
                 )
-                # The one rounding.
+                # Half precision is rounded once a step, here.
                 if work is not p:
                     p.copy_(work)
         return loss
@@ -113,7 +113,7 @@ class Lion(torch.optim.Optimizer):
             groups = [dict(group) for group in saved["param_groups"]]
             states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
@@ -123,16 +123,16 @@ class Lion(torch.optim.Optimizer):
                         raise ValueError(
                             f"Lion: a saved state of {', '.join(state)} is another method's"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -145,7 +145,7 @@ if __name__ == "__main__":
     x = torch.zeros(1, requires_grad=True)
     optimizer = Lion([x], lr=0.1)
     path = []
-    # By hand: sign(.1), sign(.009-1), sign(-.0811), sign(-.0802899+.5)
+    # By hand: sign(.1), sign(.009-1), sign(-.0811), sign(-.0802791+.5)
     for gradient in 1.0, -10.0, 0.0, 5.0:
         x.grad = torch.tensor([gradient])
         optimizer.step()

@@ -53,30 +53,30 @@ POLAR = [
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 ]
-# Triples for steps 1, 2, …; the last one repeats.
+# Triples (a, b, c) for steps 1, 2, …; the last one repeats.
 COEFFICIENTS = {
     "quintic": [(3.4445, -4.7750, 2.0315)],
     "cubic": [(1.5, -0.5, 0.0)],
     "exact": [(2.0, -1.5, 0.5)],
     "polar": [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR] + [(1.875, -1.25, 0.375)],
 }
-# k: with it lr means the same at any shape.
+# k, by which one lr suits matrices of any shape.
 SCALES = {
     "original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
 }
-# The defaults of groups with use_muon=False.
+# Groups with use_muon=False start from these: Muon's lr of 0.02 is far too large for AdamW.
 ADAMW = {"lr": 3e-4, "weight_decay": 0.0}
 
 
 def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat16) -> torch.Tensor:
     """n matrices (rows, cols) -> (n, rows, cols) of `dtype`, singular values near 1."""
     X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
-    # X·Xᵀ is smallest with the short side first.
+    # X·Xᵀ is smallest, (short, short), with the short side first.
     tall = X.shape[1] > X.shape[2]
     if tall:
         X = X.mT  # (n, short, long)
-    # A product with a long X is dear: let only every second step need one.
+    # In a long X the products with X cost most: then only every second step makes one.
     restart = 2 if X.shape[2] >= 2 * X.shape[1] else 1
     for i in range(ns_steps):
         a, b, c = COEFFICIENTS[ns][min(i, len(COEFFICIENTS[ns]) - 1)]
@@ -99,12 +99,12 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
 
 
 def muon_directions(gs, bufs, momentum, nesterov, ns, ns_steps, ns_dtype) -> torch.Tensor:
-    """X for lists of one shape, turned or not: (n, short, long). Moves the momenta `bufs`."""
+    """X (n, short, long) for matrices of one shape or its transpose. Updates the momenta `bufs`."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
     us = (g.lerp(b, momentum) if nesterov else b for g, b in zip(gs, bufs))
     us = (u.flatten(1) for u in us)  # (rows, cols)
-    # Tall matrices are turned, so that they share a stack with the wide ones.
+    # Tall matrices are transposed, so that they share a stack with the wide ones.
     us = (u.mT if u.shape[0] > u.shape[1] else u for u in us)
     return orthogonalize(us, ns, ns_steps, ns_dtype)
 
@@ -147,7 +147,7 @@ class Muon(torch.optim.Optimizer):
     name; None: bfloat16, float64 for float64 parameters.
     """
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs full matrices; its AdamW groups alone are elementwise
     matrices_only: bool = True  # everything else belongs in a group with use_muon=False
     zero_init: bool = True  # projections and head may start at 0
@@ -185,21 +185,22 @@ class Muon(torch.optim.Optimizer):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         defaults |= dict(ns=ns, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, ns_dtype=ns_dtype)
         defaults |= dict(use_muon=True, normuon_beta2=normuon_beta2, cautious=cautious)
-        # A group with `betas` has its own; these are for the AdamW groups that have none.
+        # For AdamW groups that give none. Not named `betas`: where the defaults have those,
+        # OneCycleLR moves β₁ and leaves the momentum alone.
         defaults |= dict(adamw_betas=betas, eps=eps, adamw_weight_decay=adamw_weight_decay)
         super().__init__(params, defaults | {"fused": fused})
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         if not group["use_muon"]:
-            # AdamW's own defaults are below what the group says, and above Muon's.
+            # What the group gives comes first, then AdamW's defaults, then Muon's.
             betas = self.defaults["adamw_betas"]
             group = {**self.defaults, **ADAMW, "betas": betas, **param_group}
             if group["adamw_weight_decay"] is not None:
                 group["weight_decay"] = group["adamw_weight_decay"]
         check(group)
         if group["ns_dtype"] is not None:
-            # A checkpoint keeps text, not a dtype.
+            # As text, because a checkpoint cannot hold a dtype.
             group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
             if not getattr(getattr(torch, group["ns_dtype"], None), "is_floating_point", False):
                 raise ValueError(
@@ -209,6 +210,7 @@ class Muon(torch.optim.Optimizer):
         params = self.param_groups[-1]["params"]
         refused = [p for p in params if p.ndim < 2 or hasattr(p, "placements")]
         if group["use_muon"] and refused:
+            # torch has appended the group already: take it back before the error.
             self.param_groups.pop()
             raise ValueError(
                 f"Muon: {type(refused[0]).__name__} {tuple(refused[0].shape)} is no whole matrix;"
@@ -222,20 +224,20 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("Muon: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             step_batch = self._muon if group["use_muon"] else self._adamw
             for ps in batches(group):
-                # Half precision computes in float32; else `works` are the parameters themselves.
+                # Float32 copies for half precision. For other dtypes .to() returns p itself.
                 works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
                 gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
-                # ns_dtype says in what to multiply, not autocast.
+                # Autocast would override ns_dtype in the products.
                 with torch.autocast(ps[0].device.type, enabled=False):
                     step_batch(group, ps, works, gs)
-                # The one rounding.
+                # Half precision is rounded once a step, here.
                 for p, work in zip(ps, works):
                     if work is not p:
                         p.copy_(work)
@@ -259,7 +261,8 @@ class Muon(torch.optim.Optimizer):
             muon_update(work, x, state.get("row_sq"), *(group[name] for name in names))
 
     def _adamw(self, group: dict, ps: list, works: list, gs: list) -> None:
-        # OneCycleLR moves `momentum`, which is β₁ here; `cycled`: the one that betas has already.
+        # OneCycleLR moves `momentum`, which means β₁ here. `cycled` is the value that went into
+        # betas last, so that betas set by hand stay until the scheduler moves again.
         if "max_momentum" in group and group.get("cycled") != group["momentum"]:
             group["betas"] = (group["momentum"], group["betas"][1])
             group["cycled"] = group["momentum"]
@@ -285,7 +288,7 @@ class Muon(torch.optim.Optimizer):
             groups = [from_torch(dict(group)) for group in saved["param_groups"]]
             states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 adamw = {"step", "exp_avg", "exp_avg_sq"}
                 known = {"momentum_buffer"} if theirs["use_muon"] else adamw
@@ -297,16 +300,16 @@ class Muon(torch.optim.Optimizer):
                         raise ValueError(
                             f"Muon: a saved state of {', '.join(state)} is another method's"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -333,7 +336,7 @@ def check(group: dict) -> None:
 
 
 def batches(group: dict) -> list[list]:
-    """The parameters to step together: matrices of one shape, turned or not; of AdamW one each."""
+    """What steps together: matrices of one shape or its transpose; with AdamW one at a time."""
     found = {}
     for i, p in enumerate(group["params"]):
         if p.grad is not None and p.numel() > 0:

@@ -38,6 +38,7 @@ def lr_multipliers(
     # A gradient falls as 1/m. In a matrix the sum over its fan-in makes up for that.
     if rule == "sgd":
         return {"embedding": m, "matrix": 1.0, "head": m, "scalar": m}
+    # Adam removes the gradient's 1/m, so in a matrix the sum over the fan-in grows with m.
     if rule == "adam":
         matrix = 1 / m
     elif rule == "muon":

@@ -41,7 +41,7 @@ def kinds(model: nn.Module) -> dict[str, str]:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # Tables first: a tied head is one too.
+        # Tables first: a tied head is one as well, and counts as an embedding.
         if id(p) in tables:
             found[name] = "embedding"
         elif p.ndim < 2:
@@ -60,7 +60,7 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
     placed = [((root,), root), *outside_blocks(root)]
     logits = find_logits(placed)
     models = [root, *(m for m, _ in logits)]
-    # A classifier's Linear has no embedding's shape, but the model is its parent.
+    # A classifier's Linear has not the shape of an embedding, but its parent is the model.
     direct = []
     for above, m in placed:
         if is_linear(m) and any(above[-1] is x for x in models):
@@ -91,8 +91,8 @@ def find_logits(placed: list) -> list[tuple[nn.Module, nn.Module]]:
 def outside_blocks(m: nn.Module, above: tuple = ()):
     """(modules above it, module) of all that is in m and in no block, without wrappers.
 
-    None is the last above an element that is no block: a bare embedding, a bare Linear that is not
-    square.
+    For an element of a stack that is no block (a bare embedding, a bare Linear that is not square)
+    the last module above is None.
     """
     above = (*above, m)
     stack = blocks(m)
@@ -138,7 +138,7 @@ def blocks(m: nn.Module) -> list[nn.Module]:
 
 
 def own_class(m: nn.Module) -> type:
-    """Its class without what fully_shard and parametrizations put before that."""
+    """The class of m before fully_shard or a parametrization made a subclass of it."""
     added = ("torch.distributed", "torch.nn.utils")
     return next(c for c in type(m).__mro__ if not c.__module__.startswith(added))
 
@@ -156,7 +156,7 @@ def has_table(m: nn.Module) -> bool:
 
 
 def has(m: nn.Module, *names: str) -> bool:
-    """Has it these by itself? Wrappers show the attributes of what they wrap."""
+    """Does m itself have these? A wrapper passes on the attributes of what it wraps."""
     return all(name in vars(m) or hasattr(type(m), name) for name in names)
 
 
@@ -253,11 +253,12 @@ def evaluation_weights(optimizer: Optimizer, share: Callable[[], None] = lambda:
     are the same. Afterwards the model holds the very bits it had: an evaluation changes nothing.
     """
     groups = optimizer.param_groups
-    # The model may hold them already.
+    # Nothing to swap: there is no average, or eval() has put it into the model already.
     if not averages_weights(optimizer) or not any(g.get("train_mode", True) for g in groups):
         yield {}
         return
-    # Keep the bits of the weights, and what they lost in rounding.
+    # eval() and train() compute the weights anew, and rounding keeps them from coming back
+    # bit for bit: keep copies of the weights and of what they lost in rounding.
     params = {name: p for g in groups for name, p in zip(g["names"], g["params"])}
     training = {name: p.detach().clone() for name, p in params.items()}
     lost = {p: state["lost"].clone() for p, state in optimizer.state.items() if "lost" in state}
@@ -265,7 +266,7 @@ def evaluation_weights(optimizer: Optimizer, share: Callable[[], None] = lambda:
     share()
     yield training
     optimizer.train()
-    # train() has computed y anew, and rounded: put the very bits back.
+    # train() computes y anew and rounds it: put the very bits back.
     with torch.no_grad():
         for name, before in training.items():
             params[name].copy_(before)
@@ -303,8 +304,8 @@ def load_state_by_name(
 ) -> None:
     """Loads state and what the groups count; learning rates and decay stay the config's.
 
-    groups: as state_by_name gives them. state_of(name, shape): the state of that parameter, whose
-    shape on this rank this is; {} for none.
+    groups: as state_by_name gives them. state_of(name, shape on this rank): that parameter's state,
+    {} for none.
     """
     state_dict = optimizer.state_dict()
     names = {}  # the parameter's number in state_dict -> its name
@@ -317,7 +318,7 @@ def load_state_by_name(
     shapes = {}
     for group in optimizer.param_groups:
         shapes |= {name: p.shape for name, p in zip(group["names"], group["params"])}
-    # One parameter at a time, in the shape that this rank holds.
+    # Read for each parameter in turn, and only the shard that this rank holds.
     state_dict["state"] = {}
     for i, name in names.items():
         state = state_of(name, shapes[name])

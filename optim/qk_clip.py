@@ -31,7 +31,7 @@ Reference: Kimi K2 (Kimi Team 2025, 2507.20534), MuonClip.
 import torch
 from torch import Tensor
 
-# The most scores, and queries of each sequence, that are in memory at a time.
+# Limits on memory: scores at a time, and queries of each sequence at a time.
 MAX_SCORES = 2**22
 MAX_QUERIES = 256
 
@@ -54,12 +54,12 @@ def max_logits(q: Tensor, k: Tensor, position_ids: Tensor, window: int | None = 
     size = max(1, min(MAX_SCORES // (B * H * T), MAX_QUERIES))
     with torch.autocast(q.device.type, enabled=False):
         for some, at in zip(q.to(dtype).split(size, 2), position_ids.split(size)):
-            # Keys after the last of these queries are seen by none of them.
+            # No query here sees keys after the last query: leave them out of the product.
             end = int(at.max()) + 1
             distance = at.to(q.device).unsqueeze(1) - torch.arange(end, device=q.device)
             unseen = (distance < 0) | (distance >= (window or T))
             mask = q.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
-            # Heads with the same keys are one longer list of queries.
+            # Query heads that share keys are one longer list of queries, so keys need no copies.
             queries = some.reshape(B * Hkv, -1, D)
             keys = k[:, :, :end].to(dtype).flatten(0, 1)
             scores = torch.baddbmm(mask.repeat(shared, 1), queries, keys.mT, alpha=D**-0.5)
@@ -70,7 +70,7 @@ def max_logits(q: Tensor, k: Tensor, position_ids: Tensor, window: int | None = 
 
 def factors(top: Tensor, tau: float, n_kv_head: int) -> tuple[Tensor, Tensor]:
     """What the rows of W_q (..., H) and of W_k (..., Hkv) are multiplied by. top: (..., H)."""
-    # A NaN or inf is for others to handle: its head keeps factor 1.
+    # A head whose logit is NaN or inf keeps factor 1: τ/inf would set its weights to 0.
     gamma = torch.where((top > tau) & top.isfinite(), tau / top, 1.0)
     root = gamma.unflatten(-1, (n_kv_head, -1)).amin(-1).sqrt()
     return gamma / root.repeat_interleave(top.shape[-1] // n_kv_head, -1), root
@@ -92,9 +92,10 @@ def clip(
             _, layer, module, which, *_ = name.split(".") + [""] * 3
             if module != "attn" or which not in factors_of:
                 continue
-            # A head's factor for each of its rows; of those the rows that this shard has.
+            # A head has head_size rows, each with the head's factor. A shard has some of all rows.
             _, offsets = shards.get(name, (p.shape, (0,)))
             rows = factors_of[which][int(layer)].repeat_interleave(head_size)
             rows = rows[offsets[0] : offsets[0] + p.shape[0]]
+            # In bf16 the factors would be rounded too: it has no number between 0.996 and 1.
             dtype = torch.promote_types(p.dtype, torch.float32)
             p.mul_(rows.to(p.device, dtype).view(-1, *[1] * (p.ndim - 1)))

@@ -50,7 +50,7 @@ import warnings
 
 import torch
 
-# What a group counts.
+# What each group starts with: nothing counted, and eval mode, in which step() raises.
 NEW = {"k": 0, "lr_max": 0.0, "weight_sum": 0.0, "train_mode": False}
 
 
@@ -60,7 +60,7 @@ def averaging_weight(k, lr, warmup_steps, r, power, lr_max, weight_sum) -> tuple
     lr_max = max(gamma, lr_max)
     weight = k**r * lr_max**power
     weight_sum += weight
-    # All weights are 0 as long as lr is: x stays where it is.
+    # Where W is 0, as with lr 0 so far, c would be 0/0: x stays where it is.
     c = weight / weight_sum if weight_sum else 0.0
     return gamma, lr_max, weight_sum, c
 
@@ -79,25 +79,25 @@ def schedule_free_update(
         torch.div(g, d, out=d)
     if weight_decay is not None:
         d = d.add(y, alpha=weight_decay)
-    # y first: it is pulled towards z as it was.
+    # y first, because it is pulled towards z as z was before this step.
     y.lerp_(z, pull).add_(d, alpha=gamma * (beta1 * (1 - c) - 1))
     z.sub_(d, alpha=gamma)
 
 
 def read(p: torch.Tensor, state: dict) -> torch.Tensor:
-    """y or x: p itself, or for half precision in float32 what p is the rounding of."""
+    """y or x unrounded: p itself, or for half precision the float32 number p was rounded from."""
     work = p.to(torch.promote_types(p.dtype, torch.float32))
     if work is p or "lost" not in state:
         return work
     exact = work + state["lost"]
-    # Where p is another number than the rounding, somebody has changed p.
+    # Where p is not the rounding of `exact`, somebody has changed p: then p counts.
     return torch.where(exact.to(p.dtype) == p, exact, work)
 
 
 def write(p: torch.Tensor, value: torch.Tensor, state: dict) -> None:
-    """The one rounding; `lost` keeps what it takes away, exactly."""
+    """Rounds `value` into p; `lost` keeps exactly what the rounding takes away."""
     p.copy_(value)
-    # A new tensor: somebody who holds the old one may keep it.
+    # A new tensor: a checkpoint that is being saved holds y's `lost` while p holds x.
     if value.dtype != p.dtype:
         state["lost"] = value - p
     else:
@@ -110,7 +110,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
     Raises RuntimeError for sparse or complex gradients, and for step() in eval mode.
     """
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = False  # moves what lies before zeros by full steps along noise
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -174,7 +174,8 @@ class AdamWScheduleFree(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        # Refuse before anything has moved. A scheduler may have moved β₁ out of its range.
+        # Check everything first: an error must not leave half of the parameters stepped.
+        # A scheduler may have moved β₁ out of its range.
         for group, p in work:
             self._check_beta1(group)
             if p.grad.layout != torch.strided or p.is_complex():
@@ -196,7 +197,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
         gamma, state["lr_max"], state["weight_sum"], c = averaging_weight(
             k, float(group["lr"]), *options, state["lr_max"], state["weight_sum"]
         )
-        # Another β₁ than y was made with: this step moves y to the new one as well.
+        # y was made with another β₁: this step moves y to the new one too, so x stays the mean.
         pull = c
         if beta1 != state["beta1"]:
             pull = 1 - (1 - c) * beta1 / state["beta1"]
@@ -208,7 +209,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
             *tensors, gamma, c, pull, 1 - beta2**k, beta1, beta2, eps, weight_decay
         )
         write(p, y, state)
-        # The group shows its largest counts, where the authors' package keeps them.
+        # The authors' package reads its counts from the group: show the largest ones there.
         for counted, own in ("k", "step"), ("lr_max", "lr_max"), ("weight_sum", "weight_sum"):
             group[counted] = max(group[counted], state[own])
 
@@ -247,7 +248,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
         """From a pickle or load_state_dict(). An older parameter's counts are its group's."""
         super().__setstate__(state)
         for group in self.param_groups:
-            # torch adds `differentiable` to the defaults.
+            # Unpickling adds `differentiable` to the defaults; no group of ours has it.
             for name in state.get("defaults", {}).keys() - {"differentiable"}:
                 group.setdefault(name, self.defaults[name])
             counts = {
@@ -270,7 +271,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
             groups = [dict(group) for group in saved["param_groups"]]
             states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
@@ -281,16 +282,16 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                             f"{type(self).__name__}: a saved state of {', '.join(state)} is of "
                             "another method"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)
@@ -321,7 +322,7 @@ class SGDScheduleFree(AdamWScheduleFree):
     ):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         defaults |= dict(warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power)
-        # Not AdamW's constructor: the defaults have no betas.
+        # Past AdamWScheduleFree's constructor: `betas` in the defaults mean AdamW everywhere here.
         torch.optim.Optimizer.__init__(self, params, defaults | NEW)
 
 

@@ -25,12 +25,12 @@ import torch
 
 def sgd_update(p, g, momentum_buffer, lr, momentum=0.0, weight_decay=0.0, nesterov=False) -> None:
     """One step, in place on `p` and `momentum_buffer` (None if momentum is 0), shaped as `g`."""
-    # A new tensor: the gradient itself is never changed.
     d = g
     if weight_decay:
+        # add, not add_: the caller's p.grad must stay as it is.
         d = g.add(p, alpha=weight_decay)
     if momentum_buffer is not None:
-        # μ·b + d in one pass over memory.
+        # μ·b + d in one pass over memory; mul_ and add_ would take two.
         torch.add(d, momentum_buffer, alpha=momentum, out=momentum_buffer)
         d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     p.add_(d, alpha=-lr)
@@ -39,7 +39,7 @@ def sgd_update(p, g, momentum_buffer, lr, momentum=0.0, weight_decay=0.0, nester
 class SGD(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = True  # a shard of a parameter can be stepped without seeing the rest
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = False  # cheap enough for every replica to repeat
@@ -85,7 +85,7 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("SGD: gradients must be dense and real, not sparse or complex")
@@ -93,7 +93,7 @@ class SGD(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # Half precision computes in float32; else `work` is p itself.
+                # A float32 copy for half precision. For other dtypes .to() returns p itself.
                 work = p.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 buffer = None
@@ -111,7 +111,7 @@ class SGD(torch.optim.Optimizer):
                     group["weight_decay"],
                     group["nesterov"],
                 )
-                # The one rounding.
+                # Half precision is rounded once a step, here.
                 if work is not p:
                     p.copy_(work)
         return loss
@@ -132,7 +132,7 @@ class SGD(torch.optim.Optimizer):
                             f"SGD: the saved run had {name}={theirs[name]}, which this one "
                             "lacks; load it into the class that saved it"
                         )
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
@@ -142,16 +142,16 @@ class SGD(torch.optim.Optimizer):
                         raise ValueError(
                             f"SGD: a saved state of {', '.join(state)} is another method's"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

@@ -91,14 +91,14 @@ def shampoo_update(
     if exp_avg_sq is not None:
         weight, bias2 = averaging(beta2, t)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=weight)
-        # rmsprop's v is not corrected.
+        # RMSprop divides by √v without bias correction.
         if grafting != "adam":
             bias2 = 1
         A = m / (exp_avg_sq / bias2).sqrt_().add_(1e-10)
     D = A
     if started:
         D = m
-        # Contract the first dimension, put it last: after all of them the order is the old one.
+        # tensordot puts the new dimension last: after one turn each the order is the old one.
         for P in Ps:
             D = D.movedim(0, -1) if P is None else torch.tensordot(D, P, dims=([0], [0]))
         if grafting is not None:
@@ -109,7 +109,7 @@ def shampoo_update(
 class Shampoo(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs whole matrices
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = True  # inverse roots, too much for every replica to repeat
@@ -174,6 +174,7 @@ class Shampoo(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         if any(hasattr(p, "placements") for p in self.param_groups[-1]["params"]):
+            # torch has appended the group already: take it back before the error.
             self.param_groups.pop()
             raise ValueError(
                 "Shampoo: needs whole tensors and got DTensors; make_optimizer(Shampoo, ...) of "
@@ -186,7 +187,7 @@ class Shampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError(
@@ -199,7 +200,7 @@ class Shampoo(torch.optim.Optimizer):
         return loss
 
     def _step_parameter(self, group: dict, p: torch.Tensor) -> None:
-        # Half precision computes in float32; else `work` is p itself.
+        # A float32 copy for half precision. For other dtypes .to() returns p itself.
         work = p.to(torch.promote_types(p.dtype, torch.float32))
         g = p.grad.to(work.dtype)
         if not self.state[p]:
@@ -209,7 +210,8 @@ class Shampoo(torch.optim.Optimizer):
         Ps = [state.get(f"P_{i}") for i in range(p.ndim)]
         t = state["step"] = int(state["step"]) + 1
 
-        # Preconditioners are made anew at the start, then now and then.
+        # Inverse roots are costly: they are computed at the start, until which P is the identity,
+        # and from then on only every precondition_frequency steps.
         start = group["start_preconditioning_step"]
         refresh = t == start or (t > start and t % group["precondition_frequency"] == 0)
         has_preconditioners = p.ndim >= 2 or (p.ndim == 1 and group["precondition_1d"])
@@ -217,14 +219,14 @@ class Shampoo(torch.optim.Optimizer):
         if exponent is None:
             exponent = -0.5 / max(1, p.ndim)
 
-        # The products have the dtype of the state, not autocast's.
+        # Autocast would compute these products in half precision.
         with torch.autocast(p.device.type, enabled=False):
             precondition_update(g, Ls, Ps, t, group["betas"][1], group["eps"], exponent, refresh)
             moments = state["exp_avg"], state.get("exp_avg_sq")
             options = group["lr"], group["betas"], group["weight_decay"], group["grafting"]
             started = t >= start and has_preconditioners
             shampoo_update(work, g, *moments, Ps, t, *options, started)
-        # The one rounding.
+        # Half precision is rounded once a step, here.
         if work is not p:
             p.copy_(work)
 
@@ -250,29 +252,29 @@ class Shampoo(torch.optim.Optimizer):
             groups = [dict(group) for group in saved["param_groups"]]
             states = {}
             for ours, theirs in zip(self.param_groups, groups):
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i)
                     if not state:
                         continue
-                    # On the meta device: only the names are needed.
+                    # On the meta device: only the names are needed, not the n × n matrices.
                     new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
                     if state.keys() != new.keys():
                         raise ValueError(
                             f"Shampoo: a saved state of {', '.join(state)} for {tuple(p.shape)} "
                             f"is another method's, or of other options; here: {', '.join(new)}"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

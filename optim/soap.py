@@ -51,7 +51,7 @@ def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rotate(x, Qs, back=False):
     """Every dimension i of `x` by Qᵢᵀ (`back`: Qᵢ); None leaves a dimension alone."""
-    # Contract the first dimension, put it last: after all of them the order is the old one.
+    # tensordot puts the new dimension last: after one turn each the order is the old one.
     contracted = 1 if back else 0
     for Q in Qs:
         x = x.movedim(0, -1) if Q is None else torch.tensordot(x, Q, dims=([0], [contracted]))
@@ -71,7 +71,7 @@ def soap_start(g, GGs, Qs, shampoo_beta) -> None:
     accumulate(g, GGs, shampoo_beta)
     for GG, Q in zip(GGs, Qs):
         if GG is not None:
-            # eigh sorts from the smallest eigenvalue up.
+            # eigh puts the smallest eigenvalue first; the order of columns here is largest first.
             Q.copy_(eigh(GG)[1].flip(1))
 
 
@@ -120,7 +120,7 @@ def with_names(state: dict) -> dict:
 class SOAP(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
-    # What this class says of itself: optim/attributes.py tells who asks.
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs whole matrices
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = True  # eigenbases, too much for every replica to repeat
@@ -175,6 +175,7 @@ class SOAP(torch.optim.Optimizer):
                 )
         super().add_param_group(param_group)
         if any(hasattr(p, "placements") for p in self.param_groups[-1]["params"]):
+            # torch has appended the group already: take it back before the error.
             self.param_groups.pop()
             raise ValueError(
                 "SOAP: needs whole tensors and got DTensors; make_optimizer(SOAP, ...) of "
@@ -187,20 +188,20 @@ class SOAP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuse before anything has moved.
+        # Check every gradient first: an error must not leave half of the parameters stepped.
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if p.grad.layout != torch.strided or p.is_complex():
                 raise RuntimeError("SOAP: gradients must be dense and real, not sparse or complex")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.numel() > 0:
-                    # The products have the dtype of the state, not autocast's.
+                    # Autocast would compute these products in half precision.
                     with torch.autocast(p.device.type, enabled=False):
                         self._step_parameter(group, p)
         return loss
 
     def _step_parameter(self, group: dict, p: torch.Tensor) -> None:
-        # Half precision computes in float32; else `work` is p itself.
+        # A float32 copy for half precision. For other dtypes .to() returns p itself.
         work = p.to(torch.promote_types(p.dtype, torch.float32))
         g = p.grad.to(work.dtype)
         shampoo_beta = group["shampoo_beta"]
@@ -212,7 +213,7 @@ class SOAP(torch.optim.Optimizer):
             state.update(self._new_state(work, group))
         GGs = [state.get(f"GG_{i}") for i in range(p.ndim)]
         Qs = [state.get(f"Q_{i}") for i in range(p.ndim)]
-        # Without a basis there is no step yet.
+        # As in the authors' code: no gradient is rotated by a basis that was made from itself.
         if is_first:
             soap_start(g, GGs, Qs, shampoo_beta)
             return
@@ -224,7 +225,7 @@ class SOAP(torch.optim.Optimizer):
         accumulate(g, GGs, shampoo_beta)
         if t % group["precondition_frequency"] == 0:
             basis_update(*moments, GGs, Qs)
-        # The one rounding.
+        # Half precision is rounded once a step, here.
         if work is not p:
             p.copy_(work)
 
@@ -252,32 +253,32 @@ class SOAP(torch.optim.Optimizer):
                     raise ValueError(
                         "SOAP: the saved run had merge_dims=True, which this one lacks"
                     )
-                # The authors write -1 for None.
+                # The authors' class writes -1 where ours has None.
                 if (theirs.get("shampoo_beta") or 0) < 0:
                     theirs["shampoo_beta"] = None
-                # Older runs saved fewer hyperparameters.
+                # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = with_names(saved["state"].get(i, {}))
                     if not state:
                         continue
-                    # On the meta device: only the names are needed.
+                    # On the meta device: only the names are needed, not the n × n matrices.
                     new = self._new_state(torch.empty(p.shape, device="meta"), theirs)
                     if state.keys() != new.keys():
                         raise ValueError(
                             f"SOAP: a saved state of {', '.join(state)} for {tuple(p.shape)} is "
                             f"another method's, or of other options; here: {', '.join(new)}"
                         )
-                    # Copies: a step must not change what was given.
+                    # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
                         name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
                         for name, x in state.items()
                     }
-            # torch casts what is under a parameter's number, not what is under the parameter.
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
             return saved | {"state": states, "param_groups": groups}
 
-        # Registered last, it runs after the pre-hooks of others.
+        # Registered last, so that it reads what the caller's own pre-hooks return.
         last = self.register_load_state_dict_pre_hook(complete)
         try:
             super().load_state_dict(state_dict)

@@ -44,10 +44,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# The bins; float64 values beyond them are in the outermost.
+# Exponents of the first and the last bin; float64 values beyond count in these two.
 LOWEST = -150
 HIGHEST = 128
-# Exponents of the smallest number, the smallest normal number and the largest number.
+# Exponents of two: of the smallest number, the smallest normal number, the largest number.
 FORMATS = {
     "fp16": (-24, -14, 15),
     "bf16": (-133, -126, 127),
@@ -88,7 +88,7 @@ def outside(counts: Tensor, format: str, scale: float = 1.0) -> tuple[float, flo
         (exponent >= smallest - 1) & (exponent < normal),
         exponent > largest,
     )
-    # A tensor of zeros loses nothing: no division by 0.
+    # A tensor of zeros alone loses nothing; max() spares it the division by 0.
     total = max(values.sum().item(), 1)
     return tuple(values[chosen].sum().item() / total for chosen in ranges)
 
@@ -107,7 +107,7 @@ def power(scale: float) -> int:
 
 # ---- recording -----------------------------------------------------------------------------------
 class Recorder:
-    """Counts in every `interval`-th step and writes to out_dir/histograms.jsonl; never if None.
+    """Counts in every `interval`-th step (None: never) and writes to out_dir/histograms.jsonl.
 
     All ranks make one and call start and write in every step. Activations are the outputs of the
     nn.Linear modules: under activation checkpointing they count twice. torch.compile has to come
@@ -146,7 +146,7 @@ class Recorder:
             self.add(name, "gradient of activation", gradient, scale)
 
         def hook(module, inputs, output: Tensor) -> None:
-            # Evaluations are not part of a step.
+            # An evaluation within a recorded step would count activations of other data.
             if not module.training:
                 return
             self.add(name, "activation", output)
@@ -172,7 +172,7 @@ class Recorder:
         """
         if self.step is None:
             return
-        # The step is over: evaluations run without hooks.
+        # Off at once, so that what follows the step, such as an evaluation, is not slowed down.
         for hook in self.hooks:
             hook.remove()
         for name, x in weights().items():
@@ -180,7 +180,7 @@ class Recorder:
         for name, x in gradients.items():
             self.add(name, "gradient", x)
 
-        # Rank 0 writes for all, one line a tensor.
+        # A collective: every rank makes it, also one without a tensor. Rank 0 writes for all.
         counts_of_ranks = gather_on_rank_0(self.counts)
         self.counts = {}
         if counts_of_ranks is None:
@@ -271,7 +271,7 @@ def table(counts: dict[tuple[str, str], Tensor], format: str, scale: float) -> l
         zero, subnormal, saturated = outside(n, format, own_scale)
         is_zero = n[0].item() / max(n.sum().item(), 1)
         nonfinite = n[1].item()
-        # Sorted by what training may not survive, then by what the format loses.
+        # Sorted by this: what training may not survive, then what the format loses.
         order = nonfinite, zero + saturated, zero, subnormal, saturated, is_zero, name, kind
         found.append(order)
     lines = [
@@ -295,7 +295,7 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    # A panel for each kind; in it the tensors in the order of the forward pass.
+    # counts begins with activations, so names come in the order of the forward pass.
     names = list(dict.fromkeys(name for name, _ in counts))
     panels = {}
     for kind in KINDS:
@@ -306,14 +306,14 @@ def draw(
     figure = Figure(figsize=(11, 1 + 0.16 * sum(heights)), dpi=120, layout="constrained")
     axes = figure.subplots(len(panels), height_ratios=heights, squeeze=False, sharex=True)[:, 0]
 
-    # Show all bins that are used, and the format's range from 2^-40 to 2^20.
+    # All used bins, and the format's range cut to 2^-40 ... 2^20: bf16's would fill the picture.
     smallest, normal, largest = FORMATS[format]
     used = sum(counts.values())[2:].nonzero().flatten().tolist()
     ends = [i + LOWEST for i in used] + [max(smallest - power(scale), -40), min(largest, 20)]
     lines = ((smallest - 1, "tab:red"), (normal, "tab:orange"), (largest + 1, "tab:red"))
     for ax, (kind, keys) in zip(axes, panels.items()):
         shares = torch.stack([counts[key][2:] / counts[key].sum() for key in keys]).log10()
-        # From light to dark: from a millionth of the values to all of them.
+        # log10 of shares: from a millionth of the values (light) to all of them (dark).
         image = ax.imshow(
             shares.numpy(),
             cmap="viridis_r",

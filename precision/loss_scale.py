@@ -118,7 +118,7 @@ class LossScaler:
         if finite:
             self.stuck = 0
             self.good += 1
-            # A long row of finite steps: try a larger scale.
+            # No overflow in a whole window: a larger scale may fit, and saves smaller numbers.
             if self.good == self.window:
                 self.good = 0
                 self.chances = self.hysteresis
@@ -145,7 +145,7 @@ class LossScaler:
 
     def move(self, factor: float) -> None:
         """Multiplies the scale, unless it is fixed or would exceed float32's range."""
-        # float32 first: GradScaler's scale is a float32 tensor, and rounds at every move.
+        # Rounded at every move, as GradScaler's is: its scale is a float32 tensor.
         new = max(float32(self.scale * factor), self.min_scale)
         if self.fixed is None and new < math.inf:
             self.scale = new

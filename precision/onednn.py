@@ -32,7 +32,7 @@ class Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dx = dweight = dbias = None
         dy_rows = dy.flatten(0, -2)  # (M, N)
-        # The operator multiplies by its second operand's transpose: hand over the other one.
+        # The operator transposes its second operand: hand it over transposed, to undo that.
         if needs_x:
             dx = matmul(dy, weight.t(), None)
         if needs_weight:
@@ -44,6 +44,7 @@ class Linear(torch.autograd.Function):
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a·bᵀ + bias: (..., K), (N, K), (N,) -> (..., N)."""
+    # "none", [], "": no activation is fused behind the product.
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 

@@ -66,7 +66,8 @@ def stochastic(
     cls = type(optimizer)
     for group in optimizer.param_groups:
         check(group)
-    # A scheduler wraps step() to note that it ran; the step() of `rounding` notes it too.
+    # A scheduler made before has wrapped step(), to note that it ran. The step() of `rounding`
+    # notes that itself, so this wrapper may go.
     own_step = vars(optimizer).get("step")
     by_scheduler = hasattr(own_step, "_wrapped_by_lr_sched") and own_step.__wrapped__ is cls.step
     is_replaced = own_step is not None and not by_scheduler
@@ -81,7 +82,7 @@ def stochastic(
     # The object stays the same, so schedulers and hooks that hold it keep working.
     optimizer.__class__ = rounding(cls, seed, shards or {}, chunk_mb)
     optimizer.full_names = full_names(optimizer.param_groups)
-    # From now on the optimizer sees float32 weights, and their state is float32.
+    # From now on the optimizer sees float32 weights, so bf16 state from before becomes float32.
     for p, state in optimizer.state.items():
         if is_bf16(p):
             state.update({name: x.float() for name, x in state.items() if is_bf16(x)})
@@ -115,7 +116,7 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
                 self.state = defaultdict(dict, known)
                 plain_step(self)
 
-                # Back to the parameters: their state as it is, their values rounded.
+                # State goes back as it is, in float32. Only weights are rounded.
                 for p, work in works.items():
                     if work in self.state:
                         state[p] = self.state[work]
@@ -135,7 +136,7 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
 
     def add_param_group(self, param_group: dict) -> None:
         params = param_group["params"]
-        # A generator could be read only once, and is read twice here.
+        # check() and torch both read these: a generator would be empty the second time.
         if not isinstance(params, (Tensor, set)):
             params = list(params)
         group = {**param_group, "params": params, "sr_step": 0}
@@ -152,7 +153,7 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
 
     def __setstate__(self, state: dict) -> None:
         cls.__setstate__(self, state)
-        # A copy has no names yet. load_state_dict() calls this too, and may see a part of them.
+        # Copies and unpickled optimizers lack them. load_state_dict() comes here too, with names.
         if not hasattr(self, "full_names"):
             self.full_names = full_names(self.param_groups)
 
@@ -164,7 +165,7 @@ def rounding(cls: type[Optimizer], seed: int, shards: dict[str, tuple], chunk_mb
         "__setstate__": __setstate__,
         "rounds": True,
     }
-    # Neither torch nor a scheduler shall wrap this step() once more.
+    # These marks keep torch and schedulers from wrapping this step() once more.
     methods["step"].hooked = True
     methods["step"]._wrapped_by_lr_sched = True
     return type(cls.__name__, (cls,), methods)
@@ -303,7 +304,7 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
     """
     carried = x.clamp(-LARGEST, LARGEST).view(torch.int32) + bits
     rounded = (carried >> 16).to(torch.int16).view(torch.bfloat16)
-    # Clamping has made finite numbers of infinities: take those from x.
+    # Clamping has made infinities finite, and a carry may break NaN: take both from x.
     return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
 
 
@@ -325,10 +326,11 @@ def random_bits(seed: int, step: int, name: str, index: Tensor) -> Tensor:
     """16 random bits for each index, as int32: a multiply-and-shift hash, keyed twice by sha256."""
     digest = hashlib.sha256(f"{seed}:stochastic:{step}:{name}".encode()).digest()
     keys = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
-    # Neighbouring indices go far apart: an odd number, of the golden ratio. Products wrap at 32
-    # bits.
+    # 2^32 / golden ratio, as an int32: an odd factor that takes neighbouring indices far apart.
+    # int32 products wrap.
     hashed = index * -0x61C88647
     for key in keys:
         hashed += key
+        # The mask makes >> a logical shift: in int32 it would repeat the sign bit.
         hashed = (hashed ^ (hashed >> 16 & 0xFFFF)).mul_(0x45D9F3B)
     return hashed >> 16 & 0xFFFF
