@@ -17,6 +17,7 @@ generation runs uncompiled. Reference: Ansel et al. 2024, PyTorch 2 (ASPLOS).
 import importlib.util
 import os
 import shutil
+import sys
 
 import torch
 
@@ -27,10 +28,11 @@ def lacking(device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is missing; pip install triton"
         return None
-    # torch runs CXX if set, else g++ (clang++ on macOS, cl on Windows): any of them counts here.
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    if not any(shutil.which(name) for name in compilers):
-        return "a C++ compiler is missing, such as g++"
+    # What torch runs: CXX where it is set, else this.
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", default)
+    if shutil.which(compiler) is None:
+        return f"the C++ compiler {compiler} is missing; install it, or name another one in CXX"
     return None
 
 

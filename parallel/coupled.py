@@ -42,14 +42,15 @@ def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], argumen
             optimizer.train()  # Schedule-Free refuses to step otherwise
         for step in range(TRIAL_STEPS):
             # A method that draws noise must draw the same for the first matrix.
-            torch.manual_seed(step)
+            torch.random.default_generator.manual_seed(step)
             # The second gradient is 100 times larger, so that its influence shows.
             for p, g, scale in zip(params, noise[step], (1, 100 * sign**step)):
                 p.grad = scale * (1 + g / 10)
             optimizer.step()
         return params[0].detach() - weights[0]
 
-    # The trial seeds torch, so the CPU's generator gets its state back.
+    # The trial seeds the CPU's generator, which gets its state back. (torch.manual_seed would seed
+    # those of GPUs, too.)
     with torch.random.fork_rng(devices=[]):
         try:
             alone = moved(1, 1)
