@@ -20,7 +20,7 @@ user's mistake, in one line.
 import importlib
 import sys
 
-# NAME -> its file in benchmarks/.
+# NAME as typed -> its file in benchmarks/, whose name says more.
 FILES = {
     "optim": "optimizers",
     "train": "training",
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    # Each benchmark imports its peers, so only this one is imported.
+    # Imported here: --help then needs no torch, and no benchmark pays for another one's imports.
     bench = importlib.import_module(f"benchmarks.{FILES[name]}")
     if "--help" in words:
         print(bench.__doc__)

@@ -35,14 +35,14 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]
     cfg = with_traits(parse.from_dict(saved.tree("config")))
     model = GPT(build.model_config(cfg)).to(device)
     saved.load_weights(model)
-    # N-grams are counted again: no checkpoint holds them.
+    # No checkpoint holds the n-grams: they are counted again, which needs the same text.
     if cfg.ngram is not None:
         corpus = corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
         if corpus.sha256 != saved.tree("record/data_sha256"):
             raise ValueError(
                 f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since"
             )
-        # The same counts, added to the logits as in training.
+        # The model has learned only what these counts do not say, so it needs them here too.
         build.add_ngrams(cfg, model, corpus.train)
     return model.eval(), corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load(args.run, device)
     if args.tokenizer is not None:
         tokenizer = Tokenizer(args.tokenizer)
-    # Without a prompt the text begins after a line break, or after token 0.
+    # The model needs one token to begin with: a line break, or id 0 where there are only ids.
     text = args.prompt
     if text is None:
         text = "0" if tokenizer.name == "ids" else "\n"
@@ -82,9 +82,10 @@ def main(argv: list[str]) -> None:
         if name in text:
             print(f"sample.py: {name} in --prompt= is text, not one token", file=sys.stderr)
     prompts = prompt.repeat(args.n, 1)  # (n, T)
+    # 0 means all tokens, which generate() takes as None.
     top_k = args.top_k or None
     ids = generate(model, prompts, args.tokens, args.temperature, top_k, args.seed)
-    # The terminal may lack letters of the text.
+    # print() would raise for a letter that the terminal's encoding lacks. It becomes a ? instead.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for i, sample_ids in enumerate(ids.tolist()):
         if i > 0:

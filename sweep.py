@@ -105,13 +105,13 @@ def sort_words(argv: list[str]) -> tuple[dict, dict, list[str]]:
         name, equals, text = word[2:].partition("=")
         is_ours = word.startswith("--") and (name in OPTIONS or name.split(".")[0] == "search")
         if not is_ours:
-            # A misspelt option would else go to train.py.
+            # train.py's message about a misspelt --trials would not know the search's options.
             near = difflib.get_close_matches(name, {*OPTIONS} - {*FIELDS}, 1, 0.75)
             if word.startswith("--") and near and name not in FIELDS:
                 raise ValueError(f"there is no field {name!r}; did you mean --{near[0]}?")
             words.append(word)
             continue
-        # `--jobs 2` is `--jobs=2`.
+        # `--jobs 2` is `--jobs=2`. For train.py's own words parse.joined does this.
         if not equals and left and not left[0].startswith("--"):
             text = left.pop(0)
         field = name.removeprefix("search.")
@@ -129,7 +129,8 @@ def sort_words(argv: list[str]) -> tuple[dict, dict, list[str]]:
 
 
 def check_own_options(options: dict) -> None:
-    """Makes whole numbers of those that are. Raises ValueError for a value that is not allowed."""
+    """Turns trials, jobs and search_seed into numbers, in place. Raises ValueError for a value
+    that is not allowed."""
     for name, least in (("trials", 1), ("jobs", 1), ("search_seed", 0)):
         text = options[name]
         if not text.isdecimal() or int(text) < least:
@@ -148,7 +149,7 @@ def check_grid(argv: list[str], search: dict) -> None:
     if any(word.startswith("--trials") for word in argv):
         raise ValueError("a grid runs every combination; leave --trials out")
     for name, choice in search.items():
-        # A range of whole numbers has an end, any other has not.
+        # A range of whole numbers can be tried one by one. lin and log have no such list.
         if isinstance(choice, tuple) and choice[0] != "int":
             raise ValueError(f"a grid needs values, --search.{name}=A,B,C; or type --method=random")
 
@@ -206,7 +207,7 @@ class Search:
                 self.method.end(trial, trial.result(self.metric, self.method.worst))
         self.waiting = [number for number in range(self.method.total) if number not in over]
 
-        # A killed search may have left trials at work. This one waits for them.
+        # Trials outlive a killed search. Wait for them: they lock their folders to others.
         for trial in [trials[n] for n in self.waiting if n in trials and trials[n].holder()]:
             self.waiting.remove(trial.number)
             self.running.append(trial)
@@ -240,7 +241,7 @@ class Search:
             self.method.begin(trial)
             trial.save()
             trial.parse(self.words)
-            # It may have come to its end after the search before was killed.
+            # It may have come to its end after an earlier search was killed: nobody has judged it.
             if trial.ended():
                 trial.judge(self.metric, 0)
                 self.over(trial)
@@ -248,7 +249,7 @@ class Search:
                 trial.start(self.call, self.jobs)
                 self.running.append(trial)
         except ValueError as error:
-            # train.py would refuse these values.
+            # train.py would refuse these values at every start, so it is not tried again.
             trial.status = "failed"
             trial.error = str(error)
             self.over(trial)
@@ -273,7 +274,8 @@ class Search:
         """Sees which of the running trials have ended, and stops those that shall end."""
         for trial in [*self.running]:
             if trial.process is None:
-                # A trial of a killed search, without a process of ours: judged when it is begun.
+                # A killed search started it, so its exit status is unknown. begin() judges it by
+                # what it logged.
                 if not trial.holder():
                     self.running.remove(trial)
                     self.waiting.insert(0, trial.number)
@@ -289,6 +291,7 @@ class Search:
 
     def is_over(self, stop) -> bool:
         """Every trial is over; or a stop was requested, and all processes of ours have ended."""
+        # A trial of a killed search is no process of ours: it keeps running when we stop.
         if any(trial.process for trial in self.running):
             return False
         return stop.requested or not (self.running or self.waiting)
@@ -298,7 +301,7 @@ class Search:
             self.start_waiting(stop)
             began = time.monotonic()
             self.check(stop)
-            # Reading what they log takes a tenth of a core at most.
+            # A pause of ten times the look: reading what trials log takes a tenth of a core.
             time.sleep(max(0.1, 10 * (time.monotonic() - began)))
         for trial in self.running:
             say(f"{trial.name}  still runs    {trial.holder()}; the same command waits for it")

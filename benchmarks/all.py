@@ -3,8 +3,8 @@
     python bench.py all [--quick] [--nanogpt=CLONE] [--out=DIR]
 
 The page is printed as it grows; --out=DIR writes it to DIR/benchmarks.md. It ends with the figures
-in bold, at a glance. One bench that fails is said so on the page, with the line that says why, and
-the others go on; the exit status is then 1. --nanogpt: a clone of nanoGPT to run beside ours
+in bold, at a glance. A bench that fails is named on the page, with the line that says why. The
+others still run, and the exit status is 1. --nanogpt: a clone of nanoGPT to run beside ours
 (python bench.py nanogpt --help); without it the page says that this is left out. --quick: minutes
 in place of about an hour, and figures that say only that everything works.
 """

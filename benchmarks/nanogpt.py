@@ -84,15 +84,14 @@ def prepare(path: Path, folder: Path, corpus: corpora.Corpus) -> None:
         tokens.slice(0, len(tokens)).astype("uint16").tofile(
             folder / "data" / "text" / f"{name}.bin"
         )
-    # what its data/*/prepare.py leaves: a pickle of {"vocab_size": 256}, in the protocol that is
-    # text
+    # What its data/*/prepare.py leaves: {"vocab_size": 256} as a pickle, in the protocol of text.
     (folder / "data" / "text" / "meta.pkl").write_bytes(b"(dVvocab_size\nI256\ns.")
 
 
 def theirs(folder: Path, words: list[str]) -> tuple[float, list[float], float]:
     """Seconds of nanoGPT's process and of each step, and its last evaluation. Raises
     RuntimeError."""
-    # No run is judged by another one's checkpoint
+    # The earlier run's checkpoint: a run that saves none must not be judged by it.
     shutil.rmtree(folder / "run", ignore_errors=True)
     began = time.perf_counter()
     done = subprocess.run(

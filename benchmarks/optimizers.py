@@ -2,7 +2,7 @@
 
     python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
 
-Ours and the peers' take turns in one process; torch's fused C++ kernels stand beside as the limit.
+Ours and the peers' take turns in one process; torch's fused C++ kernels have a column as the limit.
 Memory layout alone moves a step by up to a factor of 2: so each build allocates everything anew,
 the candidates take turns for some rounds (A B C A B C), and a build gives each one's fastest round,
 as other processes only ever add time. Milliseconds are medians over builds, the ratio ours/peer
@@ -63,7 +63,7 @@ def compiled(update):
     """The recipe of the docstrings: floats as 0-D tensors, or torch compiles again for every new
     lr."""
     fast = torch.compile(update, dynamic=True)
-    # One a step
+    # Cached: an lr is one tensor for all parameters of a step.
     tensor = functools.lru_cache(16)(functools.partial(torch.tensor, dtype=torch.float64))
     return lambda *args: fast(*(tensor(x) if isinstance(x, float) else x for x in args))
 
@@ -83,7 +83,7 @@ PO, SF, HB = "pytorch_optimizer.", "schedulefree.", "heavyball."
 BOTH, ALL = ("loop", "foreach"), ("loop", "foreach", "fused")
 EAGER, WHOLE = (("heavyball.utils", "compile_mode", None), ", eager"), ((), ", compile_step")
 DECAY, TEN = {"weight_decay": 0.1}, {"preconditioning_compute_steps": 10}
-# SOAP's defaults here
+# The defaults of our SOAP, for heavyball's.
 OURS = {"precondition_frequency": 10, "max_precond_dim": 10000, "merge_dims": False}
 PLAIN = ("optim.muon", "orthogonalize", plain_products)
 SYMMETRIC = (*PLAIN[:2], functools.partial(plain_products, product=symmetric_product))
@@ -186,7 +186,7 @@ ROWS = {  # name: (tensors, ours, the peers)
         [one(HB + "SFAdamW"), one(HB + "SFAdamW", *WHOLE, compile_step=True)],
     ),
 }
-# Bytes of state as the docstrings promise: for each element, and for each dimension of length n
+# Bytes of state as the docstrings promise: for each element, and for each dimension of length n.
 STATE = {
     "sgd": (4, 0),
     "adamw": (8, 0),
@@ -221,7 +221,7 @@ class Candidate:
     def step(self, noise: torch.Tensor) -> float:
         """Milliseconds of one step; the gradients are the first numbers of `noise`."""
         for p, g in zip(self.params, self.grads):
-            # Anew: some peers overwrite p.grad, or drop it
+            # Set anew for each step: some peers overwrite p.grad, or drop it.
             p.grad = g.copy_(noise[: g.numel()].view_as(g))
         for group in self.optimizer.param_groups:
             group["lr"] *= 0.99
@@ -265,7 +265,7 @@ def measure(row: str, quick: bool, skip) -> str:
     beside = {name for name in specs if name.endswith(" fused") and "fused" not in row}  # not eager
     noise = torch.randn(max(map(math.prod, tensor_shapes)) + 1000).mul_(0.02)
     for build in range(builds):
-        # Moves what comes after
+        # Shifts the addresses of what is allocated next: layout alone changes the time of a step.
         junk = [torch.empty(random.randrange(1000, 1_000_000)) for _ in range(10)]
         candidates = {}
         for name, spec in list(specs.items()):

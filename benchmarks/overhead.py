@@ -6,11 +6,11 @@ Of the default recipe, or the given one; fields are train.py's, --steps being 60
 
 Steps. One real run in a child process, in which the functions in DATA and CHECKS are wrapped by a
 clock: rows cut out of the corpus; the guard's look, the gradient's norm (which clipping needs as
-well), the one sum of scalars over ranks, the log's row, the diary, the watcher and the histograms,
-both switched off by default. A call within another one counts once. A step lasts from one
-snapshot() to the next, so the log's time is in it. The first third of the steps warms up. Share:
-mean milliseconds a step over those of the median step. On a GPU a function that waits for the
-device gets the device's time: look at a CPU.
+well), the one sum of scalars over ranks, the row of metrics, the rank's log, the watcher and the
+histograms, both switched off by default. A call within another one counts once. A step lasts from
+one snapshot() to the next, so the time of the row is in it. The first third of the steps warms up.
+Share: mean milliseconds a step over those of the median step. On a GPU a function that waits for
+the device gets the device's time: look at a CPU.
 
 Saving. The same run with --save_every=6: the step beside which a checkpoint is written, which a
 small model's is within one, and how long training waits for save() itself.

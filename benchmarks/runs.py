@@ -18,12 +18,12 @@ import torch
 from metrics import logger
 
 ROOT = Path(__file__).resolve().parent.parent
-# A corpus is downloaded and tokenised once for all
+# One cache for all runs, so that a corpus is downloaded and tokenised once.
 TRAIN, CACHE = ROOT / "train.py", ROOT / "data_cache"
 
 
 def usage(doc: str) -> str:
-    """The command in a bench's docstring, which may go on over lines."""
+    """The command in a bench's docstring, which may have several lines."""
     return "usage: " + " ".join(doc.split("\n\n")[1].split())
 
 
@@ -79,8 +79,7 @@ def tell(text: str) -> None:
 
 
 def reason(stderr: str) -> str:
-    """The line of it that says why: tracebacks, warnings and torchrun's own report stand around
-    it."""
+    """The line of stderr that says why, from among tracebacks, warnings and torchrun's report."""
     said = [text.strip() for text in stderr.splitlines() if text.strip()]
     why = re.compile(r"(train|bench)\.py[ \w]*: |[\w.]*(Error|Exception|Interrupt)\b")
     errors = [text for text in said if why.match(text)]

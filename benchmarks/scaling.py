@@ -68,7 +68,7 @@ class Case:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             _, rows = runs.run([*words, f"--threads={threads}", *USUAL], Path(folder, "run"), ranks)
         last = [row for row in rows if "step_s" in row][-1]
-        # Windows does not say
+        # None on Windows, which does not tell a process its peak.
         return runs.middle(rows) | {"peak_bytes": last["peak_bytes"] or math.nan}
 
     def shapes(self) -> estimate.Shapes:
@@ -94,7 +94,7 @@ class Case:
         )["total"]
 
 
-# The third is the default's
+# The third is the default recipe's size, and main() measures ranks with it.
 SIZES = [Case(4, 128), Case(8, 128), Case(4, 256), Case(8, 256), Case(4, 512)]
 WAYS = {("muon", "ddp"): 4, ("muon", "zero1"): 2, ("adamw", "ddp"): 2}  # on up to so many ranks
 SMALL = [Case(*size, 4, 32, 4, 2) for size in ((2, 16), (4, 16), (2, 32))]

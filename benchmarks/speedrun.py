@@ -14,16 +14,16 @@ Loss. Two recipes cut the held-out text into rows of their own length, and a run
 over rows of its own. So after the clock has stopped, both models read the very same text: stretches
 of 4096 tokens (or the least multiple of that and both block_sizes), evenly spread over the held-out
 part, 2^17 tokens or what there is. Each reads them in rows of its own block_size, in float32, and
-foretells every token once, the first ones of a row from little, as in training: who has longer rows
-has paid for them in time. The loss is the mean over these tokens, in nats; the tokenizers must be
-the same. val_loss, what the runs logged, stands beside.
+predicts every token once, the first ones of a row from few others, as in training: who has longer
+rows has paid for them in time. The loss is the mean over these tokens, in nats; the tokenizers must
+be the same. The table also has val_loss, which the runs logged.
 
 --loss=1.588 is for entries that need no reference run: the recipe alone, --runs times, against this
 loss by the same measure. Reached: the mean of the losses is at most the target. Significant: also
 (target - mean) sqrt(n) >= 3.1 sd over the n runs (3.1 is the one-sided 0.1 % of the normal
 distribution, the rule of modded-nanogpt's track 3). The target that is a reference's mean is taken
 as if it were exact.
---quick: one run of ten steps each, of which nothing follows.
+--quick: one run of ten steps each, which proves nothing.
 """
 
 import math

@@ -67,7 +67,7 @@ def chosen(name: str, n_layer: int) -> dict[str, str]:
 def arguments(words: list[str], choice: dict[str, str], quick: bool) -> list[str]:
     """train.py's command line, later wins: recipes, what is usual here, the user's fields, the
     choice."""
-    # auto takes no options either
+    # auto is no row of PRECISIONS. Like fp32 it takes no fp8. or scaler. fields.
     precision = amp.PRECISIONS.get(choice["precision"], amp.PRECISIONS["fp32"])
     on = {
         "--compile.": choice["compile"] != "off",

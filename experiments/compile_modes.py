@@ -63,9 +63,9 @@ def row(keys: dict, quick: bool) -> dict:
         raise RuntimeError(compile.lacking(torch.device("cpu")))
     marks, begin = [], watchdog.RankLog.step
 
-    def step(diary, number: int) -> None:
+    def step(log, number: int) -> None:
         marks.append(counters["stats"]["unique_graphs"])
-        begin(diary, number)
+        begin(log, number)
 
     watchdog.RankLog.step = step
     small = dict(n_layer=1, n_embd=32, block_size=32) if quick else {}

@@ -107,9 +107,9 @@ def row(keys: dict, quick: bool) -> dict:
             """train.main on this rank, with what it sends in its third step."""
             wire, marks = Wire(), []
 
-            def step(diary, number):
+            def step(log, number):
                 marks.append(wire.sent)
-                begin(diary, number)
+                begin(log, number)
 
             watchdog.RankLog.step = step
             with wire:

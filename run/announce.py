@@ -171,8 +171,8 @@ def about_resuming(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> 
     bad_evaluations = resumed_from.tree("best/bad", missing=0)
     if cfg.patience is not None and bad_evaluations >= cfg.patience:
         yield (
-            f"patience={cfg.patience}: this run has stopped early; to go on type --patience=none, "
-            "or more"
+            f"patience={cfg.patience}: this run has stopped early; to continue type "
+            "--patience=none, or more"
         )
     # Only compression and DiLoCo put a number of replicas into a checkpoint.
     saved = resumed_from.tree("replicas/replicas", missing=0)

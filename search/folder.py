@@ -4,8 +4,8 @@
     SWEEP_DIR/trial-0007/    search/trials.py
     SWEEP_DIR/.lock          held while a search runs here
 
-A damaged file is moved to NAME.damaged. What has the name of a trial and is none of this search is
-moved to aside-NAME. A sentence names it, nothing is deleted, and the search continues.
+A damaged file is moved to NAME.damaged. What is named like a trial of this search but is none is
+moved to aside-NAME. A sentence says so, nothing is deleted, and the search continues.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def lock(home: Path) -> control.RunLock:
     try:
         return control.RunLock(home)
     except ValueError as error:
-        # The lock speaks of a run's out_dir.
+        # RunLock's message names --out_dir, which is not what the user of a search types.
         text = str(error).removeprefix("--out_dir=").replace("another out_dir", "another SWEEP_DIR")
         raise ValueError(text) from None
 
@@ -64,7 +64,7 @@ def same_search(home: Path, options: dict, search: dict, words: list[str], say) 
             now[name] = parse.from_text(name, text)
         else:
             now |= parse.read_recipe(word)
-    # JSON makes lists of tuples, as it did of the old ones.
+    # What is compared has been through JSON, which makes lists of tuples.
     now = json.loads(json.dumps(now))
     was = before(home)
     path = home / "sweep.json"
@@ -91,7 +91,7 @@ def shown(value) -> str:
     texts = [str(part) for part in value]
     if value[:1] in (["int"], ["lin"], ["log"]):
         return ":".join(texts)
-    # Values with commas in them are split at semicolons.
+    # A value such as 0.9,0.95 has commas in it, so the user has put semicolons between values.
     return (";" if "," in "".join(texts) else ",").join(texts)
 
 
@@ -119,6 +119,7 @@ def find(home: Path, words: list[str], metric: str, method, say) -> dict[int, Tr
     for path in sorted(home.glob("trial-*"), key=lambda path: (path.is_symlink(), path)):
         match = NAME.fullmatch(path.name)
         trial = Trial(path, int(match[1]) if match else -1)
+        # Only a grid has a last number: more --trials add to the other searches.
         is_beyond = method.grid and trial.number >= method.total
         if path.name != f"trial-{trial.number:04d}" or is_beyond:
             strays.append(path.name)
@@ -131,7 +132,7 @@ def find(home: Path, words: list[str], metric: str, method, say) -> dict[int, Tr
             aside(trial, f"is {twin.name} by another name", say)
         elif recognised(trial, method, say):
             trials[trial.number] = trial
-            # A mistake in its values is told when the trial starts.
+            # A mistake in its values is no error here: Search.begin (sweep.py) reports it.
             with contextlib.suppress(ValueError):
                 trial.parse(words)
             if trial.status == "done" and trial.last(metric) is None:
@@ -143,7 +144,10 @@ def find(home: Path, words: list[str], metric: str, method, say) -> dict[int, Tr
 
 
 def recognised(trial: Trial, method, say) -> bool:
-    """Reads trial.json. Where it is lost, the run's own settings or its number tell the values."""
+    """Reads trial.json; is it a trial of this search?
+
+    Where the file is lost, the run's own settings or its number tell the values.
+    """
     is_whole = trial.read()
     path = trial.folder / "trial.json"
     if is_whole and trial.values:
@@ -152,11 +156,11 @@ def recognised(trial: Trial, method, say) -> bool:
             values = " ".join(flags(trial.values))
             aside(trial, f"has {values}, which this search does not give it", say)
         return fits
-    # The search was killed before this trial began.
+    # No trial.json and no run: the search was killed before this trial began.
     if is_whole and not trial.has_run():
         return True
 
-    # What the run wrote down may tell its values.
+    # trial.json is lost, but the run's config.toml may still tell the values.
     trial.status = "unfinished"
     trial.error = ""
     trial.values = method.read_back(trial.settings())
@@ -168,7 +172,8 @@ def recognised(trial: Trial, method, say) -> bool:
         return False
     if not is_whole:
         os.replace(path, free(path.with_name("trial.json.damaged")))
-    # A grid and random search know the values by the trial's number.
+    # In a grid and random search the number decides the values. Optuna's draw depends on the
+    # trials before, so a run of lost values was set aside above.
     if not trial.values and method.study is None:
         method.begin(trial)
     say(f"{what}; the trial continues with {' '.join(flags(trial.values)) or 'new values'}")
@@ -177,7 +182,7 @@ def recognised(trial: Trial, method, say) -> bool:
 
 def aside(trial: Trial, why: str, say) -> None:
     """Makes room for a trial of this number. Raises ValueError where a process is at work there."""
-    # What a link points to is not moved, so a process may go on working there.
+    # Only the link itself is renamed: a process in the folder behind it is not disturbed.
     holder = "" if trial.folder.is_symlink() else trial.holder()
     if holder:
         raise ValueError(f"{trial.folder} {why}, and {holder} is at work there; stop it first")

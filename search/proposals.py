@@ -19,9 +19,9 @@ import re
 from run import optimizers
 from settings import parse
 
-# Trials of a grid at most.
+# The most trials of a grid. Combinations multiply: ten fields of four values are a million.
 LARGEST = 100_000
-# What settings/checks.py says about one field alone, whatever the others are.
+# Words of settings/checks.py about one field alone: no value of another field mends such a one.
 ALONE = re.compile("is out of range|is a share|makes no sense|is no text")
 
 
@@ -67,7 +67,7 @@ def accepted(name: str, value: str, said: str):
         raise ValueError(f"{said}: {error}{hint}") from None
     if name == "optim":
         optimizers.find_optimizer(found)
-    # With other fields at their defaults some values fail that would fit a searched one.
+    # Alone, n_head=7 fails against the default n_embd, but a searched n_embd may fit it.
     try:
         parse.parse([f"--{name}={value}"])
     except ValueError as error:
@@ -97,6 +97,7 @@ def span(name: str, text: str) -> tuple:
     if kind == "int":
         accepted(name, str(low), f"{said} draws whole numbers")
     else:
+        # By pi, so that the number between two whole ends is never whole itself.
         inside = low + (high - low) / math.pi
         accepted(name, str(inside), f"{said} draws any number between")
     for end in ends:
@@ -114,7 +115,7 @@ def draw(choice: list[str] | tuple, rng: random.Random):
         x = math.exp(rng.uniform(math.log(low), math.log(high)))
     else:
         x = rng.uniform(low, high)
-    # Rounding may lead beyond an end.
+    # exp(log(high)) may round to a number above high.
     return min(max(x, low), high)
 
 
@@ -150,7 +151,8 @@ def possible(search: dict, check) -> None:
             except ValueError as error:
                 refused = refused or error
         else:
-            # No combination passed.
+            # Every combination was refused: the first error is raised. A value with commas in it,
+            # typed without a semicolon, has come as several of the wrong kind.
             hint = ""
             if given and "wrong kind" in str(refused):
                 hint = f'; with commas in them: --search.{next(iter(given))}="A,B;C,D"'
@@ -241,7 +243,7 @@ class Proposals:
         found = {}
         for name, choice in self.search.items():
             x = settings.get(name, settings.get(f"chosen.{name}"))
-            # A listed value is kept as it was typed.
+            # Back to the text as it was typed: the run's 0.001 may have been 1e-3 in the list.
             if isinstance(choice, list):
                 x = next((text for text in choice if parse.from_text(name, text) == x), None)
             found[name] = x
@@ -253,6 +255,7 @@ class Proposals:
         rng = random.Random(f"{self.seed}/{trial.number}")
         if self.study is not None and trial.number not in self.live:
             if trial.values:
+                # What is enqueued is what ask() returns next.
                 self.study.enqueue_trial(trial.values)
             sampler = self.optuna.samplers.TPESampler(seed=rng.getrandbits(31))
             self.study.sampler = sampler
@@ -271,7 +274,7 @@ class Proposals:
         if self.study is None:
             return False
         live = self.live[trial.number]
-        # Optuna hears of each step once. Step 0 is before any training.
+        # Optuna warns of a step that is reported twice. Step 0 is before any training.
         curve = {step: y for step, y in trial.curve(self.metric).items() if step}
         known = self.study.trials[live.number].intermediate_values
         for step in curve.keys() - known.keys():
@@ -287,7 +290,7 @@ class Proposals:
         """
         if self.study is None or trial.status == "unfinished":
             return
-        # Reports the last steps.
+        # For its side effect: it reports the steps since the last look.
         self.hopeless(trial, 0)
         live = self.live.pop(trial.number)
         if trial.status == "diverged":

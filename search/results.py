@@ -17,9 +17,9 @@ from metrics.logger import short
 from search.trials import STATUSES as ORDER
 from search.trials import flags
 
-# Is the metric maximised? -> the worst value.
+# Is the metric maximised? -> the worst value, which a diverged trial gets.
 WORST = {False: math.inf, True: -math.inf}
-# How the picture draws trials that are not done.
+# The marks of trials that are not done, as the picture's title explains them.
 SIGNS = {"pruned": " (hollow)", "diverged": " (×)"}
 
 
@@ -37,6 +37,7 @@ def tell(home: Path, trials: list, search: dict, metric: str, maximise: bool, sa
 
     def rank(trial) -> tuple:
         value = results[trial.number]
+        # None cannot be compared with a number: such a trial ranks last of its status.
         size = value or 0
         if maximise:
             size = -size
@@ -93,7 +94,7 @@ def in_markdown(rows: list[list]) -> bytes:
 
 # ---- the picture ---------------------------------------------------------------------------------
 def plain(text, longest: int = 24) -> str:
-    """Text that matplotlib draws as it is. Of a long one the end is left: paths differ there."""
+    """Text that matplotlib draws as it is. A long one keeps only its end, where paths differ."""
     text = " ".join(str(text).split())
     if len(text) > longest:
         text = "…" + text[1 - longest :]
@@ -136,7 +137,7 @@ class Axis:
         if self.kind == "list":
             texts = [plain(text, 18) for text in self.texts]
             n = len(texts)
-            # There is room for 16 labels; long ones are slanted.
+            # An axis has room for 16 labels. With more than 34 letters in all they are slanted.
             step = math.ceil(n / 16)
             wide = sum(len(text) + 2 for text in texts[::step]) > 34
             ax.set(xlim=(-0.5, n - 0.5), xticks=range(0, n, step))
@@ -150,12 +151,12 @@ class Axis:
         low, high = self.ends
         ax.set_xscale("log" if self.kind == "log" else "linear")
         ax.set_xmargin(0.04)
-        # The axis shows the whole range, wherever the trials lie.
+        # The axis shows the whole searched range, so that an untried part of it is seen.
         ax.update_datalim([(low, 0), (high, 0)], updatey=False)
         if self.kind != "log":
             ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=self.kind == "int"))
         elif high < 5 * low:
-            # Such a range hardly has a round number in it.
+            # LogLocator's 1, 2, 5 times a power of ten: too few of them lie in so short a range.
             ax.set_xticks([low * (high / low) ** (k / 4) for k in range(5)])
         else:
             subs = (1, 2, 5) if high < 200 * low else (1,)
@@ -182,7 +183,8 @@ def picture(trials: list, results: dict, search: dict, metric: str, maximise: bo
     if len(axes) > 1:
         by = next((axis for axis in axes if not axis.numeric and len(axis.texts) <= 10), None)
 
-    # A bad trial would flatten the others: it is drawn at the rim.
+    # A bad trial would flatten the others: one that is more than three times as far from the best
+    # as the median is drawn at the rim.
     best = results[trials[0].number]
     median = statistics.median(results[t.number] for t in shown if t.status == "done")
     far = 3 * abs(median - best) or abs(best) or 1.0
@@ -238,10 +240,10 @@ def draw(
             marker = "v" if maximise else "^"
         face = {"facecolors": "none"} if t.status == "pruned" else {}
         ax.scatter(x, y, s=28, marker=marker, alpha=0.85, color=color, **face)
-        # The best trial comes first.
+        # `trials` begins with the best, so the first at each x stays.
         if t.status == "done" and not is_beyond:
             line.setdefault(x, y)
-    # A line over scattered numbers would only zigzag.
+    # Where other fields vary too, a line would zigzag, unless many trials share an x.
     joins = alone or axis.kind == "list" or 2 * len(line) < len(trials)
     if line and axis.numeric and joins:
         ax.plot(*zip(*sorted(line.items())), color=color, lw=1, alpha=0.6)
@@ -252,7 +254,7 @@ def legend(figure, by: Axis, width: float) -> None:
 
     dots = [Line2D([], [], marker="o", ls="", color=f"C{k}") for k in range(len(by.texts))]
     labels = [f"{plain(by.name)}={plain(kind)}" for kind in by.texts]
-    # As many columns as there is room for letters.
+    # An inch has room for 11 letters, and a label takes 8 more for its dot and the gaps.
     longest = max(map(len, labels))
     fit = max(1, round(11 * width) // (8 + longest))
     figure.legend(dots, labels, frameon=False, loc="outside lower left", ncols=fit)

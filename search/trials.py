@@ -32,14 +32,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# From the best to the worst.
+# From the best to the worst: tables and the choice of the best trial have this order.
 STATUSES = ("done", "pruned", "diverged", "unfinished", "failed")
 OVER = ("done", "pruned", "diverged", "failed")
-# A line of output.log that says what went wrong.
+# A line of output.log that names an error: train.py's own, or a traceback's last. In a distributed
+# run torch puts [rankN]: before each line of a traceback.
 ERROR_LINE = re.compile(r"(\[rank[0-9]+\]: *)?(train\.py|[\w.]*(Error|Exception)): ")
 # Errors that are not the values' fault: another process, a full disk.
 PASSING = re.compile(r"is in use by|No space left on device|Disk quota exceeded")
-# A process that ends by one of these was told to stop, or killed.
+# A process that ends by one of these was told to stop, or killed. Windows lacks some of them.
 STOPPING = {getattr(signal, name, None) for name in ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM")}
 
 
@@ -81,18 +82,18 @@ class Trial:
         self.number = number
         self.name = folder.name
 
-        # trial.json.
+        # What trial.json keeps for the next start.
         self.values = {}
         self.status = "unfinished"
         self.error = ""
         self.slot = 0  # which of the jobs that run at a time
 
-        # What train.py makes of the values.
+        # What train.py makes of the words and values. parse() sets it; a value may be --steps.
         self.steps = 0
         self.patience = None
         self.min_delta = 0.0
 
-        # The process of this start.
+        # The process of this start. None where an earlier search started it: holder() finds that.
         self.process = None
         self.stopped = None  # by whom, if it was told to stop
         self.log_start = 0  # where in output.log this start begins
@@ -150,7 +151,7 @@ class Trial:
             return []
 
     def curve(self, metric: str) -> dict[int, float | None]:
-        """{step: value}, as logged so far; None stands for what is no finite number."""
+        """{step: value}, as logged so far; None where the value is no finite number."""
         curve = {}
         for row in self.rows():
             if metric in row:
@@ -207,7 +208,7 @@ class Trial:
 
     def start(self, argv: list[str], jobs: int) -> None:
         """Starts the process. argv: the program and its words but the values. Raises OSError."""
-        # The trials of the same time share the cores and the GPUs.
+        # Trials that run at once share the cores and GPUs. The user's own OMP_NUM_THREADS wins.
         env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
         gpus = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
         if len(gpus) >= jobs > 1:
@@ -217,11 +218,13 @@ class Trial:
             self.log_start = out.tell()
             self.stopped = None
             self.error = ""
+            # The process inherits this lock with its stdout, and holds it until it ends.
             try:
                 fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (OSError, AttributeError):  # a file system, or a system, without locks
                 pass
-            # A session of its own: the search itself passes Ctrl-C on.
+            # A session of its own: else Ctrl-C would reach it from the terminal and from us, and a
+            # second signal ends train.py at once.
             self.process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -233,7 +236,7 @@ class Trial:
 
     def stop(self, why: str) -> None:
         self.stopped = why
-        # SIGTERM: train.py saves a checkpoint and ends.
+        # This sends SIGTERM: train.py finishes its step, saves a checkpoint and ends.
         self.process.terminate()
 
     def ended(self) -> bool:
@@ -255,6 +258,7 @@ class Trial:
             self.error = f"no {metric} was logged"
         elif counts:
             self.status = "done" if is_over else "pruned"
+        # Told to stop by the search before its end: it stays unfinished.
         elif self.stopped:
             return
         elif self.aborted():
@@ -291,7 +295,7 @@ class Trial:
         if code < 0:
             is_known = -code in {*signal.Signals}
             name = signal.Signals(-code).name if is_known else f"signal {-code}"
-            # The system kills what takes too much memory.
+            # Linux kills with this signal what takes too much memory.
             if name == "SIGKILL":
                 return f"ended by {name}, perhaps for want of memory"
             return f"ended by {name}"

@@ -41,10 +41,10 @@ def check_ranges(cfg: Config) -> None:
         below = f.metadata["below"]
         if not is_number(value):
             continue
-        # A number without a limit of its own fits a 32-bit integer, or is finite.
+        # A bound for every field: else --block_size=1e30 would pass and overflow deep inside torch.
         if below is None:
             below = 2**31 if type(value) is int else math.inf
-        # Compared first: isfinite raises for an int that is too large for a float.
+        # Compared first: isfinite raises for an int that is too large for a float. NaN fails too.
         if not (least <= value < below and math.isfinite(value)):
             value = str(value)[:40]
             raise ValueError(
@@ -55,7 +55,7 @@ def check_ranges(cfg: Config) -> None:
 def check_text(cfg: Config) -> None:
     values = {name: getattr(cfg, name) for name in FIELDS} | cfg.options
     for name, value in values.items():
-        # A lone surrogate: no config.toml could hold it.
+        # Python makes lone surrogates of argv's bytes that are not UTF-8. TOML cannot hold them.
         if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
             what = f"{name}={ascii(value)[:200]} is no text in UTF-8"
             raise ValueError(f"{what}; rename it, or type another")
@@ -67,7 +67,7 @@ def check_heads(cfg: Config) -> None:
     size = cfg.n_embd // cfg.n_head
     parts = {"rotary": 2, "rotary_half": 4}.get(position, 1)
     if cfg.n_embd % cfg.n_head:
-        # The nearest number of heads that fits this width, else the next wider model.
+        # No number of heads fits some widths (odd ones under rotary): then hint at a wider model.
         counts = range(1, min(cfg.n_embd, 10**4) + 1)
         fits = [n for n in counts if cfg.n_embd % n == 0 and cfg.n_embd // n % parts == 0]
         if fits:
@@ -95,12 +95,13 @@ def check_attention(cfg: Config) -> None:
     """Attention, logits, and the table of n-gram embeddings."""
     scale = trait(cfg, "attention_scale")
     form = cfg.logit_cap_form
-    # muP divides attention logits by the head size, and attention_scale would set that factor.
+    # muP multiplies q.k by 8/head size. attention_scale would replace that factor.
     if cfg.mup_base_width is not None and scale is not None:
         raise ValueError(
             f"attention_scale={scale:g} fixes what mup_base_width sets to 8/head size; type "
             "--attention_scale=none, or leave mup_base_width out"
         )
+    # A recipe may repeat the architecture's own form; only another one asks for a cap.
     if trait(cfg, "logit_cap") is None and form not in ("auto", ARCHS[cfg.arch]["logit_cap_form"]):
         raise ValueError(
             f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15"
@@ -138,6 +139,7 @@ def check_schedule(cfg: Config) -> None:
             f"min_lr_frac has no meaning for schedule={cfg.schedule}, which never decays; leave it"
             " out"
         )
+    # Checked here, because a field's `below` excludes its bound, and a share of 1 is allowed.
     for name in ("decay_frac", "min_lr_frac", "warmup_start"):
         if (getattr(cfg, name) or 0) > 1:
             raise ValueError(f"{name}={getattr(cfg, name)} is a share, from 0 to 1")
@@ -162,7 +164,7 @@ def check_batch(cfg: Config) -> None:
 
 def check_data_parallel(cfg: Config) -> None:
     """Fields that only some layouts have."""
-    # `auto` becomes ddp or zero1 later. Until then only ddp's fields are safe.
+    # `auto` becomes ddp or zero1 later (run/auto.py). Until then only ddp's fields are safe.
     layout = cfg.data_parallel.replace("auto", "ddp")
     for name, layouts in LAYOUTS.items():
         if getattr(cfg, name) != FIELDS[name].default and layout not in layouts.split():
@@ -199,7 +201,7 @@ def check_model_parallel(cfg: Config) -> None:
 
 def check_tensor_parallel(cfg: Config) -> None:
     heads = cfg.n_kv_head or cfg.n_head
-    # Each rank has some heads of queries, and the heads of keys and values that these need.
+    # A rank holds whole heads: of queries, and of the keys and values that these read.
     for name, number in (("n_head", cfg.n_head), ("n_kv_head", heads)):
         if number % cfg.tp:
             fits = divisor(math.gcd(cfg.n_head, heads), cfg.tp)
@@ -215,8 +217,9 @@ def check_tensor_parallel(cfg: Config) -> None:
 
 def check_context_parallel(cfg: Config) -> None:
     is_ring = cfg.cp > 1 and cfg.cp_attention == "ring"
-    # The ring gives each rank two chunks, an early and a late one, so that all have equal work.
+    # Causal attention costs late tokens more: each rank of a ring has an early and a late chunk.
     for_cp = cfg.cp * 2 if is_ring else cfg.cp
+    # Sequence parallelism splits the tokens of a cp rank once more, over its tp ranks.
     for_sp = cfg.cp * cfg.tp if cfg.sp else cfg.cp
     parts = math.lcm(for_cp, for_sp)
     if cfg.block_size % parts:
@@ -242,7 +245,8 @@ def check_context_parallel(cfg: Config) -> None:
 
 
 def check_ngrams(cfg: Config, split: list[str]) -> None:
-    # The prior of a token needs all tokens before it, and is added to all logits.
+    # The prior reads all tokens before one, which cp splits, and is added to all its logits,
+    # which tp splits and only the last pipeline stage has.
     if cfg.ngram is not None and (split or cfg.cp > 1):
         raise ValueError(
             "ngram needs full sequences and logits on a rank and is incompatible with "
@@ -274,7 +278,7 @@ def check_pipeline(cfg: Config, split: list[str]) -> None:
             f"data_parallel={layout} would send gradients or weights again for each micro-batch "
             f"in flight and is incompatible with {split[0]}; type --data_parallel=fsdp or zero1"
         )
-    # Zero bubble computes weight gradients later than those of activations, with its own graphs.
+    # Zero bubble computes weight gradients after fsdp has sent them, and cuts up compiled graphs.
     zero_bubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     if layout == "fsdp" and zero_bubble:
         raise ValueError(
@@ -295,7 +299,7 @@ def check_pipeline(cfg: Config, split: list[str]) -> None:
 
 
 def check_packages(cfg: Config) -> None:
-    # Now, not when the first row is logged.
+    # Else only the Logger would find out, after the corpus is prepared and the model is built.
     for name in ("tensorboard", "wandb"):
         if getattr(cfg, name) and importlib.util.find_spec(name) is None:
             raise ValueError(f"--{name} needs a package: pip install {name}")
@@ -347,7 +351,7 @@ def check_early_stopping(cfg: Config) -> None:
 
 
 def check_qk_clip(cfg: Config) -> None:
-    # A norm after the scaling makes it void.
+    # qk_clip shrinks the weights of queries and keys; a norm behind them undoes the factor.
     if cfg.qk_clip is not None and trait(cfg, "qk_norm"):
         raise ValueError(
             f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
@@ -398,12 +402,12 @@ def check_options(cfg: Config, namespace: str, target, given: tuple = ()) -> dic
 
 
 def is_of_kind(value, parameter: inspect.Parameter) -> bool:
-    """Is it of the kind of this parameter's default?"""
+    """Is the value of the same kind as the parameter's default?"""
     default = parameter.default
     # A bool is an int in Python, and no number for a user.
     if parameter.annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    # Without a default there is nothing to compare it with.
+    # A required argument has no default that shows its kind: any value passes.
     if default is inspect.Parameter.empty:
         return True
     if isinstance(default, tuple):
@@ -417,7 +421,7 @@ def is_of_kind(value, parameter: inspect.Parameter) -> bool:
 
 
 def divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is no more than `most` (nor 10,000, to find it soon)."""
+    """The largest divisor of n up to `most`, and up to 10,000, so that a huge n takes no time."""
     return next(d for d in range(min(n, most, 10**4), 0, -1) if n % d == 0)
 
 

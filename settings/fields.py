@@ -25,19 +25,19 @@ def setting(default, help: str, change: str, least=None, below=None):
 
 
 # May a resumed run change this setting? What its command leaves open comes from the earlier run.
-# fixed: never.
+# fixed: never. Another value makes another model, another order of data or another method.
 fixed = functools.partial(setting, change="fixed")
-# on_branch: only with --resume=PATH, which begins a branch.
+# on_branch: only with --resume=PATH, whose branch has a folder and a history of its own.
 on_branch = functools.partial(setting, change="on_branch")
-# may_change: always.
+# may_change: always. The earlier run's value holds until a command gives another one.
 may_change = functools.partial(setting, change="may_change")
-# per_run: always, and it never comes from the earlier run.
+# per_run: always, and it never comes from the earlier run: it belongs to the machine or command.
 per_run = functools.partial(setting, change="per_run")
 
 
 @dataclass
 class Config:
-    # the run
+    # The run. A resumed one may have other steps and micro-batches, but the same batches.
     out_dir: str = per_run("out", "folder for checkpoints, metrics.jsonl, config.toml, loss.png")
     steps: int = may_change(180, "optimizer steps", least=1)
     batch_size: int = fixed(16, "sequences per optimizer step, over all ranks", least=1)
@@ -58,7 +58,7 @@ class Config:
     threads: int | None = per_run(
         None, "CPU threads per process; none = torch's choice", least=1, below=1025
     )
-    # data
+    # Data. A branch may train on another text, but ids keep their meaning: same tokenizer.
     data: str = on_branch(
         "python", "python, shakespeare, openwebtext, fineweb, a text file, a folder of shards"
     )
@@ -71,7 +71,7 @@ class Config:
     eval_rows: Literal["spread", "first"] = may_change(
         "spread", "held-out samples that are evaluated: evenly spaced | the first"
     )
-    # model
+    # Model. All are fixed but `attention`: its values are kernels for the same function.
     arch: Literal["modern", "gpt2", "track3"] = fixed(
         "modern", "decides the traits left at auto below"
     )
@@ -136,7 +136,7 @@ class Config:
     init_from: str | None = fixed(
         None, "run or checkpoint whose weights alone are the start (fine-tuning)"
     )
-    # optimizer; --opt.NAME= goes to its constructor
+    # Optimizer. --opt.NAME= goes to its constructor. `optim` is fixed: none reads another's state.
     optim: str = fixed("muon", "file in optim/ (its first class) or file.Class")
     lr: float | None = on_branch(
         None, "peak learning rate; none = the optimizer's own default", least=0
@@ -174,7 +174,7 @@ class Config:
         "heads whose attention logits exceed this are scaled back; usual: 100 (optim/qk_clip.py)",
         least=0,
     )
-    # spikes and faults; --monitor.NAME= goes to the spike monitor
+    # Spikes and faults. --monitor.NAME= goes to MonitorConfig (monitor.py).
     on_spike: Literal["warn", "skip", "rollback", "clip", "lr_cut", "abort"] | None = may_change(
         "skip", "what happens to a step whose loss or gradient jumps (monitor.py)"
     )
@@ -189,7 +189,7 @@ class Config:
     min_delta: float = may_change(
         0.0, "for patience: a better loss is lower by more than this, nats", least=0
     )
-    # schedule; --schedule.NAME= goes to it
+    # Schedule. --schedule.NAME= goes to its function (schedules.py), which keeps no state.
     schedule: Literal["auto", *SHAPES] = may_change(
         "auto", "auto = wsd, and constant for Schedule-Free, which needs none"
     )
@@ -214,7 +214,7 @@ class Config:
     batch_ramp_from: int | None = fixed(
         None, "sequences of the first step, and of each growth", least=1
     )
-    # numbers and layout
+    # Numbers and layout. Checkpoints load on any layout, so a resumed run may have another.
     precision: Literal["auto", "fp64", "fp32", "bf16", "bf16_sr", "fp16", "fp8"] = fixed(
         "auto",
         "fp64: the oracle | bf16: autocast over fp32 weights | bf16_sr: bf16 weights, stochastic"
@@ -281,7 +281,7 @@ class Config:
         least=0.01,
         below=1e5,
     )
-    # looking and saving
+    # Looking and saving. Every *_every counts optimizer steps, whatever the batch size.
     histogram_every: int | None = may_change(
         None, "steps between counts of exponents of all tensors (precision/histogram.py)", least=1
     )
@@ -324,17 +324,18 @@ class Config:
         None, "FLOP/s of one device, for MFU; none = by its name", least=0
     )
 
-    # The dotted fields: full name -> value.
+    # The dotted fields, such as "opt.betas" -> (0.9, 0.95). Their owners say which there are.
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        # The fields that the user gave. The parser sets this exactly, for it knows what was typed.
+        # The fields that the user gave. This guess misses one that was given its default, so the
+        # parser, which knows what was typed, sets it anew.
         self.given = {
             f.name
             for f in fields(self)
             if f.name != "options" and getattr(self, f.name) != f.default
         }
-        # What earlier commands gave, where this one resumes their run.
+        # What earlier commands of a resumed run gave: chosen() must not list it as a choice.
         self.given_earlier = set()
 
     def sub(self, namespace: str) -> dict:
@@ -347,7 +348,7 @@ class Config:
         }
 
 
-# Field -> the layouts of data_parallel that have it.
+# Field -> the layouts of data_parallel that read it. Under the others it would do nothing.
 LAYOUTS = dict(
     fsdp_shard="fsdp",
     reshard="fsdp",
@@ -358,11 +359,11 @@ LAYOUTS = dict(
     offload_params="zero3 fsdp",
     bucket_mb="ddp zero1 zero2 zero3",
 )
-# The dotted fields' first words.
+# The first words of dotted fields. Each has one owner, whose signature has the second words.
 NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile", "monitor")
-# Fields in which ~ is the home folder.
+# Fields in which ~ is the home folder: a shell does not expand it behind the = of --data=~/text.
 PATHS = ("out_dir", "data", "data_dir", "resume", "init_from")
-# Fields whose none means that the run chooses.
+# Fields whose none the run replaces by a number, which config.toml records under [chosen].
 CHOSEN = (
     "micro_batch_size",
     "n_kv_head",
@@ -384,7 +385,7 @@ SECTIONS = dict(
     precision="Numbers and layout",
     log_every="Looking and saving",
 )
-# --arch -> what its `auto` traits are.
+# --arch -> what its `auto` traits are. Each arch has all traits, so with_traits leaves no `auto`.
 ARCHS = {
     "modern": dict(
         norm="rmsnorm",
@@ -434,12 +435,13 @@ ARCHS = {
 }
 FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
 TYPES = typing.get_type_hints(Config)
-# Fields that a run may have to choose: the table [chosen] of config.toml holds them.
+# Fields that a run may have to choose: the table [chosen] of config.toml holds them. The auto of
+# resume is a rule that every start applies anew, not a choice.
 OPEN = {name for name, f in FIELDS.items() if f.default == "auto" or name in CHOSEN} - {"resume"}
 
 
 def trait(cfg: Config, name: str):
-    """The model's trait of this name, the architecture's where it is `auto`."""
+    """The model's trait of this name; where it is `auto`, the architecture's."""
     given = getattr(cfg, name)
     return ARCHS[cfg.arch][name] if given == "auto" else given
 
@@ -452,6 +454,7 @@ def with_traits(cfg: Config) -> Config:
 
 def update(cfg: Config, **values) -> Config:
     """A copy with other values that remembers which fields the user gave."""
+    # replace() runs __post_init__, which guesses `given` anew.
     new = replace(cfg, **values)
     new.given = set(cfg.given)
     new.given_earlier = set(cfg.given_earlier)
@@ -472,7 +475,7 @@ def flag(name: str, value) -> str:
         text = "()"
     else:
         text = ",".join(map(plain, value))
-        # A comma at the end makes a tuple of one value.
+        # Without a comma at its end one value would be read as a number, not as a tuple.
         if len(value) == 1:
             text += ","
     return f"--{name}={shlex.quote(text)}"

@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> Config:
             if name.startswith("chosen."):
                 found_chosen[name.removeprefix("chosen.")] = found.pop(name)
 
-        # Another run chooses anew. Else a later word replaces what an earlier one said.
+        # What was chosen for another run (its lr for another optimizer, say) does not fit this one.
         if any(makes_another_run(name) for name in found):
             chosen = {}
         chosen = {n: v for n, v in chosen.items() if n not in found} | found_chosen
@@ -106,7 +106,7 @@ def read_recipe(path: str) -> dict:
     try:
         with open(path, "rb") as file:
             raw = file.read()
-        # Windows' shell writes UTF-16.
+        # The > of Windows PowerShell writes UTF-16, and some editors begin UTF-8 with a mark.
         is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         table = tomllib.loads(raw.decode("utf-16" if is_utf16 else "utf-8-sig"))
     except OSError as error:
@@ -147,7 +147,7 @@ def from_text(name: str, text: str):
     known(name)
     if not text.strip():
         raise ValueError(f"--{name}= is empty; type a value ({allowed(name)}), or leave it out")
-    # A dotted field is checked against a signature later.
+    # The owner of a dotted field is known only when all words are read: run/options.py checks it.
     if "." in name:
         return literal(name, text)
     word = text.lower()
@@ -164,7 +164,7 @@ def from_text(name: str, text: str):
             value = number(kind, text)
             if value is not None:
                 return value
-    # A message is one line, however much was typed.
+    # A message is one line, however long the text and however many lines were typed.
     shown = " ".join(text.split())[:200]
     raise ValueError(f"--{name}={shown} is not allowed; it takes {allowed(name)}")
 
@@ -178,7 +178,7 @@ def literal(name: str, text: str):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = WORDS.get(text.lower(), text)
-        # A list with none, true or false in it is no Python literal.
+        # literal_eval takes None and True, but users type none and true: 0.9,none is a list too.
         if value is text and "," in text:
             parts = [part.strip().lower() for part in text.split(",")]
             found = [WORDS.get(part, number(float, part)) for part in parts]
@@ -203,7 +203,7 @@ def from_toml(name: str, value, path: str):
         name = name[7:]
     known(name)
     if "." in name:
-        # As a tuple, which is what a list on the command line becomes.
+        # A tuple, as from the command line: == must hold between a recipe and typed words.
         value = tuple(map(none, value)) if isinstance(value, list) else none(value)
         return plain_only(value, f"{name} = {value!r} in {path}")
     if none(value) is None and type(None) in kinds(name):
@@ -215,6 +215,7 @@ def from_toml(name: str, value, path: str):
         if typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
+        # Not isinstance: TOML's true is an int in Python.
         elif kind in (int, float) and type(value) in (int, float):
             converted = number(kind, repr(value))
             if converted is not None:
@@ -227,17 +228,18 @@ def from_toml(name: str, value, path: str):
 
 
 def none(value):
-    """TOML has no null: the word none stands for it."""
+    """The value, and None for the word none: TOML has no null."""
     if isinstance(value, str) and value.lower() == "none":
         return None
     return value
 
 
 def number(kind: type, text: str):
-    """The int or float that the text is; None where it is none. 1e6 is a whole number, too."""
+    """The text as an int or float; None where it is no such number. 1e6 is a whole number, too."""
     for convert in (kind, float):
         try:
             value = convert(text)
+            # int() of an infinity or a NaN raises: neither is a whole number.
             is_of_kind = kind is float or value == int(value)
             return kind(value) if is_of_kind else None
         except (ValueError, OverflowError):
@@ -257,7 +259,7 @@ def change(name: str) -> str:
 
 
 def makes_another_run(name: str) -> bool:
-    """Does a value for this field make void what the earlier run chose?"""
+    """Does a value for this field make it another run, which chooses anew?"""
     return "." in name or name == "device" or change(name) in ("fixed", "on_branch")
 
 
@@ -296,9 +298,10 @@ def from_dict(saved: dict) -> Config:
         values = {
             name: from_toml(name, saved[name], "the checkpoint") for name in FIELDS if name in saved
         }
-        # JSON has no tuples.
+        # The checkpoint is JSON, which has made lists of tuples.
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()}
         cfg = Config(**values, options=options)
+        # Where the checkpoint lacks the list, all that a run may choose counts as chosen.
         cfg.given -= {*saved.get("chosen", OPEN)}
         return check(cfg)
     except (KeyError, TypeError, AttributeError) as error:
@@ -316,7 +319,7 @@ def to_toml(cfg: Config, notes: dict) -> str:
         if isinstance(value, (tuple, list)):
             return "[" + ", ".join(shown(v) for v in value) + "]"
         if isinstance(value, str):
-            # TOML's strings are JSON's, but for DEL.
+            # A JSON string is a TOML string, but TOML wants DEL (0x7f) escaped too.
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         if isinstance(value, bool):
             return str(value).lower()
@@ -347,7 +350,7 @@ def help_text() -> str:
         if name in SECTIONS:
             lines += ["", SECTIONS[name]]
         lines.append(f"  --{name:17} {f.metadata['help']} [{str(f.default).lower()}]")
-        # `auto` alone is no choice worth a line.
+        # `auto` alone, as in `bool | auto`, is no list of choices.
         if any(typing.get_origin(k) is Literal and k is not Auto for k in kinds(name)):
             lines.append(f"{'':22}one of: {allowed(name)}")
     lines += [

@@ -1,6 +1,7 @@
 """What other trainers call a field, for the hint in an error message."""
 
-# Their name -> ours, or our --field=value where their flag means one value of a field.
+# Their name -> our field, or our FIELD=VALUE where their flag is one value of ours. Written the
+# other way round below, as several of their names mean one of ours.
 HERE = {
     there: here
     for here, names in {
