@@ -69,8 +69,9 @@ def same_search(home: Path, options: dict, search: dict, words: list[str], say) 
     was = before(home)
     path = home / "sweep.json"
     if was is None and os.path.lexists(path):
-        os.replace(path, free(path.with_name("sweep.json.damaged")))
-        say(f"{path} is damaged and is moved to sweep.json.damaged; it is written anew")
+        aside = free(path.with_name("sweep.json.damaged"))
+        os.replace(path, aside)
+        say(f"{path} is damaged and is moved to {aside.name}; it is written anew")
     if was is None:
         return write(path, now)
     for name in was | now:

@@ -383,7 +383,7 @@ SECTIONS = dict(
     on_spike="Spikes and faults",
     schedule="Schedule",
     precision="Numbers and layout",
-    log_every="Looking and saving",
+    histogram_every="Looking and saving",
 )
 # --arch -> what its `auto` traits are. Each arch has all traits, so with_traits leaves no `auto`.
 ARCHS = {
