@@ -53,11 +53,12 @@ def main(requested_cfg: fields.Config) -> dict:
     made_group = launch.start(device, requested_cfg.timeout_minutes)
     mesh = make_mesh(device, requested_cfg.tp, requested_cfg.cp, requested_cfg.pp)
     is_main = mesh.rank == 0
-    torch.manual_seed(requested_cfg.seed)  # nothing below draws from it; code added to it may
+    torch.manual_seed(requested_cfg.seed)  # nothing here draws from it; what you add may
 
     # ---- the earlier run in this folder: its settings fill what the command line leaves open -----
     out_dir = Path(requested_cfg.out_dir)
     lock = control.RunLock(out_dir) if is_main else None
+    # same_run: the checkpoint is out_dir's own, else this run is a branch.
     resumed_from, same_run = resume.find(out_dir, requested_cfg.resume, is_main, mesh.agree)
     debug_dir = out_dir / "debug" if requested_cfg.debug_ranks else None
     rank_log = watchdog.RankLog(debug_dir, mesh, requested_cfg.timeout_minutes)
@@ -85,6 +86,7 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- data: the first process of each machine fills the cache ---------------------------------
     corpus = mesh.first_on_each_machine(functools.partial(build.corpus, auto_cfg))
     resume.check_same_data(auto_cfg, corpus, mesh, resumed_from, same_run)
+    # Complete, but for the micro-batch size: from here on read cfg.
     cfg = auto.with_vocabulary(auto_cfg, corpus.tokenizer.n_vocab)
     train_data = Dataset(
         corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size
@@ -215,14 +217,15 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- the loop --------------------------------------------------------------------------------
     metrics = {"step": step}
     stop = control.StopSignal()
-    # The states up to the step that the run resumes from are evaluated and saved already.
-    resumed_step = -1 if resumed_from is None else step
+    # States up to this step are evaluated and saved already.
+    settled_step = -1 if resumed_from is None else step
     is_overdue = False  # is a checkpoint due by the clock?
     if owes_evaluation:
-        # Save this one again after its evaluation, which early stopping counts.
-        resumed_step -= 1
+        # A stop cut it off: evaluate now, then save again with early stopping's count.
+        settled_step -= 1
         is_overdue = True
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
+    # It measures logits and updates, and clips q and k (--qk_clip).
     watch = Watch(
         mesh,
         model,
@@ -237,10 +240,10 @@ def main(requested_cfg: fields.Config) -> dict:
     while True:
         rank_log.step(step + 1)
         is_done = step >= cfg.steps
-        state_is_new = step > resumed_step
+        state_is_new = step > settled_step
 
-        # Evaluate, step 0 and the last one too; a branch also evaluates the state it starts from.
-        # Whoever asks us to stop waits for no evaluation: `heard` sets stop.agreed in the middle.
+        # Evaluate, step 0 and the last one too; a branch also evaluates the state it starts from. A
+        # stop skips the evaluation or cuts it off: evaluate() calls `heard`, then returns None.
         is_due = cfg.eval_every and (is_done or step % cfg.eval_every == 0)
         if is_due and (state_is_new or not same_run) and not stop.agreed:
             with run_state.eval_weights():
@@ -262,7 +265,7 @@ def main(requested_cfg: fields.Config) -> dict:
                 logger.evaluation({"step": step} | found)
         is_done = is_done or early_stopping.should_stop
         if is_done and early_stopping.best_is_earlier:
-            # For the sample, and as the checkpoint's model; it keeps the training weights beside.
+            # For the sample, and as the checkpoint's model; the checkpoint has the last ones too.
             logger.log(run_state.restore_best(early_stopping.path))
 
         # Save now and then, at the end, and when somebody asks us to stop.
@@ -274,7 +277,8 @@ def main(requested_cfg: fields.Config) -> dict:
             break
 
         # Forward and backward over this rank's samples (run/batch.py, run/microbatches.py). The
-        # last micro-batch starts the sum over the replicas, so each divides by the tokens of all.
+        # last micro-batch starts the replicas' sum. It is no mean: the loss of each is divided by
+        # the tokens of all.
         spike_monitor.snapshot(step)
         began = time.perf_counter()
         batch_size = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
@@ -298,8 +302,8 @@ def main(requested_cfg: fields.Config) -> dict:
         grad_norm = run_state.norm(gradients, everywhere=has_one_norm)
 
         # One all-reduce for all that the ranks must agree on. The tp ranks hold the same loss: it
-        # is counted once. Stages before the last hold 0. The sum of the norms' shares is their mean
-        # over the ranks: one number for all, also where replicas differ.
+        # is counted once. Stages before the last hold 0. mean_norm is grad_norm, or with DiLoCo the
+        # mean over the replicas: one number for all.
         loss = float(loss_sum) / n_tokens if mesh.coords["tp"] == 0 else 0.0
         loss, n_stop, n_overdue, mean_norm = mesh.sum(
             loss, stop.requested, saver.overdue(), float(grad_norm) / mesh.world
@@ -321,7 +325,7 @@ def main(requested_cfg: fields.Config) -> dict:
             # read them again. Those of later steps never happened.
             run_state.save(saver, step, metadata)
             saver.drop_after(step)
-            resumed_step = min(resumed_step, step - 1)
+            settled_step = min(settled_step, step - 1)  # later states are new again
         if verdict in ("rollback", "abort"):
             continue
 
@@ -380,13 +384,12 @@ def main(requested_cfg: fields.Config) -> dict:
             logger.train(row | watched)
 
     # ---- the end: a sample of what the model writes, and the curve -------------------------------
-    is_finished = is_done and not stop.agreed  # else the next command draws both
-    if is_finished and cfg.sample_tokens:
+    if is_done and cfg.sample_tokens:
         # On every rank: a forward may be a collective.
         with run_state.eval_weights(), build.uncompiled(cfg):
             text = sample(micro_batches, corpus.tokenizer, cfg.sample_tokens, cfg.seed)
         logger.log(f"---- a sample ----{text}\n------------------")
-    if cfg.plot and is_finished and is_main and step > 1:  # one point is no curve
+    if cfg.plot and is_done and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
     stop.close()
     logger.close()

@@ -421,8 +421,8 @@ def in_all(
     c: Case, owned: list, parameters: float, gradients: float, state: float, activations: float
 ) -> dict[str, float]:
     """What bytes_per_rank returns, for a rank that steps `owned` and holds so many bytes."""
-    # FSDP's owners keep full weights, too, and receive full gradients (`wire`). The messages out
-    # and in are as large, so an exchange holds 3 x wire.
+    # An FSDP owner also keeps full weights (`kept`). An exchange holds three buffers of `wire`
+    # bytes: full gradients, the message out and the message in.
     at_owner = 0
     if c.layout == "fsdp" and c.by_block:
         at_owner = sum(c.sizes[name] for name in c.full) / c.n

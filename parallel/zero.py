@@ -34,7 +34,8 @@ unit while the unit before it computes, and frees them after use:
     forward  | compute 0 | compute 1 | compute 2 |  backward | compute 2 | compute 1 | compute 0 |
              | fetch 1   | fetch 2   |           |           | fetch 1   |           |           |
                          | free 0    | free 1    |                       | free 2    | free 1    |
-                                                                         | send 2    | send 1, 0 |
+                                                                         | send 2    | send 1    |
+                                                                                      at last: send 0
 
 The backward of unit 0 reads no weights: an embedding is a lookup, not a product. Two cases differ,
 and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
@@ -48,9 +49,9 @@ blocks (in stage 3 not the last one), or a backward (not in stage 3). To compile
 each `block.forward`: the hooks on a block must stay outside.
 
 Reference: Rajbhandari et al. 2020 (1910.02054). In the paper each rank owns a slice of one flat
-vector. Here it owns full parameters, so any optimizer steps unchanged, and Muon's
-orthogonalisation is spread over the ranks. The price is that the load is even only up to the
-largest parameters (parallel/ownership.py).
+vector. Here it owns full parameters, so any optimizer that steps each parameter by itself steps
+unchanged, and Muon's orthogonalisation is spread over the ranks. The price is that the load is even
+only up to the largest parameters (parallel/ownership.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -117,18 +118,20 @@ class ZeRO:
     group: the replicas; None is one replica, which sends nothing
     device: where the weights are used
     stage: 1, 2 or 3
-    bucket_mb: the largest message, in MiB; a larger parameter is a message of its own
+    bucket_mb: parameters are grouped up to so many MiB, then split by owner: on N ranks a message
+        has about 1/N of it; a larger parameter is a message of its own
     reduce_dtype: gradients are sent in it, None = their own; an owner's own share is never rounded
     offload_params: stage 3 alone; owners keep and step their weights in host memory ("cpu") or in
         files under `folder` that are mapped into memory ("disk")
     pinned: names of parameters that the first rank owns, for another stage of the pipeline holds
         them too, and the two must have the same owner
 
-    Raises ValueError for another stage, and for offload_params that is unknown or without stage 3.
+    Raises ValueError for a stage that is not 1, 2 or 3, for offload_params that is unknown or
+    without stage 3, and for offload_params="disk" without a folder.
     """
 
     shards: dict = {}  # owners step full parameters
-    is_primary = True  # nobody else holds what an owner holds
+    is_primary = True  # no lower rank has the same gradients and optimizer state
 
     def __init__(
         self,
@@ -150,6 +153,8 @@ class ZeRO:
                 f"offload_params={offload_params} needs stage 3: before it every rank uses all "
                 "its weights where they are; type --data_parallel=zero3"
             )
+        if offload_params == "disk" and folder is None:
+            raise ValueError("offload_params=disk needs a folder for its files")
         self.group = group
         self.rank = 0
         self.world = 1
@@ -182,15 +187,17 @@ class ZeRO:
         self.nothing_sent = True  # the first backward of the step has not sent its gradients yet
         self.step_begun = False  # a micro-batch came after the last finish_gradients()
         self.unfinished = False  # a backward came after it: the optimizer must not step yet
-        self.sent_bytes = 0  # by this rank in the last step
+        self.sent_bytes = 0  # in the last step, the mean over the ranks
 
     # ---- who holds what --------------------------------------------------------------------------
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Allocates what this rank holds of `model`, and hooks into its forward and backward.
 
-        The model's parameters are on the meta device, registered in the order in which forward uses
-        them. Its `blocks` is a ModuleDict; forward calls each block at most once and in order, with
-        x (B, T, C) as the first argument, and returns one tensor.
+        The model's parameters are on the meta device (buffers are not), registered in the order in
+        which forward uses them. Its `blocks` is a ModuleDict; forward calls each block at most once
+        and in order, with x (B, T, C) as the first argument. Block and model each return one
+        tensor. In stage 3 a shared weight is unit 0's, and a unit 0 without shared weights and 1-D
+        parameters reads none in backward.
         """
         self.model = model
         named = list(model.named_parameters())
@@ -214,7 +221,8 @@ class ZeRO:
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 setattr(module, name, real[p])
-            # Under autocast a plain matmul keeps copies of weights, which nobody could free.
+            # Under autocast F.linear keeps cast copies of weights, which nobody could free. Only a
+            # layer with an attribute `matmul`, as model.Linear has, is changed: give yours one.
             if self.fetches and getattr(module, "matmul", None) is F.linear:
                 module.matmul = linear
         self.add_hooks(real.values())
@@ -277,7 +285,7 @@ class ZeRO:
         """Forward and backward call this object when they enter or leave a unit."""
         if self.group is not None:
             for p in params:
-                on_gradient(p, self.got.add)  # so `got` is emptied, and never another set
+                on_gradient(p, self.got.add)  # the hook keeps this set: empty it, never replace it
         if self.group is None and not self.fetches:
             return
         blocks = list(self.model.blocks.values())
@@ -306,7 +314,7 @@ class ZeRO:
         bucket.broadcast = dist.broadcast(
             bucket.flat, group=self.group, group_src=bucket.owner, async_op=True
         )
-        # The owner sends world - 1 copies: this is the mean over the ranks, who own alike.
+        # The owner sends world - 1 copies; each rank counts a share of them, for owners own alike.
         self.sent_bytes += (self.world - 1) * bucket.flat.nbytes // self.world
 
     def wait_for_broadcasts(self, buckets: list[Bucket]) -> None:
@@ -316,7 +324,7 @@ class ZeRO:
                 bucket.broadcast = None
 
     def lives_here(self, bucket: Bucket) -> bool:
-        """Whether these weights stay on this device: it computes with them, or is their owner."""
+        """Are these weights never freed? All of them before stage 3, then an owner's own."""
         return not self.fetches or (bucket.owner == self.rank and bucket.host is None)
 
     def start_fetch(self, i: int) -> None:
@@ -353,7 +361,7 @@ class ZeRO:
 
     # ---- forward ---------------------------------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
-        """Before each micro-batch (in a pipeline: before its backward).
+        """Call it before each micro-batch (in a pipeline: before its backward).
 
         flag: does its backward complete the gradients?
         """
@@ -446,7 +454,7 @@ class ZeRO:
         self.collect_gradients()
         self.free(range(len(self.units)))
         self.in_backward = False
-        # Stage 1 adds up the micro-batches here, and sends once.
+        # Stage 1 sends after the last micro-batch alone; until then this rank owes.
         self.owes_gradients = self.stage == 1 and not self.is_last
 
     @torch.no_grad()
@@ -470,8 +478,8 @@ class ZeRO:
         flat = torch.zeros_like(bucket.flat, dtype=self.reduce_dtype)
         for p, view in zip(bucket.params, split_like(flat, bucket.params)):
             if self.nothing_sent and p.grad is None:
-                # If `got` has p, its gradient was that of a trial (run/batch.py tries micro-batch
-                # sizes) and has been thrown away.
+                # Forget a backward whose gradients were dropped without finish_gradients(), such as
+                # the trial of a micro-batch size in run/batch.py.
                 self.got.discard(p)
             if bucket.owner != self.rank and p.grad is not None:
                 view.copy_(p.grad)
@@ -498,8 +506,7 @@ class ZeRO:
     def owned_params(self) -> dict[str, nn.Parameter]:
         """The parameters that this rank owns, by name and in the model's order.
 
-        They are those that its optimizer steps: with offloading they are in host memory. Buckets
-        are in the order of backward; an optimizer's groups and a checkpoint follow the model.
+        They are those that its optimizer steps: with offloading they are in host memory.
         """
         owned = {}
         for bucket in self.buckets:
@@ -534,7 +541,10 @@ class ZeRO:
                     p.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """After finish_gradients: the summed gradients of the parameters owned here, by name."""
+        """After finish_gradients: the summed gradients of the parameters owned here, by name.
+
+        To clip by their norm, add up its square over the group.
+        """
         return {name: p.grad for name, p in self.owned_params().items() if p.grad is not None}
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:

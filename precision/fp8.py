@@ -18,8 +18,8 @@ A scale, by which we divide (Transformer Engine's is its inverse), makes each te
 
 All three are a·bᵀ with the contraction last in both, as the hardware wants it (a row-major, bᵀ
 column-major, K and N multiples of 16, never e5m2 with e5m2). Weights are the model's float32
-parameters, cast for each use, and their gradients are float32. Everything else has the dtypes of
-bf16 in precision/amp.py. The values that share a scale are, for each `scaling`:
+parameters, cast for each use, and their gradients are float32. Everything else is as under bf16
+autocast (precision/amp.py). The values that share a scale are, for each `scaling`:
 
     tensor   the whole operand (Micikevicius et al. 2022, 2209.05433)
     row      each row of an operand above: in y a token of x or an output of W, in dW one feature
@@ -27,19 +27,19 @@ bf16 in precision/amp.py. The values that share a scale are, for each `scaling`:
     block    1 x 128 along the contraction, weights 128 x 128 (DeepSeek-V3, 2412.19437, section 3.3)
 
 Unlike int8, a float gives each value its own exponent, so an outlier costs the others little: e4m3
-loses bits only of values 2^15 times smaller than the largest (e5m2: 2^30). A scale for each token
-cannot be taken out of a sum over tokens, so the weight gradient quantises x and dy anew,
-transposed: in blocks of 128 tokens, or in whole rows. DeepSeek saves x in FP8, so xᵀ is rounded
-twice. We save autocast's x for backward: it is rounded once, and takes as much memory as in bf16.
+loses bits only of values 2^15 times smaller than the largest (e5m2: 2^30). A scale can be applied
+after a sum only if it is constant along the sum. dW is a sum over tokens, so x and dy are quantised
+anew, transposed: in blocks of 128 tokens, or in whole rows. DeepSeek saves x in FP8, so xᵀ is
+rounded twice. We save autocast's x for backward: it is rounded once, and takes the memory of bf16.
 
 `delayed` (by tensor; Transformer Engine's recipe) takes amax from the steps before; larger values
-saturate. Since it is known before the tensor is, a fused kernel reads the tensor once. Ours reads
-it twice, so that inf and NaN of this step become NaN. A layer's history:
+saturate. The scale is known before the tensor is, so a fused kernel reads the tensor once. Ours
+reads it twice, so that inf and NaN of this step become NaN. A layer's history:
 
                           x    W    dy
     0  this step so far   .    .    .       grows with each micro-batch
     1  one step ago       .    .    .  ┐
-    …                                  │    the largest of a column makes this step's scales
+    …                                  │    the window: the largest of a column makes the scale
     h  h steps ago        .    .    .  ┘    h = `history`
                                             after the step all rows move down by one: row 0 is 0
                                             again, row h is forgotten
@@ -52,9 +52,8 @@ they turn every value with the same scale to NaN, and stay out of the history.
 Emulation works on any device and gains nothing: quantise, dequantise, multiply in float32 (float64
 for float64). Hopper's tensor cores keep about 14 bits of a sum, so DeepSeek moves it to float32
 every 128 terms, as cuBLAS does by default; emulation sums in float32. Tensor-parallel ranks
-quantise the shards that they hold: with one scale per tensor each rank has its own, or with
-`delayed` the largest of all; the scales of rows and blocks that the split leaves whole are the
-scales of the full tensor.
+quantise their shards. The scale of a tensor is each rank's own, or with `delayed` the largest of
+all; the scales of rows and blocks are those of the full tensor where the split cuts none.
 
 Below, quantise and dequantise treat one tensor, matmul multiplies two, Linear is a layer's forward
 and backward, and convert brings it into a model.
@@ -82,7 +81,7 @@ class Recipe(NamedTuple):
     gradient_format: str  # of dy: e4m3 or e5m2
     power_of_two: bool
     hardware: bool  # else emulated
-    onednn: bool = False  # emulation multiplies by oneDNN
+    onednn: bool = False  # emulation multiplies by oneDNN, which is faster on AMD's CPUs
 
 
 # ---- scale, saturate, cast -----------------------------------------------------------------------
@@ -99,7 +98,7 @@ def quantise(
     the largest of the steps before replaces x's own amax, and x's own enters the first entry.
     """
     largest = torch.finfo(dtype).max
-    # A transposed x is copied here, while it is still narrow.
+    # A transposed x is copied before the cast to float32: fewer bytes.
     x = x.contiguous().to(torch.promote_types(x.dtype, torch.float32))
     amax = block_amax(x, block)  # (R/r, C/c)
     if amax_history is not None and x.numel() > 0:
@@ -162,22 +161,28 @@ def matmul(
     roles: what a and b are in their layer, each X, WEIGHT or GRADIENT. amax_history:
     (1 + history, 3), a column for each role, for delayed scaling.
     """
-    # Both operands get their dtype here, from the recipe: autocast would give them another one.
+    # Autocast would make the emulation's float32 product bf16.
     with torch.autocast(a.device.type, enabled=False):
         # The hardware has no float64 output.
         hardware = recipe.hardware and out_dtype != torch.float64
+        n_rows = a.shape[0]
         if hardware:
             # The contraction (in dW the number of tokens) must be a multiple of 16, of 128 here
             # for blocks. Zeros change no sum.
             multiple = 128 if recipe.scaling == "block" else 16
-            padding = (0, -a.shape[1] % multiple)
-            a = F.pad(a, padding)
-            b = F.pad(b, padding)
+            fill = -a.shape[1] % multiple
+            # cuBLAS wants a multiple of 4 rows of 1 x 128 blocks. (Not yet tried on a GPU.)
+            fill_rows = -n_rows % 4 if recipe.scaling == "block" else 0
+            if fill or fill_rows:  # F.pad copies even where it adds nothing
+                a = F.pad(a, (0, fill, 0, fill_rows))
+            if fill:
+                b = F.pad(b, (0, fill))
         qa, scale_a, block_a = quantise_operand(a, roles[0], recipe, amax_history)
         qb, scale_b, block_b = quantise_operand(b, roles[1], recipe, amax_history)
         if hardware:
             b_is_weight = roles[1] == WEIGHT
-            return scaled_mm(qa, qb, scale_a, scale_b, recipe.scaling, b_is_weight, out_dtype)
+            out = scaled_mm(qa, qb, scale_a, scale_b, recipe.scaling, b_is_weight, out_dtype)
+            return out[:n_rows]
 
         # Emulate: the same FP8 numbers, multiplied and summed in a wide dtype.
         wide = torch.promote_types(out_dtype, torch.float32)

@@ -136,8 +136,13 @@ def owes_evaluation(
     metrics_file = Path(cfg.out_dir) / "metrics.jsonl"
     is_missing = False
     if is_main and was_due and metrics_file.exists():
-        rows = read_metrics(metrics_file)
-        is_missing = not any(row["step"] == step and "val_loss" in row for row in rows)
+        is_missing = True
+        for row in read_metrics(metrics_file):
+            # A rollback to before this step undoes its evaluation.
+            if row.get("to", step) < step:
+                is_missing = True
+            elif row["step"] == step and "val_loss" in row:
+                is_missing = False
     return bool(agree(is_missing))
 
 

@@ -64,7 +64,7 @@ def same_search(home: Path, options: dict, search: dict, words: list[str], say) 
             now[name] = parse.from_text(name, text)
         else:
             now |= parse.read_recipe(word)
-    # What is compared has been through JSON, which makes lists of tuples.
+    # `was` comes from JSON, which turns tuples into lists: send `now` through it too.
     now = json.loads(json.dumps(now))
     was = before(home)
     path = home / "sweep.json"

@@ -106,7 +106,7 @@ def check_attention(cfg: Config) -> None:
         raise ValueError(
             f"logit_cap_form={form} has no meaning with logit_cap=none; type --logit_cap=15"
         )
-    # A window that sees everything would cost a mask and change nothing.
+    # It would change nothing: no query has that many tokens to see.
     if cfg.window is not None and cfg.window >= cfg.block_size:
         raise ValueError(
             f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
