@@ -35,7 +35,7 @@ unit while the unit before it computes, and frees them after use:
              | fetch 1   | fetch 2   |           |           | fetch 1   |           |           |
                          | free 0    | free 1    |                       | free 2    | free 1    |
                                                                          | send 2    | send 1    |
-                                                                                      at last: send 0
+                                                                                       then send 0
 
 The backward of unit 0 reads no weights: an embedding is a lookup, not a product. Two cases differ,
 and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
