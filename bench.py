@@ -20,6 +20,10 @@ user's mistake, in one line.
 import importlib
 import sys
 
+from settings import parse
+
+# The flags of benchmarks that have no value; all others do, train.py's too.
+ALONE = ("--quick", "--help")
 # NAME as typed -> its file in benchmarks/, whose name says more.
 FILES = {
     "optim": "optimizers",
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     name = "".join(argv[:1])
-    words = argv[1:]
+    words = parse.with_equals(argv[1:], ALONE)
     if name not in FILES:
         print(
             f"bench.py: not understood: {name!r}; usage: python bench.py NAME, with one of",

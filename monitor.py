@@ -262,7 +262,7 @@ class SpikeMonitor:
             text = f"{detector}: loss {loss:.4g}, norm {norm:.4g} are usual from now on"
             self.emit(step, "level", text)
 
-        self.check_vanishing(step, norm)
+        self.check_vanishing(step, loss, norm)
         seen.rejected = []
         # New lists, not append: snapshots share the old ones.
         seen.losses = [*seen.losses, loss][-self.n_remembered :]
@@ -284,7 +284,7 @@ class SpikeMonitor:
                 return name, expected
         return None, None
 
-    def check_vanishing(self, step: int, norm: float) -> None:
+    def check_vanishing(self, step: int, loss: float, norm: float) -> None:
         """One warning, until the norm has been twice the limit again."""
         limit = self.config.vanishing
         was_low = self.seen.low
@@ -292,14 +292,24 @@ class SpikeMonitor:
             self.emit(
                 step,
                 "vanishing",
-                f"gradient norm {norm:.2g} is below {limit:g}: all is learnt, "
-                "or little comes through",
+                f"gradient norm {norm:.2g} is very small: {self.low_norm(step, loss)}",
                 detector="vanishing",
                 value=norm,
                 expected=limit,
             )
         # A norm that wanders about the limit would warn again and again.
         self.seen.low = norm < (2 * limit if was_low else limit)
+
+    def low_norm(self, step: int, loss: float) -> str:
+        """What a vanishing gradient means, by the loss now and the oldest one remembered."""
+        if not self.seen.losses:
+            return "all is learnt, or little comes through"
+        before = self.seen.losses[0]
+        when = "at the start" if len(self.seen.losses) == step else "earlier"
+        losses = f"(loss {loss:.3g}, {when} {before:.3g})"
+        if loss < before:
+            return f"converged, or stuck {losses}; if stuck, try a lower --lr"
+        return f"stuck {losses}: try a lower --lr"
 
     def act(
         self,

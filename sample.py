@@ -47,8 +47,17 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]
     return model.eval(), corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Raises ValueError: one sentence, as everywhere here, instead of a page of usage."""
+        name = message.removeprefix("argument ").partition(":")[0]
+        if "expected one argument" in message:
+            raise ValueError(f"{name} has no value; type {name}=VALUE")
+        raise ValueError(f"{message}; python sample.py --help lists what there is")
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Text from a checkpoint.")
+    parser = Parser(description="Text from a checkpoint.")
     parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
     parser.add_argument("--prompt", help="what the text continues; default: a line break")
     parser.add_argument("--tokens", type=int, default=300, help="how many to add")
@@ -90,7 +99,9 @@ def main(argv: list[str]) -> None:
     for i, sample_ids in enumerate(ids.tolist()):
         if i > 0:
             print("-" * 40)
-        print(tokenizer.decode(sample_ids).encode(encoding, "replace").decode(encoding))
+        # The byte 0, which ends a text of several, is nothing that a terminal shows.
+        text = tokenizer.decode(sample_ids).replace("\0", "\n")
+        print(text.encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

@@ -99,10 +99,9 @@ def sort_words(argv: list[str]) -> tuple[dict, dict, list[str]]:
     options = dict(OPTIONS)
     typed = {}
     words = []
-    left = list(argv)
-    while left:
-        word = left.pop(0)
-        name, equals, text = word[2:].partition("=")
+    # `--jobs 2` is `--jobs=2`. For train.py's own words parse.joined complains where none follows.
+    for word in parse.with_equals(argv):
+        name, _, text = word[2:].partition("=")
         is_ours = word.startswith("--") and (name in OPTIONS or name.split(".")[0] == "search")
         if not is_ours:
             # train.py's message about a misspelt --trials would not know the search's options.
@@ -111,9 +110,6 @@ def sort_words(argv: list[str]) -> tuple[dict, dict, list[str]]:
                 raise ValueError(f"there is no field {name!r}; did you mean --{near[0]}?")
             words.append(word)
             continue
-        # `--jobs 2` is `--jobs=2`. For train.py's own words parse.joined does this.
-        if not equals and left and not left[0].startswith("--"):
-            text = left.pop(0)
         field = name.removeprefix("search.")
         if name in ("search", "search."):
             raise ValueError(f"--{name} names no field; type for instance --search.lr=1e-3,1e-2")

@@ -2,8 +2,9 @@
 
 python, shakespeare, openwebtext, fineweb    texts that many know; the last two are large
 FILE            a text in UTF-8
-FOLDER          its .bin shards (data/shards.py) or, where it has none, its .txt texts
-A,B  or  'A*'   files of one of these kinds; data/files.py says which of several are held out
+FOLDER          its .bin shards (data/shards.py) or, where it has none, the .txt texts at any depth
+A,B  or  'A*'   files of one of these kinds; data/files.py says which files these are, and which are
+                held out, data/texts.py how several texts become one
 """
 
 import difflib
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data import texts
 from data.dataset import Tokens
 from data.download import download, hexdigest, making, progress
-from data.files import IN_MEMORY, divided, joined, listed
+from data.files import divided, listed
 from data.shards import read_shard, read_shards, write_shard
 from data.tokenizer import Tokenizer
 
@@ -63,7 +65,7 @@ def load(
                   `fineweb:N`
     FILE          any text in UTF-8, without its byte order mark (with the tokenizer `bytes` any
                   file at all, such as music); validation is the last 10 %
-    FOLDER, LIST  .bin shards or texts, see data/files.py
+    FOLDER, LIST  .bin shards or texts, see data/files.py and data/texts.py
 
     tokenizer: a name, see data/tokenizer.py; url: a mirror, a folder on the web (or file:///...)
     with the same file names; vocab_size: the model's, where it is larger than the tokenizer's.
@@ -174,7 +176,7 @@ def _files(
     # `bytes` is the default: a larger vocabulary shows that another tokenizer made these ids.
     if tokenizer.name == "bytes" and (vocab_size or 0) > 256:
         tokenizer = Tokenizer("ids", vocab_size)
-    small = sum(path.stat().st_size for path in files) <= IN_MEMORY
+    small = sum(path.stat().st_size for path in files) <= texts.IN_MEMORY
     corpus = _shards(data, found["train"], found["val"], tokenizer, vocab_size, small)
     # The type may have been guessed from the ids: say what was found, unless it is the usual one.
     widths = {shard.itemsize for tokens in (corpus.train, corpus.val) for shard in tokens.shards}
@@ -237,7 +239,7 @@ def _python(tokenizer: Tokenizer, cache: Path) -> Corpus:
     ends = np.cumsum([len(file) for file in files])
     cut = ends[np.searchsorted(ends, 0.07 * ends[-1])]
     text = np.frombuffer(b"".join(files), np.uint8)
-    return _tokenised("python", text[cut:], text[:cut], hexdigest(text), tokenizer, cache)
+    return _tokenised("python", [text[cut:]], [text[:cut]], hexdigest(text), tokenizer, cache)
 
 
 def _shakespeare(tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
@@ -251,33 +253,48 @@ def _shakespeare(tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
 
 def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> Corpus:
     """One text, or several as one; the last tenth is held out unless names say what is."""
-    # A resumed run must find the same text, byte for byte: the sha256 is of all of it.
+    any_bytes = tokenizer.name == "bytes"
     found = divided(data, files)
-    train = joined(data, found["train"], tokenizer.name == "bytes")
-    sha256 = hexdigest(train)
+    train_texts = texts.read(data, found["train"], any_bytes)
+    val_texts = {}
     if "val" in found:
-        val = joined(data, found["val"], tokenizer.name == "bytes")
-        sha256 = hexdigest(f"{sha256} {hexdigest(val)}".encode())
-        held_out = " ".join(path.name for path in found["val"][:3])
+        val_texts = texts.read(f"{data} (val)", found["val"], any_bytes)
+        train = [*train_texts.values()]
+        val = [*val_texts.values()]
+        held_out = texts.names(found["val"])
     else:
-        cut = _character_start(train, len(train) * 9 // 10)
-        text = train
-        train = text[:cut]
-        val = text[cut:]
+        train, val = texts.hold_out([*train_texts.values()])
         held_out = "the last tenth"
+    # A resumed run must find the same text, byte for byte: the sha256 is of all of it.
+    sha256 = texts.sha256(train_texts | val_texts)
     corpus = _tokenised(data, train, val, sha256, tokenizer, cache)
     if len(files) == 1:
         return corpus
     # The name is shown when a run starts: there a user sees a file that was left out by mistake.
-    used = sum(map(len, found.values()))
-    left = f", {len(files) - used} left alone" if used < len(files) else ""
-    return replace(corpus, name=f"{data} ({used} texts, a line each, held out: {held_out}{left})")
+    used = train_texts | val_texts
+    chosen = dict.fromkeys(found["train"] + found.get("val", []))
+    mark = "a line break"
+    if tokenizer.end_of_text is not None:
+        mark = "the byte 0" if any_bytes else "<|endoftext|>"
+    told = [f"{len(used)} texts, {mark} between two", f"held out: {held_out}"]
+    for what, paths in (
+        ("left alone", [path for path in files if path not in chosen]),
+        ("empty", [path for path in chosen if path not in used]),
+    ):
+        if paths:
+            told.append(f"{what}: {texts.names(paths)}")
+    return replace(corpus, name=f"{data} ({'; '.join(told)})")
 
 
 def _tokenised(
-    name: str, train: np.ndarray, val: np.ndarray, sha256: str, tokenizer: Tokenizer, cache: Path
+    name: str,
+    train: list[np.ndarray],
+    val: list[np.ndarray],
+    sha256: str,
+    tokenizer: Tokenizer,
+    cache: Path,
 ) -> Corpus:
-    """Bytes of text, (N,) uint8 -> Corpus.
+    """Texts, each (N,) uint8 -> Corpus.
 
     Bytes are tokens already; other tokens are made once and cached.
     """
@@ -286,63 +303,70 @@ def _tokenised(
             f"--tokenizer=ids is for .bin shards; --data={name} is text: use --tokenizer=bytes"
         )
     found = []
-    for split, text in (("train", train), ("val", val)):
+    for split, some in (("train", train), ("val", val)):
         # Bytes of text are their own ids.
-        ids = text
-        if tokenizer.name != "bytes":
+        if tokenizer.name == "bytes":
+            shards = texts.as_tokens(some, tokenizer.end_of_text)
+        else:
             path = cache / f"{sha256[:32]}-{tokenizer.key}" / f"{split}.bin"
-            with making(path) as missing, progress(f"tokenising {split}", len(text)) as bar:
+            size = sum(map(len, some))
+            with making(path) as missing, progress(f"tokenising {split}", size) as bar:
                 if missing:
-                    write_shard(
-                        path, _encoded(_pieces(name, text, bar), tokenizer), tokenizer.n_vocab
-                    )
-            ids = read_shard(path)
-        found.append(Tokens([ids], f"{name} ({split})"))
+                    pieces = _pieces(name, some, bar)
+                    write_shard(path, _encoded(pieces, tokenizer), tokenizer.n_vocab)
+            shards = [read_shard(path)]
+        found.append(Tokens(shards, f"{name} ({split})"))
     return Corpus(name, sha256, tokenizer, *found)
 
 
-def _pieces(name: str, text: np.ndarray, bar) -> Iterator[str]:
-    """Whole lines, about 64 KiB at a time: many pieces are tokenised at once in little memory."""
-    start = 0
-    while start < len(text):
-        raw = text[start : start + 2**16].tobytes()
-        # Cut after the last line break or, in a very long line, before a character.
-        is_last = start + len(raw) == len(text)
-        if not is_last:
-            n = raw.rfind(b"\n") + 1
-            if n == 0:
-                n = _character_start(text, start + len(raw)) - start
-            raw = raw[:n]
-        try:
-            yield raw.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"--data={name} is not text in UTF-8 ({error.reason}): convert it, or use "
-                "--tokenizer=bytes, which takes any file"
-            ) from error
-        start += len(raw)
-        bar.update(len(raw))
+def _pieces(name: str, some: list[np.ndarray], bar) -> Iterator[str | None]:
+    """The texts, each (N,) uint8, in pieces of whole lines; None where one ends and another begins.
+
+    A piece has about 64 KiB: many are tokenised at once in little memory.
+    """
+    for text in texts.with_marks(some, None):
+        if text is None:
+            yield None
+            continue
+        start = 0
+        while start < len(text):
+            raw = text[start : start + 2**16].tobytes()
+            # Cut after the last line break or, in a very long line, before a character.
+            is_last = start + len(raw) == len(text)
+            if not is_last:
+                n = raw.rfind(b"\n") + 1
+                if n == 0:
+                    n = texts.character_start(text, start + len(raw)) - start
+                raw = raw[:n]
+            yield _decoded(name, raw)
+            start += len(raw)
+            bar.update(len(raw))
 
 
-def _character_start(text: np.ndarray, end: int) -> int:
-    """The start of the UTF-8 character that a cut at `end` would divide, else `end`."""
-    # A character has at most 4 bytes; all but the first are 10xxxxxx.
-    for start in range(end, max(end - 4, -1), -1):
-        if text[start] & 0xC0 != 0x80:
-            return start
-    return end
+def _decoded(name: str, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--data={name} is not text in UTF-8 ({error.reason}): convert it, or use "
+            "--tokenizer=bytes, which takes any file"
+        ) from error
 
 
-def _encoded(
-    texts: Iterable[str], tokenizer: Tokenizer, end: int | None = None
-) -> Iterator[np.ndarray]:
-    """(N,) the ids of each text, with the id `end` after it."""
+def _encoded(pieces: Iterable[str | None], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """(N,) the ids of each piece; for None, between two texts, the id that ends one."""
+    mark = tokenizer.encode("\n")
+    if tokenizer.end_of_text is not None:
+        mark = np.array([tokenizer.end_of_text])
+
+    def encode(piece: str | None) -> np.ndarray:
+        return mark if piece is None else tokenizer.encode(piece)
+
     # In threads: tiktoken releases the GIL. A batch at a time, for there may be millions of texts.
-    texts = iter(texts)
+    pieces = iter(pieces)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(texts, 256)):
-            for ids in pool.map(tokenizer.encode, batch):
-                yield ids if end is None else np.append(ids, end)
+        while batch := list(itertools.islice(pieces, 256)):
+            yield from pool.map(encode, batch)
 
 
 def _openwebtext(name: str, count: int, tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
@@ -369,9 +393,16 @@ def _openwebtext_part(
     held_out = []
     # Training documents go to the disk as they come; the few that are held out fit in memory.
     with progress(f"tokenising {file}", archive.stat().st_size) as bar:
-        texts = _documents(archive, held_out, bar)
-        write_shard(train, _encoded(texts, tokenizer, tokenizer.end_of_text), tokenizer.n_vocab)
-    write_shard(val, _encoded(held_out, tokenizer, tokenizer.end_of_text), tokenizer.n_vocab)
+        pieces = _ended(_documents(archive, held_out, bar))
+        write_shard(train, _encoded(pieces, tokenizer), tokenizer.n_vocab)
+    write_shard(val, _encoded(_ended(held_out), tokenizer), tokenizer.n_vocab)
+
+
+def _ended(documents: Iterable[str]) -> Iterator[str | None]:
+    """The documents, and None after each."""
+    for document in documents:
+        yield document
+        yield None
 
 
 def _documents(archive: Path, held_out: list[str], bar) -> Iterator[str]:

@@ -1,5 +1,14 @@
 """The files that --data= names, and which of them are held out.
 
+    FILE              that file, whatever its name
+    FOLDER            its .bin shards or, where it has none, the .txt files at any depth in it,
+                      sorted by their paths
+    'books/*.txt'     what the pattern matches, sorted; ** stands for folders at any depth
+    a.txt,b.txt       these, in this order; a folder or a pattern may be one of them
+
+Hidden files and folders, whose names begin with a dot, are left out. A link to nothing, a pipe and
+a folder that may not be read are refused by name: no text should be missing unnoticed.
+
 Of several files, the words of a file's name say what it is for:
 
     val, valid, validation   held out: val.bin, my-val-000.bin, web_val_000001.bin; not interval.bin
@@ -7,8 +16,7 @@ Of several files, the words of a file's name say what it is for:
     test                     left alone
 
 Nobody knows what train_val.bin is, so it is refused. Shards need files of both kinds. Texts may do
-without: if no name says that its file is held out, all are joined in the order of their names, each
-ending in a line break, and the last tenth is held out.
+without: if no name says that its file is held out, data/texts.py holds out the last tenth of all.
 """
 
 import glob
@@ -18,13 +26,6 @@ import shlex
 import unicodedata
 from pathlib import Path
 
-import numpy as np
-
-from data.foreign import foreign, not_text
-from data.shards import HEADERS
-
-# Smaller files are read into memory, larger ones are mapped.
-IN_MEMORY = 2**30  # bytes
 # A word of a file's name -> what the file is for.
 WORDS = {
     "val": "val",
@@ -39,58 +40,99 @@ WORDS = {
 def listed(data: str) -> list[Path]:
     """The files that --data= names, sorted; [] where nothing has that name.
 
-    Raises ValueError where it names a folder or a pattern without a file for us.
+    A list keeps the order of its parts. Raises ValueError where it names a folder or a pattern
+    without a file for us.
     """
     path = Path(os.path.expanduser(data))
-    if path.is_dir():
-        return _in_folder(data, path)
-    if path.is_file():
-        return [path]
-    if path.is_symlink() or path.exists():
-        raise ValueError(f"--data={_no_file(path)}")
+    if _exists(path):
+        return _at(data, path)
     # Only a list, or a pattern that quotes have kept from the shell, may still name files.
     if "," not in data and not glob.has_magic(data):
         return []
     found = []
     for part in data.split(","):
         part = os.path.expanduser(part.strip())
+        # A file called notes[1].txt is that file, and no pattern.
+        if part and _exists(Path(part)):
+            found += _at(data, Path(part))
+            continue
+        # A pattern may match folders beside the files that it is for.
         paths = [Path(name) for name in glob.glob(part, recursive=True)]
-        files = [path for path in paths if path.is_file()]
+        files = [path for path in paths if not path.is_dir()]
         if not files:
             what = "matches no file" if glob.has_magic(part) else "is no file"
             raise ValueError(
                 f"{part[:200]!r} in --data={data} {what}; it takes files, such as "
                 "a.txt,b.txt or 'texts/*.txt'"
             )
-        found += sorted(files, key=_order)
+        found += _readable(sorted(files, key=_order))
     # Two patterns may match the same file.
     return list(dict.fromkeys(found))
 
 
+def _exists(path: Path) -> bool:
+    # A link to nothing exists here: whoever typed its name should hear of it.
+    return path.is_symlink() or path.exists()
+
+
+def _at(data: str, path: Path) -> list[Path]:
+    return _in_folder(data, path) if path.is_dir() else _readable([path])
+
+
 def _in_folder(data: str, folder: Path) -> list[Path]:
-    """Its shards or, where it has none, its texts."""
+    """Its shards or, where it has none, the texts at any depth in it."""
     names = [name for name in os.listdir(folder) if not name.startswith(".")]
     paths = sorted((folder / name for name in names), key=_order)
-    for suffix in (".bin", ".txt"):
-        mine = [path for path in paths if path.suffix.lower() == suffix and not path.is_dir()]
-        for path in mine:
-            # Reading a pipe would wait for ever.
-            if not path.is_file():
-                raise ValueError(_no_file(path))
-        if mine:
-            return mine
-    # Often the files lie one folder deeper: then the message says what to type for them.
-    others = sorted({path.suffix for path in paths if path.suffix}) or ["nothing of a known kind"]
-    texts = sorted(folder.glob("*/*.txt"))
-    shards = sorted(folder.glob("*/*.bin"))
-    hint = ""
+    shards = [path for path in paths if path.suffix.lower() == ".bin" and not path.is_dir()]
+    if shards:
+        return _readable(shards)
+    below = sorted(_below(folder), key=_order)
+    texts = [path for path in below if path.suffix.lower() == ".txt"]
     if texts:
-        hint = f"; for {texts[0]} and the like type --data={shlex.quote(f'{folder}/**/*.txt')}"
-    elif shards:
-        hint = f"; for {shards[0].name} type --data={shlex.quote(str(shards[0].parent))}"
+        return _readable(texts)
+    # Texts often have another suffix, and shards lie one folder deeper: then the message says what
+    # to type for them.
+    others = sorted({path.suffix for path in below if path.suffix}) or ["nothing of a known kind"]
+    hint = ""
+    for suffix in (".md", ".rst", ".py", ".tex", ".html", ".c"):
+        if suffix in others and not hint:
+            hint = f"; for those type --data={shlex.quote(f'{folder}/**/*{suffix}')}"
+    deeper = [path for path in below if path.suffix.lower() == ".bin"]
+    if deeper:
+        hint = f"; for {deeper[0].name} type --data={shlex.quote(str(deeper[0].parent))}"
     raise ValueError(
         f"--data={data} has 0 .bin shards and 0 .txt texts, but {' '.join(others[:9])}{hint}"
     )
+
+
+def _below(folder: Path) -> list[Path]:
+    """All files at any depth, but none that is hidden or lies in a hidden folder."""
+
+    def fail(error: OSError):
+        raise error
+
+    found = []
+    # Without onerror, a folder that may not be read would be left out in silence.
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        here = Path(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not _leads_back(here / name)]
+        found += [here / name for name in names if not name.startswith(".")]
+    return found
+
+
+def _leads_back(folder: Path) -> bool:
+    """Is it a link to a folder on the way to itself? It would be followed for ever."""
+    return folder.is_symlink() and folder.resolve() in {up.resolve() for up in folder.parents}
+
+
+def _readable(paths: list[Path]) -> list[Path]:
+    """The same files. Raises ValueError for a link to nothing, a pipe or a device among them."""
+    for path in paths:
+        # Reading a pipe would wait for ever.
+        if not path.is_file():
+            raise ValueError(f"--data={_no_file(path)}")
+    return paths
 
 
 def _no_file(path: Path) -> str:
@@ -106,6 +148,13 @@ def _order(path: Path) -> str:
     return unicodedata.normalize("NFC", path.as_posix())
 
 
+def relative(files: list[Path]) -> dict[Path, str]:
+    """Each file's path below the folder that all have in common, with / on every system."""
+    absolute = [os.path.abspath(path) for path in files]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    return {path: _order(Path(os.path.relpath(name, root))) for path, name in zip(files, absolute)}
+
+
 def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     """{"train": files, "val": files}, by the words of their names.
 
@@ -115,12 +164,9 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     shards = files[0].suffix.lower() == ".bin"
     if len(files) == 1 and not shards:
         return {"train": files}
-    # The names of folders below the common one count, too: val/a.bin.
-    absolute = [os.path.abspath(path) for path in files]
-    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     words = {}
-    for path, name in zip(files, absolute):
-        name = unicodedata.normalize("NFC", os.path.relpath(name, root))
+    # The names of folders below the common one count, too: val/a.bin.
+    for path, name in relative(files).items():
         # myVal.bin has two words.
         name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()
         words[path] = {WORDS[word] for word in re.findall(r"[^\W\d_]+", name) if word in WORDS}
@@ -141,41 +187,3 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
                 f"{split}{files[0].suffix} or web_{split}_000001{files[0].suffix}"
             )
     return {"train": train, "val": val}
-
-
-def joined(data: str, paths: list[Path], any_bytes: bool) -> np.ndarray:
-    """(N,) uint8: the bytes of these texts, without byte order marks.
-
-    any_bytes: also take what is no text. Raises ValueError where a file is no text, or all are
-    empty.
-    """
-    sizes = {path: path.stat().st_size for path in paths}
-    if not any(sizes.values()):
-        raise ValueError(f"--data={data} is empty: give a file with text, or --data=python")
-    large = sum(sizes.values()) > IN_MEMORY
-    if large and len(paths) > 1:
-        raise ValueError(
-            f"--data={data} has more than {IN_MEMORY:,} bytes: join the texts in one file"
-        )
-    texts = []
-    for path in paths:
-        text = np.memmap(path, np.uint8, "r") if large else np.fromfile(path, np.uint8)
-        # Anything else would train without an error, and its loss would mean nothing.
-        if len(text) >= 4 and int(text[:4].view("<u4")[0]) in HEADERS:
-            raise ValueError(f"{path} is a shard of token ids: name it .bin, and give its folder")
-        fault = foreign(path) or not_text(text, any_bytes)
-        if fault:
-            raise ValueError(f"{path} {fault}")
-        byte_order_mark = b"\xef\xbb\xbf"
-        if text[:3].tobytes() == byte_order_mark:
-            text = text[3:]
-        texts.append(text)
-        # The next text begins on a line of its own.
-        line_break = ord("\n")
-        if len(paths) > 1 and len(text) and text[-1] != line_break:
-            texts.append(np.full(1, line_break, np.uint8))
-    text = texts[0] if len(texts) == 1 else np.concatenate(texts)
-    # Nearly always the beginning alone answers this.
-    if not text[: 2**16].tobytes().strip() and not text.tobytes().strip():
-        raise ValueError(f"--data={data} has nothing but white space: give a file with text")
-    return text

@@ -106,8 +106,11 @@ def _tiktoken(name: str):
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
+        # The advice comes first: what a failed connection says is long, and helps few.
+        reason = " ".join(str(error).split())
+        if len(reason) > 100:
+            reason = reason[:100].rpartition(" ")[0] + " ..."
         raise ValueError(
-            f"tiktoken cannot fetch its encoding {name} ({str(error)[:200]}): set "
-            "TIKTOKEN_CACHE_DIR to a folder filled on a machine with network, or use "
-            "--tokenizer=bytes"
+            f"tiktoken cannot fetch its encoding {name}: set TIKTOKEN_CACHE_DIR to a folder filled "
+            f"on a machine with network, or use --tokenizer=bytes ({reason})"
         ) from error

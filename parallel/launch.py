@@ -1,6 +1,7 @@
 """Processes that torchrun started become one run: they find each other, and end together."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -126,6 +127,21 @@ def stop_with(launcher: int, every: float = 1, patience: float = 60) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(patience)
     os._exit(1)
+
+
+def tell_torchrun(sentence: str) -> None:
+    """Lets torchrun's last lines say why this process is about to end; without torchrun, nothing.
+
+    torchrun prints some thirty lines when a process fails. They end with what the process that
+    failed first has left in its error file, or else with advice about such files.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    # Whole seconds decide who was first. Another rank that ends because of this one must be later.
+    extra = {"py_callstack": sentence, "timestamp": str(int(time.time()) - 1)}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": sentence, "extraInfo": extra}}, file)
 
 
 def end() -> None:

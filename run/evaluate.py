@@ -143,4 +143,5 @@ def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int)
     except ValueError as error:
         # The weights of a diverged run may be NaN: that ends no run.
         return f"\nthere is none: {error}"
-    return tokenizer.decode(ids[0].tolist())
+    # The byte 0, which ends a text of several, would make train.log a binary file for grep.
+    return tokenizer.decode(ids[0].tolist()).replace("\0", "\n")

@@ -60,7 +60,9 @@ class Config:
     )
     # Data. A branch may train on another text, but ids keep their meaning: same tokenizer.
     data: str = on_branch(
-        "python", "python, shakespeare, openwebtext, fineweb, a text file, a folder of shards"
+        "python",
+        "python, shakespeare, openwebtext, fineweb, a text, a folder of .txt texts or .bin shards,"
+        " a.txt,b.txt, 'a/*.txt'",
     )
     tokenizer: str = fixed("bytes", "bytes or the name of a tiktoken encoding, such as gpt2")
     data_dir: str = per_run("data_cache", "folder for downloads and tokenized shards")

@@ -24,12 +24,15 @@ import os
 import tomllib
 import types
 import typing
+from pathlib import Path
 from typing import Literal
 
 from settings import fields
 from settings.checks import check
 from settings.fields import FIELDS, NAMESPACES, OPEN, PATHS, SECTIONS, TYPES, Auto, Config
-from settings.synonyms import HERE
+from settings.synonyms import HERE, RECIPE_FLAGS, RECIPES, STAGES
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -67,6 +70,24 @@ def parse(argv: list[str]) -> Config:
 
 def joined(argv: list[str]) -> list[str]:
     """["--steps", "5"] as ["--steps=5"]. Raises ValueError for a flag that has no value."""
+    words = with_equals(argv)
+    for word in words:
+        name, equals, text = word[2:].partition("=")
+        if word.startswith("--") and not text:
+            # A name that we have under another name needs that hint, and no value.
+            known(name)
+        if word.startswith("--") and not equals:
+            value = "true" if name in FIELDS and bool in kinds(name) else "VALUE"
+            raise ValueError(f"--{name} has no value; type --{name}={value}")
+    return words
+
+
+def with_equals(argv: list[str], alone: tuple[str, ...] = ()) -> list[str]:
+    """`--name value`, `--name = value` and the like as `--name=value`.
+
+    alone: flags that never have a value, such as --quick. A flag keeps no value where the next word
+    is a flag or a recipe.
+    """
     words = []
     left = list(argv)
 
@@ -75,16 +96,12 @@ def joined(argv: list[str]) -> list[str]:
 
     while left:
         word = left.pop(0)
-        name, equals, text = word[2:].partition("=")
-        if word.startswith("--") and not text:
-            known(name)
-            # `--steps = 5` has the sign in a word of its own.
-            while not text and next_is_value():
-                text = left.pop(0).removeprefix("=")
-            if not equals and not text:
-                value = "true" if name in FIELDS and bool in kinds(name) else "VALUE"
-                raise ValueError(f"--{name} has no value; type --{name}={value}")
-            word = f"--{name}={text}"
+        has_value = not word.startswith("--") or word.partition("=")[2] or word in alone
+        # The sign may be in a word of its own.
+        while not has_value and next_is_value():
+            text = left.pop(0).removeprefix("=")
+            word = f"{word.removesuffix('=')}={text}"
+            has_value = bool(text)
         words.append(word)
     return words
 
@@ -95,6 +112,17 @@ def read_recipe(path: str) -> dict:
     A table like [opt] and a quoted key like "opt.betas" mean the same.
     """
     path = os.path.expanduser(path)
+    theirs = path.replace(os.sep, "/").rpartition("/")[2]
+    if theirs in RECIPES:
+        raise ValueError(
+            f"{path} is a recipe of another trainer; here type {RECIPES[theirs]}, and see "
+            "docs/coming_from.md"
+        )
+    if theirs.endswith((".py", ".json", ".yaml", ".yml")):
+        raise ValueError(
+            f"the recipe {path} is no TOML, whose lines are like steps = 100; the names of other "
+            "trainers' settings are in docs/coming_from.md"
+        )
     own = os.path.join(path, "config.toml")
     if os.path.isdir(path) and os.path.isfile(own):
         raise ValueError(f"the recipe {path} is the folder of a run; its recipe is {own}")
@@ -110,9 +138,8 @@ def read_recipe(path: str) -> dict:
         is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         table = tomllib.loads(raw.decode("utf-16" if is_utf16 else "utf-8-sig"))
     except OSError as error:
-        raise ValueError(
-            f"cannot read the recipe {path}: {error.strerror}; flags look like --steps=100"
-        ) from None
+        hint = near_recipe(path) or "flags look like --steps=100"
+        raise ValueError(f"cannot read the recipe {path}: {error.strerror}; {hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"the recipe {path} is damaged: {error}") from None
     values = {}
@@ -124,14 +151,28 @@ def read_recipe(path: str) -> dict:
     return {name: from_toml(name, value, path) for name, value in values.items()}
 
 
-def known(name: str) -> None:
-    """Raises ValueError, with the nearest name, where there is no field of this one."""
+def near_recipe(path: str) -> str:
+    """What to type for a recipe that is not there, if its name is near one of ours; else ""."""
+    ours = [recipe.name for recipe in sorted(CONFIGS.glob("*.toml"))]
+    name = os.path.basename(path)
+    near = difflib.get_close_matches(f"{name.removesuffix('.toml')}.toml", ours, 1, 0.75)
+    return f"did you mean configs/{near[0]}?" if near else ""
+
+
+def known(name: str, text: str = "") -> None:
+    """Raises ValueError, with the nearest name, where there is no field of this one.
+
+    text: the value that was typed, which may decide what it is called here.
+    """
     if name in FIELDS or ("." in name and name.split(".")[0] in NAMESPACES):
         return
     plain = name.replace("-", "_").lower()
     # The best hint first: the name as it is written here, another trainer's name, a near one.
     hints = []
     for word in (plain, plain.rpartition(".")[2]):
+        # DeepSpeed's stages are layouts here.
+        if word in ("zero", "zero_stage", "stage") and text in STAGES:
+            hints.append(STAGES[text])
         for ours in (word, HERE.get(word)):
             if ours in FIELDS or ours in HERE.values():
                 hints.append(ours)
@@ -139,12 +180,15 @@ def known(name: str) -> None:
         hints.append(f"{plain[3:]}=false")
     hints += difflib.get_close_matches(plain, FIELDS, 1)
     hint = f"did you mean --{hints[0]}?" if hints else "--help lists all fields"
+    if plain in RECIPE_FLAGS:
+        recipe = text or "FILE.toml"
+        hint = f"a recipe is a word without --: python train.py {recipe} --steps=100"
     raise ValueError(f"there is no field {name[:100]!r}; {hint}")
 
 
 def from_text(name: str, text: str):
     """The value that --name=text gives a field. Raises ValueError."""
-    known(name)
+    known(name, text)
     if not text.strip():
         raise ValueError(f"--{name}= is empty; type a value ({allowed(name)}), or leave it out")
     # The owner of a dotted field is known only when all words are read: run/options.py checks it.

@@ -1,4 +1,4 @@
-"""What other trainers call a field, for the hint in an error message."""
+"""What other trainers call a field or a recipe, for the hint in an error message."""
 
 # Their name -> our field, or our FIELD=VALUE where their flag is one value of ours. Written the
 # other way round below, as several of their names mean one of ours.
@@ -6,64 +6,105 @@ HERE = {
     there: here
     for here, names in {
         "steps": (
-            "max_iters max_steps num_steps train_steps iters iterations epochs num_train_epochs"
+            "max_iters max_steps num_steps total_steps train_steps train_iters iters iterations "
+            "epochs num_train_epochs lr_decay_iters lr_decay_steps"
         ),
         "batch_size": (
-            "gradient_accumulation_steps grad_accum_steps grad_acc_steps train_batch_size gbs "
-            "global_batch_size"
+            "gradient_accumulation_steps gradient_accumulation grad_accum_steps grad_accum "
+            "grad_acc_steps train_batch_size gbs global_batch_size"
         ),
         "micro_batch_size": (
             "mbs local_batch_size device_batch_size "
             "per_device_train_batch_size train_micro_batch_size_per_gpu"
         ),
-        "block_size": "seq_len seq_length max_seq_len max_length context_length n_ctx n_positions",
+        "block_size": (
+            "seq_len seq_length max_seq_len max_length context_length n_ctx n_positions "
+            "max_position_embeddings sequence_length"
+        ),
         "n_layer": "layers num_layers n_layers num_hidden_layers depth",
         "n_head": "heads num_heads n_heads num_attention_heads",
-        "n_kv_head": "num_key_value_heads num_kv_heads",
+        "n_kv_head": "num_key_value_heads num_kv_heads num_query_groups n_kv_heads",
         "n_embd": "n_embed dim d_model hidden_size width",
         "arch": "model model_type",
-        "optim": "optimizer",
+        "optim": "optimizer optimizer.type optimizer_name",
         "lr": "learning_rate max_lr",
         "min_lr_frac": "min_lr min_lr_ratio",
         "weight_decay": "wd decay",
         "opt.betas": "beta1 beta2 betas adam_beta1 adam_beta2",
-        "opt.eps": "eps",
+        "opt.eps": "eps adam_eps adam_epsilon",
+        "opt.fused": "fused fused_adam use_fused_adam adamw_fused",
         "opt.momentum": "momentum",
         "grad_clip": "clip clip_grad max_grad_norm gradient_clipping",
-        "warmup_steps": "warmup_iters warmup",
-        "warmup_frac": "warmup_ratio",
-        "schedule": "decay_lr scheduler lr_scheduler lr_scheduler_type",
-        "precision": "dtype amp mixed_precision",
-        "precision=bf16": "bf16",
-        "precision=fp16": "fp16 half",
-        "precision=fp8": "fp8",
+        "warmup_steps": "warmup_iters warmup lr_warmup_steps lr_warmup_iters warmup_num_steps",
+        "warmup_frac": "warmup_ratio lr_warmup_fraction",
+        "decay_frac": "decay_ratio warmdown_ratio cooldown_frac",
+        "schedule": (
+            "decay_lr scheduler scheduler.type lr_scheduler lr_scheduler_type lr_decay_style "
+            "decay_type"
+        ),
+        "precision": "dtype amp mixed_precision autocast torch_dtype",
+        "precision=bf16": "bf16 bf16.enabled bfloat16",
+        "precision=fp16": "fp16 fp16.enabled half float16",
+        "precision=fp8": "fp8 float8 enable_float8_linear",
         "data": "dataset data_path",
-        "out_dir": "out output_dir save_dir log_dir",
+        "out_dir": "out output_dir save_dir log_dir dump_folder checkpoint_dir",
         "eval_every": "eval_interval eval_steps",
         "eval_tokens": "eval_iters",
-        "log_every": "log_interval",
-        "save_every": "save_interval save_steps save_frequency",
-        "keep": "save_total_limit",
+        "log_every": "log_interval log_freq logging_steps",
+        "save_every": (
+            "save_interval save_steps save_frequency checkpoint_interval checkpoint.interval "
+            "always_save_checkpoint"
+        ),
+        "async_save": "async_mode",
+        "keep": "save_total_limit keep_latest_k",
         "resume": "resume_from resume_from_checkpoint load_checkpoint",
         "init_from": "pretrained finetune",
-        "wandb": "wandb_log wandb_project",
-        "data_parallel=ddp": "ddp data_parallel_replicate_degree",
-        "data_parallel=fsdp": "fsdp data_parallel_shard_degree fully_shard",
-        "data_parallel=zero1": "zero zero1 zero_stage stage",
+        "wandb": "wandb_log wandb_project use_wandb enable_wandb report_to",
+        "tensorboard": "enable_tensorboard",
+        "data_parallel=ddp": "ddp use_ddp data_parallel_replicate_degree",
+        "data_parallel=fsdp": (
+            "fsdp use_fsdp fsdp2 data_parallel_shard_degree fully_shard sharding_strategy"
+        ),
+        "data_parallel=zero1": "zero zero1 zero_stage stage use_distributed_optimizer",
         "data_parallel=zero2": "zero2",
         "data_parallel=zero3": "zero3",
         "tp": "tp_size tensor_parallel tensor_parallel_degree tensor_model_parallel_size",
         "sp": "sequence_parallel",
         "pp": "pp_size pipeline_parallel pipeline_parallel_degree pipeline_model_parallel_size",
-        "pp_schedule": "pp_engine",
-        "cp": "cp_size context_parallel context_parallel_degree",
-        "offload=cpu": "offload_optimizer cpu_offload",
-        "offload_params=cpu": "offload_param",
+        "pp_schedule": "pp_engine pipeline_parallel_schedule",
+        "cp": "cp_size context_parallel context_parallel_degree context_parallel_size",
+        "reshard": "reshard_after_forward",
+        "reduce_dtype": "communication_data_type mixed_precision_reduce",
+        "param_dtype": "mixed_precision_param",
+        "bucket_mb": "bucket_cap_mb reduce_bucket_size allgather_bucket_size",
+        "offload=cpu": "offload_optimizer offload_optimizer.device cpu_offload",
+        "offload_params=cpu": "offload_param offload_param.device",
         "activation_checkpoint=full": (
-            "gradient_checkpointing activation_checkpointing ac recompute"
+            "gradient_checkpointing activation_checkpointing ac recompute recompute_activations "
+            "activation_checkpoint.mode"
         ),
         "tied": "tie_word_embeddings weight_tying tie_weights",
         "compile=default": "torch_compile",
     }.items()
     for there in names.split()
 }
+
+# DeepSpeed's zero_optimization.stage -> our layout.
+STAGES = {"0": "data_parallel=ddp", "2": "data_parallel=zero2", "3": "data_parallel=zero3"}
+
+# nanoGPT's files of settings -> what to type for them.
+RECIPES = {
+    "train_gpt2.py": "configs/gpt2_124m.toml",
+    "train_shakespeare_char.py": "configs/nanogpt_cpu.toml --data=shakespeare",
+    "finetune_shakespeare.py": "--init_from=RUN --data=shakespeare",
+}
+
+# Flags that name a file of settings elsewhere.
+RECIPE_FLAGS = (
+    "config",
+    "config_file",
+    "config_path",
+    "job.config_file",
+    "cfg",
+    "deepspeed_config",
+)

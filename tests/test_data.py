@@ -201,7 +201,7 @@ def test_a_tiktoken_encoding_that_cannot_be_fetched_says_what_to_do(monkeypatch)
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(
-        ValueError, match="(?s)gpt2.*no route.*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"
+        ValueError, match=r"gpt2: set TIKTOKEN_CACHE_DIR.*--tokenizer=bytes \(no route to host\)"
     ):
         Tokenizer("gpt2")
 

@@ -6,7 +6,6 @@ nothing.
 
 import codecs
 import gzip
-import hashlib
 import io
 import math
 import os
@@ -29,7 +28,7 @@ from test_train import ROOT, go
 
 import sample
 from checkpoint import load as checkpoint
-from data import corpora, dataset, files, foreign, shards
+from data import corpora, dataset, foreign, shards, texts
 from data.dataset import Dataset, Tokens
 from data.tokenizer import Tokenizer
 from layers import generation
@@ -608,13 +607,12 @@ def test_a_folder_of_texts_is_one_text_sorted_by_name(tmp_path):
     ):
         (tmp_path / name).write_text(words * 20)
     corpus = load(tmp_path)
-    text = "first\n" * 20 + "second" * 20 + "\n" + "third" * 20 + "\n"
+    text = "\0".join(["first\n" * 20, "second" * 20, "third" * 20])
     both = np.concatenate([part.slice(0, len(part)) for part in (corpus.train, corpus.val)])
-    assert (
-        corpus.tokenizer.decode(both) == text and len(corpus.val) == len(text) - len(text) * 9 // 10
-    )
-    assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert "4 texts, a line each, held out: the last tenth" in corpus.name
+    n_bytes = len(text) - 2
+    assert corpus.tokenizer.decode(both) == text
+    assert len(corpus.val) == n_bytes - n_bytes * 9 // 10
+    assert "3 texts, the byte 0 between two; held out: the last tenth; empty: C.txt" in corpus.name
 
 
 def test_the_order_of_texts_is_the_same_where_letters_are_composed_otherwise(tmp_path):
@@ -638,12 +636,12 @@ def test_texts_named_after_what_they_are_for_are_kept_apart(tmp_path):
     assert corpus.tokenizer.decode(corpus.val.slice(0, len(corpus.val))).startswith(
         "TinyStories-valid"
     )
-    assert "held out: TinyStories-valid.txt, 1 left alone" in corpus.name
+    assert "held out: TinyStories-valid.txt; left alone: test.txt" in corpus.name
     (
         tmp_path / "TinyStories-valid.txt"
     ).unlink()  # a novel may be called "The Test": all are joined
     corpus = load(tmp_path)
-    assert len(corpus.train) + len(corpus.val) == 30 * len("TinyStories-train.txt" + "test.txt") + 2
+    assert len(corpus.train) + len(corpus.val) == 30 * len("TinyStories-train.txt" + "test.txt") + 1
 
 
 def test_patterns_and_lists_of_files(tmp_path, monkeypatch):
@@ -667,7 +665,7 @@ def test_patterns_and_lists_of_files(tmp_path, monkeypatch):
         )
         starts = [
             line.rpartition("/")[0] and line.split("/")[-1][0] or line[0]
-            for line in text.splitlines()
+            for line in text.replace("\0", "").splitlines()
         ]
         assert "".join(starts) == found, given
     refused("a.txt,nothing.txt", "'nothing.txt'", "is no file")
@@ -685,12 +683,12 @@ def test_patterns_and_lists_of_files(tmp_path, monkeypatch):
 
 def test_a_folder_with_neither_says_what_it_has(tmp_path):
     refused(tmp_path, "0 .bin shards and 0 .txt texts")
-    for name in ("a.parquet", "b.npy", "sub/a.txt"):
+    for name in ("a.parquet", "b.npy", "sub/a.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(ENGLISH)
-    assert f"type --data='{tmp_path}/**/*.txt'" in refused(tmp_path, ".npy .parquet")
-    load(f"{tmp_path}/**/*.txt")
-    (tmp_path / "sub" / "a.txt").rename(tmp_path / "sub" / "train.bin")
+    assert f"type --data='{tmp_path}/**/*.md'" in refused(tmp_path, ".npy .parquet")
+    load(f"{tmp_path}/**/*.md")
+    (tmp_path / "sub" / "a.md").rename(tmp_path / "sub" / "train.bin")
     refused(tmp_path, f"type --data={tmp_path}/sub")
 
 
@@ -753,8 +751,7 @@ def test_a_text_or_shards_rewritten_under_a_run_change_nothing(tmp_path):
 def test_a_large_file_that_is_cut_is_a_sentence_and_one_put_in_its_place_no_harm(
     tmp_path, monkeypatch
 ):
-    for module in (files, corpora):
-        monkeypatch.setattr(module, "IN_MEMORY", 1000)
+    monkeypatch.setattr(texts, "IN_MEMORY", 1000)
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(ENGLISH * 3000)
     cut, replaced, gone = (load(tmp_path / name).train for name in ("a.txt", "b.txt", "c.txt"))
@@ -768,8 +765,7 @@ def test_a_large_file_that_is_cut_is_a_sentence_and_one_put_in_its_place_no_harm
     (tmp_path / "c.txt").unlink()
     for tokens in (replaced, gone):
         assert tokens.slice(len(tokens) - 5, len(tokens)).shape == (5,)
-    with pytest.raises(ValueError, match="join the texts in one file"):
-        load(f"{tmp_path}/a.txt,{tmp_path}/b.txt,{__file__}")
+    assert len(load(f"{tmp_path}/b.txt,{__file__}").train.mapped) == 2
 
 
 @pytest.mark.slow
@@ -879,7 +875,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, gpt2):
     assert one.sha256 == other.sha256 and len(one.train) == len(other.train)
     corpus = load(tmp_path, "gpt2", cache=tmp_path / "cache")
     ids = np.concatenate([part.slice(0, len(part)) for part in (corpus.train, corpus.val)])
-    assert corpus.tokenizer.decode(ids).encode() == plain * 2
+    assert corpus.tokenizer.decode(ids).encode() == plain + b"<|endoftext|>" + plain
 
 
 def test_utf_8_with_a_few_broken_places_and_what_is_no_text_are_bytes(tmp_path, gpt2):
@@ -1121,12 +1117,13 @@ def test_the_one_place_that_maps_users_files_is_the_one_that_watches_them():
     for name in (
         "data/corpora.py",
         "data/files.py",
+        "data/texts.py",
         "data/shards.py",
         "data/foreign.py",
         "data/dataset.py",
     ):
         lines = [line for line in (ROOT / name).read_text().splitlines() if "np.memmap(" in line]
-        assert len(lines) == {"data/corpora.py": 1, "data/files.py": 1, "data/shards.py": 1}.get(
+        assert len(lines) == {"data/corpora.py": 1, "data/texts.py": 1, "data/shards.py": 1}.get(
             name, 0
         ), name
     assert dataset.Tokens([np.arange(3)]).mapped == {}

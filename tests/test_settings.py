@@ -201,7 +201,7 @@ def test_other_trainers_names_lead_to_ours():
         "optimizer.lr": "lr",
         "BATCH_SIZE": "batch_size",
         "no_plot": "plot=false",
-        "zero": "data_parallel=zero1",
+        "zero1": "data_parallel=zero1",
         "adam.beta1": "opt.betas",
         "n_layer.": "n_layer",
     }.items():
