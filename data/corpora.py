@@ -355,12 +355,13 @@ def _decoded(name: str, raw: bytes) -> str:
 
 def _encoded(pieces: Iterable[str | None], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """(N,) the ids of each piece; for None, between two texts, the id that ends one."""
-    mark = tokenizer.encode("\n")
-    if tokenizer.end_of_text is not None:
-        mark = np.array([tokenizer.end_of_text])
 
     def encode(piece: str | None) -> np.ndarray:
-        return mark if piece is None else tokenizer.encode(piece)
+        if piece is not None:
+            return tokenizer.encode(piece)
+        if tokenizer.end_of_text is None:
+            return tokenizer.encode("\n")
+        return np.array([tokenizer.end_of_text])
 
     # In threads: tiktoken releases the GIL. A batch at a time, for there may be millions of texts.
     pieces = iter(pieces)
