@@ -261,7 +261,7 @@ def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> C
         val_texts = texts.read(f"{data} (val)", found["val"], any_bytes)
         train = [*train_texts.values()]
         val = [*val_texts.values()]
-        held_out = texts.names(found["val"])
+        held_out = texts.some([path.name for path in found["val"]])
     else:
         train, val = texts.hold_out([*train_texts.values()])
         held_out = "the last tenth"
@@ -282,7 +282,7 @@ def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> C
         ("empty", [path for path in chosen if path not in used]),
     ):
         if paths:
-            told.append(f"{what}: {texts.names(paths)}")
+            told.append(f"{what}: {texts.some([path.name for path in paths])}")
     return replace(corpus, name=f"{data} ({'; '.join(told)})")
 
 

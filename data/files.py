@@ -9,14 +9,16 @@
 Hidden files and folders, whose names begin with a dot, are left out. A link to nothing, a pipe and
 a folder that may not be read are refused by name: no text should be missing unnoticed.
 
-Of several files, the words of a file's name say what it is for:
+Of several files, the words of a file's name, or of its folders', say what it is for:
 
     val, valid, validation   held out: val.bin, my-val-000.bin, web_val_000001.bin; not interval.bin
     train, training          for training; where no file has this word, all the others are
     test                     left alone
 
 Nobody knows what train_val.bin is, so it is refused. Shards need files of both kinds. Texts may do
-without: if no name says that its file is held out, data/texts.py holds out the last tenth of all.
+without, and their names are often names of books. So they count where every text has such a word
+(stories-train.txt, stories-valid.txt), or where a file or folder at the top is called just so
+(val.txt, val/a.txt). Else data/texts.py holds out the last tenth of all.
 """
 
 import glob
@@ -155,6 +157,13 @@ def relative(files: list[Path]) -> dict[Path, str]:
     return {path: _order(Path(os.path.relpath(name, root))) for path, name in zip(files, absolute)}
 
 
+def _words(name: str) -> set[str]:
+    """What the words of a path say that the file is for: some of train, val, test."""
+    # The names of folders count, too: val/a.bin. myVal.bin has two words.
+    name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return {WORDS[word] for word in re.findall(r"[^\W\d_]+", name) if word in WORDS}
+
+
 def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     """{"train": files, "val": files}, by the words of their names.
 
@@ -164,12 +173,13 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     shards = files[0].suffix.lower() == ".bin"
     if len(files) == 1 and not shards:
         return {"train": files}
-    words = {}
-    # The names of folders below the common one count, too: val/a.bin.
-    for path, name in relative(files).items():
-        # myVal.bin has two words.
-        name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()
-        words[path] = {WORDS[word] for word in re.findall(r"[^\W\d_]+", name) if word in WORDS}
+    names = relative(files)
+    words = {path: _words(name) for path, name in names.items()}
+    # A novel may be called "The Test", and lie deep in a folder of novels.
+    if not shards and not all(words.values()):
+        tops = {path: name.split("/")[0].partition(".")[0] for path, name in names.items()}
+        words = {path: _words(top) if top.lower() in WORDS else set() for path, top in tops.items()}
+    for path in files:
         if {"train", "val"} <= words[path]:
             raise ValueError(
                 f"{path} says both train and val in its name: name it after what it is for"

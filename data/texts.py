@@ -83,15 +83,16 @@ def _refusal(faults: dict[Path, str]) -> str:
     first, *others = faults
     said = f"{first} {faults[first]}"
     if others:
-        said += f"; nor can these be used: {names(others)}"
+        # In many folders there may be a file of the same name.
+        said += f"; nor can these be used: {some(['/'.join(path.parts[-2:]) for path in others])}"
     return said
 
 
-def names(paths: list[Path]) -> str:
-    """The names of the first few, and how many more there are."""
-    shown = ", ".join(path.name for path in paths[:3])
-    if len(paths) > 3:
-        shown += f" and {len(paths) - 3} more"
+def some(names: list[str]) -> str:
+    """The first few, and how many more there are."""
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
     return shown
 
 

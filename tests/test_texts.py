@@ -166,15 +166,28 @@ def test_the_last_tenth_of_all_bytes_is_held_out_wherever_texts_end(tmp_path):
 
 def test_a_file_named_after_validation_is_held_out_whole(tmp_path):
     contents = {"x/one.txt": "1" * 50, "x/two.txt": "2" * 50, "val/three.txt": "3" * 40}
-    folder = make(tmp_path, contents | {"x/my test.txt": "4", "val/nil.txt": ""})
+    folder = make(tmp_path, contents | {"test/four.txt": "4", "val/nil.txt": ""})
     corpus = load(folder)
     assert corpus.val.slice(0, 40).tolist() == [*b"3" * 40] and len(corpus.val) == 40
     assert corpus.train.slice(0, 101).tolist() == [*b"1" * 50, 0, *b"2" * 50]
     assert corpus.name.endswith(
-        "held out: nil.txt, three.txt; left alone: my test.txt; empty: nil.txt)"
+        "held out: nil.txt, three.txt; left alone: four.txt; empty: nil.txt)"
     )
     (folder / "val" / "three.txt").write_text("")
     assert "(val) is empty" in refused(folder)
+
+
+def test_names_of_books_hold_nothing_out_by_chance(tmp_path):
+    books = {"x/The Test of Time.txt": "t" * 50, "x/tests/deep/valid.txt": "v" * 40}
+    folder = make(tmp_path, books | {"x/Training Day.txt": "d" * 60, "x/plain.txt": "p" * 50})
+    corpus = load(folder)
+    assert corpus.name.endswith("(4 texts, the byte 0 between two; held out: the last tenth)")
+    assert len(corpus.val) == 20
+    # As soon as every text says what it is for, it is no chance.
+    (folder / "x" / "plain.txt").unlink()
+    corpus = load(folder)
+    assert "held out: valid.txt; left alone: The Test of Time.txt" in corpus.name
+    assert (len(corpus.train), len(corpus.val)) == (60, 40)
 
 
 def test_large_texts_are_mapped_and_are_the_same_tokens(tmp_path, monkeypatch):
@@ -206,7 +219,7 @@ def test_what_is_no_text_is_named(tmp_path, gpt2):
     for tokenizer in ("bytes", "gpt2"):
         said = refused(folder, tokenizer, tmp_path / "cache")
         assert f"{folder / 'b.txt'} is text, but not in UTF-8" in said and "iconv" in said
-        assert said.endswith("nor can these be used: d.txt")
+        assert said.endswith("nor can these be used: d/d.txt")
     (folder / "b.txt").unlink()
     assert f"{folder / 'd.txt'} is a gzip file: unpack it" in refused(folder)
     # A single file of other bytes is taken by `bytes` and by no other tokenizer; so is one of many.
