@@ -30,7 +30,7 @@ from typing import Literal
 from settings import fields
 from settings.checks import check
 from settings.fields import FIELDS, NAMESPACES, OPEN, PATHS, SECTIONS, TYPES, Auto, Config
-from settings.synonyms import HERE, RECIPE_FLAGS, RECIPES, STAGES
+from settings.synonyms import ABSENT, HERE, RECIPE_FLAGS, RECIPES, STAGES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -179,7 +179,12 @@ def known(name: str, text: str = "") -> None:
     if plain.startswith("no_") and plain[3:] in FIELDS:
         hints.append(f"{plain[3:]}=false")
     hints += difflib.get_close_matches(plain, FIELDS, 1)
-    hint = f"did you mean --{hints[0]}?" if hints else "--help lists all fields"
+    hint = "--help lists all fields, docs/coming_from.md what other trainers call them"
+    if hints:
+        hint = f"did you mean --{hints[0]}?"
+    last = plain.rpartition(".")[2]
+    if last in ABSENT:
+        hint = f"{ABSENT[last]}; leave it out"
     if plain in RECIPE_FLAGS:
         recipe = text or "FILE.toml"
         hint = f"a recipe is a word without --: python train.py {recipe} --steps=100"

@@ -85,6 +85,30 @@ HERE = {
         ),
         "tied": "tie_word_embeddings weight_tying tie_weights",
         "compile=default": "torch_compile",
+        "activation_checkpoint=full_sharded": (
+            "partition_activations activation_checkpointing.partition_activations"
+        ),
+        "activation_checkpoint=full_offload": "cpu_checkpointing",
+        "scaler.fixed": "loss_scale",
+        "scaler.init_power": "initial_scale_power",
+        "scaler.window": "loss_scale_window",
+        "scaler.hysteresis": "hysteresis",
+        "scaler.min_scale": "min_loss_scale",
+    }.items()
+    for there in names.split()
+}
+
+# What needs no flag here -> why.
+ABSENT = {
+    there: why
+    for why, names in {
+        "it follows: the ranks / (tp x cp x pp)": "dp dp_size data_parallel_size num_replicas",
+        "torchrun tells each process": "local_rank rank world_size nproc_per_node nnodes backend",
+        "it is always so here": (
+            "pin_memory overlap_comm contiguous_gradients auto_wrap_policy sync_module_states "
+            "limit_all_gathers gradient_as_bucket_view"
+        ),
+        "there is no evaluation alone; a run evaluates every --eval_every= steps": "eval_only",
     }.items()
     for there in names.split()
 }

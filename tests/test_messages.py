@@ -24,7 +24,7 @@ from monitor import SpikeMonitor
 from parallel import launch
 from precision import fp8
 from run import build
-from settings import parse, synonyms
+from settings import fields, parse, synonyms
 
 
 def refused(*words: str, read=parse.parse) -> str:
@@ -66,10 +66,30 @@ def refused(*words: str, read=parse.parse) -> str:
         ("--offload_param.device=cpu", "offload_params=cpu"),
         ("--communication_data_type=bf16", "reduce_dtype"),
         ("--grad_acc_steps=4", "batch_size"),
+        ("--fp16.initial_scale_power=16", "scaler.init_power"),
     ],
 )
 def test_names_of_other_trainers_lead_to_ours(typed, ours):
     assert refused(*typed.split()).endswith(f"; did you mean --{ours}?")
+
+
+@pytest.mark.parametrize(
+    "typed, why",
+    [
+        ("--dp=8", "it follows: the ranks / (tp x cp x pp); leave it out"),
+        ("--local-rank=0", "torchrun tells each process; leave it out"),
+        ("--zero_optimization.overlap_comm=true", "it is always so here; leave it out"),
+        ("--eval_only=true", "every --eval_every= steps; leave it out"),
+        ("--sub_group_size=9", "docs/coming_from.md what other trainers call them"),
+    ],
+)
+def test_what_needs_no_flag_here_says_so(typed, why):
+    assert refused(typed).endswith(why)
+
+
+def test_no_name_means_two_things():
+    names = [*synonyms.HERE, *synonyms.ABSENT, *synonyms.RECIPE_FLAGS]
+    assert len(names) == len(set(names)) and not {*synonyms.ABSENT} & fields.FIELDS.keys()
 
 
 def test_every_layout_that_a_stage_leads_to_is_one():

@@ -193,7 +193,7 @@ def test_other_trainers_names_lead_to_ours():
         said = bad(f"--{name}=1")
         assert f"there is no field {name!r}; did you mean --{here}?" == said
         field, equals, text = here.partition("=")
-        assert field in fields.FIELDS or field.startswith("opt.")
+        assert field in fields.FIELDS or field.startswith(("opt.", "scaler."))
         assert not equals or config.from_text(field, text) == text
     for name, here in {
         "batch-size": "batch_size",

@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 from harness import run_ranks
 
+import sample
 import train
 from checkpoint import load as checkpoint
 from data import corpora, files, texts
@@ -374,3 +375,6 @@ def test_a_sample_shows_the_byte_between_two_texts_as_a_line_break(tmp_path, cap
     assert "---- a sample ----" in said and "a\na\na" in said and "\0" not in said
     log = (tmp_path / "out" / "train.log").read_bytes()
     assert b"a sample" in log and b"\0" not in log
+    sample.main([f"{tmp_path}/out", "--tokens=40", "--prompt=a"])
+    said = capsys.readouterr().out
+    assert "a\na\na" in said and "\0" not in said
