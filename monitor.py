@@ -31,6 +31,21 @@ are left to the loss scaler); a norm below `vanishing` is a warning.
 
 PaLM (2204.02311) restarted 100 steps before a spike and left out 200 to 500 batches, some 20 times;
 Llama 3 (2407.21783), often quoted for automatic rollback, tells of few spikes and no intervention.
+
+Neighbours: checkpoint/snapshots.py
+
+Example:
+    from monitor import SpikeMonitor
+    monitor = SpikeMonitor(model=None, optimizer=None, cursor=None)  # rollback needs these
+    for step in range(60):
+        loss = 9.0 if step == 50 else 3 - 0.01 * step
+        samples = range(8 * step, 8 * step + 8)
+        verdict = monitor.check(step, loss, norm=1.0, samples=samples)
+        if verdict == "step":
+            continue  # here the optimizer takes its step
+        print(step, verdict, monitor.events[0]["text"])
+        assert (step, verdict) == (50, "skip")
+    assert 9.0 not in monitor.seen.losses
 """
 
 import inspect
@@ -452,3 +467,9 @@ class SpikeMonitor:
 
 class Aborted(RuntimeError):
     """The monitor has ended the run; the message says why, and what helps."""
+
+
+if __name__ == "__main__":
+    monitor = SpikeMonitor(model=None, optimizer=None, cursor=None)
+    verdicts = [monitor.check(i, 9.0 if i == 50 else 3.0, 1.0, range(8)) for i in range(51)]
+    print(f"step 51: {verdicts[-1]}, {monitor.events[0]['text']}")

@@ -24,6 +24,19 @@ Shapes differ only after warm-up, so a run can branch off into any of them: with
 `--resume=RUN/step-... --schedule=...` the stable phase of a WSD run ends in another decay. WSD is
 MiniCPM's; Llama 2, often named for it, used cosine. In some texts a cosine starts at lr 0, which
 loses a step, or all groups get one lr, which loses their differences.
+
+Example:
+    import torch
+    from schedules import follow, multiplier
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    lrs = []
+    for step in range(100):
+        factor = multiplier("wsd", step, steps=100, warmup=10, decay_frac=0.4)
+        follow(optimizer.param_groups, step, factor)
+        lrs.append(optimizer.param_groups[0]["lr"])
+    assert abs(lrs[0] - 0.01) < 1e-9  # the first of 10 steps of warm-up
+    assert lrs[10] == lrs[60] == 0.1
+    assert abs(lrs[80] - 0.05) < 1e-9  # half of the descent
 """
 
 import inspect
@@ -208,3 +221,10 @@ def batch_at(step: int, batch_size: int, start: int | None = None, ramp: int | N
     if ramp is None or step >= ramp:
         return batch_size
     return start * (1 + step * (batch_size // start) // ramp)
+
+
+if __name__ == "__main__":
+    print("after            0      10      30      60      90     100 of 100 steps, warm-up 10")
+    for name in SHAPES:
+        at = [multiplier(name, step, 100, warmup=10) for step in (0, 10, 30, 60, 90, 100)]
+        print(f"{name:12}", *(f"{x:7.4f}" for x in at))

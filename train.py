@@ -36,7 +36,7 @@ from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel.mesh import make_mesh
 from parallel.shard import sharded
 from precision import amp, histogram, stochastic
-from run import announce, auto, batch, build, control, optimizers, resume
+from run import announce, auto, batch, build, control, optimizers, resume, summary
 from run.evaluate import evaluate, sample
 from run.microbatches import MicroBatches
 from run.options import resolve_options
@@ -48,6 +48,7 @@ def main(requested_cfg: fields.Config) -> dict:
 
     Uses the process group if there is one. Raises ValueError for a user's mistake.
     """
+    started = time.perf_counter()
     # ---- ranks: which process this is, on which device, where in the grid (pp, dp, cp, tp) -------
     device = launch.pick_device(requested_cfg.device)
     made_group = launch.start(device, requested_cfg.timeout_minutes)
@@ -199,16 +200,25 @@ def main(requested_cfg: fields.Config) -> dict:
     if is_main:
         metadata = {"config": config, "record": record}
         (out_dir / "config.toml").write_text(parse.to_toml(final_cfg, record), encoding="utf-8")
-    messages = announce.messages(
-        final_cfg, requested_cfg, mesh, record, corpus, full_model, resumed_from
+    for line in announce.details(final_cfg, requested_cfg, mesh, record):
+        logger.log(line, terminal=False)
+    why_emulated = None if fp8_state is None else fp8_state.why_emulated
+    lines = summary.at_start(
+        final_cfg,
+        mesh,
+        corpus,
+        full_model,
+        lrs,
+        lr_schedule,
+        options,
+        record["hardware"],
+        why_emulated,
     )
-    if fp8_state is not None and fp8_state.why_emulated is not None:
-        why = fp8_state.why_emulated
-        messages.append(f"precision=fp8: emulated here, the same numbers, but slower ({why})")
+    lines += announce.warnings(final_cfg, mesh, resumed_from, full_model)
     if why_not_compiled is not None:
-        messages.append(why_not_compiled)
-    for message in messages:
-        logger.log(message)
+        lines.append(why_not_compiled)
+    for line in lines:
+        logger.log(line)
     token_flops = flops.flops_per_token(
         flops.matmul_params(full_model), cfg.n_layer, cfg.n_embd, cfg.window or cfg.block_size
     )
@@ -391,6 +401,18 @@ def main(requested_cfg: fields.Config) -> dict:
         logger.log(f"---- a sample ----{text}\n------------------")
     if cfg.plot and is_done and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
+    if is_main:
+        reason = None
+        if spike_monitor.sentence:
+            reason = "the monitor ended it"
+        elif stop.agreed:
+            reason = "a signal asked for it"
+        elif step < cfg.steps:
+            reason = f"patience={cfg.patience}: no better evaluation came"
+        n_params = sum(p.numel() for p in full_model.parameters())
+        seconds = time.perf_counter() - started
+        for line in summary.at_end(cfg, mesh, n_params, step, seconds, reason):
+            logger.log(line)
     stop.close()
     logger.close()
     leave()

@@ -5,6 +5,20 @@
 The queries of a new token see all earlier keys and values, which do not change. So every attention
 keeps them (a KV cache), and after the prompt the model computes one token at a time. While it
 generates, `Attention.attention_fn` of each block is a KVCache.
+
+Neighbours: layers/attention.py
+
+Example:
+    from types import SimpleNamespace
+    import torch
+    from layers.generation import generate
+    class Counter(torch.nn.Module):  # 7 comes after 6, and 0 after 9
+        config = SimpleNamespace(vocab_size=10, block_size=8, window=None)
+        blocks = {}  # layer -> block, whose attn.attention_fn becomes a KVCache
+        def forward(self, ids, position_ids):
+            return 9.0 * torch.nn.functional.one_hot((ids + 1) % 10, 10)
+    ids = generate(Counter(), torch.tensor([[5, 6]]), n=4, temperature=0)
+    assert ids.tolist() == [[5, 6, 7, 8, 9, 0]]
 """
 
 import torch
@@ -120,3 +134,9 @@ class KVCache:
             return causal_attention(q, k, v, self.window)
         # One new token sees everything that is kept: no mask is needed.
         return newest_attention(q, self.k, self.v)
+
+
+if __name__ == "__main__":
+    for temperature in 0.0, 0.5, 1.0, 2.0:
+        ids = draw(torch.tensor([[0.0, 1, 2]] * 1000), temperature, None, torch.Generator())
+        print(f"logits 0, 1, 2 at temperature {temperature}:", ids.view(-1).bincount(minlength=3))

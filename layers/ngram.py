@@ -29,6 +29,15 @@ seen the answer would teach the network to be silent. Two cases need no such cor
 Counting 9.8M bytes to order 6 takes half a second. It keeps 100 MB, 150 MB at the peak, on every
 rank. The counts are a function of the text, so no checkpoint holds them. A rank needs full
 sequences and full logits: no tp, cp or pp.
+
+Example:
+    import numpy as np
+    from layers.ngram import NGrams
+    text = np.frombuffer(b"the cat, the dog and the cow; " * 40, np.uint8)
+    ngrams = NGrams(text, order=3, vocab_size=256)
+    prompt = np.frombuffer(b"and t", np.uint8)
+    log_probs = ngrams.log_probs(prompt[None])  # (1, 5, 256)
+    assert chr(log_probs[0, -1].argmax()) == "h"
 """
 
 import numpy as np
@@ -253,3 +262,9 @@ class NGrams:
 def starts(x: np.ndarray) -> np.ndarray:
     """Where in the sorted x (N,) another value begins."""
     return np.flatnonzero(np.append(True, x[1:] != x[:-1]))
+
+
+if __name__ == "__main__":
+    text = np.frombuffer(b"the cat, the dog and the cow; " * 40, np.uint8)
+    p = NGrams(text, 3, 256).log_probs(text[None, :4])[0, -1].exp()
+    print("after 'the '", {chr(i): round(p[i].item(), 2) for i in p.topk(3).indices.tolist()})

@@ -15,6 +15,18 @@ another rank.
 
 References: hashed n-grams of bytes, Pagnoni et al. 2024 (2412.09871), section 3.2; over-tokenized
 transformers, Huang et al. 2025 (2501.16975); bigrams of the nanoGPT speedruns.
+
+Example:
+    import torch
+    from layers.ngram_embedding import NGramEmbedding
+    embed = torch.nn.Embedding(10, 8)
+    grams = NGramEmbedding(rows=1000, width=8, longest=3)
+    torch.nn.init.zeros_(grams.weight)
+    ids = torch.tensor([[1, 2, 3, 1, 2]])
+    rows = grams.find(ids, torch.arange(5))  # (2, 1, 5): of the 2-grams, of the 3-grams
+    x = embed(ids) + grams(rows)  # (1, 5, 8)
+    assert rows[0, 0, 1] == rows[0, 0, 4]  # both end the 2-gram 1 2
+    assert rows[1, 0, 1] != rows[1, 0, 4]  # its 3-grams differ: nothing 1 2, and 3 1 2
 """
 
 import torch
@@ -58,3 +70,9 @@ class NGramEmbedding(nn.Embedding):
             h = ((h & 0xFFFFFFFF) ^ ((h & 0xFFFFFFFF) >> 16)) * 0x45D9F3B & 0xFFFFFFFF
             rows.append((h ^ (h >> 16))[:, -T:] % self.num_embeddings)
         return torch.stack(rows)
+
+
+if __name__ == "__main__":
+    rows = NGramEmbedding(1000, 8, longest=3).find(torch.tensor([[1, 2, 3, 1, 2]]), torch.arange(5))
+    for n in 2, 3:
+        print(f"tokens 1 2 3 1 2: the {n}-grams that end there have rows {rows[n - 2, 0].tolist()}")

@@ -52,6 +52,28 @@ found it: a module's own dropout has the same mask, at a cost of 5 kB and some 2
 model.py's masks are hashes and need no state. Python's, NumPy's and a user's own generators are not
 restored. In evaluation all this does nothing. Nor does offloading on a CPU, where all is host
 memory.
+
+Example:
+    import copy
+    import torch
+    from torch import nn
+    from memory.activation_checkpoint import apply_activation_checkpointing
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.Linear(8, 8)
+            self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        def forward(self, x, context=None):
+            return x + self.mlp(self.attn(x))
+    model = nn.Module()
+    model.blocks = nn.ModuleDict({str(i): Block() for i in range(2)})
+    plain = copy.deepcopy(model)
+    apply_activation_checkpointing(model, "full")
+    x = torch.randn(4, 8)
+    for m in plain, model:
+        m.blocks["1"](m.blocks["0"](x)).square().sum().backward()
+    pairs = zip(plain.parameters(), model.parameters())
+    assert all(torch.equal(p.grad, q.grad) for p, q in pairs)
 """
 
 import functools
@@ -305,3 +327,8 @@ class Trip:
         i, dtype, *where = packed
         x = torch.empty(0, dtype=dtype, device=self.device)
         return x.set_(self.back[i].untyped_storage(), *where)
+
+
+if __name__ == "__main__":
+    for how in HOW:
+        print(f"python train.py --activation_checkpoint={how.replace('K', '2')}")

@@ -56,6 +56,17 @@ The estimate is rough, and rather too large than too small: with one micro-batch
 activations go, and both are counted in full. It leaves out fragmentation, the device's own context,
 kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured with
 tiny batches and several micro-batches, it is within 5 % (tests/test_estimate.py).
+
+Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, parallel/ownership.py,
+precision/amp.py
+
+Example:
+    from memory.estimate import bytes_per_rank, gpt_shapes
+    shapes = gpt_shapes(n_layer=12, n_embd=768, vocab_size=50304)
+    ddp = bytes_per_rank(shapes, "adamw", "ddp", world=8)
+    zero1 = bytes_per_rank(shapes, "adamw", "zero1", world=8)
+    print(f"AdamW's state: {ddp['state'] / 1e9:.2f} GB, {zero1['state'] / 1e9:.2f} on 8 ranks")
+    assert zero1["state"] < ddp["state"] / 3
 """
 
 import functools

@@ -3,6 +3,12 @@
     --params=7B --gpus 64 --offload=cpu      words -> (name, text)      from_text -> the value
 
 7B is 7e9, as are K, M and T. A default shows its flag's kind.
+
+Example:
+    from memory.flags import from_text, words
+    found = words(["--params=7B", "--gpus", "64"])
+    values = {name: from_text(name, text, default=8) for name, text in found}
+    assert values == {"params": 7_000_000_000, "gpus": 64}
 """
 
 import difflib
@@ -94,3 +100,9 @@ def usage(defaults: dict, names: dict) -> str:
             line += f"  or {', '.join(choices)}"
         lines.append(line)
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("flags of python -m memory.estimate --help and python -m memory.plan --help, such as")
+    for text in "7B", "80GB", "4.1e9":
+        print(f"    {text:6} which is {number(text):g}")

@@ -5,6 +5,15 @@
 The meter adds up the sizes after each operation. So a storage that `resize_(0)` frees counts as
 empty, and counts again when it comes back; counting at allocation would miss both. It sees only
 storages that an operation has touched since it began.
+
+Example:
+    import torch
+    from memory.meter import Meter
+    with Meter() as meter:
+        x = torch.ones(1000)
+        y = x.exp().sum()
+    assert meter.peak == 4000 + 4000 + 4  # x, its exp and y
+    assert meter.now() == 4000 + 4
 """
 
 import weakref
@@ -125,3 +134,9 @@ def measure(
             x for named in optimizer.state.values() for x in named.values() if torch.is_tensor(x)
         )
     return dict(parameters=parameters, gradients=gradients, state=state, peak=meter.peak)
+
+
+if __name__ == "__main__":
+    with Meter() as meter:
+        torch.ones(10**6).exp().sum()
+    print(f"exp and sum of a million numbers: {meter.peak:,} bytes at most, {meter.now()} left")

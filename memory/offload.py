@@ -24,6 +24,23 @@ uses the same files again.)
 
 Ren et al. 2021, ZeRO-Offload (2101.06840); Rajbhandari et al. 2021, ZeRO-Infinity (2104.07857).
 They step on the CPU. Here the device steps, because then the optimizer needs no second version.
+
+Example:
+    import copy
+    import tempfile
+    import torch
+    from memory.offload import offload
+    layer = torch.nn.Linear(8, 8)
+    twin = copy.deepcopy(layer)
+    with tempfile.TemporaryDirectory() as folder:
+        in_files = offload(torch.optim.AdamW(layer.parameters()), "disk", folder)
+        in_memory = torch.optim.AdamW(twin.parameters())
+        for x in torch.randn(5, 64, 8):
+            for model, optimizer in (layer, in_files), (twin, in_memory):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+    assert torch.equal(layer.weight, twin.weight)
 """
 
 import math
@@ -300,3 +317,9 @@ def inward(p: torch.Tensor, x):
 def moves(x) -> bool:
     """Does this entry of a state move? Counters of one element stay where they are."""
     return torch.is_tensor(x) and x.numel() > 1
+
+
+if __name__ == "__main__":
+    params = [torch.zeros(2**20, requires_grad=True) for _ in range(40)]
+    stream = Stream(torch.optim.SGD(params), "cpu", None, torch.device("cpu"), 64 * 2**20)
+    print(f"40 tensors of 4 MiB pass in chunks of {[len(chunk[0]) for chunk in stream.chunks()]}")

@@ -50,6 +50,17 @@ SC21 is Narayanan et al. 2021 (2104.04473), table 1; Z3 and PTD its table 2; K22
 its 44 to 52 % of peak is HFU, 3/4 of it is above. L3 cp16 has sequences of 131072 tokens and half
 of attention is counted here; all of it, as PaLM does, would make 0.57 of the same step. Its report
 does not say which.
+
+Neighbours: memory/estimate.py, memory/flags.py, optim/adamw.py, optim/attributes.py,
+parallel/ownership.py, precision/amp.py
+
+Example:
+    from memory.plan import GPUS, Cluster, Layout, Model, predict
+    model = Model(n_layer=32, n_embd=4096, n_head=32, n_kv_head=32)  # 6.9e9 parameters
+    cluster = Cluster(64, *GPUS["A100"])
+    plan = predict(model, cluster, Layout(data_parallel="fsdp"), batch=512)
+    print(f"{plan.step:.1f} s a step, MFU {plan.mfu:.0%}, {plan.held['total'] / 1e9:.0f} GB")
+    assert plan.held["total"] < cluster.memory
 """
 
 import functools

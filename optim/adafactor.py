@@ -24,6 +24,22 @@ Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distr
 and with fully_shard, there best by make_optimizer of parallel/sharded_optimizer.py. States of
 torch.optim.Adafactor load; maximize is refused. OneCycleLR finds no momentum to move:
 cycle_momentum=False. docs/partners.md has all partners.
+
+Example:
+    import torch
+    from optim.adafactor import Adafactor
+    layer = torch.nn.Linear(30, 20, bias=False)
+    teacher = torch.nn.Linear(30, 20, bias=False)
+    optimizer = Adafactor(layer.parameters(), lr=0.05)
+    x = torch.randn(256, 30)
+    for _ in range(100):
+        loss = (layer(x) - teacher(x).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    state = optimizer.state[layer.weight]
+    assert state["row_var"].numel() + state["col_var"].numel() == 50  # for 600 weights
+    assert loss < 0.01
 """
 
 import math

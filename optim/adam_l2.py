@@ -17,6 +17,16 @@ units of weight: an element moves by about lr a step at most, whatever the gradi
 Used wherever torch.optim.Adam is: with torch's schedulers, GradScaler, autocast, compile, DDP,
 fully_shard, torch.distributed.checkpoint. States of torch.optim.Adam load; amsgrad and maximize are
 refused. docs/partners.md has all partners.
+
+Example:
+    import torch
+    from optim.adam_l2 import AdamL2
+    w = torch.ones(2, requires_grad=True)
+    optimizer = AdamL2([w], lr=0.02, weight_decay=1.0)
+    for t in range(100):
+        w.grad = (-1) ** t * torch.tensor([1.0, 100.0])  # mean 0: only decay moves w
+        optimizer.step()
+    assert w[0] < 0.2 and w[1] > 0.9  # with large gradients w hardly decays
 """
 
 import math

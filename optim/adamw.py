@@ -26,6 +26,19 @@ so hand the floats over as 0-D tensors:
     fast = torch.compile(adamw_update, dynamic=True)
     adamw.adamw_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
+
+Example:
+    import torch
+    from optim.adamw import AdamW
+    layer = torch.nn.Linear(4, 1)
+    optimizer = AdamW(layer.parameters(), lr=0.03, weight_decay=0.0)
+    x = torch.randn(64, 4)
+    for _ in range(300):
+        loss = (layer(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-6  # the layer has learned to add
 """
 
 import math

@@ -13,6 +13,14 @@
 zero_init, heavy_step and mup_rule belong to the method. A class without them, such as
 torch.optim.AdamW, takes them from our class of the same name. The others belong to the code, and a
 class speaks only for itself.
+
+Example:
+    import torch
+    from optim.attributes import attribute
+    class Mine(torch.optim.SGD):
+        heavy_step = True
+    assert attribute(Mine, "heavy_step")
+    assert not attribute(torch.optim.SGD, "heavy_step")
 """
 
 import importlib
@@ -58,3 +66,9 @@ def own_classes() -> dict[str, type[Optimizer]]:
                 key = f"{file}.{name}" if file in found else file
                 found[key] = cls
     return found
+
+
+if __name__ == "__main__":
+    print(f"{'':33} {'  '.join(ASSUMED)}")
+    for name, cls in own_classes().items():
+        print(f"{name:33}", *(f"{attribute(cls, key)!s:{len(key) + 1}}" for key in ASSUMED))

@@ -19,6 +19,18 @@ parameters keep float32 m and v.
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
 torch.distributed.checkpoint, and with fully_shard, there best by make_optimizer of
 parallel/sharded_optimizer.py. docs/partners.md has all partners.
+
+Example:
+    import torch
+    from optim.lamb import LAMB
+    layer = torch.nn.Linear(8, 8)
+    optimizer = LAMB(layer.parameters(), lr=0.01)
+    before = layer.weight.detach().clone()
+    loss = 1e6 * layer(torch.randn(64, 8)).square().mean()
+    loss.backward()
+    optimizer.step()
+    moved = (layer.weight - before).norm() / before.norm()
+    assert abs(moved - 0.01) < 1e-5  # lr, as a share of the weights, for any loss
 """
 
 import math

@@ -19,6 +19,18 @@ parameters), 0 without. Half-precision parameters keep a float32 buffer.
 Used with torch's schedulers, GradScaler, autocast, compile, DDP and torch.distributed.checkpoint,
 and with fully_shard, there best by make_optimizer of parallel/sharded_optimizer.py.
 docs/partners.md has all partners.
+
+Example:
+    import torch
+    from optim.lars import LARS
+    layer = torch.nn.Linear(8, 8)
+    optimizer = LARS(layer.parameters(), lr=1.0, trust_coefficient=0.01)
+    before = layer.weight.detach().clone()
+    loss = 1e6 * layer(torch.randn(64, 8)).square().mean()
+    loss.backward()
+    optimizer.step()
+    moved = (layer.weight - before).norm() / before.norm()
+    assert abs(moved - 0.01) < 1e-5  # lr x trust_coefficient of the weights, for any loss
 """
 
 import math

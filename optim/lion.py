@@ -20,6 +20,21 @@ tensors:
     fast = torch.compile(lion_update, dynamic=True)
     lion.lion_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
+
+Example:
+    import torch
+    from optim.lion import Lion
+    layer = torch.nn.Linear(4, 1)
+    optimizer = Lion(layer.parameters(), lr=0.01)
+    x = torch.randn(64, 4)
+    for _ in range(100):
+        before = layer.weight.detach().clone()
+        loss = (layer(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    moved = (layer.weight - before).abs()
+    assert torch.allclose(moved, torch.tensor(0.01), atol=1e-6)  # each by lr, large or small
 """
 
 import math

@@ -38,6 +38,23 @@ steps those by a kernel of torch's. Clip gradients before, if at all: the update
 Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), states of
 torch.optim.Muon, fully_shard (by make_optimizer of parallel/sharded_optimizer.py; DTensors are
 refused); all partners: docs/partners.md.
+
+Example:
+    import torch
+    from optim.muon import Muon
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = Muon([{"params": matrices}, {"params": others, "use_muon": False}], lr=0.02)
+    x = torch.randn(256, 8)
+    for _ in range(100):
+        before = matrices[0].detach().clone()
+        loss = (model(x) - x.flip(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    step = (matrices[0].detach() - before) / 0.02 / 2  # k is 2 for 32 rows and 8 columns
+    assert ((0.6 < torch.linalg.svdvals(step)) & (torch.linalg.svdvals(step) < 1.3)).all()
 """
 
 import math

@@ -20,6 +20,16 @@ sqrt(m), and lr falls as 1/sqrt(m). Initial std, output and attention scaling be
 
 Where a common text errs: it divides attention logits by m² and gives the hidden matrices no lr rule
 at all. Depth does not transfer; nor, without more, does weight decay (lr·λ shrinks with lr).
+
+Neighbours: optim/attributes.py
+
+Example:
+    import torch
+    from optim.mup import lr_multipliers
+    class Mine(torch.optim.Adam):
+        mup_rule = "adam"
+    multipliers = lr_multipliers(Mine, width=1024, base_width=256)
+    assert multipliers == {"embedding": 1.0, "matrix": 0.25, "head": 1.0, "scalar": 1.0}
 """
 
 from optim.attributes import attribute, own_classes
@@ -51,3 +61,9 @@ def lr_multipliers(
             f"size; there is one for {', '.join(known)}"
         )
     return {"embedding": 1.0, "matrix": matrix, "head": 1.0, "scalar": 1.0}
+
+
+if __name__ == "__main__":
+    for name, cls in own_classes().items():
+        if attribute(cls, "mup_rule") is not None:
+            print(f"{name:33} at four times the width: lr x {lr_multipliers(cls, 4, 1)}")

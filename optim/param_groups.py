@@ -20,6 +20,18 @@ no kind:
 A square Linear may be anything: it gives logits only if the module that holds it has the embedding.
 A Linear that is not square changes the width and is no block of a residual stream: it may give
 logits as an element too, as in a head of several layers or a list of heads.
+
+Example:
+    import torch
+    from torch import nn
+    from optim.param_groups import param_groups
+    block = nn.TransformerEncoderLayer(d_model=8, nhead=2)
+    model = nn.Sequential(nn.Embedding(50, 8), block, nn.Linear(8, 50))
+    lrs = {"embedding": 1e-2, "head": 3e-3, "matrix": 1e-3, "scalar": 1e-3}
+    optimizer = torch.optim.AdamW(param_groups(model, lrs, weight_decay=0.1))
+    names = {group["kind"]: group["names"] for group in optimizer.param_groups}
+    assert names["embedding"] == ["0.weight"] and names["head"] == ["2.weight"]
+    assert "1.linear1.weight" in names["matrix"] and "1.norm1.weight" in names["scalar"]
 """
 
 from collections.abc import Callable
@@ -325,3 +337,9 @@ def load_state_by_name(
         if state:
             state_dict["state"][i] = state
     optimizer.load_state_dict(state_dict)
+
+
+if __name__ == "__main__":
+    block = nn.TransformerEncoderLayer(d_model=8, nhead=2)
+    for name, kind in kinds(nn.Sequential(nn.Embedding(50, 8), block, nn.Linear(8, 50))).items():
+        print(f"{kind:9}  {name}")

@@ -26,6 +26,18 @@ backward) that adds 4 % to fp32 and 1 % to bf16 with 256 tokens in a sequence, 6
 1024.
 
 Reference: Kimi K2 (Kimi Team 2025, 2507.20534), MuonClip.
+
+Example:
+    import torch
+    from optim.qk_clip import clip, max_logits
+    x = torch.randn(1, 16, 8)
+    weights = {f"blocks.0.attn.{name}.weight": 9 * torch.randn(8, 8) for name in "qk"}
+    def largest():  # (H,) for 2 heads of 4
+        q, k = ((x @ w.T).unflatten(-1, (2, 4)).transpose(1, 2) for w in weights.values())
+        return max_logits(q, k, torch.arange(16))
+    groups = [{"names": [*weights], "params": [*weights.values()]}]  # an optimizer's
+    clip(groups, largest().unsqueeze(0), tau=100, n_kv_head=2, head_size=4, shards={})
+    assert largest().max() < 100.1
 """
 
 import torch
@@ -99,3 +111,9 @@ def clip(
             # In bf16 the factors would be rounded too: it has no number between 0.996 and 1.
             dtype = torch.promote_types(p.dtype, torch.float32)
             p.mul_(rows.to(p.device, dtype).view(-1, *[1] * (p.ndim - 1)))
+
+
+if __name__ == "__main__":
+    for top in 50.0, 100.0, 200.0, 400.0:
+        q, k = factors(torch.tensor([top]), tau=100, n_kv_head=1)
+        print(f"largest logit {top:g}: W_q x {q.item():.3f}, W_k x {k.item():.3f}")

@@ -43,6 +43,21 @@ To compile the update alone: torch compiles again for each new float, so hand ov
     fast = torch.compile(schedule_free_update, dynamic=True)
     schedule_free.schedule_free_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
+
+Example:
+    import torch
+    from optim.schedule_free import AdamWScheduleFree
+    layer = torch.nn.Linear(4, 1)
+    optimizer = AdamWScheduleFree(layer.parameters(), lr=0.1, warmup_steps=10)
+    x = torch.randn(64, 4)
+    optimizer.train()
+    for _ in range(300):
+        loss = (layer(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.eval()  # the layer holds the average x: evaluate it, save it, or stop
+    assert (layer(x) - x.sum(1, keepdim=True)).square().mean() < 1e-3
 """
 
 import math

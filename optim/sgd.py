@@ -16,6 +16,19 @@ without. Half-precision parameters keep a float32 buffer.
 Used wherever torch.optim.SGD is: with torch's schedulers, GradScaler, autocast, compile, DDP,
 fully_shard, torch.distributed.checkpoint. States of torch.optim.SGD load; dampening and maximize
 are refused. docs/partners.md has all partners.
+
+Example:
+    import torch
+    from optim.sgd import SGD
+    layer = torch.nn.Linear(4, 1)
+    optimizer = SGD(layer.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    x = torch.randn(64, 4)
+    for _ in range(200):
+        loss = (layer(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-6  # the layer has learned to add
 """
 
 import math

@@ -27,6 +27,23 @@ Half-precision parameters keep float32 state.
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP and
 torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py:
 DTensors are refused. docs/partners.md has all partners.
+
+Example:
+    import torch
+    from optim.shampoo import Shampoo
+    teacher = torch.randn(16, 32)
+    x = torch.randn(256, 32) * torch.logspace(-2, 0, 32)  # features of very different sizes
+    final = {}
+    for optimizer_class in Shampoo, torch.optim.SGD:
+        w = torch.zeros(16, 32, requires_grad=True)
+        optimizer = optimizer_class([w], lr=0.03)
+        for _ in range(200):
+            loss = (x @ (w - teacher).T).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        final[optimizer_class] = loss
+    assert final[Shampoo] < 0.01 * final[torch.optim.SGD]
 """
 
 import math

@@ -28,6 +28,24 @@ Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, com
 torch.distributed.checkpoint; with fully_shard by make_optimizer of parallel/sharded_optimizer.py:
 DTensors are refused. States of the authors' SOAP load; merge_dims is refused. docs/partners.md has
 all partners.
+
+Example:
+    import torch
+    from optim.soap import SOAP
+    teacher = torch.randn(16, 32)
+    rotation = torch.linalg.qr(torch.randn(32, 32))[0]
+    x = torch.randn(256, 32) * torch.logspace(-2, 0, 32) @ rotation  # badly scaled, not by axis
+    final = {}
+    for optimizer_class in SOAP, torch.optim.AdamW:
+        w = torch.zeros(16, 32, requires_grad=True)
+        optimizer = optimizer_class([w], lr=0.03, weight_decay=0)
+        for _ in range(300):
+            loss = (x @ (w - teacher).T).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        final[optimizer_class] = loss
+    assert final[SOAP] < 0.1 * final[torch.optim.AdamW]
 """
 
 import math

@@ -11,6 +11,14 @@
 bf16 keeps float32's exponent and so its range. It gives up precision, which sums, norms, softmax,
 loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018, 1710.03740;
 Kalamkar et al. 2019, 1905.12322). Activations halve; weights and state do not.
+
+Example:
+    import torch
+    from precision.amp import autocast
+    layer = torch.nn.Linear(8, 8)
+    with autocast("bf16", torch.device("cpu")):
+        y = layer(torch.randn(2, 8))
+    assert y.dtype == torch.bfloat16 and layer.weight.dtype == torch.float32
 """
 
 from contextlib import nullcontext
@@ -74,3 +82,9 @@ def autocast(precision: str, device: torch.device):
     if row.autocast is None:
         return nullcontext()
     return torch.autocast(device.type, row.autocast)
+
+
+if __name__ == "__main__":
+    for name, row in PRECISIONS.items():
+        print(f"{name:7}  weights {row.weights}, state {row.state}, products {row.products}")
+    print(f"--precision=auto is {choose('auto', torch.device('cpu'))} on this CPU")

@@ -31,6 +31,15 @@ of all ranks and writes them (one gather of 2.3 KB a tensor and rank). A tensor 
 alike counts n times, which changes no share.
 
 Micikevicius et al. 2018 (1710.03740) found by such a picture that gradients need scaling.
+
+Example:
+    import torch
+    from precision.histogram import exponents, outside
+    counts = exponents(1e-6 * torch.randn(10000))  # small gradients
+    zero, subnormal, saturated = outside(counts, "fp16")
+    assert subnormal > 0.9
+    zero, subnormal, saturated = outside(counts, "fp16", scale=65536)
+    assert zero + subnormal + saturated < 0.01
 """
 
 import json

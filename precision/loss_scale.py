@@ -32,6 +32,23 @@ Micikevicius et al. 2018 (1710.03740). Defaults: DeepSpeed's 2^16, window 1000, 
 min_scale 1. GradScaler starts at 2^16 as well, and has window 2000, no hysteresis and no minimum.
 Both grow by 2 and back off by 1/2. DeepSpeed gives up at the first overflow at the minimum,
 GradScaler never; this one gives up after `patience` of them in a row.
+
+Example:
+    import torch
+    from precision.loss_scale import LossScaler
+    layer = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = LossScaler(hysteresis=1)
+    for outlier in 1.0, 1e30, 1.0:
+        loss = layer(outlier * torch.randn(8, 4)).square().mean()
+        optimizer.zero_grad()
+        (loss * scaler.scale).backward()
+        gradients = [p.grad for p in layer.parameters()]
+        scaler.unscale(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if scaler.update(bool(norm.isfinite())):
+            optimizer.step()
+    assert scaler.scale == 2**15 and layer.weight.isfinite().all()  # one step was skipped
 """
 
 import math
@@ -186,3 +203,9 @@ def check_range(name: str, value, low: float, high: float, whole: bool = False) 
 def float32(x: float) -> float:
     """x rounded to float32, as GradScaler keeps its scale; inf beyond float32's range."""
     return torch.tensor(x, dtype=torch.float64).to(torch.float32).item()
+
+
+if __name__ == "__main__":
+    scaler = LossScaler(window=2)
+    for finite in False, False, True, True:
+        print(f"finite: {finite}, step taken: {scaler.update(finite)}, scale: {scaler.scale:g}")

@@ -39,6 +39,17 @@ Used with: schedulers made before or after, late groups, hooks, deepcopy, pickle
 autocast and torch.compile around the step, DDP, torch.distributed.checkpoint; FSDP2 through
 parallel/sharded_optimizer.py. memory/offload.py may be wrapped around it, not the other way round.
 Refused: a step() that something else has replaced, DTensors, and groups without names.
+
+Example:
+    import torch
+    from precision.stochastic import stochastic
+    p = torch.nn.Parameter(torch.ones(10000, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([{"params": [p], "names": ["p"]}], lr=2**-10)
+    optimizer = stochastic(optimizer, seed=0)
+    for _ in range(64):  # to nearest, each of these steps would be lost
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert abs(p.double().mean() - (1 - 64 * 2**-10)) < 0.001
 """
 
 import hashlib
@@ -334,3 +345,9 @@ def random_bits(seed: int, step: int, name: str, index: Tensor) -> Tensor:
         # The mask makes >> a logical shift: in int32 it would repeat the sign bit.
         hashed = (hashed ^ (hashed >> 16 & 0xFFFF)).mul_(0x45D9F3B)
     return hashed >> 16 & 0xFFFF
+
+
+if __name__ == "__main__":
+    x = torch.full((10000,), 1.001)
+    rounded = round_to_bf16(x, random_bits(0, 0, "x", torch.arange(10000, dtype=torch.int32)))
+    print(f"1.001 as bf16: {x[0].bfloat16():g} to nearest, by chance {rounded.double().mean():.4f}")

@@ -1,4 +1,4 @@
-"""What a run says of itself before it starts."""
+"""Warnings before a run starts: settings without effect, jumps of the lr. And the run's record."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,6 @@ import torch
 
 import schedules
 from checkpoint.load import Checkpoint, resolve
-from data.corpora import Corpus
 from optim import param_groups
 from optim.attributes import attribute
 from parallel.mesh import Mesh
@@ -33,38 +32,19 @@ LR_FIELDS = (
 )
 
 
-def messages(
-    cfg: Config,
-    requested_cfg: Config,
-    mesh: Mesh,
-    record: dict,
-    corpus: Corpus,
-    full_model: torch.nn.Module,
-    resumed_from: Checkpoint | None,
-) -> list[str]:
-    """For people: commit, machine, data, model, ranks, what each `auto` and `none` stands for; then
-    the warnings."""
+def details(cfg: Config, requested_cfg: Config, mesh: Mesh, record: dict) -> list[str]:
+    """For train.log alone: commit, machine, ranks, and what each `auto` and `none` stands for."""
     hardware = f"torch {record['torch']}, {record['hardware']}, {mesh.world} rank(s)"
-    n_train, n_val = len(corpus.train), len(corpus.val)
-    n_params = sum(p.numel() for p in full_model.parameters())
-    step = f"{cfg.batch_size} x {cfg.block_size} tokens"
     chosen = [
         f"{name}={getattr(cfg, name)}"
         for name in FIELDS
         if getattr(cfg, name) != getattr(requested_cfg, name)
     ]
-    found = [
+    return [
         f"commit {record['commit']}, {hardware}",
-        f"{corpus.name}: {n_train:,} tokens to train on, {n_val:,} held out",
-        f"{cfg.arch}: {n_params:,} parameters; a step is {step}, in micro-batches of "
-        f"{cfg.micro_batch_size}",
         *mesh.table(),
         "chosen: " + " ".join(chosen),
-        *warnings(cfg, mesh, resumed_from),
     ]
-    if resumed_from is not None and resumed_from.step < cfg.steps:
-        found += change_of_lr(cfg, resumed_from, full_model)
-    return found
 
 
 def change_of_lr(cfg: Config, resumed_from: Checkpoint, full_model: torch.nn.Module) -> list[str]:
@@ -87,7 +67,7 @@ def change_of_lr(cfg: Config, resumed_from: Checkpoint, full_model: torch.nn.Mod
     # The last step of a run begins at before.steps - 1: a finished run is compared by its lr there.
     old_lr = peak(before) * factor(before, min(step, before.steps - 1))
     new_lr = peak(cfg) * factor(cfg, step)
-    if abs(new_lr - old_lr) <= 0.02 * max(new_lr, old_lr):
+    if step >= cfg.steps or abs(new_lr - old_lr) <= 0.02 * max(new_lr, old_lr):
         return []
     differ = [name for name in LR_FIELDS if getattr(before, name) != getattr(cfg, name)]
     because = ", ".join(
@@ -101,15 +81,20 @@ def change_of_lr(cfg: Config, resumed_from: Checkpoint, full_model: torch.nn.Mod
 
 
 # ---- warnings ------------------------------------------------------------------------------------
-def warnings(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> list[str]:
-    """A line for each setting that has no effect here, and for what a resumed run drops."""
-    return [
+def warnings(
+    cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None, full_model: torch.nn.Module
+) -> list[str]:
+    """A line for each setting that has no effect here, and for what a resumed run changes."""
+    found = [
         *about_layout(cfg, mesh),
         *about_memory(cfg, mesh),
         *about_schedule(cfg),
         *about_resuming(cfg, mesh, resumed_from),
         *about_fine_tuning(cfg, resumed_from),
     ]
+    if resumed_from is not None:
+        found += change_of_lr(cfg, resumed_from, full_model)
+    return found
 
 
 def about_layout(cfg: Config, mesh: Mesh) -> Iterator[str]:

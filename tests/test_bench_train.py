@@ -37,7 +37,7 @@ with open(out / "metrics.jsonl", "w") as file:
 lines = [
     "commit abc, torch x, a CPU, 1 rank(s)", "9 parameters; a step is ..., in micro-batches of 4"
 ]
-lines += ["FP8 products need another machine"] * (given["precision"] == "fp8")
+lines += ["precision  fp8; FP8 is emulated: ..."] * (given["precision"] == "fp8")
 (out / "train.log").write_text("\\n".join(lines))
 """
 

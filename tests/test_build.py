@@ -182,7 +182,9 @@ def test_a_layout_that_does_not_pay_is_named(words, ranks, said):
         device=CPU,
         groups={"dp_cp": object() if ranks > 1 else None},
     )
-    remarks = [x for x in announce.warnings(parse.parse(words), mesh, None) if "diloco" not in x]
+    remarks = [
+        x for x in announce.warnings(parse.parse(words), mesh, None, None) if "diloco" not in x
+    ]
     assert remarks == [] if said is None else said in " ".join(remarks)
 
 
@@ -202,7 +204,7 @@ def test_the_layout_chosen_is_said_saved_and_gone_on_with(tmp_path, text, capfd)
     more = ["--precision=fp64", "--steps=4"]
     go(text, tmp_path / "one", *more)
     run_ranks(2, on_ranks, text, tmp_path / "two", *more, "--steps=2", "--schedule=constant")
-    assert "data_parallel=zero1" in capfd.readouterr().out
+    assert "2 ranks: dp 2; zero1" in capfd.readouterr().out
     assert load.newest(tmp_path / "two").tree("config/data_parallel") == "zero1"
     # Alone, and then two again
     go(text, tmp_path / "two", *more, "--schedule=constant", "--steps=3")

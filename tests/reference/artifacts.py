@@ -38,6 +38,17 @@ REPLACED = [  # in this order, in every text for people
     (r"process \d+ on [^\s,]+", "<process>"),
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "<time>"),
 ]
+# What a run says of itself at its start and at its end, in the words of the base and in ours. The
+# settings behind it are compared in config.toml.
+HEADS = (
+    "model|data|batch|optimizer|schedule|precision|layout|memory|guards|saves|unusual|done|stopped"
+)
+HEADS += "|loss|sent|events|folder|next"
+SUMMARY = re.compile(
+    rf"({HEADS}) +\S.*| {{11}}\S.*|commit .*, torch .*|.*: [\d,]+ tokens to train on, .*"
+    r"|\w+: [\d,]+ parameters; a step is .*|mesh: .*|(dp|cp|tp|pp) +\d+ .* ranks .*|chosen: .*"
+    r"|FP8 products .*|--fp8.hardware=never|precision=fp8: .*"
+)
 TRAIN_ROW = re.compile(r"step +(\d+)/(\d+)  loss .*")
 SAVE_LINE = re.compile(r"step +\d+/\d+  save")
 NOISE = re.compile(r"\[Gloo\].*|[WE]\d{4} .*|\[W\d.*|\*+")  # of torch and of torchrun
@@ -146,8 +157,9 @@ def screen(text: str) -> list[str]:
         if SAVE_LINE.fullmatch(line):
             saves.append(line)
             continue
-        if line.startswith("<commit>", len("commit ")):  # another command begins
+        if SUMMARY.fullmatch(line):  # another command begins, or this one ends
             shown = 0
+            continue
         if row := TRAIN_ROW.fullmatch(line):
             shown += 1
             if shown > 3 and row[1] != row[2]:

@@ -1,0 +1,281 @@
+"""What a run says of itself on the screen: a few aligned lines at its start, and at its end.
+
+    model      modern, 3.28M parameters: 4 layers, 4 heads, width 256; context of 256 tokens
+    data       python: 15.7M tokens to train on, 1.75M held out; 256 words
+    batch      32 x 256 = 8,192 tokens a step; 600 steps = 4.92M tokens, 0.3 times the text
+    ...
+    done       600 steps and 4.92M tokens; 80 s here, 61.4k tokens/s, 0.71 GiB at most
+    loss       1.31 at the end; validation 1.38 at the end, 1.37 at best (step 540)
+    next       python sample.py out
+
+The long list of all settings is in train.log and config.toml.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import schedules
+from metrics.logger import read_metrics, short
+from parallel.mesh import Mesh
+from settings.fields import FIELDS, Config, flag
+
+# Settings that other lines of the summary show, or that say where a run is, not what it is.
+SHOWN = ("out_dir", "data", "data_dir", "resume", "steps", "optim", "precision", "arch")
+QUIET = ("save", "resume")  # events that mean nothing special
+
+
+def aligned(parts: list[tuple[str, str]]) -> list[str]:
+    """(head, text) pairs as lines. A head that follows itself is left out."""
+    lines = []
+    before = ""
+    for head, text in parts:
+        lines.append(f"{'' if head == before else head:<11}{text}")
+        before = head
+    return lines
+
+
+# ---- at the start --------------------------------------------------------------------------------
+def at_start(
+    cfg: Config,
+    mesh: Mesh,
+    corpus,
+    full_model: torch.nn.Module,
+    lrs: dict[str, float],
+    lr_schedule: Callable[[int], float],
+    options: dict[str, dict],
+    hardware: str,
+    why_emulated: str | None,
+) -> list[str]:
+    """The lines that introduce a run.
+
+    lrs: peak lr of each kind of parameter; lr_schedule: step -> factor of every lr; options: the
+    dotted settings, by namespace; why_emulated: why FP8 is emulated, or None.
+    """
+    parts = [
+        ("model", about_model(cfg, full_model)),
+        ("data", about_data(corpus)),
+        ("batch", about_batch(cfg, len(corpus.train))),
+        ("optimizer", about_optimizer(cfg, lrs)),
+        ("schedule", about_schedule(cfg, lr_schedule)),
+        ("precision", about_precision(cfg, hardware, why_emulated)),
+        ("layout", about_layout(cfg, mesh)),
+        *(("memory", text) for text in about_memory(cfg)),
+        ("guards", about_guards(cfg, options["monitor"])),
+        ("saves", about_saves(cfg)),
+    ]
+    changed = []
+    for name in sorted(cfg.given):
+        if name in FIELDS and name not in SHOWN and getattr(cfg, name) != FIELDS[name].default:
+            changed.append(flag(name, getattr(cfg, name))[2:])
+    if changed:
+        more = f" and {len(changed) - 8} more, in config.toml" if len(changed) > 8 else ""
+        parts.append(("unusual", " ".join(changed[:8]) + more))
+    return aligned(parts)
+
+
+def about_model(cfg: Config, full_model: torch.nn.Module) -> str:
+    n_params = sum(p.numel() for p in full_model.parameters())
+    return (
+        f"{cfg.arch}, {short(n_params)} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, "
+        f"width {cfg.n_embd}; context of {cfg.block_size} tokens"
+    )
+
+
+def about_data(corpus) -> str:
+    return (
+        f"{corpus.name}: {short(len(corpus.train))} tokens to train on, "
+        f"{short(len(corpus.val))} held out; {corpus.tokenizer.n_vocab:,} words"
+    )
+
+
+def about_batch(cfg: Config, n_train: int) -> str:
+    tokens = cfg.batch_size * cfg.block_size
+    # After the ramp every step has the full batch.
+    n_ramp = min(cfg.batch_ramp or 0, cfg.steps)
+    total = (cfg.steps - n_ramp) * tokens
+    for step in range(n_ramp):
+        batch_size = schedules.batch_at(step, cfg.batch_size, cfg.batch_ramp_from, cfg.batch_ramp)
+        total += batch_size * cfg.block_size
+    ramp = ""
+    if cfg.batch_ramp_from is not None:
+        ramp = f" (at first {cfg.batch_ramp_from} x {cfg.block_size})"
+    return (
+        f"{cfg.batch_size} x {cfg.block_size} = {tokens:,} tokens a step{ramp}, "
+        f"in micro-batches of {cfg.micro_batch_size}; {cfg.steps:,} steps = {short(total)} tokens, "
+        f"{total / n_train:.2g} times the text"
+    )
+
+
+def about_optimizer(cfg: Config, lrs: dict[str, float]) -> str:
+    kinds_of = {}  # lr -> the kinds of parameters that have it
+    for kind, lr in lrs.items():
+        kinds_of.setdefault(lr, []).append(kind)
+    each = ", ".join(f"{lr:g} ({', '.join(kinds)})" for lr, kinds in kinds_of.items())
+    if len(kinds_of) == 1:
+        each = f"{lrs['matrix']:g}"
+    clip = "not clipped" if cfg.grad_clip is None else f"clipped to norm {cfg.grad_clip:g}"
+    return f"{cfg.optim}: lr {each}; weight decay {cfg.weight_decay:g}; gradients {clip}"
+
+
+def about_schedule(cfg: Config, lr_schedule: Callable[[int], float]) -> str:
+    warmup = cfg.warmup_steps
+    if warmup is None:
+        warmup = round(cfg.warmup_frac * cfg.steps)
+    text = f"{cfg.schedule}: {warmup} steps of warm-up"
+    if schedules.takes(cfg.schedule, "decay"):
+        n_decay = min(cfg.steps - warmup, round(cfg.decay_frac * cfg.steps))
+        text += f", decay from step {cfg.steps - n_decay} on"
+    return f"{text}; the last step has {lr_schedule(cfg.steps - 1):.2g} x lr"
+
+
+def about_precision(cfg: Config, hardware: str, why_emulated: str | None) -> str:
+    text = f"{cfg.precision} on {hardware}"
+    if cfg.compile != "off":
+        text += f", compiled ({cfg.compile})"
+    if why_emulated is not None:
+        text += f"; FP8 is emulated: the same numbers, but slower ({why_emulated})"
+    return text
+
+
+def about_layout(cfg: Config, mesh: Mesh) -> str:
+    if mesh.world == 1:
+        return "1 process"
+    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.sizes.items() if n > 1)
+    text = f"{mesh.world} ranks: {axes}"
+    if mesh.groups["dp_cp"] is not None:
+        text += f"; {cfg.data_parallel}"
+    if cfg.sp:
+        text += "; sp"
+    if cfg.pp > 1:
+        text += f"; pipeline {cfg.pp_schedule}"
+    if cfg.compress is not None:
+        text += f"; gradients compressed by {cfg.compress}"
+    if cfg.diloco_every is not None:
+        text += f"; DiLoCo, {cfg.diloco_every} steps a round"
+    return text
+
+
+def about_memory(cfg: Config) -> list[str]:
+    """A line for each way in which memory is saved."""
+    lines = []
+    how = cfg.activation_checkpoint
+    if how is not None and how != "none":
+        verb = "kept in host memory" if how == "offload" else "computed again in backward"
+        lines.append(f"activations of {cfg.n_layer} blocks are {verb} ({how})")
+    if cfg.offload is not None:
+        lines.append(f"optimizer state waits on the {where(cfg.offload)}")
+    if cfg.offload_params is not None:
+        lines.append(f"weights wait on the {where(cfg.offload_params)}")
+    return lines
+
+
+def where(place: str) -> str:
+    return {"cpu": "host", "disk": "disk"}[place]
+
+
+def about_guards(cfg: Config, monitor: dict) -> str:
+    parts = [
+        f"a spike: {cfg.on_spike or 'off'}",
+        f"a loss that is not finite: {cfg.on_nonfinite or 'off'}",
+    ]
+    if "rollback" in (cfg.on_spike, cfg.on_nonfinite):
+        ring = monitor.get("ring", 2)
+        every = monitor.get("ring_every", 25)
+        armed = f"{ring} snapshots in memory, one every {every} steps"
+        parts.append(f"rollback is armed ({armed if ring else 'to checkpoints'})")
+    if cfg.patience is not None:
+        parts.append(f"stops after {cfg.patience} evaluations that are not better")
+    return "; ".join(parts)
+
+
+def about_saves(cfg: Config) -> str:
+    evaluates = f"evaluates every {cfg.eval_every} steps" if cfg.eval_every else "never evaluates"
+    saves = f"every {cfg.save_every} steps" if cfg.save_every else "at the end"
+    return f"{evaluates}; saves {saves} in {cfg.out_dir}"
+
+
+# ---- at the end ----------------------------------------------------------------------------------
+def at_end(
+    cfg: Config, mesh: Mesh, n_params: int, step: int, seconds: float, reason: str | None
+) -> list[str]:
+    """The lines that close a run, from its metrics.jsonl: losses, cost, events, what to type next.
+
+    step: steps done; seconds: of this process; reason: why the run ends before its last step, or
+    None. Rank 0 alone calls it.
+    """
+    out_dir = Path(cfg.out_dir)
+    rows = read_metrics(out_dir / "metrics.jsonl")
+    trained = [row for row in rows if "loss" in row]
+    evaluated = [row for row in rows if "val_loss" in row]
+    parts = [("done" if reason is None else "stopped", about_cost(step, seconds, trained, reason))]
+    if trained:
+        parts.append(("loss", about_losses(trained, evaluated)))
+    if mesh.world > 1 and trained:
+        parts.append(("sent", about_messages(cfg, mesh, n_params, trained)))
+    parts.append(("events", about_events(rows)))
+    picture = ", loss.png" if (out_dir / "loss.png").exists() else ""
+    parts.append(("folder", f"{out_dir}: checkpoints, metrics.jsonl, train.log{picture}"))
+    parts += [("next", command) for command in next_commands(cfg, reason)]
+    return aligned(parts)
+
+
+def about_cost(step: int, seconds: float, trained: list[dict], reason: str | None) -> str:
+    text = f"{step:,} steps"
+    if trained:
+        recent = sorted(row["tokens_per_s"] for row in trained[-50:])
+        peak = max(row["peak_bytes"] for row in trained) / 2**30
+        text += (
+            f" and {short(trained[-1]['tokens'])} tokens; {minutes(seconds)} here, "
+            f"{short(recent[len(recent) // 2])} tokens/s, {peak:.2f} GiB at most"
+        )
+    return text if reason is None else f"{text}; {reason}"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def about_losses(trained: list[dict], evaluated: list[dict]) -> str:
+    text = f"{trained[-1]['loss']:.4f} at the end"
+    if evaluated:
+        best = min(evaluated, key=lambda row: row["val_loss"])
+        text += (
+            f"; validation {evaluated[-1]['val_loss']:.4f} at the end, {best['val_loss']:.4f} at "
+            f"best (step {best['step']})"
+        )
+    return text
+
+
+def about_messages(cfg: Config, mesh: Mesh, n_params: int, trained: list[dict]) -> str:
+    sent = sum(row["sent_bytes"] for row in trained) / len(trained)
+    text = f"{sent / 2**20:.3g} MiB a step and rank"
+    saves = cfg.compress is not None or cfg.diloco_every is not None
+    if saves and sent > 0:
+        # What an all-reduce of all gradients in float32 would send.
+        replicas = mesh.sizes["dp"] * mesh.sizes["cp"]
+        plain = 2 * (replicas - 1) / replicas * 4 * n_params
+        text += f"; ddp would send {plain / sent:.3g} times as much"
+    return text
+
+
+def about_events(rows: list[dict]) -> str:
+    counts = Counter(row["event"] for row in rows if "event" in row)
+    told = [f"{n} {event}" for event, n in counts.items() if event not in QUIET]
+    return ", ".join(told) or "none"
+
+
+def next_commands(cfg: Config, reason: str | None) -> list[str]:
+    """Two commands that a user may want now."""
+    folder = shlex.quote(str(cfg.out_dir))
+    commands = [f"python sample.py {folder}"]
+    if reason is None:
+        commands.append(
+            f"python -m metrics.plot {folder} OTHER_RUN    (both curves in one picture)"
+        )
+    else:
+        commands.append("the same command again: it continues this run")
+    return commands
