@@ -245,16 +245,6 @@ def convert_linears(
     return fp8.convert(model, device, **options)
 
 
-def about_fp8(fp8_state, device: torch.device) -> list[str]:
-    """A line where FP8 is emulated; else []. fp8_state: what convert_linears has returned."""
-    if fp8_state is None or fp8_state.why_emulated is None:
-        return []
-    # On a CPU nobody asks which GPU would be needed.
-    if device.type == "cpu" and not fp8_state.why_emulated.startswith("--"):
-        return ["No FP8 hardware here: emulating it (same numbers, slower)."]
-    return [f"FP8 is emulated (same numbers, slower): {fp8_state.why_emulated}"]
-
-
 def compile_model(
     cfg: Config, options: dict, model: torch.nn.Module, device: torch.device
 ) -> str | None:

@@ -136,9 +136,12 @@ def about_precision(cfg: Config, hardware: str, why_emulated: str | None) -> str
     text = f"{cfg.precision} on {hardware}"
     if cfg.compile != "off":
         text += f", compiled ({cfg.compile})"
-    if why_emulated is not None:
-        text += f"; FP8 is emulated: the same numbers, but slower ({why_emulated})"
-    return text
+    if why_emulated is None:
+        return text
+    # On a CPU nobody asks which GPU would be needed.
+    if cfg.device == "cpu" and not why_emulated.startswith("--"):
+        return f"{text}. No FP8 hardware here: emulating it (same numbers, slower)."
+    return f"{text}; FP8 is emulated, the same numbers, but slower ({why_emulated})"
 
 
 def about_layout(cfg: Config, mesh: Mesh) -> str:

@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 from monitor import SpikeMonitor
 from parallel import launch
 from precision import fp8
-from run import build
+from run import summary
 from settings import fields, parse, synonyms
 
 
@@ -222,17 +222,19 @@ def test_the_largest_tp_that_fits_is_named(tp, n_head, fits):
 def test_fp8_without_hardware_says_so_and_no_more():
     cpu = torch.device("cpu")
 
-    def said(**options) -> list[str]:
+    def said(device="cpu", **options) -> str:
         model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32))
-        return build.about_fp8(fp8.convert(model, cpu, **options), cpu)
+        why = fp8.convert(model, cpu, **options).why_emulated
+        cfg = fields.Config(precision="fp8", device=device, compile="off")
+        return summary.about_precision(cfg, "a chip", why)
 
     for scale in ("tensor", "row", "block"):
-        assert said(scaling=scale) == ["No FP8 hardware here: emulating it (same numbers, slower)."]
-    assert build.about_fp8(None, cpu) == []
+        assert said(scaling=scale) == (
+            "fp8 on a chip. No FP8 hardware here: emulating it (same numbers, slower)."
+        )
     # Whoever asked for emulation, and whoever has a GPU that is too old, hears why.
-    assert "--fp8.hardware=never" in said(hardware="never")[0]
-    (old,) = build.about_fp8(fp8.State("it needs a Hopper GPU", {}), torch.device("cuda"))
-    assert old == "FP8 is emulated (same numbers, slower): it needs a Hopper GPU"
+    assert said(hardware="never").endswith("but slower (--fp8.hardware=never)")
+    assert "FP8 products scaled by block need a Hopper GPU" in said(device="cuda:0")
 
 
 class Nothing:

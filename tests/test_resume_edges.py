@@ -461,7 +461,7 @@ def test_an_emulated_precision_says_so_and_that_it_is_slower(tmp_path, prose, ca
     flags = [*TINY, f"--data={prose}/my text.txt"]
     start(*flags, f"--out_dir={tmp_path}/a", "--precision=fp8", "--steps=1")
     said = capsys.readouterr().out
-    assert "precision=fp8: emulated here, the same numbers, but slower" in said
+    assert "No FP8 hardware here: emulating it (same numbers, slower).\n" in said
     assert "decay_embeddings" not in said
     start(*flags, f"--out_dir={tmp_path}/b", "--decay_embeddings=true")
     assert "decay_embeddings: weight_decay is 0, so nothing decays" in capsys.readouterr().out

@@ -68,7 +68,7 @@ def test_what_is_on_shows(tmp_path, text, capsys):
     assert "stops after 3 evaluations" in lines["guards"]
     assert "activations of 2 blocks are computed again in backward (full)" in lines["memory"]
     assert "optimizer state waits on the host" in lines["memory"]
-    assert "FP8 is emulated: the same numbers, but slower" in lines["precision"]
+    assert "No FP8 hardware here: emulating it (same numbers, slower)." in lines["precision"]
     assert "gradients not clipped" in lines["optimizer"]
 
 
