@@ -101,6 +101,7 @@ def test_patterns_and_lists_mean_the_same_texts_as_the_folder(tmp_path, monkeypa
     whole = load("books")
     for data in ("books/**/*.txt", "books/", "books/B.txt,books/a.txt,books/a/*", "books,books/a"):
         assert (ids(load(data)), load(data).sha256) == (ids(whole), whole.sha256), data
+        assert len(files.listed(data)) == 4, data
     assert ids(load("books/a.txt, books/B.txt")) == [*b"a" * 50, 0, *b"B" * 30]
     make(tmp_path, {"1,5 [draft].txt": "x" * 40, "n[1].txt": "y" * 30, "n1.txt": "wrong"})
     assert ids(load("1,5 [draft].txt")) == [*b"x" * 40]
@@ -189,6 +190,8 @@ def test_names_of_books_hold_nothing_out_by_chance(tmp_path):
     corpus = load(folder)
     assert "held out: valid.txt; left alone: The Test of Time.txt" in corpus.name
     assert (len(corpus.train), len(corpus.val)) == (60, 40)
+    top = make(tmp_path / "top", {"Valid Reasons.txt": "v" * 40, "plain.txt": "p" * 60})
+    assert len(load(top).val) == 10
 
 
 def test_large_texts_are_mapped_and_are_the_same_tokens(tmp_path, monkeypatch):
