@@ -427,9 +427,11 @@ if __name__ == "__main__":
         launch.end()
     except ValueError as error:  # a user's mistake
         outlets.complain(f"train.py: {error}")
+        launch.tell_torchrun(f"train.py: {error}")
         sys.exit(2)
     except (OSError, Aborted) as error:  # a full disk, a lost folder; the monitor
         outlets.complain(f"train.py: {error}")
+        launch.tell_torchrun(f"train.py: {error}")
         sys.exit(1)
     except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
         watchdog.leave(error)
