@@ -455,7 +455,7 @@ schedule     order of the pipeline's work, and model chunks on each rank
 checkpoint   what backward computes again (--activation_checkpoint)
 data         --data_parallel; kept: weights are gathered once a step (--reshard=false)
 micro        sequences in a forward of a rank (--micro_batch_size)
-weights      GB of parameters on the fullest rank
+weights      GB (1e9 bytes) of parameters on the fullest rank
 grads        GB of gradients there
 state        GB of optimizer state there
 activ        GB of activations there, of all micro-batches in flight

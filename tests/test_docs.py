@@ -67,7 +67,8 @@ def table(text: str) -> list[list[str]]:
 
 
 def quoted(text: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", text)
+    """What stands between backticks, outside of blocks of code."""
+    return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
 
 
 def words(**fields) -> list[str]:
@@ -420,9 +421,11 @@ def test_metrics_md_has_the_events_that_the_code_writes():
 
 
 def test_metrics_md_has_the_events_of_real_runs(run, text, tmp_path):
-    fields = dict(data=text, out_dir=tmp_path, lr=1e30, steps=40, on_nonfinite="rollback")
+    # The first update makes every later loss NaN; after four rollbacks the monitor gives up.
+    bad = dict(optim="sgd", lr=1e38, grad_clip="none", logit_cap="none", on_nonfinite="rollback")
+    fields = dict(data=text, out_dir=tmp_path, steps=12, precision="fp32")
     with pytest.raises(Aborted):
-        train.main(parse.parse(words(**fields, precision="fp32")))
+        train.main(parse.parse(words(**fields, **bad)))
     rows = read_metrics(run / "out" / "metrics.jsonl") + read_metrics(tmp_path / "metrics.jsonl")
     found = {
         (row["event"], frozenset(row.keys() - {"step", "event"})) for row in rows if "event" in row
@@ -486,13 +489,13 @@ def test_files_that_a_page_names_are_there(path):
     made = {name for diff, _ in ADDITIONS.values() for name in files_of(diff)}
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
     rooms = "|".join(sorted(ROOMS | {"docs", "tests", "configs"}))
-    for name in re.findall(rf"`((?:{rooms})/[\w/]+\.(?:py|md|toml|sh))`", text):
+    for name in re.findall(rf"`((?:{rooms})/[a-z0-9_/]+\.(?:py|md|toml|sh))`", text):
         assert name in made or (ROOT / name).exists(), name
 
 
 def test_install_md_names_the_torch_that_requirements_pin():
     pinned = re.search(r"^torch==(\S+)$", page("requirements.txt"), re.M)[1]
-    assert re.findall(r"torch==(\d[\d.]*\d)", page("docs/install.md")) == [pinned]
+    assert set(re.findall(r"torch==(\d[\d.]*\d)", page("docs/install.md"))) == {pinned}
 
 
 def test_the_citation_names_the_licence():
