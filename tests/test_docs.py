@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,17 @@ def test_the_optimizer_trains_alone_and_sharded(trained):
     rows = losses(found["optimizer"])
     assert len(rows) == 3 and rows[-1] < rows[0]
     assert losses(found["optimizer under zero1"]) == pytest.approx(rows, rel=1e-10)
+
+
+def test_the_optimizers_example_is_true(monkeypatch):
+    diff = ADDITIONS["An optimizer"][0]
+    added = [line[1:] for line in diff.splitlines() if re.match(r"\+(?!\+\+ )", line)]
+    module = types.ModuleType("optim.signum")
+    exec("\n".join(added), vars(module))
+    monkeypatch.setitem(sys.modules, "optim.signum", module)
+    example = textwrap.dedent(module.__doc__.partition("Example:\n")[2])
+    assert "assert " in example
+    exec(example, {})
 
 
 def test_the_schedule_decides_the_learning_rate(trained):
