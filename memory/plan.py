@@ -453,6 +453,28 @@ HELD = dict(
     total="total",
 )
 
+# A line for each column of the table.
+LEGEND = """\
+s/step       predicted seconds of a step. Rows are sorted by it; equal in three digits, the layout
+             with fewer flags comes first, then the one with less memory
+MFU          share of the GPUs' peak that the model's FLOPs use (metrics/flops.py)
+idle         share of the step in which a pipeline stage waits
+tp           ranks that split each matrix; s: the tokens between the matrices too (--sp=true)
+cp           ranks that split each sequence
+pp           ranks that split the layers
+schedule     order of the pipeline's work, and model chunks on each rank
+checkpoint   what backward computes again (--activation_checkpoint)
+data         --data_parallel; kept: weights are gathered once a step (--reshard=false)
+micro        sequences in a forward of a rank (--micro_batch_size)
+weights      GB (1e9 bytes) of parameters on the fullest rank
+grads        GB of gradients there
+state        GB of optimizer state there
+activ        GB of activations there, of all micro-batches in flight
+buffers      GB of messages, gathered weights and temporary copies there
+total        GB of all five
+inside       GB that a rank sends in a step to ranks of its own node
+others       GB that it sends to other nodes""".splitlines()
+
 
 def parse(argv: list[str]) -> dict:
     """--name=value ... -> the settings. Raises ValueError."""
@@ -523,15 +545,15 @@ def table(s: dict) -> str:
         f"{count / 1e9:.4g}e9 parameters (n_layer={m.n_layer} n_embd={m.n_embd}"
         f" n_head={m.n_head} n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW,"
         f" {s['precision']}; {batch} x {m.block_size} tokens a step on {c.gpus} GPUs",
-        f"{len(found)} layouts fit in {USABLE} of {c.memory / 1e9:g} GB; GB on the fullest"
-        " rank, and GB that a rank sends a step inside its node and to others",
+        f"{len(found)} layouts fit in {USABLE} of {c.memory / 1e9:g} GB; the fastest:",
         "",
         "    s/step   MFU  idle   tp cp  pp schedule      checkpoint data            micro  "
         + "".join(f"{k:>8}" for k in HELD)
         + "  inside  others",
     ]
     lines += [table_row(plan) for plan in found[: s["top"]]]
-    lines += ["", command(m, c, found[0].layout, batch, s["precision"])]
+    lines += ["", *LEGEND, "", "The first row, typed on each node:"]
+    lines += [command(m, c, found[0].layout, batch, s["precision"])]
     if s["precision"] == "mixed":
         lines.append("(--precision=mixed is the papers' accounting; train.py has bf16)")
     return "\n".join(lines)

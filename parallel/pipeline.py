@@ -355,11 +355,39 @@ def main(argv: list[str]) -> str:
         flags[name] = text if name == "schedule" else int(text)
     if not flags["pp_chunks"]:
         flags["pp_chunks"] = 2 if flags["schedule"] == "interleaved" else 1
-    timeline = simulate(schedule(*flags.values()))
-    return (
-        f"{timeline}\nidle: {timeline.bubble:.1%}; most forwards in memory, by rank:"
-        f" {timeline.in_flight}"
-    )
+    ops = schedule(*flags.values())
+    timeline = simulate(ops)
+    lines = [
+        str(timeline),
+        f"idle: {timeline.bubble:.1%}; in memory: {timeline.in_flight}",
+        "",
+        *legend(ops),
+    ]
+    return "\n".join(lines)
+
+
+def legend(ops: list[list[Op]]) -> list[str]:
+    """What the drawing of a schedule means: a line for each kind of mark in it."""
+    kinds = {op.kind for op in ops[0]}
+    lines = [
+        "a row      a rank; time goes to the right",
+        "0 1 2      forward of this micro-batch; number 10 is 0 again",
+    ]
+    if "W" in kinds:
+        lines += [
+            "a b c      backward of micro-batch 0, 1, 2: the gradient of the input",
+            "A B C      the same: the gradients of the weights",
+        ]
+    else:
+        lines.append("a b c      backward of micro-batch 0, 1, 2: twice a forward's time")
+    if any(op.chunk > 0 for op in ops[0]):
+        lines.append("0' a'      the same in the rank's second model chunk, 0'' in its third")
+    lines += [
+        ".          the rank waits",
+        "idle       the share of all ranks' time in which they wait: the bubble",
+        "in memory  the most forwards whose activations a rank keeps at one time, by rank",
+    ]
+    return lines
 
 
 if __name__ == "__main__":

@@ -376,6 +376,11 @@ def test_the_command_prints_what_to_type():
     first = plans(m, Cluster(16), 256)[0]
     assert x == first.layout and f"{first.step:.4g}" in text and int(typed["batch_size"]) == 256
     assert "pp_schedule" in typed or x.pp == 1
+    # Every column has a line in the legend, in the same order.
+    (head,) = [line for line in text.splitlines() if line.startswith("    s/step")]
+    columns = head.split()
+    explained = [line.split()[0] for line in plan.LEGEND if not line.startswith(" ")]
+    assert explained == columns and "\n".join(plan.LEGEND) in text
 
 
 @pytest.mark.parametrize("params", [1.3e9, 7e9, 13e9, 70e9, 175e9, 405e9, 1e12])
