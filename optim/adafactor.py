@@ -14,7 +14,7 @@
     p `p`   g `g`   R `row_var` (rows, 1)   C `col_var` (1, cols)   V `variance`   m `exp_avg`
     β₁ `beta1`   t `step`, from 1   δ `beta2_decay`   (ε₁, ε₂) `eps`   d `d`   λ `weight_decay`
 
-Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A common text keeps one scalar for a
+Shazeer and Stern 2018 (arXiv 1804.04235), decay as in torch. A tutorial keeps one scalar for a
 vector: vectors keep their full second moment, only matrices factor. lr has no unit with
 scale_parameter: a matrix moves by about lr of its own RMS; without, lr is in units of weight.
 State: 4·(rows + cols) bytes a matrix, 4 bytes an element of a vector, 4 more a parameter with

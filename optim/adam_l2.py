@@ -9,7 +9,7 @@
     β `betas`   ε `eps`   λ `weight_decay`
 
 Kingma and Ba 2015 (arXiv 1412.6980); why to prefer AdamW: Loshchilov and Hutter 2019 (1711.05101).
-The decay of an element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A common text
+The decay of an element is lr·λ·p/√v̂: weights with large *gradients* decay less. (A tutorial
 says large *weights*.) Nothing is decoupled here, and no value of λ makes the two the same. lr is in
 units of weight: an element moves by about lr a step at most, whatever the gradient's scale. State:
 8 bytes a parameter (16 for float64 parameters). Half-precision parameters keep float32 m and v.

@@ -10,7 +10,7 @@
 
 Loshchilov and Hutter 2019 (arXiv 1711.05101); Adam: Kingma and Ba 2015 (1412.6980). As in torch the
 decay is lr·λ with the scheduled lr, not the paper's λ. Language models use betas (.9, .95) and λ =
-.1; the defaults are torch's, as a drop-in. A common text says that Adam with L2 decays large
+.1; the defaults are torch's, as a drop-in. A tutorial says that Adam with L2 decays large
 *weights* less: it is weights with large *gradients*. lr is in units of weight: an element moves by
 about lr a step at most, whatever the gradient's scale. State: 8 bytes a parameter (16 for float64
 parameters). Half-precision parameters keep float32 m and v.

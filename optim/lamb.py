@@ -11,7 +11,7 @@
 
 You et al. 2020 (arXiv 1904.00962). Bias correction divides m and v; implementations that divide lr
 by 1−β₁ᵗ instead take ten times the step at t = 1, because r has already cancelled any factor of m.
-A common text says 3 days for BERT at batch 16K; it was 76 minutes at 32K–64K, and 3 days the
+A tutorial says 3 days for BERT at batch 16K; it was 76 minutes at 32K–64K, and 3 days the
 baseline. lr has no unit: every tensor, vectors too, moves by lr times its own norm, so matrices
 that start at 0 hardly learn. State: 8 bytes a parameter (16 for float64 parameters). Half-precision
 parameters keep float32 m and v.

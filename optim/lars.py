@@ -10,7 +10,7 @@
 
 You, Gitman and Ginsburg 2017 (arXiv 1708.03888). Differences from it, as in the common
 implementations: lr stays outside the buffer (the paper has it inside), and, with `exclude_1d`,
-gains and biases take plain SGD, without decay or trust ratio. A common text takes a momentum that
+gains and biases take plain SGD, without decay or trust ratio. A tutorial takes a momentum that
 it never uses, and freezes weights that start at zero. lr has no unit: a layer's step is about lr·τ
 times the layer's norm, so matrices that start at 0 hardly learn. Elements of excluded vectors move
 by lr times the gradient, as in SGD. State: 4 bytes a parameter with momentum (8 for float64

@@ -6,7 +6,7 @@
 
     p `p`   g `g`   m `exp_avg`   β `betas`   λ `weight_decay`
 
-Chen et al. 2023 (arXiv 2302.06675). A common text takes β₂ in the sign and updates m twice: β₁
+Chen et al. 2023 (arXiv 2302.06675). A tutorial takes β₂ in the sign and updates m twice: β₁
 belongs to the sign, β₂ to m, and m is updated once. lr is in units of weight, and since no element
 ever moves less, lr should be 3–10 times smaller than AdamW's, λ 3–10 times larger (lr·λ stays).
 State: 4 bytes a parameter (8 for float64 parameters), half of Adam's. Half-precision parameters

@@ -11,7 +11,7 @@
     p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)
     b `momentum_buffer`   μ `momentum`   λ `weight_decay`   k `adjust_lr_fn`   (a, b, c) `ns`
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A common text names other authors and the
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon). A tutorial names other authors and the
 cubic; the method is the quintic, which gives up precision (singular values end in .7 … 1.2) for
 speed. `ns` is one of
     quintic  (3.4445, −4.7750, 2.0315) at every step

@@ -17,7 +17,7 @@ gradients are taken there.
     k, γmax, W: each parameter's `step`, `lr_max`, `weight_sum`; it counts the steps in which it had
     a gradient. The group's `k`, `lr_max` and `weight_sum` are the largest of its parameters'.
 
-Defazio et al. 2024 (arXiv 2405.15682). A common text mixes the roles: the gradient is taken at y, z
+Defazio et al. 2024 (arXiv 2405.15682). A tutorial mixes the roles: the gradient is taken at y, z
 moves, and one evaluates, saves and samples from x. Call `train()` before training, `eval()` before
 anything else; both may be called twice. A new optimizer is in eval mode, and step() there raises.
 The mode is part of the state. lr: for AdamW in units of weight, 1–10 times AdamW's; for SGD weight

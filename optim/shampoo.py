@@ -16,7 +16,7 @@
     β `betas`   ε `eps`   λ `weight_decay`   e `exponent`
 
 Gupta, Koren and Singer 2018 (arXiv 1802.09568), which is betas=(0, 1), grafting=None here; averages
-and grafting as in Anil et al. 2020 (2002.09018). A common text gives the exponent −1/2 for a
+and grafting as in Anil et al. 2020 (2002.09018). A tutorial gives the exponent −1/2 for a
 matrix: that is a variant (Morwani et al. 2024, 2406.17748; exponent=-0.5), the paper's is −1/4
 each. eps: tiny values magnify rounding and learn worse. Dimensions above `max_precond_dim` are left
 alone (Pᵢ = I). Vectors are preconditioned only with `precondition_1d`. lr has the grafted method's

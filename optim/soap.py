@@ -16,7 +16,7 @@ each later   t ← t + 1
     m′ `exp_avg`   v `exp_avg_sq`   t `step`   GGᵢ `GG_i`   Qᵢ `Q_i`   β `betas`   ε `eps`
     β_s `shampoo_beta`, None = β₂   λ `weight_decay`   frequency `precondition_frequency`
 
-Vyas et al. 2024 (arXiv 2409.11321). A common text names it otherwise, promises 2–3 times the speed
+Vyas et al. 2024 (arXiv 2409.11321). A tutorial names it otherwise, promises 2–3 times the speed
 and twice Adam's memory: the paper reports over 40 % fewer steps than AdamW, and a square matrix
 takes three times Adam's state. Dimensions above `max_precond_dim` are not rotated, nor vectors
 (unless `precondition_1d`): Adam, a first call later. lr is in units of (rotated) weight, as

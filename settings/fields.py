@@ -139,7 +139,10 @@ class Config:
         None, "run or checkpoint whose weights alone are the start (fine-tuning)"
     )
     # Optimizer. --opt.NAME= goes to its constructor. `optim` is fixed: none reads another's state.
-    optim: str = fixed("muon", "file in optim/ (its first class) or file.Class")
+    optim: str = fixed(
+        "muon",
+        "sgd, adamw, soap ...: a file in optim/, or file.Class; your own: put a file there",
+    )
     lr: float | None = on_branch(
         None, "peak learning rate; none = the optimizer's own default", least=0
     )
