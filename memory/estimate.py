@@ -17,7 +17,7 @@ bytes. Bytes of a parameter, and of one number of state, by precision:
     fp8      4       4         -       4      16         the same with e4m3 products
     bf16_sr  2       2         -       4      12         ours: stochastic rounding, no master
     mixed    2       2         4       4      16         Rajbhandari et al. 2020 (1910.02054)
-    texts    2       2         -       4      12         a common text, which forgets the master
+    texts    2       2         -       4      12         a tutorial, which forgets the master
 
     layout   weights   gradients   state       held only for a while ("buffers")
     ddp      all       all         all         the gradient on its way into its bucket
@@ -41,7 +41,7 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
 
     34 s b h L                Korthikanti et al. 2022 (2205.05198), mixed precision, without the s²
                               of plain attention, and without logits
-    20 s b h L                a common text: 7B, b = 4, s = 2048 make its 105.5 GB; the primary
+    20 s b h L                a tutorial: 7B, b = 4, s = 2048 make its 105.5 GB; the primary
                               source says 36.5 of activations, not 21.5
     b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: k, r and l are in
                               ACTIVATION_BYTES. --activation_checkpoint takes k from
