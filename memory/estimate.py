@@ -70,7 +70,7 @@ from typing import Literal
 
 from memory.flags import check, from_text, usage, words
 from optim.attributes import attribute, own_classes
-from parallel.ownership import owners_by_shape
+from parallel.replicas import owners_by_shape
 from precision.amp import PRECISIONS, Precision
 
 # Accountings of others: bytes of a weight, its gradient, its master copy, one number of state.

@@ -48,7 +48,7 @@ CROSSINGS = {
     },
     "memory.estimate": {
         "optim.attributes": "how many numbers an optimizer remembers",
-        "parallel.ownership": "which rank owns which parameter",
+        "parallel.replicas": "which rank owns which parameter",
         "precision.amp": "bytes of a number",
     },
     "metrics.watch": {
@@ -64,10 +64,7 @@ CROSSINGS = {
     "monitor": {"checkpoint.snapshots": "what a rollback goes back to"},
 }
 # What each layout asks: who is where, who has which gradient, how memory is taken.
-SHARED = {
-    f"parallel.{name}"
-    for name in "mesh roll_call allocate buckets coupled shard protocol ownership".split()
-}
+SHARED = {f"parallel.{name}" for name in "mesh replicas shard protocol".split()}
 ALONE = ("optim", "parallel", "precision", "memory", "layers")
 
 

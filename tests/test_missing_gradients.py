@@ -26,7 +26,7 @@ from parallel import compression
 from parallel.ddp import DDP
 from parallel.diloco import DiLoCo
 from parallel.fsdp import FSDP
-from parallel.roll_call import RollCall
+from parallel.replicas import RollCall
 from parallel.zero import ZeRO
 
 CPU, WIDTH, STEPS, MICRO, ROWS = torch.device("cpu"), 4, 4, 2, 12

@@ -17,9 +17,9 @@ from layers.generation import generate
 from memory.meter import Meter
 from model import GPT, GPTConfig, key
 from parallel import tensor
-from parallel.allocate import allocate
 from parallel.ddp import DDP
 from parallel.mesh import make_mesh
+from parallel.replicas import allocate
 from parallel.shard import Shard, sharded
 from parallel.tensor import loss_fn
 from settings import fields
