@@ -241,8 +241,7 @@ class DDP:
         for bucket in started:
             # All ranks have started it: a new sum may not overtake it.
             bucket.work.wait()
-        if started:
-            self.reduce.discard_step()
+        self.reduce.forget([name for bucket in started for name in bucket.names])
         self.await_gradients()
 
     def await_gradients(self) -> None:
@@ -325,8 +324,12 @@ class DDP:
         return cls(groups, **arguments)
 
     def discard_step(self) -> None:
-        """The step whose gradients were summed last is not taken."""
-        self.reduce.discard_step()
+        """In place of optimizer.step(): the gradients of this step are not used."""
+        if self.unfinished:
+            self.begin_step_anew(drops_all=True)
+        else:
+            # The residuals of compression: what was sent is owed again.
+            self.reduce.discard_step()
 
     def state_dict(self, optimizer_state: dict) -> dict | None:
         """What this rank puts into a checkpoint beside weights and optimizer state.

@@ -48,6 +48,7 @@ parallelize(model) keeps the model's own weights and gives every replica those o
 buffers. For parameters on the meta device nothing is sent: init_weights(source) gives each rank its
 shards. A step() before finish_gradients(), and a last_micro_batch(False) that no True follows, are
 RuntimeErrors. Where last_micro_batch() is forgotten, each backward reduces, and the sums are right.
+Whoever drops micro-batches before the last one calls discard_step() and zero_grad().
 
 References: Zhao et al. 2023 (2304.11277), Rajbhandari et al. 2019 (1910.02054).
 
@@ -178,6 +179,7 @@ class FSDP:
         self.tp = {"tp_shards": tp_shards, "tp_group": tp_group} if tp_shards else {}
         self.backward_is_collective = group is not None  # gathers, in forward too
         self.units = []
+        self.shard_groups = []  # of each unit's parameters, as FSDP2 keeps them
         self.params = {}
         # Name -> (full shape, offsets) of each parameter that the optimizer steps in shards.
         self.shards = {}
@@ -225,8 +227,10 @@ class FSDP:
             state = unit._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             for shards in filter(None, groups):
+                self.shard_groups.append(shards)
                 shards.post_backward = functools.partial(self.reduce, shards, shards.post_backward)
         self.prefetch(model, self.units[:-1])
+        model.register_forward_pre_hook(self.before_forward, prepend=True)
         model.register_forward_hook(self.after_forward)
 
         # Memory comes after fully_shard, so no rank ever allocates a full weight here.
@@ -349,6 +353,13 @@ class FSDP:
             # Until then embedding and head stay gathered, and with reshard=False all units.
             self.model.set_reshard_after_backward(flag, recurse=not self.reshard)
 
+    def before_forward(self, *_) -> None:
+        # FSDP2 sums the last unit when a backward ends. (Private.)
+        did_raise = self.model._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
+        if did_raise:
+            self.model.reset_iter_state()
+            self.drop_full_gradients()
+
     def after_forward(self, *_) -> None:
         # No backward will reshard what this forward has gathered.
         if not torch.is_grad_enabled():
@@ -445,8 +456,8 @@ class FSDP:
         except ImportError as error:
             raise ImportError(
                 f"{cls.__name__} may need full weights, and FSDP shards them: copy adapter.py, "
-                "owners.py, shard.py and mesh.py into parallel/ too, or set elementwise = True in a "
-                "class that steps each element by itself"
+                "owners.py, shard.py and mesh.py into parallel/ too, or set elementwise = True in "
+                "a class that steps each element by itself"
             ) from error
 
         self.adapter = Adapter(cls, groups, **self.tp, **arguments)
@@ -460,6 +471,7 @@ class FSDP:
         """An optimizer of plain tensors that lie in the memory of the shards."""
         if self.shard_ranks > 1:
             refuse_coupled(cls, groups, arguments)
+        self.shards = {}
         plain = {}  # weight -> what the optimizer steps of it: this rank's rows
         mine = []
         for group in groups:
@@ -503,7 +515,20 @@ class FSDP:
             self.adapter.broadcast_weights()
 
     def discard_step(self) -> None:
-        """In place of optimizer.step(). Nothing to undo: the next zero_grad drops the gradients."""
+        """In place of optimizer.step(): drops gradients that no zero_grad() sees.
+
+        Those are the full gradients of micro-batches before the last one.
+        """
+        self.micro_batches = 0
+        self.is_last = True
+        self.drop_full_gradients()
+
+    def drop_full_gradients(self) -> None:
+        for shards in self.shard_groups:
+            for p in shards.fsdp_params:
+                p.unsharded_accumulated_grad = None
+                if hasattr(p, "_unsharded_param"):
+                    p.unsharded_param.grad = None
 
     # ---- at times --------------------------------------------------------------------------------
     def state_dict(self, optimizer_state: dict) -> dict | None:

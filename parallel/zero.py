@@ -447,6 +447,12 @@ class ZeRO:
 
     def send_owed_gradients(self) -> None:
         """Joins the other ranks' reduces where this rank had a micro-batch without a backward."""
+        if self.in_backward:
+            # A backward raised: what it had sent by then is no part of any sum.
+            for _, _, work in self.in_flight:
+                work.wait()
+            self.in_flight = []
+            self.in_backward = False
         if self.owes_gradients:
             self.next_to_send = len(self.units) - 1
             self.send_gradients(0)
