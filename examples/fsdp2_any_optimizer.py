@@ -1,6 +1,6 @@
 """torch's fully_shard on somebody's MLP, with any optimizer of optim/ by its name.
 
-    torchrun --standalone --nproc_per_node=2 -m examples.fsdp2_any_optimizer shampoo
+torchrun --standalone --nproc_per_node=2 -m examples.fsdp2_any_optimizer shampoo
 """
 
 import sys

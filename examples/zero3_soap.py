@@ -1,6 +1,6 @@
 """ZeRO 3 on somebody's MLP: weights, gradients and SOAP's large state are each on one rank alone.
 
-    torchrun --standalone --nproc_per_node=2 -m examples.zero3_soap
+torchrun --standalone --nproc_per_node=2 -m examples.zero3_soap
 """
 
 import torch
@@ -31,7 +31,7 @@ def main() -> None:
     torch.manual_seed(rank)
     replicas = ZeRO(dist.group.WORLD, torch.device("cpu"), stage=3, blocks="layers")
     model = replicas.parallelize(MLP())
-    optimizer = replicas.make_optimizer(SOAP, model.named_parameters(), lr=3e-3)
+    optimizer = replicas.make_optimizer(SOAP, model.named_parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
         x = torch.randn(32, 8)

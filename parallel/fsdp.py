@@ -52,8 +52,10 @@ Whoever drops micro-batches before the last one calls discard_step() and zero_gr
 
 References: Zhao et al. 2023 (2304.11277), Rajbhandari et al. 2019 (1910.02054).
 
-Neighbours: parallel/replicas.py (with tensor parallelism, and for optimizers that are not
-elementwise, also parallel/adapter.py, owners.py, shard.py and mesh.py; hybrid: mesh.py)
+Neighbours: parallel/replicas.py
+
+(With tensor parallelism and with optimizers that are not elementwise, copy parallel/adapter.py,
+owners.py, shard.py and mesh.py too; hybrid needs mesh.py.)
 
 Example:
     import tempfile, torch
@@ -178,6 +180,7 @@ class FSDP:
         self.blocks_at = blocks
         self.tp = {"tp_shards": tp_shards, "tp_group": tp_group} if tp_shards else {}
         self.backward_is_collective = group is not None  # gathers, in forward too
+        self.blocks = {}  # name -> module
         self.units = []
         self.shard_groups = []  # of each unit's parameters, as FSDP2 keeps them
         self.params = {}
@@ -270,11 +273,11 @@ class FSDP:
         """torch's description of the group: (shard,) or, if hybrid, (replicate, shard)."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        from parallel.mesh import new_group
-
         kind = self.device.type
         if self.shard_ranks == self.world:
             return DeviceMesh.from_group(self.group, kind, mesh_dim_names=("shard",))
+
+        from parallel.mesh import new_group
 
         # A row of this matrix has all shards of the model, a column has all replicas of one shard.
         ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self.shard_ranks)

@@ -169,7 +169,7 @@ class Pipeline:
         training = backward is not None
         if training and self.name == "zerobubble":
             assert self.deferred is not None, "set deferred = defer_weight_gradients(model)"
-        self.reset(like)
+        self.reset(like, training)
         alive = {}  # (micro-batch, chunk) -> (input, graph) between its forward and its backward
         waiting = {}  # (micro-batch, chunk) -> weight gradients that are still to be computed
         outputs = {}  # micro-batch -> what the last virtual stage gave
@@ -224,13 +224,13 @@ class Pipeline:
                     # Zero bubble: this backward has left its weight gradients in `deferred`.
                     waiting[i, chunk] = self.deferred[:]
                     self.deferred.clear()
-        self.unfinished = self.unfinished or training
         # The next run() drops the buffers, so no message may still be on its way then.
         self.wait([work for work, _ in self.sending])
         return [outputs[i] for i in sorted(outputs)]
 
-    def reset(self, like: Callable[[int], tuple]) -> None:
+    def reset(self, like: Callable[[int], tuple], training: bool) -> None:
         self.like = like
+        self.unfinished = self.unfinished or training
         self.idle_s = 0.0
         self.in_flight = 0
         self.sent_bytes = 0

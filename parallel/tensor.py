@@ -57,7 +57,8 @@ Example:
         torch.manual_seed(0)  # the same full weights on both ranks
         model = torch.nn.Sequential(MLP(), MLP())
         x = torch.randn(4, 8)
-        expected = model(x)
+        with torch.no_grad():
+            expected = model(x)
         shards = split(model, dist.group.WORLD, column=("up",), row=("down",), vocabulary=())
         y = model(x)  # this rank multiplies with 16 of the 32 neurons
         y.square().sum().backward()

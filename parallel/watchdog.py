@@ -32,9 +32,9 @@ Example:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "debug").mkdir()
         for rank, step in (0, 38), (1, 37):
-            log = f"2026-11-21 17:03:12 start: process 1\n2026-11-21 17:03:15 step {step}\n"
+            log = f"2026-11-21 17:03:12 start: process 1\\n2026-11-21 17:03:15 step {step}\\n"
             (Path(folder) / "debug" / f"rank_{rank}.log").write_text(log)
-        print(*report(Path(folder)), sep="\n")
+        print(*report(Path(folder)), sep="\\n")
         assert report(Path(folder))[0].startswith("step 37: rank 1")  # the one that is behind
 """
 

@@ -5,7 +5,8 @@
                <  checkpoint metrics                             what keeps it, what looks
                <  model monitor                                  concepts at the root
                <  run                                            concepts from settings
-               <  train sample sweep bench, search benchmarks experiments, memory/plan, __main__
+               <  train sample sweep bench, search benchmarks experiments examples, memory/plan,
+                  __main__
 
 The rooms between settings and run are concepts. A concept takes plain arguments: it imports no
 settings, and from another room only what CROSSINGS lists. In the folders of ALONE a file can be
@@ -29,7 +30,7 @@ ROOMS = [
     {"checkpoint", "metrics"},
     {"model", "monitor"},
     {"run"},
-    {"train", "sample", "sweep", "bench", "search", "benchmarks", "experiments"},
+    {"train", "sample", "sweep", "bench", "search", "benchmarks", "experiments", "examples"},
 ]
 CONCEPTS = set().union(*ROOMS[2:5])
 TOOLS = {"memory.plan", "checkpoint.__main__"}  # in the folder of a concept
