@@ -68,7 +68,7 @@ Example:
             weights = [torch.empty(1, 4) for _ in range(2)]
             dist.all_gather(weights, model.weight.detach())
             apart.append(not torch.equal(*weights))
-        assert apart == [*[True] * 9, False] * 6 and loss < first / 2
+        assert any(apart) and not any(apart[9::10]) and loss < first / 2
         if rank == 0:
             print(f"loss {first:.2f} -> {loss:.2f}, the same on both ranks:", weights[0].tolist())
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch._dynamo  # imported before all forks, or each child spends a second on it
 import torch.distributed.fsdp
-import torch.distributed.tensor
+import torch.distributed.tensor  # noqa: F401
 from copies import ROOT, example, in_child, neighbours, run_program
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("parallel/[!_]*.py"))
