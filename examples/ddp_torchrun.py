@@ -12,7 +12,8 @@ from parallel.ddp import DDP
 
 def main() -> None:
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
     torch.manual_seed(rank)  # all ranks get rank 0's weights, and samples of their own
     replicas = DDP(dist.group.WORLD, torch.device("cpu"))
     model = replicas.parallelize(nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)))

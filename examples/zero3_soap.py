@@ -27,7 +27,8 @@ class MLP(nn.Module):
 
 def main() -> None:
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
     torch.manual_seed(rank)
     replicas = ZeRO(dist.group.WORLD, torch.device("cpu"), stage=3, blocks="layers")
     model = replicas.parallelize(MLP())
