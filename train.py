@@ -34,7 +34,7 @@ from optim import param_groups
 from optim.attributes import attribute
 from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel.mesh import make_mesh
-from parallel.shard import sharded
+from parallel.shard import Shard, sharded
 from precision import amp, histogram, stochastic
 from run import announce, auto, batch, build, control, optimizers, resume, summary
 from run.evaluate import evaluate, sample
@@ -110,7 +110,8 @@ def main(requested_cfg: fields.Config) -> dict:
         weights = functools.partial(initial_weight, model.config)
 
     # ---- tensor, sequence, context parallel: this rank's shard of matrices and of sequences ------
-    tp_shards = (sequence if cfg.sp else tensor).split(model, mesh.groups["tp"])  # by name
+    split = sequence.split if cfg.sp else tensor.split
+    tp_shards = {name: Shard(*where) for name, where in split(model, mesh.groups["tp"]).items()}
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
     position_ids = context.position_ids(cfg.block_size, cfg.cp, mesh.coords["cp"], cfg.cp_attention)
     position_ids = position_ids.to(device)
@@ -148,7 +149,7 @@ def main(requested_cfg: fields.Config) -> dict:
     make_optimizer, shards = build.optimizer_factory(cfg, mesh, tp_shards, optimizer_class)
     optimizer = replicas.make_optimizer(make_optimizer, groups, **options["opt"])
     # make_optimizer has filled `shards`: name -> the shard that the optimizer sees of a weight.
-    shards |= replicas.shards
+    shards |= {name: Shard(*where) for name, where in replicas.shards.items()}
     if param_groups.averages_weights(optimizer):
         optimizer.train()  # Schedule-Free keeps two sets of weights
     if precision.stochastic:

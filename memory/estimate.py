@@ -57,7 +57,7 @@ activations go, and both are counted in full. It leaves out fragmentation, the d
 kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured with
 tiny batches and several micro-batches, it is within 5 % (tests/test_estimate.py).
 
-Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, parallel/ownership.py,
+Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, parallel/replicas.py,
 precision/amp.py
 
 Example:
@@ -81,7 +81,7 @@ from typing import Literal
 
 from memory.flags import check, from_text, usage, words
 from optim.attributes import attribute, own_classes
-from parallel.ownership import owners_by_shape
+from parallel.replicas import owners_by_shape
 from precision.amp import PRECISIONS, Precision
 
 # Accountings of others: bytes of a weight, its gradient, its master copy, one number of state.

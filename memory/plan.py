@@ -52,7 +52,7 @@ of attention is counted here; all of it, as PaLM does, would make 0.57 of the sa
 does not say which.
 
 Neighbours: memory/estimate.py, memory/flags.py, optim/adamw.py, optim/attributes.py,
-parallel/ownership.py, precision/amp.py
+parallel/replicas.py, precision/amp.py
 
 Example:
     from memory.plan import GPUS, Cluster, Layout, Model, predict

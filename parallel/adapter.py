@@ -25,16 +25,46 @@ average. Memory: the owners' full weights, over all ranks one more copy of the m
 
 A class that does not declare `elementwise` gets owners, which is always right. A method that
 couples parameters (LBFGS, Prodigy) is refused: an owner sees only its own. After loading other
-weights into the model, call gather_weights(). Neighbours: parallel/owners.py, parallel/shard.py.
+weights into the model, call gather_weights(). Weights are those of the model: nothing else is sent
+at the start, so shards must fit together, as fully_shard's do.
+
+Neighbours: parallel/owners.py, parallel/replicas.py, parallel/shard.py, parallel/mesh.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from torch.distributed.fsdp import fully_shard
+    from parallel.adapter import Adapter
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(0)
+        model, alone = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+        alone.load_state_dict(model.state_dict())
+        fully_shard(model)
+        adapter = Adapter(torch.optim.Adafactor, model.parameters(), lr=0.1)
+        plain = torch.optim.Adafactor(alone.parameters(), lr=0.1)  # it needs whole rows and columns
+        x = torch.randn(8, 6)
+        for net, optimizer in (model, adapter.optimizer), (alone, plain):
+            net(x).square().sum().backward()
+            optimizer.step()
+        assert torch.allclose(model.weight.full_tensor(), alone.weight, atol=1e-6)
+        print(f"rank {rank} steps {len(adapter.optimizer.param_groups[0]['params'])} of 2 weights")
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
+
+import inspect
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.coupled import refuse_coupled
 from parallel.owners import Exchange, group_of, locate, wire_device
+from parallel.replicas import refuse_coupled
 from parallel.shard import Shard, local
 
 
@@ -45,7 +75,8 @@ class Adapter:
     out of a dict's `params` and `names`.
     elementwise: may a shard be stepped alone? None asks the class, where no answer counts as no.
     Muon's groups with use_muon=False always may.
-    tp_shards: name -> Shard of the parameters that already are shards, over tp_group.
+    tp_shards: name -> Shard, or (full shape, offsets), of the parameters that already are shards,
+    over tp_group.
     agree: in each step the ranks tell each other which gradients they have, and whether anybody
     else changed their weights.
 
@@ -61,7 +92,7 @@ class Adapter:
         cls: type[Optimizer],
         groups,
         elementwise: bool | None = None,
-        tp_shards: dict[str, Shard] | None = None,
+        tp_shards: dict[str, tuple] | None = None,
         tp_group: dist.ProcessGroup | None = None,
         agree: bool = False,
         **arguments,
@@ -72,7 +103,7 @@ class Adapter:
         if elementwise is None:
             elementwise = getattr(cls, "elementwise", False)
         self.elementwise = elementwise
-        self.tp_shards = tp_shards or {}
+        self.tp_shards = {name: Shard(*where) for name, where in (tp_shards or {}).items()}
         self.tp_group = tp_group
         self.agree = agree
         # Weight -> the plain tensor that the optimizer here steps for it: the weight itself, its
@@ -263,3 +294,9 @@ def differs(exchange: Exchange) -> bool:
         if not torch.equal(local(p), before):
             return True
     return False
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

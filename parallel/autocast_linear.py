@@ -7,7 +7,23 @@
 Autocast keeps a cast copy of each weight until backward, and freeing the weight does not free that
 copy. This layer saves the weight itself, which stage 3 (parallel/zero.py) frees and fetches again.
 The price is a second cast.
+
+Example:
+    import torch
+    import torch.nn.functional as F
+    from parallel.autocast_linear import linear
+
+    x, weight = torch.randn(5, 8), torch.randn(3, 8, requires_grad=True)
+    kept = []
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = linear(x, weight)
+        assert torch.equal(y, F.linear(x, weight))
+    print([tuple(t.shape) for t in kept], [t.dtype for t in kept])
+    assert kept[1].data_ptr() == weight.data_ptr()  # the weight itself, and no copy
 """
+
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -47,3 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return Linear.apply(x, weight, bias, torch.get_autocast_dtype(x.device.type))
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

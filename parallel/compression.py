@@ -25,7 +25,7 @@ it is a x b:
     powersgd(r)   P (a x r), then Q (b x r): x is about P Qᵀ     2 all-reduces  2 (N-1)/N r(a + b) w
     fp16, bf16    x rounded                                      all-reduce     2 (N-1)/N 2d
 
-The roll call of parallel/roll_call.py adds 2 (N-1)/N bytes. An all-gather's bytes grow with N:
+The roll call of parallel/replicas.py adds 2 (N-1)/N bytes. An all-gather's bytes grow with N:
 signs are shorter than plain float32 while N < 64, the top hundredth while N < 100. Papers average
 over the workers. Here scales, means and Q are such that the plain sum over replicas comes out.
 
@@ -43,9 +43,42 @@ References:
   so the run, are the same, and e stays small where replicas see different data.
 - fp16, bf16: the ring adds in 16 bits. That rounding is the same on all replicas, and no residual
   has it.
+
+Residuals start at 0, weights at those of rank 0, as DDP does it. Forgotten calls are DDP's errors;
+a step that is dropped before finish_gradients() leaves the residuals as they were.
+
+Neighbours: parallel/ddp.py, parallel/replicas.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.compression import topk
+    from parallel.ddp import DDP
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(rank)
+        replicas = DDP(dist.group.WORLD, torch.device("cpu"), reduce=topk(fraction=0.1))
+        model = replicas.parallelize(torch.nn.Linear(100, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        for step in range(100):
+            x = torch.randn(32, 100) / 10
+            loss = (model(x) - x.sum(1, keepdim=True)).square().sum() / 64
+            loss.backward()
+            replicas.finish_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            first = loss.item() if step == 0 else first
+        print(f"rank {rank}: loss {first:.2f} -> {loss:.2f}, {replicas.sent_bytes} bytes a step")
+        assert loss < first / 2 and replicas.sent_bytes < 404 / 3  # DDP: 404, and 2 for the roll
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -53,8 +86,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from parallel.buckets import split_like
 from parallel.ddp import Bucket
+from parallel.replicas import split_like
 
 
 class Compressor:
@@ -367,3 +400,9 @@ def start_sum(tensors: list[Tensor], bucket: Bucket, group: dist.ProcessGroup):
 def columns(x: Tensor) -> Tensor:
     """x as a matrix: the first dimension counts its rows, and a vector is one column."""
     return x.view(x.shape[0], -1) if x.ndim > 1 else x.view(-1, 1)
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

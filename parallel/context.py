@@ -51,8 +51,29 @@ all k, v of the zigzag: simple, but larger.)
 References: Liu et al. 2023, 2310.01889 (ring); Brandon et al. 2023, 2311.09431 (even causal work,
 by dealing single tokens where we deal chunks); Jacobs et al. 2023, 2309.14509 (Ulysses); Dao 2023,
 2307.08691 (a block).
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from torch.nn.functional import scaled_dot_product_attention
+    from parallel.context import position_ids, ring
+
+    def compare(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, 1, 4, 16, 8)  # (B, H, T, D) each
+        expected = scaled_dot_product_attention(q, k, v, is_causal=True)
+        mine = position_ids(16, 2, rank)  # zigzag: rank 0 has the first and the last quarter
+        out = ring(dist.group.WORLD, *(x[:, :, mine] for x in (q, k, v)))
+        assert torch.allclose(out, expected[:, :, mine], atol=1e-5)
+        print(f"rank {rank} has the tokens {mine.tolist()}")
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(compare, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -368,3 +389,9 @@ class SwapForwardSwapBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return SwapForwardSwapBackward.apply(grad, ctx.group), None
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -13,7 +13,7 @@ one only add to the buckets and send nothing (torch calls this `no_sync`).
 Bytes sent per rank and step: 2 (N-1)/N x (the gradients' bytes + 1 for each parameter), by ring
 all-reduces, however many micro-batches there are.
 
-The byte is the roll call (parallel/roll_call.py). A gradient that is missing on some replicas
+The byte is the roll call (parallel/replicas.py). A gradient that is missing on some replicas
 counts as zero there. One that is missing on all stays None, so the optimizer leaves the parameter,
 its state and its decay alone, as it does in one process. (A gradient of zeros is not missing.)
 
@@ -22,10 +22,51 @@ global batch, so no rank needs to know how many others there are. (`nn.DataParal
 thing: one process with a thread per GPU, which copies the weights to every GPU at each step and
 gathers all outputs on one. It is slower by design, and long discouraged.)
 
+parallelize(model) keeps the model's own weights and gives every replica those of rank 0, and its
+buffers, as torch's DDP does. (Later it sends no buffers.) For parameters on the meta device nothing
+is sent: init_weights(source) gives every rank the same.
+
+A forgotten call is a RuntimeError and no silent divergence: a second backward() that was announced
+as the last one, and a step() by any optimizer before finish_gradients(). Gradients that zero_grad()
+has set to None were dropped: then the next backward() begins a step anew.
+
 Reference: Li et al. 2020, PyTorch Distributed (2006.15704). Ours differs: `p.grad` is a view of
 its bucket, so nothing is copied back.
+
+Neighbours: parallel/replicas.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.ddp import DDP
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(rank)  # rank 0's weights count
+        replicas = DDP(dist.group.WORLD, torch.device("cpu"))
+        model = replicas.parallelize(torch.nn.Linear(4, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for step in range(20):
+            x = torch.randn(2, 8, 4)  # two micro-batches of this rank's own samples
+            for i in range(2):
+                replicas.last_micro_batch(i == 1)
+                loss = (model(x[i]) - x[i].sum(1, keepdim=True)).square().sum() / 32
+                loss.backward()  # 32: the samples of both ranks
+            replicas.finish_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = [torch.empty(1, 4) for _ in range(2)]
+        dist.all_gather(weights, model.weight.detach())
+        assert torch.equal(*weights) and loss < 0.5
+        if rank == 0:
+            print("the same on both ranks:", model.weight.tolist())
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -33,9 +74,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.allocate import allocate
-from parallel.buckets import make_buckets, split_like
-from parallel.roll_call import RollCall, on_gradient, refuse_unfinished
+from parallel.replicas import (
+    RollCall,
+    StepGuard,
+    allocate,
+    broadcast_start,
+    make_buckets,
+    on_gradient,
+    split_like,
+)
 
 
 class Bucket:
@@ -113,13 +160,21 @@ class DDP:
         self.next_to_send = 0  # index of the bucket whose sum starts next
         self.is_last = True  # the micro-batch in hand is the last one of the step
         self.unfinished = False  # a gradient arrived after the last finish_gradients()
+        self.backward = None  # number of the backward in hand, autograd's own
+        self.arrived_grads = {}  # parameter -> its view, of those that got a gradient in this step
+        self.completed = set()  # those that got it from the last micro-batch
         self.sent_bytes = 0  # by this rank in the last step
 
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Allocates the parameters of `model`, which are on the meta device, and adds hooks."""
+        """Gives all replicas rank 0's weights, and adds hooks; returns `model`.
+
+        Parameters on the meta device get memory instead, for init_weights() to fill.
+        """
+        broadcast_start(model, self.group, self.device)
         self.model = allocate(model, self.device)
         if self.group is None:
             return self.model
+        self.guard = StepGuard(self, self.model.parameters)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         # Backward comes to the last layers first.
         for in_bucket in make_buckets(named[::-1], self.bucket_bytes):
@@ -148,15 +203,56 @@ class DDP:
 
     def arrived(self, p: nn.Parameter, bucket: Bucket, view: torch.Tensor) -> None:
         """A backward has added to p.grad."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self.backward:
+            self.backward = backward
+            # Within a step p.grad stays the view. If it is another tensor, or None, then the
+            # gradients so far were dropped: the step is skipped, or a backward raised.
+            dropped = [q for q, its_view in self.arrived_grads.items() if q.grad is not its_view]
+            if dropped:
+                self.begin_step_anew(drops_all=len(dropped) == len(self.arrived_grads))
+        if p in self.completed:
+            raise RuntimeError(
+                "a second backward() after the last micro-batch, whose sum may be on its way: call "
+                "last_micro_batch(i + 1 == n) before each of a step's n backward(), then "
+                "finish_gradients(), or drop the gradients by zero_grad(set_to_none=True)"
+            )
         self.unfinished = True
+        self.arrived_grads[p] = view
         # Only the first micro-batch of a step brings a tensor of its own. From then on p.grad is
         # the view, and later micro-batches add to the bucket in place.
         if p.grad is not view:
             view.copy_(p.grad)
             p.grad = view
         if self.is_last:
+            self.completed.add(p)
             bucket.n_waiting -= 1
             self.start_complete_buckets()
+
+    def begin_step_anew(self, drops_all: bool) -> None:
+        """Forgets the gradients of a step that was dropped without finish_gradients()."""
+        started = [bucket for bucket in self.buckets if bucket.work is not None]
+        if started and not drops_all:
+            # A kept gradient may be a sum already, and would be summed again.
+            raise RuntimeError(
+                "zero_grad() dropped some gradients of an unfinished step and left others; call "
+                "finish_gradients() before it, or drop all of them by model.zero_grad()"
+            )
+        for bucket in started:
+            # All ranks have started it: a new sum may not overtake it.
+            bucket.work.wait()
+        self.reduce.forget([name for bucket in started for name in bucket.names])
+        self.await_gradients()
+
+    def await_gradients(self) -> None:
+        """From now on gradients belong to a new step."""
+        self.unfinished = False
+        self.arrived_grads.clear()
+        self.completed.clear()
+        self.next_to_send = 0
+        for bucket in self.buckets:
+            bucket.work = None
+            bucket.n_waiting = len(bucket.params)
 
     def refuse_thawed(self, p: nn.Parameter) -> None:
         raise RuntimeError(
@@ -181,7 +277,6 @@ class DDP:
 
         A gradient that is missing on all replicas is None.
         """
-        self.unfinished = False
         named = [pair for bucket in self.buckets for pair in zip(bucket.names, bucket.params)]
         if not named:
             return
@@ -205,8 +300,6 @@ class DDP:
         call = RollCall(has_gradient, self.group, self.device)
         for bucket in self.buckets:
             bucket.work.wait()
-            bucket.work = None
-            bucket.n_waiting = len(bucket.params)
 
         # None, not zero: the optimizer must leave weight, state and decay alone. Compression takes
         # back what it sent for it.
@@ -216,7 +309,7 @@ class DDP:
             p.grad = None
         self.reduce.forget([name for name, _ in missing])
 
-        self.next_to_send = 0
+        self.await_gradients()
         self.sent_bytes = sum(bucket.sent_bytes for bucket in self.buckets) + call.sent_bytes
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -226,13 +319,17 @@ class DDP:
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer of all parameters, the same on every rank.
 
-        Its step() raises RuntimeError if the gradients are not summed yet.
+        The step() of any optimizer raises RuntimeError if their gradients are not summed yet.
         """
-        return refuse_unfinished(cls(groups, **arguments), self)
+        return cls(groups, **arguments)
 
     def discard_step(self) -> None:
-        """The step whose gradients were summed last is not taken."""
-        self.reduce.discard_step()
+        """In place of optimizer.step(): the gradients of this step are not used."""
+        if self.unfinished:
+            self.begin_step_anew(drops_all=True)
+        else:
+            # The residuals of compression: what was sent is owed again.
+            self.reduce.discard_step()
 
     def state_dict(self, optimizer_state: dict) -> dict | None:
         """What this rank puts into a checkpoint beside weights and optimizer state.
@@ -261,3 +358,9 @@ class DDP:
     def weights(self) -> dict[str, torch.Tensor]:
         """What this rank puts into a checkpoint, by name: nothing that a lower rank puts there."""
         return dict(self.model.named_parameters()) if self.is_primary else {}
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -29,15 +29,55 @@ gradient norm and clips by it.
 In an inner step a gradient is missing for one replica alone, which leaves the parameter as it is.
 In the outer step a parameter is missing if no replica had a gradient for it in the whole round:
 then its anchor and m stay. (So a round sends another 2 (N-1)/N bytes for each parameter tensor, the
-roll call of parallel/roll_call.py.)
+roll call of parallel/replicas.py.)
 
 The anchor is the result of training. It is evaluated, sampled and saved as the model. What the
 replicas did since the last outer step is in the checkpoint, but not in the anchor. So let `steps`
 be a multiple of `every`.
 
+parallelize(model) keeps the model's own weights and gives every replica those of rank 0, and its
+buffers: they are the first anchor. For parameters on the meta device nothing is sent, and
+init_weights(source) gives every replica the same. A step() before finish_gradients(), or by an
+optimizer that make_optimizer() has not made and after which no outer step would come, is a
+RuntimeError. last_micro_batch() does nothing here, so it may be forgotten.
+
 Reference: Douillard et al. 2023, DiLoCo (2311.08105): AdamW inside, H = 500, ν = 0.7, μ = 0.9.
+
+Neighbours: parallel/replicas.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.diloco import DiLoCo
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(rank)  # rank 0's weights count
+        replicas = DiLoCo(dist.group.WORLD, torch.device("cpu"), every=10, momentum=0.5)
+        model = replicas.parallelize(torch.nn.Linear(4, 1))
+        optimizer = replicas.make_optimizer(torch.optim.AdamW, model.parameters(), lr=0.03)
+        apart = []
+        for step in range(60):
+            x = torch.randn(16, 4)  # this rank's own samples
+            loss = (model(x) - x.sum(1, keepdim=True)).square().sum() / 32
+            loss.backward()  # 32: the samples of both ranks
+            replicas.finish_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            first = loss.item() if step == 0 else first
+            weights = [torch.empty(1, 4) for _ in range(2)]
+            dist.all_gather(weights, model.weight.detach())
+            apart.append(not torch.equal(*weights))
+        assert any(apart) and not any(apart[9::10]) and loss < first / 2
+        if rank == 0:
+            print(f"loss {first:.2f} -> {loss:.2f}, the same on both ranks:", weights[0].tolist())
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,9 +85,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.allocate import allocate
-from parallel.buckets import make_buckets, split_like
-from parallel.roll_call import RollCall
+from parallel.replicas import (
+    RollCall,
+    StepGuard,
+    allocate,
+    broadcast_start,
+    make_buckets,
+    on_gradient,
+    split_like,
+)
+
+NOT_OURS = (
+    "under DiLoCo only the optimizer that make_optimizer() returns may step the model, for its "
+    "step() brings the replicas together; make yours by replicas.make_optimizer(cls, groups, lr=..)"
+)
 
 
 class DiLoCo:
@@ -102,13 +153,35 @@ class DiLoCo:
             self.world = group.size()
         self.taken = 0  # inner steps since the last outer step
         self.moved: set[str] = set()  # parameters that had a gradient here in one of those steps
+        self.unfinished = False  # a gradient came after the last finish_gradients()
         self.sent_bytes = 0  # by this rank in the last step
 
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Allocates the parameters of `model`, which are on the meta device."""
+        """Gives all replicas rank 0's weights, which are the first anchor; returns `model`.
+
+        Parameters on the meta device get memory instead, for init_weights() to fill.
+        """
+        is_meta = any(p.is_meta for p in model.parameters())
+        broadcast_start(model, self.group, self.device)
         self.model = allocate(model, self.device)
         self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.guard = StepGuard(self, self.model.parameters, only_own=NOT_OURS)
+        if self.world > 1:
+            for p in self.params.values():
+                on_gradient(p, self.arrived)
+        if not is_meta:
+            self.drop_anchor()
         return self.model
+
+    def arrived(self, _) -> None:
+        """A backward has added to a gradient."""
+        self.unfinished = True
+
+    def drop_anchor(self) -> None:
+        """The weights are the anchor from now on."""
+        # Frozen parameters have no anchor: they are the same on every replica.
+        self.anchor = {name: p.detach().clone() for name, p in self.params.items()}
+        self.outer_momentum = {name: torch.zeros_like(x) for name, x in self.anchor.items()}
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -118,9 +191,7 @@ class DiLoCo:
         """
         for name, p in self.model.named_parameters():
             p.copy_(source(name, tuple(p.shape)))
-        # Frozen parameters have no anchor: they are the same on every replica.
-        self.anchor = {name: p.detach().clone() for name, p in self.params.items()}
-        self.outer_momentum = {name: torch.zeros_like(x) for name, x in self.anchor.items()}
+        self.drop_anchor()
 
     # ---- inner steps: each replica alone ---------------------------------------------------------
     def last_micro_batch(self, flag: bool) -> None:
@@ -129,6 +200,7 @@ class DiLoCo:
     def finish_gradients(self) -> None:
         """After the last backward: the mean gradient of this replica's own samples."""
         self.sent_bytes = 0
+        self.unfinished = False
         gradients = list(self.gradients().values())
         if gradients:
             # The loss was divided by the tokens of all replicas.
@@ -141,6 +213,7 @@ class DiLoCo:
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The inner optimizer; every `every`-th step() ends with the outer step.
 
+        step() raises RuntimeError if finish_gradients() has not scaled the gradients yet.
         All replicas must take the same number of steps: if one skips a step, all must skip it.
         Raises ValueError for an optimizer with two sets of weights, such as Schedule-Free.
         """
@@ -149,7 +222,7 @@ class DiLoCo:
                 f"{cls.__name__} keeps a second set of weights, which DiLoCo would not average; "
                 "take another optimizer, such as adamw"
             )
-        optimizer = cls(groups, **arguments)
+        optimizer = self.guard.admit(cls(groups, **arguments))
         # Whether a parameter has moved is seen before the step, for step() may clear gradients.
         optimizer.register_step_pre_hook(lambda *_: self.moved.update(self.gradients()))
         optimizer.register_step_post_hook(lambda *_: self.after_inner_step())
@@ -261,3 +334,9 @@ class DiLoCo:
                     p = self.params[name]
                     p.copy_(p + share if i > 0 else share)
         return read(f"{self.rank}/optim")
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -8,7 +8,7 @@ the rest (embedding, last norm, head).
     forward of a block      W  -> y, drop W    W  -> y, drop W          all-gather before
     backward of a block     W  -> g0, drop W   W  -> g1, drop W         all-gather before
     after it                (g0+g1)[:half]     (g0+g1)[half:]           reduce-scatter
-    optimizer               W[:half], state    W[half:], state          none, or parallel/adapter.py
+    optimizer               W[:half], state    W[half:], state          none, or see below
 
 Three ways to trade bytes for memory. Bytes sent per rank and step, with B the bytes of the weights,
 N ranks and m micro-batches:
@@ -21,7 +21,7 @@ N ranks and m micro-batches:
                                   with S for N, and an all-reduce of 2 (N-S)/N B/S. shard=1 is
                                   NO_SHARD, that is DDP
 
-The roll call of parallel/roll_call.py adds 2 (N-1)/N bytes for each parameter tensor. Embedding and
+The roll call of parallel/replicas.py adds 2 (N-1)/N bytes for each parameter tensor. Embedding and
 head are needed first and last, so their unit is gathered once a step in any case. Gradients are
 reduced once, after the last micro-batch; until then each rank keeps full ones. While one unit
 computes, the next one is already being gathered.
@@ -37,14 +37,56 @@ What we changed:
   train on with them although the shards have changed since. Here every forward under no_grad ends
   with resharding.
 
-The optimizer never sees a DTensor (parallel/adapter.py). offload_params keeps the shards in host
+The optimizer never sees a DTensor. One that works element by element (SGD, AdamW, Lion) steps plain
+tensors in the very memory of the shards, and nothing is sent. For one that needs a whole matrix,
+row or norm (Muon, SOAP), parallel/adapter.py gathers each weight at one rank; that takes a class
+without `elementwise = True` that is not one of ELEMENTWISE. offload_params keeps the shards in host
 memory ("cpu") or in memory-mapped files ("disk"). Then gradients come to the host, and the
 optimizer steps there and keeps its state there.
 
+parallelize(model) keeps the model's own weights and gives every replica those of rank 0, and its
+buffers. For parameters on the meta device nothing is sent: init_weights(source) gives each rank its
+shards. A step() before finish_gradients(), and a last_micro_batch(False) that no True follows, are
+RuntimeErrors. Where last_micro_batch() is forgotten, each backward reduces, and the sums are right.
+Whoever drops micro-batches before the last one calls discard_step() and zero_grad().
+
 References: Zhao et al. 2023 (2304.11277), Rajbhandari et al. 2019 (1910.02054).
+
+Neighbours: parallel/replicas.py
+
+(With tensor parallelism and with optimizers that are not elementwise, copy parallel/adapter.py,
+owners.py, shard.py and mesh.py too; hybrid needs mesh.py.)
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.fsdp import FSDP
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(rank)  # rank 0's weights count
+        replicas = FSDP(dist.group.WORLD, torch.device("cpu"), blocks="")
+        layers = [torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)]
+        model = replicas.parallelize(torch.nn.Sequential(*layers))  # the blocks are its children
+        optimizer = replicas.make_optimizer(torch.optim.AdamW, model.named_parameters(), lr=0.01)
+        for step in range(60):
+            x = torch.randn(16, 8)  # this rank's own samples
+            loss = (model(x) - x.mean(1, keepdim=True)).square().sum() / 32
+            loss.backward()  # 32: the samples of both ranks
+            replicas.finish_gradients()
+            optimizer.step()
+            model.zero_grad()
+        held = sum(p.to_local().numel() for p in model.parameters())
+        print(f"rank {rank} holds {held} of 354 numbers, loss {loss.item():.4f}")
+        assert held == 354 / 2 and loss < 0.1
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -56,11 +98,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.adapter import Adapter
-from parallel.allocate import allocate, mapped_file
-from parallel.mesh import new_group
-from parallel.roll_call import drop_stand_ins, refuse_unfinished
-from parallel.shard import Shard, shard_of
+from parallel.replicas import (
+    StepGuard,
+    allocate,
+    blocks_of,
+    broadcast_start,
+    drop_stand_ins,
+    mapped_file,
+    named_groups,
+    refuse_coupled,
+)
+
+# Torch's own that step each element by itself. Subclasses may not, so they are not meant.
+ELEMENTWISE = {
+    getattr(torch.optim, name)
+    for name in "SGD ASGD Adadelta Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop".split()
+}
 
 
 class FSDP:
@@ -74,6 +127,7 @@ class FSDP:
     param_dtype: weights are gathered and used in it, None = their own
     offload_params: None, "cpu", or "disk" with files in `folder`
     tp_shards, tp_group: parameters that are shards already (parallel/adapter.py)
+    blocks: where the model has its layers, a ModuleDict, ModuleList or Sequential; "": itself
 
     Raises ValueError for a shard that does not divide the group, and for impossible offloading.
     """
@@ -90,8 +144,9 @@ class FSDP:
         param_dtype: torch.dtype | None = None,
         offload_params: str | None = None,
         folder: str | os.PathLike | None = None,
-        tp_shards: dict[str, Shard] | None = None,
+        tp_shards: dict[str, tuple] | None = None,
         tp_group: dist.ProcessGroup | None = None,
+        blocks: str = "blocks",
     ):
         world = 1 if group is None else dist.get_world_size(group)
         if shard is None:
@@ -122,28 +177,43 @@ class FSDP:
         self.param_dtype = param_dtype
         self.offload_params = offload_params
         self.folder = folder
+        self.blocks_at = blocks
         self.tp = {"tp_shards": tp_shards, "tp_group": tp_group} if tp_shards else {}
         self.backward_is_collective = group is not None  # gathers, in forward too
+        self.blocks = {}  # name -> module
         self.units = []
+        self.shard_groups = []  # of each unit's parameters, as FSDP2 keeps them
         self.params = {}
-        self.shards = {}  # name -> Shard of each parameter that the optimizer steps in shards
+        # Name -> (full shape, offsets) of each parameter that the optimizer steps in shards.
+        self.shards = {}
         self.adapter = None
         self.micro_batches = 0  # in this step so far
+        self.is_last = True  # the micro-batch in hand is the last one of the step
         self.got = set()  # parameters that got a gradient here since the last step
         self.unfinished = False  # a gradient was reduced after the last finish_gradients()
         self.sent_bytes = 0  # by this rank in a step
 
     # ---- who holds what --------------------------------------------------------------------------
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Shards `model`, whose parameters are on the meta device, and allocates its shards."""
+        """Shards `model`; all ranks get their shards of rank 0's weights.
+
+        For parameters on the meta device their shards get memory, for init_weights() to fill.
+        Raises ValueError for a model without blocks.
+        """
         self.model = model
+        is_meta = all(p.is_meta for p in model.parameters())
+        broadcast_start(model, self.group, self.device)
+        if self.group is None or not is_meta:
+            allocate(model, self.device)
         if self.group is None:
-            self.params = dict(allocate(model, self.device).named_parameters())
+            self.params = dict(model.named_parameters())
             return model
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        blocks = [*model.blocks.values()]
-        self.units = [*blocks, model]
+        self.blocks = blocks_of(model, self.blocks_at)
+        blocks = [*self.blocks.values()]
+        self.units = [unit for unit in blocks if next(unit.parameters(), None) is not None]
+        self.units.append(model)
         policies = dict(
             mesh=self.make_mesh(),
             mp_policy=MixedPrecisionPolicy(self.param_dtype, self.reduce_dtype),
@@ -160,16 +230,20 @@ class FSDP:
             state = unit._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             for shards in filter(None, groups):
+                self.shard_groups.append(shards)
                 shards.post_backward = functools.partial(self.reduce, shards, shards.post_backward)
-        self.prefetch(model, blocks)
+        self.prefetch(model, self.units[:-1])
+        model.register_forward_pre_hook(self.before_forward, prepend=True)
         model.register_forward_hook(self.after_forward)
 
         # Memory comes after fully_shard, so no rank ever allocates a full weight here.
         if self.offload_params == "disk":
             self.map_files(model)
-        else:
-            model.to_empty(device="cpu" if self.offload_params else self.device)
+        elif is_meta:
+            where = "cpu" if self.offload_params else self.device
+            model._apply(lambda x: torch.empty_like(x, device=where) if x.is_meta else x)
         self.params = dict(model.named_parameters())
+        self.guard = StepGuard(self, model.parameters)
         return model
 
     def offload_policy(self):
@@ -184,8 +258,9 @@ class FSDP:
 
     def prefetch(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """While one unit computes, the next one is gathered, in forward and in backward."""
-        layers = [int(name) for name in model.blocks]
-        is_one_chunk = layers[-1] - layers[0] == len(layers) - 1
+        layers = [name.rpartition(".")[2] for name in self.blocks]
+        numbers = [int(name) for name in layers if name.isdecimal()]
+        is_one_chunk = not numbers or numbers[-1] - numbers[0] == len(numbers) - 1
         if not is_one_chunk:
             # A pipeline runs one of several model chunks at a time: another unit would come next.
             return
@@ -202,6 +277,8 @@ class FSDP:
         if self.shard_ranks == self.world:
             return DeviceMesh.from_group(self.group, kind, mesh_dim_names=("shard",))
 
+        from parallel.mesh import new_group
+
         # A row of this matrix has all shards of the model, a column has all replicas of one shard.
         ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self.shard_ranks)
         (row,), (column,) = (ranks == dist.get_rank()).nonzero().T
@@ -214,11 +291,6 @@ class FSDP:
     def map_files(self, model: nn.Module) -> None:
         """The memory of each shard is a file in `folder`. The system writes it out to gain room."""
         numbers = itertools.count()
-        shard_rank = dist.get_rank(self.group) % self.shard_ranks
-
-        def padded_length(p: torch.Tensor) -> int:
-            # FSDP2 gathers shards of equal length, so the last ones have padding.
-            return math.ceil(p.shape[0] / self.shard_ranks)
 
         def with_memory(p: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
             new = torch.empty_like(p, device="cpu")
@@ -226,20 +298,33 @@ class FSDP:
             return new
 
         def mapped(p: torch.Tensor) -> torch.Tensor:
-            shape = (padded_length(p), *p.shape[1:])
+            if not hasattr(p, "placements"):
+                return p  # a buffer
+            shape = (self.padded_rows(p), *p.shape[1:])
             path = Path(self.folder) / f"shard-{dist.get_rank()}-{next(numbers)}.bin"
             flat = mapped_file(path, math.prod(shape), p.dtype)
+            if not p.is_meta:
+                flat[: p.to_local().numel()] = p.to_local().flatten()
             return with_memory(p, flat.view(shape))
 
         def without_padding(p: torch.Tensor) -> torch.Tensor:
-            start = shard_rank * padded_length(p)
-            length = max(0, p.shape[0] - start)
+            if not hasattr(p, "placements"):
+                return p
+            length = max(0, p.shape[0] - self.first_row(p))
             return with_memory(p, p.to_local()[:length])
 
         # FSDP2 gathers from the padded memory that it sees first. If it saw a shard without
         # padding, it would copy that out of its file into memory.
         model._apply(mapped)
         model._apply(without_padding)
+
+    def padded_rows(self, p: torch.Tensor) -> int:
+        # FSDP2 gathers shards of equal length, so the last ones have padding.
+        return math.ceil(p.shape[0] / self.shard_ranks)
+
+    def first_row(self, p: torch.Tensor) -> int:
+        """Where this rank's rows of p begin; past its end if it has none."""
+        return dist.get_rank(self.group) % self.shard_ranks * self.padded_rows(p)
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
@@ -251,8 +336,9 @@ class FSDP:
             if self.group is None:
                 p.copy_(full)
             else:
-                local = p.to_local()
-                local.copy_(shard_of(p).narrow(full, local.shape))
+                rows = p.to_local()
+                first = self.first_row(p)
+                rows.copy_(full[first : first + len(rows)])
         if self.adapter is not None:
             self.adapter.gather_weights()
 
@@ -263,11 +349,19 @@ class FSDP:
         flag: does its backward complete the gradients?
         """
         self.micro_batches += 1
+        self.is_last = flag
         if self.group is not None:
             # Earlier micro-batches keep full gradients here; the last one reduces their sum.
             self.model.set_requires_gradient_sync(flag)
             # Until then embedding and head stay gathered, and with reshard=False all units.
             self.model.set_reshard_after_backward(flag, recurse=not self.reshard)
+
+    def before_forward(self, *_) -> None:
+        # FSDP2 sums the last unit when a backward ends. (Private.)
+        did_raise = self.model._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
+        if did_raise:
+            self.model.reset_iter_state()
+            self.drop_full_gradients()
 
     def after_forward(self, *_) -> None:
         # No backward will reshard what this forward has gathered.
@@ -313,6 +407,11 @@ class FSDP:
 
         A gradient that is missing on all replicas is None.
         """
+        if self.group is not None and not self.is_last:
+            raise RuntimeError(
+                "finish_gradients() came before the last micro-batch, so nothing is summed yet; "
+                "call last_micro_batch(i + 1 == n) before each of a step's n backward()"
+            )
         self.sent_bytes = self.bytes_of_step(self.micro_batches)
         self.micro_batches = 0
         self.unfinished = False
@@ -326,7 +425,8 @@ class FSDP:
         block_gathers = 2 * micro_batches if self.reshard else 1
         total = 0
         for name, p in self.params.items():
-            gathers = block_gathers if name.startswith("blocks.") else 1
+            in_block = name.startswith(tuple(f"{block}." for block in self.blocks))
+            gathers = block_gathers if in_block else 1
             dtype = self.param_dtype or p.dtype
             weight = p.numel() * dtype.itemsize
             gradient = p.numel() * (self.reduce_dtype or dtype).itemsize
@@ -346,13 +446,71 @@ class FSDP:
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer of this rank's shards; its step() moves the weights of all ranks.
 
-        step() raises RuntimeError if the gradients are not summed yet.
+        groups: as torch's optimizers take them. step() raises RuntimeError if the gradients are not
+        summed yet. Raises ValueError for a method that couples parameters.
         """
         if self.group is None and not self.tp:
             return cls(groups, **arguments)
+        groups = named_groups(self.model, groups)
+        if not self.tp and getattr(cls, "elementwise", cls in ELEMENTWISE):
+            return self.guard.admit(self.step_shards(cls, groups, arguments))
+        try:
+            from parallel.adapter import Adapter
+        except ImportError as error:
+            raise ImportError(
+                f"{cls.__name__} may need full weights, and FSDP shards them: copy adapter.py, "
+                "owners.py, shard.py and mesh.py into parallel/ too, or set elementwise = True in "
+                "a class that steps each element by itself"
+            ) from error
+
         self.adapter = Adapter(cls, groups, **self.tp, **arguments)
         self.shards = self.adapter.shards
-        return refuse_unfinished(self.adapter.optimizer, self)
+        if self.group is None:
+            return self.adapter.optimizer
+        return self.guard.admit(self.adapter.optimizer)
+
+    @torch.no_grad()
+    def step_shards(self, cls, groups: list[dict], arguments: dict) -> torch.optim.Optimizer:
+        """An optimizer of plain tensors that lie in the memory of the shards."""
+        if self.shard_ranks > 1:
+            refuse_coupled(cls, groups, arguments)
+        self.shards = {}
+        plain = {}  # weight -> what the optimizer steps of it: this rank's rows
+        mine = []
+        for group in groups:
+            # A small weight may leave a rank without rows.
+            here = {
+                name: p
+                for name, p in zip(group["names"], group["params"])
+                if p.to_local().numel() > 0
+            }
+            for name, p in here.items():
+                plain[p] = nn.Parameter(p.to_local(), p.requires_grad)
+                if self.shard_ranks > 1:
+                    self.shards[name] = tuple(p.shape), (self.first_row(p), *[0] * (p.ndim - 1))
+            stepped = [plain[p] for p in here.values()]
+            mine.append(group | {"params": stepped, "names": list(here)})
+        optimizer = cls(mine, **arguments)
+
+        @torch.no_grad()
+        def give(_, args: tuple, kwargs: dict) -> None:
+            if any(x is not None for x in (*args[1:], *kwargs.values())):
+                raise ValueError(
+                    "step(closure) has no meaning with sharded weights: they would be needed in "
+                    "the middle of a step; call loss.backward() and then step()"
+                )
+            for p, rows in plain.items():
+                # FSDP2 may have moved the shard since the last step.
+                rows.data = p.to_local()
+                rows.grad = None if p.grad is None else p.grad.to_local()
+
+        def let_go(*_) -> None:
+            for rows in plain.values():
+                rows.grad = None
+
+        optimizer.register_step_pre_hook(give)
+        optimizer.register_step_post_hook(let_go)
+        return optimizer
 
     def broadcast_weights(self) -> None:
         """After something else than step() changed the optimizer's parameters."""
@@ -360,7 +518,20 @@ class FSDP:
             self.adapter.broadcast_weights()
 
     def discard_step(self) -> None:
-        """In place of optimizer.step(). Nothing to undo: the next zero_grad drops the gradients."""
+        """In place of optimizer.step(): drops gradients that no zero_grad() sees.
+
+        Those are the full gradients of micro-batches before the last one.
+        """
+        self.micro_batches = 0
+        self.is_last = True
+        self.drop_full_gradients()
+
+    def drop_full_gradients(self) -> None:
+        for shards in self.shard_groups:
+            for p in shards.fsdp_params:
+                p.unsharded_accumulated_grad = None
+                if hasattr(p, "_unsharded_param"):
+                    p.unsharded_param.grad = None
 
     # ---- at times --------------------------------------------------------------------------------
     def state_dict(self, optimizer_state: dict) -> dict | None:
@@ -377,3 +548,9 @@ class FSDP:
     def weights(self) -> dict[str, torch.Tensor]:
         """What this rank puts into a checkpoint, by name: DTensors, which know their own shard."""
         return self.params
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

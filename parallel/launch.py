@@ -1,6 +1,19 @@
-"""Processes that torchrun started become one run: they find each other, and end together."""
+"""Processes that torchrun started become one run: they find each other, and end together.
+
+Example:
+    import torch
+    from parallel import launch
+
+    device = launch.pick_device("cpu")
+    made_group = launch.start(device)  # under torchrun: joins the others, True
+    rank, world = launch.launched()
+    print(f"rank {rank} of {world} on {device}")
+    assert (made_group, rank, world) == (False, 0, 1)
+    launch.end()
+"""
 
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -191,3 +204,9 @@ def best_device() -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -9,9 +9,19 @@ The group of an axis holds the ranks that differ from this one in that coordinat
 `dp_cp` holds the ranks that differ in dp or cp: they have the same weights and sum their gradients.
 A group of size 1 is None, and a collective over None is the identity: one process runs the same
 lines as a thousand.
+
+Example:
+    import torch
+    from parallel.mesh import make_mesh
+
+    mesh = make_mesh(torch.device("cpu"))  # under torchrun: make_mesh(device, tp=2)
+    print(mesh.sizes, mesh.coords)
+    assert mesh.sizes == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
+    assert mesh.sum(2, 3) == [2.0, 3.0] and mesh.groups["tp"] is None
 """
 
 import hashlib
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -148,3 +158,9 @@ def new_group(ranks: list[int], device: torch.device, everybody: bool = False) -
     options = getattr(dist.group.WORLD._get_backend(device), "options", None)
     patience = getattr(options, "_timeout", None)
     return dist.new_group(ranks, timeout=patience, use_local_synchronization=not everybody)
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -10,8 +10,35 @@ A sharded weight has one owner among the ranks that hold its shards; A2 is the s
 Each way is one uneven all-to-all for all weights of one dtype and one set of ranks: (N-1)/N x the
 bytes of this rank's shards, on average. A DTensor's mesh and placements tell which ranks together
 hold it once, and which shard is here (parallel/shard.py).
+
+Neighbours: parallel/mesh.py, parallel/replicas.py, parallel/shard.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.owners import Exchange
+    from parallel.shard import Shard
+
+    def move(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        rows = [torch.full((1, 3), float(rank)) for _ in range(2)]  # of two (2, 3) weights
+        shards = [Shard((2, 3), (rank, 0))] * 2
+        exchange = Exchange(rows, shards, dist.group.WORLD)
+        with torch.no_grad():
+            exchange.to_owners(rows, exchange.full)
+            full = exchange.full[rank]  # rank 0 owns the first weight, rank 1 the second
+            assert full.tolist() == [[0, 0, 0], [1, 1, 1]]
+            full += 10 * (rank + 1)
+            exchange.to_shards()
+        assert [x[0, 0].item() for x in rows] == [10 + rank, 20 + rank]
+        print(f"rank {rank} has", rows)
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(move, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 import math
 
 import torch
@@ -19,7 +46,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.mesh import new_group
-from parallel.ownership import owners_by_size
+from parallel.replicas import owners_by_size
 from parallel.shard import Shard, local, shard_of, shard_of_shard
 
 
@@ -159,3 +186,9 @@ def unpack(flat: Tensor, views: list[Tensor]) -> None:
     parts = flat.split([view.numel() for view in views])
     parts = [part.view(view.shape) for part, view in zip(parts, views)]
     torch._foreach_copy_(views, parts)
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -13,7 +13,52 @@ Bytes sent per rank and step, with m micro-batches and v model chunks a rank, ea
     tied head       the bytes of embed.weight, first and last rank only: each has a part of its
                     gradient
 
+Weights are those of each stage's own model: a stage has layers that no other has, so they need not
+agree, whatever the seeds. A tied parameter is on two ranks: tie(model) gives the last rank the
+first one's weights. From then on a step() of any optimizer before all_reduce_tied_grads() is a
+RuntimeError, for the two copies would part. (Weights that are functions of their names, as
+init_weights(source) of a layout sets them, need no tie().) With several replicas pass
+`replicas.last_micro_batch` as before_backward: a data-parallel layout that does not hear of the
+last micro-batch says so itself.
+
 References: see parallel/timeline.py.
+
+Neighbours: parallel/mesh.py, parallel/replicas.py, parallel/timeline.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.pipeline import Pipeline
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(rank)
+        pipe = Pipeline(dist.group.WORLD, "1f1b", n_layer=4)
+        stage = torch.nn.ModuleDict({str(i): torch.nn.Linear(8, 8) for i in pipe.stage_layers})
+        optimizer = torch.optim.AdamW(stage.parameters(), lr=0.01)
+        data = torch.Generator().manual_seed(0)  # the same samples on both ranks
+        losses = []
+        for step in range(30):
+            batches = torch.randn(4, 16, 8, generator=data)  # 4 micro-batches
+
+            def forward(i, layers, x):
+                x = batches[i] if x is None else x
+                for n in layers:
+                    x = torch.tanh(stage[str(n)](x))
+                return (x - batches[i] / 2).square().mean() if 3 in layers else x
+
+            like = (16, 8), torch.float32, torch.device("cpu")  # what stages send each other
+            losses = pipe.run(4, forward, lambda i: like, backward=1 / 4)
+            optimizer.step()
+            optimizer.zero_grad()
+            first = losses if step == 0 else first
+        if rank == 1:  # the last stage has the losses
+            print(f"loss {sum(first) / 4:.3f} -> {sum(losses) / 4:.3f}")
+            assert sum(losses) < 0.8 * sum(first)
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
 import functools
@@ -26,7 +71,13 @@ import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
 from parallel.mesh import new_group
+from parallel.replicas import StepGuard
 from parallel.timeline import Op, Transfer, layers, programs, schedule, simulate
+
+UNTIED = (
+    "optimizer.step() came before all_reduce_tied_grads(): the tied parameter is on two ranks, and "
+    "each has a part of its gradient; call all_reduce_tied_grads(gradients) after the last run()"
+)
 
 
 class Pipeline:
@@ -73,6 +124,8 @@ class Pipeline:
         self.sent_bytes = 0
         # Two ranks share the tied parameter. They alone make this group and sum its gradient in it.
         self.ends = None
+        self.model = None  # the model that tie() was given
+        self.unfinished = False  # a run() came after the last all_reduce_tied_grads()
         if tied and (self.first or self.last):
             ranks = dist.get_process_group_ranks(group)
             self.ends = new_group([ranks[0], ranks[-1]], device)
@@ -116,7 +169,7 @@ class Pipeline:
         training = backward is not None
         if training and self.name == "zerobubble":
             assert self.deferred is not None, "set deferred = defer_weight_gradients(model)"
-        self.reset(like)
+        self.reset(like, training)
         alive = {}  # (micro-batch, chunk) -> (input, graph) between its forward and its backward
         waiting = {}  # (micro-batch, chunk) -> weight gradients that are still to be computed
         outputs = {}  # micro-batch -> what the last virtual stage gave
@@ -175,8 +228,9 @@ class Pipeline:
         self.wait([work for work, _ in self.sending])
         return [outputs[i] for i in sorted(outputs)]
 
-    def reset(self, like: Callable[[int], tuple]) -> None:
+    def reset(self, like: Callable[[int], tuple], training: bool) -> None:
         self.like = like
+        self.unfinished = self.unfinished or training
         self.idle_s = 0.0
         self.in_flight = 0
         self.sent_bytes = 0
@@ -254,11 +308,32 @@ class Pipeline:
         dist.broadcast(logits, group=self.group, group_src=self.p - 1)
         return logits
 
+    @torch.no_grad()
+    def tie(self, model: torch.nn.Module) -> None:
+        """The last rank's tied parameter gets the first rank's weights, once before training.
+
+        Call it on all ranks. On the meta device nothing is sent.
+        """
+        if self.ends is None:
+            return
+        self.model = model
+        self.guard = StepGuard(self, self.tied_params, UNTIED)
+        p = model.get_parameter(self.tied_name)
+        if not p.is_meta:
+            weights = p.to(self.device)
+            dist.broadcast(weights, group=self.ends, group_src=0)
+            p.copy_(weights)
+
+    def tied_params(self) -> list:
+        # Asked for at each step: a layout may have put another parameter in its place.
+        return [self.model.get_parameter(self.tied_name)]
+
     def all_reduce_tied_grads(self, gradients: dict[str, torch.Tensor]) -> None:
         """Sums the tied parameter's gradient over its two ranks, in place.
 
         Does nothing where `gradients` lacks it: then both ranks lack it.
         """
+        self.unfinished = False
         if self.ends is None or self.tied_name not in gradients:
             return
         gradient = gradients[self.tied_name]

@@ -1,8 +1,8 @@
 """What a data-parallel layout has: everything that train.py asks of it, in the order of a run.
 
     once        replicas = ZeRO(group, device, ...)    group: the replicas; None: one replica
-                model = replicas.parallelize(model)
-                replicas.init_weights(source)
+                model = replicas.parallelize(model)    real weights: all get rank 0's
+                replicas.init_weights(source)          meta weights: all are functions of a name
                 optimizer = replicas.make_optimizer(cls, groups)
                 replicas.load_state_dict(read)                    where a run resumes
 
@@ -18,8 +18,30 @@ Layouts (ddp.py, zero.py, fsdp.py, diloco.py) inherit nothing: each is a class w
 under these names, so that its file can be read and copied alone. A new one is a file here, its name
 in settings/fields.py, a line in run/build.py and one in README.md. With group=None a layout sends
 nothing. tests/test_protocol.py holds all of them against this file.
+
+All replicas start alike. parallelize() keeps the weights of a model that has some and sends those
+of rank 0 to all replicas, buffers too. For parameters on the meta device it sends nothing, and
+init_weights(source) fills them. A forgotten finish_gradients(), or a last_micro_batch() without
+which the sums would be wrong, is a RuntimeError of one sentence, at the latest in the next step(),
+whoever made the optimizer.
+
+Example:
+    import torch
+    from parallel.protocol import DataParallel
+
+    class Alone:
+        is_primary, shards, backward_is_collective, sent_bytes = True, {}, False, 0
+        parallelize = init_weights = make_optimizer = last_micro_batch = finish_gradients = print
+        gradients = discard_step = outer_weights = broadcast_weights = weights = print
+        state_dict = print
+
+    assert not isinstance(Alone(), DataParallel)
+    Alone.load_state_dict = print
+    assert isinstance(Alone(), DataParallel)
+    print("a layout has all of", *sorted(name for name in vars(Alone) if name[0] != "_"))
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
@@ -34,7 +56,7 @@ class DataParallel(Protocol):
 
     # No lower rank holds the same gradients and optimizer state.
     is_primary: bool
-    # Name -> Shard of each parameter that the optimizer steps shard by shard.
+    # Name -> (full shape, offsets) of each parameter that the optimizer steps shard by shard.
     shards: dict
     # Ranks wait for each other in every forward or backward.
     backward_is_collective: bool
@@ -43,7 +65,10 @@ class DataParallel(Protocol):
 
     # ---- once ------------------------------------------------------------------------------------
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Allocates what this rank holds of `model`, whose parameters are on the meta device."""
+        """Keeps what this rank holds of `model`: of rank 0's weights, on every replica.
+
+        Parameters on the meta device get memory for init_weights() to fill, and nothing is sent.
+        """
 
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Fills every parameter held here from source(its name, its full shape), a full CPU tensor.
@@ -54,7 +79,7 @@ class DataParallel(Protocol):
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> Optimizer:
         """An optimizer whose step() takes the gradients held here and moves all ranks' weights.
 
-        groups: from optim/param_groups.py, each with `params` and their `names`.
+        groups: as torch's optimizers take them, or from optim/param_groups.py, with `names`.
         """
 
     # ---- each step -------------------------------------------------------------------------------
@@ -107,3 +132,9 @@ class DataParallel(Protocol):
         read("a/b"): this part of the entries of all ranks, merged, or {}. Returns by name the
         optimizer state that this replica alone has; {} where the state saved for all is valid.
         """
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

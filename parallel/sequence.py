@@ -38,8 +38,44 @@ token long, too short to share out.
 Reference: Korthikanti et al. 2022 (2205.05198). They keep T/N tokens of a gathered input and gather
 it again in backward, one all-gather more for each f. Here it is kept in full, because the products
 keep it anyway.
+
+Neighbours: parallel/tensor.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.sequence import split
+
+    class MLP(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(8, 32)
+            self.down = torch.nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.down(torch.relu(self.up(x)))
+
+    def compare(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(0)  # the same full weights on both ranks
+        model = torch.nn.Sequential(torch.nn.LayerNorm(8), MLP())
+        x = torch.randn(2, 6, 8)
+        with torch.no_grad():
+            expected = model(x).chunk(2, 1)[rank]
+        names = dict(column=("up",), row=("down",), vocabulary=(), dropouts=(), local=("0",))
+        split(model, dist.group.WORLD, **names)
+        y = model(x.chunk(2, 1)[rank])  # the norm sees 3 of the 6 tokens, the products all of them
+        y.square().sum().backward()
+        assert torch.allclose(y, expected, atol=1e-5)
+        gain = model[0].weight.grad  # summed over the ranks
+        print(f"rank {rank}: {tuple(y.shape)}, the norm's gradient {gain.norm():.4f}")
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(compare, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 import types
 
 import torch
@@ -47,7 +83,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel import tensor
-from parallel.shard import Shard
 
 DROPOUTS = ("drop_embed", "drop_attn", "drop_mlp")
 LOCAL = ("embed_norm", "attn_norm", "mlp_norm", "final_norm", "positions", "grams")
@@ -102,7 +137,7 @@ def scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def split(
     model: nn.Module, group: dist.ProcessGroup | None, dropouts=DROPOUTS, local=LOCAL, **endings
-) -> dict[str, Shard]:
+) -> dict[str, tuple]:
     """`split` of parallel/tensor.py, where in training the ranks share out tokens between products.
 
     dropouts: endings of the names of modules called with (x, context), where context.position_ids
@@ -176,3 +211,9 @@ def split(
         elif tensor.ends(name, local):
             module.forward = types.MethodType(local_forward, module)
     return tp_shards
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -11,8 +11,20 @@ The local shape is the shape of the tensor at hand, so a shard does not repeat i
 parallelism splits with it; optimizers and checkpoints read from it which numbers they have. Nothing
 here is sent. (torch's own Shard(dim) is a placement: it tells how a DTensor is divided, not where
 one shard lies.)
+
+Example:
+    import torch
+    from parallel.shard import Shard, shard_of_shard
+
+    full = torch.arange(24).view(4, 6)
+    right_half = Shard((4, 6), (0, 3))
+    below = shard_of_shard(right_half, Shard((4, 3), (2, 0)))
+    print(below, below.narrow(full, (2, 3)).tolist())
+    assert below == Shard((4, 6), (2, 3))
+    assert torch.equal(below.narrow(full, (2, 3)), full[2:, 3:])
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,13 +81,15 @@ def shard_of_shard(outer: Shard, inner: Shard) -> Shard:
 
 
 def sharded(
-    source: Callable[[str, tuple[int, ...]], Tensor], shards: dict[str, Shard]
+    source: Callable[[str, tuple[int, ...]], Tensor], shards: dict[str, tuple]
 ) -> Callable[[str, tuple[int, ...]], Tensor]:
     """`source`, which knows full tensors alone, as a source of shards too.
 
     source(name, full shape) -> full tensor. The result takes a full shape or a local shape: asked
-    with the local shape, it gives this rank's shard.
+    with the local shape, it gives this rank's shard. shards: name -> Shard, or (full shape,
+    offsets).
     """
+    shards = {name: Shard(*where) for name, where in shards.items()}
 
     def shard_or_full(name: str, shape: tuple[int, ...]) -> Tensor:
         shape = tuple(shape)
@@ -85,3 +99,9 @@ def sharded(
         return shards[name].narrow(source(name, shards[name].global_shape), shape)
 
     return shard_or_full
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

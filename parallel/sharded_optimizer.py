@@ -1,9 +1,5 @@
 """Any torch optimizer on a model of DTensors (fully_shard), under everybody else's tools.
 
-    fully_shard(model)
-    optimizer = make_optimizer(torch.optim.Adafactor, model.parameters(), lr=0.02)
-    loss.backward(), optimizer.step(), optimizer.zero_grad()
-
                      outside: what tools see                     inside: what the method steps
     groups, state    the model's DTensors, in state_dict() too   plain shards, or full at owners
     users            clipping, GradScaler, schedulers, hooks,    the method's own step(), eval() ...
@@ -24,10 +20,42 @@ It takes named_parameters(), groups added later, step(closure) and load hooks. s
 DTensors with each weight's placements; load_state_dict() takes them from any layout, and full
 tensors too. Refused when made: methods that couple parameters, a plain tensor among DTensors.
 Refused when tried: deepcopy and pickle, because process groups cannot be copied. A warning:
-Schedule-Free's eval(), after which fully_shard has to reshard. See docs/partners.md. Neighbours:
-parallel/adapter.py, parallel/owners.py, parallel/shard.py.
+Schedule-Free's eval(), after which fully_shard has to reshard. See docs/partners.md.
+
+Neighbours: parallel/adapter.py, parallel/owners.py, parallel/replicas.py, parallel/shard.py,
+parallel/mesh.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from torch.distributed.fsdp import fully_shard
+    from parallel.sharded_optimizer import make_optimizer
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        fully_shard(model)
+        optimizer = make_optimizer(torch.optim.Adafactor, model.parameters(), lr=0.05)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, 40)
+        for step in range(40):
+            x = torch.randn(32, 8)
+            loss = (model(x) - x.mean(1, keepdim=True)).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+            first = loss.item() if step == 0 else first
+        print(f"rank {rank}: loss {first:.3f} -> {loss:.3f}")
+        assert loss < first / 2
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 import warnings
 
 import torch
@@ -351,3 +379,9 @@ def like(p: Tensor, shard: Tensor) -> Tensor:
     return DTensor.from_local(
         shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -33,10 +33,46 @@ Bytes sent per rank and micro-batch, a = (N-1)/N x the bytes of one (B, T, C) ac
 with w bytes in a logit. Under autocast all activations but the embedding's travel in its dtype. A
 stage of a pipeline sends the rows of this table that belong to its layers, embedding and head.
 
+A rank's shard is cut out of its own full weights, so these must be alike on all ranks: the same
+seed, or a checkpoint. On the meta device shapes are cut, and init_weights() of a layout fills them.
+
 References: Shoeybi et al. 2019 (1909.08053), Narayanan et al. 2021 (2104.04473).
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.tensor import split
+
+    class MLP(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(8, 32)
+            self.down = torch.nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.down(torch.relu(self.up(x)))
+
+    def compare(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(0)  # the same full weights on both ranks
+        model = torch.nn.Sequential(MLP(), MLP())
+        x = torch.randn(4, 8)
+        with torch.no_grad():
+            expected = model(x)
+        shards = split(model, dist.group.WORLD, column=("up",), row=("down",), vocabulary=())
+        y = model(x)  # this rank multiplies with 16 of the 32 neurons
+        y.square().sum().backward()
+        assert torch.allclose(y, expected, atol=1e-5)
+        assert model[0].up.weight.grad.shape == (16, 8)
+        print(f"rank {rank} has of the first weight", shards["0.up.weight"])
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(compare, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 
@@ -45,8 +81,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from parallel.shard import Shard
 
 COLUMN = ("attn.q", "attn.k", "attn.v", "mlp.fc", "head")
 ROW = ("attn.proj", "mlp.proj")
@@ -176,7 +210,7 @@ def split(
     column=COLUMN,
     row=ROW,
     vocabulary=VOCABULARY,
-) -> dict[str, Shard]:
+) -> dict[str, tuple]:
     """Replaces the matrices of `model` by this rank's shards, and puts f and g around them.
 
     model: on the meta device or not; group: None changes nothing. column, row, vocabulary: endings
@@ -187,7 +221,8 @@ def split(
     argument the column layers share. Any other column layer gets an f of its own. The logits stay
     split: model.loss_fn is replaced by `loss_fn` above.
 
-    Returns the shard of each parameter that is split; all others stay full. Raises ValueError where
+    Returns name -> (full shape, where in it this rank's shard begins) of each parameter that is
+    split; all others stay full. Raises ValueError where
     N does not divide heads, key heads, width or vocabulary.
     """
     if group is None:
@@ -212,8 +247,7 @@ def split(
     tp_shards = {}
     for name, p in model.named_parameters():
         if p in dims:
-            tp_shards[name], shape = shard_along(p, dims[p], group)
-            mine = tp_shards[name].narrow(p.data, shape)
+            tp_shards[name], mine = shard_along(p, dims[p], group)
             # Clone: a view would keep the full weight in memory.
             p.data = mine.clone(memory_format=torch.contiguous_format)
 
@@ -252,13 +286,12 @@ def split_dims(
     return dims
 
 
-def shard_along(p: Tensor, dim: int, group: dist.ProcessGroup) -> tuple[Shard, list[int]]:
-    """This rank's shard of p along `dim`, and its local shape."""
-    shape = list(p.shape)
-    shape[dim] //= group.size()
+def shard_along(p: Tensor, dim: int, group: dist.ProcessGroup) -> tuple[tuple, Tensor]:
+    """Where this rank's shard of p along `dim` lies, (full shape, offsets), and a view of it."""
+    size = p.shape[dim] // group.size()
     offsets = [0] * p.ndim
-    offsets[dim] = dist.get_rank(group) * shape[dim]
-    return Shard(tuple(p.shape), tuple(offsets)), shape
+    offsets[dim] = dist.get_rank(group) * size
+    return (tuple(p.shape), tuple(offsets)), p.data.narrow(dim, offsets[dim], size)
 
 
 def replace_forwards(
@@ -336,3 +369,9 @@ def check(name: str, module: nn.Module, dim: int, parent: nn.Module, n: int) -> 
         fits = -(-setting // n) * n  # rounded up to a multiple
         divisor = max(d for d in range(1, n) if count % d == 0)
         raise ValueError(f"--tp={n} does not divide {what}; type {flag}={fits} or --tp={divisor}")
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

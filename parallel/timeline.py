@@ -21,9 +21,18 @@ p: ranks, m: micro-batches, v: model chunks on each rank. The bubble is the idle
 
 References: GPipe, Huang et al. 2018 (1811.06965); 1F1B, PipeDream-flush, Narayanan et al. 2020
 (2006.09503); interleaved, Narayanan et al. 2021 (2104.04473); ZB-H1, Qi et al. 2023 (2401.10241).
+
+Example:
+    from parallel.timeline import schedule, simulate
+
+    timeline = simulate(schedule("1f1b", p=4, m=8))
+    print(timeline)
+    assert abs(timeline.bubble - 3 / 11) < 1e-9  # (p-1) / (m + p-1)
+    assert timeline.in_flight == [4, 3, 2, 1]  # p - r
 """
 
 import difflib
+import inspect
 import itertools
 from typing import NamedTuple
 
@@ -324,3 +333,9 @@ def add_transfer(program: list[Op | list[Transfer]], transfer: Transfer) -> None
     if not program or isinstance(program[-1], Op):
         program.append([])
     program[-1].append(transfer)
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

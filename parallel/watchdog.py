@@ -20,6 +20,22 @@ It writes each time that a tenth of --timeout_minutes passes without a step. So 
 in C writes its stack too, and only a rank that is stopped, dead or cut off from the disk is silent.
 `kill -USR1 PROCESS` asks for a stack at once. A crash (SIGSEGV, NCCL's abort) leaves its stack in
 the log as well. A step costs a line of about 27 bytes.
+
+Example:
+    import tempfile
+    from pathlib import Path
+    from parallel.watchdog import explain, report
+
+    sentence = explain(RuntimeError("[gloo/pair.cc] Connection closed by peer [10.0.0.7]:4711"))
+    print(sentence)
+    assert "another rank has ended" in sentence
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "debug").mkdir()
+        for rank, step in (0, 38), (1, 37):
+            log = f"2026-11-21 17:03:12 start: process 1\\n2026-11-21 17:03:15 step {step}\\n"
+            (Path(folder) / "debug" / f"rank_{rank}.log").write_text(log)
+        print(*report(Path(folder)), sep="\\n")
+        assert report(Path(folder))[0].startswith("step 37: rank 1")  # the one that is behind
 """
 
 import contextlib

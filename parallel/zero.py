@@ -23,7 +23,7 @@ gradients 2, float32 master weights and state 12), "float32" is what this projec
 
 Memory in use comes on top: the gradients of two units (one on its way while the next computes) and,
 in stage 3, the weights of two units. The weights backward are those of the blocks alone. The roll
-call of parallel/roll_call.py sends another 2 (N-1)/N bytes for each parameter tensor. With one
+call of parallel/replicas.py sends another 2 (N-1)/N bytes for each parameter tensor. With one
 micro-batch stages 1 and 2 are the same, because no gradient waits for another.
 
 A unit is a block, or what comes before the blocks (unit 0), or what follows them (the last unit).
@@ -51,9 +51,47 @@ each `block.forward`: the hooks on a block must stay outside.
 Reference: Rajbhandari et al. 2020 (1910.02054). In the paper each rank owns a slice of one flat
 vector. Here it owns full parameters, so any optimizer that steps each parameter by itself steps
 unchanged, and Muon's orthogonalisation is spread over the ranks. The price is that the load is even
-only up to the largest parameters (parallel/ownership.py).
+only up to the largest parameters (owners_by_shape in parallel/replicas.py).
+
+parallelize(model) keeps the model's own weights and gives every replica those of rank 0, and its
+buffers. For parameters on the meta device nothing is sent: init_weights(source) gives each owner
+the same. A model with `matmul` layers needs parallel/autocast_linear.py too, in stage 3.
+
+A step() before finish_gradients(), or by an optimizer that make_optimizer() has not made, is a
+RuntimeError: only the owners step, and only make_optimizer's sends what they change. Where
+last_micro_batch() is forgotten, each backward sends, and the sums are right all the same.
+
+Neighbours: parallel/replicas.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from parallel.zero import ZeRO
+
+    def train(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(rank)  # rank 0's weights count
+        replicas = ZeRO(dist.group.WORLD, torch.device("cpu"), stage=3, blocks="")
+        layers = [torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)]
+        model = replicas.parallelize(torch.nn.Sequential(*layers))  # the blocks are its children
+        held = sum(p.nbytes for p in model.parameters() if p.untyped_storage().nbytes())
+        optimizer = replicas.make_optimizer(torch.optim.AdamW, model.named_parameters(), lr=0.01)
+        for step in range(60):
+            x = torch.randn(16, 8)  # this rank's own samples
+            loss = (model(x) - x.mean(1, keepdim=True)).square().sum() / 32
+            loss.backward()  # 32: the samples of both ranks
+            replicas.finish_gradients()
+            optimizer.step()
+            model.zero_grad()
+        print(f"rank {rank} holds {held} of 1284 bytes, loss {loss.item():.4f}")
+        assert held < 1284 and loss < 0.05
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -64,12 +102,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.allocate import mapped_file
-from parallel.autocast_linear import linear
-from parallel.buckets import make_buckets, split_like
-from parallel.coupled import refuse_coupled
-from parallel.ownership import owners_by_shape
-from parallel.roll_call import drop_stand_ins, on_gradient, refuse_unfinished
+from parallel.replicas import (
+    StepGuard,
+    blocks_of,
+    broadcast_start,
+    drop_stand_ins,
+    make_buckets,
+    mapped_file,
+    named_groups,
+    on_gradient,
+    owners_by_shape,
+    refuse_coupled,
+    split_like,
+)
+
+NOT_OURS = (
+    "under ZeRO only the optimizer that make_optimizer() returns may step the model: every rank "
+    "steps what it owns and sends it; make yours by replicas.make_optimizer(cls, groups, lr=...)"
+)
 
 
 @dataclass
@@ -92,20 +142,21 @@ class Bucket:
         return any(p.requires_grad for p in self.params)
 
 
-def units_of(model: nn.Module) -> tuple[dict[str, int], int]:
+def units_of(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[dict[str, int], int]:
     """The unit of each parameter by name, and the number of units.
 
     Unit 0 is before the blocks, units 1 to n are the n blocks, unit n + 1 is after the blocks.
     """
-    block_names = list(model.blocks)
-    after_blocks = len(block_names) + 1
+    unit_of_block = {name: i for i, name in enumerate(blocks, 1)}
+    depth = min(blocks).count(".") + 1  # in how many words a block's name is
+    after_blocks = len(blocks) + 1
     unit_of = {}
     unit_outside = 0
     # named_parameters() must be in the order of forward.
     for name, _ in model.named_parameters():
-        path = name.split(".")
-        if path[0] == "blocks":
-            unit_of[name] = block_names.index(path[1]) + 1
+        block = ".".join(name.split(".")[:depth])
+        if block in unit_of_block:
+            unit_of[name] = unit_of_block[block]
             unit_outside = after_blocks
         else:
             unit_of[name] = unit_outside
@@ -125,6 +176,7 @@ class ZeRO:
         files under `folder` that are mapped into memory ("disk")
     pinned: names of parameters that the first rank owns, for another stage of the pipeline holds
         them too, and the two must have the same owner
+    blocks: where the model has its layers, see parallelize()
 
     Raises ValueError for a stage that is not 1, 2 or 3, for offload_params that is unknown or
     without stage 3, and for offload_params="disk" without a folder.
@@ -143,6 +195,7 @@ class ZeRO:
         offload_params: str | None = None,
         folder: str | Path | None = None,
         pinned: tuple[str, ...] = (),
+        blocks: str = "blocks",
     ):
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has no stage {stage}; take 1, 2 or 3")
@@ -168,6 +221,7 @@ class ZeRO:
         self.offload_params = offload_params
         self.folder = folder
         self.pinned = pinned
+        self.blocks_at = blocks
         # From stage 2 on each backward sends gradients; in stage 3 each forward needs weights.
         self.backward_is_collective = stage > 1 and group is not None
         # Are weights fetched before use and freed after it?
@@ -191,17 +245,20 @@ class ZeRO:
 
     # ---- who holds what --------------------------------------------------------------------------
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Allocates what this rank holds of `model`, and hooks into its forward and backward.
+        """Keeps what this rank holds of `model`, and hooks into its forward and backward.
 
-        The model's parameters are on the meta device (buffers are not), registered in the order in
-        which forward uses them. Its `blocks` is a ModuleDict; forward calls each block at most once
-        and in order, with x (B, T, C) as the first argument. Block and model each return one
+        All ranks get rank 0's weights; parameters on the meta device (where no buffers are) get
+        memory for init_weights() to fill. Parameters are registered in the order in which forward
+        uses them. `blocks` is a ModuleDict, ModuleList or Sequential; forward calls each block at
+        most once and in order, with a tensor as the first argument. Block and model each return one
         tensor. In stage 3 a shared weight is unit 0's, and a unit 0 without shared weights and 1-D
-        parameters reads none in backward.
+        parameters reads none in backward. Raises ValueError for a model without blocks.
         """
         self.model = model
+        self.blocks = blocks_of(model, self.blocks_at)
+        broadcast_start(model, self.group, self.device)
         named = list(model.named_parameters())
-        unit_of, n_units = units_of(model)
+        unit_of, n_units = units_of(model, self.blocks)
 
         # Unit 0 stays where its backward reads its weights: a tied head, or the gain of a norm.
         n_with_ties = len(list(model.named_parameters(remove_duplicate=False)))
@@ -217,21 +274,26 @@ class ZeRO:
         real = self.fill_units(named, unit_of, owners)
         self.buckets = [bucket for unit in self.units for bucket in unit]
 
-        # Put the real parameters where the meta ones were. A tied parameter is replaced twice.
+        # Put the new parameters where the old ones were. A tied parameter is replaced twice.
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 setattr(module, name, real[p])
             # Under autocast F.linear keeps cast copies of weights, which nobody could free. Only a
             # layer with an attribute `matmul`, as model.Linear has, is changed: give yours one.
             if self.fetches and getattr(module, "matmul", None) is F.linear:
+                # Imported here: other models do without.
+                from parallel.autocast_linear import linear
+
                 module.matmul = linear
         self.add_hooks(real.values())
+        is_shared = self.group is not None or self.fetches
+        self.guard = StepGuard(self, model.parameters, only_own=NOT_OURS if is_shared else "")
         return model
 
     def fill_units(
         self, named: list[tuple[str, nn.Parameter]], unit_of: dict[str, int], owners: dict[str, int]
     ) -> dict[nn.Parameter, nn.Parameter]:
-        """Makes the buckets of each unit; returns meta parameter -> allocated parameter."""
+        """Makes the buckets of each unit; returns given parameter -> the one to be used."""
         backward_order = named[::-1]
         # Stage 3 frees unit by unit, so a bucket lies within one unit; else it may span several.
         spans = [backward_order]
@@ -246,15 +308,16 @@ class ZeRO:
                 by_owner = {}
                 for name, p in run:
                     by_owner.setdefault((owners[name], p.requires_grad), {})[name] = p
-                for (owner, _), metas in by_owner.items():
+                for (owner, _), given in by_owner.items():
                     # It can be sent when backward has left its lowest unit, the last it comes to.
-                    unit = min(unit_of[name] for name in metas)
-                    self.units[unit].append(self.make_bucket(metas, owner, real))
+                    unit = min(unit_of[name] for name in given)
+                    self.units[unit].append(self.make_bucket(given, owner, real))
         return real
 
-    def make_bucket(self, metas: dict[str, nn.Parameter], owner: int, real: dict) -> Bucket:
-        """The bucket of these meta parameters; their allocated parameters go into `real`."""
-        like = list(metas.values())
+    @torch.no_grad()
+    def make_bucket(self, given: dict[str, nn.Parameter], owner: int, real: dict) -> Bucket:
+        """The bucket of these parameters; those that take their places go into `real`."""
+        like = list(given.values())
         dtype = like[0].dtype
         requires_grad = like[0].requires_grad
         size = sum(p.numel() for p in like)
@@ -266,17 +329,27 @@ class ZeRO:
             # Pinned memory is copied to a GPU without the host waiting.
             host = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
         elif owner == self.rank and self.offload_params == "disk":
-            first_name = next(iter(metas))
+            first_name = next(iter(given))
             host = mapped_file(Path(self.folder) / f"{first_name}.weights", size, dtype)
 
         # autograd refuses tensors that changed since forward saved them. `.data` has a version
         # counter of its own, so fetching weights again is no change.
-        params = [nn.Parameter(view.data, requires_grad) for view in split_like(flat, like)]
+        params = []
+        for p, view in zip(like, split_like(flat, like)):
+            if p.is_meta:
+                params.append(nn.Parameter(view.data, requires_grad))
+            else:
+                # The same object, for an optimizer may hold it already.
+                view.copy_(p)
+                p.data = view.data
+                params.append(p)
         owner_params = params
         if host is not None:
+            if not all(p.is_meta for p in like):
+                host.copy_(flat)
             owner_params = [nn.Parameter(view, requires_grad) for view in split_like(host, like)]
         real.update(zip(like, params))
-        bucket = Bucket(owner, list(metas), flat, host, params, owner_params)
+        bucket = Bucket(owner, list(given), flat, host, params, owner_params)
         # In stage 3, before the next unit is allocated: memory never holds the whole model.
         self.release(bucket)
         return bucket
@@ -288,7 +361,7 @@ class ZeRO:
                 on_gradient(p, self.got.add)  # the hook keeps this set: empty it, never replace it
         if self.group is None and not self.fetches:
             return
-        blocks = list(self.model.blocks.values())
+        blocks = list(self.blocks.values())
         after_blocks = len(blocks) + 1
         self.model.register_forward_pre_hook(lambda _, args: self.enter_forward(0, None))
         for i, block in enumerate(blocks, 1):
@@ -374,6 +447,12 @@ class ZeRO:
 
     def send_owed_gradients(self) -> None:
         """Joins the other ranks' reduces where this rank had a micro-batch without a backward."""
+        if self.in_backward:
+            # A backward raised: what it had sent by then is no part of any sum.
+            for _, _, work in self.in_flight:
+                work.wait()
+            self.in_flight = []
+            self.in_backward = False
         if self.owes_gradients:
             self.next_to_send = len(self.units) - 1
             self.send_gradients(0)
@@ -550,18 +629,18 @@ class ZeRO:
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer of the parameters owned here; its step() moves the weights of all ranks.
 
-        step() raises RuntimeError if the gradients are not summed yet, add_param_group() raises
-        ValueError.
+        groups: as torch's optimizers take them. step() raises RuntimeError if the gradients are not
+        summed yet, add_param_group() raises ValueError.
         """
         owned = self.owned_params()
         owned_groups = []
-        for settings in groups:
+        for settings in named_groups(self.model, groups):
             names = [name for name in settings["names"] if name in owned]
             owned_groups.append(settings | {"names": names, "params": [owned[n] for n in names]})
         # With tensor parallelism `cls` is a function: whoever made it has tried the class already.
         if self.group is not None and isinstance(cls, type):
             refuse_coupled(cls, owned_groups, arguments)
-        optimizer = refuse_unfinished(cls(owned_groups, **arguments), self)
+        optimizer = self.guard.admit(cls(owned_groups, **arguments))
         optimizer.register_step_post_hook(lambda *_: self.broadcast_weights())
         if self.group is not None:
             optimizer.add_param_group = self.refuse_late_group
@@ -607,3 +686,9 @@ class ZeRO:
         if self.rank == 0:
             return dict(self.model.named_parameters())
         return {}
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -12,11 +12,11 @@ import schedules
 from data import corpora, dataset
 from model import GPTConfig
 from optim import mup, param_groups
-from parallel.coupled import refuse_coupled
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.protocol import DataParallel
+from parallel.replicas import refuse_coupled
 from parallel.shard import Shard
 from precision import amp, onednn
 from precision.loss_scale import LossScaler

@@ -21,10 +21,10 @@ from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from optim.attributes import ASSUMED, attribute, own_classes
 from optim.sgd import SGD
-from parallel.allocate import mapped_file
 from parallel.ddp import DDP
 from parallel.fsdp import FSDP
 from parallel.mesh import make_mesh
+from parallel.replicas import mapped_file
 from parallel.zero import ZeRO
 from precision import amp
 from run import announce, auto, batch, build, optimizers, resume

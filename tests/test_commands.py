@@ -181,7 +181,8 @@ def understood(place, words: list[str]) -> None:
         if all(word.startswith("-") for word in words):  # its options alone
             words.append("train.py")
         launch = get_args_parser().parse_args(words)
-        return understood(place, ["python", launch.training_script, *launch.training_script_args])
+        program = ["-m", launch.training_script] if launch.module else [launch.training_script]
+        return understood(place, ["python", *program, *launch.training_script_args])
     if program == "sbatch":
         words = [word for word in words if not word.startswith("--nodes=")]
         assert (ROOT / words[0]).is_file(), words[0]
@@ -213,6 +214,8 @@ def understood(place, words: list[str]) -> None:
         ).parse(words)
     elif module == "parallel.pipeline":
         assert importlib.import_module(module).main(words)
+    elif module.startswith("examples."):
+        assert len(words) <= 1
     elif module.startswith("experiments."):
         from experiments import protocol
 

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch import nn
 
-from parallel.buckets import make_buckets
 from parallel.ddp import DDP
 from parallel.mesh import make_mesh
+from parallel.replicas import make_buckets
 
 CPU = torch.device("cpu")
 

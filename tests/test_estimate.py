@@ -40,7 +40,7 @@ from optim import (
 from optim.attributes import own_classes
 from optim.param_groups import kinds, param_groups
 from parallel.ddp import DDP
-from parallel.ownership import owners_by_shape, owners_by_size
+from parallel.replicas import owners_by_shape, owners_by_size
 from precision import amp, fp8
 from precision.stochastic import stochastic
 from settings import fields

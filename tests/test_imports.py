@@ -5,7 +5,8 @@
                <  checkpoint metrics                             what keeps it, what looks
                <  model monitor                                  concepts at the root
                <  run                                            concepts from settings
-               <  train sample sweep bench, search benchmarks experiments, memory/plan, __main__
+               <  train sample sweep bench, search benchmarks experiments examples, memory/plan,
+                  __main__
 
 The rooms between settings and run are concepts. A concept takes plain arguments: it imports no
 settings, and from another room only what CROSSINGS lists. In the folders of ALONE a file can be
@@ -29,7 +30,7 @@ ROOMS = [
     {"checkpoint", "metrics"},
     {"model", "monitor"},
     {"run"},
-    {"train", "sample", "sweep", "bench", "search", "benchmarks", "experiments"},
+    {"train", "sample", "sweep", "bench", "search", "benchmarks", "experiments", "examples"},
 ]
 CONCEPTS = set().union(*ROOMS[2:5])
 TOOLS = {"memory.plan", "checkpoint.__main__"}  # in the folder of a concept
@@ -48,7 +49,7 @@ CROSSINGS = {
     },
     "memory.estimate": {
         "optim.attributes": "how many numbers an optimizer remembers",
-        "parallel.ownership": "which rank owns which parameter",
+        "parallel.replicas": "which rank owns which parameter",
         "precision.amp": "bytes of a number",
     },
     "metrics.watch": {
@@ -64,10 +65,7 @@ CROSSINGS = {
     "monitor": {"checkpoint.snapshots": "what a rollback goes back to"},
 }
 # What each layout asks: who is where, who has which gradient, how memory is taken.
-SHARED = {
-    f"parallel.{name}"
-    for name in "mesh roll_call allocate buckets coupled shard protocol ownership".split()
-}
+SHARED = {f"parallel.{name}" for name in "mesh replicas shard protocol".split()}
 ALONE = ("optim", "parallel", "precision", "memory", "layers")
 
 

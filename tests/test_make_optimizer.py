@@ -28,7 +28,7 @@ from optim.muon import Muon
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
 from optim.soap import SOAP
-from parallel.coupled import refuse_coupled
+from parallel.replicas import refuse_coupled
 from parallel.sharded_optimizer import make_optimizer
 
 CLASSES = [*CASES, torch.optim.AdamW]

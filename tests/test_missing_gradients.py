@@ -26,7 +26,7 @@ from parallel import compression
 from parallel.ddp import DDP
 from parallel.diloco import DiLoCo
 from parallel.fsdp import FSDP
-from parallel.roll_call import RollCall
+from parallel.replicas import RollCall
 from parallel.zero import ZeRO
 
 CPU, WIDTH, STEPS, MICRO, ROWS = torch.device("cpu"), 4, 4, 2, 12
@@ -149,7 +149,7 @@ def held(replicas, optimizer):
         w = w.full_tensor() if hasattr(w, "placements") else w
         found[name, "weight"] = w.detach().clone(), (0,) * w.ndim
     for name, state in state_by_name(optimizer)["state"].items():
-        offsets = replicas.shards[name].offsets if name in replicas.shards else None
+        offsets = replicas.shards[name][1] if name in replicas.shards else None
         for key, x in state.items():
             x = torch.as_tensor(x, dtype=torch.float64).clone()
             found[name, key] = x, (0,) * x.ndim if offsets is None or x.ndim == 0 else offsets

@@ -1,11 +1,12 @@
-"""parallel/ownership.py beside the two rules written out, a search through all ranks each time."""
+"""The owners of parallel/replicas.py beside the two rules written out, a search through all ranks
+each time."""
 
 import math
 
 import pytest
 
 from memory.estimate import gpt_shapes
-from parallel.ownership import owners_by_shape, owners_by_size
+from parallel.replicas import owners_by_shape, owners_by_size
 
 ARCHS = ("modern", "gpt2", "track3")
 

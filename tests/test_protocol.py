@@ -256,7 +256,7 @@ OPTIMIZERS = {"train", "eval", "sent_bytes"}
 # The function that asks, and three files which import nothing of optim/ and look at any class
 MAY_ASK_OPTIMIZERS = {
     "optim/param_groups.py",
-    "parallel/coupled.py",
+    "parallel/replicas.py",
     "parallel/diloco.py",
     "memory/meter.py",
 }

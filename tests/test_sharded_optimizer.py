@@ -18,7 +18,7 @@ from optim.adamw import AdamW
 from optim.lamb import LAMB
 from optim.muon import Muon
 from optim.sgd import SGD
-from parallel.ownership import owners_by_size
+from parallel.replicas import owners_by_size
 from parallel.sharded_optimizer import Adapter, make_optimizer
 
 SHAPES = [(6, 4), (6, 4), (5, 3), (7,), (1, 2), (3, 5), (8, 8), (2,)]

@@ -17,9 +17,9 @@ from layers.generation import generate
 from memory.meter import Meter
 from model import GPT, GPTConfig, key
 from parallel import tensor
-from parallel.allocate import allocate
 from parallel.ddp import DDP
 from parallel.mesh import make_mesh
+from parallel.replicas import allocate
 from parallel.shard import Shard, sharded
 from parallel.tensor import loss_fn
 from settings import fields
@@ -112,7 +112,7 @@ def unsharded(parts, name, shards):
     """A parameter's gradient from those of the ranks; where it is not cut, all must hold the
     same."""
     if name in shards:
-        sizes = zip(parts[0][name].shape, shards[name].global_shape)
+        sizes = zip(parts[0][name].shape, shards[name][0])
         [dim] = [dim for dim, (here, full) in enumerate(sizes) if here != full]
         return torch.cat([p[name] for p in parts], dim)
     for p in parts[1:]:
@@ -357,7 +357,7 @@ def holdings(rank, world):
     for name, p in filled.named_parameters():
         assert torch.equal(p, after[name])
         source = sharded(numbers, tp_shards)
-        size = tp_shards[name].global_shape if name in tp_shards else tuple(p.shape)
+        size = tp_shards[name][0] if name in tp_shards else tuple(p.shape)
         assert torch.equal(source(name, size), numbers(name, size))  # asked for the whole
     return {name: p.detach() for name, p in after.items()}, tp_shards
 

@@ -20,7 +20,7 @@ from optim.muon import Muon
 from optim.schedule_free import SGDScheduleFree
 from optim.sgd import SGD
 from parallel.ddp import DDP
-from parallel.ownership import owners_by_shape
+from parallel.replicas import owners_by_shape
 from parallel.zero import ZeRO
 from precision import onednn
 

@@ -1,0 +1,1 @@
+"""Our files around other people's models: plain torch, and no model.py."""

@@ -1,0 +1,451 @@
+"""What data-parallel layouts are made of: memory, one start, messages, the roll call, owners.
+
+    allocate             memory for parameters on the meta device         once
+    broadcast_start      rank 0's weights on every replica                once
+    blocks_of            a model's layers, one after the other            once
+    named_groups         an optimizer's groups, with names                once
+    make_buckets         many small tensors, one message                  each step
+    RollCall             which gradients are missing on which ranks       each step
+    StepGuard            a step at the wrong moment is refused            each step
+    owners_by_shape      which rank owns which parameter                  once
+    refuse_coupled       optimizers that cannot be dealt out to ranks     once
+
+Each part stands for itself and none knows a layout. parallel/ddp.py, zero.py, fsdp.py and diloco.py
+need no other file.
+
+Example:
+    import torch
+    from parallel.replicas import make_buckets, owners_by_shape
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    buckets = make_buckets(list(model.named_parameters()), limit=50)  # bytes
+    names = [[name for name, _ in bucket] for bucket in buckets]
+    assert names == [["0.weight", "0.bias"], ["1.weight", "1.bias"]]
+
+    owners = owners_by_shape({name: p.shape for name, p in model.named_parameters()}, 2)
+    print(owners)
+    assert owners["0.weight"] != owners["1.weight"] and owners["0.bias"] != owners["1.bias"]
+"""
+
+import heapq
+import inspect
+import math
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+# ---- memory for parameters: on a device, or in files ---------------------------------------------
+def allocate(module: nn.Module, device: torch.device, keep=lambda p: True) -> nn.Module:
+    """Gives uninitialised memory to the parameters on the meta device, in place.
+
+    keep: which of them get memory, default all. Unlike with `Module.to_empty`, a tied parameter
+    stays one parameter.
+    """
+    real = {}  # meta parameter -> the allocated one
+    for submodule in module.modules():
+        for name, p in submodule.named_parameters(recurse=False, remove_duplicate=False):
+            if p.is_meta and keep(p):
+                if p not in real:
+                    # Not empty_like: on a meta tensor it imports a compiler, which takes a second.
+                    empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+                    real[p] = nn.Parameter(empty, p.requires_grad)
+                setattr(submodule, name, real[p])
+    return module
+
+
+def mapped_file(path: Path, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor (numel,) whose memory is the file `path`.
+
+    Raises OSError if the disk has no room for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = numel * dtype.itemsize
+    try:
+        with open(path, "wb") as file:
+            # Take the room now: later a full disk is a bus error in the middle of a step.
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(
+            f"{path.parent} has no room for offloaded weights: one more file needs {size:,} bytes, "
+            f"{shutil.disk_usage(path.parent).free:,} are free ({error.strerror})"
+        ) from error
+    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+
+
+# ---- one start: the weights of rank 0 on every replica -------------------------------------------
+# A broadcast holds a copy of what it sends, so not of the whole model.
+START_BYTES = 25 * 2**20
+
+
+@torch.no_grad()
+def broadcast_start(
+    model: nn.Module, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Moves the model's own weights and buffers to `device`; all replicas get those of rank 0.
+
+    Parameters keep their identity. Those on the meta device have no numbers: they stay there, and a
+    model that has no others sends nothing. (torch's DDP broadcasts likewise.)
+    """
+    named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+    # Weights that are functions of their names are alike already, and so are the buffers.
+    if not named:
+        return
+    named += [(name, x) for name, x in model.named_buffers() if not x.is_meta]
+    for _, x in named:
+        x.data = x.data.to(device)
+    if group is None:
+        return
+    for bucket in make_buckets(named, START_BYTES):
+        tensors = [x.detach() for _, x in bucket]
+        flat = torch.cat([x.flatten() for x in tensors])
+        # As bytes, because gloo knows no bool and no 8-bit floats.
+        dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)
+        for x, sent in zip(tensors, split_like(flat, tensors)):
+            x.copy_(sent)
+
+
+# ---- other people's models and groups ------------------------------------------------------------
+def blocks_of(model: nn.Module, path: str) -> dict[str, nn.Module]:
+    """Full name -> module of the layers in model.`path`, a ModuleDict, ModuleList or Sequential.
+
+    "" means that the model itself is one. Raises ValueError where there is none.
+    """
+    try:
+        holder = model.get_submodule(path)
+    except AttributeError:
+        holder = nn.Module()
+    blocks = dict(holder.named_children())
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no layers in {path!r}; give blocks= the name of its "
+            "ModuleList, ModuleDict or Sequential, such as blocks='layers', or '' for its children"
+        )
+    return {f"{path}.{name}" if path else name: block for name, block in blocks.items()}
+
+
+def named_groups(model: nn.Module, groups) -> list[dict]:
+    """The groups, given as torch's optimizers take them, each with lists `params` and `names`.
+
+    Raises ValueError for a parameter that is not the model's.
+    """
+    groups = list(groups)
+    if not groups or not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    names = {p: name for name, p in model.named_parameters()}
+    result = []
+    for group in groups:
+        params = group["params"]
+        params = [params] if torch.is_tensor(params) else list(params)
+        # named_parameters() gives pairs.
+        params = [p[1] if isinstance(p, tuple) else p for p in params]
+        strange = [tuple(p.shape) for p in params if "names" not in group and p not in names]
+        if strange:
+            raise ValueError(
+                f"make_optimizer: a parameter of shape {strange[0]} is not the model's; call it "
+                "after parallelize(), with parameters of the model that parallelize() returned"
+            )
+        found = group["names"] if "names" in group else [names[p] for p in params]
+        result.append(group | {"params": params, "names": list(found)})
+    return result
+
+
+# ---- buckets: one message for many gradients or weights ------------------------------------------
+#     parameters     a (2, 3)   b (4,)   c (2, 2)   d (10, 10)
+#     buckets        [a a a a a a b b b b c c c c]  [d d d ... d]       at most `limit` bytes each
+#
+# A message costs its latency whatever its size, so small tensors travel together. A bucket is not
+# the whole model either, so that its message can start while backward still computes.
+def make_buckets(
+    named: list[tuple[str, nn.Parameter]], limit: float
+) -> list[list[tuple[str, nn.Parameter]]]:
+    """Groups consecutive (name, parameter) pairs into buckets of at most `limit` bytes.
+
+    All parameters of a bucket have one dtype and one device. A larger parameter is alone.
+    """
+    buckets = []
+    size = 0
+    kind = None
+    for name, p in named:
+        # No parameter is of kind None, so the first one opens a bucket.
+        is_same_kind = kind == (p.dtype, p.device)
+        if not is_same_kind or size + p.nbytes > limit:
+            buckets.append([])
+            size = 0
+        buckets[-1].append((name, p))
+        size += p.nbytes
+        kind = (p.dtype, p.device)
+    return buckets
+
+
+def split_like(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of `flat` (n,), one after the other, in the shapes of the tensors `like`."""
+    sizes = [x.numel() for x in like]
+    return [view.view(x.shape) for view, x in zip(flat.split(sizes), like)]
+
+
+# ---- the roll call: which gradients are missing on which ranks -----------------------------------
+#     rank 0 has    a b . .            a b c .      summed; a gradient that a rank lacks is zero
+#     rank 1 has    a . c .    --->    . . . d      missing on all: None, so weight and state stay
+#
+# One all-reduce of a byte for each parameter: 2 (N-1)/N bytes per parameter, rank and step. A
+# gradient of zeros is not missing. (torch's DDP asks the same with find_unused_parameters=True.)
+class RollCall:
+    """Which parameters got a gradient on any replica?
+
+    has_gradient: for each parameter, whether it has a gradient here. All replicas call at the same
+    moment. The answer is the maximum of their bytes, and only a replica that lacks a gradient
+    reads it.
+    """
+
+    def __init__(self, has_gradient: list[bool], group: dist.ProcessGroup, device: torch.device):
+        world = dist.get_world_size(group)
+        self.flags = torch.tensor(has_gradient, dtype=torch.uint8)
+        self.flags = self.flags.to(device, non_blocking=True)
+        self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=group, async_op=True)
+        self.sent_bytes = 2 * (world - 1) * len(has_gradient) // world
+
+    def missing_everywhere(self, indices: list[int]) -> list[int]:
+        """Those of these parameters, by index, for which no replica has a gradient."""
+        self.work.wait()
+        if not indices:
+            return []
+        # Here alone the host waits for a GPU: most steps lack nothing and never come here.
+        flags = self.flags.tolist()
+        return [i for i in indices if not flags[i]]
+
+
+def drop_stand_ins(
+    params: list[nn.Parameter],
+    got: set[nn.Parameter],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> int:
+    """Sets p.grad to None where no replica has a gradient and zeros stand in for it.
+
+    got: the parameters that got a gradient here; it is emptied. Returns the bytes sent.
+    """
+    if group is None or not params:
+        return 0
+    call = RollCall([p in got for p in params], group, device)
+    # What is in p.grad does not tell: a true gradient may be zero as well.
+    stand_ins = [i for i, p in enumerate(params) if p.grad is not None and p not in got]
+    for i in call.missing_everywhere(stand_ins):
+        params[i].grad = None
+    got.clear()
+    return call.sent_bytes
+
+
+def on_gradient(p: nn.Parameter, arrived: Callable[[nn.Parameter], None]) -> None:
+    """Calls arrived(p) when a backward has added to p.grad, also if p is frozen now and thaws."""
+    # torch takes a hook only while p requires a gradient.
+    requires_grad = p.requires_grad
+    if requires_grad or p.is_floating_point():
+        p.requires_grad_().register_post_accumulate_grad_hook(arrived)
+        p.requires_grad_(requires_grad)
+
+
+# ---- forgotten calls: a step at the wrong moment -------------------------------------------------
+TOO_EARLY = (
+    "optimizer.step() came before finish_gradients(): these gradients are not yet the sums over "
+    "all replicas, whose weights would part; call finish_gradients() after the last backward()"
+)
+
+
+class StepGuard:
+    """Raises RuntimeError where an optimizer's step() would move the replicas apart in silence.
+
+    layout: has `unfinished`, true from a backward until the gradients are summed
+    params(): the parameters it watches in any optimizer, also one that the user made
+    too_early: the message for a step with an unfinished gradient of these
+    only_own: the message for a step of theirs by an optimizer that `admit` does not know; "": any
+        optimizer may step them
+
+    It watches as long as the layout lives.
+    """
+
+    def __init__(
+        self,
+        layout,
+        params: Callable[[], Iterable[nn.Parameter]],
+        too_early: str = TOO_EARLY,
+        only_own: str = "",
+    ):
+        self.layout = layout
+        self.params = params
+        self.too_early = too_early
+        self.only_own = only_own
+        self.admitted = weakref.WeakSet()
+        self.in_admitted_step = False
+        # torch calls such a hook before every step of every optimizer, so it must not keep the
+        # layout and its model alive.
+        check = weakref.WeakMethod(self.check)
+        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: check()(optimizer))
+        weakref.finalize(self, hook.remove)
+
+    def admit(self, optimizer: Optimizer) -> Optimizer:
+        """The same optimizer, whose parameters may be others: the layout made it."""
+        self.admitted.add(optimizer)
+        optimizer.register_step_pre_hook(self.before_admitted)
+        optimizer.register_step_post_hook(self.after_admitted)
+        return optimizer
+
+    def before_admitted(self, *_) -> None:
+        if self.layout.unfinished:
+            raise RuntimeError(self.too_early)
+        # It may hand its parameters to other optimizers, which it knows and we do not.
+        self.in_admitted_step = True
+
+    def after_admitted(self, *_) -> None:
+        self.in_admitted_step = False
+
+    def check(self, optimizer: Optimizer) -> None:
+        is_known = optimizer in self.admitted or self.in_admitted_step
+        if is_known or not (self.only_own or self.layout.unfinished):
+            return
+        watched = {id(p) for p in self.params()}
+        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in watched]
+        if held and self.only_own:
+            raise RuntimeError(self.only_own)
+        # Dropped gradients (None) are no longer unfinished.
+        if any(p.grad is not None for p in held):
+            raise RuntimeError(self.too_early)
+
+
+# ---- owners: which of n ranks owns which parameter -----------------------------------------------
+# Plain arithmetic, so every rank computes the same answer. Two rules, for two kinds of traffic:
+#
+#     owners_by_shape   balances the count of each shape       parallel/zero.py
+#                       Broadcasts and reduces take all ranks the same time, whoever owns what. So
+#                       only the optimizer's work is balanced. Muon's work is Newton-Schulz on each
+#                       matrix: every rank gets as many matrices of a shape as any other.
+#
+#     owners_by_size    balances the number of elements        parallel/owners.py
+#                       An all-to-all between shards and owners takes as long as the owner with
+#                       the most elements. So a rank with a large embedding gets fewer matrices.
+#
+# memory/estimate.py and memory/plan.py call the first rule for thousands of ranks, so a heap finds
+# the rank with the least load.
+def owners_by_shape(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
+    """The owner of each parameter, by name, among n ranks: as many of each shape on every rank.
+
+    The shape with the most elements in sum comes first. A parameter goes to the rank with the
+    fewest of its shape, and among these to the one with the fewest elements so far. So all ranks
+    orthogonalise the same matrices, give or take one of each shape, and the remainder goes to ranks
+    without an embedding.
+    """
+    names_of = {}  # shape -> names
+    for name, shape in shapes.items():
+        names_of.setdefault(tuple(shape), []).append(name)
+
+    def largest_first(shape: tuple[int, ...]) -> tuple:
+        # Equal sums are ordered by shape, so that every rank has the same order.
+        return -math.prod(shape) * len(names_of[shape]), shape
+
+    owners = {}
+    n_elements = [0] * n  # of each rank, all shapes so far
+    for shape in sorted(names_of, key=largest_first):
+        # (how many of this shape, elements, rank): equal counts go to the rank with the fewest
+        # elements, then to the lower rank.
+        heap = [(0, n_elements[rank], rank) for rank in range(n)]
+        heapq.heapify(heap)
+        for name in names_of[shape]:
+            count, _, rank = heap[0]
+            owners[name] = rank
+            n_elements[rank] += math.prod(shape)
+            heapq.heapreplace(heap, (count + 1, n_elements[rank], rank))
+    return owners
+
+
+def owners_by_size(shapes: list[tuple[int, ...]], n: int) -> list[int]:
+    """The owner of each parameter among n ranks: about as many elements on every rank.
+
+    The largest parameter comes first, and each goes to the rank with the fewest elements so far. So
+    matrices of one shape go round all ranks.
+    """
+
+    def largest_first(i: int) -> tuple:
+        return -math.prod(shapes[i]), shapes[i]
+
+    owners = [0] * len(shapes)
+    # Equal loads go to the lower rank. A list in order is a heap already.
+    heap = [(0, rank) for rank in range(n)]  # (elements, rank)
+    for i in sorted(range(len(shapes)), key=largest_first):
+        elements, rank = heap[0]
+        owners[i] = rank
+        heapq.heapreplace(heap, (elements + math.prod(shapes[i]), rank))
+    return owners
+
+
+# ---- coupled optimizers: their step of one parameter depends on others ---------------------------
+TRIAL_STEPS = 20
+
+
+def refuse_coupled(cls: type[torch.optim.Optimizer], groups: list[dict], arguments: dict) -> None:
+    """Raises ValueError for a method that couples parameters, such as Prodigy or LBFGS.
+
+    If its parameters are dealt out to ranks, or stepped one after the other, such a method would
+    silently be another one. The class is tried, not asked: it steps a matrix alone and beside
+    another one, in float64, with the options of the first group. If it cannot be tried here (its
+    options need a GPU, say), it passes.
+    """
+    why = (
+        f"{cls.__name__} looks at all parameters together, and here they are stepped apart; take a"
+        " layout in which one optimizer has them all (--data_parallel=ddp), or another optimizer"
+    )
+    # A method that must be given a closure computes the loss again and again, as LBFGS does.
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(why)
+
+    not_options = ("params", "names", "param_names", "kind")
+    options = {key: value for key, value in groups[0].items() if key not in not_options}
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 2, 2, generator=generator, dtype=torch.double)
+    noise = torch.randn(TRIAL_STEPS, 2, 2, 2, generator=generator, dtype=torch.double)
+
+    def moved(n: int, sign: int) -> torch.Tensor:
+        """By how much the steps move the first of n matrices, a (2, 2) tensor.
+
+        sign=-1: the second matrix's gradient changes its sign from step to step.
+        """
+        params = [nn.Parameter(w.clone()) for w in weights[:n]]
+        optimizer = cls([{**options, "params": params}], **arguments)
+        if hasattr(optimizer, "train"):
+            optimizer.train()  # Schedule-Free refuses to step otherwise
+        for step in range(TRIAL_STEPS):
+            # A method that draws noise must draw the same for the first matrix.
+            torch.random.default_generator.manual_seed(step)
+            # The second gradient is 100 times larger, so that its influence shows.
+            for p, g, scale in zip(params, noise[step], (1, 100 * sign**step)):
+                p.grad = scale * (1 + g / 10)
+            optimizer.step()
+        return params[0].detach() - weights[0]
+
+    # The trial seeds the CPU's generator, which gets its state back. (torch.manual_seed would seed
+    # those of GPUs, too.)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            alone = moved(1, 1)
+            beside = [moved(2, 1), moved(2, -1)]
+        except Exception:
+            return
+    tolerance = 1e-6 * alone.abs().max()
+    if max((alone - x).abs().max() for x in beside) > tolerance:
+        raise ValueError(why)
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))
