@@ -188,7 +188,7 @@ class Divergence:
 
     # ---- what is said ----------------------------------------------------------------------------
     def tell(self, step: int, what: str, loss: float, limit: float, why: str) -> None:
-        """One event, and one more where a risen loss gets above the ceiling; under abort the end."""
+        """One event, one more where a risen loss gets above the ceiling; under abort the end."""
         told = self.seen["told"]
         ceiling = self.ceiling(self.seen["start"])
         is_new = told == 0 or told <= ceiling < loss

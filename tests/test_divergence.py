@@ -64,11 +64,10 @@ def test_a_run_that_learns_is_not_named():
 def test_a_loss_that_has_risen_is_named_at_its_third_level_once():
     risen = FALLING + [3.1] * 8
     assert told(noisy(risen)) == [(150, "divergence")]
-    # Much higher, and then once more.
-    assert told(noisy(FALLING + [3.1] * 4 + [4.2] * 4)) == [
-        (150, "divergence"),
-        (170, "divergence"),
-    ]
+    # Above that of guessing, and then once more.
+    assert told(noisy(FALLING + [3.1] * 4 + [4.2] * 4)) == [(150, "divergence")]
+    worse = noisy(FALLING + [3.1] * 3 + [6.0] * 5)
+    assert told(worse) == [(150, "divergence"), (160, "divergence")]
     # While it comes down by itself it is left alone.
     assert told(noisy(FALLING + [4.4, 4.1, 3.8, 3.5, 3.2, 2.9, 2.6, 2.4])) == []
 
@@ -135,7 +134,7 @@ def test_a_run_that_stays_where_it_began_is_named_and_what_to_try():
         watch.update(step, loss)
     (event,) = watch.pop_events()
     assert (event["event"], event["step"]) == ("stuck", 110)
-    assert "nothing is learnt; try a higher --lr" in event["text"]
+    assert "is where it began" in event["text"] and "--lr is far too low" in event["text"]
 
 
 def test_a_run_that_stays_at_the_level_of_single_tokens_is_named():
@@ -145,10 +144,11 @@ def test_a_run_that_stays_at_the_level_of_single_tokens_is_named():
     assert told(noisy([GUESS, 4.0] + [3.0] * 18)) == []
 
 
-def test_while_the_loss_falls_it_is_not_stuck_until_the_run_ends():
-    slow = [GUESS - 0.08 * i for i in range(20)]  # to 4.0
-    assert told(noisy(slow)) == [(200, "stuck")]
-    assert told(noisy(slow[:19])) == []
+def test_while_the_loss_falls_it_is_not_stuck():
+    assert told(noisy([GUESS - 0.08 * i for i in range(20)])) == []  # to 4.0
+    assert told(noisy([GUESS - 0.01 * i for i in range(20)])) == [(110, "stuck")]
+    # Random weights may begin above the loss of guessing, and then stay there.
+    assert told([5.75, *noisy([5.7] * 20)]) == [(110, "stuck")]
 
 
 def test_what_has_diverged_is_not_called_stuck_too():
