@@ -269,3 +269,28 @@ def test_abort_saves_and_ends_all_ranks_alike_and_a_search_counts_it(tmp_path, t
     # The same command resumes, and ends at the next block.
     with pytest.raises(Aborted, match=f"step {step + 5}: "):
         go(text, tmp_path / "one", *BAD, "--on_divergence=abort")
+
+
+# ---- an extended run: its learning rate jumps, and that is said ----------------------------------
+@pytest.mark.parametrize("keep", ["none", "1"])
+def test_an_extended_run_says_both_learning_rates_why_and_what_to_type_instead(
+    tmp_path, text, capsys, keep
+):
+    out = tmp_path / "out"
+    more = ["--save_every=2", f"--keep={keep}", "--eval_every=0", "--decay_frac=0.5"]
+    go(text, out, *more)
+    capsys.readouterr()
+    go(text, out, *more, "--steps=15")
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("lr goes"))
+    rows = [row for row in logger.read_metrics(out / "metrics.jsonl") if "lr" in row]
+    old, new = (f"{row['lr']:.1e}" for row in rows[11:13])
+    assert said.startswith(f"lr goes from {old} to {new} at step 12: steps=15 (12 before); ")
+    if keep == "1":
+        assert "--resume=OUT/step-N --out_dir=NEW, from a checkpoint before the decay" in said
+        assert "(step 6 or earlier), but none is left" in said
+        return
+    # The last one before lr fell: its branch goes on at the peak.
+    resume = f"--resume={out}/step-00000006"
+    assert said.endswith(f"; without the jump: {resume} --out_dir=NEW")
+    go(text, tmp_path / "new", *more, "--steps=15", resume)
+    assert "lr goes" not in capsys.readouterr().out
