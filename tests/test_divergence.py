@@ -1,5 +1,6 @@
 """A run that has diverged, or learns nothing, is named once; one that learns is not."""
 
+import importlib
 import json
 import math
 import random
@@ -14,7 +15,9 @@ from data.dataset import Tokens
 from metrics import logger
 from metrics.divergence import Divergence, unigram_entropy
 from monitor import Aborted
+from run import build
 from search.trials import Trial
+from settings.fields import Config
 
 GUESS = math.log(256)
 UNIGRAM = 3.2
@@ -59,6 +62,9 @@ def test_a_run_that_learns_is_not_named():
     spiky[100] = spiky[150] = math.inf
     spiky[121:124] = [9.0] * 3
     assert told(spiky) == []
+    # One in each block.
+    spiky[125::10] = [40.0] * 8
+    assert told(spiky) == []
 
 
 def test_a_loss_that_has_risen_is_named_at_its_third_level_once():
@@ -94,6 +100,9 @@ def test_a_loss_above_that_of_guessing_is_named():
 def test_a_pretrained_model_is_measured_against_its_own_start():
     assert told([1.5, *noisy([1.5] + [1.8] * 19)]) == []
     assert told([1.5, *noisy([1.5] + [2.1] * 19)]) == [(40, "divergence")]
+    # Its first batch may be a lucky one: the evaluation before it knows better.
+    lucky = [1.2, *noisy([1.6] * 20)]
+    assert told(lucky) != [] and told(lucky, {0: 1.5}) == []
 
 
 # ---- evaluations ---------------------------------------------------------------------------------
@@ -242,8 +251,29 @@ def test_a_diverged_run_says_so_once_on_the_screen_and_in_its_metrics(tmp_path, 
     said = [line for line in capsys.readouterr().out.splitlines() if "diverge" in line]
     assert len(said) == 1 and event["text"] in said[0]
     assert load.newest(tmp_path).step == 60
-    go(text, tmp_path / "off", *BAD, "--on_divergence=none")
+    go(text, tmp_path / "off", *BAD, "--on_divergence=none", "--steps=20")
     assert events(tmp_path / "off", "divergence", "stuck") == []
+    # A branch starts anew: its own first loss is its start.
+    before = load.newest(tmp_path).tree("divergence")["start"]
+    go(text, tmp_path / "b", f"--resume={tmp_path}", "--steps=61")
+    first = next(row for row in logger.read_metrics(tmp_path / "b/metrics.jsonl") if "lr" in row)
+    assert load.newest(tmp_path / "b").tree("divergence")["start"] == first["loss"] != before
+
+
+def test_early_stopping_acts_first(tmp_path, text, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Divergence, "evaluated", lambda self, *found: seen.append(found))
+    go(text, tmp_path, *BAD, "--eval_every=4", "--eval_tokens=64", "--patience=2")
+    assert [step for step, _ in seen] == [0, 4] and seen[1][1] > seen[0][1]
+    assert load.newest(tmp_path).step == 8
+
+
+def test_warm_up_is_that_of_the_schedule():
+    text = Tokens([np.arange(256, dtype=np.uint16)])
+    for fields, warmup in ((dict(warmup_frac=0.25), 15), (dict(warmup_steps=7), 7)):
+        built = build.divergence(Config(steps=60, vocab_size=256, **fields), text)
+        assert (built.warmup, built.steps, built.policy) == (warmup, 60, "warn")
+        assert built.guess == pytest.approx(built.unigram)
 
 
 def aborted(rank: int, world: int, *args) -> str:
@@ -294,3 +324,27 @@ def test_an_extended_run_says_both_learning_rates_why_and_what_to_type_instead(
     assert said.endswith(f"; without the jump: {resume} --out_dir=NEW")
     go(text, tmp_path / "new", *more, "--steps=15", resume)
     assert "lr goes" not in capsys.readouterr().out
+
+
+# ---- the experiment's verdict follows the figures ------------------------------------------------
+def test_the_experiments_verdict_follows_the_figures():
+    e = importlib.import_module("experiments.divergence")
+    assert [len(runs) for runs in e.RUNS.values()] == [20, 20, 40]
+    good = [
+        g | {"named": [] if g["kind"] == "healthy" else ["stuck"], "at": [], "steps": 200}
+        for g in e.GRID
+    ]
+    assert e.verdict(good)[:2] == (
+        "holds",
+        "40 of 40 bad runs are named; 0 of 40 runs that learn are named",
+    )
+    missed = [r | {"named": []} if i < 2 else r for i, r in enumerate(good)]
+    assert e.verdict(missed)[0] == "holds"
+    missed[2]["named"] = []
+    assert e.verdict(missed)[0] == "holds in part"
+    assert e.verdict([*good[:-1], good[-1] | {"named": ["stuck"]}])[0] == "holds in part"
+    levels = [5.0, 4.0, 3.0, 2.5, 2.4, 2.3, 2.2, 2.2, 2.2, 2.2]
+    r = {"begin": 5.5, "unigram": 3.2, "levels": levels}
+    assert e.learns(r) and not e.learns(r | {"levels": [*levels[:-1], 2.5]})
+    slow = [5.4 - 0.1 * i for i in range(10)]
+    assert e.learns(r | {"levels": slow}) and not e.learns(r | {"levels": [5.4] * 10})
