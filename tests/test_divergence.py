@@ -14,7 +14,7 @@ from checkpoint import load
 from data.dataset import Tokens
 from metrics import logger
 from metrics.divergence import Divergence, unigram_entropy
-from monitor import Aborted
+from monitor import Aborted, SpikeMonitor
 from run import build
 from search.trials import Trial
 from settings.fields import Config
@@ -258,6 +258,23 @@ def test_a_diverged_run_says_so_once_on_the_screen_and_in_its_metrics(tmp_path, 
     go(text, tmp_path / "b", f"--resume={tmp_path}", "--steps=61")
     first = next(row for row in logger.read_metrics(tmp_path / "b/metrics.jsonl") if "lr" in row)
     assert load.newest(tmp_path / "b").tree("divergence")["start"] == first["loss"] != before
+
+
+def test_a_rollback_undoes_what_was_seen(tmp_path, text, monkeypatch):
+    detect, calls = SpikeMonitor.detect, []
+
+    def once(self, *loss_and_norm):
+        calls.append(loss_and_norm)
+        return ("robust", 1.0) if len(calls) == 9 else detect(self, *loss_and_norm)
+
+    monkeypatch.setattr(SpikeMonitor, "detect", once)
+    go(text, tmp_path, "--on_spike=rollback", "--monitor.ring_every=5", "--eval_every=0")
+    (event,) = events(tmp_path, "rollback")
+    assert (event["step"], event["to"]) == (9, 5)
+    losses = [row["loss"] for row in logger.read_metrics(tmp_path / "metrics.jsonl") if "lr" in row]
+    assert len(losses) == 15  # 8 and 7 more, three of them again
+    saved = load.newest(tmp_path).tree("divergence")
+    assert saved["block"] == losses[-2:] and len(saved["levels"]) == 2
 
 
 def test_early_stopping_acts_first(tmp_path, text, monkeypatch):
