@@ -161,23 +161,25 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- everything that a step depends on: a checkpoint holds it, a rollback restores it --------
     cursor = Cursor(corpus.sha256)
     early_stopping = EarlyStopping(out_dir / "best", cfg.patience, cfg.min_delta)
+    divergence = build.divergence(cfg, corpus.train)
     scales = {"fp8": fp8_state, "scaler": loss_scaler}
     scales = {name: part for name, part in scales.items() if part is not None}
-    kept = scales | {"progress": cursor, "best": early_stopping}
+    kept = scales | {"progress": cursor, "best": early_stopping, "divergence": divergence}
     run_state = State(optimizer, replicas, shards, tp_shards, mesh, kept)
     in_background = cfg.async_save and not build.state_on_disk(cfg)
     saver = Saver(out_dir, cfg.save_every, cfg.save_hours, cfg.keep, cfg.keep_every, in_background)
     disk = Disk(out_dir, run_state, saver)
+    undone = [*scales.values(), divergence]  # by a rollback
     spike_monitor = build.spike_monitor(
-        cfg, options["monitor"], model, optimizer, cursor, [*scales.values()], disk
+        cfg, options["monitor"], model, optimizer, cursor, undone, disk
     )
     # run_state holds this dict: from here on the monitor is in every checkpoint too. It comes this
     # late because it may roll back to the disk, so to a run_state.
     kept["guard"] = spike_monitor
-    # A branch starts early stopping and the monitor anew.
+    # A branch starts early stopping and the monitors anew.
     if resumed_from is not None:
         run_state.load_state_dict(
-            resumed_from, None if same_run else kept.keys() - {"best", "guard"}
+            resumed_from, None if same_run else kept.keys() - {"best", "guard", "divergence"}
         )
 
     # ---- what this run is, for the user and for the record ---------------------------------------
@@ -274,6 +276,11 @@ def main(requested_cfg: fields.Config) -> dict:
             if found is not None:
                 metrics |= found
                 logger.evaluation({"step": step} | found)
+                # A run that stops early ends with its best weights, whatever became of the last.
+                if not early_stopping.should_stop:
+                    divergence.evaluated(step, found["val_loss"])
+        logger.events(divergence.pop_events())
+        stop.agreed = stop.agreed or divergence.sentence != ""
         is_done = is_done or early_stopping.should_stop
         if is_done and early_stopping.best_is_earlier:
             # For the sample, and as the checkpoint's model; the checkpoint has the last ones too.
@@ -369,6 +376,7 @@ def main(requested_cfg: fields.Config) -> dict:
             fp8_state.step(mesh.groups["dp_cp"], mesh.groups["tp"])
         model.zero_grad(set_to_none=True)
         step += 1
+        divergence.update(step, loss)
 
         # Log. float() above has waited for the gradients; on a GPU the optimizer's own work falls
         # into the seconds of the next step.
@@ -417,8 +425,9 @@ def main(requested_cfg: fields.Config) -> dict:
     stop.close()
     logger.close()
     leave()
-    if spike_monitor.sentence:
-        raise Aborted(spike_monitor.sentence)
+    sentence = spike_monitor.sentence or divergence.sentence
+    if sentence:
+        raise Aborted(sentence)
     return metrics
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 import schedules
+from checkpoint import save
 from checkpoint.load import Checkpoint, resolve
 from optim import param_groups
 from optim.attributes import attribute
@@ -77,7 +78,29 @@ def change_of_lr(cfg: Config, resumed_from: Checkpoint, full_model: torch.nn.Mod
     line += because or "another schedule"
     if "steps" in differ and not schedules.is_endless(cfg.schedule):
         line += f"; the schedule is that of a run of {cfg.steps} steps from its beginning on"
+        if new_lr > old_lr:
+            line += instead_of_a_jump(before, resumed_from)
     return [line]
+
+
+def instead_of_a_jump(before: Config, resumed_from: Checkpoint) -> str:
+    """What to type to go on from where lr had not begun to fall; "" where there is no such step."""
+    if not schedules.takes(before.schedule, "decay"):
+        return ""
+    first = before.steps - round(before.decay_frac * before.steps)
+    if resumed_from.step <= first:
+        return ""
+    paths = [
+        path
+        for step, is_current, path in save.found(resumed_from.path.parent)
+        if is_current and 0 < step <= first
+    ]
+    if paths:
+        return f"; without the jump: {flag('resume', str(paths[-1]))} --out_dir=NEW"
+    return (
+        f"; without the jump: --resume=OUT/step-N --out_dir=NEW, from a checkpoint before the decay"
+        f" (step {first} or earlier), but none is left; --keep_every= keeps some"
+    )
 
 
 # ---- warnings ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import monitor
 import schedules
 from data import corpora, dataset
+from metrics.divergence import Divergence, unigram_entropy
 from model import GPTConfig
 from optim import mup, param_groups
 from parallel.ddp import DDP
@@ -29,10 +30,7 @@ def lr_schedule(cfg: Config, options: dict):
 
     options: arguments of the schedule. Raises ValueError for one out of its range.
     """
-    # The share, warmup_frac, has a default, so warmup_steps counts first where it is given.
-    warmup = cfg.warmup_steps
-    if warmup is None:
-        warmup = round(cfg.warmup_frac * cfg.steps)
+    warmup = warmup_steps(cfg)
 
     def factor(step: int) -> float:
         return schedules.multiplier(
@@ -49,6 +47,13 @@ def lr_schedule(cfg: Config, options: dict):
     # One call now: a bad argument is refused before the data are read.
     factor(cfg.steps)
     return factor
+
+
+def warmup_steps(cfg: Config) -> int:
+    # The share, warmup_frac, has a default, so warmup_steps counts first where it is given.
+    if cfg.warmup_steps is not None:
+        return cfg.warmup_steps
+    return round(cfg.warmup_frac * cfg.steps)
 
 
 def corpus(cfg: Config) -> corpora.Corpus:
@@ -289,6 +294,13 @@ def spike_monitor(
         monitor.MonitorConfig(**options),
         disk,
     )
+
+
+def divergence(cfg: Config, text: dataset.Tokens) -> Divergence:
+    """What names a run that has diverged, or is stuck; text: the tokens to train on."""
+    # Reading the text costs some milliseconds, which a run without it is spared.
+    unigram = 0.0 if cfg.on_divergence is None else unigram_entropy(text)
+    return Divergence(cfg.on_divergence, cfg.steps, warmup_steps(cfg), cfg.vocab_size, unigram)
 
 
 def optimizer_factory(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], optimizer_class: type):

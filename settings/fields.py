@@ -186,6 +186,9 @@ class Config:
     on_nonfinite: Literal["warn", "skip", "rollback", "lr_cut", "abort"] | None = may_change(
         "skip", "the same for NaN and infinity; fp16's overflows are its loss scaler's"
     )
+    on_divergence: Literal["warn", "abort"] | None = may_change(
+        "warn", "a loss that stays above its start, or has risen for good (metrics/divergence.py)"
+    )
     patience: int | None = may_change(
         None,
         "the run ends with its best weights after this many evaluations without a better loss",
