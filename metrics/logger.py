@@ -3,7 +3,7 @@
     metrics.jsonl   one JSON object a line, flushed line by line, floats with all their digits
         train        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", ...}
         evaluation   {"step", "val_loss", "val_bpb", "val_accuracy", "perplexity"}
-        event        {"step", "event": "resume", "save", "spike", "skip", "rollback", ...}
+        event        {"step", "event": "resume", "save", "spike", "rollback", "divergence", ...}
     train.log       the plain lines, whatever the terminal shows
 
 Where a line cannot be written, the run reports it once and continues (metrics/outlets.py): a log is

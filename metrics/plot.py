@@ -17,7 +17,13 @@ from statistics import median
 from metrics.logger import read_metrics, short
 
 # Event -> colour of its dashed lines. Other events are not drawn.
-DRAWN = {"resume": "#888888", "skip": "#9467bd", "spike": "#e69f00", "rollback": "#d62728"}
+DRAWN = {
+    "resume": "#888888",
+    "skip": "#9467bd",
+    "spike": "#e69f00",
+    "rollback": "#d62728",
+    "divergence": "#000000",
+}
 
 
 def to_csv(run, path) -> None:

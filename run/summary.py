@@ -190,6 +190,7 @@ def about_guards(cfg: Config, monitor: dict) -> str:
         every = monitor.get("ring_every", 25)
         armed = f"{ring} snapshots in memory, one every {every} steps"
         parts.append(f"rollback is armed ({armed if ring else 'to checkpoints'})")
+    parts.append(f"divergence: {cfg.on_divergence or 'off'}")
     if cfg.patience is not None:
         parts.append(f"stops after {cfg.patience} evaluations that are not better")
     return "; ".join(parts)

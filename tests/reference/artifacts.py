@@ -22,6 +22,8 @@ INPUTS = {"words.txt", "spiky.txt", "texts", "shards", "data_cache", "root.txt"}
 # In this order a difference is looked for: what tells most comes first.
 ORDER = ("status.json", ".jsonl", ".err", ".out", ".toml", ".safetensors", "index.json", "")
 UNREAD = re.compile(r".*/\.lock|.*\.png")  # whether they are there is compared
+# What the base does not know: a setting, a part of a checkpoint, events.
+ADDED = {"on_divergence", "divergence", "stuck"}
 MEASURED = {"tokens_per_s", "mfu", "step_s", "peak_bytes", "idle_s"}  # of a row of metrics.jsonl
 HERE_AND_NOW = ("commit", "platform")  # of what a run notes of its machine
 NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32,
@@ -143,7 +145,7 @@ def recipe(text: str) -> list[str]:
     """The lines of a config.toml. What a run says is `unknown` stays so."""
     for note in HERE_AND_NOW:
         text = re.sub(rf"(?m)^# {note}: (?!unknown).*", f"# {note}: <{note}>", text)
-    return text.splitlines()
+    return [line for line in text.splitlines() if line.split(" ")[0] not in ADDED]
 
 
 def screen(text: str) -> list[str]:
@@ -173,6 +175,7 @@ def rows(text: str) -> Iterator[tuple[str, object]]:
     parsed = [json.loads(line) for line in text.splitlines()]
     saves = [row for row in parsed if row.get("event") == "save"]
     others = [row for row in parsed if row.get("event") != "save"]
+    others = [row for row in others if row.get("event") not in ADDED]
     for number, row in enumerate(others + sorted(saves, key=lambda row: row["step"]), 1):
         place = f"row {number} (step {row.get('step')})"
         yield f"{place} keys", list(row)
@@ -185,6 +188,9 @@ def rows(text: str) -> Iterator[tuple[str, object]]:
 def index(body: dict) -> Iterator[tuple[str, object]]:
     """The body of a checkpoint's index.json: every leaf by its path. The checksums of the files are
     leaves too: they know the order of the tensors."""
+    for part in (body["tree"], body["tree"].get("config", {})):
+        for name in ADDED & part.keys():
+            del part[name]
     record = body["tree"].get("record", {})
     for note in HERE_AND_NOW:
         if record.get(note) not in (None, "unknown"):
