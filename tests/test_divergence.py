@@ -248,7 +248,7 @@ def test_a_diverged_run_says_so_once_on_the_screen_and_in_its_metrics(tmp_path, 
     go(text, tmp_path, *BAD)
     (event,) = events(tmp_path, "divergence", "stuck")
     assert event["event"] == "divergence" and event["action"] == "warn" and event["step"] <= 30
-    said = [line for line in capsys.readouterr().out.splitlines() if "diverge" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "has diverged" in line]
     assert len(said) == 1 and event["text"] in said[0]
     assert load.newest(tmp_path).step == 60
     go(text, tmp_path / "off", *BAD, "--on_divergence=none", "--steps=20")
