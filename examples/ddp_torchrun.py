@@ -1,6 +1,8 @@
 """Somebody's MLP on several ranks by our DDP, with torch's own AdamW and a scheduler.
 
-torchrun --standalone --nproc_per_node=2 -m examples.ddp_torchrun
+Type at the root:
+
+    torchrun --standalone --nproc_per_node=2 -m examples.ddp_torchrun
 """
 
 import torch

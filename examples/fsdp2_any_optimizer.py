@@ -1,6 +1,8 @@
-"""torch's fully_shard on somebody's MLP, with any optimizer of optim/ by its name.
+"""torch's fully_shard on somebody's MLP, with any optimizer of optim/ by its name (and lr).
 
-torchrun --standalone --nproc_per_node=2 -m examples.fsdp2_any_optimizer shampoo
+Type at the root:
+
+    torchrun --standalone --nproc_per_node=2 -m examples.fsdp2_any_optimizer shampoo
 """
 
 import sys
@@ -11,10 +13,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from optim.attributes import attribute, own_classes
+from optim.param_groups import averages_weights
 from parallel.sharded_optimizer import make_optimizer
 
 
-def main(name: str) -> None:
+def main(name: str, lr: str = "0.02") -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)  # fully_shard does not make weights alike: the same seed does
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
@@ -26,12 +29,14 @@ def main(name: str) -> None:
     groups = [{"params": list(model.parameters())}]
     if attribute(cls, "matrices_only"):  # Muon takes hidden matrices, its AdamW the rest
         rest = [p for p in model.parameters() if p is not model[2].weight]
-        groups = [{"params": [model[2].weight]}, {"params": rest, "use_muon": False}]
-    optimizer = make_optimizer(cls, groups, lr=0.01)
+        groups = [{"params": [model[2].weight]}, {"params": rest, "use_muon": False, "lr": 0.01}]
+    optimizer = make_optimizer(cls, groups, lr=float(lr))
+    if averages_weights(cls):  # Schedule-Free keeps two sets of weights
+        optimizer.train()
 
     torch.manual_seed(dist.get_rank())
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         x = torch.randn(64, 8)
         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
         loss.backward()

@@ -1,6 +1,8 @@
 """Spike monitor and checkpoints in somebody's loop: kill it and run it again, and it resumes.
 
-python -m examples.monitor_checkpoint FOLDER
+Type at the root:
+
+    python -m examples.monitor_checkpoint FOLDER
 """
 
 import sys

@@ -1,6 +1,8 @@
 """Muon for the hidden matrices of somebody's CNN, AdamW for the rest, in one process.
 
-python -m examples.muon_alone
+Type at the root:
+
+    python -m examples.muon_alone
 """
 
 import torch

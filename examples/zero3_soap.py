@@ -1,6 +1,8 @@
 """ZeRO 3 on somebody's MLP: weights, gradients and SOAP's large state are each on one rank alone.
 
-torchrun --standalone --nproc_per_node=2 -m examples.zero3_soap
+Type at the root:
+
+    torchrun --standalone --nproc_per_node=2 -m examples.zero3_soap
 """
 
 import torch
