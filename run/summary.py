@@ -244,14 +244,19 @@ def minutes(seconds: float) -> str:
 
 
 def about_losses(trained: list[dict], evaluated: list[dict]) -> str:
-    text = f"{trained[-1]['loss']:.4f} at the end"
+    text = f"{number(trained[-1]['loss'])} at the end"
     if evaluated:
-        best = min(evaluated, key=lambda row: row["val_loss"])
-        text += (
-            f"; validation {evaluated[-1]['val_loss']:.4f} at the end, {best['val_loss']:.4f} at "
-            f"best (step {best['step']})"
-        )
+        text += f"; validation {number(evaluated[-1]['val_loss'])} at the end"
+    finite = [row for row in evaluated if row["val_loss"] is not None]
+    if finite:
+        best = min(finite, key=lambda row: row["val_loss"])
+        text += f", {number(best['val_loss'])} at best (step {best['step']})"
     return text
+
+
+def number(loss: float | None) -> str:
+    """A loss as metrics.jsonl has it: None where it was not finite."""
+    return "not a number" if loss is None else f"{loss:.4f}"
 
 
 def about_messages(cfg: Config, mesh: Mesh, n_params: int, trained: list[dict]) -> str:

@@ -290,6 +290,7 @@ def test_a_start_to_which_a_rank_does_not_come_ends_in_time():
 def bereaved(rank: int, world: int, how: str) -> str | None:
     step = 36  # noqa: F841  the name that train.main gives to the steps done
     group = dist.new_group(timeout=timedelta(seconds=0.7 if how == "silent" else 10))
+    dist.barrier()  # not before both ranks are connected
     if rank == 1:
         time.sleep(1.5) if how == "silent" else dist.destroy_process_group(group)
         return None
