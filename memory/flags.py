@@ -1,4 +1,4 @@
-"""The flags of `python -m memory.estimate` and `python -m memory.plan`: read, checked, listed.
+"""The flags of memory/estimate.py and memory/plan.py as commands: read, checked, listed.
 
     --params=7B --gpus 64 --offload=cpu      words -> (name, text)      from_text -> the value
 
@@ -103,6 +103,6 @@ def usage(defaults: dict, names: dict) -> str:
 
 
 if __name__ == "__main__":
-    print("flags of python -m memory.estimate --help and python -m memory.plan --help, such as")
+    print("numbers that memory.estimate and memory.plan understand, such as")
     for text in "7B", "80GB", "4.1e9":
         print(f"    {text:6} which is {number(text):g}")

@@ -155,7 +155,7 @@ def test_when_a_node_is_lost_the_other_goes_on_alone_with_the_same_batch(tmp_pat
     os.kill(lost, signal.SIGKILL)
     nodes[1].wait()
     assert nodes[0].wait(120) == 0
-    assert "2 rank(s)" in said(out) and "1 rank(s)" in said(out)
+    assert "\nlayout     2 ranks: dp 2" in said(out) and "\nlayout     1 process" in said(out)
     for kind in ("loss", "val_loss"):
         close(rows(out, kind), rows(tmp_path / "one", kind), 1e-10)
     assert rows(out).keys() == set(range(1, 301))

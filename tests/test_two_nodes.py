@@ -67,7 +67,7 @@ def test_two_agents_are_one_process(tmp_path, rendezvous):
         for agent in agents:
             agent.terminate()  # a test that failed leaves nothing running; the rest ended long ago
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert sum("2 rank(s)" in text for text in said) == 1  # rank 0 speaks, for both
+    assert sum("layout     2 ranks: " in text for text in said) == 1  # rank 0 speaks, for both
     for kind in ("loss", "val_loss"):
         one, two = (rows(tmp_path / run, kind) for run in ("one", "two"))
         assert 6 in one
