@@ -77,7 +77,13 @@ class Mesh:
         Where several ranks hold the same tensor, one of them passes it. everywhere=False: the norm
         of this rank's tensors alone, and nothing is sent.
         """
-        norm = torch.nn.utils.get_total_norm(tensors)
+        # A norm in bfloat16 has three digits, and one in float16 ends at 65504.
+        is_narrow = any(x.dtype.itemsize < 4 for x in tensors)
+        if is_narrow:
+            norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in tensors]
+            norm = torch.stack([x.to(norms[0].device) for x in norms]).norm()
+        else:
+            norm = torch.nn.utils.get_total_norm(tensors)
         if everywhere and self.world > 1:
             # Squares add up, norms do not. The norm of offloaded gradients lies on the CPU.
             squares = norm.to(self.device, torch.float64).square()

@@ -21,6 +21,7 @@ from model import GPT, GPTConfig, initial_weight
 from optim import adamw, muon, schedule_free, sgd
 from optim import param_groups as groups_of
 from parallel.fsdp import FSDP
+from parallel.mesh import make_mesh
 from parallel.shard import Shard
 from parallel.sharded_optimizer import Adapter
 from parallel.zero import ZeRO
@@ -750,3 +751,14 @@ def test_a_matrix_cut_by_columns_rounds_as_the_whole_one():
         p.grad = gradient("w", (4, 6), t)
         optimizer.step()
     assert torch.equal(torch.cat(run_ranks(2, cut_in_two), 1), p.detach().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_of_narrow_gradients_is_that_of_their_values(dtype):
+    """In bfloat16 it would have three digits, and in float16 end at 65504."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(300, 200), 300 * torch.ones(100_000), torch.ones(0)]
+    gradients = [x.to(dtype) for x in gradients]
+    found = make_mesh(torch.device("cpu")).norm(gradients)
+    exact = torch.cat([x.double().flatten() for x in gradients]).norm()
+    assert found.dtype == torch.float32 and abs(found / exact - 1) < 2e-4  # torch sums in float32
