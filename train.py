@@ -446,4 +446,5 @@ if __name__ == "__main__":
     except RuntimeError as error:  # another rank died, or is silent: a sentence; else as it came
         watchdog.leave(error)
     except KeyboardInterrupt:  # the loop has a handler of its own: before it, or the second one
+        outlets.complain("train.py: interrupted; the same command resumes from what was saved")
         sys.exit(130)

@@ -92,6 +92,10 @@ def _in_folder(data: str, folder: Path) -> list[Path]:
     texts = [path for path in below if path.suffix.lower() == ".txt"]
     if texts:
         return _readable(texts)
+    if not below:
+        raise ValueError(
+            f"--data={data} is empty; put .txt texts or .bin shards there, or name another folder"
+        )
     # Texts often have another suffix, and shards lie one folder deeper: then the message says what
     # to type for them.
     others = sorted({path.suffix for path in below if path.suffix}) or ["nothing of a known kind"]

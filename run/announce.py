@@ -1,6 +1,7 @@
 """Warnings before a run starts: settings without effect, jumps of the lr. And the run's record."""
 
 import importlib.metadata
+import inspect
 import os
 import platform
 import subprocess
@@ -109,6 +110,8 @@ def warnings(
 ) -> list[str]:
     """A line for each setting that has no effect here, and for what a resumed run changes."""
     found = [
+        *about_machine(mesh),
+        *about_lr(cfg),
         *about_layout(cfg, mesh),
         *about_memory(cfg, mesh),
         *about_schedule(cfg),
@@ -118,6 +121,27 @@ def warnings(
     if resumed_from is not None:
         found += change_of_lr(cfg, resumed_from, full_model)
     return found
+
+
+def about_machine(mesh: Mesh) -> Iterator[str]:
+    """On a CPU whose cores others use, the threads of a product wait for the slowest of them."""
+    cores = os.cpu_count() or 1
+    if mesh.device.type == "cpu" and hasattr(os, "getloadavg"):
+        load = os.getloadavg()[0]
+        if load > 1.5 * cores:
+            yield (
+                f"this machine is busy (load {load:.1f} on {cores} cores): steps take longer; "
+                "--threads=1 may be faster"
+            )
+
+
+def about_lr(cfg: Config) -> Iterator[str]:
+    own = inspect.signature(find_optimizer(cfg.optim)).parameters.get("lr")
+    if "lr" not in cfg.given or own is None or not isinstance(own.default, float):
+        return
+    times = cfg.lr / own.default
+    if not 0.1 < times < 10:
+        yield f"lr={cfg.lr:g}: {cfg.optim}'s own is {own.default:g}"
 
 
 def about_layout(cfg: Config, mesh: Mesh) -> Iterator[str]:

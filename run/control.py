@@ -1,5 +1,6 @@
 """The lock on a run's folder, the signals that stop a run, and how a rank leaves."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -120,6 +121,9 @@ class StopSignal:
 
     def request(self, number: int, frame) -> None:
         self.requested = True
+        # Not print(): the signal may have come in the middle of one.
+        with contextlib.suppress(OSError):
+            os.write(2, b"stopping after this step, then saving; once more: at once, unsaved\n")
         # The old handler comes back, so that a second signal has its usual effect.
         signal.signal(number, self.before[number])
 

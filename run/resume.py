@@ -113,8 +113,11 @@ def report_finished(cfg: Config, step: int, same_run: bool, is_main: bool) -> No
     if not same_run:
         raise ValueError(f"a branch from step {step} needs more than --steps={cfg.steps}")
     if is_main:
-        more = "type --steps= or --resume=never"
-        print_line(f"the run in {cfg.out_dir} is finished at step {step}; {more}")
+        place = f"finished at step {step}"
+        if step > cfg.steps:
+            place = f"at step {step}, beyond --steps={cfg.steps}"
+        more = f"for more type --steps={2 * step}, to start anew --resume=never"
+        print_line(f"the run in {cfg.out_dir} is {place}; {more}")
 
 
 def owes_evaluation(

@@ -1,7 +1,7 @@
 """What a run says of itself on the screen: a few aligned lines at its start, and at its end.
 
     model      modern, 3.28M parameters: 4 layers, 4 heads, width 256; context of 256 tokens
-    data       python: 15.7M tokens to train on, 1.75M held out; 256 words
+    data       python: 15.7M tokens to train on, 1.75M held out; a vocabulary of 256
     batch      32 x 256 = 8,192 tokens a step; 600 steps = 4.92M tokens, 0.3 times the text
     ...
     done       600 steps and 4.92M tokens; 80 s here, 61.4k tokens/s, 0.71 GiB at most
@@ -88,7 +88,7 @@ def about_model(cfg: Config, full_model: torch.nn.Module) -> str:
 def about_data(corpus) -> str:
     return (
         f"{corpus.name}: {short(len(corpus.train))} tokens to train on, "
-        f"{short(len(corpus.val))} held out; {corpus.tokenizer.n_vocab:,} words"
+        f"{short(len(corpus.val))} held out; a vocabulary of {corpus.tokenizer.n_vocab:,}"
     )
 
 
@@ -103,10 +103,14 @@ def about_batch(cfg: Config, n_train: int) -> str:
     ramp = ""
     if cfg.batch_ramp_from is not None:
         ramp = f" (at first {cfg.batch_ramp_from} x {cfg.block_size})"
+    times = total / n_train
+    by_heart = ""
+    if times > 50 and cfg.patience is None:
+        by_heart = " (it may learn it by heart: --patience=3 keeps the best weights)"
     return (
         f"{cfg.batch_size} x {cfg.block_size} = {tokens:,} tokens a step{ramp}, "
         f"in micro-batches of {cfg.micro_batch_size}; {cfg.steps:,} steps = {short(total)} tokens, "
-        f"{total / n_train:.2g} times the text"
+        f"{times:.2g} times the text{by_heart}"
     )
 
 
@@ -251,7 +255,17 @@ def about_losses(trained: list[dict], evaluated: list[dict]) -> str:
     if finite:
         best = min(finite, key=lambda row: row["val_loss"])
         text += f", {number(best['val_loss'])} at best (step {best['step']})"
+        text += verdict(finite[0], best, finite[-1])
     return text
+
+
+def verdict(first: dict, best: dict, last: dict) -> str:
+    """What a validation loss that did not fall, or rose again, means; "" where it fell."""
+    if last["step"] > first["step"] and last["val_loss"] >= first["val_loss"]:
+        return ": it learnt nothing; try a lower --lr"
+    if last["val_loss"] > 1.05 * best["val_loss"]:
+        return ": it overfits since then; --patience=3 keeps the best weights"
+    return ""
 
 
 def number(loss: float | None) -> str:

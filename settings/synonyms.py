@@ -9,10 +9,7 @@ HERE = {
             "max_iters max_steps num_steps total_steps train_steps train_iters iters iterations "
             "epochs num_train_epochs lr_decay_iters lr_decay_steps"
         ),
-        "batch_size": (
-            "gradient_accumulation_steps gradient_accumulation grad_accum_steps grad_accum "
-            "grad_acc_steps train_batch_size gbs global_batch_size"
-        ),
+        "batch_size": ("train_batch_size gbs global_batch_size"),
         "micro_batch_size": (
             "mbs local_batch_size device_batch_size "
             "per_device_train_batch_size train_micro_batch_size_per_gpu"
@@ -103,6 +100,12 @@ ABSENT = {
     there: why
     for why, names in {
         "it follows: the ranks / (tp x cp x pp)": "dp dp_size data_parallel_size num_replicas",
+        "it follows: --batch_size counts the sequences of a step over all ranks, "
+        "--micro_batch_size those of one forward (nanoGPT's batch_size x "
+        "gradient_accumulation_steps is our batch_size)": (
+            "gradient_accumulation_steps gradient_accumulation grad_accum_steps grad_accum "
+            "grad_acc_steps"
+        ),
         "torchrun tells each process": "local_rank rank world_size nproc_per_node nnodes backend",
         "it is always so here": (
             "pin_memory overlap_comm contiguous_gradients auto_wrap_policy sync_module_states "

@@ -682,7 +682,7 @@ def test_patterns_and_lists_of_files(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_neither_says_what_it_has(tmp_path):
-    refused(tmp_path, "0 .bin shards and 0 .txt texts")
+    refused(tmp_path, "is empty; put .txt texts or .bin shards there")
     for name in ("a.parquet", "b.npy", "sub/a.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(ENGLISH)

@@ -38,7 +38,6 @@ def refused(*words: str, read=parse.parse) -> str:
 @pytest.mark.parametrize(
     "typed, ours",
     [
-        ("--gradient_accumulation_steps=8", "batch_size"),
         ("--learning_rate=6e-4", "lr"),
         ("--max_iters=100", "steps"),
         ("--lr_decay_iters 100", "steps"),
@@ -64,7 +63,6 @@ def refused(*words: str, read=parse.parse) -> str:
         ("--offload_optimizer.device=cpu", "offload=cpu"),
         ("--offload_param.device=cpu", "offload_params=cpu"),
         ("--communication_data_type=bf16", "reduce_dtype"),
-        ("--grad_acc_steps=4", "batch_size"),
         ("--fp16.initial_scale_power=16", "scaler.init_power"),
     ],
 )
@@ -78,6 +76,8 @@ def test_names_of_other_trainers_lead_to_ours(typed, ours):
         ("--dp=8", "it follows: the ranks / (tp x cp x pp); leave it out"),
         ("--local-rank=0", "torchrun tells each process; leave it out"),
         ("--zero_optimization.overlap_comm=true", "it is always so here; leave it out"),
+        ("--gradient_accumulation_steps=8", "is our batch_size); leave it out"),
+        ("--grad_acc_steps=4", "is our batch_size); leave it out"),
         ("--eval_only=true", "every --eval_every= steps; leave it out"),
         ("--sub_group_size=9", "docs/coming_from.md what other trainers call them"),
     ],

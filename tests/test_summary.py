@@ -1,14 +1,18 @@
 """What a run says at its start and at its end is what it is and what it did."""
 
+import os
 import re
 import sys
 
 import pytest
+import torch
 from harness import run_ranks
 from test_train import go, rows
 
 from metrics import logger
-from run import summary
+from parallel.mesh import make_mesh
+from run import announce, summary
+from settings import parse
 
 
 def said(capsys) -> dict[str, str]:
@@ -111,3 +115,40 @@ def test_lines_are_aligned():
         "next       b",
         "           c",
     ]
+
+
+@pytest.mark.parametrize(
+    "losses, says",
+    [
+        ([5.0, 4.0, 3.0], ""),
+        ([5.0, 3.0, 3.1], ""),
+        ([5.0, 3.0, 4.0], "it overfits since then; --patience=3"),
+        ([5.0, 4.0, 5.0], "it learnt nothing; try a lower --lr"),
+        ([5.0, None, 6.0], "it learnt nothing"),
+        ([5.0], ""),
+    ],
+)
+def test_a_validation_loss_that_did_not_fall_is_said(losses, says):
+    rows = [{"step": i, "val_loss": loss, "loss": 1.0} for i, loss in enumerate(losses)]
+    text = summary.about_losses(rows, rows)
+    assert says in text and text.endswith(")") == (not says)
+
+
+def test_an_unusual_lr_and_a_busy_machine_are_said(monkeypatch):
+    def said(*words, load=0.0):
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+        mesh = make_mesh(torch.device("cpu"))
+        return "\n".join(announce.warnings(parse.parse([*words]), mesh, None, None))
+
+    assert said("--lr=0.001") == "lr=0.001: muon's own is 0.02"
+    assert said("--lr=0.01") == said("--optim=adamw", "--lr=0.001") == said() == ""
+    assert "this machine is busy (load 99.0 on " in said(load=99.0)
+
+
+def test_a_tiny_text_is_learnt_by_heart(tmp_path, capsys):
+    (tmp_path / "tiny.txt").write_text("All work and no play. " * 9)
+    data = str(tmp_path / "tiny.txt")
+    go(data, tmp_path / "a", "--steps=200", "--eval_every=0")
+    assert "learn it by heart: --patience=3" in said(capsys)["batch"]
+    go(data, tmp_path / "b", "--steps=10", "--eval_every=0")
+    assert "heart" not in said(capsys)["batch"]

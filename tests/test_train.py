@@ -431,7 +431,9 @@ def test_a_run_saved_on_two_ranks_goes_on_alone_and_back(tmp_path, text):
 
 
 @pytest.mark.parametrize("step", [6, 8, 12])
-def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, monkeypatch, step):
+def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(
+    tmp_path, text, monkeypatch, capfd, step
+):
     """The stop puts off the evaluations at steps 6 and 12: the next run makes up for them."""
     go(text, tmp_path / "whole", "--patience=9")
     plain = logger.Logger.train
@@ -445,6 +447,7 @@ def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(tmp_path, text, 
     before = signal.getsignal(signal.SIGTERM)
     assert go(text, tmp_path / "stopped", "--patience=9")["step"] == step
     assert signal.getsignal(signal.SIGTERM) is before
+    assert "stopping after this step, then saving" in capfd.readouterr().err
     assert load.newest(tmp_path / "stopped").step == step
     assert step not in rows(tmp_path / "stopped", "val_loss")
     monkeypatch.undo()
@@ -492,7 +495,11 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, text, capsys):
     first = go(text, tmp_path, "--schedule=constant")
     before = (tmp_path / "metrics.jsonl").read_text()
     again = go(text, tmp_path, "--schedule=constant")
-    assert "finished at step 12" in capsys.readouterr().out and again["step"] == first["step"]
+    said = capsys.readouterr().out
+    assert "finished at step 12; for more type --steps=24" in said
+    assert again["step"] == first["step"]
+    go(text, tmp_path, "--schedule=constant", "--steps=9")
+    assert "at step 12, beyond --steps=9; for more" in capsys.readouterr().out
     assert [r for r in rows(tmp_path).values()] == [
         r for r in map(json.loads, before.splitlines()) if "loss" in r
     ]

@@ -49,7 +49,8 @@ HEADS += "|loss|sent|events|folder|next"
 SUMMARY = re.compile(
     rf"({HEADS}) +\S.*| {{11}}\S.*|commit .*, torch .*|.*: [\d,]+ tokens to train on, .*"
     r"|\w+: [\d,]+ parameters; a step is .*|mesh: .*|(dp|cp|tp|pp) +\d+ .* ranks .*|chosen: .*"
-    r"|FP8 products .*|--fp8.hardware=never|precision=fp8: .*"
+    r"|FP8 products .*|--fp8.hardware=never|precision=fp8: .*|lr goes from .*"
+    r"|this machine is busy .*|lr=\S+: \w+'s own is .*"
 )
 TRAIN_ROW = re.compile(r"step +(\d+)/(\d+)  loss .*")
 SAVE_LINE = re.compile(r"step +\d+/\d+  save")

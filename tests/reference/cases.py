@@ -315,6 +315,7 @@ CHANGED: dict[str, str] = {  # case: why
     "terminated_zero3": "the same",
     "zero1_tp": "the base crashes: ZeRO tried a function as a class",
     "bf16_sr": "the norm of bfloat16 gradients is computed in float32",
+    "zero1_fp32": "the same",
     "help": "histogram_every and watch_every are listed under Looking and saving",
 }
 REWORDED: dict[str, str] = {  # words of the base: our words
