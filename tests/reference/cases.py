@@ -316,10 +316,12 @@ CHANGED: dict[str, str] = {  # case: why
     "zero1_tp": "the base crashes: ZeRO tried a function as a class",
     "bf16_sr": "the norm of bfloat16 gradients is computed in float32",
     "zero1_fp32": "the same",
+    "python": "the byte 0 of a sample is printed as a line break",
     "help": "histogram_every and watch_every are listed under Looking and saving",
 }
 REWORDED: dict[str, str] = {  # words of the base: our words
     # messages
+    "type --steps= or --resume=never": "for more type --steps=6, to start anew --resume=never",
     "harder rows": "harder samples",
     "look at these rows": "look at these samples",
     "without rows ": "without samples ",
