@@ -412,7 +412,7 @@ def main(requested_cfg: fields.Config) -> dict:
         plot.plot(out_dir, out_dir / "loss.png")
     if is_main:
         reason = None
-        if spike_monitor.sentence:
+        if spike_monitor.sentence or divergence.sentence:
             reason = "the monitor ended it"
         elif stop.agreed:
             reason = "a signal asked for it"

@@ -26,6 +26,7 @@ from data.shards import HEADERS
 
 # Smaller texts are read into memory, larger ones are mapped.
 IN_MEMORY = 2**30  # bytes, of all together
+MAPS = 500  # a process may have about a thousand files open
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -38,9 +39,13 @@ def read(data: str, paths: list[Path], any_bytes: bool) -> dict[Path, np.ndarray
     texts = {}
     faults = {}
     large = sum(path.stat().st_size for path in paths) > IN_MEMORY
+    n_maps = 0
     for path in paths:
         try:
-            text = _bytes_of(path, large)
+            # Each map keeps a file open.
+            is_mapped = large and n_maps < MAPS
+            n_maps += is_mapped
+            text = _bytes_of(path, is_mapped)
             # Anything else would train without an error, and its loss would mean nothing.
             fault = _fault(path, text, any_bytes)
         except OSError as error:

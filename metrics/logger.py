@@ -40,7 +40,7 @@ SHOWN = {
     "val_loss": "val loss {:.4f}".format,
     "val_bpb": "bpb {:.4f}".format,
     "val_accuracy": "accuracy {:.1%}".format,
-    "perplexity": "perplexity {:.2f}".format,
+    "perplexity": lambda x: f"perplexity {x:.2f}" if x < 1e6 else f"perplexity {x:.1e}",
 }
 
 

@@ -453,7 +453,7 @@ class FSDP:
             return cls(groups, **arguments)
         groups = named_groups(self.model, groups)
         if not self.tp and getattr(cls, "elementwise", cls in ELEMENTWISE):
-            return self.guard.admit(self.step_shards(cls, groups, arguments))
+            return self.admit(self.step_shards(cls, groups, arguments))
         try:
             from parallel.adapter import Adapter
         except ImportError as error:
@@ -467,7 +467,19 @@ class FSDP:
         self.shards = self.adapter.shards
         if self.group is None:
             return self.adapter.optimizer
-        return self.guard.admit(self.adapter.optimizer)
+        return self.admit(self.adapter.optimizer)
+
+    def admit(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The same optimizer, guarded, whose zero_grad() clears the model's gradients too."""
+        zero_grad = optimizer.zero_grad
+
+        def zero_both(set_to_none: bool = True) -> None:
+            # The optimizer steps tensors of its own, in the memory of the model's.
+            zero_grad(set_to_none)
+            self.model.zero_grad(set_to_none)
+
+        optimizer.zero_grad = zero_both
+        return self.guard.admit(optimizer)
 
     @torch.no_grad()
     def step_shards(self, cls, groups: list[dict], arguments: dict) -> torch.optim.Optimizer:

@@ -80,8 +80,9 @@ class Mesh:
         # A norm in bfloat16 has three digits, and one in float16 ends at 65504.
         is_narrow = any(x.dtype.itemsize < 4 for x in tensors)
         if is_narrow:
-            norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in tensors]
-            norm = torch.stack([x.to(norms[0].device) for x in norms]).norm()
+            wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
+            norms = [torch.linalg.vector_norm(x, dtype=w) for x, w in zip(tensors, wide)]
+            norm = torch.stack([x.to(norms[0].device, norms[0].dtype) for x in norms]).norm()
         else:
             norm = torch.nn.utils.get_total_norm(tensors)
         if everywhere and self.world > 1:

@@ -262,6 +262,10 @@ TOO_EARLY = (
 )
 
 
+# Of all layouts alive. Weak, so that none is kept alive, nor its model.
+GUARDS = weakref.WeakSet()
+
+
 class StepGuard:
     """Raises RuntimeError where an optimizer's step() would move the replicas apart in silence.
 
@@ -287,11 +291,7 @@ class StepGuard:
         self.only_own = only_own
         self.admitted = weakref.WeakSet()
         self.in_admitted_step = False
-        # torch calls such a hook before every step of every optimizer, so it must not keep the
-        # layout and its model alive.
-        check = weakref.WeakMethod(self.check)
-        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: check()(optimizer))
-        weakref.finalize(self, hook.remove)
+        GUARDS.add(self)
 
     def admit(self, optimizer: Optimizer) -> Optimizer:
         """The same optimizer, whose parameters may be others: the layout made it."""
@@ -310,7 +310,9 @@ class StepGuard:
         self.in_admitted_step = False
 
     def check(self, optimizer: Optimizer) -> None:
-        is_known = optimizer in self.admitted or self.in_admitted_step
+        # A step that raised has left the flag behind; the next backward ends what it says.
+        is_inside = self.in_admitted_step and not self.layout.unfinished
+        is_known = optimizer in self.admitted or is_inside
         if is_known or not (self.only_own or self.layout.unfinished):
             return
         watched = {id(p) for p in self.params()}
@@ -320,6 +322,16 @@ class StepGuard:
         # Dropped gradients (None) are no longer unfinished.
         if any(p.grad is not None for p in held):
             raise RuntimeError(self.too_early)
+
+
+def check_all(optimizer: Optimizer, *_) -> None:
+    for guard in list(GUARDS):
+        guard.check(optimizer)
+
+
+# torch calls it before every step of every optimizer. It is never removed: that could happen while
+# torch goes through its hooks.
+register_optimizer_step_pre_hook(check_all)
 
 
 # ---- owners: which of n ranks owns which parameter -----------------------------------------------

@@ -42,7 +42,13 @@ and there unit 0 stays from forward to backward: a tied head multiplies with the
 norm in unit 0 needs its gain. The unit after the blocks always stays, for its backward comes next.
 
 Gradients are summed, not averaged: divide the loss by the tokens of the global batch. A gradient
-that is missing on some ranks counts as zero there. If it is missing on all, it is None.
+that is missing on some ranks counts as zero there. If it is missing on all, it is None. All ranks
+must skip the same steps: torch's GradScaler looks at one rank's gradients alone, so it would leave
+the others waiting. precision/loss_scale.py takes a verdict that all ranks share. torch's
+clip_grad_norm_ sees one rank's gradients, too: add up the squares of gradients() over the group.
+
+To save, each rank writes weights(): together they are the model. In stage 3 model.state_dict() has
+weights whose memory is freed.
 
 All ranks must make the same forward and backward calls, also for evaluation. But a rank may skip
 blocks (in stage 3 not the last one), or a backward (not in stage 3). To compile the model, compile

@@ -97,7 +97,8 @@ def instead_of_a_jump(before: Config, resumed_from: Checkpoint) -> str:
         if is_current and 0 < step <= first
     ]
     if paths:
-        return f"; without the jump: {flag('resume', str(paths[-1]))} --out_dir=NEW"
+        line = f"; without the jump: {flag('resume', str(paths[-1]))} --out_dir=NEW"
+        return line if before.keep is None else f"{line}, before --keep={before.keep} deletes it"
     return (
         f"; without the jump: --resume=OUT/step-N --out_dir=NEW, from a checkpoint before the decay"
         f" (step {first} or earlier), but none is left; --keep_every= keeps some"
@@ -110,7 +111,7 @@ def warnings(
 ) -> list[str]:
     """A line for each setting that has no effect here, and for what a resumed run changes."""
     found = [
-        *about_machine(mesh),
+        *about_machine(cfg, mesh),
         *about_lr(cfg),
         *about_layout(cfg, mesh),
         *about_memory(cfg, mesh),
@@ -123,16 +124,14 @@ def warnings(
     return found
 
 
-def about_machine(mesh: Mesh) -> Iterator[str]:
+def about_machine(cfg: Config, mesh: Mesh) -> Iterator[str]:
     """On a CPU whose cores others use, the threads of a product wait for the slowest of them."""
     cores = os.cpu_count() or 1
     if mesh.device.type == "cpu" and hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]
         if load > 1.5 * cores:
-            yield (
-                f"this machine is busy (load {load:.1f} on {cores} cores): steps take longer; "
-                "--threads=1 may be faster"
-            )
+            advice = "" if cfg.threads == 1 else "; --threads=1 may be faster"
+            yield f"this machine is busy (load {load:.1f} on {cores} cores): it is slower{advice}"
 
 
 def about_lr(cfg: Config) -> Iterator[str]:

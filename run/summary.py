@@ -216,18 +216,21 @@ def at_end(
     None. Rank 0 alone calls it.
     """
     out_dir = Path(cfg.out_dir)
-    rows = read_metrics(out_dir / "metrics.jsonl")
+    # A run whose log somebody has deleted ends well all the same.
+    rows = []
+    if (out_dir / "metrics.jsonl").exists():
+        rows = read_metrics(out_dir / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
     evaluated = [row for row in rows if "val_loss" in row]
     parts = [("done" if reason is None else "stopped", about_cost(step, seconds, trained, reason))]
     if trained:
-        parts.append(("loss", about_losses(trained, evaluated)))
+        parts.append(("loss", about_losses(trained, evaluated, cfg.patience)))
     if mesh.world > 1 and trained:
         parts.append(("sent", about_messages(cfg, mesh, n_params, trained)))
     parts.append(("events", about_events(rows)))
     picture = ", loss.png" if (out_dir / "loss.png").exists() else ""
     parts.append(("folder", f"{out_dir}: checkpoints, metrics.jsonl, train.log{picture}"))
-    parts += [("next", command) for command in next_commands(cfg, reason)]
+    parts += [("next", command) for command in next_commands(cfg, step < cfg.steps)]
     return aligned(parts)
 
 
@@ -235,11 +238,13 @@ def about_cost(step: int, seconds: float, trained: list[dict], reason: str | Non
     text = f"{step:,} steps"
     if trained:
         recent = sorted(row["tokens_per_s"] for row in trained[-50:])
-        peak = max(row["peak_bytes"] for row in trained) / 2**30
         text += (
             f" and {short(trained[-1]['tokens'])} tokens; {minutes(seconds)} here, "
-            f"{short(recent[len(recent) // 2])} tokens/s, {peak:.2f} GiB at most"
+            f"{short(recent[len(recent) // 2])} tokens/s"
         )
+        peaks = [row["peak_bytes"] for row in trained if row["peak_bytes"] is not None]
+        if peaks:  # Windows tells none
+            text += f", {max(peaks) / 2**30:.2f} GiB at most"
     return text if reason is None else f"{text}; {reason}"
 
 
@@ -247,24 +252,27 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def about_losses(trained: list[dict], evaluated: list[dict]) -> str:
+def about_losses(trained: list[dict], evaluated: list[dict], patience: int | None) -> str:
     text = f"{number(trained[-1]['loss'])} at the end"
     if evaluated:
-        text += f"; validation {number(evaluated[-1]['val_loss'])} at the end"
+        last = evaluated[-1]
+        # A stop may have skipped the last evaluation.
+        place = "at the end" if last["step"] >= trained[-1]["step"] else f"at step {last['step']}"
+        text += f"; validation {number(last['val_loss'])} {place}"
     finite = [row for row in evaluated if row["val_loss"] is not None]
     if finite:
         best = min(finite, key=lambda row: row["val_loss"])
         text += f", {number(best['val_loss'])} at best (step {best['step']})"
-        text += verdict(finite[0], best, finite[-1])
+        text += verdict(finite[0], best, finite[-1], patience)
     return text
 
 
-def verdict(first: dict, best: dict, last: dict) -> str:
+def verdict(first: dict, best: dict, last: dict, patience: int | None) -> str:
     """What a validation loss that did not fall, or rose again, means; "" where it fell."""
-    if last["step"] > first["step"] and last["val_loss"] >= first["val_loss"]:
+    if last["step"] > first["step"] and best["val_loss"] > 0.98 * first["val_loss"]:
         return ": it learnt nothing; try a lower --lr"
-    if last["val_loss"] > 1.05 * best["val_loss"]:
-        return ": it overfits since then; --patience=3 keeps the best weights"
+    if last["val_loss"] > 1.05 * best["val_loss"] and patience is None:
+        return ": it is worse since then; --patience=3 keeps the best weights"
     return ""
 
 
@@ -291,11 +299,11 @@ def about_events(rows: list[dict]) -> str:
     return ", ".join(told) or "none"
 
 
-def next_commands(cfg: Config, reason: str | None) -> list[str]:
+def next_commands(cfg: Config, has_more_steps: bool) -> list[str]:
     """Two commands that a user may want now."""
     folder = shlex.quote(str(cfg.out_dir))
     commands = [f"python sample.py {folder}"]
-    if reason is None:
+    if not has_more_steps:
         commands.append(
             f"python -m metrics.plot {folder} OTHER_RUN    (both curves in one picture)"
         )

@@ -14,6 +14,7 @@ only where it is told to look.
 
 import contextlib
 import importlib
+import inspect
 import io
 import multiprocessing
 import os
@@ -104,6 +105,9 @@ def send_result(sender, folder: Path, work) -> None:
 def alone(folder: Path, work) -> tuple:
     """The fields of Ended: this class itself could not be pickled once it is forgotten here."""
     hidden = {ROOT.resolve(), Path(__file__).parent.resolve()}
+    # Where inspect found our folders, the compiler would look for their modules.
+    inspect._filesbymodname.clear()
+    inspect.modulesbyfile.clear()
     for name in [*sys.modules]:
         if name.split(".")[0] in OURS:
             del sys.modules[name]

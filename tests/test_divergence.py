@@ -299,8 +299,9 @@ def aborted(rank: int, world: int, *args) -> str:
     return str(error.value)
 
 
-def test_abort_saves_and_ends_all_ranks_alike_and_a_search_counts_it(tmp_path, text):
+def test_abort_saves_and_ends_all_ranks_alike_and_a_search_counts_it(tmp_path, text, capsys):
     sentence = aborted(0, 1, text, tmp_path / "one", *BAD, "--on_divergence=abort")
+    assert "; the monitor ended it\n" in capsys.readouterr().out
     (event,) = events(tmp_path / "one", "divergence")
     step = event["step"]
     assert (

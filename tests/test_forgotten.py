@@ -12,7 +12,6 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 from harness import run_ranks
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from parallel import compression
 from parallel.ddp import DDP
@@ -20,6 +19,7 @@ from parallel.diloco import DiLoCo
 from parallel.fsdp import FSDP
 from parallel.mesh import make_mesh
 from parallel.pipeline import Pipeline
+from parallel.replicas import GUARDS
 from parallel.zero import ZeRO
 
 CPU = torch.device("cpu")
@@ -185,14 +185,13 @@ def test_an_older_optimizer_and_a_gradient_dropped_alone_are_noticed():
 
 
 def test_nothing_watches_when_the_layout_is_gone():
-    hooks = _global_optimizer_pre_hooks
-    before = len(hooks)
+    before = len(GUARDS)
     replicas = ZeRO(None, CPU, 1)
     replicas.parallelize(Net())
-    assert len(hooks) == before + 1
+    assert len(GUARDS) == before + 1
     del replicas
     gc.collect()
-    assert len(hooks) == before
+    assert len(GUARDS) == before
 
 
 # ---- what is not ---------------------------------------------------------------------------------

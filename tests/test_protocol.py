@@ -179,6 +179,7 @@ def whole_run(rank, world, name):
     found["kept"] &= all(map(torch.equal, params, trained))
     layout.broadcast_weights()
     optimizer.zero_grad(set_to_none=True)
+    assert layout.gradients() == {}, "the optimizer's own zero_grad leaves none behind"
     model.zero_grad(set_to_none=True)
     found["model"] = {n: (w.numel(), w.shape) for n, w in here().items()}
     state = {n: {"rank": torch.tensor(rank)} for n in found["gradients"]}

@@ -762,3 +762,5 @@ def test_the_norm_of_narrow_gradients_is_that_of_their_values(dtype):
     found = make_mesh(torch.device("cpu")).norm(gradients)
     exact = torch.cat([x.double().flatten() for x in gradients]).norm()
     assert found.dtype == torch.float32 and abs(found / exact - 1) < 2e-4  # torch sums in float32
+    mixed = make_mesh(torch.device("cpu")).norm([*gradients, torch.ones(4, dtype=torch.float64)])
+    assert abs(mixed / exact - 1) < 2e-4

@@ -122,15 +122,16 @@ def test_lines_are_aligned():
     [
         ([5.0, 4.0, 3.0], ""),
         ([5.0, 3.0, 3.1], ""),
-        ([5.0, 3.0, 4.0], "it overfits since then; --patience=3"),
-        ([5.0, 4.0, 5.0], "it learnt nothing; try a lower --lr"),
+        ([5.0, 3.0, 4.0], "it is worse since then; --patience=3"),
+        ([5.0, 4.95, 5.0], "it learnt nothing; try a lower --lr"),
         ([5.0, None, 6.0], "it learnt nothing"),
+        ([5.0, 2.0, 6.0], "it is worse since then"),
         ([5.0], ""),
     ],
 )
 def test_a_validation_loss_that_did_not_fall_is_said(losses, says):
     rows = [{"step": i, "val_loss": loss, "loss": 1.0} for i, loss in enumerate(losses)]
-    text = summary.about_losses(rows, rows)
+    text = summary.about_losses(rows, rows, None)
     assert says in text and text.endswith(")") == (not says)
 
 

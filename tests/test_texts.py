@@ -201,6 +201,11 @@ def test_large_texts_are_mapped_and_are_the_same_tokens(tmp_path, monkeypatch):
     large = load(folder)
     assert len(large.train.mapped) > 1 and len(small.train.mapped) == 0
     assert ids(large) == ids(small) and large.sha256 == small.sha256
+    # No more maps than files may be open.
+    monkeypatch.setattr(texts, "MAPS", 1)
+    few = load(folder)
+    assert len(few.train.mapped) < len(large.train.mapped)
+    assert ids(few) == ids(small) and few.sha256 == small.sha256
 
 
 # ---- what cannot be used -------------------------------------------------------------------------
