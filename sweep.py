@@ -341,7 +341,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
+        parse.print_help(__doc__)
         sys.exit(0)
     try:
         sys.exit(main(sys.argv[1:]))

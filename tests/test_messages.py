@@ -292,3 +292,17 @@ def test_a_failure_under_torchrun_ends_with_our_sentence(tmp_path):
     )
     last = done.stderr.strip().splitlines()[-2]
     assert done.returncode == 1 and re.search("traceback : train.py: tp=3 .*; --tp=2 would$", last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train.py", "sweep.py"])
+def test_help_into_a_pipe_that_nobody_reads_ends_well(program):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, program, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == 0 and done.stderr == b""
