@@ -49,6 +49,7 @@ def main(requested_cfg: fields.Config) -> dict:
     Uses the process group if there is one. Raises ValueError for a user's mistake.
     """
     started = time.perf_counter()
+
     # ---- ranks: which process this is, on which device, where in the grid (pp, dp, cp, tp) -------
     device = launch.pick_device(requested_cfg.device)
     made_group = launch.start(device, requested_cfg.timeout_minutes)
