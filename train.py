@@ -411,22 +411,15 @@ def main(requested_cfg: fields.Config) -> dict:
         logger.log(f"---- a sample ----{text}\n------------------")
     if cfg.plot and is_done and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
+    sentence = spike_monitor.sentence or divergence.sentence  # why a monitor ended the run
     if is_main:
-        reason = None
-        if spike_monitor.sentence or divergence.sentence:
-            reason = "the monitor ended it"
-        elif stop.agreed:
-            reason = "a signal asked for it"
-        elif step < cfg.steps:
-            reason = f"patience={cfg.patience}: no better evaluation came"
-        n_params = sum(p.numel() for p in full_model.parameters())
         seconds = time.perf_counter() - started
-        for line in summary.at_end(cfg, mesh, n_params, step, seconds, reason):
+        was_aborted = sentence != ""
+        for line in summary.at_end(cfg, mesh, full_model, step, seconds, was_aborted, stop.agreed):
             logger.log(line)
     stop.close()
     logger.close()
     leave()
-    sentence = spike_monitor.sentence or divergence.sentence
     if sentence:
         raise Aborted(sentence)
     return metrics

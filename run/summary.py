@@ -208,13 +208,26 @@ def about_saves(cfg: Config) -> str:
 
 # ---- at the end ----------------------------------------------------------------------------------
 def at_end(
-    cfg: Config, mesh: Mesh, n_params: int, step: int, seconds: float, reason: str | None
+    cfg: Config,
+    mesh: Mesh,
+    full_model: torch.nn.Module,
+    step: int,
+    seconds: float,
+    was_aborted: bool,
+    was_stopped: bool,
 ) -> list[str]:
     """The lines that close a run, from its metrics.jsonl: losses, cost, events, what to type next.
 
-    step: steps done; seconds: of this process; reason: why the run ends before its last step, or
-    None. Rank 0 alone calls it.
+    step: steps done; seconds: of this process; was_aborted: by a monitor; was_stopped: by a signal,
+    or aborted. Rank 0 alone calls it.
     """
+    reason = None
+    if was_aborted:
+        reason = "the monitor ended it"
+    elif was_stopped:
+        reason = "a signal asked for it"
+    elif step < cfg.steps:
+        reason = f"patience={cfg.patience}: no better evaluation came"
     out_dir = Path(cfg.out_dir)
     # A run whose log somebody has deleted ends well all the same.
     rows = []
@@ -226,11 +239,14 @@ def at_end(
     if trained:
         parts.append(("loss", about_losses(trained, evaluated, cfg.patience)))
     if mesh.world > 1 and trained:
+        n_params = sum(p.numel() for p in full_model.parameters())
         parts.append(("sent", about_messages(cfg, mesh, n_params, trained)))
     parts.append(("events", about_events(rows)))
+    # After early stopping the same command would stop at once.
+    continues = was_stopped and step < cfg.steps
     picture = ", loss.png" if (out_dir / "loss.png").exists() else ""
     parts.append(("folder", f"{out_dir}: checkpoints, metrics.jsonl, train.log{picture}"))
-    parts += [("next", command) for command in next_commands(cfg, step < cfg.steps)]
+    parts += [("next", command) for command in next_commands(cfg, continues)]
     return aligned(parts)
 
 
@@ -299,11 +315,11 @@ def about_events(rows: list[dict]) -> str:
     return ", ".join(told) or "none"
 
 
-def next_commands(cfg: Config, has_more_steps: bool) -> list[str]:
+def next_commands(cfg: Config, continues: bool) -> list[str]:
     """Two commands that a user may want now."""
     folder = shlex.quote(str(cfg.out_dir))
     commands = [f"python sample.py {folder}"]
-    if not has_more_steps:
+    if not continues:
         commands.append(
             f"python -m metrics.plot {folder} OTHER_RUN    (both curves in one picture)"
         )

@@ -96,7 +96,9 @@ def test_compression_shows_and_what_it_saved(tmp_path, text, capfd):
 def test_why_a_run_ends_early_is_said(tmp_path, text, capsys, kind):
     if kind == "patience":
         go(text, tmp_path, "--patience=1", "--min_delta=9", "--eval_every=2")
-        assert said(capsys)["stopped"].endswith("patience=1: no better evaluation came")
+        lines = said(capsys)
+        assert lines["stopped"].endswith("patience=1: no better evaluation came")
+        assert "continues" not in lines["next"], "the same command would stop at once"
         return
     words = ["--on_nonfinite=abort", "--arch=gpt2", "--optim=sgd", "--lr=1e38", "--grad_clip=none"]
     with pytest.raises(Exception, match="What helps"):
