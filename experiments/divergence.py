@@ -288,6 +288,9 @@ def picture(rows: list[dict], figure) -> None:
         ax.set(title=f"{kind}: {n_named} of {len(mine)} named", xlabel="share of the run, %")
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("loss / entropy of single tokens")
+    axes[0].plot([], [], "o", ms=4, color="#555555", label="named here")
+    axes[0].legend(loc="lower left")
+    figure.suptitle("Each line is a run's training loss; 3 stands for 3 and more")
 
 
 if __name__ == "__main__":
