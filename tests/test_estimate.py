@@ -519,9 +519,11 @@ class Places(Meter):
         return address in self.on_host and self.storages[address]() is not None
 
     def now(self) -> int:
+        # Held for a moment: the garbage collector may free one between the two sums.
+        held = {address: storage() for address, storage in self.storages.items()}
         everything = super().now()
         self.on_host &= self.storages.keys()
-        host = sum(self.storages[address]().nbytes() for address in self.on_host)
+        host = sum(held[address].nbytes() for address in self.on_host)
         self.host_peak = max(self.host_peak, host)
         return everything - host
 
