@@ -1,0 +1,313 @@
+"""Two recordings, tensor by tensor in order of execution: where do they part first?
+
+    recording A   one process, or any layout: the oracle       tensor = its pieces, joined
+    recording B   the layout in question                       each piece against A's tensor there
+
+Of each step come, in this order: inputs and outputs as they were computed, gradients of outputs as
+backward computed them, gradients of parameters from the last to the first, their norm, clipped
+gradients, weights after the step. A piece of B agrees where
+
+    rms(b - a)  <=  TOLERANCE rms(a) + FLOOR (the largest rms of its kind in this step)
+
+with a weight's last update in place of a on the right, and the weight itself behind the floor. The
+bounds are those of the coarser of the two dtypes. Copies that several ranks hold are compared one
+by one, and summands are added first.
+
+Names may differ: `names`, read from a TOML file, maps B's to A's, with * for any word:
+
+    [names]
+    "model.layers.*.self_attn.q_proj" = "blocks.*.attn.q"
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+KINDS = ("input", "output", "output_gradient", "gradient", "norm", "clipped", "weight")
+# dtype: (of the tensor itself, of the largest of its kind). Why so: docs/parity.md.
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-12),
+    torch.float32: (1e-3, 1e-5),
+    torch.float16: (2e-2, 2e-3),
+    torch.bfloat16: (1e-1, 1e-2),
+}
+Key = tuple[int, str, str]  # step, kind, name
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor in a file, and where it lies in the full one (parity/record.py)."""
+
+    rank: int
+    shape: tuple[int, ...]
+    index: tuple
+    part: str
+    at: int
+    file: Path
+    key: str
+
+    def load(self) -> Tensor:
+        with safe_open(self.file, "pt") as file:
+            return file.get_tensor(self.key)
+
+    def where(self, local: tuple[int, ...]) -> tuple:
+        """What indexes the full tensor at this piece."""
+        box = all(isinstance(i, int) for i in self.index)
+        if box:
+            return tuple(slice(i, i + n) for i, n in zip(self.index, local))
+        found = []
+        for dim, (i, n) in enumerate(zip(self.index, local)):
+            ids = torch.arange(i, i + n) if isinstance(i, int) else torch.tensor(i)
+            found.append(ids.view(-1, *[1] * (len(local) - 1 - dim)))
+        return tuple(found)
+
+    @property
+    def place(self) -> tuple:
+        return self.shape, tuple(tuple(i) if isinstance(i, list) else i for i in self.index)
+
+
+class Recording:
+    """A folder that parity/record.py wrote. Raises ValueError where it is none."""
+
+    def __init__(self, folder, names: dict[str, str] | None = None):
+        self.folder = Path(folder)
+        self.ranks = {}  # rank -> its axes and what it is about
+        self.entries: dict[Key, list[Piece]] = {}
+        self.groups = {}  # steps done -> the optimizer's groups
+        files = sorted(self.folder.glob("rank_*.jsonl"))
+        if not files:
+            raise ValueError(f"{folder} is no recording: it has no rank_0.jsonl")
+        renamed = renaming(names or {})
+        for path in files:
+            rank = int(path.stem.rpartition("_")[2])
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self.read(json.loads(line), rank, renamed)
+        self.axes = self.ranks[min(self.ranks)]["axes"]
+
+    def read(self, fact: dict, rank: int, renamed) -> None:
+        if "kind" not in fact:
+            if "groups" in fact:
+                self.groups[fact["step"]] = fact["groups"]
+            else:
+                self.ranks[rank] = fact
+            return
+        piece = Piece(
+            rank,
+            tuple(fact["shape"]),
+            tuple(fact["index"]),
+            fact["part"],
+            fact["at"],
+            self.folder / fact["file"],
+            fact["key"],
+        )
+        key = (fact["step"], fact["kind"], renamed(fact["name"]))
+        self.entries.setdefault(key, []).append(piece)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        return {axis: at for axis, (_, at) in self.ranks[rank]["axes"].items()}
+
+    @cached_property
+    def order(self) -> list[Key]:
+        """All that is compared, in order of execution."""
+        first = {key: min(p.at for p in pieces) for key, pieces in self.entries.items()}
+        keys = [key for key in self.entries if key[1] in KINDS]
+        backwards = ("gradient", "clipped")
+
+        def rank(key: Key) -> tuple:
+            at = -first[key] if key[1] in backwards else first[key]
+            return key[0], phase(key[1]), at
+
+        return sorted(keys, key=rank)
+
+    @property
+    def steps(self) -> int:
+        return max(key[0] for key in self.entries)
+
+    def blocks(self, key: Key) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece, one at a time; summands with one place come as their sum."""
+        by_place = {}
+        for piece in self.entries[key]:
+            by_place.setdefault(piece.place, {}).setdefault(piece.part, []).append(piece)
+        for parts in by_place.values():
+            if len(parts) == 1:
+                for piece in next(iter(parts.values())):
+                    yield piece, piece.load()
+                continue
+            firsts = [pieces[0] for pieces in parts.values()]
+            total = firsts[0].load()
+            for piece in firsts[1:]:
+                total = total + piece.load()
+            yield firsts[0], total
+
+    def whole(self, key: Key) -> Tensor:
+        """The full tensor, in float64 or int64; NaN where no piece lies."""
+        full = None
+        for piece, x in self.blocks(key):
+            if full is None:
+                dtype = torch.float64 if x.is_floating_point() else torch.int64
+                start = torch.nan if x.is_floating_point() else -1
+                full = torch.full(piece.shape, start, dtype=dtype)
+            if x.numel():
+                full[piece.where(tuple(x.shape))] = x.to(full.dtype)
+        return full
+
+
+def phase(kind: str) -> int:
+    """Inputs and outputs come together."""
+    return max(1, KINDS.index(kind))
+
+
+def renaming(names: dict[str, str]):
+    patterns = []
+    for theirs, ours in names.items():
+        regex = re.compile(re.escape(theirs).replace(r"\*", r"([^.]+)") + r"(?=$|[.\[#])")
+        patterns.append((regex, re.sub(r"\*", "{}", ours)))
+
+    def renamed(name: str) -> str:
+        for regex, ours in patterns:
+            found = regex.match(name)
+            if found:
+                return ours.format(*found.groups()) + name[found.end() :]
+        return name
+
+    return renamed
+
+
+def read_names(path) -> dict[str, str]:
+    """The table [names] of a TOML file. Raises ValueError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        names = tomllib.loads(text)["names"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"--names={path}: wants a TOML file with a table [names]: {error}")
+    return names
+
+
+# ---- differences ---------------------------------------------------------------------------------
+@dataclass
+class Difference:
+    """A tensor in which B is not A."""
+
+    key: Key
+    error: float  # rms(b - a) / rms(a), or inf
+    ranks: list[int] = field(default_factory=list)  # with a piece that differs
+    n_pieces: int = 0
+    why: str = ""  # where it is not the numbers: missing, another shape
+
+    def __str__(self) -> str:
+        step, kind, name = self.key
+        when = f"after step {step}" if kind == "weight" else f"in step {step}"
+        return f"{kind} of {name}, {when}"
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+class Comparison:
+    """A and B. Raises ValueError where they have nothing in common."""
+
+    def __init__(self, a: Recording, b: Recording):
+        self.a = a
+        self.b = b
+        common = a.entries.keys() & b.entries.keys()
+        if not any(kind in KINDS for _, kind, _ in common):
+            some = ", ".join(sorted({name for _, _, name in b.entries})[:4])
+            raise ValueError(
+                f"the recordings have no tensor in common; --names=map.toml says which names of"
+                f" the second ({some}, ...) are which of the first"
+            )
+        # A parameter's gradient or weight that only one of them has is a difference.
+        steps = min(a.steps, b.steps)
+        self.order = []
+        for key in a.order:
+            is_parameter = key[1] in ("gradient", "weight") and key[0] <= steps
+            known = any(k[1:] == key[1:] for k in common)
+            if key in common or (is_parameter and known) or (is_parameter and key[1] == "gradient"):
+                self.order.append(key)
+        self.only_a = {key[1:] for key in a.order} - {key[1:] for key in b.order}
+        self.only_b = {key[1:] for key in b.order} - {key[1:] for key in a.order}
+        self.scales = {}  # (step, phase) -> largest rms of A
+        self.errors = {}  # key -> largest error, of what agrees too
+
+    def scale(self, key: Key) -> float:
+        """The largest rms in A of this kind in this step."""
+        group = key[:2]
+        if group not in self.scales:
+            same = [k for k in self.order if k[:2] == group and k in self.a.entries]
+            self.scales[group] = max(rms(self.a.whole(k)) for k in same)
+        return self.scales[group]
+
+    def update(self, key: Key) -> Tensor:
+        """A's change of this weight in its last step; the weight itself before the first."""
+        step, kind, name = key
+        before = (step - 1, kind, name)
+        if before not in self.a.entries:
+            return self.a.whole(key)
+        return self.a.whole(key) - self.a.whole(before)
+
+    def check(self, key: Key) -> Difference | None:
+        if key not in self.b.entries:
+            return Difference(key, math.inf, why="B has none")
+        a = self.a.whole(key)
+        step, kind, name = key
+        size = floor = None
+        worst = 0.0
+        bad = []
+        n = 0
+        bounds = None
+        for piece, x in self.b.blocks(key):
+            n += 1
+            if piece.shape != tuple(a.shape):
+                why = f"its shape is {piece.shape}, not {tuple(a.shape)}"
+                return Difference(key, math.inf, [piece.rank], n, why)
+            if not x.is_floating_point():
+                if not torch.equal(a[piece.where(tuple(x.shape))], x.long()):
+                    bad.append(piece.rank)
+                    worst = 1.0
+                continue
+            if bounds is None:
+                bounds = self.bounds(key, x.dtype)
+                size = rms(self.update(key)) if kind == "weight" else rms(a)
+                floor = rms(a) * 1e-3 if kind == "weight" else self.scale(key)
+                if kind == "weight" and step == 0:
+                    floor = 0.0
+            there = a[piece.where(tuple(x.shape))]
+            gap = rms(x.double() - there)
+            worst = max(worst, gap / max(size, 1e-300)) if gap == gap else math.inf
+            if not gap <= bounds[0] * max(size, rms(there)) + bounds[1] * floor:
+                bad.append(piece.rank)
+        self.errors[key] = worst
+        return Difference(key, worst, bad, n) if bad else None
+
+    def bounds(self, key: Key, dtype: torch.dtype) -> tuple[float, float]:
+        other = self.a.entries[key][0].load().dtype
+        both = [TOLERANCE[dtype], TOLERANCE[other]]
+        return max(both)
+
+    def first(self) -> Difference | None:
+        """The first difference in order of execution."""
+        for key in self.order:
+            found = self.check(key)
+            if found is not None:
+                return found
+        return None
+
+    def others(self, difference: Difference) -> list[Difference]:
+        """What else of its step and kind differs."""
+        found = []
+        for key in self.order:
+            if key[:2] == difference.key[:2]:
+                other = self.check(key)
+                if other is not None:
+                    found.append(other)
+        return found
