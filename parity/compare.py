@@ -10,8 +10,8 @@ gradients, weights after the step. A piece of B agrees where
     rms(b - a)  <=  TOLERANCE rms(a) + FLOOR (the largest rms of its kind in this step)
 
 with a weight's last update in place of a on the right, and the weight itself behind the floor. The
-bounds are those of the coarser of the two dtypes. Copies that several ranks hold are compared one
-by one, and summands are added first.
+bounds are those of the coarsest dtype in A's forwards and backwards. Copies that several ranks hold
+are compared one by one, and summands are added first.
 
 Names may differ: `names`, read from a TOML file, maps B's to A's, with * for any word:
 
@@ -35,10 +35,10 @@ from torch import Tensor
 KINDS = ("input", "output", "output_gradient", "gradient", "norm", "clipped", "weight")
 # dtype: (of the tensor itself, of the largest of its kind). Why so: docs/parity.md.
 TOLERANCE = {
-    torch.float64: (1e-9, 1e-12),
-    torch.float32: (1e-3, 1e-5),
-    torch.float16: (2e-2, 2e-3),
-    torch.bfloat16: (1e-1, 1e-2),
+    "F64": (1e-9, 1e-12),
+    "F32": (1e-3, 1e-5),
+    "F16": (2e-2, 2e-3),
+    "BF16": (1e-1, 1e-2),
 }
 Key = tuple[int, str, str]  # step, kind, name
 
@@ -51,6 +51,7 @@ class Piece:
     shape: tuple[int, ...]
     index: tuple
     part: str
+    dtype: str
     at: int
     file: Path
     key: str
@@ -105,6 +106,7 @@ class Recording:
             tuple(fact["shape"]),
             tuple(fact["index"]),
             fact["part"],
+            fact["dtype"],
             fact["at"],
             self.folder / fact["file"],
             fact["key"],
@@ -127,6 +129,15 @@ class Recording:
             return key[0], phase(key[1]), at
 
         return sorted(keys, key=rank)
+
+    @cached_property
+    def coarsest(self) -> str:
+        """The dtype with the widest bounds that any forward or backward has here."""
+        found = set()
+        for (_, kind, _), pieces in self.entries.items():
+            if kind in ("output", "output_gradient", "gradient"):
+                found |= {piece.dtype for piece in pieces}
+        return max(found & TOLERANCE.keys(), key=TOLERANCE.get, default="F64")
 
     @property
     def steps(self) -> int:
@@ -231,8 +242,7 @@ class Comparison:
         self.order = []
         for key in a.order:
             is_parameter = key[1] in ("gradient", "weight") and key[0] <= steps
-            known = any(k[1:] == key[1:] for k in common)
-            if key in common or (is_parameter and known) or (is_parameter and key[1] == "gradient"):
+            if key in common or is_parameter:
                 self.order.append(key)
         self.only_a = {key[1:] for key in a.order} - {key[1:] for key in b.order}
         self.only_b = {key[1:] for key in b.order} - {key[1:] for key in a.order}
@@ -260,39 +270,37 @@ class Comparison:
             return Difference(key, math.inf, why="B has none")
         a = self.a.whole(key)
         step, kind, name = key
-        size = floor = None
+        bounds = TOLERANCE[self.a.coarsest]
+        size = rms(self.update(key)) if kind == "weight" else rms(a)
+        floor = rms(a) * 1e-3 if kind == "weight" else self.scale(key)
+        if kind == "weight" and step == 0:
+            floor = 0.0
+        covered = torch.zeros(a.shape, dtype=torch.bool)
         worst = 0.0
         bad = []
         n = 0
-        bounds = None
         for piece, x in self.b.blocks(key):
             n += 1
             if piece.shape != tuple(a.shape):
                 why = f"its shape is {piece.shape}, not {tuple(a.shape)}"
                 return Difference(key, math.inf, [piece.rank], n, why)
+            where = piece.where(tuple(x.shape))
+            covered[where] = True
+            there = a[where]
             if not x.is_floating_point():
-                if not torch.equal(a[piece.where(tuple(x.shape))], x.long()):
+                if not torch.equal(there, x.long()):
                     bad.append(piece.rank)
                     worst = 1.0
                 continue
-            if bounds is None:
-                bounds = self.bounds(key, x.dtype)
-                size = rms(self.update(key)) if kind == "weight" else rms(a)
-                floor = rms(a) * 1e-3 if kind == "weight" else self.scale(key)
-                if kind == "weight" and step == 0:
-                    floor = 0.0
-            there = a[piece.where(tuple(x.shape))]
             gap = rms(x.double() - there)
             worst = max(worst, gap / max(size, 1e-300)) if gap == gap else math.inf
             if not gap <= bounds[0] * max(size, rms(there)) + bounds[1] * floor:
                 bad.append(piece.rank)
+        if not covered.all():
+            first = (~covered).nonzero()[0].tolist()
+            return Difference(key, math.inf, bad, n, f"no rank has the entries from {first} on")
         self.errors[key] = worst
         return Difference(key, worst, bad, n) if bad else None
-
-    def bounds(self, key: Key, dtype: torch.dtype) -> tuple[float, float]:
-        other = self.a.entries[key][0].load().dtype
-        both = [TOLERANCE[dtype], TOLERANCE[other]]
-        return max(both)
 
     def first(self) -> Difference | None:
         """The first difference in order of execution."""

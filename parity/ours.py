@@ -109,6 +109,7 @@ class Run:
         for name, module in model.named_modules():
             if hasattr(module, "attention_fn"):
                 module.attention_fn = self.seeing(name, module.attention_fn)
+        self.recorder.begin(self.weights())
         step = state.optimizer.step
 
         def recorded_step(*args, **kwargs):
@@ -173,7 +174,6 @@ def record_run(cfg: fields.Config, folder: Path, about: dict) -> None:
 
         def norm(self, gradients, everywhere=True):
             norm = super().norm(gradients, everywhere)
-            run.recorder.begin(run.weights())
             run.recorder.gradients(gradients)
             run.recorder.norm(norm)
             return norm

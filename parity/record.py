@@ -42,6 +42,7 @@ Example:
         print(len(open(f"{folder}/rank_0.jsonl").readlines()), "lines")
 """
 
+import ctypes
 import inspect
 import json
 import os
@@ -145,7 +146,9 @@ class Recorder:
 
     def norm(self, value: float | Tensor) -> None:
         """Records the norm by which this rank clips."""
-        self.write("norm", "(norm)", torch.as_tensor(value, dtype=torch.float64))
+        if not torch.is_tensor(value):
+            value = torch.tensor(value, dtype=torch.float64)
+        self.write("norm", "(norm)", value)
 
     @torch.no_grad()
     def end_step(self, by_name: dict[str, Tensor] | None = None, groups: list = ()) -> None:
@@ -196,7 +199,10 @@ class Recorder:
                         self.activation(own if i == 0 else f"{own}[{i}]", x)
 
         if name == "":
-            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            # First of all: FSDP's own hook makes full weights of the shards.
+            self.handles.append(
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            )
         self.handles.append(module.register_forward_hook(after))
 
     def activation(self, name: str, x: Tensor) -> None:
@@ -300,7 +306,9 @@ class Recorder:
         self.entries[key] = entry
         self.used += len(json.dumps(entry)) + len(key) + 6
         self.n_bytes += x.nbytes
-        self.file.write(x.reshape(-1).view(torch.uint8).numpy().data)
+        # Not numpy(): FSDP could no longer free memory that numpy has looked at.
+        if x.nbytes:
+            self.file.write((ctypes.c_char * x.nbytes).from_address(x.data_ptr()))
         index = [starts(i) for i in place.index]
         self.line(
             {
@@ -310,6 +318,7 @@ class Recorder:
                 "shape": place.shape,
                 "index": index,
                 "part": place.part,
+                "dtype": entry["dtype"],
                 "at": time.time_ns(),
                 "file": self.file_name,
                 "key": key,
