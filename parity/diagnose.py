@@ -10,14 +10,11 @@ is the tensor found, to the precision of the numbers, is it believed; where none
     parity/updates.py    norms, clipping, the optimizer's step
 """
 
-import math
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
-from torch import Tensor
 
-from parity.compare import TOLERANCE, Comparison, Difference, Key, Piece, rms
+from parity import elsewhere, noise, sums, updates
+from parity.case import Case, Finding
+from parity.compare import Comparison, Difference, rms
 
 # cause: what it is called in the report.
 CAUSES = {
@@ -47,8 +44,8 @@ CAUSES = {
 }
 LOOK = {
     "not_summed": "the all-reduce or reduce-scatter over that axis, and what divides the loss",
-    "summed_twice": "who sums over that axis beside the one who should, and what is counted N times",
-    "mean_of_means": "the divisor of the loss: the tokens of all ranks and micro-batches, not local",
+    "summed_twice": "who else sums over that axis, and what is counted N times",
+    "mean_of_means": "the divisor of the loss: the tokens of all ranks and micro-batches",
     "half_tied": "the sum of the tied weight's two gradients",
     "sp_partial": "the all-reduce over the tensor parallel ranks of what sees some tokens alone",
     "stale": "the broadcast or gather after the step, and what zero_grad clears",
@@ -72,86 +69,8 @@ LOOK = {
 }
 
 
-@dataclass
-class Finding:
-    """cause: a key of CAUSES; sentence: what was found, for people."""
-
-    cause: str
-    sentence: str
-
-
-class Block:
-    """A piece of B and what A has in its place, both in float64."""
-
-    def __init__(self, piece: Piece, x: Tensor, a: Tensor):
-        self.piece = piece
-        self.rank = piece.rank
-        self.dtype = x.dtype
-        self.where = piece.where(tuple(x.shape))
-        self.x = x.double()
-        self.y = a[self.where].double()
-        self.gap = rms(self.x - self.y)
-
-
-class Case:
-    """The first difference, and what hypotheses need to know about it."""
-
-    def __init__(self, comparison: Comparison, difference: Difference):
-        self.comparison = comparison
-        self.a = comparison.a
-        self.b = comparison.b
-        self.difference = difference
-        self.key = difference.key
-        self.step, self.kind, self.name = difference.key
-        self.right = self.a.whole(self.key)
-        self.tolerance = 10 * TOLERANCE[self.a.coarsest][0]
-
-    @cached_property
-    def blocks(self) -> list[Block]:
-        return [Block(piece, x, self.right) for piece, x in self.b.blocks(self.key)]
-
-    @cached_property
-    def bad(self) -> list[Block]:
-        """The blocks that differ; all of them where there is but a sum."""
-        found = [b for b in self.blocks if b.rank in self.difference.ranks]
-        bounds = TOLERANCE[self.a.coarsest]
-        size = rms(self.right)
-        wrong = [b for b in found if not b.gap <= bounds[0] * size]
-        return wrong or found
-
-    @cached_property
-    def wrong(self) -> Tensor:
-        """B's full tensor."""
-        return self.b.whole(self.key)
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """Axes of B with more than one rank."""
-        return {axis: n for axis, (n, _) in self.b.axes.items() if n > 1}
-
-    def same(self, x: Tensor, y: Tensor, gap: float) -> bool:
-        """Is a hypothesis, x, the tensor y? gap: how far y is from the right one."""
-        size = rms(y)
-        if x.shape != y.shape or size == 0 or not math.isfinite(gap):
-            return False
-        off = rms(x - y)
-        return off <= self.tolerance * size and off <= 0.05 * gap
-
-    def of(self, recording, step: int, kind: str, name: str) -> Tensor | None:
-        key: Key = (step, kind, name)
-        return recording.whole(key) if key in recording.entries else None
-
-    def ranks_of(self, blocks: list[Block]) -> str:
-        ranks = sorted({block.rank for block in blocks})
-        if len(ranks) == len(self.b.ranks):
-            return "every rank" if len(ranks) > 1 else "the only rank"
-        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
 def diagnose(comparison: Comparison, difference: Difference) -> Finding:
     """The likely cause of the first difference."""
-    from parity import elsewhere, noise, sums, updates
-
     key = difference.key
     if key not in comparison.b.entries:
         return Finding("missing", f"the {key[1]} of {key[2]} is on no rank")

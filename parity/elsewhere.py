@@ -9,19 +9,14 @@ missing    samples that nobody has, or that have no gradient
 import torch
 from torch import Tensor
 
+from parity.case import Case, Finding
 from parity.compare import rms
 
 BASES = (10000.0, 500000.0, 1000000.0)  # of rotary frequencies
 
 
-def finding(cause: str, sentence: str):
-    from parity.diagnose import Finding
-
-    return Finding(cause, sentence)
-
-
 # ---- missing -------------------------------------------------------------------------------------
-def incomplete(case):
+def incomplete(case: Case) -> Finding | None:
     """Entries of the tensor that no rank has."""
     wrong = case.b.entries[case.key]
     if any(piece.shape != tuple(case.right.shape) for piece in wrong):
@@ -34,18 +29,18 @@ def incomplete(case):
     rows = covered.flatten(1).any(1)
     lacking = (~rows).nonzero().flatten().tolist()
     if lacking and case.kind in ("input", "output", "output_gradient"):
-        return finding("micro_batch", f"nobody computes the samples {lacking} of the batch")
+        return Finding("micro_batch", f"nobody computes the samples {lacking} of the batch")
     return None
 
 
-def other_samples(case):
+def other_samples(case: Case) -> Finding | None:
     """Inputs that are the inputs of other rows."""
     if case.kind != "input":
         return None
-    return finding("wrong_samples", f"{case.ranks_of(case.bad)} is given other token ids")
+    return Finding("wrong_samples", f"{case.ranks_of(case.bad)} is given other token ids")
 
 
-def rows_without_gradient(case):
+def rows_without_gradient(case: Case) -> Finding | None:
     """Rows of the batch whose gradient is zero."""
     if case.kind != "output_gradient" or case.right.ndim < 2:
         return None
@@ -57,12 +52,12 @@ def rows_without_gradient(case):
             return None
         lacking.append(i)
     if lacking:
-        return finding("micro_batch", f"the samples {lacking} of the batch have no gradient")
+        return Finding("micro_batch", f"the samples {lacking} of the batch have no gradient")
     return None
 
 
 # ---- stale ---------------------------------------------------------------------------------------
-def stale(case):
+def stale(case: Case) -> Finding | None:
     """B's blocks are what A had some steps before."""
     if case.kind == "input":
         return None
@@ -72,16 +67,16 @@ def stale(case):
             continue
         if all(case.same(earlier[b.where], b.x, b.gap) for b in case.bad):
             when = f"after step {step}" if case.kind == "weight" else f"of step {step}"
-            return finding("stale", f"{case.ranks_of(case.bad)} still has the numbers {when}")
+            return Finding("stale", f"{case.ranks_of(case.bad)} still has the numbers {when}")
         if case.kind in ("gradient", "clipped"):
             if all(case.same(earlier[b.where] + b.y, b.x, b.gap) for b in case.bad):
-                return finding(
+                return Finding(
                     "stale", f"the gradient of step {step} is still in it: it was not cleared"
                 )
     return stale_weight(case)
 
 
-def stale_weight(case):
+def stale_weight(case: Case) -> Finding | None:
     """A linear or embedding module whose output is that of an earlier step's weight."""
     if case.kind != "output" or case.step < 2 or case.right.ndim < 3:
         return None
@@ -100,9 +95,9 @@ def stale_weight(case):
             before = case.of(case.a, step, "weight", name)
             y = applied(x, before, case, bias if has_bias else None, step)
             if all(case.same(y[b.where], b.x, b.gap) for b in case.bad):
-                return finding(
+                return Finding(
                     "stale",
-                    f"{case.ranks_of(case.bad)} computes with the weight as it was after step {step}",
+                    f"{case.ranks_of(case.bad)} uses the weight as it was after step {step}",
                 )
     return None
 
@@ -130,7 +125,7 @@ def inputs_of(case, weight: Tensor):
 
 
 # ---- order ---------------------------------------------------------------------------------------
-def order(case):
+def order(case: Case) -> Finding | None:
     """Every slice along one dimension is a slice of A, some at other places."""
     x, y = case.wrong, case.right
     if case.kind in ("norm", "input") or x.shape != y.shape or not x.isfinite().all():
@@ -186,7 +181,7 @@ def shuffled(case, x: Tensor, y: Tensor):
     a = x.flatten().sort().values
     b = y.flatten().sort().values
     if case.same(a, b, rms(x - y)) and rms(x - y) > 100 * rms(a - b):
-        return finding("wrong_order", "it has the right values at other places")
+        return Finding("wrong_order", "it has the right values at other places")
     return None
 
 
@@ -197,7 +192,7 @@ def described(case, dim: int, m: list[int]):
     shards = shard_sizes(case, dim)
     is_activation = case.kind in ("output", "output_gradient")
     if is_activation and dim == 0 and case.right.ndim > 2:
-        return finding("wrong_samples", f"samples of the batch have changed places: {text}")
+        return Finding("wrong_samples", f"samples of the batch have changed places: {text}")
     one_to_one = sorted(m) == list(range(n))
     token_dim = is_activation and (dim == 1 if case.right.ndim == 3 else dim == 2)
     token_dim = token_dim or (is_activation and case.right.ndim == 2 and dim == 0)
@@ -205,12 +200,12 @@ def described(case, dim: int, m: list[int]):
     by_shards = one_to_one and any(run % size == 0 for size in shards)
     if token_dim:
         if by_shards:
-            return finding("wrong_order", f"shards of the sequence have changed places: {text}")
-        return finding("position", f"tokens have what belongs to others: {text}")
+            return Finding("wrong_order", f"shards of the sequence have changed places: {text}")
+        return Finding("position", f"tokens have what belongs to others: {text}")
     if by_shards:
-        return finding("wrong_order", f"the shards of the ranks have changed places: {text}")
+        return Finding("wrong_order", f"the shards of the ranks have changed places: {text}")
     if not one_to_one:
-        return finding("wrong_order", f"{len(moved)} of {n} slices are copies of others: {text}")
+        return Finding("wrong_order", f"{len(moved)} of {n} slices are copies of others: {text}")
     group = group_size(m)
     if group < n or case.right.ndim == 4:
         within = m[:group]
@@ -220,16 +215,16 @@ def described(case, dim: int, m: list[int]):
         last_of_heads = case.right.ndim == 4 and dim == 3
         if same and group % 2 == 0 and (is_half_swap(within) or transposed(within)):
             if group < n or last_of_heads:
-                return finding(
+                return Finding(
                     "rotary", f"within each head of {group} its halves have changed: {text}"
                 )
     if case.right.ndim == 4 and dim == 1:
-        return finding("heads", f"heads have changed places: {text}")
+        return Finding("heads", f"heads have changed places: {text}")
     if run > 1 or transposed(m):
         grid = transposed(m)
         what = f"as in a transposed {grid[0]} x {grid[1]} grid" if grid else f"in blocks of {run}"
-        return finding("heads", f"slices have changed places {what}: {text}")
-    return finding("wrong_order", f"slices have changed places: {text}")
+        return Finding("heads", f"slices have changed places {what}: {text}")
+    return Finding("wrong_order", f"slices have changed places: {text}")
 
 
 def shard_sizes(case, dim: int) -> set[int]:
@@ -297,7 +292,7 @@ def spans(m: list[int]) -> str:
 
 
 # ---- rotary --------------------------------------------------------------------------------------
-def rotary(case):
+def rotary(case: Case) -> Finding | None:
     """q or k (B, H, T, D) after the rotation by their positions: which rotation was it?"""
     x, y = case.wrong, case.right
     if case.kind != "output" or x.ndim != 4 or x.shape != y.shape or x.shape[3] % 2:
@@ -312,15 +307,15 @@ def rotary(case):
         start = b * turn.conj()  # before the rotation
         swapped = as_real(1j * start.conj() * turn)
         if case.same(swapped, x, gap):
-            return finding("rotary", "the two halves of each head change places before rotating")
+            return Finding("rotary", "the two halves of each head change places before rotating")
         pairs = start.real.new_empty(*start.shape[:-1], half, 2)
         flat = as_real(start)
         z = torch.complex(flat[..., 0::2].contiguous(), flat[..., 1::2].contiguous()) * turn
         pairs[..., 0], pairs[..., 1] = z.real, z.imag
         if case.same(pairs.flatten(-2), x, gap):
-            return finding("rotary", "neighbours are rotated, (x0 x1), instead of halves")
+            return Finding("rotary", "neighbours are rotated, (x0 x1), instead of halves")
         if case.same(as_real(start), x, gap):
-            return finding("position", "nothing is rotated: all are at position 0")
+            return Finding("position", "nothing is rotated: all are at position 0")
         found = positions(case, a, b, f, x, gap)
         if found is not None:
             return found
@@ -345,9 +340,9 @@ def positions(case, a: Tensor, b: Tensor, f: Tensor, x: Tensor, gap: float):
         return None
     used = (torch.arange(T) + moved).long().tolist()
     if all(i == -t for t, i in enumerate(used)):
-        return finding("rotary", "it turns the other way: the sine has the wrong sign")
+        return Finding("rotary", "it turns the other way: the sine has the wrong sign")
     wrong = [t for t in range(T) if used[t] != t]
-    return finding(
+    return Finding(
         "position",
         f"the tokens {shorter(wrong)} are rotated as if at {shorter([used[t] for t in wrong])}",
     )

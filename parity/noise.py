@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from parity.case import Case, Finding
 from parity.compare import TOLERANCE, rms
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
@@ -15,10 +16,8 @@ BANDS = {
 }
 
 
-def representable(case):
+def representable(case: Case) -> Finding | None:
     """Are B's numbers numbers of a narrower format, and A's not?"""
-    from parity.diagnose import Finding
-
     if case.kind not in ("output", "output_gradient", "gradient", "clipped", "weight"):
         return None
     for dtype in NARROW:
@@ -34,10 +33,8 @@ def representable(case):
     return None
 
 
-def drawn_masks(case):
+def drawn_masks(case: Case) -> Finding | None:
     """Dropout: zeros at other places, and where neither has one they agree."""
-    from parity.diagnose import Finding
-
     if case.kind not in ("output", "output_gradient"):
         return None
     for b in case.bad:
@@ -62,10 +59,8 @@ def drawn_masks(case):
     )
 
 
-def drawn_weights(case):
+def drawn_weights(case: Case) -> Finding | None:
     """Initial weights of the right size that have nothing to do with the right ones."""
-    from parity.diagnose import Finding
-
     if case.kind != "weight" or case.step != 0:
         return None
     for b in case.bad:
@@ -84,10 +79,8 @@ def drawn_weights(case):
     )
 
 
-def precision(case):
+def precision(case: Case) -> Finding | None:
     """A difference that looks like rounding, of a size that the dtype does not explain."""
-    from parity.diagnose import Finding
-
     if case.kind not in ("output", "output_gradient", "gradient", "clipped"):
         return None
     blocks = [b for b in case.bad if b.x.numel() > 1]
@@ -104,10 +97,8 @@ def precision(case):
     return None
 
 
-def rounding(case):
+def rounding(case: Case) -> Finding | None:
     """Has the difference grown to the bound in small steps, from that of the modules before?"""
-    from parity.diagnose import Finding
-
     bound = TOLERANCE[case.a.coarsest][0]
     if case.kind not in ("output", "output_gradient") or case.difference.error > 30 * bound:
         return None

@@ -13,17 +13,12 @@ import math
 import torch
 from torch import Tensor
 
+from parity.case import Case, Finding
 from parity.compare import rms
 
 
-def finding(cause: str, sentence: str):
-    from parity.diagnose import Finding
-
-    return Finding(cause, sentence)
-
-
 # ---- parts ---------------------------------------------------------------------------------------
-def by_parts(case):
+def by_parts(case: Case) -> Finding | None:
     if case.kind not in ("gradient", "clipped"):
         return None
     parts = parts_of(case)
@@ -95,9 +90,9 @@ def weighted(case, block, c: dict):
     if missing:
         return None
     if all(abs(x - round(x)) < 1e-3 and x >= 1 for x in values):
-        return finding("summed_twice", f"the gradient is {text}")
+        return Finding("summed_twice", f"the gradient is {text}")
     if all(x > 0 for x in values):
-        return finding("mean_of_means", f"parts have different weights: {text}")
+        return Finding("mean_of_means", f"parts have different weights: {text}")
     return None
 
 
@@ -107,15 +102,15 @@ def left_out(case, block, missing: list, kept: list, own: set):
     if missing_ranks & kept_ranks or not own & set(kept):
         numbers = sorted({i for _, i in missing})
         who = "every rank" if len(missing_ranks) > 1 else f"rank {min(missing_ranks)}"
-        return finding(
+        return Finding(
             "micro_batch",
             f"the gradient lacks backward {', '.join(map(str, numbers))} of {who}; the others add"
             " up to it",
         )
     axes = axes_between(case, kept_ranks, missing_ranks)
     sentence = (
-        f"rank {block.rank} has {named_ranks(kept_ranks)}'s part alone; with {named_ranks(missing_ranks)}'s"
-        " it adds up to the right one"
+        f"rank {block.rank} has the part of {named_ranks(kept_ranks)} alone; with that of"
+        f" {named_ranks(missing_ranks)} it adds up to the right one"
     )
     return along(case, axes, sentence)
 
@@ -125,10 +120,10 @@ def along(case, axes: list[str], sentence: str):
     over = f"not summed over {' x '.join(axes)}: " if axes else ""
     if case.kind in ("gradient", "clipped"):
         if axes == ["pp"]:
-            return finding("half_tied", f"{over}{sentence}")
+            return Finding("half_tied", f"{over}{sentence}")
         if axes in (["tp"], ["sp"]):
-            return finding("sp_partial", f"{over}{sentence}")
-    return finding("not_summed", f"{over}{sentence}")
+            return Finding("sp_partial", f"{over}{sentence}")
+    return Finding("not_summed", f"{over}{sentence}")
 
 
 def axes_between(case, ranks, others) -> list[str]:
@@ -148,7 +143,7 @@ def named_ranks(ranks) -> str:
 
 
 # ---- copies --------------------------------------------------------------------------------------
-def by_copies(case):
+def by_copies(case: Case) -> Finding | None:
     """Copies that differ between ranks, and add up to the right one along an axis."""
     if case.kind in ("norm", "input"):
         return None
@@ -181,7 +176,7 @@ def differs_only(case, rank: int, other: int, axes) -> bool:
 
 
 # ---- ratio ---------------------------------------------------------------------------------------
-def by_ratio(case):
+def by_ratio(case: Case) -> Finding | None:
     """Each block that differs is a number times the right one."""
     if case.kind in ("norm", "input") or (case.kind == "weight" and case.step > 0):
         return None
@@ -219,12 +214,12 @@ def constant(case, ratio: float, who: str):
     if what is None:
         return None
     if ratio < 1:
-        return finding(
+        return Finding(
             "not_summed",
             f"{who} is 1/{n} of the right one, and there are {what}: a mean where the sum is due,"
             " or copies that nobody added up",
         )
-    return finding("summed_twice", f"{who} is {n} times the right one, and there are {what}")
+    return Finding("summed_twice", f"{who} is {n} times the right one, and there are {what}")
 
 
 def counts(case) -> dict[int, str]:
@@ -274,7 +269,7 @@ def uneven(case, ratios: dict):
         for ratio, blocks in ratios.items()
     )
     if len(products) > 1 and max(products) - min(products) < 1e-3 * max(products):
-        return finding(
+        return Finding(
             "mean_of_means",
             f"the factors are one over the tokens that each loss counts: {text}",
         )
@@ -282,7 +277,7 @@ def uneven(case, ratios: dict):
 
 
 # ---- tied weights --------------------------------------------------------------------------------
-def tied(case):
+def tied(case: Case) -> Finding | None:
     """An embedding's gradient that lacks what its use as the head adds, or the other way round."""
     if case.kind not in ("gradient", "clipped") or case.right.ndim != 2:
         return None
@@ -303,14 +298,14 @@ def tied(case):
     embedding = torch.zeros_like(y).index_add_(0, tokens.flatten(), from_output.flatten(0, 1))
     gap = rms(x - y)
     if case.same(embedding, x, gap):
-        return finding("half_tied", "it is the embedding's gradient; the head's part is missing")
+        return Finding("half_tied", "it is the embedding's gradient; the head's part is missing")
     if case.same(y - embedding, x, gap):
-        return finding("half_tied", "it is the head's gradient; the embedding's part is missing")
+        return Finding("half_tied", "it is the head's gradient; the embedding's part is missing")
     return None
 
 
 # ---- a bias that counts N times ------------------------------------------------------------------
-def bias(case):
+def bias(case: Case) -> Finding | None:
     """A module's output with its own bias too often: once for each rank of a sum."""
     if case.kind != "output":
         return None
@@ -324,7 +319,7 @@ def bias(case):
     if case.same(times * b.expand_as(off), off, rms(off)) and abs(times - round(times)) < 1e-3:
         if times > 0:
             n = round(times) + 1
-            return finding("summed_twice", f"its bias is in it {n} times: it is added before a sum")
+            return Finding("summed_twice", f"its bias is in it {n} times: it is added before a sum")
     return None
 
 

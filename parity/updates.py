@@ -9,16 +9,10 @@ weight     the step u = w_after - w_before = -lr (decay w + direction): another 
 import itertools
 import math
 
-import torch
 from torch import Tensor
 
+from parity.case import Case, Finding
 from parity.compare import rms
-
-
-def finding(cause: str, sentence: str):
-    from parity.diagnose import Finding
-
-    return Finding(cause, sentence)
 
 
 # ---- norm and clipping ---------------------------------------------------------------------------
@@ -34,7 +28,7 @@ def squares(case, kind: str = "gradient") -> list[tuple]:
     return found
 
 
-def norm(case):
+def norm(case: Case) -> Finding | None:
     """The norm of what? Of one rank's gradients, of some ranks', with copies counted twice."""
     if case.kind != "norm":
         return None
@@ -43,17 +37,17 @@ def norm(case):
     for block in case.bad:
         value = float(block.x)
         if near(value, local_norm(pieces, {block.rank})):
-            return finding(
+            return Finding(
                 "local_norm", f"rank {block.rank}'s norm is that of its own gradients alone"
             )
         for axes in some_axes(case):
             ranks = {r for r in case.b.ranks if agree(case, r, block.rank, axes)}
             if near(value, local_norm(pieces, ranks)):
-                return finding(
+                return Finding(
                     "local_norm", f"the norm is summed over the ranks {sorted(ranks)} alone"
                 )
             if near(value, counted_norm(pieces, ranks)):
-                return finding(
+                return Finding(
                     "summed_twice",
                     f"the norm counts what several of the ranks {sorted(ranks)} hold several times",
                 )
@@ -61,10 +55,10 @@ def norm(case):
         for rank, name, place, square in pieces:
             largest[name] = max(largest.get(name, 0.0), square)
         if near(value, math.sqrt(sum(largest.values()))):
-            return finding("local_norm", "the norm has one shard of each gradient")
+            return Finding("local_norm", "the norm has one shard of each gradient")
         ratio = value / right
         if abs(ratio**2 - round(ratio**2)) < 1e-6 and round(ratio**2) > 1:
-            return finding(
+            return Finding(
                 "summed_twice", f"the squared norm is {round(ratio**2)} times the right one"
             )
     return None
@@ -97,7 +91,7 @@ def counted_norm(pieces: list, ranks: set) -> float:
     return math.sqrt(sum(s for rank, _, _, s in pieces if rank in ranks))
 
 
-def clipping(case):
+def clipping(case: Case) -> Finding | None:
     """Clipped by the norm of this rank's gradients, or not at all."""
     if case.kind != "clipped":
         return None
@@ -116,16 +110,16 @@ def clipping(case):
             return None
         own = local_norm(pieces, {block.rank})
         if limit is not None and (abs(c * own - limit) < 1e-3 * limit or (c == 1 and own < limit)):
-            return finding(
+            return Finding(
                 "local_norm",
-                f"rank {block.rank} clips by {c:.4g}, where {right:.4g} is right: by the norm of its"
-                " own gradients",
+                f"rank {block.rank} clips by {c:.4g}, where {right:.4g} is right: by the norm of"
+                " its own gradients",
             )
         one = math.sqrt(float(g.square().sum()))
         if limit is not None and abs(c * one - limit) < 1e-3 * limit:
-            return finding("local_norm", f"it is clipped by its own norm, by {c:.4g}")
+            return Finding("local_norm", f"it is clipped by its own norm, by {c:.4g}")
         if limit is None and abs(c * own - round(c * own, 3)) < 1e-4 and c < 1:
-            return finding("local_norm", f"rank {block.rank} clips by {c:.4g}, where nothing is")
+            return Finding("local_norm", f"rank {block.rank} clips by {c:.4g}, where nothing is")
     return None
 
 
@@ -170,7 +164,7 @@ def fits(x: Tensor, y: Tensor, gap: float, tolerance: float = 1e-5) -> bool:
     return rms(x - y) <= 0.02 * gap and rms(x - y) <= max(tolerance * rms(y), 0.0) + 0.001 * gap
 
 
-def decay(case):
+def decay(case: Case) -> Finding | None:
     """The two steps differ by a multiple of the weight itself."""
     for block, s in steps(case):
         size = rms(s.w)
@@ -181,18 +175,18 @@ def decay(case):
         if fits(k * s.w, d, s.gap) and k != 0:
             if s.decay:
                 times = 1 - k / s.decay
-                return finding(
+                return Finding(
                     "weight_decay",
                     f"the step decays the weight by {times:.4g} times lr x weight_decay",
                 )
-            return finding("weight_decay", f"the step adds {k:.3g} times the weight")
+            return Finding("weight_decay", f"the step adds {k:.3g} times the weight")
         late = -s.decay * s.direction
         if s.decay and fits(late, d, s.gap, 1e-3):
-            return finding("weight_decay", "the weight decays after its update, not before")
+            return Finding("weight_decay", "the weight decays after its update, not before")
     return None
 
 
-def factor(case):
+def factor(case: Case) -> Finding | None:
     """The step is a number times the right one, but for its decay."""
     ratios = []
     for _, s in steps(case):
@@ -212,7 +206,7 @@ def factor(case):
     if max(ratios) - min(ratios) > 1e-3 * abs(max(ratios)):
         if len({b.piece.place for b in case.bad}) > 1:
             text = ", ".join(f"{c:.4g}" for c in ratios)
-            return finding(
+            return Finding(
                 "shard_as_matrix", f"the step of each shard has a factor of its own: {text}"
             )
         return None
@@ -221,17 +215,17 @@ def factor(case):
 
 def named_factor(case, s: Step, c: float):
     if abs(c) < 1e-6:
-        return finding("stale", "the weight is not updated in this step")
+        return Finding("stale", "the weight is not updated in this step")
     b_lr = s.b_group.get("lr")
     if s.lr and b_lr and abs(b_lr / s.lr - c) < 1e-3 * abs(c) and b_lr != s.lr:
-        return finding("learning_rate", f"lr is {b_lr:g}, not {s.lr:g}")
+        return Finding("learning_rate", f"lr is {b_lr:g}, not {s.lr:g}")
     for what, ratio in bias_corrections(s.group, case.step).items():
         if abs(ratio - c) < 2e-3 * abs(ratio) and abs(ratio - 1) > 5e-3:
-            return finding("bias_correction", f"the step is {c:.4g} times the right one: {what}")
+            return Finding("bias_correction", f"the step is {c:.4g} times the right one: {what}")
     for other in (case.step - 1, case.step + 1):
         group = group_of(case.a, other, case.name)
         if group.get("lr") and s.lr and abs(group["lr"] / s.lr - c) < 1e-3 * c and c != 1:
-            return finding("learning_rate", f"the step has the learning rate of step {other}")
+            return Finding("learning_rate", f"the step has the learning rate of step {other}")
     return None
 
 
@@ -262,7 +256,7 @@ def bias_corrections(group: dict, t: int) -> dict[str, float]:
     return found
 
 
-def shard_as_matrix(case):
+def shard_as_matrix(case: Case) -> Finding | None:
     """The shard's step has the singular vectors of the shard's gradient, not of the full one's.
 
     A step made of whole matrices (Muon, Shampoo) is f(G G^T) G: U G^T is symmetric. B's is so for
@@ -288,7 +282,7 @@ def shard_as_matrix(case):
         if wrong > 1e-3 or right < 100 * wrong:
             return None
     block = found[0][0]
-    return finding(
+    return Finding(
         "shard_as_matrix",
         f"each rank's {list(block.x.shape)} of {list(case.right.shape)} is stepped as a matrix of"
         " its own: its step has the singular vectors of the shard's gradient",
@@ -296,7 +290,7 @@ def shard_as_matrix(case):
 
 
 def asymmetry(u: Tensor, g: Tensor) -> float:
-    """0 where u and g have the same singular vectors: how far u g^T and u^T g are from symmetric."""
+    """How far u g^T and u^T g are from symmetric: 0 where u and g share singular vectors."""
     left = u @ g.mT
     right = u.mT @ g
     a = rms(left - left.mT) / max(rms(left), 1e-300)
