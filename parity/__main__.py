@@ -2,7 +2,7 @@
 
     python -m parity "--tp=2 --pp=2" [--ranks=4] [--against="..."] [RECIPE] [FLAGS]
         trains a few steps of RECIPE (default: a tiny GPT) by train.py, with these flags and with
-        those of --against (default: none, on one process), and compares
+        those of --against (default: none, on one process), and compares; --against=DIR: a recording
     python -m parity A B [--names=map.toml]
         compares two recordings (parity/record.py), from any trainers; A is right
 
@@ -51,7 +51,14 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         keep = Path(own["keep"] or folder)
         record_both(shlex.split(rest[0]), rest[1:], own, keep, Path(folder))
-        return compare(keep / "a", keep / "b", names, as_json)
+        oracle = keep / "a"
+        if is_recording(own["against"]):
+            oracle = own["against"]
+        return compare(oracle, keep / "b", names, as_json)
+
+
+def is_recording(path: str | None) -> bool:
+    return path is not None and Path(path, "rank_0.jsonl").is_file()
 
 
 def compare(a, b, names: dict | None, as_json: bool) -> int:
@@ -83,7 +90,9 @@ def record_both(flags: list[str], rest: list[str], own: dict, keep: Path, folder
         text.write_text(" ".join(str(i * i) for i in range(3000)), encoding="utf-8")
         recipe = [*recipe, f"--data={text}"]
     recipe = [*recipe, *QUIET, f"--steps={own['steps']}", f"--precision={own['precision']}"]
-    sides = {"a": shlex.split(own["against"] or ""), "b": flags}
+    sides = {"b": flags}
+    if not is_recording(own["against"]):
+        sides = {"a": shlex.split(own["against"] or ""), "b": flags}
     for side, extra in sides.items():
         if (keep / side).exists():
             raise ValueError(f"{keep / side} is there already; type another --keep=")

@@ -120,7 +120,8 @@ def inputs_of(case, weight: Tensor):
             break
         x = case.a.whole(key)
         if x.shape[:2] == case.right.shape[:2]:
-            if key[1] == "input" or (x.ndim == 3 and x.shape[-1] == weight.shape[1]):
+            is_ids = key[1] == "input" and int(x.max()) < len(weight)
+            if is_ids or (x.ndim == 3 and x.shape[-1] == weight.shape[1]):
                 yield x
 
 

@@ -8,6 +8,8 @@ from parity.compare import TOLERANCE, rms
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 WORD = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# The largest relative error of rounding once.
+ROUNDOFF = {"bf16": 2.0**-8, "fp16 or tf32": 2.0**-11, "fp32": 2.0**-24}
 # The rms of rounding once to each format, relative, and what two or three roundings make of it.
 BANDS = {
     "bf16": (5e-4, 2e-2),
@@ -79,6 +81,30 @@ def drawn_weights(case: Case) -> Finding | None:
     )
 
 
+def rounded_once(case: Case) -> Finding | None:
+    """Each entry off by its own rounding: what was added up, sent or stored was narrow."""
+    if case.kind not in ("output", "output_gradient", "gradient", "clipped"):
+        return None
+    off = []
+    for b in case.bad:
+        used = b.y.abs() > 1e-6 * rms(b.y)
+        off.append(((b.x - b.y)[used] / b.y[used]).flatten())
+    off = torch.cat(off)
+    if off.numel() < 16 or abs(float(off.mean())) > 0.4 * rms(off):
+        return None
+    size = off.abs()
+    for word, u in ROUNDOFF.items():
+        middle = float(size[size > 0].median()) if (size > 0).any() else 0.0
+        # Sums of rounded numbers are off by more where they cancel.
+        if u / 12 < middle < 1.5 * u and float(size.quantile(0.95)) < 5 * u:
+            return Finding(
+                "low_precision",
+                f"on {case.ranks_of(case.bad)} the entries are off by {middle:.0e} of themselves, as"
+                f" what was rounded to {word}",
+            )
+    return None
+
+
 def precision(case: Case) -> Finding | None:
     """A difference that looks like rounding, of a size that the dtype does not explain."""
     if case.kind not in ("output", "output_gradient", "gradient", "clipped"):
@@ -137,5 +163,5 @@ def looks_random(e: Tensor, y: Tensor) -> bool:
     return by_column < 4 and by_row < 4
 
 
-EXACT = (representable, drawn_masks, drawn_weights)
-LAST = (rounding, precision)
+EXACT = (representable, drawn_masks)
+LAST = (drawn_weights, rounding, rounded_once, precision)

@@ -70,13 +70,13 @@ class Run:
             return SKIPPED  # the hidden states of a pipeline's stage: its last block has them
         n = self.mesh.sizes["tp"]
         rank = self.mesh.coords["tp"]
+        if x.ndim == 2:  # (T, C) of learned positions
+            shape = (self.length, x.shape[1])
+            return Place(shape, (self.mine(x.shape[0]), 0)) if self.mine(x.shape[0]) else SKIPPED
         is_attention = name.rpartition(".")[2].startswith(("rotated_", "attended"))
         sequence_dim = 2 if is_attention else 1
-        tokens = x.shape[sequence_dim]
-        positions = self.positions
-        if tokens * n == len(positions):
-            positions = positions[rank * tokens : (rank + 1) * tokens]
-        elif tokens != len(positions):
+        positions = self.mine(x.shape[sequence_dim])
+        if positions is None:
             return SKIPPED
         if is_attention:  # (B, H, T, D)
             shape = (len(self.row_of), x.shape[1] * n, self.length, x.shape[3])
@@ -87,6 +87,15 @@ class Run:
                 (len(self.row_of), self.length, width * n), (self.rows, positions, rank * width)
             )
         return Place((len(self.row_of), self.length, width), (self.rows, positions, 0))
+
+    def mine(self, tokens: int) -> list[int] | None:
+        """The positions of so many tokens: this rank's of its sequence, or of its share of them."""
+        if tokens == len(self.positions):
+            return self.positions
+        if tokens * self.mesh.sizes["tp"] == len(self.positions):
+            rank = self.mesh.coords["tp"]
+            return self.positions[rank * tokens : (rank + 1) * tokens]
+        return None
 
     # ---- what a rank holds -----------------------------------------------------------------------
     def start(self, micro_batches: MicroBatches, state: State) -> None:

@@ -79,11 +79,10 @@ def weighted(case, block, c: dict):
     """What the weights c of the parts say about the reduction."""
     near = {label: round(x, 4) for label, x in c.items()}
     values = sorted(set(near.values()))
-    own = {label for label in c if label[0] == block.rank}
     missing = [label for label, x in near.items() if abs(x) < 1e-3]
     kept = [label for label in near if label not in missing]
     if missing and all(abs(near[label] - 1) < 1e-3 for label in kept):
-        return left_out(case, block, missing, kept, own)
+        return left_out(case, block, missing, kept)
     if len(values) == 1:
         return constant(case, values[0], "every part")
     text = ", ".join(f"{x:g} x rank {r}'s backward {i}" for (r, i), x in near.items())
@@ -96,10 +95,10 @@ def weighted(case, block, c: dict):
     return None
 
 
-def left_out(case, block, missing: list, kept: list, own: set):
+def left_out(case, block, missing: list, kept: list):
     missing_ranks = {rank for rank, _ in missing}
     kept_ranks = {rank for rank, _ in kept}
-    if missing_ranks & kept_ranks or not own & set(kept):
+    if missing_ranks & kept_ranks or len(case.b.ranks) == 1:
         numbers = sorted({i for _, i in missing})
         who = "every rank" if len(missing_ranks) > 1 else f"rank {min(missing_ranks)}"
         return Finding(
@@ -109,8 +108,8 @@ def left_out(case, block, missing: list, kept: list, own: set):
         )
     axes = axes_between(case, kept_ranks, missing_ranks)
     sentence = (
-        f"rank {block.rank} has the part of {named_ranks(kept_ranks)} alone; with that of"
-        f" {named_ranks(missing_ranks)} it adds up to the right one"
+        f"rank {block.rank} has what {named_ranks(kept_ranks)} adds alone; with what"
+        f" {named_ranks(missing_ranks)} adds it is the right one"
     )
     return along(case, axes, sentence)
 
@@ -293,7 +292,7 @@ def tied(case: Case) -> Finding | None:
     if rows.all() or rms(y[~rows]) == 0 or x.shape != y.shape:
         return None
     from_output = case.of(case.a, case.step, "output_gradient", case.name.removesuffix(".weight"))
-    if from_output is None or from_output.shape[:2] != tokens.shape:
+    if from_output is None or from_output.shape != (*tokens.shape, y.shape[1]):
         return None
     embedding = torch.zeros_like(y).index_add_(0, tokens.flatten(), from_output.flatten(0, 1))
     gap = rms(x - y)
