@@ -6,12 +6,18 @@ rotary     q and k after their rotation: pairs of the right length that point el
 missing    samples that nobody has, or that have no gradient
 """
 
+import re
+
 import torch
 from torch import Tensor
 
 from parity.case import Case, Finding
 from parity.compare import rms
 
+# Words by which a module or a weight is known to belong to attention.
+ATTENTION = re.compile(
+    r"(^|[._])(attn|attention|heads|attended|c_attn|qkv|w?[qkvo]|query|key|value)($|[._])"
+)
 BASES = (10000.0, 500000.0, 1000000.0)  # of rotary frequencies
 
 
@@ -133,7 +139,7 @@ def order(case: Case) -> Finding | None:
         return None
     for dim in range(x.ndim):
         found = mapping(x.movedim(dim, 0), y.movedim(dim, 0), case.tolerance)
-        if found is not None:
+        if found is not None and found != list(range(len(found))):
             return described(case, dim, found)
     return shuffled(case, x, y)
 
@@ -221,11 +227,11 @@ def described(case, dim: int, m: list[int]):
                 )
     if case.right.ndim == 4 and dim == 1:
         return Finding("heads", f"heads have changed places: {text}")
-    if run > 1 or transposed(m):
+    if ATTENTION.search(case.name) and (run > 1 or transposed(m)):
         grid = transposed(m)
         what = f"as in a transposed {grid[0]} x {grid[1]} grid" if grid else f"in blocks of {run}"
         return Finding("heads", f"slices have changed places {what}: {text}")
-    return Finding("wrong_order", f"slices have changed places: {text}")
+    return Finding("wrong_order", f"blocks of {run} have changed places: {text}")
 
 
 def shard_sizes(case, dim: int) -> set[int]:

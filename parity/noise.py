@@ -87,6 +87,8 @@ def rounded_once(case: Case) -> Finding | None:
         return None
     off = []
     for b in case.bad:
+        if abs(correlation(b.x - b.y, b.y)) > 0.3 or has_pattern((b.x - b.y).sign()):
+            return None
         used = b.y.abs() > 1e-6 * rms(b.y)
         off.append(((b.x - b.y)[used] / b.y[used]).flatten())
     off = torch.cat(off)
@@ -155,12 +157,18 @@ def looks_random(e: Tensor, y: Tensor) -> bool:
         return False
     if float(e.abs().max()) > 12 * size or abs(correlation(e, y)) > 0.3:
         return False
+    return not has_pattern(e) and not has_pattern(e.sign())
+
+
+def has_pattern(e: Tensor) -> bool:
+    """Do rows or columns have means that chance does not give?"""
     if e.ndim < 2:
-        return True
+        return False
+    size = rms(e)
     rows = e.flatten(0, -2)
     by_column = rms(rows.mean(0)) / size * rows.shape[0] ** 0.5
     by_row = rms(rows.mean(1)) / size * rows.shape[1] ** 0.5
-    return by_column < 4 and by_row < 4
+    return by_column > 2.5 or by_row > 2.5
 
 
 EXACT = (representable, drawn_masks)

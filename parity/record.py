@@ -262,7 +262,7 @@ class Recorder:
             return found
         if hasattr(x, "placements"):
             return place_of_dtensor(x)
-        if name in self.shards:
+        if name in self.shards and tuple(x.shape) != tuple(self.shards[name][0]):
             shape, offsets = self.shards[name]
             return Place(tuple(shape), tuple(offsets))
         return whole(x)

@@ -90,9 +90,25 @@ def weighted(case, block, c: dict):
         return None
     if all(abs(x - round(x)) < 1e-3 and x >= 1 for x in values):
         return Finding("summed_twice", f"the gradient is {text}")
+    if clipped_parts(case, c):
+        return Finding("local_norm", f"each rank's part is clipped by its own norm: {text}")
     if all(x > 0 for x in values):
         return Finding("mean_of_means", f"parts have different weights: {text}")
     return None
+
+
+def clipped_parts(case: Case, c: dict) -> bool:
+    """Are the weights one over the norm of all that each rank adds?"""
+    squares = {}
+    for (step, kind, name), pieces in case.b.entries.items():
+        if step == case.step and kind == "part":
+            for piece in pieces:
+                words = piece.part.replace(",", "").split()
+                label = (int(words[-3]), int(words[-1]))
+                square = float(piece.load().double().square().sum())
+                squares[label] = squares.get(label, 0.0) + square
+    scaled = [c[label] * math.sqrt(squares[label]) for label in c if c[label] < 1 - 1e-6]
+    return len(scaled) > 1 and max(scaled) - min(scaled) < 1e-4 * max(scaled)
 
 
 def left_out(case, block, missing: list, kept: list):
@@ -233,14 +249,15 @@ def counts(case) -> dict[int, str]:
     micro = max(backwards.values(), default=1)
     sizes = {**case.axes, "micro-batches": micro}
     sizes = {axis: n for axis, n in sizes.items() if n > 1}
-    if len(case.b.ranks) > 1:
-        sizes.setdefault("ranks", len(case.b.ranks))
+    if not case.axes and len(case.b.ranks) > 1:
+        sizes["all"] = len(case.b.ranks)
     for n in range(1, len(sizes) + 1):
         for axes in subsets(list(sizes), n):
-            if "ranks" in axes and len(axes) > 1 and len(case.axes) > 0:
-                continue
             product = math.prod(sizes[axis] for axis in axes)
-            words = " x ".join(f"{sizes[axis]} {axis}" for axis in axes)
+            words = " x ".join(
+                f"{sizes[axis]} {axis}" + ("" if axis == "micro-batches" else " ranks")
+                for axis in axes
+            )
             found[product] = words if product not in found or n == 1 else found[product]
     return found
 
@@ -249,18 +266,11 @@ def uneven(case, ratios: dict):
     """Different factors: are they one over the tokens that each rank's loss counts?"""
     if case.kind not in ("output_gradient", "gradient", "output"):
         return None
-    tokens = {}
-    for (step, kind, name), pieces in case.b.entries.items():
-        if kind != "input" or step != case.step:
-            continue
-        for piece in pieces:
-            x = piece.load()
-            if (x < 0).any():
-                tokens[piece.rank, str(piece.index[0])] = int((x >= 0).sum())
+    tokens = tokens_of(case)
     products = []
     for ratio, blocks in ratios.items():
         for block in blocks:
-            n = tokens.get((block.rank, str(block.piece.index[0])))
+            n = tokens.get((block.rank, first_of(block.piece.index[0])))
             if n:
                 products.append(ratio * n)
     text = ", ".join(
@@ -272,6 +282,49 @@ def uneven(case, ratios: dict):
             "mean_of_means",
             f"the factors are one over the tokens that each loss counts: {text}",
         )
+    return None
+
+
+def tokens_of(case: Case) -> dict[tuple[int, int], int]:
+    """(rank, first sample) of each forward -> how many of its targets count."""
+    found = {}
+    for (step, kind, _), pieces in case.b.entries.items():
+        if kind == "input" and step == case.step:
+            for piece in pieces:
+                x = piece.load()
+                label = (piece.rank, first_of(piece.index[0]))
+                found[label] = min(found.get(label, x.numel()), int((x >= 0).sum()))
+    return found
+
+
+def first_of(index) -> int:
+    return index if isinstance(index, int) else index[0]
+
+
+def mean_losses(case: Case) -> Finding | None:
+    """The loss: weighted by the tokens that each forward counts, its summands give the right one."""
+    if case.kind != "output" or case.right.ndim or len(case.b.entries[case.key]) < 2:
+        return None
+    tokens = tokens_of(case)
+    weighted_sum = 0.0
+    total = 0
+    pieces = case.b.entries[case.key]
+    for piece in pieces:
+        words = piece.part.replace(",", "").split()
+        n = tokens.get((piece.rank, int(words[1]))) if len(words) > 1 else None
+        if n is None:
+            return None
+        weighted_sum += n * float(piece.load())
+        total += n
+    # The summands are means, and their sum is a mean, or they are divided by their number.
+    right = float(case.right)
+    for times in (1, len(pieces)):
+        if total and abs(weighted_sum / total * times - right) <= case.tolerance * abs(right):
+            return Finding(
+                "mean_of_means",
+                f"each of {len(pieces)} losses is a mean over its own tokens; weighted by their"
+                " tokens they give the right one",
+            )
     return None
 
 
@@ -322,4 +375,4 @@ def bias(case: Case) -> Finding | None:
     return None
 
 
-HYPOTHESES = (tied, by_copies, by_parts, bias, by_ratio)
+HYPOTHESES = (tied, mean_losses, by_copies, by_parts, bias, by_ratio)
