@@ -43,6 +43,17 @@ TOLERANCE = {
 Key = tuple[int, str, str]  # step, kind, name
 
 
+class File:
+    """A file of pieces, opened when the first is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def open(self):
+        return safe_open(self.path, "pt")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A tensor in a file, and where it lies in the full one (parity/record.py)."""
@@ -53,12 +64,11 @@ class Piece:
     part: str
     dtype: str
     at: int
-    file: Path
+    file: File
     key: str
 
     def load(self) -> Tensor:
-        with safe_open(self.file, "pt") as file:
-            return file.get_tensor(self.key)
+        return self.file.open.get_tensor(self.key)
 
     def where(self, local: tuple[int, ...]) -> tuple:
         """What indexes the full tensor at this piece."""
@@ -83,6 +93,7 @@ class Recording:
         self.folder = Path(folder)
         self.ranks = {}  # rank -> its axes and what it is about
         self.entries: dict[Key, list[Piece]] = {}
+        self.files = {}  # name -> File
         self.groups = {}  # steps done -> the optimizer's groups
         files = sorted(self.folder.glob("rank_*.jsonl"))
         if not files:
@@ -101,6 +112,9 @@ class Recording:
             else:
                 self.ranks[rank] = fact
             return
+        name = fact["file"]
+        if name not in self.files:
+            self.files[name] = File(self.folder / name)
         piece = Piece(
             rank,
             tuple(fact["shape"]),
@@ -108,7 +122,7 @@ class Recording:
             fact["part"],
             fact["dtype"],
             fact["at"],
-            self.folder / fact["file"],
+            self.files[name],
             fact["key"],
         )
         key = (fact["step"], fact["kind"], renamed(fact["name"]))

@@ -76,7 +76,7 @@ def drawn_weights(case: Case) -> Finding | None:
             return None  # the same numbers elsewhere
     return Finding(
         "random",
-        f"on {case.ranks_of(case.bad)} the weights are as large, but others: drawn from another"
+        f"on {case.ranks_of(case.bad)} the weights are as large, but others: drawn in another"
         " state of the generator",
     )
 
@@ -101,8 +101,8 @@ def rounded_once(case: Case) -> Finding | None:
         if u / 12 < middle < 1.5 * u and float(size.quantile(0.95)) < 5 * u:
             return Finding(
                 "low_precision",
-                f"on {case.ranks_of(case.bad)} the entries are off by {middle:.0e} of themselves, as"
-                f" what was rounded to {word}",
+                f"on {case.ranks_of(case.bad)} the entries are off by {middle:.0e} of themselves,"
+                f" as what was rounded to {word}",
             )
     return None
 

@@ -302,7 +302,7 @@ def first_of(index) -> int:
 
 
 def mean_losses(case: Case) -> Finding | None:
-    """The loss: weighted by the tokens that each forward counts, its summands give the right one."""
+    """The loss: weighted by the tokens of each forward, its summands give the right one."""
     if case.kind != "output" or case.right.ndim or len(case.b.entries[case.key]) < 2:
         return None
     tokens = tokens_of(case)

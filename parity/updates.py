@@ -174,7 +174,7 @@ def decay(case: Case) -> Finding | None:
         k = float((d * s.w).sum() / s.w.square().sum())
         if fits(k * s.w, d, s.gap) and k != 0:
             if s.decay:
-                times = 1 - k / s.decay
+                times = round(1 - k / s.decay, 6) + 0.0
                 return Finding(
                     "weight_decay",
                     f"the step decays the weight by {times:.4g} times lr x weight_decay",
