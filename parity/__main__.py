@@ -102,8 +102,17 @@ def record_both(flags: list[str], rest: list[str], own: dict, keep: Path, folder
         cfg = parse.parse([*words, f"--out_dir={folder / ('out_' + side)}"])
         n = cfg.tp * cfg.cp * cfg.pp
         if side == "b":
-            n = int(own["ranks"] or (n if n > 1 else 2))
+            n = ranks(own["ranks"], n)
         record_ranks(cfg, keep / side, n)
+
+
+def ranks(word: str | None, least: int) -> int:
+    """How many processes: what --ranks says, or as few as make a layout."""
+    if word is None:
+        return max(2, least)
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f"--ranks={word} is no number of processes; type --ranks={max(2, least)}")
+    return int(word)
 
 
 if __name__ == "__main__":

@@ -49,12 +49,8 @@ class Case:
 
     @cached_property
     def bad(self) -> list[Block]:
-        """The blocks that differ; all of them where there is but a sum."""
-        found = [b for b in self.blocks if b.rank in self.difference.ranks]
-        bounds = TOLERANCE[self.a.coarsest]
-        size = rms(self.right)
-        wrong = [b for b in found if not b.gap <= bounds[0] * size]
-        return wrong or found
+        """The blocks that differ."""
+        return [block for block in self.blocks if block.piece in self.difference.pieces]
 
     @cached_property
     def wrong(self) -> Tensor:

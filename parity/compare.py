@@ -7,11 +7,13 @@ Of each step come, in this order: inputs and outputs as they were computed, grad
 backward computed them, gradients of parameters from the last to the first, their norm, clipped
 gradients, weights after the step. A piece of B agrees where
 
-    rms(b - a)  <=  TOLERANCE rms(a) + FLOOR (the largest rms of its kind in this step)
+    rms(b - a)  <=  relative (rms(a) + share x the largest rms of its kind in this step)
 
-with a weight's last update in place of a on the right, and the weight itself behind the floor. The
-bounds are those of the coarsest dtype in A's forwards and backwards. Copies that several ranks hold
-are compared one by one, and summands are added first.
+and a weight where the difference is as small beside its last update, or within four roundings of
+the weight. The bounds are those of the coarsest dtype in A's forwards and backwards. Copies that
+several ranks hold are compared one by one, and summands are added first. A parameter whose
+gradient is zero but for rounding (a bias of keys) is noise once an optimizer like Adam has made
+full steps of it: its later weights, and what its module returns, are left out.
 
 Names may differ: `names`, read from a TOML file, maps B's to A's, with * for any word:
 
@@ -33,12 +35,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 KINDS = ("input", "output", "output_gradient", "gradient", "norm", "clipped", "weight")
-# dtype: (of the tensor itself, of the largest of its kind). Why so: docs/parity.md.
+# dtype: (relative difference, share of the largest of its kind, epsilon). Why: docs/parity.md.
 TOLERANCE = {
-    "F64": (1e-9, 1e-12),
-    "F32": (1e-3, 1e-5),
-    "F16": (2e-2, 2e-3),
-    "BF16": (1e-1, 1e-2),
+    "F64": (1e-9, 1e-3, 2.0**-52),
+    "F32": (1e-4, 1e-2, 2.0**-23),
+    "F16": (2e-2, 1e-1, 2.0**-10),
+    "BF16": (1e-1, 1e-1, 2.0**-7),
 }
 Key = tuple[int, str, str]  # step, kind, name
 
@@ -224,7 +226,7 @@ class Difference:
 
     key: Key
     error: float  # rms(b - a) / rms(a), or inf
-    ranks: list[int] = field(default_factory=list)  # with a piece that differs
+    pieces: list[Piece] = field(default_factory=list)  # of B, those that differ
     n_pieces: int = 0
     why: str = ""  # where it is not the numbers: missing, another shape
 
@@ -285,14 +287,17 @@ class Comparison:
             return Difference(key, math.inf, why="B has none")
         a = self.a.whole(key)
         step, kind, name = key
-        bounds = TOLERANCE[self.a.coarsest]
-        if kind == "gradient" and rms(a) <= 1000 * bounds[1] * self.scale(key):
+        relative, share, epsilon = TOLERANCE[self.a.coarsest]
+        if kind == "gradient" and rms(a) <= relative * share * self.scale(key):
             # Zero but for rounding, as of a bias of keys. Adam makes full steps of it.
             self.noisy.add(name)
-        size = rms(self.update(key)) if kind == "weight" else rms(a)
-        floor = rms(a) * 1e-3 if kind == "weight" else self.scale(key)
-        if kind == "weight" and step == 0:
-            floor = 0.0
+        if kind != "weight":
+            size = rms(a)
+            extra = share * self.scale(key)
+        else:
+            # What counts is the last update; but a weight is no more exact than its dtype.
+            size = rms(self.update(key))
+            extra = 4 * epsilon * rms(a) / relative if step > 0 else 0.0
         covered = torch.zeros(a.shape, dtype=torch.bool)
         worst = 0.0
         bad = []
@@ -301,25 +306,43 @@ class Comparison:
             n += 1
             if piece.shape != tuple(a.shape):
                 why = f"its shape is {piece.shape}, not {tuple(a.shape)}"
-                return Difference(key, math.inf, [piece.rank], n, why)
+                return Difference(key, math.inf, [piece], n, why)
             where = piece.where(tuple(x.shape))
             covered[where] = True
             there = a[where]
             if not x.is_floating_point():
                 if not torch.equal(there, x.long()):
-                    bad.append(piece.rank)
+                    bad.append(piece)
                     worst = 1.0
                 continue
+            if self.is_noise(key):
+                continue
+            # What is far smaller than the others of its kind is no more exact than they are.
+            base = size + extra
             gap = rms(x.double() - there)
-            worst = max(worst, gap / max(size, 1e-300)) if gap == gap else math.inf
-            is_noise = kind == "weight" and name in self.noisy
-            if not is_noise and not gap <= bounds[0] * max(size, rms(there)) + bounds[1] * floor:
-                bad.append(piece.rank)
+            error = gap / max(base, 1e-300) if gap == gap else math.inf
+            worst = max(worst, error)
+            if error > relative:
+                bad.append(piece)
         if not covered.all():
             first = (~covered).nonzero()[0].tolist()
             return Difference(key, math.inf, bad, n, f"no rank has the entries from {first} on")
         self.errors[key] = worst
         return Difference(key, worst, bad, n) if bad else None
+
+    def is_noise(self, key: Key) -> bool:
+        """A weight whose gradients are rounding, and what is computed with it at once.
+
+        After the softmax the noise is gone again.
+        """
+        _, kind, name = key
+        if kind == "weight":
+            return name in self.noisy
+        modules = {noisy.rpartition(".")[0] for noisy in self.noisy}
+        parent, _, word = name.rpartition(".")
+        if word.startswith("rotated_"):
+            return any(module.rpartition(".")[0] == parent for module in modules)
+        return kind == "output" and name in modules
 
     def first(self) -> Difference | None:
         """The first difference in order of execution."""

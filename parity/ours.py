@@ -72,7 +72,11 @@ class Run:
         rank = self.mesh.coords["tp"]
         if x.ndim == 2:  # (T, C) of learned positions
             shape = (self.length, x.shape[1])
-            return Place(shape, (self.mine(x.shape[0]), 0)) if self.mine(x.shape[0]) else SKIPPED
+            if self.mine(x.shape[0]) is None:
+                return SKIPPED
+            # Its gradient is a sum over the samples.
+            part = f"samples {self.rows[0]}" if kind == "output_gradient" else ""
+            return Place(shape, (self.mine(x.shape[0]), 0), part)
         is_attention = name.rpartition(".")[2].startswith(("rotated_", "attended"))
         sequence_dim = 2 if is_attention else 1
         positions = self.mine(x.shape[sequence_dim])

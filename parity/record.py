@@ -217,10 +217,12 @@ class Recorder:
             self.write("output", name, x, place)
         if x.requires_grad and x.ndim > 0:
             scale = self.activation_scale
+            # Made now, as only now the samples are known.
+            where = self.placed("output_gradient", name, x)
 
             def on_gradient(g: Tensor) -> None:
                 with torch.no_grad():
-                    self.write("output_gradient", name, g if scale == 1 else g * scale, place)
+                    self.write("output_gradient", name, g if scale == 1 else g * scale, where)
 
             x.register_hook(on_gradient)
 
@@ -283,6 +285,9 @@ class Recorder:
         if x.ndim == 0:
             return place._replace(part=f"samples {rows[0]}")
         if x.shape[0] != len(rows):
+            # The same for all samples, as positions are: its gradient is a sum over them.
+            if kind == "output_gradient":
+                place = place._replace(part=f"{place.part}samples {rows[0]}")
             return place
         shape = (n, *place.shape[1:])
         return Place(shape, (rows, *place.index[1:]), place.part)

@@ -38,6 +38,7 @@ class Plan:
     dropout: float = 0.0
     ignore: bool = False  # some targets do not count
     shards: bool = False  # each rank steps its half of each matrix
+    norm: bool = False  # the norm is recorded too
     dtype: torch.dtype = torch.float64
     more: dict = field(default_factory=dict)
 
@@ -407,7 +408,7 @@ def clip(plan: Plan, full: dict, mine: dict, rank: int, recorder) -> None:
         return
     used = mine if plan.fault == "local_norm" else full
     norm = torch.stack([g.norm() for g in used.values()]).norm()
-    if plan.fault != "local_norm" or plan.more.get("norm"):
+    if plan.fault != "local_norm" or plan.norm:
         recorder.norm(norm)
     factor = min(1.0, plan.clip / float(norm))
     if plan.fault == "not_clipped":
@@ -456,11 +457,11 @@ def one_step(plan: Plan, name: str, p, g, states: dict, rank: int, step: int) ->
 
 def orthogonal(plan: Plan, name: str, g, states: dict, rank: int, fault) -> torch.Tensor:
     """The orthogonal factor of the full gradient, or of the shard where it is the fault."""
-    if plan.shards and fault != "shard_as_matrix":
+    if plan.shards and fault != "shard_muon":
         g = plan.more["full"][name]
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
     whole = u @ vh
-    if plan.shards and fault != "shard_as_matrix":
+    if plan.shards and fault != "shard_muon":
         whole = whole[places(whole.shape, rank, plan.ranks)]
     return whole
 

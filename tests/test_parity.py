@@ -1,19 +1,34 @@
-"""The parity oracle names the first tensor that differs, and why; and is silent where nothing does."""
+"""The parity oracle names the first tensor that differs, and why; where none does it is silent.
+
+Faults: in a plain torch model (parity_plain.py), switched on; in this project, patches (faults/).
+A few of each here, all of them with -m slow.
+"""
 
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from parity_plain import Plan, sound, train
+import torch._dynamo  # noqa: F401  (once here, not in every forked rank)
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
+from parity_plain import Model, Plan, sound, train
 
+from parity.__main__ import main as parity_main
 from parity.compare import Comparison, Recording
 from parity.diagnose import diagnose
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+import plant  # noqa: E402
+
 BIG = "blocks.1.up.weight"
+MATRIX = "shard_as_matrix"
 # Plan of the fault; kind and name of the first tensor that differs; cause.
 FAULTS = [
     (dict(fault="not_summed", at=BIG), "gradient", BIG, "not_summed"),
@@ -57,7 +72,7 @@ FAULTS = [
     (dict(fault="masks_by_rank", at="blocks.1.mask", dropout=0.2), "output", "", "random"),
     (dict(fault="weights_drawn_anew", at="blocks.0.up.weight"), "weight", "", "random"),
     (dict(fault="local_norm", clip=0.05, shards=True), "clipped", "head.weight", "local_norm"),
-    (dict(fault="local_norm", clip=0.05, shards=True, more={"norm": True}), "norm", "", "local_norm"),
+    (dict(fault="local_norm", clip=0.05, shards=True, norm=True), "norm", "", "local_norm"),
     (dict(fault="clipped_one_by_one", clip=0.05), "clipped", "head.weight", "local_norm"),
     (dict(fault="clipped_before_sum"), "gradient", "head.weight", "local_norm"),
     (dict(fault="no_decay", at=BIG), "weight", BIG, "weight_decay"),
@@ -68,15 +83,15 @@ FAULTS = [
     (dict(fault="step_count", at="all"), "weight", "tokens.weight", "bias_correction"),
     (dict(fault="no_first_correction", at=BIG), "weight", BIG, "bias_correction"),
     (dict(fault="no_second_correction", at=BIG), "weight", BIG, "bias_correction"),
-    (dict(fault="shard_as_matrix", at=BIG, optimizer="muon", shards=True), "weight", BIG, "shard_as_matrix"),
-    (dict(fault="shard_norms", at=BIG, optimizer="lamb", shards=True), "weight", BIG, "shard_as_matrix"),
+    (dict(fault="shard_muon", at=BIG, optimizer="muon", shards=True), "weight", BIG, MATRIX),
+    (dict(fault="shard_norms", at=BIG, optimizer="lamb", shards=True), "weight", BIG, MATRIX),
     (dict(fault="bf16_product", at="blocks.0.up"), "output", "", "low_precision"),
     (dict(fault="fp32_product", at="blocks.1.q"), "output", "", "low_precision"),
     (dict(fault="bf16_inputs", at="blocks.0.down"), "output", "", "low_precision"),
     (dict(fault="tf32_product", at="blocks.0.out"), "output", "", "low_precision"),
     (dict(fault="bf16_sum"), "gradient", "head.weight", "low_precision"),
     (dict(fault="weights_bf16", at="blocks.0.up.weight"), "weight", "", "low_precision"),
-    (dict(fault="bf16_inputs", at="blocks.0.down", dtype=torch.float32), "output", "", "low_precision"),
+    (dict(fault="bf16_inputs", dtype=torch.float32), "output", "blocks.1.up", "low_precision"),
     (dict(fault="nan", at=BIG), "gradient", BIG, "nonfinite"),
 ]  # fmt: skip
 # What no hypothesis explains: another answer than "I do not know" would be wrong.
@@ -121,12 +136,161 @@ def title(case) -> str:
     return "-".join(str(value) for key, value in settings.items() if key in ("fault", "at"))
 
 
-@pytest.mark.parametrize("case", FAULTS, ids=title)
+def some(cases: list, often: int) -> list:
+    """One in `often` of them always, the others with -m slow."""
+    marked = []
+    for i, case in enumerate(cases):
+        marks = () if i % often == 0 else pytest.mark.slow
+        marked.append(pytest.param(case, id=title(case), marks=marks))
+    return marked
+
+
+@pytest.mark.parametrize("case", some(FAULTS, 7))
 def test_a_fault_in_a_plain_torch_model_is_named(case, tmp_path):
     check(*case, tmp_path)
 
 
-@pytest.mark.parametrize("settings", STRANGE, ids=title)
+@pytest.mark.parametrize("settings", some(STRANGE, 6))
 def test_a_fault_of_another_kind_is_not_given_a_wrong_cause(settings, tmp_path):
     first, finding = found(Plan(**settings), tmp_path)
     assert finding.cause == "unknown", (first, finding)
+
+
+SOUND = [
+    dict(),
+    dict(ranks=4, micro=2),
+    dict(tied=True, optimizer="sgd", clip=0.05),
+    dict(shards=True, dropout=0.2),
+    dict(ignore=True, position="learned", dtype=torch.float32, micro=4),
+]
+
+
+@pytest.mark.parametrize("settings", some(SOUND, 4))
+def test_a_sound_run_on_several_ranks_is_no_alarm(settings, tmp_path):
+    assert found(Plan(**settings), tmp_path) is None
+
+
+# ---- faults of ours ------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tree():
+    with tempfile.TemporaryDirectory() as folder:
+        yield plant.copy_of_tree(Path(folder).resolve())
+
+
+def test_every_patch_fits_and_no_fault_is_there_twice(tree):
+    faults = plant.faults()
+    assert {fault.patch for fault in faults} == set(plant.HERE.glob("*.patch"))
+    assert len(faults) >= 20 and len({fault.name for fault in faults}) == len(faults)
+    for fault in faults:
+        plant.patched(tree, fault, check=True)
+
+
+FAST = ("tp_no_sum_backward", "pp_tied_half")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=fault.name, marks=() if fault.name in FAST else pytest.mark.slow)
+        for fault in plant.faults()
+    ],
+)
+def test_a_fault_of_ours_is_named_by_the_command(fault, tree):
+    assert plant.verdict(fault, *plant.look(tree, fault, ["--json"])) == ""
+
+
+# ---- the command ---------------------------------------------------------------------------------
+def command(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "parity", *argv], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_exit_status_and_report(tmp_path, capsys):
+    train(sound(Plan()), tmp_path / "a")
+    train(Plan(), tmp_path / "b")
+    train(Plan(fault="mean"), tmp_path / "c")
+    assert parity_main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "tensors agree" in capsys.readouterr().out
+    assert parity_main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    said = capsys.readouterr().out
+    assert "gradient of head.weight, in step 1" in said and "B is 0.5 times A" in said
+    assert "likely: not summed" in said and "look at: the all-reduce" in said
+
+
+def test_names_of_another_trainer_are_mapped(tmp_path, capsys):
+    train(sound(Plan()), tmp_path / "a")
+    train(Plan(), tmp_path / "b")
+    for path in (tmp_path / "b").glob("*.jsonl"):
+        text = path.read_text().replace('"blocks.', '"model.layers.')
+        path.write_text(text.replace(".up", ".mlp.fc1"))
+    names = tmp_path / "map.toml"
+    names.write_text("""[names]
+"model.layers.*.mlp.fc1" = "blocks.*.up"
+"model.layers.*" = "blocks.*"
+""")
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert parity_main(folders) == 1
+    assert "missing" in capsys.readouterr().out
+    assert parity_main([*folders, f"--names={names}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--tp=3"], "n_head"),
+        (["--tpp=2"], "no field 'tpp'"),
+        (["--tp=2", "--ranks=x"], "--ranks=x"),
+        (["--tp=2", "--names=nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_a_mistake_is_a_sentence(argv, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parity_main(argv)
+
+
+@pytest.mark.slow
+def test_a_mistake_has_exit_status_2():
+    ended = command("--tp=3")
+    assert ended.returncode == 2 and ended.stderr.startswith("parity: ")
+    assert ended.stderr.count("\n") == 1
+
+
+# ---- the recorder --------------------------------------------------------------------------------
+def test_the_files_are_safetensors_and_hold_what_was_computed(tmp_path):
+    plan = Plan(ranks=1, steps=1)
+    train(plan, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "rank_0.jsonl").read_text().splitlines()]
+    tensors = safetensors.torch.load_file(tmp_path / "rank_0.0.safetensors")
+    pieces = [line for line in lines if "kind" in line]
+    assert len(tensors) == len(pieces)
+    kinds = {line["kind"] for line in pieces}
+    assert kinds == {"weight", "input", "output", "output_gradient", "part", "gradient"}
+    start = next(line for line in pieces if line["name"] == "head.weight")
+    torch.manual_seed(1)
+    assert torch.equal(tensors[start["key"]], Model(plan).to(plan.dtype).head.weight)
+
+
+def test_evaluation_and_recomputation_are_not_recorded(tmp_path):
+    from torch.utils.checkpoint import checkpoint
+
+    from parity.record import record
+
+    inner = torch.nn.Linear(4, 4)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False).sum()
+
+    recorder = record(Net(), tmp_path)
+    with torch.no_grad():
+        recorder.model(torch.randn(2, 4))
+    recorder.model(torch.randn(2, 4)).backward()
+    recorder.close()
+    recording = Recording(tmp_path)
+    assert len(recording.entries[1, "output", "inner"]) == 1
+    assert len(recording.entries[1, "output_gradient", "inner"]) == 1

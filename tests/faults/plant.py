@@ -68,9 +68,12 @@ def copy_of_tree(folder: Path) -> Path:
     return folder
 
 
-def patched(tree: Path, fault: Fault, undo: bool = False) -> None:
-    """Plants the fault, or removes it. Raises CalledProcessError where the patch does not fit."""
-    way = ["--reverse"] if undo else []
+def patched(tree: Path, fault: Fault, undo: bool = False, check: bool = False) -> None:
+    """Plants the fault, or removes it. check: changes nothing.
+
+    Raises CalledProcessError where the patch does not fit.
+    """
+    way = ["--reverse"] * undo + ["--check"] * check
     command = ["git", "apply", *way, str(fault.patch)]
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     subprocess.run(command, cwd=tree, check=True, env=environment)
@@ -124,7 +127,7 @@ def look(tree: Path, fault: Fault, more: list[str]) -> tuple[int, str]:
 
 
 def verdict(fault: Fault, status: int, text: str) -> str:
-    """"" where the command has found the fault, else what is wrong."""
+    """ "" where the command has found the fault, else what is wrong."""
     if status != 1:
         return f"exit status {status}: {text.strip()[-300:]}"
     said = json.loads(text)
