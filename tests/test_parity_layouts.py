@@ -16,7 +16,9 @@ oracles = {}  # settings -> folder with the recording of one process
 
 
 def settings(layout: str, optimizer: str, precision: str) -> list[str]:
-    n_layer = 8 if "interleaved" in layout or "pp 4" in layout else 2
+    _, flags = LAYOUTS[layout]
+    stages = next((int(flag[5:]) for flag in flags if flag.startswith("--pp=")), 1)
+    n_layer = 2 * stages
     more = ["--opt.ns_dtype=float32"] if (optimizer, precision) == ("Muon", "fp32") else []
     words = [*matrix.OPTIMIZERS[optimizer], *more, f"--n_layer={n_layer}"]
     return [*words, f"--precision={precision}", "--norm=rmsnorm_gain", "--bias=true"]
