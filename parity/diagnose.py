@@ -113,7 +113,9 @@ def report(comparison: Comparison, difference: Difference, finding: Finding) -> 
         lines.append(
             f"  {len(others)} of the {of_kind} of its kind in this step: also {also}{dots}"
         )
-    lines.append(f"likely: {CAUSES[finding.cause]}: {finding.sentence}")
+    cause = CAUSES[finding.cause]
+    said = finding.sentence.startswith((cause, "I do not know"))
+    lines.append(f"likely: {finding.sentence}" if said else f"likely: {cause}: {finding.sentence}")
     lines.append(f"look at: {LOOK[finding.cause]}")
     return "\n".join(lines)
 

@@ -47,6 +47,7 @@ import inspect
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +90,8 @@ class Recorder:
 
     place(kind, name, x) -> Place, or None for what is as it seems. shards: parameter name ->
     (full shape, offsets). axes: name of an axis of the layout -> (its size, this rank's index);
-    comparisons name them. activation_scale: output gradients are multiplied by it, 1/N where each
-    of N ranks has the mean loss of its own samples.
+    comparisons name them. backward_scale: what backward computes is multiplied by it, 1/N where
+    each of N ranks (or micro-batches) has the mean loss of its own samples.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Recorder:
         shards: dict[str, tuple] | None = None,
         axes: dict[str, tuple[int, int]] | None = None,
         about: dict | None = None,
-        activation_scale: float = 1.0,
+        backward_scale: float = 1.0,
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,13 +111,14 @@ class Recorder:
         self.rank = rank
         self.place = place or (lambda kind, name, x: None)
         self.shards = shards or {}
-        self.activation_scale = activation_scale
+        self.backward_scale = backward_scale
         self.step = 0  # steps done
         self.rows = None  # (sample numbers of the next forward, of how many)
         self.calls = 0  # forwards of the model in this step
         self.seen = {}  # name -> how often it came, in this forward (or this step: parts)
         self.began = False
         self.has_gradients = False  # of this step
+        self.newest = lambda: None  # the last activation, weakly
         self.file = None
         self.n_files = 0
         self.index = open(self.folder / f"rank_{rank}.jsonl", "w", encoding="utf-8")
@@ -180,7 +182,7 @@ class Recorder:
     # ---- hooks ---------------------------------------------------------------------------------
     def hook(self, name: str, module: nn.Module) -> None:
         def before(module, args, kwargs):
-            if is_recorded():
+            if is_recorded(args):
                 self.begin()
                 self.seen = {key: n for key, n in self.seen.items() if key[0] == "part"}
                 self.calls += 1
@@ -189,12 +191,12 @@ class Recorder:
                         self.write("input", f"({i})", x)
 
         def after(module, args, output):
-            if is_recorded():
+            if is_recorded(args):
                 outputs = output if isinstance(output, tuple | list) else [output]
                 for i, x in enumerate(outputs):
                     is_float = torch.is_tensor(x) and x.is_floating_point()
                     # What goes through unchanged is no output of this module.
-                    if is_float and not any(x is arg for arg in args):
+                    if is_float and not any(x is other for other in (*args, self.newest())):
                         own = name or ("(loss)" if x.ndim == 0 else "(model)")
                         self.activation(own if i == 0 else f"{own}[{i}]", x)
 
@@ -213,10 +215,11 @@ class Recorder:
         place = self.placed("output", name, x)
         if place is None:
             return
+        self.newest = weakref.ref(x)
         with torch.no_grad():
             self.write("output", name, x, place)
         if x.requires_grad and x.ndim > 0:
-            scale = self.activation_scale
+            scale = self.backward_scale
             # Made now, as only now the samples are known.
             where = self.placed("output_gradient", name, x)
 
@@ -231,6 +234,8 @@ class Recorder:
             n = self.seen["part", name] = self.seen.get(("part", name), 0) + 1
             with torch.no_grad():
                 place = self.of_parameter(name, g)
+                if self.backward_scale != 1:
+                    g = g * self.backward_scale
                 part = f"{place.part}rank {self.rank}, backward {n}"
                 self.write("part", name, g, place._replace(part=part))
 
@@ -302,6 +307,8 @@ class Recorder:
             return
         if hasattr(x, "placements"):
             x = x.to_local()
+        if hasattr(x, "trigger_wait"):
+            x = x.trigger_wait()  # a collective that may still be on its way
         x = x.detach().cpu().contiguous()
         entry = {"dtype": DTYPES[x.dtype], "shape": list(x.shape)}
         if self.file is None or self.used + 200 > HEADER:
@@ -383,8 +390,13 @@ def clean(name: str) -> str:
     return name
 
 
-def is_recorded() -> bool:
-    """Is this a forward for training, and not one that is repeated within a backward?"""
+def is_recorded(args: tuple = ()) -> bool:
+    """Is this a forward for training, and not one that is repeated within a backward?
+
+    Nor one with shapes alone, as pipelines make to learn them.
+    """
+    if any(torch.is_tensor(x) and x.is_meta for x in args):
+        return False
     return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
 
