@@ -206,7 +206,7 @@ def pipeline(rank: int, world: int, folder: Path) -> None:
     recorder.batch(lambda call: range(call * n, call * n + n), of=BATCH)
     # Without examples the stage finds shapes by a forward of its own, which would be recorded too.
     ids = torch.zeros(n, LENGTH, dtype=torch.int64)
-    hidden = torch.zeros(n, LENGTH, WIDTH, dtype=torch.float64)
+    hidden = torch.zeros(n, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
     logits = torch.zeros(n, LENGTH, VOCAB, dtype=torch.float64)
     x = ids if rank == 0 else hidden
     y = logits if rank == world - 1 else hidden
