@@ -9,8 +9,8 @@ gradients, weights after the step. A piece of B agrees where
 
     rms(b - a)  <=  relative (rms(a) + share x the largest rms of its kind in this step)
 
-and a weight where the difference is as small beside its last update, or within four roundings of
-the weight. The bounds are those of the coarsest dtype in A's forwards and backwards. Copies that
+and a weight where the difference is within 10 relative beside its last update (Adam divides by the
+gradient), or within four roundings of the weight. The bounds are those of the coarsest dtype in A's forwards and backwards. Copies that
 several ranks hold are compared one by one, and summands are added first. A parameter whose
 gradient is zero but for rounding (a bias of keys) is noise once an optimizer like Adam has made
 full steps of it: its later weights, and what its module returns, are left out.
@@ -295,7 +295,9 @@ class Comparison:
             size = rms(a)
             extra = share * self.scale(key)
         else:
-            # What counts is the last update; but a weight is no more exact than its dtype.
+            # What counts is the last update; but a weight is no more exact than its dtype. Adam
+            # divides small gradients by themselves: their rounding becomes the step's.
+            relative = 10 * relative
             size = rms(self.update(key))
             extra = 4 * epsilon * rms(a) / relative if step > 0 else 0.0
         covered = torch.zeros(a.shape, dtype=torch.bool)
