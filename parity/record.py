@@ -409,12 +409,21 @@ def starts(index) -> int | list[int]:
 
 
 def place_of_dtensor(x: Tensor) -> Place:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    coordinate = x.device_mesh.get_coordinate()
-    parts = [str(i) for i, p in zip(coordinate, x.placements) if p.is_partial()]
-    return Place(tuple(x.shape), tuple(offsets), " ".join(parts))
+    """Where this rank's shard of a DTensor lies; its summands where it is a partial sum."""
+    positions = [torch.arange(n) for n in x.shape]
+    parts = []
+    mesh = x.device_mesh
+    for axis, (at, placement) in enumerate(zip(mesh.get_coordinate(), x.placements)):
+        if placement.is_partial():
+            parts.append(str(at))
+        elif hasattr(placement, "dim"):
+            # Strided shards take a share of each of several blocks: FSDP over tensor parallelism.
+            blocks = getattr(placement, "split_factor", 1)
+            chunks = positions[placement.dim].view(blocks, -1).chunk(mesh.size(axis), 1)
+            empty = positions[placement.dim][:0]
+            positions[placement.dim] = chunks[at].flatten() if at < len(chunks) else empty
+    index = tuple(starts(dim.tolist()) if len(dim) else 0 for dim in positions)
+    return Place(tuple(x.shape), index, " ".join(parts))
 
 
 def settings(group: dict) -> dict:
