@@ -18,9 +18,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from examples.parity_torch import BATCH, batches, loss_fn, make, train
-from parity.compare import Comparison, Recording
+from parity.compare import Comparison
 from parity.diagnose import diagnose, report
 from parity.record import record
+from parity.recording import Recording
 
 
 def optimizer_of(model):

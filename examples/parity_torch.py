@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from parity.compare import Comparison, Recording
+from parity.compare import Comparison
 from parity.diagnose import diagnose, report
 from parity.record import Place, record
+from parity.recording import Recording
 
 VOCAB, WIDTH, HEADS, LAYERS, BATCH, LENGTH, STEPS = 64, 32, 4, 4, 8, 16, 3
 

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from parity.compare import Comparison, Recording
+from parity.compare import Comparison
 from parity.diagnose import diagnose, report
 from parity.record import Place, record
+from parity.recording import Recording
 
 VOCAB, BATCH, LENGTH, STEPS = 64, 4, 12, 3
 SIZE = dict(
@@ -86,9 +87,7 @@ def one_rank(rank: int, world: int, folder: str) -> None:
 
     optimizer = optimizer_of(model)
     axes = {"tp": (world, rank)}
-    recorder = record(
-        model, Path(folder, "tp"), optimizer, rank=rank, axes=axes, place=place
-    )
+    recorder = record(model, Path(folder, "tp"), optimizer, rank=rank, axes=axes, place=place)
     train(model, recorder, optimizer)
     dist.barrier()
 

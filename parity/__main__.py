@@ -20,8 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from parity.compare import Comparison, Recording, read_names
+from parity.compare import Comparison
 from parity.diagnose import diagnose, report
+from parity.recording import Recording, read_names
 
 TINY = """--n_layer=2 --n_head=4 --n_embd=32 --block_size=16 --batch_size=8 --vocab_size=256
 --zero_init=false --dropout=0.1 --lr=0.01 --grad_clip=0.5""".split()

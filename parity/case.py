@@ -6,7 +6,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from parity.compare import TOLERANCE, Comparison, Difference, Key, Piece, rms
+from parity.compare import TOLERANCE, Comparison, Difference, rms
+from parity.recording import Key, Piece
 
 
 @dataclass

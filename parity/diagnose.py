@@ -2,17 +2,21 @@
 
 A hypothesis computes from the recordings what the tensor would be if it were true. Only where that
 is the tensor found, to the precision of the numbers, is it believed; where none is, the answer is
-"I do not know". The hypotheses are in four files, tried in this order:
+"I do not know". Tried in this order:
 
-    parity/noise.py      another dtype, random numbers that differ, rounding
+    parity/noise.py      another dtype, other masks
     parity/elsewhere.py  the right numbers in the wrong place, or of the wrong time
+    parity/rotary.py     q and k rotated otherwise
+    parity/clipping.py   norms, and clipping by them
+    parity/parts.py      a gradient as a sum of what each backward adds
     parity/sums.py       sums over too few, too many, with wrong weights
-    parity/updates.py    norms, clipping, the optimizer's step
+    parity/updates.py    the optimizer's step
+    parity/noise.py      weights drawn anew, the size of rounding
 """
 
 import torch
 
-from parity import elsewhere, noise, sums, updates
+from parity import clipping, elsewhere, noise, sums, updates
 from parity.case import Case, Finding
 from parity.compare import Comparison, Difference, rms
 
@@ -83,7 +87,7 @@ def diagnose(comparison: Comparison, difference: Difference) -> Finding:
     hypotheses = (
         *noise.EXACT,
         *elsewhere.HYPOTHESES,
-        *updates.FIRST,
+        *clipping.HYPOTHESES,
         *sums.HYPOTHESES,
         *updates.HYPOTHESES,
         *noise.LAST,

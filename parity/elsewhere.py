@@ -13,12 +13,12 @@ from torch import Tensor
 
 from parity.case import Case, Finding
 from parity.compare import rms
+from parity.rotary import rotary
 
 # Words by which a module or a weight is known to belong to attention.
 ATTENTION = re.compile(
     r"(^|[._])(attn|attention|heads|attended|c_attn|qkv|w?[qkvo]|query|key|value)($|[._])"
 )
-BASES = (10000.0, 500000.0, 1000000.0)  # of rotary frequencies
 
 
 # ---- missing -------------------------------------------------------------------------------------
@@ -296,77 +296,6 @@ def spans(m: list[int]) -> str:
     runs = [run for run in runs if run[0] != run[1]]
     words = [f"[{i}..{i + n - 1}] has [{j}..{j + n - 1}]" for i, j, n in runs[:3]]
     return ", ".join(words) + (", ..." if len(runs) > 3 else "")
-
-
-# ---- rotary --------------------------------------------------------------------------------------
-def rotary(case: Case) -> Finding | None:
-    """q or k (B, H, T, D) after the rotation by their positions: which rotation was it?"""
-    x, y = case.wrong, case.right
-    if case.kind != "output" or x.ndim != 4 or x.shape != y.shape or x.shape[3] % 2:
-        return None
-    a, b = as_complex(x), as_complex(y)  # (B, H, T, D/2)
-    gap = rms(x - y)
-    T, half = a.shape[2:]
-    t = torch.arange(T, dtype=torch.float64)
-    for base in BASES:
-        f = base ** (-torch.arange(half, dtype=torch.float64) / half)
-        turn = torch.polar(torch.ones(T, half, dtype=torch.float64), t[:, None] * f)
-        start = b * turn.conj()  # before the rotation
-        swapped = as_real(1j * start.conj() * turn)
-        if case.same(swapped, x, gap):
-            return Finding("rotary", "the two halves of each head change places before rotating")
-        pairs = start.real.new_empty(*start.shape[:-1], half, 2)
-        flat = as_real(start)
-        z = torch.complex(flat[..., 0::2].contiguous(), flat[..., 1::2].contiguous()) * turn
-        pairs[..., 0], pairs[..., 1] = z.real, z.imag
-        if case.same(pairs.flatten(-2), x, gap):
-            return Finding("rotary", "neighbours are rotated, (x0 x1), instead of halves")
-        if case.same(as_real(start), x, gap):
-            return Finding("position", "nothing is rotated: all are at position 0")
-        found = positions(case, a, b, f, x, gap)
-        if found is not None:
-            return found
-    return None
-
-
-def positions(case, a: Tensor, b: Tensor, f: Tensor, x: Tensor, gap: float):
-    """Each token rotated by another position: found by trying all of them."""
-    T = a.shape[2]
-    moved = torch.zeros(T, dtype=torch.float64)
-    for t in range(T):
-        best = None
-        for d in sorted(range(-2 * T, 2 * T + 1), key=abs):
-            turn = torch.polar(torch.ones_like(f), d * f)
-            if rms(as_real(b[:, :, t] * turn - a[:, :, t])) <= case.tolerance * rms(x):
-                best = d
-                break
-        if best is None:
-            return None
-        moved[t] = best
-    if not moved.any():
-        return None
-    used = (torch.arange(T) + moved).long().tolist()
-    if all(i == -t for t, i in enumerate(used)):
-        return Finding("rotary", "it turns the other way: the sine has the wrong sign")
-    wrong = [t for t in range(T) if used[t] != t]
-    return Finding(
-        "position",
-        f"the tokens {shorter(wrong)} are rotated as if at {shorter([used[t] for t in wrong])}",
-    )
-
-
-def shorter(numbers: list[int]) -> str:
-    text = ", ".join(map(str, numbers[:8]))
-    return f"{text}, ..." if len(numbers) > 8 else text
-
-
-def as_complex(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.complex(first.contiguous(), second.contiguous())
-
-
-def as_real(z: Tensor) -> Tensor:
-    return torch.cat([z.real, z.imag], -1)
 
 
 HYPOTHESES = (other_samples, rows_without_gradient, stale, order, rotary)

@@ -19,8 +19,9 @@ import torch.distributed.tensor  # noqa: F401
 from parity_plain import Model, Plan, sound, train
 
 from parity.__main__ import main as parity_main
-from parity.compare import Comparison, Recording
+from parity.compare import Comparison
 from parity.diagnose import diagnose
+from parity.recording import Recording
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
