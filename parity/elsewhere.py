@@ -227,7 +227,9 @@ def described(case, dim: int, m: list[int]):
                 )
     if case.right.ndim == 4 and dim == 1:
         return Finding("heads", f"heads have changed places: {text}")
-    if ATTENTION.search(case.name) and (run > 1 or transposed(m)):
+    # Permuted heads would be in the outputs and weights too, before any gradient.
+    is_first = case.kind in ("output", "weight")
+    if is_first and ATTENTION.search(case.name) and (run > 1 or transposed(m)):
         grid = transposed(m)
         what = f"as in a transposed {grid[0]} x {grid[1]} grid" if grid else f"in blocks of {run}"
         return Finding("heads", f"slices have changed places {what}: {text}")

@@ -82,7 +82,9 @@ def weighted(case, block, c: dict):
     values = sorted(set(near.values()))
     missing = [label for label, x in near.items() if abs(x) < 1e-3]
     kept = [label for label in near if label not in missing]
-    if missing and all(abs(near[label] - 1) < 1e-3 for label in kept):
+    # Where each rank has a mean of its own, what it has alone counts as often as there are ranks.
+    times = {near[label] for label in kept}
+    if missing and len(times) == 1 and times <= {1.0, float(len(case.b.ranks))}:
         return left_out(case, block, missing, kept)
     if len(values) == 1:
         return constant(case, values[0], "every part")

@@ -39,9 +39,13 @@ def by_copies(case: Case) -> Finding | None:
                     continue
                 total = sum(b.x for b in mine)
                 alike = all(rms(b.x - mine[0].x) <= case.tolerance * rms(b.x) for b in mine)
-                if not alike and case.same(total, block.y, block.gap):
-                    ranks = named_ranks([b.rank for b in mine])
+                if alike:
+                    continue
+                ranks = named_ranks([b.rank for b in mine])
+                if case.same(total, block.y, block.gap):
                     return along(case, list(axes), f"what {ranks} hold adds up to the right one")
+                if case.same(total / len(mine), block.y, block.gap):
+                    return along(case, list(axes), f"the mean of what {ranks} hold is right")
     return None
 
 
@@ -134,8 +138,11 @@ def mean_losses(case: Case) -> Finding | None:
         total += n
     # The summands are means, and their sum is a mean, or they are divided by their number.
     right = float(case.right)
+    if total == 0:
+        return None
     for times in (1, len(pieces)):
-        if total and abs(weighted_sum / total * times - right) <= case.tolerance * abs(right):
+        off = abs(weighted_sum / total * times - right)
+        if off <= case.tolerance * abs(right) and off <= 0.05 * abs(float(case.wrong) - right):
             return Finding(
                 "mean_of_means",
                 f"each of {len(pieces)} losses is a mean over its own tokens; weighted by their"
