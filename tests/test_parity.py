@@ -5,9 +5,11 @@ A few of each here, all of them with -m slow.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,12 @@ import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
 from parity_plain import Model, Plan, sound, train
 
+from memory.meter import Meter
+from model import GPT, GPTConfig
 from parity.__main__ import main as parity_main
 from parity.compare import Comparison
 from parity.diagnose import diagnose
+from parity.record import record
 from parity.recording import Recording
 
 ROOT = Path(__file__).parent.parent
@@ -275,8 +280,6 @@ def test_the_files_are_safetensors_and_hold_what_was_computed(tmp_path):
 def test_evaluation_and_recomputation_are_not_recorded(tmp_path):
     from torch.utils.checkpoint import checkpoint
 
-    from parity.record import record
-
     inner = torch.nn.Linear(4, 4)
 
     class Net(torch.nn.Module):
@@ -295,3 +298,40 @@ def test_evaluation_and_recomputation_are_not_recorded(tmp_path):
     recording = Recording(tmp_path)
     assert len(recording.entries[1, "output", "inner"]) == 1
     assert len(recording.entries[1, "output_gradient", "inner"]) == 1
+
+
+# ---- what recording costs ------------------------------------------------------------------------
+def gpt_steps(folder: Path, recorded: bool, n: int, width: int = 64) -> list[float]:
+    """Seconds of each of n steps of a GPT, recorded or not."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=3, n_embd=width, block_size=64))
+    optimizer = torch.optim.AdamW(gpt.parameters(), foreach=False)
+    recorder = record(gpt, folder, optimizer) if recorded else None
+    tokens = torch.randint(256, (8, 64))
+    seconds = []
+    for _ in range(n):
+        began = time.perf_counter()
+        (gpt(tokens, tokens) / tokens.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    if recorder is not None:
+        recorder.close()
+    return seconds
+
+
+def test_recording_holds_one_tensor_at_a_time(tmp_path):
+    peaks = []
+    for recorded in (False, True):
+        with Meter() as meter:
+            gpt_steps(tmp_path, recorded, 2)
+        peaks.append(meter.peak)
+    widest = 8 * 64 * 256 * 4  # of the MLP, and the logits
+    assert peaks[1] <= peaks[0] + widest
+
+
+@pytest.mark.slow
+def test_a_recorded_step_takes_at_most_three_times_as_long(tmp_path):
+    bare = statistics.median(gpt_steps(tmp_path, False, 12, 128)[2:])
+    recorded = statistics.median(gpt_steps(tmp_path, True, 12, 128)[2:])
+    assert recorded <= 3 * bare, (recorded, bare)
