@@ -25,9 +25,9 @@ from parity.diagnose import diagnose, report
 from parity.recording import Recording, read_names
 
 TINY = """--n_layer=2 --n_head=4 --n_embd=32 --block_size=16 --batch_size=8 --vocab_size=256
---zero_init=false --dropout=0.1 --lr=0.01 --grad_clip=0.5""".split()
+--zero_init=false --dropout=0.1 --lr=0.01 --grad_clip=0.5 --schedule=constant""".split()
 QUIET = """--eval_every=none --sample_tokens=0 --plot=false --save_every=0 --device=cpu
---resume=never --warmup_steps=0 --schedule=constant""".split()
+--resume=never""".split()
 OWN = {"ranks": None, "against": None, "steps": "3", "precision": "fp64", "keep": None}
 
 
