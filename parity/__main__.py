@@ -28,6 +28,7 @@ TINY = """--n_layer=2 --n_head=4 --n_embd=32 --block_size=16 --batch_size=8 --vo
 --zero_init=false --dropout=0.1 --lr=0.01 --grad_clip=0.5 --schedule=constant""".split()
 QUIET = """--eval_every=none --sample_tokens=0 --plot=false --save_every=0 --device=cpu
 --resume=never""".split()
+LAYOUT = ("--tp", "--sp", "--cp", "--pp", "--data_parallel", "--cp_attention", "--pp_schedule")
 OWN = {"ranks": None, "against": None, "steps": "3", "precision": "fp64", "keep": None}
 
 
@@ -85,8 +86,15 @@ def record_both(flags: list[str], rest: list[str], own: dict, keep: Path, folder
     from parity.ours import record_ranks
     from settings import parse
 
-    recipe = rest if any(word.endswith(".toml") for word in rest) else [*TINY, *rest]
-    if not any(word.startswith("--data=") for word in recipe):
+    for word in rest:
+        if word.partition("=")[0] in LAYOUT:
+            raise ValueError(
+                f"{word} stands outside the quotes, so both sides would have it; type"
+                f' "{" ".join([*flags, word])}" as one word'
+            )
+    has_recipe = any(word.endswith(".toml") for word in rest)
+    recipe = rest if has_recipe else [*TINY, *rest]
+    if not has_recipe and not any(word.startswith("--data=") for word in recipe):
         text = folder / "squares.txt"
         text.write_text(" ".join(str(i * i) for i in range(3000)), encoding="utf-8")
         recipe = [*recipe, f"--data={text}"]

@@ -247,6 +247,7 @@ def test_names_of_another_trainer_are_mapped(tmp_path, capsys):
         (["--tp=3"], "n_head"),
         (["--tpp=2"], "no field 'tpp'"),
         (["--tp=2", "--ranks=x"], "--ranks=x"),
+        (["--tp=2", "--pp=2"], '"--tp=2 --pp=2" as one word'),
         (["--tp=2", "--names=nowhere.toml"], "nowhere.toml"),
     ],
 )
