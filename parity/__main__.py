@@ -11,7 +11,7 @@
     --keep=DIR        keeps the recordings in DIR/a and DIR/b
     --json            the finding as one line of JSON
 
-Exit status: 0 all agree, 1 something differs, 2 a user's mistake.
+Exit status: 0 all agree, 1 something differs or a rank died, 2 a user's mistake.
 """
 
 import json
@@ -130,3 +130,6 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"parity: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:  # of a rank, with its traceback
+        print(f"parity: a run failed:\n{error}", file=sys.stderr)
+        sys.exit(1)

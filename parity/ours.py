@@ -16,6 +16,7 @@ modules' outputs, as blocks.N.attn.rotated_q and so on.
 import contextlib
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import traceback
@@ -207,6 +208,11 @@ def record_ranks(cfg: fields.Config, folder: Path, ranks: int) -> None:
     import torch.distributed.fsdp
     import torch.distributed.tensor  # noqa: F401
 
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError(
+            "this system cannot fork ranks; record them under torchrun with parity/record.py, and"
+            " type python -m parity A B"
+        )
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -216,8 +222,7 @@ def record_ranks(cfg: fields.Config, folder: Path, ranks: int) -> None:
         process = context.Process(target=one_rank, args=(rank, ranks, cfg, folder, queue))
         process.start()
         processes.append(process)
-    for process in processes:
-        process.join()
+    wait(processes)
     failures = []
     while not queue.empty():
         failures.append(queue.get())
@@ -227,6 +232,22 @@ def record_ranks(cfg: fields.Config, folder: Path, ranks: int) -> None:
     if failures or any(process.exitcode for process in processes):
         text = failures[0][1] if failures else "a rank died"
         raise RuntimeError(text)
+
+
+def wait(processes: list) -> None:
+    """Until all have ended. Where one fails, the others, which may wait for it, are ended soon."""
+    running = {process.sentinel: process for process in processes}
+    patience = None
+    while running:
+        ended = multiprocessing.connection.wait(list(running), patience)
+        for sentinel in ended:
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode != 0:
+                patience = 5.0
+        if not ended:
+            for process in running.values():
+                process.terminate()
 
 
 def one_rank(rank: int, world: int, cfg: fields.Config, folder: Path, queue) -> None:

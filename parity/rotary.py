@@ -43,30 +43,32 @@ def rotary(case: Case) -> Finding | None:
     return None
 
 
-def positions(case, a: Tensor, b: Tensor, f: Tensor, x: Tensor, gap: float):
-    """Each token rotated by another position: found by trying all of them."""
+def positions(case: Case, a: Tensor, b: Tensor, f: Tensor, x: Tensor, gap: float):
+    """Each token rotated by another position: found by trying all of them.
+
+    a, b: (B, H, T, D/2) complex, B's and A's; f: (D/2,).
+    """
     T = a.shape[2]
-    moved = torch.zeros(T, dtype=torch.float64)
+    tried = torch.arange(-2 * T, 2 * T + 1)
+    tried = tried[tried.abs().argsort(stable=True)]  # of several that fit the nearest
+    angles = tried[:, None] * f
+    turns = torch.polar(torch.ones_like(angles), angles)  # (4T + 1, D/2)
+    moved = torch.zeros(T, dtype=torch.int64)
     for t in range(T):
-        best = None
-        for d in sorted(range(-2 * T, 2 * T + 1), key=abs):
-            turn = torch.polar(torch.ones_like(f), d * f)
-            if rms(as_real(b[:, :, t] * turn - a[:, :, t])) <= case.tolerance * rms(x):
-                best = d
-                break
-        if best is None:
+        # One head of one sample finds the candidate, all of them confirm it.
+        off = (b[0, 0, t] * turns - a[0, 0, t]).abs().square().sum(1)
+        best = int((off <= off.min() + 1e-12 * off.max()).nonzero()[0])
+        if rms(as_real(b[:, :, t] * turns[best] - a[:, :, t])) > case.tolerance * rms(x):
             return None
-        moved[t] = best
+        moved[t] = tried[best]
     if not moved.any():
         return None
-    used = (torch.arange(T) + moved).long().tolist()
+    used = (torch.arange(T) + moved).tolist()
     if all(i == -t for t, i in enumerate(used)):
         return Finding("rotary", "it turns the other way: the sine has the wrong sign")
     wrong = [t for t in range(T) if used[t] != t]
-    return Finding(
-        "position",
-        f"the tokens {shorter(wrong)} are rotated as if at {shorter([used[t] for t in wrong])}",
-    )
+    at = shorter([used[t] for t in wrong])
+    return Finding("position", f"the tokens {shorter(wrong)} are rotated as if at {at}")
 
 
 def shorter(numbers: list[int]) -> str:
