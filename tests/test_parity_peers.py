@@ -47,6 +47,23 @@ def test_a_norm_that_the_plan_forgets_is_named(tmp_path, monkeypatch):
     assert "likely: a replicated weight left partial: not summed over tp" in said
 
 
+def test_a_head_that_the_plan_unties_is_named(tmp_path, monkeypatch):
+    """findings/torch_parallelize_module_unties.sh"""
+    real = parity_torch.make
+
+    def tied():
+        model = real()
+        model.head = torch.nn.Linear(parity_torch.WIDTH, parity_torch.VOCAB, bias=False).double()
+        model.head.weight = model.tokens.weight
+        return model
+
+    monkeypatch.setattr(parity_torch, "make", tied)
+    said = parity_torch.compared(["ddp", "fsdp2", "tp"], str(tmp_path))
+    assert said["ddp"] == said["fsdp2"] == "all 730 tensors agree"
+    assert "gradient of tokens.weight, in step 1" in said["tp"]
+    assert "likely: one half of a tied weight" in said["tp"]
+
+
 def test_deepspeed_is_one_process(tmp_path):
     pytest.importorskip("deepspeed")
     from examples import parity_deepspeed
