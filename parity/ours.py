@@ -31,7 +31,7 @@ import train
 from checkpoint.state import State
 from parallel import tensor
 from parallel.shard import Shard, shard_of, shard_of_shard
-from parity.record import Place, Recorder
+from parity.record import Place, Recorder, is_recorded
 from run.microbatches import MicroBatches
 from settings import fields
 
@@ -41,16 +41,18 @@ SKIPPED = Place((), None)  # for what is not recorded
 class Run:
     """What the replaced names share while one rank trains."""
 
-    def __init__(self, cfg: fields.Config, folder: Path, about: dict):
+    def __init__(self, cfg: fields.Config, folder: Path):
         self.cfg = cfg
         self.folder = folder
-        self.about = about
         self.row_of = {}  # sample id -> its row of the step's batch
         self.rows = []  # of the forward at hand
         self.recorder = None
 
     # ---- in place of train.batch.split -----------------------------------------------------------
     def split(self, samples, mesh, size: int) -> list:
+        if self.recorder.has_gradients:
+            # The step before was skipped: its gradients were seen, and nothing came of them.
+            self.recorder.end_step(self.weights())
         self.row_of = {sample: row for row, sample in enumerate(samples)}
         return self.original_split(samples, mesh, size)
 
@@ -118,7 +120,6 @@ class Run:
             self.place,
             self.shards(model),
             axes,
-            self.about,
         )
         for name, module in model.named_modules():
             if hasattr(module, "attention_fn"):
@@ -156,20 +157,20 @@ class Run:
 
     def seeing(self, name: str, attention_fn):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-                self.recorder.activation(f"{name}.rotated_q", q)
-                self.recorder.activation(f"{name}.rotated_k", k)
-                y = attention_fn(q, k, v)
-                self.recorder.activation(f"{name}.attended", y)
-                return y
-            return attention_fn(q, k, v)
+            if not is_recorded():
+                return attention_fn(q, k, v)
+            self.recorder.activation(f"{name}.rotated_q", q)
+            self.recorder.activation(f"{name}.rotated_k", k)
+            y = attention_fn(q, k, v)
+            self.recorder.activation(f"{name}.attended", y)
+            return y
 
         return attend
 
 
-def record_run(cfg: fields.Config, folder: Path, about: dict) -> None:
+def record_run(cfg: fields.Config, folder: Path) -> None:
     """train.main(cfg) on this rank, recorded into `folder`."""
-    run = Run(cfg, folder, about)
+    run = Run(cfg, folder)
     run.original_split = train.batch.split
 
     class RecordedMicroBatches(MicroBatches):
@@ -188,8 +189,10 @@ def record_run(cfg: fields.Config, folder: Path, about: dict) -> None:
 
         def norm(self, gradients, everywhere=True):
             norm = super().norm(gradients, everywhere)
-            run.recorder.gradients(gradients)
-            run.recorder.norm(norm)
+            # A second norm of a step is that of clipped values (--clip_value).
+            if not run.recorder.has_gradients:
+                run.recorder.gradients(gradients)
+                run.recorder.norm(norm)
             return norm
 
     train.batch.split = run.split
@@ -252,7 +255,6 @@ def wait(processes: list) -> None:
 
 def one_rank(rank: int, world: int, cfg: fields.Config, folder: Path, queue) -> None:
     torch.set_num_threads(1)
-    about = {"layout": " ".join(sys.argv[1:])}
     try:
         if world > 1:
             store = dist.FileStore(str(folder / "store"), world)
@@ -260,7 +262,7 @@ def one_rank(rank: int, world: int, cfg: fields.Config, folder: Path, queue) -> 
                 "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
             )
         with contextlib.redirect_stdout(io.StringIO()):
-            record_run(cfg, folder, about)
+            record_run(cfg, folder)
         if world > 1:
             dist.barrier()
     except BaseException as error:

@@ -81,8 +81,8 @@ class Place(NamedTuple):
     part: str = ""
 
 
-def whole(x: Tensor, part: str = "") -> Place:
-    return Place(tuple(x.shape), (0,) * x.ndim, part)
+def whole(x: Tensor) -> Place:
+    return Place(tuple(x.shape), (0,) * x.ndim)
 
 
 class Recorder:
@@ -102,7 +102,6 @@ class Recorder:
         place: Callable[[str, str, Tensor], Place | None] | None = None,
         shards: dict[str, tuple] | None = None,
         axes: dict[str, tuple[int, int]] | None = None,
-        about: dict | None = None,
         backward_scale: float = 1.0,
     ):
         self.folder = Path(folder)
@@ -119,10 +118,9 @@ class Recorder:
         self.began = False
         self.has_gradients = False  # of this step
         self.newest = lambda: None  # the last activation, weakly
-        self.file = None
-        self.n_files = 0
+        self.files = Files(self.folder, f"rank_{rank}")
         self.index = open(self.folder / f"rank_{rank}.jsonl", "w", encoding="utf-8")
-        self.line({"rank": rank, "axes": axes or {}, "about": about or {}})
+        self.line({"rank": rank, "axes": axes or {}})
         self.handles = []
         for name, module in model.named_modules(remove_duplicate=True):
             self.hook(clean(name), module)
@@ -174,9 +172,7 @@ class Recorder:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.flush()
-        if self.file is not None:
-            self.file.close()
+        self.files.close()
         self.index.close()
 
     # ---- hooks ---------------------------------------------------------------------------------
@@ -309,62 +305,82 @@ class Recorder:
             x = x.to_local()
         if hasattr(x, "trigger_wait"):
             x = x.trigger_wait()  # a collective that may still be on its way
-        x = x.detach().cpu().contiguous()
-        entry = {"dtype": DTYPES[x.dtype], "shape": list(x.shape)}
-        if self.file is None or self.used + 200 > HEADER:
-            self.next_file()
-        key = str(len(self.entries))
-        entry["data_offsets"] = [self.n_bytes, self.n_bytes + x.nbytes]
-        self.entries[key] = entry
-        self.used += len(json.dumps(entry)) + len(key) + 6
-        self.n_bytes += x.nbytes
-        # Not numpy(): FSDP could no longer free memory that numpy has looked at.
-        if x.nbytes:
-            self.file.write((ctypes.c_char * x.nbytes).from_address(x.data_ptr()))
-        index = [starts(i) for i in place.index]
+        file, key, dtype = self.files.add(x.detach().cpu().contiguous())
         self.line(
             {
                 "kind": kind,
                 "step": self.step if kind == "weight" else self.step + 1,
                 "name": name,
                 "shape": place.shape,
-                "index": index,
+                "index": [starts(i) for i in place.index],
                 "part": place.part,
-                "dtype": entry["dtype"],
+                "dtype": dtype,
                 "at": time.time_ns(),
-                "file": self.file_name,
+                "file": file,
                 "key": key,
             }
         )
-
-    def next_file(self) -> None:
-        self.flush()
-        if self.file is not None:
-            self.file.close()
-        self.file_name = f"rank_{self.rank}.{self.n_files}.safetensors"
-        self.file = open(self.folder / self.file_name, "wb")
-        self.n_files += 1
-        self.entries = {}
-        self.used = 10
-        self.n_bytes = 0
-        self.write_header()
-
-    def write_header(self) -> None:
-        """The header stays as long as it is: JSON may end with spaces."""
-        header = json.dumps(self.entries).encode().ljust(HEADER - 8)
-        self.file.seek(0)
-        self.file.write(len(header).to_bytes(8, "little") + header)
-        self.file.seek(0, os.SEEK_END)
 
     def line(self, fact: dict) -> None:
         self.index.write(json.dumps(fact) + "\n")
 
     def flush(self) -> None:
         """What is recorded so far can be read."""
-        if self.file is not None:
-            self.write_header()
-            self.file.flush()
+        self.files.flush()
         self.index.flush()
+
+
+class Files:
+    """safetensors files that grow tensor by tensor: each keeps room at its beginning for a header.
+
+    (The header is JSON and may end with spaces. When its room is used up, the next file begins.)
+    """
+
+    def __init__(self, folder: Path, stem: str):
+        self.folder = folder
+        self.stem = stem
+        self.file = None
+        self.n_files = 0
+
+    def add(self, x: Tensor) -> tuple[str, str, str]:
+        """Writes x, contiguous and on the CPU; returns (name of the file, its key there, dtype)."""
+        if self.file is None or self.used + 200 > HEADER:
+            self.begin_file()
+        key = str(len(self.entries))
+        end = self.n_bytes + x.nbytes
+        entry = {"dtype": DTYPES[x.dtype], "shape": list(x.shape)}
+        entry["data_offsets"] = [self.n_bytes, end]
+        self.entries[key] = entry
+        self.used += len(json.dumps(entry)) + len(key) + 6
+        self.n_bytes = end
+        if x.nbytes:
+            # Not by numpy(): FSDP could no longer free memory that numpy has looked at.
+            self.file.write((ctypes.c_char * x.nbytes).from_address(x.data_ptr()))
+        return self.name, key, entry["dtype"]
+
+    def begin_file(self) -> None:
+        self.close()
+        self.name = f"{self.stem}.{self.n_files}.safetensors"
+        self.file = open(self.folder / self.name, "wb")
+        self.n_files += 1
+        self.entries = {}
+        self.used = 10  # bytes of the header
+        self.n_bytes = 0  # of tensors
+        self.flush()
+
+    def flush(self) -> None:
+        if self.file is None:
+            return
+        header = json.dumps(self.entries).encode().ljust(HEADER - 8)
+        self.file.seek(0)
+        self.file.write(len(header).to_bytes(8, "little") + header)
+        self.file.seek(0, os.SEEK_END)
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.flush()
+            self.file.close()
 
 
 def record(

@@ -72,7 +72,7 @@ class Recording:
 
     def __init__(self, folder, names: dict[str, str] | None = None):
         self.folder = Path(folder)
-        self.ranks = {}  # rank -> its axes and what it is about
+        self.ranks = {}  # rank -> {"axes": ...}
         self.entries: dict[Key, list[Piece]] = {}
         self.files = {}  # name -> File
         self.groups = {}  # steps done -> the optimizer's groups
