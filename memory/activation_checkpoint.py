@@ -111,6 +111,8 @@ PRODUCTS = (
     "aten.bmm",
     "aten.baddbmm",
     "aten._scaled_mm",
+    "aten._scaled_mm_v2",
+    "nanoscale.scaled_mm",
     "mkldnn._linear_pointwise",
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention",

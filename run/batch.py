@@ -3,6 +3,7 @@
 import torch
 
 from parallel.mesh import Mesh
+from run import build
 from settings.checks import divisor
 from settings.fields import Config
 
@@ -49,7 +50,10 @@ def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
         # Chosen by an earlier run, on another layout perhaps: a pipeline wants a multiple of pp.
         divides = share // size % cfg.pp == 0
     if not divides:
-        size = largest_micro_batch(micro_batches, dataset, share, mesh)
+        # Uncompiled: each size tried would be a compilation of its own, and CUDA graphs would keep
+        # the memory of those that failed. Compiled blocks mostly need less than these.
+        with build.uncompiled(cfg):
+            size = largest_micro_batch(micro_batches, dataset, share, mesh)
     if micro_batches.pipe is not None:
         # A schedule that is not possible with this number of micro-batches raises now.
         micro_batches.pipe.plan(share // size, True)
@@ -107,6 +111,9 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
             )
         # Only a divisor of the share makes micro-batches of one size.
         size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
+    # The run's peak is not that of a size that did not fit.
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(mesh.device)
     return size
 
 

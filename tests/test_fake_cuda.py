@@ -5,17 +5,14 @@ A fake tensor has a shape, a dtype and a device, and no numbers. An operator tha
 which a real GPU would have to be waited for. So these tests say: no tensor was left on the host,
 and a step asks the GPU for no number.
 
-They cannot say what needs numbers or a driver: backward (autograd asks for a driver), streams and
-pinned memory, eigh's check of its result (replaced below), torch.bincount, and generation, which
+They cannot say what needs numbers or a driver: backward and autocast, streams and pinned memory,
+eigh's check of its result (replaced below), torch.bincount, and generation, which
 draws tokens on the CPU.
 """
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from test_optim_contract import CASES
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -25,7 +22,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from layers import attention
 from layers.generation import KVCache
-from layers.ngram import NGrams
 from model import GPT, GPTConfig
 from optim import adamw, muon, param_groups, qk_clip, shampoo, soap
 from optim.attributes import attribute
@@ -91,7 +87,7 @@ def gpu():
 
 def shapes(dtype=torch.float32, **traits) -> GPT:
     """A model without memory."""
-    shape = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=32)
+    shape = dict(n_layer=1, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=32)
     with unset_fake_temporarily(), torch.device("meta"):
         return GPT(GPTConfig(**shape | traits)).to(dtype)
 
@@ -179,7 +175,7 @@ def test_stochastic_rounding_stays_on_the_gpu(gpu):
 
 def test_qk_clip_scales_the_weights_on_the_gpu(gpu):
     groups = groups_of(small(qk_norm=False))
-    qk_clip.clip(groups, empty(2, 4), 100.0, n_kv_head=2, head_size=8, shards={})
+    qk_clip.clip(groups, empty(1, 4), 100.0, n_kv_head=2, head_size=8, shards={})
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -198,7 +194,7 @@ TRAITS = {
 @pytest.mark.parametrize("name", TRAITS)
 def test_a_forward_stays_on_the_gpu(gpu, name, dtype):
     model = small(dtype, **TRAITS[name])
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, dtype == torch.float32):
+    with torch.no_grad():
         loss = model(ids(2, 16), ids(2, 16), torch.arange(16, device=GPU), ids(2))
     assert loss.device == GPU
 
@@ -239,9 +235,36 @@ def test_ring_attention_calls_the_gpus_kernels_as_they_are_declared(gpu, monkeyp
 def test_emulated_fp8_stays_on_the_gpu(gpu, options):
     model = small()
     state = fp8.convert(model, GPU, hardware="never", **options)
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+    with torch.no_grad():
         model(ids(2, 16), ids(2, 16))
     state.step()
+
+
+@pytest.mark.parametrize(
+    "roles", [(fp8.X, fp8.WEIGHT), (fp8.GRADIENT, fp8.WEIGHT), (fp8.GRADIENT, fp8.X)]
+)
+@pytest.mark.parametrize("scaling", ["tensor", "row", "block"])
+def test_the_hardwares_product_gets_what_torch_declares(gpu, scaling, roles):
+    """torch checks shapes, strides and dtypes of fake operands as it does on Hopper."""
+    recipe = fp8.Recipe(scaling, (True,) * 3, "e4m3", False, hardware=True)
+    for m, n, k in (384, 256, 128), (1, 768, 640), (3, 128, 1280):
+        operands = []
+        for role, rows in zip(roles, (m, n)):
+            multiple = 128 if scaling == "block" else 16
+            x = empty(rows + (-rows % 8 if role != fp8.WEIGHT else 0), k + -k % multiple)
+            operands.append(fp8.quantise_operand(x, role, recipe, None))
+        (qa, scale_a, _), (qb, scale_b, _) = operands
+        out = fp8.scaled_mm(
+            qa, qb, scale_a, scale_b, scaling, roles[1] == fp8.WEIGHT, torch.float32
+        )
+        assert (out.shape, out.dtype) == ((qa.shape[0], n), torch.float32)
+
+
+def test_a_layer_multiplies_in_hardware_as_one_operator(gpu):
+    recipe = fp8.Recipe("block", (True,) * 3, "e4m3", False, hardware=True)
+    with torch.no_grad():
+        y = fp8.linear(empty(2, 5, 200), empty(144, 200), recipe=recipe)
+    assert (y.shape, y.device) == ((2, 5, 144), GPU)
 
 
 # ---- norms, scaling, what is sent ----------------------------------------------------------------

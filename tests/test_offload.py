@@ -495,6 +495,8 @@ def test_on_a_gpu_two_chunks_are_in_flight_and_streams_wait_for_each_other(tmp_p
         torch.cuda, "stream", lambda s: contextlib.nullcontext(log.append(f"on {s.name}"))
     )
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: x.clone() if args else x)
+    kept = "kept until {} is past it".format
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: log.append(kept(s.name)))
     params, plain = parameters(shapes=((10, 10),) * 3), parameters(shapes=((10, 10),) * 3)
     optimizer, reference = (torch.optim.AdamW(ps, foreach=False, lr=0.1) for ps in (params, plain))
     step = torch.optim.AdamW.step.__wrapped__  # what a chunk calls
@@ -510,10 +512,13 @@ def test_on_a_gpu_two_chunks_are_in_flight_and_streams_wait_for_each_other(tmp_p
     assert all(torch.equal(p, q) for p, q in zip(params, plain))
     chunk = [
         "main waits for in",
+        # The copy on the device, also where the step puts another tensor in its place.
+        *[kept("main")] * 2,  # exp_avg and exp_avg_sq
         "step",
         "host waits for out",
         "on in",
         "out waits for main",
+        *[kept("out")] * 2,
         "on out",
     ]
     assert log == ["on in", *chunk * 3, "host waits for out"]
