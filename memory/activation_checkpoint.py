@@ -269,6 +269,11 @@ class Trip:
     Each storage travels once, and weights stay. On a GPU the copies run beside the computing, in
     backward one block ahead. before(): the trip of the forward before this one, whose backward
     comes after this one's.
+
+    The allocators know a tensor by the stream it was made on. record_stream tells them of the other
+    one; torch records each copy's event on pinned memory by itself, so a host copy that is dropped
+    is not given away while it is read (CachingHostAllocator.h; read, not run on a GPU yet). Pinned
+    blocks are powers of two, see memory/offload.py.
     """
 
     def __init__(self, block: nn.Module, device: torch.device, stream, before: Callable):

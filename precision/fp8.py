@@ -55,14 +55,14 @@ every 128 terms, as cuBLAS does by default; emulation sums in float32. Tensor-pa
 quantise their shards. The scale of a tensor is each rank's own, or with `delayed` the largest of
 all; the scales of rows and blocks are those of the full tensor where the split cuts none.
 
-What Hopper wants, from torch's own source (not run on a GPU yet). `F.scaled_mm` is there from torch
-2.10 on, with one signature in 2.11 to 2.13. ScaledBlas.cpp and ScaledBlasUtils.cpp check:
+What Hopper wants, by torch's own source (not run on a GPU yet). `F.scaled_mm` has one signature in
+torch 2.11 and 2.13. ScaledBlas.cpp and ScaledBlasUtils.cpp check:
 
     all     K % 16 = N % 16 = 0, a row-major, bᵀ column-major (capability 9), not both e5m2; a sum
             of no terms is 0. float32 results: no bias then, and we pass none
     tensor  two float32 scales of one element; capability 8.9 or more
-    row     (M, 1) and (1, N), contiguous. cuBLASLt 12.9 on capability 9 writes float32; elsewhere
-            CUTLASS does, up to 2.10 bf16 and fp16 alone, so there we emulate
+    row     (M, 1) and (1, N), contiguous. On capability 9 cuBLASLt 12.9 writes float32; elsewhere
+            CUTLASS did not before pull request 187569 (June 2026), so there we emulate
     block   capability 9 alone, cuBLASLt 12.9, e4m3 on both sides, float32 scales that begin a
             column each `stride` numbers: of 1 x 128 blocks (M, K/128), stride M; of 128 x 128
             blocks (K/128 filled up to a multiple of 4, N/128), stride that multiple. Before pull

@@ -13,6 +13,7 @@ the CPU.
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from test_optim_contract import CASES
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -216,6 +217,21 @@ def test_each_attention_stays_on_the_gpu(gpu, kind):
     for window in (None, 4):
         out = attention.choose(kind, window)(empty(1, 4, 16, 8), *[empty(1, 2, 16, 8)] * 2)
         assert out.device == GPU
+
+
+def test_a_mask_goes_to_the_gpu_with_as_many_heads_of_keys_as_of_queries(gpu, monkeypatch):
+    """torch has no kernel for a mask and grouped heads, and would write the scores out."""
+    plain = F.scaled_dot_product_attention
+    masked = []
+
+    def kernel(q, k, v, attn_mask=None, **options):
+        if attn_mask is not None:
+            masked.append((q.shape[1], k.shape[1], v.shape[1], options))
+        return plain(q, k, v, attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    attention.causal_attention(empty(1, 4, 16, 8), *[empty(1, 2, 16, 8)] * 2, window=4)
+    assert masked == [(4, 4, 4, {})]
 
 
 def test_ring_attention_calls_the_gpus_kernels_as_they_are_declared(gpu, monkeypatch):
