@@ -21,10 +21,10 @@ flex   FlexAttention: a kernel compiled for this mask, which skips blocks of 128
        block (one graph break), so that the mask is made once and not in every layer.
 
 Which kernel torch takes on a GPU (sdp_utils.cpp; read, not run yet): flash for half types without a
-mask; the memory-efficient one for half types and float32, with a mask too, but then not for grouped
-heads (pytorch pull request 191085 adds them), so with a window k and v are repeated; for float64
-the formula, which keeps T x T scores. FlexAttention's kernel is Triton's, for half types and
-float32.
+mask; the memory-efficient one for half types and float32, with a mask too, but not for grouped
+heads (pytorch pull request 191085 adds them), so with a window k and v are repeated; otherwise, as
+for float64, the formula, which keeps T x T scores. FlexAttention's kernel is Triton's, for half
+types and float32.
 
 References: a window, Beltagy et al. 2020 (2004.05150), Jiang et al. 2023 (2310.06825);
 FlexAttention, Dong et al. 2024 (2412.05496).

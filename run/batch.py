@@ -88,7 +88,9 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
         try:
             micro_batches.forward(range(size), dataset)[0].backward()
             fits = True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False
             if sharded:
                 raise ValueError(
@@ -115,6 +117,11 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats(mesh.device)
     return size
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had too little memory; cuBLAS, which allocates by itself, says it so."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def count_for_pipeline(share: int, stages: int) -> int:

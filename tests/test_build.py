@@ -35,7 +35,10 @@ CPU = torch.device("cpu")
 ONE = make_mesh(CPU, 1, 1, 1)
 
 
-def trained(rank, world, layout, probe, fails=()):
+NO_MEMORY = torch.OutOfMemoryError("simulated")
+
+
+def trained(rank, world, layout, probe, fails=(), error=NO_MEMORY):
     """Two losses, and the micro-batch size found on a machine that says it is a GPU."""
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8)).double()
@@ -53,7 +56,7 @@ def trained(rank, world, layout, probe, fails=()):
 
     def run(numbers, dataset=None):
         if len(numbers) in fails:
-            raise torch.OutOfMemoryError("simulated")
+            raise error
         mine = rows[rank * 4 + torch.tensor(list(numbers))]
         return model(mine[:, :-1], mine[:, 1:]) / 256, None
 
@@ -88,6 +91,17 @@ def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
         assert [size for _, size, _ in run_ranks(2, trained, layout, True, (4,))] == [2, 2]
     with pytest.raises(Exception, match="type --micro_batch_size=2, or less"):
         run_ranks(2, trained, "zero3", True, (4,))
+
+
+def test_only_too_little_memory_halves_the_micro_batch():
+    """cuBLAS allocates by itself, and says so in words of its own."""
+    said = "CUDA error: {} when calling `cublasCreate(handle)`".format
+    assert batch.is_out_of_memory(NO_MEMORY)
+    assert batch.is_out_of_memory(RuntimeError(said("CUBLAS_STATUS_ALLOC_FAILED")))
+    assert not batch.is_out_of_memory(RuntimeError(said("CUBLAS_STATUS_NOT_SUPPORTED")))
+    with pytest.raises(Exception, match="CUBLAS_STATUS_NOT_SUPPORTED"):
+        error = RuntimeError(said("CUBLAS_STATUS_NOT_SUPPORTED"))
+        run_ranks(1, trained, "ddp", True, (4,), error)
 
 
 @pytest.mark.slow
