@@ -35,10 +35,7 @@ CPU = torch.device("cpu")
 ONE = make_mesh(CPU, 1, 1, 1)
 
 
-NO_MEMORY = torch.OutOfMemoryError("simulated")
-
-
-def trained(rank, world, layout, probe, fails=(), error=NO_MEMORY):
+def trained(rank, world, layout, probe, fails=()):
     """Two losses, and the micro-batch size found on a machine that says it is a GPU."""
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8)).double()
@@ -56,7 +53,7 @@ def trained(rank, world, layout, probe, fails=(), error=NO_MEMORY):
 
     def run(numbers, dataset=None):
         if len(numbers) in fails:
-            raise error
+            raise torch.OutOfMemoryError("simulated")
         mine = rows[rank * 4 + torch.tensor(list(numbers))]
         return model(mine[:, :-1], mine[:, 1:]) / 256, None
 
@@ -96,12 +93,25 @@ def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
 def test_only_too_little_memory_halves_the_micro_batch():
     """cuBLAS allocates by itself, and says so in words of its own."""
     said = "CUDA error: {} when calling `cublasCreate(handle)`".format
-    assert batch.is_out_of_memory(NO_MEMORY)
-    assert batch.is_out_of_memory(RuntimeError(said("CUBLAS_STATUS_ALLOC_FAILED")))
-    assert not batch.is_out_of_memory(RuntimeError(said("CUBLAS_STATUS_NOT_SUPPORTED")))
-    with pytest.raises(Exception, match="CUBLAS_STATUS_NOT_SUPPORTED"):
-        error = RuntimeError(said("CUBLAS_STATUS_NOT_SUPPORTED"))
-        run_ranks(1, trained, "ddp", True, (4,), error)
+    layout = types.SimpleNamespace(
+        backward_is_collective=False, last_micro_batch=lambda is_last: None
+    )
+    gpu = types.SimpleNamespace(type="cuda")
+    mesh = types.SimpleNamespace(device=gpu, sizes=ONE.sizes, sum=ONE.sum)
+
+    def found(error: RuntimeError) -> int:
+        def forward(ids, dataset):
+            if len(ids) > 2:
+                raise error
+            return torch.ones((), requires_grad=True), None
+
+        runs = types.SimpleNamespace(model=torch.nn.Module(), replicas=layout, forward=forward)
+        return batch.largest_micro_batch(runs, None, 8, mesh)
+
+    assert found(torch.OutOfMemoryError("simulated")) == 2
+    assert found(RuntimeError(said("CUBLAS_STATUS_ALLOC_FAILED"))) == 2
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        found(RuntimeError(said("CUBLAS_STATUS_NOT_SUPPORTED")))
 
 
 @pytest.mark.slow
