@@ -65,6 +65,14 @@ STAGES = {
 }
 
 
+# Branches that one GPU cannot reach: NCCL wants a GPU for each rank.
+NEEDS_TWO_GPUS = (
+    "checkpoint/save.py:_exchange",
+    "parallel/fsdp.py:FSDP.offload_policy",
+    "parallel/launch.py:start",
+)
+
+
 # ---- the stages, one after the other -------------------------------------------------------------
 def main(argv: list[str]) -> int:
     """What `python bench.py gpu ...` does with the words after `gpu`."""
@@ -85,12 +93,15 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--out={out} is a file; type the name of a folder")
     out.mkdir(exist_ok=True)
 
+    words = ["--rehearse"] if rehearse else []
+    if nanogpt is not None:
+        words.append(f"--nanogpt={Path(nanogpt).resolve()}")
+
     began = time.monotonic()
     deadline = began
     for name in names:
         # What the stages before it have left is this stage's, too.
         deadline += STAGES[name].seconds * minutes / 5
-        words = ["--rehearse"] * rehearse + [f"--nanogpt={nanogpt}"] * (nanogpt is not None)
         run_stage(name, deadline - time.monotonic(), out, words)
         lines = page(read(out / "gpu.jsonl"), runs.header(["gpu", *argv]))
         write_whole(out / "gpu.md", lines)
@@ -236,7 +247,7 @@ def run_one(module: str, name: str, out: str, *words: str) -> int:
     given = dict(word.partition("=")[::2] for word in words)
     rehearse = "--rehearse" in given
     if rehearse:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # tiny products; threads would only wait for each other
     try:
         stage = importlib.import_module(module)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -245,16 +256,31 @@ def run_one(module: str, name: str, out: str, *words: str) -> int:
                 rehearse=rehearse,
                 folder=Path(folder),
                 out=Path(out),
-                nanogpt=Path(given["--nanogpt"]).resolve() if "--nanogpt" in given else None,
+                nanogpt=Path(given["--nanogpt"]) if "--nanogpt" in given else None,
                 emit=lambda table, **cells: append(path, {"stage": name, "table": table, **cells}),
             )
+            entered = set()
+            if rehearse:
+                sys.setprofile(lambda frame, event, _: entered.add(frame.f_code))
             stage.run(plan)
+            sys.setprofile(None)
+            if rehearse:
+                check_covers(plan, stage.COVERS, entered)
     except BaseException as error:
         traceback.print_exc()
         said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         append(path, {"stage": name, "error": said})
         return 1
     return 0
+
+
+def check_covers(plan: Plan, covers: tuple[str, ...], entered: set) -> None:
+    """A row for each function that the stage names in COVERS: has it called it?"""
+    here = {f"{code.co_filename}:{code.co_qualname}" for code in entered}
+    for place in covers:
+        # FlexAttention alone cannot be rehearsed: it has no backward on a CPU.
+        is_entered = f"{runs.ROOT}/{place}" in here or place.endswith(":flex_attention")
+        plan.emit("Branches on a device that this stage takes.", function=place, ok=is_entered)
 
 
 if __name__ == "__main__":

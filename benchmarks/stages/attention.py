@@ -1,6 +1,7 @@
 """Attention kinds and windows by themselves, then compile modes and CUDA graphs in training.
 
 kinds     forward and backward of the attention function alone, bfloat16, heads of 64
+ring      what ring attention calls for a block of keys, with its backward
 modes     two blocks of the default width, forward and backward, bfloat16; difference: of the
           loss to the first row's. reduce-overhead replays CUDA graphs, max-autotune also tries
           several kernels.
@@ -9,14 +10,20 @@ modes     two blocks of the default width, forward and backward, bfloat16; diffe
 import time
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.stages import plan as common
 from layers import attention
 from layers.compile import compile_blocks
-from model import GPT, GPTConfig
+from model import GPTConfig
+from parallel import context
 from precision import amp
 
-COVERS = ("layers/attention.py:flex_attention",)
+COVERS = (
+    "parallel/context.py:block",
+    "parallel/context.py:block_backward",
+    "parallel/context.py:on_gpu",
+)
 
 
 def run(plan: common.Plan) -> None:
@@ -24,6 +31,7 @@ def run(plan: common.Plan) -> None:
         for kind in ("sdpa", "plain", "flex"):
             for window in (None, T // 4):
                 kinds(plan, T, kind, window)
+        ring(plan, T)
     beside = None
     for mode in (
         ("off", "default")
@@ -75,6 +83,29 @@ def kinds(plan: common.Plan, T: int, kind: str, window: int | None) -> None:
         )
 
 
+def ring(plan: common.Plan, T: int) -> None:
+    """What ring attention calls for one block of keys, beside autograd's attention to it."""
+    table = f"Ring attention: one block of {T} keys, bf16."
+    torch.manual_seed(0)
+    shape = (2, 4, T, 64)
+    q, k, v, dy = torch.randn(4, *shape, device=plan.device, dtype=torch.bfloat16).unbind()
+    for causal in (True, False):
+        with common.failing_is_a_row(plan, table, causal=causal):
+            out, lse = context.block(q, k, v, causal)
+            found = [out, *context.block_backward(dy, q, out, lse, k, v, causal)]
+            wide = [x.float().requires_grad_() for x in (q, k, v)]
+            y = F.scaled_dot_product_attention(*wide, is_causal=causal)
+            y.backward(dy.float())
+            exact = [y, *(x.grad for x in wide)]
+            apart = {
+                name: common.difference(x, other)
+                for name, x, other in zip(("y", "dq", "dk", "dv"), found, exact)
+            }
+            is_same = all(value < 0.02 for value in apart.values())
+            fused = context.on_gpu(q)
+            plan.emit(table, causal=causal, **apart, fused_kernel=str(fused), ok=is_same)
+
+
 MODES = "Compile modes: forward and backward of two blocks, bf16."
 
 
@@ -82,10 +113,8 @@ def modes(plan: common.Plan, mode: str, beside: float | None) -> float:
     """A row; returns the loss of the last step."""
     width, T, B = (32, 32, 2) if plan.rehearse else (768, 1024, 12)
     heads = max(width // 64, 2)
-    torch.manual_seed(0)
-    with plan.device:
-        model = GPT(GPTConfig(2, heads, heads, width, T, 512))
-        ids = torch.randint(512, (B, T + 1))
+    model = common.gpt(GPTConfig(2, heads, heads, width, T, 512), plan.device)
+    ids = torch.randint(512, (B, T + 1), device=plan.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch._dynamo.reset()
     if mode != "off":

@@ -41,6 +41,7 @@ def run(plan: common.Plan) -> None:
         f"ours, {micro} at a time, not compiled": ["--compile=off", f"--micro_batch_size={micro}"],
     }
     speeds = {}
+    speed = None
     for i, (name, more) in enumerate(cases.items()):
         with common.failing_is_a_row(plan, TABLE, what=name):
             speeds[name] = ours(plan, name, [*words, *more], size, batch, i)

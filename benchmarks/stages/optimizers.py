@@ -1,4 +1,4 @@
-"""A step of every optimizer on the shapes of GPT-2, beside torch's fused AdamW and torch.optim.Muon.
+"""A step of every optimizer on the shapes of GPT-2, beside torch's fused AdamW and its Muon.
 
 Weights and gradients are float32 and random, groups are train.py's. Time is by the device's own
 events, the median of some steps; a mean over ten where a preconditioner is new every ten. Ratio: to
@@ -9,16 +9,12 @@ the rest. state: bytes for each parameter.
 import torch
 
 from benchmarks.stages import plan as common
-from model import GPT, GPTConfig
+from model import GPTConfig
 from optim import param_groups
 from optim.attributes import attribute
 from run.optimizers import find_optimizer
 
-COVERS = (
-    "optim/muon.py:Muon.step",
-    "optim/shampoo.py:Shampoo.step",
-    "optim/soap.py:SOAP.step",
-)
+COVERS = ()
 OURS = {  # name in the table: (--optim=, its options)
     "AdamW, fused": ("adamw", {"fused": True}),
     "AdamW": ("adamw", {}),
@@ -42,23 +38,14 @@ def run(plan: common.Plan) -> None:
     for size in ("tiny",) if plan.rehearse else ("124M", "350M"):
         shape = dict(common.SIZES[size])
         config = GPTConfig(**shape, n_kv_head=shape["n_head"])
-        with torch.device("meta"):
-            model = GPT(config)
-        model = model.to_empty(device=plan.device)
-        weights(model)
+        model = common.gpt(config, plan.device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p).mul_(1e-3)  # zeros would be faster
         fastest = measure(plan, size, "torch AdamW, fused", fused_adamw, model, None)
         measure(plan, size, "torch AdamW, foreach", foreach_adamw, model, fastest)
         measure(plan, size, "torch Muon, fused AdamW", torch_muon, model, fastest)
         for name in OURS:
             measure(plan, size, name, lambda model: [ours(name, model)], model, fastest)
-
-
-@torch.no_grad()
-def weights(model: torch.nn.Module) -> None:
-    """Random weights and gradients, as in training: zeros are faster, and need other branches."""
-    for p in model.parameters():
-        p.normal_(0, 0.02)
-        p.grad = torch.randn_like(p).mul_(1e-3)
 
 
 def fused_adamw(model) -> list:
@@ -91,6 +78,7 @@ def measure(plan, size: str, name: str, make, model, fastest: float | None) -> f
     """A row; returns milliseconds a step, None where it failed."""
     table = f"Optimizers: a step on the shapes of {size}, float32."
     with common.failing_is_a_row(plan, table, optimizer=name):
+        common.freed(plan.device)
         optimizers = make(model)
         n_steps = PERIOD.get(name, 1)
 
@@ -116,6 +104,4 @@ def measure(plan, size: str, name: str, make, model, fastest: float | None) -> f
             ratio=ms / (fastest or ms),
             state=state / n_params,
         )
-        del optimizers
-        common.freed(plan.device)
         return ms

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import runs
+from model import GPT, GPTConfig
 
 # nanoGPT's 124M, and GPT-2's next size; the last is for a rehearsal.
 SIZES = {
@@ -62,6 +63,18 @@ def milliseconds(work: Callable, device: torch.device, seconds: float, least: in
             work()
             times.append(1000 * (time.perf_counter() - start))
     return median(times)
+
+
+@torch.no_grad()
+def gpt(config: GPTConfig, device: torch.device) -> GPT:
+    """A model on the device, its weights random and of the usual size, the same at each call."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to_empty(device=device)
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.normal_(0, p.shape[-1] ** -0.5)
+    return model
 
 
 def difference(x: torch.Tensor, y: torch.Tensor) -> float:

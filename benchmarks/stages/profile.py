@@ -14,7 +14,6 @@ from benchmarks.stages import plan as common
 
 COVERS = (
     "metrics/profile.py:Profiler.begin",
-    "metrics/profile.py:operators",
     "run/batch.py:largest_micro_batch",
     "run/microbatches.py:MicroBatches.forward",
 )

@@ -19,17 +19,29 @@ import torch
 
 from benchmarks.stages import plan as common
 from layers import compile
+from parallel import launch
+from precision import amp
 from run import announce
 
 COVERS = (
     "checkpoint/save.py:Saver.save",
+    "checkpoint/slices.py:copied",
     "layers/attention.py:flex_attention",
     "layers/compile.py:lacking",
+    "memory/activation_checkpoint.py:start_trip",
     "memory/offload.py:Stream.__init__",
-    "memory/activation_checkpoint.py:offloaded",
+    "memory/offload.py:Stream.home",
+    "memory/offload.py:Stream.store",
     "metrics/flops.py:peak_bytes",
+    "parallel/launch.py:best_device",
+    "parallel/launch.py:pick_device",
+    "parallel/zero.py:ZeRO.make_bucket",
     "precision/amp.py:autocast",
+    "precision/amp.py:choose",
     "precision/fp8.py:missing_hardware",
+    "precision/onednn.py:faster",
+    "run/announce.py:about_machine",
+    "run/announce.py:about_memory",
     "run/announce.py:environment",
     "run/auto.py:resolve_auto",
     "run/auto.py:resolve_compile",
@@ -125,6 +137,8 @@ def environment(plan: common.Plan) -> None:
         except (OSError, subprocess.TimeoutExpired):
             facts["driver, clock, power limit"] = "nvidia-smi does not answer"
     facts["lacking to compile"] = compile.lacking(plan.device) or "nothing"
+    facts["--device=auto is"] = launch.best_device()
+    facts["--precision=auto is"] = amp.choose("auto", plan.device)
     del facts["data_sha256"]
     for name, fact in facts.items():
         plan.emit("The machine.", what=name, value=str(fact))

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import runs
 from benchmarks.stages.plan import Plan
 
-COVERS = ()
+COVERS = ("memory/meter.py:Meter.watch", "memory/meter.py:nbytes")
 TABLE = "Tests: pytest -m gpu."
 
 
