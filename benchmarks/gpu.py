@@ -23,6 +23,7 @@ in the same DIR, a stage's new rows replace its old ones in the tables.
 CLONE: git clone https://github.com/karpathy/nanoGPT. Exit status: 0 all is done and agrees; 1 not.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -252,26 +253,36 @@ def run_one(module: str, name: str, out: str, *words: str) -> int:
         stage = importlib.import_module(module)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             plan = Plan(
-                device=torch.device("cpu" if rehearse else "cuda", *([] if rehearse else [0])),
+                device=torch.device("cpu") if rehearse else torch.device("cuda", 0),
                 rehearse=rehearse,
                 folder=Path(folder),
                 out=Path(out),
                 nanogpt=Path(given["--nanogpt"]) if "--nanogpt" in given else None,
                 emit=lambda table, **cells: append(path, {"stage": name, "table": table, **cells}),
             )
-            entered = set()
-            if rehearse:
-                sys.setprofile(lambda frame, event, _: entered.add(frame.f_code))
-            stage.run(plan)
-            sys.setprofile(None)
-            if rehearse:
-                check_covers(plan, stage.COVERS, entered)
+            if not rehearse:
+                stage.run(plan)
+                return 0
+            with calls() as entered:
+                stage.run(plan)
+            check_covers(plan, stage.COVERS, entered)
     except BaseException as error:
         traceback.print_exc()
         said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         append(path, {"stage": name, "error": said})
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def calls():
+    """The code of every function of Python that is called meanwhile, as a set."""
+    entered = set()
+    sys.setprofile(lambda frame, event, _: entered.add(frame.f_code))
+    try:
+        yield entered
+    finally:
+        sys.setprofile(None)
 
 
 def check_covers(plan: Plan, covers: tuple[str, ...], entered: set) -> None:

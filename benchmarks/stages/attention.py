@@ -90,7 +90,7 @@ def ring(plan: common.Plan, T: int) -> None:
     shape = (2, 4, T, 64)
     q, k, v, dy = torch.randn(4, *shape, device=plan.device, dtype=torch.bfloat16).unbind()
     for causal in (True, False):
-        with common.failing_is_a_row(plan, table, causal=causal):
+        with common.failing_is_a_row(plan, table, causal=str(causal)):
             out, lse = context.block(q, k, v, causal)
             found = [out, *context.block_backward(dy, q, out, lse, k, v, causal)]
             wide = [x.float().requires_grad_() for x in (q, k, v)]
@@ -103,7 +103,7 @@ def ring(plan: common.Plan, T: int) -> None:
             }
             is_same = all(value < 0.02 for value in apart.values())
             fused = context.on_gpu(q)
-            plan.emit(table, causal=causal, **apart, fused_kernel=str(fused), ok=is_same)
+            plan.emit(table, causal=str(causal), **apart, fused_kernel=str(fused), ok=is_same)
 
 
 MODES = "Compile modes: forward and backward of two blocks, bf16."
