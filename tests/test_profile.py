@@ -156,3 +156,13 @@ def test_kinetos_own_notices_do_not_reach_the_user(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "profiler_start" not in done.stderr and bars(tmp_path) == ["step 3"]
+
+
+def test_a_range_that_is_over_when_a_run_resumes_is_said(tmp_path, text, capsys):
+    words = [*TINY, "--steps=6", f"--data={text}", f"--out_dir={tmp_path}"]
+    losses(0, 1, [*words, "--steps=3"])
+    capsys.readouterr()
+    losses(0, 1, [*words, "--profile=2:4"])
+    said = capsys.readouterr().out
+    assert "nothing is profiled, as 3 steps are done already; type --profile=5:8" in said
+    assert not (tmp_path / "profile").exists()
