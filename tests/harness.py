@@ -22,6 +22,16 @@ import torch.multiprocessing as mp
 from model import initial_weight
 
 
+def gpu(*values):
+    """One of the cases of a parametrize, which also runs on a GPU; its test takes `device`."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
+def on(device: torch.device) -> list[str]:
+    """Flags for train.py: on this device, and not compiled, which takes longer than all the rest."""
+    return [f"--device={device}", "--compile=off"]
+
+
 def run_ranks(world: int, fn, *args) -> list:
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("several ranks in one test need fork, which this system lacks")
