@@ -27,7 +27,7 @@ def gpu(*values):
     return pytest.param(*values, marks=pytest.mark.gpu)
 
 
-def on(device: torch.device) -> list[str]:
+def device_flags(device: torch.device) -> list[str]:
     """Flags for train.py: on this device, and not compiled, which takes longer than all the rest."""
     return [f"--device={device}", "--compile=off"]
 

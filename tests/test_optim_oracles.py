@@ -107,7 +107,9 @@ def agree(ours, theirs, tolerance=1e-10):
             torch_optim.SGD,
             {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
         ),
-        gpu(adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}),
+        gpu(
+            adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        ),
         gpu(adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.0}),
         gpu(
             adamw.AdamW,
