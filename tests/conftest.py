@@ -24,8 +24,7 @@ def pytest_addoption(parser):
 def device(request) -> torch.device:
     """Where a test marked `gpu` makes its tensors; every such test takes it.
 
-    A GPU has a number, as its tensors say it: cuda:0. No such test may fork on a GPU: a child
-    cannot use CUDA once its parent has.
+    A GPU has a number, as its tensors say it: cuda:0.
     """
     chosen = torch.device(request.config.getoption("--device"))
     if chosen.type == "cuda" and chosen.index is None:
@@ -43,6 +42,20 @@ def deterministic(device):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+FORKS = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=lambda: FORKS.append(None))
+
+
+@pytest.fixture(autouse=True)
+def no_fork(request):
+    """Fails a test marked `gpu` that forks: on a GPU its child could not use CUDA."""
+    before = len(FORKS)
+    yield
+    forks = len(FORKS) > before and request.node.get_closest_marker("gpu") is not None
+    assert not forks, "this test is marked gpu, and forks: take one process, or the mark off"
 
 
 @pytest.fixture(autouse=True)

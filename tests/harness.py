@@ -28,13 +28,15 @@ def gpu(*values):
 
 
 def device_flags(device: torch.device) -> list[str]:
-    """Flags for train.py: on this device, and not compiled, which takes longer than all the rest."""
+    """Flags for train.py: on this device, and not compiled, which would take longest."""
     return [f"--device={device}", "--compile=off"]
 
 
 def run_ranks(world: int, fn, *args) -> list:
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("several ranks in one test need fork, which this system lacks")
+    if torch.cuda.is_initialized():
+        pytest.skip("a forked rank cannot use CUDA, which this process has: leave --device out")
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(one_rank, (world, folder, fn, args), nprocs=world, start_method="fork")
         return [pickle.loads(Path(folder, f"result_{r}").read_bytes()) for r in range(world)]

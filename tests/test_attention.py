@@ -3,7 +3,7 @@ token."""
 
 import pytest
 import torch
-from harness import gpu, init_weights
+from harness import device_flags, gpu, init_weights
 from matrix import assert_one_process
 from test_qk_clip import scores
 
@@ -155,14 +155,14 @@ WORDS = [
 @pytest.mark.parametrize(
     "more",
     [
-        ["--activation_checkpoint=selective"],
+        gpu(["--activation_checkpoint=selective"]),
         ["--activation_checkpoint=attention"],
-        ["--attention=plain"],
+        gpu(["--attention=plain"]),
         ["--activation_checkpoint=selective", "--attention=plain"],
         pytest.param(["--compile=default", "--compile.backend=aot_eager"], marks=pytest.mark.slow),
     ],
 )
-def test_recomputed_or_compiled_it_is_the_same_run(tmp_path, text, more):
+def test_recomputed_or_compiled_it_is_the_same_run(tmp_path, text, more, device):
     def losses(*words):
         train.main(
             parse.parse(
@@ -170,6 +170,7 @@ def test_recomputed_or_compiled_it_is_the_same_run(tmp_path, text, more):
                     f"--data={text}",
                     f"--out_dir={tmp_path / 'run'}",
                     "--resume=never",
+                    *device_flags(device),
                     *WORDS,
                     *words,
                 ]
