@@ -468,14 +468,17 @@ def peak(how, arch="modern", precision="fp32", group=None, size=SIZE, device=CPU
 
 
 @pytest.mark.parametrize(
-    "precision",
+    "arch, precision",
     [
-        gpu("fp32"),
-        pytest.param("bf16", marks=pytest.mark.slow),
-        pytest.param("fp64", marks=pytest.mark.slow),
+        gpu("modern", "fp32"),
+        *((arch, "fp32") for arch in TRAITS if arch != "modern"),
+        *(
+            pytest.param(arch, precision, marks=pytest.mark.slow)
+            for arch in TRAITS
+            for precision in ("bf16", "fp64")
+        ),
     ],
 )
-@pytest.mark.parametrize("arch", TRAITS)
 def test_bytes_are_those_of_the_estimate_and_of_the_docstring_s_table(arch, precision, device):
     """The peak of backward, to 5 percent (10 on a GPU, whose kernels keep other small things); what
     forward leaves of a layer (beside that of the head)."""

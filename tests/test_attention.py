@@ -157,7 +157,7 @@ WORDS = [
     [
         gpu(["--activation_checkpoint=selective"]),
         ["--activation_checkpoint=attention"],
-        gpu(["--attention=plain"]),
+        ["--attention=plain"],
         ["--activation_checkpoint=selective", "--attention=plain"],
         pytest.param(["--compile=default", "--compile.backend=aot_eager"], marks=pytest.mark.slow),
     ],

@@ -179,10 +179,7 @@ def test_the_run_is_what_the_formula_says(tmp_path, text, device):
         )
 
 
-ON_GPU = ("soap", "muon")
-
-
-@pytest.mark.parametrize("optim", [gpu(optim) if optim in ON_GPU else optim for optim in CLASSES])
+@pytest.mark.parametrize("optim", [gpu(optim) if optim == "muon" else optim for optim in CLASSES])
 def test_every_optimizer_learns_with_its_defaults(tmp_path, text, optim, device):
     go(text, tmp_path, *device_flags(device), f"--optim={optim}", "--steps=40", "--eval_every=40")
     losses = rows(tmp_path, "val_loss")
