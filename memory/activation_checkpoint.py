@@ -287,6 +287,9 @@ class Trip:
         self.back = None  # the copies on the device, once fetched
 
     def pack(self, x: Tensor) -> Tensor | tuple:
+        # On a GPU attention also saves two numbers of its random state, which are on the host.
+        if x.device != self.device:
+            return x
         storage = x.untyped_storage()
         if storage.data_ptr() in self.weights:
             return x
@@ -319,7 +322,7 @@ class Trip:
 
     def unpack(self, packed: Tensor | tuple) -> Tensor:
         if torch.is_tensor(packed):
-            return packed  # a weight
+            return packed  # a weight, or what never left
         # The first tensor that backward asks for brings all, and starts the next block's copies.
         if self.before is not None:
             self.fetch()

@@ -59,7 +59,6 @@ def start(device: torch.device, minutes: float = 10) -> bool:
     if world == 1:
         return False
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=minutes)
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -67,8 +66,15 @@ def start(device: torch.device, minutes: float = 10) -> bool:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
         store = dist.PrefixStore(same_start(store, rank, world), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(
+        backend_of(device), store=store, rank=rank, world_size=world, timeout=timeout
+    )
     return True
+
+
+def backend_of(device: torch.device) -> str:
+    """What moves this device's tensors between processes: NCCL takes those of GPUs alone."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def launched() -> tuple[int, int]:

@@ -19,6 +19,7 @@ from run import build
 from run.build import state_on_disk
 from run.optimizers import find_optimizer
 from settings import parse
+from settings.checks import profiled_steps
 from settings.fields import FIELDS, Config, flag
 
 # The settings that may explain a jump of the learning rate.
@@ -204,6 +205,13 @@ def about_resuming(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> 
         yield (
             f"patience={cfg.patience}: this run has stopped early; to continue type "
             "--patience=none, or more"
+        )
+    steps = profiled_steps(cfg.profile, cfg.steps)
+    if steps and resumed_from.step >= steps[-1]:
+        done = resumed_from.step
+        yield (
+            f"profile={cfg.profile}: nothing is profiled, as {done} steps are done already; type "
+            f"--profile={done + 2}:{done + 5}"
         )
     # Only compression and DiLoCo put a number of replicas into a checkpoint.
     saved = resumed_from.tree("replicas/replicas", missing=0)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from harness import run_ranks
+from harness import gpu, run_ranks
 from torch._dynamo.utils import counters
 
 import train
@@ -61,12 +61,14 @@ AOT = ["--compile=default", "--compile.backend=aot_eager"]
 
 
 @pytest.mark.parametrize(
-    "arch, graphs", [("modern", 2), pytest.param("gpt2", 4, marks=pytest.mark.slow)]
+    "arch, graphs", [gpu("modern", 2), pytest.param("gpt2", 4, marks=pytest.mark.slow)]
 )
-def test_one_graph_for_training_one_for_evaluation_and_the_same_run(tmp_path, text, arch, graphs):
+def test_one_graph_for_training_one_for_evaluation_and_the_same_run(
+    tmp_path, text, arch, graphs, device
+):
     # Masks differ: a graph for each layer
-    more = [f"--arch={arch}"] + ["--dropout=0.1"] * (arch == "gpt2")
-    go(text, tmp_path / "eager", *more)
+    more = [f"--device={device}", f"--arch={arch}"] + ["--dropout=0.1"] * (arch == "gpt2")
+    go(text, tmp_path / "eager", "--compile=off", *more)
     assert not counters["stats"]
     go(text, tmp_path / "compiled", *more, *AOT)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs

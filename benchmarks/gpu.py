@@ -1,0 +1,298 @@
+"""First light on a GPU: everything that only a GPU can answer, in a few minutes, by order of worth.
+
+    python bench.py gpu [--minutes=5] [--stages=steps,fp8] [--out=DIR] [--nanogpt=CLONE]
+    python bench.py gpu --rehearse [...]     the same stages on a CPU, at tiny sizes, in 3 minutes
+
+    stage        what it answers                                               seconds of 300
+    steps        is a step on the GPU the CPU's, in every precision; are offloading, sharding,
+                 checkpointing, compiling the same step there                  50
+    tests        pytest -m gpu                                                 40
+    gpt2         GPT-2 124M, bf16, compiled: tokens/s, MFU, memory beside the estimate; and
+                 nanoGPT's own train.py at the same settings, with --nanogpt=  85
+    fp8          a block in FP8 by tensor, row and block against bf16          50
+    optimizers   a step of each on the shapes of 124M and 350M                 35
+    attention    kinds, windows, compile modes and CUDA graphs                 30
+    profile      where the time of a step of 124M goes                         10
+
+Each stage is a process of its own in a session of its own. At its time limit it is killed with all
+its children; what it leaves of its time the next stages have. So a stage that fails or hangs costs
+no other one its results. Every result is on the disk, as a line of DIR/gpu.jsonl, before the next
+one is measured. DIR/gpu.md has them as tables, DIR/gpu.log what the stages printed. Started again
+in the same DIR, a stage's new rows replace its old ones in the tables.
+
+CLONE: git clone https://github.com/karpathy/nanoGPT. Exit status: 0 all is done and agrees; 1 not.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import runs
+from benchmarks.stages.plan import Plan
+
+FLAGS = {
+    "--minutes": r"[0-9]+(\.[0-9]+)?",
+    "--stages": "[a-z0-9,]+",
+    "--out": ".+",
+    "--nanogpt": ".+",
+    "--rehearse": "",
+}
+
+
+class Stage(NamedTuple):
+    module: str  # has run(plan), COVERS and a docstring
+    seconds: float  # of 300
+
+
+STAGES = {
+    "steps": Stage("benchmarks.stages.steps", 50),
+    "tests": Stage("benchmarks.stages.tests", 40),
+    "gpt2": Stage("benchmarks.stages.gpt2", 85),
+    "fp8": Stage("benchmarks.stages.fp8", 50),
+    "optimizers": Stage("benchmarks.stages.optimizers", 35),
+    "attention": Stage("benchmarks.stages.attention", 30),
+    "profile": Stage("benchmarks.stages.profile", 10),
+}
+
+
+# Branches that one GPU cannot reach: NCCL wants a GPU for each rank.
+NEEDS_TWO_GPUS = (
+    "checkpoint/save.py:_exchange",
+    "parallel/fsdp.py:FSDP.offload_policy",
+    "parallel/launch.py:start",
+)
+
+
+# ---- the stages, one after the other -------------------------------------------------------------
+def main(argv: list[str]) -> int:
+    """What `python bench.py gpu ...` does with the words after `gpu`."""
+    flags = runs.flags(argv, FLAGS, __doc__)
+    names = flags.get("--stages", ",".join(STAGES)).split(",")
+    for name in names:
+        if name not in STAGES:
+            raise ValueError(f"--stages={name} is none of {', '.join(STAGES)}")
+    rehearse = "--rehearse" in flags
+    if not rehearse and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here; type --rehearse to try the stages on the CPU")
+    nanogpt = flags.get("--nanogpt")
+    if nanogpt is not None and not Path(nanogpt, "train.py").is_file():
+        raise ValueError(f"--nanogpt={nanogpt} has no train.py; it is the folder of a clone")
+    minutes = float(flags.get("--minutes", 5))
+    out = Path(flags.get("--out", "out-gpu"))
+    if out.is_file():
+        raise ValueError(f"--out={out} is a file; type the name of a folder")
+    out.mkdir(exist_ok=True)
+
+    words = ["--rehearse"] if rehearse else []
+    if nanogpt is not None:
+        words.append(f"--nanogpt={Path(nanogpt).resolve()}")
+
+    began = time.monotonic()
+    deadline = began
+    for name in names:
+        # What the stages before it have left is this stage's, too.
+        deadline += STAGES[name].seconds * minutes / 5
+        run_stage(name, deadline - time.monotonic(), out, words)
+        lines = page(read(out / "gpu.jsonl"), runs.header(["gpu", *argv]))
+        write_whole(out / "gpu.md", lines)
+        print("\n".join(section(name, read(out / "gpu.jsonl"))), flush=True)
+    runs.tell(f"{time.monotonic() - began:.0f} s; the tables are in {out / 'gpu.md'}")
+    return int(not all(is_fine(latest(name, read(out / "gpu.jsonl"))) for name in names))
+
+
+def run_stage(name: str, limit: float, out: Path, words: list[str]) -> None:
+    """One stage in a process of its own, killed with its children after `limit` seconds."""
+    append(out / "gpu.jsonl", {"stage": name, "status": "started", "limit_s": round(limit, 1)})
+    began = time.monotonic()
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        STAGES[name].module,
+        name,
+        str(out.resolve()),
+    ]
+    with open(out / "gpu.log", "a", encoding="utf-8") as log:
+        print(f"==== {name}", file=log, flush=True)
+        process = subprocess.Popen(
+            [*command, *words],
+            cwd=runs.ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=max(limit, 0))
+            how = "done" if status == 0 else f"failed, status {status}"
+        except subprocess.TimeoutExpired:
+            how = f"killed after {limit:.0f} s"
+        finally:
+            kill(process)
+    seconds = round(time.monotonic() - began, 1)
+    append(out / "gpu.jsonl", {"stage": name, "status": how, "seconds": seconds})
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Ends the process and its children, those that outlive it too."""
+    if hasattr(os, "killpg"):
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # all have ended
+            pass
+    else:
+        process.kill()
+    try:
+        # A process that waits for a driver may not end at all. The next stage does not wait for it.
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        runs.tell(f"process {process.pid} does not end")
+
+
+# ---- results: one line each ----------------------------------------------------------------------
+def append(path: Path, row: dict) -> None:
+    """One more line, on the disk when this returns."""
+    is_cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+    with open(path, "a", encoding="utf-8") as file:
+        # A killed stage may have left half a line.
+        file.write("\n" * is_cut + json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict]:
+    """The rows, without a line that was cut off."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def latest(name: str, rows: list[dict]) -> list[dict]:
+    """The rows of a stage's last start."""
+    mine = [row for row in rows if row["stage"] == name]
+    starts = [i for i, row in enumerate(mine) if row.get("status") == "started"]
+    return mine[starts[-1] :] if starts else []
+
+
+def is_fine(rows: list[dict]) -> bool:
+    """Did this stage end by itself, and does everything agree that it compared?"""
+    return (
+        rows[-1:] != []
+        and rows[-1].get("status") == "done"
+        and all(row.get("ok", True) for row in rows)
+    )
+
+
+# ---- the page ------------------------------------------------------------------------------------
+def page(rows: list[dict], head: str) -> list[str]:
+    names = dict.fromkeys(row["stage"] for row in rows)
+    return [head, "", *(line for name in names for line in section(name, rows))]
+
+
+def section(name: str, rows: list[dict]) -> list[str]:
+    """A stage's tables in markdown."""
+    mine = latest(name, rows)
+    ended = [row for row in mine if "seconds" in row and "status" in row]
+    how = f"{ended[-1]['status']}, {ended[-1]['seconds']} s" if ended else "did not end"
+    lines = [f"## {name}: {how}", ""]
+    tables = {}
+    for row in mine:
+        if "table" in row:
+            cells = {key: x for key, x in row.items() if key not in ("stage", "table")}
+            tables.setdefault(row["table"], []).append(cells)
+        elif "error" in row:
+            lines += [f"**{row['error']}**", ""]
+    for title, body in tables.items():
+        heads = [*dict.fromkeys(key for cells in body for key in cells)]
+        cells = [[cell(row.get(head)) for head in heads] for row in body]
+        lines += [title, "", *runs.table(heads, cells), ""]
+    return lines
+
+
+def cell(x) -> str:
+    if x is None:
+        return ""
+    if isinstance(x, bool):
+        return "yes" if x else "**no**"
+    if isinstance(x, float):
+        return f"{x:.4g}" if abs(x) < 1e5 else f"{x:,.0f}"
+    return f"{x:,}" if isinstance(x, int) else str(x).replace("|", "/").replace("\n", " ")
+
+
+def write_whole(path: Path, lines: list[str]) -> None:
+    """Replaces the file in one move: a kill leaves the old one."""
+    new = path.with_suffix(".new")
+    new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+# ---- a stage's own process -----------------------------------------------------------------------
+def run_one(module: str, name: str, out: str, *words: str) -> int:
+    """Runs a stage here; each of its rows goes to OUT/gpu.jsonl at once."""
+    path = Path(out, "gpu.jsonl")
+    given = dict(word.partition("=")[::2] for word in words)
+    rehearse = "--rehearse" in given
+    if rehearse:
+        torch.set_num_threads(1)  # tiny products; threads would only wait for each other
+    try:
+        stage = importlib.import_module(module)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            plan = Plan(
+                device=torch.device("cpu") if rehearse else torch.device("cuda", 0),
+                rehearse=rehearse,
+                folder=Path(folder),
+                out=Path(out),
+                nanogpt=Path(given["--nanogpt"]) if "--nanogpt" in given else None,
+                emit=lambda table, **cells: append(path, {"stage": name, "table": table, **cells}),
+            )
+            if not rehearse:
+                stage.run(plan)
+                return 0
+            with calls() as entered:
+                stage.run(plan)
+            check_covers(plan, stage.COVERS, entered)
+    except BaseException as error:
+        traceback.print_exc()
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        append(path, {"stage": name, "error": said})
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def calls():
+    """The code of every function of Python that is called meanwhile, as a set."""
+    entered = set()
+    sys.setprofile(lambda frame, event, _: entered.add(frame.f_code))
+    try:
+        yield entered
+    finally:
+        sys.setprofile(None)
+
+
+def check_covers(plan: Plan, covers: tuple[str, ...], entered: set) -> None:
+    """A row for each function that the stage names in COVERS: has it called it?"""
+    here = {f"{code.co_filename}:{code.co_qualname}" for code in entered}
+    for place in covers:
+        # FlexAttention alone cannot be rehearsed: it has no backward on a CPU.
+        is_entered = f"{runs.ROOT}/{place}" in here or place.endswith(":flex_attention")
+        plan.emit("Branches on a device that this stage takes.", function=place, ok=is_entered)
+
+
+if __name__ == "__main__":
+    sys.exit(run_one(*sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""A step of every optimizer on the shapes of GPT-2, beside torch's fused AdamW and its Muon.
+
+Weights and gradients are float32 and random, groups are train.py's. Time is by the device's own
+events, the median of some steps; a mean over ten where a preconditioner is new every ten. Ratio: to
+torch's fused AdamW on the same shapes. torch.optim.Muon takes matrices alone, so fused AdamW has
+the rest. state: bytes for each parameter.
+"""
+
+import torch
+
+from benchmarks.stages import plan as common
+from model import GPTConfig
+from optim import param_groups
+from optim.attributes import attribute
+from run.optimizers import find_optimizer
+
+COVERS = ()
+OURS = {  # name in the table: (--optim=, its options)
+    "AdamW, fused": ("adamw", {"fused": True}),
+    "AdamW": ("adamw", {}),
+    "Muon, fused AdamW": ("muon", {"fused": True}),
+    "Muon": ("muon", {}),
+    "SOAP": ("soap", {}),
+    "Lion": ("lion", {}),
+    "SGD": ("sgd", {"momentum": 0.9}),
+    "AdamL2": ("adam_l2", {}),
+    "Adafactor": ("adafactor", {}),
+    "LAMB": ("lamb", {}),
+    "LARS": ("lars", {}),
+    "AdamWScheduleFree": ("schedule_free", {}),
+    "SGDScheduleFree": ("schedule_free.SGDScheduleFree", {}),
+    "Shampoo": ("shampoo", {}),
+}
+PERIOD = {"SOAP": 10, "Shampoo": 10}  # steps between new preconditioners
+
+
+def run(plan: common.Plan) -> None:
+    for size in ("tiny",) if plan.rehearse else ("124M", "350M"):
+        shape = dict(common.SIZES[size])
+        config = GPTConfig(**shape, n_kv_head=shape["n_head"])
+        model = common.gpt(config, plan.device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p).mul_(1e-3)  # zeros would be faster
+        fastest = measure(plan, size, "torch AdamW, fused", fused_adamw, model, None)
+        measure(plan, size, "torch AdamW, foreach", foreach_adamw, model, fastest)
+        measure(plan, size, "torch Muon, fused AdamW", torch_muon, model, fastest)
+        for name in OURS:
+            measure(plan, size, name, lambda model: [ours(name, model)], model, fastest)
+
+
+def fused_adamw(model) -> list:
+    return [torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=True)]
+
+
+def foreach_adamw(model) -> list:
+    return [torch.optim.AdamW(model.parameters(), weight_decay=0.1, foreach=True)]
+
+
+def torch_muon(model) -> list:
+    kinds = param_groups.kinds(model)
+    matrices = [p for name, p in model.named_parameters() if kinds[name] == "matrix"]
+    rest = [p for name, p in model.named_parameters() if kinds[name] != "matrix"]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, fused=True)]
+
+
+def ours(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    optim, options = OURS[name]
+    cls = find_optimizer(optim)
+    lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 1e-3)
+    groups = param_groups.param_groups(model, lrs, 0.1, attribute(cls, "matrices_only"))
+    optimizer = cls(groups, **options)
+    if param_groups.averages_weights(optimizer):
+        optimizer.train()
+    return optimizer
+
+
+def measure(plan, size: str, name: str, make, model, fastest: float | None) -> float | None:
+    """A row; returns milliseconds a step, None where it failed."""
+    table = f"Optimizers: a step on the shapes of {size}, float32."
+    with common.failing_is_a_row(plan, table, optimizer=name):
+        common.freed(plan.device)
+        optimizers = make(model)
+        n_steps = PERIOD.get(name, 1)
+
+        def steps() -> None:
+            for _ in range(n_steps):
+                for optimizer in optimizers:
+                    optimizer.step()
+
+        seconds = 0.05 if plan.rehearse else 0.3
+        ms = common.milliseconds(steps, plan.device, seconds, least=1) / n_steps
+        state = sum(
+            x.nbytes
+            for optimizer in optimizers
+            for values in optimizer.state.values()
+            for x in values.values()
+            if torch.is_tensor(x)
+        )
+        n_params = sum(p.numel() for p in model.parameters())
+        plan.emit(
+            table,
+            optimizer=name,
+            ms=ms,
+            ratio=ms / (fastest or ms),
+            state=state / n_params,
+        )
+        return ms
