@@ -92,7 +92,8 @@ def compile_blocks(
     limit = 8 + 4 * len(model.blocks)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     options = dict(mode=mode) if backend == "inductor" and mode != "default" else {}
-    model.has_cuda_graphs = options != {}  # on a GPU; run/microbatches.py asks
+    # On a GPU. On a CPU these modes replay nothing, and what is done for them does no harm.
+    model.has_cuda_graphs = options != {}
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward, dynamic=dynamic, backend=backend, **options)
 

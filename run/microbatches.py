@@ -45,7 +45,7 @@ class MicroBatches:
         self.position_ids = position_ids
         self.hidden = hidden
         # layers/compile.py says what CUDA graphs need.
-        self.has_cuda_graphs = device.type == "cuda" and getattr(model, "has_cuda_graphs", False)
+        self.has_cuda_graphs = getattr(model, "has_cuda_graphs", False)
         if self.has_cuda_graphs:
             own_gradients(model)
 
