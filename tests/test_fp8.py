@@ -3,6 +3,7 @@ autograd."""
 
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from harness import gpu, init_weights, run_ranks
 from torch.utils.checkpoint import checkpoint
 
+from memory.activation_checkpoint import keep_products
 from model import GPT, GPTConfig
 from parallel.ddp import DDP
 from parallel.zero import ZeRO
@@ -478,6 +480,38 @@ def test_block_scales_reach_the_hardware_in_the_layout_it_takes(monkeypatch, siz
         ours, theirs = (matmul(*pair, roles, form, torch.float32) for form in forms)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
     assert seen == 2 * [kind.BlockWise128x128 if roles[1] == WEIGHT else kind.BlockWise1x128]
+
+
+@pytest.mark.skipif(why_no_product(CPU, "row") is not None, reason="no such product on a CPU")
+@pytest.mark.parametrize("how, n", [("selective", 3), ("full", 4)])
+def test_selective_checkpointing_keeps_the_hardwares_products(monkeypatch, how, n):
+    """y, dx and dW; only a full recomputation multiplies y again."""
+    calls = []
+    plain = fp8.scaled_mm
+    monkeypatch.setattr(fp8, "scaled_mm", lambda *args: (calls.append(1), plain(*args))[1])
+    form = recipe("row", hardware=True)
+    x, w, _, dy = tensors(16, 32, 16, torch.float32)
+    contexts = {"context_fn": keep_products} if how == "selective" else {}
+    y = checkpoint(lambda x, w: linear(x, w, recipe=form), x, w, use_reentrant=False, **contexts)
+    y.backward(dy)
+    assert len(calls) == n
+
+
+@pytest.mark.skipif(why_no_product(CPU, "row") is not None, reason="no such product on a CPU")
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile there wants a compiler")
+def test_the_compiler_sees_the_hardwares_product_as_one_operator():
+    """torch's own lowering would take scales by block for those of an older product."""
+    form = recipe("row", hardware=True)
+    x, w = (t.detach() for t in tensors(16, 32, 16, torch.float32, bias=False)[:2])
+    seen = []
+
+    def backend(graph, examples):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    y = torch.compile(partial(linear, recipe=form), backend=backend, fullgraph=True)(x, w)
+    assert torch.equal(y, linear(x, w, recipe=form))
+    assert [f for f in seen if "scaled_mm" in str(f)] == [torch.ops.nanoscale.scaled_mm.default]
 
 
 def test_what_the_hardware_has_no_product_for_is_not_asked_of_it():
