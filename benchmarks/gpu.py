@@ -70,7 +70,6 @@ STAGES = {
 NEEDS_TWO_GPUS = (
     "checkpoint/save.py:_exchange",
     "parallel/fsdp.py:FSDP.offload_policy",
-    "parallel/launch.py:start",
 )
 
 

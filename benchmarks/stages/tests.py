@@ -12,7 +12,11 @@ import pytest
 from benchmarks import runs
 from benchmarks.stages.plan import Plan
 
-COVERS = ("memory/meter.py:Meter.watch", "memory/meter.py:nbytes")
+COVERS = (
+    "memory/meter.py:Meter.watch",
+    "memory/meter.py:nbytes",
+    "parallel/launch.py:backend_of",
+)
 TABLE = "Tests: pytest -m gpu."
 
 
@@ -23,6 +27,12 @@ class Rows:
         self.plan = plan
         self.outcomes = collections.Counter()
         self.files = set()
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        if self.plan.rehearse:
+            # The suite runs them all: here the first of each function is enough.
+            firsts = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+            items[:] = [item for item in items if item in firsts.values()]
 
     def pytest_runtest_logreport(self, report) -> None:
         # A test has three reports. Its call says how it ended; the others only if they went wrong.
@@ -38,7 +48,13 @@ class Rows:
 
 def run(plan: Plan) -> None:
     rows = Rows(plan)
-    words = [str(runs.ROOT / "tests"), "-m", "gpu and not slow", f"--device={plan.device.type}"]
+    # Other files are not even read: reading all takes as long as these tests.
+    files = [
+        str(path)
+        for path in sorted((runs.ROOT / "tests").glob("test_*.py"))
+        if "gpu" in path.read_text(encoding="utf-8")
+    ]
+    words = [*files, "-m", "gpu and not slow", f"--device={plan.device.type}"]
     words += ["-p", "no:cacheprovider", "-q", f"--rootdir={runs.ROOT}"]
     status = pytest.main(words, plugins=[rows])
     n = rows.outcomes
