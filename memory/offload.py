@@ -318,9 +318,10 @@ def keep_until_past(state: dict, stream) -> None:
     It knows of the stream alone on which a tensor was made: the inward one. An optimizer that puts
     another tensor in a state's place drops this one while its kernels still read it.
     """
-    for named in state.values():
+    for p, named in state.items():
         for x in named.values():
-            if moves(x):
+            # An optimizer may keep a state on the host, where there are no streams.
+            if moves(x) and x.device == p.device:
                 x.record_stream(stream)
 
 

@@ -1,5 +1,7 @@
 """How a batch is divided: over replicas, and into micro-batches that fit the memory."""
 
+import contextlib
+
 import torch
 
 from parallel.mesh import Mesh
@@ -51,8 +53,10 @@ def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
         divides = share // size % cfg.pp == 0
     if not divides:
         # Uncompiled: each size tried would be a compilation of its own, and CUDA graphs would keep
-        # the memory of those that failed. Compiled blocks mostly need less than these.
-        with build.uncompiled(cfg):
+        # the memory of those that failed. Compiled blocks mostly need less than these. FlexAttention
+        # alone is compiled: without that it keeps T x T scores.
+        is_flex = cfg.attention == "flex"
+        with contextlib.nullcontext() if is_flex else build.uncompiled(cfg):
             size = largest_micro_batch(micro_batches, dataset, share, mesh)
     if micro_batches.pipe is not None:
         # A schedule that is not possible with this number of micro-batches raises now.
