@@ -53,10 +53,11 @@ def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
         divides = share // size % cfg.pp == 0
     if not divides:
         # Uncompiled: each size tried would be a compilation of its own, and CUDA graphs would keep
-        # the memory of those that failed. Compiled blocks mostly need less than these. FlexAttention
-        # alone is compiled: without that it keeps T x T scores.
-        is_flex = cfg.attention == "flex"
-        with contextlib.nullcontext() if is_flex else build.uncompiled(cfg):
+        # the memory of those that failed. Compiled blocks mostly need less than these. But
+        # FlexAttention keeps T x T scores where nothing is compiled.
+        with contextlib.ExitStack() as stack:
+            if cfg.attention != "flex":
+                stack.enter_context(build.uncompiled(cfg))
             size = largest_micro_batch(micro_batches, dataset, share, mesh)
     if micro_batches.pipe is not None:
         # A schedule that is not possible with this number of micro-batches raises now.
