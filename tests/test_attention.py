@@ -60,7 +60,8 @@ def test_written_out_it_is_torchs_kernel_and_in_bfloat16_no_further_from_the_tru
     half = [choose(kind, None)(*(x.bfloat16() for x in inputs)) for kind in ("plain", "sdpa")]
     assert [x.dtype for x in half] == [torch.bfloat16] * 2
     off = [(x - expected).square().mean().sqrt().item() for x in half]
-    assert off[0] < 2 * off[1] < 0.02
+    # A GPU's kernel keeps its scores in float32.
+    assert off[0] < (2 if device.type == "cpu" else 4) * off[1] < 0.02
 
 
 @pytest.mark.parametrize("window", [None, 5, 128, 130])

@@ -152,7 +152,7 @@ def test_a_rollback_to_before_the_resumed_step_takes_nothing_from_what_follows(t
     [
         *((layout, RING) for layout in LAYOUTS[:2]),
         (LAYOUTS[0], DISK),
-        (LAYOUTS[3], DISK),
+        pytest.param(LAYOUTS[3], DISK, marks=pytest.mark.slow),
         *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[2:4]),
         *(
             pytest.param(*p.values, where, marks=p.marks)

@@ -244,7 +244,11 @@ def test_a_planted_package_would_be_found_if_ours_were_not_there(planted, tmp_pa
         pytest.param(["sweep.py", "--help"], "--search.FIELD", marks=pytest.mark.slow),
         pytest.param(["sample.py", "--help"], "--prompt", marks=pytest.mark.slow),
         pytest.param(["-m", "memory.plan", "--help"], "memory.plan", marks=pytest.mark.slow),
-        (["-m", "torch.distributed.run", "--nproc_per_node=1", "train.py", "--help"], "--on_spike"),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--nproc_per_node=1", "train.py", "--help"],
+            "--on_spike",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

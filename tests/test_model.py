@@ -48,8 +48,11 @@ def test_every_device_computes_the_loss_and_gradients_of_the_cpu(config, dtype, 
         loss = model(tokens(3, 16, device=where), tokens(3, 16, seed=1, device=where))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for here, there in zip(*found):
-        limit = tolerance * here.abs().max().item()
+    (loss, *gradients), (other_loss, *others) = found
+    torch.testing.assert_close(other_loss.cpu(), loss, rtol=tolerance, atol=0)
+    # A bias of the keys has a gradient of 0, and what rounding leaves of it.
+    limit = tolerance * max(x.abs().max().item() for x in gradients)
+    for here, there in zip(gradients, others):
         torch.testing.assert_close(there.cpu(), here, rtol=tolerance, atol=limit)
 
 
@@ -122,10 +125,9 @@ def test_scaled_init():
     assert initial_weight(c, "blocks.0.attn_norm.bias", (8,)).eq(0).all()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_are_computed_in_float32(dtype, device):
-    x = (torch.randn(8, 64) * 300).to(device, dtype)  # squares overflow float16
+def test_norms_are_computed_in_float32(dtype):
+    x = (torch.randn(8, 64) * 300).to(dtype)  # squares overflow float16
     assert torch.equal(
         F.rms_norm(x, (64,), eps=1e-6), F.rms_norm(x.float(), (64,), eps=1e-6).to(dtype)
     )

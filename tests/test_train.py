@@ -329,13 +329,13 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 
 LAYOUTS = [
     "--data_parallel=ddp --optim=muon",
-    "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
     "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01 --optim=schedule_free",
     "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
-    "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
     *(
         pytest.param(layout, marks=pytest.mark.slow)
         for layout in (
+            "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
+            "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
             "--precision=fp16 --scaler.init_power=40 --scaler.window=3 --optim=adamw"
             " --opt.fused=true",
             "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",

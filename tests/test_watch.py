@@ -99,7 +99,7 @@ NORMAL = [
     "--zero_init=false",
 ]
 GROUPED = [*NORMAL[:2], "--arch=gpt2", "--qk_clip=0.001", "--n_kv_head=2", "--micro_batch_size=2"]
-FAST = "pp 2 x tp 2", "cp 2"
+FAST = ("pp 2 x tp 2",)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ the rest. state: bytes for each parameter.
 import torch
 
 from benchmarks.stages import plan as common
+from memory.meter import nbytes
 from model import GPTConfig
 from optim import param_groups
 from optim.attributes import attribute
 from run.optimizers import find_optimizer
 
-COVERS = ()
+COVERS = ("memory/meter.py:nbytes",)
 OURS = {  # name in the table: (--optim=, its options)
     "AdamW, fused": ("adamw", {"fused": True}),
     "AdamW": ("adamw", {}),
@@ -89,8 +90,8 @@ def measure(plan, size: str, name: str, make, model, fastest: float | None) -> f
 
         seconds = 0.05 if plan.rehearse else 0.3
         ms = common.milliseconds(steps, plan.device, seconds, least=1) / n_steps
-        state = sum(
-            x.nbytes
+        state = nbytes(
+            x
             for optimizer in optimizers
             for values in optimizer.state.values()
             for x in values.values()

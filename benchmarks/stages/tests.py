@@ -14,7 +14,6 @@ from benchmarks.stages.plan import Plan
 
 COVERS = (
     "memory/meter.py:Meter.watch",
-    "memory/meter.py:nbytes",
     "parallel/launch.py:backend_of",
 )
 TABLE = "Tests: pytest -m gpu."
