@@ -20,6 +20,7 @@ from parallel import context
 from precision import amp
 
 COVERS = (
+    "layers/attention.py:causal_attention",
     "parallel/context.py:block",
     "parallel/context.py:block_backward",
     "parallel/context.py:on_gpu",
@@ -30,7 +31,8 @@ def run(plan: common.Plan) -> None:
     for T in (64,) if plan.rehearse else (1024, 4096):
         for kind in ("sdpa", "plain", "flex"):
             for window in (None, T // 4):
-                kinds(plan, T, kind, window)
+                kinds(plan, T, kind, window, n_kv_head=12)
+            kinds(plan, T, kind, T // 4, n_kv_head=4)
         ring(plan, T)
     beside = None
     for mode in (
@@ -48,17 +50,19 @@ def run(plan: common.Plan) -> None:
             beside = loss if beside is None else beside
 
 
-def kinds(plan: common.Plan, T: int, kind: str, window: int | None) -> None:
+def kinds(plan: common.Plan, T: int, kind: str, window: int | None, n_kv_head: int) -> None:
     table = f"Attention: forward and backward, {T} tokens, bf16."
+    case = dict(kind=kind, window=window, kv_heads=n_kv_head)
     if kind == "flex" and plan.device.type != "cuda":
-        plan.emit(table, kind=kind, window=window, note="no backward on a CPU")
+        plan.emit(table, **case, note="no backward on a CPU")
         return
     B = 2 if plan.rehearse else 8
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, B, 12, T, 64, device=plan.device, dtype=torch.bfloat16).unbind()
-    for x in (q, k, v):
-        x.requires_grad_()
-    with common.failing_is_a_row(plan, table, kind=kind, window=window):
+    q, k, v = (
+        torch.randn(B, n, T, 64, device=plan.device, dtype=torch.bfloat16).requires_grad_()
+        for n in (12, n_kv_head, n_kv_head)
+    )
+    with common.failing_is_a_row(plan, table, **case):
         attend = attention.choose(kind, window)
         began = time.perf_counter()
         with torch.no_grad():  # in float32, by the formula
@@ -72,15 +76,7 @@ def kinds(plan: common.Plan, T: int, kind: str, window: int | None) -> None:
             attend(q, k, v).sum().backward()
 
         ms = common.milliseconds(step, plan.device, 0.05 if plan.rehearse else 0.2)
-        plan.emit(
-            table,
-            kind=kind,
-            window=window,
-            ms=ms,
-            difference=apart,
-            first_s=first_s,
-            ok=apart < 0.02,
-        )
+        plan.emit(table, **case, ms=ms, difference=apart, first_s=first_s, ok=apart < 0.02)
 
 
 def ring(plan: common.Plan, T: int) -> None:

@@ -31,7 +31,6 @@ COVERS = (
     "memory/activation_checkpoint.py:start_trip",
     "memory/offload.py:Stream.__init__",
     "memory/offload.py:Stream.home",
-    "memory/offload.py:Stream.store",
     "metrics/flops.py:peak_bytes",
     "parallel/launch.py:best_device",
     "parallel/launch.py:pick_device",
