@@ -113,6 +113,7 @@ def warnings(
     """A line for each setting that has no effect here, and for what a resumed run changes."""
     found = [
         *about_machine(cfg, mesh),
+        *about_compile(cfg),
         *about_lr(cfg),
         *about_layout(cfg, mesh),
         *about_memory(cfg, mesh),
@@ -133,6 +134,16 @@ def about_machine(cfg: Config, mesh: Mesh) -> Iterator[str]:
         if load > 1.5 * cores:
             advice = "" if cfg.threads == 1 else "; --threads=1 may be faster"
             yield f"this machine is busy (load {load:.1f} on {cores} cores): it is slower{advice}"
+
+
+def about_compile(cfg: Config) -> Iterator[str]:
+    moves_weights = cfg.data_parallel in ("zero3", "fsdp")
+    if cfg.compile in ("reduce-overhead", "max-autotune") and moves_weights:
+        yield (
+            f"compile={cfg.compile}: a CUDA graph is recorded anew for each new address of a "
+            f"weight, and data_parallel={cfg.data_parallel} gathers weights anew; "
+            "--compile=default is faster"
+        )
 
 
 def about_lr(cfg: Config) -> Iterator[str]:

@@ -142,6 +142,10 @@ def check_attention(cfg: Config) -> None:
             f"attention=flex has no kernel for heads of {size} (n_embd/n_head), 16 is the "
             "least; type a smaller --n_head=, or --attention=sdpa"
         )
+    if cfg.attention == "flex" and cfg.precision == "fp64":
+        raise ValueError(
+            "attention=flex has no kernel for float64; type --precision=fp32, or --attention=sdpa"
+        )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
 

@@ -217,6 +217,7 @@ def test_a_window_counts_in_the_utilisation(tmp_path, text):
             ["--attention=flex", "--cp=2"],
             "attention=flex is incompatible with cp_attention=ring.*ulysses",
         ),
+        (["--attention=flex", "--precision=fp64"], "no kernel for float64.*--precision=fp32"),
     ],
 )
 def test_what_cannot_be_is_said(flags, sentence):

@@ -197,6 +197,9 @@ def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layo
         (["--data_parallel=ddp", "--compress=topk"], 2, None),
         (["--data_parallel=zero1"], 2, None),
         (["--data_parallel=zero1"], 1, "one replica, nothing to spread"),
+        (["--data_parallel=zero3", "--compile=max-autotune"], 2, "--compile=default is faster"),
+        (["--data_parallel=zero3", "--compile=default"], 2, None),
+        (["--data_parallel=zero1", "--compile=reduce-overhead"], 2, None),
         ([], 1, None),
     ],
 )

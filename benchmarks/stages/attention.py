@@ -118,6 +118,7 @@ def modes(plan: common.Plan, mode: str, beside: float | None) -> float:
         compile_blocks(model, mode, backend=backend)
 
     def loss_of_step() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         with amp.autocast("bf16", plan.device):
             loss = model(ids[:, :-1], ids[:, 1:])
         (loss / ids[:, 1:].numel()).backward()
