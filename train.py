@@ -382,6 +382,8 @@ def main(requested_cfg: fields.Config) -> dict:
         model.zero_grad(set_to_none=True)
         step += 1
         divergence.update(step, loss)
+        if profiler is not None:
+            profiler.end(step)
 
         # Log. float() above has waited for the gradients; on a GPU the optimizer's own work falls
         # into the seconds of the next step.

@@ -5,25 +5,29 @@
 
     stage        what it answers                                               seconds of 300
     steps        is a step on the GPU the CPU's, in every precision; are offloading, sharding,
-                 checkpointing, compiling the same step there                  50
-    tests        pytest -m gpu                                                 40
+                 checkpointing, compiling the same step there                  55
+    tests        pytest -m gpu, beside `steps`: neither measures time          55
     gpt2         GPT-2 124M, bf16, compiled: tokens/s, MFU, memory beside the estimate; and
-                 nanoGPT's own train.py at the same settings, with --nanogpt=  85
+                 nanoGPT's own train.py at the same settings, with --nanogpt=  125
+    profile      where the time of a step of 124M goes                         25
     fp8          a block in FP8 by tensor, row and block against bf16          50
-    optimizers   a step of each on the shapes of 124M and 350M                 35
-    attention    kinds, windows, compile modes and CUDA graphs                 30
-    profile      where the time of a step of 124M goes                         10
+    optimizers   a step of each on the shapes of 124M and 350M                 20
+    attention    kinds, windows, compile modes and CUDA graphs                 25
 
-Each stage is a process of its own in a session of its own. At its time limit it is killed with all
-its children; what it leaves of its time the next stages have. So a stage that fails or hangs costs
-no other one its results. Every result is on the disk, as a line of DIR/gpu.jsonl, before the next
-one is measured. DIR/gpu.md has them as tables, DIR/gpu.log what the stages printed. Started again
-in the same DIR, a stage's new rows replace its old ones in the tables.
+--minutes is the time of all chosen stages together, shared out in these proportions; the command
+takes some seconds more. Each stage is a process of its own in a session of its own. At its time
+limit it is killed with all its children, after its stack is in gpu.log; what it leaves of its time
+the next stages have. So a stage that fails or hangs costs no other one its results. Every result is
+on the disk, as a line of DIR/gpu.jsonl, before the next one is measured. DIR/gpu.md has them as
+tables, DIR/gpu.log what the stages printed. Started again in the same DIR, a stage's new rows
+replace its old ones in the tables. --commit=NAME is for a copy without git.
 
-CLONE: git clone https://github.com/karpathy/nanoGPT. Exit status: 0 all is done and agrees; 1 not.
+CLONE: git clone https://github.com/karpathy/nanoGPT. Exit status: 0 all is done and agrees; 1
+something differs, failed, or ran out of time; 2 a user's mistake.
 """
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -31,6 +35,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -38,14 +43,15 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import runs
-from benchmarks.stages.plan import Plan
+from benchmarks import nanogpt, runs
+from benchmarks.stages.common import Plan
 
 FLAGS = {
     "--minutes": r"[0-9]+(\.[0-9]+)?",
     "--stages": "[a-z0-9,]+",
     "--out": ".+",
     "--nanogpt": ".+",
+    "--commit": ".+",
     "--rehearse": "",
 }
 
@@ -53,19 +59,18 @@ FLAGS = {
 class Stage(NamedTuple):
     module: str  # has run(plan), COVERS and a docstring
     seconds: float  # of 300
+    beside: bool = False  # does it run beside the stage before it?
 
 
 STAGES = {
-    "steps": Stage("benchmarks.stages.steps", 50),
-    "tests": Stage("benchmarks.stages.tests", 40),
-    "gpt2": Stage("benchmarks.stages.gpt2", 85),
+    "steps": Stage("benchmarks.stages.steps", 55),
+    "tests": Stage("benchmarks.stages.tests", 55, beside=True),
+    "gpt2": Stage("benchmarks.stages.gpt2", 125),
+    "profile": Stage("benchmarks.stages.profile", 25),
     "fp8": Stage("benchmarks.stages.fp8", 50),
-    "optimizers": Stage("benchmarks.stages.optimizers", 35),
-    "attention": Stage("benchmarks.stages.attention", 30),
-    "profile": Stage("benchmarks.stages.profile", 10),
+    "optimizers": Stage("benchmarks.stages.optimizers", 20),
+    "attention": Stage("benchmarks.stages.attention", 25),
 }
-
-
 # Branches that one GPU cannot reach: NCCL wants a GPU for each rank.
 NEEDS_TWO_GPUS = (
     "checkpoint/save.py:_exchange",
@@ -78,42 +83,117 @@ def main(argv: list[str]) -> int:
     """What `python bench.py gpu ...` does with the words after `gpu`."""
     flags = runs.flags(argv, FLAGS, __doc__)
     names = flags.get("--stages", ",".join(STAGES)).split(",")
+    rehearse = "--rehearse" in flags
+    check(flags, names, rehearse)
+    out = Path(flags.get("--out", "out-gpu-rehearsal" if rehearse else "out-gpu"))
+    take_folder(out, rehearse)
+    words = ["--rehearse"] if rehearse else []
+    if "--nanogpt" in flags:
+        words.append(f"--nanogpt={Path(flags['--nanogpt']).resolve()}")
+    head = runs.header(["gpu", *argv], flags.get("--commit"))
+    if not rehearse:
+        head += f", {torch.cuda.get_device_name()}"
+
+    # An outer time limit ends this process so; the stage under way must not stay on the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began = time.monotonic()
+    deadline = began
+    groups = grouped(names)
+    share = (
+        60 * float(flags.get("--minutes", 5)) / sum(STAGES[group[0]].seconds for group in groups)
+    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        # Kernels compiled for one stage serve the next, and none is left from another day.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for group in groups:
+            # What the stages before have left is this one's, too.
+            deadline += share * STAGES[group[0]].seconds
+            run_group(group, deadline - time.monotonic(), out, words)
+            rows = read(out / "gpu.jsonl")
+            write_whole(out / "gpu.md", page(rows, head))
+            for name in group:
+                print("\n".join(section(name, rows)), flush=True)
+    runs.tell(f"{time.monotonic() - began:.0f} s; the tables are in {out / 'gpu.md'}")
+    rows = read(out / "gpu.jsonl")
+    return int(not all(is_fine(latest(name, rows)) for name in names))
+
+
+def check(flags: dict[str, str], names: list[str], rehearse: bool) -> None:
+    """Raises ValueError for what cannot be done."""
     for name in names:
         if name not in STAGES:
             raise ValueError(f"--stages={name} is none of {', '.join(STAGES)}")
-    rehearse = "--rehearse" in flags
     if not rehearse and not torch.cuda.is_available():
         raise ValueError("torch finds no GPU here; type --rehearse to try the stages on the CPU")
-    nanogpt = flags.get("--nanogpt")
-    if nanogpt is not None and not Path(nanogpt, "train.py").is_file():
-        raise ValueError(f"--nanogpt={nanogpt} has no train.py; it is the folder of a clone")
-    minutes = float(flags.get("--minutes", 5))
-    out = Path(flags.get("--out", "out-gpu"))
+    if float(flags.get("--minutes", 5)) <= 0:
+        raise ValueError("--minutes=0 leaves no stage any time; type --minutes=5")
+    clone = flags.get("--nanogpt")
+    if clone is None:
+        return
+    if "gpt2" not in names:
+        raise ValueError("--nanogpt= is for stage gpt2, which --stages= leaves out")
+    if missing := [name for name in nanogpt.FILES if not Path(clone, name).is_file()]:
+        raise ValueError(f"--nanogpt={clone} has no {missing[0]}; it is the folder of a clone")
+
+
+def take_folder(out: Path, rehearse: bool) -> None:
+    """Makes --out. Raises ValueError where it cannot hold these results."""
     if out.is_file():
         raise ValueError(f"--out={out} is a file; type the name of a folder")
-    out.mkdir(exist_ok=True)
+    try:
+        out.mkdir(exist_ok=True)
+        (out / "gpu.jsonl").touch()
+    except OSError as error:
+        raise ValueError(f"--out={out}: {error.strerror}; type another folder") from None
+    kinds = {row["rehearse"] for row in read(out / "gpu.jsonl") if "rehearse" in row}
+    if kinds - {rehearse}:
+        what = "a GPU" if rehearse else "a rehearsal"
+        raise ValueError(f"--out={out} has the results of {what}; type another folder")
 
-    words = ["--rehearse"] if rehearse else []
-    if nanogpt is not None:
-        words.append(f"--nanogpt={Path(nanogpt).resolve()}")
 
-    began = time.monotonic()
-    deadline = began
+def grouped(names: list[str]) -> list[list[str]]:
+    """The stages that run side by side."""
+    groups = []
     for name in names:
-        # What the stages before it have left is this stage's, too.
-        deadline += STAGES[name].seconds * minutes / 5
-        run_stage(name, deadline - time.monotonic(), out, words)
-        lines = page(read(out / "gpu.jsonl"), runs.header(["gpu", *argv]))
-        write_whole(out / "gpu.md", lines)
-        print("\n".join(section(name, read(out / "gpu.jsonl"))), flush=True)
-    runs.tell(f"{time.monotonic() - began:.0f} s; the tables are in {out / 'gpu.md'}")
-    return int(not all(is_fine(latest(name, read(out / "gpu.jsonl"))) for name in names))
+        if STAGES[name].beside and groups:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 
-def run_stage(name: str, limit: float, out: Path, words: list[str]) -> None:
-    """One stage in a process of its own, killed with its children after `limit` seconds."""
-    append(out / "gpu.jsonl", {"stage": name, "status": "started", "limit_s": round(limit, 1)})
+def run_group(names: list[str], limit: float, out: Path, words: list[str]) -> None:
+    """Stages in processes of their own, killed with their children after `limit` seconds."""
     began = time.monotonic()
+    running = {}
+    for name in names:
+        row = {"stage": name, "status": "started", "limit_s": round(limit, 1)}
+        append(out / "gpu.jsonl", row | {"rehearse": "--rehearse" in words})
+        running[name] = start(name, limit, out, words)
+    try:
+        while running:
+            for name, process in list(running.items()):
+                status = process.poll()
+                if status is None and not is_over(began, limit):
+                    continue
+                kill(running.pop(name))
+                how = {None: f"killed after {limit:.0f} s", 0: "done"}.get(
+                    status, f"failed, status {status}"
+                )
+                seconds = round(time.monotonic() - began, 1)
+                append(out / "gpu.jsonl", {"stage": name, "status": how, "seconds": seconds})
+            time.sleep(0.02)
+    finally:  # Ctrl-C, or SIGTERM
+        for process in running.values():
+            kill(process)
+
+
+def is_over(began: float, limit: float) -> bool:
+    return time.monotonic() - began > limit
+
+
+def start(name: str, limit: float, out: Path, words: list[str]) -> subprocess.Popen:
+    """The process of a stage. It leads a session, so that killpg reaches what it starts."""
     command = [
         sys.executable,
         "-m",
@@ -124,32 +204,21 @@ def run_stage(name: str, limit: float, out: Path, words: list[str]) -> None:
     ]
     with open(out / "gpu.log", "a", encoding="utf-8") as log:
         print(f"==== {name}", file=log, flush=True)
-        process = subprocess.Popen(
-            [*command, *words],
+        return subprocess.Popen(
+            [*command, f"--limit={limit}", *words],
             cwd=runs.ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        try:
-            status = process.wait(timeout=max(limit, 0))
-            how = "done" if status == 0 else f"failed, status {status}"
-        except subprocess.TimeoutExpired:
-            how = f"killed after {limit:.0f} s"
-        finally:
-            kill(process)
-    seconds = round(time.monotonic() - began, 1)
-    append(out / "gpu.jsonl", {"stage": name, "status": how, "seconds": seconds})
 
 
 def kill(process: subprocess.Popen) -> None:
     """Ends the process and its children, those that outlive it too."""
     if hasattr(os, "killpg"):
-        try:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # all have ended
-            pass
     else:
         process.kill()
     try:
@@ -162,10 +231,12 @@ def kill(process: subprocess.Popen) -> None:
 # ---- results: one line each ----------------------------------------------------------------------
 def append(path: Path, row: dict) -> None:
     """One more line, on the disk when this returns."""
-    is_cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+    text = json.dumps(row) + "\n"
+    # A killed stage may have left half a line.
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        text = "\n" + text
     with open(path, "a", encoding="utf-8") as file:
-        # A killed stage may have left half a line.
-        file.write("\n" * is_cut + json.dumps(row) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -174,10 +245,8 @@ def read(path: Path) -> list[dict]:
     """The rows, without a line that was cut off."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return rows
 
 
@@ -190,11 +259,8 @@ def latest(name: str, rows: list[dict]) -> list[dict]:
 
 def is_fine(rows: list[dict]) -> bool:
     """Did this stage end by itself, and does everything agree that it compared?"""
-    return (
-        rows[-1:] != []
-        and rows[-1].get("status") == "done"
-        and all(row.get("ok", True) for row in rows)
-    )
+    is_done = any(row.get("status") == "done" for row in rows)
+    return is_done and all(row.get("ok", True) for row in rows)
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -293,5 +359,19 @@ def check_covers(plan: Plan, covers: tuple[str, ...], entered: set) -> None:
         plan.emit("Branches on a device that this stage takes.", function=place, ok=is_entered)
 
 
+def watch(limit: float) -> None:
+    """Writes the stacks just before the time is over, and ends with the bench."""
+    faulthandler.dump_traceback_later(max(limit - 2, 0.1))
+    bench = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == bench:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    watch(float(sys.argv[4].removeprefix("--limit=")))
     sys.exit(run_one(*sys.argv[1:]))

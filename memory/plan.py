@@ -263,7 +263,13 @@ def predict(
 
     held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision)
     held = held | dict(activations=activations(m, x, micro, precision))
-    held["total"] += held["activations"]
+    # The loss's backward holds two float32 numbers for each logit, before the gradients of one
+    # micro-batch are there.
+    at_loss = 8 * tokens * m.vocab_size / x.tp
+    if micro == 1:
+        at_loss = max(0, at_loss - held["gradients"])
+    held["buffers"] += at_loss
+    held["total"] += held["activations"] + at_loss
 
     # One micro-batch, forward and backward, on the slowest stage: the last one has the head, but
     # perhaps a layer fewer.

@@ -10,7 +10,8 @@
 The step before the range is profiled too and thrown away: the first one pays for the profiler's own
 start (on a GPU, for CUPTI's). A profiled step computes the same numbers, and is slower, for each
 operator is written down. In the trace a step is a bar with the name "step N". What lies between two
-of the steps, an evaluation or a checkpoint, is in the trace and in the table.
+of the steps, an evaluation or a checkpoint, is in the trace and in the table. `share` is of the
+line "all", the sum.
 
 Time on a GPU is that of kernels; of an operator's time on the CPU, what its callees took is left
 out. Memory is what torch's allocators gave out. On a CPU that counts from 0 at the range's
@@ -37,7 +38,8 @@ class Profiler:
     """Profiles steps first <= step < last of one rank.
 
     folder: where the files go; rank: of this process; device: whose kernels count as time; log:
-    takes the lines for the user. Call start(step) before each step, and close() at the end.
+    takes the lines for the user. Call start(step) before each step, end(step) after it unless a
+    rollback undid it, and close() after the last one.
     """
 
     def __init__(
@@ -64,9 +66,8 @@ class Profiler:
         """Before step `step`, of which the first is 1."""
         if self.is_over or step < self.first - 1:
             return
-        # A rollback goes to an earlier step: steps are counted, too.
-        if step >= self.last or self.n_steps == self.last - self.first:
-            self.close()
+        if step >= self.last:
+            self.is_over = True  # a run that resumes behind the range
             return
         if self.profiler is None:
             self.begin(n_warmup=int(step < self.first))
@@ -77,6 +78,12 @@ class Profiler:
             self.n_steps += 1
             self.bar = torch.profiler.record_function(f"step {step}")
             self.bar.__enter__()
+
+    def end(self, step: int) -> None:
+        """After step `step`. The last one of the range ends the profile."""
+        self.end_bar()
+        if self.n_steps == self.last - self.first or step >= self.last - 1:
+            self.close()
 
     def begin(self, n_warmup: int) -> None:
         # Above its own levels: Kineto's notices about its own start and stop are no news to a user.
@@ -89,7 +96,7 @@ class Profiler:
             activities=activities,
             schedule=lambda i: action.WARMUP if i < n_warmup else action.RECORD,
             on_trace_ready=self.write,
-            record_shapes=True,
+            record_shapes=True,  # a viewer shows them of each operator
             profile_memory=True,
         )
         self.profiler.start()
@@ -114,8 +121,8 @@ class Profiler:
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / f"rank_{self.rank}.trace.json.gz"
         profiler.export_chrome_trace(str(trace))
-        lines = operators(profiler.key_averages(), self.n_steps, self.device.type)
-        text = "\n".join(lines[: 2 + LINES]) + "\n"
+        lines = operators(profiler.key_averages(), self.n_steps, self.device)
+        text = "\n".join([*lines[:-1][: 2 + LINES], lines[-1]]) + "\n"
         (self.folder / f"rank_{self.rank}.operators.txt").write_text(text, encoding="utf-8")
         with gzip.open(trace, "rt", encoding="utf-8") as file:
             memory = memory_rows(json.load(file)["traceEvents"])
@@ -128,30 +135,36 @@ class Profiler:
             self.log(line)
 
 
-def operators(events, n_steps: int, device: str) -> list[str]:
-    """A table in plain text: heading, then operators (on a GPU: kernels too), dearest first.
+def operators(events, n_steps: int, device: torch.device) -> list[str]:
+    """A table in plain text: two lines of heading, operators, dearest first, and their sum.
 
-    events: of torch's key_averages(); device: "cuda" orders by kernel time, else by CPU time.
+    events: of torch's key_averages(); on a GPU the rows are kernels and copies, which torch lists
+    beside the operators that started them, with the same time.
     """
-    on_gpu = device == "cuda"
+    on_gpu = device.type == "cuda"
     rows = []
     for event in events:
-        # The bars of steps hold all the rest: they are no operators.
-        if event.key.startswith(("step ", "ProfilerStep")):
+        is_of_gpu = event.device_type != torch.autograd.DeviceType.CPU
+        # Bars, as of steps, hold all the rest. On a CPU the optimizer's is what its Python takes.
+        is_bar = event.key.startswith(("step ", "ProfilerStep")) or (
+            on_gpu and event.is_user_annotation
+        )
+        if is_bar or is_of_gpu != on_gpu:
             continue
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total  # µs
         # The allocations of an operator by itself; what it frees counts against them.
         memory = event.self_device_memory_usage if on_gpu else event.self_cpu_memory_usage  # bytes
         rows.append((time, memory, event.count, event.key))
     rows.sort(reverse=True)
-    total = sum(time for time, *_ in rows) or 1
+    total = sum(time for time, *_ in rows)
+    sums = (total, sum(row[1] for row in rows), sum(row[2] for row in rows), "all")
     head = f"{COLUMNS[0]:64}" + "".join(f"{name:>14}" for name in COLUMNS[1:])
     lines = [f"profile of {n_steps} steps, by time on the {'GPU' if on_gpu else 'CPU'}", head]
-    for time, memory, count, name in rows:
+    for time, memory, count, name in [*rows, sums]:
         cells = (
             f"{count / n_steps:.1f}",
             f"{time / n_steps / 1000:.3f}",
-            f"{time / total:.1%}",
+            f"{time / (total or 1):.1%}",
             f"{memory / n_steps / 1e6:.2f}",
         )
         lines.append(f"{name[:63]:64}" + "".join(f"{cell:>14}" for cell in cells))

@@ -220,9 +220,10 @@ def about_resuming(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> 
     steps = profiled_steps(cfg.profile, cfg.steps)
     if steps and resumed_from.step >= steps[-1]:
         done = resumed_from.step
+        first = min(done + 2, cfg.steps)
         yield (
             f"profile={cfg.profile}: nothing is profiled, as {done} steps are done already; type "
-            f"--profile={done + 2}:{done + 5}"
+            f"--profile={first}:{first + 3}"
         )
     # Only compression and DiLoCo put a number of replicas into a checkpoint.
     saved = resumed_from.tree("replicas/replicas", missing=0)

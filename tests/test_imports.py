@@ -190,7 +190,7 @@ def test_only_the_tools_that_run_it_import_train():
     found = {name for name, others in OURS.items() if "train" in others}
     experiments = {name for name in found if name.startswith("experiments.")}
     # It looks inside a run, in a process of its own.
-    assert found - experiments == {"benchmarks.overhead", "benchmarks.stages.plan"}
+    assert found - experiments == {"benchmarks.overhead", "benchmarks.stages.common"}
 
 
 def test_seven_files_stand_at_the_root_and_each_folder_says_what_it_holds():

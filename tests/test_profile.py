@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,7 @@ def driven(folder, steps, first=3, last=6) -> list[str]:
         profiler.start(step)
         x = torch.ones(4, 4, requires_grad=True)
         (x @ x).sum().backward()
+        profiler.end(step)
     profiler.close()
     profiler.close()
     return said
@@ -121,6 +123,7 @@ def bars(folder) -> list[str]:
         ([5, 6, 7], [5]),  # resumed inside it
         ([2, 3, 4], [3, 4]),  # stopped inside it
         ([3, 4, 3, 4, 5, 6], [3, 4, 3]),  # a rollback: as many steps as were asked for
+        ([4, 5], [4, 5]),
     ],
 )
 def test_the_range_is_profiled_however_the_run_goes(steps, profiled, tmp_path):
@@ -166,3 +169,69 @@ def test_a_range_that_is_over_when_a_run_resumes_is_said(tmp_path, text, capsys)
     said = capsys.readouterr().out
     assert "nothing is profiled, as 3 steps are done already; type --profile=5:8" in said
     assert not (tmp_path / "profile").exists()
+
+
+def event(name, cpu=0.0, gpu=0.0, n=2, is_gpu=False, is_user_annotation=False):
+    """One of key_averages(), of these µs on the CPU and on the GPU."""
+    kinds = torch.autograd.DeviceType
+    return types.SimpleNamespace(
+        key=name,
+        count=n,
+        self_cpu_time_total=cpu,
+        self_device_time_total=gpu,
+        self_cpu_memory_usage=4e6,
+        self_device_memory_usage=2e6,
+        device_type=kinds.CUDA if is_gpu else kinds.CPU,
+        is_user_annotation=is_user_annotation,
+    )
+
+
+def test_the_table_has_each_microsecond_once_dearest_first():
+    events = [
+        event("aten::mm", cpu=1000, gpu=5000),
+        event("a kernel of mm", gpu=5000, is_gpu=True),
+        event("Memcpy", gpu=15000, is_gpu=True, n=4),
+        event("Optimizer.step#AdamW.step", cpu=3000),
+        event("Optimizer.step#AdamW.step", gpu=90000, is_gpu=True, is_user_annotation=True),
+        event("step 10", cpu=7000),
+        event("ProfilerStep*", cpu=9000),
+    ]
+    found = {}
+    for device in ("cpu", "cuda"):
+        head, columns, *lines = profile.operators(events, 2, torch.device(device))
+        assert head == f"profile of 2 steps, by time on the {'GPU' if device == 'cuda' else 'CPU'}"
+        assert columns.split("  ")[0] == "operator"
+        found[device] = [tuple(line.rsplit(None, 4)) for line in lines]
+        found[device] = [(name.strip(), *cells) for name, *cells in found[device]]
+    assert found["cpu"] == [
+        ("Optimizer.step#AdamW.step", "1.0", "1.500", "75.0%", "2.00"),
+        ("aten::mm", "1.0", "0.500", "25.0%", "2.00"),
+        ("all", "2.0", "2.000", "100.0%", "4.00"),
+    ]
+    assert found["cuda"] == [
+        ("Memcpy", "2.0", "7.500", "75.0%", "1.00"),
+        ("a kernel of mm", "1.0", "2.500", "25.0%", "1.00"),
+        ("all", "3.0", "10.000", "100.0%", "2.00"),
+    ]
+
+
+def test_memory_is_read_by_device_and_in_order():
+    def given(ts, kind, number, total):
+        args = {"Device Type": kind, "Device Id": number, "Total Allocated": total}
+        return {"name": "[memory]", "ts": ts, "args": args}
+
+    events = [given(3e6, 1, 0, 70), given(2e6, 0, -1, 50), {"name": "aten::mm", "ts": 1e6}]
+    assert profile.memory_rows(events) == [(0.0, "cpu", 50), (1.0, "gpu 0", 70)]
+
+
+def test_what_comes_after_the_last_step_is_not_profiled(tmp_path):
+    said = []
+    profiler = profile.Profiler(tmp_path, 0, torch.device("cpu"), 1, 3, said.append)
+    for step in (1, 2):
+        profiler.start(step)
+        torch.ones(3).exp()
+        profiler.end(step)
+        torch.ones(3).sinh()  # an evaluation, say
+    text = (tmp_path / "rank_0.operators.txt").read_text()
+    calls = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:]}
+    assert calls["aten::exp"] == "1.0" and calls["aten::sinh"] == "0.5"

@@ -2,19 +2,21 @@
 
 kinds     forward and backward of the attention function alone, bfloat16, heads of 64
 ring      what ring attention calls for a block of keys, with its backward
-modes     two blocks of the default width, forward and backward, bfloat16; difference: of the
-          loss to the first row's. reduce-overhead replays CUDA graphs, max-autotune also tries
-          several kernels.
+modes     two blocks of width 768, forward, backward and update, bfloat16; difference: of the
+          first gradient to the first row's. reduce-overhead replays CUDA graphs, max-autotune
+          also tries several kernels
 """
 
 import time
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.stages import plan as common
+from benchmarks.stages import common
+from benchmarks.stages.common import Plan
 from layers import attention
-from layers.compile import compile_blocks
+from layers.compile import compile_blocks, own_gradients
 from model import GPTConfig
 from parallel import context
 from precision import amp
@@ -27,59 +29,64 @@ COVERS = (
 )
 
 
-def run(plan: common.Plan) -> None:
-    for T in (64,) if plan.rehearse else (1024, 4096):
-        for kind in ("sdpa", "plain", "flex"):
-            for window in (None, T // 4):
-                kinds(plan, T, kind, window, n_kv_head=12)
-            kinds(plan, T, kind, T // 4, n_kv_head=4)
-        ring(plan, T)
-    beside = None
-    for mode in (
-        ("off", "default")
-        if plan.rehearse
-        else (
-            "off",
-            "default",
-            "reduce-overhead",
-            "max-autotune",
-        )
-    ):
-        with common.failing_is_a_row(plan, MODES, mode=mode):
-            loss = modes(plan, mode, beside)
-            beside = loss if beside is None else beside
-
-
-def kinds(plan: common.Plan, T: int, kind: str, window: int | None, n_kv_head: int) -> None:
-    table = f"Attention: forward and backward, {T} tokens, bf16."
-    case = dict(kind=kind, window=window, kv_heads=n_kv_head)
-    if kind == "flex" and plan.device.type != "cuda":
-        plan.emit(table, **case, note="no backward on a CPU")
+def run(plan: Plan) -> None:
+    if plan.rehearse:
+        ring(plan, 64)
+        lengths(plan, 64)
+        modes(plan, ("off", "default"))
         return
+    ring(plan, 1024)
+    lengths(plan, 1024)
+    modes(plan, ("off", "default", "reduce-overhead"))
+    lengths(plan, 4096)
+    modes(plan, ("off", "max-autotune"))
+
+
+def lengths(plan: Plan, T: int) -> None:
+    """Rows for every kind of attention to T tokens."""
+    for kind in ("sdpa", "plain", "flex"):
+        for window, n_kv_head in ((None, 12), (T // 4, 12), (T // 4, 4)):
+            table = f"Attention: forward and backward, {T} tokens, bf16."
+            case = dict(kind=kind, window=window, kv_heads=n_kv_head)
+            if kind == "flex" and plan.rehearse:
+                plan.emit(table, **case, note="no backward on a CPU")
+                continue
+            with common.failing_is_a_row(plan, table, **case):
+                plan.emit(table, **case, **attend(plan, T, kind, window, n_kv_head))
+
+
+def attend(plan: Plan, T: int, kind: str, window: int | None, n_kv_head: int) -> dict:
+    """Time of forward and backward, and how far the output is from the formula in float32."""
     B = 2 if plan.rehearse else 8
+    common.freed(plan.device)
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(B, n, T, 64, device=plan.device, dtype=torch.bfloat16).requires_grad_()
         for n in (12, n_kv_head, n_kv_head)
     )
-    with common.failing_is_a_row(plan, table, **case):
-        attend = attention.choose(kind, window)
-        began = time.perf_counter()
-        with torch.no_grad():  # in float32, by the formula
-            exact = attention.plain_attention(q[:1].float(), k[:1].float(), v[:1].float(), window)
-            apart = common.difference(attend(q[:1], k[:1], v[:1]), exact)
-        first_s = time.perf_counter() - began
+    # A kernel for these shapes alone, as in training: torch would make one for any.
+    torch._dynamo.reset()
+    attention.kernel.cache_clear()
+    function = attention.choose(kind, window)
 
-        def step() -> None:
-            for x in (q, k, v):
-                x.grad = None
-            attend(q, k, v).sum().backward()
+    def step() -> Tensor:
+        for x in (q, k, v):
+            x.grad = None
+        y = function(q, k, v)
+        y.sum().backward()
+        return y
 
-        ms = common.milliseconds(step, plan.device, 0.05 if plan.rehearse else 0.2)
-        plan.emit(table, **case, ms=ms, difference=apart, first_s=first_s, ok=apart < 0.02)
+    began = time.perf_counter()
+    y = step()[:1]
+    with torch.no_grad():
+        exact = attention.plain_attention(q[:1].float(), k[:1].float(), v[:1].float(), window)
+    apart = common.difference(y, exact)
+    first_s = time.perf_counter() - began
+    ms = common.milliseconds(step, plan.device, 0.05 if plan.rehearse else 0.15)
+    return dict(ms=ms, difference=apart, first_s=first_s, ok=apart < 0.02)
 
 
-def ring(plan: common.Plan, T: int) -> None:
+def ring(plan: Plan, T: int) -> None:
     """What ring attention calls for one block of keys, beside autograd's attention to it."""
     table = f"Ring attention: one block of {T} keys, bf16."
     torch.manual_seed(0)
@@ -99,38 +106,56 @@ def ring(plan: common.Plan, T: int) -> None:
             }
             is_same = all(value < 0.02 for value in apart.values())
             fused = context.on_gpu(q)
-            plan.emit(table, causal=str(causal), **apart, fused_kernel=str(fused), ok=is_same)
+            is_real = fused or plan.rehearse
+            plan.emit(
+                table, causal=str(causal), **apart, fused_kernel=str(fused), ok=is_same and is_real
+            )
 
 
-MODES = "Compile modes: forward and backward of two blocks, bf16."
+MODES_TABLE = "Compile modes: forward, backward and update of two blocks, bf16."
 
 
-def modes(plan: common.Plan, mode: str, beside: float | None) -> float:
-    """A row; returns the loss of the last step."""
+def modes(plan: Plan, names: tuple[str, ...]) -> None:
+    """Rows for these modes; the first one is what the others' gradients are compared with."""
+    expected = None
+    for mode in names:
+        with common.failing_is_a_row(plan, MODES_TABLE, mode=mode):
+            gradient, cells = mode_of(plan, mode)
+            if expected is None:
+                expected = gradient
+            apart = common.difference(gradient, expected)
+            plan.emit(MODES_TABLE, mode=mode, **cells, difference=apart, ok=apart < 0.02)
+
+
+def mode_of(plan: Plan, mode: str) -> tuple[Tensor, dict]:
+    """The gradient of the first step, flat, and the times of a row."""
     width, T, B = (32, 32, 2) if plan.rehearse else (768, 1024, 12)
     heads = max(width // 64, 2)
+    common.freed(plan.device)
     model = common.gpt(GPTConfig(2, heads, heads, width, T, 512), plan.device)
     ids = torch.randint(512, (B, T + 1), device=plan.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     torch._dynamo.reset()
     if mode != "off":
-        backend = "aot_eager" if plan.rehearse else "inductor"
-        compile_blocks(model, mode, backend=backend)
+        compile_blocks(model, mode, backend="aot_eager" if plan.rehearse else "inductor")
+        own_gradients(model)
 
-    def loss_of_step() -> torch.Tensor:
+    def backward() -> None:
+        optimizer.zero_grad(set_to_none=True)
         torch.compiler.cudagraph_mark_step_begin()
         with amp.autocast("bf16", plan.device):
             loss = model(ids[:, :-1], ids[:, 1:])
         (loss / ids[:, 1:].numel()).backward()
+
+    def step() -> None:
+        backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
     began = time.perf_counter()
-    for _ in range(3):
-        loss = float(loss_of_step()) / ids[:, 1:].numel()
+    backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+    for _ in range(2):  # a CUDA graph is recorded in the second
+        step()
     first_s = time.perf_counter() - began
-    ms = common.milliseconds(loss_of_step, plan.device, 0.1 if plan.rehearse else 0.5)
-    apart = 0.0 if beside is None else abs(loss / beside - 1)
-    plan.emit(MODES, mode=mode, ms=ms, first_three_s=first_s, difference=apart, ok=apart < 0.02)
-    return loss
+    ms = common.milliseconds(step, plan.device, 0.1 if plan.rehearse else 0.4)
+    return gradient, dict(ms=ms, first_three_s=first_s)

@@ -7,8 +7,10 @@ over this time.
 """
 
 import torch
+from torch import Tensor
 
-from benchmarks.stages import plan as common
+from benchmarks.stages import common
+from benchmarks.stages.common import Plan
 from layers.compile import compile_blocks
 from model import GPTConfig
 from precision import amp, fp8
@@ -20,56 +22,83 @@ COVERS = (
 SCALINGS = ("tensor", "row", "block")
 
 
-def run(plan: common.Plan) -> None:
-    widths = (64,) if plan.rehearse else (1024, 2048, 4096)
-    for width in widths:
-        for scaling in SCALINGS:
-            products(plan, width, scaling)
-    # What is measured fastest comes first, then the width at which FP8 should begin to pay.
-    for is_compiled in (False, True):
-        for width in sorted(widths, key=lambda width: width != 2048):
-            beside = None
-            # A rehearsal compiles one: tracing takes the seconds.
-            scalings = ("block",) if plan.rehearse and is_compiled else SCALINGS
-            for scaling in (None, *scalings):
-                with common.failing_is_a_row(plan, table_of(is_compiled), width=width, fp8=scaling):
-                    beside = block(plan, width, scaling, is_compiled, beside)
+def run(plan: Plan) -> None:
+    if plan.rehearse:
+        blocks(plan, 64, False, SCALINGS)
+        blocks(plan, 64, True, ("block",))  # tracing takes the seconds
+        products(plan, 64)
+        return
+    # FP8 is to pay from a width of 2048 on, compiled.
+    blocks(plan, 2048, True, SCALINGS)
+    products(plan, 2048)
+    blocks(plan, 4096, True, SCALINGS)
+    for width in (2048, 4096, 1024):
+        blocks(plan, width, False, SCALINGS)
+    products(plan, 4096)
+    products(plan, 1024)
+    blocks(plan, 1024, True, SCALINGS)
 
 
-def products(plan: common.Plan, width: int, scaling: str) -> None:
+def products(plan: Plan, width: int) -> None:
     """y, dx and dW by the hardware beside the emulation, from the same inputs."""
     table = "FP8: the hardware's products beside the emulation's."
     M = 64 if plan.rehearse else 8192
+    torch.manual_seed(0)
     x = torch.randn(M, width, device=plan.device, dtype=torch.bfloat16)
+    dy = torch.randn(M, width, device=plan.device, dtype=torch.bfloat16)
     weight = torch.randn(width, width, device=plan.device) / width**0.5
-    why_not = fp8.missing_hardware(plan.device, scaling, "e4m3", [tuple(weight.shape)])
-    with common.failing_is_a_row(plan, table, width=width, scaling=scaling):
-        found = [results(x, weight, scaling, why_not is None), results(x, weight, scaling, False)]
-        apart = {
-            name: common.difference(mine, other)
-            for name, mine, other in zip(("y", "dx", "dW"), *found)
-        }
-        # The emulation rounds y and dx to bfloat16 after a float32 sum, as the hardware does.
-        is_same = all(value < 2**-7 for value in apart.values())
-        plan.emit(table, width=width, scaling=scaling, **apart, ok=is_same, note=why_not)
+    for scaling in SCALINGS:
+        why_not = fp8.missing_hardware(plan.device, scaling, "e4m3", [tuple(weight.shape)])
+        with common.failing_is_a_row(plan, table, width=width, scaling=scaling):
+            hardware = results(x, weight, dy, scaling, why_not is None)
+            emulated = results(x, weight, dy, scaling, False)
+            apart = {
+                name: common.difference(mine, other)
+                for name, mine, other in zip(("y", "dx", "dW"), hardware, emulated)
+            }
+            # Both round y and dx to bfloat16 after a sum in float32.
+            is_same = all(value < 2**-7 for value in apart.values())
+            is_real = plan.rehearse or why_not is None
+            plan.emit(
+                table, width=width, scaling=scaling, **apart, ok=is_same and is_real, note=why_not
+            )
 
 
-def results(x, weight, scaling: str, hardware: bool) -> list[torch.Tensor]:
+def results(x: Tensor, weight: Tensor, dy: Tensor, scaling: str, hardware: bool) -> list[Tensor]:
     recipe = fp8.Recipe(scaling, (True, True, True), "e4m3", False, hardware)
     x = x.clone().requires_grad_()
     weight = weight.clone().requires_grad_()
     y = fp8.linear(x, weight, recipe=recipe)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     y.backward(dy)
     return [y, x.grad, weight.grad]
 
 
-def table_of(is_compiled: bool) -> str:
-    return f"FP8: forward and backward of two blocks, {'' if is_compiled else 'not '}compiled."
+def blocks(plan: Plan, width: int, is_compiled: bool, scalings: tuple[str, ...]) -> None:
+    """Rows of one width: bfloat16, then FP8 by each scaling."""
+    table = f"FP8: forward and backward of two blocks, {'' if is_compiled else 'not '}compiled."
+    beside = None  # milliseconds in bfloat16
+    for scaling in (None, *scalings):
+        name = "bf16" if scaling is None else f"fp8 by {scaling}"
+        with common.failing_is_a_row(plan, table, width=width, precision=name):
+            ms, why, n_tokens = measure(plan, width, scaling, is_compiled)
+            if scaling is None:
+                beside = ms
+            plan.emit(
+                table,
+                width=width,
+                precision=name,
+                ms=ms,
+                ratio=None if beside is None else beside / ms,
+                products="emulated" if why else "hardware",
+                tokens_per_s=round(1000 * n_tokens / ms),
+                ok=plan.rehearse or why is None,
+            )
 
 
-def block(plan, width: int, scaling: str | None, is_compiled: bool, beside: float | None) -> float:
-    """A row; returns milliseconds. scaling None: bfloat16. beside: the time of bfloat16."""
+def measure(
+    plan: Plan, width: int, scaling: str | None, is_compiled: bool
+) -> tuple[float, str | None, int]:
+    """(milliseconds, why FP8 is emulated, tokens); scaling None: bfloat16."""
     B, T, head = (1, 32, 32) if plan.rehearse else (8, 1024, 128)
     heads = width // head
     common.freed(plan.device)
@@ -88,14 +117,4 @@ def block(plan, width: int, scaling: str | None, is_compiled: bool, beside: floa
             loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
 
-    ms = common.milliseconds(step, plan.device, 0.1 if plan.rehearse else 0.5)
-    plan.emit(
-        table_of(is_compiled),
-        width=width,
-        precision="bf16" if scaling is None else f"fp8 by {scaling}",
-        ms=ms,
-        ratio=(beside or ms) / ms,
-        products="emulated" if why else "hardware",
-        tokens_per_s=round(1000 * B * T / ms),
-    )
-    return ms if scaling is None else beside
+    return common.milliseconds(step, plan.device, 0.1 if plan.rehearse else 0.4), why, B * T

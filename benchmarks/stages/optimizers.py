@@ -6,11 +6,16 @@ torch's fused AdamW on the same shapes. torch.optim.Muon takes matrices alone, s
 the rest. state: bytes for each parameter.
 """
 
-import torch
+import functools
+from collections.abc import Callable
 
-from benchmarks.stages import plan as common
+import torch
+from torch.optim import Optimizer
+
+from benchmarks.stages import common
+from benchmarks.stages.common import Plan
 from memory.meter import nbytes
-from model import GPTConfig
+from model import GPT, GPTConfig
 from optim import param_groups
 from optim.attributes import attribute
 from run.optimizers import find_optimizer
@@ -35,36 +40,51 @@ OURS = {  # name in the table: (--optim=, its options)
 PERIOD = {"SOAP": 10, "Shampoo": 10}  # steps between new preconditioners
 
 
-def run(plan: common.Plan) -> None:
-    for size in ("tiny",) if plan.rehearse else ("124M", "350M"):
-        shape = dict(common.SIZES[size])
-        config = GPTConfig(**shape, n_kv_head=shape["n_head"])
-        model = common.gpt(config, plan.device)
-        for p in model.parameters():
-            p.grad = torch.randn_like(p).mul_(1e-3)  # zeros would be faster
-        fastest = measure(plan, size, "torch AdamW, fused", fused_adamw, model, None)
-        measure(plan, size, "torch AdamW, foreach", foreach_adamw, model, fastest)
-        measure(plan, size, "torch Muon, fused AdamW", torch_muon, model, fastest)
-        for name in OURS:
-            measure(plan, size, name, lambda model: [ours(name, model)], model, fastest)
+def run(plan: Plan) -> None:
+    sizes = ("tiny",) if plan.rehearse else ("124M", "350M")
+    peers = {
+        "torch AdamW, fused": fused_adamw,
+        "torch AdamW, foreach": foreach_adamw,
+        "torch Muon, fused AdamW": torch_muon,
+    }
+    ours = {name: functools.partial(our_optimizer, name) for name in OURS}
+    heavy = {name: ours.pop(name) for name in PERIOD}
+    fastest = {}
+    for candidates in (peers | ours, heavy):
+        for size in sizes:
+            model = shaped(plan, size)
+            for name, make in candidates.items():
+                ms = measure(plan, size, name, make, model, fastest.get(size))
+                if name == "torch AdamW, fused":
+                    fastest[size] = ms
 
 
-def fused_adamw(model) -> list:
+def shaped(plan: Plan, size: str) -> GPT:
+    """The model of this size, with random weights and gradients: zeros would be faster."""
+    common.freed(plan.device)
+    shape = common.SIZES[size]
+    model = common.gpt(GPTConfig(**shape, n_kv_head=shape["n_head"]), plan.device)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p).mul_(1e-3)
+    return model
+
+
+def fused_adamw(model: GPT) -> list[Optimizer]:
     return [torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=True)]
 
 
-def foreach_adamw(model) -> list:
+def foreach_adamw(model: GPT) -> list[Optimizer]:
     return [torch.optim.AdamW(model.parameters(), weight_decay=0.1, foreach=True)]
 
 
-def torch_muon(model) -> list:
+def torch_muon(model: GPT) -> list[Optimizer]:
     kinds = param_groups.kinds(model)
     matrices = [p for name, p in model.named_parameters() if kinds[name] == "matrix"]
     rest = [p for name, p in model.named_parameters() if kinds[name] != "matrix"]
     return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, fused=True)]
 
 
-def ours(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+def our_optimizer(name: str, model: GPT) -> list[Optimizer]:
     optim, options = OURS[name]
     cls = find_optimizer(optim)
     lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 1e-3)
@@ -72,10 +92,12 @@ def ours(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     optimizer = cls(groups, **options)
     if param_groups.averages_weights(optimizer):
         optimizer.train()
-    return optimizer
+    return [optimizer]
 
 
-def measure(plan, size: str, name: str, make, model, fastest: float | None) -> float | None:
+def measure(
+    plan: Plan, size: str, name: str, make: Callable, model: GPT, fastest: float | None
+) -> float | None:
     """A row; returns milliseconds a step, None where it failed."""
     table = f"Optimizers: a step on the shapes of {size}, float32."
     with common.failing_is_a_row(plan, table, optimizer=name):
@@ -88,8 +110,10 @@ def measure(plan, size: str, name: str, make, model, fastest: float | None) -> f
                 for optimizer in optimizers:
                     optimizer.step()
 
-        seconds = 0.05 if plan.rehearse else 0.3
-        ms = common.milliseconds(steps, plan.device, seconds, least=1) / n_steps
+        # Ten steps at a time are long enough, and their first call is the warm-up.
+        few = dict(warmup=1, calls=1) if n_steps > 1 else {}
+        seconds = 0.05 if plan.rehearse else 0.2
+        ms = common.milliseconds(steps, plan.device, seconds, **few) / n_steps
         state = nbytes(
             x
             for optimizer in optimizers
@@ -102,7 +126,7 @@ def measure(plan, size: str, name: str, make, model, fastest: float | None) -> f
             table,
             optimizer=name,
             ms=ms,
-            ratio=ms / (fastest or ms),
+            ratio=None if fastest is None else ms / fastest,
             state=state / n_params,
         )
         return ms

@@ -10,7 +10,7 @@ import collections
 import pytest
 
 from benchmarks import runs
-from benchmarks.stages.plan import Plan
+from benchmarks.stages.common import Plan
 
 COVERS = (
     "memory/meter.py:Meter.watch",
@@ -25,7 +25,12 @@ class Rows:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.outcomes = collections.Counter()
-        self.files = set()
+        self.files = []
+        self.of_file = collections.Counter()  # outcomes of the newest file
+
+    def write_file(self) -> None:
+        self.plan.emit(TABLE, what=self.files[-1], note=counts(self.of_file))
+        self.of_file.clear()
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         if self.plan.rehearse:
@@ -37,8 +42,13 @@ class Rows:
         # A test has three reports. Its call says how it ended; the others only if they went wrong.
         if report.when != "call" and report.passed:
             return
+        file = report.nodeid.partition("::")[0]
+        if self.files and file != self.files[-1]:
+            self.write_file()
+        if file not in self.files:
+            self.files.append(file)
         self.outcomes[report.outcome] += 1
-        self.files.add(report.nodeid.partition("::")[0])
+        self.of_file[report.outcome] += 1
         print(f"{report.outcome}: {report.nodeid} {report.duration:.1f} s", flush=True)
         if report.failed:
             why = str(report.longrepr).strip().splitlines()[-1:]
@@ -56,10 +66,11 @@ def run(plan: Plan) -> None:
     words = [*files, "-m", "gpu and not slow", f"--device={plan.device.type}"]
     words += ["-p", "no:cacheprovider", "-q", f"--rootdir={runs.ROOT}"]
     status = pytest.main(words, plugins=[rows])
-    n = rows.outcomes
-    plan.emit(
-        TABLE,
-        what=f"{sum(n.values())} tests of {len(rows.files)} files",
-        note=f"{n['passed']} passed, {n['failed']} failed, {n['skipped']} skipped",
-        ok=status == 0,
-    )
+    if rows.files:
+        rows.write_file()
+    what = f"{rows.outcomes.total()} tests of {len(rows.files)} files"
+    plan.emit(TABLE, what=what, note=counts(rows.outcomes), ok=status == 0)
+
+
+def counts(outcomes: collections.Counter) -> str:
+    return ", ".join(f"{outcomes[how]} {how}" for how in ("passed", "failed", "skipped"))

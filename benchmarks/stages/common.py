@@ -1,9 +1,11 @@
 """What each stage of `python bench.py gpu` is given, and what several of them need."""
 
 import contextlib
+import gc
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,25 +41,28 @@ class Plan:
     emit: Callable
 
 
-def milliseconds(work: Callable, device: torch.device, seconds: float, least: int = 3) -> float:
-    """Median time of a call of work(), after two calls that are not counted.
+def milliseconds(
+    work: Callable, device: torch.device, seconds: float, warmup: int = 2, calls: int = 5
+) -> float:
+    """Median time of a call of work(), after `warmup` calls that are not counted.
 
-    On a GPU by events on its stream, each call from an idle device; on a CPU by the clock. It calls
-    for about this many seconds, and at least so often.
+    On a GPU: of `calls` calls in a row between two events, divided, as in training, where Python
+    runs ahead of the GPU. On a CPU: of single calls by the clock. It measures for about this many
+    seconds, and once at least.
     """
-    for _ in range(2):
+    for _ in range(warmup):
         work()
     times = []
     began = time.perf_counter()
-    while len(times) < least or time.perf_counter() - began < seconds:
+    while not times or time.perf_counter() - began < seconds:
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(device)
             start.record()
-            work()
+            for _ in range(calls):
+                work()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end))
+            times.append(start.elapsed_time(end) / calls)
         else:
             start = time.perf_counter()
             work()
@@ -78,8 +83,9 @@ def gpt(config: GPTConfig, device: torch.device) -> GPT:
 
 
 def difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """|x - y| / |y|, in float64."""
-    x, y = x.detach().double().cpu(), y.detach().double().cpu()
+    """|x - y| / |y|, in float64, where y lies."""
+    y = y.detach().double()
+    x = x.detach().to(y.device).double()
     return ((x - y).norm() / y.norm()).item()
 
 
@@ -88,17 +94,24 @@ def train(words: list[str], folder: Path) -> list[dict]:
     import train as trainer  # as late as anything that it imports
     from settings import parse
 
-    trainer.main(parse.parse([*words, f"--out_dir={folder}"]))
-    # --deterministic holds for a process, and the next run is in this one.
-    torch.use_deterministic_algorithms(False)
+    cfg = parse.parse([*words, f"--out_dir={folder}"])
+    if cfg.compile != "off":
+        # No graph of an earlier run serves this one, and beyond a number of them torch gives up.
+        torch._dynamo.reset()
+    freed(torch.device(cfg.device))
+    try:
+        trainer.main(cfg)
+    finally:
+        # --deterministic holds for a process, and the next run is in this one.
+        torch.use_deterministic_algorithms(False)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "step_s" in row]
 
 
 def furthest(rows: list[dict], others: list[dict]) -> float:
     """Largest relative difference of losses and gradient norms, step by step; inf where they have
-    other steps, or NaN."""
-    if [row["step"] for row in rows] != [row["step"] for row in others]:
+    other steps, none, or numbers that are not finite."""
+    if not rows or [row["step"] for row in rows] != [row["step"] for row in others]:
         return math.inf
     largest = 0.0
     for row, other in zip(rows, others):
@@ -127,6 +140,7 @@ def fields(size: dict) -> list[str]:
 
 def freed(device: torch.device) -> None:
     """Gives the cached memory of a measurement back before the next one."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -134,12 +148,18 @@ def freed(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def failing_is_a_row(plan: Plan, table: str, **cells):
-    """What raises inside is a row of its own, and the stage goes on with the next measurement."""
+    """What raises inside is a row of its own, and the stage continues with the next measurement.
+
+    After an error that CUDA cannot forget it ends: every later row would be a false failure.
+    """
     try:
         yield
     except Exception as error:
+        traceback.print_exc()
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         plan.emit(table, **cells, note=said, ok=False)
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize(plan.device)
 
 
 TEXT = str(runs.ROOT / "model.py")  # a text that every checkout has
