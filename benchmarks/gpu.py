@@ -15,7 +15,7 @@
     attention    kinds, windows, compile modes and CUDA graphs                 25
 
 --minutes is the time of all chosen stages together, shared out in these proportions; the command
-takes some seconds more. Each stage is a process of its own in a session of its own. At its time
+takes some seconds more (a rehearsal's limits are three times as long). Each stage is a process of its own in a session of its own. At its time
 limit it is killed with all its children, after its stack is in gpu.log; what it leaves of its time
 the next stages have. So a stage that fails or hangs costs no other one its results. Every result is
 on the disk, as a line of DIR/gpu.jsonl, before the next one is measured. DIR/gpu.md has them as
@@ -99,9 +99,9 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     deadline = began
     groups = grouped(names)
-    share = (
-        60 * float(flags.get("--minutes", 5)) / sum(STAGES[group[0]].seconds for group in groups)
-    )
+    # A rehearsal measures nothing: its limits are there to end a hang.
+    minutes = float(flags.get("--minutes", 15 if rehearse else 5))
+    share = 60 * minutes / sum(STAGES[group[0]].seconds for group in groups)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         # Kernels compiled for one stage serve the next, and none is left from another day.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

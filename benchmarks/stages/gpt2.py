@@ -76,7 +76,7 @@ def ours(
         rows = common.train(words, folder)
         middle = runs.middle(rows)
         config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        micro = config["micro_batch_size"]
+        micro = (config | config["chosen"])["micro_batch_size"]  # chosen: nobody gave it
         predicted = predict(size, micro, batch // micro)
         peak = middle["peak_bytes"]
         plan.emit(
