@@ -15,12 +15,14 @@
     attention    kinds, windows, compile modes and CUDA graphs                 25
 
 --minutes is the time of all chosen stages together, shared out in these proportions; the command
-takes some seconds more (a rehearsal's limits are three times as long). Each stage is a process of its own in a session of its own. At its time
-limit it is killed with all its children, after its stack is in gpu.log; what it leaves of its time
-the next stages have. So a stage that fails or hangs costs no other one its results. Every result is
-on the disk, as a line of DIR/gpu.jsonl, before the next one is measured. DIR/gpu.md has them as
-tables, DIR/gpu.log what the stages printed. Started again in the same DIR, a stage's new rows
-replace its old ones in the tables. --commit=NAME is for a copy without git.
+takes some seconds more. A rehearsal's limits are three times as long: they are to end a hang.
+
+Each stage is a process of its own in a session of its own. At its time limit it is killed with all
+its children, after its stack is in gpu.log; what it leaves of its time the next stages have. So a
+stage that fails or hangs costs no other one its results. Every result is on the disk, as a line of
+DIR/gpu.jsonl, before the next one is measured. DIR/gpu.md has them as tables, DIR/gpu.log what the
+stages printed. Started again in the same DIR, a stage's new rows replace its old ones in the
+tables. --commit=NAME is for a copy without git.
 
 CLONE: git clone https://github.com/karpathy/nanoGPT. Exit status: 0 all is done and agrees; 1
 something differs, failed, or ran out of time; 2 a user's mistake.
