@@ -247,6 +247,12 @@ def test_a_line_that_a_kill_cut_off_costs_only_itself_and_a_new_start_replaces_r
     assert page.count("| before |") == 2 and page.count("## one: done") == 1
 
 
+def test_what_differs_makes_the_bench_fail_though_all_stages_ended(stages, here):
+    out = stages(one="pass", two="plan.emit('First.', what='x', ok=False)")
+    assert run_bench(out, "--stages=one") == 0 and run_bench(out, "--stages=two") == 1
+    assert "| x |" in (out / "gpu.md").read_text() and "**no**" in (out / "gpu.md").read_text()
+
+
 def test_every_row_is_on_the_disk_before_the_next_is_measured(monkeypatch, tmp_path):
     synced = []
     real = os.fsync
