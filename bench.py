@@ -9,6 +9,7 @@
     python bench.py overhead [...]   overhead.py     what data, monitoring, saving, start-up cost
     python bench.py spread [...]     spread.py       Muon's products on every rank, and at owners
     python bench.py all [...]        all.py          all of these in turn, one page
+    python bench.py gpu [...]        gpu.py          what only a GPU can answer, in five minutes
 
     torchrun --standalone --nproc_per_node=4 bench.py network [...]    network.py: every link
     torchrun --standalone --nproc_per_node=2 bench.py pipeline [...]   pipeline.py: bubbles
@@ -23,7 +24,7 @@ import sys
 from settings import parse
 
 # The flags of benchmarks that have no value; all others do, train.py's too.
-ALONE = ("--quick", "--help")
+ALONE = ("--quick", "--rehearse", "--help")
 # NAME as typed -> its file in benchmarks/, whose name says more.
 FILES = {
     "optim": "optimizers",
@@ -36,6 +37,7 @@ FILES = {
     "spread": "spread",
     "network": "network",
     "pipeline": "pipeline",
+    "gpu": "gpu",
     "all": "all",
 }
 

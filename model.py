@@ -292,6 +292,7 @@ def loss_fn(
     if targets is None:
         return logits, None
     n_correct = (logits.argmax(-1) == targets).sum() if count else None
+    # Two dimensions: for (B, V, T) a GPU's kernel overflows at 2^31 logits (pytorch issue 190139).
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     if z_loss is not None:
         # cross_entropy ignores the target -100, so the penalty has to as well.

@@ -251,6 +251,7 @@ def main(requested_cfg: fields.Config) -> dict:
         cfg.cp_attention,
         compiled=cfg.compile != "off",
     )
+    profiler = build.profiler(cfg, mesh, logger.log)
     while True:
         rank_log.step(step + 1)
         is_done = step >= cfg.steps
@@ -294,6 +295,9 @@ def main(requested_cfg: fields.Config) -> dict:
         logger.events(saver.pop_events())
         if is_done or stop.agreed:
             break
+
+        if profiler is not None:
+            profiler.start(step + 1)
 
         # Forward and backward over this rank's samples (run/batch.py, run/microbatches.py). The
         # last micro-batch starts the replicas' sum. It is no mean: the loss of each is divided by
@@ -378,6 +382,8 @@ def main(requested_cfg: fields.Config) -> dict:
         model.zero_grad(set_to_none=True)
         step += 1
         divergence.update(step, loss)
+        if profiler is not None:
+            profiler.end(step)
 
         # Log. float() above has waited for the gradients; on a GPU the optimizer's own work falls
         # into the seconds of the next step.
@@ -404,6 +410,8 @@ def main(requested_cfg: fields.Config) -> dict:
             logger.train(row | watched)
 
     # ---- the end: a sample of what the model writes, and the curve -------------------------------
+    if profiler is not None:
+        profiler.close()
     if is_done and cfg.sample_tokens:
         # On every rank: a forward may be a collective.
         with run_state.eval_weights(), build.uncompiled(cfg):

@@ -42,10 +42,17 @@ def flags(argv: list[str], allowed: dict[str, str], doc: str) -> dict[str, str]:
     return given
 
 
-def header(words: list[str]) -> str:
-    """What a table has to say about itself: command, commit, versions, machine, day."""
+def header(words: list[str], commit: str | None = None) -> str:
+    """What a table has to say about itself: command, commit, versions, machine, day.
+
+    commit: for a copy without git.
+    """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    if commit is None:
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        except OSError:  # git is not installed
+            commit = ""
     cpus = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     cpu = (re.findall("model name.*: (.*)", cpus) or [platform.machine()])[0]
     return (

@@ -89,8 +89,9 @@ class Case:
         kept = estimate.activation_bytes(
             precision, self.batch_size * self.block_size, self.n_layer, self.n_embd, WORDS
         )
+        logits = self.batch_size * self.block_size * WORDS
         return estimate.bytes_per_rank(
-            self.shapes(), "muon", precision=precision, activations=kept
+            self.shapes(), "muon", precision=precision, activations=kept, logits=logits
         )["total"]
 
 

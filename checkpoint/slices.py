@@ -134,7 +134,9 @@ def copied(node):
         case torch.Tensor() if hasattr(node, "placements"):
             return copied(as_slice("a tensor", node))
         case torch.Tensor():
-            # Pinned memory: the GPU copies in its turn, and Python does not wait.
+            # Pinned memory: the GPU copies in its turn, and Python does not wait. Who reads the
+            # copy waits for an event after it (checkpoint/save.py). What changes the tensor comes
+            # later on the same stream.
             home = torch.empty(node.shape, dtype=node.dtype, pin_memory=node.is_cuda)
             return home.copy_(node.detach(), non_blocking=node.is_cuda)
     return node

@@ -20,6 +20,12 @@ flex   FlexAttention: a kernel compiled for this mask, which skips blocks of 128
        sees. It is for GPUs, as torch has no backward for it on a CPU. It is compiled apart from its
        block (one graph break), so that the mask is made once and not in every layer.
 
+Which kernel torch takes on a GPU (sdp_utils.cpp; read, not run yet): flash for half types without a
+mask; the memory-efficient one for half types and float32, with a mask too, but not for grouped
+heads (pytorch pull request 191085 adds them), so with a window k and v are repeated; otherwise, as
+for float64, the formula, which keeps T x T scores. FlexAttention's kernel is Triton's, for half
+types and float32.
+
 References: a window, Beltagy et al. 2020 (2004.05150), Jiang et al. 2023 (2310.06825);
 FlexAttention, Dong et al. 2024 (2412.05496).
 
@@ -57,7 +63,8 @@ def choose(kind: str, window: int | None):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """`sdpa`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
-    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]  # query heads that share a k and v
+    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=shared > 1)
     if window is None or window >= T:
         return sdpa(q, k, v, is_causal=True)
 
@@ -79,6 +86,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
 
     # One call for all chunks of all sequences, as a batch of B n.
     batch = [x.transpose(1, 2).flatten(0, 1) for x in (q_chunks, k_pairs, v_pairs)]
+    if q.is_cuda and shared > 1:
+        # The GPU's kernel that takes a mask takes no grouped heads.
+        batch[1:] = [x.repeat_interleave(shared, 1) for x in batch[1:]]
+        sdpa = F.scaled_dot_product_attention
     y = sdpa(*batch, attn_mask=mask)  # (B n, H, window, D)
     y = y.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)  # (B, H, n window, D)
     return torch.cat([y_first, y[:, :, : T - window]], 2)

@@ -10,6 +10,22 @@ parallelism comes last.
     reduce-overhead   and replays launches as CUDA graphs               memory for the graphs
     max-autotune      and tries several kernels for each product        minutes at the first step
 
+CUDA graphs (reduce-overhead, max-autotune) replay into the same memory, and torch guesses when that
+memory is free again. With a block for a graph it guesses wrong twice (read in cudagraph_trees.py of
+torch 2.13, not run on a GPU yet):
+
+    it takes a call without a pending backward for a new step, so in an evaluation block 1 would
+        overwrite its own input, block 0's output (pytorch issue 152887): whoever calls the model
+        says where a step begins, by torch.compiler.cudagraph_mark_step_begin(), and then nothing
+        else is taken for a beginning; a pipeline's micro-batches are one step
+    autograd makes the gradient of a first micro-batch p.grad itself, in the graph's memory, which
+        the next micro-batch overwrites (issue 169545; before torch 2.13 in silence, issue 96693):
+        own_gradients() has it copied out, a read and a write of the gradients a micro-batch
+
+What the host reads (.item() of loss and norm), clipping, the optimizer and the monitor come after
+the last replay of a step, and are in no graph. Weights must stay where they are: a graph is
+recorded anew for each new address, so ZeRO-3 and FSDP, which gather weights, gain nothing.
+
 A new shape is a new compilation. So training keeps one shape, evaluation compiles once more, and
 generation runs uncompiled. Reference: Ansel et al. 2024, PyTorch 2 (ASPLOS).
 
@@ -76,8 +92,20 @@ def compile_blocks(
     limit = 8 + 4 * len(model.blocks)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     options = dict(mode=mode) if backend == "inductor" and mode != "default" else {}
+    # On a GPU. On a CPU these modes replay nothing, and what is done for them does no harm.
+    model.has_cuda_graphs = options != {}
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward, dynamic=dynamic, backend=backend, **options)
+
+
+def own_gradients(model: torch.nn.Module) -> None:
+    """From now on gradients of the blocks' weights reach p.grad as copies, in memory of their own.
+
+    Call it after whatever replaces parameters, such as data parallelism.
+    """
+    for p in model.blocks.parameters():
+        if p.requires_grad:
+            p.register_hook(torch.clone)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,8 @@ PRODUCTS = (
     "aten.bmm",
     "aten.baddbmm",
     "aten._scaled_mm",
+    "aten._scaled_mm_v2",
+    "nanoscale.scaled_mm",
     "mkldnn._linear_pointwise",
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention",
@@ -267,6 +269,11 @@ class Trip:
     Each storage travels once, and weights stay. On a GPU the copies run beside the computing, in
     backward one block ahead. before(): the trip of the forward before this one, whose backward
     comes after this one's.
+
+    The allocators know a tensor by the stream it was made on. record_stream tells them of the other
+    one; torch records each copy's event on pinned memory by itself, so a host copy that is dropped
+    is not given away while it is read (CachingHostAllocator.h; read, not run on a GPU yet). Pinned
+    blocks are powers of two, see memory/offload.py.
     """
 
     def __init__(self, block: nn.Module, device: torch.device, stream, before: Callable):
@@ -280,6 +287,9 @@ class Trip:
         self.back = None  # the copies on the device, once fetched
 
     def pack(self, x: Tensor) -> Tensor | tuple:
+        # On a GPU attention also saves two numbers of its random state, which are on the host.
+        if x.device != self.device:
+            return x
         storage = x.untyped_storage()
         if storage.data_ptr() in self.weights:
             return x
@@ -312,7 +322,7 @@ class Trip:
 
     def unpack(self, packed: Tensor | tuple) -> Tensor:
         if torch.is_tensor(packed):
-            return packed  # a weight
+            return packed  # a weight, or what never left
         # The first tensor that backward asks for brings all, and starts the next block's copies.
         if self.before is not None:
             self.fetch()

@@ -34,6 +34,7 @@ Buffers also hold
     bf16, fp16: the copies of the weights that autocast keeps until backward; fp8: the head's copy
     bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
     the largest parameter, to round it
+    two float32 numbers for each logit, in the loss's backward
     fsdp, with a method that needs full matrices: state and weights at owners, too, see
     parallel/sharded_optimizer.py
 
@@ -54,8 +55,8 @@ no memory.)
 
 The estimate is rough, and rather too large than too small: with one micro-batch gradients come as
 activations go, and both are counted in full. It leaves out fragmentation, the device's own context,
-kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured with
-tiny batches and several micro-batches, it is within 5 % (tests/test_estimate.py).
+kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured on a
+CPU, it is within 5 % (tests/test_estimate.py).
 
 Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, parallel/replicas.py,
 precision/amp.py
@@ -265,6 +266,7 @@ class Case:
     chunk: float
     offload: str | None
     offload_params: str | None
+    logits: float  # numbers of a micro-batch
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -323,6 +325,7 @@ def bytes_per_rank(
     reshard: bool = True,
     micro_batches: int = 1,
     activations: float = 0,
+    logits: float = 0,
     bucket_mb: float = 25.0,
     offload: str | None = None,
     offload_params: str | None = None,
@@ -334,9 +337,11 @@ def bytes_per_rank(
 
     shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
     offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners: a function of
-    {name: shape} and the number of ranks that returns {name: rank}. options: keyword arguments of
-    the optimizer's state_numbers. Buffers are 0 if no name begins with `blocks.`. Raises ValueError
-    for unknown names, with the nearest one, and for sizes that do not fit.
+    {name: shape} and the number of ranks that returns {name: rank}. activations: bytes of a
+    micro-batch, see activation_bytes; logits: how many numbers it has, tokens x words. options:
+    keyword arguments of the optimizer's state_numbers. If no name begins with `blocks.`, buffers
+    are those of the loss alone. Raises ValueError for unknown names, with the nearest one, and for
+    sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
@@ -374,6 +379,7 @@ def bytes_per_rank(
         chunk_mb * 2**20,
         offload,
         offload_params,
+        logits,
     )
     stepped = stepped_by_rank(c, owners)
     ranks = held_by_rank(c, stepped)
@@ -463,13 +469,17 @@ def in_all(
         step = step + 3 * wire + chunks
     else:
         step += 3 * wire
+    # Backward begins at the loss, before the gradients of one micro-batch are there.
+    at_loss = backward + loss_bytes(c)
+    if c.micro_batches == 1:
+        at_loss -= gradients
     held = dict(
         parameters=parameters,
         gradients=gradients,
         state=state,
         activations=activations,
-        # Backward and step are not at the same time, and the step finds no activations.
-        buffers=kept + max(backward, step - activations),
+        # These three are not at the same time, and the step finds no activations.
+        buffers=kept + max(at_loss, backward, step - activations),
     )
     return held | dict(total=sum(held.values()), host=host)
 
@@ -482,6 +492,14 @@ def offloaded_chunks(c: Case, owned: list, state: float) -> float:
         return in_flight(owned, c.chunk)
     # Without shapes: two chunks' share of all state.
     return min(state, 2 * c.chunk * state / sum(size for size, _ in owned))
+
+
+def loss_bytes(c: Case) -> float:
+    """Bytes that the loss's backward holds for a while: two numbers for each logit.
+
+    They are the gradients of log softmax, and of its input, in at least float32.
+    """
+    return 2 * c.row.state.itemsize * c.logits
 
 
 def backward_bytes(c: Case) -> float:
@@ -827,6 +845,7 @@ def table_row(
         micro_batches=s.micro_batches,
         fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,
         activations=activations,
+        logits=s.batch * s.block_size * s.vocab_size,
         offload=s.offload,
         offload_params=s.offload_params if layout in ("zero3", "fsdp") else None,
         bucket_mb=s.bucket_mb,

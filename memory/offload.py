@@ -22,6 +22,13 @@ load, with the checkpoints untouched, and no bus error weeks later. The name of 
 once it is mapped, so nothing is left however the process ends. (Windows refuses; there the next run
 uses the same files again.)
 
+On a GPU (by reading, not run yet). `cpu`: pinned memory, from which alone a copy runs beside the
+computing. torch rounds each pinned tensor up to a power of two (CachingHostAllocator.h; pytorch
+issues 95823, 150517), so host memory may reach twice the state's bytes; torch 2.11 and later take a
+limit in PYTORCH_CUDA_ALLOC_CONF (pull request 171662). `disk`: a mapped file is not pinned. A copy
+from it waits in the host until the driver has staged it, one into it until it is there (CUDA
+runtime API, "API synchronization behavior"): right, but nothing runs beside it.
+
 Ren et al. 2021, ZeRO-Offload (2101.06840); Rajbhandari et al. 2021, ZeRO-Infinity (2104.07857).
 They step on the CPU. Here the device steps, because then the optimizer needs no second version.
 
@@ -203,6 +210,7 @@ class Stream:
                 optimizer.state = defaultdict(dict, fetched)
                 if self.on_gpu:
                     main.wait_stream(self.inward)
+                    keep_until_past(fetched, main)
                 method(optimizer)
                 # Only when the chunk before is home is there room for the next one.
                 if self.on_gpu:
@@ -234,12 +242,7 @@ class Stream:
         """Brings a chunk's state home. main: the stream that has stepped it."""
         if self.on_gpu:
             self.outward.wait_stream(main)
-            # The allocator gives a tensor's memory away once both streams are past it.
-            for named in new.values():
-                for x in named.values():
-                    if moves(x) and x.is_cuda:
-                        x.record_stream(main)
-                        x.record_stream(self.outward)
+            keep_until_past(new, self.outward)
         with torch.cuda.stream(self.outward):
             for p, named in new.items():
                 state[p] = {name: self.home(p, name, x) for name, x in named.items()}
@@ -307,6 +310,19 @@ def merge(group: dict, parts: list[dict]) -> None:
     for name in group.keys() - parts[-1].keys():
         del group[name]
     group.update(new)
+
+
+def keep_until_past(state: dict, stream) -> None:
+    """The allocator gives the memory of these states away only when the stream is past them.
+
+    It knows of the stream alone on which a tensor was made: the inward one. An optimizer that puts
+    another tensor in a state's place drops this one while its kernels still read it.
+    """
+    for p, named in state.items():
+        for x in named.values():
+            # An optimizer may keep a state on the host, where there are no streams.
+            if moves(x) and x.device == p.device:
+                x.record_stream(stream)
 
 
 def inward(p: torch.Tensor, x):

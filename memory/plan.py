@@ -245,6 +245,20 @@ def weights_and_state(
     )
 
 
+def held_bytes(m: Model, x: Layout, n: int, micro: int, precision: str) -> dict[str, float]:
+    """What memory/estimate.py returns, for one of n replicas of `micro` micro-batches each."""
+    held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision)
+    held = held | dict(activations=activations(m, x, micro, precision))
+    # The loss's backward holds two float32 numbers for each logit, before the gradients of one
+    # micro-batch are there.
+    at_loss = 8 * x.micro_batch_size * m.block_size / x.cp * m.vocab_size / x.tp
+    if micro == 1:
+        at_loss = max(0, at_loss - held["gradients"])
+    held["buffers"] += at_loss
+    held["total"] += held["activations"] + at_loss
+    return held
+
+
 # ---- time ----------------------------------------------------------------------------------------
 def predict(
     m: Model, c: Cluster, x: Layout, batch: int, precision: str = "bf16", causal: float = 0.5
@@ -261,9 +275,7 @@ def predict(
     tokens = x.micro_batch_size * m.block_size / x.cp  # of a micro-batch, on a rank
     weight, gradient, *_ = bytes_of(precision)
 
-    held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision)
-    held = held | dict(activations=activations(m, x, micro, precision))
-    held["total"] += held["activations"]
+    held = held_bytes(m, x, n, micro, precision)
 
     # One micro-batch, forward and backward, on the slowest stage: the last one has the head, but
     # perhaps a layer fewer.

@@ -21,7 +21,11 @@ are refused. docs/partners.md has all partners.
 
 `fused` steps all tensors in one kernel of torch's with the same formula: on a GPU one launch
 instead of eight for each tensor, on a CPU half the time. Half-precision parameters then have
-float32 copies all at once. To compile the step instead: torch compiles again for every new float,
+float32 copies all at once. On a GPU that kernel reads each `step` through a pointer to float32 on
+the same device, whatever the tensor's dtype (torch's FusedAdamKernel.cu; its adam.py, 2.13, makes
+`step` so for fused and capturable, and leaves it on the CPU otherwise). Here `step` is a number of
+Python's and the tensor is made anew, so no state can be of the wrong kind: states of torch's class
+load with either. To compile the step instead: torch compiles again for every new float,
 so hand the floats over as 0-D tensors:
     fast = torch.compile(adamw_update, dynamic=True)
     adamw.adamw_update = lambda *args: fast(
@@ -65,8 +69,9 @@ def fused_adamw_update(
     ps, gs, exp_avgs, exp_avg_sqs, t, lr, beta1, beta2, eps, weight_decay
 ) -> None:
     """The same for lists of tensors, all of one dtype and device and in their step t."""
-    # The kernel wants a step for each tensor. It only reads them, so one tensor serves all.
-    steps = [torch.tensor(float(t), device=ps[0].device)] * len(ps)
+    # The kernel wants a step for each tensor. It only reads them, so one tensor serves all. Filled
+    # where it lies: torch.tensor() would copy it from the host, for which the host waits.
+    steps = [torch.full((), float(t), dtype=torch.float32, device=ps[0].device)] * len(ps)
     torch._fused_adamw_(
         ps,
         gs,

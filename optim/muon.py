@@ -146,7 +146,8 @@ def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_dec
     """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
     # The kernel ignores strides, so a transposed tensor takes the plain way.
     if fused and all(x.is_contiguous() for x in (p, g, exp_avg, exp_avg_sq)):
-        step = torch.tensor(float(t), device=p.device)
+        # float32 on p's device, as the kernel reads it; filled there, so that nothing is copied.
+        step = torch.full((), float(t), dtype=torch.float32, device=p.device)
         options = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
         options |= dict(amsgrad=False, maximize=False)
         torch._fused_adamw_([p], [g], [exp_avg], [exp_avg_sq], [], [step], **options)

@@ -1,5 +1,14 @@
 """Processes that torchrun started become one run: they find each other, and end together.
 
+On GPUs (NCCL; read in torch's sources, not run yet). One process makes no group at all, so a single
+GPU never meets NCCL. init_process_group gets no `device_id`: with one, new groups split the
+communicator of all ranks, for which all of them must call, and torch refuses the local
+synchronization that parallel/mesh.py asks for (pytorch pull request 129965). So communicators are
+made at their first use, on the device of torch.cuda.set_device, which pick_device() has called;
+objects and barriers travel through it too. A first message between two ranks of a larger group
+would hang without a collective of the whole group before it (pull request 74701):
+parallel/pipeline.py makes one. destroy_process_group() comes after a sum that all ranks have read.
+
 Example:
     import torch
     from parallel import launch
@@ -50,7 +59,6 @@ def start(device: torch.device, minutes: float = 10) -> bool:
     if world == 1:
         return False
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=minutes)
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -58,8 +66,15 @@ def start(device: torch.device, minutes: float = 10) -> bool:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
         store = dist.PrefixStore(same_start(store, rank, world), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(
+        backend_of(device), store=store, rank=rank, world_size=world, timeout=timeout
+    )
     return True
+
+
+def backend_of(device: torch.device) -> str:
+    """What moves this device's tensors between processes: NCCL takes those of GPUs alone."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def launched() -> tuple[int, int]:

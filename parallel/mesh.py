@@ -161,6 +161,7 @@ def new_group(ranks: list[int], device: torch.device, everybody: bool = False) -
 
     everybody: all ranks of the world call this, members or not; else the members alone.
     """
+    # torch refuses local synchronization where init_process_group got a device_id: launch.py.
     # torch would give a new group its own default, half an hour.
     options = getattr(dist.group.WORLD._get_backend(device), "options", None)
     patience = getattr(options, "_timeout", None)

@@ -21,6 +21,11 @@ in C writes its stack too, and only a rank that is stopped, dead or cut off from
 `kill -USR1 PROCESS` asks for a stack at once. A crash (SIGSEGV, NCCL's abort) leaves its stack in
 the log as well. A step costs a line of about 27 bytes.
 
+With NCCL (read, not run yet) a rank that waits in vain raises nothing: NCCL's own watchdog thread
+ends the process at the timeout (TORCH_NCCL_ASYNC_ERROR_HANDLING, 3 by default), and its lines take
+the sentence's place. Python waits at the next number that it reads from the GPU, such as the loss:
+there, not in the collective, is the stack in the log.
+
 Example:
     import tempfile
     from pathlib import Path

@@ -47,6 +47,12 @@ must skip the same steps: torch's GradScaler looks at one rank's gradients alone
 the others waiting. precision/loss_scale.py takes a verdict that all ranks share. torch's
 clip_grad_norm_ sees one rank's gradients, too: add up the squares of gradients() over the group.
 
+On a GPU (read, not run yet) wait() of a broadcast holds up the stream that computes, not Python, so
+memory freed after it is written to by nobody. Backward's hooks run in autograd's thread, on the
+stream of the operation they follow: the same one. Offloaded weights are copied in on that stream
+too, from pinned memory; Python steps them in host memory only after it has read the gradients,
+which are behind all copies.
+
 To save, each rank writes weights(): together they are the model. In stage 3 model.state_dict() has
 weights whose memory is freed.
 

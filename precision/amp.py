@@ -12,6 +12,10 @@ bf16 keeps float32's exponent and so its range. It gives up precision, which sum
 loss, weights and optimizer state therefore keep in float32 (Micikevicius et al. 2018, 1710.03740;
 Kalamkar et al. 2019, 1905.12322). Activations halve; weights and state do not.
 
+On a GPU fp32 is fp32: torch's products use TF32 only where a program asks for it (since 1.12).
+bf16 products may sum in bf16 where cuBLAS splits a long sum: torch's default,
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction.
+
 Example:
     import torch
     from precision.amp import autocast

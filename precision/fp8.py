@@ -55,6 +55,25 @@ every 128 terms, as cuBLAS does by default; emulation sums in float32. Tensor-pa
 quantise their shards. The scale of a tensor is each rank's own, or with `delayed` the largest of
 all; the scales of rows and blocks are those of the full tensor where the split cuts none.
 
+What Hopper wants, by torch's own source (not run on a GPU yet). `F.scaled_mm` has one signature in
+torch 2.11 and 2.13. ScaledBlas.cpp and ScaledBlasUtils.cpp check:
+
+    all     K % 16 = N % 16 = 0, a row-major, bᵀ column-major (capability 9), not both e5m2; a sum
+            of no terms is 0. float32 results: no bias then, and we pass none
+    tensor  two float32 scales of one element; capability 8.9 or more
+    row     (M, 1) and (1, N), contiguous. On capability 9 cuBLASLt 12.9 writes float32; elsewhere
+            CUTLASS did not before pull request 187569 (June 2026), so there we emulate
+    block   capability 9 alone, cuBLASLt 12.9, e4m3 on both sides, float32 scales that begin a
+            column each `stride` numbers: of 1 x 128 blocks (M, K/128), stride M; of 128 x 128
+            blocks (K/128 filled up to a multiple of 4, N/128), stride that multiple. Before pull
+            request 166752 a wrong filling gave wrong numbers in silence. Pairs: 1x128·1x128, and
+            128x128 on one side, never on both. float32 results are in torch's tests
+
+The compiler must not see into this product. torch 2.13 lowers `_scaled_mm_v2` to the older
+`_scaled_mm`, which wants 1 x 128 scales transposed and no filling (pull requests 182527, 188996),
+and may choose a Triton kernel; its shapes for the compiler round N/128 down, the kernel's round it
+up. So `product` is one operator of its own, which a graph calls as it is.
+
 Below, quantise and dequantise treat one tensor, matmul multiplies two, Linear is a layer's forward
 and backward, and convert brings it into a model.
 
@@ -188,8 +207,9 @@ def matmul(
             # for blocks. Zeros change no sum.
             multiple = 128 if recipe.scaling == "block" else 16
             fill = -a.shape[1] % multiple
-            # cuBLAS wants a multiple of 4 rows of 1 x 128 blocks. (Not yet tried on a GPU.)
-            fill_rows = -n_rows % 4 if recipe.scaling == "block" else 0
+            # cuBLASLt has no product for another number of rows of 1 x 128 blocks. torch does not
+            # check it; TransformerEngine observed it (common/gemm/cublaslt_gemm.cu, 2.8).
+            fill_rows = -n_rows % 8 if recipe.scaling == "block" else 0
             if fill or fill_rows:  # F.pad copies even where it adds nothing
                 a = F.pad(a, (0, fill, 0, fill_rows))
             if fill:
@@ -198,7 +218,7 @@ def matmul(
         qb, scale_b, block_b = quantise_operand(b, roles[1], recipe, amax_history)
         if hardware:
             b_is_weight = roles[1] == WEIGHT
-            out = scaled_mm(qa, qb, scale_a, scale_b, recipe.scaling, b_is_weight, out_dtype)
+            out = product(qa, qb, scale_a, scale_b, recipe.scaling, b_is_weight, out_dtype)
             return out[:n_rows]
 
         # Emulate: the same FP8 numbers, multiplied and summed in a wide dtype.
@@ -272,6 +292,25 @@ def scaled_mm(
     return F.scaled_mm(qa, qb.t(), scale_a, kind_a, scale_b, kind_b, output_dtype=out_dtype)
 
 
+# The same as one operator, which torch.compile and selective checkpointing know by its name.
+@torch.library.custom_op("nanoscale::scaled_mm", mutates_args=())
+def product(
+    qa: Tensor,
+    qb: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    scaling: str,
+    b_is_weight: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return scaled_mm(qa, qb, scale_a, scale_b, scaling, b_is_weight, out_dtype)
+
+
+@product.register_fake
+def product_shape(qa, qb, scale_a, scale_b, scaling, b_is_weight, out_dtype):
+    return qa.new_empty(qa.shape[0], qb.shape[0], dtype=out_dtype)
+
+
 def column_major(scale: Tensor) -> Tensor:
     # Of the same shape: .t() alone would swap it.
     return scale.t().clone(memory_format=torch.contiguous_format).t()
@@ -286,8 +325,8 @@ def missing_hardware(
     if device.type == "cuda" and torch.version.cuda is not None and hasattr(F, "scaled_mm"):
         capability = torch.cuda.get_device_capability(device)
         version = tuple(map(int, torch.version.cuda.split(".")))
-    # FP8 units came with Ada (8.9). dW is float32: for scales of rows and blocks torch writes that
-    # on Hopper alone (9), from CUDA 12.9.
+    # FP8 units came with Ada (8.9). dW is float32: for scales of rows and blocks every torch from
+    # 2.11 on writes that on Hopper alone (9), from CUDA 12.9.
     if scaling == "tensor" and capability < (8, 9):
         return (
             "FP8 products need an NVIDIA GPU of capability 8.9 or more, and torch 2.11 or later"

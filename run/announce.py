@@ -19,6 +19,7 @@ from run import build
 from run.build import state_on_disk
 from run.optimizers import find_optimizer
 from settings import parse
+from settings.checks import profiled_steps
 from settings.fields import FIELDS, Config, flag
 
 # The settings that may explain a jump of the learning rate.
@@ -112,6 +113,7 @@ def warnings(
     """A line for each setting that has no effect here, and for what a resumed run changes."""
     found = [
         *about_machine(cfg, mesh),
+        *about_compile(cfg),
         *about_lr(cfg),
         *about_layout(cfg, mesh),
         *about_memory(cfg, mesh),
@@ -132,6 +134,16 @@ def about_machine(cfg: Config, mesh: Mesh) -> Iterator[str]:
         if load > 1.5 * cores:
             advice = "" if cfg.threads == 1 else "; --threads=1 may be faster"
             yield f"this machine is busy (load {load:.1f} on {cores} cores): it is slower{advice}"
+
+
+def about_compile(cfg: Config) -> Iterator[str]:
+    moves_weights = cfg.data_parallel in ("zero3", "fsdp")
+    if cfg.compile in ("reduce-overhead", "max-autotune") and moves_weights:
+        yield (
+            f"compile={cfg.compile}: a CUDA graph is recorded anew for each new address of a "
+            f"weight, and data_parallel={cfg.data_parallel} gathers weights anew; "
+            "--compile=default is faster"
+        )
 
 
 def about_lr(cfg: Config) -> Iterator[str]:
@@ -204,6 +216,14 @@ def about_resuming(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> 
         yield (
             f"patience={cfg.patience}: this run has stopped early; to continue type "
             "--patience=none, or more"
+        )
+    steps = profiled_steps(cfg.profile, cfg.steps)
+    if steps and resumed_from.step >= steps[-1]:
+        done = resumed_from.step
+        first = min(done + 2, cfg.steps)
+        yield (
+            f"profile={cfg.profile}: nothing is profiled, as {done} steps are done already; type "
+            f"--profile={first}:{first + 3}"
         )
     # Only compression and DiLoCo put a number of replicas into a checkpoint.
     saved = resumed_from.tree("replicas/replicas", missing=0)

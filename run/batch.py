@@ -1,8 +1,11 @@
 """How a batch is divided: over replicas, and into micro-batches that fit the memory."""
 
+import contextlib
+
 import torch
 
 from parallel.mesh import Mesh
+from run import build
 from settings.checks import divisor
 from settings.fields import Config
 
@@ -49,7 +52,13 @@ def micro_batch_size(cfg: Config, micro_batches, dataset, mesh: Mesh) -> int:
         # Chosen by an earlier run, on another layout perhaps: a pipeline wants a multiple of pp.
         divides = share // size % cfg.pp == 0
     if not divides:
-        size = largest_micro_batch(micro_batches, dataset, share, mesh)
+        # Uncompiled: each size tried would be a compilation of its own, and CUDA graphs would keep
+        # the memory of those that failed. Compiled blocks mostly need less than these. But
+        # FlexAttention keeps T x T scores where nothing is compiled.
+        with contextlib.ExitStack() as stack:
+            if cfg.attention != "flex":
+                stack.enter_context(build.uncompiled(cfg))
+            size = largest_micro_batch(micro_batches, dataset, share, mesh)
     if micro_batches.pipe is not None:
         # A schedule that is not possible with this number of micro-batches raises now.
         micro_batches.pipe.plan(share // size, True)
@@ -84,7 +93,9 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
         try:
             micro_batches.forward(range(size), dataset)[0].backward()
             fits = True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False
             if sharded:
                 raise ValueError(
@@ -107,7 +118,15 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
             )
         # Only a divisor of the share makes micro-batches of one size.
         size = max(m for m in range(1, size // 2 + 1) if share % m == 0)
+    # The run's peak is not that of a size that did not fit.
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(mesh.device)
     return size
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had too little memory; cuBLAS, which allocates by itself, says it so."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def count_for_pipeline(share: int, stages: int) -> int:

@@ -11,6 +11,7 @@ import monitor
 import schedules
 from data import corpora, dataset
 from metrics.divergence import Divergence, unigram_entropy
+from metrics.profile import Profiler
 from model import GPTConfig
 from optim import mup, param_groups
 from parallel.ddp import DDP
@@ -22,6 +23,7 @@ from parallel.shard import Shard
 from precision import amp, onednn
 from precision.loss_scale import LossScaler
 from run.optimizers import trial
+from settings.checks import profiled_steps
 from settings.fields import Config, model_chunks
 
 
@@ -294,6 +296,15 @@ def spike_monitor(
         monitor.MonitorConfig(**options),
         disk,
     )
+
+
+def profiler(cfg: Config, mesh: Mesh, log) -> Profiler | None:
+    """What profiles the steps of --profile; None without them. log: takes lines for the user."""
+    steps = profiled_steps(cfg.profile, cfg.steps)
+    if not steps:
+        return None
+    folder = Path(cfg.out_dir, "profile")
+    return Profiler(folder, mesh.rank, mesh.device, steps.start, steps.stop, log)
 
 
 def divergence(cfg: Config, text: dataset.Tokens) -> Divergence:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.dataset import Dataset
+from layers.compile import own_gradients
 from precision import amp
 
 
@@ -43,6 +44,15 @@ class MicroBatches:
         self.precision = precision
         self.position_ids = position_ids
         self.hidden = hidden
+        # layers/compile.py says what CUDA graphs need.
+        self.has_cuda_graphs = getattr(model, "has_cuda_graphs", False)
+        if self.has_cuda_graphs:
+            own_gradients(model)
+
+    def begin(self) -> None:
+        """Before a forward whose blocks may overwrite what earlier ones have computed."""
+        if self.has_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def forward(self, sample_ids, dataset: Dataset, layers=None, x: Tensor | None = None):
         """The sum of the token losses of these samples, and their targets (B, T).
@@ -50,6 +60,8 @@ class MicroBatches:
         In a pipeline: through these layers alone, from x, the hidden states (B, T, C) of the stage
         before. All stages but the last return hidden states in place of the loss.
         """
+        if self.pipe is None:
+            self.begin()
         tokens = dataset(sample_ids)  # (B, T+1) int64
         # Only from pinned memory does a copy with non_blocking=True not wait.
         if self.device.type == "cuda":
@@ -120,6 +132,8 @@ class MicroBatches:
         # A stage must know the shape of what it receives before it arrives.
         like = [self.hidden_like(len(ids), len(self.position_ids)) for ids in batches]
         before_backward = self.replicas.last_micro_batch
+        # Forwards of several micro-batches wait for their backward: all of them are one step.
+        self.begin()
         return self.pipe.run(len(batches), forward, like.__getitem__, scale, before_backward)
 
     def logits(self, ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import inspect
 import math
+import re
 
 import schedules
 from settings.fields import ARCHS, FIELDS, LAYOUTS, Config, flag, model_chunks, trait
@@ -31,6 +32,7 @@ def check(cfg: Config) -> Config:
     check_early_stopping(cfg)
     check_qk_clip(cfg)
     check_zeros(cfg)
+    profiled_steps(cfg.profile, cfg.steps)
     return cfg
 
 
@@ -50,6 +52,28 @@ def check_ranges(cfg: Config) -> None:
             raise ValueError(
                 f"{name}={value} is out of range; it must be at least {least} and below {below}"
             )
+
+
+def profiled_steps(profile: str | None, steps: int) -> range:
+    """The steps of --profile=FIRST:LAST, of which 1 is the first; none where it is off.
+
+    steps: of the run. Raises ValueError for what is no range, or begins after them.
+    """
+    if profile is None:
+        return range(0)
+    numbers = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", profile)
+    if not numbers or not 1 <= int(numbers[1]) < int(numbers[2]):
+        raise ValueError(
+            f"profile={profile[:40]} is no range of steps FIRST:LAST, of which 1 is the first"
+            " and LAST is left out; type --profile=10:13 for steps 10, 11 and 12"
+        )
+    if int(numbers[1]) > steps:
+        first = max(1, steps - 2)
+        raise ValueError(
+            f"profile={profile} begins after the last step, {steps}; type"
+            f" --profile={first}:{steps + 1}, or more steps"
+        )
+    return range(int(numbers[1]), int(numbers[2]))
 
 
 def check_text(cfg: Config) -> None:
@@ -117,6 +141,10 @@ def check_attention(cfg: Config) -> None:
         raise ValueError(
             f"attention=flex has no kernel for heads of {size} (n_embd/n_head), 16 is the "
             "least; type a smaller --n_head=, or --attention=sdpa"
+        )
+    if cfg.attention == "flex" and cfg.precision == "fp64":
+        raise ValueError(
+            "attention=flex has no kernel for float64; type --precision=fp32, or --attention=sdpa"
         )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")

@@ -320,6 +320,11 @@ class Config:
     wandb: str | None = per_run(
         None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here"
     )
+    profile: str | None = per_run(
+        None,
+        "FIRST:LAST, steps whose traces go to out_dir/profile, LAST left out: 10:13 is three"
+        " (metrics/profile.py)",
+    )
     debug_ranks: bool = per_run(
         False,
         "each rank's steps, and its stacks when it hangs, go to out_dir/debug"

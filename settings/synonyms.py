@@ -23,6 +23,7 @@ HERE = {
         "n_kv_head": "num_key_value_heads num_kv_heads num_query_groups n_kv_heads",
         "n_embd": "n_embed dim d_model hidden_size width",
         "arch": "model model_type",
+        "profile": "profiler profiling enable_profiling profile_steps profile_freq",
         "optim": "optimizer optimizer.type optimizer_name",
         "lr": "learning_rate max_lr",
         "min_lr_frac": "min_lr min_lr_ratio",

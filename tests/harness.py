@@ -22,9 +22,21 @@ import torch.multiprocessing as mp
 from model import initial_weight
 
 
+def gpu(*values):
+    """One of the cases of a parametrize, which also runs on a GPU; its test takes `device`."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
+def device_flags(device: torch.device) -> list[str]:
+    """Flags for train.py: on this device, and not compiled, which would take longest."""
+    return [f"--device={device}", "--compile=off"]
+
+
 def run_ranks(world: int, fn, *args) -> list:
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("several ranks in one test need fork, which this system lacks")
+    if torch.cuda.is_initialized():
+        pytest.skip("a forked rank cannot use CUDA, which this process has: leave --device out")
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(one_rank, (world, folder, fn, args), nprocs=world, start_method="fork")
         return [pickle.loads(Path(folder, f"result_{r}").read_bytes()) for r in range(world)]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
 import torch.nn.functional as F
-from harness import init_weights, run_ranks
+from harness import gpu, init_weights, run_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,16 +67,17 @@ GPT2 = MODERN | dict(
 IDS = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(1))
 
 
-def build(how, shape=MODERN, dtype=torch.float64):
-    model = init_weights(GPT(GPTConfig(**shape)).to(dtype))
+def build(how, shape=MODERN, dtype=torch.float64, device=CPU):
+    model = init_weights(GPT(GPTConfig(**shape)).to(device, dtype))
     apply_activation_checkpointing(model, how)
     return model
 
 
-def run(model, rows=slice(None), autocast=False):
-    numbers = torch.arange(len(IDS))[rows]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(IDS[rows, :-1], IDS[rows, 1:], sample_ids=numbers)
+def run(model, rows=slice(None), autocast=False, device=CPU):
+    numbers = torch.arange(len(IDS), device=device)[rows]
+    ids = IDS.to(device)[rows]
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        loss = model(ids[:, :-1], ids[:, 1:], sample_ids=numbers)
     loss.backward()
     return loss.detach()
 
@@ -92,14 +93,20 @@ def bitwise(found, expected):
 
 
 # ---- the same numbers ----------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ALL)
+ON_GPU = ("full", "segments_3", "selective", "offload")
+
+
+@pytest.mark.parametrize("how", [gpu(how) if how in ON_GPU else how for how in ALL])
 @pytest.mark.parametrize(
     "shape, dtype, autocast", [(MODERN, torch.float64, False), (GPT2, torch.float32, True)]
 )
-def test_loss_and_gradients_are_bitwise_those_of_keeping_all(how, shape, dtype, autocast):
-    found, expected = build(how, shape, dtype), build("none", shape, dtype)
+def test_loss_and_gradients_are_bitwise_those_of_keeping_all(
+    how, shape, dtype, autocast, device, deterministic
+):
+    found, expected = (build(way, shape, dtype, device) for way in (how, "none"))
     for _ in range(2):  # gradients accumulate
-        assert torch.equal(run(found, autocast=autocast), run(expected, autocast=autocast))
+        losses = [run(model, autocast=autocast, device=device) for model in (found, expected)]
+        assert torch.equal(*losses)
     bitwise(gradients(found), gradients(expected))
 
 
@@ -437,21 +444,21 @@ KEPT = {
 }  # units a layer
 
 
-def peak(how, arch="modern", precision="fp32", group=None, size=SIZE):
+def peak(how, arch="modern", precision="fp32", group=None, size=SIZE, device=CPU):
     """Bytes of activations at the end of forward, and at most, all in all and in backward alone."""
     shape = size | dict(n_head=2, n_kv_head=2, block_size=128) | TRAITS[arch]
     model = GPT(GPTConfig(**shape))
-    model = init_weights(model.double() if precision == "fp64" else model)
+    model = init_weights(model.double() if precision == "fp64" else model).to(device)
     apply_activation_checkpointing(model, how, group)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     # Autocast's copies of the weights are small beside so many
     rows = 32 if precision == "bf16" else 4
-    ids = torch.zeros(rows, 128, dtype=torch.long)
+    ids = torch.zeros(rows, 128, dtype=torch.long, device=device)
     with Meter() as meter:
         meter.watch([(p, p.grad) for p in model.parameters()])
         start = meter.now()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(ids, ids)
         kept, forward = meter.now() - start, meter.peak - start
         meter.reset()
@@ -461,27 +468,31 @@ def peak(how, arch="modern", precision="fp32", group=None, size=SIZE):
 
 
 @pytest.mark.parametrize(
-    "precision",
+    "arch, precision",
     [
-        "fp32",
-        pytest.param("bf16", marks=pytest.mark.slow),
-        pytest.param("fp64", marks=pytest.mark.slow),
+        gpu("modern", "fp32"),
+        *((arch, "fp32") for arch in TRAITS if arch != "modern"),
+        *(
+            pytest.param(arch, precision, marks=pytest.mark.slow)
+            for arch in TRAITS
+            for precision in ("bf16", "fp64")
+        ),
     ],
 )
-@pytest.mark.parametrize("arch", TRAITS)
-def test_bytes_are_those_of_the_estimate_and_of_the_docstring_s_table(arch, precision):
-    """The peak of backward, to 5 percent; what forward leaves of a layer (beside that of the
-    head)."""
+def test_bytes_are_those_of_the_estimate_and_of_the_docstring_s_table(arch, precision, device):
+    """The peak of backward, to 5 percent (10 on a GPU, whose kernels keep other small things); what
+    forward leaves of a layer (beside that of the head)."""
+    accuracy, units_off = (0.05, 0.3) if device == CPU else (0.1, 1.0)
     for how, units in KEPT.items():
-        kept, _, most = peak(how, arch, precision)
+        kept, _, most = peak(how, arch, precision, device=device)
         tokens = TOKENS * (8 if precision == "bf16" else 1)
         expected = partial(activation_bytes, precision, tokens, **SIZE, arch=arch)
         if how != "none":
-            assert most == pytest.approx(expected(activation_checkpoint=how), rel=0.05), how
+            assert most == pytest.approx(expected(activation_checkpoint=how), rel=accuracy), how
         if precision == "fp32":
             head = expected(n_layer=0) / UNIT
             assert (kept / UNIT - head) / 6 == pytest.approx(
-                units[[*TRAITS].index(arch)], abs=0.3
+                units[[*TRAITS].index(arch)], abs=units_off
             ), how
 
 
@@ -571,6 +582,13 @@ def test_what_is_offloaded_leaves_the_device(monkeypatch):
             assert [x.nbytes for x in homes] == [8 * 4 * 8 * 16] * 4
         loss.backward()
         bitwise(gradients(model), gradients(expected))
+
+
+def test_what_is_saved_elsewhere_stays_there():
+    """Kernels of a GPU save some numbers on the host. Here the block is there, and they are not."""
+    trip = activation_checkpoint.Trip(nn.Linear(2, 2), CPU, None, lambda: None)
+    x = torch.empty(2, device="meta")
+    assert trip.unpack(trip.pack(x)) is x and trip.hosts == []
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

@@ -90,6 +90,30 @@ def test_out_of_memory_halves_the_micro_batch_or_says_what_to_type():
         run_ranks(2, trained, "zero3", True, (4,))
 
 
+def test_only_too_little_memory_halves_the_micro_batch():
+    """cuBLAS allocates by itself, and says so in words of its own."""
+    said = "CUDA error: {} when calling `cublasCreate(handle)`".format
+    layout = types.SimpleNamespace(
+        backward_is_collective=False, last_micro_batch=lambda is_last: None
+    )
+    gpu = types.SimpleNamespace(type="cuda")
+    mesh = types.SimpleNamespace(device=gpu, sizes=ONE.sizes, sum=ONE.sum)
+
+    def found(error: RuntimeError) -> int:
+        def forward(ids, dataset):
+            if len(ids) > 2:
+                raise error
+            return torch.ones((), requires_grad=True), None
+
+        runs = types.SimpleNamespace(model=torch.nn.Module(), replicas=layout, forward=forward)
+        return batch.largest_micro_batch(runs, None, 8, mesh)
+
+    assert found(torch.OutOfMemoryError("simulated")) == 2
+    assert found(RuntimeError(said("CUBLAS_STATUS_ALLOC_FAILED"))) == 2
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        found(RuntimeError(said("CUBLAS_STATUS_NOT_SUPPORTED")))
+
+
 @pytest.mark.slow
 def test_a_rank_that_owns_nothing_trains_on(tmp_path, text):
     more = [
@@ -173,6 +197,9 @@ def test_replicas_deal_out_what_is_too_much_work_to_repeat(words, replicas, layo
         (["--data_parallel=ddp", "--compress=topk"], 2, None),
         (["--data_parallel=zero1"], 2, None),
         (["--data_parallel=zero1"], 1, "one replica, nothing to spread"),
+        (["--data_parallel=zero3", "--compile=max-autotune"], 2, "--compile=default is faster"),
+        (["--data_parallel=zero3", "--compile=default"], 2, None),
+        (["--data_parallel=zero1", "--compile=reduce-overhead"], 2, None),
         ([], 1, None),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
-from harness import run_ranks
+from harness import gpu, run_ranks
 from safetensors.torch import load_file
 
 from checkpoint import __main__, slices
@@ -33,7 +33,7 @@ needs_fork = pytest.mark.skipif(
 
 
 def raw(t):
-    return t.contiguous().view(-1).view(torch.uint8).tolist()
+    return t.cpu().contiguous().view(-1).view(torch.uint8).tolist()
 
 
 def random_bits(shape, dtype, seed=0):
@@ -60,10 +60,14 @@ def leftovers(out_dir):
 # ---- one process ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", slices.DTYPES.values(), ids=slices.DTYPES.keys())
+ON_GPU = ("BF16", "F8_E4M3")
+DTYPES = {name: gpu(x) if name in ON_GPU else x for name, x in slices.DTYPES.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (4, 3, 2)], ids=str)
-def test_every_dtype_and_shape_returns_bitwise(tmp_path, dtype, shape):
-    t = random_bits(shape, dtype)
+def test_every_dtype_and_shape_returns_bitwise(tmp_path, dtype, shape, device):
+    t = random_bits(shape, dtype).to(device)
     c = load(save(tmp_path, 1, {"odd": random_bits((3,), torch.uint8), "a": {"b.weight": t}}))
     read = c.tree()["a"]["b.weight"]
     assert (read.dtype, read.shape) == (dtype, shape)
@@ -101,12 +105,13 @@ def test_tree_returns_with_its_lists_order_and_non_finite_numbers(tmp_path):
     assert load(save(tmp_path, 8, {"pair": (1, 2)})).tree() == {"pair": [1, 2]}
 
 
-def test_non_contiguous_and_tied_tensors_return(tmp_path):
-    w = grid()
+@pytest.mark.gpu
+def test_non_contiguous_and_tied_tensors_return(tmp_path, device):
+    w = grid().to(device)
     parameter = torch.nn.Parameter(w.T)
     read = load(save(tmp_path, 1, {"w": w, "tied": w, "columns": w[:, ::2], "t": parameter})).tree()
     for name, want in {"w": w, "tied": w, "columns": w[:, ::2], "t": w.T}.items():
-        assert torch.equal(read[name], want), name
+        assert torch.equal(read[name], want.cpu()), name
 
 
 def test_a_branch_and_a_box_are_read_alone(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import device_flags, run_ranks
 from test_checkpoint import grid, in_a_fork, leftovers, needs_fork, random_bits, raw, steps
 from test_train import go, trace
 
@@ -44,15 +44,17 @@ def gate(monkeypatch):
 # ---- the copy ------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_the_state_at_the_call_bitwise(tmp_path, gate):
-    tensors = {name: random_bits((5, 3), dtype) for name, dtype in DTYPES.items()}
+@pytest.mark.gpu
+def test_what_is_saved_is_the_state_at_the_call_bitwise(tmp_path, gate, device):
+    tensors = {name: random_bits((5, 3), dtype).to(device) for name, dtype in DTYPES.items()}
+    there = grid().to(device)
     tree = {
         "t": tensors,
-        "columns": grid()[:, ::2],
-        "turned": grid().T,
-        "one": grid()[0, :1].expand(4),
-        "part": [Slice(grid(), Shard((8, 6), (0, 0)))],
-        "parameter": torch.nn.Parameter(grid()),
+        "columns": there.clone()[:, ::2],
+        "turned": there.clone().T,
+        "one": there.clone()[0, :1].expand(4),
+        "part": [Slice(there.clone(), Shard((8, 6), (0, 0)))],
+        "parameter": torch.nn.Parameter(there),
         "n": [1, 2],
     }
     want = {name: raw(t) for name, t in tensors.items()}
@@ -74,11 +76,12 @@ def test_what_is_saved_is_the_state_at_the_call_bitwise(tmp_path, gate):
     assert read["n"] == [1, 2] and "later" not in read
 
 
-def test_a_copy_shares_no_memory_and_is_contiguous():
+@pytest.mark.gpu
+def test_a_copy_shares_no_memory_and_is_contiguous(device):
     tree = {
-        "a": [grid().T],
-        "b": Slice(grid()[2:4], Shard((8, 6), (2, 0))),
-        "c": torch.empty(0, 3),
+        "a": [grid().to(device).T],
+        "b": Slice(grid().to(device)[2:4], Shard((8, 6), (2, 0))),
+        "c": torch.empty(0, 3, device=device),
         "d": None,
     }
     new = copied(tree)
@@ -87,7 +90,7 @@ def test_a_copy_shares_no_memory_and_is_contiguous():
         (tree["b"].tensor, new["b"].tensor),
         (tree["c"], new["c"]),
     ):
-        assert torch.equal(old, t) and t.is_contiguous()
+        assert torch.equal(old.cpu(), t) and t.is_contiguous()
         assert (
             old.numel() == 0 or old.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
         )
@@ -365,9 +368,12 @@ def events(out_dir) -> list:
     return [(row["step"], row["event"]) for row in found if row.get("event", "").startswith("save")]
 
 
-def test_a_run_is_bitwise_the_same_and_saves_the_same_in_the_background(tmp_path, text):
+@pytest.mark.gpu
+def test_a_run_is_bitwise_the_same_and_saves_the_same_in_the_background(
+    tmp_path, text, device, deterministic
+):
     for how in ("true", "false"):
-        go(text, tmp_path / how, f"--async_save={how}", "--keep=none")
+        go(text, tmp_path / how, *device_flags(device), f"--async_save={how}", "--keep=none")
         assert events(tmp_path / how) == [(5, "save"), (10, "save"), (12, "save")]
     assert trace(tmp_path / "true") == trace(tmp_path / "false")
     for step in (5, 10, 12):

@@ -1,15 +1,19 @@
 """torch.compile changes the speed of a run and nothing else."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
-from harness import run_ranks
+from harness import gpu, run_ranks
 from torch._dynamo.utils import counters
 
 import train
+from layers.compile import compile_blocks, own_gradients
 from metrics import logger
+from model import GPT, GPTConfig
+from run.microbatches import MicroBatches
 from settings import parse
 
 TINY = [
@@ -57,12 +61,16 @@ AOT = ["--compile=default", "--compile.backend=aot_eager"]
 
 
 @pytest.mark.parametrize(
-    "arch, graphs", [("modern", 2), pytest.param("gpt2", 4, marks=pytest.mark.slow)]
+    "arch, graphs", [gpu("modern", 2), pytest.param("gpt2", 4, marks=pytest.mark.slow)]
 )
-def test_one_graph_for_training_one_for_evaluation_and_the_same_run(tmp_path, text, arch, graphs):
+def test_one_graph_for_training_one_for_evaluation_and_the_same_run(
+    tmp_path, text, arch, graphs, device
+):
     # Masks differ: a graph for each layer
     more = [f"--arch={arch}"] + ["--dropout=0.1"] * (arch == "gpt2")
-    go(text, tmp_path / "eager", *more)
+    # Muon's products in bfloat16 would make a rounding of 1e-16 one of 1e-3.
+    more += [f"--device={device}", "--opt.ns_dtype=float64"]
+    go(text, tmp_path / "eager", "--compile=off", *more)
     assert not counters["stats"]
     go(text, tmp_path / "compiled", *more, *AOT)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs
@@ -118,3 +126,61 @@ def test_inductor_gives_the_same_run(tmp_path, text):
     go(text, tmp_path / "compiled", "--precision=fp32", "--compile=default")
     assert counters["stats"]["unique_graphs"] == 2
     assert trace(tmp_path / "compiled") == pytest.approx(trace(tmp_path / "eager"), rel=1e-3)
+
+
+# ---- CUDA graphs, played on a CPU ----------------------------------------------------------------
+class Replay(torch.autograd.Function):
+    """x * weight, whose gradient of the weight lies in one memory, as a replayed graph's does."""
+
+    memory = torch.zeros(3)
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, dy):
+        Replay.memory.copy_(dy * ctx.saved_tensors[0])
+        return None, torch.empty(0).set_(Replay.memory.untyped_storage(), 0, (3,))
+
+
+def accumulated(owns: bool) -> torch.Tensor:
+    """The gradient of two micro-batches, of 1 and of 2."""
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleDict({"0": torch.nn.LayerNorm(3, bias=False)})
+    weight = model.blocks["0"].weight
+    if owns:
+        own_gradients(model)
+    for x in 1.0, 2.0:
+        Replay.apply(torch.full((3,), x), weight).sum().backward()
+    return weight.grad
+
+
+def test_a_replay_does_not_overwrite_the_gradients_so_far():
+    assert accumulated(owns=True).tolist() == [3, 3, 3]
+    assert accumulated(owns=False).tolist() != [3, 3, 3]  # or there would be nothing to test
+
+
+@pytest.mark.parametrize("is_pipeline, marks", [(False, 3), (True, 1)])
+def test_each_forward_that_may_overwrite_the_ones_before_begins_a_step(
+    monkeypatch, is_pipeline, marks
+):
+    """A pipeline's micro-batches wait for their backward together."""
+    seen = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append(1))
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=8, block_size=4, vocab_size=8))
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    compile_blocks(model, "reduce-overhead")
+    assert model.has_cuda_graphs
+    replicas = SimpleNamespace(last_micro_batch=lambda is_last: None)
+    pipe = SimpleNamespace(run=lambda *args: [0.0]) if is_pipeline else None
+    device = torch.device("cpu")
+    runs = MicroBatches(
+        model, replicas, pipe, device, "fp32", torch.arange(4), (8, torch.float32, 1)
+    )
+    tokens = lambda ids: torch.zeros(len(ids), 5, dtype=torch.long)  # noqa: E731
+    runs.forward_backward([[0], [1], [2]], tokens, 1.0)
+    assert len(seen) == marks
+    runs.evaluate([[0], [1], [2]], tokens, lambda *seen: None)
+    assert len(seen) == 2 * marks

@@ -1,6 +1,7 @@
 """Predicted bytes against measured ones, the sources' tables, and the optimizers themselves."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -44,6 +45,7 @@ from parallel.replicas import owners_by_shape, owners_by_size
 from precision import amp, fp8
 from precision.stochastic import stochastic
 from settings import fields
+from settings.fields import ARCHS
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -434,6 +436,40 @@ def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, op
     for k in ("parameters", "gradients", "state"):
         assert found[k] == expected[k], k
     assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_many_words_make_the_losss_backward_the_peak(arch, precision, micro_batches):
+    """With more logits than parameters. bf16: 8 bytes of each are held for a while there."""
+    sizes = dict(n_layer=2, n_embd=32, vocab_size=4096)
+    tokens = 512
+    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    traits = {name: x for name, x in ARCHS[arch].items() if name in names}
+    config = GPTConfig(**sizes, n_head=2, n_kv_head=2, block_size=tokens, **traits)
+    with torch.device("meta"):
+        model = GPT(config).to(DTYPES[precision])
+    lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
+    found = measure(
+        DDP(None, CPU),
+        model,
+        functools.partial(initial_weight, config),
+        CLASSES["adamw"],
+        functools.partial(param_groups, lrs=lrs, weight_decay=0.0),
+        micro_batches,
+        tokens,
+        autocast=AUTOCAST.get(precision),
+    )
+    predict = functools.partial(
+        bytes_per_rank,
+        gpt_shapes(**sizes, block_size=tokens, arch=arch, n_head=2),
+        precision=precision,
+        micro_batches=micro_batches,
+        activations=activation_bytes(precision, tokens, **sizes, arch=arch),
+    )
+    assert found["peak"] == pytest.approx(predict(logits=tokens * 4096)["total"], rel=0.05)
+    assert predict()["total"] < 0.9 * found["peak"]
 
 
 def measured_each(rank, world, layouts, *args):

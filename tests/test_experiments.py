@@ -20,7 +20,6 @@ from experiments import findings, protocol
 
 ROOT = Path(__file__).parent.parent
 NAMES = [path.stem for path in everything.experiments()]
-FAST = ["detectors"]  # the cheapest one is in the suite that is always run
 needs_fork = pytest.mark.skipif(protocol.START != "fork", reason="this needs fork")
 DOC = "Claim: twice\nas much.\n\nSource: x.\n"
 GRID = [
@@ -352,9 +351,8 @@ def test_no_experiment_is_taken_for_a_package_of_the_same_name(name):
     assert "sys.path" not in (ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_its_quick_form_runs_and_leaves_the_results_alone(name, tmp_path):
     command = [
         sys.executable,

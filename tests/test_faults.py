@@ -10,7 +10,7 @@ import torch
 import torch._dynamo  # before the ranks are forked, as test_fsdp does
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from harness import run_ranks
+from harness import device_flags, run_ranks
 from test_train import go, killed_at, killed_at_7, needs_fork, rows
 
 import monitor
@@ -152,7 +152,7 @@ def test_a_rollback_to_before_the_resumed_step_takes_nothing_from_what_follows(t
     [
         *((layout, RING) for layout in LAYOUTS[:2]),
         (LAYOUTS[0], DISK),
-        (LAYOUTS[3], DISK),
+        pytest.param(LAYOUTS[3], DISK, marks=pytest.mark.slow),
         *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[2:4]),
         *(
             pytest.param(*p.values, where, marks=p.marks)
@@ -196,9 +196,10 @@ def test_the_evaluation_after_a_rollback_is_that_of_the_step_it_goes_back_to(tmp
     assert [row["step"] for row in found] == [0, 6, 6, 12] and found[1] == found[2]
 
 
-def test_a_spike_of_50_times_the_loss_is_rolled_back(tmp_path, text):
+@pytest.mark.gpu
+def test_a_spike_of_50_times_the_loss_is_rolled_back(tmp_path, text, device, deterministic):
     row = 8 * 30 + 3
-    more = ["--steps=40", "--save_every=0", "--eval_every=0"]
+    more = [*device_flags(device), "--steps=40", "--save_every=0", "--eval_every=0"]
     never_seen(0, 1, 160, 247, text, tmp_path / "clean", *more)  # from the state of step 20 on
     poisoned(50.0, row)
     go(text, tmp_path / "faulty", *more, "--on_spike=rollback", "--monitor.ring_every=10")
@@ -262,8 +263,9 @@ def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, 
     same_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_fp8_s_delayed_scales_forget_a_step_of_nan(tmp_path, text):
-    more = ["--precision=fp8", "--fp8.scaling=tensor", "--fp8.delayed=true"]
+@pytest.mark.gpu
+def test_fp8_s_delayed_scales_forget_a_step_of_nan(tmp_path, text, device):
+    more = [*device_flags(device), "--precision=fp8", "--fp8.scaling=tensor", "--fp8.delayed=true"]
     with_fault(0, 1, math.nan, text, tmp_path, *more)
     assert [step for step, row in end(tmp_path).items() if row[0] is None] == [8]
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from memory.meter import Meter
 from metrics import flops
 from metrics.flops import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 from model import GPT, GPTConfig
@@ -187,3 +188,19 @@ def test_peak_bytes_is_none_where_the_system_does_not_tell(monkeypatch):
 def test_peak_bytes_asks_the_allocator_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
     assert peak_bytes(torch.device("cuda", 0)) == 123
+
+
+@pytest.mark.gpu
+def test_the_meter_finds_what_the_allocator_of_a_gpu_has_given_at_most(device):
+    x = torch.ones(1000, 1000, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_allocated(device) - x.nbytes
+    with Meter() as meter:
+        y = x.exp()
+        z = y * x
+        del y
+        z.sum()
+    assert meter.peak == 3 * x.nbytes
+    if device.type == "cuda":
+        assert peak_bytes(device) - others == pytest.approx(meter.peak, rel=0.01)

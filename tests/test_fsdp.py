@@ -179,7 +179,7 @@ def test_a_tied_head_stays_one_parameter(world, options):
     "arch, where",
     [
         pytest.param(MODERN, "disk", id="modern-disk"),
-        pytest.param(GPT2, "cpu", id="gpt2-cpu"),
+        pytest.param(GPT2, "cpu", id="gpt2-cpu", marks=pytest.mark.slow),
         pytest.param(MODERN, "cpu", id="modern-cpu", marks=pytest.mark.slow),
         pytest.param(GPT2, "disk", id="gpt2-disk", marks=pytest.mark.slow),
     ],

@@ -35,25 +35,28 @@ def only(counts):
     return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_every_value_is_in_the_bin_of_its_power_of_two(dtype):
+def test_every_value_is_in_the_bin_of_its_power_of_two(dtype, device):
     powers = torch.arange(-14, 15)
     for mantissa in (1.0, 1.5, 2 - 2**-7):
-        x = (mantissa * 2.0 ** powers.double()).to(dtype)
+        x = (mantissa * 2.0 ** powers.double()).to(device, dtype)
         assert only(exponents(torch.cat([x, -x]))) == dict.fromkeys(powers.tolist(), 2)
-    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0]).to(dtype)
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0]).to(device, dtype)
     assert only(exponents(odd)) == {"zero": 2, "odd": 3, 0: 1}
 
 
-def test_subnormal_numbers_and_those_beyond_the_bins_are_counted():
-    x = torch.tensor([2.0**-149, 3 * 2.0**-149, 2.0**-127, torch.finfo(torch.float32).max])
-    assert only(exponents(x)) == {-149: 1, -148: 1, -127: 1, 127: 1}
-    x = torch.tensor([1e-300, 1e300, 2.0**-151, 2.0**128], dtype=torch.float64)
-    assert only(exponents(x)) == {-150: 2, 128: 2}
-    assert only(exponents(torch.tensor([2.0**-24, 2.0**-14], dtype=torch.float16))) == {
-        -24: 1,
-        -14: 1,
-    }
+@pytest.mark.gpu
+def test_subnormal_numbers_and_those_beyond_the_bins_are_counted(device):
+    def counted(*values, dtype=torch.float32):
+        return only(exponents(torch.tensor(values, dtype=dtype).to(device)))
+
+    largest = torch.finfo(torch.float32).max
+    found = counted(2.0**-149, 3 * 2.0**-149, 2.0**-127, largest)
+    assert found == {-149: 1, -148: 1, -127: 1, 127: 1}
+    beyond = counted(1e-300, 1e300, 2.0**-151, 2.0**128, dtype=torch.float64)
+    assert beyond == {-150: 2, 128: 2}
+    assert counted(2.0**-24, 2.0**-14, dtype=torch.float16) == {-24: 1, -14: 1}
 
 
 def test_counts_of_parts_add_up_and_shapes_do_not_matter():
@@ -108,13 +111,20 @@ def batch(rows):
 
 
 def recorded(
-    folder, rows=slice(0, 4), micro_batches=1, scale=1.0, steps=(0,), every=1, weights=None
+    folder,
+    rows=slice(0, 4),
+    micro_batches=1,
+    scale=1.0,
+    steps=(0,),
+    every=1,
+    weights=None,
+    device="cpu",
 ):
-    model = init_weights(GPT(GPTConfig(**MODEL)))
+    model = init_weights(GPT(GPTConfig(**MODEL))).to(device)
     recorder = Recorder(model, folder, every)
     for step in steps:
         recorder.start(step, scale)
-        for part in batch(rows).chunk(micro_batches):
+        for part in batch(rows).to(device).chunk(micro_batches):
             (model(part[:, :-1], part[:, 1:]) / 32 * scale).backward()
         gradients = {name: p.grad.div_(scale) for name, p in model.named_parameters()}
         recorder.write(weights or (lambda: dict(model.named_parameters())), gradients)
@@ -126,8 +136,9 @@ def rows_of(folder):
     return [json.loads(line) for line in Path(folder, "histograms.jsonl").read_text().splitlines()]
 
 
-def test_a_row_for_each_weight_gradient_activation_and_its_gradient(tmp_path):
-    model = recorded(tmp_path)
+@pytest.mark.gpu
+def test_a_row_for_each_weight_gradient_activation_and_its_gradient(tmp_path, device):
+    model = recorded(tmp_path, device=device)
     rows = rows_of(tmp_path)
     linears = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     names = {kind: {r["tensor"] for r in rows if r["kind"] == kind} for kind in histogram.KINDS}
@@ -169,10 +180,11 @@ def test_activations_and_their_gradients_are_those_of_the_step(tmp_path):
     assert torch.equal(counts["head", "gradient of activation"], exponents(kept[0].grad))
 
 
-def test_micro_batches_add_up_and_the_loss_scale_is_taken_out(tmp_path):
+@pytest.mark.gpu
+def test_micro_batches_add_up_and_the_loss_scale_is_taken_out(tmp_path, device, deterministic):
     for name, options in dict(a={}, b={"micro_batches": 4}, c={"scale": 2.0**10}).items():
         (tmp_path / name).mkdir()
-        recorded(tmp_path / name, **options)
+        recorded(tmp_path / name, device=device, **options)
     (_, a), (_, b), (_, c) = (read(tmp_path / name) for name in "abc")
     assert a.keys() == b.keys() == c.keys()
     for key, counts in a.items():

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import gpu, run_ranks
 from torch import nn
 
 from parallel.mesh import make_mesh
@@ -24,14 +24,15 @@ def scales(scaler, pattern):
     return seen
 
 
-def torchs(pattern, **options):
+def torchs(pattern, device, **options):
     """The scales of torch's own, whose parameter's gradient overflows as the pattern says."""
-    p = nn.Parameter(torch.ones(2))
-    optimizer, scaler = torch.optim.SGD([p], lr=0.1), torch.amp.GradScaler(device="cpu", **options)
-    scaler.scale(torch.ones(()))  # makes its state
+    p = nn.Parameter(torch.ones(2, device=device))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    scaler = torch.amp.GradScaler(device=device.type, **options)
+    scaler.scale(torch.ones((), device=device))  # makes its state
     seen = []
     for finite in pattern:
-        p.grad = torch.tensor([1.0, 1.0 if finite else float("inf")])
+        p.grad = torch.tensor([1.0, 1.0 if finite else float("inf")], device=device)
         scaler.step(optimizer)
         scaler.update()
         seen.append(scaler.get_scale())
@@ -42,19 +43,22 @@ def torchs(pattern, **options):
     "growth, backoff, window, likely",
     [
         (2.0, 0.5, 1, 0.5),
-        (2.0, 0.5, 3, 0.7),
+        gpu(2.0, 0.5, 3, 0.7),
         (2.0, 0.5, 5, 0.95),
         (1.7, 0.3, 2, 0.6),
         (1.1, 0.9, 1, 0.9),
         (4.0, 0.25, 2, 1.0),
     ],
 )
-def test_without_hysteresis_the_scales_are_gradscalers_to_the_bit(growth, backoff, window, likely):
+def test_without_hysteresis_the_scales_are_gradscalers_to_the_bit(
+    growth, backoff, window, likely, device
+):
     draw = random.Random(f"{growth}{window}")
     pattern = [draw.random() < likely for _ in range(300)]
     ours = LossScaler(16, window, 1, 2.0**-126, growth, backoff, patience=10**6)
     theirs = torchs(
         pattern,
+        device,
         init_scale=2.0**16,
         growth_factor=growth,
         backoff_factor=backoff,
@@ -173,16 +177,18 @@ def test_bad_options_are_refused_with_what_is_allowed(options):
         LossScaler(**options)
 
 
-def test_unscale_takes_dicts_and_lists_and_nothing_and_no_fp16():
+@pytest.mark.gpu
+def test_unscale_takes_dicts_and_lists_and_nothing_and_no_fp16(device):
     scaler = LossScaler(init_power=3)
-    a, b = torch.tensor([8.0, float("inf")]), torch.tensor(4.0, dtype=torch.float64)
+    a = torch.tensor([8.0, float("inf")], device=device)
+    b = torch.tensor(4.0, dtype=torch.float64, device=device)
     scaler.unscale({"a": a, "b": b})
     assert a.tolist() == [1.0, float("inf")] and b.item() == 0.5
     scaler.unscale(x for x in [a])
     assert a[0] == 0.125
     scaler.unscale({})
     with pytest.raises(ValueError, match="fp16"):
-        scaler.unscale([torch.ones(1, dtype=torch.float16)])
+        scaler.unscale([torch.ones(1, dtype=torch.float16, device=device)])
 
 
 # ---- in a training loop --------------------------------------------------------------------------
@@ -195,16 +201,19 @@ def loss_of(net, step):
     """Overflows in fp16's backward at some steps, by a loss that is far too large."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 3, generator=generator)
-    with torch.autocast("cpu", torch.float16):
+    device = net[0].weight.device
+    x, y = x.to(device), y.to(device)
+    with torch.autocast(device.type, torch.float16):
         out = net(x)
     return (out.float() - y).square().mean() * (1e4 if step % 5 == 3 else 1.0)
 
 
-def test_a_model_in_fp16_trains_as_with_gradscaler_bit_for_bit():
-    ours, theirs = model(), model()
+@pytest.mark.gpu
+def test_a_model_in_fp16_trains_as_with_gradscaler_bit_for_bit(device, deterministic):
+    ours, theirs = model().to(device), model().to(device)
     a, b = (torch.optim.AdamW(net.parameters(), lr=0.01) for net in (ours, theirs))
     scaler = LossScaler(init_power=12, window=4, hysteresis=1)
-    grad_scaler = torch.amp.GradScaler(device="cpu", init_scale=2.0**12, growth_interval=4)
+    grad_scaler = torch.amp.GradScaler(device=device.type, init_scale=2.0**12, growth_interval=4)
     skipped = 0
     for step in range(20):
         (loss_of(ours, step) * scaler.scale).backward()
@@ -227,17 +236,19 @@ def test_a_model_in_fp16_trains_as_with_gradscaler_bit_for_bit():
     assert 1 < skipped < 15
 
 
-def test_gradients_that_vanish_in_fp16_arrive_with_scaling():
+@pytest.mark.gpu
+def test_gradients_that_vanish_in_fp16_arrive_with_scaling(device):
     found = {}
     for name, scale in (("plain", 1.0), ("scaled", LossScaler().scale)):
-        w = torch.ones(3, 2, requires_grad=True)
-        with torch.autocast("cpu", torch.float16):
-            out = torch.ones(4, 3) @ w
+        w = torch.ones(3, 2, device=device, requires_grad=True)
+        with torch.autocast(device.type, torch.float16):
+            out = torch.ones(4, 3, device=device) @ w
         (out.float().sum() * 1e-9 * scale).backward()
         found[name] = w.grad
     assert not found["plain"].any()
     LossScaler().unscale([found["scaled"]])
-    torch.testing.assert_close(found["scaled"], torch.full((3, 2), 4e-9), rtol=1e-3, atol=0)
+    expected = torch.full((3, 2), 4e-9, device=device)
+    torch.testing.assert_close(found["scaled"], expected, rtol=1e-3, atol=0)
 
 
 def several(rank, world):

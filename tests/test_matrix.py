@@ -111,7 +111,7 @@ GPT2 = [
 
 
 @pytest.mark.parametrize(
-    "layout", [*TIED[:2], *(pytest.param(layout, marks=pytest.mark.slow) for layout in TIED[2:])]
+    "layout", [TIED[1], *(pytest.param(x, marks=pytest.mark.slow) for x in TIED if x != TIED[1])]
 )
 def test_a_tied_head_biases_and_grouped_queries_are_cut_up_right(layout):
     assert max(apart(layout, ["SGD"], *GPT2).values()) < 1e-10
@@ -301,7 +301,7 @@ CUT_PLACES = [
 
 
 def test_saved_cut_up_and_resumed_cut_up_otherwise(tmp_path):
-    places = CUT_PLACES[1:4]
+    places = CUT_PLACES[2:4]
     saved_and_resumed(
         tmp_path, places, list(zip(places, places[1:] + places[:1])), KEPT[:1], LARGER
     )

@@ -25,17 +25,35 @@ TRACK3 = dict(TINY, **fields.ARCHS["track3"])
 ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2), GPTConfig(**TRACK3)]
 
 
-def tokens(*shape, seed=0):
-    return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
+def tokens(*shape, seed=0, device="cpu"):
+    return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def awake(config):
+def awake(config, device="cpu"):
     """Zero-initialised projections would hide most of the model."""
     model = init_weights(GPT(config).double())
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.05)
-    return model
+    return model.to(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ARCHS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_every_device_computes_the_loss_and_gradients_of_the_cpu(config, dtype, tolerance, device):
+    found = []
+    for where in ("cpu", device):
+        model = awake(config).to(where, dtype)
+        loss = model(tokens(3, 16, device=where), tokens(3, 16, seed=1, device=where))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    (loss, *gradients), (other_loss, *others) = found
+    torch.testing.assert_close(other_loss.cpu(), loss, rtol=tolerance, atol=0)
+    # A bias of the keys has a gradient of 0, and what rounding leaves of it.
+    limit = tolerance * max(x.abs().max().item() for x in gradients)
+    for here, there in zip(gradients, others):
+        torch.testing.assert_close(there.cpu(), here, rtol=tolerance, atol=limit)
 
 
 @pytest.mark.parametrize("config", ARCHS)
@@ -50,9 +68,10 @@ def test_the_loss_is_the_sum_of_token_losses(config):
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", ARCHS)
-def test_no_token_sees_the_future(config):
-    model, x = awake(config), tokens(1, 16)
+def test_no_token_sees_the_future(config, device):
+    model, x = awake(config, device), tokens(1, 16, device=device)
     later = x.clone()
     later[0, 9] = (x[0, 9] + 1) % 64
     a, b = model(x), model(later)
@@ -114,12 +133,13 @@ def test_norms_are_computed_in_float32(dtype):
     )
 
 
-def test_loss_and_logits_are_float32_under_bf16_autocast():
-    model = init_weights(GPT(GPTConfig(**TINY)))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(tokens(2, 16)).dtype == torch.float32
-        assert model(tokens(2, 16), tokens(2, 16)).dtype == torch.float32
-    assert model.double()(tokens(2, 16)).dtype == torch.float64
+@pytest.mark.gpu
+def test_loss_and_logits_are_float32_under_bf16_autocast(device):
+    model, x = init_weights(GPT(GPTConfig(**TINY))).to(device), tokens(2, 16, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert model(x).dtype == torch.float32
+        assert model(x, x).dtype == torch.float32
+    assert model.double()(x).dtype == torch.float64
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -172,17 +192,18 @@ def test_hits_count_the_right_guesses():
 
 
 # ---- dropout -------------------------------------------------------------------------------------
-def masks(config, rows, positions, name="blocks.0.attn"):
-    x = torch.ones(len(rows), len(positions), config.n_embd)
-    return Dropout(config, name)(
-        x, ForwardContext(torch.tensor(positions), torch.tensor(rows), None)
-    )
+def masks(config, rows, positions, name="blocks.0.attn", device="cpu"):
+    x = torch.ones(len(rows), len(positions), config.n_embd, device=device)
+    places, samples = (torch.tensor(ids, device=device) for ids in (positions, rows))
+    return Dropout(config, name)(x, ForwardContext(places, samples, None))
 
 
-def test_a_dropout_mask_depends_on_row_and_position_not_on_the_batch():
+@pytest.mark.gpu
+def test_a_dropout_mask_depends_on_row_and_position_not_on_the_batch_or_the_device(device):
     c = GPTConfig(dropout=0.25, n_embd=256)
     whole = masks(c, [5, 6, 7, 10**12], list(range(32)))
-    assert torch.equal(whole[1:3, 8:16], masks(c, [6, 7], list(range(8, 16))))
+    there = masks(c, [6, 7], list(range(8, 16)), device=device)
+    assert torch.equal(whole[1:3, 8:16], there.cpu())
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, masks(c, [5, 6, 7, 10**12], list(range(32)), "blocks.1.attn"))
 
@@ -214,16 +235,18 @@ def test_dropout_is_off_in_eval_and_needs_rows_in_training():
 
 
 # ---- generation ----------------------------------------------------------------------------------
-def test_generation_is_repeatable_and_goes_past_the_block():
-    model = awake(ARCHS[0]).eval()
-    a, b = (generate(model, tokens(2, 3), 20, top_k=5, seed=s) for s in (1, 1))
-    assert a.shape == (2, 23) and torch.equal(a, b) and torch.equal(a[:, :3], tokens(2, 3))
-    assert not torch.equal(a, generate(model, tokens(2, 3), 20, top_k=5, seed=2))
+@pytest.mark.gpu
+def test_generation_is_repeatable_and_goes_past_the_block(device):
+    model, ids = awake(ARCHS[0], device).eval(), tokens(2, 3, device=device)
+    a, b = (generate(model, ids, 20, top_k=5, seed=s) for s in (1, 1))
+    assert a.shape == (2, 23) and torch.equal(a, b) and torch.equal(a[:, :3], ids)
+    assert not torch.equal(a, generate(model, ids, 20, top_k=5, seed=2))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", ARCHS)
-def test_kept_keys_and_values_change_nothing(config):
-    model, ids = awake(config).eval(), tokens(2, 3)
+def test_kept_keys_and_values_change_nothing(config, device):
+    model, ids = awake(config, device).eval(), tokens(2, 3, device=device)
     cores = [block.attn.attention_fn for block in model.blocks.values()]
     got = generate(model, ids, 30, temperature=0)
     start = 0

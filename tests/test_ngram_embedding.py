@@ -25,15 +25,17 @@ def rows_by_hand(ids: list[int], place: int) -> list[int]:
     return found
 
 
-def gpt(**more) -> GPT:
+def gpt(device="cpu", **more) -> GPT:
     model = GPT(GPTConfig(**SMALL, **more)).double()
     for name, p in model.named_parameters():
         p.data = initial_weight(model.config, name, tuple(p.shape)).double()
-    return model
+    return model.to(device)
 
 
-def test_the_sum_of_the_rows_that_the_hash_says_is_added_to_the_embedding():
-    model, ids = gpt(ngram_embed=K, ngram_rows=ROWS), torch.randint(50, (3, 12))
+@pytest.mark.gpu
+def test_the_sum_of_the_rows_that_the_hash_says_is_added_to_the_embedding(device):
+    model = gpt(device, ngram_embed=K, ngram_rows=ROWS)
+    ids = torch.randint(50, (3, 12)).to(device)
     model.grams.weight.data.normal_()
     seen = []
     model.run_blocks = lambda blocks, x, where: seen.append(x) or x
@@ -67,9 +69,11 @@ def test_nothing_changes_before_the_first_step_and_the_table_learns():
     assert (with_.grams.weight.grad != 0).any(-1).sum() > 20
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("length", [1, 7])
-def test_what_is_generated_token_by_token_is_what_whole_rows_say(length):
-    model, ids = gpt(ngram_embed=K, ngram_rows=ROWS).eval(), torch.randint(50, (2, length))
+def test_what_is_generated_token_by_token_is_what_whole_rows_say(length, device):
+    model = gpt(device, ngram_embed=K, ngram_rows=ROWS).eval()
+    ids = torch.randint(50, (2, length)).to(device)
     model.grams.weight.data.normal_()
     model.head.weight.data.normal_()
     found = generate(model, ids, 12 - length, temperature=0)

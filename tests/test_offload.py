@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import gpu, run_ranks
 from test_optim_contract import CASES, build, every, give_gradients, parameters, steps, tensors
 from torch.optim.lr_scheduler import LinearLR
 
 from memory import offload as module
 from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
-from optim import adamw, muon, schedule_free
+from optim import adafactor, adamw, lion, muon, schedule_free
 from optim.param_groups import param_groups
 
 linux = pytest.mark.skipif(
@@ -32,12 +32,12 @@ where = pytest.mark.parametrize("where", ["cpu", "disk"])
 chunk_mb = pytest.mark.parametrize("chunk_mb", [1e-6, 2e-4])  # one parameter each, a few
 
 
-def pair(cls, where, tmp_path, chunk_mb=2e-4, dtype=torch.float32, shapes=SHAPES):
+def pair(cls, where, tmp_path, chunk_mb=2e-4, dtype=torch.float32, shapes=SHAPES, device=CPU):
     """(parameters, plain optimizer), (the same parameters, offloaded optimizer)"""
-    plain, ours = parameters(dtype, shapes), parameters(dtype, shapes)
+    plain, ours = (parameters(dtype, shapes, device) for _ in range(2))
     return (plain, build(cls, plain)), (
         ours,
-        offload(build(cls, ours), where, tmp_path, CPU, chunk_mb),
+        offload(build(cls, ours), where, tmp_path, device, chunk_mb),
     )
 
 
@@ -50,9 +50,10 @@ def assert_same(a, b):
         assert plain.state.get(p, {}).keys() == ours.state.get(q, {}).keys()
         for name, x in plain.state.get(p, {}).items():
             y = ours.state[q][name]
-            assert (
-                (torch.equal(x, y) and x.stride() == y.stride()) if torch.is_tensor(x) else x == y
-            ), name
+            if torch.is_tensor(x):
+                assert torch.equal(x.cpu(), y.cpu()) and x.stride() == y.stride(), name
+            else:
+                assert x == y, name
     for g, h in zip(plain.param_groups, ours.param_groups, strict=True):
         assert len(g["params"]) == len(h["params"])
         assert {**g, "params": 0} == {**h, "params": 0}
@@ -88,22 +89,22 @@ def test_steps_equal_plain_steps_bit_for_bit(cls, where, chunk_mb, dtype, tmp_pa
 @pytest.mark.parametrize(
     "cls",
     [
-        torch.optim.AdamW,
-        torch.optim.SGD,
+        gpu(torch.optim.AdamW),
+        gpu(torch.optim.SGD),
         torch.optim.RMSprop,
         torch.optim.NAdam,
         torch.optim.Adagrad,
-        torch.optim.Adafactor,
+        gpu(torch.optim.Adafactor),
         torch.optim.RAdam,
     ],
 )
 @where
-def test_torchs_own_optimizers_fit(cls, where, tmp_path):
+def test_torchs_own_optimizers_fit(cls, where, tmp_path, device):
     runs = []
     for offloaded in (False, True):
-        params = parameters(shapes=SHAPES)
+        params = parameters(shapes=SHAPES, device=device)
         optimizer = cls(params, lr=0.01, **({"momentum": 0.9} if cls is torch.optim.SGD else {}))
-        optimizer = offload(optimizer, where, tmp_path, CPU, 2e-4) if offloaded else optimizer
+        optimizer = offload(optimizer, where, tmp_path, device, 2e-4) if offloaded else optimizer
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
         for t in range(6):
             give_gradients(params, t)
@@ -304,10 +305,16 @@ def test_an_error_in_a_chunk_leaves_groups_and_state_in_place(tmp_path):
     assert optimizer.state is state and len(state) == 4
 
 
-@every
+# Muon multiplies matrices of one shape together: a GPU may sum another number of them otherwise.
+ON_GPU = (adamw.AdamW, adafactor.Adafactor, lion.Lion, schedule_free.AdamWScheduleFree)
+
+
+@pytest.mark.parametrize(
+    "cls", [gpu(cls) if cls in ON_GPU else cls for cls in CASES], ids=lambda cls: cls.__name__
+)
 @where
-def test_a_resume_through_state_dict_is_bitwise(cls, where, tmp_path):
-    a, (params, optimizer) = pair(cls, where, tmp_path / "a")
+def test_a_resume_through_state_dict_is_bitwise(cls, where, tmp_path, device):
+    a, (params, optimizer) = pair(cls, where, tmp_path / "a", device=device)
     steps(a[1], a[0], range(3))
     steps(optimizer, params, range(3))
     file = io.BytesIO()
@@ -315,13 +322,15 @@ def test_a_resume_through_state_dict_is_bitwise(cls, where, tmp_path):
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed = [p.requires_grad_() for p in saved["params"]]
-    other = offload(build(cls, resumed), where, tmp_path / "b", CPU, 1e-6)
+    other = offload(build(cls, resumed), where, tmp_path / "b", device, 1e-6)
     other.load_state_dict(saved["optimizer"])
     if where == "disk" and sys.platform.startswith("linux"):
         assert_mapped(other, tmp_path / "b")
     steps(other, resumed, range(3, 6))
     steps(a[1], a[0], range(3, 6))
     assert_same(a, (resumed, other))
+    # Off the device between the steps, but for counters of one element
+    assert all(x.device == CPU for x in tensors(other) if x.numel() > 1)
     for i, state in saved["optimizer"]["state"].items():  # what was given is not what is stepped
         for name, x in state.items():
             if torch.is_tensor(x) and x.numel() > 1:
@@ -495,6 +504,8 @@ def test_on_a_gpu_two_chunks_are_in_flight_and_streams_wait_for_each_other(tmp_p
         torch.cuda, "stream", lambda s: contextlib.nullcontext(log.append(f"on {s.name}"))
     )
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: x.clone() if args else x)
+    kept = "kept until {} is past it".format
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: log.append(kept(s.name)))
     params, plain = parameters(shapes=((10, 10),) * 3), parameters(shapes=((10, 10),) * 3)
     optimizer, reference = (torch.optim.AdamW(ps, foreach=False, lr=0.1) for ps in (params, plain))
     step = torch.optim.AdamW.step.__wrapped__  # what a chunk calls
@@ -510,10 +521,13 @@ def test_on_a_gpu_two_chunks_are_in_flight_and_streams_wait_for_each_other(tmp_p
     assert all(torch.equal(p, q) for p, q in zip(params, plain))
     chunk = [
         "main waits for in",
+        # The copy on the device, also where the step puts another tensor in its place.
+        *[kept("main")] * 2,  # exp_avg and exp_avg_sq
         "step",
         "host waits for out",
         "on in",
         "out waits for main",
+        *[kept("out")] * 2,
         "on out",
     ]
     assert log == ["on in", *chunk * 3, "host waits for out"]

@@ -74,15 +74,17 @@ def build(cls, params, **options):
     return optimizer
 
 
-def parameters(dtype=torch.float32, shapes=((6, 4), (4, 6), (5,), (2, 3, 4), ())):
+def parameters(
+    dtype=torch.float32, shapes=((6, 4), (4, 6), (5,), (2, 3, 4), ()), device=torch.device("cpu")
+):
     torch.manual_seed(0)
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
 
 
 def give_gradients(params, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
 
 
 def steps(optimizer, params, seeds):
@@ -416,15 +418,16 @@ def test_the_self_check_of_a_file_runs_and_prints(file):
     assert run.stdout.strip()
 
 
+@pytest.mark.gpu
 @half
 @pytest.mark.parametrize("cls", [adamw.AdamW, muon.Muon])
-def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls):
+def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls, device):
     """With two groups, a parameter that joins late, and another optimizer from the fourth step
     on."""
 
     def six_steps(*kinds):
-        params, state = parameters(dtype), {}
-        base = torch.randn(9, 4).to(dtype)
+        params, state = parameters(dtype, device=device), {}
+        base = torch.randn(9, 4).to(device, dtype)
         params[0] = base[:6].T.requires_grad_()  # the last rows of base are nobody's
         for step in range(6):
             if step % 3 == 0:
@@ -457,8 +460,9 @@ def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls)
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
-def test_adamw_continues_from_torchs_own_state():
-    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+@pytest.mark.gpu
+def test_adamw_continues_from_torchs_own_state(device):
+    ours, theirs = (parameters(torch.float64, device=device) for _ in range(2))
     reference = torch.optim.AdamW(theirs)
     steps(reference, theirs, range(5))
     optimizer = adamw.AdamW(ours)
@@ -554,15 +558,17 @@ def test_muon_refuses_vectors_by_name_rather_than_stepping_them_otherwise():
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "ns, steps_", [("quintic", 5), ("polar", 5), ("polar", 8), ("cubic", 10), ("exact", 12)]
 )
-def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(ns, steps_):
+def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(ns, steps_, device):
     for shape in (16, 32), (16, 64), (64, 16), (32, 32):
         for noise in 0, 1e-6, 1e-3, 3e-2:
             torch.manual_seed(0)
             g = torch.randn(shape[0], 1) @ torch.randn(1, shape[1]) + noise * torch.randn(shape)
-            assert torch.linalg.matrix_norm(muon.orthogonalize([g], ns, steps_).float()[0], 2) < 1.3
+            x = muon.orthogonalize([g.to(device)], ns, steps_).float()[0]
+            assert torch.linalg.matrix_norm(x, 2) < 1.3
 
 
 @pytest.mark.parametrize("cls, first", [(shampoo.Shampoo, 0), (soap.SOAP, 1)])

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from harness import gpu
 
 from optim import (
     adafactor,
@@ -35,19 +36,19 @@ def lr_factor(step):
     return 0.5 + 0.5 * math.cos(step / 5) ** 2
 
 
-def gradients(step, shapes):
+def gradients(step, shapes, device="cpu"):
     """One per shape; None now and then, never for all."""
     generator = torch.Generator().manual_seed(step)
     gs = [
-        torch.randn(s, generator=generator, dtype=torch.float64) * (1 + i)
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device) * (1 + i)
         for i, s in enumerate(shapes)
     ]
     return [None if step > 2 and (step + 3 * i) % 7 == 0 else g for i, g in enumerate(gs)]
 
 
-def start(shapes):
+def start(shapes, device="cpu"):
     generator = torch.Generator().manual_seed(99)
-    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device) for s in shapes]
 
 
 def groups_of(params, options):
@@ -56,9 +57,9 @@ def groups_of(params, options):
     return [{"params": params[0::2], **options}, {"params": params[1::2], **options, **second}]
 
 
-def run(cls, options, shapes):
+def run(cls, options, shapes, device="cpu"):
     """30 steps of an optimizer class; returns its weights (at x, for Schedule-Free)."""
-    params = [p.requires_grad_() for p in start(shapes)]
+    params = [p.requires_grad_() for p in start(shapes, device)]
     optimizer = cls(groups_of(params, options))
     if hasattr(optimizer, "train"):
         optimizer.train()
@@ -66,7 +67,7 @@ def run(cls, options, shapes):
     for step in range(STEPS):
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = lr * lr_factor(step)
-        for p, g in zip(params, gradients(step, shapes)):
+        for p, g in zip(params, gradients(step, shapes, device)):
             p.grad = g
         optimizer.step()
     if hasattr(optimizer, "eval"):
@@ -74,15 +75,15 @@ def run(cls, options, shapes):
     return [p.detach() for p in params]
 
 
-def transcribe(formula, options, shapes):
+def transcribe(formula, options, shapes, device="cpu"):
     """The same 30 steps by a formula."""
-    params, states = start(shapes), [{} for _ in shapes]
+    params, states = start(shapes, device), [{} for _ in shapes]
     for group in groups_of(range(len(shapes)), options):
         h = dict(group)
         for i in h.pop("params"):
             t = 0
             for step in range(STEPS):
-                g = gradients(step, shapes)[i]
+                g = gradients(step, shapes, device)[i]
                 if g is not None:
                     t += 1
                     params[i] = formula(
@@ -100,36 +101,38 @@ def agree(ours, theirs, tolerance=1e-10):
     "ours, theirs, options",
     [
         (sgd.SGD, torch_optim.SGD, {"lr": 0.05, "weight_decay": 0.1}),
-        (sgd.SGD, torch_optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
-        (
+        gpu(sgd.SGD, torch_optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
+        gpu(
             sgd.SGD,
             torch_optim.SGD,
             {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
         ),
-        (adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}),
-        (adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.0}),
-        (
+        gpu(
+            adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        ),
+        gpu(adamw.AdamW, torch_optim.AdamW, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.0}),
+        gpu(
             adamw.AdamW,
             torch_optim.AdamW,
             {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True},
         ),
-        (adam_l2.AdamL2, torch_optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
-        (
+        gpu(adam_l2.AdamL2, torch_optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+        gpu(
             adafactor.Adafactor,
             torch_optim.Adafactor,
             {"lr": 0.05, "eps": (None, 1e-3), "weight_decay": 0.1, "d": 0.7},
         ),
-        (
+        gpu(
             adafactor.Adafactor,
             torch_optim.Adafactor,
             {"lr": 0.3, "beta2_decay": -0.5, "weight_decay": 0.0},
         ),
     ],
 )
-def test_equals_torch(ours, theirs, options):
+def test_equals_torch(ours, theirs, options, device):
     if theirs is torch_optim.Adafactor and "eps" not in options:
         options = {**options, "eps": (1e-30, 1e-3)}
-    agree(run(ours, options, SHAPES), run(theirs, options, SHAPES))
+    agree(run(ours, options, SHAPES, device), run(theirs, options, SHAPES, device))
 
 
 def test_defaults_are_torchs_where_meant_as_a_drop_in():
@@ -219,7 +222,7 @@ def shampoo_formula(p, g, s, t, h):
     exponent = h.get("exponent") or (-1 / (2 * p.ndim) if p.ndim else -1)
     if conditioned:
         zeros = [
-            torch.zeros(n, n).double() if n <= h.get("max_precond_dim", 8192) else None
+            torch.zeros(n, n).to(p) if n <= h.get("max_precond_dim", 8192) else None
             for n in p.shape
         ]
         L = s.setdefault("L", zeros)
@@ -335,7 +338,7 @@ def muon_formula(p, g, s, t, h):
 @pytest.mark.parametrize(
     "cls, formula, options",
     [
-        (adafactor.Adafactor, adafactor_formula, {"lr": 0.3, "weight_decay": 0.1}),
+        gpu(adafactor.Adafactor, adafactor_formula, {"lr": 0.3, "weight_decay": 0.1}),
         (
             adafactor.Adafactor,
             adafactor_formula,
@@ -346,9 +349,9 @@ def muon_formula(p, g, s, t, h):
             adafactor_formula,
             {"lr": 0.02, "scale_parameter": False, "eps": (1e-3, 0.1), "weight_decay": 0.1},
         ),
-        (lion.Lion, lion_formula, {"lr": 0.01, "weight_decay": 0.1}),
+        gpu(lion.Lion, lion_formula, {"lr": 0.01, "weight_decay": 0.1}),
         (lion.Lion, lion_formula, {"lr": 0.01, "betas": (0.95, 0.98), "weight_decay": 0.0}),
-        (lars.LARS, lars_formula, {"lr": 1.0, "trust_coefficient": 0.01, "weight_decay": 0.1}),
+        gpu(lars.LARS, lars_formula, {"lr": 1.0, "trust_coefficient": 0.01, "weight_decay": 0.1}),
         (
             lars.LARS,
             lars_formula,
@@ -360,18 +363,18 @@ def muon_formula(p, g, s, t, h):
                 "weight_decay": 0.0,
             },
         ),
-        (lamb.LAMB, lamb_formula, {"lr": 0.01, "weight_decay": 0.1}),
+        gpu(lamb.LAMB, lamb_formula, {"lr": 0.01, "weight_decay": 0.1}),
         (
             lamb.LAMB,
             lamb_formula,
             {"lr": 0.01, "betas": (0.8, 0.9), "bias_correction": False, "weight_decay": 0},
         ),
-        (
+        gpu(
             shampoo.Shampoo,
             shampoo_formula,
             {"lr": 0.01, "eps": 1e-4, "precondition_frequency": 4, "weight_decay": 0.1},
         ),
-        (
+        gpu(
             shampoo.Shampoo,
             shampoo_formula,
             {
@@ -421,12 +424,12 @@ def muon_formula(p, g, s, t, h):
                 "weight_decay": 0.1,
             },
         ),
-        (
+        gpu(
             soap.SOAP,
             soap_formula,
             {"lr": 0.01, "eps": 1e-2, "precondition_frequency": 3, "weight_decay": 0.1},
         ),
-        (
+        gpu(
             soap.SOAP,
             soap_formula,
             {
@@ -442,11 +445,12 @@ def muon_formula(p, g, s, t, h):
         ),
     ],
 )
-def test_equals_a_plain_transcription(cls, formula, options):
+def test_equals_a_plain_transcription(cls, formula, options, device):
     shapes = [(4, 4), (5,), (3, 4, 5), (), (5, 5), (4, 4)] if cls is soap.SOAP else SHAPES
-    agree(run(cls, options, shapes), transcribe(formula, options, shapes))
+    agree(run(cls, options, shapes, device), transcribe(formula, options, shapes, device))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
     [
@@ -457,7 +461,7 @@ def test_equals_a_plain_transcription(cls, formula, options):
         {"normuon_beta2": 0.9, "cautious": True, "ns_steps": 4},
     ],
 )
-def test_muon_equals_a_plain_transcription(options):
+def test_muon_equals_a_plain_transcription(options, device):
     def build(groups):
         vectors = [
             {
@@ -475,31 +479,33 @@ def test_muon_equals_a_plain_transcription(options):
     options = {"lr": 0.02, "weight_decay": 0.1, **options}
     # Stacks of one shape, wide and tall
     shapes = [*SHAPES, (6, 4), (9, 4), (4, 16), (4, 16), (16, 4)]
-    agree(run(build, options, shapes), transcribe(muon_formula, options, shapes))
+    ours = run(build, options, shapes, device)
+    agree(ours, transcribe(muon_formula, options, shapes, device))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not hasattr(torch_optim, "Muon"), reason="this torch has no Muon of its own")
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-def test_muon_equals_torch_up_to_the_bfloat16_of_the_products(adjust):
+def test_muon_equals_torch_up_to_the_bfloat16_of_the_products(adjust, device):
     options = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": adjust}
     shapes = [(8, 8), (8, 24), (24, 8), (8, 8)]
-    ours = run(muon.Muon, {**options, "ns_dtype": "bfloat16"}, shapes)
-    theirs = run(torch_optim.Muon, options, shapes)
-    begun = start(shapes)
+    ours = run(muon.Muon, {**options, "ns_dtype": "bfloat16"}, shapes, device)
+    theirs = run(torch_optim.Muon, options, shapes, device)
+    begun = start(shapes, device)
     for p, q, w in zip(ours, theirs, begun):
         assert (p - q).norm() < 0.02 * (q - w).norm()
 
 
-def schedule_free_reference(options, shapes, adam):
+def schedule_free_reference(options, shapes, adam, device):
     """The paper's three sequences, y, z and x, kept apart."""
     out = [None] * len(shapes)
     for group in groups_of(range(len(shapes)), options):
         b1, b2 = group.get("betas", (group.get("momentum", 0.9), 0.999))
         for i in group["params"]:
-            z = x = start(shapes)[i]
+            z = x = start(shapes, device)[i]
             v, total, gamma_max, k = torch.zeros_like(z), 0.0, 0.0, 0
             for step in range(STEPS):
-                g = gradients(step, shapes)[i]
+                g = gradients(step, shapes, device)[i]
                 if g is None:
                     continue
                 k += 1
@@ -519,6 +525,7 @@ def schedule_free_reference(options, shapes, adam):
     return out
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
     [
@@ -527,14 +534,15 @@ def schedule_free_reference(options, shapes, adam):
     ],
 )
 @pytest.mark.parametrize("cls", [schedule_free.AdamWScheduleFree, schedule_free.SGDScheduleFree])
-def test_schedule_free_equals_the_three_sequences_of_the_paper(cls, options):
+def test_schedule_free_equals_the_three_sequences_of_the_paper(cls, options, device):
     adam = cls is schedule_free.AdamWScheduleFree
-    agree(run(cls, options, SHAPES), schedule_free_reference(options, SHAPES, adam))
+    ours = run(cls, options, SHAPES, device)
+    agree(ours, schedule_free_reference(options, SHAPES, adam, device))
 
 
-def gradient_for_all(step, shapes):
+def gradient_for_all(step, shapes, device="cpu"):
     generator = torch.Generator().manual_seed(1000 + step)
-    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device) for s in shapes]
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
@@ -597,8 +605,8 @@ def test_scalars_may_be_0d_tensors_so_that_a_compiled_step_does_not_recompile(
     agree(run(cls, options, SHAPES), expected)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_the_eigenvectors_of_a_tiny_matrix_with_zero_rows_are_finite(seed):
+@pytest.mark.parametrize("seed", [*map(gpu, range(4)), *range(4, 12)])
+def test_the_eigenvectors_of_a_tiny_matrix_with_zero_rows_are_finite(seed, device):
     """An embedding with unseen tokens: LAPACK's float32 eigh raises or returns NaN for a third of
     these."""
     from optim.shampoo import matrix_power
@@ -607,4 +615,5 @@ def test_the_eigenvectors_of_a_tiny_matrix_with_zero_rows_are_finite(seed):
     G = torch.randn(256, 128, generator=g)
     G *= torch.logspace(-6, -3, 256)[torch.randperm(256, generator=g)][:, None]
     G[torch.randperm(256, generator=g)[:155]] = 0
+    G = G.to(device)
     assert matrix_power(G @ G.mT, 1e-6, -0.25).isfinite().all()

@@ -33,6 +33,7 @@ from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, sgd, shampo
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 SEQUENCES = int(os.environ.get("PARTNERS_FUZZ", "25"))
+FEW = 12  # of each class are always run, the others are slow
 SCHEDULE_FREE = AdamWScheduleFree, SGDScheduleFree
 TWINS = {sgd.SGD: torch.optim.SGD, adamw.AdamW: torch.optim.AdamW, adam_l2.AdamL2: torch.optim.Adam}
 SHAPES = [(3, 2), (3, 2), (2, 3), (2,), (), (2, 1, 2), (2, 2), (3,)]  # the last two join late
@@ -475,7 +476,12 @@ def compare(cls: type, seed: int) -> None:
 @pytest.mark.parametrize(
     "cls, seed",
     [
-        pytest.param(cls, seed, id=f"{cls.__name__}-{seed:03d}")
+        pytest.param(
+            cls,
+            seed,
+            id=f"{cls.__name__}-{seed:03d}",
+            marks=[pytest.mark.slow] if seed >= FEW else [],
+        )
         for cls in CASES
         for seed in range(SEQUENCES)
     ],

@@ -176,7 +176,14 @@ def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
     shapes = estimate.gpt_shapes(8, 1024, 50304, 1024, n_head=8, n_kv_head=8)
     kept = estimate.activation_bytes("bf16", 2 * 1024, 8, 1024, 50304)
     theirs = estimate.bytes_per_rank(
-        shapes, "adamw", kind, gpus, "bf16", micro_batches=4, activations=kept
+        shapes,
+        "adamw",
+        kind,
+        gpus,
+        "bf16",
+        micro_batches=4,
+        activations=kept,
+        logits=2 * 1024 * 50304,
     )
     ours = predict(
         SMALL, Cluster(gpus), Layout(data_parallel=kind, micro_batch_size=2), 8 * gpus

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from harness import init_weights
+from harness import device_flags, gpu, init_weights
 from test_train import go
 
 from checkpoint import load
@@ -35,7 +35,7 @@ GPT2 = GQA | dict(
 
 def scores(q, k, places):
     """(B, H, t, T) q·k/√D, later keys -inf, head by head."""
-    found = torch.full((*q.shape[:3], k.shape[2]), -math.inf, dtype=q.dtype)
+    found = q.new_full((*q.shape[:3], k.shape[2]), -math.inf)
     for h in range(q.shape[1]):
         for i, place in enumerate(places):
             keys = k[:, h * k.shape[1] // q.shape[1], : place + 1]
@@ -43,19 +43,20 @@ def scores(q, k, places):
     return found
 
 
-@pytest.mark.parametrize("most", [1, 100, 2**22])
+@pytest.mark.parametrize("most", [1, gpu(100), 2**22])
 @pytest.mark.parametrize("kv", [1, 2, 4])
-def test_the_largest_logits_are_those_of_plain_scores(monkeypatch, most, kv):
+def test_the_largest_logits_are_those_of_plain_scores(monkeypatch, most, kv, device):
     monkeypatch.setattr(qk_clip, "MAX_SCORES", most)
     generator = torch.Generator().manual_seed(kv)
-    q = torch.randn(3, 4, 12, 6, dtype=torch.float64, generator=generator)
-    k = torch.randn(3, kv, 12, 6, dtype=torch.float64, generator=generator)
+    q = torch.randn(3, 4, 12, 6, dtype=torch.float64, generator=generator).to(device)
+    k = torch.randn(3, kv, 12, 6, dtype=torch.float64, generator=generator).to(device)
     k[:, :, -1] *= 100  # seen by the last query alone
     for places in (
         torch.arange(12),
         context.position_ids(12, 2, 0),
         context.position_ids(12, 2, 1),
     ):
+        places = places.to(device)
         mine = q[:, :, places]
         expected = scores(mine, k, places.tolist()).amax((0, 2, 3))
         torch.testing.assert_close(
@@ -63,13 +64,14 @@ def test_the_largest_logits_are_those_of_plain_scores(monkeypatch, most, kv):
         )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-6), (torch.bfloat16, 2**-8)])
-def test_half_precision_does_not_overflow(dtype, tolerance):
-    q, k = (torch.randn(1, 2, 8, 16).mul(200).to(dtype) for _ in range(2))
+def test_half_precision_does_not_overflow(dtype, tolerance, device):
+    q, k = (torch.randn(1, 2, 8, 16).mul(200).to(device, dtype) for _ in range(2))
     expected = scores(q.double(), k.double(), range(8)).amax((0, 2, 3))
     assert expected.max() > 65504 / 4
-    with torch.autocast("cpu", dtype):
-        found = qk_clip.max_logits(q * 4, k * 4, torch.arange(8)) / 16
+    with torch.autocast(device.type, dtype):
+        found = qk_clip.max_logits(q * 4, k * 4, torch.arange(8, device=device)) / 16
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
 
 
@@ -85,8 +87,8 @@ def test_each_heads_logits_are_scaled_by_its_own_factor():
     assert (q[0, :2] == 1).all()
 
 
-def batch(seed):
-    return torch.randint(16, (4, 9), generator=torch.Generator().manual_seed(seed))
+def batch(seed, device=CPU):
+    return torch.randint(16, (4, 9), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 class Scores:
@@ -99,34 +101,36 @@ class Scores:
         s = scores(q.detach(), k.detach(), range(q.shape[2]))
         if self.window is not None:
             s = s.masked_fill(torch.ones_like(s).tril(-self.window) > 0, -math.inf)
-        self.top = torch.maximum(s.amax((0, 2, 3)), torch.as_tensor(self.top))
+        self.top = torch.maximum(s.amax((0, 2, 3)), torch.as_tensor(self.top).to(s))
         full = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(q.shape[3])
         full = full.masked_fill(s == -math.inf, -math.inf).softmax(-1)
         return full @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
-def watched(shape, lr, tau, every=None):
+def watched(shape, lr, tau, every=None, device=CPU):
     model = init_weights(GPT(GPTConfig(**shape)).double())
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):  # biases too
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() * 0.3)
+    model.to(device)
     groups = param_groups.param_groups(model, dict.fromkeys(watch.KINDS, lr), 0.0)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    watcher = watch.Watch(make_mesh(CPU), model, optimizer, {}, dict.values, every, tau)
+    watcher = watch.Watch(make_mesh(device), model, optimizer, {}, dict.values, every, tau)
     return model, optimizer, watcher
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [GQA, GPT2])
-def test_steps_are_those_by_hand(shape):
-    model, optimizer, watcher = watched(shape, 1e-3, 0.5)
-    hand, plain, _ = watched(shape, 1e-3, None)
+def test_steps_are_those_by_hand(shape, device):
+    model, optimizer, watcher = watched(shape, 1e-3, 0.5, device=device)
+    hand, plain, _ = watched(shape, 1e-3, None, device=device)
     clipped, kv, D = 0, shape["n_kv_head"], shape["n_embd"] // shape["n_head"]
     for step in range(3):
         watcher.start(step)
         cores = [Scores() for _ in hand.blocks]
         for block, core in zip(hand.blocks.values(), cores):
             block.attn.attention_fn = core
-        for part in batch(step).chunk(2):  # two micro-batches
+        for part in batch(step, device).chunk(2):  # two micro-batches
             for m in (model, hand):
                 m(part[:, :-1], part[:, 1:]).backward()
         optimizer.step(), plain.step()
@@ -148,9 +152,10 @@ def test_steps_are_those_by_hand(shape):
     assert 0 < clipped < 3 * 2 * shape["n_head"], "all or nothing proves little"
 
 
-def test_the_same_rows_then_reach_tau_and_no_more():
-    model, optimizer, watcher = watched(GQA, 0.0, 3.6)
-    x, attention, seen = batch(0)[:, :-1], model.blocks["0"].attn, []
+@pytest.mark.gpu
+def test_the_same_rows_then_reach_tau_and_no_more(device):
+    model, optimizer, watcher = watched(GQA, 0.0, 3.6, device=device)
+    x, attention, seen = batch(0, device)[:, :-1], model.blocks["0"].attn, []
     for _ in range(2):
         watcher.start(0)
         model(x, x).backward()
@@ -177,8 +182,15 @@ def test_evaluation_and_generation_are_not_looked_at():
     assert (watcher.max_logit == -math.inf).all()
 
 
-def test_a_resumed_run_is_the_same_bits(tmp_path, text):
-    flags = ["--qk_norm=false", "--qk_clip=0.01", "--zero_init=false", "--schedule=constant"]
+@pytest.mark.gpu
+def test_a_resumed_run_is_the_same_bits(tmp_path, text, device, deterministic):
+    flags = [
+        *device_flags(device),
+        "--qk_norm=false",
+        "--qk_clip=0.01",
+        "--zero_init=false",
+        "--schedule=constant",
+    ]
     for run, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         go(text, tmp_path / run, *flags, f"--steps={steps}", "--save_every=2")
     whole, parts = (load.newest(tmp_path / run).weights("model") for run in ("whole", "parts"))

@@ -14,7 +14,7 @@ import torch
 import torch._dynamo  # before the ranks are forked, as test_fsdp does
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from harness import run_ranks
+from harness import gpu, run_ranks
 from torch import nn
 
 import monitor
@@ -448,9 +448,10 @@ OPTIMIZERS = [
 ]
 
 
-def build(name, wrap=lambda optimizer: optimizer):
+def build(name, wrap=lambda optimizer: optimizer, device="cpu"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    model.to(device)
     file, cls = name.split(".")
     optimizer = getattr(importlib.import_module(f"optim.{file}"), cls)(model.parameters(), lr=0.01)
     if hasattr(optimizer, "train"):
@@ -460,7 +461,7 @@ def build(name, wrap=lambda optimizer: optimizer):
 
 def train(model, optimizer, first, last):
     for step in range(first, last):
-        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)).to(model[0].weight)
         optimizer.zero_grad()
         model(x).square().sum().backward()
         for group in optimizer.param_groups:
@@ -479,10 +480,13 @@ def everything(model, optimizer):
     return repr(([p.tolist() for p in model.parameters()], groups, state))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+ON_GPU = ("adamw.AdamW", "muon.Muon", "soap.SOAP", "schedule_free.AdamWScheduleFree")
+
+
+@pytest.mark.parametrize("name", [gpu(name) if name in ON_GPU else name for name in OPTIMIZERS])
 @pytest.mark.parametrize("first", [0, 5])
-def test_what_the_ring_puts_back_trains_on_bitwise(name, first):
-    model, optimizer = build(name)
+def test_what_the_ring_puts_back_trains_on_bitwise(name, first, device):
+    model, optimizer = build(name, device=device)
     ring = SnapshotBuffer(2, 1, model, optimizer)
     train(model, optimizer, 0, first)
     ring.snapshot(first)
@@ -497,11 +501,15 @@ def test_what_the_ring_puts_back_trains_on_bitwise(name, first):
     assert memory == [p.data_ptr() for p in model.parameters()]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloaded_state_comes_back_in_its_own_memory(where, tmp_path):
+def test_offloaded_state_comes_back_in_its_own_memory(where, tmp_path, device):
     from memory.offload import offload
 
-    model, optimizer = build("adamw.AdamW", lambda optimizer: offload(optimizer, where, tmp_path))
+    def away(optimizer):
+        return offload(optimizer, where, tmp_path, device)
+
+    model, optimizer = build("adamw.AdamW", away, device)
     train(model, optimizer, 0, 3)
     ring = SnapshotBuffer(1, 1, model, optimizer)
     ring.snapshot(3)

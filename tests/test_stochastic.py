@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import gpu, run_ranks
 from test_offload import with_counts
 from test_optim_contract import CASES, build, every, give_gradients, parameters, tensors
 from torch import nn
@@ -49,13 +49,15 @@ def assert_same(a, b):
     for p, q in zip(ps, qs):
         for name, x in one.state.get(p, {}).items():
             y = two.state[q][name]
-            assert (torch.equal(x, y) and x.dtype == y.dtype) if torch.is_tensor(x) else x == y, (
-                name
-            )
+            if torch.is_tensor(x):  # an offloaded one is on the host
+                assert torch.equal(x, y.to(x.device)) and x.dtype == y.dtype, name
+            else:
+                assert x == y, name
 
 
 # ---- the rounding --------------------------------------------------------------------------------
-def test_over_all_draws_the_mean_is_exact_and_both_neighbours_enclose_it():
+@pytest.mark.gpu
+def test_over_all_draws_the_mean_is_exact_and_both_neighbours_enclose_it(device):
     torch.manual_seed(0)
     values = [
         *torch.randn(12).tolist(),
@@ -69,8 +71,8 @@ def test_over_all_draws_the_mean_is_exact_and_both_neighbours_enclose_it():
         7.0,
     ]
     for value in values:
-        x = torch.tensor(value)
-        rounded = round_to_bf16(x.expand(2**16), ALL)
+        x = torch.tensor(value, device=device)
+        rounded = round_to_bf16(x.expand(2**16), ALL.to(device))
         assert rounded.dtype == BF16
         # Sums of 2^16 numbers of 8 bits are exact
         assert rounded.double().mean().item() == x.double().item()
@@ -80,20 +82,21 @@ def test_over_all_draws_the_mean_is_exact_and_both_neighbours_enclose_it():
             assert x.to(BF16).float() == x
 
 
-def test_nothing_becomes_infinite_and_what_is_not_finite_stays():
+@pytest.mark.gpu
+def test_nothing_becomes_infinite_and_what_is_not_finite_stays(device):
     largest = torch.finfo(BF16).max
-    top = torch.tensor([3.4e38, -3.4e38, torch.finfo(torch.float32).max])
-    rounded = round_to_bf16(top.view(3, 1).expand(3, 2**16), ALL).float()
+    draws = ALL.to(device)
+    top = torch.tensor([3.4e38, -3.4e38, torch.finfo(torch.float32).max], device=device)
+    rounded = round_to_bf16(top.view(3, 1).expand(3, 2**16), draws).float()
     assert rounded.isfinite().all() and (rounded.abs() == largest).all()
     assert (rounded.sign()[:, 0] == top.sign()).all()
-    payload = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
-    for bits in (ALL[:1], ALL[-1:]):
-        assert round_to_bf16(torch.tensor([torch.inf, -torch.inf]), bits).tolist() == [
-            torch.inf,
-            -torch.inf,
-        ]
-        assert round_to_bf16(payload, bits).isnan().all()
-    assert round_to_bf16(torch.tensor([-0.0]), ALL[-1:]).view(torch.int16).item() == -(2**15)
+    payload = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32, device=device)
+    infinite = torch.tensor([torch.inf, -torch.inf], device=device)
+    for bits in (draws[:1], draws[-1:]):
+        assert round_to_bf16(infinite, bits).tolist() == [torch.inf, -torch.inf]
+        assert round_to_bf16(payload.view(torch.float32), bits).isnan().all()
+    zero = torch.tensor([-0.0], device=device)
+    assert round_to_bf16(zero, draws[-1:]).view(torch.int16).item() == -(2**15)
 
 
 def hashed(seed, step, name, i):
@@ -108,8 +111,10 @@ def hashed(seed, step, name, i):
     return h >> 16
 
 
-def test_the_bits_are_a_known_function_that_no_device_changes():
+@pytest.mark.gpu
+def test_the_bits_are_a_known_function_that_no_device_changes(device):
     index = torch.tensor([0, 1, 2, 1000, 2**31 - 1, -1], dtype=torch.int32)  # -1: element 2^32 - 1
+    index = index.to(device)
     assert random_bits(3, 7, "blocks.0.attn.q.weight", index).tolist() == [
         hashed(3, 7, "blocks.0.attn.q.weight", i % 2**32) for i in index.tolist()
     ]
@@ -231,6 +236,7 @@ def test_a_resume_through_a_file_is_bitwise_and_keeps_float32_state(cls):
     assert all(x.dtype == torch.float32 for x in tensors(other) if x.is_floating_point())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "cls, options",
     [
@@ -241,10 +247,10 @@ def test_a_resume_through_a_file_is_bitwise_and_keeps_float32_state(cls):
         (torch.optim.RMSprop, {}),
     ],
 )
-def test_torchs_own_optimizers_fit_and_their_state_comes_back_in_float32(cls, options):
+def test_torchs_own_optimizers_fit_and_their_state_comes_back_in_float32(cls, options, device):
     runs = []
     for stops in ((), (3,)):
-        params = parameters(BF16)
+        params = parameters(BF16, device=device)
         optimizer = stochastic(named(cls(params, lr=0.01, **options)), 0)
         for t in range(6):
             if t in stops:
@@ -303,14 +309,14 @@ def test_a_shard_with_its_offsets_gets_the_bits_of_the_whole(cls):
     assert torch.equal(torch.cat([runs[0, 4], runs[4, 9]]), runs[0, 9])
 
 
-@pytest.mark.parametrize("cls", [adamw.AdamW, schedule_free.AdamWScheduleFree, muon.Muon])
+@pytest.mark.parametrize("cls", [gpu(adamw.AdamW), gpu(schedule_free.AdamWScheduleFree), muon.Muon])
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloading_around_it_changes_nothing(cls, place, tmp_path):
+def test_offloading_around_it_changes_nothing(cls, place, tmp_path, device):
     pairs = []
     for offloaded in (False, True):
-        params = parameters(BF16)
+        params = parameters(BF16, device=device)
         optimizer = make(cls, params)
-        optimizer = offload(optimizer, place, tmp_path, CPU, 1e-6) if offloaded else optimizer
+        optimizer = offload(optimizer, place, tmp_path, device, 1e-6) if offloaded else optimizer
         train(optimizer, params, range(3))
         if offloaded:
             optimizer.load_state_dict(optimizer.state_dict())
@@ -320,10 +326,11 @@ def test_offloading_around_it_changes_nothing(cls, place, tmp_path):
     assert [g["sr_step"] for g in pairs[1][1].param_groups][0] == 5
 
 
-def test_it_learns_where_rounding_to_nearest_stands_still():
+@pytest.mark.gpu
+def test_it_learns_where_rounding_to_nearest_stands_still(device):
     ends = {}
     for rounding in ("nearest", "stochastic"):
-        p = torch.full((64, 64), 1.0, dtype=BF16).requires_grad_()
+        p = torch.full((64, 64), 1.0, dtype=BF16, device=device).requires_grad_()
         optimizer = named(sgd.SGD([p], lr=1e-3))
         optimizer = stochastic(optimizer, 0) if rounding == "stochastic" else optimizer
         for _ in range(200):

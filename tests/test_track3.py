@@ -209,7 +209,7 @@ def alone():
     "layout",
     [
         pytest.param(layout, marks=pytest.mark.slow)
-        if layout in ("cp 2", "pp 2", "zero3 2")
+        if layout in ("cp 2", "pp 2", "zero3 2", "fsdp 2")
         else layout
         for layout in LAYOUTS
     ],

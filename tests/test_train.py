@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import init_weights, run_ranks
+from harness import device_flags, gpu, init_weights, run_ranks
 
 import train
 from checkpoint import load
@@ -133,7 +133,8 @@ def test_every_layout_is_the_same_run(tmp_path, text, optim, precision, steps, t
         close(rows(tmp_path / layout, "val_loss"), expected[1], tolerance)
 
 
-def test_the_run_is_what_the_formula_says(tmp_path, text):
+@pytest.mark.gpu
+def test_the_run_is_what_the_formula_says(tmp_path, text, device):
     """Plain SGD without clipping, by hand in float64: a wrong factor anywhere in the loss or the
     sums shows."""
     from data import corpora, dataset
@@ -142,6 +143,7 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
     go(
         text,
         tmp_path,
+        *device_flags(device),
         "--optim=sgd",
         "--precision=fp64",
         "--grad_clip=none",
@@ -177,9 +179,9 @@ def test_the_run_is_what_the_formula_says(tmp_path, text):
         )
 
 
-@pytest.mark.parametrize("optim", CLASSES)
-def test_every_optimizer_learns_with_its_defaults(tmp_path, text, optim):
-    go(text, tmp_path, f"--optim={optim}", "--steps=40", "--eval_every=40")
+@pytest.mark.parametrize("optim", [gpu(optim) if optim == "muon" else optim for optim in CLASSES])
+def test_every_optimizer_learns_with_its_defaults(tmp_path, text, optim, device):
+    go(text, tmp_path, *device_flags(device), f"--optim={optim}", "--steps=40", "--eval_every=40")
     losses = rows(tmp_path, "val_loss")
     assert losses[40]["val_loss"] < losses[0]["val_loss"] - 0.02, optim
 
@@ -327,13 +329,13 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 
 LAYOUTS = [
     "--data_parallel=ddp --optim=muon",
-    "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
     "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01 --optim=schedule_free",
     "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
-    "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
     *(
         pytest.param(layout, marks=pytest.mark.slow)
         for layout in (
+            "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
+            "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
             "--precision=fp16 --scaler.init_power=40 --scaler.window=3 --optim=adamw"
             " --opt.fused=true",
             "--compress=topk --compress.fraction=0.05 --optim=adamw --bucket_mb=0.01",
@@ -379,10 +381,13 @@ def test_killed_on_two_ranks_and_resumed_is_bitwise_the_uninterrupted_run(tmp_pa
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("optim", ["muon", "schedule_free"])
-def test_offloaded_state_is_the_same_run_bitwise(tmp_path, text, where, optim):
-    go(text, tmp_path / "here", f"--optim={optim}")
-    go(text, tmp_path / "away", f"--optim={optim}", f"--offload={where}")
+@pytest.mark.parametrize("optim", ["muon", gpu("schedule_free")])
+def test_offloaded_state_is_the_same_run_bitwise(
+    tmp_path, text, where, optim, device, deterministic
+):
+    more = [*device_flags(device), f"--optim={optim}"]
+    go(text, tmp_path / "here", *more)
+    go(text, tmp_path / "away", *more, f"--offload={where}")
     assert trace(tmp_path / "here") == trace(tmp_path / "away")
 
 
@@ -430,12 +435,13 @@ def test_a_run_saved_on_two_ranks_goes_on_alone_and_back(tmp_path, text):
     assert trace(tmp_path / "moved") != trace(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", [6, 8, 12])
+@pytest.mark.parametrize("step", [6, gpu(8), 12])
 def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(
-    tmp_path, text, monkeypatch, capfd, step
+    tmp_path, text, monkeypatch, capfd, step, device, deterministic
 ):
     """The stop puts off the evaluations at steps 6 and 12: the next run makes up for them."""
-    go(text, tmp_path / "whole", "--patience=9")
+    more = [*device_flags(device), "--patience=9"]
+    go(text, tmp_path / "whole", *more)
     plain = logger.Logger.train
 
     def signal_in_this_step(self, row):
@@ -445,14 +451,14 @@ def test_a_stopped_run_goes_on_bitwise_where_a_signal_caught_it(
 
     monkeypatch.setattr(logger.Logger, "train", signal_in_this_step)
     before = signal.getsignal(signal.SIGTERM)
-    assert go(text, tmp_path / "stopped", "--patience=9")["step"] == step
+    assert go(text, tmp_path / "stopped", *more)["step"] == step
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopping after this step, then saving" in capfd.readouterr().err
     assert load.newest(tmp_path / "stopped").step == step
     assert step not in rows(tmp_path / "stopped", "val_loss")
     monkeypatch.undo()
     for _ in range(2):  # the second time there is nothing left to do
-        end = go(text, tmp_path / "stopped", "--patience=9")
+        end = go(text, tmp_path / "stopped", *more)
         assert end["step"] == 12 and "val_loss" in end
     assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
     whole, stopped = (rows(tmp_path / name, "val_loss") for name in ("whole", "stopped"))

@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import device_flags, run_ranks
 from matrix import LARGER, LAYOUTS, MODEL_PARALLEL, runs
 from matrix import text as squares
 from test_qk_clip import GPT2, GQA, Scores, batch, watched
@@ -18,21 +18,22 @@ from optim import param_groups
 FIELDS = ("loss", "grad_norm", "max_logit", "log_z", "weight_rms", "update_rms", "clip_frac")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape",
     [GQA | dict(qk_norm=True, logit_cap=2.0), GPT2 | dict(logit_cap=None), GQA | dict(window=3)],
 )
-def test_a_row_is_what_is_found_by_hand(shape):
-    model, optimizer, watcher = watched(shape, 0.01, None, every=2)
+def test_a_row_is_what_is_found_by_hand(shape, device):
+    model, optimizer, watcher = watched(shape, 0.01, None, every=2, device=device)
     named, kinds = dict(model.named_parameters()), param_groups.kinds(model)
     cores_before = [block.attn.attention_fn for block in model.blocks.values()]
-    norms = [torch.tensor(x).double() for x in (0.5, 2.0, 3.0, 0.1, 4.0)]
+    norms = [torch.tensor(x, device=device).double() for x in (0.5, 2.0, 3.0, 0.1, 4.0)]
     for step, norm in enumerate(norms):
         watcher.start(step)
         looked = [block.attn.attention_fn for block in model.blocks.values()] != cores_before
         assert looked == (step in (1, 3))
         tops, z, before = {}, [], {name: p.detach().clone() for name, p in named.items()}
-        for part in batch(step).chunk(2):
+        for part in batch(step, device).chunk(2):
             model(part[:, :-1], part[:, 1:]).backward()
             with torch.no_grad():
                 model.eval()
@@ -98,7 +99,7 @@ NORMAL = [
     "--zero_init=false",
 ]
 GROUPED = [*NORMAL[:2], "--arch=gpt2", "--qk_clip=0.001", "--n_kv_head=2", "--micro_batch_size=2"]
-FAST = "pp 2 x tp 2", "cp 2"
+FAST = ("pp 2 x tp 2",)
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +152,10 @@ def test_compiled_blocks_are_looked_at_too(alone):
     assert apart("one process", alone, *NORMAL, *more) < 1e-10
 
 
-def test_looking_changes_nothing_and_its_steps_have_rows(tmp_path, text):
-    go(text, tmp_path / "off")
-    go(text, tmp_path / "on", "--watch_every=4", "--log_every=3")
+@pytest.mark.gpu
+def test_looking_changes_nothing_and_its_steps_have_rows(tmp_path, text, device, deterministic):
+    go(text, tmp_path / "off", *device_flags(device))
+    go(text, tmp_path / "on", *device_flags(device), "--watch_every=4", "--log_every=3")
     off, on = trace(tmp_path / "off"), trace(tmp_path / "on")
     assert [*on] == [3, 4, 6, 8, 9, 12] and all(on[step] == off[step] for step in on)
     found = rows(tmp_path / "on", "max_logit")
@@ -169,8 +171,15 @@ def test_looking_changes_nothing_and_its_steps_have_rows(tmp_path, text):
     assert "max_logit/1" in (tmp_path / "table.csv").read_text().splitlines()[0]
 
 
-def test_a_step_the_loss_scaler_skips_has_no_update(tmp_path, text):
-    flags = ["--precision=fp16", "--scaler.init_power=126", "--watch_every=1", "--steps=2"]
+@pytest.mark.gpu
+def test_a_step_the_loss_scaler_skips_has_no_update(tmp_path, text, device):
+    flags = [
+        *device_flags(device),
+        "--precision=fp16",
+        "--scaler.init_power=126",
+        "--watch_every=1",
+        "--steps=2",
+    ]
     go(text, tmp_path, *flags, "--qk_norm=false", "--qk_clip=1e-6")
     first = rows(tmp_path)[1]
     assert "max_logit" in first and not any(name.startswith("update_rms") for name in first)

@@ -17,12 +17,12 @@ from settings import parse
 Z = 0.03
 
 
-def numbers(seed=0):
+def numbers(seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 5, 12, dtype=torch.float64, generator=generator) * 3
     targets = torch.randint(12, (2, 5), generator=generator)
     targets[1, 3] = -100
-    return logits.requires_grad_(), targets
+    return logits.to(device).requires_grad_(), targets.to(device)
 
 
 def by_hand(logits, targets):
@@ -36,8 +36,9 @@ def by_hand(logits, targets):
     return loss.detach(), torch.autograd.grad(total, logits)[0]
 
 
-def test_the_gradient_has_it_and_the_value_has_not():
-    logits, targets = numbers()
+@pytest.mark.gpu
+def test_the_gradient_has_it_and_the_value_has_not(device):
+    logits, targets = numbers(device=device)
     plain, _ = models.loss_fn(logits, targets, False)
     loss, hits = models.loss_fn(logits, targets, True, Z)
     expected, gradient = by_hand(logits, targets)
@@ -69,14 +70,15 @@ def test_a_cut_vocabulary_gives_the_same_gradient():
     assert (found - without).abs().max() > 0.01
 
 
-def test_log_z_is_that_of_the_capped_logits():
+@pytest.mark.gpu
+def test_log_z_is_that_of_the_capped_logits(device):
     shape = dict(
         n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=8, vocab_size=12, logit_cap=2.0
     )
-    model = init_weights(GPT(GPTConfig(**shape, zero_init=False, tied=True)).double())
+    model = init_weights(GPT(GPTConfig(**shape, zero_init=False, tied=True)).double()).to(device)
     with torch.no_grad():
         model.embed.weight.mul_(50)
-    x, y = torch.randint(12, (2, 2, 8), generator=torch.Generator().manual_seed(1))
+    x, y = torch.randint(12, (2, 2, 8), generator=torch.Generator().manual_seed(1)).to(device)
     logits = model(x)
     assert logits.abs().max() > 1.5
     total = models.loss_fn(logits, y, False)[0] + Z * logits.exp().sum(-1).log().square().sum()
