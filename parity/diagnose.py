@@ -66,7 +66,7 @@ LOOK = {
     "learning_rate": "the schedule and the groups' lr",
     "shard_as_matrix": "what the optimizer is given: it needs the full matrix or a global norm",
     "low_precision": "casts, autocast, TF32 switches, dtypes of buckets and buffers",
-    "rounding": "nothing: it grows with depth, as rounding does",
+    "rounding": "nothing here: it grows with depth, as rounding does",
     "missing": "which ranks hold it, and its name there",
     "nonfinite": "the inputs of this module",
     "unknown": "what this module and its shards do with the inputs, which agree",

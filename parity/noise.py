@@ -139,7 +139,9 @@ def rounding(case: Case) -> Finding | None:
     grows = all(after < 6 * max(errors[: i + 1]) for i, after in enumerate(errors[1:]))
     if grows and all(looks_random(b.x - b.y, b.y) for b in case.bad):
         return Finding(
-            "rounding", "the difference grows from module to module up to the bound: no fault"
+            "rounding",
+            "the difference grows from module to module up to the bound: no fault so far; compare"
+            " in float64 to see what comes after",
         )
     return None
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import copies
 import pytest
 import safetensors.torch
 import torch
@@ -22,6 +23,7 @@ from parity_plain import Model, Plan, sound, train
 
 from memory.meter import Meter
 from model import GPT, GPTConfig
+from parity import record as recorder_file
 from parity.__main__ import main as parity_main
 from parity.compare import Comparison
 from parity.diagnose import diagnose
@@ -176,6 +178,56 @@ def test_a_sound_run_on_several_ranks_is_no_alarm(settings, tmp_path):
     assert found(Plan(**settings), tmp_path) is None
 
 
+class Deep(torch.nn.Module):
+    """60 layers that magnify what goes in; with `halves` each product is the sum of two."""
+
+    def __init__(self, halves: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.halves = halves
+        self.layers = torch.nn.ModuleList(Layer(halves) for _ in range(60))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, halves: bool):
+        super().__init__()
+        self.halves = halves
+        self.weight = torch.nn.Parameter(torch.randn(32, 32) * 1.7 / 32**0.5)
+
+    def forward(self, x):
+        if not self.halves:
+            return torch.tanh(x @ self.weight.T)
+        left, right = x.chunk(2, -1)
+        return torch.tanh(left @ self.weight[:, :16].T + right @ self.weight[:, 16:].T)
+
+
+def test_rounding_that_grows_with_depth_is_no_fault(tmp_path):
+    for name, halves in (("a", False), ("b", True)):
+        recorder = record(Deep(halves), tmp_path / name)
+        torch.manual_seed(1)
+        recorder.model(torch.randn(16, 32)).square().sum().backward()
+        recorder.close()
+    comparison = Comparison(Recording(tmp_path / "a"), Recording(tmp_path / "b"))
+    first = comparison.first()
+    assert first.key[2] not in ("layers.0", "layers.1")
+    assert diagnose(comparison, first).cause == "rounding"
+
+
+def test_what_no_rank_has_is_a_difference(tmp_path):
+    train(sound(Plan()), tmp_path / "a")
+    train(Plan(), tmp_path / "b")
+    (tmp_path / "b" / "rank_1.jsonl").unlink()
+    comparison = Comparison(Recording(tmp_path / "a"), Recording(tmp_path / "b"))
+    first = comparison.first()
+    assert first.key == (1, "input", "(0)") and first.why.startswith("no rank has")
+    assert diagnose(comparison, first).cause == "micro_batch"
+
+
 # ---- faults of ours ------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tree():
@@ -299,6 +351,11 @@ def test_evaluation_and_recomputation_are_not_recorded(tmp_path):
     recording = Recording(tmp_path)
     assert len(recording.entries[1, "output", "inner"]) == 1
     assert len(recording.entries[1, "output_gradient", "inner"]) == 1
+
+
+def test_the_recorder_works_copied_alone(tmp_path):
+    ended = copies.run_copy(ROOT, "parity/record.py", recorder_file.__doc__, tmp_path)
+    assert ended.loaded == {"parity/record.py"} and ended.out.endswith("lines\n")
 
 
 # ---- what recording costs ------------------------------------------------------------------------
