@@ -100,6 +100,12 @@ class Linear(nn.Linear):
         fault = self.plan.fault if self.plan.at == self.name else None
         if fault in NARROW:
             return NARROW[fault](x, self.weight, self.bias).to(x.dtype)
+        if fault == "old_weight":
+            # What a layout gathered in the first step is never gathered again.
+            if not hasattr(self, "old"):
+                self.old = self.weight.detach().clone(), self.bias.detach().clone()
+            now = self.weight, self.bias
+            return F.linear(x, *(p + (old - p).detach() for p, old in zip(now, self.old)))
         if fault == "bias_twice":
             return super().forward(x) + self.bias
         if fault == "no_bias":

@@ -58,6 +58,8 @@ FAULTS = [
     (dict(fault="tied_embedding_detached", tied=True), "gradient", "tokens.weight", "half_tied"),
     (dict(fault="stale_weight", at=BIG), "weight", BIG, "stale"),
     (dict(fault="stale_gradient", at="blocks.0.q.weight"), "gradient", "", "stale"),
+    (dict(fault="old_weight", at="blocks.1.up"), "output", "", "stale"),
+    (dict(fault="old_weight", at="blocks.0.q", ranks=1), "output", "", "stale"),
     (dict(fault="not_cleared"), "gradient", "head.weight", "stale"),
     (dict(fault="gradient_shards_swapped", at=BIG), "gradient", BIG, "wrong_order"),
     (dict(fault="weights_shards_swapped", at="tokens.weight"), "weight", "", "wrong_order"),
