@@ -40,7 +40,8 @@ class Difference:
     """A tensor in which B is not A."""
 
     key: Key
-    error: float  # rms(b - a) / rms(a), or inf
+    error: float  # rms(b - a) over what its bound is relative to, or inf
+    relative: float = math.inf  # rms(b - a) / rms(a); of a weight, / rms(its last update)
     pieces: list[Piece] = field(default_factory=list)  # of B, those that differ
     n_pieces: int = 0
     why: str = ""  # where it is not the numbers: missing, another shape
@@ -80,14 +81,24 @@ class Comparison:
         self.scales = {}  # (step, phase) -> largest rms of A
         self.noisy = set()  # parameters whose gradients are rounding alone
         self.errors = {}  # key -> largest error, of what agrees too
+        self.of_bound = 0.0  # the largest error, as a share of its bound
 
     def scale(self, key: Key) -> float:
-        """The largest rms in A of this kind in this step."""
+        """The largest rms in A of this kind in this step; of a loss, its own.
+
+        A loss that is summed over all tokens is large beside activations, and no measure for them.
+        """
         group = key[:2]
+        if self.is_number(key):
+            return rms(self.a.whole(key))
         if group not in self.scales:
-            same = [k for k in self.order if k[:2] == group and k in self.a.entries]
+            same = [k for k in self.order if k[:2] == group and not self.is_number(k)]
             self.scales[group] = max(rms(self.a.whole(k)) for k in same)
         return self.scales[group]
+
+    def is_number(self, key: Key) -> bool:
+        """Is it an output without dimensions, such as a loss?"""
+        return key[1] == "output" and self.a.entries[key][0].shape == ()
 
     def update(self, key: Key) -> Tensor:
         """A's change of this weight in its last step; the weight itself before the first."""
@@ -117,13 +128,14 @@ class Comparison:
             extra = 4 * epsilon * rms(a) / relative if step > 0 else 0.0
         covered = torch.zeros(a.shape, dtype=torch.bool)
         worst = 0.0
+        relatively = 0.0
         bad = []
         n = 0
         for piece, x in self.b.blocks(key):
             n += 1
             if piece.shape != tuple(a.shape):
                 why = f"its shape is {piece.shape}, not {tuple(a.shape)}"
-                return Difference(key, math.inf, [piece], n, why)
+                return Difference(key, math.inf, pieces=[piece], n_pieces=n, why=why)
             where = piece.where(tuple(x.shape))
             covered[where] = True
             there = a[where]
@@ -131,6 +143,7 @@ class Comparison:
                 if not torch.equal(there, x.long()):
                     bad.append(piece)
                     worst = 1.0
+                    relatively = 1.0
                 continue
             if self.is_noise(key):
                 continue
@@ -141,11 +154,15 @@ class Comparison:
             worst = max(worst, error)
             if error > relative:
                 bad.append(piece)
+                own = rms(there) if kind != "weight" else size
+                relatively = max(relatively, gap / own if own and gap == gap else math.inf)
         if not covered.all():
             first = (~covered).nonzero()[0].tolist()
-            return Difference(key, math.inf, bad, n, f"no rank has the entries from {first} on")
+            why = f"no rank has the entries from {first} on"
+            return Difference(key, math.inf, pieces=bad, n_pieces=n, why=why)
         self.errors[key] = worst
-        return Difference(key, worst, bad, n) if bad else None
+        self.of_bound = max(self.of_bound, worst / relative)
+        return Difference(key, worst, relatively, bad, n) if bad else None
 
     def is_noise(self, key: Key) -> bool:
         """A weight whose gradients are rounding, and what is computed with it at once.

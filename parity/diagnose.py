@@ -133,7 +133,9 @@ def how(comparison: Comparison, difference: Difference) -> str:
         return f"on {case.ranks_of(case.bad)}"
     block = max(case.bad, key=lambda block: block.gap)
     size = rms(block.y)
-    words = [f"relative difference {difference.error:.1e} on {case.ranks_of(case.bad)}"]
+    of_update = " of the last update" if case.kind == "weight" and case.step > 0 else ""
+    where = case.ranks_of(case.bad)
+    words = [f"relative difference {difference.relative:.1e}{of_update} on {where}"]
     if size:
         ratio = float((block.x * block.y).mean()) / size**2
         words.append(f"B is {ratio:.4g} times A, along A")

@@ -220,6 +220,30 @@ def test_rounding_that_grows_with_depth_is_no_fault(tmp_path):
     assert diagnose(comparison, first).cause == "rounding"
 
 
+class Summed(torch.nn.Module):
+    """An embedding, and a loss that is summed and large. lost: the embedding returns zeros."""
+
+    def __init__(self, lost: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(8, 4, dtype=torch.bfloat16)
+        if lost:
+            self.embed.register_forward_hook(lambda module, args, y: y * 0)
+
+    def forward(self, tokens):
+        return self.embed(tokens).abs().sum() * 1000
+
+
+def test_a_summed_loss_is_no_measure_for_activations(tmp_path):
+    for name, lost in (("a", False), ("b", True)):
+        recorder = record(Summed(lost), tmp_path / name)
+        recorder.model(torch.arange(8).view(2, 4)).backward()
+        recorder.close()
+    comparison = Comparison(Recording(tmp_path / "a"), Recording(tmp_path / "b"))
+    first = comparison.first()
+    assert first.key == (1, "output", "embed") and first.relative == 1
+
+
 def test_what_no_rank_has_is_a_difference(tmp_path):
     train(sound(Plan()), tmp_path / "a")
     train(Plan(), tmp_path / "b")
