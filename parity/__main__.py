@@ -9,12 +9,13 @@
     --steps=3         how many
     --precision=fp64  or fp32, bf16, ...: what train.py computes with
     --keep=DIR        keeps the recordings in DIR/a and DIR/b
-    --json            the finding as one line of JSON
+    --json            the finding, or "cause": null, as one line of JSON
 
-Exit status: 0 all agree, 1 something differs or a rank died, 2 a user's mistake.
+Exit status: 0 all agree, 1 something differs, B lacks something or a rank died, 2 a user's mistake.
 """
 
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -33,23 +34,31 @@ OWN = {"ranks": None, "against": None, "steps": "3", "precision": "fp64", "keep"
 
 
 def main(argv: list[str]) -> int:
+    if not argv or argv == ["--help"]:
+        print(__doc__.strip())
+        return 0 if argv else 2
     own = dict(OWN)
     names = None
     as_json = "--json" in argv
     rest = []
+    given = []  # of our own flags
     for word in argv:
-        name, _, value = word.removeprefix("--").partition("=")
+        name, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--names="):
             names = read_names(value)
         elif word.startswith("--") and name in OWN and " " not in word.split("=")[0]:
+            if not equals or (name == "keep" and not value):
+                raise ValueError(f"{word} lacks its value; type --{name}=...")
             own[name] = value
+            given.append(word)
         elif word != "--json":
             rest.append(word)
-    if not rest or rest == ["--help"]:
-        print(__doc__.strip())
-        return 0 if rest else 2
-    if len(rest) >= 2 and all(Path(word).is_dir() for word in rest[:2]):
-        return compare(rest[0], rest[1], names, as_json)
+    if not rest:
+        raise ValueError('no layout and no recordings; type python -m parity "--tp=2", or A B')
+    if rest[0] and not rest[0].startswith("-"):
+        return compare(*two_folders(rest, given), names, as_json)
+    if names is not None and not is_recording(own["against"]):
+        raise ValueError("--names= is for recordings: type python -m parity A B --names=map.toml")
     with tempfile.TemporaryDirectory() as folder:
         keep = Path(own["keep"] or folder)
         record_both(shlex.split(rest[0]), rest[1:], own, keep, Path(folder))
@@ -59,6 +68,22 @@ def main(argv: list[str]) -> int:
         return compare(oracle, keep / "b", names, as_json)
 
 
+def two_folders(rest: list[str], given: list[str]) -> tuple[str, str]:
+    """A and B, where nothing stands beside them that has no meaning there."""
+    folders = [word for word in rest if not word.startswith("-")]
+    strange = given + [word for word in rest if word not in folders]
+    if strange:
+        raise ValueError(
+            f"{strange[0]} says nothing about two recordings; beside A B stand --names= and --json"
+        )
+    if len(folders) != 2:
+        raise ValueError(
+            f"{len(folders)} recordings ({' '.join(folders)}); type two, python -m parity A B,"
+            ' or a layout in quotes, python -m parity "--tp=2"'
+        )
+    return folders[0], folders[1]
+
+
 def is_recording(path: str | None) -> bool:
     return path is not None and Path(path, "rank_0.jsonl").is_file()
 
@@ -66,16 +91,22 @@ def is_recording(path: str | None) -> bool:
 def compare(a, b, names: dict | None, as_json: bool) -> int:
     comparison = Comparison(Recording(a), Recording(b, names))
     first = comparison.first()
+    lacking = comparison.lacking()
+    n = len(comparison.order)
+    fact = {"cause": None, "compared": n, "of": len(comparison.a.order), "lacking": lacking}
     if first is None:
-        n = len(comparison.order)
-        worst = max(comparison.errors.values(), default=0.0)
-        print(f"all {n} tensors agree (largest relative difference {worst:.0e})")
-        return 0
+        said = f"all {n} tensors agree (the largest difference is {comparison.of_bound:.0e} of"
+        said = f"{said} its bound)"
+        if lacking:
+            said = f"not all is compared: {lacking}\nwhat is compared agrees"
+        print(json.dumps(fact | {"of_bound": comparison.of_bound}) if as_json else said)
+        return 1 if lacking else 0
     finding = diagnose(comparison, first)
     if as_json:
         step, kind, name = first.key
-        fact = {"kind": kind, "name": name, "step": step, "cause": finding.cause}
-        print(json.dumps(fact | {"sentence": finding.sentence, "error": first.error}))
+        error = first.relative if math.isfinite(first.relative) else None
+        fact |= {"kind": kind, "name": name, "step": step, "cause": finding.cause}
+        print(json.dumps(fact | {"sentence": finding.sentence, "error": error}))
     else:
         print(report(comparison, first, finding))
     return 1

@@ -56,6 +56,23 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
 
 
+def strangers(a: Recording, b: Recording) -> bool:
+    """Have both parameters, and at most one with the same name and shape?"""
+    of_a = shapes(a)
+    of_b = shapes(b)
+    shared = [name for name in of_a.keys() & of_b.keys() if of_a[name] == of_b[name]]
+    return len(shared) <= 1 < min(len(of_a), len(of_b))
+
+
+def shapes(recording: Recording) -> dict[str, tuple]:
+    """Each parameter's full shape."""
+    found = {}
+    for (_, kind, name), pieces in recording.entries.items():
+        if kind in ("gradient", "weight"):
+            found[name] = pieces[0].shape
+    return found
+
+
 class Comparison:
     """A and B. Raises ValueError where they have nothing in common."""
 
@@ -63,11 +80,11 @@ class Comparison:
         self.a = a
         self.b = b
         common = a.entries.keys() & b.entries.keys()
-        if not any(kind in KINDS for _, kind, _ in common):
+        if not any(kind in KINDS for _, kind, _ in common) or strangers(a, b):
             some = ", ".join(sorted({name for _, _, name in b.entries})[:4])
             raise ValueError(
-                f"the recordings have no tensor in common; --names=map.toml says which names of"
-                f" the second ({some}, ...) are which of the first"
+                "the second recording is of another model, or --names=map.toml has to say which of"
+                f" its names ({some}, ...) are which of the first"
             )
         # A parameter's gradient or weight that only one of them has is a difference.
         steps = min(a.steps, b.steps)
@@ -76,12 +93,33 @@ class Comparison:
             is_parameter = key[1] in ("gradient", "weight") and key[0] <= steps
             if key in common or is_parameter:
                 self.order.append(key)
-        self.only_a = {key[1:] for key in a.order} - {key[1:] for key in b.order}
-        self.only_b = {key[1:] for key in b.order} - {key[1:] for key in a.order}
         self.scales = {}  # (step, phase) -> largest rms of A
         self.noisy = set()  # parameters whose gradients are rounding alone
         self.errors = {}  # key -> largest error, of what agrees too
         self.of_bound = 0.0  # the largest error, as a share of its bound
+
+    def lacking(self) -> str:
+        """What of A is compared with nothing, in a sentence; "" where all is compared."""
+        found = []
+        for kind in KINDS:
+            names = [key[2] for key in self.a.order if key[1] == kind and key not in self.b.entries]
+            names = [name for name in dict.fromkeys(names) if not self.is_in_b(kind, name)]
+            if names and not any(key[1] == kind for key in self.b.entries):
+                found.append(f"B has no {kind}")
+            elif names:
+                dots = ", ..." if len(names) > 4 else ""
+                found.append(f"B has no {kind} of {', '.join(names[:4])}{dots}")
+        if self.b.steps < self.a.steps:
+            found.append(f"B ends after step {self.b.steps}")
+        n = len(self.order)
+        total = len(self.a.order)
+        if not found and n == total:
+            return ""
+        return "; ".join([f"{n} of A's {total} tensors are compared", *found])
+
+    def is_in_b(self, kind: str, name: str) -> bool:
+        """In any step."""
+        return any((step, kind, name) in self.b.entries for step in range(self.b.steps + 1))
 
     def scale(self, key: Key) -> float:
         """The largest rms in A of this kind in this step; of a loss, its own.

@@ -19,6 +19,7 @@ import torch
 from parity import clipping, elsewhere, noise, sums, updates
 from parity.case import Case, Finding
 from parity.compare import Comparison, Difference, rms
+from parity.recording import Recording
 
 # cause: what it is called in the report.
 CAUSES = {
@@ -107,21 +108,30 @@ def report(comparison: Comparison, difference: Difference, finding: Finding) -> 
     of_kind = sum(1 for key in comparison.order if key[:2] == difference.key[:2])
     before = comparison.order.index(difference.key)
     lines = [
+        f"B has {layout(comparison.b)}; the oracle A has {layout(comparison.a)}",
         f"{before} tensors agree, in order of execution; the first that differs:",
         f"  {difference}",
         f"  {how(comparison, difference)}",
     ]
-    if len(others) > 1:
-        also = ", ".join(other.key[2] for other in others[1:4])
-        dots = ", ..." if len(others) > 4 else ""
-        lines.append(
-            f"  {len(others)} of the {of_kind} of its kind in this step: also {also}{dots}"
-        )
+    names = [other.key[2] for other in others if other.key != difference.key]
+    also = f": also {', '.join(names[:3])}" if names else ""
+    dots = ", ..." if len(names) > 3 else ""
+    lines.append(f"  {len(others)} of the {of_kind} of its kind in this step{also}{dots}")
+    lacking = comparison.lacking()
+    if lacking:
+        lines.append(f"  not all is compared: {lacking}")
     cause = CAUSES[finding.cause]
     said = finding.sentence.startswith((cause, "I do not know"))
     lines.append(f"likely: {finding.sentence}" if said else f"likely: {cause}: {finding.sentence}")
     lines.append(f"look at: {LOOK[finding.cause]}")
     return "\n".join(lines)
+
+
+def layout(recording: Recording) -> str:
+    """The ranks and axes of a recording, such as "4 ranks: dp 2 x tp 2"."""
+    n = len(recording.ranks)
+    axes = " x ".join(f"{axis} {size}" for axis, (size, _) in recording.axes.items() if size > 1)
+    return f"{n} rank{'s' * (n > 1)}" + (f": {axes}" if axes else "")
 
 
 def how(comparison: Comparison, difference: Difference) -> str:

@@ -45,6 +45,7 @@ Example:
 import ctypes
 import inspect
 import json
+import math
 import os
 import time
 import weakref
@@ -53,6 +54,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -91,23 +93,27 @@ class Recorder:
     place(kind, name, x) -> Place, or None for what is as it seems. shards: parameter name ->
     (full shape, offsets). axes: name of an axis of the layout -> (its size, this rank's index);
     comparisons name them. backward_scale: what backward computes is multiplied by it, 1/N where
-    each of N ranks (or micro-batches) has the mean loss of its own samples.
+    each of N ranks (or micro-batches) has the mean loss of its own samples. rank, world: default:
+    as torch.distributed, or torchrun's environment, has them. Raises ValueError where the folder
+    has a recording of this rank.
     """
 
     def __init__(
         self,
         model: nn.Module,
         folder: str | os.PathLike,
-        rank: int = 0,
+        rank: int | None = None,
         place: Callable[[str, str, Tensor], Place | None] | None = None,
         shards: dict[str, tuple] | None = None,
         axes: dict[str, tuple[int, int]] | None = None,
         backward_scale: float = 1.0,
+        world: int | None = None,
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = model
-        self.rank = rank
+        default_rank, default_world = where_am_i(axes or {})
+        self.rank = default_rank if rank is None else rank
         self.place = place or (lambda kind, name, x: None)
         self.shards = shards or {}
         self.backward_scale = backward_scale
@@ -118,9 +124,16 @@ class Recorder:
         self.began = False
         self.has_gradients = False  # of this step
         self.newest = lambda: None  # the last activation, weakly
-        self.files = Files(self.folder, f"rank_{rank}")
-        self.index = open(self.folder / f"rank_{rank}.jsonl", "w", encoding="utf-8")
-        self.line({"rank": rank, "axes": axes or {}})
+        self.files = Files(self.folder, f"rank_{self.rank}")
+        path = self.folder / f"rank_{self.rank}.jsonl"
+        try:
+            self.index = open(path, "x", encoding="utf-8")
+        except FileExistsError:
+            raise ValueError(
+                f"{path} is there already: of another process (then each needs its rank=), or of"
+                " an older run (then remove the folder, or name another)"
+            ) from None
+        self.line({"rank": self.rank, "world": world or default_world, "axes": axes or {}})
         self.handles = []
         for name, module in model.named_modules(remove_duplicate=True):
             self.hook(clean(name), module)
@@ -399,6 +412,15 @@ def record(
     return recorder
 
 
+def where_am_i(axes: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """(rank, world size) of this process; without torch.distributed the axes may tell the size."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, math.prod(n for n, _ in axes.values())
+
+
 def clean(name: str) -> str:
     """The module's or parameter's name without what wrappers add to it."""
     for wrapper in WRAPPERS:
@@ -454,4 +476,6 @@ def settings(group: dict) -> dict:
 if __name__ == "__main__":
     example = __doc__.partition("Example:\n")[2]
     print(example)
-    exec(inspect.cleandoc(example))
+    # Here the names are this file's, whatever it is called.
+    lines = inspect.cleandoc(example).splitlines()
+    exec("\n".join(line for line in lines if not line.startswith("from parity.")))

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 COARSEST = ("BF16", "F16", "F32", "F64")
@@ -34,6 +34,13 @@ class File:
     def open(self):
         return safe_open(self.path, "pt")
 
+    def load(self, key: str) -> Tensor:
+        """Raises ValueError where the file is missing or damaged."""
+        try:
+            return self.open.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path} cannot be read: {str(error).splitlines()[0]}") from None
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -49,7 +56,7 @@ class Piece:
     key: str
 
     def load(self) -> Tensor:
-        return self.file.open.get_tensor(self.key)
+        return self.file.load(self.key)
 
     def where(self, local: tuple[int, ...]) -> tuple:
         """What indexes the full tensor at this piece."""
@@ -68,7 +75,7 @@ class Piece:
 
 
 class Recording:
-    """A folder that parity/record.py wrote. Raises ValueError where it is none."""
+    """A folder that parity/record.py wrote. Raises ValueError where it is none, or not whole."""
 
     def __init__(self, folder, names: dict[str, str] | None = None):
         self.folder = Path(folder)
@@ -78,13 +85,36 @@ class Recording:
         self.groups = {}  # steps done -> the optimizer's groups
         files = sorted(self.folder.glob("rank_*.jsonl"))
         if not files:
-            raise ValueError(f"{folder} is no recording: it has no rank_0.jsonl")
-        renamed = renaming(names or {})
+            raise ValueError(f"{folder}: no recording there (it has no rank_0.jsonl)")
+        renamed = Renaming(names or {})
         for path in files:
+            self.read_file(path, renamed)
+        self.axes = self.ranks[min(self.ranks)]["axes"]
+        world = max(fact.get("world", 1) for fact in self.ranks.values())
+        missing = [str(rank) for rank in range(world) if rank not in self.ranks]
+        if missing:
+            raise ValueError(
+                f"{folder}: of {world} ranks {', '.join(missing)} is missing; copy its rank_N.*"
+                " here, or record with world=1 what one process of a larger job does alone"
+            )
+        if not self.entries:
+            raise ValueError(f"{folder}: nothing is recorded there: no step was made")
+        if names and not renamed.used:
+            some = ", ".join(sorted({key[2] for key in self.entries})[:4])
+            raise ValueError(f"--names= matches no name in {folder} ({some}, ...)")
+
+    def read_file(self, path: Path, renamed: "Renaming") -> None:
+        number = 0
+        try:
             rank = int(path.stem.rpartition("_")[2])
             for line in path.read_text(encoding="utf-8").splitlines():
+                number += 1
                 self.read(json.loads(line), rank, renamed)
-        self.axes = self.ranks[min(self.ranks)]["axes"]
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}, line {number}, cannot be read: {what}") from None
+        if "axes" not in self.ranks.get(rank, {}):
+            raise ValueError(f"{path} is empty or lacks its first line: record again")
 
     def read(self, fact: dict, rank: int, renamed) -> None:
         if "kind" not in fact:
@@ -172,27 +202,38 @@ def phase(kind: str) -> int:
     return max(1, KINDS.index(kind))
 
 
-def renaming(names: dict[str, str]):
-    patterns = []
-    for theirs, ours in names.items():
-        regex = re.compile(re.escape(theirs).replace(r"\*", r"([^.]+)") + r"(?=$|[.\[#])")
-        patterns.append((regex, re.sub(r"\*", "{}", ours)))
+class Renaming:
+    """What a name of another trainer is here. used: did a pattern match any?"""
 
-    def renamed(name: str) -> str:
-        for regex, ours in patterns:
+    def __init__(self, names: dict[str, str]):
+        self.patterns = []
+        self.used = False
+        for theirs, ours in names.items():
+            regex = re.compile(re.escape(theirs).replace(r"\*", r"([^.]+)") + r"(?=$|[.\[#])")
+            self.patterns.append((regex, ours.split("*")))
+
+    def __call__(self, name: str) -> str:
+        for regex, words in self.patterns:
             found = regex.match(name)
             if found:
-                return ours.format(*found.groups()) + name[found.end() :]
+                self.used = True
+                stars = [*found.groups()][: len(words) - 1] + [""]
+                return "".join(w + star for w, star in zip(words, stars)) + name[found.end() :]
         return name
-
-    return renamed
 
 
 def read_names(path) -> dict[str, str]:
     """The table [names] of a TOML file. Raises ValueError."""
+    wants = f"--names={path}: wants a TOML file with a table [names]"
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        names = tomllib.loads(text)["names"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"--names={path}: wants a TOML file with a table [names]: {error}")
+        names = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("names")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{wants}: {error}") from None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{wants}; it has none")
+    for theirs, ours in names.items():
+        if not isinstance(ours, str):
+            raise ValueError(f'--names={path}: "{theirs}" = {ours} is no name; type "a.*.b"')
+        if ours.count("*") > theirs.count("*"):
+            raise ValueError(f'--names={path}: "{ours}" has more * than "{theirs}"')
     return names

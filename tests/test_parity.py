@@ -5,6 +5,8 @@ A few of each here, all of them with -m slow.
 """
 
 import json
+import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -244,14 +246,131 @@ def test_a_summed_loss_is_no_measure_for_activations(tmp_path):
     assert first.key == (1, "output", "embed") and first.relative == 1
 
 
-def test_what_no_rank_has_is_a_difference(tmp_path):
-    train(sound(Plan()), tmp_path / "a")
-    train(Plan(), tmp_path / "b")
-    (tmp_path / "b" / "rank_1.jsonl").unlink()
-    comparison = Comparison(Recording(tmp_path / "a"), Recording(tmp_path / "b"))
+def edit(folder: Path, rank: int, keep) -> None:
+    """Leaves the lines for which keep(fact) is true."""
+    path = folder / f"rank_{rank}.jsonl"
+    lines = [line for line in path.read_text().splitlines() if keep(json.loads(line))]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Recordings a, of one process, and b, of two ranks; a test makes copies."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(sound(Plan()), Path(folder, "a"))
+        train(Plan(), Path(folder, "b"))
+        yield Path(folder)
+
+
+def copied(pair: Path, tmp_path: Path) -> list[str]:
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_what_no_rank_has_is_a_difference(pair, tmp_path):
+    a, b = copied(pair, tmp_path)
+    edit(Path(b), 1, lambda fact: fact.get("kind") != "input")
+    comparison = Comparison(Recording(a), Recording(b))
     first = comparison.first()
     assert first.key == (1, "input", "(0)") and first.why.startswith("no rank has")
     assert diagnose(comparison, first).cause == "micro_batch"
+
+
+def no_activations(fact: dict) -> bool:
+    return not fact.get("kind", "").startswith("output")
+
+
+def no_loss(fact: dict) -> bool:
+    return fact.get("name") != "(loss)"
+
+
+def one_step(fact: dict) -> bool:
+    return fact.get("step", 0) <= 1
+
+
+@pytest.mark.parametrize(
+    "keep, said",
+    [
+        (no_activations, "B has no output; B has no output_gradient"),
+        (no_loss, "B has no output of (loss)"),
+        (one_step, "B ends after step 1"),
+    ],
+)
+def test_what_b_lacks_is_no_agreement(keep, said, pair, tmp_path, capsys):
+    folders = copied(pair, tmp_path)
+    for rank in (0, 1):
+        edit(tmp_path / "b", rank, keep)
+    assert parity_main(folders) == 1
+    out = capsys.readouterr().out
+    assert (
+        said in out and "tensors are compared" in out and "all " not in out.replace("not all", "")
+    )
+    assert parity_main([*folders, "--json"]) == 1
+    fact = json.loads(capsys.readouterr().out)
+    assert fact["cause"] is None and fact["compared"] < fact["of"] and said in fact["lacking"]
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def of_another_model(folder: Path) -> None:
+    for path in folder.glob("*.jsonl"):
+        text = path.read_text().replace("blocks.", "h.").replace('"norm', '"ln')
+        path.write_text(text.replace('"tokens', '"wte'))
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda b: (b / "rank_1.jsonl").unlink(), "of 2 ranks 1 is missing"),
+        (lambda b: (b / "rank_0.jsonl").unlink(), "of 2 ranks 0 is missing"),
+        (lambda b: cut(b / "rank_0.0.safetensors"), "rank_0.0.safetensors cannot be read"),
+        (lambda b: (b / "rank_1.0.safetensors").unlink(), "rank_1.0.safetensors cannot be read"),
+        (lambda b: cut(b / "rank_1.jsonl"), r"rank_1.jsonl, line \d+, cannot be read"),
+        (lambda b: cut(b / "rank_1.jsonl", 0), "rank_1.jsonl is empty"),
+        (shutil.rmtree, "b: no recording there"),
+        (of_another_model, "another model, or --names"),
+    ],
+)
+def test_a_bad_recording_is_a_sentence(damage, sentence, pair, tmp_path):
+    folders = copied(pair, tmp_path)
+    damage(tmp_path / "b")
+    with pytest.raises(ValueError, match=sentence) as caught:
+        parity_main(folders)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--stepz=2"], "--stepz=2 says nothing about two recordings"),
+        (["--ranks=2"], "--ranks=2 says nothing"),
+        (["another"], "3 recordings"),
+        (["--names=map.toml"], "matches no name"),
+    ],
+)
+def test_words_beside_two_recordings_are_refused(words, sentence, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("map.toml").write_text('[names]\n"decoder.*" = "blocks.*"\n')
+    with pytest.raises(ValueError, match=sentence):
+        parity_main([str(pair / "a"), str(pair / "b"), *words])
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("", "it has none"),
+        ("[names", "wants a TOML file"),
+        ("[names]\na = 3", "is no name"),
+        ('[names]\na = "b.*"', "has more"),
+    ],
+)
+def test_a_bad_map_of_names_is_a_sentence(text, sentence, tmp_path):
+    path = tmp_path / "map.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        parity_main(["a", "b", f"--names={path}"])
 
 
 # ---- faults of ours ------------------------------------------------------------------------------
@@ -296,6 +415,8 @@ def test_exit_status_and_report(tmp_path, capsys):
     train(Plan(fault="mean"), tmp_path / "c")
     assert parity_main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "tensors agree" in capsys.readouterr().out
+    assert parity_main([str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cause"] is None
     assert parity_main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
     said = capsys.readouterr().out
     assert "gradient of head.weight, in step 1" in said and "B is 0.5 times A" in said
@@ -327,6 +448,8 @@ def test_names_of_another_trainer_are_mapped(tmp_path, capsys):
         (["--tp=2", "--ranks=x"], "--ranks=x"),
         (["--tp=2", "--pp=2"], '"--tp=2 --pp=2" as one word'),
         (["--tp=2", "--names=nowhere.toml"], "nowhere.toml"),
+        (["--tp=2", "--keep="], "--keep= lacks its value"),
+        (["nowhere", "b"], "nowhere: no recording there"),
     ],
 )
 def test_a_mistake_is_a_sentence(argv, sentence):
@@ -382,6 +505,23 @@ def test_evaluation_and_recomputation_are_not_recorded(tmp_path):
 def test_the_recorder_works_copied_alone(tmp_path):
     ended = copies.run_copy(ROOT, "parity/record.py", recorder_file.__doc__, tmp_path)
     assert ended.loaded == {"parity/record.py"} and ended.out.endswith("lines\n")
+
+
+def test_the_recorder_runs_its_example_under_another_name(tmp_path):
+    shutil.copyfile(ROOT / "parity" / "record.py", tmp_path / "copied.py")
+    ended = copies.in_child(
+        tmp_path, lambda: runpy.run_path(str(tmp_path / "copied.py"), run_name="__main__")
+    )
+    assert ended.out.endswith("lines\n")
+
+
+def test_two_processes_do_not_write_one_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    record(torch.nn.Linear(2, 2), tmp_path).close()
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["rank_1.jsonl"]
+    with pytest.raises(ValueError, match="is there already"):
+        record(torch.nn.Linear(2, 2), tmp_path)
 
 
 # ---- what recording costs ------------------------------------------------------------------------
