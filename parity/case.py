@@ -12,10 +12,14 @@ from parity.recording import Key, Piece
 
 @dataclass
 class Finding:
-    """cause: a key of CAUSES in parity/diagnose.py; sentence: what was found, for people."""
+    """cause: a key of CAUSES in parity/diagnose.py; sentence: what was found, for people.
+
+    look: where to look, if elsewhere than the cause says.
+    """
 
     cause: str
     sentence: str
+    look: str = ""
 
 
 class Block:

@@ -16,7 +16,7 @@ is the tensor found, to the precision of the numbers, is it believed; where none
 
 import torch
 
-from parity import clipping, elsewhere, noise, sums, updates
+from parity import clipping, elsewhere, noise, parts, sums, updates
 from parity.case import Case, Finding
 from parity.compare import Comparison, Difference, rms
 from parity.recording import Recording
@@ -28,6 +28,9 @@ CAUSES = {
     "not_summed": "not summed",
     "summed_twice": "summed twice, or over too many",
     "mean_of_means": "a mean of means",
+    "loss_divisor": "the loss's divisor",
+    "backward_scale": "the recorder's backward_scale",
+    "unnamed": "samples without numbers",
     "half_tied": "one half of a tied weight",
     "sp_partial": "a replicated weight left partial",
     "stale": "stale numbers",
@@ -51,6 +54,9 @@ LOOK = {
     "not_summed": "the all-reduce or reduce-scatter over that axis, and what divides the loss",
     "summed_twice": "who else sums over that axis, and what is counted N times",
     "mean_of_means": "the divisor of the loss: the tokens of all ranks and micro-batches",
+    "loss_divisor": "what divides the loss: the tokens of all ranks and micro-batches, once",
+    "backward_scale": "nothing in the trainer: its ranks' losses are means, and so is their sum",
+    "unnamed": "the call of recorder.batch before each forward",
     "half_tied": "the sum of the tied weight's two gradients",
     "sp_partial": "the all-reduce over the tensor parallel ranks of what sees some tokens alone",
     "stale": "the broadcast or gather after the step, and what zero_grad clears",
@@ -97,6 +103,20 @@ def diagnose(comparison: Comparison, difference: Difference) -> Finding:
         found = hypothesis(case)
         if found is not None:
             return found
+    return unknown(case)
+
+
+def unknown(case: Case) -> Finding:
+    """No cause; but where the parts of a gradient are right, that is known."""
+    if case.kind in ("gradient", "clipped"):
+        of_all = parts.parts_of(case)
+        if len(case.b.ranks) > 1 and of_all and parts.summands(case, of_all):
+            return Finding(
+                "unknown",
+                "I do not know; but forward and backward are right on every rank (what they add"
+                " to the gradient adds up to the right one); what reduces or writes it is not",
+                "what reduces, scales, rounds or writes this gradient",
+            )
     return Finding("unknown", "I do not know: no hypothesis gives these numbers")
 
 
@@ -123,7 +143,7 @@ def report(comparison: Comparison, difference: Difference, finding: Finding) -> 
     cause = CAUSES[finding.cause]
     said = finding.sentence.startswith((cause, "I do not know"))
     lines.append(f"likely: {finding.sentence}" if said else f"likely: {cause}: {finding.sentence}")
-    lines.append(f"look at: {LOOK[finding.cause]}")
+    lines.append(f"look at: {finding.look or LOOK[finding.cause]}")
     return "\n".join(lines)
 
 

@@ -22,21 +22,74 @@ ATTENTION = re.compile(
 
 
 # ---- missing -------------------------------------------------------------------------------------
+# Along these axes ranks compute the same samples.
+OF_ONE_REPLICA = ("tp", "sp", "cp", "pp", "ep")
+
+
 def incomplete(case: Case) -> Finding | None:
     """Entries of the tensor that no rank has."""
     wrong = case.b.entries[case.key]
-    if any(piece.shape != tuple(case.right.shape) for piece in wrong):
+    right = tuple(case.right.shape)
+    if case.kind not in ("input", "output", "output_gradient") or len(right) < 2:
         return None
-    covered = torch.zeros(case.right.shape, dtype=torch.bool)
+    if any(piece.shape != right for piece in wrong):
+        return unnamed_samples(case, case.difference.pieces[0], right)
+    covered = torch.zeros(right[0], dtype=torch.bool)
+    rows_of = {}  # rank -> the samples that it computes
     for piece in wrong:
-        covered[piece.where(tuple(piece.load().shape))] = True
-    if covered.ndim < 2:
+        rows = piece.where(tuple(piece.load().shape))[0]
+        covered[rows.flatten() if torch.is_tensor(rows) else rows] = True
+        mine = torch.zeros_like(covered)
+        mine[rows.flatten() if torch.is_tensor(rows) else rows] = True
+        rows_of.setdefault(piece.rank, set()).update(mine.nonzero().flatten().tolist())
+    lacking = (~covered).nonzero().flatten().tolist()
+    if not lacking:
         return None
-    rows = covered.flatten(1).any(1)
-    lacking = (~rows).nonzero().flatten().tolist()
-    if lacking and case.kind in ("input", "output", "output_gradient"):
-        return Finding("micro_batch", f"nobody computes the samples {lacking} of the batch")
-    return None
+    return same_samples(case, rows_of, lacking) or Finding(
+        "micro_batch", f"nobody computes the samples {span(lacking)} of the batch"
+    )
+
+
+def same_samples(case: Case, rows_of: dict[int, set[int]], lacking: list[int]) -> Finding | None:
+    """Do replicas compute the same samples, while others are computed by nobody?"""
+    first = min(rows_of)
+    at = case.b.coordinates(first)
+    alike = [rank for rank in rows_of if rows_of[rank] == rows_of[first]]
+    # One rank of each replica.
+    alike = [
+        rank
+        for rank in alike
+        if all(case.b.coordinates(rank)[a] == at[a] for a in at if a in OF_ONE_REPLICA)
+    ]
+    if len(alike) < 2:
+        return None
+    axes = [axis for axis in case.axes if axis not in OF_ONE_REPLICA]
+    which = f" ({', '.join(axes)})" if axes else ""
+    who = f"ranks {', '.join(map(str, alike[:-1]))} and {alike[-1]}{which}"
+    return Finding(
+        "wrong_samples",
+        f"{who} {'both' if len(alike) == 2 else 'all'} compute the samples"
+        f" {span(sorted(rows_of[first]))}; nobody computes {span(lacking)}",
+        "which samples each rank takes; or recorder.batch was given each rank's own numbers, not"
+        " those in the whole batch",
+    )
+
+
+def unnamed_samples(case: Case, piece, right: tuple[int, ...]) -> Finding | None:
+    """Fewer rows than the batch has, and nobody has said which they are."""
+    if piece.shape[1:] != right[1:] or piece.shape[0] >= right[0] or any(piece.index):
+        return None
+    return Finding(
+        "unnamed",
+        f"rank {piece.rank}'s samples are unnamed: call recorder.batch(numbers, of={right[0]})",
+    )
+
+
+def span(numbers: list[int]) -> str:
+    """[4..7] for numbers that follow one another."""
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"[{numbers[0]}..{numbers[-1]}]"
+    return str(numbers)
 
 
 def other_samples(case: Case) -> Finding | None:

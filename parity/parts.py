@@ -123,11 +123,12 @@ def left_out(case, block, missing: list, kept: list):
     kept_ranks = {rank for rank, _ in kept}
     if missing_ranks & kept_ranks or len(case.b.ranks) == 1:
         numbers = sorted({i for _, i in missing})
+        of_each = max(i for _, i in missing + kept)
         who = "every rank" if len(missing_ranks) > 1 else f"rank {min(missing_ranks)}"
         return Finding(
             "micro_batch",
-            f"the gradient lacks backward {', '.join(map(str, numbers))} of {who}; the others add"
-            " up to it",
+            f"the gradient lacks backward {', '.join(map(str, numbers))} of {of_each} on {who}; the"
+            " others add up to it",
         )
     axes = axes_between(case, kept_ranks, missing_ranks)
     sentence = (
@@ -186,7 +187,7 @@ def constant(case, ratio: float, who: str):
 
 def counts(case) -> dict[int, str]:
     """Numbers that a sum may have too much or too little of, and what there are so many of."""
-    found = {2: "two terms if something is added twice"}
+    found = {}
     backwards = {}
     for (step, kind, _), pieces in case.b.entries.items():
         if kind == "part" and step == case.step:
@@ -205,5 +206,6 @@ def counts(case) -> dict[int, str]:
                 f"{sizes[axis]} {axis}" + ("" if axis == "micro-batches" else " ranks")
                 for axis in axes
             )
-            found[product] = words if product not in found or n == 1 else found[product]
-    return found
+            found.setdefault(product, []).append(words)
+    found.setdefault(2, ["two terms if something is added twice"])
+    return {n: " or ".join(words) for n, words in found.items()}

@@ -92,10 +92,10 @@ class Recorder:
 
     place(kind, name, x) -> Place, or None for what is as it seems. shards: parameter name ->
     (full shape, offsets). axes: name of an axis of the layout -> (its size, this rank's index);
-    comparisons name them. backward_scale: what backward computes is multiplied by it, 1/N where
-    each of N ranks (or micro-batches) has the mean loss of its own samples. rank, world: default:
-    as torch.distributed, or torchrun's environment, has them. Raises ValueError where the folder
-    has a recording of this rank.
+    comparisons name them. backward_scale: the loss (an output without dimensions) and what backward
+    computes are multiplied by it, 1/N where each of N ranks (or micro-batches) has the mean loss of
+    its own samples. rank, world: default: as torch.distributed, or torchrun's environment, has
+    them. Raises ValueError where the folder has a recording of this rank.
     """
 
     def __init__(
@@ -226,7 +226,8 @@ class Recorder:
             return
         self.newest = weakref.ref(x)
         with torch.no_grad():
-            self.write("output", name, x, place)
+            is_loss = x.ndim == 0 and self.backward_scale != 1
+            self.write("output", name, x * self.backward_scale if is_loss else x, place)
         if x.requires_grad and x.ndim > 0:
             scale = self.backward_scale
             # Made now, as only now the samples are known.

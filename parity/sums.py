@@ -7,6 +7,7 @@ ratio     each block is a number times the right one
 tied      an embedding's gradient without the head's part, or the head's without it
 bias      an output with its module's bias several times
 losses    means over each rank's own tokens
+divisor   the loss, or all that backward computes, is N times or 1/N of the right one
 """
 
 import math
@@ -15,7 +16,55 @@ import torch
 
 from parity.case import Case, Finding
 from parity.compare import rms
-from parity.parts import along, by_parts, constant, named_ranks, subsets
+from parity.parts import along, by_parts, constant, counts, named_ranks, subsets
+
+
+# ---- the loss's divisor --------------------------------------------------------------------------
+def divisor(case: Case) -> Finding | None:
+    """All that backward computes, from the loss on, is one number times the right one."""
+    is_loss = case.kind == "output" and case.right.ndim == 0
+    keys = [key for key in case.comparison.order if key[:2] == (case.step, "output_gradient")]
+    if not is_loss and (case.kind != "output_gradient" or case.key != keys[0]):
+        return None
+    ratio = ratio_of(case.wrong, case.right, case)
+    if ratio is None or len(case.bad) < len(case.blocks):
+        return None
+    found = constant(case, ratio, "all that backward computes")
+    if found is None:
+        return None
+    n = round(max(ratio, 1 / ratio))
+    gradients = [key for key in case.comparison.order if key[:2] == (case.step, "gradient")]
+    if gradients and all(case.comparison.check(key) is None for key in gradients):
+        scale = f"1/{n}" if ratio > 1 else f"{n}"
+        return Finding(
+            "backward_scale",
+            f"{'the loss' if is_loss else 'all output gradients'} {times(ratio)} the right one, but"
+            f" the summed gradients agree: record with backward_scale={scale}",
+        )
+    last = case.b.entries.get(keys[-1]) if keys else None
+    if is_loss or last is None or len(keys) < 2:
+        return None
+    other = ratio_of(case.b.whole(keys[-1]), case.a.whole(keys[-1]), case)
+    if other is None or abs(other / ratio - 1) > 1e-3:
+        return None
+    return Finding(
+        "loss_divisor",
+        f"all that backward computes {times(ratio)} the right one, from the loss on; there are"
+        f" {counts(case)[n]}",
+    )
+
+
+def times(ratio: float) -> str:
+    return f"is {round(ratio)} times" if ratio > 1 else f"is 1/{round(1 / ratio)} of"
+
+
+def ratio_of(x: torch.Tensor, y: torch.Tensor, case: Case) -> float | None:
+    """x / y, where x is a multiple of y."""
+    size = float(y.square().sum())
+    if x.shape != y.shape or size == 0:
+        return None
+    ratio = float((x * y).sum()) / size
+    return ratio if rms(x - ratio * y) <= case.tolerance * rms(x) and ratio > 0 else None
 
 
 # ---- copies --------------------------------------------------------------------------------------
@@ -198,4 +247,4 @@ def bias(case: Case) -> Finding | None:
     return None
 
 
-HYPOTHESES = (tied, mean_losses, by_copies, by_parts, bias, by_ratio)
+HYPOTHESES = (divisor, tied, mean_losses, by_copies, by_parts, bias, by_ratio)

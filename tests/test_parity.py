@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import copies
 import pytest
@@ -29,6 +30,7 @@ from parity import record as recorder_file
 from parity.__main__ import main as parity_main
 from parity.compare import Comparison
 from parity.diagnose import diagnose
+from parity.parts import counts
 from parity.record import record
 from parity.recording import Recording
 
@@ -371,6 +373,91 @@ def test_a_bad_map_of_names_is_a_sentence(text, sentence, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         parity_main(["a", "b", f"--names={path}"])
+
+
+# ---- mistakes in recording -----------------------------------------------------------------------
+class MeanLoss(torch.nn.Module):
+    def __init__(self, has_loss: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = torch.nn.Linear(4, 6)
+        self.down = torch.nn.Linear(6, 1)
+        self.has_loss = has_loss
+
+    def forward(self, x):
+        y = self.down(torch.tanh(self.up(x)))
+        return y.square().mean() if self.has_loss else y
+
+
+def replicas(folder: Path, ranks: int, numbers=None, spoil=None, has_loss=False, **arguments):
+    """Means over each rank's samples, averaged. numbers(rank) -> what recorder.batch is told."""
+    samples = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    models = [MeanLoss(has_loss).double() for _ in range(ranks)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    recorders = []
+    for rank, (model, optimizer, x) in enumerate(zip(models, optimizers, samples.chunk(ranks))):
+        axes = {"dp": (ranks, rank)}
+        recorder = record(model, folder, optimizer, rank=rank, axes=axes, **arguments)
+        recorders.append(recorder)
+        if numbers is not None:
+            recorder.batch(numbers(rank), of=8)
+        y = model(x)
+        (y if has_loss else y.square().mean()).backward()
+    for together in zip(*(model.parameters() for model in models)):
+        mean = torch.stack([p.grad for p in together]).mean(0)
+        for p in together:
+            p.grad = mean.clone()
+            if spoil is not None:
+                spoil(p.grad)
+    for optimizer, recorder in zip(optimizers, recorders):
+        optimizer.step()
+        recorder.close()
+
+
+def right_numbers(rank: int):
+    return range(4 * rank, 4 * rank + 4)
+
+
+def noisy(gradient: torch.Tensor) -> None:
+    torch.manual_seed(2)
+    gradient *= 1 + torch.rand(gradient.shape).double()
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(numbers=right_numbers, backward_scale=0.5), "all 16 tensors agree"),
+        (dict(numbers=right_numbers), "record with backward_scale=1/2"),
+        (dict(numbers=right_numbers, has_loss=True), "record with backward_scale=1/2"),
+        (dict(numbers=right_numbers, has_loss=True, backward_scale=0.5), "all 17 tensors agree"),
+        (dict(backward_scale=0.5), "0's samples are unnamed: call recorder.batch(numbers, of=8)"),
+        (
+            dict(numbers=lambda rank: range(4), backward_scale=0.5),
+            "ranks 0 and 1 (dp) both compute the samples [0..3]; nobody computes [4..7]\n"
+            "look at: which samples each rank takes; or recorder.batch was given",
+        ),
+        (
+            dict(numbers=right_numbers, backward_scale=0.5, spoil=noisy),
+            "forward and backward are right on every rank",
+        ),
+    ],
+)
+def test_a_mistake_in_recording_is_told_from_a_fault(settings, said, tmp_path, capsys):
+    replicas(tmp_path / "a", 1, has_loss=settings.get("has_loss", False))
+    replicas(tmp_path / "b", 2, **settings)
+    parity_main([str(tmp_path / "a"), str(tmp_path / "b")])
+    out = capsys.readouterr().out
+    assert said in out
+    assert "agree (" in out or out.startswith("B has 2 ranks: dp 2; the oracle A has 1 rank\n")
+
+
+def test_all_axes_of_a_size_are_named():
+    piece = SimpleNamespace(rank=0, part="rank 0, backward 2")
+    b = SimpleNamespace(ranks=range(4), entries={(1, "part", "w"): [piece]})
+    case = SimpleNamespace(step=1, axes={"dp": 2, "tp": 2}, b=b)
+    named = counts(case)
+    assert named[2] == "2 dp ranks or 2 tp ranks or 2 micro-batches"
+    assert named[8] == "2 dp ranks x 2 tp ranks x 2 micro-batches"
 
 
 # ---- faults of ours ------------------------------------------------------------------------------
