@@ -129,6 +129,11 @@ def record_both(flags: list[str], rest: list[str], own: dict, keep: Path, folder
         text = folder / "squares.txt"
         text.write_text(" ".join(str(i * i) for i in range(3000)), encoding="utf-8")
         recipe = [*recipe, f"--data={text}"]
+    words = [*recipe, *flags, *shlex.split(own["against"] or "")]
+    optims = [word for word in words if word.startswith(("--optim=", "--opt.ns_dtype="))]
+    if own["precision"] == "fp32" and not has_recipe and set(optims) <= {"--optim=muon"}:
+        # Muon's products in bf16 would make of rounding in fp32 a difference of 1 %.
+        recipe = [*recipe, "--opt.ns_dtype=float32"]
     recipe = [*recipe, *QUIET, f"--steps={own['steps']}", f"--precision={own['precision']}"]
     sides = {"b": flags}
     if not is_recording(own["against"]):

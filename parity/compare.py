@@ -9,7 +9,8 @@ gradients, weights after the step. A piece of B agrees where
 
     rms(b - a)  <=  relative (rms(a) + share x the largest rms of its kind in this step)
 
-and a weight where the difference is within 10 relative beside its last update (Adam divides by the
+where a loss, which has no dimensions and is large beside activations, counts for itself alone. A
+weight agrees where the difference is within 10 relative beside its last update (Adam divides by the
 gradient), or within four roundings of the weight. The bounds are those of the coarsest dtype in A's
 forwards and backwards. Copies that several ranks hold are compared one by one, and summands are
 added first. A parameter whose gradient is zero but for rounding (a bias of keys) is noise once an

@@ -1,8 +1,9 @@
 """Why the first tensor differs: hypotheses, each tried on the numbers alone.
 
-A hypothesis computes from the recordings what the tensor would be if it were true. Only where that
-is the tensor found, to the precision of the numbers, is it believed; where none is, the answer is
-"I do not know". Tried in this order:
+Most hypotheses compute from the recordings what the tensor would be if they were true, and are
+believed where that is the tensor found, to the precision of the numbers. A few fit its looks alone:
+masks and weights drawn anew, the size of rounding, singular vectors, other token ids. Where none
+fits, the answer is "I do not know". Tried in this order:
 
     parity/noise.py      another dtype, other masks
     parity/elsewhere.py  the right numbers in the wrong place, or of the wrong time

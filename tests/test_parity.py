@@ -544,6 +544,10 @@ def test_a_mistake_is_a_sentence(argv, sentence):
         parity_main(argv)
 
 
+def test_the_default_recipe_is_no_alarm_in_float32(capsys):
+    assert parity_main(["--tp=2", "--precision=fp32", "--steps=1"]) == 0, capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_mistake_has_exit_status_2():
     ended = command("--tp=3")
