@@ -47,6 +47,7 @@ import inspect
 import json
 import math
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -475,8 +476,10 @@ def settings(group: dict) -> dict:
 
 
 if __name__ == "__main__":
+    # The example finds this file under its name here, whatever it is called and wherever it lies.
+    sys.modules["parity.record"] = sys.modules["__main__"]
+
+if __name__ == "__main__":
     example = __doc__.partition("Example:\n")[2]
     print(example)
-    # Here the names are this file's, whatever it is called.
-    lines = inspect.cleandoc(example).splitlines()
-    exec("\n".join(line for line in lines if not line.startswith("from parity.")))
+    exec(inspect.cleandoc(example))
