@@ -132,8 +132,8 @@ def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
 def with_vocabulary(cfg: Config, n_vocab: int) -> Config:
     """cfg with its vocab_size; none becomes the tokenizer's n_vocab, rounded up to 64.
 
-    And with its loss_chunk, which depends on the vocabulary and the device. The rounding is the same
-    on any layout. Raises ValueError where tp does not divide vocab_size.
+    And with its loss_chunk, which depends on vocabulary and device. The rounding is the same on any
+    layout. Raises ValueError where tp does not divide vocab_size.
     """
     # Matrix products are fastest at multiples of 64.
     rounded_up = -(-n_vocab // 64) * 64
