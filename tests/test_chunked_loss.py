@@ -2,12 +2,19 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix import LAYOUTS, MODEL_PARALLEL, difference, sgd
 
 from layers.chunked_loss import chunked_loss
 from model import GPT, GPTConfig, initial_weight, loss_fn
+from parallel.pipeline import defer_weight_gradients, weight_gradients
+from run.auto import with_vocabulary
+from run.evaluate import loss_without_bytes
+from run.resume import continued
+from settings import parse
 
 SIZES = dict(n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=12, vocab_size=40)
 TRAITS = {
@@ -85,6 +92,19 @@ def test_evaluation_counts_and_loses_the_same():
         assert model(ids).shape == (3, 12, 40)
 
 
+def test_tokens_without_bytes_are_counted_over_all_chunks():
+    model = made({}).eval()
+    widths = np.arange(SIZES["vocab_size"]) % 3  # a third of the words have none
+    found = []
+    with torch.no_grad(), loss_without_bytes(model, widths) as silent:
+        for model.loss_chunk in (None, 10):
+            silent[0] = 0.0
+            model(*(ids.clamp(min=0) for ids in tokens()))
+            found.append(silent[0])
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-13)
+
+
 def test_a_prior_of_the_logits_is_cut_with_them():
     model = made({})
     prior = torch.randn(3, 12, 40, dtype=torch.float64)
@@ -149,3 +169,69 @@ def test_no_more_than_a_chunk_of_logits_is_ever_there():
     with Sizes():
         model(*tokens()).backward()
     assert largest == 8 * 4000 * 4
+
+
+def test_zero_bubble_defers_the_blocks_weight_gradients_and_has_the_heads():
+    model = made({})
+    whole = trained(model, None)
+    queue = defer_weight_gradients(model)
+    model.loss_chunk = 10
+    model.zero_grad(set_to_none=True)
+    (model(*tokens()) / 36).backward()
+    assert len(queue) == 6  # q, k, v, proj, fc, proj
+    assert furthest({"head": model.head.weight.grad}, {"head": whole["head.weight"]}) < 1e-12
+    weight_gradients(queue)
+    assert (
+        furthest({n: p.grad for n, p in model.named_parameters()} | {"loss": whole["loss"]}, whole)
+        < 1e-12
+    )
+
+
+# ---- train.py, on layouts ------------------------------------------------------------------------
+FAST = ("zero3 2", "tp 2 + sp")
+LARGE = (
+    "pp 2 zerobubble",
+    "zero1 2 x cp 2 x tp 2 + sp",
+    "fsdp 2 x tp 2",
+    "pp 2 x tp 2",
+    "cp 2",
+    "fsdp 2",
+    "ddp 2",
+)
+SETTINGS = ("--z_loss=0.01",)
+
+
+@pytest.mark.parametrize(
+    "layout", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+)
+def test_a_layout_with_chunks_is_one_process_without(layout):
+    one = "one process" if layout in LAYOUTS else "one larger process"
+    whole = sgd(one, *SETTINGS)
+    assert difference(sgd(layout, *SETTINGS, "--loss_chunk=5"), whole) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gpt2", "track3"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MODEL_PARALLEL])
+def test_every_layout_with_chunks_is_one_process_without(layout, arch):
+    settings = f"--arch={arch}", *SETTINGS, "--micro_batch_size=2", "--eval_tokens=144"
+    one = "one process" if layout in LAYOUTS else "one larger process"
+    found = sgd(layout, *settings, "--loss_chunk=5")
+    assert difference(found, sgd(one, *settings)) < 1e-10
+
+
+def test_auto_means_chunks_for_many_words_and_earlier_runs_stay_whole():
+    few = with_vocabulary(parse.parse(["--device=cpu"]), 256)
+    assert few.loss_chunk is None
+    many = with_vocabulary(parse.parse(["--device=cpu"]), 50257)
+    assert many.loss_chunk == 512
+    assert with_vocabulary(parse.parse(["--device=cuda"]), 50257).loss_chunk == 4096
+    assert with_vocabulary(parse.parse(["--loss_chunk=none"]), 50257).loss_chunk is None
+    # A resumed run keeps what it began with; one that knew no chunks had none.
+    saved = parse.to_dict(many)
+    again = parse.parse(["--device=cpu"])
+    assert continued(again, saved, branch=False).loss_chunk == 512
+    del saved["loss_chunk"]
+    assert continued(again, saved, branch=False).loss_chunk is None
+    other = parse.parse(["--loss_chunk=7"])
+    assert continued(other, saved, branch=False).loss_chunk == 7
