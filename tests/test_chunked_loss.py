@@ -127,11 +127,11 @@ def test_half_types_are_as_near_to_float64_as_without_chunks(dtype):
 
 def test_weights_in_bfloat16_sum_their_gradient_in_float32():
     """A sum in bfloat16 stops growing at 256."""
-    x = torch.ones(2000, 1, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.ones(600, 1, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    chunked_loss(x, weight, None, lambda logits, where: logits.float().sum(), 8).backward()
+    chunked_loss(x, weight, None, lambda logits, where: logits.float().sum(), 1).backward()
     assert weight.grad.dtype == torch.bfloat16
-    assert weight.grad.item() == pytest.approx(2000, rel=0.005)
+    assert weight.grad.item() == 600
 
 
 def test_frozen_tensors_get_no_gradient_and_a_second_backward_is_refused():
