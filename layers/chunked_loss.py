@@ -2,7 +2,7 @@
 
     whole     logits = x Wᵀ + b                    (N, V), kept with their softmax until backward
               loss = loss_of(logits)
-    chunks    for each chunk of n tokens
+    chunks    for each chunk of n tokens (train.py: --loss_chunk=n)
                   logits = x[chunk] Wᵀ + b         (n, V)
                   loss += loss_of(logits)
                   d = d loss_of / d logits         (n, V)
