@@ -21,8 +21,10 @@ What computing early costs: dW is there from forward on, where otherwise backwar
 its start. That is nothing, unless several forwards wait for their backwards, as in the last stage
 of a pipeline under gpipe, which then holds a dW for each.
 
-Measured: the head of GPT-2 124M with its loss, 2048 tokens in bfloat16 on one CPU core, seconds of
-its own time, median of three: whole TIMES.
+Head and loss of GPT-2 124M (C = 768, V = 50,304), forward and backward of 2048 tokens in bfloat16
+on one core of a Zen 5, in seconds of CPU time, median of three: all tokens at once 2.32, chunks of
+256 1.93, of 512 1.66, of 1024 1.68. A fourth product would take 0.39. Chunks are faster because
+softmax and its derivative work on memory that is in the caches.
 
 loss_of is any function of a chunk's logits that adds over tokens: a cap, a penalty, a collective
 (parallel/tensor.py) belong to it. Its gradient is autograd's.
@@ -56,7 +58,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PARTS = 8
+PARTS = 8  # of a chunk: so many times does loss_of see some of its tokens
+WORDS = 8192  # of which the weight's gradient is made at once
 
 
 def chunked_loss(
@@ -90,9 +93,9 @@ class ChunkedLoss(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         total = 0.0
         dx = torch.empty_like(x) if needs_x else None
-        dweight = None
-        dbias = None
         sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        dweight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
+        dbias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
         for tokens, some, w, b in chunks(x, weight, bias, size):
             logits = matmul(some, w, b)  # (n, V)
             for part, where in parts(tokens, size):
@@ -108,9 +111,9 @@ class ChunkedLoss(torch.autograd.Function):
             if needs_x:
                 dx[tokens] = matmul(logits, w.t(), None)
             if needs_weight:
-                dweight = add(dweight, matmul(logits.t(), some.t(), None), sum_dtype)
+                add_product(dweight, logits, some, matmul)
             if needs_bias:
-                dbias = add(dbias, logits.sum(0, dtype=sum_dtype), sum_dtype)
+                dbias += logits.sum(0, dtype=sum_dtype)
             del logits
         ctx.gradients = dx, dweight, dbias
         ctx.dtypes = x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
@@ -131,6 +134,14 @@ class ChunkedLoss(torch.autograd.Function):
         # Nobody else may hold them: autograd then takes them for p.grad without a copy.
         ctx.gradients = None
         return *scaled, None, None, None
+
+
+def add_product(dweight: Tensor, d: Tensor, x: Tensor, matmul: Callable) -> None:
+    """dweight += dᵀ x, in dweight's dtype: (V, C), (n, V), (n, C)."""
+    # Some words at a time: the product of all would be a second tensor of dweight's size.
+    for rows, some in zip(dweight.split(WORDS), d.split(WORDS, 1)):
+        # Cast by itself: an addition of two dtypes takes three times as long on a CPU.
+        rows += matmul(some.t(), x.t(), None).to(dweight.dtype)
 
 
 def chunks(x: Tensor, weight: Tensor, bias: Tensor | None, size: int):
@@ -154,16 +165,6 @@ def parts(tokens: slice, size: int):
     for start in range(tokens.start, tokens.stop, step):
         stop = min(start + step, tokens.stop)
         yield slice(start - tokens.start, stop - tokens.start), slice(start, stop)
-
-
-def add(total: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + x, in place and in this dtype; None stands for 0."""
-    if total is None:
-        return x.to(dtype)
-    # Cast a little at a time: one mixed addition is three times as slow on a CPU.
-    for rows, more in zip(total.split(1024), x.split(1024)):
-        rows.add_(more.to(dtype))
-    return total
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ Buffers also hold
     bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
     the largest parameter, to round it
     two float32 numbers for each logit, in the loss's backward; with --loss_chunk for each of an
-    eighth of a chunk, beside the chunk's logits, the head's gradient in float32, and a product that
-    is added to it
+    eighth of a chunk, beside the chunk's logits and the head's gradient in float32
     fsdp, with a method that needs full matrices: state and weights at owners, too, see
     parallel/sharded_optimizer.py
 
@@ -519,9 +518,9 @@ def loss_bytes(c: Case) -> float:
     """Bytes that the loss's backward holds for a while: two numbers for each logit.
 
     They are the gradients of log softmax, and of its input, in at least float32. In chunks
-    (layers/chunked_loss.py) it is two for each logit of a part, or a chunk's product for the head's
-    gradient; besides the chunk's logits, autocast's copy of the head, and the gradients of the
-    hidden states.
+    (layers/chunked_loss.py) it is two for each logit of a part, or a product for some words of the
+    head's gradient; besides the chunk's logits, autocast's copy of the head, and the gradients of
+    the hidden states.
     """
     wide = c.row.state.itemsize
     if not c.has_chunks:
@@ -530,7 +529,8 @@ def loss_bytes(c: Case) -> float:
     operand = c.row.products.itemsize
     of_part = 2 * wide * words * chunk_part(c.loss_chunk)
     copy = operand * words * width if has_copies(c.row) else 0
-    at_once = max(of_part, operand * words * width)
+    of_words = (operand + wide if operand != wide else wide) * min(words, 8192) * width
+    at_once = max(of_part, of_words)
     of_hidden = c.weight * c.logits / words * width
     return operand * words * c.loss_chunk + at_once + copy + of_hidden
 
