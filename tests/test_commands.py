@@ -32,7 +32,7 @@ PAGES += [ROOT / "experiments" / "README.md"]
 # Not bench*.md there: what was typed on a day, with the recipes of that day.
 PAGES += sorted((ROOT / "experiments" / "results").glob("[!b]*.md"))
 RECIPES = [*sorted((ROOT / "configs").rglob("*.toml")), ROOT / "configs" / "slurm.sh"]
-SCRIPTS = [ROOT / "tests" / "matrix.py", ROOT / "tests" / "partners.py"]
+SCRIPTS = [ROOT / "tests" / name for name in ("matrix.py", "partners.py", "faults/plant.py")]
 COMMAND = r"(?:python|torchrun|sbatch) +[^\s`][^`]*?"
 # What a page writes for something of the reader's own.
 PLACEHOLDERS = {
@@ -40,6 +40,7 @@ PLACEHOLDERS = {
     "bench.py NAME": "bench.py optim",
     "experiments.NAME": "experiments.optimizers",
     "configs/MINE.toml": "configs/cpu.toml",
+    "my_recipe.toml": "recipe.toml",
     "recipe.toml": "configs/cpu.toml",
     "--field=...": "--lr=0.1",
     "--field=value": "--lr=0.1",
@@ -130,6 +131,7 @@ def place(tmp_path, monkeypatch):
         for name in ("train.py", *nanogpt.FILES):
             (tmp_path / clone / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / clone / name).touch()
+    (tmp_path / "map.toml").write_text('[names]\n"model.*" = "*"\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # bench.py optim --threads=2
     return monkeypatch
@@ -161,6 +163,7 @@ BENCHES = {
     "network": "parallel.launch:pick_device",
     "pipeline": "parallel.launch:start",
     "all": "benchmarks.all:section",
+    "gpu": "benchmarks.gpu:take_folder",
 }
 TOOLS = {
     "sample": ["sample:load"],
@@ -170,6 +173,7 @@ TOOLS = {
     "parallel.watchdog": ["parallel.watchdog:report"],
     "precision.histogram": ["precision.histogram:read"],
     "experiments.all": ["subprocess:run", "experiments.all:index"],
+    "parity.__main__": ["parity.__main__:compare", "parity.__main__:record_both"],
 }
 
 
@@ -202,10 +206,13 @@ def understood(place, words: list[str]) -> None:
         parse.parse(words)
     elif module == "bench":
         main = importlib.import_module("bench").main
+        place.setattr(torch.cuda, "is_available", lambda: True)  # as bench.py gpu wants it
         if words[1:] != ["--help"]:
             reads(place, main, words, BENCHES.get(words[0], "bench:main"))
         else:
             assert words[0] in BENCHES
+    elif module == "parity.__main__" and not words:
+        return  # its name, in a sentence
     elif module in TOOLS:
         reads(place, importlib.import_module(module).main, words, *TOOLS[module])
     elif module in ("memory.plan", "memory.estimate"):
@@ -215,7 +222,8 @@ def understood(place, words: list[str]) -> None:
     elif module == "parallel.pipeline":
         assert importlib.import_module(module).main(words)
     elif module.startswith("examples."):
-        assert len(words) <= 1
+        # Those beside the parity oracle take the layouts or models to record.
+        assert len(words) <= 1 or module.startswith("examples.parity_")
     elif module.startswith("experiments."):
         from experiments import protocol
 
@@ -223,8 +231,8 @@ def understood(place, words: list[str]) -> None:
         arguments = ("", f"{name}.py", [], [], None, None, None, None)
         reads(place, lambda _: protocol.main(*arguments), words, "run.control:RunLock")
     else:
-        options = {word.split("=")[0] for word in words}
-        assert path in SCRIPTS and all(f'"{name}"' in path.read_text() for name in options)
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert path in SCRIPTS and all(f'"{name}' in path.read_text() for name in options)
 
 
 # ---- the tests -----------------------------------------------------------------------------------

@@ -160,7 +160,10 @@ def here(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu, "run_group", run_group)
     monkeypatch.syspath_prepend(tmp_path)
-    return limits
+    yield limits
+    # Another test has another stage of this name.
+    for name in [name for name in sys.modules if name.startswith("stage_of_")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@
                <  checkpoint metrics                             what keeps it, what looks
                <  model monitor                                  concepts at the root
                <  run                                            concepts from settings
-               <  train sample sweep bench, search benchmarks experiments examples, memory/plan,
-                  __main__
+               <  train sample sweep bench, search benchmarks experiments examples parity,
+                  memory/plan, __main__
 
 The rooms between settings and run are concepts. A concept takes plain arguments: it imports no
 settings, and from another room only what CROSSINGS lists. In the folders of ALONE a file can be
@@ -30,7 +30,8 @@ ROOMS = [
     {"checkpoint", "metrics"},
     {"model", "monitor"},
     {"run"},
-    {"train", "sample", "sweep", "bench", "search", "benchmarks", "experiments", "examples"},
+    {"train", "sample", "sweep", "bench"}
+    | {"search", "benchmarks", "experiments", "examples", "parity"},
 ]
 CONCEPTS = set().union(*ROOMS[2:5])
 TOOLS = {"memory.plan", "checkpoint.__main__"}  # in the folder of a concept
@@ -190,8 +191,12 @@ def test_a_concept_imports_at_most_one_other(name):
 def test_only_the_tools_that_run_it_import_train():
     found = {name for name, others in OURS.items() if "train" in others}
     experiments = {name for name in found if name.startswith("experiments.")}
-    # It looks inside a run, in a process of its own.
-    assert found - experiments == {"benchmarks.overhead", "benchmarks.stages.common"}
+    # They look inside a run, in processes of their own.
+    assert found - experiments == {
+        "benchmarks.overhead",
+        "benchmarks.stages.common",
+        "parity.ours",
+    }
 
 
 def test_seven_files_stand_at_the_root_and_each_folder_says_what_it_holds():

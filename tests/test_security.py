@@ -128,6 +128,7 @@ IMPORTS = {
     "run/optimizers.py": 1,
     "metrics/logger.py": 1,
     "bench.py": 1,
+    "benchmarks/gpu.py": 1,  # a stage, in a process of its own
     "benchmarks/optimizers.py": 2,
     "benchmarks/nanogpt.py": 1,
 }

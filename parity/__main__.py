@@ -1,0 +1,135 @@
+"""Which tensor of a run differs first from another layout's run, and why.
+
+    python -m parity "--tp=2 --pp=2" [--ranks=4] [--against="..."] [RECIPE] [FLAGS]
+        trains a few steps of RECIPE (default: a tiny GPT) by train.py, with these flags and with
+        those of --against (default: none, on one process), and compares; --against=DIR: a recording
+    python -m parity A B [--names=map.toml]
+        compares two recordings (parity/record.py), from any trainers; A is right
+
+    --steps=3         how many
+    --precision=fp64  or fp32, bf16, ...: what train.py computes with
+    --keep=DIR        keeps the recordings in DIR/a and DIR/b
+    --json            the finding as one line of JSON
+
+Exit status: 0 all agree, 1 something differs or a rank died, 2 a user's mistake.
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from parity.compare import Comparison
+from parity.diagnose import diagnose, report
+from parity.recording import Recording, read_names
+
+TINY = """--n_layer=2 --n_head=4 --n_embd=32 --block_size=16 --batch_size=8 --vocab_size=256
+--zero_init=false --dropout=0.1 --lr=0.01 --grad_clip=0.5 --schedule=constant""".split()
+QUIET = """--eval_every=none --sample_tokens=0 --plot=false --save_every=0 --device=cpu
+--resume=never""".split()
+LAYOUT = ("--tp", "--sp", "--cp", "--pp", "--data_parallel", "--cp_attention", "--pp_schedule")
+OWN = {"ranks": None, "against": None, "steps": "3", "precision": "fp64", "keep": None}
+
+
+def main(argv: list[str]) -> int:
+    own = dict(OWN)
+    names = None
+    as_json = "--json" in argv
+    rest = []
+    for word in argv:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--names="):
+            names = read_names(value)
+        elif word.startswith("--") and name in OWN and " " not in word.split("=")[0]:
+            own[name] = value
+        elif word != "--json":
+            rest.append(word)
+    if not rest or rest == ["--help"]:
+        print(__doc__.strip())
+        return 0 if rest else 2
+    if len(rest) >= 2 and all(Path(word).is_dir() for word in rest[:2]):
+        return compare(rest[0], rest[1], names, as_json)
+    with tempfile.TemporaryDirectory() as folder:
+        keep = Path(own["keep"] or folder)
+        record_both(shlex.split(rest[0]), rest[1:], own, keep, Path(folder))
+        oracle = keep / "a"
+        if is_recording(own["against"]):
+            oracle = own["against"]
+        return compare(oracle, keep / "b", names, as_json)
+
+
+def is_recording(path: str | None) -> bool:
+    return path is not None and Path(path, "rank_0.jsonl").is_file()
+
+
+def compare(a, b, names: dict | None, as_json: bool) -> int:
+    comparison = Comparison(Recording(a), Recording(b, names))
+    first = comparison.first()
+    if first is None:
+        n = len(comparison.order)
+        worst = max(comparison.errors.values(), default=0.0)
+        print(f"all {n} tensors agree (largest relative difference {worst:.0e})")
+        return 0
+    finding = diagnose(comparison, first)
+    if as_json:
+        step, kind, name = first.key
+        fact = {"kind": kind, "name": name, "step": step, "cause": finding.cause}
+        print(json.dumps(fact | {"sentence": finding.sentence, "error": first.error}))
+    else:
+        print(report(comparison, first, finding))
+    return 1
+
+
+def record_both(flags: list[str], rest: list[str], own: dict, keep: Path, folder: Path) -> None:
+    """Runs both layouts. Raises ValueError for what train.py refuses."""
+    from parity.ours import record_ranks
+    from settings import parse
+
+    for word in rest:
+        if word.partition("=")[0] in LAYOUT:
+            raise ValueError(
+                f"{word} stands outside the quotes, so both sides would have it; type"
+                f' "{" ".join([*flags, word])}" as one word'
+            )
+    has_recipe = any(word.endswith(".toml") for word in rest)
+    recipe = rest if has_recipe else [*TINY, *rest]
+    if not has_recipe and not any(word.startswith("--data=") for word in recipe):
+        text = folder / "squares.txt"
+        text.write_text(" ".join(str(i * i) for i in range(3000)), encoding="utf-8")
+        recipe = [*recipe, f"--data={text}"]
+    recipe = [*recipe, *QUIET, f"--steps={own['steps']}", f"--precision={own['precision']}"]
+    sides = {"b": flags}
+    if not is_recording(own["against"]):
+        sides = {"a": shlex.split(own["against"] or ""), "b": flags}
+    for side, extra in sides.items():
+        if (keep / side).exists():
+            raise ValueError(f"{keep / side} is there already; type another --keep=")
+        words = [*recipe, *extra]
+        if not any(word.startswith("--data_parallel=") for word in words):
+            words.append("--data_parallel=ddp")
+        cfg = parse.parse([*words, f"--out_dir={folder / ('out_' + side)}"])
+        n = cfg.tp * cfg.cp * cfg.pp
+        if side == "b":
+            n = ranks(own["ranks"], n)
+        record_ranks(cfg, keep / side, n)
+
+
+def ranks(word: str | None, least: int) -> int:
+    """How many processes: what --ranks says, or as few as make a layout."""
+    if word is None:
+        return max(2, least)
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f"--ranks={word} is no number of processes; type --ranks={max(2, least)}")
+    return int(word)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"parity: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # of a rank, with its traceback
+        print(f"parity: a run failed:\n{error}", file=sys.stderr)
+        sys.exit(1)

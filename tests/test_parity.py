@@ -1,0 +1,397 @@
+"""The parity oracle names the first tensor that differs, and why; where none does it is silent.
+
+Faults: in a plain torch model (parity_plain.py), switched on; in this project, patches (faults/).
+A few of each here, all of them with -m slow.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import copies
+import pytest
+import safetensors.torch
+import torch
+import torch._dynamo  # noqa: F401  (once here, not in every forked rank)
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
+from parity_plain import Model, Plan, sound, train
+
+from memory.meter import Meter
+from model import GPT, GPTConfig
+from parity import record as recorder_file
+from parity.__main__ import main as parity_main
+from parity.compare import Comparison
+from parity.diagnose import diagnose
+from parity.record import record
+from parity.recording import Recording
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+import plant  # noqa: E402
+
+BIG = "blocks.1.up.weight"
+MATRIX = "shard_as_matrix"
+# Plan of the fault; kind and name of the first tensor that differs; cause.
+FAULTS = [
+    (dict(fault="not_summed", at=BIG), "gradient", BIG, "not_summed"),
+    (dict(fault="not_summed", at="blocks.0.norm1.weight", ranks=4), "gradient", "", "not_summed"),
+    (dict(fault="not_summed", at="tokens.weight", micro=2), "gradient", "", "not_summed"),
+    (dict(fault="not_summed_all"), "gradient", "head.weight", "not_summed"),
+    (dict(fault="mean"), "gradient", "head.weight", "not_summed"),
+    (dict(fault="mean_one", at="blocks.0.q.bias", ranks=4), "gradient", "", "not_summed"),
+    (dict(fault="mean", shards=True, optimizer="sgd"), "gradient", "head.weight", "not_summed"),
+    (dict(fault="rank_left_out", at=BIG, ranks=4), "gradient", BIG, "not_summed"),
+    (dict(fault="scaled_by_micro", ranks=1, micro=4), "output", "(loss)", "not_summed"),
+    (dict(fault="summed_twice", at=BIG), "gradient", BIG, "summed_twice"),
+    (dict(fault="summed_twice", at="norm.bias", ranks=4), "gradient", "", "summed_twice"),
+    (dict(fault="own_twice", at="blocks.0.v.weight"), "gradient", "", "summed_twice"),
+    (dict(fault="bias_twice", at="blocks.1.down"), "output", "", "summed_twice"),
+    (dict(fault="local_means", ignore=True), "output", "(loss)", "mean_of_means"),
+    (dict(fault="local_means", ignore=True, ranks=1, micro=4), "output", "(loss)", "mean_of_means"),
+    (dict(fault="tied_head_detached", tied=True), "gradient", "tokens.weight", "half_tied"),
+    (dict(fault="tied_embedding_detached", tied=True), "gradient", "tokens.weight", "half_tied"),
+    (dict(fault="stale_weight", at=BIG), "weight", BIG, "stale"),
+    (dict(fault="stale_gradient", at="blocks.0.q.weight"), "gradient", "", "stale"),
+    (dict(fault="old_weight", at="blocks.1.up"), "output", "", "stale"),
+    (dict(fault="old_weight", at="blocks.0.q", ranks=1), "output", "", "stale"),
+    (dict(fault="not_cleared"), "gradient", "head.weight", "stale"),
+    (dict(fault="gradient_shards_swapped", at=BIG), "gradient", BIG, "wrong_order"),
+    (dict(fault="weights_shards_swapped", at="tokens.weight"), "weight", "", "wrong_order"),
+    (dict(fault="weights_transposed", at="blocks.0.out.weight"), "weight", "", "wrong_order"),
+    (dict(fault="weights_heads_swapped", at="blocks.0.q.weight"), "weight", "", "heads"),
+    (dict(fault="heads_swapped", at="blocks.0"), "output", "blocks.0.heads", "heads"),
+    (dict(fault="heads_interleaved", at="blocks.1"), "output", "blocks.1.heads", "heads"),
+    (dict(fault="weights_halves_swapped", at="blocks.1.k.weight"), "weight", "", "rotary"),
+    (dict(fault="weights_neighbours", at="blocks.1.q.weight"), "weight", "", "rotary"),
+    (dict(fault="rotary_sign", at="blocks.0.rotary_q"), "output", "", "rotary"),
+    (dict(fault="rotary_neighbours", at="blocks.1.rotary_k"), "output", "", "rotary"),
+    (dict(fault="rotary_halves", at="blocks.0.rotary_k"), "output", "", "rotary"),
+    (dict(fault="positions", at="blocks.0.rotary_q"), "output", "", "position"),
+    (dict(fault="positions_late", at="blocks.1.rotary_q"), "output", "", "position"),
+    (dict(fault="learned_positions", position="learned"), "output", "positions", "position"),
+    (dict(fault="micro_lost", micro=2), "gradient", "head.weight", "micro_batch"),
+    (dict(fault="no_accumulation", at=BIG, ranks=1, micro=4), "gradient", BIG, "micro_batch"),
+    (dict(fault="backward_skipped", micro=2), "output_gradient", "head", "micro_batch"),
+    (dict(fault="samples_of_rank_0"), "input", "(0)", "wrong_samples"),
+    (dict(fault="masks_by_rank", at="blocks.1.mask", dropout=0.2), "output", "", "random"),
+    (dict(fault="weights_drawn_anew", at="blocks.0.up.weight"), "weight", "", "random"),
+    (dict(fault="local_norm", clip=0.05, shards=True), "clipped", "head.weight", "local_norm"),
+    (dict(fault="local_norm", clip=0.05, shards=True, norm=True), "norm", "", "local_norm"),
+    (dict(fault="clipped_one_by_one", clip=0.05), "clipped", "head.weight", "local_norm"),
+    (dict(fault="clipped_before_sum"), "gradient", "head.weight", "local_norm"),
+    (dict(fault="no_decay", at=BIG), "weight", BIG, "weight_decay"),
+    (dict(fault="decay_twice", at="all"), "weight", "tokens.weight", "weight_decay"),
+    (dict(fault="decay_grows", at="norm.weight"), "weight", "", "weight_decay"),
+    (dict(fault="decay_late", at=BIG), "weight", BIG, "weight_decay"),
+    (dict(fault="decay_without_lr", at=BIG, optimizer="sgd"), "weight", BIG, "weight_decay"),
+    (dict(fault="step_count", at="all"), "weight", "tokens.weight", "bias_correction"),
+    (dict(fault="no_first_correction", at=BIG), "weight", BIG, "bias_correction"),
+    (dict(fault="no_second_correction", at=BIG), "weight", BIG, "bias_correction"),
+    (dict(fault="shard_muon", at=BIG, optimizer="muon", shards=True), "weight", BIG, MATRIX),
+    (dict(fault="shard_norms", at=BIG, optimizer="lamb", shards=True), "weight", BIG, MATRIX),
+    (dict(fault="bf16_product", at="blocks.0.up"), "output", "", "low_precision"),
+    (dict(fault="fp32_product", at="blocks.1.q"), "output", "", "low_precision"),
+    (dict(fault="bf16_inputs", at="blocks.0.down"), "output", "", "low_precision"),
+    (dict(fault="tf32_product", at="blocks.0.out"), "output", "", "low_precision"),
+    (dict(fault="bf16_sum"), "gradient", "head.weight", "low_precision"),
+    (dict(fault="weights_bf16", at="blocks.0.up.weight"), "weight", "", "low_precision"),
+    (dict(fault="bf16_inputs", dtype=torch.float32), "output", "blocks.1.up", "low_precision"),
+    (dict(fault="nan", at=BIG), "gradient", BIG, "nonfinite"),
+]  # fmt: skip
+# What no hypothesis explains: another answer than "I do not know" would be wrong.
+STRANGE = [
+    dict(fault="relu", at="blocks.0"),
+    dict(fault="norm_eps"),
+    dict(fault="no_scale", at="blocks.1"),
+    dict(fault="swapped_k_v", at="blocks.0"),
+    dict(fault="sees_the_future", at="blocks.0"),
+    dict(fault="label_smoothing"),
+    dict(fault="no_bias", at="blocks.1.up"),
+    dict(fault="half_input", at="blocks.1.up"),
+    dict(fault="l2", at=BIG),
+    dict(fault="beta2", at=BIG),
+    dict(fault="sign", at=BIG),
+    dict(fault="noise", at=BIG),
+]
+
+
+def found(plan: Plan, folder: Path):
+    """What parity says of a planted fault: (difference, finding), or None."""
+    train(sound(plan), folder / "a")
+    train(plan, folder / "b")
+    comparison = Comparison(Recording(folder / "a"), Recording(folder / "b"))
+    first = comparison.first()
+    if first is None:
+        return None
+    return first, diagnose(comparison, first)
+
+
+def check(settings: dict, kind: str, name: str, cause: str, folder: Path) -> None:
+    plan = Plan(**settings)
+    first, finding = found(plan, folder)
+    assert first.key[1] == kind, (first, finding)
+    wanted = name or plan.at
+    assert first.key[2] == wanted or kind == "norm", (first, finding)
+    assert finding.cause == cause, (first, finding)
+
+
+def title(case) -> str:
+    settings = case[0] if isinstance(case, tuple) else case
+    return "-".join(str(value) for key, value in settings.items() if key in ("fault", "at"))
+
+
+def some(cases: list, often: int) -> list:
+    """One in `often` of them always, the others with -m slow."""
+    marked = []
+    for i, case in enumerate(cases):
+        marks = () if i % often == 0 else pytest.mark.slow
+        marked.append(pytest.param(case, id=title(case), marks=marks))
+    return marked
+
+
+@pytest.mark.parametrize("case", some(FAULTS, 7))
+def test_a_fault_in_a_plain_torch_model_is_named(case, tmp_path):
+    check(*case, tmp_path)
+
+
+@pytest.mark.parametrize("settings", some(STRANGE, 6))
+def test_a_fault_of_another_kind_is_not_given_a_wrong_cause(settings, tmp_path):
+    first, finding = found(Plan(**settings), tmp_path)
+    assert finding.cause == "unknown", (first, finding)
+
+
+SOUND = [
+    dict(),
+    dict(ranks=4, micro=2),
+    dict(tied=True, optimizer="sgd", clip=0.05),
+    dict(shards=True, dropout=0.2),
+    dict(ignore=True, position="learned", dtype=torch.float32, micro=4),
+]
+
+
+@pytest.mark.parametrize("settings", some(SOUND, 4))
+def test_a_sound_run_on_several_ranks_is_no_alarm(settings, tmp_path):
+    assert found(Plan(**settings), tmp_path) is None
+
+
+class Deep(torch.nn.Module):
+    """60 layers that magnify what goes in; with `halves` each product is the sum of two."""
+
+    def __init__(self, halves: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.halves = halves
+        self.layers = torch.nn.ModuleList(Layer(halves) for _ in range(60))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, halves: bool):
+        super().__init__()
+        self.halves = halves
+        self.weight = torch.nn.Parameter(torch.randn(32, 32) * 1.7 / 32**0.5)
+
+    def forward(self, x):
+        if not self.halves:
+            return torch.tanh(x @ self.weight.T)
+        left, right = x.chunk(2, -1)
+        return torch.tanh(left @ self.weight[:, :16].T + right @ self.weight[:, 16:].T)
+
+
+def test_rounding_that_grows_with_depth_is_no_fault(tmp_path):
+    for name, halves in (("a", False), ("b", True)):
+        recorder = record(Deep(halves), tmp_path / name)
+        torch.manual_seed(1)
+        recorder.model(torch.randn(16, 32)).square().sum().backward()
+        recorder.close()
+    comparison = Comparison(Recording(tmp_path / "a"), Recording(tmp_path / "b"))
+    first = comparison.first()
+    assert first.key[2] not in ("layers.0", "layers.1")
+    assert diagnose(comparison, first).cause == "rounding"
+
+
+def test_what_no_rank_has_is_a_difference(tmp_path):
+    train(sound(Plan()), tmp_path / "a")
+    train(Plan(), tmp_path / "b")
+    (tmp_path / "b" / "rank_1.jsonl").unlink()
+    comparison = Comparison(Recording(tmp_path / "a"), Recording(tmp_path / "b"))
+    first = comparison.first()
+    assert first.key == (1, "input", "(0)") and first.why.startswith("no rank has")
+    assert diagnose(comparison, first).cause == "micro_batch"
+
+
+# ---- faults of ours ------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tree():
+    with tempfile.TemporaryDirectory() as folder:
+        yield plant.copy_of_tree(Path(folder).resolve())
+
+
+def test_every_patch_fits_and_no_fault_is_there_twice(tree):
+    faults = plant.faults()
+    assert {fault.patch for fault in faults} == set(plant.HERE.glob("*.patch"))
+    assert len(faults) >= 20 and len({fault.name for fault in faults}) == len(faults)
+    for fault in faults:
+        plant.patched(tree, fault, check=True)
+
+
+FAST = ("tp_no_sum_backward", "pp_tied_half")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=fault.name, marks=() if fault.name in FAST else pytest.mark.slow)
+        for fault in plant.faults()
+    ],
+)
+def test_a_fault_of_ours_is_named_by_the_command(fault, tree):
+    assert plant.verdict(fault, *plant.look(tree, fault, ["--json"])) == ""
+
+
+# ---- the command ---------------------------------------------------------------------------------
+def command(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "parity", *argv], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_exit_status_and_report(tmp_path, capsys):
+    train(sound(Plan()), tmp_path / "a")
+    train(Plan(), tmp_path / "b")
+    train(Plan(fault="mean"), tmp_path / "c")
+    assert parity_main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "tensors agree" in capsys.readouterr().out
+    assert parity_main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    said = capsys.readouterr().out
+    assert "gradient of head.weight, in step 1" in said and "B is 0.5 times A" in said
+    assert "likely: not summed" in said and "look at: the all-reduce" in said
+
+
+def test_names_of_another_trainer_are_mapped(tmp_path, capsys):
+    train(sound(Plan()), tmp_path / "a")
+    train(Plan(), tmp_path / "b")
+    for path in (tmp_path / "b").glob("*.jsonl"):
+        text = path.read_text().replace('"blocks.', '"model.layers.')
+        path.write_text(text.replace(".up", ".mlp.fc1"))
+    names = tmp_path / "map.toml"
+    names.write_text("""[names]
+"model.layers.*.mlp.fc1" = "blocks.*.up"
+"model.layers.*" = "blocks.*"
+""")
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert parity_main(folders) == 1
+    assert "missing" in capsys.readouterr().out
+    assert parity_main([*folders, f"--names={names}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--tp=3"], "n_head"),
+        (["--tpp=2"], "no field 'tpp'"),
+        (["--tp=2", "--ranks=x"], "--ranks=x"),
+        (["--tp=2", "--pp=2"], '"--tp=2 --pp=2" as one word'),
+        (["--tp=2", "--names=nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_a_mistake_is_a_sentence(argv, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parity_main(argv)
+
+
+@pytest.mark.slow
+def test_a_mistake_has_exit_status_2():
+    ended = command("--tp=3")
+    assert ended.returncode == 2 and ended.stderr.startswith("parity: ")
+    assert ended.stderr.count("\n") == 1
+
+
+# ---- the recorder --------------------------------------------------------------------------------
+def test_the_files_are_safetensors_and_hold_what_was_computed(tmp_path):
+    plan = Plan(ranks=1, steps=1)
+    train(plan, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "rank_0.jsonl").read_text().splitlines()]
+    tensors = safetensors.torch.load_file(tmp_path / "rank_0.0.safetensors")
+    pieces = [line for line in lines if "kind" in line]
+    assert len(tensors) == len(pieces)
+    kinds = {line["kind"] for line in pieces}
+    assert kinds == {"weight", "input", "output", "output_gradient", "part", "gradient"}
+    start = next(line for line in pieces if line["name"] == "head.weight")
+    torch.manual_seed(1)
+    assert torch.equal(tensors[start["key"]], Model(plan).to(plan.dtype).head.weight)
+
+
+def test_evaluation_and_recomputation_are_not_recorded(tmp_path):
+    from torch.utils.checkpoint import checkpoint
+
+    inner = torch.nn.Linear(4, 4)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False).sum()
+
+    recorder = record(Net(), tmp_path)
+    with torch.no_grad():
+        recorder.model(torch.randn(2, 4))
+    recorder.model(torch.randn(2, 4)).backward()
+    recorder.close()
+    recording = Recording(tmp_path)
+    assert len(recording.entries[1, "output", "inner"]) == 1
+    assert len(recording.entries[1, "output_gradient", "inner"]) == 1
+
+
+def test_the_recorder_works_copied_alone(tmp_path):
+    ended = copies.run_copy(ROOT, "parity/record.py", recorder_file.__doc__, tmp_path)
+    assert ended.loaded == {"parity/record.py"} and ended.out.endswith("lines\n")
+
+
+# ---- what recording costs ------------------------------------------------------------------------
+def gpt_steps(folder: Path, recorded: bool, n: int, width: int = 64) -> list[float]:
+    """Seconds of each of n steps of a GPT, recorded or not."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=3, n_embd=width, block_size=64))
+    optimizer = torch.optim.AdamW(gpt.parameters(), foreach=False)
+    recorder = record(gpt, folder, optimizer) if recorded else None
+    tokens = torch.randint(256, (8, 64))
+    seconds = []
+    for _ in range(n):
+        began = time.perf_counter()
+        (gpt(tokens, tokens) / tokens.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    if recorder is not None:
+        recorder.close()
+    return seconds
+
+
+def test_recording_holds_one_tensor_at_a_time(tmp_path):
+    peaks = []
+    for recorded in (False, True):
+        with Meter() as meter:
+            gpt_steps(tmp_path, recorded, 2)
+        peaks.append(meter.peak)
+    widest = 8 * 64 * 256 * 4  # of the MLP, and the logits
+    assert peaks[1] <= peaks[0] + widest
+
+
+@pytest.mark.slow
+def test_a_recorded_step_takes_at_most_three_times_as_long(tmp_path):
+    bare = statistics.median(gpt_steps(tmp_path, False, 12, 128)[2:])
+    recorded = statistics.median(gpt_steps(tmp_path, True, 12, 128)[2:])
+    assert recorded <= 3 * bare, (recorded, bare)
