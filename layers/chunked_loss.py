@@ -22,9 +22,9 @@ its start. That is nothing, unless several forwards wait for their backwards, as
 of a pipeline under gpipe, which then holds a dW for each.
 
 Head and loss of GPT-2 124M (C = 768, V = 50,304), forward and backward of 2048 tokens in bfloat16
-on one core of an Intel Xeon, in seconds of CPU time, median of three: all tokens at once 2.32, chunks of
-256 1.93, of 512 1.66, of 1024 1.68. A fourth product would take 0.39. Chunks are faster because
-softmax and its derivative work on memory that is in the caches.
+on one core of an Intel Xeon, in seconds of CPU time, median of three: all tokens at once 2.32,
+chunks of 256 1.93, of 512 1.66, of 1024 1.68. A fourth product would take 0.39. Chunks are faster
+because softmax and its derivative work on memory that is in the caches.
 
 loss_of is any function of a chunk's logits that adds over tokens: a cap, a penalty, a collective
 (parallel/tensor.py) belong to it. Its gradient is autograd's.
