@@ -192,6 +192,9 @@ def index(body: dict) -> Iterator[tuple[str, object]]:
     for part in (body["tree"], body["tree"].get("config", {})):
         for name in ADDED & part.keys():
             del part[name]
+    chosen = body["tree"].get("config", {}).get("chosen")
+    if chosen is not None:
+        body["tree"]["config"]["chosen"] = [name for name in chosen if name not in ADDED]
     record = body["tree"].get("record", {})
     for note in HERE_AND_NOW:
         if record.get(note) not in (None, "unknown"):
