@@ -297,6 +297,7 @@ def test_nanogpt_end_to_end(clone, tmp_path, text, monkeypatch, capsys):
         ("job --rnus=3", "rnus"),
         ("all --nanogpt=nowhere", "clone"),
         ("spread --slow", "usage"),
+        ("memory --job=gpt3", "usage"),
         ("all --only=optim", "usage"),
         ("all --out=README.md", "folder"),
     ],
