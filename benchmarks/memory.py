@@ -17,6 +17,7 @@ train.py would choose. A row, in MB (1e6 bytes) on the rank that holds most:
 
 import dataclasses
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -120,11 +121,12 @@ def on_rank(
     torch.set_num_threads(1)
     method = Path(store).as_uri()
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world)
-    found = step(job, layout, loss_chunk, rank, world)
-    of_ranks = [None] * world
-    dist.all_gather_object(of_ranks, found)
+    found = torch.tensor(step(job, layout, loss_chunk, rank, world), dtype=torch.float64)
+    of_ranks = [torch.empty_like(found) for _ in range(world)]
+    dist.all_gather(of_ranks, found)
     if rank == 0:
-        torch.save(max(of_ranks, key=lambda bytes_of: bytes_of[-1]), file)
+        fullest = max(of_ranks, key=lambda bytes_of: bytes_of[-1])
+        Path(file).write_text(json.dumps(fullest.tolist()), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -156,7 +158,7 @@ def row(job: Job, layout: str, loss_chunk: int | None, world: int) -> str:
         with tempfile.TemporaryDirectory() as folder:
             arguments = f"{folder}/store", world, job, layout, loss_chunk, f"{folder}/found"
             torch.multiprocessing.spawn(on_rank, arguments, nprocs=world)
-            found = torch.load(f"{folder}/found", weights_only=True)
+            found = json.loads(Path(folder, "found").read_text(encoding="utf-8"))
     weights, gradients, state, peak = found
     told = predicted(job, layout, loss_chunk, world)
     rest = peak - weights - gradients - state
