@@ -238,8 +238,8 @@ class GPT(nn.Module):
         if names[-1] != str(self.config.n_layer - 1):
             return x
         x = self.final_norm(x)
-        # A micro-batch of one chunk, and generation, have the logits whole.
-        if targets is not None and self.loss_chunk and targets.numel() > self.loss_chunk:
+        # Generation, which has no targets, needs the logits themselves.
+        if targets is not None and self.loss_chunk is not None:
             return self.loss_in_chunks(x, targets)
         logits = self.logits(x)  # (B, T, V)
         if self.logit_bias is not None:

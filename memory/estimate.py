@@ -300,8 +300,8 @@ class Case:
 
     @property
     def has_chunks(self) -> bool:
-        """Is the loss computed in chunks? A micro-batch of one chunk is computed whole."""
-        return self.loss_chunk is not None and self.logits > self.loss_chunk * self.head[0]
+        """Is the loss computed in chunks?"""
+        return self.loss_chunk is not None and self.logits > 0
 
     @property
     def full(self) -> dict[str, tuple[int, ...]]:
@@ -527,12 +527,13 @@ def loss_bytes(c: Case) -> float:
         return 2 * wide * c.logits
     words, width = c.head
     operand = c.row.products.itemsize
-    of_part = 2 * wide * words * chunk_part(c.loss_chunk)
+    tokens = c.logits / words
+    of_part = 2 * wide * words * min(tokens, chunk_part(c.loss_chunk))
     copy = operand * words * width if has_copies(c.row) else 0
     of_words = (operand + wide if operand != wide else wide) * min(words, 8192) * width
     at_once = max(of_part, of_words)
-    of_hidden = c.weight * c.logits / words * width
-    return operand * words * c.loss_chunk + at_once + copy + of_hidden
+    of_hidden = c.weight * tokens * width
+    return operand * words * min(tokens, c.loss_chunk) + at_once + copy + of_hidden
 
 
 def chunk_part(loss_chunk: int) -> int:
@@ -732,8 +733,8 @@ def activation_bytes(
 
     # What the head keeps is gone when backward comes to the blocks.
     words = per_word * vocab_size
-    if loss_chunk is not None and tokens > loss_chunk:
-        words *= chunk_part(loss_chunk) / tokens
+    if loss_chunk is not None and tokens:
+        words *= min(1, chunk_part(loss_chunk) / tokens)
     of_head = per_channel * n_embd + words
     if how == "none":
         return tokens * (kept * n_embd + of_head)
