@@ -8,6 +8,7 @@
     python bench.py scaling [...]    scaling.py      ranks and sizes: speed, memory, bytes sent
     python bench.py overhead [...]   overhead.py     what data, monitoring, saving, start-up cost
     python bench.py spread [...]     spread.py       Muon's products on every rank, and at owners
+    python bench.py memory [...]     memory.py       peak bytes of a step, and of what
     python bench.py all [...]        all.py          all of these in turn, one page
     python bench.py gpu [...]        gpu.py          what only a GPU can answer, in five minutes
 
@@ -35,6 +36,7 @@ FILES = {
     "job": "job",
     "nanogpt": "nanogpt",
     "spread": "spread",
+    "memory": "memory",
     "network": "network",
     "pipeline": "pipeline",
     "gpu": "gpu",

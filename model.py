@@ -19,7 +19,7 @@ Made to be cut up from outside; nothing here knows how:
 - q, k, v are separate matrices: a fused one cut by columns gives the wrong heads, and Muon wants
   them apart;
 - `Attention.attention_fn`, `Linear.matmul`, `GPT.run_blocks` and `GPT.loss_fn` can be replaced by
-  functions;
+  functions; with `GPT.loss_chunk` the loss is computed over so many tokens at a time;
 - the initial weight is a function of (seed, name), a dropout mask of (seed, name, row, position).
 
 Norms, softmax and loss are in at least float32. Attention weights are not dropped: no fused kernel
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers import attention
+from layers.chunked_loss import chunked_loss
 from layers.ngram_embedding import NGramEmbedding
 
 
@@ -83,6 +84,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.weight, self.bias)
+
+
+class Head(Linear):
+    def forward(self, x: Tensor, loss_of=None, size: int | None = None) -> Tensor:
+        """x (..., C) -> logits (..., V); with loss_of the sum of losses (layers/chunked_loss.py).
+
+        One call either way: what a layout has hooked before the head sees all hidden states, once.
+        """
+        if loss_of is None:
+            return super().forward(x)
+        return chunked_loss(x.flatten(0, -2), self.weight, self.bias, loss_of, size, self.matmul)
 
 
 class Attention(nn.Module):
@@ -182,7 +194,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(c, i) for i in layers})
 
         self.final_norm = make_norm(c) if is_last else None
-        self.head = Linear(c.n_embd, c.vocab_size, bias=c.head_bias) if is_last else None
+        self.head = Head(c.n_embd, c.vocab_size, bias=c.head_bias) if is_last else None
         if is_last and c.tied:
             # One Parameter, so that the gradients of both uses add up.
             self.head.weight = self.embed.weight
@@ -191,6 +203,7 @@ class GPT(nn.Module):
         self.run_blocks = run_blocks
         self.loss_fn = loss_fn
         self.logit_bias = None  # targets (B, T) -> (B, T, V), added to the logits (layers/ngram.py)
+        self.loss_chunk = None  # tokens whose logits are in memory at once; None = all
         # After a forward in eval mode: how many targets were the likeliest token (0-dim).
         self.n_correct = None
 
@@ -224,7 +237,11 @@ class GPT(nn.Module):
         # Without the last layer there is no head here: the next stage gets hidden states.
         if names[-1] != str(self.config.n_layer - 1):
             return x
-        logits = self.logits(self.final_norm(x))  # (B, T, V)
+        x = self.final_norm(x)
+        # Generation, which has no targets, needs the logits themselves.
+        if targets is not None and self.loss_chunk is not None:
+            return self.loss_in_chunks(x, targets)
+        logits = self.logits(x)  # (B, T, V)
         if self.logit_bias is not None:
             # In generation the bias is of all tokens so far, the logits of the new ones alone.
             bias = self.logit_bias(targets)[:, -logits.shape[1] :]
@@ -255,14 +272,43 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V), in float32 or float64"""
+        return self.finished_logits(self.head(self.head_input(x)))
+
+    def head_input(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
         c = self.config
         if c.mup_base_width:
             x = x * (c.mup_base_width / c.n_embd)  # the head's output, but not its bias
-        logits = self.head(x)
+        return x
+
+    def finished_logits(self, logits: Tensor) -> Tensor:
+        """The head's output (..., V) -> (..., V), in float32 or float64, capped"""
+        c = self.config
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if c.logit_cap is not None:
             logits = capped(logits, c.logit_cap, c.logit_cap_form)
         return logits
+
+    def loss_in_chunks(self, x: Tensor, targets: Tensor) -> Tensor:
+        """What forward returns, from final_norm's output; never with the logits of all tokens."""
+        counts = []
+        bias = None
+        if self.logit_bias is not None:
+            bias = self.logit_bias(targets).flatten(0, 1)  # (BT, V)
+        targets = targets.flatten()  # (BT,)
+
+        def loss_of(logits: Tensor, where: slice) -> Tensor:  # (n, V)
+            logits = self.finished_logits(logits)
+            if bias is not None:
+                logits = logits + bias[where].to(logits)
+            # As one sequence of n tokens.
+            loss, n_correct = self.loss_fn(logits[None], targets[where][None], not self.training)
+            counts.append(n_correct)
+            return loss
+
+        loss = self.head(self.head_input(x), loss_of, self.loss_chunk)
+        self.n_correct = None if self.training else sum(counts)
+        return loss
 
 
 # ---- the pieces ----------------------------------------------------------------------------------

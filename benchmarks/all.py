@@ -25,6 +25,7 @@ BENCHES = (
     "train",
     "optim",
     "spread",
+    "memory",
     "network",
     "pipeline",
 )

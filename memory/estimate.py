@@ -34,7 +34,8 @@ Buffers also hold
     bf16, fp16: the copies of the weights that autocast keeps until backward; fp8: the head's copy
     bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
     the largest parameter, to round it
-    two float32 numbers for each logit, in the loss's backward
+    two float32 numbers for each logit, in the loss's backward; with --loss_chunk for each of an
+    eighth of a chunk, beside the chunk's logits and the head's gradient in float32
     fsdp, with a method that needs full matrices: state and weights at owners, too, see
     parallel/sharded_optimizer.py
 
@@ -47,7 +48,8 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
     b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: k, r and l are in
                               ACTIVATION_BYTES. --activation_checkpoint takes k from
                               CHECKPOINTED_BYTES; the peak of backward then adds what it computes
-                              again of one block or segment, and the gradients inside a block
+                              again of one block or segment, and the gradients inside a block.
+                              With --loss_chunk the words are those of an eighth of a chunk
 
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
 parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
@@ -267,6 +269,7 @@ class Case:
     offload: str | None
     offload_params: str | None
     logits: float  # numbers of a micro-batch
+    loss_chunk: int | None  # tokens whose logits are there at once; None: all
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -288,6 +291,17 @@ class Case:
     @property
     def by_block(self) -> bool:
         return any(name.startswith("blocks.") for name in self.shapes)
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """(words, width); a tied head is the embedding."""
+        kinds = {kind: shape for kind, shape in reversed(self.shapes.values())}
+        return kinds.get("head") or kinds["embedding"]
+
+    @property
+    def has_chunks(self) -> bool:
+        """Is the loss computed in chunks?"""
+        return self.loss_chunk is not None and self.logits > 0
 
     @property
     def full(self) -> dict[str, tuple[int, ...]]:
@@ -326,6 +340,7 @@ def bytes_per_rank(
     micro_batches: int = 1,
     activations: float = 0,
     logits: float = 0,
+    loss_chunk: int | None = None,
     bucket_mb: float = 25.0,
     offload: str | None = None,
     offload_params: str | None = None,
@@ -338,10 +353,10 @@ def bytes_per_rank(
     shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
     offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners: a function of
     {name: shape} and the number of ranks that returns {name: rank}. activations: bytes of a
-    micro-batch, see activation_bytes; logits: how many numbers it has, tokens x words. options:
-    keyword arguments of the optimizer's state_numbers. If no name begins with `blocks.`, buffers
-    are those of the loss alone. Raises ValueError for unknown names, with the nearest one, and for
-    sizes that do not fit.
+    micro-batch, see activation_bytes; logits: how many numbers it has, tokens x words; loss_chunk:
+    the setting, None for all tokens at once. options: keyword arguments of the optimizer's
+    state_numbers. If no name begins with `blocks.`, buffers are those of the loss alone. Raises
+    ValueError for unknown names, with the nearest one, and for sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
@@ -380,6 +395,7 @@ def bytes_per_rank(
         offload,
         offload_params,
         logits,
+        loss_chunk,
     )
     stepped = stepped_by_rank(c, owners)
     ranks = held_by_rank(c, stepped)
@@ -470,9 +486,13 @@ def in_all(
     else:
         step += 3 * wire
     # Backward begins at the loss, before the gradients of one micro-batch are there.
-    at_loss = backward + loss_bytes(c)
+    early = early_gradient(c)
+    at_loss = backward + early + loss_bytes(c)
     if c.micro_batches == 1:
         at_loss -= gradients
+    else:
+        # It comes beside the gradients of earlier micro-batches.
+        backward += early
     held = dict(
         parameters=parameters,
         gradients=gradients,
@@ -497,9 +517,35 @@ def offloaded_chunks(c: Case, owned: list, state: float) -> float:
 def loss_bytes(c: Case) -> float:
     """Bytes that the loss's backward holds for a while: two numbers for each logit.
 
-    They are the gradients of log softmax, and of its input, in at least float32.
+    They are the gradients of log softmax, and of its input, in at least float32. In chunks
+    (layers/chunked_loss.py) it is two for each logit of a part, or a product for some words of the
+    head's gradient; besides the chunk's logits, autocast's copy of the head, and the gradients of
+    the hidden states.
     """
-    return 2 * c.row.state.itemsize * c.logits
+    wide = c.row.state.itemsize
+    if not c.has_chunks:
+        return 2 * wide * c.logits
+    words, width = c.head
+    operand = c.row.products.itemsize
+    tokens = c.logits / words
+    of_part = 2 * wide * words * min(tokens, chunk_part(c.loss_chunk))
+    copy = operand * words * width if has_copies(c.row) else 0
+    of_words = (operand + wide if operand != wide else wide) * min(words, 8192) * width
+    at_once = max(of_part, of_words)
+    of_hidden = c.weight * tokens * width
+    return operand * words * min(tokens, c.loss_chunk) + at_once + copy + of_hidden
+
+
+def chunk_part(loss_chunk: int) -> int:
+    """How many tokens of a chunk go through the loss at once."""
+    return math.ceil(loss_chunk / 8)
+
+
+def early_gradient(c: Case) -> float:
+    """Bytes of the head's gradient, which a loss in chunks makes before backward begins."""
+    if not c.has_chunks:
+        return 0
+    return c.row.state.itemsize * math.prod(c.head)
 
 
 def backward_bytes(c: Case) -> float:
@@ -517,6 +563,8 @@ def backward_bytes(c: Case) -> float:
         matrices = [name for name, (kind, _) in c.shapes.items() if kind == "matrix"]
         # FP8's blocks have casts of their own, which do not stay.
         copied = head if c.row.fp8_blocks else head + matrices
+        if c.has_chunks:
+            copied = [name for name in copied if name not in head]
         backward += c.row.products.itemsize * sum(c.sizes[name] for name in copied)
     return backward
 
@@ -630,11 +678,13 @@ def activation_bytes(
     arch: str = "modern",
     activation_checkpoint: str = "none",
     tp: int = 1,
+    loss_chunk: int | None = None,
 ) -> float:
     """Bytes that one micro-batch of `tokens` = b x s keeps for backward.
 
     By 34 s b h, the text's 20 s b h, or our own count. activation_checkpoint: as in
-    memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps. Offloaded
+    memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps; loss_chunk:
+    the setting, None for all tokens at once. Offloaded
     activations are on the device while they are used, two blocks at a time. Raises ValueError for
     an unknown precision or activation_checkpoint.
     """
@@ -682,7 +732,10 @@ def activation_bytes(
     kept, again = by_how[how]
 
     # What the head keeps is gone when backward comes to the blocks.
-    of_head = per_channel * n_embd + per_word * vocab_size
+    words = per_word * vocab_size
+    if loss_chunk is not None and tokens:
+        words *= min(1, chunk_part(loss_chunk) / tokens)
+    of_head = per_channel * n_embd + words
     if how == "none":
         return tokens * (kept * n_embd + of_head)
     return tokens * (kept * n_embd + max((again + inside) * n_embd, of_head))
@@ -717,6 +770,7 @@ DEFAULTS = dict(
     offload=None,
     offload_params=None,
     activation_checkpoint="none",
+    loss_chunk=None,
 )
 NAMES = {
     "precision": ACCOUNTINGS,
@@ -834,6 +888,7 @@ def table_row(
             s.vocab_size,
             s.arch,
             s.activation_checkpoint,
+            loss_chunk=s.loss_chunk,
         )
     held = bytes_per_rank(
         shapes,
@@ -846,6 +901,7 @@ def table_row(
         fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,
         activations=activations,
         logits=s.batch * s.block_size * s.vocab_size,
+        loss_chunk=s.loss_chunk,
         offload=s.offload,
         offload_params=s.offload_params if layout in ("zero3", "fsdp") else None,
         bucket_mb=s.bucket_mb,

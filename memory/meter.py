@@ -86,6 +86,7 @@ def measure(
     groups,
     micro_batches=1,
     tokens=8,
+    sequences=1,
     rank=0,
     world=1,
     steps=3,
@@ -93,7 +94,7 @@ def measure(
     autocast=None,
     **options,
 ) -> dict[str, float]:
-    """Bytes this rank holds in the last of a few steps, of `micro_batches` of 1 x tokens each.
+    """Bytes this rank holds in the last of a few steps, of micro-batches of sequences x tokens.
 
     replicas: a layout of parallel/protocol.py; model: on the meta device; source: see init_weights
     there; groups: model -> groups for cls; offload: what is done to the optimizer. Returns
@@ -115,15 +116,14 @@ def measure(
             # Only the last step's peak counts: the first one makes the state.
             meter.reset()
             for i in range(micro_batches):
-                ids = (
-                    torch.arange(tokens).view(1, -1).add(step * 7 + i + rank).remainder(vocabulary)
-                )
+                ids = torch.arange(sequences * tokens).view(sequences, tokens)
+                ids = ids.add(step * 7 + i + rank).remainder(vocabulary)
                 replicas.last_micro_batch(i == micro_batches - 1)
                 with torch.autocast(
                     "cpu", autocast or torch.bfloat16, enabled=autocast is not None
                 ):
                     loss = model(ids, ids)
-                (loss / (tokens * world * micro_batches)).backward()
+                (loss / (ids.numel() * world * micro_batches)).backward()
                 del loss
             replicas.finish_gradients()
             gradients = nbytes(replicas.gradients().values())

@@ -78,6 +78,8 @@ LIMIT = 1.34
 PASSES = 11
 REACHED = 0.65
 HIDDEN = 0.6
+# --loss_chunk=auto on a GPU, for a vocabulary of 8192 words or more.
+LOSS_CHUNK = 4096
 # The share of a device's memory that a plan fills. The rest is for the context, communication
 # buffers and fragmentation.
 USABLE = 0.9
@@ -202,7 +204,8 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     stage = activation_bytes(precision, tokens, layers, C) * share * (1 - again)
     # Of a block that is computed again only the input is kept.
     stage += again * layers * tokens * C * bytes_of(precision)[0] / shards_of_input
-    head = activation_bytes(precision, tokens, 0, 0, m.vocab_size) / x.tp
+    loss_chunk = LOSS_CHUNK if m.vocab_size >= 8192 else None
+    head = activation_bytes(precision, tokens, 0, 0, m.vocab_size, loss_chunk=loss_chunk) / x.tp
     first = in_flight(x, micro) * stage
     if x.pp == 1:
         first += head

@@ -30,8 +30,9 @@ Bytes sent per rank and micro-batch, a = (N-1)/N x the bytes of one (B, T, C) ac
       n_correct        all-reduces of the maximum and of an index, int64 2 (N-1)/N B T (w + 8)
       no targets       instead of both: g of the logits, padded with 0   2 (N-1)/N B T V w
 
-with w bytes in a logit. Under autocast all activations but the embedding's travel in its dtype. A
-stage of a pipeline sends the rows of this table that belong to its layers, embedding and head.
+with w bytes in a logit; in chunks (layers/chunked_loss.py) as many bytes, in more messages. Under
+autocast all activations but the embedding's travel in its dtype. A stage of a pipeline sends the
+rows of this table that belong to its layers, embedding and head.
 
 A rank's shard is cut out of its own full weights, so these must be alike on all ranks: the same
 seed, or a checkpoint. On the meta device shapes are cut, and init_weights() of a layout fills them.

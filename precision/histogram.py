@@ -119,7 +119,8 @@ class Recorder:
     """Counts in every `interval`-th step (None: never) and writes to out_dir/histograms.jsonl.
 
     All ranks make one and call start and write in every step. Activations are the outputs of the
-    nn.Linear modules: under activation checkpointing they count twice. torch.compile has to come
+    nn.Linear modules: under activation checkpointing they count twice. A head that gives the loss
+    (--loss_chunk) has none. torch.compile has to come
     first.
     """
 
@@ -157,6 +158,9 @@ class Recorder:
         def hook(module, inputs, output: Tensor) -> None:
             # An evaluation within a recorded step would count activations of other data.
             if not module.training:
+                return
+            # A head that gives the loss in place of logits.
+            if output.ndim == 0:
                 return
             self.add(name, "activation", output)
             if output.requires_grad:

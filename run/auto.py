@@ -132,7 +132,8 @@ def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
 def with_vocabulary(cfg: Config, n_vocab: int) -> Config:
     """cfg with its vocab_size; none becomes the tokenizer's n_vocab, rounded up to 64.
 
-    The rounding is the same on any layout. Raises ValueError where tp does not divide vocab_size.
+    And with its loss_chunk, which depends on vocabulary and device. The rounding is the same on any
+    layout. Raises ValueError where tp does not divide vocab_size.
     """
     # Matrix products are fastest at multiples of 64.
     rounded_up = -(-n_vocab // 64) * 64
@@ -143,4 +144,14 @@ def with_vocabulary(cfg: Config, n_vocab: int) -> Config:
             f"tp={cfg.tp} does not divide vocab_size={cfg.vocab_size}; try "
             f"--vocab_size={next_multiple}"
         )
+    if cfg.loss_chunk == "auto":
+        cfg = update(cfg, loss_chunk=resolve_loss_chunk(cfg))
     return cfg
+
+
+def resolve_loss_chunk(cfg: Config) -> int | None:
+    """How many tokens have logits at once; None, all, where logits are small beside the blocks."""
+    if cfg.vocab_size < 8192:
+        return None
+    # A GPU needs larger products, and fewer of them.
+    return 512 if cfg.device == "cpu" else 4096

@@ -207,10 +207,11 @@ def data_parallel(
 
 
 def set_loss(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> None:
-    """Adds to the model's loss what the settings ask for: z-loss, and counted n-grams of the text.
+    """Gives the model's loss what the settings ask for: chunks, z-loss, n-grams of the text.
 
     Raises ValueError for n-grams that cannot be counted.
     """
+    model.loss_chunk = cfg.loss_chunk
     if cfg.z_loss is not None:
         model.loss_fn = functools.partial(model.loss_fn, z_loss=cfg.z_loss)
     if cfg.ngram is not None:

@@ -70,6 +70,7 @@ def evaluate(
         if token_bytes is not None:
             n_bytes = int(token_bytes[targets.cpu().numpy()].sum())
         seen = [loss.item(), model.n_correct, targets.numel(), n_bytes, silent[0]]
+        silent[0] = 0.0
         sums.add_(torch.tensor(seen, dtype=sums.dtype))
 
     model.eval()
@@ -102,8 +103,9 @@ def evaluate(
 
 @contextlib.contextmanager
 def loss_without_bytes(model: torch.nn.Module, widths):
-    """Yields a list of one number: the newest forward's loss of the targets whose width is 0.
+    """Yields a list of one number, to which a forward adds its loss of the targets of width 0.
 
+    It adds once for each chunk of tokens; who reads the number sets it to 0.
     widths: (V,) bytes of each token id, or None. All tp ranks have the same targets, so the second
     call of `model.loss_fn` may be a collective too.
     """
@@ -114,10 +116,9 @@ def loss_without_bytes(model: torch.nn.Module, widths):
         has_none = torch.from_numpy(widths == 0)
 
     def loss_fn(logits: torch.Tensor, targets: torch.Tensor | None, *more):
-        silent[0] = 0.0
         which = None if targets is None else has_none.to(targets.device)[targets]  # (B, T)
         if which is not None and which.any():
-            silent[0] = float(plain(logits[which][None], targets[which][None], False)[0])
+            silent[0] += float(plain(logits[which][None], targets[which][None], False)[0])
         return plain(logits, targets, *more)
 
     # Where each token has bytes, the model keeps its own loss.

@@ -277,6 +277,12 @@ class Config:
         "what backward computes again: full | full_sharded | full_offload | every_K | segments_K | "
         "attention | mlp | selective; or offload, which keeps it in host memory",
     )
+    loss_chunk: int | Auto | None = may_change(
+        "auto",
+        "tokens whose logits are in memory at once; none = all; auto: all below 8192 words, else"
+        " 512 on a CPU, 4096 on a GPU (layers/chunked_loss.py)",
+        least=1,
+    )
     offload: Literal["cpu", "disk"] | None = may_change(
         None, "where optimizer state waits: host memory, or files in out_dir"
     )

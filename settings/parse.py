@@ -354,6 +354,8 @@ def to_dict(cfg: Config) -> dict:
 def from_dict(saved: dict) -> Config:
     """The config of a checkpoint, each value checked as if from a recipe. Raises ValueError."""
     try:
+        # Earlier versions knew no chunks: what they began goes on with the logits of all tokens.
+        saved = {"loss_chunk": None} | saved
         values = {
             name: from_toml(name, saved[name], "the checkpoint") for name in FIELDS if name in saved
         }

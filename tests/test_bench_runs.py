@@ -163,7 +163,7 @@ def test_all_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
     assert page.count("**failed**, status 1: ValueError: a reason") == 2  # at a glance too
     assert "- train: **failed**, status 1: ValueError: a reason\n" in page
     assert "```\nfigures of network\n```" in page and page.count("```") == 4
-    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 7 + [True] * 2
+    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 8 + [True] * 2
 
 
 def test_all_runs_nanogpt_where_its_clone_is_given(monkeypatch, clone):
@@ -297,6 +297,7 @@ def test_nanogpt_end_to_end(clone, tmp_path, text, monkeypatch, capsys):
         ("job --rnus=3", "rnus"),
         ("all --nanogpt=nowhere", "clone"),
         ("spread --slow", "usage"),
+        ("memory --job=gpt3", "usage"),
         ("all --only=optim", "usage"),
         ("all --out=README.md", "folder"),
     ],

@@ -160,6 +160,7 @@ BENCHES = {
     "job": "benchmarks.job:once",
     "nanogpt": "data.corpora:load",
     "spread": "torch.multiprocessing:spawn",
+    "memory": "benchmarks.memory:row",
     "network": "parallel.launch:pick_device",
     "pipeline": "parallel.launch:start",
     "all": "benchmarks.all:section",

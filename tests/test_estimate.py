@@ -472,6 +472,54 @@ def test_many_words_make_the_losss_backward_the_peak(arch, precision, micro_batc
     assert predict()["total"] < 0.9 * found["peak"]
 
 
+@pytest.mark.parametrize(
+    "arch, precision, micro_batches",
+    [
+        ("gpt2", "bf16", 1),
+        ("gpt2", "bf16", 2),
+        ("modern", "bf16", 1),
+        *(
+            pytest.param(arch, precision, n, marks=pytest.mark.slow)
+            for arch in ("modern", "gpt2")
+            for precision in ("fp32", "fp64", "bf16")
+            for n in (1, 2)
+        ),
+    ],
+)
+def test_a_loss_in_chunks_holds_what_is_predicted(arch, precision, micro_batches):
+    sizes = dict(n_layer=2, n_embd=32, vocab_size=4096)
+    tokens = 512
+    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    traits = {name: x for name, x in ARCHS[arch].items() if name in names}
+    config = GPTConfig(**sizes, n_head=2, n_kv_head=2, block_size=tokens, **traits)
+    with torch.device("meta"):
+        model = GPT(config).to(DTYPES[precision])
+    model.loss_chunk = 64
+    lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
+    found = measure(
+        DDP(None, CPU),
+        model,
+        functools.partial(initial_weight, config),
+        CLASSES["adamw"],
+        functools.partial(param_groups, lrs=lrs, weight_decay=0.0),
+        micro_batches,
+        tokens,
+        autocast=AUTOCAST.get(precision),
+    )
+    predict = functools.partial(
+        bytes_per_rank,
+        gpt_shapes(**sizes, block_size=tokens, arch=arch, n_head=2),
+        precision=precision,
+        micro_batches=micro_batches,
+        logits=tokens * 4096,
+    )
+    kept = functools.partial(activation_bytes, precision, tokens, **sizes, arch=arch)
+    whole = predict(activations=kept())["total"]
+    total = predict(activations=kept(loss_chunk=64), loss_chunk=64)["total"]
+    assert found["peak"] == pytest.approx(total, rel=0.05)
+    assert total < 0.6 * whole
+
+
 def measured_each(rank, world, layouts, *args):
     return {layout: measured(rank, world, layout, *args) for layout in layouts}
 

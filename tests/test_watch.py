@@ -119,6 +119,12 @@ def test_z_loss_qk_clip_and_what_is_watched_are_those_of_one_process(alone, layo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one process", "tp 2 + sp", "cp 2", "pp 2 x tp 2", "zero3 2"])
+def test_log_z_is_that_of_all_chunks_of_the_loss(alone, layout):
+    assert apart(layout, alone, *NORMAL, "--loss_chunk=5") < 1e-10
+
+
+@pytest.mark.slow
 def test_each_of_them_shows_in_the_loss(alone):
     for left_out in ("--z_loss=none", "--qk_clip=none"):
         other = cell("one process", *NORMAL, left_out)

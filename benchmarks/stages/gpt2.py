@@ -27,6 +27,7 @@ COVERS = ()
 TABLE = "GPT-2 124M, bf16."
 N_SEQUENCES = 60
 SECONDS = 90  # for nanoGPT, which compiles two graphs of the whole model
+LOSS_CHUNK = 4096  # tokens: what a run on a GPU chooses for so many words
 USUAL = (
     "--eval_every=0 --save_every=0 --sample_tokens=0 --plot=false --log_every=1 --resume=never"
     " --precision=bf16 --warmup_steps=10"
@@ -116,6 +117,7 @@ def predict(size: dict, micro: int, micro_batches: int) -> float:
         size["n_embd"],
         size["vocab_size"],
         "gpt2",
+        loss_chunk=LOSS_CHUNK,
     )
     return estimate.bytes_per_rank(
         shapes,
@@ -124,6 +126,7 @@ def predict(size: dict, micro: int, micro_batches: int) -> float:
         micro_batches=micro_batches,
         activations=activations,
         logits=micro * size["block_size"] * size["vocab_size"],
+        loss_chunk=LOSS_CHUNK,
     )["total"]
 
 

@@ -23,7 +23,7 @@ INPUTS = {"words.txt", "spiky.txt", "texts", "shards", "data_cache", "root.txt"}
 ORDER = ("status.json", ".jsonl", ".err", ".out", ".toml", ".safetensors", "index.json", "")
 UNREAD = re.compile(r".*/\.lock|.*\.png")  # whether they are there is compared
 # What the base does not know: a setting, a part of a checkpoint, events.
-ADDED = {"on_divergence", "divergence", "stuck", "profile"}
+ADDED = {"on_divergence", "divergence", "stuck", "profile", "loss_chunk"}
 MEASURED = {"tokens_per_s", "mfu", "step_s", "peak_bytes", "idle_s"}  # of a row of metrics.jsonl
 HERE_AND_NOW = ("commit", "platform")  # of what a run notes of its machine
 NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32,
@@ -192,6 +192,9 @@ def index(body: dict) -> Iterator[tuple[str, object]]:
     for part in (body["tree"], body["tree"].get("config", {})):
         for name in ADDED & part.keys():
             del part[name]
+    chosen = body["tree"].get("config", {}).get("chosen")
+    if chosen is not None:
+        body["tree"]["config"]["chosen"] = [name for name in chosen if name not in ADDED]
     record = body["tree"].get("record", {})
     for note in HERE_AND_NOW:
         if record.get(note) not in (None, "unknown"):
