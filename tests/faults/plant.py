@@ -59,12 +59,17 @@ def faults() -> list[Fault]:
 
 def copy_of_tree(folder: Path) -> Path:
     """Every file of the checkout that a run may need, as it is now."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if name.split("/")[0] not in TOOLS and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+
+    def left_out(where: str, names: list[str]) -> list[str]:
+        if Path(where) != ROOT:
+            return ["__pycache__"]
+        return [
+            n
+            for n in names
+            if n in (*TOOLS, "data_cache", "venv") or n.startswith((".", "_", "out"))
+        ]
+
+    shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
     return folder
 
 
