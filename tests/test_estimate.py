@@ -412,11 +412,11 @@ def predicted(layout, optim, world, precision, micro_batches, options, **kwargs)
         ("adamw", "bf16_sr", 2, {}),
         ("muon", "fp32", 2, {}),
         ("adafactor", "fp32", 2, {}),
-        ("soap", "fp32", 2, {}),
         ("schedule_free", "fp32", 2, {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("soap", "fp32", 2, {}),
                 ("adamw", "fp32", 2, {}),
                 ("adamw", "fp64", 2, {}),
                 ("adamw", "fp16", 2, {}),

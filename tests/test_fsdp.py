@@ -152,7 +152,7 @@ def assert_equal_to_one_process(ranks, classes, tied=False):
 
 
 LAYOUTS = [
-    (2, 1, {}),
+    pytest.param(2, 1, {}, marks=pytest.mark.slow),
     pytest.param(2, 3, dict(reshard=False), marks=pytest.mark.slow),
     pytest.param(4, 3, {}, marks=pytest.mark.slow),
     (4, 3, dict(shard=2)),
