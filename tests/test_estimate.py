@@ -438,38 +438,51 @@ def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, op
     assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
 
 
-@pytest.mark.parametrize("arch", ["modern", "gpt2"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_many_words_make_the_losss_backward_the_peak(arch, precision, micro_batches):
-    """With more logits than parameters. bf16: 8 bytes of each are held for a while there."""
-    sizes = dict(n_layer=2, n_embd=32, vocab_size=4096)
-    tokens = 512
+WORDY = dict(n_layer=2, n_embd=32, vocab_size=4096)  # more logits than parameters
+TOKENS = 512
+
+
+def wordy_peak(arch: str, precision: str, micro_batches: int, loss_chunk: int | None) -> float:
+    """The most bytes of a step with AdamW, measured."""
     names = {f.name for f in dataclasses.fields(GPTConfig)}
     traits = {name: x for name, x in ARCHS[arch].items() if name in names}
-    config = GPTConfig(**sizes, n_head=2, n_kv_head=2, block_size=tokens, **traits)
+    config = GPTConfig(**WORDY, n_head=2, n_kv_head=2, block_size=TOKENS, **traits)
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[precision])
+    model.loss_chunk = loss_chunk
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
-    found = measure(
+    return measure(
         DDP(None, CPU),
         model,
         functools.partial(initial_weight, config),
         CLASSES["adamw"],
         functools.partial(param_groups, lrs=lrs, weight_decay=0.0),
         micro_batches,
-        tokens,
+        TOKENS,
         autocast=AUTOCAST.get(precision),
-    )
-    predict = functools.partial(
-        bytes_per_rank,
-        gpt_shapes(**sizes, block_size=tokens, arch=arch, n_head=2),
+    )["peak"]
+
+
+def wordy_prediction(arch, precision, micro_batches, loss_chunk, logits=TOKENS * 4096) -> float:
+    return bytes_per_rank(
+        gpt_shapes(**WORDY, block_size=TOKENS, arch=arch, n_head=2),
         precision=precision,
         micro_batches=micro_batches,
-        activations=activation_bytes(precision, tokens, **sizes, arch=arch),
-    )
-    assert found["peak"] == pytest.approx(predict(logits=tokens * 4096)["total"], rel=0.05)
-    assert predict()["total"] < 0.9 * found["peak"]
+        activations=activation_bytes(precision, TOKENS, **WORDY, arch=arch, loss_chunk=loss_chunk),
+        logits=logits,
+        loss_chunk=loss_chunk,
+    )["total"]
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_many_words_make_the_losss_backward_the_peak(arch, precision, micro_batches):
+    """bf16: 8 bytes of each logit are held for a while there."""
+    case = arch, precision, micro_batches, None
+    peak = wordy_peak(*case)
+    assert peak == pytest.approx(wordy_prediction(*case), rel=0.05)
+    assert wordy_prediction(*case, logits=0) < 0.9 * peak
 
 
 @pytest.mark.parametrize(
@@ -487,37 +500,10 @@ def test_many_words_make_the_losss_backward_the_peak(arch, precision, micro_batc
     ],
 )
 def test_a_loss_in_chunks_holds_what_is_predicted(arch, precision, micro_batches):
-    sizes = dict(n_layer=2, n_embd=32, vocab_size=4096)
-    tokens = 512
-    names = {f.name for f in dataclasses.fields(GPTConfig)}
-    traits = {name: x for name, x in ARCHS[arch].items() if name in names}
-    config = GPTConfig(**sizes, n_head=2, n_kv_head=2, block_size=tokens, **traits)
-    with torch.device("meta"):
-        model = GPT(config).to(DTYPES[precision])
-    model.loss_chunk = 64
-    lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
-    found = measure(
-        DDP(None, CPU),
-        model,
-        functools.partial(initial_weight, config),
-        CLASSES["adamw"],
-        functools.partial(param_groups, lrs=lrs, weight_decay=0.0),
-        micro_batches,
-        tokens,
-        autocast=AUTOCAST.get(precision),
-    )
-    predict = functools.partial(
-        bytes_per_rank,
-        gpt_shapes(**sizes, block_size=tokens, arch=arch, n_head=2),
-        precision=precision,
-        micro_batches=micro_batches,
-        logits=tokens * 4096,
-    )
-    kept = functools.partial(activation_bytes, precision, tokens, **sizes, arch=arch)
-    whole = predict(activations=kept())["total"]
-    total = predict(activations=kept(loss_chunk=64), loss_chunk=64)["total"]
-    assert found["peak"] == pytest.approx(total, rel=0.05)
-    assert total < 0.6 * whole
+    case = arch, precision, micro_batches
+    predicted = wordy_prediction(*case, 64)
+    assert wordy_peak(*case, 64) == pytest.approx(predicted, rel=0.05)
+    assert predicted < 0.6 * wordy_prediction(*case, None)
 
 
 def measured_each(rank, world, layouts, *args):
