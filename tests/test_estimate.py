@@ -565,6 +565,7 @@ class Places(Meter):
         self.patches += [
             mock.patch.object(Tensor, "to", to),
             mock.patch.object(Tensor, "cpu", lambda x: self.move(x, True)),
+            mock.patch.object(Tensor, "record_stream", lambda x, stream: None),
             mock.patch("memory.meter.Meter", lambda: contextlib.nullcontext(self)),
         ]
 
