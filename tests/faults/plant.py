@@ -84,6 +84,11 @@ def patched(tree: Path, fault: Fault, undo: bool = False, check: bool = False) -
     subprocess.run(command, cwd=tree, check=True, env=environment)
 
 
+def is_ours(path: str) -> bool:
+    """Is it of this checkout? A virtual environment inside it is not."""
+    return path.startswith(str(ROOT)) and not path.startswith(sys.prefix)
+
+
 def parity(tree: Path, argv: list[str]) -> tuple[int, str]:
     """`python -m parity` of this tree: its status, and what it prints."""
     context = multiprocessing.get_context("fork")
@@ -102,9 +107,9 @@ def parity(tree: Path, argv: list[str]) -> tuple[int, str]:
 def child(tree: Path, argv: list[str], sender) -> None:
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
-        if file.startswith(str(ROOT)) and name != "__main__":
+        if is_ours(file) and name != "__main__":
             del sys.modules[name]
-    sys.path[:] = [str(tree), *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    sys.path[:] = [str(tree), *(path for path in sys.path if not is_ours(path))]
     os.chdir(tree)
     out = io.StringIO()
     try:
