@@ -127,7 +127,14 @@ def main(requested_cfg: fields.Config) -> dict:
     why_not_compiled = build.compile_model(cfg, options["compile"], model, device)
 
     # ---- data parallel: who holds which weights, gradients and state -----------------------------
-    replicas = build.data_parallel(cfg, options["diloco"] | options["compress"], mesh, tp_shards)
+    kinds = param_groups.kinds(full_model)  # name -> matrix, embedding, head or scalar
+    replicas = build.data_parallel(
+        cfg,
+        options["diloco"] | options["compress"],
+        mesh,
+        tp_shards,
+        build.stepped_by_rows(optimizer_class, kinds),
+    )
     model = replicas.parallelize(model)
     replicas.init_weights(sharded(weights, tp_shards))
     hidden_format = build.hidden_states(cfg, has_replicas)
@@ -138,7 +145,6 @@ def main(requested_cfg: fields.Config) -> dict:
 
     # ---- optimizer -------------------------------------------------------------------------------
     param_groups.skip_compiler_import()  # saves a second
-    kinds = param_groups.kinds(full_model)  # name -> matrix, embedding, head or scalar
     lrs = build.learning_rates(cfg, optimizer_class, options["opt"], kinds)
     groups = param_groups.param_groups(
         model,

@@ -102,7 +102,8 @@ class State:
 
     def weights(self) -> dict:
         """What the model holds now, for a checkpoint."""
-        return slices.as_slices(self.replicas.weights(), self.tp_shards)
+        shards = {name: Shard(*where) for name, where in self.replicas.weight_shards.items()}
+        return slices.as_slices(self.replicas.weights(), self.tp_shards | shards)
 
     @contextlib.contextmanager
     def state_dict(self):

@@ -137,6 +137,7 @@ class DDP:
     """
 
     shards: dict = {}  # the optimizer sees full parameters
+    weight_shards: dict = {}
     backward_is_collective = False  # only the last micro-batch sends anything
 
     def __init__(

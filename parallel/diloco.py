@@ -115,6 +115,7 @@ class DiLoCo:
 
     is_primary = True  # each replica clips by the norm of its own gradient
     shards: dict = {}  # the optimizer sees full parameters
+    weight_shards: dict = {}
     backward_is_collective = False  # replicas train alone
 
     def __init__(

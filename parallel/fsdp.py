@@ -40,7 +40,7 @@ What we changed:
 The optimizer never sees a DTensor. One that works element by element (SGD, AdamW, Lion) steps plain
 tensors in the very memory of the shards, and nothing is sent. For one that needs a whole matrix,
 row or norm (Muon, SOAP), parallel/adapter.py gathers each weight at one rank; that takes a class
-without `elementwise = True` that is not one of ELEMENTWISE. offload_params keeps the shards in host
+without `elementwise = True` that is not one of torch's. offload_params keeps the shards in host
 memory ("cpu") or in memory-mapped files ("disk"). Then gradients come to the host, and the
 optimizer steps there and keeps its state there.
 
@@ -104,16 +104,11 @@ from parallel.replicas import (
     blocks_of,
     broadcast_start,
     drop_stand_ins,
+    is_elementwise,
     mapped_file,
     named_groups,
     refuse_coupled,
 )
-
-# Torch's own that step each element by itself. Subclasses may not, so they are not meant.
-ELEMENTWISE = {
-    getattr(torch.optim, name)
-    for name in "SGD ASGD Adadelta Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop".split()
-}
 
 
 class FSDP:
@@ -132,6 +127,8 @@ class FSDP:
     Raises ValueError for a shard that does not divide the group, and for impossible offloading.
     """
 
+    weight_shards: dict = {}  # a DTensor knows its own
+    weight_shards: dict = {}  # a DTensor knows its own shard
     is_primary = True  # no lower rank holds the same gradients and state; hybrid: see make_mesh
 
     def __init__(
@@ -452,7 +449,7 @@ class FSDP:
         if self.group is None and not self.tp:
             return cls(groups, **arguments)
         groups = named_groups(self.model, groups)
-        if not self.tp and getattr(cls, "elementwise", cls in ELEMENTWISE):
+        if not self.tp and is_elementwise(cls, {}):
             return self.admit(self.step_shards(cls, groups, arguments))
         try:
             from parallel.adapter import Adapter

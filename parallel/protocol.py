@@ -30,7 +30,8 @@ Example:
     from parallel.protocol import DataParallel
 
     class Alone:
-        is_primary, shards, backward_is_collective, sent_bytes = True, {}, False, 0
+        is_primary, backward_is_collective, sent_bytes = True, False, 0
+        shards = weight_shards = {}
         parallelize = init_weights = make_optimizer = last_micro_batch = finish_gradients = print
         gradients = discard_step = outer_weights = broadcast_weights = weights = print
         state_dict = print
@@ -58,6 +59,8 @@ class DataParallel(Protocol):
     is_primary: bool
     # Name -> (full shape, offsets) of each parameter that the optimizer steps shard by shard.
     shards: dict
+    # The same of each plain tensor in weights() that is a shard. (A DTensor knows its own.)
+    weight_shards: dict
     # Ranks wait for each other in every forward or backward.
     backward_is_collective: bool
     # By this rank in the last step, without what the optimizer sends.

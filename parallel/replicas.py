@@ -7,7 +7,8 @@
     make_buckets         many small tensors, one message                  each step
     RollCall             which gradients are missing on which ranks       each step
     StepGuard            a step at the wrong moment is refused            each step
-    owners_by_shape      which rank owns which parameter                  once
+    is_elementwise       may the rows of a parameter be stepped apart     once
+    deal                 which ranks hold which parameter, or its rows    once
     refuse_coupled       optimizers that cannot be dealt out to ranks     once
 
 Each part stands for itself and none knows a layout. parallel/ddp.py, zero.py, fsdp.py and diloco.py
@@ -15,16 +16,18 @@ need no other file.
 
 Example:
     import torch
-    from parallel.replicas import make_buckets, owners_by_shape
+    from parallel.replicas import deal, make_buckets
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     buckets = make_buckets(list(model.named_parameters()), limit=50)  # bytes
     names = [[name for name, _ in bucket] for bucket in buckets]
     assert names == [["0.weight", "0.bias"], ["1.weight", "1.bias"]]
 
-    owners = owners_by_shape({name: p.shape for name, p in model.named_parameters()}, 2)
-    print(owners)
-    assert owners["0.weight"] != owners["1.weight"] and owners["0.bias"] != owners["1.bias"]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    holders = deal(shapes, by_rows={"0.bias", "1.bias"}, n=2)
+    print(holders)  # each weight has one owner, all ranks share the rows of a bias
+    assert holders["0.weight"] == (0,) and holders["1.weight"] == (1,)
+    assert [*holders["0.bias"]] == [0, 1]
 """
 
 import heapq
@@ -33,7 +36,7 @@ import math
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -189,9 +192,17 @@ def make_buckets(
 
 
 def split_like(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Views of `flat` (n,), one after the other, in the shapes of the tensors `like`."""
+    """Views of `flat` (n,), one after the other, in the shapes of the tensors `like`.
+
+    What remains at the end of `flat` is left out.
+    """
     sizes = [x.numel() for x in like]
-    return [view.view(x.shape) for view, x in zip(flat.split(sizes), like)]
+    return [view.view(x.shape) for view, x in zip(flat[: sum(sizes)].split(sizes), like)]
+
+
+# Under the names that torch gives them from 2.13 on; before, it had others.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 # ---- the roll call: which gradients are missing on which ranks -----------------------------------
@@ -230,18 +241,21 @@ def drop_stand_ins(
     got: set[nn.Parameter],
     group: dist.ProcessGroup | None,
     device: torch.device,
+    sums: list[nn.Parameter] | None = None,
 ) -> int:
-    """Sets p.grad to None where no replica has a gradient and zeros stand in for it.
+    """Sets the sum of p's gradients to None where no replica has one and zeros stand in for it.
 
-    got: the parameters that got a gradient here; it is emptied. Returns the bytes sent.
+    got: the parameters that got a gradient here; it is emptied. sums: for each of `params` the
+    parameter whose `grad` is the sum, by default itself. Returns the bytes sent.
     """
     if group is None or not params:
         return 0
+    sums = params if sums is None else sums
     call = RollCall([p in got for p in params], group, device)
-    # What is in p.grad does not tell: a true gradient may be zero as well.
-    stand_ins = [i for i, p in enumerate(params) if p.grad is not None and p not in got]
+    # What is in the gradient does not tell: a true one may be zero as well.
+    stand_ins = [i for i, p in enumerate(params) if sums[i].grad is not None and p not in got]
     for i in call.missing_everywhere(stand_ins):
-        params[i].grad = None
+        sums[i].grad = None
     got.clear()
     return call.sent_bytes
 
@@ -334,56 +348,32 @@ def check_all(optimizer: Optimizer, *_) -> None:
 register_optimizer_step_pre_hook(check_all)
 
 
-# ---- owners: which of n ranks owns which parameter -----------------------------------------------
-# Plain arithmetic, so every rank computes the same answer. Two rules, for two kinds of traffic:
+# ---- owners: which of n ranks holds which parameter, or which of its rows ------------------------
+# Torch's own optimizers that step each element by itself. Subclasses may not, so they are not meant.
+ELEMENTWISE = {
+    getattr(torch.optim, name)
+    for name in "SGD ASGD Adadelta Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop".split()
+}
+
+
+def is_elementwise(cls: type[Optimizer], group: dict) -> bool:
+    """May a shard of a parameter in this group be stepped alone? A class that is silent: no."""
+    return getattr(cls, "elementwise", cls in ELEMENTWISE) or group.get("use_muon") is False
+
+
+# Plain arithmetic, so every rank computes the same answer and nobody has to be told:
 #
-#     owners_by_shape   balances the count of each shape       parallel/zero.py
-#                       Broadcasts and reduces take all ranks the same time, whoever owns what. So
-#                       only the optimizer's work is balanced. Muon's work is Newton-Schulz on each
-#                       matrix: every rank gets as many matrices of a shape as any other.
+#     owners_by_size    full parameters; on every rank about as many elements
+#     deal              rows where an optimizer can step them alone, else full parameters
 #
-#     owners_by_size    balances the number of elements        parallel/owners.py
-#                       An all-to-all between shards and owners takes as long as the owner with
-#                       the most elements. So a rank with a large embedding gets fewer matrices.
-#
-# memory/estimate.py and memory/plan.py call the first rule for thousands of ranks, so a heap finds
-# the rank with the least load.
-def owners_by_shape(shapes: dict[str, tuple[int, ...]], n: int) -> dict[str, int]:
-    """The owner of each parameter, by name, among n ranks: as many of each shape on every rank.
-
-    The shape with the most elements in sum comes first. A parameter goes to the rank with the
-    fewest of its shape, and among these to the one with the fewest elements so far. So all ranks
-    orthogonalise the same matrices, give or take one of each shape, and the remainder goes to ranks
-    without an embedding.
-    """
-    names_of = {}  # shape -> names
-    for name, shape in shapes.items():
-        names_of.setdefault(tuple(shape), []).append(name)
-
-    def largest_first(shape: tuple[int, ...]) -> tuple:
-        # Equal sums are ordered by shape, so that every rank has the same order.
-        return -math.prod(shape) * len(names_of[shape]), shape
-
-    owners = {}
-    n_elements = [0] * n  # of each rank, all shapes so far
-    for shape in sorted(names_of, key=largest_first):
-        # (how many of this shape, elements, rank): equal counts go to the rank with the fewest
-        # elements, then to the lower rank.
-        heap = [(0, n_elements[rank], rank) for rank in range(n)]
-        heapq.heapify(heap)
-        for name in names_of[shape]:
-            count, _, rank = heap[0]
-            owners[name] = rank
-            n_elements[rank] += math.prod(shape)
-            heapq.heapreplace(heap, (count + 1, n_elements[rank], rank))
-    return owners
-
-
+# memory/estimate.py and memory/plan.py call them for thousands of ranks, so a heap finds the rank
+# with the least load.
 def owners_by_size(shapes: list[tuple[int, ...]], n: int) -> list[int]:
     """The owner of each parameter among n ranks: about as many elements on every rank.
 
     The largest parameter comes first, and each goes to the rank with the fewest elements so far. So
-    matrices of one shape go round all ranks.
+    matrices of one shape go round all ranks, and with them the work: Newton-Schulz on a (m, n)
+    matrix, m <= n, takes about m multiplications an element.
     """
 
     def largest_first(i: int) -> tuple:
@@ -397,6 +387,52 @@ def owners_by_size(shapes: list[tuple[int, ...]], n: int) -> list[int]:
         owners[i] = rank
         heapq.heapreplace(heap, (elements + math.prod(shapes[i]), rank))
     return owners
+
+
+def deal(
+    shapes: dict[str, tuple[int, ...]], by_rows: Collection[str], n: int
+) -> dict[str, Sequence[int]]:
+    """The ranks, of n, that hold each parameter: its one owner, or those that share its rows.
+
+    by_rows: the names of parameters that may be cut by rows. Their rows are shared equally by all
+    ranks. Only a parameter larger than a rank's share of the model may leave ranks out, those with
+    the most full matrices, where all ranks together would be much less even (an embedding, on more
+    ranks than there are large matrices). A name in `by_rows` that is no shape's is ignored.
+    """
+    everyone = range(n)
+    full = [name for name, shape in shapes.items() if name not in by_rows or not shape]
+    owners = owners_by_size([shapes[name] for name in full], n)
+    held = {name: (owner,) for name, owner in zip(full, owners)}
+
+    load = [0] * n  # elements of full parameters on each rank
+    for name, owner in zip(full, owners):
+        load[owner] += math.prod(shapes[name])
+    share = sum(math.prod(shape) for shape in shapes.values()) / n
+    large = {name for name, shape in shapes.items() if math.prod(shape) > share} - held.keys()
+    rows = sum(math.prod(shapes[name]) for name in large)
+    lightest = lightest_ranks(load, rows)
+    for name in shapes:
+        if name not in held:
+            held[name] = lightest if name in large else everyone
+    return held
+
+
+def lightest_ranks(load: list[int], rows: int) -> Sequence[int]:
+    """The ranks that share `rows` elements; rank r has load[r] elements already.
+
+    Those with the least load, as many as make the fullest rank least full; all, where that is not
+    5 % better, for one message among all is cheaper than one from each.
+    """
+    n = len(load)
+    by_load = sorted(range(n), key=lambda rank: load[rank])
+
+    def fullest(k: int) -> float:
+        return max(load[by_load[-1]], load[by_load[k - 1]] + rows / k)
+
+    best = min(range(n, 0, -1), key=fullest)
+    if fullest(best) > 0.95 * fullest(n):
+        return range(n)
+    return sorted(by_load[:best])
 
 
 # ---- coupled optimizers: their step of one parameter depends on others ---------------------------

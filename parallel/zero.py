@@ -1,8 +1,10 @@
 """ZeRO by hand, stages 1, 2 and 3: a replica does not keep what another replica already keeps.
 
-Every parameter has one owner. Only the owner keeps its optimizer state (from stage 1 on), its
-gradient (from 2 on) and its weights (3). Four parameters on two ranks; capital letters are always
-there, small letters only while they are in use:
+The model is cut into pieces, each with one owner. Only the owner keeps the piece's optimizer state
+(from stage 1 on), gradient (from 2 on) and weights (3). A piece is some rows of a parameter where
+the optimizer steps each element by itself, and all ranks own as many rows. A parameter that it
+needs in full, such as a matrix for Muon, is one piece. Here A and B are the two halves of an
+embedding, C and D matrices; capital letters are always there, small letters only while in use:
 
               rank 0 owns A, C                      rank 1 owns B, D
               weights    gradients   state          weights    gradients   state
@@ -22,20 +24,23 @@ gradients 2, float32 master weights and state 12), "float32" is what this projec
     stage 3   16/N         16/N        m (1 + 1 + 1)    weights forward, weights backward, gradients
 
 Memory in use comes on top: the gradients of two units (one on its way while the next computes) and,
-in stage 3, the weights of two units. The weights backward are those of the blocks alone. The roll
+in stage 3, the weights of two units, also of rows that live here. The weights backward are those of the blocks alone. The roll
 call of parallel/replicas.py sends another 2 (N-1)/N bytes for each parameter tensor. With one
 micro-batch stages 1 and 2 are the same, because no gradient waits for another.
 
 A unit is a block, or what comes before the blocks (unit 0), or what follows them (the last unit).
 When backward has left a unit, the gradients of the unit start on their way to their owners, in flat
-buckets of at most `bucket_mb`, while the next unit computes. Stage 3 broadcasts the weights of a
-unit while the unit before it computes, and frees them after use:
+buckets of at most `bucket_mb`, while the next unit computes. Stage 3 fetches the weights of a unit
+while the unit before it computes, and frees them after use:
 
     forward  | compute 0 | compute 1 | compute 2 |  backward | compute 2 | compute 1 | compute 0 |
              | fetch 1   | fetch 2   |           |           | fetch 1   |           |           |
                          | free 0    | free 1    |                       | free 2    | free 1    |
                                                                          | send 2    | send 1    |
                                                                                        then send 0
+
+A bucket of rows is cut into equal segments, one for each rank: a reduce-scatter sums its gradients,
+an all-gather fetches its weights. A bucket of full parameters has one owner: a reduce, a broadcast.
 
 The backward of unit 0 reads no weights: an embedding is a lookup, not a product. Two cases differ,
 and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
@@ -53,21 +58,25 @@ stream of the operation they follow: the same one. Offloaded weights are copied 
 too, from pinned memory; Python steps them in host memory only after it has read the gradients,
 which are behind all copies.
 
-To save, each rank writes weights(): together they are the model. In stage 3 model.state_dict() has
-weights whose memory is freed.
+To save, each rank writes weights(), of which shards[name] tells where in the parameter they lie:
+together they are the model. In stage 3 model.state_dict() has weights whose memory is freed.
 
 All ranks must make the same forward and backward calls, also for evaluation. But a rank may skip
 blocks (in stage 3 not the last one), or a backward (not in stage 3). To compile the model, compile
 each `block.forward`: the hooks on a block must stay outside.
 
 Reference: Rajbhandari et al. 2020 (1910.02054). In the paper each rank owns a slice of one flat
-vector. Here it owns full parameters, so any optimizer that steps each parameter by itself steps
-unchanged, and Muon's orthogonalisation is spread over the ranks. The price is that the load is even
-only up to the largest parameters (owners_by_shape in parallel/replicas.py).
+vector. Here a piece is whole rows, which an optimizer can step and a checkpoint can name, or a full
+parameter, which any optimizer can step: Muon's orthogonalisation is spread over the ranks. What
+each rank owns is even up to a row of each bucket, or up to the largest full parameter (deal in
+parallel/replicas.py).
 
 parallelize(model) keeps the model's own weights and gives every replica those of rank 0, and its
 buffers. For parameters on the meta device nothing is sent: init_weights(source) gives each owner
 the same. A model with `matmul` layers needs parallel/autocast_linear.py too, in stage 3.
+
+An optimizer that needs full parameters needs by_rows=False, or the names of those that it does
+not need in full; make_optimizer() refuses one for which too much was cut.
 
 A step() before finish_gradients(), or by an optimizer that make_optimizer() has not made, is a
 RuntimeError: only the owners step, and only make_optimizer's sends what they change. Where
@@ -86,7 +95,7 @@ Example:
         replicas = ZeRO(dist.group.WORLD, torch.device("cpu"), stage=3, blocks="")
         layers = [torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)]
         model = replicas.parallelize(torch.nn.Sequential(*layers))  # the blocks are its children
-        held = sum(p.nbytes for p in model.parameters() if p.untyped_storage().nbytes())
+        held = sum(p.nbytes for p in replicas.owned_params().values())
         optimizer = replicas.make_optimizer(torch.optim.AdamW, model.named_parameters(), lr=0.01)
         for step in range(60):
             x = torch.randn(16, 8)  # this rank's own samples
@@ -104,9 +113,11 @@ Example:
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,13 +128,16 @@ from torch import Tensor, nn
 from parallel.replicas import (
     StepGuard,
     blocks_of,
+    all_gather,
     broadcast_start,
+    deal,
     drop_stand_ins,
+    is_elementwise,
     make_buckets,
     mapped_file,
     named_groups,
     on_gradient,
-    owners_by_shape,
+    reduce_scatter,
     refuse_coupled,
     split_like,
 )
@@ -135,19 +149,39 @@ NOT_OURS = (
 
 
 @dataclass
-class Bucket:
-    """Parameters of one owner, side by side in one flat tensor.
+class Piece:
+    """What this rank owns of a parameter."""
 
-    One broadcast sends their weights, one reduce sends their gradients.
+    param: nn.Parameter  # what the optimizer steps; of a full parameter the model's, if it is here
+    first_row: int | None  # where in the full parameter it begins; None: it is the full parameter
+
+    def of(self, full: Tensor) -> Tensor:
+        """This piece of a tensor of the full parameter's shape, as a view."""
+        if self.first_row is None:
+            return full
+        return full[self.first_row : self.first_row + len(self.param)]
+
+
+@dataclass
+class Bucket:
+    """Parameters side by side in one flat tensor, and who owns which segment of it.
+
+    w (3, 2) and v (2, 2) on three ranks: 2 of the 5 rows each, and a row of padding
+
+        flat       w w | w w | w w | v v | v v | . .
+        segments   rank 0    | rank 1    | rank 2
+
+    A bucket of full parameters has one segment.
     """
 
-    owner: int
     names: list[str]
-    flat: Tensor  # the weights on the device; its storage is empty while they are not here
-    host: Tensor | None  # the owner's weights in host memory, if they are offloaded
     params: list[nn.Parameter]  # the model's parameters: views of `flat`
-    owner_params: list[nn.Parameter]  # the optimizer's: views of `host`, or `params` themselves
-    broadcast: dist.Work | None = None  # of the weights, while it is on its way
+    flat: Tensor  # the weights on the device; its storage is empty while they are not here
+    segments: dict[int, slice]  # rank -> its segment
+    mine: slice  # this rank's, empty where it has none
+    held: Tensor | None  # the numbers of `mine` where they outlive `flat`: in memory of their own
+    pieces: dict[str, Piece] = field(default_factory=dict)  # name -> what this rank owns of it
+    works: list[dist.Work] = field(default_factory=list)  # weights on their way
 
     def is_trained(self) -> bool:
         """Whether any of its parameters is trained. The answer may change from step to step."""
@@ -181,20 +215,22 @@ class ZeRO:
     group: the replicas; None is one replica, which sends nothing
     device: where the weights are used
     stage: 1, 2 or 3
-    bucket_mb: parameters are grouped up to so many MiB, then split by owner: on N ranks a message
-        has about 1/N of it; a larger parameter is a message of its own
+    by_rows: the parameters that the optimizer steps element by element, which are cut by rows:
+        True all, False none, or their names
+    bucket_mb: parameters are grouped up to so many MiB, then split by owner and by the size of a
+        row; a larger parameter is a message of its own
     reduce_dtype: gradients are sent in it, None = their own; an owner's own share is never rounded
     offload_params: stage 3 alone; owners keep and step their weights in host memory ("cpu") or in
         files under `folder` that are mapped into memory ("disk")
-    pinned: names of parameters that the first rank owns, for another stage of the pipeline holds
-        them too, and the two must have the same owner
+    pinned: names of parameters that another stage of the pipeline holds too: all stages cut them
+        alike, or the first rank owns them
     blocks: where the model has its layers, see parallelize()
+    tp_shards: name -> (full shape, offsets), for each parameter that already is a shard
 
     Raises ValueError for a stage that is not 1, 2 or 3, for offload_params that is unknown or
     without stage 3, and for offload_params="disk" without a folder.
     """
 
-    shards: dict = {}  # owners step full parameters
     is_primary = True  # no lower rank has the same gradients and optimizer state
 
     def __init__(
@@ -208,6 +244,8 @@ class ZeRO:
         folder: str | Path | None = None,
         pinned: tuple[str, ...] = (),
         blocks: str = "blocks",
+        by_rows: bool | Collection[str] = True,
+        tp_shards: dict[str, tuple] | None = None,
     ):
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has no stage {stage}; take 1, 2 or 3")
@@ -234,6 +272,11 @@ class ZeRO:
         self.folder = folder
         self.pinned = pinned
         self.blocks_at = blocks
+        self.by_rows = by_rows
+        self.tp_shards = tp_shards or {}
+        # Name -> (full shape, offsets) of what this rank owns, where that is not all.
+        self.shards = {}
+        self.weight_shards = self.shards
         # From stage 2 on each backward sends gradients; in stage 3 each forward needs weights.
         self.backward_is_collective = stage > 1 and group is not None
         # Are weights fetched before use and freed after it?
@@ -248,7 +291,8 @@ class ZeRO:
         self.is_last = True  # the micro-batch in hand is the last one of the step
         self.owes_gradients = False  # the micro-batch in hand has not sent its gradients yet
         self.next_to_send = 0  # unit whose gradients go next; the last unit is the first to go
-        self.in_flight = []  # (bucket, flat gradients, work) of each reduce on its way
+        self.in_flight = []  # (bucket, flat gradients, works) of each reduce on its way
+        self.sums = {}  # name -> the summed gradient of a piece that is no parameter of the model
         self.got = set()  # parameters that got a gradient here since the last step
         self.nothing_sent = True  # the first backward of the step has not sent its gradients yet
         self.step_begun = False  # a micro-batch came after the last finish_gradients()
@@ -279,8 +323,13 @@ class ZeRO:
         self.unit_0_stays = is_tied or has_gain
 
         # Every rank computes the same owners, so nobody has to be told.
-        owners = owners_by_shape({name: p.shape for name, p in named}, self.world)
-        owners |= dict.fromkeys(self.pinned, 0)
+        shapes = {name: tuple(p.shape) for name, p in named}
+        by_rows = self.by_rows
+        if isinstance(by_rows, bool):
+            by_rows = shapes.keys() if by_rows else ()
+        owners = deal(shapes, by_rows, self.world)
+        for name in self.pinned:
+            owners[name] = range(self.world) if name in by_rows else (0,)
 
         self.units = [[] for _ in range(n_units)]  # unit -> its buckets
         real = self.fill_units(named, unit_of, owners)
@@ -298,12 +347,16 @@ class ZeRO:
 
                 module.matmul = linear
         self.add_hooks(real.values())
+        model.zero_grad = partial(self.zero_grad, model.zero_grad)
         is_shared = self.group is not None or self.fetches
         self.guard = StepGuard(self, model.parameters, only_own=NOT_OURS if is_shared else "")
         return model
 
     def fill_units(
-        self, named: list[tuple[str, nn.Parameter]], unit_of: dict[str, int], owners: dict[str, int]
+        self,
+        named: list[tuple[str, nn.Parameter]],
+        unit_of: dict[str, int],
+        owners: dict[str, Sequence[int]],
     ) -> dict[nn.Parameter, nn.Parameter]:
         """Makes the buckets of each unit; returns given parameter -> the one to be used."""
         backward_order = named[::-1]
@@ -315,56 +368,98 @@ class ZeRO:
         real = {}
         for span in spans:
             for run in make_buckets(span, self.bucket_bytes):
-                # A bucket has one owner, so on N ranks a message is about 1/N of such a run. Frozen
-                # parameters send no gradients, so they are apart.
-                by_owner = {}
+                # A bucket has one owner, or rows of one size. Frozen parameters send no gradients,
+                # so they are apart; a pinned one, so that it is cut alike beside any others.
+                alike = {}
                 for name, p in run:
-                    by_owner.setdefault((owners[name], p.requires_grad), {})[name] = p
-                for (owner, _), given in by_owner.items():
+                    ranks = owners[name]
+                    row = p.shape[1:].numel() if len(ranks) > 1 else None
+                    own = name if name in self.pinned else None
+                    key = (ranks[0], len(ranks), row, own, p.requires_grad)
+                    alike.setdefault(key, {})[name] = p
+                for given in alike.values():
                     # It can be sent when backward has left its lowest unit, the last it comes to.
                     unit = min(unit_of[name] for name in given)
-                    self.units[unit].append(self.make_bucket(given, owner, real))
+                    self.units[unit].append(self.make_bucket(given, owners, real))
         return real
 
     @torch.no_grad()
-    def make_bucket(self, given: dict[str, nn.Parameter], owner: int, real: dict) -> Bucket:
-        """The bucket of these parameters; those that take their places go into `real`."""
+    def make_bucket(self, given: dict[str, nn.Parameter], owners: dict, real: dict) -> Bucket:
+        """The bucket of these parameters; those that take their places go into `real`.
+
+        owners: name -> ranks, the same ones for all of `given`.
+        """
         like = list(given.values())
         dtype = like[0].dtype
-        requires_grad = like[0].requires_grad
+        ranks = owners[next(iter(given))]
         size = sum(p.numel() for p in like)
+        share = size  # of one rank
+        if len(ranks) > 1:
+            row = like[0].shape[1:].numel()
+            share = math.ceil(size / row / len(ranks)) * row
+        if len(ranks) == self.world:
+            size = share * self.world  # with padding: all-gather takes equal segments
+        segments = {}
+        for i, rank in enumerate(ranks):
+            segments[rank] = slice(min(i * share, size), min((i + 1) * share, size))
+        mine = segments.get(self.rank, slice(0, 0))
+        n_mine = mine.stop - mine.start
         flat = torch.empty(size, dtype=dtype, device=self.device)
 
-        # With offloading the owner has a second copy, in host memory, which the optimizer steps.
-        host = None
-        if owner == self.rank and self.offload_params == "cpu":
+        # What this rank owns needs memory of its own where `flat` is freed, unless it is all of it,
+        # or is in host memory. There the optimizer steps it.
+        held = None
+        if n_mine and self.offload_params == "cpu":
             # Pinned memory is copied to a GPU without the host waiting.
-            host = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
-        elif owner == self.rank and self.offload_params == "disk":
+            held = torch.empty(n_mine, dtype=dtype, pin_memory=self.device.type == "cuda")
+        elif n_mine and self.offload_params == "disk":
             first_name = next(iter(given))
-            host = mapped_file(Path(self.folder) / f"{first_name}.weights", size, dtype)
+            held = mapped_file(Path(self.folder) / f"{first_name}.weights", n_mine, dtype)
+        elif n_mine and self.fetches and len(ranks) > 1:
+            held = torch.empty(n_mine, dtype=dtype, device=self.device)
 
         # autograd refuses tensors that changed since forward saved them. `.data` has a version
         # counter of its own, so fetching weights again is no change.
         params = []
         for p, view in zip(like, split_like(flat, like)):
             if p.is_meta:
-                params.append(nn.Parameter(view.data, requires_grad))
+                params.append(nn.Parameter(view.data, p.requires_grad))
             else:
                 # The same object, for an optimizer may hold it already.
                 view.copy_(p)
                 p.data = view.data
                 params.append(p)
-        owner_params = params
-        if host is not None:
-            if not all(p.is_meta for p in like):
-                host.copy_(flat)
-            owner_params = [nn.Parameter(view, requires_grad) for view in split_like(host, like)]
         real.update(zip(like, params))
-        bucket = Bucket(owner, list(given), flat, host, params, owner_params)
+        bucket = Bucket(list(given), params, flat, segments, mine, held)
+        if held is not None and not all(p.is_meta for p in like):
+            held.copy_(flat[mine])
+        self.cut_pieces(bucket)
         # In stage 3, before the next unit is allocated: memory never holds the whole model.
         self.release(bucket)
         return bucket
+
+    def cut_pieces(self, bucket: Bucket) -> None:
+        """Fills `pieces` and `shards` with what this rank owns of the parameters."""
+        if self.rank not in bucket.segments:
+            return
+        is_full = len(bucket.segments) == 1
+        memory = bucket.flat[bucket.mine] if bucket.held is None else bucket.held
+        begin = -bucket.mine.start  # of a parameter, in `memory`
+        for name, p in zip(bucket.names, bucket.params):
+            end = begin + p.numel()
+            part = memory[max(begin, 0) : max(end, 0)]
+            if is_full and bucket.held is None:
+                bucket.pieces[name] = Piece(p, None)
+            elif is_full:
+                bucket.pieces[name] = Piece(nn.Parameter(part.view(p.shape), p.requires_grad), None)
+            elif len(part):
+                rows = part.view(-1, *p.shape[1:])
+                first_row = max(-begin, 0) // p.shape[1:].numel()
+                bucket.pieces[name] = Piece(nn.Parameter(rows, p.requires_grad), first_row)
+                whole = tuple(p.shape), (0,) * p.ndim
+                full_shape, offsets = self.tp_shards.get(name, whole)
+                self.shards[name] = full_shape, (offsets[0] + first_row, *offsets[1:])
+            begin = end
 
     def add_hooks(self, params: Iterable[nn.Parameter]) -> None:
         """Forward and backward call this object when they enter or leave a unit."""
@@ -388,29 +483,39 @@ class ZeRO:
         source returns the full tensor on the CPU.
         """
         for bucket in self.buckets:
-            if self.stage < 3 or bucket.owner == self.rank:
-                for name, p in zip(bucket.names, bucket.owner_params):
+            for name, p in zip(bucket.names, bucket.params):
+                if self.stage < 3:
                     p.copy_(source(name, tuple(p.shape)))
+                elif name in bucket.pieces:
+                    piece = bucket.pieces[name]
+                    piece.param.copy_(piece.of(source(name, tuple(p.shape))))
 
     # ---- weights come and go ---------------------------------------------------------------------
     def start_broadcast(self, bucket: Bucket) -> None:
         if self.group is None:
             return
-        bucket.broadcast = dist.broadcast(
-            bucket.flat, group=self.group, group_src=bucket.owner, async_op=True
-        )
+        if len(bucket.segments) == self.world:
+            mine = bucket.flat[bucket.mine]
+            bucket.works = [all_gather(bucket.flat, mine, group=self.group, async_op=True)]
+        else:
+            for owner, segment in bucket.segments.items():
+                work = dist.broadcast(
+                    bucket.flat[segment], group=self.group, group_src=owner, async_op=True
+                )
+                bucket.works.append(work)
         # The owner sends world - 1 copies; each rank counts a share of them, for owners own alike.
         self.sent_bytes += (self.world - 1) * bucket.flat.nbytes // self.world
 
     def wait_for_broadcasts(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:
-            if bucket.broadcast is not None:
-                bucket.broadcast.wait()
-                bucket.broadcast = None
+            for work in bucket.works:
+                work.wait()
+            bucket.works = []
 
     def lives_here(self, bucket: Bucket) -> bool:
-        """Are these weights never freed? All of them before stage 3, then an owner's own."""
-        return not self.fetches or (bucket.owner == self.rank and bucket.host is None)
+        """Is `flat` never freed? None is before stage 3, then an owner's full parameters alone."""
+        is_owner = self.rank in bucket.segments
+        return not self.fetches or (is_owner and bucket.held is None)
 
     def start_fetch(self, i: int) -> None:
         """The weights of unit i start on their way here."""
@@ -420,9 +525,9 @@ class ZeRO:
         for bucket in self.units[i]:
             if not self.lives_here(bucket):
                 bucket.flat.untyped_storage().resize_(bucket.flat.nbytes)
-            # An owner that offloads first brings its weights to the device.
-            if bucket.host is not None:
-                bucket.flat.copy_(bucket.host, non_blocking=True)
+            # What this rank owns comes from memory of its own, on the host perhaps.
+            if bucket.held is not None:
+                bucket.flat[bucket.mine].copy_(bucket.held, non_blocking=True)
             self.start_broadcast(bucket)
 
     def fetch(self, i: int) -> None:
@@ -461,8 +566,9 @@ class ZeRO:
         """Joins the other ranks' reduces where this rank had a micro-batch without a backward."""
         if self.in_backward:
             # A backward raised: what it had sent by then is no part of any sum.
-            for _, _, work in self.in_flight:
-                work.wait()
+            for _, _, works in self.in_flight:
+                for work in works:
+                    work.wait()
             self.in_flight = []
             self.in_backward = False
         if self.owes_gradients:
@@ -564,45 +670,72 @@ class ZeRO:
             self.nothing_sent = False
 
     def start_reduce(self, bucket: Bucket) -> None:
-        # Zeros where this rank has no gradient. The owner contributes only zeros: its own share and
-        # the sum so far are in its p.grad, to which collect_gradients() adds, without rounding.
+        # Zeros where this rank has no gradient.
         flat = torch.zeros_like(bucket.flat, dtype=self.reduce_dtype)
-        for p, view in zip(bucket.params, split_like(flat, bucket.params)):
-            if self.nothing_sent and p.grad is None:
+        for name, p, view in zip(bucket.names, bucket.params, split_like(flat, bucket.params)):
+            piece = bucket.pieces.get(name)
+            if self.nothing_sent:
                 # Forget a backward whose gradients were dropped without finish_gradients(), such as
                 # the trial of a micro-batch size in run/batch.py.
-                self.got.discard(p)
-            if bucket.owner != self.rank and p.grad is not None:
+                self.sums.pop(name, None)
+                if p.grad is None:
+                    self.got.discard(p)
+            is_own = piece is not None and piece.param is p
+            if p.grad is not None and not is_own:
                 view.copy_(p.grad)
+                if piece is not None:
+                    self.add(name, piece.of(p.grad))
                 p.grad = None
-        work = dist.reduce(flat, group=self.group, group_dst=bucket.owner, async_op=True)
-        self.in_flight.append((bucket, flat, work))
+        # An owner contributes only zeros: its own share and the sum so far are in p.grad, or in
+        # `sums`. To these collect_gradients() adds, without rounding.
+        flat[bucket.mine] = 0
+        if len(bucket.segments) == self.world:
+            works = [reduce_scatter(flat[bucket.mine], flat, group=self.group, async_op=True)]
+        else:
+            works = []
+            for owner, segment in bucket.segments.items():
+                part = flat[segment]
+                works.append(dist.reduce(part, group=self.group, group_dst=owner, async_op=True))
+        self.in_flight.append((bucket, flat, works))
         self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Adds to the sum of a piece that is no parameter of the model."""
+        if name in self.sums:
+            self.sums[name].add_(gradient)
+        else:
+            self.sums[name] = gradient.clone()
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Waits for the gradients on their way. Owners add them to their own."""
-        for bucket, flat, work in self.in_flight:
-            work.wait()
-            if bucket.owner != self.rank:
-                continue
-            for p, view in zip(bucket.params, split_like(flat, bucket.params)):
-                if p.grad is None:
-                    p.grad = view.to(p.dtype, copy=True)
+        for bucket, flat, works in self.in_flight:
+            for work in works:
+                work.wait()
+            views = split_like(flat, bucket.params)
+            for name, p, view in zip(bucket.names, bucket.params, views):
+                piece = bucket.pieces.get(name)
+                if piece is None:
+                    continue
+                received = piece.of(view).to(p.dtype)
+                if piece.param is not p:
+                    self.add(name, received)
+                elif p.grad is None:
+                    p.grad = received.clone()
                 else:
-                    p.grad.add_(view)
+                    p.grad.add_(received)
         self.in_flight = []
 
     # ---- the step --------------------------------------------------------------------------------
     def owned_params(self) -> dict[str, nn.Parameter]:
         """The parameters that this rank owns, by name and in the model's order.
 
-        They are those that its optimizer steps: with offloading they are in host memory.
+        They are those that its optimizer steps, rows or full ones: with offloading they are in host
+        memory.
         """
         owned = {}
         for bucket in self.buckets:
-            if bucket.owner == self.rank:
-                owned |= zip(bucket.names, bucket.owner_params)
+            owned |= {name: piece.param for name, piece in bucket.pieces.items()}
         return {name: owned[name] for name, _ in self.model.named_parameters() if name in owned}
 
     def finish_gradients(self) -> None:
@@ -617,19 +750,26 @@ class ZeRO:
         self.step_begun = False
         self.unfinished = False
         self.owes_gradients = False
+        if self.nothing_sent:
+            self.sums = {}
         self.nothing_sent = True
 
-        # The sums have zeros where nobody had a gradient: these become None.
-        params = [p for bucket in self.buckets for p in bucket.params]
-        self.sent_bytes += drop_stand_ins(params, self.got, self.group, self.device)
-
-        # Offloaded parameters are stepped in host memory: their gradients follow them.
+        # What is stepped gets its gradient, offloaded weights in host memory. None too: the model's
+        # zero_grad() does not reach the gradient of last step.
+        params = []
+        stepped = []
         for bucket in self.buckets:
-            for p, owner_p in zip(bucket.params, bucket.owner_params):
-                if owner_p is not p:
-                    # None too: the model's zero_grad() does not reach the gradient of last step.
-                    owner_p.grad = None if p.grad is None else p.grad.cpu()
+            for name, p in zip(bucket.names, bucket.params):
+                piece = bucket.pieces.get(name, Piece(p, None)).param
+                if piece is not p:
+                    gradient = self.sums.pop(name, p.grad)
+                    piece.grad = None if gradient is None else gradient.to(piece.device)
                     p.grad = None
+                params.append(p)
+                stepped.append(piece)
+
+        # The sums have zeros where nobody had a gradient: these become None.
+        self.sent_bytes += drop_stand_ins(params, self.got, self.group, self.device, stepped)
 
     def gradients(self) -> dict[str, Tensor]:
         """After finish_gradients: the summed gradients of the parameters owned here, by name.
@@ -642,27 +782,60 @@ class ZeRO:
         """The optimizer of the parameters owned here; its step() moves the weights of all ranks.
 
         groups: as torch's optimizers take them. step() raises RuntimeError if the gradients are not
-        summed yet, add_param_group() raises ValueError.
+        summed yet, add_param_group() raises ValueError. Raises ValueError where `by_rows` has cut
+        what cls needs in full.
         """
         owned = self.owned_params()
         owned_groups = []
         for settings in named_groups(self.model, groups):
+            self.refuse_rows(cls, settings)
             names = [name for name in settings["names"] if name in owned]
             owned_groups.append(settings | {"names": names, "params": [owned[n] for n in names]})
         # With tensor parallelism `cls` is a function: whoever made it has tried the class already.
         if self.group is not None and isinstance(cls, type):
             refuse_coupled(cls, owned_groups, arguments)
         optimizer = self.guard.admit(cls(owned_groups, **arguments))
-        optimizer.register_step_post_hook(lambda *_: self.broadcast_weights())
+        optimizer.zero_grad = self.model.zero_grad
+        optimizer.register_step_post_hook(lambda *_: self.after_step())
         if self.group is not None:
             optimizer.add_param_group = self.refuse_late_group
         return optimizer
+
+    def refuse_rows(self, cls, group: dict) -> None:
+        # A function, made for tensor parallelism, knows better which class it makes.
+        if not isinstance(cls, type) or is_elementwise(cls, group):
+            return
+        cut = {name for bucket in self.buckets if len(bucket.segments) > 1 for name in bucket.names}
+        for name in group["names"]:
+            if name in cut:
+                raise ValueError(
+                    f"{cls.__name__} may need {name} in full, and ZeRO has cut it by rows; make "
+                    "ZeRO(..., by_rows=False), or give by_rows the names of the parameters that it "
+                    "steps element by element; a class with elementwise = True steps all so"
+                )
 
     def refuse_late_group(self, settings: dict) -> None:
         raise ValueError(
             "add_param_group: under ZeRO every rank would step these parameters, with "
             "gradients of its own; give all groups to make_optimizer"
         )
+
+    def after_step(self) -> None:
+        self.broadcast_weights()
+        self.drop_gradients()
+
+    def zero_grad(self, plain: Callable, set_to_none: bool = True) -> None:
+        """The model's and the optimizer's zero_grad(), which reach the gradients of pieces too."""
+        plain(set_to_none)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Lets go of the gradients of pieces that are no parameters of the model."""
+        self.sums = {}
+        for bucket in self.buckets:
+            for name, p in zip(bucket.names, bucket.params):
+                if name in bucket.pieces and bucket.pieces[name].param is not p:
+                    bucket.pieces[name].param.grad = None
 
     def broadcast_weights(self) -> None:
         """After the owners' weights changed: stages 1 and 2 send them to all ranks.
@@ -677,7 +850,8 @@ class ZeRO:
         self.wait_for_broadcasts(changed)
 
     def discard_step(self) -> None:
-        """In place of optimizer.step(). Nothing to undo: the next zero_grad drops the gradients."""
+        """In place of optimizer.step(): drops the gradients of pieces."""
+        self.drop_gradients()
 
     # ---- at times --------------------------------------------------------------------------------
     def state_dict(self, optimizer_state: dict) -> dict | None:
@@ -692,12 +866,8 @@ class ZeRO:
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """What this rank puts into a checkpoint, by name: nothing that a lower rank puts there."""
-        if self.stage == 3:
-            return self.owned_params()
-        if self.rank == 0:
-            return dict(self.model.named_parameters())
-        return {}
+        """What this rank puts into a checkpoint, by name: what it owns."""
+        return self.owned_params()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from metrics.divergence import Divergence, unigram_entropy
 from metrics.profile import Profiler
 from model import GPTConfig
 from optim import mup, param_groups
+from optim.attributes import attribute
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.protocol import DataParallel
-from parallel.replicas import refuse_coupled
+from parallel.replicas import is_elementwise, refuse_coupled
 from parallel.shard import Shard
 from precision import amp, onednn
 from precision.loss_scale import LossScaler
@@ -141,12 +142,17 @@ DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def data_parallel(
-    cfg: Config, options: dict, mesh: Mesh, tp_shards: dict[str, Shard]
+    cfg: Config,
+    options: dict,
+    mesh: Mesh,
+    tp_shards: dict[str, Shard],
+    by_rows: set[str],
 ) -> DataParallel:
     """How replicas share the work, see parallel/protocol.py.
 
     options: arguments of the outer step or of the compression, see run/options.py.
     tp_shards: name -> shard, for each parameter that tensor parallelism divides.
+    by_rows: the names of the parameters that the optimizer steps element by element.
     Raises ValueError for a compression without a second replica.
     """
     group = mesh.groups["dp_cp"]
@@ -192,7 +198,7 @@ def data_parallel(
     # zero1, zero2 or zero3: the stage is the last digit.
     zero_stage = int(cfg.data_parallel[-1])
     # The first and the last stage of a pipeline both hold a tied embedding: the same rank of each
-    # must own it.
+    # must own the same of it.
     pinned = ("embed.weight",) if cfg.pp > 1 else ()
     return ZeRO(
         group,
@@ -203,7 +209,22 @@ def data_parallel(
         cfg.offload_params,
         folder,
         pinned=pinned,
+        by_rows=by_rows,
+        tp_shards=tp_shards,
     )
+
+
+def stepped_by_rows(optimizer_class: type, kinds: dict[str, str]) -> set[str]:
+    """The names of the parameters that the optimizer steps element by element.
+
+    kinds: name -> kind, see optim/param_groups.py.
+    """
+    found = set()
+    for name, kind in kinds.items():
+        group = {"use_muon": kind == "matrix"} if attribute(optimizer_class, "matrices_only") else {}
+        if is_elementwise(optimizer_class, group):
+            found.add(name)
+    return found
 
 
 def set_loss(cfg: Config, model: torch.nn.Module, text: dataset.Tokens) -> None:

@@ -10,8 +10,10 @@ from harness import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import parallel.zero
 from checkpoint.load import load
 from checkpoint.save import save
+from checkpoint.slices import as_slices
 from layers.generation import generate
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
@@ -20,9 +22,10 @@ from optim.muon import Muon
 from optim.schedule_free import SGDScheduleFree
 from optim.sgd import SGD
 from parallel.ddp import DDP
-from parallel.replicas import owners_by_shape
+from parallel.shard import Shard
 from parallel.zero import ZeRO
 from precision import onednn
+from run.build import stepped_by_rows
 
 CPU, ROWS = torch.device("cpu"), 16  # rows in a global batch
 MODERN = dict(
@@ -67,9 +70,11 @@ class Replica:
         model = build(shape, dtype)
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
+        cls, options = OPTIMIZERS[optimizer]
+        if isinstance(replicas, ZeRO):
+            replicas.by_rows = stepped_by_rows(cls, param_groups.kinds(model))
         self.model = replicas.parallelize(model)
         replicas.init_weights(lambda name, size: initial_weight(self.model.config, name, size))
-        cls, options = OPTIMIZERS[optimizer]
         lr, others = options["lr"], 0.01 if optimizer == "muon" else options["lr"]
         lrs = dict(matrix=lr, embedding=others, head=others, scalar=others)
         groups = param_groups.param_groups(self.model, lrs, 0.1, muon=optimizer == "muon")
@@ -113,8 +118,29 @@ class Replica:
     def run(self, steps=3, micro_batches=1):
         """Losses of my rows, gradient norms, the weights I have to save."""
         pairs = [self.step(i, micro_batches) for i in range(steps)]
-        weights = {name: w.detach().clone() for name, w in self.replicas.weights().items()}
+        weights = placed(self.replicas, self.replicas.weights())
         return [loss for loss, _ in pairs], [norm for _, norm in pairs], weights
+
+
+def placed(replicas, by_name):
+    """Name -> (copy of a tensor that belongs to a piece, the full shape, the piece's offsets)."""
+    found = {}
+    for name, x in by_name.items():
+        full, offsets = replicas.shards.get(name, (tuple(x.shape), (0,) * x.ndim))
+        found[name] = x.detach().clone(), full, offsets
+    return found
+
+
+def joined(ranks):
+    """The full tensors of all ranks' pieces, as `placed` gives them: each number on one rank."""
+    tensors, owners = {}, {}
+    for held in ranks:
+        for name, (x, full, offsets) in held.items():
+            place = tuple(slice(a, a + n) for a, n in zip(offsets, x.shape, strict=True))
+            tensors.setdefault(name, x.new_full(full, torch.nan))[place] = x
+            owners.setdefault(name, torch.zeros(full))[place] += 1
+    assert all((count == 1).all() for count in owners.values())  # nothing twice, nothing missing
+    return tensors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,15 +159,13 @@ def alone(**options):
 def same(results, oracle, tolerance=1e-10):
     losses, norms, weights = oracle
     assert len(losses) > 0
-    merged = {}
-    for _, mine, held in results:
+    for _, mine, _ in results:
         torch.testing.assert_close(mine, norms, rtol=tolerance, atol=tolerance)
-        assert not merged.keys() & held.keys()  # nothing is saved twice
-        merged |= held
+    merged = joined([held for _, _, held in results])
     whole = [sum(parts) for parts in zip(*(r[0] for r in results))]
     torch.testing.assert_close(whole, losses, rtol=tolerance, atol=tolerance)
     assert merged.keys() == weights.keys()
-    for name, w in weights.items():
+    for name, w in joined([weights]).items():
         torch.testing.assert_close(merged[name], w, rtol=tolerance, atol=tolerance)
 
 
@@ -256,17 +280,18 @@ def looks(rank, world, stage, optimizer, shape):
         replica.loss(batch(9, shape), torch.arange(1))
         replica.optimizer.step()
         replica.model.zero_grad(set_to_none=True)
-    return seen, zero.weights()
+    return seen, placed(zero, zero.weights())
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_evaluation_sampling_and_schedule_free_between_steps(stage):
     for optimizer, shape in (("schedule_free", MODERN), ("sgd", GPT2)):
         expected, weights = looks(0, 1, None, optimizer, shape)
-        for seen, held in run_ranks(2, looks, stage, optimizer, shape):
+        results = run_ranks(2, looks, stage, optimizer, shape)
+        for seen, _ in results:
             torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-10)
-            for name, w in held.items():
-                torch.testing.assert_close(w, weights[name], rtol=1e-10, atol=1e-10)
+        found = joined([held for _, held in results])
+        torch.testing.assert_close(found, joined([weights]), rtol=1e-10, atol=1e-10)
 
 
 def in_another_way(rank, world, how):
@@ -336,68 +361,85 @@ def uneven_use(rank, world, stage):
         zero.finish_gradients()
         mine = zero.owned_params()
         out.append({n: p.grad for n, p in mine.items() if n.endswith("extra")})
+        zero.discard_step()
         model.zero_grad(set_to_none=True)
     return out
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_a_parameter_unused_on_some_rank_does_not_block(stage):
+    results = run_ranks(2, uneven_use, stage)
     for step in range(2):
-        grads = {}
-        for result in run_ranks(2, uneven_use, stage):
-            grads |= result[step]
-        assert grads["blocks.1.extra"] is None and grads["blocks.0.extra"].abs().min() > 1e-6
+        # Two of the three elements are rank 0's.
+        for rank, n in enumerate((2, 1)):
+            grads = results[rank][step]
+            assert grads["blocks.1.extra"] is None
+            assert grads["blocks.0.extra"].abs().min() > 1e-6 and len(grads["blocks.0.extra"]) == n
 
 
 def who_has_gradients(rank, world, stage):
     zero = ZeRO(dist.group.WORLD, CPU, stage)
-    replica = Replica(zero, rank, world)
+    replica = Replica(zero, rank, world, optimizer="muon")
     replica.gradients(0, micro_batches=2)
-    return {n for n, p in replica.model.named_parameters() if p.grad is not None}, set(
-        zero.owned_params()
-    )
+    in_model = {n for n, p in replica.model.named_parameters() if p.grad is not None}
+    owned = zero.owned_params()
+    full = {n for n, p in owned.items() if p is replica.model.get_parameter(n)}
+    return in_model, full, {*owned}, placed(zero, zero.gradients())
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_gradients_are_with_their_owners_alone(stage):
-    owned = set()
-    for have, mine in run_ranks(4, who_has_gradients, stage):
-        assert have == mine and not mine & owned
-        owned |= mine
-    assert owned == {n for n, _ in build(MODERN).named_parameters()}
+    results = run_ranks(4, who_has_gradients, stage)
+    for in_model, full, owned, gradients in results:
+        assert in_model == full and owned == gradients.keys()
+    assert joined([g for *_, g in results]).keys() == dict(build(MODERN).named_parameters()).keys()
 
 
-def between_micro_batches(rank, world, stage):
-    replica = Replica(ZeRO(dist.group.WORLD, CPU, stage), rank, world)
+def between_micro_batches(rank, world, stage, optimizer):
+    replica = Replica(ZeRO(dist.group.WORLD, CPU, stage), rank, world, optimizer=optimizer)
     replica.replicas.last_micro_batch(False)
     replica.loss(batch(0, MODERN), torch.tensor([rank])).backward()
     held = [p.grad is not None for p in replica.model.parameters()]
-    replica.model.zero_grad(set_to_none=True)  # a probe for the largest micro-batch
-    return sum(held), len(replica.replicas.owned_params()), len(held), replica.run()
+    dropped = replica.model if optimizer == "sgd" else replica.optimizer
+    dropped.zero_grad(set_to_none=True)  # a probe for the largest micro-batch
+    mine = {id(p) for p in replica.replicas.owned_params().values()}
+    full = sum(id(p) in mine for p in replica.model.parameters())
+    return sum(held), full, len(held), replica.run()
 
 
 def test_stage_1_waits_for_the_last_micro_batch_and_nothing_of_a_probe_remains():
-    for stage in (1, 2, 3):
-        results = run_ranks(2, between_micro_batches, stage)
-        for held, mine, every, _ in results:
-            assert held == (every if stage == 1 else mine)
-        same([r[3] for r in results], alone().run())
+    for stage, optimizer in ((1, "sgd"), (2, "sgd"), (2, "muon"), (3, "muon")):
+        results = run_ranks(2, between_micro_batches, stage, optimizer)
+        for held, full, every, _ in results:
+            assert held == (every if stage == 1 else full)
+        same([r[3] for r in results], alone(optimizer=optimizer).run())
 
 
-def sent(rank, world, stage, micro_batches, reduce_dtype):
+def sent(rank, world, stage, micro_batches, reduce_dtype, optimizer):
     zero = ZeRO(dist.group.WORLD, CPU, stage, 1e-3, reduce_dtype)
-    replica, counted = Replica(zero, rank, world, dtype=torch.float32), []
-    plain = dist.reduce, dist.broadcast, dist.all_reduce
+    replica, counted = Replica(zero, rank, world, optimizer=optimizer, dtype=torch.float32), []
 
     def counting(call, times):
-        return lambda x, *a, **kwargs: (counted.append(times * x.nbytes), call(x, *a, **kwargs))[1]
+        def counted_call(x, *a, **kwargs):
+            # A reduce-scatter's first tensor is what comes back: 1/world of what is summed.
+            counted.append(times * max(t.nbytes for t in (x, *a) if torch.is_tensor(t)))
+            return call(x, *a, **kwargs)
 
-    dist.reduce, dist.broadcast, dist.all_reduce = map(counting, plain, (1, 1, 2))
+        return counted_call
+
     replica.norm = lambda: None
-    for step in range(2):
-        counted.clear()
-        replica.step(step, micro_batches)
-    dist.reduce, dist.broadcast, dist.all_reduce = plain
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, times in (
+            (dist, "reduce", 1),
+            (dist, "broadcast", 1),
+            (dist, "all_reduce", 2),
+            (parallel.zero, "all_gather", 1),
+            (parallel.zero, "reduce_scatter", 1),
+        ):
+            patch.setattr(module, name, counting(getattr(module, name), times))
+        for step in range(2):
+            counted.clear()
+            replica.step(step, micro_batches)
     return zero.sent_bytes, sum(counted)
 
 
@@ -410,11 +452,17 @@ def test_sent_bytes_are_the_tables():
         2: lambda a: (a + 1) * whole,
         3: lambda a: a * (2 * whole + blocks),
     }
-    for stage, micro_batches in ((1, 1), (1, 2), (2, 2), (3, 2)):
-        for formula, counted in run_ranks(2, sent, stage, micro_batches, None):
+    for optimizer, stage, micro_batches in (
+        ("sgd", 1, 1),
+        ("muon", 1, 2),
+        ("sgd", 2, 2),
+        ("sgd", 3, 2),
+        ("muon", 3, 2),
+    ):
+        for formula, counted in run_ranks(2, sent, stage, micro_batches, None, optimizer):
             assert counted == table[stage](micro_batches) + roll_call
             assert abs(formula - counted / 2) < 100
-    for formula, counted in run_ranks(2, sent, 1, 1, torch.bfloat16):
+    for formula, counted in run_ranks(2, sent, 1, 1, torch.bfloat16, "sgd"):
         assert counted == 1.5 * whole + roll_call
 
 
@@ -426,14 +474,17 @@ def overlap(rank, world, stage):
     for i, block in enumerate(replica.model.blocks.values(), 1):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: events.append(f"forward {i}"))
         block.attn.q.weight.register_hook(lambda *_, i=i: events.append(f"backward {i}"))
-    plain = dist.reduce, dist.broadcast
-    dist.broadcast = lambda x, **kwargs: (
+    plain = parallel.zero.reduce_scatter, parallel.zero.all_gather
+    parallel.zero.all_gather = lambda x, *a, **kwargs: (
         events.append(f"fetch {unit[id(x)]}"),
-        plain[1](x, **kwargs),
+        plain[1](x, *a, **kwargs),
     )[1]
-    dist.reduce = lambda x, **kwargs: (events.append("send"), plain[0](x, **kwargs))[1]
+    parallel.zero.reduce_scatter = lambda *a, **kwargs: (
+        events.append("send"),
+        plain[0](*a, **kwargs),
+    )[1]
     replica.gradients(0)
-    dist.reduce, dist.broadcast = plain
+    parallel.zero.reduce_scatter, parallel.zero.all_gather = plain
     return [e for e, before in zip(events, [None, *events]) if e != before]
 
 
@@ -452,62 +503,50 @@ def rounded(rank, world):
     zero = ZeRO(dist.group.WORLD, CPU, 2, reduce_dtype=torch.bfloat16)
     replica = Replica(zero, rank, world, dtype=torch.float32)
     replica.gradients(0, micro_batches=2)
-    return {n: p.grad for n, p in zero.owned_params().items()}
+    return placed(zero, zero.gradients())
 
 
 def test_reduce_dtype_rounds_what_is_sent():
     oracle = alone(dtype=torch.float32)
     oracle.gradients(0)
     expected = {n: p.grad for n, p in oracle.model.named_parameters()}
-    for grads in run_ranks(2, rounded):
-        for name, g in grads.items():
-            error = ((g - expected[name]).norm() / expected[name].norm()).item()
-            assert 1e-5 < error < 1e-2 and g.dtype == torch.float32
+    grads = joined(run_ranks(2, rounded))
+    assert grads.keys() == expected.keys()
+    for name, g in grads.items():
+        error = ((g - expected[name]).norm() / expected[name].norm()).item()
+        assert 1e-5 < error < 1e-2 and g.dtype == torch.float32
 
 
 def fetched(rank, world):
     """Which parameters rank asks for, and the bytes it holds after filling them."""
-    zero, asked = ZeRO(dist.group.WORLD, CPU, 3), []
+    by_rows = stepped_by_rows(Muon, param_groups.kinds(build(MODERN)))
+    zero, asked = ZeRO(dist.group.WORLD, CPU, 3, by_rows=by_rows), []
     model = zero.parallelize(build(MODERN))
     zero.init_weights(lambda name, size: asked.append(name) or torch.zeros(size))
-    storages = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
-    }
+    tensors = [*model.parameters(), *zero.owned_params().values()]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return asked, sum(storages.values()), [tuple(p.shape) for p in model.parameters()]
 
 
 def test_stage_3_holds_and_fills_only_its_own():
     sizes = {n: p.nbytes for n, p in build(MODERN).named_parameters()}
     results = run_ranks(4, fetched)
-    assert sorted(name for asked, _, _ in results for name in asked) == sorted(sizes)
+    outside = {"embed.weight", "head.weight"}  # all ranks have rows of these
+    matrices = [n for asked, _, _ in results for n in asked if n not in outside]
+    assert sorted(matrices) == sorted(sizes.keys() - outside)
     for asked, held, shapes in results:
-        assert held == sum(sizes[name] for name in asked)
+        assert outside <= {*asked}
+        assert held == sum(sizes[n] / (4 if n in outside else 1) for n in asked)
         assert shapes == [tuple(p.shape) for p in build(MODERN).parameters()]
-
-
-def test_owners_are_even_within_each_shape():
-    shapes = {n: tuple(p.shape) for n, p in build(GPT2 | dict(vocab_size=4096)).named_parameters()}
-    for n in (1, 2, 3, 4, 8):
-        owners = owners_by_shape(shapes, n)
-        assert owners == owners_by_shape(dict(shapes), n) and owners.keys() == shapes.keys()
-        for shape in set(shapes.values()):
-            count = [sum(owners[k] == r and shapes[k] == shape for k in shapes) for r in range(n)]
-            assert max(count) - min(count) <= 1
-    assert owners_by_shape({"embed": (100, 4), "a": (4, 4), "b": (4, 3)}, 2) == {
-        "embed": 0,
-        "a": 1,
-        "b": 1,
-    }
 
 
 def write_checkpoint(rank, world, stage, folder):
     replica = Replica(ZeRO(dist.group.WORLD, CPU, stage), rank, world, optimizer="adamw")
     replica.step(0)
-    tree = {
-        "model": replica.replicas.weights(),
-        "optim": param_groups.state_by_name(replica.optimizer),
-    }
-    save(folder, 1, tree)
+    shards = {name: Shard(*where) for name, where in replica.replicas.shards.items()}
+    optim = param_groups.state_by_name(replica.optimizer)
+    optim["state"] = as_slices(optim["state"], shards)
+    save(folder, 1, {"model": as_slices(replica.replicas.weights(), shards), "optim": optim})
 
 
 def test_a_checkpoint_has_every_weight_and_every_state(tmp_path):
