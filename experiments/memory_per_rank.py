@@ -89,9 +89,7 @@ def row(keys: dict, quick: bool) -> dict:
         return anonymous(case, 3 if quick else 8)
     if part == "measured":
         ranks = run_ranks(4, measuring.measured, case, optim, "fp32", 2, {}, 0.25)
-        told = measuring.predicted(
-            case, optim, 4, "fp32", 2, {}, bucket_mb=0.25, owners=measuring.owners_of(case)
-        )
+        told = measuring.predicted(case, optim, 4, "fp32", 2, {}, bucket_mb=0.25)
         names = ("parameters", "gradients", "state")
         return (
             {"predicted": told["total"], "found": max(rank["peak"] for rank in ranks)}
@@ -108,7 +106,6 @@ def row(keys: dict, quick: bool) -> dict:
         {},
         bucket_mb=0.25,
         chunk_mb=0.1,
-        owners=measuring.owners_of(case),
         **{where: "disk"},
     )
     with tempfile.TemporaryDirectory() as folder:

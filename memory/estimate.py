@@ -4,10 +4,11 @@
     python -m memory.estimate --params=7e9 --n_layer=32 --n_embd=4096 --block_size=2048 --batch=4
     python -m memory.estimate --n_layer=12 --n_embd=768 --vocab_size=50304 --optim=muon --batch=16
 
-Without --params the tensors are exactly our GPT's, and each layout deals out full parameters, or
-rows of them. With --params they are equal parts. A row of the table shows the rank that holds most.
---batch is one rank's micro-batch. 7B is 7e9; K, M and T are likewise powers of ten, and a GB is 1e9
-bytes. Bytes of a parameter, and of one number of state, by precision:
+Without --params the tensors are exactly our GPT's, and each layout deals out rows of them, or full
+parameters to an optimizer that needs them so. With --params they are equal parts. A row of the
+table shows the rank that holds most. --batch is one rank's micro-batch. 7B is 7e9; K, M and T are
+likewise powers of ten, and a GB is 1e9 bytes. Bytes of a parameter, and of one number of state, by
+precision:
 
     name     weight  gradient  master  state  with Adam  what it is
     fp64     8       8         -       8      32         ours
@@ -21,9 +22,9 @@ bytes. Bytes of a parameter, and of one number of state, by precision:
 
     layout   weights   gradients   state       held only for a while ("buffers")
     ddp      all       all         all         the gradient on its way into its bucket
-    zero1    all       all         owner       a unit's gradients, or a bucket
-    zero2    all       owner       owner       two units' gradients
-    zero3    owner     owner       owner       two units' weights and gradients
+    zero1    all       all         own         a unit's gradients, or a bucket
+    zero2    all       own         own         two units' gradients
+    zero3    own       own         own         two units' weights and gradients
     fsdp     rows/n    rows/n      rows/n      weights of embedding, head and two blocks
                                                (reshard=False: all), one unit's gradients twice;
                                                the gradients of earlier micro-batches
@@ -78,13 +79,14 @@ import itertools
 import math
 import sys
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
 from memory.flags import check, from_text, usage, words
 from optim.attributes import attribute, own_classes
-from parallel.replicas import owners_by_shape
+from parallel.replicas import deal
 from precision.amp import PRECISIONS, Precision
 
 # Accountings of others: bytes of a weight, its gradient, its master copy, one number of state.
@@ -305,18 +307,24 @@ class Case:
 
     @property
     def full(self) -> dict[str, tuple[int, ...]]:
-        """The parameters that an owner steps in full: name -> shape.
-
-        With ZeRO these are all, with FSDP only those that cannot be stepped in shards.
-        """
-        steps_shards = self.n == 1 or self.optimizer.elementwise
+        """The parameters that an owner steps in full, as rows of them cannot be: name -> shape."""
+        if self.n == 1 or self.optimizer.elementwise:
+            return {}
         matrices_only = attribute(self.optimizer, "matrices_only")
         full = {}
         for name, (kind, shape) in self.shapes.items():
-            in_shards = steps_shards or (matrices_only and kind != "matrix")
-            if self.layout != "fsdp" or not in_shards:
+            if kind == "matrix" or not matrices_only:
                 full[name] = shape
         return full
+
+    @functools.cached_property
+    def steppers(self) -> dict[str, Sequence[int]]:
+        """The ranks that step each parameter: one owner in full, or several an equal share each."""
+        shapes = {name: shape for name, (_, shape) in self.shapes.items()}
+        if self.layout == "fsdp":
+            # Owners take their parameters from shards that are even already.
+            return dict.fromkeys(shapes, range(self.n)) | deal(self.full, (), self.n)
+        return deal(shapes, shapes.keys() - self.full.keys(), self.n)
 
     def state_bytes(self, kind: str, shape: tuple[int, ...]) -> int:
         _, _, master, number = bytes_of(self.precision)
@@ -326,6 +334,16 @@ class Case:
     def shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """FSDP's shard of a parameter: some of its rows."""
         return math.ceil(shape[0] / self.n), *shape[1:]
+
+    def stepped(self, name: str) -> tuple[float, float]:
+        """Bytes of (weights, state) of what one of the parameter's `steppers` steps of it."""
+        kind, shape = self.shapes[name]
+        n = len(self.steppers[name])
+        if self.layout == "fsdp" and name not in self.full:
+            # Each parameter by itself. ZeRO cuts several of one row size together.
+            shape = self.shard(shape)
+            n = 1
+        return self.weight * math.prod(shape) / n, self.state_bytes(kind, shape) / n
 
 
 def bytes_per_rank(
@@ -345,14 +363,12 @@ def bytes_per_rank(
     offload: str | None = None,
     offload_params: str | None = None,
     chunk_mb: float = 64.0,
-    owners=owners_by_shape,
     **options,
 ) -> dict[str, float]:
     """Bytes on the fullest rank: parameters, gradients, state, activations, buffers, total, host.
 
     shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
-    offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners: a function of
-    {name: shape} and the number of ranks that returns {name: rank}. activations: bytes of a
+    offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a
     micro-batch, see activation_bytes; logits: how many numbers it has, tokens x words; loss_chunk:
     the setting, None for all tokens at once. options: keyword arguments of the optimizer's
     state_numbers. If no name begins with `blocks.`, buffers are those of the loss alone. Raises
@@ -397,57 +413,63 @@ def bytes_per_rank(
         logits,
         loss_chunk,
     )
-    stepped = stepped_by_rank(c, owners)
-    ranks = held_by_rank(c, stepped)
     # The run needs as much memory as its fullest rank.
-    fullest = max(range(c.n), key=lambda rank: sum(ranks[rank]))
-    return in_all(c, stepped[fullest], *ranks[fullest], activations)
+    held, fullest = fullest_rank(c)
+    return in_all(c, stepped_by(c, fullest), *held, activations)
 
 
-def stepped_by_rank(c: Case, owners) -> list[list[tuple[int, int]]]:
-    """For each rank, (bytes of weights, bytes of state) of each parameter or shard that it steps.
+def stepped_by(c: Case, rank: int) -> list[tuple[float, float]]:
+    """(bytes of weights, bytes of state) of each parameter or shard that this rank steps.
 
     In the order of the optimizer: its groups are the kinds.
     """
-    owner_of = owners(c.full, c.n)
-    stepped = [[] for _ in range(c.n)]
-    kinds = dict.fromkeys(kind for kind, _ in c.shapes.values())
-    for group in kinds:
-        for name, (kind, shape) in c.shapes.items():
-            if kind != group:
-                continue
-            # Only what is stepped in full has an owner. Of all else each rank steps a shard.
-            ranks = [owner_of[name]] if name in owner_of else range(c.n)
-            if name not in owner_of:
-                shape = c.shard(shape)
-            both = c.weight * math.prod(shape), c.state_bytes(kind, shape)
-            for rank in ranks:
-                stepped[rank].append(both)
-    return stepped
+    kinds = [*dict.fromkeys(kind for kind, _ in c.shapes.values())]
+    in_groups = sorted(c.shapes, key=lambda name: kinds.index(c.shapes[name][0]))
+    return [c.stepped(name) for name in in_groups if rank in c.steppers[name]]
 
 
-def held_by_rank(c: Case, stepped: list) -> list[tuple[float, float, float]]:
+def fullest_rank(c: Case) -> tuple[tuple[float, float, float], int]:
+    """(bytes of (parameters, gradients, state) between the steps, the rank), where most is held."""
+    held = held_by_rank(c)
+    fullest = max(range(c.n), key=lambda rank: sum(held[rank]))
+    return held[fullest], fullest
+
+
+def held_by_rank(c: Case) -> list[tuple[float, float, float]]:
     """For each rank, bytes of (parameters, gradients, state) between the steps."""
+    weights_of_all = 0
+    state_of_all = 0
+    weights = [0] * c.n  # beside what all ranks have
+    state = [0] * c.n
+    for name, ranks in c.steppers.items():
+        its_weights, its_state = c.stepped(name)
+        if len(ranks) == c.n:
+            weights_of_all += its_weights
+            state_of_all += its_state
+            continue
+        for rank in ranks:
+            weights[rank] += its_weights
+            state[rank] += its_state
+    return [
+        held_bytes(c, weights_of_all + weights[rank], state_of_all + state[rank])
+        for rank in range(c.n)
+    ]
+
+
+def held_bytes(c: Case, weights: float, state: float) -> tuple[float, float, float]:
+    """Bytes of (parameters, gradients, state) of a rank that steps so many bytes of weights."""
     if c.layout == "fsdp":
         shard = sum(math.prod(c.shard(shape)) for _, shape in c.shapes.values())
-        held = c.weight * shard, c.gradient * shard
-        return [(*held, sum(state for _, state in owned)) for owned in stepped]
+        return c.weight * shard, c.gradient * shard, state
     stage = LAYOUTS.index(c.layout)  # ddp is stage 0
     all_numbers = sum(c.sizes.values())
     # With one micro-batch our zero1 sends gradients as early as zero2. The papers count them all.
     sends_early = stage == 1 and c.micro_batches == 1 and c.precision not in PUBLISHED
-    ranks = []
-    for owned in stepped:
-        owned_weights = sum(size for size, _ in owned)
-        state = sum(state for _, state in owned)
-        parameters = c.weight * all_numbers
-        if stage >= 3:
-            parameters = owned_weights
-        gradients = c.gradient * all_numbers
-        if stage >= 2 or sends_early:
-            gradients = c.gradient * (owned_weights / c.weight)
-        ranks.append((parameters, gradients, state))
-    return ranks
+    parameters = weights if stage >= 3 else c.weight * all_numbers
+    gradients = c.gradient * all_numbers
+    if stage >= 2 or sends_early:
+        gradients = c.gradient * weights / c.weight
+    return parameters, gradients, state
 
 
 def in_all(
@@ -588,6 +610,10 @@ def travelling_bytes(c: Case) -> float:
     units = unit_sizes(c.sizes)
     all_numbers = sum(units.values())
     unit = max(units.values())
+    # What comes to a rank, or leaves it, for ZeRO's largest unit. Of a full parameter that is not
+    # what the rank owns; of rows it is all, for its own ones have memory of their own besides.
+    owned = unit_sizes({name: len(c.steppers[name]) == 1 and c.sizes[name] for name in c.sizes})
+    foreign = max(size - owned[name] / c.n for name, size in units.items())
     root = units["before"] + units["after"]
     block = max(size for name, size in units.items() if name not in ("before", "after"))
     bucket = min(max(c.bucket, c.gradient * unit), c.gradient * all_numbers)
@@ -599,9 +625,10 @@ def travelling_bytes(c: Case) -> float:
     if c.layout == "zero1" and c.micro_batches > 1:
         return bucket
     if c.layout in ("zero1", "zero2"):
-        return bucket + others * c.gradient * unit
+        return bucket + c.gradient * foreign
     if c.layout == "zero3":
-        return missing * 2 * c.weight * unit + (1 + others) * c.gradient * unit
+        fetched = unit if c.offload_params else foreign
+        return 2 * c.weight * fetched + c.gradient * (unit + foreign)
 
     # fsdp: the block in work and the next one are gathered, and embedding and head.
     gathered = root + 2 * block if c.reshard else all_numbers

@@ -112,7 +112,7 @@ def measure(
     vocabulary = next(model.parameters()).shape[0]
     with Meter() as meter:
         for step in range(steps):
-            parameters = nbytes(model.parameters())
+            parameters = nbytes([*model.parameters(), *replicas.weights().values()])
             # Only the last step's peak counts: the first one makes the state.
             meter.reset()
             for i in range(micro_batches):

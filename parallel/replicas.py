@@ -349,7 +349,7 @@ register_optimizer_step_pre_hook(check_all)
 
 
 # ---- owners: which of n ranks holds which parameter, or which of its rows ------------------------
-# Torch's own optimizers that step each element by itself. Subclasses may not, so they are not meant.
+# Torch's own optimizers that step each element by itself; subclasses may not.
 ELEMENTWISE = {
     getattr(torch.optim, name)
     for name in "SGD ASGD Adadelta Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop".split()

@@ -24,9 +24,10 @@ gradients 2, float32 master weights and state 12), "float32" is what this projec
     stage 3   16/N         16/N        m (1 + 1 + 1)    weights forward, weights backward, gradients
 
 Memory in use comes on top: the gradients of two units (one on its way while the next computes) and,
-in stage 3, the weights of two units, also of rows that live here. The weights backward are those of the blocks alone. The roll
-call of parallel/replicas.py sends another 2 (N-1)/N bytes for each parameter tensor. With one
-micro-batch stages 1 and 2 are the same, because no gradient waits for another.
+in stage 3, the weights of two units, also of rows that live here. The weights backward are those of
+the blocks alone. The roll call of parallel/replicas.py sends another 2 (N-1)/N bytes for each
+parameter tensor. With one micro-batch stages 1 and 2 are the same, because no gradient waits for
+another.
 
 A unit is a block, or what comes before the blocks (unit 0), or what follows them (the last unit).
 When backward has left a unit, the gradients of the unit start on their way to their owners, in flat
@@ -127,8 +128,8 @@ from torch import Tensor, nn
 
 from parallel.replicas import (
     StepGuard,
-    blocks_of,
     all_gather,
+    blocks_of,
     broadcast_start,
     deal,
     drop_stand_ins,

@@ -219,9 +219,10 @@ def stepped_by_rows(optimizer_class: type, kinds: dict[str, str]) -> set[str]:
 
     kinds: name -> kind, see optim/param_groups.py.
     """
+    matrices_only = attribute(optimizer_class, "matrices_only")
     found = set()
     for name, kind in kinds.items():
-        group = {"use_muon": kind == "matrix"} if attribute(optimizer_class, "matrices_only") else {}
+        group = {"use_muon": kind == "matrix"} if matrices_only else {}
         if is_elementwise(optimizer_class, group):
             found.add(name)
     return found

@@ -41,9 +41,9 @@ from optim import (
 from optim.attributes import own_classes
 from optim.param_groups import kinds, param_groups
 from parallel.ddp import DDP
-from parallel.replicas import owners_by_shape, owners_by_size
 from precision import amp, fp8
 from precision.stochastic import stochastic
+from run.build import stepped_by_rows
 from settings import fields
 from settings.fields import ARCHS
 
@@ -89,7 +89,6 @@ def total(optim, layout, params, world, precision, **kwargs):
             layout,
             world,
             precision,
-            owners=lambda shapes, n: {name: i % n for i, name in enumerate(shapes)},
             **kwargs,
         )["total"]
         / 1e9
@@ -364,7 +363,8 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
     else:
         from parallel.zero import ZeRO
 
-        replicas = ZeRO(group, CPU, int(layout[-1]), bucket_mb, **more)
+        by_rows = stepped_by_rows(CLASSES[optim], kinds(model))
+        replicas = ZeRO(group, CPU, int(layout[-1]), bucket_mb, by_rows=by_rows, **more)
     if precision == "bf16_sr":
         options = options | {"offload": lambda optimizer: stochastic(optimizer, 0)}
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
@@ -381,12 +381,6 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
         autocast=AUTOCAST.get(precision),
         **options,
     )
-
-
-def owners_of(layout):
-    if layout != "fsdp":
-        return owners_by_shape
-    return lambda shapes, n: dict(zip(shapes, owners_by_size([*shapes.values()], n)))
 
 
 def predicted(layout, optim, world, precision, micro_batches, options, **kwargs):
@@ -519,9 +513,7 @@ def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
     pytest.importorskip("parallel." + layouts[0].rstrip("123"))
     ranks = run_ranks(3, measured_each, layouts, optim, "fp32", 2, {}, 0.25)
     for layout in layouts:
-        expected = predicted(
-            layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, owners=owners_of(layout)
-        )
+        expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25)
         names = (
             ("parameters", "state") if layout == "zero1" else ("parameters", "gradients", "state")
         )
@@ -667,7 +659,6 @@ def test_what_is_offloaded_to_disk_leaves_the_device_as_predicted(
         {},
         bucket_mb=0.25,
         chunk_mb=chunk_mb,
-        owners=owners_of(layout),
         **place,
     )
     device, host = map(max, zip(*run_ranks(3, offloaded, layout, optim, chunk_mb, tmp_path)))
