@@ -338,12 +338,40 @@ class Case:
     def stepped(self, name: str) -> tuple[float, float]:
         """Bytes of (weights, state) of what one of the parameter's `steppers` steps of it."""
         kind, shape = self.shapes[name]
-        n = len(self.steppers[name])
+        share = 1
         if self.layout == "fsdp" and name not in self.full:
-            # Each parameter by itself. ZeRO cuts several of one row size together.
             shape = self.shard(shape)
-            n = 1
-        return self.weight * math.prod(shape) / n, self.state_bytes(kind, shape) / n
+        elif len(self.steppers[name]) > 1:
+            share = self.shares[self.bucket_of(name)]
+        return self.weight * math.prod(shape) * share, self.state_bytes(kind, shape) * share
+
+    @functools.cached_property
+    def unit_of(self) -> dict[str, str]:
+        """The unit in which each parameter is gathered and sent: `before`, a block, or `after`."""
+        found = {}
+        outside = "before"
+        for name in self.shapes:
+            if name.startswith("blocks."):
+                outside = "after"
+                found[name] = name.split(".")[1]
+            else:
+                found[name] = outside
+        return found
+
+    def bucket_of(self, name: str) -> tuple:
+        """What ZeRO cuts together: rows of one size, in one unit, for the same ranks."""
+        row = math.prod(self.shapes[name][1][1:])
+        return self.unit_of[name], row, len(self.steppers[name])
+
+    @functools.cached_property
+    def shares(self) -> dict[tuple, float]:
+        """Bucket -> the part of it that the fullest rank owns: whole rows."""
+        rows = {}
+        for name, ranks in self.steppers.items():
+            if len(ranks) > 1:
+                bucket = self.bucket_of(name)
+                rows[bucket] = rows.get(bucket, 0) + self.shapes[name][1][0]
+        return {bucket: math.ceil(n / bucket[-1]) / n for bucket, n in rows.items()}
 
 
 def bytes_per_rank(
@@ -591,28 +619,22 @@ def backward_bytes(c: Case) -> float:
     return backward
 
 
-def unit_sizes(sizes: dict[str, int]) -> dict[str, int]:
-    """Numbers in each unit that is gathered and sent at once: `before`, each block, `after`."""
-    units = {"before": 0, "after": 0}
-    for name, size in sizes.items():
-        if name.startswith("blocks."):
-            unit = name.split(".")[1]
-        elif len(units) == 2:
-            unit = "before"  # no block has come yet
-        else:
-            unit = "after"
-        units[unit] = units.get(unit, 0) + size
+def unit_sizes(c: Case, names) -> dict[str, int]:
+    """Numbers of these parameters in each unit that is gathered and sent at once."""
+    units = {"before": 0, "after": 0} | dict.fromkeys(c.unit_of.values(), 0)
+    for name in names:
+        units[c.unit_of[name]] += c.sizes[name]
     return units
 
 
 def travelling_bytes(c: Case) -> float:
     """Bytes of weights and gradients on their way in backward, beside what the rank keeps."""
-    units = unit_sizes(c.sizes)
+    units = unit_sizes(c, c.shapes)
     all_numbers = sum(units.values())
     unit = max(units.values())
     # What comes to a rank, or leaves it, for ZeRO's largest unit. Of a full parameter that is not
     # what the rank owns; of rows it is all, for its own ones have memory of their own besides.
-    owned = unit_sizes({name: len(c.steppers[name]) == 1 and c.sizes[name] for name in c.sizes})
+    owned = unit_sizes(c, [name for name, ranks in c.steppers.items() if len(ranks) == 1])
     foreign = max(size - owned[name] / c.n for name, size in units.items())
     root = units["before"] + units["after"]
     block = max(size for name, size in units.items() if name not in ("before", "after"))

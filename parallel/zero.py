@@ -41,7 +41,8 @@ while the unit before it computes, and frees them after use:
                                                                                        then send 0
 
 A bucket of rows is cut into equal segments, one for each rank: a reduce-scatter sums its gradients,
-an all-gather fetches its weights. A bucket of full parameters has one owner: a reduce, a broadcast.
+an all-gather fetches its weights. (With gloo on few ranks it is a reduce and a broadcast for each
+segment.) A bucket of full parameters has one owner: a reduce, a broadcast.
 
 The backward of unit 0 reads no weights: an embedding is a lookup, not a product. Two cases differ,
 and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
@@ -210,6 +211,11 @@ def units_of(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[dict[str, 
     return unit_of, after_blocks + 1
 
 
+def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Does gloo carry this device's messages? A group may have several backends."""
+    return group._get_backend(device).name() == "gloo"
+
+
 class ZeRO:
     """A data-parallel layout (parallel/protocol.py).
 
@@ -265,6 +271,9 @@ class ZeRO:
         if group is not None:
             self.rank = dist.get_rank(group)
             self.world = dist.get_world_size(group)
+        # gloo sums a copy of the full input for a reduce-scatter: as many reduces are faster, up to
+        # about 8 ranks, and so are broadcasts.
+        self.has_collectives = self.world > 8 or (group is not None and not is_gloo(group, device))
         self.device = device
         self.stage = stage
         self.bucket_bytes = bucket_mb * 2**20
@@ -492,10 +501,14 @@ class ZeRO:
                     piece.param.copy_(piece.of(source(name, tuple(p.shape))))
 
     # ---- weights come and go ---------------------------------------------------------------------
+    def is_even(self, bucket: Bucket) -> bool:
+        """Does one collective serve all ranks? Else each owner sends and receives its segment."""
+        return self.has_collectives and len(bucket.segments) == self.world
+
     def start_broadcast(self, bucket: Bucket) -> None:
         if self.group is None:
             return
-        if len(bucket.segments) == self.world:
+        if self.is_even(bucket):
             mine = bucket.flat[bucket.mine]
             bucket.works = [all_gather(bucket.flat, mine, group=self.group, async_op=True)]
         else:
@@ -690,7 +703,7 @@ class ZeRO:
         # An owner contributes only zeros: its own share and the sum so far are in p.grad, or in
         # `sums`. To these collect_gradients() adds, without rounding.
         flat[bucket.mine] = 0
-        if len(bucket.segments) == self.world:
+        if self.is_even(bucket):
             works = [reduce_scatter(flat[bucket.mine], flat, group=self.group, async_op=True)]
         else:
             works = []

@@ -42,6 +42,7 @@ GPT2 = MODERN | dict(
     init="gpt2",
     logit_cap=None,
 )
+UNEVEN = GPT2 | dict(n_layer=1, n_embd=14, vocab_size=31)  # 3 ranks divide none of its shapes
 OPTIMIZERS = {
     "sgd": (SGD, {"lr": 0.5}),
     "adamw": (AdamW, {"lr": 1e-2}),
@@ -171,9 +172,22 @@ def same(results, oracle, tolerance=1e-10):
 
 def several(rank, world, stage, runs, options):
     results = []
+    collectives = options.pop("collectives", False)
+    row_ranks = options.pop("row_ranks", None)
+    if row_ranks is not None:
+        deal_all = parallel.zero.deal
+
+        def deal_to_some(*args):
+            owners = deal_all(*args)
+            return owners | {name: row_ranks for name in ("embed.weight", "head.weight")}
+
+        parallel.zero.deal = deal_to_some
     for run in runs:
         micro_batches = run.pop("micro_batches", 1)
-        replica = Replica(ZeRO(dist.group.WORLD, CPU, stage, **options), rank, world, **run)
+        zero = ZeRO(dist.group.WORLD, CPU, stage, **options)
+        assert not zero.has_collectives  # gloo, and few ranks
+        zero.has_collectives = collectives
+        replica = Replica(zero, rank, world, **run)
         results.append(replica.run(micro_batches=micro_batches))
     return results
 
@@ -222,6 +236,14 @@ def test_frozen_parameters_stay_and_are_saved(stage):
         dict(shape=GPT2, frozen=("embed.weight",), micro_batches=2),
     ]
     check(2, stage, runs)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_one_collective_and_rows_on_some_ranks(stage):
+    """As on a GPU, or on many ranks, with segments that end in the middle of parameters."""
+    runs = [dict(optimizer="muon", micro_batches=2), dict(optimizer="adamw", shape=UNEVEN)]
+    check(3, stage, runs, collectives=True)
+    check(3, stage, runs[:1], row_ranks=(0, 2), collectives=True)
 
 
 @pytest.mark.parametrize("offload", ("cpu", "disk"))
@@ -469,6 +491,7 @@ def test_sent_bytes_are_the_tables():
 def overlap(rank, world, stage):
     """What happens in which order in one forward and backward of three blocks (units 1 to 3)."""
     zero, events = ZeRO(dist.group.WORLD, CPU, stage, 1e-3), []
+    zero.has_collectives = True
     replica = Replica(zero, rank, world, shape=GPT2)
     unit = {id(part.flat): i for i, parts in enumerate(zero.units) for part in parts}
     for i, block in enumerate(replica.model.blocks.values(), 1):
