@@ -400,7 +400,8 @@ def deal(
     ranks than there are large matrices). A name in `by_rows` that is no shape's is ignored.
     """
     everyone = range(n)
-    full = [name for name, shape in shapes.items() if name not in by_rows or not shape]
+    # A number has no rows, and an empty parameter none to share out.
+    full = [name for name, x in shapes.items() if name not in by_rows or 0 in (len(x), *x)]
     owners = owners_by_size([shapes[name] for name in full], n)
     held = {name: (owner,) for name, owner in zip(full, owners)}
 

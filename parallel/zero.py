@@ -302,7 +302,7 @@ class ZeRO:
         self.owes_gradients = False  # the micro-batch in hand has not sent its gradients yet
         self.next_to_send = 0  # unit whose gradients go next; the last unit is the first to go
         self.in_flight = []  # (bucket, flat gradients, works) of each reduce on its way
-        self.sums = {}  # name -> the summed gradient of a piece that is no parameter of the model
+        self.sums = {}  # name -> the gradient of a piece owned here, as far as it is summed
         self.got = set()  # parameters that got a gradient here since the last step
         self.nothing_sent = True  # the first backward of the step has not sent its gradients yet
         self.step_begun = False  # a micro-batch came after the last finish_gradients()
@@ -508,17 +508,16 @@ class ZeRO:
     def start_broadcast(self, bucket: Bucket) -> None:
         if self.group is None:
             return
+        flat = bucket.flat
         if self.is_even(bucket):
-            mine = bucket.flat[bucket.mine]
-            bucket.works = [all_gather(bucket.flat, mine, group=self.group, async_op=True)]
+            bucket.works = [all_gather(flat, flat[bucket.mine], group=self.group, async_op=True)]
         else:
             for owner, segment in bucket.segments.items():
-                work = dist.broadcast(
-                    bucket.flat[segment], group=self.group, group_src=owner, async_op=True
-                )
+                part = flat[segment]
+                work = dist.broadcast(part, group=self.group, group_src=owner, async_op=True)
                 bucket.works.append(work)
         # The owner sends world - 1 copies; each rank counts a share of them, for owners own alike.
-        self.sent_bytes += (self.world - 1) * bucket.flat.nbytes // self.world
+        self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
 
     def wait_for_broadcasts(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:
@@ -687,38 +686,40 @@ class ZeRO:
         # Zeros where this rank has no gradient.
         flat = torch.zeros_like(bucket.flat, dtype=self.reduce_dtype)
         for name, p, view in zip(bucket.names, bucket.params, split_like(flat, bucket.params)):
-            piece = bucket.pieces.get(name)
             if self.nothing_sent:
                 # Forget a backward whose gradients were dropped without finish_gradients(), such as
                 # the trial of a micro-batch size in run/batch.py.
                 self.sums.pop(name, None)
                 if p.grad is None:
                     self.got.discard(p)
-            is_own = piece is not None and piece.param is p
-            if p.grad is not None and not is_own:
-                view.copy_(p.grad)
-                if piece is not None:
-                    self.add(name, piece.of(p.grad))
-                p.grad = None
-        # An owner contributes only zeros: its own share and the sum so far are in p.grad, or in
-        # `sums`. To these collect_gradients() adds, without rounding.
+            if p.grad is None:
+                continue
+            view.copy_(p.grad)
+            if name in bucket.pieces:
+                self.add(name, bucket.pieces[name].of(p.grad))
+            p.grad = None
+        # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
+        # collect_gradients() adds, without rounding.
         flat[bucket.mine] = 0
-        if self.is_even(bucket):
-            works = [reduce_scatter(flat[bucket.mine], flat, group=self.group, async_op=True)]
-        else:
-            works = []
-            for owner, segment in bucket.segments.items():
-                part = flat[segment]
-                works.append(dist.reduce(part, group=self.group, group_dst=owner, async_op=True))
-        self.in_flight.append((bucket, flat, works))
+        self.in_flight.append((bucket, flat, self.reduce(bucket, flat)))
         self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
 
+    def reduce(self, bucket: Bucket, flat: Tensor) -> list[dist.Work]:
+        """Starts to sum `flat` over the ranks, each segment at its owner."""
+        if self.is_even(bucket):
+            return [reduce_scatter(flat[bucket.mine], flat, group=self.group, async_op=True)]
+        works = []
+        for owner, segment in bucket.segments.items():
+            part = flat[segment]
+            works.append(dist.reduce(part, group=self.group, group_dst=owner, async_op=True))
+        return works
+
     def add(self, name: str, gradient: Tensor) -> None:
-        """Adds to the sum of a piece that is no parameter of the model."""
         if name in self.sums:
             self.sums[name].add_(gradient)
         else:
-            self.sums[name] = gradient.clone()
+            # A view would keep the memory of all that it is a part of.
+            self.sums[name] = gradient.clone() if gradient._is_view() else gradient
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -728,16 +729,8 @@ class ZeRO:
                 work.wait()
             views = split_like(flat, bucket.params)
             for name, p, view in zip(bucket.names, bucket.params, views):
-                piece = bucket.pieces.get(name)
-                if piece is None:
-                    continue
-                received = piece.of(view).to(p.dtype)
-                if piece.param is not p:
-                    self.add(name, received)
-                elif p.grad is None:
-                    p.grad = received.clone()
-                else:
-                    p.grad.add_(received)
+                if name in bucket.pieces:
+                    self.add(name, bucket.pieces[name].of(view).to(p.dtype))
         self.in_flight = []
 
     # ---- the step --------------------------------------------------------------------------------
@@ -775,10 +768,9 @@ class ZeRO:
         for bucket in self.buckets:
             for name, p in zip(bucket.names, bucket.params):
                 piece = bucket.pieces.get(name, Piece(p, None)).param
-                if piece is not p:
-                    gradient = self.sums.pop(name, p.grad)
-                    piece.grad = None if gradient is None else gradient.to(piece.device)
-                    p.grad = None
+                gradient = self.sums.pop(name, p.grad)
+                p.grad = None
+                piece.grad = None if gradient is None else gradient.to(piece.device)
                 params.append(p)
                 stepped.append(piece)
 
@@ -839,17 +831,15 @@ class ZeRO:
         self.drop_gradients()
 
     def zero_grad(self, plain: Callable, set_to_none: bool = True) -> None:
-        """The model's and the optimizer's zero_grad(), which reach the gradients of pieces too."""
+        """The model's and the optimizer's zero_grad(): what is owned here has None afterwards."""
         plain(set_to_none)
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
-        """Lets go of the gradients of pieces that are no parameters of the model."""
+        """Lets go of the gradients of what this rank owns."""
         self.sums = {}
-        for bucket in self.buckets:
-            for name, p in zip(bucket.names, bucket.params):
-                if name in bucket.pieces and bucket.pieces[name].param is not p:
-                    bucket.pieces[name].param.grad = None
+        for p in self.owned_params().values():
+            p.grad = None
 
     def broadcast_weights(self) -> None:
         """After the owners' weights changed: stages 1 and 2 send them to all ranks.
@@ -864,7 +854,7 @@ class ZeRO:
         self.wait_for_broadcasts(changed)
 
     def discard_step(self) -> None:
-        """In place of optimizer.step(): drops the gradients of pieces."""
+        """In place of optimizer.step(): drops the gradients of what this rank owns."""
         self.drop_gradients()
 
     # ---- at times --------------------------------------------------------------------------------

@@ -22,6 +22,14 @@ import torch.multiprocessing as mp
 from model import initial_weight
 
 
+def product_files() -> list[Path]:
+    """The project's Python files but its tests; never those of an environment inside the folder."""
+    root = Path(__file__).parent.parent
+    packages = sorted(path.parent for path in root.glob("*/__init__.py"))
+    inside = [path for folder in packages for path in sorted(folder.rglob("*.py"))]
+    return [*sorted(root.glob("*.py")), *inside]
+
+
 def gpu(*values):
     """One of the cases of a parametrize, which also runs on a GPU; its test takes `device`."""
     return pytest.param(*values, marks=pytest.mark.gpu)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import product_files
 
 import bench
 from benchmarks import gpu
@@ -72,9 +73,9 @@ def branches(source: str) -> set[str]:
 def product_branches() -> set[str]:
     """file:function of every branch on a device in the product."""
     found = set()
-    for path in ROOT.rglob("*.py"):
+    for path in product_files():
         place = path.relative_to(ROOT)
-        if place.parts[0] in TOOLS or place.parts[0].startswith("."):
+        if place.parts[0] in TOOLS:
             continue
         names = branches(path.read_text(encoding="utf-8"))
         found |= {f"{place.as_posix()}:{name}" for name in names}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import product_files
 from test_train import ROOT, flags, go
 
 import sample
@@ -29,11 +30,7 @@ from metrics import logger
 from run import optimizers
 from settings import parse
 
-SOURCES = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if not {"tests", "site-packages", ".venv"} & {*path.relative_to(ROOT).parts}
-)
+SOURCES = product_files()
 TEXT = str(ROOT / "model.py")
 
 
