@@ -59,7 +59,7 @@ class Run:
     # ---- places ----------------------------------------------------------------------------------
     def place(self, kind: str, name: str, x: Tensor) -> Place | None:
         if kind == "parameter":
-            return None
+            return self.piece(name, x)
         if kind == "input":
             # Token ids and targets; a pipeline's later stages get hidden states.
             tokens = len(self.positions)
@@ -95,6 +95,13 @@ class Run:
             )
         return Place((len(self.row_of), self.length, width), (self.rows, positions, 0))
 
+    def piece(self, name: str, x: Tensor) -> Place | None:
+        """Where the rows that this rank owns lie, if x is theirs; None: x is all that is here."""
+        here = self.here.get(name)
+        if name not in self.state.replicas.shards or here is None or x.shape == here.shape:
+            return None
+        return Place(*self.state.replicas.shards[name])
+
     def mine(self, tokens: int) -> list[int] | None:
         """The positions of so many tokens: this rank's of its sequence, or of its share of them."""
         if tokens == len(self.positions):
@@ -113,6 +120,7 @@ class Run:
         axes = {axis: (n, self.mesh.coords[axis]) for axis, n in self.mesh.sizes.items()}
         model = micro_batches.model
         self.model = model
+        self.here = dict(model.named_parameters())
         self.recorder = Recorder(
             model,
             self.folder,
