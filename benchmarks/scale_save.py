@@ -20,8 +20,8 @@ sharding of its own. --tp: columns of every matrix are divided too.
 From Python: save(world) and resume(folder, world) give these figures as a dict.
 """
 
-import argparse
 import json
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -30,12 +30,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import runs
 from checkpoint import load, plan
 from checkpoint.exchange import HEAD, LENGTH
 from checkpoint.save import FORMAT, file_of
 from checkpoint.slices import Slice, as_json, sha256
 from parallel.shard import Shard
 
+FLAGS = {"--worlds": r"\d+(,\d+)*", "--tp": r"\d+", "--cut": "first|spread|rotated"}
 FACTS = {"sha256": "0" * 64, "bytes": 1}  # of a file that nobody wrote
 
 
@@ -209,21 +211,19 @@ def peak(work) -> int:
     return most
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--worlds", default="16,1024,16384")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--cut", choices=["first", "spread", "rotated"], default="first")
-    given = parser.parse_args()
-    for world in map(int, given.worlds.split(",")):
+def main(argv: list[str]) -> None:
+    given = runs.flags(argv, FLAGS, __doc__)
+    tp = int(given.get("--tp", 1))
+    cut = given.get("--cut", "first")
+    for world in map(int, given.get("--worlds", "16,1024,16384").split(",")):
         with tempfile.TemporaryDirectory() as out_dir:
             folder = Path(out_dir) / "step-00000001"
-            figures = save(world, given.tp, given.cut, folder)
+            figures = save(world, tp, cut, folder)
             for again in (world // 2, 2 * world):
-                found = resume(folder, again, given.tp, given.cut)
+                found = resume(folder, again, tp, cut)
                 figures |= {f"{name} on {again}": x for name, x in found.items()}
             figures["open_peak"] = peak(lambda: load.load(folder, verify=False))
-        held = tree(world, world // 2, given.tp, given.cut)
+        held = tree(world, world // 2, tp, cut)
         figures["describe_peak"] = peak(lambda: message(plan.describe(held)))
         print(f"{world} ranks")
         for name, x in figures.items():
@@ -231,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
