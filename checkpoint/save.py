@@ -10,11 +10,12 @@ a GPU it is queued behind the step into pinned memory: the GPU makes it in its t
 wait. Hashing and writing let other threads run: they hold no interpreter lock, and have a low
 priority where the system lets a thread have its own.
 
-Each rank tells rank 0 twice in a save how it is, and hears whether all are well: before it writes,
-and when it has written. The first save, and each one before which something has changed about who
-holds what, has two such rounds more, from which rank 0 makes the plan (checkpoint/plan.py).
-In the background they use a process group of their own, for in training's group these messages
-would mix with the gradients. A save that is due while another one is under way waits for it.
+In a save each rank speaks to rank 0 twice and hears whether all are well: before it writes, and
+when it has written. The first save, and any before which somebody's tensors have changed in name,
+shape, dtype or place, has two more such rounds, from which rank 0 makes the plan
+(checkpoint/plan.py). In the background the ranks use a process group of their own, for in
+training's group these messages would mix with the gradients. A save that is due while another one
+is under way waits for it.
 
 Whoever leaves a run over the weekend wants it to continue when the disk is full. So a save that
 fails is an event, earlier checkpoints are as they were, and the next save tries again. Only the

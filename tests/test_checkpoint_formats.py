@@ -86,8 +86,9 @@ def bytes_to_rank_0(rank, world, out_dir):
     for step in range(1, 7):
         told.append([])
         tree = {"model": {"w": w}, "seen": [0.5] * step, "step": step, f"own{rank}": step * rank}
-        if step == 3 and rank == 2:
-            tree["late"] = torch.ones(3)  # such as the state of an optimizer
+        if step in (3, 4) and rank == 2:
+            # Such as the state of an optimizer, then the same by another name.
+            tree["late" if step == 3 else "later"] = torch.ones(3)
         if step >= 5:
             tree["model"] = {"w": slice_of(rank, world, grid(), 1)}
         saver.save(step, tree)
@@ -98,13 +99,14 @@ def bytes_to_rank_0(rank, world, out_dir):
 def test_who_holds_what_is_told_again_only_after_a_change(tmp_path):
     for told, events in run_ranks(3, bytes_to_rank_0, tmp_path):
         assert events == ["save"] * 6
-        # A first save, a tensor more, the same less, another cut: four messages, otherwise two.
+        # A first save, a tensor more, another name, another cut: four messages, otherwise two.
         assert [len(messages) for messages in told] == [4, 2, 4, 4, 4, 2]
         assert all(max(told[i]) < 250 for i in (1, 5))
     for step in range(1, 7):
         saved = load.load(tmp_path / f"step-{step:08d}")
         tree = saved.tree()
         assert torch.equal(tree["model"]["w"], grid()) and ("late" in tree) == (step == 3)
+        assert ("later" in tree) == (step == 4)
         assert tree["seen"] == [0.5] * step and tree["step"] == step
         assert [tree[f"own{rank}"] for rank in range(3)] == [0, step, 2 * step]
         assert saved.n_slices("model/w") == 3
