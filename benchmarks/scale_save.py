@@ -3,8 +3,8 @@
     python -m benchmarks.scale_save [--worlds=16,1024,16384] [--tp=1] [--cut=first]
 
 Every rank of a GPT-2 124M under AdamW holds rows of every weight and of its two states (ZeRO stage
-3). One process plays a rank in the middle, and rank 0, which hears the descriptions of all. Times
-are of this process; messages are what would be sent, compressed; peaks are Python's own
+3). One process plays a rank in the middle, and rank 0, which hears the descriptions of all. Seconds
+are CPU time of this process; messages are what would be sent, compressed; peaks are Python's own
 (tracemalloc), in runs of their own.
 
     describe     a rank: what it holds, and its message to rank 0
@@ -192,14 +192,14 @@ def resume(folder: Path, world: int, tp: int = 1, cut: str = "first", n_layer: i
 
 
 class clock:
-    """`with` this; .seconds is how long it took."""
+    """`with` this; .seconds is the CPU time that it took."""
 
     def __enter__(self):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
         return self
 
     def __exit__(self, *error):
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = time.process_time() - self.start
 
 
 def peak(work) -> int:

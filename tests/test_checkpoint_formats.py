@@ -15,9 +15,11 @@ from harness import run_ranks
 from test_checkpoint import grid, slice_of
 from test_train import ROOT, close, flags, go, rows, trace
 
-from checkpoint import exchange, load
+from checkpoint import exchange, load, state
 from checkpoint import save as saving
 from checkpoint.save import Saver
+from checkpoint.slices import Slice
+from parallel.shard import Shard
 
 BEFORE = "b6f493b"  # the last commit at which ZeRO gave whole parameters to one owner
 FLAGS = ["--batch_size=24", "--optim=adamw", "--eval_every=0", "--save_every=0", "--precision=fp64"]
@@ -68,6 +70,20 @@ def test_what_an_earlier_program_saved_on_four_ranks_of_zero3_is_resumed(tmp_pat
         out = Path(shutil.copytree(tmp_path / "saved", tmp_path / f"{layout}{world}"))
         run_ranks(world, on_ranks, text, out, f"--data_parallel={layout}", "--steps=8")
         close(rows(out), rows(tmp_path / "whole"), 1e-10)
+
+
+def save_generators(rank, world, out_dir):
+    rows = Slice(torch.full((1, 16), 10 + rank, dtype=torch.uint8), Shard((world, 16), (rank, 0)))
+    return saving.save(out_dir, 1, {"rng": rows})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_each_rank_gets_its_generator_and_a_new_one_that_of_rank_0(tmp_path, version):
+    path = run_ranks(3, save_generators, tmp_path)[0]
+    saved = load.load(as_format_1(path) if version == 1 else path)
+    states = [state.rng_of(saved, rank) for rank in range(5)]
+    assert all(s.shape == (16,) for s in states)
+    assert [int(s[0]) for s in states] == [10, 11, 12, 10, 10]
 
 
 # ---- later saves ---------------------------------------------------------------------------------

@@ -102,6 +102,25 @@ def test_a_sharding_is_refused_if_and_only_if_a_cell_is_bare_or_a_rank_has_two()
     assert min(refused.values()) > 30, refused
 
 
+ALL = {"rank": 0, "offsets": [0, 0], "shape": [8, 6], "repeat": []}
+QUARTER = {"rank": 0, "offsets": [0, 0], "shape": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        [QUARTER | {"repeat": [[2, 1, [0, 3]], [4, 1, [2, 0]]]}],  # rank 1 has two boxes
+        [ALL, QUARTER | {"rank": 1, "offsets": [6, 0], "repeat": [[4, 1, [-2, 0]]]}],
+        [ALL, QUARTER | {"rank": 1, "repeat": [[1, 1, [0, 0]]]}],
+        [ALL, QUARTER | {"rank": 1, "repeat": [[True, 1, [0, 0]]]}],
+    ],
+)
+def test_rules_that_no_list_has_made_are_refused_even_where_they_cover_all(sharding):
+    shardings.check("w", [8, 6], [ALL], world=9)
+    with pytest.raises(ValueError, match="w "):
+        shardings.check("w", [8, 6], sharding, world=9)
+
+
 # ---- descriptions --------------------------------------------------------------------------------
 def heard_of(trees: list[dict]) -> tuple[list, dict]:
     described = [plan.describe(tree) for tree in trees]
