@@ -170,6 +170,7 @@ TOOLS = {
     "sample": ["sample:load"],
     "sweep": ["search.folder:in_order"],
     "metrics.plot": ["metrics.plot:plot", "metrics.plot:to_csv"],
+    "benchmarks.scale_save": ["benchmarks.scale_save:save"],
     "checkpoint.__main__": ["checkpoint.__main__:found", "checkpoint.__main__:resolve"],
     "parallel.watchdog": ["parallel.watchdog:report"],
     "precision.histogram": ["precision.histogram:read"],
