@@ -156,7 +156,7 @@ def test_mesh_groups_differ_in_one_coordinate():
     "shape", [(1, 1, 1), (2, 1, 1), (2, 3, 1), (1, 2, 2), (2, 1, 12), (24, 1, 1)]
 )
 def test_a_rank_makes_its_own_groups_alone(monkeypatch, shape):
-    """Against the table of all ranks. Each axis once, in one order, so that none waits in a ring."""
+    """Against the table of all ranks; in one order on all of them, so that no ring can wait."""
     tp, cp, pp = shape
     world = 24
     table = torch.arange(world).view(pp, -1, cp, tp)
