@@ -191,6 +191,7 @@ def told_and_computed(rank, world):
         told = [None] * world
         dist.all_gather_object(told, (shard, tuple(local(p).shape)))
         holders = holders_of(p, group_of_p)
+        assert list(holders) == sorted(holders)
         computed = [shard_held(p, tp_shard, group_of_p, *holder) for holder in holders.values()]
         pairs.append(([told[other] for other in holders], computed))
         if hasattr(p, "placements"):
