@@ -7,7 +7,7 @@ process group: collectives return at once and what they would bring is made up, 
 loss mean nothing, and all host work is done. train.py itself runs, with a tiny GPT of 8 layers on
 one thread. Two layouts: `dp`, zero3 over all ranks, and `grid`, tp 8 x pp 8 x dp with zero1.
 
-    groups     process groups that the rank has joined, all ranks' included / calls to make one
+    groups     process groups that the rank is in, that of all ranks too / calls of new_group
     members    in all its groups together
     store      messages of the rank to the store before step 1: start, and gloo's connections, which
                are 2n + 1 for a group of n (tests/test_scale.py counts them); NCCL's are a few a
@@ -15,7 +15,7 @@ one thread. Two layouts: `dp`, zero3 over all ranks, and `grid`, tp 8 x pp 8 x d
     mesh ms    make_mesh
     set-up s   from train.main's beginning to step 1: mesh, data, model, layout, optimizer
     step ms    of the host, the median of 5 steps
-    python MB  Python's own memory at step 1 (tracemalloc), in a run of its own
+    heap MB    what Python holds at step 1 (tracemalloc), in a run of its own
 
 Seconds are of the CPU, the smallest of `turns` runs. Saving is not in it: benchmarks/scale_save.py.
 """
@@ -40,7 +40,7 @@ LAYOUTS = {
 }
 MODEL_PARALLEL = {"dp": 1, "grid": 64}
 STEPS = 6
-COLUMNS = ("groups", "members", "store", "mesh ms", "set-up s", "step ms", "python MB")
+COLUMNS = ("groups", "members", "store", "mesh ms", "set-up s", "step ms", "heap MB")
 
 
 def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
@@ -75,14 +75,14 @@ def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
         return group
 
     def timed_mesh(*arguments):
-        began = time.perf_counter()
+        began = time.process_time()
         mesh = make_mesh(*arguments)
-        figures["mesh ms"] = 1000 * (time.perf_counter() - began)
+        figures["mesh ms"] = 1000 * (time.process_time() - began)
         return mesh
 
     def step_begins(*arguments):
         if not starts and trace:
-            figures["python MB"] = tracemalloc.get_traced_memory()[0] / 1e6
+            figures["heap MB"] = tracemalloc.get_traced_memory()[0] / 1e6
         starts.append(time.process_time())
         return batch_at(*arguments)
 
@@ -158,6 +158,7 @@ def flags(folder: str) -> list[str]:
         "--micro_batch_size=1",
         f"--steps={STEPS}",
         "--eval_every=0",
+        "--sample_tokens=0",
         "--save_every=none",
         "--on_spike=warn",
         "--on_nonfinite=warn",
@@ -173,7 +174,7 @@ def measure(layout: str, world: int, rank: int, folder: str, turns: int) -> dict
     """The figures of one rank: counts, and the smallest of each time."""
     found = [in_fresh_process(layout, world, rank, folder, False) for _ in range(turns)]
     best = {name: min(one[name] for one in found) for name in found[0]}
-    best["python MB"] = in_fresh_process(layout, world, rank, folder, True)["python MB"]
+    best["heap MB"] = in_fresh_process(layout, world, rank, folder, True)["heap MB"]
     return best
 
 
@@ -185,7 +186,9 @@ def row(world: int, rank: int, figures: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    given = runs.flags(argv, {"--quick": "", "--worlds": r"\d+(,\d+)*", "--turns": r"[1-9]\d*"}, __doc__)
+    given = runs.flags(
+        argv, {"--quick": "", "--worlds": r"\d+(,\d+)*", "--turns": r"[1-9]\d*"}, __doc__
+    )
     quick = "--quick" in given
     worlds = [int(n) for n in given["--worlds"].split(",")] if "--worlds" in given else WORLDS
     if quick:
@@ -193,7 +196,9 @@ def main(argv: list[str]) -> int:
     turns = 1 if quick else int(given.get("--turns", 3))
     import train  # noqa: F401  before the forks, or each of them spends two seconds on it
 
-    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, torch {train.torch.__version__}")
+    print(
+        f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, torch {train.torch.__version__}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text.txt").write_text("To be, or not to be, that is the question.\n" * 2000)
         for layout in LAYOUTS:

@@ -94,6 +94,26 @@ def same_end(a, b) -> None:
 TWO = ["--standalone", "--nproc_per_node=2", "--max-restarts=3", "--monitor-interval=0.5"]
 
 
+# ---- many ranks ----------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [["--data_parallel=zero1"], ["--data_parallel=ddp", "--tp=2"]], ids=["zero1", "tp 2"]
+)
+def test_32_ranks_start_save_and_resume(tmp_path, layout):
+    tiny = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--vocab_size=256"]
+    tiny += ["--batch_size=32", "--micro_batch_size=1", "--eval_every=0", "--precision=fp64"]
+    tiny += ["--optim=adamw", "--schedule=constant"]
+    go(TEXT, tmp_path / "one", *tiny, "--steps=8")
+    many = ["--standalone", "--nproc_per_node=32"]
+    for steps in (4, 8):
+        run = begin(tmp_path / "many", *tiny, *layout, f"--steps={steps}", launch=many)
+        assert run.wait(300) == 0, said(tmp_path / "many")
+        assert last_step(tmp_path / "many") == steps
+    one, found = (rows(tmp_path / run, "loss") for run in ("one", "many"))
+    assert found.keys() == one.keys() == set(range(1, 9))
+    close(found, one, 1e-10)
+
+
 # ---- a rank dies ---------------------------------------------------------------------------------
 @needs_fork
 @pytest.mark.slow
