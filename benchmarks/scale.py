@@ -17,7 +17,7 @@ one thread. Two layouts: `dp`, zero3 over all ranks, and `grid`, tp 8 x pp 8 x d
     step ms    of the host, the median of 5 steps
     heap MB    what Python holds at step 1 (tracemalloc), in a run of its own
 
-Seconds are of the CPU, the smallest of `turns` runs. Saving is not in it: benchmarks/scale_save.py.
+Seconds are of the CPU, the smallest of `turns` runs. Saving is not in it.
 """
 
 import contextlib
