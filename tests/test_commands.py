@@ -161,6 +161,7 @@ BENCHES = {
     "nanogpt": "data.corpora:load",
     "spread": "torch.multiprocessing:spawn",
     "memory": "benchmarks.memory:row",
+    "scale": "benchmarks.scale:measure",
     "network": "parallel.launch:pick_device",
     "pipeline": "parallel.launch:start",
     "all": "benchmarks.all:section",
