@@ -20,6 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model import initial_weight
+from optim.param_groups import kinds
+from parallel.zero import ZeRO
+from run.build import stepped_by_rows
 
 
 def product_files() -> list[Path]:
@@ -28,6 +31,34 @@ def product_files() -> list[Path]:
     packages = sorted(path.parent for path in root.glob("*/__init__.py"))
     inside = [path for folder in packages for path in sorted(folder.rglob("*.py"))]
     return [*sorted(root.glob("*.py")), *inside]
+
+
+def fitted(replicas, cls, model):
+    """The layout; a ZeRO cuts by rows what `cls` steps element by element, and nothing else."""
+    if isinstance(replicas, ZeRO):
+        replicas.by_rows = stepped_by_rows(cls, kinds(model))
+    return replicas
+
+
+def placed(replicas, by_name):
+    """Name -> (copy of a tensor that belongs to a piece, the full shape, the piece's offsets)."""
+    found = {}
+    for name, x in by_name.items():
+        full, offsets = replicas.shards.get(name, (tuple(x.shape), (0,) * x.ndim))
+        found[name] = x.detach().clone(), full, offsets
+    return found
+
+
+def joined(ranks):
+    """The full tensors of all ranks' pieces, as `placed` gives them: each number on one rank."""
+    tensors, owners = {}, {}
+    for held in ranks:
+        for name, (x, full, offsets) in held.items():
+            place = tuple(slice(a, a + n) for a, n in zip(offsets, x.shape, strict=True))
+            tensors.setdefault(name, x.new_full(full, torch.nan))[place] = x
+            owners.setdefault(name, torch.zeros(full))[place] += 1
+    assert all((count == 1).all() for count in owners.values())  # nothing twice, nothing missing
+    return tensors
 
 
 def gpu(*values):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from harness import gpu, init_weights, run_ranks
+from harness import gpu, init_weights, joined, placed, run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from memory.activation_checkpoint import keep_products
@@ -730,16 +730,17 @@ def layouts(rank, world):
         replicas.last_micro_batch(True)
         model(tokens[rows, :-1], tokens[rows, 1:]).backward()
         replicas.finish_gradients()
-        found[name] = {n: g.clone() for n, g in replicas.gradients().items()}
+        found[name] = placed(replicas, replicas.gradients())
     return found
 
 
 def test_two_replicas_are_one_process_under_ddp_and_zero3():
     results = run_ranks(2, layouts)
-    for name in ("ddp", "zero3"):
-        merged = results[0][name] | results[1][name]
-        assert merged.keys() == results[0]["alone"].keys()
-        for n, g in results[0]["alone"].items():
+    alone = joined([results[0]["alone"]])
+    for parts in ([results[1]["ddp"]], [result["zero3"] for result in results]):
+        merged = joined(parts)
+        assert merged.keys() == alone.keys()
+        for n, g in alone.items():
             torch.testing.assert_close(merged[n], g, rtol=1e-9, atol=1e-9 * g.abs().max().item())
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import fitted, run_ranks
 from matrix import (
     LARGER,
     LAYOUTS,
@@ -179,7 +179,8 @@ def lock_step(rank, world):
         oracle.zero_grad()
         (oracle(tokens[:, :-1], tokens[:, 1:]) / 64).backward()
         for layout, replicas in layouts(dist.group.WORLD, world):
-            model, mine = replicas.parallelize(tiny("meta")), tokens.chunk(world)[rank]
+            model, mine = tiny("meta"), tokens.chunk(world)[rank]
+            model = fitted(replicas, SOAP, model).parallelize(model)
             replicas.init_weights(lambda name, shape: weights[name].detach())
             groups = param_groups.param_groups(model, lrs, 0.1)
             optimizer = replicas.make_optimizer(SOAP, groups, precondition_frequency=2)

@@ -14,7 +14,7 @@ import torch._dynamo  # imported before the ranks are forked, or each of them sp
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from harness import run_ranks
+from harness import fitted, run_ranks
 from torch import nn
 
 from checkpoint import load, save
@@ -107,9 +107,10 @@ def weights(name, shape):
 def start(replicas, optimizer, make=Net, dtype=None):
     with torch.device("meta"):
         model = make()
+    cls, options = OPTIMIZERS[optimizer]
+    replicas = fitted(replicas, cls, model)
     model = replicas.parallelize(model if dtype is None else model.to(dtype))
     replicas.init_weights(weights)
-    cls, options = OPTIMIZERS[optimizer]
     lrs = dict(matrix=0.05, embedding=0.05, head=0.05, scalar=0.03)
     groups = param_groups(model, lrs, 0.1, muon=cls is Muon)
     for group in groups:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from harness import gpu, run_ranks
+from harness import fitted, gpu, run_ranks
 from test_optim_contract import CASES, build, every, give_gradients, parameters, steps, tensors
 from torch.optim.lr_scheduler import LinearLR
 
@@ -547,7 +547,7 @@ def trained(rank, world, layout, cls, folder):
             if layout == "fsdp"
             else replicas.ZeRO(dist.group.WORLD, CPU, int(layout[-1]))
         )
-        model = replicas.parallelize(model)
+        model = fitted(replicas, cls, model).parallelize(model)
         replicas.init_weights(lambda name, shape: initial_weight(config, name, shape))
         lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 0.02)
         optimizer = replicas.make_optimizer(

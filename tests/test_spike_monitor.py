@@ -14,7 +14,7 @@ import torch
 import torch._dynamo  # before the ranks are forked, as test_fsdp does
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from harness import gpu, run_ranks
+from harness import fitted, gpu, run_ranks
 from torch import nn
 
 import monitor
@@ -567,7 +567,7 @@ def on_layout(rank, world, folder, classes):
             replicas = make()
             with torch.device("meta"):
                 model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8))
-            config, model = model.config, replicas.parallelize(model)
+            config, model = model.config, fitted(replicas, cls, model).parallelize(model)
             replicas.init_weights(lambda n, shape: initial_weight(config, n, shape))
             lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 0.02)
             groups = param_groups(model, lrs, 0.1, muon=cls is Muon)

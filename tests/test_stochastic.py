@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from harness import gpu, run_ranks
+from harness import fitted, gpu, joined, placed, run_ranks
 from test_offload import with_counts
 from test_optim_contract import CASES, build, every, give_gradients, parameters, tensors
 from torch import nn
@@ -705,7 +705,7 @@ def trained(rank, world, layout, cls):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     group = dist.group.WORLD if world > 1 else None
     replicas = FSDP(group, CPU) if layout == "fsdp" else ZeRO(group, CPU, int(layout[-1]))
-    model = replicas.parallelize(model)
+    model = fitted(replicas, cls, model).parallelize(model)
     replicas.init_weights(start)
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = groups_of.param_groups(model, lrs, 0.1, muon=cls is muon.Muon)
@@ -717,22 +717,21 @@ def trained(rank, world, layout, cls):
         replicas.finish_gradients()
         for name, g in replicas.gradients().items():
             full = gradient(name, shapes[name], step)
-            rows = -(-full.shape[0] // world)
-            g.copy_(full if g.shape == full.shape else full[rank * rows : rank * rows + g.shape[0]])
+            whole = shapes[name], (0,) * full.ndim
+            g.copy_(Shard(*replicas.shards.get(name, whole)).narrow(full, g.shape))
         optimizer.step()
         model.zero_grad(set_to_none=True)
-    return {
-        n: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().float().clone()
-        for n, w in replicas.weights().items()
-    }
+    if layout == "fsdp":
+        whole = {n: w.full_tensor().float() for n, w in replicas.weights().items()}
+        return {n: (w, w.shape, (0,) * w.ndim) for n, w in whole.items()} if rank == 0 else {}
+    return placed(replicas, {n: w.float() for n, w in replicas.weights().items()})
 
 
 @pytest.mark.parametrize("layout", ["zero1", "zero3", "fsdp"])
 @pytest.mark.parametrize("cls", [adamw.AdamW, muon.Muon], ids=lambda cls: cls.__name__)
 def test_every_layout_rounds_alike(layout, cls):
-    alone, merged = trained(0, 1, "zero1", cls), {}
-    for part in run_ranks(2, trained, layout, cls):
-        merged |= part
+    alone = joined([trained(0, 1, "zero1", cls)])
+    merged = joined(run_ranks(2, trained, layout, cls))
     assert merged.keys() == alone.keys()
     for name, w in alone.items():
         assert torch.equal(merged[name], w), name

@@ -6,7 +6,7 @@ from functools import partial, reduce
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import fitted, joined, placed, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +25,6 @@ from parallel.ddp import DDP
 from parallel.shard import Shard
 from parallel.zero import ZeRO
 from precision import onednn
-from run.build import stepped_by_rows
 
 CPU, ROWS = torch.device("cpu"), 16  # rows in a global batch
 MODERN = dict(
@@ -72,9 +71,7 @@ class Replica:
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
         cls, options = OPTIMIZERS[optimizer]
-        if isinstance(replicas, ZeRO):
-            replicas.by_rows = stepped_by_rows(cls, param_groups.kinds(model))
-        self.model = replicas.parallelize(model)
+        self.model = fitted(replicas, cls, model).parallelize(model)
         replicas.init_weights(lambda name, size: initial_weight(self.model.config, name, size))
         lr, others = options["lr"], 0.01 if optimizer == "muon" else options["lr"]
         lrs = dict(matrix=lr, embedding=others, head=others, scalar=others)
@@ -121,27 +118,6 @@ class Replica:
         pairs = [self.step(i, micro_batches) for i in range(steps)]
         weights = placed(self.replicas, self.replicas.weights())
         return [loss for loss, _ in pairs], [norm for _, norm in pairs], weights
-
-
-def placed(replicas, by_name):
-    """Name -> (copy of a tensor that belongs to a piece, the full shape, the piece's offsets)."""
-    found = {}
-    for name, x in by_name.items():
-        full, offsets = replicas.shards.get(name, (tuple(x.shape), (0,) * x.ndim))
-        found[name] = x.detach().clone(), full, offsets
-    return found
-
-
-def joined(ranks):
-    """The full tensors of all ranks' pieces, as `placed` gives them: each number on one rank."""
-    tensors, owners = {}, {}
-    for held in ranks:
-        for name, (x, full, offsets) in held.items():
-            place = tuple(slice(a, a + n) for a, n in zip(offsets, x.shape, strict=True))
-            tensors.setdefault(name, x.new_full(full, torch.nan))[place] = x
-            owners.setdefault(name, torch.zeros(full))[place] += 1
-    assert all((count == 1).all() for count in owners.values())  # nothing twice, nothing missing
-    return tensors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -540,9 +516,9 @@ def test_reduce_dtype_rounds_what_is_sent():
 
 def fetched(rank, world):
     """Which parameters rank asks for, and the bytes it holds after filling them."""
-    by_rows = stepped_by_rows(Muon, param_groups.kinds(build(MODERN)))
-    zero, asked = ZeRO(dist.group.WORLD, CPU, 3, by_rows=by_rows), []
-    model = zero.parallelize(build(MODERN))
+    model, asked = build(MODERN), []
+    zero = fitted(ZeRO(dist.group.WORLD, CPU, 3), Muon, model)
+    model = zero.parallelize(model)
     zero.init_weights(lambda name, size: asked.append(name) or torch.zeros(size))
     tensors = [*model.parameters(), *zero.owned_params().values()]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
