@@ -802,7 +802,7 @@ class ZeRO:
             refuse_coupled(cls, owned_groups, arguments)
         optimizer = self.guard.admit(cls(owned_groups, **arguments))
         optimizer.zero_grad = self.model.zero_grad
-        optimizer.register_step_post_hook(lambda *_: self.after_step())
+        optimizer.register_step_post_hook(lambda *_: self.broadcast_weights())
         if self.group is not None:
             optimizer.add_param_group = self.refuse_late_group
         return optimizer
@@ -826,17 +826,9 @@ class ZeRO:
             "gradients of its own; give all groups to make_optimizer"
         )
 
-    def after_step(self) -> None:
-        self.broadcast_weights()
-        self.drop_gradients()
-
     def zero_grad(self, plain: Callable, set_to_none: bool = True) -> None:
         """The model's and the optimizer's zero_grad(): what is owned here has None afterwards."""
         plain(set_to_none)
-        self.drop_gradients()
-
-    def drop_gradients(self) -> None:
-        """Lets go of the gradients of what this rank owns."""
         self.sums = {}
         for p in self.owned_params().values():
             p.grad = None
@@ -854,8 +846,7 @@ class ZeRO:
         self.wait_for_broadcasts(changed)
 
     def discard_step(self) -> None:
-        """In place of optimizer.step(): drops the gradients of what this rank owns."""
-        self.drop_gradients()
+        """In place of optimizer.step(). Nothing to undo: the next zero_grad drops the gradients."""
 
     # ---- at times --------------------------------------------------------------------------------
     def state_dict(self, optimizer_state: dict) -> dict | None:

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 
 from model import initial_weight
 from optim.param_groups import kinds
+from parallel.shard import Shard
 from parallel.zero import ZeRO
 from run.build import stepped_by_rows
 
@@ -47,6 +48,24 @@ def placed(replicas, by_name):
         full, offsets = replicas.shards.get(name, (tuple(x.shape), (0,) * x.ndim))
         found[name] = x.detach().clone(), full, offsets
     return found
+
+
+def weights_here(replicas):
+    """Name -> (this rank's weights, the full shape, where they begin); FSDP's are gathered."""
+    found = {}
+    for name, w in replicas.weights().items():
+        w = w.full_tensor() if hasattr(w, "placements") else w
+        whole = tuple(w.shape), (0,) * w.ndim
+        found[name] = w.detach().clone(), *replicas.weight_shards.get(name, whole)
+    return found
+
+
+def same_here(found, expected):
+    """Are this rank's weights, as weights_here() gives them, those parts of the full tensors?"""
+    return all(
+        torch.equal(x, Shard(*where).narrow(expected[name].detach(), x.shape))
+        for name, (x, *where) in found.items()
+    )
 
 
 def joined(ranks):

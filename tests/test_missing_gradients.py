@@ -14,7 +14,7 @@ import torch._dynamo  # imported before the ranks are forked, or each of them sp
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from harness import fitted, run_ranks
+from harness import fitted, run_ranks, weights_here
 from torch import nn
 
 from checkpoint import load, save
@@ -145,10 +145,8 @@ def step_of(model, optimizer, replicas, batches, **options):
 
 def held(replicas, optimizer):
     """What this rank has of weights and state: {(name, key): (value, its offsets in the whole)}."""
-    found = {}
-    for name, w in replicas.weights().items():
-        w = w.full_tensor() if hasattr(w, "placements") else w
-        found[name, "weight"] = w.detach().clone(), (0,) * w.ndim
+    weights = weights_here(replicas).items()
+    found = {(name, "weight"): (w, offsets) for name, (w, _, offsets) in weights}
     for name, state in state_by_name(optimizer)["state"].items():
         offsets = replicas.shards[name][1] if name in replicas.shards else None
         for key, x in state.items():

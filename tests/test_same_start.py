@@ -10,7 +10,7 @@ import torch._dynamo  # imported before the ranks are forked, or each of them sp
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from harness import run_ranks
+from harness import run_ranks, same_here, weights_here
 from test_protocol import Collectives
 from torch import nn
 
@@ -19,6 +19,7 @@ from parallel.ddp import DDP
 from parallel.diloco import DiLoCo
 from parallel.fsdp import FSDP
 from parallel.replicas import broadcast_start, named_groups
+from parallel.shard import Shard
 from parallel.zero import ZeRO
 
 CPU = torch.device("cpu")
@@ -75,13 +76,6 @@ def train(model, replicas, optimizer, rank, world):
         model.zero_grad()
 
 
-def weights_of(replicas):
-    full = {}
-    for name, w in replicas.weights().items():
-        full[name] = (w.full_tensor() if hasattr(w, "placements") else w).detach().clone()
-    return full
-
-
 def started(rank, world, name):
     """Weights at the start and at the end, of a model that each rank has drawn with its own seed;
     its buffers; how many collectives each way to start takes."""
@@ -92,7 +86,7 @@ def started(rank, world, name):
         model = replicas.parallelize(model)
     n_real = seen.n
     is_same = [id(p) for p in model.parameters()] == given
-    start = weights_of(replicas)
+    start = weights_here(replicas)
     groups = [p for p in model.parameters() if p.requires_grad]
     optimizer = replicas.make_optimizer(torch.optim.SGD, groups, lr=0.05, momentum=0.9)
     train(model, replicas, optimizer, rank, world)
@@ -106,9 +100,9 @@ def started(rank, world, name):
         shapes = on_meta.parallelize(shapes)
         on_meta.init_weights(lambda key, shape: start_weights()[key])
     n_meta = seen.n
-    assert all(torch.equal(w, start_weights()[key]) for key, w in weights_of(on_meta).items())
+    assert same_here(weights_here(on_meta), start_weights())
     buffers = dict(model.named_buffers())
-    return start, weights_of(replicas), buffers, n_real, n_meta, is_same
+    return start, weights_here(replicas), buffers, n_real, n_meta, is_same
 
 
 @functools.cache
@@ -129,10 +123,10 @@ def test_replicas_with_different_seeds_train_as_rank_0_would_alone(name):
     ranks = run_ranks(2, started, name)
     assert set().union(*(r[0] for r in ranks)) == start_weights().keys()
     for start, end, buffers, n_real, n_meta, is_same in ranks:
-        for key, w in start.items():
-            assert torch.equal(w, start_weights()[key]), key
-        for key, w in end.items():
-            torch.testing.assert_close(w, alone()[key].detach(), rtol=1e-12, atol=1e-12)
+        assert same_here(start, start_weights())
+        for key, (w, *where) in end.items():
+            expected = Shard(*where).narrow(alone()[key].detach(), w.shape)
+            torch.testing.assert_close(w, expected, rtol=1e-12, atol=1e-12)
         for key, buffer in net(seed=0).named_buffers():
             assert torch.equal(buffers[key], buffer), key
         assert n_real > 0 and n_meta == 0
@@ -151,7 +145,7 @@ def on_disk(rank, world, folder):
             folder=f"{folder}/{kind.func.__name__}-{rank}",
         )
         replicas.parallelize(net(seed=rank))
-        found.append(weights_of(replicas))
+        found.append(weights_here(replicas))
     return found
 
 
@@ -159,10 +153,8 @@ def test_weights_in_files_start_from_rank_0_too():
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(2, on_disk, folder)
     for i in range(2):
-        merged = ranks[0][i] | ranks[1][i]
-        assert merged.keys() == start_weights().keys()
-        for key, w in merged.items():
-            assert torch.equal(w, start_weights()[key]), key
+        assert {*ranks[0][i], *ranks[1][i]} == start_weights().keys()
+        assert all(same_here(found[i], start_weights()) for found in ranks)
 
 
 def messages(rank, world):
@@ -204,7 +196,7 @@ def sequential(rank, world):
         model = replicas.parallelize(model)
         optimizer = replicas.make_optimizer(torch.optim.SGD, model.named_parameters(), lr=0.05)
         train(model, replicas, optimizer, rank, world)
-        found.append(weights_of(replicas))
+        found.append(weights_here(replicas))
     return found
 
 
@@ -216,10 +208,11 @@ def test_a_sequential_is_its_own_list_of_layers():
     ranks = run_ranks(2, sequential)
     ddp = ranks[0][0]
     for i in (1, 2):
-        merged = ranks[0][i] | ranks[1][i]
-        assert merged.keys() == ddp.keys()
-        for key, w in merged.items():
-            torch.testing.assert_close(w, ddp[key], rtol=1e-12, atol=1e-12)
+        assert {*ranks[0][i], *ranks[1][i]} == ddp.keys()
+        for found in ranks:
+            for key, (w, *where) in found[i].items():
+                expected = Shard(*where).narrow(ddp[key][0], w.shape)
+                torch.testing.assert_close(w, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_model_without_layers_there_is_refused_with_what_to_type():

@@ -717,8 +717,12 @@ def trained(rank, world, layout, cls):
         replicas.finish_gradients()
         for name, g in replicas.gradients().items():
             full = gradient(name, shapes[name], step)
-            whole = shapes[name], (0,) * full.ndim
-            g.copy_(Shard(*replicas.shards.get(name, whole)).narrow(full, g.shape))
+            if layout == "fsdp" and world > 1:
+                rows = -(-full.shape[0] // world)
+                full = full[rank * rows : rank * rows + g.shape[0]]
+            elif name in replicas.shards:
+                full = Shard(*replicas.shards[name]).narrow(full, g.shape)
+            g.copy_(full)
         optimizer.step()
         model.zero_grad(set_to_none=True)
     if layout == "fsdp":

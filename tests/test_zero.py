@@ -360,7 +360,6 @@ def uneven_use(rank, world, stage):
         zero.finish_gradients()
         mine = zero.owned_params()
         out.append({n: p.grad for n, p in mine.items() if n.endswith("extra")})
-        zero.discard_step()
         model.zero_grad(set_to_none=True)
     return out
 
