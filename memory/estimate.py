@@ -632,10 +632,10 @@ def travelling_bytes(c: Case) -> float:
     units = unit_sizes(c, c.shapes)
     all_numbers = sum(units.values())
     unit = max(units.values())
-    # What comes to a rank, or leaves it, for ZeRO's largest unit. Of a full parameter that is not
+    # What comes to a rank, or leaves it, of each of ZeRO's units. Of a full parameter that is not
     # what the rank owns; of rows it is all, for its own ones have memory of their own besides.
     owned = unit_sizes(c, [name for name, ranks in c.steppers.items() if len(ranks) == 1])
-    foreign = max(size - owned[name] / c.n for name, size in units.items())
+    foreign = {name: size - owned[name] / c.n for name, size in units.items()}
     root = units["before"] + units["after"]
     block = max(size for name, size in units.items() if name not in ("before", "after"))
     bucket = min(max(c.bucket, c.gradient * unit), c.gradient * all_numbers)
@@ -647,10 +647,9 @@ def travelling_bytes(c: Case) -> float:
     if c.layout == "zero1" and c.micro_batches > 1:
         return bucket
     if c.layout in ("zero1", "zero2"):
-        return bucket + c.gradient * foreign
+        return bucket + c.gradient * max(foreign.values())
     if c.layout == "zero3":
-        fetched = unit if c.offload_params else foreign
-        return 2 * c.weight * fetched + c.gradient * (unit + foreign)
+        return zero3_bytes(c, units, units if c.offload_params else foreign)
 
     # fsdp: the block in work and the next one are gathered, and embedding and head.
     gathered = root + 2 * block if c.reshard else all_numbers
@@ -659,6 +658,29 @@ def travelling_bytes(c: Case) -> float:
         # Full gradients wait for the last micro-batch.
         return gathered + c.gradient * (missing * all_numbers + max(root, block))
     return gathered + 2 * c.gradient * max(root, block)
+
+
+def zero3_bytes(c: Case, units: dict[str, int], fetched: dict[str, float]) -> float:
+    """Bytes of weights and gradients on their way in ZeRO-3's backward, where they are most.
+
+    In unit i that is the weights of i and of the unit before, the gradients of i, and those of the
+    unit after, which are sent. A tied embedding, or a norm before the blocks, keeps unit 0 there.
+    The gradients of a tied embedding's two uses, and their sum, are there at once.
+    """
+    order = ["before", *(name for name in units if name not in ("before", "after")), "after"]
+    is_tied = all(kind != "head" for kind, _ in c.shapes.values())
+    has_norm = any(c.unit_of[name] == "before" and len(x) < 2 for name, (_, x) in c.shapes.items())
+    stays = {"before"} if is_tied or has_norm else set()
+    most = 0
+    for i, name in enumerate(order):
+        here = {name, order[max(i - 1, 0)]} | stays
+        weights = sum(fetched[unit] for unit in here)
+        gradients = units[name] + sum(units[after] for after in order[i + 1 : i + 2])
+        if is_tied and i == 0:
+            # A loss in chunks has made one of them early, which is counted apart.
+            gradients += math.prod(c.head) * (1 if c.has_chunks else 2)
+        most = max(most, c.weight * weights + c.gradient * gradients)
+    return most
 
 
 def in_flight(stepped: list[tuple[float, float]], limit: float) -> float:
