@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from layers import attention
 from layers.chunked_loss import chunked_loss
 from layers.ngram_embedding import NGramEmbedding
+from layers.recompute import casts, forget_results, recompute
 
 
 @dataclass(frozen=True)
@@ -116,23 +117,31 @@ class Attention(nn.Module):
             self.q_factor = c.attention_scale * self.head_size**0.5
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # x (B, T, C)
-        q = self.split_heads(self.q(x))  # (B, H, T, D)
-        k = self.split_heads(self.k(x))  # (B, Hkv, T, D)
-        v = self.split_heads(self.v(x))  # (B, Hkv, T, D)
-        if self.qk_norm:
-            q = F.rms_norm(q, q.shape[-1:], eps=1e-6)  # in float32 for half types
-            k = F.rms_norm(k, k.shape[-1:], eps=1e-6)
-        if context.rotary is not None:
-            q = rotate(q, *context.rotary)
-            k = rotate(k, *context.rotary)
-        if self.q_factor != 1:
-            q = q * self.q_factor
+        for_q, for_k, for_v = casts(x, 3)
+        q = self.split_heads(self.q(for_q))  # (B, H, T, D)
+        k = self.split_heads(self.k(for_k))  # (B, Hkv, T, D)
+        v = self.split_heads(self.v(for_v))  # (B, Hkv, T, D)
+        q = self.placed(q, context, self.q_factor)
+        k = self.placed(k, context)
         y = self.attention_fn(q, k, v)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads x D) -> (B, heads, T, D)"""
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def placed(self, x: Tensor, context: ForwardContext, factor: float = 1.0) -> Tensor:
+        """Queries or keys (B, heads, T, D), normed, turned by their positions, times the factor."""
+
+        def place(x: Tensor) -> Tensor:
+            if self.qk_norm:
+                x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # in float32 for half types
+            if context.rotary is not None:
+                x = rotate(x, *context.rotary)
+            return x * factor if factor != 1 else x
+
+        # Without a norm backward needs nothing but the result.
+        return recompute(place, x) if self.qk_norm else place(x)
 
 
 class MLP(nn.Module):
@@ -143,7 +152,8 @@ class MLP(nn.Module):
         self.activation = F.gelu if c.activation == "gelu" else relu_squared
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        return self.proj(self.activation(self.fc(x)))  # (B, T, 4C) between the two
+        (x,) = casts(x, 1)
+        return self.proj(recompute(self.activation, self.fc(x)))  # (B, T, 4C) between the two
 
 
 class Block(nn.Module):
@@ -157,8 +167,10 @@ class Block(nn.Module):
         self.drop_mlp = Dropout(c, f"blocks.{layer}.mlp")
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # (B, T, C)
-        x = x + self.drop_attn(self.attn(self.attn_norm(x), context), context)
-        return x + self.drop_mlp(self.mlp(self.mlp_norm(x)), context)
+        # Backward computes norms and activations again: see layers/recompute.py for what it keeps.
+        with forget_results():
+            x = x + self.drop_attn(self.attn(recompute(self.attn_norm, x), context), context)
+            return x + self.drop_mlp(self.mlp(recompute(self.mlp_norm, x)), context)
 
 
 class GPT(nn.Module):
