@@ -38,9 +38,9 @@ activation checkpointing (memory/activation_checkpoint.py): x, like all else tha
 the saved-tensor hooks around it. Under torch.compile and without gradients this file does nothing:
 the compiler recomputes by itself.
 
-Limits. The function is of x alone, without random numbers, and its result is not changed in place. A
-module with forward hooks of its own is called once, and keeps what it always kept: a hook may change
-the result. Where a consumer copies x before it saves it, the copy is kept.
+Limits. The function is of x alone, without random numbers, and nobody changes its result in place.
+A module with forward hooks keeps what it always kept: a hook may change the result. Where a user of
+the result copies it before it saves it, the copy is kept.
 
 References: Gist (Jain et al. 2018, ISCA) and Chen et al. 2016 (1604.06174) recompute cheap layers;
 Korthikanti et al. 2022 (2205.05198) attention.
@@ -190,7 +190,9 @@ class View(NamedTuple):
 
 def keep(x: Tensor, hooks: tuple[Callable, Callable] | None) -> Kept | Elsewhere:
     if hooks is None:
-        return Kept(x, x._version)
+        # Detached, for a result that its own part of the graph holds would never go. A leaf has no
+        # such part, and must stay the same object: a layout may give it other memory.
+        return Kept(x if x.is_leaf else x.detach(), x._version)
     pack, unpack = hooks
     return Elsewhere(pack(x), unpack)
 
@@ -273,11 +275,15 @@ class Again:
 
     def run(self) -> None:
         saved = []
+
+        def pack(x: Tensor) -> None:
+            saved.append(x.detach())
+
         x = self.x.get().detach().requires_grad_(self.needs_grad)
         with (
             torch.enable_grad(),
             torch.autocast(**self.autocast),
-            saved_tensors_hooks(saved.append, lambda packed: packed),
+            saved_tensors_hooks(pack, lambda packed: packed),
         ):
             y = self.function(x)
         if len(saved) != len(self.versions):
@@ -288,7 +294,7 @@ class Again:
         for tensor, version in zip(saved, self.versions):
             if version is not None:
                 check_version(tensor, version)
-        self.saved = {i: tensor.detach() for i, tensor in enumerate(saved)}
+        self.saved = dict(enumerate(saved))
         self.found = {y.dtype: y.detach()}
 
 
