@@ -29,6 +29,7 @@ from memory import estimate
 from memory.meter import measure
 from model import GPT, GPTConfig, initial_weight
 from optim.param_groups import param_groups
+from parallel.autocast_linear import keep_no_copies
 from run.auto import resolve_loss_chunk
 from settings.fields import ARCHS, Config
 
@@ -95,6 +96,7 @@ def step(job: Job, layout: str, loss_chunk: int | None, rank: int = 0, world: in
     with torch.device("meta"):
         model = GPT(config)
     model.loss_chunk = loss_chunk
+    keep_no_copies(model)
     optimizer_class = estimate.find_optimizer(job.optim)
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=job.optim == "muon")
