@@ -31,7 +31,8 @@ bytes. Bytes of a parameter, and of one number of state, by precision:
 Buffers also hold
     the temporaries of a step: at least the size of the largest parameter; for Muon two bfloat16
     copies of the matrices of one shape and its transpose, and three short x short products
-    bf16, fp16: the copies of the weights that autocast keeps until backward; fp8: the head's copy
+    no copies of the weights under autocast: train.py keeps none (parallel/autocast_linear.py), but
+    for those that torch.compile or zero bubble keep
     bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
     the largest parameter, to round it
     two float32 numbers for each logit, in the loss's backward; with --loss_chunk for each of an
@@ -48,7 +49,7 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
     b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: k, r and l are in
                               ACTIVATION_BYTES. --activation_checkpoint takes k from
                               CHECKPOINTED_BYTES; the peak of backward then adds what it computes
-                              again of one block or segment, and the gradients inside a block.
+                              again of one block or segment, and the temporaries inside a block.
                               With --loss_chunk the words are those of an eighth of a chunk
 
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
@@ -94,34 +95,36 @@ LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 # (arch, bytes of a weight, bytes of a matmul's operand) -> (k, r, l) of the formula above. l also
 # covers the logits' softmax.
 ACTIVATION_BYTES = {
-    ("modern", 8, 8): (152, 18, 16),
-    ("modern", 4, 4): (76, 9, 8),
-    ("modern", 4, 2): (51, 6, 8),
-    ("gpt2", 8, 8): (128, 16, 8),
-    ("gpt2", 4, 4): (64, 8, 4),
-    ("gpt2", 4, 2): (40, 6, 4),
-    ("track3", 8, 8): (168, 42, 24),
-    ("track3", 4, 4): (84, 21, 12),
-    ("track3", 4, 2): (59, 18, 12),
-    ("modern", 2, 2): (47, 6, 8),
-    ("gpt2", 2, 2): (32, 4, 4),
-    ("track3", 2, 2): (55, 18, 12),
+    ("modern", 8, 8): (80, 18, 16),
+    ("modern", 4, 4): (40, 9, 8),
+    ("modern", 4, 2): (24, 6, 8),
+    ("gpt2", 8, 8): (80, 16, 8),
+    ("gpt2", 4, 4): (40, 8, 4),
+    ("gpt2", 4, 2): (24, 6, 4),
+    ("track3", 8, 8): (80, 42, 24),
+    ("track3", 4, 4): (40, 21, 12),
+    ("track3", 4, 2): (24, 18, 12),
+    ("modern", 2, 2): (20, 6, 8),
+    ("gpt2", 2, 2): (20, 4, 4),
+    ("track3", 2, 2): (20, 18, 12),
 }
 # In place of k with activation checkpointing: full, attention, mlp, selective. The fifth number is
-# the gradients inside a block, and what track3's norm of the embedding keeps.
+# the gradients inside a block and what layers/recompute.py computes again of it in backward (and
+# what track3's norm of the embedding keeps), the sixth as much more where no checkpointing computes
+# the last block again.
 CHECKPOINTED_BYTES = {
-    ("modern", 8, 8): (8, 96, 88, 88, 105),
-    ("modern", 4, 4): (4, 48, 44, 44, 53),
-    ("modern", 4, 2): (4, 30, 37, 24, 28),
-    ("gpt2", 8, 8): (8, 96, 64, 88, 41),
-    ("gpt2", 4, 4): (4, 48, 32, 44, 20),
-    ("gpt2", 4, 2): (4, 30, 26, 24, 14),
-    ("track3", 8, 8): (8, 112, 104, 88, 121),
-    ("track3", 4, 4): (4, 56, 52, 44, 61),
-    ("track3", 4, 2): (4, 38, 45, 24, 36),
-    ("modern", 2, 2): (2, 28, 30, 22, 28),
-    ("gpt2", 2, 2): (2, 24, 16, 22, 11),
-    ("track3", 2, 2): (2, 36, 38, 22, 36),
+    ("modern", 8, 8): (8, 48, 48, 88, 137, 32),
+    ("modern", 4, 4): (4, 24, 24, 44, 69, 16),
+    ("modern", 4, 2): (4, 16, 16, 24, 37, 8),
+    ("gpt2", 8, 8): (8, 48, 48, 88, 77, 0),
+    ("gpt2", 4, 4): (4, 24, 24, 44, 38, 0),
+    ("gpt2", 4, 2): (4, 16, 16, 24, 23, 0),
+    ("track3", 8, 8): (8, 48, 48, 88, 153, 32),
+    ("track3", 4, 4): (4, 24, 24, 44, 77, 16),
+    ("track3", 4, 2): (4, 16, 16, 24, 45, 8),
+    ("modern", 2, 2): (2, 14, 14, 22, 37, 8),
+    ("gpt2", 2, 2): (2, 14, 14, 22, 20, 0),
+    ("track3", 2, 2): (2, 14, 14, 22, 45, 8),
 }
 
 # Name -> (embedding | head | matrix | scalar, shape).
@@ -549,24 +552,9 @@ def early_gradient(c: Case) -> float:
 
 
 def backward_bytes(c: Case) -> float:
-    """Bytes that a rank holds for a while in backward.
-
-    These are weights and gradients on their way, and autocast's copies of the weights, which stay
-    until backward has used them.
-    """
+    """Bytes of weights and gradients that are on their way in backward."""
     several = c.n > 1 or c.world > 1 or c.offload_params
-    backward = travelling_bytes(c) if several else 0
-    if has_copies(c.row) and c.layout != "zero3":
-        head = [name for name, (kind, _) in c.shapes.items() if kind == "head"]
-        if not head:
-            head = ["embed.weight"]  # tied
-        matrices = [name for name, (kind, _) in c.shapes.items() if kind == "matrix"]
-        # FP8's blocks have casts of their own, which do not stay.
-        copied = head if c.row.fp8_blocks else head + matrices
-        if c.has_chunks:
-            copied = [name for name in copied if name not in head]
-        backward += c.row.products.itemsize * sum(c.sizes[name] for name in copied)
-    return backward
+    return travelling_bytes(c) if several else 0
 
 
 def unit_sizes(sizes: dict[str, int]) -> dict[str, int]:
@@ -695,14 +683,14 @@ def activation_bytes(
         per_layer = {"mixed": 34, "texts": 20}[precision]
         per_channel = 0
         per_word = 0
-        full, attention, mlp, selective, inside = 2, 26, 18, 22, 0
+        full, attention, mlp, selective, inside, last = 2, 26, 18, 22, 0, 0
+        attention = min(attention, per_layer)
+        selective = min(selective, per_layer)
     else:
         row = PRECISIONS[precision]
         key = arch, row.weights.itemsize, row.products.itemsize
         per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
-        full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
-    attention = min(attention, per_layer)
-    selective = min(selective, per_layer)
+        full, attention, mlp, selective, inside, last = CHECKPOINTED_BYTES[key]
     L = n_layer
     how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
@@ -714,18 +702,19 @@ def activation_bytes(
     n_steps = math.ceil(L / K)
     last_again = (L - 1) % K == 0  # every_K computes the last layer again
     by_how = {
-        "none": (L * per_layer, 0),
+        "none": (L * per_layer, last),
         "full": (L * full, per_layer - full),
         "full_sharded": (L * full / tp, per_layer - full / tp),
         "full_offload": (0, per_layer + full),
         "every": (
             n_steps * full + (L - n_steps) * per_layer,
-            per_layer - full if last_again else 0,
+            per_layer - full if last_again else last,
         ),
         "segments": (K * full, n_steps * per_layer - full),
-        "attention": (L * attention, 0),
-        "mlp": (L * mlp, per_layer - mlp),
-        "selective": (L * selective, per_layer - selective),
+        "attention": (L * attention, last),
+        # Its input is computed again, too.
+        "mlp": (L * mlp, per_layer - mlp + full),
+        "selective": (L * selective, max(0, per_layer - selective)),
         "offload": (0, 2 * per_layer),
     }
     check("activation_checkpoint", how, by_how)
@@ -736,8 +725,6 @@ def activation_bytes(
     if loss_chunk is not None and tokens:
         words *= min(1, chunk_part(loss_chunk) / tokens)
     of_head = per_channel * n_embd + words
-    if how == "none":
-        return tokens * (kept * n_embd + of_head)
     return tokens * (kept * n_embd + max((again + inside) * n_embd, of_head))
 
 

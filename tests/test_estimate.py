@@ -40,6 +40,7 @@ from optim import (
 )
 from optim.attributes import own_classes
 from optim.param_groups import kinds, param_groups
+from parallel.autocast_linear import keep_no_copies
 from parallel.ddp import DDP
 from parallel.replicas import owners_by_shape, owners_by_size
 from precision import amp, fp8
@@ -354,6 +355,7 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
     config = GPTConfig(**SIZE, n_kv_head=2)
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[precision])
+    keep_no_copies(model)
     group = dist.group.WORLD if world > 1 else None
     if layout == "ddp":
         replicas = DDP(group, CPU, bucket_mb)
@@ -449,6 +451,7 @@ def wordy_peak(arch: str, precision: str, micro_batches: int, loss_chunk: int | 
     config = GPTConfig(**WORDY, n_head=2, n_kv_head=2, block_size=TOKENS, **traits)
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[precision])
+    keep_no_copies(model)
     model.loss_chunk = loss_chunk
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     return measure(
