@@ -138,9 +138,11 @@ def predicted(job: Job, layout: str, loss_chunk: int | None, world: int) -> floa
     shapes = estimate.gpt_shapes(
         job.n_layer, job.n_embd, job.vocab_size, job.block_size, job.arch, job.n_head
     )
-    activations = estimate.activation_bytes(
-        "bf16", tokens, job.n_layer, job.n_embd, job.vocab_size, job.arch, loss_chunk=loss_chunk
+    sizes = job.n_layer, job.n_embd, job.vocab_size, job.arch
+    count = functools.partial(
+        estimate.activation_bytes, "bf16", tokens, *sizes, loss_chunk=loss_chunk
     )
+    activations = count()
     return estimate.bytes_per_rank(
         shapes,
         job.optim,
@@ -148,6 +150,7 @@ def predicted(job: Job, layout: str, loss_chunk: int | None, world: int) -> floa
         world,
         "bf16",
         activations=activations,
+        inside=activations - count(in_backward=False),
         logits=tokens * job.vocab_size,
         loss_chunk=loss_chunk,
     )["total"]

@@ -273,6 +273,7 @@ class Case:
     offload_params: str | None
     logits: float  # numbers of a micro-batch
     loss_chunk: int | None  # tokens whose logits are there at once; None: all
+    inside: float  # bytes of activations that are not there yet at the loss
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -342,6 +343,7 @@ def bytes_per_rank(
     reshard: bool = True,
     micro_batches: int = 1,
     activations: float = 0,
+    inside: float = 0,
     logits: float = 0,
     loss_chunk: int | None = None,
     bucket_mb: float = 25.0,
@@ -356,7 +358,8 @@ def bytes_per_rank(
     shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
     offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners: a function of
     {name: shape} and the number of ranks that returns {name: rank}. activations: bytes of a
-    micro-batch, see activation_bytes; logits: how many numbers it has, tokens x words; loss_chunk:
+    micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss, before
+    backward is inside a block (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x words; loss_chunk:
     the setting, None for all tokens at once. options: keyword arguments of the optimizer's
     state_numbers. If no name begins with `blocks.`, buffers are those of the loss alone. Raises
     ValueError for unknown names, with the nearest one, and for sizes that do not fit.
@@ -399,6 +402,7 @@ def bytes_per_rank(
         offload_params,
         logits,
         loss_chunk,
+        inside,
     )
     stepped = stepped_by_rank(c, owners)
     ranks = held_by_rank(c, stepped)
@@ -490,7 +494,7 @@ def in_all(
         step += 3 * wire
     # Backward begins at the loss, before the gradients of one micro-batch are there.
     early = early_gradient(c)
-    at_loss = backward + early + loss_bytes(c)
+    at_loss = backward + early + loss_bytes(c) - c.inside
     if c.micro_batches == 1:
         at_loss -= gradients
     else:
@@ -667,12 +671,13 @@ def activation_bytes(
     activation_checkpoint: str = "none",
     tp: int = 1,
     loss_chunk: int | None = None,
+    in_backward: bool = True,
 ) -> float:
-    """Bytes that one micro-batch of `tokens` = b x s keeps for backward.
+    """Bytes that one micro-batch of `tokens` = b x s keeps for backward, and holds in it at most.
 
     By 34 s b h, the text's 20 s b h, or our own count. activation_checkpoint: as in
     memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps; loss_chunk:
-    the setting, None for all tokens at once. Offloaded
+    the setting, None for all tokens at once. in_backward: False for what forward leaves. Offloaded
     activations are on the device while they are used, two blocks at a time. Raises ValueError for
     an unknown precision or activation_checkpoint.
     """
@@ -725,7 +730,8 @@ def activation_bytes(
     if loss_chunk is not None and tokens:
         words *= min(1, chunk_part(loss_chunk) / tokens)
     of_head = per_channel * n_embd + words
-    return tokens * (kept * n_embd + max((again + inside) * n_embd, of_head))
+    at_most = max((again + inside) * n_embd, of_head) if in_backward else of_head
+    return tokens * (kept * n_embd + at_most)
 
 
 def step_of_layers(activation_checkpoint: str) -> tuple[str, int]:
@@ -866,8 +872,10 @@ def table_row(
     s: SimpleNamespace, options: dict, shapes: Shapes, precision: str, layout: str
 ) -> str:
     activations = 0
+    inside = 0
     if s.batch:
-        activations = activation_bytes(
+        count = functools.partial(
+            activation_bytes,
             precision,
             s.batch * s.block_size,
             s.n_layer,
@@ -877,6 +885,8 @@ def table_row(
             s.activation_checkpoint,
             loss_chunk=s.loss_chunk,
         )
+        activations = count()
+        inside = activations - count(in_backward=False)
     held = bytes_per_rank(
         shapes,
         s.optim,
@@ -887,6 +897,7 @@ def table_row(
         micro_batches=s.micro_batches,
         fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,
         activations=activations,
+        inside=inside,
         logits=s.batch * s.block_size * s.vocab_size,
         loss_chunk=s.loss_chunk,
         offload=s.offload,
