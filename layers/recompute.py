@@ -33,7 +33,7 @@ float32 and under autocast in bfloat16 (the residual stream is float32 there):
     gelu, relu(.)²        16     -      8     -         16     -      8     -
     in all                64    40     40    24         72    40     48    24
 
-(Besides some numbers for each token, and autocast's copies of the weights.) It composes with
+(Besides some numbers for each token.) It composes with
 activation checkpointing (memory/activation_checkpoint.py): x, like all else that is kept, goes to
 the saved-tensor hooks around it. Under torch.compile and without gradients this file does nothing:
 the compiler recomputes by itself.

@@ -56,8 +56,8 @@ Offloaded state passes the device in chunks of 64 MiB of parameters, two at a ti
 parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
 no memory.)
 
-The estimate is rough, and rather too large than too small: with one micro-batch gradients come as
-activations go, and both are counted in full. It leaves out fragmentation, the device's own context,
+With one micro-batch gradients come as activations go: of these the table shows what is there beside
+all gradients. The estimate is rough, and rather too large than too small. It leaves out fragmentation, the device's own context,
 kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured on a
 CPU, it is within 5 % (tests/test_estimate.py).
 
@@ -497,16 +497,25 @@ def in_all(
     at_loss = backward + early + loss_bytes(c) - c.inside
     if c.micro_batches == 1:
         at_loss -= gradients
+        # DDP on several ranks has its buckets all the time. Others make gradients as activations
+        # go, so that either the first block of backward has the most, or the last one.
+        has_buckets = c.layout == "ddp" and c.world > 1
+        if not has_buckets and c.precision not in PUBLISHED:
+            gathers = c.layout in ("zero3", "fsdp")
+            at_first = early - gradients + (backward if gathers else 0)
+            backward = max(at_first, backward + 2 * c.inside - activations)
     else:
         # It comes beside the gradients of earlier micro-batches.
         backward += early
+    # These three are not at the same time, and the step finds no activations.
+    most = max(at_loss, backward, step - activations)
     held = dict(
         parameters=parameters,
         gradients=gradients,
         state=state,
-        activations=activations,
-        # These three are not at the same time, and the step finds no activations.
-        buffers=kept + max(at_loss, backward, step - activations),
+        # Below 0: so many of them have gone when all gradients are there.
+        activations=activations + min(0, most),
+        buffers=kept + max(0, most),
     )
     return held | dict(total=sum(held.values()), host=host)
 

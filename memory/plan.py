@@ -202,7 +202,6 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
         shards_of_input = 1
     forward = functools.partial(activation_bytes, precision, tokens, in_backward=False)
     block = forward(1, C) * share
-    inside = activation_bytes(precision, tokens, 0, C) * share
     stage = forward(layers, C) * share * (1 - again)
     # Of a block that is computed again only the input is kept.
     stage += again * layers * tokens * C * bytes_of(precision)[0] / shards_of_input
@@ -212,7 +211,7 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     if x.pp == 1:
         first += head
     last = in_flight(x, micro, True) * stage + head
-    fullest = max(first, last) + inside
+    fullest = max(first, last)
     if again > 0:
         fullest += block
     return fullest
