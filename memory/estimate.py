@@ -57,9 +57,9 @@ parameter is a chunk by itself. (If the device is the CPU, nothing moves, and st
 no memory.)
 
 With one micro-batch gradients come as activations go: of these the table shows what is there beside
-all gradients. The estimate is rough, and rather too large than too small. It leaves out fragmentation, the device's own context,
-kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured on a
-CPU, it is within 5 % (tests/test_estimate.py).
+all gradients. The estimate is rough, and rather too large than too small. It leaves out
+fragmentation, the device's own context and kernels' workspaces (emulated FP8 has float32 operands).
+Measured on a CPU, it is within 5 % (tests/test_estimate.py).
 
 Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, parallel/replicas.py,
 precision/amp.py
@@ -358,9 +358,9 @@ def bytes_per_rank(
     shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
     offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. owners: a function of
     {name: shape} and the number of ranks that returns {name: rank}. activations: bytes of a
-    micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss, before
-    backward is inside a block (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x words; loss_chunk:
-    the setting, None for all tokens at once. options: keyword arguments of the optimizer's
+    micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss
+    (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x
+    words; loss_chunk: the setting, None for all tokens at once. options: keyword arguments of the optimizer's
     state_numbers. If no name begins with `blocks.`, buffers are those of the loss alone. Raises
     ValueError for unknown names, with the nearest one, and for sizes that do not fit.
     """

@@ -1,4 +1,4 @@
-"""What backward computes again: the same bits, fewer bytes, nothing that stays, and clear errors."""
+"""What backward computes again: the same bits from fewer bytes, and clear errors."""
 
 import gc
 import weakref
