@@ -361,8 +361,8 @@ def bytes_per_rank(
     micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss
     (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x
     words; loss_chunk: the setting, None for all tokens at once. options: keyword arguments of the
-    optimizer's state_numbers. If no name begins with `blocks.`, buffers are those of the loss alone. Raises
-    ValueError for unknown names, with the nearest one, and for sizes that do not fit.
+    optimizer's state_numbers. If no name begins with `blocks.`, buffers are those of the loss
+    alone. Raises ValueError for unknown names, with the nearest one, and for sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)

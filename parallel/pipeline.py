@@ -382,8 +382,8 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, needs_x, queue, matmul, parameters):
         needs = [w is not None and w.requires_grad for w in parameters]
-        # Detached copies make the inner graph end at this product's own inputs. It saves tensors and
-        # no notes of how to compute them again: leaf_x is here as long as this graph.
+        # Detached copies make the inner graph end at this product's own inputs. It saves these, and
+        # not how to compute them again: leaf_x is here anyway, as long as this graph.
         with torch.enable_grad(), saved_tensors_hooks(itself, itself):
             leaf_x = x.detach().requires_grad_(needs_x)
             leaves = []
