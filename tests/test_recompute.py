@@ -178,3 +178,29 @@ def test_weight_gradients_may_come_later(monkeypatch):
     found = later()
     plainly(monkeypatch)
     assert all(map(torch.equal, found, later()))
+
+
+def test_the_second_time_has_the_first_one_s_autocast_and_leaves_nothing():
+    """Relu saves its own result: who holds that holds the graph that it is from."""
+    results = []
+    w = torch.randn(4, 4, requires_grad=True)
+
+    def product(x):
+        y = F.relu(x @ w)
+        results.append(weakref.ref(y))
+        return y
+
+    x = torch.randn(3, 4, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autocast("cpu", torch.bfloat16), forget_results():
+            y = recompute(product, x) @ w
+        found = torch.autograd.grad(y.float().sum(), [x, w])
+        del y
+        assert [y() for y in results] == [None, None]
+    finally:
+        gc.enable()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = product(x) @ w
+    assert all(map(torch.equal, found, torch.autograd.grad(y.float().sum(), [x, w])))
