@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from layers import attention
 from layers.chunked_loss import chunked_loss
 from layers.ngram_embedding import NGramEmbedding
+from layers.recompute import casts, forget_results, recompute
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ForwardContext(NamedTuple):
 
     position_ids: Tensor  # (T,) or (B, T): each token's place in its sequence
     sample_ids: Tensor | None  # (B,): each sequence's number in the run, for dropout masks
-    rotary: tuple[Tensor, Tensor] | None  # cos and sin, each (T, D/2) or (B, 1, T, D/2)
+    rotary: tuple[Tensor, Tensor] | None  # cos and sin, each (T, 1, D/2) or (B, T, 1, D/2)
 
 
 class Linear(nn.Linear):
@@ -116,23 +117,32 @@ class Attention(nn.Module):
             self.q_factor = c.attention_scale * self.head_size**0.5
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # x (B, T, C)
-        q = self.split_heads(self.q(x))  # (B, H, T, D)
-        k = self.split_heads(self.k(x))  # (B, Hkv, T, D)
-        v = self.split_heads(self.v(x))  # (B, Hkv, T, D)
-        if self.qk_norm:
-            q = F.rms_norm(q, q.shape[-1:], eps=1e-6)  # in float32 for half types
-            k = F.rms_norm(k, k.shape[-1:], eps=1e-6)
-        if context.rotary is not None:
-            q = rotate(q, *context.rotary)
-            k = rotate(k, *context.rotary)
-        if self.q_factor != 1:
-            q = q * self.q_factor
+        for_q, for_k, for_v = casts(x, 3)
+        q = self.split_heads(self.q(for_q))  # (B, T, H, D)
+        k = self.split_heads(self.k(for_k))  # (B, T, Hkv, D)
+        v = self.split_heads(self.v(for_v))  # (B, T, Hkv, D)
+        q = self.placed(q, context, self.q_factor)
+        k = self.placed(k, context)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         y = self.attention_fn(q, k, v)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads x D) -> (B, heads, T, D)"""
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        """(B, T, heads x D) -> (B, T, heads, D)"""
+        return x.unflatten(-1, (-1, self.head_size))
+
+    def placed(self, x: Tensor, context: ForwardContext, factor: float = 1.0) -> Tensor:
+        """Queries or keys (B, T, heads, D), normed, turned by their positions, times the factor."""
+
+        def place(x: Tensor) -> Tensor:
+            if self.qk_norm:
+                x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # in float32 for half types
+            if context.rotary is not None:
+                x = rotate(x, *context.rotary)
+            return x * factor if factor != 1 else x
+
+        # Without a norm backward needs nothing but the result.
+        return recompute(place, x) if self.qk_norm else place(x)
 
 
 class MLP(nn.Module):
@@ -143,7 +153,8 @@ class MLP(nn.Module):
         self.activation = F.gelu if c.activation == "gelu" else relu_squared
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        return self.proj(self.activation(self.fc(x)))  # (B, T, 4C) between the two
+        (x,) = casts(x, 1)
+        return self.proj(recompute(self.activation, self.fc(x)))  # (B, T, 4C) between the two
 
 
 class Block(nn.Module):
@@ -157,8 +168,10 @@ class Block(nn.Module):
         self.drop_mlp = Dropout(c, f"blocks.{layer}.mlp")
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # (B, T, C)
-        x = x + self.drop_attn(self.attn(self.attn_norm(x), context), context)
-        return x + self.drop_mlp(self.mlp(self.mlp_norm(x)), context)
+        # Backward computes norms and activations again: see layers/recompute.py for what it keeps.
+        with forget_results():
+            x = x + self.drop_attn(self.attn(recompute(self.attn_norm, x), context), context)
+            return x + self.drop_mlp(self.mlp(recompute(self.mlp_norm, x)), context)
 
 
 class GPT(nn.Module):
@@ -367,7 +380,7 @@ def capped(logits: Tensor, cap: float, form: str) -> Tensor:
 def rotary_angles(
     position_ids: Tensor, head_size: int, dtype: torch.dtype, half: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * f_i: each (T, D/2), or (B, 1, T, D/2) for position_ids (B, T).
+    """cos and sin of position * f_i: each (T, 1, D/2), or (B, T, 1, D/2) for position_ids (B, T).
 
     f_i = 10000^(-2i/D). half: 1024^(-i/(D/4 - 1)) for i < D/4, from 1 down to 1/1024, then 0.
     """
@@ -377,18 +390,19 @@ def rotary_angles(
         frequency = 1024.0 ** (-i / max(1, n_turned - 1)) * (i < n_turned)
     else:
         frequency = 10000.0 ** (-2 * i / head_size)
-    angle = position_ids.to(dtype).unsqueeze(-1) * frequency
-    if position_ids.ndim == 2:
-        angle = angle.unsqueeze(1)  # one for all heads
+    # One for all heads.
+    angle = position_ids.to(dtype).unsqueeze(-1).unsqueeze(-1) * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (x[i], x[i + D/2]) turned by its angle (Su et al. 2021, 2104.09864)."""
+    # (a cos - b sin, b cos + a sin), in few operations on all of x.
     a, b = x.chunk(2, -1)
-    cos = cos.to(x.dtype)
-    sin = sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    swapped = torch.cat([b, a], -1)
+    cos = torch.cat([cos, cos], -1).to(x.dtype)
+    sin = torch.cat([-sin, sin], -1).to(x.dtype)
+    return x * cos + swapped * sin
 
 
 class Dropout(nn.Module):

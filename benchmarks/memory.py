@@ -29,6 +29,7 @@ from memory import estimate
 from memory.meter import measure
 from model import GPT, GPTConfig, initial_weight
 from optim.param_groups import param_groups
+from parallel.autocast_linear import keep_no_copies
 from run.auto import resolve_loss_chunk
 from settings.fields import ARCHS, Config
 
@@ -95,6 +96,7 @@ def step(job: Job, layout: str, loss_chunk: int | None, rank: int = 0, world: in
     with torch.device("meta"):
         model = GPT(config)
     model.loss_chunk = loss_chunk
+    keep_no_copies(model)
     optimizer_class = estimate.find_optimizer(job.optim)
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=job.optim == "muon")
@@ -136,9 +138,11 @@ def predicted(job: Job, layout: str, loss_chunk: int | None, world: int) -> floa
     shapes = estimate.gpt_shapes(
         job.n_layer, job.n_embd, job.vocab_size, job.block_size, job.arch, job.n_head
     )
-    activations = estimate.activation_bytes(
-        "bf16", tokens, job.n_layer, job.n_embd, job.vocab_size, job.arch, loss_chunk=loss_chunk
+    sizes = job.n_layer, job.n_embd, job.vocab_size, job.arch
+    count = functools.partial(
+        estimate.activation_bytes, "bf16", tokens, *sizes, loss_chunk=loss_chunk
     )
+    activations = count()
     return estimate.bytes_per_rank(
         shapes,
         job.optim,
@@ -146,6 +150,7 @@ def predicted(job: Job, layout: str, loss_chunk: int | None, world: int) -> floa
         world,
         "bf16",
         activations=activations,
+        inside=activations - count(in_backward=False),
         logits=tokens * job.vocab_size,
         loss_chunk=loss_chunk,
     )["total"]

@@ -8,23 +8,23 @@ What a layer of model.py keeps in float32, in tensors of (B, T, C), and what is 
 a forward; a step is 3 F without checkpointing. (The last product is computed again, too, under
 dropout, and where it is an autograd Function of its own, like onednn's.)
 
-    how           modern   gpt2      again
-    none          19       16        nothing
-    full          1        1         the block up to its last product, whose result nobody needs:
-                                     8C² and attention of F's 12C², so 11/9 to 4/3 of a step; the
-                                     texts' 4/3 is the limit
-    full_sharded  1/N      1/N       the same; N tensor parallel ranks share out each block's input
-    full_offload  0        0         the same; each block's input waits in host memory
-    every_K       1 or 19  1 or 16   the same in each K-th layer (checkpoint_ratio=.75 in a text
-                                     takes all layers)
-    segments_K    K/L      K/L       all but the last product of each of K segments of layers
-    attention     12       12        q, k, v and attention itself
-    mlp           11       8         the first of its two products
-    selective     11       11        no product, nor attention: norms, rotations, activations
-    offload       0        0         nothing; all that is saved waits in host memory
+    how           keeps     again
+    none          10        norms and activations, by layers/recompute.py
+    full          1         the block up to its last product, whose result nobody needs: 8C² and
+                            attention of F's 12C², so 11/9 to 4/3 of a step; the texts' 4/3 is the
+                            limit
+    full_sharded  1/N       the same; N tensor parallel ranks share out each block's input
+    full_offload  0         the same; each block's input waits in host memory
+    every_K       1 or 10   the same in each K-th layer (checkpoint_ratio=.75 in a text takes all
+                            layers)
+    segments_K    K/L       all but the last product of each of K segments of layers
+    attention     6         q, k, v and attention itself
+    mlp           6         the first of its two products
+    selective     11        no product, nor attention: norms, rotations, activations
+    offload       0         nothing; all that is saved waits in host memory
 
-(track3 keeps modern's and 2 more, except in full and selective: gains make norms keep their
-results. selective computes FlexAttention again.)
+(With layers/recompute.py, selective keeps what none does, and one product more: it is of use to
+blocks without it. It computes FlexAttention again.)
 
 Backward also holds what it has computed again of one block or segment. If a layer keeps k tensors
 without checkpointing, the peak is
@@ -33,7 +33,7 @@ without checkpointing, the peak is
     segments_K  K + k L/K          least at K = sqrt(k L), where it is 2 sqrt(k L): O(sqrt L)
 
 Chen et al. 2016 (1604.06174) choose K = sqrt(L), as if k = 1. Texts call the per-block form O(sqrt
-L), and use K = sqrt(L) for blocks with k = 16 or more. For these blocks fewer segments than layers
+L), and use K = sqrt(L) for blocks with k = 10 or more. For these blocks fewer segments than layers
 need more memory than `full`, up to L = k. Attention alone and full_sharded: Korthikanti et al. 2022
 (2205.05198).
 

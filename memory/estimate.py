@@ -32,7 +32,8 @@ precision:
 Buffers also hold
     the temporaries of a step: at least the size of the largest parameter; for Muon two bfloat16
     copies of the matrices of one shape and its transpose, and three short x short products
-    bf16, fp16: the copies of the weights that autocast keeps until backward; fp8: the head's copy
+    no copies of the weights under autocast: train.py keeps none (parallel/autocast_linear.py), but
+    for those that torch.compile or zero bubble keep
     bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
     the largest parameter, to round it
     two float32 numbers for each logit, in the loss's backward; with --loss_chunk for each of an
@@ -49,17 +50,17 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
     b s (k h L + r h + l V)   ours, counted by autograd's saved tensors: k, r and l are in
                               ACTIVATION_BYTES. --activation_checkpoint takes k from
                               CHECKPOINTED_BYTES; the peak of backward then adds what it computes
-                              again of one block or segment, and the gradients inside a block.
+                              again of one block or segment, and the temporaries inside a block.
                               With --loss_chunk the words are those of an eighth of a chunk
 
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
 parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
 no memory.)
 
-The estimate is rough, and rather too large than too small: with one micro-batch gradients come as
-activations go, and both are counted in full. It leaves out fragmentation, the device's own context,
-kernels' workspaces (emulated FP8 has float32 operands) and the peak inside a layer. Measured on a
-CPU, it is within 5 % (tests/test_estimate.py).
+With one micro-batch gradients come as activations go: of these the table shows what is there beside
+all gradients. The estimate is rough, and rather too large than too small. It leaves out
+fragmentation, the device's own context and kernels' workspaces (emulated FP8 has float32 operands).
+Measured on a CPU, it is within 5 % (tests/test_estimate.py).
 
 Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, parallel/replicas.py,
 precision/amp.py
@@ -96,34 +97,36 @@ LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 # (arch, bytes of a weight, bytes of a matmul's operand) -> (k, r, l) of the formula above. l also
 # covers the logits' softmax.
 ACTIVATION_BYTES = {
-    ("modern", 8, 8): (152, 18, 16),
-    ("modern", 4, 4): (76, 9, 8),
-    ("modern", 4, 2): (51, 6, 8),
-    ("gpt2", 8, 8): (128, 16, 8),
-    ("gpt2", 4, 4): (64, 8, 4),
-    ("gpt2", 4, 2): (40, 6, 4),
-    ("track3", 8, 8): (168, 42, 24),
-    ("track3", 4, 4): (84, 21, 12),
-    ("track3", 4, 2): (59, 18, 12),
-    ("modern", 2, 2): (47, 6, 8),
-    ("gpt2", 2, 2): (32, 4, 4),
-    ("track3", 2, 2): (55, 18, 12),
+    ("modern", 8, 8): (80, 18, 16),
+    ("modern", 4, 4): (40, 9, 8),
+    ("modern", 4, 2): (24, 6, 8),
+    ("gpt2", 8, 8): (80, 16, 8),
+    ("gpt2", 4, 4): (40, 8, 4),
+    ("gpt2", 4, 2): (24, 6, 4),
+    ("track3", 8, 8): (80, 42, 24),
+    ("track3", 4, 4): (40, 21, 12),
+    ("track3", 4, 2): (24, 18, 12),
+    ("modern", 2, 2): (20, 6, 8),
+    ("gpt2", 2, 2): (20, 4, 4),
+    ("track3", 2, 2): (20, 18, 12),
 }
 # In place of k with activation checkpointing: full, attention, mlp, selective. The fifth number is
-# the gradients inside a block, and what track3's norm of the embedding keeps.
+# the gradients inside a block and what layers/recompute.py computes again of it in backward (and
+# what track3's norm of the embedding keeps), the sixth as much more where no checkpointing computes
+# the last block again.
 CHECKPOINTED_BYTES = {
-    ("modern", 8, 8): (8, 96, 88, 88, 105),
-    ("modern", 4, 4): (4, 48, 44, 44, 53),
-    ("modern", 4, 2): (4, 30, 37, 24, 28),
-    ("gpt2", 8, 8): (8, 96, 64, 88, 41),
-    ("gpt2", 4, 4): (4, 48, 32, 44, 20),
-    ("gpt2", 4, 2): (4, 30, 26, 24, 14),
-    ("track3", 8, 8): (8, 112, 104, 88, 121),
-    ("track3", 4, 4): (4, 56, 52, 44, 61),
-    ("track3", 4, 2): (4, 38, 45, 24, 36),
-    ("modern", 2, 2): (2, 28, 30, 22, 28),
-    ("gpt2", 2, 2): (2, 24, 16, 22, 11),
-    ("track3", 2, 2): (2, 36, 38, 22, 36),
+    ("modern", 8, 8): (8, 48, 48, 88, 137, 32),
+    ("modern", 4, 4): (4, 24, 24, 44, 69, 16),
+    ("modern", 4, 2): (4, 16, 16, 24, 37, 8),
+    ("gpt2", 8, 8): (8, 48, 48, 88, 77, 0),
+    ("gpt2", 4, 4): (4, 24, 24, 44, 38, 0),
+    ("gpt2", 4, 2): (4, 16, 16, 24, 23, 0),
+    ("track3", 8, 8): (8, 48, 48, 88, 153, 32),
+    ("track3", 4, 4): (4, 24, 24, 44, 77, 16),
+    ("track3", 4, 2): (4, 16, 16, 24, 45, 8),
+    ("modern", 2, 2): (2, 14, 14, 22, 37, 8),
+    ("gpt2", 2, 2): (2, 14, 14, 22, 20, 0),
+    ("track3", 2, 2): (2, 14, 14, 22, 45, 8),
 }
 
 # Name -> (embedding | head | matrix | scalar, shape).
@@ -272,6 +275,7 @@ class Case:
     offload_params: str | None
     logits: float  # numbers of a micro-batch
     loss_chunk: int | None  # tokens whose logits are there at once; None: all
+    inside: float  # bytes of activations that are not there yet at the loss
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -385,6 +389,7 @@ def bytes_per_rank(
     reshard: bool = True,
     micro_batches: int = 1,
     activations: float = 0,
+    inside: float = 0,
     logits: float = 0,
     loss_chunk: int | None = None,
     bucket_mb: float = 25.0,
@@ -397,10 +402,11 @@ def bytes_per_rank(
 
     shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
     offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a
-    micro-batch, see activation_bytes; logits: how many numbers it has, tokens x words; loss_chunk:
-    the setting, None for all tokens at once. options: keyword arguments of the optimizer's
-    state_numbers. If no name begins with `blocks.`, buffers are those of the loss alone. Raises
-    ValueError for unknown names, with the nearest one, and for sizes that do not fit.
+    micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss
+    (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x
+    words; loss_chunk: the setting, None for all tokens at once. options: keyword arguments of the
+    optimizer's state_numbers. If no name begins with `blocks.`, buffers are those of the loss
+    alone. Raises ValueError for unknown names, with the nearest one, and for sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
@@ -440,6 +446,7 @@ def bytes_per_rank(
         offload_params,
         logits,
         loss_chunk,
+        inside,
     )
     # The run needs as much memory as its fullest rank.
     held, fullest = fullest_rank(c)
@@ -537,19 +544,28 @@ def in_all(
         step += 3 * wire
     # Backward begins at the loss, before the gradients of one micro-batch are there.
     early = early_gradient(c)
-    at_loss = backward + early + loss_bytes(c)
+    at_loss = backward + early + loss_bytes(c) - c.inside
     if c.micro_batches == 1:
         at_loss -= gradients
+        # DDP on several ranks has its buckets all the time. Others make gradients as activations
+        # go, so that either the first block of backward has the most, or the last one.
+        has_buckets = c.layout == "ddp" and c.world > 1
+        if not has_buckets and c.precision not in PUBLISHED:
+            gathers = c.layout in ("zero3", "fsdp")
+            at_first = early - gradients + (backward if gathers else 0)
+            backward = max(at_first, backward + 2 * c.inside - activations)
     else:
         # It comes beside the gradients of earlier micro-batches.
         backward += early
+    # These three are not at the same time, and the step finds no activations.
+    most = max(at_loss, backward, step - activations)
     held = dict(
         parameters=parameters,
         gradients=gradients,
         state=state,
-        activations=activations,
-        # These three are not at the same time, and the step finds no activations.
-        buffers=kept + max(at_loss, backward, step - activations),
+        # Below 0: so many of them have gone when all gradients are there.
+        activations=activations + min(0, most),
+        buffers=kept + max(0, most),
     )
     return held | dict(total=sum(held.values()), host=host)
 
@@ -599,24 +615,9 @@ def early_gradient(c: Case) -> float:
 
 
 def backward_bytes(c: Case) -> float:
-    """Bytes that a rank holds for a while in backward.
-
-    These are weights and gradients on their way, and autocast's copies of the weights, which stay
-    until backward has used them.
-    """
+    """Bytes of weights and gradients that are on their way in backward."""
     several = c.n > 1 or c.world > 1 or c.offload_params
-    backward = travelling_bytes(c) if several else 0
-    if has_copies(c.row) and c.layout != "zero3":
-        head = [name for name, (kind, _) in c.shapes.items() if kind == "head"]
-        if not head:
-            head = ["embed.weight"]  # tied
-        matrices = [name for name, (kind, _) in c.shapes.items() if kind == "matrix"]
-        # FP8's blocks have casts of their own, which do not stay.
-        copied = head if c.row.fp8_blocks else head + matrices
-        if c.has_chunks:
-            copied = [name for name in copied if name not in head]
-        backward += c.row.products.itemsize * sum(c.sizes[name] for name in copied)
-    return backward
+    return travelling_bytes(c) if several else 0
 
 
 def unit_sizes(c: Case, names) -> dict[str, int]:
@@ -750,12 +751,13 @@ def activation_bytes(
     activation_checkpoint: str = "none",
     tp: int = 1,
     loss_chunk: int | None = None,
+    in_backward: bool = True,
 ) -> float:
-    """Bytes that one micro-batch of `tokens` = b x s keeps for backward.
+    """Bytes that one micro-batch of `tokens` = b x s keeps for backward, and holds in it at most.
 
     By 34 s b h, the text's 20 s b h, or our own count. activation_checkpoint: as in
     memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps; loss_chunk:
-    the setting, None for all tokens at once. Offloaded
+    the setting, None for all tokens at once. in_backward: False for what forward leaves. Offloaded
     activations are on the device while they are used, two blocks at a time. Raises ValueError for
     an unknown precision or activation_checkpoint.
     """
@@ -766,14 +768,14 @@ def activation_bytes(
         per_layer = {"mixed": 34, "texts": 20}[precision]
         per_channel = 0
         per_word = 0
-        full, attention, mlp, selective, inside = 2, 26, 18, 22, 0
+        full, attention, mlp, selective, inside, last = 2, 26, 18, 22, 0, 0
+        attention = min(attention, per_layer)
+        selective = min(selective, per_layer)
     else:
         row = PRECISIONS[precision]
         key = arch, row.weights.itemsize, row.products.itemsize
         per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
-        full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
-    attention = min(attention, per_layer)
-    selective = min(selective, per_layer)
+        full, attention, mlp, selective, inside, last = CHECKPOINTED_BYTES[key]
     L = n_layer
     how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
@@ -785,18 +787,19 @@ def activation_bytes(
     n_steps = math.ceil(L / K)
     last_again = (L - 1) % K == 0  # every_K computes the last layer again
     by_how = {
-        "none": (L * per_layer, 0),
+        "none": (L * per_layer, last),
         "full": (L * full, per_layer - full),
         "full_sharded": (L * full / tp, per_layer - full / tp),
         "full_offload": (0, per_layer + full),
         "every": (
             n_steps * full + (L - n_steps) * per_layer,
-            per_layer - full if last_again else 0,
+            per_layer - full if last_again else last,
         ),
         "segments": (K * full, n_steps * per_layer - full),
-        "attention": (L * attention, 0),
-        "mlp": (L * mlp, per_layer - mlp),
-        "selective": (L * selective, per_layer - selective),
+        "attention": (L * attention, last),
+        # Its input is computed again, too.
+        "mlp": (L * mlp, per_layer - mlp + full),
+        "selective": (L * selective, max(0, per_layer - selective)),
         "offload": (0, 2 * per_layer),
     }
     check("activation_checkpoint", how, by_how)
@@ -807,9 +810,8 @@ def activation_bytes(
     if loss_chunk is not None and tokens:
         words *= min(1, chunk_part(loss_chunk) / tokens)
     of_head = per_channel * n_embd + words
-    if how == "none":
-        return tokens * (kept * n_embd + of_head)
-    return tokens * (kept * n_embd + max((again + inside) * n_embd, of_head))
+    at_most = max((again + inside) * n_embd, of_head) if in_backward else of_head
+    return tokens * (kept * n_embd + at_most)
 
 
 def step_of_layers(activation_checkpoint: str) -> tuple[str, int]:
@@ -950,8 +952,10 @@ def table_row(
     s: SimpleNamespace, options: dict, shapes: Shapes, precision: str, layout: str
 ) -> str:
     activations = 0
+    inside = 0
     if s.batch:
-        activations = activation_bytes(
+        count = functools.partial(
+            activation_bytes,
             precision,
             s.batch * s.block_size,
             s.n_layer,
@@ -961,6 +965,8 @@ def table_row(
             s.activation_checkpoint,
             loss_chunk=s.loss_chunk,
         )
+        activations = count()
+        inside = activations - count(in_backward=False)
     held = bytes_per_rank(
         shapes,
         s.optim,
@@ -971,6 +977,7 @@ def table_row(
         micro_batches=s.micro_batches,
         fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,
         activations=activations,
+        inside=inside,
         logits=s.batch * s.block_size * s.vocab_size,
         loss_chunk=s.loss_chunk,
         offload=s.offload,

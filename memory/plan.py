@@ -200,12 +200,13 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     else:
         share = 10 / 34 + 24 / 34 / x.tp
         shards_of_input = 1
-    block = activation_bytes(precision, tokens, 1, C) * share
-    stage = activation_bytes(precision, tokens, layers, C) * share * (1 - again)
+    forward = functools.partial(activation_bytes, precision, tokens, in_backward=False)
+    block = forward(1, C) * share
+    stage = forward(layers, C) * share * (1 - again)
     # Of a block that is computed again only the input is kept.
     stage += again * layers * tokens * C * bytes_of(precision)[0] / shards_of_input
     loss_chunk = LOSS_CHUNK if m.vocab_size >= 8192 else None
-    head = activation_bytes(precision, tokens, 0, 0, m.vocab_size, loss_chunk=loss_chunk) / x.tp
+    head = forward(0, 0, m.vocab_size, loss_chunk=loss_chunk) / x.tp
     first = in_flight(x, micro) * stage
     if x.pp == 1:
         first += head

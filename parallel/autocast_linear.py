@@ -1,12 +1,13 @@
-"""A linear layer under autocast that keeps no copy of its weight, for ZeRO stage 3.
+"""A linear layer under autocast that keeps no copy of its weight.
 
                    forward                          kept until backward      backward
     F.linear       W16 = W.to(bfloat16), x W16ᵀ     x, W16                   dy W16
     linear         W16 = W.to(bfloat16), x W16ᵀ     x, W                     dy W.to(bfloat16)
 
-Autocast keeps a cast copy of each weight until backward, and freeing the weight does not free that
-copy. This layer saves the weight itself, which stage 3 (parallel/zero.py) frees and fetches again.
-The price is a second cast.
+Autocast keeps a cast copy of each weight until backward: half the weights' bytes, and freeing the
+weight does not free that copy. This layer saves the weight itself, which ZeRO's stage 3
+(parallel/zero.py) frees and fetches again. The price is a second cast: at width 768, with 4096
+tokens, 0.2 ms beside products of 126 ms (one core of an AMD EPYC, bfloat16).
 
 Example:
     import torch
@@ -27,7 +28,7 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Linear(torch.autograd.Function):
@@ -63,6 +64,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return Linear.apply(x, weight, bias, torch.get_autocast_dtype(x.device.type))
+
+
+def keep_no_copies(model: nn.Module) -> None:
+    """Gives `linear` to each layer that has F.linear in its attribute `matmul`, as model.Linear."""
+    for module in model.modules():
+        if getattr(module, "matmul", None) is F.linear:
+            module.matmul = linear
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from parallel.mesh import new_group
 from parallel.replicas import StepGuard
@@ -382,8 +382,9 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, needs_x, queue, matmul, parameters):
         needs = [w is not None and w.requires_grad for w in parameters]
-        # Detached copies make the inner graph end at this product's own inputs.
-        with torch.enable_grad():
+        # Detached copies make the inner graph end at this product's own inputs. It saves these, and
+        # not how to compute them again: leaf_x is here anyway, as long as this graph.
+        with torch.enable_grad(), saved_tensors_hooks(itself, itself):
             leaf_x = x.detach().requires_grad_(needs_x)
             leaves = []
             for w, needed in zip(parameters, needs):
@@ -404,6 +405,11 @@ class Matmul(torch.autograd.Function):
             # The weights' gradients need the same graph once more.
             (dx,) = torch.autograd.grad([edge], [leaf_x], [dy], retain_graph=True)
         return dx, None, None, None, None
+
+
+def itself(x: torch.Tensor) -> torch.Tensor:
+    # Detached, for a result that its own part of the graph holds would never go.
+    return x if x.is_leaf else x.detach()
 
 
 def weight_gradients(queue: list) -> None:

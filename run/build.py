@@ -15,6 +15,7 @@ from metrics.profile import Profiler
 from model import GPTConfig
 from optim import mup, param_groups
 from optim.attributes import attribute
+from parallel.autocast_linear import keep_no_copies
 from parallel.ddp import DDP
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
@@ -257,7 +258,7 @@ def convert_linears(
     model: torch.nn.Module,
     device: torch.device,
 ):
-    """Gives the Linear layers faster matrix products where the device has some.
+    """Gives the Linear layers faster matrix products, or smaller ones.
 
     options: arguments of precision/fp8.py. Returns FP8's state, or None. Raises ValueError where
     FP8 cannot run.
@@ -268,6 +269,10 @@ def convert_linears(
         for module in model.modules():
             if hasattr(module, "matmul"):
                 module.matmul = onednn.linear
+    # torch.compile casts by itself; zero bubble computes twice what is one autograd Function.
+    is_zerobubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
+    if cfg.compile == "off" and precision.products != precision.weights and not is_zerobubble:
+        keep_no_copies(model)
     if not precision.fp8_blocks:
         return None
     from precision import fp8

@@ -433,13 +433,13 @@ SIZE, TOKENS = dict(n_layer=6, n_embd=64, vocab_size=32), 4 * 128
 UNIT = 4 * TOKENS * 64  # bytes of one (B, T, C)
 TRAITS = fields.ARCHS
 KEPT = {
-    "none": (19, 16, 21),
+    "none": (10, 10, 10),
     "full": (1, 1, 1),
-    "every_2": (10, 8.5, 11),
-    "every_5": (13, 11, 14.33),
+    "every_2": (5.5, 5.5, 5.5),
+    "every_5": (7, 7, 7),
     "segments_3": (0.5, 0.5, 0.5),
-    "attention": (12, 12, 14),
-    "mlp": (11, 8, 13),
+    "attention": (6, 6, 6),
+    "mlp": (6, 6, 6),
     "selective": (11, 11, 11),
 }  # units a layer
 
@@ -487,17 +487,16 @@ def test_bytes_are_those_of_the_estimate_and_of_the_docstring_s_table(arch, prec
         kept, _, most = peak(how, arch, precision, device=device)
         tokens = TOKENS * (8 if precision == "bf16" else 1)
         expected = partial(activation_bytes, precision, tokens, **SIZE, arch=arch)
-        if how != "none":
-            assert most == pytest.approx(expected(activation_checkpoint=how), rel=accuracy), how
+        assert most == pytest.approx(expected(activation_checkpoint=how), rel=accuracy), how
         if precision == "fp32":
-            head = expected(n_layer=0) / UNIT
+            head = expected(n_layer=0, in_backward=False) / UNIT
             assert (kept / UNIT - head) / 6 == pytest.approx(
                 units[[*TRAITS].index(arch)], abs=units_off
             ), how
 
 
-def test_of_12_layers_full_needs_less_than_a_quarter():
-    size = SIZE | dict(n_layer=12)
+def test_of_24_layers_full_needs_less_than_a_quarter():
+    size = SIZE | dict(n_layer=24)
     assert peak("full", size=size)[1] < 0.25 * peak("none", size=size)[1]
 
 
@@ -539,18 +538,17 @@ def thin_peak(how, layers):
 
 
 def test_segments_need_least_at_the_square_root_of_layers_times_what_one_keeps():
-    """Of layers that keep one tensor at sqrt(L); of blocks, which keep 19, at L itself while L <
-    19."""
+    """Of layers that keep one tensor at sqrt(L); of blocks, which keep 10, near L itself."""
     curve = {k: thin_peak(f"segments_{k}", 16) for k in range(1, 17)}
     assert min(curve, key=curve.get) in (3, 4, 5) and curve[4] < 0.8 * min(curve[1], curve[16])
     size = SIZE | dict(n_layer=16)
-    assert peak("segments_4", size=size)[1] > 1.5 * peak("segments_16", size=size)[1]
+    assert peak("segments_4", size=size)[1] > 1.4 * peak("segments_16", size=size)[1]
     kept = partial(activation_bytes, "fp32", TOKENS)
     curve = {k: kept(**size, activation_checkpoint=f"segments_{k}") for k in range(1, 17)}
-    assert min(curve, key=curve.get) == 16 and curve[4] > 1.5 * curve[16]
-    size["n_layer"] = 256  # 69.7 = sqrt(19 x 256)
+    assert min(curve, key=curve.get) >= 8 and curve[4] > 1.4 * curve[16]
+    size["n_layer"] = 256  # 50.6 = sqrt(10 x 256)
     curve = {k: kept(**size, activation_checkpoint=f"segments_{k}") for k in range(1, 257)}
-    assert 64 <= min(curve, key=curve.get) <= 76 and curve[16] > 2 * curve[64]
+    assert 43 <= min(curve, key=curve.get) <= 64 and curve[12] > 2 * curve[52]
 
 
 def test_what_is_offloaded_leaves_the_device(monkeypatch):

@@ -599,3 +599,29 @@ def test_settings_import_no_torch():
     code = "import sys, settings.parse; sys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
     assert run.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words, keeps",
+    [
+        (["--precision=bf16"], False),
+        (["--precision=bf16", "--pp=2", "--pp_schedule=zerobubble"], True),
+        (["--precision=bf16", "--compile=default"], True),
+    ],
+)
+def test_under_autocast_no_copies_of_weights_are_kept_but_by_those_who_take_products_apart(
+    words, keeps
+):
+    cfg = fields.update(parse.parse(words), compile="default" if "compile" in words[-1] else "off")
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=8, vocab_size=16))
+    build.convert_linears(cfg, {}, model, torch.device("cpu"))
+    shapes = []
+
+    def pack(x):
+        shapes.append((tuple(x.shape), x.dtype))
+        return x
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(torch.zeros(1, 4, dtype=torch.long))
+    assert (((8, 32), torch.bfloat16) in shapes) == keeps

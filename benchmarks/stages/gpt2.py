@@ -9,6 +9,7 @@ micro-batches of 12, its default; so has the row "ours, 12 at a time". Micro-bat
 come last, as they are compiled anew.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -110,7 +111,8 @@ def predict(size: dict, micro: int, micro_batches: int) -> float:
         "gpt2",
         size["n_head"],
     )
-    activations = estimate.activation_bytes(
+    count = functools.partial(
+        estimate.activation_bytes,
         "bf16",
         micro * size["block_size"],
         size["n_layer"],
@@ -119,12 +121,14 @@ def predict(size: dict, micro: int, micro_batches: int) -> float:
         "gpt2",
         loss_chunk=LOSS_CHUNK,
     )
+    activations = count()
     return estimate.bytes_per_rank(
         shapes,
         "adamw",
         precision="bf16",
         micro_batches=micro_batches,
         activations=activations,
+        inside=activations - count(in_backward=False),
         logits=micro * size["block_size"] * size["vocab_size"],
         loss_chunk=LOSS_CHUNK,
     )["total"]

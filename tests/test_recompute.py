@@ -1,0 +1,206 @@
+"""What backward computes again: the same bits from fewer bytes, and clear errors."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+
+import model as model_file
+from layers.recompute import RESULTS, casts, forget_results, recompute
+from model import GPT, GPTConfig
+from parallel.pipeline import defer_weight_gradients, weight_gradients
+from settings.fields import ARCHS
+
+TRAITS = {
+    arch: {name: x for name, x in traits.items() if name in GPTConfig.__dataclass_fields__}
+    for arch, traits in ARCHS.items()
+}
+SIZE = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
+
+
+def gpt(arch: str, **more) -> GPT:
+    model = GPT(GPTConfig(**SIZE, **TRAITS[arch] | more))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model
+
+
+def gradients(model: GPT, autocast: torch.dtype | None) -> list:
+    ids = torch.arange(32).view(2, 16)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = model(ids, ids, sample_ids=torch.arange(2))
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def plainly(monkeypatch) -> None:
+    monkeypatch.setattr(model_file, "recompute", lambda function, x: function(x))
+    monkeypatch.setattr(model_file, "casts", lambda x, n: [x] * n)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_the_same_bits_as_without(arch, dtype, monkeypatch):
+    model = gpt(arch, dropout=0.1)
+    autocast = dtype if dtype.itemsize == 2 else None
+    if dtype == torch.float64:
+        model.double()
+    found = gradients(model, autocast)
+    plainly(monkeypatch)
+    expected = gradients(model, autocast)
+    assert all(map(torch.equal, found, expected))
+
+
+def bytes_saved(model: GPT) -> int:
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x.detach()
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        model(torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long))
+    return sum(x.nbytes() for x in storages.values())
+
+
+@pytest.mark.parametrize("arch, fewer", [("gpt2", 6), ("modern", 8)])
+def test_hooks_around_a_model_see_only_what_is_kept(arch, fewer, monkeypatch):
+    """In tensors of (B, T, C) a layer; here k and v are half as wide as q."""
+    model = gpt(arch)
+    here = bytes_saved(model)
+    plainly(monkeypatch)
+    unit = 2 * 16 * 32 * 4
+    assert bytes_saved(model) - here >= fewer * 2 * unit
+
+
+def test_nothing_stays_after_backward_or_without_one():
+    gc.collect()
+    gc.disable()
+    try:
+        model = gpt("modern")
+        kept = []
+        hook = model.blocks["0"].mlp.fc.register_forward_hook(
+            lambda _, args, out: kept.append(weakref.ref(out))
+        )
+        gradients(model, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.zeros(2, 16, dtype=torch.long))
+        hook.remove()
+        assert len(kept) == 2 and [x() for x in kept] == [None, None] and not RESULTS
+    finally:
+        gc.enable()
+
+
+def test_without_gradients_nothing_is_remembered():
+    with torch.no_grad(), forget_results():
+        y = recompute(F.gelu, torch.ones(3))
+        assert not RESULTS and not y.requires_grad
+
+
+def test_a_second_derivative_and_a_retained_graph():
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def twice(call):
+        with forget_results():
+            y = (call(F.gelu, x) * w).sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), [x, w], retain_graph=True)
+        return [first, *second, *torch.autograd.grad(y, [x, w])]
+
+    assert all(map(torch.equal, twice(recompute), twice(lambda function, x: function(x))))
+
+
+def test_a_changed_input_or_parameter_is_an_error_and_no_wrong_gradient():
+    norm = torch.nn.LayerNorm(4)
+    w = torch.randn(4, 4, requires_grad=True)
+    for changed in ("x", "gain", "w"):
+        x = torch.randn(3, 4, requires_grad=True) * 1
+        with forget_results():
+            y = recompute(norm, x) @ w
+        with torch.no_grad():
+            {"x": x, "gain": norm.weight, "w": w}[changed].add_(1)
+        with pytest.raises(RuntimeError, match="changed in place after"):
+            y.sum().backward()
+
+
+def test_a_function_that_does_something_else_the_second_time_is_an_error():
+    calls = []
+
+    def moody(x):
+        calls.append(1)
+        return x.exp() if len(calls) == 1 else x.exp().sin()
+
+    y = recompute(moody, torch.ones(3, requires_grad=True) * 1)
+    with pytest.raises(RuntimeError, match="saved 1 tensors for backward at first and 2 now"):
+        y.sum().backward()
+
+
+def test_hooks_of_a_module_are_called_once_and_may_change_its_result():
+    norm = torch.nn.LayerNorm(4)
+    calls = []
+    norm.register_forward_hook(lambda _, args, out: calls.append(1) or out * 2)
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    with forget_results():
+        found = torch.autograd.grad((recompute(norm, x) @ w).square().sum(), [x, w])
+    assert len(calls) == 1
+    expected = torch.autograd.grad((norm(x) @ w).square().sum(), [x, w])
+    assert all(map(torch.equal, found, expected))
+
+
+def test_products_of_one_input_share_its_cast_and_add_up_in_its_dtype():
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        one, two = casts(x, 2)
+        assert one.dtype == torch.bfloat16 and one.data_ptr() == two.data_ptr()
+        assert casts(x.double(), 1)[0].dtype == torch.float64
+    small = torch.full_like(one, 2.0**-9)
+    (found,) = torch.autograd.grad([one, two], x, [torch.ones_like(one), small])
+    assert (found == 1 + 2.0**-9).all()  # in bfloat16 it would be 1
+    assert casts(x, 2) == [x, x]
+
+
+def test_weight_gradients_may_come_later(monkeypatch):
+    """As in zero bubble: the inputs of products are computed again for them."""
+
+    def later() -> list:
+        model = gpt("modern").double()
+        queue = defer_weight_gradients(model)
+        ids = torch.arange(32).view(2, 16)
+        model(ids, ids).backward()
+        weight_gradients(queue)
+        return [p.grad for p in model.parameters()]
+
+    found = later()
+    plainly(monkeypatch)
+    assert all(map(torch.equal, found, later()))
+
+
+def test_the_second_time_has_the_first_one_s_autocast_and_leaves_nothing():
+    """Relu saves its own result: who holds that holds the graph that it is from."""
+    results = []
+    w = torch.randn(4, 4, requires_grad=True)
+
+    def product(x):
+        y = F.relu(x @ w)
+        results.append(weakref.ref(y))
+        return y
+
+    x = torch.randn(3, 4, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autocast("cpu", torch.bfloat16), forget_results():
+            y = recompute(product, x) @ w
+        found = torch.autograd.grad(y.float().sum(), [x, w])
+        del y
+        assert [y() for y in results] == [None, None]
+    finally:
+        gc.enable()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = product(x) @ w
+    assert all(map(torch.equal, found, torch.autograd.grad(y.float().sum(), [x, w])))
