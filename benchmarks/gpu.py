@@ -75,7 +75,7 @@ STAGES = {
 }
 # Branches that one GPU cannot reach: NCCL wants a GPU for each rank.
 NEEDS_TWO_GPUS = (
-    "checkpoint/save.py:_exchange",
+    "checkpoint/exchange.py:device_of",
     "parallel/fsdp.py:FSDP.offload_policy",
 )
 

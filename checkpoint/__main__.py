@@ -56,7 +56,9 @@ def show(path: str) -> None:
         if leaf == TENSOR:
             e = checkpoint._tensors[name]
             size = math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
-            leaf = f"{e['dtype']} {e['shape']}, {size:,} bytes in {len(e['slices'])} slice(s)"
+            leaf = (
+                f"{e['dtype']} {e['shape']}, {size:,} bytes in {checkpoint.n_slices(name)} slice(s)"
+            )
         elif isinstance(leaf, dict):
             # JSON has no NaN and no infinity: the tree holds {"$": "nan"} in their place.
             leaf = leaf["$"]

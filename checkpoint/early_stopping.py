@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint import save
+from checkpoint.plan import Share
 
 
 class EarlyStopping:
@@ -23,6 +24,7 @@ class EarlyStopping:
         # step, loss: of the best evaluation; last: the newest step; bad: evaluations since the best
         self.seen = {"loss": math.inf, "step": 0, "last": -1, "bad": 0}
         self.events = []
+        self.share = Share()  # of this rank in the last save
 
     def update(self, step: int, val_loss: float, tree: Callable[[], dict] = dict) -> bool:
         """After each evaluation, on all ranks: are these weights the best so far?
@@ -35,7 +37,7 @@ class EarlyStopping:
         is_better = math.isfinite(val_loss) and val_loss < seen["loss"] - self.min_delta
         if is_better:
             try:
-                save.save(self.folder, step, tree(), keep=1)
+                save.save(self.folder, step, tree(), keep=1, share=self.share)
             except OSError as error:
                 self.events.append({"step": step, "event": "save_failed", "text": str(error)})
                 return False

@@ -3,12 +3,19 @@
     OUT_DIR/step-00000123/
         rank_0.safetensors     what rank 0 wrote: full tensors, or its slices of them
         rank_1.safetensors     ... (a rank with nothing to write has no file)
+        files.json             file -> sha256, bytes of each rank's file
         index.json             {"body": {...}, "sha256": checksum of the body}
 
-    body["tensors"]   name -> global shape, dtype, slices [{file, key, offsets, shape}]
-    body["files"]     file -> sha256, bytes
-    body["tree"]      what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a
-                      number that is not finite
+    body["tensors"]     name -> dtype, global shape, number of its sharding
+    body["shardings"]   which rank has which box of a tensor, see checkpoint/shardings.py
+    body["tree"]        what was saved, with {"$": "tensor"} for a tensor, {"$": "nan"} for a
+                        number that is not finite
+    body["world"]       how many ranks have saved
+    body["files"]       sha256, bytes of files.json
+
+index.json does not grow with the ranks: many tensors share a sharding, and that is a few rules.
+files.json does, and only who verifies every file reads it. Format 1, which every checkpoint had
+before, has one list of all slices instead; checkpoint/format_1.py reads it.
 
 A tensor's name is its path in the tree: "model/blocks.0.attn.q.weight". A slice is a shard of
 the full tensor, and reading a shard touches only the slices that overlap it, so every layout loads
@@ -37,9 +44,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoint import format_1, plan, shardings
 from checkpoint.foreign import foreign
-from checkpoint.save import FILE, FOLDER, FORMAT, as_json, found, sha256
-from checkpoint.slices import DTYPES, TENSOR, check, inside, walk, within
+from checkpoint.save import FILE, FOLDER, FORMAT, file_of, found
+from checkpoint.slices import DTYPES, TENSOR, as_json, sha256, walk
 from parallel.shard import Shard
 
 
@@ -56,10 +64,12 @@ class Checkpoint:
     def __init__(self, path: Path, body: dict):
         self.path = path
         self.step = body["step"]
+        self._world = body["world"]
         self._files = body["files"]
         self._tensors = body["tensors"]
+        self._shardings = body["shardings"]
         self._tree = body["tree"]
-        self._open = {}  # path -> mapped file
+        self._open = {}  # rank -> its mapped file
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -110,21 +120,33 @@ class Checkpoint:
         if shape is None:
             shape = [n - o for n, o in zip(full, offsets)]
         shape = list(shape)
-        if not inside(offsets, shape, full):
+        if not shardings.inside(offsets, shape, full):
             raise ValueError(f"{name} has shape {full}: no box of {shape} begins at {offsets}")
-        ends = [o + n for o, n in zip(offsets, shape)]
 
         # Indexing reads from the disk: ask each saved slice only for the box, low to high, that it
-        # shares with the wanted shard.
-        out = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
-        for slice_ in entry["slices"]:
-            begins = slice_["offsets"]
+        # shares with the wanted shard. Memory is taken when every file has what it should.
+        ends = [o + n for o, n in zip(offsets, shape)]
+        pieces = []
+        for rank, begins, saved_shape in self.sources(name, offsets, ends):
             low = [max(o, b) for o, b in zip(offsets, begins)]
-            high = [min(e, b + n) for e, b, n in zip(ends, begins, slice_["shape"])]
-            if all(i < j for i, j in zip(low, high)):
-                stored = self._stored(entry, slice_)
-                out[within(low, high, offsets)] = stored[within(low, high, begins)]
+            high = [min(e, b + n) for e, b, n in zip(ends, begins, saved_shape)]
+            pieces.append((low, high, begins, self._stored(name, rank, saved_shape)))
+        out = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
+        for low, high, begins, stored in pieces:
+            there = shardings.within(low, high, begins)
+            out[shardings.within(low, high, offsets)] = stored[there]
         return out
+
+    def sources(self, name: str, low: list[int], high: list[int]) -> list[shardings.Box]:
+        """(rank, offsets, shape) of the slices that share something with the box low to high."""
+        sharding = self._shardings[self._tensors[name]["sharding"]]
+        return list(shardings.overlapping(sharding, low, high))
+
+    def shape(self, name: str) -> list[int]:
+        return self._tensors[name]["shape"]
+
+    def n_slices(self, name: str) -> int:
+        return shardings.count(self._shardings[self._tensors[name]["sharding"]])
 
     def has(self, part: str) -> bool:
         return part in self._tree
@@ -152,22 +174,8 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raises CheckpointDamaged unless index.json is one that `save` could have written."""
-        try:
+        with understanding(self.path / "index.json"):
             self._check()
-        except CheckpointDamaged:
-            raise
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as e:
-            # The reason may quote the damaged file: no control character may reach the terminal.
-            reason = ascii(str(e))[1:-1][:300]
-            index = self.path / "index.json"
-            raise CheckpointDamaged(f"{index} contradicts itself: {reason}") from None
 
     def _check(self) -> None:
         step = self.step
@@ -178,26 +186,51 @@ class Checkpoint:
             raise ValueError(f"it is of step {step}, whatever the folder's name")
         if not all(isinstance(x, dict) for x in (self._tree, self._tensors, self._files)):
             raise ValueError("tree, tensors and files are not by name")
-        check(self._tree, self._tensors)
-        # `verify` reads the files that have a checksum: one without would be trusted unread.
-        files = {slice_["file"] for entry in self._tensors.values() for slice_ in entry["slices"]}
-        for file in files:
-            if self._path(file).name not in self._files:
-                raise ValueError(f"no checksum of {file}")
+        if type(self._world) is not int:
+            raise ValueError(f"{self._world} ranks have saved it")
+        plan.check(self._tree, self._tensors, self._shardings, self._world)
 
     def verify(self) -> None:
         """Reads every byte; raises CheckpointDamaged unless all is as it was written."""
         self.check()
+        files = self._read_files()
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self._verify_file, self._files))
+            list(pool.map(self._verify_file, files, files.values()))
         # The bytes are right; are they the tensors that the index promises?
-        for entry in self._tensors.values():
-            for slice_ in entry["slices"]:
-                self._stored(entry, slice_)
+        for number, names in self._names_by_sharding().items():
+            sharding = self._shardings[number]
+            # Each slice is in a file of its own: count them before a forged index has us list them.
+            if shardings.count(sharding) > len(files):
+                raise CheckpointDamaged(f"{self.path} has fewer files than index.json has slices")
+            for rank, _, shape in shardings.boxes(sharding):
+                # `files` are those whose bytes are right: one without a checksum would be trusted
+                # unread.
+                if file_of(rank) not in files:
+                    raise CheckpointDamaged(f"{self.path} has no checksum of {file_of(rank)}")
+                for name in names:
+                    self._stored(name, rank, shape)
 
-    def _verify_file(self, file: str) -> None:
-        path = self._path(file)
-        facts = self._files[file]
+    def _names_by_sharding(self) -> dict[int, list[str]]:
+        names = {}
+        for name, entry in self._tensors.items():
+            names.setdefault(entry["sharding"], []).append(name)
+        return names
+
+    def _read_files(self) -> dict:
+        """file -> sha256, bytes, of each rank's file."""
+        files = self._files
+        if files.keys() == {"sha256", "bytes"}:
+            self._verify_file("files.json", files)
+            with understanding(self.path / "files.json"):
+                files = json.loads((self.path / "files.json").read_bytes())
+        # Never follow an index out of its folder.
+        for file in files:
+            if not FILE.fullmatch(file):
+                raise CheckpointDamaged(f"{self.path} names {file!r}, no rank_N.safetensors")
+        return files
+
+    def _verify_file(self, file: str, facts: dict) -> None:
+        path = self.path / file
         try:
             # Opening a pipe would wait for ever.
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -220,27 +253,39 @@ class Checkpoint:
                 f"{self.path / 'index.json'} has no size and sha256 of {file}"
             ) from None
 
-    def _path(self, file: str) -> Path:
-        # Never follow an index out of its folder.
-        if not FILE.fullmatch(file):
-            raise CheckpointDamaged(
-                f"{self.path / 'index.json'} names {file!r}, no rank_N.safetensors"
-            )
-        return self.path / file
-
-    def _stored(self, entry: dict, slice_: dict):
+    def _stored(self, name: str, rank: int, shape: list[int]):
         """A slice on the disk: indexing it reads that part of the mapped file."""
-        path = self._path(slice_["file"])
+        path = self.path / file_of(rank)
         try:
             # Opened once and kept: many tensors lie in one file.
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt")
-            stored = self._open[path].get_slice(slice_["key"])
+            if rank not in self._open:
+                self._open[rank] = safe_open(path, framework="pt")
+            stored = self._open[rank].get_slice(name)
         except (SafetensorError, OSError) as e:
             raise CheckpointDamaged(f"{path} cannot be read: {e}") from None
-        if stored.get_shape() != slice_["shape"] or stored.get_dtype() != entry["dtype"]:
-            raise CheckpointDamaged(f"{path} holds another {slice_['key']} than index.json says")
+        if stored.get_shape() != shape or stored.get_dtype() != self._tensors[name]["dtype"]:
+            raise CheckpointDamaged(f"{path} holds another {name} than index.json says")
         return stored
+
+
+@contextlib.contextmanager
+def understanding(path: Path):
+    """`with` this, look into a file that may be damaged: CheckpointDamaged if it makes no sense."""
+    try:
+        yield
+    except CheckpointDamaged:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        # The reason may quote the damaged file: no control character may reach the terminal.
+        reason = ascii(str(e))[1:-1][:300]
+        raise CheckpointDamaged(f"{path} contradicts itself: {reason}") from None
 
 
 def load(path, verify: bool = True) -> Checkpoint:
@@ -273,10 +318,13 @@ def load(path, verify: bool = True) -> Checkpoint:
     if not intact:
         raise CheckpointDamaged(f"{index_path} has changed since it was written (another sha256)")
     # Another format is not damage: falling back to an older checkpoint would silently lose steps.
-    if version != FORMAT:
+    if version not in (format_1.FORMAT, FORMAT):
         raise ValueError(
             f"{path} has format {version}, not {FORMAT}: load it with the code that wrote it"
         )
+    if version == format_1.FORMAT:
+        with understanding(index_path):
+            body = format_1.translated(body)
     try:
         checkpoint = Checkpoint(path, body)
     except KeyError as e:

@@ -10,9 +10,12 @@ a GPU it is queued behind the step into pinned memory: the GPU makes it in its t
 wait. Hashing and writing let other threads run: they hold no interpreter lock, and have a low
 priority where the system lets a thread have its own.
 
-The ranks exchange messages three times in a save: who holds what, who could write, is it published.
-In the background they use a process group of their own, for in training's group these messages
-would mix with the gradients. A save that is due while another one is under way waits for it.
+In a save each rank speaks to rank 0 twice and hears whether all are well: before it writes, and
+when it has written. The first save, and any before which somebody's tensors have changed in name,
+shape, dtype or place, has two more such rounds, from which rank 0 makes the plan
+(checkpoint/plan.py). In the background the ranks use a process group of their own, for in
+training's group these messages would mix with the gradients. A save that is due while another one
+is under way waits for it.
 
 Whoever leaves a run over the weekend wants it to continue when the disk is full. So a save that
 fails is an event, earlier checkpoints are as they were, and the next save tries again. Only the
@@ -43,13 +46,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint.slices import DTYPE_NAMES, copied, merge, to_json, walk
+from checkpoint.exchange import broadcast, gather, rank_in, world_of
+from checkpoint.plan import Share, describe, merge, with_values
+from checkpoint.slices import DTYPE_NAMES, as_json, copied, sha256
 
-FORMAT = 1  # of the index
+FORMAT = 2  # of the index
 # Replacing a checkpoint takes two renames. A kill between them leaves the old, still good one under
 # the name .old-step-N.
 FOLDER = re.compile(r"(\.old-)?step-([0-9]{8}|[1-9][0-9]{8,})")
-FILE = re.compile(r"rank_[0-9]+\.safetensors")
+FILE = re.compile(r"rank_(0|[1-9][0-9]{0,8})\.safetensors")
 # What a killed run left half-written, or half-deleted.
 STALE = re.compile(r"\.tmp-(\.old-)?step-[0-9]{8,}")
 
@@ -61,6 +66,7 @@ def save(
     keep: int | None = None,
     keep_every: int | None = None,
     group=None,
+    share: Share | None = None,
 ) -> Path:
     """Writes `tree` to OUT_DIR/step-N, then deletes old checkpoints, see `prune`.
 
@@ -69,67 +75,98 @@ def save(
     and the trees are merged; what several hold (the same shard of the same name, or a scalar) is
     taken from the lowest rank. If any rank fails, all raise (ValueError: such a tree cannot be
     saved; OSError: anything else) and earlier checkpoints stay as they were.
+
+    share: kept by the caller from save to save, so that only the first one, and those before which
+    a name, shape, dtype or shard has changed on some rank, describe who holds what.
     """
     # A step ends on all ranks before the next begins: rank 0 makes the folder in which all write,
     # and publishes only what all have written.
-    writer = Writer(Path(out_dir), step, group)
-    described = writer.on_all_ranks(lambda: writer.describe(tree, keep))
-    written = writer.on_all_ranks(lambda: writer.write(described))
-    writer.on_all_ranks(lambda: writer.publish(written, keep, keep_every))
+    writer = Writer(Path(out_dir), step, group, share or Share())
+    is_planned = writer.on_all_ranks(lambda: writer.describe(tree, keep), all)
+    plan = None
+    if not is_planned:
+        speakers = writer.on_all_ranks(writer.boxes, writer.choose_speakers)
+        plan = writer.on_all_ranks(lambda: writer.form(speakers), writer.merge)
+    writer.on_all_ranks(
+        lambda: writer.write(plan), lambda written: writer.publish(written, keep, keep_every)
+    )
     return writer.folder
 
 
 class Writer:
-    """The three steps of one save; after each of them the ranks exchange what came of it.
+    """The steps of one save. In each, every rank tells rank 0 something, and hears an answer.
 
     What a step returns is JSON.
     """
 
-    def __init__(self, out_dir: Path, step: int, group):
+    def __init__(self, out_dir: Path, step: int, group, share: Share):
         self.out_dir = out_dir
         self.step = step
         self.group = group
-        self.rank = _rank(group)
+        self.rank = rank_in(group)
+        self.share = share
         name = f"step-{step:08d}"
         self.folder = out_dir / name
         self.temporary = out_dir / f".tmp-{name}"
         self.old = out_dir / f".old-{name}"
-        self.held = {}  # name -> this rank's Slice
-        self.plan = {}  # "tensors" and "tree" of the index, the same on all ranks
+        self.description = None  # of what this rank holds
+        self.heard = []  # on rank 0: [key of its form, boxes, numbers] of each rank
 
-    def describe(self, tree: dict, keep: int | None) -> tuple:
-        """What this rank holds: the tree's skeleton, and name -> the shard of each tensor."""
+    def describe(self, tree: dict, keep: int | None) -> bool:
+        """Looks at what this rank holds. Is it what the last plan was made from?"""
         if self.rank == 0:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             # With upto=-1 it deletes only what killed runs left: the disk may need that space.
             prune(self.out_dir, keep, upto=-1)
             self.temporary.mkdir()
-        skeleton = walk(tree, lambda name, leaf: to_json(name, leaf, self.held))
-        described = {}
-        for name, s in self.held.items():
-            global_shape, offsets = s.shard
-            dtype = DTYPE_NAMES[s.tensor.dtype]
-            described[name] = global_shape, dtype, offsets, s.tensor.shape
-        return skeleton, described
+        self.description = describe(tree)
+        return self.description.digest() == self.share.digest
 
-    def write(self, described: list) -> dict | None:
-        """This rank's file: what the plan takes from this rank; None where that is nothing."""
-        # Every rank has the same descriptions, and so makes the same plan: nobody sends it.
-        self.plan.update(merge(described))
-        file = f"rank_{self.rank}.safetensors"
-        mine = {}
-        for name, entry in self.plan["tensors"].items():
-            if any(s["file"] == file for s in entry["slices"]):
-                mine[name] = self.held[name].tensor
-        return write_tensors(self.temporary / file, mine) if mine else None
+    def boxes(self) -> list:
+        """The short part of this rank's description."""
+        d = self.description
+        return [d.form_key(), d.boxes, d.numbers]
+
+    def choose_speakers(self, heard: list) -> list[int]:
+        """Rank 0: of the ranks with the same form the lowest, who tells it for all of them."""
+        self.heard = heard
+        first = {}
+        for rank, (key, _, _) in enumerate(heard):
+            first.setdefault(key, rank)
+        return list(first.values())
+
+    def form(self, speakers: list[int]) -> list | None:
+        """The long part of this rank's description, if it is to speak."""
+        return self.description.form if self.rank in speakers else None
+
+    def merge(self, forms: list) -> dict:
+        """Rank 0: the plan."""
+        return merge(
+            self.heard, {key: form for (key, _, _), form in zip(self.heard, forms) if form}
+        )
+
+    def write(self, plan: dict | None) -> list:
+        """This rank's file, where the plan takes something from it: [its facts, the values]."""
+        if plan is not None:
+            self.share.take(plan, self.rank, self.description.digest())
+        mine = {name: self.description.held[name].tensor for name in self.share.writes}
+        facts = write_tensors(self.temporary / file_of(self.rank), mine) if mine else None
+        return [facts, [self.description.values[name] for name in self.share.brings]]
 
     def publish(self, written: list, keep: int | None, keep_every: int | None) -> None:
         """Rank 0, for all: the index, the folder's final name; then old checkpoints may go."""
-        if self.rank != 0:
-            return
+        plan = self.share.plan
+        files = {file_of(rank): facts for rank, (facts, _) in enumerate(written) if facts}
+        body = {
+            "format": FORMAT,
+            "step": self.step,
+            "world": len(written),
+            "files": write_file(self.temporary / "files.json", [as_json(files)]),
+            "tensors": plan["tensors"],
+            "shardings": plan["shardings"],
+            "tree": with_values(plan, [values for _, values in written]),
+        }
         # The index comes last: without it the folder is no checkpoint.
-        files = {f"rank_{r}.safetensors": facts for r, facts in enumerate(written) if facts}
-        body = {"format": FORMAT, "step": self.step, "files": files, **self.plan}
         index = as_json({"body": body, "sha256": sha256(as_json(body))})
         write_file(self.temporary / "index.json", [index])
         sync(self.temporary)
@@ -142,29 +179,38 @@ class Writer:
         sync(self.out_dir)
         prune(self.out_dir, keep, upto=self.step, keep_every=keep_every)
 
-    def on_all_ranks(self, work: Callable) -> list:
-        """The results of all ranks' work(). Where it failed on one rank, all raise."""
-        result = None
-        cause = None
-        sentence = None
+    def on_all_ranks(self, work: Callable, answer: Callable):
+        """answer(what work() returned on each rank): rank 0 works it out, and all ranks get it.
+
+        Where one of them failed, all raise.
+        """
+        message, cause = self.attempt(work)
+        messages = gather(message, self.group)
+        verdict = None
+        if messages is not None:
+            verdict = next((m for m in messages if json.loads(m)[1] is not None), None)
+            if verdict is None:
+                results = [json.loads(m)[0] for m in messages]
+                verdict, cause = self.attempt(lambda: answer(results))
+        result, sentence, tree_is_wrong = json.loads(broadcast(verdict, self.group))
+        if sentence is None:
+            return result
+        if self.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        raise self.failure(sentence, tree_is_wrong) from cause
+
+    def attempt(self, work: Callable) -> tuple[bytes, Exception | None]:
+        """[work(), None, None] as JSON; where it fails [None, why, is the tree wrong?]."""
         try:
-            # Through JSON and back: one rank alone gets lists for tuples too, as if sent.
-            result = json.loads(as_json(work()))
+            return as_json([work(), None, None]), None
         except Exception as error:
             # Whatever it is, the other ranks must hear of it: they would wait for ever.
-            cause = error
             sentence = str(error)
             if not isinstance(error, ValueError | OSError):
                 sentence = f"{type(error).__name__}: {error}"
-        answers = _exchange([result, sentence, isinstance(cause, ValueError)], self.group)
-        for rank, (_, sentence, tree_is_wrong) in enumerate(answers):
-            if sentence is not None:
-                if self.rank == 0:
-                    shutil.rmtree(self.temporary, ignore_errors=True)
-                if len(answers) > 1:
-                    sentence = f"rank {rank}: {sentence}"
-                raise self.failure(sentence, tree_is_wrong) from cause
-        return [result for result, _, _ in answers]
+            if world_of(self.group) > 1:
+                sentence = f"rank {self.rank}: {sentence}"
+            return as_json([None, sentence, isinstance(error, ValueError)]), error
 
     def failure(self, sentence: str, tree_is_wrong: bool) -> Exception:
         """ValueError where the tree cannot be saved, OSError where the disk is at fault."""
@@ -201,6 +247,7 @@ class Saver:
         self.events = []
         self.saved_at = time.monotonic()
         self.saved = None  # the step of the last save, if it succeeded
+        self.share = Share()  # of this rank in the last plan
         self.group = None
         self.pool = None
         self.under_way = None  # (step, future)
@@ -266,7 +313,7 @@ class Saver:
     def _write(self, step: int, tree: dict, event=None) -> None:
         if event is not None:
             event.synchronize()
-        save(self.out_dir, step, tree, self.keep, self.keep_every, self.group)
+        save(self.out_dir, step, tree, self.keep, self.keep_every, self.group, self.share)
 
     def _finish(self, step: int, result: Callable, last: bool = False) -> None:
         self.saved = None
@@ -287,6 +334,10 @@ def _lower_priority() -> None:
     # to 12 %, at 19 by at most 5 %. Linux alone takes the id of a thread here.
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def file_of(rank: int) -> str:
+    return f"rank_{rank}.safetensors"
 
 
 # ---- what is kept --------------------------------------------------------------------------------
@@ -333,7 +384,7 @@ def prune(
 
 def drop_after(out_dir, step: int) -> None:
     """Rank 0, for all: deletes the checkpoints of later steps, which a rollback has undone."""
-    if _rank(None) != 0:
+    if rank_in(None) != 0:
         return
     for at, _, path in found(out_dir):
         if at > step:
@@ -396,33 +447,3 @@ def sync(path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def as_json(value) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-
-
-def sha256(data) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-# ---- ranks ---------------------------------------------------------------------------------------
-def _rank(group) -> int:
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
-
-
-def _exchange(value, group) -> list:
-    """Every rank's JSON value, in rank order. As bytes: all_gather_object would unpickle them."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return [value]
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    data = torch.frombuffer(bytearray(as_json(value)), dtype=torch.uint8).to(device)
-    # The shapes in all_gather must be equal: pad to the longest, and cut by the lengths afterwards.
-    size = torch.tensor([len(data)], device=device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    longest = max(int(n) for n in sizes)
-    padded = torch.nn.functional.pad(data, (0, longest - len(data)))
-    gathered = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded, group=group)
-    return [json.loads(x[:n].cpu().numpy().tobytes()) for x, n in zip(gathered, sizes)]

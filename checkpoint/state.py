@@ -8,7 +8,8 @@ optim                  optimizer state by parameter name, and the counters of th
 replicas               what the layout keeps: residuals of compression, DiLoCo's outer step
 fp8, scaler, guard,    the state_dict() of each object in `kept`
 progress, best
-rng                    torch's generator of each rank; train.py never draws from it, a fork may
+rng                    a row for each rank: the state of torch's generator. train.py never draws
+                       from it, a fork may
 """
 
 import contextlib
@@ -110,7 +111,9 @@ class State:
         optim = param_groups.state_by_name(self.optimizer)
         optim["state"] = slices.as_slices(optim["state"], self.shards)
         tree = {name: part.state_dict() for name, part in self.kept.items()}
-        tree["rng"] = {str(self.mesh.rank): torch.get_rng_state()}
+        rng = torch.get_rng_state()
+        rows = Shard((self.mesh.world, len(rng)), (self.mesh.rank, 0))
+        tree["rng"] = slices.Slice(rng[None], rows)
         if self.replicas.is_primary:
             tree["optim"] = optim
         # Even a rank that is not primary may keep something: its own residuals, for instance.
@@ -151,9 +154,7 @@ class State:
         param_groups.load_state_by_name(self.optimizer, saved.tree("optim/groups"), state_of)
         for name in self.kept if names is None else names:
             self.kept[name].load_state_dict(saved.tree(name, missing={}))
-        # A run on more ranks than before: the new ones take rank 0's generator.
-        rng = saved.tree("rng")
-        torch.set_rng_state(rng.get(str(self.mesh.rank), rng["0"]))
+        torch.set_rng_state(rng_of(saved, self.mesh.rank))
 
     def restore_best(self, path: Path) -> str:
         """From now on the model holds the best weights, from the checkpoint at `path`.
@@ -170,6 +171,17 @@ class State:
                 self.training[name] = p.detach().clone()
         self.replicas.init_weights(sharded(saved.weights("model"), self.tp_shards))
         return f"the best weights are from step {saved.step}"
+
+
+def rng_of(saved: checkpoint.Checkpoint, rank: int) -> torch.Tensor:
+    """The state of the generator of this rank; of rank 0, where the run had fewer ranks then."""
+    if "rng" not in saved.names():
+        # Before format 2 each rank's state had a name of its own.
+        rng = saved.tree("rng")
+        return rng.get(str(rank), rng["0"])
+    n_saved, n_bytes = saved.shape("rng")
+    row = rank if rank < n_saved else 0
+    return saved.tensor("rng", (row, 0), (1, n_bytes))[0]
 
 
 def training_weights(saved: checkpoint.Checkpoint):

@@ -63,9 +63,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.owners import Exchange, group_of, locate, wire_device
+from parallel.owners import Exchange, first_holder, group_of, spread_of, wire_device
 from parallel.replicas import refuse_coupled
-from parallel.shard import Shard, local
+from parallel.shard import Shard, local, shard_of, shard_of_shard
 
 
 class Adapter:
@@ -111,9 +111,11 @@ class Adapter:
         self.stepped = {}
         # DTensors stepped shard by shard: FSDP2 may move their memory between two steps.
         self.stepped_shards = []
-        # Ranks -> (their group, the device from which messages leave, the weights they share).
+        # For each way in which weights are spread over ranks: (the group of these ranks, the device
+        # from which messages leave, the weights they share).
         self.sharded = {}
         self.exchanges = []  # one for each dtype and set of ranks
+        self.owners = {}  # weight that is gathered -> its owner, by rank in the weight's group
         # Weights whose gradient only other ranks have: here it counts as zero.
         self.missing_here = set()
         self.shards = {}
@@ -132,41 +134,46 @@ class Adapter:
         """The groups, with the tensors that this rank steps in place of their weights."""
         groups = [{**group, "params": listed(group["params"])} for group in groups]
         # Weights that must be gathered: those alike in ranks, dtype and device travel together.
-        owned = {}  # (ranks, dtype, device) -> [(weight, its shard here)]
+        owned = {}  # (spread, dtype, device) -> [(weight, where it lies if it is a tp shard)]
         for group in groups:
             works_on_shards = self.elementwise or group.get("use_muon") is False
             names = group.get("names") or [None] * len(group["params"])
             for p, name in zip(group["params"], names):
+                shard = shard_of(p)
+                tp_shard = self.tp_shards.get(name)
+                if tp_shard is not None:
+                    shard = shard_of_shard(tp_shard, shard)
                 # A weight that one rank holds in full is an ordinary weight, DTensor or not.
-                shard, ranks = locate(p, self.tp_shards.get(name), self.tp_group)
-                is_sharded = len(ranks) > 1
+                spread = spread_of(p, tp_shard is not None)
+                is_sharded = spread is not None
                 if is_sharded:
-                    self.enlist(p, ranks)
+                    self.enlist(p, spread, self.tp_group if tp_shard else None)
                 if is_sharded and not works_on_shards:
-                    key = (ranks, p.dtype, local(p).device)
-                    owned.setdefault(key, []).append((p, shard))
+                    key = (spread, p.dtype, local(p).device)
+                    owned.setdefault(key, []).append((p, tp_shard))
                     continue
                 self.step_here(p)
                 if name is not None and is_sharded and p in self.stepped:
                     self.shards[name] = shard
 
-        # An Exchange is collective: `owned` is in the order of the weights, the same on all ranks.
-        for (ranks, *_), pairs in owned.items():
+        # Messages follow: `owned` is in the order of the weights, the same on all ranks.
+        for (spread, *_), pairs in owned.items():
             params = [p for p, _ in pairs]
-            exchange = Exchange(params, [shard for _, shard in pairs], self.sharded[ranks][0])
+            tp_shards = [tp_shard for _, tp_shard in pairs]
+            exchange = Exchange(params, self.sharded[spread][0], tp_shards, self.tp_group)
             self.exchanges.append(exchange)
+            self.owners |= zip(params, exchange.owners)
             self.sent_bytes += exchange.sent_bytes
             for i, full in exchange.full.items():
                 self.stepped[params[i]] = full
             self.fill_owners(exchange)
         return [self.stepped_group(group) for group in groups]
 
-    def enlist(self, p: Tensor, ranks: tuple[int, ...]) -> None:
-        """Notes that these ranks share p; makes their group if it is the first such weight."""
-        if ranks not in self.sharded:
-            group = group_of(ranks, p, self.tp_group)
-            self.sharded[ranks] = group, wire_device(p), []
-        self.sharded[ranks][2].append(p)
+    def enlist(self, p: Tensor, spread: tuple, tp_group: dist.ProcessGroup | None) -> None:
+        """Notes that p is spread like this; makes the ranks' group for the first such weight."""
+        if spread not in self.sharded:
+            self.sharded[spread] = group_of(p, tp_group), wire_device(p), []
+        self.sharded[spread][2].append(p)
 
     def step_here(self, p: Tensor) -> None:
         """The optimizer steps what this rank has of p, in the same memory; it may have nothing."""
@@ -184,6 +191,15 @@ class Adapter:
         if "names" in group:
             result["names"] = [group["names"][i] for i in here]
         return result
+
+    def knows_state(self, p: Tensor, group: dist.ProcessGroup) -> int:
+        """The rank, in the DTensor p's group, that has state of p: its owner, or one with a shard.
+
+        The same on all ranks, and nothing is sent.
+        """
+        if p in self.owners:
+            return self.owners[p]
+        return first_holder(p, group)
 
     # ---- a step ----------------------------------------------------------------------------------
     @torch.no_grad()

@@ -1,9 +1,9 @@
 """Processes that torchrun started become one run: they find each other, and end together.
 
 On GPUs (NCCL; read in torch's sources, not run yet). One process makes no group at all, so a single
-GPU never meets NCCL. init_process_group gets no `device_id`: with one, new groups split the
-communicator of all ranks, for which all of them must call, and torch refuses the local
-synchronization that parallel/mesh.py asks for (pytorch pull request 129965). So communicators are
+GPU never meets NCCL. init_process_group gets no `device_id`: with one, each new group splits the
+communicator of all ranks (ncclCommSplit), for which all of them must call, while in
+parallel/mesh.py a group's members make it alone (pytorch pull request 129965). So communicators are
 made at their first use, on the device of torch.cuda.set_device, which pick_device() has called;
 objects and barriers travel through it too. A first message between two ranks of a larger group
 would hang without a collective of the whole group before it (pull request 74701):
@@ -106,32 +106,54 @@ def same_start(store: dist.Store, rank: int, world: int) -> str:
 
     torchrun keeps one store over its restarts, so the store still holds the addresses of dead
     ranks. A rank that reads such an address before its new owner has written it connects to
-    nobody, or waits. So each rank r > 0 makes up a name and leaves it in the store. Rank 0 answers
-    every name it finds with its own, until all ranks have confirmed that the answer reached them:
+    nobody, or waits. So rank 0 makes up a name, and nobody uses it before all ranks have it:
 
-        here/r            rank r's name                 rank r writes, rank 0 reads
-        answer/NAME       rank 0's name                 rank 0 writes, the rank called NAME waits
-        RANK_0_NAME/r     "heard"                       rank r writes, rank 0 waits
+        start         the name              rank 0 writes it, and removes it when all have come
+        NAME/r        "here"                rank r writes, read only when a rank is missing
+        NAME/count    how many have come    rank r adds one
+        NAME/all      "here"                the last one to come writes, rank 0 waits
+        NAME/go       the name to use       rank 0 writes, the others wait
+
+    Where a start died before all had come, its name is still there, and a rank may find it before
+    rank 0 has written the new one. So rank 0 leaves the new name as the old one's answer.
+    On any number of ranks each sends a handful of messages: rank 0 reads a count, and no ranks.
+
+    Raises DistStoreError after the store's timeout; rank 0's says who is missing.
     """
-    mine = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"here/{rank}", mine)
-        start = store.get(f"answer/{mine}").decode()  # waits
-        store.set(f"{start}/{rank}", "heard")
+        start = None
+        answer = store.get("start").decode()  # waits
+        while answer != start:
+            start = answer
+            store.set(f"{start}/{rank}", "here")
+            if store.add(f"{start}/count", 1) == world - 1:
+                store.set(f"{start}/all", "here")
+            answer = store.get(f"{start}/go").decode()  # waits
         return start
 
-    others = range(1, world)
-    deadline = time.monotonic() + store.timeout.total_seconds()
-    while not store.check([f"{mine}/{r}" for r in others]):
-        if time.monotonic() > deadline:
-            raise dist.DistStoreError("timed out before every rank had come")
-        for r in others:
-            # The name may still be a dead rank's: its answer is read by nobody.
-            if store.check([f"here/{r}"]):
-                name = store.get(f"here/{r}").decode()
-                store.set(f"answer/{name}", mine)
-        time.sleep(0.02)
-    return mine
+    start = uuid.uuid4().hex
+    dead = store.get("start").decode() if store.check(["start"]) else None
+    # In this order: whoever reads `start` from now on needs no answer under the dead name.
+    store.set("start", start)
+    if dead is not None:
+        store.set(f"{dead}/go", start)
+    try:
+        store.wait([f"{start}/all"])
+    except dist.DistStoreError:
+        missing = [r for r in range(1, world) if not store.check([f"{start}/{r}"])]
+        raise dist.DistStoreError(f"timed out, {still_missing(missing)}") from None
+    # Gone before anybody goes on: the next start's ranks must not find it with its answer.
+    store.delete_key("start")
+    store.set(f"{start}/go", start)
+    return start
+
+
+def still_missing(ranks: list[int]) -> str:
+    """The ranks that have not come, for people."""
+    shown = " ".join(str(rank) for rank in ranks[:8])
+    if len(ranks) > 8:
+        shown += f" ... ({len(ranks)})"
+    return f"still missing: rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def stop_with(launcher: int, every: float = 1, patience: float = 60) -> None:

@@ -22,7 +22,6 @@ Example:
 
 import hashlib
 import inspect
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,8 +121,8 @@ class Mesh:
 def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:
     """The grid over the existing process group, or over this process alone; dp takes what is left.
 
-    Collective: all ranks make all groups in the same order. Raises ValueError if tp*cp*pp does not
-    divide the number of processes.
+    Collective, although a rank makes its own groups alone, at most one an axis. Raises ValueError
+    if tp*cp*pp does not divide the number of processes.
     """
     rank = 0
     world = 1
@@ -135,37 +134,50 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
             f"tp*cp*pp = {tp * cp * pp} does not divide the {world} processes; start with "
             f"torchrun --nproc_per_node={tp * cp * pp} or a multiple of it"
         )
-    sizes = {"pp": pp, "dp": world // (tp * cp * pp), "cp": cp, "tp": tp}
-    grid = torch.arange(world).view(*sizes.values())
-    coords = dict(zip(AXES, (grid == rank).nonzero()[0].tolist()))
+    dp = world // (tp * cp * pp)
+    sizes = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
 
-    # Every rank makes every group, its own and all others, because torch wants it so.
+    # Axis -> (its size, how far apart in rank two neighbours are). dp and cp are neighbouring axes,
+    # so that dp_cp is one axis too.
+    lines = {
+        "pp": (pp, dp * cp * tp),
+        "dp": (dp, cp * tp),
+        "cp": (cp, tp),
+        "tp": (tp, 1),
+        "dp_cp": (dp * cp, tp),
+    }
+    index = {}  # this rank's, on each line
     groups = {}
     made = {}  # ranks -> their group
-    dims_of = {"pp": [0], "dp": [1], "cp": [2], "tp": [3], "dp_cp": [1, 2]}
-    for name, dims in dims_of.items():
-        # The group's dimensions go last: then each row of the table is one group.
-        size = math.prod(grid.shape[dim] for dim in dims)
-        last = list(range(-len(dims), 0))
-        for members in grid.movedim(dims, last).reshape(-1, size).tolist():
-            # With cp=1, dp_cp is dp: two names for one group.
-            if size > 1 and tuple(members) not in made:
-                made[tuple(members)] = new_group(members, device, everybody=True)
-            if rank in members:
-                groups[name] = made.get(tuple(members))
+    # Whoever makes a group waits for its other members. No ring of waiting ranks can come about:
+    # the groups of one axis have no rank in common, and all ranks take the axes in this order.
+    for name, (size, stride) in lines.items():
+        index[name] = rank // stride % size
+        first = rank - index[name] * stride
+        members = range(first, first + size * stride, stride)
+        # With cp=1, dp_cp is dp: two names for one group.
+        if size > 1 and members not in made:
+            made[members] = new_group(list(members), device)
+        groups[name] = made.get(members)
+    coords = {axis: index[axis] for axis in AXES}
     return Mesh(sizes, coords, groups, rank, world, device)
 
 
-def new_group(ranks: list[int], device: torch.device, everybody: bool = False) -> dist.ProcessGroup:
+def new_group(ranks: list[int], device: torch.device) -> dist.ProcessGroup:
     """A process group of these ranks, with the timeout of the group of all ranks.
 
-    everybody: all ranks of the world call this, members or not; else the members alone.
+    Its members alone call this. Each must have made equally many groups before, because torch names
+    a group by its ranks and that number, and members that use two names wait for each other. With
+    gloo a member reads the address of each other one; with NCCL the first collective connects them.
     """
-    # torch refuses local synchronization where init_process_group got a device_id: launch.py.
+    # The group of all ranks is there already: a second one would cost as much again.
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    # Only without a device_id can the members do this alone: see parallel/launch.py.
     # torch would give a new group its own default, half an hour.
     options = getattr(dist.group.WORLD._get_backend(device), "options", None)
     patience = getattr(options, "_timeout", None)
-    return dist.new_group(ranks, timeout=patience, use_local_synchronization=not everybody)
+    return dist.new_group(ranks, timeout=patience, use_local_synchronization=True)
 
 
 if __name__ == "__main__":

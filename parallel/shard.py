@@ -25,7 +25,7 @@ Example:
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -61,17 +61,28 @@ def shard_of(p: Tensor) -> Shard:
     """
     if not hasattr(p, "placements"):
         return Shard(tuple(p.shape), (0,) * p.ndim)
-    # Imported here: a run without DTensors need not load it.
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    shard, shape = shard_at(p, p.device_mesh.get_coordinate())
     # Two mesh axes on one dimension can leave a rank several separate parts: no Shard says that.
-    if tuple(shape) != tuple(p.to_local().shape):
+    if shape != tuple(p.to_local().shape):
         raise ValueError(
             f"{tuple(p.shape)} with placements {p.placements}: the shard on this rank is no box; "
             "shard its dimensions by one mesh axis each"
         )
-    return Shard(tuple(p.shape), tuple(offsets))
+    return shard
+
+
+def shard_at(p: Tensor, coordinate: Sequence[int]) -> tuple[Shard, tuple[int, ...]]:
+    """(where the shard of the DTensor p lies, its local shape) on the rank at `coordinate`.
+
+    coordinate: in p's device mesh. Nothing is sent: mesh and placements tell.
+    """
+    # Imported here: a run without DTensors need not load it.
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+    shape, offsets = _compute_local_shape_and_global_offset(
+        p.shape, p.device_mesh.shape, list(coordinate), p.placements
+    )
+    return Shard(tuple(p.shape), tuple(offsets)), tuple(shape)
 
 
 def shard_of_shard(outer: Shard, inner: Shard) -> Shard:

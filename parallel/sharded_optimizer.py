@@ -56,6 +56,7 @@ Example:
 """
 
 import inspect
+import io
 import warnings
 
 import torch
@@ -247,22 +248,22 @@ class Sharded:
         here = {p: state for p, state in self.state.items() if state}
         found = dict(here)
         for group, wire, params in self.adapter.sharded.values():
-            # All ranks learn which state each has: tensors by shape and dtype, all else in full.
-            mine = {i: outline(here[p]) for i, p in enumerate(params) if p in here}
-            outlines = [None] * dist.get_world_size(group)  # [rank] -> weight's number -> outline
-            dist.all_gather_object(outlines, mine, group)
+            # All ranks learn which state there is: tensors by shape and dtype, all else in full.
+            # Of each weight one rank tells, and everybody knows who.
+            of_rank = {}  # rank of the group -> numbers of the weights that it tells about
             for i, p in enumerate(params):
-                owners = [rank for rank, weights in enumerate(outlines) if i in weights]
-                if not owners:
-                    continue
-                first = owners[0]
-                found[p] = {}
-                for name, (shape, x) in outlines[first][i].items():
-                    if shape is not None:
-                        dtype = x
-                        x = here.get(p, {}).get(name)
-                        x = self.seen_from_outside(p, x, shape, dtype, first, group, wire)
-                    found[p][name] = x
+                of_rank.setdefault(self.adapter.knows_state(p, group), []).append(i)
+            for first, numbers in sorted(of_rank.items()):
+                mine = {i: outline(here[params[i]]) for i in numbers if params[i] in here}
+                for i, of_weight in told(mine, first, group, wire).items():
+                    p = params[i]
+                    found[p] = {}
+                    for name, (shape, x) in of_weight.items():
+                        if shape is not None:
+                            dtype = x
+                            x = here.get(p, {}).get(name)
+                            x = self.seen_from_outside(p, x, shape, dtype, first, group, wire)
+                        found[p][name] = x
         # One order on all ranks: whoever gathers DTensors goes through them together.
         return {p: found[p] for group in self.param_groups for p in group["params"] if p in found}
 
@@ -290,7 +291,7 @@ class Sharded:
         return like(p, x) if is_shard else x
 
     def is_owned(self, p: Tensor) -> bool:
-        return any(p is q for exchange in self.adapter.exchanges for q in exchange.params)
+        return p in self.adapter.owners
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, but collective. Takes any layout's state, in DTensors or full tensors."""
@@ -352,6 +353,30 @@ def outline(state: dict) -> dict:
         name: (tuple(x.shape), x.dtype) if torch.is_tensor(x) else (None, x)
         for name, x in state.items()
     }
+
+
+def told(value, first: int, group: dist.ProcessGroup, wire: torch.device):
+    """What rank `first` of the group passes as `value`, on all its ranks. Collective.
+
+    Raises TypeError, on all of them, for more than tensors, numbers, text and plain containers:
+    nothing that a rank is told may run code.
+    """
+    data = torch.empty(0, dtype=torch.uint8, device=wire)
+    if dist.get_rank(group) == first:
+        file = io.BytesIO()
+        torch.save(value, file)
+        data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(wire)
+    size = torch.tensor([data.numel()], device=wire)
+    dist.broadcast(size, group=group, group_src=first)
+    data.resize_(int(size))
+    dist.broadcast(data, group=group, group_src=first)
+    try:
+        return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            "the optimizer's state holds more than tensors, numbers, text and plain containers, "
+            f"and ranks tell each other no more: {error}"
+        ) from None
 
 
 def on_meta(group: dict) -> dict:

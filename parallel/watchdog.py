@@ -176,7 +176,10 @@ def explain(error: RuntimeError, minutes: float | None = None) -> str | None:
     who = f"rank {rank} {step or 'before the first step'}"
     if is_silent:
         long = "too long" if minutes is None else f"{minutes:g} minutes (--timeout_minutes)"
-        return f"{who}: waited {long} for another rank, in {place}; --debug_ranks=true tells which"
+        # Before the ranks are connected rank 0 alone knows who has not come: parallel/launch.py.
+        named = re.search(r"still missing: .*", str(error))
+        which = named[0] if named else "--debug_ranks=true tells which"
+        return f"{who}: waited {long} for another rank, in {place}; {which}"
     return (
         f"{who}: another rank has ended, noticed in {place}; what that one said last is the cause"
     )

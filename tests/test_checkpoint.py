@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -15,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
+from format_1 import as_format_1, facts_of, seal
 from harness import gpu, run_ranks
 from safetensors.torch import load_file
 
-from checkpoint import __main__, slices
+from checkpoint import __main__, shardings, slices
 from checkpoint import save as saving
 from checkpoint.load import CheckpointDamaged, load, newest, resolve
 from checkpoint.save import prune, save
@@ -249,6 +251,8 @@ DAMAGE = {
     "index flipped": (lambda p: flip(p / "index.json", -200), "another sha256"),
     "index truncated": (lambda p: truncate(p / "index.json"), "another sha256"),
     "index empty": (lambda p: (p / "index.json").write_text(""), "another sha256"),
+    "list flipped": (lambda p: flip(p / "files.json", -20), "another sha256"),
+    "list gone": (lambda p: (p / "files.json").unlink(), "cannot be read: No such file"),
     "shard gone": (lambda p: (p / "rank_0.safetensors").unlink(), "cannot be read: No such file"),
     "index gone": (lambda p: (p / "index.json").unlink(), "no readable index.json"),
     "emptied": (lambda p: [f.unlink() for f in p.iterdir()], "no readable index.json"),
@@ -281,15 +285,20 @@ def test_every_flipped_bit_of_the_index_is_found(tmp_path):
     load(path)
 
 
-def reseal(path, change):
-    """An index.json changed by someone who also corrects its checksum."""
+def reseal(path, change, files=None):
+    """A checkpoint changed by someone who also corrects its checksums.
+
+    files: what files.json is to name, if it is not what is there.
+    """
     body = json.loads((path / "index.json").read_bytes())["body"]
+    there = {file.name: facts_of(file) for file in path.glob("rank_*")}
+    if body["format"] == 1:
+        body["files"] = files or there
+    else:
+        (path / "files.json").write_bytes(slices.as_json(files or there))
+        body["files"] = facts_of(path / "files.json")
     change(body)
-    for name, facts in body["files"].items():
-        data = (path / name).read_bytes()
-        facts.update(sha256=saving.sha256(data), bytes=len(data))
-    sealed = {"body": body, "sha256": saving.sha256(saving.as_json(body))}
-    (path / "index.json").write_bytes(saving.as_json(sealed))
+    seal(path, body)
 
 
 class Bomb:
@@ -321,25 +330,27 @@ OUTSIDE = ["../rank_0.safetensors", "{out}/rank_0.safetensors", "rank_0.safetens
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
     path = save(tmp_path, 1, {"w": torch.ones(2)})
     name = name.format(out=tmp_path)
-    (tmp_path / "rank_0.safetensors").write_bytes((path / "rank_0.safetensors").read_bytes())
+    shard = path / "rank_0.safetensors"
+    (tmp_path / "rank_0.safetensors").write_bytes(shard.read_bytes())
+    reseal(path, lambda body: None, {shard.name: facts_of(shard), name: facts_of(shard)})
+    with pytest.raises(CheckpointDamaged, match=r"no rank_N\.safetensors"):
+        load(path)
 
+    # In format 1 every slice named its file.
     def elsewhere(body):
         body["tensors"]["w"]["slices"][0]["file"] = name
 
-    reseal(path, elsewhere)
+    reseal(path, lambda body: None)
+    reseal(as_format_1(path), elsewhere)
     for verify in (True, False):
         with pytest.raises(CheckpointDamaged, match=r"no rank_N\.safetensors"):
             load(path, verify).tree()
-
-    index = json.loads((path / "index.json").read_bytes())
-    index["body"]["files"][name] = index["body"]["files"]["rank_0.safetensors"]
-    index["sha256"] = saving.sha256(saving.as_json(index["body"]))
-    (path / "index.json").write_bytes(saving.as_json(index))
+    reseal(path, elsewhere, {shard.name: facts_of(shard), name: facts_of(shard)})
     with pytest.raises(CheckpointDamaged, match=r"no rank_N\.safetensors"):
         load(path)
 
 
-FORGED = {
+FORGED_1 = {
     "a shape that is not covered": lambda w: w.update(shape=[99]),
     "a slice beyond the shape": lambda w: w["slices"][0].update(offsets=[1]),
     "a smaller tensor than is stored": lambda w: (
@@ -355,12 +366,100 @@ FORGED = {
 }
 
 
-@pytest.mark.parametrize("kind", FORGED)
-def test_an_index_that_contradicts_the_files_is_refused(tmp_path, kind):
-    path = save(tmp_path, 1, {"w": torch.ones(2)})
-    reseal(path, lambda body: FORGED[kind](body["tensors"]["w"]))
+@pytest.mark.parametrize("kind", FORGED_1)
+def test_an_index_of_format_1_that_contradicts_the_files_is_refused(tmp_path, kind):
+    path = as_format_1(save(tmp_path, 1, {"w": torch.ones(2)}))
+    assert torch.equal(load(path).tensor("w"), torch.ones(2))
+    reseal(path, lambda body: FORGED_1[kind](body["tensors"]["w"]))
     with pytest.raises(CheckpointDamaged):
         load(path)
+
+
+def save_rows(rank, world, out_dir):
+    return save(out_dir, 1, {"w": slice_of(rank, world, grid(), 0)})
+
+
+# w has 8 rows of 6 numbers, two on each of four ranks.
+ROWS = {"rank": 0, "offsets": [0, 0], "shape": [2, 6], "repeat": [[4, 1, [2, 0]]]}
+FORGED = {
+    "a shape that is not covered": lambda b, w, s: w.update(shape=[9, 6]),
+    "a shape with a point": lambda b, w, s: w.update(shape=[8.0, 6]),
+    "a slice beyond the shape": lambda b, w, s: s.update(offsets=[1, 0]),
+    "a smaller tensor than is stored": lambda b, w, s: (
+        w.update(shape=[4, 6]),
+        s.update(shape=[1, 6], repeat=[[4, 1, [1, 0]]]),
+    ),
+    "another dtype": lambda b, w, s: w.update(dtype="F32"),
+    "no sharding": lambda b, w, s: w.update(sharding=1),
+    "a sharding counted from the end": lambda b, w, s: w.update(sharding=-1),
+    "a sharding without slices": lambda b, w, s: b["shardings"][0].clear(),
+    "every slice twice": lambda b, w, s: b["shardings"][0].append(dict(s)),
+    "two slices in one file": lambda b, w, s: s.update(repeat=[[4, 0, [2, 0]]]),
+    "grids that share a rank": lambda b, w, s: (
+        s.update(repeat=[[3, 1, [2, 0]]]),
+        b["shardings"][0].append(ROWS | {"rank": 2, "offsets": [6, 0], "repeat": []}),
+    ),
+    "repeats that share a rank": lambda b, w, s: s.update(
+        shape=[2, 3], repeat=[[2, 1, [0, 3]], [4, 1, [2, 0]]]
+    ),
+    "rows shifted by one": lambda b, w, s: (
+        s.update(offsets=[1, 0], repeat=[[3, 1, [2, 0]]]),
+        b["shardings"][0].append(ROWS | {"rank": 3, "offsets": [7, 0], "shape": [1, 6]}),
+    ),
+    "a rank that is missing": lambda b, w, s: s.update(repeat=[[3, 1, [2, 0]]]),
+    "a rank too many": lambda b, w, s: b.update(world=3),
+    "a rank below zero": lambda b, w, s: s.update(rank=-1),
+    "ranks one further": lambda b, w, s: (b.update(world=5), s.update(rank=1)),
+    "an offset with a point": lambda b, w, s: s.update(offsets=[0.0, 0]),
+    "a move with a point": lambda b, w, s: s.update(repeat=[[4, 1, [2.0, 0]]]),
+    "a move back": lambda b, w, s: s.update(offsets=[6, 0], repeat=[[4, 1, [-2, 0]]]),
+    "a move in one dimension": lambda b, w, s: s.update(repeat=[[4, 1, [2]]]),
+    "a move that leaves gaps": lambda b, w, s: (
+        w.update(shape=[14, 6]),
+        s.update(repeat=[[4, 1, [4, 0]]]),
+    ),
+    "nothing": lambda b, w, s: s.clear(),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_an_index_that_contradicts_the_files_is_refused(four_rows, tmp_path, kind):
+    path = Path(shutil.copytree(four_rows, tmp_path / "step-00000001"))
+    assert torch.equal(load(path).tensor("w"), grid())
+
+    def forge(body):
+        assert body["shardings"] == [[ROWS]]
+        FORGED[kind](body, body["tensors"]["w"], body["shardings"][0][0])
+
+    reseal(path, forge)
+    with pytest.raises(CheckpointDamaged):
+        load(path)
+
+
+@pytest.fixture(scope="module")
+def four_rows(tmp_path_factory):
+    return run_ranks(4, save_rows, tmp_path_factory.mktemp("rows"))[0]
+
+
+def test_files_that_were_swapped_are_found_although_they_are_alike(four_rows, tmp_path):
+    path = Path(shutil.copytree(four_rows, tmp_path / "step-00000001"))
+    one, two = (path / f"rank_{rank}.safetensors" for rank in (1, 2))
+    first = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(first)
+    with pytest.raises(CheckpointDamaged, match=r"rank_1.safetensors has changed"):
+        load(path)
+
+
+def test_a_list_without_one_of_the_files_is_refused(four_rows, tmp_path):
+    path = Path(shutil.copytree(four_rows, tmp_path / "step-00000001"))
+    there = json.loads((path / "files.json").read_bytes())
+    assert there.keys() == {f"rank_{rank}.safetensors" for rank in range(4)}
+    for left in ({}, {k: v for k, v in there.items() if "rank_2" not in k}):
+        reseal(path, lambda body: None, left | {"rank_9.safetensors": there["rank_3.safetensors"]})
+        (path / "rank_9.safetensors").write_bytes((path / "rank_3.safetensors").read_bytes())
+        with pytest.raises(CheckpointDamaged, match="no checksum of rank_2|fewer files"):
+            load(path)
 
 
 @pytest.mark.parametrize(
@@ -370,26 +469,35 @@ def test_an_index_that_contradicts_the_files_is_refused(tmp_path, kind):
         {"step": 2},
         {"step": "1"},
         {"files": []},
+        {"shardings": {}},
+        {"world": "4"},
         {"tree": {"w": {"$": "tensor"}, "lr": {"$": None}}},
+        {"tree": {"w": {"$": "tensor"}, "lr": {"$": "value", "rank": 0}}},
     ],
     ids=str,
 )
-def test_an_index_that_save_cannot_have_written_is_refused(tmp_path, body):
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_index_that_save_cannot_have_written_is_refused(tmp_path, body, version):
     path = save(tmp_path, 1, {"w": torch.ones(2)})
+    if version == 1:
+        as_format_1(path)
     forged = json.loads((path / "index.json").read_bytes())["body"] | body
-    sealed = {"body": forged, "sha256": saving.sha256(saving.as_json(forged))}
-    (path / "index.json").write_bytes(saving.as_json(sealed))
+    seal(path, forged)
     for verify in (True, False):
+        if version == 1 and body.keys() & {"shardings", "world"}:
+            load(path, verify)  # these are words of format 2
+            continue
         with pytest.raises(CheckpointDamaged, match="contradicts itself"):
             load(path, verify)
 
 
 def test_an_index_cannot_ask_for_more_memory_than_its_slices_need():
-    inner = {"file": "rank_0.safetensors", "key": "w", "offsets": [1] * 20, "shape": [1] * 20}
+    inner = {"rank": 0, "offsets": [1] * 20, "shape": [1] * 20, "repeat": []}
     with pytest.raises(ValueError, match="pieces"):
-        slices.check(
-            {"w": slices.TENSOR}, {"w": {"shape": [3] * 20, "dtype": "F32", "slices": [inner]}}
-        )
+        shardings.check("w", [3] * 20, [inner], world=1)
+    scattered = ROWS | {"repeat": [[2**40, 1, [4, 0]]]}
+    with pytest.raises(ValueError, match="scattered pieces"):
+        shardings.check("w", [2**44, 6], [scattered], world=2**40)
 
 
 def test_an_index_with_a_tensor_outside_of_its_tree_is_refused(tmp_path):
@@ -401,7 +509,7 @@ def test_an_index_with_a_tensor_outside_of_its_tree_is_refused(tmp_path):
 
 def test_a_later_format_stops_instead_of_falling_back(tmp_path):
     save(tmp_path, 1, {})
-    reseal(save(tmp_path, 2, {}), lambda body: body.update(format=2))
+    reseal(save(tmp_path, 2, {}), lambda body: body.update(format=3))
     with pytest.raises(ValueError, match="load it with the code that wrote it") as e:
         newest(tmp_path)
     assert not isinstance(e.value, CheckpointDamaged)

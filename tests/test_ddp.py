@@ -6,6 +6,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch import nn
 
+from parallel import mesh as meshes
 from parallel.ddp import DDP
 from parallel.mesh import make_mesh
 from parallel.replicas import make_buckets
@@ -149,6 +150,47 @@ def test_mesh_groups_differ_in_one_coordinate():
         assert coords == dict(pp=rank // 2, dp=0, cp=0, tp=rank % 2)
         assert sums == [(rank % 2) * 2 + 2, rank, rank, (rank // 2) * 4 + 1]
         assert total == [6.0, 4.0] and agreed == 7
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 1, 1), (2, 3, 1), (1, 2, 2), (2, 1, 12), (24, 1, 1)]
+)
+def test_a_rank_makes_its_own_groups_alone(monkeypatch, shape):
+    """Against the table of all ranks; in one order on all of them, so that no ring can wait."""
+    tp, cp, pp = shape
+    world = 24
+    table = torch.arange(world).view(pp, -1, cp, tp)
+    asked = []
+
+    def new_group(ranks, _):
+        asked.append(ranks)
+        return tuple(ranks)
+
+    monkeypatch.setattr(meshes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(meshes.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(meshes, "new_group", new_group)
+    sizes_asked = set()
+    for rank in range(world):
+        asked.clear()
+        monkeypatch.setattr(meshes.dist, "get_rank", lambda rank=rank: rank)
+        mesh = make_mesh(CPU, *shape)
+        pp_i, dp_i, cp_i, tp_i = mesh.coords.values()
+        own = {
+            "pp": table[:, dp_i, cp_i, tp_i],
+            "dp": table[pp_i, :, cp_i, tp_i],
+            "cp": table[pp_i, dp_i, :, tp_i],
+            "tp": table[pp_i, dp_i, cp_i],
+            "dp_cp": table[pp_i, :, :, tp_i].flatten(),
+        }
+        for name, ranks in own.items():
+            assert mesh.groups[name] == (tuple(ranks.tolist()) if len(ranks) > 1 else None)
+        assert table[pp_i, dp_i, cp_i, tp_i] == rank
+        # Two names of the same ranks are one group.
+        made = {tuple(ranks.tolist()) for ranks in own.values() if len(ranks) > 1}
+        assert sorted(map(tuple, asked)) == sorted(made)
+        # All ranks make groups of the same sizes in the same order.
+        sizes_asked.add(tuple(len(ranks) for ranks in asked))
+    assert len(sizes_asked) == 1
 
 
 def test_one_process_needs_no_process_group():

@@ -94,6 +94,26 @@ def same_end(a, b) -> None:
 TWO = ["--standalone", "--nproc_per_node=2", "--max-restarts=3", "--monitor-interval=0.5"]
 
 
+# ---- many ranks ----------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [["--data_parallel=zero1"], ["--data_parallel=ddp", "--tp=2"]], ids=["zero1", "tp 2"]
+)
+def test_32_ranks_start_save_and_resume(tmp_path, layout):
+    tiny = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--vocab_size=256"]
+    tiny += ["--batch_size=32", "--micro_batch_size=1", "--eval_every=0", "--precision=fp64"]
+    tiny += ["--optim=adamw", "--schedule=constant"]
+    go(TEXT, tmp_path / "one", *tiny, "--steps=8")
+    many = ["--standalone", "--nproc_per_node=32"]
+    for steps in (4, 8):
+        run = begin(tmp_path / "many", *tiny, *layout, f"--steps={steps}", launch=many)
+        assert run.wait(300) == 0, said(tmp_path / "many")
+        assert last_step(tmp_path / "many") == steps
+    one, found = (rows(tmp_path / run, "loss") for run in ("one", "many"))
+    assert found.keys() == one.keys() == set(range(1, 9))
+    close(found, one, 1e-10)
+
+
 # ---- a rank dies ---------------------------------------------------------------------------------
 @needs_fork
 @pytest.mark.slow
@@ -258,32 +278,76 @@ def test_an_orphan_asks_itself_to_stop_and_where_other_machines_go_on_it_just_en
 
 
 # ---- a restart -----------------------------------------------------------------------------------
+class Dying:
+    """A store whose user dies when it has been asked `last` times."""
+
+    def __init__(self, store, last):
+        self.store = store
+        self.left = last
+
+    def __getattr__(self, name):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return getattr(self.store, name)
+
+
 def test_ranks_that_start_again_do_not_find_the_names_of_the_dead():
-    """torchrun keeps one store over its restarts; of the second start a rank died while it
-    began."""
+    """torchrun keeps one store over its restarts. Between two whole starts come some whose rank 0
+    dies after a few messages, while ranks 1 and 2 wait and rank 3 never comes."""
     store, names = dist.HashStore(), []
-    store.set_timeout(timedelta(seconds=5))
+    deaths = [(), (1,), (2,), (3,), (4,), (2, 3), (2, 2), (3, 1, 4)]
     with ThreadPoolExecutor(4) as pool:
-        for start in range(3):
-            if start == 2:
-                store.set("here/2", "one who is dead")
-            begun = []
-            for rank in (0, 3, 1, 2) if start % 2 else (1, 2, 3, 0):
-                begun.append(pool.submit(mesh.same_start, store, rank, 4))
-                time.sleep(0.02)
-            said = {one.result(5) for one in begun}
-            assert len(said) == 1
-            names += said
-    assert len({*names}) == 3
+        for lasts in deaths:
+            store.set_timeout(timedelta(seconds=0.01))
+            for last in lasts:
+                for rank in (1, 0, 2):
+                    with pytest.raises((dist.DistStoreError, KeyboardInterrupt)):
+                        mesh.same_start(Dying(store, last if rank == 0 else 9), rank, 4)
+            store.set_timeout(timedelta(seconds=5))
+            for order in (1, 2, 3, 0), (0, 3, 1, 2):
+                begun = []
+                for rank in order:
+                    begun.append(pool.submit(mesh.same_start, store, rank, 4))
+                    time.sleep(0.003)
+                said = {one.result(5) for one in begun}
+                assert len(said) == 1
+                names += said
+    assert len({*names}) == 2 * len(deaths)
 
 
-def test_a_start_to_which_a_rank_does_not_come_ends_in_time():
+class Counted:
+    """A store that counts what it is asked."""
+
+    def __init__(self, store):
+        self.store = store
+        self.asked = 0
+
+    def __getattr__(self, name):
+        self.asked += 1
+        return getattr(self.store, name)
+
+
+def test_rank_0_asks_the_store_no_more_for_many_ranks_than_for_few():
+    asked = {}
+    for world in (2, 40):
+        store = dist.HashStore()
+        counted = [Counted(store) for _ in range(world)]
+        with ThreadPoolExecutor(world) as pool:
+            said = set(pool.map(mesh.same_start, counted, range(world), [world] * world))
+        assert len(said) == 1
+        asked[world] = counted[0].asked, max(one.asked for one in counted)
+    assert asked[2] == asked[40] and asked[40][1] <= 5
+
+
+def test_a_start_to_which_a_rank_does_not_come_ends_in_time_and_names_it():
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=0.2))
-    for rank in (0, 1):
-        with pytest.raises(dist.DistStoreError) as raised:
-            mesh.same_start(store, rank, 3)
-        assert "another rank" in watchdog.explain(raised.value)
+    with ThreadPoolExecutor(2) as pool:
+        begun = [pool.submit(mesh.same_start, store, rank, 15) for rank in (0, 1)]
+        said = [watchdog.explain(one.exception(5)) for one in begun]
+    assert all("another rank" in sentence for sentence in said)
+    assert said[0].endswith("still missing: ranks 2 3 4 5 6 7 8 9 ... (13)")
 
 
 # ---- what a rank says ----------------------------------------------------------------------------

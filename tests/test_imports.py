@@ -195,6 +195,7 @@ def test_only_the_tools_that_run_it_import_train():
     # They look inside a run, in processes of their own.
     assert found - experiments == {
         "benchmarks.overhead",
+        "benchmarks.scale",
         "benchmarks.stages.common",
         "parity.ours",
     }

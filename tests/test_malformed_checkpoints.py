@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from format_1 import as_format_1, facts_of, seal
 from harness import run_ranks
 from test_train import go, trace
 
@@ -24,7 +25,8 @@ from checkpoint.load import CheckpointDamaged, load, newest, resolve
 from checkpoint.slices import Slice
 from parallel.shard import Shard
 
-FILES = ["index.json", "rank_0.safetensors", "rank_1.safetensors"]
+SHARDS = ["rank_0.safetensors", "rank_1.safetensors"]
+FILES = {1: ["index.json", *SHARDS], 2: ["index.json", "files.json", *SHARDS]}  # of each format
 
 
 def save_two(rank, world, out_dir):
@@ -45,10 +47,18 @@ def save_two(rank, world, out_dir):
         save.save(out_dir, step, tree)
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids=["format 1", "format 2"])
+def version(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def good(tmp_path_factory, version):
     folder = tmp_path_factory.mktemp("good")
     run_ranks(2, save_two, folder)
+    if version == 1:
+        for path in folder.iterdir():
+            as_format_1(path)
     return folder
 
 
@@ -121,11 +131,11 @@ def same(data: bytes, other: bytes) -> bool:
         return False
 
 
-def test_bytes_that_changed_are_found_and_the_one_before_is_taken(good, tmp_path):
+def test_bytes_that_changed_are_found_and_the_one_before_is_taken(good, version, tmp_path):
     rng = random.Random(1)
     for i in range(80):
         path = fresh(good, tmp_path)
-        file = path / rng.choice(FILES)
+        file = path / rng.choice(FILES[version])
         before = file.read_bytes()
         file.write_bytes(bytes_changed(before, rng))
         if not same(file.read_bytes(), before):
@@ -133,13 +143,23 @@ def test_bytes_that_changed_are_found_and_the_one_before_is_taken(good, tmp_path
 
 
 def reseal(path, body) -> None:
-    """index.json with this body and a checksum that fits."""
-    for file, facts in body["files"].items() if isinstance(body.get("files"), dict) else ():
+    """index.json with this body, and checksums of the files that fit."""
+    files = body.get("files")
+    if (path / "files.json").is_file():
+        listed = json.loads((path / "files.json").read_bytes())
+        correct(path, listed)
+        (path / "files.json").write_bytes(save.as_json(listed))
+        if isinstance(files, dict):
+            files |= facts_of(path / "files.json") if files.keys() == {"sha256", "bytes"} else {}
+    else:
+        correct(path, files)
+    seal(path, body)
+
+
+def correct(path, files) -> None:
+    for file, facts in files.items() if isinstance(files, dict) else ():
         if (path / str(file)).is_file() and isinstance(facts, dict):
-            data = (path / file).read_bytes()
-            facts |= {"sha256": save.sha256(data), "bytes": len(data)}
-    sealed = {"body": body, "sha256": save.sha256(save.as_json(body))}
-    (path / "index.json").write_bytes(save.as_json(sealed))
+            facts |= facts_of(path / file)
 
 
 def deep(n: int, kind=list):
@@ -248,7 +268,7 @@ def test_a_forged_header_of_a_file_is_refused_or_holds_the_very_same_tensors(goo
     want = bits(load(good / "step-00000002"))
     for i in range(60):
         path = fresh(good, tmp_path)
-        file = path / rng.choice(FILES[1:])
+        file = path / rng.choice(SHARDS)
         data = file.read_bytes()
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
@@ -297,8 +317,8 @@ INSTEAD = {
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes are made as POSIX has them")
 @pytest.mark.parametrize("what", INSTEAD)
-def test_something_else_in_place_of_a_file_is_named(good, tmp_path, what):
-    for name in FILES:
+def test_something_else_in_place_of_a_file_is_named(good, version, tmp_path, what):
+    for name in FILES[version]:
         path = fresh(good, tmp_path)
         INSTEAD[what](path / name)
         falls_back(path, good, (what, name))
@@ -341,10 +361,10 @@ def test_train_goes_on_from_the_one_before_or_says_what_is_wrong(tmp_path, text)
         shutil.copytree(tmp_path / "whole", run)
         path = run / "step-00000012"
         if i < 5:
-            file = path / rng.choice(FILES[:2])
+            file = path / rng.choice(["index.json", SHARDS[0]])
             file.write_bytes(bytes_changed(file.read_bytes(), rng))
         elif i < 7:
-            (path / FILES[i - 5]).unlink()
+            (path / ["index.json", SHARDS[0]][i - 5]).unlink()
         else:
             body = json.loads((path / "index.json").read_bytes())["body"]
             part = ["tensors", "files", "progress", "config", "rng"][i - 7]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from format_1 import as_bytes, as_format_1, facts_of, seal
 from test_train import ROOT, flags, go
 
 import sample
@@ -132,13 +133,14 @@ IMPORTS = {
     "benchmarks/optimizers.py": 2,
     "benchmarks/nanogpt.py": 1,
 }
-# A clone that the user names, whose train.py the bench runs; of what that saved, weights alone are
-# read.
-CLONES = {"benchmarks/nanogpt.py": "torch.load"}
+# Of a file, or of a message between ranks, weights alone are read: what a clone's train.py saved,
+# which the bench runs and the user names; what one rank's optimizer tells the others.
+WEIGHTS_ONLY = {
+    "benchmarks/nanogpt.py": "torch.load",
+    "parallel/sharded_optimizer.py": "torch.load",
+}
 # Between the ranks of one run, who run the same code anyway.
 BETWEEN_RANKS = {
-    "parallel/owners.py",
-    "parallel/sharded_optimizer.py",
     "precision/histogram.py",
     "benchmarks/network.py",
 }
@@ -167,7 +169,7 @@ def faults(tree: ast.Module, name: str) -> list[str]:
             continue
         called = ast.unparse(node.func)
         last = called.rpartition(".")[2]
-        if called == CLONES.get(name) and "weights_only=True" in ast.unparse(node):
+        if called == WEIGHTS_ONLY.get(name) and "weights_only=True" in ast.unparse(node):
             continue
         if (
             called in BANNED
@@ -328,22 +330,24 @@ def trained(tmp_path_factory):
     return out
 
 
-def signed(folder: Path, change) -> None:
+def signed(folder: Path, change=lambda body: None, files=None) -> None:
     """A stranger can write a checkpoint whose checksums are right."""
     body = json.loads((folder / "index.json").read_bytes())["body"]
+    files = files or {"rank_0.safetensors": facts_of(folder / "rank_0.safetensors")}
+    if body["format"] == 1:
+        body["files"] = files
+    else:
+        (folder / "files.json").write_bytes(as_bytes(files))
+        body["files"] = facts_of(folder / "files.json")
     change(body)
-
-    def raw(value):
-        return json.dumps(value, separators=(",", ":")).encode()
-
-    index = {"body": body, "sha256": hashlib.sha256(raw(body)).hexdigest()}
-    (folder / "index.json").write_bytes(raw(index))
+    seal(folder, body)
 
 
 @pytest.mark.parametrize(
     "file",
     [
         "index.json",
+        "files.json",
         "rank_0.safetensors",
         "metrics.jsonl",
         "config.toml",
@@ -362,9 +366,8 @@ def test_a_file_of_a_run_may_hold_anything_and_nothing_runs(
         if (folder / file).exists() or file.endswith(("pkl", "py")):
             (folder / file).write_bytes(raw)
     for folder in out.glob("step-*"):
-        facts = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         if file.startswith("rank_0"):
-            signed(folder, lambda body: body["files"]["rank_0.safetensors"].update(facts))
+            signed(folder)
     monkeypatch.chdir(out)
     with nothing_runs():
         for what in (
@@ -394,19 +397,22 @@ def test_a_file_of_a_run_may_hold_anything_and_nothing_runs(
         "rank_0.pt",
     ],
 )
-def test_an_index_cannot_lead_out_of_its_folder(trained, tmp_path, file):
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_index_cannot_lead_out_of_its_folder(trained, tmp_path, file, version):
     out = shutil.copytree(trained, tmp_path / "run" / "out")
     folder = max(out.glob("step-*"))
     secret = tmp_path / "run" / "secret.safetensors"
     shutil.copy(folder / "rank_0.safetensors", secret)
 
+    if version == 1:
+        as_format_1(folder)
+
     def change(body):
-        body["files"] = {file: body["files"].pop("rank_0.safetensors")}
         for entry in body["tensors"].values():
-            for s in entry["slices"]:
+            for s in entry.get("slices", ()):
                 s["file"] = file
 
-    signed(folder, change)
+    signed(folder, change, {file: facts_of(folder / "rank_0.safetensors")})
     with nothing_runs(), pytest.raises(checkpoint.CheckpointDamaged):
         checkpoint.load(folder)
 

@@ -1,16 +1,20 @@
 """parallel/shard.py, beside full tensors of which every element holds its own number."""
 
 import itertools
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from parallel.shard import Shard, local, shard_of, shard_of_shard, sharded
+from parallel.owners import holders_of, shard_held
+from parallel.shard import Shard, local, shard_at, shard_of, shard_of_shard, sharded
 
 
 def numbered(shape):
@@ -100,24 +104,42 @@ PLACEMENTS = {
 FSDP_OVER_TP = (8, 6, 5, 3)  # rows
 
 
+def strided():
+    """Rows -> a weight whose rows each tp rank has cut over two ranks again (_StridedShard)."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    weights = {}
+    for rows in FSDP_OVER_TP:
+        by_rows = distribute_tensor(numbered((rows, 3)).double(), mesh["tp"], [Split(0)])
+        model = torch.nn.Linear(3, rows, bias=False, dtype=torch.float64)
+        model.weight = torch.nn.Parameter(by_rows)
+        fully_shard(model, mesh=mesh["dp"])
+        weights[rows] = model.weight
+    return weights
+
+
 def dtensors(rank, world):
     found = {}
     for name, (grid, placements, shape) in PLACEMENTS.items():
         mesh = init_device_mesh("cpu", grid)
         p = distribute_tensor(numbered(shape), mesh, placements)
         found[name] = shard_of(p), local(p)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    for rows in FSDP_OVER_TP:
-        by_rows = distribute_tensor(numbered((rows, 3)).double(), mesh["tp"], [Split(0)])
-        model = torch.nn.Linear(3, rows, bias=False, dtype=torch.float64)
-        model.weight = torch.nn.Parameter(by_rows)
-        fully_shard(model, mesh=mesh["dp"])  # each tp rank's rows over two ranks again
-        found[rows] = shard_of(model.weight), local(model.weight).detach().long()
+    for rows, weight in strided().items():
+        found[rows] = shard_of(weight), local(weight).detach().long()
     return found
 
 
-def test_the_shard_of_a_dtensor_is_where_torch_put_its_numbers():
-    ranks = run_ranks(4, dtensors)
+def both(rank, world):
+    return dtensors(rank, world), told_and_computed(rank, world)
+
+
+@pytest.fixture(scope="module")
+def of_ranks():
+    """What four ranks found; started once for the tests of this file."""
+    return run_ranks(4, both)
+
+
+def test_the_shard_of_a_dtensor_is_where_torch_put_its_numbers(of_ranks):
+    ranks = [found for found, _ in of_ranks]
     shapes = {name: shape for name, (_, _, shape) in PLACEMENTS.items()}
     shapes |= {rows: (rows, 3) for rows in FSDP_OVER_TP}
     for name, shape in shapes.items():
@@ -128,3 +150,76 @@ def test_the_shard_of_a_dtensor_is_where_torch_put_its_numbers():
             assert torch.equal(here, by_hand(shape, shard.offsets, here.shape)), name
             seen.flatten()[here.flatten()] += 1
         assert (seen == (2 if name == "hybrid" else 1)).all(), name  # nothing is missing
+
+
+# ---- the shards of other ranks -------------------------------------------------------------------
+# Mesh of ranks, placements, full shape; beside those of PLACEMENTS.
+MORE = {
+    "permuted": ([3, 1, 0, 2], [Split(0)], (5, 3)),
+    "copies of columns": ([[0, 2], [1, 3]], [Split(1), Replicate()], (2, 7)),
+    "one number": ([0, 1, 2, 3], [Split(0)], (1,)),
+}
+
+
+def told_and_computed(rank, world):
+    """What the ranks tell each other of their shards, and what each computes of all."""
+    pairs, tp_group = [], None
+    for ranks in ([0, 1], [2, 3]):
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            tp_group = group
+    cases = [(torch.arange(4).view(grid), *rest) for grid, *rest in PLACEMENTS.values()]
+    cases += [(torch.tensor(ranks), *rest) for ranks, *rest in MORE.values()]
+    weights = []
+    for ranks, placements, shape in cases:
+        mesh = DeviceMesh("cpu", ranks)
+        weights.append((distribute_tensor(numbered(shape), mesh, placements), None))
+    weights += [(p, None) for p in strided().values()]
+    # Rows of each tp rank, over two data-parallel ranks again; 7 rows of 14 are 4 and 3.
+    dp_mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))["dp"]
+    for full, dim in ((14, 3), 0), ((3, 6), 1), ((2, 2), 0):
+        shape = list(full)
+        shape[dim] //= 2
+        offsets = [0, 0]
+        offsets[dim] = rank % 2 * shape[dim]
+        tp_shard = Shard(full, tuple(offsets))
+        weights.append((torch.zeros(shape), tp_shard))
+        weights.append((distribute_tensor(torch.zeros(shape), dp_mesh, [Split(0)]), tp_shard))
+    for p, tp_shard in weights:
+        group_of_p = None if tp_shard is None else tp_group
+        shard = shard_of(p) if tp_shard is None else shard_of_shard(tp_shard, shard_of(p))
+        told = [None] * world
+        dist.all_gather_object(told, (shard, tuple(local(p).shape)))
+        holders = holders_of(p, group_of_p)
+        assert list(holders) == sorted(holders)
+        computed = [shard_held(p, tp_shard, group_of_p, *holder) for holder in holders.values()]
+        pairs.append(([told[other] for other in holders], computed))
+        if hasattr(p, "placements"):
+            by_torch = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            here = shard_at(p, p.device_mesh.get_coordinate())
+            assert by_torch == (here[1], here[0].offsets)
+    return pairs
+
+
+def test_a_rank_computes_where_the_shards_of_all_others_lie(of_ranks):
+    sizes = set()
+    for _, pairs in of_ranks:
+        for told, computed in pairs:
+            assert told == computed
+            full = told[0][0].global_shape
+            # Together they are the tensor once.
+            assert sum(math.prod(shape) for _, shape in computed) == math.prod(full)
+            sizes.add(len(computed))
+    assert sizes == {2, 4}
+
+
+def test_tp_shards_that_are_no_equal_parts_are_refused():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_world_size", lambda _: 2)
+        patch.setattr(dist, "get_rank", lambda _: 1)
+        p = torch.zeros(2, 3)
+        right = Shard((4, 3), (2, 0))
+        assert shard_held(p, right, None, None, 0) == (Shard((4, 3), (0, 0)), (2, 3))
+        for wrong in Shard((5, 3), (3, 0)), Shard((4, 3), (0, 0)), Shard((4, 6), (2, 3)):
+            with pytest.raises(ValueError, match="none of 2 equal parts"):
+                shard_held(p, wrong, None, None, 0)

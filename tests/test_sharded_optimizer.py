@@ -327,3 +327,41 @@ def test_plain_tensors_need_no_process_group():
     params[0].sum().backward()
     optimizer.step()
     torch.testing.assert_close(params[0].detach(), tensors(0)[0] - 0.1)
+
+
+# ---- what the ranks tell each other --------------------------------------------------------------
+class Rich(SGD):
+    """SGD whose state is more than tensors and numbers."""
+
+    extra = ([torch.arange(3.0)], (1, None, "text"), float("inf"))
+    elementwise = True
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["extra"] = self.extra
+
+
+class Stranger:
+    pass
+
+
+def rich_state(rank, world, elementwise):
+    mesh = init_device_mesh("cpu", (world,))
+    params = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in tensors(0)]
+    optimizer = make_optimizer(Rich, params, elementwise=elementwise, lr=0.1)
+    optimizer.step()
+    found = [state["extra"] for state in optimizer.state_dict()["state"].values()]
+    Rich.extra = Stranger()
+    optimizer.step()
+    with pytest.raises(TypeError, match="plain containers"):
+        optimizer.state_dict()
+    return found
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_lists_of_a_state_reach_all_ranks_and_what_could_run_code_none(elementwise):
+    for found in run_ranks(2, rich_state, elementwise):
+        assert len(found) == len(SHAPES)
+        for [x], *others in found:
+            assert torch.equal(x, torch.arange(3.0)) and tuple(others) == Rich.extra[1:]

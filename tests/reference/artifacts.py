@@ -5,6 +5,9 @@ the project. Numbers are kept as Python writes them, with all their digits, and 
 bytes. What cannot be the same twice is replaced by a word in angle brackets: times, speeds, memory,
 process numbers, commits, folders, and the names of Python files, which may move.
 
+A checkpoint of format 2 is read as the format 1 that the base writes: a list of all slices, without
+the checksums of the files, and a name for each rank's generator.
+
 Two orders are not fixed and are made so. "save" events, which a thread reports when it is done,
 come last. Of the train rows on a screen, where one more is shown whenever two seconds have passed,
 the first three and the last of each command are kept.
@@ -100,6 +103,7 @@ def facts(folder: Path, places: dict[str, str], reworded: dict[str, str]) -> dic
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     names = [name for name, path in sorted(paths.items()) if path.is_file()]
     names = [name for name in names if name.split("/")[0] not in INPUTS]
+    names = [name for name in names if not name.endswith("/files.json")]  # of format 2 alone
     found = {}
     for name in sorted(names, key=rank):
         if UNREAD.fullmatch(name):
@@ -124,13 +128,13 @@ def replaced(text: str, words: dict[str, str]) -> str:
 def contents(path: Path, places: dict[str, str]) -> Iterator[tuple[str, object]]:
     """(where, what) of one file, in order."""
     if path.suffix == ".safetensors":
-        yield from tensors(path.read_bytes())
+        yield from tensors(path.read_bytes(), path.stem.removeprefix("rank_"))
         return
     text = replaced(path.read_text(encoding="utf-8", errors="backslashreplace"), places)
     if path.suffix == ".jsonl":
         yield from rows(text)
     elif path.name == "index.json":
-        yield from index(json.loads(text)["body"])
+        yield from index(in_format_1(json.loads(text)["body"]))
     elif path.suffix == ".toml":
         yield from numbered(recipe(text))
     else:
@@ -187,8 +191,7 @@ def rows(text: str) -> Iterator[tuple[str, object]]:
 
 
 def index(body: dict) -> Iterator[tuple[str, object]]:
-    """The body of a checkpoint's index.json: every leaf by its path. The checksums of the files are
-    leaves too: they know the order of the tensors."""
+    """The body of a checkpoint's index.json: every leaf by its path."""
     for part in (body["tree"], body["tree"].get("config", {})):
         for name in ADDED & part.keys():
             del part[name]
@@ -200,6 +203,42 @@ def index(body: dict) -> Iterator[tuple[str, object]]:
         if record.get(note) not in (None, "unknown"):
             record[note] = f"<{note}>"
     yield from leaves("", body)
+
+
+def in_format_1(body: dict) -> dict:
+    """The body of an index of either format, as the base has it."""
+    found = {}
+    for name, entry in body.get("tensors", {}).items():
+        slices = entry.get("slices", [])
+        if "sharding" in entry:
+            slices = slices_of(name, body["shardings"][entry["sharding"]])
+        if name == "rng":
+            body["tree"]["rng"] = {}
+            for slice_ in slices:
+                rank, size = str(slice_["offsets"][0]), slice_["shape"][1]
+                body["tree"]["rng"][rank] = {"$": "tensor"}
+                own = slice_ | {"key": f"rng/{rank}", "offsets": [0], "shape": [size]}
+                found[f"rng/{rank}"] = {"shape": [size], "dtype": "U8", "slices": [own]}
+        else:
+            found[name] = {"shape": entry["shape"], "dtype": entry["dtype"], "slices": slices}
+    return {"step": body["step"], "tensors": dict(sorted(found.items())), "tree": body["tree"]}
+
+
+def slices_of(name: str, sharding: list[dict]) -> list[dict]:
+    """All slices that the rules of a sharding stand for, see checkpoint/shardings.py."""
+    found = []
+    for grid in sharding:
+        places = [(grid["rank"], grid["offsets"])]
+        for times, ranks, move in grid["repeat"]:
+            places = [
+                (rank + i * ranks, [o + i * m for o, m in zip(offsets, move)])
+                for i in range(times)
+                for rank, offsets in places
+            ]
+        for rank, offsets in places:
+            file = f"rank_{rank}.safetensors"
+            found.append({"file": file, "key": name, "offsets": offsets, "shape": grid["shape"]})
+    return found
 
 
 def leaves(path: str, node) -> Iterator[tuple[str, object]]:
@@ -215,15 +254,17 @@ def leaves(path: str, node) -> Iterator[tuple[str, object]]:
         yield path, repr(node)
 
 
-def tensors(raw: bytes) -> Iterator[tuple[str, object]]:
+def tensors(raw: bytes, rank: str) -> Iterator[tuple[str, object]]:
     """A safetensors file: 8 bytes with the length of its header, the header in JSON, the data."""
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
+    header = {f"rng/{rank}" if name == "rng" else name: entry for name, entry in header.items()}
     yield "tensors", list(header)
     for name, entry in header.items():
         begin, end = (start + offset for offset in entry["data_offsets"])
-        yield name, Tensor(entry["dtype"], tuple(entry["shape"]), raw[begin:end])
+        shape = entry["shape"][-1:] if name == f"rng/{rank}" else entry["shape"]
+        yield name, Tensor(entry["dtype"], tuple(shape), raw[begin:end])
 
 
 def trace(folder: Path) -> dict[str, list[list]]:
