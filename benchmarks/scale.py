@@ -10,8 +10,8 @@ one thread. Two layouts: `dp`, zero3 over all ranks, and `grid`, tp 8 x pp 8 x d
     groups     process groups that the rank is in, that of all ranks too / calls of new_group
     members    in all its groups together
     store      messages of the rank to the store before step 1: start, and gloo's connections, which
-               are 2n + 1 for a group of n (tests/test_scale.py counts them); NCCL's are a few a
-               group
+               are 2n + 1 for a group of n, in that of saving 2 for each rank connected to
+               (tests/test_scale.py counts them); NCCL's are a few a group
     mesh ms    make_mesh
     set-up s   from train.main's beginning to step 1: mesh, data, model, layout, optimizer
     step ms    of the host, the median of 5 steps
@@ -61,17 +61,20 @@ def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
     starts = []  # of steps, in seconds of the CPU
     new_group, make_mesh, batch_at = dist.new_group, train.make_mesh, schedules.batch_at
 
-    def joined(n: int) -> None:
+    def joined(n: int, messages: int) -> None:
         figures["groups"] += 1
         figures["members"] += n
-        figures["store"] += 2 * n + 1
+        figures["store"] += messages
 
     def counted_group(ranks=None, **arguments):
         figures["calls"] += 1
         # Members that are played connect to nobody, with whatever they would have used.
         group = new_group(ranks, **arguments | {"backend": "fake"})
         if group is not None and group != dist.GroupMember.NON_GROUP_MEMBER:
-            joined(world if ranks is None else len(ranks))
+            if ranks is None:  # that of saving: checkpoint/exchange.py, star
+                joined(world, 1 + 2 * n_connections(rank, world))
+            else:
+                joined(len(ranks), 2 * len(ranks) + 1)
         return group
 
     def timed_mesh(*arguments):
@@ -92,7 +95,7 @@ def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
         tracemalloc.start()
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        joined(world)
+        joined(world, 2 * world + 1)
         store = PlayedStore()
         launch.same_start(store, rank, world)
         figures["store"] += store.asked
@@ -115,6 +118,22 @@ def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
         train.main(cfg)
     steps = [b - a for a, b in zip(starts, starts[1:])]
     return figures | {"set-up s": starts[0] - began, "step ms": 1000 * median(steps)}
+
+
+def n_connections(rank: int, world: int) -> int:
+    """To how many ranks this one is connected in the group of saving.
+
+    All are connected to rank 0. Its broadcast travels along a tree: rank 5 = 101 hears it from 001,
+    its own number without the highest bit, and tells 1101, 10101, ..., its own with a higher one.
+    """
+    if rank == 0:
+        return world - 1
+    bit = 1 << (rank.bit_length() - 1)  # the highest one
+    others = {0, rank - bit}
+    while rank + 2 * bit < world:
+        bit *= 2
+        others.add(rank + bit)
+    return len(others)
 
 
 class PlayedStore:
