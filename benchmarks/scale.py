@@ -17,7 +17,17 @@ one thread. Two layouts: `dp`, zero3 over all ranks, and `grid`, tp 8 x pp 8 x d
     step ms    of the host, the median of 5 steps
     heap MB    what Python holds at step 1 (tracemalloc), in a run of its own
 
-Seconds are of the CPU, the smallest of `turns` runs. Saving is not in it.
+Then what a checkpoint costs, for a GPT-2 124M whose weights and AdamW state all ranks share by
+rows; only its index is written (benchmarks/scale_save.py has more figures, and divides columns):
+
+    index kB   index.json, which each rank of a resumed run reads
+    files kB   files.json with the checksums, which rank 0 alone reads
+    plan s     of rank 0, once a run: hears all descriptions, makes the plan
+    own ms     of a rank in the middle, once a run: its description, and its share of the plan
+    save s     of rank 0, at each save: both files
+    read ms    of a rank in the middle of the resumed run: opens index.json, finds its slices
+
+Seconds are of the CPU, the smallest of `turns` runs.
 """
 
 import contextlib
@@ -31,7 +41,7 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
-from benchmarks import runs
+from benchmarks import runs, scale_save
 
 WORLDS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 LAYOUTS = {
@@ -41,6 +51,7 @@ LAYOUTS = {
 MODEL_PARALLEL = {"dp": 1, "grid": 64}
 STEPS = 6
 COLUMNS = ("groups", "members", "store", "mesh ms", "set-up s", "step ms", "heap MB")
+SAVE_COLUMNS = ("index kB", "files kB", "plan s", "own ms", "save s", "read ms")
 
 
 def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
@@ -200,8 +211,32 @@ def measure(layout: str, world: int, rank: int, folder: str, turns: int) -> dict
 def row(world: int, rank: int, figures: dict) -> str:
     cells = [f"{world:,}", f"{rank:,}", f"{figures['groups']} / {figures['calls']}"]
     cells += [f"{figures[name]:,}" for name in ("members", "store")]
-    cells += [f"{figures[name]:.3g}" for name in COLUMNS[3:]]
+    cells += [short(figures[name]) for name in COLUMNS[3:]]
     return f"| {' | '.join(cells)} |"
+
+
+def short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def measure_save(world: int, folder: str, turns: int) -> dict:
+    """The figures of a checkpoint by SAVE_COLUMNS, the smallest of each."""
+    path = Path(folder) / "step-00000001"
+    found = []
+    for _ in range(turns):
+        saved = scale_save.save(world, folder=path)
+        read = scale_save.resume(path, world)
+        found.append(
+            {
+                "index kB": saved["index_bytes"] / 1e3,
+                "files kB": saved["files_bytes"] / 1e3,
+                "plan s": saved["merge_s"],
+                "own ms": 1000 * (saved["describe_s"] + saved["share_s"]),
+                "save s": saved["publish_s"],
+                "read ms": 1000 * (read["open_s"] + read["find_s"]),
+            }
+        )
+    return {name: min(one[name] for one in found) for name in SAVE_COLUMNS}
 
 
 def main(argv: list[str]) -> int:
@@ -229,4 +264,10 @@ def main(argv: list[str]) -> int:
                     continue
                 for rank in sorted({0, world // 2, world - 1}):
                     print(row(world, rank, measure(layout, world, rank, folder, turns)), flush=True)
+        print(f"\na checkpoint\n\n| ranks | {' | '.join(SAVE_COLUMNS)} |")
+        print("|---" * (1 + len(SAVE_COLUMNS)) + "|")
+        for world in worlds:
+            figures = measure_save(world, folder, turns)
+            cells = [short(figures[name]) for name in SAVE_COLUMNS]
+            print(f"| {world:,} | {' | '.join(cells)} |", flush=True)
     return 0

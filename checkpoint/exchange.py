@@ -36,19 +36,18 @@ def star(timeout: timedelta) -> dist.ProcessGroup:
     All ranks call. gloo connects each rank to every other one: n sockets a rank, and 2n + 1
     messages to the store. Told to be lazy it connects two ranks when they first have a message:
     gather() takes each rank one connection, to rank 0, and broadcast() at most log2(n) more, 2
-    messages to the store each. Only Linux's transport can be lazy.
+    messages to the store each. Only Linux's TCP can be lazy.
     """
-    lazy = "TORCH_GLOO_LAZY_INIT"  # read when a group is made
-    given = os.environ.get(lazy)
-    if sys.platform == "linux" and "GLOO_DEVICE_TRANSPORT" not in os.environ:
+    lazy = "TORCH_GLOO_LAZY_INIT"  # read when a group is made; what a user sets stays
+    set_by_user = {lazy, "GLOO_DEVICE_TRANSPORT"} & os.environ.keys()
+    is_lazy = sys.platform == "linux" and not set_by_user
+    if is_lazy:
         os.environ[lazy] = "1"
     try:
         group = dist.new_group(backend="gloo", timeout=timeout)
     finally:
-        if given is None:
-            os.environ.pop(lazy, None)
-        else:
-            os.environ[lazy] = given
+        if is_lazy:
+            del os.environ[lazy]
     # Connect now, while all are there. A connected rank that dies is noticed at once; who waits for
     # a first connection with a dead one waits until the timeout.
     token = torch.zeros(1)

@@ -1,6 +1,7 @@
 """What many ranks cost: messages to the store counted on real ranks, and ranks that are played."""
 
 import collections
+import os
 import secrets
 import sys
 from datetime import timedelta
@@ -85,6 +86,34 @@ def test_saving_asks_the_store_twice_for_each_rank_that_it_talks_to_before_the_f
     assert max(scale.n_connections(rank, 16384) for rank in range(1, 16384)) == 14
 
 
+@pytest.mark.parametrize(
+    "platform, given, found",
+    [
+        ("linux", {}, "1"),
+        ("darwin", {}, None),
+        ("linux", {"TORCH_GLOO_LAZY_INIT": "0"}, "0"),
+        ("linux", {"GLOO_DEVICE_TRANSPORT": "TCP_TLS"}, None),
+    ],
+)
+def test_only_the_group_of_saving_is_lazy_and_only_where_gloo_can_be(
+    monkeypatch, platform, given, found
+):
+    seen = []
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in ("TORCH_GLOO_LAZY_INIT", "GLOO_DEVICE_TRANSPORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "gather", lambda *arguments, **more: None)
+    monkeypatch.setattr(dist, "broadcast", lambda *arguments, **more: None)
+    monkeypatch.setattr(
+        dist, "new_group", lambda **more: seen.append(os.environ.get("TORCH_GLOO_LAZY_INIT"))
+    )
+    exchange.star(timedelta(seconds=20))
+    assert seen == [found]
+    assert os.environ.get("TORCH_GLOO_LAZY_INIT") == given.get("TORCH_GLOO_LAZY_INIT")
+
+
 def test_a_group_of_all_ranks_is_not_made_twice(monkeypatch):
     """As `dp` where nothing else divides the run, and as `ends` of a pipeline of two stages."""
     monkeypatch.setattr(dist, "new_group", None)
@@ -112,3 +141,10 @@ def test_a_played_run_costs_a_rank_no_more_on_many_ranks(tmp_path):
     # dp has 2 ranks or 256; the group of all ranks, and that of saving, are the world.
     assert (few["members"], many["members"]) == (128 * 2 + 8 + 8 + 2, 16384 * 2 + 8 + 8 + 256)
     assert many["set-up s"] < 3 * few["set-up s"] + 0.2
+
+
+def test_the_index_of_a_checkpoint_is_as_long_for_32_ranks_as_for_4(tmp_path):
+    few, many = (scale.measure_save(world, str(tmp_path), turns=1) for world in (4, 32))
+    assert set(few) == set(scale.SAVE_COLUMNS)
+    assert many["index kB"] < 1.01 * few["index kB"]
+    assert many["files kB"] > 7 * few["files kB"]
