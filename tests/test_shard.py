@@ -101,6 +101,8 @@ def test_a_source_that_can_give_shards_is_asked_for_no_full_tensor():
 
         def shard(self, name, where, shape):
             asked.append(tuple(shape))
+            # As a checkpoint does, it refuses what reaches beyond the tensor.
+            assert all(o + n <= size for size, o, n in zip(*where, shape, strict=True))
             return Shard(*where).narrow(numbered(where[0]), shape)
 
     weights = sharded(Source(), {"w": Shard((4, 6), (0, 3))})
