@@ -10,14 +10,24 @@ one thread. Two layouts: `dp`, zero3 over all ranks, and `grid`, tp 8 x pp 8 x d
     groups     process groups that the rank is in, that of all ranks too / calls of new_group
     members    in all its groups together
     store      messages of the rank to the store before step 1: start, and gloo's connections, which
-               are 2n + 1 for a group of n (tests/test_scale.py counts them); NCCL's are a few a
-               group
+               are 2n + 1 for a group of n, in that of saving 2 for each rank connected to
+               (tests/test_scale.py counts them); NCCL's are a few a group
     mesh ms    make_mesh
     set-up s   from train.main's beginning to step 1: mesh, data, model, layout, optimizer
     step ms    of the host, the median of 5 steps
     heap MB    what Python holds at step 1 (tracemalloc), in a run of its own
 
-Seconds are of the CPU, the smallest of `turns` runs. Saving is not in it.
+Then what a checkpoint costs, for a GPT-2 124M whose weights and AdamW state all ranks share by
+rows; only its index is written (benchmarks/scale_save.py has more figures, and divides columns):
+
+    index kB   index.json, which each rank of a resumed run reads
+    files kB   files.json with the checksums, which rank 0 alone reads
+    plan s     of rank 0, once a run: hears all descriptions, makes the plan
+    own ms     of a rank in the middle, once a run: its description, and its share of the plan
+    save s     of rank 0, at each save: both files
+    read ms    of a rank in the middle of the resumed run: opens index.json, finds its slices
+
+Seconds are of the CPU, the smallest of `turns` runs.
 """
 
 import contextlib
@@ -31,7 +41,7 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
-from benchmarks import runs
+from benchmarks import runs, scale_save
 
 WORLDS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 LAYOUTS = {
@@ -41,6 +51,7 @@ LAYOUTS = {
 MODEL_PARALLEL = {"dp": 1, "grid": 64}
 STEPS = 6
 COLUMNS = ("groups", "members", "store", "mesh ms", "set-up s", "step ms", "heap MB")
+SAVE_COLUMNS = ("index kB", "files kB", "plan s", "own ms", "save s", "read ms")
 
 
 def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
@@ -61,17 +72,20 @@ def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
     starts = []  # of steps, in seconds of the CPU
     new_group, make_mesh, batch_at = dist.new_group, train.make_mesh, schedules.batch_at
 
-    def joined(n: int) -> None:
+    def joined(n: int, messages: int) -> None:
         figures["groups"] += 1
         figures["members"] += n
-        figures["store"] += 2 * n + 1
+        figures["store"] += messages
 
     def counted_group(ranks=None, **arguments):
         figures["calls"] += 1
         # Members that are played connect to nobody, with whatever they would have used.
         group = new_group(ranks, **arguments | {"backend": "fake"})
         if group is not None and group != dist.GroupMember.NON_GROUP_MEMBER:
-            joined(world if ranks is None else len(ranks))
+            if ranks is None:  # that of saving: checkpoint/exchange.py, star
+                joined(world, 1 + 2 * n_connections(rank, world))
+            else:
+                joined(len(ranks), 2 * len(ranks) + 1)
         return group
 
     def timed_mesh(*arguments):
@@ -92,7 +106,7 @@ def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
         tracemalloc.start()
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        joined(world)
+        joined(world, 2 * world + 1)
         store = PlayedStore()
         launch.same_start(store, rank, world)
         figures["store"] += store.asked
@@ -115,6 +129,22 @@ def play(layout: str, world: int, rank: int, folder: str, trace: bool) -> dict:
         train.main(cfg)
     steps = [b - a for a, b in zip(starts, starts[1:])]
     return figures | {"set-up s": starts[0] - began, "step ms": 1000 * median(steps)}
+
+
+def n_connections(rank: int, world: int) -> int:
+    """To how many ranks this one is connected in the group of saving.
+
+    All are connected to rank 0. Its broadcast travels along a tree: rank 5 = 101 hears it from 001,
+    its own number without the highest bit, and tells 1101, 10101, ..., its own with a higher one.
+    """
+    if rank == 0:
+        return world - 1
+    bit = 1 << (rank.bit_length() - 1)  # the highest one
+    others = {0, rank - bit}
+    while rank + 2 * bit < world:
+        bit *= 2
+        others.add(rank + bit)
+    return len(others)
 
 
 class PlayedStore:
@@ -181,8 +211,32 @@ def measure(layout: str, world: int, rank: int, folder: str, turns: int) -> dict
 def row(world: int, rank: int, figures: dict) -> str:
     cells = [f"{world:,}", f"{rank:,}", f"{figures['groups']} / {figures['calls']}"]
     cells += [f"{figures[name]:,}" for name in ("members", "store")]
-    cells += [f"{figures[name]:.3g}" for name in COLUMNS[3:]]
+    cells += [short(figures[name]) for name in COLUMNS[3:]]
     return f"| {' | '.join(cells)} |"
+
+
+def short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def measure_save(world: int, folder: str, turns: int) -> dict:
+    """The figures of a checkpoint by SAVE_COLUMNS, the smallest of each."""
+    path = Path(folder) / "step-00000001"
+    found = []
+    for _ in range(turns):
+        saved = scale_save.save(world, folder=path)
+        read = scale_save.resume(path, world)
+        found.append(
+            {
+                "index kB": saved["index_bytes"] / 1e3,
+                "files kB": saved["files_bytes"] / 1e3,
+                "plan s": saved["merge_s"],
+                "own ms": 1000 * (saved["describe_s"] + saved["share_s"]),
+                "save s": saved["publish_s"],
+                "read ms": 1000 * (read["open_s"] + read["find_s"]),
+            }
+        )
+    return {name: min(one[name] for one in found) for name in SAVE_COLUMNS}
 
 
 def main(argv: list[str]) -> int:
@@ -210,4 +264,10 @@ def main(argv: list[str]) -> int:
                     continue
                 for rank in sorted({0, world // 2, world - 1}):
                     print(row(world, rank, measure(layout, world, rank, folder, turns)), flush=True)
+        print(f"\na checkpoint\n\n| ranks | {' | '.join(SAVE_COLUMNS)} |")
+        print("|---" * (1 + len(SAVE_COLUMNS)) + "|")
+        for world in worlds:
+            figures = measure_save(world, folder, turns)
+            cells = [short(figures[name]) for name in SAVE_COLUMNS]
+            print(f"| {world:,} | {' | '.join(cells)} |", flush=True)
     return 0

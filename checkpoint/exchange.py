@@ -2,6 +2,7 @@
 
     gather(message)       rank 0 gets a list of all ranks' messages, by rank; every other rank None
     broadcast(message)    every rank gets the message of rank 0
+    star(timeout)         a process group for both, apart from training's
 
 A rank sends a message of its own and hears one, however many ranks there are; rank 0 alone has as
 many as there are ranks. Messages are bytes and travel compressed. Most are short: what does not fit
@@ -9,7 +10,10 @@ into the first kilobyte follows alone, to rank 0 one rank after another. So rank
 messages to the length of the longest.
 """
 
+import os
+import sys
 import zlib
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,6 +28,33 @@ def world_of(group) -> int:
 
 def rank_in(group) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def star(timeout: timedelta) -> dist.ProcessGroup:
+    """A gloo group of all ranks in which rank 0 is connected to all, and others to few.
+
+    All ranks call. gloo connects each rank to every other one: n sockets a rank, and 2n + 1
+    messages to the store. Told to be lazy it connects two ranks when they first have a message:
+    gather() takes each rank one connection, to rank 0, and broadcast() at most log2(n) more, 2
+    messages to the store each. Only Linux's TCP can be lazy.
+    """
+    lazy = "TORCH_GLOO_LAZY_INIT"  # read when a group is made; what a user sets stays
+    set_by_user = {lazy, "GLOO_DEVICE_TRANSPORT"} & os.environ.keys()
+    is_lazy = sys.platform == "linux" and not set_by_user
+    if is_lazy:
+        os.environ[lazy] = "1"
+    try:
+        group = dist.new_group(backend="gloo", timeout=timeout)
+    finally:
+        if is_lazy:
+            del os.environ[lazy]
+    # Connect now, while all are there. A connected rank that dies is noticed at once; who waits for
+    # a first connection with a dead one waits until the timeout.
+    token = torch.zeros(1)
+    tokens = [torch.zeros(1) for _ in range(world_of(group))] if rank_in(group) == 0 else None
+    dist.gather(token, tokens, group=group, group_dst=0)
+    dist.broadcast(token, group=group, group_src=0)
+    return group
 
 
 def gather(message: bytes, group) -> list[bytes] | None:

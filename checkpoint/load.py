@@ -151,20 +151,9 @@ class Checkpoint:
     def has(self, part: str) -> bool:
         return part in self._tree
 
-    def weights(self, part: str):
-        """A function (a parameter's name, its shape) -> its full tensor, from the branch `part`.
-
-        The function raises ValueError where the parameter is missing or has another shape.
-        """
-
-        def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            saved = self._tensors.get(f"{part}/{name}")
-            if saved is None or tuple(saved["shape"]) != tuple(shape):
-                found = tuple(saved["shape"]) if saved else "missing"
-                raise ValueError(f"{self.path} does not fit: {name} is {found}, not {tuple(shape)}")
-            return self.tensor(f"{part}/{name}")
-
-        return read
+    def weights(self, part: str) -> "Weights":
+        """The weights in the branch `part`, as a source for a layout's init_weights."""
+        return Weights(self, part)
 
     def load_weights(self, model: torch.nn.Module, part: str = "model") -> None:
         """Fills every parameter of `model` from "<part>/<its name>"; raises as `weights` does."""
@@ -266,6 +255,32 @@ class Checkpoint:
         if stored.get_shape() != shape or stored.get_dtype() != self._tensors[name]["dtype"]:
             raise CheckpointDamaged(f"{path} holds another {name} than index.json says")
         return stored
+
+
+class Weights:
+    """A function (a parameter's name, its full shape) -> its full tensor, from a checkpoint.
+
+    `shard` reads a shard alone. Both raise ValueError where the parameter is missing or has another
+    shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, part: str):
+        self.checkpoint = checkpoint
+        self.part = part
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.shard(name, Shard(tuple(shape), (0,) * len(shape)), shape)
+
+    def shard(self, name: str, where: tuple, shape: tuple[int, ...]) -> torch.Tensor:
+        """The shard of this local shape at `where`: a Shard, or (full shape, offsets)."""
+        full, offsets = where
+        key = f"{self.part}/{name}"
+        saved = self.checkpoint._tensors.get(key)
+        if saved is None or tuple(saved["shape"]) != tuple(full):
+            path = self.checkpoint.path
+            found = tuple(saved["shape"]) if saved else "missing"
+            raise ValueError(f"{path} does not fit: {name} is {found}, not {tuple(full)}")
+        return self.checkpoint.tensor(key, offsets, shape)
 
 
 @contextlib.contextmanager

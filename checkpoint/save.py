@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint.exchange import broadcast, gather, rank_in, world_of
+from checkpoint.exchange import broadcast, gather, rank_in, star, world_of
 from checkpoint.plan import Share, describe, merge, with_values
 from checkpoint.slices import DTYPE_NAMES, as_json, copied, sha256
 
@@ -255,7 +255,7 @@ class Saver:
             self.pool = ThreadPoolExecutor(1, "saving", initializer=_lower_priority)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 # An hour: a slow disk is no deadlock. A rank that dies is noticed at once.
-                self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+                self.group = star(timedelta(hours=1))
 
     def due(self, step: int) -> bool:
         """Is a checkpoint saved after this step? Steps that are kept for ever are saved, too."""

@@ -734,7 +734,7 @@ def update_bytes(c: Case, wide: int, at_once: float) -> float:
     for shape in set(sides):
         numbers = math.prod(shape)
         here = math.ceil(sides.count(shape) / c.n)
-        stacked = min(here, max(1, at_once / numbers))
+        stacked = min(here, max(1, at_once // numbers))
         # Two copies of the matrix, and three products of its short side.
         most = max(most, (2 * numbers + 3 * shape[0] ** 2) * stacked)
     itemsize = 8 if c.row.weights.itemsize == 8 else 2  # Muon computes in bfloat16, or float64

@@ -108,6 +108,7 @@ from parallel.replicas import (
     mapped_file,
     named_groups,
     refuse_coupled,
+    rows_of,
 )
 
 
@@ -325,17 +326,18 @@ class FSDP:
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-        """Sets every parameter to source(its name, its full shape), a full tensor on the CPU."""
+        """Sets every parameter to source(its name, its full shape), a full tensor on the CPU.
+
+        From a source that can give shards it takes this rank's rows alone.
+        """
         # Weights gathered earlier would hide the new values of the shards.
         self.reshard_all()
         for name, p in self.params.items():
-            full = source(name, tuple(p.shape))
             if self.group is None:
-                p.copy_(full)
+                p.copy_(source(name, tuple(p.shape)))
             else:
                 rows = p.to_local()
-                first = self.first_row(p)
-                rows.copy_(full[first : first + len(rows)])
+                rows.copy_(rows_of(source, name, p.shape, self.first_row(p), len(rows)))
         if self.adapter is not None:
             self.adapter.gather_weights()
 

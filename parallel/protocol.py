@@ -76,7 +76,8 @@ class DataParallel(Protocol):
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Fills every parameter held here from source(its name, its full shape), a full CPU tensor.
 
-        Also called later, when other weights replace those being trained.
+        A source may be able to give a shard alone, see rows_of in replicas.py. Also called later,
+        when other weights replace those being trained.
         """
 
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> Optimizer:

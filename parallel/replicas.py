@@ -2,6 +2,7 @@
 
     allocate             memory for parameters on the meta device         once
     broadcast_start      rank 0's weights on every replica                once
+    rows_of              this rank's rows of a weight, from a source      once
     blocks_of            a model's layers, one after the other            once
     named_groups         an optimizer's groups, with names                once
     make_buckets         many small tensors, one message                  each step
@@ -116,6 +117,20 @@ def broadcast_start(
         dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)
         for x, sent in zip(tensors, split_like(flat, tensors)):
             x.copy_(sent)
+
+
+# ---- a source of weights: init_weights(source) ---------------------------------------------------
+def rows_of(source: Callable, name: str, shape: Sequence[int], first: int, n: int) -> Tensor:
+    """Rows first to first + n of source(name, shape), which is a full tensor on the CPU.
+
+    A source may have a method shard(name, (full shape, offsets), local shape), as a checkpoint's
+    has: then nothing else is read. A shard may begin past the end if it has no rows.
+    """
+    shape = tuple(shape)
+    if not hasattr(source, "shard"):
+        return source(name, shape)[first : first + n]
+    offsets = (min(first, shape[0]), *[0] * (len(shape) - 1))
+    return source.shard(name, (shape, offsets), (n, *shape[1:]))
 
 
 # ---- other people's models and groups ------------------------------------------------------------

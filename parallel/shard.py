@@ -91,25 +91,38 @@ def shard_of_shard(outer: Shard, inner: Shard) -> Shard:
     return Shard(outer.global_shape, offsets)
 
 
-def sharded(
-    source: Callable[[str, tuple[int, ...]], Tensor], shards: dict[str, tuple]
-) -> Callable[[str, tuple[int, ...]], Tensor]:
+class ShardedSource:
+    """A source of weights that knows full tensors, as one of this rank's shards too: `sharded`."""
+
+    def __init__(self, source: Callable, shards: dict[str, Shard]):
+        self.source = source
+        self.shards = shards
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The full tensor, or this rank's shard, whichever has this shape."""
+        return self.shard(name, Shard(tuple(shape), (0,) * len(shape)), shape)
+
+    def shard(self, name: str, where: tuple, shape: tuple[int, ...]) -> Tensor:
+        """The shard of this local shape that lies at `where` in what a call would give."""
+        inner = Shard(*where)
+        outer = self.shards.get(name)
+        if outer is not None and inner.global_shape != outer.global_shape:
+            inner = shard_of_shard(outer, inner)
+        # A checkpoint reads a shard alone. Where numbers are drawn, the full tensor is: they must
+        # not depend on how many ranks share it.
+        if hasattr(self.source, "shard"):
+            return self.source.shard(name, inner, shape)
+        return inner.narrow(self.source(name, inner.global_shape), shape)
+
+
+def sharded(source: Callable[[str, tuple[int, ...]], Tensor], shards: dict[str, tuple]):
     """`source`, which knows full tensors alone, as a source of shards too.
 
-    source(name, full shape) -> full tensor. The result takes a full shape or a local shape: asked
-    with the local shape, it gives this rank's shard. shards: name -> Shard, or (full shape,
-    offsets).
+    source(name, full shape) -> full tensor; it may have a method `shard`, see
+    parallel/replicas.py, rows_of. The result takes a full shape or a local shape: asked with the
+    local shape, it gives this rank's shard. shards: name -> Shard, or (full shape, offsets).
     """
-    shards = {name: Shard(*where) for name, where in shards.items()}
-
-    def shard_or_full(name: str, shape: tuple[int, ...]) -> Tensor:
-        shape = tuple(shape)
-        if name not in shards or shape == shards[name].global_shape:
-            return source(name, shape)
-        # From the full tensor: a weight's numbers must not depend on how many ranks share it.
-        return shards[name].narrow(source(name, shards[name].global_shape), shape)
-
-    return shard_or_full
+    return ShardedSource(source, {name: Shard(*where) for name, where in shards.items()})
 
 
 if __name__ == "__main__":

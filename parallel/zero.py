@@ -141,6 +141,7 @@ from parallel.replicas import (
     on_gradient,
     reduce_scatter,
     refuse_coupled,
+    rows_of,
     split_like,
 )
 
@@ -490,15 +491,19 @@ class ZeRO:
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Sets every parameter held here to source(its name, its full shape).
 
-        source returns the full tensor on the CPU.
+        source returns the full tensor on the CPU; from one that can give shards stage 3 takes its
+        rows alone.
         """
         for bucket in self.buckets:
             for name, p in zip(bucket.names, bucket.params):
+                piece = bucket.pieces.get(name)
                 if self.stage < 3:
                     p.copy_(source(name, tuple(p.shape)))
-                elif name in bucket.pieces:
-                    piece = bucket.pieces[name]
-                    piece.param.copy_(piece.of(source(name, tuple(p.shape))))
+                elif piece is not None and piece.first_row is None:
+                    piece.param.copy_(source(name, tuple(p.shape)))
+                elif piece is not None:
+                    n_rows = len(piece.param)
+                    piece.param.copy_(rows_of(source, name, p.shape, piece.first_row, n_rows))
 
     # ---- weights come and go ---------------------------------------------------------------------
     def is_even(self, bucket: Bucket) -> bool:

@@ -221,6 +221,36 @@ def test_a_full_disk_of_one_rank_is_the_same_news_on_all_and_the_last_save_raise
     assert steps(tmp_path) == [1] and not leftovers(tmp_path)
 
 
+def save_without_rank_3(rank, out_dir):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{out_dir}/store", 8)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=8)
+    saver = Saver(out_dir)
+    # Nothing was ever sent in the background: the first message of this rank is missing.
+    if rank == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    saver.save(1, {"w": {str(rank): torch.ones(3)}})
+    try:
+        saver.wait()
+    except RuntimeError as e:
+        Path(out_dir, f"noticed_{rank}").write_text(str(e))
+    os._exit(0)
+
+
+@needs_fork
+def test_a_rank_that_dies_before_its_first_word_in_the_background_is_noticed_by_all(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=save_without_rank_3, args=(r, tmp_path)) for r in range(8)]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + 15
+    for process in ranks:
+        process.join(max(0, end - time.monotonic()))
+        process.kill()
+    noticed = sorted(path.name for path in tmp_path.glob("noticed_*"))
+    assert noticed == [f"noticed_{r}" for r in range(8) if r != 3]
+
+
 # ---- a full disk ---------------------------------------------------------------------------------
 
 

@@ -9,8 +9,10 @@ import torch._dynamo  # imported before the ranks are forked, or each of them sp
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from harness import run_ranks
+from harness import init_weights, run_ranks
 
+from checkpoint.load import load
+from checkpoint.save import save
 from layers.generation import generate
 from model import GPT, GPTConfig, initial_weight
 from optim.adafactor import Adafactor
@@ -21,6 +23,7 @@ from optim.param_groups import param_groups
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
 from parallel.fsdp import FSDP
+from parallel.shard import sharded
 
 CPU = torch.device("cpu")
 MODERN = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=8, block_size=8, vocab_size=13)
@@ -365,6 +368,35 @@ def test_weights_filled_in_later_replace_all_copies():
     expected = evaluate(model, replicas, optimizer_of(SGD, model, replicas))
     for found in run_ranks(2, looked_at):
         assert found == pytest.approx(expected, abs=1e-10)
+
+
+def read_from_checkpoint(rank, world, path):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**MODERN)).to(torch.float64)
+    replicas = FSDP(dist.group.WORLD, CPU)
+    model = replicas.parallelize(model)
+    saved = load(path, verify=False)
+    read, n_read = saved.tensor, []
+
+    def counted(*arguments):
+        n_read.append(read(*arguments).numel())
+        return read(*arguments)
+
+    saved.tensor = counted
+    replicas.init_weights(sharded(saved.weights("model"), {}))
+    held = sum(p.to_local().numel() for p in model.parameters())
+    return held, sum(n_read), {name: p.full_tensor() for name, p in model.named_parameters()}
+
+
+def test_a_rank_reads_only_its_rows_of_a_checkpoint(tmp_path):
+    model = init_weights(GPT(GPTConfig(**MODERN)).to(torch.float64))
+    path = save(tmp_path, 1, {"model": dict(model.named_parameters())})
+    n_all = sum(p.numel() for p in model.parameters())
+    ranks = run_ranks(4, read_from_checkpoint, path)
+    assert sum(held for held, _, _ in ranks) == n_all
+    for held, n_read, weights in ranks:
+        assert n_read == held <= 0.26 * n_all
+        assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
 
 
 def half_precision(rank, world, policy):

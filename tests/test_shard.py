@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from parallel.owners import holders_of, shard_held
+from parallel.replicas import rows_of
 from parallel.shard import Shard, local, shard_at, shard_of, shard_of_shard, sharded
 
 
@@ -89,6 +90,32 @@ def test_a_source_of_full_tensors_gives_shards_to_those_who_ask_with_their_shape
     assert torch.equal(weights("w", (4, 6)), numbered((4, 6)))
     assert torch.equal(weights("bias", (3,)), numbered((3,)))
     assert asked == [("w", (4, 6)), ("w", (4, 6)), ("bias", (3,))]
+
+
+def test_a_source_that_can_give_shards_is_asked_for_no_full_tensor():
+    asked = []
+
+    class Source:
+        def __call__(self, name, shape):
+            return self.shard(name, (shape, (0,) * len(shape)), shape)
+
+        def shard(self, name, where, shape):
+            asked.append(tuple(shape))
+            # As a checkpoint does, it refuses what reaches beyond the tensor.
+            assert all(o + n <= size for size, o, n in zip(*where, shape, strict=True))
+            return Shard(*where).narrow(numbered(where[0]), shape)
+
+    weights = sharded(Source(), {"w": Shard((4, 6), (0, 3))})
+    assert torch.equal(weights("w", (4, 3)), by_hand((4, 6), (0, 3), (4, 3)))
+    # Rows of this rank's columns, of the full tensor, and of one that is not divided.
+    for name, shape, first, n in [("w", (4, 3), 2, 1), ("w", (4, 6), 1, 2), ("bias", (3,), 2, 1)]:
+        rows = rows_of(weights, name, torch.Size(shape), first, n)
+        assert torch.equal(rows, weights(name, shape)[first : first + n])
+        assert asked[-2:] == [(n, *shape[1:]), shape]
+        plain = sharded(lambda name, shape: numbered(shape), {"w": ((4, 6), (0, 3))})
+        assert torch.equal(rows_of(plain, name, shape, first, n), rows)
+    # The last ranks of many have no rows, and would begin past the end.
+    assert rows_of(weights, "w", (4, 3), 6, 0).shape == (0, 3)
 
 
 # ---- DTensors ------------------------------------------------------------------------------------
