@@ -74,6 +74,7 @@ Example:
     assert zero1["state"] < ddp["state"] / 3
 """
 
+import collections
 import functools
 import inspect
 import itertools
@@ -728,17 +729,33 @@ def update_bytes(c: Case, wide: int, at_once: float) -> float:
     largest = wide * max(c.sizes.values())
     if not attribute(c.optimizer, "matrices_only"):
         return largest
-    # A matrix and one of its transposed shape go into the same stack.
-    sides = [tuple(sorted(shape)) for kind, shape in c.shapes.values() if kind == "matrix"]
     most = 0
-    for shape in set(sides):
-        numbers = math.prod(shape)
-        here = math.ceil(sides.count(shape) / c.n)
-        stacked = min(here, max(1, at_once // numbers))
-        # Two copies of the matrix, and three products of its short side.
-        most = max(most, (2 * numbers + 3 * shape[0] ** 2) * stacked)
+    for sides, count in stacks(c, at_once):
+        # Two copies of each matrix, and three products of its short side.
+        each = 2 * math.prod(sides) + 3 * sides[0] ** 2
+        most = max(most, each * math.ceil(count / c.n))
     itemsize = 8 if c.row.weights.itemsize == 8 else 2  # Muon computes in bfloat16, or float64
     return max(largest, most * itemsize)
+
+
+def stacks(c: Case, at_once: float) -> list[tuple[tuple[int, int], int]]:
+    """(sides, short one first, how many) of all ranks' matrices of a shape in one chunk.
+
+    at_once: numbers in a chunk of one rank; a larger matrix is a chunk by itself. A matrix and one
+    of its transposed shape go into the same stack.
+    """
+    chunks = [collections.Counter()]
+    size = 0
+    for kind, shape in c.shapes.values():
+        if kind != "matrix":
+            continue
+        numbers = math.prod(shape)
+        if size and size + numbers > at_once * c.n:
+            chunks.append(collections.Counter())
+            size = 0
+        chunks[-1][tuple(sorted(shape))] += 1
+        size += numbers
+    return [stack for chunk in chunks for stack in chunk.items()]
 
 
 def activation_bytes(
