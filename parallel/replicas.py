@@ -394,6 +394,8 @@ def owners_by_size(shapes: list[tuple[int, ...]], n: int) -> list[int]:
     def largest_first(i: int) -> tuple:
         return -math.prod(shapes[i]), shapes[i]
 
+    if not shapes:
+        return []
     owners = [0] * len(shapes)
     # Equal loads go to the lower rank. A list in order is a heap already.
     heap = [(0, rank) for rank in range(n)]  # (elements, rank)
@@ -440,6 +442,8 @@ def lightest_ranks(load: list[int], rows: int) -> Sequence[int]:
     5 % better, for one message among all is cheaper than one from each.
     """
     n = len(load)
+    if not any(load):
+        return range(n)
     by_load = sorted(range(n), key=lambda rank: load[rank])
 
     def fullest(k: int) -> float:

@@ -167,28 +167,38 @@ class Piece:
 
 @dataclass
 class Bucket:
-    """Parameters side by side in one flat tensor, and who owns which segment of it.
+    """Parameters side by side in one flat tensor, cut into a segment for each of its ranks.
 
     w (3, 2) and v (2, 2) on three ranks: 2 of the 5 rows each, and a row of padding
 
         flat       w w | w w | w w | v v | v v | . .
         segments   rank 0    | rank 1    | rank 2
 
-    A bucket of full parameters has one segment.
+    A bucket of full parameters has one rank.
     """
 
     names: list[str]
     params: list[nn.Parameter]  # the model's parameters: views of `flat`
     flat: Tensor  # the weights on the device; its storage is empty while they are not here
-    segments: dict[int, slice]  # rank -> its segment
-    mine: slice  # this rank's, empty where it has none
+    ranks: Sequence[int]
+    share: int  # elements of a segment; the last ones may be shorter
+    mine: slice  # this rank's segment, empty where it has none
     held: Tensor | None  # the numbers of `mine` where they outlive `flat`: in memory of their own
     pieces: dict[str, Piece] = field(default_factory=dict)  # name -> what this rank owns of it
     works: list[dist.Work] = field(default_factory=list)  # weights on their way
 
+    def segments(self) -> list[tuple[int, slice]]:
+        """Each rank and its segment."""
+        return [(rank, segment(i, self.share, len(self.flat))) for i, rank in enumerate(self.ranks)]
+
     def is_trained(self) -> bool:
         """Whether any of its parameters is trained. The answer may change from step to step."""
         return any(p.requires_grad for p in self.params)
+
+
+def segment(i: int, share: int, size: int) -> slice:
+    """The i-th `share` of `size` elements: shorter, or empty, where they end."""
+    return slice(min(i * share, size), min((i + 1) * share, size))
 
 
 def units_of(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[dict[str, int], int]:
@@ -410,10 +420,9 @@ class ZeRO:
             share = math.ceil(size / row / len(ranks)) * row
         if len(ranks) == self.world:
             size = share * self.world  # with padding: all-gather takes equal segments
-        segments = {}
-        for i, rank in enumerate(ranks):
-            segments[rank] = slice(min(i * share, size), min((i + 1) * share, size))
-        mine = segments.get(self.rank, slice(0, 0))
+        mine = slice(0, 0)
+        if self.rank in ranks:
+            mine = segment(ranks.index(self.rank), share, size)
         n_mine = mine.stop - mine.start
         flat = torch.empty(size, dtype=dtype, device=self.device)
 
@@ -441,7 +450,7 @@ class ZeRO:
                 p.data = view.data
                 params.append(p)
         real.update(zip(like, params))
-        bucket = Bucket(list(given), params, flat, segments, mine, held)
+        bucket = Bucket(list(given), params, flat, ranks, share, mine, held)
         if held is not None and not all(p.is_meta for p in like):
             held.copy_(flat[mine])
         self.cut_pieces(bucket)
@@ -451,9 +460,9 @@ class ZeRO:
 
     def cut_pieces(self, bucket: Bucket) -> None:
         """Fills `pieces` and `shards` with what this rank owns of the parameters."""
-        if self.rank not in bucket.segments:
+        if self.rank not in bucket.ranks:
             return
-        is_full = len(bucket.segments) == 1
+        is_full = len(bucket.ranks) == 1
         memory = bucket.flat[bucket.mine] if bucket.held is None else bucket.held
         begin = -bucket.mine.start  # of a parameter, in `memory`
         for name, p in zip(bucket.names, bucket.params):
@@ -508,7 +517,7 @@ class ZeRO:
     # ---- weights come and go ---------------------------------------------------------------------
     def is_even(self, bucket: Bucket) -> bool:
         """Does one collective serve all ranks? Else each owner sends and receives its segment."""
-        return self.has_collectives and len(bucket.segments) == self.world
+        return self.has_collectives and len(bucket.ranks) == self.world
 
     def start_broadcast(self, bucket: Bucket) -> None:
         if self.group is None:
@@ -517,8 +526,8 @@ class ZeRO:
         if self.is_even(bucket):
             bucket.works = [all_gather(flat, flat[bucket.mine], group=self.group, async_op=True)]
         else:
-            for owner, segment in bucket.segments.items():
-                part = flat[segment]
+            for owner, place in bucket.segments():
+                part = flat[place]
                 work = dist.broadcast(part, group=self.group, group_src=owner, async_op=True)
                 bucket.works.append(work)
         # The owner sends world - 1 copies; each rank counts a share of them, for owners own alike.
@@ -532,7 +541,7 @@ class ZeRO:
 
     def lives_here(self, bucket: Bucket) -> bool:
         """Is `flat` never freed? None is before stage 3, then an owner's full parameters alone."""
-        is_owner = self.rank in bucket.segments
+        is_owner = self.rank in bucket.ranks
         return not self.fetches or (is_owner and bucket.held is None)
 
     def start_fetch(self, i: int) -> None:
@@ -714,8 +723,8 @@ class ZeRO:
         if self.is_even(bucket):
             return [reduce_scatter(flat[bucket.mine], flat, group=self.group, async_op=True)]
         works = []
-        for owner, segment in bucket.segments.items():
-            part = flat[segment]
+        for owner, place in bucket.segments():
+            part = flat[place]
             works.append(dist.reduce(part, group=self.group, group_dst=owner, async_op=True))
         return works
 
@@ -816,7 +825,7 @@ class ZeRO:
         # A function, made for tensor parallelism, knows better which class it makes.
         if not isinstance(cls, type) or is_elementwise(cls, group):
             return
-        cut = {name for bucket in self.buckets if len(bucket.segments) > 1 for name in bucket.names}
+        cut = {name for bucket in self.buckets if len(bucket.ranks) > 1 for name in bucket.names}
         for name in group["names"]:
             if name in cut:
                 raise ValueError(
