@@ -32,7 +32,9 @@ def main() -> None:
     rank = dist.get_rank()
     world = dist.get_world_size()
     torch.manual_seed(rank)
-    replicas = ZeRO(dist.group.WORLD, torch.device("cpu"), stage=3, blocks="layers")
+    cpu = torch.device("cpu")
+    # SOAP needs each matrix in full. With AdamW, leave by_rows out.
+    replicas = ZeRO(dist.group.WORLD, cpu, stage=3, blocks="layers", by_rows=False)
     model = replicas.parallelize(MLP())
     optimizer = replicas.make_optimizer(SOAP, model.named_parameters(), lr=1e-2)
     losses = []
