@@ -128,7 +128,6 @@ class FSDP:
     Raises ValueError for a shard that does not divide the group, and for impossible offloading.
     """
 
-    weight_shards: dict = {}  # a DTensor knows its own
     weight_shards: dict = {}  # a DTensor knows its own shard
     is_primary = True  # no lower rank holds the same gradients and state; hybrid: see make_mesh
 

@@ -52,7 +52,9 @@ Gradients are summed, not averaged: divide the loss by the tokens of the global 
 that is missing on some ranks counts as zero there. If it is missing on all, it is None. All ranks
 must skip the same steps: torch's GradScaler looks at one rank's gradients alone, so it would leave
 the others waiting. precision/loss_scale.py takes a verdict that all ranks share. torch's
-clip_grad_norm_ sees one rank's gradients, too: add up the squares of gradients() over the group.
+clip_grad_norm_(model.parameters()) clips nothing, for the gradients of rows are elsewhere: add up
+the squares of gradients() over the group, and scale these. Between two calls of finish_gradients()
+comes a zero_grad().
 
 On a GPU (read, not run yet) wait() of a broadcast holds up the stream that computes, not Python, so
 memory freed after it is written to by nobody. Backward's hooks run in autograd's thread, on the
@@ -121,6 +123,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -325,11 +328,12 @@ class ZeRO:
         """Keeps what this rank holds of `model`, and hooks into its forward and backward.
 
         All ranks get rank 0's weights; parameters on the meta device (where no buffers are) get
-        memory for init_weights() to fill. Parameters are registered in the order in which forward
-        uses them. `blocks` is a ModuleDict, ModuleList or Sequential; forward calls each block at
-        most once and in order, with a tensor as the first argument. Block and model each return one
-        tensor. In stage 3 a shared weight is unit 0's, and a unit 0 without shared weights and 1-D
-        parameters reads none in backward. Raises ValueError for a model without blocks.
+        memory for init_weights() to fill. Convert the model before, say to bfloat16, not after.
+        Parameters are registered in the order in which forward uses them. `blocks` is a ModuleDict,
+        ModuleList or Sequential; forward calls each block at most once and in order, with a tensor
+        as the first argument. Block and model each return one tensor. In stage 3 a shared weight is
+        unit 0's, and a unit 0 without shared weights and 1-D parameters reads none in backward.
+        Raises ValueError for a model without blocks.
         """
         self.model = model
         self.blocks = blocks_of(model, self.blocks_at)
@@ -360,18 +364,36 @@ class ZeRO:
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 setattr(module, name, real[p])
-            # Under autocast F.linear keeps cast copies of weights, which nobody could free. Only a
-            # layer with an attribute `matmul`, as model.Linear has, is changed: give yours one.
-            if self.fetches and getattr(module, "matmul", None) is F.linear:
-                # Imported here: other models do without.
-                from parallel.autocast_linear import linear
+        # Under autocast F.linear keeps cast copies of weights, which nobody could free. Only layers
+        # with an attribute `matmul`, as model.Linear has, are changed: give yours one.
+        has_matmul = any(getattr(module, "matmul", None) is F.linear for module in model.modules())
+        if self.fetches and has_matmul:
+            # Imported here: other models do without.
+            from parallel.autocast_linear import keep_no_copies
 
-                module.matmul = linear
+            keep_no_copies(model)
         self.add_hooks(real.values())
-        model.zero_grad = partial(self.zero_grad, model.zero_grad)
+        self.extend_zero_grad(model)
         is_shared = self.group is not None or self.fetches
-        self.guard = StepGuard(self, model.parameters, only_own=NOT_OURS if is_shared else "")
+        self.guard = StepGuard(self, self.all_params, only_own=NOT_OURS if is_shared else "")
         return model
+
+    def extend_zero_grad(self, model: nn.Module) -> None:
+        """The model's zero_grad() drops the gradients of what this rank owns, too."""
+
+        def zero_grad(model: nn.Module, set_to_none: bool = True) -> None:
+            type(model).zero_grad(model, set_to_none)
+            if model is self.model:
+                self.sums = {}
+                for p in self.owned_params().values():
+                    p.grad = None
+
+        # Bound to the model: a deep copy of it gets a method of its own.
+        model.zero_grad = MethodType(zero_grad, model)
+
+    def all_params(self) -> list[nn.Parameter]:
+        """The model's, and those pieces of them that an optimizer steps in their place."""
+        return [*self.model.parameters(), *self.owned_params().values()]
 
     def fill_units(
         self,
@@ -775,8 +797,7 @@ class ZeRO:
             self.sums = {}
         self.nothing_sent = True
 
-        # What is stepped gets its gradient, offloaded weights in host memory. None too: the model's
-        # zero_grad() does not reach the gradient of last step.
+        # What is stepped gets its gradient, offloaded weights in host memory, or None.
         params = []
         stepped = []
         for bucket in self.buckets:
@@ -801,13 +822,15 @@ class ZeRO:
     def make_optimizer(self, cls, groups: list[dict], **arguments) -> torch.optim.Optimizer:
         """The optimizer of the parameters owned here; its step() moves the weights of all ranks.
 
-        groups: as torch's optimizers take them. step() raises RuntimeError if the gradients are not
-        summed yet, add_param_group() raises ValueError. Raises ValueError where `by_rows` has cut
-        what cls needs in full.
+        groups: as torch's optimizers take them. What it steps are owned_params(): rows are no
+        parameters of the model. step() raises RuntimeError if the gradients are not summed yet,
+        add_param_group() raises ValueError. Raises ValueError where `by_rows` has cut what cls
+        needs in full.
         """
         owned = self.owned_params()
         owned_groups = []
-        for settings in named_groups(self.model, groups):
+        groups = named_groups(self.model, groups)
+        for settings in groups:
             self.refuse_rows(cls, settings)
             names = [name for name in settings["names"] if name in owned]
             owned_groups.append(settings | {"names": names, "params": [owned[n] for n in names]})
@@ -815,11 +838,19 @@ class ZeRO:
         if self.group is not None and isinstance(cls, type):
             refuse_coupled(cls, owned_groups, arguments)
         optimizer = self.guard.admit(cls(owned_groups, **arguments))
-        optimizer.zero_grad = self.model.zero_grad
         optimizer.register_step_post_hook(lambda *_: self.broadcast_weights())
+        names = [name for settings in groups for name in settings["names"]]
+        optimizer.zero_grad = partial(self.zero_grad, optimizer.zero_grad, names)
         if self.group is not None:
             optimizer.add_param_group = self.refuse_late_group
         return optimizer
+
+    def zero_grad(self, plain: Callable, names: list[str], set_to_none: bool = True) -> None:
+        """An optimizer's zero_grad(), which drops what the model has of its parameters, too."""
+        plain(set_to_none)
+        for name in names:
+            self.sums.pop(name, None)
+            self.model.get_parameter(name).grad = None
 
     def refuse_rows(self, cls, group: dict) -> None:
         # A function, made for tensor parallelism, knows better which class it makes.
@@ -839,13 +870,6 @@ class ZeRO:
             "add_param_group: under ZeRO every rank would step these parameters, with "
             "gradients of its own; give all groups to make_optimizer"
         )
-
-    def zero_grad(self, plain: Callable, set_to_none: bool = True) -> None:
-        """The model's and the optimizer's zero_grad(): what is owned here has None afterwards."""
-        plain(set_to_none)
-        self.sums = {}
-        for p in self.owned_params().values():
-            p.grad = None
 
     def broadcast_weights(self) -> None:
         """After the owners' weights changed: stages 1 and 2 send them to all ranks.

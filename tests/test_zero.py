@@ -1,5 +1,6 @@
 """ZeRO against one process: stages 1, 2 and 3, in float64; what each rank holds; what is sent."""
 
+import copy
 import weakref
 from functools import partial, reduce
 
@@ -337,6 +338,32 @@ def test_stage_3_under_other_products_and_activation_checkpointing(how, toleranc
     same([run for run, _ in results], in_another_way(0, 1, how)[0], tolerance)
     if isinstance(how, int):
         assert results[0][1] == run_ranks(2, in_another_way, 0)[0][1]
+
+
+def by_hand(rank, world, stage):
+    """Two optimizers that clear only their own; what a stranger's step says; a deep copy."""
+    zero = ZeRO(dist.group.WORLD, CPU, stage, blocks="")
+    model = zero.parallelize(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)))
+    first, last = (zero.make_optimizer(SGD, layer.parameters(), lr=0.1) for layer in model)
+    model(torch.ones(2, 4)).square().sum().backward()
+    zero.finish_gradients()
+    first.step()
+    first.zero_grad()
+    kept = [p.grad is not None for g in last.param_groups for p in g["params"]]
+    dropped = [p.grad is None for g in first.param_groups for p in g["params"]]
+    last.step()
+    model.zero_grad()
+    dropped += [p.grad is None for p in zero.owned_params().values()]
+    twin = copy.deepcopy(model)  # an average of the weights, say
+    twin.zero_grad()
+    with pytest.raises(RuntimeError, match="only the optimizer that make_optimizer"):
+        torch.optim.SGD(zero.owned_params().values(), lr=0.1).step()
+    return all(kept) and all(dropped) and len(kept) > 0
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_two_optimizers_a_deep_copy_and_a_step_of_a_stranger(stage):
+    assert run_ranks(2, by_hand, stage) == [True, True]
 
 
 # ---- edges ---------------------------------------------------------------------------------------
