@@ -230,6 +230,11 @@ def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
     return group._get_backend(device).name() == "gloo"
 
 
+def refuse_copy(*_) -> None:
+    # torch would read weights whose memory is freed, and end the process.
+    raise TypeError("deepcopy: ZeRO 3 has freed the model's weights; copy weights() of each rank")
+
+
 class ZeRO:
     """A data-parallel layout (parallel/protocol.py).
 
@@ -379,7 +384,10 @@ class ZeRO:
         return model
 
     def extend_zero_grad(self, model: nn.Module) -> None:
-        """The model's zero_grad() drops the gradients of what this rank owns, too."""
+        """The model's zero_grad() drops the gradients of what this rank owns, too.
+
+        In stage 3 a deep copy of the model is a TypeError.
+        """
 
         def zero_grad(model: nn.Module, set_to_none: bool = True) -> None:
             type(model).zero_grad(model, set_to_none)
@@ -390,6 +398,8 @@ class ZeRO:
 
         # Bound to the model: a deep copy of it gets a method of its own.
         model.zero_grad = MethodType(zero_grad, model)
+        if self.fetches:
+            model.__deepcopy__ = refuse_copy
 
     def all_params(self) -> list[nn.Parameter]:
         """The model's, and those pieces of them that an optimizer steps in their place."""

@@ -354,8 +354,11 @@ def by_hand(rank, world, stage):
     last.step()
     model.zero_grad()
     dropped += [p.grad is None for p in zero.owned_params().values()]
-    twin = copy.deepcopy(model)  # an average of the weights, say
-    twin.zero_grad()
+    if stage == 1:
+        copy.deepcopy(model).zero_grad()  # of an average of the weights, say
+    else:
+        with pytest.raises(TypeError, match="has freed the model's weights"):
+            copy.deepcopy(model)
     with pytest.raises(RuntimeError, match="only the optimizer that make_optimizer"):
         torch.optim.SGD(zero.owned_params().values(), lr=0.1).step()
     return all(kept) and all(dropped) and len(kept) > 0
