@@ -5,12 +5,13 @@
 In bfloat16 on the CPU, by memory/meter.py, which adds up the sizes of all living tensors: a second
 step of one micro-batch a rank, without evaluation. On one rank ddp, on more (2 is usual for the
 default job) each layout. --job: one of the two; --loss_chunk: tokens, or none, in place of what
-train.py would choose. A row, in MB (1e6 bytes) on the rank that holds most:
+train.py would choose. tp and cp: every rank has a part of each matrix, or of each sequence. A row,
+in MB (1e6 bytes) on the rank that holds most:
 
     weights, gradients, state    between the steps; gradients: just before the optimizer's
     rest                         of the peak: activations, logits, buffers, temporaries
     peak                         the most at any moment of the step
-    predicted                    the same by memory/estimate.py, and the ratio
+    predicted                    the same by memory/estimate.py (not of tp and cp), and the ratio
 
 --quick: models a hundredth as large.
 """
@@ -28,9 +29,15 @@ from benchmarks import runs
 from memory import estimate
 from memory.meter import measure
 from model import GPT, GPTConfig, initial_weight
-from optim.param_groups import param_groups
+from optim.param_groups import kinds, param_groups
+from parallel import context, tensor
+from parallel.adapter import Adapter
 from parallel.autocast_linear import keep_no_copies
+from parallel.ddp import DDP
+from parallel.fsdp import FSDP
+from parallel.zero import ZeRO
 from run.auto import resolve_loss_chunk
+from run.build import stepped_by_rows
 from settings.fields import ARCHS, Config
 
 FLAGS = {
@@ -66,19 +73,16 @@ COLUMNS = ("job", "layout", "ranks", "loss_chunk", "weights", "gradients", "stat
            "predicted", "ratio")  # fmt: skip
 
 
-def layout_of(name: str, group: dist.ProcessGroup | None):
+def layout_of(name: str, group: dist.ProcessGroup | None, by_rows: set[str]):
+    """The replicas. by_rows: the parameters that the optimizer steps element by element."""
     cpu = torch.device("cpu")
-    if name == "ddp":
-        from parallel.ddp import DDP
-
+    if name in ("ddp", "cp"):
         return DDP(group, cpu)
+    if name == "tp":
+        return DDP(None, cpu)
     if name == "fsdp":
-        from parallel.fsdp import FSDP
-
         return FSDP(group, cpu)
-    from parallel.zero import ZeRO
-
-    return ZeRO(group, cpu, int(name[-1]))
+    return ZeRO(group, cpu, int(name[-1]), by_rows=by_rows)
 
 
 def step(job: Job, layout: str, loss_chunk: int | None, rank: int = 0, world: int = 1) -> list:
@@ -98,15 +102,28 @@ def step(job: Job, layout: str, loss_chunk: int | None, rank: int = 0, world: in
     model.loss_chunk = loss_chunk
     keep_no_copies(model)
     optimizer_class = estimate.find_optimizer(job.optim)
+    by_rows = stepped_by_rows(optimizer_class, kinds(model))
+    group = dist.group.WORLD if world > 1 else None
+    tokens = job.block_size
+    if layout == "tp":
+        tp = dict(tp_shards=tensor.split(model, group), tp_group=group)
+        plain_class = optimizer_class
+
+        def optimizer_class(groups: list[dict]) -> torch.optim.Optimizer:
+            return Adapter(plain_class, groups, **tp).optimizer
+
+    if layout == "cp":
+        context.split(model, group)
+        tokens //= world
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
     groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=job.optim == "muon")
     found = measure(
-        layout_of(layout, dist.group.WORLD if world > 1 else None),
+        layout_of(layout, group, by_rows),
         model,
         functools.partial(initial_weight, config),
         optimizer_class,
         groups,
-        tokens=job.block_size,
+        tokens=tokens,
         sequences=job.sequences,
         rank=rank,
         world=world,
@@ -165,10 +182,14 @@ def row(job: Job, layout: str, loss_chunk: int | None, world: int) -> str:
             torch.multiprocessing.spawn(on_rank, arguments, nprocs=world)
             found = json.loads(Path(folder, "found").read_text(encoding="utf-8"))
     weights, gradients, state, peak = found
-    told = predicted(job, layout, loss_chunk, world)
     rest = peak - weights - gradients - state
-    in_mb = [f"{x / 1e6:.4g}" for x in (weights, gradients, state, rest, peak, told)]
-    cells = [job.name, layout, world, loss_chunk or "none", *in_mb, f"{told / peak:.2f}"]
+    cells = [job.name, layout, world, loss_chunk or "none"]
+    cells += [f"{x / 1e6:.4g}" for x in (weights, gradients, state, rest, peak)]
+    if layout in estimate.LAYOUTS:
+        told = predicted(job, layout, loss_chunk, world)
+        cells += [f"{told / 1e6:.4g}", f"{told / peak:.2f}"]
+    else:
+        cells += ["-", "-"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -187,6 +208,6 @@ def main(argv: list[str]) -> int:
         world = int(given.get("--ranks", usual))
         print(row(job, "ddp", loss_chunk, 1), flush=True)
         if world > 1:
-            for layout in estimate.LAYOUTS:
+            for layout in (*estimate.LAYOUTS, "tp", "cp"):
                 print(row(job, layout, loss_chunk, world), flush=True)
     return 0
