@@ -37,7 +37,7 @@ float32 and under autocast in bfloat16 (the residual stream is float32 there):
 activation checkpointing (memory/activation_checkpoint.py): x, like all else that is kept, goes to
 the saved-tensor hooks around it. This file does nothing without gradients, under torch.compile
 (the compiler recomputes by itself), within torch.func's transforms and disable_saved_tensors_hooks
-(both forbid hooks), and on a device without autocast (meta has no numbers to keep).
+(they take no hooks), and on a device without autocast (meta has no numbers to keep).
 
 Limits. The function is of x alone, without random numbers. A result that somebody has changed in
 place is kept where it is used from then on, and so is the cast of a part of a result.

@@ -48,11 +48,11 @@ class Linear(torch.autograd.Function):
         needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
         dx = dweight = dbias = None
         # The gradients of weight and bias are sums over all positions of all sequences.
-        dy_rows = dy.reshape(-1, weight.shape[0])  # (rows, N)
+        dy_rows = dy.reshape(-1, dy.shape[-1])  # (rows, N)
         if needs_dx:
             dx = dy @ weight.to(dy.dtype)
         if needs_dweight:
-            dweight = dy_rows.t() @ x.reshape(-1, weight.shape[1])
+            dweight = dy_rows.t() @ x.reshape(-1, x.shape[-1])
         if needs_dbias:
             dbias = dy_rows.sum(0)
         return dx, dweight, dbias, None
