@@ -35,10 +35,12 @@ float32 and under autocast in bfloat16 (the residual stream is float32 there):
 
 (Besides some numbers for each token.) It composes with
 activation checkpointing (memory/activation_checkpoint.py): x, like all else that is kept, goes to
-the saved-tensor hooks around it. Under torch.compile and without gradients this file does nothing:
-the compiler recomputes by itself.
+the saved-tensor hooks around it. This file does nothing without gradients, under torch.compile
+(the compiler recomputes by itself), within torch.func's transforms and disable_saved_tensors_hooks
+(they take no hooks), and on a device without autocast (meta has no numbers to keep).
 
-Limits. The function is of x alone, without random numbers, and nobody changes its result in place.
+Limits. The function is of x alone, without random numbers. A result that somebody has changed in
+place is kept where it is used from then on, and so is the cast of a part of a result.
 A module with forward hooks keeps what it always kept: a hook may change the result. Where a user of
 the result copies it before it saves it, the copy is kept.
 
@@ -80,7 +82,8 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     In backward, raises RuntimeError where x or a parameter was changed in place since, or where the
     function does not save the same number of tensors again.
     """
-    if not is_on() or has_hooks(function):
+    has_autocast = torch.amp.is_autocast_available(x.device.type)
+    if not (is_on() and has_autocast) or has_hooks(function):
         return function(x)
     again = Again(function, x)
     with saved_tensors_hooks(again.pack, again.unpack):
@@ -95,13 +98,16 @@ def casts(x: Tensor, n: int) -> list[Tensor]:
     Each has a cast of its own in backward, as under autocast: gradients add up in x's dtype.
     """
     device = x.device.type
+    if is_transformed() or not torch.amp.is_autocast_available(device):
+        return [x] * n
     dtype = torch.get_autocast_dtype(device)
-    is_cast = torch.is_autocast_enabled(device) and x.dtype not in (dtype, torch.float64)
-    if not is_cast or torch.compiler.is_compiling():
+    if not torch.is_autocast_enabled(device) or x.dtype in (dtype, torch.float64):
         return [x] * n
     copy = x.detach().to(dtype)
     again = computed_by(x)
-    if again is not None:
+    # Backward casts the whole result: the copy must be of all of it, and in memory as it is.
+    is_whole = x.numel() * x.itemsize == x.untyped_storage().nbytes()
+    if again is not None and is_whole and copy.stride() == x.stride():
         again.add_result(copy)
     return [Cast.apply(x, copy) for _ in range(n)]
 
@@ -142,7 +148,15 @@ def forget_results():
 
 
 def is_on() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    # torch has no public name for it.
+    hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled
+    return torch.is_grad_enabled() and not is_transformed() and hooks_are_allowed()
+
+
+def is_transformed() -> bool:
+    """Is it torch.compile or a transform of torch.func (grad, vmap, jvp) that calls?"""
+    # torch has no public name for the second either.
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def has_hooks(function: Callable) -> bool:
@@ -212,14 +226,17 @@ def check_version(x: Tensor, version: int) -> None:
 
 
 def computed_by(x: Tensor) -> "Again | None":
-    """What computes the tensor of which x is a part."""
+    """What computes the tensor of which x is a part; None where it does not compute x as it is."""
     address = x.untyped_storage()._cdata
     again = RESULTS.get(address)
     if again is None:
         return None
-    storage, dtype, _ = again.results[address]
+    storage, dtype, version = again.results[address]
     # A new storage may have the address of one that is gone.
     if storage() is None or x.dtype != dtype:
+        return None
+    # Changed in place since, or a conjugate, which is the same memory read otherwise.
+    if x._version != version or x.is_conj():
         return None
     return again
 
@@ -242,7 +259,7 @@ class Again:
             dtype=torch.get_autocast_dtype(device),
             enabled=torch.is_autocast_enabled(device),
         )
-        self.results = {}  # address -> (weak reference to the storage, dtype, stride)
+        self.results = {}  # address -> (weak reference to the storage, dtype, version)
         self.versions = []  # of each tensor that autograd saved, None for no parameter
 
         # While backward is here:
@@ -251,7 +268,7 @@ class Again:
 
     def add_result(self, y: Tensor) -> None:
         storage = y.untyped_storage()
-        self.results[storage._cdata] = weakref.ref(storage), y.dtype, y.stride()
+        self.results[storage._cdata] = weakref.ref(storage), y.dtype, y._version
         RESULTS[storage._cdata] = self
 
     def pack(self, x: Tensor) -> int:

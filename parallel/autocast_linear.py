@@ -48,11 +48,11 @@ class Linear(torch.autograd.Function):
         needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
         dx = dweight = dbias = None
         # The gradients of weight and bias are sums over all positions of all sequences.
-        dy_rows = dy.flatten(0, -2)  # (rows, N)
+        dy_rows = dy.reshape(-1, dy.shape[-1])  # (rows, N)
         if needs_dx:
             dx = dy @ weight.to(dy.dtype)
         if needs_dweight:
-            dweight = dy_rows.t() @ x.flatten(0, -2)
+            dweight = dy_rows.t() @ x.reshape(-1, x.shape[-1])
         if needs_dbias:
             dbias = dy_rows.sum(0)
         return dx, dweight, dbias, None
@@ -60,10 +60,19 @@ class Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    # Without autocast nothing is cast, so there is no copy to avoid.
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    # Without autocast nothing is cast, so there is no copy to avoid. Meta has none.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return F.linear(x, weight, bias)
-    return Linear.apply(x, weight, bias, torch.get_autocast_dtype(x.device.type))
+    # Autocast leaves float64 as it is.
+    if torch.float64 in (x.dtype, weight.dtype):
+        return F.linear(x, weight, bias)
+    # Transforms of torch.func (grad, vmap, jvp) take no such Function as Linear. torch has no
+    # public name for the question; torch.compile handles both.
+    compiles = torch.compiler.is_compiling()
+    if not compiles and torch._C._functorch.peek_interpreter_stack() is not None:
+        return F.linear(x, weight, bias)
+    return Linear.apply(x, weight, bias, torch.get_autocast_dtype(device))
 
 
 def keep_no_copies(model: nn.Module) -> None:

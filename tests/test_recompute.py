@@ -1,5 +1,6 @@
 """What backward computes again: the same bits from fewer bytes, and clear errors."""
 
+import contextlib
 import gc
 import weakref
 
@@ -11,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import model as model_file
 from layers.recompute import RESULTS, casts, forget_results, recompute
 from model import GPT, GPTConfig
+from parallel.autocast_linear import keep_no_copies, linear
 from parallel.pipeline import defer_weight_gradients, weight_gradients
 from settings.fields import ARCHS
 
@@ -40,6 +42,7 @@ def gradients(model: GPT, autocast: torch.dtype | None) -> list:
 def plainly(monkeypatch) -> None:
     monkeypatch.setattr(model_file, "recompute", lambda function, x: function(x))
     monkeypatch.setattr(model_file, "casts", lambda x, n: [x] * n)
+    monkeypatch.setattr(model_file, "forget_results", contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -79,6 +82,7 @@ def test_hooks_around_a_model_see_only_what_is_kept(arch, fewer, monkeypatch):
 
 def test_nothing_stays_after_backward_or_without_one():
     gc.collect()
+    before = set(RESULTS.values())  # of graphs that other tests left
     gc.disable()
     try:
         model = gpt("modern")
@@ -90,15 +94,17 @@ def test_nothing_stays_after_backward_or_without_one():
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.zeros(2, 16, dtype=torch.long))
         hook.remove()
-        assert len(kept) == 2 and [x() for x in kept] == [None, None] and not RESULTS
+        assert len(kept) == 2 and [x() for x in kept] == [None, None]
+        assert set(RESULTS.values()) <= before
     finally:
         gc.enable()
 
 
 def test_without_gradients_nothing_is_remembered():
+    before = set(RESULTS.values())
     with torch.no_grad(), forget_results():
         y = recompute(F.gelu, torch.ones(3))
-        assert not RESULTS and not y.requires_grad
+        assert set(RESULTS.values()) <= before and not y.requires_grad
 
 
 def test_a_second_derivative_and_a_retained_graph():
@@ -126,6 +132,163 @@ def test_a_changed_input_or_parameter_is_an_error_and_no_wrong_gradient():
             {"x": x, "gain": norm.weight, "w": w}[changed].add_(1)
         with pytest.raises(RuntimeError, match="changed in place after"):
             y.sum().backward()
+
+
+def part(h, w):
+    return casts(h[:, 4:], 1)[0] @ w[4:]
+
+
+def rows(h, w):
+    """As a copy of the first rows would lie in memory, but they are the last."""
+    return casts(h[1:], 1)[0] @ w
+
+
+def repeated(h, w):
+    """As many numbers as the whole."""
+    return casts(h[1:2].expand(3, 8), 1)[0] @ w
+
+
+def turned(h, w):
+    return w.t() @ casts(h.t(), 1)[0]
+
+
+def doubled(h, w):
+    return h.mul_(2) @ w
+
+
+def doubled_in_part(h, w):
+    h[:, 4:].mul_(2)
+    return h @ w
+
+
+def dropped(h, w):
+    torch.manual_seed(0)
+    return F.dropout(h, 0.5, inplace=True) @ w
+
+
+def cast_then_doubled(h, w):
+    (before,) = casts(h, 1)
+    (after,) = casts(h.mul_(2), 1)
+    return before @ w + (after @ w).square()
+
+
+def cast_doubled(h, w):
+    return casts(h, 1)[0].detach().mul_(2) @ w + h.sum()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        part,
+        rows,
+        repeated,
+        turned,
+        doubled,
+        doubled_in_part,
+        dropped,
+        cast_then_doubled,
+        cast_doubled,
+    ],
+)
+def test_a_part_or_a_changed_result_has_the_gradients_of_plain_autograd(use, autocast):
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+
+    def found(call):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), forget_results():
+            y = use(call(torch.sin, x), w)
+        return torch.autograd.grad(y.float().sum(), [x, w])
+
+    assert all(map(torch.equal, found(recompute), found(lambda function, x: function(x))))
+
+
+def test_a_conjugate_of_a_result_has_the_gradients_of_plain_autograd():
+    x = torch.randn(3, 4, dtype=torch.complex64, requires_grad=True)
+    w = torch.randn(4, 4, dtype=torch.complex64, requires_grad=True)
+
+    def found(call):
+        with forget_results():
+            y = call(torch.exp, x).conj() @ w
+        return torch.autograd.grad(y.abs().sum(), [w, x])
+
+    assert all(map(torch.equal, found(recompute), found(lambda function, x: function(x))))
+
+
+def test_a_function_may_change_its_own_result_in_place():
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), forget_results():
+        y = recompute(lambda x: x.sin().mul_(2), x) @ w
+    found = torch.autograd.grad(y.sum(), [x, w])
+    expected = torch.autograd.grad((x.sin() * 2 @ w).sum(), [x, w])
+    assert len(kept) == 2 and all(map(torch.equal, found, expected))  # x and w
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func_has_the_gradients_of_plain_autograd(autocast):
+    model = gpt("modern")
+    if autocast:
+        keep_no_copies(model)
+    names = [name for name, _ in model.named_parameters()]
+    ids = torch.arange(32).view(2, 16)
+
+    def loss(parameters, ids):
+        return torch.func.functional_call(model, parameters, (ids[None], ids[None]))
+
+    def loss_of_rows(ids):
+        return torch.func.vmap(loss, (None, 0))(dict(model.named_parameters()), ids)[0]
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outside = torch.autograd.grad(loss_of_rows(ids), list(model.parameters()))
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+        expected = torch.autograd.grad(model(ids[:1], ids[:1]), list(model.parameters()))
+    rtol = 0.05 if autocast else 1e-5
+    for name, one, value in zip(names, outside, expected):
+        for found in (one, each[name][0]):
+            torch.testing.assert_close(found, value, rtol=0, atol=rtol * value.abs().max())
+
+
+def test_where_hooks_are_forbidden_forward_and_backward_are_as_without():
+    model = gpt("gpt2")
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+        found = gradients(model, torch.bfloat16)
+    assert all(map(torch.equal, found, gradients(model, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_model_on_the_meta_device_gives_its_shapes(arch):
+    model = gpt(arch).to("meta")
+    keep_no_copies(model)
+    ids = torch.zeros(2, 16, dtype=torch.long, device="meta")
+    loss = model(ids, ids)
+    assert loss.is_meta and loss.requires_grad
+    loss.backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("x_shape", [(8,), (5, 8), (2, 5, 8), (0, 8)])
+def test_autocast_linear_has_the_gradients_of_torch(x_shape):
+    x = torch.randn(x_shape, requires_grad=True)
+    weight, bias = torch.randn(3, 8, requires_grad=True), torch.randn(3, requires_grad=True)
+
+    def found(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(x, weight, bias)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, weight, bias])]
+
+    for here, expected in zip(found(linear), found(F.linear)):
+        torch.testing.assert_close(here, expected, rtol=0.02, atol=0.02)
+
+
+def test_autocast_linear_leaves_float64_alone_as_torch_does():
+    x, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+        for mixed in [(x.float(), weight), (x, weight.float())]:
+            with pytest.raises(RuntimeError, match="same dtype"):
+                linear(*mixed)
 
 
 def test_a_function_that_does_something_else_the_second_time_is_an_error():
