@@ -167,14 +167,14 @@ def main(requested_cfg: fields.Config) -> dict:
 
     # ---- everything that a step depends on: a checkpoint holds it, a rollback restores it --------
     cursor = Cursor(corpus.sha256)
-    early_stopping = EarlyStopping(out_dir / "best", cfg.patience, cfg.min_delta)
+    in_background = cfg.async_save and not build.state_on_disk(cfg)
+    saver = Saver(out_dir, cfg.save_every, cfg.save_hours, cfg.keep, cfg.keep_every, in_background)
+    early_stopping = EarlyStopping(out_dir / "best", cfg.patience, cfg.min_delta, saver)
     divergence = build.divergence(cfg, corpus.train)
     scales = {"fp8": fp8_state, "scaler": loss_scaler}
     scales = {name: part for name, part in scales.items() if part is not None}
     kept = scales | {"progress": cursor, "best": early_stopping, "divergence": divergence}
     run_state = State(optimizer, replicas, shards, tp_shards, mesh, kept)
-    in_background = cfg.async_save and not build.state_on_disk(cfg)
-    saver = Saver(out_dir, cfg.save_every, cfg.save_hours, cfg.keep, cfg.keep_every, in_background)
     disk = Disk(out_dir, run_state, saver)
     undone = [*scales.values(), divergence]  # by a rollback
     spike_monitor = build.spike_monitor(

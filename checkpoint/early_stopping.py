@@ -6,6 +6,7 @@ from pathlib import Path
 
 from checkpoint import save
 from checkpoint.plan import Share
+from checkpoint.save import Saver
 
 
 class EarlyStopping:
@@ -15,12 +16,20 @@ class EarlyStopping:
     it survives a kill, and every layout reads it. (state_dict().copy(), often seen, keeps no
     weights: the copy shares their memory.) patience=None turns all of this off.
     min_delta: how far below the best loss a loss has to be, in nats per token, to be better.
+    saver: of the same run. Its process group serves here too; without one, the group of all ranks.
     """
 
-    def __init__(self, folder: str | Path, patience: int | None, min_delta: float = 0.0):
+    def __init__(
+        self,
+        folder: str | Path,
+        patience: int | None,
+        min_delta: float = 0.0,
+        saver: Saver | None = None,
+    ):
         self.folder = Path(folder)
         self.patience = patience
         self.min_delta = min_delta
+        self.saver = saver
         # step, loss: of the best evaluation; last: the newest step; bad: evaluations since the best
         self.seen = {"loss": math.inf, "step": 0, "last": -1, "bad": 0}
         self.events = []
@@ -36,8 +45,13 @@ class EarlyStopping:
         seen = self.seen
         is_better = math.isfinite(val_loss) and val_loss < seen["loss"] - self.min_delta
         if is_better:
+            group = None
+            if self.saver is not None:
+                # A save under way in the background speaks in the same group.
+                self.saver.wait()
+                group = self.saver.group
             try:
-                save.save(self.folder, step, tree(), keep=1, share=self.share)
+                save.save(self.folder, step, tree(), keep=1, group=group, share=self.share)
             except OSError as error:
                 self.events.append({"step": step, "event": "save_failed", "text": str(error)})
                 return False

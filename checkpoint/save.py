@@ -13,9 +13,9 @@ priority where the system lets a thread have its own.
 In a save each rank speaks to rank 0 twice and hears whether all are well: before it writes, and
 when it has written. The first save, and any before which somebody's tensors have changed in name,
 shape, dtype or place, has two more such rounds, from which rank 0 makes the plan
-(checkpoint/plan.py). In the background the ranks use a process group of their own, for in
-training's group these messages would mix with the gradients. A save that is due while another one
-is under way waits for it.
+(checkpoint/plan.py). A Saver has a process group of its own, for in training's group these
+messages would mix with the gradients. A save that is due while another one is under way waits for
+it.
 
 Whoever leaves a run over the weekend wants it to continue when the disk is full. So a save that
 fails is an event, earlier checkpoints are as they were, and the next save tries again. Only the
@@ -44,7 +44,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from checkpoint.exchange import broadcast, gather, rank_in, star, world_of
 from checkpoint.plan import Share, describe, merge, with_values
@@ -253,9 +252,9 @@ class Saver:
         self.under_way = None  # (step, future)
         if asynchronous:
             self.pool = ThreadPoolExecutor(1, "saving", initializer=_lower_priority)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                # An hour: a slow disk is no deadlock. A rank that dies is noticed at once.
-                self.group = star(timedelta(hours=1))
+        if world_of(None) > 1:
+            # An hour: a slow disk is no deadlock. A rank that dies is noticed at once.
+            self.group = star(timedelta(hours=1))
 
     def due(self, step: int) -> bool:
         """Is a checkpoint saved after this step? Steps that are kept for ever are saved, too."""

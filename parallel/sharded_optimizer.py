@@ -364,19 +364,28 @@ def told(value, first: int, group: dist.ProcessGroup, wire: torch.device):
     data = torch.empty(0, dtype=torch.uint8, device=wire)
     if dist.get_rank(group) == first:
         file = io.BytesIO()
-        torch.save(value, file)
+        try:
+            torch.save((value, None), file)
+        except Exception as error:
+            # What cannot be pickled: the other ranks are waiting for a message.
+            file = io.BytesIO()
+            torch.save((None, str(error)), file)
         data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(wire)
     size = torch.tensor([data.numel()], device=wire)
     dist.broadcast(size, group=group, group_src=first)
     data.resize_(int(size))
     dist.broadcast(data, group=group, group_src=first)
     try:
-        return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), weights_only=True)
+        message = io.BytesIO(data.cpu().numpy().tobytes())
+        value, why = torch.load(message, weights_only=True)
     except Exception as error:
+        why = error
+    if why is not None:
         raise TypeError(
             "the optimizer's state holds more than tensors, numbers, text and plain containers, "
-            f"and ranks tell each other no more: {error}"
-        ) from None
+            f"and ranks tell each other no more: {why}"
+        )
+    return value
 
 
 def on_meta(group: dict) -> dict:

@@ -20,6 +20,7 @@ from test_train import go, trace
 
 from checkpoint import load
 from checkpoint import save as saving
+from checkpoint.early_stopping import EarlyStopping
 from checkpoint.load import newest
 from checkpoint.save import Saver, prune, save
 from checkpoint.slices import DTYPES, Slice, copied
@@ -186,6 +187,32 @@ def test_saving_does_not_mix_with_the_collectives_of_training(tmp_path):
     for step in (25, 30):
         saved = load.load(tmp_path / f"step-{step:08d}")
         assert all((saved.tensor(f"w/{r}") == step).all() for r in range(3))
+
+
+def save_the_best(rank, world, out_dir):
+    plain = saving.gather
+    for asynchronous in (False, True):
+        saver = Saver(out_dir, asynchronous=asynchronous)
+        best = EarlyStopping(out_dir / "best", 2, saver=saver)
+
+        def gather(message, group):
+            assert group is saver.group and group is not None
+            # Two saves at once would mix their messages.
+            in_background = threading.current_thread() is not threading.main_thread()
+            assert in_background or saver.under_way is None
+            return plain(message, group)
+
+        saving.gather = gather
+        tree = {"mine": {str(rank): torch.ones(3)}}
+        saver.save(1, tree)
+        assert best.update(1, 2.0, lambda: tree)
+        saver.wait()
+    return saver.pop_events(), load.newest(best.folder).step
+
+
+def test_the_best_weights_are_saved_in_the_group_of_saving_after_the_save_under_way(tmp_path):
+    saved = [{"step": 1, "event": "save"}], 1
+    assert run_ranks(2, save_the_best, tmp_path) == [saved] * 2
 
 
 def full_on_one(rank, world, out_dir, failing):

@@ -506,12 +506,18 @@ def stop_early(rank, world, losses, *args):
     """A run whose evaluations, one a step, say these losses."""
     import train
 
-    evaluate, said = train.evaluate, iter(losses)
+    evaluate, said, gather = train.evaluate, iter(losses), saving.gather
     train.evaluate = lambda *a, **more: evaluate(*a, **more) | {"val_loss": next(said)}
+
+    def gather_apart_from_training(message, group):
+        assert world == 1 or group is not None
+        return gather(message, group)
+
+    saving.gather = gather_apart_from_training
     try:
         return go(*args)
     finally:
-        train.evaluate = evaluate
+        train.evaluate, saving.gather = evaluate, gather
 
 
 LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.9, 1.8]  # of steps 0, 1, ...: 2 is best at the end
