@@ -26,6 +26,7 @@ Norms, softmax and loss are in at least float32. Attention weights are not dropp
 has reproducible masks.
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from layers import attention
 from layers.chunked_loss import chunked_loss
+from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, turn
 from layers.ngram_embedding import NGramEmbedding
 from layers.recompute import casts, forget_results, recompute
 
@@ -134,15 +136,13 @@ class Attention(nn.Module):
     def placed(self, x: Tensor, context: ForwardContext, factor: float = 1.0) -> Tensor:
         """Queries or keys (B, T, heads, D), normed, turned by their positions, times the factor."""
 
-        def place(x: Tensor) -> Tensor:
-            if self.qk_norm:
-                x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # in float32 for half types
-            if context.rotary is not None:
-                x = rotate(x, *context.rotary)
-            return x * factor if factor != 1 else x
-
-        # Without a norm backward needs nothing but the result.
-        return recompute(place, x) if self.qk_norm else place(x)
+        if self.qk_norm and context.rotary is not None:
+            return norm_and_turn(x, *context.rotary, factor=factor)
+        if self.qk_norm:
+            x = rms_norm(x)
+        if context.rotary is not None:
+            x = turn(x, *context.rotary)
+        return x * factor if factor != 1 else x
 
 
 class MLP(nn.Module):
@@ -150,11 +150,13 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
         self.proj = Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
-        self.activation = F.gelu if c.activation == "gelu" else relu_squared
+        self.activation = relu_squared
+        if c.activation == "gelu":
+            self.activation = functools.partial(recompute, F.gelu)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
         (x,) = casts(x, 1)
-        return self.proj(recompute(self.activation, self.fc(x)))  # (B, T, 4C) between the two
+        return self.proj(self.activation(self.fc(x)))  # (B, T, 4C) between the two
 
 
 class Block(nn.Module):
@@ -330,10 +332,6 @@ def empty_embedding(n: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(n, width), freeze=False)
 
 
-def relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
 def run_blocks(blocks: list[nn.Module], x: Tensor, context: ForwardContext) -> Tensor:
     for block in blocks:
         x = block(x, context)
@@ -366,7 +364,7 @@ def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "layernorm":
         return nn.LayerNorm(c.n_embd, bias=c.bias)
     # 1e-6, as the default None means the dtype's epsilon. The last argument adds a gain.
-    return nn.RMSNorm(c.n_embd, 1e-6, c.norm == "rmsnorm_gain")
+    return RMSNorm(c.n_embd, 1e-6, c.norm == "rmsnorm_gain")
 
 
 def capped(logits: Tensor, cap: float, form: str) -> Tensor:
@@ -393,16 +391,6 @@ def rotary_angles(
     # One for all heads.
     angle = position_ids.to(dtype).unsqueeze(-1).unsqueeze(-1) * frequency
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (x[i], x[i + D/2]) turned by its angle (Su et al. 2021, 2104.09864)."""
-    # (a cos - b sin, b cos + a sin), in few operations on all of x.
-    a, b = x.chunk(2, -1)
-    swapped = torch.cat([b, a], -1)
-    cos = torch.cat([cos, cos], -1).to(x.dtype)
-    sin = torch.cat([-sin, sin], -1).to(x.dtype)
-    return x * cos + swapped * sin
 
 
 class Dropout(nn.Module):

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from harness import init_weights
 
 from layers.generation import generate
-from model import GPT, Dropout, ForwardContext, GPTConfig, initial_weight, rotary_angles, rotate
+from layers.fewer_passes import turn
+from model import GPT, Dropout, ForwardContext, GPTConfig, initial_weight, rotary_angles
 from settings import fields
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
@@ -147,7 +148,7 @@ def test_rotary_scores_depend_on_distance_alone():
 
     def score(i, j):
         turned = [
-            rotate(x, *rotary_angles(torch.tensor([n]), 8, torch.double))
+            turn(x, *rotary_angles(torch.tensor([n]), 8, torch.double))
             for x, n in ((q, i), (k, j))
         ]
         return (turned[0] * turned[1]).sum()
