@@ -1,4 +1,4 @@
-"""RMSNorm, QK-norm with its rotation, squared ReLU: backward written out, in few passes over memory.
+"""RMSNorm, QK-norm with its rotation, squared ReLU: backward written out, in few passes.
 
 On a CPU what is between two matrix products takes as long as its memory takes to come and go. Here
 a pass is a tensor read or written once, of N tokens with C channels (h, r: 4C).
@@ -61,21 +61,24 @@ def norm_and_turn(
 
     cos, sin: (..., 1, D/2)
     """
-    if not by_autograd(x):
-        return NormAndTurn.apply(x, cos, sin, eps, factor)
 
     def formula(x: Tensor) -> Tensor:
         y = turn(F.rms_norm(x, x.shape[-1:], eps=eps), cos, sin)
         return y * factor if factor != 1 else y
 
-    return recompute(formula, x)
+    def written_out(x: Tensor) -> Tensor:
+        return NormAndTurn.apply(x, cos, sin, eps, factor)
+
+    if by_autograd(x):
+        return recompute(formula, x)
+    return recompute(written_out, x, saves_little=True)
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)². Backward computes it once more, from max(x, 0), which alone is kept."""
     if by_autograd(x):
         return recompute(lambda h: F.relu(h).square(), x)
-    return recompute(Square.apply, ReLU.apply(x))
+    return recompute(Square.apply, ReLU.apply(x), saves_little=True)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -76,19 +76,26 @@ from torch.autograd.graph import saved_tensors_hooks
 RESULTS = weakref.WeakValueDictionary()
 
 
-def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def recompute(
+    function: Callable[[Tensor], Tensor], x: Tensor, saves_little: bool = False
+) -> Tensor:
     """function(x), a new tensor. Backward computes again, from x, what autograd saved in it.
 
-    In backward, raises RuntimeError where x or a parameter was changed in place since, or where the
+    saves_little: that is x and small tensors. They are kept, and the function runs again only where
+    backward asks for its result. In backward, raises RuntimeError where x or a parameter was changed in place since, or where the
     function does not save the same number of tensors again.
     """
     has_autocast = torch.amp.is_autocast_available(x.device.type)
     if not (is_on() and has_autocast) or has_hooks(function):
         return function(x)
-    again = Again(function, x)
-    with saved_tensors_hooks(again.pack, again.unpack):
+    again = Again(function, x, saves_little)
+    hooks = saved_tensors_hooks(again.pack, again.unpack)
+    with contextlib.nullcontext() if saves_little else hooks:
         y = function(x)
     again.add_result(y)
+    if saves_little and y.grad_fn is not None:
+        # It is held by this hook alone.
+        y.grad_fn.register_prehook(again.forget)
     return y
 
 
@@ -248,11 +255,11 @@ class Again:
     Nothing but autograd's graph holds this object: it goes when backward has passed.
     """
 
-    def __init__(self, function: Callable, x: Tensor):
+    def __init__(self, function: Callable, x: Tensor, saves_little: bool):
         # Not the module: hooks that it gets later are not of this call.
         self.function = function.forward if isinstance(function, nn.Module) else function
         self.x = keep(x.detach(), hooks_around())
-        self.needs_grad = x.requires_grad
+        self.needs_grad = x.requires_grad and not saves_little
         device = x.device.type
         self.autocast = dict(
             device_type=device,
@@ -279,8 +286,11 @@ class Again:
         if i not in self.saved:
             self.run()
         # Backward is past all products of the result, or it would not be inside the function.
-        self.found.clear()
+        self.forget()
         return self.saved.pop(i)
+
+    def forget(self, *_) -> None:
+        self.found.clear()
 
     def result(self, dtype: torch.dtype) -> Tensor:
         if not self.found:

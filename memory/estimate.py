@@ -107,27 +107,27 @@ ACTIVATION_BYTES = {
     ("track3", 8, 8): (80, 42, 24),
     ("track3", 4, 4): (40, 21, 12),
     ("track3", 4, 2): (24, 18, 12),
-    ("modern", 2, 2): (20, 6, 8),
+    ("modern", 2, 2): (20, 3, 8),
     ("gpt2", 2, 2): (20, 4, 4),
-    ("track3", 2, 2): (20, 18, 12),
+    ("track3", 2, 2): (20, 9, 12),
 }
 # In place of k with activation checkpointing: full, attention, mlp, selective. The fifth number is
 # the gradients inside a block and what layers/recompute.py computes again of it in backward (and
 # what track3's norm of the embedding keeps), the sixth as much more where no checkpointing computes
-# the last block again.
+# the last block again, the seventh where attention or the MLP alone is computed again.
 CHECKPOINTED_BYTES = {
-    ("modern", 8, 8): (8, 48, 48, 88, 137, 32),
-    ("modern", 4, 4): (4, 24, 24, 44, 69, 16),
-    ("modern", 4, 2): (4, 16, 16, 24, 37, 8),
-    ("gpt2", 8, 8): (8, 48, 48, 88, 77, 0),
-    ("gpt2", 4, 4): (4, 24, 24, 44, 38, 0),
-    ("gpt2", 4, 2): (4, 16, 16, 24, 23, 0),
-    ("track3", 8, 8): (8, 48, 48, 88, 153, 32),
-    ("track3", 4, 4): (4, 24, 24, 44, 77, 16),
-    ("track3", 4, 2): (4, 16, 16, 24, 45, 8),
-    ("modern", 2, 2): (2, 14, 14, 22, 37, 8),
-    ("gpt2", 2, 2): (2, 14, 14, 22, 20, 0),
-    ("track3", 2, 2): (2, 14, 14, 22, 45, 8),
+    ("modern", 8, 8): (8, 48, 48, 88, 91, 16, 9),
+    ("modern", 4, 4): (4, 24, 24, 44, 45, 9, 5),
+    ("modern", 4, 2): (4, 16, 16, 24, 27, 7, 0),
+    ("gpt2", 8, 8): (8, 48, 48, 88, 77, 0, 0),
+    ("gpt2", 4, 4): (4, 24, 24, 44, 38, 0, 0),
+    ("gpt2", 4, 2): (4, 16, 16, 24, 23, 0, 0),
+    ("track3", 8, 8): (8, 48, 48, 88, 107, 16, 16),
+    ("track3", 4, 4): (4, 24, 24, 44, 54, 8, 8),
+    ("track3", 4, 2): (4, 16, 16, 24, 35, 8, 0),
+    ("modern", 2, 2): (2, 14, 14, 22, 27, 7, 0),
+    ("gpt2", 2, 2): (2, 14, 14, 22, 20, 0, 0),
+    ("track3", 2, 2): (2, 14, 14, 22, 35, 8, 0),
 }
 
 # Name -> (embedding | head | matrix | scalar, shape).
@@ -769,12 +769,14 @@ def activation_bytes(
     tp: int = 1,
     loss_chunk: int | None = None,
     in_backward: bool = True,
+    plain_attention: tuple[int, int] | None = None,
 ) -> float:
     """Bytes that one micro-batch of `tokens` = b x s keeps for backward, and holds in it at most.
 
     By 34 s b h, the text's 20 s b h, or our own count. activation_checkpoint: as in
     memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps; loss_chunk:
-    the setting, None for all tokens at once. in_backward: False for what forward leaves. Offloaded
+    the setting, None for all tokens at once. in_backward: False for what forward leaves. plain_attention: (heads, tokens of a
+    sequence), where --attention=plain keeps probabilities (layers/attention.py). Offloaded
     activations are on the device while they are used, two blocks at a time. Raises ValueError for
     an unknown precision or activation_checkpoint.
     """
@@ -785,14 +787,14 @@ def activation_bytes(
         per_layer = {"mixed": 34, "texts": 20}[precision]
         per_channel = 0
         per_word = 0
-        full, attention, mlp, selective, inside, last = 2, 26, 18, 22, 0, 0
+        full, attention, mlp, selective, inside, last, in_part = 2, 26, 18, 22, 0, 0, 0
         attention = min(attention, per_layer)
         selective = min(selective, per_layer)
     else:
         row = PRECISIONS[precision]
         key = arch, row.weights.itemsize, row.products.itemsize
         per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
-        full, attention, mlp, selective, inside, last = CHECKPOINTED_BYTES[key]
+        full, attention, mlp, selective, inside, last, in_part = CHECKPOINTED_BYTES[key]
     L = n_layer
     how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
@@ -813,9 +815,9 @@ def activation_bytes(
             per_layer - full if last_again else last,
         ),
         "segments": (K * full, n_steps * per_layer - full),
-        "attention": (L * attention, last),
+        "attention": (L * attention, last + in_part),
         # Its input is computed again, too.
-        "mlp": (L * mlp, per_layer - mlp + full),
+        "mlp": (L * mlp, per_layer - mlp + full + in_part),
         "selective": (L * selective, max(0, per_layer - selective)),
         "offload": (0, 2 * per_layer),
     }
@@ -827,6 +829,16 @@ def activation_bytes(
     if loss_chunk is not None and tokens:
         words *= min(1, chunk_part(loss_chunk) / tokens)
     of_head = per_channel * n_embd + words
+
+    if plain_attention is not None and precision in PRECISIONS:
+        heads, length = plain_attention
+        # Half of all pairs, and half of the chunk on the diagonal; q and k once more, turned.
+        number = PRECISIONS[precision].products.itemsize
+        more = number * heads * (length + min(64, length)) / 2
+        if arch != "gpt2":
+            more += 2 * number * n_embd
+        layers_kept = {"none": L, "mlp": L, "every": L - n_steps}.get(how, 0)
+        kept += layers_kept * more / n_embd
     at_most = max((again + inside) * n_embd, of_head) if in_backward else of_head
     return tokens * (kept * n_embd + at_most)
 

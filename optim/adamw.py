@@ -20,13 +20,14 @@ fully_shard, torch.distributed.checkpoint. States of torch.optim.AdamW load; ams
 are refused. docs/partners.md has all partners.
 
 `fused` steps all tensors in one kernel of torch's with the same formula: on a GPU one launch
-instead of eight for each tensor, on a CPU half the time. Half-precision parameters then have
-float32 copies all at once. On a GPU that kernel reads each `step` through a pointer to float32 on
-the same device, whatever the tensor's dtype (torch's FusedAdamKernel.cu; its adam.py, 2.13, makes
-`step` so for fused and capturable, and leaves it on the CPU otherwise). Here `step` is a number of
-Python's and the tensor is made anew, so no state can be of the wrong kind: states of torch's class
-load with either. To compile the step instead: torch compiles again for every new float,
-so hand the floats over as 0-D tensors:
+instead of eight for each tensor, on a CPU half the time. None: for float32 parameters on either,
+but for DTensors. Half-precision parameters would have float32 copies all at once. On a GPU that
+kernel reads each `step` through a pointer to float32 on the same device, whatever the tensor's
+dtype (torch's FusedAdamKernel.cu; its adam.py, 2.13, makes `step` so for fused and capturable, and
+leaves it on the CPU otherwise). Here `step` is a number of Python's and the tensor is made anew, so
+no state can be of the wrong kind: states of torch's class load with either. To compile the step
+instead, with fused=False: torch compiles again for every new float, so hand the floats over as 0-D
+tensors:
     fast = torch.compile(adamw_update, dynamic=True)
     adamw.adamw_update = lambda *args: fast(
         *(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in args))
@@ -89,6 +90,12 @@ def fused_adamw_update(
     )
 
 
+def is_fast(p) -> bool:
+    """Does fused=None mean the kernel for this parameter?"""
+    is_plain = not hasattr(p, "placements")  # no DTensor
+    return p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") and is_plain
+
+
 class AdamW(torch.optim.Optimizer):
     """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients."""
 
@@ -110,7 +117,7 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        fused: bool = False,
+        fused: bool | None = None,
     ):
         super().__init__(
             params,
@@ -159,7 +166,8 @@ class AdamW(torch.optim.Optimizer):
                 t = state["step"] = int(state["step"]) + 1
                 tensors = work, p.grad.to(work.dtype), state["exp_avg"], state["exp_avg_sq"]
                 # The kernel ignores strides, so a transposed tensor takes the plain way.
-                if group["fused"] and all(x.is_contiguous() for x in tensors):
+                is_fused = is_fast(p) if group["fused"] is None else group["fused"]
+                if is_fused and all(x.is_contiguous() for x in tensors):
                     fused.setdefault((t, work.dtype, p.device), []).append((p, *tensors))
                     continue
                 adamw_update(*tensors, 1 - beta1**t, math.sqrt(1 - beta2**t), *hyperparameters)

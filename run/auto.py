@@ -1,15 +1,24 @@
 """What `auto` and `none` mean on this machine."""
 
+import math
 import os
 
 import torch
 
+from metrics import flops
 from optim.attributes import attribute
 from optim.param_groups import averages_weights
 from precision import amp
 from run.optimizers import trial
 from settings import checks
 from settings.fields import Config, update, with_traits
+
+# What torch.compile costs and saves on a CPU, by two cores of an AMD EPYC (Zen 4):
+# experiments/results/bench_step.md.
+COMPILE_SECONDS = 20.0  # from nothing; 4 where torch's cache has the kernels already
+EAGER_FLOPS = 95e9  # that a thread computes in a second of an eager step
+SAVED_SHARE = 0.14  # of an eager step's time
+SAVED_PER_BLOCK = 0.8e-3  # seconds a block and micro-batch, of Python and of small kernels
 
 
 def resolve_auto(
@@ -33,11 +42,13 @@ def resolve_auto(
         cfg = update(cfg, zero_init=False)
     if cfg.data_parallel == "auto" and has_replicas:
         cfg = update(cfg, data_parallel=resolve_data_parallel(cfg, optimizer_class))
+    precision = amp.choose(cfg.precision, device)
     return update(
         with_traits(cfg),
         device=str(device),
-        precision=amp.choose(cfg.precision, device),
-        compile=resolve_compile(cfg, device),
+        precision=precision,
+        attention=resolve_attention(cfg, precision, device),
+        compile=resolve_compile(cfg, precision, device, has_replicas),
         schedule=resolve_schedule(cfg, optimizer_class),
         **learning_rates,
     )
@@ -71,20 +82,60 @@ def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
     return "wsd"
 
 
-def resolve_compile(cfg: Config, device: torch.device) -> str:
+def resolve_attention(cfg: Config, precision: str, device: torch.device) -> str:
+    """`auto` is plain where that is faster than torch's kernel, and sdpa elsewhere.
+
+    float64, in which layouts and versions are compared, keeps one kernel on every machine.
+    """
+    if cfg.attention != "auto":
+        return cfg.attention
+    is_ring = cfg.cp > 1 and cfg.cp_attention == "ring"  # it has an attention of its own
+    is_short = cfg.block_size <= 512 and cfg.window is None
+    if device.type == "cpu" and is_short and not is_ring and precision != "fp64":
+        return "plain"
+    return "sdpa"
+
+
+def resolve_compile(cfg: Config, precision: str, device: torch.device, has_replicas: bool) -> str:
     """`auto` compiles on a GPU, unless the schedule takes apart what the compiler fuses.
 
-    Raises ValueError for --compile.NAME where nothing is compiled.
+    On a CPU it compiles where steps_that_pay() says so. Raises ValueError for --compile.NAME where
+    nothing is compiled.
     """
     mode = cfg.compile
     if mode == "auto":
         is_zero_bubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
+        is_alone = not has_replicas and cfg.tp == cfg.cp == cfg.pp == 1
         mode = "off"
         if device.type == "cuda" and not is_zero_bubble:
+            mode = "default"
+        elif device.type == "cpu" and cfg.steps >= steps_that_pay(cfg, precision, is_alone):
             mode = "default"
     if mode == "off" and cfg.sub("compile"):
         raise ValueError("--compile.* has nothing to do with compile=off; type --compile=default")
     return mode
+
+
+def steps_that_pay(cfg: Config, precision: str, is_alone: bool) -> float:
+    """After so many steps torch.compile has saved as much time on a CPU as it took.
+
+    inf where that was not measured: other precisions, several processes (is_alone is False),
+    dropout, where each layer is a compilation of its own. The rule asks no clock: the same command
+    is the same run each time.
+    """
+    from layers import compile
+
+    is_measured = is_alone and precision in ("fp32", "bf16") and cfg.dropout == 0
+    if not is_measured or compile.lacking(torch.device("cpu")) is not None:
+        return math.inf
+    block_params = 12 * cfg.n_embd**2 * cfg.n_layer
+    context = cfg.window or cfg.block_size
+    per_token = flops.flops_per_token(block_params, cfg.n_layer, cfg.n_embd, context)
+    work = per_token * cfg.batch_size * cfg.block_size
+    eager = work / (EAGER_FLOPS * torch.get_num_threads())
+    micro_batches = math.ceil(cfg.batch_size / (cfg.micro_batch_size or cfg.batch_size))
+    saved = SAVED_SHARE * eager + SAVED_PER_BLOCK * cfg.n_layer * micro_batches
+    return COMPILE_SECONDS / saved
 
 
 def resolve_learning_rates(cfg: Config, optimizer_class: type) -> dict[str, float]:

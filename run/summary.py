@@ -11,6 +11,7 @@
 The long list of all settings is in train.log and config.toml.
 """
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch
 import schedules
 from metrics.logger import read_metrics, short
 from parallel.mesh import Mesh
+from run import auto
 from settings.fields import FIELDS, Config, flag
 
 # Settings that other lines of the summary show, or that say where a run is, not what it is.
@@ -61,7 +63,7 @@ def at_start(
         ("batch", about_batch(cfg, len(corpus.train))),
         ("optimizer", about_optimizer(cfg, lrs)),
         ("schedule", about_schedule(cfg, lr_schedule)),
-        ("precision", about_precision(cfg, hardware, why_emulated)),
+        ("precision", about_precision(cfg, hardware, why_emulated, mesh.world == 1)),
         ("layout", about_layout(cfg, mesh)),
         *(("memory", text) for text in about_memory(cfg)),
         ("guards", about_guards(cfg, options["monitor"])),
@@ -136,10 +138,14 @@ def about_schedule(cfg: Config, lr_schedule: Callable[[int], float]) -> str:
     return f"{text}; the last step has {lr_schedule(cfg.steps - 1):.2g} x lr"
 
 
-def about_precision(cfg: Config, hardware: str, why_emulated: str | None) -> str:
+def about_precision(cfg: Config, hardware: str, why_emulated: str | None, is_alone: bool) -> str:
     text = f"{cfg.precision} on {hardware}"
     if cfg.compile != "off":
         text += f", compiled ({cfg.compile})"
+    if cfg.device == "cpu" and "compile" not in cfg.given:
+        n_steps = auto.steps_that_pay(cfg, cfg.precision, is_alone)
+        if n_steps < math.inf:
+            text += f"; to compile pays after about {math.ceil(n_steps):,} steps"
     if why_emulated is None:
         return text
     # On a CPU nobody asks which GPU would be needed.

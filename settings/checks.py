@@ -256,9 +256,9 @@ def check_context_parallel(cfg: Config) -> None:
             f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
             f"block_size={cfg.block_size} cannot be, try --block_size={better}"
         )
-    for name, usual in (("window", None), ("attention", "sdpa")):
+    for name, usual in (("window", (None,)), ("attention", ("auto", "sdpa"))):
         value = getattr(cfg, name)
-        if is_ring and value != usual:
+        if is_ring and value not in usual:
             raise ValueError(
                 f"{name}={value} is incompatible with cp_attention=ring, which has an attention of "
                 "its own; type --cp_attention=ulysses"

@@ -105,10 +105,10 @@ class Config:
     window: int | None = fixed(
         None, "tokens that a query sees, itself among them; none = all", least=1
     )
-    attention: Literal["sdpa", "plain", "flex"] = may_change(
-        "sdpa",
-        "torch's kernel | written out, faster in bf16 on a CPU up to 512 tokens | FlexAttention,"
-        " for GPUs",
+    attention: Literal["auto", "sdpa", "plain", "flex"] = may_change(
+        "auto",
+        "torch's kernel | written out | FlexAttention, for GPUs; auto: plain on a CPU for up to 512"
+        " tokens, else sdpa",
     )
     tied: bool | Auto = fixed("auto", "the output head shares the embedding; only gpt2: true")
     bias: bool | Auto = fixed(
@@ -230,7 +230,9 @@ class Config:
         " is fast here",
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = may_change(
-        "auto", "torch.compile of each block, and how; auto: default on a GPU, off on a CPU"
+        "auto",
+        "torch.compile of each block, and how; auto: default on a GPU, on a CPU where a run is long"
+        " enough to pay for it",
     )
     data_parallel: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = may_change(
         "auto",

@@ -846,3 +846,34 @@ def test_a_mistake_ends_the_command_with_2():
 def test_the_function_refuses_what_it_does_not_know(arguments, said):
     with pytest.raises(ValueError, match=said):
         bytes_per_rank(gpt_shapes(1, 8, 8), **arguments)
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("length", [48, 128, 192])
+def test_plain_attention_keeps_probabilities(arch, precision, length):
+    size = dict(n_layer=2, n_embd=64, vocab_size=64)
+    found = []
+    for attention in "sdpa", "plain":
+        config = GPTConfig(
+            **size, n_head=4, n_kv_head=4, block_size=length, attention=attention, **TRAITS[arch]
+        )
+        model, storages = GPT(config), {}
+
+        def pack(x):
+            storages[x.untyped_storage()._cdata] = x.untyped_storage()
+            return x
+
+        ids = torch.zeros(2, length, dtype=torch.long)
+        half = AUTOCAST.get(precision)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+                model(ids, ids)
+        found.append(sum(x.nbytes() for x in storages.values()))
+    sdpa, plain = (
+        activation_bytes(
+            precision, 2 * length, **size, arch=arch, in_backward=False, plain_attention=heads
+        )
+        for heads in (None, (4, length))
+    )
+    assert plain - sdpa == pytest.approx(found[1] - found[0], rel=0.05)

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from harness import init_weights
 
-from layers.generation import generate
 from layers.fewer_passes import turn
+from layers.generation import generate
 from model import GPT, Dropout, ForwardContext, GPTConfig, initial_weight, rotary_angles
 from settings import fields
 
@@ -148,8 +148,7 @@ def test_rotary_scores_depend_on_distance_alone():
 
     def score(i, j):
         turned = [
-            turn(x, *rotary_angles(torch.tensor([n]), 8, torch.double))
-            for x, n in ((q, i), (k, j))
+            turn(x, *rotary_angles(torch.tensor([n]), 8, torch.double)) for x, n in ((q, i), (k, j))
         ]
         return (turned[0] * turned[1]).sum()
 
