@@ -14,7 +14,9 @@ Statistics are in at least float32, and a result is rounded once. Where torch.co
 of torch.func is at work, or on another device than a CPU, the same formulas go to autograd, or to
 torch's kernels.
 
-Neighbours: model.py, which calls them; layers/recompute.py, by which their results are not kept.
+Their results are not kept either, by layers/recompute.py.
+
+Neighbours: layers/recompute.py
 
 Example:
     import torch

@@ -82,7 +82,9 @@ def recompute(
     """function(x), a new tensor. Backward computes again, from x, what autograd saved in it.
 
     saves_little: that is x and small tensors. They are kept, and the function runs again only where
-    backward asks for its result. In backward, raises RuntimeError where x or a parameter was changed in place since, or where the
+    backward asks for its result.
+
+    In backward, raises RuntimeError where x or a parameter was changed in place since, or where the
     function does not save the same number of tensors again.
     """
     has_autocast = torch.amp.is_autocast_available(x.device.type)

@@ -775,10 +775,10 @@ def activation_bytes(
 
     By 34 s b h, the text's 20 s b h, or our own count. activation_checkpoint: as in
     memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps; loss_chunk:
-    the setting, None for all tokens at once. in_backward: False for what forward leaves. plain_attention: (heads, tokens of a
-    sequence), where --attention=plain keeps probabilities (layers/attention.py). Offloaded
-    activations are on the device while they are used, two blocks at a time. Raises ValueError for
-    an unknown precision or activation_checkpoint.
+    the setting, None for all tokens at once. in_backward: False for what forward leaves.
+    plain_attention: (heads, tokens of a sequence) of --attention=plain, which keeps probabilities.
+    Offloaded activations are on the device while they are used, two blocks at a time. Raises
+    ValueError for an unknown precision or activation_checkpoint.
     """
     check("precision", precision, ACCOUNTINGS)
     if precision in PUBLISHED:
@@ -831,16 +831,19 @@ def activation_bytes(
     of_head = per_channel * n_embd + words
 
     if plain_attention is not None and precision in PRECISIONS:
-        heads, length = plain_attention
-        # Half of all pairs, and half of the chunk on the diagonal; q and k once more, turned.
-        number = PRECISIONS[precision].products.itemsize
-        more = number * heads * (length + min(64, length)) / 2
-        if arch != "gpt2":
-            more += 2 * number * n_embd
         layers_kept = {"none": L, "mlp": L, "every": L - n_steps}.get(how, 0)
-        kept += layers_kept * more / n_embd
+        number = PRECISIONS[precision].products.itemsize
+        kept += layers_kept * number * kept_by_plain_attention(*plain_attention, n_embd, arch)
     at_most = max((again + inside) * n_embd, of_head) if in_backward else of_head
     return tokens * (kept * n_embd + at_most)
+
+
+def kept_by_plain_attention(heads: int, length: int, n_embd: int, arch: str) -> float:
+    """Numbers a token and channel of a layer: probabilities; q and k once more, turned."""
+    # Half of all pairs, and half of the chunk on the diagonal.
+    probabilities = heads * (length + min(64, length)) / 2
+    turned = 0 if arch == "gpt2" else 2
+    return probabilities / n_embd + turned
 
 
 def step_of_layers(activation_checkpoint: str) -> tuple[str, int]:
