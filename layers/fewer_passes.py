@@ -34,7 +34,6 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from layers.recompute import is_transformed, recompute
 
@@ -97,6 +96,15 @@ def by_autograd(x: Tensor) -> bool:
     return x.device.type != "cpu" or is_transformed()
 
 
+def refuse_second_derivative() -> None:
+    """Called in backward, where gradients are recorded for create_graph=True alone."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "layers/fewer_passes.py: backward is written out once, and has no derivative; call "
+            "backward without create_graph=True"
+        )
+
+
 # ---- as autograd sees them -----------------------------------------------------------------------
 class Normed(torch.autograd.Function):
     @staticmethod
@@ -106,8 +114,8 @@ class Normed(torch.autograd.Function):
         return rounded_product(x, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivative()
         x, scale = ctx.saved_tensors
         along = (dy * x).sum(-1, keepdim=True, dtype=scale.dtype)
         along.mul_(scale.square()).div_(-x.shape[-1])
@@ -123,8 +131,8 @@ class NormAndTurn(torch.autograd.Function):
         return turn(rounded_product(x, scale * factor), cos, sin)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
+        refuse_second_derivative()
         x, scale, cos, sin = ctx.saved_tensors
         dn = turn(dy, cos, -sin)
         n = rounded_product(x, scale)
@@ -152,8 +160,8 @@ class Square(torch.autograd.Function):
         return r.square()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
+        refuse_second_derivative()
         (r,) = ctx.saved_tensors
         # 0 + 2 r dy: one pass, where (2 r) dy would be two.
         return torch.addcmul(r.new_zeros(()), r, dy, value=2)

@@ -8,11 +8,13 @@ from matrix import assert_one_process
 from test_qk_clip import scores
 
 import train
+from layers import attention
 from layers.attention import causal_attention, choose, plain_attention
 from layers.generation import generate
 from metrics.logger import read_metrics
 from model import GPT, GPTConfig
 from optim import qk_clip
+from run import auto
 from settings import parse
 
 
@@ -24,6 +26,7 @@ def qkv(T: int, kv: int, dtype=torch.float64, grad=True, D=6, device="cpu") -> l
 
 
 def seen(T: int, window: int) -> torch.Tensor:
+    window = window or T
     return torch.tensor([[i - window < j <= i for j in range(T)] for i in range(T)])
 
 
@@ -38,9 +41,13 @@ def by_hand(q, k, v, window):
 @pytest.mark.parametrize("attend", [causal_attention, plain_attention])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 @pytest.mark.parametrize(
-    "T, window", [(12, 1), (12, 4), (12, 5), (13, 12), gpu(13, 7), (24, 3), (8, 8), (8, 30)]
+    "T, window",
+    [(12, 1), (12, 4), (12, 5), (13, 12), gpu(13, 7), (24, 3), (8, 8), (8, 30), (12, None)],
 )
-def test_a_window_is_the_mask_written_out_and_so_are_its_gradients(T, window, kv, attend, device):
+def test_a_window_is_the_mask_written_out_and_so_are_its_gradients(
+    T, window, kv, attend, device, monkeypatch
+):
+    monkeypatch.setattr(attention, "CHUNK", 5)
     inputs = qkv(T, kv, device=device)
     outs = [f(*inputs, window) for f in (attend, by_hand)]
     weights = torch.randn(outs[0].shape, dtype=torch.float64).to(device)
@@ -231,3 +238,54 @@ def test_flex_attention_without_a_gpu_is_said(tmp_path, text):
     )
     with pytest.raises(ValueError, match="attention=flex is for GPUs.*--attention=sdpa"):
         train.main(cfg)
+
+
+def test_plain_attention_for_transforms_autocast_and_one_backward():
+    q, k, v = qkv(9, 2)
+    inputs = q.detach(), k.detach(), v.detach()
+    found, expected = (
+        torch.func.grad(lambda *x: f(*x, None).sin().sum(), (0, 1, 2))(*inputs)
+        for f in (plain_attention, by_hand)
+    )
+    for ours, plain in zip(found, expected):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        torch.autograd.grad(plain_attention(q, k, v).sum(), q, create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain_attention(*(x.float() for x in inputs)).dtype == torch.bfloat16
+        assert plain_attention(*inputs).dtype == torch.float64
+
+
+def test_probabilities_of_keys_that_nobody_sees_are_not_kept(monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    numbers = []
+
+    def pack(x):
+        numbers.append(x.numel())
+        return x
+
+    q, k, v = qkv(12, 4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        plain_attention(q, k, v)
+    pairs = 2 * 4 * 4  # sequences, heads, queries of a chunk
+    assert numbers[3:] == [pairs * 4, pairs * 8, pairs * 12]
+
+
+@pytest.mark.parametrize(
+    "flags, device, expected",
+    [
+        ([], "cpu", "plain"),
+        (["--precision=fp64"], "cpu", "sdpa"),
+        (["--block_size=512"], "cpu", "plain"),
+        (["--block_size=1024"], "cpu", "sdpa"),
+        (["--window=64"], "cpu", "sdpa"),
+        (["--attention=sdpa"], "cpu", "sdpa"),
+        (["--cp=2"], "cpu", "sdpa"),
+        (["--cp=2", "--cp_attention=ulysses"], "cpu", "plain"),
+        ([], "cuda", "sdpa"),
+    ],
+)
+def test_auto_takes_the_faster_kernel(flags, device, expected):
+    cfg = parse.parse(flags)
+    precision = "bf16" if cfg.precision == "auto" else cfg.precision
+    assert auto.resolve_attention(cfg, precision, torch.device(device)) == expected

@@ -10,9 +10,11 @@ from harness import gpu, run_ranks
 from torch._dynamo.utils import counters
 
 import train
+from layers import compile
 from layers.compile import compile_blocks, own_gradients
 from metrics import logger
 from model import GPT, GPTConfig
+from run import auto
 from run.microbatches import MicroBatches
 from settings import parse
 
@@ -184,3 +186,38 @@ def test_each_forward_that_may_overwrite_the_ones_before_begins_a_step(
     assert len(seen) == marks
     runs.evaluate([[0], [1], [2]], tokens, lambda *seen: None)
     assert len(seen) == 2 * marks
+
+
+LONG = ["--steps=20000"]
+
+
+@pytest.mark.parametrize(
+    "flags, has_replicas, expected",
+    [
+        (LONG, False, "default"),
+        ([], False, "off"),
+        (["--steps=280"], False, "off"),
+        (["--steps=290"], False, "default"),
+        ([*LONG, "--compile=off"], False, "off"),
+        (LONG, True, "off"),
+        ([*LONG, "--tp=2"], False, "off"),
+        ([*LONG, "--dropout=0.1"], False, "off"),
+        ([*LONG, "--precision=fp64"], False, "off"),
+        # A fourth of the work takes four times the steps, but for what a block costs by itself.
+        (["--steps=1000", "--batch_size=4"], False, "off"),
+        (["--steps=1020", "--batch_size=4"], False, "default"),
+    ],
+)
+def test_auto_compiles_on_a_cpu_what_pays(flags, has_replicas, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(compile, "lacking", lambda device: None)
+    cfg = parse.parse(flags)
+    precision = "bf16" if cfg.precision == "auto" else cfg.precision
+    found = auto.resolve_compile(cfg, precision, torch.device("cpu"), has_replicas)
+    assert found == expected
+
+
+def test_auto_compiles_nothing_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(compile, "lacking", lambda device: "g++ is missing")
+    cfg = parse.parse(LONG)
+    assert auto.resolve_compile(cfg, "bf16", torch.device("cpu"), False) == "off"

@@ -460,6 +460,27 @@ def test_fused_adamw_is_the_plain_one_and_they_go_on_from_each_other(dtype, cls,
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
+def test_fused_none_takes_the_kernel_for_float32_alone(monkeypatch):
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float32
+    params = [torch.nn.Parameter(torch.ones(i, dtype=x)) for i, x in enumerate(dtypes, 3)]
+    params[3].placements = ()  # as a DTensor
+    taken = []
+    kernel = torch._fused_adamw_
+
+    def spy(ps, *args, **options):
+        taken.extend(p.numel() for p in ps)
+        return kernel(ps, *args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", spy)
+    for fused, expected in (None, [3]), (False, []), (True, [3, 4, 5, 6]):
+        taken.clear()
+        optimizer = adamw.AdamW(params, fused=fused)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert sorted(taken) == expected
+
+
 @pytest.mark.gpu
 def test_adamw_continues_from_torchs_own_state(device):
     ours, theirs = (parameters(torch.float64, device=device) for _ in range(2))
