@@ -3,6 +3,7 @@
     python bench.py optim [...]      optimizers.py   a step of each optimizer beside the peers'
     python bench.py train [...]      training.py     precision, compile, checkpointing: their speed
     python bench.py job [...]        job.py          the whole of a recipe: seconds and loss
+    python bench.py step [...]       step.py         a step beside another checkout's, and why
     python bench.py nanogpt [...]    nanogpt.py      nanoGPT's own train.py beside ours
     python bench.py speedrun [...]   speedrun.py     seconds to a reference's loss, whole processes
     python bench.py scaling [...]    scaling.py      ranks and sizes: speed, memory, bytes sent
@@ -35,6 +36,7 @@ FILES = {
     "scaling": "scaling",
     "overhead": "overhead",
     "job": "job",
+    "step": "step",
     "nanogpt": "nanogpt",
     "spread": "spread",
     "memory": "memory",

@@ -158,6 +158,7 @@ BENCHES = {
     "scaling": "benchmarks.runs:run",
     "overhead": "benchmarks.overhead:start",
     "job": "benchmarks.job:once",
+    "step": "benchmarks.step:run",
     "nanogpt": "data.corpora:load",
     "spread": "torch.multiprocessing:spawn",
     "memory": "benchmarks.memory:row",
