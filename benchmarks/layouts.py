@@ -1,13 +1,13 @@
 """Each layout of parallel/ beside torch's own: CPU seconds, wall seconds, peak memory of a step.
 
     python bench.py layouts [--quick] [--only=ddp,zero3] [--ranks=2|4] [--size=small|wide]
-        [--turns=5] [--profile] [--out=FILE.md]
+        [--turns=7] [--profile] [--out=FILE.md]
 
 Both sides train one GPT (model.py) from the same weights on the same tokens in float32 with fused
-AdamW, on forked gloo ranks of one thread each. They take turns; a turn is a fresh set of processes,
-two steps that warm up and some that are timed. A row whose losses are apart by more than rounding
-is no comparison, and says so instead of its ratios. A row, ours / theirs, below 1 where ours is
-better; medians over turns, smallest and largest ratio in brackets:
+AdamW, on forked gloo ranks of one thread each. They take turns of two steps in the same processes,
+after two that warm up; memory is measured in processes of their own. A row whose losses are apart
+by more than rounding is no comparison, and says so in place of its ratios. These are ours / theirs,
+below 1 where ours is better; medians over turns, smallest and largest ratio in brackets:
 
     CPU      seconds a step of all threads of all ranks together
     wall     seconds a step; where ranks share cores, the scheduler's moods are in it
@@ -73,8 +73,7 @@ class Row:
     # Of the losses, relatively: float32 sums in another order.
     tolerance: float = 1e-4
     stages: int = 0  # of a pipeline, for each rank: as many layers as stages at least
-    # Modules that theirs imports, in the parent: a fork then has them at once.
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()  # modules of theirs
 
 
 SHARDED = ("torch.distributed.fsdp", "torch.distributed.tensor")
@@ -124,7 +123,7 @@ ROWS = {
 }
 
 
-# ---- one side, one turn --------------------------------------------------------------------------
+# ---- on the ranks --------------------------------------------------------------------------------
 def resident(key: str) -> float:
     """Bytes by the kernel: VmRSS now, VmHWM the most so far. NaN where there is no /proc."""
     path = Path("/proc/self/status")
@@ -133,8 +132,78 @@ def resident(key: str) -> float:
     return int(found[1]) * 1024 if found else math.nan
 
 
-def on_rank(rank: int, world: int, side: str, job: Job, steps: int, what: str, file: str) -> None:
-    """Trains; rank 0 writes the figures. what: "time", "memory" or "profile"."""
+def made(side: str, job: Job):
+    """The step of "module:function" on this rank."""
+    module, _, function = side.partition(":")
+    return getattr(importlib.import_module(f"benchmarks.{module}"), function)(job)
+
+
+def timed(sides: list[str], job: Job, turns: int, steps: int) -> dict:
+    """The sides take turns: CPU seconds of a step over all ranks, wall seconds, mean losses."""
+    ways = [made(side, job) for side in sides]
+    losses = [[way(i) for i in range(WARM_UP)] for way in ways]
+    seconds = torch.zeros(len(sides), turns, dtype=torch.float64)
+    wall = [[] for _ in sides]
+    for turn in range(turns):
+        # Who begins changes too.
+        order = list(range(len(sides)))
+        for k in order if turn % 2 == 0 else reversed(order):
+            dist.barrier()
+            began = time.perf_counter()
+            cpu = time.process_time()
+            for i in range(steps):
+                losses[k].append(ways[k](WARM_UP + turn * steps + i))
+            seconds[k, turn] = (time.process_time() - cpu) / steps
+            dist.barrier()
+            wall[k].append((time.perf_counter() - began) / steps)
+    dist.all_reduce(seconds)
+    losses = torch.tensor([[float(x) for x in side] for side in losses], dtype=torch.float64)
+    dist.all_reduce(losses)
+    return dict(cpu=seconds.tolist(), wall=wall, losses=losses.tolist())
+
+
+def metered(sides: list[str], job: Job, turns: int, steps: int) -> dict:
+    """Peak bytes of the fullest rank: resident beyond what was before, and of living tensors."""
+    (side,) = sides
+    before = resident("VmRSS")
+    step = made(side, job)
+    for i in range(WARM_UP + 1):
+        step(i)
+    rss = resident("VmHWM") - before
+    with Meter() as meter:
+        # The first step shows the meter all that lives between steps.
+        step(WARM_UP + 1)
+        meter.reset()
+        step(WARM_UP + 2)
+    peaks = torch.tensor([meter.peak, rss], dtype=torch.float64)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    return dict(zip(("tensors", "rss"), peaks.tolist()))
+
+
+def profiled(sides: list[str], job: Job, turns: int, steps: int) -> dict:
+    """The operators that take most of rank 0's CPU time, and what is outside of all of them."""
+    found = {}
+    for side in sides:
+        step = made(side, job)
+        for i in range(WARM_UP):
+            step(i)
+        began = time.process_time()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for i in range(steps):
+                step(WARM_UP + i)
+            spent = 1000 * (time.process_time() - began) / steps
+        operators = sorted(profiler.key_averages(), key=lambda x: -x.self_cpu_time_total)
+        inside = sum(x.self_cpu_time_total for x in operators) / 1000 / steps
+        lines = [f"{spent:9.2f} ms a step, {spent - inside:.2f} of them outside of operators"]
+        for x in operators[:15]:
+            ms = x.self_cpu_time_total / 1000 / steps
+            lines.append(f"{ms:9.2f} {x.count / steps:7.1f} x {x.key}")
+        found[side] = lines
+    return found
+
+
+def on_rank(rank: int, world: int, work, sides, job: Job, turns: int, steps: int, file: str):
+    """work: one of the three above; rank 0 writes what it returns."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -142,86 +211,24 @@ def on_rank(rank: int, world: int, side: str, job: Job, steps: int, what: str, f
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
-    module, _, function = side.rpartition(":")
-    make = getattr(importlib.import_module(f"benchmarks.{module}"), function)
-    before = resident("VmRSS")
-    step = make(dataclasses.replace(job, world=world, rank=rank))
-    losses = [step(i) for i in range(WARM_UP)]
-
-    if what == "memory":
-        with Meter() as meter:
-            # The first step shows the meter all that lives between steps.
-            step(WARM_UP)
-            meter.reset()
-            step(WARM_UP + 1)
-        figures = [0.0, 0.0, float(meter.peak), 0.0]
-    elif what == "profile":
-        figures = [0.0] * 4
-        text = profiled(step, steps)
-        if rank == 0:
-            Path(f"{file}.profile").write_text(text, encoding="utf-8")
-    else:
-        dist.barrier()
-        cpu = time.process_time()
-        wall = time.perf_counter()
-        for i in range(WARM_UP, WARM_UP + steps):
-            losses.append(step(i))
-        cpu = time.process_time() - cpu
-        dist.barrier()
-        wall = time.perf_counter() - wall
-        figures = [cpu / steps, wall / steps, 0.0, resident("VmHWM") - before]
-
-    figures = torch.tensor(figures, dtype=torch.float64)
-    of_ranks = [torch.empty_like(figures) for _ in range(world)]
-    dist.all_gather(of_ranks, figures)
-    losses = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses])
-    dist.all_reduce(losses)
+    found = work(sides, dataclasses.replace(job, world=world, rank=rank), turns, steps)
     if rank == 0:
-        cpu, wall, tensors, rss = torch.stack(of_ranks).T
-        found = dict(
-            cpu=cpu.sum().item(),
-            wall=wall.max().item(),
-            tensors=tensors.max().item(),
-            rss=rss.max().item(),
-            losses=losses.tolist(),
-        )
         Path(file).write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def profiled(step, steps: int) -> str:
-    """The operators that take most of this rank's CPU time, and what is outside of all of them."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    began = time.process_time()
-    with torch.profiler.profile(activities=activities) as profiler:
-        for i in range(steps):
-            step(WARM_UP + i)
-        spent = time.process_time() - began
-    operators = sorted(profiler.key_averages(), key=lambda x: -x.self_cpu_time_total)
-    inside = sum(x.self_cpu_time_total for x in operators) / 1e6
-    lines = [
-        f"{1000 * spent / steps:9.2f} ms a step, {1000 * (spent - inside) / steps:.2f} outside"
-    ]
-    for x in operators[:15]:
-        lines.append(f"{x.self_cpu_time_total / 1e3 / steps:9.2f} {x.count / steps:7.1f} x {x.key}")
-    return "\n".join(lines)
-
-
-def measure(side: str, job: Job, world: int, steps: int, what: str = "time") -> dict:
-    """One side's figures from fresh processes. Raises RuntimeError with the line that says why."""
+def measure(work, sides: list[str], job: Job, world: int, turns: int = 1, steps: int = 1) -> dict:
+    """Its figures from fresh processes. Raises RuntimeError with the line that says why not."""
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/found"
-        arguments = world, side, job, steps, what, file
+        arguments = world, work, sides, job, turns, steps, file
         try:
             mp.start_processes(on_rank, arguments, nprocs=world, start_method=method)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             raise RuntimeError(runs.reason(str(error))) from None
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-        if what == "profile":
-            found["profile"] = Path(f"{file}.profile").read_text(encoding="utf-8")
-        return found
+        return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 # ---- one row -------------------------------------------------------------------------------------
@@ -234,57 +241,49 @@ def job_of(row: Row, job: Job, world: int) -> Job:
     return dataclasses.replace(job, **row.change)
 
 
-def sides(row: Row) -> tuple[str, str]:
+def sides_of(row: Row) -> list[str]:
     ours = row.ours if ":" in row.ours else f"layouts_ours:{row.ours}"
     theirs = row.theirs if ":" in row.theirs else f"layouts_peers:{row.theirs}"
-    return ours, theirs
-
-
-def apart(a: list[float], b: list[float]) -> float:
-    """The largest relative difference of the losses of the same steps."""
-    gaps = [abs(x - y) / abs(y) for x, y in zip(a, b, strict=True)]
-    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
-
-
-def compared(row: Row, job: Job, world: int, turns: int, steps: int) -> list[str]:
-    """The cells after the row's name. Raises RuntimeError where a side cannot run."""
-    ours, theirs = sides(row)
-    for name in row.imports:
+    # In the parent: a rank that imports by itself would count that as memory.
+    own = [f"benchmarks.{side.partition(':')[0]}" for side in (ours, theirs)]
+    for name in (*own, *row.imports):
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise RuntimeError(f"not installed: {error}") from None
-    found = {ours: [], theirs: []}
-    for turn in range(turns):
-        # Who begins changes too.
-        for side in (ours, theirs) if turn % 2 == 0 else (theirs, ours):
-            found[side].append(measure(side, job, world, steps))
-    a, b = found[ours], found[theirs]
-    gap = max(apart(x["losses"], y["losses"]) for x, y in zip(a, b))
-    if not gap <= row.tolerance:
+    return [ours, theirs]
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    """The largest relative difference of the losses of the same steps; infinite for NaN."""
+    gaps = [abs(x - y) / abs(y) for x, y in zip(a, b, strict=True)]
+    return math.inf if any(map(math.isnan, gaps)) else max(gaps)
+
+
+def compared(row: Row, job: Job, world: int, turns: int, steps: int) -> list[str]:
+    """The cells after the row's name. Raises RuntimeError where a side cannot run."""
+    sides = sides_of(row)
+    found = measure(timed, sides, job, world, turns, steps)
+    gap = apart(*found["losses"])
+    if gap > row.tolerance:
         raise RuntimeError(
             f"losses differ by {gap:.1g}, more than {row.tolerance:g}: another computation"
         )
-
     cells = []
-    for key, scale, form in (("cpu", 1000, ".1f"), ("wall", 1000, ".1f")):
-        x, y = (scale * statistics.median(one[key] for one in side) for side in (a, b))
-        cells += [f"{x:{form}}", f"{y:{form}}", ratio(a, b, key)]
-    peaks = [measure(side, job, world, 1, "memory")["tensors"] / 1e6 for side in (ours, theirs)]
-    cells += [f"{x:.1f}" for x in peaks] + [f"**{peaks[0] / peaks[1]:.2f}**"]
-    cells += [ratio(a, b, "rss").replace("*", ""), f"{gap:.0e}"]
-    return cells
-
-
-def ratio(a: list[dict], b: list[dict], key: str) -> str:
-    """Turn by turn: the median in bold, smallest and largest."""
-    values = [x[key] / y[key] for x, y in zip(a, b)]
-    return "**{}** {}".format(*runs.spread(values).split(" "))
+    for seconds in found["cpu"], found["wall"]:
+        cells += [f"{1000 * statistics.median(x):.1f}" for x in seconds]
+        mid, ends = runs.spread([x / y for x, y in zip(*seconds)]).split(" ")
+        cells.append(f"**{mid}** {ends}")
+    peaks = [measure(metered, [side], job, world) for side in sides]
+    for key in "tensors", "rss":
+        ours, theirs = (peak[key] for peak in peaks)
+        cells += [f"{ours / 1e6:.1f}", f"{theirs / 1e6:.1f}", f"**{ours / theirs:.2f}**"]
+    return [*cells, f"{gap:.0e}"]
 
 
 HEAD = [
     "ours", "theirs", "CPU ms, ours", "theirs", "ratio", "wall ms, ours", "theirs", "ratio",
-    "tensors MB, ours", "theirs", "ratio", "RSS ratio", "losses apart",
+    "tensors MB, ours", "theirs", "ratio", "RSS MB, ours", "theirs", "ratio", "losses apart",
 ]  # fmt: skip
 
 
@@ -317,9 +316,10 @@ def profiles(names: list[str], job: Job, world: int) -> list[str]:
     lines = []
     for name in names:
         row = ROWS[name]
-        for side in sides(row):
-            lines += [f"{name}, {side.partition(':')[2]} of {side.partition(':')[0]}:", "```"]
-            lines += [measure(side, job_of(row, job, world), world, 5, "profile")["profile"], "```"]
+        found = measure(profiled, sides_of(row), job_of(row, job, world), world, steps=5)
+        for side, said in found.items():
+            lines += [f"{name}, {side.partition(':')[2]} of {side.partition(':')[0]}:", "", "```"]
+            lines += [*said, "```", ""]
     return lines
 
 
@@ -331,8 +331,8 @@ def main(argv: list[str]) -> int:
     if unknown:
         raise ValueError(f"--only={unknown[0]} is no row; there are {', '.join(ROWS)}")
     quick = "--quick" in given
-    turns = int(given.get("--turns", 1 if quick else 5))
-    steps = 1 if quick else 5
+    turns = int(given.get("--turns", 1 if quick else 7))
+    steps = 1 if quick else 2
     sizes = {"quick": QUICK} if quick else SIZES
     if "--size" in given:
         sizes = {given["--size"]: SIZES[given["--size"]]}
