@@ -16,7 +16,7 @@ below 1 where ours is better; medians over turns, smallest and largest ratio in 
              own buffers are in it, and what the allocator keeps
     losses   the largest relative difference of a step's mean loss
 
---size: the default job's size, and one wide enough that weights and messages outweigh activations.
+--size: the default job's model, and one wide enough that weights and messages outweigh activations.
 --only: rows by name. --profile: what takes the time, on rank 0, in place of the table. --quick: a
 tiny model, one turn: figures that say only that everything works. Peers that are not installed, or
 that a CPU cannot run, are named with the reason.
@@ -54,7 +54,7 @@ FLAGS = {
     "--out": ".+",
 }
 SIZES = {
-    "small": Job(4, 256, 4, 256, 256, sequences=4),
+    "small": Job(4, 256, 4, 128, 256, sequences=4),
     "wide": Job(2, 768, 8, 128, 2048, sequences=4),
 }
 QUICK = Job(2, 32, 2, 16, 64, sequences=2)
