@@ -17,32 +17,25 @@ below 1 where ours is better; medians over turns, smallest and largest ratio in 
     losses   the largest relative difference of a step's mean loss
 
 --size: the default job's model, and one wide enough that weights and messages outweigh activations.
+Replicas have 4 sequences each; the ranks of tp and cp share 4; a pipeline has 2 micro-batches of 2
+for each rank, and at least as many layers as stages. zerobubble is ZB-H1, one stage a rank; torch
+has it with two alone.
 --only: rows by name. --profile: what takes the time, on rank 0, in place of the table. --quick: a
 tiny model, one turn: figures that say only that everything works. Peers that are not installed, or
-that a CPU cannot run, are named with the reason.
+that a CPU cannot run, are named with the reason; exit status 1 where anything else has failed.
 """
 
 import dataclasses
 import importlib
-import json
-import logging
 import math
-import multiprocessing
-import re
 import statistics
-import tempfile
 import time
-import warnings
-from datetime import timedelta
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from benchmarks import runs
 from benchmarks.layouts_job import Job
-from memory.meter import Meter
+from benchmarks.layouts_ranks import measure, metered, profiled, timed
 
 FLAGS = {
     "--quick": "",
@@ -58,7 +51,6 @@ SIZES = {
     "wide": Job(2, 768, 8, 128, 2048, sequences=4),
 }
 QUICK = Job(2, 32, 2, 16, 64, sequences=2)
-WARM_UP = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +66,7 @@ class Row:
     tolerance: float = 1e-4
     stages: int = 0  # of a pipeline, for each rank: as many layers as stages at least
     imports: tuple[str, ...] = ()  # modules of theirs
+    refusal: str = ""  # words with which theirs refuses a CPU
 
 
 SHARDED = ("torch.distributed.fsdp", "torch.distributed.tensor")
@@ -99,7 +92,13 @@ ROWS = {
         dict(norm="rmsnorm_gain"),
         imports=PARALLEL,
     ),
-    "cp": Row("context_parallel", "cp", "context_parallel", imports=PARALLEL),
+    "cp": Row(
+        "context_parallel",
+        "cp",
+        "context_parallel",
+        imports=PARALLEL,
+        refusal="does not have a sharding strategy",
+    ),
     "gpipe": Row("ScheduleGPipe", "gpipe", "gpipe", stages=1, imports=STAGED),
     "1f1b": Row("Schedule1F1B", "one_f_one_b", "one_f_one_b", stages=1, imports=STAGED),
     "interleaved": Row(
@@ -114,121 +113,19 @@ ROWS = {
     ),
     "zerobubble-zbv": Row("ScheduleZBVZeroBubble", "zerobubble", "zbv", stages=2, imports=STAGED),
     "fp16": Row("fp16_compress_hook", "compress_fp16", "fp16_hook", tolerance=1e-3),
-    "bf16": Row("bf16_compress_hook", "compress_bf16", "bf16_hook", tolerance=1e-2),
+    "bf16": Row(
+        "bf16_compress_hook",
+        "compress_bf16",
+        "bf16_hook",
+        tolerance=1e-2,
+        refusal="BF16 all reduce communication hook required",
+    ),
     # Each has a first Q of its own, and theirs begins two steps later.
     "powersgd": Row("powerSGD_hook", "compress_powersgd", "powersgd_hook", tolerance=5e-2),
     "zero1-deepspeed": Row("DeepSpeed ZeRO 1", "zero1", "deepspeed1", imports=("deepspeed",)),
     "zero2-deepspeed": Row("DeepSpeed ZeRO 2", "zero2", "deepspeed2", imports=("deepspeed",)),
     "zero3-deepspeed": Row("DeepSpeed ZeRO 3", "zero3", "deepspeed3", imports=("deepspeed",)),
 }
-
-
-# ---- on the ranks --------------------------------------------------------------------------------
-def resident(key: str) -> float:
-    """Bytes by the kernel: VmRSS now, VmHWM the most so far. NaN where there is no /proc."""
-    path = Path("/proc/self/status")
-    text = path.read_text() if path.exists() else ""
-    found = re.search(rf"{key}:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 if found else math.nan
-
-
-def made(side: str, job: Job):
-    """The step of "module:function" on this rank."""
-    module, _, function = side.partition(":")
-    return getattr(importlib.import_module(f"benchmarks.{module}"), function)(job)
-
-
-def timed(sides: list[str], job: Job, turns: int, steps: int) -> dict:
-    """The sides take turns: CPU seconds of a step over all ranks, wall seconds, mean losses."""
-    ways = [made(side, job) for side in sides]
-    losses = [[way(i) for i in range(WARM_UP)] for way in ways]
-    seconds = torch.zeros(len(sides), turns, dtype=torch.float64)
-    wall = [[] for _ in sides]
-    for turn in range(turns):
-        # Who begins changes too.
-        order = list(range(len(sides)))
-        for k in order if turn % 2 == 0 else reversed(order):
-            dist.barrier()
-            began = time.perf_counter()
-            cpu = time.process_time()
-            for i in range(steps):
-                losses[k].append(ways[k](WARM_UP + turn * steps + i))
-            seconds[k, turn] = (time.process_time() - cpu) / steps
-            dist.barrier()
-            wall[k].append((time.perf_counter() - began) / steps)
-    dist.all_reduce(seconds)
-    losses = torch.tensor([[float(x) for x in side] for side in losses], dtype=torch.float64)
-    dist.all_reduce(losses)
-    return dict(cpu=seconds.tolist(), wall=wall, losses=losses.tolist())
-
-
-def metered(sides: list[str], job: Job, turns: int, steps: int) -> dict:
-    """Peak bytes of the fullest rank: resident beyond what was before, and of living tensors."""
-    (side,) = sides
-    before = resident("VmRSS")
-    step = made(side, job)
-    for i in range(WARM_UP + 1):
-        step(i)
-    rss = resident("VmHWM") - before
-    with Meter() as meter:
-        # The first step shows the meter all that lives between steps.
-        step(WARM_UP + 1)
-        meter.reset()
-        step(WARM_UP + 2)
-    peaks = torch.tensor([meter.peak, rss], dtype=torch.float64)
-    dist.all_reduce(peaks, dist.ReduceOp.MAX)
-    return dict(zip(("tensors", "rss"), peaks.tolist()))
-
-
-def profiled(sides: list[str], job: Job, turns: int, steps: int) -> dict:
-    """The operators that take most of rank 0's CPU time, and what is outside of all of them."""
-    found = {}
-    for side in sides:
-        step = made(side, job)
-        for i in range(WARM_UP):
-            step(i)
-        began = time.process_time()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            for i in range(steps):
-                step(WARM_UP + i)
-            spent = 1000 * (time.process_time() - began) / steps
-        operators = sorted(profiler.key_averages(), key=lambda x: -x.self_cpu_time_total)
-        inside = sum(x.self_cpu_time_total for x in operators) / 1000 / steps
-        lines = [f"{spent:9.2f} ms a step, {spent - inside:.2f} of them outside of operators"]
-        for x in operators[:15]:
-            ms = x.self_cpu_time_total / 1000 / steps
-            lines.append(f"{ms:9.2f} {x.count / steps:7.1f} x {x.key}")
-        found[side] = lines
-    return found
-
-
-def on_rank(rank: int, world: int, work, sides, job: Job, turns: int, steps: int, file: str):
-    """work: one of the three above; rank 0 writes what it returns."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{file}.store", world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
-    )
-    found = work(sides, dataclasses.replace(job, world=world, rank=rank), turns, steps)
-    if rank == 0:
-        Path(file).write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measure(work, sides: list[str], job: Job, world: int, turns: int = 1, steps: int = 1) -> dict:
-    """Its figures from fresh processes. Raises RuntimeError with the line that says why not."""
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/found"
-        arguments = world, work, sides, job, turns, steps, file
-        try:
-            mp.start_processes(on_rank, arguments, nprocs=world, start_method=method)
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            raise RuntimeError(runs.reason(str(error))) from None
-        return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 # ---- one row -------------------------------------------------------------------------------------
@@ -241,16 +138,21 @@ def job_of(row: Row, job: Job, world: int) -> Job:
     return dataclasses.replace(job, **row.change)
 
 
+class LeftOut(Exception):
+    """A peer that is not installed, or cannot run here: no fault of this project's."""
+
+
 def sides_of(row: Row) -> list[str]:
     ours = row.ours if ":" in row.ours else f"layouts_ours:{row.ours}"
     theirs = row.theirs if ":" in row.theirs else f"layouts_peers:{row.theirs}"
     # In the parent: a rank that imports by itself would count that as memory.
-    own = [f"benchmarks.{side.partition(':')[0]}" for side in (ours, theirs)]
-    for name in (*own, *row.imports):
+    for side in ours, theirs:
+        importlib.import_module(f"benchmarks.{side.partition(':')[0]}")
+    for name in row.imports:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise RuntimeError(f"not installed: {error}") from None
+            raise LeftOut(f"not installed: {error}") from None
     return [ours, theirs]
 
 
@@ -261,9 +163,17 @@ def apart(a: list[float], b: list[float]) -> float:
 
 
 def compared(row: Row, job: Job, world: int, turns: int, steps: int) -> list[str]:
-    """The cells after the row's name. Raises RuntimeError where a side cannot run."""
+    """The cells after the row's name.
+
+    Raises LeftOut where the peer cannot run here, RuntimeError where anything else has failed.
+    """
     sides = sides_of(row)
-    found = measure(timed, sides, job, world, turns, steps)
+    try:
+        found = measure(timed, sides, job, world, turns, steps)
+    except RuntimeError as error:
+        if row.refusal and row.refusal in str(error):
+            raise LeftOut(str(error)) from None
+        raise
     gap = apart(*found["losses"])
     if gap > row.tolerance:
         raise RuntimeError(
@@ -290,35 +200,44 @@ HEAD = [
 def described(job: Job) -> str:
     return (
         f"{job.n_layer} layers x {job.n_embd}, {job.block_size} tokens, {job.vocab_size} words, "
-        f"{job.sequences} sequences a rank"
+        f"{job.sequences} sequences"
     )
 
 
-def tables(names: list[str], size: str, job: Job, world: int, turns: int, steps: int) -> list[str]:
-    """Lines of the page: one table, and what could not be compared."""
+def table(
+    names: list[str], size: str, job: Job, world: int, turns: int, steps: int
+) -> tuple[list[str], bool]:
+    """(lines of the page: a table, and what is not in it; whether nothing has failed)."""
     lines = []
     left_out = []
+    well = True
     for name in names:
         row = ROWS[name]
         began = time.perf_counter()
         try:
             cells = compared(row, job_of(row, job, world), world, turns, steps)
             lines.append([name, row.peer, *cells])
+        except LeftOut as why:
+            left_out.append(f"- {name} beside {row.peer}: left out, {why}")
         except RuntimeError as error:
-            left_out.append(f"- {name} beside {row.peer}: no ratio, {error}")
+            left_out.append(f"- **{name} beside {row.peer} failed**: {error}")
+            well = False
         seconds = time.perf_counter() - began
         runs.tell(f"{size}, {world} ranks, {name}: {seconds:.0f} s")
     title = f"{size}, {world} ranks: {described(job)}; {turns} turns of {steps} steps"
-    return [title, "", *runs.table(HEAD, lines), "", *left_out, ""]
+    return [title, "", *runs.table(HEAD, lines), "", *left_out, ""], well
 
 
 def profiles(names: list[str], job: Job, world: int) -> list[str]:
     lines = []
     for name in names:
         row = ROWS[name]
-        found = measure(profiled, sides_of(row), job_of(row, job, world), world, steps=5)
+        try:
+            found = measure(profiled, sides_of(row), job_of(row, job, world), world, steps=5)
+        except LeftOut as why:
+            found = {name: [f"left out, {why}"]}
         for side, said in found.items():
-            lines += [f"{name}, {side.partition(':')[2]} of {side.partition(':')[0]}:", "", "```"]
+            lines += [f"{name}, {side}, rank 0:", "", "```"]
             lines += [*said, "```", ""]
     return lines
 
@@ -343,11 +262,14 @@ def main(argv: list[str]) -> int:
     # Before the forks: a child of a process with many threads may wait for one that it lacks.
     torch.set_num_threads(1)
     page = [runs.header(["layouts", *argv]), ""]
+    well = True
     for world in rank_counts:
         for size, job in sizes.items():
             if "--profile" in given:
                 page += profiles(names, job, world)
             else:
-                page += tables(names, size, job, world, turns, steps)
+                lines, did_well = table(names, size, job, world, turns, steps)
+                page += lines
+                well = well and did_well
     runs.show(page, given.get("--out"))
-    return 0
+    return int(not well)

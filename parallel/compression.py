@@ -374,13 +374,12 @@ def cast_exchange(dtype: torch.dtype):
     """The exchange in which everything is summed in this dtype."""
 
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
-        rounded = [x.to(dtype) for x in bucket.views]
-        for name, x, sent in zip(bucket.names, bucket.views, rounded):
+        # The bucket as a whole: one cast there, one back.
+        rounded = bucket.flat.to(dtype)
+        for name, x, sent in zip(bucket.names, bucket.views, split_like(rounded, bucket.views)):
             compressor.keep(name, x, sent)
-        work, sums = start_sum(rounded, bucket, group)
-        yield work
-        for x, total in zip(bucket.views, sums):
-            x.copy_(total)
+        yield start_all_reduce(rounded, bucket, group)
+        bucket.flat.copy_(rounded)
 
     return exchange
 
@@ -390,11 +389,15 @@ def start_sum(tensors: list[Tensor], bucket: Bucket, group: dist.ProcessGroup):
 
     Returns what has a wait(), and the tensors that hold the sums after it.
     """
-    n = dist.get_world_size(group)
     flat = torch.cat([x.flatten() for x in tensors])
+    return start_all_reduce(flat, bucket, group), split_like(flat, tensors)
+
+
+def start_all_reduce(flat: Tensor, bucket: Bucket, group: dist.ProcessGroup) -> dist.Work:
+    """Starts the sum of `flat` over the group, in place, and counts its bytes."""
+    n = dist.get_world_size(group)
     bucket.sent_bytes += 2 * (n - 1) * flat.nbytes // n
-    work = dist.all_reduce(flat, group=group, async_op=True)
-    return work, split_like(flat, tensors)
+    return dist.all_reduce(flat, group=group, async_op=True)
 
 
 def columns(x: Tensor) -> Tensor:
