@@ -74,7 +74,17 @@ def compress_bf16(job: Job) -> Step:
 
 
 def compress_powersgd(job: Job) -> Step:
-    return replicated(job, DDP(dist.group.WORLD, CPU, reduce=compression.powersgd(rank=4)))
+    replicas = DDP(dist.group.WORLD, CPU)
+    step = replicated(job, replicas)
+    reduce = compression.powersgd(rank=4)
+
+    def plain_at_first(i: int) -> torch.Tensor:
+        # As torch's hook, which compresses from the third step on.
+        if i == 2:
+            replicas.reduce = reduce
+        return step(i)
+
+    return plain_at_first
 
 
 # ---- one batch, which all ranks share ------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.layouts_job import OPTIONS, Job, adamw
+from parallel.compression import first_q
 
 Step = Callable[[int], torch.Tensor]
 
@@ -85,7 +86,12 @@ def deepspeed(job: Job, stage: int) -> Step:
     config = {
         "train_micro_batch_size_per_gpu": job.sequences,
         "gradient_accumulation_steps": job.micro_batches,
-        "zero_optimization": {"stage": stage},
+        # The default buckets are 2 GB. These are 25 MiB, as everybody else's.
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 25 * 2**20 // 4,
+            "allgather_bucket_size": 25 * 2**20 // 4,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -121,6 +127,8 @@ def deepspeed3(job: Job) -> Step:
 # ---- compressed gradients ------------------------------------------------------------------------
 def hooked(job: Job, hook, state) -> Step:
     model = in_ddp(job)
+    if hasattr(state, "q_memory_dict"):
+        hook = from_our_q(hook, model.module)
     model.register_comm_hook(state, hook)
     return replicated(job, model, adamw(model.parameters()))
 
@@ -144,6 +152,22 @@ def powersgd_hook(job: Job) -> Step:
         dist.group.WORLD, matrix_approximation_rank=4, start_powerSGD_iter=2
     )
     return hooked(job, powerSGD_hook.powerSGD_hook, state)
+
+
+def from_our_q(hook, model: nn.Module):
+    """PowerSGD's hook with the first Q of parallel/compression.py, for the same numbers."""
+    names = {p: name for name, p in model.named_parameters()}
+
+    def begin(state, bucket):
+        if state.iter == state.start_powerSGD_iter:
+            rank = state.matrix_approximation_rank
+            matrices = [p for p in bucket.parameters() if p.ndim > 1]
+            qs = [first_q(0, names[p], p.shape[1], rank).flatten() for p in matrices]
+            state.q_memory_dict[bucket.index()] = torch.cat(qs)
+            state.p_memory_dict[bucket.index()] = torch.empty(rank * sum(map(len, matrices)))
+        return hook(state, bucket)
+
+    return begin
 
 
 # ---- one batch, which all ranks share ------------------------------------------------------------

@@ -120,6 +120,11 @@ class Compressor:
                 x.add_(residual)
         return InFlight(self.exchange(self, bucket, group))
 
+    def begin_step(self) -> None:
+        """The step before counts: how to undo it is forgotten, which is as large as the model."""
+        self.residuals_before.clear()
+        self.shared_before.clear()
+
     def discard_step(self) -> None:
         """This step is not taken: the residuals are again what they were before it.
 
@@ -301,12 +306,6 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
     if rank < 1:
         raise ValueError(f"rank={rank}: P and Q need at least 1 column; 1 to 8 are usual")
 
-    def first_q(name: str, n_columns: int) -> Tensor:
-        # The word "powersgd" makes it independent of the initial weights, also keyed by name.
-        key = hashlib.sha256(f"{seed}:powersgd:{name}".encode()).digest()[:4]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        return torch.randn(n_columns, rank, generator=generator)
-
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
         # Q is the same on all replicas: otherwise the sum of the M Q is not (sum of the M) Q.
         matrices = {}  # name -> (a, b)
@@ -318,7 +317,7 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
                 q = compressor.shared.get(name)
                 # A checkpoint may have a Q with another number of columns.
                 if q is None or q.shape != (m.shape[1], rank):
-                    q = first_q(name, m.shape[1])
+                    q = first_q(seed, name, m.shape[1], rank)
                 compressor.shared[name] = q.to(m)
                 compressor.shared_before[name] = compressor.shared[name]
             else:
@@ -351,6 +350,14 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
             compressor.shared[name] = torch.where(q.isfinite().all(), q, compressor.shared[name])
 
     return Compressor(exchange, error_feedback)
+
+
+def first_q(seed: int, name: str, n_columns: int, rank: int) -> Tensor:
+    """(n_columns, rank)"""
+    # The word "powersgd" makes it independent of the initial weights, also keyed by name.
+    key = hashlib.sha256(f"{seed}:powersgd:{name}".encode()).digest()[:4]
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    return torch.randn(n_columns, rank, generator=generator)
 
 
 def orthonormal(p: Tensor) -> Tensor:

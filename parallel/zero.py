@@ -138,6 +138,7 @@ from parallel.replicas import (
     deal,
     drop_stand_ins,
     is_elementwise,
+    is_gloo,
     make_buckets,
     mapped_file,
     named_groups,
@@ -223,11 +224,6 @@ def units_of(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[dict[str, 
         else:
             unit_of[name] = unit_outside
     return unit_of, after_blocks + 1
-
-
-def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Does gloo carry this device's messages? A group may have several backends."""
-    return group._get_backend(device).name() == "gloo"
 
 
 def refuse_copy(*_) -> None:

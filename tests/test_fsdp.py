@@ -22,7 +22,7 @@ from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
-from parallel.fsdp import FSDP
+from parallel.fsdp import FSDP, Broadcasts
 from parallel.shard import sharded
 
 CPU = torch.device("cpu")
@@ -450,3 +450,25 @@ def test_one_process_needs_no_process_group():
     assert not dist.is_initialized() and replicas.is_primary and replicas.shards == {}
     assert replicas.weights() == dict(model.named_parameters()) and replicas.sent_bytes == 0
     assert not any(hasattr(p, "placements") for p in model.parameters())
+
+
+def by_broadcasts(rank, world, shard):
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+
+    found = []
+    for plain in (False, True):
+        model, replicas = start(dist.group.WORLD, MODERN, shard=shard)
+        for shards in replicas.shard_groups:
+            assert isinstance(shards._all_gather_comm, Broadcasts)
+            if plain:
+                shards._all_gather_comm = DefaultAllGather()
+        loss, _ = forward_backward(model, replicas, 0, rank, world, 2)
+        found.append((loss, [g.clone() for g in replicas.gradients().values()]))
+    (loss, gradients), (plain_loss, plain_gradients) = found
+    assert loss == plain_loss
+    return all(map(torch.equal, gradients, plain_gradients))
+
+
+@pytest.mark.parametrize("world, shard", [(3, None), (4, 2)])
+def test_on_gloo_shards_are_gathered_by_broadcasts_of_the_same_bits(world, shard):
+    assert run_ranks(world, by_broadcasts, shard) == [True] * world
