@@ -17,9 +17,9 @@ below 1 where ours is better; medians over turns, smallest and largest ratio in 
     losses   the largest relative difference of a step's mean loss
 
 --size: the default job's model, and one wide enough that weights and messages outweigh activations.
-Replicas have 4 sequences each; the ranks of tp and cp share 4; a pipeline has 2 micro-batches of 2
-for each rank, and at least as many layers as stages. zerobubble is ZB-H1, one stage a rank; torch
-has it with two alone.
+Replicas have the sequences that a table names each; the ranks of tp and cp share as many; a
+pipeline has 2 micro-batches of half as many for each rank, and at least as many layers as stages.
+zerobubble is ZB-H1, one stage a rank; torch has it with two alone.
 --only: rows by name. --profile: what takes the time, on rank 0, in place of the table. --quick: a
 tiny model, one turn: figures that say only that everything works. Peers that are not installed, or
 that a CPU cannot run, are named with the reason; exit status 1 where anything else has failed.
@@ -48,7 +48,7 @@ FLAGS = {
 }
 SIZES = {
     "small": Job(4, 256, 4, 128, 256, sequences=4),
-    "wide": Job(2, 768, 8, 128, 2048, sequences=4),
+    "wide": Job(2, 768, 8, 128, 2048, sequences=2),
 }
 QUICK = Job(2, 32, 2, 16, 64, sequences=2)
 

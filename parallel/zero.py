@@ -168,6 +168,12 @@ class Piece:
             return full
         return full[self.first_row : self.first_row + len(self.param)]
 
+    def others(self, full: Tensor) -> list[Tensor]:
+        """What of it other ranks own, before and after this piece."""
+        if self.first_row is None:
+            return []
+        return [full[: self.first_row], full[self.first_row + len(self.param) :]]
+
 
 @dataclass
 class Bucket:
@@ -725,8 +731,12 @@ class ZeRO:
             self.nothing_sent = False
 
     def start_reduce(self, bucket: Bucket) -> None:
-        # Zeros where this rank has no gradient.
-        flat = torch.zeros_like(bucket.flat, dtype=self.reduce_dtype)
+        # Not zeros_like: nearly all of it is written to below.
+        flat = torch.empty_like(bucket.flat, dtype=self.reduce_dtype)
+        flat[sum(p.numel() for p in bucket.params) :] = 0  # padding
+        # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
+        # collect_gradients() adds, without rounding.
+        flat[bucket.mine] = 0
         for name, p, view in zip(bucket.names, bucket.params, split_like(flat, bucket.params)):
             if self.nothing_sent:
                 # Forget a backward whose gradients were dropped without finish_gradients(), such as
@@ -735,14 +745,17 @@ class ZeRO:
                 if p.grad is None:
                     self.got.discard(p)
             if p.grad is None:
+                # Zeros where this rank has no gradient.
+                view.zero_()
                 continue
-            view.copy_(p.grad)
-            if name in bucket.pieces:
-                self.add(name, bucket.pieces[name].of(p.grad))
+            piece = bucket.pieces.get(name)
+            if piece is None:
+                view.copy_(p.grad)
+            else:
+                self.add(name, piece.of(p.grad))
+                for part, gradient in zip(piece.others(view), piece.others(p.grad)):
+                    part.copy_(gradient)
             p.grad = None
-        # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
-        # collect_gradients() adds, without rounding.
-        flat[bucket.mine] = 0
         self.in_flight.append((bucket, flat, self.reduce(bucket, flat)))
         self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
 
