@@ -120,7 +120,8 @@ ROWS = {
         tolerance=1e-2,
         refusal="BF16 all reduce communication hook required",
     ),
-    "powersgd": Row("powerSGD_hook", "compress_powersgd", "powersgd_hook", tolerance=1e-3),
+    # From one Q; the method makes more of a rounding.
+    "powersgd": Row("powerSGD_hook", "compress_powersgd", "powersgd_hook", tolerance=1e-2),
     "zero1-deepspeed": Row("DeepSpeed ZeRO 1", "zero1", "deepspeed1", imports=("deepspeed",)),
     "zero2-deepspeed": Row("DeepSpeed ZeRO 2", "zero2", "deepspeed2", imports=("deepspeed",)),
     "zero3-deepspeed": Row("DeepSpeed ZeRO 3", "zero3", "deepspeed3", imports=("deepspeed",)),

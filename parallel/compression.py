@@ -343,7 +343,7 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
         yield work
 
         for (name, m), p, q in zip(matrices.items(), ps, sums):
-            m.copy_(p @ q.T)
+            torch.mm(p, q.T, out=m)
             # The next step starts from this Q. Normalized columns span the same, and the next P
             # of tiny gradients does not underflow.
             q = normalize(q, dim=0)
