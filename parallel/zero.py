@@ -731,9 +731,8 @@ class ZeRO:
             self.nothing_sent = False
 
     def start_reduce(self, bucket: Bucket) -> None:
-        # Not zeros_like: nearly all of it is written to below.
+        # Not zeros_like: all but padding, whose sum nobody reads, is written to below.
         flat = torch.empty_like(bucket.flat, dtype=self.reduce_dtype)
-        flat[sum(p.numel() for p in bucket.params) :] = 0  # padding
         # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
         # collect_gradients() adds, without rounding.
         flat[bucket.mine] = 0
