@@ -83,35 +83,45 @@ ROWS = {
     ),
     "zero3": Row("fully_shard", "zero3", "fully_sharded", imports=SHARDED),
     "fsdp": Row("fully_shard", "fsdp", "fully_sharded", imports=SHARDED),
-    "tp": Row("parallelize_module", "tp", "parallelized", imports=PARALLEL),
-    "tp+sp": Row("parallelize_module", "tp_sp", "parallelized_sequence", imports=PARALLEL),
+    "tp": Row("parallelize_module", "tp", "layouts_peers_split:parallelized", imports=PARALLEL),
+    "tp+sp": Row(
+        "parallelize_module", "tp_sp", "layouts_peers_split:parallelized_sequence", imports=PARALLEL
+    ),
     "tp+sp-gains": Row(
         "parallelize_module, SequenceParallel",
         "tp_sp",
-        "parallelized_sequence",
+        "layouts_peers_split:parallelized_sequence",
         dict(norm="rmsnorm_gain"),
         imports=PARALLEL,
     ),
     "cp": Row(
         "context_parallel",
         "cp",
-        "context_parallel",
+        "layouts_peers_split:context_parallel",
         imports=PARALLEL,
         refusal="does not have a sharding strategy",
     ),
-    "gpipe": Row("ScheduleGPipe", "gpipe", "gpipe", stages=1, imports=STAGED),
-    "1f1b": Row("Schedule1F1B", "one_f_one_b", "one_f_one_b", stages=1, imports=STAGED),
+    "gpipe": Row("ScheduleGPipe", "gpipe", "layouts_peers_split:gpipe", stages=1, imports=STAGED),
+    "1f1b": Row(
+        "Schedule1F1B", "one_f_one_b", "layouts_peers_split:one_f_one_b", stages=1, imports=STAGED
+    ),
     "interleaved": Row(
-        "ScheduleInterleaved1F1B", "interleaved", "interleaved", stages=2, imports=STAGED
+        "ScheduleInterleaved1F1B",
+        "interleaved",
+        "layouts_peers_split:interleaved",
+        stages=2,
+        imports=STAGED,
     ),
     "zerobubble": Row(
         "ScheduleInterleavedZeroBubble",
         "zerobubble",
-        "interleaved_zero_bubble",
+        "layouts_peers_split:interleaved_zero_bubble",
         stages=2,
         imports=STAGED,
     ),
-    "zerobubble-zbv": Row("ScheduleZBVZeroBubble", "zerobubble", "zbv", stages=2, imports=STAGED),
+    "zerobubble-zbv": Row(
+        "ScheduleZBVZeroBubble", "zerobubble", "layouts_peers_split:zbv", stages=2, imports=STAGED
+    ),
     "fp16": Row("fp16_compress_hook", "compress_fp16", "fp16_hook", tolerance=1e-3),
     "bf16": Row(
         "bf16_compress_hook",
