@@ -41,8 +41,8 @@ while the unit before it computes, and frees them after use:
                                                                                        then send 0
 
 A bucket of rows is cut into equal segments, one for each rank: a reduce-scatter sums its gradients,
-an all-gather fetches its weights. (With gloo on few ranks it is a reduce and a broadcast for each
-segment.) A bucket of full parameters has one owner: a reduce, a broadcast.
+an all-gather fetches its weights. A bucket of full parameters has one owner: a reduce, a broadcast.
+(With gloo on few ranks these serve each segment too, and on two a message serves as a reduce.)
 
 The backward of unit 0 reads no weights: an embedding is a lookup, not a product. Two cases differ,
 and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
@@ -148,6 +148,9 @@ from parallel.replicas import (
     rows_of,
     split_like,
 )
+
+# Apart from what others, such as ring attention, send each other in the same group.
+GRADIENTS = 1
 
 NOT_OURS = (
     "under ZeRO only the optimizer that make_optimizer() returns may step the model: every rank "
@@ -735,7 +738,8 @@ class ZeRO:
         flat = torch.empty_like(bucket.flat, dtype=self.reduce_dtype)
         # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
         # collect_gradients() adds, without rounding.
-        flat[bucket.mine] = 0
+        if not self.is_pair():
+            flat[bucket.mine] = 0
         for name, p, view in zip(bucket.names, bucket.params, split_like(flat, bucket.params)):
             if self.nothing_sent:
                 # Forget a backward whose gradients were dropped without finish_gradients(), such as
@@ -758,6 +762,10 @@ class ZeRO:
         self.in_flight.append((bucket, flat, self.reduce(bucket, flat)))
         self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
 
+    def is_pair(self) -> bool:
+        """Two ranks on gloo: a sum of one other rank's share is a message."""
+        return self.world == 2 and not self.has_collectives
+
     def reduce(self, bucket: Bucket, flat: Tensor) -> list[dist.Work]:
         """Starts to sum `flat` over the ranks, each segment at its owner."""
         if self.is_even(bucket):
@@ -765,7 +773,13 @@ class ZeRO:
         works = []
         for owner, place in bucket.segments():
             part = flat[place]
-            works.append(dist.reduce(part, group=self.group, group_dst=owner, async_op=True))
+            if not self.is_pair():
+                work = dist.reduce(part, group=self.group, group_dst=owner, async_op=True)
+            elif owner == self.rank:
+                work = dist.irecv(part, group=self.group, group_src=1 - owner, tag=GRADIENTS)
+            else:
+                work = dist.isend(part, group=self.group, group_dst=owner, tag=GRADIENTS)
+            works.append(work)
         return works
 
     def add(self, name: str, gradient: Tensor) -> None:

@@ -457,6 +457,8 @@ def sent(rank, world, stage, micro_batches, reduce_dtype, optimizer):
     with pytest.MonkeyPatch.context() as patch:
         for module, name, times in (
             (dist, "reduce", 1),
+            (dist, "isend", 1),
+            (dist, "irecv", 1),
             (dist, "broadcast", 1),
             (dist, "all_reduce", 2),
             (parallel.zero, "all_gather", 1),
