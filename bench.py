@@ -10,6 +10,7 @@
     python bench.py overhead [...]   overhead.py     what data, monitoring, saving, start-up cost
     python bench.py spread [...]     spread.py       Muon's products on every rank, and at owners
     python bench.py memory [...]     memory.py       peak bytes of a step, and of what
+    python bench.py layouts [...]    layouts.py      each layout beside torch's own
     python bench.py scale [...]      scale.py        up to 16,384 played ranks: what each costs
     python bench.py all [...]        all.py          all of these in turn, one page
     python bench.py gpu [...]        gpu.py          what only a GPU can answer, in five minutes
@@ -27,7 +28,7 @@ import sys
 from settings import parse
 
 # The flags of benchmarks that have no value; all others do, train.py's too.
-ALONE = ("--quick", "--rehearse", "--help")
+ALONE = ("--quick", "--profile", "--rehearse", "--help")
 # NAME as typed -> its file in benchmarks/, whose name says more.
 FILES = {
     "optim": "optimizers",
@@ -40,6 +41,7 @@ FILES = {
     "nanogpt": "nanogpt",
     "spread": "spread",
     "memory": "memory",
+    "layouts": "layouts",
     "scale": "scale",
     "network": "network",
     "pipeline": "pipeline",

@@ -26,6 +26,7 @@ BENCHES = (
     "optim",
     "spread",
     "memory",
+    "layouts",
     "scale",
     "network",
     "pipeline",

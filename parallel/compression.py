@@ -120,6 +120,11 @@ class Compressor:
                 x.add_(residual)
         return InFlight(self.exchange(self, bucket, group))
 
+    def begin_step(self) -> None:
+        """The step before counts: how to undo it is forgotten, which is as large as the model."""
+        self.residuals_before.clear()
+        self.shared_before.clear()
+
     def discard_step(self) -> None:
         """This step is not taken: the residuals are again what they were before it.
 
@@ -301,12 +306,6 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
     if rank < 1:
         raise ValueError(f"rank={rank}: P and Q need at least 1 column; 1 to 8 are usual")
 
-    def first_q(name: str, n_columns: int) -> Tensor:
-        # The word "powersgd" makes it independent of the initial weights, also keyed by name.
-        key = hashlib.sha256(f"{seed}:powersgd:{name}".encode()).digest()[:4]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        return torch.randn(n_columns, rank, generator=generator)
-
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
         # Q is the same on all replicas: otherwise the sum of the M Q is not (sum of the M) Q.
         matrices = {}  # name -> (a, b)
@@ -318,7 +317,7 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
                 q = compressor.shared.get(name)
                 # A checkpoint may have a Q with another number of columns.
                 if q is None or q.shape != (m.shape[1], rank):
-                    q = first_q(name, m.shape[1])
+                    q = first_q(seed, name, m.shape[1], rank)
                 compressor.shared[name] = q.to(m)
                 compressor.shared_before[name] = compressor.shared[name]
             else:
@@ -344,13 +343,21 @@ def powersgd(rank: int = 4, error_feedback: bool = True, seed: int = 0) -> Compr
         yield work
 
         for (name, m), p, q in zip(matrices.items(), ps, sums):
-            m.copy_(p @ q.T)
+            torch.mm(p, q.T, out=m)
             # The next step starts from this Q. Normalized columns span the same, and the next P
             # of tiny gradients does not underflow.
             q = normalize(q, dim=0)
             compressor.shared[name] = torch.where(q.isfinite().all(), q, compressor.shared[name])
 
     return Compressor(exchange, error_feedback)
+
+
+def first_q(seed: int, name: str, n_columns: int, rank: int) -> Tensor:
+    """(n_columns, rank)"""
+    # The word "powersgd" makes it independent of the initial weights, also keyed by name.
+    key = hashlib.sha256(f"{seed}:powersgd:{name}".encode()).digest()[:4]
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    return torch.randn(n_columns, rank, generator=generator)
 
 
 def orthonormal(p: Tensor) -> Tensor:
@@ -374,13 +381,12 @@ def cast_exchange(dtype: torch.dtype):
     """The exchange in which everything is summed in this dtype."""
 
     def exchange(compressor: Compressor, bucket: Bucket, group: dist.ProcessGroup):
-        rounded = [x.to(dtype) for x in bucket.views]
-        for name, x, sent in zip(bucket.names, bucket.views, rounded):
+        # The bucket as a whole: one cast there, one back.
+        rounded = bucket.flat.to(dtype)
+        for name, x, sent in zip(bucket.names, bucket.views, split_like(rounded, bucket.views)):
             compressor.keep(name, x, sent)
-        work, sums = start_sum(rounded, bucket, group)
-        yield work
-        for x, total in zip(bucket.views, sums):
-            x.copy_(total)
+        yield start_all_reduce(rounded, bucket, group)
+        bucket.flat.copy_(rounded)
 
     return exchange
 
@@ -390,11 +396,15 @@ def start_sum(tensors: list[Tensor], bucket: Bucket, group: dist.ProcessGroup):
 
     Returns what has a wait(), and the tensors that hold the sums after it.
     """
-    n = dist.get_world_size(group)
     flat = torch.cat([x.flatten() for x in tensors])
+    return start_all_reduce(flat, bucket, group), split_like(flat, tensors)
+
+
+def start_all_reduce(flat: Tensor, bucket: Bucket, group: dist.ProcessGroup) -> dist.Work:
+    """Starts the sum of `flat` over the group, in place, and counts its bytes."""
+    n = dist.get_world_size(group)
     bucket.sent_bytes += 2 * (n - 1) * flat.nbytes // n
-    work = dist.all_reduce(flat, group=group, async_op=True)
-    return work, split_like(flat, tensors)
+    return dist.all_reduce(flat, group=group, async_op=True)
 
 
 def columns(x: Tensor) -> Tensor:

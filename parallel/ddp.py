@@ -112,6 +112,9 @@ class AllReduce:
         bucket.sent_bytes = 2 * (n - 1) * bucket.flat.nbytes // n
         return dist.all_reduce(bucket.flat, group=group, async_op=True)
 
+    def begin_step(self) -> None:
+        """The step before was taken, or discarded by discard_step()."""
+
     def forget(self, names: list[str]) -> None:
         """No replica has a gradient of these parameters."""
 
@@ -201,6 +204,9 @@ class DDP:
         flag: does its backward complete the gradients?
         """
         self.is_last = flag
+        # Before the forward, whose activations need the memory that this frees.
+        if not self.unfinished:
+            self.reduce.begin_step()
 
     def arrived(self, p: nn.Parameter, bucket: Bucket, view: torch.Tensor) -> None:
         """A backward has added to p.grad."""

@@ -33,6 +33,7 @@ What we changed:
   match, and all ranks hang or abort.
 - FSDP2 averages gradients. Here they are summed, for the loss is already divided by the number of
   tokens in the global batch.
+- gloo gathers into a copy: up to 8 ranks, broadcasts straight into place take half of the CPU time.
 - After a forward without a backward, as in evaluation, FSDP2 leaves weights gathered. It would
   train on with them although the shards have changed since. Here every forward under no_grad ends
   with resharding.
@@ -105,11 +106,28 @@ from parallel.replicas import (
     broadcast_start,
     drop_stand_ins,
     is_elementwise,
+    is_gloo,
     mapped_file,
     named_groups,
     refuse_coupled,
     rows_of,
 )
+
+
+class Broadcasts:
+    """An all-gather for FSDP2: each rank broadcasts its shard straight into everybody's output."""
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op: bool = False) -> None:
+        """input_tensor is this rank's part of output_tensor (n,), where FSDP2 has put it."""
+        works = []
+        for rank, part in enumerate(output_tensor.chunk(group.size())):
+            works.append(dist.broadcast(part, group=group, group_src=rank, async_op=True))
+        # Also with async_op, which is a hint: None says that all is there.
+        for work in works:
+            work.wait()
 
 
 class FSDP:
@@ -222,6 +240,8 @@ class FSDP:
             # that only NCCL has: the second line asks for a plain sum.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+            if self.shard_ranks <= 8 and is_gloo(self.group, self.device):
+                unit.set_custom_all_gather(Broadcasts())
             # Zeros for missing gradients, before each reduce. (Private; before torch 2.13 a state
             # has one group under another name.)
             state = unit._get_fsdp_state()

@@ -215,6 +215,11 @@ def split_like(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [view.view(x.shape) for view, x in zip(flat[: sum(sizes)].split(sizes), like)]
 
 
+def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Does gloo carry this device's messages? A group may have several backends."""
+    return group._get_backend(device).name() == "gloo"
+
+
 # Under the names that torch gives them from 2.13 on; before, it had others.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

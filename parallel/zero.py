@@ -41,8 +41,8 @@ while the unit before it computes, and frees them after use:
                                                                                        then send 0
 
 A bucket of rows is cut into equal segments, one for each rank: a reduce-scatter sums its gradients,
-an all-gather fetches its weights. (With gloo on few ranks it is a reduce and a broadcast for each
-segment.) A bucket of full parameters has one owner: a reduce, a broadcast.
+an all-gather fetches its weights. A bucket of full parameters has one owner: a reduce, a broadcast.
+(With gloo on few ranks these serve each segment too, and on two a message serves as a reduce.)
 
 The backward of unit 0 reads no weights: an embedding is a lookup, not a product. Two cases differ,
 and there unit 0 stays from forward to backward: a tied head multiplies with the embedding, and a
@@ -138,6 +138,7 @@ from parallel.replicas import (
     deal,
     drop_stand_ins,
     is_elementwise,
+    is_gloo,
     make_buckets,
     mapped_file,
     named_groups,
@@ -147,6 +148,9 @@ from parallel.replicas import (
     rows_of,
     split_like,
 )
+
+# Apart from what others, such as ring attention, send each other in the same group.
+GRADIENTS = 1
 
 NOT_OURS = (
     "under ZeRO only the optimizer that make_optimizer() returns may step the model: every rank "
@@ -166,6 +170,12 @@ class Piece:
         if self.first_row is None:
             return full
         return full[self.first_row : self.first_row + len(self.param)]
+
+    def others(self, full: Tensor) -> list[Tensor]:
+        """What of it other ranks own, before and after this piece."""
+        if self.first_row is None:
+            return []
+        return [full[: self.first_row], full[self.first_row + len(self.param) :]]
 
 
 @dataclass
@@ -223,11 +233,6 @@ def units_of(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[dict[str, 
         else:
             unit_of[name] = unit_outside
     return unit_of, after_blocks + 1
-
-
-def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Does gloo carry this device's messages? A group may have several backends."""
-    return group._get_backend(device).name() == "gloo"
 
 
 def refuse_copy(*_) -> None:
@@ -729,8 +734,12 @@ class ZeRO:
             self.nothing_sent = False
 
     def start_reduce(self, bucket: Bucket) -> None:
-        # Zeros where this rank has no gradient.
-        flat = torch.zeros_like(bucket.flat, dtype=self.reduce_dtype)
+        # Not zeros_like: all but padding, whose sum nobody reads, is written to below.
+        flat = torch.empty_like(bucket.flat, dtype=self.reduce_dtype)
+        # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
+        # collect_gradients() adds, without rounding.
+        if not self.is_pair():
+            flat[bucket.mine] = 0
         for name, p, view in zip(bucket.names, bucket.params, split_like(flat, bucket.params)):
             if self.nothing_sent:
                 # Forget a backward whose gradients were dropped without finish_gradients(), such as
@@ -739,16 +748,23 @@ class ZeRO:
                 if p.grad is None:
                     self.got.discard(p)
             if p.grad is None:
+                # Zeros where this rank has no gradient.
+                view.zero_()
                 continue
-            view.copy_(p.grad)
-            if name in bucket.pieces:
-                self.add(name, bucket.pieces[name].of(p.grad))
+            piece = bucket.pieces.get(name)
+            if piece is None:
+                view.copy_(p.grad)
+            else:
+                self.add(name, piece.of(p.grad))
+                for part, gradient in zip(piece.others(view), piece.others(p.grad)):
+                    part.copy_(gradient)
             p.grad = None
-        # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
-        # collect_gradients() adds, without rounding.
-        flat[bucket.mine] = 0
         self.in_flight.append((bucket, flat, self.reduce(bucket, flat)))
         self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
+
+    def is_pair(self) -> bool:
+        """Two ranks on gloo: a sum of one other rank's share is a message."""
+        return self.world == 2 and not self.has_collectives
 
     def reduce(self, bucket: Bucket, flat: Tensor) -> list[dist.Work]:
         """Starts to sum `flat` over the ranks, each segment at its owner."""
@@ -757,7 +773,13 @@ class ZeRO:
         works = []
         for owner, place in bucket.segments():
             part = flat[place]
-            works.append(dist.reduce(part, group=self.group, group_dst=owner, async_op=True))
+            if not self.is_pair():
+                work = dist.reduce(part, group=self.group, group_dst=owner, async_op=True)
+            elif owner == self.rank:
+                work = dist.irecv(part, group=self.group, group_src=1 - owner, tag=GRADIENTS)
+            else:
+                work = dist.isend(part, group=self.group, group_dst=owner, tag=GRADIENTS)
+            works.append(work)
         return works
 
     def add(self, name: str, gradient: Tensor) -> None:

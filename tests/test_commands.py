@@ -162,6 +162,7 @@ BENCHES = {
     "nanogpt": "data.corpora:load",
     "spread": "torch.multiprocessing:spawn",
     "memory": "benchmarks.memory:row",
+    "layouts": "benchmarks.layouts:measure",
     "scale": "benchmarks.scale:measure",
     "network": "parallel.launch:pick_device",
     "pipeline": "parallel.launch:start",

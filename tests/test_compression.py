@@ -446,6 +446,46 @@ def test_with_error_feedback_everything_arrives():
         )
 
 
+def test_a_step_can_be_undone_until_the_next_one_begins():
+    """How to undo a step is as large as the model: it is gone before the next forward."""
+
+    def run(rank, world):
+        reduce = compression.topk(fraction=0.1)
+        replicas = DDP(dist.group.WORLD, CPU, reduce=reduce)
+        model = replicas.parallelize(net())
+
+        def step(i, finish=True):
+            replicas.last_micro_batch(True)
+            kept = len(reduce.residuals_before)
+            (model(rows(i).chunk(world)[rank]) - 1).square().sum().backward()
+            if finish:
+                replicas.finish_gradients()
+            return kept
+
+        def owed():
+            return {name: x.clone() for name, x in reduce.residuals.items()}
+
+        kept = [step(0)]
+        model.zero_grad()
+        first = owed()
+        kept.append(step(1))
+        replicas.discard_step()
+        discarded = owed()
+        model.zero_grad()
+        # Dropped without a word: last_micro_batch comes before anybody knows.
+        kept.append(step(2, finish=False))
+        model.zero_grad()
+        kept.append(step(3))
+        replicas.discard_step()
+        dropped = owed()
+        same = all(torch.equal(first[n], x[n]) for x in (discarded, dropped) for n in first)
+        return kept, same
+
+    # The last of them finds what the dropped step may have to take back.
+    for kept, same in run_ranks(2, run):
+        assert kept[:3] == [0, 0, 0] and kept[3] > 0 and same
+
+
 # ---- what is not finite, what is not allowed -----------------------------------------------------
 def test_a_bad_gradient_is_seen_by_all_and_forgotten():
     def run(rank, world):

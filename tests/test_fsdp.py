@@ -22,7 +22,7 @@ from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
-from parallel.fsdp import FSDP
+from parallel.fsdp import FSDP, Broadcasts
 from parallel.shard import sharded
 
 CPU = torch.device("cpu")
@@ -287,8 +287,9 @@ class Sent(torch.utils._python_dispatch.TorchDispatchMode):
             )
             n = dist.ProcessGroup.unbox(group).size()
             self.calls.append(name)
-            if name == "_allgather_base_":
-                self.bytes += args[0].nbytes * (n - 1) // n
+            if name == "broadcast_":
+                # The mean over the ranks, each of which broadcasts its own part.
+                self.bytes += args[0][0].nbytes * (n - 1) // n
             elif name == "_reduce_scatter_base_":
                 self.bytes += args[1].nbytes * (n - 1) // n
             elif name == "allreduce_":
@@ -330,7 +331,8 @@ def test_bytes_and_collectives_are_those_of_the_formula(world, options, gathers,
     for steps in run_ranks(world, count, options, 3):
         for sent, calls, said in steps:
             assert sent == said
-            assert calls.count("_allgather_base_") == gathers
+            shard = options.get("shard", world)
+            assert calls.count("broadcast_") == gathers * shard
             assert calls.count("_reduce_scatter_base_") == reduces
             assert calls.count("allreduce_") == 3 * ("shard" in options) + 1  # 1: the roll call
 
@@ -450,3 +452,25 @@ def test_one_process_needs_no_process_group():
     assert not dist.is_initialized() and replicas.is_primary and replicas.shards == {}
     assert replicas.weights() == dict(model.named_parameters()) and replicas.sent_bytes == 0
     assert not any(hasattr(p, "placements") for p in model.parameters())
+
+
+def by_broadcasts(rank, world, shard):
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+
+    found = []
+    for plain in (False, True):
+        model, replicas = start(dist.group.WORLD, MODERN, shard=shard)
+        for shards in replicas.shard_groups:
+            assert isinstance(shards._all_gather_comm, Broadcasts)
+            if plain:
+                shards._all_gather_comm = DefaultAllGather()
+        loss, _ = forward_backward(model, replicas, 0, rank, world, 2)
+        found.append((loss, [g.clone() for g in replicas.gradients().values()]))
+    (loss, gradients), (plain_loss, plain_gradients) = found
+    assert loss == plain_loss
+    return all(map(torch.equal, gradients, plain_gradients))
+
+
+@pytest.mark.parametrize("world, shard", [(3, None), (4, 2)])
+def test_on_gloo_shards_are_gathered_by_broadcasts_of_the_same_bits(world, shard):
+    assert run_ranks(world, by_broadcasts, shard) == [True] * world
