@@ -41,6 +41,7 @@ FILES = {
     "scale": "scale",
     "network": "network",
     "pipeline": "pipeline",
+    "checkpoint": "checkpointing",
     "gpu": "gpu",
     "all": "all",
 }
