@@ -26,6 +26,7 @@ BENCHES = (
     "optim",
     "spread",
     "memory",
+    "checkpoint",
     "scale",
     "network",
     "pipeline",

@@ -18,10 +18,10 @@ DefaultStager that is used again.
 save           save(), dcp.save()
 waits          in the background: until Saver.save() or dcp.async_save() returns
 durable        the same save, until it has ended
-load, warm     as train.py resumes: rank 0 verifies every byte, then each rank reads its part, the
-               weights into the model, the state into new memory. `unverified`: without sha256, as
-               all ranks but rank 0. dcp.load() fills tensors that are there. The files are in the
-               page cache
+load, warm     rank 0 verifies every byte, then each rank reads its part into tensors that exist,
+               which is what dcp.load() does. `unverified`: without sha256. `new memory`: as
+               train.py resumes, where the optimizer has no state yet; weights are read, then
+               copied into the model. The files are in the page cache
 load, cold     the same, the files dropped from it (posix_fadvise); the disk may have a cache too
 
 MB/s are 10^6 bytes of tensors a second: median over the turns (smallest..largest). x: seconds of
@@ -92,11 +92,15 @@ def zeros(parts: dict) -> dict:
 
 
 class Ours:
-    """checkpoint/: saves, saves in the background, loads. verify: sha256 of all files first?"""
+    """checkpoint/: saves, saves in the background, loads.
 
-    def __init__(self, parts: dict, verify: bool = True):
+    verify: sha256 of all files first? in_place: into tensors that are there, or as train.py?
+    """
+
+    def __init__(self, parts: dict, verify: bool = True, in_place: bool = True):
         self.parts = parts
         self.verify = verify
+        self.in_place = in_place
         self.share = Share()
         self.saver = None
 
@@ -124,18 +128,23 @@ class Ours:
                 raise OSError(event["text"])
 
     def load(self, folder: Path, into: dict) -> None:
-        path = folder / "step-00000001"
         is_first = dist.get_rank() == 0
-        saved = load.load(path, self.verify and is_first)
+        saved = load.load(folder / "step-00000001", self.verify and is_first)
         # The others read what rank 0 has found intact.
         dist.barrier()
         weights = saved.weights("model")
         for name, part in into["model"].items():
+            state = f"optim/state/{name}"
             shape = tuple(part.tensor.shape)
-            part.tensor.copy_(weights.shard(name, part.shard, shape))
-            state = saved.tree(f"optim/state/{name}", part.shard, shape)
-            for kind in STATES:
-                into[kind][name] = Slice(state[kind], part.shard)
+            if self.in_place:
+                saved.fill(part.tensor, f"model/{name}", part.shard.offsets)
+                for kind in STATES:
+                    saved.fill(into[kind][name].tensor, f"{state}/{kind}", part.shard.offsets)
+            else:
+                part.tensor.copy_(weights.shard(name, part.shard, shape))
+                read = saved.tree(state, part.shard, shape)
+                for kind in STATES:
+                    into[kind][name] = Slice(read[kind], part.shard)
 
 
 class DCP:
@@ -157,7 +166,9 @@ class DCP:
         self.group = None
 
     def tree(self, parts: dict) -> dict:
-        tree = {kind: {n: self.tensor(s) for n, s in named.items()} for kind, named in parts.items()}
+        tree = {
+            kind: {n: self.tensor(s) for n, s in named.items()} for kind, named in parts.items()
+        }
         steps = {name: torch.tensor(1.0) for name in parts["model"]}
         return tree | {"step": steps, "lr": 6e-4}
 
@@ -219,7 +230,12 @@ BACKGROUND = {
     "DCP, sync": (DCP, {}),
     "DCP, sync, 4 threads, plans and buffers kept": (DCP, KEPT),
 }
-LOADS = {"ours": (Ours, {}), "ours, unverified": (Ours, {"verify": False}), "DCP": (DCP, {})}
+LOADS = {
+    "ours": (Ours, {}),
+    "ours, state in new memory": (Ours, {"in_place": False}),
+    "ours, unverified": (Ours, {"verify": False}),
+    "DCP": (DCP, {}),
+}
 
 
 # ---- on each rank --------------------------------------------------------------------------------

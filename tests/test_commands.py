@@ -161,6 +161,7 @@ BENCHES = {
     "nanogpt": "data.corpora:load",
     "spread": "torch.multiprocessing:spawn",
     "memory": "benchmarks.memory:row",
+    "checkpoint": "torch.multiprocessing:spawn",
     "scale": "benchmarks.scale:measure",
     "network": "parallel.launch:pick_device",
     "pipeline": "parallel.launch:start",
