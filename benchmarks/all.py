@@ -27,6 +27,7 @@ BENCHES = (
     "spread",
     "memory",
     "layouts",
+    "checkpoint",
     "scale",
     "network",
     "pipeline",

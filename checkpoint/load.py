@@ -33,7 +33,6 @@ its RunLock saves.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -42,12 +41,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from checkpoint import format_1, plan, shardings
 from checkpoint.foreign import foreign
 from checkpoint.save import FILE, FOLDER, FORMAT, file_of, found
 from checkpoint.slices import DTYPES, TENSOR, as_json, sha256, walk
+from checkpoint.tensor_file import TensorFile, sha256_of
 from parallel.shard import Shard
 
 
@@ -58,7 +58,7 @@ class CheckpointDamaged(ValueError):
 class Checkpoint:
     """What `load` returns: a checkpoint on the disk, to be read as a whole or in parts.
 
-    Files are memory-mapped at the first read. Tensors come back on the CPU.
+    Files are opened at the first read. Tensors come back on the CPU.
     """
 
     def __init__(self, path: Path, body: dict):
@@ -69,7 +69,7 @@ class Checkpoint:
         self._tensors = body["tensors"]
         self._shardings = body["shardings"]
         self._tree = body["tree"]
-        self._open = {}  # rank -> its mapped file
+        self._open = {}  # rank -> its TensorFile
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -107,35 +107,53 @@ class Checkpoint:
         return walk(node, from_json, prefix or "")
 
     def tensor(self, name: str, offsets=None, shape=None) -> torch.Tensor:
-        """The full tensor, or a shard of it.
+        """The full tensor, or a shard of it, in new memory.
 
         offsets: where the shard begins in each dimension (None: 0); shape: its shape (None: up to
         the end). Raises ValueError for an unknown name, or a shard beyond the tensor's shape.
         """
+        offsets, shape, pieces = self._pieces(name, offsets, shape)
+        # Memory is taken when every file has what it should.
+        out = torch.empty(shape, dtype=DTYPES[self._tensors[name]["dtype"]])
+        fill(out, name, offsets, pieces)
+        return out
+
+    def fill(self, out: torch.Tensor, name: str, offsets=None) -> None:
+        """Reads the full tensor, or the shard at `offsets`, into `out`, which has its shape.
+
+        A tensor of another dtype or device gets the numbers converted. Raises ValueError as
+        `tensor` does, and where a full tensor has another shape.
+        """
+        if offsets is None and list(out.shape) != self._entry(name)["shape"]:
+            saved = self._entry(name)["shape"]
+            raise ValueError(f"{name} has shape {saved}, and is to fill {list(out.shape)}")
+        offsets, _, pieces = self._pieces(name, offsets, out.shape)
+        fill(out.detach(), name, offsets, pieces)
+
+    def _entry(self, name: str) -> dict:
         if name not in self._tensors:
             raise ValueError(f"{self.path} has no tensor {name!r}; names() lists what it has")
-        entry = self._tensors[name]
-        full = entry["shape"]
+        return self._tensors[name]
+
+    def _pieces(self, name: str, offsets, shape) -> tuple[list, list, list]:
+        """(offsets, shape, [(low, high, offsets of a saved slice, its file)]) of a shard.
+
+        low to high: the box that the shard shares with the saved slice.
+        """
+        full = self._entry(name)["shape"]
         offsets = [0] * len(full) if offsets is None else list(offsets)
         if shape is None:
             shape = [n - o for n, o in zip(full, offsets)]
         shape = list(shape)
         if not shardings.inside(offsets, shape, full):
             raise ValueError(f"{name} has shape {full}: no box of {shape} begins at {offsets}")
-
-        # Indexing reads from the disk: ask each saved slice only for the box, low to high, that it
-        # shares with the wanted shard. Memory is taken when every file has what it should.
         ends = [o + n for o, n in zip(offsets, shape)]
         pieces = []
         for rank, begins, saved_shape in self.sources(name, offsets, ends):
             low = [max(o, b) for o, b in zip(offsets, begins)]
             high = [min(e, b + n) for e, b, n in zip(ends, begins, saved_shape)]
             pieces.append((low, high, begins, self._stored(name, rank, saved_shape)))
-        out = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
-        for low, high, begins, stored in pieces:
-            there = shardings.within(low, high, begins)
-            out[shardings.within(low, high, offsets)] = stored[there]
-        return out
+        return offsets, shape, pieces
 
     def sources(self, name: str, low: list[int], high: list[int]) -> list[shardings.Box]:
         """(rank, offsets, shape) of the slices that share something with the box low to high."""
@@ -159,7 +177,7 @@ class Checkpoint:
         """Fills every parameter of `model` from "<part>/<its name>"; raises as `weights` does."""
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.copy_(self.weights(part)(name, tuple(p.shape)))
+                self.weights(part).fill(p, name)
 
     def check(self) -> None:
         """Raises CheckpointDamaged unless index.json is one that `save` could have written."""
@@ -224,14 +242,14 @@ class Checkpoint:
             # Opening a pipe would wait for ever.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise CheckpointDamaged(f"{path} is no file")
-            with open(path, "rb") as f:
+            with open(path, "rb", buffering=0) as f:
                 # The size first: it is cheap, and it tells a file that was cut short.
                 size = os.fstat(f.fileno()).st_size
                 if size != facts["bytes"]:
                     raise CheckpointDamaged(
                         f"{path} has {size} bytes, but {facts['bytes']} were written"
                     )
-                if hashlib.file_digest(f, "sha256").hexdigest() != facts["sha256"]:
+                if sha256_of(f) != facts["sha256"]:
                     raise CheckpointDamaged(
                         f"{path} has changed since it was written (another sha256)"
                     )
@@ -242,19 +260,20 @@ class Checkpoint:
                 f"{self.path / 'index.json'} has no size and sha256 of {file}"
             ) from None
 
-    def _stored(self, name: str, rank: int, shape: list[int]):
-        """A slice on the disk: indexing it reads that part of the mapped file."""
+    def _stored(self, name: str, rank: int, shape: list[int]) -> TensorFile:
+        """The file with this rank's slice of a tensor, of this shape."""
         path = self.path / file_of(rank)
         try:
             # Opened once and kept: many tensors lie in one file.
             if rank not in self._open:
-                self._open[rank] = safe_open(path, framework="pt")
-            stored = self._open[rank].get_slice(name)
+                self._open[rank] = TensorFile(path)
+            file = self._open[rank]
+            facts = file.facts(name)
         except (SafetensorError, OSError) as e:
             raise CheckpointDamaged(f"{path} cannot be read: {e}") from None
-        if stored.get_shape() != shape or stored.get_dtype() != self._tensors[name]["dtype"]:
+        if facts != (shape, self._tensors[name]["dtype"]):
             raise CheckpointDamaged(f"{path} holds another {name} than index.json says")
-        return stored
+        return file
 
 
 class Weights:
@@ -274,13 +293,31 @@ class Weights:
     def shard(self, name: str, where: tuple, shape: tuple[int, ...]) -> torch.Tensor:
         """The shard of this local shape at `where`: a Shard, or (full shape, offsets)."""
         full, offsets = where
+        return self.checkpoint.tensor(self.key(name, full), offsets, shape)
+
+    def fill(self, out: torch.Tensor, name: str) -> None:
+        """Reads the full tensor into `out`, without a second copy of it where dtypes agree."""
+        self.checkpoint.fill(out, self.key(name, tuple(out.shape)))
+
+    def key(self, name: str, full: tuple) -> str:
+        """The parameter's name in the checkpoint; ValueError unless it has this shape there."""
         key = f"{self.part}/{name}"
         saved = self.checkpoint._tensors.get(key)
         if saved is None or tuple(saved["shape"]) != tuple(full):
             path = self.checkpoint.path
             found = tuple(saved["shape"]) if saved else "missing"
             raise ValueError(f"{path} does not fit: {name} is {found}, not {tuple(full)}")
-        return self.checkpoint.tensor(key, offsets, shape)
+        return key
+
+
+def fill(out: torch.Tensor, name: str, offsets: list[int], pieces: list) -> None:
+    """Reads the pieces of a shard, as `Checkpoint._pieces` gives them, to their places in `out`."""
+    for low, high, begins, file in pieces:
+        there = shardings.within(low, high, begins)
+        try:
+            file.read(name, there, out[shardings.within(low, high, offsets)])
+        except OSError as e:
+            raise CheckpointDamaged(f"{file.path} cannot be read: {e}") from None
 
 
 @contextlib.contextmanager

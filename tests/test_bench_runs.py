@@ -298,6 +298,8 @@ def test_nanogpt_end_to_end(clone, tmp_path, text, monkeypatch, capsys):
         ("all --nanogpt=nowhere", "clone"),
         ("spread --slow", "usage"),
         ("memory --job=gpt3", "usage"),
+        ("checkpoint --cut=columns", "usage"),
+        ("checkpoint --ranks=0", "usage"),
         ("all --only=optim", "usage"),
         ("all --out=README.md", "folder"),
     ],

@@ -163,6 +163,7 @@ BENCHES = {
     "spread": "torch.multiprocessing:spawn",
     "memory": "benchmarks.memory:row",
     "layouts": "benchmarks.layouts:measure",
+    "checkpoint": "torch.multiprocessing:spawn",
     "scale": "benchmarks.scale:measure",
     "network": "parallel.launch:pick_device",
     "pipeline": "parallel.launch:start",
