@@ -11,9 +11,13 @@ one; 1 anything else.
 """
 
 import functools
+import gc
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: what modules make stays, and looking at it takes 0.2 s
 
 import torch
 
@@ -440,6 +444,9 @@ def main(requested_cfg: fields.Config) -> dict:
 
 
 if __name__ == "__main__":
+    # No collection needs to look at the modules again, the one at the end of the process included.
+    gc.freeze()
+    gc.enable()
     try:
         main(parse.parse(sys.argv[1:]))
         launch.end()

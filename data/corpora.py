@@ -212,12 +212,8 @@ def _python(tokenizer: Tokenizer, cache: Path) -> Corpus:
     Ordered by the sha256 of the file names, so that any stretch is a fair sample of the modules.
     """
     # Only modules that Python names: the folder may hold other people's modules, too.
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = []
-    for module in sys.stdlib_module_names:
-        paths.append(root / f"{module}.py")
-        paths += (root / module).rglob("*.py")
-    names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
+    root = sysconfig.get_path("stdlib")
+    names = [f"{module}.py" for module in sys.stdlib_module_names]
     # Some systems leave these out, or have other people's packages there: the text should not
     # depend on that.
     skip = {
@@ -229,12 +225,23 @@ def _python(tokenizer: Tokenizer, cache: Path) -> Corpus:
         "site-packages",
         "dist-packages",
     }
-    names = [name for name in names if not skip & set(name.split("/"))]
+    for module in sys.stdlib_module_names - skip:
+        for folder, inner, files in os.walk(os.path.join(root, module)):
+            inner[:] = set(inner) - skip
+            above = os.path.relpath(folder, root).replace(os.sep, "/")
+            names += [f"{above}/{file}" for file in files if file.endswith(".py")]
+    names = [name for name in names if os.path.isfile(os.path.join(root, name))]
     names.sort(key=lambda name: hexdigest(name.encode()))
     if not names:
         raise ValueError(f"--data=python finds no source in {root}: use --data= with a text file")
-    # Windows ends lines in another way, and the same text must have the same sha256.
-    files = [(root / name).read_bytes().replace(b"\r\n", b"\n") for name in names]
+    files = []
+    for name in names:
+        with open(os.path.join(root, name), "rb") as file:
+            content = file.read()
+        # Windows ends lines in another way, and the same text must have the same sha256.
+        if b"\r" in content:  # found at once where there is none, unlike the pair
+            content = content.replace(b"\r\n", b"\n")
+        files.append(content)
     # Whole files are held out: the first half of a file would help to guess the second.
     ends = np.cumsum([len(file) for file in files])
     cut = ends[np.searchsorted(ends, 0.07 * ends[-1])]

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -283,19 +284,15 @@ def environment(device: torch.device, ranks: int, data_sha256: str) -> dict:
 
 def commit() -> str:
     """This checkout's commit, with "-dirty" where files have changed; "" where git knows none."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = Path(os.path.abspath(__file__)).parent.parent
+    # A copy in a folder of another repository has no commit of its own.
+    if not (root / ".git").exists():
+        return ""
     # A git hook sets variables that point to another repository.
     env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", root, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=env)
-        return done.stdout.strip()
-
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
-        # A copy in a folder of another repository has no commit of its own.
-        if git("rev-parse", "--show-prefix"):
-            return ""
-        return git("describe", "--always", "--dirty")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    return done.stdout.strip()
