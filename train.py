@@ -29,6 +29,7 @@ from checkpoint.state import Disk, State, training_weights
 from data.cursor import Cursor
 from data.dataset import Dataset
 from memory.activation_checkpoint import apply_activation_checkpointing
+from memory.heap import keep_freed_memory
 from metrics import flops, outlets, plot
 from metrics.logger import Logger, latest
 from metrics.watch import Watch
@@ -59,6 +60,8 @@ def main(requested_cfg: fields.Config) -> dict:
     made_group = launch.start(device, requested_cfg.timeout_minutes)
     mesh = make_mesh(device, requested_cfg.tp, requested_cfg.cp, requested_cfg.pp)
     is_main = mesh.rank == 0
+    if device.type == "cpu":
+        keep_freed_memory()  # or each step clears anew what the last one gave back
     torch.manual_seed(requested_cfg.seed)  # nothing here draws from it; what you add may
 
     # ---- the earlier run in this folder: its settings fill what the command line leaves open -----

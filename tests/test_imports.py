@@ -219,6 +219,26 @@ def test_settings_need_no_torch():
     )
 
 
+def test_a_run_imports_little_beyond_torch(tmp_path):
+    """Each start pays for what is imported: the compiler takes a second, DTensors half of one."""
+    code = (
+        "import sys, torch; before = {*sys.modules}; import train; from settings import parse; "
+        "train.main(parse.parse(sys.argv[1:])); print('new', *{*sys.modules} - before)"
+    )
+    (tmp_path / "text.txt").write_text("To be, or not to be. " * 400)
+    tiny = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --steps=2"
+    words = [f"--data={tmp_path}/text.txt", f"--out_dir={tmp_path}/run", "--plot=false"]
+    done = start(tmp_path, "-c", code, *tiny.split(), *words)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.splitlines()[-1].split()[1:]
+    ours = {path.stem for path in ROOT.glob("*.py")} | FOLDERS
+    others = [name for name in found if name.split(".")[0] not in ours | sys.stdlib_module_names]
+    assert {name.split(".")[0] for name in others} <= {"safetensors", "torch"}
+    # In torch's own modules two small ones; the compiler, DTensors and FSDP are dozens each.
+    assert len([name for name in others if name.startswith("torch.")]) < 8, others
+    assert "run.evaluate" in found  # it has looked
+
+
 # ---- installed packages of the same names --------------------------------------------------------
 def start(where: Path, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
