@@ -171,7 +171,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # (B, T, C)
         # Backward computes norms and activations again: see layers/recompute.py for what it keeps.
-        with forget_results():
+        with forget_results(x):
             x = x + self.drop_attn(self.attn(recompute(self.attn_norm, x), context), context)
             return x + self.drop_mlp(self.mlp(recompute(self.mlp_norm, x)), context)
 

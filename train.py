@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    gc.disable()  # until all is imported: what modules make stays, and looking at it takes 0.2 s
+    gc.disable()  # until all is imported: what modules make stays, and to look at it takes time
 
 import torch
 

@@ -1,6 +1,7 @@
 """nanoGPT's own train.py beside ours: one step at its settings, and its published CPU recipe whole.
 
-    python bench.py nanogpt --path=DIR [--data=python] [--runs=5] [--quick] [--out=FILE.md]
+    python bench.py nanogpt --path=DIR [--data=python] [--runs=5] [--only=step] [--quick]
+                            [--out=FILE.md]
 
 DIR is a clone: git clone https://github.com/karpathy/nanoGPT. Its files are copied into a temporary
 folder and run there unchanged, on the bytes of the same text. All take turns, each a process of its
@@ -16,6 +17,7 @@ nanoGPT's README's command for a CPU (4 layers of width 128, 2000 steps, evaluat
 checkpoint is the best of these), against the recipes of our leaderboard. Losses are speedrun.py's:
 both models read the very same held-out text, in rows of their own.
 nanoGPT always has the same seed; run i of ours has --seed=i.
+--only=step leaves the whole processes out, and makes --runs rounds of the step, else 3.
 --quick: a tiny model for the step, ten steps of the recipes, one round of each.
 """
 
@@ -37,7 +39,8 @@ from benchmarks import runs, speedrun
 from data import corpora, dataset
 from settings import parse
 
-FLAGS = {"--path": ".+", "--data": ".+", "--runs": "[1-9][0-9]*", "--quick": "", "--out": ".+"}
+FLAGS = {"--path": ".+", "--data": ".+", "--runs": "[1-9][0-9]*", "--only": "step"}
+FLAGS |= {"--quick": "", "--out": ".+"}
 FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")
 SIZE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=12)
 QUICK = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4)
@@ -230,8 +233,13 @@ def main(argv: list[str]) -> int:
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             prepare(path, Path(folder), corpus)
-            by_whole = whole(Path(folder), text, corpus.val, n, quick)
-            by_step = steps(Path(folder), text, 1 if quick else 3, quick)
+            by_whole = None
+            rounds = min(n, 3)
+            if "--only" in flags:
+                rounds = n
+            else:
+                by_whole = whole(Path(folder), text, corpus.val, n, quick)
+            by_step = steps(Path(folder), text, rounds, quick)
     except RuntimeError as error:
         runs.tell(f"bench.py nanogpt: {error}")
         return 1
@@ -242,10 +250,8 @@ def main(argv: list[str]) -> int:
         "A step of " + ", ".join(f"{name} {value}" for name, value in size.items()) + ":",
         "",
         *steps_table(by_step),
-        "",
-        "Whole processes:",
-        "",
-        *whole_lines(by_whole),
     ]
+    if by_whole is not None:
+        lines += ["", "Whole processes:", "", *whole_lines(by_whole)]
     runs.show(lines, flags.get("--out"))
     return 0

@@ -33,9 +33,9 @@ float32 and under autocast in bfloat16 (the residual stream is float32 there):
     gelu, relu(.)²        16     -      8     -         16     -      8     -
     in all                64    40     40    24         72    40     48    24
 
-(Besides some numbers for each token.) It composes with
-activation checkpointing (memory/activation_checkpoint.py): x, like all else that is kept, goes to
-the saved-tensor hooks around it. This file does nothing without gradients, under torch.compile
+(Besides some numbers for each token.) It composes with activation checkpointing
+(memory/activation_checkpoint.py): x, like all else that is kept, goes to the saved-tensor hooks
+around it. This file does nothing for x of less than 2 MiB, without gradients, under torch.compile
 (the compiler recomputes by itself), within torch.func's transforms and disable_saved_tensors_hooks
 (they take no hooks), and on a device without autocast (meta has no numbers to keep).
 
@@ -49,7 +49,9 @@ Korthikanti et al. 2022 (2205.05198) attention.
 
 Example:
     import torch
+    import layers.recompute
     from layers.recompute import forget_results, recompute
+    layers.recompute.LEAST = 0  # bytes; usually 2 MiB
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -72,6 +74,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+# Bytes of x from which on results are computed again. The speedrun's step (configs/), of 0.8 MB,
+# takes 1.1 times as long where they are, by two cores of an AMD EPYC.
+LEAST = 2**21
 # Address of a storage -> the Again whose result is in it, as long as somebody can still ask for it.
 RESULTS = weakref.WeakValueDictionary()
 
@@ -88,7 +93,7 @@ def recompute(
     function does not save the same number of tensors again.
     """
     has_autocast = torch.amp.is_autocast_available(x.device.type)
-    if not (is_on() and has_autocast) or has_hooks(function):
+    if not (is_on() and has_autocast) or is_small(x) or has_hooks(function):
         return function(x)
     again = Again(function, x, saves_little)
     hooks = saved_tensors_hooks(again.pack, again.unpack)
@@ -107,7 +112,7 @@ def casts(x: Tensor, n: int) -> list[Tensor]:
     Each has a cast of its own in backward, as under autocast: gradients add up in x's dtype.
     """
     device = x.device.type
-    if is_transformed() or not torch.amp.is_autocast_available(device):
+    if is_transformed() or is_small(x) or not torch.amp.is_autocast_available(device):
         return [x] * n
     dtype = torch.get_autocast_dtype(device)
     if not torch.is_autocast_enabled(device) or x.dtype in (dtype, torch.float64):
@@ -135,13 +140,15 @@ class Cast(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def forget_results():
+def forget_results(x: Tensor | None = None):
     """Within it autograd saves no result of recompute(), but how to get it.
+
+    x: a tensor of the usual size within; where it is small, nothing is done.
 
     All else goes to the saved-tensor hooks around, if there are any. Backward raises RuntimeError
     for what was changed in place, as it does without hooks.
     """
-    if not is_on():
+    if not is_on() or (x is not None and is_small(x)):
         yield
         return
     hooks = hooks_around()
@@ -154,6 +161,11 @@ def forget_results():
 
     with saved_tensors_hooks(pack, lambda packed: packed.get()):
         yield
+
+
+def is_small(x: Tensor) -> bool:
+    """Does keeping results of x's size cost less than what Python does to forget them?"""
+    return x.numel() * x.itemsize < LEAST
 
 
 def is_on() -> bool:

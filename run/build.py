@@ -139,6 +139,8 @@ def offloaded(cfg: Config, mesh: Mesh, optimizer: torch.optim.Optimizer) -> torc
     return offload.offload(optimizer, cfg.offload, offload_folder(cfg, mesh) / "state", device)
 
 
+# Bytes of all weights' copies from which on a layer of Python that keeps none is worth its time.
+WORTH_A_FUNCTION = 2**23
 DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -271,7 +273,9 @@ def convert_linears(
                 module.matmul = onednn.linear
     # torch.compile casts by itself; zero bubble computes twice what is one autograd Function.
     is_zerobubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
-    if cfg.compile == "off" and precision.products != precision.weights and not is_zerobubble:
+    copies = sum(p.numel() for p in model.parameters()) * precision.products.itemsize
+    has_copies = precision.products != precision.weights and copies >= WORTH_A_FUNCTION
+    if cfg.compile == "off" and has_copies and not is_zerobubble:
         keep_no_copies(model)
     if not precision.fp8_blocks:
         return None

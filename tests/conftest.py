@@ -11,6 +11,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+import layers.recompute
+
 torch.set_num_threads(1)  # a forked child hangs in OpenMP if its parent ever used more
 
 
@@ -18,6 +20,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device", default="cpu", help="where the tests marked gpu have their tensors: cpu, cuda"
     )
+
+
+# Here tiny models stand for large ones, whose norms and activations are computed again.
+layers.recompute.LEAST = 0
 
 
 @pytest.fixture(scope="session")

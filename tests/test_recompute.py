@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import model as model_file
+from layers import recompute as recompute_file
 from layers.recompute import RESULTS, casts, forget_results, recompute
 from model import GPT, GPTConfig
 from parallel.autocast_linear import keep_no_copies, linear
@@ -367,3 +368,24 @@ def test_the_second_time_has_the_first_one_s_autocast_and_leaves_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         y = product(x) @ w
     assert all(map(torch.equal, found, torch.autograd.grad(y.float().sum(), [x, w])))
+
+
+def test_small_tensors_are_kept(monkeypatch):
+    """Python's work would cost more than the memory is worth; the gradients are the same bits."""
+    found = []
+    for least in (0, 4 * 8 * 8, 4 * 8 * 8 + 1):
+        monkeypatch.setattr(recompute_file, "LEAST", least)
+        kept = []
+        x = torch.arange(64.0).view(8, 8).requires_grad_()
+        with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            with forget_results(x):
+                y = recompute(torch.nn.functional.gelu, x) @ torch.ones(8, 8, requires_grad=True)
+        n_results = len(RESULTS)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        found.append((n_results, gradient))
+        del y
+    assert [n for n, _ in found] == [1, 1, 0]
+    assert torch.equal(found[0][1], found[2][1])
+    with torch.autocast("cpu", torch.bfloat16):
+        (cast,) = casts(x, 1)
+    assert cast is x
