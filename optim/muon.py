@@ -371,11 +371,8 @@ def batches(group: dict) -> list[list]:
         if p.grad is not None and p.numel() > 0:
             sides = [p.shape[0], p[0].numel()] if group["use_muon"] else [i]
             found.setdefault((*sides, p.dtype, p.device), []).append(p)
-    cut = []
-    for ps in found.values():
-        n = max(1, STACK // ps[0].numel())
-        cut += [ps[i : i + n] for i in range(0, len(ps), n)]
-    return cut
+    ns = [max(1, STACK // ps[0].numel()) for ps in found.values()]
+    return [ps[i : i + n] for ps, n in zip(found.values(), ns) for i in range(0, len(ps), n)]
 
 
 def from_torch(group: dict) -> dict:

@@ -604,6 +604,30 @@ def test_a_symmetric_product_multiplies_the_lower_panels_alone(short, panels, mo
     assert torch.equal(out[:, ~below], out.mT[:, ~below])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [4, 5, 7, 8])
+@pytest.mark.parametrize("rank", [0, 2, 4])
+def test_soaps_qr_by_panels_is_lapacks(n, rank, monkeypatch, device):
+    monkeypatch.setattr(soap, "PANEL", 2)
+    torch.manual_seed(0)
+    Y = torch.randn(n, rank, dtype=torch.float64) @ torch.randn(rank, n, dtype=torch.float64)
+    for Y in (Y.to(device), Y.mT.to(device), (Y + 1e-8 * torch.randn_like(Y)).to(device)):
+        Q = soap.householder_qr(Y)
+        assert torch.allclose(Q, torch.linalg.qr(Y)[0], atol=1e-13)
+        assert torch.allclose(Q.mT @ Q, torch.eye(n, dtype=Y.dtype, device=device), atol=1e-14)
+        assert (Q.mT @ Y).tril(-1).abs().max() < 1e-13
+
+
+def test_soap_with_panels_is_the_same_method(monkeypatch):
+    ends = []
+    for panel in 1000, 2:
+        monkeypatch.setattr(soap, "PANEL", panel)
+        params = parameters(torch.float64, ((7, 6), (5, 2, 6), (9,)))
+        steps(soap.SOAP(params, precondition_frequency=2, eps=1e-2), params, range(6))
+        ends.append([p.detach() for p in params])
+    assert all(torch.allclose(x, y, atol=1e-10) for x, y in zip(*ends))
+
+
 def test_muon_leaves_tall_matrices_in_their_order():
     """A copy that turns them costs more than a product with them."""
     for shape in (6, 2), (3, 2), (2, 6):
