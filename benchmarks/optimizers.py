@@ -1,6 +1,7 @@
 """Milliseconds of one step, every class of optim/ against the fastest peer in eager PyTorch.
 
     python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
+                          [--beside=FOLDER [--model=default|gpt2|wide]]
 
 Ours and the peers' take turns in one process; torch's fused C++ kernels have a column as the limit.
 Memory layout alone moves a step by up to a factor of 2: so each build allocates everything anew,
@@ -10,6 +11,9 @@ too, with its smallest and largest value over builds in brackets. A peer 1.6 tim
 fastest in the first build is not built again. Every step has a new lr, as under a schedule, and a
 new gradient, both outside the time. Shampoo and SOAP: means over ten steps, one of which refreshes
 the preconditioners.
+--beside: the only peer is the class of another checkout's optim/. --model: on all matrices of a
+model, that of `python train.py`, GPT-2 124M, or two layers of width 512; Muon has the two tables
+outside of the blocks in an AdamW group.
 --quick takes 1M parameters instead of 15M and 2 builds, and compiles only what --only names.
 On a machine with other busy processes, set OMP_WAIT_POLICY=passive: threads that spin for each
 other stall.
@@ -18,8 +22,10 @@ other stall.
 import contextlib
 import functools
 import importlib
+import importlib.util
 import math
 import random
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -41,21 +47,24 @@ def shapes(kind: str, quick: bool) -> list[tuple[int, ...]]:
     return matrices * (1 if kind == "block" else n_layer)
 
 
-def plain_products(us, ns, ns_steps, dtype, product=torch.bmm):
+# Layers, width, and the rows of the two tables outside of the blocks.
+MODELS = {"default": (4, 256, 256, 256), "gpt2": (12, 768, 50304, 1024), "wide": (2, 512, 256, 256)}
+
+
+def model_shapes(model: str) -> list[tuple[int, ...]]:
+    """A model's matrices, its two tables first."""
+    n_layer, d, *tables = MODELS[model]
+    return [(n, d) for n in tables] + ([(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]) * n_layer
+
+
+def plain_products(us, ns, ns_steps, dtype):
     """Muon's quintic as one writes it first, to compare: three products a step."""
     X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
     X = X.mT if (tall := X.shape[1] > X.shape[2]) else X
     for _ in range(ns_steps):
-        A = product(X, X.mT)
-        X = torch.baddbmm(X, product(A, A).mul_(2.0315).add_(A, alpha=-4.7750), X, beta=3.4445)
+        A = torch.bmm(X, X.mT)
+        X = torch.baddbmm(X, (A @ A).mul_(2.0315).add_(A, alpha=-4.7750), X, beta=3.4445)
     return X.mT if tall else X
-
-
-def symmetric_product(X, Y):
-    """X·Y, known to be symmetric: three of its four blocks, the fourth mirrored."""
-    top, bottom = X.chunk(2, dim=1)
-    upper, corner = top @ Y, bottom @ Y[:, :, top.shape[1] :]
-    return torch.cat([upper, torch.cat([upper[:, :, top.shape[1] :].mT, corner], dim=2)], dim=1)
 
 
 @functools.cache
@@ -86,7 +95,6 @@ DECAY, TEN = {"weight_decay": 0.1}, {"preconditioning_compute_steps": 10}
 # The defaults of our SOAP, for heavyball's.
 OURS = {"precondition_frequency": 10, "max_precond_dim": 10000, "merge_dims": False}
 PLAIN = ("optim.muon", "orthogonalize", plain_products)
-SYMMETRIC = (*PLAIN[:2], functools.partial(plain_products, product=symmetric_product))
 ROWS = {  # name: (tensors, ours, the peers)
     "sgd": (
         "all",
@@ -162,10 +170,7 @@ ROWS = {  # name: (tensors, ours, the peers)
     "muon-products": (
         "hidden",
         one("optim.muon.Muon", **DECAY),
-        [
-            one("optim.muon.Muon", PLAIN, " with plain products", **DECAY),
-            one("optim.muon.Muon", SYMMETRIC, " with symmetric products", **DECAY),
-        ],
+        [one("optim.muon.Muon", PLAIN, " with plain products", **DECAY)],
     ),
     "compiled-adamw": (
         "all",
@@ -205,16 +210,23 @@ STATE = {
 
 class Candidate:
     def __init__(
-        self, path: str, options: dict, patch: tuple, tensor_shapes: list[tuple[int, ...]]
+        self,
+        path: str,
+        options: dict,
+        patch: tuple,
+        tensor_shapes: list[tuple[int, ...]],
+        n_tables: int = 0,
     ):
         module, name = path.rsplit(".", 1)
         self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
         self.grads = [torch.empty(shape) for shape in tensor_shapes]
-        group = {"params": self.params, **({"use_muon": True} if name == "Muon" else {})}
-        self.optimizer, self.patch = (
-            getattr(importlib.import_module(module), name)([group], **options),
-            patch,
-        )
+        groups = [{"params": self.params}]
+        if name == "Muon":
+            groups = [{"params": self.params[n_tables:], "use_muon": True}]
+            if n_tables:
+                groups.append({"params": self.params[:n_tables], "use_muon": False})
+        self.optimizer = getattr(importlib.import_module(module), name)(groups, **options)
+        self.patch = patch
         if "SFAdamW" in name or "ScheduleFree" in name:
             self.optimizer.train()
 
@@ -251,18 +263,37 @@ class Candidate:
         return f"{found / size:.3g}"
 
 
-def measure(row: str, quick: bool, skip) -> str:
+def older(row: str, folder: str) -> list[tuple]:
+    """The only peer of `row`: its class in another checkout, whose file is imported alone."""
+    _, path, options, patch = ROWS[row][1]
+    module, name = path.rsplit(".", 1)
+    file = Path(folder, *module.split(".")).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(f"beside.{module}", file)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+    if patch:
+        patch = (f"beside.{patch[0]}", *patch[1:])
+    return [one(f"beside.{path}", patch, **options)]
+
+
+def measure(row: str, quick: bool, skip, beside: str | None = None, model: str | None = None):
     """One line of the table; `skip(text)` hears of each peer that is missing or fails."""
     kind, (mine, *ours), peers = ROWS[row]
+    if beside is not None:
+        peers = older(row, beside)
     specs, times = {mine: ours} | {name: spec for name, *spec in peers}, {}
-    tensor_shapes, state = shapes(kind, quick), "as above"
+    tensor_shapes, state, n_tables = shapes(kind, quick), "as above", 0
+    if model is not None:
+        tensor_shapes, state, n_tables = model_shapes(model), "", 2
     warm, rounds, steps, builds = {
         "all": (3, 7, 1, 6),
         "hidden": (1, 3, 1, 4),
         "block": (1, 1, 10, 4),
     }[kind]
     warm, rounds, builds = (min(warm, 2), min(rounds, 2), 2) if quick else (warm, rounds, builds)
-    beside = {name for name in specs if name.endswith(" fused") and "fused" not in row}  # not eager
+    if model is not None:
+        builds = 2 if quick else 6
+    limits = {name for name in specs if name.endswith(" fused") and "fused" not in row}  # not eager
     noise = torch.randn(max(map(math.prod, tensor_shapes)) + 1000).mul_(0.02)
     for build in range(builds):
         # Shifts the addresses of what is allocated next: layout alone changes the time of a step.
@@ -270,7 +301,7 @@ def measure(row: str, quick: bool, skip) -> str:
         candidates = {}
         for name, spec in list(specs.items()):
             try:
-                candidates[name] = Candidate(*spec, tensor_shapes)
+                candidates[name] = Candidate(*spec, tensor_shapes, n_tables)
                 for _ in range(warm):
                     candidates[name].step(noise)
             except Exception as error:  # whatever a peer raises, the others are still measured
@@ -286,16 +317,18 @@ def measure(row: str, quick: bool, skip) -> str:
                 passed[name].append(sum(round_ms) / steps)
         for name in specs:
             times.setdefault(name, []).append(min(passed[name]))
-        state = candidates[mine].state_bytes(row) if row in STATE else state
+        # STATE knows no AdamW groups, which a whole model has.
+        if row in STATE and model is None:
+            state = candidates[mine].state_bytes(row)
         fastest = min(
-            (times[name][0] for name in specs if name != mine and name not in beside), default=0
+            (times[name][0] for name in specs if name != mine and name not in limits), default=0
         )
         specs = {
-            k: v for k, v in specs.items() if times[k][0] <= 1.6 * fastest or k in (mine, *beside)
+            k: v for k, v in specs.items() if times[k][0] <= 1.6 * fastest or k in (mine, *limits)
         }
         del candidates, junk
     ms = {name: median(values) for name, values in times.items()}
-    eager = sorted((name for name in specs if name != mine and name not in beside), key=ms.get)
+    eager = sorted((name for name in specs if name != mine and name not in limits), key=ms.get)
     versus = ["none", "", ""]
     if eager:
         ratios = [a / b for a, b in zip(times[mine], times[eager[0]])]
@@ -304,13 +337,13 @@ def measure(row: str, quick: bool, skip) -> str:
             f"{ms[eager[0]]:.1f}",
             f"**{median(ratios):.2f}** ({min(ratios):.2f}..{max(ratios):.2f})",
         ]
-    fused = ", ".join(f"{ms[name]:.1f}" for name in ms if name in beside)
-    rest = ", ".join(f"{k} {ms[k]:.1f}" for k in ms if k not in (mine, *eager[:1], *beside))
+    fused = ", ".join(f"{ms[name]:.1f}" for name in ms if name in limits)
+    rest = ", ".join(f"{k} {ms[k]:.1f}" for k in ms if k not in (mine, *eager[:1], *limits))
     title = mine.rsplit(".", 1)[1] if row in STATE else row
     return "| " + " | ".join([title, f"{ms[mine]:.1f}", *versus, fused, state, rest]) + " |"
 
 
-def optim(argv: list[str], rows: list[str], quick: bool) -> list[str]:
+def optim(argv: list[str], rows: list[str], quick: bool, **against) -> list[str]:
     """Prints the table as it grows; returns its lines."""
     lines, skipped = [], []
 
@@ -326,7 +359,7 @@ def optim(argv: list[str], rows: list[str], quick: bool) -> list[str]:
     emit("|---" * 8 + "|")
     for row in rows:
         try:
-            emit(measure(row, quick, lambda text: skipped.append(f"- {row}: {text}")))
+            emit(measure(row, quick, lambda text: skipped.append(f"- {row}: {text}"), **against))
         except Exception as error:  # one broken optimizer does not end the bench
             emit(
                 f"| {row} | failed: {type(error).__name__}: {error} | | | | | | |".replace(
@@ -340,6 +373,7 @@ def optim(argv: list[str], rows: list[str], quick: bool) -> list[str]:
 def main(argv: list[str]) -> int:
     """What `python bench.py optim ...` does with the words after `optim`."""
     allowed = {"--quick": "", "--only": "[a-z0-9,-]+", "--threads": "[1-9][0-9]*", "--out": ".+"}
+    allowed |= {"--beside": ".+", "--model": "|".join(MODELS)}
     flags = runs.flags(argv, allowed, __doc__)
     rows = [row for row in ROWS if "--quick" not in flags or "compiled" not in row]
     rows = flags["--only"].split(",") if "--only" in flags else rows
@@ -348,8 +382,16 @@ def main(argv: list[str]) -> int:
             raise ValueError(
                 f"--only={row} is not understood; {runs.usage(__doc__)}; NAME: {' '.join(ROWS)}"
             )
+    if "--beside" in flags:
+        for row in rows:
+            file = ROWS[row][1][1].rpartition(".")[0].replace(".", "/") + ".py"
+            if not Path(flags["--beside"], file).is_file():
+                raise ValueError(f"--beside={flags['--beside']} has no {file}; type another folder")
+    elif "--model" in flags:
+        raise ValueError("--model compares two checkouts; type --beside=FOLDER too")
     torch.set_num_threads(int(flags.get("--threads", torch.get_num_threads())))
-    lines = optim(argv, rows, "--quick" in flags)
+    against = {"beside": flags.get("--beside"), "model": flags.get("--model")}
+    lines = optim(argv, rows, "--quick" in flags, **against)
     if "--out" in flags:
         Path(flags["--out"]).write_text("\n".join(lines) + "\n")
     return int(any("| failed:" in line for line in lines))

@@ -31,7 +31,8 @@ precision:
 
 Buffers also hold
     the temporaries of a step: at least the size of the largest parameter; for Muon two bfloat16
-    copies of the matrices of one shape and its transpose, and three short x short products
+    copies of the matrices of one shape, at most 4M numbers or one matrix at a time, and three
+    short x short products
     no copies of the weights under autocast: train.py keeps none (parallel/autocast_linear.py), but
     for those that torch.compile or zero bubble keep
     bf16_sr: the float32 weights and gradients of a chunk of 64 MiB, and 21 bytes for each number of
@@ -87,6 +88,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from memory.flags import check, from_text, usage, words
+from optim import muon
 from optim.attributes import attribute, own_classes
 from parallel.replicas import deal
 from precision.amp import PRECISIONS, Precision
@@ -724,7 +726,8 @@ def update_bytes(c: Case, wide: int, at_once: float) -> float:
     """Bytes of the temporaries of one update.
 
     They are as large as the largest parameter, at `wide` bytes a number. A method that multiplies
-    matrices of one shape together needs them for a stack, of `at_once` numbers or one matrix.
+    matrices of one shape together needs them for a stack, of `at_once` numbers or one matrix, and
+    of no more than Muon stacks.
     """
     largest = wide * max(c.sizes.values())
     if not attribute(c.optimizer, "matrices_only"):
@@ -732,17 +735,18 @@ def update_bytes(c: Case, wide: int, at_once: float) -> float:
     most = 0
     for sides, count in stacks(c, at_once):
         # Two copies of each matrix, and three products of its short side.
-        each = 2 * math.prod(sides) + 3 * sides[0] ** 2
-        most = max(most, each * math.ceil(count / c.n))
+        numbers = math.prod(sides)
+        short = min(sides[0], numbers // sides[0])
+        each = 2 * numbers + 3 * short**2
+        most = max(most, each * min(math.ceil(count / c.n), max(1, muon.STACK // numbers)))
     itemsize = 8 if c.row.weights.itemsize == 8 else 2  # Muon computes in bfloat16, or float64
     return max(largest, most * itemsize)
 
 
-def stacks(c: Case, at_once: float) -> list[tuple[tuple[int, int], int]]:
-    """(sides, short one first, how many) of all ranks' matrices of a shape in one chunk.
+def stacks(c: Case, at_once: float) -> list[tuple[tuple[int, ...], int]]:
+    """(sides, how many) of all ranks' matrices of a shape in one chunk.
 
-    at_once: numbers in a chunk of one rank; a larger matrix is a chunk by itself. A matrix and one
-    of its transposed shape go into the same stack.
+    at_once: numbers in a chunk of one rank; a larger matrix is a chunk by itself.
     """
     chunks = [collections.Counter()]
     size = 0
@@ -753,7 +757,7 @@ def stacks(c: Case, at_once: float) -> list[tuple[tuple[int, int], int]]:
         if size and size + numbers > at_once * c.n:
             chunks.append(collections.Counter())
             size = 0
-        chunks[-1][tuple(sorted(shape))] += 1
+        chunks[-1][shape] += 1
         size += numbers
     return [stack for chunk in chunks for stack in chunk.items()]
 

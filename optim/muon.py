@@ -82,8 +82,25 @@ SCALES = {
     "original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
 }
+# Columns of a panel of `symmetric_product_`, and numbers of a stack of matrices: 3 × 8 MB in
+# bfloat16 stay in a CPU's cache. Larger ones are slower there, and only take memory.
+PANEL = 256
+STACK = 2**22
 # Groups with use_muon=False start from these: Muon's lr of 0.02 is far too large for AdamW.
 ADAMW = {"lr": 3e-4, "weight_decay": 0.0}
+
+
+def symmetric_product_(out, X, Y, beta=0.0, alpha=1.0) -> torch.Tensor:
+    """out ← β·out + α·X·Y, known to be symmetric: (n, short, short)."""
+    short = out.shape[1]
+    # A CPU is bound by its multiplications. From three panels on it pays to multiply only what lies
+    # below the diagonal, a panel of columns at a time, and to mirror it.
+    width = PANEL if out.device.type == "cpu" and short >= 3 * PANEL else short
+    for i in range(0, short, width):
+        j = i + width
+        out[:, i:, i:j].baddbmm_(X[:, i:], Y[:, :, i:j], beta=beta, alpha=alpha)
+        out[:, i:j, j:] = out[:, j:, i:j].mT
+    return out
 
 
 def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat16) -> torch.Tensor:
@@ -91,44 +108,40 @@ def orthogonalize(us, ns: str = "quintic", ns_steps: int = 5, dtype=torch.bfloat
     X = torch.stack([(u / u.norm().clamp(min=1e-7)).to(dtype) for u in us])
     # X·Xᵀ is smallest, (short, short), with the short side first.
     tall = X.shape[1] > X.shape[2]
-    if tall:
-        X = X.mT  # (n, short, long)
+    X = X.mT if tall else X  # (n, short, long)
     # In a long X the products with X cost most: then only every second step makes one.
     restart = 2 if X.shape[2] >= 2 * X.shape[1] else 1
+    A = X.new_empty(*X.shape[:2], X.shape[1])
     for i in range(ns_steps):
         a, b, c = COEFFICIENTS[ns][min(i, len(COEFFICIENTS[ns]) - 1)]
         if i % restart == 0:
-            A = torch.bmm(X, X.mT)  # (n, short, short)
+            symmetric_product_(A, X, X.mT)  # (n, short, short)
             Q = None
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
-        if restart == 1:
-            X = torch.baddbmm(X, P, X, beta=a)
-            continue
-        # X ← P·X, but only every second step. Until then Q collects the Ps, and A ← P·A·P spares a
-        # long product. Waiting for a third step blows up in bfloat16, on gradients of low rank.
+        P = symmetric_product_(A.clone(), A, A, b, c) if c else b * A
         P.diagonal(dim1=1, dim2=2).add_(a)
-        Q = P if Q is None else torch.bmm(P, Q)
+        # X ← P·X, but in a long X only every second step. Until then Q collects the Ps, and
+        # A ← P·A·P spares a long product. Waiting for a third step blows up in bfloat16, on
+        # gradients of low rank.
+        Q = P if Q is None else symmetric_product_(torch.empty_like(P), P, Q)
         if (i + 1) % restart == 0 or i + 1 == ns_steps:
-            X = torch.bmm(Q, X)
+            # Q is symmetric, so that a tall X keeps its order in memory: to turn it costs more.
+            X = torch.bmm(X.mT, Q).mT if tall else torch.bmm(Q, X)
         else:
-            A = torch.bmm(torch.bmm(P, A), P)
+            symmetric_product_(A, symmetric_product_(torch.empty_like(P), P, A), P)
     return X.mT if tall else X
 
 
 def muon_directions(gs, bufs, momentum, nesterov, ns, ns_steps, ns_dtype) -> torch.Tensor:
-    """X (n, short, long) for matrices of one shape or its transpose. Updates the momenta `bufs`."""
+    """X (n, rows, cols) for matrices of one shape. Updates the momenta `bufs`."""
     for g, b in zip(gs, bufs):
         b.lerp_(g, 1 - momentum)
     us = (g.lerp(b, momentum) if nesterov else b for g, b in zip(gs, bufs))
-    us = (u.flatten(1) for u in us)  # (rows, cols)
-    # Tall matrices are transposed, so that they share a stack with the wide ones.
-    us = (u.mT if u.shape[0] > u.shape[1] else u for u in us)
-    return orthogonalize(us, ns, ns_steps, ns_dtype)
+    return orthogonalize((u.flatten(1) for u in us), ns, ns_steps, ns_dtype)
 
 
 def muon_update(p, x, row_sq, lr, weight_decay, adjust_lr_fn, normuon_beta2, cautious) -> None:
-    """In place on `p` and NorMuon's `row_sq` (rows, 1); x: p's direction (short, long)."""
-    x = (x.mT if p.shape[0] > p[0].numel() else x).to(p.dtype)  # (rows, cols)
+    """In place on `p` and NorMuon's `row_sq` (rows, 1); x: p's direction (rows, cols)."""
+    x = x.to(p.dtype)
     if normuon_beta2 is not None:
         row_sq.lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
         y = x / (row_sq.sqrt() + 1e-10)
@@ -137,7 +150,7 @@ def muon_update(p, x, row_sq, lr, weight_decay, adjust_lr_fn, normuon_beta2, cau
     x = x.reshape(p.shape)
     if cautious:
         p.sub_(p * (x * p > 0), alpha=lr * weight_decay)
-    else:
+    elif weight_decay:
         p.mul_(1 - lr * weight_decay)
     p.add_(x, alpha=-lr * k)
 
@@ -269,11 +282,10 @@ class Muon(torch.optim.Optimizer):
             if group["normuon_beta2"] is not None and "row_sq" not in state:
                 state["row_sq"] = work.new_zeros(work.shape[0], 1)
         bufs = [state["momentum_buffer"] for state in states]
-        name = group["ns_dtype"]
-        if name is None:
-            name = "float64" if works[0].dtype == torch.float64 else "bfloat16"
+        usual = "float64" if works[0].dtype == torch.float64 else "bfloat16"
+        dtype = getattr(torch, group["ns_dtype"] or usual)
         options = [group[name] for name in ("momentum", "nesterov", "ns", "ns_steps")]
-        X = muon_directions(gs, bufs, *options, getattr(torch, name))
+        X = muon_directions(gs, bufs, *options, dtype)
         names = "lr", "weight_decay", "adjust_lr_fn", "normuon_beta2", "cautious"
         for work, x, state in zip(works, X, states):
             muon_update(work, x, state.get("row_sq"), *(group[name] for name in names))
@@ -291,10 +303,9 @@ class Muon(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(work)
                 state["exp_avg_sq"] = torch.zeros_like(work)
             t = state["step"] = int(state["step"]) + 1
-            options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-            adamw_update(
-                work, g, state["exp_avg"], state["exp_avg_sq"], t, *options, group["fused"]
-            )
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            options = [group[name] for name in ("eps", "weight_decay", "fused")]
+            adamw_update(work, g, *moments, t, group["lr"], *group["betas"], *options)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
@@ -354,13 +365,14 @@ def check(group: dict) -> None:
 
 
 def batches(group: dict) -> list[list]:
-    """What steps together: matrices of one shape or its transpose; with AdamW one at a time."""
+    """What steps together: a few matrices of one shape; with AdamW one tensor at a time."""
     found = {}
     for i, p in enumerate(group["params"]):
         if p.grad is not None and p.numel() > 0:
-            sides = sorted((p.shape[0], p[0].numel())) if group["use_muon"] else [i]
+            sides = [p.shape[0], p[0].numel()] if group["use_muon"] else [i]
             found.setdefault((*sides, p.dtype, p.device), []).append(p)
-    return list(found.values())
+    ns = [max(1, STACK // ps[0].numel()) for ps in found.values()]
+    return [ps[i : i + n] for ps, n in zip(found.values(), ns) for i in range(0, len(ps), n)]
 
 
 def from_torch(group: dict) -> dict:
@@ -383,7 +395,4 @@ if __name__ == "__main__":
     for ns, steps in ("quintic", 5), ("cubic", 25), ("exact", 12), ("polar", 8):
         X = orthogonalize(torch.randn(1, 40, 60).double(), ns, steps, torch.float64)
         s = torch.linalg.svdvals(X)
-        print(
-            f"Muon {ns}, {steps} steps: singular values of an update from {s.min():.3f} to"
-            f" {s.max():.3f}"
-        )
+        print(f"Muon {ns}, {steps} steps: singular values from {s.min():.3f} to {s.max():.3f}")

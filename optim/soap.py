@@ -52,6 +52,8 @@ import math
 
 import torch
 
+PANEL = 128  # reflections that householder_qr applies at once
+
 
 def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues and eigenvectors; by float64 where float32 fails, as for many L of low rank."""
@@ -67,12 +69,36 @@ def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return eigenvalues.to(L.dtype), Q.to(L.dtype)
 
 
+def householder_qr(Y: torch.Tensor) -> torch.Tensor:
+    """Q (n, n) of Y = Q·R, as torch.linalg.qr, whose time goes into making Q of its reflections."""
+    n = len(Y)
+    if n <= 2 * PANEL:
+        return torch.linalg.qr(Y)[0]
+    reflections, taus = torch.geqrf(Y)
+    Q = torch.eye(n, dtype=Y.dtype, device=Y.device)
+    # Column by column v, Q ← (I − τ·v·vᵀ)·Q, the last one first. A panel of them at once is
+    # I − V·T·Vᵀ, where T⁻¹ has 1/τ on its diagonal and VᵀV above (Puglisi 1992).
+    for i in reversed(range(0, n, PANEL)):
+        V = reflections[i:, i : i + PANEL].tril(-1)
+        V.diagonal().fill_(1)
+        # τ = 0 is no reflection, and 1/τ so large that T is 0.
+        inverse = (V.mT @ V).triu(1) + (1 / taus[i : i + PANEL].clamp(min=1e-30)).diag()
+        TV = torch.linalg.solve_triangular(inverse, V.mT, upper=True)  # T·Vᵀ
+        Q[i:, i:].addmm_(V, TV @ Q[i:, i:], alpha=-1)
+    return Q
+
+
 def rotate(x, Qs, back=False):
     """Every dimension i of `x` by Qᵢᵀ (`back`: Qᵢ); None leaves a dimension alone."""
-    # tensordot puts the new dimension last: after one turn each the order is the old one.
-    contracted = 1 if back else 0
-    for Q in Qs:
-        x = x.movedim(0, -1) if Q is None else torch.tensordot(x, Q, dims=([0], [contracted]))
+    for i, Q in enumerate(Qs):
+        if Q is None:
+            continue
+        if back:
+            Q = Q.mT
+        if i == x.ndim - 1:
+            x = x @ Q
+        else:
+            x = (Q.mT @ x.flatten(i + 1)).view(x.shape)
     return x
 
 
@@ -81,7 +107,7 @@ def accumulate(g, GGs, shampoo_beta) -> None:
     for i, GG in enumerate(GGs):
         if GG is not None:
             G = g.movedim(i, 0).reshape(g.shape[i], -1)  # (nᵢ, the rest)
-            GG.mul_(shampoo_beta).addmm_(G, G.mT, alpha=1 - shampoo_beta)
+            GG.addmm_(G, G.mT, beta=shampoo_beta, alpha=1 - shampoo_beta)
 
 
 def soap_start(g, GGs, Qs, shampoo_beta) -> None:
@@ -117,9 +143,11 @@ def basis_update(exp_avg, exp_avg_sq, GGs, Qs) -> None:
     for i, (GG, Q) in enumerate(zip(GGs, Qs)):
         if GG is not None:
             # v has no exact rotation; it follows the order of the columns alone.
-            order = (Q * (GG @ Q)).sum(0).argsort(descending=True)  # diag(QᵀGGQ)
+            product = GG @ Q
+            order = (Q * product).sum(0).argsort(descending=True)  # diag(QᵀGGQ)
             exp_avg_sq.copy_(exp_avg_sq.index_select(i, order))
-            Q.copy_(torch.linalg.qr(GG @ Q[:, order])[0])
+            # Sorted as rows of the transpose, the columns lie in LAPACK's order.
+            Q.copy_(householder_qr(product.mT[order].mT))
     exp_avg.copy_(rotate(momentum, Qs))
 
 

@@ -120,13 +120,34 @@ def test_what_is_not_understood_is_one_line_and_exit_2(command, capsys):
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 48, 96), (2, 96, 48)])
-def test_muon_compared_with_plain_and_symmetric_products_is_one_algorithm(shape):
+def test_muon_compared_with_plain_products_is_one_algorithm(shape):
     from optim.muon import orthogonalize
 
     us = list(torch.randn(shape, dtype=torch.float64))
     X = orthogonalize(us, "quintic", 5, torch.float64)
-    for update in optimizers.PLAIN[2], optimizers.SYMMETRIC[2]:
-        assert torch.allclose(update(us, "quintic", 5, torch.float64), X, atol=1e-9)
+    assert torch.allclose(optimizers.PLAIN[2](us, "quintic", 5, torch.float64), X, atol=1e-9)
+
+
+def test_another_checkouts_class_takes_turns_with_ours(tmp_path, monkeypatch, capsys):
+    (tmp_path / "optim").mkdir()
+    text = Path(bench.__file__).with_name("optim").joinpath("muon.py").read_text(encoding="utf-8")
+    seen = tmp_path / "seen"
+    text += (
+        f"\nclass Muon(Muon):\n    def step(self):\n        open({str(seen)!r}, 'a').write('x')\n"
+    )
+    text += "        sizes = [[p.numel() for p in g['params']] for g in self.param_groups]\n"
+    text += "        assert sizes == [[64] * 4 + [256] * 2, [24, 40]], sizes\n"
+    (tmp_path / "optim" / "muon.py").write_text(text, encoding="utf-8")
+    monkeypatch.setitem(optimizers.MODELS, "default", (1, 8, 3, 5))
+    command = ["optim", "--quick", "--only=muon", f"--beside={tmp_path}"]
+    assert bench.main([*command, "--model=default"]) == 0
+    assert "| Muon |" in (printed := capsys.readouterr().out) and "| beside.muon.Muon |" in printed
+    # As often as ours: to warm up, and for each round of both builds.
+    assert len(seen.read_text()) == 2 * (1 + 2)
+    assert bench.main(["optim", "--only=muon", "--model=gpt2"]) == 2
+    assert "--beside=FOLDER" in capsys.readouterr().err
+    assert bench.main(["optim", "--only=lion", f"--beside={tmp_path}"]) == 2
+    assert "has no optim/lion.py" in capsys.readouterr().err
 
 
 # ---- the network ---------------------------------------------------------------------------------

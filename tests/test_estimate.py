@@ -433,6 +433,16 @@ def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, op
     assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
 
 
+def test_muon_holds_no_more_than_its_stacks(monkeypatch):
+    case = "ddp", "muon", 1, "fp32", 2, {}
+    whole = predicted(*case)
+    monkeypatch.setattr(muon, "STACK", 1)
+    expected = predicted(*case)
+    found = measured(0, 1, "ddp", "muon", "fp32", 2, {})
+    assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
+    assert expected["total"] < 0.95 * whole["total"]
+
+
 WORDY = dict(n_layer=2, n_embd=32, vocab_size=4096)  # more logits than parameters
 TOKENS = 512
 

@@ -50,6 +50,7 @@ CROSSINGS = {
     },
     "memory.estimate": {
         "optim.attributes": "how many numbers an optimizer remembers",
+        "optim.muon": "how many numbers it steps at once",
         "parallel.replicas": "which rank owns which parameter",
         "precision.amp": "bytes of a number",
     },

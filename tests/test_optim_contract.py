@@ -579,11 +579,96 @@ def test_muon_refuses_vectors_by_name_rather_than_stepping_them_otherwise():
     )
 
 
+@pytest.mark.parametrize("ns, ns_steps", [("quintic", 5), ("polar", 8), ("cubic", 3)])
+def test_muon_in_panels_and_small_stacks_is_the_same_step(ns, ns_steps, monkeypatch):
+    """Square, long and tall ones; 7 columns are no multiple of a panel's 2."""
+    shapes = [(7, 7)] * 3 + [(7, 20), (20, 7)] * 3 + [(8, 7), (7, 3, 5)]
+    options = dict(ns=ns, ns_steps=ns_steps, normuon_beta2=0.9, weight_decay=0.1)
+    ends, stacks, cut, orthogonalize = [], [], muon.batches, muon.orthogonalize
+
+    def counted(us, *args):
+        X = orthogonalize(us, *args)
+        stacks.append(tuple(X.shape))
+        return X
+
+    monkeypatch.setattr(muon, "orthogonalize", counted)
+    for panel, stack in (1000, 10**9), (2, 2 * 140):
+        monkeypatch.setattr(muon, "PANEL", panel)
+        monkeypatch.setattr(muon, "STACK", stack)
+        params = parameters(torch.float64, shapes)
+        steps(muon.Muon(params, lr=0.1, **options), params, range(3))
+        ends.append([p.detach() for p in params])
+    whole = [(3, 7, 7), (3, 7, 20), (3, 20, 7), (1, 8, 7), (1, 7, 15)]
+    few = [(3, 7, 7), *[(2, 7, 20), (1, 7, 20)], *[(2, 20, 7), (1, 20, 7)], (1, 8, 7), (1, 7, 15)]
+    assert stacks == 3 * whole + 3 * few
+    assert all(torch.allclose(x, y, atol=1e-11) for x, y in zip(*ends))
+    params = parameters(torch.float64, [(20, 20)])
+    give_gradients(params, 0)
+    assert cut({"params": params, "use_muon": True}) == [params]  # larger than a stack
+
+
+@pytest.mark.parametrize("short, panels", [(5, 1), (6, 3), (7, 4), (12, 6)])
+def test_a_symmetric_product_multiplies_the_lower_panels_alone(short, panels, monkeypatch):
+    monkeypatch.setattr(muon, "PANEL", 2)
+    X = torch.randn(2, short, 9, dtype=torch.float64)
+    start = torch.randn(2, short, short, dtype=torch.float64)
+    start = start + start.mT
+    out = muon.symmetric_product_(start.clone(), X, X.mT, 0.5, -2.0)
+    assert torch.allclose(out, 0.5 * start - 2 * X @ X.mT, atol=1e-13)
+    # What lies above the diagonal's panels is never read, nor computed.
+    Y = torch.randn(2, 9, short, dtype=torch.float64)
+    out, full = muon.symmetric_product_(torch.full_like(start, torch.nan), X, Y), X @ Y
+    below = torch.arange(short)[:, None] // 2 >= torch.arange(short) // 2
+    if panels == 1:
+        below[:] = True
+    assert torch.allclose(out[:, below], full[:, below], atol=1e-13)
+    assert torch.equal(out[:, ~below], out.mT[:, ~below])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [4, 5, 7, 8])
+@pytest.mark.parametrize("rank", [0, 2, 4])
+def test_soaps_qr_by_panels_is_lapacks(n, rank, monkeypatch, device):
+    monkeypatch.setattr(soap, "PANEL", 2)
+    torch.manual_seed(0)
+    Y = torch.randn(n, rank, dtype=torch.float64) @ torch.randn(rank, n, dtype=torch.float64)
+    for Y in (Y.to(device), Y.mT.to(device), (Y + 1e-8 * torch.randn_like(Y)).to(device)):
+        Q = soap.householder_qr(Y)
+        assert torch.allclose(Q, torch.linalg.qr(Y)[0], atol=1e-13)
+        assert torch.allclose(Q.mT @ Q, torch.eye(n, dtype=Y.dtype, device=device), atol=1e-14)
+        assert (Q.mT @ Y).tril(-1).abs().max() < 1e-13
+
+
+def test_soap_with_panels_is_the_same_method(monkeypatch):
+    ends = []
+    for panel in 1000, 2:
+        monkeypatch.setattr(soap, "PANEL", panel)
+        params = parameters(torch.float64, ((7, 6), (5, 2, 6), (9,)))
+        steps(soap.SOAP(params, precondition_frequency=2, eps=1e-2), params, range(6))
+        ends.append([p.detach() for p in params])
+    assert all(torch.allclose(x, y, atol=1e-10) for x, y in zip(*ends))
+
+
+def test_muon_leaves_tall_matrices_in_their_order():
+    """A copy that turns them costs more than a product with them."""
+    for shape in (6, 2), (3, 2), (2, 6):
+        u = torch.randn(shape, dtype=torch.float64)
+        X = muon.orthogonalize([u, 2 * u], dtype=torch.float64)
+        assert X.is_contiguous() and X.shape == (2, *shape)
+        turned = muon.orthogonalize([u.mT], dtype=torch.float64)[0]
+        assert torch.allclose(X[0], turned.mT, atol=1e-13)
+        assert torch.allclose(X[0], X[1], atol=1e-13)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "ns, steps_", [("quintic", 5), ("polar", 5), ("polar", 8), ("cubic", 10), ("exact", 12)]
 )
-def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(ns, steps_, device):
+@pytest.mark.parametrize("panel", [256, 4])
+def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(
+    ns, steps_, panel, device, monkeypatch
+):
+    monkeypatch.setattr(muon, "PANEL", panel)
     for shape in (16, 32), (16, 64), (64, 16), (32, 32):
         for noise in 0, 1e-6, 1e-3, 3e-2:
             torch.manual_seed(0)
