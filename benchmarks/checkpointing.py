@@ -394,7 +394,7 @@ def main(argv: list[str]) -> int:
             except (ProcessRaisedException, ProcessExitedException) as error:
                 runs.tell(f"bench.py checkpoint: {str(error).strip().splitlines()[-1]}")
                 return 1
-            found = torch.load(Path(folder, "found.pt"))
+            found = torch.load(Path(folder, "found.pt"), weights_only=True)
         ranks = "1 rank" if world == 1 else f"{world} ranks, --cut={job['cut']}"
         page += ["", f"## {ranks}", "", *report(found, n_bytes)]
     runs.show(page, given.get("--out"))

@@ -1,7 +1,7 @@
 """Milliseconds of one step, every class of optim/ against the fastest peer in eager PyTorch.
 
     python bench.py optim [--quick] [--only=adamw,muon] [--threads=2] [--out=FILE.md]
-                          [--beside=FOLDER [--model=default|gpt2|wide]]
+                          [--beside=FOLDER --model=default|gpt2|wide]
 
 Ours and the peers' take turns in one process; torch's fused C++ kernels have a column as the limit.
 Memory layout alone moves a step by up to a factor of 2: so each build allocates everything anew,

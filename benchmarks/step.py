@@ -1,11 +1,11 @@
 """A training step beside another checkout's, and what each technique of it earns.
 
-    python bench.py step --beside=FOLDER [recipe.toml] [--pairs=5] [--seeds=0] [--quick]
+    python bench.py step [recipe.toml] [--beside=FOLDER] [--pairs=5] [--seeds=0] [--quick]
                          [--out=FILE.md] [--field=...]
 
-FOLDER is a checkout of this project at another commit (git worktree add --detach FOLDER COMMIT);
-the recipe is the default or the given one, fields are train.py's and go to both, --steps being 30
-unless given. A field that the other commit lacks ends the bench.
+FOLDER, `before` unless given, is a checkout of this project at another commit (git worktree add
+--detach FOLDER COMMIT); the recipe is the default or the given one, fields are train.py's and go to
+both, --steps being 30 unless given. A field that the other commit lacks ends the bench.
 
 Whole runs. Processes take turns: the other checkout, this one with what `auto` chooses, this one
 with --compile=off, this one with --compile=default; then in the opposite order. A figure is the
@@ -169,11 +169,12 @@ def main(argv: list[str]) -> int:
     own = [word for word in argv if word.partition("=")[0] in FLAGS]
     flags = runs.flags(own, FLAGS, __doc__)
     words = [word for word in argv if word not in own]
-    if "--beside" not in flags:
-        raise ValueError(f"--beside=FOLDER is missing; {runs.usage(__doc__)}")
-    beside = Path(flags["--beside"]).resolve()
+    beside = Path(flags.get("--beside", "before")).resolve()
     if not (beside / "train.py").is_file():
-        raise ValueError(f"--beside={flags['--beside']}: there is no train.py in it")
+        raise ValueError(
+            f"--beside={beside} has no train.py; type git worktree add --detach before COMMIT, "
+            "then --beside=before"
+        )
     for word in words:
         if re.match("--(out_dir|resume|seed|eval_every|compile)=", word):
             raise ValueError(f"{word} is the bench's own; leave it out")

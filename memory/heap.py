@@ -19,6 +19,7 @@ Example:
 """
 
 import ctypes
+import inspect
 import os
 
 M_TRIM_THRESHOLD = -1  # numbers from glibc's malloc.h
@@ -41,3 +42,9 @@ def keep_freed_memory() -> bool:
     most = 2**31 - 1  # bytes; it takes a C int
     # Both: once one is set, malloc no longer fits the other to the sizes in use.
     return bool(mallopt(M_MMAP_THRESHOLD, most) and mallopt(M_TRIM_THRESHOLD, most))
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

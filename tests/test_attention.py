@@ -272,7 +272,7 @@ def test_probabilities_of_keys_that_nobody_sees_are_not_kept(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, device, expected",
+    "flags, kind, expected",
     [
         ([], "cpu", "plain"),
         (["--precision=fp64"], "cpu", "sdpa"),
@@ -285,7 +285,7 @@ def test_probabilities_of_keys_that_nobody_sees_are_not_kept(monkeypatch):
         ([], "cuda", "sdpa"),
     ],
 )
-def test_auto_takes_the_faster_kernel(flags, device, expected):
+def test_auto_takes_the_faster_kernel(flags, kind, expected):
     cfg = parse.parse(flags)
     precision = "bf16" if cfg.precision == "auto" else cfg.precision
-    assert auto.resolve_attention(cfg, precision, torch.device(device)) == expected
+    assert auto.resolve_attention(cfg, precision, torch.device(kind)) == expected

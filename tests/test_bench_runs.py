@@ -159,11 +159,15 @@ def test_all_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
     page = (tmp_path / "new" / "benchmarks.md").read_text()
     assert re.findall("^## (.+)", page, re.M) == [*everything.BENCHES, "At a glance"]
     assert len(ran) == len(everything.BENCHES) - 1 and "left out: type --nanogpt=" in page
-    assert {name.split()[0] for name in everything.BENCHES} == bench.FILES.keys() - {"all", "gpu"}
+    assert {name.split()[0] for name in everything.BENCHES} == bench.FILES.keys() - {
+        "all",
+        "gpu",
+        "step",
+    }
     assert page.count("**failed**, status 1: ValueError: a reason") == 2  # at a glance too
     assert "- train: **failed**, status 1: ValueError: a reason\n" in page
     assert "```\nfigures of network\n```" in page and page.count("```") == 4
-    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 9 + [True] * 2
+    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 11 + [True] * 2
 
 
 def test_all_runs_nanogpt_where_its_clone_is_given(monkeypatch, clone):

@@ -43,6 +43,7 @@ PLACEHOLDERS = {
     "my_recipe.toml": "recipe.toml",
     "recipe.toml": "configs/cpu.toml",
     "--field=...": "--lr=0.1",
+    "--beside=FOLDER": "--beside=before",
     "--field=value": "--lr=0.1",
     "--step=N": "--step=1",
     "--jobs=N": "--jobs=1",
@@ -131,6 +132,9 @@ def place(tmp_path, monkeypatch):
         for name in ("train.py", *nanogpt.FILES):
             (tmp_path / clone / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / clone / name).touch()
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "optim").symlink_to(ROOT / "optim")
+    (tmp_path / "before" / "train.py").touch()
     (tmp_path / "map.toml").write_text('[names]\n"model.*" = "*"\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # bench.py optim --threads=2

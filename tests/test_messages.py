@@ -225,7 +225,7 @@ def test_fp8_without_hardware_says_so_and_no_more():
         model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32))
         why = fp8.convert(model, cpu, **options).why_emulated
         cfg = fields.Config(precision="fp8", device=device, compile="off")
-        return summary.about_precision(cfg, "a chip", why)
+        return summary.about_precision(cfg, "a chip", why, is_alone=True)
 
     for scale in ("tensor", "row", "block"):
         assert said(scaling=scale) == (

@@ -626,8 +626,8 @@ def test_a_symmetric_product_multiplies_the_lower_panels_alone(short, panels, mo
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [4, 5, 7, 8])
-@pytest.mark.parametrize("rank", [0, 2, 4])
+@pytest.mark.parametrize("n", [4, 5, 8])
+@pytest.mark.parametrize("rank", [0, 4])
 def test_soaps_qr_by_panels_is_lapacks(n, rank, monkeypatch, device):
     monkeypatch.setattr(soap, "PANEL", 2)
     torch.manual_seed(0)
@@ -664,17 +664,15 @@ def test_muon_leaves_tall_matrices_in_their_order():
 @pytest.mark.parametrize(
     "ns, steps_", [("quintic", 5), ("polar", 5), ("polar", 8), ("cubic", 10), ("exact", 12)]
 )
-@pytest.mark.parametrize("panel", [256, 4])
-def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(
-    ns, steps_, panel, device, monkeypatch
-):
-    monkeypatch.setattr(muon, "PANEL", panel)
-    for shape in (16, 32), (16, 64), (64, 16), (32, 32):
-        for noise in 0, 1e-6, 1e-3, 3e-2:
-            torch.manual_seed(0)
-            g = torch.randn(shape[0], 1) @ torch.randn(1, shape[1]) + noise * torch.randn(shape)
-            x = muon.orthogonalize([g.to(device)], ns, steps_).float()[0]
-            assert torch.linalg.matrix_norm(x, 2) < 1.3
+def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(ns, steps_, device, monkeypatch):
+    for panel in 256, 4:
+        monkeypatch.setattr(muon, "PANEL", panel)
+        for shape in (16, 32), (16, 64), (64, 16), (32, 32):
+            for noise in 0, 1e-6, 1e-3, 3e-2:
+                torch.manual_seed(0)
+                g = torch.randn(shape[0], 1) @ torch.randn(1, shape[1]) + noise * torch.randn(shape)
+                x = muon.orthogonalize([g.to(device)], ns, steps_).float()[0]
+                assert torch.linalg.matrix_norm(x, 2) < 1.3
 
 
 @pytest.mark.parametrize("cls, first", [(shampoo.Shampoo, 0), (soap.SOAP, 1)])

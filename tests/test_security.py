@@ -127,12 +127,15 @@ IMPORTS = {
     "metrics/logger.py": 1,
     "bench.py": 1,
     "benchmarks/gpu.py": 1,  # a stage, in a process of its own
-    "benchmarks/optimizers.py": 2,
+    "benchmarks/layouts.py": 2,
+    "benchmarks/layouts_ranks.py": 1,
+    "benchmarks/optimizers.py": 3,
     "benchmarks/nanogpt.py": 1,
 }
 # Of a file, or of a message between ranks, weights alone are read: what a clone's train.py saved,
 # which the bench runs and the user names; what one rank's optimizer tells the others.
 WEIGHTS_ONLY = {
+    "benchmarks/checkpointing.py": "torch.load",
     "benchmarks/nanogpt.py": "torch.load",
     "parallel/sharded_optimizer.py": "torch.load",
 }

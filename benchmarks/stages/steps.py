@@ -26,14 +26,18 @@ from run import announce
 COVERS = (
     "checkpoint/save.py:Saver.save",
     "checkpoint/slices.py:copied",
+    "checkpoint/tensor_file.py:TensorFile.read",
     "layers/attention.py:flex_attention",
     "layers/compile.py:lacking",
+    "layers/fewer_passes.py:by_autograd",
     "memory/activation_checkpoint.py:start_trip",
     "memory/offload.py:Stream.__init__",
     "memory/offload.py:Stream.home",
     "memory/offload.py:Stream.run",
     "memory/offload.py:Stream.store",
     "metrics/flops.py:peak_bytes",
+    "optim/adamw.py:is_fast",
+    "optim/muon.py:symmetric_product_",
     "parallel/launch.py:best_device",
     "parallel/launch.py:pick_device",
     "parallel/zero.py:ZeRO.make_bucket",
@@ -44,10 +48,12 @@ COVERS = (
     "run/announce.py:about_machine",
     "run/announce.py:about_memory",
     "run/announce.py:environment",
+    "run/auto.py:resolve_attention",
     "run/auto.py:resolve_auto",
     "run/auto.py:resolve_compile",
     "run/batch.py:largest_micro_batch",
     "run/microbatches.py:MicroBatches.forward",
+    "train.py:main",
 )
 # Projections that start at 0 would hide what is before them.
 USUAL = (
