@@ -201,7 +201,7 @@ def report(steps: list[dict], saves: list[dict], starts: list[tuple[float, float
         (
             f"Start to the end of the first step: {runs.spread([first for first, _ in starts])} s;"
             f" `import torch`: {runs.spread([bare for _, bare in starts])} s; beyond it"
-            f" **{runs.spread(beyond)} s**, target, s: {beside(median(beyond), 2)}"
+            f" **{runs.spread(beyond)} s**, target, s: {beside(median(beyond), 0.9)}"
         ),
     ]
 
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"a median needs some steps; type --steps={least}, or more")
     try:
         start(words)
-        starts = [start(words) for _ in range(1 if quick else 3)]
+        starts = [start(words) for _ in range(1 if quick else 5)]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path, found = Path(folder, "steps.json"), []
             for more in ([], [f"--save_every={3 if quick else 6}"]):

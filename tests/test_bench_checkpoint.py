@@ -39,6 +39,7 @@ def both(rank, world, folder, cut):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["rows", "whole"])
 def test_both_programs_load_what_was_saved(tmp_path, cut):
     import torch.distributed.checkpoint

@@ -75,6 +75,7 @@ def test_a_missing_peer_is_left_out_and_a_fault_is_a_failure(monkeypatch, capsys
     assert "failed**: AttributeError" in said and "no_such_function" in said
 
 
+@pytest.mark.slow
 def test_a_profile_names_operators_of_both_sides(capsys):
     said = page(capsys, "--profile --only=ddp")
     assert "layouts_ours:ddp" in said and "layouts_peers:ddp" in said
