@@ -63,8 +63,8 @@ all gradients. The estimate is rough, and rather too large than too small. It le
 fragmentation, the device's own context and kernels' workspaces (emulated FP8 has float32 operands).
 Measured on a CPU, it is within 5 % (tests/test_estimate.py).
 
-Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, parallel/replicas.py,
-precision/amp.py
+Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, optim/muon.py,
+parallel/replicas.py, precision/amp.py
 
 Example:
     from memory.estimate import bytes_per_rank, gpt_shapes

@@ -51,7 +51,7 @@ its 44 to 52 % of peak is HFU, 3/4 of it is above. L3 cp16 has sequences of 1310
 of attention is counted here; all of it, as PaLM does, would make 0.57 of the same step. Its report
 does not say which.
 
-Neighbours: memory/estimate.py, memory/flags.py, optim/adamw.py, optim/attributes.py,
+Neighbours: memory/estimate.py, memory/flags.py, optim/adamw.py, optim/attributes.py, optim/muon.py,
 parallel/replicas.py, precision/amp.py
 
 Example:
