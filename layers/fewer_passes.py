@@ -1,10 +1,11 @@
 """RMSNorm, QK-norm with its rotation, squared ReLU: backward written out, in few passes.
 
-On a CPU what is between two matrix products takes as long as its memory takes to come and go. Here
-a pass is a tensor read or written once, of N tokens with C channels (h, r: 4C).
+On a CPU what is between two matrix products takes as long as its memory takes to come and go, and
+autograd reads and writes every step of a formula. Of the default job's forward and backward these
+take an eighth off (experiments/results/bench_step.md).
 
     rms_norm        s = 1/sqrt(mean(x²) + eps)                y = x s
-                    dx = s (dy - x (s²/C) (dy·x))             8 passes, autograd's: 19
+                    dx = s (dy - x (s²/C) (dy·x))             C channels
     norm_and_turn   n = q s;  y = turn(n)                     turn: pairs by their angles, times f
                     dn = turn⁻¹(dy);  dq = f s (dn - n (dn·n)/D)
     relu_squared    r = max(h, 0);  y = r²                    backward needs r alone:

@@ -85,7 +85,8 @@ def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
 def resolve_attention(cfg: Config, precision: str, device: torch.device) -> str:
     """`auto` is plain where that is faster than torch's kernel, and sdpa elsewhere.
 
-    float64, in which layouts and versions are compared, keeps one kernel on every machine.
+    Beyond 512 tokens plain gains little, and its probabilities take much memory. float64, in which
+    layouts and versions are compared, keeps one kernel on every machine.
     """
     if cfg.attention != "auto":
         return cfg.attention

@@ -145,7 +145,7 @@ def about_precision(cfg: Config, hardware: str, why_emulated: str | None, is_alo
     if cfg.device == "cpu" and "compile" not in cfg.given:
         n_steps = auto.steps_that_pay(cfg, cfg.precision, is_alone)
         if n_steps < math.inf:
-            text += f"; to compile pays after about {math.ceil(n_steps):,} steps"
+            text += f"; compiling pays after about {math.ceil(n_steps):,} steps"
     if why_emulated is None:
         return text
     # On a CPU nobody asks which GPU would be needed.
