@@ -153,6 +153,11 @@ ROWS = {  # name: (tensors, ours, the peers)
             one(HB + "Muon", *EAGER, **DECAY),
         ],
     ),
+    "muon-polar": (
+        "hidden",
+        one("optim.muon.Muon", **DECAY, ns="polar", ns_steps=4),
+        [one("optim.muon.Muon", (), " with 5 quintic steps", **DECAY)],
+    ),
     "adamwschedulefree": (
         "all",
         one("optim.schedule_free.AdamWScheduleFree"),
@@ -265,7 +270,9 @@ class Candidate:
 
 def older(row: str, folder: str) -> list[tuple]:
     """The only peer of `row`: its class in another checkout, whose file is imported alone."""
-    _, path, options, patch = ROWS[row][1]
+    _, ours, peers = ROWS[row]
+    # A variant is compared with the older checkout's usual form.
+    _, path, options, patch = next((peer for peer in peers if peer[1] == ours[1]), ours)
     module, name = path.rsplit(".", 1)
     file = Path(folder, *module.split(".")).with_suffix(".py")
     spec = importlib.util.spec_from_file_location(f"beside.{module}", file)

@@ -36,7 +36,8 @@ Example:
     import torch
     import torch.nn.functional as F
     from layers.chunked_loss import chunked_loss
-    x, weight = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    x = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(7, (10,))
 
     def loss_of(logits, where):

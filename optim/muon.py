@@ -17,7 +17,8 @@ speed. `ns` is one of
     quintic  (3.4445, −4.7750, 2.0315) at every step
     cubic    (1.5, −.5, 0): converges exactly, but slowly; to compare, with 10 steps or more
     exact    (2, −1.5, .5): a quintic that converges exactly; 12 steps are usual
-    polar    the best triple for each step, with safety factor 1.01 (Amsel et al. 2025, 2505.16932)
+    polar    the best triple for each step, with safety factor 1.01 (Amsel et al. 2025, 2505.16932);
+             4 of its steps train as well as 5 quintic ones (experiments/results/bench_muon_soap.md)
 `normuon_beta2` (NorMuon, Li et al. 2025, 2510.05491; .95 is usual) evens out the rows of X, one row
 a neuron:
     v ← β₂·v + (1−β₂)·mean of X² over the row     v `row_sq`
@@ -95,9 +96,10 @@ def symmetric_product_(out, X, Y, beta=0.0, alpha=1.0) -> torch.Tensor:
     short = out.shape[1]
     # A CPU is bound by its multiplications. From three panels on it pays to multiply only what lies
     # below the diagonal, a panel of columns at a time, and to mirror it.
-    width = PANEL if out.device.type == "cpu" and short >= 3 * PANEL else short
-    for i in range(0, short, width):
-        j = i + width
+    if out.device.type != "cpu" or short < 3 * PANEL:
+        return out.baddbmm_(X, Y, beta=beta, alpha=alpha)
+    for i in range(0, short, PANEL):
+        j = i + PANEL
         out[:, i:, i:j].baddbmm_(X[:, i:], Y[:, :, i:j], beta=beta, alpha=alpha)
         out[:, i:j, j:] = out[:, j:, i:j].mT
     return out

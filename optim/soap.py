@@ -53,6 +53,7 @@ import math
 import torch
 
 PANEL = 128  # reflections that householder_qr applies at once
+HALVED = 256  # columns of a symmetric product that are computed at once
 
 
 def eigh(L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +108,12 @@ def accumulate(g, GGs, shampoo_beta) -> None:
     for i, GG in enumerate(GGs):
         if GG is not None:
             G = g.movedim(i, 0).reshape(g.shape[i], -1)  # (nᵢ, the rest)
-            GG.addmm_(G, G.mT, beta=shampoo_beta, alpha=1 - shampoo_beta)
+            # A CPU is bound by its multiplications: only what lies below the diagonal, mirrored.
+            width = HALVED if GG.device.type == "cpu" and len(GG) >= 3 * HALVED else len(GG)
+            for j in range(0, len(GG), width):
+                k = j + width
+                GG[j:, j:k].addmm_(G[j:], G[j:k].mT, beta=shampoo_beta, alpha=1 - shampoo_beta)
+                GG[j:k, k:] = GG[k:, j:k].mT
 
 
 def soap_start(g, GGs, Qs, shampoo_beta) -> None:
@@ -133,7 +139,7 @@ def soap_update(
     step_size = lr
     if correct_bias:
         step_size = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-    p.sub_(u * step_size)
+    p.sub_(u, alpha=step_size)
     p.mul_(1 - lr * weight_decay)
 
 

@@ -639,10 +639,26 @@ def test_soaps_qr_by_panels_is_lapacks(n, rank, monkeypatch, device):
         assert (Q.mT @ Y).tril(-1).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("n", [3, 6, 7])
+def test_soap_multiplies_the_lower_half_of_a_large_side_alone(n, monkeypatch):
+    monkeypatch.setattr(soap, "HALVED", 2)
+    g = torch.randn(n, 4, 5, dtype=torch.float64)
+    start = torch.randn(n, n, dtype=torch.float64)
+    start = start + start.mT
+    G = g.flatten(1)
+    want = 0.9 * start + 0.1 * G @ G.mT
+    if n >= 6:
+        above = torch.arange(n)[:, None] // 2 < torch.arange(n) // 2
+        start[above] = torch.nan  # never read
+    soap.accumulate(g, [start, None, None], 0.9)
+    assert torch.allclose(start, want, atol=1e-13)
+
+
 def test_soap_with_panels_is_the_same_method(monkeypatch):
     ends = []
     for panel in 1000, 2:
         monkeypatch.setattr(soap, "PANEL", panel)
+        monkeypatch.setattr(soap, "HALVED", panel)
         params = parameters(torch.float64, ((7, 6), (5, 2, 6), (9,)))
         steps(soap.SOAP(params, precondition_frequency=2, eps=1e-2), params, range(6))
         ends.append([p.detach() for p in params])

@@ -20,7 +20,7 @@ from optim import param_groups
 from optim.attributes import attribute
 from run.optimizers import find_optimizer
 
-COVERS = ("memory/meter.py:nbytes",)
+COVERS = ("memory/meter.py:nbytes", "optim/soap.py:accumulate")
 OURS = {  # name in the table: (--optim=, its options)
     "AdamW, fused": ("adamw", {"fused": True}),
     "AdamW": ("adamw", {}),
