@@ -129,6 +129,9 @@ class Checkpoint:
             raise ValueError(f"{name} has shape {saved}, and is to fill {list(out.shape)}")
         offsets, _, pieces = self._pieces(name, offsets, out.shape)
         fill(out.detach(), name, offsets, pieces)
+        # It may have gone past torch: a backward that still needs the old numbers must notice.
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
 
     def _entry(self, name: str) -> dict:
         if name not in self._tensors:

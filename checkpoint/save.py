@@ -460,7 +460,8 @@ def start_writing(file, begin: int, n_bytes: int) -> None:
     if hasattr(os, "posix_fadvise"):
         # Linux writes what is to be dropped from its cache, without waiting. What it is writing, it
         # cannot drop.
-        os.posix_fadvise(file.fileno(), begin, n_bytes, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), begin, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def sync(path) -> None:

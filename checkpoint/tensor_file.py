@@ -15,6 +15,7 @@ The library (safetensors) opens the file first, and checks its header.
 import hashlib
 import json
 import os
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ class TensorFile:
         self.path = path
         self.library = safe_open(path, framework="pt")
         self.file = open(path, "rb", buffering=0)
+        self.lock = threading.Lock()
         weakref.finalize(self, self.file.close)
         n = int.from_bytes(self.file.read(8), "little")
         self.begin = 8 + n
@@ -57,12 +59,20 @@ class TensorFile:
         self.read_bytes(self.begin + begin, memoryview(out.view(-1).view(torch.uint8).numpy()))
 
     def read_bytes(self, begin: int, out: memoryview) -> None:
-        self.file.seek(begin)
         while len(out):
-            n = self.file.readinto(out)
+            n = self.read_at(begin, out)
             if not n:
                 raise OSError(f"{self.path} ends early")
+            begin += n
             out = out[n:]
+
+    def read_at(self, begin: int, out: memoryview) -> int:
+        # Threads and forked processes share the file's own position.
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [out], begin)
+        with self.lock:  # Windows
+            self.file.seek(begin)
+            return self.file.readinto(out)
 
 
 def first_number(shape: list[int], box: tuple[slice, ...]) -> int | None:

@@ -114,15 +114,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """`plain`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     B, H, T, D = q.shape
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    device = q.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     # Heads that share a k and v form one matrix of queries, so k and v are not repeated.
-    q = q.reshape(B * k.shape[1], -1, T, D)  # (B Hkv, H / Hkv, T, D)
-    k = k.reshape(-1, T, D)
-    v = v.reshape(-1, T, D)
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        # The compiler fuses the formula; transforms of torch.func (which have no public name) would
-        # need rules for a Function.
+    n_kv_head = k.shape[1]
+    q = q.reshape(B * n_kv_head, H // n_kv_head, T, D)
+    k = k.reshape(B * n_kv_head, T, D)
+    v = v.reshape(B * n_kv_head, T, D)
+    # The compiler fuses the formula; transforms of torch.func and forward_ad (which have no public
+    # names) would need rules for a Function.
+    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    is_transformed = is_transformed or torch.autograd.forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or is_transformed:
         y, _ = attend(q, k, v, slice(0, T), window)
     else:
         y = WrittenOut.apply(q, k, v, window)
@@ -139,7 +144,8 @@ class WrittenOut(torch.autograd.Function):
         kept = []
         for queries, keys in ctx.chunks:
             y[:, :, queries], probabilities = attend(q, k[:, keys], v[:, keys], queries, window)
-            kept.append(probabilities)
+            if any(ctx.needs_input_grad):
+                kept.append(probabilities)
         ctx.save_for_backward(q, k, v, *kept)
         return y
 
@@ -148,8 +154,14 @@ class WrittenOut(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "plain attention: backward is written out once, and has no derivative; call "
-                "backward without create_graph=True"
+                "backward without create_graph=True, or take attention=sdpa or torch.func"
             )
+        # Autocast, where backward is called within, would cast half of what follows.
+        with torch.autocast(dy.device.type, enabled=False):
+            return WrittenOut.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *kept = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         dq = torch.empty_like(q)

@@ -14,9 +14,10 @@ take an eighth off (experiments/results/bench_step.md).
     swiglu          y = silu(a) b = a σ(a) b                  backward needs a and b alone
                     db = silu(a) dy;  da = silu'(a) b dy      silu' = σ(a) (1 + a (1 - σ(a)))
 
-Statistics are in at least float32, and a result is rounded once (in swiglu silu is rounded, too).
-Where torch.compile or a transform of torch.func is at work, or on another device than a CPU, the
-same formulas go to autograd, or to torch's kernels.
+Statistics are in at least float32, and in forward a result is rounded once (in swiglu silu is
+rounded, too). Where torch.compile or a transform of torch.func is at work, in float16, whose
+products overflow, or on another device than a CPU, the same formulas go to autograd, or to torch's
+kernels.
 
 Their results are not kept either, by layers/recompute.py.
 
@@ -50,13 +51,13 @@ def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's module, by rms_norm() above."""
+    """torch's module, by rms_norm() above where that knows how."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C)
-        if by_autograd(x):
+        if by_autograd(x) or self.eps is None or len(self.normalized_shape) > 1:
             return super().forward(x)
         y = rms_norm(x, self.eps)
-        return y if self.weight is None else y * self.weight
+        return y if self.weight is None else (y * self.weight).to(x.dtype)
 
 
 def norm_and_turn(
@@ -121,7 +122,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def by_autograd(x: Tensor) -> bool:
-    return x.device.type != "cpu" or is_transformed()
+    return x.device.type != "cpu" or x.dtype == torch.float16 or is_transformed()
 
 
 def refuse_second_derivative() -> None:
@@ -129,7 +130,7 @@ def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "layers/fewer_passes.py: backward is written out once, and has no derivative; call "
-            "backward without create_graph=True"
+            "backward without create_graph=True, or take torch.func"
         )
 
 

@@ -40,10 +40,8 @@ around it. This file does nothing for x of less than 2 MiB, without gradients, u
 (the compiler recomputes by itself), within torch.func's transforms and disable_saved_tensors_hooks
 (they take no hooks), and on a device without autocast (meta has no numbers to keep).
 
-Limits. The function is of its tensors alone, without random numbers. A result of
-saves_little that is used detached, too, is an error in a later call of backward. A result that
-somebody has changed in place is kept where it is used from then on, and so is the cast of a part of
-a result.
+Limits. The function is of its tensors alone, without random numbers. A result that somebody has
+changed in place is kept where it is used from then on, and so is the cast of a part of a result.
 A module with forward hooks keeps what it always kept: a hook may change the result. Where a user of
 the result copies it before it saves it, the copy is kept.
 
@@ -100,13 +98,10 @@ def recompute(
     if not (is_on() and has_autocast) or is_small(x) or has_hooks(function):
         return function(x, *others)
     again = Again(function, (x, *others), saves_little)
-    hooks = saved_tensors_hooks(again.pack, again.unpack)
-    with contextlib.nullcontext() if saves_little else hooks:
+    hooks = (again.hold, again.release) if saves_little else (again.pack, again.unpack)
+    with saved_tensors_hooks(*hooks):
         y = function(x, *others)
     again.add_result(y)
-    if saves_little and y.grad_fn is not None:
-        # It is held by this hook alone, and for as long as somebody holds the loss.
-        y.grad_fn.register_prehook(again.release)
     return y
 
 
@@ -179,9 +174,11 @@ def is_on() -> bool:
 
 
 def is_transformed() -> bool:
-    """Is it torch.compile or a transform of torch.func (grad, vmap, jvp) that calls?"""
-    # torch has no public name for the second either.
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Is it torch.compile, a transform of torch.func (grad, vmap, jvp) or forward_ad that calls?"""
+    # torch has no public name for the last two.
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def has_hooks(function: Callable) -> bool:
@@ -236,6 +233,11 @@ def keep(x: Tensor, hooks: tuple[Callable, Callable] | None) -> Kept | Elsewhere
     return Elsewhere(pack(x), unpack)
 
 
+def place(x: Tensor) -> tuple:
+    """Equal for two tensors that are the same numbers in the same memory."""
+    return x.untyped_storage()._cdata, x.storage_offset(), x.dtype, x.shape, x.stride()
+
+
 def hooks_around() -> tuple[Callable, Callable] | None:
     """(pack, unpack) of the innermost saved_tensors_hooks."""
     # torch has no public name for it.
@@ -276,7 +278,9 @@ class Again:
     def __init__(self, function: Callable, inputs: tuple[Tensor, ...], saves_little: bool):
         # Not the module: hooks that it gets later are not of this call.
         self.function = function.forward if isinstance(function, nn.Module) else function
-        self.inputs = [keep(x.detach(), hooks_around()) for x in inputs]
+        self.hooks = hooks_around()
+        self.inputs = [keep(x.detach(), self.hooks) for x in inputs]
+        self.places = [place(x) for x in inputs]
         self.saves = not saves_little
         self.needs_grad = [x.requires_grad and self.saves for x in inputs]
         device = inputs[0].device.type
@@ -291,6 +295,7 @@ class Again:
         # While backward is here:
         self.saved = {}  # number -> what autograd saved, until it has taken it
         self.found = {}  # dtype -> the result
+        self.unpacked = {}  # number -> the input
 
     def add_result(self, y: Tensor) -> None:
         storage = y.untyped_storage()
@@ -308,14 +313,29 @@ class Again:
         self.forget()
         return self.saved.pop(i)
 
-    def forget(self, *_) -> None:
-        self.found.clear()
+    def hold(self, x: Tensor) -> tuple["Again", Kept | Elsewhere | int]:
+        """What the graph holds of a function that saves little; this object goes with it."""
+        if place(x) in self.places:
+            return self, self.places.index(place(x))
+        return self, keep(x, self.hooks)
 
-    def release(self, *_) -> None:
+    def release(self, held: tuple["Again", Kept | Elsewhere | int]) -> Tensor:
         self.forget()
-        # torch has no public name for it. A graph that is kept may come back.
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self.inputs = None
+        _, kept = held
+        if not isinstance(kept, int):
+            return kept.get()
+        x = self.input(kept)
+        del self.unpacked[kept]
+        return x
+
+    def input(self, i: int) -> Tensor:
+        """Input i. torch's activation checkpointing lets each tensor be unpacked only once."""
+        if i not in self.unpacked:
+            self.unpacked[i] = self.inputs[i].get()
+        return self.unpacked[i]
+
+    def forget(self) -> None:
+        self.found.clear()
 
     def result(self, dtype: torch.dtype) -> Tensor:
         if not self.found:
@@ -326,19 +346,16 @@ class Again:
         return self.found[dtype]
 
     def run(self) -> None:
-        if self.inputs is None:
-            raise RuntimeError(
-                "recompute: a product wants a result whose own backward has passed; give it the "
-                "result itself, not result.detach()"
-            )
         saved = []
 
         def pack(x: Tensor) -> None:
             saved.append(x.detach())
 
         inputs = []
-        for kept, needs_grad in zip(self.inputs, self.needs_grad):
-            inputs.append(kept.get().detach().requires_grad_(needs_grad))
+        for i, needs_grad in enumerate(self.needs_grad):
+            inputs.append(self.input(i).detach().requires_grad_(needs_grad))
+        if self.saves:
+            self.unpacked.clear()
         with (
             torch.set_grad_enabled(self.saves),
             torch.autocast(**self.autocast),

@@ -61,7 +61,8 @@ no memory.)
 With one micro-batch gradients come as activations go: of these the table shows what is there beside
 all gradients. The estimate is rough, and rather too large than too small. It leaves out
 fragmentation, the device's own context and kernels' workspaces (emulated FP8 has float32 operands).
-Measured on a CPU, it is within 5 % (tests/test_estimate.py).
+Measured on a CPU, it is within 5 % (tests/test_estimate.py), but for tensors of less than 2 MiB,
+which are kept where larger ones are computed again (layers/recompute.py).
 
 Neighbours: memory/flags.py, optim/adamw.py, optim/attributes.py, optim/muon.py,
 parallel/replicas.py, precision/amp.py
@@ -87,6 +88,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
+from layers import attention
 from memory.flags import check, from_text, usage, words
 from optim import muon
 from optim.attributes import attribute, own_classes
@@ -845,7 +847,7 @@ def activation_bytes(
 def kept_by_plain_attention(heads: int, length: int, n_embd: int, arch: str) -> float:
     """Numbers a token and channel of a layer: probabilities; q and k once more, turned."""
     # Half of all pairs, and half of the chunk on the diagonal.
-    probabilities = heads * (length + min(64, length)) / 2
+    probabilities = heads * (length + min(attention.CHUNK, length)) / 2
     turned = 0 if arch == "gpt2" else 2
     return probabilities / n_embd + turned
 

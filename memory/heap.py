@@ -40,8 +40,10 @@ def keep_freed_memory() -> bool:
     except (TypeError, OSError, AttributeError):  # no such library, or no such function in it
         return False
     most = 2**31 - 1  # bytes; it takes a C int
-    # Both: once one is set, malloc no longer fits the other to the sizes in use.
-    return bool(mallopt(M_MMAP_THRESHOLD, most) and mallopt(M_TRIM_THRESHOLD, most))
+    # Both: once one is set, malloc no longer fits the other to the sizes in use. An older glibc
+    # takes no threshold above 32 MB.
+    is_set = mallopt(M_MMAP_THRESHOLD, most) or mallopt(M_MMAP_THRESHOLD, 2**25)
+    return bool(is_set and mallopt(M_TRIM_THRESHOLD, most))
 
 
 if __name__ == "__main__":

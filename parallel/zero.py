@@ -629,16 +629,20 @@ class ZeRO:
     def send_owed_gradients(self) -> None:
         """Joins the other ranks' reduces where this rank had a micro-batch without a backward."""
         if self.in_backward:
-            # A backward raised: what it had sent by then is no part of any sum.
-            for _, _, works in self.in_flight:
-                for work in works:
-                    work.wait()
-            self.in_flight = []
-            self.in_backward = False
+            self.drop_in_flight()
         if self.owes_gradients:
             self.next_to_send = len(self.units) - 1
             self.send_gradients(0)
             self.collect_gradients()
+
+    def drop_in_flight(self) -> None:
+        """After a backward that raised: what it had sent by then is no part of any sum."""
+        # A message that nobody waits for would meet the next one's receiver.
+        for _, _, works in self.in_flight:
+            for work in works:
+                work.wait()
+        self.in_flight = []
+        self.in_backward = False
 
     def enter_forward(self, i: int, x: Tensor | None) -> None:
         """Forward enters unit i with x (B, T, C), the output of the unit before.
@@ -648,8 +652,7 @@ class ZeRO:
         """
         if i == 0:
             # Drop what an earlier forward without a backward, or a failed backward, left behind.
-            self.in_backward = False
-            self.in_flight = []
+            self.drop_in_flight()
             self.unit = -1
             self.free(range(len(self.units)))
         if self.in_backward:

@@ -229,6 +229,11 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
     Raises ValueError for a field that differs and must not.
     """
     values = {}
+    # Kernels that were chosen, not typed. The rule for attention gives the same answer each time,
+    # unless device or layout have changed; the one for compilation counts steps.
+    chosen_here = {"attention"}
+    if {"pp", "pp_schedule", "tp", "cp"} & cfg.given:
+        chosen_here.add("compile")
     for name, f in FIELDS.items():
         new = getattr(cfg, name)
         was = getattr(old, name)
@@ -236,6 +241,8 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
         if change == "per_run":
             continue
         is_given = name in cfg.given
+        if name in chosen_here and name not in cfg.given | old.given:
+            continue
         may_change = change == "may_change" or (branch and change == "on_branch")
         if is_given and may_change:
             continue  # `auto` and `none` that were typed are chosen anew

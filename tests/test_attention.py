@@ -256,6 +256,27 @@ def test_plain_attention_for_transforms_autocast_and_one_backward():
         assert plain_attention(*inputs).dtype == torch.float64
 
 
+def test_plain_attention_takes_what_the_kernel_takes():
+    q, k, v = qkv(9, 2)
+    for empty in (plain_attention, attention.causal_attention):
+        assert empty(q[:0], k[:0], v[:0]).shape == q[:0].shape
+    assert plain_attention(q.to("meta"), k.to("meta"), v.to("meta")).shape == q.shape
+    single = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    plain = torch.autograd.grad(plain_attention(*single).sin().sum(), single)
+    loss = plain_attention(*single).sin().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = torch.autograd.grad(loss, single)
+    assert all(map(torch.equal, within, plain))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q.detach(), torch.ones_like(q))
+        y = plain_attention(dual, k.detach(), v.detach())
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    _, expected = torch.func.jvp(
+        lambda q: by_hand(q, k.detach(), v.detach(), None), (q.detach(),), (torch.ones_like(q),)
+    )
+    torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-13)
+
+
 def test_probabilities_of_keys_that_nobody_sees_are_not_kept(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK", 4)
     numbers = []

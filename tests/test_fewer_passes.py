@@ -87,6 +87,29 @@ def test_statistics_of_half_precision_are_in_float32():
     assert torch.equal(rms_norm(x), torch.ones_like(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_gradients_of_half_precision_stay_finite(dtype):
+    x = torch.full((2, 64), 1000.0, dtype=dtype, requires_grad=True)
+    dy = torch.linspace(-300, 300, 64).to(dtype).expand(2, 64)
+    cos, sin = rotary_angles(torch.zeros(2), 64, torch.float32)
+    for y in (rms_norm(x), norm_and_turn(x.unsqueeze(1), cos, sin).squeeze(1)):
+        (dx,) = torch.autograd.grad(y, x, dy)
+        wide = x.detach().double().requires_grad_()
+        (want,) = torch.autograd.grad(rms_norm(wide), wide, dy.double())
+        torch.testing.assert_close(dx.double(), want, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("shape, options", [((8,), {}), ((4, 8), {"eps": 1e-6})])
+def test_the_module_is_torchs_in_all_its_forms(shape, options):
+    x = torch.randn(3, 4, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = RMSNorm(shape, **options)(x.to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, torch.nn.RMSNorm(shape, **options)(x.to(dtype)))
+    gain = RMSNorm(8, 1e-6)
+    assert gain(x.bfloat16()).dtype == torch.bfloat16  # its gain is float32
+
+
 def test_zeros_have_no_direction_and_finite_gradients():
     x = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)
     for function in (rms_norm, relu_squared):
@@ -109,6 +132,13 @@ def test_a_gain_and_its_gradient():
 
 @pytest.mark.parametrize("name", ["rms_norm", "norm_and_turn", "relu_squared"])
 def test_transforms_get_the_formula(name):
+    function = pairs((2, 3, 2, 8))[name][0]
+    x = drawn(2, 3, 2, 8).detach()
+    with torch.autograd.forward_ad.dual_level():
+        y = function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    _, expected = torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    assert torch.equal(tangent, expected)
     ours, formula = pairs((3, 5, 2, 8))[name]
     x = drawn(3, 5, 2, 8).detach()
     found, expected = (torch.func.grad(lambda x: f(x).sin().sum())(x) for f in (ours, formula))
@@ -124,7 +154,6 @@ def test_a_second_derivative_is_refused(name):
 
 def test_what_is_kept():
     """Not the results, and nothing but x, r and numbers for each row."""
-    sizes = []
     x = drawn(16, 64)
     weights = drawn(64, 4).detach()
     for name, most in ("rms_norm", 16 * 64 + 16), ("relu_squared", 16 * 64):
@@ -139,8 +168,6 @@ def test_what_is_kept():
         assert y.requires_grad
         numbers = sum(t.untyped_storage().nbytes() // 8 for t in storages.values())
         assert numbers == most + weights.numel()
-        sizes.append(numbers)
-    assert len(sizes) == 2
 
 
 def test_a_turn_is_undone_by_the_turn_back():

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,22 @@ def test_a_malloc_that_the_environment_has_set_stays_as_it_is(name, monkeypatch)
     assert heap.keep_freed_memory() and {what for what, _ in calls} == {-1, -3}
     monkeypatch.setenv(name, "1")
     assert not heap.keep_freed_memory() and len(calls) == 2
+
+
+def test_an_older_glibc_takes_the_largest_threshold_that_it_allows(monkeypatch):
+    for name in heap.OWN_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    taken = {}
+
+    def mallopt(what, value):
+        if what == heap.M_MMAP_THRESHOLD and value > 2**25:
+            return 0
+        taken[what] = value
+        return 1
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda path: SimpleNamespace(mallopt=mallopt))
+    assert heap.keep_freed_memory()
+    assert taken == {heap.M_MMAP_THRESHOLD: 2**25, heap.M_TRIM_THRESHOLD: 2**31 - 1}
 
 
 @pytest.mark.parametrize("error", [TypeError, OSError, AttributeError])

@@ -525,3 +525,27 @@ def test_python_without_asserts_says_the_same():
         exec(CODE, {})
     assert done.returncode == 0 and done.stdout == said.getvalue(), done.stderr
     assert said.getvalue().count("refused:") == said.getvalue().count("\n") == 22
+
+
+@pytest.mark.parametrize(
+    "flags, open_fields",
+    [("--steps=9", {"attention"}), ("--cp=2", {"attention", "compile"})]
+    + [("--pp=2 --pp_schedule=zerobubble", {"attention", "compile"})],
+)
+def test_a_kernel_that_was_chosen_gives_way_to_another_layout(parent, flags, open_fields):
+    saved = load.resolve(parent).tree("config")
+    assert saved["attention"] == "plain"  # which a ring has no use for
+    saved["compile"] = "default"  # as a longer run chooses; it is no kernel for zerobubble
+    data = fields.flag("data", saved["data"])
+    cfg = parse.parse([*TINY, *shlex.split(data), *flags.split(), f"--out_dir={parent}"])
+    new = resume.continued(cfg, saved, branch=False)
+    assert {
+        name for name in ("attention", "compile") if getattr(new, name) == "auto"
+    } == open_fields
+    # One that was typed stays, and says what it is incompatible with.
+    saved["chosen"] = [name for name in saved["chosen"] if name not in ("attention", "compile")]
+    if flags == "--steps=9":
+        assert resume.continued(cfg, saved, branch=False).attention == "plain"
+        return
+    with pytest.raises(ValueError, match="incompatible with|takes apart"):
+        resume.continued(cfg, saved, branch=False)

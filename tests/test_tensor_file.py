@@ -102,6 +102,10 @@ def test_what_is_there_is_filled_in_place(tmp_path):
     memory = p.data_ptr()
     c.weights("model").fill(p, "w")
     assert torch.equal(p, grid()) and p.data_ptr() == memory and p.requires_grad
+    loss = p.square().sum()
+    c.weights("model").fill(p, "w")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     rows, turned, half = (
         torch.zeros(2, 6),
         torch.zeros(6, 8).T,
@@ -122,6 +126,42 @@ def test_what_is_there_is_filled_in_place(tmp_path):
             c.fill(out, name, offsets)
     with pytest.raises(ValueError, match=r"does not fit: w is \(8, 6\), not \(2, 6\)"):
         c.weights("model").fill(rows, "w")
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_threads_read_one_file_at_once(tmp_path, monkeypatch, has_preadv):
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    saved = {f"w{i}": torch.full((64, 1024), float(i)) for i in range(4)}
+    save(tmp_path, 1, {"model": saved})
+    c = load(tmp_path / "step-00000001")
+    c.tensor("model/w0")
+    wrong = []
+
+    def read(name):
+        for _ in range(100):
+            try:
+                if not torch.equal(c.tensor(f"model/{name}"), saved[name]):
+                    wrong.append(name)
+            except ValueError as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(name,)) for name in saved]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs os.preadv")
+def test_a_read_leaves_the_files_position_to_others(tmp_path):
+    save_file({"w": torch.arange(8.0)}, tmp_path / "f")
+    file = TensorFile(tmp_path / "f")
+    file.file.seek(3)  # as a forked process does, which shares it
+    out = torch.empty(8)
+    file.read("w", (slice(0, 8),), out)
+    assert torch.equal(out, torch.arange(8.0)) and file.file.tell() == 3
 
 
 def test_a_model_takes_its_weights_without_a_copy_of_each(tmp_path, monkeypatch):
@@ -240,5 +280,11 @@ def test_the_disk_is_told_of_all_bytes_once_and_in_order(tmp_path, monkeypatch, 
         (64, 64, os.POSIX_FADV_DONTNEED),
         (128, 200, os.POSIX_FADV_DONTNEED),
     ]
+
+    def refuse(*_):
+        raise OSError("no such advice here")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert write_file(tmp_path / "h", [b"x" * 500])["bytes"] == 500
     monkeypatch.delattr(os, "posix_fadvise")
     assert write_file(tmp_path / "g", [b"x" * 500])["bytes"] == 500

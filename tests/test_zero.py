@@ -340,6 +340,39 @@ def test_stage_3_under_other_products_and_activation_checkpointing(how, toleranc
         assert results[0][1] == run_ranks(2, in_another_way, 0)[0][1]
 
 
+def after_a_failure(rank, world, stage, fails):
+    """Gradients of a step; before it, with `fails`, a backward that raised, and a mere forward."""
+
+    def fail(gradient):
+        raise ArithmeticError
+
+    zero = ZeRO(dist.group.WORLD, CPU, stage, bucket_mb=1e-3)
+    model = zero.parallelize(build(MODERN))
+    zero.init_weights(partial(initial_weight, model.config))
+    ids = batch(rank, MODERN)
+    loss = partial(model, ids[:, :-1], ids[:, 1:], sample_ids=torch.arange(ROWS))
+    zero.last_micro_batch(True)
+    if fails:
+        hook = model.blocks["0"].attn.q.weight.register_hook(fail)
+        with pytest.raises(ArithmeticError):
+            loss().backward()
+        hook.remove()
+        with torch.no_grad():
+            loss()
+        model.zero_grad()
+    loss().backward()
+    zero.finish_gradients()
+    return {name: g.clone() for name, g in zero.gradients().items()}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_after_a_failed_backward_is_the_usual_one(stage):
+    usual, after = (run_ranks(2, after_a_failure, stage, fails) for fails in (False, True))
+    for ours, theirs in zip(after, usual):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def by_hand(rank, world, stage):
     """Two optimizers that clear only their own; what a stranger's step says; a deep copy."""
     zero = ZeRO(dist.group.WORLD, CPU, stage, blocks="")
