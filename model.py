@@ -2,15 +2,16 @@
 
     x = embed[tokens] (+ positions) (+ n-grams)         (B, T, C)
     x = x + proj(attention(q, k, v of norm(x)))         for each block
-    x = x + mlp_proj(activation(fc(norm(x))))
+    x = x + mlp_proj(activation(fc(norm(x))))           or silu(gate(norm(x))) fc(norm(x)): SwiGLU
     loss = sum over tokens of -log softmax(head(norm(x)))[target]
 
-Three sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU,
-learned positions, tied head, biases), `modern` (RMSNorm, rotary positions, QK-norm, squared ReLU,
-untied head, zero-initialised projections, capped logits: the choices of the nanoGPT speedruns,
-Jordan et al. 2024) and `track3`, on which those compare optimizers: besides, gains in norms, a norm
-of the embedding, biases, head's too, positions that turn half of each head, a constant attention
-scale, logits bent by a root instead of tanh.
+Five sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU,
+learned positions, tied head, biases), `llama` (Touvron et al. 2023: RMSNorm with gains, SwiGLU,
+rotary positions), `qwen3` (Yang et al. 2025: besides, QK-norm with gains), `modern` (RMSNorm,
+rotary positions, QK-norm, squared ReLU, untied head, zero-initialised projections, capped logits:
+the choices of the nanoGPT speedruns, Jordan et al. 2024) and `track3`, on which those compare
+optimizers: besides, gains in norms, a norm of the embedding, biases, head's too, positions that
+turn half of each head, a constant attention scale, logits bent by a root instead of tanh.
 
 Made to be cut up from outside; nothing here knows how:
 - `forward` returns the *sum* of token losses: adding over micro-batches and ranks needs no weights;
@@ -36,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import attention
+from layers import attention, rope_scaling
 from layers.chunked_loss import chunked_loss
-from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, turn
+from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, swiglu, turn
 from layers.ngram_embedding import NGramEmbedding
 from layers.recompute import casts, forget_results, recompute
 
@@ -53,15 +54,21 @@ class GPTConfig:
     vocab_size: int = 256
     dropout: float = 0.0
     norm: str = "rmsnorm"  # or rmsnorm_gain, layernorm
+    norm_eps: float | None = None  # of all norms; None = 1e-6, and layernorm's is 1e-5
     embed_norm: bool = False
-    activation: str = "relu2"  # or gelu
+    activation: str = "relu2"  # or gelu, gelu_tanh, swiglu
+    mlp_width: int | None = None  # None: see mlp_size
     position: str = "rotary"  # or rotary_half, learned
-    qk_norm: bool = True
+    rope_base: float = 10000.0
+    rope_scaling: str | None = None  # layers/rope_scaling.py
+    head_dim: int | None = None  # None: see head_size
+    qk_norm: bool | str = True  # or gain
     attention_scale: float | None = None  # q.k is multiplied by it; None = 1/sqrt(D)
     window: int | None = None  # tokens that a query sees, itself among them; None = all before it
     attention: str = "sdpa"  # or plain, flex (layers/attention.py)
     tied: bool = False
     bias: bool = False
+    qkv_bias: bool | None = None  # of queries, keys and values; None = as bias
     head_bias: bool = False
     zero_init: bool = True
     init: str = "fan_in"  # or torch, gpt2
@@ -72,6 +79,20 @@ class GPTConfig:
     ngram_embed: int | None = None
     ngram_rows: int = 16384
     seed: int = 1337
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def mlp_size(self) -> int:
+        """The width between the MLP's matrices."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        if self.activation == "swiglu":
+            # Three matrices, with about as many weights as two of 4C.
+            return -(-8 * self.n_embd // (3 * 64)) * 64
+        return 4 * self.n_embd
 
 
 class ForwardContext(NamedTuple):
@@ -103,13 +124,19 @@ class Head(Linear):
 class Attention(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.head_size = c.n_embd // c.n_head
-        self.qk_norm = c.qk_norm
+        self.head_size = c.head_size
+        q_width = c.n_head * self.head_size
         kv_width = c.n_kv_head * self.head_size  # fewer than n_head: grouped queries
-        self.q = Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.k = Linear(c.n_embd, kv_width, bias=c.bias)
-        self.v = Linear(c.n_embd, kv_width, bias=c.bias)
-        self.proj = Linear(c.n_embd, c.n_embd, bias=c.bias)
+        qkv_bias = c.bias if c.qkv_bias is None else c.qkv_bias
+        self.q = Linear(c.n_embd, q_width, bias=qkv_bias)
+        self.k = Linear(c.n_embd, kv_width, bias=qkv_bias)
+        self.v = Linear(c.n_embd, kv_width, bias=qkv_bias)
+        self.proj = Linear(q_width, c.n_embd, bias=c.bias)
+        eps = (c.norm_eps or EPS) if c.qk_norm else None
+        self.q_norm = self.k_norm = functools.partial(placed, eps=eps)
+        if c.qk_norm == "gain":
+            self.q_norm = HeadNorm(c)
+            self.k_norm = HeadNorm(c)
         self.attention_fn = attention.choose(c.attention, c.window)
         # Every attention function divides q·k by sqrt(D), so another scale becomes a factor of q.
         self.q_factor = 1.0
@@ -123,8 +150,8 @@ class Attention(nn.Module):
         q = self.split_heads(self.q(for_q))  # (B, T, H, D)
         k = self.split_heads(self.k(for_k))  # (B, T, Hkv, D)
         v = self.split_heads(self.v(for_v))  # (B, T, Hkv, D)
-        q = self.placed(q, context, self.q_factor)
-        k = self.placed(k, context)
+        q = self.q_norm(q, context.rotary, self.q_factor)
+        k = self.k_norm(k, context.rotary)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         y = self.attention_fn(q, k, v)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -133,30 +160,35 @@ class Attention(nn.Module):
         """(B, T, heads x D) -> (B, T, heads, D)"""
         return x.unflatten(-1, (-1, self.head_size))
 
-    def placed(self, x: Tensor, context: ForwardContext, factor: float = 1.0) -> Tensor:
-        """Queries or keys (B, T, heads, D), normed, turned by their positions, times the factor."""
 
-        if self.qk_norm and context.rotary is not None:
-            return norm_and_turn(x, *context.rotary, factor=factor)
-        if self.qk_norm:
-            x = rms_norm(x)
-        if context.rotary is not None:
-            x = turn(x, *context.rotary)
-        return x * factor if factor != 1 else x
+class HeadNorm(nn.Module):
+    """placed() with a gain: one for all heads of queries, and one for those of keys."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.eps = c.norm_eps or EPS
+        self.weight = nn.Parameter(torch.ones(c.head_size))
+
+    def forward(self, x: Tensor, rotary: tuple | None, factor: float = 1.0) -> Tensor:
+        return placed(x, rotary, factor, self.eps, self.weight)
 
 
 class MLP(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.fc = Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
-        self.proj = Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
-        self.activation = relu_squared
-        if c.activation == "gelu":
-            self.activation = functools.partial(recompute, F.gelu)
+        self.gate = None
+        if c.activation == "swiglu":
+            self.gate = Linear(c.n_embd, c.mlp_size, bias=c.bias)
+        self.fc = Linear(c.n_embd, c.mlp_size, bias=c.bias)
+        self.proj = Linear(c.mlp_size, c.n_embd, bias=c.bias)
+        self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
-        (x,) = casts(x, 1)
-        return self.proj(self.activation(self.fc(x)))  # (B, T, 4C) between the two
+        if self.gate is None:
+            (x,) = casts(x, 1)
+            return self.proj(self.activation(self.fc(x)))  # (B, T, 4C) between the two
+        for_gate, for_fc = casts(x, 2)
+        return self.proj(self.activation(self.gate(for_gate), self.fc(for_fc)))
 
 
 class Block(nn.Module):
@@ -185,6 +217,7 @@ class GPT(nn.Module):
     def __init__(self, c: GPTConfig, layers=None):
         super().__init__()
         self.config = c
+        self.rope_scaling = rope_scaling.parse(c.rope_scaling)
         if layers is None:
             layers = range(c.n_layer)
         is_first = 0 in layers
@@ -271,8 +304,12 @@ class GPT(nn.Module):
             return None
         # bf16 holds integers up to 256 exactly, and positions go beyond.
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        size = self.config.n_embd // self.config.n_head
-        return rotary_angles(position_ids, size, dtype, half=kind == "rotary_half")
+        c = self.config
+        if kind == "rotary_half":
+            return rotary_angles(position_ids, c.head_size, dtype, half=True)
+        return rotary_angles(
+            position_ids, c.head_size, dtype, base=c.rope_base, scaling=self.rope_scaling
+        )
 
     def embed_tokens(self, ids: Tensor, context: ForwardContext) -> Tensor:
         """(B, T) token ids -> (B, T, C)"""
@@ -360,11 +397,45 @@ def loss_fn(
     return loss, n_correct
 
 
+# (fc's output, or with swiglu gate's and fc's) -> what proj gets
+ACTIVATIONS = {
+    "relu2": relu_squared,
+    "gelu": functools.partial(recompute, F.gelu),
+    # The approximation that GPT-2 was trained with.
+    "gelu_tanh": functools.partial(recompute, functools.partial(F.gelu, approximate="tanh")),
+    "swiglu": swiglu,
+}
+# Of RMSNorm and QK-norm. torch's default would be the dtype's epsilon.
+EPS = 1e-6
+
+
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "layernorm":
-        return nn.LayerNorm(c.n_embd, bias=c.bias)
-    # 1e-6, as the default None means the dtype's epsilon. The last argument adds a gain.
-    return RMSNorm(c.n_embd, 1e-6, c.norm == "rmsnorm_gain")
+        return nn.LayerNorm(c.n_embd, c.norm_eps or 1e-5, bias=c.bias)
+    # The last argument adds a gain.
+    return RMSNorm(c.n_embd, c.norm_eps or EPS, c.norm == "rmsnorm_gain")
+
+
+def placed(
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    factor: float = 1.0,
+    eps: float | None = EPS,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """Queries or keys (B, T, heads, D), normed, turned by their positions, times the factor.
+
+    eps: None for no norm; gain: (D,), of the norm.
+    """
+    if eps is not None and rotary is not None:
+        return norm_and_turn(x, *rotary, eps, factor, gain)
+    if eps is not None:
+        x = rms_norm(x, eps)
+        if gain is not None:
+            x = (x * gain).to(x.dtype)
+    if rotary is not None:
+        x = turn(x, *rotary)
+    return x * factor if factor != 1 else x
 
 
 def capped(logits: Tensor, cap: float, form: str) -> Tensor:
@@ -376,18 +447,24 @@ def capped(logits: Tensor, cap: float, form: str) -> Tensor:
 
 
 def rotary_angles(
-    position_ids: Tensor, head_size: int, dtype: torch.dtype, half: bool = False
+    position_ids: Tensor,
+    head_size: int,
+    dtype: torch.dtype,
+    half: bool = False,
+    base: float = 10000.0,
+    scaling: rope_scaling.Scaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position * f_i: each (T, 1, D/2), or (B, T, 1, D/2) for position_ids (B, T).
 
-    f_i = 10000^(-2i/D). half: 1024^(-i/(D/4 - 1)) for i < D/4, from 1 down to 1/1024, then 0.
+    f_i = base^(-2i/D), scaled by layers/rope_scaling.py. half: 1024^(-i/(D/4 - 1)) for i < D/4,
+    from 1 down to 1/1024, then 0.
     """
     i = torch.arange(head_size // 2, device=position_ids.device, dtype=dtype)
     if half:
         n_turned = head_size // 4
         frequency = 1024.0 ** (-i / max(1, n_turned - 1)) * (i < n_turned)
     else:
-        frequency = 10000.0 ** (-2 * i / head_size)
+        frequency = rope_scaling.scaled(base ** (-2 * i / head_size), scaling)
     # One for all heads.
     angle = position_ids.to(dtype).unsqueeze(-1).unsqueeze(-1) * frequency
     return angle.cos(), angle.sin()

@@ -1,4 +1,4 @@
-"""RMSNorm, QK-norm with its rotation, squared ReLU: backward written out, in few passes.
+"""RMSNorm, QK-norm with its rotation, squared ReLU, SwiGLU: backward written out, in few passes.
 
 On a CPU what is between two matrix products takes as long as its memory takes to come and go, and
 autograd reads and writes every step of a formula. Of the default job's forward and backward these
@@ -6,10 +6,13 @@ take an eighth off (experiments/results/bench_step.md).
 
     rms_norm        s = 1/sqrt(mean(x²) + eps)                y = x s
                     dx = s (dy - x (s²/C) (dy·x))             C channels
-    norm_and_turn   n = q s;  y = turn(n)                     turn: pairs by their angles, times f
-                    dn = turn⁻¹(dy);  dq = f s (dn - n (dn·n)/D)
+    norm_and_turn   n = q s;  y = turn(n g)                   turn: pairs by their angles, times f;
+                    dm = f turn⁻¹(dy);  dg = Σ dm n           g: a gain of (D,), or none
+                    dn = dm g;  dq = s (dn - n (dn·n)/D)
     relu_squared    r = max(h, 0);  y = r²                    backward needs r alone:
                     dh = 2 r dy                               0 where r is 0
+    swiglu          y = silu(a) b = a σ(a) b                  backward needs a and b alone
+                    db = silu(a) dy;  da = silu'(a) b dy      silu' = σ(a) (1 + a (1 - σ(a)))
 
 Statistics are in at least float32, and a result is rounded once. Where torch.compile or a transform
 of torch.func is at work, or on another device than a CPU, the same formulas go to autograd, or to
@@ -57,19 +60,29 @@ class RMSNorm(nn.RMSNorm):
 
 
 def norm_and_turn(
-    x: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, factor: float = 1.0
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    factor: float = 1.0,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """Heads x (..., H, D), normed, each pair (x[i], x[i + D/2]) turned by its angle, times factor.
 
-    cos, sin: (..., 1, D/2)
+    cos, sin: (..., 1, D/2); gain: (D,), what the normed heads are multiplied by before they turn.
     """
 
     def formula(x: Tensor) -> Tensor:
-        y = turn(F.rms_norm(x, x.shape[-1:], eps=eps), cos, sin)
+        y = F.rms_norm(x, x.shape[-1:], eps=eps)
+        if gain is not None:
+            y = (y * gain).to(x.dtype)
+        y = turn(y, cos, sin)
         return y * factor if factor != 1 else y
 
     def written_out(x: Tensor) -> Tensor:
-        return NormAndTurn.apply(x, cos, sin, eps, factor)
+        if gain is None:
+            return NormAndTurn.apply(x, cos, sin, eps, factor)
+        return GainAndTurn.apply(x, gain, cos, sin, eps, factor)
 
     if by_autograd(x):
         return recompute(formula, x)
@@ -81,6 +94,13 @@ def relu_squared(x: Tensor) -> Tensor:
     if by_autograd(x):
         return recompute(lambda h: F.relu(h).square(), x)
     return recompute(Square.apply, ReLU.apply(x), saves_little=True)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up (Shazeer 2020, 2002.05202). Backward computes it once more, from these two."""
+    if by_autograd(gate):
+        return recompute(lambda a, b: F.silu(a) * b, gate, up)
+    return recompute(SwiGLU.apply, gate, up, saves_little=True)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,6 +160,46 @@ class NormAndTurn(torch.autograd.Function):
         along = (dn * n).sum(-1, keepdim=True, dtype=scale.dtype).div_(-x.shape[-1])
         dx = torch.addcmul(dn, n, along.to(x.dtype))
         return rounded_product(dx, scale * ctx.factor), None, None, None, None
+
+
+class GainAndTurn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: float, factor: float
+    ) -> Tensor:
+        scale = inverse_rms(x, eps)
+        ctx.save_for_backward(x, gain, scale, cos, sin)
+        ctx.factor = factor
+        n = x.to(scale.dtype) * scale
+        return turn(n.mul_(gain.to(scale.dtype) * factor).to(x.dtype), cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        refuse_second_derivative()
+        x, gain, scale, cos, sin = ctx.saved_tensors
+        dm = turn(dy, cos, -sin).to(scale.dtype)
+        n = x.to(scale.dtype) * scale
+        dgain = None
+        if ctx.needs_input_grad[1]:
+            dgain = (dm * n).flatten(0, -2).sum(0).mul_(ctx.factor).to(gain.dtype)
+        dn = dm.mul_(gain.to(scale.dtype) * ctx.factor)
+        along = (dn * n).sum(-1, keepdim=True).div_(-x.shape[-1])
+        dx = dn.addcmul_(n, along).mul_(scale).to(x.dtype)
+        return dx, dgain, None, None, None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_second_derivative()
+        gate, up = ctx.saved_tensors
+        dgate = torch.ops.aten.silu_backward(dy * up, gate)
+        return dgate, F.silu(gate).mul_(dy)
 
 
 class ReLU(torch.autograd.Function):

@@ -7,7 +7,8 @@
               q, k, v, cast three times       dx = norm's derivative at x, times dy
     here      x                               y = norm(x) once more, then the same
 
-recompute(function, x) calls the function; what autograd saves inside of it is not kept, only x is.
+recompute(function, x) calls the function; what autograd saves inside of it is not kept, only x is
+(or x, y, ... of a function of several tensors).
 Within forget_results() nobody else keeps the result either: where autograd would save it, a view of
 it or one of its casts(), it gets a note of how to compute it. When backward comes to the first such
 note, the function runs once more on the same x, so all numbers are the same bits. The graph is as
@@ -39,8 +40,8 @@ around it. This file does nothing for x of less than 2 MiB, without gradients, u
 (the compiler recomputes by itself), within torch.func's transforms and disable_saved_tensors_hooks
 (they take no hooks), and on a device without autocast (meta has no numbers to keep).
 
-Limits. The function is of x alone, without random numbers. A result that somebody has changed in
-place is kept where it is used from then on, and so is the cast of a part of a result.
+Limits. The function is of its tensors alone, without random numbers. A result that somebody has
+changed in place is kept where it is used from then on, and so is the cast of a part of a result.
 A module with forward hooks keeps what it always kept: a hook may change the result. Where a user of
 the result copies it before it saves it, the copy is kept.
 
@@ -82,23 +83,24 @@ RESULTS = weakref.WeakValueDictionary()
 
 
 def recompute(
-    function: Callable[[Tensor], Tensor], x: Tensor, saves_little: bool = False
+    function: Callable[..., Tensor], x: Tensor, *others: Tensor, saves_little: bool = False
 ) -> Tensor:
-    """function(x), a new tensor. Backward computes again, from x, what autograd saved in it.
+    """function(x, *others), a new tensor. Backward computes again, from its arguments, what
+    autograd saved in it.
 
-    saves_little: that is x and small tensors. They are kept, and the function runs again only where
-    backward asks for its result.
+    others: tensors of x's size. saves_little: what it saves are its arguments and small tensors.
+    They are kept, and the function runs again only where backward asks for its result.
 
-    In backward, raises RuntimeError where x or a parameter was changed in place since, or where the
-    function does not save the same number of tensors again.
+    In backward, raises RuntimeError where an argument or a parameter was changed in place since, or
+    where the function does not save the same number of tensors again.
     """
     has_autocast = torch.amp.is_autocast_available(x.device.type)
     if not (is_on() and has_autocast) or is_small(x) or has_hooks(function):
-        return function(x)
-    again = Again(function, x, saves_little)
+        return function(x, *others)
+    again = Again(function, (x, *others), saves_little)
     hooks = saved_tensors_hooks(again.pack, again.unpack)
     with contextlib.nullcontext() if saves_little else hooks:
-        y = function(x)
+        y = function(x, *others)
     again.add_result(y)
     if saves_little and y.grad_fn is not None:
         # It is held by this hook alone.
@@ -269,12 +271,13 @@ class Again:
     Nothing but autograd's graph holds this object: it goes when backward has passed.
     """
 
-    def __init__(self, function: Callable, x: Tensor, saves_little: bool):
+    def __init__(self, function: Callable, inputs: tuple[Tensor, ...], saves_little: bool):
         # Not the module: hooks that it gets later are not of this call.
         self.function = function.forward if isinstance(function, nn.Module) else function
-        self.x = keep(x.detach(), hooks_around())
-        self.needs_grad = x.requires_grad and not saves_little
-        device = x.device.type
+        self.inputs = [keep(x.detach(), hooks_around()) for x in inputs]
+        self.saves = not saves_little
+        self.needs_grad = [x.requires_grad and self.saves for x in inputs]
+        device = inputs[0].device.type
         self.autocast = dict(
             device_type=device,
             dtype=torch.get_autocast_dtype(device),
@@ -320,13 +323,15 @@ class Again:
         def pack(x: Tensor) -> None:
             saved.append(x.detach())
 
-        x = self.x.get().detach().requires_grad_(self.needs_grad)
+        inputs = []
+        for kept, needs_grad in zip(self.inputs, self.needs_grad):
+            inputs.append(kept.get().detach().requires_grad_(needs_grad))
         with (
-            torch.enable_grad(),
+            torch.set_grad_enabled(self.saves),
             torch.autocast(**self.autocast),
             saved_tensors_hooks(pack, lambda packed: packed),
         ):
-            y = self.function(x)
+            y = self.function(*inputs)
         if len(saved) != len(self.versions):
             raise RuntimeError(
                 f"recompute: the function saved {len(self.versions)} tensors for backward at first "

@@ -194,15 +194,7 @@ def split(
         # A norm is called with this rank's tokens already, a table with the ids of all tokens.
         if isinstance(self, nn.Embedding):
             args = (mine(args[0]),)
-        # During the call f is between each parameter and its use. It goes straight into
-        # _parameters, because setattr takes nothing but a Parameter in a parameter's place.
-        own = {name: p for name, p in self._parameters.items() if p is not None}
-        for name, p in own.items():
-            self._parameters[name] = tensor.CopyForwardSumBackward.apply(p, group)
-        try:
-            return type(self).forward(self, *args)
-        finally:
-            self._parameters.update(own)
+        return tensor.summed_forward(group, self, *args)
 
     tp_shards = tensor.split(model, group, enter, leave, **endings)
     for name, module in model.named_modules():

@@ -19,13 +19,15 @@ added after the sum; before the sum it would count N times. The embedding is spl
 of other ranks give zeros, and g adds up. The head is split by words too, tied or not: each rank has
 the logits of its words, and the loss needs three numbers a token from the others instead of V.
 Norms, learned positions and n-grams are full on every rank, and so are their gradients, because f
-has summed what reaches them. One f serves q, k and v together; an f in each of the three, as the
-drawing of a single column layer has it, would send dX three times.
+has summed what reaches them. But a gain of the norm of queries or keys, full too, sees the rank's
+heads alone: its gradient is summed over the ranks. One f serves q, k and v together; an f in each
+of the three, as the drawing of a single column layer has it, would send dX three times.
 
 Bytes sent per rank and micro-batch, a = (N-1)/N x the bytes of one (B, T, C) activation:
 
     all-reduce, g      forward: each row layer, the embedding            (2 layers + 1) 2a
     all-reduce, f      backward: before attention, MLP and head          (2 layers + 1) 2a
+    gains of QK-norm   backward: all-reduce of their gradients           2 (N-1)/N their bytes
     loss               all-reduce of the maximum, then of two sums       2 (N-1)/N 3 B T w
       n_correct        all-reduces of the maximum and of an index, int64 2 (N-1)/N B T (w + 8)
       no targets       instead of both: g of the logits, padded with 0   2 (N-1)/N B T V w
@@ -83,9 +85,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-COLUMN = ("attn.q", "attn.k", "attn.v", "mlp.fc", "head")
+COLUMN = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.fc", "head")
 ROW = ("attn.proj", "mlp.proj")
 VOCABULARY = ("embed",)
+PARTIAL = ("attn.q_norm", "attn.k_norm")
 
 
 class CopyForwardSumBackward(torch.autograd.Function):
@@ -211,12 +214,14 @@ def split(
     column=COLUMN,
     row=ROW,
     vocabulary=VOCABULARY,
+    partial=PARTIAL,
 ) -> dict[str, tuple]:
     """Replaces the matrices of `model` by this rank's shards, and puts f and g around them.
 
     model: on the meta device or not; group: None changes nothing. column, row, vocabulary: endings
-    of the names of Linear, Linear and Embedding modules. enter(module, x), leave(module, x, bias):
-    in place of f, and of g with the bias it adds.
+    of the names of Linear, Linear and Embedding modules; partial: of modules between the matrices
+    whose parameters all ranks hold and whose gradients are summed. enter(module, x),
+    leave(module, x, bias): in place of f, and of g with the bias it adds.
 
     Where a module holds column layers and a row layer, f goes before the module, whose first
     argument the column layers share. Any other column layer gets an f of its own. The logits stay
@@ -263,6 +268,9 @@ def split(
         modules[name].register_forward_pre_hook(enter_first)
 
     replace_forwards(modules, group, leave, column, row, vocabulary)
+    for name, module in modules.items():
+        if ends(name, partial):
+            module.forward = types.MethodType(functools.partial(summed_forward, group), module)
     # The logits stay split by words, so the loss must sum over the ranks. A pipeline's stage may
     # have no head.
     if hasattr(model, "loss_fn") and any(ends(name, ("head",)) for name in modules):
@@ -328,6 +336,19 @@ def replace_forwards(
             module.forward = types.MethodType(vocabulary_forward, module)
 
 
+def summed_forward(group: dist.ProcessGroup, module: nn.Module, *args) -> Tensor:
+    """The module's own forward, with parameters whose gradients are summed over the ranks."""
+    # During the call f is between each parameter and its use. It goes straight into _parameters,
+    # because setattr takes nothing but a Parameter in a parameter's place.
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    for name, p in own.items():
+        module._parameters[name] = CopyForwardSumBackward.apply(p, group)
+    try:
+        return type(module).forward(module, *args)
+    finally:
+        module._parameters.update(own)
+
+
 def ends(name: str, endings: tuple[str, ...]) -> bool:
     """Does the module's name end with one of these, in whole words between dots?"""
     return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
@@ -354,20 +375,16 @@ def check(name: str, module: nn.Module, dim: int, parent: nn.Module, n: int) -> 
     if kind in ("q", "k", "v"):
         # A head must not be split: its scores need all of it.
         count //= getattr(parent, "head_size", 1)
-        setting = count
         what = f"the {count} heads of {name}"
         flag = "--n_head" if kind == "q" else "--n_kv_head"
     elif isinstance(module, nn.Embedding) or kind == "head":
-        setting = count
         what = f"the {count} words of the vocabulary"
         flag = "--vocab_size"
     else:
-        # The other side of the matrix is the model's width, and this side a multiple of it.
-        setting = module.weight.shape[1 - dim]
         what = f"the width {count} of {name}"
-        flag = "--n_embd"
+        flag = "--mlp_width"
     if count % n:
-        fits = -(-setting // n) * n  # rounded up to a multiple
+        fits = -(-count // n) * n  # rounded up to a multiple
         divisor = max(d for d in range(1, n) if count % d == 0)
         raise ValueError(f"--tp={n} does not divide {what}; type {flag}={fits} or --tp={divisor}")
 

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from layers import rope_scaling
 from metrics import flops
 from optim.attributes import attribute
 from optim.param_groups import averages_weights
@@ -35,6 +36,8 @@ def resolve_auto(
             f"attention=flex is for GPUs, torch cannot train with it on {device.type}; type "
             "--attention=sdpa"
         )
+    # The model will want it, but only once its data are there.
+    rope_scaling.parse(cfg.rope_scaling)
     learning_rates = resolve_learning_rates(cfg, optimizer_class)
 
     # Some optimizers never leave a start at zero (LOG.md has the figures).

@@ -13,7 +13,18 @@ import math
 import re
 
 import schedules
-from settings.fields import ARCHS, FIELDS, LAYOUTS, Config, flag, model_chunks, trait
+from settings.fields import (
+    ARCHS,
+    FIELDS,
+    LAYOUTS,
+    Config,
+    flag,
+    head_size,
+    mlp_size,
+    model_chunks,
+    plain,
+    trait,
+)
 
 
 def check(cfg: Config, has_traits: bool = True) -> Config:
@@ -26,6 +37,7 @@ def check(cfg: Config, has_traits: bool = True) -> Config:
     if has_traits:
         check_heads(cfg)
         check_attention(cfg)
+        check_positions(cfg)
         check_model_parallel(cfg)
         check_qk_clip(cfg)
     check_schedule(cfg)
@@ -92,9 +104,9 @@ def check_text(cfg: Config) -> None:
 def check_heads(cfg: Config) -> None:
     """The width divides into heads, and a head into the pairs that rotary positions turn."""
     position = trait(cfg, "position")
-    size = cfg.n_embd // cfg.n_head
+    size = head_size(cfg)
     parts = {"rotary": 2, "rotary_half": 4}.get(position, 1)
-    if cfg.n_embd % cfg.n_head:
+    if cfg.head_dim is None and cfg.n_embd % cfg.n_head:
         # No number of heads fits some widths (odd ones under rotary): then hint at a wider model.
         counts = range(1, min(cfg.n_embd, 10**4) + 1)
         fits = [n for n in counts if cfg.n_embd % n == 0 and cfg.n_embd // n % parts == 0]
@@ -113,9 +125,10 @@ def check_heads(cfg: Config) -> None:
             f"for instance --n_kv_head={fits}"
         )
     if size % parts:
+        what = "n_embd/n_head" if cfg.head_dim is None else "head_dim"
         raise ValueError(
-            f"position={position} needs a head size divisible by {parts}, not n_embd/n_head "
-            f"= {size}; change n_head or type --position=learned"
+            f"position={position} needs a head size divisible by {parts}, not {what} "
+            f"= {size}; type --head_dim={-(-size // parts) * parts}, or --position=learned"
         )
 
 
@@ -140,10 +153,10 @@ def check_attention(cfg: Config) -> None:
             f"window={cfg.window} is no window over block_size={cfg.block_size} tokens; type a "
             "smaller one, or leave it out"
         )
-    size = cfg.n_embd // cfg.n_head
+    size = head_size(cfg)
     if cfg.attention == "flex" and size < 16:
         raise ValueError(
-            f"attention=flex has no kernel for heads of {size} (n_embd/n_head), 16 is the "
+            f"attention=flex has no kernel for heads of {size}, 16 is the "
             "least; type a smaller --n_head=, or --attention=sdpa"
         )
     if cfg.attention == "flex" and cfg.precision == "fp64":
@@ -152,6 +165,20 @@ def check_attention(cfg: Config) -> None:
         )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
+
+
+def check_positions(cfg: Config) -> None:
+    """Fields of rotary positions, where there are none, or with frequencies of their own."""
+    position = trait(cfg, "position")
+    has_own = {"learned": "has no frequencies", "rotary_half": "has a base of its own, 1024"}
+    for name in ("rope_base", "rope_scaling"):
+        # A value that an earlier run chose is not in `given`.
+        is_given = name in cfg.given and getattr(cfg, name) not in ("auto", None)
+        if is_given and position in has_own:
+            raise ValueError(
+                f"{name}={getattr(cfg, name)} has no meaning: position={position} "
+                f"{has_own[position]}; type --position=rotary, or leave {name} out"
+            )
 
 
 def check_schedule(cfg: Config) -> None:
@@ -241,6 +268,12 @@ def check_tensor_parallel(cfg: Config) -> None:
                 f"tp={cfg.tp} does not divide {name}={number}, and a head is not split; "
                 f"--tp={fits} would"
             )
+    width = mlp_size(cfg)
+    if width % cfg.tp:
+        raise ValueError(
+            f"tp={cfg.tp} does not divide the MLP's width, {width}; type"
+            f" --mlp_width={-(-width // cfg.tp) * cfg.tp}"
+        )
     if cfg.sp and cfg.tp == 1:
         raise ValueError(
             "sp=true splits tokens among the ranks of tensor parallelism; type --tp=2, or more"
@@ -386,7 +419,8 @@ def check_qk_clip(cfg: Config) -> None:
     # qk_clip shrinks the weights of queries and keys; a norm behind them undoes the factor.
     if cfg.qk_clip is not None and trait(cfg, "qk_norm"):
         raise ValueError(
-            f"qk_clip={cfg.qk_clip:g} scales queries and keys, and qk_norm=true undoes that; "
+            f"qk_clip={cfg.qk_clip:g} scales queries and keys, and "
+            f"qk_norm={plain(trait(cfg, 'qk_norm'))} undoes that; "
             "type --qk_norm=false, or leave qk_clip out"
         )
     if cfg.qk_clip is not None and cfg.diloco_every is not None:

@@ -74,7 +74,7 @@ class Config:
         "spread", "held-out samples that are evaluated: evenly spaced | the first"
     )
     # Model. All are fixed but `attention`: its values are kernels for the same function.
-    arch: Literal["modern", "gpt2", "track3"] = fixed(
+    arch: Literal["modern", "gpt2", "track3", "llama", "qwen3"] = fixed(
         "modern", "decides the traits left at auto below"
     )
     n_layer: int = fixed(4, "transformer blocks", least=1)
@@ -82,7 +82,14 @@ class Config:
     n_kv_head: int | None = fixed(
         None, "heads of keys and values (grouped queries); none = n_head", least=1
     )
+    head_dim: int | None = fixed(None, "width of a head; none = n_embd/n_head", least=1)
     n_embd: int = fixed(256, "width of the residual stream", least=1)
+    mlp_width: int | None = fixed(
+        None,
+        "width between the MLP's matrices; none = 4 n_embd, swiglu: 8/3 n_embd, rounded up to a"
+        " multiple of 64",
+        least=1,
+    )
     vocab_size: int | None = fixed(
         None, "none = the tokenizer's, rounded up to a multiple of 64", least=1
     )
@@ -90,15 +97,35 @@ class Config:
         0.0, "share of embeddings and block outputs set to zero", least=0, below=1
     )
     norm: Literal["auto", "rmsnorm", "rmsnorm_gain", "layernorm"] = fixed(
-        "auto", "modern: rmsnorm (no gain), gpt2: layernorm, track3: rmsnorm_gain"
+        "auto", "modern: rmsnorm (no gain), gpt2: layernorm, others: rmsnorm_gain"
+    )
+    norm_eps: float | Auto | None = fixed(
+        "auto",
+        "added under each norm's root; none = 1e-6, layernorm: 1e-5; llama: 1e-5, qwen3: 1e-6",
+        least=1e-12,
+        below=1,
     )
     embed_norm: bool | Auto = fixed("auto", "a norm before the first block too; only track3: true")
-    activation: Literal["auto", "relu2", "gelu"] = fixed("auto", "relu2 (squared); gpt2: gelu")
+    activation: Literal["auto", "relu2", "gelu", "gelu_tanh", "swiglu"] = fixed(
+        "auto",
+        "relu2 (squared); gpt2: gelu; llama, qwen3: swiglu (a third matrix); gelu_tanh: OpenAI's"
+        " GPT-2",
+    )
     position: Literal["auto", "rotary", "rotary_half", "learned"] = fixed(
         "auto",
         "modern: rotary, gpt2: learned, track3: rotary_half (half of a head turns, base 1024)",
     )
-    qk_norm: bool | Auto = fixed("auto", "normalise queries and keys; gpt2: false")
+    rope_base: float | Auto = fixed(
+        "auto", "rotary: base of the frequencies; 10000, llama: 500000, qwen3: 1000000", least=1
+    )
+    rope_scaling: str | None = fixed(
+        None,
+        "rotary, for longer sequences: linear:FACTOR, llama3:FACTOR:LOW:HIGH:ORIGINAL"
+        " (layers/rope_scaling.py)",
+    )
+    qk_norm: bool | Literal["auto", "gain"] = fixed(
+        "auto", "normalise queries and keys; gpt2, llama: false, qwen3: gain (learned)"
+    )
     attention_scale: float | Auto | None = fixed(
         "auto", "what q.k is multiplied by; none = 1/sqrt(head size), track3: 0.12", least=0
     )
@@ -112,19 +139,20 @@ class Config:
     )
     tied: bool | Auto = fixed("auto", "the output head shares the embedding; only gpt2: true")
     bias: bool | Auto = fixed(
-        "auto", "biases in the blocks' Linear and in LayerNorm; modern: false"
+        "auto", "biases in the blocks' Linear and in LayerNorm; gpt2, track3: true"
     )
+    qkv_bias: bool | None = fixed(None, "biases of queries, keys and values; none = as bias")
     head_bias: bool | Auto = fixed("auto", "a bias in the output head; only track3: true")
     zero_init: bool | Auto = fixed(
-        "auto", "projections and untied head start at 0; false: gpt2, Adam's kind"
+        "auto", "projections and untied head start at 0; false: gpt2, llama, qwen3, Adam's kind"
     )
     init: Literal["auto", "fan_in", "torch", "gpt2"] = fixed(
         "auto",
-        "std of matrices; modern: 0.5/sqrt(fan_in), gpt2: 0.02, track3: torch,"
+        "std of matrices; modern: 0.5/sqrt(fan_in), gpt2, llama, qwen3: 0.02, track3: torch,"
         " sqrt(1/3)/sqrt(fan_in)",
     )
     logit_cap: float | Auto | None = fixed(
-        "auto", "logits stay within +-this; 15, gpt2: none", least=0
+        "auto", "logits stay within +-this; 15, gpt2, llama, qwen3: none", least=0
     )
     logit_cap_form: Literal["auto", "tanh", "root"] = fixed(
         "auto", "cap*tanh(x/cap) | cap*x/sqrt(x^2 + cap^2), track3's"
@@ -410,9 +438,11 @@ SECTIONS = dict(
 ARCHS = {
     "modern": dict(
         norm="rmsnorm",
+        norm_eps=None,
         embed_norm=False,
         activation="relu2",
         position="rotary",
+        rope_base=10000.0,
         qk_norm=True,
         attention_scale=None,
         tied=False,
@@ -425,9 +455,11 @@ ARCHS = {
     ),
     "gpt2": dict(
         norm="layernorm",
+        norm_eps=None,
         embed_norm=False,
         activation="gelu",
         position="learned",
+        rope_base=10000.0,
         qk_norm=False,
         attention_scale=None,
         tied=True,
@@ -440,9 +472,11 @@ ARCHS = {
     ),
     "track3": dict(
         norm="rmsnorm_gain",
+        norm_eps=None,
         embed_norm=True,
         activation="relu2",
         position="rotary_half",
+        rope_base=10000.0,
         qk_norm=True,
         attention_scale=0.12,
         tied=False,
@@ -453,7 +487,25 @@ ARCHS = {
         logit_cap=15.0,
         logit_cap_form="root",
     ),
+    "llama": dict(
+        norm="rmsnorm_gain",
+        norm_eps=1e-5,
+        embed_norm=False,
+        activation="swiglu",
+        position="rotary",
+        rope_base=500000.0,
+        qk_norm=False,
+        attention_scale=None,
+        tied=False,
+        bias=False,
+        head_bias=False,
+        zero_init=False,
+        init="gpt2",
+        logit_cap=None,
+        logit_cap_form="tanh",
+    ),
 }
+ARCHS["qwen3"] = ARCHS["llama"] | dict(norm_eps=1e-6, rope_base=1000000.0, qk_norm="gain")
 FIELDS = {f.name: f for f in fields(Config) if f.name != "options"}
 TYPES = typing.get_type_hints(Config)
 # Fields that a run may have to choose: the table [chosen] of config.toml holds them. The auto of
@@ -471,6 +523,20 @@ def with_traits(cfg: Config) -> Config:
     """`auto` traits replaced by the architecture's."""
     traits = {name: trait(cfg, name) for name in ARCHS[cfg.arch]}
     return update(cfg, n_kv_head=cfg.n_kv_head or cfg.n_head, **traits)
+
+
+def head_size(cfg: Config) -> int:
+    """The width of a head."""
+    return cfg.head_dim or cfg.n_embd // cfg.n_head
+
+
+def mlp_size(cfg: Config) -> int:
+    """The width between the MLP's matrices, as GPTConfig in model.py has it."""
+    if cfg.mlp_width is not None:
+        return cfg.mlp_width
+    if trait(cfg, "activation") == "swiglu":
+        return -(-8 * cfg.n_embd // (3 * 64)) * 64
+    return 4 * cfg.n_embd
 
 
 def update(cfg: Config, **values) -> Config:

@@ -62,7 +62,8 @@ CROSSINGS = {
     },
     "model": {
         "layers.attention": "the kernel",
-        "layers.fewer_passes": "norms, QK-norm, squared ReLU",
+        "layers.fewer_passes": "norms, QK-norm, squared ReLU, SwiGLU",
+        "layers.rope_scaling": "frequencies for longer sequences",
         "layers.recompute": "what backward computes again",
         "layers.chunked_loss": "the head and its loss over some tokens at a time",
         "layers.ngram_embedding": "what n-grams add to the embedding",

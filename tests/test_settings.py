@@ -78,7 +78,7 @@ def test_a_table_and_a_dotted_key_mean_the_same(tmp_path):
         ("--lr=nan", "at least 0"),
         ("--dropout=1", "below 1"),
         ("--tied=maybe", "true or false, auto"),
-        ("--arch=llama", "modern, gpt2, track3"),
+        ("--arch=bert", "modern, gpt2, track3, llama, qwen3"),
         ("--n_head=3", "for instance --n_head=2"),
         ("--n_kv_head=3", "not divisible by n_kv_head"),
         ("--grad_clip=0", "--grad_clip=none"),

@@ -38,7 +38,9 @@ GPT2 = MODERN | dict(
 )
 GQA = MODERN | dict(n_head=8, n_kv_head=4, n_embd=32, mup_base_width=16)
 TRACK3 = MODERN | fields.ARCHS["track3"]
-SHAPES = (MODERN, GPT2, GQA, TRACK3)
+LLAMA = MODERN | fields.ARCHS["llama"] | dict(qkv_bias=True, rope_scaling="llama3:4:1:4:16")
+QWEN3 = MODERN | fields.ARCHS["qwen3"] | dict(n_head=8, head_dim=6, mlp_width=24)
+SHAPES = (MODERN, GPT2, GQA, TRACK3, LLAMA, QWEN3)
 
 
 def build(shape, layers=None, dtype=torch.float64):
@@ -428,7 +430,7 @@ REFUSALS = {
         (
             {},
             dict(column=("mlp.fc",), row=("mlp.proj",), vocabulary=()),
-            "--tp=3 does not divide the width 64 of blocks.0.mlp.fc; type --n_embd=18 or --tp=2",
+            "--tp=3 does not divide the width 64 of blocks.0.mlp.fc; type --mlp_width=66 or --tp=2",
         ),
         (dict(n_embd=24, vocab_size=33) | THREE, {}, ""),
     ],
