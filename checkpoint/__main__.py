@@ -20,6 +20,7 @@ from checkpoint.load import Checkpoint, load, resolve
 from checkpoint.save import found, write_tensors
 from checkpoint.slices import DTYPES, TENSOR, walk
 from data import corpora
+from data.tokenizer import Tokenizer
 from run import build
 from settings import parse
 from settings.fields import Config, with_traits
@@ -131,9 +132,12 @@ def export_hugging_face(run: str, out: str, n_vocab: int | None) -> None:
     checkpoint = resolve(run)
     cfg = with_traits(parse.from_dict(checkpoint.tree("config")))
     files = tokenizer_files(cfg.tokenizer, checkpoint)
-    if n_vocab is None:
-        n_vocab = vocabulary(cfg)
-    lines = to_hugging_face(checkpoint, resolved(cfg), Path(out), n_vocab, files)
+    tokenizer = tokenizer_of(cfg, n_vocab)
+    # A pretrained model may have had rows beyond its tokenizer's: there all stay.
+    if n_vocab is None and cfg.init_from is None:
+        n_vocab = min(cfg.vocab_size, tokenizer.n_vocab)
+    end = None if tokenizer is None else tokenizer.end_of_text
+    lines = to_hugging_face(checkpoint, resolved(cfg), Path(out), n_vocab, end, files)
     for line in [*lines, *about_length(cfg)]:
         print(f"{out}: {line}")
     print(f"{out}: {checkpoint.path}, for transformers")
@@ -151,19 +155,17 @@ def resolved(cfg: Config) -> dict:
     }
 
 
-def vocabulary(cfg: Config) -> int:
-    """How many rows of the vocabulary to write: those beyond the tokenizer's are no words.
+def tokenizer_of(cfg: Config, n_vocab: int | None) -> Tokenizer | None:
+    """The run's tokenizer; None where it is not to be had, and not needed.
 
-    A pretrained model may have had rows beyond them: there all stay. Raises ValueError where the
-    tokenizer is not to be had.
+    Raises ValueError where it alone knows how many rows of the vocabulary are words.
     """
-    if cfg.init_from is not None:
-        return cfg.vocab_size
     try:
-        tokenizer = corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
-        return min(cfg.vocab_size, tokenizer.n_vocab)
+        return corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
     except ValueError as e:
-        raise ValueError(f"{e}; or say how many words it has: --vocab_size=50257") from None
+        if n_vocab is None and cfg.init_from is None:
+            raise ValueError(f"{e}; or say how many words it has: --vocab_size=50257") from None
+    return None
 
 
 def tokenizer_files(tokenizer: str, checkpoint: Checkpoint) -> tuple[Path, ...]:

@@ -41,14 +41,15 @@ def to_hugging_face(
     fields: dict,
     folder: Path,
     n_vocab: int | None = None,
+    end: int | None = None,
     files: tuple[Path, ...] = (),
     largest: int = LARGEST,
 ) -> list[str]:
     """Writes `folder`; returns what is worth a line.
 
     fields: our resolved settings, see families.config_of; n_vocab: rows of the vocabulary that are
-    written, None for all; files: copied beside; largest: bytes of one file. Raises ValueError for a
-    folder that is there, and for traits that no family has.
+    written, None for all; end: the id that ends a document; files: copied beside; largest: bytes
+    of one file. Raises ValueError for a folder that is there, and for traits that no family has.
     """
     folder = Path(folder)
     if folder.exists():
@@ -60,6 +61,9 @@ def to_hugging_face(
     config = families.config_of(fields | {"vocab_size": n_vocab})
     dtype = checkpoint.dtype("model/embed.weight")
     config["torch_dtype"] = DTYPE_NAMES[dtype]
+    # Without these keys transformers takes GPT-2's own or Llama's.
+    config["bos_token_id"] = None
+    config["eos_token_id"] = end if end is not None and end < n_vocab else None
     tensors = parts_by_tensor(checkpoint, config["model_type"], n_vocab)
 
     partial = folder.with_name(f"{folder.name}.partial")
