@@ -89,7 +89,10 @@ def run_of(folder, out, *flags) -> dict:
     """A run of one step that begins at the folder's weights; with --lr=0 it ends at them."""
     text = out.parent / "text.txt"
     text.write_text("To be, or not to be, that is the question. " * 200)
-    block_size = [] if "gpt2" in (folder / "config.json").read_text() else ["--block_size=32"]
+    # Learned positions bring their own.
+    config = folder / "config.json"
+    has_no_end = config.exists() and "gpt2" not in config.read_text()
+    block_size = ["--block_size=32"] if has_no_end else []
     words = [f"--init_from={folder}", f"--data={text}", f"--out_dir={out}", *block_size]
     words += ["--batch_size=4", "--eval_tokens=256", "--plot=false", "--sample_tokens=0"]
     return train.main(parse.parse([*words, "--steps=1", "--optim=sgd", "--lr=0", *flags]))
