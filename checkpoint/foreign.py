@@ -35,7 +35,12 @@ def foreign(path: Path) -> str:
         what = FILES.get(path.suffix)
     elif path.is_dir():
         what = kind_of_folder({p.name for p in path.iterdir()})
-    return f"is {what}, and others' weights are not read yet" if what else ""
+    if not what:
+        return ""
+    return (
+        f"is {what}; of others --init_from= reads a folder of Hugging Face with its config.json and "
+        "safetensors, and nanoGPT's ckpt.pt, --resume= nothing"
+    )
 
 
 def kind_of_folder(names: set[str]) -> str | None:

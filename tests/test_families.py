@@ -91,7 +91,7 @@ def run_of(folder, out, *flags) -> dict:
     text.write_text("To be, or not to be, that is the question. " * 200)
     # Learned positions bring their own.
     config = folder / "config.json"
-    has_no_end = config.exists() and "gpt2" not in config.read_text()
+    has_no_end = config.exists() and b"gpt2" not in config.read_bytes()
     block_size = ["--block_size=32"] if has_no_end else []
     words = [f"--init_from={folder}", f"--data={text}", f"--out_dir={out}", *block_size]
     words += ["--batch_size=4", "--eval_tokens=256", "--plot=false", "--sample_tokens=0"]

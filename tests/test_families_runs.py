@@ -14,7 +14,7 @@ import sample
 from checkpoint import __main__ as tool
 from checkpoint import export, pretrained, tensor_file
 from checkpoint.load import resolve
-from memory.meter import Meter
+from memory.meter import Meter, nbytes
 from model import GPT
 from parallel import tensor
 from parallel.mesh import make_mesh
@@ -192,7 +192,7 @@ def measured(rank, world, folder, flags):
         meter.reset()
         replicas.init_weights(sharded(start.weights(folder), shards))
         tensor_file.TensorFile.read_bytes = read
-    return meter.peak, sum(w.nbytes for w in replicas.weights().values()), sum(n_read)
+    return meter.peak, nbytes(replicas.weights().values()), sum(n_read)
 
 
 @pytest.mark.parametrize(
