@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from layers import attention, rope_scaling
 from layers.chunked_loss import chunked_loss
-from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, swiglu, turn
+from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, swiglu, turn_alone
 from layers.ngram_embedding import NGramEmbedding
 from layers.recompute import casts, forget_results, recompute
 
@@ -434,7 +434,7 @@ def placed(
         if gain is not None:
             x = (x * gain).to(x.dtype)
     if rotary is not None:
-        x = turn(x, *rotary)
+        x = turn_alone(x, *rotary)
     return x * factor if factor != 1 else x
 
 

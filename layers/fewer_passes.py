@@ -14,9 +14,9 @@ take an eighth off (experiments/results/bench_step.md).
     swiglu          y = silu(a) b = a σ(a) b                  backward needs a and b alone
                     db = silu(a) dy;  da = silu'(a) b dy      silu' = σ(a) (1 + a (1 - σ(a)))
 
-Statistics are in at least float32, and a result is rounded once. Where torch.compile or a transform
-of torch.func is at work, or on another device than a CPU, the same formulas go to autograd, or to
-torch's kernels.
+Statistics are in at least float32, and a result is rounded once (in swiglu silu is rounded, too).
+Where torch.compile or a transform of torch.func is at work, or on another device than a CPU, the
+same formulas go to autograd, or to torch's kernels.
 
 Their results are not kept either, by layers/recompute.py.
 
@@ -101,6 +101,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if by_autograd(gate):
         return recompute(lambda a, b: F.silu(a) * b, gate, up)
     return recompute(SwiGLU.apply, gate, up, saves_little=True)
+
+
+def turn_alone(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """turn(x, cos, sin), of which nothing is kept but cos and sin, the same for all layers."""
+    if by_autograd(x):
+        return turn(x, cos, sin)
+    return Turn.apply(x, cos, sin)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -200,6 +207,24 @@ class SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, F.silu(gate).mul_(dy)
+
+
+class Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative()
+        cos, sin = ctx.saved_tensors
+        # turn() the other way, in the order of autograd's roundings.
+        a, b = dy.chunk(2, -1)
+        swapped = torch.cat([b, a], -1)
+        cos = torch.cat([cos, cos], -1).to(dy.dtype)
+        sin = torch.cat([sin, -sin], -1).to(dy.dtype)
+        return swapped.mul_(sin).add_(dy * cos), None, None
 
 
 class ReLU(torch.autograd.Function):
