@@ -4,8 +4,9 @@
     python -m checkpoint show CHECKPOINT
     python -m checkpoint export RUN OUT.safetensors     the weights alone, in one file
     python -m checkpoint export RUN FOLDER              in torch.distributed.checkpoint's form
-    python -m checkpoint export RUN FOLDER --format=hf  as transformers loads it
-        [--vocab_size=50257]                            rows to keep, not the tokenizer's
+    python -m checkpoint export RUN FOLDER --format=hf [--vocab_size=50257]
+
+--format=hf: as transformers loads it; --vocab_size: rows to keep, if not the tokenizer's.
 
 Exit status: 0 done; 2 a mistake, in one line.
 """

@@ -4,7 +4,7 @@
     FOLDER/model.safetensors                  all tensors, or
     FOLDER/model.safetensors.index.json       {"weight_map": {tensor: file}}, and the files
     FOLDER/ckpt.pt, or a file .pt             nanoGPT: `model` and `model_args`
-    FILE.safetensors                          our own export: `python -m checkpoint export`
+    FILE.safetensors                          our own export
 
     find(path)                  which of these is there, its description read; None: another thing
     Pretrained.check(shapes)    every tensor is there once, of a shape and dtype that fit
