@@ -35,20 +35,24 @@ def main(args: list[str]) -> None:
         case ["show", path]:
             show(path)
         case ["export", run, out, *options] if not run.startswith("--"):
-            found = options_of(options)
-            if found.get("format", "dcp") == "hf":
-                export_hugging_face(run, out, found.get("vocab_size"))
-            elif "vocab_size" in found:
-                raise ValueError("--vocab_size= is for --format=hf, others get all rows")
-            elif found.get("format") and out.endswith(".safetensors"):
-                raise ValueError(f"--format={found['format']} is a folder; {out} is one file")
-            else:
-                export(run, out)
+            export_as(run, out, options_of(options))
         case _:
             raise ValueError(
                 "say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER, with "
                 "--format=hf for transformers)"
             )
+
+
+def export_as(run: str, out: str, options: dict) -> None:
+    kind = options.get("format")
+    if kind is not None and out.endswith(".safetensors"):
+        raise ValueError(f"--format={kind} is a folder; {out} is one file")
+    if kind == "hf":
+        export_hugging_face(run, out, options.get("vocab_size"))
+    elif "vocab_size" in options:
+        raise ValueError("--vocab_size= is for --format=hf, others get all rows")
+    else:
+        export(run, out)
 
 
 def options_of(words: list[str]) -> dict:

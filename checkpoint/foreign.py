@@ -38,8 +38,8 @@ def foreign(path: Path) -> str:
     if not what:
         return ""
     return (
-        f"is {what}; of others --init_from= reads a folder of Hugging Face with its config.json "
-        "and safetensors, and nanoGPT's ckpt.pt, --resume= nothing"
+        f"is {what}, which --resume= does not read, and --init_from= only as a folder of Hugging "
+        "Face (config.json, safetensors), nanoGPT's ckpt.pt or our own export"
     )
 
 

@@ -33,6 +33,7 @@ from checkpoint.tensor_file import TensorFile, as_dict
 from parallel.shard import Shard
 
 PIECE = 2**22  # bytes of a tensor in memory beside the parameter that they go to
+INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 LONGEST = 2**27  # bytes of a description: more is none
 
@@ -232,7 +233,7 @@ def find(path) -> Pretrained | None:
     """
     path = Path(path)
     if path.is_dir():
-        if (path / "config.json").exists():
+        if (path / "config.json").exists() and has_safetensors(path):
             return hugging_face(path)
         return nanogpt(path / "ckpt.pt") if (path / "ckpt.pt").exists() else None
     if path.suffix == ".pt" and path.exists():
@@ -244,24 +245,25 @@ def find(path) -> Pretrained | None:
     return None
 
 
+def has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
+
+
 def hugging_face(folder: Path) -> Pretrained:
     config = read_json(folder / "config.json")
     try:
         described = families.fields_of(config)
     except ValueError as e:
         raise ValueError(f"{folder / 'config.json'} {e}") from None
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         return Pretrained(folder, described, indexed(folder, index))
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     if "model.safetensors" in files:
         files = ["model.safetensors"]
     if len(files) != 1:
-        found = ", ".join(files[:5]) or "none"
-        raise ValueError(
-            f"{folder} has no model.safetensors and no model.safetensors.index.json; of *"
-            f".safetensors it has {found}"
-        )
+        found = ", ".join(files[:5])
+        raise ValueError(f"{folder} has no model.safetensors and no {INDEX}, but {found}")
     return Pretrained(folder, described, stored_in(folder / files[0]))
 
 

@@ -203,7 +203,7 @@ DAMAGE = {
         "does not",
     ),
     "index has a tensor too many": (index(lambda places: places | {"x": FIRST}), "no tensor 'x'"),
-    "no index": (no_index, "no model.safetensors"),
+    "no index": (no_index, "no model.safetensors and no model.safetensors.index.json"),
     # the files
     "a missing file": (no_file, "is not there"),
     "a folder for a file": (a_folder, "cannot be read"),
