@@ -114,6 +114,28 @@ def resume(tmp_path, folder, *flags):
     return main(parse.parse([*words, "--sample_tokens=0", "--optim=sgd", "--lr=0.1", *flags]))
 
 
+def test_names_of_other_versions_are_read_too(tmp_path):
+    """Without the head's front, with buffers, and with a tied head that is saved twice."""
+    for name, front in (("gpt2", "transformer."), ("qwen2", "model.")):
+        config = CONFIGS[name]
+        held = tensors_of(config, torch.float32)
+        want = ours_of(folder_of(tmp_path, name))
+        found = {key.removeprefix(front): x for key, x in held.items()}
+        if name == "gpt2":
+            found["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+            found["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        else:
+            found["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        found["lm_head.weight"] = held[
+            f"{front}{'wte' if name == 'gpt2' else 'embed_tokens'}.weight"
+        ]
+        found["lm_head.weight"] = found["lm_head.weight"].clone()
+        write_folder(tmp_path / f"other-{name}", config, found)
+        model = ours_of(tmp_path / f"other-{name}")
+        for key, p in want.named_parameters():
+            assert torch.equal(p, model.get_parameter(key)), key
+
+
 def test_new_rows_of_a_vocabulary_are_the_mean_and_cost_little(tmp_path, capsys):
     folder = folder_of(tmp_path, "gpt2")
     plain = ours_of(folder, torch.float64)
