@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import torch
 
 import schedules
-from checkpoint import load
 from checkpoint.early_stopping import EarlyStopping
 from checkpoint.save import Saver
 from checkpoint.state import Disk, State, training_weights
@@ -41,7 +40,7 @@ from parallel import context, launch, pipeline, sequence, tensor, watchdog
 from parallel.mesh import make_mesh
 from parallel.shard import Shard, sharded
 from precision import amp, histogram, stochastic
-from run import announce, auto, batch, build, control, optimizers, resume, summary
+from run import announce, auto, batch, build, control, optimizers, pretrained, resume, summary
 from run.evaluate import evaluate, sample
 from run.microbatches import MicroBatches
 from run.options import resolve_options
@@ -72,6 +71,8 @@ def main(requested_cfg: fields.Config) -> dict:
     debug_dir = out_dir / "debug" if requested_cfg.debug_ranks else None
     rank_log = watchdog.RankLog(debug_dir, mesh, requested_cfg.timeout_minutes)
     continued_cfg = resume.with_saved_settings(requested_cfg, resumed_from, same_run)
+    if resumed_from is None:  # weights of another program bring their settings
+        continued_cfg = pretrained.with_its_settings(continued_cfg)
     offloads = bool(continued_cfg.offload or continued_cfg.offload_params)
     leave = functools.partial(control.leave, mesh, lock, rank_log, made_group, offloads)
     step = 0  # steps done; parallel/watchdog.py reads it, and cfg, by name
@@ -113,7 +114,7 @@ def main(requested_cfg: fields.Config) -> dict:
     if resumed_from is not None:
         weights = training_weights(resumed_from)
     elif cfg.init_from is not None:
-        weights = load.resolve(cfg.init_from).weights("model")
+        weights = pretrained.weights(cfg.init_from)
     else:
         weights = functools.partial(initial_weight, model.config)
 

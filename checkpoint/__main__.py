@@ -4,6 +4,9 @@
     python -m checkpoint show CHECKPOINT
     python -m checkpoint export RUN OUT.safetensors     the weights alone, in one file
     python -m checkpoint export RUN FOLDER              in torch.distributed.checkpoint's form
+    python -m checkpoint export RUN FOLDER --format=hf [--vocab_size=50257]
+
+--format=hf: as transformers loads it; --vocab_size: rows to keep, if not the tokenizer's.
 
 Exit status: 0 done; 2 a mistake, in one line.
 """
@@ -13,9 +16,15 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoint.load import load, resolve
+from checkpoint.export import to_hugging_face
+from checkpoint.load import Checkpoint, load, resolve
 from checkpoint.save import found, write_tensors
 from checkpoint.slices import DTYPES, TENSOR, walk
+from data import corpora
+from data.tokenizer import Tokenizer
+from run import build
+from settings import parse
+from settings.fields import Config, with_traits
 
 
 def main(args: list[str]) -> None:
@@ -25,12 +34,42 @@ def main(args: list[str]) -> None:
             list_checkpoints(run)
         case ["show", path]:
             show(path)
-        case ["export", run, out]:
-            export(run, out)
+        case ["export", run, out, *options] if not run.startswith("--"):
+            export_as(run, out, options_of(options))
         case _:
             raise ValueError(
-                "say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER)"
+                "say list RUN, show CHECKPOINT, or export RUN OUT.safetensors (or a FOLDER, with "
+                "--format=hf for transformers)"
             )
+
+
+def export_as(run: str, out: str, options: dict) -> None:
+    kind = options.get("format")
+    if kind is not None and out.endswith(".safetensors"):
+        raise ValueError(f"--format={kind} is a folder; {out} is one file")
+    if kind == "hf":
+        export_hugging_face(run, out, options.get("vocab_size"))
+    elif "vocab_size" in options:
+        raise ValueError("--vocab_size= is for --format=hf, others get all rows")
+    else:
+        export(run, out)
+
+
+def options_of(words: list[str]) -> dict:
+    """{"format": "hf", "vocab_size": 50257} of the words behind export RUN FOLDER."""
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--format" and value in ("hf", "dcp"):
+            found["format"] = value
+        elif name == "--vocab_size" and value.isascii() and value.isdecimal():
+            found["vocab_size"] = int(value[:18])
+        else:
+            raise ValueError(
+                f"{word[:100]!r} is no option of export; there are --format=hf, --format=dcp, and "
+                "with hf --vocab_size=50257"
+            )
+    return found
 
 
 def list_checkpoints(run: str) -> None:
@@ -91,6 +130,63 @@ def export(run: str, out: str) -> None:
             )
         dcp.save({"model": weights}, checkpoint_id=out, no_dist=True)
     print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
+
+
+def export_hugging_face(run: str, out: str, n_vocab: int | None) -> None:
+    """The weights of a run or a checkpoint as a folder that transformers loads."""
+    checkpoint = resolve(run)
+    cfg = with_traits(parse.from_dict(checkpoint.tree("config")))
+    files = tokenizer_files(cfg.tokenizer, checkpoint)
+    tokenizer = tokenizer_of(cfg, n_vocab)
+    # A pretrained model may have had rows beyond its tokenizer's: there all stay.
+    if n_vocab is None and cfg.init_from is None:
+        n_vocab = min(cfg.vocab_size, tokenizer.n_vocab)
+    end = None if tokenizer is None else tokenizer.end_of_text
+    lines = to_hugging_face(checkpoint, resolved(cfg), Path(out), n_vocab, end, files)
+    for line in [*lines, *about_length(cfg)]:
+        print(f"{out}: {line}")
+    print(f"{out}: {checkpoint.path}, for transformers")
+
+
+def resolved(cfg: Config) -> dict:
+    """Its settings, with numbers for what follows from others."""
+    model = build.model_config(cfg)
+    usual_eps = 1e-5 if model.norm == "layernorm" else 1e-6
+    return vars(cfg) | {
+        "head_dim": model.head_size,
+        "mlp_width": model.mlp_size,
+        "norm_eps": model.norm_eps or usual_eps,
+        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+    }
+
+
+def tokenizer_of(cfg: Config, n_vocab: int | None) -> Tokenizer | None:
+    """The run's tokenizer; None where it is not to be had, and not needed.
+
+    Raises ValueError where it alone knows how many rows of the vocabulary are words.
+    """
+    try:
+        return corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
+    except ValueError as e:
+        if n_vocab is None and cfg.init_from is None:
+            raise ValueError(f"{e}; or say how many words it has: --vocab_size=50257") from None
+    return None
+
+
+def tokenizer_files(tokenizer: str, checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The tokenizer.json that the run has, and what lies beside it."""
+    given = Path(tokenizer)
+    for folder in (checkpoint.path.parent, given.parent, given):
+        if (folder / "tokenizer.json").is_file():
+            names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+            return tuple(folder / name for name in names if (folder / name).is_file())
+    return ()
+
+
+def about_length(cfg: Config) -> list[str]:
+    if cfg.position == "learned":
+        return []
+    return [f"max_position_embeddings is {cfg.block_size}, the block_size of this run"]
 
 
 if __name__ == "__main__":

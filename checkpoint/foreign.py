@@ -35,7 +35,12 @@ def foreign(path: Path) -> str:
         what = FILES.get(path.suffix)
     elif path.is_dir():
         what = kind_of_folder({p.name for p in path.iterdir()})
-    return f"is {what}, and others' weights are not read yet" if what else ""
+    if not what:
+        return ""
+    return (
+        f"is {what}, which --resume= does not read, and --init_from= only as a folder of Hugging "
+        "Face (config.json, safetensors), nanoGPT's ckpt.pt or our own export"
+    )
 
 
 def kind_of_folder(names: set[str]) -> str | None:

@@ -166,6 +166,10 @@ class Checkpoint:
     def shape(self, name: str) -> list[int]:
         return self._tensors[name]["shape"]
 
+    def dtype(self, name: str) -> str:
+        """Its name in safetensors, such as F32."""
+        return self._tensors[name]["dtype"]
+
     def n_slices(self, name: str) -> int:
         return shardings.count(self._shardings[self._tensors[name]["sharding"]])
 
@@ -298,9 +302,13 @@ class Weights:
         full, offsets = where
         return self.checkpoint.tensor(self.key(name, full), offsets, shape)
 
-    def fill(self, out: torch.Tensor, name: str) -> None:
-        """Reads the full tensor into `out`, without a second copy of it where dtypes agree."""
-        self.checkpoint.fill(out, self.key(name, tuple(out.shape)))
+    def fill(self, out: torch.Tensor, name: str, where: tuple | None = None) -> None:
+        """Reads the shard at `where` (None: the full tensor) into `out`, which has its shape.
+
+        Without a second copy of it where dtypes agree.
+        """
+        full, offsets = where or (tuple(out.shape), None)
+        self.checkpoint.fill(out, self.key(name, full), offsets)
 
     def key(self, name: str, full: tuple) -> str:
         """The parameter's name in the checkpoint; ValueError unless it has this shape there."""

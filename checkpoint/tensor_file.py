@@ -29,7 +29,11 @@ PIECE = 2**21  # bytes hashed at once: about a millisecond, much longer than a t
 
 
 class TensorFile:
-    """The file at `path`; SafetensorError where it is of another kind, OSError where it is not."""
+    """The file at `path`.
+
+    Raises SafetensorError where it is of another kind, ValueError for a header that says something
+    twice, OSError where there is no file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,7 +43,7 @@ class TensorFile:
         weakref.finalize(self, self.file.close)
         n = int.from_bytes(self.file.read(8), "little")
         self.begin = 8 + n
-        self.header = json.loads(self.file.read(n))
+        self.header = json.loads(self.file.read(n), object_pairs_hook=as_dict)
 
     def facts(self, name: str) -> tuple[list[int], str]:
         """The shape and the dtype's name of a tensor. Raises SafetensorError where it is not."""
@@ -58,6 +62,21 @@ class TensorFile:
         # As bytes, for numpy has no bfloat16.
         self.read_bytes(self.begin + begin, memoryview(out.view(-1).view(torch.uint8).numpy()))
 
+    def box(self, name: str, box: tuple[slice, ...]) -> torch.Tensor:
+        """The box of a tensor, in new memory. Raises OSError where the file is short.
+
+        Row by row: of the file no other byte is read, or mapped.
+        """
+        shape, dtype = self.facts(name)
+        out = torch.empty([part.stop - part.start for part in box], dtype=DTYPES[dtype])
+        if first_number(shape, box) is not None:
+            self.read(name, box, out)
+            return out
+        for i in range(len(out)):
+            row = box[0].start + i
+            self.read(name, (slice(row, row + 1), *box[1:]), out[i : i + 1])
+        return out
+
     def read_bytes(self, begin: int, out: memoryview) -> None:
         while len(out):
             n = self.read_at(begin, out)
@@ -73,6 +92,14 @@ class TensorFile:
         with self.lock:  # Windows
             self.file.seek(begin)
             return self.file.readinto(out)
+
+
+def as_dict(pairs: list[tuple]) -> dict:
+    """The pairs of a JSON object as a dict. Raises ValueError for a key that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def first_number(shape: list[int], box: tuple[slice, ...]) -> int | None:

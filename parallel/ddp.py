@@ -79,6 +79,7 @@ from parallel.replicas import (
     StepGuard,
     allocate,
     broadcast_start,
+    fill,
     make_buckets,
     on_gradient,
     split_like,
@@ -196,7 +197,7 @@ class DDP:
     def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
         """Sets every parameter to source(its name, its full shape), a full tensor on the CPU."""
         for name, p in self.model.named_parameters():
-            p.copy_(source(name, tuple(p.shape)))
+            fill(p, source, name)
 
     def last_micro_batch(self, flag: bool) -> None:
         """Before each micro-batch (in a pipeline: before its backward).

@@ -90,6 +90,7 @@ from parallel.replicas import (
     StepGuard,
     allocate,
     broadcast_start,
+    fill,
     make_buckets,
     on_gradient,
     split_like,
@@ -191,7 +192,7 @@ class DiLoCo:
         These weights are the first anchor.
         """
         for name, p in self.model.named_parameters():
-            p.copy_(source(name, tuple(p.shape)))
+            fill(p, source, name)
         self.drop_anchor()
 
     # ---- inner steps: each replica alone ---------------------------------------------------------

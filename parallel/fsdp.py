@@ -105,12 +105,12 @@ from parallel.replicas import (
     blocks_of,
     broadcast_start,
     drop_stand_ins,
+    fill,
     is_elementwise,
     is_gloo,
     mapped_file,
     named_groups,
     refuse_coupled,
-    rows_of,
 )
 
 
@@ -353,10 +353,10 @@ class FSDP:
         self.reshard_all()
         for name, p in self.params.items():
             if self.group is None:
-                p.copy_(source(name, tuple(p.shape)))
+                fill(p, source, name)
             else:
                 rows = p.to_local()
-                rows.copy_(rows_of(source, name, p.shape, self.first_row(p), len(rows)))
+                fill(rows, source, name, p.shape, self.first_row(p))
         if self.adapter is not None:
             self.adapter.gather_weights()
 

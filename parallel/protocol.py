@@ -76,7 +76,7 @@ class DataParallel(Protocol):
     def init_weights(self, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Fills every parameter held here from source(its name, its full shape), a full CPU tensor.
 
-        A source may be able to give a shard alone, see rows_of in replicas.py. Also called later,
+        A source may be able to give a shard alone, see fill in replicas.py. Also called later,
         when other weights replace those being trained.
         """
 

@@ -2,7 +2,7 @@
 
     allocate             memory for parameters on the meta device         once
     broadcast_start      rank 0's weights on every replica                once
-    rows_of              this rank's rows of a weight, from a source      once
+    fill                 this rank's rows of a weight, from a source      once
     blocks_of            a model's layers, one after the other            once
     named_groups         an optimizer's groups, with names                once
     make_buckets         many small tensors, one message                  each step
@@ -120,17 +120,23 @@ def broadcast_start(
 
 
 # ---- a source of weights: init_weights(source) ---------------------------------------------------
-def rows_of(source: Callable, name: str, shape: Sequence[int], first: int, n: int) -> Tensor:
-    """Rows first to first + n of source(name, shape), which is a full tensor on the CPU.
+def fill(
+    out: Tensor, source: Callable, name: str, shape: Sequence[int] | None = None, first: int = 0
+) -> None:
+    """Sets `out` to rows first to first + len(out) of source(name, shape), a tensor on the CPU.
 
-    A source may have a method shard(name, (full shape, offsets), local shape), as a checkpoint's
-    has: then nothing else is read. A shard may begin past the end if it has no rows.
+    shape: of the full tensor; None: out's. A source may have a method fill(out, name, (full shape,
+    offsets)), as a checkpoint's has: then nothing else is read, and into its place. A shard may
+    begin past the end if it has no rows.
     """
-    shape = tuple(shape)
-    if not hasattr(source, "shard"):
-        return source(name, shape)[first : first + n]
-    offsets = (min(first, shape[0]), *[0] * (len(shape) - 1))
-    return source.shard(name, (shape, offsets), (n, *shape[1:]))
+    out = out.detach()
+    shape = tuple(out.shape if shape is None else shape)
+    if hasattr(source, "fill"):
+        offsets = (min(first, shape[0]), *[0] * (len(shape) - 1)) if shape else ()
+        source.fill(out, name, (shape, offsets))
+        return
+    full = source(name, shape)
+    out.copy_(full[first : first + len(out)] if shape else full)
 
 
 # ---- other people's models and groups ------------------------------------------------------------

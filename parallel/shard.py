@@ -102,24 +102,37 @@ class ShardedSource:
         """The full tensor, or this rank's shard, whichever has this shape."""
         return self.shard(name, Shard(tuple(shape), (0,) * len(shape)), shape)
 
-    def shard(self, name: str, where: tuple, shape: tuple[int, ...]) -> Tensor:
-        """The shard of this local shape that lies at `where` in what a call would give."""
+    def in_full(self, name: str, where: tuple) -> Shard:
+        """Where in the full tensor that lies which is at `where` in the full tensor or a shard."""
         inner = Shard(*where)
         outer = self.shards.get(name)
         if outer is not None and inner.global_shape != outer.global_shape:
             inner = shard_of_shard(outer, inner)
+        return inner
+
+    def shard(self, name: str, where: tuple, shape: tuple[int, ...]) -> Tensor:
+        """The shard of this local shape that lies at `where` in what a call would give."""
+        inner = self.in_full(name, where)
         # A checkpoint reads a shard alone. Where numbers are drawn, the full tensor is: they must
         # not depend on how many ranks share it.
         if hasattr(self.source, "shard"):
             return self.source.shard(name, inner, shape)
         return inner.narrow(self.source(name, inner.global_shape), shape)
 
+    def fill(self, out: Tensor, name: str, where: tuple) -> None:
+        """Sets `out` to the shard of its shape that lies at `where` in what a call would give."""
+        inner = self.in_full(name, where)
+        if hasattr(self.source, "fill"):
+            self.source.fill(out, name, inner)
+        else:
+            out.copy_(inner.narrow(self.source(name, inner.global_shape), out.shape))
+
 
 def sharded(source: Callable[[str, tuple[int, ...]], Tensor], shards: dict[str, tuple]):
     """`source`, which knows full tensors alone, as a source of shards too.
 
-    source(name, full shape) -> full tensor; it may have a method `shard`, see
-    parallel/replicas.py, rows_of. The result takes a full shape or a local shape: asked with the
+    source(name, full shape) -> full tensor; it may have methods `shard` and `fill`, see
+    parallel/replicas.py, fill. The result takes a full shape or a local shape: asked with the
     local shape, it gives this rank's shard. shards: name -> Shard, or (full shape, offsets).
     """
     return ShardedSource(source, {name: Shard(*where) for name, where in shards.items()})

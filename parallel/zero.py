@@ -137,6 +137,7 @@ from parallel.replicas import (
     broadcast_start,
     deal,
     drop_stand_ins,
+    fill,
     is_elementwise,
     is_gloo,
     make_buckets,
@@ -145,7 +146,6 @@ from parallel.replicas import (
     on_gradient,
     reduce_scatter,
     refuse_coupled,
-    rows_of,
     split_like,
 )
 
@@ -544,12 +544,11 @@ class ZeRO:
             for name, p in zip(bucket.names, bucket.params):
                 piece = bucket.pieces.get(name)
                 if self.stage < 3:
-                    p.copy_(source(name, tuple(p.shape)))
+                    fill(p, source, name)
                 elif piece is not None and piece.first_row is None:
-                    piece.param.copy_(source(name, tuple(p.shape)))
+                    fill(piece.param, source, name, p.shape)
                 elif piece is not None:
-                    n_rows = len(piece.param)
-                    piece.param.copy_(rows_of(source, name, p.shape, piece.first_row, n_rows))
+                    fill(piece.param, source, name, p.shape, piece.first_row)
 
     # ---- weights come and go ---------------------------------------------------------------------
     def is_even(self, bucket: Bucket) -> bool:

@@ -13,10 +13,11 @@ import torch
 import schedules
 from checkpoint import save
 from checkpoint.load import Checkpoint, resolve
+from checkpoint.pretrained import find
 from optim import param_groups
 from optim.attributes import attribute
 from parallel.mesh import Mesh
-from run import build
+from run import build, pretrained
 from run.build import state_on_disk
 from run.optimizers import find_optimizer
 from settings import parse
@@ -240,6 +241,9 @@ def about_resuming(cfg: Config, mesh: Mesh, resumed_from: Checkpoint | None) -> 
 
 def about_fine_tuning(cfg: Config, resumed_from: Checkpoint | None) -> Iterator[str]:
     if cfg.init_from is None or resumed_from is not None:
+        return
+    yield from pretrained.notes(cfg)
+    if find(cfg.init_from) is not None:
         return
     old = resolve(cfg.init_from).tree("config", missing={})
     learned = f"{cfg.init_from} learned"

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpoint.families import BROUGHT
 from checkpoint.load import Checkpoint, load, newest, resolve
 from checkpoint.save import FOLDER
 from data import corpora
@@ -17,7 +18,7 @@ from data.files import listed
 from data.tokenizer import Tokenizer
 from metrics.logger import read_metrics
 from metrics.outlets import print_line
-from run import optimizers
+from run import optimizers, pretrained
 from settings import checks, parse
 from settings.fields import CHOSEN, FIELDS, LAYOUTS, Config, flag, update
 
@@ -247,6 +248,8 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
         if is_given and may_change:
             continue  # `auto` and `none` that were typed are chosen anew
         is_open = new == "auto" or (new is None and name in CHOSEN)
+        # The folder of --init_from= gave it; it may be gone, and is not asked again.
+        is_open |= cfg.init_from is not None and name in BROUGHT and not is_given
         if is_open or (branch and not is_given):
             values[name] = was
         elif new != was and not may_change and not may_be_the_same(name, was, new, home):
@@ -289,7 +292,7 @@ def check_possible(cfg: Config, name: str) -> None:
     elif name == "optim":
         optimizers.find_optimizer(value)
     elif name == "init_from" and value is not None:
-        resolve(value)
+        pretrained.weights(value)
 
 
 def may_be_the_same(name: str, was, new, home: str) -> bool:

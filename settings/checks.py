@@ -27,22 +27,26 @@ from settings.fields import (
 )
 
 
-def check(cfg: Config) -> Config:
-    """The same config if every field, and the fields together, make sense; else ValueError."""
+def check(cfg: Config, has_traits: bool = True) -> Config:
+    """The same config if every field, and the fields together, make sense; else ValueError.
+
+    has_traits: False where --init_from= may yet bring the model's traits (run/pretrained.py).
+    """
     check_ranges(cfg)
     check_text(cfg)
-    check_heads(cfg)
-    check_attention(cfg)
-    check_positions(cfg)
+    if has_traits:
+        check_heads(cfg)
+        check_attention(cfg)
+        check_positions(cfg)
+        check_model_parallel(cfg)
+        check_qk_clip(cfg)
     check_schedule(cfg)
     check_batch(cfg)
     check_data_parallel(cfg)
-    check_model_parallel(cfg)
     check_packages(cfg)
     check_owners(cfg)
     check_replicas_apart(cfg)
     check_early_stopping(cfg)
-    check_qk_clip(cfg)
     check_zeros(cfg)
     profiled_steps(cfg.profile, cfg.steps)
     return cfg

@@ -378,13 +378,13 @@ def read_from_checkpoint(rank, world, path):
     replicas = FSDP(dist.group.WORLD, CPU)
     model = replicas.parallelize(model)
     saved = load(path, verify=False)
-    read, n_read = saved.tensor, []
+    read, n_read = saved.fill, []
 
-    def counted(*arguments):
-        n_read.append(read(*arguments).numel())
-        return read(*arguments)
+    def counted(out, *arguments):
+        n_read.append(out.numel())
+        read(out, *arguments)
 
-    saved.tensor = counted
+    saved.fill = counted
     replicas.init_weights(sharded(saved.weights("model"), {}))
     held = sum(p.to_local().numel() for p in model.parameters())
     return held, sum(n_read), {name: p.full_tensor() for name, p in model.named_parameters()}

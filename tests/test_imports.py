@@ -41,6 +41,7 @@ AT_ROOT = {"train", "model", "schedules", "monitor", "sample", "sweep", "bench"}
 # Concepts that need one of another room: importer -> {imported: why}.
 CROSSINGS = {
     "checkpoint.load": {"parallel.shard": "which part of a tensor to read"},
+    "checkpoint.pretrained": {"parallel.shard": "which part of a tensor to read"},
     "checkpoint.slices": {"parallel.shard": "which part of a tensor is here"},
     "checkpoint.state": {
         "optim.param_groups": "optimizer state by the names of parameters",

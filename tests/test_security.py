@@ -133,10 +133,12 @@ IMPORTS = {
     "benchmarks/nanogpt.py": 1,
 }
 # Of a file, or of a message between ranks, weights alone are read: what a clone's train.py saved,
-# which the bench runs and the user names; what one rank's optimizer tells the others.
+# which the bench runs and the user names; the file of nanoGPT's that --init_from= names; what one
+# rank's optimizer tells the others.
 WEIGHTS_ONLY = {
     "benchmarks/checkpointing.py": "torch.load",
     "benchmarks/nanogpt.py": "torch.load",
+    "checkpoint/pretrained.py": "torch.load",
     "parallel/sharded_optimizer.py": "torch.load",
 }
 # Between the ranks of one run, who run the same code anyway.

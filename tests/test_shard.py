@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from parallel.owners import holders_of, shard_held
-from parallel.replicas import rows_of
+from parallel.replicas import fill
 from parallel.shard import Shard, local, shard_at, shard_of, shard_of_shard, sharded
 
 
@@ -105,17 +105,23 @@ def test_a_source_that_can_give_shards_is_asked_for_no_full_tensor():
             assert all(o + n <= size for size, o, n in zip(*where, shape, strict=True))
             return Shard(*where).narrow(numbered(where[0]), shape)
 
+        def fill(self, out, name, where):
+            out.copy_(self.shard(name, where, out.shape))
+
     weights = sharded(Source(), {"w": Shard((4, 6), (0, 3))})
     assert torch.equal(weights("w", (4, 3)), by_hand((4, 6), (0, 3), (4, 3)))
     # Rows of this rank's columns, of the full tensor, and of one that is not divided.
     for name, shape, first, n in [("w", (4, 3), 2, 1), ("w", (4, 6), 1, 2), ("bias", (3,), 2, 1)]:
-        rows = rows_of(weights, name, torch.Size(shape), first, n)
+        rows = torch.zeros(n, *shape[1:], dtype=numbered((1,)).dtype)
+        fill(rows, weights, name, torch.Size(shape), first)
         assert torch.equal(rows, weights(name, shape)[first : first + n])
         assert asked[-2:] == [(n, *shape[1:]), shape]
         plain = sharded(lambda name, shape: numbered(shape), {"w": ((4, 6), (0, 3))})
-        assert torch.equal(rows_of(plain, name, shape, first, n), rows)
+        fill(again := torch.zeros_like(rows), plain, name, shape, first)
+        assert torch.equal(again, rows)
     # The last ranks of many have no rows, and would begin past the end.
-    assert rows_of(weights, "w", (4, 3), 6, 0).shape == (0, 3)
+    fill(torch.empty(0, 3), weights, "w", (4, 3), 6)
+    assert asked[-1] == (0, 3)
 
 
 # ---- DTensors ------------------------------------------------------------------------------------
