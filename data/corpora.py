@@ -34,6 +34,8 @@ OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/ma
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 # Every token of smaller shards is checked, and hashed, before training; larger ones are sampled.
 SMALL = 64 * 2**20  # bytes
+# A text is tokenised in pieces: many at once in little memory.
+PIECE = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -346,8 +348,7 @@ def _pieces(
 ) -> Iterator[tuple[str, bool] | None]:
     """(a piece, does it continue a text?) of texts, each (N,) uint8; None between two of them.
 
-    A piece has about 64 KiB: many are tokenised at once in little memory. continues: so does the
-    first text.
+    continues: so does the first text.
     """
     for text in texts.with_marks(some, None):
         if text is None:
@@ -356,7 +357,7 @@ def _pieces(
             continue
         start = 0
         while start < len(text):
-            end = min(start + 2**16, len(text))
+            end = min(start + PIECE, len(text))
             is_last = end == len(text)
             if not is_last:
                 end = texts.character_start(text, end)
@@ -375,6 +376,7 @@ def _cut(text: str) -> int:
 
     They take white space together, or put one space before a word. So: after a line break or
     before a space that stands alone; or after any line break; or, in a very long word, anywhere.
+    Where words of a vocabulary span lines, some tokens beside a cut are others.
     """
     for mark, after in (("\n", 1), (" ", 0)):
         at = text.rfind(mark, 1, -1)

@@ -138,9 +138,9 @@ def kept(name: str, checkpoint: Path) -> str:
     A path may lead nowhere by now, or to another file: of a tokenizer.json the run's copy counts.
     """
     # The best checkpoint lies a folder deeper than the others.
-    for run in checkpoint.resolve().parents[:2]:
+    for run in checkpoint.parents[:2]:
         if is_file(name) and (run / COPY / FILE).exists():
-            return os.path.relpath(run / COPY)
+            return os.path.join(run, COPY)
     return name
 
 
