@@ -17,22 +17,25 @@ import torch
 
 from checkpoint import load as checkpoint
 from data import corpora
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, kept
 from layers.generation import generate
 from model import GPT
 from parallel.launch import pick_device
 from run import build
 from settings import parse
-from settings.fields import with_traits
+from settings.fields import update, with_traits
 
 
-def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """The model of a run or checkpoint, in eval mode, and its tokenizer.
+def load(
+    path: str, device: str | torch.device = "cpu", tokenizer: str | None = None
+) -> tuple[GPT, Tokenizer]:
+    """The model of a run or checkpoint, in eval mode, and its tokenizer, or another one.
 
     Raises ValueError if there is none, or if the data that n-grams are counted in have changed.
     """
     saved = checkpoint.resolve(os.path.expanduser(path))
     cfg = with_traits(parse.from_dict(saved.tree("config")))
+    cfg = update(cfg, tokenizer=kept(cfg.tokenizer, saved.path))
     model = GPT(build.model_config(cfg)).to(device)
     saved.load_weights(model)
     # No checkpoint holds the n-grams: they are counted again, which needs the same text.
@@ -44,6 +47,8 @@ def load(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]
             )
         # The model has learned only what these counts do not say, so it needs them here too.
         build.add_ngrams(cfg, model, corpus.train)
+    if tokenizer is not None:
+        return model.eval(), Tokenizer(tokenizer)
     return model.eval(), corpora.tokenizer_of(cfg.data, cfg.tokenizer, cfg.vocab_size)
 
 
@@ -77,16 +82,15 @@ def main(argv: list[str]) -> None:
             f"--temperature={args.temperature} is not allowed; it is 0 or from 0.001 to 1000"
         )
     device = pick_device(args.device)
-    model, tokenizer = load(args.run, device)
-    if args.tokenizer is not None:
-        tokenizer = Tokenizer(args.tokenizer)
+    model, tokenizer = load(args.run, device, args.tokenizer)
     # The model needs one token to begin with: a line break, or id 0 where there are only ids.
     text = args.prompt
     if text is None:
         text = "0" if tokenizer.name == "ids" else "\n"
-    prompt = torch.from_numpy(tokenizer.encode(text)).to(device)
-    if len(prompt) == 0:
+    ids = tokenizer.encode(text)
+    if len(ids) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
+    prompt = torch.tensor([*tokenizer.start, *ids], device=device)
     for name in tokenizer.special:
         if name in text:
             print(f"sample.py: {name} in --prompt= is text, not one token", file=sys.stderr)

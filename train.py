@@ -204,6 +204,7 @@ def main(requested_cfg: fields.Config) -> dict:
     final_cfg = fields.update(cfg, micro_batch_size=micro_batch_size)
     config = parse.to_dict(final_cfg)
     record = announce.environment(device, mesh.world, corpus.sha256)
+    record["tokenizer"] = corpus.tokenizer.key
     logger = Logger(
         out_dir,
         cfg.steps,
@@ -218,6 +219,7 @@ def main(requested_cfg: fields.Config) -> dict:
     if is_main:
         metadata = {"config": config, "record": record}
         (out_dir / "config.toml").write_text(parse.to_toml(final_cfg, record), encoding="utf-8")
+        corpus.tokenizer.save(out_dir)
     for line in announce.details(final_cfg, requested_cfg, mesh, record):
         logger.log(line, terminal=False)
     why_emulated = None if fp8_state is None else fp8_state.why_emulated
@@ -232,6 +234,7 @@ def main(requested_cfg: fields.Config) -> dict:
         record["hardware"],
         why_emulated,
     )
+    lines += corpus.tokenizer.warnings
     lines += announce.warnings(final_cfg, mesh, resumed_from, full_model)
     if why_not_compiled is not None:
         lines.append(why_not_compiled)

@@ -34,6 +34,8 @@ OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/ma
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 # Every token of smaller shards is checked, and hashed, before training; larger ones are sampled.
 SMALL = 64 * 2**20  # bytes
+# A text is tokenised in pieces: many at once in little memory.
+PIECE = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> C
     found = divided(data, files)
     train_texts = texts.read(data, found["train"], any_bytes)
     val_texts = {}
+    val_continues = False
     if "val" in found:
         val_texts = texts.read(f"{data} (val)", found["val"], any_bytes)
         train = [*train_texts.values()]
@@ -272,17 +275,17 @@ def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> C
     else:
         train, val = texts.hold_out([*train_texts.values()])
         held_out = "the last tenth"
+        # One part more than texts: what is held out begins in the middle of one.
+        val_continues = len(train) + len(val) > len(train_texts)
     # A resumed run must find the same text, byte for byte: the sha256 is of all of it.
     sha256 = texts.sha256(train_texts | val_texts)
-    corpus = _tokenised(data, train, val, sha256, tokenizer, cache)
+    corpus = _tokenised(data, train, val, sha256, tokenizer, cache, val_continues)
     if len(files) == 1:
         return corpus
     # The name is shown when a run starts: there a user sees a file that was left out by mistake.
     used = train_texts | val_texts
     chosen = dict.fromkeys(found["train"] + found.get("val", []))
-    mark = "a line break"
-    if tokenizer.end_of_text is not None:
-        mark = "the byte 0" if any_bytes else "<|endoftext|>"
+    mark = "a line break" if tokenizer.end_of_text is None else tokenizer.end
     told = [f"{len(used)} texts, {mark} between two", f"held out: {held_out}"]
     for what, paths in (
         ("left alone", [path for path in files if path not in chosen]),
@@ -300,8 +303,9 @@ def _tokenised(
     sha256: str,
     tokenizer: Tokenizer,
     cache: Path,
+    val_continues: bool = False,
 ) -> Corpus:
-    """Texts, each (N,) uint8 -> Corpus.
+    """Texts, each (N,) uint8 -> Corpus. val_continues: the first in val is the rest of a text.
 
     Bytes are tokens already; other tokens are made once and cached.
     """
@@ -309,8 +313,10 @@ def _tokenised(
         raise ValueError(
             f"--tokenizer=ids is for .bin shards; --data={name} is text: use --tokenizer=bytes"
         )
+    if max(len(train), len(val)) > 1:
+        _check_end(name, tokenizer)
     found = []
-    for split, some in (("train", train), ("val", val)):
+    for split, some, continues in (("train", train, False), ("val", val, val_continues)):
         # Bytes of text are their own ids.
         if tokenizer.name == "bytes":
             shards = texts.as_tokens(some, tokenizer.end_of_text)
@@ -319,35 +325,66 @@ def _tokenised(
             size = sum(map(len, some))
             with making(path) as missing, progress(f"tokenising {split}", size) as bar:
                 if missing:
-                    pieces = _pieces(name, some, bar)
+                    pieces = _pieces(name, some, bar, continues)
                     write_shard(path, _encoded(pieces, tokenizer), tokenizer.n_vocab)
             shards = [read_shard(path)]
         found.append(Tokens(shards, f"{name} ({split})"))
     return Corpus(name, sha256, tokenizer, *found)
 
 
-def _pieces(name: str, some: list[np.ndarray], bar) -> Iterator[str | None]:
-    """The texts, each (N,) uint8, in pieces of whole lines; None where one ends and another begins.
+def _check_end(name: str, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where several texts need an end of text that nobody named."""
+    if tokenizer.file and tokenizer.end_of_text is None:
+        beside = tokenizer.file.path.with_name("tokenizer_config.json")
+        raise ValueError(
+            f"--data={name} has several texts, and nothing says which token of {tokenizer.name} "
+            f'ends one: write {{"eos_token": "NAME"}} into {beside}, or train it with the special '
+            "token <|endoftext|>"
+        )
 
-    A piece has about 64 KiB: many are tokenised at once in little memory.
+
+def _pieces(
+    name: str, some: list[np.ndarray], bar, continues: bool = False
+) -> Iterator[tuple[str, bool] | None]:
+    """(a piece, does it continue a text?) of texts, each (N,) uint8; None between two of them.
+
+    continues: so does the first text.
     """
     for text in texts.with_marks(some, None):
         if text is None:
             yield None
+            continues = False
             continue
         start = 0
         while start < len(text):
-            raw = text[start : start + 2**16].tobytes()
-            # Cut after the last line break or, in a very long line, before a character.
-            is_last = start + len(raw) == len(text)
+            end = min(start + PIECE, len(text))
+            is_last = end == len(text)
             if not is_last:
-                n = raw.rfind(b"\n") + 1
-                if n == 0:
-                    n = texts.character_start(text, start + len(raw)) - start
-                raw = raw[:n]
-            yield _decoded(name, raw)
-            start += len(raw)
-            bar.update(len(raw))
+                end = texts.character_start(text, end)
+            piece = _decoded(name, text[start:end].tobytes())
+            if not is_last:
+                piece = piece[: _cut(piece)]
+                end = start + len(piece.encode())
+            yield piece, continues
+            continues = True
+            bar.update(end - start)
+            start = end
+
+
+def _cut(text: str) -> int:
+    """Where to divide a text so that usual tokenizers find the tokens of the whole.
+
+    They take white space together, or put one space before a word. So: after a line break or
+    before a space that stands alone; or after any line break; or, in a very long word, anywhere.
+    Where words of a vocabulary span lines, some tokens beside a cut are others.
+    """
+    for mark, after in (("\n", 1), (" ", 0)):
+        at = text.rfind(mark, 1, -1)
+        while at > 0:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                return at + after
+            at = text.rfind(mark, 1, at)
+    return text.rfind("\n") + 1 or len(text)
 
 
 def _decoded(name: str, raw: bytes) -> str:
@@ -360,17 +397,24 @@ def _decoded(name: str, raw: bytes) -> str:
         ) from error
 
 
-def _encoded(pieces: Iterable[str | None], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _encoded(
+    pieces: Iterable[tuple[str, bool] | None], tokenizer: Tokenizer
+) -> Iterator[np.ndarray]:
     """(N,) the ids of each piece; for None, between two texts, the id that ends one."""
 
-    def encode(piece: str | None) -> np.ndarray:
-        if piece is not None:
-            return tokenizer.encode(piece)
-        if tokenizer.end_of_text is None:
+    def encode(piece: tuple[str, bool] | None) -> np.ndarray:
+        if piece is None and tokenizer.end_of_text is None:
             return tokenizer.encode("\n")
-        return np.array([tokenizer.end_of_text])
+        if piece is None:
+            return np.array([tokenizer.end_of_text])
+        text, continues = piece
+        ids = tokenizer.encode(text, continues)
+        if continues:
+            return ids
+        return np.append(np.array(tokenizer.start, np.int64), ids)
 
-    # In threads: tiktoken releases the GIL. A batch at a time, for there may be millions of texts.
+    # In threads: tiktoken and tokenizers release the GIL. A batch at a time, for there may be
+    # millions of texts.
     pieces = iter(pieces)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(itertools.islice(pieces, 256)):
@@ -379,6 +423,7 @@ def _encoded(pieces: Iterable[str | None], tokenizer: Tokenizer) -> Iterator[np.
 
 def _openwebtext(name: str, count: int, tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
     """Gokaslan and Cohen, 2019: parts of about 1000 .tar.xz archives of some 400 documents each."""
+    _check_end(name, tokenizer)
     train = []
     val = []
     folder = cache / f"openwebtext-{tokenizer.key}"
@@ -406,10 +451,10 @@ def _openwebtext_part(
     write_shard(val, _encoded(_ended(held_out), tokenizer), tokenizer.n_vocab)
 
 
-def _ended(documents: Iterable[str]) -> Iterator[str | None]:
-    """The documents, and None after each."""
+def _ended(documents: Iterable[str]) -> Iterator[tuple[str, bool] | None]:
+    """The documents as pieces, and None after each."""
     for document in documents:
-        yield document
+        yield document, False
         yield None
 
 

@@ -1,29 +1,50 @@
-"""Text <-> token ids: bytes, which need nothing, or any encoding of tiktoken."""
+"""Text <-> token ids: bytes, which need nothing, an encoding of tiktoken, or a tokenizer.json."""
 
 import difflib
+import functools
 import hashlib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
+from data.tokenizer_json import FILE, TokenizerFile
+
+COPY = "tokenizer"  # the folder, in a run's folder, of its tokenizer.json
+
 
 class Tokenizer:
-    """Encodes and decodes by one of three kinds of vocabulary.
+    """Encodes and decodes by one of four kinds of vocabulary.
 
-    name: `bytes` (each byte of UTF-8 is a token), the name of a tiktoken encoding, or `ids` (text
-    made of numbers, for shards whose tokenizer nobody knows). n_vocab: of `ids`; the others know
-    theirs. Raises ValueError for another name, or for tables that cannot be downloaded.
+    name: `bytes` (each byte of UTF-8 is a token), the name of a tiktoken encoding, a tokenizer.json
+    or its folder (data/tokenizer_json.py), or `ids` (text made of numbers, for shards whose
+    tokenizer nobody knows). n_vocab: of `ids`; the others know theirs. Raises ValueError for
+    another name, for tables that cannot be downloaded, and for a file that is no tokenizer.
     """
 
     def __init__(self, name: str, n_vocab: int = 2**16):
         self.name = name
         self.n_vocab = n_vocab
         self.encoding = None  # of tiktoken
+        self.file = None  # a tokenizer.json
         self.special = {}  # name of a special token -> its id
         self.end_of_text = None  # the id that separates documents
+        self.end = "<|endoftext|>"  # what a user is told of it
+        self.start = []  # ids that go before each document
+        self.warnings = []
         if name == "bytes":
             self.n_vocab = 256
             self.end_of_text = 0
+            self.end = "the byte 0"
+        elif is_file(name):
+            self.file = TokenizerFile(name)
+            self.n_vocab = self.file.n_vocab
+            self.special = self.file.special
+            self.end_of_text = self.file.end_of_text
+            self.end = self.file.end
+            self.start = self.file.start
+            self.warnings = self.file.warnings
         elif name != "ids":
             self.encoding = _tiktoken(name)
             self.n_vocab = self.encoding.n_vocab
@@ -31,12 +52,14 @@ class Tokenizer:
                 self.special[special] = self.encoding.encode_single_token(special)
             self.end_of_text = self.special.get("<|endoftext|>")
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
-        """The name and, for an encoding, a hash of its table: one name may mean two tables."""
+        """The kind and, but for bytes and ids, a hash of all that decides ids."""
+        if self.file:
+            return f"json-{self.file.hash}"
         if self.encoding is None:
             return self.name
-        # All that decides a text's ids. `_pat_str` is private to tiktoken and may vanish.
+        # One name may mean two tables. `_pat_str` is private to tiktoken and may vanish.
         digest = hashlib.sha256(getattr(self.encoding, "_pat_str", "").encode())
         for i in range(self.n_vocab):
             token = self._bytes(i, b"")
@@ -45,8 +68,11 @@ class Tokenizer:
             digest.update(f"{name} {i} ".encode())
         return f"{self.name}-{digest.hexdigest()[:12]}"
 
-    def encode(self, text: str) -> np.ndarray:
-        """(N,) int64 ids of the text; names of special tokens in it are ordinary text."""
+    def encode(self, text: str, continues: bool = False) -> np.ndarray:
+        """(N,) int64 ids of the text; names of special tokens in it are ordinary text.
+
+        continues: it is a later piece of a text. Some tokenizer.json set a space before a text.
+        """
         if self.name == "ids":
             words = text.split()
             for word in words:
@@ -57,6 +83,8 @@ class Tokenizer:
                         " as '17 4 256'"
                     )
             return np.array(words, np.int64)
+        if self.file:
+            return np.array(self.file.encode(text, continues), np.int64)
         if self.encoding:
             return np.array(self.encoding.encode_ordinary(text), np.int64)
         # A lone surrogate has no UTF-8: it becomes a question mark.
@@ -66,27 +94,54 @@ class Tokenizer:
         """The text of the ids; broken UTF-8 and unused ids become U+FFFD."""
         if self.name == "ids":
             return " ".join(str(int(i)) for i in ids)
+        if self.file:
+            return self.file.decode([int(i) for i in ids])
         # Join first: a character may be divided between two tokens. 0xff is never UTF-8.
         return b"".join(self._bytes(int(i), b"\xff") for i in ids).decode(errors="replace")
 
     def byte_lengths(self, vocab_size: int = 0) -> np.ndarray | None:
         """(V,) how many bytes of text each id stands for, V = max(n_vocab, vocab_size).
 
-        0 for special tokens, unused ids and ids beyond the tokenizer's. None for `ids`.
+        0 for special tokens, unused ids and ids beyond the tokenizer's. None for `ids`, and for a
+        tokenizer.json that does not say.
         """
-        if self.name == "ids":
+        if self.name == "ids" or (self.file and self.file.bytes is None):
             return None
         # A special token stands for no text: it would make bits per byte look better.
         special = set(self.special.values())
         ids = range(max(self.n_vocab, vocab_size))
         return np.array([0 if i in special else len(self._bytes(i, b"")) for i in ids])
 
+    def save(self, run: Path) -> None:
+        """Keeps a copy of a tokenizer.json in a run's folder; the other kinds have only a name."""
+        if self.file:
+            self.file.save(run / COPY)
+
     def _bytes(self, i: int, unused: bytes) -> bytes:
+        if self.file:
+            return self.file.bytes.get(i, unused)
         try:
             return self.encoding.decode_single_token_bytes(i) if self.encoding else bytes([i])
         except (KeyError, ValueError, OverflowError):
             # Encodings have gaps, and a model's vocabulary may be padded.
             return unused
+
+
+def is_file(name: str) -> bool:
+    """Is it a path? A folder without / or a file in it might be a name of tiktoken's too."""
+    return name.endswith(".json") or "/" in name or os.sep in name
+
+
+def kept(name: str, checkpoint: Path) -> str:
+    """The tokenizer of a checkpoint whose run calls it `name`.
+
+    A path may lead nowhere by now, or to another file: of a tokenizer.json the run's copy counts.
+    """
+    # The best checkpoint lies a folder deeper than the others.
+    for run in checkpoint.parents[:2]:
+        if is_file(name) and (run / COPY / FILE).exists():
+            return os.path.join(run, COPY)
+    return name
 
 
 def _tiktoken(name: str):
@@ -99,8 +154,11 @@ def _tiktoken(name: str):
     known = ["bytes", "ids", *tiktoken.list_encoding_names()]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+        if os.path.exists(name):
+            near = f"./{name}"
         raise ValueError(
-            f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; known are {', '.join(known)}"
+            f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; known are "
+            f"{', '.join(known)}, and PATH/tokenizer.json"
         )
     # Its tables are downloaded on first use.
     try:

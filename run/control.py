@@ -38,6 +38,7 @@ def set_aside(out_dir: Path) -> None:
         "metrics.jsonl",
         "train.log",
         "config.toml",
+        "tokenizer",
         "loss.png",
         "histograms.jsonl",
         "histograms.png",

@@ -136,7 +136,8 @@ def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int)
     All ranks call it together, for a forward may be a collective.
     """
     model = micro_batches.model.eval()
-    prompt = torch.from_numpy(tokenizer.encode("\n")).to(micro_batches.device)[None]
+    ids = [*tokenizer.start, *tokenizer.encode("\n")]
+    prompt = torch.tensor(ids, dtype=torch.long, device=micro_batches.device)[None]
     if not prompt.numel() or prompt.max() >= model.config.vocab_size:
         prompt = prompt.new_zeros(1, 1)
     try:

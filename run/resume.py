@@ -13,9 +13,8 @@ from pathlib import Path
 from checkpoint.families import BROUGHT
 from checkpoint.load import Checkpoint, load, newest, resolve
 from checkpoint.save import FOLDER
-from data import corpora
+from data import corpora, tokenizer
 from data.files import listed
-from data.tokenizer import Tokenizer
 from metrics.logger import read_metrics
 from metrics.outlets import print_line
 from run import optimizers, pretrained
@@ -154,10 +153,19 @@ def check_same_data(
     cfg: Config, corpus: corpora.Corpus, mesh, resumed_from: Checkpoint | None, same_run: bool
 ) -> None:
     """Raises ValueError where machines have different texts, or the earlier run had another one."""
-    if not mesh.alike(corpus.sha256):
+    if not mesh.alike(f"{corpus.sha256} {corpus.tokenizer.key}"):
         raise ValueError(
-            f"--data={cfg.data} is not the same on every machine; copy it to all from one"
+            f"--data={cfg.data} or --tokenizer={cfg.tokenizer} is not the same on every machine; "
+            "copy it to all from one"
         )
+    if resumed_from is not None:
+        key = resumed_from.tree("record/tokenizer", missing="unknown")
+        if corpus.tokenizer.file and key != corpus.tokenizer.key:
+            own = tokenizer.kept(cfg.tokenizer, resumed_from.path)
+            raise ValueError(
+                f"--tokenizer={cfg.tokenizer} is not the one that {resumed_from.path} was trained "
+                f"with; type {flag('tokenizer', own)}, or choose another --out_dir"
+            )
     may_change = not same_run and "data" in cfg.given
     if resumed_from is None or may_change:
         return
@@ -174,6 +182,7 @@ def with_saved_settings(cfg: Config, resumed_from: Checkpoint | None, same_run: 
     if resumed_from is None:
         return cfg
     saved = resumed_from.tree("config")
+    saved["tokenizer"] = tokenizer.kept(saved["tokenizer"], resumed_from.path)
     new = continued(cfg, saved, branch=cfg.resume != "auto")
     if same_run:
         # A branch that is resumed with auto still knows where it branched off.
@@ -194,7 +203,7 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
     # Of several mistakes, a value that no run can have is told first.
     for name in cfg.given & FIELDS.keys():
         if getattr(cfg, name) != getattr(old, name):
-            check_possible(cfg, name)
+            check_possible(cfg, name, getattr(old, name))
     values = saved_values(cfg, old, home, branch)
     if branch:
         values |= values_chosen_anew(cfg)
@@ -282,13 +291,17 @@ def check_same_options(cfg: Config, old: dict, new: dict, branch: bool) -> None:
             raise ValueError(mismatch(cfg, name, old.get(name), new.get(name), branch))
 
 
-def check_possible(cfg: Config, name: str) -> None:
-    """Raises ValueError for a value that no run could have, whatever the saved run has."""
+def check_possible(cfg: Config, name: str, was) -> None:
+    """Raises ValueError for a value that no run could have. was: the saved run's value."""
     value = getattr(cfg, name)
     if name == "data" and not is_there(value):
         corpora.load(value, cfg.tokenizer, cfg.data_dir)  # raises the fitting error
     elif name == "tokenizer":
-        Tokenizer(value)
+        try:
+            tokenizer.Tokenizer(value)
+        except ValueError as error:
+            own = f"; the run's own: {flag(name, was)}" if tokenizer.is_file(was) else ""
+            raise ValueError(f"{error}{own}") from error
     elif name == "optim":
         optimizers.find_optimizer(value)
     elif name == "init_from" and value is not None:
@@ -296,7 +309,9 @@ def check_possible(cfg: Config, name: str) -> None:
 
 
 def may_be_the_same(name: str, was, new, home: str) -> bool:
-    """Is it perhaps another path to the same thing? check_same_data compares the data's sha256."""
+    """Is it perhaps another path to the same thing? check_same_data compares the contents."""
+    if name == "tokenizer":
+        return tokenizer.is_file(was) and tokenizer.is_file(new)
     if name == "data":
         return is_there(new) and not is_corpus(was) and not is_corpus(new)
     if name != "init_from" or None in (was, new):

@@ -64,7 +64,9 @@ class Config:
         "python, shakespeare, openwebtext, fineweb, a text, a folder of .txt texts or .bin shards,"
         " a.txt,b.txt, 'a/*.txt'",
     )
-    tokenizer: str = fixed("bytes", "bytes or the name of a tiktoken encoding, such as gpt2")
+    tokenizer: str = fixed(
+        "bytes", "bytes, a tiktoken encoding such as gpt2, or PATH/tokenizer.json (or its folder)"
+    )
     data_dir: str = per_run("data_cache", "folder for downloads and tokenized shards")
     data_url: str | None = per_run(
         None, "mirror to download a corpus from, instead of its public home"
@@ -411,7 +413,7 @@ LAYOUTS = dict(
 # The first words of dotted fields. Each has one owner, whose signature has the second words.
 NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile", "monitor")
 # Fields in which ~ is the home folder: a shell does not expand it behind the = of --data=~/text.
-PATHS = ("out_dir", "data", "data_dir", "resume", "init_from")
+PATHS = ("out_dir", "data", "tokenizer", "data_dir", "resume", "init_from")
 # Fields whose none the run replaces by a number, which config.toml records under [chosen].
 CHOSEN = (
     "micro_batch_size",

@@ -293,11 +293,11 @@ def test_two_first_preparations_at_once_make_the_tokens_once(tmp_path, gpt2, mon
     (tmp_path / "a.txt").write_text("the other\n" * 30_000)
     encode, started, calls = Tokenizer.encode, threading.Event(), []
 
-    def slow(self, text):
+    def slow(self, text, *more):
         calls.append(threading.current_thread().name)
         started.set()
         time.sleep(0.1)
-        return encode(self, text)
+        return encode(self, text, *more)
 
     monkeypatch.setattr(Tokenizer, "encode", slow)
     with ThreadPoolExecutor(2) as pool:
