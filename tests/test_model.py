@@ -23,7 +23,8 @@ GPT2 = dict(
     logit_cap=None,
 )
 TRACK3 = dict(TINY, **fields.ARCHS["track3"])
-ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2), GPTConfig(**TRACK3)]
+QWEN3 = dict(TINY, **fields.ARCHS["qwen3"], head_dim=6, rope_scaling="llama3:4:1:4:16")
+ARCHS = [GPTConfig(**TINY), GPTConfig(**GPT2), GPTConfig(**TRACK3), GPTConfig(**QWEN3)]
 
 
 def tokens(*shape, seed=0, device="cpu"):
