@@ -238,7 +238,10 @@ def main(requested_cfg: fields.Config) -> dict:
     for line in lines:
         logger.log(line)
     token_flops = flops.flops_per_token(
-        flops.matmul_params(full_model), cfg.n_layer, cfg.n_embd, cfg.window or cfg.block_size
+        flops.matmul_params(full_model),
+        cfg.n_layer,
+        cfg.n_head * fields.head_size(cfg),
+        cfg.window or cfg.block_size,
     )
     peak_flops = cfg.peak_flops or flops.peak_flops(record["hardware"], precision.peak)
 

@@ -40,8 +40,10 @@ around it. This file does nothing for x of less than 2 MiB, without gradients, u
 (the compiler recomputes by itself), within torch.func's transforms and disable_saved_tensors_hooks
 (they take no hooks), and on a device without autocast (meta has no numbers to keep).
 
-Limits. The function is of its tensors alone, without random numbers. A result that somebody has
-changed in place is kept where it is used from then on, and so is the cast of a part of a result.
+Limits. The function is of its tensors alone, without random numbers. A result of
+saves_little that is used detached, too, is an error in a later call of backward. A result that
+somebody has changed in place is kept where it is used from then on, and so is the cast of a part of
+a result.
 A module with forward hooks keeps what it always kept: a hook may change the result. Where a user of
 the result copies it before it saves it, the copy is kept.
 
@@ -103,8 +105,8 @@ def recompute(
         y = function(x, *others)
     again.add_result(y)
     if saves_little and y.grad_fn is not None:
-        # It is held by this hook alone.
-        y.grad_fn.register_prehook(again.forget)
+        # It is held by this hook alone, and for as long as somebody holds the loss.
+        y.grad_fn.register_prehook(again.release)
     return y
 
 
@@ -309,6 +311,12 @@ class Again:
     def forget(self, *_) -> None:
         self.found.clear()
 
+    def release(self, *_) -> None:
+        self.forget()
+        # torch has no public name for it. A graph that is kept may come back.
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.inputs = None
+
     def result(self, dtype: torch.dtype) -> Tensor:
         if not self.found:
             self.run()
@@ -318,6 +326,11 @@ class Again:
         return self.found[dtype]
 
     def run(self) -> None:
+        if self.inputs is None:
+            raise RuntimeError(
+                "recompute: a product wants a result whose own backward has passed; give it the "
+                "result itself, not result.detach()"
+            )
         saved = []
 
         def pack(x: Tensor) -> None:

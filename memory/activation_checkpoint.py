@@ -23,8 +23,9 @@ dropout, and where it is an autograd Function of its own, like onednn's.)
     selective     11        no product, nor attention: norms, rotations, activations
     offload       0         nothing; all that is saved waits in host memory
 
-(With layers/recompute.py, selective keeps what none does, and one product more: it is of use to
-blocks without it. It computes FlexAttention again.)
+(An MLP with a gate keeps 2 w/C tensors, w its width, where that of the table keeps 4. With
+layers/recompute.py, selective keeps what none does, and one product more: it is of use to blocks
+without it. It computes FlexAttention again.)
 
 Backward also holds what it has computed again of one block or segment. If a layer keeps k tensors
 without checkpointing, the peak is

@@ -97,8 +97,8 @@ from precision.amp import PRECISIONS, Precision
 PUBLISHED = {"mixed": (2, 2, 4, 4), "texts": (2, 2, 0, 4)}
 ACCOUNTINGS = (*PRECISIONS, *PUBLISHED)
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-# (arch, bytes of a weight, bytes of a matmul's operand) -> (k, r, l) of the formula above. l also
-# covers the logits' softmax.
+# (arch, bytes of a weight, bytes of a matmul's operand) -> (k, r, l) of the formula above, with an
+# MLP of width 4h. l also covers the logits' softmax.
 ACTIVATION_BYTES = {
     ("modern", 8, 8): (80, 18, 16),
     ("modern", 4, 4): (40, 9, 8),
@@ -109,28 +109,49 @@ ACTIVATION_BYTES = {
     ("track3", 8, 8): (80, 42, 24),
     ("track3", 4, 4): (40, 21, 12),
     ("track3", 4, 2): (24, 18, 12),
+    ("llama", 8, 8): (112, 25, 8),
+    ("llama", 4, 4): (56, 12, 4),
+    ("llama", 4, 2): (32, 10, 4),
+    ("qwen3", 8, 8): (112, 25, 8),
+    ("qwen3", 4, 4): (56, 12, 4),
+    ("qwen3", 4, 2): (32, 10, 4),
     ("modern", 2, 2): (20, 3, 8),
     ("gpt2", 2, 2): (20, 4, 4),
     ("track3", 2, 2): (20, 9, 12),
+    ("llama", 2, 2): (28, 6, 4),
+    ("qwen3", 2, 2): (28, 6, 4),
 }
 # In place of k with activation checkpointing: full, attention, mlp, selective. The fifth number is
 # the gradients inside a block and what layers/recompute.py computes again of it in backward (and
-# what track3's norm of the embedding keeps), the sixth as much more where no checkpointing computes
-# the last block again, the seventh where attention or the MLP alone is computed again.
+# what track3's norm of the embedding keeps).
 CHECKPOINTED_BYTES = {
-    ("modern", 8, 8): (8, 48, 48, 88, 91, 16, 9),
-    ("modern", 4, 4): (4, 24, 24, 44, 45, 9, 5),
-    ("modern", 4, 2): (4, 16, 16, 24, 27, 7, 0),
-    ("gpt2", 8, 8): (8, 48, 48, 88, 77, 0, 0),
-    ("gpt2", 4, 4): (4, 24, 24, 44, 38, 0, 0),
-    ("gpt2", 4, 2): (4, 16, 16, 24, 23, 0, 0),
-    ("track3", 8, 8): (8, 48, 48, 88, 107, 16, 16),
-    ("track3", 4, 4): (4, 24, 24, 44, 54, 8, 8),
-    ("track3", 4, 2): (4, 16, 16, 24, 35, 8, 0),
-    ("modern", 2, 2): (2, 14, 14, 22, 27, 7, 0),
-    ("gpt2", 2, 2): (2, 14, 14, 22, 20, 0, 0),
-    ("track3", 2, 2): (2, 14, 14, 22, 35, 8, 0),
+    ("modern", 8, 8): (8, 48, 48, 88, 81),
+    ("modern", 4, 4): (4, 24, 24, 44, 40),
+    ("modern", 4, 2): (4, 16, 16, 24, 27),
+    ("gpt2", 8, 8): (8, 48, 48, 88, 77),
+    ("gpt2", 4, 4): (4, 24, 24, 44, 38),
+    ("gpt2", 4, 2): (4, 16, 16, 24, 23),
+    ("track3", 8, 8): (8, 48, 48, 88, 98),
+    ("track3", 4, 4): (4, 24, 24, 44, 49),
+    ("track3", 4, 2): (4, 16, 16, 24, 37),
+    ("llama", 8, 8): (8, 80, 48, 120, 107),
+    ("llama", 4, 4): (4, 40, 24, 60, 53),
+    ("llama", 4, 2): (4, 24, 16, 32, 31),
+    ("qwen3", 8, 8): (8, 80, 48, 120, 108),
+    ("qwen3", 4, 4): (4, 40, 24, 60, 54),
+    ("qwen3", 4, 2): (4, 24, 16, 32, 32),
+    ("modern", 2, 2): (2, 12, 12, 22, 20),
+    ("gpt2", 2, 2): (2, 12, 12, 22, 19),
+    ("track3", 2, 2): (2, 12, 12, 22, 25),
+    ("llama", 2, 2): (2, 20, 12, 30, 27),
+    ("qwen3", 2, 2): (2, 20, 12, 30, 27),
 }
+# Architectures whose MLP has a gate: a third matrix, and twice as many numbers of its width.
+GATED = ("llama", "qwen3")
+# What a norm of an architecture has.
+NORM_PARTS = {"modern": (), "gpt2": ("weight", "bias")} | dict.fromkeys(
+    ("track3", "llama", "qwen3"), ("weight",)
+)
 
 # Name -> (embedding | head | matrix | scalar, shape).
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -145,25 +166,32 @@ def gpt_shapes(
     arch: str = "modern",
     n_head: int = 1,
     n_kv_head: int | None = None,
+    head_dim: int | None = None,
+    mlp_width: int | None = None,
+    qkv_bias: bool | None = None,
 ) -> Shapes:
     """The parameters of model.py, in its order.
 
     arch `gpt2`: with a tied head, biases, gains and learned positions; `track3`: with biases, gains
-    and a norm of the embedding.
+    and a norm of the embedding; `llama`: with gains and a gate in the MLP; `qwen3`: with gains for
+    queries and keys, too. head_dim, mlp_width, qkv_bias: as in settings/fields.py.
     """
     C = n_embd
     V = vocab_size
-    kv = C // n_head * (n_kv_head or n_head)
-    has_bias = arch != "modern"
+    head_dim = head_dim or C // n_head
+    kv = head_dim * (n_kv_head or n_head)
+    width = mlp_size(C, arch, mlp_width)
+    has_bias = arch in ("gpt2", "track3")
+    qkv_bias = has_bias if qkv_bias is None else qkv_bias
     shapes = {"embed.weight": ("embedding", (V, C))}
     if arch == "gpt2":
         shapes["positions.weight"] = "embedding", (block_size, C)
 
-    def norm(name: str) -> None:
-        for part in {"modern": (), "gpt2": ("weight", "bias"), "track3": ("weight",)}[arch]:
-            shapes[f"{name}.{part}"] = "scalar", (C,)
+    def norm(name: str, size: int = C) -> None:
+        for part in NORM_PARTS[arch]:
+            shapes[f"{name}.{part}"] = "scalar", (size,)
 
-    def linear(name: str, shape: tuple[int, int]) -> None:
+    def linear(name: str, shape: tuple[int, int], has_bias: bool = has_bias) -> None:
         shapes[f"{name}.weight"] = "matrix", shape
         if has_bias:
             shapes[f"{name}.bias"] = "scalar", shape[:1]
@@ -172,13 +200,18 @@ def gpt_shapes(
         norm("embed_norm")
     for i in range(n_layer):
         norm(f"blocks.{i}.attn_norm")
-        linear(f"blocks.{i}.attn.q", (C, C))
-        linear(f"blocks.{i}.attn.k", (kv, C))
-        linear(f"blocks.{i}.attn.v", (kv, C))
-        linear(f"blocks.{i}.attn.proj", (C, C))
+        linear(f"blocks.{i}.attn.q", (n_head * head_dim, C), qkv_bias)
+        linear(f"blocks.{i}.attn.k", (kv, C), qkv_bias)
+        linear(f"blocks.{i}.attn.v", (kv, C), qkv_bias)
+        linear(f"blocks.{i}.attn.proj", (C, n_head * head_dim))
+        if arch == "qwen3":
+            norm(f"blocks.{i}.attn.q_norm", head_dim)
+            norm(f"blocks.{i}.attn.k_norm", head_dim)
         norm(f"blocks.{i}.mlp_norm")
-        linear(f"blocks.{i}.mlp.fc", (4 * C, C))
-        linear(f"blocks.{i}.mlp.proj", (C, 4 * C))
+        if arch in GATED:
+            linear(f"blocks.{i}.mlp.gate", (width, C))
+        linear(f"blocks.{i}.mlp.fc", (width, C))
+        linear(f"blocks.{i}.mlp.proj", (C, width))
     norm("final_norm")
     # gpt2's head is the embedding, so it is no parameter of its own.
     if arch != "gpt2":
@@ -186,6 +219,15 @@ def gpt_shapes(
     if arch == "track3":
         shapes["head.bias"] = "scalar", (V,)
     return shapes
+
+
+def mlp_size(n_embd: int, arch: str, mlp_width: int | None = None) -> int:
+    """The width between the MLP's matrices, as GPTConfig in model.py has it."""
+    if mlp_width is not None:
+        return mlp_width
+    if arch in GATED:
+        return -(-8 * n_embd // (3 * 64)) * 64
+    return 4 * n_embd
 
 
 def even_shapes(params: float, world: int) -> Shapes:
@@ -774,6 +816,9 @@ def activation_bytes(
     loss_chunk: int | None = None,
     in_backward: bool = True,
     plain_attention: tuple[int, int] | None = None,
+    q_width: int | None = None,
+    kv_width: int | None = None,
+    mlp_width: int | None = None,
 ) -> float:
     """Bytes that one micro-batch of `tokens` = b x s keeps for backward, and holds in it at most.
 
@@ -781,6 +826,8 @@ def activation_bytes(
     memory/activation_checkpoint.py; tp: ranks that share out what full_sharded keeps; loss_chunk:
     the setting, None for all tokens at once. in_backward: False for what forward leaves.
     plain_attention: (heads, tokens of a sequence) of --attention=plain, which keeps probabilities.
+    q_width, kv_width: of all heads of queries, and of keys, None for n_embd; mlp_width: the
+    setting. Others' accountings do not ask for these three.
     Offloaded activations are on the device while they are used, two blocks at a time. Raises
     ValueError for an unknown precision or activation_checkpoint.
     """
@@ -791,14 +838,27 @@ def activation_bytes(
         per_layer = {"mixed": 34, "texts": 20}[precision]
         per_channel = 0
         per_word = 0
-        full, attention, mlp, selective, inside, last, in_part = 2, 26, 18, 22, 0, 0, 0
+        full, attention, mlp, selective, inside = 2, 26, 18, 22, 0
         attention = min(attention, per_layer)
         selective = min(selective, per_layer)
     else:
         row = PRECISIONS[precision]
         key = arch, row.weights.itemsize, row.products.itemsize
         per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
-        full, attention, mlp, selective, inside, last, in_part = CHECKPOINTED_BYTES[key]
+        full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
+
+        # The tables' widths are n_embd and 4 n_embd: what other widths are more, in n_embd.
+        number = row.products.itemsize
+        of_heads = 2 * (q_width or n_embd) + 2 * (kv_width or n_embd) - 4 * n_embd
+        of_mlp = mlp_size(n_embd, arch, mlp_width) - 4 * n_embd
+        of_heads *= number / max(1, n_embd)
+        of_mlp *= number / max(1, n_embd)
+        n_kept = 2 if arch in GATED else 1
+        per_layer += of_heads + n_kept * of_mlp
+        selective += of_heads + n_kept * of_mlp
+        attention += n_kept * of_mlp
+        mlp += of_heads
+        inside += (n_kept + 1) * of_mlp
     L = n_layer
     how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
@@ -810,18 +870,18 @@ def activation_bytes(
     n_steps = math.ceil(L / K)
     last_again = (L - 1) % K == 0  # every_K computes the last layer again
     by_how = {
-        "none": (L * per_layer, last),
+        "none": (L * per_layer, 0),
         "full": (L * full, per_layer - full),
         "full_sharded": (L * full / tp, per_layer - full / tp),
         "full_offload": (0, per_layer + full),
         "every": (
             n_steps * full + (L - n_steps) * per_layer,
-            per_layer - full if last_again else last,
+            per_layer - full if last_again else 0,
         ),
         "segments": (K * full, n_steps * per_layer - full),
-        "attention": (L * attention, last + in_part),
+        "attention": (L * attention, 0),
         # Its input is computed again, too.
-        "mlp": (L * mlp, per_layer - mlp + full + in_part),
+        "mlp": (L * mlp, per_layer - mlp + full),
         "selective": (L * selective, max(0, per_layer - selective)),
         "offload": (0, 2 * per_layer),
     }
@@ -846,7 +906,8 @@ def kept_by_plain_attention(heads: int, length: int, n_embd: int, arch: str) -> 
     """Numbers a token and channel of a layer: probabilities; q and k once more, turned."""
     # Half of all pairs, and half of the chunk on the diagonal.
     probabilities = heads * (length + min(64, length)) / 2
-    turned = 0 if arch == "gpt2" else 2
+    # Without QK-norm they are kept already.
+    turned = 0 if arch in ("gpt2", "llama") else 2
     return probabilities / n_embd + turned
 
 
@@ -869,6 +930,8 @@ DEFAULTS = dict(
     vocab_size=50304,
     n_head=1,
     n_kv_head=None,
+    head_dim=None,
+    mlp_width=None,
     block_size=1024,
     arch="modern",
     batch=0,
@@ -883,7 +946,7 @@ DEFAULTS = dict(
 )
 NAMES = {
     "precision": ACCOUNTINGS,
-    "arch": ("modern", "gpt2", "track3"),
+    "arch": tuple(NORM_PARTS),
     "offload": ("cpu", "disk"),
     "offload_params": ("cpu", "disk"),
 }
@@ -912,7 +975,8 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
         options[name] = from_text(name, text, known[name].default, choices, is_fraction)
     width = settings["n_embd"] or 0
     heads = settings["n_head"]
-    if width % heads or heads % (settings["n_kv_head"] or heads):
+    divides = settings["head_dim"] is not None or width % heads == 0
+    if not divides or heads % (settings["n_kv_head"] or heads):
         raise ValueError(
             f"n_embd={width}, n_head={heads} and n_kv_head={settings['n_kv_head']} must divide, "
             "each the one before"
@@ -944,9 +1008,8 @@ def shapes_of(s: SimpleNamespace) -> Shapes:
             "--batch needs --n_layer and --n_embd in any case"
         )
     if s.params is None:
-        return gpt_shapes(
-            s.n_layer, s.n_embd, s.vocab_size, s.block_size, s.arch, s.n_head, s.n_kv_head
-        )
+        names = "n_layer n_embd vocab_size block_size arch n_head n_kv_head head_dim mlp_width"
+        return gpt_shapes(**{name: getattr(s, name) for name in names.split()})
     optimizer = find_optimizer(s.optim)
     if optimizer.state_numbers((2, 3)) != optimizer.state_numbers((6,)):
         raise ValueError(
@@ -990,6 +1053,7 @@ def table_row(
     activations = 0
     inside = 0
     if s.batch:
+        head_dim = s.head_dim or s.n_embd // s.n_head
         count = functools.partial(
             activation_bytes,
             precision,
@@ -1000,6 +1064,9 @@ def table_row(
             s.arch,
             s.activation_checkpoint,
             loss_chunk=s.loss_chunk,
+            q_width=s.n_head * head_dim,
+            kv_width=(s.n_kv_head or s.n_head) * head_dim,
+            mlp_width=s.mlp_width,
         )
         activations = count()
         inside = activations - count(in_backward=False)

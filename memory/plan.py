@@ -70,7 +70,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from memory.estimate import Shapes, activation_bytes, bytes_of, bytes_per_rank, gpt_shapes
+from memory.estimate import (
+    GATED,
+    NAMES,
+    Shapes,
+    activation_bytes,
+    bytes_of,
+    bytes_per_rank,
+    gpt_shapes,
+    mlp_size,
+)
 from memory.flags import check, from_text, usage, words
 
 # Fitted once to published runs, see above.
@@ -93,13 +102,32 @@ class Model:
     n_kv_head: int
     vocab_size: int = 50304
     block_size: int = 2048
-    # Entries of a block's MLP matrices in n_embd^2, for FLOPs. Memory counts our 8.
-    mlp: float = 8.0
+    # Entries of a block's MLP matrices in n_embd^2, for FLOPs; None: those of arch and mlp_width,
+    # which memory counts in any case.
+    mlp: float | None = None
+    arch: str = "modern"
+    head_dim: int | None = None
+    mlp_width: int | None = None
+
+    @property
+    def q_width(self) -> int:
+        """The width of all heads of queries."""
+        return self.n_head * (self.head_dim or self.n_embd // self.n_head)
+
+    @property
+    def kv_width(self) -> int:
+        """The width of all heads of keys."""
+        return self.q_width // self.n_head * self.n_kv_head
 
     @property
     def block(self) -> float:
         """Entries of a block's matrices."""
-        return (2 + 2 * self.n_kv_head / self.n_head + self.mlp) * self.n_embd**2
+        C = self.n_embd
+        attention = 2 * (self.q_width + self.kv_width) * C
+        if self.mlp is not None:
+            return attention + self.mlp * C**2
+        matrices = 3 if self.arch in GATED else 2
+        return attention + matrices * C * mlp_size(C, self.arch, self.mlp_width)
 
     @property
     def flops(self) -> float:
@@ -107,7 +135,7 @@ class Model:
         head = self.vocab_size * self.n_embd
         return (
             6 * (self.n_layer * self.block + head)
-            + 12 * self.n_layer * self.n_embd * self.block_size
+            + 12 * self.n_layer * self.q_width * self.block_size
         )
 
 
@@ -201,8 +229,9 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
         share = 10 / 34 + 24 / 34 / x.tp
         shards_of_input = 1
     forward = functools.partial(activation_bytes, precision, tokens, in_backward=False)
-    block = forward(1, C) * share
-    stage = forward(layers, C) * share * (1 - again)
+    widths = dict(arch=m.arch, q_width=m.q_width, kv_width=m.kv_width, mlp_width=m.mlp_width)
+    block = forward(1, C, **widths) * share
+    stage = forward(layers, C, **widths) * share * (1 - again)
     # Of a block that is computed again only the input is kept.
     stage += again * layers * tokens * C * bytes_of(precision)[0] / shards_of_input
     loss_chunk = LOSS_CHUNK if m.vocab_size >= 8192 else None
@@ -224,7 +253,15 @@ def stage_shapes(m: Model, tp: int, pp: int) -> Shapes:
     """
     layers = math.ceil(m.n_layer / pp)
     full = gpt_shapes(
-        layers, m.n_embd, m.vocab_size, m.block_size, n_head=m.n_head, n_kv_head=m.n_kv_head
+        layers,
+        m.n_embd,
+        m.vocab_size,
+        m.block_size,
+        m.arch,
+        m.n_head,
+        m.n_kv_head,
+        m.head_dim,
+        m.mlp_width,
     )
     shapes = {}
     for name, (kind, shape) in full.items():
@@ -283,7 +320,7 @@ def predict(
 
     # One micro-batch, forward and backward, on the slowest stage: the last one has the head, but
     # perhaps a layer fewer.
-    attention = 4 * C * m.block_size * causal  # a token's FLOPs forward, in a block
+    attention = 4 * m.q_width * m.block_size * causal  # a token's FLOPs forward, in a block
     block = (3 + again) * (2 * m.block + attention)
     if x.activation_checkpoint == "selective":
         block += attention
@@ -294,7 +331,7 @@ def predict(
     # Its traffic, none of it overlapped. A group inside a node has the node's links.
     sent = {
         "tp": layers * (4 + 2 * again) * 2 * (x.tp - 1) / x.tp * tokens * C * 2,
-        "cp": layers * (3 + again) * (x.cp - 1) * 4 * tokens * C * m.n_kv_head / m.n_head / x.tp,
+        "cp": layers * (3 + again) * (x.cp - 1) * 4 * tokens * m.kv_width / x.tp,
         "pp": 0,
     }
     if x.pp > 1:
@@ -352,7 +389,8 @@ def together(a: float, b: float) -> float:
 def grids(m: Model, c: Cluster, batch: int) -> Iterator[tuple[int, int, int]]:
     """(pp, cp, tp) that the model, the cluster and the batch divide by."""
     # tp splits each of these evenly, and a node holds whole tp groups.
-    split = (m.n_head, m.n_kv_head, m.n_embd, m.vocab_size, c.gpus_per_node)
+    width = mlp_size(m.n_embd, m.arch, m.mlp_width)
+    split = (m.n_head, m.n_kv_head, m.n_embd, width, m.vocab_size, c.gpus_per_node)
     tps = [tp for tp in range(1, c.gpus_per_node + 1) if not any(size % tp for size in split)]
     cps = [cp for cp in (1, 2, 4, 8, 16, 32, 64) if cp == 1 or m.block_size % (2 * cp) == 0]
     pps = [pp for pp in range(1, min(m.n_layer, c.gpus) + 1) if c.gpus % pp == 0]
@@ -442,6 +480,9 @@ FLAGS = dict(
     n_embd=None,
     n_head=None,
     n_kv_head=None,
+    arch="modern",
+    head_dim=None,
+    mlp_width=None,
     vocab_size=50304,
     block_size=2048,
     gpus=8,
@@ -458,7 +499,7 @@ FLAGS = dict(
     top=8,
 )
 # mixed is 2 + 2 + 12 bytes, which train.py does not offer.
-WORDS = {"gpu": GPUS, "precision": ("bf16", "mixed")}
+WORDS = {"gpu": GPUS, "precision": ("bf16", "mixed"), "arch": NAMES["arch"]}
 # Heading of a column -> key of Plan.held.
 HELD = dict(
     weights="parameters",
@@ -536,7 +577,8 @@ def requested(s: dict) -> tuple[Model, Cluster, int]:
         raise ValueError(
             "type --params=70e9, or the model's --n_layer=80 --n_embd=8192 --n_head=64"
         )
-    if m.n_embd % m.n_head or m.n_head % m.n_kv_head:
+    m = replace(m, arch=s["arch"], head_dim=s["head_dim"], mlp_width=s["mlp_width"])
+    if (m.head_dim is None and m.n_embd % m.n_head) or m.n_head % m.n_kv_head:
         raise ValueError(
             f"n_embd={m.n_embd}, n_head={m.n_head}, n_kv_head={m.n_kv_head}: each "
             "must divide the one before"
@@ -556,7 +598,8 @@ def table(s: dict) -> str:
     """The best plans, and what to type for the first. Raises ValueError."""
     m, c, batch = requested(s)
     found = plans(m, c, batch, s["precision"])
-    count = m.n_layer * m.block + 2 * m.vocab_size * m.n_embd
+    n_vocabulary = 1 if m.arch == "gpt2" else 2  # whose head is its embedding
+    count = m.n_layer * m.block + n_vocabulary * m.vocab_size * m.n_embd
     lines = [
         f"{count / 1e9:.4g}e9 parameters (n_layer={m.n_layer} n_embd={m.n_embd}"
         f" n_head={m.n_head} n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW,"
@@ -602,8 +645,12 @@ def command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -> str:
         start = f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}"
     if nodes > 1:
         start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
-    names = ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size")
-    shape = " ".join(f"--{name}={getattr(m, name)}" for name in names)
+    shape = {name: getattr(m, name) for name in ("n_layer", "n_embd", "n_head", "n_kv_head")}
+    for name in ("arch", "head_dim", "mlp_width"):
+        if getattr(m, name) != FLAGS[name]:
+            shape[name] = getattr(m, name)
+    shape["vocab_size"] = m.vocab_size
+    shape = " ".join(f"--{name}={value}" for name, value in shape.items())
     layout = flags(m, x, batch)
     return f"{start} train.py {shape} --optim=adamw --precision={precision} {layout}"
 

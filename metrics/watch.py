@@ -107,7 +107,7 @@ class Watch:
                 self.max_logit,
                 qk_clip,
                 config.n_kv_head,
-                config.n_embd // config.n_head,
+                config.head_size,
                 shards,
             )
 

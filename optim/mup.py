@@ -18,6 +18,8 @@ sqrt(rows/cols) at any width: nothing to correct; with adjust_lr_fn='match_rms_a
 sqrt(m), and lr falls as 1/sqrt(m). Initial std, output and attention scaling belong to the model
 (`GPTConfig.mup_base_width`); a tied head keeps the embedding's lr.
 
+The widths inside a block grow with it: n_head head_dim and, where they are given, mlp_width.
+
 Where a tutorial errs: it divides attention logits by m² and gives the hidden matrices no lr rule
 at all. Depth does not transfer; nor, without more, does weight decay (lr·λ shrinks with lr).
 

@@ -12,7 +12,7 @@ from optim.param_groups import averages_weights
 from precision import amp
 from run.optimizers import trial
 from settings import checks
-from settings.fields import Config, update, with_traits
+from settings.fields import Config, head_size, mlp_size, trait, update, with_traits
 
 # What torch.compile costs and saves on a CPU, by two cores of an AMD EPYC (Zen 4):
 # experiments/results/bench_step.md.
@@ -132,9 +132,13 @@ def steps_that_pay(cfg: Config, precision: str, is_alone: bool) -> float:
     is_measured = is_alone and precision in ("fp32", "bf16") and cfg.dropout == 0
     if not is_measured or compile.lacking(torch.device("cpu")) is not None:
         return math.inf
-    block_params = 12 * cfg.n_embd**2 * cfg.n_layer
+    q_width = cfg.n_head * head_size(cfg)
+    kv_width = (cfg.n_kv_head or cfg.n_head) * head_size(cfg)
+    mlp_matrices = 3 if trait(cfg, "activation") == "swiglu" else 2
+    per_channel = 2 * (q_width + kv_width) + mlp_matrices * mlp_size(cfg)
+    block_params = per_channel * cfg.n_embd * cfg.n_layer
     context = cfg.window or cfg.block_size
-    per_token = flops.flops_per_token(block_params, cfg.n_layer, cfg.n_embd, context)
+    per_token = flops.flops_per_token(block_params, cfg.n_layer, q_width, context)
     work = per_token * cfg.batch_size * cfg.block_size
     eager = work / (EAGER_FLOPS * torch.get_num_threads())
     micro_batches = math.ceil(cfg.batch_size / (cfg.micro_batch_size or cfg.batch_size))

@@ -81,8 +81,11 @@ def at_start(
 
 def about_model(cfg: Config, full_model: torch.nn.Module) -> str:
     n_params = sum(p.numel() for p in full_model.parameters())
+    heads = f"{cfg.n_head} heads"
+    if cfg.head_dim is not None:
+        heads += f" of {cfg.head_dim}"
     return (
-        f"{cfg.arch}, {short(n_params)} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, "
+        f"{cfg.arch}, {short(n_params)} parameters: {cfg.n_layer} layers, {heads}, "
         f"width {cfg.n_embd}; context of {cfg.block_size} tokens"
     )
 

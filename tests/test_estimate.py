@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 import optim as optimizers
 from memory import estimate, plan
 from memory import flags as memory_flags
+from memory.activation_checkpoint import apply_activation_checkpointing
 from memory.estimate import activation_bytes, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
 from memory.meter import Meter, measure, nbytes
 from memory.offload import offload
@@ -133,13 +134,21 @@ def test_limits_for_many_ranks():
 
 # ---- the parts -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", TRAITS)
-@pytest.mark.parametrize("n_kv_head", [4, 2])
-def test_shapes_are_those_of_the_model(arch, n_kv_head):
-    size = dict(n_layer=3, n_embd=16, vocab_size=40, block_size=12)
+@pytest.mark.parametrize(
+    "heads",
+    [
+        dict(n_kv_head=4),
+        dict(n_kv_head=2),
+        dict(n_kv_head=2, head_dim=6, mlp_width=20, qkv_bias=True),
+        dict(n_kv_head=4, head_dim=8, qkv_bias=False),
+    ],
+)
+def test_shapes_are_those_of_the_model(arch, heads):
+    size = dict(n_layer=3, n_embd=16, vocab_size=40, block_size=12, n_head=4, **heads)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**size, n_head=4, n_kv_head=n_kv_head, **TRAITS[arch]))
+        model = GPT(GPTConfig(**size, **TRAITS[arch]))
     named = {name: (kinds(model)[name], tuple(p.shape)) for name, p in model.named_parameters()}
-    ours = gpt_shapes(**size, arch=arch, n_head=4, n_kv_head=n_kv_head)
+    ours = gpt_shapes(**size, arch=arch)
     assert ours == named and list(ours) == list(named)
 
 
@@ -231,7 +240,12 @@ class Mine(torch.optim.SGD):
 @pytest.mark.parametrize("arch", TRAITS)
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize(
-    "size", [dict(n_layer=2, n_embd=64, vocab_size=96), dict(n_layer=3, n_embd=32, vocab_size=480)]
+    "size",
+    [
+        dict(n_layer=2, n_embd=64, vocab_size=96),
+        dict(n_layer=3, n_embd=32, vocab_size=480),
+        dict(n_layer=2, n_embd=64, vocab_size=96, mlp_width=96),
+    ],
 )
 def test_activations_are_what_autograd_saves(arch, precision, size):
     config = GPTConfig(**size, n_head=2, n_kv_head=2, block_size=128, **TRAITS[arch])
@@ -255,6 +269,34 @@ def test_activations_are_what_autograd_saves(arch, precision, size):
     measured = sum(storage.nbytes() for storage in saved.values())
     expected = activation_bytes(precision, 4 * 128, **size, arch=arch, in_backward=False)
     assert expected == pytest.approx(measured, rel=0.08)
+
+
+@pytest.mark.parametrize("arch", ["modern", "llama", "qwen3"])
+@pytest.mark.parametrize("how", ["none", "full", "attention", "mlp", "selective"])
+def test_wide_heads_few_of_keys_and_a_wide_mlp_keep_what_is_predicted(arch, how):
+    size = dict(n_layer=6, n_embd=64, vocab_size=32)
+    heads = dict(n_head=4, n_kv_head=2, head_dim=32, block_size=128)
+    model = GPT(GPTConfig(**size, **heads, mlp_width=384, **TRAITS[arch]))
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+        p.grad = torch.zeros_like(p)
+    apply_activation_checkpointing(model, how)
+    ids = torch.zeros(4, 128, dtype=torch.long)
+    with Meter() as meter:
+        meter.watch([(p, p.grad) for p in model.parameters()])
+        start = meter.now()
+        model(ids, ids).backward()
+    expected = activation_bytes(
+        "fp32",
+        4 * 128,
+        **size,
+        arch=arch,
+        activation_checkpoint=how,
+        q_width=128,
+        kv_width=64,
+        mlp_width=384,
+    )
+    assert meter.peak - start == pytest.approx(expected, rel=0.05)
 
 
 def test_activation_checkpointing_takes_from_the_activations_alone():

@@ -62,14 +62,15 @@ def test_the_formula_equals_what_torch_counts_operation_by_operation(tied):
     assert counter.get_total_flops() == B * T * flops_per_token(matmul_params(model), 2, 16, T)
 
 
-@pytest.mark.parametrize("arch", ["modern", "gpt2", "track3"])
+@pytest.mark.parametrize("arch", fields.ARCHS)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_head):
+@pytest.mark.parametrize("n_kv_head, head_dim", [(4, None), (2, 12), (1, None)])
+def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_head, head_dim):
     c = GPTConfig(
         n_layer=3,
         n_head=4,
         n_kv_head=n_kv_head,
+        head_dim=head_dim,
         n_embd=32,
         block_size=24,
         vocab_size=72,
@@ -78,7 +79,8 @@ def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_hea
     model, x = GPT(c), torch.randint(72, (5, 24))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x, x).backward()
-    assert counter.get_total_flops() == x.numel() * flops_per_token(matmul_params(model), 3, 32, 24)
+    formula = flops_per_token(matmul_params(model), 3, 4 * (head_dim or 8), 24)
+    assert counter.get_total_flops() == x.numel() * formula
 
 
 def test_torch_does_not_halve_causal_attention_either_and_a_fused_backward_has_one_product_more():

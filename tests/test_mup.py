@@ -23,13 +23,17 @@ RUNS = {
 WIDTHS = (32, 64, 128, 256)
 
 
-def change(name: str, width: int, on: bool) -> dict[str, float]:
+SWIGLU = dict(activation="swiglu", norm="rmsnorm_gain")
+
+
+def change(name: str, width: int, on: bool, **traits) -> dict[str, float]:
     """RMS of how much 4 steps change the hidden states before the head, and the logits."""
     optimizer_class, lr, options = RUNS[name]
     shape = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=width, block_size=16, vocab_size=64)
-    c = GPTConfig(
-        **shape, zero_init=False, logit_cap=None, qk_norm=False, mup_base_width=32 if on else None
-    )
+    traits = dict(zero_init=False, logit_cap=None, qk_norm=False) | traits
+    if "activation" in traits:
+        traits["mlp_width"] = 3 * width
+    c = GPTConfig(**shape, **traits, mup_base_width=32 if on else None)
     model = init_weights(GPT(c))
     rule = mup.lr_multipliers(optimizer_class, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
@@ -51,15 +55,21 @@ def change(name: str, width: int, on: bool) -> dict[str, float]:
     return {k: (history[-1][k] - history[0][k]).square().mean().sqrt().item() for k in history[0]}
 
 
-def growth(name: str, on: bool) -> dict[str, float]:
+def growth(name: str, on: bool, **traits) -> dict[str, float]:
     """How much the change grows from the narrowest to the widest model (8 times as wide)."""
-    first, last = change(name, WIDTHS[0], on), change(name, WIDTHS[-1], on)
+    first, last = (change(name, width, on, **traits) for width in (WIDTHS[0], WIDTHS[-1]))
     return {k: last[k] / first[k] for k in first}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_under_mup_the_change_does_not_depend_on_the_width(name):
     for what, factor in growth(name, on=True).items():
+        assert 0.5 < factor < 2, (what, factor)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_with_a_gate_and_heads_of_their_own_width_too(name):
+    for what, factor in growth(name, True, **SWIGLU, head_dim=16).items():
         assert 0.5 < factor < 2, (what, factor)
 
 

@@ -7,7 +7,7 @@ import pytest
 from memory.estimate import bytes_per_rank, gpt_shapes
 from parallel.replicas import deal, lightest_ranks, owners_by_size
 
-ARCHS = ("modern", "gpt2", "track3")
+ARCHS = ("modern", "gpt2", "track3", "llama", "qwen3")
 GPT2_124M = gpt_shapes(n_layer=12, n_embd=768, vocab_size=50304, arch="gpt2", n_head=12)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import model as model_file
+from layers import fewer_passes
 from layers import recompute as recompute_file
 from layers.recompute import RESULTS, casts, forget_results, recompute
 from model import GPT, GPTConfig
@@ -99,6 +100,30 @@ def test_nothing_stays_after_backward_or_without_one():
         assert set(RESULTS.values()) <= before
     finally:
         gc.enable()
+
+
+def test_backward_lets_go_of_what_it_has_passed_unless_the_graph_is_kept():
+    x = torch.ones(3, requires_grad=True) * 2
+    w = torch.ones(3, requires_grad=True)
+    seen = weakref.ref(x.untyped_storage())
+    with forget_results():
+        y = (recompute(fewer_passes.Square.apply, x, saves_little=True) * w).sum()
+    first = torch.autograd.grad(y, w, retain_graph=True)
+    del x
+    assert torch.equal(*first, *torch.autograd.grad(y, w, retain_graph=True))
+    y.backward()
+    assert seen() is None and torch.equal(w.grad, *first)  # though y is still here
+
+
+def test_a_detached_use_of_a_later_backward_is_an_error():
+    x = torch.ones(3, requires_grad=True)
+    w = torch.ones(3, requires_grad=True)
+    with forget_results():
+        y = recompute(fewer_passes.Square.apply, x * 2, saves_little=True)
+        detached = (y.detach() * w).sum()
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="not result.detach"):
+        detached.backward()
 
 
 def test_without_gradients_nothing_is_remembered():
