@@ -127,6 +127,8 @@ DEFAULTS = {
     "qwen2": {"num_key_value_heads": 32, "head_dim": None},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
+# Keys whose null means what follows from others.
+NULLABLE = ("num_key_value_heads", "head_dim", "n_inner")
 LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 # Keys that say nothing of what the weights compute.
 SILENT = set(
@@ -207,16 +209,14 @@ class Keys:
     def take(self, key: str, kind: type, *default):
         """The value of a key, of this kind. Raises ValueError for another kind, or a missing key.
 
-        default: in place of a missing key, or of null.
+        default: in place of a missing key, or of null. Where there is none and null may be, None.
         """
-        value = self.left.pop(key, None)
-        if value is None:
-            value = self.defaults.get(key, *default[:1])
-            if value is None and not default and key not in self.defaults:
-                raise ValueError(f"has no {key}")
-            if value is None:
-                return None
-        return checked(key, value, kind)
+        value = self.left.pop(key, None) if key in self.left else self.defaults.get(key)
+        if value is not None:
+            return checked(key, value, kind)
+        if not default and key not in NULLABLE:
+            raise ValueError(f"has no {key}")
+        return default[0] if default else None
 
     def refuse(self, key: str, usual, *also) -> None:
         """Raises ValueError for another value than the usual one, or one of the others."""

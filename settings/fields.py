@@ -166,7 +166,9 @@ class Config:
     )
     ngram_rows: int = fixed(16384, "rows of the table that they share", least=1)
     init_from: str | None = fixed(
-        None, "run or checkpoint whose weights alone are the start (fine-tuning)"
+        None,
+        "weights to start from (fine-tuning): a run or checkpoint, a folder of Hugging Face, which"
+        " sets the model's fields too, nanoGPT's ckpt.pt, our export",
     )
     # Optimizer. --opt.NAME= goes to its constructor. `optim` is fixed: none reads another's state.
     optim: str = fixed(

@@ -64,7 +64,7 @@ HERE = {
         "async_save": "async_mode",
         "keep": "save_total_limit keep_latest_k",
         "resume": "resume_from resume_from_checkpoint load_checkpoint",
-        "init_from": "pretrained finetune",
+        "init_from": "pretrained finetune model_name_or_path pretrained_model_name_or_path",
         "wandb": "wandb_log wandb_project use_wandb enable_wandb report_to",
         "tensorboard": "enable_tensorboard",
         "data_parallel=ddp": "ddp use_ddp data_parallel_replicate_degree",

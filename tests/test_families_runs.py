@@ -12,7 +12,7 @@ from test_security import Payload, nothing_runs
 
 import sample
 from checkpoint import __main__ as tool
-from checkpoint import export, pretrained, tensor_file
+from checkpoint import export, families, pretrained, tensor_file
 from checkpoint.load import resolve
 from memory.meter import Meter, nbytes
 from model import GPT
@@ -82,6 +82,10 @@ def test_flags_that_need_the_folders_shapes_wait_for_them(tmp_path):
     folder = folder_of(tmp_path, "gpt2_wide")
     # The default model has 4 heads and 4 layers; this one has 2 heads, and 1 layer.
     config_of(folder, "--tp=2")
+    # It has a QK-norm, which --qk_clip refuses; Llama has none.
+    assert config_of(folder_of(tmp_path, "llama"), "--qk_clip=100").qk_norm is False
+    with pytest.raises(ValueError, match="qk_norm=gain undoes that"):
+        config_of(folder_of(tmp_path, "qwen3"), "--qk_clip=100")
     with pytest.raises(ValueError, match="tp=4 does not divide n_head=2"):
         config_of(folder, "--tp=4")
     with pytest.raises(ValueError, match="n_layer is 1"):
@@ -134,6 +138,25 @@ def test_names_of_other_versions_are_read_too(tmp_path):
         model = ours_of(tmp_path / f"other-{name}")
         for key, p in want.named_parameters():
             assert torch.equal(p, model.get_parameter(key)), key
+
+
+@pytest.mark.parametrize(
+    "family, missing, null",
+    [("llama", 4, 4), ("mistral", 8, 4), ("qwen2", 32, 4), ("qwen3", 32, 4)],
+)
+def test_a_missing_key_is_transformers_default_and_null_is_none(family, missing, null):
+    config = CONFIGS[family] | {"num_attention_heads": 4}
+    assert families.fields_of(config | {"num_key_value_heads": None}).fields["n_kv_head"] == null
+    del config["num_key_value_heads"]
+    assert families.fields_of(config).fields["n_kv_head"] == missing
+    del config["vocab_size"]
+    for bad in (config, config | {"vocab_size": None}):
+        with pytest.raises(ValueError, match="has no vocab_size"):
+            families.fields_of(bad)
+    window = families.fields_of(CONFIGS["mistral"] | {"sliding_window": None}).fields["window"]
+    assert window is None
+    without = {key: x for key, x in CONFIGS["mistral"].items() if key != "sliding_window"}
+    assert families.fields_of(without).fields["window"] == 4096
 
 
 def test_new_rows_of_a_vocabulary_are_the_mean_and_cost_little(tmp_path, capsys):

@@ -119,6 +119,8 @@ def test_a_source_that_can_give_shards_is_asked_for_no_full_tensor():
         plain = sharded(lambda name, shape: numbered(shape), {"w": ((4, 6), (0, 3))})
         fill(again := torch.zeros_like(rows), plain, name, shape, first)
         assert torch.equal(again, rows)
+        fill(again := torch.zeros_like(rows), lambda _, size: numbered(size), name, shape, first)
+        assert torch.equal(again, numbered(shape)[first : first + n])
     # The last ranks of many have no rows, and would begin past the end.
     fill(torch.empty(0, 3), weights, "w", (4, 3), 6)
     assert asked[-1] == (0, 3)
