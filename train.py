@@ -218,6 +218,7 @@ def main(requested_cfg: fields.Config) -> dict:
     if is_main:
         metadata = {"config": config, "record": record}
         (out_dir / "config.toml").write_text(parse.to_toml(final_cfg, record), encoding="utf-8")
+        corpus.tokenizer.save(out_dir)
     for line in announce.details(final_cfg, requested_cfg, mesh, record):
         logger.log(line, terminal=False)
     why_emulated = None if fp8_state is None else fp8_state.why_emulated

@@ -483,9 +483,11 @@ def test_bits_per_byte_are_unknown_where_text_is_dropped(tmp_path):
     assert {row["val_bpb"] for row in rows(tmp_path / "out", "val_loss").values()} == {None}
     words = Tokenizer(str(there))
     assert words.byte_lengths() is None and "cat sat" in words.decode(words.encode(PROSE))
-    # ##at may be glued or be four letters, whatever cuts the words.
-    glued = of(tmp_path / "glued", KINDS["word_pieces"] | {"pre_tokenizer": None})
-    assert glued.byte_lengths() is None
+    # Pieces that are marked, or glued by rules of their own.
+    marked = KINDS["word_pieces"] | {"pre_tokenizer": None, "decoder": None}
+    glued = KINDS["letters"] | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+    for spec in (marked, glued):
+        assert of(tmp_path / "glued", spec).byte_lengths() is None
 
 
 # ---- what is refused, and what a user hears ------------------------------------------------------
