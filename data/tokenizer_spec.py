@@ -50,7 +50,7 @@ def alphabet(spec: dict) -> Callable[[str], bytes] | None:
     drops = DROPPING & types(spec, "pre_tokenizer") or any(
         part.get("behavior") == "Removed" for part in parts(spec.get("pre_tokenizer"))
     )
-    glues = GLUING & types(spec, "decoder") or model.get("type") == "WordPiece"
+    glues = GLUING & types(spec, "decoder")
     marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if drops or glues or marks:
         return None

@@ -442,7 +442,7 @@ def test_a_run_keeps_its_tokenizer_and_notices_another_one(tmp_path):
     assert Tokenizer(str(out / "earlier-1" / "tokenizer")).key == key
 
 
-def test_sample_begins_as_a_document_does_and_shows_the_text_alone(tmp_path, capsys):
+def test_sample_begins_as_a_document_does_and_shows_the_text_alone(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text(PROSE * 20)
     there = write(tmp_path / "there", KINDS["llama"])
     go(
@@ -453,8 +453,15 @@ def test_sample_begins_as_a_document_does_and_shows_the_text_alone(tmp_path, cap
         "--steps=1",
     )
     capsys.readouterr()
+    prompts = []
+    generate = sample.generate
+    monkeypatch.setattr(
+        sample, "generate", lambda m, ids, *more: prompts.append(ids) or generate(m, ids, *more)
+    )
     sample.main([str(tmp_path / "out"), "--prompt=The cat", "--tokens=1", "--temperature=0"])
     assert capsys.readouterr().out.startswith("The cat")
+    words = Tokenizer(str(there))
+    assert prompts[0].tolist() == [[words.special["<s>"], *words.encode("The cat").tolist()]]
     shutil.rmtree(there)
     shutil.rmtree(tmp_path / "out" / "tokenizer")
     with pytest.raises(ValueError, match="there is no file"):
@@ -476,6 +483,11 @@ def test_bits_per_byte_are_unknown_where_text_is_dropped(tmp_path):
     assert {row["val_bpb"] for row in rows(tmp_path / "out", "val_loss").values()} == {None}
     words = Tokenizer(str(there))
     assert words.byte_lengths() is None and "cat sat" in words.decode(words.encode(PROSE))
+    # Pieces that are marked, or glued by rules of their own.
+    marked = KINDS["word_pieces"] | {"pre_tokenizer": None, "decoder": None}
+    glued = KINDS["letters"] | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+    for spec in (marked, glued):
+        assert of(tmp_path / "glued", spec).byte_lengths() is None
 
 
 # ---- what is refused, and what a user hears ------------------------------------------------------
