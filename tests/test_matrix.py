@@ -15,6 +15,7 @@ from matrix import (
     MODEL_PARALLEL,
     OPTIMIZERS,
     TINY,
+    assert_one_process,
     column,
     difference,
     text,
@@ -115,6 +116,29 @@ GPT2 = [
 )
 def test_a_tied_head_biases_and_grouped_queries_are_cut_up_right(layout):
     assert max(apart(layout, ["SGD"], *GPT2).values()) < 1e-10
+
+
+FAMILIES = {
+    "llama": ["--qkv_bias=true", "--rope_scaling=llama3:4:1:4:16", "--mlp_width=24"],
+    "qwen3": ["--head_dim=6", "--mlp_width=24"],
+}
+
+
+@pytest.mark.parametrize(
+    "arch, layout",
+    [
+        ("qwen3", "tp 2 + sp"),
+        ("qwen3", "zero3 2"),
+        *(
+            pytest.param(arch, layout, marks=pytest.mark.slow)
+            for arch in FAMILIES
+            for layout in LAYOUTS | MODEL_PARALLEL
+            if (arch, layout) not in (("qwen3", "tp 2 + sp"), ("qwen3", "zero3 2"))
+        ),
+    ],
+)
+def test_llama_s_and_qwen_s_traits_are_one_process(arch, layout):
+    assert_one_process(layout, f"--arch={arch}", *FAMILIES[arch])
 
 
 def test_a_tied_gradient_meets_its_other_half_where_stages_would_choose_other_owners():
