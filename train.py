@@ -204,7 +204,8 @@ def main(requested_cfg: fields.Config) -> dict:
     final_cfg = fields.update(cfg, micro_batch_size=micro_batch_size)
     config = parse.to_dict(final_cfg)
     record = announce.environment(device, mesh.world, corpus.sha256)
-    record["tokenizer"] = corpus.tokenizer.key
+    if corpus.tokenizer.file is not None:
+        record["tokenizer"] = corpus.tokenizer.key
     logger = Logger(
         out_dir,
         cfg.steps,

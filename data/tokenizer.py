@@ -158,7 +158,7 @@ def _tiktoken(name: str):
             near = f"./{name}"
         raise ValueError(
             f"unknown tokenizer {name[:50]!r}: try --tokenizer={near}; known are "
-            f"{', '.join(known)}, and PATH/tokenizer.json"
+            f"PATH/tokenizer.json, {', '.join(known)}"
         )
     # Its tables are downloaded on first use.
     try:

@@ -12,6 +12,7 @@ Cutting, filling   `truncation`, `padding` and `dropout` in the file are ignored
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -49,14 +50,14 @@ class TokenizerFile:
         if not 0 < self.n_vocab < 2**24:
             raise ValueError(f"{self.path} has ids up to {self.n_vocab - 1:,}: it is damaged")
         self.special = {token.content: i for i, token in added.items() if token.special}
-        self.start = set_before(plain)
+        self.start = set_before(plain, vocab)
         name, self.end = end_of_document(self.path, self.special, vocab)
         self.end_of_text = vocab.get(name)
         is_special = name is None or name in self.special
         if not is_special:
             self.special[name] = self.end_of_text
             for token in spec.get("added_tokens") or []:
-                token["special"] = token["special"] or token["content"] == name
+                token["special"] = bool(token.get("special")) or token["content"] == name
         # All that decides ids; not how they become text again.
         deciding = {k: v for k, v in spec.items() if k not in ("decoder", "post_processor")}
         text = json.dumps([deciding, self.end_of_text, self.start])
@@ -231,11 +232,13 @@ def end_of_document(path: Path, special: dict, vocab: dict) -> tuple[str | None,
     return None, ""
 
 
-def set_before(tokenizer) -> list[int]:
+def set_before(tokenizer, vocab: dict) -> list[int]:
     """The ids that the file sets before each text, such as <s>."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a", add_special_tokens=True).ids
-    for i in range(len(full) - len(bare) + 1):
-        if bare and full[i : i + len(bare)] == bare:
-            return full[:i]
+    # A vocabulary may have no "a", and leave it out: then a word of its own tells.
+    for text in ("a", *itertools.islice(vocab, 1000)):
+        bare = tokenizer.encode(text, add_special_tokens=False).ids
+        full = tokenizer.encode(text, add_special_tokens=True).ids
+        for i in range(len(full) - len(bare) + 1):
+            if bare and full[i : i + len(bare)] == bare:
+                return full[:i]
     return []

@@ -153,14 +153,14 @@ def check_same_data(
     cfg: Config, corpus: corpora.Corpus, mesh, resumed_from: Checkpoint | None, same_run: bool
 ) -> None:
     """Raises ValueError where machines have different texts, or the earlier run had another one."""
-    if not mesh.alike(f"{corpus.sha256} {corpus.tokenizer.key}"):
+    key = corpus.tokenizer.key if corpus.tokenizer.file else ""
+    if not mesh.alike(f"{corpus.sha256} {key}"):
         raise ValueError(
             f"--data={cfg.data} or --tokenizer={cfg.tokenizer} is not the same on every machine; "
             "copy it to all from one"
         )
-    if resumed_from is not None:
-        key = resumed_from.tree("record/tokenizer", missing="unknown")
-        if corpus.tokenizer.file and key != corpus.tokenizer.key:
+    if resumed_from is not None and key:
+        if resumed_from.tree("record/tokenizer", missing="unknown") != key:
             own = tokenizer.kept(cfg.tokenizer, resumed_from.path)
             raise ValueError(
                 f"--tokenizer={cfg.tokenizer} is not the one that {resumed_from.path} was trained "

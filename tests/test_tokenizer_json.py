@@ -362,6 +362,13 @@ def test_a_document_begins_and_ends_once_and_a_held_out_rest_begins_none(tmp_pat
     assert "3 texts, </s> (a usual name) between two" in corpus.name
 
 
+def test_a_vocabulary_without_latin_letters_has_its_start_too(tmp_path):
+    model = {"type": "BPE", "vocab": {"猫": 0, "<s>": 1}, "merges": []}
+    spec = KINDS["llama"] | {"normalizer": None, "model": model}
+    words = of(tmp_path, spec | {"added_tokens": spec["added_tokens"][1:2]})
+    assert words.encode("a").tolist() == [] and words.start == [1]
+
+
 ENDED = [
     ({"tokenizer_config": {"eos_token": "<s>"}, "config": {"eos_token_id": 2}}, "<s>"),
     ({"tokenizer_config": {"eos_token": {"content": "<s>", "lstrip": False}}}, "<s>"),

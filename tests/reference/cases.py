@@ -335,6 +335,7 @@ REWORDED: dict[str, str] = {  # words of the base: our words
     "the best weights are those of step": "the best weights are from step",
     "is not to be had here": "is not available here",
     "do not go together": "are incompatible",
+    "; known are bytes, ids": "; known are PATH/tokenizer.json, bytes, ids",
     "does not go with": "is incompatible with",
     "stretch(es)": "model chunk(s)",
     "ngram needs whole rows": "ngram needs full sequences",
