@@ -17,14 +17,14 @@ import sys
 from pathlib import Path
 
 from checkpoint.export import to_hugging_face
-from checkpoint.load import Checkpoint, load, resolve
+from checkpoint.load import load, resolve
 from checkpoint.save import found, write_tensors
 from checkpoint.slices import DTYPES, TENSOR, walk
 from data import corpora
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, is_file, kept
 from run import build
 from settings import parse
-from settings.fields import Config, with_traits
+from settings.fields import Config, update, with_traits
 
 
 def main(args: list[str]) -> None:
@@ -136,7 +136,8 @@ def export_hugging_face(run: str, out: str, n_vocab: int | None) -> None:
     """The weights of a run or a checkpoint as a folder that transformers loads."""
     checkpoint = resolve(run)
     cfg = with_traits(parse.from_dict(checkpoint.tree("config")))
-    files = tokenizer_files(cfg.tokenizer, checkpoint)
+    cfg = update(cfg, tokenizer=kept(cfg.tokenizer, checkpoint.path))
+    files = tokenizer_files(cfg.tokenizer)
     tokenizer = tokenizer_of(cfg, n_vocab)
     # A pretrained model may have had rows beyond its tokenizer's: there all stay.
     if n_vocab is None and cfg.init_from is None:
@@ -173,14 +174,13 @@ def tokenizer_of(cfg: Config, n_vocab: int | None) -> Tokenizer | None:
     return None
 
 
-def tokenizer_files(tokenizer: str, checkpoint: Checkpoint) -> tuple[Path, ...]:
+def tokenizer_files(tokenizer: str) -> tuple[Path, ...]:
     """The tokenizer.json that the run has, and what lies beside it."""
-    given = Path(tokenizer)
-    for folder in (checkpoint.path.parent, given.parent, given):
-        if (folder / "tokenizer.json").is_file():
-            names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-            return tuple(folder / name for name in names if (folder / name).is_file())
-    return ()
+    if not is_file(tokenizer):
+        return ()
+    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    return tuple(folder / name for name in names if (folder / name).is_file())
 
 
 def about_length(cfg: Config) -> list[str]:

@@ -422,10 +422,30 @@ def test_a_run_that_no_family_has_is_refused_with_every_trait(tmp_path, flags, t
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
 
 
-def test_tokenizer_files_go_along(tmp_path):
+def exported(run: str, out) -> set[str]:
+    tool.main(["export", run, str(out), "--format=hf"])
+    return {path.name for path in out.iterdir()}
+
+
+def test_a_run_on_bytes_takes_no_tokenizer_that_lies_about(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     run = ours_trained(tmp_path, "--arch=llama", "--optim=adamw")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "run" / name).write_text("{}")
-    tool.main(["export", run, str(tmp_path / "out"), "--format=hf"])
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert exported(run, tmp_path / "out") == {"config.json", "model.safetensors"}
+
+
+def test_the_runs_own_tokenizer_goes_along(tmp_path):
+    pytest.importorskip("tokenizers")
+    from test_tokenizer_json import KINDS, write
+
+    there = write(tmp_path / "there", KINDS["byte_level"])
+    run = ours_trained(tmp_path, "--arch=llama", "--optim=adamw", f"--tokenizer={there}")
+    raw = (there / "tokenizer.json").read_bytes()
+    shutil.rmtree(there)  # the run has a copy
+    out = tmp_path / "out"
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert exported(run, out) == files and (out / "tokenizer.json").read_bytes() == raw
+    config = json.loads((out / "config.json").read_text())
+    words = json.loads(raw)["model"]["vocab"]
+    end = json.loads((out / "tokenizer_config.json").read_text())["eos_token"]
+    assert config["vocab_size"] == max(words.values()) + 1 and config["eos_token_id"] == words[end]
