@@ -88,7 +88,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
-from layers import attention
 from memory.flags import check, from_text, usage, words
 from optim import muon
 from optim.attributes import attribute, own_classes
@@ -834,33 +833,8 @@ def activation_bytes(
     ValueError for an unknown precision or activation_checkpoint.
     """
     check("precision", precision, ACCOUNTINGS)
-    if precision in PUBLISHED:
-        # At 2 bytes a number attention drops q, k, v and its output (8 of the 34), mlp two tensors
-        # of width 4C (16). selective keeps the block's input and all products (22).
-        per_layer = {"mixed": 34, "texts": 20}[precision]
-        per_channel = 0
-        per_word = 0
-        full, attention, mlp, selective, inside = 2, 26, 18, 22, 0
-        attention = min(attention, per_layer)
-        selective = min(selective, per_layer)
-    else:
-        row = PRECISIONS[precision]
-        key = arch, row.weights.itemsize, row.products.itemsize
-        per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
-        full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
-
-        # The tables' widths are n_embd and 4 n_embd: what other widths are more, in n_embd.
-        number = row.products.itemsize
-        of_heads = 2 * (q_width or n_embd) + 2 * (kv_width or n_embd) - 4 * n_embd
-        of_mlp = mlp_size(n_embd, arch, mlp_width) - 4 * n_embd
-        of_heads *= number / max(1, n_embd)
-        of_mlp *= number / max(1, n_embd)
-        n_kept = 2 if arch in GATED else 1
-        per_layer += of_heads + n_kept * of_mlp
-        selective += of_heads + n_kept * of_mlp
-        attention += n_kept * of_mlp
-        mlp += of_heads
-        inside += (n_kept + 1) * of_mlp
+    layer = layer_bytes(precision, n_embd, arch, q_width, kv_width, mlp_width)
+    per_layer, per_channel, per_word, full, attention, mlp, selective, inside = layer
     L = n_layer
     how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
@@ -904,10 +878,42 @@ def activation_bytes(
     return tokens * (kept * n_embd + at_most)
 
 
+def layer_bytes(
+    precision: str,
+    n_embd: int,
+    arch: str,
+    q_width: int | None,
+    kv_width: int | None,
+    mlp_width: int | None,
+) -> tuple[float, ...]:
+    """k, r, l and the five numbers of CHECKPOINTED_BYTES, for these widths."""
+    if precision in PUBLISHED:
+        # At 2 bytes a number attention drops q, k, v and its output (8 of the 34), mlp two tensors
+        # of width 4C (16). selective keeps the block's input and all products (22).
+        per_layer = {"mixed": 34, "texts": 20}[precision]
+        return per_layer, 0, 0, 2, min(26, per_layer), 18, min(22, per_layer), 0
+    row = PRECISIONS[precision]
+    key = arch, row.weights.itemsize, row.products.itemsize
+    per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
+    full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
+
+    # The tables' widths are n_embd and 4 n_embd: what others are more, in bytes a channel.
+    unit = row.products.itemsize / max(1, n_embd)
+    more_heads = unit * (2 * (q_width or n_embd) + 2 * (kv_width or n_embd) - 4 * n_embd)
+    wider = unit * (mlp_size(n_embd, arch, mlp_width) - 4 * n_embd)
+    n_kept = 2 if arch in GATED else 1
+    per_layer += more_heads + n_kept * wider
+    attention += n_kept * wider
+    mlp += more_heads
+    selective += more_heads + n_kept * wider
+    inside += (n_kept + 1) * wider
+    return per_layer, per_channel, per_word, full, attention, mlp, selective, inside
+
+
 def kept_by_plain_attention(heads: int, length: int, n_embd: int, arch: str) -> float:
     """Numbers a token and channel of a layer: probabilities; q and k once more, turned."""
     # Half of all pairs, and half of the chunk on the diagonal.
-    probabilities = heads * (length + min(attention.CHUNK, length)) / 2
+    probabilities = heads * (length + min(64, length)) / 2
     # Without QK-norm they are kept already.
     turned = 0 if arch in ("gpt2", "llama") else 2
     return probabilities / n_embd + turned

@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import fewer_passes
-from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, turn
+from layers.fewer_passes import (
+    RMSNorm,
+    norm_and_turn,
+    relu_squared,
+    rms_norm,
+    swiglu,
+    turn,
+    turn_alone,
+)
 from layers.recompute import forget_results
 from model import rotary_angles
 
@@ -19,9 +26,16 @@ def drawn(*shape, dtype=torch.float64) -> torch.Tensor:
     return x.to(dtype).requires_grad_()
 
 
-def turned(x, cos, sin, factor):
+GAIN = torch.linspace(0.5, 2, 8, dtype=torch.float64)
+NAMES = ["rms_norm", "norm_and_turn", "gain_and_turn", "turn_alone", "relu_squared", "swiglu"]
+
+
+def turned(x, cos, sin, factor, gain=None, eps=1e-6):
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = F.rms_norm(x, x.shape[-1:], eps=1e-6).chunk(2, -1)
+    n = x if eps is None else F.rms_norm(x, x.shape[-1:], eps=eps)
+    if gain is not None:
+        n = n * gain.to(x.dtype)
+    a, b = n.chunk(2, -1)
     return factor * torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
@@ -29,7 +43,21 @@ def pairs(shape) -> dict:
     """name -> (ours, the formula for autograd), functions of x."""
     cos, sin = (x[: shape[-3]] for x in rotary_angles(torch.arange(5), 8, torch.float64))
     ours = functools.partial(norm_and_turn, cos=cos, sin=sin, factor=0.3)
+    angles = dict(cos=cos, sin=sin)
     found = {
+        "gain_and_turn": (
+            functools.partial(ours, gain=GAIN, eps=1e-2),
+            functools.partial(turned, **angles, factor=0.3, gain=GAIN, eps=1e-2),
+        ),
+        "turn_alone": (
+            functools.partial(turn_alone, **angles),
+            functools.partial(turned, **angles, factor=1, eps=None),
+        ),
+        # Of x twice, so that both gradients are seen.
+        "swiglu": (
+            lambda x: swiglu(x, x.flip(-1) * 3),
+            lambda x: F.silu(x) * (x.flip(-1) * 3),
+        ),
         "rms_norm": (rms_norm, lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6)),
         "norm_and_turn": (ours, functools.partial(turned, cos=cos, sin=sin, factor=0.3)),
         "relu_squared": (relu_squared, lambda x: F.relu(x).square()),
@@ -38,7 +66,7 @@ def pairs(shape) -> dict:
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["alone", "recomputed"])
-@pytest.mark.parametrize("name", ["rms_norm", "norm_and_turn", "relu_squared"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 1, 0, 3), (0, 1, 3, 2)], ids=str)
 def test_values_and_gradients_are_those_of_the_formula(name, order, kept):
     ours, formula = pairs((3, 5, 2, 8))[name]
@@ -63,7 +91,7 @@ def test_values_and_gradients_are_those_of_the_formula(name, order, kept):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["rms_norm", "norm_and_turn", "relu_squared"])
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_nearly_as_near_to_the_truth_as_autograd(name, dtype):
     ours, plain = pairs((3, 5, 2, 8))[name]
     x = drawn(64, 5, 2, 8)
@@ -119,6 +147,28 @@ def test_zeros_have_no_direction_and_finite_gradients():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gain_of_heads_has_its_gradient_in_its_own_dtype(dtype):
+    x = drawn(3, 5, 2, 8, dtype=dtype)
+    gain = GAIN.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    cos, sin = rotary_angles(torch.arange(5), 8, gain.dtype)
+    dy = drawn(3, 5, 2, 8, dtype=dtype).detach().flip(0)
+    (found,) = torch.autograd.grad(norm_and_turn(x, cos, sin, 1e-6, 0.3, gain), gain, dy)
+    y = turned(x.double(), cos.double(), sin.double(), 0.3, gain.double())
+    (plain,) = torch.autograd.grad(y, gain, dy.double())
+    assert found.dtype == gain.dtype
+    accuracy = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found, plain, rtol=accuracy, atol=accuracy)
+
+
+def test_a_turn_alone_has_the_bits_of_autograd():
+    x = drawn(3, 5, 2, 8, dtype=torch.float32)
+    cos, sin = rotary_angles(torch.arange(5), 8, torch.float32)
+    dy = drawn(3, 5, 2, 8, dtype=torch.float32).detach().flip(0)
+    found = [torch.autograd.grad(f(x, cos, sin), x, dy)[0] for f in (turn_alone, turn)]
+    assert torch.equal(*found)
+
+
 def test_a_gain_and_its_gradient():
     norm = RMSNorm(8, 1e-6).double()
     norm.weight.data = drawn(8).detach()
@@ -130,7 +180,7 @@ def test_a_gain_and_its_gradient():
     assert norm.state_dict().keys() == torch.nn.RMSNorm(8, 1e-6).state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "norm_and_turn", "relu_squared"])
+@pytest.mark.parametrize("name", NAMES)
 def test_transforms_get_the_formula(name):
     function = pairs((2, 3, 2, 8))[name][0]
     x = drawn(2, 3, 2, 8).detach()
@@ -145,7 +195,7 @@ def test_transforms_get_the_formula(name):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "norm_and_turn", "relu_squared"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_second_derivative_is_refused(name):
     x = drawn(3, 5, 2, 8)
     with pytest.raises(RuntimeError, match="has no derivative"):
@@ -156,7 +206,15 @@ def test_what_is_kept():
     """Not the results, and nothing but x, r and numbers for each row."""
     x = drawn(16, 64)
     weights = drawn(64, 4).detach()
-    for name, most in ("rms_norm", 16 * 64 + 16), ("relu_squared", 16 * 64):
+
+    def gated(x):
+        return swiglu(x, x.flip(-1))
+
+    for function, most in (
+        (rms_norm, 16 * 64 + 16),
+        (relu_squared, 16 * 64),
+        (gated, 2 * 16 * 64),
+    ):
         storages = {}
 
         def pack(x):
@@ -164,7 +222,7 @@ def test_what_is_kept():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), forget_results():
-            y = getattr(fewer_passes, name)(x) @ weights
+            y = function(x) @ weights
         assert y.requires_grad
         numbers = sum(t.untyped_storage().nbytes() // 8 for t in storages.values())
         assert numbers == most + weights.numel()

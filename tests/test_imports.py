@@ -50,7 +50,6 @@ CROSSINGS = {
         "parallel.shard": "which part of a split matrix is here",
     },
     "memory.estimate": {
-        "layers.attention": "how many queries it takes at once",
         "optim.attributes": "how many numbers an optimizer remembers",
         "optim.muon": "how many numbers it steps at once",
         "parallel.replicas": "which rank owns which parameter",

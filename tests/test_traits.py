@@ -217,7 +217,8 @@ def test_frequencies_are_those_of_transformers(text):
         theirs, factor = utils.ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         assert factor == 1
     ours = rope_scaling.scaled(plain, rope_scaling.parse(text))
-    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
+    # Both in float32, in which a mixture of two frequencies is off by some 6e-7.
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
