@@ -155,6 +155,8 @@ def traps(spec: dict, words: dict[str, int]) -> Iterator[str]:
                 f"ids than tiktoken's; if that is not meant, write {found[1]} into the file"
             )
             break
+    if alphabet(spec) is None:
+        yield "it drops text, or marks pieces of words, so bits per byte are unknown"
     model = spec["model"]
     if is_byte_level(spec):
         missing = "a byte"

@@ -617,6 +617,7 @@ def test_the_package_still_reads_a_count_with_a_plus_in_its_own_way():
 def test_what_a_vocabulary_cannot_spell_is_told(tmp_path, names):
     for kind in WHOLE:
         assert Tokenizer(names[kind]).warnings == []
+    assert "bits per byte are unknown" in Tokenizer(names["word_pieces"]).warnings[0]
     (said,) = Tokenizer(names["letters"]).warnings
     assert "a letter that its vocabulary lacks becomes <unk>" in said
     spec = json.loads(GOOD.replace('"Ń"', '"ŃŃŃ"'))
