@@ -9,6 +9,8 @@ from harness import init_weights
 
 from layers import rope_scaling
 from model import GPT, GPTConfig
+from optim.adamw import AdamW
+from run.auto import resolve_auto
 from settings import fields, parse
 
 SIZE = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64)
@@ -157,6 +159,20 @@ def test_loss_and_every_gradient_are_the_formulas(case):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, weights[name].grad, rtol=1e-10, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("bias, qkv_bias", [(False, True), (True, False), (True, None)])
+def test_queries_keys_and_values_have_their_biases_and_no_other(bias, qkv_bias):
+    model = GPT(replace(LLAMA, bias=bias, qkv_bias=qkv_bias))
+    found = {n.rsplit(".", 2)[1] for n, _ in model.named_parameters() if n.endswith("bias")}
+    others = {"proj", "gate", "fc"} if bias else set()
+    assert found == others | (set("qkv") if qkv_bias is not False else set())
+
+
+def test_a_scaling_that_is_none_is_refused_before_the_data_are_read():
+    cfg = parse.parse(["--rope_scaling=yarn:4", "--data=not_there.txt"])
+    with pytest.raises(ValueError, match="rope_scaling='yarn:4' is neither"):
+        resolve_auto(cfg, torch.device("cpu"), AdamW, False)
 
 
 def test_the_names_and_shapes_of_qwen3():
