@@ -88,6 +88,9 @@ class Run:
         if is_attention:  # (B, H, T, D)
             shape = (len(self.row_of), x.shape[1] * n, self.length, x.shape[3])
             return Place(shape, (self.rows, rank * x.shape[1], positions, 0))
+        if tensor.ends(name, tensor.PARTIAL):  # (B, T, H, D)
+            shape = (len(self.row_of), self.length, x.shape[2] * n, x.shape[3])
+            return Place(shape, (self.rows, positions, rank * x.shape[2], 0))
         width = x.shape[2]
         if tensor.ends(name, tensor.COLUMN):
             return Place(
