@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from checkpoint.export import to_hugging_face
+from checkpoint.families import longest
 from checkpoint.load import load, resolve
 from checkpoint.save import found, write_tensors
 from checkpoint.slices import DTYPES, TENSOR, walk
@@ -139,9 +140,11 @@ def export_hugging_face(run: str, out: str, n_vocab: int | None) -> None:
     cfg = update(cfg, tokenizer=kept(cfg.tokenizer, checkpoint.path))
     files = tokenizer_files(cfg.tokenizer)
     tokenizer = tokenizer_of(cfg, n_vocab)
-    # A pretrained model may have had rows beyond its tokenizer's: there all stay.
-    if n_vocab is None and cfg.init_from is None:
-        n_vocab = min(cfg.vocab_size, tokenizer.n_vocab)
+    # Rows that round the tokenizer's words up to 64 are ours. A pretrained model may have had more
+    # rows of its own: there all stay.
+    if n_vocab is None and tokenizer is not None:
+        is_ours = cfg.init_from is None or cfg.vocab_size == -(-tokenizer.n_vocab // 64) * 64
+        n_vocab = min(cfg.vocab_size, tokenizer.n_vocab) if is_ours else cfg.vocab_size
     end = None if tokenizer is None else tokenizer.end_of_text
     lines = to_hugging_face(checkpoint, resolved(cfg), Path(out), n_vocab, end, files)
     for line in [*lines, *about_length(cfg)]:
@@ -186,7 +189,9 @@ def tokenizer_files(tokenizer: str) -> tuple[Path, ...]:
 def about_length(cfg: Config) -> list[str]:
     if cfg.position == "learned":
         return []
-    return [f"max_position_embeddings is {cfg.block_size}, the block_size of this run"]
+    tokens = longest(vars(cfg))
+    why = "the block_size of this run" if tokens == cfg.block_size else "as its rope_scaling says"
+    return [f"max_position_embeddings is {tokens}, {why}"]
 
 
 if __name__ == "__main__":

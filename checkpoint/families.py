@@ -138,7 +138,9 @@ SILENT = set(
     "summary_activation summary_first_dropout summary_proj_to_labels summary_type "
     "summary_use_proj n_ctx pretraining_tp reorder_and_upcast_attn return_dict output_attentions "
     "output_hidden_states torchscript _attn_implementation _attn_implementation_autoset "
-    "_commit_hash chunk_size_feed_forward name_or_path".split()
+    "_commit_hash chunk_size_feed_forward name_or_path n_special predict_special_tokens "
+    "output_past _num_labels is_llama_config transformers.js_config max_sequence_length "
+    "unsloth_fixed unsloth_version".split()
 )
 # GPT-2's activations, by transformers' names: the same function has several.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -165,7 +167,7 @@ LIKE_GPT2 = WITHOUT | {
 BROUGHT = (
     "arch n_layer n_head n_kv_head n_embd vocab_size head_dim norm norm_eps activation mlp_width "
     "position rope_base rope_scaling qk_norm window tied bias qkv_bias block_size "
-    "embed_norm head_bias logit_cap attention_scale mup_base_width ngram_embed ngram"
+    "embed_norm head_bias logit_cap attention_scale mup_base_width ngram_embed ngram tokenizer"
 ).split()
 
 
@@ -259,7 +261,7 @@ class Description(NamedTuple):
     """What a config.json says."""
 
     family: str
-    fields: dict  # our settings: all of BROUGHT, but block_size where positions are not learned
+    fields: dict  # our settings: BROUGHT, block_size only with learned positions
     longest: int  # tokens of a sequence that it was made for
     notes: list[str]  # what is worth a sentence
 
@@ -320,6 +322,7 @@ def llama_fields(keys: Keys, family: str) -> Description:
     fields["n_kv_head"] = fields["n_kv_head"] or fields["n_head"]
     fields["head_dim"] = fields["head_dim"] or fields["n_embd"] // fields["n_head"]
     keys.refuse("hidden_act", "silu", "swish")
+    keys.refuse("rope_interleaved", False)
     has_bias = keys.take("attention_bias", bool, False)
     mlp_bias = keys.take("mlp_bias", bool, False) if family == "llama" else False
     if has_bias != mlp_bias:
@@ -489,7 +492,7 @@ def llama_config(family: str, fields: dict) -> dict:
     config = {theirs: fields[ours] for ours, theirs in LLAMA_KEYS.items()}
     config |= {
         "hidden_act": "silu",
-        "max_position_embeddings": fields["block_size"],
+        "max_position_embeddings": longest(fields),
         "attention_dropout": 0.0,
         "rope_theta": fields["rope_base"],
         "rope_scaling": rope_table(fields["rope_scaling"]),
@@ -508,6 +511,14 @@ def llama_config(family: str, fields: dict) -> dict:
     if family == "qwen3":
         config["attention_bias"] = False
     return config
+
+
+def longest(fields: dict) -> int:
+    """Tokens of a sequence that a rotary model is for; at least those its frequencies are for."""
+    kind, *parts = (fields["rope_scaling"] or "").split(":")
+    if kind != "llama3":
+        return fields["block_size"]
+    return max(fields["block_size"], int(float(parts[0]) * float(parts[-1])))
 
 
 def rope_table(scaling: str | None) -> dict | None:

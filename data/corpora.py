@@ -325,7 +325,8 @@ def _tokenised(
             size = sum(map(len, some))
             with making(path) as missing, progress(f"tokenising {split}", size) as bar:
                 if missing:
-                    pieces = _pieces(name, some, bar, continues)
+                    piece = PIECE if tokenizer.may_be_cut else size
+                    pieces = _pieces(name, some, bar, continues, piece)
                     write_shard(path, _encoded(pieces, tokenizer), tokenizer.n_vocab)
             shards = [read_shard(path)]
         found.append(Tokens(shards, f"{name} ({split})"))
@@ -344,11 +345,11 @@ def _check_end(name: str, tokenizer: Tokenizer) -> None:
 
 
 def _pieces(
-    name: str, some: list[np.ndarray], bar, continues: bool = False
+    name: str, some: list[np.ndarray], bar, continues: bool, size: int
 ) -> Iterator[tuple[str, bool] | None]:
     """(a piece, does it continue a text?) of texts, each (N,) uint8; None between two of them.
 
-    continues: so does the first text.
+    continues: so does the first text; size: bytes of a piece.
     """
     for text in texts.with_marks(some, None):
         if text is None:
@@ -357,7 +358,7 @@ def _pieces(
             continue
         start = 0
         while start < len(text):
-            end = min(start + PIECE, len(text))
+            end = min(start + size, len(text))
             is_last = end == len(text)
             if not is_last:
                 end = texts.character_start(text, end)
@@ -381,7 +382,8 @@ def _cut(text: str) -> int:
     for mark, after in (("\n", 1), (" ", 0)):
         at = text.rfind(mark, 1, -1)
         while at > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
+            # o200k takes a slash together with the line break before it.
+            if not (text[at - 1].isspace() or text[at + 1].isspace() or text[at + 1] == "/"):
                 return at + after
             at = text.rfind(mark, 1, at)
     return text.rfind("\n") + 1 or len(text)

@@ -33,6 +33,7 @@ class Tokenizer:
         self.end = "<|endoftext|>"  # what a user is told of it
         self.start = []  # ids that go before each document
         self.warnings = []
+        self.may_be_cut = True  # long texts are encoded in pieces
         if name == "bytes":
             self.n_vocab = 256
             self.end_of_text = 0
@@ -45,6 +46,7 @@ class Tokenizer:
             self.end = self.file.end
             self.start = self.file.start
             self.warnings = self.file.warnings
+            self.may_be_cut = self.file.may_be_cut
         elif name != "ids":
             self.encoding = _tiktoken(name)
             self.n_vocab = self.encoding.n_vocab

@@ -11,6 +11,7 @@ Names in a text    `</s>` that somebody typed is four letters, not the end of a 
 Cutting, filling   `truncation`, `padding` and `dropout` in the file are ignored
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -36,7 +37,8 @@ class TokenizerFile:
 
     special: name -> id; end_of_text: the id that ends a document, or None; end: its name, and who
     says so; start: ids that go before each document; bytes: id -> bytes of text, or None; warnings:
-    a sentence each. Raises ValueError where the file is none, or the package is missing.
+    a sentence each; may_be_cut: long texts may come in pieces. Raises ValueError where the file is
+    none, or the package is missing.
     """
 
     def __init__(self, path: str):
@@ -73,6 +75,7 @@ class TokenizerFile:
                     self.bytes[i] = name.encode(errors="replace")
         first = tokenizer_spec.unspeakable(spec, self.special)
         later = tokenizer_spec.without_prefix(first)
+        self.may_be_cut = tokenizer_spec.may_be_cut(spec)
         self.first = plain if is_special and first is spec else self._loaded(first)
         self.later = self.first if later == first else self._loaded(later)
         self.sets_space = False
@@ -128,11 +131,18 @@ class TokenizerFile:
         return text.removeprefix(" ") if self.sets_space else text
 
     def save(self, folder: Path) -> None:
-        """Writes the file, and what ends a document, so that `folder` is this tokenizer."""
-        files = {FILE: self.raw}
+        """Writes the file, and what lies beside it, so that `folder` is this tokenizer.
+
+        For transformers, too, which would take a class by the model's family, with other tokens.
+        """
+        beside = self.path.with_name("tokenizer_config.json")
+        said = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
+            said = dict(json.loads(beside.read_bytes()))
         for name, i in self.special.items():
             if i == self.end_of_text:
-                files["tokenizer_config.json"] = json.dumps({"eos_token": name}).encode()
+                said["eos_token"] = name
+        files = {FILE: self.raw, beside.name: json.dumps(said).encode()}
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             path = folder / name

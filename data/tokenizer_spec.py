@@ -118,6 +118,24 @@ def without_prefix(spec: dict) -> dict:
     return spec
 
 
+def may_be_cut(spec: dict) -> bool:
+    """Has a long text the same tokens when it is encoded in pieces, later ones `without_prefix`?
+
+    Not where white space at both ends of a piece is dropped, where a space is set before each word,
+    or where it is set after an added token.
+    """
+    if "Strip" in types(spec, "normalizer"):
+        return False
+    for part in parts(spec.get("pre_tokenizer"))[1:]:
+        # Behind another splitter each word begins like a text.
+        if part.get("type") == "ByteLevel" and part.get("add_prefix_space", True):
+            return False
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never":
+            return False
+    sets_space = without_prefix(spec) != spec
+    return not (sets_space and any(not t["special"] for t in spec.get("added_tokens") or []))
+
+
 def unspeakable(spec: dict, special: dict[str, int]) -> dict:
     """The same file, whose special tokens have names that no text spells.
 

@@ -1,27 +1,31 @@
 """--init_from=: whose weights a run starts with, and the settings that they bring.
 
 A run or checkpoint of ours, our own export, or a folder of another program (checkpoint/
-pretrained.py). What another program's description says fills the settings that the command leaves
-open; from then on they are the run's own, in its config.toml, and a resumed run never looks at the
-folder again.
+pretrained.py). What it says of its model fills the settings that the command leaves open; from then
+on they are the run's own, in its config.toml, and a resumed run never looks there again. Our own
+export says nothing but its vocabulary's size.
 """
 
 import torch
 
-from checkpoint import load, pretrained
+from checkpoint import families, load, pretrained
 from checkpoint.pretrained import Pretrained
+from data.tokenizer import kept
+from data.tokenizer_json import FILE
 from layers import rope_scaling
 from model import GPT
 from run import build
-from settings import checks
-from settings.fields import CHOSEN, Config, flag, update, with_traits
+from settings import checks, parse
+from settings.fields import CHOSEN, Config, flag, head_size, mlp_size, update, with_traits
 
 # Settings whose none follows from others: it is no value that could be another one there.
 DERIVED = (*CHOSEN, "mlp_width", "head_dim", "qkv_bias", "norm_eps")
+# Settings that may come from there.
+BROUGHT = [*families.BROUGHT, "logit_cap_form", "ngram_rows"]
 
 
 def with_its_settings(cfg: Config) -> Config:
-    """cfg of a new run, with what the folder of --init_from= says where cfg leaves it open.
+    """cfg of a new run, with what --init_from= says of its model where cfg leaves it open.
 
     Raises ValueError for a setting that was given and is another one there, for a folder that
     cannot be read, and for tensors that do not fit.
@@ -29,10 +33,9 @@ def with_its_settings(cfg: Config) -> Config:
     if cfg.init_from is None:
         return cfg
     found = pretrained.find(cfg.init_from)
-    if found is None:
-        return checks.check(cfg)
+    said = brought_by_run(cfg) if found is None else brought(cfg, found)
     values = {}
-    for name, there in brought(cfg, found).items():
+    for name, there in said.items():
         given = getattr(cfg, name)
         is_open = given == "auto" or (given is None and name in DERIVED)
         if name not in cfg.given or is_open:
@@ -44,8 +47,28 @@ def with_its_settings(cfg: Config) -> Config:
     new.given -= values.keys()
     new.given_earlier |= values.keys()
     checks.check(new)
-    found.check(shapes(new))
+    if found is not None:
+        found.check(shapes(new))
     return new
+
+
+def brought_by_run(cfg: Config) -> dict:
+    """Setting -> value, of those of a run of ours that its weights depend on.
+
+    But not --ngram=, whose counts are of a text.
+    """
+    checkpoint = load.resolve(cfg.init_from)
+    saved = checkpoint.tree("config", missing={})
+    if not saved:
+        return {}  # a checkpoint that somebody has saved without settings
+    old = with_traits(parse.from_dict(saved))
+    said = {name: getattr(old, name) for name in BROUGHT if name != "ngram"}
+    said |= {"head_dim": head_size(old), "mlp_width": mlp_size(old)}
+    said["qkv_bias"] = old.bias if old.qkv_bias is None else old.qkv_bias
+    said["tokenizer"] = kept(old.tokenizer, checkpoint.path)
+    if old.position != "learned":
+        del said["block_size"]
+    return said
 
 
 def brought(cfg: Config, found: Pretrained) -> dict:
@@ -58,6 +81,9 @@ def brought(cfg: Config, found: Pretrained) -> dict:
     # A window that no sequence fills changes nothing.
     if said["window"] is not None and said["window"] >= length:
         said["window"] = None
+    # Its ids mean its own words.
+    if (found.path / FILE).exists() and "tokenizer" not in cfg.given:
+        said["tokenizer"] = str(found.path / FILE)
     return said
 
 
@@ -102,7 +128,10 @@ def notes(cfg: Config) -> list[str]:
     lines = [f"{path}: {note}" for note in said.notes]
     window = said.fields["window"]
     if window != cfg.window:
-        lines.append(f"{path}: no sequence of {cfg.block_size} fills its window of {window} tokens")
+        lines.append(
+            f"{path}: no sequence of {cfg.block_size} fills its window of {window} tokens, so this "
+            "run has none, and its exports too"
+        )
     if cfg.block_size < said.fields.get("block_size", 0):
         lines.append(
             f"{path}: of its {said.longest} positions the first {cfg.block_size} are taken"

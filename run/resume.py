@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint.families import BROUGHT
 from checkpoint.load import Checkpoint, load, newest, resolve
 from checkpoint.save import FOLDER
 from data import corpora, tokenizer
@@ -258,7 +257,7 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
             continue  # `auto` and `none` that were typed are chosen anew
         is_open = new == "auto" or (new is None and name in CHOSEN)
         # The folder of --init_from= gave it; it may be gone, and is not asked again.
-        is_open |= cfg.init_from is not None and name in BROUGHT and not is_given
+        is_open |= cfg.init_from is not None and name in pretrained.BROUGHT and not is_given
         if is_open or (branch and not is_given):
             values[name] = was
         elif new != was and not may_change and not may_be_the_same(name, was, new, home):

@@ -422,6 +422,38 @@ def test_a_run_that_no_family_has_is_refused_with_every_trait(tmp_path, flags, t
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
 
 
+def test_rows_that_we_have_added_are_cut_after_fine_tuning_too(tmp_path):
+    pytest.importorskip("tokenizers")
+    from test_tokenizer_json import KINDS, write
+
+    there = write(tmp_path / "there", KINDS["byte_level"])
+    n_words = len(KINDS["byte_level"]["model"]["vocab"])
+    assert n_words % 64
+    run = ours_trained(tmp_path, "--arch=llama", "--optim=adamw", f"--tokenizer={there}")
+    (tmp_path / "again").mkdir()
+    # The run brings its words, too.
+    again = ours_trained(tmp_path / "again", f"--init_from={run}", "--optim=adamw")
+    assert resolve(again).shape("model/embed.weight")[0] % 64 == 0
+    assert "tokenizer.json" in exported(again, tmp_path / "out")
+    assert bits(tmp_path / "out")["model.embed_tokens.weight"][1] == (n_words, 32)
+
+
+def test_a_folders_tokenizer_comes_with_its_weights(tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    from test_tokenizer_json import KINDS, write
+
+    folder = folder_of(tmp_path, "llama", 1)
+    words = KINDS["byte_level"]["model"]["vocab"]
+    assert len(words) > 64  # the folder has fewer rows
+    write(folder, KINDS["byte_level"])
+    (tmp_path / "text.txt").write_text("to be or not to be " * 200)
+    flags = [f"--init_from={folder}", f"--data={tmp_path / 'text.txt'}", "--block_size=16"]
+    cfg = start.with_its_settings(parse.parse(flags))
+    assert cfg.tokenizer == str(folder / "tokenizer.json")
+    cfg = start.with_its_settings(parse.parse([*flags, "--tokenizer=bytes"]))
+    assert cfg.tokenizer == "bytes"
+
+
 def exported(run: str, out) -> set[str]:
     tool.main(["export", run, str(out), "--format=hf"])
     return {path.name for path in out.iterdir()}
@@ -447,5 +479,8 @@ def test_the_runs_own_tokenizer_goes_along(tmp_path):
     assert exported(run, out) == files and (out / "tokenizer.json").read_bytes() == raw
     config = json.loads((out / "config.json").read_text())
     words = json.loads(raw)["model"]["vocab"]
-    end = json.loads((out / "tokenizer_config.json").read_text())["eos_token"]
+    said = json.loads((out / "tokenizer_config.json").read_text())
+    # Without it transformers makes a tokenizer of the family's class, with other tokens.
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    end = said["eos_token"]
     assert config["vocab_size"] == max(words.values()) + 1 and config["eos_token_id"] == words[end]

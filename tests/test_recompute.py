@@ -126,6 +126,37 @@ def test_a_detached_use_may_ask_for_the_result_later():
     assert torch.equal(w.grad, torch.full((3,), 4.0))
 
 
+@pytest.mark.parametrize("saves_little", [False, True])
+def test_a_graph_that_is_kept_keeps_nothing_of_its_backward(saves_little, monkeypatch):
+    seen = []
+
+    class Seen(recompute_file.Again):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append(self)
+
+    monkeypatch.setattr(recompute_file, "Again", Seen)
+    x = torch.randn(4, requires_grad=True) * 1
+    w = torch.randn(4, requires_grad=True)
+    with forget_results():
+        y = (recompute(fewer_passes.Square.apply, x, saves_little=saves_little) * w).sum()
+    first = torch.autograd.grad(y, w, retain_graph=True)
+    y.backward(retain_graph=True)
+    (again,) = seen
+    assert not again.found and not again.unpacked and torch.equal(w.grad, *first)
+    x.detach().add_(1)
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        y.backward()
+
+
+def test_a_function_that_saves_its_result_may_say_that_it_saves_little():
+    x = torch.randn(4, requires_grad=True)
+    with forget_results():
+        y = recompute(torch.exp, x * 1, saves_little=True)
+    y.sum().backward()
+    assert torch.equal(x.grad, x.detach().exp())
+
+
 def test_hooks_around_see_each_tensor_of_a_function_that_saves_little_once():
     packed = []
     x = torch.randn(4, 8, requires_grad=True) * 1

@@ -337,14 +337,51 @@ def test_pieces_of_a_text_have_the_ids_of_the_whole(tmp_path, names, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["x", "\n", " ", "あ" * 100, "ab\n" * 9, "a\n\n" * 9, "a b" * 9])
-def test_a_text_of_any_kind_is_cut_and_nothing_is_lost(text, monkeypatch):
+def test_a_text_of_any_kind_is_cut_and_nothing_is_lost(text):
     for size in (4, 5, 7, 30):
-        monkeypatch.setattr(corpora, "PIECE", size)
         raw = np.frombuffer(text.encode(), np.uint8)
         with corpora.progress("", len(raw)) as bar:
-            pieces = [*corpora._pieces("x", [raw], bar)]
+            pieces = [*corpora._pieces("x", [raw], bar, False, size)]
         assert "".join(piece for piece, _ in pieces) == text and all(p for p, _ in pieces)
         assert [continues for _, continues in pieces] == [i > 0 for i in range(len(pieces))]
+
+
+def behind_another(splitter: dict, first: str) -> dict:
+    """KINDS' file, with this splitter behind another one."""
+    splitters = [{"type": "WhitespaceSplit"}, splitter]
+    return KINDS[first] | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters}}
+
+
+SETS_SPACE = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+WORD = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+THINK = {"id": 999, "content": "<think>", "special": False, "normalized": False}
+THINK |= {"single_word": False, "lstrip": False, "rstrip": False}
+UNCUT = {
+    "space before each word": behind_another(SETS_SPACE, "byte_level"),
+    "mark before each word": behind_another(WORD, "metaspace"),
+    "ends of a text dropped": KINDS["byte_level"]
+    | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+    "space after an added token": KINDS["prefix"]
+    | {"added_tokens": [*KINDS["prefix"]["added_tokens"], THINK]},
+}
+
+
+@pytest.mark.parametrize("kind", UNCUT)
+def test_where_pieces_would_have_other_ids_a_text_stays_whole(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(corpora, "PIECE", 300)
+    spec = UNCUT[kind]
+    vocab = spec["model"]["vocab"]
+    spec["added_tokens"] = [
+        token | {"id": len(vocab)} if token["content"] == "<think>" else token
+        for token in spec["added_tokens"]
+    ]
+    words = of(tmp_path / "words", spec)
+    text = PROSE * 20 + "a <think> b\n" * 60
+    (tmp_path / "train.txt").write_bytes(text.encode())
+    (tmp_path / "val.txt").write_bytes(b"x " * 50)
+    corpus = corpora.load(f"{tmp_path}/*.txt", words.name, str(tmp_path / "cache"))
+    assert ids(corpus) == [*words.start, *words.encode(text).tolist()]
+    assert not words.may_be_cut and all(of(tmp_path / k, KINDS[k]).may_be_cut for k in WHOLE)
 
 
 # ---- documents -----------------------------------------------------------------------------------

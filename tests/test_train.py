@@ -557,8 +557,22 @@ def test_init_from_takes_the_weights_alone(tmp_path, text):
     go(text, tmp_path / "tuned", f"--init_from={tmp_path / 'run'}", "--optim=adamw", "--seed=5")
     assert rows(tmp_path / "tuned", "val_loss")[0]["val_loss"] == final
     assert rows(tmp_path / "tuned")[1]["tokens"] == 128
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="has n_embd=32 and the command --n_embd=64"):
         go(text, tmp_path / "wide", f"--init_from={tmp_path / 'run'}", "--n_embd=64")
+
+
+def test_a_run_brings_the_traits_of_its_model(tmp_path, text):
+    traits = "--arch=qwen3 --head_dim=12 --mlp_width=48 --rope_base=77 --rope_scaling=linear:2"
+    traits += " --norm_eps=1e-3 --qkv_bias=true --logit_cap=9 --logit_cap_form=root --window=7"
+    go(text, tmp_path / "run", *traits.split(), "--ngram_embed=3", "--ngram_rows=500")
+    final = rows(tmp_path / "run", "val_loss")[12]["val_loss"]
+    start = f"--init_from={tmp_path / 'run'}"
+    go(text, tmp_path / "tuned", start, "--optim=adamw", "--steps=6")
+    assert rows(tmp_path / "tuned", "val_loss")[0]["val_loss"] == final
+    go(text, tmp_path / "tuned", start, "--optim=adamw", "--steps=12")  # resumes
+    for flag in "--rope_base=78", "--logit_cap=none", "--arch=llama", "--ngram_rows=400":
+        with pytest.raises(ValueError, match=f"and the command {flag}"):
+            go(text, tmp_path / "other", start, flag)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
