@@ -16,12 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_families import CONFIGS, bits, ours_of, run_of, take_apart
+from test_families_runs import ours_trained
 from test_train import rows
 
 from checkpoint import __main__ as tool
 from checkpoint import families
 from checkpoint.load import resolve
 from data.dataset import Dataset
+from data.tokenizer import Tokenizer
 from run import build
 from settings import parse
 
@@ -207,3 +209,16 @@ def test_ten_steps_of_a_run_are_those_of_a_plain_loop_over_transformers(tmp_path
         losses.append(loss.item())
         assert abs(losses[-1] - ours[step + 1]["loss"]) <= 1e-6, step
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
+def test_an_exports_tokenizer_is_the_runs(tmp_path, arch):
+    from test_tokenizer_json import KINDS, PROSE, write
+
+    there = write(tmp_path / "there", KINDS["byte_level"])
+    run = ours_trained(tmp_path, f"--arch={arch}", "--optim=adamw", f"--tokenizer={there}")
+    tool.main(["export", run, str(tmp_path / "out"), "--format=hf"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = Tokenizer(str(there))
+    assert theirs(PROSE).input_ids == ours.encode(PROSE).tolist()
+    assert theirs.eos_token_id == ours.end_of_text
