@@ -246,18 +246,11 @@ def about_fine_tuning(cfg: Config, resumed_from: Checkpoint | None) -> Iterator[
     if find(cfg.init_from) is not None:
         return
     old = resolve(cfg.init_from).tree("config", missing={})
-    learned = f"{cfg.init_from} learned"
     if cfg.ngram is None and old.get("ngram"):
         yield (
-            f"{learned} on top of counted n-grams, and here there are none; type --ngram= as there"
+            f"{cfg.init_from} learned on top of counted n-grams, and here there are none; type "
+            "--ngram= as there"
         )
-    if cfg.ngram_embed is None and old.get("ngram_embed"):
-        yield (
-            f"{learned} with embeddings of n-grams, and here there are none; type --ngram_embed= "
-            "as there"
-        )
-    if old.get("window") not in (None, cfg.window):
-        yield f"{learned} with window={old['window']}; type --window= as there"
 
 
 # ---- for the record ------------------------------------------------------------------------------

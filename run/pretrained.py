@@ -40,7 +40,7 @@ def with_its_settings(cfg: Config) -> Config:
         is_open = given == "auto" or (given is None and name in DERIVED)
         if name not in cfg.given or is_open:
             values[name] = there
-        else:
+        elif name != "tokenizer":  # the same ids may come from another file, or from shards
             check_agrees(cfg, name, given, there)
     new = update(cfg, **values)
     # As if a command had given them: config.toml has them among its settings.
@@ -82,7 +82,7 @@ def brought(cfg: Config, found: Pretrained) -> dict:
     if said["window"] is not None and said["window"] >= length:
         said["window"] = None
     # Its ids mean its own words.
-    if (found.path / FILE).exists() and "tokenizer" not in cfg.given:
+    if (found.path / FILE).exists():
         said["tokenizer"] = str(found.path / FILE)
     return said
 

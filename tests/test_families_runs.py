@@ -452,6 +452,9 @@ def test_a_folders_tokenizer_comes_with_its_weights(tmp_path, capsys):
     assert cfg.tokenizer == str(folder / "tokenizer.json")
     cfg = start.with_its_settings(parse.parse([*flags, "--tokenizer=bytes"]))
     assert cfg.tokenizer == "bytes"
+    other = str(write(tmp_path / "other", KINDS["byte_level"]))
+    cfg = start.with_its_settings(parse.parse([*flags, f"--tokenizer={other}"]))
+    assert cfg.tokenizer == other
 
 
 def exported(run: str, out) -> set[str]:
