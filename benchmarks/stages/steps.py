@@ -26,7 +26,6 @@ from run import announce
 COVERS = (
     "checkpoint/save.py:Saver.save",
     "checkpoint/slices.py:copied",
-    "checkpoint/tensor_file.py:TensorFile.read",
     "layers/attention.py:flex_attention",
     "layers/compile.py:lacking",
     "layers/fewer_passes.py:by_autograd",

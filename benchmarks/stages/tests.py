@@ -13,6 +13,7 @@ from benchmarks import runs
 from benchmarks.stages.common import Plan
 
 COVERS = (
+    "checkpoint/tensor_file.py:TensorFile.read",
     "memory/meter.py:Meter.watch",
     "parallel/launch.py:backend_of",
 )
