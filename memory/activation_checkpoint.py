@@ -252,6 +252,8 @@ def gather(group: dist.ProcessGroup, packed: tuple[torch.Size, Tensor]) -> Tenso
     return full.view(shape)
 
 
+# The compiler would take a weak reference for the object itself.
+@torch.compiler.disable
 def start_trip(shared: dict, block: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
     """(pack, unpack) of a new Trip. shared: the stream of all copies, and the newest trip."""
     # All blocks' copies are on one stream, in order: who waits for it waits for all of them.

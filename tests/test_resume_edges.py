@@ -512,7 +512,7 @@ def test_a_finished_run_without_its_metrics_ends_well(tmp_path, prose):
 # ---- without asserts -----------------------------------------------------------------------------
 CODE = """
 from memory import estimate, plan
-from parallel.mesh import pick_device
+from parallel.launch import pick_device
 import config
 def say(work, *args):
     try:
