@@ -513,7 +513,7 @@ def test_a_finished_run_without_its_metrics_ends_well(tmp_path, prose):
 CODE = """
 from memory import estimate, plan
 from parallel.launch import pick_device
-import config
+from settings import parse
 def say(work, *args):
     try:
         print(work(*args))
@@ -526,7 +526,7 @@ for flag in ("--gpus=0", "--gpus=2.5", "--params=-1", "--params=1e400", "--bucke
     say(estimate.parse, [flag])
     say(plan.parse, [flag])
 for words in (["--n_head=3"], ["--tp=3"], ["--steps=0"], ["--zero=1"], ["--opt.x=b'1'"]):
-    say(config.parse, words)
+    say(parse.parse, words)
 """
 
 
