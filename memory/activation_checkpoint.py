@@ -156,7 +156,9 @@ def apply_activation_checkpointing(
             unpack = functools.partial(gather, group)
             module.forward = hooked(module.forward, lambda x, hooks=(pack, unpack): hooks)
         elif kind in ("offload", "full_offload"):
-            module.forward = hooked(module.forward, functools.partial(start_trip, shared, block))
+            # The compiler would take a weak reference for the object itself.
+            start = torch.compiler.disable(start_trip)
+            module.forward = hooked(module.forward, functools.partial(start, shared, block))
 
 
 def parse(how: str, layers: int) -> tuple[str, int]:
@@ -252,8 +254,6 @@ def gather(group: dist.ProcessGroup, packed: tuple[torch.Size, Tensor]) -> Tenso
     return full.view(shape)
 
 
-# The compiler would take a weak reference for the object itself.
-@torch.compiler.disable
 def start_trip(shared: dict, block: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
     """(pack, unpack) of a new Trip. shared: the stream of all copies, and the newest trip."""
     # All blocks' copies are on one stream, in order: who waits for it waits for all of them.
