@@ -71,7 +71,7 @@ def main(requested_cfg: fields.Config) -> dict:
     debug_dir = out_dir / "debug" if requested_cfg.debug_ranks else None
     rank_log = watchdog.RankLog(debug_dir, mesh, requested_cfg.timeout_minutes)
     continued_cfg = resume.with_saved_settings(requested_cfg, resumed_from, same_run)
-    if resumed_from is None:  # weights of another program bring their settings
+    if resumed_from is None:  # the weights of --init_from= bring their model's settings
         continued_cfg = pretrained.with_its_settings(continued_cfg)
     offloads = bool(continued_cfg.offload or continued_cfg.offload_params)
     leave = functools.partial(control.leave, mesh, lock, rank_log, made_group, offloads)
