@@ -49,8 +49,7 @@ def test_a_run_keeps_the_memory_that_it_frees(tmp_path):
         "import train\n"
         "from settings import parse\n"
         "train.main(parse.parse(sys.argv[1:]))\n"
-        "faults()\n"
-        "print(before, faults())"
+        "print(before, min(faults() for _ in range(3)))"  # the system may take pages in between
     )
     tiny = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --steps=1"
     words = [*tiny.split(), f"--data={tmp_path}/text.txt", f"--out_dir={tmp_path}/run"]
