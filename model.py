@@ -3,6 +3,7 @@
     x = embed[tokens] (+ positions) (+ n-grams)         (B, T, C)
     x = x + proj(attention(q, k, v of norm(x)))         for each block
     x = x + mlp_proj(activation(fc(norm(x))))           or silu(gate(norm(x))) fc(norm(x)): SwiGLU
+                                                        or a few of many MLPs: layers/moe.py
     loss = sum over tokens of -log softmax(head(norm(x)))[target]
 
 Five sets of traits, each trait its own switch: `gpt2` (Radford et al. 2019: LayerNorm, GELU,
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from layers import attention, rope_scaling
 from layers.chunked_loss import chunked_loss
 from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, swiglu, turn_alone
+from layers.moe import MoE
 from layers.ngram_embedding import NGramEmbedding
 from layers.recompute import casts, forget_results, recompute
 
@@ -78,6 +80,16 @@ class GPTConfig:
     # N-grams of up to so many tokens have embeddings too (layers/ngram_embedding.py)
     ngram_embed: int | None = None
     ngram_rows: int = 16384
+    # Mixture of experts (layers/moe.py) in place of the MLP of each moe_every-th layer
+    n_expert: int | None = None
+    n_expert_active: int = 2
+    n_shared_expert: int = 0
+    expert_width: int | None = None  # None: see expert_size
+    moe_every: int = 1
+    router: str = "softmax"  # or sigmoid
+    normalize_gates: bool = True
+    router_z_loss: float | None = None
+    moe_sequence_loss: float | None = None
     seed: int = 1337
 
     @property
@@ -93,6 +105,17 @@ class GPTConfig:
             # Three matrices, with about as many weights as two of 4C.
             return -(-8 * self.n_embd // (3 * 64)) * 64
         return 4 * self.n_embd
+
+    @property
+    def expert_size(self) -> int:
+        """The width between an expert's matrices."""
+        if self.expert_width is not None:
+            return self.expert_width
+        # A token goes through as many weights as it would in the MLP. Kernels like multiples of 8.
+        return -(-self.mlp_size // (8 * (self.n_expert_active + self.n_shared_expert))) * 8
+
+    def has_experts(self, layer: int) -> bool:
+        return self.n_expert is not None and (layer + 1) % self.moe_every == 0
 
 
 class ForwardContext(NamedTuple):
@@ -174,19 +197,19 @@ class HeadNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: GPTConfig):
+    def __init__(self, c: GPTConfig, width: int):
         super().__init__()
         self.gate = None
         if c.activation == "swiglu":
-            self.gate = Linear(c.n_embd, c.mlp_size, bias=c.bias)
-        self.fc = Linear(c.n_embd, c.mlp_size, bias=c.bias)
-        self.proj = Linear(c.mlp_size, c.n_embd, bias=c.bias)
+            self.gate = Linear(c.n_embd, width, bias=c.bias)
+        self.fc = Linear(c.n_embd, width, bias=c.bias)
+        self.proj = Linear(width, c.n_embd, bias=c.bias)
         self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
         if self.gate is None:
             (x,) = casts(x, 1)
-            return self.proj(self.activation(self.fc(x)))  # (B, T, 4C) between the two
+            return self.proj(self.activation(self.fc(x)))  # (B, T, width) between the two
         for_gate, for_fc = casts(x, 2)
         return self.proj(self.activation(self.gate(for_gate), self.fc(for_fc)))
 
@@ -197,7 +220,7 @@ class Block(nn.Module):
         self.attn_norm = make_norm(c)
         self.attn = Attention(c)
         self.mlp_norm = make_norm(c)
-        self.mlp = MLP(c)
+        self.mlp = make_moe(c) if c.has_experts(layer) else MLP(c, c.mlp_size)
         self.drop_attn = Dropout(c, f"blocks.{layer}.attn")
         self.drop_mlp = Dropout(c, f"blocks.{layer}.mlp")
 
@@ -407,6 +430,20 @@ ACTIVATIONS = {
 }
 # Of RMSNorm and QK-norm. torch's default would be the dtype's epsilon.
 EPS = 1e-6
+
+
+def make_moe(c: GPTConfig) -> MoE:
+    shared = MLP(c, c.n_shared_expert * c.expert_size) if c.n_shared_expert else None
+    return MoE(
+        c.n_embd,
+        [MLP(c, c.expert_size) for _ in range(c.n_expert)],
+        c.n_expert_active,
+        shared,
+        c.router,
+        c.normalize_gates,
+        c.router_z_loss,
+        c.moe_sequence_loss,
+    )
 
 
 def make_norm(c: GPTConfig) -> nn.Module:

@@ -41,6 +41,7 @@ from parallel.mesh import make_mesh
 from parallel.shard import Shard, sharded
 from precision import amp, histogram, stochastic
 from run import announce, auto, batch, build, control, optimizers, pretrained, resume, summary
+from run.balance import Balance
 from run.evaluate import evaluate, sample
 from run.microbatches import MicroBatches
 from run.options import resolve_options
@@ -145,6 +146,9 @@ def main(requested_cfg: fields.Config) -> dict:
     )
     model = replicas.parallelize(model)
     replicas.init_weights(sharded(weights, tp_shards))
+    # Of experts: their loads, and the biases that keep these even.
+    balance = Balance(model, device, mesh.groups["dp_cp"], cfg.moe_bias_lr)
+    balance.init_weights(weights)
     hidden_format = build.hidden_states(cfg, has_replicas)
     micro_batches = MicroBatches(
         model, replicas, pipe, device, cfg.precision, position_ids, hidden_format
@@ -182,9 +186,9 @@ def main(requested_cfg: fields.Config) -> dict:
     scales = {"fp8": fp8_state, "scaler": loss_scaler}
     scales = {name: part for name, part in scales.items() if part is not None}
     kept = scales | {"progress": cursor, "best": early_stopping, "divergence": divergence}
-    run_state = State(optimizer, replicas, shards, tp_shards, mesh, kept)
+    run_state = State(optimizer, replicas, balance, shards, tp_shards, mesh, kept)
     disk = Disk(out_dir, run_state, saver)
-    undone = [*scales.values(), divergence]  # by a rollback
+    undone = [*scales.values(), divergence, balance]  # by a rollback
     spike_monitor = build.spike_monitor(
         cfg, options["monitor"], model, optimizer, cursor, undone, disk
     )
@@ -331,9 +335,11 @@ def main(requested_cfg: fields.Config) -> dict:
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale
         recorder.start(step, loss_scale)
         watch.start(step)
+        balance.begin(loss_scale / n_tokens)
         my_samples = batch.split(samples, mesh, micro_batch_size)  # one list a micro-batch
         loss_sum = micro_batches.forward_backward(my_samples, train_data, loss_scale / n_tokens)
         replicas.finish_gradients()
+        balance.finish_counts()
         gradients = replicas.gradients()
         if pipe is not None:
             pipe.all_reduce_tied_grads(gradients)
@@ -393,6 +399,7 @@ def main(requested_cfg: fields.Config) -> dict:
         if verdict == "step":
             if loss_scaler is None or loss_scaler.update(bool(grad_norm.isfinite())):
                 optimizer.step()
+                balance.step()
             else:
                 replicas.discard_step()
                 why = f"the gradients overflowed at a loss scale of {loss_scale:g}"
@@ -428,7 +435,7 @@ def main(requested_cfg: fields.Config) -> dict:
             if pipe is not None:
                 row["sent_bytes"] += pipe.sent_bytes
                 row["idle_s"] = pipe.idle_s
-            logger.train(row | watched)
+            logger.train(row | balance.row(n_tokens) | watched)
 
     # ---- the end: a sample of what the model writes, and the curve -------------------------------
     if profiler is not None:

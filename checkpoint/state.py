@@ -13,6 +13,7 @@ rng                    a row for each rank: the state of torch's generator. trai
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ from parallel.shard import Shard, sharded
 class State:
     """The state of one run on this rank.
 
-    shards: parameter name -> Shard, where the optimizer has only a shard of the parameter;
+    balance: run.balance.Balance, the experts' biases; shards: parameter name -> Shard, where the
+    optimizer has only a shard of the parameter;
     tp_shards: the same where parallel/tensor.py has divided a parameter; kept: name -> any object
     with state_dict() and load_state_dict().
     """
@@ -38,6 +40,7 @@ class State:
         self,
         optimizer: torch.optim.Optimizer,
         replicas: DataParallel,
+        balance,
         shards: dict[str, Shard],
         tp_shards: dict[str, Shard],
         mesh: Mesh,
@@ -45,6 +48,7 @@ class State:
     ):
         self.optimizer = optimizer
         self.replicas = replicas
+        self.balance = balance
         self.shards = shards
         self.tp_shards = tp_shards
         self.mesh = mesh
@@ -104,7 +108,11 @@ class State:
     def weights(self) -> dict:
         """What the model holds now, for a checkpoint."""
         shards = {name: Shard(*where) for name, where in self.replicas.weight_shards.items()}
-        return slices.as_slices(self.replicas.weights(), self.tp_shards | shards)
+        held = self.replicas.weights()
+        # All replicas have the same biases.
+        if self.mesh.coords["dp"] == self.mesh.coords["cp"] == 0:
+            held = held | self.balance.weights()
+        return slices.as_slices(held, self.tp_shards | shards)
 
     @contextlib.contextmanager
     def state_dict(self):
@@ -123,6 +131,7 @@ class State:
             tree["replicas"] = of_layout
         with self.exported_weights() as training:
             if training and self.replicas.is_primary:
+                training = self.balance.weights() | training
                 tree["training_weights"] = slices.as_slices(training, self.shards)
             yield tree | {"model": self.weights()}
 
@@ -157,6 +166,11 @@ class State:
             self.kept[name].load_state_dict(saved.tree(name, missing={}))
         torch.set_rng_state(rng_of(saved, self.mesh.rank))
 
+    def init_weights(self, source: Callable) -> None:
+        """Fills the model from a source of full tensors, as replicas.init_weights() takes one."""
+        self.replicas.init_weights(sharded(source, self.tp_shards))
+        self.balance.init_weights(source)
+
     def restore_best(self, path: Path) -> str:
         """From now on the model holds the best weights, from the checkpoint at `path`.
 
@@ -166,11 +180,11 @@ class State:
             saved = checkpoint.load(path)
         except ValueError as error:
             return f"the best weights are lost, the last ones stay: {error}"
-        self.training = {}
+        self.training = {name: bias.clone() for name, bias in self.balance.weights().items()}
         for group in self.optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
                 self.training[name] = p.detach().clone()
-        self.replicas.init_weights(sharded(saved.weights("model"), self.tp_shards))
+        self.init_weights(saved.weights("model"))
         return f"the best weights are from step {saved.step}"
 
 
@@ -221,7 +235,7 @@ class Disk:
         if step < 0:
             return None
         saved = checkpoint.load(self.out_dir / f"step-{step:08d}", verify=False)
-        self.state.replicas.init_weights(sharded(training_weights(saved), self.state.tp_shards))
+        self.state.init_weights(training_weights(saved))
         # The monitor and early stopping remember what happened; the monitor moves the cursor.
         others = self.state.kept.keys() - {"progress", "best", "guard"}
         self.state.load_state_dict(saved, others)

@@ -56,7 +56,7 @@ class Linear(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-def matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a·bᵀ + bias: (..., K), (N, K), (N,) -> (..., N)."""
     # "none", [], "": no activation is fused behind the product.
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")

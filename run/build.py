@@ -271,6 +271,8 @@ def convert_linears(
         for module in model.modules():
             if hasattr(module, "matmul"):
                 module.matmul = onednn.linear
+            if hasattr(module, "product"):  # of experts (layers/moe.py)
+                module.product = onednn.matmul
     # torch.compile casts by itself; zero bubble computes twice what is one autograd Function.
     is_zerobubble = cfg.pp > 1 and cfg.pp_schedule == "zerobubble"
     copies = sum(p.numel() for p in model.parameters()) * precision.products.itemsize

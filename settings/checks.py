@@ -17,6 +17,7 @@ from settings.fields import (
     ARCHS,
     FIELDS,
     LAYOUTS,
+    OF_EXPERTS,
     Config,
     flag,
     head_size,
@@ -38,6 +39,7 @@ def check(cfg: Config, has_traits: bool = True) -> Config:
         check_heads(cfg)
         check_attention(cfg)
         check_positions(cfg)
+        check_experts(cfg)
         check_model_parallel(cfg)
         check_qk_clip(cfg)
     check_schedule(cfg)
@@ -165,6 +167,35 @@ def check_attention(cfg: Config) -> None:
         )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
+
+
+def check_experts(cfg: Config) -> None:
+    """Mixture of experts, with itself and with the rest."""
+    if cfg.n_expert is None:
+        for name in OF_EXPERTS:
+            if getattr(cfg, name) != FIELDS[name].default:
+                raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
+        return
+    if cfg.n_expert_active > cfg.n_expert:
+        raise ValueError(
+            f"n_expert_active={cfg.n_expert_active} of a token are more than n_expert="
+            f"{cfg.n_expert}; type --n_expert_active={min(2, cfg.n_expert)}"
+        )
+    if cfg.moe_every > cfg.n_layer:
+        raise ValueError(
+            f"moe_every={cfg.moe_every} leaves none of {cfg.n_layer} layers with experts; type "
+            f"--moe_every={cfg.n_layer}, or less"
+        )
+    for name in ("tp", "cp", "pp"):
+        if getattr(cfg, name) > 1:
+            raise ValueError(
+                f"n_expert={cfg.n_expert} is not yet divided by {name}; leave {name} out, "
+                "--data_parallel=fsdp or zero3 shares the weights out"
+            )
+    if cfg.mup_base_width is not None:
+        raise ValueError(
+            "mup_base_width has no rule for experts and their router; leave one of them out"
+        )
 
 
 def check_positions(cfg: Config) -> None:
@@ -433,6 +464,7 @@ def check_qk_clip(cfg: Config) -> None:
 def check_zeros(cfg: Config) -> None:
     """None switches these off. A 0 would look as if it did, too."""
     names = "grad_clip clip_value z_loss qk_clip attention_scale logit_cap peak_flops"
+    names += " router_z_loss moe_bias_lr moe_sequence_loss"
     for name in names.split():
         if getattr(cfg, name) == 0:
             raise ValueError(f"{name}=0 makes no sense; type --{name}=none to switch it off")

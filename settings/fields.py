@@ -165,6 +165,33 @@ class Config:
         least=2,
     )
     ngram_rows: int = fixed(16384, "rows of the table that they share", least=1)
+    # Mixture of experts. The rest means nothing without n_expert.
+    n_expert: int | None = fixed(
+        None, "experts in place of the MLP, none = off (layers/moe.py)", least=2
+    )
+    n_expert_active: int = fixed(2, "experts that a token goes through", least=1)
+    n_shared_expert: int = fixed(0, "experts that all tokens go through besides", least=0)
+    expert_width: int | None = fixed(
+        None,
+        "width between an expert's matrices; none = the MLP's / experts of a token, up to a"
+        " multiple of 8",
+        least=1,
+    )
+    moe_every: int = fixed(1, "layers from one with experts to the next; 2 = each second", least=1)
+    router: Literal["softmax", "sigmoid"] = fixed("softmax", "a score from a token's logits")
+    normalize_gates: bool = fixed(True, "the scores of a token's experts are made to add up to 1")
+    router_z_loss: float | None = on_branch(
+        1e-3, "as z_loss, of the router's logits (ST-MoE); none = off", least=0
+    )
+    moe_bias_lr: float | None = on_branch(
+        1e-3,
+        "each step moves an expert's bias in the choice by this, towards even loads (DeepSeek-V3);"
+        " none = off",
+        least=0,
+    )
+    moe_sequence_loss: float | None = on_branch(
+        None, "weight of the loss for even loads within a sequence; usual: 1e-4", least=0
+    )
     init_from: str | None = fixed(
         None,
         "weights to start from (fine-tuning): a run or checkpoint, a folder of Hugging Face, which"
@@ -401,6 +428,18 @@ class Config:
         }
 
 
+# Fields that mean nothing without n_expert.
+OF_EXPERTS = (
+    "n_expert_active",
+    "n_shared_expert",
+    "expert_width",
+    "moe_every",
+    "router",
+    "normalize_gates",
+    "router_z_loss",
+    "moe_bias_lr",
+    "moe_sequence_loss",
+)
 # Field -> the layouts of data_parallel that read it. Under the others it would do nothing.
 LAYOUTS = dict(
     fsdp_shard="fsdp",
