@@ -95,6 +95,9 @@ def compile_blocks(
     # On a GPU. On a CPU these modes replay nothing, and what is done for them does no harm.
     model.has_cuda_graphs = options != {}
     for block in model.blocks.values():
+        # Experts leave the compiled block: whose each row is, is known when it runs.
+        if hasattr(block.mlp, "experts"):
+            block.mlp.forward = torch.compiler.disable(block.mlp.forward)
         block.forward = torch.compile(block.forward, dynamic=dynamic, backend=backend, **options)
 
 

@@ -71,8 +71,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.recompute import casts, is_transformed
+from layers.recompute import casts, is_transformed, recompute
 
+# On a CPU, see MoE.sort.
+BLOCK = 64
 # What layer.terms adds up, each a sum over tokens.
 TERMS = ("z_loss", "sequence_loss", "log_z")
 
@@ -127,7 +129,7 @@ class MoE(nn.Module):
             if self.normalize:
                 gates = gates / gates.sum(-1, keepdim=True)
 
-        order = sort(chosen.flatten(0, 1), len(self.experts))
+        order = self.sort(chosen.flatten(0, 1))
         # What autocast makes of x is made before there are k rows of it.
         (narrow,) = casts(x, 1)
         y = self.through_experts(narrow.flatten(0, 1), gates.flatten(0, 1), order).view(x.shape)
@@ -135,8 +137,19 @@ class MoE(nn.Module):
             y = y + self.shared(x)
         if torch.is_grad_enabled():
             terms = self.balance_terms(logits, scores)
-            y = CountAndBalance.apply(y, terms[:2].sum(), terms.detach(), order.ends, self)
+            y = CountAndBalance.apply(y, terms[:2].sum(), terms.detach(), order.counts, self)
         return y
+
+    def sort(self, chosen: Tensor) -> "Order":
+        """chosen: (N, k)"""
+        n = len(self.experts)
+        # FP8's products take no rows that 16 does not divide, and not none of them.
+        if self.product is None:
+            return sort(chosen, n, block=16, least=1)
+        # oneDNN makes a kernel for each new number of rows and keeps it: a product of 1,000 rows
+        # takes up to twice as long, and the process grows by 0.4 MB. A GPU's kernels take any.
+        is_large = chosen.numel() >= 2 * BLOCK * n
+        return sort(chosen, n, BLOCK if is_large and not chosen.is_cuda else 1)
 
     def choose(self, scores: Tensor) -> Tensor:
         """(..., E) -> (..., k), the indices of the largest, of equal ones the lowest index."""
@@ -146,22 +159,29 @@ class MoE(nn.Module):
     def through_experts(self, x: Tensor, gates: Tensor, order: "Order") -> Tensor:
         """x (N, C), gates (N, k) -> (N, C)"""
         experts = list(self.experts.values())
+        rows, ends, slots, _ = order
         if self.product is None or is_transformed():
-            parts = x[order.rows].tensor_split(order.ends[:-1].tolist())
-            y = torch.cat([expert(part) for expert, part in zip(experts, parts)])
-            return (y[order.slots] * gates.to(y.dtype).unsqueeze(-1)).sum(1)
+            parts = split(x[rows], ends)
+            h = torch.cat([expert(part) for expert, part in zip(experts, parts)])
+            return (h[slots] * gates.to(h.dtype).unsqueeze(-1)).sum(1)
+        x = recompute(lambda x: Gather.apply(x, rows, slots), x, saves_little=True)  # (kN, C)
+        h = self.grouped([expert.fc for expert in experts], x, ends)  # (kN, width of an expert)
+        if experts[0].gate is None:
+            h = experts[0].activation(h)
+        else:
+            gate = self.grouped([expert.gate for expert in experts], x, ends)
+            h = experts[0].activation(gate, h)
+        h = self.grouped([expert.proj for expert in experts], h, ends)  # (kN, C)
+        return Combine.apply(h, gates.to(h.dtype), rows, slots)
+
+    def grouped(self, linears: list[nn.Linear], x: Tensor, ends: Tensor) -> Tensor:
+        """Rows x (R, K), sorted by expert, each times the matrix of its expert -> (R, N)"""
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        first = experts[0]
-        names = ["fc", "proj"] if first.gate is None else ["gate", "fc", "proj"]
-        tensors = []
-        for name in names:
-            linears = [getattr(expert, name) for expert in experts]
-            tensors += [linear.weight for linear in linears]
-            tensors += [linear.bias for linear in linears if linear.bias is not None]
-        how = How(first.activation, self.product, len(names))
-        return Experts.apply(x, gates, *order, how, *tensors)
+        return Grouped.apply(x, ends, self.product, *weights, *biases)
 
     def balance_terms(self, logits: Tensor, scores: Tensor) -> Tensor:
         """(3,): TERMS of these tokens, the first two times their coefficients."""
@@ -185,21 +205,35 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 class Order(NamedTuple):
-    """Rows of the tokens, k for each, sorted by expert and then by token."""
+    """The tokens' rows, k for each, sorted by expert and then by token."""
 
-    rows: Tensor  # (kN,): the token of each row
+    rows: Tensor  # (R,): the token of each row; R is kN, or more where rows are filled up
     ends: Tensor  # (E,) int32: where the rows of each expert end
     slots: Tensor  # (N, k): the rows of each token, in the order of its gates
+    counts: Tensor  # (E,): tokens of each expert
 
 
-def sort(chosen: Tensor, n_expert: int) -> Order:
-    """chosen: (N, k), the experts of each token."""
+def sort(chosen: Tensor, n_expert: int, block: int = 1, least: int = 0) -> Order:
+    """chosen: (N, k), the experts of each token; block: what divides each expert's number of rows;
+    least: how many it has at least.
+
+    Rows that fill up are token 0's, which nobody reads: no slot leads to them.
+    """
+    n_rows, device = chosen.numel(), chosen.device
     by_expert, order = torch.sort(chosen.flatten(), stable=True)
-    experts = torch.arange(n_expert, device=chosen.device)
-    ends = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
-    slots = torch.empty_like(order)
-    slots[order] = torch.arange(len(order), device=order.device)
-    return Order(order // chosen.shape[1], ends, slots.view(chosen.shape))
+    experts = torch.arange(n_expert, device=device)
+    ends = torch.searchsorted(by_expert, experts, right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    filled = (counts.clamp(min=least) + block - 1) // block * block
+    filled_ends = filled.cumsum(0)
+    shift = (filled_ends - filled) - (ends - counts)  # of an expert's first row
+    places = torch.arange(n_rows, device=device) + shift[by_expert]
+    # As many rows each time: the last expert gets what is left.
+    n_filled = -(-(n_rows + n_expert * (block - 1 + least)) // block) * block
+    filled_ends[-1] = n_filled
+    rows = order.new_zeros(n_filled).index_put_((places,), order // chosen.shape[1])
+    slots = torch.empty_like(order).index_put_((order,), places)
+    return Order(rows, filled_ends.int(), slots.view(chosen.shape), counts)
 
 
 @torch.no_grad()
@@ -209,139 +243,119 @@ def update_bias(bias: Tensor, counts: Tensor, lr: float) -> None:
     bias += lr * (counts.sum(-1, keepdim=True) - counts * counts.shape[-1]).sign()
 
 
-# ---- all experts, as autograd sees them ----------------------------------------------------------
-class How(NamedTuple):
-    activation: Callable
-    product: Callable
-    n_linear: int  # of an expert
-
-
-class Experts(torch.autograd.Function):
-    """y[t] = Σ_j gates[t, j] proj_e(activation(fc_e(x[t]))), e the j-th expert of token t.
-
-    Expert by expert: its rows stay in the cache from its first product to its last. Kept for
-    backward are x and what activation takes.
-    """
+# ---- as autograd sees them -----------------------------------------------------------------------
+class Gather(torch.autograd.Function):
+    """x (N, C) -> x[rows] (kN, C). Backward adds up the k rows of a token, in the order of its
+    gates."""
 
     @staticmethod
-    def forward(ctx, x, gates, rows, ends, slots, how: How, *tensors) -> Tensor:
-        *inner, proj = linears = group_linears(tensors, how, ends)
-        y = x.new_empty(len(rows), x.shape[1])  # (kN, C)
-        kept = []
-        for span, e in parts(x, ends, linears):
-            part = x.index_select(0, rows[span])
-            hidden = [linear.forward(part, e) for linear in inner]
-            y[span] = proj.forward(how.activation(*hidden), e)
-            kept += hidden
+    def forward(ctx, x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        (slots,) = ctx.saved_tensors
+        return F.embedding_bag(slots, dy, mode="sum"), None, None
+
+
+class Grouped(torch.autograd.Function):
+    """y[i] = W_e x[i] + b_e, where e is the expert of row i; rows are sorted by expert."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ends: Tensor, product: Callable, *tensors: Tensor) -> Tensor:
         # The weights themselves are kept, no copy in x's dtype: a layout may free and fetch them.
-        ctx.save_for_backward(x, gates, rows, ends, slots, *kept, *tensors)
-        ctx.how = how
-        ctx.n_kept = len(kept)
-        return F.embedding_bag(slots, y, mode="sum", per_sample_weights=gates.to(y.dtype))
+        ctx.save_for_backward(x, ends, *tensors)
+        ctx.product = product
+        weights = tensors[: len(ends)]  # each (N, K)
+        biases = tensors[len(ends) :]  # each (N,), or none
+        y = products(x, [w.to(x.dtype) for w in weights], ends, product)
+        for part, bias in zip(split(y, ends), biases):
+            part += bias
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gates, rows, ends, slots, *others = ctx.saved_tensors
-        kept = iter(others[: ctx.n_kept])
-        *inner, proj = linears = group_linears(others[ctx.n_kept :], ctx.how, ends)
-        dx = x.new_empty(len(rows), x.shape[1])  # (kN, C)
-        gate_of_row = gates.new_empty(len(rows)).index_put_((slots,), gates)
-        dgate_of_row = torch.empty_like(gate_of_row)
-        for span, e in parts(x, ends, linears):
-            part = x.index_select(0, rows[span])
-            dpart = dy.index_select(0, rows[span])
-            hidden = [next(kept).detach().requires_grad_() for _ in inner]
-            with torch.enable_grad():
-                a = ctx.how.activation(*hidden)
-            # A gate's own gradient is of the output without it.
-            da = proj.backward(dpart, e)
-            dgate_of_row[span] = (da * a.detach()).sum(-1, dtype=gates.dtype)
-            if proj.biases:
-                dgate_of_row[span] += dpart.to(gates.dtype) @ proj.biases[e.start].to(gates.dtype)
-            gate = gate_of_row[span].unsqueeze(1).to(dy.dtype)
-            proj.add_gradients(dpart.mul_(gate), a.detach(), e)
-            dhidden = torch.autograd.grad(a, hidden, da.mul_(gate))
-            for linear, dh in zip(inner, dhidden):
-                linear.add_gradients(dh, part, e)
-            dx[span] = sum(linear.backward(dh, e) for linear, dh in zip(inner, dhidden))
-        gradients = [gradient for linear in linears for gradient in linear.gradients()]
-        dx = F.embedding_bag(slots, dx, mode="sum")
-        return dx, dgate_of_row[slots], None, None, None, None, *gradients
+        x, ends, *tensors = ctx.saved_tensors
+        weights = tensors[: len(ends)]
+        dx = products(dy, [w.to(dy.dtype).t() for w in weights], ends, ctx.product)
+        dweights = outer_products(dy, x, ends, ctx.product)
+        dbiases = []
+        if len(tensors) > len(ends):
+            dbiases = [part.sum(0) for part in split(dy, ends)]
+        return dx, None, None, *dweights, *dbiases
 
 
-class Linears:
-    """The same Linear of all experts. e: a slice, which of them."""
+class Combine(torch.autograd.Function):
+    """h (kN, C), gates (N, k) -> y (N, C): of each token the sum of its rows times its gates."""
 
-    def __init__(self, weights: list[Tensor], biases: list[Tensor], product: Callable, ends: Tensor):
-        self.weights = weights  # each (N, K)
-        self.biases = biases  # each (N,), or none
-        self.product = product
-        self.ends = ends
-        self.dweights = [None] * len(weights)
-        self.dbiases = [None] * len(biases)
+    @staticmethod
+    def forward(ctx, h: Tensor, gates: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(h, gates, rows, slots)
+        return F.embedding_bag(slots, h, mode="sum", per_sample_weights=gates)
 
-    def forward(self, x: Tensor, e: slice) -> Tensor:  # (R, K) -> (R, N)
-        y = self.matmul(x, [w.to(x.dtype) for w in self.weights[e]])
-        for bias in self.biases[e]:
-            y += bias
-        return y
-
-    def backward(self, dy: Tensor, e: slice) -> Tensor:  # (R, N) -> (R, K)
-        return self.matmul(dy, [w.to(dy.dtype).t() for w in self.weights[e]])
-
-    def matmul(self, a: Tensor, weights: list[Tensor]) -> Tensor:
-        if len(weights) == 1:
-            return self.product(a, weights[0])
-        return F.grouped_mm(a, torch.stack(weights).transpose(1, 2), offs=self.ends)
-
-    def add_gradients(self, dy: Tensor, x: Tensor, e: slice) -> None:  # (R, N), (R, K)
-        if len(self.weights[e]) == 1:
-            self.dweights[e] = [self.product(dy.t(), x.t())]
-        else:
-            self.dweights[e] = F.grouped_mm(dy.t(), x, offs=self.ends).unbind()
-        self.dbiases[e] = [dy.sum(0) for _ in self.biases[e]]
-
-    def gradients(self) -> list[Tensor]:
-        """Of weights and biases: zeros for an expert without tokens."""
-        pairs = zip(self.weights + self.biases, self.dweights + self.dbiases)
-        return [torch.zeros_like(p) if dp is None else dp for p, dp in pairs]
-
-
-def group_linears(tensors, how: How, ends: Tensor) -> list[Linears]:
-    n = len(ends)
-    size = len(tensors) // how.n_linear  # n weights, and perhaps n biases
-    groups = [tensors[i : i + size] for i in range(0, len(tensors), size)]
-    return [Linears(list(g[:n]), list(g[n:]), how.product, ends) for g in groups]
-
-
-def parts(x: Tensor, ends: Tensor, linears: list[Linears]) -> list[tuple[slice, slice]]:
-    """(rows, experts) of what is computed at once: one expert, or all by torch's kernel."""
-    # The kernel wants rows of a multiple of 16 bytes, and takes no biases.
-    is_aligned = all(size * x.itemsize % 16 == 0 for m in linears for size in m.weights[0].shape)
-    if x.is_cuda and is_aligned and not linears[0].biases and hasattr(F, "grouped_mm"):
-        return [(slice(None), slice(None))]
-    stops = ends.tolist()
-    spans = enumerate(zip([0, *stops], stops))
-    return [(slice(a, b), slice(e, e + 1)) for e, (a, b) in spans if a < b]
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        h, gates, rows, slots = ctx.saved_tensors
+        dh = dy.index_select(0, rows)  # (kN, C)
+        dgates = torch.linalg.vecdot(dh, h)[slots]  # (N, k)
+        # 0 for rows that only fill up.
+        gate_of_row = gates.new_zeros(len(rows)).index_put_((slots,), gates)
+        return dh.mul_(gate_of_row.unsqueeze(1)), dgates, None, None
 
 
 class CountAndBalance(torch.autograd.Function):
     """y as it is. Backward counts tokens, and gives `term` the gradient loss_scale."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, term: Tensor, terms: Tensor, ends: Tensor, layer: MoE) -> Tensor:
+    def forward(ctx, y: Tensor, term: Tensor, terms: Tensor, counts: Tensor, layer: MoE) -> Tensor:
         # Attributes, not saved tensors: activation checkpointing would compute those again.
         ctx.terms = terms
-        ctx.ends = ends
+        ctx.counts = counts
         ctx.layer = layer
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         layer = ctx.layer
-        layer.counts += ctx.ends.diff(prepend=ctx.ends.new_zeros(1))
+        layer.counts += ctx.counts
         layer.terms += ctx.terms
         return dy, ctx.terms.new_tensor(layer.loss_scale), None, None, None
+
+
+# ---- products of groups --------------------------------------------------------------------------
+def split(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    """Rows x (R, C) -> those of each expert."""
+    return x.tensor_split(ends[:-1].tolist())
+
+
+def has_kernel(x: Tensor, *widths: int) -> bool:
+    """Does torch multiply all groups at once? It wants rows of a multiple of 16 bytes."""
+    is_aligned = all(width * x.itemsize % 16 == 0 for width in widths)
+    return x.is_cuda and is_aligned and hasattr(F, "grouped_mm")
+
+
+def products(x: Tensor, weights: list[Tensor], ends: Tensor, product: Callable) -> Tensor:
+    """x (R, K), W_e (N, K) -> x W_eᵀ (R, N), of each row's expert e"""
+    n_out, n_in = weights[0].shape
+    if has_kernel(x, n_in, n_out):
+        return F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
+    # One result, of a size that does not change from step to step: malloc reuses it.
+    y = x.new_empty(len(x), n_out)
+    for w, part, out in zip(weights, split(x, ends), split(y, ends)):
+        if product is F.linear:
+            torch.mm(part, w.t(), out=out)
+        elif len(part):
+            out.copy_(product(part, w))
+    return y
+
+
+def outer_products(dy: Tensor, x: Tensor, ends: Tensor, product: Callable) -> list[Tensor]:
+    """dy (R, N), x (R, K) -> dyᵀ x (N, K) over the rows of each expert"""
+    if has_kernel(x, x.shape[1], dy.shape[1]):
+        return F.grouped_mm(dy.t(), x, offs=ends).unbind()
+    pairs = zip(split(dy, ends), split(x, ends))
+    return [product(a.t(), b.t()) if len(a) else a.t() @ b for a, b in pairs]
 
 
 if __name__ == "__main__":

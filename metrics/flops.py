@@ -4,7 +4,7 @@
     MFU             = tokens per second per device * FLOPs per token / peak FLOP/s of the device
 
     N  n_params_matmul    entries of the weight matrices a token is multiplied with: 2 N forward,
-                          4 N backward
+                          4 N backward; of experts those that one token goes through
     L  n_layer            attention layers
     C  n_embd_attention   query heads * head size (H * Q in the paper)
     T  block_size         tokens a query may see
@@ -62,7 +62,14 @@ def matmul_params(model: nn.Module) -> int:
     A tied head is a Linear with the embedding's weight, so it counts. model: all of it, before it
     is split over ranks.
     """
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            total += module.weight.numel()
+        if hasattr(module, "n_active"):  # experts (layers/moe.py), all of one size
+            one = matmul_params(module.experts["0"])
+            total -= (len(module.experts) - module.n_active) * one
+    return total
 
 
 def flops_per_token(

@@ -283,7 +283,11 @@ def convert_linears(
         return None
     from precision import fp8
 
-    return fp8.convert(model, device, **options)
+    state = fp8.convert(model, device, **options)
+    for module in model.modules():
+        if hasattr(module, "product"):
+            module.product = None  # each expert by its own forward
+    return state
 
 
 def compile_model(
