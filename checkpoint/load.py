@@ -181,7 +181,7 @@ class Checkpoint:
         return Weights(self, part)
 
     def load_weights(self, model: torch.nn.Module, part: str = "model") -> None:
-        """Fills every parameter and buffer of `model` from "<part>/<its name>"; raises as `weights` does."""
+        """Fills parameters and buffers of `model` from "<part>/<name>"; raises as `weights` does."""
         with torch.no_grad():
             for name, p in [*model.named_parameters(), *model.named_buffers()]:
                 self.weights(part).fill(p, name)
