@@ -181,7 +181,7 @@ class Checkpoint:
         return Weights(self, part)
 
     def load_weights(self, model: torch.nn.Module, part: str = "model") -> None:
-        """Fills parameters and buffers of `model` from "<part>/<name>"; raises as `weights` does."""
+        """Fills parameters and buffers of `model` from "<part>/<name>"; raises as `weights`."""
         with torch.no_grad():
             for name, p in [*model.named_parameters(), *model.named_buffers()]:
                 self.weights(part).fill(p, name)
