@@ -135,7 +135,8 @@ class MoE(nn.Module):
         y = self.through_experts(narrow.flatten(0, 1), gates.flatten(0, 1), order).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
-        if torch.is_grad_enabled():
+        # Transforms of torch.func take no such Function: there nothing is counted or balanced.
+        if torch.is_grad_enabled() and not is_transformed():
             terms = self.balance_terms(logits, scores)
             y = CountAndBalance.apply(y, terms[:2].sum(), terms.detach(), order.counts, self)
         return y
