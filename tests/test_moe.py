@@ -230,7 +230,7 @@ def test_micro_batches_count_and_add_up_to_the_batch():
     for part in x.detach().split(1):
         layer(part).sum().backward()
     assert torch.equal(layer.counts, counts)
-    torch.testing.assert_close(layer.terms, terms, rtol=1e-13, atol=0)
+    torch.testing.assert_close(layer.terms, terms, rtol=1e-6, atol=0)  # float32 sums
     for name, p in layer.named_parameters():
         torch.testing.assert_close(p.grad, whole[name], rtol=0, atol=1e-13)
 
