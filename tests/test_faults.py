@@ -120,6 +120,8 @@ LAYOUTS = [
         )
     ),
 ]
+# Biases for the choice of experts are no parameters, and come back all the same.
+EXPERTS = "--n_expert=4 --moe_bias_lr=0.01 --data_parallel=zero3 --bucket_mb=0.01"
 KEEPS_MORE = [
     pytest.param(layout, marks=pytest.mark.slow)
     for layout in (
@@ -151,6 +153,7 @@ def test_a_rollback_to_before_the_resumed_step_takes_nothing_from_what_follows(t
     "layout, where",
     [
         *((layout, RING) for layout in LAYOUTS[:2]),
+        *((EXPERTS, where) for where in (RING, DISK)),
         (LAYOUTS[0], DISK),
         pytest.param(LAYOUTS[3], DISK, marks=pytest.mark.slow),
         *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[2:4]),
@@ -235,8 +238,13 @@ def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, t
 
 
 @needs_fork
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow)])
-def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, text, precision):
+@pytest.mark.parametrize(
+    "precision, experts",
+    [("fp16", False), ("fp16", True), pytest.param("fp32", True, marks=pytest.mark.slow)],
+)
+def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(
+    tmp_path, text, precision, experts
+):
     """In fp16 it is the loss scaler that skips."""
     more = [
         f"--precision={precision}",
@@ -244,6 +252,7 @@ def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(tmp_path, 
         "--save_every=1",
         "--keep=none",
         "--data_parallel=ddp",
+        *(["--n_expert=4"] if experts else []),
     ]
     run_ranks(2, inf_gradient, False, text, tmp_path / "whole", *more)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
@@ -529,6 +538,8 @@ LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.9, 1.8]  # of steps 0, 1, ...: 2 
         (1, "--optim=muon"),
         pytest.param(1, "--optim=schedule_free", marks=pytest.mark.slow),
         (2, "--data_parallel=zero1 --optim=schedule_free"),
+        (2, EXPERTS),
+        pytest.param(2, f"{EXPERTS} --optim=schedule_free", marks=pytest.mark.slow),
         *(
             pytest.param(2, layout, marks=pytest.mark.slow)
             for layout in (

@@ -3,16 +3,18 @@
 import contextlib
 import functools
 import io
+import shutil
 import tempfile
-from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from harness import run_ranks
 from matrix import LAYOUTS, OPTIMIZERS, TINY, difference, text, trace
 
 import layers.moe
 import train
+from checkpoint import load
 from run.balance import Balance
 from settings import parse
 
@@ -120,7 +122,9 @@ def test_experts_with_six_optimizers_are_one_process(layout):
 @pytest.mark.parametrize(
     "layout",
     [
-        name if name in ("4 micro-batches", "fsdp 2") else pytest.param(name, marks=pytest.mark.slow)
+        name
+        if name in ("4 micro-batches", "fsdp 2")
+        else pytest.param(name, marks=pytest.mark.slow)
         for name in ALL
     ],
 )
@@ -139,3 +143,142 @@ def test_experts_keep_biases_of_their_own():
         assert other != one, flags
         if flags == ["--moe_bias_lr=none"]:
             assert not any(any(map(any, bias)) for bias in steps[1::2])
+
+
+# ---- saved, and resumed elsewhere ----------------------------------------------------------------
+def from_shared(rank, world, folder, optimizers, flags, block, steps):
+    more = [f"--steps={steps}", "--schedule=constant", "--eval_every=0"]
+    return runs(rank, world, folder, optimizers, [*flags, *more], block)
+
+
+def on(layout: str, folder, steps: int, optimizers=("Muon", "AdamW Schedule-Free")) -> dict:
+    world, flags = ALL.get(layout, (1, []))
+    flags = [*EXPERTS, "--moe_every=2", "--n_shared_expert=1", "--data_parallel=ddp", *flags]
+    if world == 1:
+        return from_shared(0, 1, folder, optimizers, flags, 4, steps)
+    return run_ranks(world, from_shared, folder, optimizers, flags, 4, steps)[0]
+
+
+def in_all(folder, name: str) -> dict:
+    saved = load.newest(folder / name)
+    return {x: saved.tensor(x) for x in saved.names() if x != "rng"}
+
+
+@pytest.mark.parametrize("layout", ["one process", "zero3 2"])
+def test_a_run_resumed_is_the_run_bitwise(tmp_path, layout):
+    for name, stops in (("whole", [8]), ("resumed", [3, 8])):
+        (tmp_path / name).mkdir()
+        text(tmp_path / name)
+        for steps in stops:
+            found = on(layout, tmp_path / name, steps)
+    for optim in found:
+        one, other = (in_all(tmp_path / name, optim) for name in ("whole", "resumed"))
+        assert one.keys() == other.keys()
+        for name, x in one.items():
+            assert torch.equal(x, other[name]), name
+        biases = [x for name, x in one.items() if name.endswith("selection_bias")]
+        parts = 2 if "Schedule" in optim else 1  # as evaluated, and as trained
+        assert len(biases) == parts and all(x.any() for x in biases)
+
+
+def test_saved_on_zero3_of_4_and_resumed_on_one_process_and_fsdp_2(tmp_path):
+    text(tmp_path)
+    counts = on("one process", tmp_path, 8)
+    (tmp_path / "four").mkdir()
+    text(tmp_path / "four")
+    on("zero3 4", tmp_path / "four", 4)
+    for layout in ("one process", "fsdp 2"):
+        shutil.copytree(tmp_path / "four", tmp_path / layout)
+        found = on(layout, tmp_path / layout, 8)
+        for name in found:
+            assert difference(trace(tmp_path / layout / name), trace(tmp_path / name)) < 1e-10
+            assert found[name] == counts[name][8:], (layout, name)  # counts and bias of 4 steps
+
+
+# ---- float32: a choice between two scores that rounding has made equal may flip -------------------
+class Choices:
+    """What MoE.choose gives in training, in the order of its calls: kept, or held against those of
+    one process.
+
+    expected: of one process, an entry a layer and step, (B, T, k); replayed: take them.
+    """
+
+    def __init__(self, rank=0, world=1, micro=8, expected=None, replayed=False):
+        self.share, self.micro = 8 // world, min(micro, 8 // world)
+        self.first, self.expected, self.replayed = rank * self.share, expected, replayed
+        self.found, self.gaps, self.calls = [], [], 0
+
+    def __call__(self, plain, layer, scores):
+        own = plain(layer, scores)
+        if not (layer.training and torch.is_grad_enabled()):
+            return own
+        if self.expected is None:
+            self.found.append(own)
+            return own
+        n_micro, n_layer = self.share // self.micro, 2
+        step, i, which = (
+            self.calls // (n_micro * n_layer),
+            self.calls // n_layer % n_micro,
+            self.calls % n_layer,
+        )
+        self.calls += 1
+        begin = self.first + i * self.micro
+        theirs = self.expected[step * n_layer + which][begin : begin + self.micro]
+        flipped = (own.sort(-1).values != theirs.sort(-1).values).any(-1)
+        values = (scores.gather(-1, x).sort(-1).values[flipped] for x in (own, theirs))
+        self.gaps += [gap for row in (next(values) - next(values)).abs().tolist() for gap in row]
+        return theirs if self.replayed else own
+
+
+def fp32(rank, world, folder, name, flags, micro, expected=None, replayed=False):
+    choices = Choices(rank, world, micro, expected, replayed)
+    plain = layers.moe.MoE.choose
+    with (
+        mock.patch.object(
+            layers.moe.MoE, "choose", lambda layer, scores: choices(plain, layer, scores)
+        ),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        argv = [f"--data={folder}/squares.txt", f"--out_dir={folder}/{world}-{replayed}", *TINY]
+        argv += [*OPTIMIZERS[name], *EXPERTS, "--precision=fp32", "--steps=20", *flags]
+        argv += ["--opt.ns_dtype=float32"] if name == "Muon" else []
+        train.main(parse.parse(argv))
+    return choices.found, choices.gaps
+
+
+@pytest.mark.parametrize(
+    "name, world, flags",
+    [
+        ("AdamW", 2, ["--data_parallel=zero3"]),
+        *(
+            pytest.param(name, world, [f"--data_parallel={layout}"], marks=pytest.mark.slow)
+            for name in ("SGD", "AdamW", "Muon")
+            for world in (2, 4)
+            for layout in ("ddp", "zero1", "fsdp")
+        ),
+    ],
+)
+def test_float32_follows_one_process_or_its_choices(tmp_path, name, world, flags):
+    text(tmp_path)
+    expected, _ = fp32(0, 1, tmp_path, name, ["--data_parallel=ddp"], 8)
+    micro = 2
+    flags = [*flags, f"--micro_batch_size={micro}"]
+    found = run_ranks(world, fp32, tmp_path, name, flags, micro, expected)
+    gaps = sum((gaps for _, gaps in found), [])
+    alone = trace(tmp_path / "1-False")
+    if difference(trace(tmp_path / f"{world}-False"), alone) > 1e-5:
+        assert gaps and max(gaps) < 1e-6, gaps
+        run_ranks(world, fp32, tmp_path, name, flags, micro, expected, True)
+        assert difference(trace(tmp_path / f"{world}-True"), alone) < 1e-5
+    assert len(expected) == 40
+
+
+def test_a_flipped_choice_is_found_with_its_gap(tmp_path):
+    text(tmp_path)
+    expected, _ = fp32(0, 1, tmp_path, "SGD", [], 8)
+    other = [x.clone() for x in expected]
+    other[3][5, 2] = (other[3][5, 2] + 1) % 4
+    found = run_ranks(2, fp32, tmp_path, "SGD", ["--micro_batch_size=2"], 2, other)
+    assert not found[0][1] and found[1][1]  # sequence 5 is rank 1's
+    run_ranks(2, fp32, tmp_path, "SGD", ["--micro_batch_size=2"], 2, other, True)
+    assert difference(trace(tmp_path / "2-True"), trace(tmp_path / "1-False")) > 1e-5
