@@ -11,6 +11,7 @@
     python bench.py spread [...]     spread.py       Muon's products on every rank, and at owners
     python bench.py memory [...]     memory.py       peak bytes of a step, and of what
     python bench.py layouts [...]    layouts.py      each layout beside torch's own
+    python bench.py experts [...]    experts.py      experts beside loops, and beside dense
     python bench.py checkpoint [...]  checkpointing.py  saving, loading beside torch's DCP
     python bench.py scale [...]      scale.py        up to 16,384 played ranks: what each costs
     python bench.py all [...]        all.py          all of these in turn, one page
@@ -43,6 +44,7 @@ FILES = {
     "spread": "spread",
     "memory": "memory",
     "layouts": "layouts",
+    "experts": "experts",
     "checkpoint": "checkpointing",
     "scale": "scale",
     "network": "network",

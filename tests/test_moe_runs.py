@@ -195,7 +195,7 @@ def test_saved_on_zero3_of_4_and_resumed_on_one_process_and_fsdp_2(tmp_path):
             assert found[name] == counts[name][8:], (layout, name)  # counts and bias of 4 steps
 
 
-# ---- float32: a choice between two scores that rounding has made equal may flip -------------------
+# ---- float32: a choice between two scores that rounding has made equal may flip ------------------
 class Choices:
     """What MoE.choose gives in training, in the order of its calls: kept, or held against those of
     one process.
