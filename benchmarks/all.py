@@ -27,6 +27,7 @@ BENCHES = (
     "spread",
     "memory",
     "layouts",
+    "experts",
     "checkpoint",
     "scale",
     "network",

@@ -96,8 +96,9 @@ def compile_blocks(
     model.has_cuda_graphs = options != {}
     for block in model.blocks.values():
         # Experts leave the compiled block: whose each row is, is known when it runs.
-        if hasattr(block.mlp, "experts"):
-            block.mlp.forward = torch.compiler.disable(block.mlp.forward)
+        for module in block.modules():
+            if hasattr(module, "experts"):
+                module.forward = torch.compiler.disable(module.forward)
         block.forward = torch.compile(block.forward, dynamic=dynamic, backend=backend, **options)
 
 

@@ -173,7 +173,7 @@ def check_experts(cfg: Config) -> None:
     """Mixture of experts, with itself and with the rest."""
     if cfg.n_expert is None:
         for name in OF_EXPERTS:
-            if getattr(cfg, name) != FIELDS[name].default:
+            if getattr(cfg, name) not in (None, FIELDS[name].default):
                 raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
         return
     if cfg.n_expert_active > cfg.n_expert:

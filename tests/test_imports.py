@@ -64,6 +64,7 @@ CROSSINGS = {
     "model": {
         "layers.attention": "the kernel",
         "layers.fewer_passes": "norms, QK-norm, squared ReLU, SwiGLU",
+        "layers.moe": "experts in place of the MLP",
         "layers.rope_scaling": "frequencies for longer sequences",
         "layers.recompute": "what backward computes again",
         "layers.chunked_loss": "the head and its loss over some tokens at a time",

@@ -15,6 +15,7 @@ from matrix import LAYOUTS, OPTIMIZERS, TINY, difference, text, trace
 import layers.moe
 import train
 from checkpoint import load
+from run import build
 from run.balance import Balance
 from settings import parse
 
@@ -282,3 +283,66 @@ def test_a_flipped_choice_is_found_with_its_gap(tmp_path):
     assert not found[0][1] and found[1][1]  # sequence 5 is rank 1's
     run_ranks(2, fp32, tmp_path, "SGD", ["--micro_batch_size=2"], 2, other, True)
     assert difference(trace(tmp_path / "2-True"), trace(tmp_path / "1-False")) > 1e-5
+
+
+# ---- the command line ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--moe_every=2", "moe_every means nothing without experts; type --n_expert=8"),
+        ("--router=sigmoid", "router means nothing"),
+        ("--moe_bias_lr=0.1", "moe_bias_lr means nothing"),
+        ("--n_expert=4 --n_expert_active=5", "n_expert_active=5 .* --n_expert_active=2"),
+        ("--n_expert=4 --moe_every=9", "moe_every=9 leaves none of 4 layers"),
+        ("--n_expert=1", "n_expert=1 is out of range"),
+        ("--n_expert=4 --tp=2", "n_expert=4 is not yet divided by tp"),
+        ("--n_expert=4 --cp=2", "not yet divided by cp"),
+        ("--n_expert=4 --pp=2", "not yet divided by pp"),
+        ("--n_expert=4 --mup_base_width=64", "mup_base_width has no rule for experts"),
+        ("--n_expert=4 --router_z_loss=0", "type --router_z_loss=none"),
+        ("--n_expert=4 --moe_bias_lr=0", "type --moe_bias_lr=none"),
+        ("--n_expert=4 --moe_sequence_loss=0", "type --moe_sequence_loss=none"),
+    ],
+)
+def test_what_experts_do_not_take_is_refused(words, said):
+    with pytest.raises(ValueError, match=said):
+        parse.parse(words.split())
+
+
+def test_experts_are_as_large_as_the_mlp_of_a_token_unless_said():
+    def size(*words):
+        return build.model_config(parse.parse(["--n_expert=8", "--arch=llama", *words])).expert_size
+
+    assert size("--mlp_width=768") == 384
+    assert size("--mlp_width=768", "--n_shared_expert=1") == 256
+    assert size("--mlp_width=100", "--n_expert_active=3") == 40  # of 33.3
+    assert size("--expert_width=7") == 7
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--diloco_every=2", "--micro_batch_size=2"],
+        ["--compress=topk", "--compress.fraction=0.5"],
+        ["--data_parallel=zero3", "--offload=cpu", "--offload_params=cpu"],
+    ],
+)
+def test_replicas_that_part_or_offload_agree_on_counts_and_biases(flags):
+    with mock.patch.dict(ALL, {"here": (2, flags)}):
+        losses, steps = column("here", ("AdamW",))["AdamW"]  # compares the ranks
+    assert len(steps) == 20 and all(sum(counts[0]) == 2 * 64 for counts in steps[::2])
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_sr", "fp16", "fp8", "fp32"])
+def test_experts_learn_in_every_precision(tmp_path, precision):
+    text(tmp_path)
+    more = ["--steps=6", "--dropout=0", f"--precision={precision}"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name, flags in (("one", []), ("two", ["--micro_batch_size=2"])):
+            argv = [f"--data={tmp_path}/squares.txt", f"--out_dir={tmp_path}/{name}", *TINY]
+            train.main(parse.parse([*argv, *EXPERTS, "--optim=adamw", *more, *flags]))
+    one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
+    assert max(abs(a / b - 1) for a, b in zip(one, two, strict=True)) < 0.02 and one[-1] < one[0]
+    biases = [x for n, x in in_all(tmp_path, "one").items() if n.endswith("selection_bias")]
+    assert len(biases) == 2 and all(x.dtype == torch.float32 and x.any() for x in biases)
