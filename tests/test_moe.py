@@ -11,6 +11,7 @@ import layers.moe
 from layers.moe import MoE, sort, update_bias
 from layers.recompute import forget_results
 from model import MLP, GPTConfig
+from precision import onednn
 
 C, WIDTH = 16, 24
 
@@ -337,3 +338,17 @@ def test_the_kernel_is_for_rows_of_16_bytes_on_a_gpu():
     kernel = hasattr(F, "grouped_mm")
     assert layers.moe.has_kernel(Rows, 16, 24) == kernel and not layers.moe.has_kernel(Rows, 16, 20)
     assert not layers.moe.has_kernel(torch.zeros(2, 16), 16, 24)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch lacks oneDNN"
+)
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_onednn_s_products_are_the_same_also_of_no_rows(activation):
+    layer = made(activation, k=1, bias=True, dtype=torch.float32)
+    layer.selection_bias.copy_(torch.tensor([0.0, -9, 0, 0, -9]))
+    x = drawn(3, 7, C, dtype=torch.float32)
+    expected = results(layer, x)
+    layer.product = onednn.matmul
+    for name, found in results(layer, x).items():
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-4, msg=name)

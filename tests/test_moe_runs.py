@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import io
+import math
 import shutil
 import tempfile
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,10 +17,14 @@ from matrix import LAYOUTS, OPTIMIZERS, TINY, difference, text, trace
 import layers.moe
 import train
 from checkpoint import load
+from metrics import logger
+from model import GPT
 from run import build
 from run.balance import Balance
 from settings import parse
+from settings.fields import with_traits
 
+CPU = torch.device("cpu")
 EXPERTS = ["--n_expert=4", "--router_z_loss=0.01", "--moe_bias_lr=0.01"]
 OTHERS = [
     "--router=sigmoid",
@@ -346,3 +352,44 @@ def test_experts_learn_in_every_precision(tmp_path, precision):
     assert max(abs(a / b - 1) for a, b in zip(one, two, strict=True)) < 0.02 and one[-1] < one[0]
     biases = [x for n, x in in_all(tmp_path, "one").items() if n.endswith("selection_bias")]
     assert len(biases) == 2 and all(x.dtype == torch.float32 and x.any() for x in biases)
+
+
+def rows_of(folder, *flags):
+    with contextlib.redirect_stdout(io.StringIO()):
+        argv = [f"--data={folder}/squares.txt", f"--out_dir={folder}/run", "--resume=never", *TINY]
+        train.main(parse.parse([*argv, *EXPERTS, "--optim=adamw", "--dropout=0", *flags]))
+    rows = logger.read_metrics(Path(folder) / "run" / "metrics.jsonl")
+    return [row for row in rows if "grad_norm" in row]
+
+
+def test_terms_are_logged_a_token_and_not_as_loss(tmp_path):
+    text(tmp_path)
+    more = ["--precision=fp64", "--steps=3", "--lr=1e-9"]
+    plain = rows_of(tmp_path, *more, "--router_z_loss=none")
+    found = rows_of(tmp_path, *more, "--router_z_loss=0.5", "--moe_sequence_loss=0.25")
+    for row, other in zip(found, plain, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert row["grad_norm"] != other["grad_norm"]
+        # Two layers; log Z of four small logits is log 4, and even loads have a sequence loss of 1.
+        assert row["moe_z_loss"] == pytest.approx(2 * 0.5 * math.log(4) ** 2, rel=0.2)
+        assert row["moe_sequence_loss"] == pytest.approx(2 * 0.25, rel=0.2)
+        assert not any(name.startswith("moe_") for name in other)
+
+
+def test_the_loss_scale_of_fp16_is_on_the_terms_too(tmp_path):
+    text(tmp_path)
+    flags = ["--router_z_loss=3", "--moe_sequence_loss=3", "--steps=2"]
+    norms = [
+        [row["grad_norm"] for row in rows_of(tmp_path, *flags, f"--precision={precision}")]
+        for precision in ("fp32", "fp16")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+def test_fp8_multiplies_in_each_expert():
+    cfg = parse.parse(["--n_expert=4", "--precision=fp8", "--vocab_size=256", "--n_embd=64"])
+    model = GPT(build.model_config(with_traits(cfg)))
+    state = build.convert_linears(cfg, {"delayed": True, "scaling": "tensor"}, model, CPU)
+    assert all(block.mlp.product is None for block in model.blocks.values())
+    assert "blocks.3.mlp.experts.2.fc" in state.histories
+    assert not any("router" in name for name in state.histories)
