@@ -106,8 +106,7 @@ class MoE(nn.Module):
         self.normalize = normalize
         self.z_loss = z_loss
         self.sequence_loss = sequence_loss
-        # A Linear of torch: whatever replaces the products of others leaves it in full precision.
-        self.router = nn.Linear(width, n, bias=False)
+        self.router = Router(width, n, bias=False)
         self.experts = nn.ModuleDict({str(e): expert for e, expert in enumerate(experts)})
         self.shared = shared
         self.register_buffer("selection_bias", torch.zeros(n))
@@ -118,11 +117,14 @@ class MoE(nn.Module):
         self.counts = torch.zeros(n, dtype=torch.int64)
         self.terms = torch.zeros(len(TERMS))
         self.loss_scale = 1.0
+        # Of the ranks that hold the same tokens one alone adds the terms.
+        self.adds_terms = True
+        # (B, E) -> (B, E): adds up over ranks that have other tokens of the same sequences.
+        self.sum_loads = None
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.router.weight.to(wide))  # (B, T, E)
+            logits = self.router(x)  # (B, T, E)
             scores = self.score(logits)
             chosen = self.choose(scores.detach() + self.selection_bias)  # (B, T, k)
             gates = scores.gather(-1, chosen)
@@ -195,10 +197,21 @@ class MoE(nn.Module):
             chosen = self.choose(scores.detach()).flatten(1)  # (B, Tk)
             ones = scores.new_ones(()).expand(chosen.shape)
             load = torch.zeros_like(scores[:, 0]).scatter_add_(1, chosen, ones)
-            fraction = load * (scores.shape[-1] / chosen.shape[1])  # (B, E)
+            if self.sum_loads is not None:
+                load = self.sum_loads(load)
+            fraction = load * (load.shape[1] / load.sum(1, keepdim=True))  # (B, E)
             share = scores / scores.sum(-1, keepdim=True)  # (B, T, E)
             sequence_loss = self.sequence_loss * (fraction * share.sum(1)).sum()
         return torch.stack([z_loss, sequence_loss, log_z.detach().sum()])
+
+
+class Router(nn.Linear):
+    """Logits in at least float32. It has no `matmul`: whatever replaces that of others, such as
+    FP8, leaves it alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -321,7 +334,8 @@ class CountAndBalance(torch.autograd.Function):
         layer = ctx.layer
         layer.counts += ctx.counts
         layer.terms += ctx.terms
-        return dy, ctx.terms.new_tensor(layer.loss_scale), None, None, None
+        scale = layer.loss_scale if layer.adds_terms else 0.0
+        return dy, ctx.terms.new_tensor(scale), None, None, None
 
 
 # ---- products of groups --------------------------------------------------------------------------

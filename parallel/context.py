@@ -113,7 +113,16 @@ def split(model: nn.Module, group: dist.ProcessGroup | None, way: str = "ring") 
     assert way in ("ring", "ulysses"), way
     if group is None:
         return
+
+    def sum_loads(load: Tensor) -> Tensor:
+        load = load.clone()
+        dist.all_reduce(load, group=group)
+        return load
+
     for module in model.modules():
+        # Experts' loads within a sequence (layers/moe.py): the other ranks have its other tokens.
+        if hasattr(module, "sum_loads"):
+            module.sum_loads = sum_loads
         if not hasattr(module, "attention_fn"):
             continue
         if way == "ring":

@@ -356,6 +356,8 @@ def defer_weight_gradients(model: torch.nn.Module) -> list:
     for module in model.modules():
         if hasattr(module, "matmul"):
             module.matmul = functools.partial(deferred_matmul, queue, module.matmul)
+        if hasattr(module, "product"):
+            module.product = None  # experts (layers/moe.py), each by its own `matmul`
     return queue
 
 

@@ -85,6 +85,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# Of experts (layers/moe.py) the Linear in them: see split_experts.
+EXPERTS = {"gate": 0, "fc": 0, "proj": 1}
 COLUMN = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.fc", "head")
 ROW = ("attn.proj", "mlp.proj")
 VOCABULARY = ("embed",)
@@ -249,7 +251,10 @@ def split(
     leave = leave or add_up
     modules = dict(model.named_modules())
 
+    experts = [module for module in modules.values() if hasattr(module, "experts")]
     dims = split_dims(modules, group.size(), column, row, vocabulary)
+    for module in experts:
+        dims |= expert_dims(module, group.size())
     tp_shards = {}
     for name, p in model.named_parameters():
         if p in dims:
@@ -268,6 +273,8 @@ def split(
         modules[name].register_forward_pre_hook(enter_first)
 
     replace_forwards(modules, group, leave, column, row, vocabulary)
+    for module in experts:
+        split_experts(module, group, enter, leave)
     for name, module in modules.items():
         if ends(name, partial):
             module.forward = types.MethodType(functools.partial(summed_forward, group), module)
@@ -347,6 +354,70 @@ def summed_forward(group: dist.ProcessGroup, module: nn.Module, *args) -> Tensor
         return type(module).forward(module, *args)
     finally:
         module._parameters.update(own)
+
+
+# ---- experts -------------------------------------------------------------------------------------
+#     rank 0 has columns of every expert's fc and rows of its proj, rank 1 the others, and both have
+#     the router: both choose alike, for all tokens
+#
+# f comes before router and experts, g after the sum over a token's experts: one of each a layer,
+# where an f and a g in each expert would send k times as much. So in between a rank has its part of
+# every result, and of every gradient: the router's is summed over the ranks, and the biases of the
+# second matrices count 1/N on each. The gradient that balances loads is rank 0's alone.
+def expert_dims(moe: nn.Module, n: int) -> dict[nn.Parameter, int]:
+    """Parameter -> the dimension along which it is split, of a layer with experts."""
+    dims = {}
+    for mlp in mlps(moe):
+        for kind, dim in EXPERTS.items():
+            linear = getattr(mlp, kind)
+            if linear is None:
+                continue
+            width = linear.weight.shape[dim]
+            if width % n:
+                fits = -(-width // n) * n
+                raise ValueError(
+                    f"--tp={n} does not divide the width {width} of an expert; type"
+                    f" --expert_width={fits}"
+                )
+            dims[linear.weight] = dim
+            if dim == 0 and linear.bias is not None:
+                dims[linear.bias] = 0
+    return dims
+
+
+def mlps(moe: nn.Module) -> list[nn.Module]:
+    found = list(moe.experts.values())
+    return found if moe.shared is None else [*found, moe.shared]
+
+
+def split_experts(moe: nn.Module, group: dist.ProcessGroup, enter: Callable, leave: Callable):
+    """Puts f before the layer and g behind it, and sums what all ranks hold of its parameters."""
+    n = group.size()
+    partial = [(moe.router, "weight", 1)]
+    for mlp in mlps(moe):
+        partial.append((mlp.proj, "bias", n))
+        for kind, dim in EXPERTS.items():
+            linear = getattr(mlp, kind)
+            if linear is not None and dim == 0:
+                linear.out_features //= n
+            elif linear is not None:
+                linear.in_features //= n
+    moe.adds_terms = dist.get_rank(group) == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = enter(self, x)
+        own = [(module, key, module._parameters[key], share) for module, key, share in partial]
+        try:
+            for module, key, p, share in own:
+                if p is not None:
+                    module._parameters[key] = CopyForwardSumBackward.apply(p, group) / share
+            y = type(self).forward(self, x)
+        finally:
+            for module, key, p, _ in own:
+                module._parameters[key] = p
+        return leave(self, y, None)
+
+    moe.forward = types.MethodType(forward, moe)
 
 
 def ends(name: str, endings: tuple[str, ...]) -> bool:

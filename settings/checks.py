@@ -186,12 +186,6 @@ def check_experts(cfg: Config) -> None:
             f"moe_every={cfg.moe_every} leaves none of {cfg.n_layer} layers with experts; type "
             f"--moe_every={cfg.n_layer}, or less"
         )
-    for name in ("tp", "cp", "pp"):
-        if getattr(cfg, name) > 1:
-            raise ValueError(
-                f"n_expert={cfg.n_expert} is not yet divided by {name}; leave {name} out, "
-                "--data_parallel=fsdp or zero3 shares the weights out"
-            )
     if cfg.mup_base_width is not None:
         raise ValueError(
             "mup_base_width has no rule for experts and their router; leave one of them out"
