@@ -101,7 +101,7 @@ def made(activation: str, precision: str) -> MoE:
     c = GPTConfig(n_embd=WIDTH, activation=activation)
     layer = MoE(WIDTH, [MLP(c, ACTIVATIONS[activation]) for _ in range(8)], 2)
     if onednn.faster(amp.PRECISIONS[precision].products, torch.device("cpu")):
-        layer.product = onednn.matmul
+        layer.experts.product = onednn.matmul
         for module in layer.modules():
             if hasattr(module, "matmul"):
                 module.matmul = onednn.linear

@@ -73,7 +73,7 @@ from torch import Tensor, nn
 
 from layers.recompute import casts, is_transformed, recompute
 
-# On a CPU, see MoE.sort.
+# On a CPU, see Experts.block.
 BLOCK = 64
 # What layer.terms adds up, each a sum over tokens.
 TERMS = ("z_loss", "sequence_loss", "log_z")
@@ -101,18 +101,17 @@ class MoE(nn.Module):
     ):
         super().__init__()
         n = len(experts)
+        self.n_expert = n
         self.n_active = n_active
         self.score = {"softmax": softmax, "sigmoid": torch.sigmoid}[router]
         self.normalize = normalize
         self.z_loss = z_loss
         self.sequence_loss = sequence_loss
         self.router = Router(width, n, bias=False)
-        self.experts = nn.ModuleDict({str(e): expert for e, expert in enumerate(experts)})
+        self.experts = Experts({str(e): expert for e, expert in enumerate(experts)})
         self.shared = shared
         self.register_buffer("selection_bias", torch.zeros(n))
 
-        # a (M, K), b (N, K) -> (M, N): how experts multiply. None: each by its own forward.
-        self.product = F.linear
         # Since somebody has set them to 0: tokens of each expert, and TERMS.
         self.counts = torch.zeros(n, dtype=torch.int64)
         self.terms = torch.zeros(len(TERMS))
@@ -145,14 +144,7 @@ class MoE(nn.Module):
 
     def sort(self, chosen: Tensor) -> "Order":
         """chosen: (N, k)"""
-        n = len(self.experts)
-        # FP8's products take no rows that 16 does not divide, and not none of them.
-        if self.product is None:
-            return sort(chosen, n, block=16, least=1)
-        # oneDNN makes a kernel for each new number of rows and keeps it: a product of 1,000 rows
-        # takes up to twice as long, and the process grows by 0.4 MB. A GPU's kernels take any.
-        is_large = chosen.numel() >= 2 * BLOCK * n
-        return sort(chosen, n, BLOCK if is_large and not chosen.is_cuda else 1)
+        return sort(chosen, self.n_expert, *self.experts.block(chosen))
 
     def choose(self, scores: Tensor) -> Tensor:
         """(..., E) -> (..., k), the indices of the largest, of equal ones the lowest index."""
@@ -161,30 +153,17 @@ class MoE(nn.Module):
 
     def through_experts(self, x: Tensor, gates: Tensor, order: "Order") -> Tensor:
         """x (N, C), gates (N, k) -> (N, C)"""
-        experts = list(self.experts.values())
         rows, ends, slots, _ = order
-        if self.product is None or is_transformed():
-            parts = split(x[rows], ends)
-            h = torch.cat([expert(part) for expert, part in zip(experts, parts)])
+        if is_transformed():  # transforms of torch.func take no Function such as those below
+            h = self.run_experts(x[rows], ends)
             return (h[slots] * gates.to(h.dtype).unsqueeze(-1)).sum(1)
-        x = recompute(lambda x: Gather.apply(x, rows, slots), x, saves_little=True)  # (kN, C)
-        h = self.grouped([expert.fc for expert in experts], x, ends)  # (kN, width of an expert)
-        if experts[0].gate is None:
-            h = experts[0].activation(h)
-        else:
-            gate = self.grouped([expert.gate for expert in experts], x, ends)
-            h = experts[0].activation(gate, h)
-        h = self.grouped([expert.proj for expert in experts], h, ends)  # (kN, C)
+        x = recompute(lambda x: Gather.apply(x, rows, slots), x, saves_little=True)  # (R, C)
+        h = self.run_experts(x, ends)  # (R, C)
         return Combine.apply(h, gates.to(h.dtype), rows, slots)
 
-    def grouped(self, linears: list[nn.Linear], x: Tensor, ends: Tensor) -> Tensor:
-        """Rows x (R, K), sorted by expert, each times the matrix of its expert -> (R, N)"""
-        weights = [linear.weight for linear in linears]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        return Grouped.apply(x, ends, self.product, *weights, *biases)
+    def run_experts(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows sorted by expert (R, C) -> (R, C). parallel/expert.py replaces it."""
+        return self.experts(x, ends)
 
     def balance_terms(self, logits: Tensor, scores: Tensor) -> Tensor:
         """(3,): TERMS of these tokens, the first two times their coefficients."""
@@ -203,6 +182,44 @@ class MoE(nn.Module):
             share = scores / scores.sum(-1, keepdim=True)  # (B, T, E)
             sequence_loss = self.sequence_loss * (fraction * share.sum(1)).sum()
         return torch.stack([z_loss, sequence_loss, log_z.detach().sum()])
+
+
+class Experts(nn.ModuleDict):
+    """Expert -> MLP: rows x (R, C), sorted by expert, -> (R, C)."""
+
+    # a (M, K), b (N, K) -> (M, N): how all multiply. None: each by its own forward.
+    product: Callable | None = staticmethod(F.linear)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        experts = list(self.values())
+        if self.product is None or is_transformed():
+            return torch.cat([expert(part) for expert, part in zip(experts, split(x, ends))])
+        h = self.grouped([expert.fc for expert in experts], x, ends)  # (R, width of an expert)
+        if experts[0].gate is None:
+            h = experts[0].activation(h)
+        else:
+            gate = self.grouped([expert.gate for expert in experts], x, ends)
+            h = experts[0].activation(gate, h)
+        return self.grouped([expert.proj for expert in experts], h, ends)
+
+    def grouped(self, linears: list[nn.Linear], x: Tensor, ends: Tensor) -> Tensor:
+        """x (R, K), each row times the matrix of its expert -> (R, N)"""
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        return Grouped.apply(x, ends, self.product, *weights, *biases)
+
+    def block(self, chosen: Tensor) -> tuple[int, int]:
+        """(what divides each expert's number of rows, how many it has at least), for sort()."""
+        # FP8's products take no rows that 16 does not divide, and not none of them.
+        if self.product is None:
+            return 16, 1
+        # oneDNN makes a kernel for each new number of rows and keeps it: a product of 1,000 rows
+        # takes up to twice as long, and the process grows by 0.4 MB. A GPU's kernels take any.
+        is_large = chosen.numel() >= 2 * BLOCK * len(self)
+        return (BLOCK if is_large and not chosen.is_cuda else 1), 0
 
 
 class Router(nn.Linear):

@@ -275,7 +275,7 @@ def test_each_expert_by_its_own_forward_is_the_same(bias):
     layer = made(bias=bias)
     x = drawn(3, 7, C)
     expected = results(layer, x)
-    layer.product = None
+    layer.experts.product = None
     for name, found in results(layer, x).items():
         torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-12, msg=name)
 
@@ -349,6 +349,6 @@ def test_onednn_s_products_are_the_same_also_of_no_rows(activation):
     layer.selection_bias.copy_(torch.tensor([0.0, -9, 0, 0, -9]))
     x = drawn(3, 7, C, dtype=torch.float32)
     expected = results(layer, x)
-    layer.product = onednn.matmul
+    layer.experts.product = onednn.matmul
     for name, found in results(layer, x).items():
         torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-4, msg=name)

@@ -390,6 +390,6 @@ def test_fp8_multiplies_in_each_expert():
     cfg = parse.parse(["--n_expert=4", "--precision=fp8", "--vocab_size=256", "--n_embd=64"])
     model = GPT(build.model_config(with_traits(cfg)))
     state = build.convert_linears(cfg, {"delayed": True, "scaling": "tensor"}, model, CPU)
-    assert all(block.mlp.product is None for block in model.blocks.values())
+    assert all(block.mlp.experts.product is None for block in model.blocks.values())
     assert "blocks.3.mlp.experts.2.fc" in state.histories
     assert not any("router" in name for name in state.histories)

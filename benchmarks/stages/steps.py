@@ -29,7 +29,7 @@ COVERS = (
     "layers/attention.py:flex_attention",
     "layers/compile.py:lacking",
     "layers/fewer_passes.py:by_autograd",
-    "layers/moe.py:MoE.sort",
+    "layers/moe.py:Experts.block",
     "layers/moe.py:has_kernel",
     "memory/activation_checkpoint.py:start_trip",
     "memory/offload.py:Stream.__init__",
