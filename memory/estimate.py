@@ -158,6 +158,39 @@ NORM_PARTS = {"modern": (), "gpt2": ("weight", "bias")} | dict.fromkeys(
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Mixture of experts: the fields of this name in settings/fields.py.
+
+    row_block: what divides the rows of each expert, where they are many: layers.moe.BLOCK on a
+    CPU, 1 on a GPU.
+    """
+
+    n_expert: int
+    n_expert_active: int = 2
+    n_shared_expert: int = 0
+    expert_width: int | None = None
+    moe_every: int = 1
+    row_block: int = 1
+
+    def are_in(self, layer: int) -> bool:
+        return (layer + 1) % self.moe_every == 0
+
+    def width(self, n_embd: int, arch: str, mlp_width: int | None = None) -> int:
+        """The width between an expert's matrices, as GPTConfig in model.py has it."""
+        if self.expert_width is not None:
+            return self.expert_width
+        of_token = self.n_expert_active + self.n_shared_expert
+        return -(-mlp_size(n_embd, arch, mlp_width) // (8 * of_token)) * 8
+
+    def rows(self, tokens: float) -> float:
+        """How many rows go through experts."""
+        rows = self.n_expert_active * tokens
+        if rows < 2 * self.row_block * self.n_expert:
+            return rows
+        return -(-(rows + self.n_expert * (self.row_block - 1)) // self.row_block) * self.row_block
+
+
 # ---- the parameters, and what an optimizer keeps of each -----------------------------------------
 def gpt_shapes(
     n_layer: int,
@@ -170,6 +203,7 @@ def gpt_shapes(
     head_dim: int | None = None,
     mlp_width: int | None = None,
     qkv_bias: bool | None = None,
+    experts: Experts | None = None,
 ) -> Shapes:
     """The parameters of model.py, in its order.
 
@@ -181,7 +215,6 @@ def gpt_shapes(
     V = vocab_size
     head_dim = head_dim or C // n_head
     kv = head_dim * (n_kv_head or n_head)
-    width = mlp_size(C, arch, mlp_width)
     has_bias = arch in ("gpt2", "track3")
     qkv_bias = has_bias if qkv_bias is None else qkv_bias
     shapes = {"embed.weight": ("embedding", (V, C))}
@@ -197,6 +230,12 @@ def gpt_shapes(
         if has_bias:
             shapes[f"{name}.bias"] = "scalar", shape[:1]
 
+    def mlp(name: str, width: int) -> None:
+        if arch in GATED:
+            linear(f"{name}.gate", (width, C))
+        linear(f"{name}.fc", (width, C))
+        linear(f"{name}.proj", (C, width))
+
     if arch == "track3":
         norm("embed_norm")
     for i in range(n_layer):
@@ -209,10 +248,15 @@ def gpt_shapes(
             norm(f"blocks.{i}.attn.q_norm", head_dim)
             norm(f"blocks.{i}.attn.k_norm", head_dim)
         norm(f"blocks.{i}.mlp_norm")
-        if arch in GATED:
-            linear(f"blocks.{i}.mlp.gate", (width, C))
-        linear(f"blocks.{i}.mlp.fc", (width, C))
-        linear(f"blocks.{i}.mlp.proj", (C, width))
+        if experts is None or not experts.are_in(i):
+            mlp(f"blocks.{i}.mlp", mlp_size(C, arch, mlp_width))
+            continue
+        width = experts.width(C, arch, mlp_width)
+        linear(f"blocks.{i}.mlp.router", (experts.n_expert, C), False)
+        for e in range(experts.n_expert):
+            mlp(f"blocks.{i}.mlp.experts.{e}", width)
+        if experts.n_shared_expert:
+            mlp(f"blocks.{i}.mlp.shared", experts.n_shared_expert * width)
     norm("final_norm")
     # gpt2's head is the embedding, so it is no parameter of its own.
     if arch != "gpt2":
@@ -820,6 +864,7 @@ def activation_bytes(
     q_width: int | None = None,
     kv_width: int | None = None,
     mlp_width: int | None = None,
+    experts: Experts | None = None,
 ) -> float:
     """Bytes that one micro-batch of `tokens` = b x s keeps for backward, and holds in it at most.
 
@@ -828,54 +873,114 @@ def activation_bytes(
     the setting, None for all tokens at once. in_backward: False for what forward leaves.
     plain_attention: (heads, tokens of a sequence) of --attention=plain, which keeps probabilities.
     q_width, kv_width: of all heads of queries, and of keys, None for n_embd; mlp_width: the
-    setting. Others' accountings do not ask for these three.
+    setting. Others' accountings do not ask for these three, and know no experts.
     Offloaded activations are on the device while they are used, two blocks at a time. Raises
     ValueError for an unknown precision or activation_checkpoint.
     """
     check("precision", precision, ACCOUNTINGS)
-    layer = layer_bytes(precision, n_embd, arch, q_width, kv_width, mlp_width)
-    per_layer, per_channel, per_word, full, attention, mlp, selective, inside = layer
+    if experts is not None and precision in PUBLISHED:
+        raise ValueError(
+            f"precision={precision} counts no activations of experts; type --precision=bf16, or "
+            "leave --batch out"
+        )
     L = n_layer
     how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
         raise ValueError(
             f"activation_checkpoint={activation_checkpoint} takes 1 to {L}, the layers"
         )
+    check("activation_checkpoint", how, CHECKPOINTS)
+    per_channel, per_word, dense = layer_bytes(
+        precision, n_embd, arch, q_width, kv_width, mlp_width
+    )
+    sparse = dense
+    if experts is not None:
+        sparse = with_experts(dense, precision, tokens, n_embd, arch, mlp_width, experts)
+    layers = []
+    for i in range(L):
+        layers.append(sparse if experts is not None and experts.are_in(i) else dense)
 
-    # Bytes of a token and channel: kept by all layers, and computed again of one block or segment.
-    n_steps = math.ceil(L / K)
-    last_again = (L - 1) % K == 0  # every_K computes the last layer again
-    by_how = {
-        "none": (L * per_layer, 0),
-        "full": (L * full, per_layer - full),
-        "full_sharded": (L * full / tp, per_layer - full / tp),
-        "full_offload": (0, per_layer + full),
-        "every": (
-            n_steps * full + (L - n_steps) * per_layer,
-            per_layer - full if last_again else 0,
-        ),
-        "segments": (K * full, n_steps * per_layer - full),
-        "attention": (L * attention, 0),
-        # Its input is computed again, too.
-        "mlp": (L * mlp, per_layer - mlp + full),
-        "selective": (L * selective, max(0, per_layer - selective)),
-        "offload": (0, 2 * per_layer),
-    }
-    check("activation_checkpoint", how, by_how)
-    kept, again = by_how[how]
+    # Bytes of a token: what each layer keeps, and what there is when backward is in it.
+    kept = [kept_of_layer(layer, i, how, K, tp) for i, layer in enumerate(layers)]
+    if how == "segments":
+        # The first layer of each segment.
+        kept = [x if i in (-(-s * L // K) for s in range(K)) else 0 for i, x in enumerate(kept)]
+    if plain_attention is not None and precision in PRECISIONS:
+        number = PRECISIONS[precision].products.itemsize * n_embd
+        for i in range(L):
+            if how in ("none", "mlp") or (how == "every" and i % K):
+                kept[i] += number * kept_by_plain_attention(*plain_attention, n_embd, arch)
 
     # What the head keeps is gone when backward comes to the blocks.
     words = per_word * vocab_size
     if loss_chunk is not None and tokens:
         words *= min(1, chunk_part(loss_chunk) / tokens)
-    of_head = per_channel * n_embd + words
+    most = sum(kept) + per_channel * n_embd + words
+    if in_backward:
+        left = 0
+        for i in range(L):
+            left += kept[i]
+            most = max(most, left + again_in_layer(layers, i, how, K, tp))
+    return tokens * most
 
-    if plain_attention is not None and precision in PRECISIONS:
-        layers_kept = {"none": L, "mlp": L, "every": L - n_steps}.get(how, 0)
-        number = PRECISIONS[precision].products.itemsize
-        kept += layers_kept * number * kept_by_plain_attention(*plain_attention, n_embd, arch)
-    at_most = max((again + inside) * n_embd, of_head) if in_backward else of_head
-    return tokens * (kept * n_embd + at_most)
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Of a token: what a layer keeps by each --activation_checkpoint, and the temporaries in it."""
+
+    kept: float
+    full: float
+    attention: float
+    mlp: float
+    selective: float
+    inside: float
+
+
+# What --activation_checkpoint may be, without its numbers.
+CHECKPOINTS = (
+    *("none", "full", "full_sharded", "full_offload", "every", "segments"),
+    *("attention", "mlp", "selective", "offload"),
+)
+
+
+def kept_of_layer(x: LayerBytes, i: int, how: str, K: int, tp: int) -> float:
+    """Bytes of a token that layer i keeps, or a segment that begins with it."""
+    kept = {
+        "none": x.kept,
+        "full_sharded": x.full / tp,
+        "full_offload": 0,
+        "every": x.full if i % K == 0 else x.kept,
+        "attention": x.attention,
+        "mlp": x.mlp,
+        "selective": x.selective,
+        "offload": 0,
+    }
+    return kept.get(how, x.full)
+
+
+def again_in_layer(layers: list[LayerBytes], i: int, how: str, K: int, tp: int) -> float:
+    """Bytes of a token that backward holds in layer i, beside what layers up to i keep."""
+    x = layers[i]
+    L = len(layers)
+    again = 0
+    if how == "full" or (how == "every" and i % K == 0):
+        again = x.kept - x.full
+    elif how == "full_sharded":
+        again = x.kept - x.full / tp
+    elif how == "full_offload":
+        again = x.kept + x.full
+    elif how == "segments":
+        segment = [y for j, y in enumerate(layers[: i + 1]) if j * K // L == i * K // L]
+        again = sum(y.kept for y in segment) - x.full
+    elif how == "mlp":
+        # Its input is computed again, too.
+        again = x.kept - x.mlp + x.full
+    elif how == "selective":
+        again = max(0, x.kept - x.selective)
+    elif how == "offload":
+        # The layer before it is on its way.
+        again = x.kept + layers[max(0, i - 1)].kept
+    return again + x.inside
 
 
 def layer_bytes(
@@ -885,29 +990,106 @@ def layer_bytes(
     q_width: int | None,
     kv_width: int | None,
     mlp_width: int | None,
-) -> tuple[float, ...]:
-    """k, r, l and the five numbers of CHECKPOINTED_BYTES, for these widths."""
+) -> tuple[float, float, LayerBytes]:
+    """r and l of the formula above, and a layer's bytes of a token, for these widths."""
+    C = n_embd
     if precision in PUBLISHED:
         # At 2 bytes a number attention drops q, k, v and its output (8 of the 34), mlp two tensors
         # of width 4C (16). selective keeps the block's input and all products (22).
-        per_layer = {"mixed": 34, "texts": 20}[precision]
-        return per_layer, 0, 0, 2, min(26, per_layer), 18, min(22, per_layer), 0
+        k = {"mixed": 34, "texts": 20}[precision]
+        return 0, 0, LayerBytes(k * C, 2 * C, min(26, k) * C, 18 * C, min(22, k) * C, 0)
     row = PRECISIONS[precision]
     key = arch, row.weights.itemsize, row.products.itemsize
     per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
     full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
 
-    # The tables' widths are n_embd and 4 n_embd: what others are more, in bytes a channel.
-    unit = row.products.itemsize / max(1, n_embd)
-    more_heads = unit * (2 * (q_width or n_embd) + 2 * (kv_width or n_embd) - 4 * n_embd)
-    wider = unit * (mlp_size(n_embd, arch, mlp_width) - 4 * n_embd)
+    # The tables' widths are n_embd and 4 n_embd: what others are more, in bytes.
+    number = row.products.itemsize
+    more_heads = number * (2 * (q_width or C) + 2 * (kv_width or C) - 4 * C)
+    wider = number * (mlp_size(C, arch, mlp_width) - 4 * C)
     n_kept = 2 if arch in GATED else 1
-    per_layer += more_heads + n_kept * wider
-    attention += n_kept * wider
-    mlp += more_heads
-    selective += more_heads + n_kept * wider
-    inside += (n_kept + 1) * wider
-    return per_layer, per_channel, per_word, full, attention, mlp, selective, inside
+    return (
+        per_channel,
+        per_word,
+        LayerBytes(
+            kept=per_layer * C + more_heads + n_kept * wider,
+            full=full * C,
+            attention=attention * C + n_kept * wider,
+            mlp=mlp * C + more_heads,
+            selective=selective * C + more_heads + n_kept * wider,
+            inside=inside * C + (n_kept + 1) * wider,
+        ),
+    )
+
+
+def with_experts(
+    dense: LayerBytes,
+    precision: str,
+    tokens: float,
+    n_embd: int,
+    arch: str,
+    mlp_width: int | None,
+    experts: Experts,
+) -> LayerBytes:
+    """A layer whose MLP makes room for experts (layers/moe.py)."""
+    C = n_embd
+    row = PRECISIONS[precision]
+    number = row.products.itemsize
+    wide = row.state.itemsize
+    n_kept = 2 if arch in GATED else 1
+    E = experts.n_expert
+    k = experts.n_expert_active
+    rows = experts.rows(tokens) / tokens if tokens else k  # of a token
+    width = experts.width(C, arch, mlp_width)
+    shared = experts.n_shared_expert * width
+
+    # Shared experts are an MLP of another width.
+    narrower = number * (shared - mlp_size(C, arch, mlp_width))
+    # Logits, scores, the order of choices; slots; gates, their sum, log Z; the rows' tokens.
+    of_router = (2 * wide + 8) * E + (8 + wide + number) * k + 2 * wide + 8 * rows
+    if row.weights.itemsize < wide:
+        of_router += wide * C  # its input
+    more = of_router + rows * number * (n_kept * width + C) + n_kept * narrower
+    # Of all products `selective` keeps the router's alone, and those of shared experts.
+    selective = dense.selective + n_kept * narrower + wide * E
+    if not shared:
+        selective -= number * C
+    return LayerBytes(
+        kept=dense.kept + more,
+        full=dense.full,
+        attention=dense.attention + more,
+        mlp=dense.mlp,
+        selective=selective,
+        inside=max(
+            dense.inside + (n_kept + 1) * narrower,
+            inside_experts(row, C, rows * width, rows * C, shared, n_kept),
+        ),
+    )
+
+
+def inside_experts(
+    row: Precision, C: int, inner: float, outer: float, shared: int, n_kept: int
+) -> float:
+    """Bytes of a token that the backward of experts holds at most, beside what forward keeps.
+
+    inner, outer: numbers of a token's rows between the matrices of its experts, and around them;
+    shared: the width of shared experts. In backward's order, a product of rows with rows makes
+    gates' gradients; proj's gradient has the activation, computed again; the activation's does
+    without h; fc's has the rows once more, with a gate two gradients of them, and their sum.
+    """
+    number = row.products.itemsize
+    residual = row.weights.itemsize * C
+    cast = number * C if has_copies(row) else 0
+    most = max(
+        residual + cast + 2 * number * outer,
+        residual + 2 * number * inner,
+        residual + number * ((n_kept + 1) * inner - outer),
+        3 * residual + cast + number * (3 * outer - 2 * inner) if n_kept == 2 else 0,
+    )
+    if shared:
+        # Their backward is over, and has left norm(x) and a gradient of it.
+        most += 2 * residual + cast - n_kept * number * shared
+    return most
 
 
 def kept_by_plain_attention(heads: int, length: int, n_embd: int, arch: str) -> float:
