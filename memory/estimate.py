@@ -388,6 +388,19 @@ class Case:
     def by_block(self) -> bool:
         return any(name.startswith("blocks.") for name in self.shapes)
 
+    @functools.cached_property
+    def at_once(self) -> int:
+        """Numbers of the gradients that one operation makes: of a matrix of all experts."""
+        sizes = collections.Counter()
+        for name, size in self.sizes.items():
+            before, experts, after = name.partition(".experts.")
+            sizes[before, after.partition(".")[2] if experts else name] += size
+        return max(sizes.values())
+
+    @property
+    def has_experts(self) -> bool:
+        return any(".experts." in name for name in self.shapes)
+
     @property
     def head(self) -> tuple[int, ...]:
         """(words, width); a tied head is the embedding."""
@@ -706,8 +719,10 @@ def early_gradient(c: Case) -> float:
 
 def backward_bytes(c: Case) -> float:
     """Bytes of weights and gradients that are on their way in backward."""
-    several = c.n > 1 or c.world > 1 or c.offload_params
-    return travelling_bytes(c) if several else 0
+    if c.n > 1 or c.world > 1 or c.offload_params:
+        return travelling_bytes(c)
+    # Beside the gradients of earlier micro-batches.
+    return c.gradient * c.at_once if c.has_experts and c.micro_batches > 1 else 0
 
 
 def unit_sizes(c: Case, names) -> dict[str, int]:
@@ -728,13 +743,14 @@ def travelling_bytes(c: Case) -> float:
     owned = unit_sizes(c, [name for name, ranks in c.steppers.items() if len(ranks) == 1])
     foreign = {name: size - owned[name] / c.n for name, size in units.items()}
     root = units["before"] + units["after"]
-    block = max(size for name, size in units.items() if name not in ("before", "after"))
+    blocks = [size for name, size in units.items() if name not in ("before", "after")]
+    block = max(blocks)
     bucket = min(max(c.bucket, c.gradient * unit), c.gradient * all_numbers)
     others = (c.n - 1) / c.n
     # A rank keeps its own weights, and fsdp's gradients, on the device unless they are offloaded.
     missing = 1 if c.offload_params else others
     if c.layout == "ddp":
-        return c.gradient * max(c.sizes.values())
+        return c.gradient * c.at_once
     if c.layout == "zero1" and c.micro_batches > 1:
         return bucket
     if c.layout in ("zero1", "zero2"):
@@ -743,7 +759,8 @@ def travelling_bytes(c: Case) -> float:
         return zero3_bytes(c, units, units if c.offload_params else foreign)
 
     # fsdp: the block in work and the next one are gathered, and embedding and head.
-    gathered = root + 2 * block if c.reshard else all_numbers
+    two_blocks = max(a + b for a, b in itertools.pairwise([*blocks, block]))
+    gathered = root + two_blocks if c.reshard else all_numbers
     gathered = c.weight * gathered
     if c.micro_batches > 1:
         # Full gradients wait for the last micro-batch.
@@ -934,6 +951,9 @@ class LayerBytes:
     mlp: float
     selective: float
     inside: float
+    # The same in what was computed again: a block, or its MLP alone.
+    inside_again: float
+    inside_mlp: float
 
 
 # What --activation_checkpoint may be, without its numbers.
@@ -980,7 +1000,10 @@ def again_in_layer(layers: list[LayerBytes], i: int, how: str, K: int, tp: int) 
     elif how == "offload":
         # The layer before it is on its way.
         again = x.kept + layers[max(0, i - 1)].kept
-    return again + x.inside
+    if how == "mlp":
+        return again + x.inside_mlp
+    is_again = how not in ("none", "attention", "offload") and not (how == "every" and i % K)
+    return again + (x.inside_again if is_again else x.inside)
 
 
 def layer_bytes(
@@ -997,7 +1020,7 @@ def layer_bytes(
         # At 2 bytes a number attention drops q, k, v and its output (8 of the 34), mlp two tensors
         # of width 4C (16). selective keeps the block's input and all products (22).
         k = {"mixed": 34, "texts": 20}[precision]
-        return 0, 0, LayerBytes(k * C, 2 * C, min(26, k) * C, 18 * C, min(22, k) * C, 0)
+        return 0, 0, LayerBytes(k * C, 2 * C, min(26, k) * C, 18 * C, min(22, k) * C, 0, 0, 0)
     row = PRECISIONS[precision]
     key = arch, row.weights.itemsize, row.products.itemsize
     per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
@@ -1008,6 +1031,7 @@ def layer_bytes(
     more_heads = number * (2 * (q_width or C) + 2 * (kv_width or C) - 4 * C)
     wider = number * (mlp_size(C, arch, mlp_width) - 4 * C)
     n_kept = 2 if arch in GATED else 1
+    inside = inside * C + (n_kept + 1) * wider
     return (
         per_channel,
         per_word,
@@ -1017,7 +1041,9 @@ def layer_bytes(
             attention=attention * C + n_kept * wider,
             mlp=mlp * C + more_heads,
             selective=selective * C + more_heads + n_kept * wider,
-            inside=inside * C + (n_kept + 1) * wider,
+            inside=inside,
+            inside_again=inside,
+            inside_mlp=inside,
         ),
     )
 
@@ -1054,41 +1080,52 @@ def with_experts(
     selective = dense.selective + n_kept * narrower + wide * E
     if not shared:
         selective -= number * C
+    residual = row.weights.itemsize * C
+    cast = number * C if has_copies(row) else 0
+    inside = inside_experts(residual, cast, number, rows * width, rows * C, shared, n_kept)
+    inside = max(dense.inside + (n_kept + 1) * narrower, inside)
+    # The activation's forward, beside norm(x), its gradient, and casts.
+    forward = 2 * number * rows * width + 2 * residual + 2 * cast
     return LayerBytes(
         kept=dense.kept + more,
         full=dense.full,
         attention=dense.attention + more,
         mlp=dense.mlp,
         selective=selective,
-        inside=max(
-            dense.inside + (n_kept + 1) * narrower,
-            inside_experts(row, C, rows * width, rows * C, shared, n_kept),
-        ),
+        inside=inside,
+        inside_again=max(inside, forward),
+        # Nobody forgets the rows there.
+        inside_mlp=inside + number * rows * C + residual + cast,
     )
 
 
 def inside_experts(
-    row: Precision, C: int, inner: float, outer: float, shared: int, n_kept: int
+    residual: float,
+    cast: float,
+    number: int,
+    inner: float,
+    outer: float,
+    shared: int,
+    n_kept: int,
 ) -> float:
     """Bytes of a token that the backward of experts holds at most, beside what forward keeps.
 
-    inner, outer: numbers of a token's rows between the matrices of its experts, and around them;
-    shared: the width of shared experts. In backward's order, a product of rows with rows makes
-    gates' gradients; proj's gradient has the activation, computed again; the activation's does
-    without h; fc's has the rows once more, with a gate two gradients of them, and their sum.
+    residual, cast: bytes of x, and of autocast's copy; inner, outer: numbers of a token's rows
+    between the matrices of its experts, and around them; shared: the width of shared experts.
     """
-    number = row.products.itemsize
-    residual = row.weights.itemsize * C
-    cast = number * C if has_copies(row) else 0
     most = max(
+        # In backward's order: a product of rows with rows, for the gradients of gates.
         residual + cast + 2 * number * outer,
+        # proj, whose input is computed again.
         residual + 2 * number * inner,
+        # The activation, when proj's result has gone.
         residual + number * ((n_kept + 1) * inner - outer),
+        # fc, and a gate: the rows once more, two gradients of them, and their sum.
         3 * residual + cast + number * (3 * outer - 2 * inner) if n_kept == 2 else 0,
     )
     if shared:
-        # Their backward is over, and has left norm(x) and a gradient of it.
-        most += 2 * residual + cast - n_kept * number * shared
+        # Their backward is over, and has left norm(x) and gradients of it.
+        most += (1 + n_kept) * residual + cast - n_kept * number * shared
     return most
 
 
