@@ -54,6 +54,16 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
                               again of one block or segment, and the temporaries inside a block.
                               With --loss_chunk the words are those of an eighth of a chunk
 
+In a layer with E experts of width w, k of a token (layers/moe.py), R rows = k b s go through them,
+on a CPU up to 63 E more. It keeps, with p bytes of an operand and q of a score, beside attention:
+
+    p R (w + h), with a gate p R (2 w + h)      what proj's input comes from, and its result
+    b s (2 q E + 8 E + (8 + q + p) k) + 8 R     logits and scores; choices, rows, gates
+    4 b s h                                     the router's input, where x is bfloat16
+
+Its backward makes the gradients of a matrix of all E experts at once, 4 E w h bytes, before they
+are added or sent. FP8's experts hold up to a tenth more than is predicted.
+
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
 parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
 no memory.)
@@ -1159,6 +1169,11 @@ DEFAULTS = dict(
     n_kv_head=None,
     head_dim=None,
     mlp_width=None,
+    n_expert=None,
+    n_expert_active=2,
+    n_shared_expert=0,
+    expert_width=None,
+    moe_every=1,
     block_size=1024,
     arch="modern",
     batch=0,
@@ -1171,6 +1186,8 @@ DEFAULTS = dict(
     activation_checkpoint="none",
     loss_chunk=None,
 )
+# Flags that mean nothing without n_expert.
+OF_EXPERTS = ("n_expert_active", "n_shared_expert", "expert_width", "moe_every")
 NAMES = {
     "precision": ACCOUNTINGS,
     "arch": tuple(NORM_PARTS),
@@ -1208,7 +1225,31 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
             f"n_embd={width}, n_head={heads} and n_kv_head={settings['n_kv_head']} must divide, "
             "each the one before"
         )
+    check_experts(settings)
     return settings, options
+
+
+def check_experts(s: dict) -> None:
+    """Raises ValueError for flags of experts that do not fit the model."""
+    if s["n_expert"] is None:
+        for name in OF_EXPERTS:
+            if s[name] != DEFAULTS[name]:
+                raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
+        return
+    if s["params"] is not None:
+        raise ValueError("--n_expert needs --n_layer and --n_embd; leave --params out")
+    if s["n_expert_active"] > s["n_expert"] or s["moe_every"] > (s["n_layer"] or math.inf):
+        raise ValueError(
+            f"n_expert_active={s['n_expert_active']} is at most n_expert={s['n_expert']}, and "
+            f"moe_every={s['moe_every']} at most n_layer={s['n_layer']}"
+        )
+
+
+def experts_of(s: SimpleNamespace) -> Experts | None:
+    """The experts that the command line describes, on a GPU."""
+    if s.n_expert is None:
+        return None
+    return Experts(s.n_expert, **{name: getattr(s, name) for name in OF_EXPERTS})
 
 
 def kinds_of(parameter: inspect.Parameter) -> tuple[list, bool]:
@@ -1236,7 +1277,9 @@ def shapes_of(s: SimpleNamespace) -> Shapes:
         )
     if s.params is None:
         names = "n_layer n_embd vocab_size block_size arch n_head n_kv_head head_dim mlp_width"
-        return gpt_shapes(**{name: getattr(s, name) for name in names.split()})
+        return gpt_shapes(
+            **{name: getattr(s, name) for name in names.split()}, experts=experts_of(s)
+        )
     optimizer = find_optimizer(s.optim)
     if optimizer.state_numbers((2, 3)) != optimizer.state_numbers((6,)):
         raise ValueError(
@@ -1262,6 +1305,9 @@ def table(settings: dict, options: dict) -> str:
     else:
         # Our accounting needs shapes.
         precisions = ["bf16", "mixed", "texts"] if by_shape else ["mixed", "texts"]
+        # The texts count no activations of experts.
+        if s.n_expert is not None and s.batch:
+            precisions = ["bf16"]
     count = sum(math.prod(shape) for _, shape in shapes.values())
     lines = [f"{count:,} parameters, {s.optim}, {s.gpus} ranks; GB (1e9 bytes) on the fullest rank"]
     for precision in precisions:
@@ -1294,6 +1340,7 @@ def table_row(
             q_width=s.n_head * head_dim,
             kv_width=(s.n_kv_head or s.n_head) * head_dim,
             mlp_width=s.mlp_width,
+            experts=experts_of(s),
         )
         activations = count()
         inside = activations - count(in_backward=False)
