@@ -54,6 +54,7 @@ from parallel.autocast_linear import keep_no_copies
 from parallel.ddp import DDP
 from precision import amp, fp8
 from precision.stochastic import stochastic
+from run.balance import Balance
 from run.build import stepped_by_rows
 from settings import fields
 from settings.fields import ARCHS
@@ -513,7 +514,11 @@ def measured(
     if precision == "bf16_sr":
         options = options | {"offload": lambda optimizer: stochastic(optimizer, 0)}
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
-    groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
+
+    def groups(model):
+        Balance(model, CPU)  # experts' buffers, too, were on the meta device
+        return param_groups(model, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
+
     return measure(
         replicas,
         model,
