@@ -227,7 +227,7 @@ def test_experts_of_other_precisions_keep_what_is_predicted(arch, precision):
     assert measured == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("arch", ["modern", "llama"])
+@pytest.mark.parametrize("arch", ["modern", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["full", "every_2", "segments_2", "attention", "mlp", "selective"])
 def test_experts_that_are_computed_again_keep_what_is_predicted(arch, how):
     for experts in (dict(n_expert=8), dict(n_expert=8, moe_every=2)):
@@ -582,9 +582,15 @@ def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, op
     assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
 
 
-@pytest.mark.parametrize("optim, precision", [("adamw", "fp32"), ("sgd", "bf16")])
-def test_one_process_with_experts_holds_what_is_predicted(optim, precision):
-    experts = dict(n_expert=8, moe_every=2)
+@pytest.mark.parametrize(
+    "optim, precision, experts",
+    [
+        ("adamw", "fp32", dict(n_expert=8, moe_every=2)),
+        # The gradients of a matrix of all experts at once are a tenth of all there is.
+        ("sgd", "fp32", dict(n_expert=32, expert_width=64, moe_every=8)),
+    ],
+)
+def test_one_process_with_experts_holds_what_is_predicted(optim, precision, experts):
     case = "ddp", optim, precision, 2, {}
     found = measured(0, 1, *case, experts=experts)
     expected = predicted(*case[:2], 1, *case[2:], experts=Experts(**experts))
@@ -711,9 +717,8 @@ def measured_experts(rank, world, layouts, experts):
 @pytest.mark.parametrize(
     "layouts",
     [
-        ("fsdp",),
-        pytest.param(("ddp", "zero1"), marks=pytest.mark.slow),
-        pytest.param(("zero2", "zero3"), marks=pytest.mark.slow),
+        pytest.param(names, marks=pytest.mark.slow)
+        for names in (("fsdp",), ("ddp", "zero1"), ("zero2", "zero3"))
     ],
 )
 def test_the_fullest_of_three_ranks_with_experts_holds_what_is_predicted(layouts):
