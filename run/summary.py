@@ -89,11 +89,10 @@ def about_model(cfg: Config, full_model: torch.nn.Module) -> str:
     experts = ""
     if cfg.n_expert is not None:
         active = f", {short(active_params(full_model))} of them active"
-        experts = f"{cfg.n_expert} experts, {cfg.n_expert_active} of a token, "
+        spread = f" in one layer of {cfg.moe_every}" if cfg.moe_every > 1 else ""
+        experts = f"{cfg.n_expert} experts{spread}, {cfg.n_expert_active} of a token, "
         if cfg.n_shared_expert:
             experts += f"{cfg.n_shared_expert} shared, "
-        if cfg.moe_every > 1:
-            experts = experts.replace(" experts", f" experts in one layer of {cfg.moe_every}")
     return (
         f"{cfg.arch}, {short(n_params)} parameters{active}: {cfg.n_layer} layers, {experts}"
         f"{heads}, width {cfg.n_embd}; context of {cfg.block_size} tokens"
