@@ -213,8 +213,15 @@ def kept_and_peak(arch, precision, experts, how, rows):
     return found, (count(activation_checkpoint=how, in_backward=False), at_most)
 
 
-@pytest.mark.parametrize("arch", ["modern", "llama"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "arch, precision",
+    [
+        ("modern", "fp32"),
+        ("llama", "bf16"),
+        pytest.param("modern", "bf16", marks=pytest.mark.slow),
+        pytest.param("llama", "fp32", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_experts_keep_what_is_predicted(arch, precision, experts):
     measured, expected = kept_and_peak(arch, precision, experts, "none", 4)
