@@ -23,7 +23,8 @@ dropout, and where it is an autograd Function of its own, like onednn's.)
     selective     11        no product, nor attention: norms, rotations, activations
     offload       0         nothing; all that is saved waits in host memory
 
-(An MLP with a gate keeps 2 w/C tensors, w its width, where that of the table keeps 4. With
+(An MLP with a gate keeps 2 w/C tensors, w its width, where that of the table keeps 4. Experts, k of
+a token, keep k (w/C + 1), with a gate k (2 w/C + 1), and selective computes them again. With
 layers/recompute.py, selective keeps what none does, and one product more: it is of use to blocks
 without it. It computes FlexAttention again.)
 

@@ -54,6 +54,16 @@ Activations kept for backward, for b x s tokens, L layers, h channels, V words:
                               again of one block or segment, and the temporaries inside a block.
                               With --loss_chunk the words are those of an eighth of a chunk
 
+In a layer with E experts of width w, k of a token (layers/moe.py), R rows = k b s go through them,
+on a CPU up to 63 E more. It keeps, with p bytes of an operand and q of a score, beside attention:
+
+    p R (w + h), with a gate p R (2 w + h)      what proj's input comes from, and its result
+    b s (2 q E + 8 E + (8 + q + p) k) + 8 R     logits and scores; choices, rows, gates
+    4 b s h                                     the router's input, where x is bfloat16
+
+Its backward makes the gradients of a matrix of all E experts at once, 4 E w h bytes, before they
+are added or sent. FP8's experts hold up to a tenth more than is predicted.
+
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
 parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
 no memory.)
@@ -158,6 +168,39 @@ NORM_PARTS = {"modern": (), "gpt2": ("weight", "bias")} | dict.fromkeys(
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Mixture of experts: the fields of this name in settings/fields.py.
+
+    row_block: what divides the rows of each expert, where they are many: layers.moe.BLOCK on a
+    CPU, 1 on a GPU.
+    """
+
+    n_expert: int
+    n_expert_active: int = 2
+    n_shared_expert: int = 0
+    expert_width: int | None = None
+    moe_every: int = 1
+    row_block: int = 1
+
+    def are_in(self, layer: int) -> bool:
+        return (layer + 1) % self.moe_every == 0
+
+    def width(self, n_embd: int, arch: str, mlp_width: int | None = None) -> int:
+        """The width between an expert's matrices, as GPTConfig in model.py has it."""
+        if self.expert_width is not None:
+            return self.expert_width
+        of_token = self.n_expert_active + self.n_shared_expert
+        return -(-mlp_size(n_embd, arch, mlp_width) // (8 * of_token)) * 8
+
+    def rows(self, tokens: float) -> float:
+        """How many rows go through experts."""
+        rows = self.n_expert_active * tokens
+        if rows < 2 * self.row_block * self.n_expert:
+            return rows
+        return -(-(rows + self.n_expert * (self.row_block - 1)) // self.row_block) * self.row_block
+
+
 # ---- the parameters, and what an optimizer keeps of each -----------------------------------------
 def gpt_shapes(
     n_layer: int,
@@ -170,6 +213,7 @@ def gpt_shapes(
     head_dim: int | None = None,
     mlp_width: int | None = None,
     qkv_bias: bool | None = None,
+    experts: Experts | None = None,
 ) -> Shapes:
     """The parameters of model.py, in its order.
 
@@ -181,7 +225,6 @@ def gpt_shapes(
     V = vocab_size
     head_dim = head_dim or C // n_head
     kv = head_dim * (n_kv_head or n_head)
-    width = mlp_size(C, arch, mlp_width)
     has_bias = arch in ("gpt2", "track3")
     qkv_bias = has_bias if qkv_bias is None else qkv_bias
     shapes = {"embed.weight": ("embedding", (V, C))}
@@ -197,6 +240,12 @@ def gpt_shapes(
         if has_bias:
             shapes[f"{name}.bias"] = "scalar", shape[:1]
 
+    def mlp(name: str, width: int) -> None:
+        if arch in GATED:
+            linear(f"{name}.gate", (width, C))
+        linear(f"{name}.fc", (width, C))
+        linear(f"{name}.proj", (C, width))
+
     if arch == "track3":
         norm("embed_norm")
     for i in range(n_layer):
@@ -209,10 +258,15 @@ def gpt_shapes(
             norm(f"blocks.{i}.attn.q_norm", head_dim)
             norm(f"blocks.{i}.attn.k_norm", head_dim)
         norm(f"blocks.{i}.mlp_norm")
-        if arch in GATED:
-            linear(f"blocks.{i}.mlp.gate", (width, C))
-        linear(f"blocks.{i}.mlp.fc", (width, C))
-        linear(f"blocks.{i}.mlp.proj", (C, width))
+        if experts is None or not experts.are_in(i):
+            mlp(f"blocks.{i}.mlp", mlp_size(C, arch, mlp_width))
+            continue
+        width = experts.width(C, arch, mlp_width)
+        linear(f"blocks.{i}.mlp.router", (experts.n_expert, C), False)
+        for e in range(experts.n_expert):
+            mlp(f"blocks.{i}.mlp.experts.{e}", width)
+        if experts.n_shared_expert:
+            mlp(f"blocks.{i}.mlp.shared", experts.n_shared_expert * width)
     norm("final_norm")
     # gpt2's head is the embedding, so it is no parameter of its own.
     if arch != "gpt2":
@@ -343,6 +397,19 @@ class Case:
     @property
     def by_block(self) -> bool:
         return any(name.startswith("blocks.") for name in self.shapes)
+
+    @functools.cached_property
+    def at_once(self) -> int:
+        """Numbers of the gradients that one operation makes: of a matrix of all experts."""
+        sizes = collections.Counter()
+        for name, size in self.sizes.items():
+            before, experts, after = name.partition(".experts.")
+            sizes[before, after.partition(".")[2] if experts else name] += size
+        return max(sizes.values())
+
+    @property
+    def has_experts(self) -> bool:
+        return any(".experts." in name for name in self.shapes)
 
     @property
     def head(self) -> tuple[int, ...]:
@@ -662,8 +729,10 @@ def early_gradient(c: Case) -> float:
 
 def backward_bytes(c: Case) -> float:
     """Bytes of weights and gradients that are on their way in backward."""
-    several = c.n > 1 or c.world > 1 or c.offload_params
-    return travelling_bytes(c) if several else 0
+    if c.n > 1 or c.world > 1 or c.offload_params:
+        return travelling_bytes(c)
+    # Beside the gradients of earlier micro-batches.
+    return c.gradient * c.at_once if c.has_experts and c.micro_batches > 1 else 0
 
 
 def unit_sizes(c: Case, names) -> dict[str, int]:
@@ -684,13 +753,14 @@ def travelling_bytes(c: Case) -> float:
     owned = unit_sizes(c, [name for name, ranks in c.steppers.items() if len(ranks) == 1])
     foreign = {name: size - owned[name] / c.n for name, size in units.items()}
     root = units["before"] + units["after"]
-    block = max(size for name, size in units.items() if name not in ("before", "after"))
+    blocks = [size for name, size in units.items() if name not in ("before", "after")]
+    block = max(blocks)
     bucket = min(max(c.bucket, c.gradient * unit), c.gradient * all_numbers)
     others = (c.n - 1) / c.n
     # A rank keeps its own weights, and fsdp's gradients, on the device unless they are offloaded.
     missing = 1 if c.offload_params else others
     if c.layout == "ddp":
-        return c.gradient * max(c.sizes.values())
+        return c.gradient * c.at_once
     if c.layout == "zero1" and c.micro_batches > 1:
         return bucket
     if c.layout in ("zero1", "zero2"):
@@ -699,7 +769,8 @@ def travelling_bytes(c: Case) -> float:
         return zero3_bytes(c, units, units if c.offload_params else foreign)
 
     # fsdp: the block in work and the next one are gathered, and embedding and head.
-    gathered = root + 2 * block if c.reshard else all_numbers
+    two_blocks = max(a + b for a, b in itertools.pairwise([*blocks, block]))
+    gathered = root + two_blocks if c.reshard else all_numbers
     gathered = c.weight * gathered
     if c.micro_batches > 1:
         # Full gradients wait for the last micro-batch.
@@ -820,6 +891,7 @@ def activation_bytes(
     q_width: int | None = None,
     kv_width: int | None = None,
     mlp_width: int | None = None,
+    experts: Experts | None = None,
 ) -> float:
     """Bytes that one micro-batch of `tokens` = b x s keeps for backward, and holds in it at most.
 
@@ -828,54 +900,120 @@ def activation_bytes(
     the setting, None for all tokens at once. in_backward: False for what forward leaves.
     plain_attention: (heads, tokens of a sequence) of --attention=plain, which keeps probabilities.
     q_width, kv_width: of all heads of queries, and of keys, None for n_embd; mlp_width: the
-    setting. Others' accountings do not ask for these three.
+    setting. Others' accountings do not ask for these three, and know no experts.
     Offloaded activations are on the device while they are used, two blocks at a time. Raises
     ValueError for an unknown precision or activation_checkpoint.
     """
     check("precision", precision, ACCOUNTINGS)
-    layer = layer_bytes(precision, n_embd, arch, q_width, kv_width, mlp_width)
-    per_layer, per_channel, per_word, full, attention, mlp, selective, inside = layer
+    if experts is not None and precision in PUBLISHED:
+        raise ValueError(
+            f"precision={precision} counts no activations of experts; type --precision=bf16, or "
+            "leave --batch out"
+        )
     L = n_layer
     how, K = step_of_layers(activation_checkpoint)
     if K < 1 or (how == "segments" and K > L):
         raise ValueError(
             f"activation_checkpoint={activation_checkpoint} takes 1 to {L}, the layers"
         )
+    check("activation_checkpoint", how, CHECKPOINTS)
+    per_channel, per_word, dense = layer_bytes(
+        precision, n_embd, arch, q_width, kv_width, mlp_width
+    )
+    sparse = dense
+    if experts is not None:
+        sparse = with_experts(dense, precision, tokens, n_embd, arch, mlp_width, experts)
+    layers = []
+    for i in range(L):
+        layers.append(sparse if experts is not None and experts.are_in(i) else dense)
 
-    # Bytes of a token and channel: kept by all layers, and computed again of one block or segment.
-    n_steps = math.ceil(L / K)
-    last_again = (L - 1) % K == 0  # every_K computes the last layer again
-    by_how = {
-        "none": (L * per_layer, 0),
-        "full": (L * full, per_layer - full),
-        "full_sharded": (L * full / tp, per_layer - full / tp),
-        "full_offload": (0, per_layer + full),
-        "every": (
-            n_steps * full + (L - n_steps) * per_layer,
-            per_layer - full if last_again else 0,
-        ),
-        "segments": (K * full, n_steps * per_layer - full),
-        "attention": (L * attention, 0),
-        # Its input is computed again, too.
-        "mlp": (L * mlp, per_layer - mlp + full),
-        "selective": (L * selective, max(0, per_layer - selective)),
-        "offload": (0, 2 * per_layer),
-    }
-    check("activation_checkpoint", how, by_how)
-    kept, again = by_how[how]
+    # Bytes of a token: what each layer keeps, and what there is when backward is in it.
+    kept = [kept_of_layer(layer, i, how, K, tp) for i, layer in enumerate(layers)]
+    if how == "segments":
+        # The first layer of each segment.
+        kept = [x if i in (-(-s * L // K) for s in range(K)) else 0 for i, x in enumerate(kept)]
+    if plain_attention is not None and precision in PRECISIONS:
+        number = PRECISIONS[precision].products.itemsize * n_embd
+        for i in range(L):
+            if how in ("none", "mlp") or (how == "every" and i % K):
+                kept[i] += number * kept_by_plain_attention(*plain_attention, n_embd, arch)
 
     # What the head keeps is gone when backward comes to the blocks.
     words = per_word * vocab_size
     if loss_chunk is not None and tokens:
         words *= min(1, chunk_part(loss_chunk) / tokens)
-    of_head = per_channel * n_embd + words
+    most = sum(kept) + per_channel * n_embd + words
+    if in_backward:
+        left = 0
+        for i in range(L):
+            left += kept[i]
+            most = max(most, left + again_in_layer(layers, i, how, K, tp))
+    return tokens * most
 
-    if plain_attention is not None and precision in PRECISIONS:
-        layers_kept = {"none": L, "mlp": L, "every": L - n_steps}.get(how, 0)
-        number = PRECISIONS[precision].products.itemsize
-        kept += layers_kept * number * kept_by_plain_attention(*plain_attention, n_embd, arch)
-    at_most = max((again + inside) * n_embd, of_head) if in_backward else of_head
-    return tokens * (kept * n_embd + at_most)
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Of a token: what a layer keeps by each --activation_checkpoint, and the temporaries in it."""
+
+    kept: float
+    full: float
+    attention: float
+    mlp: float
+    selective: float
+    inside: float
+    # The same in what was computed again: a block, or its MLP alone.
+    inside_again: float
+    inside_mlp: float
+
+
+# What --activation_checkpoint may be, without its numbers.
+CHECKPOINTS = (
+    *("none", "full", "full_sharded", "full_offload", "every", "segments"),
+    *("attention", "mlp", "selective", "offload"),
+)
+
+
+def kept_of_layer(x: LayerBytes, i: int, how: str, K: int, tp: int) -> float:
+    """Bytes of a token that layer i keeps, or a segment that begins with it."""
+    kept = {
+        "none": x.kept,
+        "full_sharded": x.full / tp,
+        "full_offload": 0,
+        "every": x.full if i % K == 0 else x.kept,
+        "attention": x.attention,
+        "mlp": x.mlp,
+        "selective": x.selective,
+        "offload": 0,
+    }
+    return kept.get(how, x.full)
+
+
+def again_in_layer(layers: list[LayerBytes], i: int, how: str, K: int, tp: int) -> float:
+    """Bytes of a token that backward holds in layer i, beside what layers up to i keep."""
+    x = layers[i]
+    L = len(layers)
+    again = 0
+    if how == "full" or (how == "every" and i % K == 0):
+        again = x.kept - x.full
+    elif how == "full_sharded":
+        again = x.kept - x.full / tp
+    elif how == "full_offload":
+        again = x.kept + x.full
+    elif how == "segments":
+        segment = [y for j, y in enumerate(layers[: i + 1]) if j * K // L == i * K // L]
+        again = sum(y.kept for y in segment) - x.full
+    elif how == "mlp":
+        # Its input is computed again, too.
+        again = x.kept - x.mlp + x.full
+    elif how == "selective":
+        again = max(0, x.kept - x.selective)
+    elif how == "offload":
+        # The layer before it is on its way.
+        again = x.kept + layers[max(0, i - 1)].kept
+    if how == "mlp":
+        return again + x.inside_mlp
+    is_again = how not in ("none", "attention", "offload") and not (how == "every" and i % K)
+    return again + (x.inside_again if is_again else x.inside)
 
 
 def layer_bytes(
@@ -885,29 +1023,120 @@ def layer_bytes(
     q_width: int | None,
     kv_width: int | None,
     mlp_width: int | None,
-) -> tuple[float, ...]:
-    """k, r, l and the five numbers of CHECKPOINTED_BYTES, for these widths."""
+) -> tuple[float, float, LayerBytes]:
+    """r and l of the formula above, and a layer's bytes of a token, for these widths."""
+    C = n_embd
     if precision in PUBLISHED:
         # At 2 bytes a number attention drops q, k, v and its output (8 of the 34), mlp two tensors
         # of width 4C (16). selective keeps the block's input and all products (22).
-        per_layer = {"mixed": 34, "texts": 20}[precision]
-        return per_layer, 0, 0, 2, min(26, per_layer), 18, min(22, per_layer), 0
+        k = {"mixed": 34, "texts": 20}[precision]
+        return 0, 0, LayerBytes(k * C, 2 * C, min(26, k) * C, 18 * C, min(22, k) * C, 0, 0, 0)
     row = PRECISIONS[precision]
     key = arch, row.weights.itemsize, row.products.itemsize
     per_layer, per_channel, per_word = ACTIVATION_BYTES[key]
     full, attention, mlp, selective, inside = CHECKPOINTED_BYTES[key]
 
-    # The tables' widths are n_embd and 4 n_embd: what others are more, in bytes a channel.
-    unit = row.products.itemsize / max(1, n_embd)
-    more_heads = unit * (2 * (q_width or n_embd) + 2 * (kv_width or n_embd) - 4 * n_embd)
-    wider = unit * (mlp_size(n_embd, arch, mlp_width) - 4 * n_embd)
+    # The tables' widths are n_embd and 4 n_embd: what others are more, in bytes.
+    number = row.products.itemsize
+    more_heads = number * (2 * (q_width or C) + 2 * (kv_width or C) - 4 * C)
+    wider = number * (mlp_size(C, arch, mlp_width) - 4 * C)
     n_kept = 2 if arch in GATED else 1
-    per_layer += more_heads + n_kept * wider
-    attention += n_kept * wider
-    mlp += more_heads
-    selective += more_heads + n_kept * wider
-    inside += (n_kept + 1) * wider
-    return per_layer, per_channel, per_word, full, attention, mlp, selective, inside
+    inside = inside * C + (n_kept + 1) * wider
+    return (
+        per_channel,
+        per_word,
+        LayerBytes(
+            kept=per_layer * C + more_heads + n_kept * wider,
+            full=full * C,
+            attention=attention * C + n_kept * wider,
+            mlp=mlp * C + more_heads,
+            selective=selective * C + more_heads + n_kept * wider,
+            inside=inside,
+            inside_again=inside,
+            inside_mlp=inside,
+        ),
+    )
+
+
+def with_experts(
+    dense: LayerBytes,
+    precision: str,
+    tokens: float,
+    n_embd: int,
+    arch: str,
+    mlp_width: int | None,
+    experts: Experts,
+) -> LayerBytes:
+    """A layer whose MLP makes room for experts (layers/moe.py)."""
+    C = n_embd
+    row = PRECISIONS[precision]
+    number = row.products.itemsize
+    wide = row.state.itemsize
+    n_kept = 2 if arch in GATED else 1
+    E = experts.n_expert
+    k = experts.n_expert_active
+    rows = experts.rows(tokens) / tokens if tokens else k  # of a token
+    width = experts.width(C, arch, mlp_width)
+    shared = experts.n_shared_expert * width
+
+    # Shared experts are an MLP of another width.
+    narrower = number * (shared - mlp_size(C, arch, mlp_width))
+    # Logits, scores, the order of choices; slots; gates, their sum, log Z; the rows' tokens.
+    of_router = (2 * wide + 8) * E + (8 + wide + number) * k + 2 * wide + 8 * rows
+    if row.weights.itemsize < wide:
+        of_router += wide * C  # its input
+    more = of_router + rows * number * (n_kept * width + C) + n_kept * narrower
+    # Of all products `selective` keeps the router's alone, and those of shared experts.
+    selective = dense.selective + n_kept * narrower + wide * E
+    if not shared:
+        selective -= number * C
+    residual = row.weights.itemsize * C
+    cast = number * C if has_copies(row) else 0
+    inside = inside_experts(residual, cast, number, rows * width, rows * C, shared, n_kept)
+    inside = max(dense.inside + (n_kept + 1) * narrower, inside)
+    # The activation's forward, beside norm(x), its gradient, and casts.
+    forward = 2 * number * rows * width + 2 * residual + 2 * cast
+    return LayerBytes(
+        kept=dense.kept + more,
+        full=dense.full,
+        attention=dense.attention + more,
+        mlp=dense.mlp,
+        selective=selective,
+        inside=inside,
+        inside_again=max(inside, forward),
+        # Nobody forgets the rows there.
+        inside_mlp=inside + number * rows * C + residual + cast,
+    )
+
+
+def inside_experts(
+    residual: float,
+    cast: float,
+    number: int,
+    inner: float,
+    outer: float,
+    shared: int,
+    n_kept: int,
+) -> float:
+    """Bytes of a token that the backward of experts holds at most, beside what forward keeps.
+
+    residual, cast: bytes of x, and of autocast's copy; inner, outer: numbers of a token's rows
+    between the matrices of its experts, and around them; shared: the width of shared experts.
+    """
+    most = max(
+        # In backward's order: a product of rows with rows, for the gradients of gates.
+        residual + cast + 2 * number * outer,
+        # proj, whose input is computed again.
+        residual + 2 * number * inner,
+        # The activation, when proj's result has gone.
+        residual + number * ((n_kept + 1) * inner - outer),
+        # fc, and a gate: the rows once more, two gradients of them, and their sum.
+        3 * residual + cast + number * (3 * outer - 2 * inner) if n_kept == 2 else 0,
+    )
+    if shared:
+        # Their backward is over, and has left norm(x) and gradients of it.
+        most += (1 + n_kept) * residual + cast - n_kept * number * shared
+    return most
 
 
 def kept_by_plain_attention(heads: int, length: int, n_embd: int, arch: str) -> float:
@@ -940,6 +1169,11 @@ DEFAULTS = dict(
     n_kv_head=None,
     head_dim=None,
     mlp_width=None,
+    n_expert=None,
+    n_expert_active=2,
+    n_shared_expert=0,
+    expert_width=None,
+    moe_every=1,
     block_size=1024,
     arch="modern",
     batch=0,
@@ -952,6 +1186,8 @@ DEFAULTS = dict(
     activation_checkpoint="none",
     loss_chunk=None,
 )
+# Flags that mean nothing without n_expert.
+OF_EXPERTS = ("n_expert_active", "n_shared_expert", "expert_width", "moe_every")
 NAMES = {
     "precision": ACCOUNTINGS,
     "arch": tuple(NORM_PARTS),
@@ -989,7 +1225,31 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
             f"n_embd={width}, n_head={heads} and n_kv_head={settings['n_kv_head']} must divide, "
             "each the one before"
         )
+    check_experts(settings)
     return settings, options
+
+
+def check_experts(s: dict) -> None:
+    """Raises ValueError for flags of experts that do not fit the model."""
+    if s["n_expert"] is None:
+        for name in OF_EXPERTS:
+            if s[name] != DEFAULTS[name]:
+                raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
+        return
+    if s["params"] is not None:
+        raise ValueError("--n_expert needs --n_layer and --n_embd; leave --params out")
+    if s["n_expert_active"] > s["n_expert"] or s["moe_every"] > (s["n_layer"] or math.inf):
+        raise ValueError(
+            f"n_expert_active={s['n_expert_active']} is at most n_expert={s['n_expert']}, and "
+            f"moe_every={s['moe_every']} at most n_layer={s['n_layer']}"
+        )
+
+
+def experts_of(s: SimpleNamespace) -> Experts | None:
+    """The experts that the command line describes, on a GPU."""
+    if s.n_expert is None:
+        return None
+    return Experts(s.n_expert, **{name: getattr(s, name) for name in OF_EXPERTS})
 
 
 def kinds_of(parameter: inspect.Parameter) -> tuple[list, bool]:
@@ -1017,7 +1277,9 @@ def shapes_of(s: SimpleNamespace) -> Shapes:
         )
     if s.params is None:
         names = "n_layer n_embd vocab_size block_size arch n_head n_kv_head head_dim mlp_width"
-        return gpt_shapes(**{name: getattr(s, name) for name in names.split()})
+        return gpt_shapes(
+            **{name: getattr(s, name) for name in names.split()}, experts=experts_of(s)
+        )
     optimizer = find_optimizer(s.optim)
     if optimizer.state_numbers((2, 3)) != optimizer.state_numbers((6,)):
         raise ValueError(
@@ -1043,6 +1305,9 @@ def table(settings: dict, options: dict) -> str:
     else:
         # Our accounting needs shapes.
         precisions = ["bf16", "mixed", "texts"] if by_shape else ["mixed", "texts"]
+        # The texts count no activations of experts.
+        if s.n_expert is not None and s.batch:
+            precisions = ["bf16"]
     count = sum(math.prod(shape) for _, shape in shapes.values())
     lines = [f"{count:,} parameters, {s.optim}, {s.gpus} ranks; GB (1e9 bytes) on the fullest rank"]
     for precision in precisions:
@@ -1075,6 +1340,7 @@ def table_row(
             q_width=s.n_head * head_dim,
             kv_width=(s.n_kv_head or s.n_head) * head_dim,
             mlp_width=s.mlp_width,
+            experts=experts_of(s),
         )
         activations = count()
         inside = activations - count(in_backward=False)

@@ -62,7 +62,7 @@ def from_text(name: str, text: str, default, choices=(), is_fraction: bool = Fal
         return text.lower() == "true"
     value = number(text)
     # --batch=0 leaves activations out.
-    least = 0 if is_fraction or name == "batch" else 1
+    least = 0 if is_fraction or name in ("batch", "n_shared_expert") else 1
     if least <= value < math.inf:
         if is_fraction:
             return value

@@ -73,6 +73,7 @@ from dataclasses import dataclass, replace
 from memory.estimate import (
     GATED,
     NAMES,
+    OF_EXPERTS,
     Shapes,
     activation_bytes,
     bytes_of,
@@ -537,6 +538,11 @@ def parse(argv: list[str]) -> dict:
     """--name=value ... -> the settings. Raises ValueError."""
     found = dict(FLAGS)
     for name, text in words(argv):
+        if name in ("n_expert", *OF_EXPERTS):
+            raise ValueError(
+                f"{name}: no plan is made for experts yet; python -m memory.estimate tells how "
+                "much memory they take"
+            )
         check("the name", name, FLAGS)
         # Without a list of words any text passes here, and from_text judges it.
         check(name, text, WORDS.get(name, (text,)))

@@ -72,6 +72,19 @@ def matmul_params(model: nn.Module) -> int:
     return total
 
 
+def active_params(model: nn.Module) -> int:
+    """Parameters that one token goes through: all but those of the experts it does not choose.
+
+    model: all of it, before it is split over ranks.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if hasattr(module, "n_active"):
+            one = sum(p.numel() for p in module.experts["0"].parameters())
+            total -= (len(module.experts) - module.n_active) * one
+    return total
+
+
 def flops_per_token(
     n_params_matmul: int, n_layer: int, n_embd_attention: int, block_size: int
 ) -> float:

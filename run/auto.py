@@ -124,12 +124,13 @@ def steps_that_pay(cfg: Config, precision: str, is_alone: bool) -> float:
     """After so many steps torch.compile has saved as much time on a CPU as it took.
 
     inf where that was not measured: other precisions, several processes (is_alone is False),
-    dropout, where each layer is a compilation of its own. The rule asks no clock: the same command
-    is the same run each time.
+    experts, dropout, where each layer is a compilation of its own. The rule asks no clock: the same
+    command is the same run each time.
     """
     from layers import compile
 
     is_measured = is_alone and precision in ("fp32", "bf16") and cfg.dropout == 0
+    is_measured = is_measured and cfg.n_expert is None
     if not is_measured or compile.lacking(torch.device("cpu")) is not None:
         return math.inf
     q_width = cfg.n_head * head_size(cfg)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import schedules
+from metrics.flops import active_params
 from metrics.logger import read_metrics, short
 from parallel.mesh import Mesh
 from run import auto
@@ -84,9 +85,17 @@ def about_model(cfg: Config, full_model: torch.nn.Module) -> str:
     heads = f"{cfg.n_head} heads"
     if cfg.head_dim is not None:
         heads += f" of {cfg.head_dim}"
+    active = ""
+    experts = ""
+    if cfg.n_expert is not None:
+        active = f", {short(active_params(full_model))} of them active"
+        spread = f" in one layer of {cfg.moe_every}" if cfg.moe_every > 1 else ""
+        experts = f"{cfg.n_expert} experts{spread}, {cfg.n_expert_active} of a token, "
+        if cfg.n_shared_expert:
+            experts += f"{cfg.n_shared_expert} shared, "
     return (
-        f"{cfg.arch}, {short(n_params)} parameters: {cfg.n_layer} layers, {heads}, "
-        f"width {cfg.n_embd}; context of {cfg.block_size} tokens"
+        f"{cfg.arch}, {short(n_params)} parameters{active}: {cfg.n_layer} layers, {experts}"
+        f"{heads}, width {cfg.n_embd}; context of {cfg.block_size} tokens"
     )
 
 

@@ -19,10 +19,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 import optim as optimizers
+from layers import moe
 from memory import estimate, plan
 from memory import flags as memory_flags
 from memory.activation_checkpoint import apply_activation_checkpointing
-from memory.estimate import activation_bytes, bytes_per_rank, even_shapes, gpt_shapes, state_numbers
+from memory.estimate import (
+    Experts,
+    activation_bytes,
+    bytes_of,
+    bytes_per_rank,
+    even_shapes,
+    gpt_shapes,
+    state_numbers,
+)
 from memory.meter import Meter, measure, nbytes
 from memory.offload import offload
 from model import GPT, GPTConfig, initial_weight
@@ -45,6 +54,7 @@ from parallel.autocast_linear import keep_no_copies
 from parallel.ddp import DDP
 from precision import amp, fp8
 from precision.stochastic import stochastic
+from run.balance import Balance
 from run.build import stepped_by_rows
 from settings import fields
 from settings.fields import ARCHS
@@ -150,6 +160,95 @@ def test_shapes_are_those_of_the_model(arch, heads):
     named = {name: (kinds(model)[name], tuple(p.shape)) for name, p in model.named_parameters()}
     ours = gpt_shapes(**size, arch=arch)
     assert ours == named and list(ours) == list(named)
+
+
+EXPERTS = [
+    dict(n_expert=8),
+    dict(n_expert=8, moe_every=2),
+    dict(n_expert=8, n_shared_expert=1),
+    dict(n_expert=8, n_expert_active=4, expert_width=32),
+]
+
+
+@pytest.mark.parametrize("arch", TRAITS)
+@pytest.mark.parametrize("experts", [*EXPERTS, dict(n_expert=5, n_shared_expert=2, moe_every=3)])
+@pytest.mark.parametrize("mlp_width", [None, 20])
+def test_shapes_with_experts_are_those_of_the_model(arch, experts, mlp_width):
+    size = dict(n_layer=4, n_embd=16, vocab_size=40, block_size=12, n_head=4, mlp_width=mlp_width)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**size, **experts, n_kv_head=4, **TRAITS[arch]))
+    named = {name: (kinds(model)[name], tuple(p.shape)) for name, p in model.named_parameters()}
+    ours = gpt_shapes(**size, arch=arch, experts=Experts(**experts))
+    assert ours == named and list(ours) == list(named)
+
+
+def kept_and_peak(arch, precision, experts, how, rows):
+    """(what forward leaves, the most at any time) of `rows` x 128 tokens, measured, predicted."""
+    size = dict(n_layer=4, n_embd=64, vocab_size=32)
+    traits = dict(n_head=2, n_kv_head=2, block_size=128, router_z_loss=1e-3) | TRAITS[arch]
+    model = GPT(GPTConfig(**size, **traits, **experts)).to(DTYPES[precision])
+    keep_no_copies(model)
+    for i, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+        p.grad = torch.zeros_like(p)
+    apply_activation_checkpointing(model, how)
+    ids = torch.randint(32, (rows, 128), generator=torch.Generator().manual_seed(0))
+    half = AUTOCAST.get(precision)
+    with Meter() as meter:
+        meter.watch([(p, p.grad) for p in model.parameters()])
+        meter.watch(list(model.buffers()))
+        start = meter.now()
+        with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+            loss = model(ids, ids)
+        left = meter.now() - start
+        loss.backward()
+    ours = Experts(**experts, row_block=moe.BLOCK)
+    count = functools.partial(
+        activation_bytes, precision, rows * 128, **size, arch=arch, experts=ours
+    )
+    # Gradients of a matrix of all experts, before they are added.
+    gradients = 64 * ours.n_expert * ours.width(64, arch) * bytes_of(precision)[1]
+    at_most = count(activation_checkpoint=how) + gradients
+    found = left, meter.peak - start
+    return found, (count(activation_checkpoint=how, in_backward=False), at_most)
+
+
+@pytest.mark.parametrize(
+    "arch, precision",
+    [
+        ("modern", "fp32"),
+        ("llama", "bf16"),
+        pytest.param("modern", "bf16", marks=pytest.mark.slow),
+        pytest.param("llama", "fp32", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_experts_keep_what_is_predicted(arch, precision, experts):
+    measured, expected = kept_and_peak(arch, precision, experts, "none", 4)
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("arch, precision", [("modern", "fp64"), ("qwen3", "bf16_sr")])
+def test_experts_of_other_precisions_keep_what_is_predicted(arch, precision):
+    measured, expected = kept_and_peak(arch, precision, dict(n_expert=8), "none", 4)
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("arch", ["modern", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["full", "every_2", "segments_2", "attention", "mlp", "selective"])
+def test_experts_that_are_computed_again_keep_what_is_predicted(arch, how):
+    for experts in (dict(n_expert=8), dict(n_expert=8, moe_every=2)):
+        measured, expected = kept_and_peak(arch, "fp32", experts, how, 4)
+        assert measured[1] == pytest.approx(expected[1], rel=0.05)
+
+
+def test_rows_are_filled_up_as_the_layer_does():
+    for n, k, tokens in ((8, 2, 512), (8, 2, 511), (8, 2, 513), (4, 1, 100), (16, 6, 1024)):
+        chosen = torch.zeros(tokens, k, dtype=torch.long) + torch.arange(k)
+        layer = moe.MoE(8, [torch.nn.Linear(8, 8) for _ in range(n)], k)
+        ours = Experts(n, k, row_block=moe.BLOCK)
+        assert ours.rows(tokens) == len(layer.sort(chosen).rows)
+        assert Experts(n, k).rows(tokens) == k * tokens
 
 
 OPTIONS = [
@@ -391,8 +490,19 @@ def test_the_meter_sees_what_is_freed_and_what_comes_back():
 
 
 # ---- measured ------------------------------------------------------------------------------------
-def measured(rank, world, layout, optim, precision, micro_batches, options, bucket_mb=25.0, **more):
-    config = GPTConfig(**SIZE, n_kv_head=2)
+def measured(
+    rank,
+    world,
+    layout,
+    optim,
+    precision,
+    micro_batches,
+    options,
+    bucket_mb=25.0,
+    experts=(),
+    **more,
+):
+    config = GPTConfig(**SIZE, **dict(experts), n_kv_head=2)
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[precision])
     keep_no_copies(model)
@@ -411,7 +521,11 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
     if precision == "bf16_sr":
         options = options | {"offload": lambda optimizer: stochastic(optimizer, 0)}
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
-    groups = functools.partial(param_groups, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
+
+    def groups(model):
+        Balance(model, CPU)  # experts' buffers, too, were on the meta device
+        return param_groups(model, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
+
     return measure(
         replicas,
         model,
@@ -426,8 +540,8 @@ def measured(rank, world, layout, optim, precision, micro_batches, options, buck
     )
 
 
-def predicted(layout, optim, world, precision, micro_batches, options, **kwargs):
-    size = {k: SIZE[k] for k in ("n_layer", "n_embd", "vocab_size")}
+def predicted(layout, optim, world, precision, micro_batches, options, experts=None, **kwargs):
+    size = {k: SIZE[k] for k in ("n_layer", "n_embd", "vocab_size")} | dict(experts=experts)
     return bytes_per_rank(
         gpt_shapes(**size),
         optim,
@@ -470,6 +584,23 @@ def predicted(layout, optim, world, precision, micro_batches, options, **kwargs)
 def test_one_process_holds_what_is_predicted(optim, precision, micro_batches, options):
     found = measured(0, 1, "ddp", optim, precision, micro_batches, options)
     expected = predicted("ddp", optim, 1, precision, micro_batches, options)
+    for k in ("parameters", "gradients", "state"):
+        assert found[k] == expected[k], k
+    assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "optim, precision, experts",
+    [
+        ("adamw", "fp32", dict(n_expert=8, moe_every=2)),
+        # The gradients of a matrix of all experts at once are a tenth of all there is.
+        ("sgd", "fp32", dict(n_expert=32, expert_width=64, moe_every=8)),
+    ],
+)
+def test_one_process_with_experts_holds_what_is_predicted(optim, precision, experts):
+    case = "ddp", optim, precision, 2, {}
+    found = measured(0, 1, *case, experts=experts)
+    expected = predicted(*case[:2], 1, *case[2:], experts=Experts(**experts))
     for k in ("parameters", "gradients", "state"):
         assert found[k] == expected[k], k
     assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
@@ -581,6 +712,29 @@ def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
             assert max(found[layout][k] for found in ranks) == pytest.approx(
                 expected[k], tolerance
             ), layout
+        peak = max(found[layout]["peak"] for found in ranks)
+        assert peak == pytest.approx(expected["total"], rel=0.05), layout
+
+
+def measured_experts(rank, world, layouts, experts):
+    case = "adamw", "fp32", 2, {}, 0.25
+    return {layout: measured(rank, world, layout, *case, experts=experts) for layout in layouts}
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param(names, marks=pytest.mark.slow)
+        for names in (("fsdp",), ("ddp", "zero1"), ("zero2", "zero3"))
+    ],
+)
+def test_the_fullest_of_three_ranks_with_experts_holds_what_is_predicted(layouts):
+    experts = dict(n_expert=8, moe_every=2)
+    ranks = run_ranks(3, measured_experts, layouts, experts)
+    for layout in layouts:
+        expected = predicted(
+            layout, "adamw", 3, "fp32", 2, {}, bucket_mb=0.25, experts=Experts(**experts)
+        )
         peak = max(found[layout]["peak"] for found in ranks)
         assert peak == pytest.approx(expected["total"], rel=0.05), layout
 
@@ -792,6 +946,11 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--params=7e9 --optim=sgd --opt.momentum=x", "momentum=x"),
         ("--params=7e9 --batch=2", "--n_layer"),
         ("--params=7e9 --activation_checkpoint=full", "type --batch=8"),
+        ("--params=7e9 --n_expert=8", "leave --params out"),
+        ("--n_layer=2 --n_embd=8 --moe_every=2", "type --n_expert=8 too"),
+        ("--n_layer=2 --n_embd=8 --n_expert=8 --moe_every=3", "moe_every=3"),
+        ("--n_layer=2 --n_embd=8 --n_expert=8 --n_expert_active=9", "at most n_expert=8"),
+        ("--n_layer=2 --n_embd=8 --n_expert=8 --precision=mixed --batch=1", "--precision=bf16"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=fulll", "did you mean full"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=every_0", "takes 1 to 2"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=segments_3", "takes 1 to 2"),

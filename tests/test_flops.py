@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from memory.meter import Meter
 from metrics import flops
-from metrics.flops import flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
+from metrics.flops import active_params, flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 from model import GPT, GPTConfig
 from settings import fields
 
@@ -81,6 +81,40 @@ def test_the_formula_equals_what_torch_counts_for_the_model(arch, tied, n_kv_hea
         model(x, x).backward()
     formula = flops_per_token(matmul_params(model), 3, 4 * (head_dim or 8), 24)
     assert counter.get_total_flops() == x.numel() * formula
+
+
+@pytest.mark.parametrize("arch", ["modern", "llama"])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        dict(n_expert=4),
+        dict(n_expert=6, n_expert_active=3, moe_every=2),
+        dict(n_expert=4, n_expert_active=1, n_shared_expert=2, expert_width=24),
+        dict(n_expert=3, n_expert_active=3),
+    ],
+)
+def test_of_experts_those_count_that_a_token_goes_through(arch, experts):
+    c = GPTConfig(
+        n_layer=4,
+        n_head=4,
+        n_kv_head=4,
+        n_embd=32,
+        block_size=24,
+        vocab_size=72,
+        **fields.ARCHS[arch],
+        **experts,
+    )
+    model, x = GPT(c), torch.randint(72, (5, 24))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    formula = flops_per_token(matmul_params(model), 4, 32, 24)
+    assert counter.get_total_flops() == x.numel() * formula
+    # By hand: a token's experts, and all that is no expert.
+    of_expert = (3 if arch == "llama" else 2) * 32 * c.expert_size
+    idle = c.n_expert - c.n_expert_active
+    n_layers = sum(c.has_experts(i) for i in range(4))
+    n_params = sum(p.numel() for p in model.parameters())
+    assert active_params(model) == n_params - n_layers * idle * of_expert
 
 
 def test_torch_does_not_halve_causal_attention_either_and_a_fused_backward_has_one_product_more():

@@ -423,6 +423,7 @@ def test_the_texts_runs():
         ("--params=7e9 --gpus=12", "whole nodes"),
         ("--n_layer=4 --n_embd=100 --n_head=3", "must divide"),
         ("--params=70e9 --gpus=1", "the least is --memory="),
+        ("--n_expert=8", "no plan is made for experts yet"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said):

@@ -64,6 +64,18 @@ def test_a_run_introduces_itself_and_closes_with_its_own_numbers(tmp_path, text,
     )
 
 
+def test_a_run_with_experts_tells_how_many_parameters_a_token_goes_through(tmp_path, text, capsys):
+    more = ["--n_expert=4", "--expert_width=64", "--n_shared_expert=1", "--moe_every=2"]
+    go(text, tmp_path, "--sample_tokens=0", "--steps=1", *more)
+    # Of the one layer's 4 x 2 x 32 x 64 a token goes through half.
+    expected = 40_960 - 8 * 32**2 + 4 * 32 + (4 + 1) * 2 * 32 * 64
+    assert said(capsys)["model"] == (
+        f"modern, {logger.short(expected)} parameters, {logger.short(expected - 8192)} of them "
+        "active: 2 layers, 4 experts in one layer of 2, 2 of a token, 1 shared, 2 heads, width 32; "
+        "context of 16 tokens"
+    )
+
+
 def test_what_is_on_shows(tmp_path, text, capsys):
     more = ["--on_spike=rollback", "--activation_checkpoint=full", "--offload=cpu", "--patience=3"]
     go(text, tmp_path, *more, "--precision=fp8", "--optim=adamw", "--grad_clip=none")
