@@ -149,7 +149,8 @@ class MoE(nn.Module):
     def choose(self, scores: Tensor) -> Tensor:
         """(..., E) -> (..., k), the indices of the largest, of equal ones the lowest index."""
         found = torch.sort(scores, dim=-1, descending=True, stable=True)
-        return found.indices[..., : self.n_active]
+        # A copy: a view would keep the indices of all experts for backward.
+        return found.indices[..., : self.n_active].clone()
 
     def through_experts(self, x: Tensor, gates: Tensor, order: "Order") -> Tensor:
         """x (N, C), gates (N, k) -> (N, C)"""
@@ -300,7 +301,7 @@ class Grouped(torch.autograd.Function):
         ctx.product = product
         weights = tensors[: len(ends)]  # each (N, K)
         biases = tensors[len(ends) :]  # each (N,), or none
-        y = products(x, [w.to(x.dtype) for w in weights], ends, product)
+        y = products(x, weights, ends, product)
         for part, bias in zip(split(y, ends), biases):
             part += bias
         return y
@@ -309,7 +310,7 @@ class Grouped(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, ends, *tensors = ctx.saved_tensors
         weights = tensors[: len(ends)]
-        dx = products(dy, [w.to(dy.dtype).t() for w in weights], ends, ctx.product)
+        dx = products(dy, [w.t() for w in weights], ends, ctx.product)
         dweights = outer_products(dy, x, ends, ctx.product)
         dbiases = []
         if len(tensors) > len(ends):
@@ -329,7 +330,8 @@ class Combine(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         h, gates, rows, slots = ctx.saved_tensors
         dh = dy.index_select(0, rows)  # (kN, C)
-        dgates = torch.linalg.vecdot(dh, h)[slots]  # (N, k)
+        # Not vecdot(), which makes the products of all channels first.
+        dgates = torch.bmm(dh.unsqueeze(1), h.unsqueeze(2)).flatten()[slots]  # (N, k)
         # 0 for rows that only fill up.
         gate_of_row = gates.new_zeros(len(rows)).index_put_((slots,), gates)
         return dh.mul_(gate_of_row.unsqueeze(1)), dgates, None, None
@@ -368,17 +370,19 @@ def has_kernel(x: Tensor, *widths: int) -> bool:
 
 
 def products(x: Tensor, weights: list[Tensor], ends: Tensor, product: Callable) -> Tensor:
-    """x (R, K), W_e (N, K) -> x W_eᵀ (R, N), of each row's expert e"""
+    """x (R, K), W_e (N, K) of any dtype -> x W_eᵀ (R, N), of each row's expert e"""
     n_out, n_in = weights[0].shape
     if has_kernel(x, n_in, n_out):
-        return F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
+        stacked = torch.stack([w.to(x.dtype) for w in weights])
+        return F.grouped_mm(x, stacked.transpose(1, 2), offs=ends)
     # One result, of a size that does not change from step to step: malloc reuses it.
     y = x.new_empty(len(x), n_out)
     for w, part, out in zip(weights, split(x, ends), split(y, ends)):
+        # One copy at a time in x's dtype.
         if product is F.linear:
-            torch.mm(part, w.t(), out=out)
+            torch.mm(part, w.to(x.dtype).t(), out=out)
         elif len(part):
-            out.copy_(product(part, w))
+            out.copy_(product(part, w.to(x.dtype)))
     return y
 
 

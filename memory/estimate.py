@@ -58,7 +58,7 @@ In a layer with E experts of width w, k of a token (layers/moe.py), R rows = k b
 on a CPU up to 63 E more. It keeps, with p bytes of an operand and q of a score, beside attention:
 
     p R (w + h), with a gate p R (2 w + h)      what proj's input comes from, and its result
-    b s (2 q E + 8 E + (8 + q + p) k) + 8 R     logits and scores; choices, rows, gates
+    b s (2 q E + (16 + q + p) k) + 8 R          logits and scores; choices, rows, gates
     4 b s h                                     the router's input, where x is bfloat16
 
 Its backward makes the gradients of a matrix of all E experts at once, 4 E w h bytes, before they
@@ -1082,7 +1082,7 @@ def with_experts(
     # Shared experts are an MLP of another width.
     narrower = number * (shared - mlp_size(C, arch, mlp_width))
     # Logits, scores, the order of choices; slots; gates, their sum, log Z; the rows' tokens.
-    of_router = (2 * wide + 8) * E + (8 + wide + number) * k + 2 * wide + 8 * rows
+    of_router = 2 * wide * E + (16 + wide + number) * k + 2 * wide + 8 * rows
     if row.weights.itemsize < wide:
         of_router += wide * C  # its input
     more = of_router + rows * number * (n_kept * width + C) + n_kept * narrower
@@ -1124,8 +1124,8 @@ def inside_experts(
     between the matrices of its experts, and around them; shared: the width of shared experts.
     """
     most = max(
-        # In backward's order: a product of rows with rows, for the gradients of gates.
-        residual + cast + 2 * number * outer,
+        # In backward's order: gradients of rows, for those of gates.
+        residual + cast + number * outer,
         # proj, whose input is computed again.
         residual + 2 * number * inner,
         # The activation, when proj's result has gone.
