@@ -330,8 +330,7 @@ class Combine(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         h, gates, rows, slots = ctx.saved_tensors
         dh = dy.index_select(0, rows)  # (kN, C)
-        # Not vecdot(), which makes the products of all channels first.
-        dgates = torch.bmm(dh.unsqueeze(1), h.unsqueeze(2)).flatten()[slots]  # (N, k)
+        dgates = torch.linalg.vecdot(dh, h)[slots]  # (N, k)
         # 0 for rows that only fill up.
         gate_of_row = gates.new_zeros(len(rows)).index_put_((slots,), gates)
         return dh.mul_(gate_of_row.unsqueeze(1)), dgates, None, None

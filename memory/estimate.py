@@ -1124,8 +1124,8 @@ def inside_experts(
     between the matrices of its experts, and around them; shared: the width of shared experts.
     """
     most = max(
-        # In backward's order: gradients of rows, for those of gates.
-        residual + cast + number * outer,
+        # In backward's order: a product of rows with rows, for the gradients of gates.
+        residual + cast + 2 * number * outer,
         # proj, whose input is computed again.
         residual + 2 * number * inner,
         # The activation, when proj's result has gone.
