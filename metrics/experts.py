@@ -65,7 +65,7 @@ class Loads:
         self.is_main = is_main
         self.last_step = first_step
         if is_main and self.path.exists():
-            cut_back(self.path, first_step)
+            cut_back(str(self.path), first_step)
 
     def row(self, step: int, layers: list[int], counts: Tensor, log_z: Tensor) -> dict[str, float]:
         """After a watched step: writes its loads; returns `statistics` of them.
@@ -84,7 +84,7 @@ class Loads:
         try:
             # After a rollback these steps are done again.
             if step <= self.last_step and self.path.exists():
-                cut_back(self.path, step - 1)
+                cut_back(str(self.path), step - 1)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:

@@ -383,7 +383,7 @@ class Config:
     async_save: bool = may_change(
         True, "write checkpoints beside training, which waits only for a copy in host memory"
     )
-    plot: bool = per_run(True, "draw out_dir/loss.png, and moe_load.png of watched experts, at the end")
+    plot: bool = per_run(True, "draw loss.png at the end; moe_load.png, of watched experts")
     tensorboard: bool = per_run(False, "also write to out_dir/tensorboard")
     wandb: str | None = per_run(
         None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here"
