@@ -193,7 +193,7 @@ def test_another_rank_writes_nothing(tmp_path):
 
 # ---- the picture ---------------------------------------------------------------------------------
 def test_a_colour_is_a_load_over_its_layers_mean():
-    layers = {1: [[4, 4, 4, 4], [0, 8, 4, 4]], 3: [[1, 2, 3, 10], [4, 4, 4, 4]]}
+    layers = {1: [[4, 4, 4, 4], [0, 8, 4, 4]], 3: [[1, 2, 3, 10], [8, 8, 8, 8]]}
     figure = picture([10, 30], layers, "run")
     maps = [ax for ax in figure.axes if ax.get_title("left").startswith("layer")]
     assert [ax.get_title("left") for ax in maps] == [
@@ -227,15 +227,16 @@ def test_many_layers_stand_beside_one_another():
 
 
 @pytest.mark.parametrize("end", ["", '{"step": 7, "tok', "[]\n", '{"step": 7, "tokens": 3}\n'])
-def test_reading_takes_the_last_of_each_step_and_no_half_lines(tmp_path, end):
+def test_reading_takes_what_was_not_undone_and_no_line_of_others(tmp_path, end):
     lines = [
         {"step": 5, "tokens": {"1": [1, 2]}},
         {"step": 6, "tokens": {"1": [3, 4]}},
-        {"step": 6, "tokens": {"1": [3, 4, 5]}},  # of another model
-        {"step": 6, "tokens": {"1": [0, 0]}},
-        {"step": 6, "tokens": {"x": [5, 6]}},
-        {"step": 6, "tokens": {"1": [5, -6]}},
+        {"step": 8, "tokens": {"1": [7, 8]}},  # undone by a rollback
         {"step": 6, "tokens": {"1": [5, 6]}},
+        {"step": 9, "tokens": {"1": [3, 4, 5]}},  # of another model
+        {"step": 9, "tokens": {"1": [0, 0]}},
+        {"step": 9, "tokens": {"x": [5, 6]}},
+        {"step": 9, "tokens": {"1": [5, -6]}},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + end
     (tmp_path / "moe_load.jsonl").write_text(text)
