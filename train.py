@@ -29,7 +29,7 @@ from data.cursor import Cursor
 from data.dataset import Dataset
 from memory.activation_checkpoint import apply_activation_checkpointing
 from memory.heap import keep_freed_memory
-from metrics import flops, outlets, plot
+from metrics import experts, flops, outlets, plot
 from metrics.logger import Logger, latest
 from metrics.watch import Watch
 from model import GPT, initial_weight
@@ -276,6 +276,7 @@ def main(requested_cfg: fields.Config) -> dict:
         cfg.cp_attention,
         compiled=cfg.compile != "off",
     )
+    loads = experts.Loads(out_dir, step, is_main)
     profiler = build.profiler(cfg, mesh, logger.log)
     while True:
         rank_log.step(step + 1)
@@ -416,6 +417,8 @@ def main(requested_cfg: fields.Config) -> dict:
         # Log. float() above has waited for the gradients; on a GPU the optimizer's own work falls
         # into the seconds of the next step.
         watched = watch.row(norm, max_norm)
+        if watched:
+            watched |= loads.row(step, *balance.loads(n_tokens))
         seconds = time.perf_counter() - began
         metrics |= {"step": step, "loss": loss}
         if watched or step % cfg.log_every == 0 or step == cfg.steps:
@@ -447,6 +450,7 @@ def main(requested_cfg: fields.Config) -> dict:
         logger.log(f"---- a sample ----{text}\n------------------")
     if cfg.plot and is_done and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
+        loads.draw()
     sentence = spike_monitor.sentence or divergence.sentence  # why a monitor ended the run
     if is_main:
         seconds = time.perf_counter() - started

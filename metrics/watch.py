@@ -9,6 +9,8 @@
     update_rms/KIND             the same of what the step changed, lr included      a kind's weights
     clip_frac                   share of gradients whose norm was clipped           steps since then
 
+    moe_*                       loads of experts (metrics/experts.py)             batch
+
 KIND: matrix, embedding, head, scalar (optim/param_groups.py). A step that the loss scaler skips has
 no update and no such fields. clip_frac counts from the start of the process.
 

@@ -82,6 +82,12 @@ class Balance:
                 found["moe_sequence_loss"] = sequence_loss
         return found
 
+    def loads(self, n_tokens: int) -> tuple[list[int], Tensor, Tensor]:
+        """After finish_counts(), for metrics/experts.py: the layers' numbers, tokens of each expert
+        (layers, E), the mean of the router's log Z (layers,)."""
+        numbers = [int(name.split(".")[1]) for name in self.layers]  # of blocks.3.mlp
+        return numbers, self.counts, self.terms[:, TERMS.index("log_z")] / n_tokens
+
     # ---- what it remembers -----------------------------------------------------------------------
     def weights(self) -> dict[str, Tensor]:
         """Name -> bias."""

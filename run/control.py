@@ -42,6 +42,8 @@ def set_aside(out_dir: Path) -> None:
         "loss.png",
         "histograms.jsonl",
         "histograms.png",
+        "moe_load.jsonl",
+        "moe_load.png",
         "tensorboard",
         "wandb",
         "best",

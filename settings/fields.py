@@ -362,7 +362,8 @@ class Config:
     )
     watch_every: int | None = may_change(
         None,
-        "steps between rows with attention logits, log Z, sizes of updates (metrics/watch.py)",
+        "steps between rows with attention logits, log Z, sizes of updates, loads of experts"
+        " (metrics/watch.py, experts.py)",
         least=1,
     )
     log_every: int = may_change(1, "steps between train rows in metrics.jsonl", least=1)
@@ -382,7 +383,7 @@ class Config:
     async_save: bool = may_change(
         True, "write checkpoints beside training, which waits only for a copy in host memory"
     )
-    plot: bool = per_run(True, "draw out_dir/loss.png at the end")
+    plot: bool = per_run(True, "draw loss.png at the end; moe_load.png, of watched experts")
     tensorboard: bool = per_run(False, "also write to out_dir/tensorboard")
     wandb: str | None = per_run(
         None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here"

@@ -30,6 +30,27 @@ HERE = {
         "rope_base": "rope_theta rotary_base rotary_emb_base",
         "norm_eps": "rms_norm_eps layer_norm_epsilon layer_norm_eps layernorm_epsilon norm_epsilon",
         "qkv_bias": "attention_bias add_qkv_bias",
+        "n_expert": (
+            "num_experts n_experts num_local_experts n_routed_experts num_routed_experts "
+            "moe_num_experts moe use_moe"
+        ),
+        "n_expert_active": (
+            "num_experts_per_tok num_experts_per_token experts_per_token top_k moe_top_k "
+            "moe_router_topk router_topk"
+        ),
+        "n_shared_expert": "n_shared_experts num_shared_experts moe_num_shared_experts",
+        "expert_width": "moe_intermediate_size moe_ffn_hidden_size moe_hidden_dim moe_inter_dim",
+        "moe_every": "moe_layer_freq decoder_sparse_step interleave_moe_layer_step",
+        "router": "scoring_func score_func moe_router_score_function",
+        "normalize_gates": "norm_topk_prob route_norm",
+        "router_z_loss": (
+            "router_z_loss_coef router_z_loss_weight moe_z_loss_coeff moe_zloss_weight"
+        ),
+        "moe_bias_lr": (
+            "load_balance_coeff bias_update_speed moe_router_bias_update_rate "
+            "moe_router_enable_expert_bias"
+        ),
+        "moe_sequence_loss": "aux_loss_alpha seq_aux",
         "qk_norm": "qk_layernorm use_qk_norm",
         "profile": "profiler profiling enable_profiling profile_steps profile_freq",
         "optim": "optimizer optimizer.type optimizer_name",
@@ -116,7 +137,29 @@ ABSENT = {
             "grad_acc_steps"
         ),
         "torchrun tells each process": "local_rank rank world_size nproc_per_node nnodes backend",
+        "experts are not yet divided over ranks; --data_parallel=fsdp or zero3 shares the weights "
+        "out": (
+            "ep ep_size expert_parallel expert_parallel_degree expert_parallel_size "
+            "expert_model_parallel_size"
+        ),
+        "the loss of Switch and Mixtral is another one for other micro-batches (layers/moe.py); "
+        "--moe_bias_lr= and --moe_sequence_loss= keep loads even": (
+            "aux_loss_coef aux_loss_coeff router_aux_loss_coef moe_aux_loss_coeff "
+            "moe_load_balancing_type moe_router_load_balancing_type"
+        ),
+        "an expert has no limit, so no token is dropped": (
+            "capacity_factor expert_capacity moe_expert_capacity_factor moe_token_dropping "
+            "drop_tokens"
+        ),
+        "each --moe_every=th layer has experts": (
+            "first_k_dense_replace n_dense_layers num_dense_layers mlp_only_layers"
+        ),
+        "a token chooses among all experts, and its gates have no factor": (
+            "n_group topk_group n_expert_groups n_limited_groups num_expert_groups "
+            "routed_scaling_factor route_scale moe_router_topk_scaling_factor"
+        ),
         "it is always so here": (
+            "moe_grouped_gemm use_grouped_mm "
             "pin_memory overlap_comm contiguous_gradients auto_wrap_policy sync_module_states "
             "limit_all_gathers gradient_as_bucket_view"
         ),

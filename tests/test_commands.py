@@ -177,6 +177,7 @@ BENCHES = {
 TOOLS = {
     "sample": ["sample:load"],
     "sweep": ["search.folder:in_order"],
+    "metrics.experts": ["metrics.experts:draw"],
     "metrics.plot": ["metrics.plot:plot", "metrics.plot:to_csv"],
     "benchmarks.scale_save": ["benchmarks.scale_save:save"],
     "checkpoint.__main__": ["checkpoint.__main__:found", "checkpoint.__main__:resolve"],

@@ -396,12 +396,18 @@ def test_metrics_md_has_the_fields_that_the_code_writes():
     evaluation = {key.value for key in returned[0].keys}
     row = keys_of(function("train.py", "main"), "row")
     watched = keys_of(function("metrics/watch.py", "row"), "found")
-    assert min(len(evaluation), len(row), len(watched)) >= 4
-    assert documented_fields() == (row | watched | evaluation) - {"step"}
+    losses = keys_of(function("run/balance.py", "row"), "found")
+    loads = keys_of(function("metrics/experts.py", "statistics"), "found")
+    assert min(len(evaluation), len(row), len(watched), len(loads)) >= 4
+    written = row | watched | evaluation | losses | loads
+    assert documented_fields() == written - {"step"}
 
 
-def test_metrics_md_has_the_fields_of_a_real_run(run):
-    rows = read_metrics(run / "out" / "metrics.jsonl")
+def test_metrics_md_has_the_fields_of_a_real_run(run, text, tmp_path):
+    fields = dict(data=text, out_dir=tmp_path, watch_every=1, n_expert=2, moe_sequence_loss=1)
+    train.main(parse.parse(words(**fields)))
+    paths = [run / "out" / "metrics.jsonl", tmp_path / "metrics.jsonl"]
+    rows = [row for path in paths for row in read_metrics(path)]
     found = {key for row in rows if "event" not in row for key in row}
     found = {re.sub(r"/\w+$", "/*", key) for key in found}
     assert found == documented_fields() - {"idle_s"} | {"step"}

@@ -64,6 +64,8 @@ def refused(*words: str, read=parse.parse) -> str:
         ("--offload_param.device=cpu", "offload_params=cpu"),
         ("--communication_data_type=bf16", "reduce_dtype"),
         ("--fp16.initial_scale_power=16", "scaler.init_power"),
+        ("--moe_args.num_experts=8", "n_expert"),
+        ("--moe-router-topk=2", "n_expert_active"),
     ],
 )
 def test_names_of_other_trainers_lead_to_ours(typed, ours):
@@ -74,6 +76,8 @@ def test_names_of_other_trainers_lead_to_ours(typed, ours):
     "typed, why",
     [
         ("--dp=8", "it follows: the ranks / (tp x cp x pp); leave it out"),
+        ("--router_aux_loss_coef=0.01", "--moe_sequence_loss= keep loads even; leave it out"),
+        ("--parallelism.expert_parallel_degree=2", "shares the weights out; leave it out"),
         ("--local-rank=0", "torchrun tells each process; leave it out"),
         ("--zero_optimization.overlap_comm=true", "it is always so here; leave it out"),
         ("--gradient_accumulation_steps=8", "is our batch_size); leave it out"),
