@@ -147,7 +147,7 @@ def main(requested_cfg: fields.Config) -> dict:
     model = replicas.parallelize(model)
     replicas.init_weights(sharded(weights, tp_shards))
     # Of experts: their loads, and the biases that keep these even.
-    balance = Balance(model, device, mesh.groups["dp_cp"], cfg.moe_bias_lr)
+    balance = Balance(model, mesh, cfg.moe_bias_lr)
     balance.init_weights(weights)
     hidden_format = build.hidden_states(cfg, has_replicas)
     micro_batches = MicroBatches(

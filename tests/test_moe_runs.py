@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from harness import run_ranks
-from matrix import LAYOUTS, OPTIMIZERS, TINY, difference, text, trace
+from matrix import LARGER, LAYOUTS, MODEL_PARALLEL, OPTIMIZERS, TINY, difference, text, trace
 
 import layers.moe
 import train
@@ -39,7 +39,7 @@ RECOMPUTED = {
     how: (1, ["--micro_batch_size=4", f"--activation_checkpoint={how}"])
     for how in ("full", "selective", "mlp", "segments_2", "offload", "full_offload")
 } | {"zero3 2, full": (2, ["--data_parallel=zero3", "--activation_checkpoint=full"])}
-ALL = LAYOUTS | RECOMPUTED
+ALL = LAYOUTS | RECOMPUTED | MODEL_PARALLEL
 SIX = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "Lion")
 
 
@@ -80,8 +80,10 @@ def column(layout: str, optimizers, *more: str) -> dict:
     """{optimizer: (trace, [counts, biases, ...])} on one layout. "one process" is the oracle."""
     world, flags = ALL.get(layout, (1, []))
     flags = [*EXPERTS, "--data_parallel=ddp", *flags, *more]
+    if layout in MODEL_PARALLEL or layout == "one larger process":
+        flags = [*LARGER, "--dropout=0.1", *flags]
     # Rows are filled up on layouts, and not in the oracle.
-    block = 64 if layout == "one process" else 4
+    block = 64 if layout in ("one process", "one larger process") else 4
     with tempfile.TemporaryDirectory() as folder:
         text(folder)
         if world == 1:
@@ -93,23 +95,26 @@ def column(layout: str, optimizers, *more: str) -> dict:
 
 
 @functools.cache
-def oracle(optimizers, *more: str) -> dict:
-    return column("one process", optimizers, *more)
+def oracle(name: str, optimizers, *more: str) -> dict:
+    return column(name, optimizers, *more)
 
 
 def assert_one_process(layout: str, optimizers, *more: str) -> None:
-    alone = oracle(tuple(optimizers), *more)
+    one = "one larger process" if layout in MODEL_PARALLEL else "one process"
+    alone = oracle(one, tuple(optimizers), *more)
     for name, (losses, steps) in column(layout, tuple(optimizers), *more).items():
         expected, expected_steps = alone[name]
         assert difference(losses, expected) < (1e-4 if name == "SOAP" else 1e-10), name
         assert steps == expected_steps, name
         counts, biases = steps[::2], steps[1::2]
-        assert len(counts) == 10 and counts[0] != counts[-1] and any(map(any, biases[-1])), (
-            "nothing is counted or moved, so this proves nothing"
-        )
+        assert (
+            len(counts) == len(losses) // 3 + 1
+            and counts[0] != counts[-1]
+            and any(map(any, biases[-1]))
+        ), "nothing is counted or moved, so this proves nothing"
 
 
-FAST = ("ddp 2", "zero3 2", "full")
+FAST = ("ddp 2", "zero3 2", "full", "tp 2 + sp", "pp 2 zerobubble")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,7 @@ def test_experts_with_six_optimizers_are_one_process(layout):
     "layout",
     [
         name
-        if name in ("4 micro-batches", "fsdp 2")
+        if name in ("4 micro-batches", "fsdp 2", "cp 2", "pp 2 x tp 2")
         else pytest.param(name, marks=pytest.mark.slow)
         for name in ALL
     ],
@@ -144,7 +149,7 @@ def test_dropout_and_clipping_go_with_experts():
 
 
 def test_experts_keep_biases_of_their_own():
-    one, _ = oracle(("SGD",))["SGD"]
+    one, _ = oracle("one process", ("SGD",))["SGD"]
     for flags in (["--moe_bias_lr=none"], ["--router_z_loss=none"], ["--moe_sequence_loss=0.1"]):
         other, steps = column("one process", ("SGD",), *flags)["SGD"]
         assert other != one, flags
@@ -301,9 +306,6 @@ def test_a_flipped_choice_is_found_with_its_gap(tmp_path):
         ("--n_expert=4 --n_expert_active=5", "n_expert_active=5 .* --n_expert_active=2"),
         ("--n_expert=4 --moe_every=9", "moe_every=9 leaves none of 4 layers"),
         ("--n_expert=1", "n_expert=1 is out of range"),
-        ("--n_expert=4 --tp=2", "n_expert=4 is not yet divided by tp"),
-        ("--n_expert=4 --cp=2", "not yet divided by cp"),
-        ("--n_expert=4 --pp=2", "not yet divided by pp"),
         ("--n_expert=4 --mup_base_width=64", "mup_base_width has no rule for experts"),
         ("--n_expert=4 --router_z_loss=0", "type --router_z_loss=none"),
         ("--n_expert=4 --moe_bias_lr=0", "type --moe_bias_lr=none"),
