@@ -181,6 +181,11 @@ def check_experts(cfg: Config) -> None:
             f"n_expert_active={cfg.n_expert_active} of a token are more than n_expert="
             f"{cfg.n_expert}; type --n_expert_active={min(2, cfg.n_expert)}"
         )
+    if cfg.n_expert_active == 1 and cfg.normalize_gates:
+        raise ValueError(
+            "n_expert_active=1 with normalize_gates=true: the gate is always 1, and the loss tells "
+            "the router nothing; type --normalize_gates=false"
+        )
     if cfg.moe_every > cfg.n_layer:
         raise ValueError(
             f"moe_every={cfg.moe_every} leaves none of {cfg.n_layer} layers with experts; type "
