@@ -64,8 +64,8 @@ def to_hugging_face(
     has_bias = chooses_with_bias(checkpoint)
     if has_bias and not drop_bias:
         raise ValueError(
-            f"{checkpoint.path} chooses experts by their scores and a selection_bias, which no family "
-            "of transformers has; a run with --moe_bias_lr=none from its start has none, and "
+            f"{checkpoint.path} chooses experts with a selection_bias, which no family of "
+            "transformers has; a run with --moe_bias_lr=none from its start has none, and "
             "--selection_bias=drop leaves this one out: tokens then go to other experts, so train "
             f"on with --init_from={folder} --moe_bias_lr=none"
         )

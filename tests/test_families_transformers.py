@@ -2,8 +2,8 @@
 back: what we export, loaded there.
 
 Without transformers (requirements-extras.txt) these tests skip. In float64 transformers still
-rounds to float32 in three places, which in_float64() lifts: its RMSNorm, its rotary angles, and the
-logits of its loss, which is why losses are taken here from its logits.
+rounds to float32 in four places, which in_float64() lifts: its RMSNorm, its rotary angles, its
+router's softmax, and the logits of its loss, which is why losses are taken here from its logits.
 """
 
 import math
@@ -15,7 +15,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_families import CONFIGS, bits, ours_of, run_of, take_apart
+from test_families import AS_THEIRS, CONFIGS, bits, ours_of, run_of, take_apart
 from test_families_runs import ours_trained
 from test_train import rows
 
@@ -32,6 +32,7 @@ transformers = pytest.importorskip(
     "transformers", reason="compares with transformers: pip install -r requirements-extras.txt"
 )
 
+EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_second")
 # What only transformers' classes take beside a config.json of CONFIGS.
 TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
@@ -59,6 +60,10 @@ def in_float64(model):
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(plain_norm, module)
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = types.MethodType(plain_router, module)
+        if type(module).__name__.endswith("SparseMoeBlock") and transformers.__version__ < "5":
+            module.forward = types.MethodType(plain_experts, module)
         if type(module).__name__.endswith("RotaryEmbedding"):
             frequency = frequencies(config)
 
@@ -73,6 +78,26 @@ def in_float64(model):
 
 def plain_norm(self, x):
     return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+def plain_router(self, x):
+    """(logits, gates, chosen) of x (..., C), as transformers 5 has them, in x's dtype."""
+    logits = x.flatten(0, -2) @ self.weight.T
+    gates, chosen = logits.softmax(-1).topk(self.top_k)
+    if getattr(self, "norm_topk_prob", True):
+        gates = gates / gates.sum(-1, keepdim=True)
+    return logits, gates, chosen
+
+
+def plain_experts(self, x):
+    """(y, logits) of x (B, T, C), as transformers 4 has them, in x's dtype."""
+    logits = self.gate(x)
+    gates, chosen = logits.softmax(-1).topk(self.top_k)
+    if getattr(self, "norm_topk_prob", True):
+        gates = gates / gates.sum(-1, keepdim=True)
+    gates = torch.zeros_like(logits).scatter(-1, chosen, gates)  # (B, T, E)
+    y = sum(g.unsqueeze(-1) * expert(x) for g, expert in zip(gates.unbind(-1), self.experts))
+    return y, logits
 
 
 def frequencies(config) -> torch.Tensor:
@@ -115,7 +140,7 @@ def test_logits_losses_and_all_gradients_are_those_of_transformers(tmp_path, nam
         theirs = theirs_of(name, folder, dtype)
         if dtype == torch.float64:
             theirs = in_float64(theirs)
-        ours = ours_of(folder, dtype)
+        ours = ours_of(folder, dtype, *AS_THEIRS[name])
         ids = batch(theirs.config.vocab_size)
         expected, loss = loss_of(theirs, ids)
         loss.backward()
@@ -135,7 +160,7 @@ def test_logits_losses_and_all_gradients_are_those_of_transformers(tmp_path, nam
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_export_loads_without_a_warning_and_gives_the_same_logits(tmp_path, name, caplog):
     theirs = theirs_of(name, tmp_path / "from")
-    run_of(tmp_path / "from", tmp_path / "run")
+    run_of(tmp_path / "from", tmp_path / "run", *AS_THEIRS[name])
     tool.main(["export", str(tmp_path / "run"), str(tmp_path / "to"), "--format=hf"])
     with warnings.catch_warnings(), caplog.at_level("WARNING"):
         warnings.simplefilter("error")
@@ -169,12 +194,12 @@ def test_an_export_loads_without_a_warning_and_gives_the_same_logits(tmp_path, n
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_tensors_come_back_to_the_bit(tmp_path, name):
     theirs_of(name, tmp_path / "from")
-    run_of(tmp_path / "from", tmp_path / "run")
+    run_of(tmp_path / "from", tmp_path / "run", *AS_THEIRS[name])
     tool.main(["export", str(tmp_path / "run"), str(tmp_path / "to"), "--format=hf"])
     assert bits(tmp_path / "to") == bits(tmp_path / "from")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral", "qwen2", "qwen3", *EXPERTS])
 def test_ten_steps_of_a_run_are_those_of_a_plain_loop_over_transformers(tmp_path, name):
     theirs = in_float64(theirs_of(name, tmp_path / "in", torch.float64)).train()
     # Its dropout is no part of what is compared.
@@ -184,7 +209,7 @@ def test_ten_steps_of_a_run_are_those_of_a_plain_loop_over_transformers(tmp_path
     run = tmp_path / "run"
     words = "--steps=10 --precision=fp64 --optim=adamw --lr=1e-3 --weight_decay=0.1"
     words += " --schedule=constant --warmup_steps=0 --opt.betas=0.9,0.95 --on_spike=none"
-    run_of(tmp_path / "in", run, *words.split())
+    run_of(tmp_path / "in", run, *words.split(), *AS_THEIRS[name])
     cfg = parse.from_dict(resolve(run).tree("config"))
     data = Dataset(build.corpus(cfg).train, cfg.block_size, cfg.seed, cfg.vocab_size)
     is_table = re.compile(r".*(wte|wpe|embed_tokens)\.weight")
