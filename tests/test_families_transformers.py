@@ -6,6 +6,7 @@ rounds to float32 in four places, which in_float64() lifts: its RMSNorm, its rot
 router's softmax, and the logits of its loss, which is why losses are taken here from its logits.
 """
 
+import importlib
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from checkpoint import families
 from checkpoint.load import resolve
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
+from model import GPTConfig, make_moe
 from run import build
 from settings import parse
 
@@ -251,3 +253,94 @@ def test_an_exports_tokenizer_is_the_runs(tmp_path, arch):
     ours = Tokenizer(str(there))
     assert theirs(PROSE).input_ids == ours.encode(PROSE).tolist()
     assert theirs.eos_token_id == ours.end_of_text
+
+
+# ---- the layer with experts alone ----------------------------------------------------------------
+# Name -> (transformers' class, what its config says besides, what ours says).
+LAYERS = {
+    "mixtral": ("MixtralSparseMoeBlock", dict(intermediate_size=24, num_local_experts=6), {}),
+    "qwen3_moe": (
+        "Qwen3MoeSparseMoeBlock",
+        dict(moe_intermediate_size=24, num_experts=6, norm_topk_prob=False),
+        dict(normalize_gates=False),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3MoE",
+        dict(
+            moe_intermediate_size=24,
+            n_routed_experts=6,
+            n_shared_experts=2,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.0,
+            norm_topk_prob=True,
+        ),
+        dict(router="sigmoid", n_shared_expert=2),
+    ),
+}
+
+
+def layer_of(name: str) -> torch.nn.Module:
+    """transformers' layer, with random weights and, where it has one, a bias in the choice."""
+    kind, sizes, _ = LAYERS[name]
+    config = transformers.AutoConfig.for_model(
+        name, hidden_size=32, num_experts_per_tok=2, hidden_act="silu", **sizes
+    )
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    layer = getattr(module, kind)(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for x in [*layer.parameters(), *layer.buffers()]:
+            x.copy_(0.3 * torch.randn(x.shape, generator=generator))
+    return layer
+
+
+def of_theirs(tensors: dict, name: str) -> torch.Tensor:
+    """Our tensor of the layer, out of a dict of theirs."""
+    if name == "selection_bias":
+        return tensors["gate.e_score_correction_bias"]
+    if name.startswith("shared."):
+        part = {"gate": "gate", "fc": "up", "proj": "down"}[name.split(".")[1]]
+        return tensors[f"shared_experts.{part}_proj.weight"]
+    fronts = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}
+    for family, front in fronts.items():
+        there = {f"model.layers.0.{front}.{key}": x for key, x in tensors.items()}
+        there |= {f"model.layers.0.mlp.{key}": x for key, x in tensors.items()}
+        try:
+            return take_apart(there, family, f"blocks.0.mlp.{name}")
+        except StopIteration:
+            continue
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_with_experts_is_that_of_transformers(name):
+    theirs = layer_of(name)
+    sizes = dict(n_expert=6, n_expert_active=2, expert_width=24, router_z_loss=None)
+    ours = make_moe(GPTConfig(n_embd=32, activation="swiglu", **sizes, **LAYERS[name][2]))
+    held = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+    names = [key for key, _ in ours.named_parameters()]
+    has_bias = name == "deepseek_v3"
+    with torch.no_grad():
+        for key in names + ["selection_bias"] * has_bias:
+            x = ours.get_buffer(key) if key == "selection_bias" else ours.get_parameter(key)
+            x.copy_(of_theirs(held, key))
+    x = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(4))
+    weights = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(5))
+    results = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y = y[0] if isinstance(y, tuple) else y  # transformers 4 gives the logits, too
+        (y * weights).sum().backward()
+        results.append((y, leaf.grad, {k: p.grad for k, p in layer.named_parameters()}))
+    (y, dx, found), (their_y, their_dx, their) = results
+    pairs = {"y": (y, their_y), "dx": (dx, their_dx)}
+    pairs |= {key: (found[key], of_theirs(their, key)) for key in names}
+    for key, (a, b) in pairs.items():
+        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), key
+    # The bias changes the choice, so a layer that ignored it would be another one.
+    assert has_bias == bool(ours.selection_bias.any())
+    if has_bias:
+        ours.selection_bias.zero_()
+        assert (ours(x) - their_y).abs().max() > 0.1
