@@ -64,11 +64,17 @@ class Pretrained:
             places = family_names.places(self.described.family, name)
         if not places:
             raise ValueError(f"{self.path} is a {self.described.family}, which has no {name}")
+        found = []
         for there in places:
             actual = self.actual.get(family_names.without_base(there.name))
             if actual is not None:
-                return self.tensors[actual], there
-        raise ValueError(f"{self.path} has no tensor {places[0].name}, our {name}")
+                found.append((self.tensors[actual], there))
+        if not found:
+            raise ValueError(f"{self.path} has no tensor {places[0].name}, our {name}")
+        if found[0][0] is not found[-1][0]:
+            both = " and ".join(stored.name for stored, _ in found)
+            raise ValueError(f"{self.path} has {both}, each of them our {name}")
+        return found[0]
 
     def is_zero(self, name: str) -> bool:
         """Is it a bias of our experts, which no family has?"""
