@@ -44,6 +44,7 @@ def to_hugging_face(
     end: int | None = None,
     files: tuple[Path, ...] = (),
     largest: int = LARGEST,
+    *,
     drop_bias: bool = False,
 ) -> list[str]:
     """Writes `folder`; returns what is worth a line.
@@ -95,6 +96,8 @@ def to_hugging_face(
             "its selection_bias is left out, so tokens go to other experts than in the run; train "
             f"on with --init_from={folder} --moe_bias_lr=none"
         )
+    elif drop_bias:
+        lines.append("there is no selection_bias to leave out")
     return lines
 
 

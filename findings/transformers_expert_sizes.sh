@@ -14,13 +14,14 @@ runs both."""
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+heads = dict(num_attention_heads=2, num_key_value_heads=2)
 ids = torch.arange(8)[None]
 
 
 def forward(dtype: torch.dtype, width: int, kind: str | None = None) -> str:
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=width)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)).to(dtype)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts)).to(dtype)
     if kind is not None:
         model.set_experts_implementation(kind)
     try:

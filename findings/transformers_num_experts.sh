@@ -14,9 +14,10 @@ import sys
 
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+heads = dict(num_attention_heads=2, num_key_value_heads=2)
 experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)).save_pretrained(sys.argv[1])
+Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts)).save_pretrained(sys.argv[1])
 config = json.load(open(f"{sys.argv[1]}/config.json"))
 print({key: config.get(key) for key in ("num_experts", "num_local_experts")})
 assert "num_experts" not in config and config["num_local_experts"] == 4

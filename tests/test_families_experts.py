@@ -73,7 +73,10 @@ def test_experts_in_one_tensor_are_those_in_many(tmp_path, name):
     assert bits(tmp_path / "out") == bits(tmp_path / name)
 
 
-@pytest.mark.parametrize("flags", ["--data_parallel=zero3", "--data_parallel=fsdp"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--data_parallel=zero3", pytest.param("--data_parallel=fsdp", marks=pytest.mark.slow)],
+)
 def test_a_rank_reads_its_part_of_stacked_experts(tmp_path, flags):
     name = "qwen3_moe_second"
     stacked_folder(tmp_path / "in", name, 2)
@@ -421,8 +424,11 @@ def test_a_bias_in_the_choice_is_zeros_at_first_and_not_exported_once_it_has_mov
     assert bits(tmp_path / "out") == bits(folder)
     # What the sentence says to type.
     run_of(tmp_path / "out", tmp_path / "next", "--moe_bias_lr=none")
-    tool.main(["export", str(tmp_path / "next"), str(tmp_path / "again"), "--format=hf"])
+    words = ["export", str(tmp_path / "next")]
+    tool.main([*words, str(tmp_path / "again"), "--format=hf"])
     assert "left out" not in capsys.readouterr().out
+    tool.main([*words, str(tmp_path / "again-2"), "--format=hf", "--selection_bias=drop"])
+    assert "there is no selection_bias to leave out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
