@@ -4,9 +4,10 @@
     python -m checkpoint show CHECKPOINT
     python -m checkpoint export RUN OUT.safetensors     the weights alone, in one file
     python -m checkpoint export RUN FOLDER              in torch.distributed.checkpoint's form
-    python -m checkpoint export RUN FOLDER --format=hf [--vocab_size=50257]
+    python -m checkpoint export RUN FOLDER --format=hf [--vocab_size=50257] [--selection_bias=drop]
 
---format=hf: as transformers loads it; --vocab_size: rows to keep, if not the tokenizer's.
+--format=hf: as transformers loads it; --vocab_size: rows to keep, if not the tokenizer's;
+--selection_bias=drop: without the experts' bias in the choice, which transformers has not.
 
 Exit status: 0 done; 2 a mistake, in one line.
 """
@@ -49,9 +50,11 @@ def export_as(run: str, out: str, options: dict) -> None:
     if kind is not None and out.endswith(".safetensors"):
         raise ValueError(f"--format={kind} is a folder; {out} is one file")
     if kind == "hf":
-        export_hugging_face(run, out, options.get("vocab_size"))
+        export_hugging_face(run, out, options.get("vocab_size"), "selection_bias" in options)
     elif "vocab_size" in options:
         raise ValueError("--vocab_size= is for --format=hf, others get all rows")
+    elif "selection_bias" in options:
+        raise ValueError("--selection_bias=drop is for --format=hf, others get it")
     else:
         export(run, out)
 
@@ -65,10 +68,12 @@ def options_of(words: list[str]) -> dict:
             found["format"] = value
         elif name == "--vocab_size" and value.isascii() and value.isdecimal():
             found["vocab_size"] = int(value[:18])
+        elif word == "--selection_bias=drop":
+            found["selection_bias"] = value
         else:
             raise ValueError(
                 f"{word[:100]!r} is no option of export; there are --format=hf, --format=dcp, and "
-                "with hf --vocab_size=50257"
+                "with hf --vocab_size=50257 and --selection_bias=drop"
             )
     return found
 
@@ -133,7 +138,7 @@ def export(run: str, out: str) -> None:
     print(f"{out}: {len(weights)} tensors of {checkpoint.path}")
 
 
-def export_hugging_face(run: str, out: str, n_vocab: int | None) -> None:
+def export_hugging_face(run: str, out: str, n_vocab: int | None, drop_bias: bool) -> None:
     """The weights of a run or a checkpoint as a folder that transformers loads."""
     checkpoint = resolve(run)
     cfg = with_traits(parse.from_dict(checkpoint.tree("config")))
@@ -146,7 +151,9 @@ def export_hugging_face(run: str, out: str, n_vocab: int | None) -> None:
         is_ours = cfg.init_from is None or cfg.vocab_size == -(-tokenizer.n_vocab // 64) * 64
         n_vocab = min(cfg.vocab_size, tokenizer.n_vocab) if is_ours else cfg.vocab_size
     end = None if tokenizer is None else tokenizer.end_of_text
-    lines = to_hugging_face(checkpoint, resolved(cfg), Path(out), n_vocab, end, files)
+    lines = to_hugging_face(
+        checkpoint, resolved(cfg), Path(out), n_vocab, end, files, drop_bias=drop_bias
+    )
     for line in [*lines, *about_length(cfg)]:
         print(f"{out}: {line}")
     print(f"{out}: {checkpoint.path}, for transformers")
@@ -159,6 +166,7 @@ def resolved(cfg: Config) -> dict:
     return vars(cfg) | {
         "head_dim": model.head_size,
         "mlp_width": model.mlp_size,
+        "expert_width": model.expert_size,
         "norm_eps": model.norm_eps or usual_eps,
         "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
     }

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import families
+from checkpoint import families, family_names
 from checkpoint.load import Checkpoint
 from checkpoint.save import write_tensors
 from checkpoint.slices import DTYPES
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
     name: str | None  # ours; None for a bias that is not there: zeros
     shape: tuple[int, ...]
-    place: families.Tensor
+    place: family_names.Tensor
 
 
 def to_hugging_face(
@@ -44,12 +44,15 @@ def to_hugging_face(
     end: int | None = None,
     files: tuple[Path, ...] = (),
     largest: int = LARGEST,
+    *,
+    drop_bias: bool = False,
 ) -> list[str]:
     """Writes `folder`; returns what is worth a line.
 
     fields: our resolved settings, see families.config_of; n_vocab: rows of the vocabulary that are
     written, None for all; end: the id that ends a document; files: copied beside; largest: bytes
-    of one file. Raises ValueError for a folder that is there, and for traits that no family has.
+    of one file; drop_bias: leave out a bias in the choice of experts that is not 0. Raises
+    ValueError for a folder that is there, and for traits that no family has.
     """
     folder = Path(folder)
     if folder.exists():
@@ -59,6 +62,14 @@ def to_hugging_face(
     if not 0 < n_vocab <= n_rows:
         raise ValueError(f"--vocab_size={n_vocab} is not among the {n_rows} that the run has")
     config = families.config_of(fields | {"vocab_size": n_vocab})
+    has_bias = chooses_with_bias(checkpoint)
+    if has_bias and not drop_bias:
+        raise ValueError(
+            f"{checkpoint.path} chooses experts with a selection_bias, which no family of "
+            "transformers has; a run with --moe_bias_lr=none from its start has none, and "
+            "--selection_bias=drop leaves this one out: tokens then go to other experts, so train "
+            f"on with --init_from={folder} --moe_bias_lr=none"
+        )
     dtype = checkpoint.dtype("model/embed.weight")
     config["torch_dtype"] = DTYPE_NAMES[dtype]
     # Without these keys transformers takes GPT-2's own or Llama's.
@@ -80,7 +91,24 @@ def to_hugging_face(
         lines.append(f"of {n_rows} rows of the vocabulary the first {n_vocab} are written")
     if any(part.name is None for parts in tensors.values() for part in parts):
         lines.append("its biases are 0: the family has them, this run has none")
+    if has_bias:
+        lines.append(
+            "its selection_bias is left out, so tokens go to other experts than in the run; train "
+            f"on with --init_from={folder} --moe_bias_lr=none"
+        )
+    elif drop_bias:
+        lines.append("there is no selection_bias to leave out")
     return lines
+
+
+def names_of_weights(checkpoint: Checkpoint) -> list[str]:
+    return [name.removeprefix("model/") for name in checkpoint.names() if name[:6] == "model/"]
+
+
+def chooses_with_bias(checkpoint: Checkpoint) -> bool:
+    """Has a layer's selection_bias a number that is not 0?"""
+    names = filter(family_names.is_selection_bias, names_of_weights(checkpoint))
+    return any(checkpoint.tensor(f"model/{name}").any() for name in names)
 
 
 def parts_by_tensor(checkpoint: Checkpoint, family: str, n_vocab: int) -> dict[str, list[Part]]:
@@ -88,22 +116,25 @@ def parts_by_tensor(checkpoint: Checkpoint, family: str, n_vocab: int) -> dict[s
     found = {}
 
     def add(name: str, saved: str | None, shape: list[int]) -> None:
-        place = families.place(family, name)
+        place = family_names.place(family, name)
         if name in VOCABULARY:
             shape = [n_vocab, *shape[1:]]
         found.setdefault(place.name, []).append(Part(saved, tuple(shape), place))
 
-    names = [name.removeprefix("model/") for name in checkpoint.names() if name[:6] == "model/"]
+    names = names_of_weights(checkpoint)
     for name in names:
+        if family_names.is_selection_bias(name):
+            continue
         shape = checkpoint.shape(f"model/{name}")
         add(name, name, shape)
         bias = name.removesuffix("weight") + "bias"
         # GPT-2 has biases everywhere.
-        has_bias = families.is_biased(family, name)
+        has_bias = family_names.is_biased(family, name)
         if has_bias and name.endswith("weight") and bias not in names:
             add(bias, None, shape[:1])
     return {
-        name: sorted(parts, key=lambda part: part.place.third or 0) for name, parts in found.items()
+        name: sorted(parts, key=lambda part: part.place.part or (0, 1))
+        for name, parts in found.items()
     }
 
 

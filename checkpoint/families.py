@@ -1,101 +1,30 @@
-"""The same model under other names: GPT-2, Llama, Mistral, Qwen 2 and 3, nanoGPT.
-
-    ours                     LLAMA's tensors                       GPT2's and NANOGPT's
-    embed                    model.embed_tokens                    transformer.wte
-    positions                                                      transformer.wpe
-    blocks.N.attn_norm       model.layers.N.input_layernorm        transformer.h.N.ln_1
-    blocks.N.attn.q, k, v    ... self_attn.q_proj, k_proj, v_proj  ... attn.c_attn, a third each
-    blocks.N.attn.q_norm     ... self_attn.q_norm                  (k_norm likewise)
-    blocks.N.attn.proj       ... self_attn.o_proj                  ... attn.c_proj
-    blocks.N.mlp_norm        ... post_attention_layernorm          ... ln_2
-    blocks.N.mlp.gate        ... mlp.gate_proj
-    blocks.N.mlp.fc, proj    ... mlp.up_proj, down_proj            ... mlp.c_fc, c_proj
-    final_norm, head         model.norm, lm_head                   transformer.ln_f, lm_head
-
-GPT-2's matrices are stored (in, out), all others (out, in) as torch's Linear has them. Heads turn
-the same way here and there: channel i with channel i + D/2, by the same sign (layers/
-fewer_passes.py, turn), so no row of q or k moves.
+"""The same model under other programs' settings: GPT-2, Llama, Mistral, Qwen 2 and 3, nanoGPT,
+and with experts Mixtral and Qwen3-MoE.
 
     fields_of(config)     config.json -> our settings; raises for what would be another function
     config_of(fields)     our settings -> config.json; raises with all traits that no family has
-    place(family, name)   our parameter -> where its numbers lie in theirs
 
-Read and write go by the same tables. Names and defaults are transformers' (5.x and 4.x).
+Names and defaults are transformers' (5.x and 4.x). Where a family's tensors are: family_names.py.
+
+Of a layer with experts a folder says what its weights compute. What keeps the experts' loads even
+is the run's own: nothing of it is brought.
 """
 
 import math
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-
-class Place(NamedTuple):
-    """Where one of our modules lies in theirs."""
-
-    module: str  # N is the layer's number
-    transposed: bool = False  # a matrix of theirs is (in, out)
-    third: int | None = None  # 0, 1, 2: q, k, v follow one another along our first dimension
-
-
-class Tensor(NamedTuple):
-    """Where one of our parameters lies in theirs."""
-
-    name: str
-    transposed: bool
-    third: int | None
-
-
-LLAMA = {
-    "embed": Place("model.embed_tokens"),
-    "blocks.N.attn_norm": Place("model.layers.N.input_layernorm"),
-    "blocks.N.attn.q": Place("model.layers.N.self_attn.q_proj"),
-    "blocks.N.attn.k": Place("model.layers.N.self_attn.k_proj"),
-    "blocks.N.attn.v": Place("model.layers.N.self_attn.v_proj"),
-    "blocks.N.attn.q_norm": Place("model.layers.N.self_attn.q_norm"),
-    "blocks.N.attn.k_norm": Place("model.layers.N.self_attn.k_norm"),
-    "blocks.N.attn.proj": Place("model.layers.N.self_attn.o_proj"),
-    "blocks.N.mlp_norm": Place("model.layers.N.post_attention_layernorm"),
-    "blocks.N.mlp.gate": Place("model.layers.N.mlp.gate_proj"),
-    "blocks.N.mlp.fc": Place("model.layers.N.mlp.up_proj"),
-    "blocks.N.mlp.proj": Place("model.layers.N.mlp.down_proj"),
-    "final_norm": Place("model.norm"),
-    "head": Place("lm_head"),
-}
-GPT2 = {
-    "embed": Place("transformer.wte"),
-    "positions": Place("transformer.wpe"),
-    "blocks.N.attn_norm": Place("transformer.h.N.ln_1"),
-    "blocks.N.attn.q": Place("transformer.h.N.attn.c_attn", True, 0),
-    "blocks.N.attn.k": Place("transformer.h.N.attn.c_attn", True, 1),
-    "blocks.N.attn.v": Place("transformer.h.N.attn.c_attn", True, 2),
-    "blocks.N.attn.proj": Place("transformer.h.N.attn.c_proj", True),
-    "blocks.N.mlp_norm": Place("transformer.h.N.ln_2"),
-    "blocks.N.mlp.fc": Place("transformer.h.N.mlp.c_fc", True),
-    "blocks.N.mlp.proj": Place("transformer.h.N.mlp.c_proj", True),
-    "final_norm": Place("transformer.ln_f"),
-    "head": Place("lm_head"),
-}
-MODULES = {
-    "gpt2": GPT2,
-    "nanogpt": {ours: place._replace(transposed=False) for ours, place in GPT2.items()},
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-}
-# What a model saved without its head leaves out of every name.
-BASES = ("transformer.", "model.")
-# Tensors that are no weights: masks and frequencies that earlier versions saved.
-BUFFERS = re.compile(
-    r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|rotary_emb\.original_inv_freq)"
-)
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+WITH_QK_NORM = ("qwen3", "qwen3_moe")
 
 # Our setting -> its name in config.json, where the value is the same.
 GPT2_KEYS = {
@@ -119,17 +48,33 @@ LLAMA_KEYS = {
     "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
 }
-# What transformers takes where config.json lacks a key. The others must be there.
+# What transformers takes where config.json lacks a key. The others must be there: a number of
+# experts that nobody wrote would be a guess.
 DEFAULTS = {
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "llama": {"num_key_value_heads": None, "head_dim": None},
     "mistral": {"num_key_value_heads": 8, "head_dim": None},
     "qwen2": {"num_key_value_heads": 32, "head_dim": None},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+    },
 }
 # Keys whose null means what follows from others.
 NULLABLE = ("num_key_value_heads", "head_dim", "n_inner")
-LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0}
 # Keys that say nothing of what the weights compute.
 SILENT = set(
     "model_type architectures torch_dtype dtype transformers_version _name_or_path use_cache "
@@ -140,7 +85,7 @@ SILENT = set(
     "output_hidden_states torchscript _attn_implementation _attn_implementation_autoset "
     "_commit_hash chunk_size_feed_forward name_or_path n_special predict_special_tokens "
     "output_past _num_labels is_llama_config transformers.js_config max_sequence_length "
-    "unsloth_fixed unsloth_version".split()
+    "unsloth_fixed unsloth_version output_router_logits".split()
 )
 # GPT-2's activations, by transformers' names: the same function has several.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -153,6 +98,7 @@ WITHOUT = {
     "mup_base_width": None,
     "ngram_embed": None,
     "ngram": None,
+    "n_expert": None,
 }
 LIKE_GPT2 = WITHOUT | {
     "arch": "gpt2",
@@ -163,41 +109,16 @@ LIKE_GPT2 = WITHOUT | {
     "qk_norm": False,
     "window": None,
 }
+# What a layer with experts computes.
+OF_EXPERTS = (
+    "n_expert n_expert_active n_shared_expert expert_width moe_every router normalize_gates"
+).split()
 # The settings that a folder may bring.
 BROUGHT = (
     "arch n_layer n_head n_kv_head n_embd vocab_size head_dim norm norm_eps activation mlp_width "
     "position rope_base rope_scaling qk_norm window tied bias qkv_bias block_size "
     "embed_norm head_bias logit_cap attention_scale mup_base_width ngram_embed ngram tokenizer"
-).split()
-
-
-# ---- names ---------------------------------------------------------------------------------------
-def place(family: str, name: str) -> Tensor | None:
-    """Where our parameter `name` lies in the family's tensors; None where the family has none."""
-    module, _, kind = name.rpartition(".")
-    layer = re.match(r"blocks\.([0-9]+)\.", module)
-    number = layer[1] if layer else ""
-    if layer:
-        module = f"blocks.N.{module[layer.end() :]}"
-    found = MODULES[family].get(module)
-    if found is None:
-        return None
-    theirs = found.module.replace(".N.", f".{number}.")
-    # A bias, like a gain, has one dimension: nothing to transpose.
-    return Tensor(f"{theirs}.{kind}", found.transposed and kind == "weight", found.third)
-
-
-def is_biased(family: str, name: str) -> bool:
-    """Has the module of our parameter a bias in every model of the family?"""
-    is_table = name.rpartition(".")[0] in ("embed", "positions", "head")
-    return family == "gpt2" and not is_table
-
-
-def without_base(name: str) -> str:
-    """The name in a model that was saved without its head: h.0.ln_1.weight."""
-    for base in BASES:
-        name = name.removeprefix(base)
-    return name
+).split() + OF_EXPERTS
 
 
 # ---- config.json -> settings ---------------------------------------------------------------------
@@ -278,7 +199,7 @@ def fields_of(config: dict) -> Description:
             f"has model_type={shown(family)}, which is not read; those read are "
             f"{', '.join(CLASSES)}"
         )
-    defaults = DEFAULTS[family] | ({} if family == "gpt2" else LLAMA_DEFAULTS)
+    defaults = ({} if family == "gpt2" else LLAMA_DEFAULTS) | DEFAULTS[family]
     keys = Keys(config, defaults)
     for key in ("is_encoder_decoder", "add_cross_attention"):
         keys.refuse(key, False)
@@ -332,33 +253,107 @@ def llama_fields(keys: Keys, family: str) -> Description:
     longest = keys.take("max_position_embeddings", int, 2048)
     rope_base, rope_scaling = rope_of(keys)
     fields |= WITHOUT | {
-        "arch": "qwen3" if family == "qwen3" else "llama",
+        "arch": "qwen3" if family in WITH_QK_NORM else "llama",
         "norm": "rmsnorm_gain",
         "activation": "swiglu",
         "position": "rotary",
         "rope_base": rope_base,
         "rope_scaling": rope_scaling,
-        "qk_norm": "gain" if family == "qwen3" else False,
+        "qk_norm": "gain" if family in WITH_QK_NORM else False,
         "window": window_of(keys, family, fields["n_layer"]),
         "bias": has_bias,
         "qkv_bias": has_bias or family == "qwen2",
     }
     notes = dropout_notes(keys, ("attention_dropout",), 0.0)
+    if family in WITH_EXPERTS:
+        fields |= experts_of(keys, family, fields)
+        notes += balance_notes(keys)
     return Description(family, fields, longest, notes)
+
+
+def experts_of(keys: Keys, family: str, fields: dict) -> dict:
+    """What the config says of experts: OF_EXPERTS."""
+    # transformers 5 writes num_local_experts for both families, and reads either.
+    names = ("num_experts", "num_local_experts")
+    counts = {name: keys.take(name, int, None) for name in names}
+    found = {n for n in counts.values() if n is not None}
+    if not found:
+        raise ValueError(f"has no {names[family == 'mixtral']}")
+    if len(found) > 1:
+        said = " and ".join(f"{name}={n}" for name, n in counts.items())
+        raise ValueError(f"has {said}; take one of them out")
+    n_expert = found.pop()
+    n_active = keys.take("num_experts_per_tok", int)
+    if n_active > n_expert:
+        raise ValueError(f"has num_experts_per_tok={n_active}, more than its {n_expert} experts")
+    found = {
+        "n_expert": n_expert,
+        "n_expert_active": n_active,
+        "n_shared_expert": 0,
+        "router": "softmax",
+    }
+    if family == "mixtral":
+        own = {"expert_width": fields["mlp_width"], "moe_every": 1, "normalize_gates": True}
+    else:
+        own = {
+            "expert_width": keys.take("moe_intermediate_size", int),
+            "moe_every": moe_every_of(keys, fields["n_layer"]),
+            "normalize_gates": keys.take("norm_topk_prob", bool),
+        }
+    return found | own
+
+
+def moe_every_of(keys: Keys, n_layer: int) -> int:
+    """moe_every; ValueError where the layers with experts are others than each so-manieth."""
+    step = keys.take("decoder_sparse_step", int)
+    dense = keys.left.pop("mlp_only_layers", None) or []
+    if type(dense) is not list or not all(type(i) is int for i in dense):
+        raise ValueError(f"has mlp_only_layers={shown(dense)}, which is no list of layers")
+    with_experts = [i for i in range(step - 1, n_layer, step) if i not in dense]
+    every = with_experts[0] + 1 if with_experts else 0
+    if not every or with_experts != list(range(every - 1, n_layer, every)):
+        raise ValueError(
+            f"has decoder_sparse_step={step} and mlp_only_layers={shown(dense)}, so of {n_layer} "
+            f"layers those with experts are {shown(with_experts)}, and here it is each "
+            "moe_every-th, counted from 1"
+        )
+    return every
+
+
+def balance_notes(keys: Keys) -> list[str]:
+    """Sentences about how their experts were trained: it is no part of the weights' function."""
+    found = []
+    weight = share(keys, "router_aux_loss_coef", 0.001)
+    if weight:
+        found.append(
+            f"router_aux_loss_coef={weight:g} is not taken over: that loss is of a batch, and is "
+            "another one for each number of micro-batches (layers/moe.py); --moe_bias_lr=, "
+            "--router_z_loss= and --moe_sequence_loss= are this run's own"
+        )
+    noise = share(keys, "router_jitter_noise", 0.0)
+    if noise:
+        found.append(f"router_jitter_noise={noise:g} is not taken over: a router has no noise here")
+    return found
 
 
 def dropout_notes(keys: Keys, names: Iterable[str], default: float) -> list[str]:
     """A sentence where they trained with dropout: it is no part of the weights' function."""
     found = []
     for name in names:
-        value = keys.left.pop(name, default)
-        if type(value) not in (int, float) or not 0 <= value < 1:
-            raise ValueError(f"has {name}={shown(value)}, which is no share from 0 to 1")
+        value = share(keys, name, default)
         if value:
             found.append(f"{name}={value:g}")
     if not found:
         return []
     return [f"{', '.join(found)} is not taken over; --dropout= sets dropout here"]
+
+
+def share(keys: Keys, name: str, default: float) -> float:
+    """The value of a key that is from 0 to below 1; ValueError for another."""
+    value = keys.left.pop(name, default)
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError(f"has {name}={shown(value)}, which is no share from 0 to 1")
+    return value
 
 
 def rope_of(keys: Keys) -> tuple[float, str | None]:
@@ -369,7 +364,7 @@ def rope_of(keys: Keys) -> tuple[float, str | None]:
     if len(tables) == 2 and tables[0] != tables[1]:
         raise ValueError("has rope_parameters and another rope_scaling; take one of them out")
     inner = Keys(tables[0] if tables else {}, {})
-    base = keys.take("rope_theta", float, 10000.0)
+    base = keys.take("rope_theta", float, keys.defaults["rope_theta"])
     base = inner.take("rope_theta", float, base)
     kind = inner.take("type", str, "default")
     kind = inner.take("rope_type", str, kind)
@@ -402,14 +397,16 @@ def window_of(keys: Keys, family: str, n_layer: int) -> int | None:
     """
     if family == "llama":
         return None
-    # A missing key means transformers' own 4096, null means none.
-    keys.left.setdefault("sliding_window", 4096)
+    # A missing key means transformers' own, null means none.
+    keys.left.setdefault("sliding_window", None if family == "mixtral" else 4096)
     size = keys.take("sliding_window", int, None)
     first = 0  # of the layers that have a window
-    if family != "mistral":
+    if family not in ("mistral", "mixtral"):
         first = keys.left.pop("max_window_layers", 28)
         if type(first) is not int or first < 0:
             raise ValueError(f"has max_window_layers={shown(first)}, which is no number of layers")
+        if family == "qwen3_moe":
+            first = 0  # its files have the key, and transformers does not read it
         if not keys.take("use_sliding_window", bool, False):
             size = None
     n_full = n_layer if size is None else min(first, n_layer)
@@ -442,7 +439,9 @@ def config_of(fields: dict) -> dict:
     No setting is auto, or a none that follows from others. Raises ValueError with every trait that
     the nearest family does not have.
     """
-    tried = {family: lacking(family, fields) for family in CLASSES}
+    has_experts = fields["n_expert"] is not None
+    families = [family for family in CLASSES if (family in WITH_EXPERTS) == has_experts]
+    tried = {family: lacking(family, fields) for family in families}
     family = min(tried, key=lambda name: len(tried[name]))
     if tried[family]:
         traits = ", ".join(f"{name}={fields[name]}" for name in tried[family])
@@ -454,6 +453,8 @@ def config_of(fields: dict) -> dict:
 def lacking(family: str, fields: dict) -> list[str]:
     """Our settings whose values the family does not have."""
     wanted = {name: (value,) for name, value in WITHOUT.items()}
+    if family in WITH_EXPERTS:
+        del wanted["n_expert"]
     if family == "gpt2":
         wanted |= {
             "norm": ("layernorm",),
@@ -469,11 +470,15 @@ def lacking(family: str, fields: dict) -> list[str]:
             "norm": ("rmsnorm_gain",),
             "activation": ("swiglu",),
             "position": ("rotary",),
-            "qk_norm": ("gain",) if family == "qwen3" else (False,),
+            "qk_norm": ("gain",) if family in WITH_QK_NORM else (False,),
             "bias": (False, True) if family == "llama" else (False,),
             "qkv_bias": (True,) if family == "qwen2" else (fields["bias"],),
             "window": (None,) if family == "llama" else (None, fields["window"]),
         }
+    if family in WITH_EXPERTS:
+        wanted |= {"router": ("softmax",), "n_shared_expert": (0,)}
+    if family == "mixtral":
+        wanted |= {"normalize_gates": (True,), "moe_every": (1,)}
     return [name for name, values in wanted.items() if fields[name] not in values]
 
 
@@ -500,7 +505,7 @@ def llama_config(family: str, fields: dict) -> dict:
     has_window = fields["window"] is not None
     if family == "llama":
         config |= {"attention_bias": fields["bias"], "mlp_bias": fields["bias"]}
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         config["sliding_window"] = fields["window"]
     if family in ("qwen2", "qwen3"):
         config |= {
@@ -508,8 +513,26 @@ def llama_config(family: str, fields: dict) -> dict:
             "sliding_window": fields["window"],
             "max_window_layers": 0 if has_window else fields["n_layer"],
         }
-    if family == "qwen3":
+    if family in WITH_QK_NORM:
         config["attention_bias"] = False
+    if family == "mixtral":
+        config |= {
+            # It has no MLP beside its experts.
+            "intermediate_size": fields["expert_width"],
+            "num_local_experts": fields["n_expert"],
+            "num_experts_per_tok": fields["n_expert_active"],
+        }
+    if family == "qwen3_moe":
+        config |= {
+            "use_sliding_window": has_window,
+            "sliding_window": fields["window"],
+            "moe_intermediate_size": fields["expert_width"],
+            "num_experts": fields["n_expert"],
+            "num_experts_per_tok": fields["n_expert_active"],
+            "decoder_sparse_step": fields["moe_every"],
+            "mlp_only_layers": [],
+            "norm_topk_prob": fields["normalize_gates"],
+        }
     return config
 
 

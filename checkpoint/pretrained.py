@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from checkpoint import families
+from checkpoint import families, family_names
 from checkpoint.families import Description, shown
 from checkpoint.slices import DTYPES
 from checkpoint.tensor_file import TensorFile, as_dict
@@ -52,35 +52,54 @@ class Pretrained:
         # A model saved without its head, or a compiled one, has the same names but for the front.
         self.actual = {}
         for name in tensors:
-            bare = families.without_base(name.removeprefix("_orig_mod."))
+            bare = family_names.without_base(name.removeprefix("_orig_mod."))
             if bare in self.actual:
                 raise ValueError(f"{path} has {shown(name)} and {shown(self.actual[bare])}")
             self.actual[bare] = name
 
-    def at(self, name: str) -> tuple["Stored", families.Tensor]:
+    def at(self, name: str) -> tuple["Stored", family_names.Tensor]:
         """Where our parameter's numbers are: the tensor of theirs, and where in it."""
-        if self.described is None:
-            there = families.Tensor(name, False, None)
-        else:
-            there = families.place(self.described.family, name)
-        if there is None:
+        places = [family_names.Tensor(name)]
+        if self.described is not None:
+            places = family_names.places(self.described.family, name)
+        if not places:
             raise ValueError(f"{self.path} is a {self.described.family}, which has no {name}")
-        actual = self.actual.get(families.without_base(there.name))
-        if actual is None:
-            raise ValueError(f"{self.path} has no tensor {there.name}, our {name}")
-        return self.tensors[actual], there
+        found = []
+        for there in places:
+            actual = self.actual.get(family_names.without_base(there.name))
+            if actual is not None:
+                found.append((self.tensors[actual], there))
+        if not found:
+            raise ValueError(f"{self.path} has no tensor {places[0].name}, our {name}")
+        if found[0][0] is not found[-1][0]:
+            both = " and ".join(stored.name for stored, _ in found)
+            raise ValueError(f"{self.path} has {both}, each of them our {name}")
+        return found[0]
+
+    def is_zero(self, name: str) -> bool:
+        """Is it a bias of our experts, which no family has?"""
+        return self.described is not None and family_names.is_selection_bias(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of our parameter there; ValueError for three parts that are not equal."""
+        """The shape of our parameter there; ValueError for parts that are not equal."""
         stored, there = self.at(name)
-        shape = stored.shape[::-1] if there.transposed else stored.shape
-        if there.third is None:
+        shape = stored.shape
+        if there.expert is not None:
+            if there.expert >= (shape[0] if shape else 0):
+                raise ValueError(
+                    f"{self.path}: {stored.name} of shape {shape} has no expert {there.expert}"
+                )
+            shape = shape[1:]
+        shape = shape[::-1] if there.transposed else shape
+        if there.part is None:
             return shape
-        if not shape or shape[0] % 3:
+        _, n_parts = there.part
+        if not shape or shape[0] % n_parts:
+            what = {2: "gate and up", 3: "q, k and v"}[n_parts]
             raise ValueError(
-                f"{self.path}: {stored.name} of shape {stored.shape} is no q, k and v together"
+                f"{self.path}: {stored.name} of shape {stored.shape} is no {what} together"
             )
-        return (shape[0] // 3, *shape[1:])
+        return (shape[0] // n_parts, *shape[1:])
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises ValueError unless the tensors are those of a model with these parameters.
@@ -89,9 +108,14 @@ class Pretrained:
         padded), learned positions fewer (the first are taken).
         """
         used = set()
+        n_used = {}  # a tensor of several experts -> how many of them
         for name, shape in shapes.items():
-            stored, _ = self.at(name)
+            if self.is_zero(name):
+                continue
+            stored, there = self.at(name)
             used.add(stored.name)
+            if there.expert is not None:
+                n_used[stored.name] = max(n_used.get(stored.name, 0), there.expert + 1)
             if stored.dtype not in FLOATS:
                 raise ValueError(
                     f"{self.path}: {stored.name} is {stored.dtype}; those read are "
@@ -108,13 +132,19 @@ class Pretrained:
                     f"{self.path} does not fit: {stored.name}, our {name}, is {found}, not "
                     f"{tuple(shape)}"
                 )
+        for name, n in n_used.items():
+            n_there = self.tensors[name].shape[0]
+            if n_there != n:
+                raise ValueError(
+                    f"{self.path} does not fit: {name} is of {n_there} experts, not {n}"
+                )
         self.check_left_over(used, is_tied="head.weight" not in shapes)
 
     def check_left_over(self, used: set[str], is_tied: bool) -> None:
         """Raises ValueError for a tensor that no parameter of ours takes."""
         for name in sorted(self.tensors.keys() - used):
             bare = name.removeprefix("_orig_mod.")
-            if self.described is not None and families.BUFFERS.fullmatch(bare):
+            if self.described is not None and family_names.BUFFERS.fullmatch(bare):
                 continue
             # A tied head is the embedding, which some programs save twice.
             if is_tied and self.described is not None and bare == "lm_head.weight":
@@ -146,7 +176,8 @@ class Weights:
 
     `shard` gives a shard, `fill` reads one into place. Rows of embedding and head that are not
     there are the mean of those that are: a token's probability then falls at most by the share of
-    new rows, for the mean of exponentials is at least the exponential of the mean.
+    new rows, for the mean of exponentials is at least the exponential of the mean. A selection_bias
+    that is not there is zeros.
     """
 
     def __init__(self, pretrained: Pretrained):
@@ -158,6 +189,8 @@ class Weights:
 
     def shard(self, name: str, where: tuple, shape: tuple[int, ...]) -> Tensor:
         """The shard of this local shape at `where`: a Shard, or (full shape, offsets)."""
+        if self.pretrained.is_zero(name):
+            return torch.zeros(shape)
         stored, _ = self.pretrained.at(name)
         out = torch.empty(shape, dtype=DTYPES[stored.dtype])
         self.fill(out, name, where)
@@ -165,6 +198,9 @@ class Weights:
 
     def fill(self, out: Tensor, name: str, where: tuple | None = None) -> None:
         """Reads the shard at `where` (None: the full tensor) into `out`, converted to its dtype."""
+        if self.pretrained.is_zero(name):
+            out.zero_()
+            return
         full, offsets = where or (tuple(out.shape), (0,) * out.ndim)
         n_rows = self.pretrained.shape(name)[0]
         n_there = min(max(n_rows - offsets[0], 0), len(out)) if full[0] > n_rows else len(out)
@@ -178,18 +214,21 @@ class Weights:
         """Reads the box of our parameter that begins at `offsets` into `out`, piece by piece."""
         stored, there = self.pretrained.at(name)
         low = list(offsets)
-        if there.third is not None:
-            low[0] += there.third * self.pretrained.shape(name)[0]
+        if there.part is not None:
+            low[0] += there.part[0] * self.pretrained.shape(name)[0]
         box = [slice(a, a + n) for a, n in zip(low, out.shape)]
         if there.transposed:
             box, out = box[::-1], out.T
         if not out.numel():
             return
+        # The expert's part of a tensor of all.
+        front = () if there.expert is None else (slice(there.expert, there.expert + 1),)
         itemsize = DTYPES[stored.dtype].itemsize
         first_row = box[0].start
         for first, last in pieces(len(out), out[0].numel() * itemsize):
             part = slice(first_row + first, first_row + last)
-            out[first:last].copy_(stored.read((part, *box[1:])))
+            read = stored.read((*front, part, *box[1:]))
+            out[first:last].copy_(read[0] if front else read)
 
     def mean_row(self, name: str) -> Tensor:
         """(C,) in float64: the mean of the rows of embedding or head."""

@@ -19,7 +19,7 @@ from settings import checks, parse
 from settings.fields import CHOSEN, Config, flag, head_size, mlp_size, update, with_traits
 
 # Settings whose none follows from others: it is no value that could be another one there.
-DERIVED = (*CHOSEN, "mlp_width", "head_dim", "qkv_bias", "norm_eps")
+DERIVED = (*CHOSEN, "mlp_width", "expert_width", "head_dim", "qkv_bias", "norm_eps")
 # Settings that may come from there.
 BROUGHT = [*families.BROUGHT, "logit_cap_form", "ngram_rows"]
 
@@ -64,6 +64,12 @@ def brought_by_run(cfg: Config) -> dict:
     old = with_traits(parse.from_dict(saved))
     said = {name: getattr(old, name) for name in BROUGHT if name != "ngram"}
     said |= {"head_dim": head_size(old), "mlp_width": mlp_size(old)}
+    if old.n_expert is None:
+        # A model without experts has no traits of them.
+        for name in set(families.OF_EXPERTS) - {"n_expert"}:
+            del said[name]
+    else:
+        said["expert_width"] = build.model_config(old).expert_size
     said["qkv_bias"] = old.bias if old.qkv_bias is None else old.qkv_bias
     said["tokenizer"] = kept(old.tokenizer, checkpoint.path)
     if old.position != "learned":
@@ -106,10 +112,11 @@ def check_agrees(cfg: Config, name: str, given, there) -> None:
 
 
 def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the model's parameters."""
+    """Name -> shape of the model's weights: parameters, and the experts' biases in the choice."""
     with torch.device("meta"):
         model = GPT(build.model_config(update(with_traits(cfg), attention="sdpa")))
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tuple(x.shape) for name, x in held}
 
 
 def weights(path: str):
@@ -139,6 +146,11 @@ def notes(cfg: Config) -> list[str]:
     if cfg.block_size > said.longest:
         lines.append(
             f"block_size={cfg.block_size}: {path} was made for sequences of {said.longest} tokens"
+        )
+    if cfg.n_expert is not None and cfg.moe_bias_lr is not None:
+        lines.append(
+            f"{path}: a {said.family} has no bias in the choice of experts, and --moe_bias_lr="
+            f"{cfg.moe_bias_lr:g} moves this run's; --moe_bias_lr=none keeps it exportable as one"
         )
     n_new = cfg.vocab_size - said.fields["vocab_size"]
     if n_new:

@@ -1,5 +1,6 @@
 """Weights in and out, without transformers: folders made by hand, and each family's formulas."""
 
+import functools
 import json
 import math
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 import train
 from checkpoint import __main__ as tool
-from checkpoint import families, pretrained
+from checkpoint import families, family_names, pretrained
 from model import GPT
 from run import build
 from run import pretrained as start
@@ -75,6 +76,32 @@ CONFIGS = {
         max_window_layers=0,
     ),
     "qwen3": dict(model_type="qwen3", **LLAMA, head_dim=16),
+    "mixtral": dict(model_type="mixtral", **LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe",
+        **LLAMA,
+        head_dim=16,
+        num_experts=5,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+    ),
+    "qwen3_moe_second": dict(
+        model_type="qwen3_moe",
+        **LLAMA,
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=24,
+        decoder_sparse_step=2,
+        use_sliding_window=True,
+        sliding_window=8,
+        tie_word_embeddings=True,
+    ),
+}
+# Flags of a run without what keeps experts' loads even: it is in nobody's weights or loss.
+AS_THEIRS = {
+    name: ["--moe_bias_lr=none", "--router_z_loss=none"] if "expert" in str(config) else []
+    for name, config in CONFIGS.items()
 }
 
 
@@ -109,9 +136,13 @@ def ours_of(folder, dtype=torch.float32, *flags) -> GPT:
 
 def take_apart(theirs: dict, family: str, name: str) -> torch.Tensor:
     """Our tensor of this name, out of a dict of theirs."""
-    there = families.place(family, name)
-    x = theirs[there.name].T if there.transposed else theirs[there.name]
-    return x if there.third is None else x.chunk(3)[there.third]
+    there = next(x for x in family_names.places(family, name) if x.name in theirs)
+    x = theirs[there.name]
+    if there.expert is not None:
+        x = x[there.expert]
+    if there.transposed:
+        x = x.T
+    return x if there.part is None else x.chunk(there.part[1])[there.part[0]]
 
 
 def bits(folder) -> dict:
@@ -173,16 +204,39 @@ def tensors_of(config: dict, dtype=torch.float64) -> dict[str, torch.Tensor]:
         for part, n in (("q", q), ("k", kv), ("v", kv)):
             add_linear(f"{front}.self_attn.{part}_proj", n, c, bias=qkv_bias)
         add_linear(f"{front}.self_attn.o_proj", c, q, bias=bias)
-        for part in ("gate", "up"):
-            add_linear(f"{front}.mlp.{part}_proj", inner, c, bias=bias)
-        add_linear(f"{front}.mlp.down_proj", c, inner, bias=bias)
-        if config["model_type"] == "qwen3":
+        names = mlp_names(config, i)
+        width = config.get("moe_intermediate_size", inner) if len(names) > 1 else inner
+        for gate, up, down in names:
+            add_linear(f"{front}.{gate}", width, c, bias=bias)
+            add_linear(f"{front}.{up}", width, c, bias=bias)
+            add_linear(f"{front}.{down}", c, width, bias=bias)
+        if len(names) > 1:
+            add(f"{front}.{router_name(config)}.weight", len(names), c)
+        if config["model_type"] in ("qwen3", "qwen3_moe"):
             add(f"{front}.self_attn.q_norm.weight", size)
             add(f"{front}.self_attn.k_norm.weight", size)
     add("model.norm.weight", c)
     if not config.get("tie_word_embeddings", False):
         add("lm_head.weight", config["vocab_size"], c)
     return found
+
+
+def mlp_names(config: dict, layer: int) -> list[tuple[str, str, str]]:
+    """(gate, up, down) of the layer's MLP, or of each of its experts."""
+    if config["model_type"] == "mixtral":
+        front = "block_sparse_moe.experts"
+        return [
+            (f"{front}.{e}.w1", f"{front}.{e}.w3", f"{front}.{e}.w2")
+            for e in range(config["num_local_experts"])
+        ]
+    fronts = ["mlp"]
+    if "num_experts" in config and (layer + 1) % config.get("decoder_sparse_step", 1) == 0:
+        fronts = [f"mlp.experts.{e}" for e in range(config["num_experts"])]
+    return [tuple(f"{front}.{part}_proj" for part in ("gate", "up", "down")) for front in fronts]
+
+
+def router_name(config: dict) -> str:
+    return "block_sparse_moe.gate" if config["model_type"] == "mixtral" else "mlp.gate"
 
 
 def write_folder(folder, config: dict, tensors: dict, n_files: int = 1) -> None:
@@ -252,6 +306,10 @@ def llama_logits(config: dict, t: dict, ids):
     def linear(x, name):
         return x @ t[f"{name}.weight"].T + t.get(f"{name}.bias", 0)
 
+    def mlp(gate, up, down, front, x):
+        gate = linear(x, f"{front}.{gate}")
+        return linear(gate * torch.sigmoid(gate) * linear(x, f"{front}.{up}"), f"{front}.{down}")
+
     def turn(x):
         # As complex numbers: pair (i, i + D/2) turns by position times frequency.
         a, b = x.chunk(2, -1)
@@ -261,7 +319,7 @@ def llama_logits(config: dict, t: dict, ids):
 
     n = config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // n
-    base = config.get("rope_theta", 10000.0)
+    base = config.get("rope_theta", 1e6 if config["model_type"] == "mixtral" else 1e4)
     frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     scaled = [stretched(f, config.get("rope_scaling")) for f in frequency.tolist()]
     frequency = torch.tensor(scaled, dtype=torch.float64)
@@ -273,15 +331,30 @@ def llama_logits(config: dict, t: dict, ids):
         q, k, v = (
             linear(h, f"{front}.self_attn.{part}_proj").unflatten(-1, (-1, size)) for part in "qkv"
         )
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", "qwen3_moe"):
             q, k = (norm(z, f"{front}.self_attn.{s}_norm") for z, s in ((q, "q"), (k, "k")))
         x = x + linear(attend(turn(q), turn(k), v, n, window), f"{front}.self_attn.o_proj")
         h = norm(x, f"{front}.post_attention_layernorm")
-        gate = linear(h, f"{front}.mlp.gate_proj")
-        h = gate * torch.sigmoid(gate) * linear(h, f"{front}.mlp.up_proj")
-        x = x + linear(h, f"{front}.mlp.down_proj")
+        mlps = [functools.partial(mlp, *names, front) for names in mlp_names(config, i)]
+        if len(mlps) == 1:
+            x = x + mlps[0](h)
+            continue
+        scores = linear(h, f"{front}.{router_name(config)}").softmax(-1)
+        x = x + through_experts(config, mlps, scores, h)
     head = t.get("lm_head.weight", t["model.embed_tokens.weight"])
     return norm(x, "model.norm") @ head.T
+
+
+def through_experts(config: dict, experts: list, scores, x):
+    """Token by token: scores (B, T, E), x (B, T, C) -> (B, T, C)"""
+    k = config["num_experts_per_tok"]
+    is_normalized = config["model_type"] == "mixtral" or config.get("norm_topk_prob", False)
+    rows = []
+    for s, token in zip(scores.flatten(0, 1), x.flatten(0, 1)):
+        chosen = sorted(range(len(experts)), key=lambda e: -s[e].item())[:k]
+        total = sum(s[e] for e in chosen) if is_normalized else 1
+        rows.append(sum(s[e] / total * experts[e](token) for e in chosen))
+    return torch.stack(rows).view_as(x)
 
 
 def stretched(f: float, scaling: dict | None) -> float:
@@ -314,7 +387,7 @@ def test_a_folder_of_each_family_computes_its_familys_formulas(tmp_path, name):
         expected.flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum"
     )
     loss.backward()
-    model = ours_of(tmp_path / "in", torch.float64)
+    model = ours_of(tmp_path / "in", torch.float64, *AS_THEIRS[name])
     assert (model(IDS[:, :-1]) - expected).abs().max() < 1e-10
     model(IDS[:, :-1], IDS[:, 1:]).backward()
     gradients = {key: x.grad for key, x in leaves.items()}
@@ -330,7 +403,7 @@ def test_a_folder_of_each_family_computes_its_familys_formulas(tmp_path, name):
 def test_what_comes_in_goes_out_again_to_the_bit(tmp_path, name, capsys):
     config = CONFIGS[name]
     write_folder(tmp_path / "in", config, tensors_of(config, torch.float32), n_files=2)
-    run_of(tmp_path / "in", tmp_path / "run")
+    run_of(tmp_path / "in", tmp_path / "run", *AS_THEIRS[name])
     tool.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format=hf"])
     assert bits(tmp_path / "out") == bits(tmp_path / "in")
     # And its config.json says the same model again.
