@@ -52,12 +52,17 @@ class Run:
 
     # ---- in place of train.batch.split -----------------------------------------------------------
     def split(self, samples, mesh, size: int) -> list:
-        if self.recorder.has_gradients:
-            # The step before was skipped: its gradients were seen, and nothing came of them.
-            self.recorder.end_step(self.weights())
-        self.record_bias()
+        self.after_step()
         self.row_of = {sample: row for row, sample in enumerate(samples)}
         return self.original_split(samples, mesh, size)
+
+    def after_step(self) -> None:
+        if self.recorder.has_gradients:
+            # The step was skipped: its gradients were seen, and nothing came of them.
+            self.recorder.end_step(self.weights())
+        # The experts' biases as they are between two steps, whoever has moved them.
+        layers = self.state.balance.layers
+        self.recorder.selection_bias({clean(n): m.selection_bias for n, m in layers.items()})
 
     # ---- places ----------------------------------------------------------------------------------
     def place(self, kind: str, name: str, x: Tensor) -> Place | None:
@@ -215,11 +220,6 @@ class Run:
             terms = dict(zip(TERMS, layer.terms))
             self.recorder.balance(clean(name), layer.counts, terms)
 
-    def record_bias(self) -> None:
-        """As it is between two steps, whoever has moved it."""
-        layers = self.state.balance.layers
-        self.recorder.selection_bias({clean(n): m.selection_bias for n, m in layers.items()})
-
 
 def record_run(cfg: fields.Config, folder: Path) -> None:
     """train.main(cfg) on this rank, recorded into `folder`."""
@@ -253,7 +253,7 @@ def record_run(cfg: fields.Config, folder: Path) -> None:
     train.MicroBatches = RecordedMicroBatches
     train.State = RecordedState
     train.main(cfg)
-    run.record_bias()
+    run.after_step()
     run.recorder.close()
 
 
