@@ -9,6 +9,7 @@ inside    an output with that of a module inside it twice, such as a shared expe
 idle      an expert without tokens, and so without a gradient
 """
 
+import math
 import re
 
 import torch
@@ -182,6 +183,11 @@ def scaled(case: Case, more: dict[str, float]) -> Finding | None:
         if abs(c) < 1e-6:
             continue
         ratio = 1 + c
+        # fp16's loss scale is in both terms of A's gradient.
+        power = round(math.log2(1 - c)) if c < -1 else 0
+        if power and abs(2.0**power / (1 - c) - 1) < 1e-3:
+            said.append(f"{term} lacks the loss scale {2**power}")
+            continue
         n = round(ratio) if ratio > 1 else round(1 / ratio) if ratio > 1e-3 else 0
         if n > 1 and min(abs(ratio - n), abs(ratio * n - 1)) < 1e-4 * n:
             times = f"{n} times" if ratio > 1 else f"1/{n} of"
@@ -273,16 +279,16 @@ def inside(case: Case) -> Finding | None:
     if case.kind != "output" or case.right.ndim < 2:
         return None
     off = case.wrong - case.right
-    for step, kind, name in case.comparison.order:
-        if (step, kind) != case.key[:2] or not name.startswith(f"{case.name}."):
+    own = [key for key in case.comparison.order if key[:2] == case.key[:2]]
+    own = [key for key in own if key[2].startswith(f"{case.name}.")]
+    for key in reversed(own):  # the outermost first
+        y = case.a.whole(key)
+        size = float(y.square().sum())
+        if y.shape != off.shape or size == 0:
             continue
-        own = case.a.whole((step, kind, name))
-        size = float(own.square().sum())
-        if own.shape != off.shape or size == 0:
-            continue
-        times = float((own * off).sum()) / size
-        if round(times) >= 1 and case.same(round(times) * own, off, rms(off)):
-            return Finding("summed_twice", f"the output of {name} is in it {round(times) + 1} times")
+        times = round(float((y * off).sum()) / size)
+        if times >= 1 and case.same(times * y, off, rms(off)):
+            return Finding("summed_twice", f"the output of {key[2]} is in it {times + 1} times")
     return None
 
 

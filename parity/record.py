@@ -270,7 +270,9 @@ class Recorder:
             x.register_hook(on_gradient)
 
     def part_hook(self, name: str) -> Callable:
-        def on_gradient(g: Tensor) -> None:
+        def on_gradient(g: Tensor | None) -> None:
+            if g is None:  # an autograd Function has none for this parameter
+                return
             n = self.seen["part", name] = self.seen.get(("part", name), 0) + 1
             with torch.no_grad():
                 place = self.of_parameter(name, g)
