@@ -1,4 +1,4 @@
-"""Hypotheses about a mixture of experts (layers/moe.py): where tokens go, and what keeps loads even.
+"""Hypotheses about a mixture of experts (layers/moe.py): where tokens go, what keeps loads even.
 
 scores    a bias that has moved since the step began
 choice    tokens whose experts have scores that lie together
