@@ -3,9 +3,11 @@
     recording A   one process, or any layout: the oracle       tensor = its pieces, joined
     recording B   the layout in question                       each piece against A's tensor there
 
-Of each step come, in this order: inputs and outputs as they were computed, gradients of outputs as
-backward computed them, gradients of parameters from the last to the first, their norm, clipped
-gradients, weights after the step. A piece of B agrees where
+Of each step come, in this order: inputs, outputs and choices of experts as they were computed,
+gradients of outputs as backward computed them, the experts' counts and terms, gradients of
+parameters from the last to the first, their norm, clipped gradients, weights and the experts'
+biases after the step. Integers and biases agree where they are equal; else a piece of B agrees
+where
 
     rms(b - a)  <=  relative (rms(a) + share x the largest rms of its kind in this step)
 
@@ -136,8 +138,8 @@ class Comparison:
         return self.scales[group]
 
     def is_number(self, key: Key) -> bool:
-        """Is it an output without dimensions, such as a loss?"""
-        return key[1] == "output" and self.a.entries[key][0].shape == ()
+        """Is it a sum over tokens without dimensions, such as a loss?"""
+        return key[1] in ("output", "term") and self.a.entries[key][0].shape == ()
 
     def update(self, key: Key) -> Tensor:
         """A's change of this weight in its last step; the weight itself before the first."""
@@ -178,8 +180,8 @@ class Comparison:
             where = piece.where(tuple(x.shape))
             covered[where] = True
             there = a[where]
-            if not x.is_floating_point():
-                if not torch.equal(there, x.long()):
+            if not x.is_floating_point() or kind == "selection_bias":
+                if not torch.equal(there, x.to(there.dtype)):
                     bad.append(piece)
                     worst = 1.0
                     relatively = 1.0

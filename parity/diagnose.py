@@ -5,6 +5,7 @@ believed where that is the tensor found, to the precision of the numbers. A few 
 masks and weights drawn anew, the size of rounding, singular vectors, other token ids. Where none
 fits, the answer is "I do not know". Tried in this order:
 
+    parity/experts.py    where tokens go in a mixture of experts, and what keeps loads even
     parity/noise.py      another dtype, other masks
     parity/elsewhere.py  the right numbers in the wrong place, or of the wrong time
     parity/rotary.py     q and k rotated otherwise
@@ -17,7 +18,7 @@ fits, the answer is "I do not know". Tried in this order:
 
 import torch
 
-from parity import clipping, elsewhere, noise, parts, sums, updates
+from parity import clipping, elsewhere, experts, noise, parts, sums, updates
 from parity.case import Case, Finding
 from parity.compare import Comparison, Difference, rms
 from parity.recording import Recording
@@ -47,6 +48,11 @@ CAUSES = {
     "bias_correction": "bias correction",
     "learning_rate": "another learning rate",
     "shard_as_matrix": "a shard stepped as a whole matrix",
+    "choice": "another choice of experts",
+    "bias_update": "the experts' bias moved otherwise",
+    "term_scale": "a term of balance has another factor",
+    "term_batch": "a term of each sequence taken over several",
+    "idle_expert": "an expert without tokens has no gradient",
     "low_precision": "low precision",
     "rounding": "plain rounding",
     "unknown": "unknown",
@@ -73,6 +79,11 @@ LOOK = {
     "bias_correction": "the optimizer's step count: where it is raised, saved, loaded",
     "learning_rate": "the schedule and the groups' lr",
     "shard_as_matrix": "what the optimizer is given: it needs the full matrix or a global norm",
+    "choice": "nothing, where their gap is rounding's; else ties, and the dtype of the scores",
+    "bias_update": "who moves it, when, and by which counts: once a step, by the whole batch's",
+    "term_scale": "what the term's gradient is multiplied by: the same as the token loss, once",
+    "term_batch": "over which tokens the term's fractions and means are taken",
+    "idle_expert": "the gradient of an expert without rows: zeros, and on every rank",
     "low_precision": "casts, autocast, TF32 switches, dtypes of buckets and buffers",
     "rounding": "nothing here: it grows with depth, as rounding does",
     "missing": "which ranks hold it, and its name there",
@@ -85,7 +96,8 @@ def diagnose(comparison: Comparison, difference: Difference) -> Finding:
     """The likely cause of the first difference."""
     key = difference.key
     if key not in comparison.b.entries:
-        return Finding("missing", f"the {key[1]} of {key[2]} is on no rank")
+        found = experts.idle(comparison, key)
+        return found or Finding("missing", f"the {key[1]} of {key[2]} is on no rank")
     case = Case(comparison, difference)
     if difference.why:
         found = elsewhere.incomplete(case)
@@ -93,6 +105,7 @@ def diagnose(comparison: Comparison, difference: Difference) -> Finding:
     if any(not block.x.isfinite().all() for block in case.bad):
         return Finding("nonfinite", "some numbers are inf or NaN, in a module whose inputs agree")
     hypotheses = (
+        *experts.HYPOTHESES,
         *noise.EXACT,
         *elsewhere.HYPOTHESES,
         *clipping.HYPOTHESES,

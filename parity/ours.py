@@ -5,12 +5,13 @@ What train.py makes of a run passes through three names, which are replaced in t
     batch.split      the samples of a step: which row of the batch each sample id is
     MicroBatches     the model, and the samples of each forward
     State            layout, shards, optimizer: from here the recorder is made; its norm() sees the
-                     summed gradients before they are clipped
+                     summed gradients before they are clipped, and the experts' counts
 
 A module's output lies in the batch by its samples, in the sequence by the position ids of its rank
 (context and sequence parallelism), and in the width by the tensor parallel rank where the matrix is
 cut by columns. What goes into attention, q, k and v with their positions, is recorded beside the
-modules' outputs, as blocks.N.attn.rotated_q and so on.
+modules' outputs, as blocks.N.attn.rotated_q and so on; of a mixture of experts the router's logits,
+the scores from which it chooses, and the choice.
 """
 
 import contextlib
@@ -29,9 +30,10 @@ from torch import Tensor
 
 import train
 from checkpoint.state import State
+from layers.moe import TERMS, MoE
 from parallel import tensor
 from parallel.shard import Shard, shard_of, shard_of_shard
-from parity.record import Place, Recorder, is_recorded
+from parity.record import Place, Recorder, clean, is_recorded
 from run.microbatches import MicroBatches
 from settings import fields
 
@@ -50,11 +52,17 @@ class Run:
 
     # ---- in place of train.batch.split -----------------------------------------------------------
     def split(self, samples, mesh, size: int) -> list:
-        if self.recorder.has_gradients:
-            # The step before was skipped: its gradients were seen, and nothing came of them.
-            self.recorder.end_step(self.weights())
+        self.after_step()
         self.row_of = {sample: row for row, sample in enumerate(samples)}
         return self.original_split(samples, mesh, size)
+
+    def after_step(self) -> None:
+        if self.recorder.has_gradients:
+            # The step was skipped: its gradients were seen, and nothing came of them.
+            self.recorder.end_step(self.weights())
+        # The experts' biases as they are between two steps, whoever has moved them.
+        layers = self.state.balance.layers
+        self.recorder.selection_bias({clean(n): m.selection_bias for n, m in layers.items()})
 
     # ---- places ----------------------------------------------------------------------------------
     def place(self, kind: str, name: str, x: Tensor) -> Place | None:
@@ -69,6 +77,8 @@ class Run:
         if x.ndim == 0:
             part = f"samples {self.rows[0]}, cp {self.mesh.coords['cp']}"
             return Place((), (), part)
+        if ".experts." in name:
+            return SKIPPED  # rows of any tokens; the layer's output has their sum
         if name == "(model)":
             return SKIPPED  # the hidden states of a pipeline's stage: its last block has them
         n = self.mesh.sizes["tp"]
@@ -135,6 +145,8 @@ class Run:
         for name, module in model.named_modules():
             if hasattr(module, "attention_fn"):
                 module.attention_fn = self.seeing(name, module.attention_fn)
+        for name, layer in state.balance.layers.items():
+            self.see_choice(clean(name), layer)
         self.recorder.begin(self.weights())
         step = state.optimizer.step
 
@@ -178,6 +190,36 @@ class Run:
 
         return attend
 
+    # ---- experts ---------------------------------------------------------------------------------
+    def see_choice(self, name: str, layer: MoE) -> None:
+        score = layer.score
+        choose = layer.choose
+        is_next = False  # choose() is called a second time, without the bias, for a term
+
+        def seen_score(logits: Tensor) -> Tensor:
+            nonlocal is_next
+            is_next = is_recorded()
+            if is_next:
+                self.recorder.activation(f"{name}.logits", logits)
+            return score(logits)
+
+        def seen_choose(scores: Tensor) -> Tensor:
+            nonlocal is_next
+            chosen = choose(scores)
+            if is_next:
+                is_next = False
+                self.recorder.activation(f"{name}.biased_scores", scores)
+                self.recorder.choice(name, chosen)
+            return chosen
+
+        layer.score = seen_score
+        layer.choose = seen_choose
+
+    def record_balance(self) -> None:
+        for name, layer in self.state.balance.layers.items():
+            terms = dict(zip(TERMS, layer.terms))
+            self.recorder.balance(clean(name), layer.counts, terms)
+
 
 def record_run(cfg: fields.Config, folder: Path) -> None:
     """train.main(cfg) on this rank, recorded into `folder`."""
@@ -204,12 +246,14 @@ def record_run(cfg: fields.Config, folder: Path) -> None:
             if not run.recorder.has_gradients:
                 run.recorder.gradients(gradients)
                 run.recorder.norm(norm)
+                run.record_balance()
             return norm
 
     train.batch.split = run.split
     train.MicroBatches = RecordedMicroBatches
     train.State = RecordedState
     train.main(cfg)
+    run.after_step()
     run.recorder.close()
 
 

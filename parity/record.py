@@ -4,11 +4,15 @@
     weight             a parameter after `step` updates; step 0: before    after each step
     input              integers the model is called with: token ids, ...   forward
     output             what a module returns, in order of execution        forward
+    choice             the experts of each token, where the caller says    forward
     output_gradient    the loss's gradient with respect to it              backward
     part               what one backward adds to a parameter's gradient    backward
+    counts             tokens of each expert in the whole batch            balance()
+    term               what keeps experts' loads even, summed over tokens  balance()
     gradient           a parameter's gradient before clipping, summed      gradients(), or step()
     norm               the gradients' norm, where the caller gives it      norm()
     clipped            the gradient that the optimizer gets                step(), after gradients()
+    selection_bias     of each expert in the choice, after `step` updates  selection_bias()
 
 Each rank writes for itself and sends nothing. Each piece is written with its place in the full
 tensor, by the module's or the parameter's global name, so recordings of different layouts can be
@@ -19,7 +23,8 @@ compared: `python -m parity A B`.
 
 A piece goes to the disk when it is there; only one is held at a time. Forwards without gradients
 (evaluation) and those that activation checkpointing repeats in backward are not recorded. What no
-module returns can be recorded too: call Recorder.activation(name, x) where it is computed.
+module returns can be recorded too: call Recorder.activation(name, x) where it is computed, and
+choice(), balance(), selection_bias() for a mixture of experts.
 
 This file needs torch alone, and can be copied into any project. (It writes the safetensors format,
 https://github.com/huggingface/safetensors, by itself: the library wants all tensors at once.)
@@ -68,6 +73,7 @@ DTYPES = {
     torch.int32: "I32",
     torch.bool: "BOOL",
 }
+AFTER = ("weight", "selection_bias")  # kinds of what a step leaves behind
 HEADER = 65536  # bytes at the beginning of each file, for its header
 
 
@@ -164,6 +170,29 @@ class Recorder:
             value = torch.tensor(value, dtype=torch.float64)
         self.write("norm", "(norm)", value)
 
+    def choice(self, name: str, experts: Tensor) -> None:
+        """Records the experts (B, T, k) of each token, where a forward has chosen them."""
+        place = self.placed("choice", name, experts)
+        if place is not None:
+            self.write("choice", name, experts, place)
+
+    def balance(self, name: str, counts: Tensor, terms: dict[str, Tensor]) -> None:
+        """Records the tokens of each expert (E,) of the layer `name`, and its terms of balance.
+
+        counts, terms: summed over the whole batch; to be called before the step ends.
+        """
+        self.write("counts", name, counts)
+        for term, value in terms.items():
+            self.write("term", f"{name}.{term}", value)
+
+    def selection_bias(self, by_name: dict[str, Tensor]) -> None:
+        """Records what is added to the experts' scores (E,) in the choice, by the layer's name.
+
+        To be called before the first step, and after the end of each.
+        """
+        for name, bias in by_name.items():
+            self.write("selection_bias", name, bias)
+
     @torch.no_grad()
     def end_step(self, by_name: dict[str, Tensor] | None = None, groups: list = ()) -> None:
         """Records the weights after the step. groups: the optimizer's, for their numbers."""
@@ -241,7 +270,9 @@ class Recorder:
             x.register_hook(on_gradient)
 
     def part_hook(self, name: str) -> Callable:
-        def on_gradient(g: Tensor) -> None:
+        def on_gradient(g: Tensor | None) -> None:
+            if g is None:  # an autograd Function has none for this parameter
+                return
             n = self.seen["part", name] = self.seen.get(("part", name), 0) + 1
             with torch.no_grad():
                 place = self.of_parameter(name, g)
@@ -324,7 +355,7 @@ class Recorder:
         self.line(
             {
                 "kind": kind,
-                "step": self.step if kind == "weight" else self.step + 1,
+                "step": self.step if kind in AFTER else self.step + 1,
                 "name": name,
                 "shape": place.shape,
                 "index": [starts(i) for i in place.index],

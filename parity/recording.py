@@ -20,7 +20,19 @@ from torch import Tensor
 
 COARSEST = ("BF16", "F16", "F32", "F64")
 # In the order in which a step computes them; of a recording, "part" is not compared.
-KINDS = ("input", "output", "output_gradient", "gradient", "norm", "clipped", "weight")
+KINDS = (
+    "input",
+    "output",
+    "choice",
+    "output_gradient",
+    "counts",
+    "term",
+    "gradient",
+    "norm",
+    "clipped",
+    "weight",
+    "selection_bias",
+)
 Key = tuple[int, str, str]  # step, kind, name
 
 
@@ -198,8 +210,8 @@ class Recording:
 
 
 def phase(kind: str) -> int:
-    """Inputs and outputs come together."""
-    return max(1, KINDS.index(kind))
+    """Inputs, outputs and choices come together."""
+    return max(KINDS.index("choice"), KINDS.index(kind))
 
 
 class Renaming:
