@@ -77,8 +77,10 @@ class Run:
         if x.ndim == 0:
             part = f"samples {self.rows[0]}, cp {self.mesh.coords['cp']}"
             return Place((), (), part)
-        if ".experts." in name:
+        if ".experts" in name:
             return SKIPPED  # rows of any tokens; the layer's output has their sum
+        if name.endswith(".router"):
+            return SKIPPED  # recorded as logits
         if name == "(model)":
             return SKIPPED  # the hidden states of a pipeline's stage: its last block has them
         n = self.mesh.sizes["tp"]
