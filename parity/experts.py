@@ -2,7 +2,7 @@
 
 scores    a bias that has moved since the step began
 choice    tokens whose experts have scores that lie together
-counts    those of one replica; of one micro-batch; of tokens that count twice
+counts    those of one micro-batch; of tokens that count twice (of one replica: parity/sums.py)
 bias      moved by other counts, in a step that is skipped, or not at all
 terms     a term of balance N times in the router's gradient, or of a micro-batch as one sequence
 inside    an output with that of a module inside it twice, such as a shared expert
@@ -96,10 +96,6 @@ def counts(case: Case) -> Finding | None:
                 "summed_twice",
                 f"on {case.ranks_of(case.bad)} each token counts {n:g} times: in a forward that is"
                 f" repeated, or there are {also or 'as many of something'}",
-            )
-        if len(of_rank) > 1 and torch.equal(block.x, sum(of_rank[block.rank])):
-            return Finding(
-                "not_summed", f"rank {block.rank}'s counts are those of its own tokens alone"
             )
         forwards = [sum(together) for together in zip(*of_rank.values())]
         for i, load in enumerate(forwards, 1):

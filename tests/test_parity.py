@@ -482,6 +482,17 @@ def test_every_patch_fits_and_no_fault_is_there_twice(tree):
 
 FAST = ("tp_no_sum_backward", "pp_tied_half", "moe_local_counts", "moe_term_by_ranks")
 
+SAID = {
+    "moe_bias_of_skipped_step": "step 5 is skipped, and on every rank the bias moves",
+    "moe_bias_of_local_counts": "by the counts of its own tokens alone",
+    "moe_counts_of_one_micro_batch": "the counts of micro-batch 4 alone",
+    "moe_sequence_loss_of_micro_batch": "each micro-batch for one sequence",
+    "moe_term_by_micro_batches": "z_loss is 1/4 of the right one, and there are 4 micro-batches",
+    "moe_term_by_ranks": "sequence_loss is 2 times the right one, and there are 2 dp ranks",
+    "moe_term_without_loss_scale": "z_loss lacks the loss scale 65536",
+    "moe_shared_twice": "the output of blocks.0.mlp.shared.proj is in it 2 times",
+}
+
 
 @pytest.mark.parametrize(
     "fault",
@@ -491,7 +502,9 @@ FAST = ("tp_no_sum_backward", "pp_tied_half", "moe_local_counts", "moe_term_by_r
     ],
 )
 def test_a_fault_of_ours_is_named_by_the_command(fault, tree):
-    assert plant.verdict(fault, *plant.look(tree, fault, ["--json"])) == ""
+    status, text = plant.look(tree, fault, ["--json"])
+    assert plant.verdict(fault, status, text) == ""
+    assert SAID.get(fault.name, "") in json.loads(text)["sentence"]
 
 
 # ---- the command ---------------------------------------------------------------------------------
