@@ -85,6 +85,8 @@ class Run:
             return SKIPPED  # the hidden states of a pipeline's stage: its last block has them
         n = self.mesh.sizes["tp"]
         rank = self.mesh.coords["tp"]
+        if ".shared." in name and n > 1:
+            return SKIPPED  # summed with the experts' outputs
         if x.ndim == 2:  # (T, C) of learned positions
             shape = (self.length, x.shape[1])
             if self.mine(x.shape[0]) is None:
@@ -108,7 +110,10 @@ class Run:
             return Place(
                 (len(self.row_of), self.length, width * n), (self.rows, positions, rank * width)
             )
-        return Place((len(self.row_of), self.length, width), (self.rows, positions, 0))
+        # Between f and g of experts a tensor parallel rank has its part of every gradient.
+        is_partial = kind == "output_gradient" and name.endswith("mlp.logits") and n > 1
+        part = f"tp {rank}" if is_partial else ""
+        return Place((len(self.row_of), self.length, width), (self.rows, positions, 0), part)
 
     def piece(self, name: str, x: Tensor) -> Place | None:
         """Where the rows that this rank owns lie, if x is theirs; None: x is all that is here."""
