@@ -36,7 +36,7 @@ from model import GPT, initial_weight
 from monitor import Aborted
 from optim import param_groups
 from optim.attributes import attribute
-from parallel import context, launch, pipeline, sequence, tensor, watchdog
+from parallel import context, expert, launch, pipeline, sequence, tensor, watchdog
 from parallel.mesh import make_mesh
 from parallel.shard import Shard, sharded
 from precision import amp, histogram, stochastic
@@ -58,7 +58,8 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- ranks: which process this is, on which device, where in the grid (pp, dp, cp, tp) -------
     device = launch.pick_device(requested_cfg.device)
     made_group = launch.start(device, requested_cfg.timeout_minutes)
-    mesh = make_mesh(device, requested_cfg.tp, requested_cfg.cp, requested_cfg.pp)
+    sizes = (requested_cfg.tp, requested_cfg.cp, requested_cfg.pp, requested_cfg.ep)
+    mesh = make_mesh(device, *sizes)
     is_main = mesh.rank == 0
     if device.type == "cpu":
         keep_freed_memory()  # or each step clears anew what the last one gave back
@@ -119,7 +120,9 @@ def main(requested_cfg: fields.Config) -> dict:
     else:
         weights = functools.partial(initial_weight, model.config)
 
-    # ---- tensor, sequence, context parallel: this rank's shard of matrices and of sequences ------
+    # ---- expert, tensor, sequence, context parallel: this rank's experts, shards, tokens ---------
+    dispatched = [0]  # bytes that experts' rows have sent
+    expert.split(model, mesh.groups["ep"], dispatched)
     split = sequence.split if cfg.sp else tensor.split
     tp_shards = {name: Shard(*where) for name, where in split(model, mesh.groups["tp"]).items()}
     context.split(model, mesh.groups["cp"], cfg.cp_attention)
@@ -143,6 +146,7 @@ def main(requested_cfg: fields.Config) -> dict:
         mesh,
         tp_shards,
         build.stepped_by_rows(optimizer_class, kinds),
+        expert.names_of(model),
     )
     model = replicas.parallelize(model)
     replicas.init_weights(sharded(weights, tp_shards))
@@ -337,6 +341,7 @@ def main(requested_cfg: fields.Config) -> dict:
         recorder.start(step, loss_scale)
         watch.start(step)
         balance.begin(loss_scale / n_tokens)
+        dispatched[0] = 0
         my_samples = batch.split(samples, mesh, micro_batch_size)  # one list a micro-batch
         loss_sum = micro_batches.forward_backward(my_samples, train_data, loss_scale / n_tokens)
         replicas.finish_gradients()
@@ -435,6 +440,7 @@ def main(requested_cfg: fields.Config) -> dict:
                 "peak_bytes": flops.peak_bytes(device),
                 "sent_bytes": replicas.sent_bytes + param_groups.sent_bytes(optimizer),
             }
+            row["sent_bytes"] += dispatched[0]
             if pipe is not None:
                 row["sent_bytes"] += pipe.sent_bytes
                 row["idle_s"] = pipe.idle_s

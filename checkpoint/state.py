@@ -74,18 +74,20 @@ class State:
         with self.exported_weights(), self.replicas.outer_weights():
             yield
 
+    def held_first(self, by_name: dict) -> dict:
+        """Without the parameters whose gradients and state a lower replica holds, too."""
+        replicas = self.replicas
+        return {n: x for n, x in by_name.items() if replicas.is_primary or n in replicas.also_first}
+
     def deduplicate(self, by_name: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The tensors this rank contributes to a global sum, so that each value is counted once.
 
         by_name: parameter name -> any tensor that belongs to the parameter, such as its gradient.
         """
-        # A lower rank of this replica group holds the same gradients.
-        if not self.replicas.is_primary:
-            return []
         is_first_stage = self.mesh.coords["pp"] == 0
         is_first_tp_rank = self.mesh.coords["tp"] == 0
         found = []
-        for name, x in by_name.items():
+        for name, x in self.held_first(by_name).items():
             # A tied embedding is on the first and on the last stage of a pipeline.
             is_copy_of_tied = name == "embed.weight" and not is_first_stage
             # What tensor parallelism has not divided is the same on all its ranks.
@@ -118,20 +120,21 @@ class State:
     def state_dict(self):
         """`with` this as tree: this rank's part of a checkpoint. No copy: valid inside alone."""
         optim = param_groups.state_by_name(self.optimizer)
-        optim["state"] = slices.as_slices(optim["state"], self.shards)
+        optim["state"] = slices.as_slices(self.held_first(optim["state"]), self.shards)
         tree = {name: part.state_dict() for name, part in self.kept.items()}
         rng = torch.get_rng_state()
         rows = Shard((self.mesh.world, len(rng)), (self.mesh.rank, 0))
         tree["rng"] = slices.Slice(rng[None], rows)
-        if self.replicas.is_primary:
+        if self.replicas.is_primary or optim["state"]:
             tree["optim"] = optim
         # Even a rank that is not primary may keep something: its own residuals, for instance.
         of_layout = self.replicas.state_dict(optim["state"])
         if of_layout is not None:
             tree["replicas"] = of_layout
         with self.exported_weights() as training:
-            if training and self.replicas.is_primary:
-                training = self.balance.weights() | training
+            if training:
+                training = self.held_first(self.balance.weights() | training)
+            if training:
                 tree["training_weights"] = slices.as_slices(training, self.shards)
             yield tree | {"model": self.weights()}
 

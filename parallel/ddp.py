@@ -67,8 +67,9 @@ Example:
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,10 @@ from parallel.replicas import (
 class Bucket:
     """Gradients side by side in `flat`, one all-reduce; `views` has each in its own shape."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]]):
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup | None = None
+    ):
+        self.group = group
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         n_elements = sum(p.numel() for p in self.params)
@@ -99,6 +103,13 @@ class Bucket:
         self.n_waiting = len(named)  # gradients that have not arrived in this step
         self.work = None  # the sum on its way
         self.sent_bytes = 0
+
+
+class Done:
+    """The sum over one replica."""
+
+    def wait(self) -> None:
+        pass
 
 
 class AllReduce:
@@ -138,6 +149,8 @@ class DDP:
     bucket_mb: the largest message, in MiB; a larger parameter is a message of its own
     reduce: starts the sum of one bucket over a group; None = AllReduce (others are in
         parallel/compression.py)
+    others: name -> the group of replicas of this parameter, where it is not `group`: experts that
+        some ranks hold alone (parallel/expert.py); None: this rank alone
     """
 
     shards: dict = {}  # the optimizer sees full parameters
@@ -150,8 +163,10 @@ class DDP:
         device: torch.device,
         bucket_mb: float = 25.0,
         reduce: Callable | None = None,
+        others: dict[str, dist.ProcessGroup | None] | None = None,
     ):
         self.group = group
+        self.others = others or {}
         self.device = device
         self.bucket_bytes = bucket_mb * 2**20
         self.reduce = reduce or AllReduce()
@@ -161,6 +176,9 @@ class DDP:
             self.rank = dist.get_rank(group)
             self.world = dist.get_world_size(group)
         self.is_primary = self.rank == 0  # no lower rank holds the same gradients and state
+        self.also_first = {
+            name for name, g in self.others.items() if g is None or dist.get_rank(g) == 0
+        }
         self.buckets = []
         self.next_to_send = 0  # index of the bucket whose sum starts next
         self.is_last = True  # the micro-batch in hand is the last one of the step
@@ -182,9 +200,10 @@ class DDP:
         self.guard = StepGuard(self, self.model.parameters)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         # Backward comes to the last layers first.
-        for in_bucket in make_buckets(named[::-1], self.bucket_bytes):
-            bucket = Bucket(in_bucket)
-            self.buckets.append(bucket)
+        for group, some in self.by_group(named[::-1]):
+            for in_bucket in make_buckets(some, self.bucket_bytes):
+                self.buckets.append(Bucket(in_bucket, group))
+        for bucket in self.buckets:
             for p, view in zip(bucket.params, bucket.views):
                 on_gradient(p, lambda p, b=bucket, v=view: self.arrived(p, b, v))
         # A frozen parameter has no bucket. If it thaws, replicas must not part in silence.
@@ -192,6 +211,12 @@ class DDP:
             if not p.requires_grad:
                 on_gradient(p, self.refuse_thawed)
         return self.model
+
+    def by_group(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
+        """(the group that sums them, consecutive (name, parameter) pairs)"""
+        for _, pairs in groupby(named, lambda pair: id(self.others.get(pair[0], self.group))):
+            pairs = list(pairs)
+            yield self.others.get(pairs[0][0], self.group), pairs
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
@@ -277,7 +302,7 @@ class DDP:
             bucket = self.buckets[self.next_to_send]
             if bucket.n_waiting != 0:
                 return
-            bucket.work = self.reduce(bucket, self.group)
+            bucket.work = Done() if bucket.group is None else self.reduce(bucket, bucket.group)
             self.next_to_send += 1
 
     def finish_gradients(self) -> None:
@@ -365,7 +390,8 @@ class DDP:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What this rank puts into a checkpoint, by name: nothing that a lower rank puts there."""
-        return dict(self.model.named_parameters()) if self.is_primary else {}
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if self.is_primary or name in self.also_first}
 
 
 if __name__ == "__main__":

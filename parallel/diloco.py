@@ -114,6 +114,7 @@ class DiLoCo:
     Raises ValueError for every, lr or momentum out of range.
     """
 
+    also_first = ()
     is_primary = True  # each replica clips by the norm of its own gradient
     shards: dict = {}  # the optimizer sees full parameters
     weight_shards: dict = {}

@@ -147,6 +147,7 @@ class FSDP:
     """
 
     weight_shards: dict = {}  # a DTensor knows its own shard
+    also_first = ()
     is_primary = True  # no lower rank holds the same gradients and state; hybrid: see make_mesh
 
     def __init__(

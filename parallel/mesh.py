@@ -7,6 +7,8 @@
 
 The group of an axis holds the ranks that differ from this one in that coordinate alone. The group
 `dp_cp` holds the ranks that differ in dp or cp: they have the same weights and sum their gradients.
+With expert parallelism `ep` neighbours in dp share out the experts (parallel/expert.py): they are
+the group `ep`, and `expert_dp_cp` are the ranks of dp_cp that hold the same experts.
 A group of size 1 is None, and a collective over None is the identity: one process runs the same
 lines as a thousand.
 
@@ -45,7 +47,7 @@ class Mesh:
 
     sizes: dict[str, int]  # {"pp": 1, "dp": 4, "cp": 1, "tp": 1}
     coords: dict[str, int]  # this rank's index on each axis
-    groups: dict[str, dist.ProcessGroup | None]  # by axis, and dp_cp; None where the size is 1
+    groups: dict[str, dist.ProcessGroup | None]  # by axis, and others; None where the size is 1
     rank: int
     world: int
     device: torch.device  # where small tensors must lie to be sent
@@ -118,11 +120,11 @@ class Mesh:
         return result
 
 
-def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:
+def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1) -> Mesh:
     """The grid over the existing process group, or over this process alone; dp takes what is left.
 
     Collective, although a rank makes its own groups alone, at most one an axis. Raises ValueError
-    if tp*cp*pp does not divide the number of processes.
+    if tp*cp*pp does not divide the number of processes, or ep does not divide dp.
     """
     rank = 0
     world = 1
@@ -135,6 +137,11 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
             f"torchrun --nproc_per_node={tp * cp * pp} or a multiple of it"
         )
     dp = world // (tp * cp * pp)
+    if dp % ep:
+        raise ValueError(
+            f"ep={ep} does not divide the {dp} data-parallel ranks; start with torchrun "
+            f"--nproc_per_node={tp * cp * pp * ep} or a multiple of it"
+        )
     sizes = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
 
     # Axis -> (its size, how far apart in rank two neighbours are). dp and cp are neighbouring axes,
@@ -145,6 +152,7 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
         "cp": (cp, tp),
         "tp": (tp, 1),
         "dp_cp": (dp * cp, tp),
+        "ep": (ep, cp * tp),
     }
     index = {}  # this rank's, on each line
     groups = {}
@@ -159,6 +167,17 @@ def make_mesh(device: torch.device, tp: int = 1, cp: int = 1, pp: int = 1) -> Me
         if size > 1 and members not in made:
             made[members] = new_group(list(members), device)
         groups[name] = made.get(members)
+    # The ranks of this one's dp_cp with the same place in their ep group.
+    first = rank - index["dp_cp"] * tp
+    members = []
+    for i in range(dp):
+        if i % ep == index["ep"]:
+            members += range(first + i * cp * tp, first + (i + 1) * cp * tp, tp)
+    groups["expert_dp_cp"] = None
+    if ep == 1:
+        groups["expert_dp_cp"] = groups["dp_cp"]
+    elif len(members) > 1:
+        groups["expert_dp_cp"] = new_group(members, device)
     coords = {axis: index[axis] for axis in AXES}
     return Mesh(sizes, coords, groups, rank, world, device)
 

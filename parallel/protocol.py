@@ -30,7 +30,7 @@ Example:
     from parallel.protocol import DataParallel
 
     class Alone:
-        is_primary, backward_is_collective, sent_bytes = True, False, 0
+        is_primary, also_first, backward_is_collective, sent_bytes = True, (), False, 0
         shards = weight_shards = {}
         parallelize = init_weights = make_optimizer = last_micro_batch = finish_gradients = print
         gradients = discard_step = outer_weights = broadcast_weights = weights = print
@@ -43,7 +43,7 @@ Example:
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
@@ -57,6 +57,8 @@ class DataParallel(Protocol):
 
     # No lower rank holds the same gradients and optimizer state.
     is_primary: bool
+    # Names of parameters of which it does not, although it may of others: experts.
+    also_first: Collection[str]
     # Name -> (full shape, offsets) of each parameter that the optimizer steps shard by shard.
     shards: dict
     # The same of each plain tensor in weights() that is a shard. (A DTensor knows its own.)

@@ -262,6 +262,7 @@ class ZeRO:
     without stage 3, and for offload_params="disk" without a folder.
     """
 
+    also_first = ()
     is_primary = True  # no lower rank has the same gradients and optimizer state
 
     def __init__(

@@ -150,12 +150,14 @@ def data_parallel(
     mesh: Mesh,
     tp_shards: dict[str, Shard],
     by_rows: set[str],
+    expert_names: list[str] = (),
 ) -> DataParallel:
     """How replicas share the work, see parallel/protocol.py.
 
     options: arguments of the outer step or of the compression, see run/options.py.
     tp_shards: name -> shard, for each parameter that tensor parallelism divides.
     by_rows: the names of the parameters that the optimizer steps element by element.
+    expert_names: of the parameters that expert parallelism leaves to this rank.
     Raises ValueError for a compression without a second replica.
     """
     group = mesh.groups["dp_cp"]
@@ -180,7 +182,10 @@ def data_parallel(
         reduce = getattr(compression, cfg.compress)(**options)
         return DDP(group, device, cfg.bucket_mb, reduce)
     if cfg.data_parallel in ("auto", "ddp"):
-        return DDP(group, device, cfg.bucket_mb)
+        others = {}
+        if cfg.ep > 1:
+            others = dict.fromkeys(expert_names, mesh.groups["expert_dp_cp"])
+        return DDP(group, device, cfg.bucket_mb, others=others)
     if cfg.data_parallel == "fsdp":
         from parallel.fsdp import FSDP
 

@@ -172,7 +172,7 @@ def check_attention(cfg: Config) -> None:
 def check_experts(cfg: Config) -> None:
     """Mixture of experts, with itself and with the rest."""
     if cfg.n_expert is None:
-        for name in OF_EXPERTS:
+        for name in (*OF_EXPERTS, "ep"):
             if getattr(cfg, name) not in (None, FIELDS[name].default):
                 raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
         return
@@ -191,9 +191,33 @@ def check_experts(cfg: Config) -> None:
             f"moe_every={cfg.moe_every} leaves none of {cfg.n_layer} layers with experts; type "
             f"--moe_every={cfg.n_layer}, or less"
         )
+    if cfg.n_expert % cfg.ep:
+        raise ValueError(
+            f"ep={cfg.ep} does not divide n_expert={cfg.n_expert}; type "
+            f"--n_expert={-(-cfg.n_expert // cfg.ep) * cfg.ep}"
+        )
+    check_expert_parallel(cfg)
     if cfg.mup_base_width is not None:
         raise ValueError(
             "mup_base_width has no rule for experts and their router; leave one of them out"
+        )
+
+
+def check_expert_parallel(cfg: Config) -> None:
+    """What cannot go with experts on some of the data-parallel ranks alone."""
+    if cfg.ep == 1:
+        return
+    if cfg.data_parallel not in ("auto", "ddp"):
+        raise ValueError(
+            f"ep={cfg.ep} is not there for data_parallel={cfg.data_parallel}; type "
+            "--data_parallel=ddp, or --tp= to divide the experts"
+        )
+    for name in ("compress", "diloco_every", "offload"):
+        if getattr(cfg, name) is not None:
+            raise ValueError(f"ep={cfg.ep} is incompatible with {name}; leave one of them out")
+    if cfg.precision == "bf16_sr":
+        raise ValueError(
+            f"ep={cfg.ep} is incompatible with precision=bf16_sr; type --precision=bf16"
         )
 
 

@@ -326,6 +326,7 @@ class Config:
     cp_attention: Literal["ring", "ulysses"] = per_run(
         "ring", "keys and values go round | each rank has all tokens of some heads"
     )
+    ep: int = per_run(1, "expert parallel: data-parallel ranks that share out the experts", least=1)
     pp: int = per_run(1, "pipeline parallel: stages of layers", least=1)
     pp_schedule: Literal["naive", "gpipe", "1f1b", "interleaved", "zerobubble"] = per_run(
         "1f1b", "the order in which a stage works on micro-batches"
