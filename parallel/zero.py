@@ -193,7 +193,10 @@ class Bucket:
     names: list[str]
     params: list[nn.Parameter]  # the model's parameters: views of `flat`
     flat: Tensor  # the weights on the device; its storage is empty while they are not here
-    ranks: Sequence[int]
+    group: dist.ProcessGroup | None  # the replicas of its parameters; None: this rank alone
+    rank: int  # this rank in the group
+    world: int
+    ranks: Sequence[int]  # of the group: the owners
     share: int  # elements of a segment; the last ones may be shorter
     mine: slice  # this rank's segment, empty where it has none
     held: Tensor | None  # the numbers of `mine` where they outlive `flat`: in memory of their own
@@ -257,6 +260,8 @@ class ZeRO:
         alike, or the first rank owns them
     blocks: where the model has its layers, see parallelize()
     tp_shards: name -> (full shape, offsets), for each parameter that already is a shard
+    others: stage 1 alone; name -> the group of replicas of this parameter, where it is not `group`:
+        experts that some ranks hold alone (parallel/expert.py); None: this rank alone
 
     Raises ValueError for a stage that is not 1, 2 or 3, for offload_params that is unknown or
     without stage 3, and for offload_params="disk" without a folder.
@@ -278,6 +283,7 @@ class ZeRO:
         blocks: str = "blocks",
         by_rows: bool | Collection[str] = True,
         tp_shards: dict[str, tuple] | None = None,
+        others: dict[str, dist.ProcessGroup | None] | None = None,
     ):
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has no stage {stage}; take 1, 2 or 3")
@@ -309,6 +315,7 @@ class ZeRO:
         self.blocks_at = blocks
         self.by_rows = by_rows
         self.tp_shards = tp_shards or {}
+        self.others = others or {}
         # Name -> (full shape, offsets) of what this rank owns, where that is not all.
         self.shards = {}
         self.weight_shards = self.shards
@@ -363,7 +370,13 @@ class ZeRO:
         by_rows = self.by_rows
         if isinstance(by_rows, bool):
             by_rows = shapes.keys() if by_rows else ()
-        owners = deal(shapes, by_rows, self.world)
+        own = {name: shape for name, shape in shapes.items() if name not in self.others}
+        owners = deal(own, by_rows, self.world)
+        for group in set(self.others.values()):
+            theirs = {
+                n: s for n, s in shapes.items() if n in self.others and self.others[n] is group
+            }
+            owners |= deal(theirs, by_rows, 1 if group is None else group.size())
         for name in self.pinned:
             owners[name] = range(self.world) if name in by_rows else (0,)
 
@@ -434,7 +447,8 @@ class ZeRO:
                     ranks = owners[name]
                     row = p.shape[1:].numel() if len(ranks) > 1 else None
                     own = name if name in self.pinned else None
-                    key = (ranks[0], len(ranks), row, own, p.requires_grad)
+                    group = self.others.get(name, self.group)
+                    key = (id(group), ranks[0], len(ranks), row, own, p.requires_grad)
                     alike.setdefault(key, {})[name] = p
                 for given in alike.values():
                     # It can be sent when backward has left its lowest unit, the last it comes to.
@@ -450,17 +464,23 @@ class ZeRO:
         """
         like = list(given.values())
         dtype = like[0].dtype
-        ranks = owners[next(iter(given))]
+        first_name = next(iter(given))
+        ranks = owners[first_name]
+        group, rank, world = self.group, self.rank, self.world
+        if first_name in self.others:
+            group = self.others[first_name]
+            rank = 0 if group is None else dist.get_rank(group)
+            world = 1 if group is None else group.size()
         size = sum(p.numel() for p in like)
         share = size  # of one rank
         if len(ranks) > 1:
             row = like[0].shape[1:].numel()
             share = math.ceil(size / row / len(ranks)) * row
-        if len(ranks) == self.world:
-            size = share * self.world  # with padding: all-gather takes equal segments
+        if len(ranks) == world:
+            size = share * world  # with padding: all-gather takes equal segments
         mine = slice(0, 0)
-        if self.rank in ranks:
-            mine = segment(ranks.index(self.rank), share, size)
+        if rank in ranks:
+            mine = segment(ranks.index(rank), share, size)
         n_mine = mine.stop - mine.start
         flat = torch.empty(size, dtype=dtype, device=self.device)
 
@@ -471,7 +491,6 @@ class ZeRO:
             # Pinned memory is copied to a GPU without the host waiting.
             held = torch.empty(n_mine, dtype=dtype, pin_memory=self.device.type == "cuda")
         elif n_mine and self.offload_params == "disk":
-            first_name = next(iter(given))
             held = mapped_file(Path(self.folder) / f"{first_name}.weights", n_mine, dtype)
         elif n_mine and self.fetches and len(ranks) > 1:
             held = torch.empty(n_mine, dtype=dtype, device=self.device)
@@ -488,7 +507,7 @@ class ZeRO:
                 p.data = view.data
                 params.append(p)
         real.update(zip(like, params))
-        bucket = Bucket(list(given), params, flat, ranks, share, mine, held)
+        bucket = Bucket(list(given), params, flat, group, rank, world, ranks, share, mine, held)
         if held is not None and not all(p.is_meta for p in like):
             held.copy_(flat[mine])
         self.cut_pieces(bucket)
@@ -498,7 +517,7 @@ class ZeRO:
 
     def cut_pieces(self, bucket: Bucket) -> None:
         """Fills `pieces` and `shards` with what this rank owns of the parameters."""
-        if self.rank not in bucket.ranks:
+        if bucket.rank not in bucket.ranks:
             return
         is_full = len(bucket.ranks) == 1
         memory = bucket.flat[bucket.mine] if bucket.held is None else bucket.held
@@ -554,21 +573,22 @@ class ZeRO:
     # ---- weights come and go ---------------------------------------------------------------------
     def is_even(self, bucket: Bucket) -> bool:
         """Does one collective serve all ranks? Else each owner sends and receives its segment."""
-        return self.has_collectives and len(bucket.ranks) == self.world
+        return self.has_collectives and len(bucket.ranks) == bucket.world
 
     def start_broadcast(self, bucket: Bucket) -> None:
-        if self.group is None:
+        group = bucket.group
+        if group is None:
             return
         flat = bucket.flat
         if self.is_even(bucket):
-            bucket.works = [all_gather(flat, flat[bucket.mine], group=self.group, async_op=True)]
+            bucket.works = [all_gather(flat, flat[bucket.mine], group=group, async_op=True)]
         else:
             for owner, place in bucket.segments():
                 part = flat[place]
-                work = dist.broadcast(part, group=self.group, group_src=owner, async_op=True)
+                work = dist.broadcast(part, group=group, group_src=owner, async_op=True)
                 bucket.works.append(work)
         # The owner sends world - 1 copies; each rank counts a share of them, for owners own alike.
-        self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
+        self.sent_bytes += (bucket.world - 1) * flat.nbytes // bucket.world
 
     def wait_for_broadcasts(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:
@@ -578,7 +598,7 @@ class ZeRO:
 
     def lives_here(self, bucket: Bucket) -> bool:
         """Is `flat` never freed? None is before stage 3, then an owner's full parameters alone."""
-        is_owner = self.rank in bucket.ranks
+        is_owner = bucket.rank in bucket.ranks
         return not self.fetches or (is_owner and bucket.held is None)
 
     def start_fetch(self, i: int) -> None:
@@ -730,7 +750,7 @@ class ZeRO:
             # One unit on its way at a time: more would hold more memory.
             self.collect_gradients()
             for bucket in self.units[unit]:
-                if bucket.is_trained():
+                if bucket.is_trained() and bucket.group is not None:
                     self.start_reduce(bucket)
         self.next_to_send = min(self.next_to_send, i - 1)
         if i == 0:
@@ -741,7 +761,7 @@ class ZeRO:
         flat = torch.empty_like(bucket.flat, dtype=self.reduce_dtype)
         # An owner contributes only zeros: its own share and the sum so far are in `sums`, to which
         # collect_gradients() adds, without rounding.
-        if not self.is_pair():
+        if not self.is_pair(bucket):
             flat[bucket.mine] = 0
         for name, p, view in zip(bucket.names, bucket.params, split_like(flat, bucket.params)):
             if self.nothing_sent:
@@ -763,25 +783,26 @@ class ZeRO:
                     part.copy_(gradient)
             p.grad = None
         self.in_flight.append((bucket, flat, self.reduce(bucket, flat)))
-        self.sent_bytes += (self.world - 1) * flat.nbytes // self.world
+        self.sent_bytes += (bucket.world - 1) * flat.nbytes // bucket.world
 
-    def is_pair(self) -> bool:
+    def is_pair(self, bucket: Bucket) -> bool:
         """Two ranks on gloo: a sum of one other rank's share is a message."""
-        return self.world == 2 and not self.has_collectives
+        return bucket.world == 2 and not self.has_collectives
 
     def reduce(self, bucket: Bucket, flat: Tensor) -> list[dist.Work]:
         """Starts to sum `flat` over the ranks, each segment at its owner."""
+        group = bucket.group
         if self.is_even(bucket):
-            return [reduce_scatter(flat[bucket.mine], flat, group=self.group, async_op=True)]
+            return [reduce_scatter(flat[bucket.mine], flat, group=group, async_op=True)]
         works = []
         for owner, place in bucket.segments():
             part = flat[place]
-            if not self.is_pair():
-                work = dist.reduce(part, group=self.group, group_dst=owner, async_op=True)
-            elif owner == self.rank:
-                work = dist.irecv(part, group=self.group, group_src=1 - owner, tag=GRADIENTS)
+            if not self.is_pair(bucket):
+                work = dist.reduce(part, group=group, group_dst=owner, async_op=True)
+            elif owner == bucket.rank:
+                work = dist.irecv(part, group=group, group_src=1 - owner, tag=GRADIENTS)
             else:
-                work = dist.isend(part, group=self.group, group_dst=owner, tag=GRADIENTS)
+                work = dist.isend(part, group=group, group_dst=owner, tag=GRADIENTS)
             works.append(work)
         return works
 

@@ -69,8 +69,8 @@ def configure_torch(cfg: Config) -> None:
 
 def resolve_data_parallel(cfg: Config, optimizer_class: type) -> str:
     """zero1 shares out a step that computes much, such as Muon's; ddp sends less otherwise."""
-    # Compression and DiLoCo need the full state on every rank; zero1 knows no expert parallelism.
-    needs_full_state = cfg.compress is not None or cfg.diloco_every is not None or cfg.ep > 1
+    # Compression and DiLoCo need the full state on every rank.
+    needs_full_state = cfg.compress is not None or cfg.diloco_every is not None
     if attribute(optimizer_class, "heavy_step") and not needs_full_state:
         return "zero1"
     return "ddp"

@@ -181,10 +181,10 @@ def data_parallel(
             )
         reduce = getattr(compression, cfg.compress)(**options)
         return DDP(group, device, cfg.bucket_mb, reduce)
+    others = {}  # parameters that some of the replicas hold alone
+    if cfg.ep > 1:
+        others = dict.fromkeys(expert_names, mesh.groups["expert_dp_cp"])
     if cfg.data_parallel in ("auto", "ddp"):
-        others = {}
-        if cfg.ep > 1:
-            others = dict.fromkeys(expert_names, mesh.groups["expert_dp_cp"])
         return DDP(group, device, cfg.bucket_mb, others=others)
     if cfg.data_parallel == "fsdp":
         from parallel.fsdp import FSDP
@@ -219,6 +219,7 @@ def data_parallel(
         pinned=pinned,
         by_rows=by_rows,
         tp_shards=tp_shards,
+        others=others,
     )
 
 

@@ -207,10 +207,10 @@ def check_expert_parallel(cfg: Config) -> None:
     """What cannot go with experts on some of the data-parallel ranks alone."""
     if cfg.ep == 1:
         return
-    if cfg.data_parallel not in ("auto", "ddp"):
+    if cfg.data_parallel not in ("auto", "ddp", "zero1"):
         raise ValueError(
             f"ep={cfg.ep} is not there for data_parallel={cfg.data_parallel}; type "
-            "--data_parallel=ddp, or --tp= to divide the experts"
+            "--data_parallel=zero1, or leave ep out"
         )
     for name in ("compress", "diloco_every", "offload"):
         if getattr(cfg, name) is not None:
