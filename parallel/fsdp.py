@@ -142,6 +142,9 @@ class FSDP:
     offload_params: None, "cpu", or "disk" with files in `folder`
     tp_shards, tp_group: parameters that are shards already (parallel/adapter.py)
     blocks: where the model has its layers, a ModuleDict, ModuleList or Sequential; "": itself
+    others: name -> the group over which this parameter is sharded, where it is not `group`: experts
+        that some ranks hold alone (parallel/expert.py); None: this rank alone. Modules that hold
+        nothing else are gathered by themselves
 
     Raises ValueError for a shard that does not divide the group, and for impossible offloading.
     """
@@ -163,6 +166,7 @@ class FSDP:
         tp_shards: dict[str, tuple] | None = None,
         tp_group: dist.ProcessGroup | None = None,
         blocks: str = "blocks",
+        others: dict[str, dist.ProcessGroup | None] | None = None,
     ):
         world = 1 if group is None else dist.get_world_size(group)
         if shard is None:
@@ -194,6 +198,7 @@ class FSDP:
         self.offload_params = offload_params
         self.folder = folder
         self.blocks_at = blocks
+        self.others = others or {}
         self.tp = {"tp_shards": tp_shards, "tp_group": tp_group} if tp_shards else {}
         self.backward_is_collective = group is not None  # gathers, in forward too
         self.blocks = {}  # name -> module
@@ -230,13 +235,17 @@ class FSDP:
         blocks = [*self.blocks.values()]
         self.units = [unit for unit in blocks if next(unit.parameters(), None) is not None]
         self.units.append(model)
+        meshes = self.other_meshes(model)
+        mesh = self.make_mesh()
+        self.units = [*meshes, *self.units]  # what is inside a block comes before it
         policies = dict(
-            mesh=self.make_mesh(),
             mp_policy=MixedPrecisionPolicy(self.param_dtype, self.reduce_dtype),
             offload_policy=self.offload_policy(),
         )
         for unit in self.units:
-            fully_shard(unit, reshard_after_forward=self.reshard and unit is not model, **policies)
+            reshard = self.reshard and unit is not model
+            where = meshes.get(unit, mesh)
+            fully_shard(unit, mesh=where, reshard_after_forward=reshard, **policies)
             # A sum, not a mean. FSDP2 would multiply by the factor 1 while it reduces, an operation
             # that only NCCL has: the second line asks for a plain sum.
             unit.set_gradient_divide_factor(1.0)
@@ -250,7 +259,7 @@ class FSDP:
             for shards in filter(None, groups):
                 self.shard_groups.append(shards)
                 shards.post_backward = functools.partial(self.reduce, shards, shards.post_backward)
-        self.prefetch(model, self.units[:-1])
+        self.prefetch(model, [unit for unit in self.units[:-1] if unit not in meshes])
         model.register_forward_pre_hook(self.before_forward, prepend=True)
         model.register_forward_hook(self.after_forward)
 
@@ -286,6 +295,26 @@ class FSDP:
             unit.set_modules_to_forward_prefetch([following])
         for unit, following in itertools.pairwise([model, *blocks[::-1]]):
             unit.set_modules_to_backward_prefetch([following])
+
+    def other_meshes(self, model: nn.Module) -> dict:
+        """Module -> torch's description of its group, of the largest that hold `others` alone."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        from parallel.mesh import new_group
+
+        found = {}
+        alone = None  # a group of this rank
+        for name, module in model.named_modules():
+            names = [f"{name}.{key}" for key, _ in module.named_parameters()]
+            is_inside = any(name.startswith(f"{outer}.") for outer, _ in found.values())
+            if not names or is_inside or not all(n in self.others for n in names):
+                continue
+            group = self.others[names[0]]
+            if group is None:
+                alone = group = alone or new_group([dist.get_rank()], self.device)
+            mesh = DeviceMesh.from_group(group, self.device.type, mesh_dim_names=("shard",))
+            found[module] = name, mesh
+        return {module: mesh for module, (_, mesh) in found.items()}
 
     def make_mesh(self):
         """torch's description of the group: (shard,) or, if hybrid, (replicate, shard)."""
@@ -338,11 +367,11 @@ class FSDP:
 
     def padded_rows(self, p: torch.Tensor) -> int:
         # FSDP2 gathers shards of equal length, so the last ones have padding.
-        return math.ceil(p.shape[0] / self.shard_ranks)
+        return math.ceil(p.shape[0] / shard_ranks(p))
 
     def first_row(self, p: torch.Tensor) -> int:
         """Where this rank's rows of p begin; past its end if it has none."""
-        return dist.get_rank(self.group) % self.shard_ranks * self.padded_rows(p)
+        return p.device_mesh.get_local_rank("shard") * self.padded_rows(p)
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
@@ -439,8 +468,6 @@ class FSDP:
 
     def bytes_of_step(self, micro_batches: int) -> int:
         """Bytes that this rank sends for gathers and reduces, by the formulas above."""
-        shard_ranks = self.shard_ranks
-        replicas = self.world // shard_ranks
         block_gathers = 2 * micro_batches if self.reshard else 1
         total = 0
         for name, p in self.params.items():
@@ -449,9 +476,11 @@ class FSDP:
             dtype = self.param_dtype or p.dtype
             weight = p.numel() * dtype.itemsize
             gradient = p.numel() * (self.reduce_dtype or dtype).itemsize
-            total += (shard_ranks - 1) * weight * gathers // shard_ranks
-            total += (shard_ranks - 1) * gradient // shard_ranks
-            total += 2 * (replicas - 1) * gradient // (replicas * shard_ranks)
+            n = shard_ranks(p)
+            replicas = p.device_mesh.size() // n
+            total += (n - 1) * weight * gathers // n
+            total += (n - 1) * gradient // n
+            total += 2 * (replicas - 1) * gradient // (replicas * n)
         return total
 
     @torch.no_grad()
@@ -517,7 +546,7 @@ class FSDP:
             }
             for name, p in here.items():
                 plain[p] = nn.Parameter(p.to_local(), p.requires_grad)
-                if self.shard_ranks > 1:
+                if shard_ranks(p) > 1:
                     self.shards[name] = tuple(p.shape), (self.first_row(p), *[0] * (p.ndim - 1))
             stepped = [plain[p] for p in here.values()]
             mine.append(group | {"params": stepped, "names": list(here)})
@@ -579,6 +608,11 @@ class FSDP:
     def weights(self) -> dict[str, torch.Tensor]:
         """What this rank puts into a checkpoint, by name: DTensors, which know their own shard."""
         return self.params
+
+
+def shard_ranks(p: torch.Tensor) -> int:
+    """Over how many ranks the DTensor p is sharded."""
+    return p.device_mesh["shard"].size()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ Example:
         mp.start_processes(compare, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import contextlib
 import functools
 import inspect
 import types
@@ -393,9 +394,7 @@ def mlps(moe: nn.Module) -> list[nn.Module]:
 def split_experts(moe: nn.Module, group: dist.ProcessGroup, enter: Callable, leave: Callable):
     """Puts f before the layer and g behind it, and sums what all ranks hold of its parameters."""
     n = group.size()
-    partial = [(moe.router, "weight", 1)]
     for mlp in mlps(moe):
-        partial.append((mlp.proj, "bias", n))
         for kind, dim in EXPERTS.items():
             linear = getattr(mlp, kind)
             if linear is not None and dim == 0:
@@ -403,21 +402,41 @@ def split_experts(moe: nn.Module, group: dist.ProcessGroup, enter: Callable, lea
             elif linear is not None:
                 linear.in_features //= n
     moe.adds_terms = dist.get_rank(group) == 0
+    outside = [(moe.router, "weight", 1)]
+    if moe.shared is not None:
+        outside.append((moe.shared.proj, "bias", n))
 
     def forward(self, x: Tensor) -> Tensor:
         x = enter(self, x)
-        own = [(module, key, module._parameters[key], share) for module, key, share in partial]
-        try:
-            for module, key, p, share in own:
-                if p is not None:
-                    module._parameters[key] = CopyForwardSumBackward.apply(p, group) / share
+        with shared_out(outside, group):
             y = type(self).forward(self, x)
-        finally:
-            for module, key, p, _ in own:
-                module._parameters[key] = p
         return leave(self, y, None)
 
+    def experts_forward(self, *args) -> Tensor:
+        # Here, for a layout may have gathered these weights just now.
+        biases = [(expert.proj, "bias", n) for expert in self.values()]
+        with shared_out(biases, group):
+            return type(self).forward(self, *args)
+
     moe.forward = types.MethodType(forward, moe)
+    moe.experts.forward = types.MethodType(experts_forward, moe.experts)
+
+
+@contextlib.contextmanager
+def shared_out(places: list[tuple[nn.Module, str, int]], group: dist.ProcessGroup):
+    """Within it a parameter counts 1/share on each rank, and its gradient is summed over them.
+
+    places: (module, name of its parameter, share).
+    """
+    own = [(module, name, module._parameters[name], share) for module, name, share in places]
+    own = [place for place in own if place[2] is not None]
+    try:
+        for module, name, p, share in own:
+            module._parameters[name] = CopyForwardSumBackward.apply(p, group) / share
+        yield
+    finally:
+        for module, name, p, _ in own:
+            module._parameters[name] = p
 
 
 def ends(name: str, endings: tuple[str, ...]) -> bool:

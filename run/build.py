@@ -200,6 +200,7 @@ def data_parallel(
             folder,
             tp_shards,
             mesh.groups["tp"],
+            others=others,
         )
     from parallel.zero import ZeRO
 

@@ -207,12 +207,12 @@ def check_expert_parallel(cfg: Config) -> None:
     """What cannot go with experts on some of the data-parallel ranks alone."""
     if cfg.ep == 1:
         return
-    if cfg.data_parallel not in ("auto", "ddp", "zero1"):
+    if cfg.data_parallel in ("zero2", "zero3"):
         raise ValueError(
             f"ep={cfg.ep} is not there for data_parallel={cfg.data_parallel}; type "
-            "--data_parallel=zero1, or leave ep out"
+            "--data_parallel=zero1 or fsdp, or leave ep out"
         )
-    for name in ("compress", "diloco_every", "offload"):
+    for name in ("compress", "diloco_every", "offload", "offload_params", "fsdp_shard"):
         if getattr(cfg, name) is not None:
             raise ValueError(f"ep={cfg.ep} is incompatible with {name}; leave one of them out")
     if cfg.precision == "bf16_sr":
