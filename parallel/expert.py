@@ -46,18 +46,19 @@ class AllToAll(torch.autograd.Function):
     """Rows (R, C), send[r] of them for rank r, in order -> receive[r] of each rank r, in order."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group) -> Tensor:
-        ctx.splits = send, receive
-        ctx.group = group
-        return exchanged(x, send, receive, group)
+    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group, sent) -> Tensor:
+        ctx.how = receive, send, group, sent
+        return exchanged(x, send, receive, group, sent)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive = ctx.splits
-        return exchanged(dy, receive, send, ctx.group), None, None, None
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return exchanged(dy, *ctx.how), None, None, None, None
 
 
-def exchanged(x: Tensor, send: list[int], receive: list[int], group) -> Tensor:
+def exchanged(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, sent: list[int]
+) -> Tensor:
+    sent[0] += (len(x) - send[dist.get_rank(group)]) * x.shape[1] * x.itemsize
     y = x.new_empty(sum(receive), *x.shape[1:])
     # As bytes: gloo knows no bfloat16 here.
     out, sent = (t.contiguous().view(torch.uint8) for t in (y, x))
@@ -94,7 +95,6 @@ def split(model: nn.Module, group: dist.ProcessGroup | None, sent: list[int]) ->
 
 def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
     n = group.size()
-    rank = dist.get_rank(group)
 
     def run_experts(moe, x: Tensor, ends: Tensor) -> Tensor:
         """Rows sorted by expert (R, C) -> (R, C), of experts anywhere."""
@@ -102,11 +102,9 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
         theirs = torch.empty_like(mine)  # (N, E/N): rows that each rank sends me
         dist.all_to_all_single(theirs, mine, group=group)
         send, receive = mine.sum(1).tolist(), theirs.sum(1).tolist()
-        others = sum(send) - send[rank], sum(receive) - receive[rank]
-        row_bytes = x.shape[1] * x.itemsize
-        sent[0] += mine.nbytes * (n - 1) // n + others[0] * row_bytes + others[1] * row_bytes
+        sent[0] += mine.nbytes * (n - 1) // n
 
-        x = AllToAll.apply(x, send, receive, group)
+        x = AllToAll.apply(x, send, receive, group, sent)
         if not len(x):
             x = F.pad(x, (0, 0, 0, 1))  # what rows that only fill up are taken from
         # One sender after another: the expert of each row, among those here.
@@ -115,7 +113,7 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
         order = sort(chosen, mine.shape[1], *moe.experts.block(chosen))
         h = moe.experts(x.index_select(0, order.rows), order.ends)
         h = h.index_select(0, order.slots.flatten())
-        return AllToAll.apply(h, receive, send, group)
+        return AllToAll.apply(h, receive, send, group, sent)
 
     return run_experts
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
 from matrix import LARGER, LAYOUTS, MODEL_PARALLEL, OPTIMIZERS, TINY, difference, text, trace
 
@@ -39,7 +40,35 @@ RECOMPUTED = {
     how: (1, ["--micro_batch_size=4", f"--activation_checkpoint={how}"])
     for how in ("full", "selective", "mlp", "segments_2", "offload", "full_offload")
 } | {"zero3 2, full": (2, ["--data_parallel=zero3", "--activation_checkpoint=full"])}
-ALL = LAYOUTS | RECOMPUTED | MODEL_PARALLEL
+EXPERT_PARALLEL = {
+    "ep 2": (2, []),
+    "ep 4": (4, ["--ep=4"]),
+    "ep 2 x dp 2": (4, ["--micro_batch_size=1"]),
+    "ep 2, full": (2, ["--activation_checkpoint=full", "--micro_batch_size=2"]),
+    "ep 2, selective": (2, ["--activation_checkpoint=selective"]),
+    "ep 2 x tp 2": (4, ["--tp=2"]),
+    "ep 2 x tp 2 + sp": (4, ["--tp=2", "--sp=true"]),
+    "ep 2 x cp 2": (4, ["--cp=2"]),
+    "ep 2 x cp 2 ulysses": (4, ["--cp=2", "--cp_attention=ulysses"]),
+    **{
+        f"ep 2 x pp 2 {schedule}": (4, ["--pp=2", f"--pp_schedule={schedule}"])
+        for schedule in ("naive", "gpipe", "1f1b", "interleaved", "zerobubble")
+    },
+    "zero1 x ep 2": (2, ["--data_parallel=zero1"]),
+    "zero1 x ep 2 x dp 2": (4, ["--data_parallel=zero1", "--micro_batch_size=1"]),
+    "zero1 x ep 2 x tp 2": (4, ["--data_parallel=zero1", "--tp=2"]),
+    "zero1 x ep 2 x pp 2": (4, ["--data_parallel=zero1", "--pp=2"]),
+    "fsdp x ep 2": (2, ["--data_parallel=fsdp"]),
+    "fsdp x ep 2 x dp 2": (4, ["--data_parallel=fsdp", "--micro_batch_size=1"]),
+    "fsdp x ep 2, full": (4, ["--data_parallel=fsdp", "--activation_checkpoint=full"]),
+    "fsdp x ep 2 x tp 2": (4, ["--data_parallel=fsdp", "--tp=2"]),
+    "fsdp x ep 2 x cp 2": (4, ["--data_parallel=fsdp", "--cp=2"]),
+    "fsdp x ep 2 x pp 2": (4, ["--data_parallel=fsdp", "--pp=2"]),
+    "ep 2 x tp 2 x pp 2": (8, ["--tp=2", "--pp=2"]),
+}
+EXPERT_PARALLEL = {name: (n, ["--ep=2", *words]) for name, (n, words) in EXPERT_PARALLEL.items()}
+CUT_UP = MODEL_PARALLEL | EXPERT_PARALLEL
+ALL = LAYOUTS | RECOMPUTED | CUT_UP
 SIX = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "Lion")
 
 
@@ -80,7 +109,7 @@ def column(layout: str, optimizers, *more: str) -> dict:
     """{optimizer: (trace, [counts, biases, ...])} on one layout. "one process" is the oracle."""
     world, flags = ALL.get(layout, (1, []))
     flags = [*EXPERTS, "--data_parallel=ddp", *flags, *more]
-    if layout in MODEL_PARALLEL or layout == "one larger process":
+    if layout in CUT_UP or layout == "one larger process":
         flags = [*LARGER, "--dropout=0.1", *flags]
     # Rows are filled up on layouts, and not in the oracle.
     block = 64 if layout in ("one process", "one larger process") else 4
@@ -100,7 +129,7 @@ def oracle(name: str, optimizers, *more: str) -> dict:
 
 
 def assert_one_process(layout: str, optimizers, *more: str) -> None:
-    one = "one larger process" if layout in MODEL_PARALLEL else "one process"
+    one = "one larger process" if layout in CUT_UP else "one process"
     alone = oracle(one, tuple(optimizers), *more)
     for name, (losses, steps) in column(layout, tuple(optimizers), *more).items():
         expected, expected_steps = alone[name]
@@ -108,13 +137,13 @@ def assert_one_process(layout: str, optimizers, *more: str) -> None:
         assert steps == expected_steps, name
         counts, biases = steps[::2], steps[1::2]
         assert (
-            len(counts) == (6 if layout in MODEL_PARALLEL else 10)
+            len(counts) == (6 if layout in CUT_UP else 10)
             and counts[0] != counts[-1]
             and any(map(any, biases[-1]))
         ), "nothing is counted or moved, so this proves nothing"
 
 
-FAST = ("ddp 2", "zero3 2", "full", "tp 2 + sp", "pp 2 zerobubble")
+FAST = ("ddp 2", "zero3 2", "full", "tp 2 + sp", "pp 2 zerobubble", "ep 2 x dp 2")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +164,7 @@ def test_experts_with_six_optimizers_are_one_process(layout):
     "layout",
     [
         name
-        if name in ("4 micro-batches", "fsdp 2", "cp 2", "pp 2 x tp 2")
+        if name in ("4 micro-batches", "cp 2", "pp 2 x tp 2", "fsdp x ep 2 x tp 2", "zero1 x ep 2")
         else pytest.param(name, marks=pytest.mark.slow)
         for name in ALL
     ],
@@ -176,7 +205,9 @@ def in_all(folder, name: str) -> dict:
     return {x: saved.tensor(x) for x in saved.names() if x != "rng"}
 
 
-@pytest.mark.parametrize("layout", ["one process", "zero3 2"])
+@pytest.mark.parametrize(
+    "layout", ["one process", "zero3 2", pytest.param("ep 2 x dp 2", marks=pytest.mark.slow)]
+)
 def test_a_run_resumed_is_the_run_bitwise(tmp_path, layout):
     for name, stops in (("whole", [8]), ("resumed", [3, 8])):
         (tmp_path / name).mkdir()
@@ -193,13 +224,22 @@ def test_a_run_resumed_is_the_run_bitwise(tmp_path, layout):
         assert len(biases) == parts and all(x.any() for x in biases)
 
 
-def test_saved_on_zero3_of_4_and_resumed_on_one_process_and_fsdp_2(tmp_path):
+@pytest.mark.parametrize(
+    "saved, places",
+    [
+        ("zero3 4", ("one process", "fsdp 2")),
+        ("ep 4", ("one process", "tp 2")),
+        pytest.param("zero1 x ep 2", ("zero1 x ep 2 x pp 2", "zero3 2"), marks=pytest.mark.slow),
+        pytest.param("fsdp x ep 2", ("ep 2 x pp 2 1f1b", "ep 2"), marks=pytest.mark.slow),
+    ],
+)
+def test_saved_on_one_layout_and_resumed_on_others(tmp_path, saved, places):
     text(tmp_path)
     counts = on("one process", tmp_path, 8)
     (tmp_path / "four").mkdir()
     text(tmp_path / "four")
-    on("zero3 4", tmp_path / "four", 4)
-    for layout in ("one process", "fsdp 2"):
+    on(saved, tmp_path / "four", 4)
+    for layout in places:
         shutil.copytree(tmp_path / "four", tmp_path / layout)
         found = on(layout, tmp_path / layout, 8)
         for name in found:
@@ -308,6 +348,13 @@ def test_a_flipped_choice_is_found_with_its_gap(tmp_path):
         ("--n_expert=4 --moe_every=9", "moe_every=9 leaves none of 4 layers"),
         ("--n_expert=1", "n_expert=1 is out of range"),
         ("--n_expert=4 --mup_base_width=64", "mup_base_width has no rule for experts"),
+        ("--ep=2", "ep means nothing without experts"),
+        ("--n_expert=5 --ep=2", "ep=2 does not divide n_expert=5; type --n_expert=6"),
+        ("--n_expert=4 --ep=2 --data_parallel=zero3", "type --data_parallel=zero1 or fsdp"),
+        ("--n_expert=4 --ep=2 --diloco_every=2", "ep=2 is incompatible with diloco_every"),
+        ("--n_expert=4 --ep=2 --compress=topk", "incompatible with compress"),
+        ("--n_expert=4 --ep=2 --offload=cpu", "incompatible with offload"),
+        ("--n_expert=4 --ep=2 --precision=bf16_sr", "type --precision=bf16"),
         ("--n_expert=4 --router_z_loss=0", "type --router_z_loss=none"),
         ("--n_expert=4 --moe_bias_lr=0", "type --moe_bias_lr=none"),
         ("--n_expert=4 --moe_sequence_loss=0", "type --moe_sequence_loss=none"),
@@ -396,3 +443,50 @@ def test_fp8_multiplies_in_each_expert():
     assert all(block.mlp.experts.product is None for block in model.blocks.values())
     assert "blocks.3.mlp.experts.2.fc" in state.histories
     assert not any("router" in name for name in state.histories)
+
+
+# ---- expert parallelism --------------------------------------------------------------------------
+def counted_bytes(rank, world, folder, flags):
+    """(what is logged as sent, what all-to-alls were given, counts of this rank) of one step."""
+    given = []
+    plain = dist.all_to_all_single
+
+    def counted(out, x, receive=None, send=None, group=None):
+        n, me = group.size(), dist.get_rank(group)
+        send = send or [len(x) // n] * n
+        given.append((sum(send) - send[me]) * x[:1].nbytes if len(x) else 0)
+        return plain(out, x, receive, send, group=group)
+
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        rows = rows_of(folder, "--steps=1", *flags)
+    return sum(given), rows[0]["sent_bytes"]
+
+
+@pytest.mark.parametrize("flags", [["--ep=2"], ["--ep=2", "--activation_checkpoint=full"]])
+def test_the_bytes_of_all_to_alls_are_those_that_are_logged(tmp_path, flags):
+    text(tmp_path)
+    flags = [*flags, "--data_parallel=ddp", "--eval_every=0", "--precision=fp32"]
+    given, logged = run_ranks(2, counted_bytes, str(tmp_path), flags)[0]
+    assert given > 0 and logged > given
+    # Of the rest: experts' gradients are sent to nobody, all others are.
+    with torch.device("meta"):
+        cfg = parse.parse([*TINY, *EXPERTS])
+        model = GPT(build.model_config(with_traits(cfg)))
+    others = {n: p for n, p in model.named_parameters() if ".experts." not in n}
+    n_here = len(others) + (len([*model.parameters()]) - len(others)) // 2
+    assert logged - given == sum(p.numel() * 4 for p in others.values()) + n_here
+
+
+def few_tokens(rank, world, folder, flags):
+    return rows_of(folder, *flags)
+
+
+@pytest.mark.parametrize("bias", ["9", "none"])
+def test_ranks_without_rows_take_part(tmp_path, bias):
+    """A token a rank, and biases that send all of them to one rank's experts."""
+    text(tmp_path)
+    shape = ["--block_size=1", "--batch_size=4", "--n_expert=8", "--steps=4", "--eval_tokens=8"]
+    shape += [f"--moe_bias_lr={bias}", "--precision=fp64", "--data_parallel=ddp"]
+    one = [row["loss"] for row in rows_of(tmp_path, *shape)]
+    found = run_ranks(4, few_tokens, str(tmp_path), [*shape, "--ep=4"])
+    assert [row["loss"] for row in found[0]] == pytest.approx(one, rel=1e-12)
