@@ -304,7 +304,7 @@ def experts_of(keys: Keys, family: str, fields: dict) -> dict:
 
 
 def moe_every_of(keys: Keys, n_layer: int) -> int:
-    """moe_every; ValueError where the layers with experts are others than each so-manieth."""
+    """moe_every; ValueError where the layers with experts are others than every N-th."""
     step = keys.take("decoder_sparse_step", int)
     dense = keys.left.pop("mlp_only_layers", None) or []
     if type(dense) is not list or not all(type(i) is int for i in dense):

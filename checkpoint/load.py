@@ -183,7 +183,10 @@ class Checkpoint:
     def load_weights(self, model: torch.nn.Module, part: str = "model") -> None:
         """Fills parameters and buffers of `model` from "<part>/<name>"; raises as `weights`."""
         with torch.no_grad():
+            kept = model.state_dict().keys()  # not what a step counts
             for name, p in [*model.named_parameters(), *model.named_buffers()]:
+                if name not in kept:
+                    continue
                 self.weights(part).fill(p, name)
 
     def check(self) -> None:

@@ -104,6 +104,7 @@ class MoE(nn.Module):
         self.n_expert = n
         self.n_active = n_active
         self.score = {"softmax": softmax, "sigmoid": torch.sigmoid}[router]
+        self.log_score = {"softmax": torch.clone, "sigmoid": F.logsigmoid}[router]
         self.normalize = normalize
         self.z_loss = z_loss
         self.sequence_loss = sequence_loss
@@ -113,8 +114,8 @@ class MoE(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(n))
 
         # Since somebody has set them to 0: tokens of each expert, and TERMS.
-        self.counts = torch.zeros(n, dtype=torch.int64)
-        self.terms = torch.zeros(len(TERMS))
+        self.register_buffer("counts", torch.zeros(n, dtype=torch.int64), persistent=False)
+        self.register_buffer("terms", torch.zeros(len(TERMS)), persistent=False)
         self.loss_scale = 1.0
         # Of the ranks that hold the same tokens one alone adds the terms.
         self.adds_terms = True
@@ -128,7 +129,8 @@ class MoE(nn.Module):
             chosen = self.choose(scores.detach() + self.selection_bias)  # (B, T, k)
             gates = scores.gather(-1, chosen)
             if self.normalize:
-                gates = gates / gates.sum(-1, keepdim=True)
+                # From logarithms, up to a constant: all chosen scores may be too small for float32.
+                gates = self.log_score(logits).gather(-1, chosen).softmax(-1)
 
         order = self.sort(chosen.flatten(0, 1))
         # What autocast makes of x is made before there are k rows of it.
@@ -180,7 +182,7 @@ class MoE(nn.Module):
             if self.sum_loads is not None:
                 load = self.sum_loads(load)
             fraction = load * (load.shape[1] / load.sum(1, keepdim=True))  # (B, E)
-            share = scores / scores.sum(-1, keepdim=True)  # (B, T, E)
+            share = self.log_score(logits).softmax(-1)  # (B, T, E)
             sequence_loss = self.sequence_loss * (fraction * share.sum(1)).sum()
         return torch.stack([z_loss, sequence_loss, log_z.detach().sum()])
 
@@ -353,7 +355,7 @@ class CountAndBalance(torch.autograd.Function):
         layer.counts += ctx.counts
         layer.terms += ctx.terms
         scale = layer.loss_scale if layer.adds_terms else 0.0
-        return dy, ctx.terms.new_tensor(scale), None, None, None
+        return dy, ctx.terms.new_full((), scale), None, None, None
 
 
 # ---- products of groups --------------------------------------------------------------------------
@@ -363,9 +365,11 @@ def split(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
 
 
 def has_kernel(x: Tensor, *widths: int) -> bool:
-    """Does torch multiply all groups at once? It wants rows of a multiple of 16 bytes."""
+    """Does torch multiply all groups at once? It wants rows of a multiple of 16 bytes, and no
+    float64."""
     is_aligned = all(width * x.itemsize % 16 == 0 for width in widths)
-    return x.is_cuda and is_aligned and hasattr(F, "grouped_mm")
+    is_known = x.dtype != torch.float64 and hasattr(F, "grouped_mm")
+    return x.is_cuda and is_aligned and is_known
 
 
 def products(x: Tensor, weights: list[Tensor], ends: Tensor, product: Callable) -> Tensor:

@@ -1238,10 +1238,14 @@ def check_experts(s: dict) -> None:
         return
     if s["params"] is not None:
         raise ValueError("--n_expert needs --n_layer and --n_embd; leave --params out")
-    if s["n_expert_active"] > s["n_expert"] or s["moe_every"] > (s["n_layer"] or math.inf):
+    if s["n_expert_active"] > s["n_expert"]:
         raise ValueError(
-            f"n_expert_active={s['n_expert_active']} is at most n_expert={s['n_expert']}, and "
-            f"moe_every={s['moe_every']} at most n_layer={s['n_layer']}"
+            f"n_expert_active={s['n_expert_active']} is more than n_expert={s['n_expert']}; type "
+            "--n_expert_active=2"
+        )
+    if s["moe_every"] > (s["n_layer"] or math.inf):
+        raise ValueError(
+            f"moe_every={s['moe_every']} is more than n_layer={s['n_layer']}; type --moe_every=1"
         )
 
 

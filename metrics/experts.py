@@ -94,8 +94,12 @@ class Loads:
 
     def draw(self) -> None:
         """At the end: moe_load.png, where a step was watched."""
-        if self.is_main and self.path.exists():
+        if not self.is_main or not self.path.exists():
+            return
+        if self.path.stat().st_size:
             draw(self.path, self.path.with_suffix(".png"))
+        else:  # what was watched has been undone, and so has an earlier picture
+            self.path.with_suffix(".png").unlink(missing_ok=True)
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -30,8 +30,40 @@ numbers once a layer. A rank without rows takes part with none.
 References: GShard (Lepikhin et al. 2020, 2006.16668), DeepSeek-V3 (2412.19437).
 
 Neighbours: layers/moe.py, layers/recompute.py
+
+Example:
+    import tempfile, torch
+    import torch.distributed as dist, torch.multiprocessing as mp
+    from layers.moe import MoE
+    from parallel.expert import split
+
+    class Expert(torch.nn.Module):
+        gate, activation = None, staticmethod(torch.relu)
+
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 16, bias=False)
+            self.proj = torch.nn.Linear(16, 8, bias=False)
+
+    def compare(rank, file):
+        dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+        torch.manual_seed(0)  # the same weights on both ranks
+        layer = MoE(8, [Expert() for _ in range(4)], n_active=2)
+        x = torch.randn(2, 3, 5, 8)[rank]  # tokens of its own
+        expected = layer(x).detach()
+        sent = [0]
+        split(layer, dist.group.WORLD, sent)
+        y = layer(x)  # tokens go to the rank of their expert, and come back
+        y.sum().backward()
+        assert torch.allclose(y, expected, atol=1e-6) and len(layer.experts) == 2
+        print(f"rank {rank} has experts {[*layer.experts]} and has sent {sent[0]} bytes")
+        dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(compare, (f"{folder}/store",), nprocs=2, start_method="fork")
 """
 
+import inspect
 import types
 
 import torch
@@ -121,3 +153,9 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
 def names_of(model: nn.Module) -> list[str]:
     """The parameters of experts, by their full names."""
     return [name for name, _ in model.named_parameters() if ".experts." in name]
+
+
+if __name__ == "__main__":
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

@@ -115,7 +115,8 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the model's weights: parameters, and the experts' biases in the choice."""
     with torch.device("meta"):
         model = GPT(build.model_config(update(with_traits(cfg), attention="sdpa")))
-    held = [*model.named_parameters(), *model.named_buffers()]
+    kept = model.state_dict().keys()  # not what a step counts
+    held = [(n, x) for n, x in [*model.named_parameters(), *model.named_buffers()] if n in kept]
     return {name: tuple(x.shape) for name, x in held}
 
 

@@ -186,7 +186,7 @@ class Config:
     moe_bias_lr: float | None = on_branch(
         1e-3,
         "each step moves an expert's bias in the choice by this, towards even loads (DeepSeek-V3);"
-        " none = off",
+        " none = biases stay as they are",
         least=0,
     )
     moe_sequence_loss: float | None = on_branch(

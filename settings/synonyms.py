@@ -151,7 +151,7 @@ ABSENT = {
             "capacity_factor expert_capacity moe_expert_capacity_factor moe_token_dropping "
             "drop_tokens"
         ),
-        "each --moe_every=th layer has experts": (
+        "every N-th layer has experts, N = --moe_every": (
             "first_k_dense_replace n_dense_layers num_dense_layers mlp_only_layers"
         ),
         "a token chooses among all experts, and its gates have no factor": (

@@ -70,6 +70,7 @@ CROSSINGS = {
         "layers.chunked_loss": "the head and its loss over some tokens at a time",
         "layers.ngram_embedding": "what n-grams add to the embedding",
     },
+    "parallel.expert": {"layers.moe": "the order of rows by expert"},
     "monitor": {"checkpoint.snapshots": "what a rollback goes back to"},
 }
 # What each layout asks: who is where, who has which gradient, how memory is taken.

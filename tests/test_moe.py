@@ -333,11 +333,34 @@ def test_autocast_leaves_the_router_in_float32_and_keeps_no_copy_of_a_weight():
 
 def test_the_kernel_is_for_rows_of_16_bytes_on_a_gpu():
     class Rows:
-        is_cuda, itemsize = True, 2
+        is_cuda, itemsize, dtype = True, 2, torch.bfloat16
 
     kernel = hasattr(F, "grouped_mm")
     assert layers.moe.has_kernel(Rows, 16, 24) == kernel and not layers.moe.has_kernel(Rows, 16, 20)
     assert not layers.moe.has_kernel(torch.zeros(2, 16), 16, 24)
+    Rows.itemsize, Rows.dtype = 8, torch.float64
+    assert not layers.moe.has_kernel(Rows, 16, 24)
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_scores_too_small_for_float32_still_share_a_token_out(router):
+    """All chosen scores are 0 in float32: the bias has outvoted the large one."""
+    layer = made(router=router, dtype=torch.float32)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[:, 0] = torch.tensor([0.0, -900, -900, -910, -910])
+    layer.selection_bias.copy_(torch.tensor([-9.0, 0, 0, 0, 0]))
+    x = torch.ones(2, 3, C)
+    found = results(layer, x)
+    assert all(g.isfinite().all() for g in found.values())
+    expected = (layer.experts["1"](x) + layer.experts["2"](x)) / 2
+    torch.testing.assert_close(found["y"], expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_step_counts_moves_with_the_layer_and_is_not_saved():
+    layer = made().to("meta")
+    assert layer.counts.is_meta and layer.terms.is_meta
+    assert "selection_bias" in layer.state_dict() and "counts" not in layer.state_dict()
 
 
 @pytest.mark.skipif(
