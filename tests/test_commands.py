@@ -167,6 +167,7 @@ BENCHES = {
     "spread": "torch.multiprocessing:spawn",
     "memory": "benchmarks.memory:row",
     "layouts": "benchmarks.layouts:measure",
+    "experts": "benchmarks.experts:in_a_process",
     "checkpoint": "torch.multiprocessing:spawn",
     "scale": "benchmarks.scale:measure",
     "network": "parallel.launch:pick_device",
