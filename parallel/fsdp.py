@@ -298,11 +298,13 @@ class FSDP:
 
     def other_meshes(self, model: nn.Module) -> dict:
         """Module -> torch's description of its group, of the largest that hold `others` alone."""
+        found = {}
+        if not self.others:
+            return found
         from torch.distributed.device_mesh import DeviceMesh
 
         from parallel.mesh import new_group
 
-        found = {}
         alone = None  # a group of this rank
         for name, module in model.named_modules():
             names = [f"{name}.{key}" for key, _ in module.named_parameters()]
@@ -477,7 +479,7 @@ class FSDP:
             weight = p.numel() * dtype.itemsize
             gradient = p.numel() * (self.reduce_dtype or dtype).itemsize
             n = shard_ranks(p)
-            replicas = p.device_mesh.size() // n
+            replicas = p.device_mesh.size() // n if hasattr(p, "placements") else 1
             total += (n - 1) * weight * gathers // n
             total += (n - 1) * gradient // n
             total += 2 * (replicas - 1) * gradient // (replicas * n)
@@ -611,8 +613,8 @@ class FSDP:
 
 
 def shard_ranks(p: torch.Tensor) -> int:
-    """Over how many ranks the DTensor p is sharded."""
-    return p.device_mesh["shard"].size()
+    """Over how many ranks p is sharded; 1 where it is no DTensor."""
+    return p.device_mesh["shard"].size() if hasattr(p, "placements") else 1
 
 
 if __name__ == "__main__":

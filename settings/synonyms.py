@@ -51,6 +51,10 @@ HERE = {
             "moe_router_enable_expert_bias"
         ),
         "moe_sequence_loss": "aux_loss_alpha seq_aux",
+        "ep": (
+            "ep_size expert_parallel expert_parallel_degree expert_parallel_size "
+            "expert_model_parallel_size"
+        ),
         "qk_norm": "qk_layernorm use_qk_norm",
         "profile": "profiler profiling enable_profiling profile_steps profile_freq",
         "optim": "optimizer optimizer.type optimizer_name",
@@ -137,11 +141,6 @@ ABSENT = {
             "grad_acc_steps"
         ),
         "torchrun tells each process": "local_rank rank world_size nproc_per_node nnodes backend",
-        "experts are not yet divided over ranks; --data_parallel=fsdp or zero3 shares the weights "
-        "out": (
-            "ep ep_size expert_parallel expert_parallel_degree expert_parallel_size "
-            "expert_model_parallel_size"
-        ),
         "the loss of Switch and Mixtral is another one for other micro-batches (layers/moe.py); "
         "--moe_bias_lr= and --moe_sequence_loss= keep loads even": (
             "aux_loss_coef aux_loss_coeff router_aux_loss_coef moe_aux_loss_coeff "

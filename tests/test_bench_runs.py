@@ -167,7 +167,7 @@ def test_all_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
     assert page.count("**failed**, status 1: ValueError: a reason") == 2  # at a glance too
     assert "- train: **failed**, status 1: ValueError: a reason\n" in page
     assert "```\nfigures of network\n```" in page and page.count("```") == 4
-    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 11 + [True] * 2
+    assert ["--nproc_per_node=2" in command for command in ran] == [False] * 12 + [True] * 2
 
 
 def test_all_runs_nanogpt_where_its_clone_is_given(monkeypatch, clone):

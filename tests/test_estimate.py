@@ -522,8 +522,10 @@ def measured(
         options = options | {"offload": lambda optimizer: stochastic(optimizer, 0)}
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
 
+    alone = SimpleNamespace(groups={"dp_cp": None, "pp": None}, device=CPU)
+
     def groups(model):
-        Balance(model, CPU)  # experts' buffers, too, were on the meta device
+        Balance(model, alone)  # experts' buffers, too, were on the meta device
         return param_groups(model, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
 
     return measure(
@@ -949,7 +951,7 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--params=7e9 --n_expert=8", "leave --params out"),
         ("--n_layer=2 --n_embd=8 --moe_every=2", "type --n_expert=8 too"),
         ("--n_layer=2 --n_embd=8 --n_expert=8 --moe_every=3", "moe_every=3"),
-        ("--n_layer=2 --n_embd=8 --n_expert=8 --n_expert_active=9", "at most n_expert=8"),
+        ("--n_layer=2 --n_embd=8 --n_expert=8 --n_expert_active=9", "is more than n_expert=8"),
         ("--n_layer=2 --n_embd=8 --n_expert=8 --precision=mixed --batch=1", "--precision=bf16"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=fulll", "did you mean full"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=every_0", "takes 1 to 2"),

@@ -18,21 +18,22 @@ RECOMPUTED = {
     for how in ("full", "selective", "mlp", "segments_2")
     for ranks in (1, 2)
 }
-REPLICAS = matrix.LAYOUTS | RECOMPUTED  # with experts there is nothing else yet
+REPLICAS = matrix.LAYOUTS | RECOMPUTED
 EXPERTS = ("--n_expert=8", "--n_shared_expert=1", "--moe_sequence_loss=0.01")
+ONE = ["--n_expert_active=1", "--normalize_gates=false"]
 # Flags, and what the counts (E,) of some layer in some step must be.
 UNEVEN = {
     "all tokens to one expert": (
         # The first step puts the biases at 1 and -1, beyond all scores.
-        ["--n_expert=2", "--n_expert_active=1", "--moe_bias_lr=1"],
+        ["--n_expert=2", *ONE, "--moe_bias_lr=1"],
         lambda n: n.max() == n.sum(),
     ),
     "an expert without tokens": (
-        ["--n_expert=16", "--n_expert_active=1", "--router=sigmoid"],
+        ["--n_expert=16", *ONE, "--router=sigmoid"],
         lambda n: n.min() == 0 and (n > 0).sum() > 8,
     ),
     "loads more than 10 times apart": (
-        ["--n_expert=4", "--n_expert_active=1", "--moe_bias_lr=0.1", "--lr=0.1"],
+        ["--n_expert=4", *ONE, "--moe_bias_lr=0.1", "--lr=0.1"],
         lambda n: n.min() > 0 and n.max() > 10 * n.min(),
     ),
 }

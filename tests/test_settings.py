@@ -65,7 +65,7 @@ def test_a_table_and_a_dotted_key_mean_the_same(tmp_path):
     [
         ("--stepz=3", "did you mean --steps?"),
         ("--learning_rate=3", "did you mean --lr?"),
-        ("--ep=2", "there is no field 'ep'"),
+        ("--ep=2", "ep means nothing without experts"),
         ("--steps", "--steps has no value; type --steps=VALUE"),
         ("--sp", "--sp has no value; type --sp=true"),
         ("--steps=ten", "a whole number"),
