@@ -314,9 +314,10 @@ def test_abort_saves_and_ends_all_ranks_alike_and_a_search_counts_it(tmp_path, t
     trial.steps = 60
     trial.judge("loss", 1)
     assert trial.status == "diverged" and event["text"][:40] in trial.error
-    # The same command resumes, and ends at the next block.
-    with pytest.raises(Aborted, match=f"step {step + 5}: "):
+    # The same command resumes, and ends at a later block.
+    with pytest.raises(Aborted, match=r"step \d+: ") as error:
         go(text, tmp_path / "one", *BAD, "--on_divergence=abort")
+    assert step < int(str(error.value).split(":")[0].split()[1]) < 60
 
 
 # ---- an extended run: its learning rate jumps, and that is said ----------------------------------

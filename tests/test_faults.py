@@ -153,7 +153,8 @@ def test_a_rollback_to_before_the_resumed_step_takes_nothing_from_what_follows(t
     "layout, where",
     [
         *((layout, RING) for layout in LAYOUTS[:2]),
-        *((EXPERTS, where) for where in (RING, DISK)),
+        (EXPERTS, RING),
+        pytest.param(EXPERTS, DISK, marks=pytest.mark.slow),
         (LAYOUTS[0], DISK),
         pytest.param(LAYOUTS[3], DISK, marks=pytest.mark.slow),
         *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[2:4]),

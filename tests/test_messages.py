@@ -77,7 +77,6 @@ def test_names_of_other_trainers_lead_to_ours(typed, ours):
     [
         ("--dp=8", "it follows: the ranks / (tp x cp x pp); leave it out"),
         ("--router_aux_loss_coef=0.01", "--moe_sequence_loss= keep loads even; leave it out"),
-        ("--parallelism.expert_parallel_degree=2", "shares the weights out; leave it out"),
         ("--local-rank=0", "torchrun tells each process; leave it out"),
         ("--zero_optimization.overlap_comm=true", "it is always so here; leave it out"),
         ("--gradient_accumulation_steps=8", "is our batch_size); leave it out"),

@@ -26,6 +26,7 @@ from settings import parse
 from settings.fields import with_traits
 
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 EXPERTS = ["--n_expert=4", "--router_z_loss=0.01", "--moe_bias_lr=0.01"]
 OTHERS = [
     "--router=sigmoid",
@@ -143,7 +144,7 @@ def assert_one_process(layout: str, optimizers, *more: str) -> None:
         ), "nothing is counted or moved, so this proves nothing"
 
 
-FAST = ("ddp 2", "zero3 2", "full", "tp 2 + sp", "pp 2 zerobubble", "ep 2 x dp 2")
+FAST = ("zero3 2", "full", "pp 2 zerobubble", "ep 2 x dp 2")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_experts_with_six_optimizers_are_one_process(layout):
     "layout",
     [
         name
-        if name in ("4 micro-batches", "cp 2", "pp 2 x tp 2", "fsdp x ep 2 x tp 2", "zero1 x ep 2")
+        if name in ("4 micro-batches", "cp 2", "tp 2 + sp", "fsdp x ep 2 x tp 2")
         else pytest.param(name, marks=pytest.mark.slow)
         for name in ALL
     ],
@@ -228,7 +229,7 @@ def test_a_run_resumed_is_the_run_bitwise(tmp_path, layout):
     "saved, places",
     [
         ("zero3 4", ("one process", "fsdp 2")),
-        ("ep 4", ("one process", "tp 2")),
+        pytest.param("ep 4", ("one process", "tp 2"), marks=pytest.mark.slow),
         pytest.param("zero1 x ep 2", ("zero1 x ep 2 x pp 2", "zero3 2"), marks=pytest.mark.slow),
         pytest.param("fsdp x ep 2", ("ep 2 x pp 2 1f1b", "ep 2"), marks=pytest.mark.slow),
     ],
@@ -390,7 +391,10 @@ def test_replicas_that_part_or_offload_agree_on_counts_and_biases(flags):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16_sr", "fp16", "fp8", "fp32"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16_sr", "fp8", *(pytest.param(p, marks=SLOW) for p in ("bf16", "fp16", "fp32"))],
+)
 def test_experts_learn_in_every_precision(tmp_path, precision):
     text(tmp_path)
     more = ["--steps=6", "--dropout=0", f"--precision={precision}"]
@@ -462,7 +466,9 @@ def counted_bytes(rank, world, folder, flags):
     return sum(given), rows[0]["sent_bytes"]
 
 
-@pytest.mark.parametrize("flags", [["--ep=2"], ["--ep=2", "--activation_checkpoint=full"]])
+@pytest.mark.parametrize(
+    "flags", [["--ep=2"], pytest.param(["--ep=2", "--activation_checkpoint=full"], marks=SLOW)]
+)
 def test_the_bytes_of_all_to_alls_are_those_that_are_logged(tmp_path, flags):
     text(tmp_path)
     flags = [*flags, "--data_parallel=ddp", "--eval_every=0", "--precision=fp32"]
@@ -481,7 +487,7 @@ def few_tokens(rank, world, folder, flags):
     return rows_of(folder, *flags)
 
 
-@pytest.mark.parametrize("bias", ["9", "none"])
+@pytest.mark.parametrize("bias", ["9", pytest.param("none", marks=SLOW)])
 def test_ranks_without_rows_take_part(tmp_path, bias):
     """A token a rank, and biases that send all of them to one rank's experts."""
     text(tmp_path)
