@@ -539,7 +539,7 @@ LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 1.9, 1.8]  # of steps 0, 1, ...: 2 
         (1, "--optim=muon"),
         pytest.param(1, "--optim=schedule_free", marks=pytest.mark.slow),
         (2, "--data_parallel=zero1 --optim=schedule_free"),
-        (2, EXPERTS),
+        pytest.param(2, EXPERTS, marks=pytest.mark.slow),
         pytest.param(2, f"{EXPERTS} --optim=schedule_free", marks=pytest.mark.slow),
         *(
             pytest.param(2, layout, marks=pytest.mark.slow)

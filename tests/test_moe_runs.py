@@ -144,7 +144,7 @@ def assert_one_process(layout: str, optimizers, *more: str) -> None:
         ), "nothing is counted or moved, so this proves nothing"
 
 
-FAST = ("zero3 2", "full", "pp 2 zerobubble", "ep 2 x dp 2")
+FAST = ("zero3 2", "full", "ep 2 x dp 2")
 
 
 @pytest.mark.parametrize(
