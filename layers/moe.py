@@ -32,10 +32,10 @@ They are minimised and never part of the loss's value: their gradient enters whe
 in backward, which passes once for every forward that counts: not in an evaluation, and not a second
 time in a forward that activation checkpointing runs again.
 
-An expert has its own parameters under its own name, so every optimizer sees a matrix. Its product
-is one of `grouped`: a loop over experts, in memory that one product would take, or torch's kernel
-F.grouped_mm over stacked weights, which on Hopper and Blackwell runs all of them at once in
-bfloat16 and needs rows of a multiple of 16 bytes. An expert without tokens has a gradient of zeros.
+An expert has its own parameters under its own name, so every optimizer sees a matrix. The experts'
+products are a loop that writes into the memory of one product, or torch's kernel F.grouped_mm over
+stacked weights, which on Hopper and Blackwell runs all of them at once in bfloat16 and needs rows
+of a multiple of 16 bytes. An expert without tokens has a gradient of zeros.
 
 Neighbours: layers/recompute.py
 
@@ -127,10 +127,11 @@ class MoE(nn.Module):
             logits = self.router(x)  # (B, T, E)
             scores = self.score(logits)
             chosen = self.choose(scores.detach() + self.selection_bias)  # (B, T, k)
-            gates = scores.gather(-1, chosen)
             if self.normalize:
                 # From logarithms, up to a constant: all chosen scores may be too small for float32.
                 gates = self.log_score(logits).gather(-1, chosen).softmax(-1)
+            else:
+                gates = scores.gather(-1, chosen)
 
         order = self.sort(chosen.flatten(0, 1))
         # What autocast makes of x is made before there are k rows of it.

@@ -93,13 +93,16 @@ class Balance:
 
     # ---- what it remembers -----------------------------------------------------------------------
     def weights(self) -> dict[str, Tensor]:
-        """Name -> bias."""
+        """Name -> bias, of the layers here."""
         return {f"{n}.selection_bias": layer.selection_bias for n, layer in self.layers.items()}
 
     def init_weights(self, source: Callable) -> None:
-        """Fills every bias from source(its name, its shape), as a layout its weights."""
-        for name, bias in self.weights().items():
-            fill(bias, source, name)
+        """Fills every bias from source(its name, its shape), as a layout its weights.
+
+        Those of other stages, too: every rank moves all of them alike.
+        """
+        for number, bias in zip(self.numbers, self.bias):
+            fill(bias, source, f"blocks.{number}.mlp.selection_bias")
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy, for a rollback."""
