@@ -1,6 +1,7 @@
 """Experts beside obvious loops, and a model with experts beside the dense one of equal FLOPs.
 
-    python bench.py experts [--turns=5] [--steps=30] [--quick] [--out=FILE.md]
+    python bench.py experts [--only=layer,step,ranks] [--turns=5] [--steps=30] [--quick]
+        [--out=FILE.md]
 
 Layer. Forward and backward of one layer, 8 experts, 2 of a token, 16 x 256 tokens of width 256, in
 float32 and under autocast in bfloat16: layers/moe.py, and three loops that anybody would write,
@@ -18,10 +19,14 @@ loop's.
 Step. Runs of train.py, the default job and the same with --n_expert=8, in which a token goes
 through as many weights, with AdamW and Muon, in turns.
 
+Ranks. The job with experts on two ranks of one thread, all experts on both of them under zero1, and
+half of them on each under --ep=2: tokens/s, and the resident bytes of rank 0 at their peak.
+
 --quick: one turn, few calls: it proves nothing.
 """
 
 import functools
+import math
 import subprocess
 import sys
 import tempfile
@@ -40,10 +45,22 @@ from model import MLP, GPTConfig
 from parallel.autocast_linear import keep_no_copies
 from precision import amp, onednn
 
-FLAGS = {"--turns": "[1-9][0-9]*", "--steps": "[1-9][0-9]*", "--quick": "", "--out": ".+"}
+TABLES = "(layer|step|ranks)"
+FLAGS = {
+    "--only": f"{TABLES}(,{TABLES})*",
+    "--turns": "[1-9][0-9]*",
+    "--steps": "[1-9][0-9]*",
+    "--quick": "",
+    "--out": ".+",
+}
 BATCH, LENGTH, WIDTH = 16, 256, 256
 ACTIVATIONS = {"relu2": 512, "swiglu": 384}  # -> the width of an expert
 DENSE, EXPERTS = [], ["--n_expert=8"]
+LAYOUTS = {
+    "zero1": ["--data_parallel=zero1"],
+    "ep 2": ["--ep=2"],
+    "zero1 x ep 2": ["--data_parallel=zero1", "--ep=2"],
+}
 USUAL = ["--eval_every=0", "--save_every=0", "--sample_tokens=0", "--plot=false", "--resume=never"]
 
 
@@ -157,10 +174,13 @@ def layer_rows(turns: int, n: int) -> list[list[str]]:
 
 
 # ---- the whole step ------------------------------------------------------------------------------
-def step(words: list[str]) -> float:
+def once(words: list[str], ranks: int = 1) -> dict:
+    """The train row of a run's median step."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        _, rows = runs.run([*words, f"--data_dir={runs.CACHE}", *USUAL], Path(folder, "run"))
-    return runs.middle(rows)["step_s"]
+        _, rows = runs.run([*words, f"--data_dir={runs.CACHE}", *USUAL], Path(folder, "run"), ranks)
+    last = [row for row in rows if "step_s" in row][-1]
+    # None on Windows, which does not tell a process its peak.
+    return runs.middle(rows) | {"peak_bytes": last["peak_bytes"] or math.nan}
 
 
 def step_rows(turns: int, steps: int) -> list[list[str]]:
@@ -171,11 +191,31 @@ def step_rows(turns: int, steps: int) -> list[list[str]]:
         for i in range(turns):
             pair = [(dense, DENSE), (experts, EXPERTS)]
             for found, flags in pair if i % 2 == 0 else reversed(pair):
-                found.append(step([*words, *flags]))
+                found.append(once([*words, *flags])["step_s"])
         runs.tell(f"{' '.join(more)}: {dense} {experts}")
         ratios = [x / y for x, y in zip(experts, dense)]
         cells = [runs.spread([1000 * x for x in times], ".0f") for times in (dense, experts)]
         rows.append([" ".join(more), *cells, f"**{runs.spread(ratios)}**"])
+    return rows
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+def rank_rows(turns: int, steps: int) -> list[list[str]]:
+    rows = []
+    for optim in ("adamw", "muon"):
+        words = [f"--steps={steps}", "--log_every=1", f"--optim={optim}", "--threads=1", *EXPERTS]
+        found = {name: [] for name in LAYOUTS}
+        for i in range(turns):
+            for name in list(found) if i % 2 == 0 else reversed(found):
+                found[name].append(once([*words, *LAYOUTS[name]], ranks=2))
+                runs.tell(f"{optim}, {name}: {found[name][-1]['tokens_per_s']:,.0f} tokens/s")
+        for name, mine in found.items():
+            cells = [f"{optim}, {name}"]
+            for key, unit, form in (("tokens_per_s", 1, ",.0f"), ("peak_bytes", 2**20, ",.0f")):
+                ratios = [own[key] / zero1[key] for own, zero1 in zip(mine, found["zero1"])]
+                cells.append(runs.spread([row[key] / unit for row in mine], form))
+                cells.append("" if name == "zero1" else f"**{runs.spread(ratios)}**")
+            rows.append(cells)
     return rows
 
 
@@ -186,12 +226,24 @@ def main(argv: list[str]) -> int:
     quick = "--quick" in flags
     turns = 1 if quick else int(flags.get("--turns", 5))
     steps = int(flags.get("--steps", 4 if quick else 30))
+    tables = {
+        "layer": lambda: runs.table(
+            ["ms, median (min..max)", "layers/moe.py", *LOOPS, "its time / the fastest loop's"],
+            layer_rows(turns, 6 if quick else 40),
+        ),
+        "step": lambda: runs.table(
+            ["ms a step, median (min..max)", "dense", "8 experts, 2 of a token", "ratio"],
+            step_rows(turns, steps),
+        ),
+        "ranks": lambda: runs.table(
+            ["2 ranks, median (min..max)", "tokens/s", "/ zero1's", "peak MiB", "/ zero1's"],
+            rank_rows(turns, steps),
+        ),
+    }
+    page = [runs.header(["experts", *argv])]
     try:
-        page = [runs.header(["experts", *argv]), ""]
-        head = ["ms, median (min..max)", "layers/moe.py", *LOOPS, "its time / the fastest loop's"]
-        page += runs.table(head, layer_rows(turns, 6 if quick else 40))
-        head = ["ms a step, median (min..max)", "dense", "8 experts, 2 of a token", "ratio"]
-        page += ["", *runs.table(head, step_rows(turns, steps))]
+        for name in flags.get("--only", ",".join(tables)).split(","):
+            page += ["", *tables[name]()]
     except RuntimeError as error:
         runs.tell(f"bench.py experts: {error}")
         return 1
