@@ -151,9 +151,8 @@ def replicas(rank, world, layout, hows, shape):
 @pytest.mark.parametrize(
     "layout",
     [
-        "zero3",
         "fsdp",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("ddp", "zero1", "zero2")),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("ddp", "zero1", "zero2", "zero3")),
     ],
 )
 def test_replicas_have_the_gradients_of_keeping_all(layout):

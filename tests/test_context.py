@@ -203,7 +203,7 @@ def model_run(rank, n, runs):
     return results
 
 
-@pytest.mark.parametrize("n", (2, 4))
+@pytest.mark.parametrize("n", (2, pytest.param(4, marks=pytest.mark.slow)))
 def test_the_model_on_parts_of_the_sequence_is_the_model(n):
     runs = [(shape, way, {}) for shape in (MODERN, GPT2, GQA_MUP) for way in ("ring", "ulysses")]
     runs += [(GQA_MUP, way, {"checkpointed": True}) for way in ("ring", "ulysses")]

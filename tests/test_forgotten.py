@@ -33,7 +33,10 @@ LAYOUTS = {
     "diloco": functools.partial(DiLoCo, every=2),
 }
 FOREIGN_MAY_STEP = ("ddp", "topk", "fsdp")
-every_layout = pytest.mark.parametrize("name", LAYOUTS)
+SLOW = ("topk", "zero1", "zero2")
+every_layout = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS]
+)
 
 
 class Trap(torch.autograd.Function):

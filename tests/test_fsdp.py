@@ -158,7 +158,7 @@ LAYOUTS = [
     pytest.param(2, 1, {}, marks=pytest.mark.slow),
     pytest.param(2, 3, dict(reshard=False), marks=pytest.mark.slow),
     pytest.param(4, 3, {}, marks=pytest.mark.slow),
-    (4, 3, dict(shard=2)),
+    (4, 2, dict(shard=2)),
     pytest.param(4, 1, dict(shard=2, reshard=False), marks=pytest.mark.slow),
     pytest.param(4, 3, dict(shard=1), marks=pytest.mark.slow),
     # 13 rows and 8 channels over 3 ranks
@@ -172,7 +172,14 @@ def test_every_optimizer_equals_one_process(world, micro_batches, options):
     assert_equal_to_one_process(ranks, OPTIMIZERS)
 
 
-@pytest.mark.parametrize("world, options", [(2, {}), (3, dict(reshard=False)), (4, dict(shard=2))])
+@pytest.mark.parametrize(
+    "world, options",
+    [
+        (2, {}),
+        (3, dict(reshard=False)),
+        pytest.param(4, dict(shard=2), marks=pytest.mark.slow),
+    ],
+)
 def test_a_tied_head_stays_one_parameter(world, options):
     ranks = run_ranks(world, many, GPT2, [SGD, Muon], 1, options)
     assert_equal_to_one_process(ranks, [SGD, Muon], tied=True)

@@ -157,7 +157,7 @@ def train_and_evaluate(rank, world, name, v):
 @pytest.mark.parametrize(
     "name, v", [(name, 2 if name == "interleaved" else 1) for name in SCHEDULES]
 )
-@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("p", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_schedule_is_one_model(name, v, p):
     ranks = run_ranks(p, train_and_evaluate, name, v)
     for (kind, m), last in ranks[-1].items():

@@ -255,7 +255,7 @@ READ = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("flag", ["init_from", "resume"])
+@pytest.mark.parametrize("flag", ["init_from", pytest.param("resume", marks=pytest.mark.slow)])
 def test_others_checkpoints_are_named_and_not_called_damaged(tmp_path, prose, name, flag):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"1234567890")

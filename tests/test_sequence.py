@@ -26,7 +26,7 @@ from test_tensor import (
 from parallel import sequence, tensor
 
 
-@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.slow)))
 def test_loss_and_every_gradient_are_the_whole_models(world):
     check_gradients(world, sequence.split)
 

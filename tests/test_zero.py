@@ -179,7 +179,7 @@ def check(world, stage, runs, tolerance=1e-10, **options):
 
 
 @pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.slow)))
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", (*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3))
 def test_every_optimizer_equals_one_process(stage, world):
     runs = [dict(optimizer=o, micro_batches=m) for o in OPTIMIZERS for m in (1, 4)]
     # So small buckets that each parameter of more than 8 rows is cut.
@@ -216,7 +216,7 @@ def test_frozen_parameters_stay_and_are_saved(stage):
     check(2, stage, runs)
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", (pytest.param(1, marks=pytest.mark.slow), 2, 3))
 def test_one_collective_and_rows_on_some_ranks(stage):
     """As on a GPU, or on many ranks, with segments that end in the middle of parameters."""
     runs = [dict(optimizer="muon", micro_batches=2), dict(optimizer="adamw", shape=UNEVEN)]
@@ -329,7 +329,13 @@ def again(run, x, where):
 
 
 @pytest.mark.parametrize(
-    "how, tolerance", (("onednn", 1e-5), ("autocast", 1e-2), (1, 1e-10), (2, 1e-10), (3, 1e-10))
+    "how, tolerance",
+    (
+        ("onednn", 1e-5),
+        ("autocast", 1e-2),
+        (1, 1e-10),
+        *(pytest.param(n, 1e-10, marks=pytest.mark.slow) for n in (2, 3)),
+    ),
 )
 def test_stage_3_under_other_products_and_activation_checkpointing(how, tolerance):
     if how == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
