@@ -179,8 +179,7 @@ def check_same_data(
 def with_saved_settings(cfg: Config, resumed_from: Checkpoint | None, same_run: bool) -> Config:
     """cfg, with the earlier run's settings where it leaves them open. Raises ValueError."""
     if resumed_from is None:
-        # With --init_from= more is to come (run/pretrained.py).
-        return checks.check(cfg, has_traits=cfg.init_from is None)
+        return cfg
     saved = resumed_from.tree("config")
     saved["tokenizer"] = tokenizer.kept(saved["tokenizer"], resumed_from.path)
     new = continued(cfg, saved, branch=cfg.resume != "auto")

@@ -32,7 +32,7 @@ def check(cfg: Config, has_traits: bool = True, is_whole: bool = True) -> Config
     """The same config if every field, and the fields together, make sense; else ValueError.
 
     has_traits: False where --init_from= may yet bring the model's traits (run/pretrained.py).
-    is_whole: False where an earlier run may yet bring what is left open (run/resume.py).
+    is_whole: False where the run that this one branches off may yet bring experts (run/resume.py).
     """
     check_ranges(cfg)
     check_text(cfg)

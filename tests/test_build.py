@@ -60,7 +60,7 @@ def trained(rank, world, layout, probe, fails=()):
     if probe:
         mesh = make_mesh(CPU)
         gpu = types.SimpleNamespace(type="cuda")
-        mesh = types.SimpleNamespace(device=gpu, sum=mesh.sum, sizes=mesh.sizes)
+        mesh = types.SimpleNamespace(device=gpu, sum=mesh.sum, sizes=mesh.sizes, groups=mesh.groups)
         engine = types.SimpleNamespace(model=model, replicas=replicas, forward=run)
         size = batch.largest_micro_batch(engine, None, 4, mesh)
     lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 1.0)
