@@ -68,10 +68,9 @@ import types
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.moe import sort
+from layers.moe import sort, with_zeros
 
 
 class AllToAll(torch.autograd.Function):
@@ -137,13 +136,11 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
         sent[0] += mine.nbytes * (n - 1) // n
 
         x = AllToAll.apply(x, send, receive, group, sent)
-        if not len(x):
-            x = F.pad(x, (0, 0, 0, 1))  # what rows that only fill up are taken from
         # One sender after another: the expert of each row, among those here.
         experts = torch.arange(mine.shape[1], device=x.device).repeat(n)
         chosen = experts.repeat_interleave(theirs.flatten()).unsqueeze(1)
         order = sort(chosen, mine.shape[1], *moe.experts.block(chosen))
-        h = moe.experts(x.index_select(0, order.rows), order.ends)
+        h = moe.experts(with_zeros(x, order).index_select(0, order.rows), order.ends)
         h = h.index_select(0, order.slots.flatten())
         return AllToAll.apply(h, receive, send, group, sent)
 
@@ -153,6 +150,11 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
 def names_of(model: nn.Module) -> list[str]:
     """The parameters of experts, by their full names."""
     return [name for name, _ in model.named_parameters() if ".experts." in name]
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """The Linear layers of experts, by their full names."""
+    return [name.rpartition(".")[0] for name in names_of(model)]
 
 
 if __name__ == "__main__":

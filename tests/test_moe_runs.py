@@ -1,6 +1,7 @@
 """Runs with experts: the same on every layout, tokens of each expert and biases exactly so."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import math
@@ -20,6 +21,7 @@ import train
 from checkpoint import load
 from metrics import logger
 from model import GPT
+from precision import amp
 from run import build
 from run.balance import Balance
 from settings import parse
@@ -447,6 +449,89 @@ def test_fp8_multiplies_in_each_expert():
     assert all(block.mlp.experts.product is None for block in model.blocks.values())
     assert "blocks.3.mlp.experts.2.fc" in state.histories
     assert not any("router" in name for name in state.histories)
+
+
+# The emulation in float64, so that equal scales are equal numbers.
+WIDE_FP8 = dataclasses.replace(amp.PRECISIONS["fp64"], fp8_blocks=True)
+# 128 tokens a rank of two, and 128 neurons: no block of 128 is cut, nor filled up with others.
+BLOCKS = ["--n_layer=2", "--n_head=2", "--head_dim=128", "--n_embd=64", "--block_size=32"]
+BLOCKS += ["--expert_width=256", "--zero_init=false", "--precision=fp8"]
+# Rows of y and dx are a token's; of dW a feature's over the tokens that one product has.
+ROWS = ["--fp8.scaling=row", "--fp8.weight_gradient=false"]
+
+
+@functools.cache
+def in_wide_fp8(layout: str, *flags: str) -> tuple[list[float], list]:
+    with mock.patch.dict(amp.PRECISIONS, fp8=WIDE_FP8):
+        return column(layout, ("SGD",), *BLOCKS, "--steps=4", "--eval_every=2", *flags)["SGD"]
+
+
+def apart(losses: list[float], expected: list[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "layout, flags",
+    [
+        ("ep 2 x tp 2", ()),
+        *(
+            pytest.param(layout, (), marks=SLOW)
+            for layout in ("ep 2", "tp 2", "zero1 x ep 2", "fsdp x ep 2")
+        ),
+        *(
+            pytest.param(layout, ROWS, marks=SLOW)
+            for layout in ("ep 4", "ep 2 x dp 2", "ep 2, full", "ep 2 x cp 2")
+        ),
+    ],
+)
+def test_experts_of_the_same_scales_in_fp8_are_one_process(layout, flags):
+    expected, steps = in_wide_fp8("one larger process", *flags)
+    losses, found = in_wide_fp8(layout, *flags)
+    assert apart(losses, expected) < 1e-10 and found == steps
+    plain, _ = in_wide_fp8("one larger process", "--precision=fp64")
+    assert apart(expected, plain) > 1e-5, "fp8 rounds nothing, so this proves nothing"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "ep 2 x dp 2",
+        *(
+            pytest.param(layout, marks=SLOW)
+            for layout in ("ep 2, full", "ep 2 x tp 2", "ep 2 x cp 2", "fsdp x ep 2", "ddp 4")
+        ),
+    ],
+)
+def test_experts_keep_amaxes_of_their_own_whoever_holds_them(tmp_path, layout):
+    """With delayed scales any split is exact, from the step on that finds a history."""
+    delayed = ["--fp8.scaling=tensor", "--fp8.delayed=true", "--schedule=constant"]
+
+    def resumed(name: str, steps: int) -> list:
+        world, flags = ALL.get(name, (1, []))
+        flags = [*EXPERTS, "--data_parallel=ddp", *BLOCKS, *delayed, *flags, f"--steps={steps}"]
+        with mock.patch.dict(amp.PRECISIONS, fp8=WIDE_FP8):
+            return run_ranks(world, runs, tmp_path / name, ("SGD",), flags, 4)[0]["SGD"]
+
+    (tmp_path / "one").mkdir()
+    text(tmp_path / "one")
+    resumed("one", 2)
+    shutil.copytree(tmp_path / "one", tmp_path / layout)
+    assert resumed(layout, 4) == resumed("one", 4)
+    traces = (trace(tmp_path / name / "SGD") for name in (layout, "one"))
+    assert apart(*traces) < 1e-10
+    found, expected = (in_all(tmp_path / name, "SGD") for name in (layout, "one"))
+    histories = [name for name in expected if name.startswith("fp8/")]
+    assert len(histories) == 2 * (4 + 4 * 2) and found.keys() == expected.keys()
+    for name in histories:
+        assert torch.equal(found[name], expected[name]) and expected[name][:4].all(), name
+
+
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=SLOW) for x in ("ep 2", "tp 2")])
+def test_spread_experts_in_fp8_are_one_process_but_for_its_rounding(layout):
+    flags = ("--precision=fp8", "--n_layer=2", "--steps=10", "--eval_every=5")
+    expected = column("one larger process", ("AdamW", "Muon"), *flags)
+    for name, (losses, _) in column(layout, ("AdamW", "Muon"), *flags).items():
+        assert 0 < apart(losses, expected[name][0]) < 0.01, name
 
 
 # ---- expert parallelism --------------------------------------------------------------------------
