@@ -14,7 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from matrix import LARGER, LAYOUTS, MODEL_PARALLEL, OPTIMIZERS, TINY, difference, text, trace
+from matrix import (
+    CUT_UP,
+    EXPERTS,
+    LARGER,
+    LAYOUTS,
+    OPTIMIZERS,
+    RECOMPUTED,
+    SIX,
+    TINY,
+    difference,
+    text,
+    trace,
+)
 
 import layers.moe
 import train
@@ -29,7 +41,6 @@ from settings.fields import with_traits
 
 CPU = torch.device("cpu")
 SLOW = pytest.mark.slow
-EXPERTS = ["--n_expert=4", "--router_z_loss=0.01", "--moe_bias_lr=0.01"]
 OTHERS = [
     "--router=sigmoid",
     "--n_shared_expert=1",
@@ -39,40 +50,7 @@ OTHERS = [
     "--normalize_gates=false",
     "--bias=true",
 ]
-RECOMPUTED = {
-    how: (1, ["--micro_batch_size=4", f"--activation_checkpoint={how}"])
-    for how in ("full", "selective", "mlp", "segments_2", "offload", "full_offload")
-} | {"zero3 2, full": (2, ["--data_parallel=zero3", "--activation_checkpoint=full"])}
-EXPERT_PARALLEL = {
-    "ep 2": (2, []),
-    "ep 4": (4, ["--ep=4"]),
-    "ep 2 x dp 2": (4, ["--micro_batch_size=1"]),
-    "ep 2, full": (2, ["--activation_checkpoint=full", "--micro_batch_size=2"]),
-    "ep 2, selective": (2, ["--activation_checkpoint=selective"]),
-    "ep 2 x tp 2": (4, ["--tp=2"]),
-    "ep 2 x tp 2 + sp": (4, ["--tp=2", "--sp=true"]),
-    "ep 2 x cp 2": (4, ["--cp=2"]),
-    "ep 2 x cp 2 ulysses": (4, ["--cp=2", "--cp_attention=ulysses"]),
-    **{
-        f"ep 2 x pp 2 {schedule}": (4, ["--pp=2", f"--pp_schedule={schedule}"])
-        for schedule in ("naive", "gpipe", "1f1b", "interleaved", "zerobubble")
-    },
-    "zero1 x ep 2": (2, ["--data_parallel=zero1"]),
-    "zero1 x ep 2 x dp 2": (4, ["--data_parallel=zero1", "--micro_batch_size=1"]),
-    "zero1 x ep 2 x tp 2": (4, ["--data_parallel=zero1", "--tp=2"]),
-    "zero1 x ep 2 x pp 2": (4, ["--data_parallel=zero1", "--pp=2"]),
-    "fsdp x ep 2": (2, ["--data_parallel=fsdp"]),
-    "fsdp x ep 2 x dp 2": (4, ["--data_parallel=fsdp", "--micro_batch_size=1"]),
-    "fsdp x ep 2, full": (4, ["--data_parallel=fsdp", "--activation_checkpoint=full"]),
-    "fsdp x ep 2 x tp 2": (4, ["--data_parallel=fsdp", "--tp=2"]),
-    "fsdp x ep 2 x cp 2": (4, ["--data_parallel=fsdp", "--cp=2"]),
-    "fsdp x ep 2 x pp 2": (4, ["--data_parallel=fsdp", "--pp=2"]),
-    "ep 2 x tp 2 x pp 2": (8, ["--tp=2", "--pp=2"]),
-}
-EXPERT_PARALLEL = {name: (n, ["--ep=2", *words]) for name, (n, words) in EXPERT_PARALLEL.items()}
-CUT_UP = MODEL_PARALLEL | EXPERT_PARALLEL
 ALL = LAYOUTS | RECOMPUTED | CUT_UP
-SIX = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "Lion")
 
 
 class Recorded(Balance):
