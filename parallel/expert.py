@@ -17,12 +17,15 @@ another, and an expert's gradient is summed over the ranks that hold it alone, 0
 (`others` of parallel/ddp.py). Tensor parallel ranks hold parts of the same experts, and each sends
 its own rows to the ranks of its own part; ranks that differ in cp hold the same experts.
 
-Bytes sent by a rank for a layer and micro-batch, n_r rows of its tokens going to rank r, C numbers
-of w bytes each, backward the same once more:
+Bytes sent by a rank for a layer and micro-batch, n_r rows of its tokens going to rank r, and m_r
+coming from there, C numbers of w bytes each:
 
-    counts      8 E (N-1)/N                        forward
-    dispatch    C w Σ_{r not itself} n_r           forward, and backward of combine
-    combine     C w x the rows that came from others    forward, and backward of dispatch
+    counts      4 E (N-1)/N             forward
+    dispatch    C w Σ_{r not me} n_r    forward, and backward of combine
+    combine     C w Σ_{r not me} m_r    forward, and backward of dispatch
+
+Activation checkpointing that repeats the forward sends its three once more: F forwards for each
+backward are F 4 E (N-1)/N + (F+1) C w Σ (n_r + m_r), with F = 2 for `full` and `selective`.
 
 How many rows each rank gets is known only when routers have chosen: the host waits for these
 numbers once a layer. A rank without rows takes part with none.

@@ -553,6 +553,49 @@ def test_the_bytes_of_all_to_alls_are_those_that_are_logged(tmp_path, flags):
     assert logged - given == sum(p.numel() * 4 for p in others.values()) + n_here
 
 
+def bytes_and_rows(rank, world, folder, flags):
+    """(bytes given to all-to-alls, bytes logged, rows for each expert (forwards, E)) of a step."""
+    rows = []
+    plain = layers.moe.MoE.choose
+
+    def choose(layer, scores):
+        chosen = plain(layer, scores)
+        rows.append(torch.bincount(chosen.flatten(), minlength=layer.n_expert).tolist())
+        return chosen
+
+    with mock.patch.object(layers.moe.MoE, "choose", choose):
+        return *counted_bytes(rank, world, folder, flags), rows
+
+
+@pytest.mark.parametrize(
+    "ranks, ep, more, repeated, width",
+    [
+        (4, 2, ["--precision=fp32", "--activation_checkpoint=full"], 2, 4),
+        pytest.param(4, 4, ["--precision=bf16"], 1, 2, marks=SLOW),
+        pytest.param(
+            2, 2, ["--precision=fp64", "--activation_checkpoint=selective"], 2, 8, marks=SLOW
+        ),
+    ],
+)
+def test_bytes_are_the_formula_of_the_counts(tmp_path, ranks, ep, more, repeated, width):
+    """repeated: forwards for each backward; width: bytes of a number that travels."""
+    text(tmp_path)
+    more = [*more, f"--ep={ep}", "--micro_batch_size=1", "--data_parallel=ddp", "--eval_every=0"]
+    found = run_ranks(ranks, bytes_and_rows, str(tmp_path), more)
+    n_layer, n_expert, n_embd = 2, 4, 16
+    forwards = n_layer * 8 // ranks * repeated
+    rows = torch.tensor([rows for _, _, rows in found])  # (ranks, forwards, E)
+    assert rows.shape == (ranks, forwards, n_expert)
+    rows = rows.view(ranks, forwards, ep, -1).sum((1, 3)) // repeated  # (from, to one of its ep)
+    for rank, (given, _, _) in enumerate(found):
+        me = rank % ep
+        sent = rows[rank].sum() - rows[rank, me]
+        received = rows[rank - me : rank - me + ep, me].sum() - rows[rank, me]
+        counts = forwards * 4 * n_expert * (ep - 1) // ep
+        assert given == counts + (repeated + 1) * (sent + received) * n_embd * width, rank
+    assert len({int(x) for x in rows.flatten()}) > ep, "loads are even, so this proves less"
+
+
 def few_tokens(rank, world, folder, flags):
     return rows_of(folder, *flags)
 
