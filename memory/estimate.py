@@ -387,7 +387,7 @@ class Case:
     loss_chunk: int | None  # tokens whose logits are there at once; None: all
     inside: float  # bytes of activations that are not there yet at the loss
 
-    @property
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         return {name: math.prod(shape) for name, (_, shape) in self.shapes.items()}
 
@@ -426,8 +426,13 @@ class Case:
         return max(1, self.n // self.ep) if is_expert(name) else self.n
 
     def place(self, name: str, rank: int) -> int:
-        """This rank's place among the parameter's holders."""
+        """This rank's place among the holders of its parameter of this name."""
         return rank // self.ep if is_expert(name) else rank
+
+    def ranks_at(self, name: str, place: int) -> range:
+        """The ranks in this place, of all that have a parameter of this name."""
+        size = self.ep if is_expert(name) else 1
+        return range(place * size, place * size + size)
 
     @property
     def head(self) -> tuple[int, ...]:
@@ -654,14 +659,14 @@ def held_by_rank(c: Case) -> list[tuple[float, float, float]]:
             weights_of_all += its_weights
             state_of_all += its_state
             continue
-        for rank in range(c.n):
-            if c.place(name, rank) in ranks:
-                weights[rank] += its_weights
-                state[rank] += its_state
-    return [
-        held_bytes(c, weights_of_all + weights[rank], state_of_all + state[rank])
-        for rank in range(c.n)
-    ]
+        for rank in itertools.chain(*(c.ranks_at(name, place) for place in ranks)):
+            weights[rank] += its_weights
+            state[rank] += its_state
+    # Of thousands of ranks most step equally much.
+    held = {}
+    for pair in {*zip(weights, state)}:
+        held[pair] = held_bytes(c, weights_of_all + pair[0], state_of_all + pair[1])
+    return [held[pair] for pair in zip(weights, state)]
 
 
 def held_bytes(c: Case, weights: float, state: float) -> tuple[float, float, float]:
@@ -1300,7 +1305,7 @@ def check_experts(s: dict) -> None:
     """Raises ValueError for flags of experts that do not fit the model."""
     if s["n_expert"] is None:
         for name in (*OF_EXPERTS, "ep"):
-            if s[name] != DEFAULTS[name]:
+            if s.get(name, DEFAULTS[name]) != DEFAULTS[name]:
                 raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
         return
     if s["params"] is not None:

@@ -36,7 +36,7 @@ def published():
 
     def pipe(tp, pp, chunks, again, size):
         schedule = "interleaved" if chunks > 1 else "1f1b"  # scatter/gather sends 1/tp, as sp does
-        return Layout(tp, tp > 1, 1, pp, schedule, chunks, "ddp", True, again, size)
+        return Layout(tp, tp > 1, 1, pp, 1, schedule, chunks, "ddp", True, again, size)
 
     # SC21: Narayanan et al. 2021 (2104.04473), table 1; micro-batches, chunks: the authors' script
     # for it
@@ -107,7 +107,7 @@ def published():
         (16384, 16, 131072, 128, 380),
     ]:
         m = Model(126, 16384, 128, 8, 128256, length, 9.75)
-        x = Layout(8, True, cp, 16, "interleaved", 8, "fsdp", False)
+        x = Layout(8, True, cp, 16, 1, "interleaved", 8, "fsdp", False)
         rows.append(
             (f"L3 {gpus} cp{cp}", m, Cluster(gpus, *GPUS["H100"]), x, batch, 0.5, tflops / 989.5)
         )
