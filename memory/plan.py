@@ -3,6 +3,7 @@
     python -m memory.plan --params=70B --gpus=512     # A100s, 4 Mi tokens a step
     python -m memory.plan --n_layer=126 --n_embd=16384 --n_head=128 --gpus=8192 --gpu=H100
     python -m memory.plan --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512
+    python -m memory.plan --n_layer=16 --n_embd=1024 --n_expert=16 --gpus=8    # with experts
     python -m memory.plan runs                        # what the course texts claim
 
 memory/estimate.py predicts the memory of the fullest stage, with AdamW. tp divides weights,
@@ -15,15 +16,18 @@ bytes of the rank's weights and gradients, L its layers:
     tp   m L (4 + 2r) 2 (tp-1)/tp 2tC       dp   (n-1)/n x   ddp 2G, zero1 G + W, fsdp G + 2mW
     cp   m L (3 + r) (cp-1) 4t C_kv/tp                       (kept: G + W)
     pp   m 2 chunks tC bytes(hidden), with sp 1/tp
+    ep   m L_E ((4 + 2r) 2 k t C + (1 + r) 8 E) (ep-1)/ep, of L_E layers with E experts, k of a
+         token: parallel/expert.py where loads are even. An expert's W and G count (n-ep)/n
 
 Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
 
     one      compute + tp + cp + pp traffic of the slowest stage, none of it overlapped
     compute  FLOPs / peak x (LIMIT + peak/memory bandwidth x (1/t + tp/C + PASSES/C)): a roofline
              whose two times add, of matmuls t x C by C x C/tp, and of PASSES readings of the hidden
-             states beside them
+             states beside them. Of experts t is the rows of one, k t ep/E, and C the width, if less
     FLOPs    3 + r forwards; attention is counted half where a kernel skips what is masked, as ours
-    traffic  bytes / (REACHED x the link's bandwidth); within a node it is the node's
+    traffic  bytes / (REACHED x the link's bandwidth); within a node it is the node's. Of ep's
+             bytes those to ranks of the same node
     overlap  gradients go while the last backward computes (2/3 of one), fsdp's gathers all the
              time: of the shorter of the two the share HIDDEN is saved; zero1's gather is not
     bubble   1f1b (pp-1)/m; interleaved (pp-1)/(m chunks); zero-bubble H1 (1+r)/(3+r) of 1f1b's
@@ -50,6 +54,30 @@ SC21 is Narayanan et al. 2021 (2104.04473), table 1; Z3 and PTD its table 2; K22
 its 44 to 52 % of peak is HFU, 3/4 of it is above. L3 cp16 has sequences of 131072 tokens and half
 of attention is counted here; all of it, as PaLM does, would make 0.57 of the same step. Its report
 does not say which.
+
+Runs with experts, to which nothing was fitted. Published MFU, predicted, ratio, and the ratio if
+links cost no time:
+
+    DS-V3 fp8       0.224 0.104 0.47 1.24
+    DS-V3 bf16      0.448 0.183 0.41 0.91
+    MPF 8x22B       0.463 0.397 0.86 1.03
+    MPF 8x22B G8T8  0.171 0.119 0.69 1.97
+    MPF 57B-A14B    0.353 0.275 0.78 0.96
+
+DS-V3 is DeepSeek-V3 (2412.19437): 180K H800 hours for 1T tokens, 1543 a second on each of 2048;
+16 stages, 64-way ep over 8 nodes, ZeRO-1, 15360 sequences of 4096 tokens. Only products are in FP8,
+so it is here over FP8's peak, and over bfloat16's. What differs from our prediction: DualPipe hides
+all its messages, as in the last column (our schedule is zero-bubble). A token goes to at most 4
+nodes, in FP8; we send 8 rows in bfloat16. A layer of multi-latent attention has 187M weights; 128
+heads with one head of keys have 237M, and with fewer FLOPs in the scores 5 % more in all. Its first
+three layers are dense, as wide as 9 experts: with experts they have the same FLOPs, and the model
+5 % more weights. The head for the second next token is left out. Published MFU is that of our
+stand-in at the published tokens a second.
+
+MPF is Liu et al. 2025 (2504.14960), table 3: MCore without folding (so ep is inside dp, as ours) on
+H100s, 256 sequences of 4096 tokens in bfloat16. Micro-batches of 1, and a layer a chunk, are our
+reading. It drops tokens beyond an expert's even share. Each tensor parallel rank of ours sends all
+rows, where with sequence parallelism 1/tp would do: twice the messages here.
 
 Neighbours: memory/estimate.py, memory/flags.py, optim/adamw.py, optim/attributes.py, optim/muon.py,
 parallel/replicas.py, precision/amp.py
