@@ -817,7 +817,7 @@ def table(s: dict) -> str:
     """The best plans, and what to type for the first. Raises ValueError."""
     m, c, batch = requested(s)
     found = plans(m, c, batch, s["precision"])
-    active = f", {m.active / 1e9:.4g}e9 of them active," if m.experts else ""
+    active = f", {m.active / 1e9:.4g}e9 of them active" if m.experts else ""
     lines = [
         f"{m.parameters / 1e9:.4g}e9 parameters{active} (n_layer={m.n_layer} n_embd={m.n_embd}"
         f" n_head={m.n_head} n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW,"
