@@ -68,7 +68,7 @@ are added or sent. FP8's experts hold up to a tenth more than is predicted.
 With --ep=N in ddp, zero1 and fsdp a rank has E/N of the experts: their weights, gradients and state
 are a share, which zero1 and fsdp deal out to the n/N ranks that hold the same ones. Loads are taken
 as even: the rank's experts get R rows as before, but from all N, so it keeps p R h more (they are
-computed nowhere here), and has p R h more in backward.
+computed nowhere here), and has p R h more in backward, 2 p R h where a block is computed again.
 
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
 parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
@@ -1161,10 +1161,11 @@ def with_experts(
     cast = number * C if has_copies(row) else 0
     inside = inside_experts(residual, cast, number, rows * width, rows * C, shared, n_kept)
     inside = max(dense.inside + (n_kept + 1) * narrower, inside)
-    if experts.ep > 1:
-        # Rows that came from others are computed by nobody here again, and their gradients travel.
-        more += number * rows * C
-        inside += number * rows * C
+    # Rows that came from others are computed by nobody here again; they, or their gradients, are
+    # there once more where they arrive.
+    travelling = number * rows * C if experts.ep > 1 else 0
+    more += travelling
+    inside += travelling
     # The activation's forward, beside norm(x), its gradient, and casts.
     forward = 2 * number * rows * width + 2 * residual + 2 * cast
     return LayerBytes(
@@ -1174,7 +1175,7 @@ def with_experts(
         mlp=dense.mlp,
         selective=selective,
         inside=inside,
-        inside_again=max(inside, forward),
+        inside_again=max(inside, forward) + travelling,
         # Nobody forgets the rows there.
         inside_mlp=inside + number * rows * C + residual + cast,
     )
