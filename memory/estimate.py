@@ -525,13 +525,15 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
-def shapes_here(shapes: Shapes, ep: int) -> Shapes:
-    """Those of a rank that holds one of `ep` equal shares of the experts.
+def shapes_here(shapes: Shapes, world: int, ep: int) -> Shapes:
+    """Those of a rank, of `world`, that holds one of `ep` equal shares of the experts.
 
-    Raises ValueError where there are no experts, or ep does not divide them.
+    Raises ValueError where there are no experts, or ep does not divide them, or the ranks.
     """
     if ep == 1:
         return shapes
+    if world % ep:
+        raise ValueError(f"ep={ep} must divide the {world} ranks, which share the experts out")
     numbers = {
         name: int(name.split(".experts.")[1].split(".")[0]) for name in shapes if is_expert(name)
     }
@@ -598,8 +600,6 @@ def bytes_per_rank(
         raise ValueError(
             f"ep={ep} needs layout=ddp, zero1 or fsdp, without fsdp_shard, offload, offload_params"
         )
-    if world % ep:
-        raise ValueError(f"ep={ep} must divide the {world} ranks, which share the experts out")
     # DDP shares out nothing, hybrid FSDP shards over some of the ranks, all others over all.
     n = world
     if layout == "ddp":
@@ -607,7 +607,7 @@ def bytes_per_rank(
     elif layout == "fsdp" and fsdp_shard:
         n = fsdp_shard
     c = Case(
-        shapes_here(shapes, ep),
+        shapes_here(shapes, world, ep),
         optimizer,
         options,
         layout,
