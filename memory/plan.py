@@ -16,7 +16,7 @@ bytes of the rank's weights and gradients, L its layers:
     tp   m L (4 + 2r) 2 (tp-1)/tp 2tC       dp   (n-1)/n x   ddp 2G, zero1 G + W, fsdp G + 2mW
     cp   m L (3 + r) (cp-1) 4t C_kv/tp                       (kept: G + W)
     pp   m 2 chunks tC bytes(hidden), with sp 1/tp
-    ep   m L_E ((4 + 2r) 2 k t C + (1 + r) 8 E) (ep-1)/ep, of L_E layers with E experts, k of a
+    ep   m L_E ((4 + 2r) 2 k t C + (1 + r) 4 E) (ep-1)/ep, of L_E layers with E experts, k of a
          token: parallel/expert.py where loads are even. An expert's W and G count (n-ep)/n
 
 Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
@@ -553,7 +553,7 @@ def sent_bytes(m: Model, c: Cluster, x: Layout, tokens: float, weight: int) -> d
         sent["pp"] = 2 * x.pp_chunks * tokens * C * weight / (x.tp if x.sp else 1)
     if x.ep > 1:
         rows = (4 + 2 * again) * m.experts.n_expert_active * tokens * C * 2
-        counts = (1 + again) * 8 * m.experts.n_expert
+        counts = (1 + again) * 4 * m.experts.n_expert
         both = m.split(here)[1] * (rows + counts)
         # Of an ep group's ranks some are on this node, and each gets an equal share.
         on_node = min(x.ep, max(1, c.gpus_per_node // (x.tp * x.cp)))

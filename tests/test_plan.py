@@ -388,9 +388,9 @@ def test_experts_rows_travel_as_parallel_expert_counts_them():
         return found
 
     rows = 2 * k * t * C
-    expected = 3 * L * (4 * rows + 8 * E) / 2
+    expected = 3 * L * (4 * rows + 4 * E) / 2
     assert sent(2, 2) == [pytest.approx(expected), 0]
-    assert sent(2, 2, again=1)[0] == pytest.approx(3 * L * (6 * rows + 2 * 8 * E) / 2)
+    assert sent(2, 2, again=1)[0] == pytest.approx(3 * L * (6 * rows + 2 * 4 * E) / 2)
     # Two nodes, all of whose ranks share the experts out: 7 of 15 others are near.
     m = replace(SPARSE, experts=replace(SPARSE.experts, n_expert=16))
     near, far = (
@@ -405,7 +405,7 @@ def test_experts_rows_travel_as_parallel_expert_counts_them():
         plan.sent_bytes(SPARSE, Cluster(32), Layout(tp=4, ep=8), t, 4)[k]
         for k in ("ep", "ep others")
     )
-    assert far == pytest.approx(6 * near) == pytest.approx(L * (4 * rows + 8 * E) * 6 / 8)
+    assert far == pytest.approx(6 * near) == pytest.approx(L * (4 * rows + 4 * E) * 6 / 8)
 
 
 def test_an_experts_gradients_are_summed_over_those_that_hold_it():
