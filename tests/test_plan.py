@@ -397,8 +397,8 @@ def test_experts_rows_travel_as_parallel_expert_counts_them():
         plan.sent_bytes(m, Cluster(16), Layout(ep=16), t, 4)[k] for k in ("ep", "ep others")
     )
     assert (near, far) == (
-        pytest.approx(L * (4 * rows + 8 * 16) * 7 / 16),
-        pytest.approx(L * (4 * rows + 8 * 16) * 8 / 16),
+        pytest.approx(L * (4 * rows + 4 * 16) * 7 / 16),
+        pytest.approx(L * (4 * rows + 4 * 16) * 8 / 16),
     )
     # With tp 4 only two of an ep group's ranks are in a node.
     near, far = (
