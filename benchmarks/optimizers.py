@@ -116,6 +116,11 @@ ROWS = {  # name: (tensors, ours, the peers)
         one("optim.adam_l2.AdamL2", **DECAY),
         some("torch.optim.Adam", *ALL, **DECAY),
     ),
+    "ademamix": (
+        "all",
+        one("optim.ademamix.AdEMAMix", **DECAY),
+        [*some(PO + "AdEMAMix", *BOTH, **DECAY), one(HB + "AdEMAMix", *EAGER, **DECAY)],
+    ),
     "adafactor": (
         "all",
         one("optim.adafactor.Adafactor"),
@@ -201,6 +206,7 @@ STATE = {
     "sgd": (4, 0),
     "adamw": (8, 0),
     "adaml2": (8, 0),
+    "ademamix": (12, 0),
     "lion": (4, 0),
     "lars": (4, 0),
     "lamb": (8, 0),

@@ -37,6 +37,12 @@ OPTIMIZERS = {  # what train.py gets for each
     "SGD": ["--optim=sgd", "--opt.momentum=0.9"],
     "AdamW": ["--optim=adamw"],
     "AdamL2": ["--optim=adam_l2", "--weight_decay=0.01"],
+    "AdEMAMix": [
+        "--optim=ademamix",
+        "--opt.alpha=8",
+        "--opt.alpha_warmup=10",
+        "--opt.beta3_warmup=10",
+    ],
     "Adafactor": ["--optim=adafactor"],
     "Lion": ["--optim=lion"],
     "LARS": ["--optim=lars"],

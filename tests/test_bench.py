@@ -26,6 +26,7 @@ WORDS = {  # row: the docstring's words for what optimizers.STATE holds
     "lars": "4 bytes a parameter with momentum",
     "adamw": "8 bytes a parameter",
     "adaml2": "8 bytes a parameter",
+    "ademamix": "12 bytes a parameter",
     "lamb": "8 bytes a parameter",
     "lion": "4 bytes a parameter",
     "muon": "4 bytes a parameter",

@@ -29,7 +29,7 @@ import torch
 from test_optim_contract import CASES
 from torch.optim import lr_scheduler
 
-from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, sgd, shampoo, soap
+from optim import adafactor, adam_l2, adamw, ademamix, lamb, lars, lion, muon, sgd, shampoo, soap
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 SEQUENCES = int(os.environ.get("PARTNERS_FUZZ", "25"))
@@ -67,6 +67,11 @@ def options_of(cls: type, r: random.Random) -> dict:
         sgd.SGD: r.choice([{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]),
         adamw.AdamW: {"betas": betas, "fused": r.random() < 0.3},
         adam_l2.AdamL2: {"betas": betas},
+        ademamix.AdEMAMix: {
+            "betas": (*betas, 0.9999),
+            "alpha_warmup": r.choice([None, 4]),
+            "beta3_warmup": r.choice([None, 9]),
+        },
         adafactor.Adafactor: {
             "beta1": r.choice([None, 0.9]),
             "eps": r.choice([(1e-30, 1e-3), [None, 1e-3]]),

@@ -438,6 +438,7 @@ def test_options_fit_the_configs_check_of_signatures():
 OPTIMIZERS = [
     "sgd.SGD",
     "adamw.AdamW",
+    "ademamix.AdEMAMix",
     "muon.Muon",
     "soap.SOAP",
     "shampoo.Shampoo",

@@ -24,6 +24,7 @@ CLASSES = [
     "sgd",
     "adamw",
     "adam_l2",
+    "ademamix",
     "adafactor",
     "lion",
     "lars",

@@ -30,6 +30,7 @@ OURS = {  # name in the table: (--optim=, its options)
     "Lion": ("lion", {}),
     "SGD": ("sgd", {"momentum": 0.9}),
     "AdamL2": ("adam_l2", {}),
+    "AdEMAMix": ("ademamix", {}),
     "Adafactor": ("adafactor", {}),
     "LAMB": ("lamb", {}),
     "LARS": ("lars", {}),
