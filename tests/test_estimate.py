@@ -39,6 +39,7 @@ from optim import (
     adafactor,
     adam_l2,
     adamw,
+    kl_soap,
     lamb,
     lars,
     lion,
@@ -72,6 +73,7 @@ CLASSES = {
     "muon": muon.Muon,
     "shampoo": shampoo.Shampoo,
     "soap": soap.SOAP,
+    "kl_soap": kl_soap.KLSOAP,
     "schedule_free": schedule_free.AdamWScheduleFree,
     "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree,
 }
@@ -267,6 +269,8 @@ OPTIONS = [
     ("soap", {}),
     ("soap", dict(max_precond_dim=8)),
     ("soap", dict(precondition_1d=True)),
+    ("kl_soap", {}),
+    ("kl_soap", dict(max_precond_dim=8)),
 ]
 OPTIONS += [(name, {}) for name in CLASSES if name not in dict(OPTIONS)]
 
