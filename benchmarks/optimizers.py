@@ -9,8 +9,9 @@ the candidates take turns for some rounds (A B C A B C), and a build gives each 
 as other processes only ever add time. Milliseconds are medians over builds, the ratio ours/peer
 too, with its smallest and largest value over builds in brackets. A peer 1.6 times slower than the
 fastest in the first build is not built again. Every step has a new lr, as under a schedule, and a
-new gradient, both outside the time. Shampoo and SOAP: means over ten steps, one of which refreshes
-the preconditioners.
+new gradient, both outside the time. Shampoo, SOAP and KL-SOAP: means over ten steps, one of which
+refreshes the preconditioners. KL-SOAP's peer is its authors' kl_opt.py, if PYTHONPATH has it;
+TORCHDYNAMO_DISABLE=1 makes it eager.
 --beside: the only peer is the class of another checkout's optim/. --model: on all matrices of a
 model, that of `python train.py`, GPT-2 124M, or two layers of width 512; Muon has the two tables
 outside of the blocks in an AdamW group.
@@ -149,6 +150,11 @@ ROWS = {  # name: (tensors, ours, the peers)
         one("optim.soap.SOAP"),
         [one(PO + "SOAP"), one(HB + "SOAP", *EAGER, **OURS, use_precond_schedule=False)],
     ),
+    "klsoap": (
+        "block",
+        one("optim.kl_soap.KLSOAP"),
+        [one("kl_opt.KLOpt", using_klsoap=True, cast_dtype=torch.float32)],
+    ),
     "muon": (
         "hidden",
         one("optim.muon.Muon", **DECAY),
@@ -216,6 +222,7 @@ STATE = {
     "adafactor": (0, lambda n: 4 * n),
     "shampoo": (8, lambda n: 8 * n * n),
     "soap": (8, lambda n: 8 * n * n),
+    "klsoap": (8, lambda n: 8 * n * n + 4 * n),
 }
 
 

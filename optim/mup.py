@@ -15,7 +15,9 @@ counts twice):
 Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of
 each output grows with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm
 sqrt(rows/cols) at any width: nothing to correct; with adjust_lr_fn='match_rms_adamw' it grows with
-sqrt(m), and lr falls as 1/sqrt(m). Initial std, output and attention scaling belong to the model
+sqrt(m), and lr falls as 1/sqrt(m). So it does for KL-SOAP, whose entries are Adam's in a rotated
+basis, where they line up with no input; its head's lr grows with sqrt(m), as the outputs' 1/m
+expects sums that grow with m. Initial std, output and attention scaling belong to the model
 (`GPTConfig.mup_base_width`); a tied head keeps the embedding's lr.
 
 The widths inside a block grow with it: n_head head_dim and, where they are given, mlp_width.
@@ -53,6 +55,9 @@ def lr_multipliers(
     # Adam removes the gradient's 1/m, so in a matrix the sum over the fan-in grows with m.
     if rule == "adam":
         matrix = 1 / m
+    # Adam's entries in a rotated basis line up with no input: a sum over them grows with sqrt(m).
+    elif rule == "soap":
+        return {"embedding": 1.0, "matrix": m**-0.5, "head": m**0.5, "scalar": 1.0}
     elif rule == "muon":
         matrix = m**-0.5 if adjust_lr_fn == "match_rms_adamw" else 1.0
     else:

@@ -7,8 +7,9 @@
     python tests/matrix.py --part=experts    with one, and six of the optimizers
 
 The runs are train.py's own, on forked processes with gloo, with micro-batches, dropout and
-clipping. What a method itself magnifies without bound is run where it does not: SOAP with eps 1e-2
-and lr 1e-3, Shampoo with eps 1e-4 (SOAP as it is: tests/test_matrix.py, in lock step).
+clipping. What a method itself magnifies without bound is run where it does not: SOAP and KL-SOAP
+with eps 1e-2 and lr 1e-3, Shampoo with eps 1e-4 (those two as they are: tests/test_matrix.py, in
+lock step).
 """
 
 import contextlib
@@ -49,10 +50,13 @@ OPTIMIZERS = {  # what train.py gets for each
     "LAMB": ["--optim=lamb"],
     "Shampoo": ["--optim=shampoo", "--opt.eps=1e-4", "--opt.precondition_frequency=3"],
     "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
+    "KL-SOAP": ["--optim=kl_soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "Muon": ["--optim=muon"],
     "AdamW Schedule-Free": ["--optim=schedule_free"],
     "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
 }
+# The allowed relative difference from one process, where it is not 1e-10.
+TOLERANCES = {"SOAP": 1e-4, "KL-SOAP": 1e-4}
 LAYOUTS = {  # name: ranks, flags
     "4 micro-batches": (1, ["--micro_batch_size=2"]),
     "ddp 2": (2, []),

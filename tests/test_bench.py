@@ -33,6 +33,7 @@ WORDS = {  # row: the docstring's words for what optimizers.STATE holds
     "adafactor": "4·(rows + cols) bytes a matrix, 4 bytes an element of a vector",
     "shampoo": "8(a² + b²) bytes for L and P, 4ab for m, 4ab for v",
     "soap": "8(a² + b²) bytes for GG and Q, 8ab for m′ and v",
+    "klsoap": "8(a² + b²) bytes for GG and Q, 4(a + b) for λ, 8ab for m′ and v",
     "adamwschedulefree": "8 bytes a parameter for AdamW, 4 for SGD",
     "sgdschedulefree": "8 bytes a parameter for AdamW, 4 for SGD",
 }

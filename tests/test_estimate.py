@@ -40,6 +40,7 @@ from optim import (
     adam_l2,
     adamw,
     ademamix,
+    kl_soap,
     lamb,
     lars,
     lion,
@@ -76,6 +77,7 @@ CLASSES = {
     "muon": muon.Muon,
     "shampoo": shampoo.Shampoo,
     "soap": soap.SOAP,
+    "kl_soap": kl_soap.KLSOAP,
     "schedule_free": schedule_free.AdamWScheduleFree,
     "schedule_free.SGDScheduleFree": schedule_free.SGDScheduleFree,
 }
@@ -315,6 +317,8 @@ OPTIONS = [
     ("soap", {}),
     ("soap", dict(max_precond_dim=8)),
     ("soap", dict(precondition_1d=True)),
+    ("kl_soap", {}),
+    ("kl_soap", dict(max_precond_dim=8)),
 ]
 OPTIONS += [(name, {}) for name in CLASSES if name not in dict(OPTIONS)]
 

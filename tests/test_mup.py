@@ -9,6 +9,7 @@ from model import GPT, GPTConfig
 from optim import mup, param_groups
 from optim.adamw import AdamW
 from optim.attributes import own_classes
+from optim.kl_soap import KLSOAP
 from optim.lamb import LAMB
 from optim.lion import Lion
 from optim.muon import Muon
@@ -19,7 +20,9 @@ RUNS = {
     "lion": (Lion, 0.003, {}),
     "sgd": (SGD, 0.3, {}),
     "muon": (Muon, 0.05, {"ns_dtype": "float32"}),
+    "kl_soap": (KLSOAP, 0.01, {}),
 }
+EACH = [pytest.param(x, marks=[pytest.mark.slow] * (x == "kl_soap")) for x in RUNS]
 WIDTHS = (32, 64, 128, 256)
 
 
@@ -61,7 +64,7 @@ def growth(name: str, on: bool, **traits) -> dict[str, float]:
     return {k: last[k] / first[k] for k in first}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", EACH)
 def test_under_mup_the_change_does_not_depend_on_the_width(name):
     for what, factor in growth(name, on=True).items():
         assert 0.5 < factor < 2, (what, factor)
@@ -73,7 +76,7 @@ def test_with_a_gate_and_heads_of_their_own_width_too(name):
         assert 0.5 < factor < 2, (what, factor)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", EACH)
 def test_without_it_the_change_grows_with_the_width(name):
     assert growth(name, on=False)["logits"] > 2.5
 
@@ -88,6 +91,12 @@ def test_the_rules_are_the_papers_table():
     }
     assert mup.lr_multipliers(Muon, 512, 64)["matrix"] == 1
     assert mup.lr_multipliers(Muon, 1024, 64, adjust_lr_fn="match_rms_adamw")["matrix"] == 1 / 4
+    assert mup.lr_multipliers(KLSOAP, 1024, 64) == {
+        "embedding": 1,
+        "matrix": 1 / 4,
+        "head": 4,
+        "scalar": 1,
+    }
     rules = {name: cls for name, cls in own_classes().items() if cls.mup_rule is not None}
     assert set(own_classes()) - set(rules) == {"adafactor", "lamb", "lars", "shampoo"}
     for cls in rules.values():

@@ -19,6 +19,7 @@ from optim import (
     adam_l2,
     adamw,
     ademamix,
+    kl_soap,
     lamb,
     lars,
     lion,
@@ -55,6 +56,11 @@ CASES = {
         8 * (256 + 64) + 8 * 128,
     ),
     soap.SOAP: ({"precondition_frequency": 3}, 0.1, 8 * (256 + 64) + 8 * 128),
+    kl_soap.KLSOAP: (
+        {"precondition_frequency": 3},
+        0.1,
+        8 * (256 + 64) + 4 * (16 + 8) + 8 * 128,
+    ),
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
     schedule_free.AdamWScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.1, 8 * 128),
     schedule_free.SGDScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.3, 4 * 128),
@@ -700,7 +706,7 @@ def test_muon_in_bfloat16_never_blows_up_on_gradients_of_low_rank(ns, steps_, de
                 assert torch.linalg.matrix_norm(x, 2) < 1.3
 
 
-@pytest.mark.parametrize("cls, first", [(shampoo.Shampoo, 0), (soap.SOAP, 1)])
+@pytest.mark.parametrize("cls, first", [(shampoo.Shampoo, 0), (soap.SOAP, 1), (kl_soap.KLSOAP, 1)])
 def test_matrix_optimizers_move_between_refreshes_too(cls, first):
     w = parameters(shapes=((4, 4),))[0]
     optimizer = cls([w], precondition_frequency=100)
@@ -719,7 +725,8 @@ def test_lamb_corrects_the_moments_and_not_the_learning_rate():
 
 
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
-    for cls in muon.Muon, shampoo.Shampoo, soap.SOAP, adafactor.Adafactor, lars.LARS, lamb.LAMB:
+    whole = muon.Muon, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
+    for cls in *whole, adafactor.Adafactor, lars.LARS, lamb.LAMB:
         assert (
             not cls.elementwise
         )  # parallel/sharded_optimizer.py must bring whole parameters to these

@@ -30,6 +30,7 @@ from test_optim_contract import CASES
 from torch.optim import lr_scheduler
 
 from optim import adafactor, adam_l2, adamw, ademamix, lamb, lars, lion, muon, sgd, shampoo, soap
+from optim import adafactor, adam_l2, adamw, kl_soap, lamb, lars, lion, muon, sgd, shampoo, soap
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 SEQUENCES = int(os.environ.get("PARTNERS_FUZZ", "25"))
@@ -92,6 +93,7 @@ def options_of(cls: type, r: random.Random) -> dict:
             "normalize_grads": r.random() < 0.3,
             "correct_bias": r.random() < 0.7,
         },
+        kl_soap.KLSOAP: {"betas": betas, "precondition_frequency": r.choice([2, 3])},
         muon.Muon: {
             "nesterov": r.random() < 0.7,
             "normuon_beta2": r.choice([None, 0.95]),

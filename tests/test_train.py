@@ -31,6 +31,7 @@ CLASSES = [
     "lamb",
     "shampoo",
     "soap",
+    "kl_soap",
     "muon",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
