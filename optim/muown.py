@@ -14,8 +14,8 @@
     μ `momentum`   β `betas`   ε `eps`   λ `weight_decay`
 
 Lion, Hübler et al. 2026-05-11 (arXiv 2605.10797): without decay the lengths of the rows, and so the
-spectral norm, drift up under Muon. v moves at right angles to itself, so that ‖v‖ grows and the
-rows turn ever more slowly (2606.23637).
+spectral norm, drift up under Muon. ∂v stands at right angles to v, so that ‖v‖ grows and the rows
+turn ever more slowly (2606.23637).
 
 What we changed: g is read off the rows in every step. The authors keep it, and undo with the next
 step what scales weights from outside (a hook, optim/qk_clip.py). A row of zeros, 0/0 in their code,

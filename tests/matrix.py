@@ -42,6 +42,7 @@ OPTIMIZERS = {  # what train.py gets for each
     "Shampoo": ["--optim=shampoo", "--opt.eps=1e-4", "--opt.precondition_frequency=3"],
     "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "Muon": ["--optim=muon"],
+    "Muown": ["--optim=muown"],
     "AdamW Schedule-Free": ["--optim=schedule_free"],
     "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
 }

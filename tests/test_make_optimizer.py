@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from optim.adamw import AdamW
+from optim.attributes import attribute
 from optim.lamb import LAMB
 from optim.muon import Muon
 from optim.schedule_free import AdamWScheduleFree
@@ -66,7 +67,7 @@ def sharded() -> Net:
 
 
 def groups_of(cls, model: nn.Module):
-    if cls is not Muon:
+    if not attribute(cls, "matrices_only"):
         return model.parameters()
     matrices, vectors = (
         [p for p in model.parameters() if (p.ndim > 1) is yes] for yes in (True, False)

@@ -439,6 +439,7 @@ OPTIMIZERS = [
     "sgd.SGD",
     "adamw.AdamW",
     "muon.Muon",
+    "muown.Muown",
     "soap.SOAP",
     "shampoo.Shampoo",
     "adafactor.Adafactor",

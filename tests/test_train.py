@@ -31,6 +31,7 @@ CLASSES = [
     "shampoo",
     "soap",
     "muon",
+    "muown",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
 ]
