@@ -106,7 +106,7 @@ class Muown(torch.optim.Optimizer):
     # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs whole matrices; its AdamW groups alone are elementwise
     matrices_only: bool = True  # everything else belongs in a group with use_muon=False
-    zero_init: bool = True  # projections and head may start at 0
+    zero_init: bool = False  # rows of zeros grow by no more than lr a step
     heavy_step: bool = True  # Newton-Schulz, too much for every replica to repeat
     mup_rule: str | None = None  # one lr for two variables, which scale differently
 

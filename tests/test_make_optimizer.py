@@ -398,7 +398,7 @@ def grown(rank, world, cls):
     model = sharded()
     named = list(model.named_parameters())
     first, late = ([(n, p) for n, p in named if n.startswith(k)] for k in "ab")
-    if cls is Muon:
+    if attribute(cls, "matrices_only"):
         first, late = ([(n, p) for n, p in part if p.ndim > 1] for part in (first, late))
     optimizer = make_optimizer(cls, first, **OPTIONS[cls])
     getattr(optimizer, "train", lambda: None)()
