@@ -19,17 +19,17 @@ turn ever more slowly (2606.23637).
 
 What we changed: g is read off the rows in every step. The authors keep it, and undo with the next
 step what scales weights from outside (a hook, optim/qk_clip.py). A row of zeros, 0/0 in their code,
-starts at length 1e-12, in the direction of its first step. A matrix of three times as many rows as
-columns they cut into q, k and v; here it is one.
+starts at length 1e-12, in the direction of its first step; matrices of 3n × n they cut in three.
 
-lr is in AdamW's units: a step of v has RMS .2·lr, one of g is about lr. SWEEP
-No μP rule: one lr serves v, whose best falls as 1/√width, and g, whose best stays.
+lr is in AdamW's units: a step of v has RMS .2·lr, one of g is about lr. The default is the best of
+.01, .02, .04 on a small train.py (150 steps: 1.937, 1.921, 1.972); the authors' long runs took 1e-3
+to 3e-3. No μP rule: one lr serves v, whose best falls as 1/√width, and g, whose best stays.
 State: 4 bytes a parameter and 12 a row, 8 a parameter in AdamW groups; doubled for float64.
 
 Embeddings, head and vectors go into groups of the same object that take AdamW:
     Muown([{"params": matrices}, {"params": others, "use_muon": False, "lr": 3e-4}])
-Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups) and fully_shard (by
-make_optimizer of parallel/sharded_optimizer.py); all partners: docs/partners.md.
+Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), and fully_shard by
+make_optimizer of parallel/sharded_optimizer.py; all partners: docs/partners.md.
 
 Example:
     import torch
@@ -118,7 +118,7 @@ class Muown(torch.optim.Optimizer):
     def __init__(
         self,
         params,
-        lr: float = 3e-3,
+        lr: float = 0.02,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -191,8 +191,7 @@ class Muown(torch.optim.Optimizer):
                 p.copy_(work.view(p.shape))
 
     def _adamw(self, group: dict, ps: list, works: list) -> None:
-        # OneCycleLR moves `momentum`, which means β₁ here. `cycled` is the value that went into
-        # betas last, so that betas set by hand stay until the scheduler moves again.
+        # OneCycleLR moves `momentum`, here β₁; betas set by hand stay until it moves again.
         if "max_momentum" in group and group.get("cycled") != group["momentum"]:
             group["betas"] = (group["momentum"], group["betas"][1])
             group["cycled"] = group["momentum"]

@@ -581,8 +581,8 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 `tests/test_partners_fuzz.py` mixes the tools at random.
 
 - Schedulers: lr and momentum by hand, as torch's SGD gets them. OneCycleLR moves `momentum`, or
-  `betas[0]` where there is none; in Muon and Muown `momentum` of matrices, `betas[0]` of other
-  groups. The evaluated weights of Schedule-Free are the mean of all z, written out.
+  `betas[0]` where there is none; in Muon and its kind `momentum` of matrices, `betas[0]` of
+  other groups. The evaluated weights of Schedule-Free are the mean of all z, written out.
 - GradScaler: unscale, clip, two steps that overflow and are skipped.
 - autocast: the step inside it, gradients given, in float64 and in float32, where not a bit differs.
 - torch.compile: the step, with aot_eager; with inductor in a slow test. Parameters in float64 of 0

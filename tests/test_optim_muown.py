@@ -124,6 +124,13 @@ def test_rows_of_zeros_start_to_learn(dtype):
     assert (w.float().norm(dim=1) > 0.1).all()
 
 
+def test_a_row_whose_magnitude_becomes_zero_keeps_its_direction():
+    w = torch.tensor([[0.5, 0.0, 0.0]], requires_grad=True)
+    w.grad = torch.tensor([[1.0, 0.0, 0.0]])
+    muown.Muown([w], lr=0.5, eps=0.0).step()
+    assert torch.allclose(w, torch.tensor([[1e-12, 0.0, 0.0]]), rtol=1e-6, atol=0)
+
+
 def test_what_scales_the_weights_from_outside_is_not_undone():
     w = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     optimizer = muown.Muown([w], lr=1e-3)
