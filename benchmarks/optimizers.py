@@ -164,6 +164,11 @@ ROWS = {  # name: (tensors, ours, the peers)
             one(HB + "Muon", *EAGER, **DECAY),
         ],
     ),
+    "muown": (
+        "hidden",
+        one("optim.muown.Muown", **DECAY),
+        [one("emerging_optimizers.contrib.muown.Muown", **DECAY)],
+    ),
     "muon-polar": (
         "hidden",
         one("optim.muon.Muon", **DECAY, ns="polar", ns_steps=4),
@@ -207,7 +212,8 @@ ROWS = {  # name: (tensors, ours, the peers)
         [one(HB + "SFAdamW"), one(HB + "SFAdamW", *WHOLE, compile_step=True)],
     ),
 }
-# Bytes of state as the docstrings promise: for each element, and for each dimension of length n.
+# Bytes of state as the docstrings promise: for each element, for each dimension of length n, and
+# for each row.
 STATE = {
     "sgd": (4, 0),
     "adamw": (8, 0),
@@ -217,6 +223,7 @@ STATE = {
     "lars": (4, 0),
     "lamb": (8, 0),
     "muon": (4, 0),
+    "muown": (4, 0, 12),
     "adamwschedulefree": (8, 0),
     "sgdschedulefree": (4, 0),
     "adafactor": (0, lambda n: 4 * n),
@@ -239,7 +246,7 @@ class Candidate:
         self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
         self.grads = [torch.empty(shape) for shape in tensor_shapes]
         groups = [{"params": self.params}]
-        if name == "Muon":
+        if name in ("Muon", "Muown"):
             groups = [{"params": self.params[n_tables:], "use_muon": True}]
             if n_tables:
                 groups.append({"params": self.params[:n_tables], "use_muon": False})
@@ -272,10 +279,11 @@ class Candidate:
             for x in s.values()
             if torch.is_tensor(x)
         )
-        (per_element, per_dim), size = STATE[row], sum(p.numel() for p in self.params)
+        (per_element, per_dim, *per_row), size = STATE[row], sum(p.numel() for p in self.params)
         claim = per_element * size + sum(
             per_dim(n) for p in self.params for n in p.shape if per_dim
         )
+        claim += sum(per_row) * sum(p.shape[0] for p in self.params)
         if found != claim:
             raise AssertionError(f"{found} bytes of state, the docstring's formula gives {claim}")
         return f"{found / size:.3g}"

@@ -52,6 +52,7 @@ OPTIMIZERS = {  # what train.py gets for each
     "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "KL-SOAP": ["--optim=kl_soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "Muon": ["--optim=muon"],
+    "Muown": ["--optim=muown"],
     "AdamW Schedule-Free": ["--optim=schedule_free"],
     "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
 }

@@ -45,6 +45,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
 from optim import adafactor, adam_l2, adamw, muon, schedule_free, sgd, shampoo, soap  # noqa: E402
+from optim.attributes import attribute  # noqa: E402
 from optim.kl_soap import KLSOAP  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
 
@@ -94,7 +95,8 @@ class Job(NamedTuple):
     def groups(self, model: nn.Module) -> list[dict]:
         """Every option in every group, so that a partner adds none."""
         lr = self.options["lr"] / 2
-        own = {"use_muon": False, "lr": 0.01} if self.cls is muon.Muon else {"lr": lr}
+        matrices_only = attribute(self.cls, "matrices_only")
+        own = {"use_muon": False, "lr": 0.01} if matrices_only else {"lr": lr}
         params = dict(model.named_parameters())
         vectors = [params.pop("first.bias")]
         return [
@@ -472,7 +474,7 @@ PARTNERS = {
 }
 REFUSALS = {  # (class, partner) -> type and a part of the sentence
     (name, "fully_shard"): (ValueError, "make_optimizer")
-    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon")
+    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown")
 }
 NOTES = {  # (class, partner) -> how the two are used together
     (
@@ -581,8 +583,8 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 `tests/test_partners_fuzz.py` mixes the tools at random.
 
 - Schedulers: lr and momentum by hand, as torch's SGD gets them. OneCycleLR moves `momentum`, or
-  `betas[0]` where there is none; in Muon `momentum` of matrices, `betas[0]` of other groups. The
-  evaluated weights of Schedule-Free are the mean of all z, written out.
+  `betas[0]` where there is none; in Muon and its kind `momentum` of matrices, `betas[0]` of
+  other groups. The evaluated weights of Schedule-Free are the mean of all z, written out.
 - GradScaler: unscale, clip, two steps that overflow and are skipped.
 - autocast: the step inside it, gradients given, in float64 and in float32, where not a bit differs.
 - torch.compile: the step, with aot_eager; with inductor in a slow test. Parameters in float64 of 0

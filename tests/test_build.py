@@ -336,6 +336,7 @@ def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
         ("adamw", False),
         ("adam_l2", False),
         ("lion", False),
+        ("muown", False),
         ("schedule_free", False),
         ("lars", False),
         ("lamb", False),

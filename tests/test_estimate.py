@@ -45,12 +45,13 @@ from optim import (
     lars,
     lion,
     muon,
+    muown,
     schedule_free,
     sgd,
     shampoo,
     soap,
 )
-from optim.attributes import own_classes
+from optim.attributes import attribute, own_classes
 from optim.param_groups import kinds, param_groups
 from parallel import expert
 from parallel.autocast_linear import keep_no_copies
@@ -75,6 +76,7 @@ CLASSES = {
     "lars": lars.LARS,
     "lamb": lamb.LAMB,
     "muon": muon.Muon,
+    "muown": muown.Muown,
     "shampoo": shampoo.Shampoo,
     "soap": soap.SOAP,
     "kl_soap": kl_soap.KLSOAP,
@@ -334,9 +336,9 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
     ]:
         p = torch.ones(shape, dtype=dtype, requires_grad=True)
         p.grad = torch.ones_like(p)
-        group = {"params": [p]} | (
-            {"use_muon": False} if optim == "muon" and kind != "matrix" else {}
-        )
+        group = {"params": [p]}
+        if attribute(CLASSES[optim], "matrices_only") and kind != "matrix":
+            group["use_muon"] = False
         optimizer = CLASSES[optim]([group], **options)
         if hasattr(optimizer, "train"):
             optimizer.train()

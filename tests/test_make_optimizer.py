@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from optim.adamw import AdamW
+from optim.attributes import attribute
 from optim.lamb import LAMB
 from optim.muon import Muon
 from optim.schedule_free import AdamWScheduleFree
@@ -66,7 +67,7 @@ def sharded() -> Net:
 
 
 def groups_of(cls, model: nn.Module):
-    if cls is not Muon:
+    if not attribute(cls, "matrices_only"):
         return model.parameters()
     matrices, vectors = (
         [p for p in model.parameters() if (p.ndim > 1) is yes] for yes in (True, False)
@@ -404,7 +405,7 @@ def grown(rank, world, cls):
     model = sharded()
     named = list(model.named_parameters())
     first, late = ([(n, p) for n, p in named if n.startswith(k)] for k in "ab")
-    if cls is Muon:
+    if attribute(cls, "matrices_only"):
         first, late = ([(n, p) for n, p in part if p.ndim > 1] for part in (first, late))
     optimizer = make_optimizer(cls, first, **OPTIONS[cls])
     getattr(optimizer, "train", lambda: None)()

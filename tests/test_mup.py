@@ -98,7 +98,7 @@ def test_the_rules_are_the_papers_table():
         "scalar": 1,
     }
     rules = {name: cls for name, cls in own_classes().items() if cls.mup_rule is not None}
-    assert set(own_classes()) - set(rules) == {"adafactor", "lamb", "lars", "shampoo"}
+    assert set(own_classes()) - set(rules) == {"adafactor", "lamb", "lars", "muown", "shampoo"}
     for cls in rules.values():
         assert set(mup.lr_multipliers(cls, 64, 64).values()) == {1.0}
 

@@ -24,11 +24,13 @@ from optim import (
     lars,
     lion,
     muon,
+    muown,
     schedule_free,
     sgd,
     shampoo,
     soap,
 )
+from optim.attributes import attribute
 
 FOLDER = Path(__file__).parent.parent / "optim"
 # class -> (arguments for these tests, lr that solves the quadratic, bytes of state of a (16, 8)
@@ -62,6 +64,7 @@ CASES = {
         8 * (256 + 64) + 4 * (16 + 8) + 8 * 128,
     ),
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
+    muown.Muown: ({"weight_decay": 0.1}, 0.2, 4 * 128 + 12 * 16),
     schedule_free.AdamWScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.1, 8 * 128),
     schedule_free.SGDScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.3, 4 * 128),
 }
@@ -72,9 +75,10 @@ half = pytest.mark.parametrize(
 
 
 def build(cls, params, **options):
-    """The optimizer, ready to step; Muon gets vectors in an AdamW group, as its users must."""
+    """The optimizer, ready to step; one for matrices gets vectors in an AdamW group, as its users
+    must."""
     options = {**CASES[cls][0], **options}
-    if cls is muon.Muon:
+    if attribute(cls, "matrices_only"):
         params = [
             {"params": [p for p in params if p.ndim >= 2]},
             {"params": [p for p in params if p.ndim < 2], "use_muon": False},
@@ -725,7 +729,7 @@ def test_lamb_corrects_the_moments_and_not_the_learning_rate():
 
 
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
-    whole = muon.Muon, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
+    whole = muon.Muon, muown.Muown, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
     for cls in *whole, adafactor.Adafactor, lars.LARS, lamb.LAMB:
         assert (
             not cls.elementwise

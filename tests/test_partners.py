@@ -106,8 +106,6 @@ def test_the_page_shows_failures_and_refusals_as_what_they_are():
     assert (
         f"{every - n} of {every}\ncells work" in text and ". ValueError: not so; do this\n" in text
     )
-    n = len(CASES)
-    assert f"{13 * n} of {14 * n}\ncells work" in text and ". ValueError: not so; do this\n" in text
     assert re.search(r"FAILS at test_partners.py:\d+, ZeroDivisionError: division by zero\n", text)
 
 

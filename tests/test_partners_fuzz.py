@@ -29,8 +29,22 @@ import torch
 from test_optim_contract import CASES
 from torch.optim import lr_scheduler
 
-from optim import adafactor, adam_l2, adamw, ademamix, lamb, lars, lion, muon, sgd, shampoo, soap
-from optim import adafactor, adam_l2, adamw, kl_soap, lamb, lars, lion, muon, sgd, shampoo, soap
+from optim import (
+    adafactor,
+    adam_l2,
+    adamw,
+    ademamix,
+    kl_soap,
+    lamb,
+    lars,
+    lion,
+    muon,
+    muown,
+    sgd,
+    shampoo,
+    soap,
+)
+from optim.attributes import attribute
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 SEQUENCES = int(os.environ.get("PARTNERS_FUZZ", "25"))
@@ -102,6 +116,7 @@ def options_of(cls: type, r: random.Random) -> dict:
             "ns": r.choice(["quintic", "polar"]),
             "ns_dtype": r.choice([None, torch.float32]),
         },
+        muown.Muown: {"betas": betas},
         AdamWScheduleFree: {
             "warmup_steps": r.choice([0, 4]),
             "r": r.choice([0, 1]),
@@ -198,7 +213,8 @@ class Run:
         ]
         self.layout = []  # of each group the numbers of its parameters and its own options
         for i, numbers in enumerate(EARLY):
-            flat = [n for n in numbers if len(SHAPES[n]) < 2 and cls is muon.Muon]
+            matrices_only = attribute(cls, "matrices_only")
+            flat = [n for n in numbers if len(SHAPES[n]) < 2 and matrices_only]
             own = {"lr": options["lr"] / (i + 1)}
             self.layout.append(([n for n in numbers if n not in flat], own))
             self.layout += [(flat, {"use_muon": False, "lr": 0.01})] if flat else []
@@ -338,7 +354,7 @@ class Run:
 
     def group(self, number: int, lr: float) -> None:
         own = {"lr": lr}
-        if self.cls is muon.Muon and len(SHAPES[number]) < 2:
+        if attribute(self.cls, "matrices_only") and len(SHAPES[number]) < 2:
             own = {"use_muon": False, "lr": 0.01}
         self.layout.append(([number], own))
         group, self.schedulers = {**self.options, **own, "params": [self.params[number]]}, []

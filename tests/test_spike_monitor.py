@@ -440,6 +440,7 @@ OPTIMIZERS = [
     "adamw.AdamW",
     "ademamix.AdEMAMix",
     "muon.Muon",
+    "muown.Muown",
     "soap.SOAP",
     "shampoo.Shampoo",
     "adafactor.Adafactor",

@@ -33,6 +33,7 @@ CLASSES = [
     "soap",
     "kl_soap",
     "muon",
+    "muown",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
 ]
