@@ -330,7 +330,7 @@ class Run:
     def momentum(self, i: int, x: float) -> None:
         group = self.groups()[i % len(self.groups())]
         if "betas" in group and not group.get("use_muon"):
-            group["betas"] = (x, group["betas"][1])
+            group["betas"] = (x, *group["betas"][1:])
         elif group.get("momentum"):
             group["momentum"] = x
 
