@@ -89,7 +89,7 @@ def main(requested_cfg: fields.Config) -> dict:
         return latest(out_dir)
 
     # ---- settings: what `auto` and `none` stand for on this machine ------------------------------
-    optimizer_class = optimizers.find_optimizer(continued_cfg.optim)
+    optimizer_class = optimizers.chosen(continued_cfg)
     has_replicas = mesh.groups["dp_cp"] is not None
     options = resolve_options(continued_cfg, optimizer_class)  # the dotted fields, by namespace
     auto_cfg = auto.resolve_auto(continued_cfg, device, optimizer_class, has_replicas)

@@ -232,7 +232,7 @@ def stepped_by_rows(optimizer_class: type, kinds: dict[str, str]) -> set[str]:
     matrices_only = attribute(optimizer_class, "matrices_only")
     found = set()
     for name, kind in kinds.items():
-        group = {"use_muon": kind == "matrix"} if matrices_only else {}
+        group = {"kind": kind, "use_muon": kind == "matrix" or not matrices_only}
         if is_elementwise(optimizer_class, group):
             found.add(name)
     return found

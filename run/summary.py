@@ -136,7 +136,9 @@ def about_optimizer(cfg: Config, lrs: dict[str, float]) -> str:
     if len(kinds_of) == 1:
         each = f"{lrs['matrix']:g}"
     clip = "not clipped" if cfg.grad_clip is None else f"clipped to norm {cfg.grad_clip:g}"
-    return f"{cfg.optim}: lr {each}; weight decay {cfg.weight_decay:g}; gradients {clip}"
+    wearing = "" if cfg.hooks is None else f" wearing {cfg.hooks.replace(',', ', ')}"
+    decay = f"weight decay {cfg.weight_decay:g}"
+    return f"{cfg.optim}{wearing}: lr {each}; {decay}; gradients {clip}"
 
 
 def about_schedule(cfg: Config, lr_schedule: Callable[[int], float]) -> str:

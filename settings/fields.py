@@ -202,6 +202,11 @@ class Config:
         "muon",
         "sgd, adamw, soap ...: a file in optim/, or file.Class; your own: put a file there",
     )
+    hooks: str | None = fixed(
+        None,
+        "what changes its steps, in this order: hyperball,cautious_decay ...: files in hooks/;"
+        " --hook.NAME.FIELD= sets a hook's field",
+    )
     lr: float | None = on_branch(
         None, "peak learning rate; none = the optimizer's own default", least=0
     )
@@ -454,7 +459,17 @@ LAYOUTS = dict(
     bucket_mb="ddp zero1 zero2 zero3",
 )
 # The first words of dotted fields. Each has one owner, whose signature has the second words.
-NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile", "monitor")
+NAMESPACES = (
+    "opt",
+    "hook",
+    "schedule",
+    "compress",
+    "diloco",
+    "scaler",
+    "fp8",
+    "compile",
+    "monitor",
+)
 # Fields in which ~ is the home folder: a shell does not expand it behind the = of --data=~/text.
 PATHS = ("out_dir", "data", "tokenizer", "data_dir", "resume", "init_from")
 # Fields whose none the run replaces by a number, which config.toml records under [chosen].
