@@ -173,6 +173,9 @@ class State:
         """Fills the model from a source of full tensors, as replicas.init_weights() takes one."""
         self.replicas.init_weights(sharded(source, self.tp_shards))
         self.balance.init_weights(source)
+        # Under tensor parallelism owners step full copies (parallel/adapter.py).
+        if hasattr(self.optimizer, "gather_weights"):
+            self.optimizer.gather_weights()
 
     def restore_best(self, path: Path) -> str:
         """From now on the model holds the best weights, from the checkpoint at `path`.

@@ -67,9 +67,8 @@ Example:
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -80,6 +79,7 @@ from parallel.replicas import (
     StepGuard,
     allocate,
     broadcast_start,
+    by_group,
     fill,
     make_buckets,
     on_gradient,
@@ -193,14 +193,14 @@ class DDP:
 
         Parameters on the meta device get memory instead, for init_weights() to fill.
         """
-        broadcast_start(model, self.group, self.device)
+        broadcast_start(model, self.group, self.device, self.others)
         self.model = allocate(model, self.device)
         if self.group is None:
             return self.model
         self.guard = StepGuard(self, self.model.parameters)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         # Backward comes to the last layers first.
-        for group, some in self.by_group(named[::-1]):
+        for group, some in by_group(named[::-1], self.group, self.others):
             for in_bucket in make_buckets(some, self.bucket_bytes):
                 self.buckets.append(Bucket(in_bucket, group))
         for bucket in self.buckets:
@@ -211,12 +211,6 @@ class DDP:
             if not p.requires_grad:
                 on_gradient(p, self.refuse_thawed)
         return self.model
-
-    def by_group(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
-        """(the group that sums them, consecutive (name, parameter) pairs)"""
-        for _, pairs in groupby(named, lambda pair: id(self.others.get(pair[0], self.group))):
-            pairs = list(pairs)
-            yield self.others.get(pairs[0][0], self.group), pairs
 
     @torch.no_grad()
     def init_weights(self, source: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:

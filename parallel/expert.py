@@ -24,6 +24,7 @@ of w bytes each, backward the same once more:
     dispatch    C w Σ_{r not itself} n_r           forward, and backward of combine
     combine     C w x the rows that came from others    forward, and backward of dispatch
 
+Where a layer is computed again (--activation_checkpoint=full), what is forward goes once more.
 How many rows each rank gets is known only when routers have chosen: the host waits for these
 numbers once a layer. A rank without rows takes part with none.
 
@@ -93,8 +94,8 @@ def exchanged(
     sent[0] += (len(x) - send[dist.get_rank(group)]) * x.shape[1] * x.itemsize
     y = x.new_empty(sum(receive), *x.shape[1:])
     # As bytes: gloo knows no bfloat16 here.
-    out, sent = (t.contiguous().view(torch.uint8) for t in (y, x))
-    dist.all_to_all_single(out, sent, receive, send, group=group)
+    received, given = (t.contiguous().view(torch.uint8) for t in (y, x))
+    dist.all_to_all_single(received, given, receive, send, group=group)
     return y
 
 
@@ -133,7 +134,7 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
         mine = ends.diff(prepend=ends.new_zeros(1)).view(n, -1)  # (N, E/N): rows that I send
         theirs = torch.empty_like(mine)  # (N, E/N): rows that each rank sends me
         dist.all_to_all_single(theirs, mine, group=group)
-        send, receive = mine.sum(1).tolist(), theirs.sum(1).tolist()
+        send, receive = torch.stack([mine.sum(1), theirs.sum(1)]).tolist()
         sent[0] += mine.nbytes * (n - 1) // n
 
         x = AllToAll.apply(x, send, receive, group, sent)
@@ -141,7 +142,8 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
             x = F.pad(x, (0, 0, 0, 1))  # what rows that only fill up are taken from
         # One sender after another: the expert of each row, among those here.
         experts = torch.arange(mine.shape[1], device=x.device).repeat(n)
-        chosen = experts.repeat_interleave(theirs.flatten()).unsqueeze(1)
+        # With its length known, the host need not wait once more.
+        chosen = experts.repeat_interleave(theirs.flatten(), output_size=sum(receive)).unsqueeze(1)
         order = sort(chosen, mine.shape[1], *moe.experts.block(chosen))
         h = moe.experts(x.index_select(0, order.rows), order.ends)
         h = h.index_select(0, order.slots.flatten())

@@ -223,7 +223,7 @@ class FSDP:
         """
         self.model = model
         is_meta = all(p.is_meta for p in model.parameters())
-        broadcast_start(model, self.group, self.device)
+        broadcast_start(model, self.group, self.device, self.others)
         if self.group is None or not is_meta:
             allocate(model, self.device)
         if self.group is None:

@@ -57,7 +57,7 @@ class DataParallel(Protocol):
 
     # No lower rank holds the same gradients and optimizer state.
     is_primary: bool
-    # Names of parameters of which it does not, although it may of others: experts.
+    # Names of the parameters, such as experts, of which that is so where is_primary is False.
     also_first: Collection[str]
     # Name -> (full shape, offsets) of each parameter that the optimizer steps shard by shard.
     shards: dict

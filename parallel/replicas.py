@@ -37,7 +37,8 @@ import math
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -94,9 +95,14 @@ START_BYTES = 25 * 2**20
 
 @torch.no_grad()
 def broadcast_start(
-    model: nn.Module, group: dist.ProcessGroup | None, device: torch.device
+    model: nn.Module,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    others: dict[str, dist.ProcessGroup | None] | None = None,
 ) -> None:
     """Moves the model's own weights and buffers to `device`; all replicas get those of rank 0.
+
+    others: name -> the group of the replicas of this parameter, where it is not `group`; None: one.
 
     Parameters keep their identity. Those on the meta device have no numbers: they stay there, and a
     model that has no others sends nothing. (torch's DDP broadcasts likewise.)
@@ -108,15 +114,25 @@ def broadcast_start(
     named += [(name, x) for name, x in model.named_buffers() if not x.is_meta]
     for _, x in named:
         x.data = x.data.to(device)
-    if group is None:
-        return
-    for bucket in make_buckets(named, START_BYTES):
-        tensors = [x.detach() for _, x in bucket]
-        flat = torch.cat([x.flatten() for x in tensors])
-        # As bytes, because gloo knows no bool and no 8-bit floats.
-        dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)
-        for x, sent in zip(tensors, split_like(flat, tensors)):
-            x.copy_(sent)
+    for members, some in by_group(named, group, others or {}):
+        for bucket in make_buckets(some, START_BYTES) if members is not None else ():
+            tensors = [x.detach() for _, x in bucket]
+            flat = torch.cat([x.flatten() for x in tensors])
+            # As bytes, because gloo knows no bool and no 8-bit floats.
+            dist.broadcast(flat.view(torch.uint8), group=members, group_src=0)
+            for x, sent in zip(tensors, split_like(flat, tensors)):
+                x.copy_(sent)
+
+
+def by_group(
+    named: list[tuple[str, Tensor]],
+    group: dist.ProcessGroup | None,
+    others: dict[str, dist.ProcessGroup | None],
+) -> Iterator[tuple]:
+    """(the group of these replicas, consecutive (name, tensor) pairs); others: see above."""
+    for _, pairs in groupby(named, lambda pair: id(others.get(pair[0], group))):
+        pairs = list(pairs)
+        yield others.get(pairs[0][0], group), pairs
 
 
 # ---- a source of weights: init_weights(source) ---------------------------------------------------

@@ -355,7 +355,7 @@ class ZeRO:
         """
         self.model = model
         self.blocks = blocks_of(model, self.blocks_at)
-        broadcast_start(model, self.group, self.device)
+        broadcast_start(model, self.group, self.device, self.others)
         named = list(model.named_parameters())
         unit_of, n_units = units_of(model, self.blocks)
 

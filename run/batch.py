@@ -78,8 +78,9 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
     All ranks halve it together, and try a forward and a backward each time. A pipeline of p stages
     gets a size that makes at least 4 p micro-batches, or else as many as possible.
 
-    Where weights or gradients are sharded, a rank that runs out of memory leaves the others in a
-    collective. There the first such rank ends the run with a sentence. Raises ValueError.
+    Where weights, gradients or experts are sharded, a rank that runs out of memory leaves the
+    others in a collective. There the first such rank ends the run with a sentence. Raises
+    ValueError.
     """
     model = micro_batches.model
     replicas = micro_batches.replicas
@@ -87,6 +88,7 @@ def largest_micro_batch(micro_batches, dataset, share: int, mesh: Mesh) -> int:
         return share // count_for_pipeline(share, mesh.sizes["pp"])
     size = share
     sharded = mesh.sizes["tp"] * mesh.sizes["cp"] > 1 or replicas.backward_is_collective
+    sharded = sharded or mesh.groups["ep"] is not None
     while mesh.device.type == "cuda":
         # Gradients that FSDP does not send would stay inside it.
         replicas.last_micro_batch(sharded)

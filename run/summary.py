@@ -178,6 +178,8 @@ def about_layout(cfg: Config, mesh: Mesh) -> str:
     text = f"{mesh.world} ranks: {axes}"
     if mesh.groups["dp_cp"] is not None:
         text += f"; {cfg.data_parallel}"
+    if cfg.ep > 1:
+        text += f"; experts over {cfg.ep} of them"
     if cfg.sp:
         text += "; sp"
     if cfg.pp > 1:

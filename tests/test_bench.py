@@ -192,8 +192,12 @@ def check_table(text: str, axes: dict[str, int], sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     "argv, axes, sizes",
     [
-        (["--tp=2", "--quick"], {"dp": 2, "tp": 2}, [10_000, 100_000]),
-        (["--quick", "--sizes=1001,2e3"], {"dp": 4}, [1001, 2000]),
+        pytest.param(
+            ["--tp=2", "--quick"], {"dp": 2, "tp": 2}, [10_000, 100_000], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--quick", "--sizes=1001,2e3"], {"dp": 4}, [1001, 2000], marks=pytest.mark.slow
+        ),
         (["--quick", "--pp=2", "--cp=2"], {"pp": 2, "cp": 2}, [10_000, 100_000]),
     ],
 )
@@ -227,6 +231,7 @@ def test_a_slow_link_is_named(argv, axis, link):
     assert figures["slowest"] < 1000 / 0.03 / 1e9 < figures["median"]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_has_no_fast_link():
     (_, text), *_ = run_ranks(
         4, network, ["--quick", "--sizes=1000"], lambda rank, peers: 0.03 * (rank == 2)

@@ -60,7 +60,7 @@ def trained(rank, world, layout, probe, fails=()):
     if probe:
         mesh = make_mesh(CPU)
         gpu = types.SimpleNamespace(type="cuda")
-        mesh = types.SimpleNamespace(device=gpu, sum=mesh.sum, sizes=mesh.sizes)
+        mesh = types.SimpleNamespace(device=gpu, sum=mesh.sum, sizes=mesh.sizes, groups=mesh.groups)
         engine = types.SimpleNamespace(model=model, replicas=replicas, forward=run)
         size = batch.largest_micro_batch(engine, None, 4, mesh)
     lrs = dict.fromkeys(("matrix", "embedding", "head", "scalar"), 1.0)
@@ -97,7 +97,7 @@ def test_only_too_little_memory_halves_the_micro_batch():
         backward_is_collective=False, last_micro_batch=lambda is_last: None
     )
     gpu = types.SimpleNamespace(type="cuda")
-    mesh = types.SimpleNamespace(device=gpu, sizes=ONE.sizes, sum=ONE.sum)
+    mesh = types.SimpleNamespace(device=gpu, sizes=ONE.sizes, sum=ONE.sum, groups=ONE.groups)
 
     def found(error: RuntimeError) -> int:
         def forward(ids, dataset):
@@ -112,6 +112,10 @@ def test_only_too_little_memory_halves_the_micro_batch():
     assert found(RuntimeError(said("CUBLAS_STATUS_ALLOC_FAILED"))) == 2
     with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
         found(RuntimeError(said("CUBLAS_STATUS_NOT_SUPPORTED")))
+    # With experts on other ranks, these wait in this rank's forward.
+    mesh.groups = ONE.groups | {"ep": object()}
+    with pytest.raises(ValueError, match="type --micro_batch_size=4, or less"):
+        found(torch.OutOfMemoryError("simulated"))
 
 
 @pytest.mark.slow

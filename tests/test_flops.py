@@ -206,6 +206,7 @@ def test_mfu_is_the_fraction_of_peak_and_none_when_the_peak_is_unknown():
     assert mfu(178_000, 854_438_400, None) is None
 
 
+@pytest.mark.slow  # as much memory as this process has ever had
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell the peak resident set")
 def test_peak_bytes_sees_what_the_process_touches():
     before = peak_bytes(torch.device("cpu"))

@@ -63,7 +63,9 @@ def check_trace(path: Path, steps: list[int]) -> None:
         assert any(name.startswith("Optimizer.step#") for name in names)
 
 
-@pytest.mark.parametrize("layout", ["--data_parallel=ddp", "--tp=2"])
+@pytest.mark.parametrize(
+    "layout", ["--data_parallel=ddp", pytest.param("--tp=2", marks=pytest.mark.slow)]
+)
 def test_each_rank_has_a_trace_of_these_steps_and_the_run_is_the_same(layout, tmp_path, text):
     words = [*TINY, layout, f"--data={text}", "--optim=adamw"]
     plain = run_ranks(2, losses, [*words, f"--out_dir={tmp_path}/plain"])

@@ -267,7 +267,7 @@ def test_two_searches_do_not_share_a_folder(go, tmp_path):
     assert go("--search.lr=1e-3,1e-2") == 0
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_who_is_at_work_in_a_folder_is_waited_for_whoever_started_it(go, tmp_path, capsys, killed):
     folder = tmp_path / "s" / "trial-0000"
     folder.mkdir(parents=True)
@@ -671,7 +671,10 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) if i % 3 else kind for i, kind in enumerate(ENDS)],
+)
 def test_how_a_trial_ended_is_in_the_table_and_on_the_screen(go, tmp_path, capsys, kind):
     end, status, error, code = ENDS[kind]
     (tmp_path / "fake.py").write_text(
