@@ -132,6 +132,7 @@ def main(requested_cfg: fields.Config) -> dict:
     # ---- precision, activation checkpointing, compilation: how a block is computed ---------------
     build.set_loss(cfg, model, corpus.train)
     fp8_state = build.convert_linears(cfg, options["fp8"], model, device)
+    expert_layers = dict.fromkeys(expert.layers_of(model), mesh.groups["expert_dp_cp"])
     loss_scaler = build.loss_scaler(cfg, options["scaler"])
     if pipe is not None and cfg.pp_schedule == "zerobubble":
         pipe.deferred = pipeline.defer_weight_gradients(model)
@@ -420,7 +421,7 @@ def main(requested_cfg: fields.Config) -> dict:
                 logger.event(step + 1, "skip", why)
         if fp8_state is not None:
             # Also after a skipped step: its forward has moved the history of the scales.
-            fp8_state.step(mesh.groups["dp_cp"], mesh.groups["tp"])
+            fp8_state.step(mesh.groups["dp_cp"], mesh.groups["tp"], expert_layers)
         model.zero_grad(set_to_none=True)
         step += 1
         divergence.update(step, loss)

@@ -159,9 +159,9 @@ class MoE(nn.Module):
         """x (N, C), gates (N, k) -> (N, C)"""
         rows, ends, slots, _ = order
         if is_transformed():  # transforms of torch.func take no Function such as those below
-            h = self.run_experts(x[rows], ends)
+            h = self.run_experts(with_zeros(x, order)[rows], ends)
             return (h[slots] * gates.to(h.dtype).unsqueeze(-1)).sum(1)
-        x = recompute(lambda x: Gather.apply(x, rows, slots), x, saves_little=True)  # (R, C)
+        x = recompute(lambda x: Gather.apply(x, order), x, saves_little=True)  # (R, C)
         h = self.run_experts(x, ends)  # (R, C)
         return Combine.apply(h, gates.to(h.dtype), rows, slots)
 
@@ -242,7 +242,7 @@ def softmax(logits: Tensor) -> Tensor:
 class Order(NamedTuple):
     """The tokens' rows, k for each, sorted by expert and then by token."""
 
-    rows: Tensor  # (R,): the token of each row; R is kN, or more where rows are filled up
+    rows: Tensor  # (R,): the token of each row; R is kN, or more where rows of zeros fill up
     ends: Tensor  # (E,) int32: where the rows of each expert end
     slots: Tensor  # (N, k): the rows of each token, in the order of its gates
     counts: Tensor  # (E,): tokens of each expert
@@ -252,7 +252,8 @@ def sort(chosen: Tensor, n_expert: int, block: int = 1, least: int = 0) -> Order
     """chosen: (N, k), the experts of each token; block: what divides each expert's number of rows;
     least: how many it has at least.
 
-    Rows that fill up are token 0's, which nobody reads: no slot leads to them.
+    Rows that fill up are of a token N, zeros behind all others: they change no amax in FP8, and no
+    slot leads to them.
     """
     n_rows, device = chosen.numel(), chosen.device
     by_expert, order = torch.sort(chosen.flatten(), stable=True)
@@ -266,9 +267,15 @@ def sort(chosen: Tensor, n_expert: int, block: int = 1, least: int = 0) -> Order
     # As many rows each time: the last expert gets what is left.
     n_filled = -(-(n_rows + n_expert * (block - 1 + least)) // block) * block
     filled_ends[-1] = n_filled
-    rows = order.new_zeros(n_filled).index_put_((places,), order // chosen.shape[1])
+    rows = order.new_full((n_filled,), len(chosen))
+    rows.index_put_((places,), order // chosen.shape[1])
     slots = torch.empty_like(order).index_put_((order,), places)
     return Order(rows, filled_ends.int(), slots.view(chosen.shape), counts)
+
+
+def with_zeros(x: Tensor, order: Order) -> Tensor:
+    """x (N, C) and behind it, where rows are filled up, what they are taken from"""
+    return F.pad(x, (0, 0, 0, 1)) if len(order.rows) > order.slots.numel() else x
 
 
 @torch.no_grad()
@@ -284,14 +291,14 @@ class Gather(torch.autograd.Function):
     gates."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
-        return x.index_select(0, rows)
+    def forward(ctx, x: Tensor, order: Order) -> Tensor:
+        ctx.save_for_backward(order.slots)
+        return with_zeros(x, order).index_select(0, order.rows)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (slots,) = ctx.saved_tensors
-        return F.embedding_bag(slots, dy, mode="sum"), None, None
+        return F.embedding_bag(slots, dy, mode="sum"), None
 
 
 class Grouped(torch.autograd.Function):
@@ -332,9 +339,9 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         h, gates, rows, slots = ctx.saved_tensors
-        dh = dy.index_select(0, rows)  # (kN, C)
+        # Of rows that only fill up anything: it is multiplied by 0.
+        dh = dy.index_select(0, rows.clamp(max=len(dy) - 1))  # (kN, C)
         dgates = torch.linalg.vecdot(dh, h)[slots]  # (N, k)
-        # 0 for rows that only fill up.
         gate_of_row = gates.new_zeros(len(rows)).index_put_((slots,), gates)
         return dh.mul_(gate_of_row.unsqueeze(1)), dgates, None, None
 

@@ -3,6 +3,7 @@
     python -m memory.estimate --params=7B --gpus=64 --optim=adamw
     python -m memory.estimate --params=7e9 --n_layer=32 --n_embd=4096 --block_size=2048 --batch=4
     python -m memory.estimate --n_layer=12 --n_embd=768 --vocab_size=50304 --optim=muon --batch=16
+    python -m memory.estimate --n_layer=12 --n_embd=768 --n_expert=32 --ep=8 --gpus=8
 
 Without --params the tensors are exactly our GPT's, and each layout deals out rows of them, or full
 parameters to an optimizer that needs them so. With --params they are equal parts. A row of the
@@ -64,6 +65,11 @@ on a CPU up to 63 E more. It keeps, with p bytes of an operand and q of a score,
 Its backward makes the gradients of a matrix of all E experts at once, 4 E w h bytes, before they
 are added or sent. FP8's experts hold up to a tenth more than is predicted.
 
+With --ep=N in ddp, zero1 and fsdp a rank has E/N of the experts: their weights, gradients and state
+are a share, which zero1 and fsdp deal out to the n/N ranks that hold the same ones. Loads are taken
+as even: the rank's experts get R rows as before, but from all N, so it keeps p R h more (they are
+computed nowhere here), and has p R h more in backward, 2 p R h where a block is computed again.
+
 Offloaded state passes the device in chunks of 64 MiB of parameters, two at a time; a larger
 parameter is a chunk by itself. (If the device is the CPU, nothing moves, and state in files needs
 no memory.)
@@ -108,6 +114,7 @@ from precision.amp import PRECISIONS, Precision
 PUBLISHED = {"mixed": (2, 2, 4, 4), "texts": (2, 2, 0, 4)}
 ACCOUNTINGS = (*PRECISIONS, *PUBLISHED)
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+EXPERT_PARALLEL = ("ddp", "zero1", "fsdp")  # those that know --ep
 # (arch, bytes of a weight, bytes of a matmul's operand) -> (k, r, l) of the formula above, with an
 # MLP of width 4h. l also covers the logits' softmax.
 ACTIVATION_BYTES = {
@@ -173,7 +180,7 @@ class Experts:
     """Mixture of experts: the fields of this name in settings/fields.py.
 
     row_block: what divides the rows of each expert, where they are many: layers.moe.BLOCK on a
-    CPU, 1 on a GPU.
+    CPU, 1 on a GPU. ep: ranks that share out the experts, each of which gets as many rows.
     """
 
     n_expert: int
@@ -182,6 +189,7 @@ class Experts:
     expert_width: int | None = None
     moe_every: int = 1
     row_block: int = 1
+    ep: int = 1
 
     def are_in(self, layer: int) -> bool:
         return (layer + 1) % self.moe_every == 0
@@ -194,11 +202,12 @@ class Experts:
         return -(-mlp_size(n_embd, arch, mlp_width) // (8 * of_token)) * 8
 
     def rows(self, tokens: float) -> float:
-        """How many rows go through experts."""
+        """How many rows go through a rank's experts, where each rank has so many tokens."""
         rows = self.n_expert_active * tokens
-        if rows < 2 * self.row_block * self.n_expert:
+        here = self.n_expert // self.ep
+        if rows < 2 * self.row_block * here:
             return rows
-        return -(-(rows + self.n_expert * (self.row_block - 1)) // self.row_block) * self.row_block
+        return -(-(rows + here * (self.row_block - 1)) // self.row_block) * self.row_block
 
 
 # ---- the parameters, and what an optimizer keeps of each -----------------------------------------
@@ -365,7 +374,8 @@ class Case:
     options: dict  # the optimizer's
     layout: str
     world: int
-    n: int  # ranks that share one copy of what is sharded
+    n: int  # ranks that share one copy of what is sharded, all experts' copies among them
+    ep: int  # neighbours among them, each with other experts
     precision: str
     reshard: bool
     micro_batches: int
@@ -377,7 +387,7 @@ class Case:
     loss_chunk: int | None  # tokens whose logits are there at once; None: all
     inside: float  # bytes of activations that are not there yet at the loss
 
-    @property
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         return {name: math.prod(shape) for name, (_, shape) in self.shapes.items()}
 
@@ -409,7 +419,20 @@ class Case:
 
     @property
     def has_experts(self) -> bool:
-        return any(".experts." in name for name in self.shapes)
+        return any(is_expert(name) for name in self.shapes)
+
+    def n_holders(self, name: str) -> int:
+        """Of the n ranks those that hold this parameter, or share it: of an expert every ep-th."""
+        return max(1, self.n // self.ep) if is_expert(name) else self.n
+
+    def place(self, name: str, rank: int) -> int:
+        """This rank's place among the holders of its parameter of this name."""
+        return rank // self.ep if is_expert(name) else rank
+
+    def ranks_at(self, name: str, place: int) -> range:
+        """The ranks in this place, of all that have a parameter of this name."""
+        size = self.ep if is_expert(name) else 1
+        return range(place * size, place * size + size)
 
     @property
     def head(self) -> tuple[int, ...]:
@@ -438,26 +461,33 @@ class Case:
     def steppers(self) -> dict[str, Sequence[int]]:
         """The ranks that step each parameter: one owner in full, or several an equal share each."""
         shapes = {name: shape for name, (_, shape) in self.shapes.items()}
-        if self.layout == "fsdp":
-            # Owners take their parameters from shards that are even already.
-            return dict.fromkeys(shapes, range(self.n)) | deal(self.full, (), self.n)
-        return deal(shapes, shapes.keys() - self.full.keys(), self.n)
+        found = {}
+        for n in {self.n_holders(name) for name in shapes}:
+            alike = {name: shape for name, shape in shapes.items() if self.n_holders(name) == n}
+            full = {name: shape for name, shape in self.full.items() if name in alike}
+            if self.layout == "fsdp":
+                # Owners take their parameters from shards that are even already.
+                found |= dict.fromkeys(alike, range(n)) | deal(full, (), n)
+            else:
+                found |= deal(alike, alike.keys() - full.keys(), n)
+        return {name: found[name] for name in shapes}
 
     def state_bytes(self, kind: str, shape: tuple[int, ...]) -> int:
         _, _, master, number = bytes_of(self.precision)
         numbers = state_numbers(self.optimizer, kind, shape, **self.options)
         return number * numbers + master * math.prod(shape)
 
-    def shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shard(self, name: str) -> tuple[int, ...]:
         """FSDP's shard of a parameter: some of its rows."""
-        return math.ceil(shape[0] / self.n), *shape[1:]
+        rows, *others = self.shapes[name][1]
+        return math.ceil(rows / self.n_holders(name)), *others
 
     def stepped(self, name: str) -> tuple[float, float]:
         """Bytes of (weights, state) of what one of the parameter's `steppers` steps of it."""
         kind, shape = self.shapes[name]
         share = 1
         if self.layout == "fsdp" and name not in self.full:
-            shape = self.shard(shape)
+            shape = self.shard(name)
         elif len(self.steppers[name]) > 1:
             share = self.shares[self.bucket_of(name)]
         return self.weight * math.prod(shape) * share, self.state_bytes(kind, shape) * share
@@ -491,6 +521,33 @@ class Case:
         return {bucket: math.ceil(n / bucket[-1]) / n for bucket, n in rows.items()}
 
 
+def is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def shapes_here(shapes: Shapes, world: int, ep: int) -> Shapes:
+    """Those of a rank, of `world`, that holds one of `ep` equal shares of the experts.
+
+    Raises ValueError where there are no experts, or ep does not divide them, or the ranks.
+    """
+    if ep == 1:
+        return shapes
+    if world % ep:
+        raise ValueError(f"ep={ep} must divide the {world} ranks, which share the experts out")
+    numbers = {
+        name: int(name.split(".experts.")[1].split(".")[0]) for name in shapes if is_expert(name)
+    }
+    n_expert = max(numbers.values(), default=-1) + 1
+    if n_expert == 0:
+        raise ValueError(
+            f"ep={ep} shares out experts, and there are none; type --n_expert={8 * ep}"
+        )
+    if n_expert % ep:
+        fits = -(-n_expert // ep) * ep
+        raise ValueError(f"ep={ep} does not divide n_expert={n_expert}; type --n_expert={fits}")
+    return {name: x for name, x in shapes.items() if numbers.get(name, 0) < n_expert // ep}
+
+
 def bytes_per_rank(
     shapes: Shapes,
     optim: str = "adamw",
@@ -498,6 +555,7 @@ def bytes_per_rank(
     world: int = 1,
     precision: str = "fp32",
     *,
+    ep: int = 1,
     fsdp_shard: int | None = None,
     reshard: bool = True,
     micro_batches: int = 1,
@@ -513,8 +571,9 @@ def bytes_per_rank(
 ) -> dict[str, float]:
     """Bytes on the fullest rank: parameters, gradients, state, activations, buffers, total, host.
 
-    shapes: see gpt_shapes. fsdp_shard: ranks that share one copy, None: all. offload (of state) and
-    offload_params (zero3, fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a
+    shapes: see gpt_shapes. ep: ranks that share out the experts, in ddp, zero1 and fsdp.
+    fsdp_shard: ranks that share one copy, None: all. offload (of state) and offload_params (zero3,
+    fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a
     micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss
     (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x
     words; loss_chunk: the setting, None for all tokens at once. options: keyword arguments of the
@@ -537,6 +596,10 @@ def bytes_per_rank(
             f"world={world} and micro_batches={micro_batches} must be at least 1, and "
             f"fsdp_shard={fsdp_shard} a divisor of world"
         )
+    if ep > 1 and (layout not in EXPERT_PARALLEL or fsdp_shard or offload or offload_params):
+        raise ValueError(
+            f"ep={ep} needs layout=ddp, zero1 or fsdp, without fsdp_shard, offload, offload_params"
+        )
     # DDP shares out nothing, hybrid FSDP shards over some of the ranks, all others over all.
     n = world
     if layout == "ddp":
@@ -544,12 +607,13 @@ def bytes_per_rank(
     elif layout == "fsdp" and fsdp_shard:
         n = fsdp_shard
     c = Case(
-        shapes,
+        shapes_here(shapes, world, ep),
         optimizer,
         options,
         layout,
         world,
         n,
+        ep,
         precision,
         reshard,
         micro_batches,
@@ -573,7 +637,7 @@ def stepped_by(c: Case, rank: int) -> list[tuple[float, float]]:
     """
     kinds = [*dict.fromkeys(kind for kind, _ in c.shapes.values())]
     in_groups = sorted(c.shapes, key=lambda name: kinds.index(c.shapes[name][0]))
-    return [c.stepped(name) for name in in_groups if rank in c.steppers[name]]
+    return [c.stepped(name) for name in in_groups if c.place(name, rank) in c.steppers[name]]
 
 
 def fullest_rank(c: Case) -> tuple[tuple[float, float, float], int]:
@@ -591,23 +655,24 @@ def held_by_rank(c: Case) -> list[tuple[float, float, float]]:
     state = [0] * c.n
     for name, ranks in c.steppers.items():
         its_weights, its_state = c.stepped(name)
-        if len(ranks) == c.n:
+        if len(ranks) == c.n_holders(name):
             weights_of_all += its_weights
             state_of_all += its_state
             continue
-        for rank in ranks:
+        for rank in itertools.chain(*(c.ranks_at(name, place) for place in ranks)):
             weights[rank] += its_weights
             state[rank] += its_state
-    return [
-        held_bytes(c, weights_of_all + weights[rank], state_of_all + state[rank])
-        for rank in range(c.n)
-    ]
+    # Of thousands of ranks most step equally much.
+    held = {}
+    for pair in {*zip(weights, state)}:
+        held[pair] = held_bytes(c, weights_of_all + pair[0], state_of_all + pair[1])
+    return [held[pair] for pair in zip(weights, state)]
 
 
 def held_bytes(c: Case, weights: float, state: float) -> tuple[float, float, float]:
     """Bytes of (parameters, gradients, state) of a rank that steps so many bytes of weights."""
     if c.layout == "fsdp":
-        shard = sum(math.prod(c.shard(shape)) for _, shape in c.shapes.values())
+        shard = sum(math.prod(c.shard(name)) for name in c.shapes)
         return c.weight * shard, c.gradient * shard, state
     stage = LAYOUTS.index(c.layout)  # ddp is stage 0
     all_numbers = sum(c.sizes.values())
@@ -750,15 +815,14 @@ def travelling_bytes(c: Case) -> float:
     unit = max(units.values())
     # What comes to a rank, or leaves it, of each of ZeRO's units. Of a full parameter that is not
     # what the rank owns; of rows it is all, for its own ones have memory of their own besides.
-    owned = unit_sizes(c, [name for name, ranks in c.steppers.items() if len(ranks) == 1])
-    foreign = {name: size - owned[name] / c.n for name, size in units.items()}
+    foreign = dict(units)
+    for name, ranks in c.steppers.items():
+        if len(ranks) == 1:
+            foreign[c.unit_of[name]] -= c.sizes[name] / c.n_holders(name)
     root = units["before"] + units["after"]
     blocks = [size for name, size in units.items() if name not in ("before", "after")]
     block = max(blocks)
     bucket = min(max(c.bucket, c.gradient * unit), c.gradient * all_numbers)
-    others = (c.n - 1) / c.n
-    # A rank keeps its own weights, and fsdp's gradients, on the device unless they are offloaded.
-    missing = 1 if c.offload_params else others
     if c.layout == "ddp":
         return c.gradient * c.at_once
     if c.layout == "zero1" and c.micro_batches > 1:
@@ -773,8 +837,11 @@ def travelling_bytes(c: Case) -> float:
     gathered = root + two_blocks if c.reshard else all_numbers
     gathered = c.weight * gathered
     if c.micro_batches > 1:
-        # Full gradients wait for the last micro-batch.
-        return gathered + c.gradient * (missing * all_numbers + max(root, block))
+        # Full gradients wait for the last micro-batch, beside this rank's own shards of them, which
+        # are on the host where weights are offloaded.
+        own = sum(size / c.n_holders(name) for name, size in c.sizes.items())
+        full = all_numbers - (0 if c.offload_params else own)
+        return gathered + c.gradient * (full + max(root, block))
     return gathered + 2 * c.gradient * max(root, block)
 
 
@@ -1094,6 +1161,11 @@ def with_experts(
     cast = number * C if has_copies(row) else 0
     inside = inside_experts(residual, cast, number, rows * width, rows * C, shared, n_kept)
     inside = max(dense.inside + (n_kept + 1) * narrower, inside)
+    # Rows that came from others are computed by nobody here again; they, or their gradients, are
+    # there once more where they arrive.
+    travelling = number * rows * C if experts.ep > 1 else 0
+    more += travelling
+    inside += travelling
     # The activation's forward, beside norm(x), its gradient, and casts.
     forward = 2 * number * rows * width + 2 * residual + 2 * cast
     return LayerBytes(
@@ -1103,7 +1175,7 @@ def with_experts(
         mlp=dense.mlp,
         selective=selective,
         inside=inside,
-        inside_again=max(inside, forward),
+        inside_again=max(inside, forward) + travelling,
         # Nobody forgets the rows there.
         inside_mlp=inside + number * rows * C + residual + cast,
     )
@@ -1174,6 +1246,7 @@ DEFAULTS = dict(
     n_shared_expert=0,
     expert_width=None,
     moe_every=1,
+    ep=1,
     block_size=1024,
     arch="modern",
     batch=0,
@@ -1232,8 +1305,8 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
 def check_experts(s: dict) -> None:
     """Raises ValueError for flags of experts that do not fit the model."""
     if s["n_expert"] is None:
-        for name in OF_EXPERTS:
-            if s[name] != DEFAULTS[name]:
+        for name in (*OF_EXPERTS, "ep"):
+            if s.get(name, DEFAULTS[name]) != DEFAULTS[name]:
                 raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
         return
     if s["params"] is not None:
@@ -1253,7 +1326,7 @@ def experts_of(s: SimpleNamespace) -> Experts | None:
     """The experts that the command line describes, on a GPU."""
     if s.n_expert is None:
         return None
-    return Experts(s.n_expert, **{name: getattr(s, name) for name in OF_EXPERTS})
+    return Experts(s.n_expert, **{name: getattr(s, name) for name in OF_EXPERTS}, ep=s.ep)
 
 
 def kinds_of(parameter: inspect.Parameter) -> tuple[list, bool]:
@@ -1317,7 +1390,7 @@ def table(settings: dict, options: dict) -> str:
     for precision in precisions:
         lines += ["", f"{precision}: {heading(precision)}"]
         lines.append("layout " + "".join(f"{column:>12}" for column in COLUMNS))
-        for layout in LAYOUTS:
+        for layout in LAYOUTS if s.ep == 1 else EXPERT_PARALLEL:
             lines.append(table_row(s, options, shapes, precision, layout))
     if not by_shape:
         lines += ["", "-: give --n_layer and --n_embd instead of --params"]
@@ -1354,6 +1427,7 @@ def table_row(
         layout,
         s.gpus,
         precision,
+        ep=s.ep,
         reshard=s.reshard,
         micro_batches=s.micro_batches,
         fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,

@@ -3,6 +3,7 @@
     python -m memory.plan --params=70B --gpus=512     # A100s, 4 Mi tokens a step
     python -m memory.plan --n_layer=126 --n_embd=16384 --n_head=128 --gpus=8192 --gpu=H100
     python -m memory.plan --params=7e9 --gpus=64 --memory=40e9 --bandwidth=12.5e9 --batch=512
+    python -m memory.plan --n_layer=16 --n_embd=1024 --n_expert=16 --gpus=8    # with experts
     python -m memory.plan runs                        # what the course texts claim
 
 memory/estimate.py predicts the memory of the fullest stage, with AdamW. tp divides weights,
@@ -15,15 +16,18 @@ bytes of the rank's weights and gradients, L its layers:
     tp   m L (4 + 2r) 2 (tp-1)/tp 2tC       dp   (n-1)/n x   ddp 2G, zero1 G + W, fsdp G + 2mW
     cp   m L (3 + r) (cp-1) 4t C_kv/tp                       (kept: G + W)
     pp   m 2 chunks tC bytes(hidden), with sp 1/tp
+    ep   m L_E ((4 + 2r) 2 k t C + (1 + r) 4 E) (ep-1)/ep, of L_E layers with E experts, k of a
+         token: parallel/expert.py where loads are even. An expert's W and G count (n-ep)/n
 
 Step time = m x one x (1 + bubble) + what is left over of the dp traffic:
 
     one      compute + tp + cp + pp traffic of the slowest stage, none of it overlapped
     compute  FLOPs / peak x (LIMIT + peak/memory bandwidth x (1/t + tp/C + PASSES/C)): a roofline
              whose two times add, of matmuls t x C by C x C/tp, and of PASSES readings of the hidden
-             states beside them
+             states beside them. Of experts t is the rows of one, k t ep/E, and C the width, if less
     FLOPs    3 + r forwards; attention is counted half where a kernel skips what is masked, as ours
-    traffic  bytes / (REACHED x the link's bandwidth); within a node it is the node's
+    traffic  bytes / (REACHED x the link's bandwidth); within a node it is the node's. Of ep's
+             bytes those to ranks of the same node
     overlap  gradients go while the last backward computes (2/3 of one), fsdp's gathers all the
              time: of the shorter of the two the share HIDDEN is saved; zero1's gather is not
     bubble   1f1b (pp-1)/m; interleaved (pp-1)/(m chunks); zero-bubble H1 (1+r)/(3+r) of 1f1b's
@@ -51,6 +55,30 @@ its 44 to 52 % of peak is HFU, 3/4 of it is above. L3 cp16 has sequences of 1310
 of attention is counted here; all of it, as PaLM does, would make 0.57 of the same step. Its report
 does not say which.
 
+Runs with experts, to which nothing was fitted. Published MFU, predicted, ratio, and the ratio if
+links cost no time:
+
+    DS-V3 fp8       0.224 0.104 0.47 1.24
+    DS-V3 bf16      0.448 0.183 0.41 0.91
+    MPF 8x22B       0.463 0.397 0.86 1.03
+    MPF 8x22B G8T8  0.171 0.119 0.69 1.97
+    MPF 57B-A14B    0.353 0.275 0.78 0.96
+
+DS-V3 is DeepSeek-V3 (2412.19437): 180K H800 hours for 1T tokens, 1543 a second on each of 2048;
+16 stages, 64-way ep over 8 nodes, ZeRO-1, 15360 sequences of 4096 tokens. Only products are in FP8,
+so it is here over FP8's peak, and over bfloat16's. What differs from our prediction: DualPipe hides
+all its messages, as in the last column (our schedule is zero-bubble). A token goes to at most 4
+nodes, in FP8; we send 8 rows in bfloat16. A layer of multi-latent attention has 187M weights; 128
+heads with one head of keys have 237M, and with fewer FLOPs in the scores 5 % more in all. Its first
+three layers are dense, as wide as 9 experts: with experts they have the same FLOPs, and the model
+5 % more weights. The head for the second next token is left out. Published MFU is that of our
+stand-in at the published tokens a second.
+
+MPF is Liu et al. 2025 (2504.14960), table 3: MCore without folding (so ep is inside dp, as ours) on
+H100s, 256 sequences of 4096 tokens in bfloat16. Micro-batches of 1, and a layer a chunk, are our
+reading. It drops tokens beyond an expert's even share. Each tensor parallel rank of ours sends all
+rows, where with sequence parallelism 1/tp would do: twice the messages here.
+
 Neighbours: memory/estimate.py, memory/flags.py, optim/adamw.py, optim/attributes.py, optim/muon.py,
 parallel/replicas.py, precision/amp.py
 
@@ -74,10 +102,12 @@ from memory.estimate import (
     GATED,
     NAMES,
     OF_EXPERTS,
+    Experts,
     Shapes,
     activation_bytes,
     bytes_of,
     bytes_per_rank,
+    check_experts,
     gpt_shapes,
     mlp_size,
 )
@@ -109,6 +139,7 @@ class Model:
     arch: str = "modern"
     head_dim: int | None = None
     mlp_width: int | None = None
+    experts: Experts | None = None
 
     @property
     def q_width(self) -> int:
@@ -121,23 +152,67 @@ class Model:
         return self.q_width // self.n_head * self.n_kv_head
 
     @property
+    def attention(self) -> int:
+        """Entries of a block's matrices of attention."""
+        return 2 * (self.q_width + self.kv_width) * self.n_embd
+
+    @property
     def block(self) -> float:
-        """Entries of a block's matrices."""
+        """Entries of a block's matrices, where it has no experts."""
         C = self.n_embd
-        attention = 2 * (self.q_width + self.kv_width) * C
         if self.mlp is not None:
-            return attention + self.mlp * C**2
-        matrices = 3 if self.arch in GATED else 2
-        return attention + matrices * C * mlp_size(C, self.arch, self.mlp_width)
+            return self.attention + self.mlp * C**2
+        return self.attention + self.matrices * C * mlp_size(C, self.arch, self.mlp_width)
+
+    @property
+    def matrices(self) -> int:
+        """Of an MLP, or an expert."""
+        return 3 if self.arch in GATED else 2
+
+    @property
+    def expert_width(self) -> int:
+        return self.experts.width(self.n_embd, self.arch, self.mlp_width)
+
+    @property
+    def expert(self) -> int:
+        """Entries of an expert's matrices."""
+        return self.matrices * self.n_embd * self.expert_width if self.experts else 0
+
+    @property
+    def around_experts(self) -> int:
+        """Entries of what all tokens go through in a block with experts."""
+        x = self.experts
+        return self.attention + x.n_expert * self.n_embd + x.n_shared_expert * self.expert
+
+    def split(self, layers: range) -> tuple[int, int]:
+        """How many of these layers have no experts, and how many have."""
+        n_sparse = sum(self.experts.are_in(i) for i in layers) if self.experts else 0
+        return len(layers) - n_sparse, n_sparse
+
+    def entries(self, layers: range, n_expert: int) -> float:
+        """Of the matrices in these layers, with so many experts in each that has any."""
+        n_dense, n_sparse = self.split(layers)
+        count = n_dense * self.block
+        return (
+            count + n_sparse * (self.around_experts + n_expert * self.expert) if n_sparse else count
+        )
+
+    @property
+    def parameters(self) -> float:
+        n_vocabulary = 1 if self.arch == "gpt2" else 2  # whose head is its embedding
+        everything = self.entries(range(self.n_layer), self.experts.n_expert if self.experts else 0)
+        return everything + n_vocabulary * self.vocab_size * self.n_embd
+
+    @property
+    def active(self) -> float:
+        """Entries of the matrices that a token is multiplied with."""
+        n_active = self.experts.n_expert_active if self.experts else 0
+        return self.entries(range(self.n_layer), n_active) + self.vocab_size * self.n_embd
 
     @property
     def flops(self) -> float:
         """FLOPs of a token, forward and backward: 6 N + 12 L C T."""
-        head = self.vocab_size * self.n_embd
-        return (
-            6 * (self.n_layer * self.block + head)
-            + 12 * self.n_layer * self.q_width * self.block_size
-        )
+        return 6 * self.active + 12 * self.n_layer * self.q_width * self.block_size
 
 
 @dataclass(frozen=True)
@@ -159,6 +234,9 @@ GPUS = {
     "A100": (312e12, 80e9, 2.039e12, 300e9, 25e9),
     "H100": (989.5e12, 80e9, 3.35e12, 450e9, 50e9),
     "H200": (989.5e12, 141e9, 4.8e12, 450e9, 50e9),
+    # An H100 whose NVLink has 400 GB/s both ways. DeepSeek-V3's report (2412.19437, section 3.2.2)
+    # gives its NVLink 160 GB/s, and InfiniBand 50.
+    "H800": (989.5e12, 80e9, 3.35e12, 200e9, 50e9),
 }
 
 
@@ -170,6 +248,7 @@ class Layout:
     sp: bool = False
     cp: int = 1
     pp: int = 1
+    ep: int = 1
     pp_schedule: str = "1f1b"
     pp_chunks: int = 1
     data_parallel: str = "ddp"
@@ -232,7 +311,13 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     forward = functools.partial(activation_bytes, precision, tokens, in_backward=False)
     widths = dict(arch=m.arch, q_width=m.q_width, kv_width=m.kv_width, mlp_width=m.mlp_width)
     block = forward(1, C, **widths) * share
-    stage = forward(layers, C, **widths) * share * (1 - again)
+    stage = forward(layers, C, **widths) * share
+    n_sparse = m.split(fullest_stage(m, x.pp))[1]
+    if n_sparse:
+        dense = block
+        block = sparse_block(m, x, tokens, precision, share)
+        stage += n_sparse * (block - dense)
+    stage *= 1 - again
     # Of a block that is computed again only the input is kept.
     stage += again * layers * tokens * C * bytes_of(precision)[0] / shards_of_input
     loss_chunk = LOSS_CHUNK if m.vocab_size >= 8192 else None
@@ -247,14 +332,44 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     return fullest
 
 
-def stage_shapes(m: Model, tp: int, pp: int) -> Shapes:
+def sparse_block(m: Model, x: Layout, tokens: float, precision: str, share: float) -> float:
+    """Bytes of activations of a block with experts, of which tp leaves this share of a block."""
+    experts = replace(m.experts, moe_every=1, ep=x.ep)
+    everything = activation_bytes(
+        # Those who count 34 bytes a channel know no experts.
+        "bf16" if precision == "mixed" else precision,
+        tokens,
+        1,
+        m.n_embd,
+        arch=m.arch,
+        in_backward=False,
+        q_width=m.q_width,
+        kv_width=m.kv_width,
+        mlp_width=m.mlp_width,
+        experts=experts,
+    )
+    # Rows go whole to every tensor parallel rank: the results, and what came from other ranks.
+    rows = 2 * (1 + (x.ep > 1)) * experts.rows(tokens) * m.n_embd
+    return (everything - rows) * share + rows
+
+
+def fullest_stage(m: Model, pp: int) -> range:
+    """The layers of the stage with the most experts; all stages but the last are full."""
+    size = math.ceil(m.n_layer / pp)
+    stages = [range(i, min(i + size, m.n_layer)) for i in range(0, m.n_layer, size)]
+    return max(stages, key=lambda layers: (m.split(layers)[1], len(layers)))
+
+
+@functools.lru_cache(4096)
+def stage_shapes(m: Model, tp: int, pp: int, ep: int = 1) -> Shapes:
     """The parameters of the largest stage on one tensor parallel rank.
 
     The first and the last stage hold equally much: one has the embedding, the other has the head.
+    Several experts on a rank are one parameter here, of no more rows than there are words.
     """
-    layers = math.ceil(m.n_layer / pp)
+    few = None if m.experts is None else replace(m.experts, n_expert=1)
     full = gpt_shapes(
-        layers,
+        m.n_layer,
         m.n_embd,
         m.vocab_size,
         m.block_size,
@@ -263,24 +378,52 @@ def stage_shapes(m: Model, tp: int, pp: int) -> Shapes:
         m.n_kv_head,
         m.head_dim,
         m.mlp_width,
+        experts=few,
     )
+    here = fullest_stage(m, pp)
+    together = 1
+    if m.experts is not None:
+        on_rank = m.experts.n_expert // ep
+        most = max(1, m.vocab_size // m.expert_width)
+        together = max(n for n in range(1, on_rank + 1) if on_rank % n == 0 and n <= most)
     shapes = {}
-    for name, (kind, shape) in full.items():
-        if pp == 1 or kind != "head":
-            shapes[name] = kind, (math.ceil(shape[0] / tp), *shape[1:])
+    for name, (kind, (rows, *others)) in full.items():
+        if name.startswith("blocks.") and int(name.split(".")[1]) not in here:
+            continue
+        if pp > 1 and kind == "head":
+            continue
+        if ".router." in name:
+            shapes[name] = kind, (m.experts.n_expert, *others)
+            continue
+        before, experts, after = name.partition(".experts.0.")
+        if not experts:
+            shapes[name] = kind, (math.ceil(rows / tp), *others)
+            continue
+        for e in range(m.experts.n_expert // together):
+            its_shape = math.ceil(rows * together / tp), *others
+            shapes[f"{before}.experts.{e}.{after}"] = kind, its_shape
     return shapes
 
 
 @functools.lru_cache(4096)
 def weights_and_state(
-    m: Model, tp: int, pp: int, n: int, layout: str, reshard: bool, several: bool, precision: str
+    m: Model,
+    tp: int,
+    pp: int,
+    n: int,
+    layout: str,
+    reshard: bool,
+    several: bool,
+    precision: str,
+    ep: int = 1,
 ) -> dict[str, float]:
     return bytes_per_rank(
-        stage_shapes(m, tp, pp),
+        stage_shapes(m, tp, pp, ep),
         "adamw",
         layout,
         n,
         precision,
+        ep=ep,
         reshard=reshard,
         # Only whether there are several matters, so plans share cached results.
         micro_batches=1 + several,
@@ -289,7 +432,9 @@ def weights_and_state(
 
 def held_bytes(m: Model, x: Layout, n: int, micro: int, precision: str) -> dict[str, float]:
     """What memory/estimate.py returns, for one of n replicas of `micro` micro-batches each."""
-    held = weights_and_state(m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision)
+    held = weights_and_state(
+        m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision, x.ep
+    )
     held = held | dict(activations=activations(m, x, micro, precision))
     # The loss's backward holds two float32 numbers for each logit, before the gradients of one
     # micro-batch are there.
@@ -309,45 +454,26 @@ def predict(
 
     causal: share of attention that is computed, 1 where a kernel masks instead of skipping.
     """
-    C = m.n_embd
     n = c.gpus // (x.tp * x.pp)  # replicas, dp cp
     again = recomputed(x)
-    layers = math.ceil(m.n_layer / x.pp)
     micro = batch * x.cp // (n * x.micro_batch_size)  # micro-batches of a step
     tokens = x.micro_batch_size * m.block_size / x.cp  # of a micro-batch, on a rank
     weight, gradient, *_ = bytes_of(precision)
 
     held = held_bytes(m, x, n, micro, precision)
 
-    # One micro-batch, forward and backward, on the slowest stage: the last one has the head, but
-    # perhaps a layer fewer.
-    attention = 4 * m.q_width * m.block_size * causal  # a token's FLOPs forward, in a block
-    block = (3 + again) * (2 * m.block + attention)
-    if x.activation_checkpoint == "selective":
-        block += attention
-    slowest = max(layers * block, m.n_layer // x.pp * block + 6 * m.vocab_size * C)
-    cost = LIMIT + c.peak_flops / c.memory_bandwidth * (1 / tokens + x.tp / C + PASSES / C)
-    one = slowest * tokens / x.tp / c.peak_flops * cost
-
-    # Its traffic, none of it overlapped. A group inside a node has the node's links.
-    sent = {
-        "tp": layers * (4 + 2 * again) * 2 * (x.tp - 1) / x.tp * tokens * C * 2,
-        "cp": layers * (3 + again) * (x.cp - 1) * 4 * tokens * m.kv_width / x.tp,
-        "pp": 0,
-    }
-    if x.pp > 1:
-        sent["pp"] = 2 * x.pp_chunks * tokens * C * weight / (x.tp if x.sp else 1)
-    spans = {"tp": x.tp, "cp": x.tp * x.cp, "dp": x.tp * n, "pp": c.gpus}  # ranks
-    inside = {axis: span <= c.gpus_per_node for axis, span in spans.items()}
+    # One micro-batch, forward and backward, and its traffic, none of it overlapped.
+    one = compute_seconds(m, c, x, tokens, causal)
+    sent = sent_bytes(m, c, x, tokens, weight)
+    inside = is_inside(c, x)
     speed = {}
-    for axis, is_inside in inside.items():
-        speed[axis] = REACHED * (c.node_bandwidth if is_inside else c.bandwidth)
+    for axis, in_node in inside.items():
+        speed[axis] = REACHED * (c.node_bandwidth if in_node else c.bandwidth)
     one += sum(sent[axis] / speed[axis] for axis in sent)
 
     # Data parallel: the last backward hides some of the reduction, fsdp's gathers hide all along.
-    n_vocabulary = 2 if x.pp == 1 else 1  # embedding and head, on one stage or on two
     n_passes = 2 if x.data_parallel == "ddp" else 1  # all-reduce, or reduce-scatter
-    share = (n - 1) / n * (layers * m.block + m.vocab_size * C * n_vocabulary) / x.tp
+    share = summed_entries(m, x, n)
     reduced = share * gradient * n_passes
     gather = share * weight / speed["dp"]
     after = together(reduced / speed["dp"], one * 2 / 3) - one * 2 / 3
@@ -381,6 +507,83 @@ def predict(
     )
 
 
+def compute_seconds(m: Model, c: Cluster, x: Layout, tokens: float, causal: float) -> float:
+    """Of one micro-batch, forward and backward, on the slowest stage."""
+    C = m.n_embd
+    passes = 3 + recomputed(x)
+    attention = 4 * m.q_width * m.block_size * causal  # a token's FLOPs forward, in a block
+    selective = attention if x.activation_checkpoint == "selective" else 0
+
+    def cost(rows: float, side: int) -> float:
+        """Seconds over those at the peak, of matmuls rows x side by side x side/tp."""
+        slow = 1 / rows + x.tp / side + PASSES / side
+        return LIMIT + c.peak_flops / c.memory_bandwidth * slow
+
+    def of_layers(layers: range, head: float = 0) -> float:
+        n_dense, n_sparse = m.split(layers)
+        total = head + n_dense * (passes * (2 * m.block + attention) + selective)
+        if n_sparse:
+            total += n_sparse * (passes * (2 * m.around_experts + attention) + selective)
+        total *= cost(tokens, C)
+        if n_sparse:
+            # Loads are taken as even, and an expert's rows come from all ranks of an ep group.
+            k = m.experts.n_expert_active
+            rows = k * tokens * x.ep / m.experts.n_expert
+            of_experts = n_sparse * passes * 2 * k * m.expert
+            total += of_experts * cost(rows, min(C, m.expert_width))
+        return total
+
+    # The last stage has the head, but perhaps a layer fewer.
+    last = range(m.n_layer - m.n_layer // x.pp, m.n_layer)
+    slowest = max(of_layers(fullest_stage(m, x.pp)), of_layers(last, 6 * m.vocab_size * C))
+    return slowest * tokens / x.tp / c.peak_flops
+
+
+def sent_bytes(m: Model, c: Cluster, x: Layout, tokens: float, weight: int) -> dict[str, float]:
+    """What a rank sends in one micro-batch, along each axis."""
+    C = m.n_embd
+    again = recomputed(x)
+    here = fullest_stage(m, x.pp)
+    sent = {
+        "tp": len(here) * (4 + 2 * again) * 2 * (x.tp - 1) / x.tp * tokens * C * 2,
+        "cp": len(here) * (3 + again) * (x.cp - 1) * 4 * tokens * m.kv_width / x.tp,
+        "pp": 0,
+    }
+    if x.pp > 1:
+        sent["pp"] = 2 * x.pp_chunks * tokens * C * weight / (x.tp if x.sp else 1)
+    if x.ep > 1:
+        rows = (4 + 2 * again) * m.experts.n_expert_active * tokens * C * 2
+        counts = (1 + again) * 4 * m.experts.n_expert
+        both = m.split(here)[1] * (rows + counts)
+        # Of an ep group's ranks some are on this node, and each gets an equal share.
+        on_node = min(x.ep, max(1, c.gpus_per_node // (x.tp * x.cp)))
+        sent["ep"] = both * (on_node - 1) / x.ep
+        sent["ep others"] = both * (x.ep - on_node) / x.ep
+    return sent
+
+
+def is_inside(c: Cluster, x: Layout) -> dict[str, bool]:
+    """Has what is sent along an axis the links inside a node? Where the group is in one."""
+    spans = {"tp": x.tp, "cp": x.tp * x.cp, "dp": c.gpus // x.pp, "pp": c.gpus}  # ranks
+    inside = {axis: span <= c.gpus_per_node for axis, span in spans.items()}
+    return inside | {"ep": True, "ep others": False}
+
+
+def summed_entries(m: Model, x: Layout, n: int) -> float:
+    """Of a rank's weights: how many numbers it sends when they are gathered, or reduced.
+
+    Of each that n replicas hold (n - 1)/n; of experts n/ep replicas hold the same.
+    """
+    here = fullest_stage(m, x.pp)
+    n_vocabulary = 2 if x.pp == 1 else 1  # embedding and head, on one stage or on two
+    all_hold = m.entries(here, 0) + m.vocab_size * m.n_embd * n_vocabulary
+    total = (n - 1) / n * all_hold
+    if m.experts is not None:
+        experts = m.split(here)[1] * m.experts.n_expert * m.expert / x.ep
+        total += (n - x.ep) / n * experts
+    return total / x.tp
+
+
 def together(a: float, b: float) -> float:
     """Seconds of two things at the same time: some of the shorter one is hidden."""
     return a + b - HIDDEN * min(a, b)
@@ -390,8 +593,12 @@ def together(a: float, b: float) -> float:
 def grids(m: Model, c: Cluster, batch: int) -> Iterator[tuple[int, int, int]]:
     """(pp, cp, tp) that the model, the cluster and the batch divide by."""
     # tp splits each of these evenly, and a node holds whole tp groups.
-    width = mlp_size(m.n_embd, m.arch, m.mlp_width)
-    split = (m.n_head, m.n_kv_head, m.n_embd, width, m.vocab_size, c.gpus_per_node)
+    widths = []
+    if m.split(range(m.n_layer))[0]:
+        widths.append(mlp_size(m.n_embd, m.arch, m.mlp_width))
+    if m.experts is not None:
+        widths.append(m.expert_width)
+    split = (m.n_head, m.n_kv_head, m.n_embd, *widths, m.vocab_size, c.gpus_per_node)
     tps = [tp for tp in range(1, c.gpus_per_node + 1) if not any(size % tp for size in split)]
     cps = [cp for cp in (1, 2, 4, 8, 16, 32, 64) if cp == 1 or m.block_size % (2 * cp) == 0]
     pps = [pp for pp in range(1, min(m.n_layer, c.gpus) + 1) if c.gpus % pp == 0]
@@ -413,12 +620,14 @@ def layouts(m: Model, c: Cluster, batch: int) -> Iterator[Layout]:
         kinds = [("ddp", True)]
         if dp * cp > 1:
             kinds += [("zero1", True), ("fsdp", True), ("fsdp", False)]
-        choices = itertools.product(kinds, ("none", "every_2", "full"), (1, 2, 4, 8, 16))
-        for (kind, reshard), again, size in choices:
+        n_expert = m.experts.n_expert if m.experts else 1
+        eps = [ep for ep in range(1, min(dp, n_expert) + 1) if dp % ep == n_expert % ep == 0]
+        choices = itertools.product(eps, kinds, ("none", "every_2", "full"), (1, 2, 4, 8, 16))
+        for ep, (kind, reshard), again, size in choices:
             micro, rest = divmod(batch // dp, size)
             if rest or not micro:
                 continue
-            x = Layout(tp, sp, cp, pp, "1f1b", 1, kind, reshard, again, size)
+            x = Layout(tp, sp, cp, pp, ep, "1f1b", 1, kind, reshard, again, size)
             yield x
             # Zero bubble is incompatible with fsdp and with activation checkpointing.
             if pp > 1 and kind != "fsdp" and again == "none":
@@ -484,6 +693,11 @@ FLAGS = dict(
     arch="modern",
     head_dim=None,
     mlp_width=None,
+    n_expert=None,
+    n_expert_active=2,
+    n_shared_expert=0,
+    expert_width=None,
+    moe_every=1,
     vocab_size=50304,
     block_size=2048,
     gpus=8,
@@ -520,6 +734,7 @@ idle         share of the step in which a pipeline stage waits
 tp           ranks that split each matrix; s: the tokens between the matrices too (--sp=true)
 cp           ranks that split each sequence
 pp           ranks that split the layers
+ep           data-parallel ranks that share out the experts
 schedule     order of the pipeline's work, and model chunks on each rank
 checkpoint   what backward computes again (--activation_checkpoint)
 data         --data_parallel; kept: weights are gathered once a step (--reshard=false)
@@ -538,15 +753,11 @@ def parse(argv: list[str]) -> dict:
     """--name=value ... -> the settings. Raises ValueError."""
     found = dict(FLAGS)
     for name, text in words(argv):
-        if name in ("n_expert", *OF_EXPERTS):
-            raise ValueError(
-                f"{name}: no plan is made for experts yet; python -m memory.estimate tells how "
-                "much memory they take"
-            )
         check("the name", name, FLAGS)
         # Without a list of words any text passes here, and from_text judges it.
         check(name, text, WORDS.get(name, (text,)))
         found[name] = text if name in WORDS else from_text(name, text, None)
+    check_experts(found)
     return found
 
 
@@ -584,6 +795,8 @@ def requested(s: dict) -> tuple[Model, Cluster, int]:
             "type --params=70e9, or the model's --n_layer=80 --n_embd=8192 --n_head=64"
         )
     m = replace(m, arch=s["arch"], head_dim=s["head_dim"], mlp_width=s["mlp_width"])
+    if s["n_expert"]:
+        m = replace(m, experts=Experts(s["n_expert"], **{name: s[name] for name in OF_EXPERTS}))
     if (m.head_dim is None and m.n_embd % m.n_head) or m.n_head % m.n_kv_head:
         raise ValueError(
             f"n_embd={m.n_embd}, n_head={m.n_head}, n_kv_head={m.n_kv_head}: each "
@@ -604,15 +817,14 @@ def table(s: dict) -> str:
     """The best plans, and what to type for the first. Raises ValueError."""
     m, c, batch = requested(s)
     found = plans(m, c, batch, s["precision"])
-    n_vocabulary = 1 if m.arch == "gpt2" else 2  # whose head is its embedding
-    count = m.n_layer * m.block + n_vocabulary * m.vocab_size * m.n_embd
+    active = f", {m.active / 1e9:.4g}e9 of them active" if m.experts else ""
     lines = [
-        f"{count / 1e9:.4g}e9 parameters (n_layer={m.n_layer} n_embd={m.n_embd}"
+        f"{m.parameters / 1e9:.4g}e9 parameters{active} (n_layer={m.n_layer} n_embd={m.n_embd}"
         f" n_head={m.n_head} n_kv_head={m.n_kv_head} vocab_size={m.vocab_size}), AdamW,"
         f" {s['precision']}; {batch} x {m.block_size} tokens a step on {c.gpus} GPUs",
         f"{len(found)} layouts fit in {USABLE} of {c.memory / 1e9:g} GB; the fastest:",
         "",
-        "    s/step   MFU  idle   tp cp  pp schedule      checkpoint data            micro  "
+        "    s/step   MFU  idle   tp cp  pp  ep schedule      checkpoint data            micro  "
         + "".join(f"{k:>8}" for k in HELD)
         + "  inside  others",
     ]
@@ -636,7 +848,7 @@ def table_row(p: Plan) -> str:
     sp = "s" if x.sp else " "
     return (
         f"{p.step:10.4g} {p.mfu:5.1%} {p.idle:5.1%} {x.tp:2}{sp} {x.cp:2}"
-        f" {x.pp:3} {schedule:13} {x.activation_checkpoint:10} {data:15}"
+        f" {x.pp:3} {x.ep:3} {schedule:13} {x.activation_checkpoint:10} {data:15}"
         f" {x.micro_batch_size:5}  "
         + "".join(f"{p.held[k] / 1e9:8.2f}" for k in HELD.values())
         + f"{p.node_bytes / 1e9:8.1f}{p.net_bytes / 1e9:8.1f}"
@@ -655,6 +867,9 @@ def command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -> str:
     for name in ("arch", "head_dim", "mlp_width"):
         if getattr(m, name) != FLAGS[name]:
             shape[name] = getattr(m, name)
+    if m.experts is not None:
+        of_experts = {name: getattr(m.experts, name) for name in ("n_expert", *OF_EXPERTS)}
+        shape |= {name: value for name, value in of_experts.items() if value != FLAGS[name]}
     shape["vocab_size"] = m.vocab_size
     shape = " ".join(f"--{name}={value}" for name, value in shape.items())
     layout = flags(m, x, batch)
@@ -715,7 +930,7 @@ def later_runs() -> Iterator[tuple]:
     run = "Llama 3 405B, 16K and 8K H100s, MFU"
     verdict = "high: 38 to 43 % in the report"
     m = Model(126, 16384, 128, 8, 128256, 8192, 9.75)
-    x = Layout(8, True, 1, 16, "interleaved", 8, "fsdp", False)
+    x = Layout(8, True, 1, 16, 1, "interleaved", 8, "fsdp", False)
     clusters = [Cluster(gpus, *GPUS["H100"]) for gpus in (16384, 8192)]
     large, small = [predict(m, c, x, 2048, "mixed").mfu for c in clusters]
     yield run, "38 to 45 %", f"{large:.0%} to {small:.0%}", None, small, verdict

@@ -17,14 +17,16 @@ another, and an expert's gradient is summed over the ranks that hold it alone, 0
 (`others` of parallel/ddp.py). Tensor parallel ranks hold parts of the same experts, and each sends
 its own rows to the ranks of its own part; ranks that differ in cp hold the same experts.
 
-Bytes sent by a rank for a layer and micro-batch, n_r rows of its tokens going to rank r, C numbers
-of w bytes each, backward the same once more:
+Bytes sent by a rank for a layer and micro-batch, n_r rows of its tokens going to rank r, and m_r
+coming from there, C numbers of w bytes each:
 
-    counts      8 E (N-1)/N                        forward
-    dispatch    C w Σ_{r not itself} n_r           forward, and backward of combine
-    combine     C w x the rows that came from others    forward, and backward of dispatch
+    counts      4 E (N-1)/N             forward
+    dispatch    C w Σ_{r not me} n_r    forward, and backward of combine
+    combine     C w Σ_{r not me} m_r    forward, and backward of dispatch
 
-Where a layer is computed again (--activation_checkpoint=full), what is forward goes once more.
+Activation checkpointing that repeats the forward sends its three once more: F forwards for each
+backward are F 4 E (N-1)/N + (F+1) C w Σ (n_r + m_r), with F = 2 for `full` and `selective`.
+
 How many rows each rank gets is known only when routers have chosen: the host waits for these
 numbers once a layer. A rank without rows takes part with none.
 
@@ -69,10 +71,9 @@ import types
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.moe import sort
+from layers.moe import sort, with_zeros
 
 
 class AllToAll(torch.autograd.Function):
@@ -138,14 +139,12 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
         sent[0] += mine.nbytes * (n - 1) // n
 
         x = AllToAll.apply(x, send, receive, group, sent)
-        if not len(x):
-            x = F.pad(x, (0, 0, 0, 1))  # what rows that only fill up are taken from
         # One sender after another: the expert of each row, among those here.
         experts = torch.arange(mine.shape[1], device=x.device).repeat(n)
         # With its length known, the host need not wait once more.
         chosen = experts.repeat_interleave(theirs.flatten(), output_size=sum(receive)).unsqueeze(1)
         order = sort(chosen, mine.shape[1], *moe.experts.block(chosen))
-        h = moe.experts(x.index_select(0, order.rows), order.ends)
+        h = moe.experts(with_zeros(x, order).index_select(0, order.rows), order.ends)
         h = h.index_select(0, order.slots.flatten())
         return AllToAll.apply(h, receive, send, group, sent)
 
@@ -155,6 +154,11 @@ def run_experts_of(group: dist.ProcessGroup, sent: list[int]):
 def names_of(model: nn.Module) -> list[str]:
     """The parameters of experts, by their full names."""
     return [name for name, _ in model.named_parameters() if ".experts." in name]
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """The Linear layers of experts, by their full names."""
+    return [name.rpartition(".")[0] for name in names_of(model)]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ TINY = """--n_layer=2 --n_head=4 --n_embd=32 --block_size=16 --batch_size=8 --vo
 --zero_init=false --dropout=0.1 --lr=0.01 --grad_clip=0.5 --schedule=constant""".split()
 QUIET = """--eval_every=none --sample_tokens=0 --plot=false --save_every=0 --device=cpu
 --resume=never""".split()
-LAYOUT = ("--tp", "--sp", "--cp", "--pp", "--data_parallel", "--cp_attention", "--pp_schedule")
+LAYOUT = ("--tp", "--sp", "--cp", "--pp", "--ep", "--data_parallel", "--cp_attention")
+LAYOUT = (*LAYOUT, "--pp_schedule")
 OWN = {"ranks": None, "against": None, "steps": "3", "precision": "fp64", "keep": None}
 
 

@@ -6,6 +6,7 @@ counts    those of one micro-batch; of tokens that count twice (of one replica: 
 bias      moved by other counts, in a step that is skipped, or not at all
 terms     a term of balance N times in the router's gradient, or of a micro-batch as one sequence
 inside    an output with that of a module inside it twice, such as a shared expert
+strangers an expert's gradient with other experts' in it; the weight of another one
 idle      an expert without tokens, and so without a gradient
 """
 
@@ -288,6 +289,40 @@ def inside(case: Case) -> Finding | None:
     return None
 
 
+# ---- spread over ranks ---------------------------------------------------------------------------
+def strangers(case: Case) -> Finding | None:
+    """Has an expert's gradient what another one of its layer has, too, or its weight that alone?"""
+    found = EXPERT.match(case.name)
+    if found is None or case.kind not in ("weight", "gradient"):
+        return None
+    layer, expert = found.groups()
+    rest = case.name[found.end() :]
+    others = {}  # number of an expert -> what A has of it
+    for step, kind, name in case.a.entries:
+        other = EXPERT.match(name)
+        if (step, kind) != case.key[:2] or other is None or name[other.end() :] != rest:
+            continue
+        if other[1] == layer and other[2] != expert:
+            others[other[2]] = case.a.whole((step, kind, name))
+    who = case.ranks_of(case.bad)
+    for other, y in others.items():
+        if all(case.same(y[block.where], block.x, block.gap) for block in case.bad):
+            said = f"{who} has in the place of expert {expert} of {layer} what is expert {other}'s"
+            return Finding("wrong_order", said, "which ranks hold which experts, in which order")
+    if case.kind != "gradient" or not others:
+        return None
+    added = set()
+    for block in case.bad:
+        columns = torch.stack([y[block.where].flatten().double() for y in others.values()], 1)
+        off = (block.x - block.y).flatten().unsqueeze(1)
+        c = torch.linalg.lstsq(columns, off, driver="gelsd").solution
+        if rms(columns @ c.round() - off) > case.tolerance * block.gap:
+            return None
+        added = {other for other, n in zip(others, c.round().flatten().tolist()) if n}
+    said = f"on {who} the gradient of {layer}'s expert {', '.join(sorted(added))} is in it, too"
+    return Finding("summed_twice", said, "the sum over replicas: those with the same experts alone")
+
+
 def idle(comparison: Comparison, key: Key) -> Finding | None:
     """Of what B has not: does it belong to an expert that no token has chosen?"""
     step, kind, name = key
@@ -304,4 +339,4 @@ def idle(comparison: Comparison, key: Key) -> Finding | None:
     )
 
 
-HYPOTHESES = (scores, choice, counts, bias, terms, inside)
+HYPOTHESES = (scores, choice, counts, bias, terms, inside, strangers)

@@ -85,8 +85,6 @@ class Run:
             return SKIPPED  # the hidden states of a pipeline's stage: its last block has them
         n = self.mesh.sizes["tp"]
         rank = self.mesh.coords["tp"]
-        if ".shared." in name and n > 1:
-            return SKIPPED  # summed with the experts' outputs
         if x.ndim == 2:  # (T, C) of learned positions
             shape = (self.length, x.shape[1])
             if self.mine(x.shape[0]) is None:
@@ -106,13 +104,14 @@ class Run:
             shape = (len(self.row_of), self.length, x.shape[2] * n, x.shape[3])
             return Place(shape, (self.rows, positions, rank * x.shape[2], 0))
         width = x.shape[2]
-        if tensor.ends(name, tensor.COLUMN):
+        if tensor.ends(name, (*tensor.COLUMN, "shared.gate", "shared.fc")):
             return Place(
                 (len(self.row_of), self.length, width * n), (self.rows, positions, rank * width)
             )
-        # Between f and g of experts a tensor parallel rank has its part of every gradient.
-        is_partial = kind == "output_gradient" and name.endswith("mlp.logits") and n > 1
-        part = f"tp {rank}" if is_partial else ""
+        # Between f and g of experts a tensor parallel rank has its part of every sum.
+        is_partial = kind == "output_gradient" and name.endswith("mlp.logits")
+        is_partial |= kind == "output" and name.endswith("mlp.shared.proj")
+        part = f"tp {rank}" if is_partial and n > 1 else ""
         return Place((len(self.row_of), self.length, width), (self.rows, positions, 0), part)
 
     def piece(self, name: str, x: Tensor) -> Place | None:

@@ -53,7 +53,9 @@ Emulation works on any device and gains nothing: quantise, dequantise, multiply 
 for float64). Hopper's tensor cores keep about 14 bits of a sum, so DeepSeek moves it to float32
 every 128 terms, as cuBLAS does by default; emulation sums in float32. Tensor-parallel ranks
 quantise their shards. The scale of a tensor is each rank's own, or with `delayed` the largest of
-all; the scales of rows and blocks are those of the full tensor where the split cuts none.
+all; the scales of rows and blocks are those of the full tensor where the split cuts none. An expert
+multiplies the rows that its rank has been sent as one operand (parallel/expert.py): all replicas'
+with ep = dp. With `delayed` it has the largest amax of all that hold it.
 
 What Hopper wants, by torch's own source (not run on a GPU yet). `F.scaled_mm` has one signature in
 torch 2.11 and 2.13. ScaledBlas.cpp and ScaledBlasUtils.cpp check:
@@ -434,21 +436,29 @@ class State:
         self.why_emulated = why_emulated
         self.histories = histories
 
-    def step(self, *groups: dist.ProcessGroup | None) -> None:
+    def step(
+        self,
+        replicas: dist.ProcessGroup | None = None,
+        tp: dist.ProcessGroup | None = None,
+        others: dict[str, dist.ProcessGroup | None] | None = None,
+    ) -> None:
         """After each training step, also a skipped one: its amax enters the window.
 
-        groups: ranks that have the same layers, or shards of them. They all take the largest amax
-        (12 bytes a layer), so their states are equal.
+        replicas: ranks that have the same layers; tp: shards of them; others: name of a layer that
+        some of the replicas have alone -> these, or None. They all take the largest amax (12 bytes
+        a layer), so their states are equal.
         """
-        if not self.histories:
-            return
-        newest = torch.stack([history[0] for history in self.histories.values()])  # (layers, 3)
-        for group in groups:
-            if group is not None:
-                dist.all_reduce(newest, dist.ReduceOp.MAX, group)
-        # The layers hold these tensors: change them in place.
-        for history, amax in zip(self.histories.values(), newest):
-            history.copy_(torch.stack([torch.zeros_like(amax), amax, *history[1:-1]]))
+        layers = {}  # replicas -> histories; in the same order on all ranks
+        for name, history in self.histories.items():
+            layers.setdefault((others or {}).get(name, replicas), []).append(history)
+        for group, histories in layers.items():
+            newest = torch.stack([history[0] for history in histories])  # (layers, 3)
+            for ranks in (group, tp):
+                if ranks is not None:
+                    dist.all_reduce(newest, dist.ReduceOp.MAX, ranks)
+            # The layers hold these tensors: change them in place.
+            for history, amax in zip(histories, newest):
+                history.copy_(torch.stack([torch.zeros_like(amax), amax, *history[1:-1]]))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The window of each layer, (history, 3), newest first."""

@@ -3,6 +3,8 @@
     python tests/matrix.py       float64, ten steps: each cell's largest relative difference from
                                  one process over loss, gradient norm and validation loss
     python tests/matrix.py --precision=fp32
+    python tests/matrix.py --part=dense      without a mixture of experts
+    python tests/matrix.py --part=experts    with one, and six of the optimizers
 
 The runs are train.py's own, on forked processes with gloo, with micro-batches, dropout and
 clipping. What a method itself magnifies without bound is run where it does not: SOAP with eps 1e-2
@@ -97,6 +99,41 @@ MODEL_PARALLEL = {
     "pp 2 x fsdp 2 x tp 2": (8, ["--pp=2", "--data_parallel=fsdp", "--tp=2"]),
     "pp 2 x fsdp 2 x tp 2 + sp": (8, ["--pp=2", "--data_parallel=fsdp", "--tp=2", "--sp=true"]),
 }
+# With experts
+EXPERTS = ["--n_expert=4", "--router_z_loss=0.01", "--moe_bias_lr=0.01"]
+SIX = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "Lion")
+RECOMPUTED = {
+    how: (1, ["--micro_batch_size=4", f"--activation_checkpoint={how}"])
+    for how in ("full", "selective", "mlp", "segments_2", "offload", "full_offload")
+} | {"zero3 2, full": (2, ["--data_parallel=zero3", "--activation_checkpoint=full"])}
+EXPERT_PARALLEL = {
+    "ep 2": (2, []),
+    "ep 4": (4, ["--ep=4"]),
+    "ep 2 x dp 2": (4, ["--micro_batch_size=1"]),
+    "ep 2, full": (2, ["--activation_checkpoint=full", "--micro_batch_size=2"]),
+    "ep 2, selective": (2, ["--activation_checkpoint=selective"]),
+    "ep 2 x tp 2": (4, ["--tp=2"]),
+    "ep 2 x tp 2 + sp": (4, ["--tp=2", "--sp=true"]),
+    "ep 2 x cp 2": (4, ["--cp=2"]),
+    "ep 2 x cp 2 ulysses": (4, ["--cp=2", "--cp_attention=ulysses"]),
+    **{
+        f"ep 2 x pp 2 {schedule}": (4, ["--pp=2", f"--pp_schedule={schedule}"])
+        for schedule in ("naive", "gpipe", "1f1b", "interleaved", "zerobubble")
+    },
+    "zero1 x ep 2": (2, ["--data_parallel=zero1"]),
+    "zero1 x ep 2 x dp 2": (4, ["--data_parallel=zero1", "--micro_batch_size=1"]),
+    "zero1 x ep 2 x tp 2": (4, ["--data_parallel=zero1", "--tp=2"]),
+    "zero1 x ep 2 x pp 2": (4, ["--data_parallel=zero1", "--pp=2"]),
+    "fsdp x ep 2": (2, ["--data_parallel=fsdp"]),
+    "fsdp x ep 2 x dp 2": (4, ["--data_parallel=fsdp", "--micro_batch_size=1"]),
+    "fsdp x ep 2, full": (4, ["--data_parallel=fsdp", "--activation_checkpoint=full"]),
+    "fsdp x ep 2 x tp 2": (4, ["--data_parallel=fsdp", "--tp=2"]),
+    "fsdp x ep 2 x cp 2": (4, ["--data_parallel=fsdp", "--cp=2"]),
+    "fsdp x ep 2 x pp 2": (4, ["--data_parallel=fsdp", "--pp=2"]),
+    "ep 2 x tp 2 x pp 2": (8, ["--tp=2", "--pp=2"]),
+}
+EXPERT_PARALLEL = {name: (n, ["--ep=2", *words]) for name, (n, words) in EXPERT_PARALLEL.items()}
+CUT_UP = MODEL_PARALLEL | EXPERT_PARALLEL
 # To be cut up
 LARGER = ["--n_layer=8", "--n_head=4", "--block_size=16", "--steps=6", "--eval_every=3"]
 TINY = [
@@ -154,8 +191,8 @@ def column(
 ) -> dict[str, list[float]]:
     """The trace of every optimizer on one layout. The oracles: "one process", for what cuts the
     model up "one larger process"."""
-    world, flags = LAYOUTS.get(layout) or MODEL_PARALLEL.get(layout, (1, []))
-    larger = LARGER if layout in MODEL_PARALLEL or layout == "one larger process" else []
+    world, flags = (LAYOUTS | RECOMPUTED | CUT_UP).get(layout, (1, []))
+    larger = LARGER if layout in CUT_UP or layout == "one larger process" else []
     flags = [*larger, "--data_parallel=ddp", *flags, *more]
     with tempfile.TemporaryDirectory() as folder:
         text(folder)
@@ -183,17 +220,25 @@ def assert_one_process(layout: str, *flags: str) -> None:
     assert difference(sgd(layout, *flags), sgd(one, *flags)) < 1e-10
 
 
+def table(layouts, alone: str, precision: str, optimizers: list[str], *more: str) -> None:
+    oracle = column(alone, precision, optimizers, *more)
+    print("\n| " + " | ".join(["", *optimizers]) + " |\n" + "|---" * (len(optimizers) + 1) + "|")
+    for layout in layouts:
+        found = column(layout, precision, optimizers, *more)
+        cells = [f"{difference(found[name], oracle[name]):.0e}" for name in optimizers]
+        print("| " + " | ".join([layout, *cells]) + " |", flush=True)
+
+
 def main(argv: list[str]) -> None:
-    precision = dict(word.split("=") for word in argv).get("--precision", "fp64")
-    for layouts, alone in ((LAYOUTS, "one process"), (MODEL_PARALLEL, "one larger process")):
-        oracle = column(alone, precision, list(OPTIMIZERS))
-        print(
-            "\n| " + " | ".join(["", *OPTIMIZERS]) + " |\n" + "|---" * (len(OPTIMIZERS) + 1) + "|"
-        )
-        for layout in layouts:
-            found = column(layout, precision, list(OPTIMIZERS))
-            cells = [f"{difference(found[name], oracle[name]):.0e}" for name in OPTIMIZERS]
-            print("| " + " | ".join([layout, *cells]) + " |", flush=True)
+    given = {"--precision": "fp64", "--part": "all"} | dict(word.split("=") for word in argv)
+    precision = given["--precision"]
+    if given["--part"] in ("all", "dense"):
+        table(LAYOUTS, "one process", precision, list(OPTIMIZERS))
+        table(MODEL_PARALLEL, "one larger process", precision, list(OPTIMIZERS))
+    if given["--part"] in ("all", "experts"):
+        table(LAYOUTS | RECOMPUTED, "one process", precision, list(SIX), *EXPERTS)
+        for layouts in (MODEL_PARALLEL, EXPERT_PARALLEL):
+            table(layouts, "one larger process", precision, list(SIX), *EXPERTS)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,10 @@ from optim import (
 )
 from optim.attributes import own_classes
 from optim.param_groups import kinds, param_groups
+from parallel import expert
 from parallel.autocast_linear import keep_no_copies
 from parallel.ddp import DDP
+from parallel.mesh import make_mesh
 from precision import amp, fp8
 from precision.stochastic import stochastic
 from run.balance import Balance
@@ -182,11 +184,19 @@ def test_shapes_with_experts_are_those_of_the_model(arch, experts, mlp_width):
     assert ours == named and list(ours) == list(named)
 
 
-def kept_and_peak(arch, precision, experts, how, rows):
-    """(what forward leaves, the most at any time) of `rows` x 128 tokens, measured, predicted."""
+def kept_and_peak(arch, precision, experts, how, rows, ep=1):
+    """(what forward leaves, the most at any time) of `rows` x 128 tokens, measured, predicted.
+
+    With ep, on each of as many ranks, all of which get equally many rows.
+    """
     size = dict(n_layer=4, n_embd=64, vocab_size=32)
     traits = dict(n_head=2, n_kv_head=2, block_size=128, router_z_loss=1e-3) | TRAITS[arch]
     model = GPT(GPTConfig(**size, **traits, **experts)).to(DTYPES[precision])
+    if ep > 1:
+        expert.split(model, dist.group.WORLD, [0])
+        for module in model.modules():
+            if hasattr(module, "choose"):
+                module.choose = functools.partial(in_turn, module.n_active, module.n_expert)
     keep_no_copies(model)
     for i, p in enumerate(model.parameters()):
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
@@ -202,15 +212,22 @@ def kept_and_peak(arch, precision, experts, how, rows):
             loss = model(ids, ids)
         left = meter.now() - start
         loss.backward()
-    ours = Experts(**experts, row_block=moe.BLOCK)
+    ours = Experts(**experts, row_block=moe.BLOCK, ep=ep)
     count = functools.partial(
         activation_bytes, precision, rows * 128, **size, arch=arch, experts=ours
     )
     # Gradients of a matrix of all experts, before they are added.
-    gradients = 64 * ours.n_expert * ours.width(64, arch) * bytes_of(precision)[1]
+    gradients = 64 * ours.n_expert // ep * ours.width(64, arch) * bytes_of(precision)[1]
     at_most = count(activation_checkpoint=how) + gradients
     found = left, meter.peak - start
     return found, (count(activation_checkpoint=how, in_backward=False), at_most)
+
+
+def in_turn(k, n_expert, scores):
+    """(..., E) -> (..., k): experts for each token, all equally often."""
+    n = scores.shape[:-1].numel()
+    chosen = torch.arange(n).unsqueeze(1) + torch.arange(k) * (n_expert // k)
+    return (chosen % n_expert).view(*scores.shape[:-1], k)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +243,35 @@ def kept_and_peak(arch, precision, experts, how, rows):
 def test_experts_keep_what_is_predicted(arch, precision, experts):
     measured, expected = kept_and_peak(arch, precision, experts, "none", 4)
     assert measured == pytest.approx(expected, rel=0.05)
+
+
+def kept_on_each(rank, world, *case):
+    return kept_and_peak(*case, world)
+
+
+@pytest.mark.parametrize(
+    "arch, precision, experts, how",
+    [
+        ("modern", "fp32", dict(n_expert=8), "none"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("modern", "fp32", dict(n_expert=8), "full"),
+                ("modern", "fp32", dict(n_expert=8), "mlp"),
+                ("modern", "fp32", dict(n_expert=8, n_shared_expert=1), "none"),
+                ("modern", "fp32", dict(n_expert=8, moe_every=2), "selective"),
+                ("llama", "bf16", dict(n_expert=8), "none"),
+                ("llama", "bf16", dict(n_expert=8), "full"),
+                ("llama", "bf16", dict(n_expert=8, n_shared_expert=1), "none"),
+            )
+        ),
+    ],
+)
+def test_experts_on_two_ranks_keep_what_is_predicted(arch, precision, experts, how):
+    for measured, expected in run_ranks(2, kept_on_each, arch, precision, experts, how, 32):
+        # What recomputation leaves is tested with one rank.
+        first = 0 if how == "none" else 1
+        assert measured[first:] == pytest.approx(expected[first:], rel=0.05)
 
 
 @pytest.mark.parametrize("arch, precision", [("modern", "fp64"), ("qwen3", "bf16_sr")])
@@ -500,6 +546,7 @@ def measured(
     options,
     bucket_mb=25.0,
     experts=(),
+    ep=1,
     **more,
 ):
     config = GPTConfig(**SIZE, **dict(experts), n_kv_head=2)
@@ -507,8 +554,12 @@ def measured(
         model = GPT(config).to(DTYPES[precision])
     keep_no_copies(model)
     group = dist.group.WORLD if world > 1 else None
+    if ep > 1:
+        mesh = make_mesh(CPU, ep=ep)
+        expert.split(model, mesh.groups["ep"], [0])
+        more["others"] = dict.fromkeys(expert.names_of(model), mesh.groups["expert_dp_cp"])
     if layout == "ddp":
-        replicas = DDP(group, CPU, bucket_mb)
+        replicas = DDP(group, CPU, bucket_mb, **more)
     elif layout == "fsdp":
         from parallel.fsdp import FSDP
 
@@ -741,6 +792,80 @@ def test_the_fullest_of_three_ranks_with_experts_holds_what_is_predicted(layouts
         assert peak == pytest.approx(expected["total"], rel=0.05), layout
 
 
+SHARED_OUT = dict(n_expert=8, moe_every=2)
+
+
+def measured_shared_out(rank, world, layout, optim, ep):
+    case = optim, "fp32", 2, {}, 0.25
+    return measured(rank, world, layout, *case, experts=SHARED_OUT, ep=ep)
+
+
+def fullest(world, layout, optim, ep):
+    ranks = run_ranks(world, measured_shared_out, layout, optim, ep)
+    return {name: max(found[name] for found in ranks) for name in ranks[0]}
+
+
+@pytest.mark.parametrize(
+    "world, layout, optim, ep",
+    [
+        (2, "fsdp", "adamw", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (2, "ddp", "adamw", 2),
+                (2, "zero1", "adamw", 2),
+                (2, "zero1", "muon", 2),
+                (4, "ddp", "adamw", 2),
+                (4, "zero1", "adamw", 2),
+                (4, "zero1", "muon", 2),
+                (4, "fsdp", "adamw", 2),
+                (4, "zero1", "adamw", 4),
+                (4, "fsdp", "adamw", 4),
+            )
+        ),
+    ],
+)
+def test_ranks_that_share_out_experts_hold_what_is_predicted(world, layout, optim, ep):
+    found = fullest(world, layout, optim, ep)
+    experts = Experts(**SHARED_OUT, ep=ep)
+    expected = predicted(
+        layout, optim, world, "fp32", 2, {}, bucket_mb=0.25, experts=experts, ep=ep
+    )
+    # Zero1 has freed most gradients when the step begins; before that it had all.
+    names = ("parameters", "state") if layout == "zero1" else ("parameters", "gradients", "state")
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=0.05), name
+    assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
+
+
+def test_two_ranks_that_share_out_experts_hold_half_of_them():
+    """Beside zero1, which has halved their state already: of weights and gradients, in the peak."""
+    zero1 = fullest(2, "zero1", "adamw", 1)
+    halves = fullest(2, "zero1", "adamw", 2)
+    size = {name: SIZE[name] for name in ("n_layer", "n_embd", "vocab_size")}
+    shapes = gpt_shapes(**size, experts=Experts(**SHARED_OUT))
+    of_experts = 4 * sum(math.prod(x) for name, (_, x) in shapes.items() if ".experts." in name)
+    assert zero1["parameters"] - halves["parameters"] == of_experts / 2
+    assert zero1["state"] == halves["state"]
+    assert zero1["peak"] - halves["peak"] >= of_experts
+
+
+@pytest.mark.parametrize(
+    "layout, world, ep, more, said",
+    [
+        ("zero2", 2, 2, {}, "layout=ddp, zero1 or fsdp"),
+        ("fsdp", 4, 2, dict(fsdp_shard=2), "without fsdp_shard"),
+        ("zero1", 2, 2, dict(offload="cpu"), "without fsdp_shard, offload"),
+        ("zero1", 3, 2, {}, "must divide the 3 ranks"),
+        ("zero1", 3, 3, {}, "type --n_expert=9"),
+    ],
+)
+def test_experts_that_cannot_be_shared_out_are_refused(layout, world, ep, more, said):
+    shapes = gpt_shapes(1, 8, 8, experts=Experts(8))
+    with pytest.raises(ValueError, match=said):
+        bytes_per_rank(shapes, layout=layout, world=world, ep=ep, **more)
+
+
 # ---- offloaded: a device and a host, both played by this CPU -------------------------------------
 class Places(Meter):
     """A meter that tells the host's storages from the device's. The host's are files, what is moved
@@ -950,6 +1075,10 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--params=7e9 --activation_checkpoint=full", "type --batch=8"),
         ("--params=7e9 --n_expert=8", "leave --params out"),
         ("--n_layer=2 --n_embd=8 --moe_every=2", "type --n_expert=8 too"),
+        ("--n_layer=2 --n_embd=8 --ep=2", "type --n_expert=8 too"),
+        ("--n_layer=2 --n_embd=8 --n_expert=8 --ep=3 --gpus=6", "type --n_expert=9"),
+        ("--n_layer=2 --n_embd=8 --n_expert=8 --ep=4 --gpus=6", "ep=4 must divide the 6 ranks"),
+        ("--n_layer=2 --n_embd=8 --n_expert=8 --ep=2 --offload=cpu", "without fsdp_shard, offload"),
         ("--n_layer=2 --n_embd=8 --n_expert=8 --moe_every=3", "moe_every=3"),
         ("--n_layer=2 --n_embd=8 --n_expert=8 --n_expert_active=9", "is more than n_expert=8"),
         ("--n_layer=2 --n_embd=8 --n_expert=8 --precision=mixed --batch=1", "--precision=bf16"),

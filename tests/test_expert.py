@@ -77,4 +77,11 @@ def test_a_branch_goes_on_with_ep_and_its_terms_without_its_experts_typed_again(
     dense = [*TINY, f"--data={text}", f"--out_dir={tmp_path}/dense"]
     go(0, 1, *dense)
     with pytest.raises(ValueError, match="means nothing without experts"):
-        go(0, 1, *dense, f"--resume={tmp_path}/dense", f"--out_dir={tmp_path}/c", "--router=sigmoid")
+        go(
+            0,
+            1,
+            *dense,
+            f"--resume={tmp_path}/dense",
+            f"--out_dir={tmp_path}/c",
+            "--moe_bias_lr=0.1",
+        )

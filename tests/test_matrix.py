@@ -26,6 +26,7 @@ import train
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
 from optim.soap import SOAP
+from parallel import expert
 from parallel.ddp import DDP
 from parallel.fsdp import FSDP
 from parallel.zero import ZeRO
@@ -174,36 +175,50 @@ def test_float32_follows_one_process(layout):
 
 
 # ---- SOAP as it is: it magnifies rounding without bound, so every step starts from the oracle's --
-def layouts(group, world):
+def layouts(group, world, expert_names):
     yield "ddp", DDP(group, CPU)
     for stage in (1, 2, 3):
         yield f"zero{stage}", ZeRO(group, CPU, stage)
     yield "fsdp", FSDP(group, CPU)
     yield "hybrid", FSDP(group, CPU, shard=world // 2)
+    if expert_names:
+        others = dict.fromkeys(expert_names)  # each expert is on one rank alone
+        yield "ep, ddp", DDP(group, CPU, others=others)
+        yield "ep, zero1", ZeRO(group, CPU, 1, others=others)
+        yield "ep, fsdp", FSDP(group, CPU, others=others)
 
 
-def tiny(device: str) -> GPT:
+def tiny(device: str, traits: dict) -> GPT:
+    shape = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, zero_init=False)
     with torch.device(device):
-        model = GPT(
-            GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, block_size=8, zero_init=False)
-        )
+        model = GPT(GPTConfig(**shape, **traits))
+    for module in model.modules():
+        for name, x in module.named_buffers(recurse=False):
+            if hasattr(module, "run_experts"):  # counts and biases: layouts allocate no buffers
+                setattr(module, name, torch.zeros_like(x, device="cpu"))
     return model.double()
 
 
-def lock_step(rank, world):
-    oracle, lrs = tiny("cpu"), dict.fromkeys(("matrix", "embedding", "head", "scalar"), 3e-3)
+def lock_step(rank, world, traits):
+    oracle, lrs = (
+        tiny("cpu", traits),
+        dict.fromkeys(("matrix", "embedding", "head", "scalar"), 3e-3),
+    )
     with torch.no_grad():
         for name, p in oracle.named_parameters():
             p.copy_(initial_weight(oracle.config, name, tuple(p.shape)))
     weights = dict(oracle.named_parameters())
+    experts = expert.names_of(oracle)
     plain = SOAP(param_groups.param_groups(oracle, lrs, 0.1), precondition_frequency=2)
     for step in range(5):
         tokens = torch.randint(256, (8, 9), generator=torch.Generator().manual_seed(step))
         saved = param_groups.state_by_name(plain)
         oracle.zero_grad()
         (oracle(tokens[:, :-1], tokens[:, 1:]) / 64).backward()
-        for layout, replicas in layouts(dist.group.WORLD, world):
-            model, mine = tiny("meta"), tokens.chunk(world)[rank]
+        for layout, replicas in layouts(dist.group.WORLD, world, experts):
+            model, mine = tiny("meta", traits), tokens.chunk(world)[rank]
+            if layout.startswith("ep"):
+                expert.split(model, dist.group.WORLD, [0])
             model = fitted(replicas, SOAP, model).parallelize(model)
             replicas.init_weights(lambda name, shape: weights[name].detach())
             groups = param_groups.param_groups(model, lrs, 0.1)
@@ -242,15 +257,19 @@ def lock_step(rank, world):
                 assert torch.equal(p, expected[name]), (layout, step, name)
             owned = torch.tensor([len(expected)])
             dist.all_reduce(owned)
-            copies = world if layout == "ddp" else 2 if layout == "hybrid" else 1
-            assert owned.item() == copies * len(weights), (layout, owned)
+            copies = {"ddp": world, "ep, ddp": world, "hybrid": 2}.get(layout, 1)
+            n_alone = len(experts) if layout.startswith("ep") else 0
+            assert owned == copies * (len(weights) - n_alone) + n_alone, (layout, owned)
         plain.step()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "traits", [{}, {"n_expert": 4, "router_z_loss": 0.01}], ids=["", "experts"]
+)
 @pytest.mark.parametrize("world", [2, 4])
-def test_soap_in_lock_step_is_the_plain_optimizer_bitwise(world):
-    run_ranks(world, lock_step)
+def test_soap_in_lock_step_is_the_plain_optimizer_bitwise(world, traits):
+    run_ranks(world, lock_step, traits)
 
 
 # ---- saved in any layout, resumed in any other ---------------------------------------------------

@@ -190,6 +190,7 @@ def test_rows_lead_to_tokens_and_slots_to_rows(n, k, block, least):
     rows, ends, slots, counts = sort(chosen, n_expert, block, least)
     assert counts.tolist() == [(chosen == e).sum().item() for e in range(n_expert)]
     assert (rows[slots] == torch.arange(9).unsqueeze(1)).all()
+    assert (rows == 9).sum() == len(rows) - 9 * k  # the others are zeros
     assert len({*slots.flatten().tolist()}) == 9 * k and ends[-1] == len(rows)
     starts = [0, *ends.tolist()]
     for e in range(n_expert):

@@ -1,6 +1,7 @@
 """Runs with experts: the same on every layout, tokens of each expert and biases exactly so."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import math
@@ -13,13 +14,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from matrix import LARGER, LAYOUTS, MODEL_PARALLEL, OPTIMIZERS, TINY, difference, text, trace
+from matrix import (
+    CUT_UP,
+    EXPERTS,
+    LARGER,
+    LAYOUTS,
+    OPTIMIZERS,
+    RECOMPUTED,
+    SIX,
+    TINY,
+    difference,
+    text,
+    trace,
+)
 
 import layers.moe
 import train
 from checkpoint import load
 from metrics import logger
 from model import GPT
+from precision import amp
 from run import build
 from run.balance import Balance
 from settings import parse
@@ -27,7 +41,6 @@ from settings.fields import with_traits
 
 CPU = torch.device("cpu")
 SLOW = pytest.mark.slow
-EXPERTS = ["--n_expert=4", "--router_z_loss=0.01", "--moe_bias_lr=0.01"]
 OTHERS = [
     "--router=sigmoid",
     "--n_shared_expert=1",
@@ -37,40 +50,7 @@ OTHERS = [
     "--normalize_gates=false",
     "--bias=true",
 ]
-RECOMPUTED = {
-    how: (1, ["--micro_batch_size=4", f"--activation_checkpoint={how}"])
-    for how in ("full", "selective", "mlp", "segments_2", "offload", "full_offload")
-} | {"zero3 2, full": (2, ["--data_parallel=zero3", "--activation_checkpoint=full"])}
-EXPERT_PARALLEL = {
-    "ep 2": (2, []),
-    "ep 4": (4, ["--ep=4"]),
-    "ep 2 x dp 2": (4, ["--micro_batch_size=1"]),
-    "ep 2, full": (2, ["--activation_checkpoint=full", "--micro_batch_size=2"]),
-    "ep 2, selective": (2, ["--activation_checkpoint=selective"]),
-    "ep 2 x tp 2": (4, ["--tp=2"]),
-    "ep 2 x tp 2 + sp": (4, ["--tp=2", "--sp=true"]),
-    "ep 2 x cp 2": (4, ["--cp=2"]),
-    "ep 2 x cp 2 ulysses": (4, ["--cp=2", "--cp_attention=ulysses"]),
-    **{
-        f"ep 2 x pp 2 {schedule}": (4, ["--pp=2", f"--pp_schedule={schedule}"])
-        for schedule in ("naive", "gpipe", "1f1b", "interleaved", "zerobubble")
-    },
-    "zero1 x ep 2": (2, ["--data_parallel=zero1"]),
-    "zero1 x ep 2 x dp 2": (4, ["--data_parallel=zero1", "--micro_batch_size=1"]),
-    "zero1 x ep 2 x tp 2": (4, ["--data_parallel=zero1", "--tp=2"]),
-    "zero1 x ep 2 x pp 2": (4, ["--data_parallel=zero1", "--pp=2"]),
-    "fsdp x ep 2": (2, ["--data_parallel=fsdp"]),
-    "fsdp x ep 2 x dp 2": (4, ["--data_parallel=fsdp", "--micro_batch_size=1"]),
-    "fsdp x ep 2, full": (4, ["--data_parallel=fsdp", "--activation_checkpoint=full"]),
-    "fsdp x ep 2 x tp 2": (4, ["--data_parallel=fsdp", "--tp=2"]),
-    "fsdp x ep 2 x cp 2": (4, ["--data_parallel=fsdp", "--cp=2"]),
-    "fsdp x ep 2 x pp 2": (4, ["--data_parallel=fsdp", "--pp=2"]),
-    "ep 2 x tp 2 x pp 2": (8, ["--tp=2", "--pp=2"]),
-}
-EXPERT_PARALLEL = {name: (n, ["--ep=2", *words]) for name, (n, words) in EXPERT_PARALLEL.items()}
-CUT_UP = MODEL_PARALLEL | EXPERT_PARALLEL
 ALL = LAYOUTS | RECOMPUTED | CUT_UP
-SIX = ("SGD", "AdamW", "Muon", "SOAP", "Shampoo", "Lion")
 
 
 class Recorded(Balance):
@@ -309,6 +289,12 @@ def fp32(rank, world, folder, name, flags, micro, expected=None, replayed=False)
             for world in (2, 4)
             for layout in ("ddp", "zero1", "fsdp")
         ),
+        *(
+            pytest.param(name, world, [f"--ep={ep}", f"--data_parallel={layout}"], marks=SLOW)
+            for name in ("SGD", "AdamW", "Muon")
+            for world, ep in ((2, 2), (4, 4), (4, 2))
+            for layout in ("ddp", "zero1", "fsdp")
+        ),
     ],
 )
 def test_float32_follows_one_process_or_its_choices(tmp_path, name, world, flags):
@@ -319,6 +305,7 @@ def test_float32_follows_one_process_or_its_choices(tmp_path, name, world, flags
     found = run_ranks(world, fp32, tmp_path, name, flags, micro, expected)
     gaps = sum((gaps for _, gaps in found), [])
     alone = trace(tmp_path / "1-False")
+    print(f"{len(gaps)} choices flip, by {max(gaps, default=0):.0e}")  # pytest -s
     if difference(trace(tmp_path / f"{world}-False"), alone) > 1e-5:
         assert gaps and max(gaps) < 1e-6, gaps
         run_ranks(world, fp32, tmp_path, name, flags, micro, expected, True)
@@ -449,6 +436,89 @@ def test_fp8_multiplies_in_each_expert():
     assert not any("router" in name for name in state.histories)
 
 
+# The emulation in float64, so that equal scales are equal numbers.
+WIDE_FP8 = dataclasses.replace(amp.PRECISIONS["fp64"], fp8_blocks=True)
+# 128 tokens a rank of two, and 128 neurons: no block of 128 is cut, nor filled up with others.
+BLOCKS = ["--n_layer=2", "--n_head=2", "--head_dim=128", "--n_embd=64", "--block_size=32"]
+BLOCKS += ["--expert_width=256", "--zero_init=false", "--precision=fp8"]
+# Rows of y and dx are a token's; of dW a feature's over the tokens that one product has.
+ROWS = ["--fp8.scaling=row", "--fp8.weight_gradient=false"]
+
+
+@functools.cache
+def in_wide_fp8(layout: str, *flags: str) -> tuple[list[float], list]:
+    with mock.patch.dict(amp.PRECISIONS, fp8=WIDE_FP8):
+        return column(layout, ("SGD",), *BLOCKS, "--steps=4", "--eval_every=2", *flags)["SGD"]
+
+
+def apart(losses: list[float], expected: list[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "layout, flags",
+    [
+        ("ep 2 x tp 2", ()),
+        *(
+            pytest.param(layout, (), marks=SLOW)
+            for layout in ("ep 2", "tp 2", "zero1 x ep 2", "fsdp x ep 2")
+        ),
+        *(
+            pytest.param(layout, ROWS, marks=SLOW)
+            for layout in ("ep 4", "ep 2 x dp 2", "ep 2, full", "ep 2 x cp 2")
+        ),
+    ],
+)
+def test_experts_of_the_same_scales_in_fp8_are_one_process(layout, flags):
+    expected, steps = in_wide_fp8("one larger process", *flags)
+    losses, found = in_wide_fp8(layout, *flags)
+    assert apart(losses, expected) < 1e-10 and found == steps
+    plain, _ = in_wide_fp8("one larger process", "--precision=fp64")
+    assert apart(expected, plain) > 1e-5, "fp8 rounds nothing, so this proves nothing"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "ep 2 x dp 2",
+        *(
+            pytest.param(layout, marks=SLOW)
+            for layout in ("ep 2, full", "ep 2 x tp 2", "ep 2 x cp 2", "fsdp x ep 2", "ddp 4")
+        ),
+    ],
+)
+def test_experts_keep_amaxes_of_their_own_whoever_holds_them(tmp_path, layout):
+    """With delayed scales any split is exact, from the step on that finds a history."""
+    delayed = ["--fp8.scaling=tensor", "--fp8.delayed=true", "--schedule=constant"]
+
+    def resumed(name: str, steps: int) -> list:
+        world, flags = ALL.get(name, (1, []))
+        flags = [*EXPERTS, "--data_parallel=ddp", *BLOCKS, *delayed, *flags, f"--steps={steps}"]
+        with mock.patch.dict(amp.PRECISIONS, fp8=WIDE_FP8):
+            return run_ranks(world, runs, tmp_path / name, ("SGD",), flags, 4)[0]["SGD"]
+
+    (tmp_path / "one").mkdir()
+    text(tmp_path / "one")
+    resumed("one", 2)
+    shutil.copytree(tmp_path / "one", tmp_path / layout)
+    assert resumed(layout, 4) == resumed("one", 4)
+    traces = (trace(tmp_path / name / "SGD") for name in (layout, "one"))
+    assert apart(*traces) < 1e-10
+    found, expected = (in_all(tmp_path / name, "SGD") for name in (layout, "one"))
+    histories = [name for name in expected if name.startswith("fp8/")]
+    assert len(histories) == 2 * (4 + 4 * 2) and found.keys() == expected.keys()
+    for name in histories:
+        assert torch.equal(found[name], expected[name]) and expected[name][:4].all(), name
+
+
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=SLOW) for x in ("ep 2", "tp 2")])
+def test_spread_experts_in_fp8_are_one_process_but_for_its_rounding(layout):
+    flags = ("--precision=fp8", "--n_layer=2", "--steps=10", "--eval_every=5")
+    expected = column("one larger process", ("AdamW", "Muon"), *flags)
+    for name, (losses, _) in column(layout, ("AdamW", "Muon"), *flags).items():
+        assert 0 < apart(losses, expected[name][0]) < 0.01, name
+
+
 # ---- expert parallelism --------------------------------------------------------------------------
 def counted_bytes(rank, world, folder, flags):
     """(what is logged as sent, what all-to-alls were given, counts of this rank) of one step."""
@@ -481,6 +551,49 @@ def test_the_bytes_of_all_to_alls_are_those_that_are_logged(tmp_path, flags):
     others = {n: p for n, p in model.named_parameters() if ".experts." not in n}
     n_here = len(others) + (len([*model.parameters()]) - len(others)) // 2
     assert logged - given == sum(p.numel() * 4 for p in others.values()) + n_here
+
+
+def bytes_and_rows(rank, world, folder, flags):
+    """(bytes given to all-to-alls, bytes logged, rows for each expert (forwards, E)) of a step."""
+    rows = []
+    plain = layers.moe.MoE.choose
+
+    def choose(layer, scores):
+        chosen = plain(layer, scores)
+        rows.append(torch.bincount(chosen.flatten(), minlength=layer.n_expert).tolist())
+        return chosen
+
+    with mock.patch.object(layers.moe.MoE, "choose", choose):
+        return *counted_bytes(rank, world, folder, flags), rows
+
+
+@pytest.mark.parametrize(
+    "ranks, ep, more, repeated, width",
+    [
+        (4, 2, ["--precision=fp32", "--activation_checkpoint=full"], 2, 4),
+        pytest.param(4, 4, ["--precision=bf16"], 1, 2, marks=SLOW),
+        pytest.param(
+            2, 2, ["--precision=fp64", "--activation_checkpoint=selective"], 2, 8, marks=SLOW
+        ),
+    ],
+)
+def test_bytes_are_the_formula_of_the_counts(tmp_path, ranks, ep, more, repeated, width):
+    """repeated: forwards for each backward; width: bytes of a number that travels."""
+    text(tmp_path)
+    more = [*more, f"--ep={ep}", "--micro_batch_size=1", "--data_parallel=ddp", "--eval_every=0"]
+    found = run_ranks(ranks, bytes_and_rows, str(tmp_path), more)
+    n_layer, n_expert, n_embd = 2, 4, 16
+    forwards = n_layer * 8 // ranks * repeated
+    rows = torch.tensor([rows for _, _, rows in found])  # (ranks, forwards, E)
+    assert rows.shape == (ranks, forwards, n_expert)
+    rows = rows.view(ranks, forwards, ep, -1).sum((1, 3)) // repeated  # (from, to one of its ep)
+    for rank, (given, _, _) in enumerate(found):
+        me = rank % ep
+        sent = rows[rank].sum() - rows[rank, me]
+        received = rows[rank - me : rank - me + ep, me].sum() - rows[rank, me]
+        counts = forwards * 4 * n_expert * (ep - 1) // ep
+        assert given == counts + (repeated + 1) * (sent + received) * n_embd * width, rank
+    assert len({int(x) for x in rows.flatten()}) > ep, "loads are even, so this proves less"
 
 
 def few_tokens(rank, world, folder, flags):

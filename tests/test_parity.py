@@ -483,6 +483,10 @@ def test_every_patch_fits_and_no_fault_is_there_twice(tree):
 FAST = ("tp_no_sum_backward", "pp_tied_half", "moe_local_counts")
 
 SAID = {
+    "ep_bias_each_micro_batch": "adds another bias to the scores than that of the step's start",
+    "ep_counts_of_tp_ranks_twice": "on every rank each token counts 2 times",
+    "ep_experts_exchanged": "rank 0 has in the place of expert 0 of blocks.0.mlp what is",
+    "ep_gradients_over_all_replicas": "the gradient of blocks.1.mlp's expert 1 is in it, too",
     "moe_bias_of_skipped_step": "step 5 is skipped, and on every rank the bias moves",
     "moe_bias_of_local_counts": "by the counts of its own tokens alone",
     "moe_counts_of_one_micro_batch": "the counts of micro-batch 4 alone",

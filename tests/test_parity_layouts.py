@@ -93,6 +93,13 @@ def test_no_alarm_with_experts(layout, optimizer, precision):
     assert "tensors agree" in said and "all 0" not in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", matrix.EXPERT_PARALLEL)
+def test_no_alarm_with_experts_spread_over_ranks(layout):
+    said = check(matrix.EXPERT_PARALLEL[layout], "Muon", "fp64", *EXPERTS)
+    assert "tensors agree" in said and "all 0" not in said
+
+
 def uneven(layout: tuple, loads: str, folder) -> None:
     ranks, flags = layout
     words, wanted = UNEVEN[loads]
