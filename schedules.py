@@ -9,7 +9,7 @@ initial lr. Every schedule starts with linear warm-up over W steps:
 and then runs its shape on t = step - W of T = steps - W, with x = t / T:
 
     wsd           1, then over the last decay_frac of all steps down to minimum: Hu et al. 2024
-                  (2404.06395)
+                  (2404.06395); with shape=power modded-nanogpt's PowerCool
     cosine        minimum + (1 - minimum) (1 + cos(2 pi cycles x)) / 2
     linear        1 - (1 - minimum) x
     constant      1
@@ -42,14 +42,26 @@ Example:
 import inspect
 import math
 
+SHAPES_OF_WSD = ("linear", "cosine", "exponential", "sqrt", "power")
 
-def wsd(t: int, T: int, minimum: float = 0.0, decay: int = 0, shape: str = "linear") -> float:
-    """Warm-up, stable, decay. shape: linear, cosine, exponential or sqrt (1 - sqrt).
 
-    decay: steps of the descent. Raises ValueError for another shape.
+def wsd(
+    t: int,
+    T: int,
+    minimum: float = 0.0,
+    decay: int = 0,
+    shape: str = "linear",
+    power: float = 1.0,
+) -> float:
+    """Warm-up, stable, decay. shape: linear, cosine, exponential, sqrt (1 - sqrt) or power.
+
+    decay: steps of the descent; power: the exponent of what is left of it, for shape=power. Raises
+    ValueError for another shape, and for a power that is not above 0 or has no use.
     """
-    if shape not in ("linear", "cosine", "exponential", "sqrt"):
-        raise ValueError(f"--schedule.shape={shape} is none of linear, cosine, exponential, sqrt")
+    if shape not in SHAPES_OF_WSD:
+        raise ValueError(f"--schedule.shape={shape} is none of {', '.join(SHAPES_OF_WSD)}")
+    if not power > 0 or (power != 1 and shape != "power"):
+        raise ValueError(f"--schedule.power={power:g} must be above 0, with --schedule.shape=power")
     if t <= T - decay:
         return 1.0
     d = (t - (T - decay)) / decay  # 0 at the start of the descent, 1 at its end
@@ -58,6 +70,8 @@ def wsd(t: int, T: int, minimum: float = 0.0, decay: int = 0, shape: str = "line
         return (minimum or 1e-3) ** d
     if shape == "linear":
         fall = 1 - d
+    elif shape == "power":
+        fall = (1 - d) ** power
     elif shape == "cosine":
         fall = (1 + math.cos(math.pi * d)) / 2
     else:
@@ -179,23 +193,39 @@ def multiplier(
 
 
 def follow(
-    groups: list[dict], step: int, factor: float, momentum_warmup: int | None = None
+    groups: list[dict],
+    step: int,
+    factor: float | dict[str, float],
+    momentum_warmup: int | None = None,
+    momentum_cooldown: int | None = None,
+    steps: int = 0,
 ) -> None:
     """Sets the lr of each group to `factor` times the lr that it was made with.
 
-    momentum_warmup: steps over which the group's momentum warms up, None: it stays.
+    factor: of all groups, or kind -> factor of the groups of this `kind`. momentum_warmup,
+    momentum_cooldown: of the run's `steps` the first, over which the groups' momentum warms up, and
+    the last, over which it cools down; both None: it stays.
     """
     for group in groups:
+        own = factor[group["kind"]] if isinstance(factor, dict) else factor
         # The first call keeps the group's own lr, under the key of torch's schedulers.
-        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
-        if momentum_warmup is not None:
-            end = group.setdefault("initial_momentum", group["momentum"])
-            # 0.85 is where the nanoGPT speedruns start.
-            group["momentum"] = momentum_at(step, momentum_warmup, 0.85, end)
+        group["lr"] = own * group.setdefault("initial_lr", group["lr"])
+        if momentum_warmup is not None or momentum_cooldown is not None:
+            usual = group.setdefault("initial_momentum", group["momentum"])
+            left = steps - step if momentum_cooldown is not None else step
+            warm = momentum_at(step, momentum_warmup or 0, MOMENTUM, usual)
+            cool = momentum_at(left, momentum_cooldown or 0, MOMENTUM, usual)
+            group["momentum"] = min(warm, cool)
+
+
+MOMENTUM = 0.85  # where the nanoGPT speedruns start, and end
 
 
 def momentum_at(step: int, warmup: int, start: float, end: float) -> float:
-    """Momentum warm-up, linear: a long memory is of little use while gradients still turn fast."""
+    """Momentum warm-up, linear: a long memory is of little use while gradients still turn fast.
+
+    A cool-down is the same, with `step` the steps that are left.
+    """
     if step >= warmup:
         return end
     return start + (end - start) * step / warmup

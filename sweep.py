@@ -170,7 +170,7 @@ def refuse(words: list[str], metric: str) -> None:
             "none; type --eval_every=60, or --metric=loss"
         )
     # What train.py checks only after it has read the data.
-    optimizer_class = optimizers.find_optimizer(cfg.optim)
+    optimizer_class = optimizers.chosen(cfg)
     options = resolve_options(cfg, optimizer_class)
     schedule = auto.resolve_schedule(cfg, optimizer_class)
     build.lr_schedule(update(cfg, schedule=schedule), options["schedule"])

@@ -89,7 +89,7 @@ def main(requested_cfg: fields.Config) -> dict:
         return latest(out_dir)
 
     # ---- settings: what `auto` and `none` stand for on this machine ------------------------------
-    optimizer_class = optimizers.find_optimizer(continued_cfg.optim)
+    optimizer_class = optimizers.chosen(continued_cfg)
     has_replicas = mesh.groups["dp_cp"] is not None
     options = resolve_options(continued_cfg, optimizer_class)  # the dotted fields, by namespace
     auto_cfg = auto.resolve_auto(continued_cfg, device, optimizer_class, has_replicas)
@@ -400,9 +400,17 @@ def main(requested_cfg: fields.Config) -> dict:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*gradients.values()], factor)
 
-        # Step. Every group follows the schedule from its own peak lr.
-        lr_factor = lr_schedule(step) * spike_monitor.lr_factor(step)
-        schedules.follow(optimizer.param_groups, step, lr_factor, cfg.momentum_warmup)
+        # Step. Every group follows the schedule of its kind from its own peak lr.
+        cut = spike_monitor.lr_factor(step)
+        lr_factors = {kind: cut * lr_schedule(step, kind) for kind in lrs}
+        schedules.follow(
+            optimizer.param_groups,
+            step,
+            lr_factors,
+            cfg.momentum_warmup,
+            cfg.momentum_cooldown,
+            cfg.steps,
+        )
         if verdict == "step":
             if loss_scaler is None or loss_scaler.update(bool(grad_norm.isfinite())):
                 optimizer.step()
@@ -432,7 +440,7 @@ def main(requested_cfg: fields.Config) -> dict:
             row = {
                 "step": step,
                 "loss": loss,
-                "lr": lrs["matrix"] * lr_factor,
+                "lr": lrs["matrix"] * lr_factors["matrix"],
                 "grad_norm": float(grad_norm),
                 "tokens": cursor.seen * cfg.block_size,
                 "tokens_per_s": tokens_per_s,

@@ -106,13 +106,13 @@ def inject(fault: str, first: int) -> None:
     def schedule(cfg, options):
         usual = SCHEDULE(cfg, options)
 
-        def factor(step):
+        def factor(step, kind="matrix"):
             state["over"] = state.get("over") or (
                 fault == "jump once" and step < state.get("step", 0)
             )
             state["step"] = step
             jumps = first <= step < first + LENGTH[fault] and not state["over"]
-            return usual(step) * (TIMES if jumps else 1)
+            return usual(step, kind) * (TIMES if jumps else 1)
 
         return factor
 

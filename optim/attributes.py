@@ -3,6 +3,7 @@
     attribute      assumed   what it decides
     elementwise    False     may a shard of a parameter be stepped alone? (asked and assumed in
                              parallel/adapter.py and fsdp.py)
+    elementwise_elsewhere  False  as elementwise, of all but hidden matrices (hooks/wear.py)
     matrices_only  False     do all parameters but matrices belong in groups with use_muon=False?
     zero_init      True      may projections and head start at 0?
     heavy_step     False     too much work for every replica to repeat: ranks share it out

@@ -64,7 +64,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from parallel.owners import Exchange, first_holder, group_of, spread_of, wire_device
-from parallel.replicas import refuse_coupled
+from parallel.replicas import is_spared, refuse_coupled
 from parallel.shard import Shard, local, shard_of, shard_of_shard
 
 
@@ -74,7 +74,7 @@ class Adapter:
     groups: tensors or dicts, as torch's optimizers take them. What this rank does not step is left
     out of a dict's `params` and `names`.
     elementwise: may a shard be stepped alone? None asks the class, where no answer counts as no.
-    Muon's groups with use_muon=False always may.
+    Muon's groups with use_muon=False always may, and what hooks (hooks/wear.py) leave alone.
     tp_shards: name -> Shard, or (full shape, offsets), of the parameters that already are shards,
     over tp_group.
     agree: in each step the ranks tell each other which gradients they have, and whether anybody
@@ -102,6 +102,7 @@ class Adapter:
             groups = [{"params": groups}]
         if elementwise is None:
             elementwise = getattr(cls, "elementwise", False)
+        self.cls = cls
         self.elementwise = elementwise
         self.tp_shards = {name: Shard(*where) for name, where in (tp_shards or {}).items()}
         self.tp_group = tp_group
@@ -136,7 +137,7 @@ class Adapter:
         # Weights that must be gathered: those alike in ranks, dtype and device travel together.
         owned = {}  # (spread, dtype, device) -> [(weight, where it lies if it is a tp shard)]
         for group in groups:
-            works_on_shards = self.elementwise or group.get("use_muon") is False
+            works_on_shards = self.elementwise or is_spared(self.cls, group)
             names = group.get("names") or [None] * len(group["params"])
             for p, name in zip(group["params"], names):
                 shard = shard_of(p)

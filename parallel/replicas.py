@@ -400,7 +400,13 @@ ELEMENTWISE = {
 
 def is_elementwise(cls: type[Optimizer], group: dict) -> bool:
     """May a shard of a parameter in this group be stepped alone? A class that is silent: no."""
-    return getattr(cls, "elementwise", cls in ELEMENTWISE) or group.get("use_muon") is False
+    return getattr(cls, "elementwise", cls in ELEMENTWISE) or is_spared(cls, group)
+
+
+def is_spared(cls: type[Optimizer], group: dict) -> bool:
+    """Is the group outside what a method of whole matrices works on?"""
+    elsewhere = getattr(cls, "elementwise_elsewhere", False)  # hooks/wear.py
+    return group.get("use_muon") is False or (elsewhere and group.get("kind", "matrix") != "matrix")
 
 
 # Plain arithmetic, so every rank computes the same answer and nobody has to be told:

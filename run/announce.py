@@ -22,7 +22,7 @@ from run.build import state_on_disk
 from run.optimizers import find_optimizer
 from settings import parse
 from settings.checks import profiled_steps
-from settings.fields import FIELDS, Config, flag
+from settings.fields import DECAYS, FIELDS, Config, flag
 
 # The settings that may explain a jump of the learning rate.
 LR_FIELDS = (
@@ -33,6 +33,7 @@ LR_FIELDS = (
     "warmup_frac",
     "warmup_start",
     "decay_frac",
+    *DECAYS.values(),
     "min_lr_frac",
 )
 
@@ -203,9 +204,10 @@ def about_memory(cfg: Config, mesh: Mesh) -> Iterator[str]:
 def about_schedule(cfg: Config) -> Iterator[str]:
     if cfg.min_lr_frac and not schedules.takes(cfg.schedule, "minimum"):
         yield f"min_lr_frac={cfg.min_lr_frac:g}: schedule={cfg.schedule} never decays"
-    decays = cfg.decay_frac != FIELDS["decay_frac"].default
-    if decays and not schedules.takes(cfg.schedule, "decay"):
-        yield f"decay_frac={cfg.decay_frac:g}: schedule={cfg.schedule} has none"
+    for name in ("decay_frac", *DECAYS.values()):
+        decays = getattr(cfg, name) != FIELDS[name].default
+        if decays and not schedules.takes(cfg.schedule, "decay"):
+            yield f"{name}={getattr(cfg, name):g}: schedule={cfg.schedule} has none"
     if cfg.decay_embeddings and not cfg.weight_decay:
         yield "decay_embeddings: weight_decay is 0, so nothing decays"
 

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from hooks.wear import worn
 from layers import rope_scaling
 from metrics import flops
 from optim.attributes import attribute
@@ -152,7 +153,10 @@ def resolve_learning_rates(cfg: Config, optimizer_class: type) -> dict[str, floa
     lr, weight_decay = own_defaults(cfg, optimizer_class)
     if cfg.lr is not None:
         lr = cfg.lr
-    if cfg.weight_decay is not None:
+    # Some hooks are weight decay themselves, or undo it.
+    if any(getattr(hook, "needs_decay_off", False) for hook in worn(optimizer_class)):
+        weight_decay = 0.0
+    elif cfg.weight_decay is not None:
         weight_decay = cfg.weight_decay
 
     # An optimizer for matrices alone hands all else to AdamW, whose lr has another unit.

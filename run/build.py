@@ -30,20 +30,26 @@ from settings.fields import Config, model_chunks
 
 
 def lr_schedule(cfg: Config, options: dict):
-    """A function of the step: the factor of every learning rate.
+    """A function of the step and the kind of parameter: the factor of its learning rate.
 
     options: arguments of the schedule. Raises ValueError for one out of its range.
     """
     warmup = warmup_steps(cfg)
+    decays = {
+        "embedding": cfg.embed_decay_frac,
+        "head": cfg.head_decay_frac,
+        "scalar": cfg.scalar_decay_frac,
+    }
 
-    def factor(step: int) -> float:
+    def factor(step: int, kind: str = "matrix") -> float:
+        own = decays.get(kind)
         return schedules.multiplier(
             cfg.schedule,
             step,
             cfg.steps,
             warmup,
             cfg.min_lr_frac,
-            cfg.decay_frac,
+            cfg.decay_frac if own is None else own,
             cfg.warmup_start,
             **options,
         )
@@ -105,7 +111,7 @@ def learning_rates(
     """The peak learning rate of each kind of parameter.
 
     options: the optimizer's; kinds: parameter name -> kind, of the full model. Raises ValueError
-    for a learning rate that was given for a kind that this model lacks.
+    for a learning rate or a decay that was given for a kind that this model lacks.
     """
     lrs = {
         "matrix": cfg.lr,
@@ -114,8 +120,9 @@ def learning_rates(
         "scalar": cfg.scalar_lr,
     }
     for kind, lr in lrs.items():
-        if f"{kind}_lr" in cfg.given and kind not in kinds.values():
-            raise ValueError(f"--{kind}_lr: this model has no such parameters; leave it out")
+        for name in (f"{kind}_lr", f"{kind}_decay_frac"):
+            if name in cfg.given and kind not in kinds.values():
+                raise ValueError(f"--{name}: this model has no such parameters; leave it out")
         lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
         if cfg.mup_base_width is not None:
             rule = mup.lr_multipliers(optimizer_class, cfg.n_embd, cfg.mup_base_width, **options)
@@ -232,7 +239,7 @@ def stepped_by_rows(optimizer_class: type, kinds: dict[str, str]) -> set[str]:
     matrices_only = attribute(optimizer_class, "matrices_only")
     found = set()
     for name, kind in kinds.items():
-        group = {"use_muon": kind == "matrix"} if matrices_only else {}
+        group = {"kind": kind, "use_muon": kind == "matrix" or not matrices_only}
         if is_elementwise(optimizer_class, group):
             found.add(name)
     return found
@@ -402,16 +409,16 @@ def optimizer_factory(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], opti
 
 
 def refuse_momentum_options(cfg: Config, optimizer_class: type, group: dict) -> None:
-    """Raises ValueError for momentum_warmup or qk_clip with an optimizer that cannot take them.
+    """Raises ValueError for a momentum's schedule or qk_clip that the optimizer cannot take.
 
     group: a group of parameters as this optimizer fills it.
     """
     # Schedule-Free's momentum says where its average lies: it must not change during the run.
     averages = param_groups.averages_weights(optimizer_class)
-    if cfg.momentum_warmup is not None and (averages or "momentum" not in group):
-        raise ValueError(
-            f"--optim={cfg.optim} has no momentum to warm up; leave --momentum_warmup out"
-        )
+    for name in ("momentum_warmup", "momentum_cooldown"):
+        if getattr(cfg, name) is not None and (averages or "momentum" not in group):
+            what = name.removeprefix("momentum_").replace("down", " down").replace("warm", "warm ")
+            raise ValueError(f"--optim={cfg.optim} has no momentum to {what}; leave --{name} out")
     if cfg.qk_clip is not None and averages:
         raise ValueError(
             f"--qk_clip scales weights, and --optim={cfg.optim} keeps a second set of them; "

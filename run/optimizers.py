@@ -11,6 +11,16 @@ from settings import checks
 from settings.fields import Config
 
 
+def chosen(cfg: Config) -> type[torch.optim.Optimizer]:
+    """The class of --optim=, wearing the hooks of --hooks=. Raises ValueError."""
+    optimizer_class = find_optimizer(cfg.optim)
+    if cfg.hooks is None and not cfg.sub("hook"):
+        return optimizer_class
+    from run.hooks import with_hooks
+
+    return with_hooks(cfg, optimizer_class)
+
+
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class that `file` or `file.Class` names in optim/.
 

@@ -19,7 +19,7 @@ def resolve_options(cfg: Config, optimizer_class: type) -> dict[str, dict]:
     """
     options = {namespace: {} for namespace in NAMESPACES}
     for namespace in NAMESPACES:
-        if cfg.sub(namespace):
+        if cfg.sub(namespace) and namespace != "hook":  # run/hooks.py has read these
             target, given = owner(cfg, namespace, optimizer_class)
             options[namespace] = check_options(cfg, namespace, target, given)
     check_monitor(cfg, options["monitor"])

@@ -285,7 +285,7 @@ def check_same_options(cfg: Config, old: dict, new: dict, branch: bool) -> None:
     """Raises ValueError for a dotted field of optimizer, outer step or FP8 that differs."""
     # opt.fused is the same step in another kernel.
     for name in sorted((old | new).keys() - {"opt.fused"}):
-        changes_the_step = name.startswith(("opt.", "diloco.", "fp8."))
+        changes_the_step = name.startswith(("opt.", "hook.", "diloco.", "fp8."))
         if changes_the_step and new.get(name) != old.get(name):
             raise ValueError(mismatch(cfg, name, old.get(name), new.get(name), branch))
 

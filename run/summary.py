@@ -24,7 +24,7 @@ from metrics.flops import active_params
 from metrics.logger import read_metrics, short
 from parallel.mesh import Mesh
 from run import auto
-from settings.fields import FIELDS, Config, flag
+from settings.fields import DECAYS, FIELDS, Config, flag
 
 # Settings that other lines of the summary show, or that say where a run is, not what it is.
 SHOWN = ("out_dir", "data", "data_dir", "resume", "steps", "optim", "precision", "arch")
@@ -136,7 +136,9 @@ def about_optimizer(cfg: Config, lrs: dict[str, float]) -> str:
     if len(kinds_of) == 1:
         each = f"{lrs['matrix']:g}"
     clip = "not clipped" if cfg.grad_clip is None else f"clipped to norm {cfg.grad_clip:g}"
-    return f"{cfg.optim}: lr {each}; weight decay {cfg.weight_decay:g}; gradients {clip}"
+    wearing = "" if cfg.hooks is None else f" wearing {cfg.hooks.replace(',', ', ')}"
+    decay = f"weight decay {cfg.weight_decay:g}"
+    return f"{cfg.optim}{wearing}: lr {each}; {decay}; gradients {clip}"
 
 
 def about_schedule(cfg: Config, lr_schedule: Callable[[int], float]) -> str:
@@ -145,8 +147,11 @@ def about_schedule(cfg: Config, lr_schedule: Callable[[int], float]) -> str:
         warmup = round(cfg.warmup_frac * cfg.steps)
     text = f"{cfg.schedule}: {warmup} steps of warm-up"
     if schedules.takes(cfg.schedule, "decay"):
-        n_decay = min(cfg.steps - warmup, round(cfg.decay_frac * cfg.steps))
-        text += f", decay from step {cfg.steps - n_decay} on"
+        own = {kind: getattr(cfg, name) for kind, name in DECAYS.items()}
+        for kind, frac in {"": cfg.decay_frac, **own}.items():
+            if frac is not None:
+                n_decay = min(cfg.steps - warmup, round(frac * cfg.steps))
+                text += f", {kind or 'decay'} from step {cfg.steps - n_decay} on"
     return f"{text}; the last step has {lr_schedule(cfg.steps - 1):.2g} x lr"
 
 

@@ -15,6 +15,7 @@ import re
 import schedules
 from settings.fields import (
     ARCHS,
+    DECAYS,
     FIELDS,
     LAYOUTS,
     OF_EXPERTS,
@@ -242,19 +243,20 @@ def check_schedule(cfg: Config) -> None:
     For one that `auto` chose, run/announce.py warns.
     """
     is_typed = "schedule" in cfg.given and cfg.schedule != "auto"
-    has_decay = cfg.decay_frac != FIELDS["decay_frac"].default
-    if is_typed and has_decay and not schedules.takes(cfg.schedule, "decay"):
-        raise ValueError(
-            f"decay_frac has no meaning for schedule={cfg.schedule}; leave it out, or"
-            " --schedule=wsd"
-        )
+    for name in ("decay_frac", *DECAYS.values()):
+        has_decay = getattr(cfg, name) != FIELDS[name].default
+        if is_typed and has_decay and not schedules.takes(cfg.schedule, "decay"):
+            raise ValueError(
+                f"{name} has no meaning for schedule={cfg.schedule}; leave it out, or"
+                " --schedule=wsd"
+            )
     if is_typed and cfg.min_lr_frac and not schedules.takes(cfg.schedule, "minimum"):
         raise ValueError(
             f"min_lr_frac has no meaning for schedule={cfg.schedule}, which never decays; leave it"
             " out"
         )
     # Checked here, because a field's `below` excludes its bound, and a share of 1 is allowed.
-    for name in ("decay_frac", "min_lr_frac", "warmup_start"):
+    for name in ("decay_frac", *DECAYS.values(), "min_lr_frac", "warmup_start"):
         if (getattr(cfg, name) or 0) > 1:
             raise ValueError(f"{name}={getattr(cfg, name)} is a share, from 0 to 1")
 

@@ -202,6 +202,11 @@ class Config:
         "muon",
         "sgd, adamw, soap ...: a file in optim/, or file.Class; your own: put a file there",
     )
+    hooks: str | None = fixed(
+        None,
+        "what changes its steps, in this order: hyperball,cautious_decay ...: files in hooks/;"
+        " --hook.NAME.FIELD= sets a hook's field",
+    )
     lr: float | None = on_branch(
         None, "peak learning rate; none = the optimizer's own default", least=0
     )
@@ -266,6 +271,15 @@ class Config:
         None, "share of lr where warm-up starts; none = 1/warmup", least=0
     )
     decay_frac: float = may_change(0.4, "wsd: share of the steps for the final decay", least=0)
+    embed_decay_frac: float | None = may_change(
+        None, "the same for embeddings; none = decay_frac", least=0
+    )
+    head_decay_frac: float | None = may_change(
+        None, "the same for an untied head; none = decay_frac", least=0
+    )
+    scalar_decay_frac: float | None = may_change(
+        None, "the same for gains and biases; none = decay_frac", least=0
+    )
     min_lr_frac: float = may_change(0.0, "where the decay ends, as a share of lr", least=0)
     lr_scaling: Literal["linear", "sqrt"] | None = fixed(
         None, "scales each lr with batch_size/base_batch_size"
@@ -275,7 +289,10 @@ class Config:
         None, "muP: the n_embd that lr was found at; none = off", least=1
     )
     momentum_warmup: int | None = may_change(
-        None, "steps over which momentum grows from 0.85 to its own", least=1
+        None, "first steps, over which momentum grows from 0.85 to its own", least=1
+    )
+    momentum_cooldown: int | None = may_change(
+        None, "last steps, over which it goes back to 0.85", least=1
     )
     batch_ramp: int | None = fixed(None, "steps over which the batch grows to batch_size", least=1)
     batch_ramp_from: int | None = fixed(
@@ -454,7 +471,19 @@ LAYOUTS = dict(
     bucket_mb="ddp zero1 zero2 zero3",
 )
 # The first words of dotted fields. Each has one owner, whose signature has the second words.
-NAMESPACES = ("opt", "schedule", "compress", "diloco", "scaler", "fp8", "compile", "monitor")
+NAMESPACES = (
+    "opt",
+    "hook",
+    "schedule",
+    "compress",
+    "diloco",
+    "scaler",
+    "fp8",
+    "compile",
+    "monitor",
+)
+# Kind of parameter -> the share of the steps for its decay, where it has one of its own.
+DECAYS = dict(embedding="embed_decay_frac", head="head_decay_frac", scalar="scalar_decay_frac")
 # Fields in which ~ is the home folder: a shell does not expand it behind the = of --data=~/text.
 PATHS = ("out_dir", "data", "tokenizer", "data_dir", "resume", "init_from")
 # Fields whose none the run replaces by a number, which config.toml records under [chosen].

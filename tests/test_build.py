@@ -488,6 +488,7 @@ FAILS = [
     ("from torch.optim import NAdam", ["--opt.betass=0.9,0.9"], "did you mean --opt.betas?"),
     ("from torch.optim import NAdam", ["--opt.betas=0.9,2.0"], "Invalid beta"),
     ("from torch.optim import NAdam", ["--momentum_warmup=3"], "has no momentum to warm up"),
+    ("from torch.optim import NAdam", ["--momentum_cooldown=3"], "has no momentum to cool down"),
 ]
 
 

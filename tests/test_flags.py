@@ -186,6 +186,26 @@ def test_warmup_start_and_momentum_warmup(tmp_path, text):
     assert momenta == pytest.approx([0.85, 0.9, 0.95])
 
 
+def test_kinds_decay_by_themselves_and_momentum_cools_down(tmp_path, text):
+    own = ["--decay_frac=0.5", "--embed_decay_frac=0.25", "--head_decay_frac=1"]
+    power = ["--schedule=wsd", "--schedule.shape=power", "--schedule.power=2"]
+    more = ["--momentum_cooldown=4", "--warmup_steps=0", "--steps=8", "--save_every=1"]
+    go(text, tmp_path, "--lr=0.1", "--embed_lr=0.2", *own, *power, *more, "--keep=none")
+    for i in range(1, 9):
+        groups = checkpoint.load(tmp_path / f"step-0000000{i}").tree("optim/groups")
+        t = i - 1  # of the step that was saved
+        lrs = {kind: groups[kind]["lr"] for kind in ("matrix", "embedding", "head")}
+        assert lrs["matrix"] == pytest.approx(0.1 * min(1, (8 - t) / 4) ** 2)
+        assert lrs["embedding"] == pytest.approx(0.2 * min(1, (8 - t) / 2) ** 2)
+        assert lrs["head"] == pytest.approx(0.01 * ((8 - t) / 8) ** 2)
+        assert groups["matrix"]["momentum"] == pytest.approx(0.95 - 0.1 * max(0, t - 4) / 4)
+        assert rows(tmp_path)[i]["lr"] == pytest.approx(lrs["matrix"])
+    said = (tmp_path / "train.log").read_text()
+    assert "decay from step 4 on, embedding from step 6 on, head from step 0 on" in said
+    with pytest.raises(ValueError, match="--scalar_decay_frac: this model has no such"):
+        go(text, tmp_path / "x", "--scalar_decay_frac=0.5")
+
+
 def mfu_on_ranks(rank, world, *args):
     go(*args)
     return True
@@ -294,6 +314,10 @@ def test_an_out_dir_that_cannot_be_is_refused(tmp_path, text):
         "--schedule=onecycle --schedule.div_factor=none",
         "--schedule=constant --min_lr_frac=0.3",
         "--schedule=cosine --decay_frac=0.3",
+        "--schedule=cosine --head_decay_frac=0.3",
+        "--scalar_decay_frac=1.5",
+        "--schedule.power=2",
+        "--schedule.shape=power --schedule.power=0",
         "--threads=100000",
         "--steps=1e20",
         "--batch_size=1e10",

@@ -1,7 +1,7 @@
 """Who may import whom. A file imports from its own room and from rooms further left:
 
     schedules  <  settings                                       a run's settings, no torch
-               <  optim precision memory layers data parallel    what computes a step
+               <  optim hooks precision memory layers data parallel    what computes a step
                <  checkpoint metrics                             what keeps it, what looks
                <  model monitor                                  concepts at the root
                <  run                                            concepts from settings
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     {"schedules"},
     {"settings"},
-    {"optim", "precision", "memory", "layers", "data", "parallel"},
+    {"optim", "hooks", "precision", "memory", "layers", "data", "parallel"},
     {"checkpoint", "metrics"},
     {"model", "monitor"},
     {"run"},
@@ -75,7 +75,7 @@ CROSSINGS = {
 }
 # What each layout asks: who is where, who has which gradient, how memory is taken.
 SHARED = {f"parallel.{name}" for name in "mesh replicas shard protocol".split()}
-ALONE = ("optim", "parallel", "precision", "memory", "layers")
+ALONE = ("optim", "hooks", "parallel", "precision", "memory", "layers")
 
 
 def sources(root: Path) -> dict[str, str]:

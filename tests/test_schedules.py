@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import schedules
-from schedules import SHAPES, multiplier
+from schedules import SHAPES, follow, multiplier
 
 FALLING = [name for name in SHAPES if name not in ("sgdr", "onecycle")]
 
@@ -26,7 +26,7 @@ def test_no_schedule_rises_after_warm_up_or_leaves_its_range(name):
     )
 
 
-@pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "sqrt"])
+@pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "sqrt", "power"])
 def test_wsd_is_flat_until_the_last_share_of_all_steps(shape):
     values = [
         multiplier("wsd", i, 100, warmup=10, minimum=0.1, decay_frac=0.3, shape=shape)
@@ -44,7 +44,41 @@ def test_wsd_decays_as_its_formulas():
     expected = dict(linear=0.5, cosine=0.5, exponential=0.1, sqrt=1 - math.sqrt(0.5))
     assert half == pytest.approx(expected)
     assert multiplier("wsd", 99, 100, 0, decay_frac=0.2) == pytest.approx(1 / 20)
+    power = multiplier("wsd", 80, 100, 0, decay_frac=0.5, shape="power", power=1.2)
+    assert power == pytest.approx((20 / 50) ** 1.2)
     assert [multiplier("wsd", i, 10, 0, decay_frac=0.0) for i in range(11)] == [1.0] * 11
+
+
+def test_powercool_is_that_of_record_46():
+    """min(lr0, c (T - t)^p) for 2900 steps, with the constants of its matrices and embeddings."""
+    for lr0, c, share in (
+        (0.0375, 3.3169534699576625e-06, 0.8229),
+        (0.3, 4.976805410800738e-05, 0.48724),
+    ):
+        for t in (0, 513, 600, 1486, 1500, 2690, 2899):
+            wanted = min(lr0, c * (2900 - t) ** 1.2)
+            ours = multiplier("wsd", t, 2900, 0, decay_frac=share, shape="power", power=1.2)
+            assert lr0 * ours == pytest.approx(wanted, rel=1e-3)
+
+
+def test_each_kind_follows_its_own_factor_and_momentum_comes_back():
+    def momenta(**options):
+        groups = [dict(kind=kind, lr=1.0, momentum=0.95, params=[]) for kind in ("matrix", "head")]
+        found = []
+        for step in range(10):
+            follow(groups, step, {"matrix": 0.5, "head": 0.1 * step}, steps=10, **options)
+            assert [g["lr"] for g in groups] == [0.5, 0.1 * step]
+            assert groups[0]["momentum"] == groups[1]["momentum"]
+            found.append(groups[0]["momentum"])
+        return found
+
+    assert momenta() == [0.95] * 10
+    down = [0.95 - 0.1 * max(0, t - 6) / 4 for t in range(10)]
+    assert momenta(momentum_cooldown=4) == pytest.approx(down)
+    both = [min(0.85 + 0.1 * t / 2, x) for t, x in enumerate(down)]
+    assert momenta(momentum_warmup=2, momentum_cooldown=4) == pytest.approx(both)
+    # Where the two meet, the lower one counts.
+    assert momenta(momentum_warmup=8, momentum_cooldown=8)[4] == pytest.approx(0.9)
 
 
 LR = torch.optim.lr_scheduler

@@ -123,6 +123,7 @@ CALLS = {
 # Names that come from a list in the source, never from a user.
 IMPORTS = {
     "optim/attributes.py": 1,  # every file of optim/
+    "run/hooks.py": 1,
     "run/optimizers.py": 1,
     "metrics/logger.py": 1,
     "bench.py": 1,

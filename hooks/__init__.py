@@ -1,0 +1,1 @@
+"""What any optimizer can wear: a hook changes the step of a hidden matrix, one hook a file."""

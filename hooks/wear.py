@@ -1,0 +1,102 @@
+"""An optimizer class that wears hooks: each may change what a step has done to a hidden matrix.
+
+    before = a copy of every hidden matrix
+    the optimizer's step, with weight decay and all
+    for each hook in turn: hook(p, before, lr)            in place on p
+
+So a hook knows nothing of the optimizer, and the optimizer nothing of hooks: `before - p` is what
+the one has done and the other may change. The class stays a subclass of the optimizer's, with its
+state, its groups and its schedulers; a skipped step stays skipped.
+
+A hidden matrix is a parameter of a group of kind "matrix" (optim/param_groups.py); in groups
+without a kind, whatever has two dimensions or more, but for use_muon=False. Norms are those of
+whole matrices and rows, so the class says elementwise = False, and ZeRO, FSDP2 and tensor
+parallelism hand it whole matrices. Embeddings, head and vectors may still be stepped in shards. A
+half-precision matrix is handed over in float32 and rounded once a step. Memory: a copy of the
+matrices that this rank steps, during the step; nothing between steps.
+
+A hook is any callable of (p, before, lr). It may say
+    starts_at_zero = False     a matrix of zeros would stay zero: projections must not start there
+    needs_decay_off = True     the optimizer's own weight decay contradicts it
+Refused: Schedule-Free, whose step moves two sets of weights.
+
+Example:
+    import torch
+    from hooks.hyperball import Hyperball
+    from hooks.wear import hooked
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    norms = [p.norm().item() for p in model.parameters() if p.ndim == 2]
+    optimizer = hooked(torch.optim.AdamW, [Hyperball()])(
+        model.parameters(), lr=0.01, weight_decay=0
+    )
+    for _ in range(20):
+        x = torch.randn(64, 8)
+        loss = (model(x) - x.flip(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = [p.norm().item() for p in model.parameters() if p.ndim == 2]
+    assert all(abs(a - b) < 1e-4 for a, b in zip(norms, after))
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
+    """A subclass of cls of the same name whose step() ends with `hooks`, in this order.
+
+    Raises ValueError for a class that averages weights.
+    """
+    if hasattr(cls, "eval"):
+        raise ValueError(
+            f"{cls.__name__} keeps a second set of weights, and a hook sees one; take another"
+            " optimizer, or no hook"
+        )
+    # torch wraps a class's step() at its first instance, in what runs step hooks: once is enough.
+    plain = cls.step.__wrapped__ if getattr(cls.step, "hooked", False) else cls.step
+
+    def step(self, closure=None):
+        moved = [
+            (p, p.detach().clone(), group["lr"])
+            for group in self.param_groups
+            for p in group["params"]
+            # A closure may bring the gradients only now.
+            if p.numel() and is_hidden(p, group) and (closure or p.grad is not None)
+        ]
+        loss = plain(self, closure)
+        for p, before, lr in moved:
+            if p.grad is not None:
+                change(p, before, lr, hooks)
+        return loss
+
+    said = {"step": step, "hooks": tuple(hooks), "__module__": cls.__module__}
+    said |= {"elementwise": False, "elementwise_elsewhere": getattr(cls, "elementwise", False)}
+    if not all(getattr(hook, "starts_at_zero", True) for hook in hooks):
+        said["zero_init"] = False
+    return type(cls.__name__, (cls,), said)
+
+
+def worn(cls: type[Optimizer]) -> tuple[Callable, ...]:
+    """The hooks of a class that `hooked` has made; () of any other."""
+    return getattr(cls, "hooks", ())
+
+
+def is_hidden(p: Tensor, group: dict) -> bool:
+    if "kind" in group:
+        return group["kind"] == "matrix"
+    return p.ndim >= 2 and group.get("use_muon") is not False
+
+
+@torch.no_grad()
+def change(p: Tensor, before: Tensor, lr: float, hooks: Sequence[Callable]) -> None:
+    """In place on p, which a step at lr has moved from `before`."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    work, before = p.detach().to(dtype), before.to(dtype)
+    for hook in hooks:
+        hook(work, before, lr)
+    if p.dtype != dtype:
+        p.copy_(work)  # rounded once
