@@ -180,7 +180,7 @@ EXPERTS = [
 
 @pytest.mark.parametrize("arch", TRAITS)
 @pytest.mark.parametrize("experts", [*EXPERTS, dict(n_expert=5, n_shared_expert=2, moe_every=3)])
-@pytest.mark.parametrize("mlp_width", [None, 20])
+@pytest.mark.parametrize("mlp_width", [None, pytest.param(20, marks=pytest.mark.slow)])
 def test_shapes_with_experts_are_those_of_the_model(arch, experts, mlp_width):
     size = dict(n_layer=4, n_embd=16, vocab_size=40, block_size=12, n_head=4, mlp_width=mlp_width)
     with torch.device("meta"):
@@ -255,22 +255,18 @@ def kept_on_each(rank, world, *case):
     return kept_and_peak(*case, world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch, precision, experts, how",
     [
         ("modern", "fp32", dict(n_expert=8), "none"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("modern", "fp32", dict(n_expert=8), "full"),
-                ("modern", "fp32", dict(n_expert=8), "mlp"),
-                ("modern", "fp32", dict(n_expert=8, n_shared_expert=1), "none"),
-                ("modern", "fp32", dict(n_expert=8, moe_every=2), "selective"),
-                ("llama", "bf16", dict(n_expert=8), "none"),
-                ("llama", "bf16", dict(n_expert=8), "full"),
-                ("llama", "bf16", dict(n_expert=8, n_shared_expert=1), "none"),
-            )
-        ),
+        ("modern", "fp32", dict(n_expert=8), "full"),
+        ("modern", "fp32", dict(n_expert=8), "mlp"),
+        ("modern", "fp32", dict(n_expert=8, n_shared_expert=1), "none"),
+        ("modern", "fp32", dict(n_expert=8, moe_every=2), "selective"),
+        ("llama", "bf16", dict(n_expert=8), "none"),
+        ("llama", "bf16", dict(n_expert=8), "full"),
+        ("llama", "bf16", dict(n_expert=8, n_shared_expert=1), "none"),
     ],
 )
 def test_experts_on_two_ranks_keep_what_is_predicted(arch, precision, experts, how):
@@ -757,7 +753,13 @@ def measured_each(rank, world, layouts, *args):
 @pytest.mark.parametrize("optim", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "layouts",
-    [("ddp",), pytest.param(("zero1", "zero2", "zero3"), marks=pytest.mark.slow), ("fsdp",)],
+    [
+        ("fsdp",),
+        *(
+            pytest.param(names, marks=pytest.mark.slow)
+            for names in (("ddp",), ("zero1", "zero2", "zero3"))
+        ),
+    ],
 )
 def test_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
     pytest.importorskip("parallel." + layouts[0].rstrip("123"))
