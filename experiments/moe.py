@@ -7,14 +7,14 @@ the bias: Wang et al. 2024 (2408.15664); the loss of a sequence: DeepSeek-V3 (24
 z-loss is the second lesson's, whose formula is over "the logits of expert j"; the paper is ST-MoE
 (Zoph et al. 2022, 2202.08906), which claims steadier training, not balance.
 
-Protocol: the default corpus in bytes, 2 layers of width 64, 1024 tokens a step, 800 steps, fp32, 5
-seeds, no guard. 8 experts of half the MLP's width, 2 of them a token, so the FLOPs of a token are
+Protocol: the default corpus in bytes, 2 layers of width 64, 600 steps of 512 tokens, fp32, 5 seeds,
+no guard. 8 experts of half the MLP's width, 2 of them a token, so the FLOPs of a token are
 the MLP's but for the router's. Muon, train.py's default: its step has one size whatever a gradient
 has, so an expert with few tokens moves as far as others. Schedule, clipping and all else are
 train.py's.
-`dense`: experts with train.py's terms (bias 1e-3, z 1e-3), the MLP of equal FLOPs, and one of as
-many parameters as all experts; 3 learning rates for each, equally many; its best has the lowest
-mean.
+`dense`: experts with train.py's terms (bias 1e-3, z 1e-3) and the MLP of equal FLOPs, each with 3
+learning rates, around the MLP's best of experiments/optimizers.py; its best has the lowest mean.
+An MLP of as many parameters as all experts has that one alone.
 `terms`: at lr 2^-6, no term, each alone, those of train.py, and all three. The sequence loss has
 DeepSeek-V3's 1e-4, and 1e-2, which was usual for such losses before.
 `steady`: in bf16 at 8 times the usual lr, with Muon and AdamW, without and with the z-loss alone.
@@ -82,7 +82,7 @@ EXPERTS = "bias and z"  # train.py's
 LRS, SEEDS = (2.0**-7, 2.0**-6, 2.0**-5), (1, 2, 3, 4, 5)
 LR = LRS[1]
 HIGH = {"muon": 2.0**-3, "adamw": 2.0**-4}  # 8 times the best, each one's own
-N_LAYER, BATCH, BLOCK = 2, 16, 64
+N_LAYER, BATCH, BLOCK = 2, 8, 64
 STARVED = 0.1
 
 
@@ -90,7 +90,8 @@ def grid(lrs: tuple, names: tuple, high: dict, seeds: tuple) -> list[dict]:
     def keys(part, case, lr, optim="muon", precision="fp32") -> dict:
         return dict(part=part, case=case, optim=optim, precision=precision, lr=lr)
 
-    dense = [keys("dense", case, lr) for case in (*DENSE, EXPERTS) for lr in lrs]
+    dense = [keys("dense", case, lr) for case in ("MLP", EXPERTS) for lr in lrs]
+    dense.append(keys("dense", "wide MLP", LR))
     usual = [keys("terms", case, LR) for case in names]
     steady = [keys("steady", case, lr, o, "bf16") for o, lr in high.items() for case in PAIR]
     return [one | dict(seed=seed) for one in [*dense, *usual, *steady] for seed in seeds]
@@ -105,7 +106,7 @@ QUICK = grid((LR,), ("no term", "bias", "sequence 1e-2", "z", "all"), {"muon": 2
 
 # ---- rows ----------------------------------------------------------------------------------------
 def row(keys: dict, quick: bool) -> dict:
-    steps, tokens = (20, 4096) if quick else (800, 32768)
+    steps, tokens = (20, 4096) if quick else (600, 32768)
     flags = (DENSE | TERMS)[keys["case"]]
     has_experts = "n_expert" in flags
     looked = choices(N_LAYER * tokens // (BATCH * BLOCK)) if has_experts else dict
@@ -337,7 +338,7 @@ def table(rows: list[dict]) -> str:
     return "\n\n".join(
         [
             "\n".join(listed(parts(rows))),
-            "Validation loss at each learning rate (bold: its best):",
+            "Validation loss at each learning rate that was tried (bold: the best):",
             table_of_losses(rows),
             f"In fp32 at lr {power(LR)}; loads and log Z are of the last tenth of the run:",
             table_of_terms(rows),
@@ -352,7 +353,8 @@ def table_of_losses(rows: list[dict]) -> str:
     lines = []
     for (case,), mine in groups(pick(rows, part="dense"), "case").items():
         top = best(rows, case)[0]["lr"]
-        losses = [plus_minus([r["val_loss"] for r in pick(mine, lr=lr)]) for (lr,) in lrs]
+        tried = [[r["val_loss"] for r in pick(mine, lr=lr)] for (lr,) in lrs]
+        losses = [plus_minus(x) if x else "" for x in tried]
         marked = [f"**{x}**" if lr == top else x for (lr,), x in zip(lrs, losses)]
         name = case if case in DENSE else f"8 experts, {case}"
         lines.append([name, f"{mine[0]['flops']:,.0f}", f"{mine[0]['params']:,}", *marked])
