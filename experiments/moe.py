@@ -48,7 +48,6 @@ from experiments.findings import (
     dots,
     groups,
     judged,
-    line,
     listed,
     markdown,
     mean_sd,
@@ -424,12 +423,17 @@ def table_of_z(rows: list[dict]) -> str:
 
 def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(13, 9)
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
     (losses, balance), (drift, steady) = figure.subplots(2, 2)
-    names = {"MLP": "MLP", "8 experts": EXPERTS, "MLP, all\nexperts' width": "wide MLP"}
+    names = {
+        "MLP of equal\nFLOPs": "MLP",
+        "8 experts,\n2 a token": EXPERTS,
+        "MLP of equal\nparameters": "wide MLP",
+    }
     dots(losses, {name: [r["val_loss"] for r in best(rows, case)] for name, case in names.items()})
     losses.set(
         xlabel="validation loss, nats a byte, each at its best lr",
-        title="Experts and MLP: the first two cost the same FLOPs a token",
+        title="Do experts beat an MLP?",
     )
     shown = {case: mine for case in TERMS if (mine := usual(rows, case))}
     dots(balance, {case: [r["most"] for r in mine] for case, mine in shown.items()}, INK[1])
@@ -439,19 +443,22 @@ def picture(rows: list[dict], figure) -> None:
         xlabel="tokens / mean of the layer (blue: least loaded expert, red: most loaded)",
         title="Loads in the last tenth of the run: 1 is even",
     )
-    for i, (name, both) in enumerate(settings(rows).items()):
+    for (name, both), color in zip(settings(rows).items(), INK):
         for label, mine, style in zip(("no z-loss", "z-loss"), both, ("-", "--")):
-            n = len(mine[0]["log_z_curve"])
-            points = {(j + 1) / n: [r["log_z_curve"][j] for r in mine] for j in range(n)}
-            about = dict(color=INK[i], ls=style, lw=1.2, elinewidth=0.5)
-            line(drift, points, f"{name}, {label}", **about)
+            curve = [mean_sd(list(x)) for x in zip(*(r["log_z_curve"] for r in mine))]
+            share = [(i + 1) / len(curve) for i in range(len(curve))]
+            drift.plot(share, [m for m, _ in curve], style, color=color, label=f"{name}, {label}")
+            if len(mine) > 1:
+                low, high = [m - sd for m, sd in curve], [m + sd for m, sd in curve]
+                drift.fill_between(share, low, high, color=color, alpha=0.12, lw=0)
     drift.axhline(0, color="black", lw=0.8)
     drift.set(
         xlabel="share of the run",
-        ylabel="router's log Z, nats (bars: sd over seeds)",
+        ylabel="router's log Z, nats (shade: sd over seeds)",
         title="What the router's z-loss does to log Z",
     )
     drift.legend(frameon=False, fontsize=8)
+    drift.grid(alpha=0.25)
     costs = {case: [100 * x for x in gaps(rows, case)] for case in shown if case != "no term"}
     for name, (free, held) in [*settings(rows).items()][1:]:
         costs[f"z, {name}"] = [100 * x for x in paired(held, free, "val_loss")]

@@ -362,3 +362,20 @@ def test_experts_choices_that_rounding_changes_are_counted(monkeypatch):
     layer(torch.ones(1, 2, 4))  # and training is not looked at
     largest = x[..., :3].softmax(-1).amax(-1).mean().item()
     assert figures() == {"moved": 0.5, "largest": pytest.approx(largest)}
+
+
+def test_experts_cost_what_an_mlp_costs_and_hold_what_a_wide_one_holds(tmp_path):
+    e = load("moe")
+
+    def sizes(flags: dict) -> dict:
+        size = dict(vocab_size=256, n_layer=e.N_LAYER, n_embd=64, block_size=e.BLOCK)
+        given = {name: x for name, x in (size | flags).items() if x is not None}
+        text = "\n".join(f"{name} = {x}" for name, x in given.items())
+        (tmp_path / "config.toml").write_text(text)
+        return e.sizes(str(tmp_path))
+
+    mlp, wide, experts = (sizes(x) for x in (*e.DENSE.values(), e.TERMS[e.EXPERTS]))
+    # Attention, MLP, head: 6 x entries, and 12 L C T
+    assert mlp["flops"] == 6 * (2 * 12 * 64**2 + 64 * 256) + 12 * 2 * 64 * 64
+    assert experts["flops"] - mlp["flops"] == 6 * 2 * 64 * 8  # the routers
+    assert wide["params"] == experts["params"] - 2 * 64 * 8
