@@ -365,14 +365,16 @@ def test_experts_choices_that_rounding_changes_are_counted(monkeypatch):
 
 
 def test_experts_cost_what_an_mlp_costs_and_hold_what_a_wide_one_holds(tmp_path):
+    from experiments import protocol
+
     e = load("moe")
+    (tmp_path / "text.txt").write_text("experts " * 200)
 
     def sizes(flags: dict) -> dict:
-        size = dict(vocab_size=256, n_layer=e.N_LAYER, n_embd=64, block_size=e.BLOCK)
-        given = {name: x for name, x in (size | flags).items() if x is not None}
-        text = "\n".join(f"{name} = {x}" for name, x in given.items())
-        (tmp_path / "config.toml").write_text(text)
-        return e.sizes(str(tmp_path))
+        size = dict(n_layer=e.N_LAYER, n_embd=64, block_size=e.BLOCK, batch_size=1, steps=1)
+        text = dict(data=tmp_path / "text.txt", data_dir=tmp_path, out_dir=tmp_path / str(flags))
+        protocol.train_run(**size, **text, eval_every=0, precision="fp32", **flags)
+        return e.sizes(str(tmp_path / str(flags)))
 
     mlp, wide, experts = (sizes(x) for x in (*e.DENSE.values(), e.TERMS[e.EXPERTS]))
     # Attention, MLP, head: 6 x entries, and 12 L C T
