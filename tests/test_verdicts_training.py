@@ -305,6 +305,7 @@ def test_experts_verdict_follows_the_figures():
     assert changed(e, good, dict(part="dense", case="wide MLP"), val_loss=1.62) == [1]
     # Where one learning rate diverges the next best counts.
     assert changed(e, good, ours | dict(lr=e.LR), val_loss=math.nan) == [0]
+    assert changed(e, good, ours | dict(lr=e.LRS[0]), val_loss=math.nan) == []
     assert changed(e, good, dict(part="terms", case="no term"), starved=0.04) == [2]
     assert changed(e, good, dict(part="terms", case="no term"), most=1.3) == [3, 4, 5]
     for i, case in enumerate(("bias", "sequence 1e-2", "z")):
