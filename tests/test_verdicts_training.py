@@ -253,3 +253,132 @@ def test_clear_is_3_1_standard_errors(name):
     assert not any(
         clear(x) for x in ([-3.0, -2.0, -1.0], [0.0, 0.0], [1.0], [1.0, math.nan], [math.nan] * 2)
     )
+
+
+def experts_rows(e) -> list[dict]:
+    """Rows of experiments/moe.py as it claims, with a seed's noise in the losses."""
+    loss = {"MLP": 1.6, "wide MLP": 1.5, "bias and z": 1.55}
+    evened = {"bias": 1.2, "sequence 1e-2": 1.3, "z": 1.4}
+    return [
+        g
+        | {
+            "val_loss": (
+                loss.get(g["case"], 1.55)
+                + abs(math.log2(g["lr"] / e.LR)) * (g["part"] == "dense")
+                + 0.001 * g["seed"]
+                - 0.05 * (g["part"] == "steady" and g["case"] == "z")
+            ),
+            "loss": 1.5,
+            "jumps": 10 - 5 * (g["case"] == "z"),
+            "params": 1000,
+            "flops": 6000,
+        }
+        | (
+            {}
+            if g["case"] in e.DENSE
+            else {
+                "entropy": 0.9,
+                "least": 0.5,
+                "most": evened.get(g["case"], 2.0),
+                "starved": 0.2 * (g["case"] == "no term"),
+                "most_curve": [2.0, 1.5],
+                "log_z": 0.5 if g["case"] == "z" else -3.0,
+                "log_z_size": 0.5 if g["case"] == "z" else 3.0,
+                "log_z_curve": [2.0, 0.5],
+                "moved": 0.001 if g["case"] == "z" else 0.01,
+                "largest": 0.4 if g["case"] == "z" else 0.6,
+            }
+        )
+        for g in e.GRID
+    ]
+
+
+def test_experts_verdict_follows_the_figures():
+    e = load("moe")
+    good = experts_rows(e)
+    assert len(e.parts(good)) == 22 and e.best(good, "MLP")[0]["lr"] == e.LR
+    assert "8 experts end -3.12%" in e.verdict(good)[1]
+    # Every case is shown, also those of `dense` that are looked at in `terms`.
+    assert all(len(e.usual(good, case)) == 5 for case in e.TERMS)
+    ours = dict(part="dense", case=e.EXPERTS)
+    assert changed(e, good, ours, val_loss=1.62) == [0]
+    assert changed(e, good, dict(part="dense", case="wide MLP"), val_loss=1.62) == [1]
+    # Where one learning rate diverges the next best counts.
+    assert changed(e, good, ours | dict(lr=e.LR), val_loss=math.nan) == [0]
+    assert changed(e, good, ours | dict(lr=e.LRS[0]), val_loss=math.nan) == []
+    assert changed(e, good, dict(part="terms", case="no term"), starved=0.04) == [2]
+    assert changed(e, good, dict(part="terms", case="no term"), most=1.3) == [3, 4, 5]
+    for i, case in enumerate(("bias", "sequence 1e-2", "z")):
+        assert changed(e, good, dict(part="terms", case=case), most=1.6) == [3 + i]
+        assert changed(e, good, dict(part="terms", case=case), val_loss=1.58) == [6 + i]
+        assert changed(e, good, dict(part="terms", case=case, seed=1), val_loss=1.58) == []
+        assert changed(e, good, dict(part="terms", case=case), val_loss=math.nan) == [6 + i]
+    for other in ("sequence 1e-4", "all"):  # they are shown, not judged
+        assert changed(e, good, dict(part="terms", case=other), most=9.0, val_loss=9.0) == []
+    free = dict(part="terms", case="no term")
+    assert changed(e, good, free, log_z_size=0.9) == [9]
+    assert changed(e, good, free, largest=0.4) == [10]
+    assert changed(e, good, free, moved=0.001) == [11]
+    for at, optim in ((12, "muon"), (17, "adamw")):
+        held = dict(part="steady", optim=optim, case="z")
+        for i, figure in enumerate(("log_z_size", "largest", "moved", "val_loss", "jumps")):
+            assert changed(e, good, held, **{figure: 20.0}) == [at + i]
+    assert (
+        e.verdict([r | dict(val_loss=1.0, most=2.0, jumps=1) for r in good])[0] == "holds in part"
+    )
+
+
+def test_experts_loads_are_of_the_last_tenth():
+    e = load("moe")
+    even, skewed = [100] * 4, [396, 2, 2, 0]
+    # 20 watched steps, the last two of which count, in two layers
+    found = e.loads({0: [skewed] * 18 + [even] * 2, 1: [even] * 18 + [even, skewed]})
+    assert found["starved"] == 3 / 16
+    assert found["least"] == 0.75 and found["most"] == pytest.approx((3 + 3.96) / 4)
+    assert found["most_curve"][0] == 2.48 and len(found["most_curve"]) == 20
+    rows = [{"moe_log_z/0": 2.0, "moe_log_z/1": -2.0}] * 10
+    logs = e.log_zs(rows)
+    assert logs["log_z"] == 0 and logs["log_z_size"] == 2 and logs["log_z_curve"] == [0] * 10
+
+
+def test_experts_choices_that_rounding_changes_are_counted(monkeypatch):
+    import torch
+    from torch import nn
+
+    from layers import moe
+    from model import MLP, GPTConfig
+
+    e = load("moe")
+    for cls, name in ((moe.Router, "forward"), (moe.MoE, "choose")):
+        monkeypatch.setattr(cls, name, getattr(cls, name))  # as it was, after the test
+    config = GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=4, block_size=8)
+    layer = moe.MoE(4, [MLP(config, 8) for _ in range(3)], n_active=1, normalize=False)
+    nn.init.eye_(layer.router.weight)
+    figures = e.choices(n_calls=1)
+    # 1 and 1.001 are the same in bf16, so the second token's choice becomes the lower index.
+    x = torch.tensor([[[3.0, 0, 0, 0], [1.0, 1.001, 0, 0]]])
+    with torch.no_grad():
+        layer(torch.zeros(1, 2, 4))  # an earlier call is forgotten
+        layer(x)
+    layer(torch.ones(1, 2, 4))  # and training is not looked at
+    largest = x[..., :3].softmax(-1).amax(-1).mean().item()
+    assert figures() == {"moved": 0.5, "largest": pytest.approx(largest)}
+
+
+def test_experts_cost_what_an_mlp_costs_and_hold_what_a_wide_one_holds(tmp_path):
+    from experiments import protocol
+
+    e = load("moe")
+    (tmp_path / "text.txt").write_text("experts " * 200)
+
+    def sizes(flags: dict) -> dict:
+        size = dict(n_layer=e.N_LAYER, n_embd=64, block_size=e.BLOCK, batch_size=1, steps=1)
+        text = dict(data=tmp_path / "text.txt", data_dir=tmp_path, out_dir=tmp_path / str(flags))
+        protocol.train_run(**size, **text, eval_every=0, precision="fp32", **flags)
+        return e.sizes(str(tmp_path / str(flags)))
+
+    mlp, wide, experts = (sizes(x) for x in (*e.DENSE.values(), e.TERMS[e.EXPERTS]))
+    # Attention, MLP, head: 6 x entries, and 12 L C T
+    assert mlp["flops"] == 6 * (2 * 12 * 64**2 + 64 * 256) + 12 * 2 * 64 * 64
+    assert experts["flops"] - mlp["flops"] == 6 * 2 * 64 * 8  # the routers
+    assert wide["params"] == experts["params"] - 2 * 64 * 8
