@@ -136,6 +136,11 @@ ROWS = {  # name: (tensors, ours, the peers)
         one("optim.lamb.LAMB", **DECAY),
         some(PO + "Lamb", *BOTH, max_grad_norm=0.0, **DECAY),
     ),
+    "mars": (
+        "all",
+        one("optim.mars.MARS", exclude_1d=False, **DECAY),
+        some(PO + "MARS", *BOTH, optimize_1d=True, **DECAY),
+    ),
     "shampoo": (
         "block",
         one("optim.shampoo.Shampoo"),
@@ -210,6 +215,7 @@ STATE = {
     "lion": (4, 0),
     "lars": (4, 0),
     "lamb": (8, 0),
+    "mars": (12, 0),
     "muon": (4, 0),
     "adamwschedulefree": (8, 0),
     "sgdschedulefree": (4, 0),

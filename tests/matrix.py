@@ -45,6 +45,7 @@ OPTIMIZERS = {  # what train.py gets for each
     "Lion": ["--optim=lion"],
     "LARS": ["--optim=lars"],
     "LAMB": ["--optim=lamb"],
+    "MARS": ["--optim=mars"],
     "Shampoo": ["--optim=shampoo", "--opt.eps=1e-4", "--opt.precondition_frequency=3"],
     "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "Muon": ["--optim=muon"],

@@ -29,7 +29,20 @@ import torch
 from test_optim_contract import CASES
 from torch.optim import lr_scheduler
 
-from optim import adafactor, adam_l2, adamw, ademamix, lamb, lars, lion, muon, sgd, shampoo, soap
+from optim import (
+    adafactor,
+    adam_l2,
+    adamw,
+    ademamix,
+    lamb,
+    lars,
+    lion,
+    mars,
+    muon,
+    sgd,
+    shampoo,
+    soap,
+)
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 SEQUENCES = int(os.environ.get("PARTNERS_FUZZ", "25"))
@@ -80,6 +93,7 @@ def options_of(cls: type, r: random.Random) -> dict:
         },
         lars.LARS: {"exclude_1d": r.random() < 0.5, "nesterov": r.random() < 0.5},
         lamb.LAMB: {"betas": betas, "bias_correction": r.random() < 0.5},
+        mars.MARS: {"betas": betas, "exclude_1d": r.random() < 0.5},
         shampoo.Shampoo: {
             "betas": betas,
             "precondition_frequency": r.choice([2, 3]),
@@ -312,7 +326,7 @@ class Run:
     def momentum(self, i: int, x: float) -> None:
         group = self.groups()[i % len(self.groups())]
         if "betas" in group and not group.get("use_muon"):
-            group["betas"] = (x, group["betas"][1])
+            group["betas"] = (x, *group["betas"][1:])
         elif group.get("momentum"):
             group["momentum"] = x
 

@@ -445,6 +445,7 @@ OPTIMIZERS = [
     "adafactor.Adafactor",
     "lion.Lion",
     "lamb.LAMB",
+    "mars.MARS",
     "schedule_free.AdamWScheduleFree",
 ]
 

@@ -29,6 +29,7 @@ CLASSES = [
     "lion",
     "lars",
     "lamb",
+    "mars",
     "shampoo",
     "soap",
     "muon",

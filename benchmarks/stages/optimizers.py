@@ -33,6 +33,7 @@ OURS = {  # name in the table: (--optim=, its options)
     "AdEMAMix": ("ademamix", {}),
     "Adafactor": ("adafactor", {}),
     "LAMB": ("lamb", {}),
+    "MARS": ("mars", {}),
     "LARS": ("lars", {}),
     "AdamWScheduleFree": ("schedule_free", {}),
     "SGDScheduleFree": ("schedule_free.SGDScheduleFree", {}),
