@@ -163,6 +163,11 @@ ROWS = {  # name: (tensors, ours, the peers)
             one(HB + "Muon", *EAGER, **DECAY),
         ],
     ),
+    "dion": (
+        "hidden",
+        one("optim.dion.Dion3", **DECAY),
+        [one("optim.muon.Muon", **DECAY, normuon_beta2=0.95)],
+    ),
     "muon-polar": (
         "hidden",
         one("optim.muon.Muon", **DECAY, ns="polar", ns_steps=4),
@@ -238,7 +243,7 @@ class Candidate:
         self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
         self.grads = [torch.empty(shape) for shape in tensor_shapes]
         groups = [{"params": self.params}]
-        if name == "Muon":
+        if name in ("Muon", "Dion3"):
             groups = [{"params": self.params[n_tables:], "use_muon": True}]
             if n_tables:
                 groups.append({"params": self.params[:n_tables], "use_muon": False})

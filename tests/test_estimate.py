@@ -40,6 +40,7 @@ from optim import (
     adam_l2,
     adamw,
     ademamix,
+    dion,
     lamb,
     lars,
     lion,
@@ -74,6 +75,7 @@ CLASSES = {
     "lamb": lamb.LAMB,
     "mars": mars.MARS,
     "muon": muon.Muon,
+    "dion": dion.Dion3,
     "shampoo": shampoo.Shampoo,
     "soap": soap.SOAP,
     "schedule_free": schedule_free.AdamWScheduleFree,
@@ -266,6 +268,8 @@ OPTIONS = [
     ("mars", dict(exclude_1d=False)),
     ("muon", {}),
     ("muon", dict(normuon_beta2=0.95)),
+    ("dion", {}),
+    ("dion", dict(normuon_beta2=None)),
     ("shampoo", {}),
     ("shampoo", dict(max_precond_dim=8)),
     ("shampoo", dict(grafting=None)),
@@ -289,7 +293,7 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
         p = torch.ones(shape, dtype=dtype, requires_grad=True)
         p.grad = torch.ones_like(p)
         group = {"params": [p]} | (
-            {"use_muon": False} if optim == "muon" and kind != "matrix" else {}
+            {"use_muon": False} if optim in ("muon", "dion") and kind != "matrix" else {}
         )
         optimizer = CLASSES[optim]([group], **options)
         if hasattr(optimizer, "train"):

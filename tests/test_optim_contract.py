@@ -19,6 +19,7 @@ from optim import (
     adam_l2,
     adamw,
     ademamix,
+    dion,
     lamb,
     lars,
     lion,
@@ -58,6 +59,7 @@ CASES = {
     ),
     soap.SOAP: ({"precondition_frequency": 3}, 0.1, 8 * (256 + 64) + 8 * 128),
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
+    dion.Dion3: ({"weight_decay": 0.1, "fraction": 0.5}, 0.1, 4 * 128 + 4 * 16),
     schedule_free.AdamWScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.1, 8 * 128),
     schedule_free.SGDScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.3, 4 * 128),
 }
@@ -68,9 +70,9 @@ half = pytest.mark.parametrize(
 
 
 def build(cls, params, **options):
-    """The optimizer, ready to step; Muon gets vectors in an AdamW group, as its users must."""
+    """The optimizer, ready to step; Muon and its like get vectors in an AdamW group."""
     options = {**CASES[cls][0], **options}
-    if cls is muon.Muon:
+    if getattr(cls, "matrices_only", False):
         params = [
             {"params": [p for p in params if p.ndim >= 2]},
             {"params": [p for p in params if p.ndim < 2], "use_muon": False},
@@ -297,6 +299,8 @@ BAD_VALUES = [
     ("beta1", 1.0),
     ("alpha", -1.0),
     ("gamma", -1.0),
+    ("fraction", 0.0),
+    ("fraction", 1.5),
     ("betas_1d", (0.9, 1.1)),
     ("alpha_warmup", -1),
     ("beta3_warmup", -1),

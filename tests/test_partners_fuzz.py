@@ -34,6 +34,7 @@ from optim import (
     adam_l2,
     adamw,
     ademamix,
+    dion,
     lamb,
     lars,
     lion,
@@ -48,6 +49,7 @@ from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 SEQUENCES = int(os.environ.get("PARTNERS_FUZZ", "25"))
 FEW = 12  # of each class are always run, the others are slow
 SCHEDULE_FREE = AdamWScheduleFree, SGDScheduleFree
+MUONS = muon.Muon, dion.Dion3
 TWINS = {sgd.SGD: torch.optim.SGD, adamw.AdamW: torch.optim.AdamW, adam_l2.AdamL2: torch.optim.Adam}
 SHAPES = [(3, 2), (3, 2), (2, 3), (2,), (), (2, 1, 2), (2, 2), (3,)]  # the last two join late
 EARLY = [[0, 2, 3], [1, 4, 5]]  # the groups to begin with
@@ -112,6 +114,12 @@ def options_of(cls: type, r: random.Random) -> dict:
             "betas": betas,
             "cautious": r.random() < 0.3,
             "ns": r.choice(["quintic", "polar"]),
+            "ns_dtype": r.choice([None, torch.float32]),
+        },
+        dion.Dion3: {
+            "fraction": r.choice([0.25, 1.0]),
+            "normuon_beta2": r.choice([None, 0.95]),
+            "betas": betas,
             "ns_dtype": r.choice([None, torch.float32]),
         },
         AdamWScheduleFree: {
@@ -210,7 +218,7 @@ class Run:
         ]
         self.layout = []  # of each group the numbers of its parameters and its own options
         for i, numbers in enumerate(EARLY):
-            flat = [n for n in numbers if len(SHAPES[n]) < 2 and cls is muon.Muon]
+            flat = [n for n in numbers if len(SHAPES[n]) < 2 and cls in MUONS]
             own = {"lr": options["lr"] / (i + 1)}
             self.layout.append(([n for n in numbers if n not in flat], own))
             self.layout += [(flat, {"use_muon": False, "lr": 0.01})] if flat else []
@@ -350,7 +358,7 @@ class Run:
 
     def group(self, number: int, lr: float) -> None:
         own = {"lr": lr}
-        if self.cls is muon.Muon and len(SHAPES[number]) < 2:
+        if self.cls in MUONS and len(SHAPES[number]) < 2:
             own = {"use_muon": False, "lr": 0.01}
         self.layout.append(([number], own))
         group, self.schedulers = {**self.options, **own, "params": [self.params[number]]}, []

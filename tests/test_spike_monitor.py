@@ -440,6 +440,7 @@ OPTIMIZERS = [
     "adamw.AdamW",
     "ademamix.AdEMAMix",
     "muon.Muon",
+    "dion.Dion3",
     "soap.SOAP",
     "shampoo.Shampoo",
     "adafactor.Adafactor",

@@ -33,6 +33,7 @@ CLASSES = [
     "shampoo",
     "soap",
     "muon",
+    "dion",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
 ]

@@ -26,6 +26,7 @@ OURS = {  # name in the table: (--optim=, its options)
     "AdamW": ("adamw", {}),
     "Muon, fused AdamW": ("muon", {"fused": True}),
     "Muon": ("muon", {}),
+    "Dion 3": ("dion", {}),
     "SOAP": ("soap", {}),
     "Lion": ("lion", {}),
     "SGD": ("sgd", {"momentum": 0.9}),
