@@ -137,6 +137,11 @@ ROWS = {  # name: (tensors, ours, the peers)
         one("optim.lamb.LAMB", **DECAY),
         some(PO + "Lamb", *BOTH, max_grad_norm=0.0, **DECAY),
     ),
+    "mars": (
+        "all",
+        one("optim.mars.MARS", exclude_1d=False, **DECAY),
+        some(PO + "MARS", *BOTH, optimize_1d=True, **DECAY),
+    ),
     "shampoo": (
         "block",
         one("optim.shampoo.Shampoo"),
@@ -168,6 +173,11 @@ ROWS = {  # name: (tensors, ours, the peers)
         "hidden",
         one("optim.muown.Muown", **DECAY),
         [one("emerging_optimizers.contrib.muown.Muown", **DECAY)],
+    ),
+    "dion": (
+        "hidden",
+        one("optim.dion.Dion3", **DECAY),
+        [one("optim.muon.Muon", **DECAY, normuon_beta2=0.95)],
     ),
     "muon-polar": (
         "hidden",
@@ -222,6 +232,7 @@ STATE = {
     "lion": (4, 0),
     "lars": (4, 0),
     "lamb": (8, 0),
+    "mars": (12, 0),
     "muon": (4, 0),
     "muown": (4, 0, 12),
     "adamwschedulefree": (8, 0),
@@ -246,7 +257,7 @@ class Candidate:
         self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
         self.grads = [torch.empty(shape) for shape in tensor_shapes]
         groups = [{"params": self.params}]
-        if name in ("Muon", "Muown"):
+        if name in ("Muon", "Muown", "Dion3"):
             groups = [{"params": self.params[n_tables:], "use_muon": True}]
             if n_tables:
                 groups.append({"params": self.params[:n_tables], "use_muon": False})

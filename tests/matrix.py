@@ -48,11 +48,13 @@ OPTIMIZERS = {  # what train.py gets for each
     "Lion": ["--optim=lion"],
     "LARS": ["--optim=lars"],
     "LAMB": ["--optim=lamb"],
+    "MARS": ["--optim=mars"],
     "Shampoo": ["--optim=shampoo", "--opt.eps=1e-4", "--opt.precondition_frequency=3"],
     "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "KL-SOAP": ["--optim=kl_soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "Muon": ["--optim=muon"],
     "Muown": ["--optim=muown"],
+    "Dion 3": ["--optim=dion"],
     "AdamW Schedule-Free": ["--optim=schedule_free"],
     "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
 }
@@ -184,7 +186,9 @@ def runs(
     rank: int, world: int, folder: str, precision: str, optimizers: list[str], flags: list[str]
 ):
     for name in optimizers:
-        more = ["--opt.ns_dtype=float32"] if name == "Muon" and precision == "fp32" else []
+        more = (
+            ["--opt.ns_dtype=float32"] if name in ("Muon", "Dion 3") and precision == "fp32" else []
+        )
         argv = [
             f"--data={folder}/squares.txt",
             f"--out_dir={folder}/{name}",

@@ -44,7 +44,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
-from optim import adafactor, adam_l2, adamw, muon, schedule_free, sgd, shampoo, soap  # noqa: E402
+from optim import adafactor, adam_l2, adamw, schedule_free, sgd, shampoo, soap  # noqa: E402
 from optim.attributes import attribute  # noqa: E402
 from optim.kl_soap import KLSOAP  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
@@ -53,6 +53,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "partners.md"
 STEPS = 20
 TOLERANCE = 1e-12  # relative to a tensor's largest element, or absolute where that is below 1
 TWINS = {sgd.SGD: torch.optim.SGD, adamw.AdamW: torch.optim.AdamW, adam_l2.AdamL2: torch.optim.Adam}
+MUONS = [cls for cls in CASES if getattr(cls, "matrices_only", False)]
 SCHEDULE_FREE = schedule_free.AdamWScheduleFree, schedule_free.SGDScheduleFree
 # For sums in another order.
 CALM = {soap.SOAP: {"eps": 1e-2}, KLSOAP: {"eps": 1e-2}, shampoo.Shampoo: {"eps": 1e-4}}
@@ -288,7 +289,7 @@ def autocasting(job: Job, by_hand: bool = False) -> list[Tensor]:
     leaves float64 alone. Muon multiplies in bfloat16 unless told otherwise."""
     found = []
     for dtype in (torch.float64, torch.float32):
-        if job.cls is muon.Muon:
+        if job.cls in MUONS:
             job = Job(job.cls, {**job.options, "ns_dtype": dtype})
         model, optimizer = job.start(net().to(dtype))
         with nullcontext() if by_hand else torch.autocast("cpu", torch.bfloat16):
@@ -474,7 +475,7 @@ PARTNERS = {
 }
 REFUSALS = {  # (class, partner) -> type and a part of the sentence
     (name, "fully_shard"): (ValueError, "make_optimizer")
-    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown")
+    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown", "Dion3")
 }
 NOTES = {  # (class, partner) -> how the two are used together
     (

@@ -28,6 +28,7 @@ WORDS = {  # row: the docstring's words for what optimizers.STATE holds
     "adaml2": "8 bytes a parameter",
     "ademamix": "12 bytes a parameter",
     "lamb": "8 bytes a parameter",
+    "mars": "12 bytes a parameter",
     "lion": "4 bytes a parameter",
     "muon": "4 bytes a parameter",
     "muown": "4 bytes a parameter and 12 a row",

@@ -8,7 +8,7 @@ from harness import init_weights
 from model import GPT, GPTConfig
 from optim import mup, param_groups
 from optim.adamw import AdamW
-from optim.attributes import own_classes
+from optim.attributes import attribute, own_classes
 from optim.kl_soap import KLSOAP
 from optim.lamb import LAMB
 from optim.lion import Lion
@@ -40,7 +40,7 @@ def change(name: str, width: int, on: bool, **traits) -> dict[str, float]:
     model = init_weights(GPT(c))
     rule = mup.lr_multipliers(optimizer_class, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
-    groups = param_groups.param_groups(model, lrs, 0.0, name == "muon")
+    groups = param_groups.param_groups(model, lrs, 0.0, attribute(optimizer_class, "matrices_only"))
     optimizer = optimizer_class(groups, **options)
     tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
     seen = {}

@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import test_mup
 import torch
 from test_optim_contract import parameters, steps
 from test_optim_oracles import SHAPES, agree, run, transcribe
@@ -101,3 +102,9 @@ def test_a_state_of_the_authors_class_loads():
     del theirs["state"][0]["exp_avg_slow"]
     with pytest.raises(ValueError, match="another method's"):
         AdEMAMix(copies).load_state_dict(theirs)
+
+
+def test_under_mup_the_change_does_not_depend_on_the_width(monkeypatch):
+    monkeypatch.setitem(test_mup.RUNS, "ademamix", (AdEMAMix, 0.01, {"alpha_warmup": 3}))
+    assert all(0.5 < factor < 2 for factor in test_mup.growth("ademamix", on=True).values())
+    assert test_mup.growth("ademamix", on=False)["logits"] > 2.5

@@ -34,10 +34,12 @@ from optim import (
     adam_l2,
     adamw,
     ademamix,
+    dion,
     kl_soap,
     lamb,
     lars,
     lion,
+    mars,
     muon,
     muown,
     sgd,
@@ -95,6 +97,7 @@ def options_of(cls: type, r: random.Random) -> dict:
         },
         lars.LARS: {"exclude_1d": r.random() < 0.5, "nesterov": r.random() < 0.5},
         lamb.LAMB: {"betas": betas, "bias_correction": r.random() < 0.5},
+        mars.MARS: {"betas": betas, "exclude_1d": r.random() < 0.5},
         shampoo.Shampoo: {
             "betas": betas,
             "precondition_frequency": r.choice([2, 3]),
@@ -117,6 +120,12 @@ def options_of(cls: type, r: random.Random) -> dict:
             "ns_dtype": r.choice([None, torch.float32]),
         },
         muown.Muown: {"betas": betas},
+        dion.Dion3: {
+            "fraction": r.choice([0.25, 1.0]),
+            "normuon_beta2": r.choice([None, 0.95]),
+            "betas": betas,
+            "ns_dtype": r.choice([None, torch.float32]),
+        },
         AdamWScheduleFree: {
             "warmup_steps": r.choice([0, 4]),
             "r": r.choice([0, 1]),

@@ -441,11 +441,13 @@ OPTIMIZERS = [
     "ademamix.AdEMAMix",
     "muon.Muon",
     "muown.Muown",
+    "dion.Dion3",
     "soap.SOAP",
     "shampoo.Shampoo",
     "adafactor.Adafactor",
     "lion.Lion",
     "lamb.LAMB",
+    "mars.MARS",
     "schedule_free.AdamWScheduleFree",
 ]
 

@@ -29,11 +29,13 @@ CLASSES = [
     "lion",
     "lars",
     "lamb",
+    "mars",
     "shampoo",
     "soap",
     "kl_soap",
     "muon",
     "muown",
+    "dion",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
 ]

@@ -1,0 +1,312 @@
+"""Dion 3: Muon on the rows that have waited for it longest, a part of each matrix at a time.
+
+    b ← b + g                                        what has not been applied yet, summed
+    R ← the ⌈fraction·rows⌉ rows of b with the largest Σ|b|       of two alike the upper one
+    X ← b[R], orthogonalised                         every singular value about 1
+    b[R] ← μ·b[R]                                    error feedback: only what was used decays
+    v[R] ← β₂·v[R] + (1−β₂)·mean of X² over the row               NorMuon's, of these rows alone
+    X ← X/(√v[R] + 1e-8)                             scaled back to the norm X had
+    p ← p·(1 − lr·λ)                                 decoupled decay, of all rows
+    p[R] ← p[R] − lr·k·X                             k = √(rows/cols)  or  .2·√max(rows, cols)
+
+    p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)   b `momentum_buffer`
+    v `row_sq`   μ `momentum`   β₂ `normuon_beta2`   λ `weight_decay`   k `adjust_lr_fn`
+
+Dion (Ahn et al., April 2025, arXiv 2504.05295) shrinks the matrix by a power iteration. Its authors
+call that a legacy, and recommend Dion2 (Ahn, Amsel and Langford, December 2025, 2512.16928), which
+takes some rows as they are; NorMuon's row norms (Li et al., October 2025, 2510.05491) make it their
+newest, NorDion2 or Dion3 (github.com/microsoft/dion, August 2026), which is here. Without them, by
+normuon_beta2=None, it is Dion2, but for the columns that one takes where they are fewer. Rows are
+chosen of the whole matrix (their selection_scope="global"), so that no layout changes the choice;
+by default each of their ranks chooses among its own. Orthogonalised by five steps of Polar Express
+(Amsel et al. 2025, 2505.16932), X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ.
+
+lr's unit: with 'spectral' a step changes a layer's output by about lr; with 'match_rms_adamw'
+AdamW's lr and λ carry over. A smaller fraction is cheaper and moves each row more rarely. State: 4
+bytes a parameter and 4 a row, 8 in AdamW groups, doubled for float64, never below float32.
+
+As Muon, for hidden matrices. Embeddings, head and vectors go into groups of the same object that
+take AdamW, with `betas` and `eps` of their own or those given to Dion3:
+    adamw = {"params": others, "use_muon": False, "lr": 3e-4}
+    Dion3([{"params": matrices}, adamw])
+
+Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), fully_shard (by
+make_optimizer of parallel/sharded_optimizer.py; DTensors are refused); all: docs/partners.md.
+
+Example:
+    import torch
+    from optim.dion import Dion3
+    w = torch.zeros(8, 32, requires_grad=True)
+    optimizer = Dion3([w], lr=2.0, fraction=0.25)
+    w.grad = torch.randn(8, 32)
+    w.grad[3:5] *= 10
+    optimizer.step()
+    assert w.abs().sum(1).nonzero().flatten().tolist() == [3, 4]  # two rows of eight have moved
+    s = torch.linalg.svdvals(w.detach()[3:5])
+    assert ((0.8 < s) & (s < 1.2)).all()  # by lr·k = 2·√(8/32) in each direction
+"""
+
+import math
+
+import torch
+
+# Triples (a, b, c) of the five steps, as the authors' code has them, 2 % from the edge.
+POLAR = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+# k, by which one lr suits matrices of any shape.
+SCALES = {
+    "spectral": lambda rows, cols: math.sqrt(rows / cols),
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+}
+# Groups with use_muon=False start from these: Dion's lr is far too large for AdamW.
+ADAMW = {"lr": 3e-4, "weight_decay": 0.0}
+
+
+def orthogonalize(us: list, dtype: torch.dtype) -> torch.Tensor:
+    """n matrices (rows, cols) -> (n, rows, cols) of `dtype`, singular values near 1."""
+    X = torch.stack([(u / (1.02 * u.norm() + 1e-7)).to(dtype) for u in us])
+    # X·Xᵀ is smallest, (short, short), with the short side first.
+    tall = X.shape[1] > X.shape[2]
+    X = X.mT if tall else X
+    # Few rows are long, and the products with X cost most: only every second step makes one.
+    is_long = X.shape[2] >= 2 * X.shape[1]
+    Q = None
+    for i, (a, b, c) in enumerate(POLAR):
+        if Q is None:
+            A = X @ X.mT
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=1, dim2=2).add_(a)
+        # X ← P·X. Until the second step makes that product Q collects the Ps, and A ← P·A·P.
+        Q = P if Q is None else P @ Q
+        if is_long and i % 2 == 0 and i + 1 < len(POLAR):
+            A = P @ A @ P
+        else:
+            X, Q = Q @ X, None
+    return X.mT if tall else X
+
+
+def take_rows(g, b, fraction: float, momentum: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row numbers R (k,), their rows of b (k, cols)); b has taken g, and decayed where used."""
+    b.add_(g)
+    # A stable sort chooses the same of equal rows on every device; topk does not say which.
+    order = b.abs().flatten(1).sum(1).sort(descending=True, stable=True).indices
+    R = order[: max(1, math.ceil(fraction * len(b)))]
+    chosen = b.index_select(0, R)
+    b.index_copy_(0, R, chosen * momentum)
+    return R, chosen.flatten(1)
+
+
+def dion_update(p, x, R, row_sq, lr, weight_decay, adjust_lr_fn, normuon_beta2) -> None:
+    """In place on `p` and NorMuon's `row_sq` (rows, 1); x: the direction (k, cols) of rows R."""
+    x = x.to(p.dtype)
+    if normuon_beta2 is not None:
+        v = row_sq.index_select(0, R).lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
+        row_sq.index_copy_(0, R, v)
+        y = x / (v.sqrt() + 1e-8)
+        x = y * (x.norm() / y.norm().clamp(min=1e-8))
+    k = SCALES[adjust_lr_fn](len(p), x.shape[1])
+    p.mul_(1 - lr * weight_decay)
+    p.index_add_(0, R, x.reshape(-1, *p.shape[1:]), alpha=-lr * k)
+
+
+def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay) -> None:
+    """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
+    p.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    p.addcdiv_(exp_avg, (exp_avg_sq / (1 - beta2**t)).sqrt_().add_(eps), value=-lr / (1 - beta1**t))
+
+
+class Dion3(torch.optim.Optimizer):
+    """Raises ValueError for bad hyperparameters and vectors in a Dion group.
+
+    Raises RuntimeError for sparse or complex gradients. `ns_dtype`: dtype of the products, or its
+    name; None: bfloat16, float64 for float64 parameters.
+    """
+
+    # Read by other parts of the library; optim/attributes.py says what each one decides.
+    elementwise: bool = False  # needs full matrices; its AdamW groups alone are elementwise
+    matrices_only: bool = True  # everything else belongs in a group with use_muon=False
+    zero_init: bool = True  # projections and head may start at 0
+    heavy_step: bool = True  # Newton-Schulz, too much for every replica to repeat
+    mup_rule: str | None = "muon"  # a step has spectral norm k, at any width
+
+    @staticmethod
+    def state_numbers(
+        shape: tuple[int, ...], use_muon: bool = True, *, normuon_beta2: float | None = 0.95
+    ) -> int:
+        """Numbers of state that a parameter of this shape takes."""
+        if not use_muon:
+            return 2 * math.prod(shape)
+        return math.prod(shape) + (shape[0] if normuon_beta2 is not None else 0)
+
+    def __init__(
+        self,
+        params,
+        lr: float = 0.02,
+        fraction: float = 0.25,
+        momentum: float = 0.95,
+        normuon_beta2: float | None = 0.95,
+        weight_decay: float = 0.0,
+        adjust_lr_fn: str = "spectral",
+        ns_dtype: torch.dtype | str | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ):
+        defaults = dict(lr=lr, fraction=fraction, momentum=momentum, normuon_beta2=normuon_beta2)
+        defaults |= dict(weight_decay=weight_decay, adjust_lr_fn=adjust_lr_fn, ns_dtype=ns_dtype)
+        # For AdamW groups that give none. Not named `betas`: where the defaults have those,
+        # OneCycleLR moves β₁ and leaves the momentum alone.
+        super().__init__(params, defaults | dict(use_muon=True, adamw_betas=betas, eps=eps))
+
+    def add_param_group(self, param_group: dict) -> None:
+        group = {**self.defaults, **param_group}
+        if not group["use_muon"]:
+            betas = {"betas": self.defaults["adamw_betas"]}
+            group = {**self.defaults, **ADAMW, **betas, **param_group}
+        if group["ns_dtype"] is not None:
+            # As text, because a checkpoint cannot hold a dtype.
+            group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
+        check(group)
+        super().add_param_group(group)
+        params = self.param_groups[-1]["params"]
+        refused = [p for p in params if p.ndim < 2 or hasattr(p, "placements")]
+        if group["use_muon"] and refused:
+            # torch has appended the group already: take it back before the error.
+            self.param_groups.pop()
+            raise ValueError(
+                f"Dion3: {type(refused[0]).__name__} {tuple(refused[0].shape)} is no whole matrix;"
+                " vectors go into a group with use_muon=False, DTensors to make_optimizer"
+                " (parallel/sharded_optimizer.py)"
+            )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Check every gradient first: an error must not leave half of the parameters stepped.
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided or p.is_complex():
+                raise RuntimeError("Dion3: gradients must be dense and real, not sparse or complex")
+        for group in self.param_groups:
+            # What steps together: matrices of one shape; with AdamW one tensor at a time.
+            found = {}
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.numel() > 0:
+                    sides = (len(p), p[0].numel()) if group["use_muon"] else (i,)
+                    found.setdefault((*sides, p.dtype, p.device), []).append(p)
+            for ps in found.values():
+                # Float32 copies for half precision. For other dtypes .to() returns p itself.
+                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
+                gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
+                states = [self.state[p] for p in ps]
+                # Autocast would override ns_dtype in the products.
+                with torch.autocast(ps[0].device.type, enabled=False):
+                    (step_dion if group["use_muon"] else step_adamw)(group, works, gs, states)
+                # Half precision is rounded once a step, here.
+                for p, work in zip(ps, works):
+                    if work is not p:
+                        p.copy_(work)
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
+
+        What a saved group lacks stays as it is. Raises ValueError for another method's state.
+        """
+
+        def complete(_, saved: dict) -> dict:
+            groups = [dict(group) for group in saved["param_groups"]]
+            states = {}
+            for ours, theirs in zip(self.param_groups, groups):
+                # What an older version did not save keeps this optimizer's value.
+                theirs.update((name, x) for name, x in ours.items() if name not in theirs)
+                adamw = {"step", "exp_avg", "exp_avg_sq"}
+                known = {"momentum_buffer"} if theirs["use_muon"] else adamw
+                for i, p in zip(theirs["params"], ours["params"]):
+                    state = saved["state"].get(i)
+                    if not state:
+                        continue
+                    if state.keys() - {"row_sq"} != known:
+                        raise ValueError(
+                            f"Dion3: a saved state of {', '.join(state)} is another method's"
+                        )
+                    # Copies: steps work in place, and must not change the caller's state_dict.
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    states[p] = {
+                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        for name, x in state.items()
+                    }
+            # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
+            return saved | {"state": states, "param_groups": groups}
+
+        # Registered last, so that it reads what the caller's own pre-hooks return.
+        last = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+
+
+def step_dion(group: dict, works: list, gs: list, states: list) -> None:
+    """Matrices of one shape. Fills their states."""
+    taken = []
+    for state, work, g in zip(states, works, gs):
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(work)
+        if group["normuon_beta2"] is not None and "row_sq" not in state:
+            state["row_sq"] = work.new_zeros(len(work), 1)
+        taken.append(take_rows(g, state["momentum_buffer"], group["fraction"], group["momentum"]))
+    usual = "float64" if works[0].dtype == torch.float64 else "bfloat16"
+    X = orthogonalize([rows for _, rows in taken], getattr(torch, group["ns_dtype"] or usual))
+    options = [group[name] for name in ("lr", "weight_decay", "adjust_lr_fn", "normuon_beta2")]
+    for work, x, (R, _), state in zip(works, X, taken, states):
+        dion_update(work, x, R, state.get("row_sq"), *options)
+
+
+def step_adamw(group: dict, works: list, gs: list, states: list) -> None:
+    """Tensors of any shape. Fills their states."""
+    # OneCycleLR moves `momentum`, which means β₁ here. `cycled` is the value that went into
+    # betas last, so that betas set by hand stay until the scheduler moves again.
+    if "max_momentum" in group and group.get("cycled") != group["momentum"]:
+        group["betas"] = (group["momentum"], group["betas"][1])
+        group["cycled"] = group["momentum"]
+    for state, work, g in zip(states, works, gs):
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+        t = state["step"] = int(state["step"]) + 1
+        options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], t, *options)
+
+
+def check(group: dict) -> None:
+    """Raises ValueError for a hyperparameter that is not allowed."""
+    beta1, beta2 = group.get("betas", group["adamw_betas"])
+    named = group | {"betas[0]": beta1, "betas[1]": beta2}
+    ends = dict.fromkeys(("lr", "weight_decay", "eps"), math.inf)
+    ends |= dict.fromkeys(("momentum", "normuon_beta2", "betas[0]", "betas[1]"), 1)
+    ok = {name: named[name] is None or 0 <= named[name] < end for name, end in ends.items()}
+    allowed = {name: f"it must lie in [0, {end})" for name, end in ends.items()}
+    ok["fraction"] = 0 < group["fraction"] <= 1
+    allowed["fraction"] = "it must lie in (0, 1]"
+    ok["adjust_lr_fn"] = group["adjust_lr_fn"] in SCALES
+    allowed["adjust_lr_fn"] = f"take one of {', '.join(SCALES)}"
+    dtype = getattr(torch, group["ns_dtype"] or "float32", None)
+    ok["ns_dtype"] = getattr(dtype, "is_floating_point", False)
+    allowed["ns_dtype"] = "take a floating dtype"
+    for name in ok:
+        if not ok[name]:
+            raise ValueError(f"Dion3: {name}={named[name]} is not allowed; {allowed[name]}")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    s = torch.linalg.svdvals(orthogonalize([torch.randn(10, 200)], torch.float32)[0])
+    print(f"Dion3: singular values of 10 rows of 200: {s.min():.3f} to {s.max():.3f}")
