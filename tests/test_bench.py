@@ -28,6 +28,7 @@ WORDS = {  # row: the docstring's words for what optimizers.STATE holds
     "adaml2": "8 bytes a parameter",
     "lamb": "8 bytes a parameter",
     "lion": "4 bytes a parameter",
+    "soapmuon": "8(a² + b²) bytes for GG and Q, 8ab for m and v",
     "muon": "4 bytes a parameter",
     "adafactor": "4·(rows + cols) bytes a matrix, 4 bytes an element of a vector",
     "shampoo": "8(a² + b²) bytes for L and P, 4ab for m, 4ab for v",

@@ -48,8 +48,9 @@ from optim import (
     sgd,
     shampoo,
     soap,
+    soap_muon,
 )
-from optim.attributes import own_classes
+from optim.attributes import attribute, own_classes
 from optim.param_groups import kinds, param_groups
 from parallel.autocast_linear import keep_no_copies
 from parallel.ddp import DDP
@@ -71,6 +72,7 @@ CLASSES = {
     "lars": lars.LARS,
     "lamb": lamb.LAMB,
     "muon": muon.Muon,
+    "soap_muon": soap_muon.SOAPMuon,
     "shampoo": shampoo.Shampoo,
     "soap": soap.SOAP,
     "kl_soap": kl_soap.KLSOAP,
@@ -287,7 +289,9 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
         p = torch.ones(shape, dtype=dtype, requires_grad=True)
         p.grad = torch.ones_like(p)
         group = {"params": [p]} | (
-            {"use_muon": False} if optim == "muon" and kind != "matrix" else {}
+            {"use_muon": False}
+            if attribute(CLASSES[optim], "matrices_only") and kind != "matrix"
+            else {}
         )
         optimizer = CLASSES[optim]([group], **options)
         if hasattr(optimizer, "train"):
@@ -530,7 +534,9 @@ def measured(
 
     def groups(model):
         Balance(model, alone)  # experts' buffers, too, were on the meta device
-        return param_groups(model, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
+        return param_groups(
+            model, lrs=lrs, weight_decay=0.0, muon=attribute(CLASSES[optim], "matrices_only")
+        )
 
     return measure(
         replicas,

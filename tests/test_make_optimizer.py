@@ -66,7 +66,7 @@ def sharded() -> Net:
 
 
 def groups_of(cls, model: nn.Module):
-    if cls is not Muon:
+    if not getattr(cls, "matrices_only", False):
         return model.parameters()
     matrices, vectors = (
         [p for p in model.parameters() if (p.ndim > 1) is yes] for yes in (True, False)
@@ -397,7 +397,7 @@ def grown(rank, world, cls):
     model = sharded()
     named = list(model.named_parameters())
     first, late = ([(n, p) for n, p in named if n.startswith(k)] for k in "ab")
-    if cls is Muon:
+    if getattr(cls, "matrices_only", False):
         first, late = ([(n, p) for n, p in part if p.ndim > 1] for part in (first, late))
     optimizer = make_optimizer(cls, first, **OPTIONS[cls])
     getattr(optimizer, "train", lambda: None)()

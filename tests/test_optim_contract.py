@@ -27,7 +27,9 @@ from optim import (
     sgd,
     shampoo,
     soap,
+    soap_muon,
 )
+from optim.attributes import attribute
 
 FOLDER = Path(__file__).parent.parent / "optim"
 # class -> (arguments for these tests, lr that solves the quadratic, bytes of state of a (16, 8)
@@ -55,6 +57,11 @@ CASES = {
         0.1,
         8 * (256 + 64) + 4 * (16 + 8) + 8 * 128,
     ),
+    soap_muon.SOAPMuon: (
+        {"weight_decay": 0.1, "precondition_frequency": 3, "trust_gate": (0.2, 0.9)},
+        0.1,
+        8 * (256 + 64) + 8 * 128,
+    ),
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
     schedule_free.AdamWScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.1, 8 * 128),
     schedule_free.SGDScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.3, 4 * 128),
@@ -66,9 +73,9 @@ half = pytest.mark.parametrize(
 
 
 def build(cls, params, **options):
-    """The optimizer, ready to step; Muon gets vectors in an AdamW group, as its users must."""
+    """The optimizer, ready to step; Muon's kin get vectors in an AdamW group, as users must."""
     options = {**CASES[cls][0], **options}
-    if cls is muon.Muon:
+    if attribute(cls, "matrices_only"):
         params = [
             {"params": [p for p in params if p.ndim >= 2]},
             {"params": [p for p in params if p.ndim < 2], "use_muon": False},
@@ -305,6 +312,7 @@ BAD_VALUES = [
     ("trust_coefficient", -1),
     ("d", 0),
     ("adamw_weight_decay", -1),
+    ("trust_gate", (0.9, 1.5)),
 ]
 
 
@@ -716,7 +724,7 @@ def test_lamb_corrects_the_moments_and_not_the_learning_rate():
 
 
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
-    whole = muon.Muon, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
+    whole = muon.Muon, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP, soap_muon.SOAPMuon
     for cls in *whole, adafactor.Adafactor, lars.LARS, lamb.LAMB:
         assert (
             not cls.elementwise

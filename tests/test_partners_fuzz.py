@@ -29,7 +29,21 @@ import torch
 from test_optim_contract import CASES
 from torch.optim import lr_scheduler
 
-from optim import adafactor, adam_l2, adamw, kl_soap, lamb, lars, lion, muon, sgd, shampoo, soap
+from optim import (
+    adafactor,
+    adam_l2,
+    adamw,
+    kl_soap,
+    lamb,
+    lars,
+    lion,
+    muon,
+    sgd,
+    shampoo,
+    soap,
+    soap_muon,
+)
+from optim.attributes import attribute
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 SEQUENCES = int(os.environ.get("PARTNERS_FUZZ", "25"))
@@ -88,6 +102,12 @@ def options_of(cls: type, r: random.Random) -> dict:
             "correct_bias": r.random() < 0.7,
         },
         kl_soap.KLSOAP: {"betas": betas, "precondition_frequency": r.choice([2, 3])},
+        soap_muon.SOAPMuon: {
+            "betas": betas,
+            "precondition_frequency": r.choice([2, 3]),
+            "trust_gate": r.choice([(1.0, 1.0), (0.2, 0.9)]),
+            "ns_dtype": r.choice([None, torch.float32]),
+        },
         muon.Muon: {
             "nesterov": r.random() < 0.7,
             "normuon_beta2": r.choice([None, 0.95]),
@@ -192,7 +212,7 @@ class Run:
         ]
         self.layout = []  # of each group the numbers of its parameters and its own options
         for i, numbers in enumerate(EARLY):
-            flat = [n for n in numbers if len(SHAPES[n]) < 2 and cls is muon.Muon]
+            flat = [n for n in numbers if len(SHAPES[n]) < 2 and attribute(cls, "matrices_only")]
             own = {"lr": options["lr"] / (i + 1)}
             self.layout.append(([n for n in numbers if n not in flat], own))
             self.layout += [(flat, {"use_muon": False, "lr": 0.01})] if flat else []
@@ -332,7 +352,7 @@ class Run:
 
     def group(self, number: int, lr: float) -> None:
         own = {"lr": lr}
-        if self.cls is muon.Muon and len(SHAPES[number]) < 2:
+        if attribute(self.cls, "matrices_only") and len(SHAPES[number]) < 2:
             own = {"use_muon": False, "lr": 0.01}
         self.layout.append(([number], own))
         group, self.schedulers = {**self.options, **own, "params": [self.params[number]]}, []

@@ -31,6 +31,7 @@ CLASSES = [
     "shampoo",
     "soap",
     "kl_soap",
+    "soap_muon",
     "muon",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
