@@ -160,6 +160,12 @@ ROWS = {  # name: (tensors, ours, the peers)
         one("optim.kl_soap.KLSOAP"),
         [one("kl_opt.KLOpt", using_klsoap=True, cast_dtype=torch.float32)],
     ),
+    # No peer: compare its time with the sum of SOAP's and Muon's.
+    "soapmuon": (
+        "block",
+        one("optim.soap_muon.SOAPMuon"),
+        [one("optim.soap.SOAP"), one("optim.muon.Muon")],
+    ),
     "muon": (
         "hidden",
         one("optim.muon.Muon", **DECAY),
@@ -241,6 +247,7 @@ STATE = {
     "shampoo": (8, lambda n: 8 * n * n),
     "soap": (8, lambda n: 8 * n * n),
     "klsoap": (8, lambda n: 8 * n * n + 4 * n),
+    "soapmuon": (8, lambda n: 8 * n * n),
 }
 
 
@@ -257,7 +264,7 @@ class Candidate:
         self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
         self.grads = [torch.empty(shape) for shape in tensor_shapes]
         groups = [{"params": self.params}]
-        if name in ("Muon", "Muown", "Dion3"):
+        if name in ("Muon", "Muown", "Dion3", "SOAPMuon"):
             groups = [{"params": self.params[n_tables:], "use_muon": True}]
             if n_tables:
                 groups.append({"params": self.params[:n_tables], "use_muon": False})

@@ -8,8 +8,8 @@
 
 The runs are train.py's own, on forked processes with gloo, with micro-batches, dropout and
 clipping. What a method itself magnifies without bound is run where it does not: SOAP and KL-SOAP
-with eps 1e-2 and lr 1e-3, Shampoo with eps 1e-4 (those two as they are: tests/test_matrix.py, in
-lock step).
+with eps 1e-2 and lr 1e-3, SOAP-Muon with eps 1e-4 and lr 1e-3, Shampoo with eps 1e-4 (the first
+three as they are: tests/test_matrix.py, in lock step).
 """
 
 import contextlib
@@ -52,6 +52,12 @@ OPTIMIZERS = {  # what train.py gets for each
     "Shampoo": ["--optim=shampoo", "--opt.eps=1e-4", "--opt.precondition_frequency=3"],
     "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "KL-SOAP": ["--optim=kl_soap", "--opt.eps=1e-2", "--lr=1e-3"],
+    "SOAP-Muon": [
+        "--optim=soap_muon",
+        "--opt.eps=1e-4",
+        "--lr=1e-3",
+        "--opt.precondition_frequency=2",
+    ],
     "Muon": ["--optim=muon"],
     "Muown": ["--optim=muown"],
     "Dion 3": ["--optim=dion"],
@@ -59,7 +65,7 @@ OPTIMIZERS = {  # what train.py gets for each
     "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
 }
 # The allowed relative difference from one process, where it is not 1e-10.
-TOLERANCES = {"SOAP": 1e-4, "KL-SOAP": 1e-4}
+TOLERANCES = {"SOAP": 1e-4, "KL-SOAP": 1e-4, "SOAP-Muon": 1e-3}
 LAYOUTS = {  # name: ranks, flags
     "4 micro-batches": (1, ["--micro_batch_size=2"]),
     "ddp 2": (2, []),

@@ -47,16 +47,21 @@ from torch.optim import lr_scheduler  # noqa: E402
 from optim import adafactor, adam_l2, adamw, schedule_free, sgd, shampoo, soap  # noqa: E402
 from optim.attributes import attribute  # noqa: E402
 from optim.kl_soap import KLSOAP  # noqa: E402
+from optim.soap_muon import SOAPMuon  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "docs" / "partners.md"
 STEPS = 20
 TOLERANCE = 1e-12  # relative to a tensor's largest element, or absolute where that is below 1
 TWINS = {sgd.SGD: torch.optim.SGD, adamw.AdamW: torch.optim.AdamW, adam_l2.AdamL2: torch.optim.Adam}
-MUONS = [cls for cls in CASES if getattr(cls, "matrices_only", False)]
 SCHEDULE_FREE = schedule_free.AdamWScheduleFree, schedule_free.SGDScheduleFree
 # For sums in another order.
-CALM = {soap.SOAP: {"eps": 1e-2}, KLSOAP: {"eps": 1e-2}, shampoo.Shampoo: {"eps": 1e-4}}
+CALM = {
+    soap.SOAP: {"eps": 1e-2},
+    KLSOAP: {"eps": 1e-2},
+    SOAPMuon: {"eps": 1e-2},
+    shampoo.Shampoo: {"eps": 1e-4},
+}
 
 
 # ---- what is trained -----------------------------------------------------------------------------
@@ -289,7 +294,7 @@ def autocasting(job: Job, by_hand: bool = False) -> list[Tensor]:
     leaves float64 alone. Muon multiplies in bfloat16 unless told otherwise."""
     found = []
     for dtype in (torch.float64, torch.float32):
-        if job.cls in MUONS:
+        if "ns_dtype" in job.start()[1].defaults:
             job = Job(job.cls, {**job.options, "ns_dtype": dtype})
         model, optimizer = job.start(net().to(dtype))
         with nullcontext() if by_hand else torch.autocast("cpu", torch.bfloat16):
@@ -475,7 +480,7 @@ PARTNERS = {
 }
 REFUSALS = {  # (class, partner) -> type and a part of the sentence
     (name, "fully_shard"): (ValueError, "make_optimizer")
-    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown", "Dion3")
+    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown", "Dion3", "SOAPMuon")
 }
 NOTES = {  # (class, partner) -> how the two are used together
     (
@@ -595,8 +600,8 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 - DCP: `get_optimizer_state_dict` in the middle, plain, full and flat, set in a fresh optimizer.
 - Load hooks: a pre-hook that returns a reordered state, one that changes its argument, a post-hook.
 - Late group: `add_param_group` at step 8; by hand, an optimizer of its own from there on.
-- SOAP, KLSOAP with eps 1e-2, Shampoo with 1e-4 where a tool adds in another order (torch.compile,
-  fully_shard): all three magnify rounding by themselves.
+- SOAP, KLSOAP and SOAPMuon with eps 1e-2, Shampoo with 1e-4 where a tool adds in another order
+  (torch.compile, fully_shard): all four magnify rounding by themselves.
 
 """
 

@@ -30,6 +30,7 @@ WORDS = {  # row: the docstring's words for what optimizers.STATE holds
     "lamb": "8 bytes a parameter",
     "mars": "12 bytes a parameter",
     "lion": "4 bytes a parameter",
+    "soapmuon": "8(a² + b²) bytes for GG and Q, 8ab for m and v",
     "muon": "4 bytes a parameter",
     "muown": "4 bytes a parameter and 12 a row",
     "adafactor": "4·(rows + cols) bytes a matrix, 4 bytes an element of a vector",

@@ -52,6 +52,7 @@ from optim import (
     sgd,
     shampoo,
     soap,
+    soap_muon,
 )
 from optim.attributes import attribute, own_classes
 from optim.param_groups import kinds, param_groups
@@ -81,6 +82,7 @@ CLASSES = {
     "muon": muon.Muon,
     "muown": muown.Muown,
     "dion": dion.Dion3,
+    "soap_muon": soap_muon.SOAPMuon,
     "shampoo": shampoo.Shampoo,
     "soap": soap.SOAP,
     "kl_soap": kl_soap.KLSOAP,
@@ -589,7 +591,9 @@ def measured(
 
     def groups(model):
         Balance(model, alone)  # experts' buffers, too, were on the meta device
-        return param_groups(model, lrs=lrs, weight_decay=0.0, muon=optim == "muon")
+        return param_groups(
+            model, lrs=lrs, weight_decay=0.0, muon=attribute(CLASSES[optim], "matrices_only")
+        )
 
     return measure(
         replicas,

@@ -26,8 +26,10 @@ from matrix import (
 import train
 from model import GPT, GPTConfig, initial_weight
 from optim import param_groups
+from optim.attributes import attribute
 from optim.kl_soap import KLSOAP
 from optim.soap import SOAP
+from optim.soap_muon import SOAPMuon
 from parallel import expert
 from parallel.ddp import DDP
 from parallel.fsdp import FSDP
@@ -212,7 +214,8 @@ def lock_step(rank, world, cls, traits):
             p.copy_(initial_weight(oracle.config, name, tuple(p.shape)))
     weights = dict(oracle.named_parameters())
     experts = expert.names_of(oracle)
-    plain = cls(param_groups.param_groups(oracle, lrs, 0.1), precondition_frequency=2)
+    muon = attribute(cls, "matrices_only")
+    plain = cls(param_groups.param_groups(oracle, lrs, 0.1, muon), precondition_frequency=2)
     for step in range(5):
         tokens = torch.randint(256, (8, 9), generator=torch.Generator().manual_seed(step))
         saved = param_groups.state_by_name(plain)
@@ -224,9 +227,12 @@ def lock_step(rank, world, cls, traits):
                 expert.split(model, dist.group.WORLD, [0])
             model = fitted(replicas, cls, model).parallelize(model)
             replicas.init_weights(lambda name, shape: weights[name].detach())
-            groups = param_groups.param_groups(model, lrs, 0.1)
+            groups = param_groups.param_groups(model, lrs, 0.1, muon)
             optimizer = replicas.make_optimizer(cls, groups, precondition_frequency=2)
-            state = copy.deepcopy(saved["state"])
+            # AdamW's groups, which Muon's kin have, step shards: they start anew, uncompared.
+            whole = [g for g in plain.param_groups if g.get("use_muon", True)]
+            names = [name for group in whole for name in group["names"]]
+            state = copy.deepcopy({n: saved["state"].get(n, {}) for n in names})
             param_groups.load_state_by_name(
                 optimizer, saved["groups"], lambda n, _: state.get(n, {})
             )
@@ -237,13 +243,15 @@ def lock_step(rank, world, cls, traits):
 
             # The plain optimizer on the gathered gradient
             def update_of_one(optimizer, args, kwargs):
-                for group in optimizer.param_groups:
+                for group in (g for g in optimizer.param_groups if g.get("use_muon", True)):
                     for name, p in zip(group["names"], group["params"]):
                         torch.testing.assert_close(
                             p.grad, weights[name].grad, rtol=1e-10, atol=1e-14
                         )
                         q = weights[name].detach().clone().requires_grad_()
-                        options = {k: v for k, v in group.items() if k in cls([q]).defaults}
+                        options = {
+                            k: v for k, v in group.items() if k in {*plain.defaults, "betas"}
+                        }
                         alone = cls([{"params": [q], **options}])
                         if name in saved["state"]:
                             alone.state[q] = copy.deepcopy(saved["state"][name])
@@ -253,16 +261,15 @@ def lock_step(rank, world, cls, traits):
 
             optimizer.register_step_pre_hook(update_of_one)
             optimizer.step()
-            named = (
-                (n, p) for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])
-            )
+            groups = [g for g in optimizer.param_groups if g.get("use_muon", True)]
+            named = ((n, p) for g in groups for n, p in zip(g["names"], g["params"]))
             for name, p in named:
                 assert torch.equal(p, expected[name]), (layout, step, name)
             owned = torch.tensor([len(expected)])
             dist.all_reduce(owned)
             copies = {"ddp": world, "ep, ddp": world, "hybrid": 2}.get(layout, 1)
             n_alone = len(experts) if layout.startswith("ep") else 0
-            assert owned == copies * (len(weights) - n_alone) + n_alone, (layout, owned)
+            assert owned == copies * (len(names) - n_alone) + n_alone, (layout, owned)
         plain.step()
 
 
@@ -271,7 +278,7 @@ def lock_step(rank, world, cls, traits):
     "traits", [{}, {"n_expert": 4, "router_z_loss": 0.01}], ids=["", "experts"]
 )
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("cls", [SOAP, KLSOAP], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [SOAP, KLSOAP, SOAPMuon], ids=lambda cls: cls.__name__)
 def test_soap_in_lock_step_is_the_plain_optimizer_bitwise(cls, world, traits):
     run_ranks(world, lock_step, cls, traits)
 

@@ -551,7 +551,7 @@ def trained(rank, world, layout, cls, folder):
         replicas.init_weights(lambda name, shape: initial_weight(config, name, shape))
         lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 0.02)
         optimizer = replicas.make_optimizer(
-            cls, param_groups(model, lrs, 0.1, muon=cls is muon.Muon)
+            cls, param_groups(model, lrs, 0.1, muon=getattr(cls, "matrices_only", False))
         )
         if place is not None:
             optimizer = offload(optimizer, place, folder / f"{layout}_{rank}", CPU, 1e-6)

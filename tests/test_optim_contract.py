@@ -31,6 +31,7 @@ from optim import (
     sgd,
     shampoo,
     soap,
+    soap_muon,
 )
 from optim.attributes import attribute
 
@@ -66,6 +67,11 @@ CASES = {
         0.1,
         8 * (256 + 64) + 4 * (16 + 8) + 8 * 128,
     ),
+    soap_muon.SOAPMuon: (
+        {"weight_decay": 0.1, "precondition_frequency": 3, "trust_gate": (0.2, 0.9)},
+        0.1,
+        8 * (256 + 64) + 8 * 128,
+    ),
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
     muown.Muown: ({"weight_decay": 0.1}, 0.2, 4 * 128 + 12 * 16),
     dion.Dion3: ({"weight_decay": 0.1, "fraction": 0.5}, 0.1, 4 * 128 + 4 * 16),
@@ -79,8 +85,7 @@ half = pytest.mark.parametrize(
 
 
 def build(cls, params, **options):
-    """The optimizer, ready to step; one for matrices gets vectors in an AdamW group, as its users
-    must."""
+    """The optimizer, ready to step; Muon's kin get vectors in an AdamW group, as users must."""
     options = {**CASES[cls][0], **options}
     if attribute(cls, "matrices_only"):
         params = [
@@ -326,6 +331,7 @@ BAD_VALUES = [
     ("trust_coefficient", -1),
     ("d", 0),
     ("adamw_weight_decay", -1),
+    ("trust_gate", (0.9, 1.5)),
 ]
 
 
@@ -737,7 +743,7 @@ def test_lamb_corrects_the_moments_and_not_the_learning_rate():
 
 
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
-    whole = muon.Muon, muown.Muown, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
+    whole = muon.Muon, muown.Muown, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP, soap_muon.SOAPMuon
     for cls in *whole, adafactor.Adafactor, lars.LARS, lamb.LAMB:
         assert (
             not cls.elementwise

@@ -45,6 +45,7 @@ from optim import (
     sgd,
     shampoo,
     soap,
+    soap_muon,
 )
 from optim.attributes import attribute
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
@@ -111,6 +112,12 @@ def options_of(cls: type, r: random.Random) -> dict:
             "correct_bias": r.random() < 0.7,
         },
         kl_soap.KLSOAP: {"betas": betas, "precondition_frequency": r.choice([2, 3])},
+        soap_muon.SOAPMuon: {
+            "betas": betas,
+            "precondition_frequency": r.choice([2, 3]),
+            "trust_gate": r.choice([(1.0, 1.0), (0.2, 0.9)]),
+            "ns_dtype": r.choice([None, torch.float32]),
+        },
         muon.Muon: {
             "nesterov": r.random() < 0.7,
             "normuon_beta2": r.choice([None, 0.95]),

@@ -708,7 +708,7 @@ def trained(rank, world, layout, cls):
     model = fitted(replicas, cls, model).parallelize(model)
     replicas.init_weights(start)
     lrs = dict.fromkeys(("embedding", "head", "matrix", "scalar"), 1e-3)
-    groups = groups_of.param_groups(model, lrs, 0.1, muon=cls is muon.Muon)
+    groups = groups_of.param_groups(model, lrs, 0.1, muon=getattr(cls, "matrices_only", False))
     optimizer = stochastic(replicas.make_optimizer(cls, groups), 1, replicas.shards)
     for step in range(4):
         replicas.last_micro_batch(True)

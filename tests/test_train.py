@@ -33,6 +33,7 @@ CLASSES = [
     "shampoo",
     "soap",
     "kl_soap",
+    "soap_muon",
     "muon",
     "muown",
     "dion",
