@@ -23,6 +23,7 @@ from run.options import resolve_options
 from settings import fields, parse
 
 RECIPE = str(Path(train.__file__).parent / "configs" / "track3.toml")
+RECORD = RECIPE.replace("track3", "track3_record")
 ARCH = fields.ARCHS["track3"]
 SMALL = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, block_size=16, vocab_size=64) | ARCH
 # Heads of 16, a quarter as wide
@@ -155,10 +156,27 @@ def test_the_recipe_holds_its_rate_and_goes_down_to_zero_over_the_last_70_percen
         assert factor(step) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_record_s_recipe_cools_down_as_its_script_does_each_kind_by_itself():
+    cfg = parse.parse([RECORD])
+    options = {name.partition(".")[2]: x for name, x in cfg.options.items() if "schedule." in name}
+    factor = build.lr_schedule(cfg, options)
+    # (kind, lr, the script's constant c, to which lr is min(lr, c (2900 - t)^1.2))
+    for kind, lr, c in (
+        ("matrix", cfg.lr, 3.3169534699576625e-06),
+        ("embedding", cfg.embed_lr, 4.976805410800738e-05),
+        ("head", cfg.head_lr, 5.184172302917436e-07),
+        ("scalar", cfg.scalar_lr, 1.6589351369335795e-06),
+    ):
+        for t in (0, 500, 1000, 1480, 1500, 2000, 2690, 2899):
+            wanted = min(lr, c * (2900 - t) ** 1.2)
+            assert lr * factor(t, kind) == pytest.approx(wanted, rel=2e-3), (kind, t)
+
+
 # ---- the run -------------------------------------------------------------------------------------
-def test_a_tiny_version_of_the_recipe_learns(tmp_path):
+@pytest.mark.parametrize("recipe", [RECIPE, RECORD])
+def test_a_tiny_version_of_the_recipe_learns(tmp_path, recipe):
     flags = [
-        RECIPE,
+        recipe,
         f"--data={text(tmp_path)}",
         "--tokenizer=bytes",
         f"--out_dir={tmp_path}/out",
