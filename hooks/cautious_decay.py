@@ -8,8 +8,8 @@ Ordinary decay pulls at all weights, also at those that the gradient is pushing 
 2025 (arXiv 2510.12402) leave these alone. optim/muon.py has it built in (`cautious`), on the same
 mask. The optimizer's own decay would come on top, and its pull would count as part of the step: set
 it to 0. λ is in units of 1/lr, as AdamW's; record 46 of modded-nanogpt's track 3 takes .025 at
-Muon's lr, after hooks/radius_pin.py, and multiplies the weights after the step: a difference of
-order lr². State: none.
+Muon's lr, with the mask of the step before hooks/radius_pin.py: after the pin 1 % of the entries
+decay otherwise. State: none.
 
 In float32 or float64. Half-precision weights: hand over float32 copies, as hooks/wear.py does.
 
