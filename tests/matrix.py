@@ -43,6 +43,7 @@ OPTIMIZERS = {  # what train.py gets for each
     "SOAP": ["--optim=soap", "--opt.eps=1e-2", "--lr=1e-3"],
     "Muon": ["--optim=muon"],
     "Muown": ["--optim=muown"],
+    "PMuon": ["--optim=pmuon"],
     "AdamW Schedule-Free": ["--optim=schedule_free"],
     "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
 }

@@ -472,7 +472,7 @@ PARTNERS = {
 }
 REFUSALS = {  # (class, partner) -> type and a part of the sentence
     (name, "fully_shard"): (ValueError, "make_optimizer")
-    for name in ("Shampoo", "SOAP", "Muon", "Muown")
+    for name in ("Shampoo", "SOAP", "Muon", "Muown", "PMuon")
 }
 NOTES = {  # (class, partner) -> how the two are used together
     (

@@ -8,10 +8,11 @@ from harness import init_weights
 from model import GPT, GPTConfig
 from optim import mup, param_groups
 from optim.adamw import AdamW
-from optim.attributes import own_classes
+from optim.attributes import attribute, own_classes
 from optim.lamb import LAMB
 from optim.lion import Lion
 from optim.muon import Muon
+from optim.pmuon import PMuon
 from optim.sgd import SGD
 
 RUNS = {
@@ -19,6 +20,7 @@ RUNS = {
     "lion": (Lion, 0.003, {}),
     "sgd": (SGD, 0.3, {}),
     "muon": (Muon, 0.05, {"ns_dtype": "float32"}),
+    "pmuon": (PMuon, 0.05, {}),
 }
 WIDTHS = (32, 64, 128, 256)
 
@@ -37,7 +39,8 @@ def change(name: str, width: int, on: bool, **traits) -> dict[str, float]:
     model = init_weights(GPT(c))
     rule = mup.lr_multipliers(optimizer_class, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
-    groups = param_groups.param_groups(model, lrs, 0.0, name == "muon")
+    matrices_only = attribute(optimizer_class, "matrices_only")
+    groups = param_groups.param_groups(model, lrs, 0.0, matrices_only)
     optimizer = optimizer_class(groups, **options)
     tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
     seen = {}

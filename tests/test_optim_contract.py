@@ -23,6 +23,7 @@ from optim import (
     lion,
     muon,
     muown,
+    pmuon,
     schedule_free,
     sgd,
     shampoo,
@@ -53,6 +54,7 @@ CASES = {
     soap.SOAP: ({"precondition_frequency": 3}, 0.1, 8 * (256 + 64) + 8 * 128),
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
     muown.Muown: ({"weight_decay": 0.1}, 0.2, 4 * 128 + 12 * 16),
+    pmuon.PMuon: ({"weight_decay": 0.1}, 0.1, 8 * (256 + 64) + 4 * 128),
     schedule_free.AdamWScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.1, 8 * 128),
     schedule_free.SGDScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.3, 4 * 128),
 }
@@ -292,6 +294,8 @@ BAD_VALUES = [
     ("betas", (0.9, 1.1)),
     ("beta1", 1.0),
     ("shampoo_beta", 1.0),
+    ("beta", 1.0),
+    ("gamma", -0.1),
     ("ns_steps", 0),
     ("ns", "sextic"),
     ("adjust_lr_fn", "none"),
@@ -717,6 +721,7 @@ def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
     for cls in (
         muon.Muon,
         muown.Muown,
+        pmuon.PMuon,
         shampoo.Shampoo,
         soap.SOAP,
         adafactor.Adafactor,

@@ -29,7 +29,20 @@ import torch
 from test_optim_contract import CASES
 from torch.optim import lr_scheduler
 
-from optim import adafactor, adam_l2, adamw, lamb, lars, lion, muon, muown, sgd, shampoo, soap
+from optim import (
+    adafactor,
+    adam_l2,
+    adamw,
+    lamb,
+    lars,
+    lion,
+    muon,
+    muown,
+    pmuon,
+    sgd,
+    shampoo,
+    soap,
+)
 from optim.attributes import attribute
 from optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
@@ -97,6 +110,7 @@ def options_of(cls: type, r: random.Random) -> dict:
             "ns_dtype": r.choice([None, torch.float32]),
         },
         muown.Muown: {"betas": betas},
+        pmuon.PMuon: {"betas": betas},
         AdamWScheduleFree: {
             "warmup_steps": r.choice([0, 4]),
             "r": r.choice([0, 1]),

@@ -440,6 +440,7 @@ OPTIMIZERS = [
     "adamw.AdamW",
     "muon.Muon",
     "muown.Muown",
+    "pmuon.PMuon",
     "soap.SOAP",
     "shampoo.Shampoo",
     "adafactor.Adafactor",

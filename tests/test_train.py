@@ -32,6 +32,7 @@ CLASSES = [
     "soap",
     "muon",
     "muown",
+    "pmuon",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
 ]

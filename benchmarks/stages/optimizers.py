@@ -27,6 +27,7 @@ OURS = {  # name in the table: (--optim=, its options)
     "Muon, fused AdamW": ("muon", {"fused": True}),
     "Muon": ("muon", {}),
     "Muown": ("muown", {}),
+    "PMuon": ("pmuon", {}),
     "SOAP": ("soap", {}),
     "Lion": ("lion", {}),
     "SGD": ("sgd", {"momentum": 0.9}),
