@@ -44,7 +44,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
-from optim import adafactor, adam_l2, adamw, muon, schedule_free, sgd, shampoo, soap  # noqa: E402
+from optim import adafactor, adam_l2, adamw, muon, pmuon, schedule_free, sgd, shampoo, soap  # noqa: E402
 from optim.attributes import attribute  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
 
@@ -53,7 +53,8 @@ STEPS = 20
 TOLERANCE = 1e-12  # relative to a tensor's largest element, or absolute where that is below 1
 TWINS = {sgd.SGD: torch.optim.SGD, adamw.AdamW: torch.optim.AdamW, adam_l2.AdamL2: torch.optim.Adam}
 SCHEDULE_FREE = schedule_free.AdamWScheduleFree, schedule_free.SGDScheduleFree
-CALM = {soap.SOAP: {"eps": 1e-2}, shampoo.Shampoo: {"eps": 1e-4}}  # for sums in another order
+# For sums in another order.
+CALM = {soap.SOAP: {"eps": 1e-2}, shampoo.Shampoo: {"eps": 1e-4}, pmuon.PMuon: {"eps": 1e-2}}
 
 
 # ---- what is trained -----------------------------------------------------------------------------
@@ -592,8 +593,8 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 - DCP: `get_optimizer_state_dict` in the middle, plain, full and flat, set in a fresh optimizer.
 - Load hooks: a pre-hook that returns a reordered state, one that changes its argument, a post-hook.
 - Late group: `add_param_group` at step 8; by hand, an optimizer of its own from there on.
-- SOAP with eps 1e-2 and Shampoo with eps 1e-4 where a tool adds in another order (torch.compile,
-  fully_shard): both magnify rounding by themselves.
+- SOAP and PMuon with eps 1e-2, Shampoo with eps 1e-4 where a tool adds in another order
+  (torch.compile, fully_shard): they magnify rounding by themselves.
 
 """
 
