@@ -185,6 +185,7 @@ ROWS = {  # name: (tensors, ours, the peers)
         one("optim.dion.Dion3", **DECAY),
         [one("optim.muon.Muon", **DECAY, normuon_beta2=0.95)],
     ),
+    "pmuon": ("block", one("optim.pmuon.PMuon", **DECAY), []),
     "muon-polar": (
         "hidden",
         one("optim.muon.Muon", **DECAY, ns="polar", ns_steps=4),
@@ -241,6 +242,7 @@ STATE = {
     "mars": (12, 0),
     "muon": (4, 0),
     "muown": (4, 0, 12),
+    "pmuon": (4, lambda n: 8 * n * n),
     "adamwschedulefree": (8, 0),
     "sgdschedulefree": (4, 0),
     "adafactor": (0, lambda n: 4 * n),
@@ -264,7 +266,7 @@ class Candidate:
         self.params = [torch.randn(shape).mul_(0.02).requires_grad_() for shape in tensor_shapes]
         self.grads = [torch.empty(shape) for shape in tensor_shapes]
         groups = [{"params": self.params}]
-        if name in ("Muon", "Muown", "Dion3", "SOAPMuon"):
+        if name in ("Muon", "Muown", "Dion3", "SOAPMuon", "PMuon"):
             groups = [{"params": self.params[n_tables:], "use_muon": True}]
             if n_tables:
                 groups.append({"params": self.params[:n_tables], "use_muon": False})

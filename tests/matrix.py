@@ -61,6 +61,7 @@ OPTIMIZERS = {  # what train.py gets for each
     "Muon": ["--optim=muon"],
     "Muown": ["--optim=muown"],
     "Dion 3": ["--optim=dion"],
+    "PMuon": ["--optim=pmuon"],
     "AdamW Schedule-Free": ["--optim=schedule_free"],
     "SGD Schedule-Free": ["--optim=schedule_free.SGDScheduleFree"],
 }

@@ -47,6 +47,7 @@ from torch.optim import lr_scheduler  # noqa: E402
 from optim import adafactor, adam_l2, adamw, schedule_free, sgd, shampoo, soap  # noqa: E402
 from optim.attributes import attribute  # noqa: E402
 from optim.kl_soap import KLSOAP  # noqa: E402
+from optim.pmuon import PMuon  # noqa: E402
 from optim.soap_muon import SOAPMuon  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
 
@@ -60,6 +61,7 @@ CALM = {
     soap.SOAP: {"eps": 1e-2},
     KLSOAP: {"eps": 1e-2},
     SOAPMuon: {"eps": 1e-2},
+    PMuon: {"eps": 1e-2},
     shampoo.Shampoo: {"eps": 1e-4},
 }
 
@@ -480,7 +482,7 @@ PARTNERS = {
 }
 REFUSALS = {  # (class, partner) -> type and a part of the sentence
     (name, "fully_shard"): (ValueError, "make_optimizer")
-    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown", "Dion3", "SOAPMuon")
+    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown", "Dion3", "SOAPMuon", "PMuon")
 }
 NOTES = {  # (class, partner) -> how the two are used together
     (
@@ -600,8 +602,8 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 - DCP: `get_optimizer_state_dict` in the middle, plain, full and flat, set in a fresh optimizer.
 - Load hooks: a pre-hook that returns a reordered state, one that changes its argument, a post-hook.
 - Late group: `add_param_group` at step 8; by hand, an optimizer of its own from there on.
-- SOAP, KLSOAP and SOAPMuon with eps 1e-2, Shampoo with 1e-4 where a tool adds in another order
-  (torch.compile, fully_shard): all four magnify rounding by themselves.
+- SOAP, KLSOAP, SOAPMuon and PMuon with eps 1e-2, Shampoo with 1e-4 where a tool adds in another order
+  (torch.compile, fully_shard): all five magnify rounding by themselves.
 
 """
 

@@ -33,6 +33,7 @@ WORDS = {  # row: the docstring's words for what optimizers.STATE holds
     "soapmuon": "8(a² + b²) bytes for GG and Q, 8ab for m and v",
     "muon": "4 bytes a parameter",
     "muown": "4 bytes a parameter and 12 a row",
+    "pmuon": "8(a² + b²) bytes for GG and Q, 4ab for the momentum",
     "adafactor": "4·(rows + cols) bytes a matrix, 4 bytes an element of a vector",
     "shampoo": "8(a² + b²) bytes for L and P, 4ab for m, 4ab for v",
     "soap": "8(a² + b²) bytes for GG and Q, 8ab for m′ and v",

@@ -330,6 +330,7 @@ def test_an_option_that_counts_takes_whole_numbers_alone(tmp_path, text):
     [
         ("muon", True),
         ("soap", True),
+        ("pmuon", True),
         ("shampoo", True),
         ("sgd", True),
         ("schedule_free.SGDScheduleFree", True),

@@ -13,6 +13,7 @@ from optim.kl_soap import KLSOAP
 from optim.lamb import LAMB
 from optim.lion import Lion
 from optim.muon import Muon
+from optim.pmuon import PMuon
 from optim.sgd import SGD
 
 RUNS = {
@@ -21,6 +22,7 @@ RUNS = {
     "sgd": (SGD, 0.3, {}),
     "muon": (Muon, 0.05, {"ns_dtype": "float32"}),
     "kl_soap": (KLSOAP, 0.01, {}),
+    "pmuon": (PMuon, 0.05, {}),
 }
 EACH = [pytest.param(x, marks=[pytest.mark.slow] * (x == "kl_soap")) for x in RUNS]
 WIDTHS = (32, 64, 128, 256)
@@ -40,7 +42,8 @@ def change(name: str, width: int, on: bool, **traits) -> dict[str, float]:
     model = init_weights(GPT(c))
     rule = mup.lr_multipliers(optimizer_class, width, 32) if on else {}
     lrs = {kind: lr * rule.get(kind, 1.0) for kind in ("matrix", "embedding", "head", "scalar")}
-    groups = param_groups.param_groups(model, lrs, 0.0, attribute(optimizer_class, "matrices_only"))
+    matrices_only = attribute(optimizer_class, "matrices_only")
+    groups = param_groups.param_groups(model, lrs, 0.0, matrices_only)
     optimizer = optimizer_class(groups, **options)
     tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
     seen = {}

@@ -27,6 +27,7 @@ from optim import (
     mars,
     muon,
     muown,
+    pmuon,
     schedule_free,
     sgd,
     shampoo,
@@ -75,6 +76,7 @@ CASES = {
     muon.Muon: ({"weight_decay": 0.1, "normuon_beta2": 0.95}, 0.1, 4 * 128 + 4 * 16),
     muown.Muown: ({"weight_decay": 0.1}, 0.2, 4 * 128 + 12 * 16),
     dion.Dion3: ({"weight_decay": 0.1, "fraction": 0.5}, 0.1, 4 * 128 + 4 * 16),
+    pmuon.PMuon: ({"weight_decay": 0.1}, 0.1, 8 * (256 + 64) + 4 * 128),
     schedule_free.AdamWScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.1, 8 * 128),
     schedule_free.SGDScheduleFree: ({"weight_decay": 0.01, "warmup_steps": 2}, 0.3, 4 * 128),
 }
@@ -320,6 +322,8 @@ BAD_VALUES = [
     ("alpha_warmup", -1),
     ("beta3_warmup", -1),
     ("shampoo_beta", 1.0),
+    ("beta", 1.0),
+    ("gamma", -0.1),
     ("ns_steps", 0),
     ("ns", "sextic"),
     ("adjust_lr_fn", "none"),
@@ -743,7 +747,8 @@ def test_lamb_corrects_the_moments_and_not_the_learning_rate():
 
 
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
-    whole = muon.Muon, muown.Muown, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP, soap_muon.SOAPMuon
+    whole = muon.Muon, muown.Muown, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
+    whole += soap_muon.SOAPMuon, pmuon.PMuon, dion.Dion3
     for cls in *whole, adafactor.Adafactor, lars.LARS, lamb.LAMB:
         assert (
             not cls.elementwise

@@ -42,6 +42,7 @@ from optim import (
     mars,
     muon,
     muown,
+    pmuon,
     sgd,
     shampoo,
     soap,
@@ -133,6 +134,7 @@ def options_of(cls: type, r: random.Random) -> dict:
             "betas": betas,
             "ns_dtype": r.choice([None, torch.float32]),
         },
+        pmuon.PMuon: {"betas": betas},
         AdamWScheduleFree: {
             "warmup_steps": r.choice([0, 4]),
             "r": r.choice([0, 1]),

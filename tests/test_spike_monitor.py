@@ -442,6 +442,7 @@ OPTIMIZERS = [
     "muon.Muon",
     "muown.Muown",
     "dion.Dion3",
+    "pmuon.PMuon",
     "soap.SOAP",
     "shampoo.Shampoo",
     "adafactor.Adafactor",

@@ -37,6 +37,7 @@ CLASSES = [
     "muon",
     "muown",
     "dion",
+    "pmuon",
     "schedule_free",
     "schedule_free.SGDScheduleFree",
 ]

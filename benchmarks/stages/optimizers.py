@@ -28,6 +28,7 @@ OURS = {  # name in the table: (--optim=, its options)
     "Muon": ("muon", {}),
     "Muown": ("muown", {}),
     "Dion 3": ("dion", {}),
+    "PMuon": ("pmuon", {}),
     "SOAP": ("soap", {}),
     "Lion": ("lion", {}),
     "SGD": ("sgd", {"momentum": 0.9}),
