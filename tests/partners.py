@@ -602,8 +602,8 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 - DCP: `get_optimizer_state_dict` in the middle, plain, full and flat, set in a fresh optimizer.
 - Load hooks: a pre-hook that returns a reordered state, one that changes its argument, a post-hook.
 - Late group: `add_param_group` at step 8; by hand, an optimizer of its own from there on.
-- SOAP, KLSOAP, SOAPMuon and PMuon with eps 1e-2, Shampoo with 1e-4 where a tool adds in another order
-  (torch.compile, fully_shard): all five magnify rounding by themselves.
+- SOAP, KLSOAP, SOAPMuon and PMuon with eps 1e-2, Shampoo with 1e-4 where a tool adds in another
+  order (torch.compile, fully_shard): all five magnify rounding by themselves.
 
 """
 
