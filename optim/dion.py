@@ -22,8 +22,10 @@ by default each of their ranks chooses among its own. Orthogonalised by five ste
 (Amsel et al. 2025, 2505.16932), X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ.
 
 lr's unit: with 'spectral' a step changes a layer's output by about lr; with 'match_rms_adamw'
-AdamW's lr and λ carry over. A smaller fraction is cheaper and moves each row more rarely. State: 4
-bytes a parameter and 4 a row, 8 in AdamW groups, doubled for float64, never below float32.
+AdamW's lr and λ carry over. A small fraction is cheaper, but a small model pays: in 300 steps of a
+GPT of width 64 .02 is the best lr of five, 9 % above Muon's loss with fraction=.25, 4 % with
+.5, and at Muon's with 1. State: 4 bytes a parameter and 4 a row, 8 in AdamW groups, doubled for
+float64, never below float32.
 
 As Muon, for hidden matrices. Embeddings, head and vectors go into groups of the same object that
 take AdamW, with `betas` and `eps` of their own or those given to Dion3:
