@@ -22,8 +22,10 @@ by default each of their ranks chooses among its own. Orthogonalised by five ste
 (Amsel et al. 2025, 2505.16932), X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ.
 
 lr's unit: with 'spectral' a step changes a layer's output by about lr; with 'match_rms_adamw'
-AdamW's lr and λ carry over. A smaller fraction is cheaper and moves each row more rarely. State: 4
-bytes a parameter and 4 a row, 8 in AdamW groups, doubled for float64, never below float32.
+AdamW's lr and λ carry over. A small fraction is cheaper, but a small model pays: in 300 steps of a
+GPT of width 64 .02 is the best lr of five, 9 % above Muon's loss with fraction=.25, 4 % with
+.5, and at Muon's with 1. State: 4 bytes a parameter and 4 a row, 8 in AdamW groups, doubled for
+float64, never below float32.
 
 As Muon, for hidden matrices. Embeddings, head and vectors go into groups of the same object that
 take AdamW, with `betas` and `eps` of their own or those given to Dion3:
@@ -65,6 +67,7 @@ SCALES = {
 }
 # Groups with use_muon=False start from these: Dion's lr is far too large for AdamW.
 ADAMW = {"lr": 3e-4, "weight_decay": 0.0}
+ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def orthogonalize(us: list, dtype: torch.dtype) -> torch.Tensor:
@@ -95,7 +98,7 @@ def take_rows(g, b, fraction: float, momentum: float) -> tuple[torch.Tensor, tor
     b.add_(g)
     # A stable sort chooses the same of equal rows on every device; topk does not say which.
     order = b.abs().flatten(1).sum(1).sort(descending=True, stable=True).indices
-    R = order[: max(1, math.ceil(fraction * len(b)))]
+    R = order[: math.ceil(fraction * len(b))]
     chosen = b.index_select(0, R)
     b.index_copy_(0, R, chosen * momentum)
     return R, chosen.flatten(1)
@@ -114,19 +117,10 @@ def dion_update(p, x, R, row_sq, lr, weight_decay, adjust_lr_fn, normuon_beta2) 
     p.index_add_(0, R, x.reshape(-1, *p.shape[1:]), alpha=-lr * k)
 
 
-def adamw_update(p, g, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay) -> None:
-    """AdamW for what is no hidden matrix, in place; all tensors of one shape."""
-    p.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    p.addcdiv_(exp_avg, (exp_avg_sq / (1 - beta2**t)).sqrt_().add_(eps), value=-lr / (1 - beta1**t))
-
-
 class Dion3(torch.optim.Optimizer):
-    """Raises ValueError for bad hyperparameters and vectors in a Dion group.
+    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients.
 
-    Raises RuntimeError for sparse or complex gradients. `ns_dtype`: dtype of the products, or its
-    name; None: bfloat16, float64 for float64 parameters.
+    `ns_dtype`: dtype of the products, or its name; None: bfloat16, float64 for float64 parameters.
     """
 
     # Read by other parts of the library; optim/attributes.py says what each one decides.
@@ -217,27 +211,19 @@ class Dion3(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, which casts state to the parameter's dtype; here it keeps full precision.
-
-        What a saved group lacks stays as it is. Raises ValueError for another method's state.
-        """
+        """As torch's, but without rounding. Raises ValueError for another method's state."""
 
         def complete(_, saved: dict) -> dict:
-            groups = [dict(group) for group in saved["param_groups"]]
-            states = {}
+            groups, states = [dict(group) for group in saved["param_groups"]], {}
             for ours, theirs in zip(self.param_groups, groups):
                 # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
-                adamw = {"step", "exp_avg", "exp_avg_sq"}
-                known = {"momentum_buffer"} if theirs["use_muon"] else adamw
+                known = {"momentum_buffer"} if theirs["use_muon"] else ADAMW_STATE
                 for i, p in zip(theirs["params"], ours["params"]):
-                    state = saved["state"].get(i)
-                    if not state:
-                        continue
-                    if state.keys() - {"row_sq"} != known:
-                        raise ValueError(
-                            f"Dion3: a saved state of {', '.join(state)} is another method's"
-                        )
+                    state = saved["state"].get(i, {})
+                    if state and state.keys() - {"row_sq"} != known:
+                        names = ", ".join(state)
+                        raise ValueError(f"Dion3: a saved state of {names} is another method's")
                     # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     states[p] = {
@@ -245,6 +231,7 @@ class Dion3(torch.optim.Optimizer):
                         for name, x in state.items()
                     }
             # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
+            states = {p: state for p, state in states.items() if state}
             return saved | {"state": states, "param_groups": groups}
 
         # Registered last, so that it reads what the caller's own pre-hooks return.
@@ -271,19 +258,22 @@ def step_dion(group: dict, works: list, gs: list, states: list) -> None:
         dion_update(work, x, R, state.get("row_sq"), *options)
 
 
-def step_adamw(group: dict, works: list, gs: list, states: list) -> None:
-    """Tensors of any shape. Fills their states."""
+def step_adamw(group: dict, ps: list, gs: list, states: list) -> None:
+    """AdamW for what is no hidden matrix. Fills the states."""
     # OneCycleLR moves `momentum`, which means β₁ here. `cycled` is the value that went into
     # betas last, so that betas set by hand stay until the scheduler moves again.
     if "max_momentum" in group and group.get("cycled") != group["momentum"]:
         group["betas"] = (group["momentum"], group["betas"][1])
         group["cycled"] = group["momentum"]
-    for state, work, g in zip(states, works, gs):
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    for state, p, g in zip(states, ps, gs):
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(work), exp_avg_sq=torch.zeros_like(work))
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         t = state["step"] = int(state["step"]) + 1
-        options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-        adamw_update(work, g, state["exp_avg"], state["exp_avg_sq"], t, *options)
+        m = state["exp_avg"].lerp_(g, 1 - beta1)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+        p.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
 
 
 def check(group: dict) -> None:
@@ -292,18 +282,18 @@ def check(group: dict) -> None:
     named = group | {"betas[0]": beta1, "betas[1]": beta2}
     ends = dict.fromkeys(("lr", "weight_decay", "eps"), math.inf)
     ends |= dict.fromkeys(("momentum", "normuon_beta2", "betas[0]", "betas[1]"), 1)
-    ok = {name: named[name] is None or 0 <= named[name] < end for name, end in ends.items()}
-    allowed = {name: f"it must lie in [0, {end})" for name, end in ends.items()}
-    ok["fraction"] = 0 < group["fraction"] <= 1
-    allowed["fraction"] = "it must lie in (0, 1]"
-    ok["adjust_lr_fn"] = group["adjust_lr_fn"] in SCALES
-    allowed["adjust_lr_fn"] = f"take one of {', '.join(SCALES)}"
-    dtype = getattr(torch, group["ns_dtype"] or "float32", None)
-    ok["ns_dtype"] = getattr(dtype, "is_floating_point", False)
-    allowed["ns_dtype"] = "take a floating dtype"
-    for name in ok:
-        if not ok[name]:
-            raise ValueError(f"Dion3: {name}={named[name]} is not allowed; {allowed[name]}")
+    wrong = {}
+    for name, end in ends.items():
+        if named[name] is not None and not 0 <= named[name] < end:
+            wrong[name] = f"it must lie in [0, {end})"
+    if not 0 < group["fraction"] <= 1:
+        wrong["fraction"] = "it must lie in (0, 1]"
+    if group["adjust_lr_fn"] not in SCALES:
+        wrong["adjust_lr_fn"] = f"take one of {', '.join(SCALES)}"
+    if not getattr(getattr(torch, group["ns_dtype"] or "half", 0), "is_floating_point", False):
+        wrong["ns_dtype"] = "take a floating dtype"
+    for name, allowed in wrong.items():
+        raise ValueError(f"Dion3: {name}={named[name]} is not allowed; {allowed}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from test_optim_oracles import SHAPES, agree, run, transcribe
 
 from optim import dion
 from optim.dion import Dion3, orthogonalize, take_rows
+from optim.mup import lr_multipliers
 
 TRIPLES = """8.156554524902461 -22.48329292557795 15.878769915207462
 4.042929935166739 -2.808917465908714 0.5000178451051316
@@ -190,3 +191,5 @@ def test_under_mup_the_change_does_not_depend_on_the_width(monkeypatch):
     monkeypatch.setitem(test_mup.RUNS, "dion", (Dion3, 0.1, {"ns_dtype": "float32"}))
     assert all(0.5 < factor < 2 for factor in test_mup.growth("dion", on=True).values())
     assert test_mup.growth("dion", on=False)["logits"] > 2.5
+    multipliers = lr_multipliers(Dion3, 512, 64, adjust_lr_fn="match_rms_adamw")
+    assert multipliers["matrix"] == 8**-0.5 and lr_multipliers(Dion3, 512, 64)["matrix"] == 1
