@@ -44,7 +44,17 @@ from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
-from optim import adafactor, adam_l2, adamw, muon, pmuon, schedule_free, sgd, shampoo, soap  # noqa: E402
+from optim import (  # noqa: E402
+    adafactor,
+    adam_l2,
+    adamw,
+    muon,
+    pmuon,
+    schedule_free,
+    sgd,
+    shampoo,
+    soap,
+)
 from optim.attributes import attribute  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
 
