@@ -192,15 +192,26 @@ def test_a_run_whose_reader_goes_away_ends_well_and_saves(text, tmp_path, merged
 
 
 # ---- signals -------------------------------------------------------------------------------------
+@pytest.fixture
+def started():
+    """Starts processes as Popen does; what a failing test leaves running ends with it."""
+    found = []
+    yield lambda *args, **options: found.append(subprocess.Popen(*args, **options)) or found[-1]
+    for run in found:
+        run.kill()
+        run.wait()
+
+
 @posix
 @pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_closed_terminal_saves_unless_nohup_said_not_to_care(text, tmp_path, ignored):
+def test_a_closed_terminal_saves_unless_nohup_said_not_to_care(text, tmp_path, started, ignored):
     out = tmp_path / "out"
-    before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
-    run = subprocess.Popen(
+    # Under nohup these tests would ignore it, too.
+    how = signal.SIG_IGN if ignored else signal.SIG_DFL
+    run = started(
         command(text, out, "--steps=100000", "--eval_every=0", "--save_every=0"),
         stdout=subprocess.DEVNULL,
-        preexec_fn=before,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, how),
     )
     metrics = out / "metrics.jsonl"
     until(lambda: metrics.exists() and '"step": 3,' in metrics.read_text())
@@ -216,7 +227,7 @@ def test_a_closed_terminal_saves_unless_nohup_said_not_to_care(text, tmp_path, i
 
 
 @posix
-def test_a_stop_during_a_long_evaluation_saves_at_once(tmp_path):
+def test_a_stop_during_a_long_evaluation_saves_at_once(tmp_path, started):
     """Its evaluation at step 4 takes minutes; the steps before make none."""
     out, long = tmp_path / "out", tmp_path / "long.txt"
     long.write_text("the cat sat on the mat. " * 400_000)
@@ -226,7 +237,7 @@ def test_a_stop_during_a_long_evaluation_saves_at_once(tmp_path):
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    run = subprocess.Popen(
+    run = started(
         command(long, out, *words, "--steps=1000", "--eval_every=4"), stdout=subprocess.DEVNULL
     )
     metrics = out / "metrics.jsonl"
