@@ -120,9 +120,12 @@ def learning_rates(
         "scalar": cfg.scalar_lr,
     }
     for kind, lr in lrs.items():
-        for name in (f"{kind}_lr", f"{kind}_decay_frac"):
-            if name in cfg.given and kind not in kinds.values():
-                raise ValueError(f"--{name}: this model has no such parameters; leave it out")
+        has_decay = getattr(cfg, f"{kind}_decay_frac", None) is not None
+        for name, is_given in ("lr", f"{kind}_lr" in cfg.given), ("decay_frac", has_decay):
+            if is_given and kind not in kinds.values():
+                raise ValueError(
+                    f"--{kind}_{name}: this model has no such parameters; leave it out"
+                )
         lrs[kind] = schedules.scaled_lr(lr, cfg.lr_scaling, cfg.batch_size, cfg.base_batch_size)
         if cfg.mup_base_width is not None:
             rule = mup.lr_multipliers(optimizer_class, cfg.n_embd, cfg.mup_base_width, **options)

@@ -259,6 +259,7 @@ MAY_ASK_OPTIMIZERS = {
     "optim/param_groups.py",
     "parallel/replicas.py",
     "parallel/diloco.py",
+    "hooks/wear.py",
     "memory/meter.py",
 }
 
