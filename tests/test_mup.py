@@ -24,7 +24,7 @@ RUNS = {
     "kl_soap": (KLSOAP, 0.01, {}),
     "pmuon": (PMuon, 0.05, {}),
 }
-EACH = [pytest.param(x, marks=[pytest.mark.slow] * (x == "kl_soap")) for x in RUNS]
+EACH = [pytest.param(x, marks=[pytest.mark.slow] * (x in ("kl_soap", "pmuon"))) for x in RUNS]
 WIDTHS = (32, 64, 128, 256)
 
 
