@@ -204,18 +204,22 @@ def follow(
 
     factor: of all groups, or kind -> factor of the groups of this `kind`. momentum_warmup,
     momentum_cooldown: of the run's `steps` the first, over which the groups' momentum warms up, and
-    the last, over which it cools down; both None: it stays.
+    the last, over which it cools down; both None: it stays. Where they meet, the one counts that
+    has come less far. Raises ValueError for a cool-down without `steps`.
     """
+    if momentum_cooldown is not None and steps < 1:
+        raise ValueError(
+            "momentum_cooldown counts from the end: give follow() the run's steps, too"
+        )
     for group in groups:
         own = factor[group["kind"]] if isinstance(factor, dict) else factor
         # The first call keeps the group's own lr, under the key of torch's schedulers.
         group["lr"] = own * group.setdefault("initial_lr", group["lr"])
         if momentum_warmup is not None or momentum_cooldown is not None:
             usual = group.setdefault("initial_momentum", group["momentum"])
-            left = steps - step if momentum_cooldown is not None else step
-            warm = momentum_at(step, momentum_warmup or 0, MOMENTUM, usual)
-            cool = momentum_at(left, momentum_cooldown or 0, MOMENTUM, usual)
-            group["momentum"] = min(warm, cool)
+            ways = (step, momentum_warmup), (steps - step, momentum_cooldown)
+            come, of = min((way for way in ways if way[1] is not None), key=lambda x: x[0] / x[1])
+            group["momentum"] = momentum_at(come, of, MOMENTUM, usual)
 
 
 MOMENTUM = 0.85  # where the nanoGPT speedruns start, and end

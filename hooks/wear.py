@@ -12,8 +12,9 @@ A hidden matrix is a parameter of a group of kind "matrix" (optim/param_groups.p
 without a kind, whatever has two dimensions or more, but for use_muon=False. Norms are those of
 whole matrices and rows, so the class says elementwise = False, and ZeRO, FSDP2 and tensor
 parallelism hand it whole matrices. Embeddings, head and vectors may still be stepped in shards. A
-half-precision matrix is handed over in float32 and rounded once a step. Memory: a copy of the
-matrices that this rank steps, during the step; nothing between steps.
+half-precision matrix is handed over in float32, but what the optimizer did is rounded by then: a
+step that is lost in rounding is none to a hook. Under precision/stochastic.py it is not yet
+rounded. Memory: a copy of the matrices that this rank steps, during the step; nothing between.
 
 A hook is any callable of (p, before, lr). It may say
     starts_at_zero = False     a matrix of zeros would stay zero: projections must not start there
@@ -56,6 +57,8 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
             f"{cls.__name__} keeps a second set of weights, and a hook sees one; take another"
             " optimizer, or no hook"
         )
+    # A class that wears hooks gets more of them.
+    cls, hooks = getattr(cls, "unhooked", cls), (*worn(cls), *hooks)
     # torch wraps a class's step() at its first instance, in what runs step hooks: once is enough.
     plain = cls.step.__wrapped__ if getattr(cls.step, "hooked", False) else cls.step
 
@@ -69,15 +72,24 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
         ]
         loss = plain(self, closure)
         for p, before, lr in moved:
-            if p.grad is not None:
-                change(p, before, lr, hooks)
+            change(p, before, lr, hooks)
         return loss
 
-    said = {"step": step, "hooks": tuple(hooks), "__module__": cls.__module__}
-    said |= {"elementwise": False, "elementwise_elsewhere": getattr(cls, "elementwise", False)}
+    def reduce(self, protocol):
+        return made_again, (cls, hooks), self.__getstate__()
+
+    attributes = {"step": step, "hooks": hooks, "unhooked": cls, "__reduce_ex__": reduce}
+    attributes |= {"__module__": cls.__module__, "elementwise": False}
+    attributes["elementwise_elsewhere"] = getattr(cls, "elementwise", False)
     if not all(getattr(hook, "starts_at_zero", True) for hook in hooks):
-        said["zero_init"] = False
-    return type(cls.__name__, (cls,), said)
+        attributes["zero_init"] = False
+    return type(cls.__name__, (cls,), attributes)
+
+
+def made_again(cls: type[Optimizer], hooks: Sequence[Callable]) -> Optimizer:
+    """What a pickle begins with: no module has the class by name."""
+    made = hooked(cls, hooks)
+    return made.__new__(made)
 
 
 def worn(cls: type[Optimizer]) -> tuple[Callable, ...]:
@@ -86,6 +98,8 @@ def worn(cls: type[Optimizer]) -> tuple[Callable, ...]:
 
 
 def is_hidden(p: Tensor, group: dict) -> bool:
+    if p.is_complex():
+        return False
     if "kind" in group:
         return group["kind"] == "matrix"
     return p.ndim >= 2 and group.get("use_muon") is not False

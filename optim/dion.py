@@ -98,7 +98,7 @@ def take_rows(g, b, fraction: float, momentum: float) -> tuple[torch.Tensor, tor
     b.add_(g)
     # A stable sort chooses the same of equal rows on every device; topk does not say which.
     order = b.abs().flatten(1).sum(1).sort(descending=True, stable=True).indices
-    R = order[: math.ceil(fraction * len(b))]
+    R = order[: math.ceil(fraction * len(b) - 1e-9)]
     chosen = b.index_select(0, R)
     b.index_copy_(0, R, chosen * momentum)
     return R, chosen.flatten(1)

@@ -177,7 +177,8 @@ class KLSOAP(torch.optim.Optimizer):
             for GG, Q, x in zip(GGs, Qs, eigenvalues):
                 if GG is not None:
                     # The smallest one comes first. In float32 LAPACK fails on many GG of low rank.
-                    Q.copy_(torch.linalg.eigh(GG.double())[1].flip(1))
+                    if GG.isfinite().all():  # LAPACK raises on others, which are lost anyway
+                        Q.copy_(torch.linalg.eigh(GG.double())[1].flip(1))
                     x.fill_(FIRST)
             return
         t = state["step"] = int(state["step"]) + 1

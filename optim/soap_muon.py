@@ -83,7 +83,8 @@ def basis_update(g, exp_avg_sq, GGs, Qs, beta, t, frequency) -> None:
     for i, (GG, Q, G) in enumerate(zip(GGs, Qs, (g, g.mT))):
         GG.addmm_(G, G.mT, beta=beta, alpha=1 - beta)
         if t == 1:
-            Q.copy_(torch.linalg.eigh(GG.double())[1].flip(1))  # in float32 it fails on low ranks
+            if GG.isfinite().all():  # LAPACK raises on others, which are lost anyway
+                Q.copy_(torch.linalg.eigh(GG.double())[1].flip(1))  # float32 fails on low ranks
         elif (t - 1) % frequency == 0:
             product = GG @ Q
             order = (Q * product).sum(0).argsort(descending=True)  # diag(QᵀGGQ)

@@ -405,7 +405,9 @@ def is_elementwise(cls: type[Optimizer], group: dict) -> bool:
 
 def is_spared(cls: type[Optimizer], group: dict) -> bool:
     """Is the group outside what a method of whole matrices works on?"""
-    elsewhere = getattr(cls, "elementwise_elsewhere", False)  # hooks/wear.py
+    # A class that wears hooks (hooks/wear.py), of an optimizer that steps each element by itself.
+    elsewhere = getattr(cls, "elementwise_elsewhere", None)
+    elsewhere = elsewhere or (elsewhere is False and any(c in ELEMENTWISE for c in cls.__mro__))
     return group.get("use_muon") is False or (elsewhere and group.get("kind", "matrix") != "matrix")
 
 

@@ -27,7 +27,7 @@ def with_hooks(cfg: Config, optimizer_class: type) -> type[torch.optim.Optimizer
     Raises ValueError for unknown hooks and fields, values out of range, and hooks that contradict
     each other, the optimizer or another setting.
     """
-    names = [] if cfg.hooks is None else [name.strip() for name in cfg.hooks.split(",")]
+    names = [] if cfg.hooks is None else cfg.hooks.split(",")
     for field in cfg.sub("hook"):
         name, dot, _ = field.partition(".")
         if not dot:
@@ -42,6 +42,10 @@ def with_hooks(cfg: Config, optimizer_class: type) -> type[torch.optim.Optimizer
                 f"--hooks={name} and --weight_decay={cfg.weight_decay:g} contradict each other;"
                 " leave --weight_decay out, and the optimizer's own is off"
             )
+    if cfg.zero_init is True and not all(getattr(hook, "starts_at_zero", True) for hook in hooks):
+        raise ValueError(
+            f"--hooks={cfg.hooks} keeps a matrix of zeros at zero; leave --zero_init=true out"
+        )
     try:
         return hooked(optimizer_class, hooks)
     except ValueError as error:
@@ -56,6 +60,12 @@ def check_together(cfg: Config, names: list[str]) -> None:
     for pair, why in CONTRADICT.items():
         if all(name in names for name in pair):
             raise ValueError(f"--hooks={cfg.hooks}: {why}; leave {' or '.join(pair)} out")
+    for name in ("diloco_every", "qk_clip"):
+        if "hyperball" in names and getattr(cfg, name) is not None:
+            raise ValueError(
+                f"--hooks={cfg.hooks}: --{name} moves weights after the step, off their norm; leave"
+                " one of the two out"
+            )
     if cfg.mup_base_width is not None:
         raise ValueError(
             "--hooks= has no rule for muP: which lr a wider model wants is not known; leave"

@@ -29,11 +29,11 @@ from settings.fields import (
 )
 
 
-def check(cfg: Config, has_traits: bool = True, is_whole: bool = True) -> Config:
+def check(cfg: Config, has_traits: bool = True, has_experts: bool = True) -> Config:
     """The same config if every field, and the fields together, make sense; else ValueError.
 
     has_traits: False where --init_from= may yet bring the model's traits (run/pretrained.py).
-    is_whole: False where the run that this one branches off may yet bring experts (run/resume.py).
+    has_experts: False where the run that this one branches off may yet bring some.
     """
     check_ranges(cfg)
     check_text(cfg)
@@ -41,7 +41,7 @@ def check(cfg: Config, has_traits: bool = True, is_whole: bool = True) -> Config
         check_heads(cfg)
         check_attention(cfg)
         check_positions(cfg)
-        check_experts(cfg, is_whole)
+        check_experts(cfg, has_experts)
         check_model_parallel(cfg)
         check_qk_clip(cfg)
     check_schedule(cfg)
@@ -171,10 +171,10 @@ def check_attention(cfg: Config) -> None:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
 
 
-def check_experts(cfg: Config, is_whole: bool) -> None:
+def check_experts(cfg: Config, has_experts: bool) -> None:
     """Mixture of experts, with itself and with the rest."""
     if cfg.n_expert is None:
-        for name in (*OF_EXPERTS, "ep") if is_whole else ():
+        for name in (*OF_EXPERTS, "ep") if has_experts else ():
             if getattr(cfg, name) not in (None, FIELDS[name].default):
                 raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
         return

@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> Config:
         options={n: v for n, v in given.items() if "." in n},
     )
     cfg.given = set(given)
-    return check(cfg, has_traits=cfg.init_from is None, is_whole=cfg.resume in ("auto", "never"))
+    return check(cfg, has_traits=cfg.init_from is None, has_experts=cfg.resume in ("auto", "never"))
 
 
 def joined(argv: list[str]) -> list[str]:

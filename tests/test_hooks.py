@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import pickle
 import pkgutil
 
 import pytest
@@ -23,11 +24,13 @@ from hooks.uw_floor import UWFloor
 from hooks.wear import hooked, worn
 from metrics import logger
 from optim.adamw import AdamW
+from optim.lamb import LAMB
 from optim.lion import Lion
 from optim.muon import Muon
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
 from parallel.sharded_optimizer import make_optimizer
+from run.build import stepped_by_rows
 from settings import parse
 
 SLOW = pytest.mark.slow
@@ -262,8 +265,35 @@ def test_step_hooks_of_torch_run_once_also_where_the_class_has_stepped_before():
     assert calls == ["pre", "post"]
 
 
+def test_a_copy_and_a_pickle_go_on_as_the_original():
+    model, x = problem()
+    optimizer = hooked(hooked(AdamW, [UWFloor()]), [RadiusPin()])(model.parameters(), lr=LR)
+    assert worn(type(optimizer)) == (UWFloor(), RadiusPin())
+
+    def step(model, optimizer):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    step(model, optimizer)
+    twins = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    wanted = step(model, optimizer)
+    for twin in twins:
+        assert all(torch.equal(a, b) for a, b in zip(step(*twin), wanted))
+
+
+@pytest.mark.parametrize("own", (True, False))
+def test_what_no_hook_touches_is_still_stepped_in_shards(own):
+    cls = hooked(AdamW if own else torch.optim.AdamW, [UWFloor()])
+    kinds = dict(e="embedding", h="head", s="scalar", m="matrix")
+    assert stepped_by_rows(cls, kinds) == {"e", "h", "s"}
+    assert stepped_by_rows(hooked(cls, [RadiusPin()]), kinds) == {"e", "h", "s"}
+    assert stepped_by_rows(hooked(LAMB, [UWFloor()]), kinds) == set()
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_precision_is_rounded_once(dtype):
+def test_half_precision_is_rounded_after_the_step_and_after_the_hooks(dtype):
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.randn(4, 4).to(dtype))
     w.grad = torch.randn(4, 4).to(dtype)
@@ -415,6 +445,9 @@ WRONG = {
     "--hooks=cautious_decay --weight_decay=0.1": "contradict",
     "--hooks=uw_floor --optim=schedule_free": "second set of weights",
     "--hooks=uw_floor --mup_base_width=16": "no rule for muP",
+    "--hooks=hyperball --zero_init=true": "keeps a matrix of zeros at zero",
+    "--hooks=hyperball --diloco_every=2 --optim=adamw": "--diloco_every moves weights",
+    "--hooks=hyperball --qk_clip=100 --qk_norm=false": "--qk_clip moves weights",
     "--hook.uw_floor.floor=1": "needs --hooks=uw_floor",
     "--hooks=uw_floor --hook.radius_pin.x=1": "needs --hooks=radius_pin",
     "--hooks=uw_floor --hook.uw_floor=1": "has no field",

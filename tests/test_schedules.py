@@ -62,8 +62,8 @@ def test_powercool_is_that_of_record_46():
 
 
 def test_each_kind_follows_its_own_factor_and_momentum_comes_back():
-    def momenta(**options):
-        groups = [dict(kind=kind, lr=1.0, momentum=0.95, params=[]) for kind in ("matrix", "head")]
+    def momenta(own=0.95, **options):
+        groups = [dict(kind=kind, lr=1.0, momentum=own, params=[]) for kind in ("matrix", "head")]
         found = []
         for step in range(10):
             follow(groups, step, {"matrix": 0.5, "head": 0.1 * step}, steps=10, **options)
@@ -77,8 +77,13 @@ def test_each_kind_follows_its_own_factor_and_momentum_comes_back():
     assert momenta(momentum_cooldown=4) == pytest.approx(down)
     both = [min(0.85 + 0.1 * t / 2, x) for t, x in enumerate(down)]
     assert momenta(momentum_warmup=2, momentum_cooldown=4) == pytest.approx(both)
-    # Where the two meet, the lower one counts.
+    # Where the two meet, the one counts that has come less far.
     assert momenta(momentum_warmup=8, momentum_cooldown=8)[4] == pytest.approx(0.9)
+    # A momentum below 0.85 comes down to itself.
+    low = [0.85 - 0.05 * min(1, t / 2, (10 - t) / 4) for t in range(10)]
+    assert momenta(0.8, momentum_warmup=2, momentum_cooldown=4) == pytest.approx(low)
+    with pytest.raises(ValueError, match="counts from the end"):
+        follow([], 0, 1.0, momentum_cooldown=4)
 
 
 LR = torch.optim.lr_scheduler

@@ -311,7 +311,10 @@ def test_experts_verdict_follows_the_figures():
     for i, case in enumerate(("bias", "sequence 1e-2", "z")):
         assert changed(e, good, dict(part="terms", case=case), most=1.6) == [3 + i]
         assert changed(e, good, dict(part="terms", case=case), val_loss=1.58) == [6 + i]
-        assert changed(e, good, dict(part="terms", case=case, seed=1), val_loss=1.58) == []
+        one = dict(part="terms", case=case, seed=1)
+        assert changed(e, good, one, val_loss=1.56) == []
+        # One bad seed is not clearly up, and no proof of "at no cost" either.
+        assert changed(e, good, one, val_loss=1.58) == [6 + i]
         assert changed(e, good, dict(part="terms", case=case), val_loss=math.nan) == [6 + i]
     for other in ("sequence 1e-4", "all"):  # they are shown, not judged
         assert changed(e, good, dict(part="terms", case=other), most=9.0, val_loss=9.0) == []
