@@ -176,9 +176,8 @@ class KLSOAP(torch.optim.Optimizer):
             factor_update([g] * p.ndim, g, GGs, eigenvalues, beta)
             for GG, Q, x in zip(GGs, Qs, eigenvalues):
                 if GG is not None:
-                    # The smallest one comes first. In float32 LAPACK fails on many GG of low rank.
-                    if GG.isfinite().all():  # LAPACK raises on others, which are lost anyway
-                        Q.copy_(torch.linalg.eigh(GG.double())[1].flip(1))
+                    # LAPACK fails on low ranks in float32, and on an infinity; smallest first.
+                    Q.copy_(torch.linalg.eigh(GG.double().where(GG.isfinite().all(), 0))[1].flip(1))
                     x.fill_(FIRST)
             return
         t = state["step"] = int(state["step"]) + 1

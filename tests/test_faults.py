@@ -242,7 +242,13 @@ def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, t
 @needs_fork
 @pytest.mark.parametrize(
     "precision, experts",
-    [("fp16", False), ("fp16", True), pytest.param("fp32", True, marks=pytest.mark.slow)],
+    [
+        ("fp16", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("fp16", False), ("fp32", True))
+        ),
+    ],
 )
 def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(
     tmp_path, text, precision, experts
@@ -480,7 +486,7 @@ def test_a_run_that_stays_broken_ends_by_itself(tmp_path, text):
     assert all(weight.isfinite().all() for weight in load.newest(tmp_path).tree("model").values())
 
 
-@pytest.mark.parametrize("policy", ["clip", "lr_cut"])
+@pytest.mark.parametrize("policy", [pytest.param("clip", marks=pytest.mark.slow), "lr_cut"])
 def test_clip_and_lr_cut_reach_the_update(tmp_path, text, policy):
     poisoned(50.0, 8 * 25)
     more = [

@@ -158,11 +158,11 @@ LAYOUTS = [
     pytest.param(2, 1, {}, marks=pytest.mark.slow),
     pytest.param(2, 3, dict(reshard=False), marks=pytest.mark.slow),
     pytest.param(4, 3, {}, marks=pytest.mark.slow),
-    (4, 2, dict(shard=2)),
+    pytest.param(4, 2, dict(shard=2), marks=pytest.mark.slow),
     pytest.param(4, 1, dict(shard=2, reshard=False), marks=pytest.mark.slow),
     pytest.param(4, 3, dict(shard=1), marks=pytest.mark.slow),
     # 13 rows and 8 channels over 3 ranks
-    pytest.param(3, 4, dict(reshard=False), marks=pytest.mark.slow),
+    (3, 2, dict(reshard=False)),
 ]
 
 

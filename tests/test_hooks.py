@@ -354,7 +354,6 @@ FAST = {
     "zero3 2": [("AdamW", "all others")],
     "fsdp 2": [("Muon", "all others")],
     "tp 2 + sp": [("AdamW", "hyperball")],
-    "zero1 2 x pp 2": [("SGD", "all others")],
 }
 EVERY = [name for name in [*LAYOUTS, *MODEL_PARALLEL] if "one" not in name]
 

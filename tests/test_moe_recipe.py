@@ -62,9 +62,10 @@ def trained(rank, world, folder, *more):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world, more",
-    [(2, ("--ep=2", "--n_expert=4")), pytest.param(8, (), marks=pytest.mark.slow)],
+    [(2, ("--ep=2", "--n_expert=4")), (8, ())],
 )
 def test_the_recipe_runs_with_a_tiny_model(world, more, tmp_path):
     rows = run_ranks(world, trained, str(tmp_path), *more)[0]
