@@ -22,9 +22,9 @@ Vyas (nikhilvyas.github.io/SOAP_Muon.pdf), in the form of modded-nanogpt's track
 gate for attention's output alone, (.45, .85) to step 1375 of 2900, the floor falling to 0 at 1625,
 then (0, 1). v's scale drops out: it needs no correction. lr's unit is Muon's: a step changes a
 layer's output by about lr; best of .01, .04, .08 on 150 steps of the default job, width 128: .04. A
-step magnifies rounding, as SOAP's. State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for m
-and v; 8 a parameter in AdamW groups, for embeddings, head, vectors (`betas`; `eps` is in both);
-twice that in float64. Used with schedulers (OneCycleLR moves momentum, β₁ of AdamW): docs/partners.md.
+step magnifies rounding, as SOAP's. State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for
+m and v; 8 a parameter in AdamW groups, of embeddings, head, vectors (`betas`; `eps` in both); twice
+in float64. Used with schedulers (OneCycleLR moves momentum, β₁ of AdamW): docs/partners.md.
 
 Example:
     import torch
