@@ -47,5 +47,5 @@ class CautiousDecay:
     @torch.no_grad()
     def __call__(self, p: torch.Tensor, before: torch.Tensor, lr: float) -> None:
         """In place on `p`, weights of any shape that a step at `lr` has moved from `before`."""
-        is_inward = (before - p) * before > 0
-        p.sub_(before * is_inward, alpha=lr * self.weight_decay)
+        is_inward = (before - p).mul_(before).sign_().clamp_(min=0)  # 1 there, else 0
+        p.addcmul_(before, is_inward, value=-lr * self.weight_decay)

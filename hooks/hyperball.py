@@ -44,5 +44,6 @@ class Hyperball:
         """In place on `p`, a matrix that a step at `lr` has moved from `before`, of any shape."""
         r = before.norm()
         step = before - p
-        w = before - step * (lr * r / step.norm().clamp(min=1e-30))
-        p.copy_(w * (r / w.norm().clamp(min=1e-30)))
+        step.mul_(lr * r / step.norm().clamp(min=1e-30))
+        torch.sub(before, step, out=p)
+        p.mul_(r / p.norm().clamp(min=1e-30))

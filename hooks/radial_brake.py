@@ -43,6 +43,7 @@ class RadialBrake:
     @torch.no_grad()
     def __call__(self, p: torch.Tensor, before: torch.Tensor, lr: float) -> None:
         """In place on `p`, a matrix that a step has moved from `before`; `lr` plays no part."""
-        along = ((before - p) * before).sum() / before.square().sum().clamp(min=1e-12)
+        old = before.flatten()
+        along = (before - p).flatten().dot(old) / old.dot(old).clamp(min=1e-12)
         braked = torch.where(along < 0, (1 - self.outward) * along, (1 - self.inward) * along)
-        p.add_(before * braked)
+        p.addcmul_(before, braked)

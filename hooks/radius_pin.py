@@ -34,5 +34,5 @@ class RadiusPin:
     def __call__(self, p: torch.Tensor, before: torch.Tensor, lr: float) -> None:
         """In place on `p`, a matrix that a step has moved from `before`; `lr` plays no part."""
         norm = before.norm()
-        along = ((before - p) * before).sum() / norm.clamp(min=1e-12)
+        along = (before - p).flatten().dot(before.flatten()) / norm.clamp(min=1e-12)
         p.mul_((norm - along).clamp(min=1e-8) / p.norm().clamp(min=1e-30))

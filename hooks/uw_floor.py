@@ -53,4 +53,4 @@ class UWFloor:
         wanted = lr * self.floor * before.flatten(1).norm(dim=dims, keepdim=True)
         # A step of nothing has no direction to be made longer in.
         factor = (wanted / step.norm(dim=dims, keepdim=True).clamp(min=1e-30)).clamp(min=1)
-        p.copy_(before - (step * factor).view_as(p))
+        torch.sub(before, step.mul_(factor).view_as(before), out=p)
