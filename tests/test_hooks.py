@@ -421,7 +421,7 @@ def test_a_run_resumed_is_the_run_bitwise_and_another_hook_is_refused(tmp_path, 
 
 
 def test_hyperball_starts_nothing_at_zero_and_keeps_every_norm(tmp_path, text):
-    words = [*TINY, f"--data={text}", f"--out_dir={tmp_path}/run", "--optim=adamw", "--steps=4"]
+    words = [*TINY, f"--data={text}", f"--out_dir={tmp_path}/run", "--optim=muon", "--steps=4"]
     found = train.main(parse.parse([*words, "--hooks=hyperball", "--lr=0.02", "--save_every=2"]))
     assert found["step"] == 4
     config = (tmp_path / "run/config.toml").read_text()
