@@ -284,7 +284,8 @@ def check(group: dict) -> None:
     ends |= dict.fromkeys(("momentum", "normuon_beta2", "betas[0]", "betas[1]"), 1)
     wrong = {}
     for name, end in ends.items():
-        if named[name] is not None and not 0 <= named[name] < end:
+        x = named[name]
+        if (name, x) != ("normuon_beta2", None) and (x is None or not 0 <= x < end):
             wrong[name] = f"it must lie in [0, {end})"
     if not 0 < group["fraction"] <= 1:
         wrong["fraction"] = "it must lie in (0, 1]"

@@ -131,11 +131,11 @@ class KLSOAP(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
         ends = dict.fromkeys(("lr", "eps", "weight_decay"), "inf") | {"shampoo_beta": 1}
-        checked = [(name, group[name] or 0, 0, end) for name, end in ends.items()]
+        checked = [(name, group[name], 0, end) for name, end in ends.items()]
         checked += [(f"betas[{i}]", beta, 0, 1) for i, beta in enumerate(group["betas"])]
         counts = "precondition_frequency", "max_precond_dim"
         for name, x, low, end in checked + [(name, group[name], 1, "inf") for name in counts]:
-            if not low <= x < float(end):
+            if (name, x) != ("shampoo_beta", None) and (x is None or not low <= x < float(end)):
                 raise ValueError(f"KLSOAP: {name}={x} is not allowed; it must be in [{low}, {end})")
         super().add_param_group(param_group)
         if any(hasattr(p, "placements") for p in self.param_groups[-1]["params"]):

@@ -12,7 +12,7 @@
 
     p `p`, g `g`: (rows, cols), a convolution's kernel as (dim 0, the rest)   b `momentum_buffer`
     GG, Q `GG_i`, `Q_i`: (n, n), i = 0 for the rows, 1 for the columns   λ `weight_decay`
-    μ `momentum`   β `beta`   γ `gamma`   ε `eps`
+    μ `momentum`   β `beta`   γ `gamma`   ε `eps`, of matrices; AdamW groups start from 1e-10
 
 zzp1012 2026-05-07, modded-nanogpt's track 3, pull request 285; no paper. Its 3225 steps reach a
 loss for which Muon with the same settings takes 3325. Its page has g in the covariances; its code,

@@ -746,6 +746,15 @@ def test_lamb_corrects_the_moments_and_not_the_learning_rate():
     assert abs((w - before).norm() / before.norm() - 0.01) < 1e-12
 
 
+@pytest.mark.parametrize("name", ("lr", "eps", "weight_decay"))
+@pytest.mark.parametrize("cls", (kl_soap.KLSOAP, dion.Dion3))
+def test_none_is_no_number_where_another_option_may_be_none(cls, name):
+    w = torch.zeros(2, 2, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{name}=None is not allowed"):
+        cls([w], **{name: None})
+    cls([w], **{"shampoo_beta" if cls is kl_soap.KLSOAP else "normuon_beta2": None})
+
+
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
     whole = muon.Muon, muown.Muown, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
     whole += soap_muon.SOAPMuon, pmuon.PMuon, dion.Dion3
