@@ -393,7 +393,7 @@ def test_metrics_md_has_the_fields_that_the_code_writes():
         for x in ast.walk(function("run/evaluate.py", "evaluate"))
         if isinstance(x, ast.Return) and isinstance(x.value, ast.Dict)
     ]
-    evaluation = {key.value for key in returned[0].keys}
+    evaluation = {key.value for key in returned[0].keys} | {"val_loss_ema"}  # train.py's own
     row = keys_of(function("train.py", "main"), "row")
     watched = keys_of(function("metrics/watch.py", "row"), "found")
     losses = keys_of(function("run/balance.py", "row"), "found")
@@ -405,6 +405,7 @@ def test_metrics_md_has_the_fields_that_the_code_writes():
 
 def test_metrics_md_has_the_fields_of_a_real_run(run, text, tmp_path):
     fields = dict(data=text, out_dir=tmp_path, watch_every=1, n_expert=2, moe_sequence_loss=1)
+    fields |= dict(ema=2)
     train.main(parse.parse(words(**fields)))
     paths = [run / "out" / "metrics.jsonl", tmp_path / "metrics.jsonl"]
     rows = [row for path in paths for row in read_metrics(path)]
