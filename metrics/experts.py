@@ -31,6 +31,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from metrics.curves import plain
 from metrics.logger import cut_back, read_metrics
 
 # The colours end at a quarter of the mean load and at four times of it.
@@ -159,8 +160,7 @@ def draw(run: str | Path, path: str | Path) -> None:
 def title_of(run: str | Path) -> str:
     path = Path(os.path.abspath(run))
     name = path.name if path.is_dir() else path.parent.name
-    # matplotlib takes text between two $ for a formula.
-    return name.replace("$", r"\$")
+    return plain(name, 60)
 
 
 def picture(steps: list[int], layers: dict[int, list[list[int]]], name: str):
