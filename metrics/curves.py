@@ -285,12 +285,17 @@ def set_limits(ax, runs: list[Run]) -> str:
 def usual_top(points: list[tuple], low: float) -> float:
     """The highest loss, without the few that would flatten the rest.
 
-    Of training these are the highest 2 %, of validation, which is rare, the highest one.
+    Of training these are the highest 2 %; of validation, which is rare, the highest one, if there
+    is enough training to tell what is usual.
     """
     train = sorted(point[0] for point in points if not point[3])
     val = sorted(point[0] for point in points if point[3])
     tops = [low]
-    for losses, place in ((train, math.ceil(0.98 * (len(train) - 1))), (val, len(val) - 2)):
+    n_spared = 1 if len(train) >= FEWEST else 0
+    for losses, place in (
+        (train, math.ceil(0.98 * (len(train) - 1))),
+        (val, len(val) - 1 - n_spared),
+    ):
         if not losses:
             continue
         usual = losses[max(place, 0)]
