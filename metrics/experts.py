@@ -31,7 +31,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from metrics.curves import plain
+from metrics.labels import plain
 from metrics.logger import cut_back, read_metrics
 
 # The colours end at a quarter of the mean load and at four times of it.
