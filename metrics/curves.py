@@ -51,13 +51,17 @@ class Run:
         self.branch = branch
         self.curves = {
             key: {row["step"]: row[key] for row in rows if is_finite(row.get(key))}
-            for key in ("loss", "val_loss", "lr", "grad_norm", "tokens")
+            for key in ("loss", "val_loss", "val_loss_ema", "lr", "grad_norm", "tokens")
         }
+
+    def validation(self) -> dict[int, float]:
+        """step -> validation loss of the model that is saved: with --ema= the average's."""
+        found = self.curves["val_loss"] | self.curves["val_loss_ema"]
+        return dict(sorted(found.items()))
 
     def best(self) -> tuple[int, float] | None:
         """Step and value of the lowest validation loss; None without an evaluation."""
-        points = self.curves["val_loss"].items()
-        return min(points, key=lambda point: point[1], default=None)
+        return min(self.validation().items(), key=lambda point: point[1], default=None)
 
 
 def is_finite(x) -> bool:
@@ -125,7 +129,7 @@ def title_of(runs: list[Run]) -> str:
         run = min(measured, key=lambda run: run.best()[1])
         step, loss = run.best()
         text = f"best validation loss {loss:.4f} at step {step}"
-        last, final = [*run.curves["val_loss"].items()][-1]
+        last, final = [*run.validation().items()][-1]
         if last != step:
             text += f", {final:.4f} at the end"
     else:
@@ -154,22 +158,29 @@ def draw_losses(ax, run: Run, color: str, alone: bool) -> None:
     alone: a single run has a colour for each, of several each run has one.
     """
     train = run.curves["loss"]
-    val = run.curves["val_loss"]
     name = plain(run.name, 40)
     if train:
         label = "training, smoothed" if alone else name
         draw_smoothed(ax, run, "loss", color, label, "training, each step" if alone else None)
-    if val:
-        low, top = ax.get_ylim()
-        if alone:
-            color = VALIDATION
-        style = dict(ls="", ms=6 if len(val) < 50 else 4, color=color, mec="black", mew=0.7)
-        inside = {step: loss for step, loss in val.items() if loss <= top}
-        label = "validation" if alone else None if train else name
-        ax.plot([*inside], [*inside.values()], "o", label=label, zorder=4, **style)
-        rim = top - 0.02 * (top - low)
-        above = [step for step in val if step not in inside]
-        ax.plot(above, [rim] * len(above), "^", zorder=4, **style)
+    if alone:
+        color = VALIDATION
+    label = "validation" if alone else None if train else name
+    draw_dots(ax, run.curves["val_loss"], label, color=color, mec="black", mew=0.7)
+    label = "validation of the average" if alone else None
+    draw_dots(ax, run.curves["val_loss_ema"], label, mfc="white", mec=color, mew=1.5)
+
+
+def draw_dots(ax, val: dict, label: str | None, **style) -> None:
+    """A dot for each evaluation; ▲ at the rim for those above the picture."""
+    if not val:
+        return
+    low, top = ax.get_ylim()
+    style |= dict(ls="", ms=6 if len(val) < 50 else 4, zorder=4)
+    inside = {step: loss for step, loss in val.items() if loss <= top}
+    ax.plot([*inside], [*inside.values()], "o", label=label, **style)
+    rim = top - 0.02 * (top - low)
+    above = [step for step in val if step not in inside]
+    ax.plot(above, [rim] * len(above), "^", **style)
 
 
 def smoothed(run: Run, key: str) -> tuple[list[int], list[float]]:
@@ -232,10 +243,11 @@ def set_limits(ax, runs: list[Run]) -> str:
     for run in runs:
         train = run.curves["loss"]
         val = run.curves["val_loss"]
-        steps = sorted({*train, *val})
+        ema = run.curves["val_loss_ema"]
+        steps = sorted({*train, *val, *ema})
         end_of_start = steps[0] + START_FRAC * (steps[-1] - steps[0])
         has_start = sum(step > end_of_start for step in train) >= FEWEST
-        for curve, is_val in ((train, False), (val, True)):
+        for curve, is_val in ((train, False), (val, True), (ema, True)):
             for step, loss in curve.items():
                 points.append((loss, step, has_start and step <= end_of_start, is_val))
     low = min(point[0] for point in points)

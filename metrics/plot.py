@@ -58,7 +58,7 @@ def plot(runs, path) -> bool:
         # Sorting is stable: if a step was repeated, its last row counts.
         rows = sorted(read_metrics(metrics_of(folder)), key=lambda row: row["step"])
         run = Run(name, rows, branch_of(folder, rows))
-        if run.curves["loss"] or run.curves["val_loss"]:
+        if run.curves["loss"] or run.validation():
             found.append(run)
         else:
             print(f"{folder}: no loss was logged, nothing to draw")
@@ -111,7 +111,7 @@ def table(runs: list[Run]) -> str:
     lines = [("run", "steps", "best validation", "at step", "last validation", "last training")]
     for run in sorted(runs, key=rank):
         train = [*run.curves["loss"].values()]
-        val = [*run.curves["val_loss"].values()]
+        val = [*run.validation().values()]
         step, loss = run.best() or ("", None)
         numbers = [loss, step, val[-1] if val else None, train[-1] if train else None]
         cells = ["" if x is None else f"{x:.4f}" if type(x) is float else str(x) for x in numbers]

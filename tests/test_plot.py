@@ -163,6 +163,19 @@ def test_the_best_is_ringed_and_named_with_value_and_step():
     assert "best validation: 1.6000 at step 150" in legend_of(figure)
 
 
+def test_with_an_average_its_validation_counts_and_its_dots_are_hollow():
+    rows = [row | {"val_loss_ema": row["val_loss"] - 0.1} for row in EVALS[1:]]
+    figure = drawn(FALL + EVALS[:1] + rows)
+    assert "best validation loss 1.5000 at step 150, 1.5500 at the end" in figure.get_suptitle()
+    [ring] = lines(figure.axes[0], markersize=13)
+    assert [*ring.get_ydata()] == [1.5]
+    full, hollow = lines(figure.axes[0], marker="o", linestyle="None", markersize=6)
+    assert hollow.get_markerfacecolor() == "white" != full.get_markerfacecolor()
+    assert [*full.get_ydata()] == [1.7, 1.6, 1.65]
+    assert [*hollow.get_ydata()] == pytest.approx([1.6, 1.5, 1.55])
+    assert "validation of the average" in legend_of(figure)
+
+
 def test_of_several_runs_the_title_names_the_best():
     worse = [row | {"val_loss": row["val_loss"] + 1} for row in EVALS]
     figure = drawn(run_of(FALL + worse, "a"), run_of(FALL + EVALS, "b"), run_of(FALL, "c"))
