@@ -50,7 +50,7 @@ class Run:
         self.branch = branch
         self.curves = {
             key: {row["step"]: row[key] for row in rows if is_finite(row.get(key))}
-            for key in ("loss", "val_loss", "lr", "grad_norm", "tokens")
+            for key in ("loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_s")
         }
 
     def best(self) -> tuple[int, float] | None:

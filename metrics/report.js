@@ -1,6 +1,6 @@
 "use strict";
 // Drag over a curve to zoom, double-click to go back, move to read its values. A path's d holds the
-// data themselves: x as it is, y negated (on a logarithmic axis its log10). metrics/report_page.py writes it.
+// data themselves: x as it is, y negated (on a logarithmic axis its log10). metrics/report_chart.py writes it.
 
 const charts = [...document.querySelectorAll("svg.chart")].map((svg) => {
   const views = [...svg.querySelectorAll("svg.view")];  // the curves; below them events
@@ -52,7 +52,7 @@ function show(chart, x, width, y, height) {
   const bottom = chart.top + chart.height;
   for (const at of ticks(x, x + width, 8))
     label(chart, text(at), chart.left + (at - x) / width * chart.width, bottom + 15, "middle");
-  for (const at of ticks(-y - height, -y, chart.height / 40))
+  for (const at of ticks(-y - height, -y, chart.height / 30))
     label(chart, text(chart.isLog ? 10 ** at : at), chart.left - 6,
       bottom - (at + y + height) / height * chart.height + 4, "end");
 }
@@ -75,7 +75,7 @@ function read(chart, wanted, width) {  // what lies near this x, a line each
   return chart.curves.filter(isShown).flatMap((curve) => {
     const [x, y] = pointsOf(curve).reduce(
       (best, point) => Math.abs(point[0] - wanted) < Math.abs(best[0] - wanted) ? point : best);
-    if (Math.abs(x - wanted) > width / 100) return [];
+    if (curve.isEvent && Math.abs(x - wanted) > width / 100) return [];
     const value = curve.isEvent ? "" : ` ${text(chart.isLog ? 10 ** -y : -y)}`;
     return [`${curve.name}${value} at ${chart.axis} ${x}`];
   });

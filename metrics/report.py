@@ -10,9 +10,11 @@ of several the settings that differ. Curves zoom where one drags over them; with
 are still there. What a folder lacks is left out, and a sentence says so. Long curves are thinned
 such that spikes stay.
 
-    report_read.py      what a folder holds
-    report_parts.py     the parts of the page
-    report_page.py      HTML, in which every text is text, and curves; report.js, report.css
+    report_read.py     what a folder holds
+    report_parts.py    facts, events, machines, settings
+    report_curves.py   which curves; report_chart.py draws them, report.js zooms
+    report_search.py   a search's trials
+    report_page.py     HTML in which every text is text; report.css
 
 Exit status: 0 done; 2 a mistake, in one line.
 """
@@ -21,7 +23,9 @@ import os
 import sys
 from pathlib import Path
 
+from metrics import report_curves as pictures
 from metrics import report_parts as parts
+from metrics import report_search
 from metrics.plot import names_of
 from metrics.report_page import page, tag
 from metrics.report_read import Found, by_loss, by_result, read, read_json
@@ -79,9 +83,9 @@ def build(folders: list) -> str:
     found = by_loss(found)
     for folder in filter(is_search, map(Path, folders)):
         search = read_json(folder / "sweep.json")
-        metric = parts.metric_of(search)
+        metric = report_search.metric_of(search)
         trials = by_result([item for item in found if item.folder.parent == folder], metric)
-        sections += parts.search(folder, search, trials)
+        sections += report_search.search(folder, search, trials)
         # The curves of the best are drawn.
         found = trials + [item for item in found if item not in trials]
     sections += about(found)
@@ -95,11 +99,11 @@ def about(found: list[Found]) -> list:
         return [tag("p", "No run is here yet.")]
     is_alone = len(found) == 1
     sections = parts.run(found[0]) if is_alone else parts.runs(found)
-    sections += [*parts.notes(found), *parts.losses(found), *parts.strips(found)]
+    sections += [*parts.notes(found), *pictures.losses(found), *pictures.strips(found)]
     sections += parts.events(found)
     if is_alone:
-        sections += [*parts.histograms(found[0]), *parts.loads(found[0])]
-    return [*sections, *parts.others(found), *parts.machines(found), *parts.settings(found)]
+        sections += [*pictures.histograms(found[0]), *pictures.loads(found[0])]
+    return [*sections, *pictures.others(found), *parts.machines(found), *parts.settings(found)]
 
 
 def main(args: list[str]) -> None:

@@ -81,9 +81,9 @@ def read(folder: Path, name: str) -> Found:
         with open(path, "rb") as file:
             n_lost = sum(bool(line.strip()) for line in file) - len(rows)
         if n_lost:
-            notes.append(
-                f"left out of metrics.jsonl, for they are no row of a step: {n_lost} lines"
-            )
+            lines = "1 line is" if n_lost == 1 else f"{n_lost:,} lines are"
+            why = "no JSON object with a step (a kill may cut off the last one)"
+            notes.append(f"{lines} left out of metrics.jsonl: {why}")
         if not rows:
             notes.append("metrics.jsonl has no rows")
     else:
