@@ -14,7 +14,7 @@ from metrics.logger import short
 from metrics.report_page import Markup, tag
 
 WIDTH = 960
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 6, 22  # around the frame of a chart
+LEFT, RIGHT, TOP, BOTTOM = 84, 12, 6, 22  # around the frame of a chart
 ROW = 14  # height of a row of events
 
 
@@ -58,7 +58,7 @@ def thinned(points: list, n: int) -> list:
 
 def path_of(curve: Curve, height, low: float, high: float, n: int) -> str:
     """The curve as a path's d. height: y -> its place on the axis; low, high: the axis's limits."""
-    far = 1e4 * (high - low)  # what a browser's float32 still draws
+    far = 1e6 * (high - low)  # what a browser's float32 still draws
     lines = [[]]
     for x, y in thinned(curve.points, n):
         if y is None or (height is math.log10 and y <= 0):
@@ -136,7 +136,7 @@ def chart(
         d = "".join(f"M{x:.10g},{i + 0.15}v.7" for x, _ in thinned([(x, 0) for x in places], n))
         rows.append(tag("path", d=d, stroke=color, stroke_width=2, data_name=name))
         at = bottom + BOTTOM + ROW * (i + 0.8)
-        heads.append(tag("text", name[:14], x=LEFT - 6, y=f"{at:.1f}", text_anchor="end"))
+        heads.append(tag("text", name[:12], x=LEFT - 6, y=f"{at:.1f}", text_anchor="end"))
     total = bottom + BOTTOM
     if rows:
         strip = f"{left:.10g} 0 {right - left:.10g} {len(rows)}"

@@ -59,11 +59,13 @@ def losses(found: list[Found]) -> list[Markup]:
     if not measured:
         return [tag("h2", "Loss"), quiet("No loss was logged.")]
     _, y_limits, cut_off = curves.limits([item.run for item in measured])
+    # A $ is escaped for matplotlib there.
+    title = curves.title_of([item.run for item in measured]).replace(r"\$", "$")
     is_alone = len(found) == 1
     made = []
     for i, item in enumerate(drawn):
         made += lines_of_run(item) if is_alone else lines_of_many(item, i, color(i, found))
-    sections = [tag("h2", "Loss"), tag("p", curves.title_of([item.run for item in measured]))]
+    sections = [tag("h2", "Loss"), tag("p", title)]
     n = POINTS // (2 * len(made) or 1)
     events = strip(drawn)
     sections.append(chart(made, x_limits(drawn), y_limits, 300, events=events, n=min(n, 2000)))

@@ -8,10 +8,13 @@ the browser   is told by a Content-Security-Policy to run this one script, which
 import base64
 import hashlib
 import html
+import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
 MOST_ROWS = 300  # of a table
+# Control characters, and those that change the direction of what follows.
+UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Markup(str):
@@ -19,11 +22,12 @@ class Markup(str):
 
 
 def text(value) -> Markup:
-    """Any value as text. Characters that no file can hold, or that HTML forbids, become a mark."""
+    """Any value as text. What a file cannot hold, HTML forbids, or would turn the words round
+    becomes a mark."""
     if isinstance(value, Markup):
         return value
     words = str(value).encode("utf-8", "replace").decode()
-    words = "".join("\ufffd" if ord(c) < 32 and c not in "\t\n" else c for c in words)
+    words = UNFIT.sub("\ufffd", words)
     return Markup(html.escape(words))
 
 

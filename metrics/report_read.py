@@ -52,12 +52,13 @@ class Found:
         return [row for row in self.run.rows if "event" in row]
 
     def seconds(self) -> float:
-        """What the steps took; rows that --log_every left out count as the others."""
+        """What the steps took, undone ones too; those between rows count as the others."""
         rows = [row for row in self.run.rows if "loss" in row]
-        times = [row["step_s"] for row in rows + self.undone if is_finite(row.get("step_s"))]
-        first = rows[0]["step"] if rows else 0
+        times = [row["step_s"] for row in rows if is_finite(row.get("step_s"))]
+        steps = {row["step"] for row in rows}
         # Of a run that logs each step this factor is 1.
-        return sum(times) * max(1, (self.steps() - first + 1) / max(len(rows), 1))
+        every = (max(steps) - min(steps) + 1) / len(steps) if steps else 1
+        return sum(times) * every
 
     def result(self, metric: str) -> float | None:
         """What a search makes of it: the last value, with patience that of the kept weights."""
