@@ -272,6 +272,9 @@ def test_what_a_rollback_undid_is_drawn_apart(make):
     content = report.build([make("run", rows)])
     assert paths(content, "undone by a rollback") == [[(4, -9.0)]]
     assert paths(content, "training, each step")[0][-1] == (4, -2.1)
+    rows = [train_row(1), train_row(10), dict(step=10, event="rollback", to=5), train_row(7)]
+    again = report.build([make("less", rows)])
+    assert [x for x, _ in paths(again, "training, each step")[0]] == [1, 7, 10]
     assert "2.1000" in Reader(content).said and paths(content, "rollback") == [[(4, 0.15)]]
 
 
