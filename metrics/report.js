@@ -75,7 +75,7 @@ function read(chart, wanted, width) {  // what lies near this x, a line each
   return chart.curves.filter(isShown).flatMap((curve) => {
     const [x, y] = pointsOf(curve).reduce(
       (best, point) => Math.abs(point[0] - wanted) < Math.abs(best[0] - wanted) ? point : best);
-    if (curve.isEvent && Math.abs(x - wanted) > width / 100) return [];
+    if (Math.abs(x - wanted) > width / (curve.isEvent ? 100 : 10)) return [];
     const value = curve.isEvent ? "" : ` ${text(chart.isLog ? 10 ** -y : -y)}`;
     return [`${curve.name}${value} at ${chart.axis} ${x}`];
   });

@@ -143,7 +143,7 @@ def strips(found: list[Found]) -> list[Markup]:
             continue
         log = name == "grad_norm" and min(values) > 0 and max(values) > 20 * median(values)
         y_limits = (min(values) / 1.3, max(values) * 1.3) if log else limits(values, True)
-        n = POINTS // (2 * len(made))
+        n = POINTS // (4 * len(made))  # four such charts
         sections.append(tag("h3", title))
         sections.append(chart(made, x_limits(drawn), y_limits, 110, log, n=min(n, 2000)))
     return sections
@@ -171,7 +171,7 @@ def others(found: list[Found]) -> list[Markup]:
         few = any(len(curve.points) < 30 for curve in made)
         made += [Curve(c.name, c.points, c.color, "dots", c.run) for c in made if few]
         pieces.append(tag("h3", group))
-        pieces.append(chart(made[:80], x_limits(drawn), limits(values), 110, n=max(n, 30)))
+        pieces.append(chart(made[:80], x_limits(drawn), limits(values), 110, n=max(n, 10)))
         if len(found) == 1 and len(made) > 1:
             pieces.append(key([curve for curve in made if curve.look == "line"][:40]))
     if not pieces:

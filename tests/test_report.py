@@ -16,6 +16,7 @@ import pytest
 from metrics import report
 from metrics.report_chart import Curve, chart, label, path_of, thinned, ticks
 from metrics.report_page import MOST_ROWS, page, tag, text
+from metrics.report_search import over_field
 
 ROOT = Path(__file__).parent.parent
 EVIL = '</script><img src=x onerror="document.title=1"><script>document.title=2</script>\'"&\u202e'
@@ -112,7 +113,7 @@ def plant(folder: Path) -> None:
     for event in (EVIL, [EVIL], {"x": EVIL}, "rollback", "spike"):
         rows += [dict(step=3, event=event, to=EVIL), dict(step=4, event=event, text=EVIL)]
     rows += [dict(step=step, loss=1.0) for step in (10**400, -4, True, "1", None)]
-    lines = [json.dumps(row) for row in rows] + ["[1, 2]", "null", '{"step": 5, "lo']
+    lines = [json.dumps(row) for row in rows] + ["[1, 2]", "null", "[" * 99_999, '{"step": 5, "lo']
     (folder / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
     word = json.dumps(EVIL)
     config = f"# commit: {EVIL}\n# ranks: <b>\ntokenizer = {word}\ndata = {word}\narch = {word}\n"
@@ -135,10 +136,10 @@ def test_hostile_words_are_text(tmp_path):
     run = tmp_path / '<img src=x onerror=a>"&$x$'
     plant(run)
     reader = check_inert(report.build([run]))
-    for words in (SEEN, run.name, "rollback"):
+    for words in (SEEN, f"{run.name}: best validation loss", "rollback"):
         assert words in reader.said
     assert any(name.startswith(SEEN[:39]) for name in reader.values("data-name"))
-    assert "8 lines are left out of metrics.jsonl" in reader.said
+    assert "9 lines are left out of metrics.jsonl" in reader.said
 
 
 def test_hostile_words_of_a_search_are_text(tmp_path):
@@ -202,7 +203,7 @@ def test_a_hundred_thousand_rows_make_three_megabytes_at_most(make):
             rows.append(dict(step=step, event="spike", text="a" * 1000))
     one = make("a", rows)
     assert len(report.build([one])) <= 3e6
-    others = [make(f"b{k}", rows[k::20]) for k in range(20)]
+    others = [make(f"b{k}", rows[k::40]) for k in range(45)]
     assert len(report.build([one, *others])) <= 3e6
 
 
@@ -304,6 +305,8 @@ def test_a_search_names_its_best_and_draws_each_field(make, tmp_path):
         folder = make(f"s/trial-000{k}", [train_row(1), dict(step=1, val_loss=loss)])
         trial = dict(values={"lr": lr, "optim": "sgd"}, status="done")
         (folder / "trial.json").write_text(json.dumps(trial), encoding="utf-8")
+    lost = make("s/trial-0004", [train_row(1), dict(step=1, val_loss=9.0)])
+    (lost / "trial.json").write_text("{", encoding="utf-8")
     failed = tmp_path / "s" / "trial-0003"
     failed.mkdir()
     (failed / "trial.json").write_text('{"status": "failed", "error": "no disk"}')
@@ -316,6 +319,16 @@ def test_a_search_names_its_best_and_draws_each_field(make, tmp_path):
     assert paths(content, "trial") == [[(-3, -3.0), (-2, -2.5), (-1, -2.0)]]
     assert "val_loss over lr" in text_of and "val_loss over optim" not in text_of
     assert 'class="best"><td>trial-0001' in content
+
+
+def test_bad_trials_do_not_flatten_the_many():
+    points = [(10.0**k, 2 + k / 10) for k in range(12)] + [(1e12, 900.0)]
+    content = "".join(over_field("lr", ["log", 1, 1e12], "val_loss", points))
+    assert "Beyond the picture: 1 that are worse" in content
+    top = -float(re.search(r'viewBox="-\S+ (-\S+) ', content)[1])
+    assert 3.1 < top < 4 and ">1e+12</text>" not in content and ">1M</text>" in content
+    words = over_field("optim", ["a", "b"], "val_loss", [("b", 1.0), ("a", 2.0)])
+    assert ">a</text>" in words[1] and paths(words[1], "trial") == [[(0, -2.0), (1, -1.0)]]
 
 
 def test_what_is_missing_is_said(make, tmp_path):
