@@ -16,6 +16,7 @@ import math
 import textwrap
 from statistics import median
 
+from metrics.labels import columns, plain
 from metrics.logger import short
 
 TRAINING = "#3b75af"
@@ -62,35 +63,6 @@ class Run:
 def is_finite(x) -> bool:
     # Not math.isfinite: a file may hold an integer that is no float.
     return type(x) in (int, float) and abs(x) < 1e300
-
-
-def one_line(text) -> str:
-    """Without what a terminal would act on and a font has no shape for, such as a newline."""
-    # A file's name may hold bytes that are no text.
-    text = str(text).encode("utf-8", "replace").decode()
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def plain(text, longest: int = 24) -> str:
-    """Text that matplotlib draws as it is, on one line.
-
-    A long one keeps only its end, where paths differ.
-    """
-    text = one_line(text)
-    if len(text) > longest:
-        text = "…" + text[1 - longest :]
-    # A legend leaves out what begins with an underscore.
-    if text.startswith("_"):
-        text = " " + text
-    # matplotlib takes text between two $ for a formula.
-    return text.replace("$", r"\$")
-
-
-def columns(labels: list[str], width: float) -> int:
-    """How many labels of a legend fit side by side into `width` inches."""
-    # An inch has room for 11 letters, and a label takes 8 more for its sign and the gaps.
-    longest = max(map(len, labels))
-    return max(1, round(11 * width) // (8 + longest))
 
 
 # ---- the figure ----------------------------------------------------------------------------------

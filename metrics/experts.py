@@ -31,12 +31,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from metrics.curves import plain
+from metrics.labels import plain
 from metrics.logger import cut_back, read_metrics
 
 # The colours end at a quarter of the mean load and at four times of it.
 FACTOR = 4
-NO_TOKEN = "#ffd92f"  # yellow: black is too near to the blue of a quarter
+NO_TOKEN = "#ffe600"  # yellow: black is too near to the blue of a quarter
 
 
 def statistics(counts: dict[int, list[int]], log_z: list[float]) -> dict[str, float]:

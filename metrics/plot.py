@@ -15,7 +15,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from metrics.curves import Run, draw, one_line
+from metrics.curves import Run, draw
+from metrics.labels import one_line
 from metrics.logger import read_metrics
 
 

@@ -13,7 +13,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from metrics.curves import columns, plain
+from metrics.labels import columns, plain
 from metrics.logger import short
 from search.trials import STATUSES as ORDER
 from search.trials import flags
