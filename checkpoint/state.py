@@ -64,8 +64,14 @@ class State:
         """
         if self.training is not None:
             return contextlib.nullcontext(self.training)
-        share = self.replicas.broadcast_weights
-        return param_groups.evaluation_weights(self.optimizer, share, **options)
+        return param_groups.evaluation_weights(self.optimizer, self.share_weights, **options)
+
+    def share_weights(self) -> None:
+        """Tells the model, on all ranks, that the optimizer's parameters have changed."""
+        # Under tensor parallelism owners step full copies (parallel/adapter.py).
+        if hasattr(self.optimizer, "broadcast_weights"):
+            self.optimizer.broadcast_weights()
+        self.replicas.broadcast_weights()
 
     @contextlib.contextmanager
     def eval_weights(self, **options):

@@ -24,6 +24,7 @@ from optim.param_groups import evaluation_weights
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
 from parallel.sharded_optimizer import make_optimizer
+from run import auto, optimizers
 from settings import parse
 
 SLOW = pytest.mark.slow
@@ -388,6 +389,9 @@ def test_a_run_resumed_is_the_run_bitwise(tmp_path, text, more):
     for part in ("model", "training_weights"):
         saved = b.tree(part)
         assert all(torch.equal(x, saved[name]) for name, x in a.tree(part).items())
+    state = b.tree("optim/state/embed.weight")
+    blend = state["held"] + 0.6 * (state["ema"] - state["held"].float())
+    close([b.tree("model")["embed.weight"].float()], [blend], 1e-2 if "bf16" in more[0] else 1e-6)
     assert not torch.equal(saved["embed.weight"], b.tree("model")["embed.weight"])
 
 
@@ -400,6 +404,11 @@ def test_the_model_that_is_saved_is_the_average_and_a_fresh_run_evaluates_it(tmp
     )  # fmt: skip
     assert again["step"] == 1
     assert rows(tmp_path / "b", "val_loss")[0] == (0, pytest.approx(found, rel=1e-6))
+
+
+def test_a_run_with_an_average_has_the_schedule_of_one_without():
+    cfg = parse.parse(["--ema=3", "--hooks=ema_nesterov"])
+    assert auto.resolve_schedule(cfg, optimizers.chosen(cfg)) == "wsd"
 
 
 def test_patience_counts_the_average(tmp_path, text):
@@ -416,7 +425,7 @@ def test_patience_counts_the_average(tmp_path, text):
 @pytest.mark.parametrize("ring", ("2", "0"))
 def test_a_rollback_takes_back_an_average_that_has_begun_since(tmp_path, text, ring, monkeypatch):
     words = [*WORN, "--optim=adamw", "--eval_every=2", "--steps=8", "--on_spike=rollback"]
-    words += [f"--monitor.ring={ring}", "--monitor.ring_every=9", "--keep=99"]
+    words += [f"--monitor.ring={ring}", "--monitor.ring_every=2", "--keep=99", "--ema_from=3"]
     words.append("--save_every=1" if ring != "0" else "--save_every=4")
     real = train.MicroBatches.forward_backward
     seen = []
@@ -429,7 +438,7 @@ def test_a_rollback_takes_back_an_average_that_has_begun_since(tmp_path, text, r
     monkeypatch.setattr(train.MicroBatches, "forward_backward", spoilt)
     run(text, tmp_path / "a", *words, "--on_nonfinite=rollback")
     back = [row["to"] for row in logger.read_metrics(tmp_path / "a/metrics.jsonl") if "to" in row]
-    assert back == [0 if ring != "0" else 4]
+    assert back == [2 if ring != "0" else 4]  # of 2 steps before the average begins
     # The average is that of the weights that the run has kept.
     state = "optim/state/embed.weight"
     saved = [load(path).tree(state, missing={}) for path in sorted((tmp_path / "a").glob("step-*"))]
