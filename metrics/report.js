@@ -21,32 +21,33 @@ const pointsOf = (curve) => curve.points ??= curve.path.getAttribute("d").split(
   .flatMap((line) => line.split(" ").map((pair) => pair.split(",").map(parseFloat)));
 
 function text(value) {
-  const size = Math.abs(value);
-  if (size >= 1e6 || (size > 0 && size < 1e-3)) return value.toExponential(2);
-  return String(Number(value.toPrecision(5)));
+  const isUsual = value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6);
+  return isUsual ? String(Number(value.toPrecision(5))) : value.toExponential(2);
 }
 
 function ticks(low, high, n) {
   const least = (high - low) / n;
   const power = 10 ** Math.floor(Math.log10(least));
   const step = power * ([1, 2, 5].find((times) => times * power >= least) ?? 10);
-  const first = Math.ceil(low / step);
-  const count = Math.max(0, Math.floor(high / step) - first + 1);
-  return Array.from({length: count}, (_, i) => (first + i) * step);
+  const [first, last] = [Math.ceil(low / step), Math.floor(high / step)];
+  return Array.from({length: Math.max(0, last - first + 1)}, (_, i) => (first + i) * step);
+}
+
+function set(node, values) {
+  Object.entries(values).forEach(([name, value]) => node.setAttribute(name, value));
 }
 
 function label(chart, words, x, y, anchor) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", "text");
-  for (const [name, value] of Object.entries({x, y, "text-anchor": anchor}))
-    node.setAttribute(name, value);
+  set(node, {x, y, "text-anchor": anchor});
   node.textContent = words;
   chart.ticks.append(node);
 }
 
-function show(chart, x, width, y, height) {
+function show(chart, x, y, width, height) {
   chart.views.forEach((view, i) => {
-    const [, top, , tall] = i ? chart.home[i] : [0, y, 0, height];
-    view.setAttribute("viewBox", `${x} ${top} ${width} ${tall}`);
+    const [top, tall] = i ? [0, chart.home[i][3]] : [y, height];
+    set(view, {viewBox: `${x} ${top} ${width} ${tall}`});
   });
   chart.ticks.replaceChildren();
   const bottom = chart.top + chart.height;
@@ -57,9 +58,9 @@ function show(chart, x, width, y, height) {
       bottom - (at + y + height) / height * chart.height + 4, "end");
 }
 
-function zoom(source, x, width, y, height) {
+function zoom(source, x, y, width, height) {
   for (const chart of charts.filter((other) => other.axis === source.axis)) {
-    if (chart === source && height) { show(chart, x, width, y, height); continue; }
+    if (chart === source && height) { show(chart, x, y, width, height); continue; }
     // The height fits what is seen of the curves.
     const seen = chart.curves.filter((curve) => isShown(curve) && !curve.isEvent)
       .flatMap(pointsOf).filter((point) => point[0] >= x && point[0] <= x + width);
@@ -67,7 +68,7 @@ function zoom(source, x, width, y, height) {
     const high = seen.reduce((most, point) => Math.max(most, point[1]), -Infinity);
     const pad = 0.06 * (high - low) || 0.05 * Math.abs(high) || 0.5;
     const [, top, , tall] = seen.length ? [0, low - pad, 0, high - low + 2 * pad] : boxOf(chart);
-    show(chart, x, width, top, tall);
+    show(chart, x, top, width, tall);
   }
 }
 
@@ -96,16 +97,14 @@ for (const chart of charts) {
     let [y, bottom] = [start[1], here[1]].sort((a, b) => a - b);
     const isFlat = (bottom - y) * chart.height < 20;
     if (isFlat) [y, bottom] = [0, 1];
-    const sizes = {x: chart.left + x * chart.width, y: chart.top + y * chart.height,
-      width: (right - x) * chart.width, height: (bottom - y) * chart.height};
-    for (const [name, value] of Object.entries(sizes)) band.setAttribute(name, value);
+    set(band, {x: chart.left + x * chart.width, y: chart.top + y * chart.height,
+      width: (right - x) * chart.width, height: (bottom - y) * chart.height});
     return [x, right - x, y, isFlat ? 0 : bottom - y];
   };
   const end = (event) => {
     const [x, width, y, height] = mark(place(event));
     const [left, top, wide, tall] = boxOf(chart);
-    if (width > 0.01)
-      zoom(chart, left + x * wide, width * wide, top + y * tall, height * tall);
+    if (width > 0.01) zoom(chart, left + x * wide, top + y * tall, width * wide, height * tall);
   };
   frame.onpointerdown = (event) => {
     start = place(event);
@@ -114,12 +113,10 @@ for (const chart of charts) {
   frame.onpointerup = frame.onpointercancel = (event) => {
     if (start && event.type === "pointerup") end(event);
     start = null;
-    band.setAttribute("width", 0);
+    set(band, {width: 0});
   };
-  frame.ondblclick = () => charts.filter((other) => other.axis === chart.axis).forEach((other) => {
-    const [x, y, width, height] = other.home[0];
-    show(other, x, width, y, height);
-  });
+  frame.ondblclick = () => charts.filter((other) => other.axis === chart.axis)
+    .forEach((other) => show(other, ...other.home[0]));
   frame.onpointerleave = () => { tip.hidden = true; };
   frame.onpointermove = (event) => {
     if (start) mark(place(event));
@@ -130,7 +127,6 @@ for (const chart of charts) {
     tip.style.top = `${event.pageY + 14}px`;
   };
 }
-document.querySelectorAll("input[data-run]").forEach((box) => { box.onchange = () => {
+document.querySelectorAll("input[data-run]").forEach((box) => { box.onchange = () =>
   document.querySelectorAll(`path[data-run="${Number(box.dataset.run)}"]`)
-    .forEach((path) => path.classList.toggle("off", !box.checked));
-}; });
+    .forEach((path) => path.classList.toggle("off", !box.checked)); });

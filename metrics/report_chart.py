@@ -31,7 +31,7 @@ class Curve:
 
 LOOKS = {
     "line": dict(stroke_width=1.8),
-    "pale": dict(stroke_width=0.8, stroke_opacity=0.4),
+    "pale": dict(stroke_width=0.8, stroke_opacity=0.35),
     "dots": dict(stroke_width=7),
     "ring": dict(stroke_width=14, stroke_opacity=0.35),
 }
@@ -117,7 +117,10 @@ def chart(
         # A ring has no value of its own to be read.
         name = None if curve.look == "ring" else curve.name
         style = dict(stroke=curve.color, data_name=name, data_run=curve.run)
-        drawn.append(tag("path", d=d, **style, **LOOKS[curve.look]) if d else "")
+        look = dict(LOOKS[curve.look])
+        if curve.look == "dots" and len(curve.points) > 60:
+            look["stroke_width"] = 4  # or they would be a thick line
+        drawn.append(tag("path", d=d, **style, **look) if d else "")
     box = f"{left:.10g} {-high:.6g} {right - left:.10g} {high - low:.6g}"
     parts = [tag("svg", *drawn, y=TOP, height=height, viewBox=box, **view)]
     marks = []
