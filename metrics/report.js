@@ -84,6 +84,7 @@ function read(chart, wanted, width) {  // what lies near this x, a line each
 
 const tip = document.body.appendChild(document.createElement("div"));
 tip.className = "tip";
+tip.hidden = true;
 for (const chart of charts) {
   let start = null;
   const {frame, band} = chart;

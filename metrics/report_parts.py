@@ -38,7 +38,7 @@ def ending(item: Found) -> str:
         text = f"{done:,} of {steps:,} steps: still running, stopped, or killed"
         if type(item.config.get("patience")) is int:
             text += f", or out of patience ({item.config['patience']} evaluations)"
-    if item.trial.get("status"):
+    if item.trial.get("status", "done") != "done":
         text += f"; the search calls it {item.trial['status']}"
     if any(row["event"] == "divergence" for row in item.events()):
         text += "; diverged"
