@@ -51,7 +51,15 @@ class Run:
         self.branch = branch
         self.curves = {
             key: {row["step"]: row[key] for row in rows if is_finite(row.get(key))}
-            for key in ("loss", "val_loss", "val_loss_ema", "lr", "grad_norm", "tokens")
+            for key in (
+                "loss",
+                "val_loss",
+                "val_loss_ema",
+                "lr",
+                "grad_norm",
+                "tokens",
+                "tokens_per_s",
+            )
         }
 
     def validation(self) -> dict[int, float]:
@@ -239,6 +247,13 @@ def mark_branches(ax, runs: list[Run]) -> None:
 
 def set_limits(ax, runs: list[Run]) -> str:
     """Sets both; returns what is cut off, as a sentence, or ""."""
+    x_limits, y_limits, note = limits(runs)
+    ax.set(xlim=x_limits, ylim=y_limits)
+    return note
+
+
+def limits(runs: list[Run]) -> tuple[tuple[float, float], tuple[float, float], str]:
+    """Of steps and of losses, and what is cut off, as a sentence, or ""."""
     points = []  # (loss, step, is it of the start?, is it validation?)
     for run in runs:
         train = run.curves["loss"]
@@ -259,11 +274,11 @@ def set_limits(ax, runs: list[Run]) -> str:
     # A flat curve needs some height, too.
     pad = 0.06 * (high - low) or 0.5
     top = high + pad
-    ax.set_ylim(low - pad, top)
     first = min(point[1] for point in points)
-    width = max(max(point[1] for point in points) - first, 1)
-    ax.set_xlim(first - 0.015 * width, first + 1.015 * width)
-    return cut_off([point for point in points if point[0] > top])
+    last = max(point[1] for point in points)
+    width = max(last - first, 1)
+    x_limits = (first - 0.015 * width, first + 1.015 * width)
+    return x_limits, (low - pad, top), cut_off([point for point in points if point[0] > top])
 
 
 def usual_top(points: list[tuple], low: float) -> float:

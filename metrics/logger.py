@@ -78,7 +78,7 @@ def read_metrics(path) -> list[dict]:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict) and type(row.get("step")) is int:
                 rows.append(row)
