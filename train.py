@@ -29,7 +29,7 @@ from data.cursor import Cursor
 from data.dataset import Dataset
 from memory.activation_checkpoint import apply_activation_checkpointing
 from memory.heap import keep_freed_memory
-from metrics import experts, flops, outlets, plot
+from metrics import experts, flops, outlets, plot, report
 from metrics.logger import Logger, latest
 from metrics.watch import Watch
 from model import GPT, initial_weight
@@ -474,6 +474,8 @@ def main(requested_cfg: fields.Config) -> dict:
     if cfg.plot and is_done and is_main and step > 1:  # one point is no curve
         plot.plot(out_dir, out_dir / "loss.png")
         loads.draw()
+    if cfg.report and is_main:
+        report.write(out_dir, out_dir / "report.html")
     sentence = spike_monitor.sentence or divergence.sentence  # why a monitor ended the run
     if is_main:
         seconds = time.perf_counter() - started

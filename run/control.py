@@ -40,6 +40,7 @@ def set_aside(out_dir: Path) -> None:
         "config.toml",
         "tokenizer",
         "loss.png",
+        "report.html",
         "histograms.jsonl",
         "histograms.png",
         "moe_load.jsonl",

@@ -269,7 +269,7 @@ def at_end(
     parts.append(("events", about_events(rows)))
     # After early stopping the same command would stop at once.
     continues = was_stopped and step < cfg.steps
-    picture = ", loss.png" if (out_dir / "loss.png").exists() else ""
+    picture = "".join(f", {x}" for x in ("loss.png", "report.html") if (out_dir / x).exists())
     parts.append(("folder", f"{out_dir}: checkpoints, metrics.jsonl, train.log{picture}"))
     parts += [("next", command) for command in next_commands(cfg, continues)]
     return aligned(parts)

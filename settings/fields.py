@@ -412,6 +412,7 @@ class Config:
         True, "write checkpoints beside training, which waits only for a copy in host memory"
     )
     plot: bool = per_run(True, "draw loss.png at the end; moe_load.png, of watched experts")
+    report: bool = per_run(False, "write report.html at the end: the run on one page")
     tensorboard: bool = per_run(False, "also write to out_dir/tensorboard")
     wandb: str | None = per_run(
         None, "project of Weights & Biases to send numbers to; WANDB_MODE=offline keeps them here"

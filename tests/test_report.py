@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import train
 from metrics import report
 from metrics.report_chart import Curve, chart, label, path_of, thinned, ticks
 from metrics.report_page import MOST_ROWS, page, tag, text
 from metrics.report_search import over_field
+from settings import parse
 
 ROOT = Path(__file__).parent.parent
 EVIL = '</script><img src=x onerror="document.title=1"><script>document.title=2</script>\'"&\u202e'
@@ -411,3 +413,14 @@ def test_a_page_is_whole():
     content = page("<t>", tag("p", "x"))
     assert content.startswith("<!DOCTYPE html>") and content.endswith("</html>\n")
     assert "<title>&lt;t&gt;</title>" in content
+
+
+def test_a_run_writes_its_page_at_its_end_and_says_so(tmp_path, capsys):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(str(i * i) for i in range(2000)))
+    words = [*"--n_layer=1 --n_head=2 --n_embd=16 --block_size=8 --batch_size=4".split()]
+    words += [*"--steps=2 --eval_tokens=100 --plot=false --sample_tokens=0 --threads=1".split()]
+    words += ["--tokenizer=bytes", f"--data={file}", f"--out_dir={tmp_path}/run"]
+    train.main(parse.parse([*words, "--report=true"]))
+    assert "best" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "report.html" in capsys.readouterr().out
