@@ -579,12 +579,12 @@ def bytes_per_rank(
 
     shapes: see gpt_shapes. ep: ranks that share out the experts, in ddp, zero1 and fsdp.
     fsdp_shard: ranks that share one copy, None: all. offload (of state) and offload_params (zero3,
-    fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a
-    micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss
-    (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x
-    words; loss_chunk: the setting, None for all tokens at once. hooks: does the optimizer wear any?
-    options: keyword arguments of the optimizer's state_numbers. If no name begins with `blocks.`, buffers are those of the loss
-    alone. Raises ValueError for unknown names, with the nearest one, and for sizes that do not fit.
+    fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a micro-batch, see
+    activation_bytes; inside: how many of them are not there yet at the loss (activation_bytes less
+    the same without in_backward); logits: how many numbers it has, tokens x words; loss_chunk: the
+    setting, None for all tokens at once. hooks: does the optimizer wear any? options: keyword
+    arguments of its state_numbers. If no name begins with `blocks.`, buffers are those of the loss
+    alone. Raises ValueError for unknown names, the nearest one in it, and sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
@@ -607,11 +607,7 @@ def bytes_per_rank(
             f"ep={ep} needs layout=ddp, zero1 or fsdp, without fsdp_shard, offload, offload_params"
         )
     # DDP shares out nothing, hybrid FSDP shards over some of the ranks, all others over all.
-    n = world
-    if layout == "ddp":
-        n = 1
-    elif layout == "fsdp" and fsdp_shard:
-        n = fsdp_shard
+    n = {"ddp": 1, "fsdp": fsdp_shard or world}.get(layout, world)
     c = Case(
         shapes_here(shapes, world, ep),
         optimizer,

@@ -441,6 +441,8 @@ WRONG = {
     "--hooks=,": "there is no ''",
     "--hooks=hyperball,uw_floor": "the same relative size",
     "--hooks=radius_pin,hyperball": "both decide",
+    "--hooks=radial_brake,hyperball": "radial_brake slows down",
+    "--hooks=hyperball,cautious_decay": "undoes what decay",
     "--hooks=radial_brake,radial_brake": "twice",
     "--hooks=hyperball --weight_decay=0.1": "contradict",
     "--hooks=cautious_decay --weight_decay=0.1": "contradict",
