@@ -132,6 +132,12 @@ def test_zeros_a_step_of_nothing_and_kernels_are_no_nan(name):
             assert torch.allclose(p, before)
 
 
+def test_a_matrix_of_zeros_keeps_the_direction_of_its_first_step_under_radius_pin():
+    p = torch.full((2, 2), 0.5)
+    RadiusPin()(p, torch.zeros(2, 2), LR)
+    torch.testing.assert_close(p, torch.full((2, 2), 0.5e-8))
+
+
 # ---- worn by an optimizer ------------------------------------------------------------------------
 def problem(dtype=torch.float64):
     torch.manual_seed(1)
