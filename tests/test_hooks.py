@@ -135,7 +135,7 @@ def test_zeros_a_step_of_nothing_and_kernels_are_no_nan(name):
 def test_a_matrix_of_zeros_keeps_the_direction_of_its_first_step_under_radius_pin():
     p = torch.full((2, 2), 0.5)
     RadiusPin()(p, torch.zeros(2, 2), LR)
-    torch.testing.assert_close(p, torch.full((2, 2), 0.5e-8))
+    torch.testing.assert_close(p, torch.full((2, 2), 0.5e-8), rtol=1e-5, atol=0)
 
 
 # ---- worn by an optimizer ------------------------------------------------------------------------
