@@ -57,7 +57,7 @@ def subclass(
             return cls.state_numbers(shape, *others, **options) + len(keys) * math.prod(shape)
 
         body["state_numbers"] = staticmethod(state_numbers)
-    return type(cls.__name__, (cls,), body | {"__module__": cls.__module__})
+    return type(cls.__name__, (cls,), body)
 
 
 def recipe(make: Callable, cls: type[Optimizer], arguments: tuple) -> dict:
@@ -66,7 +66,8 @@ def recipe(make: Callable, cls: type[Optimizer], arguments: tuple) -> dict:
     def reduce(self, protocol):
         return made_again, steps(type(self)), self.__getstate__()
 
-    return {"beneath": cls, "made_by": (make, arguments), "__reduce_ex__": reduce}
+    made_by = {"beneath": cls, "made_by": (make, arguments), "__reduce_ex__": reduce}
+    return made_by | {"__module__": cls.__module__}
 
 
 def steps(cls: type[Optimizer]) -> tuple:

@@ -77,7 +77,7 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
         return loss
 
     attributes = {"step": step, "hooks": hooks, **recipe(hooked, cls, (hooks,))}
-    attributes |= {"__module__": cls.__module__, "elementwise": False}
+    attributes["elementwise"] = False
     attributes["elementwise_elsewhere"] = getattr(cls, "elementwise", False)
     if not all(getattr(hook, "starts_at_zero", True) for hook in hooks):
         attributes["zero_init"] = False
