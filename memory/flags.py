@@ -67,7 +67,7 @@ def from_text(name: str, text: str, default, choices=(), is_fraction: bool = Fal
     if choices:
         check(name, text, choices)
         return None if text == "none" else text
-    if type(default) is bool:
+    if type(default) is bool or name in ("tied", "qkv_bias"):
         check(name, text.lower(), ("true", "false"))
         return text.lower() == "true"
     value = number(text)

@@ -9,11 +9,13 @@ one, the first in SHAPES is taken; others by name, as in --model=qwen2.5-7b.
 Sources: each family's config.json as its makers released it, and their reports: Llama 3
 (Grattafiori et al. 2024, 2407.21783; 3.2: model card), Llama 2 (Touvron et al. 2023, 2307.09288),
 Qwen3 (Yang et al. 2025, 2505.09388), Qwen2.5 (Yang et al. 2024, 2412.15115), GPT-3 (Brown et al.
-2020, 2005.14165, table 2.1), GPT-2 (Radford et al. 2019). block_size is the length of most of pre-training, not the
-longest that the released model reads. OpenAI's 50257 words are filled up to 50304, which tensor
-parallelism can split. GPT-3's sparse layers are counted as dense ones.
+2020, 2005.14165, table 2.1), GPT-2 (Radford et al. 2019). block_size is the length of most of
+pre-training, not the longest that the released model reads. OpenAI's 50257 words are filled up to
+50304, which tensor parallelism can split. GPT-3's banded attention is counted as full.
 
 `asked` turns the flags of a command into a shape, and says in a sentence whose it is.
+
+Neighbours: memory/shapes.py, precision/amp.py
 
 Example:
     from memory.known import guess, known
@@ -25,6 +27,8 @@ Example:
 
 import difflib
 import math
+
+from memory.shapes import Experts
 
 COLUMNS = (
     "n_layer n_embd n_head n_kv_head mlp_width vocab_size block_size arch head_dim tied qkv_bias"
@@ -127,6 +131,8 @@ def guess(params: float, vocab_size: int = 50304) -> dict:
 
 
 # ---- the flags of a model ------------------------------------------------------------------------
+# Flags that mean nothing without n_expert.
+OF_EXPERTS = ("n_expert_active", "n_shared_expert", "expert_width", "moe_every")
 FLAGS = dict(
     params=None,
     model=None,
@@ -203,7 +209,33 @@ def asked(s: dict) -> tuple[dict, str]:
             f"n_embd={C}, n_head={parts[1]} and n_kv_head={parts[2]} must divide, each the one "
             "before"
         )
-    return shape, whose
+    return {name: shape[name] for name in COLUMNS if name in shape}, whose
+
+
+def check_experts(s: dict) -> None:
+    """Raises ValueError for flags of experts that do not fit the model."""
+    if s["n_expert"] is None:
+        usual = {name: FLAGS[name] for name in OF_EXPERTS} | dict(ep=1)
+        for name, value in usual.items():
+            if s.get(name, value) != value:
+                raise ValueError(f"{name} means nothing without experts; type --n_expert=8 too")
+        return
+    if s["n_expert_active"] > s["n_expert"]:
+        raise ValueError(
+            f"n_expert_active={s['n_expert_active']} is more than n_expert={s['n_expert']}; type "
+            "--n_expert_active=2"
+        )
+    if s["moe_every"] > (s["n_layer"] or math.inf):
+        raise ValueError(
+            f"moe_every={s['moe_every']} is more than n_layer={s['n_layer']}; type --moe_every=1"
+        )
+
+
+def experts_of(s: dict) -> Experts | None:
+    """The experts that the flags describe, on a GPU."""
+    if s["n_expert"] is None:
+        return None
+    return Experts(s["n_expert"], **{name: s[name] for name in OF_EXPERTS}, ep=s.get("ep", 1))
 
 
 if __name__ == "__main__":

@@ -183,25 +183,25 @@ def bytes_of(precision: str) -> tuple[int, int, int, int]:
 
 def heading(precision: str) -> str:
     """What this accounting counts, in a line."""
-    published = {
-        "mixed": "the primary source's 2 + 2 + 4 bytes and state in float32 (16 with Adam)",
-        "texts": "a text's 2 + 2 bytes and state in float32 (12 with Adam), no master weights",
-    }
-    if precision in published:
-        return published[precision]
-    row = PRECISIONS[precision]
-    weight, gradient, _, number = bytes_of(precision)
-    how = ""
-    with_adam = ""
-    if row.fp8_blocks:
-        how += "e4m3 products, "
-    if has_copies(row):
-        how += "autocast over float32 weights: "
-    if row.stochastic:
-        how += "rounded by chance: "
-        with_adam = f" ({weight + gradient + 2 * number} with Adam)"
-    state = str(row.state).removeprefix("torch.")
-    return f"{how}{weight} + {gradient} bytes and state in {state}{with_adam}"
+    weight, gradient, master, number = bytes_of(precision)
+    with_adam = weight + gradient + master + 2 * number
+    how = {"mixed": "as the ZeRO paper counts", "texts": "as a tutorial counts"}
+    state = "float32"
+    if precision not in PUBLISHED:
+        row = PRECISIONS[precision]
+        state = str(row.state).removeprefix("torch.")
+        how = {precision: "as --precision has it"}
+        if has_copies(row):
+            how[precision] = "autocast over float32 weights"
+        if row.fp8_blocks:
+            how[precision] = "e4m3 products, " + how[precision]
+        if row.stochastic:
+            how[precision] = "rounded by chance"
+    copy = f"{master} its master copy, " if master else ""
+    return (
+        f"{precision}, {how[precision]}: {weight} bytes a weight, {gradient} its gradient, {copy}"
+        f"state in {state} ({with_adam} with Adam)"
+    )
 
 
 def has_copies(row: Precision) -> bool:
