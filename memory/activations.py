@@ -31,10 +31,10 @@ Neighbours: memory/flags.py, memory/shapes.py, precision/amp.py
 
 Example:
     from memory.activations import activation_bytes
-    size = dict(tokens=4 * 1024, n_layer=12, n_embd=768, vocab_size=50304, arch="gpt2")
+    size = dict(tokens=4096, n_layer=12, n_embd=768, vocab_size=50304, loss_chunk=4096)
     kept = activation_bytes("bf16", **size)
     less = activation_bytes("bf16", **size, activation_checkpoint="full")
-    print(f"GPT-2's activations: {kept / 1e9:.2f} GB, {less / 1e9:.2f} if blocks are recomputed")
+    print(f"activations: {kept / 1e9:.2f} GB, {less / 1e9:.2f} where blocks are computed again")
     assert less < kept / 2
 """
 

@@ -14,6 +14,7 @@ Example:
     assert 0.2 < mfu < 0.6
 """
 
+import inspect
 from collections.abc import Iterator
 
 from memory.known import guess
@@ -92,4 +93,6 @@ def runs() -> str:
 
 
 if __name__ == "__main__":
-    print(runs())
+    example = __doc__.partition("Example:\n")[2]
+    print(example)
+    exec(inspect.cleandoc(example))

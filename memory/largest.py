@@ -143,7 +143,8 @@ def held(
 def least(s: SimpleNamespace, options: dict, shape: dict) -> tuple[float, str]:
     """(bytes, layout) of the layout that needs least; the simplest among equals."""
     totals = []
-    for layout in layouts_of(s):
+    # On one GPU there is nothing to share out.
+    for layout in layouts_of(s) if s.gpus > 1 else ("ddp",):
         totals.append((held(s, options, shape, layout, s.precision)["total"], layout))
     return min(totals, key=lambda pair: round(pair[0] / 1e6))
 

@@ -98,10 +98,11 @@ def plans(m: Model, c: Cluster, batch: int, precision: str = "bf16") -> list[Pla
             f"give a multiple, as --batch={c.gpus * math.ceil(batch / c.gpus)}"
         )
     if not fits:
-        least = smallest.held["total"] / USABLE / 1e9
+        least = f"{smallest.held['total'] / USABLE / 1e9:.1f}e9"
         raise ValueError(
-            f"nothing fits in memory={c.memory:g}; the least is --memory={least:.1f}e9, with "
-            f"{flags(m, smallest.layout, batch)}; or more --gpus, a smaller --block_size"
+            f"nothing fits in {USABLE} of memory={c.memory:g}; the least is --memory={least}, "
+            f"with {flags(m, smallest.layout, batch)}; type more --gpus, or a smaller --block_size "
+            "(python -m memory.estimate --largest --gpu=: what does fit)"
         )
 
     def order(plan: Plan) -> tuple:

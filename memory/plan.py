@@ -33,7 +33,7 @@ from memory import known
 from memory.claims import runs
 from memory.flags import check, command, from_text, usage, words
 from memory.layouts import USABLE, flags, plans
-from memory.predict import Cluster, Layout, Model, Plan
+from memory.predict import Cluster, Layout, Model, Plan, full_shapes
 from memory.shapes import NORM_PARTS
 from metrics import devices
 
@@ -134,6 +134,12 @@ def requested(s: dict) -> tuple[Model, Cluster, int, str]:
     """(model, cluster, sequences a step, whose shape it is). Raises ValueError."""
     shape, whose = known.asked(s)
     m = Model(**shape, experts=known.experts_of(s))
+    tokens = s["batch_tokens"] or 2**22
+    return m, cluster_of(s), s["batch"] or max(1, round(tokens / m.block_size)), whose
+
+
+def cluster_of(s: dict) -> Cluster:
+    """So many GPUs of a kind, but for what the flags say. Raises ValueError."""
     gpu = devices.DEVICES[devices.typed(s["gpu"])]
     per_node = s["gpus_per_node"] or gpu.per_node
     if s["gpus"] > per_node and s["gpus"] % per_node:
@@ -144,7 +150,7 @@ def requested(s: dict) -> tuple[Model, Cluster, int, str]:
             f"nobody publishes a {s['gpu']}'s bf16 peak, and none is made up here; type "
             "--peak_flops=100T, or what you measured"
         )
-    c = Cluster(
+    return Cluster(
         gpus=s["gpus"],
         peak_flops=peak,
         memory=s["memory"] or gpu.memory * 1e9,
@@ -154,8 +160,6 @@ def requested(s: dict) -> tuple[Model, Cluster, int, str]:
         bandwidth=s["bandwidth"] or (gpu.network * 1e9 if gpu.network else NO_NETWORK),
         gpus_per_node=per_node,
     )
-    tokens = s["batch_tokens"] or 2**22
-    return m, c, s["batch"] or max(1, round(tokens / m.block_size)), whose
 
 
 # ---- the answer ----------------------------------------------------------------------------------
@@ -198,9 +202,10 @@ def heading(s: dict, m: Model, c: Cluster, batch: int, whose: str) -> list[str]:
         if c.bandwidth == NO_NETWORK:
             cluster += " (a guess: type --bandwidth=)"
     step = f"{batch} sequences of {m.block_size} tokens, {batch * m.block_size / 1e6:.3g}e6 in all"
+    count = sum(math.prod(x) for _, x in full_shapes(m, m.experts).values())
     return [
         f"model    {whose}",
-        f"         {m.parameters / 1e9:.4g}e9 parameters{active}: {size}"
+        f"         {count / 1e9:.4g}e9 parameters{active}: {size}"
         f" vocab_size={m.vocab_size} arch={m.arch}",
         f"cluster  {cluster}",
         f"step     {step} (--batch=, --block_size=); AdamW, {s['precision']}",

@@ -331,15 +331,9 @@ def fullest_stage(m: Model, pp: int) -> range:
     return max(stages, key=lambda layers: (m.split(layers)[1], len(layers)))
 
 
-@functools.lru_cache(4096)
-def stage_shapes(m: Model, tp: int, pp: int, ep: int = 1) -> Shapes:
-    """The parameters of the largest stage on one tensor parallel rank.
-
-    The first and the last stage hold equally much: one has the embedding, the other has the head.
-    Several experts on a rank are one parameter here, of no more rows than there are words.
-    """
-    few = None if m.experts is None else replace(m.experts, n_expert=1)
-    full = gpt_shapes(
+def full_shapes(m: Model, experts: Experts | None) -> Shapes:
+    """All parameters of the model, with these experts in place of its own."""
+    return gpt_shapes(
         m.n_layer,
         m.n_embd,
         m.vocab_size,
@@ -350,9 +344,19 @@ def stage_shapes(m: Model, tp: int, pp: int, ep: int = 1) -> Shapes:
         m.head_dim,
         m.mlp_width,
         m.qkv_bias,
-        few,
+        experts,
         m.tied,
     )
+
+
+@functools.lru_cache(4096)
+def stage_shapes(m: Model, tp: int, pp: int, ep: int = 1) -> Shapes:
+    """The parameters of the largest stage on one tensor parallel rank.
+
+    The first and the last stage hold equally much: one has the embedding, the other has the head.
+    Several experts on a rank are one parameter here, of no more rows than there are words.
+    """
+    full = full_shapes(m, None if m.experts is None else replace(m.experts, n_expert=1))
     here = fullest_stage(m, pp)
     together = 1
     if m.experts is not None:
