@@ -1229,7 +1229,7 @@ def test_the_help_names_every_flag_its_default_and_choices():
     for name, value in estimate.DEFAULTS.items():
         assert f"  --{name}={'none' if value is None else str(value).lower()}" in text
     for name in ("fp16", "bf16_sr", "fp8", "muon", "track3", "disk"):
-        assert re.search(rf"\(or [^)]*\b{name}\b", text), name
+        assert re.search(rf"\(or\s[^)]*\b{name}\b", text), name
     assert "None" not in text and "7B" in text and {*estimate.SAYS} == {*estimate.DEFAULTS}
 
 
