@@ -14,8 +14,9 @@ pre-training, not the longest that the released model reads. OpenAI's 50257 word
 50304, which tensor parallelism can split. GPT-3's banded attention is counted as full.
 
 `asked` turns the flags of a command into a shape, and says in a sentence whose it is.
+`python -m memory.known` lists them all.
 
-Neighbours: memory/shapes.py, precision/amp.py
+Neighbours: memory/flags.py, memory/shapes.py, precision/amp.py
 
 Example:
     from memory.known import guess, known
@@ -28,6 +29,7 @@ Example:
 import difflib
 import math
 
+from memory.flags import command
 from memory.shapes import Experts
 
 COLUMNS = (
@@ -78,7 +80,9 @@ def shape_of(name: str) -> dict:
     """The shape of a name in SHAPES; without what is a default. Raises ValueError for another."""
     if name.lower() not in SHAPES:
         near = difflib.get_close_matches(name.lower(), SHAPES, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(SHAPES)}"
+        hint = "python -m memory.known lists them"
+        if near:
+            hint = f"did you mean {near[0]}? {hint}"
         raise ValueError(f"model {name!r} is not known; {hint}")
     found = dict(zip(COLUMNS, SHAPES[name.lower()][1:]))
     return {column: value for column, value in found.items() if value is not None}
@@ -145,7 +149,7 @@ FLAGS = dict(
 )
 SAYS = dict(
     params="parameters, as 350M, 7B or 1.5T: the published shape of this size, else a guess",
-    model="a published model by its name, such as llama2-13b (a wrong name lists them all)",
+    model="a published model by its name, such as llama2-13b (python -m memory.known lists them)",
     n_layer="the shape itself, in place of --params: layers",
     n_embd="channels",
     n_head="heads of queries; none: of 128 channels each",
@@ -238,8 +242,13 @@ def experts_of(s: dict) -> Experts | None:
     return Experts(s["n_expert"], **{name: s[name] for name in OF_EXPERTS}, ep=s.get("ep", 1))
 
 
-if __name__ == "__main__":
-    print(f"{'--model=':14} {'parameters':>12}  shape")
+def listing(argv: list[str]) -> str:
+    lines = [f"{'--model=':14} {'parameters':>12}  shape"]
     for name, (count, *_) in SHAPES.items():
         shape = " ".join(f"{key}={value}" for key, value in shape_of(name).items())
-        print(f"{name:14} {count / 1e9:10.3f}e9  {shape}")
+        lines.append(f"{name:14} {count / 1e9:10.3f}e9  {shape}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command("known.py", listing)
