@@ -13,9 +13,10 @@ buffers; within 5 % of what was measured on CPUs), memory/activations.py, memory
 a number by precision). Not in it: the driver's context, fragmentation, kernels' workspaces; so a
 run is said to fit that fills at most 0.9 of a GPU. Which layout is the fastest: memory/plan.py.
 
-Neighbours: memory/activations.py, memory/flags.py, memory/known.py, memory/largest.py,
-memory/ranks.py, memory/shapes.py, metrics/devices.py, optim/adamw.py, optim/attributes.py,
-optim/muon.py, parallel/replicas.py, precision/amp.py
+Neighbours: memory/activations.py, memory/claims.py, memory/flags.py, memory/known.py,
+memory/largest.py, memory/layouts.py, memory/plan.py, memory/predict.py, memory/ranks.py,
+memory/shapes.py, metrics/devices.py, optim/adamw.py, optim/attributes.py, optim/muon.py,
+parallel/replicas.py, precision/amp.py
 
 Example:
     from memory.estimate import parse, table
@@ -34,20 +35,22 @@ from typing import Literal
 from memory import known
 from memory.flags import check, command, from_text, usage, words
 from memory.largest import DEFAULTS, USABLE, WAYS, held, largest, layouts_of
+from memory.plan import FLAGS, cluster_of
+from memory.predict import Layout, Model, predict
 from memory.ranks import find_optimizer, options_of
 from memory.shapes import ACCOUNTINGS, NORM_PARTS, PUBLISHED, even_shapes, gpt_shapes, heading
 from metrics import devices
 from optim.attributes import own_classes
 
 SAYS = known.SAYS | dict(
-    gpus="GPUs that share the batch",
+    gpus="GPUs that share the batch; none: 8, and 1 for --largest",
     gpu="which: sets --memory (metrics/devices.py)",
     memory="bytes of one GPU, as 24GB: which layouts fit",
     optim="optimizer; --opt.NAME= is an option of it that changes how much it remembers",
     precision="as train.py's; mixed and texts are accountings of others (--compare)",
     batch="sequences of a micro-batch, on each GPU; 0 leaves activations out",
-    micro_batches="of a step, on each GPU; with 2 or more the gradients of earlier ones are held; "
-    "none: 1, and 2 for --largest",
+    micro_batches="of a step, on each GPU; 2 stands for any more: the gradients of earlier ones are "
+    "held",
     activation_checkpoint="what backward computes again: full, every_2, segments_4, attention, "
     "mlp, selective; or offload",
     loss_chunk="tokens whose logits are there at once; auto: as train.py on a GPU; none: all",
@@ -58,6 +61,7 @@ SAYS = known.SAYS | dict(
     offload="where optimizer state waits",
     offload_params="where weights wait (zero3, fsdp)",
     compare="also what published formulas make of it",
+    row="with --largest: the row whose command is printed; none: the last",
     largest="not a model's memory, but the largest model for --memory= or --gpu=",
 )
 CHOICES = {
@@ -84,7 +88,8 @@ LEGEND = dict(
     weights="GB of parameters between the steps",
     gradients="GB of gradients, where they have all been computed",
     state="GB of what the optimizer remembers, and of master weights",
-    activations="GB that forward keeps for backward",
+    activations="GB that forward keeps for backward (of one micro-batch a step: what of them is left "
+    "when all gradients are there)",
     buffers="GB held only for a while: messages, gathered weights, temporaries of loss and step",
     host="GB of the machine's memory, or files, for each GPU (--offload, --offload_params)",
     fits=f"is the total at most {USABLE} of --memory?",
@@ -114,6 +119,8 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
             choices = own_classes() if name == "optim" else CHOICES.get(name, ())
             usual = None if name == "loss_chunk" else DEFAULTS[name]
             settings[name] = from_text(name, text, usual, choices, name == "bucket_mb")
+    if settings["gpus"] is None:
+        settings["gpus"] = 1 if settings["largest"] else 8
     if settings["gpu"] and not settings["memory"]:
         settings["memory"] = devices.DEVICES[settings["gpu"]].memory * 1e9
 
@@ -156,12 +163,11 @@ def table(settings: dict, options: dict) -> str:
     shapes = gpt_shapes(**shape, experts=known.experts_of(settings))
     count = sum(math.prod(x) for _, x in shapes.values())
     size = " ".join(f"{k}={v}" for k, v in shape.items() if v is not None and k != "block_size")
-    n = s.micro_batches or 1
-    several = "1 micro-batch a step" if n == 1 else f"{n} micro-batches a step"
+    several = "several micro-batches" if s.micro_batches > 1 else "one micro-batch"
     lines = [
         f"model    {whose}",
         f"         {count:,} parameters: {size}",
-        f"run      {s.gpus} GPU{'s' * (s.gpus > 1)}, {s.optim}, {several} (--micro_batches=)",
+        f"run      {s.gpus} GPU{'s' * (s.gpus > 1)}, {s.optim}, {several} a step (--micro_batches=)",
         f"         {heading(s.precision)}",
         f"         {activations_in_words(s, shape)}",
         "",
@@ -169,6 +175,13 @@ def table(settings: dict, options: dict) -> str:
         "",
         *legend(s),
     ]
+    if s.memory and not any(line.endswith(" yes") for line in lines):
+        lines += [
+            "",
+            "No layout fits. What helps: --activation_checkpoint=full, --offload=cpu, more --gpus, "
+            "a smaller",
+            "--block_size; which model would fit: --largest",
+        ]
     if s.compare:
         lines += comparison(s, options, shape)
     return "\n".join(lines)
@@ -248,40 +261,65 @@ def largest_table(s: SimpleNamespace, options: dict) -> str:
     for name in ("params", "model", "n_layer", "n_embd", "n_expert"):
         if getattr(s, name) is not None:
             raise ValueError(f"--largest looks for the model; leave --{name} out")
+    row = s.row or len(WAYS)
+    if row > len(WAYS):
+        raise ValueError(f"row={row} is not in the table, which has {len(WAYS)}")
     found = largest(s, options)
     block_size = s.block_size or 2048
     gpus = "one GPU" if s.gpus == 1 else f"each of {s.gpus} GPUs"
+    limit = f"{USABLE * s.memory / 1e9:.4g} GB, {USABLE} of {s.memory / 1e9:.4g}"
     lines = [
-        f"The largest models whose training fits in {USABLE * s.memory / 1e9:.4g} GB, {USABLE} of "
-        f"{s.memory / 1e9:.4g}, of {gpus}.",
-        f"{s.optim}, {s.batch} x {block_size} tokens at a time (--batch=, --block_size=), several "
-        "micro-batches a step.",
+        f"The largest models whose training fits in {limit}, on {gpus}: {s.optim},",
+        f"{s.batch} x {block_size} tokens at a time (--batch=, --block_size=).",
         "",
-        f"{'parameters':>10}  {'published':13} {'GB':>6}  with",
+        f"#  {'parameters':>10}  {'published':13} {'GB':>6} {'tokens/s':>9} {'days':>6}  with",
     ]
-    for (flags, count, _, published, gigabytes), (_, cost) in zip(found, WAYS):
-        cost = f"   ({cost})" if cost else ""
-        with_ = flags or "the defaults"
-        lines.append(f"{count / 1e9:8.2f}e9  {published:13} {gigabytes:6.1f}  {with_}{cost}")
-    flags, _, shape, *_ = found[-1]
+    for i, (flags, count, shape, published, gigabytes) in enumerate(found, 1):
+        speed = tokens_per_s(s, flags, shape)
+        days = 20 * count / speed / 86400 if speed else None
+        pace = f"{speed:9,.0f} {days:6.3g}" if speed else f"{'-':>9} {'-':>6}"
+        size = f"{i}  {count / 1e9:8.2f}e9  {published:13} {gigabytes:6.1f}"
+        lines.append(f"{size} {pace}  {flags or 'the defaults'}")
+    lines += ["", *largest_legend(s)]
+    flags, _, shape, *_ = found[row - 1]
     typed = " ".join(f"--{name}={shape[name]}" for name in ("n_layer", "n_embd", "n_head"))
-    more = f"--optim={s.optim} --micro_batch_size={s.batch} --block_size={block_size}"
+    words = f"--vocab_size={shape['vocab_size']} --optim={s.optim} {flags}".rstrip()
+    sizes = f"--micro_batch_size={s.batch} --batch_size={2**19 // block_size} "
     start = "python" if s.gpus == 1 else f"torchrun --standalone --nproc_per_node={s.gpus}"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "parameters   of the largest model of a usual shape; rows are sorted by it, and each",
-            "             adds to the row above",
-            "published    the largest published model that fits as well (--model=)",
-            "GB           what the former takes on the fullest GPU",
-            "with         flags of train.py, and what they cost",
-            "",
-            "The last row, typed:",
-            f"{start} train.py {typed} --vocab_size={shape['vocab_size']} {flags} {more}",
-            "How fast it is: python -m memory.plan --model= --gpus= --gpu=",
-        ]
-    )
+    lines += [
+        "",
+        f"Row {row} (another: --row=1), typed, in steps of 0.5e6 tokens. Add --data=, --steps=, --lr=:",
+        f"{start} train.py {typed} {words} {sizes}--block_size={block_size}",
+    ]
+    return "\n".join(lines)
+
+
+def tokens_per_s(s: SimpleNamespace, flags: str, shape: dict) -> float | None:
+    """By memory/predict.py on one GPU; None where its peak is unknown, or there are several."""
+    if s.gpu is None or s.gpus > 1 or "bf16" not in devices.DEVICES[s.gpu].peaks:
+        return None
+    again = "full" if "--activation_checkpoint=full" in flags else "none"
+    x = Layout(activation_checkpoint=again, micro_batch_size=s.batch)
+    cluster = cluster_of(FLAGS | dict(gpus=1, gpu=s.gpu))
+    plan = predict(Model(**shape), cluster, x, 64 * s.batch)
+    return 64 * s.batch * shape["block_size"] / plan.step
+
+
+def largest_legend(s: SimpleNamespace) -> list[str]:
+    lines = [
+        "parameters  of the largest model of a usual shape; the rows are sorted by it, and each",
+        "            adds to the flags of the row above",
+        "published   the largest published model that fits, too (python -m memory.known)",
+        "GB          what the former takes on the fullest GPU",
+        "tokens/s    predicted (memory/predict.py), without the optimizer's step"
+        + ("; type --gpu=4090 for it" if s.gpu is None else ""),
+        "days        for 20 tokens a parameter at that speed",
+        "with        flags of train.py, which cost:",
+    ]
+    for way, cost in WAYS[1:]:
+        flags = " ".join(f"--{name}={value}" for name, value in way.items())
+        lines.append(f"            {flags:29} {cost}")
+    return lines
 
 
 def main(argv: list[str]) -> str:

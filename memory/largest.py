@@ -3,8 +3,7 @@
     python -m memory.estimate --largest --memory=24GB     # or --gpu=4090, --gpus=8
 
 `largest` tries usual shapes (known.guess) and the published ones, for each of a few ways to save
-memory, the dearest last. A run fits that fills at most USABLE of a GPU. Micro-batches of one
-sequence are small, so a step has several there, and the gradients of earlier ones are held.
+memory, the dearest last. A run fits that fills at most USABLE of a GPU.
 
 Neighbours: memory/activations.py, memory/flags.py, memory/known.py, memory/ranks.py,
 memory/shapes.py, optim/adamw.py, optim/attributes.py, optim/muon.py, parallel/replicas.py,
@@ -35,13 +34,13 @@ from memory.shapes import Shapes, gpt_shapes
 USABLE = 0.9
 # The flags of memory/estimate.py.
 DEFAULTS = known.FLAGS | dict(
-    gpus=8,
+    gpus=None,
     gpu=None,
     memory=None,
     optim="adamw",
     precision="bf16",
     batch=1,
-    micro_batches=None,
+    micro_batches=2,
     activation_checkpoint="none",
     loss_chunk="auto",
     ep=1,
@@ -51,20 +50,26 @@ DEFAULTS = known.FLAGS | dict(
     offload=None,
     offload_params=None,
     compare=False,
+    row=None,
     largest=False,
 )
 # What saves memory, and what it costs; each row adds to those before it.
 WAYS = (
     ({}, ""),
-    ({"activation_checkpoint": "full"}, "a third more work: backward computes blocks again"),
+    ({"activation_checkpoint": "full"}, "a third more work: backward computes each block again"),
     ({"offload": "cpu"}, "optimizer state in host memory: each step copies it to and fro"),
-    ({"precision": "bf16_sr"}, "bfloat16 weights, rounded by chance: other numbers"),
+    (
+        {"precision": "bf16_sr"},
+        "bfloat16 weights, rounded by chance (what it does: docs/results.md)",
+    ),
 )
 
 
 # ---- one run -------------------------------------------------------------------------------------
 def layouts_of(s: SimpleNamespace) -> tuple[str, ...]:
     """The layouts that these flags allow, those that keep most on each GPU first."""
+    if s.gpus == 1 and s.offload_params is None:
+        return LAYOUTS[:1]  # nothing is shared out
     return LAYOUTS if s.ep == 1 else EXPERT_PARALLEL
 
 
@@ -126,7 +131,7 @@ def held(
         precision,
         ep=s.ep,
         reshard=s.reshard,
-        micro_batches=s.micro_batches or 1,
+        micro_batches=s.micro_batches,
         fsdp_shard=s.fsdp_shard if layout == "fsdp" else None,
         activations=activations,
         inside=inside,
@@ -143,8 +148,7 @@ def held(
 def least(s: SimpleNamespace, options: dict, shape: dict) -> tuple[float, str]:
     """(bytes, layout) of the layout that needs least; the simplest among equals."""
     totals = []
-    # On one GPU there is nothing to share out.
-    for layout in layouts_of(s) if s.gpus > 1 else ("ddp",):
+    for layout in layouts_of(s):
         totals.append((held(s, options, shape, layout, s.precision)["total"], layout))
     return min(totals, key=lambda pair: round(pair[0] / 1e6))
 
@@ -163,14 +167,14 @@ def typed_shape(s: SimpleNamespace, params: float) -> dict:
 def largest(s: SimpleNamespace, options: dict) -> list[tuple]:
     """For each of WAYS (its flags, parameters, shape, published model or "none", GB held).
 
-    Raises ValueError where the GPU's memory is not given.
+    Raises ValueError where nothing fits.
     """
     limit = USABLE * s.memory
     rows = []
     typed = {}
     for way, _ in WAYS:
         typed |= {name: value for name, value in way.items() if getattr(s, name) != value}
-        run = SimpleNamespace(**vars(s) | typed | dict(micro_batches=s.micro_batches or 2))
+        run = SimpleNamespace(**vars(s) | typed)
 
         def total(shape: dict) -> float:
             return least(run, options, shape)[0]

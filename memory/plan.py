@@ -179,9 +179,10 @@ def table(s: dict) -> str:
         "",
         *rows_with_heads([cells(plan, i) for i, plan in enumerate(shown, 1)]),
         "",
+        "Published runs were predicted within 11 %: rows that are closer may change places.",
         in_words(s, m, c, batch, best),
         "",
-        f"Row {s['row']}, typed on each machine (another: --row=2):",
+        *how_to_type(s, c),
         train_command(m, c, best.layout, batch, s["precision"]),
     ]
     if s["precision"] == "mixed":
@@ -276,11 +277,18 @@ def in_words(s: dict, m: Model, c: Cluster, batch: int, p: Plan) -> str:
     tokens = s["tokens"] or 20 * m.parameters
     per_second = batch * m.block_size / p.step
     days = tokens / per_second / 86400
+    steps = math.ceil(tokens / (batch * m.block_size))
     how = "--tokens=" if s["tokens"] else "20 for each parameter; another: --tokens=1.5T"
     return (
         f"Row {s['row']} sees {per_second:,.0f} tokens a second. {tokens / 1e9:,.4g}e9 tokens "
-        f"({how})\ntake {days:,.3g} days, {days * 24 * c.gpus:,.0f} GPU-hours."
+        f"({how})\nare --steps={steps} and take {days:,.3g} days, {days * 24 * c.gpus:,.0f} GPU-hours"
+        " (without the optimizer's step)."
     )
+
+
+def how_to_type(s: dict, c: Cluster) -> list[str]:
+    where = "on each machine; HOST is the first one's name" if c.gpus > c.gpus_per_node else "here"
+    return [f"Row {s['row']} (another: --row=2), typed {where}. Add --data=, --steps= and --lr=:"]
 
 
 def train_command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -> str:
