@@ -49,8 +49,7 @@ SAYS = known.SAYS | dict(
     optim="optimizer; --opt.NAME= is an option of it that changes how much it remembers",
     precision="as train.py's; mixed and texts are accountings of others (--compare)",
     batch="sequences of a micro-batch, on each GPU; 0 leaves activations out",
-    micro_batches="of a step, on each GPU; 2 stands for any more: the gradients of earlier ones are "
-    "held",
+    micro_batches="of a step, on each GPU; 2 stands for more: gradients of earlier ones are held",
     activation_checkpoint="what backward computes again: full, every_2, segments_4, attention, "
     "mlp, selective; or offload",
     loss_chunk="tokens whose logits are there at once; auto: as train.py on a GPU; none: all",
@@ -88,9 +87,10 @@ LEGEND = dict(
     weights="GB of parameters between the steps",
     gradients="GB of gradients, where they have all been computed",
     state="GB of what the optimizer remembers, and of master weights",
-    activations="GB that forward keeps for backward (of one micro-batch a step: what of them is left "
-    "when all gradients are there)",
-    buffers="GB held only for a while: messages, gathered weights, temporaries of loss and step",
+    activations="GB that forward keeps for backward (with one micro-batch a step: what is left of "
+    "them when all gradients are there)",
+    buffers="GB held only for a while: messages, gathered weights, temporaries of loss and step; "
+    "of fsdp also the full gradients of earlier micro-batches",
     host="GB of the machine's memory, or files, for each GPU (--offload, --offload_params)",
     fits=f"is the total at most {USABLE} of --memory?",
 )
@@ -163,11 +163,12 @@ def table(settings: dict, options: dict) -> str:
     shapes = gpt_shapes(**shape, experts=known.experts_of(settings))
     count = sum(math.prod(x) for _, x in shapes.values())
     size = " ".join(f"{k}={v}" for k, v in shape.items() if v is not None and k != "block_size")
+    gpus = f"{s.gpus} GPUs" if s.gpus > 1 else "one GPU"
     several = "several micro-batches" if s.micro_batches > 1 else "one micro-batch"
     lines = [
         f"model    {whose}",
         f"         {count:,} parameters: {size}",
-        f"run      {s.gpus} GPU{'s' * (s.gpus > 1)}, {s.optim}, {several} a step (--micro_batches=)",
+        f"run      {gpus}, {s.optim}, {several} a step (--micro_batches=)",
         f"         {heading(s.precision)}",
         f"         {activations_in_words(s, shape)}",
         "",
@@ -288,7 +289,8 @@ def largest_table(s: SimpleNamespace, options: dict) -> str:
     start = "python" if s.gpus == 1 else f"torchrun --standalone --nproc_per_node={s.gpus}"
     lines += [
         "",
-        f"Row {row} (another: --row=1), typed, in steps of 0.5e6 tokens. Add --data=, --steps=, --lr=:",
+        f"Row {row} (another: --row=1), typed, in steps of 0.5e6 tokens.",
+        "Add --data=, --steps= and --lr=:",
         f"{start} train.py {typed} {words} {sizes}--block_size={block_size}",
     ]
     return "\n".join(lines)

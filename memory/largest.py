@@ -57,10 +57,10 @@ DEFAULTS = known.FLAGS | dict(
 WAYS = (
     ({}, ""),
     ({"activation_checkpoint": "full"}, "a third more work: backward computes each block again"),
-    ({"offload": "cpu"}, "optimizer state in host memory: each step copies it to and fro"),
+    ({"offload": "cpu"}, "optimizer state in host memory: a step copies it to and fro"),
     (
         {"precision": "bf16_sr"},
-        "bfloat16 weights, rounded by chance (what it does: docs/results.md)",
+        "bfloat16 weights, rounded by chance: docs/results.md",
     ),
 )
 

@@ -279,10 +279,10 @@ def in_words(s: dict, m: Model, c: Cluster, batch: int, p: Plan) -> str:
     days = tokens / per_second / 86400
     steps = math.ceil(tokens / (batch * m.block_size))
     how = "--tokens=" if s["tokens"] else "20 for each parameter; another: --tokens=1.5T"
+    hours = f"{days * 24 * c.gpus:,.0f} GPU-hours (without the optimizer's step)"
     return (
         f"Row {s['row']} sees {per_second:,.0f} tokens a second. {tokens / 1e9:,.4g}e9 tokens "
-        f"({how})\nare --steps={steps} and take {days:,.3g} days, {days * 24 * c.gpus:,.0f} GPU-hours"
-        " (without the optimizer's step)."
+        f"({how})\nare --steps={steps} and take {days:,.3g} days, {hours}."
     )
 
 
