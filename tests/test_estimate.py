@@ -1059,7 +1059,7 @@ def test_a_size_has_its_published_shape_and_activations_of_one_sequence():
     assert "host" in estimate.table(*estimate.parse(["--params=1B", "--offload=cpu"]))
 
 
-def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not():
+def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not(monkeypatch):
     settings, options = estimate.parse(["--largest", "--gpu=4090", "--gpus=1", "--n_kv_head=1"])
     assert settings["memory"] == 24e9
     s = SimpleNamespace(**settings)
@@ -1077,10 +1077,18 @@ def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not():
         # The published one fits as well.
         small = largest.of_published(SimpleNamespace(**vars(run) | {"n_kv_head": 1}), published)
         assert largest.least(run, {}, small)[0] <= 21.6e9
-    text = estimate.largest_table(s, options)
-    typed = text.split("The last row, typed:\n")[1].splitlines()[0].split("train.py ")[1]
-    cfg = settings_parse([*typed.split(), "--device=cpu"])
-    assert (cfg.precision, cfg.offload, cfg.n_layer) == ("bf16_sr", "cpu", rows[-1][2]["n_layer"])
+    monkeypatch.setattr(estimate, "largest", lambda *_: rows)
+    for row in None, 2:
+        lines = estimate.largest_table(SimpleNamespace(**settings | dict(row=row)), {}).splitlines()
+        cfg = settings_parse([*lines[-1].split("train.py ")[1].split(), "--device=cpu"])
+        how = (cfg.precision, cfg.offload) if row is None else (cfg.activation_checkpoint,)
+        assert how == (("bf16_sr", "cpu") if row is None else ("full",))
+        assert cfg.n_layer == rows[(row or 4) - 1][2]["n_layer"]
+    # A pace of 40 % of the peak or less, less where blocks are computed again.
+    table = [line.split() for line in lines if re.match(r"\d {3}", line)]
+    paces = [float(row[4].replace(",", "")) for row in table]
+    assert paces == sorted(paces, reverse=True)
+    assert 0.2 < 6 * counts[0] * paces[0] / 165.2e12 < 0.6
 
 
 def test_every_optimizer_and_layout_has_a_row():
@@ -1129,6 +1137,7 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--largest", "type --memory=24GB"),
         ("--largest --memory=24GB --params=7B", "leave --params out"),
         ("--largest --memory=1MB --gpus=1", "nothing fits"),
+        ("--largest --memory=24GB --row=5", "row=5 is not in the table"),
         ("--params=7B --gpu=A1000", "did you mean A100"),
         ("--params=7e9 --n_expert=8", "leave --params out"),
         ("--n_layer=2 --n_embd=8 --moe_every=2", "type --n_expert=8 too"),

@@ -522,14 +522,14 @@ def test_every_layout_obeys_the_rules_of_composition():
 
 
 def test_more_bandwidth_is_never_slower_and_less_memory_never_fits_more():
-    c = Cluster(16, memory=40e9)
-    steps = [plans(MIDDLE, replace(c, bandwidth=b), 16)[0].step for b in (1e9, 25e9, 100e9)]
+    c = Cluster(8, memory=40e9, gpus_per_node=4)
+    steps = [plans(MIDDLE, replace(c, bandwidth=b), 8)[0].step for b in (1e9, 25e9, 100e9)]
     assert steps == sorted(steps, reverse=True) and steps[0] > 1.05 * steps[-1]
-    steps = [plans(MIDDLE, replace(c, node_bandwidth=b), 16)[0].step for b in (25e9, 300e9)]
+    steps = [plans(MIDDLE, replace(c, node_bandwidth=b), 8)[0].step for b in (25e9, 300e9)]
     assert steps[0] >= steps[1]
-    counts = [len(plans(MIDDLE, replace(c, memory=b), 16)) for b in (80e9, 40e9, 20e9)]
+    counts = [len(plans(MIDDLE, replace(c, memory=b), 8)) for b in (80e9, 40e9, 24e9)]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-    best = plans(MIDDLE, c, 16)
+    best = plans(MIDDLE, c, 8)
     assert all(p.held["total"] <= USABLE * 40e9 for p in best)
     assert all(a.step <= b.step * 1.01 for a, b in zip(best, best[1:]))
 
