@@ -98,9 +98,10 @@ def plans(m: Model, c: Cluster, batch: int, precision: str = "bf16") -> list[Pla
             f"give a multiple, as --batch={c.gpus * math.ceil(batch / c.gpus)}"
         )
     if not fits:
+        memory = f"{c.memory / 1e9:g}e9"
         least = f"{smallest.held['total'] / USABLE / 1e9:.1f}e9"
         raise ValueError(
-            f"nothing fits in {USABLE} of memory={c.memory:g}; the least is --memory={least}, "
+            f"nothing fits in {USABLE} of memory={memory}; the least is --memory={least}, "
             f"with {flags(m, smallest.layout, batch)}; type more --gpus, or a smaller --block_size "
             "(python -m memory.estimate --largest --gpu=: what does fit)"
         )

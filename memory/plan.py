@@ -106,7 +106,16 @@ GROUPS = {
     "GB sent": ("inside", "others"),
 }
 # Columns that are left out where each row has this in them.
-USUAL = {"cp": "1", "pp": "1", "ep": "1", "schedule": "-", "idle": "0.0%", "others": "0.0"}
+USUAL = {
+    "tp": "1",
+    "cp": "1",
+    "pp": "1",
+    "ep": "1",
+    "schedule": "-",
+    "idle": "0.0%",
+    "inside": "0.0",
+    "others": "0.0",
+}
 HELD = ("parameters", "gradients", "state", "activations", "buffers", "total")  # of Plan.held
 LEFT = {"schedule", "data", "again"}  # columns of words, which begin at the left
 
@@ -258,13 +267,15 @@ def rows_with_heads(rows: list[dict[str, str]]) -> list[str]:
             fit = [
                 texts[c].ljust(width[c]) if c in LEFT else texts[c].rjust(width[c]) for c in here
             ]
-            blocks.append("  ".join(fit))
+            if fit:
+                blocks.append("  ".join(fit))
         return " | ".join(blocks).rstrip()
 
     groups = " " * width["#"]
     for group, names in GROUPS.items():
         size = sum(width[c] + 2 for c in names if c in width) - 2
-        groups += " | " + group[:size].ljust(size)
+        if size > 0:
+            groups += " | " + group[:size].ljust(size)
     legend = []
     for c in columns:
         wrapped = textwrap.wrap(LEGEND[c], 86)
