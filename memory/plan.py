@@ -106,16 +106,8 @@ GROUPS = {
     "GB sent": ("inside", "others"),
 }
 # Columns that are left out where each row has this in them.
-USUAL = {
-    "tp": "1",
-    "cp": "1",
-    "pp": "1",
-    "ep": "1",
-    "schedule": "-",
-    "idle": "0.0%",
-    "inside": "0.0",
-    "others": "0.0",
-}
+USUAL = dict.fromkeys(("tp", "cp", "pp", "ep"), "1") | dict.fromkeys(("inside", "others"), "0.0")
+USUAL |= {"schedule": "-", "idle": "0.0%"}
 HELD = ("parameters", "gradients", "state", "activations", "buffers", "total")  # of Plan.held
 LEFT = {"schedule", "data", "again"}  # columns of words, which begin at the left
 
