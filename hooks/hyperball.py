@@ -43,7 +43,6 @@ class Hyperball:
     def __call__(self, p: torch.Tensor, before: torch.Tensor, lr: float) -> None:
         """In place on `p`, a matrix that a step at `lr` has moved from `before`, of any shape."""
         r = before.norm()
-        step = before - p
-        step.mul_(lr * r / step.norm().clamp(min=1e-30))
-        torch.sub(before, step, out=p)
+        step = (before - p).norm()
+        torch.lerp(before, p, lr * r / step.clamp(min=1e-30), out=p)
         p.mul_(r / p.norm().clamp(min=1e-30))

@@ -33,6 +33,8 @@ class RadiusPin:
     @torch.no_grad()
     def __call__(self, p: torch.Tensor, before: torch.Tensor, lr: float) -> None:
         """In place on `p`, a matrix that a step has moved from `before`; `lr` plays no part."""
-        norm = before.norm()
-        along = (before - p).flatten().dot(before.flatten()) / norm.clamp(min=1e-12)
-        p.mul_((norm - along).clamp(min=1e-8) / p.norm().clamp(min=1e-30))
+        old = before.flatten()
+        new = p.flatten()
+        # ‖W‖² − ⟨D, W⟩ is ⟨W − D, W⟩. Products are quicker than norms on a CPU, and no less exact.
+        radius = new.dot(old) / old.dot(old).sqrt().clamp(min=1e-12)
+        p.mul_(radius.clamp(min=1e-8) / new.dot(new).sqrt().clamp(min=1e-30))

@@ -48,9 +48,9 @@ class UWFloor:
 
         Both have the shape (rows, ...).
         """
-        step = (before - p).flatten(1)
-        dims = 1 if self.rows else (0, 1)
-        wanted = lr * self.floor * before.flatten(1).norm(dim=dims, keepdim=True)
+        dims = tuple(range(1 if self.rows else 0, p.ndim))
+        wanted = lr * self.floor * torch.linalg.vector_norm(before, dim=dims, keepdim=True)
+        step = torch.linalg.vector_norm(before - p, dim=dims, keepdim=True)
         # A step of nothing has no direction to be made longer in.
-        factor = (wanted / step.norm(dim=dims, keepdim=True).clamp(min=1e-30)).clamp(min=1)
-        torch.sub(before, step.mul_(factor).view_as(before), out=p)
+        factor = (wanted / step.clamp(min=1e-30)).clamp(min=1)
+        torch.lerp(before, p, factor, out=p)  # at 1 exactly p

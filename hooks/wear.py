@@ -79,7 +79,7 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
         return made_again, (cls, hooks), self.__getstate__()
 
     attributes = {"step": step, "hooks": hooks, "unhooked": cls, "__reduce_ex__": reduce}
-    attributes |= {"__module__": cls.__module__, "elementwise": False}
+    attributes["elementwise"] = False
     attributes["elementwise_elsewhere"] = getattr(cls, "elementwise", False)
     if not all(getattr(hook, "starts_at_zero", True) for hook in hooks):
         attributes["zero_init"] = False

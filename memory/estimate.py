@@ -59,6 +59,7 @@ SAYS = known.SAYS | dict(
     bucket_mb="MiB of a bucket of gradients",
     offload="where optimizer state waits",
     offload_params="where weights wait (zero3, fsdp)",
+    hooks="does the optimizer wear any (train.py's --hooks)?",
     compare="also what published formulas make of it",
     row="with --largest: the row whose command is printed; none: the last",
     largest="not a model's memory, but the largest model for --memory= or --gpu=",
@@ -69,7 +70,7 @@ CHOICES = {
     "offload": ("cpu", "disk"),
     "offload_params": ("cpu", "disk"),
 }
-SWITCHES = ("compare", "largest")
+SWITCHES = ("compare", "largest", "hooks")
 # Heading of a column -> key of what is held.
 COLUMNS = dict(
     total="total",

@@ -49,6 +49,7 @@ DEFAULTS = known.FLAGS | dict(
     bucket_mb=25.0,
     offload=None,
     offload_params=None,
+    hooks=False,
     compare=False,
     row=None,
     largest=False,
@@ -140,6 +141,7 @@ def held(
         offload=s.offload,
         offload_params=s.offload_params if layout in ("zero3", "fsdp") else None,
         bucket_mb=s.bucket_mb,
+        hooks=s.hooks,
         **options,
     )
 

@@ -22,6 +22,8 @@ Buffers also hold
     eighth of a chunk, beside the chunk's logits and the head's gradient in float32
     fsdp, with a method that needs full matrices: state and weights at owners, too, see
     parallel/sharded_optimizer.py
+    with hooks (hooks/wear.py), during a step: a copy of the matrices that the rank steps, in full,
+    or of those of a chunk, in float32 under bf16_sr
     with E experts: the gradients of a matrix of all of them at once, 4 E w h bytes, before they
     are added or sent
 
@@ -129,6 +131,7 @@ class Case:
     logits: float  # numbers of a micro-batch
     loss_chunk: int | None  # tokens whose logits are there at once; None: all
     inside: float  # bytes of activations that are not there yet at the loss
+    hooks: bool  # does the optimizer wear some?
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -191,9 +194,11 @@ class Case:
     @property
     def full(self) -> dict[str, tuple[int, ...]]:
         """The parameters that an owner steps in full, as rows of them cannot be: name -> shape."""
-        if self.n == 1 or self.optimizer.elementwise:
+        is_elementwise = self.optimizer.elementwise
+        if self.n == 1 or (is_elementwise and not self.hooks):
             return {}
-        matrices_only = attribute(self.optimizer, "matrices_only")
+        # Hooks take matrices in full, and leave all else to the method.
+        matrices_only = is_elementwise or attribute(self.optimizer, "matrices_only")
         full = {}
         for name, (kind, shape) in self.shapes.items():
             if kind == "matrix" or not matrices_only:
@@ -306,18 +311,19 @@ def bytes_per_rank(
     offload: str | None = None,
     offload_params: str | None = None,
     chunk_mb: float = 64.0,
+    hooks: bool = False,
     **options,
 ) -> dict[str, float]:
     """Bytes on the fullest rank: parameters, gradients, state, activations, buffers, total, host.
 
     shapes: see gpt_shapes. ep: ranks that share out the experts, in ddp, zero1 and fsdp.
     fsdp_shard: ranks that share one copy, None: all. offload (of state) and offload_params (zero3,
-    fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a
-    micro-batch, see activation_bytes; inside: how many of them are not there yet at the loss
-    (activation_bytes less the same without in_backward); logits: how many numbers it has, tokens x
-    words; loss_chunk: the setting, None for all tokens at once. options: keyword arguments of the
-    optimizer's state_numbers. If no name begins with `blocks.`, buffers are those of the loss
-    alone. Raises ValueError for unknown names, with the nearest one, and for sizes that do not fit.
+    fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a micro-batch, see
+    activation_bytes; inside: how many of them are not there yet at the loss (activation_bytes less
+    the same without in_backward); logits: how many numbers it has, tokens x words; loss_chunk: the
+    setting, None for all tokens at once. hooks: does the optimizer wear any? options: keyword
+    arguments of its state_numbers. If no name begins with `blocks.`, buffers are those of the loss
+    alone. Raises ValueError for unknown names, the nearest one in it, and sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
@@ -340,11 +346,7 @@ def bytes_per_rank(
             f"ep={ep} needs layout=ddp, zero1 or fsdp, without fsdp_shard, offload, offload_params"
         )
     # DDP shares out nothing, hybrid FSDP shards over some of the ranks, all others over all.
-    n = world
-    if layout == "ddp":
-        n = 1
-    elif layout == "fsdp" and fsdp_shard:
-        n = fsdp_shard
+    n = {"ddp": 1, "fsdp": fsdp_shard or world}.get(layout, world)
     c = Case(
         shapes_here(shapes, world, ep),
         optimizer,
@@ -363,20 +365,21 @@ def bytes_per_rank(
         logits,
         loss_chunk,
         inside,
+        hooks,
     )
     # The run needs as much memory as its fullest rank.
     held, fullest = fullest_rank(c)
     return in_all(c, stepped_by(c, fullest), *held, activations)
 
 
-def stepped_by(c: Case, rank: int) -> list[tuple[float, float]]:
-    """(bytes of weights, bytes of state) of each parameter or shard that this rank steps.
+def stepped_by(c: Case, rank: int) -> dict[str, tuple[float, float]]:
+    """Name -> (bytes of weights, bytes of state) of what this rank steps of a parameter.
 
     In the order of the optimizer: its groups are the kinds.
     """
     kinds = [*dict.fromkeys(kind for kind, _ in c.shapes.values())]
     in_groups = sorted(c.shapes, key=lambda name: kinds.index(c.shapes[name][0]))
-    return [c.stepped(name) for name in in_groups if c.place(name, rank) in c.steppers[name]]
+    return {name: c.stepped(name) for name in in_groups if c.place(name, rank) in c.steppers[name]}
 
 
 def fullest_rank(c: Case) -> tuple[tuple[float, float, float], int]:
@@ -425,7 +428,7 @@ def held_bytes(c: Case, weights: float, state: float) -> tuple[float, float, flo
 
 
 def in_all(
-    c: Case, owned: list, parameters: float, gradients: float, state: float, activations: float
+    c: Case, owned: dict, parameters: float, gradients: float, state: float, activations: float
 ) -> dict[str, float]:
     """What bytes_per_rank returns, for a rank that steps `owned` and holds so many bytes."""
     # An FSDP owner also keeps full weights (`kept`). An exchange holds three buffers of `wire`
@@ -439,13 +442,17 @@ def in_all(
     backward = 0
     step = 0
     host = 0
+    copied = 0
     # Temporaries depend on the shapes of blocks.
     if c.by_block:
         backward = backward_bytes(c)
         step = step_bytes(c, owned, gradients, chunks)
+        copied = copied_bytes(c, owned)
+    # The two messages are gone when the step begins.
+    exchanged = max(3 * wire, wire + copied)
     if c.offload_params:
         # The step is on the host with all that it needs. What travels passes the device.
-        host = parameters + gradients + state + kept + wire + max(step, wire)
+        host = parameters + gradients + state + kept + wire + max(step + copied, wire)
         # fsdp moves a unit's gradients there at once, zero3 all of them after backward.
         if c.layout == "fsdp":
             gradients = 0
@@ -456,9 +463,9 @@ def in_all(
     elif c.offload:
         host = state
         state = 0
-        step = step + 3 * wire + chunks
+        step = step + exchanged + chunks
     else:
-        step += 3 * wire
+        step += exchanged
     # Backward begins at the loss, before the gradients of one micro-batch are there.
     early = early_gradient(c)
     at_loss = backward + early + loss_bytes(c) - c.inside
@@ -487,14 +494,14 @@ def in_all(
     return held | dict(total=sum(held.values()), host=host)
 
 
-def offloaded_chunks(c: Case, owned: list, state: float) -> float:
+def offloaded_chunks(c: Case, owned: dict, state: float) -> float:
     """The most bytes of offloaded state that are on the device at once."""
     if not c.offload or c.offload_params:
         return 0
     if c.by_block:
-        return in_flight(owned, c.chunk)
+        return in_flight([*owned.values()], c.chunk)
     # Without shapes: two chunks' share of all state.
-    return min(state, 2 * c.chunk * state / sum(size for size, _ in owned))
+    return min(state, 2 * c.chunk * state / sum(size for size, _ in owned.values()))
 
 
 def loss_bytes(c: Case) -> float:
@@ -620,10 +627,10 @@ def in_flight(stepped: list[tuple[float, float]], limit: float) -> float:
     return max(a + b for a, b in itertools.pairwise([*chunks, 0]))
 
 
-def step_bytes(c: Case, owned: list, gradients: float, chunks: float) -> float:
+def step_bytes(c: Case, owned: dict, gradients: float, chunks: float) -> float:
     """Bytes of the temporaries of an optimizer's step."""
     stochastic = c.row.stochastic
-    owned_weights = sum(size for size, _ in owned)
+    owned_weights = sum(size for size, _ in owned.values())
     # Stochastic rounding steps float32 copies of a chunk, with their gradients.
     wide = c.row.state.itemsize if stochastic else c.weight
     at_once = c.chunk / wide if chunks or stochastic else math.inf
@@ -635,6 +642,18 @@ def step_bytes(c: Case, owned: list, gradients: float, chunks: float) -> float:
         # The gradients of other owners' parameters are gone by then.
         step -= gradients - c.gradient * owned_weights / c.weight
     return step
+
+
+def copied_bytes(c: Case, owned: dict) -> float:
+    """Bytes of the copies that hooks need of the matrices, or of those of a chunk."""
+    if not c.hooks:
+        return 0
+    matrices = [size for name, (size, _) in owned.items() if c.shapes[name][0] == "matrix"]
+    copied = sum(matrices)
+    in_chunks = c.row.stochastic or (c.offload and not c.offload_params)
+    if in_chunks:
+        copied = min(copied, max([c.chunk, *matrices]))
+    return copied * (c.row.state.itemsize / c.weight if c.row.stochastic else 1)
 
 
 def update_bytes(c: Case, wide: int, at_once: float) -> float:

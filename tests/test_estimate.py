@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 import optim as optimizers
+from hooks.hyperball import Hyperball
+from hooks.wear import hooked
 from layers import moe
 from memory import estimate, known, largest, plan, ranks
 from memory import flags as memory_flags
@@ -543,8 +545,10 @@ def measured(
     bucket_mb=25.0,
     experts=(),
     ep=1,
+    hooks=(),
     **more,
 ):
+    cls = hooked(CLASSES[optim], hooks) if hooks else CLASSES[optim]
     config = GPTConfig(**SIZE, **dict(experts), n_kv_head=2)
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[precision])
@@ -563,7 +567,7 @@ def measured(
     else:
         from parallel.zero import ZeRO
 
-        by_rows = stepped_by_rows(CLASSES[optim], kinds(model))
+        by_rows = stepped_by_rows(cls, kinds(model))
         replicas = ZeRO(group, CPU, int(layout[-1]), bucket_mb, by_rows=by_rows, **more)
     if precision == "bf16_sr":
         options = options | {"offload": lambda optimizer: stochastic(optimizer, 0)}
@@ -581,7 +585,7 @@ def measured(
         replicas,
         model,
         functools.partial(initial_weight, config),
-        CLASSES[optim],
+        cls,
         groups,
         micro_batches,
         rank=rank,
@@ -665,6 +669,63 @@ def test_muon_holds_no_more_than_its_stacks(monkeypatch):
     found = measured(0, 1, "ddp", "muon", "fp32", 2, {})
     assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
     assert expected["total"] < 0.95 * whole["total"]
+
+
+@pytest.mark.parametrize(
+    "optim, precision",
+    [
+        ("sgd", "bf16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("adamw", "fp32"),
+                ("adamw", "fp64"),
+                ("adamw", "bf16_sr"),
+                ("muon", "fp32"),
+                ("muon", "bf16_sr"),
+            )
+        ),
+    ],
+)
+def test_hooks_hold_a_copy_of_the_matrices_during_the_step(optim, precision):
+    case = "ddp", optim, 1, precision, 2, {}
+    found = measured(0, 1, "ddp", optim, precision, 2, {}, hooks=[Hyperball()])
+    assert found["peak"] == pytest.approx(predicted(*case, hooks=True)["total"], rel=0.05)
+    assert predicted(*case)["total"] < 0.95 * found["peak"]
+
+
+def measured_hooks(rank, world, layouts, optim):
+    case = optim, "fp32", 2, {}, 0.25
+    return {layout: measured(rank, world, layout, *case, hooks=[Hyperball()]) for layout in layouts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw", "muon", "lamb"])
+@pytest.mark.parametrize("layouts", [("fsdp",), ("ddp",), ("zero1", "zero2", "zero3")])
+def test_with_hooks_the_fullest_of_three_ranks_holds_what_is_predicted(layouts, optim):
+    ranks = run_ranks(3, measured_hooks, layouts, optim)
+    for layout in layouts:
+        expected = predicted(layout, optim, 3, "fp32", 2, {}, bucket_mb=0.25, hooks=True)
+        peak = max(found[layout]["peak"] for found in ranks)
+        assert peak == pytest.approx(expected["total"], rel=0.05), layout
+        state = max(found[layout]["state"] for found in ranks)
+        assert state == pytest.approx(expected["state"], rel=0.05), layout
+
+
+def test_hooks_copy_a_chunk_at_a_time_where_the_step_goes_in_chunks():
+    shapes = gpt_shapes(12, 768, 50304)
+    copied = 4 * sum(math.prod(shape) for kind, shape in shapes.values() if kind == "matrix")
+    plain, hooks = (bytes_per_rank(shapes, "sgd", hooks=x)["total"] for x in (False, True))
+    assert hooks - plain == copied
+    plain, hooks = (
+        bytes_per_rank(shapes, "sgd", hooks=x, offload="cpu", chunk_mb=16)["total"]
+        for x in (False, True)
+    )
+    assert hooks - plain == 16 * 2**20  # more than any matrix
+    # What is no matrix stays with the ranks' even shares.
+    alone = bytes_per_rank(shapes, "adamw", "zero1", 4)["state"]
+    owners = bytes_per_rank(shapes, "adamw", "zero1", 4, hooks=True)["state"]
+    assert alone <= owners < 1.05 * alone
 
 
 WORDY = dict(n_layer=2, n_embd=32, vocab_size=4096)  # more logits than parameters

@@ -117,6 +117,11 @@ LAYOUTS = [
             ),
             "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01",
             "--precision=bf16_sr --optim=adamw --tp=2 --offload=cpu",
+            "--hooks=hyperball --optim=muon --data_parallel=zero1 --bucket_mb=0.01",
+            (
+                "--hooks=radial_brake,uw_floor,radius_pin,cautious_decay --optim=adamw --tp=2"
+                " --precision=bf16_sr --offload=cpu"
+            ),
         )
     ),
 ]
@@ -241,17 +246,21 @@ def test_one_rank_s_nan_makes_all_skip_and_nothing_of_the_step_stays(tmp_path, t
 
 @needs_fork
 @pytest.mark.parametrize(
-    "precision, experts",
+    "precision, words",
     [
-        ("fp16", True),
+        ("fp16", "--n_expert=4"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("fp16", False), ("fp32", True))
+            for case in (
+                ("fp16", "--dropout=0"),
+                ("fp16", "--hooks=radial_brake,uw_floor,radius_pin,cautious_decay"),
+                ("fp32", "--n_expert=4"),
+            )
         ),
     ],
 )
 def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(
-    tmp_path, text, precision, experts
+    tmp_path, text, precision, words
 ):
     """In fp16 it is the loss scaler that skips."""
     more = [
@@ -260,7 +269,7 @@ def test_an_inf_gradient_on_one_rank_makes_all_skip_also_after_a_kill(
         "--save_every=1",
         "--keep=none",
         "--data_parallel=ddp",
-        *(["--n_expert=4"] if experts else []),
+        words,
     ]
     run_ranks(2, inf_gradient, False, text, tmp_path / "whole", *more)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):

@@ -211,11 +211,13 @@ def test_hooks_come_in_the_order_that_is_given():
 def test_what_has_no_gradient_or_another_kind_is_left_alone():
     touched = []
     hook = lambda p, before, lr: touched.append(tuple(p.shape))  # noqa: E731
-    ws = [torch.nn.Parameter(torch.ones(n, n)) for n in (2, 3, 4, 5)]
-    for w in ws[:3]:
+    ws = [torch.nn.Parameter(torch.ones(n, n)) for n in (2, 3, 4, 0, 5)]
+    ws.append(torch.nn.Parameter(torch.ones(6, 6, dtype=torch.complex64)))
+    for w in (*ws[:4], ws[5]):
         w.grad = torch.ones_like(w)
-    kinds = [{"params": [ws[0], ws[3]], "kind": "matrix"}, {"params": [ws[1]], "kind": "head"}]
-    hooked(SGD, [hook])([*kinds, {"params": [ws[2]], "use_muon": False}], lr=0.1).step()
+    kinds = [{"params": [ws[0], *ws[3:]], "kind": "matrix"}, {"params": [ws[1]], "kind": "head"}]
+    groups = [*kinds, {"params": [ws[2]], "use_muon": False}]
+    hooked(torch.optim.SGD, [hook])(groups, lr=0.1).step()
     assert touched == [(2, 2)]
 
 
@@ -439,6 +441,8 @@ WRONG = {
     "--hooks=,": "there is no ''",
     "--hooks=hyperball,uw_floor": "the same relative size",
     "--hooks=radius_pin,hyperball": "both decide",
+    "--hooks=radial_brake,hyperball": "radial_brake slows down",
+    "--hooks=hyperball,cautious_decay": "undoes what decay",
     "--hooks=radial_brake,radial_brake": "twice",
     "--hooks=hyperball --weight_decay=0.1": "contradict",
     "--hooks=cautious_decay --weight_decay=0.1": "contradict",
