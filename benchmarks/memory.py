@@ -11,7 +11,7 @@ in MB (1e6 bytes) on the rank that holds most:
     weights, gradients, state    between the steps; gradients: just before the optimizer's
     rest                         of the peak: activations, logits, buffers, temporaries
     peak                         the most at any moment of the step
-    predicted                    the same by memory/estimate.py (not of tp and cp), and the ratio
+    predicted                    the same by memory/ranks.py (not of tp and cp), and the ratio
 
 --quick: models a hundredth as large.
 """
@@ -26,8 +26,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import runs
-from memory import estimate
+from memory.activations import activation_bytes
 from memory.meter import measure
+from memory.ranks import LAYOUTS, bytes_per_rank, find_optimizer
+from memory.shapes import gpt_shapes
 from model import GPT, GPTConfig, initial_weight
 from optim.param_groups import kinds, param_groups
 from parallel import context, tensor
@@ -101,7 +103,7 @@ def step(job: Job, layout: str, loss_chunk: int | None, rank: int = 0, world: in
         model = GPT(config)
     model.loss_chunk = loss_chunk
     keep_no_copies(model)
-    optimizer_class = estimate.find_optimizer(job.optim)
+    optimizer_class = find_optimizer(job.optim)
     by_rows = stepped_by_rows(optimizer_class, kinds(model))
     group = dist.group.WORLD if world > 1 else None
     tokens = job.block_size
@@ -152,15 +154,13 @@ def on_rank(
 
 def predicted(job: Job, layout: str, loss_chunk: int | None, world: int) -> float:
     tokens = job.sequences * job.block_size
-    shapes = estimate.gpt_shapes(
+    shapes = gpt_shapes(
         job.n_layer, job.n_embd, job.vocab_size, job.block_size, job.arch, job.n_head
     )
     sizes = job.n_layer, job.n_embd, job.vocab_size, job.arch
-    count = functools.partial(
-        estimate.activation_bytes, "bf16", tokens, *sizes, loss_chunk=loss_chunk
-    )
+    count = functools.partial(activation_bytes, "bf16", tokens, *sizes, loss_chunk=loss_chunk)
     activations = count()
-    return estimate.bytes_per_rank(
+    return bytes_per_rank(
         shapes,
         job.optim,
         layout,
@@ -185,7 +185,7 @@ def row(job: Job, layout: str, loss_chunk: int | None, world: int) -> str:
     rest = peak - weights - gradients - state
     cells = [job.name, layout, world, loss_chunk or "none"]
     cells += [f"{x / 1e6:.4g}" for x in (weights, gradients, state, rest, peak)]
-    if layout in estimate.LAYOUTS:
+    if layout in LAYOUTS:
         told = predicted(job, layout, loss_chunk, world)
         cells += [f"{told / 1e6:.4g}", f"{told / peak:.2f}"]
     else:
@@ -208,6 +208,6 @@ def main(argv: list[str]) -> int:
         world = int(given.get("--ranks", usual))
         print(row(job, "ddp", loss_chunk, 1), flush=True)
         if world > 1:
-            for layout in (*estimate.LAYOUTS, "tp", "cp"):
+            for layout in (*LAYOUTS, "tp", "cp"):
                 print(row(job, layout, loss_chunk, world), flush=True)
     return 0

@@ -12,7 +12,7 @@ under ddp the others hold the same.
 
 Sizes. Blocks of 1, 2, 4, 8, 16 times the parameters, by twice the depth, then twice the width, in
 turn. N is all parameters; FLOPs of a token are metrics/flops.py's 6 N' + 12 L C T (N' without the
-embedding), forward and backward; the predicted bytes memory/estimate.py's. A process holds the
+embedding), forward and backward; the predicted bytes memory/ranks.py's. A process holds the
 interpreter and torch besides: so `own` is the peak less that of a model of next to nothing. It is
 more than predicted, which counts tensors: kernels' workspaces and what the allocator keeps are in
 it.
@@ -34,7 +34,9 @@ from statistics import linear_regression, median
 import torch
 
 from benchmarks import runs
-from memory import estimate
+from memory.activations import activation_bytes
+from memory.ranks import bytes_per_rank
+from memory.shapes import Shapes, gpt_shapes
 from metrics import flops as monitor
 from precision import amp
 
@@ -71,10 +73,8 @@ class Case:
         # None on Windows, which does not tell a process its peak.
         return runs.middle(rows) | {"peak_bytes": last["peak_bytes"] or math.nan}
 
-    def shapes(self) -> estimate.Shapes:
-        return estimate.gpt_shapes(
-            self.n_layer, self.n_embd, WORDS, self.block_size, n_head=self.n_head
-        )
+    def shapes(self) -> Shapes:
+        return gpt_shapes(self.n_layer, self.n_embd, WORDS, self.block_size, n_head=self.n_head)
 
     def parameters(self, kinds=KINDS) -> int:
         return sum(math.prod(shape) for kind, shape in self.shapes().values() if kind in kinds)
@@ -85,12 +85,12 @@ class Case:
         return monitor.flops_per_token(n, self.n_layer, self.n_embd, self.block_size)
 
     def predicted(self, precision: str) -> float:
-        """Bytes, by memory/estimate.py: the default optimizer, the whole batch at once."""
-        kept = estimate.activation_bytes(
+        """Bytes, by memory/ranks.py: the default optimizer, the whole batch at once."""
+        kept = activation_bytes(
             precision, self.batch_size * self.block_size, self.n_layer, self.n_embd, WORDS
         )
         logits = self.batch_size * self.block_size * WORDS
-        return estimate.bytes_per_rank(
+        return bytes_per_rank(
             self.shapes(), "muon", precision=precision, activations=kept, logits=logits
         )["total"]
 

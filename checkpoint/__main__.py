@@ -205,6 +205,10 @@ def about_length(cfg: Config) -> list[str]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has read enough. Python would try to write the rest once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:
         print(f"checkpoint: {e}", file=sys.stderr)
         sys.exit(2)

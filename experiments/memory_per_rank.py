@@ -6,7 +6,7 @@ Source: the third lesson (120 and 15 GB), the fourth (105.5 GB; 4, 8 and N times
 the paper behind them, Rajbhandari et al. 2020, 1910.02054 (120, 31.4, 16.6, 1.9 GB for 7.5B on 64
 GPUs).
 
-Protocol: `sources`: memory/estimate.py against each of these figures, and beside those of the
+Protocol: `sources`: memory/ranks.py against each of these figures, and beside those of the
 lessons what the primary sources' 16 bytes a parameter and 34 s b h of activations make of them.
 `measured`: GPTs of 8 layers, widths 64 and 128, on 4 ranks, two micro-batches of 8 tokens, fp32:
 the most bytes alive at any moment of a step on the fullest rank, found by asking all storages at
@@ -37,7 +37,9 @@ from harness import run_ranks
 
 from experiments import protocol
 from experiments.findings import INK, judged, markdown, pick
-from memory import estimate
+from memory.activations import activation_bytes
+from memory.ranks import bytes_per_rank
+from memory.shapes import gpt_shapes
 
 SEVEN = dict(tokens=4 * 2048, n_layer=32, n_embd=4096)
 # Claimed GB; parameters, layout, ranks, accounting, activations; None: no source says so
@@ -79,7 +81,7 @@ def row(keys: dict, quick: bool) -> dict:
     measuring.SIZE["n_embd"] = keys["width"]  # of its model
     if part == "sources":
         _, params, layout, ranks, accounting, size = SOURCES[case]
-        kept = estimate.activation_bytes(accounting, **size) if size else 0
+        kept = activation_bytes(accounting, **size) if size else 0
         return {
             "predicted": (
                 1e9 * measuring.total(optim, layout, params, ranks, accounting, activations=kept)
@@ -144,8 +146,8 @@ def anonymous(place: str, steps: int) -> dict:
         offload="none" if place == "kept" else place,
     )
     over.set()
-    shapes = estimate.gpt_shapes(8, 512, 256)
-    return {"found": most[0], "predicted_state": estimate.bytes_per_rank(shapes)["state"]}
+    held = gpt_shapes(8, 512, 256)
+    return {"found": most[0], "predicted_state": bytes_per_rank(held)["state"]}
 
 
 # ---- findings ------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The flags of memory/estimate.py and memory/plan.py as commands: read, checked, listed.
 
-    --params=7B --gpus 64 --offload=cpu      words -> (name, text)      from_text -> the value
+    --params=7B --gpus 64 --compare      words -> (name, text)      from_text -> the value
 
-7B is 7e9, as are K, M and T. A default shows its flag's kind.
+7B is 7e9, as are K, M and T. A default shows its flag's kind; a flag whose default is false needs
+no value. command() prints what a command says, or its error in a line.
 
 Example:
     from memory.flags import from_text, words
@@ -13,6 +14,10 @@ Example:
 
 import difflib
 import math
+import os
+import sys
+import textwrap
+from collections.abc import Callable
 
 
 def check(what: str, value, known) -> None:
@@ -29,14 +34,19 @@ def check(what: str, value, known) -> None:
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
-def words(argv: list[str]) -> list[tuple[str, str]]:
-    """(name, text) of each --name=text, or --name text. Raises ValueError."""
+def words(argv: list[str], switches=()) -> list[tuple[str, str]]:
+    """(name, text) of each --name=text, or --name text; (name, "true") of a bare switch.
+
+    Raises ValueError.
+    """
     left = list(argv)
     found = []
     while left:
         word = left.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
-        if not equals and left and not left[0].startswith("--"):
+        if name in switches and not equals:
+            text = "true"
+        elif not equals and left and not left[0].startswith("--"):
             text = left.pop(0)
         if not word.startswith("--") or not text:
             raise ValueError(f"{word!r} is not understood; type --name=value")
@@ -57,7 +67,7 @@ def from_text(name: str, text: str, default, choices=(), is_fraction: bool = Fal
     if choices:
         check(name, text, choices)
         return None if text == "none" else text
-    if type(default) is bool:
+    if type(default) is bool or name in ("tied", "qkv_bias"):
         check(name, text.lower(), ("true", "false"))
         return text.lower() == "true"
     value = number(text)
@@ -70,7 +80,7 @@ def from_text(name: str, text: str, default, choices=(), is_fraction: bool = Fal
             return round(value)
     what = "a number, 0 or more"
     if not is_fraction:
-        what = f"a whole number, {least} or more, as 8, 7e9 or 7B"
+        what = f"a whole number, {least} or more, as 8, 350M, 7e9, 7B or 1.5T"
     raise ValueError(f"{name}={text} is not allowed; it takes {what}")
 
 
@@ -88,18 +98,39 @@ def number(text: str) -> float:
         return math.nan
 
 
-def usage(defaults: dict, names: dict) -> str:
-    """The flags with their defaults, and the words that some of them take."""
-    lines = ["--name=value, or --name value; the values here are the defaults"]
+def usage(defaults: dict, names: dict, says: dict[str, str]) -> str:
+    """The flags with their defaults, what each is for, and the words that some of them take."""
+    lines = ["Flags, as --name=value or --name value; the values here are the defaults:"]
     for name, value in defaults.items():
-        choices = [x for x in names.get(name, ()) if x != str(value)]
         if value in (None, True, False):
             value = str(value).lower()
-        line = f"  --{name}={value}"
+        text = says.get(name, "")
+        choices = [x for x in names.get(name, ()) if x != str(value)]
         if choices:
-            line += f"  or {', '.join(choices)}"
-        lines.append(line)
+            text += f" (or {', '.join(choices)})"
+        flag = f"  --{name}={value}"
+        if len(flag) > 30:
+            lines.append(flag)
+            flag = ""
+        wrapped = textwrap.wrap(text, 68) or [""]
+        lines.append(f"{flag:31} {wrapped[0]}".rstrip())
+        lines += [" " * 32 + line for line in wrapped[1:]]
     return "\n".join(lines)
+
+
+def command(name: str, work: Callable[[list[str]], str]) -> None:
+    """Prints work(the command line). A ValueError is one line, and the program ends with 2.
+
+    Whoever reads may leave early, as `| head` does: that is no error.
+    """
+    try:
+        print(work(sys.argv[1:]), flush=True)
+    except ValueError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # Python would try to write the rest once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -19,41 +19,12 @@ choices:
     HFU.
 """
 
-import re
 import sys
 
 import torch
 from torch import nn
 
-# Dense peaks in TFLOP/s per device from NVIDIA's data sheets (half of the figures "with sparsity");
-# GeForce: from the white papers of the architectures. Products accumulate in fp32, as training
-# needs; on GeForce that is half of the advertised rate. fp32 is without tensor cores, tf32 what
-# fp32 becomes where torch may use it.
-PEAK_FLOPS = {
-    "V100-SXM2": {"fp16": 125, "fp32": 15.7},
-    "V100-PCIE": {"fp16": 112, "fp32": 14},
-    "V100S-PCIE": {"fp16": 130, "fp32": 16.4},
-    "T4": {"fp16": 65, "fp32": 8.1},
-    "A10": {"bf16": 125, "fp16": 125, "tf32": 62.5, "fp32": 31.2},
-    "A100": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
-    "L4": {"bf16": 121, "fp16": 121, "fp8": 242.5, "tf32": 60, "fp32": 30.3},
-    "L40S": {"bf16": 362, "fp16": 362, "fp8": 733, "tf32": 183, "fp32": 91.6},
-    "RTX 3090": {"bf16": 71, "fp16": 71, "tf32": 35.6, "fp32": 35.6},
-    "RTX 4090": {"bf16": 165.2, "fp16": 165.2, "fp8": 330.3, "tf32": 82.6, "fp32": 82.6},
-    "RTX 5090": {"bf16": 209.5, "fp16": 209.5, "fp8": 419, "tf32": 104.8, "fp32": 104.8},
-    # H100 without PCIe or NVL in its name is the SXM card.
-    "H100 HBM3": {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
-    "H100 SXM5": {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
-    "H100 PCIe": {"bf16": 756.5, "fp16": 756.5, "fp8": 1513, "tf32": 378, "fp32": 51},
-    "H100 NVL": {"bf16": 835.5, "fp16": 835.5, "fp8": 1670.5, "tf32": 417.5, "fp32": 60},
-    "H200": {"bf16": 989.5, "fp16": 989.5, "fp8": 1979, "tf32": 494.5, "fp32": 67},
-    "H200 NVL": {"bf16": 835.5, "fp16": 835.5, "fp8": 1670.5, "tf32": 417.5, "fp32": 60},
-    "B200": {"bf16": 2250, "fp16": 2250, "fp8": 4500, "tf32": 1100, "fp32": 75},
-    # GB200: for each of its two GPUs.
-    "GB200": {"bf16": 2500, "fp16": 2500, "fp8": 5000, "tf32": 1250, "fp32": 80},
-}
-# Beside a listed name these words mean another chip, or a part of one.
-OTHER_CHIP = {"laptop", "mig", "max", "super", "ti", "d"}
+from metrics.devices import find
 
 
 def matmul_params(model: nn.Module) -> int:
@@ -95,17 +66,13 @@ def flops_per_token(
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Dense peak of a device in FLOP/s; None for a device that the table does not know.
 
-    device_name: as `torch.cuda.get_device_name()` says it; precision: of the products, fp8, fp16,
-    bf16, tf32 or fp32. A peak is never made up. Names match by whole words and the longest match
-    wins: "NVIDIA H100 PCIe" is not taken for the SXM card, "GH200" not for an H200, "L40" not for
-    an L4. A laptop's RTX 4090 and a MIG slice are unknown.
+    device_name: as `torch.cuda.get_device_name()` says it (metrics/devices.py); precision: of the
+    products, fp8, fp16, bf16, tf32 or fp32. A peak is never made up.
     """
-    words = set(re.findall(r"\w+", device_name.lower()))
-    known = [name for name in PEAK_FLOPS if words.issuperset(re.findall(r"\w+", name.lower()))]
-    if not known or words & OTHER_CHIP:
+    device = find(device_name)
+    if device is None or precision not in device.peaks:
         return None
-    peaks = PEAK_FLOPS[max(known, key=len)]
-    return peaks[precision] * 1e12 if precision in peaks else None
+    return device.peaks[precision] * 1e12
 
 
 def mfu(tokens_per_s_per_device: float, flops_per_token: float, peak: float | None) -> float | None:

@@ -9,7 +9,7 @@
     heavy_step     False     too much work for every replica to repeat: ranks share it out
     mup_rule       None      how a step scales, in the words of optim/mup.py; None: no rule
     state_numbers  -         numbers of state that a parameter of a shape takes, for
-                             memory/estimate.py; keyword-only arguments are the options that matter
+                             memory/ranks.py; keyword-only arguments are the options that matter
 
 zero_init, heavy_step and mup_rule belong to the method. A class without them, such as
 torch.optim.AdamW, takes them from our class of the same name. The others belong to the code, and a

@@ -62,6 +62,7 @@ Example:
 """
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -72,7 +73,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from parallel.mesh import new_group
 from parallel.replicas import StepGuard
-from parallel.timeline import Op, Transfer, layers, programs, schedule, simulate
+from parallel.timeline import SCHEDULES, Op, Transfer, layers, programs, schedule, simulate
 
 UNTIED = (
     "optimizer.step() came before all_reduce_tied_grads(): the tied parameter is on two ranks, and "
@@ -426,7 +427,23 @@ def weight_gradients(queue: list) -> None:
 
 
 # ---- python -m parallel.pipeline: draws a schedule -----------------------------------------------
+USAGE = f"""Draws a pipeline schedule: who computes what when, who waits, who keeps how much.
+
+    python -m parallel.pipeline --schedule=1f1b --pp=4
+    python -m parallel.pipeline --schedule=interleaved --pp=4 --pp_chunks=2
+    python -m parallel.pipeline --schedule=zerobubble --pp=4 --micro_batches=16
+
+  --schedule=1f1b       or {", ".join(name for name in SCHEDULES if name != "1f1b")} (--pp_schedule)
+  --pp=4                ranks, each with some of the layers
+  --micro_batches=8     of a step, on each rank
+  --pp_chunks=1         model chunks on each rank; 2 or more for interleaved, where 2 is usual
+
+The formulas of each schedule are at the top of parallel/timeline.py."""
+
+
 def main(argv: list[str]) -> str:
+    if {"--help", "-h"} & {*argv}:
+        return USAGE
     flags = {"schedule": "1f1b", "pp": 4, "micro_batches": 8, "pp_chunks": None}
     for argument in argv:
         name, _, text = argument.removeprefix("--").partition("=")
@@ -440,42 +457,55 @@ def main(argv: list[str]) -> str:
         flags["pp_chunks"] = 2 if flags["schedule"] == "interleaved" else 1
     ops = schedule(*flags.values())
     timeline = simulate(ops)
-    lines = [
-        str(timeline),
-        f"idle: {timeline.bubble:.1%}; in memory: {timeline.in_flight}",
-        "",
-        *legend(ops),
-    ]
-    return "\n".join(lines)
+    drawing = str(timeline).splitlines()
+    width = max(map(len, drawing))
+    cell = 1 + max(op.chunk for op in ops[0])  # characters of a unit of time
+    units = range(0, round(timeline.end), 10 if cell == 1 else 5)
+    axis = "".join(str(unit).ljust(cell * units.step) for unit in units).rstrip()
+    words = "{schedule}: {pp} ranks, {micro_batches} micro-batches a step, {pp_chunks} model chunk"
+    lines = [words.format(**flags) + "s" * (flags["pp_chunks"] > 1) + " on each rank", ""]
+    lines.append(f"{'time':8}{axis:{width}}  kept  waits")
+    for rank, row in enumerate(drawing):
+        busy = sum(end - start for start, end in timeline.spans[rank])
+        idle = 1 - busy / timeline.end
+        lines.append(f"rank {rank:<3}{row:{width}}  {timeline.in_flight[rank]:4} {idle:6.1%}")
+    return "\n".join([*lines, "", *legend(ops, timeline.bubble)])
 
 
-def legend(ops: list[list[Op]]) -> list[str]:
+def legend(ops: list[list[Op]], bubble: float) -> list[str]:
     """What the drawing of a schedule means: a line for each kind of mark in it."""
     kinds = {op.kind for op in ops[0]}
+    has_chunks = any(op.chunk > 0 for op in ops[0])
+    part = "one chunk" if has_chunks else "a rank's layers"
     lines = [
-        "a row      a rank; time goes to the right",
-        "0 1 2      forward of this micro-batch; number 10 is 0 again",
+        "rank       a row is a rank, a part of the layers; rank 0 has the first ones",
+        f"time       to the right; a unit is the forward of one micro-batch through {part}",
+        "0 1 2      forward of micro-batch 0, 1, 2; number 10 is 0 again",
     ]
     if "W" in kinds:
         lines += [
             "a b c      backward of micro-batch 0, 1, 2: the gradient of the input",
-            "A B C      the same: the gradients of the weights",
+            "A B C      the same: the gradients of the weights, which no other rank waits for",
         ]
     else:
         lines.append("a b c      backward of micro-batch 0, 1, 2: twice a forward's time")
-    if any(op.chunk > 0 for op in ops[0]):
+    if has_chunks:
         lines.append("0' a'      the same in the rank's second model chunk, 0'' in its third")
     lines += [
-        ".          the rank waits",
-        "idle       the share of all ranks' time in which they wait: the bubble",
-        "in memory  the most forwards whose activations a rank keeps at one time, by rank",
+        ".          the rank waits for another",
+        f"kept       the most forwards through {part} whose activations it keeps at one time",
+        f"waits      the share of the time in which it waits; of all ranks' time {bubble:.1%}: the"
+        " bubble",
     ]
     return lines
 
 
 if __name__ == "__main__":
     try:
-        print(main(sys.argv[1:]))
+        print(main(sys.argv[1:]), flush=True)
     except ValueError as error:
         print(f"pipeline.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # `| head` has read enough. Python would try to write the rest once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

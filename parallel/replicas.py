@@ -416,7 +416,7 @@ def is_spared(cls: type[Optimizer], group: dict) -> bool:
 #     owners_by_size    full parameters; on every rank about as many elements
 #     deal              rows where an optimizer can step them alone, else full parameters
 #
-# memory/estimate.py and memory/plan.py call them for thousands of ranks, so a heap finds the rank
+# memory/ranks.py and memory/plan.py call them for thousands of ranks, so a heap finds the rank
 # with the least load.
 def owners_by_size(shapes: list[tuple[int, ...]], n: int) -> list[int]:
     """The owner of each parameter among n ranks: about as many elements on every rank.

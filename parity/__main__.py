@@ -16,6 +16,7 @@ Exit status: 0 all agree, 1 something differs, B lacks something or a rank died,
 
 import json
 import math
+import os
 import shlex
 import sys
 import tempfile
@@ -163,7 +164,12 @@ def ranks(word: str | None, least: int) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        # `| head` has read enough. Python would try to write the rest once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         print(f"parity: {error}", file=sys.stderr)
         sys.exit(2)

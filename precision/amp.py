@@ -35,7 +35,7 @@ import torch
 class Precision:
     weights: torch.dtype  # and gradients
     autocast: torch.dtype | None  # to what autocast casts a product's operands; None: no autocast
-    peak: str  # its column among the peaks in metrics/flops.py
+    peak: str  # its column among the peaks in metrics/devices.py
     loss_scaling: bool = False  # by precision/loss_scale.py
     fp8_blocks: bool = False  # the blocks multiply in FP8, by precision/fp8.py
     stochastic: bool = False  # weights are rounded by chance, precision/stochastic.py

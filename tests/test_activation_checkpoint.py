@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layers.generation import generate
 from memory import activation_checkpoint
 from memory.activation_checkpoint import HOW, apply_activation_checkpointing, parse
-from memory.estimate import activation_bytes
+from memory.activations import activation_bytes
 from memory.meter import Meter
 from model import GPT, GPTConfig, initial_weight
 from parallel import context, pipeline, sequence, tensor

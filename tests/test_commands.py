@@ -232,6 +232,8 @@ def understood(place, words: list[str]) -> None:
         assert (module, words) == ("memory.plan", ["runs"]) or importlib.import_module(
             module
         ).parse(words)
+    elif module == "memory.known":
+        assert not words and importlib.import_module(module).listing(words)
     elif module == "parallel.pipeline":
         assert importlib.import_module(module).main(words)
     elif module.startswith("examples."):

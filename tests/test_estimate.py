@@ -22,20 +22,14 @@ import optim as optimizers
 from hooks.hyperball import Hyperball
 from hooks.wear import hooked
 from layers import moe
-from memory import estimate, plan
+from memory import estimate, known, largest, plan, ranks
 from memory import flags as memory_flags
 from memory.activation_checkpoint import apply_activation_checkpointing
-from memory.estimate import (
-    Experts,
-    activation_bytes,
-    bytes_of,
-    bytes_per_rank,
-    even_shapes,
-    gpt_shapes,
-    state_numbers,
-)
+from memory.activations import activation_bytes
 from memory.meter import Meter, measure, nbytes
 from memory.offload import offload
+from memory.ranks import bytes_per_rank, state_numbers
+from memory.shapes import Experts, bytes_of, even_shapes, gpt_shapes
 from model import GPT, GPTConfig, initial_weight
 from optim import (
     adafactor,
@@ -69,6 +63,7 @@ from run.balance import Balance
 from run.build import stepped_by_rows
 from settings import fields
 from settings.fields import ARCHS
+from settings.parse import parse as settings_parse
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -362,9 +357,9 @@ def test_state_is_counted_as_the_optimizer_keeps_it(optim, options, dtype):
 def test_every_optimizer_is_known_with_its_defaults():
     assert own_classes() == CLASSES
     for name, cls in CLASSES.items():
-        assert estimate.find_optimizer(name) is cls
+        assert ranks.find_optimizer(name) is cls
         made = cls([torch.zeros(2, 2)]).defaults
-        options = {k: p.default for k, p in estimate.options_of(cls).items()}
+        options = {k: p.default for k, p in ranks.options_of(cls).items()}
         assert options == {k: made[k] for k in options}
 
 
@@ -464,33 +459,18 @@ def test_wide_heads_few_of_keys_and_a_wide_mlp_keep_what_is_predicted(arch, how)
 
 def test_activation_checkpointing_takes_from_the_activations_alone():
     """How much is tested in test_activation_checkpoint.py; on paper 34 s b h become 2."""
-    size, found = (
-        [
-            "--n_layer=32",
-            "--n_embd=4096",
-            "--params=7e9",
-            "--block_size=2048",
-            "--batch=4",
-        ],
-        {},
-    )
+    s, _ = estimate.parse(["--n_layer=32", "--n_embd=4096", "--batch=4", "--loss_chunk=none"])
+    shape, _ = known.asked(s)
+    first = {}
     for how in (
-        "none",
-        "full",
-        "every_2",
-        "every_3",
-        "segments_4",
-        "attention",
-        "mlp",
-        "selective",
-        "offload",
+        *("none", "full", "every_2", "every_3", "segments_4"),
+        *("attention", "mlp", "selective", "offload"),
     ):
-        rows = estimate.table(
-            *estimate.parse([*size, f"--activation_checkpoint={how}"])
-        ).splitlines()
-        found[how] = [row.split() for row in rows if row.startswith("ddp")]
-        assert [row[1:4] for row in found[how]] == [["14", "14", "84"], ["14", "14", "56"]]
-    first = {how: float(rows[0][4]) for how, rows in found.items()}
+        run = SimpleNamespace(**s | dict(activation_checkpoint=how))
+        held = largest.held(run, {}, shape, "ddp", "mixed")
+        first[how] = held["activations"] / 1e9
+        weights = sum(math.prod(x) for _, x in gpt_shapes(**shape).values())
+        assert (held["parameters"], held["state"]) == (2 * weights, 12 * weights)
     unit = 4 * 2048 * 4096 / 1e9  # the formula: of all layers, and what comes back of one
     assert first["none"] == pytest.approx(34 * 32 * unit, rel=1e-3)
     assert first["full"] == pytest.approx((2 * 32 + 32) * unit, rel=1e-3)
@@ -1097,16 +1077,79 @@ def command(*arguments):
     )
 
 
-def test_the_command_prints_both_accountings():
-    run = command("--params=7.5e9", "--gpus=64")
-    rows = [line.split() for line in run.stdout.splitlines() if line.startswith(estimate.LAYOUTS)]
-    assert run.returncode == 0 and [row[6] for row in rows[:4]] == [
-        "120",
-        "31.41",
-        "16.64",
-        "1.875",
-    ]
-    assert [row[6] for row in rows[5:9]] == ["90", "30.94", "16.17", "1.406"]
+def totals(text: str) -> list[tuple[str, str]]:
+    """(layout, total) of each row, in their order."""
+    found = [line.split()[:2] for line in text.splitlines() if line.startswith(ranks.LAYOUTS)]
+    return [tuple(pair) for pair in found]
+
+
+def test_the_command_is_about_the_run_first_and_compares_where_it_is_asked():
+    run = command("--params=7.5e9", "--gpus=64", "--compare", "--batch=0")
+    ours, mixed, texts = [totals(run.stdout)[i : i + 5] for i in (0, 5, 10)]
+    assert run.returncode == 0 and "the shape is a guess" in run.stdout
+    assert dict(mixed) == dict(
+        ddp="120.00", zero1="31.41", zero2="16.64", zero3="1.88", fsdp="1.88"
+    )
+    assert dict(texts) == dict(ddp="90.00", zero1="30.94", zero2="16.17", zero3="1.41", fsdp="1.41")
+    for rows in (ours, mixed, texts):
+        assert [float(x) for _, x in rows] == sorted(float(x) for _, x in rows)
+    alone = estimate.table(*estimate.parse(["--params=7.5e9", "--gpus=64", "--batch=0"]))
+    assert run.stdout.startswith(alone) and len(totals(alone)) == 5 and "paper" not in alone
+
+
+def test_a_size_has_its_published_shape_and_activations_of_one_sequence():
+    text = estimate.table(*estimate.parse(["--params=7B", "--gpus=64", "--gpu=H100"]))
+    assert "Llama 2 7B, the published shape" in text and "6,738,415,616 parameters" in text
+    assert "1 sequence of 4096 tokens on each GPU" in text
+    head, *rows = text.split("\n\n")[1].splitlines()
+    held = {row.split()[0]: dict(zip(head.split(), row.split())) for row in rows}
+    kept = activation_bytes(
+        "bf16", 4096, 32, 4096, 32000, "llama", loss_chunk=4096, mlp_width=11008
+    )
+    assert held["ddp"]["activations"] == f"{kept / 1e9:.2f}"
+    for row in held.values():
+        parts = [float(row[c]) for c in ("weights", "gradients", "state", "activations", "buffers")]
+        assert sum(parts) == pytest.approx(float(row["total"]), abs=0.03)
+    # A row fits that fills at most 0.9 of the 80 GB.
+    assert {k: row["fits"] for k, row in held.items()} == dict.fromkeys(held, "yes") | dict(
+        ddp="no"
+    )
+    # Every column is explained, in the same order.
+    legend = text.split("\n\n")[2].splitlines()
+    assert [line.split()[0] for line in legend if not line.startswith(" ")] == head.split()
+    assert "host" in estimate.table(*estimate.parse(["--params=1B", "--offload=cpu"]))
+
+
+def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not(monkeypatch):
+    settings, options = estimate.parse(["--largest", "--gpu=4090", "--gpus=1", "--n_kv_head=1"])
+    assert settings["memory"] == 24e9
+    s = SimpleNamespace(**settings)
+    rows = largest.largest(s, options)
+    counts = [row[1] for row in rows]
+    assert counts == sorted(counts) and 0.8e9 < counts[0] < 1.5 * counts[0] < counts[-1]
+    for flags, count, shape, published, gigabytes in rows:
+        assert 0.9 * 21.6 < gigabytes <= 21.6 and shape["n_kv_head"] == 1
+        run = SimpleNamespace(
+            **estimate.parse([*flags.split(), "--gpus=1"])[0] | {"micro_batches": 2}
+        )
+        assert largest.least(run, {}, shape)[0] == pytest.approx(1e9 * gigabytes)
+        more = shape | dict(n_layer=2 + shape["n_layer"])
+        assert largest.least(run, {}, more)[0] > 21.6e9
+        # The published one fits as well.
+        small = largest.of_published(SimpleNamespace(**vars(run) | {"n_kv_head": 1}), published)
+        assert largest.least(run, {}, small)[0] <= 21.6e9
+    monkeypatch.setattr(estimate, "largest", lambda *_: rows)
+    for row in None, 2:
+        lines = estimate.largest_table(SimpleNamespace(**settings | dict(row=row)), {}).splitlines()
+        cfg = settings_parse([*lines[-1].split("train.py ")[1].split(), "--device=cpu"])
+        how = (cfg.precision, cfg.offload) if row is None else (cfg.activation_checkpoint,)
+        assert how == (("bf16_sr", "cpu") if row is None else ("full",))
+        assert cfg.n_layer == rows[(row or 4) - 1][2]["n_layer"]
+    # A pace of 40 % of the peak or less, less where blocks are computed again.
+    table = [line.split() for line in lines if re.match(r"\d {3}", line)]
+    paces = [float(row[4].replace(",", "")) for row in table]
+    assert paces == sorted(paces, reverse=True)
+    assert 0.2 < 6 * counts[0] * paces[0] / 165.2e12 < 0.6
 
 
 def test_every_optimizer_and_layout_has_a_row():
@@ -1123,19 +1166,19 @@ def test_every_optimizer_and_layout_has_a_row():
                 "--fsdp_shard=3",
                 "--arch=gpt2",
                 "--reshard=false",
+                "--compare",
             ]
         )
         text = estimate.table(fields, options)
         assert (
-            all(text.count(f"\n{layout} ") == 3 for layout in estimate.LAYOUTS)
-            and "nan" not in text
+            all(text.count(f"\n{layout} ") == 3 for layout in ranks.LAYOUTS) and "nan" not in text
         )
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ("", "type --params=7e9"),
+        ("", "type --params=13B"),
         ("--parms=7e9", "did you mean params"),
         ("params", "type --name=value"),
         ("--params=x", "a whole number"),
@@ -1145,15 +1188,18 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--params=7e9 --gpus=0", "gpus=0"),
         ("--params=7e9 --optim=adamv", "did you mean adamw"),
         ("--params=7e9 --precision=fp23", "mean fp32"),
-        ("--params=7e9 --optim=soap", "depends on shapes"),
         ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3"),
         ("--params=7e9 --opt.momentum=0.9", "adamw's option 'momentum'"),
         ("--params=7e9 --offload=disc", "disk"),
         ("--params=7e9 --optim=sgd --opt.momentun=0.9", "did you mean momentum"),
         ("--n_layer=2", "--n_embd"),
         ("--params=7e9 --optim=sgd --opt.momentum=x", "momentum=x"),
-        ("--params=7e9 --batch=2", "--n_layer"),
-        ("--params=7e9 --activation_checkpoint=full", "type --batch=8"),
+        ("--params=7e9 --batch=0 --activation_checkpoint=full", "type --batch=8"),
+        ("--largest", "type --memory=24GB"),
+        ("--largest --memory=24GB --params=7B", "leave --params out"),
+        ("--largest --memory=1MB --gpus=1", "nothing fits"),
+        ("--largest --memory=24GB --row=5", "row=5 is not in the table"),
+        ("--params=7B --gpu=A1000", "did you mean A100"),
         ("--params=7e9 --n_expert=8", "leave --params out"),
         ("--n_layer=2 --n_embd=8 --moe_every=2", "type --n_expert=8 too"),
         ("--n_layer=2 --n_embd=8 --ep=2", "type --n_expert=8 too"),
@@ -1188,10 +1234,10 @@ def test_every_precision_of_a_run_has_its_bytes():
             for how in ("none", "full", "selective"):
                 text = estimate.table(*estimate.parse([*size, f"--activation_checkpoint={how}"]))
                 assert text.count("\nfsdp ") == 1 and "nan" not in text
-        weight, gradient, master, number = estimate.bytes_of(precision)
+        weight, gradient, master, number = bytes_of(precision)
         assert weight == gradient == row.weights.itemsize and master == 0
         assert number == max(4, weight)
-        assert f"\n{precision}: " in text and f"{weight} + {gradient} bytes" in text
+        assert f" {precision}, " in text and f"{weight} bytes a weight" in text
 
 
 @pytest.mark.parametrize(
@@ -1225,9 +1271,18 @@ def test_a_number_that_is_none_is_refused(text):
 
 
 def test_a_blank_stands_for_the_equals_sign_and_none_for_none():
-    words = "--params 7B --gpus=64 --precision none --n_kv_head=None --offload NONE --reshard FALSE"
+    words = (
+        "--params 7B --gpus=64 --loss_chunk none --n_kv_head=None --offload NONE --reshard FALSE"
+    )
     s, _ = estimate.parse(words.split())
-    assert (s["params"], s["gpus"], s["precision"], s["n_kv_head"], s["offload"], s["reshard"]) == (
+    assert (
+        s["params"],
+        s["gpus"],
+        s["loss_chunk"],
+        s["n_kv_head"],
+        s["offload"],
+        s["reshard"],
+    ) == (
         7 * 10**9,
         64,
         None,
@@ -1240,18 +1295,18 @@ def test_a_blank_stands_for_the_equals_sign_and_none_for_none():
 
 
 def test_the_help_names_every_flag_its_default_and_choices():
-    text = command("--help").stdout
+    text = estimate.main(["--help"])
     for name, value in estimate.DEFAULTS.items():
         assert f"  --{name}={'none' if value is None else str(value).lower()}" in text
     for name in ("fp16", "bf16_sr", "fp8", "muon", "track3", "disk"):
-        assert re.search(rf"  --.* or .*\b{name}\b", text), name
-    assert "None" not in text and "7B" in text
+        assert re.search(rf"\(or\s[^)]*\b{name}\b", text), name
+    assert "None" not in text and "7B" in text and {*estimate.SAYS} == {*estimate.DEFAULTS}
 
 
 def test_a_mistake_ends_the_command_with_2():
     run = command("--parms=7e9")
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert command("--help").stdout.startswith("Bytes that a rank")
+    assert estimate.main(["--help"]).startswith("What a run needs of each GPU's memory")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from memory.meter import Meter
-from metrics import flops
+from metrics.devices import DEVICES, TYPED, find, typed
 from metrics.flops import active_params, flops_per_token, matmul_params, mfu, peak_bytes, peak_flops
 from model import GPT, GPTConfig
 from settings import fields
@@ -154,6 +154,9 @@ def test_matmul_params_count_the_head_once_tied_or_not_and_no_embedding():
         ("NVIDIA H200 NVL", 835.5),
         ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
+        ("NVIDIA H800", 989.5),
+        ("NVIDIA H20", 148),
+        ("AMD Instinct MI300X", 1307.4),
     ],
 )
 def test_each_device_has_its_own_dense_peak(name, tflops):
@@ -172,7 +175,8 @@ def test_v100_and_t4_have_fp16_and_fp32_peaks():
     [
         "cpu",
         "",
-        "AMD Instinct MI300X",
+        "AMD Instinct MI300A",
+        "NVIDIA GB10",  # nobody publishes its bf16
         "NVIDIA H100",
         "NVIDIA GH200 480GB",
         "NVIDIA L40",
@@ -195,10 +199,46 @@ def test_no_peak_is_made_up_for_a_precision_the_hardware_lacks():
 
 
 def test_the_table_is_ordered_as_hardware_is():
-    for name, peaks in flops.PEAK_FLOPS.items():
+    for name, device in DEVICES.items():
+        peaks = device.peaks
+        if not peaks:
+            continue
         order = [peaks[p] for p in ("fp32", "tf32", "bf16", "fp8") if p in peaks]
         assert order == sorted(order), name
         assert peaks.get("bf16", peaks["fp16"]) == peaks["fp16"], name
+
+
+def test_bytes_and_links_are_as_published():
+    """GB, GB/s of memory, GB/s one way to GPUs of the machine."""
+    for name, figures in {
+        "A10": (24, 600, 32),
+        "L4": (24, 300, 32),
+        "L40S": (48, 864, 32),
+        "RTX 3090": (24, 936, 32),
+        "RTX 4090": (24, 1008, 32),
+        "RTX 5090": (32, 1792, 64),
+        "H20": (96, 4000, 450),
+        "MI300X": (192, 5300, 448),
+        "B200": (180, 8000, 900),
+        "GB200": (186, 8000, 900),
+        "GB10": (128, 273, None),
+    }.items():
+        device = DEVICES[name]
+        assert (device.memory, device.bandwidth, device.link) == figures, name
+    # 304 units x 2.1 GHz x 2048 operations
+    assert DEVICES["MI300X"].peaks["bf16"] == pytest.approx(304 * 2.1e9 * 2048 / 1e12, rel=1e-4)
+
+
+def test_a_card_is_found_by_what_people_type():
+    for text in "4090", "rtx4090", "RTX-4090", "NVIDIA RTX 4090":
+        assert typed(text) == "RTX 4090"
+    assert (
+        DEVICES[typed("h100")] is find("NVIDIA H100 80GB HBM3") and typed("h100-nvl") == "H100 NVL"
+    )
+    assert all(DEVICES[name].bandwidth for name in TYPED.values()) and "t4" not in TYPED
+    for text, says in ("A1000", "did you mean A100"), ("TPU v5", "there are: A10, "):
+        with pytest.raises(ValueError, match=says):
+            typed(text)
 
 
 def test_mfu_is_the_fraction_of_peak_and_none_when_the_peak_is_unknown():

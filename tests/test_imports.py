@@ -6,7 +6,7 @@
                <  model monitor                                  concepts at the root
                <  run                                            concepts from settings
                <  train sample sweep bench, search benchmarks experiments examples parity,
-                  memory/plan, __main__
+                  memory/plan and estimate, __main__
 
 The rooms between settings and run are concepts. A concept takes plain arguments: it imports no
 settings, and from another room only what CROSSINGS lists. In the folders of ALONE a file can be
@@ -34,7 +34,10 @@ ROOMS = [
     | {"search", "benchmarks", "experiments", "examples", "parity"},
 ]
 CONCEPTS = set().union(*ROOMS[2:5])
-TOOLS = {"memory.plan", "checkpoint.__main__"}  # in the folder of a concept
+# In the folder of a concept: commands, and what only they use. They bring concepts together.
+TOOLS = {"checkpoint.__main__"} | {
+    f"memory.{name}" for name in "estimate largest plan layouts predict claims".split()
+}
 FOLDERS = {room for rooms in ROOMS for room in rooms if (ROOT / room).is_dir()}
 AT_ROOT = {"train", "model", "schedules", "monitor", "sample", "sweep", "bench"}
 
@@ -49,12 +52,14 @@ CROSSINGS = {
         "parallel.protocol": "what a layout has",
         "parallel.shard": "which part of a split matrix is here",
     },
-    "memory.estimate": {
+    "memory.activations": {"precision.amp": "bytes of a number"},
+    "memory.ranks": {
         "optim.attributes": "how many numbers an optimizer remembers",
         "optim.muon": "how many numbers it steps at once",
         "parallel.replicas": "which rank owns which parameter",
         "precision.amp": "bytes of a number",
     },
+    "memory.shapes": {"precision.amp": "bytes of a number"},
     "metrics.watch": {
         "optim.qk_clip": "the largest attention logits",
         "parallel.context": "where this rank's tokens lie in the sequence",
@@ -73,8 +78,10 @@ CROSSINGS = {
     "parallel.expert": {"layers.moe": "the order of rows by expert"},
     "monitor": {"checkpoint.snapshots": "what a rollback goes back to"},
 }
-# What each layout asks: who is where, who has which gradient, how memory is taken.
+# What each layout asks: who is where, who has which gradient, how memory is taken. And what each
+# estimate of memory counts: a model's parameters, and bytes of a number.
 SHARED = {f"parallel.{name}" for name in "mesh replicas shard protocol".split()}
+SHARED |= {"memory.shapes"}
 ALONE = ("optim", "hooks", "parallel", "precision", "memory", "layers")
 
 
@@ -161,7 +168,7 @@ def planted_line(name: str, line: str) -> dict[str, set[str]]:
         ("layers.attention", "import settings.fields", "layers.attention imports settings.fields"),
         ("optim.muon", "from settings import parse", "optim.muon imports settings.parse"),
         ("monitor", "from settings.checks import divisor", "monitor imports settings.checks"),
-        ("memory.estimate", "import settings.parse", "memory.estimate imports settings.parse"),
+        ("memory.ranks", "import settings.parse", "memory.ranks imports settings.parse"),
         ("checkpoint.slices", "from checkpoint import load", "a circle: "),
         ("settings.fields", "import settings.parse", "a circle: "),
         ("data.cursor", "from checkpoint import load", "data.cursor imports checkpoint.load, a"),

@@ -8,8 +8,9 @@ import pytest
 from harness import run_ranks
 
 import train
-from memory.estimate import Experts
-from memory.plan import GPUS, Cluster, Layout, Model, predict
+from memory import plan
+from memory.predict import Layout, Model, predict
+from memory.shapes import Experts
 from settings.parse import parse
 
 RECIPE = Path(__file__).parent.parent / "configs" / "moe_gpu.toml"
@@ -40,7 +41,7 @@ def planned():
     shape = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_head, 50304, cfg.block_size
     m = Model(*shape, experts=experts)
     x = Layout(ep=cfg.ep, data_parallel=cfg.data_parallel, micro_batch_size=cfg.micro_batch_size)
-    return m, x, Cluster(8, *GPUS["H100"]), cfg.batch_size
+    return m, x, plan.cluster_of(plan.FLAGS | dict(gpu="H100")), cfg.batch_size
 
 
 def test_the_recipe_has_the_size_and_the_figures_that_it_names():

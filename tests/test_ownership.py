@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from memory.estimate import bytes_per_rank, gpt_shapes
+from memory.ranks import bytes_per_rank
+from memory.shapes import gpt_shapes
 from parallel.replicas import deal, lightest_ranks, owners_by_size
 
 ARCHS = ("modern", "gpt2", "track3", "llama", "qwen3")

@@ -383,16 +383,25 @@ def test_what_cannot_be_is_refused_with_what_to_type(call, words):
         call()
 
 
-def test_the_timeline_is_drawn_and_bad_flags_end_with_2(capsys):
-    drawing, _, legend = main(["--schedule=zerobubble", "--pp=2", "--micro_batches=3"]).partition(
-        "\n\n"
-    )
-    assert drawing == "01.aA2bBcC\n.0a1bA2cBC\nidle: 10.0%; in memory: [2, 2]"
-    marks = ["a row", "0 1 2", "a b c", "A B C", ".", "idle", "in memory"]
+def test_the_timeline_is_drawn_and_bad_flags_end_with_2():
+    flags = ["--schedule=zerobubble", "--pp=2", "--micro_batches=3"]
+    head, drawing, legend = main(flags).split("\n\n")
+    assert head == "zerobubble: 2 ranks, 3 micro-batches a step, 1 model chunk on each rank"
+    assert drawing.splitlines() == [
+        "time    0           kept  waits",
+        "rank 0  01.aA2bBcC     2  10.0%",
+        "rank 1  .0a1bA2cBC     2  10.0%",
+    ]
+    marks = ["rank", "time", "0 1 2", "a b c", "A B C", ".", "kept", "waits"]
     assert [line[:9].strip() for line in legend.splitlines()] == marks
-    assert "0'1'" in main(["--schedule=interleaved", "--pp=2", "--pp_chunks=2"])
+    two = main(["--schedule=interleaved", "--pp=2", "--pp_chunks=2"])
+    assert "0'1'" in two and "2 model chunks" in two
+    # A mark of the axis stands above its moment: here five units of two characters each.
+    axis, row, *_ = two.split("\n\n")[1].splitlines()
+    assert axis.index("5") - axis.index("0") == 10 and axis.index("0") == row.index("0", 6)
     # The legend has no mark that the drawing lacks.
     assert "0' a'" in main(["--schedule=interleaved"]) and "A B C" not in main([])
+    assert all(f"--{name}=" in main(["--help"]) for name in ("schedule", "pp", "micro_batches"))
     for flag in "--stages=2", "--schedule=1f1v", "--pp_chunks=2", "--micro_batches=0":
         with pytest.raises(ValueError):
             main([flag])

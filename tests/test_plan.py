@@ -1,6 +1,7 @@
 """Predicted against published runs, and the planner's own promises."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,14 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory import estimate, plan
-from memory.estimate import Experts
-from memory.plan import GPUS, Cluster, Layout, Model, layouts, plans, predict
-from metrics.flops import PEAK_FLOPS, flops_per_token, matmul_params
+from memory import claims, known, plan
+from memory import predict as prediction
+from memory.activations import activation_bytes
+from memory.layouts import USABLE, layouts, plans
+from memory.predict import Cluster, Layout, Model, predict
+from memory.ranks import bytes_per_rank
+from memory.shapes import Experts, gpt_shapes
+from metrics.devices import DEVICES, NAMES
+from metrics.flops import flops_per_token, matmul_params
 from model import GPT, GPTConfig
 from settings.parse import parse as settings_parse
 
 ROOT = Path(__file__).parent.parent
+
+
+def on(gpu, gpus, **own):
+    """So many GPUs of a kind, as `memory.plan --gpu=` has them."""
+    return plan.cluster_of(plan.FLAGS | dict(gpu=gpu, gpus=gpus) | own)
 
 
 # ---- published runs: all layouts as published, A100s unless it says otherwise --------------------
@@ -113,9 +124,7 @@ def published():
     ]:
         m = Model(126, 16384, 128, 8, 128256, length, 9.75)
         x = Layout(8, True, cp, 16, 1, "interleaved", 8, "fsdp", False)
-        rows.append(
-            (f"L3 {gpus} cp{cp}", m, Cluster(gpus, *GPUS["H100"]), x, batch, 0.5, tflops / 989.5)
-        )
+        rows.append((f"L3 {gpus} cp{cp}", m, on("H100", gpus), x, batch, 0.5, tflops / 989.5))
     return rows
 
 
@@ -128,7 +137,7 @@ def published_with_experts():
     m = Model(61, 7168, 128, 1, 129280, 4096, None, "llama", 128, 18432, experts)
     x = Layout(1, False, 1, 16, 64, "zerobubble", 1, "zero1")
     for name, peak in ("DS-V3 fp8", 1979e12), ("DS-V3 bf16", 989.5e12):
-        c = Cluster(2048, peak, *GPUS["H800"][1:])
+        c = on("H800", 2048, peak_flops=peak)
         rows.append((name, m, c, x, 15360, 1e12 / (180e3 * 3600) * m.flops / peak))
     # MPF: 2504.14960, tables 1 and 3. Shapes: the models' published configurations; G8T8 has
     # experts of an eighth of the width.
@@ -139,7 +148,7 @@ def published_with_experts():
     ]:
         m = Model(*shape, 4096, arch="llama", experts=Experts(*experts))
         x = Layout(2, True, 1, pp, ep, "interleaved", 7, "zero1")
-        rows.append((f"MPF {name}", m, Cluster(gpus, *GPUS["H100"]), x, 256, mfu))
+        rows.append((f"MPF {name}", m, on("H100", gpus), x, 256, mfu))
     return rows
 
 
@@ -186,15 +195,14 @@ def test_a_published_run_is_predicted(name):
 
 
 def test_the_docstrings_table_is_what_comes_out():
-    assert docstring_table() in plan.__doc__
+    assert docstring_table() in prediction.__doc__
     m, c, x, batch, causal, _ = ROWS["L3 16384 cp16"]
-    assert (
-        f"{predict(m, c, x, batch, 'mixed', causal).mfu:.2f}" in plan.__doc__.split("PaLM does")[1]
-    )
+    mfu = predict(m, c, x, batch, "mixed", causal).mfu
+    assert f"{mfu:.2f}" in prediction.__doc__.split("PaLM does")[1]
 
 
 def test_runs_with_experts_are_predicted_as_the_docstring_says():
-    assert table_with_experts() in plan.__doc__
+    assert table_with_experts() in prediction.__doc__
     for name in WITH_EXPERTS:
         mfu, found, free = compared_with_experts(name)
         # Whoever hides all messages lies between the two, but for what FP8 does not make faster.
@@ -223,7 +231,7 @@ def test_megatrons_percentages_of_peak_count_recomputation():
 
 def test_flops_and_peaks_are_the_monitors():
     m = Model(3, 64, 4, 2, 96, 32)
-    shapes = estimate.gpt_shapes(3, 64, 96, 32, n_head=4, n_kv_head=2)
+    shapes = gpt_shapes(3, 64, 96, 32, n_head=4, n_kv_head=2)
     entries = sum(s[0] * s[1] for kind, s in shapes.values() if kind in ("matrix", "head"))
     assert m.flops == flops_per_token(entries, 3, 64, 32)
     for experts in (Experts(8), Experts(8, 4, 2, 24, moe_every=2)):
@@ -234,9 +242,10 @@ def test_flops_and_peaks_are_the_monitors():
             model = GPT(GPTConfig(**size, n_head=4, n_kv_head=2, **of_experts))
         assert m.flops == flops_per_token(matmul_params(model), 4, 64, 32)
         assert m.parameters == sum(p.numel() for p in model.parameters())
+    assert on("A100", 64) == Cluster(64)
     for gpu, name in ("A100", "A100"), ("H100", "H100 SXM5"), ("H200", "H200"):
-        assert GPUS[gpu][0] == PEAK_FLOPS[name]["bf16"] * 1e12
-    assert GPUS["H800"][:3] == GPUS["H100"][:3]
+        assert on(gpu, 8).peak_flops == DEVICES[name].peaks["bf16"] * 1e12
+    assert replace(on("H800", 8), node_bandwidth=450e9) == on("H100", 8)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -247,11 +256,11 @@ SMALL = Model(8, 1024, 8, 8, 50304, 1024)
     "kind, gpus", [("ddp", 1), ("ddp", 8), ("zero1", 8), ("fsdp", 8), ("fsdp", 64)]
 )
 def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
-    shapes = estimate.gpt_shapes(8, 1024, 50304, 1024, n_head=8, n_kv_head=8)
-    kept = estimate.activation_bytes(
-        "bf16", 2 * 1024, 8, 1024, 50304, loss_chunk=plan.LOSS_CHUNK, in_backward=False
+    shapes = gpt_shapes(8, 1024, 50304, 1024, n_head=8, n_kv_head=8)
+    kept = activation_bytes(
+        "bf16", 2 * 1024, 8, 1024, 50304, loss_chunk=prediction.LOSS_CHUNK, in_backward=False
     )
-    theirs = estimate.bytes_per_rank(
+    theirs = bytes_per_rank(
         shapes,
         "adamw",
         kind,
@@ -277,7 +286,7 @@ def test_tp_and_pp_cut_the_weights_and_sp_the_activations():
     whole, tp = held(1), held(4, tp=4)
     assert whole["parameters"] == pytest.approx(4 * tp["parameters"])
     # The loss comes in chunks, of which an eighth has its softmax at one time.
-    layers, logits = 24 * 8 * 1024 * 1024, 8 * (plan.LOSS_CHUNK // 8) * 50304
+    layers, logits = 24 * 8 * 1024 * 1024, 8 * (prediction.LOSS_CHUNK // 8) * 50304
     assert whole["activations"] == pytest.approx(layers + 6 * 1024**2 + logits, rel=1e-3)
     cut = 10 / 34 + 24 / 34 / 4  # of Korthikanti's 34, without sp
     assert tp["activations"] == pytest.approx((layers + 6 * 1024**2) * cut + logits / 4)
@@ -292,11 +301,11 @@ def test_tp_and_pp_cut_the_weights_and_sp_the_activations():
     few = replace(SMALL, vocab_size=256)
     for schedule, chunks, most in ("1f1b", 1, 4), ("zerobubble", 1, 4), ("interleaved", 2, 5.5):
         x = Layout(pp=4, pp_schedule=schedule, pp_chunks=chunks)
-        kept = plan.activations(few, x, 8, "bf16")
+        kept = prediction.activations(few, x, 8, "bf16")
         first = most * (2 * block + rest)
         assert (
             first <= kept <= first + 8 * 1024 * 256
-            and plan.activations(few, x, 1, "bf16") < kept / 3
+            and prediction.activations(few, x, 1, "bf16") < kept / 3
         )
     full = held(1, activation_checkpoint="full")["activations"]
     assert full == pytest.approx(8 * 4 * 1024 * 1024 + block + rest + logits)
@@ -311,16 +320,16 @@ SPARSE = replace(SMALL, experts=Experts(8, 2, 1, 512, moe_every=2))
 @pytest.mark.parametrize("kind, gpus, ep", [("ddp", 2, 2), ("zero1", 8, 4), ("fsdp", 8, 2)])
 def test_memory_with_experts_is_the_estimators(kind, gpus, ep):
     size = dict(n_layer=8, n_embd=1024, vocab_size=50304)
-    shapes = estimate.gpt_shapes(**size, block_size=1024, n_head=8, experts=SPARSE.experts)
-    kept = estimate.activation_bytes(
+    shapes = gpt_shapes(**size, block_size=1024, n_head=8, experts=SPARSE.experts)
+    kept = activation_bytes(
         "bf16",
         2 * 1024,
         **size,
-        loss_chunk=plan.LOSS_CHUNK,
+        loss_chunk=prediction.LOSS_CHUNK,
         in_backward=False,
         experts=replace(SPARSE.experts, ep=ep),
     )
-    theirs = estimate.bytes_per_rank(
+    theirs = bytes_per_rank(
         shapes, "adamw", kind, gpus, "bf16", ep=ep, micro_batches=4, activations=kept
     )
     x = Layout(data_parallel=kind, micro_batch_size=2, ep=ep)
@@ -348,8 +357,8 @@ def test_a_stage_is_the_one_with_the_most_experts():
     m = replace(SMALL, n_layer=10, experts=Experts(8, moe_every=4))
     assert m.split(range(10)) == (8, 2)
     # Of 3 + 3 + 3 + 1 layers those with experts, 3 and 7, are in the second and third stage.
-    assert plan.fullest_stage(m, 4) == range(3, 6)
-    assert plan.fullest_stage(SMALL, 4) == range(0, 2)
+    assert prediction.fullest_stage(m, 4) == range(3, 6)
+    assert prediction.fullest_stage(SMALL, 4) == range(0, 2)
 
 
 # ---- time and traffic by hand --------------------------------------------------------------------
@@ -381,7 +390,7 @@ def test_experts_rows_travel_as_parallel_expert_counts_them():
         how = "full" if again else "none"
         x = Layout(ep=ep, activation_checkpoint=how, **kwargs)
         m, c = SPARSE, Cluster(gpus)
-        dp = 2 * 4 * plan.summed_entries(m, x, gpus // x.tp)
+        dp = 2 * 4 * prediction.summed_entries(m, x, gpus // x.tp)
         plan_ = predict(m, c, x, micro * gpus // x.tp)
         found = [plan_.node_bytes, plan_.net_bytes]
         found[gpus > 8] -= dp
@@ -394,7 +403,7 @@ def test_experts_rows_travel_as_parallel_expert_counts_them():
     # Two nodes, all of whose ranks share the experts out: 7 of 15 others are near.
     m = replace(SPARSE, experts=replace(SPARSE.experts, n_expert=16))
     near, far = (
-        plan.sent_bytes(m, Cluster(16), Layout(ep=16), t, 4)[k] for k in ("ep", "ep others")
+        prediction.sent_bytes(m, Cluster(16), Layout(ep=16), t, 4)[k] for k in ("ep", "ep others")
     )
     assert (near, far) == (
         pytest.approx(L * (4 * rows + 4 * 16) * 7 / 16),
@@ -402,7 +411,7 @@ def test_experts_rows_travel_as_parallel_expert_counts_them():
     )
     # With tp 4 only two of an ep group's ranks are in a node.
     near, far = (
-        plan.sent_bytes(SPARSE, Cluster(32), Layout(tp=4, ep=8), t, 4)[k]
+        prediction.sent_bytes(SPARSE, Cluster(32), Layout(tp=4, ep=8), t, 4)[k]
         for k in ("ep", "ep others")
     )
     assert far == pytest.approx(6 * near) == pytest.approx(L * (4 * rows + 4 * E) * 6 / 8)
@@ -410,7 +419,7 @@ def test_experts_rows_travel_as_parallel_expert_counts_them():
 
 def test_an_experts_gradients_are_summed_over_those_that_hold_it():
     def share(ep):
-        return plan.summed_entries(SPARSE, Layout(ep=ep), 8)
+        return prediction.summed_entries(SPARSE, Layout(ep=ep), 8)
 
     experts = 4 * 8 * 2 * 1024 * 512
     rest = SPARSE.parameters - experts
@@ -513,15 +522,15 @@ def test_every_layout_obeys_the_rules_of_composition():
 
 
 def test_more_bandwidth_is_never_slower_and_less_memory_never_fits_more():
-    c = Cluster(16, memory=40e9)
-    steps = [plans(MIDDLE, replace(c, bandwidth=b), 16)[0].step for b in (1e9, 25e9, 100e9)]
+    c = Cluster(8, memory=40e9, gpus_per_node=4)
+    steps = [plans(MIDDLE, replace(c, bandwidth=b), 8)[0].step for b in (1e9, 25e9, 100e9)]
     assert steps == sorted(steps, reverse=True) and steps[0] > 1.05 * steps[-1]
-    steps = [plans(MIDDLE, replace(c, node_bandwidth=b), 16)[0].step for b in (25e9, 300e9)]
+    steps = [plans(MIDDLE, replace(c, node_bandwidth=b), 8)[0].step for b in (25e9, 300e9)]
     assert steps[0] >= steps[1]
-    counts = [len(plans(MIDDLE, replace(c, memory=b), 16)) for b in (80e9, 40e9, 20e9)]
+    counts = [len(plans(MIDDLE, replace(c, memory=b), 8)) for b in (80e9, 40e9, 24e9)]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-    best = plans(MIDDLE, c, 16)
-    assert all(p.held["total"] <= plan.USABLE * 40e9 for p in best)
+    best = plans(MIDDLE, c, 8)
+    assert all(p.held["total"] <= USABLE * 40e9 for p in best)
     assert all(a.step <= b.step * 1.01 for a, b in zip(best, best[1:]))
 
 
@@ -554,27 +563,117 @@ def command(*arguments):
 
 
 def test_the_command_prints_what_to_type():
-    text = plan.table(plan.parse("--params=13e9 --gpus=16 --batch=256 --top=3".split()))
+    flags = "--n_layer=16 --n_embd=2048 --gpus=16 --batch=64 --top=3"
+    text = plan.table(plan.parse(flags.split()))
     best = text.splitlines()[-1]
     assert best.startswith(
         "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint="
     )
     typed = dict(word[2:].split("=") for word in best.split("train.py ")[1].split())
     kinds = {k: type(v) for k, v in vars(Layout()).items()}
-    known = {k: v for k, v in typed.items() if k in kinds}
-    x = Layout(**{k: v == "true" if kinds[k] is bool else kinds[k](v) for k, v in known.items()})
+    given = {k: v for k, v in typed.items() if k in kinds}
+    x = Layout(**{k: v == "true" if kinds[k] is bool else kinds[k](v) for k, v in given.items()})
     m = Model(
         **{k: int(v) for k, v in typed.items() if k in ("n_layer", "n_embd", "n_head", "n_kv_head")}
     )
-    obeys(x, m, 16, 256)
-    first = plans(m, Cluster(16), 256)[0]
-    assert x == first.layout and f"{first.step:.4g}" in text and int(typed["batch_size"]) == 256
+    obeys(x, m, 16, 64)
+    found = plans(m, Cluster(16), 64)
+    assert x == found[0].layout and int(typed["batch_size"]) == 64
     assert "pp_schedule" in typed or x.pp == 1
-    # Every column has a line in the legend, in the same order.
-    (head,) = [line for line in text.splitlines() if line.startswith("    s/step")]
-    columns = head.split()
-    explained = [line.split()[0] for line in plan.LEGEND if not line.startswith(" ")]
-    assert explained == columns and "\n".join(plan.LEGEND) in text
+    # Another row is another command.
+    third = plan.table(plan.parse([*flags.split(), "--row=3"])).splitlines()[-1]
+    assert third != best and f"micro_batch_size={found[2].layout.micro_batch_size} " in third
+
+
+def test_rows_are_in_the_order_of_their_seconds_and_each_column_is_explained():
+    text = plan.table(plan.parse("--params=13B --gpus=8 --gpu=H100 --top=20 --batch=64".split()))
+    lines = text.splitlines()
+    (head,) = [line for line in lines if re.match(r" *# \| s/step ", line)]
+    rows = [line.split(" | ") for line in lines if re.match(r" *\d+ \| ", line)]
+    seconds = [float(row[1].split()[0]) for row in rows]
+    assert len(seconds) == 20 and seconds == sorted(seconds) and seconds[0] < seconds[-1]
+    # Every column has a line in the legend, in the same order. Columns of nothing are left out.
+    columns = head.replace("|", "").split()
+    legend = text.split("\n\n")[2].splitlines()
+    assert [line.split()[0] for line in legend if not line.startswith(" ")] == columns
+    assert columns == [c for c in plan.LEGEND if c not in ("ep", "others")]
+    assert {*plan.LEGEND} == {"#", *sum(plan.GROUPS.values(), ())}
+    x = Layout(tp=2, sp=True, cp=2, ep=2, data_parallel="fsdp", reshard=False)
+    row = plan.cells(predict(SPARSE, Cluster(16), x, 64), 1)
+    head, line, *_ = plan.rows_with_heads([row])[1:]
+    assert "ep" in head.split() and "2+sp   2" in line and "fsdp, kept" in line
+    assert [plan.three_digits(x) for x in (1234.5, 99.96, 1.0, 0.01234)] == [
+        "1230",
+        "100.0",
+        "1.00",
+        "0.0123",
+    ]
+
+
+def test_published_shapes_are_trained_as_published_and_a_guess_is_said_to_be_one():
+    for flags, said, typed in [
+        ("--params=13B --gpus=64", "Llama 2 13B, the published shape", "--mlp_width=13824 "),
+        ("--model=qwen2.5-7b --gpus=8", "Qwen2.5 7B, the published shape", "--qkv_bias=true "),
+        ("--params=0.6B --gpus=8", "Qwen3 0.6B, the published shape", "--tied=true "),
+        ("--params=6B --gpus=8", "the shape is a guess", "--n_embd=4096 "),
+        ("--params=7B --gpus=8", "of this size also: --model=qwen2.5-7b", "--n_embd=4096 "),
+        ("--params=7B --gpus=8 --block_size=2048", "but with block_size=2048", "--arch=llama "),
+    ]:
+        s = plan.parse(flags.split())
+        m, c, batch, whose = plan.requested(s)
+        command = plan.train_command(m, c, Layout(), batch, "bf16")
+        assert said in plan.heading(s, m, c, batch, whose)[0] and typed in command
+        cfg = settings_parse(command.split("train.py ")[1].split())
+        for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "block_size"):
+            assert getattr(cfg, name) == getattr(m, name), (flags, name)
+        assert cfg.arch == m.arch
+
+
+@pytest.mark.parametrize("name", known.SHAPES)
+def test_a_published_shape_has_the_published_count(name):
+    shape = known.shape_of(name)
+    count = sum(math.prod(x) for _, x in gpt_shapes(**shape).values())
+    # GPT-2's words are filled up.
+    assert count == pytest.approx(known.SHAPES[name][0], rel=1e-3)
+    assert name in known.alike(known.SHAPES[name][0]) and known.title(name)
+    assert known.named_size(name) == pytest.approx(count, rel=0.2)  # 1B is 1.24
+    # The planner's model of it counts the matrices.
+    kinds = gpt_shapes(**shape).values()
+    assert Model(**shape).parameters == sum(math.prod(x) for kind, x in kinds if len(x) == 2) - (
+        shape["block_size"] * shape["n_embd"] if shape["arch"] == "gpt2" else 0
+    )
+
+
+def test_tokens_make_days():
+    m, c = Model(16, 2048, 16, 16), Cluster(8)
+    best = predict(m, c, Layout(data_parallel="zero1"), 64)
+    per_second = 64 * 2048 / best.step
+    text = plan.in_words(plan.parse(["--tokens=1.5T"]), m, c, 64, best)
+    assert f"sees {per_second:,.0f} tokens a second. 1,500e9 tokens" in text
+    assert float(re.search(r"take ([\d,.]+) days", text)[1].replace(",", "")) == pytest.approx(
+        1.5e12 / per_second / 86400, rel=0.01
+    )
+    text = plan.in_words(plan.parse([]), m, c, 64, best)
+    assert f"{20 * m.parameters / 1e9:,.4g}e9 tokens (20 for each" in text
+
+
+def test_every_gpu_of_the_help_has_a_cluster_or_a_reason():
+    for name in NAMES:
+        s = plan.FLAGS | dict(gpu=name)
+        if name == "GB10":
+            with pytest.raises(ValueError, match="--peak_flops="):
+                plan.cluster_of(s)
+            s |= dict(peak_flops=1e14)
+        c = plan.cluster_of(s)
+        assert min(c.peak_flops / 1e13, c.memory / 1e10, c.memory_bandwidth / 1e11) > 1, name
+        assert min(c.node_bandwidth, c.bandwidth) >= 1e9
+    for text in "4090", "rtx4090", "RTX-4090", "NVIDIA RTX 4090":
+        assert on(text, 1).memory == 24e9
+    assert on("H100", 8, memory=40e9).memory == 40e9
+    # Nobody publishes a network of cards for a desk.
+    s = plan.parse("--params=1B --gpus=16 --gpu=4090".split())
+    m, c, batch, whose = plan.requested(s)
+    assert any("a guess: type --bandwidth=" in x for x in plan.heading(s, m, c, batch, whose))
 
 
 def test_the_command_with_experts_is_one_that_train_reads():
@@ -596,16 +695,17 @@ def test_the_command_with_experts_is_one_that_train_reads():
     assert f"{m.active / 1e9:.4g}e9 of them active" in text
 
 
-@pytest.mark.parametrize("params", [1.3e9, 7e9, 13e9, 70e9, 175e9, 405e9, 1e12])
+@pytest.mark.parametrize("params", [1e8, 350e6, 1.3e9, 7e9, 13e9, 70e9, 175e9, 405e9, 1e12])
 def test_a_guessed_shape_has_the_parameters(params):
-    m = plan.guess(params, 50304, 2048)
+    m = Model(**known.guess(params))
     assert m.n_layer * m.block + 2 * 50304 * m.n_embd == pytest.approx(params, rel=0.06)
-    assert m.n_embd % 1024 == 0 and 60 < m.n_embd / m.n_layer < 200
+    assert m.n_embd % m.n_head == 0 and 40 < m.n_embd / m.n_layer < 200
+    assert m.n_embd % (1024 if params > 1e9 else 128) == 0
 
 
 @pytest.mark.slow
 def test_the_texts_runs():
-    rows = {line.split(",")[0]: line for line in plan.runs().splitlines()}
+    rows = {line.split(",")[0]: line for line in claims.runs().splitlines()}
     assert "right" in rows["Llama 2 70B"] and 0.85 < float(rows["Llama 2 70B"].split()[-9]) < 1.15
     assert "wrong" in rows["10B"] and "wrong" in rows["BERT-Base"] and "wrong" in rows["BERT-Large"]
     assert float(rows["10B"].split("days")[1]) > 7 * 14  # two weeks are no training of 10B
@@ -614,13 +714,13 @@ def test_the_texts_runs():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ("", "type --params=70e9"),
+        ("", "type --params=13B"),
         ("--parms=7e9", "did you mean params"),
         ("params", "type --name=value"),
         ("--params=x", "a whole number"),
         ("--gpus=0", "gpus=0"),
         ("--params=nan", "params=nan"),
-        ("--params=7e9 --gpu=A10O", "did you mean A100"),
+        ("--params=7e9 --gpu=A1000", "did you mean A100"),
         ("--params=7e9 --precision=bf61", "did you mean bf16"),
         ("--params=7e9 --gpus=12", "whole nodes"),
         ("--n_layer=4 --n_embd=100 --n_head=3", "must divide"),
@@ -630,6 +730,12 @@ def test_the_texts_runs():
         ("--n_layer=4 --n_embd=256 --n_expert=4 --n_expert_active=8", "is more than n_expert=4"),
         ("--n_layer=4 --n_embd=256 --n_expert=4 --moe_every=8", "type --moe_every=1"),
         ("--n_layer=4 --n_embd=256 --n_expert=2.5", "a whole number"),
+        ("--params=7Q", "as 8, 350M, 7e9, 7B or 1.5T"),
+        ("--params=7B --tokens=1.5X", "tokens=1.5X"),
+        ("--model=llama2-14b", "did you mean llama2-"),
+        ("--params=7B --model=llama2-7b", "both say which model"),
+        ("--params=7B --n_layer=40", "both say which model"),
+        ("--params=1B --row=9", "row=9 is not in the table"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said):
@@ -643,3 +749,21 @@ def test_a_mistake_ends_the_command_with_2():
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
     run = command("--params=1e9", "--gpus=8", "--top=1", "--batch=64", "--gpu=H100")
     assert run.returncode == 0 and "train.py --n_layer=" in run.stdout
+
+
+def test_the_help_names_every_flag_and_what_it_is_for():
+    text = plan.main(["--help"])
+    for name in plan.FLAGS:
+        assert re.search(rf"^  --{name}=\S+ +\w|^  --{name}=\S+\n +\w", text, re.M), name
+    assert all(name in text for name in ("RTX-4090", "MI300X", "B200", "llama2-13b"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="without pipes of this kind")
+def test_a_reader_may_leave_early():
+    """As `| head -1` does, before anything is written."""
+    code = (
+        "import os, sys; from memory.flags import command; r, w = os.pipe(); os.dup2(w, 1);"
+        "os.close(w); os.close(r); command('plan.py', lambda words: 'a line\\n' * 9)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")

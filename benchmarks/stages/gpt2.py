@@ -2,7 +2,7 @@
 
 A run is configs/gpt2_124m.toml on random ids, 60 sequences a step, in this process. tokens/s, MFU
 and ms are of the median step, the first third left out. Peak: what torch's allocator gave out.
-memory/estimate.py predicts that of a run that is not compiled: there is the ratio.
+memory/ranks.py predicts that of a run that is not compiled: there is the ratio.
 
 nanoGPT's own train.py has the same shape, precision, optimizer, ids and 60 sequences a step, in
 micro-batches of 12, its default; so has the row "ours, 12 at a time". Micro-batches of another size
@@ -22,7 +22,9 @@ from statistics import median
 from benchmarks import nanogpt, runs
 from benchmarks.stages import common
 from benchmarks.stages.common import Plan
-from memory import estimate
+from memory.activations import activation_bytes
+from memory.ranks import bytes_per_rank
+from memory.shapes import gpt_shapes
 
 COVERS = ()
 TABLE = "GPT-2 124M, bf16."
@@ -102,8 +104,8 @@ def beside(plan: Plan, name: str, mine: float | None, theirs: float | None) -> N
 
 
 def predict(size: dict, micro: int, micro_batches: int) -> float:
-    """Bytes by memory/estimate.py."""
-    shapes = estimate.gpt_shapes(
+    """Bytes by memory/ranks.py."""
+    shapes = gpt_shapes(
         size["n_layer"],
         size["n_embd"],
         size["vocab_size"],
@@ -112,7 +114,7 @@ def predict(size: dict, micro: int, micro_batches: int) -> float:
         size["n_head"],
     )
     count = functools.partial(
-        estimate.activation_bytes,
+        activation_bytes,
         "bf16",
         micro * size["block_size"],
         size["n_layer"],
@@ -122,7 +124,7 @@ def predict(size: dict, micro: int, micro_batches: int) -> float:
         loss_chunk=LOSS_CHUNK,
     )
     activations = count()
-    return estimate.bytes_per_rank(
+    return bytes_per_rank(
         shapes,
         "adamw",
         precision="bf16",
