@@ -93,13 +93,11 @@ def averaged(
 @torch.no_grad()
 def average(params: list, state: dict, horizon: float) -> None:
     """Moves the E of each parameter towards it; one without E gets it with its first gradient."""
-    known = [p for p in params if "ema" in state.get(p, {})]
-    averages = [state[p]["ema"] for p in known]
-    if known:
-        weights = [p.detach().to(e.dtype) for p, e in zip(known, averages)]
-        torch._foreach_lerp_(averages, weights, 1 / horizon)
     for p in params:
-        if p.grad is not None and "ema" not in state.get(p, {}):
+        if "ema" in state.get(p, {}):
+            mean = state[p]["ema"]
+            mean.lerp_(p.detach().to(mean.dtype), 1 / horizon)
+        elif p.grad is not None:
             # Half precision is too coarse to move by 1/horizon.
             dtype = torch.promote_types(p.dtype, torch.float32)
             state[p]["ema"] = p.detach().to(dtype, copy=True)

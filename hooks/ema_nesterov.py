@@ -140,12 +140,10 @@ def looking_ahead(cls: type[Optimizer], hook: EMANesterov) -> type[Optimizer]:
 @torch.no_grad()
 def remember(params: list, state: dict, gamma: float) -> None:
     """After a step: b takes in the whole move since the last W, and W is held."""
-    if params:
-        means = [state[p]["mean_step"] for p in params]
-        new = [p.detach().to(b.dtype) for p, b in zip(params, means)]
-        old = [state[p]["held"].to(b.dtype) for p, b in zip(params, means)]
-        torch._foreach_lerp_(means, torch._foreach_sub(new, old), 1 - gamma)
-        torch._foreach_copy_([state[p]["held"] for p in params], [p.detach() for p in params])
+    for p in params:
+        b, held = state[p]["mean_step"], state[p]["held"]
+        b.lerp_(p.detach().to(b.dtype) - held, 1 - gamma)
+        held.copy_(p)
 
 
 @torch.no_grad()

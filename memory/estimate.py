@@ -60,6 +60,8 @@ SAYS = known.SAYS | dict(
     offload="where optimizer state waits",
     offload_params="where weights wait (zero3, fsdp)",
     hooks="does the optimizer wear any (train.py's --hooks)?",
+    ema="does the run average its weights (train.py's --ema)?",
+    ema_nesterov="is that one of its hooks?",
     compare="also what published formulas make of it",
     row="with --largest: the row whose command is printed; none: the last",
     largest="not a model's memory, but the largest model for --memory= or --gpu=",
@@ -70,7 +72,7 @@ CHOICES = {
     "offload": ("cpu", "disk"),
     "offload_params": ("cpu", "disk"),
 }
-SWITCHES = ("compare", "largest", "hooks")
+SWITCHES = ("compare", "largest", "hooks", "ema", "ema_nesterov")
 # Heading of a column -> key of what is held.
 COLUMNS = dict(
     total="total",

@@ -50,6 +50,8 @@ DEFAULTS = known.FLAGS | dict(
     offload=None,
     offload_params=None,
     hooks=False,
+    ema=False,
+    ema_nesterov=False,
     compare=False,
     row=None,
     largest=False,
@@ -142,6 +144,7 @@ def held(
         offload_params=s.offload_params if layout in ("zero3", "fsdp") else None,
         bucket_mb=s.bucket_mb,
         hooks=s.hooks,
+        kept=s.ema + 2 * s.ema_nesterov,
         **options,
     )
 

@@ -132,6 +132,7 @@ class Case:
     loss_chunk: int | None  # tokens whose logits are there at once; None: all
     inside: float  # bytes of activations that are not there yet at the loss
     hooks: bool  # does the optimizer wear some?
+    kept: int  # numbers that averages remember of each of a parameter's
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -223,7 +224,7 @@ class Case:
     def state_bytes(self, kind: str, shape: tuple[int, ...]) -> int:
         _, _, master, number = bytes_of(self.precision)
         numbers = state_numbers(self.optimizer, kind, shape, **self.options)
-        return number * numbers + master * math.prod(shape)
+        return number * numbers + (master + number * self.kept) * math.prod(shape)
 
     def shard(self, name: str) -> tuple[int, ...]:
         """FSDP's shard of a parameter: some of its rows."""
@@ -312,6 +313,7 @@ def bytes_per_rank(
     offload_params: str | None = None,
     chunk_mb: float = 64.0,
     hooks: bool = False,
+    kept: int = 0,
     **options,
 ) -> dict[str, float]:
     """Bytes on the fullest rank: parameters, gradients, state, activations, buffers, total, host.
@@ -321,9 +323,10 @@ def bytes_per_rank(
     fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a micro-batch, see
     activation_bytes; inside: how many of them are not there yet at the loss (activation_bytes less
     the same without in_backward); logits: how many numbers it has, tokens x words; loss_chunk: the
-    setting, None for all tokens at once. hooks: does the optimizer wear any? options: keyword
-    arguments of its state_numbers. If no name begins with `blocks.`, buffers are those of the loss
-    alone. Raises ValueError for unknown names, the nearest one in it, and sizes that do not fit.
+    setting, None for all tokens at once. hooks: does the optimizer wear any? kept: numbers that
+    averages remember of each of a parameter's, 1 with hooks/ema.py, 2 with hooks/ema_nesterov.py.
+    options: keyword arguments of the optimizer's state_numbers. If no name begins with `blocks.`,
+    buffers are those of the loss alone. Raises ValueError for unknown names, the nearest one in it, and sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
@@ -366,6 +369,7 @@ def bytes_per_rank(
         loss_chunk,
         inside,
         hooks,
+        kept,
     )
     # The run needs as much memory as its fullest rank.
     held, fullest = fullest_rank(c)

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 import optim as optimizers
+from hooks.ema import averaged
+from hooks.ema_nesterov import EMANesterov
 from hooks.hyperball import Hyperball
 from hooks.wear import hooked
 from layers import moe
@@ -546,9 +548,12 @@ def measured(
     experts=(),
     ep=1,
     hooks=(),
+    ema=False,
     **more,
 ):
     cls = hooked(CLASSES[optim], hooks) if hooks else CLASSES[optim]
+    if ema:
+        cls = EMANesterov().wear(averaged(cls, 10))
     config = GPTConfig(**SIZE, **dict(experts), n_kv_head=2)
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[precision])
@@ -692,6 +697,19 @@ def test_hooks_hold_a_copy_of_the_matrices_during_the_step(optim, precision):
     found = measured(0, 1, "ddp", optim, precision, 2, {}, hooks=[Hyperball()])
     assert found["peak"] == pytest.approx(predicted(*case, hooks=True)["total"], rel=0.05)
     assert predicted(*case)["total"] < 0.95 * found["peak"]
+
+
+@pytest.mark.parametrize(
+    "optim, precision", [("adamw", "fp32"), *(("muon", p) for p in ("fp32", "bf16_sr"))]
+)
+def test_an_average_and_a_look_ahead_are_state(optim, precision):
+    case = "ddp", optim, 1, precision, 2, {}
+    found = measured(0, 1, "ddp", optim, precision, 2, {}, ema=True)
+    expected = predicted(*case, kept=3)
+    for key in ("state", "total"):
+        key_there = "peak" if key == "total" else key
+        assert found[key_there] == pytest.approx(expected[key], rel=0.05), key
+    assert predicted(*case)["state"] < 0.7 * found["state"]
 
 
 def measured_hooks(rank, world, layouts, optim):
