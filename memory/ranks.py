@@ -326,7 +326,8 @@ def bytes_per_rank(
     setting, None for all tokens at once. hooks: does the optimizer wear any? kept: numbers that
     averages remember of each of a parameter's, 1 with hooks/ema.py, 2 with hooks/ema_nesterov.py.
     options: keyword arguments of the optimizer's state_numbers. If no name begins with `blocks.`,
-    buffers are those of the loss alone. Raises ValueError for unknown names, the nearest one in it, and sizes that do not fit.
+    buffers are those of the loss alone. Raises ValueError for unknown names, the nearest one in it,
+    and sizes that do not fit.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
