@@ -54,6 +54,7 @@ ALLOWED = dict(
     method=("grid", "random", "optuna"),
     metric=(
         "val_loss",
+        "val_loss_ema",
         "val_bpb",
         "perplexity",
         "loss",
@@ -169,6 +170,8 @@ def refuse(words: list[str], metric: str) -> None:
             f"--metric={metric} needs evaluations, eval_every={cfg.eval_every} makes "
             "none; type --eval_every=60, or --metric=loss"
         )
+    if metric == "val_loss_ema" and cfg.ema is None:
+        raise ValueError(f"--metric={metric} needs an average; type --ema=100 too (steps)")
     # What train.py checks only after it has read the data.
     optimizer_class = optimizers.chosen(cfg)
     options = resolve_options(cfg, optimizer_class)

@@ -175,7 +175,7 @@ def main(requested_cfg: fields.Config) -> dict:
     # make_optimizer has filled `shards`: name -> the shard that the optimizer sees of a weight.
     shards |= {name: Shard(*where) for name, where in replicas.shards.items()}
     if param_groups.averages_weights(optimizer):
-        optimizer.train()  # Schedule-Free keeps two sets of weights
+        optimizer.train()  # one set of weights to train, one to evaluate
     if precision.stochastic:
         optimizer = stochastic.stochastic(optimizer, cfg.seed, shards)
     if cfg.offload is not None:
@@ -268,6 +268,17 @@ def main(requested_cfg: fields.Config) -> dict:
         # A stop cut it off: evaluate now, then save again with early stopping's count.
         settled_step -= 1
         is_overdue = True
+    evaluate_now = functools.partial(
+        evaluate,
+        micro_batches,
+        val_data,
+        cfg.eval_tokens,
+        micro_batch_size,
+        corpus.tokenizer,
+        mesh,
+        first=cfg.eval_rows == "first",
+        stopped=functools.partial(stop.heard, mesh),
+    )
     recorder = histogram.Recorder(model, out_dir, cfg.histogram_every)
     # It measures logits and updates, and clips q and k (--qk_clip).
     watch = Watch(
@@ -292,20 +303,17 @@ def main(requested_cfg: fields.Config) -> dict:
         # stop skips the evaluation or cuts it off: evaluate() calls `heard`, then returns None.
         is_due = cfg.eval_every and (is_done or step % cfg.eval_every == 0)
         if is_due and (state_is_new or not same_run) and not stop.agreed:
+            trained = None  # beside the average of --ema=, the weights that training goes on from
+            if cfg.ema is not None and step > cfg.ema_from:
+                with run_state.eval_weights(blend=False):
+                    trained = evaluate_now()
             with run_state.eval_weights():
-                found = evaluate(
-                    micro_batches,
-                    val_data,
-                    cfg.eval_tokens,
-                    micro_batch_size,
-                    corpus.tokenizer,
-                    mesh,
-                    first=cfg.eval_rows == "first",
-                    stopped=functools.partial(stop.heard, mesh),
-                )
+                found = evaluate_now()
                 if found is not None:
                     weights_now = functools.partial(run_state.with_weights, metadata)
                     early_stopping.update(step, found["val_loss"], weights_now)
+            if found is not None and trained is not None:
+                found = trained | {"val_loss_ema": found["val_loss"]}
             if found is not None:
                 metrics |= found
                 logger.evaluation({"step": step} | found)

@@ -75,6 +75,8 @@ class SnapshotBuffer:
         for p in now.keys() - optimizer_state.keys():
             del now[p]
         for p, entries in optimizer_state.items():
+            for key in now[p].keys() - entries.keys():
+                del now[p][key]  # an average that has begun since then
             for key, saved in entries.items():
                 if torch.is_tensor(saved):
                     # In place: with offloading the memory of this tensor may be a file.

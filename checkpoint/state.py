@@ -1,8 +1,9 @@
 """Everything a step depends on: collected for a checkpoint, put back from one, on any layout.
 
 branch of the tree     what it holds
-model                  the weights to evaluate, sample and export: Schedule-Free's average, the
-                       best weights once early stopping has chosen, else the trained ones
+model                  the weights to evaluate, sample and export: an average (Schedule-Free's,
+                       --ema's), the best weights once early stopping has chosen, else the trained
+                       ones
 training_weights       the weights that training continues from, where they are different
 optim                  optimizer state by parameter name, and the counters of the groups
 replicas               what the layout keeps: residuals of compression, DiLoCo's outer step
@@ -55,23 +56,30 @@ class State:
         self.kept = kept
         self.training = None  # after restore_best: name -> the weights that training had
 
-    def exported_weights(self):
+    def exported_weights(self, **options):
         """`with` this: the model holds the weights that others get, then its own ones again.
 
-        They come back bit for bit. Yields the weights that training continues from, by name, or {}
-        where they are the same.
+        options: see optim.param_groups.evaluation_weights. They come back bit for bit. Yields the
+        weights that training continues from, by name, or {} where they are the same.
         """
         if self.training is not None:
             return contextlib.nullcontext(self.training)
-        return param_groups.evaluation_weights(self.optimizer, self.replicas.broadcast_weights)
+        return param_groups.evaluation_weights(self.optimizer, self.share_weights, **options)
+
+    def share_weights(self) -> None:
+        """Tells the model, on all ranks, that the optimizer's parameters have changed."""
+        # Under tensor parallelism owners step full copies (parallel/adapter.py).
+        if hasattr(self.optimizer, "broadcast_weights"):
+            self.optimizer.broadcast_weights()
+        self.replicas.broadcast_weights()
 
     @contextlib.contextmanager
-    def eval_weights(self):
+    def eval_weights(self, **options):
         """`with` this: the model holds the weights to evaluate and to sample with.
 
         DiLoCo's replicas, which differ while they train, hold the weights they last agreed on.
         """
-        with self.exported_weights(), self.replicas.outer_weights():
+        with self.exported_weights(**options), self.replicas.outer_weights():
             yield
 
     def held_first(self, by_name: dict) -> dict:

@@ -33,6 +33,7 @@ from checkpoint import load
 from experiments import protocol
 from experiments.findings import (
     INK,
+    below,
     dots,
     groups,
     judged,
@@ -239,7 +240,7 @@ def table(rows: list[dict]) -> str:
 
 
 def picture(rows: list[dict], figure) -> None:
-    figure.set_size_inches(12.5, 4.2)
+    figure.set_size_inches(12.5, 5)
     updates, losses, wire = figure.subplots(1, 3)
     for ((precision,), mine), color in zip(
         groups(pick(rows, part="update"), "precision").items(), INK
@@ -258,7 +259,7 @@ def picture(rows: list[dict], figure) -> None:
             color=color,
             ls=":",
         )
-    updates.axhline(SAME, color=INK[5], lw=1)
+    updates.axhline(SAME, color=INK[5], lw=1, label="claimed for fp32: below")
     updates.set(
         xscale="log",
         yscale="log",
@@ -268,7 +269,7 @@ def picture(rows: list[dict], figure) -> None:
     )
     updates.set_xticks(COUNTS, COUNTS)
     updates.minorticks_off()
-    updates.legend(frameon=False, fontsize=8)
+    below(updates, ncols=2)
     losses.axvspan(-100 * WITHIN, 100 * WITHIN, color=INK[2], alpha=0.15, lw=0)
     names = [p for (p,) in groups(pick(rows, part="train"), "precision")]
     dots(
@@ -285,7 +286,7 @@ def picture(rows: list[dict], figure) -> None:
     found = pick(rows, part="sent")
     for way, name, style in (
         ("torch without", "torch without no_sync", "o-"),
-        ("torch", "torch with", "s-"),
+        ("torch", "torch with no_sync", "s-"),
         ("ours", "ours", "x"),
     ):
         wire.plot(
@@ -299,8 +300,9 @@ def picture(rows: list[dict], figure) -> None:
     wire.set(
         title="MiB that a rank of two sends in a step", xlabel="micro-batches K", ylim=(0, None)
     )
+    wire.set_xticks(COUNTS, COUNTS)
     wire.grid(alpha=0.25)
-    wire.legend(frameon=False)
+    below(wire, ncols=3)
 
 
 if __name__ == "__main__":

@@ -264,11 +264,22 @@ def picture(rows: list[dict], figure) -> None:
         name for (name,) in groups(rows, "method") if name in METHODS or name == "accumulation 4"
     ]
     for name, color in ((name, family[name.split()[0]]) for name in shown):
+        pair = [pick(rows, method=name, feedback=feedback) for feedback in (True, False)]
+        if all(pair):
+            heights = [min(100 * mean_sd(gaps(rows, name, k))[0], limit) for k in (True, False)]
+            right.plot([1 / share(rows, name)] * 2, heights, color=color, lw=1, zorder=1)
         for feedback, face in ((None, color), (True, color), (False, "none")):
             mine = pick(rows, method=name, feedback=feedback)
             if mine:
                 y = min(100 * mean_sd(gaps(rows, name, feedback))[0], limit)
-                right.plot(1 / share(rows, name), y, "o", ms=8, mec=color, mfc=face)
+                right.plot(
+                    1 / share(rows, name),
+                    y,
+                    "o",
+                    ms=8,
+                    mec=color,
+                    mfc=face if face == color else "white",
+                )
                 if feedback is not False:
                     right.annotate(
                         name,
@@ -276,6 +287,7 @@ def picture(rows: list[dict], figure) -> None:
                         xytext=(7, -3),
                         fontsize=9,
                         textcoords="offset points",
+                        bbox=dict(fc="white", ec="none", alpha=0.85, pad=0.5),
                     )
     right.axhspan(-100 * NEAR, 100 * NEAR, color=INK[2], alpha=0.15, lw=0)
     right.set(

@@ -31,7 +31,17 @@ import train
 from checkpoint import load
 from data import corpora
 from experiments import protocol
-from experiments.findings import INK, groups, judged, line, listed, markdown, pick, plus_minus
+from experiments.findings import (
+    INK,
+    below,
+    groups,
+    judged,
+    line,
+    listed,
+    markdown,
+    pick,
+    plus_minus,
+)
 
 PATIENCE, SEEDS, CASES = 4, (1, 2, 3), ("whole", "patience", "nan")
 EVALUATE = train.evaluate
@@ -238,13 +248,16 @@ def picture(rows: list[dict], figure) -> None:
         {i * every: [r["val_loss"][i] for r in whole] for i in range(1, n)},
         "held out, whole run",
         color=INK[0],
+        ls="",
+        marker="o",
+        ms=4,
     )
     line(
         ax,
         {(i + 0.5) * every: [r["loss"][i] for r in whole] for i in range(n - 1)},
         "training",
         color=INK[5],
-        ls="--",
+        lw=1.8,
     )
     for i, r in enumerate(stopped):
         ax.axvline(r["steps"], color=INK[2], lw=1, label=f"--patience={PATIENCE} stops" * (i == 0))
@@ -280,9 +293,9 @@ def picture(rows: list[dict], figure) -> None:
     ax.set(
         xlabel="steps",
         ylabel="loss, nats a byte",
-        title=f"An overfitting run, {len(whole)} seed(s)",
+        title=f"An overfitting run; seeds: {len(whole)}",
     )
-    ax.legend(frameon=False)
+    below(ax, ncols=3)
 
 
 if __name__ == "__main__":

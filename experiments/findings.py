@@ -86,18 +86,33 @@ def dots(ax, values: dict[str, list[float]], color: str = INK[0]) -> None:
         mean, sd = mean_sd(found)
         ax.plot(found, [y] * len(found), "o", ms=5, color=color, alpha=0.35, mew=0)
         error = None if math.isnan(sd) else sd
-        ax.errorbar(mean, y, xerr=error, fmt="|", ms=14, mew=2, capsize=4, color=color)
+        # Many lines lie so close that large marks would touch.
+        size, cap = (14, 4) if len(values) <= 24 else (8, 2)
+        ax.errorbar(mean, y, xerr=error, fmt="|", ms=size, mew=2, capsize=cap, color=color)
     ax.set_yticks(range(len(values)), [*values])
     ax.set_ylim(len(values) - 0.5, -0.5)
     ax.grid(alpha=0.25, axis="x")
 
 
 def line(ax, points: dict[float, list[float]], label: str, **style) -> None:
-    """Through the means of {x: values}, with standard deviations."""
+    """Through the means of {x: values}, with standard deviations: bars, or a shade where bars would
+    be too many."""
     found = [mean_sd(values) for values in points.values()]
+    means = [mean for mean, _ in found]
     errors = [0 if math.isnan(sd) else sd for _, sd in found]
-    ax.errorbar([*points], [mean for mean, _ in found], errors, label=label, capsize=3, **style)
     ax.grid(alpha=0.25)
+    if len(points) <= 12 or style.get("ls") == "":
+        ax.errorbar([*points], means, errors, label=label, capsize=3, **style)
+        return
+    low = [mean - error for mean, error in zip(means, errors)]
+    high = [mean + error for mean, error in zip(means, errors)]
+    [drawn] = ax.plot([*points], means, label=label, **style)
+    ax.fill_between([*points], low, high, color=drawn.get_color(), alpha=0.15, lw=0)
+
+
+def below(ax, **style) -> None:
+    """The legend of a panel under it, where it covers nothing."""
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), **style)
 
 
 # ---- NAME.md and NAME.png ------------------------------------------------------------------------

@@ -212,24 +212,38 @@ def table(rows: list[dict]) -> str:
     return "\n\n".join([*text, f"‖w‖/‖g‖ in the middle of SGD's run at 1x: {ratios}."])
 
 
+def up_to(top: float, points: dict[float, list[float]]) -> dict[float, list[float]]:
+    """The points up to the first whose mean lies above the picture. That one has no deviation: its
+    bar alone would cross the picture."""
+    found = {}
+    for x, values in points.items():
+        mean = mean_sd(values)[0]
+        found[x] = values if mean <= top else [mean]
+        if not mean <= top:
+            break
+    return found
+
+
 def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(13, 5)
     losses, against, layers = figure.subplots(1, 3, width_ratios=[1.2, 1.2, 1])
+    finite = [x for r in rows for x in sum(r["losses"], []) if not math.isnan(x)]
+    top = min(max(finite), min(finite) + 2.5) + 0.05
     for r, color in zip(rows, INK):
         style = dict(color=color, marker="o", ms=4, ls="--" if "without" in r["case"] else "-")
         line(
             losses,
-            dict(zip(r["factors"], r["losses"])),
+            up_to(top, dict(zip(r["factors"], r["losses"]))),
             f"{r['case']}, {CASES[r['case']][1]}",
             **style,
         )
-        line(against, {k: [100 * x for x in g] for k, g in gaps(r).items()}, r["case"], **style)
+        percent = {k: [100 * x for x in g] for k, g in gaps(r).items()}
+        line(against, up_to(50, percent), r["case"], **style)
     against.axhline(100 * LIMIT, color="black", lw=0.8)
-    finite = [x for r in rows for x in sum(r["losses"], []) if not math.isnan(x)]
     losses.set(
         ylabel="validation loss",
         title="Equal tokens, lr by the rule",
-        ylim=(min(finite) - 0.05, min(max(finite), min(finite) + 2.5) + 0.05),
+        ylim=(min(finite) - 0.05, top),
     )
     against.set(
         ylabel="against its own 1x, % (line: 3 %, broken)",
@@ -244,7 +258,8 @@ def picture(rows: list[dict], figure) -> None:
         *losses.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
     )
     sgd = next(r for r in rows if r["case"] == "SGD")
-    layers.barh(range(len(sgd["layers"])), sgd["ratios"], color=INK[5])
+    layers.plot(sgd["ratios"], range(len(sgd["layers"])), "o", color=INK[5])
+    layers.grid(alpha=0.25)
     layers.set_yticks(range(len(sgd["layers"])), sgd["layers"], fontsize=8)
     layers.invert_yaxis()
     layers.set(xscale="log", xlabel="‖w‖/‖g‖", title="Of each matrix (SGD, 1x, half way)")

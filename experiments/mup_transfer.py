@@ -227,9 +227,9 @@ def picture(rows: list[dict], figure) -> None:
         for down, mup in enumerate((True, False)):
             ax, at = axes[down, across], sizes(rows, "width", part="width", optim=optim, mup=mup)
             name = f"{NAMES[optim]} {'with' if mup else 'without'} μP"
-            curves(ax, at, "width", f"{name}: the best lr moves by 2^{moved(at)}")
+            curves(ax, at, "width", f"{name}: the best lr {movement(at)}")
     ax, deep = axes[2, 0], sizes(rows, "layers", part="depth")
-    curves(ax, deep, "layers", f"AdamW, μP, deeper: the best lr moves by 2^{moved(deep)}")
+    curves(ax, deep, "layers", f"AdamW, μP, deeper: the best lr {movement(deep)}")
     for ax, name in zip(axes[2, 1:], ("last MLP", "logits")):
         for (optim, mup), color in zip(CASES, [c for c in INK[:3] for _ in (0, 1)]):
             at = sizes(rows, "width", part="coordinates", optim=optim, mup=mup)
@@ -244,7 +244,13 @@ def picture(rows: list[dict], figure) -> None:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set(xlabel="width", ylabel="root mean square", title=f"After 4 steps: the {name}")
-    axes[2, 2].legend(frameon=False, fontsize=8)
+    axes[2, 2].set_ylim(top=10 * axes[2, 2].get_ylim()[1])
+    axes[2, 2].legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+
+
+def movement(by_size: dict[int, list[dict]]) -> str:
+    steps = moved(by_size)
+    return f"moves by a factor of 2^{steps}" if steps else "stays"
 
 
 def curves(ax, at: dict[int, list[dict]], by: str, title: str) -> None:
@@ -258,7 +264,8 @@ def curves(ax, at: dict[int, list[dict]], by: str, title: str) -> None:
         ax.plot(*best(mine), "o", ms=11, mfc="none", mew=2, color=color)
     ax.set(xlabel="learning rate, at width 64", ylabel="training loss (nats per byte)", title=title)
     ax.set_xscale("log", base=2)
-    ax.legend(frameon=False, fontsize=8, title="circle: the best")
+    # The curves are valleys: the middle of the top is free.
+    ax.legend(frameon=False, fontsize=8, title="circle: the best", loc="upper center")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from experiments.findings import (
     clear,
     dots,
     judged,
-    line,
     listed,
     markdown,
     mean_sd,
@@ -243,20 +242,19 @@ def ranked(rows: list[dict]) -> list[dict]:
 
 def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(14, 6)
-    steps, losses, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.2])
+    steps, losses, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.5])
     order, last = ranked(rows), every(rows) * (len(rows[0]["curves"][0]) - 1)
-    found = [steps_to_target(rows, r["case"]) for r in order]
-    steps.barh(
-        range(len(order)),
-        [min(x, last) for x in found],
-        color=[INK[5] if x == math.inf else INK[r["case"] == BASE] for x, r in zip(found, order)],
-    )
-    for y, x in enumerate(found):
-        steps.text(
-            0.02 * last, y, "never" if x == math.inf else f"{x:.0f}", va="center", color="white"
-        )
+    for y, r in enumerate(order):
+        found = steps_to_target(rows, r["case"])
+        # A bar would say that the target was reached.
+        if found < math.inf:
+            steps.barh(y, found, color=INK[r["case"] == BASE])
+        said = f"{found:.0f}" if found < math.inf else f"not within {last}"
+        color = "white" if found < math.inf else INK[5]
+        steps.text(0.02 * last, y, said, va="center", color=color)
     steps.set_yticks(range(len(order)), [r["case"] for r in order])
     steps.set(
+        xlim=(0, last),
         ylim=(len(order) - 0.5, -0.5),
         xlabel=f"steps to {target(rows):.3f}, {len(order[0]['curves'])} seeds",
         title="Steps to target",
@@ -265,20 +263,38 @@ def picture(rows: list[dict], figure) -> None:
     losses.set_yticks(range(len(order)), [""] * len(order))
     losses.axvline(target(rows), color=INK[1], lw=1)
     losses.set(xlabel="validation loss after the run (red: target)", title="Final loss")
-    for r, color in zip(order, (*INK, *INK, *INK)):
-        points = {i * every(rows): [*x] for i, x in enumerate(zip(*r["curves"])) if i}
-        style = dict(ls="--") if order.index(r) >= len(INK) else {}
-        line(curves, points, r["case"], color=color, lw=1.2, **style)
-    ends = [mean_sd([c[-1] for c in r["curves"]])[0] for r in order]
-    low = min(x for x in ends if not math.isnan(x))
-    curves.axhline(target(rows), color="black", lw=0.8)
-    curves.set(
-        ylim=(low - 0.03, low + 0.9),
-        xlabel="steps",
-        ylabel="validation loss",
+    draw_means(curves, rows, order)
+
+
+def draw_means(ax, rows: list[dict], order: list[dict]) -> None:
+    """Mean curves, named at their ends."""
+    ends = []
+    for i, r in enumerate(order):
+        means = [mean_sd([*x])[0] for x in zip(*r["curves"])]
+        color = INK[i % len(INK)]
+        style = "--" if i >= len(INK) else "-"
+        at = [k * every(rows) for k in range(len(means))]
+        ax.plot(at[1:], means[1:], style, color=color, lw=1.3)
+        if not math.isnan(means[-1]):
+            ends.append((means[-1], r["case"], color))
+    low = min(end for end, *_ in ends)
+    height = 0.9
+    # Names are pushed apart, upwards, until none lies over another.
+    y = -math.inf
+    for end, name, color in sorted(ends):
+        y = max(y + height / 26, end)
+        ends_at = dict(xytext=(1.04, y), textcoords=("axes fraction", "data"), va="center")
+        line_to = dict(arrowprops=dict(arrowstyle="-", color=color, lw=0.7, relpos=(0, 0.5)))
+        ax.annotate(name, (at[-1], end), color=color, fontsize=8, **ends_at, **line_to)
+    ax.axhline(target(rows), color="black", lw=0.8)
+    ax.grid(alpha=0.25)
+    ax.set(
+        xlim=(0, at[-1]),
+        ylim=(low - 0.03, low + height),
+        xlabel="steps (black line: target)",
+        ylabel="validation loss, mean of the seeds",
         title="At each one's best learning rate",
     )
-    curves.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":

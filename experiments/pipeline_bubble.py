@@ -252,7 +252,7 @@ def picture(rows: list[dict], figure) -> None:
         ax.set_title(
             f"{name}: {plan.bubble:.0%} idle, at most {max(plan.in_flight)} forwards in memory"
             + ", halves" * (name in CHUNKS)
-            + ", goes on to 96" * (name == "naive"),
+            + ", continues to 96" * (name == "naive"),
             fontsize=9,
             loc="left",
         )
@@ -277,7 +277,7 @@ def picture(rows: list[dict], figure) -> None:
     ax.plot([0, 0.9], [0, 0.9], color=INK[5], lw=1)
     ax.set(
         xlabel="idle share by the formula",
-        ylabel="measured (crosses: a GPT on two cores)",
+        ylabel="measured (dots: sleeping stages, crosses: a GPT on two cores)",
         title="Measured against (p-1)/(m+p-1) and the like",
     )
     ax.grid(alpha=0.25)

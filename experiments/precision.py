@@ -333,7 +333,7 @@ def picture(rows: list[dict], figure) -> None:
     losses.set(
         xlim=(-1, 300),
         title="300 steps in each precision (green: within 0.3 %)",
-        xlabel="validation loss against fp32's with the same seed, %",
+        xlabel="validation loss against fp32's, same seed, % (> 1: logarithmic)",
     )
     losses.set_xticks(ticks, [f"{x:+g}" for x in ticks])
     shares = zip(*(r["histogram"] for r in pick(rows, part="default", case="fp32")))
@@ -348,14 +348,14 @@ def picture(rows: list[dict], figure) -> None:
             [-25 - shift, 16 - shift], [y * top] * 2, lw=6, color=color, solid_capstyle="butt"
         )
         counts.text(
-            -4.5 - shift,
+            -24.5 - shift,
             (y + 0.025) * top,
-            f"what fp16 holds, gradients {name}",
-            ha="center",
+            f"fp16's range, gradients {name}",
+            ha="left",
             va="bottom",
             fontsize=9,
         )
-        counts.axvline(-25 - shift, color=color, ls="--", lw=1.2)
+        counts.axvline(-25 - shift, ymax=y / 1.42, color=color, ls="--", lw=1.2)
     counts.set(
         xlim=(-60, 17),
         ylim=(0, 1.42 * top),

@@ -28,6 +28,7 @@ import tempfile
 from experiments import protocol
 from experiments.findings import (
     INK,
+    below,
     clear,
     dots,
     groups,
@@ -246,7 +247,8 @@ def picture(rows: list[dict], figure) -> None:
     ends.axvline(0, color="black", lw=0.8)
     dots(ends, {case: [100 * x for x in gaps(rows, case)] for case in cases})
     ends.set(xlabel="loss against cosine, %, at its best lr", title="The end")
-    for case, color in zip([case for case in SHOWN if case in (*cases, "cosine")], INK):
+    drawn = [case for case in SHOWN if case in (*cases, "cosine")]
+    for case, color in zip(drawn, INK):
         top = best(rows, case)
         n = len(top[0]["curve"])
         line(
@@ -255,14 +257,14 @@ def picture(rows: list[dict], figure) -> None:
             case,
             color=color,
         )
-    low = min(r["val_loss"] for r in best(rows, "cosine"))
+    low = min(r["val_loss"] for case in drawn for r in best(rows, case))
     curves.set(
-        ylim=(low - 0.03, low + 0.7),
+        ylim=(low - 0.03, low + 0.8),
         xlabel="share of the run",
         ylabel="validation loss",
         title="On the way",
     )
-    curves.legend(frameon=False, fontsize=8)
+    below(curves, ncols=3)
     steps = pick(rows, part="branch")[0]["lengths"]
     for name, color, style in (
         ("cosine", INK[0], "o-"),

@@ -202,8 +202,9 @@ def picture(rows: list[dict], figure) -> None:
             )
     lowest = min(r["best"] for r in rows)
     early = max(so_far(r["losses"])[len(r["losses"]) // 4] for r in rows)
+    winner = min(rows, key=lambda r: r["best"])
     curve.set(
-        title="The best so far",
+        title=f"The best so far; of all: {lowest:.3f}, {winner['method']}",
         xlabel="trials",
         ylabel="validation loss (nats per byte)",
         ylim=(lowest - 0.03, early + 0.1),

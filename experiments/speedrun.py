@@ -271,6 +271,9 @@ def table(rows: list[dict]) -> str:
     )
 
 
+SECONDS = (-0.5, 0, 0.5, 1, 2, 5, 10)  # ticks of the picture
+
+
 def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(13, 8)
     for ax, text, color in zip(
@@ -281,8 +284,13 @@ def picture(rows: list[dict], figure) -> None:
         found = {k: [x if math.isfinite(x) else 20.0 for x in v] for k, v in found.items()}
         dots(ax, dict(sorted(found.items(), key=lambda item: sum(item[1]))), color)
         ax.axvline(0, color="black", lw=0.8)
+        # Half of the changes cost less than half a second: two would take the axis for themselves.
+        ax.set_xscale("symlog", linthresh=1, linscale=2)
+        ax.set_xticks(SECONDS, [f"{x:g}" for x in SECONDS])
+        ax.minorticks_off()
         ax.set(
-            xlabel="seconds it costs (left: it would be faster)", title=f"{text}: one thing changed"
+            xlabel="seconds it costs (< 0: faster; > 1: logarithmic)",
+            title=f"{text}: one thing changed",
         )
 
 

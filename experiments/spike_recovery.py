@@ -37,7 +37,7 @@ import torch
 import monitor
 from data import dataset
 from experiments import protocol
-from experiments.findings import INK, groups, markdown, paired, pick, plus_minus
+from experiments.findings import INK, below, groups, markdown, paired, pick, plus_minus
 from metrics import logger
 from model import GPT
 from run import build
@@ -245,7 +245,7 @@ def table(rows: list[dict]) -> str:
 
 
 def picture(rows: list[dict], figure) -> None:
-    figure.set_size_inches(14, 5)
+    figure.set_size_inches(14, 6)
     titles = {
         "poison": "3 batches of random bytes",
         "long": "12 batches of random bytes",
@@ -253,8 +253,9 @@ def picture(rows: list[dict], figure) -> None:
     }
     faults = [fault for fault in titles if pick(rows, setup="fragile", fault=fault)]
     colors = dict(zip(USUAL, INK)) | {"skip, accept=30": INK[3]}
-    for ax, fault in zip(figure.subplots(1, len(faults), squeeze=False)[0], faults):
-        clean, worst = pick(rows, setup="fragile", fault="clean")[0], 0
+    axes = figure.subplots(1, len(faults), squeeze=False, sharey=True)[0]
+    for ax, fault in zip(axes, faults):
+        clean = pick(rows, setup="fragile", fault="clean")[0]
         ax.plot(clean["batches"], clean["curve"], color="#999999", lw=4, label="no fault", zorder=1)
         for (name,), mine in groups(pick(rows, setup="fragile", fault=fault), "policy").items():
             if name not in TEXTS:
@@ -263,17 +264,14 @@ def picture(rows: list[dict], figure) -> None:
                 label += f", {mine[0]['work']} batches" * (mine[0]["work"] > clean["work"])
                 ax.plot(xs, ys, color=colors[name], lw=1.7, label=f"{name}: {label}")
                 ax.plot(xs[-1], ys[-1], "X" if ended else "o", ms=7, color=colors[name])
-                worst = max(worst, *ys)
         ax.set(
             title=titles[fault],
             xlabel="batches computed, repeated ones too",
             xlim=(xs[0] - 5, min(ax.get_xlim()[1], 1.6 * clean["work"])),
-            ylim=(min(clean["curve"]) - 0.05, min(worst + 0.05, max(clean["curve"]) + 1.5)),
+            ylim=(min(clean["curve"]) - 0.05, max(clean["curve"]) + 1.5),
         )
         ax.grid(alpha=0.25)
-        ax.legend(
-            fontsize=8, framealpha=0.9, title=f"policy: end (no fault {clean['val_loss']:.2f})"
-        )
+        below(ax, ncols=2, title=f"policy: end (no fault {clean['val_loss']:.2f})")
     figure.axes[0].set_ylabel(f"validation loss (nats per byte), seed {rows[0]['seed']}")
 
 

@@ -247,17 +247,23 @@ def table(rows: list[dict]) -> str:
 def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(13, 4.5)
     loss, *axes = figure.subplots(1, 3, width_ratios=[1.2, 1, 1])
+    tried = {r["decay"] for r in pick(rows, part="loss")} - {0}
+    zero = min(tried) / 100  # where a logarithmic axis has its 0
     for optim, color in zip(DECAYS, INK):
         decays = [*dict.fromkeys(r["decay"] for r in pick(rows, part="loss", optim=optim))]
-        low = min(d for d in decays if d) / 10  # where 0 is drawn
-        points = {d or low: [r["val_loss"] for r in best(rows, optim, decay=d)] for d in decays}
+        points = {d or zero: [r["val_loss"] for r in best(rows, optim, decay=d)] for d in decays}
         line(loss, points, NAMES[optim], color=color, marker="o", ms=4)
     loss.set(
         xscale="log",
-        xlabel="λ (the leftmost of each is 0)",
+        xlabel="λ",
         ylabel="validation loss, at its best lr",
         title="Loss against decay",
     )
+    powers = [
+        10.0**k for k in range(-20, 20, 2) if min(tried) <= 1.01 * 10.0**k <= 1.02 * max(tried)
+    ]
+    loss.set_xticks([zero, *powers], ["0", *(f"{x:g}" for x in powers)])
+    loss.minorticks_off()
     loss.legend(frameon=False)
     for ax, name, of in zip(axes, ("by_gradient", "by_weight"), ("gradient", "weight")):
         for ((optim, decay), mine), color in zip(

@@ -25,6 +25,7 @@ import math
 from experiments import protocol
 from experiments.findings import (
     INK,
+    below,
     dots,
     groups,
     judged,
@@ -171,19 +172,21 @@ def picture(rows: list[dict], figure) -> None:
     free = pick(rows, cap=None)
     cases = [*groups(free, "precision", "lr")]
     *axes, losses = figure.subplots(1, len(cases) + 1, width_ratios=[1] * len(cases) + [1.3])
+    for ax in axes[1:]:
+        ax.sharey(axes[0])
     for ax, (precision, lr) in zip(axes, cases):
         shown = groups(pick(rows, precision=precision, lr=lr), "z", "cap")
         for ((z, cap), mine), color in zip(shown.items(), INK):
             n = len(mine[0]["log_z"])
             points = {(i + 1) / n: [r["log_z"][i] for r in mine] for i in range(n)}
-            name = f"{z:g}" if z else f"no z-loss, cap {cap:g}" if cap else "no z-loss"
-            line(ax, points, name, color=color, lw=1, elinewidth=0.5)
+            name = f"z-loss {z:g}" if z else f"no z-loss, cap {cap:g}" if cap else "no z-loss"
+            line(ax, points, name, color=color, lw=1.5)
         ax.axhline(0, color="black", lw=0.8)
         ax.set(title=f"{precision}, lr 2^{math.log2(lr):.0f}", xlabel="share of the run")
-        ax.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("mean log Z of a batch (bars: sd over seeds)")
+        below(ax)
+    axes[0].set_ylabel("mean log Z of a batch (shade: sd over seeds)")
     names = {
-        f"{p} 2^{math.log2(lr):.0f}, {z:g}": [100 * x for x in gaps(rows, p, lr, z)]
+        f"{p}, lr 2^{math.log2(lr):.0f}, z-loss {z:g}": [100 * x for x in gaps(rows, p, lr, z)]
         for p, lr in cases
         for z in ZS[1:]
         if pick(rows, z=z)

@@ -46,6 +46,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hooks.keep import beneath, plain_step, recipe
+
 
 def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
     """A subclass of cls of the same name whose step() ends with `hooks`, in this order.
@@ -58,9 +60,8 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
             " optimizer, or no hook"
         )
     # A class that wears hooks gets more of them.
-    cls, hooks = getattr(cls, "unhooked", cls), (*worn(cls), *hooks)
-    # torch wraps a class's step() at its first instance, in what runs step hooks: once is enough.
-    plain = cls.step.__wrapped__ if getattr(cls.step, "hooked", False) else cls.step
+    cls, hooks = beneath(cls), (*worn(cls), *hooks)
+    plain = plain_step(cls)
 
     def step(self, closure=None):
         moved = [
@@ -75,21 +76,12 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
             change(p, before, lr, hooks)
         return loss
 
-    def reduce(self, protocol):
-        return made_again, (cls, hooks), self.__getstate__()
-
-    attributes = {"step": step, "hooks": hooks, "unhooked": cls, "__reduce_ex__": reduce}
+    attributes = {"step": step, "hooks": hooks, **recipe(hooked, cls, (hooks,))}
     attributes |= {"__module__": cls.__module__, "elementwise": False}
     attributes["elementwise_elsewhere"] = getattr(cls, "elementwise", False)
     if not all(getattr(hook, "starts_at_zero", True) for hook in hooks):
         attributes["zero_init"] = False
     return type(cls.__name__, (cls,), attributes)
-
-
-def made_again(cls: type[Optimizer], hooks: Sequence[Callable]) -> Optimizer:
-    """What a pickle begins with: no module has the class by name."""
-    made = hooked(cls, hooks)
-    return made.__new__(made)
 
 
 def worn(cls: type[Optimizer]) -> tuple[Callable, ...]:

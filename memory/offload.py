@@ -50,6 +50,7 @@ Example:
     assert torch.equal(layer.weight, twin.weight)
 """
 
+import functools
 import math
 import os
 import shutil
@@ -125,9 +126,13 @@ def offload(
     step._wrapped_by_lr_sched = True  # it does what a scheduler's wrapper does
     optimizer.step = MethodType(step, optimizer)
     optimizer.load_state_dict = MethodType(load_state_dict, optimizer)
-    # Schedule-Free's train() and eval() move parameters by their state, chunk by chunk.
+    # train() and eval() of an average move parameters by their state, chunk by chunk.
     for name in {"train", "eval"} & {*dir(cls)}:
-        setattr(optimizer, name, lambda change=getattr(cls, name): stream.run(change))
+
+        def change(change=getattr(cls, name), **options):
+            stream.run(functools.partial(change, **options))
+
+        setattr(optimizer, name, change)
     return optimizer
 
 

@@ -31,10 +31,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from metrics.labels import plain
 from metrics.logger import cut_back, read_metrics
 
 # The colours end at a quarter of the mean load and at four times of it.
 FACTOR = 4
+NO_TOKEN = "#ffe600"  # yellow: black is too near to the blue of a quarter
 
 
 def statistics(counts: dict[int, list[int]], log_z: list[float]) -> dict[str, float]:
@@ -159,8 +161,7 @@ def draw(run: str | Path, path: str | Path) -> None:
 def title_of(run: str | Path) -> str:
     path = Path(os.path.abspath(run))
     name = path.name if path.is_dir() else path.parent.name
-    # matplotlib takes text between two $ for a formula.
-    return name.replace("$", r"\$")
+    return plain(name, 60)
 
 
 def picture(steps: list[int], layers: dict[int, list[list[int]]], name: str):
@@ -178,7 +179,7 @@ def picture(steps: list[int], layers: dict[int, list[list[int]]], name: str):
     size = (3 + 6 * n_columns, 1.2 + n_rows * (height + 0.3))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
-    colors = colormaps["RdBu_r"].with_extremes(bad="black")
+    colors = colormaps["RdBu_r"].with_extremes(bad=NO_TOKEN)
     norm = LogNorm(1 / FACTOR, FACTOR)
     edges = edges_of(steps)
     for ax in axes.flat[len(layers) :]:
@@ -186,7 +187,7 @@ def picture(steps: list[int], layers: dict[int, list[list[int]]], name: str):
     for ax, (layer, of_steps) in zip(axes.flat, layers.items()):
         tokens = np.array(of_steps, dtype=float).T  # (E, steps)
         load = tokens / tokens.mean(0)
-        # No token at all is black, not only a very small load.
+        # No token at all has a colour of its own, not that of a very small load.
         image = ax.pcolormesh(
             edges,
             np.arange(len(load) + 1) - 0.5,
@@ -195,13 +196,13 @@ def picture(steps: list[int], layers: dict[int, list[list[int]]], name: str):
             norm=norm,
             rasterized=True,
         )
-        ax.set_facecolor("black")
+        ax.set_facecolor(NO_TOKEN)
         least, most = load[:, -1].min(), load[:, -1].max()
         title = f"layer {layer}: from {least:.2f} to {most:.2f} of the mean at step {steps[-1]}"
         ax.set_title(title, loc="left", fontsize=9)
         ax.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.suptitle(f"{name}: load of each expert (black: no token)", weight="bold")
+    figure.suptitle(f"{name}: load of each expert (yellow: no token)", weight="bold")
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("expert", fontsize=10)
     bar = figure.colorbar(image, ax=axes, extend="both", aspect=30, shrink=min(1, 6 / size[1]))

@@ -2,7 +2,8 @@
 
     metrics.jsonl   one JSON object a line, flushed line by line, floats with all their digits
         train        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", ...}
-        evaluation   {"step", "val_loss", "val_bpb", "val_accuracy", "perplexity"}
+        evaluation   {"step", "val_loss", "val_bpb", "val_accuracy", "perplexity", and with --ema=
+                     "val_loss_ema"}
         event        {"step", "event": "resume", "save", "spike", "rollback", "divergence", ...}
     train.log       the plain lines, whatever the terminal shows
 
@@ -38,6 +39,7 @@ SHOWN = {
     "tokens_per_s": lambda x: f"{short(x)} tok/s",
     "mfu": lambda x: f"{100 * x:.3g}% mfu",
     "val_loss": "val loss {:.4f}".format,
+    "val_loss_ema": "of the average {:.4f}".format,
     "val_bpb": "bpb {:.4f}".format,
     "val_accuracy": "accuracy {:.1%}".format,
     "perplexity": lambda x: f"perplexity {x:.2f}" if x < 1e6 else f"perplexity {x:.1e}",
@@ -76,7 +78,7 @@ def read_metrics(path) -> list[dict]:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict) and type(row.get("step")) is int:
                 rows.append(row)

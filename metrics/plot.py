@@ -1,7 +1,8 @@
 """Loss curves as a picture, and metrics.jsonl as a table.
 
     python -m metrics.plot RUN                             draws RUN/loss.png
-    python -m metrics.plot RUN RUN ... [--out=FILE.png]    compares several runs in loss.png
+    python -m metrics.plot RUN RUN ... [--out=FILE.png]    compares several runs in loss.png, and
+                                                           prints a table of them, the best first
     python -m metrics.plot RUN --csv [--out=FILE.csv]      metrics.jsonl as a table, RUN/metrics.csv
 
 Exit status: 0 done; 2 a mistake, in one line.
@@ -9,21 +10,14 @@ Exit status: 0 done; 2 a mistake, in one line.
 
 import csv
 import json
-import math
 import os
 import sys
-from statistics import median
+import tomllib
+from pathlib import Path
 
-from metrics.logger import read_metrics, short
-
-# Event -> colour of its dashed lines. Other events are not drawn.
-DRAWN = {
-    "resume": "#888888",
-    "skip": "#9467bd",
-    "spike": "#e69f00",
-    "rollback": "#d62728",
-    "divergence": "#000000",
-}
+from metrics.curves import Run, draw
+from metrics.labels import one_line
+from metrics.logger import read_metrics
 
 
 def to_csv(run, path) -> None:
@@ -55,135 +49,79 @@ def metrics_of(run) -> str:
 def plot(runs, path) -> bool:
     """Draws the losses of a run's folder, or of a list of them, into the picture file `path`.
 
-    False, and a printed sentence, if no loss was logged. Raises FileNotFoundError for a folder
-    without metrics.jsonl.
+    Of several a table is printed, the best first. False, and a printed sentence, if no loss was
+    logged. Raises FileNotFoundError for a folder without metrics.jsonl.
     """
-    from matplotlib.figure import Figure
-
-    runs = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
-    single = len(runs) == 1
-    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
-    ax = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", xmargin=0.01)
-    title = ""
-    losses = []
-    tokens_per_step = set()
-    for i, run in enumerate(runs):
+    folders = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
+    found = []
+    for folder, name in zip(folders, names_of(folders)):
         # Sorting is stable: if a step was repeated, its last row counts.
-        rows = sorted(read_metrics(metrics_of(run)), key=lambda row: row["step"])
-        train = by_step(rows, "loss")
-        val = by_step(rows, "val_loss")
-        if not train and not val:
-            print(f"{run}: no loss was logged, nothing to draw")
-            continue
-        title = title_of(run, train, val)
-        if single:
-            draw_single(ax, train, val)
-            draw_events(ax, rows)
+        rows = sorted(read_metrics(metrics_of(folder)), key=lambda row: row["step"])
+        run = Run(name, rows, branch_of(folder, rows))
+        if run.curves["loss"] or run.validation():
+            found.append(run)
         else:
-            draw_one_of_many(ax, train, val, f"C{i}", title)
-        losses += [*train.values(), *val.values()]
-        for step, tokens in by_step(rows, "tokens").items():
-            if step * tokens:
-                tokens_per_step.add(tokens / step)
-    if not losses:
+            print(f"{folder}: no loss was logged, nothing to draw")
+    if not found:
         return False
-    set_limits(ax, sorted(losses))
-    if not single:
-        title = "Training (lines) and validation (dots)"
-    ax.set_title(title, loc="left", weight="bold")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    # A second axis is true only where every step has the same number of tokens.
-    if len(tokens_per_step) == 1:
-        add_token_axis(ax, tokens_per_step.pop())
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    figure.savefig(path)
+    draw(found).savefig(path)
+    if len(folders) > 1:
+        print(table(found))
     return True
 
 
-def by_step(rows: list[dict], key: str) -> dict:
-    return {row["step"]: row[key] for row in rows if row.get(key) is not None}
+def names_of(folders: list) -> list[str]:
+    """The last part of each path, or as many as tell them apart."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    names = [path.name for path in paths]
+    longest = max(len(path.parts) for path in paths)
+    for n in range(2, longest + 1):
+        is_unique = {name: names.count(name) == 1 for name in names}
+        names = [
+            name if is_unique[name] else str(Path(*path.parts[-n:]))
+            for name, path in zip(names, paths)
+        ]
+    return names
 
 
-def title_of(run, train: dict, val: dict) -> str:
-    """The run's name and its last loss. train, val: step -> loss."""
-    kind = "validation" if val else "training"
-    final = [*(val or train).values()][-1]
-    # matplotlib takes text between two $ for a formula.
-    name = os.path.basename(os.path.abspath(run)).replace("$", r"\$")
-    return f"{name}: final {kind} loss {final:.4f}"
+def branch_of(folder, rows: list[dict]) -> tuple[str, int] | None:
+    """The run that a branch leaves, as its config.toml has it, and the step."""
+    try:
+        config = tomllib.loads(Path(folder, "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    source = config.get("resume")
+    if not isinstance(source, str) or source in ("auto", "never") or not rows:
+        return None
+    path = Path(source)
+    number = path.name.removeprefix("step-")
+    if number.isdecimal():
+        return str(path.parent), int(number)
+    # A folder stands for its newest checkpoint, which the first line tells.
+    return source, max(rows[0]["step"] - 1, 0)
 
 
-def draw_single(ax, train: dict, val: dict) -> None:
-    """One run: its two curves differ by colour. train, val: step -> loss."""
-    if train:
-        draw_training(ax, train, "#3b75af", "training, smoothed", raw=True)
-    if val:
-        draw_validation(ax, val, "#c8502d", "validation")
+def table(runs: list[Run]) -> str:
+    """A line for each run, the best first: by validation, without one by training."""
 
+    def rank(run: Run) -> tuple:
+        best = run.best()
+        return best is None, best[1] if best else [*run.curves["loss"].values()][-1]
 
-def draw_one_of_many(ax, train: dict, val: dict, color: str, title: str) -> None:
-    """One run of several: its two curves share a colour, and one entry of the legend."""
-    if train:
-        draw_training(ax, train, color, None if val else title, raw=False)
-    if val:
-        draw_validation(ax, val, color, title)
-
-
-def draw_training(ax, train: dict, color: str, label: str | None, raw: bool) -> None:
-    """The training loss, smoothed; raw: with each step's loss behind it.
-
-    Medians over 5 % of the run, and over less at its start: neither a spike nor the first fall is
-    smeared.
-    """
-    steps = [*train]
-    losses = [*train.values()]
-    last = len(losses) - 1
-    half = len(losses) // 40
-    # A median at each of n steps would take n²/20 numbers. For a picture 201 places are enough.
-    places = sorted({k * last // 200 for k in range(201)})
-    medians = []
-    for k in places:
-        radius = min(k, half)
-        medians.append(median(losses[k - radius : k + radius + 1]))
-    if raw:
-        ax.plot(steps, losses, color=color, alpha=0.25, lw=0.8)
-    # A line through a single point shows nothing.
-    style = "-" if len(losses) > 1 else "o"
-    ax.plot([steps[k] for k in places], medians, style, color=color, lw=1.2, label=label)
-
-
-def draw_validation(ax, val: dict, color: str, label: str) -> None:
-    ax.plot([*val], [*val.values()], "o-", ms=4, color=color, label=label)
-
-
-def draw_events(ax, rows: list[dict]) -> None:
-    """A dashed line at each step of an event, such as a spike."""
-    for event, color in DRAWN.items():
-        steps = [row["step"] for row in rows if row.get("event") == event]
-        if steps:
-            style = dict(label=f"{event} ({len(steps)})", lw=1, alpha=0.5, zorder=1)
-            ax.vlines(steps, 0, 1, color, "--", transform=ax.get_xaxis_transform(), **style)
-
-
-def set_limits(ax, losses: list[float]) -> None:
-    """losses: sorted. The top 2 % are cut off where they would flatten the rest."""
-    low = losses[0]
-    usual = losses[math.ceil(0.98 * (len(losses) - 1))]
-    high = losses[-1]
-    if high - low > 2 * (usual - low) > 0:
-        high = usual
-    # A flat curve needs some height, too.
-    pad = 0.06 * (high - low) or 0.5
-    right = max(ax.get_xlim()[1], 1)
-    ax.set(xlim=(-0.01 * right, right), ylim=(low - pad, high + pad))
-
-
-def add_token_axis(ax, tokens_per_step: float) -> None:
-    """A second axis at the top, in tokens."""
-    to_tokens_and_back = (lambda x: x * tokens_per_step, lambda x: x / tokens_per_step)
-    top = ax.secondary_xaxis("top", functions=to_tokens_and_back, xlabel="tokens")
-    top.xaxis.set_major_formatter(lambda x, _: short(x))
+    lines = [("run", "steps", "best validation", "at step", "last validation", "last training")]
+    for run in sorted(runs, key=rank):
+        train = [*run.curves["loss"].values()]
+        val = [*run.validation().values()]
+        step, loss = run.best() or ("", None)
+        numbers = [loss, step, val[-1] if val else None, train[-1] if train else None]
+        cells = ["" if x is None else f"{x:.4f}" if type(x) is float else str(x) for x in numbers]
+        lines.append((one_line(run.name), str(max(row["step"] for row in run.rows)), *cells))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    out = []
+    for name, *cells in lines:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        out.append("  ".join([name.ljust(widths[0]), *padded]))
+    return "\n".join(out)
 
 
 def main(args: list[str]) -> None:

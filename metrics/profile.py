@@ -189,14 +189,22 @@ def plot(memory: list[tuple[float, str, int]], path: Path) -> None:
     """Draws memory_rows, a line for each device."""
     from matplotlib.figure import Figure  # takes a second, so only here
 
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.add_subplot()
     for device in sorted({device for _, device, _ in memory}):
         seconds = [second for second, of, _ in memory if of == device]
         sizes = [size / 1e6 for _, of, size in memory if of == device]
-        axes.step(seconds, sizes, where="post", linewidth=0.8, label=device)
+        axes.step(
+            seconds,
+            sizes,
+            where="post",
+            linewidth=0.8,
+            label=f"{device}: at most {max(sizes):.4g} MB",
+        )
     axes.set(xlabel="seconds", ylabel="MB given out by torch", title="memory of the profiled steps")
     axes.grid(alpha=0.3)
+    # From 0: otherwise a small part that comes and goes would look like all of it.
+    axes.set_ylim(bottom=0)
     if memory:
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside lower left", ncols=4)
     figure.savefig(path, dpi=120)

@@ -239,9 +239,10 @@ def skip_compiler_import() -> None:
 
 # ---- what optimizers of others may lack ----------------------------------------------------------
 def averages_weights(optimizer: Optimizer | type[Optimizer]) -> bool:
-    """Does it keep a second set of weights, an average to evaluate and save?
+    """Does it keep a second set of weights, to evaluate and save?
 
-    Such a method (Schedule-Free) has train() and eval(), which swap the two in the model.
+    Such a method (Schedule-Free, hooks/ema.py, hooks/ema_nesterov.py) has train() and eval(), which
+    swap the two in the model.
     """
     return hasattr(optimizer, "eval")
 
@@ -257,12 +258,13 @@ def sent_bytes(optimizer: Optimizer) -> int:
 
 # ---- weights to evaluate, state by name ----------------------------------------------------------
 @contextmanager
-def evaluation_weights(optimizer: Optimizer, share: Callable[[], None] = lambda: None):
+def evaluation_weights(optimizer: Optimizer, share: Callable[[], None] = lambda: None, **options):
     """Inside, the model holds the weights to evaluate, save and sample.
 
-    For Schedule-Free they are the average x. share(): tells other ranks that the optimizer's
-    parameters here have changed. Gives {name: the weights training resumes from}, empty where they
-    are the same. Afterwards the model holds the very bits it had: an evaluation changes nothing.
+    For Schedule-Free they are the average x. options: of the optimizer's eval(). share(): tells
+    other ranks that the optimizer's parameters here have changed. Gives {name: the weights training
+    resumes from}, empty where they are the same. Afterwards the model holds the very bits it had:
+    an evaluation changes nothing.
     """
     groups = optimizer.param_groups
     # Nothing to swap: there is no average, or eval() has put it into the model already.
@@ -274,7 +276,7 @@ def evaluation_weights(optimizer: Optimizer, share: Callable[[], None] = lambda:
     params = {name: p for g in groups for name, p in zip(g["names"], g["params"])}
     training = {name: p.detach().clone() for name, p in params.items()}
     lost = {p: state["lost"].clone() for p, state in optimizer.state.items() if "lost" in state}
-    optimizer.eval()
+    optimizer.eval(**options)
     share()
     yield training
     optimizer.train()
@@ -304,7 +306,7 @@ def state_by_name(optimizer: Optimizer) -> dict:
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"]):
             if p in optimizer.state:
-                state[name] = optimizer.state[p]
+                state[name] = dict(optimizer.state[p])  # eval() may put others in their place
         if group["params"]:
             left_out = ("params", "names", "kind")
             groups[group["kind"]] = {k: x for k, x in group.items() if k not in left_out}
@@ -334,6 +336,9 @@ def load_state_by_name(
     state_dict["state"] = {}
     for i, name in names.items():
         state = state_of(name, shapes[name])
+        # A branch may go on without the average that its run kept (hooks/ema.py).
+        if not averages_weights(optimizer):
+            state.pop("ema", None)
         if state:
             state_dict["state"][i] = state
     optimizer.load_state_dict(state_dict)

@@ -344,10 +344,14 @@ def draw(
             title += f", to be multiplied by {scale:g}"
         ax.set_title(title, loc="left", fontsize=9)
         ax.set_yticks(range(len(keys)), [name for name, _ in keys], fontsize=6)
-    axes[-1].set_xlabel(
-        f"log2 |value| at step {step}.  {format}: left of the first red line becomes zero, "
-        "up to the orange one subnormal; right of the other red one is too large",
-        fontsize=8,
+    axes[-1].set_xlabel("log2 |value|", fontsize=8)
+    # Above the maps: of many tensors the foot is a page away.
+    figure.suptitle(
+        f"step {step}, {format}: left of the first red line values become zero, up to the orange\n"
+        "one subnormal, right of the other red one too large; dark is where most values are",
+        x=0.01,
+        ha="left",
+        fontsize=10,
     )
     figure.colorbar(image, ax=list(axes), label="log10 of the share of values", shrink=0.5)
     figure.savefig(path)

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from hooks.keep import beneath
 from hooks.wear import worn
 from layers import rope_scaling
 from metrics import flops
@@ -81,7 +82,7 @@ def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
     """A Schedule-Free optimizer needs no schedule: constant. All others decay: wsd."""
     if cfg.schedule != "auto":
         return cfg.schedule
-    if averages_weights(optimizer_class):
+    if averages_weights(beneath(optimizer_class)):
         return "constant"
     return "wsd"
 

@@ -10,6 +10,7 @@ import torch
 import monitor
 import schedules
 from data import corpora, dataset
+from hooks.keep import beneath
 from metrics.divergence import Divergence, unigram_entropy
 from metrics.profile import Profiler
 from model import GPTConfig
@@ -404,8 +405,10 @@ def optimizer_factory(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], opti
             optimizer_class, groups, tp_shards=tp_shards, tp_group=mesh.groups["tp"], **arguments
         )
         shards.update(adapter.shards)
-        # For State: owners must see weights that something else has put into the model.
+        # For State: owners must see weights that something else has put into the model, and the
+        # model those that an average has put into the owners'.
         adapter.optimizer.gather_weights = adapter.gather_weights
+        adapter.optimizer.broadcast_weights = adapter.broadcast_weights
         return adapter.optimizer
 
     return make, shards
@@ -417,13 +420,14 @@ def refuse_momentum_options(cfg: Config, optimizer_class: type, group: dict) -> 
     group: a group of parameters as this optimizer fills it.
     """
     # Schedule-Free's momentum says where its average lies: it must not change during the run.
-    averages = param_groups.averages_weights(optimizer_class)
+    averages = param_groups.averages_weights(beneath(optimizer_class))
     for name in ("momentum_warmup", "momentum_cooldown"):
         if getattr(cfg, name) is not None and (averages or "momentum" not in group):
             what = name.removeprefix("momentum_").replace("down", " down").replace("warm", "warm ")
             raise ValueError(f"--optim={cfg.optim} has no momentum to {what}; leave --{name} out")
-    if cfg.qk_clip is not None and averages:
+    if cfg.qk_clip is not None and param_groups.averages_weights(optimizer_class):
+        what = f"--optim={cfg.optim}" if averages else "--ema, or --hooks=ema_nesterov,"
         raise ValueError(
-            f"--qk_clip scales weights, and --optim={cfg.optim} keeps a second set of them; "
-            "type --optim=muon, or leave qk_clip out"
+            f"--qk_clip scales weights, and {what} keeps a second set of them; leave one of the two"
+            " out"
         )

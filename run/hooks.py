@@ -1,4 +1,4 @@
-"""The hooks that --hooks= names, with their --hook.NAME.FIELD=, on the optimizer's class."""
+"""The hooks that --hooks= names, with their --hook.NAME.FIELD=, and --ema=, on the optimizer."""
 
 import dataclasses
 import importlib
@@ -8,10 +8,12 @@ from collections.abc import Callable
 import torch
 
 import hooks as folder
+from hooks.ema import averaged
 from hooks.wear import hooked
 from settings import checks
 from settings.fields import Config
 
+HELPERS = ("wear", "keep", "ema")  # files in hooks/ that --hooks= does not name
 # Hooks of which the first undoes what the second does -> why.
 CONTRADICT = {
     ("hyperball", "radial_brake"): "hyperball keeps the norm that radial_brake slows down",
@@ -22,10 +24,11 @@ CONTRADICT = {
 
 
 def with_hooks(cfg: Config, optimizer_class: type) -> type[torch.optim.Optimizer]:
-    """The class that wears the hooks of cfg.
+    """The class that wears the hooks of cfg, and averages.
 
-    Raises ValueError for unknown hooks and fields, values out of range, and hooks that contradict
-    each other, the optimizer or another setting.
+    A second set of weights comes last, around all that changes a step. Raises ValueError for
+    unknown hooks and fields, values out of range, and hooks that contradict each other, the
+    optimizer or another setting.
     """
     names = [] if cfg.hooks is None else cfg.hooks.split(",")
     for field in cfg.sub("hook"):
@@ -46,10 +49,17 @@ def with_hooks(cfg: Config, optimizer_class: type) -> type[torch.optim.Optimizer
         raise ValueError(
             f"--hooks={cfg.hooks} keeps a matrix of zeros at zero; leave --zero_init=true out"
         )
+    of_steps = [hook for hook in hooks if not hasattr(hook, "wear")]
     try:
-        return hooked(optimizer_class, hooks)
+        made = hooked(optimizer_class, of_steps) if of_steps else optimizer_class
+        if cfg.ema is not None:
+            made = averaged(made, cfg.ema, cfg.ema_from, cfg.ema_share)
+        for hook in hooks:
+            made = made if hook in of_steps else hook.wear(made)
     except ValueError as error:
-        raise ValueError(f"--hooks={cfg.hooks}: {error}") from None
+        what = "--hooks=" + cfg.hooks if cfg.ema is None else f"--ema={cfg.ema:g}"
+        raise ValueError(f"{what}: {error}") from None
+    return made
 
 
 def check_together(cfg: Config, names: list[str]) -> None:
@@ -75,7 +85,7 @@ def check_together(cfg: Config, names: list[str]) -> None:
 
 def make(cfg: Config, name: str) -> Callable:
     """The hook of this name with its fields. Raises ValueError."""
-    files = [m.name for m in pkgutil.iter_modules(folder.__path__) if m.name != "wear"]
+    files = [m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in HELPERS]
     if name not in files:
         near = checks.nearest(name, files)
         raise ValueError(f"--hooks={cfg.hooks}: there is no {name!r} in hooks/; {near}")

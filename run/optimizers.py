@@ -12,9 +12,12 @@ from settings.fields import Config
 
 
 def chosen(cfg: Config) -> type[torch.optim.Optimizer]:
-    """The class of --optim=, wearing the hooks of --hooks=. Raises ValueError."""
+    """The class of --optim=, with the hooks of --hooks= and the average of --ema=.
+
+    Raises ValueError.
+    """
     optimizer_class = find_optimizer(cfg.optim)
-    if cfg.hooks is None and not cfg.sub("hook"):
+    if cfg.hooks is None and not cfg.sub("hook") and cfg.ema is None:
         return optimizer_class
     from run.hooks import with_hooks
 

@@ -300,6 +300,8 @@ def about_losses(trained: list[dict], evaluated: list[dict], patience: int | Non
         # A stop may have skipped the last evaluation.
         place = "at the end" if last["step"] >= trained[-1]["step"] else f"at step {last['step']}"
         text += f"; validation {number(last['val_loss'])} {place}"
+        if "val_loss_ema" in last:
+            text += f" ({number(last['val_loss_ema'])} the average, which is saved)"
     finite = [row for row in evaluated if row["val_loss"] is not None]
     if finite:
         best = min(finite, key=lambda row: row["val_loss"])

@@ -13,6 +13,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
+from metrics.labels import columns, plain
 from metrics.logger import short
 from search.trials import STATUSES as ORDER
 from search.trials import flags
@@ -93,14 +94,6 @@ def in_markdown(rows: list[list]) -> bytes:
 
 
 # ---- the picture ---------------------------------------------------------------------------------
-def plain(text, longest: int = 24) -> str:
-    """Text that matplotlib draws as it is. A long one keeps only its end, where paths differ."""
-    text = " ".join(str(text).split())
-    if len(text) > longest:
-        text = "…" + text[1 - longest :]
-    return text.replace("$", r"\$")
-
-
 def number(value) -> float | None:
     """A finite number, or None."""
     try:
@@ -112,8 +105,9 @@ def number(value) -> float | None:
 class Axis:
     """How one field lies along x.
 
-    Listed values lie side by side, by size if they have one. A range is an axis of numbers, a
-    logarithmic one for log:LOW:HIGH.
+    Listed values lie side by side, by size if they have one; as far apart as their logarithms where
+    the largest is ten times the smallest or more. A range is an axis of numbers, a logarithmic one
+    for log:LOW:HIGH.
     """
 
     def __init__(self, name: str, choice: list[str] | tuple):
@@ -123,12 +117,21 @@ class Axis:
         self.texts = choice
         if self.numeric and self.kind == "list":
             self.texts = sorted(choice, key=float)
+        self.places = places(self.texts, self.numeric) if self.kind == "list" else []
         self.ends = choice[1:]
 
     def at(self, value) -> float:
         if self.kind == "list":
-            return self.texts.index(value)
+            return self.places[self.texts.index(value)]
         return float(value)
+
+    def is_slanted(self) -> bool:
+        """Are its labels too wide to lie side by side?"""
+        if self.kind != "list":
+            return False
+        # An axis has room for 16 labels. With more than 34 letters in all they are slanted.
+        texts = self.texts[:: math.ceil(len(self.texts) / 16)]
+        return sum(len(plain(text, 18)) + 2 for text in texts) > 34
 
     def set(self, ax) -> None:
         from matplotlib import ticker
@@ -136,11 +139,9 @@ class Axis:
         ax.set_xlabel(plain(self.name, 40), weight="bold")
         if self.kind == "list":
             texts = [plain(text, 18) for text in self.texts]
-            n = len(texts)
-            # An axis has room for 16 labels. With more than 34 letters in all they are slanted.
-            step = math.ceil(n / 16)
-            wide = sum(len(text) + 2 for text in texts[::step]) > 34
-            ax.set(xlim=(-0.5, n - 0.5), xticks=range(0, n, step))
+            step = math.ceil(len(texts) / 16)
+            wide = self.is_slanted()
+            ax.set(xlim=(-0.5, len(texts) - 0.5), xticks=self.places[::step])
             ax.set_xticklabels(
                 texts[::step],
                 rotation=35 if wide else 0,
@@ -163,6 +164,23 @@ class Axis:
             ax.xaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
         ax.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 10_000 else f"{x:.3g}")
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def places(texts: list[str], numeric: bool) -> list[float]:
+    """Where listed values lie, from 0 to their number - 1."""
+    n = len(texts)
+    even = [float(k) for k in range(n)]
+    if not numeric or n < 3:
+        return even
+    numbers = [float(text) for text in texts]
+    if numbers[0] <= 0 or numbers[-1] < 10 * numbers[0]:
+        return even
+    logs = [math.log(x / numbers[0]) for x in numbers]
+    found = [(n - 1) * x / logs[-1] for x in logs]
+    # Labels of neighbours need room.
+    if min(b - a for a, b in zip(found, found[1:])) < max(0.4, n / 12):
+        return even
+    return found
 
 
 def picture(trials: list, results: dict, search: dict, metric: str, maximise: bool) -> bytes:
@@ -199,7 +217,12 @@ def picture(trials: list, results: dict, search: dict, metric: str, maximise: bo
     columns = min(len(axes), 3)
     rows = math.ceil(len(axes) / 3)
     width = max(6.4, 4 * columns)
-    figure = Figure(figsize=(width, 1.1 + 3.6 * rows), dpi=140, layout="constrained")
+    # Slanted labels take their room from the page, not from the points.
+    slanted = sum(
+        any(axis.is_slanted() for axis in axes[k : k + 3]) for k in range(0, len(axes), 3)
+    )
+    height = 1.3 + 3.6 * rows + 0.9 * slanted
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for ax in grid.flat[len(axes) :]:
         ax.remove()
@@ -215,10 +238,10 @@ def picture(trials: list, results: dict, search: dict, metric: str, maximise: bo
         ax.set(ylabel=metric.replace("_", " "), ylim=(low - pad, high + pad))
     if by:
         legend(figure, by, width)
-    heading = title(trials, metric, best, round(13 * figure.get_figwidth()))
+    heading = title(trials, metric, best, round(11.5 * figure.get_figwidth()))
     if any(ys[t.number] != results[t.number] and t.status != "diverged" for t in shown):
         heading += ", worse than this picture: " + ("▼" if maximise else "▲")
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=10, weight="bold")
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -254,9 +277,8 @@ def legend(figure, by: Axis, width: float) -> None:
 
     dots = [Line2D([], [], marker="o", ls="", color=f"C{k}") for k in range(len(by.texts))]
     labels = [f"{plain(by.name)}={plain(kind)}" for kind in by.texts]
-    # An inch has room for 11 letters, and a label takes 8 more for its dot and the gaps.
-    longest = max(map(len, labels))
-    fit = max(1, round(11 * width) // (8 + longest))
+    fit = columns(labels, width)
+    figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(labels) / fit))
     figure.legend(dots, labels, frameon=False, loc="outside lower left", ncols=fit)
 
 

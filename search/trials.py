@@ -170,7 +170,8 @@ class Trial:
         best = math.inf
         best_step = None
         n_bad = 0
-        for step, loss in self.curve("val_loss").items():
+        losses = self.curve("val_loss") | self.curve("val_loss_ema")  # as patience counts
+        for step, loss in losses.items():
             if loss is not None and loss < best - self.min_delta:
                 best = loss
                 best_step = step

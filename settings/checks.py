@@ -51,6 +51,7 @@ def check(cfg: Config, has_traits: bool = True, has_experts: bool = True) -> Con
     check_owners(cfg)
     check_replicas_apart(cfg)
     check_early_stopping(cfg)
+    check_ema(cfg)
     check_zeros(cfg)
     profiled_steps(cfg.profile, cfg.steps)
     return cfg
@@ -470,6 +471,19 @@ def check_early_stopping(cfg: Config) -> None:
         )
     if cfg.min_delta and cfg.patience is None:
         raise ValueError("min_delta means nothing without patience; type --patience=5 too")
+
+
+def check_ema(cfg: Config) -> None:
+    for name in ("ema_from", "ema_share"):
+        if cfg.ema is None and getattr(cfg, name) != FIELDS[name].default:
+            raise ValueError(f"{name} means nothing without ema; type --ema=100 too (steps)")
+    if not 0 < cfg.ema_share <= 1:
+        raise ValueError(f"ema_share={cfg.ema_share:g} is not allowed; it must lie in (0, 1]")
+    if cfg.ema is not None and cfg.diloco_every is not None:
+        raise ValueError(
+            "ema averages each replica's own weights, and diloco_every lets them diverge; leave one"
+            " of them out"
+        )
 
 
 def check_qk_clip(cfg: Config) -> None:

@@ -207,6 +207,16 @@ class Config:
         "what changes its steps, in this order: hyperball,cautious_decay ...: files in hooks/;"
         " --hook.NAME.FIELD= sets a hook's field",
     )
+    ema: float | None = on_branch(
+        None,
+        "horizon, in steps, of a running average of the weights: what is saved, sampled and, as"
+        " val_loss_ema, evaluated",
+        least=1,
+    )
+    ema_from: int = on_branch(0, "optimizer steps before the average begins", least=0)
+    ema_share: float = on_branch(
+        1.0, "of the average, in what is saved; the rest is the trained weights'", least=0
+    )
     lr: float | None = on_branch(
         None, "peak learning rate; none = the optimizer's own default", least=0
     )

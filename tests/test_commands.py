@@ -180,6 +180,7 @@ TOOLS = {
     "sweep": ["search.folder:in_order"],
     "metrics.experts": ["metrics.experts:draw"],
     "metrics.plot": ["metrics.plot:plot", "metrics.plot:to_csv"],
+    "metrics.report": ["metrics.report:build"],
     "benchmarks.scale_save": ["benchmarks.scale_save:save"],
     "checkpoint.__main__": ["checkpoint.__main__:found", "checkpoint.__main__:resolve"],
     "parallel.watchdog": ["parallel.watchdog:report"],

@@ -393,7 +393,7 @@ def test_metrics_md_has_the_fields_that_the_code_writes():
         for x in ast.walk(function("run/evaluate.py", "evaluate"))
         if isinstance(x, ast.Return) and isinstance(x.value, ast.Dict)
     ]
-    evaluation = {key.value for key in returned[0].keys}
+    evaluation = {key.value for key in returned[0].keys} | {"val_loss_ema"}  # train.py's own
     row = keys_of(function("train.py", "main"), "row")
     watched = keys_of(function("metrics/watch.py", "row"), "found")
     losses = keys_of(function("run/balance.py", "row"), "found")
@@ -405,6 +405,7 @@ def test_metrics_md_has_the_fields_that_the_code_writes():
 
 def test_metrics_md_has_the_fields_of_a_real_run(run, text, tmp_path):
     fields = dict(data=text, out_dir=tmp_path, watch_every=1, n_expert=2, moe_sequence_loss=1)
+    fields |= dict(ema=2)
     train.main(parse.parse(words(**fields)))
     paths = [run / "out" / "metrics.jsonl", tmp_path / "metrics.jsonl"]
     rows = [row for path in paths for row in read_metrics(path)]
@@ -517,5 +518,58 @@ def test_install_md_names_the_torch_that_requirements_pin():
     assert set(re.findall(r"torch==(\d[\d.]*\d)", page("docs/install.md"))) == {pinned}
 
 
-def test_the_citation_names_the_licence():
-    assert "license: MIT" in page("CITATION.cff") and "MIT License" in page("LICENSE")
+def test_the_citation_is_complete():
+    text = page("CITATION.cff")
+    assert "license: MIT" in text and "MIT License" in page("LICENSE")
+    keys = re.findall(r"^([a-z-]+):", text, re.M)
+    # Those that the format asks for, then more of its own.
+    assert {"cff-version", "message", "title", "authors"} <= {*keys} and len(keys) == len({*keys})
+    assert {*keys} - {"cff-version", "message", "title", "authors"} <= {
+        *"type abstract license keywords version date-released repository-code url doi".split()
+    }
+    assert "cff-version: 1.2.0" in text and "authors:\n  - name: the nanoscale authors" in text
+    assert "the nanoscale authors" in page("LICENSE")
+
+
+# ---- faq.md, verdicts ----------------------------------------------------------------------------
+QUESTIONS = sections(page("docs/faq.md"))
+
+
+def test_twenty_questions_have_short_answers_with_something_to_type():
+    assert len(QUESTIONS) == 20
+    for question, answer in QUESTIONS.items():
+        lines = answer.strip().splitlines()
+        assert 1 <= len(lines) <= 4, question
+        assert re.search(r"`(python|torchrun|--)|\]\(", answer), question
+
+
+def verdicts() -> list[tuple[str, int, int]]:
+    """(verdict, parts as claimed, parts) of each page of experiments; 0 where none are counted."""
+    found = []
+    for path in sorted((ROOT / "experiments" / "results").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        match = re.search(r"^\*\*Verdict\.\*\* ([a-z ]+)(?:: (\d+) of (\d+) parts)?", text, re.M)
+        if match:
+            found.append((match[1], int(match[2] or 0), int(match[3] or 0)))
+    return found
+
+
+def test_readme_counts_the_verdicts_as_the_pages_have_them():
+    found = verdicts()
+    names = [verdict for verdict, _, _ in found]
+    assert {*names} == {"holds", "holds in part"}  # else "none fails altogether" is to be changed
+    text = " ".join(page("README.md").split())
+    pattern = (
+        r"tested (\d+) statements, (\d+) of them from five training courses.+? (\d+) hold and "
+        r"(\d+) hold in part; none fails altogether\. Of the (\d+) parts that were counted "
+        r"(\d+) are as claimed"
+    )
+    said = re.search(pattern, text)
+    own = [  # their docstring says that no lesson claims it
+        path
+        for path in (ROOT / "experiments").glob("*.py")
+        if re.search(r"^Source: (none of the lessons|.*, ours;)", path.read_text(), re.M)
+    ]
+    counts = [len(found), len(found) - len(own), names.count("holds"), names.count("holds in part")]
+    counts += [sum(n for _, _, n in found), sum(n for _, n, _ in found)]
+    assert [int(x) for x in said.groups()] == counts

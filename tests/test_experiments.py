@@ -290,6 +290,61 @@ def test_precisions_verdict_follows_the_figures():
         assert word == "holds in part" and "not so" in why, (part, case, figure, bad)
 
 
+def picture_of(name: str):
+    """The figure that an experiment draws from its committed figures, after its layout."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    module = load(name)
+    figure = Figure(layout="constrained")
+    module.picture(protocol.read(protocol.RESULTS / f"{name}.csv"), figure)
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def test_an_optimizer_that_misses_the_target_has_no_bar_and_each_curve_its_name():
+    from matplotlib.text import Text
+
+    figure = picture_of("optimizers")
+    bars, _, means = figure.axes
+    said = [text.get_text() for text in bars.texts]
+    assert said.count("not within 600") == 3 and len(bars.patches) == len(said) - 3
+    names = [text for text in means.texts if text.get_text()]
+    assert len(names) == len(said)
+    # An annotation's own box would hold its line, too.
+    boxes = sorted((Text.get_window_extent(text) for text in names), key=lambda box: box.y0)
+    assert all(a.y1 <= b.y0 for a, b in zip(boxes, boxes[1:]))
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_a_decay_of_0_is_0_on_the_axis():
+    decays = picture_of("weight_decay").axes[0]
+    labels = [text.get_text() for text in decays.get_xticklabels()]
+    assert labels[0] == "0" and labels[-1] == "1"
+    zero = decays.get_xticks()[0]
+    starts = [min(bar.get_segments(), key=lambda x: x[0][0])[0][0] for bar in decays.collections]
+    assert starts == [zero, zero]
+
+
+def test_many_points_have_a_shade_and_few_have_bars():
+    from matplotlib.figure import Figure
+
+    few, many, dots = Figure().subplots(3)
+    findings.line(few, {k: [1, 2] for k in range(12)}, "few")
+    findings.line(many, {k: [1, 3] for k in range(13)}, "many")
+    findings.line(dots, {k: [1, 2] for k in range(13)}, "dots", ls="", marker="o")
+    assert len(few.containers) == len(dots.containers) == 1 and not many.containers
+    [shade] = many.collections
+    low, high = shade.get_paths()[0].get_extents().intervaly
+    assert (low, high) == pytest.approx((2 - 2**0.5, 2 + 2**0.5))
+
+
+def test_a_curve_ends_at_the_first_mean_above_the_picture_without_its_deviation():
+    up_to = load("large_batch").up_to
+    assert up_to(2, {1: [1, 1.5], 2: [1, 5], 4: [1]}) == {1: [1, 1.5], 2: [3]}
+    assert [*up_to(2, {1: [1], 2: [math.nan], 4: [1]})] == [1, 2]
+
+
 def test_gaps_are_paired_by_seed():
     rows = [
         dict(case=case, seed=s, loss=s * x)

@@ -13,7 +13,6 @@ import torch
 
 from metrics import logger
 from metrics.logger import Logger, read_metrics, short
-from metrics.plot import plot
 from run import announce
 
 ROOT = Path(__file__).parent.parent
@@ -324,127 +323,6 @@ def test_importing_logger_is_cheap():
         ).stdout
         == "set()\n"
     )
-
-
-# ---- pictures
-
-
-def write_run(folder, rows):
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def colours(path):
-    """The share of pixels that are neither white nor grey: what was drawn, without axes and
-    letters."""
-    from matplotlib.image import imread
-
-    rgb = imread(path)[..., :3]
-    assert rgb.shape[0] >= 500 and rgb.shape[1] >= 900
-    return float((rgb.max(-1) - rgb.min(-1) > 0.1).mean())
-
-
-EVENTS = [
-    {"step": 40, "event": "resume"},
-    {"step": 60, "event": "spike"},
-    {"step": 60, "event": "skip"},
-    {"step": 80, "event": "rollback"},
-]
-AWKWARD = {
-    "usual": (
-        [train_row(s) for s in range(1, 101)]
-        + [eval_row(s, val_loss=4 / (s + 1)) for s in (0, 50, 99)]
-    ),
-    "with_events": [train_row(s) for s in range(1, 101)] + EVENTS,
-    "null_values": (
-        [eval_row(0, val_loss=None)]
-        + [train_row(s, loss=None if s % 3 else 2 / s, tokens=None) for s in range(1, 30)]
-    ),
-    "single_row": [train_row(1)],
-    "no_evaluation": [train_row(s) for s in range(1, 10)],
-    "only_evaluation": [eval_row(0)],
-    "constant_loss": [train_row(s, loss=2.0) for s in range(1, 200)],
-    "a_spike_of_1e30": [train_row(s, loss=1e30 if s == 50 else 2 + s % 2) for s in range(1, 101)],
-    "after_a_rollback": [train_row(s) for s in [*range(1, 51), *range(20, 80)]],
-    "name with $^$ and_": [train_row(s) for s in range(1, 10)],
-}
-
-
-@pytest.mark.parametrize("case", AWKWARD)
-def test_a_picture_is_drawn(tmp_path, case):
-    run = write_run(tmp_path / case, AWKWARD[case])
-    assert plot(run, tmp_path / "loss.png")
-    assert colours(tmp_path / "loss.png") > (2e-4 if len(AWKWARD[case]) == 1 else 2e-3)
-
-
-def test_events_are_marked_in_the_picture(tmp_path):
-    plot(write_run(tmp_path / "with", AWKWARD["with_events"]), tmp_path / "with.png")
-    plot(write_run(tmp_path / "without", AWKWARD["with_events"][:100]), tmp_path / "without.png")
-    assert colours(tmp_path / "with.png") > colours(tmp_path / "without.png") + 1e-3
-
-
-def test_a_spike_does_not_flatten_the_picture(tmp_path):
-    plot(write_run(tmp_path / "run", AWKWARD["a_spike_of_1e30"]), tmp_path / "loss.png")
-    assert colours(tmp_path / "loss.png") > 0.02
-
-
-def test_several_runs_share_a_picture_and_one_without_losses_is_named(tmp_path, capsys):
-    runs = [
-        write_run(tmp_path / case, AWKWARD[case])
-        for case in ("usual", "no_evaluation", "single_row")
-    ]
-    runs.append(write_run(tmp_path / "empty", []))
-    assert plot([str(run) for run in runs], str(tmp_path / "loss.png"))
-    assert capsys.readouterr().out == f"{tmp_path / 'empty'}: no loss was logged, nothing to draw\n"
-    assert colours(tmp_path / "loss.png") > 2e-3
-
-
-def test_without_rows_there_is_a_sentence_and_no_picture(tmp_path, capsys):
-    run = write_run(tmp_path / "run", [{"step": 0, "event": "resume"}])
-    assert not plot(run, tmp_path / "loss.png")
-    assert "no loss was logged" in capsys.readouterr().out and not (tmp_path / "loss.png").exists()
-
-
-def test_the_command_draws_and_a_mistake_is_one_line_and_exit_status_2(tmp_path):
-    def command(*args):
-        return subprocess.run(
-            [sys.executable, "-m", "metrics.plot", *map(str, args)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-
-    run = write_run(tmp_path / "run", AWKWARD["usual"])
-    assert command(run).stdout == f"{run / 'loss.png'}\n"
-    assert colours(run / "loss.png") > 2e-3
-    for args, words in [
-        ([tmp_path / "nowhere"], "it has no metrics.jsonl"),
-        ([], "usage: "),
-        ([run, run, "--csv"], "usage: "),
-        ([run, "--ouf=x.png"], "usage: "),
-        ([run, f"--out={tmp_path}/x.xyz"], "xyz"),
-    ]:
-        result = command(*args)
-        assert result.returncode == 2 and result.stdout == ""
-        assert words in result.stderr and len(result.stderr.splitlines()) == 1
-
-
-def test_runs_in_one_picture_have_a_colour_and_a_name_each(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    runs = [write_run(tmp_path / case, AWKWARD[case]) for case in ("usual", "no_evaluation")]
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
-    figures = []
-    assert plot(runs, tmp_path / "loss.png")
-    (ax,) = figures[0].axes
-    names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == [
-        "usual: final validation loss 0.0400",
-        "no_evaluation: final training loss 0.4444",
-    ]
-    # Lines and dots of one run alike
-    assert [line.get_color() for line in ax.lines] == ["C0", "C0", "C1"]
 
 
 # ---- tables, TensorBoard, Weights & Biases

@@ -239,3 +239,15 @@ def test_what_comes_after_the_last_step_is_not_profiled(tmp_path):
     text = (tmp_path / "rank_0.operators.txt").read_text()
     calls = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:]}
     assert calls["aten::exp"] == "1.0" and calls["aten::sinh"] == "0.5"
+
+
+def test_the_picture_of_memory_begins_at_0_and_names_the_peaks(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: found.append(figure))
+    profile.plot([(0.0, "gpu 0", 900e6), (0.1, "cpu", 5e6), (0.2, "gpu 0", 950e6)], tmp_path)
+    [figure] = found
+    assert figure.axes[0].get_ylim()[0] == 0
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["cpu: at most 5 MB", "gpu 0: at most 950 MB"]

@@ -105,6 +105,9 @@ def test_a_picture_has_the_best_trial_in_its_title_and_labels_side_by_side(tmp_p
         box = part.get_window_extent(draw)
         assert edge.x0 - 1 <= box.x0 and box.x1 <= edge.x1 + 1, part
         assert edge.y0 - 1 <= box.y0 and box.y1 <= edge.y1 + 1, part
+    # The points have their room, however long the labels below them.
+    inches = [ax.get_window_extent().height / figure.dpi for ax in figure.axes]
+    assert min(inches) > 2.4, inches
     below = figure._suptitle.get_window_extent(draw).y0
     assert all(ax.get_tightbbox(draw).y1 < below for ax in figure.axes)
 
@@ -137,3 +140,15 @@ def test_the_best_is_ringed_and_what_is_far_worse_lies_at_the_rim(tmp_path, figu
         .get_suptitle()
         .endswith("worse than this picture: " + ("▼" if maximise else "▲"))
     )
+
+
+def test_listed_values_lie_as_far_apart_as_their_logarithms():
+    def at(*texts):
+        axis = results.Axis("lr", [*texts])
+        return [round(axis.at(text), 3) for text in texts]
+
+    assert at("1e-3", "1e-2", "1e-1") == [0, 1, 2]
+    assert at("0.1", "1e-3", "3e-3", "1e-2") == [3, 0, 0.716, 1.5]
+    # Side by side: less than ten times, a 0, words, and labels that would touch.
+    assert at("2", "4", "6") == at("0", "1", "100") == at("a", "b", "c") == [0, 1, 2]
+    assert at("1", "1.01", "100") == [0, 1, 2]
