@@ -13,46 +13,35 @@
     v `row_sq`   μ `momentum`   β₂ `normuon_beta2`   λ `weight_decay`   k `adjust_lr_fn`
 
 Dion (Ahn et al., April 2025, arXiv 2504.05295) shrinks the matrix by a power iteration. Its authors
-call that a legacy, and recommend Dion2 (Ahn, Amsel and Langford, December 2025, 2512.16928), which
-takes some rows as they are; NorMuon's row norms (Li et al., October 2025, 2510.05491) make it their
-newest, NorDion2 or Dion3 (github.com/microsoft/dion, August 2026), which is here. Without them, by
-normuon_beta2=None, it is Dion2, but for the columns that one takes where they are fewer. Rows are
-chosen of the whole matrix (their selection_scope="global"), so that no layout changes the choice;
-by default each of their ranks chooses among its own. Orthogonalised by five steps of Polar Express
-(Amsel et al. 2025, 2505.16932), X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ.
+now recommend Dion2 (2512.16928, December 2025), which takes some rows as they are, and with
+NorMuon's row norms (2510.05491) Dion3 (github.com/microsoft/dion, August 2026), which is here;
+normuon_beta2=None is Dion2, but for the columns that one takes where they are fewer. Rows are
+chosen of the whole matrix (selection_scope="global" there): no layout changes the choice. X is
+orthogonalised by Polar Express (2505.16932) in `ns_dtype`; None: bfloat16, float64 for float64.
 
 lr's unit: with 'spectral' a step changes a layer's output by about lr; with 'match_rms_adamw'
 AdamW's lr and λ carry over. A small fraction is cheaper, but a small model pays: in 300 steps of a
-GPT of width 64 .02 is the best lr of five, 9 % above Muon's loss with fraction=.25, 4 % with
-.5, and at Muon's with 1. State: 4 bytes a parameter and 4 a row, 8 in AdamW groups, doubled for
-float64, never below float32.
-
-As Muon, for hidden matrices. Embeddings, head and vectors go into groups of the same object that
-take AdamW, with `betas` and `eps` of their own or those given to Dion3:
-    adamw = {"params": others, "use_muon": False, "lr": 3e-4}
-    Dion3([{"params": matrices}, adamw])
-
-Used with torch's schedulers (OneCycleLR moves momentum, and β₁ in AdamW groups), fully_shard (by
-make_optimizer of parallel/sharded_optimizer.py; DTensors are refused); all: docs/partners.md.
+GPT of width 64 .02 is the best lr of five, 9 % above Muon's loss with fraction=.25, 4 % with .5,
+none with 1. State: 4 bytes a parameter and 4 a row, 8 a parameter in AdamW groups, of embeddings,
+head, vectors (`betas`, `eps`); twice in float64. Used with schedulers (OneCycleLR moves momentum,
+β₁ of AdamW) and fully_shard (parallel/sharded_optimizer.py): docs/partners.md.
 
 Example:
     import torch
     from optim.dion import Dion3
-    w = torch.zeros(8, 32, requires_grad=True)
-    optimizer = Dion3([w], lr=2.0, fraction=0.25)
+    w, bias = torch.zeros(8, 32, requires_grad=True), torch.zeros(8, requires_grad=True)
+    optimizer = Dion3([{"params": [w]}, {"params": [bias], "use_muon": False}], fraction=0.25)
     w.grad = torch.randn(8, 32)
     w.grad[3:5] *= 10
     optimizer.step()
     assert w.abs().sum(1).nonzero().flatten().tolist() == [3, 4]  # two rows of eight have moved
-    s = torch.linalg.svdvals(w.detach()[3:5])
-    assert ((0.8 < s) & (s < 1.2)).all()  # by lr·k = 2·√(8/32) in each direction
 """
 
 import math
 
 import torch
 
-# Triples (a, b, c) of the five steps, as the authors' code has them, 2 % from the edge.
+# (a, b, c) of X ← a·X + (b·A + c·A²)·X, A = X·Xᵀ; as the authors' code has them, 2 % from the edge.
 POLAR = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -65,30 +54,22 @@ SCALES = {
     "spectral": lambda rows, cols: math.sqrt(rows / cols),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
 }
-# Groups with use_muon=False start from these: Dion's lr is far too large for AdamW.
-ADAMW = {"lr": 3e-4, "weight_decay": 0.0}
-ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def orthogonalize(us: list, dtype: torch.dtype) -> torch.Tensor:
     """n matrices (rows, cols) -> (n, rows, cols) of `dtype`, singular values near 1."""
     X = torch.stack([(u / (1.02 * u.norm() + 1e-7)).to(dtype) for u in us])
-    # X·Xᵀ is smallest, (short, short), with the short side first.
-    tall = X.shape[1] > X.shape[2]
+    tall = X.shape[1] > X.shape[2]  # X·Xᵀ is smallest with the short side first
     X = X.mT if tall else X
     # Few rows are long, and the products with X cost most: only every second step makes one.
-    is_long = X.shape[2] >= 2 * X.shape[1]
-    Q = None
-    for i, (a, b, c) in enumerate(POLAR):
-        if Q is None:
-            A = X @ X.mT
+    every = 2 if X.shape[2] >= 2 * X.shape[1] else 1
+    A = P = Q = None  # Q collects the Ps of the steps between: X is to become Q·X
+    for i, (a, b, c) in enumerate(POLAR, start=1):
+        A = X @ X.mT if Q is None else P @ A @ P
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
         P.diagonal(dim1=1, dim2=2).add_(a)
-        # X ← P·X. Until the second step makes that product Q collects the Ps, and A ← P·A·P.
         Q = P if Q is None else P @ Q
-        if is_long and i % 2 == 0 and i + 1 < len(POLAR):
-            A = P @ A @ P
-        else:
+        if i % every == 0 or i == len(POLAR):
             X, Q = Q @ X, None
     return X.mT if tall else X
 
@@ -106,7 +87,6 @@ def take_rows(g, b, fraction: float, momentum: float) -> tuple[torch.Tensor, tor
 
 def dion_update(p, x, R, row_sq, lr, weight_decay, adjust_lr_fn, normuon_beta2) -> None:
     """In place on `p` and NorMuon's `row_sq` (rows, 1); x: the direction (k, cols) of rows R."""
-    x = x.to(p.dtype)
     if normuon_beta2 is not None:
         v = row_sq.index_select(0, R).lerp_(x.square().mean(1, keepdim=True), 1 - normuon_beta2)
         row_sq.index_copy_(0, R, v)
@@ -118,10 +98,7 @@ def dion_update(p, x, R, row_sq, lr, weight_decay, adjust_lr_fn, normuon_beta2) 
 
 
 class Dion3(torch.optim.Optimizer):
-    """Raises ValueError for bad hyperparameters, RuntimeError for sparse or complex gradients.
-
-    `ns_dtype`: dtype of the products, or its name; None: bfloat16, float64 for float64 parameters.
-    """
+    """Raises ValueError for bad values or vectors, RuntimeError for sparse or complex gradients."""
 
     # Read by other parts of the library; optim/attributes.py says what each one decides.
     elementwise: bool = False  # needs full matrices; its AdamW groups alone are elementwise
@@ -131,13 +108,10 @@ class Dion3(torch.optim.Optimizer):
     mup_rule: str | None = "muon"  # a step has spectral norm k, at any width
 
     @staticmethod
-    def state_numbers(
-        shape: tuple[int, ...], use_muon: bool = True, *, normuon_beta2: float | None = 0.95
-    ) -> int:
+    def state_numbers(shape: tuple, use_muon: bool = True, *, normuon_beta2=0.95) -> int:
         """Numbers of state that a parameter of this shape takes."""
-        if not use_muon:
-            return 2 * math.prod(shape)
-        return math.prod(shape) + (shape[0] if normuon_beta2 is not None else 0)
+        rows = 0 if normuon_beta2 is None else shape[0]
+        return math.prod(shape) + rows if use_muon else 2 * math.prod(shape)
 
     def __init__(
         self,
@@ -154,60 +128,59 @@ class Dion3(torch.optim.Optimizer):
     ):
         defaults = dict(lr=lr, fraction=fraction, momentum=momentum, normuon_beta2=normuon_beta2)
         defaults |= dict(weight_decay=weight_decay, adjust_lr_fn=adjust_lr_fn, ns_dtype=ns_dtype)
-        # For AdamW groups that give none. Not named `betas`: where the defaults have those,
-        # OneCycleLR moves β₁ and leaves the momentum alone.
+        # Not named `betas`: where the defaults have those, OneCycleLR leaves momentum alone.
         super().__init__(params, defaults | dict(use_muon=True, adamw_betas=betas, eps=eps))
 
     def add_param_group(self, param_group: dict) -> None:
-        group = {**self.defaults, **param_group}
+        group = {**self.defaults, "betas": self.defaults["adamw_betas"], **param_group}
         if not group["use_muon"]:
-            betas = {"betas": self.defaults["adamw_betas"]}
-            group = {**self.defaults, **ADAMW, **betas, **param_group}
-        if group["ns_dtype"] is not None:
-            # As text, because a checkpoint cannot hold a dtype.
+            group |= {"lr": 3e-4, "weight_decay": 0.0, **param_group}  # not the matrices'
+        if group["ns_dtype"] is not None:  # as text, because a checkpoint cannot hold a dtype
             group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
-        check(group)
+        dtype = getattr(torch, group["ns_dtype"] or "half", None)
+        rules = {
+            "[0,∞)": (("lr", "weight_decay", "eps"), lambda x: x is not None and 0 <= x < math.inf),
+            "[0,1)": (("momentum",), lambda x: 0 <= x < 1),
+            "two of [0,1)": (("betas",), lambda x: all(0 <= beta < 1 for beta in x)),
+            "None or [0,1)": (("normuon_beta2",), lambda x: x is None or 0 <= x < 1),
+            "(0,1]": (("fraction",), lambda x: 0 < x <= 1),
+            " or ".join(SCALES): (("adjust_lr_fn",), lambda x: x in SCALES),
+            "a floating dtype": (("ns_dtype",), lambda _: getattr(dtype, "is_floating_point", 0)),
+        }
+        for allowed, (names, ok) in rules.items():
+            for wrong in (f"{name}={group[name]}" for name in names if not ok(group[name])):
+                raise ValueError(f"Dion3: {wrong} is not allowed; {allowed} is")
         super().add_param_group(group)
-        params = self.param_groups[-1]["params"]
-        refused = [p for p in params if p.ndim < 2 or hasattr(p, "placements")]
+        refused = any(p.ndim < 2 or hasattr(p, "placements") for p in group["params"])
         if group["use_muon"] and refused:
             # torch has appended the group already: take it back before the error.
             self.param_groups.pop()
-            raise ValueError(
-                f"Dion3: {type(refused[0]).__name__} {tuple(refused[0].shape)} is no whole matrix;"
-                " vectors go into a group with use_muon=False, DTensors to make_optimizer"
-                " (parallel/sharded_optimizer.py)"
-            )
+            raise ValueError("Dion3: vectors need use_muon=False, DTensors make_optimizer")
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        # Check every gradient first: an error must not leave half of the parameters stepped.
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided or p.is_complex():
-                raise RuntimeError("Dion3: gradients must be dense and real, not sparse or complex")
-        for group in self.param_groups:
-            # What steps together: matrices of one shape; with AdamW one tensor at a time.
-            found = {}
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.numel() > 0:
-                    sides = (len(p), p[0].numel()) if group["use_muon"] else (i,)
-                    found.setdefault((*sides, p.dtype, p.device), []).append(p)
-            for ps in found.values():
-                # Float32 copies for half precision. For other dtypes .to() returns p itself.
-                works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
-                gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
-                states = [self.state[p] for p in ps]
-                # Autocast would override ns_dtype in the products.
-                with torch.autocast(ps[0].device.type, enabled=False):
-                    (step_dion if group["use_muon"] else step_adamw)(group, works, gs, states)
-                # Half precision is rounded once a step, here.
-                for p, work in zip(ps, works):
-                    if work is not p:
-                        p.copy_(work)
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        # What steps together: a group's matrices of one shape; with AdamW one tensor at a time.
+        stacks = {}
+        for i, group in enumerate(self.param_groups):
+            active = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            for j, p in enumerate(active):
+                # Before any step: an error must not leave half of the parameters stepped.
+                if p.grad.layout != torch.strided or p.is_complex():
+                    raise RuntimeError("Dion3: gradients must be dense and real")
+                sides = (len(p), p[0].numel()) if group["use_muon"] else j
+                _, ps = stacks.setdefault((i, sides, p.dtype, p.device), (group, []))
+                ps.append(p)
+        for group, ps in stacks.values():
+            # Float32 copies for half precision. For other dtypes .to() returns p itself.
+            works = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ps]
+            gs = [p.grad.to(work.dtype) for p, work in zip(ps, works)]
+            states = [self.state[p] for p in ps]
+            with torch.autocast(ps[0].device.type, enabled=False):  # it would override ns_dtype
+                (step_dion if group["use_muon"] else step_adamw)(group, works, gs, states)
+            for p, work in zip(ps, works):
+                p.copy_(work)  # half precision is rounded once a step, here; else nothing happens
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -218,20 +191,18 @@ class Dion3(torch.optim.Optimizer):
             for ours, theirs in zip(self.param_groups, groups):
                 # What an older version did not save keeps this optimizer's value.
                 theirs.update((name, x) for name, x in ours.items() if name not in theirs)
-                known = {"momentum_buffer"} if theirs["use_muon"] else ADAMW_STATE
+                muon = theirs["use_muon"]
+                known = {"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}
                 for i, p in zip(theirs["params"], ours["params"]):
                     state = saved["state"].get(i, {})
                     if state and state.keys() - {"row_sq"} != known:
-                        names = ", ".join(state)
-                        raise ValueError(f"Dion3: a saved state of {names} is another method's")
+                        raise ValueError(f"Dion3: a state of {[*state]} is another method's")
                     # Copies: steps work in place, and must not change the caller's state_dict.
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    states[p] = {
-                        name: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
-                        for name, x in state.items()
-                    }
+                    for name, x in state.items():
+                        x = x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x
+                        states.setdefault(p, {})[name] = x
             # Keyed by the parameter itself, a state escapes torch's cast to the parameter's dtype.
-            states = {p: state for p, state in states.items() if state}
             return saved | {"state": states, "param_groups": groups}
 
         # Registered last, so that it reads what the caller's own pre-hooks return.
@@ -251,8 +222,8 @@ def step_dion(group: dict, works: list, gs: list, states: list) -> None:
         if group["normuon_beta2"] is not None and "row_sq" not in state:
             state["row_sq"] = work.new_zeros(len(work), 1)
         taken.append(take_rows(g, state["momentum_buffer"], group["fraction"], group["momentum"]))
-    usual = "float64" if works[0].dtype == torch.float64 else "bfloat16"
-    X = orthogonalize([rows for _, rows in taken], getattr(torch, group["ns_dtype"] or usual))
+    dtype = group["ns_dtype"] or ("float64" if works[0].dtype == torch.float64 else "bfloat16")
+    X = orthogonalize([rows for _, rows in taken], getattr(torch, dtype)).to(works[0].dtype)
     options = [group[name] for name in ("lr", "weight_decay", "adjust_lr_fn", "normuon_beta2")]
     for work, x, (R, _), state in zip(works, X, taken, states):
         dion_update(work, x, R, state.get("row_sq"), *options)
@@ -260,11 +231,9 @@ def step_dion(group: dict, works: list, gs: list, states: list) -> None:
 
 def step_adamw(group: dict, ps: list, gs: list, states: list) -> None:
     """AdamW for what is no hidden matrix. Fills the states."""
-    # OneCycleLR moves `momentum`, which means β₁ here. `cycled` is the value that went into
-    # betas last, so that betas set by hand stay until the scheduler moves again.
+    # OneCycleLR's `momentum` is β₁ here; betas set by hand stay until it moves again.
     if "max_momentum" in group and group.get("cycled") != group["momentum"]:
-        group["betas"] = (group["momentum"], group["betas"][1])
-        group["cycled"] = group["momentum"]
+        group.update(betas=(group["momentum"], group["betas"][1]), cycled=group["momentum"])
     lr, (beta1, beta2) = group["lr"], group["betas"]
     for state, p, g in zip(states, ps, gs):
         if not state:
@@ -276,28 +245,6 @@ def step_adamw(group: dict, ps: list, gs: list, states: list) -> None:
         p.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
 
 
-def check(group: dict) -> None:
-    """Raises ValueError for a hyperparameter that is not allowed."""
-    beta1, beta2 = group.get("betas", group["adamw_betas"])
-    named = group | {"betas[0]": beta1, "betas[1]": beta2}
-    ends = dict.fromkeys(("lr", "weight_decay", "eps"), math.inf)
-    ends |= dict.fromkeys(("momentum", "normuon_beta2", "betas[0]", "betas[1]"), 1)
-    wrong = {}
-    for name, end in ends.items():
-        x = named[name]
-        if (name, x) != ("normuon_beta2", None) and (x is None or not 0 <= x < end):
-            wrong[name] = f"it must lie in [0, {end})"
-    if not 0 < group["fraction"] <= 1:
-        wrong["fraction"] = "it must lie in (0, 1]"
-    if group["adjust_lr_fn"] not in SCALES:
-        wrong["adjust_lr_fn"] = f"take one of {', '.join(SCALES)}"
-    if not getattr(getattr(torch, group["ns_dtype"] or "half", 0), "is_floating_point", False):
-        wrong["ns_dtype"] = "take a floating dtype"
-    for name, allowed in wrong.items():
-        raise ValueError(f"Dion3: {name}={named[name]} is not allowed; {allowed}")
-
-
 if __name__ == "__main__":
-    torch.manual_seed(0)
     s = torch.linalg.svdvals(orthogonalize([torch.randn(10, 200)], torch.float32)[0])
     print(f"Dion3: singular values of 10 rows of 200: {s.min():.3f} to {s.max():.3f}")

@@ -15,9 +15,9 @@ counts twice):
 Why: Adam's update of a matrix has entries of one size and lines up with its input, so the change of
 each output grows with fan_in = m, and lr falls as 1/m. Muon's update has spectral norm
 sqrt(rows/cols) at any width: nothing to correct; with adjust_lr_fn='match_rms_adamw' it grows with
-sqrt(m), and lr falls as 1/sqrt(m). So it does for KL-SOAP, whose entries are Adam's in a rotated
-basis, where they line up with no input; its head's lr grows with sqrt(m), as the outputs' 1/m
-expects sums that grow with m. Initial std, output and attention scaling belong to the model
+sqrt(m), and lr falls as 1/sqrt(m). So it does for SOAP and KL-SOAP, whose entries are Adam's in a
+rotated basis, where they line up with no input; their head's lr grows with sqrt(m), as the outputs'
+1/m expects sums that grow with m. Initial std, output and attention scaling belong to the model
 (`GPTConfig.mup_base_width`); a tied head keeps the embedding's lr.
 
 The widths inside a block grow with it: n_head head_dim and, where they are given, mlp_width.

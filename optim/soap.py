@@ -176,7 +176,7 @@ class SOAP(torch.optim.Optimizer):
     elementwise: bool = False  # needs whole matrices
     zero_init: bool = True  # projections and head may start at 0
     heavy_step: bool = True  # eigenbases, too much for every replica to repeat
-    mup_rule: str | None = "adam"  # entries of a step have one size, whatever the gradient's
+    mup_rule: str | None = "soap"  # entries of a rotated step have one size, and random signs
 
     @staticmethod
     def state_numbers(

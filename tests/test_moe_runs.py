@@ -23,6 +23,7 @@ from matrix import (
     RECOMPUTED,
     SIX,
     TINY,
+    TOLERANCES,
     difference,
     text,
     trace,
@@ -114,7 +115,7 @@ def assert_one_process(layout: str, optimizers, *more: str) -> None:
     alone = oracle(one, tuple(optimizers), *more)
     for name, (losses, steps) in column(layout, tuple(optimizers), *more).items():
         expected, expected_steps = alone[name]
-        assert difference(losses, expected) < (1e-4 if name == "SOAP" else 1e-10), name
+        assert difference(losses, expected) < TOLERANCES.get(name, 1e-10), name
         assert steps == expected_steps, name
         counts, biases = steps[::2], steps[1::2]
         assert (
@@ -139,6 +140,19 @@ def test_experts_on_every_layout_are_one_process(layout):
 @pytest.mark.parametrize("layout", ALL)
 def test_experts_with_six_optimizers_are_one_process(layout):
     assert_one_process(layout, SIX)
+
+
+# Without SOAP-Muon, whose rounding grows until a token changes its expert: test_matrix.py has it in
+# lock step.
+LATER = ("AdEMAMix", "MARS", "Dion 3", "KL-SOAP", "Muown", "PMuon")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", ["ep 2", "zero1 x ep 2", "fsdp x ep 2", "ep 2 x tp 2", "ep 2 x pp 2 1f1b"]
+)
+def test_experts_with_the_methods_of_2024_to_2026_are_one_process(layout):
+    assert_one_process(layout, LATER)
 
 
 @pytest.mark.parametrize(

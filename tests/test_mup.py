@@ -15,16 +15,21 @@ from optim.lion import Lion
 from optim.muon import Muon
 from optim.pmuon import PMuon
 from optim.sgd import SGD
+from optim.soap import SOAP
+from optim.soap_muon import SOAPMuon
 
 RUNS = {
     "adamw": (AdamW, 0.01, {}),
     "lion": (Lion, 0.003, {}),
     "sgd": (SGD, 0.3, {}),
     "muon": (Muon, 0.05, {"ns_dtype": "float32"}),
+    "soap": (SOAP, 0.01, {}),
     "kl_soap": (KLSOAP, 0.01, {}),
+    "soap_muon": (SOAPMuon, 0.05, {"ns_dtype": "float32"}),
     "pmuon": (PMuon, 0.05, {}),
 }
-EACH = [pytest.param(x, marks=[pytest.mark.slow] * (x in ("kl_soap", "pmuon"))) for x in RUNS]
+SLOW = ("soap", "kl_soap", "soap_muon", "pmuon")
+EACH = [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in RUNS]
 WIDTHS = (32, 64, 128, 256)
 
 
@@ -94,12 +99,13 @@ def test_the_rules_are_the_papers_table():
     }
     assert mup.lr_multipliers(Muon, 512, 64)["matrix"] == 1
     assert mup.lr_multipliers(Muon, 1024, 64, adjust_lr_fn="match_rms_adamw")["matrix"] == 1 / 4
-    assert mup.lr_multipliers(KLSOAP, 1024, 64) == {
-        "embedding": 1,
-        "matrix": 1 / 4,
-        "head": 4,
-        "scalar": 1,
-    }
+    for cls in SOAP, KLSOAP:
+        assert mup.lr_multipliers(cls, 1024, 64) == {
+            "embedding": 1,
+            "matrix": 1 / 4,
+            "head": 4,
+            "scalar": 1,
+        }
     rules = {name: cls for name, cls in own_classes().items() if cls.mup_rule is not None}
     assert set(own_classes()) - set(rules) == {"adafactor", "lamb", "lars", "muown", "shampoo"}
     for cls in rules.values():

@@ -755,6 +755,24 @@ def test_none_is_no_number_where_another_option_may_be_none(cls, name):
     cls([w], **{"shampoo_beta" if cls is kl_soap.KLSOAP else "normuon_beta2": None})
 
 
+@pytest.mark.parametrize(
+    "cls", (muon.Muon, muown.Muown, dion.Dion3, soap_muon.SOAPMuon, pmuon.PMuon)
+)
+def test_betas_set_by_hand_stay_until_onecyclelr_moves_again(cls):
+    params = parameters(shapes=((4, 8), (4,)))
+    optimizer = build(cls, params)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+    (group,) = [group for group in optimizer.param_groups if not group["use_muon"]]
+    steps(optimizer, params, range(1))
+    assert group["betas"][0] == group["momentum"]
+    group["betas"] = (0.5, 0.9)
+    steps(optimizer, params, range(1))
+    assert group["betas"] == (0.5, 0.9)
+    scheduler.step()
+    steps(optimizer, params, range(1))
+    assert group["betas"] == (group["momentum"], 0.9)
+
+
 def test_no_matrix_optimizer_falls_back_to_sgd_or_adam_on_a_slice():
     whole = muon.Muon, muown.Muown, shampoo.Shampoo, soap.SOAP, kl_soap.KLSOAP
     whole += soap_muon.SOAPMuon, pmuon.PMuon, dion.Dion3

@@ -138,6 +138,17 @@ def test_a_convolution_is_the_matrix_it_is():
     assert torch.allclose(conv.flatten(1), matrix, atol=1e-13)
 
 
+def test_matrices_of_another_dtype_are_stepped_apart():
+    """In one stack the first one's dtype would decide that of the products for both."""
+    together = [torch.ones(4, 8, dtype=x, requires_grad=True) for x in (torch.float64, torch.float)]
+    alone = [p.detach().clone().requires_grad_() for p in together]
+    for params in together, alone:
+        give_gradients(params, 0)
+    for params in together, alone[:1], alone[1:]:
+        Dion3(params).step()
+    assert all(map(torch.equal, together, alone))
+
+
 def test_the_step_is_not_scaled_by_the_gradient():
     ends = []
     for scale in 1e-3, 1.0, 1e4:
