@@ -69,8 +69,8 @@ class State:
     def share_weights(self) -> None:
         """Tells the model, on all ranks, that the optimizer's parameters have changed."""
         # Under tensor parallelism owners step full copies (parallel/adapter.py).
-        if hasattr(self.optimizer, "broadcast_weights"):
-            self.optimizer.broadcast_weights()
+        if hasattr(self.optimizer, "share_weights"):
+            self.optimizer.share_weights()
         self.replicas.broadcast_weights()
 
     @contextlib.contextmanager

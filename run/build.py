@@ -408,7 +408,7 @@ def optimizer_factory(cfg: Config, mesh: Mesh, tp_shards: dict[str, Shard], opti
         # For State: owners must see weights that something else has put into the model, and the
         # model those that an average has put into the owners'.
         adapter.optimizer.gather_weights = adapter.gather_weights
-        adapter.optimizer.broadcast_weights = adapter.broadcast_weights
+        adapter.optimizer.share_weights = adapter.broadcast_weights
         return adapter.optimizer
 
     return make, shards

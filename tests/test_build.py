@@ -535,7 +535,7 @@ def test_options_that_a_signature_hides_or_has_no_default_for_reach_the_class(co
         ("from torch.optim import Muon", True, True, "muon"),
         ("from torch.optim import Adafactor", False, False, None),
         ("from torch.optim import NAdam", True, False, None),
-        ("import optim.soap\nclass Mine(optim.soap.SOAP): pass", True, True, "adam"),
+        ("import optim.soap\nclass Mine(optim.soap.SOAP): pass", True, True, "soap"),
         (
             "import torch\nclass Mine(torch.optim.SGD): zero_init, mup_rule = False, 'adam'",
             False,

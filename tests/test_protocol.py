@@ -254,12 +254,14 @@ def test_all_ranks_together_bring_each_weight_once(name):
 # ---- nobody asks ---------------------------------------------------------------------------------
 NAMES = ATTRIBUTES | METHODS.keys() | set(ASKED_OF_COMPRESSORS) - {"__call__"}
 OPTIMIZERS = {"train", "eval", "sent_bytes"}
-# The function that asks, and four files which import nothing of optim/ and look at any class
+# The function that asks, and files which import nothing of optim/ and look at any class
 MAY_ASK_OPTIMIZERS = {
     "optim/param_groups.py",
     "parallel/replicas.py",
     "parallel/diloco.py",
     "hooks/wear.py",
+    "hooks/ema.py",
+    "hooks/ema_nesterov.py",
     "memory/meter.py",
 }
 
