@@ -917,6 +917,7 @@ def test_ranks_that_share_out_experts_hold_what_is_predicted(world, layout, opti
     assert found["peak"] == pytest.approx(expected["total"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_out_experts_hold_half_of_them():
     """Beside zero1, which has halved their state already: of weights and gradients, in the peak."""
     zero1 = fullest(2, "zero1", "adamw", 1)

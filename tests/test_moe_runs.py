@@ -125,7 +125,7 @@ def assert_one_process(layout: str, optimizers, *more: str) -> None:
         ), "nothing is counted or moved, so this proves nothing"
 
 
-FAST = ("zero3 2", "full", "ep 2 x dp 2")
+FAST = ("full", "ep 2 x dp 2")
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,7 @@ def test_experts_with_the_methods_of_2024_to_2026_are_one_process(layout):
 @pytest.mark.parametrize(
     "layout",
     [
-        name
-        if name in ("4 micro-batches", "fsdp x ep 2 x tp 2")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "4 micro-batches" else pytest.param(name, marks=pytest.mark.slow)
         for name in ALL
     ],
 )
@@ -222,7 +220,7 @@ def test_a_run_resumed_is_the_run_bitwise(tmp_path, layout):
 @pytest.mark.parametrize(
     "saved, places",
     [
-        ("zero3 4", ("one process", "fsdp 2")),
+        pytest.param("zero3 4", ("one process", "fsdp 2"), marks=pytest.mark.slow),
         pytest.param("ep 4", ("one process", "tp 2"), marks=pytest.mark.slow),
         pytest.param("zero1 x ep 2", ("zero1 x ep 2 x pp 2", "zero3 2"), marks=pytest.mark.slow),
         pytest.param("fsdp x ep 2", ("ep 2 x pp 2 1f1b", "ep 2"), marks=pytest.mark.slow),

@@ -186,7 +186,8 @@ def test_every_optimizer_equals_one_process(stage, world):
     check(world, stage, runs, bucket_mb=1e-3)
 
 
-@pytest.mark.parametrize("stage", (*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3))
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", (1, 2, 3))
 def test_shapes_of_models(stage):
     runs = [
         dict(shape=GPT2, optimizer="adamw", micro_batches=2),
@@ -283,7 +284,7 @@ def looks(rank, world, stage, optimizer, shape):
     return seen, placed(zero, zero.weights())
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", (*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3))
 def test_evaluation_sampling_and_schedule_free_between_steps(stage):
     for optimizer, shape in (("schedule_free", MODERN), ("sgd", GPT2)):
         expected, weights = looks(0, 1, None, optimizer, shape)
@@ -725,6 +726,7 @@ def peak(rank, world, stage):
     return result
 
 
+@pytest.mark.slow
 def test_memory_goes_down_with_the_stage_and_autocast_leaves_no_copies():
     whole, _, _ = peak(0, 1, None)
     for stage, most in ((2, 0.5), (3, 0.35)):
