@@ -1,6 +1,7 @@
 """Every optimizer under everybody else's tools is still itself: the table, written.
 
-    python tests/partners.py       runs every cell and writes docs/partners.md
+    python tests/partners.py                 runs every cell and writes docs/partners.md
+    python tests/partners.py --part=hooks    the second table alone; --part=optimizers the first
 
 A cell is 20 steps in float64, under the partner, of a small net: two matrices of one shape, a
 kernel of three dimensions, one of them odd, and a vector, in two groups with an lr and a decay of
@@ -44,9 +45,18 @@ from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
+from hooks.cautious_decay import CautiousDecay  # noqa: E402
+from hooks.ema import averaged  # noqa: E402
+from hooks.ema_nesterov import EMANesterov  # noqa: E402
+from hooks.hyperball import Hyperball  # noqa: E402
+from hooks.radial_brake import RadialBrake  # noqa: E402
+from hooks.radius_pin import RadiusPin  # noqa: E402
+from hooks.uw_floor import UWFloor  # noqa: E402
+from hooks.wear import hooked as wearing  # noqa: E402
 from optim import adafactor, adam_l2, adamw, schedule_free, sgd, shampoo, soap  # noqa: E402
 from optim.attributes import attribute  # noqa: E402
 from optim.kl_soap import KLSOAP  # noqa: E402
+from optim.muon import Muon  # noqa: E402
 from optim.pmuon import PMuon  # noqa: E402
 from optim.soap_muon import SOAPMuon  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
@@ -64,6 +74,37 @@ CALM = {
     PMuon: {"eps": 1e-2},
     shampoo.Shampoo: {"eps": 1e-4},
 }
+
+# Hook -> a class that wears it; the floor is so high that it binds.
+HOOKS = {
+    "hyperball": lambda cls: wearing(cls, [Hyperball()]),
+    "uw_floor": lambda cls: wearing(cls, [UWFloor(2.0)]),
+    "uw_floor, rows": lambda cls: wearing(cls, [UWFloor(2.0, rows=True)]),
+    "radial_brake": lambda cls: wearing(cls, [RadialBrake()]),
+    "radius_pin": lambda cls: wearing(cls, [RadiusPin()]),
+    "cautious_decay": lambda cls: wearing(cls, [CautiousDecay(0.3)]),
+    "average": lambda cls: averaged(cls, 5, 2, 0.7),
+    "EMA-Nesterov": lambda cls: EMANesterov(gamma=0.8).wear(cls),
+}
+NO_DECAY = "hyperball", "cautious_decay"  # of matrices
+
+
+class Worn(NamedTuple):
+    hook: str
+    plain: type
+    twin: type | None  # torch's class, wearing the same
+
+
+WORN = {
+    wear(cls): Worn(hook, cls, wear(TWINS[cls]) if cls in TWINS else None)
+    for hook, wear in HOOKS.items()
+    for cls in (sgd.SGD, adamw.AdamW, Muon)
+}
+
+
+def title(cls: type) -> str:
+    """What a row is called."""
+    return f"{WORN[cls].hook}: {cls.__name__}" if cls in WORN else cls.__name__
 
 
 # ---- what is trained -----------------------------------------------------------------------------
@@ -122,6 +163,11 @@ class Job(NamedTuple):
 
 def jobs(cls: type, calm: bool = False) -> list[tuple[Job, Job | None]]:
     """The runs of a class, each with its twin's."""
+    if cls in WORN:
+        hook, plain, twin = WORN[cls]
+        options = {"lr": CASES[plain][1], **CASES[plain][0]}
+        options |= {"weight_decay": 0.0} if hook in NO_DECAY else {}
+        return [(Job(cls, options), Job(twin, options) if twin else None)]
     more = CALM.get(cls, {}) if calm else {}
     own = Job(cls, {"lr": CASES[cls][1], **CASES[cls][0], **more})
     if cls is adafactor.Adafactor:  # torch's has no beta1
@@ -174,11 +220,12 @@ KNOWN = {}  # what alone() has run
 
 def alone(job: Job) -> list[Tensor]:
     """By hand, for a partner that must change nothing."""
-    if repr(job) not in KNOWN:
+    key = job.cls, repr(job.options)
+    if key not in KNOWN:
         model, optimizer = job.start()
         fit(model, optimizer, range(STEPS))
-        KNOWN[repr(job)] = final(model, optimizer)
-    return KNOWN[repr(job)]
+        KNOWN[key] = final(model, optimizer)
+    return KNOWN[key]
 
 
 # ---- schedulers ----------------------------------------------------------------------------------
@@ -222,6 +269,8 @@ def plan(name: str, job: Job) -> list[list[tuple[float, float | None]]]:
 def scheduled_by_hand(name: str, job: Job) -> list[Tensor]:
     model, optimizer = job.start()
     numbers = plan(name, job)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # the peak, which some hooks want to know
 
     def set_numbers(t: int) -> None:
         for group, (lr, momentum) in zip(optimizer.param_groups, numbers[t]):
