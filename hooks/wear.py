@@ -91,8 +91,7 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
             self.param_groups.pop()
             raise ValueError(
                 f"{type(plain_only[0]).__name__}: needs whole matrices and got DTensors;"
-                f" make_optimizer({cls.__name__} with its hooks, ...) of"
-                " parallel/sharded_optimizer.py brings them together"
+                " make_optimizer of parallel/sharded_optimizer.py brings them together"
             )
 
     attributes = {"step": step, "hooks": hooks, **recipe(hooked, cls, (hooks,))}
