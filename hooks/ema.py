@@ -1,6 +1,6 @@
 """A running average of the weights, for any optimizer: `--ema=HORIZON`.
 
-    E ← W                                          after step `start`
+    E ← W                                          after each step to `start`
     E ← E + (W − E)/horizon                        after each later one
     A = W + share·(E − W)                          in eval mode: evaluate, save and sample these
 
@@ -61,8 +61,10 @@ def averaged(
         loss = plain(self, closure)
         for group in self.param_groups:
             group["ema_steps"] = group.get("ema_steps", 0) + 1
-            if group["ema_steps"] >= start:
-                average(group["params"], self.state, horizon)
+            # Until then E is W: a state that is there from the first step on can be loaded by
+            # tools that look for what a fresh optimizer has.
+            is_averaging = group["ema_steps"] > start
+            average(group["params"], self.state, horizon if is_averaging else 1)
         return loss
 
     @torch.no_grad()

@@ -5,7 +5,8 @@
     β = beta·lr/lr₀                                0 before `start` steps are taken, and from `stop`
 
     W `p` in eval mode, and `held` in the state   W + β·b `p` in train mode   b `mean_step`
-    γ `gamma`   lr, lr₀ the group's `lr` and `initial_lr`, at the step before
+    γ `gamma`   lr, lr₀ the group's `lr` and `initial_lr`, at the step before; of OneCycleLR
+    `max_lr`
 
 Yau et al., May 2026 (arXiv 2605.25395): the momentum of the whole method's steps, at a horizon of
 1/(1−γ) steps, whatever momentum the optimizer has within. Record 46 of modded-nanogpt's track 3
@@ -107,7 +108,9 @@ def looking_ahead(cls: type[Optimizer], hook: EMANesterov) -> type[Optimizer]:
     def lr_factor(self, group: dict) -> float:
         followed = [g for g in self.param_groups if g.get("kind") == hook.follow is not None]
         group = [*followed, group][0]
-        return float(group["lr"] / group.get("initial_lr", group["lr"])) if group["lr"] else 0.0
+        # OneCycleLR's initial_lr is where it begins, 1/25 of its peak.
+        peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+        return float(group["lr"] / peak) if group["lr"] else 0.0
 
     @torch.no_grad()
     def eval(self, **options) -> None:

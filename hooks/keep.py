@@ -38,16 +38,32 @@ def subclass(
     names = (*keys, *passing)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        own, others = {}, {}
-        for i, state in state_dict["state"].items():
-            own[i] = {key: state[key] for key in names if key in state}
-            others[i] = {key: x for key, x in state.items() if key not in names}
-        cls.load_state_dict(self, {**state_dict, "state": others})
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params):
-            for key, x in own.get(i, {}).items():
-                self.state[p][key] = x.to(p.device, copy=True)
+        own = {}
+
+        def take_own(_, saved: dict) -> dict:
+            numbers = [i for group in saved["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, p in zip(numbers, params):
+                own[p] = {key: x for key, x in saved["state"].get(i, {}).items() if key in names}
+            others = {
+                i: {key: x for key, x in state.items() if key not in names}
+                for i, state in saved["state"].items()
+            }
+            return {**saved, "state": others}
+
+        def put_own(_) -> None:
+            for p, entries in own.items():
+                for key, x in entries.items():
+                    self.state[p][key] = x.to(p.device, copy=True)
+
+        # After the caller's pre-hooks, which may reorder, and before the caller's post-hooks.
+        first = self.register_load_state_dict_pre_hook(take_own)
+        last = self.register_load_state_dict_post_hook(put_own, prepend=True)
+        try:
+            cls.load_state_dict(self, state_dict)
+        finally:
+            first.remove()
+            last.remove()
 
     body = {"load_state_dict": load_state_dict, **recipe(make, cls, arguments), **body}
     if hasattr(cls, "state_numbers"):
@@ -67,7 +83,10 @@ def recipe(make: Callable, cls: type[Optimizer], arguments: tuple) -> dict:
         return made_again, steps(type(self)), self.__getstate__()
 
     made_by = {"beneath": cls, "made_by": (make, arguments), "__reduce_ex__": reduce}
-    return made_by | {"__module__": cls.__module__}
+    # torch's fused kernels skip a step that overflows inside step(), where nothing else learns of
+    # it. With this GradScaler unscales by itself, and does not call step().
+    scaled_outside = property(lambda self: False, lambda self, value: None)
+    return made_by | {"__module__": cls.__module__, "_step_supports_amp_scaling": scaled_outside}
 
 
 def steps(cls: type[Optimizer]) -> tuple:

@@ -32,6 +32,8 @@ import torch
 class RadialBrake:
     """outward, inward: the share, 0 to 1, of a step along W that stays. Raises ValueError."""
 
+    takes_dtensors = False  # torch does not flatten uneven shards
+
     outward: float = 0.5
     inward: float = 1.0
 

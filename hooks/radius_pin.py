@@ -30,6 +30,8 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class RadiusPin:
+    takes_dtensors = False  # torch does not flatten uneven shards
+
     @torch.no_grad()
     def __call__(self, p: torch.Tensor, before: torch.Tensor, lr: float) -> None:
         """In place on `p`, a matrix that a step has moved from `before`; `lr` plays no part."""

@@ -19,6 +19,8 @@ rounded. Memory: a copy of the matrices that this rank steps, during the step; n
 A hook is any callable of (p, before, lr). It may say
     starts_at_zero = False     a matrix of zeros would stay zero: projections must not start there
     needs_decay_off = True     the optimizer's own weight decay contradicts it
+    takes_dtensors = False     it needs plain tensors; DTensors' own operations give whole norms
+A step at lr 0 leaves every weight as it is: torch.distributed.checkpoint takes one on its own.
 Refused: Schedule-Free, whose step moves two sets of weights.
 
 Example:
@@ -70,13 +72,30 @@ def hooked(cls: type[Optimizer], hooks: Sequence[Callable]) -> type[Optimizer]:
             for p in group["params"]
             # A closure may bring the gradients only now.
             if p.numel() and is_hidden(p, group) and (closure or p.grad is not None)
+            # A tensor is not asked: on a GPU that would wait for it.
+            if torch.is_tensor(group["lr"]) or group["lr"] != 0
         ]
         loss = plain(self, closure)
         for p, before, lr in moved:
             change(p, before, lr, hooks)
         return loss
 
+    def add_param_group(self, param_group: dict) -> None:
+        cls.add_param_group(self, param_group)
+        group = self.param_groups[-1]
+        plain_only = [hook for hook in hooks if not getattr(hook, "takes_dtensors", True)]
+        if plain_only and any(
+            hasattr(p, "placements") and is_hidden(p, group) for p in group["params"]
+        ):
+            # torch has appended the group already: take it back before the error.
+            self.param_groups.pop()
+            raise ValueError(
+                f"{type(plain_only[0]).__name__}: needs whole matrices and got DTensors;"
+                " make_optimizer of parallel/sharded_optimizer.py brings them together"
+            )
+
     attributes = {"step": step, "hooks": hooks, **recipe(hooked, cls, (hooks,))}
+    attributes["add_param_group"] = add_param_group
     attributes["elementwise"] = False
     attributes["elementwise_elsewhere"] = getattr(cls, "elementwise", False)
     if not all(getattr(hook, "starts_at_zero", True) for hook in hooks):

@@ -1,6 +1,7 @@
 """Every optimizer under everybody else's tools is still itself: the table, written.
 
-    python tests/partners.py       runs every cell and writes docs/partners.md
+    python tests/partners.py                 runs every cell and writes docs/partners.md
+    python tests/partners.py --part=hooks    the second table alone; --part=optimizers the first
 
 A cell is 20 steps in float64, under the partner, of a small net: two matrices of one shape, a
 kernel of three dimensions, one of them odd, and a vector, in two groups with an lr and a decay of
@@ -19,6 +20,7 @@ import functools
 import io
 import pickle
 import platform
+import re
 import sys
 import traceback
 import warnings
@@ -44,15 +46,25 @@ from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
+from hooks.cautious_decay import CautiousDecay  # noqa: E402
+from hooks.ema import averaged  # noqa: E402
+from hooks.ema_nesterov import EMANesterov  # noqa: E402
+from hooks.hyperball import Hyperball  # noqa: E402
+from hooks.radial_brake import RadialBrake  # noqa: E402
+from hooks.radius_pin import RadiusPin  # noqa: E402
+from hooks.uw_floor import UWFloor  # noqa: E402
+from hooks.wear import hooked as wearing  # noqa: E402
 from optim import adafactor, adam_l2, adamw, schedule_free, sgd, shampoo, soap  # noqa: E402
 from optim.attributes import attribute  # noqa: E402
 from optim.kl_soap import KLSOAP  # noqa: E402
+from optim.muon import Muon  # noqa: E402
 from optim.pmuon import PMuon  # noqa: E402
 from optim.soap_muon import SOAPMuon  # noqa: E402
 from parallel.sharded_optimizer import make_optimizer  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "docs" / "partners.md"
 STEPS = 20
+WITH_HOOKS = "## With hooks"  # where the second part of the page begins
 TOLERANCE = 1e-12  # relative to a tensor's largest element, or absolute where that is below 1
 TWINS = {sgd.SGD: torch.optim.SGD, adamw.AdamW: torch.optim.AdamW, adam_l2.AdamL2: torch.optim.Adam}
 SCHEDULE_FREE = schedule_free.AdamWScheduleFree, schedule_free.SGDScheduleFree
@@ -64,6 +76,37 @@ CALM = {
     PMuon: {"eps": 1e-2},
     shampoo.Shampoo: {"eps": 1e-4},
 }
+
+# Hook -> a class that wears it; the floor is so high that it binds.
+HOOKS = {
+    "hyperball": lambda cls: wearing(cls, [Hyperball()]),
+    "uw_floor": lambda cls: wearing(cls, [UWFloor(2.0)]),
+    "uw_floor, rows": lambda cls: wearing(cls, [UWFloor(2.0, rows=True)]),
+    "radial_brake": lambda cls: wearing(cls, [RadialBrake()]),
+    "radius_pin": lambda cls: wearing(cls, [RadiusPin()]),
+    "cautious_decay": lambda cls: wearing(cls, [CautiousDecay(0.3)]),
+    "average": lambda cls: averaged(cls, 5, 2, 0.7),
+    "EMA-Nesterov": lambda cls: EMANesterov(gamma=0.8).wear(cls),
+}
+NO_DECAY = "hyperball", "cautious_decay"  # of matrices
+
+
+class Worn(NamedTuple):
+    hook: str
+    plain: type
+    twin: type | None  # torch's class, wearing the same
+
+
+WORN = {
+    wear(cls): Worn(hook, cls, wear(TWINS[cls]) if cls in TWINS else None)
+    for hook, wear in HOOKS.items()
+    for cls in (sgd.SGD, adamw.AdamW, Muon)
+}
+
+
+def title(cls: type) -> str:
+    """What a row is called."""
+    return f"{WORN[cls].hook}: {cls.__name__}" if cls in WORN else cls.__name__
 
 
 # ---- what is trained -----------------------------------------------------------------------------
@@ -122,6 +165,11 @@ class Job(NamedTuple):
 
 def jobs(cls: type, calm: bool = False) -> list[tuple[Job, Job | None]]:
     """The runs of a class, each with its twin's."""
+    if cls in WORN:
+        hook, plain, twin = WORN[cls]
+        options = {"lr": CASES[plain][1], **CASES[plain][0]}
+        options |= {"weight_decay": 0.0} if hook in NO_DECAY else {}
+        return [(Job(cls, options), Job(twin, options) if twin else None)]
     more = CALM.get(cls, {}) if calm else {}
     own = Job(cls, {"lr": CASES[cls][1], **CASES[cls][0], **more})
     if cls is adafactor.Adafactor:  # torch's has no beta1
@@ -143,6 +191,21 @@ def fit(model, optimizer, steps, before=lambda t: None, scale=1, step=None) -> N
         model.zero_grad()
         (scale * loss_of(model, t)).backward()
         (step or optimizer.step)()
+
+
+def look(cls: type, optimizer, share: Callable = lambda: None) -> Callable[[int], None]:
+    """before(t) of fit(): at step 11 a second set of weights is looked at, which changes nothing.
+
+    share(): brings this rank's weights to the others."""
+
+    def before(t: int) -> None:
+        if t == 11 and cls in WORN and hasattr(optimizer, "eval"):
+            optimizer.eval()
+            share()
+            optimizer.train()
+            share()
+
+    return before
 
 
 def final(model: nn.Module, optimizer) -> list[Tensor]:
@@ -174,11 +237,12 @@ KNOWN = {}  # what alone() has run
 
 def alone(job: Job) -> list[Tensor]:
     """By hand, for a partner that must change nothing."""
-    if repr(job) not in KNOWN:
+    key = job.cls, repr(job.options)
+    if key not in KNOWN:
         model, optimizer = job.start()
         fit(model, optimizer, range(STEPS))
-        KNOWN[repr(job)] = final(model, optimizer)
-    return KNOWN[repr(job)]
+        KNOWN[key] = final(model, optimizer)
+    return KNOWN[key]
 
 
 # ---- schedulers ----------------------------------------------------------------------------------
@@ -222,6 +286,8 @@ def plan(name: str, job: Job) -> list[list[tuple[float, float | None]]]:
 def scheduled_by_hand(name: str, job: Job) -> list[Tensor]:
     model, optimizer = job.start()
     numbers = plan(name, job)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # the peak, which some hooks want to know
 
     def set_numbers(t: int) -> None:
         for group, (lr, momentum) in zip(optimizer.param_groups, numbers[t]):
@@ -422,7 +488,8 @@ def late(job: Job, by_hand: bool = False) -> list[Tensor]:
 # ---- two ranks -----------------------------------------------------------------------------------
 def with_ddp(job: Job, rank: int) -> list[Tensor]:
     model, optimizer = job.start()
-    fit(DistributedDataParallel(model), optimizer, range(STEPS), scale=2 * (rank == 0))
+    before = look(job.cls, optimizer)
+    fit(DistributedDataParallel(model), optimizer, range(STEPS), before, 2 * (rank == 0))
     return final(model, optimizer)
 
 
@@ -432,7 +499,8 @@ def with_zero(job: Job, rank: int) -> list[Tensor]:
         optimizer = ZeroRedundancyOptimizer(job.groups(model), job.cls)
     for group in optimizer.param_groups if job.cls in SCHEDULE_FREE else ():
         group["train_mode"] = True  # what train() says; its own optimizer gets these at each step
-    fit(DistributedDataParallel(model), optimizer, range(STEPS), scale=2 * (rank == 0))
+    before = look(job.cls, optimizer.optim, optimizer._sync_params)
+    fit(DistributedDataParallel(model), optimizer, range(STEPS), before, 2 * (rank == 0))
     final(model, optimizer.optim)
     optimizer._sync_params()  # eval() has moved this rank's share alone
     return weights(model)
@@ -440,7 +508,7 @@ def with_zero(job: Job, rank: int) -> list[Tensor]:
 
 def with_fully_shard(job: Job, rank: int) -> list[Tensor]:
     model, optimizer = job.start(fully_shard(net()))
-    fit(model, optimizer, range(STEPS), scale=2 * (rank == 0))
+    fit(model, optimizer, range(STEPS), look(job.cls, optimizer), 2 * (rank == 0))
     return final(model, optimizer)
 
 
@@ -448,7 +516,7 @@ def with_make_optimizer(job: Job, rank: int) -> list[Tensor]:
     model = fully_shard(net())
     with making():
         optimizer = train_mode(make_optimizer(job.cls, job.groups(model)))
-    fit(model, optimizer, range(STEPS), scale=2 * (rank == 0))
+    fit(model, optimizer, range(STEPS), look(job.cls, optimizer), 2 * (rank == 0))
     return final(model, optimizer)
 
 
@@ -480,11 +548,16 @@ PARTNERS = {
     "deepcopy, pickle": Partner(copied, lambda job: alone(job) * 3),
     "late group": Partner(late, functools.partial(late, by_hand=True)),
 }
-REFUSALS = {  # (class, partner) -> type and a part of the sentence
+REFUSALS = {  # (row, partner) -> type and a part of the sentence
     (name, "fully_shard"): (ValueError, "make_optimizer")
-    for name in ("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown", "Dion3", "SOAPMuon", "PMuon")
+    for name in (
+        *("Shampoo", "SOAP", "KLSOAP", "Muon", "Muown", "Dion3", "SOAPMuon", "PMuon"),
+        *(title(cls) for cls, worn in WORN.items() if worn.plain is Muon),
+        *(title(cls) for cls, worn in WORN.items() if worn.hook in ("radial_brake", "radius_pin")),
+    )
 }
-NOTES = {  # (class, partner) -> how the two are used together
+KEEPERS = [cls for cls in WORN if hasattr(cls, "eval")]  # of a second set of weights
+NOTES = {  # (row, partner) -> how the two are used together
     (
         "Adafactor",
         "OneCycleLR",
@@ -503,6 +576,18 @@ NOTES = {  # (class, partner) -> how the two are used together
             " broadcast."
         )
         for cls in SCHEDULE_FREE
+    },
+    **{
+        (title(cls), "ZeroRedundancyOptimizer"): (
+            "After `.optim.eval()`, and after `.optim.train()`, the weights have to be broadcast."
+        )
+        for cls in KEEPERS
+    },
+    **{
+        (title(cls), "DCP state_dict"): (
+            "In train mode: the flat form leaves out what `eval()` has set aside."
+        )
+        for cls in KEEPERS
     },
 }
 
@@ -608,12 +693,44 @@ refusal, below the table. `tests/test_partners.py` runs the same cells, and
 """
 
 
+HOOKS_PROSE = """\
+{title}
+
+`python tests/partners.py --part=hooks`: what [hooks/](../hooks) has, on SGD, AdamW and Muon, under
+the same tools. {yes} of {all} cells work. {versions}.
+
+The cells are those above: "yes" says that the weights at the end are those of the same class with
+the same hook, without the tool; on SGD and AdamW also those of torch's class with the hook.
+
+- Options are those of the optimizer above, but no decay of matrices for `hyperball` and
+  `cautious_decay`, of which the latter takes 0.3; floor 2, so that it binds; gamma 0.8. The average
+  is `averaged(cls, 5, 2, 0.7)`. What is compared is what `eval()` gives.
+- By hand the schedulers' `initial_lr` is the peak: EMA-Nesterov's beta goes by lr/peak.
+- On two ranks `eval()` and `train()` come at step 11 too, and change nothing.
+- fully_shard alone: norms are DTensors' own, so those of whole matrices and rows.
+- A step at lr 0, such as DCP takes in a fresh optimizer, leaves every bit. A tensor as lr, and
+  `fused=True` of torch's classes under GradScaler, work too (`tests/test_partners.py`).
+
+"""
+
+
 def page(columns: dict[str, dict[type, Said | None]]) -> str:
+    """The first part, of the optimizers."""
+    return part(columns, list(CASES), PROSE, classes=len(CASES), partners=len(columns))
+
+
+def hooks_page(columns: dict[str, dict[type, Said | None]]) -> str:
+    """The second part."""
+    return part(columns, list(WORN), HOOKS_PROSE, title=WITH_HOOKS)
+
+
+def part(columns, rows: list[type], prose: str, **numbers) -> str:
+    """Prose, the table of these classes, and its notes."""
     notes, lines = [], []
-    for cls in CASES:
+    for cls in rows:
         cells = []
         for name, found in columns.items():
-            note, what = NOTES.get((cls.__name__, name)), found[cls]
+            note, what = NOTES.get((title(cls), name)), found[cls]
             if what is not None:
                 note = f"{what.type}: {what.message}"
                 note = note if what.refused else f"FAILS at {what.at}, {note[:200]}"
@@ -621,33 +738,37 @@ def page(columns: dict[str, dict[type, Said | None]]) -> str:
                 notes.append(note)
             number = [] if note is None else [str(notes.index(note) + 1)]
             cells.append(", ".join((["yes"] if what is None else []) + number))
-        lines.append(" | ".join([f"| {cls.__name__}", *cells]) + " |\n")
+        lines.append(" | ".join([f"| {title(cls)}", *cells]) + " |\n")
     yes = sum(what is None for found in columns.values() for what in found.values())
     here = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    prose = PROSE.format(
-        classes=len(CASES),
-        partners=len(columns),
-        yes=yes,
-        all=len(CASES) * len(columns),
-        versions=here,
-    )
+    prose = prose.format(yes=yes, all=len(rows) * len(columns), versions=here, **numbers)
     head = "|  | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|\n"
     below = (f"{i}. {note}\n".replace("\n", " ").strip() + "\n" for i, note in enumerate(notes, 1))
     return prose + head + "".join(lines) + "\n" + "".join(below)
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
+def run(classes: list[type]) -> dict[str, dict[type, Said | None]]:
     columns = {}
     for name in PARTNERS:
-        columns[name] = column(name, list(CASES))
+        columns[name] = column(name, classes)
         for cls, what in columns[name].items():
             if what is not None:
                 verdict = "refused" if what.refused else "FAILS"
-                print(f"{name}, {cls.__name__} {verdict}:", *what[1:], flush=True)
-    PAGE.write_text(page(columns), encoding="utf-8")
-    print(PAGE.read_text(encoding="utf-8").splitlines()[2])
+                print(f"{name}, {title(cls)} {verdict}:", *what[1:], flush=True)
+    return columns
+
+
+def main(which: str) -> None:
+    if which not in ("all", "optimizers", "hooks"):
+        raise SystemExit(f"--part={which} is not one of all, optimizers, hooks")
+    warnings.simplefilter("ignore")
+    old, _, old_hooks = PAGE.read_text(encoding="utf-8").partition(WITH_HOOKS)
+    first = old.strip() + "\n" if which == "hooks" else page(run(list(CASES)))
+    is_kept = which == "optimizers" and old_hooks
+    second = WITH_HOOKS + old_hooks if is_kept else hooks_page(run(list(WORN)))
+    PAGE.write_text(first + "\n" + second, encoding="utf-8")
+    print(*re.findall(r"\d+ of\s+\d+\s+cells work", first + second), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*[word.removeprefix("--part=") for word in sys.argv[1:]] or ["all"])

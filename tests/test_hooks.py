@@ -486,6 +486,18 @@ def test_schedule_free_is_refused():
         hooked(AdamWScheduleFree, [Hyperball()])
 
 
+def test_what_flattens_refuses_dtensors_and_the_group_is_taken_back():
+    w, sharded, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (3, 2), (3,)))
+    sharded.placements = vector.placements = ()  # as DTensors have them
+    for hook in (RadiusPin(), RadialBrake()):
+        optimizer = hooked(SGD, [UWFloor(), hook])([w], lr=0.1)
+        with pytest.raises(ValueError, match=f"{type(hook).__name__}: needs whole .* make_optim"):
+            optimizer.add_param_group({"params": [sharded]})
+        assert len(optimizer.param_groups) == 1
+        optimizer.add_param_group({"params": [vector]})  # no matrix
+    hooked(SGD, [UWFloor()])([sharded], lr=0.1)  # its norms are DTensors' own
+
+
 def test_every_hook_is_a_dataclass_of_plain_fields():
     for name in {m.name for m in pkgutil.iter_modules(folder.__path__)} - {*HELPERS}:
         module = importlib.import_module(f"hooks.{name}")

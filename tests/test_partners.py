@@ -7,21 +7,32 @@ import pytest
 import torch
 from partners import (
     CASES,
+    HOOKS,
     NOTES,
     PAGE,
     PARTNERS,
     REFUSALS,
     SCHEDULE_FREE,
+    STEPS,
+    WITH_HOOKS,
+    WORN,
+    Job,
     Said,
+    alone,
     column,
     compare,
     compiled,
     dcp,
+    final,
     fit,
+    hooks_page,
     jobs,
     net,
     page,
     said,
+    same,
+    scaled,
+    title,
     weights,
 )
 
@@ -33,16 +44,16 @@ TWO = [name for name, partner in PARTNERS.items() if partner.ranks == 2]
 
 
 @functools.cache
-def on_two_ranks(name: str) -> dict:
-    return column(name, list(CASES))
+def on_two_ranks(name: str, classes: tuple = tuple(CASES)) -> dict:
+    return column(name, list(classes))
 
 
 def expect(name: str, cls: type, found: Said | None) -> None:
     """It works, or it is refused as the table says: with this type, in one sentence, when made."""
-    if (cls.__name__, name) not in REFUSALS:
+    if (title(cls), name) not in REFUSALS:
         assert found is None
         return
-    kind, part = REFUSALS[cls.__name__, name]
+    kind, part = REFUSALS[title(cls), name]
     assert found is not None and found.refused and found.type == kind.__name__, found
     assert part in found.message
     assert not re.search(r"[.?!]\s|\n", found.message), "more than one sentence"
@@ -79,10 +90,79 @@ def test_compiled_by_inductor_a_class_is_itself(cls):
         compare(PARTNERS["torch.compile"], job, twin, compiled(job, "inductor"))
 
 
-def test_the_page_has_every_cell_and_nothing_that_fails():
-    text = PAGE.read_text(encoding="utf-8")
+# ---- with hooks ----------------------------------------------------------------------------------
+ROW = {title(cls): cls for cls in WORN}
+FAST = {
+    ("OneCycleLR", "EMA-Nesterov: SGD"),
+    ("DCP state_dict", "average: SGD"),
+    ("load hooks", "average: AdamW"),
+    ("fully_shard", "hyperball: AdamW"),
+    ("fully_shard", "radius_pin: SGD"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        pytest.param(name, row, marks=(pytest.mark.slow,) * ((name, row) not in FAST))
+        for name in PARTNERS
+        for row in ROW
+    ],
+)
+def test_under_a_partner_a_hook_is_itself(name, row):
+    # On two ranks all rows at once, but for the fast one.
+    one = PARTNERS[name].ranks == 1 or (name, row) in FAST
+    classes = (ROW[row],) if one else tuple(WORN)
+    expect(name, ROW[row], on_two_ranks(name, classes)[ROW[row]])
+
+
+@pytest.mark.parametrize("row", ROW)
+def test_a_hook_changes_what_its_optimizer_does(row):
+    ((job, _),) = jobs(ROW[row])
+    plain = alone(Job(WORN[ROW[row]].plain, job.options))
+    assert max((x - y).abs().max() for x, y in zip(alone(job), plain)) > 1e-4
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_takes_a_tensor_as_lr(hook):
+    for job in jobs(ROW[f"{hook}: AdamW"])[0]:
+        model = net()
+        groups = [
+            group | {"lr": torch.tensor(group["lr"], dtype=torch.float64)}
+            for group in job.groups(model)
+        ]
+        optimizer = job.cls(groups)
+        fit(model, optimizer, range(STEPS))
+        same(final(model, optimizer), alone(job), "that of a number")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("plain", ["SGD", "AdamW"])
+def test_a_fused_step_that_overflows_is_skipped_by_hooks_too(hook, plain):
+    ((_, twin),) = jobs(ROW[f"{hook}: {plain}"])
+    fused = Job(twin.cls, {**twin.options, "fused": True})
+    same(scaled(fused), scaled(fused, by_hand=True), "that without the steps that overflow")
+    assert not fused.start()[1]._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_dcps_step_at_lr_0_moves_not_a_bit(hook):
+    for cls in (torch.optim.SGD, torch.optim.AdamW):
+        model = net().float()
+        optimizer, before = HOOKS[hook](cls)(model.parameters(), lr=0.1), weights(model)
+        dcp.get_optimizer_state_dict(model, optimizer)
+        assert all(map(torch.equal, before, weights(model)))
+        assert cls is torch.optim.SGD or optimizer.state  # it has stepped
+
+
+@pytest.mark.parametrize(
+    "part, classes, least", [(0, CASES, 140), (2, WORN, 300)], ids=["optimizers", "hooks"]
+)
+def test_the_page_has_every_cell_and_nothing_that_fails(part, classes, least):
+    text = PAGE.read_text(encoding="utf-8").partition(WITH_HOOKS)[part]
+    wanted = [title(cls) for cls in classes]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == list(PARTNERS) and [row[0] for row in rows[2:]] == [c.__name__ for c in CASES]
+    assert rows[0] == list(PARTNERS) and [row[0] for row in rows[2:]] == wanted
     footnotes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.M))
     for cls, *cells in rows[2:]:
         for name, found in zip(PARTNERS, cells, strict=True):
@@ -92,7 +172,7 @@ def test_the_page_has_every_cell_and_nothing_that_fails():
                 assert REFUSALS[cls, name][1] in footnotes[number]
             else:
                 assert footnotes.get(number) == NOTES.get((cls, name)), (cls, name)
-    assert sum(found.startswith("yes") for row in rows[2:] for found in row) >= 140
+    assert sum(found.startswith("yes") for row in rows[2:] for found in row) >= least
 
 
 def test_the_page_shows_failures_and_refusals_as_what_they_are():
@@ -107,6 +187,10 @@ def test_the_page_shows_failures_and_refusals_as_what_they_are():
         f"{every - n} of {every}\ncells work" in text and ". ValueError: not so; do this\n" in text
     )
     assert re.search(r"FAILS at test_partners.py:\d+, ZeroDivisionError: division by zero\n", text)
+    columns = {name: dict.fromkeys(WORN) for name in PARTNERS}
+    columns["DDP"][ROW["uw_floor: Muon"]] = no
+    text, every = hooks_page(columns), len(WORN) * len(PARTNERS)
+    assert f"{every - 1} of {every} cells work" in text and ". ValueError: not so; do" in text
 
 
 @pytest.mark.parametrize("cls", [Adafactor, torch.optim.Adafactor])
