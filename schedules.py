@@ -213,6 +213,12 @@ def follow(
         )
     for group in groups:
         own = factor[group["kind"]] if isinstance(factor, dict) else factor
+        # What hooks/ema.py and ema_nesterov.py go by: a step that is skipped counts, too.
+        for key in ("ema_steps", "ahead_steps"):
+            if key in group:
+                group[key] = step
+        if "follow" in group:
+            group["follow_factor"] = factor[group["follow"]] if isinstance(factor, dict) else factor
         # The first call keeps the group's own lr, under the key of torch's schedulers.
         group["lr"] = own * group.setdefault("initial_lr", group["lr"])
         if momentum_warmup is not None or momentum_cooldown is not None:

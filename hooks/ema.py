@@ -10,8 +10,8 @@ Noise of single steps averages out, as it would with a smaller lr, and training 
 nobody had looked. Polyak and Juditsky 1992; as a tail average with share .6 in record 46 of
 modded-nanogpt's track 3 (2026), which begins at step 2,400 of 2,900 with horizon 150. Begin after
 the steep part: E forgets where it began by e in `horizon` steps. decay = 1 − 1/horizon is
-torch.optim.swa_utils.get_ema_multi_avg_fn's. State: 4 bytes a parameter (8 for float64), and during
-eval mode the weights once more. E of half-precision weights is float32; a parameter counts from its
+torch.optim.swa_utils.get_ema_multi_avg_fn's. State: 4 bytes a parameter (8 for float64), and in
+eval mode the trained weights. E of half-precision weights is float32; a parameter counts from its
 first gradient on.
 
 Refused: an optimizer that averages by itself (Schedule-Free).
@@ -48,7 +48,10 @@ def averaged(
     0 and a share outside (0, 1].
     """
     if hasattr(cls, "eval"):
-        raise ValueError(f"{cls.__name__} averages by itself; leave the average out")
+        raise ValueError(
+            f"{cls.__name__} keeps a second set of weights already: leave the average out, or"
+            " average first and look ahead (hooks/ema_nesterov.py) last"
+        )
     if not horizon >= 1 or not start >= 0 or not 0 < share <= 1:
         raise ValueError(
             f"horizon={horizon}, start={start}, share={share} are not allowed: horizon is at least"
@@ -56,10 +59,15 @@ def averaged(
         )
     plain = plain_step(cls)
 
+    def add_param_group(self, param_group: dict) -> None:
+        cls.add_param_group(self, param_group)
+        self.param_groups[-1].setdefault("ema_steps", 0)
+
     def step(self, closure=None):
         check_mode(self)
         loss = plain(self, closure)
         for group in self.param_groups:
+            # schedules.follow writes the run's own count, skipped steps and all.
             group["ema_steps"] = group.get("ema_steps", 0) + 1
             # Until then E is W: a state that is there from the first step on can be loaded by
             # tools that look for what a fresh optimizer has.
@@ -72,8 +80,9 @@ def averaged(
         """The model holds A from now on. blend: else W, as it is."""
         for group in self.param_groups:
             is_swapped = not group.get("train_mode", True)
+            has_begun = group.get("ema_steps", 0) > start
             group["train_mode"] = False
-            for p in () if is_swapped or not blend else group["params"]:
+            for p in group["params"] if blend and has_begun and not is_swapped else ():
                 state = self.state.get(p, {})
                 if "ema" in state:
                     state["trained"] = p.detach().clone()
@@ -88,7 +97,7 @@ def averaged(
                 if trained is not None:
                     p.copy_(trained)
 
-    body = {"step": step, "eval": eval, "train": train}
+    body = {"add_param_group": add_param_group, "step": step, "eval": eval, "train": train}
     return subclass(averaged, cls, (horizon, start, share), body, ("ema",), ("trained",))
 
 

@@ -11,8 +11,8 @@
 Yau et al., May 2026 (arXiv 2605.25395): the momentum of the whole method's steps, at a horizon of
 1/(1−γ) steps, whatever momentum the optimizer has within. Record 46 of modded-nanogpt's track 3
 begins after 300 of 2,900 steps and stops 950 before the end; it scales all by the embedding's lr
-(`follow`). Call eval() before evaluating: W is the model, and its own step noise is small beside
-what lies ahead. State: 8 bytes a parameter (16 for float64). b of half-precision weights is
+(`follow`). Call eval() before evaluating: W is the model, and p only where gradients are taken.
+State: 8 bytes a parameter (16 for float64). b of half-precision weights is
 float32.
 
 Example:
@@ -70,16 +70,24 @@ class EMANesterov:
 
     def wear(self, cls: type[Optimizer]) -> type[Optimizer]:
         """A subclass of cls that looks ahead, of the same name. Raises ValueError as hooked()."""
-        if hasattr(beneath(cls), "eval"):
+        if hasattr(beneath(cls), "eval") or "held" in getattr(cls, "keeps", ()):
             raise ValueError(
                 f"{cls.__name__} keeps a second set of weights by itself; take another optimizer,"
-                " or no hook"
+                " or ema_nesterov once"
             )
         return looking_ahead(cls, self)
 
 
 def looking_ahead(cls: type[Optimizer], hook: EMANesterov) -> type[Optimizer]:
     plain = plain_step(cls)
+
+    def add_param_group(self, param_group: dict) -> None:
+        cls.add_param_group(self, param_group)
+        group = self.param_groups[-1]
+        group.setdefault("ahead_steps", 0)
+        group.setdefault("first_lr", float(group["lr"]))
+        if hook.follow is not None:
+            group.setdefault("follow", hook.follow)
 
     def step(self, closure=None):
         check_mode(self)
@@ -106,10 +114,14 @@ def looking_ahead(cls: type[Optimizer], hook: EMANesterov) -> type[Optimizer]:
         return loss
 
     def lr_factor(self, group: dict) -> float:
-        followed = [g for g in self.param_groups if g.get("kind") == hook.follow is not None]
-        group = [*followed, group][0]
+        # schedules.follow knows also the kinds that another stage of a pipeline holds.
+        if "follow_factor" in group:
+            return group["follow_factor"]
+        if hook.follow is not None:
+            group = group_of(self, hook.follow)
         # OneCycleLR's initial_lr is where it begins, 1/25 of its peak.
-        peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+        first = group.get("first_lr", group["lr"])
+        peak = group.get("max_lr", group.get("initial_lr", first))
         return float(group["lr"] / peak) if group["lr"] else 0.0
 
     @torch.no_grad()
@@ -136,8 +148,16 @@ def looking_ahead(cls: type[Optimizer], hook: EMANesterov) -> type[Optimizer]:
                 look_ahead(known, self.state, group.get("ahead", 0.0))
             group["train_mode"] = True
 
-    body = {"step": step, "eval": eval, "train": train}
+    body = {"add_param_group": add_param_group, "step": step, "eval": eval, "train": train}
     return subclass(looking_ahead, cls, (hook,), body, ("held", "mean_step"))
+
+
+def group_of(optimizer: Optimizer, kind: str) -> dict:
+    """The group of this kind. Raises ValueError where there is none."""
+    for group in optimizer.param_groups:
+        if group.get("kind") == kind:
+            return group
+    raise ValueError(f"EMANesterov: follow={kind}, but no group is of this kind")
 
 
 @torch.no_grad()

@@ -65,7 +65,8 @@ def subclass(
             first.remove()
             last.remove()
 
-    body = {"load_state_dict": load_state_dict, **recipe(make, cls, arguments), **body}
+    own = {"load_state_dict": load_state_dict, "keeps": (*keys, *getattr(cls, "keeps", ()))}
+    body = own | recipe(make, cls, arguments) | body
     if hasattr(cls, "state_numbers"):
 
         @functools.wraps(cls.state_numbers)
@@ -80,7 +81,7 @@ def recipe(make: Callable, cls: type[Optimizer], arguments: tuple) -> dict:
     """What the body of a class needs that make(cls, *arguments) makes: no module has its name."""
 
     def reduce(self, protocol):
-        return made_again, steps(type(self)), self.__getstate__()
+        return made_again, layers(type(self)), self.__getstate__()
 
     made_by = {"beneath": cls, "made_by": (make, arguments), "__reduce_ex__": reduce}
     # torch's fused kernels skip a step that overflows inside step(), where nothing else learns of
@@ -89,11 +90,11 @@ def recipe(make: Callable, cls: type[Optimizer], arguments: tuple) -> dict:
     return made_by | {"__module__": cls.__module__, "_step_supports_amp_scaling": scaled_outside}
 
 
-def steps(cls: type[Optimizer]) -> tuple:
+def layers(cls: type[Optimizer]) -> tuple:
     """(the class at the bottom, what has made the next one, ...)"""
     if "made_by" not in vars(cls):
         return (cls,)
-    return *steps(cls.beneath), vars(cls)["made_by"]
+    return *layers(cls.beneath), vars(cls)["made_by"]
 
 
 def made_again(cls: type[Optimizer], *made_by: tuple) -> Optimizer:
@@ -119,4 +120,4 @@ def check_mode(optimizer: Optimizer) -> None:
 
 def beneath(cls: type[Optimizer]) -> type[Optimizer]:
     """The class that `subclass` was given, at the bottom; cls itself where it is none of these."""
-    return steps(cls)[0]
+    return layers(cls)[0]

@@ -337,7 +337,7 @@ def load_state_by_name(
     for i, name in names.items():
         state = state_of(name, shapes[name])
         # A branch may go on without the average that its run kept (hooks/ema.py).
-        if not averages_weights(optimizer):
+        if "ema" not in getattr(optimizer, "keeps", ()):
             state.pop("ema", None)
         if state:
             state_dict["state"][i] = state

@@ -50,16 +50,25 @@ def with_hooks(cfg: Config, optimizer_class: type) -> type[torch.optim.Optimizer
             f"--hooks={cfg.hooks} keeps a matrix of zeros at zero; leave --zero_init=true out"
         )
     of_steps = [hook for hook in hooks if not hasattr(hook, "wear")]
-    try:
-        made = hooked(optimizer_class, of_steps) if of_steps else optimizer_class
-        if cfg.ema is not None:
-            made = averaged(made, cfg.ema, cfg.ema_from, cfg.ema_share)
-        for hook in hooks:
-            made = made if hook in of_steps else hook.wear(made)
-    except ValueError as error:
-        what = "--hooks=" + cfg.hooks if cfg.ema is None else f"--ema={cfg.ema:g}"
-        raise ValueError(f"{what}: {error}") from None
+    made = optimizer_class
+    if of_steps:
+        made = said_of(f"--hooks={cfg.hooks}", hooked, made, of_steps)
+    if cfg.ema is not None:
+        made = said_of(f"--ema={cfg.ema:g}", averaged, made, cfg.ema, cfg.ema_from, cfg.ema_share)
+    for name, hook in zip(names, hooks):
+        if hook not in of_steps:
+            made = said_of(f"--hooks={name}", hook.wear, made)
+            if hook.start >= cfg.steps:
+                raise ValueError(f"--hook.{name}.start={hook.start} is past the {cfg.steps} steps")
     return made
+
+
+def said_of(what: str, make: Callable, *arguments):
+    """make(*arguments), whose ValueError begins with the flag it is about."""
+    try:
+        return make(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def check_together(cfg: Config, names: list[str]) -> None:
@@ -76,7 +85,7 @@ def check_together(cfg: Config, names: list[str]) -> None:
                 f"--hooks={cfg.hooks}: --{name} moves weights after the step, off their norm; leave"
                 " one of the two out"
             )
-    if cfg.mup_base_width is not None:
+    if names and cfg.mup_base_width is not None:
         raise ValueError(
             "--hooks= has no rule for muP: which lr a wider model wants is not known; leave"
             " --mup_base_width or --hooks out"
@@ -87,7 +96,7 @@ def make(cfg: Config, name: str) -> Callable:
     """The hook of this name with its fields. Raises ValueError."""
     files = [m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in HELPERS]
     if name not in files:
-        near = checks.nearest(name, files)
+        near = "type --ema=100 (steps)" if name == "ema" else checks.nearest(name, files)
         raise ValueError(f"--hooks={cfg.hooks}: there is no {name!r} in hooks/; {near}")
     module = importlib.import_module(f"hooks.{name}")
     own = [x for x in vars(module).values() if dataclasses.is_dataclass(x)]

@@ -301,7 +301,9 @@ def about_losses(trained: list[dict], evaluated: list[dict], patience: int | Non
         place = "at the end" if last["step"] >= trained[-1]["step"] else f"at step {last['step']}"
         text += f"; validation {number(last['val_loss'])} {place}"
         if "val_loss_ema" in last:
-            text += f" ({number(last['val_loss_ema'])} the average, which is saved)"
+            text += f", {number(last['val_loss_ema'])} the average"
+    # With --ema= it is the average that is saved, and what patience counts.
+    evaluated = [row | {"val_loss": row.get("val_loss_ema", row["val_loss"])} for row in evaluated]
     finite = [row for row in evaluated if row["val_loss"] is not None]
     if finite:
         best = min(finite, key=lambda row: row["val_loss"])

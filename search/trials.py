@@ -188,6 +188,9 @@ class Trial:
         curve = self.curve(metric)
         best_step, _ = self.kept()
         is_evaluated = metric.startswith("val_") or metric == "perplexity"
+        if metric in ("val_loss", "val_loss_ema") and best_step is not None:
+            # Of the weights that are kept: with --ema= the average's, once it has begun.
+            return (self.curve("val_loss") | self.curve("val_loss_ema")).get(best_step)
         if is_evaluated and best_step in curve:
             return curve[best_step]
         return [None, *curve.values()][-1]

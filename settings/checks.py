@@ -479,11 +479,18 @@ def check_ema(cfg: Config) -> None:
             raise ValueError(f"{name} means nothing without ema; type --ema=100 too (steps)")
     if not 0 < cfg.ema_share <= 1:
         raise ValueError(f"ema_share={cfg.ema_share:g} is not allowed; it must lie in (0, 1]")
-    if cfg.ema is not None and cfg.diloco_every is not None:
+    if cfg.ema is not None and cfg.ema_from >= cfg.steps:
         raise ValueError(
-            "ema averages each replica's own weights, and diloco_every lets them diverge; leave one"
-            " of them out"
+            f"ema_from={cfg.ema_from} leaves none of the {cfg.steps} steps to average; type a"
+            " smaller one"
         )
+    looks_ahead = "ema_nesterov" in (cfg.hooks or "").split(",")
+    for name, is_on in (("ema", cfg.ema is not None), ("hooks=ema_nesterov", looks_ahead)):
+        if is_on and cfg.diloco_every is not None:
+            raise ValueError(
+                f"{name} keeps a second set of each replica's own weights, and diloco_every lets"
+                " them diverge; leave one of the two out"
+            )
 
 
 def check_qk_clip(cfg: Config) -> None:

@@ -1,6 +1,7 @@
 """A running average of the weights, EMA-Nesterov: plain loops, torch's average, runs, layouts."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from matrix import LAYOUTS, MODEL_PARALLEL, column, difference
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import sweep
 import train
 from checkpoint.load import load
 from hooks.ema import averaged
@@ -24,7 +26,8 @@ from optim.param_groups import evaluation_weights
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
 from parallel.sharded_optimizer import make_optimizer
-from run import auto, optimizers
+from run import auto, optimizers, summary
+from search import trials
 from settings import parse
 
 SLOW = pytest.mark.slow
@@ -308,10 +311,16 @@ def test_load_hooks_reorder_and_edit_what_is_kept():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="averages by itself"):
-        averaged(AdamWScheduleFree, 5)
-    with pytest.raises(ValueError, match="averages by itself"):
-        averaged(averaged(SGD, 5), 5)
+    for cls in (AdamWScheduleFree, averaged(SGD, 5), EMANesterov().wear(SGD)):
+        with pytest.raises(ValueError, match="second set of weights already"):
+            averaged(cls, 5)
+    for cls in (AdamWScheduleFree, EMANesterov().wear(SGD), EMANesterov().wear(averaged(SGD, 5))):
+        with pytest.raises(ValueError, match="second set of weights by itself"):
+            EMANesterov().wear(cls)
+    follows = EMANesterov(follow="head").wear(SGD)([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    follows.param_groups[0]["params"][0].grad = torch.ones(2)
+    with pytest.raises(ValueError, match="no group is of this kind"):
+        follows.step()
     for bad in ((0.5,), (float("nan"),), (5, -1), (5, 0, 0.0), (5, 0, 1.1)):
         with pytest.raises(ValueError, match="not allowed"):
             averaged(SGD, *bad)
@@ -354,7 +363,9 @@ def test_under_fully_shard(cls):
 # ---- runs ----------------------------------------------------------------------------------------
 WORN = ["--ema=3", "--ema_from=2", "--ema_share=0.6", "--hooks=ema_nesterov"]
 WORN += [f"--hook.ema_nesterov.{field}" for field in ("beta=2", "start=2", "gamma=.8")]
-FAST = {"zero1 2": "Muon", "fsdp 2": "AdamW", "pp 2 1f1b": "AdamW"}
+# Kinds of parameters with factors of their own, of which a stage of a pipeline may hold none.
+FOLLOWS = ["--hook.ema_nesterov.follow=embedding", "--embed_decay_frac=0.9", "--decay_frac=0.1"]
+FAST = {"zero1 2": "Muon", "tp 2": "Muon", "fsdp 2": "AdamW", "pp 2 1f1b": "AdamW"}
 EVERY = [name for name in [*LAYOUTS, *MODEL_PARALLEL] if "one" not in name]
 
 
@@ -370,8 +381,9 @@ EVERY = [name for name in [*LAYOUTS, *MODEL_PARALLEL] if "one" not in name]
 )
 def test_a_layout_is_one_process(layout, optimizer):
     one = "one process" if layout in LAYOUTS else "one larger process"
-    wanted = column(one, "fp64", [optimizer], *WORN)[optimizer]
-    assert difference(column(layout, "fp64", [optimizer], *WORN)[optimizer], wanted) < 1e-10
+    wanted = column(one, "fp64", [optimizer], *WORN, *FOLLOWS)[optimizer]
+    found = column(layout, "fp64", [optimizer], *WORN, *FOLLOWS)[optimizer]
+    assert difference(found, wanted) < 1e-10
 
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4"]
@@ -495,6 +507,40 @@ def test_a_branch_may_leave_the_average_and_take_one_up(tmp_path, text):
         run(text, tmp_path / "a", *words, "--ema=4", "--steps=6")
 
 
+def test_a_branch_begins_its_average_at_the_step_that_it_says(tmp_path, text):
+    words = ["--optim=adamw", "--lr=0.03", "--eval_every=1", "--save_every=4"]
+    run(text, tmp_path / "a", *words, "--ema=9", "--hooks=ema_nesterov", "--steps=4")
+    branch = [*words, f"--resume={tmp_path}/a/step-00000004", "--hooks=ema_nesterov", "--steps=8"]
+    # Later than its run's: until then what is evaluated and saved is W, no stale average.
+    run(text, tmp_path / "b", *branch, "--ema=9", "--ema_from=6")
+    losses = dict(rows(tmp_path / "b", "val_loss"))
+    assert losses[5] < losses[4] and min(dict(rows(tmp_path / "b", "val_loss_ema"))) == 7
+    run(text, tmp_path / "c", *branch, "--ema=none")
+    assert "ema" not in load(tmp_path / "c/step-00000008").tree("optim/state/embed.weight")
+    assert rows(tmp_path / "c", "loss") == rows(tmp_path / "b", "loss")
+    # Its run had none: steps are counted from the run's beginning.
+    branch = [*words, f"--resume={tmp_path}/c/step-00000008", "--hooks=ema_nesterov", "--steps=12"]
+    run(text, tmp_path / "d", *branch, "--ema=9", "--ema_from=10")
+    trained, averages = (dict(rows(tmp_path / "d", x)) for x in ("val_loss", "val_loss_ema"))
+    assert min(averages) == 11 and averages[11] != trained[11]
+
+
+def test_the_summary_and_a_search_tell_the_loss_of_the_weights_that_are_kept(tmp_path):
+    found = [
+        {"step": step, "val_loss": w, "val_bpb": w, "val_accuracy": 0, "perplexity": 1}
+        for step, w in ((0, 5.5), (2, 4.0), (4, 3.0))
+    ]
+    found[2]["val_loss_ema"] = 4.5
+    said = summary.about_losses([{"step": 4, "loss": 3.0}], found, patience=2)
+    assert "validation 3.0000 at the end, 4.5000 the average, 4.0000 at best (step 2)" in said
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    trial = trials.Trial.__new__(trials.Trial)
+    trial.folder, trial.patience, trial.min_delta = tmp_path, 2, 0.0
+    assert trial.last("val_loss") == trial.last("val_loss_ema") == 4.0
+    with pytest.raises(ValueError, match="needs an average"):
+        sweep.refuse([], "val_loss_ema")
+
+
 WRONG = {
     "--ema=0.5": "ema=0.5",
     "--ema_from=3": "ema_from means nothing without ema",
@@ -502,13 +548,16 @@ WRONG = {
     "--ema=3 --ema_share=0": "ema_share=0",
     "--ema=3 --ema_share=2": "ema_share=2",
     "--ema=3 --diloco_every=2 --optim=adamw": "diloco_every lets them diverge",
-    "--ema=3 --optim=schedule_free": "averages by itself",
+    "--ema=3 --optim=schedule_free": "keeps a second set of weights already",
     "--hooks=ema_nesterov --optim=schedule_free": "second set of weights",
-    "--hooks=ema_nesterov --diloco_every=2 --optim=adamw": "second set of weights",
+    "--hooks=ema_nesterov --diloco_every=2 --optim=adamw": "hooks=ema_nesterov keeps a second set",
+    "--ema=3 --hooks=hyperball --optim=schedule_free": "--hooks=hyperball: AdamWScheduleFree",
+    "--ema=3 --ema_from=9 --steps=9": "leaves none of the 9 steps",
+    "--hooks=ema_nesterov --hook.ema_nesterov.start=9 --steps=9": "start=9 is past the 9 steps",
     "--ema=3 --qk_clip=100 --qk_norm=false": "--qk_clip scales weights, and --ema",
     "--hooks=ema_nesterov --hook.ema_nesterov.gamma=1": "gamma",
     "--hooks=ema_nesterov --hook.ema_nesterov.follow=heads": "follow=heads",
-    "--hooks=ema": "there is no 'ema'",
+    "--hooks=ema": "there is no 'ema' in hooks/; type --ema=100",
 }
 
 
