@@ -132,7 +132,7 @@ class Case:
     loss_chunk: int | None  # tokens whose logits are there at once; None: all
     inside: float  # bytes of activations that are not there yet at the loss
     hooks: bool  # does the optimizer wear some?
-    kept: int  # numbers that averages remember of each of a parameter's
+    kept: int  # more sets of weights in its state
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -323,11 +323,9 @@ def bytes_per_rank(
     fsdp): `cpu` or `disk`, both counted under host. activations: bytes of a micro-batch, see
     activation_bytes; inside: how many of them are not there yet at the loss (activation_bytes less
     the same without in_backward); logits: how many numbers it has, tokens x words; loss_chunk: the
-    setting, None for all tokens at once. hooks: does the optimizer wear any? kept: numbers that
-    averages remember of each of a parameter's, 1 with hooks/ema.py, 2 with hooks/ema_nesterov.py.
-    options: keyword arguments of the optimizer's state_numbers. If no name begins with `blocks.`,
-    buffers are those of the loss alone. Raises ValueError for unknown names, the nearest one in it,
-    and sizes that do not fit.
+    setting, None for all tokens at once. hooks: does the optimizer wear any? kept: sets of weights
+    in its state, 1 with --ema, 2 with ema_nesterov. options: of its state_numbers. If no name
+    begins with `blocks.`, buffers are those of the loss alone. Raises ValueError.
     """
     optimizer = find_optimizer(optim)
     check("layout", layout, LAYOUTS)
