@@ -19,7 +19,7 @@ def plan(session: Session, tokens: int) -> str:
     costs = [session.cost(name) for name in asked.candidates] * asked.trials * seeds
     lines.append(
         f"plan: {len(asked.candidates)} candidates x {asked.trials} learning rates x {seeds} seeds"
-        f" = {len(costs)} runs of {min(costs):.0f} to {max(costs):.0f} s, {asked.jobs} at a time:"
+        f" = {len(costs)} runs of {mean_sd(costs)[0]:.1f} s, {asked.jobs} at a time:"
         f" {makespan(costs, asked.jobs):.0f} s; then whole seeds while time allows,"
         f" {session.spent():.0f} of {asked.budget:.0f} s are spent"
     )
@@ -35,10 +35,10 @@ def write(session: Session) -> None:
     page = asked.home / f"{asked.name}.md"
     texts = [one["text"] for one in verdicts]
     lines = [f"# {asked.name} on {Path(asked.data).name}"]
-    lines.append(f"**Verdict.** {texts[0][0].upper() + texts[0][1:]}.")
+    lines.append(f"**Verdict.** {texts[0]}.")
     if len(texts) > 1:
         lines.append("\n".join(f"- {text}" for text in texts))
-    lines += [table(session), *notes(session, verdicts), footer(session)]
+    lines += [*notes(session, verdicts), table(session), footer(session)]
     print("\n\n".join(lines), flush=True)
     from matplotlib.figure import Figure
 
@@ -132,7 +132,7 @@ def footer(session: Session) -> str:
 
 def picture(session: Session, figure, title: str) -> None:
     ends, sweep, curves = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
-    losses, order = session.losses(), ranked(session)
+    losses, order, drawn = session.losses(), ranked(session), []
     dots(ends, {name: [*losses[name].values()] or [float("nan")] for name in order})
     ends.set(xlabel="validation loss, each seed at its best lr", title="The end")
     for name, color in zip(order, (*INK, *INK)):
@@ -143,10 +143,15 @@ def picture(session: Session, figure, title: str) -> None:
         shown = [r["curve"] for r in mine if best and r["trial"] == best[0][0]]
         points = dict(enumerate(zip(*shown), 1))
         share = {(i - 0.5) / max(1, len(points)): [*x] for i, x in points.items()}
-        line(curves, share, name, color=color)
+        line(curves, share, name, color=color, lw=1)
+        drawn += [values for x, values in share.items() if x > 0.15]
     sweep.set(xscale="log", xlabel="learning rate", ylabel="validation loss", title="Its sweep")
     curves.set(
         xlabel="share of the run", ylabel="training loss", title="On the way, at its best lr"
     )
+    # The first steps do not spend the axis.
+    late = [mean_sd(values)[0] for values in drawn if values]
+    if late := [x for x in late if x == x]:
+        curves.set_ylim(min(late) - 0.05, max(late) + 0.05)
     curves.legend(frameon=False)
     figure.suptitle(title)

@@ -6,13 +6,14 @@ and a verdict that may be "not enough runs to tell".
 
 With 3 to 8 seeds a test of signs cannot help: of 5 signs the rarest outcome has p = 1/16. The
 t-test needs d to be about normal, which a mean over thousands of tokens is. Three seeds are the
-least; p is multiplied by `looks`, how often one has judged before adding seeds (Bonferroni), and
-pairs share 5 % by Holm's rule (1979): of the m pairs the smallest p is multiplied by m, the next
-by m - 1, ...
+least. p is multiplied by `looks`, how often one has judged before adding seeds (Bonferroni), and
+pairs share the level by Holm's rule (1979): of the m pairs the smallest p is multiplied by m, the
+next by m - 1, ...
 
-A verdict is one of three. p <= 0.05: a difference. Else, if the 95 % interval of the mean lies
-within `margin`, no difference. Else the runs cannot tell, and how many more seeds would is
-computed.
+A verdict is one of three. p <= 0.02: a difference; at 0.05 one in 20 comparisons of equals would
+be called different. Else, if the 90 % interval of the mean lies within `margin` either way, no
+difference (two one-sided tests at 5 %; Schuirmann 1987). Else the runs cannot tell, and how many
+more seeds would is computed.
 """
 
 import math
@@ -20,7 +21,7 @@ from itertools import combinations
 
 from experiments.findings import mean_sd
 
-LEVEL, LEAST, MARGIN = 0.05, 3, 0.02
+LEVEL, LEAST, MARGIN, MOST = 0.02, 3, 0.02, 200
 WORDS = ("difference", "no difference", "not enough")
 
 
@@ -41,10 +42,10 @@ def t_tail(t: float, df: int) -> float:
     return max(0.0, 1 - inside)
 
 
-def t_quantile(df: int, level: float = LEVEL) -> float:
+def t_quantile(df: int, level: float) -> float:
     """The t that |T| exceeds with this probability."""
-    low, high = 0.0, 1e6
-    for _ in range(100):
+    low, high = 0.0, 1e5
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if t_tail(middle, df) > level else (low, middle)
     return high
@@ -101,7 +102,7 @@ def judge(
 
 
 def words(one: dict, level: float, minutes: float) -> tuple[str, str]:
-    """Which of WORDS, and the sentence. level: what is left of 5 % for this pair."""
+    """Which of WORDS, and the sentence. level: what is left of LEVEL for this pair."""
     a, b, n, mean, sd = (one[name] for name in ("a", "b", "n", "mean", "sd"))
     if one["bad"]:
         return WORDS[2], f"{a} and {b} cannot be compared: {' and '.join(one['bad'])}"
@@ -112,24 +113,28 @@ def words(one: dict, level: float, minutes: float) -> tuple[str, str]:
     shown = f"{abs(mean):.3f}" + f" ± {sd:.3f}" * (n > 1)
     if n >= LEAST and one["p"] <= LEVEL:
         return WORDS[0], f"{a} ends {shown} lower than {b} ({seeds}, p = {one['p']:.2g})"
-    reach = t_quantile(n - 1) * sd / math.sqrt(n) if n >= LEAST else math.inf
+    reach = t_quantile(n - 1, 0.1) * sd / math.sqrt(n) if n >= LEAST else math.inf
     if abs(mean) + reach <= one["margin"]:
-        text = f"no difference found: {a} ends {shown} from {b}, and not more than"
-        return WORDS[1], f"{text} {abs(mean) + reach:.3f} with 95 % ({seeds}, p = {one['p']:.2g})"
-    more = seeds_needed(n, mean, sd, one["margin"], level) - n
-    wait = f"{max(1, more * minutes):.0f} more minute{'s' * (more * minutes >= 1.5)}"
-    if more * minutes > 600:
-        wait = "more than 10 more hours"
+        text = f"no difference found: {a} ends {shown} from {b}, at most"
+        return WORDS[1], f"{text} {abs(mean) + reach:.3f} ({seeds}, p = {one['p']:.2g})"
+    needed = seeds_needed(n, mean, sd, one["margin"], level)
+    more = (needed - n) * minutes
+    wait = f"about {max(1, more):.0f} more minute{'s' * (more >= 1.5)} would"
+    if needed >= MOST:
+        wait = f"not even {MOST} seeds would"
     known = f": {a} ends {shown} lower ({seeds}, p = {one['p']:.2g})" if n > 1 else f" ({seeds})"
-    return WORDS[2], f"not enough runs to tell {a} from {b}{known}; about {wait} would"
+    return WORDS[2], f"not enough runs to tell {a} from {b}{known}; {wait}"
 
 
 def seeds_needed(n: int, mean: float, sd: float, margin: float, level: float) -> int:
-    """With the mean and sd seen so far, how many seeds make the difference significant, or the
-    interval narrower than the margin."""
+    """If mean and sd stay as they are, how many seeds tell; MOST if not even so many."""
     if n < 2:
         return LEAST
-    for more in range(max(n + 1, LEAST), 1000):
-        if t_quantile(more - 1, level) * sd / math.sqrt(more) <= max(abs(mean), margin):
-            return more
-    return 1000
+    more = max(n + 1, LEAST)
+    while more < MOST:
+        found = t_quantile(more - 1, level) * sd / math.sqrt(more) <= abs(mean)
+        equal = abs(mean) + t_quantile(more - 1, 0.1) * sd / math.sqrt(more) <= margin
+        if found or equal:
+            break
+        more += max(1, more // 10)
+    return more
