@@ -26,6 +26,10 @@ tell, and why), *does not hold*.
     python -m experiments.NAME --quick     half a minute, in a temporary folder
     python -m experiments.all              all of them, then this page
 
+Six of them try a claim on your own text, with your budget of minutes: [claims](../docs/claims.md).
+
+    python -m experiments.optimizers --data=FILE --optims=muon,adamw --budget=10m
+
 """
 
 
