@@ -72,6 +72,8 @@ def test_a_verdict_is_one_of_three_with_its_figures():
     far = [x - d for x, d in zip(base, (0.3, -0.1, 0.2, -0.2))]
     [one] = judged(base, far, minutes=2)
     assert one["word"] == "not enough" and "b ends 0.050 ± 0.238 lower" in one["text"]
+    wide = [x - d for x, d in zip(base, (0.3, -0.3, 0.2, -0.2))]  # its mean is within the margin
+    assert judged(base, wide)[0]["word"] == "not enough"
     # The same spread around the same mean would do at that many seeds, and not at fewer.
     n = significance.seeds_needed(4, 0.1, 0.1, 0.01, 0.02)
     enough = [significance.t_quantile(k - 1, 0.02) * 0.1 / math.sqrt(k) <= 0.1 for k in (n - 1, n)]
@@ -99,7 +101,7 @@ class Played:
 
     def __init__(self, gap: float = 0.0, seed: int = 0, speed=lambda t: 1.0, stop: int = 10**9):
         self.now, self.gap, self.seed, self.speed, self.stop = 0.0, gap, seed, speed, stop
-        self.rows = []
+        self.rows, self.stopped = [], 0
 
     def measured(self, row, rows, quick, jobs, threads, bar, until=math.inf):
         asked, steps = row.args
@@ -109,7 +111,7 @@ class Played:
             began = min(free)
             seconds = self.speed(began) * (beside + steps * 0.02)
             if began + seconds > until:
-                self.now = until
+                self.now, self.stopped = until, self.stopped + 1
                 return
             free[free.index(began)] = self.now = began + seconds
             if len(self.rows) >= self.stop:
@@ -200,6 +202,7 @@ def test_the_budget_is_kept_within_a_tenth(monkeypatch, tmp_path, speed, seconds
     played = Played(speed=speed)
     session = play(monkeypatch, played, ask(tmp_path, seconds))
     assert 0.7 * seconds <= played.now <= 1.1 * seconds
+    assert played.stopped == 0 or speed(0) != speed(seconds)  # no run is begun in vain
     assert session.plan["seeds"] in (3, 5) and session.plan["steps"] >= budget.LEAST_STEPS
 
 
@@ -271,7 +274,24 @@ def test_equal_tokens_at_another_batch(tmp_path):
     costs = {"a:4": (0.0, 0.01), "a:64": (0.0, 0.08), "b": (0.0, 0.01)}
     steps, _ = budget.divide(asked, costs, 0.0)
     assert steps * 0.125 >= 8
+    with pytest.raises(ValueError, match="3 seeds of 64 steps"):
+        budget.divide(ask(tmp_path, 12, candidates=own), costs, 0.0)
     assert budget.makespan([3, 1, 1, 1], 2) == 3
+
+
+def test_a_run_is_its_candidate_at_one_rate_with_one_seed(monkeypatch, tmp_path):
+    given = []
+    rows = [{"loss": 3.0, "step_s": 1.0}] * 50 + [{"val_loss": 2.5}]
+    monkeypatch.setattr(protocol, "train_run", lambda n, **fields: given.append(fields) or rows)
+    own = {"a": dict(lr=1, batch_size=16), "a again": dict(lr=1, batch_size=16)}
+    asked = ask(tmp_path, candidates=own, seed=7)
+    for name in own:
+        found = budget.run(asked, 100, dict(candidate=name, lr=0.5, seed=2), False)
+    first, again = given
+    assert found["val_loss"] == 2.5 and found["steps_s"] == 50 and found["curve"] == [3.0] * 25
+    assert (first["lr"], first["steps"], first["seed"], first["data"]) == (0.5, 50, 9, "text.txt")
+    assert first["eval_every"] == 50 and first["n_layer"] == 2
+    assert again["seed"] not in range(7, 1000) and again | {"seed": 9} == first
 
 
 def test_the_page_says_verdict_table_and_what_to_doubt(monkeypatch, tmp_path, capsys):
@@ -345,6 +365,7 @@ def test_a_claim_is_read(tmp_path):
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_without_data_an_experiment_is_what_it_was_and_its_example_is_read(monkeypatch, name):
     called = []
+    monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)  # runpy would warn
     monkeypatch.setattr(protocol, "main", lambda *given, **more: called.append((given, more)))
     monkeypatch.setattr(claims, "check_text", lambda asked: called.append(asked) or sys.exit(9))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick"])
