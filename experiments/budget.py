@@ -177,7 +177,7 @@ class Session:
             usual = max(1, min(map(asked.share, asked.candidates)))
             steps = math.ceil(PROBE / min(1, usual))
             for keys, found, seconds in self.collect(probes, steps, math.inf):
-                costs[keys["candidate"]] = (seconds - found["steps_s"], found["step_s"])
+                costs[keys["candidate"]] = (max(0.0, seconds - found["steps_s"]), found["step_s"])
             self.plan["costs"] = {name: costs[name] for name in asked.candidates}
             self.plan["steps"], self.plan["seeds"] = divide(asked, costs, self.spent())
         self.save()

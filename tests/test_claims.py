@@ -117,9 +117,10 @@ class Played:
             if len(self.rows) >= self.stop:
                 raise KeyboardInterrupt
             self.rows.append(keys)
-            yield keys, self.figures(keys, steps, seconds, beside), "", seconds
+            took = seconds * steps * 0.02 / (beside + steps * 0.02)
+            yield keys, self.figures(keys, steps, took), "", seconds
 
-    def figures(self, keys: dict, steps: int, seconds: float, beside: float) -> dict:
+    def figures(self, keys: dict, steps: int, took: float) -> dict:
         """Loss over log lr is a parabola, the same for both up to the gap, with noise."""
         second = keys["candidate"] == NAMES[1]
         own = random.Random(f"{self.seed} {keys}")
@@ -127,7 +128,6 @@ class Played:
         best = random.Random(f"{self.seed} best").uniform(0.5, 1.5)
         loss = 2 + common + 0.03 * (keys.get("trial", 1) - best) ** 2
         loss += own.gauss(0, 0.02) - self.gap * second
-        took = seconds - beside
         return dict(val_loss=loss, step_s=took / steps, steps_s=took, curve=[5.0, 3.0, loss])
 
 
