@@ -43,7 +43,7 @@ def write(session: Session) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), dpi=140, layout="constrained")
-    picture(session, figure, texts[0])
+    picture(session, figure, f"{asked.name} on {Path(asked.data).name}: {texts[0]}")
     figure.savefig(asked.home / f"{asked.name}.png")
     lines.insert(-1, f"![{asked.name}]({asked.name}.png)")
     page.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
@@ -145,6 +145,9 @@ def picture(session: Session, figure, title: str) -> None:
         share = {(i - 0.5) / max(1, len(points)): [*x] for i, x in points.items()}
         line(curves, share, name, color=color, lw=1)
         drawn += [values for x, values in share.items() if x > 0.15]
+    lows = [r["val_loss"] for r in session.rows if r["val_loss"] == r["val_loss"]]
+    if lows:  # a rate that is far too high does not spend the axis
+        sweep.set_ylim(top=min(sweep.get_ylim()[1], min(lows) + 1.5))
     sweep.set(xscale="log", xlabel="learning rate", ylabel="validation loss", title="Its sweep")
     curves.set(
         xlabel="share of the run", ylabel="training loss", title="On the way, at its best lr"

@@ -15,8 +15,9 @@
 1. A few steps of each candidate tell what a step takes. The plan is printed.
 2. A seed is one whole try: each candidate at each of its learning rates, all from one start and
    one order of the data; its loss is that of the best rate. So the luck of a sweep is in the spread
-   over seeds. (One sweep, then seeds at its winner, finds differences between equals in 8 to 17 %
-   of simulated claims instead of 5 %: the two sweeps pick other rates by chance.)
+   over seeds. (One sweep, then seeds at its winner, finds differences between equals in 5 to 17 %
+   of simulated claims instead of 5 %, the more the flatter the sweep: two sweeps pick other rates
+   by chance.)
 3. As many seeds as time allows; significance.py judges. Time decides how many, never the losses.
 
 All candidates take equal steps, or, in large_batch, equal tokens. One that is named twice is
@@ -108,11 +109,16 @@ def read(name: str, words: list[str], names: list[str], find) -> Asked:
         trials=int(given["trials"]),
         range=float(given["range"]),
         steps=int(given["steps"]) if given["steps"] else None,
-        jobs=int(given["jobs"] or max(1, (os.cpu_count() or 1) // claim.ranks)),
+        jobs=int(given["jobs"] or at_a_time(claim.ranks)),
     )
     for own in found.values():
         parse.parse(protocol.as_words(asked.fields | own))
     return asked
+
+
+def at_a_time(ranks: int) -> int:
+    """Runs at a time: one on a GPU, else one for each core."""
+    return 1 if torch.cuda.device_count() else max(1, (os.cpu_count() or 1) // ranks)
 
 
 def candidates(claim: Claim, text: str, names: list[str], find) -> dict[str, dict]:

@@ -199,7 +199,8 @@ def measured(
                     process.start()
                     theirs.close()  # so that its end is seen here
                     running[ours] = process, keys, time.monotonic()
-                for ours in multiprocessing.connection.wait([*running], timeout=1):
+                wait_s = min(1.0, max(0.0, until - time.monotonic()))
+                for ours in multiprocessing.connection.wait([*running], timeout=wait_s):
                     try:
                         figures, why = ours.recv()
                     except EOFError:

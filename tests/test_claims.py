@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from experiments import budget, claim_page, claims, optimizers, protocol, significance
 from experiments.budget import Asked, Session
@@ -307,6 +308,18 @@ def test_the_page_says_verdict_table_and_what_to_doubt(monkeypatch, tmp_path, ca
     assert "each run reads the text" in claim_page.plan(session, 1000)
 
 
+def sleeps(keys: dict, quick: bool) -> dict:
+    time.sleep(keys["s"])
+    return {"pid": os.getpid()}
+
+
+def test_rows_that_still_run_at_the_deadline_are_stopped():
+    began, rows = time.monotonic(), [{"s": 0.0}, {"s": 9.0}, {"s": 8.0}]
+    found = protocol.measured(sleeps, rows, False, 2, 1, tqdm(disable=True), began + 0.5)
+    assert [keys["s"] for keys, *_ in found] == [0.0]
+    assert 0.4 < time.monotonic() - began < 3
+
+
 # ---- the command ---------------------------------------------------------------------------------
 def command(monkeypatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["optimizers.py", *words])
@@ -401,6 +414,13 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
     )
 
 
+def contents(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 100, 200])
 def test_one_optimizer_under_two_names_is_not_told_apart(tmp_path, seed):
@@ -424,3 +444,6 @@ def test_ctrl_c_leaves_a_table_and_no_process(tmp_path):
     assert process.returncode == 130 and "the same command goes on" in error
     assert "not enough runs to tell" in out and "| sgd |" in out
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["spent"] > 0
+    if sys.platform == "linux":  # a forked row has its parent's command line
+        words = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in contents(p)]
+        assert words == []
