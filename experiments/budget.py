@@ -2,7 +2,7 @@
 
     probe      a few steps of each candidate: seconds beside the steps (start, evaluations), and of
                one step
-    plan       steps of a run so that 5 seeds fit; 3 where that leaves too few steps
+    plan       steps of a run so that 5 seeds fit; 4 or 3 where that leaves too few steps
     measure    whole seeds while they end in time by what rows have taken so far; whatever runs at
                1.03 of the budget is stopped, and its seed is not counted
 
@@ -106,7 +106,8 @@ def divide(asked: Asked, costs: dict[str, tuple[float, float]], spent: float) ->
 
     room, fewest = FULL * asked.budget - spent, min(map(asked.share, costs))
     least = asked.steps or math.ceil(max(LEAST_STEPS, 8 / fewest))
-    for seeds, steps in ((5, asked.steps or max(100, least)), (significance.LEAST, least)):
+    many = asked.steps or max(100, least)
+    for seeds, steps in ((5, many), (4, least), (significance.LEAST, least)):
         if seconds(steps, seeds) <= room:
             while not asked.steps and steps < MOST_STEPS and seconds(steps + 10, seeds) <= room:
                 steps += 10

@@ -204,7 +204,7 @@ def test_the_budget_is_kept_within_a_tenth(monkeypatch, tmp_path, speed, seconds
     session = play(monkeypatch, played, ask(tmp_path, seconds))
     assert 0.7 * seconds <= played.now <= 1.1 * seconds
     assert played.stopped == 0 or speed(0) != speed(seconds)  # no run is begun in vain
-    assert session.plan["seeds"] in (3, 5) and session.plan["steps"] >= budget.LEAST_STEPS
+    assert session.plan["seeds"] in (3, 4, 5) and session.plan["steps"] >= budget.LEAST_STEPS
 
 
 def test_candidates_are_tuned_and_tried_alike(monkeypatch, tmp_path):
