@@ -36,7 +36,7 @@ class Asked:
     """What is compared. candidates: name -> train.py's fields, lr its usual one; fields: for all;
     ranks: processes of a run; budget in seconds; range: learning rates go from the usual one
     / range to it x range; steps: of a run at the batch in fields, None for what fits; jobs: at a
-    time."""
+    time; text: what identifies the data."""
 
     name: str
     data: str
@@ -50,6 +50,7 @@ class Asked:
     range: float
     steps: int | None
     jobs: int
+    text: str = ""
 
     def rates(self, name: str) -> list[float]:
         """The learning rates of one candidate, evenly in their logarithm."""
@@ -63,7 +64,7 @@ class Asked:
 
     def same(self) -> dict:
         """What another command in the same folder must have, too."""
-        kept = ("name", "data", "candidates", "fields", "seed", "trials", "range", "steps")
+        kept = "name data text candidates fields seed trials range steps".split()
         return json.loads(json.dumps({part: getattr(self, part) for part in kept}))
 
 

@@ -28,7 +28,7 @@ on after Ctrl-C; with a larger budget it adds seeds, and counts as another look.
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -155,8 +155,9 @@ def numbers(given: dict[str, str]) -> None:
             )
 
 
-def check_text(asked: Asked) -> int:
-    """The number of its tokens to train on. Raises ValueError for a text that does not do."""
+def check_text(asked: Asked) -> tuple[Asked, int]:
+    """asked with what identifies the text, and the number of tokens to train on. Raises ValueError
+    for a text that does not do."""
     own = asked.fields
     corpus = corpora.load(asked.data, own.get("tokenizer", "bytes"), str(protocol.CACHE))
     least = 32 * int(own["block_size"])
@@ -166,7 +167,7 @@ def check_text(asked: Asked) -> int:
             f" compare losses on, {least:,} are the least; a text of {10 * least / 1000:.0f} KB"
             " does"
         )
-    return len(corpus.train)
+    return replace(asked, text=corpus.sha256[:16]), len(corpus.train)
 
 
 def main(file: str, names: list[str], find) -> None:
@@ -180,7 +181,7 @@ def main(file: str, names: list[str], find) -> None:
     status, session = 0, None
     try:
         asked = read(name, words, names, find)
-        tokens = check_text(asked)
+        asked, tokens = check_text(asked)
         lock = control.RunLock(asked.home)
         session = Session(asked)
         session.make_plan()

@@ -257,6 +257,8 @@ def test_a_larger_budget_adds_seeds_and_is_another_look(monkeypatch, tmp_path):
     assert more.plan["steps"] == first.plan["steps"]
     with pytest.raises(ValueError, match="holds a claim with seed 0, not 1; type another --out"):
         Session(ask(tmp_path, 60, seed=1))
+    with pytest.raises(ValueError, match="holds a claim with text , not abc;"):
+        Session(ask(tmp_path, 60, text="abc"))
 
 
 def test_too_small_a_budget_says_what_it_takes(monkeypatch, tmp_path):
