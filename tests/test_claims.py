@@ -424,14 +424,17 @@ def contents(path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 100, 200])
-def test_one_optimizer_under_two_names_is_not_told_apart(tmp_path, seed):
-    process = start(tmp_path, "--optims=adamw,adamw", "--budget=20s", f"--seed={seed}")
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    assert (
-        "difference found" not in out.replace("no difference found", "") and "lower than" not in out
-    )
+def test_one_optimizer_under_two_names_is_not_told_apart(tmp_path):
+    """Time decides how many seeds there are, so chance may have its one time in 50."""
+    verdicts = []
+    for seed in (0, 100, 200):
+        (tmp_path / str(seed)).mkdir()
+        words = "--optims=adamw,adamw", "--budget=20s", f"--seed={seed}"
+        out, error = start(tmp_path / str(seed), *words).communicate(timeout=60)
+        verdicts += [line for line in out.splitlines() if "**Verdict.**" in line]
+        assert "of 20 s)" in error, error
+    assert len(verdicts) == 3
+    assert sum("lower than" in verdict for verdict in verdicts) <= 1, verdicts
 
 
 @pytest.mark.slow
