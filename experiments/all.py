@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# No experiments themselves.
+SHARED = "__init__ all protocol findings claims budget claim_page significance".split()
 HEAD = """# Experiments
 
 Each file tries one claim of the lessons this project follows, at a scale that two CPU cores can
@@ -24,15 +26,15 @@ tell, and why), *does not hold*.
     python -m experiments.NAME --quick     half a minute, in a temporary folder
     python -m experiments.all              all of them, then this page
 
+Six of them try a claim on your own text, with your budget of minutes: [claims](../docs/claims.md).
+
+    python -m experiments.optimizers --data=FILE --optims=muon,adamw --budget=10m
+
 """
 
 
 def experiments() -> list[Path]:
-    return [
-        path
-        for path in sorted(HERE.glob("*.py"))
-        if path.stem not in ("__init__", "all", "protocol", "findings")
-    ]
+    return [path for path in sorted(HERE.glob("*.py")) if path.stem not in SHARED]
 
 
 def index(results: Path) -> str:

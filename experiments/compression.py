@@ -23,13 +23,14 @@ each method ends worse than with it. (SGD's rows were added when AdamW's were no
 trial of four runs in which SGD's were.)
 
     python -m experiments.compression [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.compression --data=FILE --methods=none,powersgd_4 --budget=10m
 """
 
 import math
 from statistics import median
 
 # Else `compression` is this file
-from experiments import protocol
+from experiments import claims, protocol
 from experiments.findings import (
     INK,
     dots,
@@ -304,5 +305,14 @@ def picture(rows: list[dict], figure) -> None:
     right.grid(alpha=0.25)
 
 
+# ---- on somebody's own text ----------------------------------------------------------------------
+TYPED = {claims.slug(method): own[0] for method, own in ALL.items() if "accum" not in method}
+
+
+def candidate(name: str) -> dict:
+    return {"optim": "adamw", "lr": 2.0**-7} | TYPED[name]
+
+
 if __name__ == "__main__":
+    claims.main(__file__, [*TYPED], candidate)
     protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict, timed=True)

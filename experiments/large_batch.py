@@ -21,13 +21,15 @@ root, LAMB and Muon a factor 2 to 4 later, LARS (linear rule) between; at 64 nob
 differs by a factor 10 from layer to layer.
 
     python -m experiments.large_batch [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.large_batch --data=FILE --cases=adamw:4,adamw:64,lamb:64
 """
 
 import math
+import re
 
 from torch.optim import optimizer as hooks
 
-from experiments import protocol
+from experiments import claims, protocol
 from experiments.findings import INK, judged, line, listed, markdown, mean_sd, plus_minus
 
 # Name: --optim, --lr_scaling, log2 of a middle lr, --warmup_frac, the constructor's arguments
@@ -265,5 +267,22 @@ def picture(rows: list[dict], figure) -> None:
     layers.set(xscale="log", xlabel="‖w‖/‖g‖", title="Of each matrix (SGD, 1x, half way)")
 
 
+# ---- on somebody's own text ----------------------------------------------------------------------
+TYPED = {claims.slug(case): own for case, own in CASES.items()}
+
+
+def candidate(name: str) -> dict:
+    """adamw:64 is AdamW at a batch of 64, around the lr that its rule has there."""
+    case, _, batch = name.partition(":")
+    optim, rule, middle, warmup, options = TYPED[case]
+    if not re.fullmatch(r"[1-9]\d*", batch):
+        raise ValueError(f"--cases={name} lacks a batch; type {case}:64, 64 sequences a step")
+    factor = int(batch) / BASE
+    lr = 2.0**middle * (factor if rule == "linear" else math.sqrt(factor))
+    fields = dict(optim=optim, lr=lr, warmup_frac=warmup, batch_size=int(batch))
+    return fields | {f"opt.{key}": x for key, x in options.items()}
+
+
 if __name__ == "__main__":
+    claims.main(__file__, [*TYPED], candidate)
     protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict)

@@ -33,6 +33,7 @@ router computes in fp32 under bf16, as ST-MoE's, and a step is clipped: at 8 tim
 breaks down, with or without it.
 
     python -m experiments.moe [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.moe --data=FILE --models=mlp,bias_and_z --budget=10m
 """
 
 import math
@@ -41,7 +42,7 @@ from collections import deque
 
 import torch
 
-from experiments import protocol
+from experiments import claims, protocol
 from experiments.findings import (
     INK,
     clear,
@@ -471,5 +472,14 @@ def picture(rows: list[dict], figure) -> None:
     )
 
 
+# ---- on somebody's own text ----------------------------------------------------------------------
+TYPED = {claims.slug(case): flags for case, flags in (DENSE | TERMS).items()}
+
+
+def candidate(name: str) -> dict:
+    return {"lr": LR} | TYPED[name]
+
+
 if __name__ == "__main__":
+    claims.main(__file__, [*TYPED], candidate)
     protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict)

@@ -24,15 +24,17 @@ Expected: Muon first, then SOAP and Shampoo, in about two thirds of AdamW's step
 Lion and Schedule-Free near AdamW, SGD and LARS behind; at 600 steps .95 and .999 hardly differ.
 
     python -m experiments.optimizers [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.optimizers --data=FILE --optims=muon,adamw --budget=10m
 """
 
+import inspect
 import math
 from statistics import median
 
 import torch
 from torch.optim import optimizer as hooks
 
-from experiments import protocol
+from experiments import claims, protocol
 from experiments.findings import (
     INK,
     clear,
@@ -43,6 +45,7 @@ from experiments.findings import (
     mean_sd,
     plus_minus,
 )
+from run import optimizers
 
 CASES = {  # name: --optim, log2 of the middle learning rate, the constructor's arguments
     "AdamW": ("adamw", -7, {"betas": (0.9, 0.95)}),
@@ -297,5 +300,21 @@ def draw_means(ax, rows: list[dict], order: list[dict]) -> None:
     )
 
 
+# ---- on somebody's own text ----------------------------------------------------------------------
+def candidate(name: str) -> dict:
+    """A case above, or any other of optim/ around its class's own lr. Raises ValueError."""
+    for case, (file, middle, options) in CASES.items():
+        if name == claims.slug(case):
+            decay = {"weight_decay": 1e-5} if file == "adam_l2" else {}
+            options = {f"opt.{key}": x for key, x in options.items()}
+            return dict(optim=file, lr=2.0**middle) | options | decay
+    if "." not in name and name not in optimizers.optimizer_files():
+        raise KeyError(name)
+    own = inspect.signature(optimizers.find_optimizer(name)).parameters
+    return dict(optim=name, lr=own["lr"].default)
+
+
 if __name__ == "__main__":
+    names = dict.fromkeys([*map(claims.slug, CASES), *optimizers.optimizer_files()])
+    claims.main(__file__, [*names], candidate)
     protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict)

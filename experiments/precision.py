@@ -25,6 +25,7 @@ and state not at all; our fp8 keeps what bf16 keeps. The speed of fp8 says nothi
 emulated.
 
     python -m experiments.precision [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.precision --data=FILE --precisions=fp32,bf16 --budget=10m
 """
 
 import re
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 
 import model
 from data import corpora, dataset
-from experiments import protocol
+from experiments import claims, protocol
 from experiments.findings import (
     INK,
     dots,
@@ -380,5 +381,14 @@ def picture(rows: list[dict], figure) -> None:
     )
 
 
+# ---- on somebody's own text ----------------------------------------------------------------------
+TYPED = {claims.slug(case): case for case in dict.fromkeys((*CASES["default"], *CASES["fp16"]))}
+
+
+def candidate(name: str) -> dict:
+    return {"lr": 2.0**-5} | precision_of(TYPED[name])
+
+
 if __name__ == "__main__":
+    claims.main(__file__, [*TYPED], candidate)
     protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict)

@@ -80,8 +80,7 @@ def train_run(ranks: int = 1, **fields) -> list[dict]:
             on_nonfinite="none",
         )  # what happens, happens
         fields = usual | fields
-        texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
-        words = [f"--{name}={text}" for name, text in texts.items()]
+        words = as_words(fields)
         if ranks == 1:
             train.main(parse.parse(words))
         else:
@@ -89,6 +88,12 @@ def train_run(ranks: int = 1, **fields) -> list[dict]:
                 one_rank, (ranks, words, f"{folder}/store"), ranks, start_method=START
             )
         return logger.read_metrics(Path(fields["out_dir"], "metrics.jsonl"))
+
+
+def as_words(fields: dict) -> list[str]:
+    """These fields of train.py as its command line has them."""
+    texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return [f"--{name}={text}" for name, text in texts.items()]
 
 
 def one_rank(rank: int, ranks: int, words: list[str], store: str) -> None:
@@ -172,12 +177,21 @@ def measure(row, keys: dict, quick: bool, threads: int, answer, log: str) -> Non
         answer.send((None, traceback.format_exc()))
 
 
-def measured(row, missing: list[dict], quick: bool, jobs: int, threads: int, bar: tqdm):
-    """Yields (keys, figures or None, why, seconds) of each row as it ends, `jobs` at a time."""
+def measured(
+    row,
+    missing: list[dict],
+    quick: bool,
+    jobs: int,
+    threads: int,
+    bar: tqdm,
+    until: float = math.inf,
+):
+    """Yields (keys, figures or None, why, seconds) of each row as it ends, `jobs` at a time. Rows
+    that still run at `until`, a time.monotonic(), are stopped, and yield nothing."""
     context, waiting, running = multiprocessing.get_context(START), [*missing], {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            while waiting or running:
+            while (waiting or running) and time.monotonic() < until:
                 while waiting and len(running) < jobs:
                     keys, (ours, theirs) = waiting.pop(0), context.Pipe(duplex=False)
                     arguments = (row, keys, quick, threads, theirs, f"{folder}/{len(waiting)}.log")
@@ -185,7 +199,8 @@ def measured(row, missing: list[dict], quick: bool, jobs: int, threads: int, bar
                     process.start()
                     theirs.close()  # so that its end is seen here
                     running[ours] = process, keys, time.monotonic()
-                for ours in multiprocessing.connection.wait([*running], timeout=1):
+                wait_s = min(1.0, max(0.0, until - time.monotonic()))
+                for ours in multiprocessing.connection.wait([*running], timeout=wait_s):
                     try:
                         figures, why = ours.recv()
                     except EOFError:

@@ -20,12 +20,13 @@ its last cycle being shorter; a constant lr 5 % worse; Schedule-Free between. Br
 runs to the last bit.
 
     python -m experiments.schedules [--quick] [--out=DIR] [--jobs=N]
+    python -m experiments.schedules --data=FILE --schedules=cosine,wsd --budget=10m
 """
 
 import math
 import tempfile
 
-from experiments import protocol
+from experiments import claims, protocol
 from experiments.findings import (
     INK,
     below,
@@ -281,5 +282,15 @@ def picture(rows: list[dict], figure) -> None:
     lengths.legend(frameon=False)
 
 
+# ---- on somebody's own text ----------------------------------------------------------------------
+TYPED = {claims.slug(case): fields for case, fields in CASES.items()}
+TYPED = {"wsd": CASES["WSD, linear"], **TYPED, "inverse_sqrt": {"schedule": "inverse_sqrt"}}
+
+
+def candidate(name: str) -> dict:
+    return {"lr": 2.0**-7} | TYPED[name]
+
+
 if __name__ == "__main__":
+    claims.main(__file__, [*TYPED], candidate)
     protocol.main(__doc__, __file__, GRID, QUICK, row, table, picture, verdict)

@@ -24,6 +24,12 @@ def chosen(cfg: Config) -> type[torch.optim.Optimizer]:
     return with_hooks(cfg, optimizer_class)
 
 
+def optimizer_files() -> list[str]:
+    """Modules of optim/ that hold optimizers."""
+    helpers = ("attributes", "param_groups", "mup", "qk_clip")
+    return [m.name for m in pkgutil.iter_modules(optim.__path__) if m.name not in helpers]
+
+
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class that `file` or `file.Class` names in optim/.
 
@@ -31,9 +37,7 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     Raises ValueError with the nearest name, or with what the file lacks.
     """
     file, dot, wanted = name.partition(".")
-    # Modules of optim/ that hold no optimizer.
-    helpers = ("attributes", "param_groups", "mup", "qk_clip")
-    files = [m.name for m in pkgutil.iter_modules(optim.__path__) if m.name not in helpers]
+    files = optimizer_files()
     if file not in files:
         raise ValueError(
             f"--optim={name}: there is no such file in optim/; {checks.nearest(file, files)}"

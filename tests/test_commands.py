@@ -240,8 +240,12 @@ def understood(place, words: list[str]) -> None:
         # Those beside the parity oracle take the layouts or models to record.
         assert len(words) <= 1 or module.startswith("examples.parity_")
     elif module.startswith("experiments."):
-        from experiments import protocol
+        from experiments import claims, protocol
 
+        if any(word.startswith("--data=") for word in words):
+            own = importlib.import_module(module)
+            assert claims.read(path.stem, words, [], own.candidate)
+            return
         place.setattr(sys, "argv", [f"{name}.py", *words])
         arguments = ("", f"{name}.py", [], [], None, None, None, None)
         reads(place, lambda _: protocol.main(*arguments), words, "run.control:RunLock")
@@ -276,6 +280,8 @@ def test_a_written_command_is_understood(command, place):
         "python -m parallel.pipeline --schedule=2f2b",
         "python -m experiments.z_loss --fast",
         "python -m experiments.z_losses",
+        "python -m experiments.optimizers --data=FILE --optims=muon,adamo",
+        "python -m experiments.moe --data=FILE --optims=muon,adamw",
         "python sample.py RUN --length=3",
         "python sweep.py DIR --search.lr=grid:1:2",
         "sbatch slurm.sh configs/gpt2_124m.toml",
