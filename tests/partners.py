@@ -710,6 +710,8 @@ the same hook, without the tool; on SGD and AdamW also those of torch's class wi
 - fully_shard alone: norms are DTensors' own, so those of whole matrices and rows.
 - A step at lr 0, such as DCP takes in a fresh optimizer, leaves every bit. A tensor as lr, and
   `fused=True` of torch's classes under GradScaler, work too (`tests/test_partners.py`).
+- inductor works too, but for `uw_floor` with `rows`: its CPU code generator in torch 2.13 raises a
+  KeyError. `torch.compile(step, backend="aot_eager")` does not.
 
 """
 

@@ -116,6 +116,17 @@ def test_under_a_partner_a_hook_is_itself(name, row):
     expect(name, ROW[row], on_two_ranks(name, classes)[ROW[row]])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", HOOKS)
+def test_compiled_by_inductor_a_hook_is_itself(hook):
+    ((job, _),) = jobs(ROW[f"{hook}: SGD"])
+    if hook == "uw_floor, rows":  # torch 2.13 cannot fuse these loops on a CPU; it says so
+        with pytest.raises(torch._inductor.exc.InductorError, match="KeyError"):
+            compiled(job, "inductor")
+    else:
+        same(compiled(job, "inductor"), alone(job), "the same class by hand")
+
+
 @pytest.mark.parametrize("row", ROW)
 def test_a_hook_changes_what_its_optimizer_does(row):
     ((job, _),) = jobs(ROW[row])
