@@ -142,7 +142,7 @@ def by_hand(cls, follow=None, start=2, stop=6):
         before = [p.detach().clone() for p in params]
         for p, kind, mean in zip(params, kinds, b):
             if start <= t < stop:
-                p.data += 7.0 * share[follow or kind] * mean
+                p.data += 0.7 * share[follow or kind] * mean
         ahead = weights(model)
         for group in optimizer.param_groups:
             group["lr"] = lr * (2 if group["kind"] == "scalar" and t == 2 else 1)
@@ -157,7 +157,7 @@ def by_hand(cls, follow=None, start=2, stop=6):
 @by_class
 @pytest.mark.parametrize("follow", (None, "scalar"))
 def test_ema_nesterov_is_the_papers_two_lines(cls, follow):
-    hook = EMANesterov(beta=7.0, gamma=0.8, start=2, stop=6, follow=follow)
+    hook = EMANesterov(beta=0.7, gamma=0.8, start=2, stop=6, follow=follow)
     model, x = problem()
     optimizer = hook.wear(cls)(groups(model, cls), lr=0.05, **CLASSES[cls])
     for t, (lr, (wanted, ahead)) in enumerate(zip(LRS, by_hand(cls, follow))):
@@ -190,14 +190,14 @@ def by_plain(cls):
 def test_in_half_precision_the_mean_step_is_float32_and_loads_so():
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.randn(9).bfloat16())
-    cls = EMANesterov(beta=5.0).wear(AdamW)
+    cls = EMANesterov(beta=0.9).wear(AdamW)
     optimizer = cls([w], lr=0.1)
     for _ in range(4):
         w.grad = torch.randn(9).bfloat16()
         optimizer.step()
     state = optimizer.state[w]
     assert state["mean_step"].dtype == torch.float32 and state["held"].dtype == torch.bfloat16
-    ahead = (state["held"].float() + 5 * state["mean_step"]).bfloat16()
+    ahead = (state["held"].float() + 0.9 * state["mean_step"]).bfloat16()
     assert torch.equal(w, ahead) and not torch.equal(w, state["held"])
     again = cls([w], lr=0.1)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -207,7 +207,7 @@ def test_in_half_precision_the_mean_step_is_float32_and_loads_so():
 
 # ---- both, and what surrounds them ---------------------------------------------------------------
 def both(cls):
-    return EMANesterov(beta=3.0, gamma=0.9).wear(averaged(hooked(cls, [Hyperball()]), 3, 2, 0.5))
+    return EMANesterov(beta=0.9, gamma=0.9).wear(averaged(hooked(cls, [Hyperball()]), 3, 2, 0.5))
 
 
 def test_with_both_the_average_is_of_the_weights_and_not_of_the_points_ahead():
@@ -324,7 +324,7 @@ def test_what_is_refused():
     for bad in ((0.5,), (float("nan"),), (5, -1), (5, 0, 0.0), (5, 0, 1.1)):
         with pytest.raises(ValueError, match="not allowed"):
             averaged(SGD, *bad)
-    for bad in (dict(beta=0), dict(gamma=1), dict(start=3, stop=3), dict(start=-1)):
+    for bad in (dict(beta=0), dict(beta=1), dict(gamma=1), dict(start=3, stop=3), dict(start=-1)):
         with pytest.raises(ValueError, match="not allowed"):
             EMANesterov(**bad)
 
@@ -344,7 +344,7 @@ def sharded(rank, world, cls):
 
 
 @pytest.mark.parametrize(
-    "cls", (averaged(AdamW, 3, 2, 0.7), pytest.param(EMANesterov(beta=5.0).wear(SGD), marks=SLOW))
+    "cls", (averaged(AdamW, 3, 2, 0.7), pytest.param(EMANesterov(beta=0.9).wear(SGD), marks=SLOW))
 )
 def test_under_fully_shard(cls):
     model, x = problem()
@@ -362,7 +362,7 @@ def test_under_fully_shard(cls):
 
 # ---- runs ----------------------------------------------------------------------------------------
 WORN = ["--ema=3", "--ema_from=2", "--ema_share=0.6", "--hooks=ema_nesterov"]
-WORN += [f"--hook.ema_nesterov.{field}" for field in ("beta=2", "start=2", "gamma=.8")]
+WORN += [f"--hook.ema_nesterov.{field}" for field in ("beta=.9", "start=2", "gamma=.8")]
 # Kinds of parameters with factors of their own, of which a stage of a pipeline may hold none.
 FOLLOWS = ["--hook.ema_nesterov.follow=embedding", "--embed_decay_frac=0.9", "--decay_frac=0.1"]
 FAST = {"zero1 2": "Muon", "tp 2": "Muon", "fsdp 2": "AdamW", "pp 2 1f1b": "AdamW"}
