@@ -22,8 +22,8 @@ import numpy as np
 
 from data import texts
 from data.dataset import Tokens
-from data.download import download, hexdigest, making, progress
 from data.documents import Damage, Documents, parts_of
+from data.download import download, hexdigest, making, progress
 from data.files import divided, holds_documents, is_shard, listed
 from data.pieces import check_end, encoded, pieces_of
 from data.shards import read_shard, read_shards, write_shard
@@ -76,16 +76,15 @@ def load(
     FOLDER, LIST  shards, texts or documents, see data/files.py, data/texts.py, data/documents.py
 
     tokenizer: a name, see data/tokenizer.py; url: a mirror, a folder on the web (or file:///...)
-    with the same file names; vocab_size: the model's, where it is larger than the tokenizer's; field:
-    where .jsonl and .parquet have their text.
-    Raises ValueError for whatever a user can get wrong. Let one process per machine prepare the
-    cache before the others load it.
+    with the same file names; vocab_size: the model's, where it is larger than the tokenizer's;
+    field: where .jsonl and .parquet have their text. Raises ValueError for whatever a user can get
+    wrong. Let one process per machine prepare the cache before the others load it.
     """
     name, _, count = data.partition(":")
-    for field, given in (("data", data), ("data_dir", cache_dir)):
+    for option, given in (("data", data), ("data_dir", cache_dir)):
         if not (given.isprintable() and 0 < len(given) < 500):
             raise ValueError(
-                f"--{field}={given[:50]!r} is empty, too long, or has characters that no "
+                f"--{option}={given[:50]!r} is empty, too long, or has characters that no "
                 "terminal shows: give that file or folder a plain name"
             )
     # Python leaves ~NAME as it is where no user has that name.

@@ -16,10 +16,10 @@ Of several files, the words of a file's name, or of its folders', say what it is
     train, training          for training; where no file has this word, all the others are
     test                     left alone
 
-Nobody knows what train_val.bin is, so it is refused. Shards need files of both kinds. Texts may do
-without, as files of documents may, and their names are often names of books. So they count where every text has such a word
-(stories-train.txt, stories-valid.txt), or where a file or folder at the top is called just so
-(val.txt, val/a.txt). Else data/texts.py holds out the last tenth of all.
+Nobody knows what train_val.bin is, so it is refused. Shards need files of both kinds. Texts and
+files of documents may do without, and names of texts are often names of books. So they count where
+every text has such a word (stories-train.txt, stories-valid.txt), or where a file or folder at the
+top is called just so (val.txt, val/a.txt). Else data/texts.py holds out the last tenth of all.
 """
 
 import glob
@@ -116,7 +116,7 @@ def _in_folder(data: str, folder: Path) -> list[Path]:
         return _readable(texts or documents or shards)
     if not below:
         raise ValueError(
-            f"--data={data} is empty; put .txt texts or .bin shards there (or .jsonl, .parquet), or "
+            f"--data={data} is empty; put .txt texts, .jsonl, .parquet or .bin shards there, or "
             "name another folder"
         )
     # Texts often have another suffix, and shards lie one folder deeper: then the message says what

@@ -112,8 +112,10 @@ def encoded(
 
 def document_ids(name: str, raw: bytes, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """(N,) the ids of each piece of one document, and last the id that ends it."""
+    if tokenizer.name == "bytes":
+        yield np.frombuffer(raw, np.uint8)
     # Nearly all documents are one piece.
-    if len(raw) <= PIECE:
+    elif len(raw) <= PIECE:
         yield _ids((decoded(name, bytes(raw)), False), tokenizer)
     else:
         for piece in pieces_of(name, [np.frombuffer(raw, np.uint8)], tokenizer, len):
