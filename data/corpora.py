@@ -343,7 +343,11 @@ def _from_documents(
         val_continues = len(parts["train"]) + len(parts["val"]) > n_documents
         told[0] = f"{n_documents} documents; held out: the last tenth"
     mark = "a line break" if tokenizer.end_of_text is None else tokenizer.end
-    name = f"{data} ({'; '.join(told)}; {mark} between two)"
+    told.append(f"{mark} between two")
+    left = [path.name for path in files if path not in sum(found.values(), [])]
+    if left:
+        told.append(f"left alone: {texts.some(left)}")
+    name = f"{data} ({'; '.join(told)})"
     train, val = parts["train"], parts["val"]
     sha256 = digest.hexdigest()
     corpus = _tokenised(data, train, val, sha256, tokenizer, cache, val_continues)

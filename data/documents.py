@@ -114,7 +114,7 @@ class Documents:
             return
         number = 0  # of lines of this part
         try:
-            with open(path, "rb") as raw:
+            with open(path, "rb", 2**20) as raw:
                 for number, line in enumerate(self._raw_lines(raw, packed), 1):
                     if isinstance(line, Damage):
                         text = line
@@ -211,7 +211,7 @@ def text_of(line: bytes, field: str) -> bytes | Damage:
     """The text in one line of .jsonl; the end of a sentence where there is none."""
     try:
         # Not json.loads(bytes), which guesses other encodings and lets lone surrogates pass.
-        found = json.loads(line.decode())
+        found = json.loads(line.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
         return Damage(f"is not UTF-8 ({error.reason} at byte {error.start + 1})")
     except json.JSONDecodeError as error:
@@ -307,7 +307,9 @@ def _parquet(path: Path):
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path} needs `pip install pyarrow`") from None
-    return _guarded(lambda: pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False))
+    return _guarded(
+        lambda: pyarrow.parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+    )
 
 
 def _guarded(read: Callable):

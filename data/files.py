@@ -217,7 +217,7 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     train = [path for path in rest if "train" in words[path]] or rest
     if not val and not shards:
         # A set of documents often comes as train-*.parquet and test-*.parquet.
-        return {"train": train if holds_documents(files[0]) and train else files}
+        return {"train": rest if holds_documents(files[0]) and rest else files}
     for split, found in (("train", train), ("val", val)):
         if not found:
             raise ValueError(
