@@ -414,7 +414,7 @@ def _tokenised(
             size = sum(map(len, some))
             with making(path) as missing, progress(f"tokenising {split}", size) as bar:
                 if missing:
-                    pieces = pieces_of(name, some, tokenizer, bar.update, continues)
+                    pieces = pieces_of(name, some, tokenizer, continues, bar.update)
                     write_shard(path, encoded(pieces, tokenizer), tokenizer.n_vocab)
             shards = [read_shard(path)]
         found.append(Tokens(shards, f"{name} ({split})"))

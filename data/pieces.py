@@ -35,8 +35,8 @@ def pieces_of(
     name: str,
     some: list[np.ndarray],
     tokenizer: Tokenizer,
-    on_bytes: Callable[[int], None],
     continues: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, bool] | None]:
     """(a piece, does it continue a text?) of texts, each (N,) uint8; None between two of them.
 
@@ -51,7 +51,8 @@ def pieces_of(
         for piece, n_bytes in cut_up(name, text, size):
             yield piece, continues
             continues = True
-            on_bytes(n_bytes)
+            if on_bytes is not None:
+                on_bytes(n_bytes)
 
 
 def cut_up(name: str, text: np.ndarray, size: int) -> Iterator[tuple[str, int]]:
@@ -118,7 +119,7 @@ def document_ids(name: str, raw: bytes, tokenizer: Tokenizer) -> Iterator[np.nda
     elif len(raw) <= PIECE:
         yield _ids((decoded(name, bytes(raw)), False), tokenizer)
     else:
-        for piece in pieces_of(name, [np.frombuffer(raw, np.uint8)], tokenizer, len):
+        for piece in pieces_of(name, [np.frombuffer(raw, np.uint8)], tokenizer):
             yield _ids(piece, tokenizer)
     yield _ids(None, tokenizer)
 

@@ -130,10 +130,10 @@ def check_plan(job: Job, plan: dict) -> bool:
                         f"{job.out} was begun with {what}: take another folder, or delete this one"
                     )
             return path.name == "prepare.json"
-    strangers = sorted(path.name for path in job.out.glob("*")) if job.out.exists() else []
+    strangers = {path.name for path in job.out.glob("*")} - {job.work.name}
     if strangers:
         raise ValueError(
-            f"{job.out} has files of another origin, {strangers[0]}: take a new folder"
+            f"{job.out} has files of another origin, {min(strangers)}: take a new folder"
         )
     job.work.mkdir(parents=True, exist_ok=True)
     write_json(job.work / "plan.json", plan)
@@ -322,7 +322,7 @@ def finish(job: Job, tokenizer: Tokenizer, plan: dict, n_units: int) -> dict:
         if not n:
             raise ValueError(
                 f"of {counts['documents'] + counts['val_documents']} documents none is {which}: "
-                "delete OUT and take another --held_out=, or name a file val"
+                f"delete {job.out}, and take another share, --held_out=0.2, or name a file val"
             )
 
     def pieces() -> Iterator[np.ndarray]:
@@ -381,6 +381,7 @@ def _prepare(
     job = Job(out, tokenizer, field, share, skip_damaged)
     plan = plan_of(job, chosen, split)
     if check_plan(job, plan):
+        shutil.rmtree(job.work, ignore_errors=True)  # if the end was a kill
         return json.loads((job.out / "prepare.json").read_text(encoding="utf-8"))["counts"]
     units = units_of(split)
     run(job, chosen, units, jobs)

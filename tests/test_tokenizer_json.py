@@ -342,7 +342,7 @@ def test_a_text_of_any_kind_is_cut_and_nothing_is_lost(text, monkeypatch):
         raw = np.frombuffer(text.encode(), np.uint8)
         monkeypatch.setattr(pieces, "PIECE", size)
         counted = []
-        found = [*pieces.pieces_of("x", [raw], Tokenizer("bytes"), counted.append)]
+        found = [*pieces.pieces_of("x", [raw], Tokenizer("bytes"), False, counted.append)]
         assert "".join(piece for piece, _ in found) == text and all(p for p, _ in found)
         assert [continues for _, continues in found] == [i > 0 for i in range(len(found))]
         assert sum(counted) == len(raw)
