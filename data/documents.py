@@ -260,7 +260,7 @@ def _readline(file) -> bytes:
 class _Zstd(io.RawIOBase):
     """What a .zst file unpacks to, all of its frames. Raises Broken for one that is cut short.
 
-    The package's own reader ends at a cut without a word, and after the first of several frames.
+    The reader of the package, zstandard.open, ends at a cut without a word.
     """
 
     def __init__(self, raw, path: Path):

@@ -343,7 +343,7 @@ def check_damage(path: Path, out: Path, word: str, kept: list[str], n: int = 1) 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_damaged_line_is_refused_with_its_place_or_left_out_alone(tmp_path, quick, packed):
     good = [json.dumps({"text": text}).encode() for text in GOOD]
-    for i, (line, word) in enumerate(LINES.items()):
+    for i, (line, word) in enumerate([*LINES.items()][:: 5 if packed else 1]):
         raw = b"\n".join([good[0], b"", line, *good[1:]]) + b"\n"
         path = tmp_path / f"{i}.jsonl{'.gz' * packed}"
         path.write_bytes(gzip.compress(raw) if packed else raw)
