@@ -100,7 +100,7 @@ class Documents:
         self.done = self.part.size
 
     def _whole(self) -> Iterator[bytes | Damage]:
-        text = texts.bytes_of(self.part.path, self.part.size > texts.IN_MEMORY)
+        text = texts.bytes_of(self.part.path, self.part.size > LINE)
         fault = texts.fault_of(self.part.path, text, self.any_bytes)
         # Not copied: a large text is mapped.
         yield Damage(f"{self.part.path} {fault}") if fault else memoryview(text)

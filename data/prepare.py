@@ -100,7 +100,10 @@ def units_of(files: dict[str, list[Path]]) -> list[tuple[str, list[Part]]]:
 
 
 def plan_of(job: Job, tokenizer: Tokenizer, files: dict[str, list[Path]]) -> dict:
-    """All that decides the bytes of the shards, to be compared when the work is resumed."""
+    """All that decides the bytes of the shards, to be compared when the work is resumed.
+
+    Not skip_damaged: a unit that was done without it has no damage.
+    """
     names = relative([path for paths in files.values() for path in paths])
     inputs = []
     for split, paths in files.items():
@@ -111,7 +114,6 @@ def plan_of(job: Job, tokenizer: Tokenizer, files: dict[str, list[Path]]) -> dic
         "tokenizer": tokenizer.key,
         "field": job.field,
         "held_out": job.held_out,
-        "skip_damaged": job.skip_damaged,
         "inputs": inputs,
     }
 

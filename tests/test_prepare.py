@@ -18,7 +18,7 @@ from test_documents import TRAIN, VAL, jsonl, write
 from test_documents import ids as ids_of
 from test_documents import load as load_corpus
 
-from data import pieces, prepare, shards
+from data import documents, pieces, prepare, shards
 
 ROOT = Path(__file__).parent.parent
 # Small units, so that a small corpus has many. Each process that is spawned reads this file, too.
@@ -112,6 +112,7 @@ def test_long_texts_are_cut_as_by_a_run_and_have_a_mark_at_their_end(tmp_path, m
     quick(monkeypatch)
     monkeypatch.setattr(pieces, "PIECE", 50)
     monkeypatch.setattr(prepare, "BATCH", 64)
+    monkeypatch.setattr(documents, "LINE", 100)  # longer texts are mapped
     folder = tmp_path / "in"
     (folder / "val").mkdir(parents=True)
     (folder / "train.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(TRAIN).encode())
@@ -301,11 +302,15 @@ def test_a_damaged_line_of_a_later_unit_has_its_line_in_the_file(tmp_path, corpu
     raw[53] = b"{\n"
     (corpus / "a.jsonl").write_bytes(b"".join(raw))
     with pytest.raises(ValueError, match=f"^{corpus}/a.jsonl, line 52: .*--skip_damaged$"):
-        made(corpus, tmp_path / "refused")
+        made(corpus, tmp_path / "again")
     counts = made(corpus, tmp_path / "out", skip_damaged=True)
     assert counts["damaged"] == 2 and counts["documents"] + counts["val_documents"] > 80
     skipped = json.loads((tmp_path / "out" / "prepare.json").read_text())["skipped"]
     assert [re.search(r"line (\d+)", line)[1] for line in skipped] == ["52", "54"]
+    # Whoever hears of it late keeps what is done.
+    assert len([*(tmp_path / "again").glob("train*")]) > 3
+    made(corpus, tmp_path / "again", skip_damaged=True)
+    assert same(tmp_path / "out", tmp_path / "again")
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -319,7 +324,6 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path, corpus, monkeypatch
     for options, word in (
         (dict(held_out=0.3), "--held_out=0.2"),
         (dict(field="body"), "--field=text"),
-        (dict(skip_damaged=True), "--skip_damaged=False"),
     ):
         with pytest.raises(ValueError, match=f"was begun with {word}: take another folder"):
             made(corpus, out, **options)
