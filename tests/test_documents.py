@@ -149,6 +149,13 @@ def test_the_hash_is_of_the_documents_and_not_of_the_files(tmp_path):
     (tmp_path / "c" / "b.jsonl").write_bytes(jsonl(["a" * 50, "b" * 50]))
     one, two = (load(tmp_path / "c" / name) for name in ("a.jsonl", "b.jsonl"))
     assert sum(ids(one), []) == sum(ids(two), []) and one.sha256 != two.sha256
+    # The borders between two documents, and between the splits, count.
+    hashes = set()
+    for train, val in ((["ab", "c"], ["d"]), (["a", "bc"], ["d"]), (["ab"], ["c", "d"])):
+        for split, texts in (("train", train), ("val", val)):
+            (tmp_path / "c" / f"{split}.jsonl").write_bytes(jsonl(texts))
+        hashes.add(load(f"{tmp_path}/c/train.jsonl,{tmp_path}/c/val.jsonl").sha256)
+    assert len(hashes) == 3
 
 
 def weights(data: str, out: Path, *flags: str) -> tuple:

@@ -207,6 +207,13 @@ def test_a_kill_between_any_two_steps_costs_nothing(tmp_path, corpus, monkeypatc
                 n_kills += 1
     made(corpus, out)
     assert n_kills > 8 and same(whole, out)
+    # After the last step but one.
+    with monkeypatch.context() as here, pytest.raises(Killed):
+        left = 1
+        here.setattr(prepare.shutil, "rmtree", counted(prepare.shutil.rmtree))
+        made(corpus, tmp_path / "late")
+    made(corpus, tmp_path / "late")
+    assert same(whole, tmp_path / "late")
 
 
 @pytest.mark.slow
