@@ -151,8 +151,8 @@ def test_the_hash_is_of_the_documents_and_not_of_the_files(tmp_path):
     assert sum(ids(one), []) == sum(ids(two), []) and one.sha256 != two.sha256
     # The borders between two documents, and between the splits, count.
     hashes = set()
-    for train, val in ((["ab", "c"], ["d"]), (["a", "bc"], ["d"]), (["ab"], ["c", "d"])):
-        for split, texts in (("train", train), ("val", val)):
+    for known, held_out in ((["ab", "c"], ["d"]), (["a", "bc"], ["d"]), (["ab"], ["c", "d"])):
+        for split, texts in (("train", known), ("val", held_out)):
             (tmp_path / "c" / f"{split}.jsonl").write_bytes(jsonl(texts))
         hashes.add(load(f"{tmp_path}/c/train.jsonl,{tmp_path}/c/val.jsonl").sha256)
     assert len(hashes) == 3
