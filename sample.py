@@ -40,7 +40,9 @@ def load(
     saved.load_weights(model)
     # No checkpoint holds the n-grams: they are counted again, which needs the same text.
     if cfg.ngram is not None:
-        corpus = corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
+        corpus = corpora.load(
+            cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size, cfg.data_field
+        )
         if corpus.sha256 != saved.tree("record/data_sha256"):
             raise ValueError(
                 f"--ngram={cfg.ngram} counts the run's data, and {cfg.data} has changed since"

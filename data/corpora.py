@@ -2,20 +2,19 @@
 
 python, shakespeare, openwebtext, fineweb    texts that many know; the last two are large
 FILE            a text in UTF-8
-FOLDER          its .bin shards (data/shards.py) or, where it has none, the .txt texts at any depth
+FOLDER          its .bin shards (data/shards.py) or, where it has none, the .txt texts at any depth,
+                or the .jsonl and .parquet of documents (data/documents.py), or its .npy shards
 A,B  or  'A*'   files of one of these kinds; data/files.py says which files these are, and which are
                 held out, data/texts.py how several texts become one
 """
 
 import difflib
 import hashlib
-import itertools
 import os
 import sys
 import sysconfig
 import tarfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +22,10 @@ import numpy as np
 
 from data import texts
 from data.dataset import Tokens
+from data.documents import Damage, Documents, parts_of
 from data.download import download, hexdigest, making, progress
-from data.files import divided, listed
+from data.files import divided, holds_documents, is_shard, listed
+from data.pieces import check_end, encoded, pieces_of
 from data.shards import read_shard, read_shards, write_shard
 from data.tokenizer import Tokenizer
 
@@ -32,10 +33,10 @@ CORPORA = ("python", "shakespeare", "openwebtext", "fineweb")
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
+# More text than this is prepared beforehand (data/prepare.py): here all of it is in memory.
+DOCUMENTS = 4 * 2**30  # bytes
 # Every token of smaller shards is checked, and hashed, before training; larger ones are sampled.
 SMALL = 64 * 2**20  # bytes
-# A text is tokenised in pieces: many at once in little memory.
-PIECE = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,12 @@ class Corpus:
 
 
 def load(
-    data: str, tokenizer: str, cache_dir: str, url: str | None = None, vocab_size: int | None = None
+    data: str,
+    tokenizer: str,
+    cache_dir: str,
+    url: str | None = None,
+    vocab_size: int | None = None,
+    field: str = "text",
 ) -> Corpus:
     """The corpus named `data`. Downloads and tokens are kept in `cache_dir`.
 
@@ -67,18 +73,18 @@ def load(
                   `fineweb:N`
     FILE          any text in UTF-8, without its byte order mark (with the tokenizer `bytes` any
                   file at all, such as music); validation is the last 10 %
-    FOLDER, LIST  .bin shards or texts, see data/files.py and data/texts.py
+    FOLDER, LIST  shards, texts or documents, see data/files.py, data/texts.py, data/documents.py
 
     tokenizer: a name, see data/tokenizer.py; url: a mirror, a folder on the web (or file:///...)
-    with the same file names; vocab_size: the model's, where it is larger than the tokenizer's.
-    Raises ValueError for whatever a user can get wrong. Let one process per machine prepare the
-    cache before the others load it.
+    with the same file names; vocab_size: the model's, where it is larger than the tokenizer's;
+    field: where .jsonl and .parquet have their text. Raises ValueError for whatever a user can get
+    wrong. Let one process per machine prepare the cache before the others load it.
     """
     name, _, count = data.partition(":")
-    for field, given in (("data", data), ("data_dir", cache_dir)):
+    for option, given in (("data", data), ("data_dir", cache_dir)):
         if not (given.isprintable() and 0 < len(given) < 500):
             raise ValueError(
-                f"--{field}={given[:50]!r} is empty, too long, or has characters that no "
+                f"--{option}={given[:50]!r} is empty, too long, or has characters that no "
                 "terminal shows: give that file or folder a plain name"
             )
     # Python leaves ~NAME as it is where no user has that name.
@@ -86,6 +92,8 @@ def load(
     if cache_dir.startswith("~") and str(cache).startswith("~"):
         raise ValueError(f"--data_dir={cache_dir}: nobody here has that home; type the whole path")
     chosen = Tokenizer(tokenizer)
+    if field != "text" and name in CORPORA:
+        raise ValueError(f"--data_field={field} says nothing about --data={data}: leave it out")
     if url and name not in CORPORA[1:]:
         raise ValueError(
             f"--data_url={url} is a mirror for {', '.join(CORPORA[1:])}; --data={data} "
@@ -107,7 +115,12 @@ def load(
             files = listed(data)
             if not files:
                 raise ValueError(_unknown(data, name))
-            corpus = _files(data, files, chosen, cache, vocab_size)
+            if field != "text" and not any(map(holds_documents, files)):
+                raise ValueError(
+                    f"--data_field={field} is a field of .jsonl and .parquet, and --data={data} "
+                    "names none: leave --data_field= out"
+                )
+            corpus = _files(data, files, chosen, cache, vocab_size, field)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(
             f"--data={data} cannot be read, or cannot be kept in {cache}: {error}"
@@ -123,7 +136,7 @@ def _unknown(data: str, name: str) -> str:
     near = "".join(f" did you mean {c}?" for c in difflib.get_close_matches(name, CORPORA, 1))
     return (
         f"--data={data} does not exist:{near} it takes {', '.join(CORPORA)}, a text file, "
-        "a folder of .bin shards or .txt texts, or a list a.txt,b.txt"
+        "a folder of .bin shards, .txt texts, .jsonl or .parquet, or a list a.txt,b.txt"
     )
 
 
@@ -151,11 +164,18 @@ def _stretches(n: int) -> list[tuple[int, int]]:
 
 # ---- files ---------------------------------------------------------------------------------------
 def _files(
-    data: str, files: list[Path], tokenizer: Tokenizer, cache: Path, vocab_size: int | None
+    data: str,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    cache: Path,
+    vocab_size: int | None,
+    field: str,
 ) -> Corpus:
-    """Shards or texts. Shards whose tokenizer nobody knows have the tokenizer `ids`."""
-    shards = [path for path in files if path.suffix.lower() == ".bin"]
+    """Shards, documents or texts. Shards whose tokenizer nobody knows have the tokenizer `ids`."""
+    shards = [path for path in files if is_shard(path)]
     others = [path for path in files if path not in shards]
+    if not shards and any(map(holds_documents, files)):
+        return _from_documents(data, files, tokenizer, cache, field)
     if not shards:
         return _texts(data, files, tokenizer, cache)
     if others:
@@ -200,10 +220,10 @@ def tokenizer_of(data: str, tokenizer: str, vocab_size: int) -> Tokenizer:
     except (ValueError, OSError):
         files = []
     if files:
-        are_ids = files[0].suffix.lower() == ".bin"
+        are_ids = is_shard(files[0])
     else:
         # A name without a suffix was the name of a folder, most likely of shards.
-        are_ids = Path(data).suffix.lower() in (".bin", "")
+        are_ids = is_shard(Path(data)) or not Path(data).suffix
     return Tokenizer("ids", vocab_size) if are_ids else Tokenizer("bytes")
 
 
@@ -296,6 +316,75 @@ def _texts(data: str, files: list[Path], tokenizer: Tokenizer, cache: Path) -> C
     return replace(corpus, name=f"{data} ({'; '.join(told)})")
 
 
+def _from_documents(
+    data: str, files: list[Path], tokenizer: Tokenizer, cache: Path, field: str
+) -> Corpus:
+    """The documents of all files, one after another, as several texts; the same rules hold."""
+    found = divided(data, files)
+    any_bytes = tokenizer.name == "bytes"
+    digest = hashlib.sha256()
+    parts = {}
+    told = []
+    for split, paths in found.items():
+        some, n_empty = _documents_of(data, paths, field, any_bytes)
+        # Not of the files: the same documents as .jsonl and as .parquet are the same corpus.
+        digest.update(f"{split} {len(some)}\n".encode())
+        for document in some:
+            digest.update(hashlib.sha256(document).digest())
+        told.append(f"{len(some)} documents {'held out' if split == 'val' else 'to train on'}")
+        told += [f"{n_empty} empty"] if n_empty else []
+        parts[split] = some
+    if not any(len(some[0]) for some in parts.values() if some):
+        raise ValueError(f"--data={data} has no documents: give files with some, or --data=python")
+    val_continues = False
+    if "val" not in parts:
+        n_documents = len(parts["train"])
+        parts["train"], parts["val"] = texts.hold_out(parts["train"])
+        val_continues = len(parts["train"]) + len(parts["val"]) > n_documents
+        told[0] = f"{n_documents} documents; held out: the last tenth"
+    mark = "a line break" if tokenizer.end_of_text is None else tokenizer.end
+    told.append(f"{mark} between two")
+    left = [path.name for path in files if path not in sum(found.values(), [])]
+    if left:
+        told.append(f"left alone: {texts.some(left)}")
+    name = f"{data} ({'; '.join(told)})"
+    train, val = parts["train"], parts["val"]
+    sha256 = digest.hexdigest()
+    corpus = _tokenised(data, train, val, sha256, tokenizer, cache, val_continues)
+    return replace(corpus, name=name)
+
+
+def _documents_of(
+    data: str, paths: list[Path], field: str, any_bytes: bool
+) -> tuple[list[np.ndarray], int]:
+    """([(N,) uint8, a document each], the number of empty ones). Raises ValueError."""
+    size = sum(path.stat().st_size for path in paths)
+    text = bytearray()
+    ends = []
+    n_empty = 0
+    with progress("reading documents", size) as bar:
+        for path in paths:
+            for part in parts_of(path, path.stat().st_size or 1):
+                for document in Documents(part, field, any_bytes):
+                    if isinstance(document, Damage):
+                        raise ValueError(
+                            f"{document}; mend it, name another field by --data_field=, or leave "
+                            f"such out: python -m data.prepare {data} OUT --skip_damaged"
+                        )
+                    if len(text) + len(document) > DOCUMENTS:
+                        raise ValueError(
+                            f"--data={data} has more than {DOCUMENTS >> 30} GiB of text: make "
+                            f"shards of it, python -m data.prepare {data} OUT, and type --data=OUT"
+                        )
+                    n_empty += not len(document)
+                    if len(document):
+                        text += document
+                        ends.append(len(text))
+                bar.update(part.size)
+    whole = np.frombuffer(text, np.uint8)
+    return [whole[start:end] for start, end in zip([0, *ends], ends)], n_empty
+
+
 def _tokenised(
     name: str,
     train: list[np.ndarray],
@@ -314,7 +403,7 @@ def _tokenised(
             f"--tokenizer=ids is for .bin shards; --data={name} is text: use --tokenizer=bytes"
         )
     if max(len(train), len(val)) > 1:
-        _check_end(name, tokenizer)
+        check_end(name, tokenizer)
     found = []
     for split, some, continues in (("train", train, False), ("val", val, val_continues)):
         # Bytes of text are their own ids.
@@ -325,107 +414,16 @@ def _tokenised(
             size = sum(map(len, some))
             with making(path) as missing, progress(f"tokenising {split}", size) as bar:
                 if missing:
-                    piece = PIECE if tokenizer.may_be_cut else size
-                    pieces = _pieces(name, some, bar, continues, piece)
-                    write_shard(path, _encoded(pieces, tokenizer), tokenizer.n_vocab)
+                    pieces = pieces_of(name, some, tokenizer, continues, bar.update)
+                    write_shard(path, encoded(pieces, tokenizer), tokenizer.n_vocab)
             shards = [read_shard(path)]
         found.append(Tokens(shards, f"{name} ({split})"))
     return Corpus(name, sha256, tokenizer, *found)
 
 
-def _check_end(name: str, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where several texts need an end of text that nobody named."""
-    if tokenizer.file and tokenizer.end_of_text is None:
-        beside = tokenizer.file.path.with_name("tokenizer_config.json")
-        raise ValueError(
-            f"--data={name} has several texts, and nothing says which token of {tokenizer.name} "
-            f'ends one: write {{"eos_token": "NAME"}} into {beside}, or train it with the special '
-            "token <|endoftext|>"
-        )
-
-
-def _pieces(
-    name: str, some: list[np.ndarray], bar, continues: bool, size: int
-) -> Iterator[tuple[str, bool] | None]:
-    """(a piece, does it continue a text?) of texts, each (N,) uint8; None between two of them.
-
-    continues: so does the first text; size: bytes of a piece.
-    """
-    for text in texts.with_marks(some, None):
-        if text is None:
-            yield None
-            continues = False
-            continue
-        start = 0
-        while start < len(text):
-            end = min(start + size, len(text))
-            is_last = end == len(text)
-            if not is_last:
-                end = texts.character_start(text, end)
-            piece = _decoded(name, text[start:end].tobytes())
-            if not is_last:
-                piece = piece[: _cut(piece)]
-                end = start + len(piece.encode())
-            yield piece, continues
-            continues = True
-            bar.update(end - start)
-            start = end
-
-
-def _cut(text: str) -> int:
-    """Where to divide a text so that usual tokenizers find the tokens of the whole.
-
-    They take white space together, or put one space before a word. So: after a line break or
-    before a space that stands alone; or after any line break; or, in a very long word, anywhere.
-    Where words of a vocabulary span lines, some tokens beside a cut are others.
-    """
-    for mark, after in (("\n", 1), (" ", 0)):
-        at = text.rfind(mark, 1, -1)
-        while at > 0:
-            # o200k takes a slash together with the line break before it.
-            if not (text[at - 1].isspace() or text[at + 1].isspace() or text[at + 1] == "/"):
-                return at + after
-            at = text.rfind(mark, 1, at)
-    return text.rfind("\n") + 1 or len(text)
-
-
-def _decoded(name: str, raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--data={name} is not text in UTF-8 ({error.reason}): convert it, or use "
-            "--tokenizer=bytes, which takes any file"
-        ) from error
-
-
-def _encoded(
-    pieces: Iterable[tuple[str, bool] | None], tokenizer: Tokenizer
-) -> Iterator[np.ndarray]:
-    """(N,) the ids of each piece; for None, between two texts, the id that ends one."""
-
-    def encode(piece: tuple[str, bool] | None) -> np.ndarray:
-        if piece is None and tokenizer.end_of_text is None:
-            return tokenizer.encode("\n")
-        if piece is None:
-            return np.array([tokenizer.end_of_text])
-        text, continues = piece
-        ids = tokenizer.encode(text, continues)
-        if continues:
-            return ids
-        return np.append(np.array(tokenizer.start, np.int64), ids)
-
-    # In threads: tiktoken and tokenizers release the GIL. A batch at a time, for there may be
-    # millions of texts.
-    pieces = iter(pieces)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(pieces, 256)):
-            yield from pool.map(encode, batch)
-
-
 def _openwebtext(name: str, count: int, tokenizer: Tokenizer, cache: Path, url: str) -> Corpus:
     """Gokaslan and Cohen, 2019: parts of about 1000 .tar.xz archives of some 400 documents each."""
-    _check_end(name, tokenizer)
+    check_end(name, tokenizer)
     train = []
     val = []
     folder = cache / f"openwebtext-{tokenizer.key}"
@@ -449,8 +447,8 @@ def _openwebtext_part(
     # Training documents go to the disk as they come; the few that are held out fit in memory.
     with progress(f"tokenising {file}", archive.stat().st_size) as bar:
         pieces = _ended(_documents(archive, held_out, bar))
-        write_shard(train, _encoded(pieces, tokenizer), tokenizer.n_vocab)
-    write_shard(val, _encoded(_ended(held_out), tokenizer), tokenizer.n_vocab)
+        write_shard(train, encoded(pieces, tokenizer), tokenizer.n_vocab)
+    write_shard(val, encoded(_ended(held_out), tokenizer), tokenizer.n_vocab)
 
 
 def _ended(documents: Iterable[str]) -> Iterator[tuple[str, bool] | None]:

@@ -1,8 +1,9 @@
 """The files that --data= names, and which of them are held out.
 
     FILE              that file, whatever its name
-    FOLDER            its .bin shards or, where it has none, the .txt files at any depth in it,
-                      sorted by their paths
+    FOLDER            its .bin shards or, where it has none, the .txt files at any depth in it, or
+                      the files of documents (.jsonl, .parquet), or its .npy shards, sorted by
+                      their paths. Texts beside documents are refused: README.txt is no data
     'books/*.txt'     what the pattern matches, sorted; ** stands for folders at any depth
     a.txt,b.txt       these, in this order; a folder or a pattern may be one of them
 
@@ -15,10 +16,10 @@ Of several files, the words of a file's name, or of its folders', say what it is
     train, training          for training; where no file has this word, all the others are
     test                     left alone
 
-Nobody knows what train_val.bin is, so it is refused. Shards need files of both kinds. Texts may do
-without, and their names are often names of books. So they count where every text has such a word
-(stories-train.txt, stories-valid.txt), or where a file or folder at the top is called just so
-(val.txt, val/a.txt). Else data/texts.py holds out the last tenth of all.
+Nobody knows what train_val.bin is, so it is refused. Shards need files of both kinds. Texts and
+files of documents may do without, and names of texts are often names of books. So they count where
+every text has such a word (stories-train.txt, stories-valid.txt), or where a file or folder at the
+top is called just so (val.txt, val/a.txt). Else data/texts.py holds out the last tenth of all.
 """
 
 import glob
@@ -28,6 +29,9 @@ import shlex
 import unicodedata
 from pathlib import Path
 
+SHARDS = (".bin", ".npy")
+# See data/documents.py. A .json alone is a single object, and no data.
+DOCUMENTS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")
 # A word of a file's name -> what the file is for.
 WORDS = {
     "val": "val",
@@ -72,6 +76,15 @@ def listed(data: str) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def is_shard(path: Path) -> bool:
+    return path.suffix.lower() in SHARDS
+
+
+def holds_documents(path: Path) -> bool:
+    """Many documents in one file, and not one?"""
+    return path.name.lower().endswith(DOCUMENTS)
+
+
 def _exists(path: Path) -> bool:
     # A link to nothing exists here: whoever typed its name should hear of it.
     return path.is_symlink() or path.exists()
@@ -82,19 +95,29 @@ def _at(data: str, path: Path) -> list[Path]:
 
 
 def _in_folder(data: str, folder: Path) -> list[Path]:
-    """Its shards or, where it has none, the texts at any depth in it."""
+    """Its shards or, where it has none, the texts or files of documents at any depth in it."""
     names = [name for name in os.listdir(folder) if not name.startswith(".")]
     paths = sorted((folder / name for name in names), key=_order)
-    shards = [path for path in paths if path.suffix.lower() == ".bin" and not path.is_dir()]
-    if shards:
-        return _readable(shards)
+    shards = [path for path in paths if is_shard(path) and not path.is_dir()]
+    bins = [path for path in shards if path.suffix.lower() == ".bin"]
+    if bins:
+        return _readable(bins)
     below = sorted(_below(folder), key=_order)
     texts = [path for path in below if path.suffix.lower() == ".txt"]
-    if texts:
-        return _readable(texts)
+    documents = [path for path in below if holds_documents(path)]
+    if texts and documents:
+        kind = next(kind for kind in DOCUMENTS if documents[0].name.lower().endswith(kind))
+        pattern = shlex.quote(f"{folder}/**/*{kind}")
+        raise ValueError(
+            f"--data={data} has texts and files of documents, {texts[0].name} and "
+            f"{documents[0].name}: say which are data, such as --data={pattern}"
+        )
+    if texts or documents or shards:
+        return _readable(texts or documents or shards)
     if not below:
         raise ValueError(
-            f"--data={data} is empty; put .txt texts or .bin shards there, or name another folder"
+            f"--data={data} is empty; put .txt texts, .jsonl, .parquet or .bin shards there, or "
+            "name another folder"
         )
     # Texts often have another suffix, and shards lie one folder deeper: then the message says what
     # to type for them.
@@ -103,11 +126,12 @@ def _in_folder(data: str, folder: Path) -> list[Path]:
     for suffix in (".md", ".rst", ".py", ".tex", ".html", ".c"):
         if suffix in others and not hint:
             hint = f"; for those type --data={shlex.quote(f'{folder}/**/*{suffix}')}"
-    deeper = [path for path in below if path.suffix.lower() == ".bin"]
+    deeper = [path for path in below if is_shard(path)]
     if deeper:
         hint = f"; for {deeper[0].name} type --data={shlex.quote(str(deeper[0].parent))}"
     raise ValueError(
-        f"--data={data} has 0 .bin shards and 0 .txt texts, but {' '.join(others[:9])}{hint}"
+        f"--data={data} has no .bin or .npy shards and no .txt, .jsonl or .parquet, but "
+        f"{' '.join(others[:9])}{hint}"
     )
 
 
@@ -174,7 +198,7 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     "val" is missing where the last tenth of the texts is to be held out. Raises ValueError where
     the names of shards leave training or validation without a file.
     """
-    shards = files[0].suffix.lower() == ".bin"
+    shards = is_shard(files[0])
     if len(files) == 1 and not shards:
         return {"train": files}
     names = relative(files)
@@ -192,7 +216,8 @@ def divided(data: str, files: list[Path]) -> dict[str, list[Path]]:
     rest = [path for path in files if not words[path] & {"val", "test"}]
     train = [path for path in rest if "train" in words[path]] or rest
     if not val and not shards:
-        return {"train": files}
+        # A set of documents often comes as train-*.parquet and test-*.parquet.
+        return {"train": rest if holds_documents(files[0]) and rest else files}
     for split, found in (("train", train), ("val", val)):
         if not found:
             raise ValueError(

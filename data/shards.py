@@ -1,11 +1,13 @@
-"""Token shards, the `.bin` files: which ids they hold, of which width, and from which byte on.
+"""Token shards, `.bin` and `.npy`: which ids they hold, of which width, and from which byte on.
 
     headerless   ids one after another: nanoGPT's train.bin and val.bin
     headered     256 int32 (magic, version, number of ids), then the ids, as llm.c and
                  modded-nanogpt do: (20240520, 1) is uint16, (20240801, 7) is uint32, which we write
                  for n_vocab > 65536. The fourth int32 holds the upper half of a count beyond 32
                  bits, and is zero otherwise.
-    indexed      headerless, with Megatron's NAME.idx beside NAME.bin: it says the type of the ids
+    indexed      headerless, with Megatron's NAME.idx beside NAME.bin: it says the type of the ids,
+                 and where sequences and documents begin (data/megatron.py)
+    NAME.npy     NumPy's array of one dimension, uint16, int32 or uint32
 
 A headerless file does not say how wide an id is. Its pairs of bytes do:
 
@@ -24,11 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from data.foreign import foreign, is_text, one_byte, unknown_header
+from data.megatron import indexed
 
 # Magic number -> version, type of the ids.
 HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
-# Megatron's code -> type of the ids; its codes 6 and 7 are floats.
-INDEX = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+ARRAYS = ("<u2", "<i4", "<u4")  # of .npy
 # Larger shards are judged by a sample of their bytes.
 SAMPLED = 2**22  # bytes
 # So many ids must agree before a headerless file counts as one with wider ids.
@@ -38,11 +40,13 @@ WRITE = "write its ids by shards.write_shard(path, [ids], n_vocab)"
 
 # ---- what a file holds ---------------------------------------------------------------------------
 def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
-    """(byte where the ids begin, their type, their number) of a .bin file.
+    """(byte where the ids begin, their type, their number) of a shard.
 
     The number is None where the file has no header. So is the type where 2 and 4 bytes an id fit.
     Raises ValueError where it holds no ids, or none that we can read.
     """
+    if path.suffix.lower() == ".npy":
+        return _array(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(8192)
@@ -56,7 +60,7 @@ def layout(path: Path, n_vocab: int) -> tuple[int, str | None, int | None]:
         return 1024, HEADERS[magic][1], int(words[2]) + (int(words[3]) << 32)
     index = path.with_suffix(".idx")
     if index.exists():
-        return 0, *_indexed(path, index)
+        return 0, *indexed(path, index)
 
     # Neither a header nor an index: the bytes must show that these are ids, and how wide.
     kind = foreign(path)
@@ -147,32 +151,25 @@ def width(x: np.ndarray, n_vocab: int) -> int | None:
     return 8 if sign.all() else 4
 
 
-def _indexed(path: Path, index: Path) -> tuple[str, int]:
-    """Type and number of the ids, as Megatron's index says.
-
-    The index: magic, version, code of the type, numbers of sequences and of documents, then the
-    length of each sequence, int32.
-    """
-    with open(index, "rb") as file:
-        head = file.read(34)
-        is_magic = head[:9] == b"MMIDIDX\0\0"
-        if len(head) < 34 or not is_magic or int.from_bytes(head[9:17], "little") != 1:
+def _array(path: Path) -> tuple[int, str, int]:
+    """(byte where the ids begin, their type, their number) of a .npy, by its header."""
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): "read_array_header_1_0"}.get(version, "read_array_header_2_0")
+            shape, _, dtype = getattr(np.lib.format, read)(file)
+        except (ValueError, EOFError) as error:
             raise ValueError(
-                f"{index} is no index of Megatron's, version 1, so nobody knows what {path} "
-                f"beside it holds: {WRITE}"
-            )
-        code = head[17]
-        n_sequences = int.from_bytes(head[18:26], "little")
-        if code not in INDEX:
-            kind = "floats" if code in (6, 7) else "unknown"
-            raise ValueError(
-                f"{index} says that {path} holds numbers of type {code}, which is {kind}; ids "
-                f"are of type {', '.join(map(str, INDEX))}"
-            )
-        if index.stat().st_size < 34 + 4 * n_sequences:
-            raise ValueError(f"{index} is cut short: copy it again")
-        lengths = np.fromfile(file, "<i4", n_sequences)
-    return INDEX[code], int(lengths.sum(dtype=np.int64))
+                f"{path} is no .npy array ({' '.join(str(error).split())[:100]}): copy it again, "
+                f"or {WRITE}"
+            ) from error
+        start = file.tell()
+    if len(shape) != 1 or dtype.str not in ARRAYS:
+        raise ValueError(
+            f"{path} is an array of {dtype} of shape {shape}, and a shard is one of uint16, int32 "
+            "or uint32 of one dimension: numpy.save(path, ids.astype(numpy.uint16))"
+        )
+    return start, dtype.str, shape[0]
 
 
 # ---- reading and writing -------------------------------------------------------------------------

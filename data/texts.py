@@ -45,9 +45,9 @@ def read(data: str, paths: list[Path], any_bytes: bool) -> dict[Path, np.ndarray
             # Each map keeps a file open.
             is_mapped = large and n_maps < MAPS
             n_maps += is_mapped
-            text = _bytes_of(path, is_mapped)
+            text = bytes_of(path, is_mapped)
             # Anything else would train without an error, and its loss would mean nothing.
-            fault = _fault(path, text, any_bytes)
+            fault = fault_of(path, text, any_bytes)
         except OSError as error:
             fault = f"cannot be read: {error.strerror}"
         if fault:
@@ -64,7 +64,7 @@ def read(data: str, paths: list[Path], any_bytes: bool) -> dict[Path, np.ndarray
     return texts
 
 
-def _bytes_of(path: Path, large: bool) -> np.ndarray:
+def bytes_of(path: Path, large: bool) -> np.ndarray:
     """(N,) uint8"""
     # The system refuses to map 0 bytes.
     if large and path.stat().st_size:
@@ -76,7 +76,7 @@ def _bytes_of(path: Path, large: bool) -> np.ndarray:
     return text
 
 
-def _fault(path: Path, text: np.ndarray, any_bytes: bool) -> str | None:
+def fault_of(path: Path, text: np.ndarray, any_bytes: bool) -> str | None:
     """Why the file is no text, as the middle of a sentence; None where it is one."""
     if len(text) >= 4 and int(text[:4].view("<u4")[0]) in HEADERS:
         return "is a shard of token ids: name it .bin, and give its folder"

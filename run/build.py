@@ -68,7 +68,9 @@ def warmup_steps(cfg: Config) -> int:
 
 
 def corpus(cfg: Config) -> corpora.Corpus:
-    return corpora.load(cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size)
+    return corpora.load(
+        cfg.data, cfg.tokenizer, cfg.data_dir, cfg.data_url, cfg.vocab_size, cfg.data_field
+    )
 
 
 def model_config(cfg: Config) -> GPTConfig:

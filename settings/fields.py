@@ -61,9 +61,10 @@ class Config:
     # Data. A branch may train on another text, but ids keep their meaning: same tokenizer.
     data: str = on_branch(
         "python",
-        "python, shakespeare, openwebtext, fineweb, a text, a folder of .txt texts or .bin shards,"
-        " a.txt,b.txt, 'a/*.txt'",
+        "python, shakespeare, openwebtext, fineweb, a text, a folder of .txt texts, .jsonl,"
+        " .parquet or .bin shards, a.txt,b.txt, 'a/*.txt'",
     )
+    data_field: str = on_branch("text", "where .jsonl and .parquet have the text of a document")
     tokenizer: str = fixed(
         "bytes", "bytes, a tiktoken encoding such as gpt2, or PATH/tokenizer.json (or its folder)"
     )

@@ -78,6 +78,7 @@ HERE = {
         "precision=fp16": "fp16 fp16.enabled half float16",
         "precision=fp8": "fp8 float8 enable_float8_linear",
         "data": "dataset data_path",
+        "data_field": "dataset_text_field text_column text_column_name json_keys",
         "out_dir": "out output_dir save_dir log_dir dump_folder checkpoint_dir",
         "eval_every": "eval_interval eval_steps",
         "eval_tokens": "eval_iters",

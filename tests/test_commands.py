@@ -178,6 +178,7 @@ BENCHES = {
 TOOLS = {
     "sample": ["sample:load"],
     "sweep": ["search.folder:in_order"],
+    "data.prepare": ["data.prepare:prepare"],
     "metrics.experts": ["metrics.experts:draw"],
     "metrics.plot": ["metrics.plot:plot", "metrics.plot:to_csv"],
     "metrics.report": ["metrics.report:build"],

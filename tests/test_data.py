@@ -474,7 +474,7 @@ def test_a_damaged_shard_is_refused(tmp_path, fault, sentence):
 
 
 def test_a_folder_without_training_or_validation_shards_says_so(tmp_path):
-    with pytest.raises(ValueError, match="is empty; put .txt texts or .bin shards"):
+    with pytest.raises(ValueError, match="is empty; put .txt texts, .jsonl"):
         corpora.load(str(tmp_path), "bytes", "unused")
     headerless(tmp_path / "train.bin", [1, 2])
     with pytest.raises(

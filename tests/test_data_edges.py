@@ -28,7 +28,7 @@ from test_train import ROOT, go
 
 import sample
 from checkpoint import load as checkpoint
-from data import corpora, dataset, foreign, shards, texts
+from data import corpora, dataset, foreign, megatron, shards, texts
 from data.dataset import Dataset, Tokens
 from data.tokenizer import Tokenizer
 from layers import generation
@@ -361,7 +361,9 @@ def index(code: int, lengths: list[int], version: int = 1, magic: bytes = b"MMID
     n = len(lengths)
     raw = magic + np.array([version], "<u8").tobytes() + bytes([code])
     raw += np.array([n, n + 1], "<u8").tobytes() + np.array(lengths, "<i4").tobytes()
-    return raw + bytes(8 * n) + np.arange(n + 1, dtype="<i8").tobytes()
+    ends = np.cumsum(lengths, dtype="<i8")
+    starts = (ends - lengths) * np.dtype(megatron.INDEX.get(code, "<i4")).itemsize
+    return raw + starts.astype("<i8").tobytes() + np.arange(n + 1, dtype="<i8").tobytes()
 
 
 PACKED = {
@@ -682,11 +684,11 @@ def test_patterns_and_lists_of_files(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_neither_says_what_it_has(tmp_path):
-    refused(tmp_path, "is empty; put .txt texts or .bin shards there")
-    for name in ("a.parquet", "b.npy", "sub/a.md"):
+    refused(tmp_path, "is empty; put .txt texts, .jsonl, .parquet or .bin shards there")
+    for name in ("a.xlsx", "b.pt", "sub/a.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(ENGLISH)
-    assert f"type --data='{tmp_path}/**/*.md'" in refused(tmp_path, ".npy .parquet")
+    assert f"type --data='{tmp_path}/**/*.md'" in refused(tmp_path, ".pt .xlsx")
     load(f"{tmp_path}/**/*.md")
     (tmp_path / "sub" / "a.md").rename(tmp_path / "sub" / "train.bin")
     refused(tmp_path, f"type --data={tmp_path}/sub")

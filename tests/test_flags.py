@@ -229,9 +229,10 @@ def test_threads_sample_tokens_and_data_url_are_handed_on(tmp_path, text, monkey
     monkeypatch.setattr(
         corpora,
         "load",
-        lambda name, words, cache, url, size: (urls.append((cache, url)), load(name, words, cache))[
-            1
-        ],
+        lambda name, words, cache, url, *rest: (
+            urls.append((cache, url)),
+            load(name, words, cache),
+        )[1],
     )
     go(
         text,

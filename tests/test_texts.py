@@ -276,7 +276,7 @@ def test_a_text_or_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch)
 def test_a_folder_without_texts_says_what_to_type_for_what_it_has(tmp_path):
     make(tmp_path / "d", {"a.md": CAT, "b/c.md": CAT, "x.png": "", ".hidden.txt": CAT})
     said = refused(tmp_path / "d")
-    assert "has 0 .bin shards and 0 .txt texts, but .md .png" in said
+    assert "has no .bin or .npy shards and no .txt, .jsonl or .parquet, but .md .png" in said
     assert said.endswith(f"for those type --data='{tmp_path / 'd'}/**/*.md'")
     assert ids(load(f"{tmp_path / 'd'}/**/*.md")) == [*f"{CAT}\0{CAT}".encode()]
 

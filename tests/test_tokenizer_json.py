@@ -18,7 +18,7 @@ from test_train import go, rows
 
 import sample
 from checkpoint import load as checkpoint
-from data import corpora, tokenizer_spec
+from data import corpora, pieces, tokenizer_spec
 from data.tokenizer import Tokenizer
 
 NEEDED = "`pip install --no-deps -r requirements-tests.txt`"
@@ -327,7 +327,7 @@ def test_what_cuts_fills_up_or_draws_is_ignored(names, tmp_path):
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_pieces_of_a_text_have_the_ids_of_the_whole(tmp_path, names, monkeypatch, kind):
-    monkeypatch.setattr(corpora, "PIECE", 300)
+    monkeypatch.setattr(pieces, "PIECE", 300)
     (tmp_path / "train.txt").write_bytes((PROSE * 20).encode())
     (tmp_path / "val.txt").write_bytes(("one long line " * 200).encode())
     words = Tokenizer(names[kind])
@@ -337,13 +337,15 @@ def test_pieces_of_a_text_have_the_ids_of_the_whole(tmp_path, names, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["x", "\n", " ", "あ" * 100, "ab\n" * 9, "a\n\n" * 9, "a b" * 9])
-def test_a_text_of_any_kind_is_cut_and_nothing_is_lost(text):
+def test_a_text_of_any_kind_is_cut_and_nothing_is_lost(text, monkeypatch):
     for size in (4, 5, 7, 30):
         raw = np.frombuffer(text.encode(), np.uint8)
-        with corpora.progress("", len(raw)) as bar:
-            pieces = [*corpora._pieces("x", [raw], bar, False, size)]
-        assert "".join(piece for piece, _ in pieces) == text and all(p for p, _ in pieces)
-        assert [continues for _, continues in pieces] == [i > 0 for i in range(len(pieces))]
+        monkeypatch.setattr(pieces, "PIECE", size)
+        counted = []
+        found = [*pieces.pieces_of("x", [raw], Tokenizer("bytes"), False, counted.append)]
+        assert "".join(piece for piece, _ in found) == text and all(p for p, _ in found)
+        assert [continues for _, continues in found] == [i > 0 for i in range(len(found))]
+        assert sum(counted) == len(raw)
 
 
 def behind_another(splitter: dict, first: str) -> dict:
@@ -368,7 +370,7 @@ UNCUT = {
 
 @pytest.mark.parametrize("kind", UNCUT)
 def test_where_pieces_would_have_other_ids_a_text_stays_whole(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(corpora, "PIECE", 300)
+    monkeypatch.setattr(pieces, "PIECE", 300)
     spec = UNCUT[kind]
     vocab = spec["model"]["vocab"]
     spec["added_tokens"] = [
