@@ -162,6 +162,7 @@ def command(corpus: Path, out: Path, *flags: str, first="") -> subprocess.Popen:
     return subprocess.Popen(words, env=environment, text=True, stdout=-1, stderr=-1)
 
 
+@pytest.mark.slow
 def test_three_processes_write_the_bytes_of_one(tmp_path, corpus):
     one, three = (command(corpus, tmp_path / f"out{n}", f"--jobs={n}") for n in (1, 3))
     said, faults = three.communicate(timeout=60)
@@ -244,6 +245,7 @@ def test_twenty_kills_at_random_cost_nothing(tmp_path):
     assert n_in_work >= 10 and same(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_no_process_outlives_the_one_that_was_killed(tmp_path, corpus):
     # Their first shards are never done.
