@@ -49,3 +49,7 @@ class CautiousDecay:
         """In place on `p`, weights of any shape that a step at `lr` has moved from `before`."""
         is_inward = (before - p).mul_(before).sign_().clamp_(min=0)  # 1 there, else 0
         p.addcmul_(before, is_inward, value=-lr * self.weight_decay)
+
+
+if __name__ == "__main__":
+    print(__doc__)

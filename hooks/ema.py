@@ -16,6 +16,8 @@ first gradient on.
 
 Refused: an optimizer that averages by itself (Schedule-Free).
 
+Neighbours: hooks/keep.py
+
 Example:
     import torch
     from hooks.ema import averaged
@@ -112,3 +114,7 @@ def average(params: list, state: dict, horizon: float) -> None:
             # Half precision is too coarse to move by 1/horizon.
             dtype = torch.promote_types(p.dtype, torch.float32)
             state[p]["ema"] = p.detach().to(dtype, copy=True)
+
+
+if __name__ == "__main__":
+    print(__doc__)

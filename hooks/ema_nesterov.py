@@ -15,6 +15,8 @@ begins after 300 of 2,900 steps and stops 950 before the end; it scales all by t
 only where gradients are taken. State: 8 bytes a parameter (16 for float64). b of half-precision
 weights is float32.
 
+Neighbours: hooks/keep.py
+
 Example:
     import torch
     from hooks.ema_nesterov import EMANesterov
@@ -161,3 +163,7 @@ def look_ahead(group: dict, state: dict) -> None:
         if "held" in state.get(p, {}):
             b, held = state[p]["mean_step"], state[p]["held"]
             p.copy_(held.to(b.dtype).add(b, alpha=group.get("ahead", 0.0)))
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -19,7 +19,7 @@ Example:
     from hooks.hyperball import Hyperball
     w = torch.nn.Parameter(torch.randn(8, 4))
     optimizer, hook, norm = torch.optim.AdamW([w], lr=0.02, weight_decay=0), Hyperball(), w.norm()
-    for _ in range(100):
+    for _ in range(300):
         (w - 1).square().sum().backward()
         before = w.detach().clone()
         optimizer.step()
@@ -46,3 +46,7 @@ class Hyperball:
         step = (before - p).norm()
         torch.lerp(before, p, lr * r / step.clamp(min=1e-30), out=p)
         p.mul_(r / p.norm().clamp(min=1e-30))
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -121,3 +121,7 @@ def check_mode(optimizer: Optimizer) -> None:
 def beneath(cls: type[Optimizer]) -> type[Optimizer]:
     """The class that `subclass` was given, at the bottom; cls itself where it is none of these."""
     return layers(cls)[0]
+
+
+if __name__ == "__main__":
+    print(__doc__)

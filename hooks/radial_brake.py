@@ -49,3 +49,7 @@ class RadialBrake:
         along = (before - p).flatten().dot(old) / old.dot(old).clamp(min=1e-12)
         braked = torch.where(along < 0, (1 - self.outward) * along, (1 - self.inward) * along)
         p.addcmul_(before, braked)
+
+
+if __name__ == "__main__":
+    print(__doc__)

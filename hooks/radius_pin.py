@@ -40,3 +40,7 @@ class RadiusPin:
         # ‖W‖² − ⟨D, W⟩ is ⟨W − D, W⟩. Products are quicker than norms on a CPU, and no less exact.
         radius = new.dot(old) / old.dot(old).sqrt().clamp(min=1e-12)
         p.mul_(radius.clamp(min=1e-8) / new.dot(new).sqrt().clamp(min=1e-30))
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -54,3 +54,7 @@ class UWFloor:
         # A step of nothing has no direction to be made longer in.
         factor = (wanted / step.clamp(min=1e-30)).clamp(min=1)
         torch.lerp(before, p, factor, out=p)  # at 1 exactly p
+
+
+if __name__ == "__main__":
+    print(__doc__)

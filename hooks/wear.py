@@ -23,13 +23,16 @@ A hook is any callable of (p, before, lr). It may say
 A step at lr 0 leaves every weight as it is: torch.distributed.checkpoint takes one on its own.
 Refused: Schedule-Free, whose step moves two sets of weights.
 
+Neighbours: hooks/keep.py
+
 Example:
     import torch
-    from hooks.hyperball import Hyperball
     from hooks.wear import hooked
+    def keep_norm(p, before, lr):
+        p.mul_(before.norm() / p.norm())
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
     norms = [p.norm().item() for p in model.parameters() if p.ndim == 2]
-    optimizer = hooked(torch.optim.AdamW, [Hyperball()])(
+    optimizer = hooked(torch.optim.AdamW, [keep_norm])(
         model.parameters(), lr=0.01, weight_decay=0
     )
     for _ in range(20):
@@ -125,3 +128,7 @@ def change(p: Tensor, before: Tensor, lr: float, hooks: Sequence[Callable]) -> N
         hook(work, before, lr)
     if p.dtype != dtype:
         p.copy_(work)  # rounded once
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -10,7 +10,7 @@ import pytest
 import torch._dynamo  # noqa: F401  optimizers import it, in a second: once, before all forks
 from copies import ROOT, example, neighbours, run_copy, run_program
 
-FOLDERS = ("optim", "precision", "memory", "layers")
+FOLDERS = ("optim", "hooks", "precision", "memory", "layers")
 # Programs that take words, and without them say which.
 COMMANDS = ("memory/estimate.py", "memory/plan.py", "precision/histogram.py")
 
