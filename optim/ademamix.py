@@ -20,8 +20,8 @@ authors' class. Their language models take alpha=8 and both warm-ups as long as 
 (github.com/apple/ml-ademamix): type --opt.alpha=8 --opt.alpha_warmup=STEPS
 --opt.beta3_warmup=STEPS. Without warm-ups m₂ fills by 1/10,000 a step, and a run of some hundred
 steps is AdamW's. lr is in units of weight, as AdamW's, but where gradients agree a step is up to
-1 + α times as long. In 300 steps of a small GPT (2 layers of width 64) lr 2e-3 and 4e-3 end alike,
-at AdamW's best, and alpha=8 with warm-ups ends higher: its memory is for long runs. State: 12 bytes
+1 + α times as long. On train.py's default job .002 ends lowest of .0005, .001, .002 (validation
+loss 1.820, 1.643, 1.592, one seed); in short runs alpha=8 with warm-ups ends higher. State: 12 bytes
 a parameter (24 for float64 parameters), half as much again as Adam's. Half-precision parameters
 keep float32 m₁, m₂ and v.
 
