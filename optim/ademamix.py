@@ -19,11 +19,11 @@ Pagliardini, Ablin and Grangier, September 2024 (arXiv 2409.03137). Defaults are
 authors' class. Their language models take alpha=8 and both warm-ups as long as the run
 (github.com/apple/ml-ademamix): type --opt.alpha=8 --opt.alpha_warmup=STEPS
 --opt.beta3_warmup=STEPS. Without warm-ups m₂ fills by 1/10,000 a step, and a run of some hundred
-steps is AdamW's. lr is in units of weight, as AdamW's, but where gradients agree a step is up to
-1 + α times as long. On train.py's default job .002 ends lowest of .0005, .001, .002 (validation
-loss 1.820, 1.643, 1.592, one seed); in short runs alpha=8 with warm-ups ends higher. State: 12 bytes
-a parameter (24 for float64 parameters), half as much again as Adam's. Half-precision parameters
-keep float32 m₁, m₂ and v.
+steps is AdamW's. lr is in units of weight, as AdamW's, but where gradients agree a step is up to 1
++ α times as long. On train.py's default job .002 ends lowest of .0005, .001, .002 (validation loss
+1.820, 1.643, 1.592, one seed); in short runs alpha=8 with warm-ups ends higher. State: 12 bytes a
+parameter (24 for float64 parameters), half as much again as Adam's. Half-precision parameters keep
+float32 m₁, m₂ and v.
 
 Used with torch's schedulers (OneCycleLR moves β₁), GradScaler, autocast, compile, DDP, fully_shard
 and torch.distributed.checkpoint. States of the authors' class load. docs/partners.md has all

@@ -20,11 +20,11 @@ chosen of the whole matrix (selection_scope="global" there): no layout changes t
 orthogonalised by Polar Express (2505.16932) in `ns_dtype`; None: bfloat16, float64 for float64.
 
 lr's unit: with 'spectral' a step changes a layer's output by about lr; with 'match_rms_adamw'
-AdamW's lr and λ carry over. On train.py's default job .04 ends lowest of .01, .02, .04 (validation
-loss 1.919, 1.649, 1.551, one seed). A small fraction is cheaper, but a small model pays: of width
-64, 9 % above Muon's loss with fraction=.25, none with 1. State: 4 bytes a parameter and 4 a row, 8 a parameter in AdamW groups, of embeddings,
-head, vectors (`betas`, `eps`); twice in float64. Used with schedulers (OneCycleLR moves momentum,
-β₁ of AdamW) and fully_shard (parallel/sharded_optimizer.py): docs/partners.md.
+AdamW's lr and λ carry over. On train.py's default job .04 ends lowest of .01, .02, .04 (1.551, one
+seed). A small fraction is cheaper, but a small model pays: of width 64, 9 % above Muon's loss with
+fraction=.25, none with 1. State: 4 bytes a parameter and 4 a row, 8 a parameter in AdamW groups, of
+embeddings, head, vectors (`betas`, `eps`); twice in float64. Used with schedulers (OneCycleLR moves
+momentum, β₁ of AdamW) and fully_shard (parallel/sharded_optimizer.py): docs/partners.md.
 
 Example:
     import torch
