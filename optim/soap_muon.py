@@ -21,11 +21,10 @@ Vyas (nikhilvyas.github.io/SOAP_Muon.pdf), in the form of modded-nanogpt's track
 (the gate; May 2026), 44 to 46 (June). Row 46: lr .0375, frequency 1, (2, −1.5, .5) in 12 steps; the
 gate for attention's output alone, (.45, .85) to step 1375 of 2900, the floor falling to 0 at 1625,
 then (0, 1). v's scale drops out: it needs no correction. lr's unit is Muon's: a step changes a
-layer's output by about lr; on train.py's default job .04 ends lowest of .01, .02, .04 (1.277, one
-seed). A step magnifies rounding, as SOAP's. State of an a×b matrix: 8(a² + b²) bytes for GG and Q,
-8ab for m and v; 8 a parameter in AdamW groups, of embeddings, head, vectors (`betas`; `eps` in
-both); twice in float64. Used with schedulers (OneCycleLR moves momentum, β₁ of AdamW):
-docs/partners.md.
+layer's output by about lr; on the default job .04 is best of .01, .02, .04. A step magnifies
+rounding, as SOAP's. State of an a×b matrix: 8(a² + b²) bytes for GG and Q, 8ab for m and v; 8 a
+parameter in AdamW groups, of embeddings, head, vectors (`betas`; `eps` in both); twice in float64.
+Used with schedulers (OneCycleLR moves momentum, β₁ of AdamW): docs/partners.md.
 
 Example:
     import torch
