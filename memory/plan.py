@@ -296,12 +296,24 @@ def how_to_type(s: dict, c: Cluster) -> list[str]:
 
 def train_command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -> str:
     """What to type on each node to train with this layout."""
-    start = "python"
-    nodes = math.ceil(c.gpus / c.gpus_per_node)
-    if c.gpus > 1:
-        start = f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}"
-    if nodes > 1:
-        start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+    start = start_command(c.gpus, c.gpus_per_node)
+    layout = flags(m, x, batch)
+    return f"{start} train.py {model_flags(m)} --optim=adamw --precision={precision} {layout}"
+
+
+def start_command(gpus: int, per_node: int) -> str:
+    """What starts train.py on each node."""
+    if gpus == 1:
+        return "python"
+    nodes = math.ceil(gpus / per_node)
+    while gpus % nodes:
+        nodes += 1
+    start = f"torchrun --nnodes={nodes} --nproc_per_node={gpus // nodes}"
+    return start if nodes == 1 else f"{start} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+
+
+def model_flags(m: Model) -> str:
+    """The model in train.py's command line."""
     shape = {name: getattr(m, name) for name in ("n_layer", "n_embd", "n_head", "n_kv_head")}
     usual = {field.name: field.default for field in dataclasses.fields(Model)}
     for name in ("arch", "head_dim", "mlp_width", "tied", "qkv_bias"):
@@ -311,9 +323,7 @@ def train_command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -
         of_experts = {name: getattr(m.experts, name) for name in ("n_expert", *known.OF_EXPERTS)}
         shape |= {name: value for name, value in of_experts.items() if value != FLAGS[name]}
     shape["vocab_size"] = m.vocab_size
-    shape = " ".join(f"--{name}={value}" for name, value in shape.items())
-    layout = flags(m, x, batch)
-    return f"{start} train.py {shape} --optim=adamw --precision={precision} {layout}"
+    return " ".join(f"--{name}={value}" for name, value in shape.items())
 
 
 def main(argv: list[str]) -> str:
