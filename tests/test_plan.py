@@ -6,11 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from memory import claims, known, plan
+from memory import claims, estimate, known, largest, plan
 from memory import predict as prediction
 from memory.activations import activation_bytes
 from memory.layouts import USABLE, layouts, plans
@@ -269,6 +270,7 @@ def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
         micro_batches=4,
         activations=kept,
         logits=2 * 1024 * 50304,
+        loss_chunk=prediction.LOSS_CHUNK,
     )
     ours = predict(
         SMALL, Cluster(gpus), Layout(data_parallel=kind, micro_batch_size=2), 8 * gpus
@@ -277,6 +279,20 @@ def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
         assert ours[k] == pytest.approx(theirs[k], rel=1e-9), k
     assert theirs["total"] <= ours["total"] <= 1.1 * theirs["total"]
     assert ours["total"] == sum(v for k, v in ours.items() if k not in ("total", "host"))
+
+
+@pytest.mark.parametrize("vocab_size", [1024, 128256])
+@pytest.mark.parametrize("kind, gpus", [("ddp", 1), ("zero1", 8), ("fsdp", 8)])
+def test_the_planner_counts_the_loss_as_the_estimator_does(kind, gpus, vocab_size):
+    """In chunks from 8192 words on, all logits at once below."""
+    size = dict(n_layer=4, n_embd=512, vocab_size=vocab_size, block_size=4096)
+    for micro_batches in 1, 4:
+        s, _ = estimate.parse([f"--gpus={gpus}", "--batch=2", f"--micro_batches={micro_batches}"])
+        shape, _ = known.asked(s | size)
+        theirs = largest.held(SimpleNamespace(**s), {}, shape, kind, "bf16")
+        x = Layout(data_parallel=kind, micro_batch_size=2)
+        ours = predict(Model(**shape), Cluster(gpus), x, 2 * micro_batches * gpus).held
+        assert ours["total"] == pytest.approx(theirs["total"], rel=0.03), micro_batches
 
 
 def test_tp_and_pp_cut_the_weights_and_sp_the_activations():
