@@ -660,6 +660,14 @@ def test_a_published_shape_has_the_published_count(name):
     )
 
 
+def test_a_group_of_columns_has_room_for_its_heading():
+    rows = [plan.cells(predict(MIDDLE, Cluster(8), Layout(data_parallel="zero1"), 64), 1)]
+    groups, head, row, *_ = plan.rows_with_heads(rows)
+    assert groups.endswith("| GB sent") and "inside" in head and "others" not in head
+    bars = [[i for i, x in enumerate(line) if x == "|"] for line in (groups, head, row)]
+    assert bars[0] == bars[1] == bars[2] and len(bars[0]) == 4
+
+
 def test_tokens_make_days():
     m, c = Model(16, 2048, 16, 16), Cluster(8)
     best = predict(m, c, Layout(data_parallel="zero1"), 64)
@@ -671,6 +679,8 @@ def test_tokens_make_days():
     )
     text = plan.in_words(plan.parse([]), m, c, 64, best)
     assert f"{20 * m.parameters / 1e9:,.4g}e9 tokens (20 for each" in text
+    days = 20 * m.parameters / per_second / 86400
+    assert f"take {days:,.3g} days, {24 * 8 * days:,.0f} GPU-hours" in text
 
 
 def test_every_gpu_of_the_help_has_a_cluster_or_a_reason():
@@ -709,6 +719,9 @@ def test_the_command_with_experts_is_one_that_train_reads():
     m = Model(4, 512, 4, 4, block_size=512, experts=Experts(64, 2, 1, 512, 2))
     assert cfg.ep == plans(m, Cluster(8, memory=2e9), 8)[0].layout.ep
     assert f"{m.active / 1e9:.4g}e9 of them active" in text
+    # How far published runs with experts were from what was predicted.
+    ratios = re.findall(r"^    (?:DS-V3|MPF).* ([\d.]+) [\d.]+$", prediction.__doc__, re.M)
+    assert f"experts {min(ratios)} to {max(ratios)} was predicted" in text and "11 %" not in text
 
 
 @pytest.mark.parametrize("params", [1e8, 350e6, 1.3e9, 7e9, 13e9, 70e9, 175e9, 405e9, 1e12])
@@ -752,6 +765,13 @@ def test_the_texts_runs():
         ("--params=7B --model=llama2-7b", "both say which model"),
         ("--params=7B --n_layer=40", "both say which model"),
         ("--params=1B --row=9", "row=9 is not in the table"),
+        ("--params=1B --gpu=V100", "no memory and no links in metrics/devices.py; leave --gpu"),
+        ("--params=1B --gpu=t4", "type --memory=16GB"),
+        ("--params=1B --gpu=H800-PCIe", "type --memory=16GB"),
+        ("--params=1B --gpu=H80", "did you mean H800"),
+        ("--params=1B --gpu=RTX", "there are: A10, A100"),
+        ("--params=7e9 --gpus=12", "type --gpus=16, or --gpus_per_node=4"),
+        ("--params=1B --batch=8 --batch_tokens=1M", "both say how large a step is"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said):
