@@ -86,10 +86,11 @@ COLUMNS = dict(
 LEGEND = dict(
     layout="--data_parallel: ddp keeps everything on each GPU, zero1 shares out state, zero2 "
     "gradients too, zero3 and fsdp weights too",
-    total="GB (1e9 bytes) of the next five on the GPU that holds most; the rows are sorted by it",
+    total="GB (1e9 bytes) of the next five on the GPU that holds most; the rows are sorted by it, "
+    "to three digits",
     weights="GB of parameters between the steps",
     gradients="GB of gradients, where they have all been computed",
-    state="GB of what the optimizer remembers, and of master weights",
+    state="GB of what the optimizer remembers, of master weights and of averages (--ema)",
     activations="GB that forward keeps for backward (with one micro-batch a step: what is left of "
     "them when all gradients are there)",
     buffers="GB held only for a while: messages, gathered weights, temporaries of loss and step; "
@@ -158,6 +159,8 @@ def table(settings: dict, options: dict) -> str:
     s = SimpleNamespace(**settings)
     if s.largest:
         return largest_table(s, options)
+    if s.row is not None:
+        raise ValueError("--row is a row of --largest's table; type --largest too, or leave it out")
     shape, whose = known.asked(settings)
     if s.activation_checkpoint != "none" and not s.batch:
         raise ValueError(
@@ -180,15 +183,21 @@ def table(settings: dict, options: dict) -> str:
         *legend(s),
     ]
     if s.memory and not any(line.endswith(" yes") for line in lines):
-        lines += [
-            "",
-            "No layout fits. What helps: --activation_checkpoint=full, --offload=cpu, more --gpus, "
-            "a smaller",
-            "--block_size; which model would fit: --largest",
-        ]
+        lines += ["", *textwrap.wrap(f"No layout fits. What helps: {helps(s)}", 100)]
     if s.compare:
         lines += comparison(s, options, shape)
     return "\n".join(lines)
+
+
+def helps(s: SimpleNamespace) -> str:
+    """What saves memory and was not typed."""
+    found = []
+    if s.batch and s.activation_checkpoint == "none":
+        found.append("--activation_checkpoint=full")
+    if s.offload is None and s.ep == 1:
+        found.append("--offload=cpu")
+    found += ["more --gpus", "a smaller --block_size"] if s.batch else ["more --gpus"]
+    return f"{', '.join(found)}; which model would fit: --largest"
 
 
 def activations_in_words(s: SimpleNamespace, shape: dict) -> str:

@@ -347,8 +347,8 @@ def bytes_per_rank(
     if min(world, micro_batches) < 1:
         raise ValueError(f"world={world} and micro_batches={micro_batches} must be at least 1")
     if world % (fsdp_shard or 1):
-        fits = math.gcd(world, fsdp_shard)
-        raise ValueError(f"fsdp_shard={fsdp_shard} must divide the {world} GPUs, as {fits} does")
+        fits = max(k for k in range(1, min(world, fsdp_shard) + 1) if world % k == 0)
+        raise ValueError(f"fsdp_shard={fsdp_shard} must divide the {world} GPUs; type {fits}")
     if ep > 1 and (layout not in EXPERT_PARALLEL or fsdp_shard or offload or offload_params):
         raise ValueError(
             f"ep={ep} needs layout=ddp, zero1 or fsdp, without fsdp_shard, offload, offload_params"

@@ -1137,6 +1137,14 @@ def test_a_size_has_its_published_shape_and_activations_of_one_sequence():
     legend = text.split("\n\n")[2].splitlines()
     assert [line.split()[0] for line in legend if not line.startswith(" ")] == head.split()
     assert "host" in estimate.table(*estimate.parse(["--params=1B", "--offload=cpu"]))
+    assert "three digits" in text.replace("\n", " ") and "averages (--ema)" in text
+    # What helps is what was not typed.
+    small = ["--n_layer=2", "--n_embd=64", "--memory=1MB", "--gpus=1"]
+    for typed in [], ["--offload=cpu"], ["--activation_checkpoint=full"]:
+        said = estimate.main([*small, *typed]).partition("No layout fits. What helps: ")[2]
+        for flag in "--activation_checkpoint=full", "--offload=cpu":
+            assert (flag in said) == (flag not in typed)
+        assert "more --gpus" in said
 
 
 def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not(monkeypatch):
@@ -1301,7 +1309,11 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--params=7e9 --gpus=0", "gpus=0"),
         ("--params=7e9 --optim=adamv", "did you mean adamw"),
         ("--params=7e9 --precision=fp23", "mean fp32"),
-        ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3"),
+        ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3 must divide the 8 GPUs; type 2"),
+        ("--params=7e9 --fsdp_shard=9", "type 8"),
+        ("--params=7e9 --row=2", "type --largest too"),
+        ("--params=13", "type --params=13B"),
+        ("--params=7B --gpu=V100", "type --memory=16GB"),
         ("--params=7e9 --opt.momentum=0.9", "adamw's option 'momentum'"),
         ("--params=7e9 --offload=disc", "disk"),
         ("--params=7e9 --optim=sgd --opt.momentun=0.9", "did you mean momentum"),
@@ -1327,6 +1339,10 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--n_layer=2 --n_embd=8 --n_expert=8 --n_expert_active=9", "is more than n_expert=8"),
         ("--n_layer=2 --n_embd=8 --n_expert=8 --precision=mixed --batch=1", "--precision=bf16"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=fulll", "did you mean full"),
+        ("--n_layer=2 --n_embd=8 --activation_checkpoint=every", "did you mean every_K"),
+        ("--n_layer=2 --n_embd=8 --activation_checkpoint=segments_K", "did you mean segments_K"),
+        ("--n_layer=2 --n_embd=8 --activation_checkpoint=foo", "full_offload, every_K, segments_K"),
+        ("--largest --memory=24GB --activation_checkpoint=every", "did you mean every_K"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=every_0", "takes 1 to 2"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=segments_3", "takes 1 to 2"),
     ],

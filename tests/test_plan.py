@@ -632,6 +632,7 @@ def test_published_shapes_are_trained_as_published_and_a_guess_is_said_to_be_one
         ("--model=qwen2.5-7b --gpus=8", "Qwen2.5 7B, the published shape", "--qkv_bias=true "),
         ("--params=0.6B --gpus=8", "Qwen3 0.6B, the published shape", "--tied=true "),
         ("--params=6B --gpus=8", "the shape is a guess", "--n_embd=4096 "),
+        ("--params=350M --gpus=8", "a guess (nearest: --model=gpt2-355m)", "--n_embd=1152 "),
         ("--params=7B --gpus=8", "of this size also: --model=qwen2.5-7b", "--n_embd=4096 "),
         ("--params=7B --gpus=8 --block_size=2048", "but with block_size=2048", "--arch=llama "),
     ]:
@@ -658,6 +659,26 @@ def test_a_published_shape_has_the_published_count(name):
     assert Model(**shape).parameters == sum(math.prod(x) for kind, x in kinds if len(x) == 2) - (
         shape["block_size"] * shape["n_embd"] if shape["arch"] == "gpt2" else 0
     )
+
+
+def test_heads_are_as_published():
+    """(queries, keys and values): the count of parameters would be the same with half of both."""
+    heads = {
+        "llama3": "32/8 64/8 128/8",
+        "llama3.2": "32/8 24/8",
+        "llama2": "32/32 40/40 64/8",
+        "qwen3": "16/8 16/8 32/8 32/8 40/8 64/8",
+        "qwen2.5": "14/2 12/2 16/2 28/4 40/8 40/8 64/8",
+        "gpt3": "96/96",
+        "gpt2": "12/12 16/16 20/20 25/25",
+    }
+    found = {}
+    for name in known.SHAPES:
+        shape = known.shape_of(name)
+        found.setdefault(name.rsplit("-", 1)[0], []).append(
+            f"{shape['n_head']}/{shape['n_kv_head']}"
+        )
+    assert {family: " ".join(pairs) for family, pairs in found.items()} == heads
 
 
 def test_a_group_of_columns_has_room_for_its_heading():
