@@ -344,11 +344,7 @@ def bytes_per_rank(
         raise ValueError(
             f"offload_params={offload_params} needs layout=zero3 or fsdp, not {layout}"
         )
-    if min(world, micro_batches) < 1:
-        raise ValueError(f"world={world} and micro_batches={micro_batches} must be at least 1")
-    if world % (fsdp_shard or 1):
-        fits = max(k for k in range(1, min(world, fsdp_shard) + 1) if world % k == 0)
-        raise ValueError(f"fsdp_shard={fsdp_shard} must divide the {world} GPUs; type {fits}")
+    check_world(world, micro_batches, fsdp_shard)
     if ep > 1 and (layout not in EXPERT_PARALLEL or fsdp_shard or offload or offload_params):
         raise ValueError(
             f"ep={ep} needs layout=ddp, zero1 or fsdp, without fsdp_shard, offload, offload_params"
@@ -379,6 +375,15 @@ def bytes_per_rank(
     # The run needs as much memory as its fullest rank.
     held, fullest = fullest_rank(c)
     return in_all(c, stepped_by(c, fullest), *held, activations)
+
+
+def check_world(world: int, micro_batches: int, fsdp_shard: int | None) -> None:
+    """Raises ValueError for sizes that do not fit."""
+    if min(world, micro_batches) < 1:
+        raise ValueError(f"world={world} and micro_batches={micro_batches} must be at least 1")
+    if world % (fsdp_shard or 1):
+        fits = max(k for k in range(1, min(world, fsdp_shard) + 1) if world % k == 0)
+        raise ValueError(f"fsdp_shard={fsdp_shard} must divide the {world} GPUs; type {fits}")
 
 
 def stepped_by(c: Case, rank: int) -> dict[str, tuple[float, float]]:
