@@ -684,6 +684,7 @@ def test_heads_are_as_published():
 def test_a_group_of_columns_has_room_for_its_heading():
     rows = [plan.cells(predict(MIDDLE, Cluster(8), Layout(data_parallel="zero1"), 64), 1)]
     groups, head, row, *_ = plan.rows_with_heads(rows)
+    assert len(groups) == len(head) == len(row)
     assert groups.endswith("| GB sent") and "inside" in head and "others" not in head
     bars = [[i for i, x in enumerate(line) if x == "|"] for line in (groups, head, row)]
     assert bars[0] == bars[1] == bars[2] and len(bars[0]) == 4
