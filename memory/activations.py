@@ -135,7 +135,9 @@ def activation_bytes(
         raise ValueError(
             f"activation_checkpoint={activation_checkpoint} takes 1 to {L}, the layers"
         )
-    check("activation_checkpoint", how, CHECKPOINTS)
+    if how == activation_checkpoint:
+        # every_K is a pattern, not a name.
+        check("activation_checkpoint", how.replace("_K", "_"), CHECKPOINTS)
     per_channel, per_word, dense = layer_bytes(
         precision, n_embd, arch, q_width, kv_width, mlp_width
     )
@@ -185,9 +187,9 @@ class LayerBytes:
     inside_mlp: float
 
 
-# What --activation_checkpoint may be, without its numbers.
+# What --activation_checkpoint may be, K a number.
 CHECKPOINTS = (
-    *("none", "full", "full_sharded", "full_offload", "every", "segments"),
+    *("none", "full", "full_sharded", "full_offload", "every_K", "segments_K"),
     *("attention", "mlp", "selective", "offload"),
 )
 

@@ -34,8 +34,8 @@ from typing import Literal
 
 from memory import known
 from memory.flags import check, command, from_text, usage, words
-from memory.largest import DEFAULTS, USABLE, WAYS, held, largest, layouts_of
-from memory.plan import FLAGS, cluster_of
+from memory.largest import DEFAULTS, USABLE, WAYS, Row, held, largest, layouts_of
+from memory.plan import FLAGS, cluster_of, model_flags, start_command
 from memory.predict import Layout, Model, predict
 from memory.ranks import find_optimizer, options_of
 from memory.shapes import ACCOUNTINGS, NORM_PARTS, PUBLISHED, even_shapes, gpt_shapes, heading
@@ -86,10 +86,11 @@ COLUMNS = dict(
 LEGEND = dict(
     layout="--data_parallel: ddp keeps everything on each GPU, zero1 shares out state, zero2 "
     "gradients too, zero3 and fsdp weights too",
-    total="GB (1e9 bytes) of the next five on the GPU that holds most; the rows are sorted by it",
+    total="GB (1e9 bytes) of the next five on the GPU that holds most; the rows are sorted by it, "
+    "to three digits",
     weights="GB of parameters between the steps",
     gradients="GB of gradients, where they have all been computed",
-    state="GB of what the optimizer remembers, and of master weights",
+    state="GB of what the optimizer remembers, of master weights and of averages (--ema)",
     activations="GB that forward keeps for backward (with one micro-batch a step: what is left of "
     "them when all gradients are there)",
     buffers="GB held only for a while: messages, gathered weights, temporaries of loss and step; "
@@ -158,6 +159,8 @@ def table(settings: dict, options: dict) -> str:
     s = SimpleNamespace(**settings)
     if s.largest:
         return largest_table(s, options)
+    if s.row is not None:
+        raise ValueError("--row is a row of --largest's table; type --largest too, or leave it out")
     shape, whose = known.asked(settings)
     if s.activation_checkpoint != "none" and not s.batch:
         raise ValueError(
@@ -180,15 +183,21 @@ def table(settings: dict, options: dict) -> str:
         *legend(s),
     ]
     if s.memory and not any(line.endswith(" yes") for line in lines):
-        lines += [
-            "",
-            "No layout fits. What helps: --activation_checkpoint=full, --offload=cpu, more --gpus, "
-            "a smaller",
-            "--block_size; which model would fit: --largest",
-        ]
+        lines += ["", *textwrap.wrap(f"No layout fits. What helps: {helps(s)}", 100)]
     if s.compare:
         lines += comparison(s, options, shape)
     return "\n".join(lines)
+
+
+def helps(s: SimpleNamespace) -> str:
+    """What saves memory and was not typed."""
+    found = []
+    if s.batch and s.activation_checkpoint == "none":
+        found.append("--activation_checkpoint=full")
+    if s.offload is None and s.ep == 1:
+        found.append("--offload=cpu")
+    found += ["more --gpus", "a smaller --block_size"] if s.batch else ["more --gpus"]
+    return f"{', '.join(found)}; which model would fit: --largest"
 
 
 def activations_in_words(s: SimpleNamespace, shape: dict) -> str:
@@ -260,70 +269,151 @@ def comparison(s: SimpleNamespace, options: dict, shape: dict) -> list[str]:
 # ---- the largest model ---------------------------------------------------------------------------
 def largest_table(s: SimpleNamespace, options: dict) -> str:
     """The largest models for a GPU's memory, by what is done to save it. Raises ValueError."""
+    check_largest(s)
+    found = largest(s, options) if (s.row or 1) <= len(WAYS) else WAYS
+    n = s.row or len(found)
+    if n > len(found):
+        raise ValueError(f"row={n} is not in the table, which has {len(found)}")
+    block_size = found[0].shape["block_size"]
+    gpus = "one GPU" if s.gpus == 1 else f"each of {s.gpus} GPUs"
+    limit = f"{USABLE * s.memory / 1e9:.4g} GB, {USABLE} of {s.memory / 1e9:.4g}"
+    paces = [tokens_per_s(row) for row in found]
+    has_pace = any(paces)
+    head = f"#  {'parameters':>10}  {'published':13} {'GB':>6}"
+    lines = [
+        f"The largest models whose training fits in {limit}, on {gpus}: {s.optim},",
+        f"{s.batch} x {block_size} tokens at a time (--batch=, --block_size=).",
+        "",
+        head + f" {'tokens/s':>9} {'days':>6}" * has_pace + "  with",
+    ]
+    for i, (row, pace) in enumerate(zip(found, paces), 1):
+        cells = f"{i}  {row.count / 1e9:8.2f}e9  {row.published:13} {row.held / 1e9:6.1f}"
+        if has_pace:
+            cells += f" {pace:9,.0f} {days(row.count, pace):6.3g}" if pace else f"{'-':>10}{'-':>7}"
+        lines.append(f"{cells}  {row.flags}")
+    tokens = batch_size(found[n - 1]) * block_size
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *largest_legend(found, has_pace),
+            "",
+            f"Row {n} (another: --row=1), typed, in steps of {tokens / 1e6:.3g}e6 tokens.",
+            f"Add {to_add(s)}:",
+            largest_command(found[n - 1], options),
+        ]
+    )
+
+
+def check_largest(s: SimpleNamespace) -> None:
+    """Raises ValueError for flags that --largest does not go with."""
     if s.memory is None:
         raise ValueError("--largest needs the GPU's memory; type --memory=24GB, or --gpu=4090")
     for name in ("params", "model", "n_layer", "n_embd", "n_expert"):
         if getattr(s, name) is not None:
             raise ValueError(f"--largest looks for the model; leave --{name} out")
-    row = s.row or len(WAYS)
-    if row > len(WAYS):
-        raise ValueError(f"row={row} is not in the table, which has {len(WAYS)}")
-    found = largest(s, options)
-    block_size = s.block_size or 2048
-    gpus = "one GPU" if s.gpus == 1 else f"each of {s.gpus} GPUs"
-    limit = f"{USABLE * s.memory / 1e9:.4g} GB, {USABLE} of {s.memory / 1e9:.4g}"
-    lines = [
-        f"The largest models whose training fits in {limit}, on {gpus}: {s.optim},",
-        f"{s.batch} x {block_size} tokens at a time (--batch=, --block_size=).",
-        "",
-        f"#  {'parameters':>10}  {'published':13} {'GB':>6} {'tokens/s':>9} {'days':>6}  with",
-    ]
-    for i, (flags, count, shape, published, gigabytes) in enumerate(found, 1):
-        speed = tokens_per_s(s, flags, shape)
-        days = 20 * count / speed / 86400 if speed else None
-        pace = f"{speed:9,.0f} {days:6.3g}" if speed else f"{'-':>9} {'-':>6}"
-        size = f"{i}  {count / 1e9:8.2f}e9  {published:13} {gigabytes:6.1f}"
-        lines.append(f"{size} {pace}  {flags or 'the defaults'}")
-    lines += ["", *largest_legend(s)]
-    flags, _, shape, *_ = found[row - 1]
-    typed = " ".join(f"--{name}={shape[name]}" for name in ("n_layer", "n_embd", "n_head"))
-    words = f"--vocab_size={shape['vocab_size']} --optim={s.optim} {flags}".rstrip()
-    sizes = f"--micro_batch_size={s.batch} --batch_size={2**19 // block_size} "
-    start = "python" if s.gpus == 1 else f"torchrun --standalone --nproc_per_node={s.gpus}"
-    lines += [
-        "",
-        f"Row {row} (another: --row=1), typed, in steps of 0.5e6 tokens.",
-        "Add --data=, --steps= and --lr=:",
-        f"{start} train.py {typed} {words} {sizes}--block_size={block_size}",
-    ]
-    return "\n".join(lines)
+    if not s.batch:
+        raise ValueError("--largest counts activations; type --batch=1, or another number")
+    if s.precision in PUBLISHED:
+        raise ValueError(
+            f"--largest is about train.py, which has no precision={s.precision}; type "
+            "--precision=bf16"
+        )
+    if s.compare:
+        raise ValueError("--compare is about one model; leave it out, or --largest")
 
 
-def tokens_per_s(s: SimpleNamespace, flags: str, shape: dict) -> float | None:
-    """By memory/predict.py on one GPU; None where its peak is unknown, or there are several."""
+def days(parameters: float, tokens_per_s: float) -> float:
+    """Of training with 20 tokens for each parameter."""
+    return 20 * parameters / tokens_per_s / 86400
+
+
+def batch_size(row: Row) -> int:
+    """Sequences of a step of about 2^19 tokens, a whole number of micro-batches on each GPU."""
+    at_once = row.run.batch * row.run.gpus
+    if row.run.micro_batches == 1:
+        return at_once
+    return at_once * max(2, round(2**19 / row.shape["block_size"] / at_once))
+
+
+def to_add(s: SimpleNamespace) -> str:
+    """The flags of train.py that each has to choose."""
+    names = ["--data=", "--steps=", "--lr="]
+    if s.hooks and not s.ema_nesterov:
+        names.append("--hooks=")
+    if s.ema:
+        names.append("--ema=")
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def largest_command(row: Row, options: dict) -> str:
+    """What to type to train this model in just the run that was counted."""
+    s = row.run
+    typed = dict(optim=s.optim) | {f"opt.{name}": value for name, value in options.items()}
+    if s.ema_nesterov:
+        typed["hooks"] = "ema_nesterov"
+    typed["precision"] = s.precision
+    names = ["activation_checkpoint", "loss_chunk", "offload"]
+    if s.gpus > 1 or row.layout != "ddp":
+        typed["data_parallel"] = row.layout
+        # Each layout refuses, or counts not, what is of another.
+        names += {
+            "zero3": ["offload_params", "bucket_mb"],
+            "fsdp": ["offload_params", "fsdp_shard", "reshard"],
+        }.get(row.layout, ["bucket_mb"])
+    typed |= {name: getattr(s, name) for name in names if getattr(s, name) != DEFAULTS[name]}
+    typed |= dict(micro_batch_size=s.batch, batch_size=batch_size(row))
+    typed["block_size"] = row.shape["block_size"]
+    flags = []
+    for name, value in typed.items():
+        flags.append(f"--{name}={value if isinstance(value, str) else str(value).lower()}")
+    per_node = devices.DEVICES[s.gpu].per_node if s.gpu else 8
+    shape = model_flags(Model(**row.shape))
+    return f"{start_command(s.gpus, per_node)} train.py {shape} {' '.join(flags)}"
+
+
+def tokens_per_s(row: Row) -> float | None:
+    """By memory/predict.py, for a GPU whose peak is known; None otherwise, or if it is not alone.
+
+    None also for ways to compute again that it does not know, and for products not of 16 bits.
+    """
+    s = row.run
     if s.gpu is None or s.gpus > 1 or "bf16" not in devices.DEVICES[s.gpu].peaks:
         return None
-    again = "full" if "--activation_checkpoint=full" in flags else "none"
+    if s.precision not in ("bf16", "bf16_sr", "fp16"):
+        return None
+    again = s.activation_checkpoint
+    if again.startswith("segments_"):
+        again = "full"
+    if again not in ("none", "full") and not again.startswith("every_"):
+        return None
     x = Layout(activation_checkpoint=again, micro_batch_size=s.batch)
     cluster = cluster_of(FLAGS | dict(gpus=1, gpu=s.gpu))
-    plan = predict(Model(**shape), cluster, x, 64 * s.batch)
-    return 64 * s.batch * shape["block_size"] / plan.step
+    plan = predict(Model(**row.shape), cluster, x, 64 * s.batch)
+    return 64 * s.batch * row.shape["block_size"] / plan.step
 
 
-def largest_legend(s: SimpleNamespace) -> list[str]:
+def largest_legend(found: list[Row], has_pace: bool) -> list[str]:
     lines = [
         "parameters  of the largest model of a usual shape; the rows are sorted by it, and each",
-        "            adds to the flags of the row above",
+        "            adds to the flags of the row above what makes it larger",
         "published   the largest published model that fits, too (python -m memory.known)",
         "GB          what the former takes on the fullest GPU",
-        "tokens/s    predicted (memory/predict.py), without the optimizer's step"
-        + ("; type --gpu=4090 for it" if s.gpu is None else ""),
-        "days        for 20 tokens a parameter at that speed",
-        "with        flags of train.py, which cost:",
     ]
+    if has_pace:
+        lines += [
+            "tokens/s    predicted (memory/predict.py), without the optimizer's step; -: it is not",
+            "days        for 20 tokens a parameter at that speed",
+        ]
+    lines.append("with        flags of train.py, which cost:")
     for way, cost in WAYS[1:]:
         flags = " ".join(f"--{name}={value}" for name, value in way.items())
-        lines.append(f"            {flags:29} {cost}")
+        if any(flags in row.flags for row in found):
+            lines.append(f"            {flags:29} {cost}")
+    if lines[-1].endswith(":"):
+        lines[-1] = "with        flags of train.py"
+    if not has_pace:
+        lines.append("Tokens/s: with --gpu=4090, in 16 bits, on one GPU (several: memory.plan)")
     return lines
 
 

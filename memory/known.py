@@ -1,7 +1,8 @@
 """Shapes of models that were published, by their size; and a guess for any other size.
 
-    7B    -> Llama 2 7B, as its makers released it       6B    -> heads of 128, about 128 channels a
-    70B   -> Llama 3 70B                                          layer, no gate in the MLP: a guess
+    7B    Llama 2 7B, as its makers released it
+    70B   Llama 3 70B
+    6B    none is published, so a guess: heads of 128, about 128 channels a layer, no gated MLP
 
 A size is known under its name, 13B, or by its count of parameters to 1 %. Where two families have
 one, the first in SHAPES is taken; others by name, as in --model=qwen2.5-7b.
@@ -148,7 +149,7 @@ FLAGS = dict(
     moe_every=1,
 )
 SAYS = dict(
-    params="parameters, as 350M, 7B or 1.5T: the published shape of this size, else a guess",
+    params="parameters, as 355M, 7B or 1.5T: the published shape of this size, else a guess",
     model="a published model by its name, such as llama2-13b (python -m memory.known lists them)",
     n_layer="the shape itself, in place of --params: layers",
     n_embd="channels",
@@ -184,6 +185,11 @@ def asked(s: dict) -> tuple[dict, str]:
         raise ValueError(TYPE_ONE)
     if by_name and s["n_expert"] is not None:
         raise ValueError(f"--n_expert needs --n_layer and --n_embd; leave --{by_name[0]} out")
+    if s["params"] is not None and s["params"] < 1e5:
+        raise ValueError(
+            f"params={s['params']} is fewer than any model has; type --params={s['params']}B, or "
+            f"--params={s['params']}M"
+        )
     vocab_size = s["vocab_size"] or 50304
     typed = {name: s[name] for name in COLUMNS if s[name] is not None}
     whose = "your shape"
@@ -201,6 +207,9 @@ def asked(s: dict) -> tuple[dict, str]:
         else:
             shape = guess(s["params"], vocab_size)
             whose = "no such size is published: the shape is a guess"
+            near = min(SHAPES, key=lambda name: abs(math.log(s["params"] / SHAPES[name][0])))
+            if abs(s["params"] / SHAPES[near][0] - 1) < 0.1:
+                whose += f" (nearest: --model={near})"
     shape |= typed
     C = shape["n_embd"]
     heads = max(1, C // 128)

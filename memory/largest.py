@@ -13,19 +13,21 @@ Example:
     from types import SimpleNamespace
     from memory.largest import DEFAULTS, largest
     rows = largest(SimpleNamespace(**DEFAULTS | dict(memory=24e9, gpus=1)), {})
-    for ways, count, shape, published, gigabytes in rows:
-        print(f"{count / 1e9:5.2f}e9 parameters, {published}, with {ways or 'the defaults'}")
-    assert rows[0][1] < rows[-1][1]
+    for row in rows:
+        print(f"{row.count / 1e9:5.2f}e9 parameters, {row.published}, with {row.flags}")
+    assert rows[0].count < rows[-1].count
 """
 
 import bisect
 import functools
 import inspect
+import itertools
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from memory import known
-from memory.activations import activation_bytes
+from memory.activations import activation_bytes, step_of_layers
 from memory.ranks import EXPERT_PARALLEL, LAYOUTS, bytes_per_rank
 from memory.shapes import Shapes, gpt_shapes
 
@@ -56,7 +58,8 @@ DEFAULTS = known.FLAGS | dict(
     row=None,
     largest=False,
 )
-# What saves memory, and what it costs; each row adds to those before it.
+# What saves memory, and what it costs; each row adds to those before it. One that does not help,
+# or was typed, has no row.
 WAYS = (
     ({}, ""),
     ({"activation_checkpoint": "full"}, "a third more work: backward computes each block again"),
@@ -158,47 +161,85 @@ def least(s: SimpleNamespace, options: dict, shape: dict) -> tuple[float, str]:
     return min(totals, key=lambda pair: round(pair[0] / 1e6))
 
 
-def guessed(s: SimpleNamespace, params: float) -> dict:
-    shape, _ = known.asked(vars(s) | dict(params=None, model=None) | typed_shape(s, params))
-    return shape
+@dataclass(frozen=True)
+class Row:
+    run: SimpleNamespace  # the flags of memory/estimate.py: what was typed, and the ways
+    shape: dict
+    count: int  # of parameters
+    layout: str
+    published: str  # the largest published model that fits, or "none"
+    held: float  # bytes on the fullest GPU
+
+    @property
+    def flags(self) -> str:
+        """Those of WAYS in the run, and the layout, as typed."""
+        names = [name for way, _ in WAYS for name in way]
+        changed = [name for name in names if getattr(self.run, name) != DEFAULTS[name]]
+        flags = [f"--{name}={getattr(self.run, name)}" for name in changed]
+        if self.run.gpus > 1:
+            flags.insert(0, f"--data_parallel={self.layout}")
+        return " ".join(flags) or "the defaults"
 
 
-def typed_shape(s: SimpleNamespace, params: float) -> dict:
-    """The guessed shape, and what of it was typed."""
+def usual_shapes(s: SimpleNamespace) -> list[dict]:
+    """Guessed shapes, 3 % apart, from 1e6 to 1e13 parameters, with what was typed of a shape.
+
+    Raises ValueError where that fits none of them.
+    """
     typed = {name: getattr(s, name) for name in known.COLUMNS if getattr(s, name) is not None}
-    return known.guess(params, s.vocab_size or 50304) | typed
+    found = []
+    for i in range(547):
+        guess = known.guess(10 ** (6 + i / 78), s.vocab_size or 50304)
+        try:
+            shape, _ = known.asked(vars(s) | dict(params=None, model=None) | guess | typed)
+        except ValueError as error:
+            refused = error  # its heads do not divide by those typed
+            continue
+        found.append(shape)
+    if not found:
+        raise refused
+    return found
 
 
-def largest(s: SimpleNamespace, options: dict) -> list[tuple]:
-    """For each of WAYS (its flags, parameters, shape, published model or "none", GB held).
+def may_run(s: SimpleNamespace, shape: dict) -> bool:
+    """Has the model as many layers as there are segments?"""
+    how, k = step_of_layers(s.activation_checkpoint)
+    return how != "segments" or k <= shape["n_layer"]
+
+
+def largest(s: SimpleNamespace, options: dict) -> list[Row]:
+    """The largest model without any of WAYS, and with each that makes it larger.
 
     Raises ValueError where nothing fits.
     """
     limit = USABLE * s.memory
+    shapes = usual_shapes(s)
+    published = [of_published(s, name) for name in by_size()]
     rows = []
-    typed = {}
+    run = s
     for way, _ in WAYS:
-        typed |= {name: value for name, value in way.items() if getattr(s, name) != value}
-        run = SimpleNamespace(**vars(s) | typed)
-
-        def total(shape: dict) -> float:
-            return least(run, options, shape)[0]
-
-        # Sizes 3 % apart, from 1e6 to 1e13 parameters: the last that fits.
-        sizes = [10 ** (6 + i / 78) for i in range(547)]
-        i = bisect.bisect_right(sizes, limit, key=lambda params: total(guessed(run, params)))
+        more = SimpleNamespace(**vars(run) | way)
+        if rows and vars(more) == vars(run):
+            continue
+        candidates = [shape for shape in shapes if may_run(more, shape)]
+        total = functools.partial(least, more, options)
+        # The last that fits.
+        i = bisect.bisect_right(candidates, limit, key=lambda shape: total(shape)[0])
         if i == 0:
-            raise ValueError(
-                f"nothing fits in memory={s.memory:g}; give more, or a smaller --block_size"
-            )
-        shape = guessed(run, sizes[i - 1])
+            continue
+        shape = candidates[i - 1]
         count = sum(math.prod(x) for _, x in gpt_shapes(**shape).values())
-        published = [name for name in by_size() if total(of_published(run, name)) <= limit]
-        flags = [f"--{name}={value}" for name, value in typed.items()]
-        if s.gpus > 1:
-            flags.insert(0, f"--data_parallel={least(run, options, shape)[1]}")
-        name = published[-1] if published else "none"
-        rows.append((" ".join(flags), count, shape, name, total(shape) / 1e9))
+        if rows and count <= rows[-1].count:
+            continue
+        run = more
+        fit = [may_run(run, x) and total(x)[0] <= limit for x in published]
+        names = ["none", *itertools.compress(by_size(), fit)]
+        held, layout = total(shape)
+        rows.append(Row(run, shape, count, layout, names[-1], held))
+    if not rows:
+        raise ValueError(
+            f"nothing fits in memory={s.memory:g}; give more, or a smaller --block_size"
+        )
     return rows
 
 
@@ -208,9 +249,9 @@ def by_size() -> list[str]:
 
 
 def of_published(s: SimpleNamespace, name: str) -> dict:
-    """The shape of a published model, with what was typed, at 2048 tokens or --block_size."""
-    model = dict(model=name, params=None, n_layer=None, n_embd=None)
-    shape, _ = known.asked(vars(s) | model | dict(block_size=s.block_size or 2048))
+    """The shape of a published model, at 2048 tokens or --block_size."""
+    own = dict.fromkeys(known.COLUMNS) | dict(params=None, model=name)
+    shape, _ = known.asked(vars(s) | own | dict(block_size=s.block_size or 2048))
     return shape
 
 

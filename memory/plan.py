@@ -127,6 +127,8 @@ def parse(argv: list[str]) -> dict:
             # Without a list of words any text passes here, and from_text judges it.
             check(name, text, CHOICES.get(name, (text,)))
             found[name] = text if name in CHOICES else from_text(name, text, None)
+    if found["batch"] and found["batch_tokens"]:
+        raise ValueError("--batch and --batch_tokens both say how large a step is; type one")
     known.check_experts(found)
     return found
 
@@ -144,7 +146,11 @@ def cluster_of(s: dict) -> Cluster:
     gpu = devices.DEVICES[devices.typed(s["gpu"])]
     per_node = s["gpus_per_node"] or gpu.per_node
     if s["gpus"] > per_node and s["gpus"] % per_node:
-        raise ValueError(f"gpus={s['gpus']} is not whole nodes of gpus_per_node={per_node}")
+        whole = per_node * math.ceil(s["gpus"] / per_node)
+        raise ValueError(
+            f"gpus={s['gpus']} is not whole nodes of gpus_per_node={per_node}; type --gpus={whole},"
+            f" or --gpus_per_node={math.gcd(s['gpus'], per_node)}"
+        )
     peak = s["peak_flops"] or gpu.peaks.get("bf16", 0) * 1e12
     if not peak:
         raise ValueError(
@@ -180,7 +186,7 @@ def table(s: dict) -> str:
         "",
         *rows_with_heads([cells(plan, i) for i, plan in enumerate(shown, 1)]),
         "",
-        "Published runs were predicted within 11 %: rows that are closer may change places.",
+        trust(m),
         in_words(s, m, c, batch, best),
         "",
         *how_to_type(s, c),
@@ -189,6 +195,16 @@ def table(s: dict) -> str:
     if s["precision"] == "mixed":
         lines.append("(--precision=mixed is the papers' accounting; train.py has bf16)")
     return "\n".join(lines)
+
+
+def trust(m: Model) -> str:
+    """How far the table is to be believed: what is at the top of memory/predict.py."""
+    if m.experts is not None:
+        return (
+            "Of the MFU of published runs with experts 0.41 to 0.86 was predicted, so days are "
+            "too many,\nand rows may change places (memory/predict.py)."
+        )
+    return "Published runs were predicted within 11 %: rows that are closer may change places."
 
 
 def heading(s: dict, m: Model, c: Cluster, batch: int, whose: str) -> list[str]:
@@ -252,6 +268,15 @@ def rows_with_heads(rows: list[dict[str, str]]) -> list[str]:
             columns.append(column)
     width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
 
+    groups = " " * width["#"]
+    for group, names in GROUPS.items():
+        here = [c for c in names if c in width]
+        if here:
+            # The heading of the group needs its place, too.
+            size = sum(width[c] + 2 for c in here) - 2
+            width[here[-1]] += max(0, len(group) - size)
+            groups += " | " + group.ljust(size)
+
     def line(texts: dict[str, str]) -> str:
         blocks = []
         for group in (("#",), *GROUPS.values()):
@@ -263,11 +288,6 @@ def rows_with_heads(rows: list[dict[str, str]]) -> list[str]:
                 blocks.append("  ".join(fit))
         return " | ".join(blocks).rstrip()
 
-    groups = " " * width["#"]
-    for group, names in GROUPS.items():
-        size = sum(width[c] + 2 for c in names if c in width) - 2
-        if size > 0:
-            groups += " | " + group[:size].ljust(size)
     legend = []
     for c in columns:
         wrapped = textwrap.wrap(LEGEND[c], 86)
@@ -296,12 +316,24 @@ def how_to_type(s: dict, c: Cluster) -> list[str]:
 
 def train_command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -> str:
     """What to type on each node to train with this layout."""
-    start = "python"
-    nodes = math.ceil(c.gpus / c.gpus_per_node)
-    if c.gpus > 1:
-        start = f"torchrun --nnodes={nodes} --nproc_per_node={c.gpus // nodes}"
-    if nodes > 1:
-        start += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+    start = start_command(c.gpus, c.gpus_per_node)
+    layout = flags(m, x, batch)
+    return f"{start} train.py {model_flags(m)} --optim=adamw --precision={precision} {layout}"
+
+
+def start_command(gpus: int, per_node: int) -> str:
+    """What starts train.py on each node."""
+    if gpus == 1:
+        return "python"
+    nodes = math.ceil(gpus / per_node)
+    while gpus % nodes:
+        nodes += 1
+    start = f"torchrun --nnodes={nodes} --nproc_per_node={gpus // nodes}"
+    return start if nodes == 1 else f"{start} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+
+
+def model_flags(m: Model) -> str:
+    """The model in train.py's command line."""
     shape = {name: getattr(m, name) for name in ("n_layer", "n_embd", "n_head", "n_kv_head")}
     usual = {field.name: field.default for field in dataclasses.fields(Model)}
     for name in ("arch", "head_dim", "mlp_width", "tied", "qkv_bias"):
@@ -311,9 +343,7 @@ def train_command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -
         of_experts = {name: getattr(m.experts, name) for name in ("n_expert", *known.OF_EXPERTS)}
         shape |= {name: value for name, value in of_experts.items() if value != FLAGS[name]}
     shape["vocab_size"] = m.vocab_size
-    shape = " ".join(f"--{name}={value}" for name, value in shape.items())
-    layout = flags(m, x, batch)
-    return f"{start} train.py {shape} --optim=adamw --precision={precision} {layout}"
+    return " ".join(f"--{name}={value}" for name, value in shape.items())
 
 
 def main(argv: list[str]) -> str:

@@ -91,7 +91,7 @@ import math
 from dataclasses import dataclass, replace
 
 from memory.activations import activation_bytes
-from memory.ranks import bytes_per_rank
+from memory.ranks import bytes_per_rank, loss_bytes
 from memory.shapes import GATED, Experts, Shapes, bytes_of, gpt_shapes, is_tied, mlp_size
 
 # Fitted once to published runs, see above.
@@ -208,9 +208,6 @@ class Cluster:
     gpus_per_node: int = 8
 
 
-# From NVIDIA's data sheets (SXM; NVLink's 600 and 900 GB/s are both ways) and DGX: 8 x 200 or 400
-
-
 @dataclass(frozen=True)
 class Layout:
     """Fields are named as train.py's flags. activation_checkpoint is none, full or every_K."""
@@ -291,8 +288,7 @@ def activations(m: Model, x: Layout, micro: int, precision: str) -> float:
     stage *= 1 - again
     # Of a block that is computed again only the input is kept.
     stage += again * layers * tokens * C * bytes_of(precision)[0] / shards_of_input
-    loss_chunk = LOSS_CHUNK if m.vocab_size >= 8192 else None
-    head = forward(0, 0, m.vocab_size, loss_chunk=loss_chunk) / x.tp
+    head = forward(0, 0, m.vocab_size, loss_chunk=loss_chunk(m)) / x.tp
     first = in_flight(x, micro) * stage
     if x.pp == 1:
         first += head
@@ -413,14 +409,21 @@ def held_bytes(m: Model, x: Layout, n: int, micro: int, precision: str) -> dict[
         m, x.tp, x.pp, n, x.data_parallel, x.reshard, micro > 1, precision, x.ep
     )
     held = held | dict(activations=activations(m, x, micro, precision))
-    # The loss's backward holds two float32 numbers for each logit, before the gradients of one
-    # micro-batch are there.
-    at_loss = 8 * x.micro_batch_size * m.block_size / x.cp * m.vocab_size / x.tp
-    if micro == 1:
-        at_loss = max(0, at_loss - held["gradients"])
-    held["buffers"] += at_loss
-    held["total"] += held["activations"] + at_loss
+    tokens = x.micro_batch_size * m.block_size / x.cp
+    of_loss = loss_bytes(precision, tokens, m.vocab_size / x.tp, m.n_embd, loss_chunk(m))
+    # The loss comes before the gradients of one micro-batch are there.
+    at_loss = sum(of_loss) - (held["gradients"] if micro == 1 else 0)
+    # What travels is beside it. One replica's buffers are those of the step, when it is gone.
+    beside = held["buffers"] if n > 1 else 0
+    more = max(0, beside + at_loss - held["buffers"])
+    held["buffers"] += more
+    held["total"] += held["activations"] + more
     return held
+
+
+def loss_chunk(m: Model) -> int | None:
+    """Tokens whose logits are there at once, on a GPU; None: all."""
+    return LOSS_CHUNK if m.vocab_size >= 8192 else None
 
 
 # ---- time ----------------------------------------------------------------------------------------

@@ -109,6 +109,11 @@ def state_numbers(optimizer: type, kind: str, shape: tuple[int, ...], **options)
     return optimizer.state_numbers(shape, **options)
 
 
+def row_of(precision: str) -> Precision:
+    """The precision's table row. The papers' accountings neither copy weights nor round."""
+    return PRECISIONS.get(precision, PRECISIONS["fp32"])
+
+
 # ---- who holds it --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Case:
@@ -140,8 +145,7 @@ class Case:
 
     @property
     def row(self) -> Precision:
-        """The precision's table row. The papers' accountings neither copy weights nor round."""
-        return PRECISIONS.get(self.precision, PRECISIONS["fp32"])
+        return row_of(self.precision)
 
     @property
     def weight(self) -> int:
@@ -338,11 +342,7 @@ def bytes_per_rank(
         raise ValueError(
             f"offload_params={offload_params} needs layout=zero3 or fsdp, not {layout}"
         )
-    if min(world, micro_batches) < 1 or world % (fsdp_shard or 1):
-        raise ValueError(
-            f"world={world} and micro_batches={micro_batches} must be at least 1, and "
-            f"fsdp_shard={fsdp_shard} a divisor of world"
-        )
+    check_world(world, micro_batches, fsdp_shard)
     if ep > 1 and (layout not in EXPERT_PARALLEL or fsdp_shard or offload or offload_params):
         raise ValueError(
             f"ep={ep} needs layout=ddp, zero1 or fsdp, without fsdp_shard, offload, offload_params"
@@ -373,6 +373,15 @@ def bytes_per_rank(
     # The run needs as much memory as its fullest rank.
     held, fullest = fullest_rank(c)
     return in_all(c, stepped_by(c, fullest), *held, activations)
+
+
+def check_world(world: int, micro_batches: int, fsdp_shard: int | None) -> None:
+    """Raises ValueError for sizes that do not fit."""
+    if min(world, micro_batches) < 1:
+        raise ValueError(f"world={world} and micro_batches={micro_batches} must be at least 1")
+    if world % (fsdp_shard or 1):
+        fits = max(k for k in range(1, min(world, fsdp_shard) + 1) if world % k == 0)
+        raise ValueError(f"fsdp_shard={fsdp_shard} must divide the {world} GPUs; type {fits}")
 
 
 def stepped_by(c: Case, rank: int) -> dict[str, tuple[float, float]]:
@@ -470,8 +479,11 @@ def in_all(
     else:
         step += exchanged
     # Backward begins at the loss, before the gradients of one micro-batch are there.
-    early = early_gradient(c)
-    at_loss = backward + early + loss_bytes(c) - c.inside
+    of_loss, early = 0, 0
+    if c.logits:
+        words, width = c.head
+        of_loss, early = loss_bytes(c.precision, c.logits / words, words, width, c.loss_chunk)
+    at_loss = backward + early + of_loss - c.inside
     if c.micro_batches == 1:
         at_loss -= gradients
         # DDP on several ranks has its buckets all the time. Others make gradients as activations
@@ -507,33 +519,29 @@ def offloaded_chunks(c: Case, owned: dict, state: float) -> float:
     return min(state, 2 * c.chunk * state / sum(size for size, _ in owned.values()))
 
 
-def loss_bytes(c: Case) -> float:
-    """Bytes that the loss's backward holds for a while: two numbers for each logit.
+def loss_bytes(
+    precision: str, tokens: float, words: float, width: int, loss_chunk: int | None
+) -> tuple[float, float]:
+    """Bytes that the loss's backward holds for a while, and of the head's gradient.
 
-    They are the gradients of log softmax, and of its input, in at least float32. In chunks
-    (layers/chunked_loss.py) it is two for each logit of a part, or a product for some words of the
-    head's gradient; besides the chunk's logits, autocast's copy of the head, and the gradients of
-    the hidden states.
+    Two numbers for each logit: the gradients of log softmax, and of its input, in at least float32.
+    In chunks (layers/chunked_loss.py) it is two for each logit of a part, or a product for some
+    words of the head's gradient; besides the chunk's logits, autocast's copy of the head, and the
+    gradients of the hidden states. A loss in chunks makes the head's gradient before backward
+    begins; without chunks that is 0 here.
     """
-    wide = c.row.state.itemsize
-    if not c.has_chunks:
-        return 2 * wide * c.logits
-    words, width = c.head
-    operand = c.row.products.itemsize
-    tokens = c.logits / words
-    of_part = 2 * wide * words * min(tokens, chunk_part(c.loss_chunk))
-    copy = operand * words * width if has_copies(c.row) else 0
+    row = row_of(precision)
+    wide = row.state.itemsize
+    if loss_chunk is None:
+        return 2 * wide * tokens * words, 0
+    operand = row.products.itemsize
+    of_part = 2 * wide * words * min(tokens, chunk_part(loss_chunk))
+    copy = operand * words * width if has_copies(row) else 0
     of_words = (operand + wide if operand != wide else wide) * min(words, 8192) * width
     at_once = max(of_part, of_words)
-    of_hidden = c.weight * tokens * width
-    return operand * words * min(tokens, c.loss_chunk) + at_once + copy + of_hidden
-
-
-def early_gradient(c: Case) -> float:
-    """Bytes of the head's gradient, which a loss in chunks makes before backward begins."""
-    if not c.has_chunks:
-        return 0
-    return c.row.state.itemsize * math.prod(c.head)
+    of_hidden = bytes_of(precision)[0] * tokens * width
+    whole = operand * words * min(tokens, loss_chunk) + at_once + copy + of_hidden
+    return whole, wide * words * width
 
 
 def backward_bytes(c: Case) -> float:

@@ -65,6 +65,8 @@ DEVICES = {
     "H100 PCIe": Device(tensor_cores(51, 378, 756.5, 1513), 80, 2000, 64),
     "H100 NVL": Device(NVL, 94, 3900, 64),
     "H800": Device(H100, 80, 3350, 200, 50),
+    # The chip of the H100 PCIe, whose memory and links are not said to be the same.
+    "H800 PCIe": Device(tensor_cores(51, 378, 756.5, 1513)),
     "H20": Device(tensor_cores(44, 74, 148, 296), 96, 4000, 450, 50),
     "H200": Device(H100, 141, 4800, 450, 50),
     "H200 NVL": Device(NVL, 141, 4800, 64),
@@ -74,19 +76,21 @@ DEVICES = {
     "MI300X": Device(tensor_cores(163.4, 653.7, 1307.4, 2614.9), 192, 5300, 448, 50),
 }
 # Beside a listed name these words mean another chip, or a part of one.
-OTHER_CHIP = {"laptop", "mig", "max", "super", "ti", "d"}
+OTHER_CHIP = {"laptop", "mig", "max", "super", "ti", "d", "grid"}
+# The profile of a virtual GPU, as in A10-4Q: GB of memory, how it is licensed.
+SHARE = re.compile(r"\d+[qcab]")
 
 
 def find(device_name: str) -> Device | None:
     """The device that `torch.cuda.get_device_name()` calls so; None where the table has none.
 
     Names match by whole words and the longest match wins: "NVIDIA H100 PCIe" is not taken for the
-    SXM card, "GH200" not for an H200, "L40" not for an L4. A laptop's RTX 4090 and a MIG slice are
-    unknown.
+    SXM card, "GH200" not for an H200, "L40" not for an L4. A laptop's RTX 4090, a MIG slice and a
+    virtual GPU's share are unknown.
     """
     words = set(re.findall(r"\w+", device_name.lower()))
     known = [name for name in DEVICES if words.issuperset(re.findall(r"\w+", name.lower()))]
-    if not known or words & OTHER_CHIP:
+    if not known or words & OTHER_CHIP or any(map(SHARE.fullmatch, words)):
         return None
     return DEVICES[max(known, key=len)]
 
@@ -110,6 +114,12 @@ def typed(text: str) -> str:
     """
     if short(text) in TYPED:
         return TYPED[short(text)]
+    first_words = {short(re.split(r"\W", name)[0]) for name in DEVICES}
+    if short(text) in {*map(short, DEVICES)} | first_words - {""}:
+        raise ValueError(
+            f"gpu {text!r} has no memory and no links in metrics/devices.py; leave --gpu out, and "
+            "type --memory=16GB, or what yours has"
+        )
     near = difflib.get_close_matches(short(text), TYPED, 1)
     hint = f"there are: {', '.join(NAMES)}"
     if near:

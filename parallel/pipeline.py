@@ -462,14 +462,20 @@ def main(argv: list[str]) -> str:
     cell = 1 + max(op.chunk for op in ops[0])  # characters of a unit of time
     units = range(0, round(timeline.end), 10 if cell == 1 else 5)
     axis = "".join(str(unit).ljust(cell * units.step) for unit in units).rstrip()
-    words = "{schedule}: {pp} ranks, {micro_batches} micro-batches a step, {pp_chunks} model chunk"
-    lines = [words.format(**flags) + "s" * (flags["pp_chunks"] > 1) + " on each rank", ""]
+    nouns = dict(pp="rank", micro_batches="micro-batch", pp_chunks="model chunk")
+    ranks, batches, chunks = (counted(flags[name], noun) for name, noun in nouns.items())
+    lines = [f"{flags['schedule']}: {ranks}, {batches} a step, {chunks} on each rank", ""]
     lines.append(f"{'time':8}{axis:{width}}  kept  waits")
     for rank, row in enumerate(drawing):
         busy = sum(end - start for start, end in timeline.spans[rank])
         idle = 1 - busy / timeline.end
         lines.append(f"rank {rank:<3}{row:{width}}  {timeline.in_flight[rank]:4} {idle:6.1%}")
     return "\n".join([*lines, "", *legend(ops, timeline.bubble)])
+
+
+def counted(n: int, noun: str) -> str:
+    """1 rank, 2 ranks, 2 micro-batches."""
+    return f"{n} {noun}" + (n != 1) * ("es" if noun.endswith("h") else "s")
 
 
 def legend(ops: list[list[Op]], bubble: float) -> list[str]:
@@ -480,7 +486,7 @@ def legend(ops: list[list[Op]], bubble: float) -> list[str]:
     lines = [
         "rank       a row is a rank, a part of the layers; rank 0 has the first ones",
         f"time       to the right; a unit is the forward of one micro-batch through {part}",
-        "0 1 2      forward of micro-batch 0, 1, 2; number 10 is 0 again",
+        "0 1 2      forward of micro-batch 0, 1, 2; 10 is 0 again, but letters go on to z",
     ]
     if "W" in kinds:
         lines += [

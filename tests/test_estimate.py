@@ -1137,6 +1137,14 @@ def test_a_size_has_its_published_shape_and_activations_of_one_sequence():
     legend = text.split("\n\n")[2].splitlines()
     assert [line.split()[0] for line in legend if not line.startswith(" ")] == head.split()
     assert "host" in estimate.table(*estimate.parse(["--params=1B", "--offload=cpu"]))
+    assert "three digits" in text.replace("\n", " ") and "averages (--ema)" in text
+    # What helps is what was not typed.
+    small = ["--n_layer=2", "--n_embd=64", "--memory=1MB", "--gpus=1"]
+    for typed in [], ["--offload=cpu"], ["--activation_checkpoint=full"]:
+        said = estimate.main([*small, *typed]).partition("No layout fits. What helps: ")[2]
+        for flag in "--activation_checkpoint=full", "--offload=cpu":
+            assert (flag in said) == (flag not in typed)
+        assert "more --gpus" in said
 
 
 def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not(monkeypatch):
@@ -1144,18 +1152,19 @@ def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not(monkeypatch)
     assert settings["memory"] == 24e9
     s = SimpleNamespace(**settings)
     rows = largest.largest(s, options)
-    counts = [row[1] for row in rows]
+    counts = [row.count for row in rows]
     assert counts == sorted(counts) and 0.8e9 < counts[0] < 1.5 * counts[0] < counts[-1]
-    for flags, count, shape, published, gigabytes in rows:
-        assert 0.9 * 21.6 < gigabytes <= 21.6 and shape["n_kv_head"] == 1
-        run = SimpleNamespace(
-            **estimate.parse([*flags.split(), "--gpus=1"])[0] | {"micro_batches": 2}
-        )
-        assert largest.least(run, {}, shape)[0] == pytest.approx(1e9 * gigabytes)
-        more = shape | dict(n_layer=2 + shape["n_layer"])
+    for i, row in enumerate(rows):
+        assert 0.9 * 21.6e9 < row.held <= 21.6e9 and row.shape["n_kv_head"] == 1
+        flags = row.flags.split() if i else []
+        assert i or row.flags == "the defaults"
+        run = SimpleNamespace(**estimate.parse([*flags, "--gpus=1"])[0] | {"micro_batches": 2})
+        assert largest.least(run, {}, row.shape)[0] == row.held
+        more = row.shape | dict(n_layer=2 + row.shape["n_layer"])
         assert largest.least(run, {}, more)[0] > 21.6e9
-        # The published one fits as well.
-        small = largest.of_published(SimpleNamespace(**vars(run) | {"n_kv_head": 1}), published)
+        # The published one fits as well, as it was published.
+        small = largest.of_published(row.run, row.published)
+        assert small == known.shape_of(row.published) | dict(block_size=2048)
         assert largest.least(run, {}, small)[0] <= 21.6e9
     monkeypatch.setattr(estimate, "largest", lambda *_: rows)
     for row in None, 2:
@@ -1163,12 +1172,105 @@ def test_the_largest_model_of_a_card_fits_and_the_next_one_does_not(monkeypatch)
         cfg = settings_parse([*lines[-1].split("train.py ")[1].split(), "--device=cpu"])
         how = (cfg.precision, cfg.offload) if row is None else (cfg.activation_checkpoint,)
         assert how == (("bf16_sr", "cpu") if row is None else ("full",))
-        assert cfg.n_layer == rows[(row or 4) - 1][2]["n_layer"]
+        assert cfg.n_layer == rows[(row or 4) - 1].shape["n_layer"]
     # A pace of 40 % of the peak or less, less where blocks are computed again.
     table = [line.split() for line in lines if re.match(r"\d {3}", line)]
     paces = [float(row[4].replace(",", "")) for row in table]
     assert paces == sorted(paces, reverse=True)
     assert 0.2 < 6 * counts[0] * paces[0] / 165.2e12 < 0.6
+    # 20 tokens for each parameter.
+    for line, count, pace in zip(table, counts, paces):
+        assert float(line[5]) == pytest.approx(20 * count / pace / 86400, rel=0.01)
+
+
+def of_row(arguments, **shape):
+    """The command that is printed for a row of --largest, and train.py's settings of it."""
+    settings, options = estimate.parse(["--largest", "--memory=24GB", *arguments.split()])
+    run = SimpleNamespace(**settings)
+    shape = dict(n_layer=2, n_embd=256, n_head=2, vocab_size=512) | shape
+    shape, _ = known.asked(settings | shape)
+    layout = largest.layouts_of(run)[-1]
+    row = largest.Row(run, shape, 1, layout, "none", 1.0)
+    command = estimate.largest_command(row, options)
+    return command, settings_parse([*command.split("train.py ")[1].split(), "--device=cpu"])
+
+
+def test_the_command_of_a_row_is_the_run_that_was_counted():
+    command, cfg = of_row(
+        "--arch=llama --precision=fp16 --optim=soap --opt.max_precond_dim=64 --n_kv_head=1 "
+        "--offload=cpu --activation_checkpoint=every_2 --loss_chunk=128 --ema_nesterov",
+        tied=True,
+        mlp_width=320,
+    )
+    assert command.startswith("python train.py ") and cfg.options["opt.max_precond_dim"] == 64
+    assert (cfg.arch, cfg.n_kv_head, cfg.tied, cfg.mlp_width) == ("llama", 1, True, 320)
+    assert (cfg.precision, cfg.optim, cfg.offload) == ("fp16", "soap", "cpu")
+    assert (cfg.activation_checkpoint, cfg.loss_chunk) == ("every_2", 128)
+    assert cfg.hooks == "ema_nesterov"
+    # What is of several GPUs.
+    flags = "--gpus=16 --fsdp_shard=8 --reshard=false --offload_params=cpu --bucket_mb=5"
+    command, cfg = of_row(flags)
+    assert command.startswith("torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d ")
+    assert (cfg.data_parallel, cfg.fsdp_shard, cfg.reshard) == ("fsdp", 8, False)
+    assert cfg.offload_params == "cpu" and "bucket_mb" not in command
+    _, cfg = of_row("--gpus=1 --offload_params=disk")
+    assert (cfg.data_parallel, cfg.offload_params) == ("fsdp", "disk")
+
+
+@pytest.mark.parametrize(
+    "arguments, batch_size",
+    [
+        ("", 256),
+        ("--batch=3", 255),
+        ("--gpus=3", 255),
+        ("--gpus=3 --batch=5", 255),
+        ("--block_size=1048576", 2),
+        ("--gpus=64 --batch=8", 1024),
+        ("--gpus=64 --batch=8 --micro_batches=1", 512),
+    ],
+)
+def test_the_batch_of_a_row_is_whole_micro_batches_on_each_gpu(arguments, batch_size):
+    command, cfg = of_row(arguments)
+    gpus = int((re.search("--gpus=(.+?)( |$)", arguments) or [0, 1])[1])
+    assert cfg.batch_size == batch_size and batch_size % (cfg.micro_batch_size * gpus) == 0
+
+
+def test_what_saves_memory_and_was_typed_is_in_every_row():
+    for flag in "--activation_checkpoint=full", "--offload=cpu":
+        settings, options = estimate.parse(["--largest", "--gpu=4090", flag])
+        rows = largest.largest(SimpleNamespace(**settings), options)
+        assert len(rows) == 3 and all(flag in row.flags for row in rows)
+        counts = [row.count for row in rows]
+        assert counts == sorted({*counts})
+    paces = [estimate.tokens_per_s(row) for row in rows]
+    again = ["activation_checkpoint=full" in row.flags for row in rows]
+    assert again == [False, True, True] and paces == sorted(paces, reverse=True)
+    # A way that is of no use has no row, nor does a precision that holds more.
+    sgd, options = estimate.parse(["--largest", "--gpu=4090", "--optim=sgd"])
+    assert not any("offload" in x.flags for x in largest.largest(SimpleNamespace(**sgd), options))
+
+
+def test_a_trait_that_was_typed_is_not_that_of_published_models():
+    # Heads that many shapes do not divide by, and more segments than many have layers.
+    settings, options = estimate.parse(
+        "--largest --memory=24GB --n_kv_head=4 --activation_checkpoint=segments_14".split()
+    )
+    rows = largest.largest(SimpleNamespace(**settings), options)
+    assert rows[0].shape["n_kv_head"] == 4 and rows[0].shape["n_layer"] >= 14
+    gpt2, _ = estimate.parse("--largest --memory=3GB --arch=gpt2".split())
+    assert largest.of_published(SimpleNamespace(**gpt2), "qwen2.5-0.5b")["arch"] == "llama"
+
+
+def test_a_pace_that_is_not_predicted_has_no_column(monkeypatch):
+    def one_row(s, options):
+        shape, _ = known.asked(vars(s) | known.guess(1e8))
+        return [largest.Row(s, shape, 10**8, "ddp", "none", 1e9)]
+
+    monkeypatch.setattr(estimate, "largest", one_row)
+    assert " tokens/s " in estimate.main(["--largest", "--gpu=L4"])
+    for more in ("--gpus=2", "--precision=fp32", "--activation_checkpoint=selective"):
+        text = estimate.main(["--largest", "--gpu=L4", more])
+        assert "tokens/s " not in text and "days" not in text and "Tokens/s: with --gpu=" in text
 
 
 def test_every_optimizer_and_layout_has_a_row():
@@ -1207,7 +1309,11 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--params=7e9 --gpus=0", "gpus=0"),
         ("--params=7e9 --optim=adamv", "did you mean adamw"),
         ("--params=7e9 --precision=fp23", "mean fp32"),
-        ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3"),
+        ("--params=7e9 --fsdp_shard=3", "fsdp_shard=3 must divide the 8 GPUs; type 2"),
+        ("--params=7e9 --fsdp_shard=9", "type 8"),
+        ("--params=7e9 --row=2", "type --largest too"),
+        ("--params=13", "type --params=13B"),
+        ("--params=7B --gpu=V100", "type --memory=16GB"),
         ("--params=7e9 --opt.momentum=0.9", "adamw's option 'momentum'"),
         ("--params=7e9 --offload=disc", "disk"),
         ("--params=7e9 --optim=sgd --opt.momentun=0.9", "did you mean momentum"),
@@ -1216,6 +1322,10 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--params=7e9 --batch=0 --activation_checkpoint=full", "type --batch=8"),
         ("--largest", "type --memory=24GB"),
         ("--largest --memory=24GB --params=7B", "leave --params out"),
+        ("--largest --memory=24GB --precision=mixed", "type --precision=bf16"),
+        ("--largest --memory=24GB --batch=0", "type --batch=1"),
+        ("--largest --memory=24GB --compare", "--compare is about one model"),
+        ("--largest --memory=24GB --n_head=13", "must divide"),
         ("--largest --memory=1MB --gpus=1", "nothing fits"),
         ("--largest --memory=24GB --row=5", "row=5 is not in the table"),
         ("--params=7B --gpu=A1000", "did you mean A100"),
@@ -1229,6 +1339,10 @@ def test_every_optimizer_and_layout_has_a_row():
         ("--n_layer=2 --n_embd=8 --n_expert=8 --n_expert_active=9", "is more than n_expert=8"),
         ("--n_layer=2 --n_embd=8 --n_expert=8 --precision=mixed --batch=1", "--precision=bf16"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=fulll", "did you mean full"),
+        ("--n_layer=2 --n_embd=8 --activation_checkpoint=every", "did you mean every_K"),
+        ("--n_layer=2 --n_embd=8 --activation_checkpoint=segments_K", "did you mean segments_K"),
+        ("--n_layer=2 --n_embd=8 --activation_checkpoint=foo", "full_offload, every_K, segments_K"),
+        ("--largest --memory=24GB --activation_checkpoint=every", "did you mean every_K"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=every_0", "takes 1 to 2"),
         ("--n_layer=2 --n_embd=8 --batch=1 --activation_checkpoint=segments_3", "takes 1 to 2"),
     ],

@@ -155,6 +155,8 @@ def test_matmul_params_count_the_head_once_tied_or_not_and_no_embedding():
         ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
         ("NVIDIA H800", 989.5),
+        ("NVIDIA H800 PCIe", 756.5),
+        ("NVIDIA A100-PCIE-40GB", 312),
         ("NVIDIA H20", 148),
         ("AMD Instinct MI300X", 1307.4),
     ],
@@ -187,6 +189,11 @@ def test_v100_and_t4_have_fp16_and_fp32_peaks():
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA A10-4Q",
+        "NVIDIA A100-40C",
+        "NVIDIA L40S-48A",
+        "GRID A100-4C",
+        "GRID A100",
     ],
 )
 def test_hardware_that_is_not_in_the_table_has_no_peak(name):

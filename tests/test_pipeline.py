@@ -392,6 +392,12 @@ def test_the_timeline_is_drawn_and_bad_flags_end_with_2():
         "rank 0  01.aA2bBcC     2  10.0%",
         "rank 1  .0a1bA2cBC     2  10.0%",
     ]
+    one = main(["--pp=1", "--micro_batches=1"]).splitlines()[0]
+    assert one == "1f1b: 1 rank, 1 micro-batch a step, 1 model chunk on each rank"
+    # What the legend says of the eleventh and the last letter.
+    many = main(["--pp=1", "--micro_batches=27"])
+    assert "10 is 0 again, but letters go on to z" in many and "9jj0kk1ll" in many
+    assert "5zz6aa" in many
     marks = ["rank", "time", "0 1 2", "a b c", "A B C", ".", "kept", "waits"]
     assert [line[:9].strip() for line in legend.splitlines()] == marks
     two = main(["--schedule=interleaved", "--pp=2", "--pp_chunks=2"])

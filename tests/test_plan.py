@@ -6,11 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from memory import claims, known, plan
+from memory import claims, estimate, known, largest, plan
 from memory import predict as prediction
 from memory.activations import activation_bytes
 from memory.layouts import USABLE, layouts, plans
@@ -269,6 +270,7 @@ def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
         micro_batches=4,
         activations=kept,
         logits=2 * 1024 * 50304,
+        loss_chunk=prediction.LOSS_CHUNK,
     )
     ours = predict(
         SMALL, Cluster(gpus), Layout(data_parallel=kind, micro_batch_size=2), 8 * gpus
@@ -277,6 +279,20 @@ def test_memory_is_the_estimators_without_model_parallelism(kind, gpus):
         assert ours[k] == pytest.approx(theirs[k], rel=1e-9), k
     assert theirs["total"] <= ours["total"] <= 1.1 * theirs["total"]
     assert ours["total"] == sum(v for k, v in ours.items() if k not in ("total", "host"))
+
+
+@pytest.mark.parametrize("vocab_size", [1024, 128256])
+@pytest.mark.parametrize("kind, gpus", [("ddp", 1), ("zero1", 8), ("fsdp", 8)])
+def test_the_planner_counts_the_loss_as_the_estimator_does(kind, gpus, vocab_size):
+    """In chunks from 8192 words on, all logits at once below."""
+    size = dict(n_layer=4, n_embd=512, vocab_size=vocab_size, block_size=4096)
+    for micro_batches in 1, 4:
+        s, _ = estimate.parse([f"--gpus={gpus}", "--batch=2", f"--micro_batches={micro_batches}"])
+        shape, _ = known.asked(s | size)
+        theirs = largest.held(SimpleNamespace(**s), {}, shape, kind, "bf16")
+        x = Layout(data_parallel=kind, micro_batch_size=2)
+        ours = predict(Model(**shape), Cluster(gpus), x, 2 * micro_batches * gpus).held
+        assert ours["total"] == pytest.approx(theirs["total"], rel=0.03), micro_batches
 
 
 def test_tp_and_pp_cut_the_weights_and_sp_the_activations():
@@ -616,6 +632,7 @@ def test_published_shapes_are_trained_as_published_and_a_guess_is_said_to_be_one
         ("--model=qwen2.5-7b --gpus=8", "Qwen2.5 7B, the published shape", "--qkv_bias=true "),
         ("--params=0.6B --gpus=8", "Qwen3 0.6B, the published shape", "--tied=true "),
         ("--params=6B --gpus=8", "the shape is a guess", "--n_embd=4096 "),
+        ("--params=350M --gpus=8", "a guess (nearest: --model=gpt2-355m)", "--n_embd=1152 "),
         ("--params=7B --gpus=8", "of this size also: --model=qwen2.5-7b", "--n_embd=4096 "),
         ("--params=7B --gpus=8 --block_size=2048", "but with block_size=2048", "--arch=llama "),
     ]:
@@ -644,6 +661,35 @@ def test_a_published_shape_has_the_published_count(name):
     )
 
 
+def test_heads_are_as_published():
+    """(queries, keys and values): the count of parameters would be the same with half of both."""
+    heads = {
+        "llama3": "32/8 64/8 128/8",
+        "llama3.2": "32/8 24/8",
+        "llama2": "32/32 40/40 64/8",
+        "qwen3": "16/8 16/8 32/8 32/8 40/8 64/8",
+        "qwen2.5": "14/2 12/2 16/2 28/4 40/8 40/8 64/8",
+        "gpt3": "96/96",
+        "gpt2": "12/12 16/16 20/20 25/25",
+    }
+    found = {}
+    for name in known.SHAPES:
+        shape = known.shape_of(name)
+        found.setdefault(name.rsplit("-", 1)[0], []).append(
+            f"{shape['n_head']}/{shape['n_kv_head']}"
+        )
+    assert {family: " ".join(pairs) for family, pairs in found.items()} == heads
+
+
+def test_a_group_of_columns_has_room_for_its_heading():
+    rows = [plan.cells(predict(MIDDLE, Cluster(8), Layout(data_parallel="zero1"), 64), 1)]
+    groups, head, row, *_ = plan.rows_with_heads(rows)
+    assert len(groups) == len(head) == len(row)
+    assert groups.endswith("| GB sent") and "inside" in head and "others" not in head
+    bars = [[i for i, x in enumerate(line) if x == "|"] for line in (groups, head, row)]
+    assert bars[0] == bars[1] == bars[2] and len(bars[0]) == 4
+
+
 def test_tokens_make_days():
     m, c = Model(16, 2048, 16, 16), Cluster(8)
     best = predict(m, c, Layout(data_parallel="zero1"), 64)
@@ -655,6 +701,8 @@ def test_tokens_make_days():
     )
     text = plan.in_words(plan.parse([]), m, c, 64, best)
     assert f"{20 * m.parameters / 1e9:,.4g}e9 tokens (20 for each" in text
+    days = 20 * m.parameters / per_second / 86400
+    assert f"take {days:,.3g} days, {24 * 8 * days:,.0f} GPU-hours" in text
 
 
 def test_every_gpu_of_the_help_has_a_cluster_or_a_reason():
@@ -693,6 +741,9 @@ def test_the_command_with_experts_is_one_that_train_reads():
     m = Model(4, 512, 4, 4, block_size=512, experts=Experts(64, 2, 1, 512, 2))
     assert cfg.ep == plans(m, Cluster(8, memory=2e9), 8)[0].layout.ep
     assert f"{m.active / 1e9:.4g}e9 of them active" in text
+    # How far published runs with experts were from what was predicted.
+    ratios = re.findall(r"^    (?:DS-V3|MPF).* ([\d.]+) [\d.]+$", prediction.__doc__, re.M)
+    assert f"experts {min(ratios)} to {max(ratios)} was predicted" in text and "11 %" not in text
 
 
 @pytest.mark.parametrize("params", [1e8, 350e6, 1.3e9, 7e9, 13e9, 70e9, 175e9, 405e9, 1e12])
@@ -736,6 +787,13 @@ def test_the_texts_runs():
         ("--params=7B --model=llama2-7b", "both say which model"),
         ("--params=7B --n_layer=40", "both say which model"),
         ("--params=1B --row=9", "row=9 is not in the table"),
+        ("--params=1B --gpu=V100", "no memory and no links in metrics/devices.py; leave --gpu"),
+        ("--params=1B --gpu=t4", "type --memory=16GB"),
+        ("--params=1B --gpu=H800-PCIe", "type --memory=16GB"),
+        ("--params=1B --gpu=H80", "did you mean H800"),
+        ("--params=1B --gpu=RTX", "there are: A10, A100"),
+        ("--params=7e9 --gpus=12", "type --gpus=16, or --gpus_per_node=4"),
+        ("--params=1B --batch=8 --batch_tokens=1M", "both say how large a step is"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said):
