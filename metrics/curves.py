@@ -272,13 +272,15 @@ def limits(runs: list[Run]) -> tuple[tuple[float, float], tuple[float, float], s
     if high - low > 1.5 * (later - low):
         high = later
     # A flat curve needs some height, too.
-    pad = 0.06 * (high - low) or 0.5
-    top = high + pad
+    is_flat = high - low <= 1e-6 * abs(high)
+    pad = (abs(high) / 4 if is_flat else 0.06 * (high - low)) or 0.5
+    y_limits = (low - pad, high + pad)
     first = min(point[1] for point in points)
     last = max(point[1] for point in points)
-    width = max(last - first, 1)
-    x_limits = (first - 0.015 * width, first + 1.015 * width)
-    return x_limits, (low - pad, top), cut_off([point for point in points if point[0] > top])
+    pad = max(0.015 * (last - first), 0.015, 1e-15 * last)  # floats lie far apart at 1e15
+    x_limits = (first - pad, last + pad)
+    above = [point for point in points if point[0] > y_limits[1]]
+    return x_limits, y_limits, cut_off(above)
 
 
 def usual_top(points: list[tuple], low: float) -> float:

@@ -36,7 +36,7 @@ def x_limits(found: list[Found]) -> tuple[float, float]:
     ends = [(i.run.rows[0]["step"], i.run.rows[-1]["step"]) for i in found if i.run.rows]
     first = min(end[0] for end in ends)
     last = max(end[1] for end in ends)
-    pad = 0.015 * max(last - first, 1)
+    pad = max(0.015 * (last - first), 0.015, 1e-15 * last)  # floats lie far apart at 1e15
     return first - pad, last + pad
 
 
@@ -48,7 +48,8 @@ def limits(values: list[float], from_zero: bool = False) -> tuple[float, float]:
     usual = values[math.ceil(0.98 * (len(values) - 1))]
     if high - low > 2 * (usual - low) > 0:
         high = usual
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    is_flat = high - low <= 1e-6 * abs(high)
+    pad = (0.05 * abs(high) if is_flat else 0.06 * (high - low)) or 0.5
     return (low if from_zero and low == 0 else low - pad), high + pad
 
 
