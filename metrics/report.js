@@ -11,7 +11,7 @@ const charts = [...document.querySelectorAll("svg.chart")].map((svg) => {
   return {
     axis: svg.dataset.axis, isLog: svg.dataset.log === "1", isWhole: svg.dataset.whole === "1",
     scale: svg.dataset.scale.split(" ").map(Number), views, frame, left, top, width, height,
-    ticks: svg.querySelector(".ticks"), band: svg.querySelector(".band"),
+    named: [...svg.querySelectorAll("[data-at]")], ticks: svg.querySelector(".ticks"), band: svg.querySelector(".band"),
     home: views.map((view) => view.getAttribute("viewBox").split(" ").map(Number)),
     curves: [...svg.querySelectorAll("path[data-name]")].map((path) => (
       {path, name: path.dataset.name, isEvent: path.closest("svg") !== views[0]})),
@@ -79,7 +79,15 @@ function show(chart, x, y, width, height) {
   let places = ticks(left, right, 8, chart.isWhole);
   if (tickLabels(places).some((words) => words.length > 13))
     places = ticks(left, right, 4, chart.isWhole);
-  tickLabels(places).forEach((words, i) => label(chart, words,
+  for (const node of chart.named) {
+    const at = chart.left + (node.dataset.at - x) / width * chart.width;
+    if (at < chart.left || at > chart.left + chart.width) continue;
+    set(node, {x: at});
+    if (node.hasAttribute("transform"))
+      set(node, {transform: `rotate(-60 ${at} ${node.getAttribute("y")})`});
+    chart.ticks.append(node);
+  }
+  if (!chart.named.length) tickLabels(places).forEach((words, i) => label(chart, words,
     Math.min(chart.left + (places[i] - left) / (right - left) * chart.width, 960 - 3.4 * words.length),
     bottom + 15, "middle"));
   const [low, high] = [yAt(chart, y + height), yAt(chart, y)];

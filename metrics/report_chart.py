@@ -141,17 +141,27 @@ def chart(
         # A ring has no value of its own to be read.
         name = None if curve.look == "ring" else curve.name
         style = dict(stroke=curve.color, data_name=name, data_run=curve.run)
-        look = dict(LOOKS[curve.look])
+        is_point = sum(y is not None for _, y in curve.points) == 1
+        # A line through a single point shows nothing.
+        look = dict(LOOKS["dots" if is_point and curve.look == "line" else curve.look])
         if curve.look == "dots" and len(curve.points) > 60:
             look["stroke_width"] = 4  # or they would be a thick line
         drawn.append(tag("path", d=d, **style, **look) if d else "")
     parts = [tag("svg", *drawn, y=TOP, height=height, viewBox="0 0 1 1", **view)]
     marks = []
     is_whole = axis in WHOLE
+    longest = max(map(len, names.values())) if names else 0
+    # Words that would lie over each other hang.
+    is_turned = longest * len(names or ()) * 7 > wide
+    room = max(BOTTOM, 6 * longest + 12) if is_turned else BOTTOM
+    named = names
     names = names or labelled(left, right, is_whole)
     for x, words in names.items():
         at = min(LEFT + (x - left) / (right - left) * wide, WIDTH - 3.4 * len(words))
-        marks.append(tag("text", words, x=f"{at:.1f}", y=bottom + 15, text_anchor="middle"))
+        turn = f"rotate(-60 {at:.1f} {bottom + 12})" if is_turned else None
+        style = dict(text_anchor="end" if is_turned else "middle", transform=turn)
+        style |= dict(data_at=f"{(x - left) / (right - left):.6g}") if named else {}
+        marks.append(tag("text", words, x=f"{at:.1f}", y=bottom + (12 if turn else 15), **style))
     places = ticks(low, high, height / 30)
     values = [label(10**y) for y in places] if log else tick_labels(places)
     for y, words in zip(places, values):
@@ -164,9 +174,9 @@ def chart(
         at = [(x - left) / (right - left) for x, _ in thinned([(x, 0) for x in places], n)]
         d = "".join(f"M{share(x, 12)},{i + 0.15}v.7" for x in at)
         rows.append(tag("path", d=d, stroke=color, stroke_width=2, data_name=name))
-        at = bottom + BOTTOM + ROW * (i + 0.8)
+        at = bottom + room + ROW * (i + 0.8)
         heads.append(tag("text", name[:12], x=LEFT - 6, y=f"{at:.1f}", text_anchor="end"))
-    total = bottom + BOTTOM
+    total = bottom + room
     if rows:
         size = dict(y=total, height=ROW * len(rows), viewBox=f"0 0 1 {len(rows)}")
         parts += [tag("svg", *rows, **size, **view), *heads]

@@ -5,6 +5,7 @@ there is nothing to show.
 """
 
 import math
+import re
 from collections import Counter
 from statistics import median
 
@@ -76,7 +77,8 @@ def losses(found: list[Found]) -> list[Markup]:
         hint += " Lines: training, smoothed; dots: validation. Boxes in the table hide a run."
     sections += [key(shown_keys), quiet(hint)]
     # The page draws no sign of validation there.
-    cut_off = cut_off.removesuffix("  (▲ validation)").capitalize()
+    cut_off = cut_off.removesuffix("  (▲ validation)").replace(r"\$", "$")
+    cut_off = cut_off[:1].upper() + cut_off[1:]
     return sections + ([quiet(f"{cut_off}.")] if cut_off else [])
 
 
@@ -193,7 +195,7 @@ def histograms(item: Found) -> list[Markup]:
         of_kind = kinds.setdefault(shown(row.get("kind"), 40), {})
         sums = of_kind.setdefault(row["step"], Counter())
         for exponent, n in counts.items():
-            if exponent.lstrip("-").isdecimal() and len(exponent) < 5 and is_finite(n) and n > 0:
+            if re.fullmatch(r"-?[0-9]{1,4}", exponent) and is_finite(n) and n > 0:
                 sums[int(exponent)] += n
     made = []
     for i, (kind, by_step) in enumerate([*kinds.items()][:10]):

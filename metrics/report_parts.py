@@ -7,17 +7,16 @@ there is nothing to show.
 from collections import Counter
 from statistics import median
 
+from metrics.labels import loss_text
 from metrics.logger import short
 from metrics.report_chart import box
 from metrics.report_curves import MOST_RUNS, color
-from metrics.report_page import MOST_ROWS, Markup, listed, quiet, shown, tag
+from metrics.report_page import MOST_COLUMNS, MOST_ROWS, Markup, listed, quiet, shown, tag
 from metrics.report_read import Found
-
-MOST_COLUMNS = 12  # of a table
 
 
 def loss(x: float | None) -> str:
-    return "" if x is None else f"{x:.4f}"
+    return "" if x is None else loss_text(x)
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +74,7 @@ def facts(item: Found) -> dict:
     tokens = item.last("tokens")
     return {
         "ended": ending(item),
-        "best validation loss": f"{best[1]:.4f} at step {best[0]:,}" if best else None,
+        "best validation loss": f"{loss_text(best[1])} at step {best[0]:,}" if best else None,
         "last validation loss": loss(item.last("val_loss")),
         "of the average (--ema=)": loss(item.last("val_loss_ema")),
         "last training loss": loss(item.last("loss")),
@@ -120,9 +119,16 @@ def runs(found: list[Found]) -> list[Markup]:
 
 def notes(found: list[Found]) -> list[Markup]:
     """Sentences about what is missing or damaged."""
-    said = []
+    of_notes = {}  # what is said -> of which runs
     for item in found:
-        said += [f"{item.run.name}: {note}" if len(found) > 1 else note for note in item.notes]
+        for note in item.notes:
+            of_notes.setdefault(note, []).append(item.run.name)
+    said = []
+    for note, names in of_notes.items():
+        if len(found) > 1:
+            of = names[0] if len(names) == 1 else f"{len(names)} of {len(found)} runs"
+            note = f"{of}: {note}"
+        said.append(note)
     return [tag("ul", *(tag("li", shown(note)) for note in said[:MOST_ROWS]))] if said else []
 
 
