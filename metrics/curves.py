@@ -117,7 +117,9 @@ def draw(runs: list[Run]):
     for ax, key in zip(axes[len(axes) - len(strips) :], strips):
         draw_strip(ax, runs, key)
     axes[-1].set_xlabel("step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    # As many numbers as have room.
+    few = {} if loss.get_xlim()[1] < 1e7 else dict(nbins=4)
+    axes[-1].xaxis.get_major_locator().set_params(integer=True, **few)
     axes[-1].xaxis.set_major_formatter(together())
     figure.align_ylabels(axes)
     add_legend(figure, loss)
@@ -377,6 +379,9 @@ def add_token_axis(ax, tokens_per_step: float) -> None:
     """A second axis at the top, in tokens."""
     to_tokens_and_back = (lambda x: x * tokens_per_step, lambda x: x / tokens_per_step)
     top = ax.secondary_xaxis("top", functions=to_tokens_and_back, xlabel="tokens")
+    first, last = (tokens_per_step * x for x in ax.get_xlim())
+    if last > 1e7 and last - first < last / 10:
+        top.xaxis.get_major_locator().set_params(nbins=4)
     top.xaxis.set_major_formatter(together())
 
 

@@ -46,12 +46,15 @@ def tick_labels(places: list[float]) -> list[str]:
     if len(places) < 2 or largest == 0:
         return [f"{x:,.0f}" if x == round(x) and abs(x) < 1e15 else f"{x:.6g}" for x in places]
     gap = abs(places[1] - places[0])
-    digits = math.floor(math.log10(gap) + 1e-9)  # of the gap: 0.05 has -2
+    digits = math.floor(math.log10(gap) + 1e-9)  # of the gap: 0.05 has -2, 0.25 too
+    times = gap / 10.0**digits
+    digits -= abs(times - round(times)) > 1e-3
     exact = max(0, math.floor(math.log10(largest)) - digits)  # digits after the first
     if largest < 1e-3 or largest >= 1e16:
         return ["0" if abs(x) < gap / 2 else f"{x:.{exact}e}" for x in places]
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if largest >= max(size, 1e4) and gap >= 0.1 * size * (1 - 1e-9):
+        least = 1e-3 if size > 1e3 and largest >= 1e3 * size else 0.1
+        if largest >= max(size, 1e4) and gap >= least * size * (1 - 1e-9):
             n = max(0, round(math.log10(size)) - digits)
             return ["0" if abs(x) < gap / 2 else f"{x / size:.{n}f}{letter}" for x in places]
     return [f"{0.0 if abs(x) < gap / 2 else x:,.{max(0, -digits)}f}" for x in places]

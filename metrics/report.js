@@ -47,13 +47,17 @@ function tickLabels(places) {  // metrics/labels.py has the same
   if (places.length < 2 || largest === 0)
     return places.map((x) => Number.isInteger(x) && Math.abs(x) < 1e15 ? fixed(x, 0) : text(x));
   const gap = Math.abs(places[1] - places[0]);
-  const digits = Math.floor(Math.log10(gap) + 1e-9);
+  let digits = Math.floor(Math.log10(gap) + 1e-9);
+  const times = gap / 10 ** digits;
+  if (Math.abs(times - Math.round(times)) > 1e-3) digits -= 1;
   const exact = Math.min(100, Math.max(0, Math.floor(Math.log10(largest)) - digits));
   const orZero = (write) => places.map((x) => Math.abs(x) < gap / 2 ? "0" : write(x));
   if (largest < 1e-3 || largest >= 1e16) return orZero((x) => x.toExponential(exact));
-  for (const [size, power, letter] of [[1e9, 9, "B"], [1e6, 6, "M"], [1e3, 3, "k"]])
-    if (largest >= Math.max(size, 1e4) && gap >= 0.1 * size * (1 - 1e-9))
+  for (const [size, power, letter] of [[1e9, 9, "B"], [1e6, 6, "M"], [1e3, 3, "k"]]) {
+    const least = size > 1e3 && largest >= 1e3 * size ? 1e-3 : 0.1;
+    if (largest >= Math.max(size, 1e4) && gap >= least * size * (1 - 1e-9))
       return orZero((x) => (x / size).toFixed(Math.max(0, power - digits)) + letter);
+  }
   return places.map((x) => fixed(Math.abs(x) < gap / 2 ? 0 : x, Math.min(20, Math.max(0, -digits))));
 }
 

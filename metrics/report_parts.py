@@ -30,9 +30,9 @@ def ending(item: Found) -> str:
     """How a run ended, as far as its files tell."""
     done = item.steps()
     steps = item.config.get("steps")
-    text = f"{done:,} steps"
+    text = f"{done:,} step{'s' * (done != 1)}"
     if type(steps) is int and done >= steps:
-        text = f"all {steps:,} steps"
+        text = f"all {steps:,} steps" if steps != 1 else "its 1 step"
     elif type(steps) is int:
         text = f"{done:,} of {steps:,} steps: still running, stopped, or killed"
         if type(item.config.get("patience")) is int:

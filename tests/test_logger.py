@@ -132,6 +132,13 @@ def test_read_metrics_leaves_out_a_half_written_line(tmp_path):
     assert read_metrics(path) == []
 
 
+def test_read_metrics_leaves_out_steps_that_are_damage(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [-1, 0, 2**53 - 1, 2**53, 10**22]
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    assert [row["step"] for row in read_metrics(path)] == [0, 2**53 - 1]
+
+
 # ---- starting and resuming
 
 

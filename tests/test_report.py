@@ -16,12 +16,14 @@ import pytest
 import train
 from metrics import report
 from metrics.labels import tick_labels
-from metrics.report_chart import Curve, chart, label, path_of, thinned, ticks
+from metrics.report_chart import WIDTH, Curve, chart, label, path_of, thinned, ticks
+from metrics.report_curves import limits
 from metrics.report_page import MOST_ROWS, page, tag, text
 from metrics.report_search import over_field
 from settings import parse
 
 ROOT = Path(__file__).parent.parent
+LOSSES = {"a": 1.3, "b": 1.4, "LR$3": 42.0}
 JS = ("text", "ticks", "tickLabels")  # functions of report.js
 EVIL = '</script><img src=x onerror="document.title=1"><script>document.title=2</script>\'"&\u202e'
 # What is seen of it: the last character would turn round what follows.
@@ -131,7 +133,8 @@ def plant(folder: Path) -> None:
     )
     config += f"{word} = 1\n[chosen]\noptim = {word}\nday = 1979-05-27T07:32:00Z\n"
     (folder / "config.toml").write_text(config, encoding="utf-8")
-    histograms = [dict(step=1, kind=EVIL, counts={"1": 3, "x": 4, "2": EVIL, "99999": 2})]
+    counts = {"1": 3, "x": 4, "2": EVIL, "99999": 2, "--5": 3, "-": 1, "": 1, "²": 2, "-\n": 1}
+    histograms = [dict(step=1, kind=EVIL, counts=counts)]
     histograms += [dict(step=1, kind=[EVIL], counts={"-3": 1}), dict(step=2, counts=[EVIL])]
     text_of = "\n".join(map(json.dumps, histograms))
     (folder / "histograms.jsonl").write_text(text_of, encoding="utf-8")
@@ -320,6 +323,34 @@ def test_a_logarithmic_axis_places_by_powers():
     assert 'data-scale="0 2 0.0 2.0"' in content and ">100</text>" in content
 
 
+@pytest.mark.parametrize("is_pale", [False, True])
+def test_a_point_alone_is_a_dot(is_pale):
+    points = [(1, 2.0), (2, None)] + [(3, 2.0)] * is_pale
+    content = chart([Curve("a", points, "red")], (0, 3), (1, 3))
+    assert ('stroke-width="7"' in content) == (not is_pale)
+
+
+def test_names_that_would_lie_over_each_other_hang():
+    def turned(n, width=18):
+        names = {k: f"{k}-".ljust(width, "x") for k in range(n)}
+        content = chart([Curve("a", [(0, 1.0)], "red")], (-1, n), (0, 2), names=names)
+        tall = float(re.search(rf'viewBox="0 0 {WIDTH} (\S+)"', content)[1])
+        assert content.count("data-at=") == n
+        return "rotate" in content, tall
+
+    assert not turned(4)[0] and turned(12)[0]
+    assert turned(12)[1] > turned(4)[1] + 80
+
+
+def test_a_chart_from_zero_begins_there():
+    assert limits([2.0, 4.0], True)[0] == 0 and limits([2.0, 4.0])[0] > 1.8
+    assert limits([-1.0, 4.0], True)[0] < -1
+    low, high = limits([2.0, 2.0 + 1e-12])
+    assert low < 1.95 and high > 2.05
+    one = chart([Curve("a", [(1, 5.0)], "red")], (0, 2), limits([5.0], True))
+    assert ">0</text>" in one
+
+
 # ---- what is there, and what is not --------------------------------------------------------------
 def test_a_run_says_what_it_was_and_how_it_ended(make):
     rows = [dict(step=0, val_loss=5.0), *(train_row(step) for step in range(1, 4))]
@@ -417,6 +448,29 @@ def test_what_is_missing_is_said(make, tmp_path):
     assert "No run is here yet." in said(tmp_path / "none")
 
 
+def test_what_many_runs_lack_is_said_once(make):
+    runs = [make(name, [train_row(1)]) for name in "abc"]
+    for run in runs[:2]:
+        (run / "config.toml").unlink()
+    (runs[2] / "config.toml").write_text("[", encoding="utf-8")
+    text_of = said(runs)
+    assert text_of.count("no config.toml") == 1 and "2 of 3 runs: no config.toml" in text_of
+    assert "c: config.toml is damaged" in text_of and "1 step;" not in text_of
+    assert "1 steps" not in said(make("one", [train_row(1)], ""))
+
+
+def test_a_bad_run_is_named_below_the_picture_as_it_is_called(make):
+    runs = [
+        make(n, [train_row(s, loss=x + 1 / s) for s in range(1, 99)]) for n, x in LOSSES.items()
+    ]
+    assert "Above the picture: all of LR$3, from 42" in said(runs)
+
+
+def test_a_loss_of_any_size_is_short(make):
+    text_of = said(make("huge", [train_row(1, loss=1e30), dict(step=1, val_loss=2e-8)]))
+    assert "1e+30" in text_of and "2e-08 at step 1" in text_of and not re.search(r"\d{20}", text_of)
+
+
 def test_long_tables_end(make):
     rows = [train_row(1), *(dict(step=1, event="skip", text=f"no. {k}") for k in range(1000))]
     text_of = said(make("run", rows))
@@ -448,7 +502,12 @@ def test_the_command_writes_where_it_says(make, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["a/report.html", "report.html", "c.html"]
     content = (tmp_path / "c.html").read_text(encoding="utf-8")
     assert "Summary" in content and "<title>a, a</title>" in content
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        report.main(["a", "--out=taken"])
     assert not [*tmp_path.rglob("*.tmp")]
+    report.main(["--help"])
+    assert "Exit status" in capsys.readouterr().out
     for wrong in ([], ["--out=x.html"], ["a", "--csv"], ["a", "--out="]):
         with pytest.raises(ValueError, match="usage"):
             report.main(wrong)
