@@ -48,7 +48,9 @@ SHOWN = {
 
 
 def short(n: float) -> str:
-    """950 -> 950, 131072 -> 131k, 2.5e9 -> 2.5B"""
+    """950 -> 950, 131072 -> 131k, 2.5e9 -> 2.5B, 1e18 -> 1e+18"""
+    if n >= 1e15:
+        return f"{n:.3g}"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")):
         if n >= size:
             break

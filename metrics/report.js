@@ -11,7 +11,8 @@ const charts = [...document.querySelectorAll("svg.chart")].map((svg) => {
   return {
     axis: svg.dataset.axis, isLog: svg.dataset.log === "1", isWhole: svg.dataset.whole === "1",
     scale: svg.dataset.scale.split(" ").map(Number), views, frame, left, top, width, height,
-    named: [...svg.querySelectorAll("[data-at]")], ticks: svg.querySelector(".ticks"), band: svg.querySelector(".band"),
+    named: [...svg.querySelectorAll("[data-at]")],
+    ticks: svg.querySelector(".ticks"), band: svg.querySelector(".band"),
     home: views.map((view) => view.getAttribute("viewBox").split(" ").map(Number)),
     curves: [...svg.querySelectorAll("path[data-name]")].map((path) => (
       {path, name: path.dataset.name, isEvent: path.closest("svg") !== views[0]})),
@@ -126,7 +127,8 @@ function read(chart, wanted, width) {  // what lies near this x, a line each
     const height = yAt(chart, y);
     const value = curve.isEvent ? "" : ` ${text(chart.isLog ? 10 ** height : height)}`;
     const at = xAt(chart, x);
-    return [`${curve.name}${value} at ${chart.axis} ${chart.isWhole ? Math.round(at) : text(at)}`];
+    const word = chart.named.find((node) => Math.abs(node.dataset.at - x) < 1e-5)?.textContent;
+    return [`${curve.name}${value} at ${chart.axis} ${word ?? (chart.isWhole ? Math.round(at) : text(at))}`];
   });
 }
 

@@ -108,7 +108,7 @@ def runs(found: list[Found]) -> list[Markup]:
     rows = []
     for i, (item, value) in enumerate(zip(found, values)):
         name = box(i, color(i, found), shown(item.run.name, 60)) if i < MOST_RUNS else item.run.name
-        branch = f" (leaves {item.run.branch[0]})" if item.run.branch else ""
+        branch = f" (leaves {shown(item.run.branch[0], 60)})" if item.run.branch else ""
         rows.append([name, *(value[name] for name in names)])
         rows[-1][1] += branch
     sections = [tag("h2", f"{len(found)} runs, the best first"), *listed(["run", *names], rows, 0)]

@@ -309,6 +309,8 @@ def test_text_the_terminal_cannot_encode_does_not_stop_the_run(tmp_path, monkeyp
         (131072, "131k"),
         (2.5e9, "2.5B"),
         (7.3e11, "730B"),
+        (1e18, "1e+18"),
+        (10**299, "1e+299"),
     ],
 )
 def test_large_numbers_are_short(n, text):
