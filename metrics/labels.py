@@ -37,6 +37,13 @@ def loss_text(x: float) -> str:
     return f"{x:.4f}" if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.4g}"
 
 
+def duration(seconds: float) -> str:
+    """90 -> 90 s, 1800 -> 30.0 min, 7200 -> 2.0 h"""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def tick_labels(places: list[float]) -> list[str]:
     """Labels of evenly spaced ticks, with the digits that tell one from the next.
 

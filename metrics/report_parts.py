@@ -7,7 +7,7 @@ there is nothing to show.
 from collections import Counter
 from statistics import median
 
-from metrics.labels import loss_text
+from metrics.labels import duration, loss_text
 from metrics.logger import short
 from metrics.report_chart import box
 from metrics.report_curves import MOST_RUNS, color
@@ -17,12 +17,6 @@ from metrics.report_read import Found
 
 def loss(x: float | None) -> str:
     return "" if x is None else loss_text(x)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 # ---- facts ---------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import sweep
 import train
 from metrics import report
 from metrics.labels import tick_labels
 from metrics.report_chart import WIDTH, Curve, chart, label, path_of, thinned, ticks
 from metrics.report_curves import limits
 from metrics.report_page import MOST_ROWS, page, tag, text
+from metrics.report_read import MAXIMISED
 from metrics.report_search import over_field
 from settings import parse
 
@@ -285,6 +287,7 @@ def test_ticks_are_few_round_and_inside(low, high):
 def test_no_two_ticks_are_labelled_alike(low, high, wanted):
     found = tick_labels(ticks(low, high, 8, is_whole=high > 100 or high < 1.1 > low > 0.1))
     assert len({*found}) == len(found)
+    assert tick_labels([1.0, 1.25, 1.5]) == ["1.00", "1.25", "1.50"]
     assert found[: len(wanted)] == wanted
 
 
@@ -292,7 +295,15 @@ def test_no_two_ticks_are_labelled_alike(low, high, wanted):
 def test_a_zoom_labels_as_the_page_does():
     script = (ROOT / "metrics" / "report.js").read_text(encoding="utf-8")
     parts = [re.search(rf"^function {name}\(.*?^}}", script, re.M | re.S)[0] for name in JS]
-    ends = [(150_000, 150_060), (1e6, 1e6 + 60), (1e5, 2e5), (0, 5e9), (-1.5, 3.1), (1.3, 1.62)]
+    ends = [
+        (0.9, 1.9),
+        (150_000, 150_060),
+        (1e6, 1e6 + 60),
+        (1e5, 2e5),
+        (0, 5e9),
+        (-1.5, 3.1),
+        (1.3, 1.62),
+    ]
     code = "\n".join(parts) + f"\nconst ends = {json.dumps(ends)};"
     code += "console.log(JSON.stringify(ends.map(([a, b]) => tickLabels(ticks(a, b, 8)))))"
     done = subprocess.run(["node", "-e", code], capture_output=True, text=True, timeout=60)
@@ -347,8 +358,14 @@ def test_a_chart_from_zero_begins_there():
     assert limits([-1.0, 4.0], True)[0] < -1
     low, high = limits([2.0, 2.0 + 1e-12])
     assert low < 1.95 and high > 2.05
-    one = chart([Curve("a", [(1, 5.0)], "red")], (0, 2), limits([5.0], True))
-    assert ">0</text>" in one
+
+
+def test_speed_and_memory_begin_at_zero(make):
+    rows = [train_row(k, tokens_per_s=1e4 + k, peak_bytes=2**28 + k) for k in range(1, 9)]
+    content = report.build([make("run", rows)])
+    for title in ("Tokens a second", "Memory at most"):
+        scale = re.search(r'data-scale="([^"]*)"', content.split(title)[-1])[1].split()
+        assert float(scale[2]) == 0 < float(scale[3])
 
 
 # ---- what is there, and what is not --------------------------------------------------------------
@@ -419,6 +436,10 @@ def test_a_search_names_its_best_and_draws_each_field(make, tmp_path):
     assert paths(content, "trial") == [[(-3, 3.0), (-2, 2.5), (-1, 2.0)]]
     assert "val_loss over lr" in text_of and "val_loss over optim" not in text_of
     assert 'class="best"><td>trial-0001' in content
+
+
+def test_a_page_orders_by_a_metric_as_the_search_does():
+    assert MAXIMISED == sweep.MAXIMISED
 
 
 def test_bad_trials_do_not_flatten_the_many():
