@@ -131,7 +131,8 @@ def test_a_bad_run_flattens_no_others_and_is_named():
     assert note.startswith(r"above the picture: all of c, from 42") and "later" not in note
     # Two are compared whatever lies between them, and near ones are never cut off.
     assert curves.limits([run("a", 1.3), run("c", 42.0)])[1][1] < 6
-    near = [run("a", 2.0), run("b", 2.01), run("c", 2.4)]
+    flat = [train_row(s, loss=2 + s % 2 / 1000) for s in range(1, 201)]
+    near = [run_of(flat, "a"), run_of(flat, "b"), run("c", 2.4)]
     assert "all of" not in curves.limits(near)[2] and curves.limits(near)[1][1] > 2.4
     rise = [train_row(s, loss=2 + max(0, s - 150) ** 4) for s in range(1, 201)]
     _, (_, top), note = curves.limits([*many[:2], run_of(rise, "diverged")])
@@ -354,6 +355,7 @@ def test_no_size_hides_a_label_under_another(factor, first):
         places = [x for x in axis.get_majorticklocs() if low <= x <= high]
         said = [*axis.get_major_formatter().format_ticks(places)]
         assert len({*said}) == len(said) >= 2, said
+        assert axis.get_offset_text().get_text() == ""
 
 
 def test_a_source_of_many_branches_has_one_row_of_the_legend():
