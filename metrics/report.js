@@ -48,9 +48,7 @@ function tickLabels(places) {  // metrics/labels.py has the same
   if (places.length < 2 || largest === 0)
     return places.map((x) => Number.isInteger(x) && Math.abs(x) < 1e15 ? fixed(x, 0) : text(x));
   const gap = Math.abs(places[1] - places[0]);
-  let digits = Math.floor(Math.log10(gap) + 1e-9);
-  const times = gap / 10 ** digits;
-  if (Math.abs(times - Math.round(times)) > 1e-3) digits -= 1;
+  const digits = Math.floor(Math.log10(gap) + 1e-9);  // ticks() makes no 0.25
   const exact = Math.min(100, Math.max(0, Math.floor(Math.log10(largest)) - digits));
   const orZero = (write) => places.map((x) => Math.abs(x) < gap / 2 ? "0" : write(x));
   if (largest < 1e-3 || largest >= 1e16) return orZero((x) => x.toExponential(exact));

@@ -118,6 +118,8 @@ def test_a_spike_is_cut_off_and_a_lasting_rise_is_not():
 def test_a_constant_loss_has_some_height():
     low, high, _ = limits([train_row(s, loss=2.0) for s in range(1, 100)])
     assert (low, high) == (1.5, 2.5)
+    low, high, _ = limits([train_row(s, loss=2 + s % 2 * 1e-12) for s in range(1, 100)])
+    assert low < 1.6 and high > 2.4
 
 
 def test_a_bad_run_flattens_no_others_and_is_named():

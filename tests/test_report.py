@@ -360,6 +360,12 @@ def test_a_chart_from_zero_begins_there():
     assert low < 1.95 and high > 2.05
 
 
+def test_a_single_step_has_some_width(make):
+    for step in (0, 2**53 - 1):
+        rows = [dict(step=step, val_loss=2.0)]
+        assert ">2.0000 at step" in report.build([make(f"run{step}", rows)])
+
+
 def test_speed_and_memory_begin_at_zero(make):
     rows = [train_row(k, tokens_per_s=1e4 + k, peak_bytes=2**28 + k) for k in range(1, 9)]
     content = report.build([make("run", rows)])
