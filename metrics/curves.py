@@ -16,8 +16,7 @@ import math
 import textwrap
 from statistics import median
 
-from metrics.labels import columns, plain
-from metrics.logger import short
+from metrics.labels import columns, loss_text, plain, tick_labels
 
 TRAINING = "#3b75af"
 VALIDATION = "#c8502d"
@@ -71,6 +70,12 @@ class Run:
         """Step and value of the lowest validation loss; None without an evaluation."""
         return min(self.validation().items(), key=lambda point: point[1], default=None)
 
+    def rank(self) -> tuple[bool, float]:
+        """What sorts runs, the best first: by validation, without one by training."""
+        best = self.best()
+        loss = best[1] if best else [math.inf, *self.curves["loss"].values()][-1]
+        return best is None, loss
+
 
 def is_finite(x) -> bool:
     # Not math.isfinite: a file may hold an integer that is no float.
@@ -93,7 +98,9 @@ def draw(runs: list[Run]):
 
     loss = axes[0]
     loss.set_ylabel("loss (nats per token)")
+    loss.yaxis.set_major_formatter(together())
     note = set_limits(loss, runs)
+    note = "\n".join(textwrap.wrap(note, 120, break_on_hyphens=False))
     loss.set_title(note, loc="left", fontsize=9, color="#555555")
     for run, color in zip(runs, hues(runs)):
         draw_losses(loss, run, color, alone=len(runs) == 1)
@@ -110,7 +117,10 @@ def draw(runs: list[Run]):
     for ax, key in zip(axes[len(axes) - len(strips) :], strips):
         draw_strip(ax, runs, key)
     axes[-1].set_xlabel("step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    # As many numbers as have room.
+    few = {} if loss.get_xlim()[1] < 1e7 else dict(nbins=4)
+    axes[-1].xaxis.get_major_locator().set_params(integer=True, **few)
+    axes[-1].xaxis.set_major_formatter(together())
     figure.align_ylabels(axes)
     add_legend(figure, loss)
     figure.suptitle(title_of(runs), x=0.01, ha="left", weight="bold")
@@ -136,14 +146,14 @@ def title_of(runs: list[Run]) -> str:
     if measured:
         run = min(measured, key=lambda run: run.best()[1])
         step, loss = run.best()
-        text = f"best validation loss {loss:.4f} at step {step}"
-        last, final = [*run.validation().items()][-1]
-        if last != step:
-            text += f", {final:.4f} at the end"
+        text = f"best validation loss {loss_text(loss)} at step {step}"
+        final = loss_text([*run.validation().values()][-1])
+        if final != loss_text(loss):
+            text += f", {final} at the end"
     else:
         run = min(runs, key=lambda run: [*run.curves["loss"].values()][-1])
         last, loss = [*run.curves["loss"].items()][-1]
-        text = f"training loss {loss:.4f} at step {last}"
+        text = f"training loss {loss_text(loss)} at step {last}"
     text = f"{plain(run.name, 60)}: {text}"
     if len(runs) > 1:
         text = f"Best of {len(runs)} is {text}"
@@ -228,19 +238,32 @@ def mark_best(ax, runs: list[Run]) -> None:
         ax.plot([], [], "o", color="#bbbbbb", mec="black", mew=0.7, label="dots: validation")
     step, loss = min(points, key=lambda point: point[1])
     ring = dict(ls="", ms=13, mfc="none", mec="black", mew=1.4, zorder=5)
-    ax.plot([step], [loss], "o", label=f"best validation: {loss:.4f} at step {step}", **ring)
+    ax.plot([step], [loss], "o", label=f"best validation: {loss_text(loss)} at step {step}", **ring)
 
 
 def mark_branches(ax, runs: list[Run]) -> None:
-    """A dotted line where a branch leaves, and a diamond where its own curve begins."""
+    """A dotted line where a branch leaves, and a diamond where its own curve begins.
+
+    The legend has a row for each run that is left.
+    """
+    left = {}  # source -> branches
+    for run in runs:
+        if run.branch:
+            left.setdefault(run.branch[0], []).append(run)
+    for source, branches in left.items():
+        steps = sorted({run.branch[1] for run in branches})
+        at = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        label = f"leaves {plain(source, 40)} at {at}"
+        if len(branches) > 1:
+            label = f"{len(branches)} runs: each {label}"
+        elif len(runs) > 1:
+            label = f"{plain(branches[0].name, 40)} {label}"
+        color = "#555555" if len(branches) > 1 else hues(runs)[runs.index(branches[0])]
+        ax.plot([], [], color=color, ls=":", lw=1.3, label=label)
     for run, color in zip(runs, hues(runs)):
         if run.branch is None:
             continue
-        source, step = run.branch
-        label = f"leaves {plain(source, 40)} at step {step}"
-        if len(runs) > 1:
-            label = f"{plain(run.name, 40)} {label}"
-        ax.axvline(step, color=color, ls=":", lw=1.3, label=label, zorder=1)
+        ax.axvline(run.branch[1], color=color, ls=":", lw=1.3, zorder=1)
         steps, losses = smoothed(run, "loss" if run.curves["loss"] else "val_loss")
         ax.plot(steps[:1], losses[:1], "D", ms=6, color=color, mec="black", mew=0.7, zorder=4)
 
@@ -254,31 +277,55 @@ def set_limits(ax, runs: list[Run]) -> str:
 
 def limits(runs: list[Run]) -> tuple[tuple[float, float], tuple[float, float], str]:
     """Of steps and of losses, and what is cut off, as a sentence, or ""."""
-    points = []  # (loss, step, is it of the start?, is it validation?)
-    for run in runs:
-        train = run.curves["loss"]
-        val = run.curves["val_loss"]
-        ema = run.curves["val_loss_ema"]
-        steps = sorted({*train, *val, *ema})
-        end_of_start = steps[0] + START_FRAC * (steps[-1] - steps[0])
-        has_start = sum(step > end_of_start for step in train) >= FEWEST
-        for curve, is_val in ((train, False), (val, True), (ema, True)):
-            for step, loss in curve.items():
-                points.append((loss, step, has_start and step <= end_of_start, is_val))
+    of_runs = [points_of(run) for run in runs]
+    points = [point for found in of_runs for point in found]
     low = min(point[0] for point in points)
-    high = usual_top(points, low)
+    near = [point for i in near_the_best(of_runs, low) for point in of_runs[i]]
+    high = usual_top(near, low)
     # The start is cut off only where it would take a third of the height or more.
-    later = usual_top([point for point in points if not point[2]], low)
+    later = usual_top([point for point in near if not point[2]], low)
     if high - low > 1.5 * (later - low):
         high = later
     # A flat curve needs some height, too.
-    pad = 0.06 * (high - low) or 0.5
-    top = high + pad
+    is_flat = high - low <= 1e-6 * abs(high)
+    pad = (abs(high) / 4 if is_flat else 0.06 * (high - low)) or 0.5
+    y_limits = (low - pad, high + pad)
     first = min(point[1] for point in points)
     last = max(point[1] for point in points)
-    width = max(last - first, 1)
-    x_limits = (first - 0.015 * width, first + 1.015 * width)
-    return x_limits, (low - pad, top), cut_off([point for point in points if point[0] > top])
+    pad = max(0.015 * (last - first), 0.015, 1e-15 * last)  # floats lie far apart at 1e15
+    x_limits = (first - pad, last + pad)
+    return x_limits, y_limits, cut_off(runs, of_runs, y_limits[1])
+
+
+def points_of(run: Run) -> list[tuple[float, int, bool, bool]]:
+    """(loss, step, is it of the start?, is it validation?) of each loss."""
+    train = run.curves["loss"]
+    val = run.curves["val_loss"]
+    ema = run.curves["val_loss_ema"]
+    steps = sorted({*train, *val, *ema})
+    end_of_start = steps[0] + START_FRAC * (steps[-1] - steps[0])
+    has_start = sum(step > end_of_start for step in train) >= FEWEST
+    return [
+        (loss, step, has_start and step <= end_of_start, is_val)
+        for curve, is_val in ((train, False), (val, True), (ema, True))
+        for step, loss in curve.items()
+    ]
+
+
+def near_the_best(of_runs: list[list[tuple]], low: float) -> list[int]:
+    """Which runs set the height: not those that would flatten the half that ends lower."""
+    later = [[point for point in points if not point[2]] for points in of_runs]
+    ends = []
+    for points in later:
+        train = [point[0] for point in points if not point[3]]
+        losses = train or [point[0] for point in points]
+        ends.append(median(losses[-max(1, len(losses) // 10) :]))
+    half = sorted(range(len(ends)), key=ends.__getitem__)[: (len(ends) + 1) // 2]
+    reach = usual_top([point for i in half for point in later[i]], low)
+    # Near runs are compared, however close to each other the best lie.
+    height = max(reach - low, abs(low) / 4)
+    tops = [usual_top(points, low) for points in later]
+    return [i for i, top in enumerate(tops) if i in half or top - low <= 3 * height]
 
 
 def usual_top(points: list[tuple], low: float) -> float:
@@ -303,17 +350,28 @@ def usual_top(points: list[tuple], low: float) -> float:
     return max(tops)
 
 
-def cut_off(above: list[tuple]) -> str:
+def cut_off(runs: list[Run], of_runs: list[list[tuple]], top: float) -> str:
+    above = []
+    parts = []
+    for run, points in zip(runs, of_runs):
+        high = [point for point in points if point[0] > top]
+        later = [point[0] for point in points if not point[2]]
+        if min(later) > top:
+            parts.append(f"all of {plain(run.name)}, from {min(later):.3g}")
+        else:
+            above += high
+    if len(parts) > 3:
+        parts[2:] = [f"{len(parts) - 2} more runs"]
     starts = [point[0] for point in above if point[2]]
     later = [point[0] for point in above if not point[2]]
-    parts = []
     if starts:
         parts.append(f"the first steps, from {max(starts):.3g}")
     if later:
         parts.append(f"{len(later)} later loss{'es' * (len(later) > 1)}, up to {max(later):.3g}")
     if not parts:
         return ""
-    sign = "  (▲ validation)" if any(point[3] for point in above) else ""
+    is_val = any(point[3] and point[0] > top for points in of_runs for point in points)
+    sign = "  (▲ validation)" if is_val else ""
     return f"above the picture: {'; '.join(parts)}{sign}"
 
 
@@ -321,7 +379,25 @@ def add_token_axis(ax, tokens_per_step: float) -> None:
     """A second axis at the top, in tokens."""
     to_tokens_and_back = (lambda x: x * tokens_per_step, lambda x: x / tokens_per_step)
     top = ax.secondary_xaxis("top", functions=to_tokens_and_back, xlabel="tokens")
-    top.xaxis.set_major_formatter(lambda x, _: short(x))
+    first, last = (tokens_per_step * x for x in ax.get_xlim())
+    if last > 1e7 and last - first < last / 10:
+        top.xaxis.get_major_locator().set_params(nbins=4)
+    top.xaxis.set_major_formatter(together())
+
+
+def together():
+    """A matplotlib Formatter with all digits beside each tick, and none beyond the axis's end,
+    where another axis's labels are."""
+    from matplotlib import ticker
+
+    class Together(ticker.Formatter):
+        def __call__(self, x, pos=None):
+            return tick_labels([x])[0]
+
+        def format_ticks(self, values):
+            return tick_labels([*values])
+
+    return Together()
 
 
 # ---- below the loss ------------------------------------------------------------------------------

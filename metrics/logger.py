@@ -29,17 +29,18 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 
+from metrics.labels import loss_text
 from metrics.outlets import LineFile, print_line, to_nowhere
 
 # What people see of a row of metrics, in this order.
 SHOWN = {
-    "loss": "loss {:.4f}".format,
+    "loss": lambda x: f"loss {loss_text(x)}",
     "lr": "lr {:.1e}".format,
     "grad_norm": lambda x: f"grad {x:.2f}" if x >= 0.1 else f"grad {x:.1e}",
     "tokens_per_s": lambda x: f"{short(x)} tok/s",
     "mfu": lambda x: f"{100 * x:.3g}% mfu",
-    "val_loss": "val loss {:.4f}".format,
-    "val_loss_ema": "of the average {:.4f}".format,
+    "val_loss": lambda x: f"val loss {loss_text(x)}",
+    "val_loss_ema": lambda x: f"of the average {loss_text(x)}",
     "val_bpb": "bpb {:.4f}".format,
     "val_accuracy": "accuracy {:.1%}".format,
     "perplexity": lambda x: f"perplexity {x:.2f}" if x < 1e6 else f"perplexity {x:.1e}",
@@ -47,7 +48,9 @@ SHOWN = {
 
 
 def short(n: float) -> str:
-    """950 -> 950, 131072 -> 131k, 2.5e9 -> 2.5B"""
+    """950 -> 950, 131072 -> 131k, 2.5e9 -> 2.5B, 1e18 -> 1e+18"""
+    if n >= 1e15:
+        return f"{n:.3g}"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")):
         if n >= size:
             break
@@ -71,7 +74,7 @@ def to_json(value):
 def read_metrics(path) -> list[dict]:
     """The rows of a metrics.jsonl, without lines that are no JSON object of a step.
 
-    A kill may leave half a line.
+    A kill may leave half a line. A step below 0 or from 2**53 is damage, and no place on an axis.
     """
     rows = []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -80,7 +83,8 @@ def read_metrics(path) -> list[dict]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and type(row.get("step")) is int:
+            step = row.get("step") if isinstance(row, dict) else None
+            if type(step) is int and 0 <= step < 2**53:
                 rows.append(row)
     return rows
 

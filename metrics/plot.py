@@ -11,12 +11,14 @@ Exit status: 0 done; 2 a mistake, in one line.
 import csv
 import json
 import os
+import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
 
 from metrics.curves import Run, draw
-from metrics.labels import one_line
+from metrics.labels import loss_text, one_line
 from metrics.logger import read_metrics
 
 
@@ -41,6 +43,11 @@ def to_csv(run, path) -> None:
 
 def metrics_of(run) -> str:
     path = os.path.join(run, "metrics.jsonl")
+    if os.path.isfile(os.path.join(run, "sweep.json")):
+        raise FileNotFoundError(
+            f"{run} is the folder of a search: python -m metrics.report {shlex.quote(str(run))} "
+            "makes its page, and metrics.plot draws its trial-* folders"
+        )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
     return path
@@ -94,9 +101,10 @@ def branch_of(folder, rows: list[dict]) -> tuple[str, int] | None:
     if not isinstance(source, str) or source in ("auto", "never") or not rows:
         return None
     path = Path(source)
-    number = path.name.removeprefix("step-")
-    if number.isdecimal():
-        return str(path.parent), int(number)
+    # More digits are no step of a run.
+    number = re.fullmatch(r"(?:step-)?(\d{1,15})", path.name, re.ASCII)
+    if number:
+        return str(path.parent), int(number[1])
     # A folder stands for its newest checkpoint, which the first line tells.
     return source, max(rows[0]["step"] - 1, 0)
 
@@ -104,17 +112,13 @@ def branch_of(folder, rows: list[dict]) -> tuple[str, int] | None:
 def table(runs: list[Run]) -> str:
     """A line for each run, the best first: by validation, without one by training."""
 
-    def rank(run: Run) -> tuple:
-        best = run.best()
-        return best is None, best[1] if best else [*run.curves["loss"].values()][-1]
-
     lines = [("run", "steps", "best validation", "at step", "last validation", "last training")]
-    for run in sorted(runs, key=rank):
+    for run in sorted(runs, key=Run.rank):
         train = [*run.curves["loss"].values()]
         val = [*run.validation().values()]
         step, loss = run.best() or ("", None)
         numbers = [loss, step, val[-1] if val else None, train[-1] if train else None]
-        cells = ["" if x is None else f"{x:.4f}" if type(x) is float else str(x) for x in numbers]
+        cells = ["" if x is None else loss_text(x) if type(x) is float else str(x) for x in numbers]
         lines.append((one_line(run.name), str(max(row["step"] for row in run.rows)), *cells))
     widths = [max(map(len, column)) for column in zip(*lines)]
     out = []
@@ -126,6 +130,9 @@ def table(runs: list[Run]) -> str:
 
 def main(args: list[str]) -> None:
     """What `python -m metrics.plot` does with these words. Raises ValueError, OSError."""
+    if "--help" in args or "-h" in args:
+        print(__doc__.strip())
+        return
     # Any word that is neither a run, --out= nor --csv is a mistake.
     as_csv = "--csv" in args
     runs = [arg for arg in args if not arg.startswith("-")]

@@ -1,6 +1,7 @@
 "use strict";
-// Drag over a curve to zoom, double-click to go back, move to read its values. A path's d holds the
-// data themselves: x as it is, y negated (on a logarithmic axis its log10). metrics/report_chart.py writes it.
+// Drag over a curve to zoom, double-click to go back, move to read its values. A path's d holds shares
+// of the chart's width and height, from its left and top; data-scale makes values of them (log10 on a
+// logarithmic axis). metrics/report_chart.py writes it.
 
 const charts = [...document.querySelectorAll("svg.chart")].map((svg) => {
   const views = [...svg.querySelectorAll("svg.view")];  // the curves; below them events
@@ -8,7 +9,9 @@ const charts = [...document.querySelectorAll("svg.chart")].map((svg) => {
   const [left, top, width, height] = ["x", "y", "width", "height"].map(
     (name) => Number(frame.getAttribute(name)));
   return {
-    axis: svg.dataset.axis, isLog: svg.dataset.log === "1", views, frame, left, top, width, height,
+    axis: svg.dataset.axis, isLog: svg.dataset.log === "1", isWhole: svg.dataset.whole === "1",
+    scale: svg.dataset.scale.split(" ").map(Number), views, frame, left, top, width, height,
+    named: [...svg.querySelectorAll("[data-at]")],
     ticks: svg.querySelector(".ticks"), band: svg.querySelector(".band"),
     home: views.map((view) => view.getAttribute("viewBox").split(" ").map(Number)),
     curves: [...svg.querySelectorAll("path[data-name]")].map((path) => (
@@ -25,12 +28,36 @@ function text(value) {
   return isUsual ? String(Number(value.toPrecision(5))) : value.toExponential(2);
 }
 
-function ticks(low, high, n) {
+// Shares of a chart as values of its axes, and back.
+const xAt = ({scale: [left, right]}, share) => left + share * (right - left);
+const yAt = ({scale: [, , low, high]}, share) => high - share * (high - low);
+const shareOf = ({scale: [left, right]}, x) => (x - left) / (right - left);
+
+function ticks(low, high, n, isWhole) {
   const least = (high - low) / n;
   const power = 10 ** Math.floor(Math.log10(least));
-  const step = power * ([1, 2, 5].find((times) => times * power >= least) ?? 10);
+  let step = power * ([1, 2, 5].find((times) => times * power >= least) ?? 10);
+  if (isWhole) step = Math.max(step, 1);
   const [first, last] = [Math.ceil(low / step), Math.floor(high / step)];
   return Array.from({length: Math.max(0, last - first + 1)}, (_, i) => (first + i) * step);
+}
+
+function tickLabels(places) {  // metrics/labels.py has the same
+  const largest = Math.max(0, ...places.map(Math.abs));
+  const fixed = (x, n) => x.toLocaleString("en-US", {minimumFractionDigits: n, maximumFractionDigits: n});
+  if (places.length < 2 || largest === 0)
+    return places.map((x) => Number.isInteger(x) && Math.abs(x) < 1e15 ? fixed(x, 0) : text(x));
+  const gap = Math.abs(places[1] - places[0]);
+  const digits = Math.floor(Math.log10(gap) + 1e-9);  // ticks() makes no 0.25
+  const exact = Math.min(100, Math.max(0, Math.floor(Math.log10(largest)) - digits));
+  const orZero = (write) => places.map((x) => Math.abs(x) < gap / 2 ? "0" : write(x));
+  if (largest < 1e-3 || largest >= 1e16) return orZero((x) => x.toExponential(exact));
+  for (const [size, power, letter] of [[1e9, 9, "B"], [1e6, 6, "M"], [1e3, 3, "k"]]) {
+    const least = size > 1e3 && largest >= 1e3 * size ? 1e-3 : 0.1;
+    if (largest >= Math.max(size, 1e4) && gap >= least * size * (1 - 1e-9))
+      return orZero((x) => (x / size).toFixed(Math.max(0, power - digits)) + letter);
+  }
+  return places.map((x) => fixed(Math.abs(x) < gap / 2 ? 0 : x, Math.min(20, Math.max(0, -digits))));
 }
 
 function set(node, values) {
@@ -51,24 +78,42 @@ function show(chart, x, y, width, height) {
   });
   chart.ticks.replaceChildren();
   const bottom = chart.top + chart.height;
-  for (const at of ticks(x, x + width, 8))
-    label(chart, text(at), chart.left + (at - x) / width * chart.width, bottom + 15, "middle");
-  for (const at of ticks(-y - height, -y, chart.height / 30))
-    label(chart, text(chart.isLog ? 10 ** at : at), chart.left - 6,
-      bottom - (at + y + height) / height * chart.height + 4, "end");
+  const [left, right] = [xAt(chart, x), xAt(chart, x + width)];
+  let places = ticks(left, right, 8, chart.isWhole);
+  if (tickLabels(places).some((words) => words.length > 13))
+    places = ticks(left, right, 4, chart.isWhole);
+  for (const node of chart.named) {
+    const at = chart.left + (node.dataset.at - x) / width * chart.width;
+    if (at < chart.left || at > chart.left + chart.width) continue;
+    set(node, {x: at});
+    if (node.hasAttribute("transform"))
+      set(node, {transform: `rotate(-60 ${at} ${node.getAttribute("y")})`});
+    chart.ticks.append(node);
+  }
+  if (!chart.named.length) tickLabels(places).forEach((words, i) => label(chart, words,
+    Math.min(chart.left + (places[i] - left) / (right - left) * chart.width, 960 - 3.4 * words.length),
+    bottom + 15, "middle"));
+  const [low, high] = [yAt(chart, y + height), yAt(chart, y)];
+  const marks = ticks(low, high, chart.height / 30);
+  const values = chart.isLog ? marks.map((at) => text(10 ** at)) : tickLabels(marks);
+  values.forEach((words, i) => label(chart, words, chart.left - 6,
+    bottom - (marks[i] - low) / (high - low) * chart.height + 4, "end"));
 }
 
 function zoom(source, x, y, width, height) {
+  const [left, right] = [xAt(source, x), xAt(source, x + width)];
   for (const chart of charts.filter((other) => other.axis === source.axis)) {
     if (chart === source && height) { show(chart, x, y, width, height); continue; }
+    const from = shareOf(chart, left);
+    const wide = shareOf(chart, right) - from;
     // The height fits what is seen of the curves.
     const seen = chart.curves.filter((curve) => isShown(curve) && !curve.isEvent)
-      .flatMap(pointsOf).filter((point) => point[0] >= x && point[0] <= x + width);
+      .flatMap(pointsOf).filter((point) => point[0] >= from && point[0] <= from + wide);
     const low = seen.reduce((least, point) => Math.min(least, point[1]), Infinity);
     const high = seen.reduce((most, point) => Math.max(most, point[1]), -Infinity);
-    const pad = 0.06 * (high - low) || 0.05 * Math.abs(high) || 0.5;
+    const pad = 0.06 * (high - low) || 0.1;
     const [, top, , tall] = seen.length ? [0, low - pad, 0, high - low + 2 * pad] : boxOf(chart);
-    show(chart, x, top, width, tall);
+    show(chart, from, top, wide, tall);
   }
 }
 
@@ -77,8 +122,11 @@ function read(chart, wanted, width) {  // what lies near this x, a line each
     const [x, y] = pointsOf(curve).reduce(
       (best, point) => Math.abs(point[0] - wanted) < Math.abs(best[0] - wanted) ? point : best);
     if (Math.abs(x - wanted) > width / (curve.isEvent ? 100 : 10)) return [];
-    const value = curve.isEvent ? "" : ` ${text(chart.isLog ? 10 ** -y : -y)}`;
-    return [`${curve.name}${value} at ${chart.axis} ${x}`];
+    const height = yAt(chart, y);
+    const value = curve.isEvent ? "" : ` ${text(chart.isLog ? 10 ** height : height)}`;
+    const at = xAt(chart, x);
+    const word = chart.named.find((node) => Math.abs(node.dataset.at - x) < 1e-5)?.textContent;
+    return [`${curve.name}${value} at ${chart.axis} ${word ?? (chart.isWhole ? Math.round(at) : text(at))}`];
   });
 }
 

@@ -48,8 +48,12 @@ def write(folders, path) -> bool:
 def save(content: str, path) -> None:
     # A full disk leaves the old file whole.
     new = Path(f"{path}.tmp")
-    new.write_text(content, encoding="utf-8")
-    os.replace(new, path)
+    try:
+        new.write_text(content, encoding="utf-8")
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def is_search(folder: Path) -> bool:
@@ -108,6 +112,9 @@ def about(found: list[Found]) -> list:
 
 def main(args: list[str]) -> None:
     """What `python -m metrics.report` does with these words. Raises ValueError, OSError."""
+    if "--help" in args or "-h" in args:
+        print(__doc__.strip())
+        return
     folders = [arg for arg in args if not arg.startswith("-")]
     outs = [arg.removeprefix("--out=") for arg in args if arg.startswith("--out=")]
     if not folders or len(folders) + len(outs) < len(args) or "" in outs:

@@ -5,6 +5,7 @@ there is nothing to show.
 """
 
 import math
+import re
 from collections import Counter
 from statistics import median
 
@@ -36,7 +37,7 @@ def x_limits(found: list[Found]) -> tuple[float, float]:
     ends = [(i.run.rows[0]["step"], i.run.rows[-1]["step"]) for i in found if i.run.rows]
     first = min(end[0] for end in ends)
     last = max(end[1] for end in ends)
-    pad = 0.015 * max(last - first, 1)
+    pad = max(0.015 * (last - first), 0.015, 1e-15 * last)  # floats lie far apart at 1e15
     return first - pad, last + pad
 
 
@@ -48,7 +49,8 @@ def limits(values: list[float], from_zero: bool = False) -> tuple[float, float]:
     usual = values[math.ceil(0.98 * (len(values) - 1))]
     if high - low > 2 * (usual - low) > 0:
         high = usual
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    is_flat = high - low <= 1e-6 * abs(high)
+    pad = (0.05 * abs(high) if is_flat else 0.06 * (high - low)) or 0.5
     return (low if from_zero and low == 0 else low - pad), high + pad
 
 
@@ -75,7 +77,8 @@ def losses(found: list[Found]) -> list[Markup]:
         hint += " Lines: training, smoothed; dots: validation. Boxes in the table hide a run."
     sections += [key(shown_keys), quiet(hint)]
     # The page draws no sign of validation there.
-    cut_off = cut_off.removesuffix("  (▲ validation)").capitalize()
+    cut_off = cut_off.removesuffix("  (▲ validation)").replace(r"\$", "$")
+    cut_off = cut_off[:1].upper() + cut_off[1:]
     return sections + ([quiet(f"{cut_off}.")] if cut_off else [])
 
 
@@ -192,7 +195,7 @@ def histograms(item: Found) -> list[Markup]:
         of_kind = kinds.setdefault(shown(row.get("kind"), 40), {})
         sums = of_kind.setdefault(row["step"], Counter())
         for exponent, n in counts.items():
-            if exponent.lstrip("-").isdecimal() and len(exponent) < 5 and is_finite(n) and n > 0:
+            if re.fullmatch(r"-?[0-9]{1,4}", exponent) and is_finite(n) and n > 0:
                 sums[int(exponent)] += n
     made = []
     for i, (kind, by_step) in enumerate([*kinds.items()][:10]):

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MOST_ROWS = 300  # of a table
+MOST_ROWS, MOST_COLUMNS = 300, 12  # of a table
 # Control characters, and those that change the direction of what follows.
 UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

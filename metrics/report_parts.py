@@ -7,23 +7,16 @@ there is nothing to show.
 from collections import Counter
 from statistics import median
 
+from metrics.labels import duration, loss_text
 from metrics.logger import short
 from metrics.report_chart import box
 from metrics.report_curves import MOST_RUNS, color
-from metrics.report_page import MOST_ROWS, Markup, listed, quiet, shown, tag
+from metrics.report_page import MOST_COLUMNS, MOST_ROWS, Markup, listed, quiet, shown, tag
 from metrics.report_read import Found
-
-MOST_COLUMNS = 12  # of a table
 
 
 def loss(x: float | None) -> str:
-    return "" if x is None else f"{x:.4f}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return "" if x is None else loss_text(x)
 
 
 # ---- facts ---------------------------------------------------------------------------------------
@@ -31,9 +24,9 @@ def ending(item: Found) -> str:
     """How a run ended, as far as its files tell."""
     done = item.steps()
     steps = item.config.get("steps")
-    text = f"{done:,} steps"
+    text = f"{done:,} step{'s' * (done != 1)}"
     if type(steps) is int and done >= steps:
-        text = f"all {steps:,} steps"
+        text = f"all {steps:,} steps" if steps != 1 else "its 1 step"
     elif type(steps) is int:
         text = f"{done:,} of {steps:,} steps: still running, stopped, or killed"
         if type(item.config.get("patience")) is int:
@@ -75,7 +68,7 @@ def facts(item: Found) -> dict:
     tokens = item.last("tokens")
     return {
         "ended": ending(item),
-        "best validation loss": f"{best[1]:.4f} at step {best[0]:,}" if best else None,
+        "best validation loss": f"{loss_text(best[1])} at step {best[0]:,}" if best else None,
         "last validation loss": loss(item.last("val_loss")),
         "of the average (--ema=)": loss(item.last("val_loss_ema")),
         "last training loss": loss(item.last("loss")),
@@ -109,7 +102,7 @@ def runs(found: list[Found]) -> list[Markup]:
     rows = []
     for i, (item, value) in enumerate(zip(found, values)):
         name = box(i, color(i, found), shown(item.run.name, 60)) if i < MOST_RUNS else item.run.name
-        branch = f" (leaves {item.run.branch[0]})" if item.run.branch else ""
+        branch = f" (leaves {shown(item.run.branch[0], 60)})" if item.run.branch else ""
         rows.append([name, *(value[name] for name in names)])
         rows[-1][1] += branch
     sections = [tag("h2", f"{len(found)} runs, the best first"), *listed(["run", *names], rows, 0)]
@@ -120,9 +113,16 @@ def runs(found: list[Found]) -> list[Markup]:
 
 def notes(found: list[Found]) -> list[Markup]:
     """Sentences about what is missing or damaged."""
-    said = []
+    of_notes = {}  # what is said -> of which runs
     for item in found:
-        said += [f"{item.run.name}: {note}" if len(found) > 1 else note for note in item.notes]
+        for note in item.notes:
+            of_notes.setdefault(note, []).append(item.run.name)
+    said = []
+    for note, names in of_notes.items():
+        if len(found) > 1:
+            of = names[0] if len(names) == 1 else f"{len(names)} of {len(found)} runs"
+            note = f"{of}: {note}"
+        said.append(note)
     return [tag("ul", *(tag("li", shown(note)) for note in said[:MOST_ROWS]))] if said else []
 
 

@@ -76,8 +76,7 @@ def read(folder: Path, name: str) -> Found:
     written = ""
     path = folder / "metrics.jsonl"
     if path.is_file():
-        # A later step than this is no place on an axis.
-        rows = [row for row in read_metrics(path) if 0 <= row["step"] < 2**53]
+        rows = read_metrics(path)
         written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         with open(path, "rb") as file:
             n_lost = sum(bool(line.strip()) for line in file) - len(rows)
@@ -137,13 +136,7 @@ def read_json(path: Path) -> dict:
 # ---- order ---------------------------------------------------------------------------------------
 def by_loss(found: list[Found]) -> list[Found]:
     """The best first: by validation, without one by training."""
-
-    def rank(item: Found) -> tuple:
-        best = item.run.best()
-        loss = best[1] if best else item.last("loss")
-        return best is None, math.inf if loss is None else loss
-
-    return sorted(found, key=rank)
+    return sorted(found, key=lambda item: item.run.rank())
 
 
 def by_result(trials: list[Found], metric: str) -> list[Found]:

@@ -5,12 +5,11 @@ from pathlib import Path
 from statistics import median
 
 from metrics.curves import TRAINING, VALIDATION, is_finite
+from metrics.labels import loss_text
 from metrics.report_chart import Curve, chart, label
 from metrics.report_curves import limits
-from metrics.report_page import Markup, listed, quiet, shown, tag
+from metrics.report_page import MOST_COLUMNS, Markup, listed, quiet, shown, tag
 from metrics.report_read import Found
-
-MOST_COLUMNS = 12  # of a table
 
 
 def metric_of(search: dict) -> str:
@@ -32,13 +31,13 @@ def search(folder: Path, sweep: dict, trials: list[Found]) -> list[Markup]:
     title = f"Search {folder.name}: {len(trials)} trials"
     if is_done:
         best = ", ".join(f"{name}={shown(x, 60)}" for name, x in values[0].items())
-        title += f"; best is {trials[0].folder.name}, {metric} {results[0]:.4f} with {best}"
+        title += f"; best is {trials[0].folder.name}, {metric} {loss_text(results[0])} with {best}"
     sections = [tag("h2", title)]
     if not sweep:
         sections.append(quiet("sweep.json is damaged: what was searched is not known."))
     rows = []
     for item, own, result in zip(trials, values, results):
-        end = [None if result is None else f"{result:.4f}", item.steps(), item.trial.get("error")]
+        end = [None if result is None else loss_text(result), item.steps(), item.trial.get("error")]
         row = [item.folder.name, item.trial.get("status"), *(own.get(n) for n in names), *end]
         rows.append(row)
     head = ["trial", "status", *names, metric, "steps", "error"]

@@ -132,6 +132,13 @@ def test_read_metrics_leaves_out_a_half_written_line(tmp_path):
     assert read_metrics(path) == []
 
 
+def test_read_metrics_leaves_out_steps_that_are_damage(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [-1, 0, 2**53 - 1, 2**53, 10**22]
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    assert [row["step"] for row in read_metrics(path)] == [0, 2**53 - 1]
+
+
 # ---- starting and resuming
 
 
@@ -302,6 +309,8 @@ def test_text_the_terminal_cannot_encode_does_not_stop_the_run(tmp_path, monkeyp
         (131072, "131k"),
         (2.5e9, "2.5B"),
         (7.3e11, "730B"),
+        (1e18, "1e+18"),
+        (10**299, "1e+299"),
     ],
 )
 def test_large_numbers_are_short(n, text):

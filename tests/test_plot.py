@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from metrics import curves, plot
+from metrics import curves, labels, plot
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,6 +118,32 @@ def test_a_spike_is_cut_off_and_a_lasting_rise_is_not():
 def test_a_constant_loss_has_some_height():
     low, high, _ = limits([train_row(s, loss=2.0) for s in range(1, 100)])
     assert (low, high) == (1.5, 2.5)
+    low, high, _ = limits([train_row(s, loss=2 + s % 2 * 1e-12) for s in range(1, 100)])
+    assert low < 1.6 and high > 2.4
+
+
+def test_a_bad_run_flattens_no_others_and_is_named():
+    def run(name, end, **changes):
+        rows = [train_row(s, loss=end + 3 * math.exp(-s / 20)) for s in range(1, 201)]
+        return run_of(rows + changes.get("more", []), name)
+
+    many = [run("a", 1.3), run("b_$", 1.4), run("c", 42.0)]
+    _, (low, top), note = curves.limits(many)
+    assert 1 < low < 1.3 and 1.4 < top < 6
+    assert note.startswith(r"above the picture: all of c, from 42") and "later" not in note
+    # Two are compared whatever lies between them, and near ones are never cut off.
+    assert curves.limits([run("a", 1.3), run("c", 42.0)])[1][1] < 6
+    flat = [train_row(s, loss=2 + s % 2 / 1000) for s in range(1, 201)]
+    near = [run_of(flat, "a"), run_of(flat, "b"), run("c", 2.4)]
+    assert "all of" not in curves.limits(near)[2] and curves.limits(near)[1][1] > 2.4
+    rise = [train_row(s, loss=2 + max(0, s - 150) ** 4) for s in range(1, 201)]
+    _, (_, top), note = curves.limits([*many[:2], run_of(rise, "diverged")])
+    assert top < 6 and "later losses, up to 6.25e+06" in note and "all of" not in note
+    worse = [run(f"bad{i}", 50.0 + i) for i in range(5)]
+    note = curves.limits([run(f"good{i}", 1.3) for i in range(6)] + worse)[2]
+    assert "all of bad1, from 51; 3 more runs" in note
+    bad = run("$" + "c" * 300, 42.0)
+    check_labels(laid_out(*many[:2], bad))
 
 
 # ---- what is drawn -------------------------------------------------------------------------------
@@ -282,8 +308,11 @@ def boxes_of(figure):
             for tick in axis.get_major_ticks():
                 if min(low, high) <= tick.get_loc() <= max(low, high):
                     words.append(tick.label1)
+            words.append(axis.get_offset_text())
         for top in ax.child_axes:
-            words += [top.xaxis.label]
+            words += [top.xaxis.label, top.xaxis.get_offset_text()]
+            low, high = sorted(top.get_xlim())
+            words += [t.label2 for t in top.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
     for k, word in enumerate(words):
         if word.get_text() and word.get_visible():
             found[k, word.get_text()] = word.get_window_extent(render)
@@ -306,6 +335,45 @@ def test_no_label_lies_over_another():
     check_labels(figure)
     # The curves have their room, however long the legend.
     assert figure.axes[0].get_window_extent().height / figure.dpi > 3.3
+
+
+def moved(factor=1.0, first=0):
+    return [
+        row | {"loss": row["loss"] * factor, "step": first + row["step"], "tokens": 1000 * (k + 1)}
+        for k, row in enumerate(FALL)
+    ]
+
+
+@pytest.mark.parametrize("factor, first", [(1e-8, 0), (1, 10**6), (1e15, 10**9), (1e30, 0)])
+def test_no_size_hides_a_label_under_another(factor, first):
+    rows = [row | {"tokens": 1000 * row["step"]} for row in moved(factor, first)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = laid_out(rows)
+    check_labels(figure)
+    loss = figure.axes[0]
+    for axis in (loss.yaxis, loss.child_axes[0].xaxis, figure.axes[-1].xaxis):
+        low, high = sorted(axis.get_view_interval())
+        places = [x for x in axis.get_majorticklocs() if low <= x <= high]
+        said = [*axis.get_major_formatter().format_ticks(places)]
+        assert len({*said}) == len(said) >= 2, said
+        assert axis.get_offset_text().get_text() == ""
+
+
+def test_a_source_of_many_branches_has_one_row_of_the_legend():
+    runs = [run_of(FALL, f"b{i}", ("base", 90 + i % 3)) for i in range(13)]
+    figure = drawn(*runs, run_of(FALL, "c", ("other", 7)))
+    left = [words for words in legend_of(figure) if "leaves" in words]
+    assert left == ["13 runs: each leaves base at steps 90 to 92", "c leaves other at step 7"]
+    assert len(lines(figure.axes[0], linestyle=":")) == 14
+
+
+def test_a_legend_has_as_many_columns_as_fit():
+    assert [labels.columns(words, 9) for words in (["a"], ["a" * 25, "b"], ["a" * 80])] == [
+        11,
+        3,
+        1,
+    ]
 
 
 HOSTILE = ["$x^$", "a\nb\tc", r"\frac{$$", "_hidden", "l" * 500, "\x1b[31mred", "\udcff", "%s{}"]
@@ -360,6 +428,29 @@ def test_several_runs_share_a_picture_and_a_table_the_best_first(tmp_path, capsy
     assert (tmp_path / "one.png").stat().st_size > 20_000
 
 
+def test_a_loss_has_the_digits_that_say_something():
+    said = [
+        labels.loss_text(x) for x in (2.05, 1e-3, 9.99e-4, 1e-8, 0.0, -2.5, 1e30, 9999.5, 12345.6)
+    ]
+    wanted = "2.0500 0.0010 0.000999 1e-08 0.0000 -2.5000 1e+30 9999.5000 1.235e+04"
+    assert " ".join(said) == wanted
+    for size, words in ((1e30, "2.05e+30"), (1e-8, "2.05e-08"), (1, "2.0500")):
+        runs = [
+            run_of([*FALL, eval_row(1, 2.05 * size), eval_row(9, 2.050001 * size)], n) for n in "ab"
+        ]
+        # What is the same is not said twice.
+        assert curves.title_of(runs[:1]) == f"a: best validation loss {words} at step 1"
+        assert f"best validation: {words} at step 1" in legend_of(drawn(*runs))
+        assert plot.table(runs).splitlines()[1].split()[2] == words
+
+
+def test_a_hostile_branch_is_none(tmp_path):
+    for k, digits in enumerate(("9" * 22, "9" * 400, "9" * 5000, "²", "")):
+        folder = write_run(tmp_path / str(k), FALL, f'resume = "x/step-{digits}"\n')
+        assert plot.branch_of(folder, FALL) == (f"x/step-{digits}", 0)
+    assert plot.branch_of(write_run(tmp_path / "a", FALL, 'resume = "x/7"'), FALL) == ("x", 7)
+
+
 def test_names_tell_folders_apart():
     assert plot.names_of(["x/a", "x/b"]) == ["a", "b"]
     assert plot.names_of(["x/a", "y/a", "y/b"]) == ["x/a", "y/a", "b"]
@@ -387,6 +478,14 @@ def test_the_command_draws_and_a_mistake_has_a_sentence(tmp_path, capsys):
     ]:
         with pytest.raises((OSError, ValueError), match=words):
             plot.main([str(arg) for arg in args])
+
+
+def test_help_is_no_mistake_and_a_search_names_its_command(tmp_path, capsys):
+    plot.main(["--help"])
+    assert "draws RUN/loss.png" in capsys.readouterr().out
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(OSError, match="is the folder of a search: python -m metrics.report "):
+        plot.main([str(tmp_path)])
 
 
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):

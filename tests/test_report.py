@@ -13,14 +13,20 @@ from pathlib import Path
 
 import pytest
 
+import sweep
 import train
 from metrics import report
-from metrics.report_chart import Curve, chart, label, path_of, thinned, ticks
+from metrics.labels import tick_labels
+from metrics.report_chart import WIDTH, Curve, chart, label, path_of, thinned, ticks
+from metrics.report_curves import limits
 from metrics.report_page import MOST_ROWS, page, tag, text
+from metrics.report_read import MAXIMISED
 from metrics.report_search import over_field
 from settings import parse
 
 ROOT = Path(__file__).parent.parent
+LOSSES = {"a": 1.3, "b": 1.4, "LR$3": 42.0}
+JS = ("text", "ticks", "tickLabels")  # functions of report.js
 EVIL = '</script><img src=x onerror="document.title=1"><script>document.title=2</script>\'"&\u202e'
 # What is seen of it: the last character would turn round what follows.
 SEEN = EVIL.replace("\u202e", "\ufffd")
@@ -74,10 +80,15 @@ def said(folders) -> str:
 
 
 def paths(content: str, name: str) -> list[list[tuple[float, float]]]:
-    """The points (x, -y) of each path of this name."""
-    found = re.findall(rf'<path d="([^"]*)"[^>]* data-name="{name}"', content)
-    pairs = [re.findall(r"(-?[\d.e+-]+),(-?[\d.e+-]+)", d) for d in found]
-    return [[(float(x), float(y)) for x, y in of_path] for of_path in pairs]
+    """The points (x, y) of each path of this name; y is a logarithm on a logarithmic axis."""
+    found = []
+    for svg in content.split('<svg class="chart"')[1:]:
+        left, right, low, high = map(float, re.search(r'data-scale="([^"]*)"', svg)[1].split())
+        for d in re.findall(rf'<path d="([^"]*)"[^>]* data-name="{name}"', svg):
+            pairs = [map(float, pair) for pair in re.findall(r"(-?[\d.]+),(-?[\d.]+)", d)]
+            values = [(left + x * (right - left), high - y * (high - low)) for x, y in pairs]
+            found.append([(round(x, 4), round(y, 3)) for x, y in values])
+    return found
 
 
 # ---- strangers -----------------------------------------------------------------------------------
@@ -124,7 +135,8 @@ def plant(folder: Path) -> None:
     )
     config += f"{word} = 1\n[chosen]\noptim = {word}\nday = 1979-05-27T07:32:00Z\n"
     (folder / "config.toml").write_text(config, encoding="utf-8")
-    histograms = [dict(step=1, kind=EVIL, counts={"1": 3, "x": 4, "2": EVIL, "99999": 2})]
+    counts = {"1": 3, "x": 4, "2": EVIL, "99999": 2, "--5": 3, "-": 1, "": 1, "²": 2, "-\n": 1}
+    histograms = [dict(step=1, kind=EVIL, counts=counts)]
     histograms += [dict(step=1, kind=[EVIL], counts={"-3": 1}), dict(step=2, counts=[EVIL])]
     text_of = "\n".join(map(json.dumps, histograms))
     (folder / "histograms.jsonl").write_text(text_of, encoding="utf-8")
@@ -189,7 +201,8 @@ def test_a_spike_stays_and_a_page_is_small(make):
     rows[4321]["grad_norm"] = 900.0
     content = report.build([make("long", rows)])
     raw = paths(content, "training, each step")[0]
-    assert (4322, -50.0) in raw and raw[0] == (1, -3.0) and raw[-1][0] == 8000
+    assert (4322, 50.0) in [(round(x), y) for x, y in raw]
+    assert round(raw[0][0]) == 1 and raw[0][1] == 3 and round(raw[-1][0]) == 8000
     assert len(raw) <= 4000 and len(content) < 600_000
 
 
@@ -221,12 +234,28 @@ def test_thinning_keeps_the_ends_of_each_stretch():
     assert thinned([(x, None) for x in range(1000)], 2)[0] == (0, None)
 
 
-def test_a_path_holds_the_data_and_leaves_gaps():
+def test_a_path_holds_shares_of_the_picture_and_leaves_gaps():
     points = [(1, 2.5), (2, None), (3, 1e9), (4, 0.125)]
     line = Curve("a", points, "red")
-    assert path_of(line, float, 0, 1, 100) == "M1,-2.5h0M3,-1e+06 4,-0.125"
+    assert path_of(line, float, (0, 4), (0, 1), 100) == "M.25,-1.5h0M.75,-1000000 1,.875"
     dots = Curve("a", points, "red", "dots")
-    assert path_of(dots, float, 0, 1, 100) == "M1,-2.5h0M3,-1e+06h0M4,-0.125h0"
+    assert path_of(dots, float, (0, 4), (0, 1), 100) == "M.25,-1.5h0M.75,-1000000h0M1,.875h0"
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-8, 1e299])
+@pytest.mark.parametrize("first", [1, 10**9, 2**53 - 300])
+def test_no_size_and_no_step_is_beyond_a_browsers_numbers(make, size, first):
+    rows = [train_row(first + k, loss=size * (1 + 1 / (k + 1)), tokens=k) for k in range(200)]
+    content = report.build([make("run", [*rows, dict(step=first, event="spike")])])
+    assert {*re.findall(r'class="view"[^>]*viewBox="([^"]*)"', content)} <= {"0 0 1 1"}
+    assert {*re.findall(r'viewBox="([^"]*)"[^>]*class="view"', content)} <= {"0 0 1 1"}
+    [d] = re.findall(r'<path d="([^"]*)"[^>]* data-name="training, each step"', content)
+    pairs = [tuple(map(float, pair.split(","))) for pair in d.strip("M").split()]
+    # Each step has a place of its own, all but the first fall are in the frame.
+    assert len({x for x, _ in pairs}) == 200 and all(0 <= x <= 1 for x, _ in pairs)
+    assert sum(0 <= y <= 1 for _, y in pairs) > 150 and pairs[0][1] < pairs[-1][1]
+    [d] = re.findall(r'<path d="([^"]*)"[^>]* data-name="spike"', content)
+    assert 0 <= float(d.strip("M").split(",")[0]) <= 1
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (1.8, 5.55), (-3, 1e6), (0.0199, 0.0201), (0, 7e-9)])
@@ -235,6 +264,58 @@ def test_ticks_are_few_round_and_inside(low, high):
     assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-12)
     digits = f"{found[1] - found[0]:.3e}".split("e")[0]
     assert digits in ("1.000", "2.000", "5.000")
+
+
+@pytest.mark.parametrize(
+    "low, high, wanted",
+    [
+        (150_000, 150_060, ["150,000", "150,010", "150,020", "150,030", "150,040"]),
+        (1_000_000, 1_000_060, ["1,000,000", "1,000,010", "1,000,020"]),
+        (10**9, 10**9 + 60, ["1,000,000,000", "1,000,000,010"]),
+        (0, 1500, ["0", "200", "400"]),
+        (100_000, 200_000, ["100k", "120k", "140k"]),
+        (150_000, 151_500, ["150.0k", "150.2k"]),
+        (0, 5e9, ["0", "1B", "2B"]),
+        (0, 5e10, ["0", "10B", "20B"]),
+        (0.985, 1.015, ["1"]),
+        (1.5e30, 2e30, ["1.5e+30", "1.6e+30"]),
+        (1.5e-8, 2e-8, ["1.5e-08", "1.6e-08"]),
+        (-1.5, 3.1, ["-1", "0", "1"]),
+        (1.3, 1.62, ["1.30", "1.35", "1.40"]),
+    ],
+)
+def test_no_two_ticks_are_labelled_alike(low, high, wanted):
+    found = tick_labels(ticks(low, high, 8, is_whole=high > 100 or high < 1.1 > low > 0.1))
+    assert len({*found}) == len(found)
+    assert tick_labels([1.0, 1.25, 1.5]) == ["1.00", "1.25", "1.50"]
+    assert found[: len(wanted)] == wanted
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node here")
+def test_a_zoom_labels_as_the_page_does():
+    script = (ROOT / "metrics" / "report.js").read_text(encoding="utf-8")
+    parts = [re.search(rf"^function {name}\(.*?^}}", script, re.M | re.S)[0] for name in JS]
+    ends = [
+        (0.9, 1.9),
+        (150_000, 150_060),
+        (1e6, 1e6 + 60),
+        (1e5, 2e5),
+        (0, 5e9),
+        (-1.5, 3.1),
+        (1.3, 1.62),
+    ]
+    code = "\n".join(parts) + f"\nconst ends = {json.dumps(ends)};"
+    code += "console.log(JSON.stringify(ends.map(([a, b]) => tickLabels(ticks(a, b, 8)))))"
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == [tick_labels(ticks(*pair, 8)) for pair in ends]
+
+
+def test_the_page_labels_steps_as_whole_numbers_that_differ(make):
+    row = re.findall(r'text-anchor="middle">([^<]*)<', report.build([make("a", [train_row(1)])]))
+    assert {*row} == {"1"}
+    late = report.build([make("b", [train_row(150_000 + k) for k in range(60)])])
+    of_loss = re.findall(r'text-anchor="middle">([^<]*)<', late.split("Learning rate")[0])
+    assert len({*of_loss}) == len(of_loss) >= 6 and "150,010" in of_loss
 
 
 def test_labels_are_short():
@@ -249,8 +330,48 @@ def test_labels_are_short():
 
 def test_a_logarithmic_axis_places_by_powers():
     content = chart([Curve("a", [(0, 1.0), (1, 100.0), (2, 0)], "red")], (0, 2), (1, 100), log=True)
-    assert paths(content, "a") == [[(0, 0), (1, -2)]]
-    assert 'viewBox="0 -2 2 2"' in content and ">100</text>" in content
+    assert paths(content, "a") == [[(0, 0), (1, 2)]]
+    assert 'data-scale="0 2 0.0 2.0"' in content and ">100</text>" in content
+
+
+@pytest.mark.parametrize("is_pale", [False, True])
+def test_a_point_alone_is_a_dot(is_pale):
+    points = [(1, 2.0), (2, None)] + [(3, 2.0)] * is_pale
+    content = chart([Curve("a", points, "red")], (0, 3), (1, 3))
+    assert ('stroke-width="7"' in content) == (not is_pale)
+
+
+def test_names_that_would_lie_over_each_other_hang():
+    def turned(n, width=18):
+        names = {k: f"{k}-".ljust(width, "x") for k in range(n)}
+        content = chart([Curve("a", [(0, 1.0)], "red")], (-1, n), (0, 2), names=names)
+        tall = float(re.search(rf'viewBox="0 0 {WIDTH} (\S+)"', content)[1])
+        assert content.count("data-at=") == n
+        return "rotate" in content, tall
+
+    assert not turned(4)[0] and turned(12)[0]
+    assert turned(12)[1] > turned(4)[1] + 80
+
+
+def test_a_chart_from_zero_begins_there():
+    assert limits([2.0, 4.0], True)[0] == 0 and limits([2.0, 4.0])[0] > 1.8
+    assert limits([-1.0, 4.0], True)[0] < -1
+    low, high = limits([2.0, 2.0 + 1e-12])
+    assert low < 1.95 and high > 2.05
+
+
+def test_a_single_step_has_some_width(make):
+    for step in (0, 2**53 - 1):
+        rows = [dict(step=step, val_loss=2.0)]
+        assert ">2.0000 at step" in report.build([make(f"run{step}", rows)])
+
+
+def test_speed_and_memory_begin_at_zero(make):
+    rows = [train_row(k, tokens_per_s=1e4 + k, peak_bytes=2**28 + k) for k in range(1, 9)]
+    content = report.build([make("run", rows)])
+    for title in ("Tokens a second", "Memory at most"):
+        scale = re.search(r'data-scale="([^"]*)"', content.split(title)[-1])[1].split()
+        assert float(scale[2]) == 0 < float(scale[3])
 
 
 # ---- what is there, and what is not --------------------------------------------------------------
@@ -273,12 +394,12 @@ def test_what_a_rollback_undid_is_drawn_apart(make):
     rows = [train_row(step) for step in (1, 2, 3)]
     rows += [train_row(4, loss=9.0), dict(step=4, event="rollback", to=3), train_row(4, loss=2.1)]
     content = report.build([make("run", rows)])
-    assert paths(content, "undone by a rollback") == [[(4, -9.0)]]
-    assert paths(content, "training, each step")[0][-1] == (4, -2.1)
+    assert paths(content, "undone by a rollback") == [[(4, 9.0)]]
+    assert paths(content, "training, each step")[0][-1] == (4, 2.1)
     rows = [train_row(1), train_row(10), dict(step=10, event="rollback", to=5), train_row(7)]
     again = report.build([make("less", rows)])
     assert [x for x, _ in paths(again, "training, each step")[0]] == [1, 7, 10]
-    assert "2.1000" in Reader(content).said and paths(content, "rollback") == [[(4, 0.15)]]
+    assert "2.1000" in Reader(content).said and len(paths(content, "rollback")[0]) == 1
 
 
 def test_seconds_count_undone_steps_and_those_between_rows(make):
@@ -318,19 +439,23 @@ def test_a_search_names_its_best_and_draws_each_field(make, tmp_path):
     text_of = Reader(content).said
     assert "best is trial-0001, val_loss 2.0000 with lr=1e-1, optim=sgd" in text_of
     assert "no disk" in text_of and "trial-0003: no metrics.jsonl" in text_of
-    assert paths(content, "trial") == [[(-3, -3.0), (-2, -2.5), (-1, -2.0)]]
+    assert paths(content, "trial") == [[(-3, 3.0), (-2, 2.5), (-1, 2.0)]]
     assert "val_loss over lr" in text_of and "val_loss over optim" not in text_of
     assert 'class="best"><td>trial-0001' in content
+
+
+def test_a_page_orders_by_a_metric_as_the_search_does():
+    assert MAXIMISED == sweep.MAXIMISED
 
 
 def test_bad_trials_do_not_flatten_the_many():
     points = [(10.0**k, 2 + k / 10) for k in range(12)] + [(1e12, 900.0)]
     content = "".join(over_field("lr", ["log", 1, 1e12], "val_loss", points))
     assert "Beyond the picture: 1 that are worse" in content
-    top = -float(re.search(r'viewBox="-\S+ (-\S+) ', content)[1])
+    top = float(re.search(r'data-scale="([^"]*)"', content)[1].split()[-1])
     assert 3.1 < top < 4 and ">1e+12</text>" not in content and ">1M</text>" in content
     words = over_field("optim", ["a", "b"], "val_loss", [("b", 1.0), ("a", 2.0)])
-    assert ">a</text>" in words[1] and paths(words[1], "trial") == [[(0, -2.0), (1, -1.0)]]
+    assert ">a</text>" in words[1] and paths(words[1], "trial") == [[(0, 2.0), (1, 1.0)]]
 
 
 def test_what_is_missing_is_said(make, tmp_path):
@@ -350,6 +475,29 @@ def test_what_is_missing_is_said(make, tmp_path):
     assert "No run is here yet." in said(tmp_path / "none")
 
 
+def test_what_many_runs_lack_is_said_once(make):
+    runs = [make(name, [train_row(1)]) for name in "abc"]
+    for run in runs[:2]:
+        (run / "config.toml").unlink()
+    (runs[2] / "config.toml").write_text("[", encoding="utf-8")
+    text_of = said(runs)
+    assert text_of.count("no config.toml") == 1 and "2 of 3 runs: no config.toml" in text_of
+    assert "c: config.toml is damaged" in text_of and "1 step;" not in text_of
+    assert "1 steps" not in said(make("one", [train_row(1)], ""))
+
+
+def test_a_bad_run_is_named_below_the_picture_as_it_is_called(make):
+    runs = [
+        make(n, [train_row(s, loss=x + 1 / s) for s in range(1, 99)]) for n, x in LOSSES.items()
+    ]
+    assert "Above the picture: all of LR$3, from 42" in said(runs)
+
+
+def test_a_loss_of_any_size_is_short(make):
+    text_of = said(make("huge", [train_row(1, loss=1e30), dict(step=1, val_loss=2e-8)]))
+    assert "1e+30" in text_of and "2e-08 at step 1" in text_of and not re.search(r"\d{20}", text_of)
+
+
 def test_long_tables_end(make):
     rows = [train_row(1), *(dict(step=1, event="skip", text=f"no. {k}") for k in range(1000))]
     text_of = said(make("run", rows))
@@ -365,7 +513,7 @@ def test_values_and_loads_are_drawn_where_recorded(make):
     loads = [dict(step=k, tokens={"0": [4, 0, k]}) for k in (1, 2, 4)]
     (run / "moe_load.jsonl").write_text("\n".join(map(json.dumps, loads)))
     content = report.build([run])
-    assert paths(content, "gradient, step 5") == [[(-3, -0.75), (2, -0.25)]]
+    assert paths(content, "gradient, step 5") == [[(-3, 0.75), (2, 0.25)]]
     assert "layer 0: 0.00 to 1.50 of the mean at step 4" in Reader(content).said
     assert '<path d="M0,1h1v1h-1zM1,1h1v1h-1zM2,1h1v1h-1z" fill="#000000"' in content
 
@@ -381,7 +529,12 @@ def test_the_command_writes_where_it_says(make, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["a/report.html", "report.html", "c.html"]
     content = (tmp_path / "c.html").read_text(encoding="utf-8")
     assert "Summary" in content and "<title>a, a</title>" in content
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        report.main(["a", "--out=taken"])
     assert not [*tmp_path.rglob("*.tmp")]
+    report.main(["--help"])
+    assert "Exit status" in capsys.readouterr().out
     for wrong in ([], ["--out=x.html"], ["a", "--csv"], ["a", "--out="]):
         with pytest.raises(ValueError, match="usage"):
             report.main(wrong)
