@@ -193,6 +193,8 @@ def test_a_tiny_version_of_the_recipe_learns(tmp_path, recipe):
         "--sample_tokens=9",
         "--vocab_size=256",
     ]
+    if recipe == RECORD:  # its average, and where it looks ahead, in 12 steps
+        flags += ["--ema_from=8", "--hook.ema_nesterov.start=2", "--hook.ema_nesterov.stop=9"]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(parse.parse(flags))
     found = logger.read_metrics(tmp_path / "out" / "metrics.jsonl")
