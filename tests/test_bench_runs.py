@@ -252,6 +252,7 @@ def clone(tmp_path):
     return tmp_path / "clone"
 
 
+@pytest.mark.slow
 def test_nanogpts_seconds_steps_and_loss_are_read(clone, tmp_path, text):
     corpus = corpora.load(text, "bytes", str(tmp_path), None)
     folder = tmp_path / "folder"

@@ -187,8 +187,8 @@ def test_zero_bubble_defers_the_blocks_weight_gradients_and_has_the_heads():
 
 
 # ---- train.py, on layouts ------------------------------------------------------------------------
-FAST = ("tp 2 + sp",)
 LARGE = (
+    "tp 2 + sp",
     "zero3 2",
     "pp 2 zerobubble",
     "zero1 2 x cp 2 x tp 2 + sp",
@@ -201,9 +201,7 @@ LARGE = (
 SETTINGS = ("--z_loss=0.01",)
 
 
-@pytest.mark.parametrize(
-    "layout", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
-)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow) for name in LARGE])
 def test_a_layout_with_chunks_is_one_process_without(layout):
     one = "one process" if layout in LAYOUTS else "one larger process"
     whole = sgd(one, *SETTINGS)

@@ -158,10 +158,11 @@ def test_a_rollback_to_before_the_resumed_step_takes_nothing_from_what_follows(t
     "layout, where",
     [
         (LAYOUTS[0], RING),
-        (EXPERTS, RING),
+        pytest.param(EXPERTS, RING, marks=pytest.mark.slow),
         pytest.param(EXPERTS, DISK, marks=pytest.mark.slow),
         pytest.param(LAYOUTS[0], DISK, marks=pytest.mark.slow),
-        (LAYOUTS[2], DISK),  # owners hold full copies of the weights
+        # Owners hold full copies of the weights.
+        pytest.param(LAYOUTS[2], DISK, marks=pytest.mark.slow),
         pytest.param(LAYOUTS[3], DISK, marks=pytest.mark.slow),
         *(pytest.param(layout, RING, marks=pytest.mark.slow) for layout in LAYOUTS[1:4]),
         *(

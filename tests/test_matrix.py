@@ -152,10 +152,8 @@ def test_a_tied_gradient_meets_its_other_half_where_stages_would_choose_other_ow
     assert max(apart("zero1 2 x pp 2", ["SGD"], *GPT2, "--vocab_size=128").values()) < 1e-10
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["pp 2 interleaved", pytest.param("pp 2 x fsdp 2 x tp 2 + sp", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp 2 interleaved", "pp 2 x fsdp 2 x tp 2 + sp"])
 def test_the_sample_at_the_end_is_one_process_s(tmp_path, layout):
     text(tmp_path)
     found = []

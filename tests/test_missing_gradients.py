@@ -596,6 +596,7 @@ def simulated(world, n, every, lr=0.7, momentum=0.9):
     return [dict(model.named_parameters()) for model, _ in pairs], anchor
 
 
+@pytest.mark.slow
 def test_diloco_leaves_alone_what_no_replica_has_moved_in_a_round(tmp_path):
     """In steps 0 and 2 some parameters have no gradient anywhere: with every=1 whole rounds."""
     for every, n in ((1, 4), (2, 5)):

@@ -325,6 +325,7 @@ def test_float32_follows_one_process_or_its_choices(tmp_path, name, world, flags
     assert len(expected) == 40
 
 
+@pytest.mark.slow
 def test_a_flipped_choice_is_found_with_its_gap(tmp_path):
     text(tmp_path)
     expected, _ = fp32(0, 1, tmp_path, "SGD", [], 8)

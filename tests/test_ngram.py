@@ -170,6 +170,7 @@ def run(rank, world, *args):
     return go(*args)
 
 
+@pytest.mark.slow
 def test_a_run_starts_where_counting_ends_and_ranks_and_resume_change_nothing(tmp_path, text):
     more = ["--ngram=4", "--precision=fp64", "--optim=sgd", "--lr=0.1", "--micro_batch_size=2"]
     go(text, tmp_path / "one", *more)

@@ -149,6 +149,7 @@ def test_a_range_that_is_none_is_refused_with_what_to_type(words):
         parse.parse([*TINY, f"--profile={words}"])
 
 
+@pytest.mark.slow
 def test_kinetos_own_notices_do_not_reach_the_user(tmp_path):
     code = (
         "from pathlib import Path; from tests.test_profile import driven;"

@@ -160,6 +160,7 @@ def test_an_unusual_lr_and_a_busy_machine_are_said(monkeypatch):
     assert "this machine is busy (load 99.0 on " in said(load=99.0)
 
 
+@pytest.mark.slow
 def test_a_tiny_text_is_learnt_by_heart(tmp_path, capsys):
     (tmp_path / "tiny.txt").write_text("All work and no play. " * 9)
     data = str(tmp_path / "tiny.txt")

@@ -226,6 +226,7 @@ def gpt2(tmp_path, monkeypatch) -> dict:
     return spec
 
 
+@pytest.mark.slow
 def test_a_megabyte_has_the_ids_of_tiktoken_and_of_tokenizers(tmp_path, gpt2):
     text = mixed(1_000_000)
     raw = tmp_path / "a.txt"

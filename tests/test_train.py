@@ -336,10 +336,10 @@ def test_kill_and_same_command_again_is_bitwise_the_uninterrupted_run(tmp_path, 
 
 LAYOUTS = [
     "--data_parallel=ddp --optim=muon",
-    "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
     *(
         pytest.param(layout, marks=pytest.mark.slow)
         for layout in (
+            "--data_parallel=zero3 --offload_params=disk --offload=cpu --bucket_mb=0.01",
             "--precision=bf16_sr --data_parallel=zero1 --bucket_mb=0.01 --optim=schedule_free",
             "--pp=2 --pp_schedule=zerobubble --optim=muon --n_layer=2 --offload=disk",
             "--diloco_every=3 --diloco.momentum=0.8 --optim=adamw",
