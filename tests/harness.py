@@ -8,6 +8,7 @@ missing (Windows) the tests skip and say so. Each rank has one thread; a collect
 is a deadlock and fails the test.
 """
 
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -101,6 +102,9 @@ def run_ranks(world: int, fn, *args) -> list:
 
 
 def one_rank(rank: int, world: int, folder: str, fn, args: tuple) -> None:
+    # What the parent left for its collector stays: a process group of an earlier test would wait,
+    # as it goes, for threads that a fork does not copy.
+    gc.freeze()
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group(
