@@ -35,7 +35,7 @@ import artifacts
 from cases import CASES, CHANGED, REWORDED, Case
 from runs import HERE, Tree, key
 
-BASE = "e7a0bf7"  # after fields of experts, hooks and decays had come into every config.toml
+BASE = "9a4099c"  # after fields of averages, pages and documents had come into every config.toml
 ROOT = HERE.parents[1]
 TRACES = HERE / "traces.json"
 FLAGS = {"base", "jobs", "cache", "keep", "traces", "write-traces", "self-test", "list", "help"}
