@@ -41,6 +41,7 @@ from pathlib import Path
 
 from metrics.outlets import complain
 from metrics.outlets import print_line as say
+from metrics.report_read import MAXIMISED
 from run import auto, build, control, optimizers
 from run.options import resolve_options
 from search import folder, proposals, results
@@ -65,7 +66,6 @@ ALLOWED = dict(
         "mfu",
     ),
 )
-MAXIMISED = ALLOWED["metric"][-3:]
 # Errors after which no other trial could write either.
 FULL = [getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS")]
 

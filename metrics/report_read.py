@@ -18,7 +18,7 @@ from metrics.curves import Run, is_finite
 from metrics.logger import read_metrics
 from metrics.plot import branch_of
 
-MAXIMISED = ("val_accuracy", "tokens_per_s", "mfu")  # as sweep.py has them
+MAXIMISED = ("val_accuracy", "tokens_per_s", "mfu")  # of the metrics of a search
 STATUSES = ("done", "pruned", "diverged", "unfinished", "failed")  # from the best to the worst
 
 

@@ -21,6 +21,7 @@ import torch
 
 import schedules
 from metrics.flops import active_params
+from metrics.labels import loss_text
 from metrics.logger import read_metrics, short
 from parallel.mesh import Mesh
 from run import auto
@@ -323,7 +324,7 @@ def verdict(first: dict, best: dict, last: dict, patience: int | None) -> str:
 
 def number(loss: float | None) -> str:
     """A loss as metrics.jsonl has it: None where it was not finite."""
-    return "not a number" if loss is None else f"{loss:.4f}"
+    return "not a number" if loss is None else loss_text(loss)
 
 
 def about_messages(cfg: Config, mesh: Mesh, n_params: int, trained: list[dict]) -> str:
