@@ -99,7 +99,7 @@ def main(requested_cfg: fields.Config) -> dict:
     corpus = mesh.first_on_each_machine(functools.partial(build.corpus, auto_cfg))
     resume.check_same_data(auto_cfg, corpus, mesh, resumed_from, same_run)
     # Complete, but for the micro-batch size: from here on read cfg.
-    cfg = auto.with_vocabulary(auto_cfg, corpus.tokenizer.n_vocab)
+    cfg = auto.with_tokenizer(auto_cfg, corpus.tokenizer)
     train_data = Dataset(
         corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size
     )

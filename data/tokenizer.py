@@ -54,6 +54,14 @@ class Tokenizer:
                 self.special[special] = self.encoding.encode_single_token(special)
             self.end_of_text = self.special.get("<|endoftext|>")
 
+    @property
+    def document_token(self) -> int | None:
+        """The id with which each document begins but the first of a text; None where none does.
+
+        It is the first of `start`, or else the end of the document before.
+        """
+        return self.start[0] if self.start else self.end_of_text
+
     @functools.cached_property
     def key(self) -> str:
         """The kind and, but for bytes and ids, a hash of all that decides ids."""

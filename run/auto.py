@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from data.tokenizer import Tokenizer
 from hooks.keep import beneath
 from hooks.wear import worn
 from layers import rope_scaling
@@ -192,6 +193,31 @@ def own_defaults(cfg: Config, optimizer_class: type) -> tuple[float, float]:
         if getattr(cfg, name) is None and not has_default:
             raise ValueError(f"{what} default for {name}; type one, such as --{name}={usual}")
     return group["lr"], group.get("weight_decay", 0.0)
+
+
+def with_tokenizer(cfg: Config, tokenizer: Tokenizer) -> Config:
+    """cfg with what depends on the vocabulary: see with_vocabulary(). And with its document_token.
+
+    Raises ValueError, too, where documents are asked for and nothing says where they begin.
+    """
+    cfg = with_vocabulary(cfg, tokenizer.n_vocab)
+    if not cfg.document_mask and cfg.pack is None:
+        return cfg
+    token = cfg.document_token
+    if token is None:
+        token = tokenizer.document_token
+    asks = "document_mask=true" if cfg.document_mask else f"pack={cfg.pack}"
+    if token is None:
+        raise ValueError(
+            f"--{asks} looks for the token between two documents, and --tokenizer={cfg.tokenizer} "
+            "names none; type --document_token=ID, as --tokenizer=gpt2 has 50256"
+        )
+    if token >= cfg.vocab_size:
+        raise ValueError(
+            f"document_token={token} is not below vocab_size={cfg.vocab_size}; type the id that is "
+            "between two documents of this data"
+        )
+    return update(cfg, document_token=token)
 
 
 def with_vocabulary(cfg: Config, n_vocab: int) -> Config:

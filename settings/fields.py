@@ -65,6 +65,19 @@ class Config:
         " .parquet or .bin shards, a.txt,b.txt, 'a/*.txt'",
     )
     data_field: str = on_branch("text", "where .jsonl and .parquet have the text of a document")
+    document_mask: bool = fixed(
+        False,
+        "a token sees its own document alone, and positions begin anew in each"
+        " (layers/document_mask.py)",
+    )
+    pack: Literal["best_fit"] | None = fixed(
+        None,
+        "best_fit: a sequence begins where a document begins, and what does not fit is cut"
+        " (data/packing.py)",
+    )
+    document_token: int | None = fixed(
+        None, "for both: the id with which a document begins; none = the tokenizer's", least=0
+    )
     tokenizer: str = fixed(
         "bytes", "bytes, a tiktoken encoding such as gpt2, or PATH/tokenizer.json (or its folder)"
     )
@@ -501,6 +514,7 @@ PATHS = ("out_dir", "data", "tokenizer", "data_dir", "resume", "init_from")
 # Fields whose none the run replaces by a number, which config.toml records under [chosen].
 CHOSEN = (
     "micro_batch_size",
+    "document_token",
     "n_kv_head",
     "vocab_size",
     "lr",
