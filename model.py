@@ -38,8 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import attention, rope_scaling
+from layers import attention, document_mask, rope_scaling
 from layers.chunked_loss import chunked_loss
+from layers.document_mask import Documents
 from layers.fewer_passes import RMSNorm, norm_and_turn, relu_squared, rms_norm, swiglu, turn_alone
 from layers.moe import MoE
 from layers.ngram_embedding import NGramEmbedding
@@ -68,6 +69,8 @@ class GPTConfig:
     attention_scale: float | None = None  # q.k is multiplied by it; None = 1/sqrt(D)
     window: int | None = None  # tokens that a query sees, itself among them; None = all before it
     attention: str = "sdpa"  # or plain, flex (layers/attention.py)
+    document_mask: bool = False  # tokens see their own document alone (layers/document_mask.py)
+    document_token: int | None = None  # the id with which a document begins
     tied: bool = False
     bias: bool = False
     qkv_bias: bool | None = None  # of queries, keys and values; None = as bias
@@ -124,6 +127,7 @@ class ForwardContext(NamedTuple):
     position_ids: Tensor  # (T,) or (B, T): each token's place in its sequence
     sample_ids: Tensor | None  # (B,): each sequence's number in the run, for dropout masks
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, each (T, 1, D/2) or (B, T, 1, D/2)
+    documents: Documents | None = None  # with document_mask
 
 
 class Linear(nn.Linear):
@@ -176,7 +180,9 @@ class Attention(nn.Module):
         q = self.q_norm(q, context.rotary, self.q_factor)
         k = self.k_norm(k, context.rotary)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-        y = self.attention_fn(q, k, v)  # (B, H, T, D)
+        # Three arguments without documents: whatever replaces attention_fn need not know of them.
+        more = () if context.documents is None else (context.documents,)
+        y = self.attention_fn(q, k, v, *more)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -275,6 +281,8 @@ class GPT(nn.Module):
         self.loss_fn = loss_fn
         self.logit_bias = None  # targets (B, T) -> (B, T, V), added to the logits (layers/ngram.py)
         self.loss_chunk = None  # tokens whose logits are in memory at once; None = all
+        # (B, T) starts -> the Documents that attention gets; in generation without a mask.
+        self.make_documents = functools.partial(document_mask.make, c.attention, c.window)
         # After a forward in eval mode: how many targets were the likeliest token (0-dim).
         self.n_correct = None
 
@@ -285,24 +293,36 @@ class GPT(nn.Module):
         position_ids: Tensor | None = None,
         sample_ids: Tensor | None = None,
         layers: list[int] | None = None,
+        document_starts: Tensor | None = None,
     ) -> Tensor:
         """The sum of the token losses; without targets the logits (B, T, V).
 
         x: (B, T) token ids, or (B, T, C) hidden states of earlier layers; targets: (B, T) ids;
         position_ids: (T,) or (B, T), default 0..T-1; sample_ids: (B,), for dropout; layers: which
-        of those here to run, default all. Hidden states (B, T, C) come back where the last layer
-        is not among them. Raises ValueError for more than block_size tokens.
+        of those here to run, default all. document_starts: (B, length of the whole sequence) where
+        each token's document begins, for document_mask; default: found in x, which then is the
+        whole sequence. Hidden states (B, T, C) come back where the last layer is not among them.
+        Raises ValueError for more than block_size tokens.
         """
+        c = self.config
+        if c.document_mask and document_starts is None:
+            if x.ndim == 3 or position_ids is not None:
+                raise ValueError("document_mask needs document_starts where x is a part of a text")
+            document_starts = document_mask.starts(x, c.document_token)
         if position_ids is None:
-            if x.shape[1] > self.config.block_size:
-                raise ValueError(
-                    f"{x.shape[1]} tokens are more than block_size={self.config.block_size}"
-                )
+            if x.shape[1] > c.block_size:
+                raise ValueError(f"{x.shape[1]} tokens are more than block_size={c.block_size}")
             position_ids = torch.arange(x.shape[1], device=x.device)
         # Made once for all layers: the angles depend on the positions alone.
-        context = ForwardContext(position_ids, sample_ids, self.rotary_angles(position_ids))
+        positions = position_ids
+        documents = None
+        if c.document_mask:
+            documents = self.make_documents(document_starts)
+            positions = position_ids - document_starts[:, position_ids]  # (B, T)
+        rotary = self.rotary_angles(positions)
+        context = ForwardContext(position_ids, sample_ids, rotary, documents)
         if x.ndim == 2:
-            x = self.embed_tokens(x, context)  # (B, T, C)
+            x = self.embed_tokens(x, positions, context)  # (B, T, C)
         names = list(self.blocks) if layers is None else [str(layer) for layer in layers]
         x = self.run_blocks([self.blocks[name] for name in names], x, context)
         # Without the last layer there is no head here: the next stage gets hidden states.
@@ -334,13 +354,14 @@ class GPT(nn.Module):
             position_ids, c.head_size, dtype, base=c.rope_base, scaling=self.rope_scaling
         )
 
-    def embed_tokens(self, ids: Tensor, context: ForwardContext) -> Tensor:
-        """(B, T) token ids -> (B, T, C)"""
+    def embed_tokens(self, ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """(B, T) token ids, at these positions (T,) or (B, T) of their documents -> (B, T, C)"""
         x = self.embed(ids)
         if self.positions is not None:
-            x = x + self.positions(context.position_ids)
+            x = x + self.positions(positions)
         if self.grams is not None:
-            x = x + self.grams(self.grams.find(ids, context.position_ids))
+            starts = None if context.documents is None else context.documents.starts
+            x = x + self.grams(self.grams.find(ids, context.position_ids, starts))
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         return self.drop_embed(x, context)

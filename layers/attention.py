@@ -60,6 +60,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.document_mask import Documents
+
 CHUNK = 64  # queries of plain attention that see the same keys
 
 
@@ -67,7 +69,8 @@ def choose(kind: str, window: int | None):
     """The attention function of a block; kind: "sdpa", "plain" or "flex".
 
     It takes q (B, H, T, D), k and v (B, Hkv, T, D), and returns (B, H, T, D). Hkv divides H: with
-    fewer k, v than q it is grouped-query attention.
+    fewer k, v than q it is grouped-query attention. A fourth argument, the Documents of
+    layers/document_mask.py made for this kind and window, hides other documents.
     """
     if kind == "sdpa":
         return functools.partial(causal_attention, window=window)
@@ -76,17 +79,25 @@ def choose(kind: str, window: int | None):
     return torch.compiler.disable(functools.partial(flex_attention, window=window))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    *,
+    window: int | None = None,
+) -> Tensor:
     """`sdpa`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
     shared = q.shape[1] // k.shape[1]  # query heads that share a k and v
-    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=shared > 1)
+    mask = None if documents is None else documents.mask
     if window is None or window >= T:
-        return sdpa(q, k, v, is_causal=True)
+        return sdpa(q, k, v, shared, mask)
 
     # The first chunk has none before it. Copies, as views would keep all of q, k, v for backward.
+    mask_first, mask_later = (None, None) if mask is None else mask
     first = [x[:, :, :window].contiguous() for x in (q, k, v)]
-    y_first = sdpa(*first, is_causal=True)
+    y_first = sdpa(*first, shared, mask_first)
 
     # The n later chunks, each with its own keys and values and those of the chunk before it.
     # Padding fills the last one; it lies behind all real queries, which do not see it.
@@ -95,23 +106,38 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     k_pairs = F.pad(k, padding).unfold(2, 2 * window, window).mT  # (B, Hkv, n, 2 window, D)
     v_pairs = F.pad(v, padding).unfold(2, 2 * window, window).mT
 
-    # Query i is at place i + window of its two chunks, and sees the `window` places up to there.
-    i = torch.arange(window, device=q.device).unsqueeze(1)
-    place = torch.arange(2 * window, device=q.device)
-    mask = (place > i) & (place <= i + window)  # (window, 2 window)
+    if mask_later is None:
+        # Query i is at place i + window of its two chunks, and sees the `window` places up to it.
+        i = torch.arange(window, device=q.device).unsqueeze(1)
+        place = torch.arange(2 * window, device=q.device)
+        mask_later = (place > i) & (place <= i + window)  # (window, 2 window)
 
     # One call for all chunks of all sequences, as a batch of B n.
     batch = [x.transpose(1, 2).flatten(0, 1) for x in (q_chunks, k_pairs, v_pairs)]
-    if q.is_cuda and shared > 1:
-        # The GPU's kernel that takes a mask takes no grouped heads.
-        batch[1:] = [x.repeat_interleave(shared, 1) for x in batch[1:]]
-        sdpa = F.scaled_dot_product_attention
-    y = sdpa(*batch, attn_mask=mask)  # (B n, H, window, D)
+    y = sdpa(*batch, shared, mask_later)  # (B n, H, window, D)
     y = y.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)  # (B, H, n window, D)
     return torch.cat([y_first, y[:, :, : T - window]], 2)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, shared: int, mask: Tensor | None) -> Tensor:
+    """torch's kernel, causal or with this mask; shared: query heads that share a k and v."""
+    if mask is not None and q.is_cuda and shared > 1:
+        # The GPU's kernel that takes a mask takes no grouped heads.
+        k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
+        shared = 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1
+    )
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    *,
+    window: int | None = None,
+) -> Tensor:
     """`plain`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     B, H, T, D = q.shape
     device = q.device.type
@@ -123,14 +149,15 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
     q = q.reshape(B * n_kv_head, H // n_kv_head, T, D)
     k = k.reshape(B * n_kv_head, T, D)
     v = v.reshape(B * n_kv_head, T, D)
+    starts = None if documents is None else documents.starts  # (B, T)
     # The compiler fuses the formula; transforms of torch.func and forward_ad (which have no public
     # names) would need rules for a Function.
     is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
     is_transformed = is_transformed or torch.autograd.forward_ad._current_level >= 0
     if torch.compiler.is_compiling() or is_transformed:
-        y, _ = attend(q, k, v, slice(0, T), window)
+        y, _ = attend(q, k, v, slice(0, T), window, starts)
     else:
-        y = WrittenOut.apply(q, k, v, window)
+        y = WrittenOut.apply(q, k, v, window, starts)
     return y.view(B, H, T, D)
 
 
@@ -138,19 +165,21 @@ class WrittenOut(torch.autograd.Function):
     """q (n, G, T, D), k and v (n, T, D) -> (n, G, T, D)."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None, starts) -> Tensor:
         ctx.chunks = chunks(q.shape[2], window)
         y = torch.empty_like(q)
         kept = []
         for queries, keys in ctx.chunks:
-            y[:, :, queries], probabilities = attend(q, k[:, keys], v[:, keys], queries, window)
+            y[:, :, queries], probabilities = attend(
+                q, k[:, keys], v[:, keys], queries, window, starts
+            )
             if any(ctx.needs_input_grad):
                 kept.append(probabilities)
         ctx.save_for_backward(q, k, v, *kept)
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "plain attention: backward is written out once, and has no derivative; call "
@@ -161,7 +190,7 @@ class WrittenOut(torch.autograd.Function):
             return WrittenOut.gradients(ctx, dy)
 
     @staticmethod
-    def gradients(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def gradients(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *kept = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         dq = torch.empty_like(q)
@@ -175,7 +204,7 @@ class WrittenOut(torch.autograd.Function):
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, :, queries] = torch.bmm(ds, k[:, keys]).view_as(q[:, :, queries])
             dk[:, keys] += torch.bmm(ds.mT, some_q)
-        return dq.mul_(scale), dk.mul_(scale), dv, None
+        return dq.mul_(scale), dk.mul_(scale), dv, None, None
 
 
 def chunks(T: int, window: int | None) -> list[tuple[slice, slice]]:
@@ -188,10 +217,13 @@ def chunks(T: int, window: int | None) -> list[tuple[slice, slice]]:
     return found
 
 
-def attend(q, k, v, queries: slice, window: int | None) -> tuple[Tensor, Tensor]:
+def attend(
+    q, k, v, queries: slice, window: int | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The `queries` of all q (n, G, T, D) over k and v (n, N, D), of which they see the last.
 
-    Returns their result (n, G, c, D), and their probabilities (n, G c, N).
+    starts: (B, T) where each token's document begins, for n = B Hkv, or None. Returns their result
+    (n, G, c, D), and their probabilities (n, G c, N).
     """
     q = q[:, :, queries]
     n, G, c, D = q.shape
@@ -201,21 +233,41 @@ def attend(q, k, v, queries: slice, window: int | None) -> tuple[Tensor, Tensor]
     unseen = j > i
     if window is not None:
         unseen = unseen | (j <= i - window)
-    mask = torch.zeros(c, N, dtype=q.dtype, device=q.device).masked_fill_(unseen, -math.inf)
-    mask = mask.repeat(G, 1)  # (G c, N)
+    if starts is not None:
+        first = starts[:, queries].unsqueeze(2) - (queries.stop - N)  # (B, c, 1), among the keys
+        unseen = (unseen | (j < first)).repeat_interleave(n // len(starts), 0)  # (n, c, N)
+    mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
+    mask = mask.masked_fill_(unseen, -math.inf)
+    mask = torch.cat([mask] * G, -2)  # (n or none, G c, N)
     p = torch.baddbmm(mask, q.flatten(1, 2), k.mT, alpha=D**-0.5).softmax(-1)  # (n, G c, N)
     return torch.bmm(p, v).view(n, G, c, D), p
 
 
-def newest_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the newest token alone, q (B, H, 1, D), to all of k and v: no mask."""
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+def newest_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of the newest token alone, q (B, H, 1, D), to all of k and v (B, Hkv, n, D).
+
+    mask: (B, 1, 1, n) bool, False for the keys that it does not see.
+    """
+    shared = q.shape[1] // k.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared > 1)
+    return sdpa(q, k, v, shared, mask)
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    *,
+    window: int | None = None,
+) -> Tensor:
     """`flex`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
-    mask = block_mask(T, T if window is None else window, str(q.device))
+    if documents is None:
+        mask = block_mask(T, T if window is None else window, str(q.device))
+    else:
+        mask = documents.mask
     return kernel(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 

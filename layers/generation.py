@@ -24,7 +24,9 @@ Example:
 import torch
 from torch import Tensor, nn
 
+from layers import document_mask
 from layers.attention import causal_attention, newest_attention
+from layers.document_mask import Documents
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def generate(
     temperature: 0 takes the likeliest token
     top_k: None = all tokens
     forward: called in place of the model, (ids, position_ids=) -> logits, where the model is one
-        stage of a pipeline
+        stage of a pipeline; with document_mask it gets document_starts= too
 
     When block_size tokens are there, the cache starts again from the last half of them. Raises
     ValueError for an id that the model does not know, and for logits that are not numbers.
@@ -62,6 +64,11 @@ def generate(
     # Caches take the place of each attention, and one token is too little work for several threads.
     attentions = [block.attn for block in model.blocks.values()]
     attention_fns = [attention.attention_fn for attention in attentions]
+    # A cache makes its own masks, of the newest token alone.
+    masks_documents = getattr(model.config, "document_mask", False)
+    if masks_documents:
+        make_documents = model.make_documents
+        model.make_documents = Documents
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -78,9 +85,12 @@ def generate(
                     attention.attention_fn = KVCache(model.config.window)
 
             n_known = n_cached + new_ids.shape[1]
-            position_ids = torch.arange(n_cached, n_known, device=new_ids.device)
+            places = {"position_ids": torch.arange(n_cached, n_known, device=new_ids.device)}
+            if masks_documents:
+                token = model.config.document_token
+                places["document_starts"] = document_mask.starts(ids[:, -n_known:], token)
             # On the CPU, where the generator is, so a seed draws the same numbers on every device.
-            logits = forward(new_ids, position_ids=position_ids)[:, -1].cpu()  # (B, V)
+            logits = forward(new_ids, **places)[:, -1].cpu()  # (B, V)
             n_cached = n_known
             new_ids = draw(logits, temperature, top_k, generator).to(ids.device)
             ids = torch.cat([ids, new_ids], 1)
@@ -88,6 +98,8 @@ def generate(
     finally:
         for attention, attention_fn in zip(attentions, attention_fns):
             attention.attention_fn = attention_fn
+        if masks_documents:
+            model.make_documents = make_documents
         torch.set_num_threads(n_threads)
 
 
@@ -119,7 +131,9 @@ class KVCache:
         self.k = None  # (B, Hkv, tokens, D)
         self.v = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); T is 1 after the first call."""
         is_prompt = self.k is None
         if not is_prompt:
@@ -131,9 +145,16 @@ class KVCache:
         self.k = k[:, :, start:]
         self.v = v[:, :, start:]
         if is_prompt:
-            return causal_attention(q, k, v, self.window)
-        # One new token sees everything that is kept: no mask is needed.
-        return newest_attention(q, self.k, self.v)
+            if documents is not None:
+                documents = document_mask.make("sdpa", self.window, documents.starts)
+            return causal_attention(q, k, v, documents, window=self.window)
+        # One new token sees everything that is kept, or of that its own document.
+        mask = None
+        if documents is not None:
+            n = documents.starts.shape[1]
+            places = torch.arange(n - self.k.shape[2], n, device=q.device)
+            mask = (places >= documents.starts[:, -1:])[:, None, None]  # (B, 1, 1, tokens)
+        return newest_attention(q, self.k, self.v, mask)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,12 @@ class NGramEmbedding(nn.Embedding):
         """rows (K - 1, B, T), from `find` -> (B, T, C)."""
         return super().forward(rows).sum(0)
 
-    def find(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def find(self, ids: Tensor, positions: Tensor, starts: Tensor | None = None) -> Tensor:
         """The rows in the table of the n-grams that end at each token: (K - 1, B, T).
 
         ids: (B, T), from the start of a sequence. When not training, they may be the tokens from
-        positions[0] on, and the earlier ones are remembered from the calls before.
+        positions[0] on, and the earlier ones are remembered from the calls before. starts: (B, all
+        tokens so far) where each token's document begins, before which it has no tokens.
         """
         T = ids.shape[1]
         if not self.training:
@@ -65,6 +66,9 @@ class NGramEmbedding(nn.Embedding):
             # The token k places back. Before the start it is -1, and + 2 makes it 1: a token that
             # no text has.
             earlier = F.pad(ids, (k, 0), value=-1)[:, : ids.shape[1]]
+            if starts is not None:
+                is_other = torch.arange(ids.shape[1], device=ids.device) - k < starts
+                earlier = earlier.masked_fill(is_other, -1)
             h = h + 0x9E3779B1 * (earlier + 2)
             # Mix the bits: a 32-bit hash in int64, where its products do not overflow.
             h = ((h & 0xFFFFFFFF) ^ ((h & 0xFFFFFFFF) >> 16)) * 0x45D9F3B & 0xFFFFFFFF

@@ -208,9 +208,16 @@ class Watch:
         return undo
 
     def attention_fn(
-        self, layer: int, attention: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor
+        self,
+        layer: int,
+        attention: nn.Module,
+        plain: Callable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *documents,
     ) -> Tensor:
-        """plain(q, k, v), and the largest logit of each head; q, k, v: (B, H, T, D)."""
+        """plain(q, k, v, *documents), and each head's largest logit; q, k, v: (B, H, T, D)."""
         if attention.training:
             keys = k.detach()
             # This rank's queries see the keys of all context parallel ranks.
@@ -219,10 +226,12 @@ class Watch:
                 of_ranks = [torch.empty_like(keys) for _ in range(group.size())]
                 dist.all_gather(of_ranks, keys.contiguous(), group)
                 keys = torch.cat(of_ranks, 2)[:, :, self.order]
-            found = max_logits(q.detach(), keys, self.position_ids, self.model.config.window)
+            window = self.model.config.window
+            starts = documents[0].starts if documents else None
+            found = max_logits(q.detach(), keys, self.position_ids, window, starts)
             here = self.max_logit[layer, self.heads]
             torch.maximum(here, found.to(here.dtype), out=here)
-        return plain(q, k, v)
+        return plain(q, k, v, *documents)
 
     @torch.no_grad()
     def loss_fn(self, plain: Callable, logits: Tensor, targets: Tensor | None, count: bool):

@@ -49,12 +49,19 @@ MAX_QUERIES = 256
 
 
 @torch.no_grad()
-def max_logits(q: Tensor, k: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
+def max_logits(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    window: int | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
     """(H,): each query head's largest q·k/√D, over the batch and the keys that a query sees.
 
     q (B, H, t, D); k (B, Hkv, T, D), all keys in the order of the sequence; position_ids: (t,) of
-    the queries, on the CPU. A query sees no later key; of the others all, or the last `window`. In
-    bf16 for bf16, rounded by 2^-9 at most; else in at least float32.
+    the queries, on the CPU. A query sees no later key; of the others all, or the last `window`; and
+    none before starts (B, T), where each token's document begins (layers/document_mask.py). In bf16
+    for bf16, rounded by 2^-9 at most; else in at least float32.
     """
     B, H, _, D = q.shape
     Hkv, T = k.shape[1:3]
@@ -68,13 +75,18 @@ def max_logits(q: Tensor, k: Tensor, position_ids: Tensor, window: int | None = 
         for some, at in zip(q.to(dtype).split(size, 2), position_ids.split(size)):
             # No query here sees keys after the last query: leave them out of the product.
             end = int(at.max()) + 1
-            distance = at.to(q.device).unsqueeze(1) - torch.arange(end, device=q.device)
+            at = at.to(q.device)
+            places = torch.arange(end, device=q.device)
+            distance = at.unsqueeze(1) - places
             unseen = (distance < 0) | (distance >= (window or T))
+            if starts is not None:
+                unseen = unseen | (places < starts[:, at].unsqueeze(2))  # (B, queries, end)
+                unseen = unseen.repeat_interleave(Hkv, 0)
             mask = q.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
             # Query heads that share keys are one longer list of queries, so keys need no copies.
             queries = some.reshape(B * Hkv, -1, D)
             keys = k[:, :, :end].to(dtype).flatten(0, 1)
-            scores = torch.baddbmm(mask.repeat(shared, 1), queries, keys.mT, alpha=D**-0.5)
+            scores = torch.baddbmm(torch.cat([mask] * shared, -2), queries, keys.mT, alpha=D**-0.5)
             scores = scores.view(B, Hkv, shared, -1)
             top = torch.maximum(top, scores.amax((0, 3)))
     return top.flatten()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.dataset import Dataset
+from layers import document_mask
 from layers.compile import own_gradients
 from precision import amp
 
@@ -73,8 +74,14 @@ class MicroBatches:
         ids = None
         if self.model.config.dropout > 0:
             ids = torch.tensor(sample_ids, device=self.device)
+        # Every stage of a pipeline, and every rank of a sequence, knows all of its documents.
+        starts = None
+        if self.model.config.document_mask:
+            starts = document_mask.starts(tokens[:, :-1], self.model.config.document_token)
         with amp.autocast(self.precision, self.device):
-            out = self.model(inputs if x is None else x, targets, self.position_ids, ids, layers)
+            out = self.model(
+                inputs if x is None else x, targets, self.position_ids, ids, layers, starts
+            )
         return out, targets
 
     def hidden_like(self, n: int, length: int) -> tuple:
@@ -136,9 +143,12 @@ class MicroBatches:
         self.begin()
         return self.pipe.run(len(batches), forward, like.__getitem__, scale, before_backward)
 
-    def logits(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, V), by all stages of a pipeline, the same on all ranks."""
+    def logits(self, ids: Tensor, **places) -> Tensor:
+        """(B, T) token ids -> (B, T, V), by all stages of a pipeline, the same on all ranks.
+
+        places: position_ids and, with document_mask, document_starts, as the model takes them.
+        """
         if self.pipe is None:
-            return self.model(ids, position_ids=position_ids)
+            return self.model(ids, **places)
         n_logits = self.model.config.vocab_size
-        return self.pipe.logits(self.model, self.hidden_like, n_logits, ids, position_ids)
+        return self.pipe.logits(self.model, self.hidden_like, n_logits, ids, **places)

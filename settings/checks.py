@@ -168,6 +168,16 @@ def check_attention(cfg: Config) -> None:
         raise ValueError(
             "attention=flex has no kernel for float64; type --precision=fp32, or --attention=sdpa"
         )
+    if cfg.document_token is not None and not cfg.document_mask and cfg.pack is None:
+        raise ValueError(
+            "document_token has no meaning without document_mask and pack; type "
+            "--document_mask=true or --pack=best_fit too"
+        )
+    if cfg.document_mask and cfg.ngram is not None:
+        raise ValueError(
+            "ngram counts across documents and is incompatible with document_mask; leave one of "
+            "them out"
+        )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
 
@@ -351,12 +361,13 @@ def check_context_parallel(cfg: Config) -> None:
             f"cp={cfg.cp} and sp={str(cfg.sp).lower()} cut a sequence into {parts} equal parts; "
             f"block_size={cfg.block_size} cannot be, try --block_size={better}"
         )
-    for name, usual in (("window", (None,)), ("attention", ("auto", "sdpa"))):
+    only = (("window", (None,)), ("attention", ("auto", "sdpa")), ("document_mask", (False,)))
+    for name, usual in only:
         value = getattr(cfg, name)
         if is_ring and value not in usual:
             raise ValueError(
-                f"{name}={value} is incompatible with cp_attention=ring, which has an attention of "
-                "its own; type --cp_attention=ulysses"
+                f"{name}={plain(value)} is incompatible with cp_attention=ring, which has an "
+                "attention of its own; type --cp_attention=ulysses"
             )
     # Ulysses trades tokens for heads: each rank gets all tokens of some heads.
     heads = (cfg.n_kv_head or cfg.n_head) // cfg.tp

@@ -79,7 +79,9 @@ def attend(plan: Plan, T: int, kind: str, window: int | None, n_kv_head: int) ->
     began = time.perf_counter()
     y = step()[:1]
     with torch.no_grad():
-        exact = attention.plain_attention(q[:1].float(), k[:1].float(), v[:1].float(), window)
+        exact = attention.plain_attention(
+            q[:1].float(), k[:1].float(), v[:1].float(), window=window
+        )
     apart = common.difference(y, exact)
     first_s = time.perf_counter() - began
     ms = common.milliseconds(step, plan.device, 0.05 if plan.rehearse else 0.15)
