@@ -181,8 +181,8 @@ class Attention(nn.Module):
         k = self.k_norm(k, context.rotary)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         # Three arguments without documents: whatever replaces attention_fn need not know of them.
-        more = () if context.documents is None else (context.documents,)
-        y = self.attention_fn(q, k, v, *more)  # (B, H, T, D)
+        more = {} if context.documents is None else {"documents": context.documents}
+        y = self.attention_fn(q, k, v, **more)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -281,8 +281,7 @@ class GPT(nn.Module):
         self.loss_fn = loss_fn
         self.logit_bias = None  # targets (B, T) -> (B, T, V), added to the logits (layers/ngram.py)
         self.loss_chunk = None  # tokens whose logits are in memory at once; None = all
-        # (B, T) starts -> the Documents that attention gets; in generation without a mask.
-        self.make_documents = functools.partial(document_mask.make, c.attention, c.window)
+        self.masks_for = c.attention  # whose masks of documents forward makes
         # After a forward in eval mode: how many targets were the likeliest token (0-dim).
         self.n_correct = None
 
@@ -308,7 +307,7 @@ class GPT(nn.Module):
         if c.document_mask and document_starts is None:
             if x.ndim == 3 or position_ids is not None:
                 raise ValueError("document_mask needs document_starts where x is a part of a text")
-            document_starts = document_mask.starts(x, c.document_token)
+            document_starts = self.document_starts(x)
         if position_ids is None:
             if x.shape[1] > c.block_size:
                 raise ValueError(f"{x.shape[1]} tokens are more than block_size={c.block_size}")
@@ -317,7 +316,7 @@ class GPT(nn.Module):
         positions = position_ids
         documents = None
         if c.document_mask:
-            documents = self.make_documents(document_starts)
+            documents = document_mask.make(self.masks_for, c.window, document_starts)
             positions = position_ids - document_starts[:, position_ids]  # (B, T)
         rotary = self.rotary_angles(positions)
         context = ForwardContext(position_ids, sample_ids, rotary, documents)
@@ -339,6 +338,11 @@ class GPT(nn.Module):
             logits = logits + bias.to(logits)
         out, self.n_correct = self.loss_fn(logits, targets, not self.training)
         return out
+
+    def document_starts(self, ids: Tensor) -> Tensor | None:
+        """(B, T) where each token's document begins; None where documents see each other."""
+        c = self.config
+        return document_mask.starts(ids, c.document_token) if c.document_mask else None
 
     def rotary_angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """The angles by which this model's heads turn; None for learned positions."""

@@ -60,8 +60,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.document_mask import Documents
-
 CHUNK = 64  # queries of plain attention that see the same keys
 
 
@@ -69,8 +67,8 @@ def choose(kind: str, window: int | None):
     """The attention function of a block; kind: "sdpa", "plain" or "flex".
 
     It takes q (B, H, T, D), k and v (B, Hkv, T, D), and returns (B, H, T, D). Hkv divides H: with
-    fewer k, v than q it is grouped-query attention. A fourth argument, the Documents of
-    layers/document_mask.py made for this kind and window, hides other documents.
+    fewer k, v than q it is grouped-query attention. documents=, made by layers/document_mask.py for
+    this kind and window, hides other documents.
     """
     if kind == "sdpa":
         return functools.partial(causal_attention, window=window)
@@ -83,9 +81,8 @@ def causal_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    documents: Documents | None = None,
-    *,
     window: int | None = None,
+    documents=None,
 ) -> Tensor:
     """`sdpa`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
@@ -134,9 +131,8 @@ def plain_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    documents: Documents | None = None,
-    *,
     window: int | None = None,
+    documents=None,
 ) -> Tensor:
     """`plain`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     B, H, T, D = q.shape
@@ -258,9 +254,8 @@ def flex_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    documents: Documents | None = None,
-    *,
     window: int | None = None,
+    documents=None,
 ) -> Tensor:
     """`flex`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]

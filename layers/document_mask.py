@@ -28,8 +28,6 @@ flex skips blocks of 128 x 128 that lie in different documents.
 References: Llama 3, 2407.21783 (3.2: little effect on short texts, much on long ones); Krell et al.
 2021, 2107.02027 (packing, and a mask for what shares a sequence).
 
-Neighbours: layers/attention.py, data/packing.py
-
 Example:
     import torch
     import torch.nn.functional as F
@@ -57,7 +55,7 @@ class Documents(NamedTuple):
     """What attention knows of documents: the whole sequence's, whichever of its tokens are here."""
 
     starts: Tensor  # (B, T) for each token the place where its document begins
-    mask: object = None  # what `sdpa` or `flex` of layers/attention.py takes; `plain` takes none
+    mask: object = None  # what `sdpa` or `flex` of layers/attention.py takes; others take none
 
 
 def starts(ids: Tensor, token: int) -> Tensor:
@@ -76,8 +74,8 @@ def seen(starts: Tensor, window: int | None = None) -> Tensor:
 
 
 def make(kind: str, window: int | None, starts: Tensor) -> Documents:
-    """The documents of a forward, for attention of this kind: "sdpa", "plain" or "flex"."""
-    if kind == "plain":
+    """The documents of a forward, for attention of this kind: "sdpa", "plain", "flex", "cache"."""
+    if kind in ("plain", "cache"):
         return Documents(starts)
     if kind == "flex":
         return Documents(starts, block_mask(starts, window))

@@ -24,9 +24,7 @@ Example:
 import torch
 from torch import Tensor, nn
 
-from layers import document_mask
 from layers.attention import causal_attention, newest_attention
-from layers.document_mask import Documents
 
 
 @torch.no_grad()
@@ -64,11 +62,7 @@ def generate(
     # Caches take the place of each attention, and one token is too little work for several threads.
     attentions = [block.attn for block in model.blocks.values()]
     attention_fns = [attention.attention_fn for attention in attentions]
-    # A cache makes its own masks, of the newest token alone.
     masks_documents = getattr(model.config, "document_mask", False)
-    if masks_documents:
-        make_documents = model.make_documents
-        model.make_documents = Documents
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -87,8 +81,9 @@ def generate(
             n_known = n_cached + new_ids.shape[1]
             places = {"position_ids": torch.arange(n_cached, n_known, device=new_ids.device)}
             if masks_documents:
-                token = model.config.document_token
-                places["document_starts"] = document_mask.starts(ids[:, -n_known:], token)
+                places["document_starts"] = model.document_starts(ids[:, -n_known:])
+                # A cache masks the newest token itself.
+                model.masks_for = "sdpa" if n_cached == 0 else "cache"
             # On the CPU, where the generator is, so a seed draws the same numbers on every device.
             logits = forward(new_ids, **places)[:, -1].cpu()  # (B, V)
             n_cached = n_known
@@ -99,7 +94,7 @@ def generate(
         for attention, attention_fn in zip(attentions, attention_fns):
             attention.attention_fn = attention_fn
         if masks_documents:
-            model.make_documents = make_documents
+            model.masks_for = model.config.attention
         torch.set_num_threads(n_threads)
 
 
@@ -131,10 +126,11 @@ class KVCache:
         self.k = None  # (B, Hkv, tokens, D)
         self.v = None
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
-    ) -> Tensor:
-        """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); T is 1 after the first call."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents=None) -> Tensor:
+        """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); T is 1 after the first call.
+
+        documents: of all tokens so far (layers/document_mask.py), for the first call with a mask.
+        """
         is_prompt = self.k is None
         if not is_prompt:
             k = torch.cat([self.k, k], 2)
@@ -145,9 +141,7 @@ class KVCache:
         self.k = k[:, :, start:]
         self.v = v[:, :, start:]
         if is_prompt:
-            if documents is not None:
-                documents = document_mask.make("sdpa", self.window, documents.starts)
-            return causal_attention(q, k, v, documents, window=self.window)
+            return causal_attention(q, k, v, self.window, documents)
         # One new token sees everything that is kept, or of that its own document.
         mask = None
         if documents is not None:

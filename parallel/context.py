@@ -154,7 +154,7 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
 
 
 # ---- ring ----------------------------------------------------------------------------------------
-def ring(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, *documents) -> Tensor:
+def ring(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, **documents) -> Tensor:
     """An `attention_fn`: q (B, H, t, D), k and v (B, Hkv, t, D) -> (B, H, t, D).
 
     It does not call the function it replaces, which would not return the log-sum-exp. Raises
@@ -368,7 +368,7 @@ def formula_backward(dout, q, k, v, out, lse, dropout, causal) -> tuple[Tensor, 
 
 # ---- ulysses -------------------------------------------------------------------------------------
 def ulysses(
-    group: dist.ProcessGroup, plain: Callable, q: Tensor, k: Tensor, v: Tensor, *documents
+    group: dist.ProcessGroup, plain: Callable, q: Tensor, k: Tensor, v: Tensor, **documents
 ) -> Tensor:
     """An `attention_fn` around `plain`, which sees all T tokens of this rank's share of the heads.
 
@@ -380,7 +380,7 @@ def ulysses(
     x = torch.cat(shares, 2).movedim(1, 0)  # (n, B, heads, t, D): rank i's heads of my tokens at i
     # After the swap entry i is rank i's tokens of my heads: joined they are the sequence.
     x = SwapForwardSwapBackward.apply(x, group).movedim(0, 2).flatten(2, 3)  # (B, my heads, T, D)
-    y = plain(*x.split([share.shape[2] for share in shares], 1), *documents)  # (B, H/n, T, D)
+    y = plain(*x.split([share.shape[2] for share in shares], 1), **documents)  # (B, H/n, T, D)
     # Back: rank i's tokens of my heads go to i, as (n, B, H/n, t, D).
     y = SwapForwardSwapBackward.apply(y.unflatten(2, (n, -1)).movedim(2, 0), group)
     return y.movedim(0, 1).flatten(1, 2)  # (B, H, t, D)

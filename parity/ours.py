@@ -185,12 +185,12 @@ class Run:
         return found
 
     def seeing(self, name: str, attention_fn):
-        def attend(q: Tensor, k: Tensor, v: Tensor, *documents) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, **documents) -> Tensor:
             if not is_recorded():
-                return attention_fn(q, k, v, *documents)
+                return attention_fn(q, k, v, **documents)
             self.recorder.activation(f"{name}.rotated_q", q)
             self.recorder.activation(f"{name}.rotated_k", k)
-            y = attention_fn(q, k, v, *documents)
+            y = attention_fn(q, k, v, **documents)
             self.recorder.activation(f"{name}.attended", y)
             return y
 

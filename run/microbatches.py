@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from data.dataset import Dataset
-from layers import document_mask
 from layers.compile import own_gradients
 from precision import amp
 
@@ -75,9 +74,7 @@ class MicroBatches:
         if self.model.config.dropout > 0:
             ids = torch.tensor(sample_ids, device=self.device)
         # Every stage of a pipeline, and every rank of a sequence, knows all of its documents.
-        starts = None
-        if self.model.config.document_mask:
-            starts = document_mask.starts(tokens[:, :-1], self.model.config.document_token)
+        starts = self.model.document_starts(tokens[:, :-1])
         with amp.autocast(self.precision, self.device):
             out = self.model(
                 inputs if x is None else x, targets, self.position_ids, ids, layers, starts

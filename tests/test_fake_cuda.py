@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fa
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from layers import attention
+from layers import attention, document_mask
 from layers.generation import KVCache
 from model import GPT, GPTConfig
 from optim import adamw, muon, param_groups, qk_clip, shampoo, soap
@@ -226,12 +226,15 @@ def test_a_mask_goes_to_the_gpu_with_as_many_heads_of_keys_as_of_queries(gpu, mo
 
     def kernel(q, k, v, attn_mask=None, **options):
         if attn_mask is not None:
-            masked.append((q.shape[1], k.shape[1], v.shape[1], options))
+            masked.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"]))
         return plain(q, k, v, attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
-    attention.causal_attention(empty(1, 4, 16, 8), *[empty(1, 2, 16, 8)] * 2, window=4)
-    assert masked == [(4, 4, 4, {})]
+    inputs = [empty(1, 4, 16, 8), *[empty(1, 2, 16, 8)] * 2]
+    attention.causal_attention(*inputs, window=4)
+    starts = document_mask.starts(torch.zeros(1, 16, dtype=torch.long, device=GPU), 0)
+    attention.causal_attention(*inputs, documents=document_mask.make("sdpa", None, starts))
+    assert masked == [(4, 4, 4, False)] * 2
 
 
 def test_ring_attention_calls_the_gpus_kernels_as_they_are_declared(gpu, monkeypatch):

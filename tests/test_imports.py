@@ -68,6 +68,7 @@ CROSSINGS = {
     },
     "model": {
         "layers.attention": "the kernel",
+        "layers.document_mask": "what hides other documents",
         "layers.fewer_passes": "norms, QK-norm, squared ReLU, SwiGLU",
         "layers.moe": "experts in place of the MLP",
         "layers.rope_scaling": "frequencies for longer sequences",
