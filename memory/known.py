@@ -30,7 +30,6 @@ Example:
 import difflib
 import math
 
-from memory.flags import command
 from memory.shapes import Experts
 
 COLUMNS = (
@@ -260,4 +259,6 @@ def listing(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    command("known.py", listing)
+    from metrics.outlets import command
+
+    command("known.py", lambda words: print(listing(words)))

@@ -270,7 +270,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"parallel/watchdog.py: {error}")
+    from metrics.outlets import command
+
+    command("parallel/watchdog.py", main, OSError)
