@@ -79,7 +79,7 @@ def attend(
     if documents:
         ids = torch.randint(0, T // documents, (B, T), device=plan.device)
         starts = document_mask.starts(ids, 0)
-        make = functools.partial(document_mask.make, kind, window, starts)
+        make = functools.partial(document_mask.make, kind, window, starts, q.dtype)
         hidden["documents"] = make()
         exactly["documents"] = document_mask.make("plain", window, starts[:1])
         found["mask_ms"] = common.milliseconds(make, plan.device, 0.05)
