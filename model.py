@@ -316,7 +316,8 @@ class GPT(nn.Module):
         positions = position_ids
         documents = None
         if c.document_mask:
-            documents = document_mask.make(self.masks_for, c.window, document_starts)
+            dtype = next(self.parameters()).dtype
+            documents = document_mask.make(self.masks_for, c.window, document_starts, dtype)
             positions = position_ids - document_starts[:, position_ids]  # (B, T)
         rotary = self.rotary_angles(positions)
         context = ForwardContext(position_ids, sample_ids, rotary, documents)

@@ -122,6 +122,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, shared: int, mask: Tensor | None) -> T
         # The GPU's kernel that takes a mask takes no grouped heads.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         shared = 1
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # torch wants the same; nearly always it is
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1
     )

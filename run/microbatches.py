@@ -77,7 +77,12 @@ class MicroBatches:
         starts = self.model.document_starts(tokens[:, :-1])
         with amp.autocast(self.precision, self.device):
             out = self.model(
-                inputs if x is None else x, targets, self.position_ids, ids, layers, starts
+                inputs if x is None else x,
+                targets,
+                self.position_ids,
+                ids,
+                layers,
+                document_starts=starts,
             )
         return out, targets
 

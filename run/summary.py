@@ -62,6 +62,7 @@ def at_start(
     parts = [
         ("model", about_model(cfg, full_model)),
         ("data", about_data(corpus)),
+        *(("documents", text) for text in about_documents(cfg, corpus)),
         ("batch", about_batch(cfg, len(corpus.train))),
         ("optimizer", about_optimizer(cfg, lrs)),
         ("schedule", about_schedule(cfg, lr_schedule)),
@@ -105,6 +106,23 @@ def about_data(corpus) -> str:
         f"{corpus.name}: {short(len(corpus.train))} tokens to train on, "
         f"{short(len(corpus.val))} held out; a vocabulary of {corpus.tokenizer.n_vocab:,}"
     )
+
+
+def about_documents(cfg: Config, corpus) -> list[str]:
+    """A line where documents are hidden from each other: how long they are at the beginning."""
+    if not cfg.document_mask:
+        return []
+    some = corpus.train.slice(0, min(len(corpus.train), 2**20))
+    n = int((some == cfg.document_token).sum())
+    if not n:
+        return [
+            f"token {cfg.document_token} is not among the first {len(some):,} tokens to train on: "
+            "nothing is hidden; give data of several documents, or another --document_token"
+        ]
+    return [
+        f"hidden from each other; token {cfg.document_token} begins one, about every "
+        f"{short(len(some) / n)} tokens"
+    ]
 
 
 def about_batch(cfg: Config, n_train: int) -> str:
