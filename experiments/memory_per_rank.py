@@ -22,7 +22,6 @@ AdamW keeps.
     python -m experiments.memory_per_rank [--quick] [--out=DIR] [--jobs=N]
 """
 
-import importlib
 import re
 import sys
 import tempfile
@@ -43,8 +42,8 @@ from memory.shapes import gpt_shapes
 
 # It measures as the estimate's tests do, with their functions.
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-measuring = importlib.import_module("test_estimate")
-run_ranks = importlib.import_module("harness").run_ranks
+import test_estimate as measuring  # noqa: E402
+from harness import run_ranks  # noqa: E402
 
 SEVEN = dict(tokens=4 * 2048, n_layer=32, n_embd=4096)
 # Claimed GB; parameters, layout, ranks, accounting, activations; None: no source says so

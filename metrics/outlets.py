@@ -88,18 +88,20 @@ def complain(text: str) -> None:
 
 
 def command(name: str, main: Callable[[list[str]], int | None], *mistakes: type) -> None:
-    """Ends the process after main(the words typed), with the status that it returns; None is 0.
+    """main(the words typed). The process ends with the status that it returns, if that is not 0.
 
     A ValueError, or one of `mistakes`, is a line on stderr, and status 2.
     """
     with reader_may_leave():
         try:
-            sys.exit(main(sys.argv[1:]))
+            status = main(sys.argv[1:])
         except BrokenPipeError:  # an OSError, but nobody's mistake
             raise
         except (ValueError, *mistakes) as error:
             complain(f"{name}: {error}")
-            sys.exit(2)
+            status = 2
+        if status:
+            sys.exit(status)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ init_weights(source) of a layout sets them, need no tie().) With several replica
 `replicas.last_micro_batch` as before_backward: a data-parallel layout that does not hear of the
 last micro-batch says so itself.
 
-References: see parallel/timeline.py.
+References: see parallel/timeline.py. `python -m parallel.pipeline` also needs metrics/outlets.py.
 
 Neighbours: parallel/mesh.py, parallel/replicas.py, parallel/timeline.py
 
