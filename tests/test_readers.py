@@ -16,8 +16,8 @@ FILES = [
     for path in sorted(folder.glob("*.py"))
     if folder.name != "examples"  # to be read and copied
 ]
-# bench.py starts the first and reads it. The second still complains at its end.
-PARTS = {"benchmarks/gpu.py", "data/prepare.py"}
+# bench.py starts it, and reads it.
+PARTS = {"benchmarks/gpu.py"}
 # Their main() is experiments.protocol's: two of them stand for all.
 EXPERIMENTS = {"all", "moe"}
 ENDS = ("command(", "reader_may_leave(", "protocol.main(")
