@@ -53,7 +53,8 @@ class Packed(Dataset):
     bytes here, and a row 8. Raises ValueError where the tokens are too few, or one document.
 
     n_tokens: those that can be an input; rests, filling, left: how many of these are lost, because
-    a document is longer than a row, to fill rows, and at the end.
+    a document is longer than a row, to fill rows, and at the end; fitting: block_size, doubled as
+    often as it takes to make rests a quarter at most.
     """
 
     def __init__(
@@ -78,7 +79,10 @@ class Packed(Dataset):
                 "as --data=, or leave --pack= out"
             )
         lengths = np.diff(starts, append=self.n_tokens)
-        self.rests = int(np.maximum(lengths - T, 0).sum())
+        self.rests = rests(lengths, T)
+        self.fitting = T
+        while rests(lengths, self.fitting) > self.n_tokens // 4:
+            self.fitting *= 2
         lengths = np.minimum(lengths, T).astype(np.min_scalar_type(T))
         patterns, left = plan(np.bincount(lengths, minlength=T + 1).tolist(), T)
         self.left = sum(length * n for length, n in enumerate(left))
@@ -139,6 +143,11 @@ def document_starts(tokens: Tokens, token: int) -> np.ndarray:
         stop = min(start + CHUNK, len(tokens) - 1)
         found.append(np.flatnonzero(tokens.slice(start, stop) == token) + start)
     return np.concatenate(found)
+
+
+def rests(lengths: np.ndarray, T: int) -> int:
+    """How many tokens of documents lie behind their first T. lengths: (documents,)"""
+    return int(np.maximum(lengths - T, 0).sum())
 
 
 class Lengths:

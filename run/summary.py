@@ -148,9 +148,10 @@ def about_packing(cfg: Config, packed) -> list[str]:
         text += ": " + ", ".join(kinds)
     lines = [text]
     if cut > 0.25:
+        longer = max(packed.fitting, 2 * cfg.block_size)
         lines.append(
-            f"block_size={cfg.block_size} is short for these documents: try "
-            f"--block_size={2 * cfg.block_size}, or leave --pack= out"
+            f"block_size={cfg.block_size} is short for these documents: try --block_size={longer}, "
+            "or leave --pack= out"
         )
     return lines
 
