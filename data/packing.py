@@ -163,7 +163,7 @@ class Lengths:
             bisect.insort(self.present, length)
         self.counts[length] += n
         if n and not self.counts[length]:
-            self.present.remove(length)
+            del self.present[bisect.bisect_left(self.present, length)]
 
     def shortest(self, least: int) -> int | None:
         """The shortest length from `least` on."""
@@ -194,22 +194,23 @@ def best_fit(counts: list[int], T: int) -> dict[int, list[tuple[int, tuple]]]:
     for length in range(T, 0, -1):
         todo = counts[length]
         while todo:
-            space = spaces[bisect.bisect_left(spaces, length)]
+            i = bisect.bisect_left(spaces, length)
+            space = spaces[i]
             n, content = rows[space].pop() if rows[space] else (todo, ())
             # A row that was begun has the least space now, so it goes on with it.
             each = min(space // length, todo)
             used = min(n, todo // each)
-            rest = space - each * length
-            if rest not in rows:
-                rows[rest] = []
-                bisect.insort(spaces, rest)
-            rows[rest].append((used, (*content, (length, each))))
             todo -= used * each
             if content and n > used:
                 rows[space].append((n - used, content))
             if not rows[space] and space < T:
                 del rows[space]
-                spaces.remove(space)
+                del spaces[i]
+            space -= each * length
+            if space not in rows:
+                rows[space] = []
+                bisect.insort(spaces, space)
+            rows[space].append((used, (*content, (length, each))))
     del rows[T]
     return rows
 
