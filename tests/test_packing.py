@@ -216,6 +216,8 @@ def test_a_packed_run_says_so_and_resumes_bitwise_and_only_as_packed(tmp_path, c
     assert "holds a run with document_token=10, now it is 32" in refused(
         *there, pack[0], "--document_token=32"
     )
+    branch = [*more, f"--out_dir={tmp_path / 'branch'}", f"--resume={parts}", "--steps=4"]
+    assert "a branch cannot change it to none" in refused(*branch, "--pack=none")
     run(*there, pack[0])  # the token is that of the run
     assert trace(parts) == trace(tmp_path / "whole") and len(rows(parts)) == 4
     assert_same_bits(*(load.newest(path).tree() for path in (parts, tmp_path / "whole")))
