@@ -1,4 +1,4 @@
-"""Documents that do not see each other: a token sees its own document alone, from its start on.
+"""The document mask: a token sees its own document alone, from its start on.
 
 A sequence of a long text runs across documents, and causal attention lets the second one look at
 the first, with which it has nothing to do. Here it does not, and its positions begin anew:
