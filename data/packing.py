@@ -1,4 +1,4 @@
-"""Packing: whole documents in training samples: each begins where a document begins (--pack).
+"""Packing: a training sample holds whole documents, and begins with one (--pack).
 
 A document is the token D and what follows, up to before the next D; what lies before the first D is
 one, too. data/dataset.py cuts the corpus every T tokens, wherever that is. Here a row, which is one
