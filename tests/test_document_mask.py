@@ -243,6 +243,7 @@ def test_every_layout_is_one_process(layout):
             ("zero1 2 x pp 2", [*CLIPPED, "--watch_every=2"]),
             ("cp 2 ulysses", [*CLIPPED, "--watch_every=2"]),
             ("tp 2 + sp", [*CLIPPED, "--n_kv_head=2"]),
+            *((layout, ["--pack=best_fit"]) for layout in FAST),
         ]
     ],
 )
