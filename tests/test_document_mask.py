@@ -18,6 +18,7 @@ from layers.generation import generate
 from metrics.watch import Watch
 from model import GPT, GPTConfig, initial_weight
 from run import auto, summary
+from run.evaluate import sample
 from run.microbatches import MicroBatches
 from settings import parse
 
@@ -280,6 +281,25 @@ def test_where_documents_begin():
     ):
         with pytest.raises(ValueError, match=said):
             token(argv, Tokenizer("ids", 64))
+
+
+def test_a_prompt_begins_a_document():
+    tokenizer = Tokenizer("bytes")
+    assert tokenizer.before(None) == []
+    assert tokenizer.before(7) == [7]
+    tokenizer.start = [5, 6]
+    assert tokenizer.before(5) == [5, 6]
+
+
+@pytest.mark.parametrize("token", [None, 9])
+def test_a_sample_shows_the_prompt_and_not_what_was_before_it(token):
+    model = make(vocab_size=16, document_token=token)
+    batches = MicroBatches(model, None, None, torch.device("cpu"), "fp64", torch.arange(24), None)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    text = sample(batches, Tokenizer("bytes"), 5, seed=0)
+    assert seen[0] == ([[10]] if token is None else [[9, 10]])
+    assert text.startswith("\n") and len(text) == 6
 
 
 def test_hidden_states_do_not_say_where_documents_begin():
