@@ -139,6 +139,21 @@ def test_a_mask_is_of_the_dtype_that_attention_computes_in(window):
         assert dtypes(torch.float64) == {torch.float64}
 
 
+def test_a_mask_is_kept_once_for_all_layers():
+    """torch would keep floats made of a bool mask in each layer: findings/README.md."""
+    kept = set()
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2:] == (24, 24):
+            kept.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model = make(n_layer=3, document_mask=True, document_token=D)
+        loss = model(some_ids()[:, :-1], some_ids()[:, 1:])
+    assert len(kept) == 1 and loss.requires_grad
+
+
 def test_a_micro_batch_has_the_documents_of_its_inputs():
     """Those of the targets lie a place earlier."""
     ids = some_ids()
