@@ -297,10 +297,10 @@ class GPT(nn.Module):
         """The sum of the token losses; without targets the logits (B, T, V).
 
         x: (B, T) token ids, or (B, T, C) hidden states of earlier layers; targets: (B, T) ids;
-        position_ids: (T,) or (B, T), default 0..T-1; sample_ids: (B,), for dropout; layers: which
-        of those here to run, default all. document_starts: (B, length of the whole sequence) where
-        each token's document begins, for document_mask; default: found in x, which then is the
-        whole sequence. Hidden states (B, T, C) come back where the last layer is not among them.
+        position_ids: (T,) or, without document_mask, (B, T), default 0..T-1; sample_ids: (B,), for
+        dropout; layers: which of those here to run, default all. document_starts: (B, length of the
+        whole sequence) where each token's document begins, for document_mask; default: found in x,
+        which then is the whole sequence. Hidden states (B, T, C) come back where the last layer is not among them.
         Raises ValueError for more than block_size tokens.
         """
         c = self.config
@@ -326,7 +326,7 @@ class GPT(nn.Module):
         names = list(self.blocks) if layers is None else [str(layer) for layer in layers]
         x = self.run_blocks([self.blocks[name] for name in names], x, context)
         # Without the last layer there is no head here: the next stage gets hidden states.
-        if names[-1] != str(self.config.n_layer - 1):
+        if names[-1] != str(c.n_layer - 1):
             return x
         x = self.final_norm(x)
         # Generation, which has no targets, needs the logits themselves.

@@ -93,7 +93,8 @@ def main(argv: list[str]) -> None:
     ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
-    prompt = torch.tensor([*tokenizer.start, *ids], device=device)
+    before = tokenizer.before(model.config.document_token)
+    prompt = torch.tensor([*before, *ids], device=device)
     for name in tokenizer.special:
         if name in text:
             print(f"sample.py: {name} in --prompt= is text, not one token", file=sys.stderr)
@@ -103,7 +104,9 @@ def main(argv: list[str]) -> None:
     ids = generate(model, prompts, args.tokens, args.temperature, top_k, args.seed)
     # print() would raise for a letter that the terminal's encoding lacks. It becomes a ? instead.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    for i, sample_ids in enumerate(ids.tolist()):
+    # The end of a document that was before is nothing that the prompt said.
+    n_unsaid = len(before) if before != tokenizer.start else 0
+    for i, sample_ids in enumerate(ids[:, n_unsaid:].tolist()):
         if i > 0:
             print("-" * 40)
         # The byte 0, which ends a text of several, is nothing that a terminal shows.

@@ -62,6 +62,13 @@ class Tokenizer:
         """
         return self.start[0] if self.start else self.end_of_text
 
+    def before(self, document_token: int | None) -> list[int]:
+        """The ids that go before a prompt: `start`, or else what the run's documents begin with.
+
+        document_token: of the model's config; None where the run knew no documents.
+        """
+        return self.start or ([] if document_token is None else [document_token])
+
     @functools.cached_property
     def key(self) -> str:
         """The kind and, but for bytes and ids, a hash of all that decides ids."""

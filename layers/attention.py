@@ -78,11 +78,7 @@ def choose(kind: str, window: int | None):
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    documents=None,
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None
 ) -> Tensor:
     """`sdpa`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
@@ -130,11 +126,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, shared: int, mask: Tensor | None) -> T
 
 
 def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    documents=None,
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None
 ) -> Tensor:
     """`plain`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     B, H, T, D = q.shape
@@ -253,11 +245,7 @@ def newest_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 
 def flex_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    documents=None,
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None
 ) -> Tensor:
     """`flex`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]

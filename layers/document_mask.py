@@ -1,4 +1,4 @@
-"""Documents that do not see each other: a token sees its own document alone, from its start on.
+"""The document mask: a token sees its own document alone, from its start on.
 
 A sequence of a long text runs across documents, and causal attention lets the second one look at
 the first, with which it has nothing to do. Here it does not, and its positions begin anew:
@@ -66,13 +66,10 @@ def starts(ids: Tensor, token: int) -> Tensor:
     return torch.where(ids == token, places, 0).cummax(1).values
 
 
-def seen(starts: Tensor, window: int | None = None) -> Tensor:
+def seen(starts: Tensor) -> Tensor:
     """(B, T) starts -> (B, 1, T, T) bool: does query i see key j?"""
     places = torch.arange(starts.shape[1], device=starts.device)
-    first = starts
-    if window is not None:
-        first = torch.maximum(first, places - window + 1)
-    return ((places <= places.unsqueeze(1)) & (places >= first.unsqueeze(2))).unsqueeze(1)
+    return ((places <= places.unsqueeze(1)) & (places >= starts.unsqueeze(2))).unsqueeze(1)
 
 
 def make(
