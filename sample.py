@@ -19,6 +19,7 @@ from checkpoint import load as checkpoint
 from data import corpora
 from data.tokenizer import Tokenizer, kept
 from layers.generation import generate
+from metrics.outlets import command
 from model import GPT
 from parallel.launch import pick_device
 from run import build
@@ -114,8 +115,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command("sample.py", main)

@@ -21,7 +21,7 @@ init_weights(source) of a layout sets them, need no tie().) With several replica
 `replicas.last_micro_batch` as before_backward: a data-parallel layout that does not hear of the
 last micro-batch says so itself.
 
-References: see parallel/timeline.py.
+References: see parallel/timeline.py. `python -m parallel.pipeline` also needs metrics/outlets.py.
 
 Neighbours: parallel/mesh.py, parallel/replicas.py, parallel/timeline.py
 
@@ -62,8 +62,6 @@ Example:
 """
 
 import functools
-import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -508,11 +506,6 @@ def legend(ops: list[list[Op]], bubble: float) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]), flush=True)
-    except ValueError as error:
-        print(f"pipeline.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        # `| head` has read enough. Python would try to write the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    from metrics.outlets import command
+
+    command("pipeline.py", lambda words: print(main(words)))
