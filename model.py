@@ -300,8 +300,8 @@ class GPT(nn.Module):
         position_ids: (T,) or, without document_mask, (B, T), default 0..T-1; sample_ids: (B,), for
         dropout; layers: which of those here to run, default all. document_starts: (B, length of the
         whole sequence) where each token's document begins, for document_mask; default: found in x,
-        which then is the whole sequence. Hidden states (B, T, C) come back where the last layer is not among them.
-        Raises ValueError for more than block_size tokens.
+        which then is the whole sequence. Hidden states (B, T, C) come back where the last layer is
+        not among them. Raises ValueError for more than block_size tokens.
         """
         c = self.config
         if c.document_mask and document_starts is None:

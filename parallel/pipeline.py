@@ -286,17 +286,19 @@ class Pipeline:
         like: Callable[[int, int], tuple],
         n_logits: int,
         ids: torch.Tensor,
-        **places,
+        position_ids: torch.Tensor,
+        **more,
     ) -> torch.Tensor:
         """ids (B, T) -> logits (B, T, n_logits), by all stages, the same on all ranks.
 
-        like(B, T): shape, dtype and device of the hidden states; places: what else the model is
-        told of the tokens, such as position_ids= (T,).
+        like(B, T): shape, dtype and device of the hidden states; position_ids: (T,); more: what
+        else the model takes.
         """
         hidden = like(*ids.shape)
 
         def forward(i: int, layers: list[int], x: torch.Tensor | None) -> torch.Tensor:
-            return model(ids if x is None else x, layers=layers, **places)
+            x = ids if x is None else x
+            return model(x, position_ids=position_ids, layers=layers, **more)
 
         outputs = self.run(1, forward, lambda i: hidden)
         # The other ranks must know the dtype they receive: model.py gives logits at least float32.
