@@ -124,7 +124,7 @@ class GPTConfig:
 class ForwardContext(NamedTuple):
     """What every block needs beside the hidden states."""
 
-    position_ids: Tensor  # (T,) or (B, T): each token's place in its sequence
+    position_ids: Tensor  # (T,) or, without documents, (B, T): each token's place in its sequence
     sample_ids: Tensor | None  # (B,): each sequence's number in the run, for dropout masks
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, each (T, 1, D/2) or (B, T, 1, D/2)
     documents: Documents | None = None  # with document_mask
@@ -246,6 +246,8 @@ class GPT(nn.Module):
     def __init__(self, c: GPTConfig, layers=None):
         super().__init__()
         self.config = c
+        if c.document_mask and c.document_token is None:
+            raise ValueError("document_mask needs document_token, the id with which one begins")
         self.rope_scaling = rope_scaling.parse(c.rope_scaling)
         if layers is None:
             layers = range(c.n_layer)

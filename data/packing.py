@@ -14,7 +14,8 @@ So every target is the true next token. The one exception: the corpus's last tok
 input, and where the last document is not the last of its row, it gives way to a D.
 
 What is cut is lost, in every epoch. It is of three kinds: rests of documents longer than T; what is
-cut off to fill rows; documents left over in the end, too few for another row.
+cut off to fill rows; documents left over in the end, too few for another row. Empty documents, a D
+before a D, are left out.
 
 The plan of rows. Only lengths matter, and of these there are T. So documents are counted by length,
 and rows by what is in them, a "pattern": millions of documents are some thousand patterns.
@@ -52,9 +53,9 @@ class Packed(Dataset):
     token: D, with which a document begins; the other arguments are Dataset's. A document takes 10
     bytes here, and a row 8. Raises ValueError where the tokens are too few, or one document.
 
-    n_tokens: those that can be an input; rests, filling, left: how many of these are lost, because
-    a document is longer than a row, to fill rows, and at the end; fitting: block_size, doubled as
-    often as it takes to make rests a quarter at most.
+    n_tokens: those that can be an input; rests, filling, left, empty: how many of these are lost,
+    because a document is longer than a row, to fill rows, at the end, and as documents of D alone;
+    fitting: block_size, doubled as often as it takes to make rests a quarter at most.
     """
 
     def __init__(
@@ -71,7 +72,6 @@ class Packed(Dataset):
         T = block_size
         starts = document_starts(tokens, token)
         self.n_tokens = len(tokens) - 1
-        self.n_documents = len(starts)
         if len(starts) < 2:
             raise ValueError(
                 f"{tokens.name} is one document, for token {token} is nowhere inside it: give the "
@@ -79,6 +79,15 @@ class Packed(Dataset):
                 "as --data=, or leave --pack= out"
             )
         lengths = np.diff(starts, append=self.n_tokens)
+        # A D before a D: there is nothing to learn from it but that.
+        self.empty = int((lengths == 1).sum())
+        starts, lengths = starts[lengths > 1], lengths[lengths > 1]
+        self.n_documents = len(starts)
+        if lengths.clip(max=T).sum() < T:
+            raise ValueError(
+                f"{tokens.name} has {len(starts)} documents, together shorter than a sequence: "
+                "give a smaller --block_size=, more data, or leave --pack= out"
+            )
         self.rests = rests(lengths, T)
         self.fitting = T
         while rests(lengths, self.fitting) > self.n_tokens // 4:

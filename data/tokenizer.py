@@ -63,11 +63,13 @@ class Tokenizer:
         return self.start[0] if self.start else self.end_of_text
 
     def before(self, document_token: int | None) -> list[int]:
-        """The ids that go before a prompt: `start`, or else what the run's documents begin with.
+        """The ids that go before a prompt: those with which the documents of the run begin.
 
         document_token: of the model's config; None where the run knew no documents.
         """
-        return self.start or ([] if document_token is None else [document_token])
+        if document_token is None or self.start[:1] == [document_token]:
+            return self.start
+        return [document_token, *self.start]
 
     @functools.cached_property
     def key(self) -> str:

@@ -189,11 +189,12 @@ def test_the_largest_logit_is_of_keys_that_a_query_sees():
 def test_a_run_says_where_it_finds_documents():
     def said(token: int, *more: str) -> list[str]:
         cfg = parse.parse([f"--document_token={token}", *more])
-        train = Tokens([np.array([5, 0, 6, 7, 0, 8, 9, 5], np.uint16)])
+        train = Tokens([np.array([5, 0, 6, 7, 0, 65535, 65535, 5], np.uint16)])
         return summary.about_documents(cfg, SimpleNamespace(train=train))
 
     assert "every 4 tokens" in said(0, "--document_mask=true")[0]
-    assert "token 3 is not among the first 8 tokens" in said(3, "--document_mask=true")[0]
+    assert "token 3 is nowhere in the tokens" in said(3, "--document_mask=true")[0]
+    assert "every 8 tokens" in said(2**16 - 1, "--document_mask=true", "--vocab_size=65536")[0]
     assert said(0, "--pack=best_fit") == []
 
 
@@ -303,18 +304,24 @@ def test_a_prompt_begins_a_document():
     assert tokenizer.before(None) == []
     assert tokenizer.before(7) == [7]
     tokenizer.start = [5, 6]
-    assert tokenizer.before(5) == [5, 6]
+    assert tokenizer.before(5) == tokenizer.before(None) == [5, 6]
+    assert tokenizer.before(7) == [7, 5, 6]
 
 
 @pytest.mark.parametrize("token", [None, 9])
-def test_a_sample_shows_the_prompt_and_not_what_was_before_it(token):
+def test_a_sample_begins_a_document_and_does_not_show_its_token(token):
     model = make(vocab_size=16, document_token=token)
     batches = MicroBatches(model, None, None, torch.device("cpu"), "fp64", torch.arange(24), None)
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
     text = sample(batches, Tokenizer("bytes"), 5, seed=0)
-    assert seen[0] == ([[10]] if token is None else [[9, 10]])
-    assert text.startswith("\n") and len(text) == 6
+    assert seen[0] == ([[10]] if token is None else [[9]])
+    assert len(text) == (6 if token is None else 5)
+
+
+def test_documents_need_a_token():
+    with pytest.raises(ValueError, match="document_token, the id with which one begins"):
+        GPT(GPTConfig(document_mask=True))
 
 
 def test_hidden_states_do_not_say_where_documents_begin():
