@@ -1,4 +1,4 @@
-"""Packed rows: whole documents one after another, the last one cut where the row ends."""
+"""Packed sequences: whole documents one after another, the last one cut where the row ends."""
 
 import hashlib
 import random
