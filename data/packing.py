@@ -32,8 +32,8 @@ its own, as data/dataset.py does.
 
 Others: nanochat packs while it reads. From a buffer of documents the longest that fits goes in;
 where none fits, the shortest is cut: nearly every sequence ends with a cut one, and 35 % of the
-tokens are lost. Ding et al. (2024, "Fewer Truncations Improve Language Modeling", 2404.10830) divide
-long documents into pieces of T, and pack them all by best fit decreasing: nothing is lost, but a
+tokens are lost. Ding et al. (2024, "Fewer Truncations Improve Language Modeling", 2404.10830) cut
+long documents into pieces of T, and pack all pieces by best fit decreasing: nothing is lost, but a
 sequence may begin inside a document, and what is not full is padded. Here every token counts.
 """
 
