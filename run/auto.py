@@ -91,8 +91,8 @@ def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
 def resolve_attention(cfg: Config, precision: str, device: torch.device) -> str:
     """`auto` is plain where that is faster than torch's kernel, and sdpa elsewhere.
 
-    Beyond 512 tokens plain gains little, and its probabilities take much memory; but a mask of
-    documents costs torch's kernel the half that it skips otherwise, and plain nothing. float64, in which
+    Beyond 512 tokens plain gains little, and its probabilities take much memory. But with a mask of
+    documents torch's kernel skips nothing, and plain costs what it did. float64, in which
     layouts and versions are compared, keeps one kernel on every machine.
     """
     if cfg.attention != "auto":

@@ -73,8 +73,8 @@ def brought_by_run(cfg: Config) -> dict:
     said["qkv_bias"] = old.bias if old.qkv_bias is None else old.qkv_bias
     said["tokenizer"] = kept(old.tokenizer, checkpoint.path)
     # What a token sees is a method, not a shape: another one may be typed.
-    for name in {"document_mask", "document_token"} - cfg.given:
-        said[name] = getattr(old, name)
+    if old.document_mask and not {"document_mask", "document_token"} & cfg.given:
+        said |= {"document_mask": True, "document_token": old.document_token}
     if old.position != "learned":
         del said["block_size"]
     return said

@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matrix import LAYOUTS, MODEL_PARALLEL, assert_one_process
+from matrix import LAYOUTS, MODEL_PARALLEL, TINY, assert_one_process, runs, text
 
 from data.dataset import Tokens
 from data.tokenizer import Tokenizer
 from layers import attention, document_mask
 from layers.generation import generate
+from memory import activation_checkpoint
 from metrics.watch import Watch
 from model import GPT, GPTConfig, initial_weight
-from run import auto, summary
+from run import auto, pretrained, summary
 from run.evaluate import sample
 from run.microbatches import MicroBatches
 from settings import parse
@@ -317,6 +318,45 @@ def test_a_sample_begins_a_document_and_does_not_show_its_token(token):
     text = sample(batches, Tokenizer("bytes"), 5, seed=0)
     assert seen[0] == ([[10]] if token is None else [[9]])
     assert len(text) == (6 if token is None else 5)
+
+
+def test_weights_bring_the_mask_that_they_were_trained_with(tmp_path):
+    text(tmp_path)
+    runs(0, 1, str(tmp_path), "fp64", ["SGD"], ["--steps=1", *MASKED])
+
+    def brought(*flags: str) -> tuple:
+        words = [*TINY, "--optim=sgd", f"--init_from={tmp_path}/SGD", *flags]
+        cfg = pretrained.with_its_settings(parse.parse(words))
+        return cfg.document_mask, cfg.document_token
+
+    assert brought() == (True, 32)
+    assert brought("--document_mask=false") == (False, None)
+    assert brought("--document_mask=true", "--document_token=48") == (True, 48)
+
+
+def test_a_cpu_takes_the_kernel_that_a_mask_does_not_slow_down():
+    def kind(*flags: str) -> str:
+        return auto.resolve_attention(parse.parse([*flags]), "fp32", torch.device("cpu"))
+
+    masked = "--document_mask=true"
+    assert kind("--block_size=1024") == "sdpa" and kind("--block_size=1024", masked) == "plain"
+    assert kind("--block_size=4096", masked) == "sdpa"
+
+
+def test_what_all_blocks_share_does_not_travel():
+    sent = []
+    model = make(n_layer=3, document_mask=True, document_token=D)
+    activation_checkpoint.apply_activation_checkpointing(model, "offload")
+    plain = activation_checkpoint.Trip.send
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            activation_checkpoint.Trip,
+            "send",
+            lambda self, x: sent.append(x.nbytes) or plain(self, x),
+        )
+        model(some_ids()[:, :-1], some_ids()[:, 1:]).backward()
+    mask = 3 * 24 * 24 * 8
+    assert sent and mask not in sent
 
 
 def test_documents_need_a_token():
