@@ -314,13 +314,13 @@ class GPT(nn.Module):
             if x.shape[1] > c.block_size:
                 raise ValueError(f"{x.shape[1]} tokens are more than block_size={c.block_size}")
             position_ids = torch.arange(x.shape[1], device=x.device)
-        # Made once for all layers: the angles depend on the positions alone.
         positions = position_ids
         documents = None
         if c.document_mask:
             dtype = next(self.parameters()).dtype
             documents = document_mask.make(self.masks_for, c.window, document_starts, dtype)
             positions = position_ids - document_starts[:, position_ids]  # (B, T)
+        # Made once for all layers: the angles depend on the positions alone.
         rotary = self.rotary_angles(positions)
         context = ForwardContext(position_ids, sample_ids, rotary, documents)
         if x.ndim == 2:

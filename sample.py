@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     elif text is None:
         text = "0" if tokenizer.name == "ids" else "\n"
     ids = tokenizer.encode(text)
-    if len(ids) == 0 and args.prompt is not None:
+    if not before and len(ids) == 0:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
     prompt = torch.tensor([*before, *ids], device=device)
     for name in tokenizer.special:

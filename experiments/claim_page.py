@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments.budget import Session, makespan
 from experiments.findings import INK, dots, line, markdown, mean_sd, plus_minus
+from metrics.outlets import print_line
 
 
 def plan(session: Session, tokens: int) -> str:
@@ -39,7 +40,7 @@ def write(session: Session) -> None:
     if len(texts) > 1:
         lines.append("\n".join(f"- {text}" for text in texts))
     lines += [*notes(session, verdicts), table(session), footer(session)]
-    print("\n\n".join(lines), flush=True)
+    print_line("\n\n".join(lines))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), dpi=140, layout="constrained")
@@ -47,7 +48,7 @@ def write(session: Session) -> None:
     figure.savefig(asked.home / f"{asked.name}.png")
     lines.insert(-1, f"![{asked.name}]({asked.name}.png)")
     page.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    print(f"\n{page}\n{page.with_suffix('.png')}")
+    print_line(f"\n{page}\n{page.with_suffix('.png')}")
 
 
 def ranked(session: Session) -> list[str]:

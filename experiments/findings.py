@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
+from metrics.outlets import print_line
+
 VERDICTS = ("holds", "holds in part", "not at this scale", "does not hold")
 INK = "#3b75af", "#c8502d", "#5a9a4b", "#8a63a8", "#c9a227", "#6b6b6b"  # of all pictures
 
@@ -145,7 +147,7 @@ def report(
         lines += [f"**Verdict.** {word}: {why}", f"**Number.** {number}", f"![{name}]({name}.png)"]
         lines += [table(rows), footer(name, rows, quick)]
     (home / f"{name}.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    print("\n\n".join(lines), home / f"{name}.md", sep="\n\n")
+    print_line("\n\n".join([*lines, str(home / f"{name}.md")]))
 
 
 def footer(name: str, rows: list[dict], quick: bool) -> str:

@@ -221,7 +221,6 @@ def measured(
 
 
 # ---- the command ---------------------------------------------------------------------------------
-@reader_may_leave()
 def main(
     doc: str,
     file: str,
@@ -242,7 +241,8 @@ def main(
     """
     words, name = sys.argv[1:], Path(file).stem
     if "--help" in words:
-        print(doc)
+        with reader_may_leave():
+            print(doc)
         sys.exit(0)
     given = dict(word.partition("=")[::2] for word in words)
     quick, cores = "--quick" in given, os.cpu_count() or 1

@@ -79,13 +79,13 @@ def generate(
                     attention.attention_fn = KVCache(model.config.window)
 
             n_known = n_cached + new_ids.shape[1]
-            places = {"position_ids": torch.arange(n_cached, n_known, device=new_ids.device)}
+            arguments = {"position_ids": torch.arange(n_cached, n_known, device=new_ids.device)}
             if masks_documents:
-                places["document_starts"] = model.document_starts(ids[:, -n_known:])
+                arguments["document_starts"] = model.document_starts(ids[:, -n_known:])
                 # A cache masks the newest token itself.
                 model.masks_for = "sdpa" if n_cached == 0 else "cache"
             # On the CPU, where the generator is, so a seed draws the same numbers on every device.
-            logits = forward(new_ids, **places)[:, -1].cpu()  # (B, V)
+            logits = forward(new_ids, **arguments)[:, -1].cpu()  # (B, V)
             n_cached = n_known
             new_ids = draw(logits, temperature, top_k, generator).to(ids.device)
             ids = torch.cat([ids, new_ids], 1)

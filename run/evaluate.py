@@ -151,4 +151,5 @@ def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int)
         return f"\nthere is none: {error}"
     # The byte 0, which ends a text of several, would make train.log a binary file for grep.
     n_unsaid = len(before) - len(tokenizer.start)
-    return tokenizer.decode(ids[0, n_unsaid:].tolist()).replace("\0", "\n")
+    text = tokenizer.decode(ids[0, n_unsaid:].tolist()).replace("\0", "\n")
+    return text if model.config.document_token is None else "\n" + text

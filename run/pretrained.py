@@ -22,6 +22,7 @@ from settings.fields import CHOSEN, Config, flag, head_size, mlp_size, update, w
 DERIVED = (*CHOSEN, "mlp_width", "expert_width", "head_dim", "qkv_bias", "norm_eps")
 # Settings that may come from there.
 BROUGHT = [*families.BROUGHT, "logit_cap_form", "ngram_rows"]
+OF_DOCUMENTS = ("document_mask", "document_token")  # from a run of ours alone
 
 
 def with_its_settings(cfg: Config) -> Config:
@@ -73,8 +74,9 @@ def brought_by_run(cfg: Config) -> dict:
     said["qkv_bias"] = old.bias if old.qkv_bias is None else old.qkv_bias
     said["tokenizer"] = kept(old.tokenizer, checkpoint.path)
     # What a token sees is a method, not a shape: another one may be typed.
-    if old.document_mask and not {"document_mask", "document_token"} & cfg.given:
-        said |= {"document_mask": True, "document_token": old.document_token}
+    if old.document_mask and "document_mask" not in cfg.given:
+        for name in {*OF_DOCUMENTS} - cfg.given:
+            said[name] = getattr(old, name)
     if old.position != "learned":
         del said["block_size"]
     return said

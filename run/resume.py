@@ -213,8 +213,8 @@ def continued(cfg: Config, saved: dict, branch: bool) -> Config:
         # Another schedule or compression brings its own options; those of all others stay.
         kept = {k: v for k, v in old.options.items() if k.split(".")[0] not in cfg.given}
         options = kept | options
-    check_same_options(cfg, old.options, options, branch)
     new = update(cfg, **values, options=options)
+    check_same_options(new, old.options, options, branch)
     # config.toml lists these fields under [chosen] then, no longer as given.
     chosen_anew = {name for name, value in values.items() if value is None}
     new.given_earlier = old.given - chosen_anew
@@ -259,7 +259,8 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
             continue  # `auto` and `none` that were typed are chosen anew
         is_open = new == "auto" or (new is None and name in CHOSEN)
         # The folder of --init_from= gave it; it may be gone, and is not asked again.
-        is_open |= cfg.init_from is not None and name in pretrained.BROUGHT and not is_given
+        brought = (*pretrained.BROUGHT, *pretrained.OF_DOCUMENTS)
+        is_open |= cfg.init_from is not None and name in brought and not is_given
         if is_open or (branch and not is_given):
             values[name] = was
         elif new != was and not may_change and not may_be_the_same(name, was, new, home):

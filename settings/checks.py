@@ -170,13 +170,13 @@ def check_attention(cfg: Config) -> None:
         )
     if cfg.document_token is not None and not cfg.document_mask and cfg.pack is None:
         raise ValueError(
-            "document_token has no meaning without document_mask and pack; type "
+            "document_token has no meaning without document_mask or pack; type "
             "--document_mask=true or --pack=best_fit too"
         )
     if cfg.document_mask and cfg.ngram is not None:
         raise ValueError(
-            "ngram counts across documents and is incompatible with document_mask; leave one of "
-            "them out"
+            "ngram counts across documents and is incompatible with document_mask; type "
+            "--document_mask=false, or leave ngram out"
         )
     if cfg.ngram_embed is None and cfg.ngram_rows != FIELDS["ngram_rows"].default:
         raise ValueError("ngram_rows has no meaning without ngram_embed; type --ngram_embed=5 too")
