@@ -96,7 +96,7 @@ class Packed(Dataset):
         patterns, left = plan(np.bincount(lengths, minlength=T + 1).tolist(), T)
         self.left = sum(length * n for length, n in enumerate(left))
         # Sequence i has the pieces borders[i] .. borders[i + 1] - 1.
-        self.borders, documents = assign(patterns, lengths, seed)
+        self.borders, documents = assign(patterns, lengths, seed, T)
         self.per_epoch = len(self.borders) - 1
         self.piece_starts = starts[documents]
         self.piece_lengths = lengths[documents]
@@ -288,7 +288,7 @@ def exchanged(content: tuple, old: int, new: int) -> tuple:
 
 
 def assign(
-    patterns: list[tuple[int, tuple]], lengths: np.ndarray, seed: int | None
+    patterns: list[tuple[int, tuple]], lengths: np.ndarray, seed: int | None, T: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which documents each sequence has: (the first piece of each, and the end; a document each).
 
@@ -310,10 +310,12 @@ def assign(
             block[:, column : column + k] = some.reshape(n, k)
             following[length] += n * k
             column += k
-        # Turned, so that not always the longest is in front; but the last one may be a cut one.
-        if width > 2:
-            turned = np.arange(n)[:, None] + np.arange(width - 1)
-            block[:, :-1] = np.take_along_axis(block[:, :-1], turned % (width - 1), 1)
+        # Turned, so that not always the longest is in front, or a short one the cut one. But what is
+        # cut off must be less than the last document.
+        excess = sum(length * k for length, k in content) - T
+        free = width if excess < min(length for length, _ in content) else width - 1
+        turned = np.arange(n)[:, None] + np.arange(free)
+        block[:, :free] = np.take_along_axis(block[:, :free], turned % free, 1)
         at += n * width
     return borders, documents
 
