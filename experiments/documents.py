@@ -32,8 +32,8 @@ little above, as a stranger's style is of some use. Pack alone: -1 % on document
 distances, because it trains on beginnings, and +1 % in flat rows, which are mostly of what it has
 never seen. Both: -1.5 % alone, lowest of all; in packed rows the mask earns 0.5 %, more than
 nanochat's 0.02 %, because our rows are short. The end of a document costs 5 % less with packing. A
-masked step takes 1.05 times as long. (The plan, 12 steps of one seed and the rates for `neither` had
-been seen when this was written.)
+masked step takes 1.05 times as long. (12 steps of one seed had been seen when this was written, and
+the rates for `neither`.)
 
     python -m experiments.documents [--quick] [--out=DIR] [--jobs=N]
 """
