@@ -156,13 +156,9 @@ def row(keys: dict, quick: bool) -> dict:
         steps = 12 if quick else 800
         run = f"{folder}/run"
         rows = train(steps, keys["arm"], eval_every=steps, out_dir=run, **fields)
-        figures = {
-            "alone": None,  # in front: the first figures are shown as a row ends
-            "val_bpb": protocol.curve(rows, "val_bpb")[-1],
-            "val_loss": protocol.curve(rows, "val_loss")[-1],
-            "loss": protocol.tail(rows),
-        }
-        figures |= alone(load(run)[0], held_out[: 64 if quick else None])
+        figures = alone(load(run)[0], held_out[: 64 if quick else None])
+        figures |= {name: protocol.curve(rows, name)[-1] for name in ("val_bpb", "val_loss")}
+        figures |= {"loss": protocol.tail(rows)}
         return figures | seen(keys["arm"], steps, data, folder, keys["seed"])
 
 
