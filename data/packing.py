@@ -16,13 +16,14 @@ is only a target, and where its last document does not end a row, that token giv
 What is cut is lost, in every epoch. It is of three kinds: rests of documents longer than T, what is
 cut off to fill rows, and a few documents at the end that are too short for another row.
 
-The plan of rows. Only lengths matter, and of these there are T. So it counts documents by length,
+The plan of rows. Only lengths matter, and of these there are T. So documents are counted by length,
 and rows by what is in them, a "pattern": millions of documents are some thousand patterns.
 
-    1. Best fit decreasing: from the longest on, each document goes into the row with the least
-       space that it fits in, or else into a new row.
-    2. Rows that are not full, the fullest first: the shortest document that is long enough is cut to
-       fill it. Such documents come from the emptiest rows, which are taken apart.
+    1. best_fit: from the longest on, each document goes into the row with the least space that it
+       fits in, or else into a new row.
+    2. fill: of the rows that are not full, the emptier half is taken apart. In each of the others a
+       longer document takes the place of a document, or is added, and is cut where the row ends:
+       the pair that cuts the least. Documents that are left are packed again, from 1.
 
 Which of the documents of a length goes where is the order of a hash of (seed, document): rows mix
 the whole corpus, and are a function of (tokens, seed). Each epoch visits them in an order of its
@@ -141,30 +142,25 @@ def document_starts(tokens: Tokens, token: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-class Rows:
-    """Patterns of rows that are not full: (rows, the documents in each) by their space.
+class Lengths:
+    """Documents by length: how many there are of each, and which lengths there are, in order."""
 
-    The documents of a row are ((length, how many), ...).
-    """
+    def __init__(self, T: int):
+        self.counts = [0] * (T + 1)
+        self.present = []
 
-    def __init__(self):
-        self.by_space = {}
-        self.spaces = []  # the keys, in order
+    def add(self, length: int, n: int) -> None:
+        """n below 0 takes them out."""
+        if n and not self.counts[length]:
+            bisect.insort(self.present, length)
+        self.counts[length] += n
+        if n and not self.counts[length]:
+            self.present.remove(length)
 
-    def add(self, space: int, n: int, content: tuple) -> None:
-        if space not in self.by_space:
-            self.by_space[space] = []
-            bisect.insort(self.spaces, space)
-        self.by_space[space].append((n, content))
-
-    def pop(self, i: int) -> tuple[int, int, tuple]:
-        """(space, rows, content) of one of the i-th space's patterns."""
-        space = self.spaces[i]
-        n, content = self.by_space[space].pop()
-        if not self.by_space[space]:
-            del self.by_space[space]
-            del self.spaces[i]
-        return space, n, content
+    def shortest(self, least: int) -> int | None:
+        """The shortest length from `least` on."""
+        i = bisect.bisect_left(self.present, least)
+        return self.present[i] if i < len(self.present) else None
 
 
 def plan(counts: list[int], T: int) -> tuple[list[tuple[int, tuple]], list[int]]:
@@ -173,73 +169,104 @@ def plan(counts: list[int], T: int) -> tuple[list[tuple[int, tuple]], list[int]]
     counts: (T + 1) how many documents have each length. A pattern is (rows, ((length, how many),
     ...)). The lengths are the documents' own: the last one is cut where the row ends.
     """
-    rows = best_fit(counts, T)
-    full = rows.by_space.pop(0, [])
-    rows.spaces = sorted(rows.by_space)
-    return fill(rows, full, T)
+    full = []
+    # Documents that another row gave back are packed again, as long as there are enough for a row.
+    while sum(length * n for length, n in enumerate(counts)) >= T:
+        open_rows = best_fit(counts, T)
+        full += open_rows.pop(0, [])
+        more, counts = fill(open_rows, T)
+        full += more
+    return full, counts
 
 
-def best_fit(counts: list[int], T: int) -> Rows:
-    """All documents in rows, full (space 0) or not, by best fit decreasing. counts: as plan()'s."""
-    rows = Rows()
+def best_fit(counts: list[int], T: int) -> dict[int, list[tuple[int, tuple]]]:
+    """Space -> patterns of rows with that space, by best fit decreasing. counts: as plan()'s."""
+    rows = {T: []}
+    spaces = [T]  # the keys, in order
     for length in range(T, 0, -1):
         todo = counts[length]
         while todo:
-            i = bisect.bisect_left(rows.spaces, length)
-            if i < len(rows.spaces):
-                space, n, content = rows.pop(i)
-            else:
-                space, n, content = T, -(-todo // (T // length)), ()
-            # A row that was begun now has the least space, so it goes on with it.
+            space = spaces[bisect.bisect_left(spaces, length)]
+            n, content = rows[space].pop() if rows[space] else (todo, ())
+            # A row that was begun has the least space now, so it goes on with it.
             each = min(space // length, todo)
             used = min(n, todo // each)
-            rows.add(space - each * length, used, (*content, (length, each)))
+            rest = space - each * length
+            if rest not in rows:
+                rows[rest] = []
+                bisect.insort(spaces, rest)
+            rows[rest].append((used, (*content, (length, each))))
             todo -= used * each
-            if n > used:
-                rows.add(space, n - used, content)
+            if content and n > used:
+                rows[space].append((n - used, content))
+            if not rows[space] and space < T:
+                del rows[space]
+                spaces.remove(space)
+    del rows[T]
     return rows
 
 
-def fill(rows: Rows, full: list, T: int) -> tuple[list[tuple[int, tuple]], list[int]]:
-    """plan()'s answer: rows that are not full are filled by documents of others. full: patterns."""
-    pool = [0] * (T + 1)  # the documents of rows that were taken apart, by length
-    lengths = []  # of these, in order
-    while rows.spaces:
-        space, n, content = rows.pop(0)
-        if lengths:
-            # The shortest that fills the space; if none does, the longest, whole.
-            i = bisect.bisect_left(lengths, space)
-            length = lengths[min(i, len(lengths) - 1)]
-            used = min(n, pool[length])
-            if length < space:
-                rows.add(space - length, used, (*content, (length, 1)))
-            else:
-                full.append((used, (*content, (length, 1))))
-            pool[length] -= used
-            if not pool[length]:
-                lengths.remove(length)
-        else:
-            # Nothing is there to fill with: take rows apart, as many as this pattern needs.
-            used = 0
-            is_last = not rows.spaces
-            other_space, others, other = (space, n, content) if is_last else rows.pop(-1)
-            fitting = sum(k for length, k in other if length >= space)
-            if fitting:
-                needed = -(-n // (fitting + is_last))
-            else:
-                needed = -(-n * space // (T - other_space + is_last * space))
-            apart = min(needed, others)
-            for length, k in other:
-                if not pool[length]:
-                    bisect.insort(lengths, length)
-                pool[length] += k * apart
-            if is_last:
-                used = apart
-            elif others > apart:
-                rows.add(other_space, others - apart, other)
+def fill(
+    open_rows: dict[int, list[tuple[int, tuple]]], T: int
+) -> tuple[list[tuple[int, tuple]], list[int]]:
+    """plan()'s answer, of some of the rows; the documents of the others are left over.
+
+    The emptier half of the rows is taken apart, to fill the fuller half.
+    """
+    pool = Lengths(T)
+    todo = []
+    n_apart = sum(n for some in open_rows.values() for n, _ in some) // 2
+    for space in sorted(open_rows, reverse=True):
+        for n, content in open_rows[space]:
+            apart = min(n, n_apart)
+            n_apart -= apart
+            for length, k in content:
+                pool.add(length, k * apart)
+            if n > apart:
+                todo.append((space, n - apart, content))
+    full = []
+    while todo:
+        space, n, content = todo.pop()
+        if not pool.present:
+            for length, k in content:
+                pool.add(length, k * n)
+            continue
+        old, new = exchange(space, content, pool)
+        used = min(n, pool.counts[new])
+        pool.add(new, -used)
+        if old:
+            pool.add(old, used)
         if n > used:
-            rows.add(space, n - used, content)
-    return full, pool
+            todo.append((space, n - used, content))
+        space -= new - old
+        content = exchanged(content, old, new)
+        if space > 0:
+            todo.append((space, used, content))
+        else:
+            full.append((used, content))
+    return full, pool.counts
+
+
+def exchange(space: int, content: tuple, pool: Lengths) -> tuple[int, int]:
+    """(old, new): the document of a row to give back, or 0, and the one of the pool to take.
+
+    They fill the space, and cut the least. Where none does, the longest of the pool is added.
+    """
+    found = []
+    for old in (0, *dict(content)):
+        new = pool.shortest(old + space)
+        if new is not None:
+            found.append((new - old, old, new))
+    return min(found)[1:] if found else (0, pool.present[-1])
+
+
+def exchanged(content: tuple, old: int, new: int) -> tuple:
+    """The documents of a row with a new one, the last one, in place of an old one (0: of none)."""
+    found = list(content)
+    if old:
+        i = [length for length, _ in found].index(old)
+        found[i] = (old, found[i][1] - 1)
+    return (*((length, k) for length, k in found if k), (new, 1))
 
 
 def assign(
