@@ -2,19 +2,19 @@
 
 A document is the token D and what follows, up to before the next D; what lies before the first D is
 one, too. data/dataset.py cuts the corpus every T tokens, wherever that is. Here a row, which is one
-sample of T + 1 tokens, is filled by whole documents, and the last of them is cut where the row ends:
+sample of T + 1 tokens, holds whole documents, and the last of them is cut where the row ends:
 
     corpus   D a b c d e | D f g | D h i j | D k        T = 5
-    rows     D f g D h -> i        what is cut: i j
-             D a b c d -> e                     e       and D k, which found no place
+    rows     D f g D h -> i                 what is cut: i j
+             D a b c d -> e                              e       and D k, for which no row is left
 
-The targets are the inputs moved by one, as ever. A whole document is followed by the D of the next
-one, in the row as in the corpus, and a row's last target (after the arrow) is what the corpus has
-there. So every target is the true next token, with one exception: the corpus ends with a token that
-is only a target, and where its last document does not end a row, that token gives way to a D.
+Targets are the inputs moved by one, as ever. A whole document is followed by the D of the next one,
+in the row as in the corpus, and a row's last target (after the arrow) is what the corpus has there.
+So every target is the true next token. The one exception: the corpus's last token is never an
+input, and where the last document is not the last of its row, it gives way to a D.
 
-What is cut is lost, in every epoch. It is of three kinds: rests of documents longer than T, what is
-cut off to fill rows, and a few documents at the end that are too short for another row.
+What is cut is lost, in every epoch. It is of three kinds: rests of documents longer than T; what is
+cut off to fill rows; documents left over in the end, too few for another row.
 
 The plan of rows. Only lengths matter, and of these there are T. So documents are counted by length,
 and rows by what is in them, a "pattern": millions of documents are some thousand patterns.
@@ -29,12 +29,11 @@ Which of the documents of a length goes where is the order of a hash of (seed, d
 the whole corpus, and are a function of (tokens, seed). Each epoch visits them in an order of its
 own, as data/dataset.py does.
 
-Others: nanochat packs while it reads. The longest document of a buffer that fits goes in, and where
-none fits the shortest is cut, so nearly every row has a cut one. Ding et al. (2024, "Fewer
-Truncations Improve Language Modeling", arXiv 2404.10830) divide long documents into pieces of T and
-pack pieces by best fit decreasing over a table of spaces: nothing is lost, but rows may begin inside
-a document, and what is not full is padded. The plan here is theirs, with whole documents alone, and
-cut documents in place of padding: every sample is T tokens of loss.
+Others: nanochat packs while it reads. From a buffer of documents the longest that fits goes in;
+where none fits, the shortest is cut: nearly every row ends with a cut one, and 35 % of its tokens
+are lost. Ding et al. (2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830) divide
+long documents into pieces of T, and pack them all by best fit decreasing: nothing is lost, but rows
+may begin inside a document, and what is not full is padded. Here every token of a row counts.
 """
 
 import bisect
@@ -83,14 +82,14 @@ class Packed(Dataset):
         lengths = np.minimum(lengths, T).astype(np.int32)
         patterns, left = plan(np.bincount(lengths, minlength=T + 1).tolist(), T)
         self.left = sum(length * n for length, n in enumerate(left))
-        # Row i has the pieces first[i] .. first[i + 1] - 1.
-        self.first, documents = assign(patterns, lengths, seed)
-        self.per_epoch = len(self.first) - 1
+        # Row i has the pieces borders[i] .. borders[i + 1] - 1.
+        self.borders, documents = assign(patterns, lengths, seed)
+        self.per_epoch = len(self.borders) - 1
         self.piece_starts = starts[documents]
         self.piece_lengths = lengths[documents]
         # What a row has too much is cut off its last document.
-        ends = self.first[1:] - 1
-        excess = np.add.reduceat(self.piece_lengths, self.first[:-1], dtype=np.int64) - T
+        ends = self.borders[1:] - 1
+        excess = np.add.reduceat(self.piece_lengths, self.borders[:-1], dtype=np.int64) - T
         self.piece_lengths[ends] -= excess.astype(np.int32)
         self.filling = int(excess.sum())
         if tokens.slice(0, 1)[0] != token:
@@ -104,8 +103,8 @@ class Packed(Dataset):
         place = np.flatnonzero(self.piece_starts == 0)
         if not len(place):
             return
-        row = int(np.searchsorted(self.first, place[0], "right")) - 1
-        start, stop = self.first[row], self.first[row + 1]
+        row = int(np.searchsorted(self.borders, place[0], "right")) - 1
+        start, stop = self.borders[row], self.borders[row + 1]
         order = np.r_[place[0], start : place[0], place[0] + 1 : stop]
         starts = self.piece_starts[order]
         lengths = self.piece_lengths[order]
@@ -119,11 +118,11 @@ class Packed(Dataset):
         gone = np.arange(start + kept.sum(), stop)
         self.piece_starts = np.delete(self.piece_starts, gone)
         self.piece_lengths = np.delete(self.piece_lengths, gone)
-        self.first[row + 1 :] -= len(gone)
+        self.borders[row + 1 :] -= len(gone)
 
     def pieces(self, i: int) -> list[tuple[int, int]]:
         """(start, stop) of the tokens that sequence i is made of, T + 1 in all."""
-        here = slice(self.first[i], self.first[i + 1])
+        here = slice(self.borders[i], self.borders[i + 1])
         starts = self.piece_starts[here]
         stops = starts + self.piece_lengths[here]
         stops[-1] += 1  # the last target
@@ -272,33 +271,32 @@ def exchanged(content: tuple, old: int, new: int) -> tuple:
 def assign(
     patterns: list[tuple[int, tuple]], lengths: np.ndarray, seed: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which documents each row has: (first piece of each row and the end, documents of all pieces).
+    """Which documents each row has: (the first piece of each row, and the end; a document each).
 
     lengths: (documents,) T at most. Of equal ones, the order of a hash says which goes where.
     """
     by_length = shuffled(lengths, seed)
-    # The next document of each length, in by_length.
+    # Where the next document of each length is in by_length.
     n_of = np.bincount(lengths)
     following = (np.cumsum(n_of) - n_of).tolist()
-    n_pieces = [sum(k for _, k in content) for _, content in patterns]
-    first = np.repeat(n_pieces, [n for n, _ in patterns])
-    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(first)])
-    documents = np.empty(first[-1], np.int64)
+    widths = [sum(k for _, k in content) for _, content in patterns]
+    borders = np.repeat(np.array([0, *widths], np.int64), [1, *(n for n, _ in patterns)]).cumsum()
+    documents = np.empty(borders[-1], np.int64)
     at = 0
-    for (n, content), width in zip(patterns, n_pieces):
-        block = documents[at : at + n * width].reshape(n, width)
+    for (n, content), width in zip(patterns, widths):
+        block = documents[at : at + n * width].reshape(n, width)  # a row each
         column = 0
         for length, k in content:
             some = by_length[following[length] : following[length] + n * k]
             block[:, column : column + k] = some.reshape(n, k)
             following[length] += n * k
             column += k
-        # The longest is not always the first one, but what may be cut is always the last one.
+        # Turned, so that not always the longest is in front; but the last one may be a cut one.
         if width > 2:
             turned = np.arange(n)[:, None] + np.arange(width - 1)
             block[:, :-1] = np.take_along_axis(block[:, :-1], turned % (width - 1), 1)
         at += n * width
-    return first, documents
+    return borders, documents
 
 
 def shuffled(lengths: np.ndarray, seed: int | None) -> np.ndarray:
