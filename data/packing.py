@@ -49,7 +49,7 @@ CHUNK = 2**22  # tokens that are searched at once
 class Packed(Dataset):
     """Sample ids -> tokens, as Dataset, of rows that begin where a document begins.
 
-    token: D, with which a document begins; the other arguments are Dataset's. A document takes 12
+    token: D, with which a document begins; the other arguments are Dataset's. A document takes 10
     bytes here, and a row 8. Raises ValueError where the tokens are too few, or one document.
 
     n_tokens: those that can be an input; rests, filling, left: how many of these are lost, because
@@ -79,7 +79,7 @@ class Packed(Dataset):
             )
         lengths = np.diff(starts, append=self.n_tokens)
         self.rests = int(np.maximum(lengths - T, 0).sum())
-        lengths = np.minimum(lengths, T).astype(np.int32)
+        lengths = np.minimum(lengths, T).astype(np.min_scalar_type(T))
         patterns, left = plan(np.bincount(lengths, minlength=T + 1).tolist(), T)
         self.left = sum(length * n for length, n in enumerate(left))
         # Row i has the pieces borders[i] .. borders[i + 1] - 1.
@@ -90,7 +90,7 @@ class Packed(Dataset):
         # What a row has too much is cut off its last document.
         ends = self.borders[1:] - 1
         excess = np.add.reduceat(self.piece_lengths, self.borders[:-1], dtype=np.int64) - T
-        self.piece_lengths[ends] -= excess.astype(np.int32)
+        self.piece_lengths[ends] -= excess.astype(lengths.dtype)
         self.filling = int(excess.sum())
         if tokens.slice(0, 1)[0] != token:
             self.begin_with_first(int(lengths[0]))
@@ -107,7 +107,7 @@ class Packed(Dataset):
         start, stop = self.borders[row], self.borders[row + 1]
         order = np.r_[place[0], start : place[0], place[0] + 1 : stop]
         starts = self.piece_starts[order]
-        lengths = self.piece_lengths[order]
+        lengths = self.piece_lengths[order].astype(np.int64)
         # If it was cut, now another one is, or some are left out, by as much.
         lengths[0] = length
         room = self.block_size - (np.cumsum(lengths) - lengths)
@@ -308,7 +308,6 @@ def shuffled(lengths: np.ndarray, seed: int | None) -> np.ndarray:
         h += np.uint64(key)
         h *= np.uint64(factor)
         h ^= h >> np.uint64(32)
-    # The length above, 40 bits of the hash below. A block of 2^24 tokens is far away.
-    h >>= np.uint64(24)
-    h |= lengths.astype(np.uint64) << np.uint64(40)
-    return np.argsort(h, kind="stable")
+    # Numbers of 16 bits are sorted in linear time; equal ones stay in the order of the corpus.
+    order = np.argsort((h >> np.uint64(48)).astype(np.uint16), kind="stable")
+    return order[np.argsort(lengths[order], kind="stable")]
