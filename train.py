@@ -100,9 +100,7 @@ def main(requested_cfg: fields.Config) -> dict:
     resume.check_same_data(auto_cfg, corpus, mesh, resumed_from, same_run)
     # Complete, but for the micro-batch size: from here on read cfg.
     cfg = auto.with_tokenizer(auto_cfg, corpus.tokenizer)
-    train_data = Dataset(
-        corpus.train, cfg.block_size, cfg.seed, cfg.vocab_size, ahead=cfg.batch_size
-    )
+    train_data = build.training_data(cfg, corpus.train)
     val_data = Dataset(corpus.val, cfg.block_size, None, cfg.vocab_size)
 
     # ---- model: shapes alone; the layout decides which rank holds what ---------------------------
@@ -237,6 +235,7 @@ def main(requested_cfg: fields.Config) -> dict:
         final_cfg,
         mesh,
         corpus,
+        train_data,
         full_model,
         lrs,
         lr_schedule,

@@ -183,12 +183,20 @@ class Dataset:
         numbers = self.sequence_numbers(sample_ids).tolist()
         samples = np.empty((len(numbers), T + 1), np.int64)
         for sample, i in zip(samples, numbers):
-            sample[:] = self.tokens.slice(i * T, i * T + T + 1)
+            at = 0
+            for start, stop in self.pieces(i):
+                sample[at : at + stop - start] = self.tokens.slice(start, stop)
+                at += stop - start
         # One comparison for all; only where it fails, look for the bad id.
         if samples.size and not (samples.min() >= 0 and samples.max() < self.vocab_size):
-            for sample, i in zip(samples, numbers):
-                self.tokens.check(sample, i * T, self.vocab_size)
+            for i in numbers:
+                for start, stop in self.pieces(i):
+                    self.tokens.check(self.tokens.slice(start, stop), start, self.vocab_size)
         return torch.from_numpy(samples)
+
+    def pieces(self, i: int) -> list[tuple[int, int]]:
+        """(start, stop) of the tokens that sequence i is made of, T + 1 in all."""
+        return [(i * self.block_size, (i + 1) * self.block_size + 1)]
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:

@@ -73,6 +73,19 @@ def corpus(cfg: Config) -> corpora.Corpus:
     )
 
 
+def training_data(cfg: Config, tokens: dataset.Tokens) -> dataset.Dataset:
+    """The samples to train on; those of the next step are read while the model computes.
+
+    Raises ValueError where there are none.
+    """
+    arguments = tokens, cfg.block_size, cfg.seed, cfg.vocab_size, cfg.batch_size
+    if cfg.pack is None:
+        return dataset.Dataset(*arguments)
+    from data.packing import Packed
+
+    return Packed(*arguments, token=cfg.document_token)
+
+
 def model_config(cfg: Config) -> GPTConfig:
     return GPTConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)})
 

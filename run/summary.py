@@ -47,6 +47,7 @@ def at_start(
     cfg: Config,
     mesh: Mesh,
     corpus,
+    train_data,
     full_model: torch.nn.Module,
     lrs: dict[str, float],
     lr_schedule: Callable[[int], float],
@@ -62,7 +63,8 @@ def at_start(
     parts = [
         ("model", about_model(cfg, full_model)),
         ("data", about_data(corpus)),
-        ("batch", about_batch(cfg, len(corpus.train))),
+        *(("data", text) for text in about_packing(cfg, train_data)),
+        ("batch", about_batch(cfg, train_data.per_epoch * cfg.block_size)),
         ("optimizer", about_optimizer(cfg, lrs)),
         ("schedule", about_schedule(cfg, lr_schedule)),
         ("precision", about_precision(cfg, hardware, why_emulated, mesh.world == 1)),
@@ -105,6 +107,34 @@ def about_data(corpus) -> str:
         f"{corpus.name}: {short(len(corpus.train))} tokens to train on, "
         f"{short(len(corpus.val))} held out; a vocabulary of {corpus.tokenizer.n_vocab:,}"
     )
+
+
+def about_packing(cfg: Config, packed) -> list[str]:
+    """Lines on what --pack has made of the documents, and has cut."""
+    if cfg.pack is None:
+        return []
+    lost = {
+        "from documents longer than a sequence": packed.rests,
+        "to fill sequences": packed.filling,
+        "left over": packed.left,
+    }
+    cut = sum(lost.values()) / packed.n_tokens
+    # A share that shows as 0.0 % is no news.
+    kinds = [f"{n / packed.n_tokens:.1%} {what}" for what, n in lost.items()]
+    kinds = [kind for kind in kinds if not kind.startswith("0.0%")]
+    text = (
+        f"packed: {packed.n_documents:,} documents in {packed.per_epoch:,} sequences; "
+        f"{cut:.1%} of the tokens are cut"
+    )
+    if kinds:
+        text += ": " + ", ".join(kinds)
+    lines = [text]
+    if cut > 0.25:
+        lines.append(
+            f"block_size={cfg.block_size} is short for these documents: try "
+            f"--block_size={2 * cfg.block_size}, or leave --pack= out"
+        )
+    return lines
 
 
 def about_batch(cfg: Config, n_train: int) -> str:

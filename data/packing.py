@@ -1,0 +1,313 @@
+"""Whole documents packed into training samples: each begins where a document begins (--pack).
+
+A document is the token D and what follows, up to before the next D; what lies before the first D is
+one, too. data/dataset.py cuts the corpus every T tokens, wherever that is. Here a row, which is one
+sample of T + 1 tokens, holds whole documents, and the last of them is cut where the row ends:
+
+    corpus   D a b c d e | D f g | D h i j | D k        T = 5
+    rows     D f g D h -> i                 what is cut: i j
+             D a b c d -> e                              e       and D k, for which no row is left
+
+Targets are the inputs moved by one, as ever. A whole document is followed by the D of the next one,
+in the row as in the corpus, and a row's last target (after the arrow) is what the corpus has there.
+So every target is the true next token. The one exception: the corpus's last token is never an
+input, and where the last document is not the last of its row, it gives way to a D.
+
+What is cut is lost, in every epoch. It is of three kinds: rests of documents longer than T; what is
+cut off to fill rows; documents left over in the end, too few for another row.
+
+The plan of rows. Only lengths matter, and of these there are T. So documents are counted by length,
+and rows by what is in them, a "pattern": millions of documents are some thousand patterns.
+
+    1. best_fit: from the longest on, each document goes into the row with the least space that it
+       fits in, or else into a new row.
+    2. fill: of the rows that are not full, the emptier half is taken apart. In each of the others a
+       longer document takes the place of a document, or is added, and is cut where the row ends:
+       the pair that cuts the least. Documents that are left are packed again, from 1.
+
+Which of the documents of a length goes where is the order of a hash of (seed, document): rows mix
+the whole corpus, and are a function of (tokens, seed). Each epoch visits them in an order of its
+own, as data/dataset.py does.
+
+Others: nanochat packs while it reads. From a buffer of documents the longest that fits goes in;
+where none fits, the shortest is cut: nearly every row ends with a cut one, and 35 % of its tokens
+are lost. Ding et al. (2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830) divide
+long documents into pieces of T, and pack them all by best fit decreasing: nothing is lost, but rows
+may begin inside a document, and what is not full is padded. Here every token of a row counts.
+"""
+
+import bisect
+import hashlib
+
+import numpy as np
+
+from data.dataset import Dataset, Tokens
+
+CHUNK = 2**22  # tokens that are searched at once
+
+
+class Packed(Dataset):
+    """Sample ids -> tokens, as Dataset, of rows that begin where a document begins.
+
+    token: D, with which a document begins; the other arguments are Dataset's. A document takes 10
+    bytes here, and a row 8. Raises ValueError where the tokens are too few, or one document.
+
+    n_tokens: those that can be an input; rests, filling, left: how many of these are lost, because
+    a document is longer than a row, to fill rows, and at the end.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        block_size: int,
+        seed: int | None,
+        vocab_size: int,
+        ahead: int = 0,
+        *,
+        token: int,
+    ):
+        super().__init__(tokens, block_size, seed, vocab_size, ahead)
+        T = block_size
+        starts = document_starts(tokens, token)
+        self.n_tokens = len(tokens) - 1
+        self.n_documents = len(starts)
+        if len(starts) < 2:
+            raise ValueError(
+                f"{tokens.name} is one document, for token {token} is nowhere inside it: give the "
+                "id that is between its documents as --document_token=, data of several documents "
+                "as --data=, or leave --pack= out"
+            )
+        lengths = np.diff(starts, append=self.n_tokens)
+        self.rests = int(np.maximum(lengths - T, 0).sum())
+        lengths = np.minimum(lengths, T).astype(np.min_scalar_type(T))
+        patterns, left = plan(np.bincount(lengths, minlength=T + 1).tolist(), T)
+        self.left = sum(length * n for length, n in enumerate(left))
+        # Row i has the pieces borders[i] .. borders[i + 1] - 1.
+        self.borders, documents = assign(patterns, lengths, seed)
+        self.per_epoch = len(self.borders) - 1
+        self.piece_starts = starts[documents]
+        self.piece_lengths = lengths[documents]
+        # What a row has too much is cut off its last document.
+        ends = self.borders[1:] - 1
+        excess = np.add.reduceat(self.piece_lengths, self.borders[:-1], dtype=np.int64) - T
+        self.piece_lengths[ends] -= excess.astype(lengths.dtype)
+        self.filling = int(excess.sum())
+        if tokens.slice(0, 1)[0] != token:
+            self.begin_with_first(int(lengths[0]))
+
+    def begin_with_first(self, length: int) -> None:
+        """Puts the first document in front of its row: alone of all, it may lack its D.
+
+        length: of it, T at most. Inside a row nobody could tell where it begins.
+        """
+        place = np.flatnonzero(self.piece_starts == 0)
+        if not len(place):
+            return
+        row = int(np.searchsorted(self.borders, place[0], "right")) - 1
+        start, stop = self.borders[row], self.borders[row + 1]
+        order = np.r_[place[0], start : place[0], place[0] + 1 : stop]
+        starts = self.piece_starts[order]
+        lengths = self.piece_lengths[order].astype(np.int64)
+        # If it was cut, now another one is, or some are left out, by as much.
+        lengths[0] = length
+        room = self.block_size - (np.cumsum(lengths) - lengths)
+        lengths = np.minimum(lengths, room)
+        kept = lengths > 0
+        self.piece_starts[start:stop][: kept.sum()] = starts[kept]
+        self.piece_lengths[start:stop][: kept.sum()] = lengths[kept]
+        gone = np.arange(start + kept.sum(), stop)
+        self.piece_starts = np.delete(self.piece_starts, gone)
+        self.piece_lengths = np.delete(self.piece_lengths, gone)
+        self.borders[row + 1 :] -= len(gone)
+
+    def pieces(self, i: int) -> list[tuple[int, int]]:
+        """(start, stop) of the tokens that sequence i is made of, T + 1 in all."""
+        here = slice(self.borders[i], self.borders[i + 1])
+        starts = self.piece_starts[here]
+        stops = starts + self.piece_lengths[here]
+        stops[-1] += 1  # the last target
+        return list(zip(starts.tolist(), stops.tolist()))
+
+
+def document_starts(tokens: Tokens, token: int) -> np.ndarray:
+    """(documents,) int64: where documents begin, 0 first.
+
+    A token at the very end begins none, for it is never an input.
+    """
+    found = [np.zeros(1, np.int64)]
+    for start in range(1, len(tokens) - 1, CHUNK):
+        stop = min(start + CHUNK, len(tokens) - 1)
+        found.append(np.flatnonzero(tokens.slice(start, stop) == token) + start)
+    return np.concatenate(found)
+
+
+class Lengths:
+    """Documents by length: how many there are of each, and which lengths there are, in order."""
+
+    def __init__(self, T: int):
+        self.counts = [0] * (T + 1)
+        self.present = []
+
+    def add(self, length: int, n: int) -> None:
+        """n below 0 takes them out."""
+        if n and not self.counts[length]:
+            bisect.insort(self.present, length)
+        self.counts[length] += n
+        if n and not self.counts[length]:
+            self.present.remove(length)
+
+    def shortest(self, least: int) -> int | None:
+        """The shortest length from `least` on."""
+        i = bisect.bisect_left(self.present, least)
+        return self.present[i] if i < len(self.present) else None
+
+
+def plan(counts: list[int], T: int) -> tuple[list[tuple[int, tuple]], list[int]]:
+    """(patterns of full rows, how many documents of each length are left over).
+
+    counts: (T + 1) how many documents have each length. A pattern is (rows, ((length, how many),
+    ...)). The lengths are the documents' own: the last one is cut where the row ends.
+    """
+    full = []
+    # Documents that another row gave back are packed again, as long as there are enough for a row.
+    while sum(length * n for length, n in enumerate(counts)) >= T:
+        open_rows = best_fit(counts, T)
+        full += open_rows.pop(0, [])
+        more, counts = fill(open_rows, T)
+        full += more
+    return full, counts
+
+
+def best_fit(counts: list[int], T: int) -> dict[int, list[tuple[int, tuple]]]:
+    """Space -> patterns of rows with that space, by best fit decreasing. counts: as plan()'s."""
+    rows = {T: []}
+    spaces = [T]  # the keys, in order
+    for length in range(T, 0, -1):
+        todo = counts[length]
+        while todo:
+            space = spaces[bisect.bisect_left(spaces, length)]
+            n, content = rows[space].pop() if rows[space] else (todo, ())
+            # A row that was begun has the least space now, so it goes on with it.
+            each = min(space // length, todo)
+            used = min(n, todo // each)
+            rest = space - each * length
+            if rest not in rows:
+                rows[rest] = []
+                bisect.insort(spaces, rest)
+            rows[rest].append((used, (*content, (length, each))))
+            todo -= used * each
+            if content and n > used:
+                rows[space].append((n - used, content))
+            if not rows[space] and space < T:
+                del rows[space]
+                spaces.remove(space)
+    del rows[T]
+    return rows
+
+
+def fill(
+    open_rows: dict[int, list[tuple[int, tuple]]], T: int
+) -> tuple[list[tuple[int, tuple]], list[int]]:
+    """plan()'s answer, of some of the rows; the documents of the others are left over.
+
+    The emptier half of the rows is taken apart, to fill the fuller half.
+    """
+    pool = Lengths(T)
+    todo = []
+    n_apart = sum(n for some in open_rows.values() for n, _ in some) // 2
+    for space in sorted(open_rows, reverse=True):
+        for n, content in open_rows[space]:
+            apart = min(n, n_apart)
+            n_apart -= apart
+            for length, k in content:
+                pool.add(length, k * apart)
+            if n > apart:
+                todo.append((space, n - apart, content))
+    full = []
+    while todo:
+        space, n, content = todo.pop()
+        if not pool.present:
+            for length, k in content:
+                pool.add(length, k * n)
+            continue
+        old, new = exchange(space, content, pool)
+        used = min(n, pool.counts[new])
+        pool.add(new, -used)
+        if old:
+            pool.add(old, used)
+        if n > used:
+            todo.append((space, n - used, content))
+        space -= new - old
+        content = exchanged(content, old, new)
+        if space > 0:
+            todo.append((space, used, content))
+        else:
+            full.append((used, content))
+    return full, pool.counts
+
+
+def exchange(space: int, content: tuple, pool: Lengths) -> tuple[int, int]:
+    """(old, new): the document of a row to give back, or 0, and the one of the pool to take.
+
+    They fill the space, and cut the least. Where none does, the longest of the pool is added.
+    """
+    found = []
+    for old in (0, *dict(content)):
+        new = pool.shortest(old + space)
+        if new is not None:
+            found.append((new - old, old, new))
+    return min(found)[1:] if found else (0, pool.present[-1])
+
+
+def exchanged(content: tuple, old: int, new: int) -> tuple:
+    """The documents of a row with a new one, the last one, in place of an old one (0: of none)."""
+    found = list(content)
+    if old:
+        i = [length for length, _ in found].index(old)
+        found[i] = (old, found[i][1] - 1)
+    return (*((length, k) for length, k in found if k), (new, 1))
+
+
+def assign(
+    patterns: list[tuple[int, tuple]], lengths: np.ndarray, seed: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which documents each row has: (the first piece of each row, and the end; a document each).
+
+    lengths: (documents,) T at most. Of equal ones, the order of a hash says which goes where.
+    """
+    by_length = shuffled(lengths, seed)
+    # Where the next document of each length is in by_length.
+    n_of = np.bincount(lengths)
+    following = (np.cumsum(n_of) - n_of).tolist()
+    widths = [sum(k for _, k in content) for _, content in patterns]
+    borders = np.repeat(np.array([0, *widths], np.int64), [1, *(n for n, _ in patterns)]).cumsum()
+    documents = np.empty(borders[-1], np.int64)
+    at = 0
+    for (n, content), width in zip(patterns, widths):
+        block = documents[at : at + n * width].reshape(n, width)  # a row each
+        column = 0
+        for length, k in content:
+            some = by_length[following[length] : following[length] + n * k]
+            block[:, column : column + k] = some.reshape(n, k)
+            following[length] += n * k
+            column += k
+        # Turned, so that not always the longest is in front; but the last one may be a cut one.
+        if width > 2:
+            turned = np.arange(n)[:, None] + np.arange(width - 1)
+            block[:, :-1] = np.take_along_axis(block[:, :-1], turned % (width - 1), 1)
+        at += n * width
+    return borders, documents
+
+
+def shuffled(lengths: np.ndarray, seed: int | None) -> np.ndarray:
+    """(documents,) their numbers, by length, and those of one length in the order of a hash."""
+    key = int.from_bytes(hashlib.sha256(f"pack {seed}".encode()).digest()[:8], "little")
+    # Two rounds of multiplying and shifting mix the number of a document with the key, modulo 2^64.
+    h = np.arange(len(lengths), dtype=np.uint64)
+    for factor in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93):
+        h += np.uint64(key)
+        h *= np.uint64(factor)
+        h ^= h >> np.uint64(32)
+    # Numbers of 16 bits are sorted in linear time; equal ones stay in the order of the corpus.
+    order = np.argsort((h >> np.uint64(48)).astype(np.uint16), kind="stable")
+    return order[np.argsort(lengths[order], kind="stable")]
