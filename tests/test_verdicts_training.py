@@ -396,7 +396,7 @@ def documents_rows(e) -> list[dict]:
         | (
             {"step_ms": [[100.0] * 3, [105.0] * 3, [90.0] * 3, [106.0, 150.0, 90.0]]}
             if g["part"] == "time"
-            else dict.fromkeys(("alone", "first", "later", "ends"), loss[g["arm"]] + noise(g))
+            else dict.fromkeys(e.MEASURES, loss[g["arm"]] + noise(g))
             | {
                 "val_bpb": (2.0 if g["arm"] != "mask" else 2.001) + noise(g),
                 "by_distance": [1.0] * 9,
@@ -470,17 +470,19 @@ def test_documents_alone_are_measured_as_if_each_were_the_only_one(monkeypatch):
     # Shorter than a row, with one byte less, as long, with one more, far longer
     texts = [bytes(range(1, 1 + n % 250)) for n in (3, 90, 150, 199, 200, 201, 240)]
     texts += [b"x" * n for n in range(1, 40)]  # a second batch
-    bits, ends = {}, []
+    bits, bare, ends = {}, {}, []
     for text in texts:
-        ids = torch.tensor([[0, *text, 0]])[:, :201]
-        logs = model(ids[:, :-1]).log_softmax(-1)[0]
-        nats = [-logs[i, x].item() / math.log(2) for i, x in enumerate(ids[0, 1:].tolist())]
-        for i, x in enumerate(nats[: len(text)]):
-            bits.setdefault(i, []).append(x)
-        ends += nats[len(text) :]
+        for found, ids in ((bits, [0, *text, 0]), (bare, [*text, 0])):
+            ids = torch.tensor([ids])[:, :201]
+            logs = model(ids[:, :-1]).log_softmax(-1)[0]
+            known = [-logs[i, x].item() / math.log(2) for i, x in enumerate(ids[0, 1:].tolist())]
+            n = len(text) - (found is bare)
+            for i, x in enumerate(known[:n], found is bare):
+                found.setdefault(i, []).append(x)
+            ends += known[n:] if found is bits else []
 
-    def mean(first: int, last: int) -> float:
-        found = [x for i, some in bits.items() if first <= i < last for x in some]
+    def mean(first: int, last: int, of: dict = bits) -> float:
+        found = [x for i, some in of.items() if first <= i < last for x in some]
         return sum(found) / len(found)
 
     found = e.alone(model, texts)
@@ -489,6 +491,8 @@ def test_documents_alone_are_measured_as_if_each_were_the_only_one(monkeypatch):
     assert found["alone"] == pytest.approx(mean(0, 200), rel=1e-9)
     assert found["first"] == pytest.approx(mean(0, 32), rel=1e-9)
     assert found["later"] == pytest.approx(mean(128, 200), rel=1e-9)
+    assert found["bare"] == pytest.approx(mean(1, 200, bare), rel=1e-9)
+    assert found["bare_first"] == pytest.approx(mean(1, 32, bare), rel=1e-9)
     assert found["by_distance"][3] == pytest.approx(mean(8, 16), rel=1e-4)
     # A mask has nothing to hide: arms trained with one are measured in the same way.
     masked = GPT(GPTConfig(**size, document_mask=True, document_token=0)).double().eval()
