@@ -345,6 +345,7 @@ MEASURES = {
     "first": "their first 32 bytes",
     "later": "from byte 129 on",
     "bare": "without the byte 0 in front",
+    "bare_first": "their first 32 bytes so",
     "ends": "the end",
     "val_bpb": "flat rows",
 }
@@ -420,7 +421,7 @@ def picture(rows: list[dict], figure) -> None:
     figure.set_size_inches(12, 4.8)
     ends, distance = figure.subplots(1, 2, width_ratios=(1, 1.1))
     others = [*ARMS][1:]
-    names = ("alone", "val_bpb")
+    names = ("alone", "bare", "val_bpb")
     shown = [(name, arm) for name in names for arm in others]
     for y, (name, arm) in enumerate(shown):
         found = [100 * x for x in gaps(rows, arm, name)]
@@ -431,7 +432,8 @@ def picture(rows: list[dict], figure) -> None:
         ends.errorbar(mean, y, xerr=error, fmt="|", ms=14, mew=2, capsize=4, color=color)
     ends.set_yticks(range(len(shown)), [f"{MEASURES[name]}: {arm}" for name, arm in shown])
     ends.set_ylim(len(shown) - 0.5, -0.5)
-    ends.axhline(len(others) - 0.5, color="black", lw=0.5, ls=":")
+    for i in range(1, len(names)):
+        ends.axhline(i * len(others) - 0.5, color="black", lw=0.5, ls=":")
     ends.axvline(0, color="black", lw=0.8)
     ends.grid(alpha=0.25, axis="x")
     ends.set(xlabel="bits a byte against neither, %, seed by seed", title="Left of 0 is better")
@@ -439,7 +441,7 @@ def picture(rows: list[dict], figure) -> None:
     middles = [math.sqrt(max(a, 1) * b) for a, b in zip(EDGES, EDGES[1:])]
     for arm, color in zip(others, INK):
         points = {
-            x: [100 * (r["by_distance"][i] / base[r["seed"]][i] - 1) for r in of(rows, arm)]
+            x: [r["by_distance"][i] - base[r["seed"]][i] for r in of(rows, arm)]
             for i, x in enumerate(middles)
         }
         line(distance, points, arm, color=color, marker="o", ms=4)
@@ -448,8 +450,8 @@ def picture(rows: list[dict], figure) -> None:
     distance.set_xticks(EDGES[1:], [str(edge) for edge in EDGES[1:]])
     distance.set(
         xlabel="bytes from the document's start",
-        ylabel="bits a byte against neither, %",
-        title="Documents alone, by distance from their start",
+        ylabel="bits a byte, less those of neither",
+        title="Documents alone: below 0 is better",
     )
     distance.legend(frameon=False)
 
