@@ -375,7 +375,8 @@ def table_of_gaps(rows: list[dict]) -> str:
 def pairs(rows: list[dict]) -> list[dict]:
     """significance.py's verdict on each pair of arms, on documents alone."""
     losses = {arm: {r["seed"]: r["alone"] for r in of(rows, arm)} for arm in ARMS}
-    return judge(losses, margin=NEAR)
+    another = 2 * mean_sd([r["seconds"] for r in of(rows, "both")])[0] / 60
+    return judge(losses, margin=NEAR, minutes=another)
 
 
 def table_of_rows(rows: list[dict]) -> str:

@@ -405,6 +405,7 @@ def documents_rows(e) -> list[dict]:
                 "rests": 0.3,
                 "whole": 1.0,
                 "a_row": 2.0,
+                "seconds": 100.0,
             }
         )
         for g in e.GRID
