@@ -27,6 +27,7 @@ user's mistake, in one line.
 import importlib
 import sys
 
+from metrics.outlets import command
 from settings import parse
 
 # The flags of benchmarks that have no value; all others do, train.py's too.
@@ -80,4 +81,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command("bench.py", main)

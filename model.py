@@ -124,7 +124,7 @@ class GPTConfig:
 class ForwardContext(NamedTuple):
     """What every block needs beside the hidden states."""
 
-    position_ids: Tensor  # (T,) or (B, T): each token's place in its sequence
+    position_ids: Tensor  # (T,) or, without documents, (B, T): each token's place in its sequence
     sample_ids: Tensor | None  # (B,): each sequence's number in the run, for dropout masks
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, each (T, 1, D/2) or (B, T, 1, D/2)
     documents: Documents | None = None  # with document_mask
@@ -246,6 +246,8 @@ class GPT(nn.Module):
     def __init__(self, c: GPTConfig, layers=None):
         super().__init__()
         self.config = c
+        if c.document_mask and c.document_token is None:
+            raise ValueError("document_mask needs document_token, the id with which one begins")
         self.rope_scaling = rope_scaling.parse(c.rope_scaling)
         if layers is None:
             layers = range(c.n_layer)
@@ -297,11 +299,11 @@ class GPT(nn.Module):
         """The sum of the token losses; without targets the logits (B, T, V).
 
         x: (B, T) token ids, or (B, T, C) hidden states of earlier layers; targets: (B, T) ids;
-        position_ids: (T,) or (B, T), default 0..T-1; sample_ids: (B,), for dropout; layers: which
-        of those here to run, default all. document_starts: (B, length of the whole sequence) where
-        each token's document begins, for document_mask; default: found in x, which then is the
-        whole sequence. Hidden states (B, T, C) come back where the last layer is not among them.
-        Raises ValueError for more than block_size tokens.
+        position_ids: (T,) or, without document_mask, (B, T), default 0..T-1; sample_ids: (B,), for
+        dropout; layers: which of those here to run, default all. document_starts: (B, length of the
+        whole sequence) where each token's document begins, for document_mask; default: found in x,
+        which then is the whole sequence. Hidden states (B, T, C) come back where the last layer is
+        not among them. Raises ValueError for more than block_size tokens.
         """
         c = self.config
         if c.document_mask and document_starts is None:
@@ -316,7 +318,8 @@ class GPT(nn.Module):
         positions = position_ids
         documents = None
         if c.document_mask:
-            documents = document_mask.make(self.masks_for, c.window, document_starts)
+            dtype = next(self.parameters()).dtype
+            documents = document_mask.make(self.masks_for, c.window, document_starts, dtype)
             positions = position_ids - document_starts[:, position_ids]  # (B, T)
         rotary = self.rotary_angles(positions)
         context = ForwardContext(position_ids, sample_ids, rotary, documents)
@@ -325,7 +328,7 @@ class GPT(nn.Module):
         names = list(self.blocks) if layers is None else [str(layer) for layer in layers]
         x = self.run_blocks([self.blocks[name] for name in names], x, context)
         # Without the last layer there is no head here: the next stage gets hidden states.
-        if names[-1] != str(self.config.n_layer - 1):
+        if names[-1] != str(c.n_layer - 1):
             return x
         x = self.final_norm(x)
         # Generation, which has no targets, needs the logits themselves.

@@ -19,6 +19,7 @@ from checkpoint import load as checkpoint
 from data import corpora
 from data.tokenizer import Tokenizer, kept
 from layers.generation import generate
+from metrics.outlets import command
 from model import GPT
 from parallel.launch import pick_device
 from run import build
@@ -66,7 +67,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> None:
     parser = Parser(description="Text from a checkpoint.")
     parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
-    parser.add_argument("--prompt", help="what the text continues; default: a line break")
+    parser.add_argument(
+        "--prompt", help="what the text continues; default: a document's beginning, or a line break"
+    )
     parser.add_argument("--tokens", type=int, default=300, help="how many to add")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
@@ -85,14 +88,18 @@ def main(argv: list[str]) -> None:
         )
     device = pick_device(args.device)
     model, tokenizer = load(args.run, device, args.tokenizer)
-    # The model needs one token to begin with: a line break, or id 0 where there are only ids.
+    # The model needs one token to begin with: what a document begins with, or a line break, or id 0
+    # where there are only ids.
     text = args.prompt
-    if text is None:
+    before = tokenizer.before(model.config.document_token)
+    if text is None and model.config.document_token is not None:
+        text = ""
+    elif text is None:
         text = "0" if tokenizer.name == "ids" else "\n"
     ids = tokenizer.encode(text)
-    if len(ids) == 0:
+    if len(ids) == 0 and args.prompt is not None:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
-    prompt = torch.tensor([*tokenizer.start, *ids], device=device)
+    prompt = torch.tensor([*before, *ids], device=device)
     for name in tokenizer.special:
         if name in text:
             print(f"sample.py: {name} in --prompt= is text, not one token", file=sys.stderr)
@@ -102,7 +109,9 @@ def main(argv: list[str]) -> None:
     ids = generate(model, prompts, args.tokens, args.temperature, top_k, args.seed)
     # print() would raise for a letter that the terminal's encoding lacks. It becomes a ? instead.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    for i, sample_ids in enumerate(ids.tolist()):
+    # The end of a document that was before is nothing that the prompt said.
+    n_unsaid = len(before) - len(tokenizer.start)
+    for i, sample_ids in enumerate(ids[:, n_unsaid:].tolist()):
         if i > 0:
             print("-" * 40)
         # The byte 0, which ends a text of several, is nothing that a terminal shows.
@@ -111,8 +120,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command("sample.py", main)

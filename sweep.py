@@ -39,7 +39,7 @@ import sys
 import time
 from pathlib import Path
 
-from metrics.outlets import complain
+from metrics.outlets import complain, reader_may_leave
 from metrics.outlets import print_line as say
 from metrics.report_read import MAXIMISED
 from run import auto, build, control, optimizers
@@ -308,6 +308,9 @@ class Search:
 
 def main(argv: list[str]) -> int:
     """One search; its exit status. Raises ValueError for a mistake, OSError for a lost folder."""
+    if {"--help", "-h"} & {*argv}:
+        print(__doc__)
+        return 0
     if not argv or not argv[0] or argv[0].startswith("-") or argv[0].endswith(".toml"):
         raise ValueError(
             "usage: python sweep.py SWEEP_DIR --search.FIELD=VALUES ... [--field=value ...]"
@@ -343,11 +346,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv or "-h" in sys.argv:
-        parse.print_help(__doc__)
-        sys.exit(0)
     try:
-        sys.exit(main(sys.argv[1:]))
+        with reader_may_leave():
+            sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:
         complain(f"sweep.py: {error}")
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -494,7 +494,8 @@ if __name__ == "__main__":
     gc.freeze()
     gc.enable()
     try:
-        main(parse.parse(sys.argv[1:]))
+        with outlets.reader_may_leave():  # of --help; a run goes on without readers
+            main(parse.parse(sys.argv[1:]))
         launch.end()
     except ValueError as error:  # a user's mistake
         outlets.complain(f"train.py: {error}")

@@ -21,7 +21,6 @@ From Python: save(world) and resume(folder, world) give these figures as a dict.
 """
 
 import json
-import sys
 import tempfile
 import time
 import tracemalloc
@@ -35,6 +34,7 @@ from checkpoint import load, plan
 from checkpoint.exchange import HEAD, LENGTH
 from checkpoint.save import FORMAT, file_of
 from checkpoint.slices import Slice, as_json, sha256
+from metrics.outlets import command
 from parallel.shard import Shard
 
 FLAGS = {"--worlds": r"\d+(,\d+)*", "--tp": r"\d+", "--cut": "first|spread|rotated"}
@@ -231,4 +231,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command("scale_save.py", main)

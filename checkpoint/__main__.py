@@ -14,7 +14,6 @@ Exit status: 0 done; 2 a mistake, in one line.
 
 import math
 import os
-import sys
 from pathlib import Path
 
 from checkpoint.export import to_hugging_face
@@ -24,6 +23,7 @@ from checkpoint.save import found, write_tensors
 from checkpoint.slices import DTYPES, TENSOR, walk
 from data import corpora
 from data.tokenizer import Tokenizer, is_file, kept
+from metrics.outlets import command
 from run import build
 from settings import parse
 from settings.fields import Config, update, with_traits
@@ -203,12 +203,4 @@ def about_length(cfg: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # `| head` has read enough. Python would try to write the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:
-        print(f"checkpoint: {e}", file=sys.stderr)
-        sys.exit(2)
+    command("checkpoint", main, OSError)

@@ -1,39 +1,40 @@
-"""Whole documents packed into training samples: each begins where a document begins (--pack).
+"""Packing: a training sample holds whole documents, and begins with one (--pack).
 
 A document is the token D and what follows, up to before the next D; what lies before the first D is
-one, too. data/dataset.py cuts the corpus every T tokens, wherever that is. Here a row, which is one
-sample of T + 1 tokens, holds whole documents, and the last of them is cut where the row ends:
+one, too. data/dataset.py cuts the corpus every T tokens, wherever that is. Here a sequence of T + 1
+tokens, one sample, holds whole documents, and the last of them is cut where the sequence ends:
 
-    corpus   D a b c d e | D f g | D h i j | D k        T = 5
-    rows     D f g D h -> i                 what is cut: i j
-             D a b c d -> e                              e       and D k, for which no row is left
+    corpus       D a b c d e | D f g | D h i j | D k        T = 5
+    sequences    D f g D h -> i                 what is cut: i j
+                 D a b c d -> e                 e and, as no sequence is left for it, D k
 
 Targets are the inputs moved by one, as ever. A whole document is followed by the D of the next one,
-in the row as in the corpus, and a row's last target (after the arrow) is what the corpus has there.
-So every target is the true next token. The one exception: the corpus's last token is never an
-input, and where the last document is not the last of its row, it gives way to a D.
+here as in the corpus, and the last target (after the arrow) is what the corpus has there. So every
+target is the true next token. The one exception: the corpus's last token is never an input, and
+where the last document is not the last of its sequence, it gives way to a D.
 
 What is cut is lost, in every epoch. It is of three kinds: rests of documents longer than T; what is
-cut off to fill rows; documents left over in the end, too few for another row.
+cut off to fill sequences; documents left over in the end, too few for another one. Empty documents,
+a D before a D, are left out.
 
-The plan of rows. Only lengths matter, and of these there are T. So documents are counted by length,
-and rows by what is in them, a "pattern": millions of documents are some thousand patterns.
+The plan. Only lengths matter, and of these there are T. So documents are counted by length, and
+sequences by what is in them, a "pattern": millions of documents are some thousand patterns.
 
-    1. best_fit: from the longest on, each document goes into the row with the least space that it
-       fits in, or else into a new row.
-    2. fill: of the rows that are not full, the emptier half is taken apart. In each of the others a
-       longer document takes the place of a document, or is added, and is cut where the row ends:
-       the pair that cuts the least. Documents that are left are packed again, from 1.
+    1. best_fit: from the longest on, each document goes where the least space is that it fits in,
+       or else into a new sequence.
+    2. fill: of the sequences that are not full, the emptier half is taken apart. In each of the
+       others a longer document takes the place of a document, or is added, and is cut where the
+       sequence ends: the pair that cuts the least. What is left is packed again, from 1.
 
-Which of the documents of a length goes where is the order of a hash of (seed, document): rows mix
-the whole corpus, and are a function of (tokens, seed). Each epoch visits them in an order of its
-own, as data/dataset.py does.
+Which of the documents of a length goes where is the order of a hash of (seed, document): sequences
+mix the whole corpus, and are a function of (tokens, seed). Each epoch visits them in an order of
+its own, as data/dataset.py does.
 
 Others: nanochat packs while it reads. From a buffer of documents the longest that fits goes in;
-where none fits, the shortest is cut: nearly every row ends with a cut one, and 35 % of its tokens
-are lost. Ding et al. (2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830) divide
-long documents into pieces of T, and pack them all by best fit decreasing: nothing is lost, but rows
-may begin inside a document, and what is not full is padded. Here every token of a row counts.
+where none fits, the shortest is cut: nearly every sequence ends with a cut one, and 35 % of the
+tokens are lost. Ding et al. (2024, "Fewer Truncations Improve Language Modeling", 2404.10830) cut
+long documents into pieces of T, and pack all pieces by best fit decreasing: nothing is lost, but a
+sequence may begin inside a document, and what is not full is padded. Here every token counts.
 """
 
 import bisect
@@ -47,13 +48,14 @@ CHUNK = 2**22  # tokens that are searched at once
 
 
 class Packed(Dataset):
-    """Sample ids -> tokens, as Dataset, of rows that begin where a document begins.
+    """Sample ids -> tokens, as Dataset, of sequences that begin where a document begins.
 
     token: D, with which a document begins; the other arguments are Dataset's. A document takes 10
-    bytes here, and a row 8. Raises ValueError where the tokens are too few, or one document.
+    bytes here, and a sequence 8. Raises ValueError where the tokens are too few, or one document.
 
-    n_tokens: those that can be an input; rests, filling, left: how many of these are lost, because
-    a document is longer than a row, to fill rows, and at the end.
+    n_tokens: those that can be an input; rests, filling, left, empty: how many of these are lost,
+    because a document is longer than a sequence, to fill sequences, in the end, and as documents of
+    D alone; fitting: block_size, doubled as often as it takes to make rests a quarter at most.
     """
 
     def __init__(
@@ -70,7 +72,6 @@ class Packed(Dataset):
         T = block_size
         starts = document_starts(tokens, token)
         self.n_tokens = len(tokens) - 1
-        self.n_documents = len(starts)
         if len(starts) < 2:
             raise ValueError(
                 f"{tokens.name} is one document, for token {token} is nowhere inside it: give the "
@@ -78,16 +79,28 @@ class Packed(Dataset):
                 "as --data=, or leave --pack= out"
             )
         lengths = np.diff(starts, append=self.n_tokens)
-        self.rests = int(np.maximum(lengths - T, 0).sum())
+        # A D before a D: there is nothing to learn from it but that.
+        self.empty = int((lengths == 1).sum())
+        starts, lengths = starts[lengths > 1], lengths[lengths > 1]
+        self.n_documents = len(starts)
+        if lengths.clip(max=T).sum() < T:
+            raise ValueError(
+                f"{tokens.name} has {len(starts)} documents, together shorter than a sequence: "
+                "give a smaller --block_size=, more data, or leave --pack= out"
+            )
+        self.rests = rests(lengths, T)
+        self.fitting = T
+        while rests(lengths, self.fitting) > self.n_tokens // 4:
+            self.fitting *= 2
         lengths = np.minimum(lengths, T).astype(np.min_scalar_type(T))
         patterns, left = plan(np.bincount(lengths, minlength=T + 1).tolist(), T)
         self.left = sum(length * n for length, n in enumerate(left))
-        # Row i has the pieces borders[i] .. borders[i + 1] - 1.
+        # Sequence i has the pieces borders[i] .. borders[i + 1] - 1.
         self.borders, documents = assign(patterns, lengths, seed)
         self.per_epoch = len(self.borders) - 1
         self.piece_starts = starts[documents]
         self.piece_lengths = lengths[documents]
-        # What a row has too much is cut off its last document.
+        # What a sequence has too much is cut off its last document.
         ends = self.borders[1:] - 1
         excess = np.add.reduceat(self.piece_lengths, self.borders[:-1], dtype=np.int64) - T
         self.piece_lengths[ends] -= excess.astype(lengths.dtype)
@@ -96,15 +109,15 @@ class Packed(Dataset):
             self.begin_with_first(int(lengths[0]))
 
     def begin_with_first(self, length: int) -> None:
-        """Puts the first document in front of its row: alone of all, it may lack its D.
+        """Puts the first document in front of its sequence: alone of all, it may lack its D.
 
-        length: of it, T at most. Inside a row nobody could tell where it begins.
+        length: of it, T at most. Inside a sequence nobody could tell where it begins.
         """
         place = np.flatnonzero(self.piece_starts == 0)
         if not len(place):
             return
-        row = int(np.searchsorted(self.borders, place[0], "right")) - 1
-        start, stop = self.borders[row], self.borders[row + 1]
+        sequence = int(np.searchsorted(self.borders, place[0], "right")) - 1
+        start, stop = self.borders[sequence], self.borders[sequence + 1]
         order = np.r_[place[0], start : place[0], place[0] + 1 : stop]
         starts = self.piece_starts[order]
         lengths = self.piece_lengths[order].astype(np.int64)
@@ -118,7 +131,7 @@ class Packed(Dataset):
         gone = np.arange(start + kept.sum(), stop)
         self.piece_starts = np.delete(self.piece_starts, gone)
         self.piece_lengths = np.delete(self.piece_lengths, gone)
-        self.borders[row + 1 :] -= len(gone)
+        self.borders[sequence + 1 :] -= len(gone)
 
     def pieces(self, i: int) -> list[tuple[int, int]]:
         """(start, stop) of the tokens that sequence i is made of, T + 1 in all."""
@@ -141,6 +154,11 @@ def document_starts(tokens: Tokens, token: int) -> np.ndarray:
     return np.concatenate(found)
 
 
+def rests(lengths: np.ndarray, T: int) -> int:
+    """How many tokens of documents lie behind their first T. lengths: (documents,)"""
+    return int(np.maximum(lengths - T, 0).sum())
+
+
 class Lengths:
     """Documents by length: how many there are of each, and which lengths there are, in order."""
 
@@ -154,7 +172,7 @@ class Lengths:
             bisect.insort(self.present, length)
         self.counts[length] += n
         if n and not self.counts[length]:
-            self.present.remove(length)
+            del self.present[bisect.bisect_left(self.present, length)]
 
     def shortest(self, least: int) -> int | None:
         """The shortest length from `least` on."""
@@ -163,60 +181,61 @@ class Lengths:
 
 
 def plan(counts: list[int], T: int) -> tuple[list[tuple[int, tuple]], list[int]]:
-    """(patterns of full rows, how many documents of each length are left over).
+    """(patterns of full sequences, how many documents of each length are left over).
 
-    counts: (T + 1) how many documents have each length. A pattern is (rows, ((length, how many),
-    ...)). The lengths are the documents' own: the last one is cut where the row ends.
+    counts: (T + 1) how many documents have each length. A pattern is (sequences, ((length, how
+    many), ...)). The lengths are the documents' own: the last one is cut where the sequence ends.
     """
     full = []
-    # Documents that another row gave back are packed again, as long as there are enough for a row.
+    # Documents that were given back are packed again, as long as there are enough for a sequence.
     while sum(length * n for length, n in enumerate(counts)) >= T:
-        open_rows = best_fit(counts, T)
-        full += open_rows.pop(0, [])
-        more, counts = fill(open_rows, T)
+        open_ones = best_fit(counts, T)
+        full += open_ones.pop(0, [])
+        more, counts = fill(open_ones, T)
         full += more
     return full, counts
 
 
 def best_fit(counts: list[int], T: int) -> dict[int, list[tuple[int, tuple]]]:
-    """Space -> patterns of rows with that space, by best fit decreasing. counts: as plan()'s."""
-    rows = {T: []}
+    """Space -> patterns with that space, by best fit decreasing. counts: as plan()'s."""
+    sequences = {T: []}
     spaces = [T]  # the keys, in order
     for length in range(T, 0, -1):
         todo = counts[length]
         while todo:
-            space = spaces[bisect.bisect_left(spaces, length)]
-            n, content = rows[space].pop() if rows[space] else (todo, ())
-            # A row that was begun has the least space now, so it goes on with it.
+            i = bisect.bisect_left(spaces, length)
+            space = spaces[i]
+            n, content = sequences[space].pop() if sequences[space] else (todo, ())
+            # A sequence that was begun has the least space now, so it goes on with it.
             each = min(space // length, todo)
             used = min(n, todo // each)
-            rest = space - each * length
-            if rest not in rows:
-                rows[rest] = []
-                bisect.insort(spaces, rest)
-            rows[rest].append((used, (*content, (length, each))))
             todo -= used * each
             if content and n > used:
-                rows[space].append((n - used, content))
-            if not rows[space] and space < T:
-                del rows[space]
-                spaces.remove(space)
-    del rows[T]
-    return rows
+                sequences[space].append((n - used, content))
+            if not sequences[space] and space < T:
+                del sequences[space]
+                del spaces[i]
+            space -= each * length
+            if space not in sequences:
+                sequences[space] = []
+                bisect.insort(spaces, space)
+            sequences[space].append((used, (*content, (length, each))))
+    del sequences[T]
+    return sequences
 
 
 def fill(
-    open_rows: dict[int, list[tuple[int, tuple]]], T: int
+    open_ones: dict[int, list[tuple[int, tuple]]], T: int
 ) -> tuple[list[tuple[int, tuple]], list[int]]:
-    """plan()'s answer, of some of the rows; the documents of the others are left over.
+    """plan()'s answer, of some of the sequences; the documents of the others are left over.
 
-    The emptier half of the rows is taken apart, to fill the fuller half.
+    The emptier half of the sequences is taken apart, to fill the fuller half.
     """
     pool = Lengths(T)
     todo = []
-    n_apart = sum(n for some in open_rows.values() for n, _ in some) // 2
-    for space in sorted(open_rows, reverse=True):
-        for n, content in open_rows[space]:
+    n_apart = sum(n for some in open_ones.values() for n, _ in some) // 2
+    for space in sorted(open_ones, reverse=True):
+        for n, content in open_ones[space]:
             apart = min(n, n_apart)
             n_apart -= apart
             for length, k in content:
@@ -247,7 +266,7 @@ def fill(
 
 
 def exchange(space: int, content: tuple, pool: Lengths) -> tuple[int, int]:
-    """(old, new): the document of a row to give back, or 0, and the one of the pool to take.
+    """(old, new): the document of a sequence to give back, or 0, and the one of the pool to take.
 
     They fill the space, and cut the least. Where none does, the longest of the pool is added.
     """
@@ -260,7 +279,7 @@ def exchange(space: int, content: tuple, pool: Lengths) -> tuple[int, int]:
 
 
 def exchanged(content: tuple, old: int, new: int) -> tuple:
-    """The documents of a row with a new one, the last one, in place of an old one (0: of none)."""
+    """The content with a new document, the last one, in place of an old one (0: of none)."""
     found = list(content)
     if old:
         i = [length for length, _ in found].index(old)
@@ -271,7 +290,7 @@ def exchanged(content: tuple, old: int, new: int) -> tuple:
 def assign(
     patterns: list[tuple[int, tuple]], lengths: np.ndarray, seed: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which documents each row has: (the first piece of each row, and the end; a document each).
+    """Which documents each sequence has: (the first piece of each, and the end; a document each).
 
     lengths: (documents,) T at most. Of equal ones, the order of a hash says which goes where.
     """
@@ -284,7 +303,7 @@ def assign(
     documents = np.empty(borders[-1], np.int64)
     at = 0
     for (n, content), width in zip(patterns, widths):
-        block = documents[at : at + n * width].reshape(n, width)  # a row each
+        block = documents[at : at + n * width].reshape(n, width)  # a sequence each
         column = 0
         for length, k in content:
             some = by_length[following[length] : following[length] + n * k]

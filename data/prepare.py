@@ -442,4 +442,6 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from metrics.outlets import command
+
+    command("data.prepare", main)

@@ -62,6 +62,15 @@ class Tokenizer:
         """
         return self.start[0] if self.start else self.end_of_text
 
+    def before(self, document_token: int | None) -> list[int]:
+        """The ids that go before a prompt: those with which the documents of the run begin.
+
+        document_token: of the model's config; None where the run knew no documents.
+        """
+        if document_token is None or self.start[:1] == [document_token]:
+            return self.start
+        return [document_token, *self.start]
+
     @functools.cached_property
     def key(self) -> str:
         """The kind and, but for bytes and ids, a hash of all that decides ids."""

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from metrics.outlets import command
+
 HERE = Path(__file__).resolve().parent
 # No experiments themselves.
 SHARED = "__init__ all protocol findings claims budget claim_page significance".split()
@@ -70,8 +72,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        print(f"all.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command("all.py", main)

@@ -36,6 +36,7 @@ import torch
 from data import corpora
 from experiments import claim_page, protocol
 from experiments.budget import Asked, Session
+from metrics.outlets import reader_may_leave
 from run import control
 from settings import checks, parse
 
@@ -170,6 +171,7 @@ def check_text(asked: Asked) -> tuple[Asked, int]:
     return replace(asked, text=corpus.sha256[:16]), len(corpus.train)
 
 
+@reader_may_leave()
 def main(file: str, names: list[str], find) -> None:
     """Where the command line has --data= or names candidates: the claim, and the end. Exit status
     0: judged, whatever was found; 1: a run failed; 2: a mistake; 130: Ctrl-C."""

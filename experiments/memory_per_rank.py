@@ -23,23 +23,27 @@ AdamW keeps.
 """
 
 import re
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-import test_estimate as measuring
 import torch
 import torch._dynamo
 import torch.distributed.fsdp  # here once, not in each rank of each row
 import torch.distributed.tensor
-from harness import run_ranks
 
 from experiments import protocol
 from experiments.findings import INK, judged, markdown, pick
 from memory.activations import activation_bytes
 from memory.ranks import bytes_per_rank
 from memory.shapes import gpt_shapes
+
+# It measures as the estimate's tests do, with their functions.
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import test_estimate as measuring  # noqa: E402
+from harness import run_ranks  # noqa: E402
 
 SEVEN = dict(tokens=4 * 2048, n_layer=32, n_embd=4096)
 # Claimed GB; parameters, layout, ranks, accounting, activations; None: no source says so

@@ -52,6 +52,7 @@ import train
 from data import corpora
 from experiments import findings
 from metrics import logger
+from metrics.outlets import reader_may_leave
 from run import control
 from settings import parse
 
@@ -220,6 +221,7 @@ def measured(
 
 
 # ---- the command ---------------------------------------------------------------------------------
+@reader_may_leave()
 def main(
     doc: str,
     file: str,

@@ -78,11 +78,7 @@ def choose(kind: str, window: int | None):
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    documents=None,
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None
 ) -> Tensor:
     """`sdpa`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]
@@ -122,17 +118,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, shared: int, mask: Tensor | None) -> T
         # The GPU's kernel that takes a mask takes no grouped heads.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         shared = 1
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # torch wants the same; nearly always it is
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1
     )
 
 
 def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    documents=None,
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None
 ) -> Tensor:
     """`plain`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     B, H, T, D = q.shape
@@ -251,11 +245,7 @@ def newest_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 
 def flex_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    documents=None,
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None
 ) -> Tensor:
     """`flex`, see above: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D)."""
     T = q.shape[2]

@@ -1,4 +1,4 @@
-"""Documents that do not see each other: a token sees its own document alone, from its start on.
+"""The document mask: a token sees its own document alone, from its start on.
 
 A sequence of a long text runs across documents, and causal attention lets the second one look at
 the first, with which it has nothing to do. Here it does not, and its positions begin anew:
@@ -21,9 +21,10 @@ So a document's loss and gradients are those of the document alone. The first to
 may lie within a document, of which it then is the start. The target of a document's last token is
 the D of the next: it says that the document ends.
 
-One comparison for each query and key makes the mask, once for all layers. It costs what attention
-gains by skipping half of the keys where it is causal: sdpa and plain compute hidden scores, too.
-flex skips blocks of 128 x 128 that lie in different documents.
+The mask is made once for all layers: for sdpa a number of attention's own dtype for each query and
+key of each sequence, 0 or -inf, as torch would make that of a bool mask anew in every layer, and
+keep each. Attention computes hidden scores, too, where it skips half of them if it is causal. flex
+skips blocks of 128 x 128 that lie in different documents.
 
 References: Llama 3, 2407.21783 (3.2: little effect on short texts, much on long ones); Krell et al.
 2021, 2107.02027 (packing, and a mask for what shares a sequence).
@@ -44,6 +45,7 @@ Example:
 
 import functools
 import inspect
+import math
 from typing import NamedTuple
 
 import torch
@@ -64,24 +66,36 @@ def starts(ids: Tensor, token: int) -> Tensor:
     return torch.where(ids == token, places, 0).cummax(1).values
 
 
-def seen(starts: Tensor, window: int | None = None) -> Tensor:
+def seen(starts: Tensor) -> Tensor:
     """(B, T) starts -> (B, 1, T, T) bool: does query i see key j?"""
     places = torch.arange(starts.shape[1], device=starts.device)
-    first = starts
-    if window is not None:
-        first = torch.maximum(first, places - window + 1)
-    return ((places <= places.unsqueeze(1)) & (places >= first.unsqueeze(2))).unsqueeze(1)
+    return ((places <= places.unsqueeze(1)) & (places >= starts.unsqueeze(2))).unsqueeze(1)
 
 
-def make(kind: str, window: int | None, starts: Tensor) -> Documents:
-    """The documents of a forward, for attention of this kind: "sdpa", "plain", "flex", "cache"."""
+def make(
+    kind: str, window: int | None, starts: Tensor, dtype: torch.dtype = torch.float32
+) -> Documents:
+    """The documents of a forward, for attention of this kind: "sdpa", "plain", "flex", "cache".
+
+    dtype: of the queries; where autocast has another one, that is taken.
+    """
     if kind in ("plain", "cache"):
         return Documents(starts)
     if kind == "flex":
         return Documents(starts, block_mask(starts, window))
+    device = starts.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     if window is None or window >= starts.shape[1]:
-        return Documents(starts, seen(starts))
-    return Documents(starts, (seen(starts[:, :window]), seen_in_chunks(starts, window)))
+        return Documents(starts, added(seen(starts), dtype))
+    masks = seen(starts[:, :window]), seen_in_chunks(starts, window)
+    return Documents(starts, tuple(added(mask, dtype) for mask in masks))
+
+
+def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where a key is seen (bool, any shape), else -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
 def seen_in_chunks(starts: Tensor, window: int) -> Tensor:

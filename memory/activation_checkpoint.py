@@ -82,7 +82,7 @@ import functools
 import itertools
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -155,7 +155,7 @@ def apply_activation_checkpointing(
         if kind == "full_sharded" and group is not None:
             pack = functools.partial(shard, group)
             unpack = functools.partial(gather, group)
-            module.forward = hooked(module.forward, lambda x, hooks=(pack, unpack): hooks)
+            module.forward = hooked(module.forward, lambda *_, hooks=(pack, unpack): hooks)
         elif kind in ("offload", "full_offload"):
             # The compiler would take a weak reference for the object itself.
             start = torch.compiler.disable(start_trip)
@@ -233,10 +233,10 @@ def policy(products: set, context, op, *args, **named) -> CheckpointPolicy:
 
 # ---- kept elsewhere ------------------------------------------------------------------------------
 def hooked(forward: Callable, start: Callable) -> Callable:
-    """forward(x, ...) whose saved tensors pass the two hooks start(x) = (pack, unpack)."""
+    """forward(x, ...) whose saved tensors pass the two hooks start(x, ...) = (pack, unpack)."""
 
     def with_hooks(x: Tensor, *args):
-        with saved_tensors_hooks(*start(x)):
+        with saved_tensors_hooks(*start(x, *args)):
             return forward(x, *args)
 
     return with_hooks
@@ -255,24 +255,36 @@ def gather(group: dist.ProcessGroup, packed: tuple[torch.Size, Tensor]) -> Tenso
     return full.view(shape)
 
 
-def start_trip(shared: dict, block: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
-    """(pack, unpack) of a new Trip. shared: the stream of all copies, and the newest trip."""
+def start_trip(shared: dict, block: nn.Module, x: Tensor, *context) -> tuple[Callable, Callable]:
+    """(pack, unpack) of a new Trip. shared: the stream of all copies, and the newest trip.
+
+    context: of the block's forward. All blocks have the same one, so it stays.
+    """
     # All blocks' copies are on one stream, in order: who waits for it waits for all of them.
     if x.is_cuda and shared.get("stream") is None:
         shared["stream"] = torch.cuda.Stream(x.device)
     before = shared.get("newest", lambda: None)
-    trip = Trip(block, x.device, shared.get("stream"), before)
+    trip = Trip(block, x.device, shared.get("stream"), before, [*tensors_in(context)])
     # A weak reference: a forward without a backward leaves nothing behind.
     shared["newest"] = weakref.ref(trip)
     return trip.pack, trip.unpack
 
 
+def tensors_in(found) -> Iterator[Tensor]:
+    """The tensors in nested tuples."""
+    if torch.is_tensor(found):
+        yield found
+    elif isinstance(found, tuple):
+        for part in found:
+            yield from tensors_in(part)
+
+
 class Trip:
     """One forward's saved tensors on their way to host memory and back.
 
-    Each storage travels once, and weights stay. On a GPU the copies run beside the computing, in
-    backward one block ahead. before(): the trip of the forward before this one, whose backward
-    comes after this one's.
+    Each storage travels once; weights and `staying` do not travel. On a GPU the copies run beside
+    the computing, in backward one block ahead. before(): the trip of the forward before this one,
+    whose backward comes after this one's.
 
     The allocators know a tensor by the stream it was made on. record_stream tells them of the other
     one; torch records each copy's event on pinned memory by itself, so a host copy that is dropped
@@ -280,9 +292,12 @@ class Trip:
     blocks are powers of two, see memory/offload.py.
     """
 
-    def __init__(self, block: nn.Module, device: torch.device, stream, before: Callable):
+    def __init__(
+        self, block: nn.Module, device: torch.device, stream, before: Callable, staying=()
+    ):
         # A Trip begins inside the forward, when FSDP and ZeRO have the block's weights gathered.
-        self.weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        here = [*block.parameters(), *staying]
+        self.staying = {x.untyped_storage().data_ptr() for x in here}
         self.device = device
         self.stream = stream
         self.before = before
@@ -295,7 +310,7 @@ class Trip:
         if x.device != self.device:
             return x
         storage = x.untyped_storage()
-        if storage.data_ptr() in self.weights:
+        if storage.data_ptr() in self.staying:
             return x
         i, known = self.seen.get(storage.data_ptr(), (0, lambda: None))
         # A new storage, or one at the address of another that is gone.
@@ -326,7 +341,7 @@ class Trip:
 
     def unpack(self, packed: Tensor | tuple) -> Tensor:
         if torch.is_tensor(packed):
-            return packed  # a weight, or what never left
+            return packed  # a weight, or what has not left
         # The first tensor that backward asks for brings all, and starts the next block's copies.
         if self.before is not None:
             self.fetch()

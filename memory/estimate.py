@@ -33,7 +33,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from memory import known
-from memory.flags import check, command, from_text, usage, words
+from memory.flags import check, from_text, usage, words
 from memory.largest import DEFAULTS, USABLE, WAYS, Row, held, largest, layouts_of
 from memory.plan import FLAGS, cluster_of, model_flags, start_command
 from memory.predict import Layout, Model, predict
@@ -425,4 +425,6 @@ def main(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    command("estimate.py", main)
+    from metrics.outlets import command
+
+    command("estimate.py", lambda words: print(main(words)))

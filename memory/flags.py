@@ -14,10 +14,7 @@ Example:
 
 import difflib
 import math
-import os
-import sys
 import textwrap
-from collections.abc import Callable
 
 
 def check(what: str, value, known) -> None:
@@ -116,21 +113,6 @@ def usage(defaults: dict, names: dict, says: dict[str, str]) -> str:
         lines.append(f"{flag:31} {wrapped[0]}".rstrip())
         lines += [" " * 32 + line for line in wrapped[1:]]
     return "\n".join(lines)
-
-
-def command(name: str, work: Callable[[list[str]], str]) -> None:
-    """Prints work(the command line). A ValueError is one line, and the program ends with 2.
-
-    Whoever reads may leave early, as `| head` does: that is no error.
-    """
-    try:
-        print(work(sys.argv[1:]), flush=True)
-    except ValueError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        # Python would try to write the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ pre-training, not the longest that the released model reads. OpenAI's 50257 word
 50304, which tensor parallelism can split. GPT-3's banded attention is counted as full.
 
 `asked` turns the flags of a command into a shape, and says in a sentence whose it is.
-`python -m memory.known` lists them all.
+`python -m memory.known` lists them all (with metrics/outlets.py).
 
-Neighbours: memory/flags.py, memory/shapes.py, precision/amp.py
+Neighbours: memory/shapes.py, precision/amp.py
 
 Example:
     from memory.known import guess, known
@@ -30,7 +30,6 @@ Example:
 import difflib
 import math
 
-from memory.flags import command
 from memory.shapes import Experts
 
 COLUMNS = (
@@ -260,4 +259,6 @@ def listing(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    command("known.py", listing)
+    from metrics.outlets import command
+
+    command("known.py", lambda words: print(listing(words)))

@@ -31,7 +31,7 @@ import textwrap
 
 from memory import known
 from memory.claims import runs
-from memory.flags import check, command, from_text, usage, words
+from memory.flags import check, from_text, usage, words
 from memory.layouts import USABLE, flags, plans
 from memory.predict import Cluster, Layout, Model, Plan, full_shapes
 from memory.shapes import NORM_PARTS
@@ -90,25 +90,33 @@ LEGEND = {
     "a step and keeps them (--reshard=false)",
     "again": "what backward computes again instead of keeping it (--activation_checkpoint)",
     "micro": "sequences in one forward of a GPU (--micro_batch_size)",
-    "weights": "GB (1e9 bytes) of weights on the GPU that holds most",
+    "total": "GB (1e9 bytes) on the GPU that holds most; its five parts are in the second table",
+    "weights": "GB of weights there",
     "grads": "GB of gradients there",
     "state": "GB of AdamW's state there",
     "activ": "GB of activations there, of all micro-batches in flight",
     "buffers": "GB of messages, gathered weights and temporary copies there",
-    "total": "GB of these five",
     "inside": "GB that a GPU sends in a step to others of its own machine",
     "others": "GB that it sends in a step to other machines",
 }
-GROUPS = {
-    "time": ("s/step", "MFU", "idle"),
-    "layout": ("tp", "cp", "pp", "ep", "schedule", "data", "again", "micro"),
-    "GB on the fullest GPU": ("weights", "grads", "state", "activ", "buffers", "total"),
-    "GB sent": ("inside", "others"),
-}
+# Two tables of the same rows, each no wider than 100 characters: heading -> columns.
+TABLES = (
+    {
+        "time": ("s/step", "MFU", "idle"),
+        "layout": ("tp", "cp", "pp", "ep", "schedule", "data", "again", "micro"),
+        "GB": ("total",),
+    },
+    {
+        "GB on the fullest GPU": ("weights", "grads", "state", "activ", "buffers"),
+        "GB sent": ("inside", "others"),
+    },
+)
 # Columns that are left out where each row has this in them.
 USUAL = dict.fromkeys(("tp", "cp", "pp", "ep"), "1") | dict.fromkeys(("inside", "others"), "0.0")
 USUAL |= {"schedule": "-", "idle": "0.0%"}
-HELD = ("parameters", "gradients", "state", "activations", "buffers", "total")  # of Plan.held
+# Column -> what it is in Plan.held.
+HELD = {"total": "total", "weights": "parameters", "grads": "gradients", "state": "state"}
+HELD |= {"activ": "activations", "buffers": "buffers"}
 LEFT = {"schedule", "data", "again"}  # columns of words, which begin at the left
 
 
@@ -223,8 +231,8 @@ def heading(s: dict, m: Model, c: Cluster, batch: int, whose: str) -> list[str]:
     count = sum(math.prod(x) for _, x in full_shapes(m, m.experts).values())
     return [
         f"model    {whose}",
-        f"         {count / 1e9:.4g}e9 parameters{active}: {size}"
-        f" vocab_size={m.vocab_size} arch={m.arch}",
+        f"         {count / 1e9:.4g}e9 parameters{active};",
+        f"         {size} vocab_size={m.vocab_size} arch={m.arch}",
         f"cluster  {cluster}",
         f"step     {step} (--batch=, --block_size=); AdamW, {s['precision']}",
     ]
@@ -233,7 +241,6 @@ def heading(s: dict, m: Model, c: Cluster, batch: int, whose: str) -> list[str]:
 def cells(p: Plan, i: int) -> dict[str, str]:
     """Column -> what a row has there."""
     x = p.layout
-    held = [f"{p.held[k] / 1e9:.2f}" for k in HELD]
     chunks = f" x{x.pp_chunks}" if x.pp_chunks > 1 else ""
     return {
         "#": str(i),
@@ -248,7 +255,7 @@ def cells(p: Plan, i: int) -> dict[str, str]:
         "data": x.data_parallel if x.reshard else f"{x.data_parallel}, kept",
         "again": x.activation_checkpoint,
         "micro": str(x.micro_batch_size),
-        **dict(zip(GROUPS["GB on the fullest GPU"], held)),
+        **{column: f"{p.held[name] / 1e9:.2f}" for column, name in HELD.items()},
         "inside": f"{p.node_bytes / 1e9:.1f}",
         "others": f"{p.net_bytes / 1e9:.1f}",
     }
@@ -261,38 +268,46 @@ def three_digits(x: float) -> str:
 
 
 def rows_with_heads(rows: list[dict[str, str]]) -> list[str]:
-    """The table: groups of columns, columns, rows, and below it what each column is."""
+    """Both tables of the rows, and below them what each column is."""
     columns = []
     for column in rows[0]:
         if any(row[column] != USUAL.get(column) for row in rows):
             columns.append(column)
-    width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    lines = []
+    for groups in TABLES:
+        lines += [*aligned(rows, groups, columns), ""]
+    for c in columns:
+        wrapped = textwrap.wrap(LEGEND[c], 86)
+        lines += [f"{c:9} {wrapped[0]}", *(" " * 10 + more for more in wrapped[1:])]
+    return lines
 
-    groups = " " * width["#"]
-    for group, names in GROUPS.items():
-        here = [c for c in names if c in width]
+
+def aligned(rows: list[dict[str, str]], groups: dict, columns: list[str]) -> list[str]:
+    """One table: groups of columns, those columns that are in `columns`, and the rows."""
+    shown = {"": ["#"]}
+    for group, names in groups.items():
+        here = [c for c in names if c in columns]
         if here:
-            # The heading of the group needs its place, too.
-            size = sum(width[c] + 2 for c in here) - 2
-            width[here[-1]] += max(0, len(group) - size)
-            groups += " | " + group.ljust(size)
+            shown[group] = here
+    heads = {c: c for c in columns}
+    width = {c: max(len(row[c]) for row in (heads, *rows)) for c in columns}
+    # The heading of a group needs its place, too.
+    for group, here in shown.items():
+        size = sum(width[c] + 2 for c in here) - 2
+        width[here[-1]] += max(0, len(group) - size)
 
     def line(texts: dict[str, str]) -> str:
         blocks = []
-        for group in (("#",), *GROUPS.values()):
-            here = [c for c in group if c in width]
+        for here in shown.values():
             fit = [
                 texts[c].ljust(width[c]) if c in LEFT else texts[c].rjust(width[c]) for c in here
             ]
-            if fit:
-                blocks.append("  ".join(fit))
+            blocks.append("  ".join(fit))
         return " | ".join(blocks).rstrip()
 
-    legend = []
-    for c in columns:
-        wrapped = textwrap.wrap(LEGEND[c], 86)
-        legend += [f"{c:9} {wrapped[0]}", *(" " * 10 + more for more in wrapped[1:])]
-    return [groups.rstrip(), line({c: c for c in columns}), *map(line, rows), "", *legend]
+    sizes = [sum(width[c] + 2 for c in here) - 2 for here in shown.values()]
+    first = " | ".join(group.ljust(size) for group, size in zip(shown, sizes))
+    return [first.rstrip(), line(heads), *map(line, rows)]
 
 
 def in_words(s: dict, m: Model, c: Cluster, batch: int, p: Plan) -> str:
@@ -301,17 +316,18 @@ def in_words(s: dict, m: Model, c: Cluster, batch: int, p: Plan) -> str:
     per_second = batch * m.block_size / p.step
     days = tokens / per_second / 86400
     steps = math.ceil(tokens / (batch * m.block_size))
-    how = "--tokens=" if s["tokens"] else "20 for each parameter; another: --tokens=1.5T"
+    how = "--tokens=" if s["tokens"] else "20 a parameter; another: --tokens=1.5T"
     hours = f"{days * 24 * c.gpus:,.0f} GPU-hours (without the optimizer's step)"
+    billions = float(f"{tokens / 1e9:.4g}")
     return (
-        f"Row {s['row']} sees {per_second:,.0f} tokens a second. {tokens / 1e9:,.4g}e9 tokens "
+        f"Row {s['row']} sees {per_second:,.0f} tokens a second. {billions:,g}e9 tokens "
         f"({how})\nare --steps={steps} and take {days:,.3g} days, {hours}."
     )
 
 
 def how_to_type(s: dict, c: Cluster) -> list[str]:
-    where = "on each machine; HOST is the first one's name" if c.gpus > c.gpus_per_node else "here"
-    return [f"Row {s['row']} (another: --row=2), typed {where}. Add --data=, --steps= and --lr=:"]
+    where = "on each machine (HOST is the first)" if c.gpus > c.gpus_per_node else "here"
+    return [f"Row {s['row']} (another: --row=2), {where}; add --data=, --steps= and --lr=:"]
 
 
 def train_command(m: Model, c: Cluster, x: Layout, batch: int, precision: str) -> str:
@@ -353,4 +369,6 @@ def main(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    command("plan.py", main)
+    from metrics.outlets import command
+
+    command("plan.py", lambda words: print(main(words)))

@@ -25,7 +25,6 @@ Exit status: 0 done; 2 a mistake, in one line.
 import json
 import math
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from metrics.labels import plain
 from metrics.logger import cut_back, read_metrics
+from metrics.outlets import command
 
 # The colours end at a quarter of the mean load and at four times of it.
 FACTOR = 4
@@ -236,8 +236,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError, ImportError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command("metrics.experts", main, OSError, ImportError)

@@ -5,16 +5,20 @@ closed. Then the first failure is reported where something can still be written.
 be written are lost. When the place takes lines again, the next ones are written there, each on a
 line of its own.
 
+A command that is there for its output ends with its reader instead, and says nothing.
+
     out = LineFile(path, log)         log(text): hears of a failure, and how many lines are missing
     out.write("a line")               never raises
     print_line(text) -> bool          prints; False where nobody can read it any more
     complain(text)                    the same on stderr
+    command(name, main)               main(the words typed), a mistake as one line, and the end
+    with reader_may_leave(): ...      for a command that tells of its mistakes itself
 """
 
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class LineFile:
@@ -81,6 +85,41 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError, AttributeError):
         to_nowhere(sys.stderr)
+
+
+def command(name: str, main: Callable[[list[str]], int | None], *mistakes: type) -> None:
+    """main(the words typed). The process ends with the status that it returns, if that is not 0.
+
+    A ValueError, or one of `mistakes`, is a line on stderr, and status 2.
+    """
+    with reader_may_leave():
+        try:
+            status = main(sys.argv[1:])
+        except BrokenPipeError:  # an OSError, but nobody's mistake
+            raise
+        except (ValueError, *mistakes) as error:
+            complain(f"{name}: {error}")
+            status = 2
+        if status:
+            sys.exit(status)
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """What is inside ends early, and without an error, when nobody reads stdout any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Another pipe, or a socket, may have broken. Then stdout still takes a line.
+        if print_line(""):
+            raise
+    finally:
+        # Here, for Python complains of what it cannot write at its end.
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            to_nowhere(sys.stdout)
 
 
 def to_nowhere(stream) -> None:

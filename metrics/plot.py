@@ -13,13 +13,13 @@ import json
 import os
 import re
 import shlex
-import sys
 import tomllib
 from pathlib import Path
 
 from metrics.curves import Run, draw
 from metrics.labels import loss_text, one_line
 from metrics.logger import read_metrics
+from metrics.outlets import command
 
 
 def to_csv(run, path) -> None:
@@ -156,8 +156,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command("metrics.plot", main, OSError)

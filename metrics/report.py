@@ -20,12 +20,12 @@ Exit status: 0 done; 2 a mistake, in one line.
 """
 
 import os
-import sys
 from pathlib import Path
 
 from metrics import report_curves as pictures
 from metrics import report_parts as parts
 from metrics import report_search
+from metrics.outlets import command
 from metrics.plot import names_of
 from metrics.report_page import page, tag
 from metrics.report_read import Found, by_loss, by_result, read, read_json
@@ -127,8 +127,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command("metrics.report", main, OSError)

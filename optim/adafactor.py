@@ -143,10 +143,11 @@ class Adafactor(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         group = {**self.defaults, **param_group}
+        eps1, eps2 = group["eps"]
         for name, x, end in (
             ("lr", group["lr"], "inf"),
-            ("eps[0]", group["eps"][0] or 0, "inf"),
-            ("eps[1]", group["eps"][1], "inf"),
+            ("eps[0]", eps1 or 0, "inf"),
+            ("eps[1]", eps2, "inf"),
             ("beta1", group["beta1"] or 0, 1),
             ("weight_decay", group["weight_decay"], "inf"),
         ):

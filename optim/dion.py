@@ -141,7 +141,7 @@ class Dion3(torch.optim.Optimizer):
         rules = {
             "[0,∞)": (("lr", "weight_decay", "eps"), lambda x: x is not None and 0 <= x < math.inf),
             "[0,1)": (("momentum",), lambda x: 0 <= x < 1),
-            "two of [0,1)": (("betas",), lambda x: all(0 <= beta < 1 for beta in x)),
+            "two of [0,1)": (("betas",), lambda x: len(x) == 2 and all(0 <= y < 1 for y in x)),
             "None or [0,1)": (("normuon_beta2",), lambda x: x is None or 0 <= x < 1),
             "(0,1]": (("fraction",), lambda x: 0 < x <= 1),
             " or ".join(SCALES): (("adjust_lr_fn",), lambda x: x in SCALES),

@@ -132,7 +132,8 @@ class KLSOAP(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         ends = dict.fromkeys(("lr", "eps", "weight_decay"), "inf") | {"shampoo_beta": 1}
         checked = [(name, group[name], 0, end) for name, end in ends.items()]
-        checked += [(f"betas[{i}]", beta, 0, 1) for i, beta in enumerate(group["betas"])]
+        beta1, beta2 = group["betas"]
+        checked += [("betas[0]", beta1, 0, 1), ("betas[1]", beta2, 0, 1)]
         counts = "precondition_frequency", "max_precond_dim"
         for name, x, low, end in checked + [(name, group[name], 1, "inf") for name in counts]:
             if (name, x) != ("shampoo_beta", None) and (x is None or not low <= x < float(end)):

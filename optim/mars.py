@@ -109,7 +109,8 @@ class MARS(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         named = {name: group[name] for name in ("lr", "gamma", "eps", "weight_decay")}
         for name in "betas", "betas_1d":
-            named |= {f"{name}[{i}]": beta for i, beta in enumerate(group[name])}
+            beta1, beta2 = group[name]
+            named |= {f"{name}[0]": beta1, f"{name}[1]": beta2}
         for name, x in named.items():
             end = 1 if name.startswith("betas") else "inf"
             if not 0 <= x < float(end):

@@ -134,7 +134,8 @@ class Muown(torch.optim.Optimizer):
             # AdamW's lr and decay are its own, not the matrices'.
             group |= {"lr": 3e-4, "weight_decay": 0.0, **param_group}
         ends = {"lr": "inf", "weight_decay": "inf", "eps": "inf", "momentum": 1}
-        betas = {f"betas[{i}]": beta for i, beta in enumerate(group["betas"])}
+        beta1, beta2 = group["betas"]
+        betas = {"betas[0]": beta1, "betas[1]": beta2}
         for name, end in (ends | dict.fromkeys(betas, 1)).items():
             x = (group | betas)[name]
             if not 0 <= x < float(end):

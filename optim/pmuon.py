@@ -125,7 +125,8 @@ class PMuon(torch.optim.Optimizer):
             group |= {"lr": 3e-4, "weight_decay": 0.0, "eps": 1e-10, **param_group}
         ends = dict.fromkeys(("lr", "weight_decay", "eps", "gamma"), "inf")
         ends |= dict.fromkeys(("momentum", "beta"), 1)
-        betas = {f"betas[{i}]": beta for i, beta in enumerate(group["betas"])}
+        beta1, beta2 = group["betas"]
+        betas = {"betas[0]": beta1, "betas[1]": beta2}
         for name, end in (ends | dict.fromkeys(betas, 1)).items():
             x = (group | betas)[name]
             if not 0 <= x < float(end):

@@ -154,10 +154,11 @@ class AdamWScheduleFree(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """A group that joins later takes the mode of the others."""
         group = {**self.defaults, **param_group}
+        _, beta2 = self._betas(group)
         for field, x, end in (
             ("lr", group["lr"], "inf"),
             ("eps", group.get("eps", 0), "inf"),
-            ("betas[1]", self._betas(group)[1], 1),
+            ("betas[1]", beta2, 1),
             ("weight_decay", group["weight_decay"], "inf"),
             ("warmup_steps", group["warmup_steps"], "inf"),
         ):

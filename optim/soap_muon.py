@@ -97,8 +97,12 @@ def check(group: dict) -> None:
     rules = {
         "in [0, inf)": (("lr", "weight_decay", "eps"), lambda x: 0 <= x < math.inf),
         "in [0, 1)": (("momentum", "shampoo_beta"), lambda x: 0 <= x < 1),
-        "two in [0, 1)": (("betas", "adamw_betas"), lambda x: all(0 <= y < 1 for y in x)),
-        "0 ≤ floor ≤ cap ≤ 1": (("trust_gate",), lambda x: 0 <= x[0] <= x[1] <= 1),
+        "two in [0, 1)": (
+            ("betas", "adamw_betas"),
+            lambda x: len(x) == 2 and all(0 <= y < 1 for y in x),
+        ),
+        "0 ≤ floor ≤ cap ≤ 1": (("trust_gate",), lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1),
+        "three numbers": (("ns_coefficients",), lambda x: len(x) == 3),
         "1 or more": (("precondition_frequency", "ns_steps"), lambda x: x >= 1),
         "a floating dtype": (("ns_dtype",), lambda _: getattr(dtype, "is_floating_point", False)),
     }

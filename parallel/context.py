@@ -45,7 +45,9 @@ least float32, so that rounding does not grow with n (kv for float32 and float64
 
 Ulysses sends less from n = 3 on if k and v have as many heads as q, and runs any attention, but n
 must divide these heads. The ring takes any number of heads, gains from few kv heads (GQA), and
-hides messages once t*t/2 scores take longer than a block's journey. (Llama 3, 2407.21783, gathers
+hides messages once t*t/2 scores take longer than a block's journey. It keeps no more for backward
+than one process for its tokens; Ulysses keeps q, k and out as they arrived, which are not computed
+again (layers/recompute.py). (Llama 3, 2407.21783, gathers
 all k, v of the zigzag: simple, but larger.)
 
 References: Liu et al. 2023, 2310.01889 (ring); Brandon et al. 2023, 2311.09431 (even causal work,
@@ -165,7 +167,7 @@ def ring(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, **documents)
     assert q.shape[2] % 2 == 0, "zigzag: two chunks of equal length, see position_ids()"
     q, k, v = in_autocast_dtype(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
-        return RingForwardRingBackward.apply(q.contiguous(), k, v, group)
+        return RingForwardRingBackward.apply(q, k, v, group)
 
 
 class RingForwardRingBackward(torch.autograd.Function):
@@ -177,12 +179,11 @@ class RingForwardRingBackward(torch.autograd.Function):
         rank = dist.get_rank(group)
         B, H, t, D = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
-        own_kv = torch.stack([k, v])  # (2, B, Hkv, t, D): one message
         # Transposed, because the next projection reads (B, t, H, D).
         out = q.new_zeros(B, t, H, D, dtype=wide).transpose(1, 2)
         # exp(-inf) is 0, so the first block replaces the zeros in `out`.
         lse = q.new_full((B, H, t), -torch.inf, dtype=wide)
-        kv = own_kv
+        kv = torch.stack([k, v])  # (2, B, Hkv, t, D): one message
         for step in range(n):
             # The block at hand travels on while it is worked with. The last one stays.
             is_last = step == n - 1
@@ -195,13 +196,15 @@ class RingForwardRingBackward(torch.autograd.Function):
             kv = None if is_last else arrived[0]
         ctx.group = group
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, own_kv, out, lse)
+        # Not the message: q and k as they came may be computed again (layers/recompute.py).
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, kv, out, lse = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
+        kv = torch.stack([k, v])
         group = ctx.group
         n = dist.get_world_size(group)
         rank = dist.get_rank(group)

@@ -21,7 +21,7 @@ init_weights(source) of a layout sets them, need no tie().) With several replica
 `replicas.last_micro_batch` as before_backward: a data-parallel layout that does not hear of the
 last micro-batch says so itself.
 
-References: see parallel/timeline.py.
+References: see parallel/timeline.py. `python -m parallel.pipeline` also needs metrics/outlets.py.
 
 Neighbours: parallel/mesh.py, parallel/replicas.py, parallel/timeline.py
 
@@ -62,8 +62,6 @@ Example:
 """
 
 import functools
-import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -288,17 +286,19 @@ class Pipeline:
         like: Callable[[int, int], tuple],
         n_logits: int,
         ids: torch.Tensor,
-        **places,
+        position_ids: torch.Tensor,
+        **more,
     ) -> torch.Tensor:
         """ids (B, T) -> logits (B, T, n_logits), by all stages, the same on all ranks.
 
-        like(B, T): shape, dtype and device of the hidden states; places: what else the model is
-        told of the tokens, such as position_ids= (T,).
+        like(B, T): shape, dtype and device of the hidden states; position_ids: (T,); more: what
+        else the model takes.
         """
         hidden = like(*ids.shape)
 
         def forward(i: int, layers: list[int], x: torch.Tensor | None) -> torch.Tensor:
-            return model(ids if x is None else x, layers=layers, **places)
+            x = ids if x is None else x
+            return model(x, position_ids=position_ids, layers=layers, **more)
 
         outputs = self.run(1, forward, lambda i: hidden)
         # The other ranks must know the dtype they receive: model.py gives logits at least float32.
@@ -508,11 +508,6 @@ def legend(ops: list[list[Op]], bubble: float) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]), flush=True)
-    except ValueError as error:
-        print(f"pipeline.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        # `| head` has read enough. Python would try to write the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    from metrics.outlets import command
+
+    command("pipeline.py", lambda words: print(main(words)))

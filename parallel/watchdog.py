@@ -11,7 +11,7 @@ each rank keeps a log, and a reader puts the logs side by side:
         Timeout (0:01:00)!                      stuck in this step too long: the stacks
           File ".../parallel/mesh.py", line 41 in sum
 
-    python -m parallel.watchdog OUT_DIR
+    python -m parallel.watchdog OUT_DIR         (with metrics/outlets.py)
         step 37: rank 300, silent for 55 s when the others wrote last
         step 38: ranks 0 1 2 3 4 5 6 7 ... (511), in sum (parallel/mesh.py:41)
 
@@ -270,7 +270,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"parallel/watchdog.py: {error}")
+    from metrics.outlets import command
+
+    command("parallel/watchdog.py", main, OSError)

@@ -16,12 +16,12 @@ Exit status: 0 all agree, 1 something differs, B lacks something or a rank died,
 
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
 from pathlib import Path
 
+from metrics.outlets import command
 from parity.compare import Comparison
 from parity.diagnose import diagnose, report
 from parity.recording import Recording, read_names
@@ -164,15 +164,7 @@ def ranks(word: str | None, least: int) -> int:
 
 if __name__ == "__main__":
     try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
-        sys.exit(status)
-    except BrokenPipeError:
-        # `| head` has read enough. Python would try to write the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ValueError as error:
-        print(f"parity: {error}", file=sys.stderr)
-        sys.exit(2)
+        command("parity", main)
     except RuntimeError as error:  # of a rank, with its traceback
         print(f"parity: a run failed:\n{error}", file=sys.stderr)
         sys.exit(1)

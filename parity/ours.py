@@ -69,9 +69,9 @@ class Run:
         if kind == "parameter":
             return self.piece(name, x)
         if kind == "input":
-            # Token ids and targets; a pipeline's later stages get hidden states.
+            # Token ids and targets, no other argument; a pipeline's later stages get hidden states.
             tokens = len(self.positions)
-            if x.ndim != 2 or x.shape[1] != tokens:
+            if x.ndim != 2 or x.shape[1] != tokens or name not in ("(0)", "(1)"):
                 return SKIPPED
             return Place((len(self.row_of), self.length), (self.rows, self.positions))
         if x.ndim == 0:

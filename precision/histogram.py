@@ -44,8 +44,6 @@ Example:
 
 import json
 import math
-import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -399,12 +397,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # `| head` has read enough. Python would try to write the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    from metrics.outlets import command
+
+    command("precision.histogram", main, OSError, ImportError)

@@ -91,13 +91,15 @@ def resolve_schedule(cfg: Config, optimizer_class: type) -> str:
 def resolve_attention(cfg: Config, precision: str, device: torch.device) -> str:
     """`auto` is plain where that is faster than torch's kernel, and sdpa elsewhere.
 
-    Beyond 512 tokens plain gains little, and its probabilities take much memory. float64, in which
+    Beyond 512 tokens plain gains little, and its probabilities take much memory; but a mask of
+    documents costs torch's kernel the half that it skips otherwise, and plain nothing. float64, in which
     layouts and versions are compared, keeps one kernel on every machine.
     """
     if cfg.attention != "auto":
         return cfg.attention
     is_ring = cfg.cp > 1 and cfg.cp_attention == "ring"  # it has an attention of its own
-    is_short = cfg.block_size <= 512 and cfg.window is None
+    longest = 2048 if cfg.document_mask else 512
+    is_short = cfg.block_size <= longest and cfg.window is None
     if device.type == "cpu" and is_short and not is_ring and precision != "fp64":
         return "plain"
     return "sdpa"

@@ -131,12 +131,16 @@ def loss_without_bytes(model: torch.nn.Module, widths):
 
 
 def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int) -> str:
-    """What the model writes after a line break, or after token 0 if it has none: n tokens as text.
+    """What the model writes at the beginning of a document, where the run knows documents, or after
+    a line break, or after token 0 if it has none: n tokens as text.
 
     All ranks call it together, for a forward may be a collective.
     """
     model = micro_batches.model.eval()
-    ids = [*tokenizer.start, *tokenizer.encode("\n")]
+    before = tokenizer.before(model.config.document_token)
+    ids = before
+    if model.config.document_token is None:
+        ids = [*before, *tokenizer.encode("\n")]
     prompt = torch.tensor(ids, dtype=torch.long, device=micro_batches.device)[None]
     if not prompt.numel() or prompt.max() >= model.config.vocab_size:
         prompt = prompt.new_zeros(1, 1)
@@ -146,4 +150,5 @@ def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int)
         # The weights of a diverged run may be NaN: that ends no run.
         return f"\nthere is none: {error}"
     # The byte 0, which ends a text of several, would make train.log a binary file for grep.
-    return tokenizer.decode(ids[0].tolist()).replace("\0", "\n")
+    n_unsaid = len(before) - len(tokenizer.start)
+    return tokenizer.decode(ids[0, n_unsaid:].tolist()).replace("\0", "\n")

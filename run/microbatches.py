@@ -77,7 +77,12 @@ class MicroBatches:
         starts = self.model.document_starts(tokens[:, :-1])
         with amp.autocast(self.precision, self.device):
             out = self.model(
-                inputs if x is None else x, targets, self.position_ids, ids, layers, starts
+                inputs if x is None else x,
+                targets,
+                self.position_ids,
+                ids,
+                layers,
+                document_starts=starts,
             )
         return out, targets
 
@@ -140,12 +145,12 @@ class MicroBatches:
         self.begin()
         return self.pipe.run(len(batches), forward, like.__getitem__, scale, before_backward)
 
-    def logits(self, ids: Tensor, **places) -> Tensor:
+    def logits(self, ids: Tensor, position_ids: Tensor, **more) -> Tensor:
         """(B, T) token ids -> (B, T, V), by all stages of a pipeline, the same on all ranks.
 
-        places: position_ids and, with document_mask, document_starts, as the model takes them.
+        more: with document_mask document_starts, as the model takes them.
         """
         if self.pipe is None:
-            return self.model(ids, **places)
+            return self.model(ids, position_ids=position_ids, **more)
         n_logits = self.model.config.vocab_size
-        return self.pipe.logits(self.model, self.hidden_like, n_logits, ids, **places)
+        return self.pipe.logits(self.model, self.hidden_like, n_logits, ids, position_ids, **more)

@@ -72,6 +72,9 @@ def brought_by_run(cfg: Config) -> dict:
         said["expert_width"] = build.model_config(old).expert_size
     said["qkv_bias"] = old.bias if old.qkv_bias is None else old.qkv_bias
     said["tokenizer"] = kept(old.tokenizer, checkpoint.path)
+    # What a token sees is a method, not a shape: another one may be typed.
+    for name in {"document_mask", "document_token"} - cfg.given:
+        said[name] = getattr(old, name)
     if old.position != "learned":
         del said["block_size"]
     return said

@@ -6,6 +6,7 @@ resume=PATH     a branch from that run's newest checkpoint, or from that checkpo
                 out_dir of its own; the same command again resumes the branch
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from data.files import listed
 from metrics.logger import read_metrics
 from metrics.outlets import print_line
 from run import optimizers, pretrained
+from run.options import owner
 from settings import checks, parse
 from settings.fields import CHOSEN, FIELDS, LAYOUTS, Config, flag, update
 
@@ -282,12 +284,29 @@ def values_chosen_anew(cfg: Config) -> dict:
 
 
 def check_same_options(cfg: Config, old: dict, new: dict, branch: bool) -> None:
-    """Raises ValueError for a dotted field of optimizer, outer step or FP8 that differs."""
+    """Raises ValueError for a dotted field of optimizer, hooks, outer step or FP8 that differs."""
     # opt.fused is the same step in another kernel.
     for name in sorted((old | new).keys() - {"opt.fused"}):
-        changes_the_step = name.startswith(("opt.", "hook.", "diloco.", "fp8."))
-        if changes_the_step and new.get(name) != old.get(name):
+        if not name.startswith(("opt.", "hook.", "diloco.", "fp8.")):
+            continue
+        # What nobody typed has its default, which may be typed.
+        was, now = (options.get(name, default_of(cfg, name)) for options in (old, new))
+        if was != now:
             raise ValueError(mismatch(cfg, name, old.get(name), new.get(name), branch))
+
+
+def default_of(cfg: Config, name: str):
+    """What a dotted field is where nobody types it; None where it has no default."""
+    namespace, _, argument = name.rpartition(".")
+    if namespace.startswith("hook."):
+        from run import hooks
+
+        target = type(hooks.make(cfg, namespace.removeprefix("hook.")))
+    else:
+        target, _ = owner(cfg, namespace, optimizers.chosen(cfg))
+    parameter = inspect.signature(target).parameters.get(argument)
+    is_open = parameter is None or parameter.default is parameter.empty
+    return None if is_open else parameter.default
 
 
 def check_possible(cfg: Config, name: str, was) -> None:

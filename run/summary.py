@@ -63,7 +63,8 @@ def at_start(
     parts = [
         ("model", about_model(cfg, full_model)),
         ("data", about_data(corpus)),
-        *(("data", text) for text in about_packing(cfg, train_data)),
+        *(("documents", text) for text in about_packing(cfg, train_data)),
+        *(("documents", text) for text in about_documents(cfg, corpus)),
         ("batch", about_batch(cfg, train_data.per_epoch * cfg.block_size)),
         ("optimizer", about_optimizer(cfg, lrs)),
         ("schedule", about_schedule(cfg, lr_schedule)),
@@ -109,6 +110,30 @@ def about_data(corpus) -> str:
     )
 
 
+def about_documents(cfg: Config, corpus) -> list[str]:
+    """A line where documents are hidden from each other: how long they are at the beginning."""
+    if not cfg.document_mask:
+        return []
+    n = 0
+    seen = 0
+    # Nearly always the first tokens answer this.
+    while not n and seen < len(corpus.train):
+        some = corpus.train.slice(seen, min(len(corpus.train), seen + 2**20))
+        seen += len(some)
+        # Of several in a row, the last one begins a document that is not empty.
+        is_token = some == cfg.document_token
+        n = int(is_token.sum() - (is_token[1:] & is_token[:-1]).sum())
+    if not n:
+        return [
+            f"token {cfg.document_token} is nowhere in the tokens to train on: nothing is hidden; "
+            "give data of several documents, or another --document_token"
+        ]
+    return [
+        f"hidden from each other; token {cfg.document_token} begins one, about every "
+        f"{short(seen / n)} tokens"
+    ]
+
+
 def about_packing(cfg: Config, packed) -> list[str]:
     """Lines on what --pack has made of the documents, and has cut."""
     if cfg.pack is None:
@@ -117,6 +142,7 @@ def about_packing(cfg: Config, packed) -> list[str]:
         "from documents longer than a sequence": packed.rests,
         "to fill sequences": packed.filling,
         "left over": packed.left,
+        "empty documents": packed.empty,
     }
     cut = sum(lost.values()) / packed.n_tokens
     # A share that shows as 0.0 % is no news.
@@ -129,11 +155,11 @@ def about_packing(cfg: Config, packed) -> list[str]:
     if kinds:
         text += ": " + ", ".join(kinds)
     lines = [text]
-    if cut > 0.25:
-        lines.append(
-            f"block_size={cfg.block_size} is short for these documents: try "
-            f"--block_size={2 * cfg.block_size}, or leave --pack= out"
-        )
+    if packed.rests > packed.n_tokens // 4:
+        advice = "leave --pack= out"
+        if packed.fitting <= packed.n_tokens // 100:  # enough for a hundred sequences
+            advice = f"try --block_size={packed.fitting}, or {advice}"
+        lines.append(f"block_size={cfg.block_size} is short for these documents: {advice}")
     return lines
 
 
@@ -155,7 +181,7 @@ def about_batch(cfg: Config, n_train: int) -> str:
     return (
         f"{cfg.batch_size} x {cfg.block_size} = {tokens:,} tokens a step{ramp}, "
         f"in micro-batches of {cfg.micro_batch_size}; {cfg.steps:,} steps = {short(total)} tokens, "
-        f"{times:.2g} times the text{by_heart}"
+        f"{times:.2g} times {'the text' if cfg.pack is None else 'what is packed'}{by_heart}"
     )
 
 

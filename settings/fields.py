@@ -76,7 +76,9 @@ class Config:
         " (data/packing.py)",
     )
     document_token: int | None = fixed(
-        None, "for both: the id with which a document begins; none = the tokenizer's", least=0
+        None,
+        "for document_mask and pack: the id with which a document begins; none = the tokenizer's",
+        least=0,
     )
     tokenizer: str = fixed(
         "bytes", "bytes, a tiktoken encoding such as gpt2, or PATH/tokenizer.json (or its folder)"
@@ -151,7 +153,7 @@ class Config:
     attention: Literal["auto", "sdpa", "plain", "flex"] = may_change(
         "auto",
         "torch's kernel | written out | FlexAttention, for GPUs; auto: plain on a CPU for up to 512"
-        " tokens, else sdpa",
+        " tokens, with document_mask 2048, else sdpa",
     )
     tied: bool | Auto = fixed("auto", "the output head shares the embedding; only gpt2: true")
     bias: bool | Auto = fixed(

@@ -21,7 +21,6 @@ import codecs
 import difflib
 import json
 import os
-import sys
 import tomllib
 import types
 import typing
@@ -36,21 +35,12 @@ from settings.synonyms import ABSENT, HERE, RECIPE_FLAGS, RECIPES, STAGES
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def print_help(text: str) -> None:
-    """Prints it, also for `head`, which goes away before the end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # The interpreter flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 # ---- reading -------------------------------------------------------------------------------------
 def parse(argv: list[str]) -> Config:
     """The command line's settings. Raises ValueError on any mistake, SystemExit(0) after
     `--help`."""
     if "--help" in argv or "-h" in argv:
-        print_help(help_text())
+        print(help_text())
         raise SystemExit(0)
     given = {}  # what the user gave
     chosen = {}  # what an earlier run chose

@@ -102,6 +102,6 @@ def test_a_copy_says_what_else_to_copy(tmp_path):
 def test_a_file_run_as_a_program_shows_something(name):
     ended = run_program(name)
     if name == "parallel/watchdog.py":  # it reads the logs of a run
-        assert "type python -m parallel.watchdog OUT_DIR" in ended.status
+        assert "type python -m parallel.watchdog OUT_DIR" in ended.err and ended.status == 2
     else:
         assert ended.status == 0 and ended.out.strip() and not ended.err

@@ -4,16 +4,22 @@ The oracle knows no mask: it runs the same weights over each document by itself.
 """
 
 import itertools
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from matrix import LAYOUTS, MODEL_PARALLEL, assert_one_process
 
+from data.dataset import Tokens
 from data.tokenizer import Tokenizer
 from layers import attention, document_mask
 from layers.generation import generate
+from metrics.watch import Watch
 from model import GPT, GPTConfig, initial_weight
-from run import auto
+from run import auto, summary
+from run.evaluate import sample
+from run.microbatches import MicroBatches
 from settings import parse
 
 SLOW = pytest.mark.slow
@@ -118,6 +124,80 @@ def test_attention_over_many_chunks_is_the_formula(kind, window):
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in pairs)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_mask_is_of_the_dtype_that_attention_computes_in(window):
+    """torch refuses another one, or copies the mask in every layer."""
+    starts = document_mask.starts(some_ids()[:, :-1], D)
+
+    def dtypes(dtype: torch.dtype) -> set:
+        masks = document_mask.make("sdpa", window, starts, dtype).mask
+        return {mask.dtype for mask in (masks if window else [masks])}
+
+    assert dtypes(torch.float64) == {torch.float64}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dtypes(torch.float32) == {torch.bfloat16}
+        assert dtypes(torch.float64) == {torch.float64}
+
+
+def test_a_mask_is_kept_once_for_all_layers():
+    """torch would keep floats made of a bool mask in each layer: findings/README.md."""
+    kept = set()
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2:] == (24, 24):
+            kept.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model = make(n_layer=3, document_mask=True, document_token=D)
+        loss = model(some_ids()[:, :-1], some_ids()[:, 1:])
+    assert len(kept) == 1 and loss.requires_grad
+
+
+def test_a_micro_batch_has_the_documents_of_its_inputs():
+    """Those of the targets lie a place earlier."""
+    ids = some_ids()
+    model = make(document_mask=True, document_token=D)
+    here = torch.arange(24)
+    batches = MicroBatches(model, None, None, torch.device("cpu"), "fp64", here, None)
+    loss, targets = batches.forward([0, 1, 2], lambda sample_ids: ids)
+    assert torch.equal(targets, ids[:, 1:])
+    assert loss.item() == model(ids[:, :-1], ids[:, 1:]).item()
+
+
+def test_the_largest_logit_is_of_keys_that_a_query_sees():
+    """Watch asks for it of the documents that attention gets."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 9, 8, dtype=torch.float64)
+    starts = document_mask.starts(torch.tensor([[1, 0, 2, 3, 0, 0, 1, 2, 3], [1, 2] * 4 + [0]]), D)
+    shown = document_mask.seen(starts)
+    logits = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(~shown, -torch.inf)
+    watch = SimpleNamespace(
+        mesh=SimpleNamespace(groups={"cp": None}),
+        position_ids=torch.arange(9),
+        model=SimpleNamespace(config=GPTConfig()),
+        max_logit=torch.full((1, 4), -torch.inf, dtype=torch.float64),
+        heads=slice(0, 4),
+    )
+    block = SimpleNamespace(training=True)
+    hidden = document_mask.make("plain", None, starts)
+    Watch.attention_fn(watch, 0, block, attention.choose("plain", None), q, k, v, documents=hidden)
+    assert torch.allclose(watch.max_logit[0], logits.amax((0, 2, 3)))
+
+
+def test_a_run_says_where_it_finds_documents():
+    def said(token: int, *more: str) -> list[str]:
+        cfg = parse.parse([f"--document_token={token}", *more])
+        train = Tokens([np.array([5, 0, 6, 7, 0, 65535, 65535, 5], np.uint16)])
+        return summary.about_documents(cfg, SimpleNamespace(train=train))
+
+    assert "every 4 tokens" in said(0, "--document_mask=true")[0]
+    assert "token 3 is nowhere in the tokens" in said(3, "--document_mask=true")[0]
+    assert "every 8 tokens" in said(2**16 - 1, "--document_mask=true", "--vocab_size=65536")[0]
+    assert said(0, "--pack=best_fit") == []
+
+
 def test_a_dropout_mask_is_of_the_place_in_the_sequence():
     """Two documents of the same tokens in a sequence: their masks differ, as their places do."""
     ids = torch.tensor([[0, 5, 3, 0, 5, 3, 0]])
@@ -154,7 +234,7 @@ def test_a_text_that_is_written_token_by_token_forgets_earlier_documents(traits)
 # ---- runs ----------------------------------------------------------------------------------------
 MASKED = ["--document_mask=true", "--document_token=32"]  # a document for each square
 CLIPPED = ["--qk_norm=false", "--qk_clip=0.02"]
-FAST = ["zero3 2", "tp 2 + sp", "pp 2 1f1b", "cp 2 ulysses"]
+FAST = ["tp 2 + sp", "pp 2 1f1b", "cp 2 ulysses"]
 IMPOSSIBLE = [name for name in MODEL_PARALLEL if "cp" in name and "ulysses" not in name]
 OTHERS = [name for name in LAYOUTS | MODEL_PARALLEL if name not in FAST + IMPOSSIBLE]
 
@@ -180,6 +260,7 @@ def test_every_layout_is_one_process(layout):
             ("zero1 2 x pp 2", [*CLIPPED, "--watch_every=2"]),
             ("cp 2 ulysses", [*CLIPPED, "--watch_every=2"]),
             ("tp 2 + sp", [*CLIPPED, "--n_kv_head=2"]),
+            *((layout, ["--pack=best_fit"]) for layout in ["zero3 2", *FAST]),
         ]
     ],
 )
@@ -216,6 +297,31 @@ def test_where_documents_begin():
     ):
         with pytest.raises(ValueError, match=said):
             token(argv, Tokenizer("ids", 64))
+
+
+def test_a_prompt_begins_a_document():
+    tokenizer = Tokenizer("bytes")
+    assert tokenizer.before(None) == []
+    assert tokenizer.before(7) == [7]
+    tokenizer.start = [5, 6]
+    assert tokenizer.before(5) == tokenizer.before(None) == [5, 6]
+    assert tokenizer.before(7) == [7, 5, 6]
+
+
+@pytest.mark.parametrize("token", [None, 9])
+def test_a_sample_begins_a_document_and_does_not_show_its_token(token):
+    model = make(vocab_size=16, document_token=token)
+    batches = MicroBatches(model, None, None, torch.device("cpu"), "fp64", torch.arange(24), None)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    text = sample(batches, Tokenizer("bytes"), 5, seed=0)
+    assert seen[0] == ([[10]] if token is None else [[9]])
+    assert len(text) == (6 if token is None else 5)
+
+
+def test_documents_need_a_token():
+    with pytest.raises(ValueError, match="document_token, the id with which one begins"):
+        GPT(GPTConfig(document_mask=True))
 
 
 def test_hidden_states_do_not_say_where_documents_begin():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import run_ranks
 from matrix import LAYOUTS, MODEL_PARALLEL, column, difference
+from test_hooks import CLASSES, SLOW, groups, problem
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -21,7 +22,6 @@ from hooks.keep import beneath
 from hooks.wear import hooked
 from metrics import logger
 from optim.adamw import AdamW
-from optim.muon import Muon
 from optim.param_groups import evaluation_weights
 from optim.schedule_free import AdamWScheduleFree
 from optim.sgd import SGD
@@ -30,23 +30,7 @@ from run import auto, optimizers, summary
 from search import trials
 from settings import parse
 
-SLOW = pytest.mark.slow
-CLASSES = {SGD: dict(momentum=0.9), AdamW: {}, Muon: {}, torch.optim.AdamW: {}}
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__module__)
-
-
-def problem(dtype=torch.float64):
-    torch.manual_seed(1)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
-    return model.to(dtype), torch.randn(32, 6, dtype=dtype)
-
-
-def groups(model, cls):
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    spared = {"use_muon": False} if cls is Muon else {"weight_decay": 0}
-    kinds = [{"params": matrices, "kind": "matrix"}, {"params": others, "kind": "scalar"} | spared]
-    return [group | {"initial_lr": 0.05} for group in kinds]
 
 
 def step(model, x, optimizer):

@@ -405,7 +405,9 @@ def test_no_experiment_is_taken_for_a_package_of_the_same_name(name):
     for place in (ROOT / f"{name}.py", ROOT / name / "__init__.py"):
         if place.exists():
             assert importlib.import_module(name).__file__ == str(place)
-    assert "sys.path" not in (ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8")
+    assert "sys.path.insert" not in (ROOT / "experiments" / f"{name}.py").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow

@@ -162,6 +162,23 @@ def test_logits_losses_and_all_gradients_are_those_of_transformers(tmp_path, nam
             assert (p.grad - their).abs().max() <= tolerance * scale, key
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in EXPERTS])
+def test_documents_are_apart_as_transformers_packs_them(tmp_path, name):
+    """Without a cache, whose presence lets them see each other: findings/README.md."""
+    theirs = in_float64(theirs_of(name, tmp_path, torch.float64))
+    ours = ours_of(
+        tmp_path, torch.float64, *AS_THEIRS[name], "--document_mask=true", "--document_token=3"
+    )
+    ids = batch(theirs.config.vocab_size)[:, :-1]
+    ids[0, 5] = ids[0, 6] = ids[1, 0] = ids[1, 20] = 3
+    starts = ours.document_starts(ids)
+    assert len(starts.unique()) > 3
+    positions = torch.arange(24) - starts
+    expected = theirs(ids, position_ids=positions, use_cache=False).logits
+    assert (ours(ids) - expected).abs().max() <= 1e-10 * max(1, expected.abs().max())
+    assert (theirs(ids, use_cache=False).logits - expected).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_export_loads_without_a_warning_and_gives_the_same_logits(tmp_path, name, caplog):
     theirs = theirs_of(name, tmp_path / "from")

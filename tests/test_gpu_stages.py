@@ -179,6 +179,7 @@ def run_bench(out: Path, *words: str) -> int:
     return bench.main(["gpu", "--rehearse", f"--out={out}", *words])
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_hangs_leaves_the_others_results(
     stages, tmp_path, capsys, monkeypatch
 ):
@@ -354,7 +355,9 @@ print(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("end", ["", "import time; time.sleep(600)"])
+@pytest.mark.parametrize(
+    "end", ["", pytest.param("import time; time.sleep(600)", marks=pytest.mark.slow)]
+)
 def test_nanogpts_own_steps_are_read_also_of_one_that_hangs(end, tmp_path, monkeypatch, capsys):
     clone = tmp_path / "clone"
     for name in gpt2.nanogpt.FILES:

@@ -329,4 +329,6 @@ def test_a_mistake_exits_with_2(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"{tmp_path / 'histograms.jsonl'} has no histograms\n"
+    assert (
+        done.stderr == f"precision.histogram: {tmp_path / 'histograms.jsonl'} has no histograms\n"
+    )

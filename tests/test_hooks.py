@@ -151,7 +151,8 @@ def groups(model, cls):
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     spared = {"use_muon": False} if cls is Muon else {"weight_decay": 0}
-    return [{"params": matrices}, {"params": others, **spared}]
+    kinds = [{"params": matrices, "kind": "matrix"}, {"params": others, "kind": "scalar"} | spared]
+    return [group | {"initial_lr": LR} for group in kinds]
 
 
 CLASSES = {SGD: dict(momentum=0.9), AdamW: {}, Muon: {}, torch.optim.AdamW: {}}

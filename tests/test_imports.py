@@ -10,7 +10,8 @@
 
 The rooms between settings and run are concepts. A concept takes plain arguments: it imports no
 settings, and from another room only what CROSSINGS lists. In the folders of ALONE a file can be
-copied out: it imports torch, the standard library, and one file beside it.
+copied out: it imports torch, the standard library, and one file beside it. What stands under
+`if __name__ == "__main__"` is a command, which may import metrics.outlets everywhere.
 """
 
 import ast
@@ -101,7 +102,12 @@ def sources(root: Path) -> dict[str, str]:
 def imported(text: str) -> set[str]:
     """Every name that could be a module: for `from a import b` both a and a.b."""
     names = set()
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(text)
+    ends_well = ast.parse("from metrics.outlets import command").body[0]
+    for block in tree.body:
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "__name__ == '__main__'":
+            block.body = [x for x in block.body if ast.dump(x) != ast.dump(ends_well)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -177,6 +183,7 @@ def planted_line(name: str, line: str) -> dict[str, set[str]]:
         ("run.build", "from search import trials", "run.build imports search.trials, a room"),
         ("settings.checks", "import data.files", "settings.checks imports data.files, a room"),
         ("schedules", "import settings.fields", "schedules imports settings.fields, a room"),
+        ("parallel.watchdog", "from metrics.outlets import command", "metrics.outlets, a room"),
         ("layers.compile", "def f():\n    import optim.sgd", "layers.compile imports optim.sgd of"),
     ],
 )

@@ -153,12 +153,13 @@ def test_a_tied_gradient_meets_its_other_half_where_stages_would_choose_other_ow
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--document_mask=true", "--document_token=32"]])
 @pytest.mark.parametrize("layout", ["pp 2 interleaved", "pp 2 x fsdp 2 x tp 2 + sp"])
-def test_the_sample_at_the_end_is_one_process_s(tmp_path, layout):
+def test_the_sample_at_the_end_is_one_process_s(tmp_path, layout, more):
     text(tmp_path)
     found = []
     for name in ("one process", layout):
-        on(name, [tmp_path / f"{name}-muon"], 4, [*LARGER, "--sample_tokens=20"])
+        on(name, [tmp_path / f"{name}-muon"], 4, [*LARGER, "--sample_tokens=20", *more])
         log = (tmp_path / f"{name}-muon" / "train.log").read_text()
         found.append(log[log.index("---- a sample") : log.index("\ndone ")])
     assert found[0] == found[1] and len(found[0]) > 50

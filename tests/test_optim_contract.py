@@ -4,6 +4,7 @@ elsewhere."""
 import ast
 import copy
 import importlib.util
+import inspect
 import io
 import math
 import subprocess
@@ -364,6 +365,22 @@ def test_bad_values_are_refused_by_name_in_the_constructor_and_in_groups(cls, na
         with pytest.raises(ValueError) as error:
             cls(params, **arguments)
         assert shown in str(error.value) and name.split("[")[0].rstrip("s") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cls, name, usual",
+    [
+        (cls, name, parameter.default)
+        for cls in CASES
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if isinstance(parameter.default, tuple)
+    ],
+)
+def test_one_number_too_few_or_too_many_is_refused_before_any_step(cls, name, usual):
+    w = torch.zeros(2, 2, requires_grad=True)
+    for wrong in usual[:-1], (*usual, usual[-1]):
+        with pytest.raises(ValueError):
+            cls([w], **CASES[cls][0] | {name: wrong})
 
 
 def test_the_ends_of_beta_ranges_are_as_documented():

@@ -407,6 +407,45 @@ def test_what_a_refusal_tells_to_type_goes_on(name, had, now):
     assert "." in name or getattr(again, name) == had
 
 
+@pytest.mark.parametrize(
+    "more, default, another",
+    [
+        ([], "--opt.momentum=0.95", "--opt.momentum=0.9"),
+        (["--optim=adamw"], "--opt.betas=0.9,0.999", "--opt.betas=0.9,0.95"),
+        (
+            ["--hooks=radial_brake"],
+            "--hook.radial_brake.outward=0.5",
+            "--hook.radial_brake.outward=1",
+        ),
+        (["--diloco_every=2"], "--diloco.momentum=0.9", "--diloco.momentum=0.8"),
+        (["--precision=fp8"], "--fp8.scaling=block", "--fp8.scaling=row"),
+    ],
+    ids=lambda words: words if isinstance(words, str) else "",
+)
+def test_a_default_that_is_typed_is_what_the_run_has(more, default, another):
+    """Before, later, or both times."""
+    flags = [*TINY, *more]
+    name = default.partition("=")[0]
+    for had, now in (
+        ([], [default]),
+        ([default], []),
+        ([default], [default]),
+        ([another], [another]),
+    ):
+        old = parse.to_dict(parse.parse([*flags, *had]))
+        new = resume.continued(parse.parse([*flags, *now]), old, branch=False)
+        assert len(new.options) == len(now)
+    for had, now in (
+        ([], [another]),
+        ([another], []),
+        ([another], [default]),
+        ([default], [another]),
+    ):
+        old = parse.to_dict(parse.parse([*flags, *had]))
+        with pytest.raises(ValueError, match=name[2:]):
+            resume.continued(parse.parse([*flags, *now]), old, branch=False)
+
+
 def value_text(value) -> str:
     return (
         ",".join(map(str, value))

@@ -247,6 +247,7 @@ def test_reading_takes_what_was_not_undone_and_no_line_of_others(tmp_path, end):
     assert read(tmp_path) == ([5, 6], {1: [[1, 2], [5, 6]]})
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_says_where(alone, tmp_path):
     assert (alone / "moe_load.png").exists()
     path = tmp_path / "mine.png"

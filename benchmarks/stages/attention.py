@@ -1,12 +1,14 @@
 """Attention kinds and windows by themselves, then compile modes and CUDA graphs in training.
 
-kinds     forward and backward of the attention function alone, bfloat16, heads of 64
+kinds     forward and backward of the attention function alone, bfloat16, heads of 64; documents:
+          about so many in a sequence, hidden from each other; mask_ms: to make their mask
 ring      what ring attention calls for a block of keys, with its backward
 modes     two blocks of width 768, forward, backward and update, bfloat16; difference: of the
           first gradient to the first row's. reduce-overhead replays CUDA graphs, max-autotune
           also tries several kernels
 """
 
+import functools
 import time
 
 import torch
@@ -15,14 +17,14 @@ from torch import Tensor
 
 from benchmarks.stages import common
 from benchmarks.stages.common import Plan
-from layers import attention
+from layers import attention, document_mask
 from layers.compile import compile_blocks, own_gradients
 from model import GPTConfig
 from parallel import context
 from precision import amp
 
 COVERS = (
-    "layers/attention.py:causal_attention",
+    "layers/attention.py:sdpa",
     "parallel/context.py:block",
     "parallel/context.py:block_backward",
     "parallel/context.py:on_gpu",
@@ -45,47 +47,59 @@ def run(plan: Plan) -> None:
 def lengths(plan: Plan, T: int) -> None:
     """Rows for every kind of attention to T tokens."""
     for kind in ("sdpa", "plain", "flex"):
-        for window, n_kv_head in ((None, 12), (T // 4, 12), (T // 4, 4)):
+        rows = ((None, 12, 0), (None, 12, 8), (T // 4, 12, 0), (T // 4, 4, 0), (T // 4, 4, 8))
+        for window, kv_heads, documents in rows:
             table = f"Attention: forward and backward, {T} tokens, bf16."
-            case = dict(kind=kind, window=window, kv_heads=n_kv_head)
+            case = dict(kind=kind, window=window, kv_heads=kv_heads, documents=documents)
             if kind == "flex" and plan.rehearse:
                 plan.emit(table, **case, note="no backward on a CPU")
                 continue
             with common.failing_is_a_row(plan, table, **case):
-                plan.emit(table, **case, **attend(plan, T, kind, window, n_kv_head))
+                plan.emit(table, **case, **attend(plan, T, **case))
 
 
-def attend(plan: Plan, T: int, kind: str, window: int | None, n_kv_head: int) -> dict:
+def attend(
+    plan: Plan, T: int, kind: str, window: int | None, kv_heads: int, documents: int
+) -> dict:
     """Time of forward and backward, and how far the output is from the formula in float32."""
     B = 2 if plan.rehearse else 8
     common.freed(plan.device)
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(B, n, T, 64, device=plan.device, dtype=torch.bfloat16).requires_grad_()
-        for n in (12, n_kv_head, n_kv_head)
+        for n in (12, kv_heads, kv_heads)
     )
     # A kernel for these shapes alone, as in training: torch would make one for any.
     torch._dynamo.reset()
     attention.kernel.cache_clear()
     function = attention.choose(kind, window)
+    hidden = {}
+    exactly = {}
+    found = {}
+    if documents:
+        ids = torch.randint(0, T // documents, (B, T), device=plan.device)
+        starts = document_mask.starts(ids, 0)
+        make = functools.partial(document_mask.make, kind, window, starts, q.dtype)
+        hidden["documents"] = make()
+        exactly["documents"] = document_mask.make("plain", window, starts[:1])
+        found["mask_ms"] = common.milliseconds(make, plan.device, 0.05)
 
     def step() -> Tensor:
         for x in (q, k, v):
             x.grad = None
-        y = function(q, k, v)
+        y = function(q, k, v, **hidden)
         y.sum().backward()
         return y
 
     began = time.perf_counter()
     y = step()[:1]
     with torch.no_grad():
-        exact = attention.plain_attention(
-            q[:1].float(), k[:1].float(), v[:1].float(), window=window
-        )
+        one = (x[:1].float() for x in (q, k, v))
+        exact = attention.plain_attention(*one, window, **exactly)
     apart = common.difference(y, exact)
     first_s = time.perf_counter() - began
     ms = common.milliseconds(step, plan.device, 0.05 if plan.rehearse else 0.15)
-    return dict(ms=ms, difference=apart, first_s=first_s, ok=apart < 0.02)
+    return dict(ms=ms, **found, difference=apart, first_s=first_s, ok=apart < 0.02)
 
 
 def ring(plan: Plan, T: int) -> None:

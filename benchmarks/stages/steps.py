@@ -27,6 +27,7 @@ COVERS = (
     "checkpoint/save.py:Saver.save",
     "checkpoint/slices.py:copied",
     "layers/attention.py:flex_attention",
+    "layers/document_mask.py:block_mask",
     "layers/compile.py:lacking",
     "layers/fewer_passes.py:by_autograd",
     "layers/moe.py:Experts.block",
@@ -65,12 +66,14 @@ SMALL = "--n_layer=2 --n_head=4 --n_embd=256 --block_size=256 --batch_size=8".sp
 TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4".split()
 EXACT = ["--precision=fp64", "--opt.ns_dtype=float64"]
 SINGLE = ["--precision=fp32", "--opt.ns_dtype=float32"]
+DOCUMENTS = ["--document_mask=true", "--document_token=10"]  # a line is a document
 PRECISIONS = {  # name: (words, bound)
     "fp64": (EXACT, 1e-10),
     "fp32": (SINGLE, 1e-4),
     "bf16": (["--precision=bf16"], 0.01),
     "fp16": (["--precision=fp16", "--scaler.init_power=8"], 0.01),
     "bf16_sr": (["--precision=bf16_sr"], 0.03),
+    "fp64, documents": ([*EXACT, *DOCUMENTS], 1e-10),
     "fp64, experts": ([*EXACT, "--n_expert=8"], 1e-10),
     "fp32, experts": ([*SINGLE, "--n_expert=8"], 1e-4),
     "bf16, experts": (["--precision=bf16", "--n_expert=8"], 0.01),
@@ -101,6 +104,7 @@ WINDOW = ["--window=64"]
 FLEX = {  # as above; each is compiled, which takes seconds
     "attention=flex": (["--attention=flex"], SINGLE, 1e-4),
     "attention=flex, window=64": (["--attention=flex"], [*SINGLE, *WINDOW], 1e-4),
+    "attention=flex, documents": (["--attention=flex"], [*SINGLE, *DOCUMENTS], 1e-4),
 }
 # CUDA graphs overwrite what they returned: gradients of a micro-batch, inputs of an evaluation.
 CUT = ["--micro_batch_size=2", "--eval_every=1", "--eval_tokens=1024"]
