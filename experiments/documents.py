@@ -26,9 +26,9 @@ Times: CPU seconds of 10 steps of each arm in turn, 6 rounds (by the clock, as f
 were 0.7 to 1.5 of neither's: the machine was not quiet). "Clearly" is a mean x sqrt(n) of 3.1
 standard deviations or more, seed by seed; "within 0.5 %" is the 90 % interval of the mean.
 
-Expected, with the plan of the rows known (packing cuts 43 % of the tokens, 42 of them ends of
+Expected: (the plan of the rows was known: packing cuts 43 % of the tokens, 42 of them ends of
 documents above 512; in flat rows 36 % of the tokens have the beginning of their document in the
-row, in packed ones all): the mask alone earns 2 % in the first 32 bytes, which in flat rows nearly
+row, in packed ones all.) The mask alone earns 2 % in the first 32 bytes, which in flat rows nearly
 always follow a stranger, nothing later, so 0.5 % on documents alone; flat rows within 0.5 %, a
 little above, as a stranger's style is of some use. Pack alone: -1 % on documents alone, at all
 distances, because it trains on beginnings, and +1 % in flat rows, which are mostly of what it has
