@@ -310,8 +310,8 @@ def assign(
             block[:, column : column + k] = some.reshape(n, k)
             following[length] += n * k
             column += k
-        # Turned, so that not always the longest is in front, or a short one the cut one. But what is
-        # cut off must be less than the last document.
+        # Turned, so that the longest is not always in front, nor the cut one always short. But what
+        # is cut off must be less than the last document.
         excess = sum(length * k for length, k in content) - T
         free = width if excess < min(length for length, _ in content) else width - 1
         turned = np.arange(n)[:, None] + np.arange(free)

@@ -171,7 +171,7 @@ def test_of_two_documents_either_is_in_front(shorter):
     check(ids, found)
     n = [found.pieces(i)[0] for i in range(found.per_epoch)]
     short = sum(stop - start == shorter for start, stop in n)
-    assert len(n) == 300 and short == 150
+    assert len(n) == 300 and 140 < short < 160
 
 
 def test_reading_ahead_gives_the_same_samples():

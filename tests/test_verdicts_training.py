@@ -385,3 +385,178 @@ def test_experts_cost_what_an_mlp_costs_and_hold_what_a_wide_one_holds(tmp_path)
     assert mlp["flops"] == 6 * (2 * 12 * 64**2 + 64 * 256) + 12 * 2 * 64 * 64
     assert experts["flops"] - mlp["flops"] == 6 * 2 * 64 * 8  # the routers
     assert wide["params"] == experts["params"] - 2 * 64 * 8
+
+
+# ---- documents
+def documents_rows(e) -> list[dict]:
+    """Rows of experiments/documents.py as it claims, with a seed's noise in the losses."""
+    loss = {"neither": 2.0, "mask": 1.998, "pack": 1.95, "both": 1.949}
+    return [
+        g
+        | (
+            {"step_ms": [[100.0] * 3, [105.0] * 3, [90.0] * 3, [106.0, 150.0, 90.0]]}
+            if g["part"] == "time"
+            else dict.fromkeys(e.MEASURES, loss[g["arm"]] + noise(g))
+            | {
+                "val_bpb": (2.0 if g["arm"] != "mask" else 2.001) + noise(g),
+                "by_distance": [1.0] * 9,
+                "epochs": 0.5,
+                "cut": 0.4,
+                "rests": 0.3,
+                "whole": 1.0,
+                "a_row": 2.0,
+                "seconds": 100.0,
+            }
+        )
+        for g in e.GRID
+    ]
+
+
+def noise(keys: dict) -> float:
+    """The same for all arms of a seed, and a little of each one's own."""
+    return 0.01 * keys["seed"] + 0.0005 * (keys["seed"] % 2) * len(keys["arm"]) / 7
+
+
+def test_documents_verdict_follows_the_figures():
+    e = load("documents")
+    good = documents_rows(e)
+    assert len(e.parts(good)) == 8 and "both ends -2.5" in e.verdict(good)[1]
+    for arm, figure, bad, parts in (
+        ("both", "alone", 2.0, [0, 2]),
+        ("pack", "alone", 2.0, [1, 2]),
+        ("both", "alone", 1.93, [2]),
+        ("mask", "alone", 1.97, [3]),
+        ("mask", "val_bpb", 2.02, [4]),
+        ("mask", "val_bpb", 1.98, [4]),
+        ("pack", "val_bpb", 2.02, [5]),
+        ("mask", "alone", math.nan, [3]),
+    ):
+        rows = [
+            r | {figure: bad + noise(r)} if (r["part"], r["arm"]) == ("main", arm) else r
+            for r in good
+        ]
+        assert changed(e, good, {}) == []
+        held = e.parts(rows).values()
+        assert [i for i, is_so in enumerate(held) if not is_so] == parts, (arm, figure, bad)
+    # Lower is no harm; one seed that is far off proves nothing either way.
+    assert changed(e, good, dict(part="main", arm="pack"), val_bpb=1.9) == []
+    assert changed(e, good, dict(part="main", arm="mask", seed=1), alone=2.2) == [3]
+    # Far apart either way, a mean of 0.1 % is no proof that nothing moves.
+    wide = [
+        r | {"val_bpb": 2.0 + 0.05 * (-1) ** r["seed"] + noise(r)}
+        if (r["part"], r["arm"]) == ("main", "mask")
+        else r
+        for r in good
+    ]
+    assert [i for i, is_so in enumerate(e.parts(wide).values()) if not is_so] == [4]
+    # Other learning rates are shown, not judged.
+    assert changed(e, good, dict(part="tune"), alone=9.0, val_bpb=9.0) == []
+    slow = [[100.0] * 3, [111.0] * 3, [1.0] * 3, [112.0] * 3]
+    assert changed(e, good, dict(part="time"), step_ms=slow) == [6, 7]
+    assert "both ends 0.05" in e.table(good) and len(e.pairs(good)) == 6
+
+
+def test_documents_alone_are_measured_as_if_each_were_the_only_one(monkeypatch):
+    import torch
+
+    from model import GPT, GPTConfig
+
+    e = load("documents")
+    monkeypatch.setattr(e, "BLOCK", 200)
+    torch.manual_seed(0)
+    size = dict(vocab_size=256, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, block_size=200)
+    model = GPT(GPTConfig(**size)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    # Shorter than a row, with one byte less, as long, with one more, far longer
+    texts = [bytes(range(1, 1 + n % 250)) for n in (3, 90, 150, 199, 200, 201, 240)]
+    texts += [b"x" * n for n in range(1, 40)]  # a second batch
+    bits, bare, ends = {}, {}, []
+    for text in texts:
+        for found, ids in ((bits, [0, *text, 0]), (bare, [*text, 0])):
+            ids = torch.tensor([ids])[:, :201]
+            logs = model(ids[:, :-1]).log_softmax(-1)[0]
+            known = [-logs[i, x].item() / math.log(2) for i, x in enumerate(ids[0, 1:].tolist())]
+            n = len(text) - (found is bare)
+            for i, x in enumerate(known[:n], found is bare):
+                found.setdefault(i, []).append(x)
+            ends += known[n:] if found is bits else []
+
+    def mean(first: int, last: int, of: dict = bits) -> float:
+        found = [x for i, some in of.items() if first <= i < last for x in some]
+        return sum(found) / len(found)
+
+    found = e.alone(model, texts)
+    assert len(ends) == len(texts) - 3
+    assert found["ends"] == pytest.approx(sum(ends) / len(ends), rel=1e-9)
+    assert found["alone"] == pytest.approx(mean(0, 200), rel=1e-9)
+    assert found["first"] == pytest.approx(mean(0, 32), rel=1e-9)
+    assert found["later"] == pytest.approx(mean(128, 200), rel=1e-9)
+    assert found["bare"] == pytest.approx(mean(1, 200, bare), rel=1e-9)
+    assert found["bare_first"] == pytest.approx(mean(1, 32, bare), rel=1e-9)
+    assert found["by_distance"][3] == pytest.approx(mean(8, 16), rel=1e-4)
+    # A mask has nothing to hide: arms trained with one are measured in the same way.
+    masked = GPT(GPTConfig(**size, document_mask=True, document_token=0)).double().eval()
+    masked.load_state_dict(model.state_dict())
+    others = e.alone(masked, texts)
+    assert all(
+        others[name] == pytest.approx(found[name], rel=1e-9) for name in ("alone", "later", "ends")
+    )
+
+
+def test_documents_are_functions_and_methods_and_no_module_is_on_both_sides(tmp_path, monkeypatch):
+    import json
+
+    e = load("documents")
+    source = (
+        "import os\n\n@cache\ndef f(x):\n    def g():\n        '''\u00e9'''\n    return g\n\n\n"
+    )
+    source += "class A(B):\n    y = 1\n\n    @a\n    @b(1)\n    async def h(self):\n        pass\n"
+    f, h = e.functions(source)
+    assert f == "@cache\ndef f(x):\n    def g():\n        '''\u00e9'''\n    return g\n"
+    assert h == "@a\n@b(1)\nasync def h(self):\n    pass\n"
+
+    names = [f"{letter}.py" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    for i, name in enumerate(names):
+        own = f"def f{i}(): return {i}\n"
+        (tmp_path / name).write_text(f"{own}\n\ndef shared(): pass\n{own}", encoding="utf-8")
+    monkeypatch.setattr(e.sysconfig, "get_path", {"stdlib": str(tmp_path)}.get)
+    assert e.modules(str(tmp_path)) == []  # only what Python itself names
+    monkeypatch.setattr(e, "modules", lambda root: names)
+    monkeypatch.setattr(e, "HELD_OUT", 128)
+    data, held_out = e.write(tmp_path)
+    train, val = (
+        [json.loads(line)["text"] for line in Path(file).read_text().splitlines()]
+        for file in data.split(",")
+    )
+    assert held_out == [text.encode() for text in val] and 5 < len(val) < 20
+    for i, name in enumerate(names):
+        is_held_out = e.sha256(name.encode()).digest()[0] < 128
+        assert f"def f{i}(): return {i}\n" in (val if is_held_out else train)
+    # Once each. What modules of both sides have is held out.
+    assert len(train) + len(val) == 27 == len({*train, *val}) and "def shared(): pass\n" in val
+    # In an order of their own: neither the modules' nor the alphabet's.
+    assert train == sorted(train, key=lambda text: e.sha256(text.encode()).digest())
+
+
+def test_documents_rows_say_what_was_cut_and_whose_beginning_is_there(tmp_path, monkeypatch):
+    import json
+
+    e = load("documents")
+    monkeypatch.setattr(e, "BLOCK", 8)
+    for side in ("train", "val"):  # with its 0, a document of 4 and one of 12
+        lines = [json.dumps({"text": text}) for text in ("abc", "abcdefghijk") * 10]
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(lines))
+    data = f"{tmp_path}/train.jsonl,{tmp_path}/val.jsonl"
+    flat, packed = (e.seen(arm, 3, data, str(tmp_path), 1) for arm in ("mask", "both"))
+    tokens = b"\0".join([b"abc", b"abcdefghijk"] * 10)
+    rows = [tokens[i : i + 8] for i in range(0, len(tokens) - 8, 8)]
+    n_known = sum(8 - row.index(0) for row in rows if 0 in row)
+    assert flat["whole"] == pytest.approx(n_known / 8 / len(rows)) and flat["cut"] == 0
+    assert flat["epochs"] == 3 * e.BATCH / 19 == 3 * e.BATCH / len(rows)
+    # Ten rows of a long one, four of two short ones; a short one and the first are left over.
+    assert packed["epochs"] == 3 * e.BATCH / 14 and packed["whole"] == 1
+    assert packed["a_row"] == pytest.approx(18 / 14) and flat["a_row"] == pytest.approx(1)
+    # The last token of all is never an input.
+    assert packed["rests"] == pytest.approx((9 * 4 + 3) / 158)
+    assert packed["cut"] == pytest.approx((9 * 4 + 3 + 4 + 3) / 158)
