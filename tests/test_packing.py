@@ -1,4 +1,4 @@
-"""Packed sequences: whole documents one after another, the last one cut where the row ends."""
+"""Packed sequences: whole documents one after another, the last one cut where the sequence ends."""
 
 import hashlib
 import random
@@ -32,7 +32,7 @@ def packed(ids: np.ndarray, T: int, seed: int = 1, n_shards: int = 1, **more) ->
 
 
 def check(ids: np.ndarray, found: Packed) -> None:
-    """All that is claimed of the rows, whatever the plan."""
+    """All that is claimed of the sequences, whatever the plan."""
     T = found.block_size
     n = len(ids) - 1  # the last token is only a target
     begins = (ids == D) | (np.arange(len(ids)) == 0)
@@ -46,7 +46,7 @@ def check(ids: np.ndarray, found: Packed) -> None:
         where = np.concatenate([np.arange(*piece) for piece in pieces])
         assert np.array_equal(sample, ids[where]) and len(where) == T + 1
         assert all(begins[start] for start, _ in pieces), "a piece begins inside a document"
-        assert all(end_of[start] == stop for start, stop in pieces[:-1]), "cut inside a row"
+        assert all(end_of[start] == stop for start, stop in pieces[:-1]), "cut inside a sequence"
         assert where[-2] + 1 == where[-1] <= end_of[pieces[-1][0]], "the last target"
         inputs = where[:-1]
         used[inputs] += 1
@@ -60,7 +60,7 @@ def check(ids: np.ndarray, found: Packed) -> None:
     for start, stop in end_of.items():
         n_used = used[start:stop].sum()
         if stop - start == 1:
-            assert not n_used, "a D before a D is in no row"
+            assert not n_used, "a D before a D is in no sequence"
             lost["empty"] += 1
             continue
         lost["rests"] += max(stop - start - T, 0)
@@ -69,7 +69,7 @@ def check(ids: np.ndarray, found: Packed) -> None:
         assert lost == {kind: getattr(found, kind) for kind in lost}
     n_lost = found.rests + found.filling + found.left + found.empty
     assert sum(lost.values()) == n_lost == n - found.per_epoch * T
-    assert found.left < T, "enough for another row"
+    assert found.left < T, "enough for another sequence"
 
 
 def test_rows_of_any_documents_are_what_they_should_be():
@@ -78,7 +78,7 @@ def test_rows_of_any_documents_are_what_they_should_be():
         T = draw.choice([1, 2, 3, 5, 8, 13, 30])
         most = draw.choice([2, 3, T + 1, 2 * T, 3 * T])
         lengths = [draw.randint(1, most) for _ in range(draw.randint(2, 40))]
-        lengths[0] += T + 1  # enough for a row
+        lengths[0] += T + 1  # enough for a sequence
         draw.shuffle(lengths)
         ids = corpus(lengths, begins=draw.random() < 0.5)
         if draw.random() < 0.3:
@@ -87,7 +87,7 @@ def test_rows_of_any_documents_are_what_they_should_be():
 
 
 def test_a_first_document_without_its_token_is_in_front_even_where_others_must_go():
-    # Best fit: 9 and 3 + 3 + 3. The 9 fills the row of two 3s, and in front it leaves 1 token.
+    # Best fit: 9 and 3 + 3 + 3. The 9 fills the sequence of two 3s, and in front it leaves 1 token.
     ids = corpus([9, 3, 3, 3], begins=False)
     found = packed(ids, 10)
     check(ids, found)
@@ -146,18 +146,20 @@ def test_rows_are_a_function_of_tokens_and_seed_alone():
     other = packed(ids, T, seed=2)
     rows_of = [{tuple(sorted(found.pieces(i))) for i in range(100)} for found in (plain, other)]
     assert len(rows_of[0] & rows_of[1]) < 30
-    # The next epoch has the same rows in another order.
+    # The next epoch has the same sequences in another order.
     n = plain.per_epoch
     later = plain(range(n, 2 * n))
     assert not torch.equal(later, epoch)
-    assert {tuple(row) for row in later.tolist()} == {tuple(row) for row in epoch.tolist()}
+    assert {tuple(sequence) for sequence in later.tolist()} == {
+        tuple(sequence) for sequence in epoch.tolist()
+    }
 
 
 def test_rows_mix_the_corpus_and_begin_with_any_of_their_documents():
     ids = corpus([20] * 500 + [30] * 500)
     found = packed(ids, 100)
     pieces = [found.pieces(i) for i in range(found.per_epoch)]
-    spans = [max(row)[0] - min(row)[0] for row in pieces if len(row) > 2]
+    spans = [max(sequence)[0] - min(sequence)[0] for sequence in pieces if len(sequence) > 2]
     assert np.median(spans) > len(ids) / 4
     first = [stop - start for (start, stop), *_ in pieces]
     assert 20 in first and 30 in first
