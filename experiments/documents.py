@@ -38,8 +38,8 @@ masked step takes 1.05 times as long. (12 steps of one seed had been seen when t
 the rates for `neither`. `bare` was added when `neither` and `mask` had run: the mask earned 6 to
 10 % in the first 32 bytes, perhaps only where a row begins with a byte 0. Expected of it: the mask
 earns nothing, and the packed arms, whose rows never begin otherwise, lose 1 %. All was run again.
-Then packing was seen to put the longer of two documents in front, where the end cost `pack` 20 % more;
-since either may be, the packed arms were run once more.)
+Then packing was seen to put the longer of two documents in front, where the end cost `pack` 20 %
+more; since either may be, the packed arms were run once more.)
 
     python -m experiments.documents [--quick] [--out=DIR] [--jobs=N]
 """
