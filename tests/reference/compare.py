@@ -35,7 +35,7 @@ import artifacts
 from cases import CASES, CHANGED, REWORDED, Case
 from runs import HERE, Tree, key
 
-BASE = "9a4099c"  # after fields of averages, pages and documents had come into every config.toml
+BASE = "34f47eb"  # after fields of documents had come into every config.toml
 ROOT = HERE.parents[1]
 TRACES = HERE / "traces.json"
 FLAGS = {"base", "jobs", "cache", "keep", "traces", "write-traces", "self-test", "list", "help"}
