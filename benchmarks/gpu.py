@@ -356,8 +356,9 @@ def check_covers(plan: Plan, covers: tuple[str, ...], entered: set) -> None:
     """A row for each function that the stage names in COVERS: has it called it?"""
     here = {f"{code.co_filename}:{code.co_qualname}" for code in entered}
     for place in covers:
-        # FlexAttention alone cannot be rehearsed: it has no backward on a CPU.
-        is_entered = f"{runs.ROOT}/{place}" in here or place.endswith(":flex_attention")
+        # FlexAttention and its masks alone cannot be rehearsed: it has no backward on a CPU.
+        is_flex = place.endswith((":flex_attention", ":block_mask"))
+        is_entered = f"{runs.ROOT}/{place}" in here or is_flex
         plan.emit("Branches on a device that this stage takes.", function=place, ok=is_entered)
 
 
