@@ -21,10 +21,10 @@ So a document's loss and gradients are those of the document alone. The first to
 may lie within a document, of which it then is the start. The target of a document's last token is
 the D of the next: it says that the document ends.
 
-The mask is made once for all layers: for sdpa a number of attention's own dtype for each query and
-key of each sequence, 0 or -inf, as torch would make that of a bool mask anew in every layer, and
-keep each. Attention computes hidden scores, too, where it skips half of them if it is causal. flex
-skips blocks of 128 x 128 that lie in different documents.
+The mask is made once for all layers: for sdpa a number for each query and key of each sequence, 0
+or -inf, in the dtype of attention. (Of a bool mask torch makes such numbers in every layer, and
+keeps them all.) A causal kernel skips the half of the scores that nobody sees; with a mask sdpa
+computes all of them. flex skips blocks of 128 x 128 that lie in different documents.
 
 References: Llama 3, 2407.21783 (3.2: little effect on short texts, much on long ones); Krell et al.
 2021, 2107.02027 (packing, and a mask for what shares a sequence).
