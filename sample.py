@@ -91,15 +91,15 @@ def main(argv: list[str]) -> None:
     # The model needs one token to begin with: what a document begins with, or a line break, or id 0
     # where there are only ids.
     text = args.prompt
-    before = tokenizer.before(model.config.document_token)
-    if text is None and model.config.document_token is not None:
+    document_token = model.config.document_token
+    if text is None and document_token is not None:
         text = ""
     elif text is None:
         text = "0" if tokenizer.name == "ids" else "\n"
-    ids = tokenizer.encode(text)
-    if not before and len(ids) == 0:
+    ids, n_unsaid = tokenizer.prompt(text, document_token)
+    if not ids:
         raise ValueError(f"--prompt={args.prompt!r} has no tokens")
-    prompt = torch.tensor([*before, *ids], device=device)
+    prompt = torch.tensor(ids, device=device)
     for name in tokenizer.special:
         if name in text:
             print(f"sample.py: {name} in --prompt= is text, not one token", file=sys.stderr)
@@ -109,8 +109,7 @@ def main(argv: list[str]) -> None:
     ids = generate(model, prompts, args.tokens, args.temperature, top_k, args.seed)
     # print() would raise for a letter that the terminal's encoding lacks. It becomes a ? instead.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    # The end of a document that was before is nothing that the prompt said.
-    n_unsaid = len(before) - len(tokenizer.start)
+    # A document token in front is nothing that the prompt said.
     for i, sample_ids in enumerate(ids[:, n_unsaid:].tolist()):
         if i > 0:
             print("-" * 40)

@@ -62,14 +62,15 @@ class Tokenizer:
         """
         return self.start[0] if self.start else self.end_of_text
 
-    def before(self, document_token: int | None) -> list[int]:
-        """The ids that go before a prompt: those with which the documents of the run begin.
+    def prompt(self, text: str, document_token: int | None) -> tuple[list[int], int]:
+        """(ids of a text that begins a document, how many of the first of them say nothing of it).
 
         document_token: of the model's config; None where the run knew no documents.
         """
+        ids = [*self.start, *self.encode(text).tolist()]
         if document_token is None or self.start[:1] == [document_token]:
-            return self.start
-        return [document_token, *self.start]
+            return ids, 0
+        return [document_token, *ids], 1
 
     @functools.cached_property
     def key(self) -> str:

@@ -215,9 +215,12 @@ class Watch:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        **documents,
+        **more,
     ) -> Tensor:
-        """plain(q, k, v, **documents), and each head's largest logit; q, k, v: (B, H, T, D)."""
+        """plain(q, k, v, **more), and each head's largest logit; q, k, v: (B, H, T, D).
+
+        more: documents=, where there is a mask of them.
+        """
         if attention.training:
             keys = k.detach()
             # This rank's queries see the keys of all context parallel ranks.
@@ -227,11 +230,11 @@ class Watch:
                 dist.all_gather(of_ranks, keys.contiguous(), group)
                 keys = torch.cat(of_ranks, 2)[:, :, self.order]
             window = self.model.config.window
-            starts = documents["documents"].starts if documents else None
+            starts = more["documents"].starts if more else None
             found = max_logits(q.detach(), keys, self.position_ids, window, starts)
             here = self.max_logit[layer, self.heads]
             torch.maximum(here, found.to(here.dtype), out=here)
-        return plain(q, k, v, **documents)
+        return plain(q, k, v, **more)
 
     @torch.no_grad()
     def loss_fn(self, plain: Callable, logits: Tensor, targets: Tensor | None, count: bool):

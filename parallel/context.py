@@ -47,8 +47,8 @@ Ulysses sends less from n = 3 on if k and v have as many heads as q, and runs an
 must divide these heads. The ring takes any number of heads, gains from few kv heads (GQA), and
 hides messages once t*t/2 scores take longer than a block's journey. It keeps no more for backward
 than one process for its tokens; Ulysses keeps q, k and out as they arrived, which are not computed
-again (layers/recompute.py). (Llama 3, 2407.21783, gathers
-all k, v of the zigzag: simple, but larger.)
+again (layers/recompute.py). (Llama 3, 2407.21783, gathers all k, v of the zigzag: simple, but
+larger.)
 
 References: Liu et al. 2023, 2310.01889 (ring); Brandon et al. 2023, 2311.09431 (even causal work,
 by dealing single tokens where we deal chunks); Jacobs et al. 2023, 2309.14509 (Ulysses); Dao 2023,

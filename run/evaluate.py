@@ -137,10 +137,8 @@ def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int)
     All ranks call it together, for a forward may be a collective.
     """
     model = micro_batches.model.eval()
-    before = tokenizer.before(model.config.document_token)
-    ids = before
-    if model.config.document_token is None:
-        ids = [*before, *tokenizer.encode("\n")]
+    document_token = model.config.document_token
+    ids, n_unsaid = tokenizer.prompt("\n" if document_token is None else "", document_token)
     prompt = torch.tensor(ids, dtype=torch.long, device=micro_batches.device)[None]
     if not prompt.numel() or prompt.max() >= model.config.vocab_size:
         prompt = prompt.new_zeros(1, 1)
@@ -150,6 +148,5 @@ def sample(micro_batches: MicroBatches, tokenizer: Tokenizer, n: int, seed: int)
         # The weights of a diverged run may be NaN: that ends no run.
         return f"\nthere is none: {error}"
     # The byte 0, which ends a text of several, would make train.log a binary file for grep.
-    n_unsaid = len(before) - len(tokenizer.start)
     text = tokenizer.decode(ids[0, n_unsaid:].tolist()).replace("\0", "\n")
-    return text if model.config.document_token is None else "\n" + text
+    return text if document_token is None else "\n" + text

@@ -245,6 +245,7 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
     chosen_here = {"attention"}
     if {"pp", "pp_schedule", "tp", "cp"} & cfg.given:
         chosen_here.add("compile")
+    brought = (*pretrained.BROUGHT, *pretrained.OF_DOCUMENTS)
     for name, f in FIELDS.items():
         new = getattr(cfg, name)
         was = getattr(old, name)
@@ -259,7 +260,6 @@ def saved_values(cfg: Config, old: Config, home: str, branch: bool) -> dict:
             continue  # `auto` and `none` that were typed are chosen anew
         is_open = new == "auto" or (new is None and name in CHOSEN)
         # The folder of --init_from= gave it; it may be gone, and is not asked again.
-        brought = (*pretrained.BROUGHT, *pretrained.OF_DOCUMENTS)
         is_open |= cfg.init_from is not None and name in brought and not is_given
         if is_open or (branch and not is_given):
             values[name] = was

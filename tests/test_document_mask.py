@@ -303,11 +303,12 @@ def test_where_documents_begin():
 
 def test_a_prompt_begins_a_document():
     tokenizer = Tokenizer("bytes")
-    assert tokenizer.before(None) == []
-    assert tokenizer.before(7) == [7]
+    assert tokenizer.prompt("a", None) == ([97], 0)
+    assert tokenizer.prompt("a", 7) == ([7, 97], 1)
+    assert tokenizer.prompt("", 7) == ([7], 1)
     tokenizer.start = [5, 6]
-    assert tokenizer.before(5) == tokenizer.before(None) == [5, 6]
-    assert tokenizer.before(7) == [7, 5, 6]
+    assert tokenizer.prompt("a", 5) == tokenizer.prompt("a", None) == ([5, 6, 97], 0)
+    assert tokenizer.prompt("a", 7) == ([7, 5, 6, 97], 1)
 
 
 @pytest.mark.parametrize("token", [None, 9])
